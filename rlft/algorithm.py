@@ -1,0 +1,132 @@
+"""From `[algo]` to what the loop calls: the loss, its settings, its advantage estimator, and what it needs."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import FunctionType
+from typing import Any
+
+from torch import Tensor
+
+from rlft import resolve
+from rlft.algos import advantages
+from rlft.config import Algo
+from rlft.config_file import from_table
+from rlft.errors import ConfigError
+from rlft.types import Aggregation, Batch, Stats
+
+PARTS = ("advantages", "corrections", "kl")
+"""Files of rlft.algos that are parts of losses, not losses."""
+ESTIMATORS = ("group_mean", "group_norm", "identity", "leave_one_out")
+REQUIRED = ("Config", "loss", "ADVANTAGE", "AGGREGATION", "NEEDS_REFERENCE", "WHOLE_GROUPS", "NEEDS_SAMPLER",
+            "ZERO_ADV_ZERO_GRAD", "ENTROPY_GRAD")  # fmt: skip
+
+AGGREGATIONS = {
+    "token_mean": "mean over all tokens of the step",
+    "sequence_mean": "mean over sequences of the mean over tokens",
+    "constant": "sum over tokens / (sequences x max_tokens)",
+    "sequence_sum": "mean over sequences of the sum over tokens",
+    "prompt_mean": "mean over prompts of the mean over tokens",
+}
+"""Each aggregation in words."""
+
+
+@dataclass(frozen=True)
+class Algorithm:
+    """A loss with its settings filled in."""
+
+    name: str
+    config: Any
+    """An instance of the loss file's Config."""
+    loss: Callable[[Tensor, Batch, Any], tuple[Tensor, Stats]]
+    advantage_name: str
+    advantage: Callable[[Tensor, Tensor], Tensor]
+    """(rewards [N], group_ids [N]) -> advantages [N]."""
+    aggregation: Aggregation
+    needs_reference: bool
+    """The loop fills `ref_logprobs` before the loss."""
+    whole_groups: bool
+    """All rollouts of a group must be in one micro-batch."""
+    needs_sampler: bool
+    """The loss cannot do without sampler log-probs."""
+    zero_adv_zero_grad: bool
+    """A micro-batch of zero advantage has exactly zero gradient and may be skipped."""
+    entropy_grad: bool
+    words: str
+    """Ratio, clip, KL and correction in words; the file's own `words(cfg)`, or its settings."""
+
+
+def module_of(name: str) -> Any:
+    """The loss file (or object with the same attributes) that `algo.name` stands for.
+
+    Raises ConfigError listing the known names, or the attributes that are missing.
+    """
+    found = (
+        resolve.attribute(name, "algo.name") if ":" in name else resolve.module(name, "rlft.algos", "algo.name", PARTS)
+    )
+    if isinstance(found, FunctionType) and not hasattr(found, "Config"):
+        found = sys.modules[found.__module__]  # "my_loss.py:loss" stands for the file the loss is in
+    missing = [attribute for attribute in REQUIRED if not hasattr(found, attribute)]
+    if missing:
+        raise ConfigError(
+            f'algo.name = "{name}": not an algorithm, it lacks {", ".join(missing)} (see rlft/algos/sft.py)'
+        )
+    return found
+
+
+def build(algo: Algo) -> Algorithm:
+    """The algorithm of a run. Raises ConfigError for an unknown name, setting or estimator."""
+    module = module_of(algo.name)
+    config = from_table(module.Config, algo.options, "algo")
+    name = getattr(config, "advantage", module.ADVANTAGE)
+    if ":" in name:
+        estimator = _checked(resolve.attribute(name, "algo.advantage"), name)
+    elif name in ESTIMATORS:
+        estimator = getattr(advantages, name)
+    else:
+        hint = resolve.near(name, list(ESTIMATORS))
+        raise ConfigError(
+            f'algo.advantage = "{name}": unknown.{hint} Known: {", ".join(ESTIMATORS)}; or "file.py:function"'
+        )
+
+    aggregation = getattr(config, "aggregation", module.AGGREGATION)
+    if aggregation not in AGGREGATIONS:
+        raise ConfigError(f'algo.aggregation = "{aggregation}": want one of {", ".join(AGGREGATIONS)}')
+
+    def trait(constant: str) -> bool:
+        value = getattr(module, constant)
+        return bool(value(config)) if callable(value) else bool(value)
+
+    return Algorithm(
+        name=algo.name, config=config, loss=module.loss, advantage_name=name, advantage=estimator,
+        aggregation=aggregation, needs_reference=trait("NEEDS_REFERENCE"),
+        whole_groups=trait("WHOLE_GROUPS"), needs_sampler=trait("NEEDS_SAMPLER"),
+        zero_adv_zero_grad=trait("ZERO_ADV_ZERO_GRAD"), entropy_grad=trait("ENTROPY_GRAD"),
+        words=module.words(config) if hasattr(module, "words") else str(config),
+    )  # fmt: skip
+
+
+def _checked(estimator: Any, name: str) -> Callable[[Tensor, Tensor], Tensor]:
+    """A user's estimator that says so when it does not give one number per rollout."""
+    if not callable(estimator):
+        raise ConfigError(f'algo.advantage = "{name}": not a function of (rewards, group_ids)')
+
+    def advantage(rewards: Tensor, group_ids: Tensor) -> Tensor:
+        made = estimator(rewards, group_ids)
+        if not isinstance(made, Tensor) or made.shape != rewards.shape:
+            got = f"shape {list(made.shape)}" if isinstance(made, Tensor) else type(made).__name__
+            raise ConfigError(f'algo.advantage = "{name}": want a tensor of shape {list(rewards.shape)}, got {got}')
+        return made.float()
+
+    return advantage
+
+
+def describe(algorithm: Algorithm) -> list[str]:
+    """The five choices (ratio, clip, KL, advantage, aggregation) in words, as printed at the start of a run."""
+    aggregation = f"{algorithm.aggregation}, {AGGREGATIONS[algorithm.aggregation]}"
+    lines = [f"{algorithm.name}: {algorithm.words}; advantage {algorithm.advantage_name}; {aggregation}"]
+    if hasattr(algorithm.config, "clip_low"):
+        lines.append("one update per rollout batch: the ratio is exactly 1, so clipping never acts")
+    return lines

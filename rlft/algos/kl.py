@@ -1,0 +1,44 @@
+"""KL divergence of the policy from the reference, estimated on sampled tokens. d = logprob - ref_logprob.
+
+    k1 = d                    mean under the policy: KL(policy : reference); its gradient in a loss is 0 on average
+    k2 = d^2 / 2              biased value, exact token-level gradient of KL(policy : reference)
+    k3 = exp(-d) - 1 + d      mean: KL(policy : reference), never negative; in a loss the gradient of the forward KL
+
+So a loss uses `k2` or `k3_ratio` = r k3 with the differentiable ratio r = exp(now - old), old = sg(now) for one update
+per rollout batch (the gradient of the KL that is logged), or, by its own name, `forward` = k3. Sources: Schulman's note
+on approximating KL; 2510.01555; reference/formulae.md 2.6.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+CHOICES = ("k2", "k3_ratio", "forward")
+CLAMP = 20.0
+"""exp(20) is far from overflow; a wider clamp only guards, a narrower one would switch the gradient off."""
+
+
+def difference(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+    """d, kept within +-20 so that its exponential is finite. Both [T] or both [N]."""
+    return (logprobs - ref_logprobs).clamp(-CLAMP, CLAMP)
+
+
+def k3(d: Tensor) -> Tensor:
+    """exp(-d) - 1 + d, elementwise."""
+    return torch.expm1(-d) + d
+
+
+def penalty(choice: str, logprobs: Tensor, ref_logprobs: Tensor, r: Tensor) -> Tensor:
+    """Per-token KL term of a loss, same shape as `logprobs`, differentiable.
+
+    choice: one of CHOICES. r: exp(logprobs - old_logprobs) with gradient, which makes samples of the old policy stand
+    for the current one; "forward" does without, as in other libraries.
+    """
+    d = difference(logprobs, ref_logprobs)
+    if choice == "k2":
+        return r.detach() * d**2 / 2
+    if choice == "forward":
+        return k3(d)
+    assert choice == "k3_ratio", choice
+    return r * k3(d)

@@ -1,0 +1,29 @@
+"""What crosses ranks: counts, statistics, and one flat gradient buffer, all summed exactly. A no-op when alone.
+
+No DistributedDataParallel: it averages, and every loss here is already divided by the counts of the whole update.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed
+from torch import Tensor
+
+from rlft.types import Counts
+
+
+def is_alone() -> bool:
+    """True without a process group."""
+    return not (torch.distributed.is_available() and torch.distributed.is_initialized())
+
+
+def sum_tensor(tensor: Tensor) -> Tensor:
+    """`tensor` summed over ranks, in place."""
+    if not is_alone():
+        torch.distributed.all_reduce(tensor)
+    return tensor
+
+
+def sum_counts(counts: Counts) -> Counts:
+    """The counts of the update over all ranks: what every weight is divided by."""
+    return Counts(*(int(n) for n in sum_tensor(torch.tensor(counts, dtype=torch.int64))))

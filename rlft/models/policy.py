@@ -1,0 +1,131 @@
+"""The policy: log-probabilities of a packed batch under the base with the adapter, and under the reference.
+
+transformers' own decoder runs the packed row of T tokens; our attention keeps its sequences apart (registered with
+transformers' AttentionInterface), and our head turns the hidden rows that predict a trained token into log-probs. The
+shift by one position happens here, through `batch.source`, and nowhere else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any, Literal
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+
+from rlft.errors import ConfigError
+from rlft.kernels.attention import varlen_attention
+from rlft.kernels.logprobs import linear_logprobs
+from rlft.models.adapter import FlatAdapter
+from rlft.types import Batch
+
+PACKED = "rlft_packed"
+"""Our name in transformers' AttentionInterface."""
+
+
+def packed_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float,
+    dropout: float = 0.0, cu_seqlens: Tensor | None = None, prefix: Tensor | None = None, **kwargs: Any,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """transformers' attention interface over our packed attention. query: [1, Hq, T, D]; returns [1, T, Hq, D]."""
+    if cu_seqlens is None or prefix is None:
+        raise ConfigError(
+            f"{type(module).__name__} does not hand its keyword arguments to the attention function, so its sequences "
+            f"cannot be packed: this architecture is not supported"
+        )
+    out = varlen_attention(
+        query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1), cu_seqlens, prefix, scaling,
+        window=kwargs.get("sliding_window"), softcap=kwargs.get("softcap"),
+    )  # fmt: skip
+    return out[None], None
+
+
+class Policy:
+    """A PEFT model seen as a policy. `adapter()` is what training changes, `base` what it does not."""
+
+    def __init__(self, model: PeftModel, dtype: torch.dtype = torch.float32) -> None:
+        """dtype: type of the adapter's master copy (fp32; fp64 in tests of exact laws)."""
+        from transformers import AttentionInterface
+
+        AttentionInterface.register(PACKED, packed_attention)
+        self.model = model
+        self.flat = FlatAdapter(model, dtype=dtype)
+        self.base: nn.Module = model.get_base_model()
+        self.device = self.flat.flat.device
+        self._decoder = self.base.get_decoder()  # type: ignore[operator]
+        head: nn.Linear = self.base.get_output_embeddings()  # type: ignore[operator]
+        if head.bias is not None:
+            raise ConfigError(f"model: the head of {type(self.base).__name__} has a bias, which is not supported")
+        self._head = head.weight
+        text = self.base.config.get_text_config()  # type: ignore[union-attr,operator]
+        self._softcap: float | None = getattr(text, "final_logit_softcapping", None)
+        # Cohere multiplies its logits by `logit_scale`; Granite divides them by `logits_scaling`.
+        self._logit_scale = getattr(text, "logit_scale", None) or 1.0 / (getattr(text, "logits_scaling", None) or 1.0)
+        self._dropouts = [m for n, m in model.named_modules() if ".lora_dropout." in n and isinstance(m, nn.Dropout)]
+
+    def logprobs(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Log-prob of every trained token, with gradient to the adapter, and entropy of its distribution, without.
+
+        Both [T] in max(fp32, model dtype), 0 where `batch.train_mask` is False.
+        """
+        for module in self._dropouts:
+            module.train()
+        try:
+            return self._forward(batch)
+        finally:
+            for module in self._dropouts:
+                module.eval()
+
+    @torch.no_grad()
+    def score(self, batch: Batch, weights: Literal["policy", "reference"] = "policy") -> Tensor:
+        """Log-probs [T] without gradient. "reference": the adapter that training started from (the base, if new)."""
+        with self._reference() if weights == "reference" else nullcontext():
+            return self._forward(batch)[0]
+
+    def adapter(self) -> dict[str, Tensor]:
+        """PEFT name -> live tensor of the adapter, without alpha / rank (`scales` has that)."""
+        return self.flat.tensors()
+
+    @property
+    def scales(self) -> dict[str, float]:
+        """PEFT name of each lora_B -> the factor its product is scaled by."""
+        return self.flat.scales
+
+    def _forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        batch = batch.to(self.device)
+        rows = batch.train_mask.nonzero().squeeze(1)
+        with self._packed():
+            hidden = self._decoder(
+                input_ids=batch.input_ids[None], position_ids=batch.position_ids[None], use_cache=False,
+                cu_seqlens=batch.cu_seqlens, prefix=batch.prefix,
+            ).last_hidden_state[0]  # fmt: skip
+        logprobs, entropy = linear_logprobs(
+            hidden[batch.source[rows]], self._head, batch.input_ids[rows], batch.temperature, self._softcap,
+            self._logit_scale,
+        )  # fmt: skip
+        zeros = torch.zeros(batch.input_ids.shape, dtype=logprobs.dtype, device=self.device)
+        return zeros.index_put((rows,), logprobs), zeros.index_put((rows,), entropy)
+
+    @contextmanager
+    def _packed(self) -> Iterator[None]:
+        """Our attention for the span of one packed forward; `generate` and everybody else keep transformers' own."""
+        config = self.base.config
+        before = config._attn_implementation  # type: ignore[union-attr]
+        config._attn_implementation = PACKED  # type: ignore[union-attr]
+        try:
+            yield
+        finally:
+            config._attn_implementation = before  # type: ignore[union-attr]
+
+    @contextmanager
+    def _reference(self) -> Iterator[None]:
+        """The starting adapter in place of the current one, restored bit for bit."""
+        flat = self.flat.flat.data
+        now = flat.clone()
+        flat.copy_(self.flat.start)
+        try:
+            yield
+        finally:
+            flat.copy_(now)

@@ -1,0 +1,211 @@
+"""Batched sampling with a KV cache on the policy's own modules: the engine of a CPU, and the one to compare others with.
+
+The base weights are the trainer's; the adapter is a second PEFT adapter ("engine") with its own tensors, filled by
+`load_adapter` and switched to for the span of `generate`. Each prompt is prefilled once and its cache repeated for the
+G completions; rows that end leave the batch.
+
+Every rollout has a random stream of its own: one uniform number per token, turned into a token through the cumulative
+distribution. So a completion depends on its seed and not on what else is in the batch (up to the rounding of matrix
+products of another size).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rlft.config import Sampling
+from rlft.errors import EngineError
+from rlft.models.adapter import lora_parameters, lora_scales
+from rlft.models.policy import Policy
+from rlft.rollout.engine import check_names, check_read_back, rollout_seed
+from rlft.types import Prompt, Rollout
+
+SLOT = "engine"
+"""Name of the engine's adapter in the PEFT model."""
+
+
+@dataclass
+class _Row:
+    """One completion in the making."""
+
+    prompt: Prompt
+    slot: int
+    sample: int
+    seed: int
+    uniforms: np.ndarray
+    ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    finished: bool = False
+
+
+class EagerEngine:
+    """Samples on the policy's modules with its own copy of the adapter."""
+
+    SAMPLES = True
+
+    def __init__(self, policy: Policy, tokenizer: Any, batch_size: int = 64, progress: Any = None) -> None:
+        """batch_size: sequences decoded at a time. progress: called with (sequences done, all) while generating."""
+        self._model, self._device = policy.model, policy.device
+        self._tokenizer, self._batch_size, self._progress = tokenizer, batch_size, progress
+        self._scales = dict(policy.scales)
+        self._model.add_adapter(SLOT, self._model.peft_config["default"])
+        self._slots: dict[str, Tensor] = {n: p.detach() for n, p in lora_parameters(self._model, SLOT).items()}
+        # PEFT made the new adapter trainable and in training mode; the trainer's is the only one that is.
+        self._model.eval()
+        for parameter in lora_parameters(self._model, SLOT).values():
+            parameter.requires_grad_(False)
+        self._eos = self._eos_ids()
+        self._version: int | None = None
+        self._digest = ""
+
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, seed: tuple[int, ...]) -> list[Rollout]:
+        """As the protocol; greedy at temperature 0, where the log-prob of the only possible token is 0."""
+        if self._version is None:
+            raise EngineError("generate before load_adapter: the engine has no adapter")
+        stops = self._eos | set(sampling.stop_token_ids)
+        rows = []
+        for slot, prompt in enumerate(prompts):
+            for sample in range(sampling.group_size):
+                own = rollout_seed(seed, slot, sample)
+                uniforms = np.random.Generator(np.random.PCG64(own)).random(sampling.max_tokens)
+                rows.append(_Row(prompt, slot, sample, own, uniforms))
+        with self._switched(), torch.inference_mode():
+            for start in range(0, len(rows), self._batch_size):
+                self._complete(rows[start : start + self._batch_size], sampling, stops)
+                if self._progress is not None:
+                    self._progress(min(start + self._batch_size, len(rows)), len(rows))
+        return [self._rollout(row) for row in rows]
+
+    def load_adapter(self, named_tensors: Mapping[str, Tensor], version: int) -> None:
+        """As the protocol: copy, then read back and compare."""
+        check_names(named_tensors, self._slots)
+        self._write(named_tensors)
+        check_read_back(named_tensors, self._slots, self._scales, lora_scales(self._model, SLOT), version)
+        self._version, self._digest = version, self._slots_digest()
+
+    def sleep(self) -> None:
+        """Nothing to give back: the cache lives only inside `generate`."""
+
+    def wake(self) -> None:
+        """Check that the adapter is the one that was loaded."""
+        if self._version is not None and self._slots_digest() != self._digest:
+            raise EngineError(f"the engine's adapter changed while it slept (policy version {self._version})")
+
+    def close(self) -> None:
+        """Remove the engine's adapter from the model."""
+        self._model.delete_adapter(SLOT)
+        self._version = None
+
+    def _write(self, named_tensors: Mapping[str, Tensor]) -> None:
+        for name, tensor in named_tensors.items():
+            self._slots[name].copy_(tensor)
+
+    def _slots_digest(self) -> str:
+        digest = hashlib.sha256()
+        for tensor in self._slots.values():
+            digest.update(tensor.contiguous().view(torch.uint8).cpu().numpy())
+        return digest.hexdigest()
+
+    def _eos_ids(self) -> set[int]:
+        config, generation = self._model.get_base_model().config, self._model.get_base_model().generation_config
+        found: set[int] = set()
+        for value in (self._tokenizer.eos_token_id, config.eos_token_id, getattr(generation, "eos_token_id", None)):
+            found |= set(value) if isinstance(value, list) else {value}
+        return {int(value) for value in found if value is not None}
+
+    @contextmanager
+    def _switched(self) -> Iterator[None]:
+        """The engine's adapter active; the trainer's active and trainable again afterwards."""
+        self._model.set_adapter(SLOT, inference_mode=True)
+        try:
+            yield
+        finally:
+            self._model.set_adapter("default")
+
+    def _complete(self, rows: list[_Row], sampling: Sampling, stops: set[int]) -> None:
+        """Fill `ids` and `logprobs` of the rows, decoding all of them together. Rows of one prompt are neighbours."""
+        heads = [i for i, row in enumerate(rows) if i == 0 or rows[i - 1].slot != row.slot]
+        longest = max(len(rows[i].prompt.ids) for i in heads)
+        ids = torch.zeros(len(heads), longest, dtype=torch.long)
+        mask = torch.zeros(len(heads), longest, dtype=torch.long)
+        for line, i in enumerate(heads):
+            prompt = rows[i].prompt.ids
+            if not prompt:
+                raise EngineError(f"row {rows[i].prompt.index} has an empty prompt: there is nothing to continue")
+            # Left padding: all rows then write their next token into the same column of the cache.
+            ids[line, longest - len(prompt) :] = torch.tensor(prompt)
+            mask[line, longest - len(prompt) :] = 1
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        out = self._model(
+            input_ids=ids.to(self._device), attention_mask=mask.to(self._device),
+            position_ids=positions.to(self._device), use_cache=True, logits_to_keep=1,
+        )  # fmt: skip
+        line_of = torch.tensor([sum(h <= i for h in heads) - 1 for i in range(len(rows))])
+        cache, logits = out.past_key_values, out.logits[:, -1].float()[line_of.to(self._device)]
+        cache.batch_select_indices(line_of.to(self._device))
+        mask, positions, live = mask[line_of], positions[line_of, -1], rows
+        while True:
+            tokens = self._draw(logits, live, sampling)
+            for row, token in zip(live, tokens.tolist(), strict=True):
+                row.finished = token in stops
+            keep = [i for i, row in enumerate(live) if not row.finished and len(row.ids) < sampling.max_tokens]
+            if not keep:
+                return
+            if len(keep) < len(live):
+                kept = torch.tensor(keep)
+                live, mask, positions, tokens = [live[i] for i in keep], mask[kept], positions[kept], tokens[kept]
+                cache.batch_select_indices(kept.to(self._device))
+            mask = torch.cat([mask, torch.ones(len(live), 1, dtype=torch.long)], dim=1)
+            positions = positions + 1
+            logits = self._model(
+                input_ids=tokens[:, None].to(self._device), attention_mask=mask.to(self._device),
+                position_ids=positions[:, None].to(self._device), past_key_values=cache, use_cache=True,
+            ).logits[:, -1].float()  # fmt: skip
+
+    def _draw(self, logits: Tensor, rows: list[_Row], sampling: Sampling) -> Tensor:
+        """Draw the next token of each row, append it with its log-prob, and return the tokens [rows] on the CPU."""
+        if sampling.temperature == 0:
+            tokens, drawn = logits.argmax(-1), torch.zeros(len(rows))
+        else:
+            log_p = _truncate(logits / sampling.temperature, sampling.top_k, sampling.top_p).log_softmax(-1)
+            cumulative = log_p.double().exp().cumsum(-1)
+            uniform = torch.tensor([row.uniforms[len(row.ids)] for row in rows], device=logits.device)
+            # right=True: the first token whose cumulative probability is above u, which always has p > 0.
+            tokens = torch.searchsorted(cumulative, (uniform * cumulative[:, -1])[:, None], right=True)
+            tokens = tokens.clamp(max=logits.shape[1] - 1)
+            drawn = log_p.gather(1, tokens).squeeze(1)
+            tokens = tokens.squeeze(1)
+        for row, token, logprob in zip(rows, tokens.tolist(), drawn.tolist(), strict=True):
+            row.ids.append(token)
+            row.logprobs.append(logprob)
+        return tokens.cpu()
+
+    def _rollout(self, row: _Row) -> Rollout:
+        assert self._version is not None
+        return Rollout(
+            prompt=row.prompt, completion_ids=tuple(row.ids), completion_mask=(True,) * len(row.ids),
+            sampler_logprobs=tuple(row.logprobs), text=self._tokenizer.decode(row.ids, skip_special_tokens=True),
+            finish_reason="stop" if row.finished else "length", sample_index=row.sample, policy_version=self._version,
+            seed=row.seed,
+        )  # fmt: skip
+
+
+def _truncate(logits: Tensor, top_k: int, top_p: float) -> Tensor:
+    """Logits [rows, V] with everything outside the top k tokens and the top-p nucleus at -inf."""
+    if top_k:
+        kth = logits.topk(min(top_k, logits.shape[-1]), dim=-1).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, float("-inf"))
+    if top_p < 1:
+        ordered, order = logits.sort(dim=-1, descending=True)
+        p = ordered.softmax(-1)
+        outside = p.cumsum(-1) - p >= top_p  # a token stays while the mass before it is below top_p
+        logits = logits.masked_fill(torch.zeros_like(outside).scatter(1, order, outside), float("-inf"))
+    return logits

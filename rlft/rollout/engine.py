@@ -1,0 +1,109 @@
+"""The protocol of a rollout engine: five methods, one contract test over all of them (tests/test_engines.py).
+
+An engine owns a copy of the adapter, never the trainer's live tensors: what it samples from changes only by
+`load_adapter`. It keeps the order of the prompts, G completions each, and every Rollout says which policy version made
+it. After each load and wake it reads its adapter back and compares (`check_read_back`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rlft.config import Sampling
+from rlft.errors import EngineError
+from rlft.types import Prompt, Rollout
+
+
+class Engine(Protocol):
+    """Anything that turns prompts into rollouts."""
+
+    SAMPLES: bool
+    """True when it samples and returns sampler log-probs; False when it replays recorded completions."""
+
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, seed: tuple[int, ...]) -> list[Rollout]:
+        """`sampling.group_size` rollouts per prompt, in the order of the prompts.
+
+        seed: (run seed, step) or longer; the same seed gives the same rollouts on the same machine.
+        Raises EngineError before an adapter was loaded, and when the engine fails.
+        """
+        ...
+
+    def load_adapter(self, named_tensors: Mapping[str, Tensor], version: int) -> None:
+        """Copy the adapter (PEFT names, without alpha / rank) and sample from it from now on.
+
+        Raises EngineError for a missing or unknown name, a wrong shape, and when the read-back differs.
+        """
+        ...
+
+    def sleep(self) -> None:
+        """Give back the memory that only generation needs."""
+        ...
+
+    def wake(self) -> None:
+        """Take it again; the adapter is there as before, or EngineError."""
+        ...
+
+    def close(self) -> None:
+        """Free everything."""
+        ...
+
+
+@contextmanager
+def asleep(engine: Engine) -> Iterator[None]:
+    """The engine sleeps inside the block, also when the block fails."""
+    engine.sleep()
+    try:
+        yield
+    finally:
+        engine.wake()
+
+
+def rollout_seed(seed: tuple[int, ...], slot: int, sample: int) -> int:
+    """Seed of one rollout: 63 bits from (run seed, step, position of the prompt in the step, sample).
+
+    The position and not the dataset row: a row that comes twice in a step must not give the same completions twice.
+    """
+    entropy = [value % 2**32 for value in (*seed, slot, sample)]
+    return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def check_names(given: Mapping[str, Tensor], slots: Mapping[str, Tensor]) -> None:
+    """Raise EngineError unless `given` has exactly the engine's names and shapes: nothing is dropped silently."""
+    missing, unknown = sorted(slots.keys() - given.keys()), sorted(given.keys() - slots.keys())
+    if missing or unknown:
+        what = f"misses {missing[0]}" if missing else f"has {unknown[0]}, which the engine does not know"
+        raise EngineError(f"adapter handed to the engine {what} ({len(missing)} missing, {len(unknown)} unknown)")
+    for name, tensor in given.items():
+        if tensor.shape != slots[name].shape:
+            raise EngineError(f"adapter tensor {name}: {tuple(tensor.shape)}, the engine has {tuple(slots[name].shape)}")
+
+
+def check_read_back(
+    given: Mapping[str, Tensor], slots: Mapping[str, Tensor], given_scales: Mapping[str, float],
+    slot_scales: Mapping[str, float], version: int,
+) -> None:  # fmt: skip
+    """Raise EngineError unless the engine holds `given` exactly, after the cast to its dtype, with the same scales.
+
+    This is the first guard of agreement: it sees a stale, missing or doubled adapter even while B = 0.
+    """
+    for name, scale in given_scales.items():
+        if slot_scales.get(name) != scale:
+            raise EngineError(
+                f"after loading policy version {version} the engine scales {name} by {slot_scales.get(name)}, the "
+                f"trainer by {scale}: alpha / rank must be applied exactly once"
+            )
+    for name, tensor in given.items():
+        slot = slots[name]
+        want = tensor.to(dtype=slot.dtype, device=slot.device)
+        if not torch.equal(slot, want):
+            worst = (slot - want).abs().max().item()
+            raise EngineError(
+                f"after loading policy version {version} the engine does not hold the trainer's adapter: {name} differs "
+                f"by up to {worst:.3g}. It would sample from another policy than the one that is trained."
+            )

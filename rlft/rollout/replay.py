@@ -1,0 +1,56 @@
+"""Recorded completions in place of sampling: SFT, DPO, and debugging a loss on fixed data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor
+
+from rlft.config import Sampling
+from rlft.errors import EngineError
+from rlft.types import Prompt, Rollout
+
+
+class ReplayEngine:
+    """Hands out `Prompt.recorded`, in order. It has no sampler log-probs and no use for an adapter."""
+
+    SAMPLES = False
+
+    def __init__(self) -> None:
+        self._version: int | None = None
+
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, seed: tuple[int, ...]) -> list[Rollout]:
+        """Every recorded completion of every prompt; `sampling` and `seed` have nothing to decide.
+
+        Raises EngineError for a prompt without recorded completions and before an adapter was loaded.
+        """
+        if self._version is None:
+            raise EngineError("generate before load_adapter: the engine has no adapter")
+        rollouts = []
+        for prompt in prompts:
+            if not prompt.recorded:
+                raise EngineError(f"row {prompt.index} has no recorded completion to replay; use a sampling engine")
+            for sample, recorded in enumerate(prompt.recorded):
+                rollouts.append(
+                    Rollout(
+                        prompt=prompt, completion_ids=recorded.ids, completion_mask=recorded.mask, sampler_logprobs=None,
+                        text=recorded.text, finish_reason="stop", sample_index=sample, policy_version=self._version,
+                        seed=0, recorded_reward=recorded.reward,
+                    )  # fmt: skip
+                )
+        return rollouts
+
+    def load_adapter(self, named_tensors: Mapping[str, Tensor], version: int) -> None:
+        """Note the version; recorded completions do not depend on it."""
+        if not named_tensors:
+            raise EngineError("an empty adapter was handed to the engine")
+        self._version = version
+
+    def sleep(self) -> None:
+        """Nothing to give back."""
+
+    def wake(self) -> None:
+        """Nothing to take."""
+
+    def close(self) -> None:
+        """Nothing to free."""

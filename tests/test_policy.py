@@ -1,0 +1,179 @@
+"""The policy against transformers' own logits, packed against one row at a time, and the reference."""
+
+from __future__ import annotations
+
+import sys
+
+import peft
+import pytest
+import torch
+import transformers
+from tiny import prompts, tiny_model, tiny_policy
+
+from rlft.batch import count, pack
+from rlft.config import Lora
+from rlft.errors import ConfigError
+from rlft.models.adapter import lora_parameters
+from rlft.models.load import attach_lora
+from rlft.types import PackPlan, Rollout
+
+
+def rollouts(groups: int, samples: int = 3) -> list[Rollout]:
+    """Completions of unequal length, ids 10 and up."""
+    made = []
+    for prompt in prompts(groups):
+        for s in range(samples):
+            ids = tuple(11 + (prompt.index * 5 + s * 3 + j) % 70 for j in range(1 + (2 * s + prompt.index) % 5))
+            made.append(Rollout(prompt, ids, (True,) * len(ids), None, "", "stop", s, 0, s))
+    return made
+
+
+def plan(n: int, budget: int = 10_000, share: bool = True, temperature: float = 1.0) -> PackPlan:
+    return PackPlan((True,) * n, "token_mean", budget, 8, temperature, share_prefix=share)
+
+
+def scores(policy, made: list[Rollout], the_plan: PackPlan) -> dict[int, list[float]]:
+    """Rollout index -> log-probs of its completion."""
+    out = {}
+    for batch in pack(made, torch.ones(len(made)), the_plan, count(made, the_plan)):
+        logprobs = policy.score(batch)
+        own = [s for s in range(len(batch.prefix)) if batch.group_ids[s] >= 0]
+        for s, row in zip(own, batch.rows, strict=True):
+            mine = (batch.seq_ids == s) & batch.train_mask
+            out[row] = logprobs[mine].tolist()
+    return out
+
+
+@pytest.mark.parametrize("share", [True, False])
+@pytest.mark.parametrize("budget", [1, 25, 10_000])
+def test_packed_log_probs_equal_transformers_logits_one_row_at_a_time(share: bool, budget: int) -> None:
+    policy, made = tiny_policy(torch.float64, trained=0.3), rollouts(3)
+    got = scores(policy, made, plan(len(made), budget, share, temperature=0.7))
+    for index, rollout in enumerate(made):
+        ids = torch.tensor([rollout.prompt.ids + rollout.completion_ids])
+        with torch.no_grad():
+            log_p = (policy.model(ids).logits[0] / 0.7).log_softmax(-1)
+        start = len(rollout.prompt.ids)
+        want = [log_p[t - 1, ids[0, t]].item() for t in range(start, ids.shape[1])]
+        assert got[index] == pytest.approx(want, abs=1e-10)
+
+
+def step_gradient(budget: int, share: bool):
+    """Adapter gradient of one step over 9 rollouts of 3 groups, packed in this way."""
+    policy, made = tiny_policy(torch.float64, trained=0.3), rollouts(3)
+    the_plan = plan(len(made), budget, share)
+    policy.flat.zero_grad()
+    for batch in pack(made, torch.linspace(-1, 1, len(made)), the_plan, count(made, the_plan)):
+        logprobs, _ = policy.logprobs(batch)
+        (-(logprobs * batch.advantages * batch.weight).sum()).backward()
+    policy.flat.check_views()
+    return policy.flat.gradient
+
+
+@pytest.mark.parametrize(("budget", "share", "tolerance"), [(30, True, 1e-12), (20, True, 1e-6), (20, False, 1e-6)])
+def test_splitting_and_sharing_give_the_same_adapter_gradient(budget: int, share: bool, tolerance: float) -> None:
+    """1e-6 where attention sums in another order: transformers' RMSNorm then rounds to fp32 in another place. The law
+    itself, at 1e-12 on operations that do not round, is in test_algos.py and test_attention.py."""
+    whole = step_gradient(10_000, True)
+    assert whole.abs().max() > 1e-2
+    assert torch.allclose(whole, step_gradient(budget, share), atol=tolerance, rtol=0)
+
+
+def test_gradients_of_every_lora_tensor_equal_plain_transformers() -> None:
+    policy, made = tiny_policy(torch.float64, trained=0.3), rollouts(1, samples=1)
+    the_plan = plan(1)
+    (batch,) = pack(made, torch.ones(1), the_plan, count(made, the_plan))
+    policy.flat.zero_grad()
+    policy.logprobs(batch)[0].sum().backward()
+    ours = {n: p.grad.clone() for n, p in policy.flat.parameters.items()}
+    policy.flat.zero_grad()
+    ids = torch.tensor([made[0].prompt.ids + made[0].completion_ids])
+    log_p = policy.model(ids).logits[0].log_softmax(-1)
+    sum(log_p[t - 1, ids[0, t]] for t in range(len(made[0].prompt.ids), ids.shape[1])).backward()
+    for name, p in policy.flat.parameters.items():
+        assert torch.allclose(ours[name], p.grad, atol=1e-10), name
+
+
+def test_entropy_is_that_of_the_sampled_distribution() -> None:
+    policy, made = tiny_policy(torch.float64), rollouts(1, samples=1)
+    the_plan = plan(1, temperature=0.5)
+    (batch,) = pack(made, torch.ones(1), the_plan, count(made, the_plan))
+    _, entropy = policy.logprobs(batch)
+    ids = torch.tensor([made[0].prompt.ids + made[0].completion_ids])
+    log_p = (policy.model(ids).logits[0] / 0.5).log_softmax(-1)
+    first = len(made[0].prompt.ids)
+    assert entropy[batch.train_mask][0].item() == pytest.approx(-(log_p.exp() * log_p).sum(-1)[first - 1].item(), abs=1e-10)
+    assert not entropy.requires_grad
+
+
+def test_the_reference_of_a_new_adapter_is_the_base_and_scoring_it_changes_nothing() -> None:
+    policy, made = tiny_policy(torch.float64), rollouts(2)
+    the_plan = plan(len(made))
+    (batch,) = pack(made, torch.ones(len(made)), the_plan, count(made, the_plan))
+    base = policy.score(batch)
+    for tensor in policy.adapter().values():
+        tensor.add_(0.1)
+    before = policy.flat.flat.detach().clone()
+    with policy.model.disable_adapter():
+        off = policy.score(batch)
+    assert torch.equal(policy.score(batch, weights="reference"), base) and torch.allclose(base, off, atol=1e-12)
+    assert not torch.allclose(policy.score(batch), base, atol=1e-3)
+    assert torch.equal(policy.flat.flat, before)
+
+
+def test_the_reference_of_a_continued_adapter_is_its_start(tmp_path) -> None:
+    first = tiny_policy(trained=0.3)
+    first.model.save_pretrained(tmp_path, selected_adapters=["default"])
+    lora = Lora(rank=4, alpha=8, resume_from=str(tmp_path))
+    policy = type(first)(tiny_model(lora=lora))
+    made = rollouts(2)
+    the_plan = plan(len(made))
+    (batch,) = pack(made, torch.ones(len(made)), the_plan, count(made, the_plan))
+    start = first.score(batch)
+    assert not policy.flat.fresh
+    policy.flat.flat.data.mul_(0.5)
+    assert torch.equal(policy.score(batch, weights="reference"), start)
+    assert not torch.allclose(policy.score(batch), start, atol=1e-3)
+
+
+def test_an_adapter_that_does_not_fit_is_named(tmp_path) -> None:
+    tiny_policy().model.save_pretrained(tmp_path, selected_adapters=["default"])
+    base = tiny_model().unload()
+    with pytest.raises(ConfigError, match=r"lora.rank = 8, but the adapter in .* has 4: set lora.rank = 4"):
+        attach_lora(base, Lora(rank=8, alpha=8, resume_from=str(tmp_path)), 0)
+    with pytest.raises(ConfigError, match="no PEFT adapter there"):
+        attach_lora(base, Lora(resume_from=str(tmp_path / "nothing")), 0)
+
+
+def test_targets_that_match_nothing_list_what_there_is() -> None:
+    with pytest.raises(ConfigError, match=r"lora.targets = \('qqq',\): matches no linear layer.*down_proj.*q_proj"):
+        tiny_model(lora=Lora(targets=("qqq",)))
+
+
+def test_dropout_is_on_with_gradient_and_off_without() -> None:
+    policy, made = tiny_policy(trained=0.5, lora=Lora(rank=4, alpha=8, dropout=0.5)), rollouts(1)
+    the_plan = plan(len(made))
+    (batch,) = pack(made, torch.ones(len(made)), the_plan, count(made, the_plan))
+    assert torch.equal(policy.score(batch), policy.score(batch))
+    assert not torch.equal(policy.logprobs(batch)[0], policy.logprobs(batch)[0])
+
+
+def test_loading_generating_and_training_patch_nothing() -> None:
+    """Every public attribute of the libraries is the same object before and after; what changes is registered."""
+    before = {(m.__name__, n): getattr(m, n, None) for m in (torch, torch.nn, torch.nn.functional, transformers, peft)
+              for n in list(vars(m))}  # fmt: skip
+    implementation = transformers.LlamaForCausalLM.forward
+    policy, made = tiny_policy(), rollouts(1)
+    the_plan = plan(len(made))
+    (batch,) = pack(made, torch.ones(len(made)), the_plan, count(made, the_plan))
+    policy.logprobs(batch)[0].sum().backward()
+    changed = [key for key, value in before.items() if vars(sys.modules[key[0]]).get(key[1]) is not value]
+    assert not changed and transformers.LlamaForCausalLM.forward is implementation
+    assert policy.base.config._attn_implementation == "sdpa"
+
+
+def test_lora_parameters_carry_the_names_of_a_peft_file() -> None:
+    names = list(lora_parameters(tiny_model(), "default"))
+    assert names[0] == "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+    assert len(names) == 2 * 7 * 2
+
