@@ -1,7 +1,8 @@
 """rlft: reinforcement-learning-first post-training of language models.
 
 >>> import rlft
->>> rlft.train(rlft.Config(model=..., data=rlft.Data("train.jsonl"), out="runs/a", steps=100), rewards=[my_reward])
+>>> cfg = rlft.Config(model=..., data=rlft.Data("train.jsonl"), out="runs/a", steps=100)
+>>> rlft.train(cfg, rewards=[my_reward])
 
 The names below are loaded when they are first used: `import rlft` imports no torch, touches no GPU, patches nothing.
 """
@@ -13,14 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-_WHERE = {
-    "Config": "config", "Source": "config", "Data": "config", "Reward": "config", "Algo": "config", "Sampling": "config",
-    "Lora": "config", "Optim": "config", "Engine": "config", "Packing": "config", "Parity": "config", "Eval": "config",
-    "Checkpoint": "config",
-    "Prompt": "types", "Rollout": "types", "Batch": "types", "PackPlan": "types", "Stat": "types", "State": "types",
-    "RlftError": "errors", "ConfigError": "errors", "DataError": "errors", "RewardError": "errors",
-    "EngineError": "errors", "ParityError": "errors", "TrainError": "errors",
-}  # fmt: skip
+_NAMES = {
+    "config": "Config Source Data Reward Algo Sampling Lora Optim Engine Packing Parity Eval Checkpoint",
+    "types": "Prompt Rollout Batch PackPlan Stat State",
+    "errors": "RlftError ConfigError DataError RewardError EngineError ParityError TrainError",
+}
+_WHERE = {name: module for module, names in _NAMES.items() for name in names.split()}
 
 __all__ = ["__version__", "train", *sorted(_WHERE)]
 

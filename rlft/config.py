@@ -59,7 +59,7 @@ class Data:
     template: str | None = None
     """"file.py:function" that turns a raw row into a row with our columns; runs before `columns`."""
     chat: Literal["auto", "never"] = "auto"
-    """"auto": a string prompt becomes one user turn when the tokenizer has a chat template. "never": it is encoded as is."""
+    """"auto": a string prompt becomes one user turn where there is a chat template. "never": it is encoded as it is."""
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
     """Arguments handed to the chat template, for example {enable_thinking = false}."""
     shuffle: bool = True
@@ -340,5 +340,3 @@ class Config:
         if (self.steps is None) == (self.data.epochs is None):
             raise ConfigError(f"steps = {self.steps} and data.epochs = {self.data.epochs}: give exactly one of them")
         self.sampling.check_for_training()
-        if self.eval.rows and not (self.eval.rewards or self.rewards):
-            raise ConfigError(f"eval.rows = {self.eval.rows} but there is no reward to score with: set eval.rewards")

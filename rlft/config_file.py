@@ -170,7 +170,7 @@ def _value(hint: Any, value: Any, where: str) -> Any:
     if origin in (typing.Union, types.UnionType):
         return _union(hint, value, where)
     if origin is Literal:
-        if value in args and type(value) in {type(a) for a in args}:
+        if value in args:
             return value
         close = near(value, [str(a) for a in args]) if isinstance(value, str) else ""
         raise ConfigError(f"{where} = {_shown(value)}: want {_want(hint)}{'.' + close if close else ''}")

@@ -46,7 +46,7 @@ class Optimizer:
         if cfg.name == "adamw_8bit":
             if flat.device.type != "cuda":
                 raise ConfigError(f'optim.name = "adamw_8bit" needs a GPU, this run is on {flat.device}: set "adamw"')
-            from bitsandbytes.optim import AdamW8bit
+            from bitsandbytes.optim import AdamW8bit  # pyright: ignore[reportPrivateImportUsage]
 
             self._adam: torch.optim.Optimizer = AdamW8bit([flat], **options)
         else:
@@ -65,7 +65,7 @@ class Optimizer:
             if skipped_before + 1 >= self._cfg.max_skipped:
                 raise TrainError(
                     f"{skipped_before + 1} updates in a row had a non-finite gradient (norm {norm}): lower optim.lr "
-                    f"({self._cfg.lr}), check the rewards for extreme values, or set dtype = \"float32\""
+                    f'({self._cfg.lr}), check the rewards for extreme values, or set dtype = "float32"'
                 )
             return Update(norm, rate, skipped=True)
         if self._cfg.max_grad_norm and norm > self._cfg.max_grad_norm:

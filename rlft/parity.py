@@ -126,12 +126,16 @@ def _random_adapter(policy: Any, rollouts: list[Rollout], plan: PackPlan, seed: 
         for name, tensor in policy.adapter().items():
             if ".lora_B." in name:
                 tensor.copy_(noise[name] * size)
-        moved = [(policy.score(b) - old)[b.train_mask.to(old.device)].abs() for b, old in zip(batches, before, strict=True)]
+        moved = [
+            (policy.score(b) - old)[b.train_mask.to(old.device)].abs() for b, old in zip(batches, before, strict=True)
+        ]
         shift = float(torch.cat(moved).mean())
         if shift >= 0.5:
             return shift
         size *= 2
-    raise ParityError(f"no adapter of size {size:.3g} moves log-probs by 0.5 nat (got {shift:.3g}): is it applied at all?")
+    raise ParityError(
+        f"no adapter of size {size:.3g} moves log-probs by 0.5 nat (got {shift:.3g}): is it applied at all?"
+    )
 
 
 def probe(policy: Any, engine: Any, prompts: Sequence[Prompt], sampling: Any, seed: int, plan: PackPlan) -> Probe:
@@ -178,8 +182,8 @@ def gate(mismatch: Mismatch, most: float, score: Callable[[Batch], Tensor], batc
         return
     cause = "" if batch is None else _cause(mismatch.mean, score, batch)
     raise ParityError(
-        f"engine and trainer disagree: mean |log-prob difference| {mismatch.mean:.3g} nat over {mismatch.tokens} tokens, "
-        f"limit {most:.3g} (p99 {mismatch.percentile(0.99):.3g}, max {mismatch.largest:.3g}). {cause} "
+        f"engine and trainer disagree: mean |log-prob difference| {mismatch.mean:.3g} nat over {mismatch.tokens} "
+        f"tokens, limit {most:.3g} (p99 {mismatch.percentile(0.99):.3g}, max {mismatch.largest:.3g}). {cause} "
         f"No update was made."
     )
 

@@ -5,11 +5,11 @@ P prompts of a step, G rollouts per prompt, V vocabulary, H hidden size.
 
 Alignment. Index t of every per-token array describes `input_ids[t]`, and
 `logprobs[t] = log p(input_ids[t] | the tokens before it)`. The hidden state that predicts token t lies in another row,
-`source[t]` (the row before it, or the last row of a shared prompt). That shift happens inside `Policy` and nowhere else.
+`source[t]` (the row before it, or the last row of a shared prompt). The shift happens inside `Policy`, nowhere else.
 
-Four log-probabilities, never confused: `sampler_logprobs` (the engine's, when it sampled), `old_logprobs` (the trainer's
-before the first of several updates), `logprobs` (the trainer's now, with gradient), `ref_logprobs` (adapter off, or the
-adapter that training started from).
+Four log-probabilities, never confused: `sampler_logprobs` (the engine's, when it sampled), `old_logprobs` (the
+trainer's before the first of several updates), `logprobs` (the trainer's now, with gradient), `ref_logprobs` (adapter
+off, or the adapter that training started from).
 
 Tokens in, tokens out: text is decoded for rewards and never encoded again.
 """

@@ -11,8 +11,8 @@ from tiny import prompts, tiny_policy, tiny_tokenizer
 
 from rlft import parity
 from rlft.batch import count, pack
-from rlft.config import Sampling
 from rlft.config import Parity as ParityConfig
+from rlft.config import Sampling
 from rlft.errors import ConfigError, EngineError, ParityError
 from rlft.rollout.eager import EagerEngine
 from rlft.rollout.replay import ReplayEngine
@@ -229,7 +229,9 @@ def test_a_doubled_scaling_stops_at_the_hand_over_even_while_b_is_zero() -> None
             module.scaling["engine"] *= 2
     with pytest.raises(EngineError, match=r"scales .*lora_B.weight by 4.0, the trainer by 2.0: .* exactly once"):
         engine.load_adapter(policy.adapter(), version=0)
-    policy, engine = broken(lambda self, tensors, write: write({n: 2 * t if "lora_B" in n else t for n, t in tensors.items()}))
+    policy, engine = broken(
+        lambda self, tensors, write: write({n: 2 * t if "lora_B" in n else t for n, t in tensors.items()})
+    )
     with pytest.raises(EngineError, match="does not hold the trainer's adapter"):
         engine.load_adapter(policy.adapter(), version=0)
 

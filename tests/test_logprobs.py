@@ -80,7 +80,9 @@ def test_shifting_all_logits_by_100_changes_nothing() -> None:
     ones = torch.ones(4, 1, dtype=torch.float64)
     shifted = torch.cat([hidden, ones], 1)
     base = linear_logprobs(shifted, torch.cat([weight, torch.zeros(9, 1, dtype=torch.float64)], 1), targets, 1.0)
-    moved = linear_logprobs(shifted, torch.cat([weight, torch.full((9, 1), 100.0, dtype=torch.float64)], 1), targets, 1.0)
+    moved = linear_logprobs(
+        shifted, torch.cat([weight, torch.full((9, 1), 100.0, dtype=torch.float64)], 1), targets, 1.0
+    )
     assert torch.allclose(base[0], moved[0], atol=1e-10) and torch.allclose(base[1], moved[1], atol=1e-10)
 
 

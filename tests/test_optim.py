@@ -60,5 +60,5 @@ def test_restored_moments_continue_bit_for_bit() -> None:
 
 
 def test_8_bit_moments_without_a_gpu_say_what_to_set() -> None:
-    with pytest.raises(ConfigError, match='optim.name = "adamw_8bit" needs a GPU, this run is on cpu: set "adamw"'):
+    with pytest.raises(ConfigError, match=r'optim.name = "adamw_8bit" needs a GPU, this run is on cpu: set "adamw"'):
         make([1.0], [1.0], name="adamw_8bit")

@@ -102,7 +102,9 @@ def test_entropy_is_that_of_the_sampled_distribution() -> None:
     ids = torch.tensor([made[0].prompt.ids + made[0].completion_ids])
     log_p = (policy.model(ids).logits[0] / 0.5).log_softmax(-1)
     first = len(made[0].prompt.ids)
-    assert entropy[batch.train_mask][0].item() == pytest.approx(-(log_p.exp() * log_p).sum(-1)[first - 1].item(), abs=1e-10)
+    assert entropy[batch.train_mask][0].item() == pytest.approx(
+        -(log_p.exp() * log_p).sum(-1)[first - 1].item(), abs=1e-10
+    )
     assert not entropy.requires_grad
 
 
@@ -176,4 +178,3 @@ def test_lora_parameters_carry_the_names_of_a_peft_file() -> None:
     names = list(lora_parameters(tiny_model(), "default"))
     assert names[0] == "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
     assert len(names) == 2 * 7 * 2
-

@@ -29,13 +29,17 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.WordLevel({c: i for i, c in enumerate(letters)}, unk_token="?"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")  # type: ignore[assignment]
     tokenizer.decoder = decoders.Fuse()  # type: ignore[assignment]
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=SPECIAL[2], pad_token=SPECIAL[0], unk_token="?")
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token=SPECIAL[2], pad_token=SPECIAL[0], unk_token="?"
+    )
     fast.add_special_tokens({"additional_special_tokens": [SPECIAL[1]]})
     fast.chat_template = CHATML
     return fast
 
 
-def tiny_model(dtype: torch.dtype = torch.float32, seed: int = 0, lora: Lora | None = None, layers: int = 2) -> PeftModel:
+def tiny_model(
+    dtype: torch.dtype = torch.float32, seed: int = 0, lora: Lora | None = None, layers: int = 2
+) -> PeftModel:
     """Llama with grouped queries (4 heads, 2 key heads), hidden size 32, 103 tokens."""
     config = LlamaConfig(
         vocab_size=103, hidden_size=32, intermediate_size=48, num_hidden_layers=layers, num_attention_heads=4,

@@ -49,7 +49,9 @@ def varlen_attention_reference(
         if softcap is not None:
             scores = softcap * torch.tanh(scores / softcap)
         scores = scores.masked_fill(~visible(len(rows), len(seen), window, q.device), float("-inf"))
-        out = out.index_copy(0, torch.tensor(rows, device=q.device), torch.einsum("hij,jhd->ihd", scores.softmax(-1), values))
+        out = out.index_copy(
+            0, torch.tensor(rows, device=q.device), torch.einsum("hij,jhd->ihd", scores.softmax(-1), values)
+        )
     return out
 
 

@@ -12,7 +12,7 @@ product. Logits, softmax and J are computed in max(fp32, dtype of h): bf16 logit
 at z = 30. The one-hot is subtracted outside the product, where 1 - p does not cancel for p near 1 (the common case in
 RL).
 
-Sources: grad-in-forward over chunks as in Liger-Kernel (arXiv 2410.10989) and TRL's chunked head; reference/kernels.md 2.
+Sources: grad-in-forward over chunks as in Liger-Kernel (arXiv 2410.10989) and TRL's chunked head.
 Bytes: reads W twice per chunk, reads h and writes J once, and moves 4 V bytes per row a few times inside the chunk.
 """
 
@@ -26,7 +26,12 @@ CHUNK_BYTES = 256 * 2**20
 
 
 def linear_logprobs_reference(
-    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, softcap: float | None = None, scale: float = 1.0
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    temperature: float,
+    softcap: float | None = None,
+    scale: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """The formula with the whole logits in memory, differentiable by autograd. Arguments as `linear_logprobs`."""
     dtype = torch.promote_types(hidden.dtype, torch.float32)
@@ -93,8 +98,8 @@ class _LinearLogprobs(torch.autograd.Function):
 
 
 def linear_logprobs(
-    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, softcap: float | None = None, scale: float = 1.0,
-    chunk_bytes: int = CHUNK_BYTES,
+    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, softcap: float | None = None,
+    scale: float = 1.0, chunk_bytes: int = CHUNK_BYTES,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Log-probability of each target and entropy of its distribution.
 
@@ -105,7 +110,12 @@ def linear_logprobs(
     Returns logprobs [N] with gradient to hidden and entropy [N] without, both in max(fp32, hidden.dtype).
     Raises ValueError on shapes that do not fit, a temperature that is not positive, or a head that wants a gradient.
     """
-    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1] or targets.shape != hidden.shape[:1]:
+    if (
+        hidden.dim() != 2
+        or weight.dim() != 2
+        or hidden.shape[1] != weight.shape[1]
+        or targets.shape != hidden.shape[:1]
+    ):
         raise ValueError(
             f"linear_logprobs: want hidden [N, H], weight [V, H], targets [N]; "
             f"got {tuple(hidden.shape)}, {tuple(weight.shape)}, {tuple(targets.shape)}"

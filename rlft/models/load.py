@@ -48,7 +48,9 @@ def locate(model: str) -> Location:
             if len(files) == 1:
                 return Location(folder, files[0].name)
             if files:
-                raise ConfigError(f'model = "{model}": the package holds {len(files)} .gguf files; give one by its path')
+                raise ConfigError(
+                    f'model = "{model}": the package holds {len(files)} .gguf files; give one by its path'
+                )
         if spec is not None:
             raise ConfigError(f'model = "{model}": the installed package holds no .gguf file')
     return Location(model)
@@ -103,19 +105,22 @@ def load_base(cfg: Config, device: torch.device) -> nn.Module:
     elif nf4:
         options |= {
             "quantization_config": BitsAndBytesConfig(
-                load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+                load_in_4bit=True,
+                bnb_4bit_quant_type="nf4",
+                bnb_4bit_use_double_quant=True,
+                bnb_4bit_compute_dtype=dtype,
             ),
             "device_map": {"": device},
         }
     try:
-        model = AutoModelForCausalLM.from_pretrained(where.path, **options)
+        model: Any = AutoModelForCausalLM.from_pretrained(where.path, **options)
     except OSError as error:
         raise _not_found(cfg.model, error) from error
     if where.gguf and hasattr(model.config, "quantization_config"):
         # Dequantised: what is left of the file's own quantisation would make PEFT and save_pretrained mistake it.
-        del model.config.quantization_config
+        delattr(model.config, "quantization_config")
     if not nf4:
-        model = model.to(device)
+        model.to(device)
     model.requires_grad_(False)
     return model.eval()
 
@@ -151,11 +156,15 @@ def _continue_adapter(base: nn.Module, lora: Lora) -> PeftModel:
     except (ValueError, OSError) as error:
         raise ConfigError(f'lora.resume_from = "{folder}": no PEFT adapter there ({error})') from error
     if not isinstance(saved, LoraConfig) or saved.use_dora or saved.bias != "none" or saved.modules_to_save:
-        raise ConfigError(f'lora.resume_from = "{folder}": want a plain LoRA adapter (no DoRA, bias or modules_to_save)')
+        raise ConfigError(
+            f'lora.resume_from = "{folder}": want a plain LoRA adapter (no DoRA, bias or modules_to_save)'
+        )
     for field, ours, theirs in (("rank", lora.rank, saved.r), ("alpha", lora.alpha, saved.lora_alpha),
                                 ("rslora", lora.rslora, saved.use_rslora)):  # fmt: skip
         if ours != theirs:
-            raise ConfigError(f"lora.{field} = {ours}, but the adapter in {folder} has {theirs}: set lora.{field} = {theirs}")
+            raise ConfigError(
+                f"lora.{field} = {ours}, but the adapter in {folder} has {theirs}: set lora.{field} = {theirs}"
+            )
     try:
         return PeftModel.from_pretrained(base, folder, is_trainable=True).eval()  # type: ignore[arg-type]
     except (RuntimeError, ValueError) as error:

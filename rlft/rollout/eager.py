@@ -1,4 +1,4 @@
-"""Batched sampling with a KV cache on the policy's own modules: the engine of a CPU, and the one to compare others with.
+"""Batched sampling with a KV cache on the policy's own modules: the engine of a CPU, and the one others are held to.
 
 The base weights are the trainer's; the adapter is a second PEFT adapter ("engine") with its own tensors, filled by
 `load_adapter` and switched to for the span of `generate`. Each prompt is prefilled once and its cache repeated for the
@@ -49,7 +49,7 @@ class _Row:
 class EagerEngine:
     """Samples on the policy's modules with its own copy of the adapter."""
 
-    SAMPLES = True
+    SAMPLES: bool = True
 
     def __init__(self, policy: Policy, tokenizer: Any, batch_size: int = 64, progress: Any = None) -> None:
         """batch_size: sequences decoded at a time. progress: called with (sequences done, all) while generating."""
@@ -111,15 +111,16 @@ class EagerEngine:
     def _slots_digest(self) -> str:
         digest = hashlib.sha256()
         for tensor in self._slots.values():
-            digest.update(tensor.contiguous().view(torch.uint8).cpu().numpy())
+            digest.update(tensor.contiguous().view(torch.uint8).cpu().numpy().tobytes())
         return digest.hexdigest()
 
     def _eos_ids(self) -> set[int]:
-        config, generation = self._model.get_base_model().config, self._model.get_base_model().generation_config
+        base: Any = self._model.get_base_model()
         found: set[int] = set()
-        for value in (self._tokenizer.eos_token_id, config.eos_token_id, getattr(generation, "eos_token_id", None)):
-            found |= set(value) if isinstance(value, list) else {value}
-        return {int(value) for value in found if value is not None}
+        for owner in (self._tokenizer, base.config, base.generation_config):
+            value = getattr(owner, "eos_token_id", None)
+            found |= {value} if isinstance(value, int) else set(value or ())
+        return found
 
     @contextmanager
     def _switched(self) -> Iterator[None]:

@@ -81,7 +81,9 @@ def check_names(given: Mapping[str, Tensor], slots: Mapping[str, Tensor]) -> Non
         raise EngineError(f"adapter handed to the engine {what} ({len(missing)} missing, {len(unknown)} unknown)")
     for name, tensor in given.items():
         if tensor.shape != slots[name].shape:
-            raise EngineError(f"adapter tensor {name}: {tuple(tensor.shape)}, the engine has {tuple(slots[name].shape)}")
+            raise EngineError(
+                f"adapter tensor {name}: {tuple(tensor.shape)}, the engine has {tuple(slots[name].shape)}"
+            )
 
 
 def check_read_back(
@@ -104,6 +106,6 @@ def check_read_back(
         if not torch.equal(slot, want):
             worst = (slot - want).abs().max().item()
             raise EngineError(
-                f"after loading policy version {version} the engine does not hold the trainer's adapter: {name} differs "
-                f"by up to {worst:.3g}. It would sample from another policy than the one that is trained."
+                f"after loading policy version {version} the engine does not hold the trainer's adapter: {name} "
+                f"differs by up to {worst:.3g}. It would sample from another policy than the one that is trained."
             )

@@ -14,7 +14,7 @@ from rlft.types import Prompt, Rollout
 class ReplayEngine:
     """Hands out `Prompt.recorded`, in order. It has no sampler log-probs and no use for an adapter."""
 
-    SAMPLES = False
+    SAMPLES: bool = False
 
     def __init__(self) -> None:
         self._version: int | None = None
@@ -33,10 +33,17 @@ class ReplayEngine:
             for sample, recorded in enumerate(prompt.recorded):
                 rollouts.append(
                     Rollout(
-                        prompt=prompt, completion_ids=recorded.ids, completion_mask=recorded.mask, sampler_logprobs=None,
-                        text=recorded.text, finish_reason="stop", sample_index=sample, policy_version=self._version,
-                        seed=0, recorded_reward=recorded.reward,
-                    )  # fmt: skip
+                        prompt=prompt,
+                        completion_ids=recorded.ids,
+                        completion_mask=recorded.mask,
+                        sampler_logprobs=None,
+                        text=recorded.text,
+                        finish_reason="stop",
+                        sample_index=sample,
+                        policy_version=self._version,
+                        seed=0,
+                        recorded_reward=recorded.reward,
+                    )
                 )
         return rollouts
 

@@ -1,0 +1,130 @@
+"""`rlft train examples/sums.toml` with the loop written out: no engine, no reward workers, no packing, no run folder.
+
+    python examples/grpo_from_scratch.py --steps 3
+
+Only the data (rows, chat template, order) comes from rlft; sampling, reward, advantage, loss and update are here, in
+plain PyTorch. It prints the same losses as the library's loop (tests/test_from_scratch.py holds the first three to
+1e-4), because it draws the same random numbers.
+
+The five choices: token-level ratio, clip 0.2 (inert with one update per batch, where the ratio is 1), no KL, advantage
+(reward - group mean) / (group std + 1e-4), mean over all tokens of the step. One factor more corrects for the sampler:
+min(p_trainer / p_sampler, 2) per token, which is 1 here but for rounding. Papers: GRPO 2402.03300, DAPO 2503.14476.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from pathlib import Path
+
+import numpy as np
+import torch
+from peft import PeftModel
+from rlft.data import Prompts
+from torch import Tensor
+
+from rlft.config_file import load as load_config
+from rlft.models.load import attach_lora, load_base, load_tokenizer
+from rlft.rollout.engine import rollout_seed
+from rlft.session import load_rows
+from rlft.types import Prompt
+
+
+@torch.inference_mode()
+def sample(
+    model: PeftModel, prompt: Prompt, seeds: list[int], max_tokens: int, eos: int
+) -> tuple[list[list[int]], list[list[float]]]:
+    """One completion per seed, with the log-prob of every token under the distribution it was drawn from."""
+    uniforms = np.stack([np.random.Generator(np.random.PCG64(seed)).random(max_tokens) for seed in seeds])
+    ids, logprobs = [[] for _ in seeds], [[] for _ in seeds]
+    out = model(input_ids=torch.tensor([prompt.ids]), use_cache=True, logits_to_keep=1)
+    out.past_key_values.batch_repeat_interleave(len(seeds))
+    logits = out.logits[:, -1].expand(len(seeds), -1)
+    for t in range(max_tokens):
+        log_p = logits.log_softmax(-1)  # (G, V)
+        cumulative = log_p.double().exp().cumsum(-1)
+        u = torch.from_numpy(uniforms[:, t]) * cumulative[:, -1]
+        tokens = torch.searchsorted(cumulative, u[:, None], right=True)  # (G, 1)
+        for row, token in enumerate(tokens[:, 0].tolist()):
+            if not ids[row] or ids[row][-1] != eos:  # a finished row is decoded on, and ignored
+                ids[row].append(token)
+                logprobs[row].append(log_p[row, token].item())
+        if all(row[-1] == eos for row in ids):
+            break
+        logits = model(input_ids=tokens, past_key_values=out.past_key_values, use_cache=True).logits[:, -1]
+    return ids, logprobs
+
+
+def last_number_is(text: str, answer: str) -> float:
+    """1 when the last number in the text is the answer."""
+    numbers = re.findall(r"-?\d+", text)
+    return float(bool(numbers) and int(numbers[-1]) == int(answer))
+
+
+def group_advantages(rewards: Tensor) -> Tensor:
+    """(reward - mean) / (std + 1e-4) within a group; exactly 0 when all rewards are equal."""
+    if rewards.max() == rewards.min():
+        return torch.zeros_like(rewards)
+    return (rewards - rewards.mean()) / (rewards.std() + 1e-4)
+
+
+def group_loss(
+    model: PeftModel, prompt: Prompt, ids: list[list[int]], sampler: list[list[float]], advantages: Tensor, tokens: int
+) -> Tensor:
+    """Sum of the group's token losses over the tokens of the whole step: sums of groups are then the step's mean."""
+    longest = max(len(row) for row in ids)
+    pad = lambda rows, value: torch.tensor([list(row) + [value] * (longest - len(row)) for row in rows])  # noqa: E731
+    completion, mask = pad(ids, 0), pad([[1] * len(row) for row in ids], 0).bool()  # (G, L)
+    prompt_ids = torch.tensor([prompt.ids]).expand(len(ids), -1)
+    # Padding is on the right and attention is causal, so no real token sees it.
+    logits = model(input_ids=torch.cat([prompt_ids, completion], 1)).logits
+    predicting = logits[:, len(prompt.ids) - 1 : -1]  # the row before each completion token
+    logprobs = predicting.log_softmax(-1).gather(2, completion[..., None]).squeeze(2)
+    now = logprobs.detach()
+    rho = (now - pad(sampler, 0.0)).exp().clamp(max=2.0)  # sampler correction, no gradient
+    ratio = (logprobs - now).exp()  # 1, with the gradient of the log-prob
+    a = advantages[:, None]
+    loss = -torch.min(ratio * a, ratio.clamp(0.8, 1.2) * a) * rho
+    return loss[mask].sum() / tokens
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", default=str(Path(__file__).parent / "sums.toml"))
+    parser.add_argument("--steps", type=int, default=3)
+    args = parser.parse_args()
+    cfg = load_config(Path(args.config))
+    tokenizer = load_tokenizer(cfg.model)
+    rows, _ = load_rows(cfg, tokenizer)
+    prompts = Prompts(rows, cfg.seed, cfg.data.shuffle)
+    model = attach_lora(load_base(cfg, torch.device("cpu")), cfg.lora, cfg.seed)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=cfg.optim.lr, betas=cfg.optim.betas, weight_decay=cfg.optim.weight_decay)
+    group_size, eos = cfg.sampling.group_size, tokenizer.eos_token_id
+
+    for step in range(args.steps):
+        groups = []
+        for slot, prompt in enumerate(prompts.take(cfg.prompts_per_step)):
+            seeds = [rollout_seed((cfg.seed, step), slot, g) for g in range(group_size)]
+            ids, sampler = sample(model, prompt, seeds, cfg.sampling.max_tokens, eos)
+            texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
+            rewards = torch.tensor([last_number_is(text, prompt.row["answer"]) for text in texts])
+            groups.append((prompt, ids, sampler, rewards))
+        tokens = sum(len(row) for _, ids, _, _ in groups for row in ids)
+
+        step_loss = 0.0
+        for prompt, ids, sampler, rewards in groups:
+            advantages = group_advantages(rewards)
+            if advantages.any():  # a group of equal rewards has no gradient; its tokens still count
+                loss = group_loss(model, prompt, ids, sampler, advantages, tokens)
+                loss.backward()
+                step_loss += loss.item()
+        torch.nn.utils.clip_grad_norm_(trained, cfg.optim.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        reward = torch.cat([rewards for *_, rewards in groups]).mean().item()
+        print(f"step {step + 1}  loss {step_loss:.6f}  reward {reward:.3f}  tokens {tokens}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

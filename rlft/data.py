@@ -1,0 +1,353 @@
+"""Rows -> Prompt: token ids with the chat template applied exactly once, and the completions recorded with the row.
+
+Kinds of rows, told apart by their columns as in TRL:
+
+    prompt                         a string or messages; every other column goes to the rewards
+    prompt, completion             supervised: train on the completion
+    messages                       supervised: train on every assistant turn
+    text                           supervised: train on every token that has one before it
+    chosen, rejected [, prompt]    pairs; without a prompt it is what both sides begin with
+
+A string prompt becomes one user turn where the tokenizer has a chat template (`data.chat = "never"`: encoded as it is).
+Prompt and completion are encoded apart and put side by side, so that what is trained is what an engine would have
+sampled after the prompt. A completion ends with EOS.
+
+Faults of templates are invisible to the comparison of engine and trainer, which see the same tokens; so they are errors
+here: a prompt that was rendered before, two BOS, a template that opens no assistant turn.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from rlft.config import Data
+from rlft.errors import DataError
+from rlft.sources import load_rows
+from rlft.types import Prompt, Recorded
+
+KINDS: dict[str, tuple[str, ...]] = {
+    "preference": ("chosen", "rejected"), "completion": ("prompt", "completion"), "messages": ("messages",),
+    "text": ("text",), "prompt": ("prompt",),
+}  # fmt: skip
+"""Kind of row -> the columns that make it; the first that fits."""
+ROLES = ("system", "user", "assistant", "tool", "developer")
+
+
+def kind_of(row: dict[str, Any]) -> str:
+    """Which of KINDS a row is. Raises DataError naming the columns it has."""
+    for kind, columns in KINDS.items():
+        if all(column in row for column in columns):
+            return kind
+    raise DataError(
+        f"the dataset has the columns {', '.join(row) or '(none)'}; want prompt, prompt + completion, messages, text, "
+        f'or chosen + rejected. Map yours with data.columns, for example {{prompt = "question"}}'
+    )
+
+
+def check_rows(data: Data, seed: int) -> list[dict[str, Any]]:
+    """The rows of a dataset, each checked as far as that needs no tokenizer. Raises DataError naming row and column."""
+    rows = load_rows(data, seed)
+    kind = kind_of(rows[0])
+    answer_type: type | None = None
+    for i, row in enumerate(rows):
+        missing = [column for column in KINDS[kind] if row.get(column) is None]
+        if missing:
+            raise DataError(f"row {i}: column {missing[0]} is missing or null, but row 0 has {', '.join(KINDS[kind])}")
+        for column in ("prompt", *KINDS[kind]):
+            if row.get(column) is not None:
+                _check_text(row[column], i, column, messages_only=column == "messages")
+        if kind == "preference" and isinstance(row["chosen"], str) != isinstance(row["rejected"], str):
+            raise DataError(f"row {i}: chosen and rejected must both be strings or both be messages")
+        if "answer" in rows[0]:
+            answer = row.get("answer")
+            if answer is None:
+                raise DataError(f"row {i}: column answer is missing or null")
+            answer_type = answer_type or type(answer)
+            if type(answer) is not answer_type:
+                raise DataError(
+                    f"row {i}: column answer is {type(answer).__name__} ({answer!r}), but "
+                    f"{answer_type.__name__} in row 0; give all of them one type"
+                )
+    return rows
+
+
+def _check_text(value: Any, row: int, column: str, messages_only: bool) -> None:
+    if isinstance(value, str) and not messages_only:
+        if not value:
+            raise DataError(f"row {row}: column {column} is an empty string")
+        return
+    if not isinstance(value, list) or not value:
+        want = "messages" if messages_only else "a string or messages"
+        raise DataError(f"row {row}: column {column} is {value!r:.80}: want {want}")
+    for message in value:
+        fits = isinstance(message, dict) and message.get("role") in ROLES and "content" in message
+        if not fits:
+            raise DataError(f'row {row}: column {column} holds {message!r:.80}: want {{"role": ..., "content": ...}}')
+
+
+# ---- encoding ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What `load_prompts` found."""
+
+    prompts: list[Prompt]
+    dropped: int
+    """Rows left out because their prompt is longer than `data.max_prompt_tokens`."""
+
+
+def load_prompts(data: Data, tokenizer: Any, seed: int) -> Loaded:
+    """All prompts of a dataset, in its order. seed: the run's, for generated tasks and mixtures.
+
+    Raises DataError for everything wrong with a row, and when every prompt is too long.
+    """
+    prompts, dropped = [], 0
+    for index, row in enumerate(check_rows(data, seed)):
+        prompt = encode_prompt(row, index, data, tokenizer)
+        if data.max_prompt_tokens is not None and len(prompt.ids) > data.max_prompt_tokens:
+            if data.long_prompts == "error":
+                raise DataError(
+                    f"row {index}: the prompt has {len(prompt.ids)} tokens, data.max_prompt_tokens is "
+                    f'{data.max_prompt_tokens}; raise it, or set data.long_prompts = "drop"'
+                )
+            dropped += 1
+            continue
+        prompts.append(prompt)
+    if not prompts:
+        raise DataError(
+            f"every prompt is longer than data.max_prompt_tokens = {data.max_prompt_tokens} ({dropped} rows): raise it"
+        )
+    return Loaded(prompts, dropped)
+
+
+def encode_prompt(row: dict[str, Any], index: int, data: Data, tokenizer: Any) -> Prompt:
+    """One row as a Prompt. Raises DataError naming the row."""
+    kind = kind_of(row)
+    try:
+        if kind == "text":
+            return _text(row, index, tokenizer)
+        if kind == "messages":
+            return _conversation(row, index, data, tokenizer)
+        if kind == "preference" and row.get("prompt") is None:
+            row = row | _implicit_prompt(row)
+        prompt = _prompt(row, index, data, tokenizer)
+        if kind == "completion":
+            return replace(prompt, recorded=(_recorded(prompt, row["completion"], 1.0, data, tokenizer),))
+        if kind == "preference":
+            sides = (("chosen", 1.0), ("rejected", -1.0))
+            return replace(
+                prompt, recorded=tuple(_recorded(prompt, row[side], reward, data, tokenizer) for side, reward in sides)
+            )
+        return prompt
+    except DataError as error:
+        raise DataError(f"row {index}: {error}") from None
+
+
+def _ids(text: str, tokenizer: Any) -> tuple[int, ...]:
+    return tuple(tokenizer.encode(text, add_special_tokens=False))
+
+
+def _render(messages: Sequence[dict[str, Any]], data: Data, tokenizer: Any, open_turn: bool) -> str:
+    """The conversation as text. open_turn: with the start of the assistant's turn."""
+    return tokenizer.apply_chat_template(
+        list(messages), tokenize=False, add_generation_prompt=open_turn, **data.chat_template_kwargs
+    )
+
+
+def _prompt(row: dict[str, Any], index: int, data: Data, tokenizer: Any) -> Prompt:
+    given = row["prompt"]
+    chat = bool(tokenizer.chat_template) and data.chat == "auto"
+    if isinstance(given, str):
+        if not chat:
+            if data.system:
+                raise DataError("data.system needs a chat template, and this tokenizer has none or data.chat is never")
+            return Prompt(tuple(tokenizer.encode(given)), row, index)
+        _check_not_rendered(given, tokenizer)
+        messages: list[dict[str, Any]] = [{"role": "user", "content": given}]
+    else:
+        if not tokenizer.chat_template:
+            raise DataError("the prompt is messages, but the tokenizer has no chat template; give strings")
+        messages = list(given)
+        if messages[-1]["role"] == "assistant":
+            raise DataError("the prompt ends with an assistant message; end it with the user's, or use completion")
+        for message in messages:
+            if isinstance(message["content"], str):
+                _check_not_rendered(message["content"], tokenizer)
+    if data.system and messages[0]["role"] != "system":
+        messages = [{"role": "system", "content": data.system}, *messages]
+    text = _render(messages, data, tokenizer, open_turn=True)
+    if text == _render(messages, data, tokenizer, open_turn=False):
+        raise DataError(
+            "the chat template opens no assistant turn (add_generation_prompt changes nothing), so the model would go "
+            "on with the user's; use the template of an instruct model"
+        )
+    ids = _ids(text, tokenizer)
+    bos = tokenizer.bos_token_id
+    if bos is not None and len(ids) > 1 and ids[0] == ids[1] == bos:
+        raise DataError("the rendered prompt begins with two BOS tokens; remove the one in the text or the template")
+    return Prompt(ids, row, index, tuple(messages))
+
+
+def _check_not_rendered(text: str, tokenizer: Any) -> None:
+    """Raise DataError when a message holds the template's own marks: it was rendered before."""
+    marks = [t for t in tokenizer.all_special_tokens if len(t) > 3 and t in tokenizer.chat_template and t in text]
+    if marks:
+        raise DataError(
+            f"the prompt contains {marks[0]}, a mark of the chat template: it was rendered already and would be put "
+            f'into a user turn again. Give the plain text or messages, or set data.chat = "never"'
+        )
+
+
+def _recorded(prompt: Prompt, completion: Any, reward: float, data: Data, tokenizer: Any) -> Recorded:
+    if isinstance(completion, str):
+        ids = _ids(completion, tokenizer)
+        ids += () if ids and ids[-1] == tokenizer.eos_token_id else (tokenizer.eos_token_id,)
+        return Recorded(ids, (True,) * len(ids), reward, completion)
+    if prompt.messages is None:
+        raise DataError("the completion is messages but the prompt is a string that is not put into a chat template")
+    before = _render(prompt.messages, data, tokenizer, open_turn=True)
+    return _turns(before, [*prompt.messages], list(completion), reward, data, tokenizer)
+
+
+def _turns(before: str, history: list[dict[str, Any]], rest: list[dict[str, Any]], reward: float, data: Data,
+           tokenizer: Any) -> Recorded:  # fmt: skip
+    """The messages `rest` after the text `before`: trained where the assistant speaks, its end of turn included.
+
+    Each message is what rendering one more message adds; a template that rewrites earlier turns has no such addition.
+    """
+    ids: list[int] = []
+    mask: list[bool] = []
+    shown = before
+    for message in rest:
+        history = [*history, message]
+        if message["role"] == "assistant":
+            opened = _render(history[:-1], data, tokenizer, open_turn=True)
+            ids, mask, shown = _append(ids, mask, shown, opened, False, tokenizer)
+        after = _render(history, data, tokenizer, open_turn=False)
+        if message["role"] == "assistant":
+            # What follows the end of the turn (a newline) opens the next one: the policy never samples it.
+            turn = after[: after.rfind(tokenizer.eos_token) + len(tokenizer.eos_token)]
+            after = turn if tokenizer.eos_token in after[len(shown) :] else after
+        ids, mask, shown = _append(ids, mask, shown, after, message["role"] == "assistant", tokenizer)
+    if not any(mask):
+        raise DataError("no assistant message to train on")
+    last = str(rest[-1].get("content", ""))
+    return Recorded(tuple(ids), tuple(mask), reward, last)
+
+
+def _append(ids: list[int], mask: list[bool], shown: str, longer: str, train: bool, tokenizer: Any):
+    if not longer.startswith(shown):
+        raise DataError(
+            "the chat template changes earlier turns when a message is added (it drops reasoning, say), so the tokens "
+            "of the turns cannot be told apart; train on prompt + completion rows instead"
+        )
+    new = _ids(longer[len(shown) :], tokenizer)
+    return ids + list(new), mask + [train] * len(new), longer
+
+
+def _conversation(row: dict[str, Any], index: int, data: Data, tokenizer: Any) -> Prompt:
+    messages = list(row["messages"])
+    if not tokenizer.chat_template:
+        raise DataError("the row is messages, but the tokenizer has no chat template")
+    if data.system and messages[0]["role"] != "system":
+        messages = [{"role": "system", "content": data.system}, *messages]
+    first = next((i for i, m in enumerate(messages) if m["role"] == "assistant"), None)
+    if not first:
+        raise DataError("messages need an assistant message after at least one other")
+    history = messages[:first]
+    before = _render(history, data, tokenizer, open_turn=True)
+    recorded = _turns(before, history, messages[first:], 1.0, data, tokenizer)
+    return Prompt(_ids(before, tokenizer), row, index, tuple(history), (recorded,))
+
+
+def _text(row: dict[str, Any], index: int, tokenizer: Any) -> Prompt:
+    ids = tuple(tokenizer.encode(row["text"]))
+    ids += () if ids and ids[-1] == tokenizer.eos_token_id else (tokenizer.eos_token_id,)
+    mask = (False, *(True,) * (len(ids) - 1))  # nothing comes before the first token to predict it
+    return Prompt((), row, index, None, (Recorded(ids, mask, 1.0, row["text"]),))
+
+
+def _implicit_prompt(row: dict[str, Any]) -> dict[str, Any]:
+    """prompt, chosen and rejected from two sides that begin alike: messages by message, strings up to a space."""
+    chosen, rejected = row["chosen"], row["rejected"]
+    if chosen == rejected:
+        raise DataError("chosen and rejected are the same")
+    shared = 0
+    while shared < min(len(chosen), len(rejected)) and chosen[shared] == rejected[shared]:
+        shared += 1
+    if isinstance(chosen, str):
+        shared = chosen.rfind(" ", 0, shared) + 1  # a word that only begins alike belongs to the completions
+    if not shared or shared == len(chosen) or shared == len(rejected):
+        raise DataError("chosen and rejected must begin alike and then differ, or come with a prompt column")
+    return {"prompt": chosen[:shared], "chosen": chosen[shared:], "rejected": rejected[shared:]}
+
+
+# ---- order -------------------------------------------------------------------------------------------------------
+
+
+class Prompts:
+    """The order in which prompts are consumed. `consumed` is its whole state: the data cursor of a checkpoint."""
+
+    def __init__(self, rows: list[Prompt], seed: int, shuffle: bool = True) -> None:
+        """shuffle: visit the rows in an order drawn from (seed, epoch), another one each epoch."""
+        assert rows
+        self.rows, self.consumed = rows, 0
+        self._seed, self._shuffle = seed, shuffle
+        self._order: tuple[int, Sequence[int]] = (-1, ())
+
+    def take(self, n: int) -> list[Prompt]:
+        """The next n prompts, going on into the next epoch where one ends."""
+        taken = []
+        for _ in range(n):
+            epoch, at = divmod(self.consumed, len(self.rows))
+            taken.append(self.rows[self._order_of(epoch)[at]])
+            self.consumed += 1
+        return taken
+
+    @property
+    def epoch(self) -> float:
+        """Passes over the data so far."""
+        return self.consumed / len(self.rows)
+
+    def steps(self, prompts_per_step: int, epochs: float) -> int:
+        """Steps that see every row `epochs` times; the last one may go on into the next epoch."""
+        return max(1, math.ceil(round(epochs * len(self.rows), 6) / prompts_per_step))
+
+    def _order_of(self, epoch: int) -> Sequence[int]:
+        if self._order[0] != epoch:
+            rng = np.random.default_rng([self._seed, epoch])
+            n = len(self.rows)
+            self._order = (epoch, rng.permutation(n).tolist() if self._shuffle else range(n))
+        return self._order[1]
+
+
+def hold_out(prompts: list[Prompt], rows: int, seed: int) -> tuple[list[Prompt], list[Prompt]]:
+    """`rows` distinct prompts drawn by the seed, and the rest without any prompt equal to one of those: (rest, held).
+
+    Raises DataError when there are not enough distinct prompts, or nothing would be left to train on.
+    """
+    order = np.random.default_rng([seed, 2]).permutation(len(prompts))
+    # Recorded rows may share an empty prompt (plain text): what they record then tells them apart.
+    held: dict[tuple[Any, ...], Prompt] = {}
+    for i in order:
+        if len(held) == rows:
+            break
+        held.setdefault(_key(prompts[i]), prompts[i])
+    rest = [p for p in prompts if _key(p) not in held]
+    if len(held) < rows or not rest:
+        distinct = len({_key(p) for p in prompts})
+        raise DataError(
+            f"eval.rows = {rows}: the data has {distinct} distinct prompts, and some must be left to train on; lower "
+            f"eval.rows or give eval.data"
+        )
+    return rest, list(held.values())
+
+
+def _key(prompt: Prompt) -> tuple[Any, ...]:
+    return prompt.ids or prompt.recorded[0].ids

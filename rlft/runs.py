@@ -1,0 +1,265 @@
+"""The folder of a run: what lies where, how it is written so that a kill leaves it readable, what a resume sets aside.
+
+    config.toml                      every setting, as resolved
+    metrics.jsonl                    one JSON object per step or evaluation, with its `step`
+    rollouts/step-000012.parquet     every completion of step 12 with its rewards
+    evaluations/step-000012.parquet  every held-out completion of an evaluation after step 12
+    checkpoints/step-000012/         PEFT adapter and trainer state (rlft.checkpoint)
+    set-aside/001/                   what lay past the checkpoint at the first resume, and so on; never deleted
+    report.html                      rlft.report
+
+Step 12 is the twelfth: its rollouts are of policy version 11.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rlft.errors import ConfigError
+from rlft.metrics import append_line, parse_line, read_lines
+from rlft.types import Prompt, Rollout
+
+STEP = re.compile(r"step-(\d+)(\.parquet)?")
+
+
+def step_of(path: Path) -> int | None:
+    """The step that a file or folder is named after; None for any other name, such as a temporary one."""
+    found = STEP.fullmatch(path.name)
+    return int(found[1]) if found else None
+
+
+def _steps_in(folder: Path) -> dict[int, Path]:
+    """Step -> file or folder, in order of steps."""
+    found = [(step, path) for path in folder.glob("step-*") if (step := step_of(path)) is not None]
+    return dict(sorted(found))
+
+
+class Run:
+    """A run folder. `create` and `resume` make one; paths are attributes."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = path / "config.toml"
+        self.metrics_file = path / "metrics.jsonl"
+        self.rollouts = path / "rollouts"
+        self.evaluations = path / "evaluations"
+        self.checkpoints = path / "checkpoints"
+
+    @classmethod
+    def create(cls, out: str | Path) -> Run:
+        """A folder for a new run, made if missing. It counts as a run once `write_config` was called.
+
+        Raises ConfigError when `out` holds a run already, is no folder, or cannot be written to.
+        """
+        run = cls(Path(out).expanduser())
+        with run._writing("in it"):
+            if run.exists():
+                raise ConfigError(
+                    f'out = "{out}": already holds a run; go on with --resume, or give another folder with --out'
+                )
+            run.path.mkdir(parents=True, exist_ok=True)
+            probe = run.path / f".write-test-{os.getpid()}"
+            probe.write_bytes(b"\n")
+            probe.unlink()
+        return run
+
+    @classmethod
+    def resume(cls, out: str | Path) -> Run:
+        """The folder of a run that was started before. Raises ConfigError when there is none in `out`."""
+        run = cls(Path(out).expanduser())
+        if not run.exists():
+            raise ConfigError(f'out = "{out}": holds no run; give the folder of a run, or leave out --resume')
+        return run
+
+    def exists(self) -> bool:
+        """True when the folder holds a run, in any state."""
+        return any(path.exists() for path in (self.config, self.metrics_file, self.checkpoints))
+
+    @contextlib.contextmanager
+    def _writing(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise ConfigError(
+                f'out = "{self.path}": cannot write {what}: {error.strerror or error}; make room there or give another '
+                f"folder with --out"
+            ) from error
+
+    # ---- writing ----
+
+    def write_config(self, text: str) -> None:
+        """Write config.toml, and an empty metrics.jsonl where there is none."""
+        with self._writing("config.toml"):
+            _replace(self.config, text.encode())
+            self.metrics_file.touch()
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Append the metrics of a step, or of an evaluation after it, to metrics.jsonl."""
+        with self._writing("metrics.jsonl"):
+            append_line(self.metrics_file, {"step": step, **values})
+
+    def write_rollouts(
+        self, step: int, rollouts: Sequence[Rollout], rewards: Sequence[float], parts: Mapping[str, Sequence[Any]],
+        advantages: Sequence[float],
+    ) -> None:  # fmt: skip
+        """Write every completion of a step. All sequences are as long as `rollouts`; nan is written as null.
+
+        parts: what each reward function returned and logged, by its name. Columns: step, group, sample, prompt,
+        completion, completion_ids, sampler_logprobs, reward, rewards/NAME for each part, advantage, finish_reason,
+        tokens, policy_version.
+        """
+        self._write(self.rollouts, step, rollouts, {
+            "reward": rewards, **{f"rewards/{name}": values for name, values in parts.items()}, "advantage": advantages,
+        })  # fmt: skip
+
+    def write_evaluation(self, step: int, rollouts: Sequence[Rollout], rewards: Sequence[float]) -> None:
+        """Write every held-out completion of an evaluation after `step`, with the same columns less the parts."""
+        self._write(self.evaluations, step, rollouts, {"reward": rewards})
+
+    def _write(self, folder: Path, step: int, rollouts: Sequence[Rollout], scores: Mapping[str, Sequence[Any]]) -> None:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        table = _table(pa, step, rollouts, scores)
+        with self._writing(f"{folder.name}/step-{step:06d}.parquet"):
+            folder.mkdir(exist_ok=True)
+            path = folder / f"step-{step:06d}.parquet"
+            temporary = path.with_name(f".{path.name}.tmp")
+            pq.write_table(table, temporary)
+            # A reader, or a run that is killed here, never meets half a file under the real name.
+            temporary.rename(path)
+
+    def set_aside(self, step: int) -> Path | None:
+        """Move metrics, rollouts and evaluations past `step` into set-aside/001 (002, ...), so that a run resumed at
+        `step` writes them anew.
+
+        Returns that folder, None when there was nothing to move. A line torn by a kill is moved too.
+        """
+        lines = self.metrics_file.read_bytes().splitlines() if self.metrics_file.exists() else []
+        steps = [(parse_line(line) or {}).get("step", math.inf) for line in lines]
+        past = [line for line, s in zip(lines, steps, strict=True) if s > step]
+        files = [p for d in (self.rollouts, self.evaluations) for s, p in _steps_in(d).items() if s > step]
+        if not past and not files:
+            return None
+        with self._writing("set-aside"):
+            number = 1 + max((int(p.name) for p in (self.path / "set-aside").glob("[0-9]*")), default=0)
+            aside = self.path / "set-aside" / f"{number:03d}"
+            aside.mkdir(parents=True)
+            for path in files:
+                (aside / path.parent.name).mkdir(exist_ok=True)
+                path.rename(aside / path.parent.name / path.name)
+            if past:
+                # First the copy, then the original without it: a kill in between loses nothing.
+                _replace(aside / self.metrics_file.name, b"".join(line + b"\n" for line in past))
+                kept = (line for line, s in zip(lines, steps, strict=True) if s <= step)
+                _replace(self.metrics_file, b"".join(line + b"\n" for line in kept))
+        return aside
+
+    # ---- reading ----
+
+    def latest_checkpoint(self) -> Path:
+        """Folder of the newest checkpoint. Raises ConfigError when there is none."""
+        found = list(_steps_in(self.checkpoints).values())
+        if not found:
+            raise ConfigError(
+                f'out = "{self.path}": holds no checkpoint yet, so there is nothing to go on from; start again in '
+                f"another folder with --out, and set checkpoint.every to save sooner"
+            )
+        return found[-1]
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl, oldest first; null for what was not finite."""
+        return read_lines(self.metrics_file)
+
+    def first_evaluation(self) -> dict[str, float]:
+        """The eval/* metrics of the run's first evaluation, nan for what was not finite; empty without one."""
+        for row in self.metrics():
+            if "eval/reward" in row:
+                return {k: math.nan if v is None else v for k, v in row.items() if k.startswith("eval/")}
+        return {}
+
+    def rollout_steps(self) -> list[int]:
+        """Steps whose rollouts are kept, in order."""
+        return list(_steps_in(self.rollouts))
+
+    def evaluation_steps(self) -> list[int]:
+        """Steps after which an evaluation was written, in order."""
+        return list(_steps_in(self.evaluations))
+
+    def read_rollouts(self, step: int) -> list[dict[str, Any]]:
+        """What `write_rollouts` wrote for a step: one dict per completion."""
+        return _read(self.rollouts / f"step-{step:06d}.parquet")
+
+    def read_evaluation(self, step: int) -> list[dict[str, Any]]:
+        """What `write_evaluation` wrote for a step: one dict per completion."""
+        return _read(self.evaluations / f"step-{step:06d}.parquet")
+
+
+def _replace(path: Path, data: bytes) -> None:
+    """Write a file whole or not at all."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_bytes(data)
+    temporary.replace(path)
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    import pyarrow.parquet as pq
+
+    # One file: read_table on a path would also look for partitions in the folder names.
+    return pq.ParquetFile(path).read().to_pylist()
+
+
+def shown_prompt(prompt: Prompt) -> str:
+    """The prompt as its row has it: the text, or the messages as JSON."""
+    text = prompt.row.get("prompt")
+    if isinstance(text, str):
+        return text
+    return json.dumps(list(prompt.messages), ensure_ascii=False, default=str) if prompt.messages else ""
+
+
+def groups(rollouts: Sequence[Rollout]) -> Iterator[range]:
+    """Where each group lies in `rollouts`: a new one starts with another prompt, or where `sample_index` restarts."""
+    start = 0
+    for i in range(1, len(rollouts) + 1):
+        if i < len(rollouts):
+            last, now = rollouts[i - 1], rollouts[i]
+            if last.prompt.index == now.prompt.index and last.sample_index < now.sample_index:
+                continue
+        if i > start:
+            yield range(start, i)
+        start = i
+
+
+def _table(pa: Any, step: int, rollouts: Sequence[Rollout], scores: Mapping[str, Sequence[Any]]) -> Any:
+    """The Arrow table of a step. pa: pyarrow."""
+    group = [number for number, rows in enumerate(groups(rollouts)) for _ in rows]
+    integers, floats = pa.int64(), pa.list_(pa.float64())
+    columns = {
+        "step": pa.array([step] * len(rollouts), integers),
+        "group": pa.array(group, integers),
+        "sample": pa.array([r.sample_index for r in rollouts], integers),
+        "prompt": pa.array([shown_prompt(r.prompt) for r in rollouts], pa.string()),
+        "completion": pa.array([r.text for r in rollouts], pa.string()),
+        "completion_ids": pa.array([r.completion_ids for r in rollouts], pa.list_(integers)),
+        "sampler_logprobs": pa.array([r.sampler_logprobs for r in rollouts], floats),
+        **{name: _scores(pa, name, values, len(rollouts)) for name, values in scores.items()},
+        "finish_reason": pa.array([r.finish_reason for r in rollouts], pa.string()),
+        "tokens": pa.array([len(r.completion_ids) for r in rollouts], integers),
+        "policy_version": pa.array([r.policy_version for r in rollouts], integers),
+    }
+    return pa.table(columns)
+
+
+def _scores(pa: Any, name: str, values: Sequence[Any], rows: int) -> Any:
+    """A column of numbers, null for nan; of text when a value is neither number nor None."""
+    assert len(values) == rows, f"{name}: {len(values)} values for {rows} rollouts"
+    if all(v is None or isinstance(v, int | float) for v in values):
+        return pa.array([None if v is None or math.isnan(v) else float(v) for v in values], pa.float64())
+    return pa.array([None if v is None else str(v) for v in values], pa.string())

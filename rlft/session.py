@@ -1,0 +1,251 @@
+"""What a run is made of, wired from its config: the one place that knows which parts exist.
+
+`build` checks everything first (the same path as `rlft validate`), then loads, resumes, and measures how far engine and
+trainer are apart. `open_run` brings a finished run back for `rlft eval` and `rlft generate`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from rlft import __version__, checkpoint, parity
+from rlft.algorithm import Algorithm, describe
+from rlft.algorithm import build as build_algorithm
+from rlft.config import Config
+from rlft.config_file import load as load_config
+from rlft.config_file import to_toml
+from rlft.console import Console
+from rlft.data import Prompts, hold_out, load_prompts
+from rlft.errors import ConfigError
+from rlft.models.load import attach_lora, fingerprint, load_base, load_tokenizer, resolve_device, resolve_dtype
+from rlft.models.policy import Policy
+from rlft.optim import Optimizer
+from rlft.rewards.score import RewardFunction
+from rlft.rewards.score import build as build_rewards
+from rlft.rollout.eager import EagerEngine
+from rlft.rollout.engine import Engine
+from rlft.rollout.replay import ReplayEngine
+from rlft.runs import Run
+from rlft.types import PackPlan, Prompt, State
+from rlft.validate import problems
+
+
+@dataclass
+class Session:
+    """Everything a run is made of."""
+
+    cfg: Config
+    steps: int
+    """Rollout batches of the whole run, from `steps` or `data.epochs`."""
+    algorithm: Algorithm
+    policy: Policy
+    engine: Engine
+    eval_engine: Engine
+    """Samples for the evaluation: `engine` itself, unless that replays recorded completions."""
+    optimizer: Optimizer
+    prompts: Prompts
+    held: list[Prompt]
+    """Rows that are only evaluated on."""
+    functions: list[RewardFunction]
+    eval_functions: list[RewardFunction]
+    run: Run
+    console: Console
+    identity: dict[str, str]
+    """What a checkpoint must have been made from to be resumed here."""
+    plan: PackPlan
+    """How updates are packed; `keep` is filled per step."""
+    state: State = field(default_factory=State)
+    limit: float = math.inf
+    """Largest mean mismatch a step may have, in nats."""
+    first_evaluation: dict[str, float] = field(default_factory=dict)
+    """The evaluation before the first step, read back when a run is resumed."""
+    callbacks: Sequence[Callable[..., None]] = ()
+    stop: bool = False
+    """Set by the first Ctrl-C: the step in flight is finished and saved."""
+
+    def save(self) -> Path:
+        """Write a checkpoint of the state now; returns its folder."""
+        # No random state: every draw is seeded by (seed, step, ...).
+        tensors = {"adapter": self.policy.flat.flat.detach(), "adapter_start": self.policy.flat.start}
+        tensors |= {f"optim.{name}": value for name, value in self.optimizer.tensors().items()}
+        model = self.policy.model
+
+        def write_adapter(folder: Path) -> None:
+            # The embedding is never trained; without the flag PEFT looks for the base's config to find that out.
+            model.save_pretrained(str(folder), selected_adapters=["default"], save_embedding_layers=False)
+
+        return checkpoint.save(
+            self.run.checkpoints, self.state, tensors, self.identity, write_adapter, self.cfg.checkpoint.keep
+        )
+
+    def restore(self, path: Path) -> None:
+        """Put back a checkpoint: adapter, optimiser, step and data cursor."""
+        self.state, tensors, notes = checkpoint.load(path, self.identity)
+        self.policy.flat.flat.data.copy_(tensors["adapter"])
+        self.policy.flat.start.copy_(tensors["adapter_start"])
+        self.optimizer.load_tensors({n.removeprefix("optim."): t for n, t in tensors.items() if n.startswith("optim.")})
+        self.prompts.consumed = self.state.consumed
+        self.run.set_aside(self.state.step)
+        for note in notes:
+            self.console.note(note)
+
+
+def _check(cfg: Config, resume: bool, callables: bool) -> None:
+    found = problems(cfg, resume=resume, callables=callables)
+    if len(found) == 1:
+        raise ConfigError(found[0])
+    if found:
+        raise ConfigError(
+            "\n".join([f"{len(found)} problems:", *(f"  {i + 1}. {text}" for i, text in enumerate(found))])
+        )
+
+
+@contextlib.contextmanager
+def build(
+    cfg: Config,
+    rewards: Sequence[Any] | None = None,
+    resume: bool = False,
+    callbacks: Sequence[Callable[..., None]] = (),
+) -> Iterator[Session]:
+    """Wire a run, resumed from its newest checkpoint if asked; closes what it opened.
+
+    rewards: callables or rlft.Reward in place of `cfg.rewards`. Raises RlftError for everything a user can cause.
+    """
+    _check(cfg, resume, callables=rewards is not None)
+    with contextlib.ExitStack() as stack:
+        console = stack.enter_context(Console())
+        run = Run.resume(cfg.out) if resume else Run.create(cfg.out)
+        algorithm = build_algorithm(cfg.algo)
+        console.note(f"loading {cfg.model}")
+        tokenizer = load_tokenizer(cfg.model)
+        rows, held = load_rows(cfg, tokenizer, console.note)
+        prompts = Prompts(rows, cfg.seed, cfg.data.shuffle)
+        functions = build_rewards(cfg.rewards if rewards is None else rewards)
+        eval_functions = build_rewards(cfg.eval.rewards) if cfg.eval.rewards else functions
+        for function in {id(f): f for f in [*functions, *eval_functions]}.values():
+            stack.callback(function.close)
+            if function.note:
+                console.note(function.note)
+        policy = _load_policy(cfg)
+        recorded = bool(rows[0].recorded)
+        engine = _engine(cfg, policy, tokenizer, console, recorded)
+        stack.callback(engine.close)
+        eval_engine = engine
+        if held and not engine.SAMPLES:
+            eval_engine = EagerEngine(policy, tokenizer, cfg.engine.batch_size, console.generating)
+            stack.callback(eval_engine.close)
+        if algorithm.needs_sampler and not engine.SAMPLES:
+            raise ConfigError(f'algo.name = "{cfg.algo.name}" needs sampler log-probs, which recorded completions lack')
+        steps = cfg.steps or prompts.steps(cfg.prompts_per_step, cfg.data.epochs or 1.0)
+        s = Session(
+            cfg=cfg, steps=steps, algorithm=algorithm, policy=policy, engine=engine, eval_engine=eval_engine,
+            optimizer=Optimizer(policy.flat.flat, cfg.optim, steps), prompts=prompts, held=held, functions=functions,
+            eval_functions=eval_functions, run=run, console=console, identity=_identity(cfg, policy),
+            plan=_plan(cfg, algorithm),
+            callbacks=callbacks,
+        )  # fmt: skip
+        if resume:
+            s.restore(run.latest_checkpoint())
+            s.first_evaluation = run.first_evaluation()
+        run.write_config(to_toml(cfg))
+        console.start(_title(s), steps, s.state.step)
+        s.limit = _agree(s)
+        yield s
+
+
+def load_rows(
+    cfg: Config, tokenizer: Any, note: Callable[[str], None] = lambda _: None
+) -> tuple[list[Prompt], list[Prompt]]:
+    """The prompts to train on and the held-out ones. note: told about prompts that were dropped."""
+    loaded = load_prompts(cfg.data, tokenizer, cfg.seed)
+    if loaded.dropped:
+        note(f"{loaded.dropped} prompts longer than data.max_prompt_tokens = {cfg.data.max_prompt_tokens} dropped")
+    if cfg.eval.rows and cfg.eval.data is not None:
+        return loaded.prompts, load_prompts(cfg.eval.data, tokenizer, cfg.seed).prompts[: cfg.eval.rows]
+    return hold_out(loaded.prompts, cfg.eval.rows, cfg.seed) if cfg.eval.rows else (loaded.prompts, [])
+
+
+def _load_policy(cfg: Config) -> Policy:
+    base = load_base(cfg, resolve_device(cfg))
+    return Policy(attach_lora(base, cfg.lora, cfg.seed))
+
+
+def _engine(cfg: Config, policy: Policy, tokenizer: Any, console: Console, recorded: bool) -> Engine:
+    name = cfg.engine.name if cfg.engine.name != "auto" else ("replay" if recorded else "eager")
+    if name == "replay":
+        if not recorded:
+            raise ConfigError('engine.name = "replay": the data has no recorded completions; set "eager"')
+        return ReplayEngine()
+    return EagerEngine(policy, tokenizer, cfg.engine.batch_size, console.generating)
+
+
+def _plan(cfg: Config, algorithm: Algorithm) -> PackPlan:
+    return PackPlan(
+        keep=(), aggregation=algorithm.aggregation, budget=cfg.packing.budget, max_len=cfg.sampling.max_tokens,
+        temperature=cfg.sampling.temperature, whole_groups=algorithm.whole_groups,
+        share_prefix=cfg.packing.share_prefix,
+    )  # fmt: skip
+
+
+def _identity(cfg: Config, policy: Policy) -> dict[str, str]:
+    lora = cfg.lora
+    return {
+        "model": cfg.model, "base": fingerprint(policy.base), "rlft": __version__,
+        "lora": f"rank {lora.rank}, alpha {lora.alpha:g}, rslora {lora.rslora}, {len(policy.adapter())} tensors",
+    }  # fmt: skip
+
+
+def _title(s: Session) -> list[str]:
+    cfg, policy = s.cfg, s.policy
+    dtype = str(resolve_dtype(cfg, policy.device)).removeprefix("torch.")
+    total = sum(p.numel() for name, p in policy.base.named_parameters() if "lora_" not in name)
+    trained = policy.flat.flat.numel()
+    return [
+        f"{cfg.model}: {total / 1e6:.0f} M parameters in {dtype} on {policy.device.type}, "
+        f"LoRA rank {cfg.lora.rank} ({trained / 1e6:.1f} M trained)",
+        f"{len(s.prompts.rows)} prompts, {len(s.held)} held out; {s.steps} steps of {cfg.prompts_per_step} prompts "
+        f"x {cfg.sampling.group_size if s.engine.SAMPLES else 'recorded'} completions",
+        *describe(s.algorithm),
+        f"run folder: {s.run.path}",
+    ]
+
+
+def _agree(s: Session) -> float:
+    """Run the probe where there is an engine that samples; returns the gate's limit."""
+    if not (s.engine.SAMPLES and s.cfg.parity.probe) or s.cfg.lora.dropout:
+        # Dropout moves the trainer's log-probs by more than any noise the probe would find.
+        return parity.limit(None, s.cfg.parity)
+    sampling = replace(s.cfg.sampling, group_size=1, max_tokens=min(16, s.cfg.sampling.max_tokens))
+    rows = s.prompts.rows[: s.cfg.parity.probe_prompts]
+    found = parity.probe(s.policy, s.engine, rows, sampling, s.cfg.seed, s.plan)
+    limit = parity.limit(found, s.cfg.parity)
+    s.console.note(
+        f"engine and trainer agree to {found.off:.1e} nat on the base and {found.on:.1e} with a random adapter "
+        f"({found.tokens} tokens, shift {found.shift:.2f} nat); a step may differ by {limit:.3g}"
+    )
+    return limit
+
+
+@contextlib.contextmanager
+def open_run(out: Path) -> Iterator[tuple[Config, Policy, EagerEngine, Any]]:
+    """The config, policy, engine and tokenizer of a run, with the adapter of its newest checkpoint loaded.
+
+    Raises ConfigError when the folder holds no run or no checkpoint.
+    """
+    run = Run.resume(str(out))
+    path = run.latest_checkpoint()
+    cfg = load_config(run.path / "config.toml")
+    tokenizer = load_tokenizer(cfg.model)
+    lora = replace(cfg.lora, resume_from=str(path))
+    policy = _load_policy(replace(cfg, lora=lora))
+    engine = EagerEngine(policy, tokenizer, cfg.engine.batch_size)
+    try:
+        engine.load_adapter(policy.adapter(), version=int(path.name.rsplit("-", 1)[-1]))
+        yield cfg, policy, engine, tokenizer
+    finally:
+        engine.close()

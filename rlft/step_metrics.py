@@ -1,0 +1,60 @@
+"""The numbers of one step under TRL's names: lengths, rewards' spread, times, tokens per second."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator, Sequence
+
+from torch import Tensor
+
+from rlft.algos.advantages import frac_zero_std
+from rlft.batch import group_ids
+from rlft.types import Batch, Rollout, Stat, Stats
+
+
+class Clock:
+    """Seconds per phase of a step."""
+
+    def __init__(self) -> None:
+        self.start = time.perf_counter()
+        self.seconds: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        """Add the time of the block to `phase`."""
+        before = time.perf_counter()
+        yield
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - before
+
+    def values(self) -> dict[str, float]:
+        """time/* metrics, and step_time from the start of the step to now."""
+        return {f"time/{k}": v for k, v in self.seconds.items()} | {"step_time": time.perf_counter() - self.start}
+
+
+def batch_stats(loss: Tensor, entropy: Tensor, batch: Batch) -> Stats:
+    """Loss and entropy of a micro-batch. The loss adds up: its weights hold the division."""
+    return {"loss": Stat("sum", loss.detach()), "entropy": Stat.mean(entropy, batch.train_mask)}
+
+
+def rollout_values(rollouts: Sequence[Rollout], rewards: Tensor) -> dict[str, float]:
+    """completions/* (lengths in tokens; "terminated" are those that were not cut) and frac_reward_zero_std."""
+    lengths = [len(r.completion_ids) for r in rollouts]
+    ended = [len(r.completion_ids) for r in rollouts if r.finish_reason == "stop"]
+    values = {"completions/clipped_ratio": 1 - len(ended) / len(lengths)}
+    for name, of in (("", lengths), ("terminated_", ended or [0])):
+        values |= {
+            f"completions/mean_{name}length": sum(of) / len(of),
+            f"completions/min_{name}length": float(min(of)),
+            f"completions/max_{name}length": float(max(of)),
+        }
+    return values | {"frac_reward_zero_std": frac_zero_std(rewards, group_ids(rollouts))}
+
+
+def rates(rollouts: Sequence[Rollout], ran: Sequence[Batch], clock: Clock) -> dict[str, float]:
+    """Tokens per second: completion tokens over the time of generation, tokens run over the time of training."""
+    sampled = sum(len(r.completion_ids) for r in rollouts)
+    return {
+        "perf/rollout_tokens_per_s": sampled / clock.seconds["generate"],
+        "perf/training_tokens_per_s": sum(len(b.input_ids) for b in ran) / clock.seconds["train"],
+    }

@@ -1,0 +1,177 @@
+"""Every problem of a run that can be found without loading its model: `rlft validate`, and the start of `rlft train`.
+
+Each check yields sentences instead of raising at the first, so that a user mends a config in one go.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from rlft import resolve
+from rlft.algorithm import Algorithm
+from rlft.algorithm import build as build_algorithm
+from rlft.config import Config, Data, Reward
+from rlft.data import check_rows
+from rlft.environment import version_problems
+from rlft.errors import ConfigError, RlftError
+from rlft.models.load import locate, resolve_device
+
+RECORDED = ("completion", "text", "messages", "chosen")
+"""Columns that bring completions with the data."""
+GIVEN = ("prompts", "completions", "completion_ids", "trainer_state", "log_metric", "log_extra", "self")
+"""What every reward function may ask for besides the dataset's columns."""
+REWARD_PARTS = ("score", "pool", "worker")
+"""Files of rlft.rewards that are not rewards."""
+
+
+def problems(cfg: Config, resume: bool = False, callables: bool = False) -> list[str]:
+    """All problems found, each one sentence naming the field, its value and what to do; empty when there is none.
+
+    resume: the run folder must hold a run instead of being free. callables: reward functions were given from Python in
+    place of `cfg.rewards`. Reads the dataset and imports reward files and the algorithm; loads no model.
+    """
+    found = version_problems(_needed(cfg))
+    device = _caught(found, lambda: resolve_device(cfg))
+    found += _machine(cfg, None if device is None else device.type)
+    found += _model(cfg)
+    found += _out(Path(cfg.out), resume)
+    algorithm = _caught(found, lambda: build_algorithm(cfg.algo))
+    rows = _caught(found, lambda: check_rows(cfg.data, cfg.seed))
+    held = rows
+    if cfg.eval.rows and cfg.eval.data is not None:
+        held = _caught(found, lambda: check_rows(cfg.eval.data or Data(), cfg.seed))
+    if rows is not None:
+        found += _engine(cfg, algorithm, rows, callables)
+        found += _held_out(cfg, rows, held)
+    found += _rewards("rewards", cfg.rewards, rows)
+    found += _rewards("eval.rewards", cfg.eval.rewards, held)
+    # One fault may show in two checks.
+    return list(dict.fromkeys(found))
+
+
+def _caught(found: list[str], check: Callable[[], Any]) -> Any:
+    """What `check` returns, or None and its error added to `found`."""
+    try:
+        return check()
+    except RlftError as error:
+        found.append(str(error))
+        return None
+
+
+def _needed(cfg: Config) -> tuple[str, ...]:
+    four_bit = cfg.quantization == "nf4" or cfg.optim.name == "adamw_8bit"
+    return ("torch", "transformers", "peft", *(("bitsandbytes",) if four_bit else ()))
+
+
+def _machine(cfg: Config, device: str | None) -> Iterator[str]:
+    """Settings that need a GPU, on a machine or a run without one. device: "cpu", "cuda", None when not found."""
+    if device != "cpu":
+        return
+    if cfg.quantization == "nf4":
+        yield 'quantization = "nf4": needs a GPU and this run is on the CPU; set quantization = "none"'
+    if cfg.optim.name == "adamw_8bit":
+        yield 'optim.name = "adamw_8bit": needs a GPU and this run is on the CPU; set optim.name = "adamw"'
+
+
+def _model(cfg: Config) -> Iterator[str]:
+    name = cfg.model
+    try:
+        where = locate(name)
+    except ConfigError as error:
+        yield str(error)
+        return
+    # A hub id has at most one slash and is no path; whether the hub has it is seen when it is loaded.
+    if where.path == name and (name.startswith((".", "/", "~")) or name.count("/") > 1) and not Path(name).exists():
+        yield f'model = "{name}": no such folder'
+    if where.gguf and cfg.quantization == "nf4":
+        yield f'quantization = "nf4" with model = "{name}": a .gguf model is dequantised; set quantization = "none"'
+    folder = cfg.lora.resume_from
+    if folder and not (Path(folder).expanduser() / "adapter_config.json").is_file():
+        yield f'lora.resume_from = "{folder}": no PEFT adapter there (adapter_config.json is missing)'
+
+
+def _out(out: Path, resume: bool) -> Iterator[str]:
+    holds_run = any((out / name).exists() for name in ("config.toml", "metrics.jsonl", "checkpoints"))
+    if resume and not holds_run:
+        yield f'out = "{out}": holds no run to resume; leave out --resume, or give the folder of a run'
+    elif holds_run and not resume:
+        yield f'out = "{out}": already holds a run; go on with --resume, or give another folder with --out'
+    if out.exists() and not out.is_dir():
+        yield f'out = "{out}": is a file; give a folder'
+        return
+    # The folder is made by the run, so what counts is the nearest one that exists.
+    nearest = next(p for p in (out, *out.absolute().parents) if p.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        yield f'out = "{out}": {nearest} cannot be written to; give another folder'
+
+
+def _engine(cfg: Config, algorithm: Algorithm | None, rows: list[dict[str, Any]], callables: bool) -> Iterator[str]:
+    """Engine, algorithm, group and rewards, as far as the kind of data decides what they must be."""
+    recorded = any(name in rows[0] for name in RECORDED)
+    engine = cfg.engine.name if cfg.engine.name != "auto" else ("replay" if recorded else "eager")
+    if engine == "replay":
+        if not recorded:
+            yield f'engine.name = "replay": the data has no column of completions ({", ".join(RECORDED)}); set "eager"'
+        if algorithm is not None and algorithm.needs_sampler:
+            yield f'algo.name = "{cfg.algo.name}": needs sampler log-probs, which recorded completions lack'
+        return
+    if not (cfg.rewards or callables):
+        yield 'rewards is empty: completions are sampled, so name a reward function, for example rewards = ["number"]'
+    baseline = algorithm is not None and algorithm.advantage_name
+    if cfg.sampling.group_size == 1 and baseline in ("group_norm", "group_mean", "leave_one_out"):
+        yield (
+            f'sampling.group_size = 1 with algo.advantage = "{baseline}": a group of one has advantage 0, so nothing '
+            f"is learned; set sampling.group_size to 2 or more"
+        )
+
+
+def _held_out(cfg: Config, rows: list[dict[str, Any]], held: list[dict[str, Any]] | None) -> Iterator[str]:
+    wanted = cfg.eval.rows
+    if cfg.eval.data is not None:
+        if held is not None and len(held) < wanted:
+            yield f"eval.rows = {wanted}: eval.data has {len(held)} rows; lower eval.rows"
+    elif wanted >= len(rows):
+        yield f"eval.rows = {wanted}: the data has {len(rows)} rows and some must be left to train on; lower eval.rows"
+
+
+def _rewards(field: str, rewards: tuple[Reward, ...], rows: list[dict[str, Any]] | None) -> Iterator[str]:
+    for reward in rewards:
+        try:
+            function = _function(field, reward.use)
+        except ConfigError as error:
+            yield str(error)
+            continue
+        except (Exception, SystemExit) as error:  # a user's own file may do anything while it is imported
+            yield f'{field} = "{reward.use}": importing it raised {type(error).__name__}: {error}'
+            continue
+        if not callable(function):
+            yield f'{field} = "{reward.use}": not a function but {type(function).__name__}'
+        elif rows is not None:
+            yield from _columns(field, reward, function, rows[0])
+
+
+def _function(field: str, use: str) -> Any:
+    if ":" in use:
+        return resolve.attribute(use, field)
+    return getattr(resolve.module(use, "rlft.rewards", field, REWARD_PARTS), use)
+
+
+def _columns(field: str, reward: Reward, function: Callable[..., Any], row: dict[str, Any]) -> Iterator[str]:
+    """Parameters without a default that neither the data nor `args` can fill."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except ValueError:  # a built-in without a signature: its first call will tell
+        return
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    needed = [p.name for p in parameters if p.default is inspect.Parameter.empty and p.kind in named]
+    have = [name for name in row if name not in ("prompt", *RECORDED, "rejected")]
+    missing = [name for name in needed if name not in (*GIVEN, *reward.args, *have)]
+    if missing:
+        yield (
+            f'{field} = "{reward.use}": asks for {", ".join(missing)}; the data has '
+            f"{', '.join(have) or 'no column besides the prompt'}. Map a column with data.columns, or set rewards.args"
+        )

@@ -1,0 +1,198 @@
+"""The shape of the house (DESIGN 3): which module may import which, how long a file and a function may be.
+
+When the table of DESIGN 3 changes, the table here changes with it.
+"""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1] / "rlft"
+FILES = sorted(ROOT.rglob("*.py"))
+
+MAY_IMPORT = {
+    "errors": "",
+    "types": "",
+    "config": "",
+    "resolve": "",
+    "health": "",
+    "dist": "types",
+    "environment": "",
+    "kernels": "",
+    "trackers": "",
+    "sources": "config resolve",
+    "data": "types config resolve sources",
+    "batch": "types",
+    "refill": "types",
+    "parity": "types batch",
+    "config_file": "config resolve",
+    "algorithm": "algos config config_file resolve types",
+    "algos": "types batch",
+    "rewards": "types resolve config",
+    "models": "types config kernels",
+    "rollout": "types config models kernels",
+    "optim": "config kernels",
+    "checkpoint": "types config models",
+    "runs": "types config config_file metrics",
+    "metrics": "types",
+    "console": "metrics health",
+    "curves": "health",
+    "report": "runs metrics health curves",
+    "evaluate": "* -cli -train -session",
+    "validate": "* -cli -train -session",
+    "session": "* -cli -train",
+    "train": "* -cli",
+    "cli": "*",
+    "__main__": "cli",
+    "__init__": "train config types errors",
+}
+"""Module or folder of rlft, and what of rlft it may import; `errors` is open to all, "*" is everything."""
+
+LONG_FUNCTIONS = {("train", "loop"): 120}
+"""The one function that may be longer than 60 lines."""
+
+
+def part(module: str) -> str:
+    """The row of the table that a module belongs to: "rlft.models.load" -> "models", "rlft" -> "__init__"."""
+    return module.split(".")[1] if "." in module else "__init__"
+
+
+def name_of(path: Path) -> str:
+    """ "rlft/models/load.py" -> "rlft.models.load"; a folder's __init__.py is the folder."""
+    parts = path.relative_to(ROOT.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Modules of rlft that a file imports anywhere in it, inside functions too."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name.split(".")[0] == "rlft")
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import in line {node.lineno}: write the full name"
+            if node.module and node.module.split(".")[0] == "rlft":
+                for alias in node.names:
+                    inner = f"{node.module}.{alias.name}"
+                    is_module = (ROOT.parent / inner.replace(".", "/")).is_dir() or (
+                        ROOT.parent / (inner.replace(".", "/") + ".py")
+                    ).is_file()
+                    yield inner if is_module else node.module
+
+
+def allowed(importer: str, imported: str) -> bool:
+    """True when the table has this arrow."""
+    row = MAY_IMPORT[importer].split()
+    return imported in (importer, "errors", "__init__", *row) or ("*" in row and f"-{imported}" not in row)
+
+
+def cycle_in(arrows: dict[str, set[str]]) -> list[str]:
+    """One cycle as the names along it, or []."""
+    done: set[str] = set()
+
+    def walk(name: str, path: list[str]) -> list[str]:
+        if name in path:
+            return [*path[path.index(name) :], name]
+        if name in done:
+            return []
+        for following in sorted(arrows.get(name, ())):
+            found = walk(following, [*path, name])
+            if found:
+                return found
+        done.add(name)
+        return []
+
+    return next((found for name in sorted(arrows) if (found := walk(name, []))), [])
+
+
+def test_every_import_is_an_arrow_of_the_table() -> None:
+    wrong = [
+        f"{name_of(path)} imports {module}"
+        for path in FILES
+        for module in imports(path)
+        if not allowed(part(name_of(path)), part(module))
+    ]
+    assert wrong == []
+
+
+def test_every_module_has_a_row_in_the_table() -> None:
+    assert {part(name_of(path)) for path in FILES} <= set(MAY_IMPORT)
+
+
+def test_modules_do_not_import_each_other_in_a_circle() -> None:
+    # `rlft` itself is left out: its lazy names point at train, and everything may ask it for __version__.
+    arrows = {
+        name_of(p): {m for m in imports(p) if m not in ("rlft", name_of(p))} for p in FILES if name_of(p) != "rlft"
+    }
+    assert cycle_in(arrows) == []
+
+
+def test_the_search_for_circles_finds_one() -> None:
+    assert cycle_in({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c", "b"]
+    assert cycle_in({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_files_and_functions_stay_short(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    lines = len(text.splitlines())
+    assert lines <= 400, f"{path.name} has {lines} lines"
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            length = (node.end_lineno or 0) - node.lineno + 1
+            limit = LONG_FUNCTIONS.get((path.stem, node.name), 60)
+            assert length <= limit, f"{path.name}: {node.name} has {length} lines, at most {limit}"
+
+
+def test_no_file_is_a_drawer_for_odds_and_ends() -> None:
+    assert not {path.stem for path in FILES} & {"utils", "util", "helpers", "common", "misc"}
+
+
+def test_the_package_of_rewards_is_empty() -> None:
+    """A reward worker imports it, and must load nothing but the user's file."""
+    assert (ROOT / "rewards" / "__init__.py").read_text() == ""
+
+
+def modules_after(code: str) -> set[str]:
+    """Top-level modules that are loaded after `code` ran in a fresh interpreter."""
+    script = f"import sys\n{code}\nprint(' '.join({{name.split('.')[0] for name in sys.modules}}))"
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT.parent)
+    return set(run.stdout.split())
+
+
+HEAVY = {"torch", "transformers", "peft", "bitsandbytes", "datasets", "vllm", "wandb", "triton", "numpy", "trl"}
+
+
+@pytest.mark.parametrize(
+    "module", ["rlft", "rlft.config", "rlft.config_file", "rlft.errors", "rlft.environment", "rlft.cli"]
+)
+def test_importing_what_needs_no_model_loads_nothing_heavy(module: str) -> None:
+    assert not modules_after(f"import {module}") & HEAVY
+
+
+def test_import_rlft_takes_less_than_a_second_beyond_python_itself() -> None:
+    code = "import time; t = time.perf_counter(); import rlft; rlft.Config; print(time.perf_counter() - t)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT.parent)
+    assert float(run.stdout) < 1
+
+
+def test_training_code_adds_less_than_a_second_to_its_libraries() -> None:
+    """`import rlft.train` after torch, transformers and peft, whose own import is not ours to answer for."""
+    code = (
+        "import torch, transformers, peft, rich, tyro, time\n"
+        "from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig\n"
+        "t = time.perf_counter(); import rlft.train; print(time.perf_counter() - t)"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT.parent)
+    assert float(run.stdout) < 1
+
+
+def test_the_public_names_are_all_there() -> None:
+    import rlft
+
+    assert [name for name in rlft.__all__ if not hasattr(rlft, name)] == []

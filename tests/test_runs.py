@@ -1,0 +1,159 @@
+"""The run folder on a real disk."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from rlft.errors import ConfigError
+from rlft.runs import Run, groups
+from rlft.types import Prompt, Rollout
+
+CHAT = Prompt((1, 2), {"prompt": [{"role": "user", "content": "hi"}]}, 3, ({"role": "user", "content": "hi"},))
+TEXT = Prompt((1, 2), {"prompt": "2+2?"}, 8, ({"role": "user", "content": "2+2?"},))
+
+
+def rollout(prompt: Prompt, sample: int, logprobs: tuple[float, ...] | None = (-0.5, -0.25)) -> Rollout:
+    return Rollout(prompt, (7, 2), (True, True), logprobs, f"s{sample}", "stop", sample, 11, 0)
+
+
+def started(tmp_path: Path) -> Run:
+    run = Run.create(tmp_path / "run")
+    run.write_config("steps = 3\n")
+    return run
+
+
+def test_a_folder_counts_as_a_run_only_once_its_config_is_written(tmp_path: Path) -> None:
+    run = Run.create(tmp_path / "a" / "b")
+    assert list(run.path.iterdir()) == []
+    Run.create(run.path)  # a start that failed while loading leaves nothing in the way
+    run.write_config("steps = 3\n")
+    assert run.config.read_text() == "steps = 3\n" and run.metrics() == []
+    with pytest.raises(ConfigError, match=r'out = ".*b": already holds a run; go on with --resume, .* with --out'):
+        Run.create(run.path)
+    assert Run.resume(run.path).path == run.path
+
+
+def test_a_folder_without_a_run_cannot_be_resumed(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r'out = ".*": holds no run; give the folder of a run'):
+        Run.resume(tmp_path)
+
+
+def test_an_out_that_is_a_file_or_refused_by_the_system_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ConfigError, match=r'out = ".*/file": cannot write in it: File exists; .* with --out'):
+        Run.create(tmp_path / "file")
+    with pytest.raises(ConfigError, match=r'out = ".*/file/sub": cannot write in it: Not a directory'):
+        Run.create(tmp_path / "file" / "sub")
+    with pytest.raises(ConfigError, match=r'out = "/proc/rlft": cannot write in it'):
+        Run.create("/proc/rlft")
+
+
+def test_a_full_disk_is_named(tmp_path: Path) -> None:
+    run = started(tmp_path)
+    run.metrics_file.unlink()
+    run.metrics_file.symlink_to("/dev/full")
+    with pytest.raises(
+        ConfigError, match=r'out = ".*run": cannot write metrics.jsonl: No space left on device; make room'
+    ):
+        run.log(1, {"loss": 0.5})
+
+
+def test_metrics_come_back_in_order_with_their_step(tmp_path: Path) -> None:
+    run = started(tmp_path)
+    run.log(0, {"eval/reward": math.nan, "eval/rows": 4.0})
+    run.log(1, {"loss": 0.5})
+    run.log(1, {"eval/reward": 0.75})
+    assert run.metrics() == [
+        {"step": 0, "eval/reward": None, "eval/rows": 4.0}, {"step": 1, "loss": 0.5}, {"step": 1, "eval/reward": 0.75},
+    ]  # fmt: skip
+    first = run.first_evaluation()
+    assert first.keys() == {"eval/reward", "eval/rows"} and math.isnan(first["eval/reward"])
+
+
+def test_a_run_without_evaluation_has_no_first_one(tmp_path: Path) -> None:
+    run = started(tmp_path)
+    run.log(1, {"loss": 0.5})
+    assert run.first_evaluation() == {}
+
+
+def test_every_completion_is_written_with_its_rewards(tmp_path: Path) -> None:
+    run = started(tmp_path)
+    rows = [rollout(TEXT, 0), rollout(TEXT, 1), rollout(CHAT, 0, logprobs=None)]
+    parts: dict[str, list[Any]] = {"exact": [1.0, 0.0, math.nan], "note": ["a", None, "b"]}
+    run.write_rollouts(12, rows, [1.0, 0.0, math.nan], parts, [0.5, -0.5, 0.0])
+    path = run.path / "rollouts" / "step-000012.parquet"
+    assert pq.ParquetFile(path).schema_arrow.names == [
+        "step", "group", "sample", "prompt", "completion", "completion_ids", "sampler_logprobs", "reward",
+        "rewards/exact", "rewards/note", "advantage", "finish_reason", "tokens", "policy_version",
+    ]  # fmt: skip
+    first, second, third = run.read_rollouts(12)
+    assert first == {
+        "step": 12, "group": 0, "sample": 0, "prompt": "2+2?", "completion": "s0", "completion_ids": [7, 2],
+        "sampler_logprobs": [-0.5, -0.25], "reward": 1.0, "rewards/exact": 1.0, "rewards/note": "a", "advantage": 0.5,
+        "finish_reason": "stop", "tokens": 2, "policy_version": 11,
+    }  # fmt: skip
+    assert (second["group"], second["sample"], second["rewards/note"]) == (0, 1, None)
+    # Messages as JSON; invalid is null, which an average in SQL leaves out, and never 0.
+    assert json.loads(third["prompt"]) == [{"role": "user", "content": "hi"}] and third["group"] == 1
+    assert third["reward"] is None and third["rewards/exact"] is None and third["sampler_logprobs"] is None
+    assert [p.name for p in path.parent.iterdir()] == ["step-000012.parquet"]  # nothing temporary is left
+
+
+def test_a_step_without_parts_and_an_evaluation_can_be_written(tmp_path: Path) -> None:
+    run = started(tmp_path)
+    run.write_rollouts(1, [], [], {}, [])
+    run.write_evaluation(0, [rollout(TEXT, 0)], [0.5])
+    assert run.read_rollouts(1) == [] and run.rollout_steps() == [1] and run.evaluation_steps() == [0]
+    assert run.read_evaluation(0)[0]["reward"] == 0.5
+
+
+def test_the_newest_checkpoint_is_by_number_and_whole(tmp_path: Path) -> None:
+    run = started(tmp_path)
+    with pytest.raises(ConfigError, match=r'out = ".*run": holds no checkpoint yet'):
+        run.latest_checkpoint()
+    for name in ("step-000009", "step-1000000", "step-000100", ".saving-step-2000000", "step-best"):
+        (run.checkpoints / name).mkdir(parents=True)
+    assert run.latest_checkpoint().name == "step-1000000"
+
+
+def test_what_lies_past_the_checkpoint_is_set_aside_and_nothing_is_deleted(tmp_path: Path) -> None:
+    run = started(tmp_path)
+    for step in (1, 2, 3):
+        run.log(step, {"loss": float(step)})
+        run.write_rollouts(step, [rollout(TEXT, 0)], [1.0], {}, [0.0])
+    run.write_evaluation(3, [rollout(TEXT, 0)], [0.5])
+    with run.metrics_file.open("a") as file:
+        file.write('{"step": 4, "lo')  # killed here
+    aside = run.set_aside(1)
+    assert aside == run.path / "set-aside" / "001"
+    assert [m["step"] for m in run.metrics()] == [1] and run.rollout_steps() == [1] and run.evaluation_steps() == []
+    lines = (aside / "metrics.jsonl").read_text().splitlines()
+    assert lines == ['{"step": 2, "loss": 2.0}', '{"step": 3, "loss": 3.0}', '{"step": 4, "lo']
+    assert sorted(p.relative_to(aside).as_posix() for p in aside.rglob("*.parquet")) == [
+        "evaluations/step-000003.parquet", "rollouts/step-000002.parquet", "rollouts/step-000003.parquet",
+    ]  # fmt: skip
+    run.log(2, {"loss": 9.0})
+    assert run.metrics()[-1] == {"step": 2, "loss": 9.0}
+    assert run.set_aside(1) == run.path / "set-aside" / "002"
+    assert (run.path / "set-aside" / "001" / "metrics.jsonl").read_text().splitlines() == lines
+
+
+def test_nothing_past_the_checkpoint_means_nothing_is_touched(tmp_path: Path) -> None:
+    run = started(tmp_path)
+    run.log(1, {"loss": 1.0})
+    run.log(1, {"eval/reward": 1.0})
+    before = run.metrics_file.stat().st_ino
+    assert run.set_aside(1) is None and not (run.path / "set-aside").exists()
+    assert run.metrics_file.stat().st_ino == before
+
+
+def test_groups_end_where_the_prompt_changes_or_the_samples_start_again() -> None:
+    rows = [rollout(p, s) for p, s in ((CHAT, 0), (CHAT, 1), (CHAT, 0), (CHAT, 1), (TEXT, 2))]
+    assert list(groups(rows)) == [range(0, 2), range(2, 4), range(4, 5)]
+    assert list(groups([])) == []
