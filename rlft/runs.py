@@ -22,6 +22,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rlft.batch import group_ids
 from rlft.errors import ConfigError
 from rlft.metrics import append_line, parse_line, read_lines
 from rlft.types import Prompt, Rollout
@@ -224,26 +225,12 @@ def shown_prompt(prompt: Prompt) -> str:
     return json.dumps(list(prompt.messages), ensure_ascii=False, default=str) if prompt.messages else ""
 
 
-def groups(rollouts: Sequence[Rollout]) -> Iterator[range]:
-    """Where each group lies in `rollouts`: a new one starts with another prompt, or where `sample_index` restarts."""
-    start = 0
-    for i in range(1, len(rollouts) + 1):
-        if i < len(rollouts):
-            last, now = rollouts[i - 1], rollouts[i]
-            if last.prompt.index == now.prompt.index and last.sample_index < now.sample_index:
-                continue
-        if i > start:
-            yield range(start, i)
-        start = i
-
-
 def _table(pa: Any, step: int, rollouts: Sequence[Rollout], scores: Mapping[str, Sequence[Any]]) -> Any:
     """The Arrow table of a step. pa: pyarrow."""
-    group = [number for number, rows in enumerate(groups(rollouts)) for _ in rows]
     integers, floats = pa.int64(), pa.list_(pa.float64())
     columns = {
         "step": pa.array([step] * len(rollouts), integers),
-        "group": pa.array(group, integers),
+        "group": pa.array(group_ids(rollouts).tolist(), integers),
         "sample": pa.array([r.sample_index for r in rollouts], integers),
         "prompt": pa.array([shown_prompt(r.prompt) for r in rollouts], pa.string()),
         "completion": pa.array([r.text for r in rollouts], pa.string()),

@@ -38,7 +38,8 @@ def batch_stats(loss: Tensor, entropy: Tensor, batch: Batch) -> Stats:
 
 
 def rollout_values(rollouts: Sequence[Rollout], rewards: Tensor) -> dict[str, float]:
-    """completions/* (lengths in tokens; "terminated" are those that were not cut) and frac_reward_zero_std."""
+    """completions/* (lengths in tokens; "terminated" are those that were not cut), and the shares of groups with equal
+    rewards and of invalid rewards. rewards: [N], nan where invalid."""
     lengths = [len(r.completion_ids) for r in rollouts]
     ended = [len(r.completion_ids) for r in rollouts if r.finish_reason == "stop"]
     values = {"completions/clipped_ratio": 1 - len(ended) / len(lengths)}
@@ -48,7 +49,10 @@ def rollout_values(rollouts: Sequence[Rollout], rewards: Tensor) -> dict[str, fl
             f"completions/min_{name}length": float(min(of)),
             f"completions/max_{name}length": float(max(of)),
         }
-    return values | {"frac_reward_zero_std": frac_zero_std(rewards, group_ids(rollouts))}
+    return values | {
+        "frac_reward_zero_std": frac_zero_std(rewards, group_ids(rollouts)),
+        "frac_reward_invalid": float(rewards.isnan().float().mean()),
+    }
 
 
 def rates(rollouts: Sequence[Rollout], ran: Sequence[Batch], clock: Clock) -> dict[str, float]:

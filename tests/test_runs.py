@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from rlft.errors import ConfigError
-from rlft.runs import Run, groups
+from rlft.runs import Run
 from rlft.types import Prompt, Rollout
 
 CHAT = Prompt((1, 2), {"prompt": [{"role": "user", "content": "hi"}]}, 3, ({"role": "user", "content": "hi"},))
@@ -151,9 +151,3 @@ def test_nothing_past_the_checkpoint_means_nothing_is_touched(tmp_path: Path) ->
     before = run.metrics_file.stat().st_ino
     assert run.set_aside(1) is None and not (run.path / "set-aside").exists()
     assert run.metrics_file.stat().st_ino == before
-
-
-def test_groups_end_where_the_prompt_changes_or_the_samples_start_again() -> None:
-    rows = [rollout(p, s) for p, s in ((CHAT, 0), (CHAT, 1), (CHAT, 0), (CHAT, 1), (TEXT, 2))]
-    assert list(groups(rows)) == [range(0, 2), range(2, 4), range(4, 5)]
-    assert list(groups([])) == []
