@@ -3,7 +3,7 @@
     python examples/grpo_from_scratch.py --steps 3
 
 Only the data (rows, chat template, order) comes from rlft; sampling, reward, advantage, loss and update are here, in
-plain PyTorch. It prints the same losses as the library's loop (tests/test_from_scratch.py holds the first three to
+plain PyTorch. It prints the same losses as the library's loop (tests/test_smollm2.py holds the first three to
 1e-4), because it draws the same random numbers.
 
 The five choices: token-level ratio, clip 0.2 (inert with one update per batch, where the ratio is 1), no KL, advantage
@@ -20,11 +20,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from peft import PeftModel
-from rlft.data import Prompts
 from torch import Tensor
 
 from rlft.config_file import load as load_config
+from rlft.data import Prompts
 from rlft.models.load import attach_lora, load_base, load_tokenizer
+from rlft.optim import learning_rate
 from rlft.rollout.engine import rollout_seed
 from rlft.session import load_rows
 from rlft.types import Prompt
@@ -120,6 +121,7 @@ def main() -> None:
                 loss.backward()
                 step_loss += loss.item()
         torch.nn.utils.clip_grad_norm_(trained, cfg.optim.max_grad_norm)
+        optimizer.param_groups[0]["lr"] = learning_rate(cfg.optim, step, cfg.steps)
         optimizer.step()
         optimizer.zero_grad()
         reward = torch.cat([rewards for *_, rewards in groups]).mean().item()

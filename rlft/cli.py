@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import logging
 import operator
 import os
 import sys
@@ -72,6 +73,8 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     # "my_module:reward" is found beside the config, as it would be by a script; last, so that it shadows nothing.
     sys.path.append(os.getcwd())
+    # Its import warns about an optional kernel on every CPU, before anything of ours is printed.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         if argv[0] not in COMMANDS:
             hint = near(argv[0], list(COMMANDS))

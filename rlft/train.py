@@ -24,7 +24,7 @@ from rlft.batch import count, group_ids, pack, packing_stats
 from rlft.config import Config, Sampling
 from rlft.data import encode_prompt
 from rlft.dist import sum_counts, sum_tensor
-from rlft.errors import ConfigError, EngineError
+from rlft.errors import ConfigError, EngineError, TrainError
 from rlft.evaluate import evaluate
 from rlft.metrics import Metrics
 from rlft.rewards.score import Parts, check_invalid, score
@@ -194,6 +194,24 @@ def stop_on_interrupt(s: Session) -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
+@contextlib.contextmanager
+def what_to_lower(s: Session) -> Iterator[None]:
+    """Out of memory becomes a TrainError (exit code 1) that says which settings decide how much is needed."""
+    try:
+        yield
+    except RuntimeError as error:  # torch.OutOfMemoryError is one; PyTorch's CPU allocator has no class of its own
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        cfg = s.cfg
+        told = TrainError(
+            f"out of memory in step {s.state.step + 1} ({str(error).splitlines()[0]}). Lower packing.budget "
+            f"({cfg.packing.budget} tokens per micro-batch) for training, engine.batch_size ({cfg.engine.batch_size} "
+            f"sequences) for sampling, or sampling.max_tokens ({cfg.sampling.max_tokens})"
+        )
+        told.exit_code = 1
+        raise told from error
+
+
 def train(
     cfg: Config, rewards: Sequence[Any] | None = None, resume: bool = False,
     callbacks: Sequence[Callable[[State, dict[str, float]], None]] = (),
@@ -206,7 +224,7 @@ def train(
     """
     with build(cfg, rewards, resume, callbacks) as s:
         before = s.first_evaluation or measure(s)
-        with stop_on_interrupt(s):
+        with stop_on_interrupt(s), what_to_lower(s):
             loop(s)
         after = measure(s) if s.state.step and not s.stop else {}
         path = s.save()

@@ -47,6 +47,8 @@ def problems(cfg: Config, resume: bool = False, callables: bool = False) -> list
     if rows is not None:
         found += _engine(cfg, algorithm, rows, callables)
         found += _held_out(cfg, rows, held)
+    if cfg.eval.rows and not (cfg.eval.rewards or cfg.rewards or callables):
+        found.append(f"eval.rows = {cfg.eval.rows} but there is no reward to score with: set eval.rewards")
     found += _rewards("rewards", cfg.rewards, rows)
     found += _rewards("eval.rewards", cfg.eval.rewards, held)
     # One fault may show in two checks.

@@ -243,7 +243,6 @@ def test_all_faults_of_a_file_are_told_at_once() -> None:
             "checked against it",
             {"lora": {"targets": ["lm_head"]}},
         ),
-        ("eval.rows = 5 but there is no reward to score with: set eval.rewards", {"eval": {"rows": 5}}),
     ],
 )
 def test_a_value_that_cannot_be_meant_is_refused_by_its_section(message: str, table: dict[str, Any]) -> None:

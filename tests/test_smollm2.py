@@ -52,7 +52,9 @@ def test_the_trainer_agrees_with_the_engine_to_1e_4_nat_in_fp32(smollm2: Path, t
 
 
 def test_the_loop_written_out_has_the_same_first_three_losses(smollm2: Path, tmp_path: Path) -> None:
-    cfg = sums(smollm2, tmp_path / "run", steps=3, prompts_per_step=3, sampling=Sampling(group_size=4, max_tokens=12))
+    # Both draw the same uniform numbers; a token changes only where rounding moves a probability past one of them,
+    # about once in 1e5 tokens. Three steps are 1,400.
+    cfg = sums(smollm2, tmp_path / "run", steps=3, prompts_per_step=4, seed=1)
     cfg = replace(cfg, parity=replace(cfg.parity, probe=False))
     (tmp_path / "config.toml").write_text(to_toml(cfg))
     train(cfg)

@@ -265,6 +265,19 @@ def test_non_finite_gradients_are_skipped_counted_and_stop_the_run(home: Path, t
     assert [m["skipped_updates"] for m in metrics(tmp_path / "run")] == [1.0, 2.0]
 
 
+def test_out_of_memory_says_what_to_lower(home: Path, tmp_path: Path) -> None:
+    (tmp_path / "big_loss.py").write_text(
+        "import torch\n"
+        "from rlft.algos.sft import *\n"
+        "from rlft.algos.sft import Config\n"
+        "def loss(logprobs, batch, cfg):\n"
+        "    return torch.empty(2**60).sum(), {}\n"
+    )
+    with pytest.raises(TrainError, match=r"out of memory in step 1 .*Lower packing.budget \(4096") as caught:
+        train(sft(home, tmp_path / "run", algo=Algo(f"{tmp_path}/big_loss.py:loss")))
+    assert caught.value.exit_code == 1
+
+
 def test_problems_are_all_named_at_once_before_anything_is_loaded(home: Path, tmp_path: Path) -> None:
     cfg = grpo(home, tmp_path / "run", rewards=(Reward("nubmer"),), algo=Algo("gprpo"))
     with pytest.raises(ConfigError, match=r"(?s)2 problems:.*gprpo.*grpo.*nubmer.*number"):
