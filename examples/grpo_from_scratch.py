@@ -3,7 +3,7 @@
     python examples/grpo_from_scratch.py --steps 3
 
 Only the data (rows, chat template, order) comes from rlft; sampling, reward, advantage, loss and update are here, in
-plain PyTorch. It prints the same losses as the library's loop (tests/test_smollm2.py holds the first three to
+plain PyTorch. It prints the same losses as the library's loop (tests/test_from_scratch.py holds the first three to
 1e-4), because it draws the same random numbers.
 
 The five choices: token-level ratio, clip 0.2 (inert with one update per batch, where the ratio is 1), no KL, advantage

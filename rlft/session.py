@@ -232,8 +232,8 @@ def _agree(s: Session) -> float:
 
 
 @contextlib.contextmanager
-def open_run(out: Path) -> Iterator[tuple[Config, Policy, EagerEngine, Any]]:
-    """The config, policy, engine and tokenizer of a run, with the adapter of its newest checkpoint loaded.
+def open_run(out: Path) -> Iterator[tuple[Config, EagerEngine, Any, int]]:
+    """The config, engine, tokenizer and step of a run, with the adapter of its newest checkpoint loaded.
 
     Raises ConfigError when the folder holds no run or no checkpoint.
     """
@@ -244,8 +244,9 @@ def open_run(out: Path) -> Iterator[tuple[Config, Policy, EagerEngine, Any]]:
     lora = replace(cfg.lora, resume_from=str(path))
     policy = _load_policy(replace(cfg, lora=lora))
     engine = EagerEngine(policy, tokenizer, cfg.engine.batch_size)
+    step = int(path.name.rsplit("-", 1)[-1])
     try:
-        engine.load_adapter(policy.adapter(), version=int(path.name.rsplit("-", 1)[-1]))
-        yield cfg, policy, engine, tokenizer
+        engine.load_adapter(policy.adapter(), version=step)
+        yield cfg, engine, tokenizer, step
     finally:
         engine.close()

@@ -235,13 +235,13 @@ def train(
 
 def evaluate_run(out: Path, rows: int | None = None) -> dict[str, float]:
     """Evaluate the newest checkpoint of a run on its held-out rows (or the first `rows` of them)."""
-    with open_run(out) as (cfg, _, engine, tokenizer):
+    with open_run(out) as (cfg, engine, tokenizer, step):
         if not cfg.eval.rows:
             raise ConfigError(f"{out}: the run has no [eval] rows; add eval.rows and eval.rewards to its config.toml")
         _, held = load_rows(cfg, tokenizer)
         functions = build_rewards(cfg.eval.rewards or cfg.rewards)
         try:
-            values, _, _ = evaluate(engine, held[:rows], cfg, functions, {})
+            values, _, _ = evaluate(engine, held[:rows], cfg, functions, {"global_step": step})
         finally:
             for function in functions:
                 function.close()
@@ -250,7 +250,7 @@ def evaluate_run(out: Path, rows: int | None = None) -> dict[str, float]:
 
 def generate_from_run(out: Path, prompt: str, max_tokens: int | None = None, temperature: float | None = None) -> str:
     """One completion of a prompt by the newest checkpoint of a run, prompted as its data was."""
-    with open_run(out) as (cfg, _, engine, tokenizer):
+    with open_run(out) as (cfg, engine, tokenizer, _):
         made = encode_prompt({"prompt": prompt}, 0, cfg.data, tokenizer)
         sampling = Sampling(
             group_size=1, max_tokens=max_tokens or cfg.sampling.max_tokens,

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from rlft.algorithm import build, describe
 from rlft.algos import advantages as adv
-from rlft.algos import corrections, grpo, kl, sft
+from rlft.algos import corrections, grpo, gspo, kl, sft
 from rlft.batch import count, pack
 from rlft.config import Algo
 from rlft.errors import ConfigError
@@ -27,6 +27,9 @@ LOSSES: dict[str, tuple[ModuleType, Any]] = {
     "grpo-kl": (grpo, grpo.Config(kl_coef=0.3, clip_high=0.28)),
     "grpo-k2": (grpo, grpo.Config(kl_coef=0.3, kl="k2", correction="none")),
     "grpo-forward": (grpo, grpo.Config(kl_coef=0.3, kl="forward", correction_cap=1.1)),
+    "gspo": (gspo, gspo.Config(clip_low=0.2, clip_high=0.3)),
+    "gspo-uncorrected": (gspo, gspo.Config(clip_low=0.2, clip_high=0.3, correction="none")),
+    "gspo-sequence": (gspo, gspo.Config(clip_low=0.2, clip_high=0.3, form="sequence")),
     "sft": (sft, sft.Config()),
 }
 
@@ -110,7 +113,7 @@ def test_the_order_of_groups_changes_nothing(name: str) -> None:
     assert (first - second).abs().max() < 1e-12
 
 
-@pytest.mark.parametrize("name", ["grpo-uncorrected", "sft"])
+@pytest.mark.parametrize("name", ["grpo-uncorrected", "gspo-uncorrected", "gspo-sequence", "sft"])
 def test_the_on_policy_gradient_is_that_of_reinforce(name: str) -> None:
     toy = Toy()
     for batch in batches_of(step(), "sequence_sum", budget=13):
@@ -350,8 +353,8 @@ def test_a_loss_and_an_advantage_can_be_files_of_the_user(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("gprpo", {}, r'algo.name = "gprpo": not in rlft.algos. Did you mean "grpo"\? Known: grpo, sft;'),
-        ("kl", {}, r'algo.name = "kl": not in rlft.algos.* Known: grpo, sft'),
+        ("gprpo", {}, r'algo.name = "gprpo": not in rlft.algos. Did you mean "grpo"\? Known: .*grpo.*sft;'),
+        ("kl", {}, r'algo.name = "kl": not in rlft.algos.* Known: .*grpo.*sft'),
         ("grpo", {"advantage": "group_norms"}, r'algo.advantage = "group_norms": unknown. Did you mean "group_norm"\?'),
         ("grpo", {"clip_hi": 0.3}, "algo.clip_hi: unknown setting. Did you mean .*clip_high"),
         ("grpo", {"clip_low": 1.0}, "algo.clip_low = 1.0: want below 1, the ratio is never negative"),

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from rlft.algos import advantages as adv
-from rlft.algos import grpo, sft
+from rlft.algos import grpo, gspo, sft
 from rlft.batch import count, pack
 from rlft.types import Aggregation, Batch, PackPlan, Prompt, Rollout
 
@@ -49,7 +49,9 @@ def packed(values: dict[str, Tensor], aggregation: Aggregation) -> tuple[list[Ba
     return batches, cells
 
 
-def trl_loss(now: Tensor, values: dict[str, Tensor], loss_type: str, cap: float, **args: Any) -> tuple[Tensor, Any]:
+def trl_loss(
+    now: Tensor, values: dict[str, Tensor], loss_type: str, cap: float, level: str = "token", **args: Any
+) -> tuple[Tensor, Any]:
     """TRL's loss on the grid of log-probs, and its metrics."""
     from trl.trainer.grpo_trainer import GRPOTrainer
 
@@ -61,7 +63,7 @@ def trl_loss(now: Tensor, values: dict[str, Tensor], loss_type: str, cap: float,
     metrics = {"train": defaultdict(list)}
     stand_in = SimpleNamespace(
         _get_per_token_logps_and_entropies=lambda *a, **k: (now, torch.zeros_like(now), None), aux_loss_enabled=False,
-        top_entropy_quantile=1.0, off_policy_mask_threshold=None, importance_sampling_level="token",
+        top_entropy_quantile=1.0, off_policy_mask_threshold=None, importance_sampling_level=level,
         beta=args.get("beta", 0.0), epsilon_low=0.2, epsilon_high=0.28, loss_type=loss_type, use_vllm=True,
         vllm_importance_sampling_correction=True, current_gradient_accumulation_steps=1, max_completion_length=MAX_LEN,
         _entropy_bonus_enabled=False, _metrics=metrics, model=SimpleNamespace(training=True),
@@ -121,6 +123,35 @@ def test_grpo_equals_trl(loss_type: str, aggregation: Aggregation, beta: float, 
         assert sums[name][0] / sums[name][1] == pytest.approx(metrics[name][0]) and metrics[name][0] > 0
     if beta and not bias:
         assert sums["kl"][0] / sums["kl"][1] == pytest.approx(metrics["kl"][0])
+
+
+@pytest.mark.parametrize("form", ["token", "sequence"])
+@pytest.mark.parametrize(("loss_type", "aggregation"), [("grpo", "sequence_mean"), ("dapo", "token_mean")])
+def test_gspo_equals_trls_sequence_level(loss_type: str, aggregation: Aggregation, form: Any) -> None:
+    """Both forms, with some sequences clipped on each side; without a correction, which TRL applies to neither form."""
+    now, values = grids()
+    # A drift per sequence, so that the means of the ratios are spread and not only the tokens'.
+    drift = torch.tensor([0.4, -0.4, 0.1, -0.3, 0.0, 0.3, 0.35, -0.35], dtype=torch.float64)[:, None]
+    values = {**values, "old_logprobs": now - 0.2 * (now - values["old_logprobs"]) - drift}
+    values["sampler_logprobs"] = values["old_logprobs"]
+    theirs = now.clone().requires_grad_()
+    want, metrics = trl_loss(theirs, values, loss_type, 2.0, level="sequence")
+    want.backward()
+    ours = now.clone().requires_grad_()
+    cfg = gspo.Config(clip_low=0.2, clip_high=0.28, form=form, correction="none")
+    total = torch.zeros((), dtype=torch.float64)
+    clipped: list[float] = [0.0, 0.0]
+    for batch, cell in zip(*packed(values, aggregation), strict=True):
+        loss, stats = gspo.loss(ours.flatten()[cell], batch, cfg)
+        total = total + loss
+        clipped = [
+            c + float(stats[f"clip_ratio/{side}_mean"].value) for c, side in zip(clipped, ("low", "high"), strict=True)
+        ]
+    total.backward()
+    assert ours.grad is not None and theirs.grad is not None
+    assert total.item() == pytest.approx(want.item(), abs=1e-6)
+    assert (ours.grad - theirs.grad).abs().max() < 1e-6 < theirs.grad.abs().max()
+    assert min(clipped) > 0 and min(metrics["clip_ratio/low_mean"][0], metrics["clip_ratio/high_mean"][0]) > 0
 
 
 def test_group_norm_and_the_logged_spread_equal_trl() -> None:

@@ -32,6 +32,8 @@ def home(tmp_path_factory) -> Path:
     tiny_tokenizer().save_pretrained(folder / "model")
     rows = [{"prompt": f"say {i}", "answer": str(i % 10)} for i in range(24)]
     (folder / "prompts.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    rows = [{"prompt": f"say {i}", "chosen": f"it is {i * i}", "rejected": f"no {i}"} for i in range(24)]
+    (folder / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
     rows = [{"prompt": f"say {i}", "completion": f"it is {i * i}"} for i in range(24)]
     (folder / "sft.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (folder / "rewards.py").write_text(
@@ -112,6 +114,22 @@ def test_sft_runs_through_the_same_loop_and_its_first_loss_is_transformers_cross
             total += model(input_ids=ids, labels=labels).loss.item() * n
         tokens += n
     assert losses[0] == pytest.approx(total / tokens, abs=1e-5)
+
+
+def test_dpo_runs_through_the_same_loop_and_its_first_loss_is_ln_2(home: Path, tmp_path: Path) -> None:
+    train(sft(home, tmp_path / "run", data=Data(str(home / "pairs.jsonl")), algo=Algo("dpo"), steps=6))
+    logged = metrics(tmp_path / "run")
+    assert logged[0]["loss"] == pytest.approx(0.69315, abs=1e-5)
+    assert logged[-1]["loss"] < 0.5 and logged[-1]["rewards/accuracies"] == 1.0
+
+
+def test_gspo_runs_through_the_same_loop_with_grpos_rollouts(home: Path, tmp_path: Path) -> None:
+    """One update per rollout batch: its ratio is 1, so its first step has GRPO's gradient under the same averaging."""
+    train(grpo(home, tmp_path / "a", algo=Algo("gspo"), steps=1))
+    train(grpo(home, tmp_path / "b", algo=Algo("grpo", {"aggregation": "sequence_mean"}), steps=1))
+    one, other = (metrics(tmp_path / run)[0] for run in "ab")
+    assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-5) and one["grad_norm"] > 0
+    assert one["reward"] == other["reward"]
 
 
 def test_reward_functions_and_callbacks_from_python(home: Path, tmp_path: Path) -> None:

