@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import FunctionType
@@ -63,11 +62,13 @@ def module_of(name: str) -> Any:
 
     Raises ConfigError listing the known names, or the attributes that are missing.
     """
-    found = (
-        resolve.attribute(name, "algo.name") if ":" in name else resolve.module(name, "rlft.algos", "algo.name", PARTS)
-    )
-    if isinstance(found, FunctionType) and not hasattr(found, "Config"):
-        found = sys.modules[found.__module__]  # "my_loss.py:loss" stands for the file the loss is in
+    if ":" in name:
+        module, attribute_name = resolve.container(name, "algo.name")
+        found = getattr(module, attribute_name)
+        if isinstance(found, FunctionType) and not hasattr(found, "Config"):
+            found = module  # "my_loss.py:loss" stands for the file
+    else:
+        found = resolve.module(name, "rlft.algos", "algo.name", PARTS)
     missing = [attribute for attribute in REQUIRED if not hasattr(found, attribute)]
     if missing:
         raise ConfigError(

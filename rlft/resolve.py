@@ -52,26 +52,26 @@ def load_file(path: Path) -> ModuleType:
     return module
 
 
-def attribute(reference: str, field: str) -> Any:
-    """The object that "file.py:name" or "package.module:name" stands for.
+def container(reference: str, field: str) -> tuple[ModuleType, str]:
+    """The module that "file.py:name" or "package.module:name" points into, and the name.
 
     `field` is the setting it was given in, for the error. Raises ConfigError when file, module or name is missing.
     """
     where, _, name = reference.rpartition(":")
     if not where:
         raise ConfigError(f'{field} = "{reference}": want "file.py:name" or "package.module:name"')
-    if where.endswith(".py"):
-        try:
-            module = load_file(Path(where))
-        except ConfigError as error:
-            raise ConfigError(f'{field} = "{reference}": {error}') from None
-    else:
-        try:
-            module = importlib.import_module(where)
-        except ModuleNotFoundError as error:
-            raise ConfigError(f'{field} = "{reference}": {error}') from None
+    try:
+        module = load_file(Path(where)) if where.endswith(".py") else importlib.import_module(where)
+    except (ConfigError, ModuleNotFoundError) as error:
+        raise ConfigError(f'{field} = "{reference}": {error}') from None
     if not hasattr(module, name):
         raise ConfigError(f'{field} = "{reference}": {where} has no "{name}".{near(name, dir(module))}')
+    return module, name
+
+
+def attribute(reference: str, field: str) -> Any:
+    """The object that "file.py:name" or "package.module:name" stands for. Arguments and errors as `container`."""
+    module, name = container(reference, field)
     return getattr(module, name)
 
 

@@ -9,12 +9,14 @@ import pytest
 import torch
 import transformers
 from tiny import prompts, tiny_model, tiny_policy
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from rlft.batch import count, pack
 from rlft.config import Lora
 from rlft.errors import ConfigError
 from rlft.models.adapter import lora_parameters
 from rlft.models.load import attach_lora
+from rlft.models.policy import Policy
 from rlft.types import PackPlan, Rollout
 
 
@@ -145,6 +147,18 @@ def test_an_adapter_that_does_not_fit_is_named(tmp_path) -> None:
         attach_lora(base, Lora(rank=8, alpha=8, resume_from=str(tmp_path)), 0)
     with pytest.raises(ConfigError, match="no PEFT adapter there"):
         attach_lora(base, Lora(resume_from=str(tmp_path / "nothing")), 0)
+
+
+def test_an_adapter_of_another_base_is_refused(tmp_path) -> None:
+    """One of a deeper model leaves tensors over; in a wider model its shapes clash."""
+    lora = Lora(rank=4, alpha=8, resume_from=str(tmp_path))
+    Policy(tiny_model(layers=3)).model.save_pretrained(tmp_path, selected_adapters=["default"])
+    with pytest.raises(ConfigError, match="does not fit this base: 14 of its tensors have no place in it and 0"):
+        attach_lora(tiny_model().unload(), lora, 0)
+    wide = LlamaForCausalLM(LlamaConfig(vocab_size=103, hidden_size=64, intermediate_size=48, num_hidden_layers=2,
+                                        num_attention_heads=4, num_key_value_heads=2, head_dim=8))  # fmt: skip
+    with pytest.raises(ConfigError, match=r"does not fit this base .*size mismatch"):
+        attach_lora(wide, lora, 0)
 
 
 def test_targets_that_match_nothing_list_what_there_is() -> None:

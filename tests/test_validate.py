@@ -66,7 +66,7 @@ def test_all_problems_are_found_at_once(folder: Path) -> None:
         'quantization = "nf4": needs a GPU and this run is on the CPU; set quantization = "none"',
         'optim.name = "adamw_8bit": needs a GPU and this run is on the CPU; set optim.name = "adamw"',
         f'lora.resume_from = "{folder}/nowhere": no PEFT adapter there (adapter_config.json is missing)',
-        'algo.name = "gpro": not in rlft.algos. Did you mean "grpo"? Known: ',
+        'algo.name = "gpro": not in rlft.algos. Did you mean ',
         "eval.rows = 4: the data has 4 rows and some must be left to train on; lower eval.rows",
         'rewards = "numbr": not in rlft.rewards. Did you mean "number"? Known: exact, format, length, number, reason',
         f'rewards = "{folder}/my_rewards.py:missing": {folder}/my_rewards.py has no "missing".',
@@ -126,6 +126,15 @@ def test_sampled_completions_need_a_reward_unless_functions_come_from_python(fol
     assert "eval.rows = 2 but there is no reward to score with: set eval.rewards" in problems(
         config(folder, rewards=[], eval={"rows": 2})
     )
+
+
+def test_a_loss_that_needs_sampler_log_probs_refuses_recorded_completions(folder: Path) -> None:
+    (folder / "needy.py").write_text(
+        "from rlft.algos.sft import *\nfrom rlft.algos.sft import Config\nNEEDS_SAMPLER = True"
+    )
+    (folder / "sft.jsonl").write_text('{"prompt": "a", "completion": "b"}\n' * 3)
+    cfg = config(folder, data=str(folder / "sft.jsonl"), rewards=[], algo=f"{folder}/needy.py:loss")
+    assert one(cfg).endswith("needs sampler log-probs, which recorded completions lack")
 
 
 def test_replay_needs_recorded_completions(folder: Path) -> None:

@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from safetensors import safe_open
 from torch import nn
 
 from rlft.config import Config, Lora
 from rlft.errors import ConfigError
+from rlft.models.adapter import lora_parameters
 
 
 @dataclass(frozen=True)
@@ -166,10 +169,21 @@ def _continue_adapter(base: nn.Module, lora: Lora) -> PeftModel:
                 f"lora.{field} = {ours}, but the adapter in {folder} has {theirs}: set lora.{field} = {theirs}"
             )
     try:
-        return PeftModel.from_pretrained(base, folder, is_trainable=True).eval()  # type: ignore[arg-type]
+        with warnings.catch_warnings():
+            # PEFT only warns of tensors that find no place or are not in the file; both are errors below.
+            warnings.filterwarnings("ignore", message="Found missing adapter keys")
+            model = PeftModel.from_pretrained(base, folder, is_trainable=True).eval()  # type: ignore[arg-type]
     except (RuntimeError, ValueError) as error:
         detail = " ".join(str(error).split())[:300]
         raise ConfigError(f'lora.resume_from = "{folder}": the adapter does not fit this base ({detail})') from error
+    with safe_open(Path(folder) / "adapter_model.safetensors", "pt") as file:
+        wanted, there = set(file.keys()), set(lora_parameters(model, "default"))
+    if wanted != there:
+        raise ConfigError(
+            f'lora.resume_from = "{folder}": the adapter does not fit this base: {len(wanted - there)} of its tensors '
+            f"have no place in it and {len(there - wanted)} of the base's are missing, {min(wanted ^ there)} for one"
+        )
+    return model
 
 
 def fingerprint(model: nn.Module) -> str:
