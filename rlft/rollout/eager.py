@@ -150,7 +150,7 @@ class EagerEngine:
             position_ids=positions.to(self._device), use_cache=True, logits_to_keep=1,
         )  # fmt: skip
         line_of = torch.tensor([sum(h <= i for h in heads) - 1 for i in range(len(rows))])
-        cache, logits = out.past_key_values, out.logits[:, -1].float()[line_of.to(self._device)]
+        cache, logits = out.past_key_values, out.logits[:, -1][line_of.to(self._device)]
         cache.batch_select_indices(line_of.to(self._device))
         mask, positions, live = mask[line_of], positions[line_of, -1], rows
         while True:
@@ -169,10 +169,14 @@ class EagerEngine:
             logits = self._model(
                 input_ids=tokens[:, None].to(self._device), attention_mask=mask.to(self._device),
                 position_ids=positions[:, None].to(self._device), past_key_values=cache, use_cache=True,
-            ).logits[:, -1].float()  # fmt: skip
+            ).logits[:, -1]  # fmt: skip
 
     def _draw(self, logits: Tensor, rows: list[_Row], sampling: Sampling) -> Tensor:
-        """Draw the next token of each row, append it with its log-prob, and return the tokens [rows] on the CPU."""
+        """Draw the next token of each row, append it with its log-prob, and return the tokens [rows] on the CPU.
+
+        logits: [rows, V] in the model's dtype; probabilities are computed in at least fp32.
+        """
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if sampling.temperature == 0:
             tokens, drawn = logits.argmax(-1), torch.zeros(len(rows))
         else:
