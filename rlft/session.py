@@ -139,8 +139,7 @@ def build(
         if held and not engine.SAMPLES:
             eval_engine = EagerEngine(policy, tokenizer, cfg.engine.batch_size, console.generating)
             stack.callback(eval_engine.close)
-        if algorithm.needs_sampler and not engine.SAMPLES:
-            raise ConfigError(f'algo.name = "{cfg.algo.name}" needs sampler log-probs, which recorded completions lack')
+        assert engine.SAMPLES or not algorithm.needs_sampler, "validate refuses this"
         steps = cfg.steps or prompts.steps(cfg.prompts_per_step, cfg.data.epochs or 1.0)
         s = Session(
             cfg=cfg, steps=steps, algorithm=algorithm, policy=policy, engine=engine, eval_engine=eval_engine,
@@ -178,8 +177,7 @@ def _load_policy(cfg: Config) -> Policy:
 def _engine(cfg: Config, policy: Policy, tokenizer: Any, console: Console, recorded: bool) -> Engine:
     name = cfg.engine.name if cfg.engine.name != "auto" else ("replay" if recorded else "eager")
     if name == "replay":
-        if not recorded:
-            raise ConfigError('engine.name = "replay": the data has no recorded completions; set "eager"')
+        assert recorded, "validate refuses this"
         return ReplayEngine()
     return EagerEngine(policy, tokenizer, cfg.engine.batch_size, console.generating)
 

@@ -23,7 +23,7 @@ def config(**table: Any) -> Config:
     return from_table(Config, {**RUN, **table})
 
 
-def refused(match: str, **table: Any) -> None:
+def assert_refused(match: str, **table: Any) -> None:
     with pytest.raises(ConfigError, match=f"^{re.escape(match)}$"):
         config(**table)
 
@@ -123,18 +123,20 @@ def test_a_value_that_toml_cannot_hold_is_refused_by_name() -> None:
 
 
 def test_an_unknown_key_names_its_nearest_neighbour() -> None:
-    refused('stepz: unknown setting. Did you mean "steps"?', stepz=1)
-    refused('sampling.groupsize: unknown setting. Did you mean "group_size"?', sampling={"groupsize": 1})
-    refused('data.sources[0].pth: unknown setting. Did you mean "path"?', data={"sources": [{"path": "a", "pth": 1}]})
+    assert_refused('stepz: unknown setting. Did you mean "steps"?', stepz=1)
+    assert_refused('sampling.groupsize: unknown setting. Did you mean "group_size"?', sampling={"groupsize": 1})
+    assert_refused(
+        'data.sources[0].pth: unknown setting. Did you mean "path"?', data={"sources": [{"path": "a", "pth": 1}]}
+    )
 
 
 def test_a_key_like_nothing_lists_what_is_known() -> None:
-    refused("checkpoint.zzz: unknown setting. Known here: every, keep", checkpoint={"zzz": 1})
+    assert_refused("checkpoint.zzz: unknown setting. Known here: every, keep", checkpoint={"zzz": 1})
 
 
 def test_a_key_outside_its_section_says_where_it_belongs() -> None:
-    refused("lr: unknown setting. Did you mean optim.lr?", lr=1)
-    refused("group_size: unknown setting. Did you mean sampling.group_size?", group_size=8)
+    assert_refused("lr: unknown setting. Did you mean optim.lr?", lr=1)
+    assert_refused("group_size: unknown setting. Did you mean sampling.group_size?", group_size=8)
 
 
 @pytest.mark.parametrize(
@@ -148,18 +150,18 @@ def test_a_key_outside_its_section_says_where_it_belongs() -> None:
     ],
 )
 def test_a_trl_name_gives_ours(theirs: str, ours: str) -> None:
-    refused(f"{theirs}: unknown setting. TRL's {theirs} is {ours} here", **{theirs: 1})
+    assert_refused(f"{theirs}: unknown setting. TRL's {theirs} is {ours} here", **{theirs: 1})
 
 
 def test_a_trl_name_in_a_section_gives_ours() -> None:
-    refused(
+    assert_refused(
         "optim.learning_rate: unknown setting. TRL's learning_rate is optim.lr here",
         optim={"learning_rate": 1e-5},
     )
 
 
 def test_a_trl_setting_without_a_counterpart_says_what_to_do_instead() -> None:
-    refused(
+    assert_refused(
         "report_to: unknown setting. Nothing to set: every run writes metrics.jsonl and report.html into its folder",
         report_to="wandb",
     )
@@ -207,7 +209,7 @@ def test_no_setting_of_ours_is_refused_as_a_name_of_trl() -> None:
     ],
 )
 def test_a_wrong_type_names_field_value_and_what_is_wanted(message: str, table: dict[str, Any]) -> None:
-    refused(message, **table)
+    assert_refused(message, **table)
 
 
 def test_all_faults_of_a_file_are_told_at_once() -> None:
@@ -246,7 +248,7 @@ def test_all_faults_of_a_file_are_told_at_once() -> None:
     ],
 )
 def test_a_value_that_cannot_be_meant_is_refused_by_its_section(message: str, table: dict[str, Any]) -> None:
-    refused(message, **table)
+    assert_refused(message, **table)
 
 
 def test_steps_or_epochs_must_be_given() -> None:
