@@ -17,8 +17,8 @@ from rlft.train import train
 
 
 def test_the_loop_written_out_has_the_same_first_three_losses(smollm2: Path, tmp_path: Path) -> None:
-    """In float64: both draw the same uniform numbers, and in fp32 a token comes to lie on the other side of one by rounding
-    now and then (seen twice in 4,100); from there on the two would train on different texts."""
+    """In float64: both draw the same uniform numbers, and in fp32 a token comes to lie on the other side of one by
+    rounding now and then (seen twice in 4,100); from there on the two would train on different texts."""
     cfg = sums(smollm2, tmp_path / "run", steps=3, prompts_per_step=2, seed=1, dtype="float64")
     cfg = replace(cfg, parity=replace(cfg.parity, probe=False))
     (tmp_path / "config.toml").write_text(to_toml(cfg))
