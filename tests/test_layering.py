@@ -19,7 +19,8 @@ FILES = sorted(ROOT.rglob("*.py"))
 MAY_IMPORT = {
     "errors": "",
     "types": "",
-    "config": "",
+    "config": "config_data",
+    "config_data": "",
     "resolve": "",
     "health": "",
     "dist": "types",
