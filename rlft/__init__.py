@@ -19,12 +19,13 @@ _NAMES = {
     "types": "Prompt Rollout Batch PackPlan Stat State",
     "errors": "RlftError ConfigError DataError RewardError EngineError ParityError TrainError",
 }
-_WHERE = {name: module for module, names in _NAMES.items() for name in names.split()}
+_WHERE = {"preset": "config_file"} | {name: module for module, names in _NAMES.items() for name in names.split()}
 
 __all__ = ["__version__", "train", *sorted(_WHERE)]
 
 if TYPE_CHECKING:
     from rlft import train as train
+    from rlft.config_file import preset as preset
 
 
 def __getattr__(name: str) -> Any:

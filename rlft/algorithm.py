@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import FunctionType
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
 from rlft import resolve
-from rlft.algos import advantages
+from rlft.algos import advantages, corrections
 from rlft.config import Algo
-from rlft.config_file import from_table
+from rlft.config_file import from_table, presets
 from rlft.errors import ConfigError
 from rlft.types import Aggregation, Batch, Stats
 
 PARTS = ("advantages", "corrections", "kl")
 """Files of rlft.algos that are parts of losses, not losses."""
 ESTIMATORS = ("group_mean", "group_norm", "identity", "leave_one_out")
-REQUIRED = ("Config", "loss", "ADVANTAGE", "AGGREGATION", "NEEDS_REFERENCE", "WHOLE_GROUPS", "NEEDS_SAMPLER",
+REQUIRED = ("Config", "loss", "ADVANTAGE", "AGGREGATION", "RATIO", "NEEDS_REFERENCE", "WHOLE_GROUPS", "NEEDS_SAMPLER",
             "ZERO_ADV_ZERO_GRAD", "ENTROPY_GRAD")  # fmt: skip
 
 AGGREGATIONS = {
@@ -53,6 +53,11 @@ class Algorithm:
     zero_adv_zero_grad: bool
     """A micro-batch of zero advantage has exactly zero gradient and may be skipped."""
     entropy_grad: bool
+    old: Literal["now", "trainer", "sampler"]
+    """Where old log-probs come from: `logprobs` without gradient (one update per rollout batch, or a loss without a
+    ratio), a forward of the trainer before the first update, or the sampler (correction "bypass")."""
+    updates: int
+    """Optimiser updates per rollout batch."""
     words: str
     """Ratio, clip, KL and correction in words; the file's own `words(cfg)`, or its settings."""
 
@@ -67,6 +72,11 @@ def module_of(name: str) -> Any:
         found = getattr(module, attribute_name)
         if isinstance(found, FunctionType) and not hasattr(found, "Config"):
             found = module  # "my_loss.py:loss" stands for the file
+    elif name in presets() and name not in resolve.names_in("rlft.algos"):
+        raise ConfigError(
+            f'algo.name = "{name}": a preset, which a config file or a flag can name; from Python: '
+            f'rlft.preset("{name}", model=..., data=..., ...)'
+        )
     else:
         found = resolve.module(name, "rlft.algos", "algo.name", PARTS)
     missing = [attribute for attribute in REQUIRED if not hasattr(found, attribute)]
@@ -77,10 +87,16 @@ def module_of(name: str) -> Any:
     return found
 
 
-def build(algo: Algo) -> Algorithm:
-    """The algorithm of a run. Raises ConfigError for an unknown name, setting or estimator."""
+def build(algo: Algo, updates: int = 1) -> Algorithm:
+    """The algorithm of a run with `updates` optimiser updates per rollout batch.
+
+    Raises ConfigError for an unknown name, setting or estimator, and a correction that does not fit the updates.
+    """
     module = module_of(algo.name)
     config = from_table(module.Config, algo.options, "algo")
+    correction = getattr(config, "correction", None)
+    if correction is not None:
+        config = replace(config, correction=corrections.resolve(correction, updates))
     name = getattr(config, "advantage", module.ADVANTAGE)
     if ":" in name:
         estimator = _checked(resolve.attribute(name, "algo.advantage"), name)
@@ -105,6 +121,8 @@ def build(algo: Algo) -> Algorithm:
         aggregation=aggregation, needs_reference=trait("NEEDS_REFERENCE"),
         whole_groups=trait("WHOLE_GROUPS"), needs_sampler=trait("NEEDS_SAMPLER"),
         zero_adv_zero_grad=trait("ZERO_ADV_ZERO_GRAD"), entropy_grad=trait("ENTROPY_GRAD"),
+        old="sampler" if correction == "bypass" else "trainer" if updates > 1 and trait("RATIO") else "now",
+        updates=updates,
         words=module.words(config) if hasattr(module, "words") else str(config),
     )  # fmt: skip
 
@@ -128,6 +146,10 @@ def describe(algorithm: Algorithm) -> list[str]:
     """The five choices (ratio, clip, KL, advantage, aggregation) in words, as printed at the start of a run."""
     aggregation = f"{algorithm.aggregation}, {AGGREGATIONS[algorithm.aggregation]}"
     lines = [f"{algorithm.name}: {algorithm.words}; advantage {algorithm.advantage_name}; {aggregation}"]
-    if hasattr(algorithm.config, "clip_low"):
+    if algorithm.updates > 1:
+        old = {"now": "", "trainer": "; old log-probs from a forward of the trainer before the first",
+               "sampler": "; old log-probs are the sampler's"}[algorithm.old]  # fmt: skip
+        lines.append(f"{algorithm.updates} updates per rollout batch{old}")
+    elif algorithm.old == "now" and hasattr(algorithm.config, "clip_low"):
         lines.append("one update per rollout batch: the ratio is exactly 1, so clipping never acts")
     return lines

@@ -100,8 +100,15 @@ def parse(command: str, args: list[str]) -> tuple[Config, bool]:
     if "resume" in table:
         raise config_file.unknown("resume", "", [])
     _refuse_unknown(flags)
+    name = _given(flags, "--algo.name")
+    if name in config_file.presets():
+        # The flag lays the preset under the file, whose own algorithm it takes the place of.
+        table = {**table, "algo": {**config_file.section(Algo, table.get("algo", {}), "algo").options, "name": name}}
+        flags = _without(flags, "--algo.name")
+        name = None
+    table = config_file.with_preset(table)
     algo = config_file.section(Algo, table.get("algo", {}), "algo")
-    name = _given(flags, "--algo.name") or algo.name
+    name = name or algo.name
     shown = config_file.from_table(_flags_type(name), {**table, "algo": {**algo.options, "name": name}})
     parsed = tyro.cli(
         type(shown), default=shown, args=flags, prog=f"rlft {command} {file or 'FILE'}", use_underscores=True,
@@ -125,6 +132,16 @@ def _given(flags: list[str], name: str) -> str | None:
     values = [f.partition("=")[2] for f in flags if f.startswith(f"{name}=")]
     values += [value for f, value in itertools.pairwise(flags) if f == name]
     return values[-1] if values else None
+
+
+def _without(flags: list[str], name: str) -> list[str]:
+    """The flags without `name`, given as "--flag=value" or "--flag value"."""
+    kept, skip = [], False
+    for flag in flags:
+        if not skip and flag != name and not flag.startswith(f"{name}="):
+            kept.append(flag)
+        skip = not skip and flag == name
+    return kept
 
 
 def _refuse_unknown(flags: list[str]) -> None:

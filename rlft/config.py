@@ -10,12 +10,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from rlft.config_data import Data, Eval, Reward, Sampling, Source, require
+from rlft.config_data import Data, Eval, Overlong, Refill, Reward, Sampling, Source, require
 from rlft.errors import ConfigError
 
 __all__ = [
     "Config", "Source", "Data", "Reward", "Algo", "Sampling", "Lora", "Optim", "Engine", "Packing", "Parity", "Eval",
-    "Checkpoint", "require",
+    "Checkpoint", "Overlong", "Refill", "require",
 ]  # fmt: skip
 
 
@@ -78,6 +78,10 @@ class Optim:
     """Shape of the learning rate after warm-up."""
     warmup: int = 0
     """Updates over which the learning rate rises from 0."""
+    minibatches: int = 1
+    """Parts that the prompts of a step are split into, with one optimiser update for each."""
+    passes: int = 1
+    """Times the rollouts of a step are gone through (PPO's epochs)."""
     max_skipped: int = 5
     """Updates with a non-finite gradient are skipped; after this many in a row the run stops."""
 
@@ -88,7 +92,14 @@ class Optim:
         require(self.weight_decay >= 0, "optim.weight_decay", self.weight_decay, "0 or more")
         require(self.max_grad_norm >= 0, "optim.max_grad_norm", self.max_grad_norm, "0 (no clipping) or more")
         require(self.warmup >= 0, "optim.warmup", self.warmup, "0 or more")
+        require(self.minibatches >= 1, "optim.minibatches", self.minibatches, "at least 1")
+        require(self.passes >= 1, "optim.passes", self.passes, "at least 1")
         require(self.max_skipped >= 1, "optim.max_skipped", self.max_skipped, "at least 1")
+
+    @property
+    def updates(self) -> int:
+        """Optimiser updates per step."""
+        return self.minibatches * self.passes
 
 
 @dataclass(frozen=True)
@@ -182,6 +193,8 @@ class Config:
     """"nf4" keeps the frozen weights in 4 bits; "auto" is nf4 on a GPU and none on a CPU."""
     algo: Algo = field(default_factory=Algo)
     sampling: Sampling = field(default_factory=Sampling)
+    refill: Refill = field(default_factory=Refill)
+    overlong: Overlong = field(default_factory=Overlong)
     lora: Lora = field(default_factory=Lora)
     optim: Optim = field(default_factory=Optim)
     engine: Engine = field(default_factory=Engine)
@@ -197,4 +210,10 @@ class Config:
         require(self.prompts_per_step >= 1, "prompts_per_step", self.prompts_per_step, "at least 1")
         if (self.steps is None) == (self.data.epochs is None):
             raise ConfigError(f"steps = {self.steps} and data.epochs = {self.data.epochs}: give exactly one of them")
+        parts = self.optim.minibatches
+        if parts > self.prompts_per_step:
+            raise ConfigError(
+                f"optim.minibatches = {parts} and prompts_per_step = {self.prompts_per_step}: a mini-batch has at "
+                f"least one prompt; lower the first or raise the second"
+            )
         self.sampling.check_for_training()

@@ -130,6 +130,36 @@ class Sampling:
 
 
 @dataclass(frozen=True)
+class Refill:
+    """Dynamic sampling (DAPO): groups of equal rewards teach nothing, so other prompts are drawn in their place."""
+
+    rounds: int = 0
+    """Rounds of drawing at most; then the step trains on the groups there are. 0 switches it off."""
+    by: str | None = None
+    """Reward function whose values must differ within a group; None: the reward without the overlong penalty. Name the
+    one that says right or wrong where others shape the reward."""
+
+    def __post_init__(self) -> None:
+        require(self.rounds >= 0, "refill.rounds", self.rounds, "0 (off) or more")
+        require(
+            self.by is None or self.rounds > 0, "refill.by", self.by, "set refill.rounds too, or nothing is refilled"
+        )
+
+
+@dataclass(frozen=True)
+class Overlong:
+    """Completions that come near `sampling.max_tokens` (DAPO)."""
+
+    penalty_share: float = 0.0
+    """Over this last share of max_tokens a penalty grows from 0 to -1, added to the reward; 0 switches it off."""
+    drop: bool = False
+    """Leave completions that were cut at max_tokens out of the loss. Their reward stays in the group's statistics."""
+
+    def __post_init__(self) -> None:
+        require(0 <= self.penalty_share <= 1, "overlong.penalty_share", self.penalty_share, "0 (off) to 1")
+
+
+@dataclass(frozen=True)
 class Eval:
     """Measuring on rows that are never trained on."""
 

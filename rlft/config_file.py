@@ -24,6 +24,7 @@ T = TypeVar("T")
 SHORT = {Data: "path", Source: "path", Reward: "use", Algo: "name"}
 """Sections that may be written as a plain string, and the field it stands for."""
 
+PRESETS = Path(__file__).parent / "presets"
 TRL_NAMES = {
     "num_generations": "sampling.group_size", "max_completion_length": "sampling.max_tokens",
     "temperature": "sampling.temperature", "top_p": "sampling.top_p", "top_k": "sampling.top_k",
@@ -41,7 +42,8 @@ TRL_NAMES = {
     "epsilon": "algo.clip_low", "epsilon_high": "algo.clip_high", "scale_rewards": "algo.advantage",
     "loss_type": "algo.aggregation", "vllm_importance_sampling_cap": "algo.correction_cap",
     "save_steps": "checkpoint.every", "save_total_limit": "checkpoint.keep", "eval_steps": "eval.every",
-    "num_generations_eval": "eval.samples",
+    "num_generations_eval": "eval.samples", "num_iterations": "optim.passes",
+    "mask_truncated_completions": "overlong.drop",
 }  # fmt: skip
 """What TRL calls a setting, and what it is here."""
 
@@ -52,7 +54,6 @@ TRL_NOTES = {
     "logging_steps": "nothing to set: every step is logged",
     "gradient_accumulation_steps": "nothing to set: packing.budget cuts a step into micro-batches, same gradient",
     "gradient_checkpointing": "nothing to set: lower packing.budget to save memory",
-    "num_iterations": "not here yet: each rollout batch is trained on once",
     "do_train": "use the command: rlft train, rlft eval",
     "do_eval": "use the command: rlft train, rlft eval",
 }
@@ -61,7 +62,42 @@ TRL_NOTES = {
 
 def load(path: str | Path) -> Config:
     """The config in a .toml, .yaml or .yml file. Raises ConfigError naming the file or the field at fault."""
-    return from_table(Config, read(path))
+    return from_table(Config, with_preset(read(path)))
+
+
+def preset(name: str, **settings: Any) -> Config:
+    """A config from a preset and what it leaves open, as a file that names it would give: `rlft.preset`.
+
+    settings: top-level settings; a section is a dict, for example sampling={"group_size": 16}. Raises ConfigError.
+    """
+    if name not in presets():
+        raise ConfigError(f'no preset "{name}".{near(name, presets())} Presets: {", ".join(presets())}')
+    algo = settings.get("algo") or {}
+    return from_table(Config, with_preset({**settings, "algo": {**algo, "name": name}}))
+
+
+def presets() -> list[str]:
+    """Names of the presets: the files in rlft/presets."""
+    return sorted(path.stem for path in PRESETS.glob("*.toml"))
+
+
+def with_preset(table: dict[str, Any]) -> dict[str, Any]:
+    """The settings of `table` laid over those of the preset that its algo.name names; `table` itself without one.
+
+    Tables are merged key by key; anything else of `table`, lists too, takes the place of the preset's.
+    """
+    algo = table.get("algo") or {}
+    name = algo if isinstance(algo, str) else algo.get("name") if isinstance(algo, dict) else None
+    if name not in presets():
+        return table
+    under = read(PRESETS / f"{name}.toml")
+    own = {} if isinstance(algo, str) else {k: v for k, v in algo.items() if k != "name"}
+    return _laid({**table, "algo": own}, under)
+
+
+def _laid(over: dict[str, Any], under: dict[str, Any]) -> dict[str, Any]:
+    both = {k: _laid(over[k], v) for k, v in under.items() if isinstance(v, dict) and isinstance(over.get(k), dict)}
+    return {**under, **over, **both}
 
 
 def read(path: str | Path) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from typing import Any
 from rlft import __version__, checkpoint, parity
 from rlft.algorithm import Algorithm, describe
 from rlft.algorithm import build as build_algorithm
-from rlft.config import Config
+from rlft.config import Config, Reward
 from rlft.config_file import load as load_config
 from rlft.config_file import to_toml
 from rlft.console import Console
@@ -25,7 +25,9 @@ from rlft.errors import ConfigError
 from rlft.models.load import attach_lora, fingerprint, load_base, load_tokenizer, resolve_device, resolve_dtype
 from rlft.models.policy import Policy
 from rlft.optim import Optimizer
-from rlft.rewards.score import RewardFunction
+from rlft.rewards.overlong import overlong
+from rlft.rewards.pool import InThread
+from rlft.rewards.score import OVERLONG, RewardFunction
 from rlft.rewards.score import build as build_rewards
 from rlft.rollout.eager import EagerEngine
 from rlft.rollout.engine import Engine
@@ -120,12 +122,12 @@ def build(
     with contextlib.ExitStack() as stack:
         console = stack.enter_context(Console())
         run = Run.resume(cfg.out) if resume else Run.create(cfg.out)
-        algorithm = build_algorithm(cfg.algo)
+        algorithm = build_algorithm(cfg.algo, cfg.optim.updates)
         console.note(f"loading {cfg.model}")
         tokenizer = load_tokenizer(cfg.model)
         rows, held = load_rows(cfg, tokenizer, console.note)
         prompts = Prompts(rows, cfg.seed, cfg.data.shuffle)
-        functions = build_rewards(cfg.rewards if rewards is None else rewards)
+        functions = _functions(cfg, rewards)
         eval_functions = build_rewards(cfg.eval.rewards) if cfg.eval.rewards else functions
         for function in {id(f): f for f in [*functions, *eval_functions]}.values():
             stack.callback(function.close)
@@ -143,9 +145,9 @@ def build(
         steps = cfg.steps or prompts.steps(cfg.prompts_per_step, cfg.data.epochs or 1.0)
         s = Session(
             cfg=cfg, steps=steps, algorithm=algorithm, policy=policy, engine=engine, eval_engine=eval_engine,
-            optimizer=Optimizer(policy.flat.flat, cfg.optim, steps), prompts=prompts, held=held, functions=functions,
-            eval_functions=eval_functions, run=run, console=console, identity=_identity(cfg, policy),
-            plan=_plan(cfg, algorithm),
+            optimizer=Optimizer(policy.flat.flat, cfg.optim, steps * cfg.optim.updates), prompts=prompts, held=held,
+            functions=functions, eval_functions=eval_functions, run=run, console=console,
+            identity=_identity(cfg, policy), plan=_plan(cfg, algorithm),
             callbacks=callbacks,
         )  # fmt: skip
         if resume:
@@ -167,6 +169,21 @@ def load_rows(
     if cfg.eval.rows and cfg.eval.data is not None:
         return loaded.prompts, load_prompts(cfg.eval.data, tokenizer, cfg.seed).prompts[: cfg.eval.rows]
     return hold_out(loaded.prompts, cfg.eval.rows, cfg.seed) if cfg.eval.rows else (loaded.prompts, [])
+
+
+def _functions(cfg: Config, rewards: Sequence[Any] | None) -> list[RewardFunction]:
+    """The reward functions of the training: the user's, and the overlong penalty where it is switched on."""
+    functions = build_rewards(cfg.rewards if rewards is None else rewards)
+    names = [function.name for function in functions]
+    if cfg.refill.by is not None and cfg.refill.by not in names:
+        raise ConfigError(
+            f'refill.by = "{cfg.refill.by}": no reward function of that name; there are {", ".join(names)}'
+        )
+    if cfg.overlong.penalty_share:
+        args = {"max_tokens": cfg.sampling.max_tokens, "share": cfg.overlong.penalty_share}
+        functions.append(RewardFunction(OVERLONG, InThread(overlong), Reward(OVERLONG, args=args)))
+        functions[-1].open()
+    return functions
 
 
 def _load_policy(cfg: Config) -> Policy:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from rlft.algos.advantages import frac_zero_std
 from rlft.batch import group_ids
+from rlft.optim import Update
 from rlft.types import Batch, Rollout, Stat, Stats
 
 
@@ -37,6 +38,15 @@ def batch_stats(loss: Tensor, entropy: Tensor, batch: Batch) -> Stats:
     return {"loss": Stat("sum", loss.detach()), "entropy": Stat.mean(entropy, batch.train_mask)}
 
 
+def update_values(updates: Sequence[Update], values: dict[str, float]) -> dict[str, float]:
+    """Loss and gradient norm as means over the updates of a step, and the last learning rate. values: the step's
+    metrics, whose loss is the sum over its updates."""
+    found = {
+        "grad_norm": sum(u.grad_norm for u in updates) / len(updates), "learning_rate": updates[-1].learning_rate,
+    }  # fmt: skip
+    return found | ({"loss": values["loss"] / len(updates)} if "loss" in values else {})
+
+
 def rollout_values(rollouts: Sequence[Rollout], rewards: Tensor) -> dict[str, float]:
     """completions/* (lengths in tokens; "terminated" are those that were not cut), and the shares of groups with equal
     rewards and of invalid rewards. rewards: [N], nan where invalid."""
@@ -55,10 +65,11 @@ def rollout_values(rollouts: Sequence[Rollout], rewards: Tensor) -> dict[str, fl
     }
 
 
-def rates(rollouts: Sequence[Rollout], ran: Sequence[Batch], clock: Clock) -> dict[str, float]:
-    """Tokens per second: completion tokens over the time of generation, tokens run over the time of training."""
-    sampled = sum(len(r.completion_ids) for r in rollouts)
-    return {
-        "perf/rollout_tokens_per_s": sampled / clock.seconds["generate"],
-        "perf/training_tokens_per_s": sum(len(b.input_ids) for b in ran) / clock.seconds["train"],
-    }
+def rates(rollouts: Sequence[Rollout], ran: Sequence[Batch], passes: int, clock: Clock) -> dict[str, float]:
+    """Tokens per second: completion tokens over the time of generation (none for recorded ones), tokens run in all
+    passes over the time of training."""
+    values = {"perf/training_tokens_per_s": passes * sum(len(b.input_ids) for b in ran) / clock.seconds["train"]}
+    if rollouts[0].sampler_logprobs is not None:
+        sampled = sum(len(r.completion_ids) for r in rollouts)
+        values["perf/rollout_tokens_per_s"] = sampled / clock.seconds["generate"]
+    return values

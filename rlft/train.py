@@ -7,10 +7,12 @@ algorithm's name or an engine's type. `rlft.session` wires what it runs on.
 from __future__ import annotations
 
 import contextlib
+import functools
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from types import FrameType, ModuleType
 from typing import Any
@@ -27,12 +29,14 @@ from rlft.dist import sum_counts, sum_tensor
 from rlft.errors import ConfigError, EngineError, TrainError
 from rlft.evaluate import evaluate
 from rlft.metrics import Metrics
+from rlft.optim import Update
+from rlft.refill import Drawn, chosen, refill, spread_back
 from rlft.rewards.score import Parts, check_invalid, score
 from rlft.rewards.score import build as build_rewards
 from rlft.rollout.engine import asleep
 from rlft.session import Session, build, load_rows, open_run
-from rlft.step_metrics import Clock, batch_stats, rates, rollout_values
-from rlft.types import Batch, PackPlan, Rollout, State
+from rlft.step_metrics import Clock, batch_stats, rates, rollout_values, update_values
+from rlft.types import Batch, Rollout, State
 
 
 def loop(s: Session) -> None:
@@ -41,55 +45,101 @@ def loop(s: Session) -> None:
     engine.load_adapter(policy.adapter(), version=state.step)
     while state.step < s.steps and not s.stop:
         clock, metrics, mismatch = Clock(), Metrics(), parity.Mismatch()
-        with clock("generate"):
-            prompts = s.prompts.take(cfg.prompts_per_step)
-            rollouts = engine.generate(prompts, cfg.sampling, seed=(cfg.seed, state.step))
-            check_versions(rollouts, state.step)
-        with clock("reward"):
-            rewards, parts = score(rollouts, s.functions, trainer_state(s))
-            check_invalid(state.invalid_history, float(rewards.isnan().float().mean()), parts.faults())
+        draw = functools.partial(sample_and_score, s, clock)
+        drawn = refill(draw(cfg.prompts_per_step, 0), draw, cfg.prompts_per_step, cfg.refill.rounds)
+        parts = Parts.join(drawn.parts)
+        rollouts, rewards = chosen(drawn)
         advantages = algorithm.advantage(rewards, group_ids(rollouts))
-        plan = pack_plan(s, rewards)
 
         with clock("train"), asleep(engine), random_of(cfg.seed, state.step):
-            policy.flat.zero_grad()
-            batches = pack(rollouts, advantages, plan, sum_counts(count(rollouts, plan)))
-            ran = to_run(batches, cfg.packing.skip_zero_advantage and algorithm.zero_adv_zero_grad)
-            for done, batch in enumerate(ran):
-                s.console.progress("training", done, len(ran))
-                batch = batch.to(policy.device)
-                if algorithm.needs_reference:
-                    batch = replace(batch, ref_logprobs=policy.score(batch, weights="reference"))
-                logprobs, entropy = policy.logprobs(batch)
-                loss, stats = algorithm.loss(logprobs, batch, algorithm.config)
-                loss.backward()
-                metrics.add({**stats, **batch_stats(loss, entropy, batch)})
-                mismatch.add(logprobs, batch)
-            sum_tensor(policy.flat.gradient)
-            sum_tensor(mismatch.sums)
-            parity.gate(mismatch, s.limit, policy.score, ran[0] if ran else None)
-            update = s.optimizer.step(state.updates, state.skipped_updates)
+            packed = minibatches(s, rollouts, rewards, advantages)
+            ran = [to_run(part, cfg.packing.skip_zero_advantage and algorithm.zero_adv_zero_grad) for part in packed]
+            # The same batches for old and now: packed otherwise, their difference would be noise of the kernels.
+            ran = [[filled(s, batch, mismatch) for batch in part] for part in ran]
+            updates: list[Update] = []
+            done, total = 0, cfg.optim.passes * sum(map(len, ran))
+            for part in ran * cfg.optim.passes:
+                policy.flat.zero_grad()
+                for batch in part:
+                    s.console.progress("training", done, total)
+                    batch = batch.to(policy.device)
+                    logprobs, entropy = policy.logprobs(batch)
+                    loss, stats = algorithm.loss(logprobs, batch, algorithm.config)
+                    loss.backward()
+                    metrics.add({**stats, **batch_stats(loss, entropy, batch)})
+                    if not updates and algorithm.old != "trainer":
+                        mismatch.add(logprobs, batch)
+                    done += 1
+                sum_tensor(policy.flat.gradient)
+                if not updates:
+                    sum_tensor(mismatch.sums)
+                    parity.gate(mismatch, s.limit, policy.score, part[0] if part else None)
+                updates.append(s.optimizer.step(state.updates, state.skipped_updates))
+                state.updates += 1
+                state.skipped_updates = state.skipped_updates + 1 if updates[-1].skipped else 0
 
         state.step += 1
-        state.updates += 1
-        state.skipped_updates = state.skipped_updates + 1 if update.skipped else 0
         state.consumed = s.prompts.consumed
-        state.num_tokens += sum(len(r.prompt.ids) + len(r.completion_ids) for r in rollouts)
+        state.num_tokens += sum(len(r.prompt.ids) + len(r.completion_ids) for r in drawn.rollouts)
         with clock("sync"):
             engine.load_adapter(policy.adapter(), version=state.step)
 
-        values = metrics.values() | mismatch.values() | parts.metrics() | rollout_values(rollouts, rewards)
-        values |= packing_stats(batches, ran) | clock.values() | rates(rollouts, ran, clock)
+        packed, ran = list(chain(*packed)), list(chain(*ran))
+        values = metrics.values() | mismatch.values() | parts.metrics() | rollout_values(drawn.rollouts, drawn.rewards)
+        values |= update_values(updates, values) | packing_stats(packed, ran) | clock.values()
+        values |= rates(drawn.rollouts, ran, cfg.optim.passes, clock)
+        values |= drawn.metrics(cfg.prompts_per_step) if cfg.refill.rounds else {}
         values |= {
-            "grad_norm": update.grad_norm, "learning_rate": update.learning_rate, "epoch": s.prompts.epoch,
-            "num_tokens": float(state.num_tokens), "skipped_updates": float(state.skipped_updates),
-            "parity/limit": s.limit,
+            "epoch": s.prompts.epoch, "num_tokens": float(state.num_tokens), "parity/limit": s.limit,
+            "skipped_updates": float(state.skipped_updates),
         }  # fmt: skip
-        record(s, values, rollouts, rewards, parts, advantages)
+        record(s, values, drawn, parts, spread_back(drawn, advantages.tolist()))
         if cfg.eval.every and state.step % cfg.eval.every == 0 and state.step < s.steps:
             measure(s)
         if cfg.checkpoint.every and state.step % cfg.checkpoint.every == 0 and state.step < s.steps:
             s.save()
+
+
+def sample_and_score(s: Session, clock: Clock, count: int, round_: int) -> Drawn:
+    """`count` prompts of the data, sampled and scored. round_: 0, and 1 onwards when the step is refilled."""
+    # Far above any prompt's position, so that no two draws of a run share a seed.
+    seed = (s.cfg.seed, s.state.step) if round_ == 0 else (s.cfg.seed, s.state.step, 2**31 + round_)
+    with clock("generate"):
+        rollouts = s.engine.generate(s.prompts.take(count), s.cfg.sampling, seed)
+        check_versions(rollouts, s.state.step)
+    with clock("reward"):
+        rewards, parts = score(rollouts, s.functions, trainer_state(s))
+        check_invalid(s.state.invalid_history, float(rewards.isnan().float().mean()), parts.faults())
+    return Drawn(rollouts, rewards, parts.deciding(s.cfg.refill.by), [parts], (True,) * len(rollouts))
+
+
+def minibatches(s: Session, rollouts: list[Rollout], rewards: Tensor, advantages: Tensor) -> list[list[Batch]]:
+    """The packed micro-batches of each update: the step's groups in `optim.minibatches` parts, as even as possible."""
+    groups = group_ids(rollouts)
+    total = int(groups[-1]) + 1
+    parts = min(s.cfg.optim.minibatches, total)
+    packed = []
+    for part in range(parts):
+        rows = ((groups * parts) // total == part).nonzero().flatten().tolist()
+        some = [rollouts[row] for row in rows]
+        cut = [r.finish_reason == "length" and s.cfg.overlong.drop for r in some]
+        keep = tuple(not invalid and not c for invalid, c in zip(rewards[rows].isnan().tolist(), cut, strict=True))
+        plan = replace(s.plan, keep=keep)
+        packed.append(pack(some, advantages[rows], plan, sum_counts(count(some, plan))))
+    return packed
+
+
+def filled(s: Session, batch: Batch, mismatch: parity.Mismatch) -> Batch:
+    """The batch with the other policies' log-probs that the loss wants, before the first update of the step."""
+    if s.algorithm.needs_reference:
+        batch = replace(batch, ref_logprobs=s.policy.score(batch, weights="reference").cpu())
+    if s.algorithm.old == "sampler":
+        return replace(batch, old_logprobs=batch.sampler_logprobs)
+    if s.algorithm.old == "trainer":
+        old = s.policy.score(batch)
+        mismatch.add(old, batch)
+        return replace(batch, old_logprobs=old.cpu())
+    return batch
 
 
 @contextlib.contextmanager
@@ -114,11 +164,6 @@ def to_run(batches: list[Batch], skip: bool) -> list[Batch]:
     return chosen
 
 
-def pack_plan(s: Session, rewards: Tensor) -> PackPlan:
-    """The plan of one update: rollouts with an invalid reward are out."""
-    return replace(s.plan, keep=tuple((~rewards.isnan()).tolist()))
-
-
 def check_versions(rollouts: list[Rollout], step: int) -> None:
     """Raise EngineError when a rollout was sampled with another adapter than this step's."""
     stale = sorted({r.policy_version for r in rollouts} - {step})
@@ -134,14 +179,13 @@ def trainer_state(s: Session) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def record(s: Session, values: dict[str, float], rollouts: list[Rollout], rewards: Tensor, parts: Parts,
-           advantages: Tensor) -> None:  # fmt: skip
+def record(s: Session, values: dict[str, float], drawn: Drawn, parts: Parts, advantages: list[float]) -> None:
     """Everything about a finished step into the run folder and onto the console."""
     for fault in parts.faults():
         s.console.note(fault)
     s.run.log(s.state.step, values)
-    s.run.write_rollouts(s.state.step, rollouts, rewards.tolist(), parts.columns(), advantages.tolist())
-    s.console.step(values | {"step": float(s.state.step)}, rollouts[0].text)
+    s.run.write_rollouts(s.state.step, drawn.rollouts, drawn.rewards.tolist(), parts.columns(), advantages)
+    s.console.step(values | {"step": float(s.state.step)}, drawn.rollouts[0].text)
     for callback in s.callbacks:
         callback(s.state, values)
 

@@ -39,7 +39,7 @@ def problems(cfg: Config, resume: bool = False, callables: bool = False) -> list
     found += _machine(cfg, None if device is None else device.type)
     found += _model(cfg)
     found += _out(Path(cfg.out), resume)
-    algorithm = _caught(found, lambda: build_algorithm(cfg.algo))
+    algorithm = _caught(found, lambda: build_algorithm(cfg.algo, cfg.optim.updates))
     rows = _caught(found, lambda: check_rows(cfg.data, cfg.seed))
     held = rows
     if cfg.eval.rows and cfg.eval.data is not None:
@@ -120,9 +120,21 @@ def _engine(cfg: Config, algorithm: Algorithm | None, rows: list[dict[str, Any]]
             yield f'engine.name = "replay": the data has no column of completions ({", ".join(RECORDED)}); set "eager"'
         if algorithm is not None and algorithm.needs_sampler:
             yield f'algo.name = "{cfg.algo.name}": needs sampler log-probs, which recorded completions lack'
+        if cfg.refill.rounds:
+            yield f"refill.rounds = {cfg.refill.rounds}: recorded completions are not drawn again; set it to 0"
+        if cfg.overlong.penalty_share or cfg.overlong.drop:
+            yield "overlong: recorded completions were not cut at sampling.max_tokens; leave the section out"
         return
     if not (cfg.rewards or callables):
         yield 'rewards is empty: completions are sampled, so name a reward function, for example rewards = ["number"]'
+    if cfg.refill.rounds and cfg.sampling.group_size == 1:
+        yield (
+            f"refill.rounds = {cfg.refill.rounds} with sampling.group_size = 1: the rewards of a group of one never "
+            f"differ; set sampling.group_size to 2 or more"
+        )
+    by = cfg.refill.by
+    if by is not None and not callables and by not in [r.use.rpartition(":")[2] for r in cfg.rewards]:
+        yield f'refill.by = "{by}": no reward of that name; there are {", ".join(r.use for r in cfg.rewards)}'
     baseline = algorithm is not None and algorithm.advantage_name
     if cfg.sampling.group_size == 1 and baseline in ("group_norm", "group_mean", "leave_one_out"):
         yield (

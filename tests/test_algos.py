@@ -14,7 +14,7 @@ from torch import Tensor
 
 from rlft.algorithm import build, describe
 from rlft.algos import advantages as adv
-from rlft.algos import corrections, grpo, gspo, kl, sft
+from rlft.algos import corrections, dpo, grpo, gspo, kl, sft
 from rlft.batch import count, pack
 from rlft.config import Algo
 from rlft.errors import ConfigError
@@ -27,11 +27,16 @@ LOSSES: dict[str, tuple[ModuleType, Any]] = {
     "grpo-kl": (grpo, grpo.Config(kl_coef=0.3, clip_high=0.28)),
     "grpo-k2": (grpo, grpo.Config(kl_coef=0.3, kl="k2", correction="none")),
     "grpo-forward": (grpo, grpo.Config(kl_coef=0.3, kl="forward", correction_cap=1.1)),
+    "grpo-decoupled": (grpo, grpo.Config(clip_high=0.28, correction="decoupled")),
+    "grpo-bypass": (grpo, grpo.Config(clip_high=0.28, correction="bypass")),
     "gspo": (gspo, gspo.Config(clip_low=0.2, clip_high=0.3)),
     "gspo-uncorrected": (gspo, gspo.Config(clip_low=0.2, clip_high=0.3, correction="none")),
     "gspo-sequence": (gspo, gspo.Config(clip_low=0.2, clip_high=0.3, form="sequence")),
     "sft": (sft, sft.Config()),
+    "dpo": (dpo, dpo.Config()),
 }
+PAIRS = ("dpo",)
+"""Losses over whole groups: here of two rows, the second of which is the better one."""
 
 
 class Toy:
@@ -82,9 +87,9 @@ def step(lengths: tuple[int, ...] = (3, 1, 4, 2, 0, 5, 2, 3), group: int = 4) ->
 
 def batches_of(
     made: list[Rollout], aggregation: Aggregation = "token_mean", budget: int = 1000, share: bool = True,
-    values: Tensor | None = None,
+    values: Tensor | None = None, whole_groups: bool = False,
 ) -> list[Batch]:  # fmt: skip
-    plan = PackPlan((True,) * len(made), aggregation, budget, 6, 1.0, share_prefix=share)
+    plan = PackPlan((True,) * len(made), aggregation, budget, 6, 1.0, whole_groups, share)
     values = torch.linspace(-1, 1.5, len(made)) if values is None else values
     return pack(made, values, plan, count(made, plan))
 
@@ -92,12 +97,14 @@ def batches_of(
 @pytest.mark.parametrize("aggregation", get_args(Aggregation))
 @pytest.mark.parametrize("name", LOSSES)
 def test_no_split_of_a_step_changes_loss_or_gradient(name: str, aggregation: Aggregation) -> None:
-    toy, made = Toy(), step()
-    value, whole = toy.gradient(batches_of(made, aggregation), name)
+    toy, pair = Toy(), name in PAIRS
+    made, values = step(group=2 if pair else 4), torch.linspace(-1, 1.5, 8)
+    values = torch.tensor([-1.0, 1.0] * 4) if pair else values
+    value, whole = toy.gradient(batches_of(made, aggregation, values=values, whole_groups=pair), name)
     assert whole.abs().max() > 1e-3
     for budget in (1, 8, 13):
         for share in (True, False):
-            split = batches_of(made, aggregation, budget, share)
+            split = batches_of(made, aggregation, budget, share, values, pair)
             assert len(split) > 1
             other_value, other = toy.gradient(split, name)
             assert other_value == pytest.approx(value, abs=1e-12)
@@ -106,10 +113,12 @@ def test_no_split_of_a_step_changes_loss_or_gradient(name: str, aggregation: Agg
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_the_order_of_groups_changes_nothing(name: str) -> None:
-    toy, made, values = Toy(), step(), torch.linspace(-1, 1.5, 8)
-    _, first = toy.gradient(batches_of(made, "prompt_mean", values=values), name)
+    toy, pair = Toy(), name in PAIRS
+    made, values = step(group=2 if pair else 4), torch.linspace(-1, 1.5, 8)
+    _, first = toy.gradient(batches_of(made, "prompt_mean", values=values, whole_groups=pair), name)
     turned = [*range(4, 8), *range(4)]
-    _, second = toy.gradient(batches_of([made[i] for i in turned], "prompt_mean", values=values[turned]), name)
+    other = batches_of([made[i] for i in turned], "prompt_mean", values=values[turned], whole_groups=pair)
+    _, second = toy.gradient(other, name)
     assert (first - second).abs().max() < 1e-12
 
 
@@ -173,14 +182,14 @@ def test_the_correction_weighs_a_token_by_old_over_sampler_up_to_the_cap() -> No
     assert grpo_of([-1.0] * 3, batch, correction="none")[0] == pytest.approx(-3.0)
     alone = tokens([1, 1, 1])
     assert grpo_of([-1.0] * 3, alone)[0] == pytest.approx(-3.0)
-    assert corrections.stats(torch.zeros(4), alone) == {}
+    assert corrections.stats("single", torch.zeros(4), alone) == {}
 
 
 @pytest.mark.parametrize("bad", [NAN, math.inf, -math.inf])
 @pytest.mark.parametrize("name", LOSSES)
 def test_a_token_of_weight_zero_may_hold_anything_and_equals_the_row_removed(name: str, bad: float) -> None:
     toy, (module, cfg) = Toy(), LOSSES[name]
-    (batch,) = batches_of(step())
+    (batch,) = batches_of(step(group=2 if name in PAIRS else 4), whole_groups=name in PAIRS)
     out = batch.seq_ids == int(batch.seq_ids[batch.train_mask][0])
     weight = torch.where(out, 0, batch.weight)
     filled = replace(toy.filled(batch), weight=weight)
@@ -205,7 +214,7 @@ def test_a_token_of_weight_zero_may_hold_anything_and_equals_the_row_removed(nam
 @pytest.mark.parametrize("name", LOSSES)
 def test_wild_log_ratios_leave_loss_and_gradient_finite(name: str, which: str, size: float) -> None:
     toy, (module, cfg) = Toy(), LOSSES[name]
-    (batch,) = batches_of(step())
+    (batch,) = batches_of(step(group=2 if name in PAIRS else 4), whole_groups=name in PAIRS)
     filled = toy.filled(batch)
     filled = replace(filled, **{which: (getattr(filled, which) + size).float()})
     now = toy.logprobs(batch).float().detach().requires_grad_()
@@ -217,7 +226,8 @@ def test_wild_log_ratios_leave_loss_and_gradient_finite(name: str, which: str, s
 
 def test_a_batch_of_zero_advantage_has_exactly_zero_gradient_where_the_loss_says_so() -> None:
     toy = Toy()
-    for name, (module, cfg) in LOSSES.items():
+    for name in LOSSES.keys() - set(PAIRS):  # a pair of zero advantages has no better side
+        module, cfg = LOSSES[name]
         flag = module.ZERO_ADV_ZERO_GRAD
         says = flag(cfg) if callable(flag) else flag
         _, gradient = toy.gradient(batches_of(step(), values=torch.zeros(8)), name)
@@ -320,7 +330,42 @@ def test_grpo_builds_with_its_traits_following_its_numbers() -> None:
     assert (plain.needs_reference, plain.zero_adv_zero_grad, plain.aggregation) == (False, True, "token_mean")
     assert (with_kl.needs_reference, with_kl.zero_adv_zero_grad, with_kl.aggregation) == (True, False, "constant")
     assert plain.advantage is adv.group_norm and build(Algo("sft")).advantage is adv.identity
-    assert plain.loss is grpo.loss and plain.config == grpo.Config()
+    assert plain.loss is grpo.loss and plain.config == grpo.Config(correction="single")
+
+
+@pytest.mark.parametrize(
+    ("updates", "correction", "becomes", "old"),
+    [(1, "auto", "single", "now"), (1, "decoupled", "decoupled", "now"), (1, "bypass", "bypass", "sampler"),
+     (4, "auto", "decoupled", "trainer"), (4, "bypass", "bypass", "sampler"), (4, "none", "none", "trainer")],
+)  # fmt: skip
+def test_the_correction_follows_the_number_of_updates(updates: int, correction: str, becomes: str, old: str) -> None:
+    made = build(Algo("grpo", {"correction": correction}), updates)
+    assert (made.config.correction, made.old, made.needs_sampler) == (becomes, old, correction == "bypass")
+
+
+def test_a_correction_that_would_be_wrong_or_twice_is_refused() -> None:
+    with pytest.raises(
+        ConfigError, match=r'algo.correction = "single" with 4 updates per rollout batch: .*"decoupled"'
+    ):
+        build(Algo("grpo", {"correction": "single"}), 4)
+    with pytest.raises(ConfigError, match=r'algo.correction = "bypass": the noise of the sampler is wider'):
+        build(Algo("gspo", {"correction": "bypass"}), 4)
+    with pytest.raises(
+        ConfigError, match=r'algo.correction = "decoupled" weighs tokens apart: set algo.form = "token"'
+    ):
+        build(Algo("gspo", {"correction": "decoupled", "form": "sequence"}), 4)
+    assert build(Algo("gspo", {"form": "sequence"}), 4).config.correction == "none"
+    assert build(Algo("sft"), 4).old == "now" and build(Algo("dpo"), 4).old == "now"
+
+
+def test_bypass_has_the_samplers_ratio_and_no_factor_besides() -> None:
+    # w = now / sampler = 1.1, 1.5 (clipped to 1.28), 0.5.
+    sampler = torch.full((3,), -1.0)
+    batch = tokens([1, 1, 1], sampler_logprobs=sampler, old_logprobs=sampler)
+    now = [-1 + math.log(r) for r in (1.1, 1.5, 0.5)]
+    value, grad, stats = grpo_of(now, batch, clip_high=0.28, correction="bypass")
+    assert value == pytest.approx(-1.1 - 1.28 - 0.5) and grad == pytest.approx([-1.1, 0, -0.5])
+    assert not any(name.startswith("sampling/") for name in stats)
 
 
 def test_a_run_prints_its_five_choices() -> None:
@@ -329,6 +374,9 @@ def test_a_run_prints_its_five_choices() -> None:
         "advantage group_mean; token_mean, mean over all tokens of the step",
         "one update per rollout batch: the ratio is exactly 1, so clipping never acts",
     ]
+    assert describe(build(Algo("gspo"), 4))[1] == (
+        "4 updates per rollout batch; old log-probs from a forward of the trainer before the first"
+    )
     assert describe(build(Algo("sft"))) == [
         "sft: no ratio, no clip, no KL; advantage identity; token_mean, mean over all tokens of the step"
     ]
@@ -346,7 +394,7 @@ def test_a_loss_and_an_advantage_can_be_files_of_the_user(tmp_path: Path) -> Non
         build(Algo("grpo", {"advantage": f"{file}:total"})).advantage(torch.ones(2), torch.zeros(2, dtype=torch.int64))
     bad = tmp_path / "bad.py"
     bad.write_text("ADVANTAGE = 'identity'\ndef loss(logprobs, batch, cfg): ...\n")
-    with pytest.raises(ConfigError, match=r"not an algorithm, it lacks Config, AGGREGATION, NEEDS_REFERENCE"):
+    with pytest.raises(ConfigError, match=r"not an algorithm, it lacks Config, AGGREGATION, RATIO, NEEDS_REFERENCE"):
         build(Algo(f"{bad}:loss"))
 
 

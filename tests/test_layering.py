@@ -30,7 +30,7 @@ MAY_IMPORT = {
     "sources": "config resolve",
     "data": "types config resolve sources",
     "batch": "types",
-    "refill": "types",
+    "refill": "types batch",
     "parity": "types batch",
     "config_file": "config resolve",
     "algorithm": "algos config config_file resolve types",
@@ -41,7 +41,7 @@ MAY_IMPORT = {
     "optim": "config kernels",
     "checkpoint": "types config models",
     "runs": "types batch config config_file metrics",
-    "step_metrics": "types batch algos",
+    "step_metrics": "types batch algos optim",
     "metrics": "types",
     "console": "metrics health",
     "curves": "health",
@@ -52,7 +52,7 @@ MAY_IMPORT = {
     "train": "* -cli",
     "cli": "*",
     "__main__": "cli",
-    "__init__": "train config types errors",
+    "__init__": "train config config_file types errors",
 }
 """Module or folder of rlft, and what of rlft it may import; `errors` is open to all, "*" is everything."""
 

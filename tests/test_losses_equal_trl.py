@@ -96,13 +96,24 @@ def grids() -> tuple[Tensor, dict[str, Tensor]]:
     ("beta", "bias", "kind"), [(0.0, False, "k3_ratio"), (0.3, True, "k3_ratio"), (0.3, False, "forward")]
 )
 @pytest.mark.parametrize(
-    ("loss_type", "aggregation"), [("dapo", "token_mean"), ("grpo", "sequence_mean"), ("dr_grpo", "constant")]
+    ("loss_type", "aggregation"),
+    [("dapo", "token_mean"), ("bnpo", "token_mean"), ("grpo", "sequence_mean"), ("dr_grpo", "constant")],
 )
-def test_grpo_equals_trl(loss_type: str, aggregation: Aggregation, beta: float, bias: bool, kind: Any) -> None:
+@pytest.mark.parametrize("correction", ["decoupled", "none", "bypass"])
+def test_grpo_equals_trl(
+    loss_type: str, aggregation: Aggregation, beta: float, bias: bool, kind: Any, correction: Any
+) -> None:
+    """Several updates: the ratio is against old. bnpo's mean is over a micro-batch; TRL gets the step as one."""
     now, values = grids()
-    cfg = grpo.Config(clip_high=0.28, kl_coef=beta, kl=kind, correction_cap=2.0)
+    if correction == "bypass":
+        values["old_logprobs"] = values["sampler_logprobs"] = now + 0.6 * (values["old_logprobs"] - now)
+    elif correction == "none":
+        values["sampler_logprobs"] = values["old_logprobs"]
+    cfg = grpo.Config(clip_high=0.28, kl_coef=beta, kl=kind, correction=correction, correction_cap=2.0)
     theirs = now.clone().requires_grad_()
     want, metrics = trl_loss(theirs, values, loss_type, 2.0, beta=beta, bias=bias)
+    if correction == "none":
+        values["sampler_logprobs"] = values["old_logprobs"] - 0.7
     want.backward()
     ours = now.clone().requires_grad_()
     batches, cells = packed(values, aggregation)

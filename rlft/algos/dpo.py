@@ -25,6 +25,7 @@ from rlft.types import Aggregation, Batch, Stat, Stats
 
 ADVANTAGE = "identity"
 AGGREGATION: Aggregation = "sequence_sum"
+RATIO = False
 NEEDS_REFERENCE = True
 WHOLE_GROUPS = True
 NEEDS_SAMPLER = False

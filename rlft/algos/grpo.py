@@ -4,8 +4,8 @@
 
 The five choices: ratio per token, r = exp(now - old); clip [1 - 0.2, 1 + 0.2]; no KL; advantage (reward - group mean) /
 (group std + 1e-4); mean over all tokens of the step. With one update per rollout batch old = sg(now), so r = 1,
-clipping never acts and the gradient is REINFORCE's. Dr. GRPO (2503.20783): advantage = "group_mean", aggregation =
-"constant". DAPO's clip: clip_high = 0.28.
+clipping never acts and the gradient is REINFORCE's. Presets: `dapo` (clip_high 0.28, dynamic sampling, overlong
+penalty, 16 updates) and `dr_grpo` (2503.20783: advantage "group_mean", aggregation "constant").
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from rlft.types import Aggregation, Batch, Stat, Stats
 
 ADVANTAGE = "group_norm"
 AGGREGATION: Aggregation = "token_mean"
+RATIO = True
 WHOLE_GROUPS = False
-NEEDS_SAMPLER = False
 ENTROPY_GRAD = False
 
 
@@ -44,8 +44,9 @@ class Config:
     """Factor of the KL term; 0 skips the reference forward."""
     kl: Literal["k2", "k3_ratio", "forward"] = "k3_ratio"
     """Estimator of the KL term: see rlft.algos.kl."""
-    correction: Literal["auto", "single", "none"] = "auto"
-    """Correction for the sampler; "auto" is "single" with one update per rollout batch."""
+    correction: Literal["auto", "single", "decoupled", "bypass", "none"] = "auto"
+    """Correction for the sampler: see rlft.algos.corrections. "auto" is "single" with one update per rollout batch and
+    "decoupled" with several."""
     correction_cap: float = 2.0
     """Largest correction weight of a token."""
 
@@ -57,7 +58,7 @@ class Config:
             raise ConfigError(f"algo.clip_low = {self.clip_low}: want below 1, the ratio is never negative")
         if not self.correction_cap >= 1:
             raise ConfigError(f"algo.correction_cap = {self.correction_cap}: want 1 or more")
-        known = {"aggregation": get_args(Aggregation), "kl": kl.CHOICES, "correction": ("auto", "single", "none")}
+        known = {"aggregation": get_args(Aggregation), "kl": kl.CHOICES, "correction": corrections.CHOICES}
         for name, names in known.items():
             if getattr(self, name) not in names:
                 raise ConfigError(f'algo.{name} = "{getattr(self, name)}": want one of {", ".join(names)}')
@@ -68,6 +69,11 @@ def NEEDS_REFERENCE(cfg: Config) -> bool:
     return cfg.kl_coef > 0
 
 
+def NEEDS_SAMPLER(cfg: Config) -> bool:
+    """With "bypass" the ratio is against the sampler's log-probs."""
+    return cfg.correction == "bypass"
+
+
 def ZERO_ADV_ZERO_GRAD(cfg: Config) -> bool:
     """A token of zero advantage has no gradient, unless the KL term gives it one."""
     return cfg.kl_coef == 0
@@ -76,7 +82,7 @@ def ZERO_ADV_ZERO_GRAD(cfg: Config) -> bool:
 def words(cfg: Config) -> str:
     """Ratio, clip, KL and correction in words, for the start of a run."""
     penalty = f"{cfg.kl_coef:g} x KL ({cfg.kl})" if cfg.kl_coef else "no KL"
-    correction = "no correction" if cfg.correction == "none" else f"sampler correction up to {cfg.correction_cap:g}"
+    correction = corrections.words(cfg.correction, cfg.correction_cap)
     return f"ratio per token, clipped to [{1 - cfg.clip_low:g}, {1 + cfg.clip_high:g}], {penalty}, {correction}"
 
 
@@ -90,15 +96,13 @@ def loss(logprobs: Tensor, batch: Batch, cfg: Config) -> tuple[Tensor, Stats]:
     r = (now - old).clamp(-20, 20).exp()
     clipped = r.clamp(1 - cfg.clip_low, 1 + cfg.clip_high)
     a = batch.advantages
-    token_loss = -torch.min(r * a, clipped * a)
-    if cfg.correction != "none":
-        token_loss = token_loss * corrections.single(now, batch, cfg.correction_cap)
+    token_loss = -torch.min(r * a, clipped * a) * corrections.factor(cfg.correction, now, batch, cfg.correction_cap)
     low, high = (r < 1 - cfg.clip_low) & (a < 0), (r > 1 + cfg.clip_high) & (a > 0)
     stats = {
         "clip_ratio/low_mean": Stat.mean(low.float(), used),
         "clip_ratio/high_mean": Stat.mean(high.float(), used),
         "clip_ratio/region_mean": Stat.mean((low | high).float(), used),
-        **corrections.stats(now, batch),
+        **corrections.stats(cfg.correction, now, batch),
     }
     if cfg.kl_coef:
         assert batch.ref_logprobs is not None

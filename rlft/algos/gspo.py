@@ -9,7 +9,8 @@
 
 The five choices: ratio per sequence; clip [1 - 3e-4, 1 + 4e-4]; no KL; advantage (reward - group mean) / (group std +
 1e-4); mean over sequences of the mean over tokens. The band is so narrow that `old` must be the trainer's own. With one
-update per rollout batch s = 1 and clipping never acts; the paper takes four.
+update per rollout batch s = 1 and clipping never acts; the paper takes four, and so does the preset `gspo`, which is
+what this name stands for in a config file.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from rlft.types import Aggregation, Batch, Stat, Stats
 
 ADVANTAGE = "group_norm"
 AGGREGATION: Aggregation = "sequence_mean"
+RATIO = True
 NEEDS_REFERENCE = False
 WHOLE_GROUPS = False
 NEEDS_SAMPLER = False
@@ -49,8 +51,9 @@ class Config:
     """The ratio counts down to 1 - clip_low."""
     clip_high: float = 4e-4
     """The ratio counts up to 1 + clip_high."""
-    correction: Literal["auto", "single", "none"] = "auto"
-    """Correction for the sampler; "auto" is "single" in the token form, "none" in the sequence form."""
+    correction: Literal["auto", "single", "decoupled", "bypass", "none"] = "auto"
+    """Correction for the sampler: see rlft.algos.corrections. "auto" is "single" with one update per rollout batch and
+    "decoupled" with several; "none" in the sequence form, whose tokens cannot be weighed apart. "bypass" is refused."""
     correction_cap: float = 2.0
     """Largest correction weight of a token."""
 
@@ -62,23 +65,25 @@ class Config:
             raise ConfigError(f"algo.clip_low = {self.clip_low}: want below 1, the ratio is never negative")
         if not self.correction_cap >= 1:
             raise ConfigError(f"algo.correction_cap = {self.correction_cap}: want 1 or more")
+        if self.correction == "bypass":
+            raise ConfigError(
+                f'algo.correction = "bypass": the noise of the sampler is wider than the clip [1 - {self.clip_low:g}, '
+                f'1 + {self.clip_high:g}] of a sequence, so old must be the trainer\'s; set "auto"'
+            )
         known = {"aggregation": get_args(Aggregation), "form": ("token", "sequence"),
-                 "correction": ("auto", "single", "none")}  # fmt: skip
+                 "correction": (*corrections.FACTOR, "none")}  # fmt: skip
         for name, names in known.items():
             if getattr(self, name) not in names:
                 raise ConfigError(f'algo.{name} = "{getattr(self, name)}": want one of {", ".join(names)}')
-        if self.form == "sequence" and self.correction == "single":
-            raise ConfigError('algo.correction = "single" weighs tokens apart: set algo.form = "token"')
-
-    @property
-    def corrected(self) -> bool:
-        """Whether tokens are weighted for the sampler."""
-        return self.form == "token" and self.correction != "none"
+        if self.form == "sequence" and self.correction in ("single", "decoupled"):
+            raise ConfigError(f'algo.correction = "{self.correction}" weighs tokens apart: set algo.form = "token"')
+        if self.form == "sequence":
+            object.__setattr__(self, "correction", "none")
 
 
 def words(cfg: Config) -> str:
     """Ratio, clip, KL and correction in words, for the start of a run."""
-    correction = f"sampler correction up to {cfg.correction_cap:g}" if cfg.corrected else "no correction"
+    correction = corrections.words(cfg.correction, cfg.correction_cap)
     band = f"[{1 - cfg.clip_low:g}, {1 + cfg.clip_high:g}]"
     return f"ratio per sequence ({cfg.form} form), clipped to {band}, no KL, {correction}"
 
@@ -96,13 +101,12 @@ def loss(logprobs: Tensor, batch: Batch, cfg: Config) -> tuple[Tensor, Stats]:
     r = s if cfg.form == "sequence" else s.detach() * (now - now.detach()).exp()
     a = batch.advantages
     token_loss = -torch.min(r * a, r.clamp(1 - cfg.clip_low, 1 + cfg.clip_high) * a)
-    if cfg.corrected:
-        token_loss = token_loss * corrections.single(now, batch, cfg.correction_cap)
+    token_loss = token_loss * corrections.factor(cfg.correction, now, batch, cfg.correction_cap)
     low, high = (s < 1 - cfg.clip_low) & (a < 0), (s > 1 + cfg.clip_high) & (a > 0)
     stats = {
         "clip_ratio/low_mean": Stat.mean(low.float(), used),
         "clip_ratio/high_mean": Stat.mean(high.float(), used),
         "clip_ratio/region_mean": Stat.mean((low | high).float(), used),
-        **corrections.stats(now, batch),
+        **corrections.stats(cfg.correction, now, batch),
     }
     return (token_loss * batch.weight).sum(), stats

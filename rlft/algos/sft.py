@@ -19,6 +19,7 @@ from rlft.types import Aggregation, Batch, Stats
 
 ADVANTAGE = "identity"
 AGGREGATION: Aggregation = "token_mean"
+RATIO = False
 NEEDS_REFERENCE = False
 WHOLE_GROUPS = False
 NEEDS_SAMPLER = False

@@ -28,6 +28,8 @@ PARTS = ("score", "pool", "worker")
 """Files of rlft.rewards that are not rewards."""
 RECORDED = ("prompt", "completion", "chosen", "rejected", "messages", "text")
 """Columns that made the prompt and the recorded completions: rewards get prompts and completions instead."""
+OVERLONG = "overlong"
+"""Name of the penalty that overlong.penalty_share adds to the reward."""
 DEADLINE = 4
 """A function may take this many times its timeout in one step, bisection included."""
 
@@ -130,6 +132,18 @@ class Outcome:
         for row in rows:
             self.invalid[row] = True
 
+    def extend(self, other: Outcome) -> None:
+        """Put the rows of another round behind these."""
+        rows, more = len(self.values), len(other.values)
+        self.values, self.invalid = self.values + other.values, self.invalid + other.invalid
+        for name, logged in other.metrics.items():
+            self.metrics.setdefault(name, []).extend(logged)
+        for name in {**self.extras, **other.extras}:
+            own, theirs = self.extras.get(name, [None] * rows), other.extras.get(name, [None] * more)
+            self.extras[name] = own + theirs
+        self.fault = other.fault or self.fault
+        self.seconds += other.seconds
+
 
 @dataclass(frozen=True)
 class Parts:
@@ -139,6 +153,15 @@ class Parts:
     """[N] float32, nan where invalid."""
     outcomes: dict[str, Outcome]
     """By function name."""
+
+    @staticmethod
+    def join(rounds: Sequence[Parts]) -> Parts:
+        """The parts of several rounds of one step as one. The first ones' outcomes are extended in place."""
+        first, *others = rounds
+        for other in others:
+            for name, outcome in other.outcomes.items():
+                first.outcomes[name].extend(outcome)
+        return Parts(torch.cat([part.total for part in rounds]), first.outcomes)
 
     def metrics(self) -> dict[str, float]:
         """TRL's reward metrics: over valid rows, before any filtering."""
@@ -153,6 +176,14 @@ class Parts:
             }
             values |= {key: sum(logged) / len(logged) for key, logged in outcome.metrics.items()}
         return values
+
+    def deciding(self, by: str | None) -> Tensor:
+        """[N], what must differ within a group under dynamic sampling: the values of the function `by`, or the reward
+        without the overlong penalty, which tells lengths apart and not answers. nan where invalid."""
+        if by is not None:
+            return torch.tensor(self.outcomes[by].values)
+        penalty = self.outcomes.get(OVERLONG)
+        return self.total if penalty is None else self.total - torch.tensor(penalty.values)
 
     def columns(self) -> dict[str, list[Any]]:
         """For the rollouts file: each function's rewards, and the columns it logged."""

@@ -1,0 +1,105 @@
+"""Dynamic sampling (DAPO, 2503.14476): groups of equal rewards teach nothing, so further prompts are drawn for them.
+
+A group is kept when two of its valid rewards differ (max != min, never a small std). A round asks for as many prompts
+as the share kept so far says are needed, at most a whole step's. Kept groups stay in the order they were drawn in, the
+surplus is dropped. After the last round the step trains on the groups there are. Nothing here samples or scores: `draw`
+does.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlft.batch import group_ids
+from rlft.errors import TrainError
+from rlft.types import Rollout
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Whole groups that were sampled and scored."""
+
+    rollouts: list[Rollout]
+    rewards: Tensor
+    """[N] float32, nan where invalid."""
+    decides: Tensor
+    """[N] float: the values that must differ within a group for it to be kept; nan where there is none."""
+    parts: list[Any]
+    """Of each round: the rewards taken apart (rlft.rewards.score.Parts)."""
+    kept: tuple[bool, ...]
+    """One flag per rollout: False for a group that was dropped or is surplus."""
+    rounds: int = 0
+    """Rounds of refilling."""
+
+    def metrics(self, want: int) -> dict[str, float]:
+        """refill/*: rounds, groups drawn, groups kept, and groups missing at the bound. want: groups of a full step."""
+        groups = group_ids(self.rollouts)
+        kept = len(set(groups[torch.tensor(self.kept)].tolist()))
+        return {
+            "refill/rounds": float(self.rounds), "refill/drawn": float(len(set(groups.tolist()))),
+            "refill/kept": float(kept), "refill/short": float(want - kept),
+        }  # fmt: skip
+
+
+def varied(decides: Tensor, groups: Tensor) -> list[int]:
+    """Groups in which two values differ, in order. decides: [N], nan = none. groups: [N] int64."""
+    found = []
+    for group in dict.fromkeys(groups.tolist()):
+        values = decides[groups == group]
+        values = values[~values.isnan()]
+        if len(values) and values.max() != values.min():
+            found.append(group)
+    return found
+
+
+def refill(first: Drawn, draw: Callable[[int, int], Drawn], want: int, rounds: int) -> Drawn:
+    """`first`, and up to `rounds` further draws, until `want` groups are kept; with rounds = 0 just `first`.
+
+    draw: (number of prompts, round from 1) -> Drawn, called one round after the other. Raises TrainError when no group
+    is left after the last round.
+    """
+    if not rounds:
+        return first
+    all_ = first
+    good = varied(first.decides, group_ids(first.rollouts))
+    done, drawn = 0, want
+    while len(good) < want and done < rounds:
+        done += 1
+        missing = want - len(good)
+        ask = want if not good else min(want, math.ceil(missing * drawn / len(good)))
+        drawn += ask
+        all_ = _joined(all_, draw(ask, done))
+        good = varied(all_.decides, group_ids(all_.rollouts))
+    if not good:
+        raise TrainError(
+            f"dynamic sampling: every one of {drawn} groups has equal rewards after refill.rounds = {rounds} rounds, "
+            f"so there is nothing to learn from; use tasks that are solved now and then, or raise sampling.group_size"
+        )
+    chosen = set(good[:want])
+    kept = tuple(group in chosen for group in group_ids(all_.rollouts).tolist())
+    return Drawn(all_.rollouts, all_.rewards, all_.decides, all_.parts, kept, done)
+
+
+def _joined(a: Drawn, b: Drawn) -> Drawn:
+    return Drawn(
+        a.rollouts + b.rollouts, torch.cat([a.rewards, b.rewards]), torch.cat([a.decides, b.decides]),
+        a.parts + b.parts, a.kept + b.kept,
+    )  # fmt: skip
+
+
+def chosen(drawn: Drawn) -> tuple[list[Rollout], Tensor]:
+    """The kept rollouts and their rewards."""
+    rollouts = [r for r, keep in zip(drawn.rollouts, drawn.kept, strict=True) if keep]
+    return rollouts, drawn.rewards[torch.tensor(drawn.kept)]
+
+
+def spread_back(drawn: Drawn, values: Sequence[float]) -> list[float]:
+    """`values`, one per kept rollout, over all that were drawn: nan for the dropped ones."""
+    found = iter(values)
+    return [next(found) if keep else math.nan for keep in drawn.kept]
