@@ -1,19 +1,22 @@
 """Log-probability and entropy of target tokens straight from hidden states, without ever storing the logits.
 
-With z = scale * h W^T (softcap c: z <- c tanh(z / c)), y = z / temperature, p = softmax(y):
+With z = scale * h W^T (softcap c: z <- c tanh(z / c)), y = z / temperature, p = softmax(y), t the target:
 
     logprob = y_t - logsumexp(y)                    entropy = logsumexp(y) - sum_v p_v y_v
-    d logprob / d h = (scale / temperature) * ((onehot_t - p) * f) W,    f = 1 (softcap: 1 - (z/c)^2)
+    d logprob / d h = (scale / temperature) ((1 - p_t) f_t W_t - sum_{v != t} p_v f_v W_v)
+    d entropy / d h = -(scale / temperature) sum_v p_v (log p_v + entropy) f_v W_v,    f = 1 (softcap: 1 - (z/c)^2)
 
-At V = 152k and T = 8k the fp32 logits are 5.0 GB, so rows go through in chunks from a byte budget, and the forward of
-a chunk already makes its jacobian J [rows, H]: two matrix products with the frozen head in all (logits, J), and the
-backward is one row-wise multiply with the upstream gradient. What is kept for backward is J, N x H. Without grad one
-product. Logits, softmax and J are computed in max(fp32, dtype of h): bf16 logits alone are off by 2^-9 |z|, 0.06 nat
-at z = 30. The one-hot is subtracted outside the product, where 1 - p does not cancel for p near 1 (the common case in
-RL).
+At V = 152k and T = 8k the fp32 logits are 5.0 GB, so rows go through in chunks from a byte budget, and the forward of a
+chunk already makes its jacobian J [rows, H]: two matrix products with the frozen head in all (logits, J), and the
+backward is one row-wise multiply with the upstream gradient, in place over J. Without grad one product. Kept for
+backward: J, N x H (twice that with `entropy_grad`). A trainable head is supported by a recomputation in backward.
+
+Logits are in max(fp32, dtype of h): bf16 logits alone are off by 2^-9 |z|, 0.06 nat at z = 30. `target_softmax.py`
+turns a chunk of them into results and the exponentials E for the second product, in one pass that does not cancel for
+p_t near 1; the normalising factor is applied to the [rows, H] result. Bytes per row in a chunk: 4 V written (logits),
+4 V read, 2 V written (E), 2 V read; W is read twice per chunk.
 
 Sources: grad-in-forward over chunks as in Liger-Kernel (arXiv 2410.10989) and TRL's chunked head.
-Bytes: reads W twice per chunk, reads h and writes J once, and moves 4 V bytes per row a few times inside the chunk.
 """
 
 from __future__ import annotations
@@ -21,8 +24,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-CHUNK_BYTES = 256 * 2**20
-"""Budget for the fp32 logits of one chunk: 1,365 rows at V = 49,152, 441 at V = 151,936."""
+from rlft.kernels.launch import jit, on_gpu, tl, want
+from rlft.kernels.target_softmax import Rows, entropy_weights, launch_rows, power_of_two, target_softmax_reference
+
+CHUNK_BYTES = 448 * 2**20
+"""Budget for one chunk's logits and exponentials: 512 rows at V = 151,936 in bf16, 1,536 at V = 49,152."""
 
 
 def linear_logprobs_reference(
@@ -44,85 +50,213 @@ def linear_logprobs_reference(
     return log_p.gather(1, targets[:, None]).squeeze(1), entropy
 
 
-def _chunk(
-    h: Tensor, weight: Tensor, targets: Tensor, temperature: float, softcap: float | None, scale: float, jacobian: bool
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Log-prob [rows], entropy [rows] and, if asked, J [rows, H] of one chunk, in the dtype of h."""
-    y = h @ weight.T
-    y *= scale / temperature
-    rows = targets[:, None]
-    if softcap is not None:
-        y = y.mul_(temperature / softcap).tanh_()
-        slope_p, slope_t = 1 - y * y, 1 - y.gather(1, rows) ** 2
-        y = y * (softcap / temperature)
-    lse = torch.logsumexp(y, dim=-1, keepdim=True)
-    logprob = (y.gather(1, rows) - lse).squeeze(1)
-    p = (y - lse).exp_()
-    entropy = lse.squeeze(1) - torch.einsum("nv,nv->n", p, y)
-    if not jacobian:
-        return logprob, entropy, None
-    picked = weight[targets]
-    if softcap is not None:
-        p, picked = p * slope_p, picked * slope_t
-    return logprob, entropy, (picked - p @ weight) * (scale / temperature)
+def chunk_rows(vocab: int, dtype: torch.dtype, chunk_bytes: int = CHUNK_BYTES) -> int:
+    """Rows per chunk: a multiple of 128 where there are as many, so that the matrix products fill their tiles."""
+    rows = max(1, chunk_bytes // (vocab * (torch.promote_types(dtype, torch.float32).itemsize + dtype.itemsize)))
+    return rows - rows % 128 if rows > 128 else rows
+
+
+@jit
+def _jacobian_kernel(product, picked, own, others, out, H, factor, p_stride, o_stride, BLOCK: tl.constexpr):
+    """out = factor (own W_t - others E W), one row."""
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    live = columns < H
+    a, b = tl.load(own + row) * factor, tl.load(others + row) * factor
+    w_t = tl.load(picked + row * H + columns, mask=live).to(tl.float32)
+    j = a * w_t - b * tl.load(product + row * p_stride + columns, mask=live)
+    tl.store(out + row * o_stride + columns, j.to(out.dtype.element_ty), mask=live)
+
+
+@jit
+def _scale_rows_kernel(jacobian, upstream, out, H, BLOCK: tl.constexpr):
+    """out = upstream * jacobian, one row; a row of zero upstream stays zero even where its jacobian is not finite."""
+    row = tl.program_id(0).to(tl.int64)
+    g = tl.load(upstream + row).to(tl.float32)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    live = columns < H
+    j = tl.load(jacobian + row * H + columns, mask=live).to(tl.float32)
+    tl.store(out + row * H + columns, tl.where(g == 0, 0.0, j * g).to(out.dtype.element_ty), mask=live)
+
+
+def launch_jacobian(product: Tensor, picked: Tensor, rows_: Rows, factor: float, out: Tensor) -> None:
+    """out [rows, H] = factor (own W_t - others product). product: fp32 [rows, H]. picked: [rows, H], each row's W_t."""
+    rows, width = out.shape
+    block = min(1024, power_of_two(width))
+    grid = (rows, -(-width // block))
+    strides = (product.stride(0), out.stride(0))
+    _jacobian_kernel[grid](product, picked, rows_.own, rows_.others, out, width, factor, *strides, BLOCK=block)
+
+
+def launch_scale_rows(jacobian: Tensor, upstream: Tensor, out: Tensor) -> None:
+    """out = jacobian * upstream per row; `out` may be `jacobian`. All contiguous."""
+    rows, width = jacobian.shape
+    block = min(1024, power_of_two(width))
+    _scale_rows_kernel[(rows, -(-width // block))](jacobian, upstream, out, width, BLOCK=block)
+
+
+# ---- the operation -----------------------------------------------------------------------------------------------
+
+
+def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """out = a @ b with fp32 results of 16-bit operands. out: a view whose rows may be longer."""
+    if a.dtype == out.dtype:
+        torch.mm(a, b, out=out)
+    else:
+        torch.mm(a, b, out_dtype=out.dtype, out=out)
+
+
+class _Scratch:
+    """Buffers of one chunk, for all chunks of a call. Rows are padded to 64 columns, as the matrix products like."""
+
+    def __init__(self, rows: int, hidden: Tensor, weight: Tensor, grad: bool) -> None:
+        vocab, dtype = weight.shape[0], torch.promote_types(hidden.dtype, torch.float32)
+        wide = -(-vocab // 64) * 64
+        self.z = hidden.new_empty(rows, wide, dtype=dtype)[:, :vocab]
+        self.weights = weight.new_empty(rows, wide)[:, :vocab] if grad else None
+        self.product = hidden.new_empty(rows, weight.shape[1], dtype=dtype) if grad else None
+
+
+def _logits(scratch: _Scratch, h: Tensor, weight: Tensor) -> Tensor:
+    z = scratch.z[: h.shape[0]]
+    _product(h if h.device.type == "cuda" else h.to(z.dtype), weight.T, z)
+    return z
+
+
+def _forward_chunk(
+    scratch: _Scratch, h: Tensor, weight: Tensor, targets: Tensor, temperature: float, softcap: float | None,
+    scale: float, jacobian: Tensor | None,
+) -> Rows:  # fmt: skip
+    """Results of one chunk, and its jacobian into `jacobian` [rows, H] (a view of the caller's)."""
+    z = _logits(scratch, h, weight)
+    factor = scale / temperature
+    if z.device.type != "cuda":
+        chunk = target_softmax_reference(z, targets, temperature, softcap, scale, jacobian is not None)
+        if jacobian is not None:
+            assert chunk.weights is not None
+            picked = weight[targets] * chunk.own[:, None]
+            jacobian.copy_((picked - (chunk.weights @ weight) * chunk.others[:, None]) * factor)
+        return chunk
+    weights = None if scratch.weights is None else scratch.weights[: h.shape[0]]
+    chunk = launch_rows(z, targets, weights, temperature, softcap, scale)
+    if jacobian is not None:
+        assert weights is not None and scratch.product is not None
+        product = scratch.product[: h.shape[0]]
+        _product(weights, weight, product)
+        # A target outside the vocabulary has made logprob nan already; the row it picks does not matter.
+        launch_jacobian(product, weight[targets.clamp(0, weight.shape[0] - 1)], chunk, factor, jacobian)
+    return chunk
 
 
 class _LinearLogprobs(torch.autograd.Function):
-    """Chunked forward that keeps the jacobian; the entropy carries no gradient."""
+    """Chunked forward that keeps the jacobians."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, temperature, softcap, scale, rows):  # type: ignore[override]
+    def forward(ctx, hidden, weight, targets, options, rows, entropy_grad, grad):  # type: ignore[override]
         dtype = torch.promote_types(hidden.dtype, torch.float32)
-        wide = weight.to(dtype)
-        grad = hidden.requires_grad
+        # On a CPU 16-bit products are slow and round: the head is widened once.
+        head = weight if hidden.device.type == "cuda" else weight.to(dtype)
         logprobs = hidden.new_empty(hidden.shape[0], dtype=dtype)
         entropy = torch.empty_like(logprobs)
-        jacobian = torch.empty_like(hidden) if grad else None
+        by_logprob = torch.empty_like(hidden) if grad else None
+        by_entropy = torch.empty_like(hidden) if grad and entropy_grad else None
+        scratch = _Scratch(min(rows, max(1, hidden.shape[0])), hidden, head, grad)
         for start in range(0, hidden.shape[0], rows):
             part = slice(start, start + rows)
-            lp, ent, jac = _chunk(hidden[part].to(dtype), wide, targets[part], temperature, softcap, scale, grad)
-            logprobs[part], entropy[part] = lp, ent
-            if jacobian is not None and jac is not None:
-                jacobian[part] = jac
-        ctx.save_for_backward(jacobian)
-        ctx.mark_non_differentiable(entropy)
+            into = None if by_logprob is None else by_logprob[part]
+            chunk = _forward_chunk(scratch, hidden[part], head, targets[part], *options, into)
+            logprobs[part], entropy[part] = chunk.logprob, chunk.entropy
+            if by_entropy is not None:
+                temperature, softcap, scale = options
+                q = entropy_weights(_logits(scratch, hidden[part], head), temperature, softcap, scale)
+                by_entropy[part] = (q.to(head.dtype) @ head) * (-scale / temperature)
+        trained_head = weight.requires_grad and ctx.needs_input_grad[1]
+        ctx.save_for_backward(*((hidden, weight, targets) if trained_head else ()))
+        ctx.jacobians, ctx.options, ctx.rows = (by_logprob, by_entropy), options, rows
+        if not entropy_grad:
+            ctx.mark_non_differentiable(entropy)
         return logprobs, entropy
 
     @staticmethod
-    def backward(ctx, grad_logprobs, _grad_entropy):  # type: ignore[override]
-        (jacobian,) = ctx.saved_tensors
-        # A row with zero upstream gradient stays zero even where its jacobian is not finite.
-        live = grad_logprobs != 0
-        grad = torch.where(live[:, None], jacobian * grad_logprobs[:, None].to(jacobian.dtype), 0)
-        return grad, None, None, None, None, None, None
+    def backward(ctx, grad_logprobs, grad_entropy):  # type: ignore[override]
+        if ctx.jacobians is None:
+            raise RuntimeError(
+                "linear_logprobs: backward ran before, and turned its jacobian into the gradient in place"
+            )
+        by_logprob, by_entropy = ctx.jacobians
+        if grad_logprobs.device.type == "cuda":
+            ctx.jacobians = None
+        grad_weight = None
+        if ctx.saved_tensors:
+            grad_weight = _head_gradient(*ctx.saved_tensors, ctx.options, ctx.rows, grad_logprobs, grad_entropy)
+        grad = None
+        if ctx.needs_input_grad[0]:
+            grad = _scaled_rows(by_logprob, grad_logprobs)
+            if by_entropy is not None:
+                grad += _scaled_rows(by_entropy, grad_entropy)
+        return grad, grad_weight, None, None, None, None, None
+
+
+def _scaled_rows(jacobian: Tensor, upstream: Tensor) -> Tensor:
+    """upstream * jacobian per row; on a GPU in place."""
+    if jacobian.device.type == "cuda":
+        launch_scale_rows(jacobian, upstream.contiguous(), jacobian)
+        return jacobian
+    live = upstream != 0
+    return torch.where(live[:, None], jacobian * upstream[:, None].to(jacobian.dtype), 0)
+
+
+def _head_gradient(
+    hidden: Tensor, weight: Tensor, targets: Tensor, options: tuple[float, float | None, float], rows: int,
+    grad_logprobs: Tensor, grad_entropy: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """Gradient of a trainable head, [V, H] in its dtype: logits again, then dz^T h, summed over chunks in fp32."""
+    temperature, softcap, scale = options
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    total = torch.zeros(weight.shape, dtype=dtype, device=weight.device)
+    for start in range(0, hidden.shape[0], rows):
+        part = slice(start, start + rows)
+        h = hidden[part].to(dtype)
+        z = h @ weight.to(dtype).T
+        upstream = grad_logprobs[part].to(dtype)
+        chunk = target_softmax_reference(z.clone(), targets[part], temperature, softcap, scale, True)
+        assert chunk.weights is not None
+        dz = (chunk.weights * (-chunk.others * upstream)[:, None]).scatter_(
+            1, targets[part][:, None], (chunk.own * upstream)[:, None]
+        )
+        if grad_entropy is not None:
+            dz -= entropy_weights(z, temperature, softcap, scale) * grad_entropy[part].to(dtype)[:, None]
+        total += torch.where((dz != 0).any(1, keepdim=True), dz, 0).T @ h
+    return (total * (scale / temperature)).to(weight.dtype)
 
 
 def linear_logprobs(
     hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, softcap: float | None = None,
-    scale: float = 1.0, chunk_bytes: int = CHUNK_BYTES,
+    scale: float = 1.0, chunk_bytes: int = CHUNK_BYTES, entropy_grad: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Log-probability of each target and entropy of its distribution.
 
     hidden: [N, H] float, the rows that predict the targets (gather the trained rows first: no other row should reach
-    the head). weight: [V, H] float, frozen. targets: [N] int64 in [0, V). temperature: the sampling temperature, above
-    0; required, because a log-prob at another temperature than the sampler's is of another distribution.
-    softcap: c of c tanh(z / c), or None. scale: factor on the logits. chunk_bytes: memory for one chunk's logits.
-    Returns logprobs [N] with gradient to hidden and entropy [N] without, both in max(fp32, hidden.dtype).
-    Raises ValueError on shapes that do not fit, a temperature that is not positive, or a head that wants a gradient.
+    the head). weight: [V, H], same dtype; frozen, or trainable at the price of a recomputation. targets: [N] int64 in
+    [0, V); on a GPU one outside gives nan. temperature: the sampling temperature, above 0; required, because a log-prob
+    at another temperature than the sampler's is of another distribution. softcap: c of c tanh(z / c), or None. scale:
+    factor on the logits. chunk_bytes: memory for one chunk's logits and exponentials. entropy_grad: let the entropy
+    carry a gradient too (one more product with the head, and twice the memory kept).
+    Returns logprobs [N] and entropy [N], both in max(fp32, hidden.dtype). Deterministic. On a GPU the
+    backward runs once. Raises ValueError on shapes, dtypes or devices that do not fit and a temperature that is not
+    positive.
     """
-    if (
-        hidden.dim() != 2
-        or weight.dim() != 2
-        or hidden.shape[1] != weight.shape[1]
-        or targets.shape != hidden.shape[:1]
-    ):
-        raise ValueError(
-            f"linear_logprobs: want hidden [N, H], weight [V, H], targets [N]; "
-            f"got {tuple(hidden.shape)}, {tuple(weight.shape)}, {tuple(targets.shape)}"
-        )
+    op = "linear_logprobs"
+    fits = hidden.dim() == 2 and weight.dim() == 2 and hidden.shape[1:] == weight.shape[1:]
+    fits = fits and targets.shape == hidden.shape[:1] and targets.dtype == torch.int64
+    wanted = "hidden [N, H] and weight [V, H] of one float dtype, targets [N] int64"
+    same = hidden.dtype == weight.dtype and hidden.dtype.is_floating_point
+    want(op, fits and same, wanted, hidden=hidden, weight=weight, targets=targets)
+    on_gpu(op, hidden=hidden, weight=weight, targets=targets)
     if not temperature > 0:
-        raise ValueError(f"linear_logprobs: temperature = {temperature}: want a number above 0")
-    if weight.requires_grad:
-        raise ValueError("linear_logprobs: weight.requires_grad is True: the head is frozen here")
-    rows = max(1, chunk_bytes // (4 * weight.shape[0]))
-    return _LinearLogprobs.apply(hidden, weight, targets, float(temperature), softcap, scale, rows)  # type: ignore[return-value]
+        raise ValueError(f"{op}: temperature = {temperature}: want a number above 0")
+    grad = torch.is_grad_enabled() and hidden.requires_grad
+    hidden, weight = (x if x.stride(-1) == 1 else x.contiguous() for x in (hidden, weight))
+    rows = chunk_rows(weight.shape[0], hidden.dtype, chunk_bytes)
+    options = (float(temperature), softcap, float(scale))
+    return _LinearLogprobs.apply(hidden, weight, targets.contiguous(), options, rows, entropy_grad, grad)  # type: ignore[return-value]
