@@ -154,6 +154,7 @@ class _LinearLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, targets, options, rows, entropy_grad, grad):  # type: ignore[override]
         dtype = torch.promote_types(hidden.dtype, torch.float32)
+        temperature, softcap, scale = options
         # On a CPU 16-bit products are slow and round: the head is widened once.
         head = weight if hidden.device.type == "cuda" else weight.to(dtype)
         logprobs = hidden.new_empty(hidden.shape[0], dtype=dtype)
@@ -164,10 +165,9 @@ class _LinearLogprobs(torch.autograd.Function):
         for start in range(0, hidden.shape[0], rows):
             part = slice(start, start + rows)
             into = None if by_logprob is None else by_logprob[part]
-            chunk = _forward_chunk(scratch, hidden[part], head, targets[part], *options, into)
+            chunk = _forward_chunk(scratch, hidden[part], head, targets[part], temperature, softcap, scale, into)
             logprobs[part], entropy[part] = chunk.logprob, chunk.entropy
             if by_entropy is not None:
-                temperature, softcap, scale = options
                 q = entropy_weights(_logits(scratch, hidden[part], head), temperature, softcap, scale)
                 by_entropy[part] = (q.to(head.dtype) @ head) * (-scale / temperature)
         trained_head = weight.requires_grad and ctx.needs_input_grad[1]
@@ -188,7 +188,8 @@ class _LinearLogprobs(torch.autograd.Function):
             ctx.jacobians = None
         grad_weight = None
         if ctx.saved_tensors:
-            grad_weight = _head_gradient(*ctx.saved_tensors, ctx.options, ctx.rows, grad_logprobs, grad_entropy)
+            hidden, weight, targets = ctx.saved_tensors
+            grad_weight = _head_gradient(hidden, weight, targets, ctx.options, ctx.rows, grad_logprobs, grad_entropy)
         grad = None
         if ctx.needs_input_grad[0]:
             grad = _scaled_rows(by_logprob, grad_logprobs)

@@ -176,7 +176,7 @@ def launch_rows(
     z: Tensor, targets: Tensor, weights: Tensor | None, temperature: float, softcap: float | None, scale: float,
     block: int = BLOCK,
 ) -> Rows:  # fmt: skip
-    """`target_softmax_reference` by the kernels. z: [rows, V] fp32, any row stride. weights: [rows, V], to write into."""
+    """`target_softmax_reference` by the kernels. z: [rows, V] fp32, any row stride. weights: [rows, V], written."""
     rows, vocab = z.shape
     splits = -(-vocab // block)
     parts = torch.empty(rows, splits, 3, dtype=torch.float32, device=z.device)
