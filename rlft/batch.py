@@ -196,17 +196,18 @@ class _Sequence(NamedTuple):
 
 
 def _sequences(units: list[list[_Row]], plan: PackPlan) -> list[_Sequence]:
-    sequences = []
+    """Shared prompts first, then their completions in the same order, then what has its prompt with it: so the
+    completions of all prompts are one block of rows for the attention over the prompts (rlft.kernels.attention)."""
+    prompts, continued, alone = [], [], []
     for unit in units:
-        prompt, shared, prefix = unit[0].rollout.prompt.ids, _shared(unit, plan), -1
+        prompt = unit[0].rollout.prompt.ids
         assert all(row.rollout.prompt.ids == prompt for row in unit), "a group has one prompt"
-        if shared:
-            prefix = len(sequences)
-            sequences.append(_Sequence(prompt, None, 0, -1))
-        for row in unit:
-            ids = row.rollout.completion_ids if shared else prompt + row.rollout.completion_ids
-            sequences.append(_Sequence(ids, row, len(prompt) if shared else 0, prefix))
-    return sequences
+        if _shared(unit, plan):
+            continued += [_Sequence(row.rollout.completion_ids, row, len(prompt), len(prompts)) for row in unit]
+            prompts.append(_Sequence(prompt, None, 0, -1))
+        else:
+            alone += [_Sequence(prompt + row.rollout.completion_ids, row, 0, -1) for row in unit]
+    return prompts + continued + alone
 
 
 def _batch(units: list[list[_Row]], plan: PackPlan, counts: Counts) -> Batch:

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import math
+import os
+from typing import Any
+
 import pytest
 import torch
+from torch import Tensor
 
-from rlft.kernels.attention import varlen_attention, varlen_attention_reference
+from rlft.kernels.attention import Sequences, varlen_attention, varlen_attention_reference
+from rlft.kernels.attention_backends import Spans, choose
+from rlft.kernels.attention_backends import forward as run_forward
+from rlft.kernels.lse_merge import launch_merge, merge, merge_reference
 
 
 def make(lengths: list[int], heads: tuple[int, int] = (4, 2), dim: int = 8, seed: int = 0):
@@ -22,6 +30,7 @@ CASES = {
     "one token": ([1], [-1]),
     "ragged, one empty": ([3, 0, 7, 1], [-1, -1, -1, -1]),
     "two prompts, three and one continuations": ([5, 2, 1, 4, 3, 6], [-1, 0, 0, 0, -1, 4]),
+    "the same with the prompts first, and one alone": ([5, 3, 2, 1, 4, 6, 4], [-1, -1, 0, 0, 0, 1, -1]),
     "an empty continuation": ([4, 0, 2], [-1, 0, 0]),
 }
 
@@ -31,7 +40,7 @@ CASES = {
 def test_values_and_gradients_equal_the_formula(case: str, window: int | None) -> None:
     lengths, prefix = CASES[case]
     q, k, v, bounds = make(lengths)
-    got = varlen_attention(q, k, v, bounds, torch.tensor(prefix), 0.3, window)
+    got = varlen_attention(q, k, v, Sequences.of(bounds, torch.tensor(prefix)), 0.3, window)
     want = varlen_attention_reference(q, k, v, bounds, torch.tensor(prefix), 0.3, window)
     upstream = torch.randn(got.shape, generator=torch.Generator().manual_seed(1), dtype=got.dtype)
     grads = [torch.autograd.grad(out, (q, k, v), upstream, retain_graph=True) for out in (got, want)]
@@ -51,10 +60,10 @@ def test_the_formula_passes_gradcheck() -> None:
 def test_a_shared_prefix_equals_repeating_it_in_every_sequence() -> None:
     """Prompt of 4, continuations of 2 and 3: packed as [4, 2, 3] behind a prefix, and as [6, 7] without."""
     q, k, v, bounds = make([4, 2, 3])
-    shared = varlen_attention(q, k, v, bounds, torch.tensor([-1, 0, 0]), 0.3)
+    shared = varlen_attention(q, k, v, Sequences.of(bounds, torch.tensor([-1, 0, 0])), 0.3)
     rows = [0, 1, 2, 3, 4, 5, 0, 1, 2, 3, 6, 7, 8]
     repeated = varlen_attention(
-        q[rows], k[rows], v[rows], torch.tensor([0, 6, 13], dtype=torch.int32), torch.tensor([-1, -1]), 0.3
+        q[rows], k[rows], v[rows], Sequences.of(torch.tensor([0, 6, 13]), torch.tensor([-1, -1])), 0.3
     )
     assert torch.allclose(shared[4:6], repeated[4:6], atol=1e-12)
     assert torch.allclose(shared[6:9], repeated[10:13], atol=1e-12)
@@ -67,7 +76,7 @@ def test_a_shared_prefix_equals_repeating_it_in_every_sequence() -> None:
 def test_no_token_sees_another_sequence_or_the_future() -> None:
     """The gradient of one output row is zero on every key it may not see."""
     q, k, v, bounds = make([3, 2, 2, 4])
-    out = varlen_attention(q, k, v, bounds, torch.tensor([-1, 0, 0, -1]), 0.3)
+    out = varlen_attention(q, k, v, Sequences.of(bounds, torch.tensor([-1, 0, 0, -1])), 0.3)
     (grad,) = torch.autograd.grad(out[5].sum(), v)  # first token of sequence 2: sees 0, 1, 2 and itself
     assert grad.abs().sum((1, 2)).nonzero().flatten().tolist() == [0, 1, 2, 5]
 
@@ -75,4 +84,125 @@ def test_no_token_sees_another_sequence_or_the_future() -> None:
 def test_shapes_that_do_not_fit_are_named() -> None:
     q, k, v, bounds = make([3])
     with pytest.raises(ValueError, match=r"Hq a multiple of Hk; got q \(3, 3, 8\)"):
-        varlen_attention(q[:, :3], k, v, bounds, torch.tensor([-1]), 1.0)
+        varlen_attention(q[:, :3], k, v, Sequences.of(bounds, torch.tensor([-1])), 1.0)
+
+
+# ---- two calls and a merge, as on a GPU --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("window", [None, 3, 7, 100])
+@pytest.mark.parametrize("case", [c for c in CASES if "continuations" not in c] + [
+    "the same with the prompts first, and one alone"])  # fmt: skip
+def test_two_calls_with_merged_out_and_lse_have_exact_gradients(case: str, window: int | None) -> None:
+    """The scheme of the GPU path over attentions written out in PyTorch, in float64."""
+    lengths, prefix = CASES[case]
+    q, k, v, bounds = make(lengths)
+    sequences = Sequences.of(bounds, torch.tensor(prefix))
+    assert (sequences.shared is not None) == (max(prefix) >= 0)
+    got = varlen_attention(q, k, v, sequences, 0.3, window, backend="math")
+    want = varlen_attention_reference(q, k, v, bounds, torch.tensor(prefix), 0.3, window)
+    upstream = torch.randn(got.shape, generator=torch.Generator().manual_seed(1), dtype=got.dtype)
+    grads = [torch.autograd.grad(out, (q, k, v), upstream, retain_graph=True) for out in (got, want)]
+    assert torch.allclose(got, want, atol=1e-12)
+    for ours, theirs in zip(*grads, strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-12)
+
+
+def test_prefixes_that_do_not_lie_first_are_refused_where_two_calls_are_needed() -> None:
+    lengths, prefix = CASES["two prompts, three and one continuations"]
+    q, k, v, bounds = make(lengths)
+    sequences = Sequences.of(bounds, torch.tensor(prefix))
+    assert sequences.shared is None
+    with pytest.raises(ValueError, match="prefixes must come first"):
+        varlen_attention(q, k, v, sequences, 0.3, backend="math")
+
+
+def merge_inputs(tokens: int = 5, heads: int = 3, dim: int = 6, dtype: torch.dtype = torch.float32) -> tuple[Any, ...]:
+    """Two attentions as views into wider buffers; some have no keys on one side, one on neither."""
+    g = torch.Generator().manual_seed(0)
+    outs = [torch.randn(tokens, heads + i, dim, generator=g).to(dtype)[:, :heads] for i in (0, 1)]
+    lses = [torch.randn(heads, tokens + i, generator=g)[:, i:] * 30 for i in (0, 2)]
+    for i, lse in enumerate(lses):
+        lse[0, i] = lse[1, 3] = -math.inf
+        outs[i][i, 0] = outs[i][3, 1] = 0
+    return outs[0], lses[0], outs[1], lses[1]
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="on a GPU the tests below run the kernel")
+@pytest.mark.parametrize("dim", [6, 8])
+def test_the_merge_kernel_through_the_interpreter(dim: int) -> None:
+    out_1, lse_1, out_2, lse_2 = merge_inputs(dim=dim)
+    out, lse = merge_reference(out_1, lse_1, out_2, lse_2)
+    launch_merge(out_1, lse_1, out_2, lse_2)
+    assert torch.allclose(out_1, out, atol=1e-6) and torch.allclose(lse_1, lse, atol=1e-5)
+    assert lse_1[1, 3] == -math.inf and out_1[3, 1].abs().sum() == 0
+
+
+def test_a_back_end_that_cannot_do_it_says_so() -> None:
+    q, k, v, bounds = make([3])
+    spans = Spans(bounds, bounds, 3, 3, True, None)
+    with pytest.raises(ValueError, match=r'"fa2" has no softcap \(5.0\): use "fa4" or "plain"'):
+        run_forward("fa2", q, k, v, spans, 1.0, 5.0)
+    with pytest.raises(ValueError, match='"fa3": want "fa4" or "fa2"'):
+        run_forward("fa3", q, k, v, spans, 1.0, None)
+    assert choose(torch.device("cpu"), torch.bfloat16, 128, None) == "sdpa"
+
+
+def gpu_backends() -> list[str]:
+    from rlft.kernels.attention_backends import fa4_version
+
+    return ["fa2", *(["fa4"] if fa4_version() else [])]
+
+
+GPU_CASES = {
+    "one long": ([4097], [-1]),
+    "ragged": ([1, 130, 7, 1024, 300], [-1] * 5),
+    "prefixes": ([700, 64, 300, 1, 513, 128, 90, 200], [-1, -1, 0, 0, 0, 1, 1, -1]),
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("window", [None, 256])
+@pytest.mark.parametrize("case", GPU_CASES)
+def test_back_ends_on_the_gpu_against_fp64(case: str, window: int | None, dim: int) -> None:
+    """Error at most 2x (outputs) and 3x (gradients) of PyTorch's attention per sequence in the same dtype."""
+    lengths, prefix = GPU_CASES[case]
+    q, k, v, bounds = make(lengths, heads=(8, 2), dim=dim)
+    upstream = torch.randn(q.shape, generator=torch.Generator().manual_seed(1), dtype=q.dtype).cuda()
+    sequences = Sequences.of(bounds, torch.tensor(prefix), "cuda")
+
+    def run(dtype: torch.dtype, backend: str | None) -> list[Tensor]:
+        leaves = [x.detach().to(torch.bfloat16).to(dtype).cuda().requires_grad_() for x in (q, k, v)]
+        out = varlen_attention(*leaves, sequences, dim**-0.5, window, backend=backend)
+        return [x.double() for x in (out, *torch.autograd.grad(out, leaves, upstream.to(dtype)))]
+
+    truth, plain = run(torch.float64, "sdpa"), run(torch.bfloat16, "sdpa")
+    for backend in gpu_backends():
+        for i, (want, base, got) in enumerate(zip(truth, plain, run(torch.bfloat16, backend), strict=True)):
+            allowed = (2 if i == 0 else 3) * (base - want).norm() + 1e-3 * want.norm()
+            assert (got - want).norm() <= allowed, (backend, i, float((got - want).norm()), float(allowed))
+
+
+@pytest.mark.gpu
+def test_the_merge_kernel_on_the_gpu() -> None:
+    inputs = [x.cuda() for x in merge_inputs(700, 8, 128, torch.bfloat16)]
+    out, lse = merge_reference(inputs[0].double(), inputs[1].double(), inputs[2].double(), inputs[3].double())
+    merge(*inputs)
+    assert torch.allclose(inputs[0].double(), out, rtol=0.01, atol=0.01)
+    assert torch.allclose(inputs[1].double(), lse, atol=1e-4)
+
+
+@pytest.mark.gpu
+def test_a_softcap_on_the_gpu() -> None:
+    q, k, v, bounds = make([130, 40], heads=(4, 2), dim=128)
+    sequences = Sequences.of(bounds, torch.tensor([-1, -1]), "cuda")
+    want = varlen_attention_reference(q, k, v, bounds, torch.tensor([-1, -1]), 0.1, None, 5.0)
+    leaves = [x.detach().bfloat16().cuda() for x in (q, k, v)]
+    for backend in ("plain", *(b for b in gpu_backends() if b == "fa4")):
+        got = varlen_attention(*leaves, sequences, 0.1, None, 5.0, backend)
+        assert (got.double().cpu() - want).norm() < 0.02 * want.norm(), backend
+    many = Sequences.of(torch.tensor([0, 40_000]), torch.tensor([-1]), "cuda")
+    wide = torch.zeros(40_000, 4, 128, device="cuda", dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match=r"holds 23.8 GiB of scores for a sequence of 40000 tokens"):
+        varlen_attention(wide, wide[:, :2], wide[:, :2], many, 0.1, None, 5.0, "plain")

@@ -16,7 +16,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from rlft.errors import ConfigError
-from rlft.kernels.attention import varlen_attention
+from rlft.kernels.attention import Sequences, varlen_attention
 from rlft.kernels.logprobs import linear_logprobs
 from rlft.models.adapter import FlatAdapter
 from rlft.types import Batch
@@ -27,16 +27,16 @@ PACKED = "rlft_packed"
 
 def packed_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float,
-    dropout: float = 0.0, cu_seqlens: Tensor | None = None, prefix: Tensor | None = None, **kwargs: Any,
+    dropout: float = 0.0, sequences: Sequences | None = None, **kwargs: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
     """transformers' attention interface over our packed attention. query: [1, Hq, T, D]; returns [1, T, Hq, D]."""
-    if cu_seqlens is None or prefix is None:
+    if sequences is None:
         raise ConfigError(
             f"{type(module).__name__} does not hand its keyword arguments to the attention function, so its sequences "
             f"cannot be packed: this architecture is not supported"
         )
     out = varlen_attention(
-        query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1), cu_seqlens, prefix, scaling,
+        query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1), sequences, scaling,
         window=kwargs.get("sliding_window"), softcap=kwargs.get("softcap"),
     )  # fmt: skip
     return out[None], None
@@ -94,12 +94,14 @@ class Policy:
         return self.flat.scales
 
     def _forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        # From the batch as it came, on the CPU where pack made it: nothing has to wait for the GPU.
+        sequences = Sequences.of(batch.cu_seqlens, batch.prefix, self.device)
         batch = batch.to(self.device)
         rows = batch.train_mask.nonzero().squeeze(1)
         with self._packed():
             hidden = self._decoder(
                 input_ids=batch.input_ids[None], position_ids=batch.position_ids[None], use_cache=False,
-                cu_seqlens=batch.cu_seqlens, prefix=batch.prefix,
+                sequences=sequences,
             ).last_hidden_state[0]  # fmt: skip
         logprobs, entropy = linear_logprobs(
             hidden[batch.source[rows]], self._head, batch.input_ids[rows], batch.temperature, self._softcap,
