@@ -15,6 +15,9 @@ from rlft.kernels.attention_backends import Spans, choose
 from rlft.kernels.attention_backends import forward as run_forward
 from rlft.kernels.lse_merge import launch_merge, merge, merge_reference
 
+# flash-attn-4 and CUTLASS warn about themselves.
+pytestmark = [pytest.mark.filterwarnings("ignore:.*cutlass.*"), pytest.mark.filterwarnings("ignore:Argument aux_data")]
+
 
 def make(lengths: list[int], heads: tuple[int, int] = (4, 2), dim: int = 8, seed: int = 0):
     g = torch.Generator().manual_seed(seed)

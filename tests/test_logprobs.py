@@ -330,6 +330,14 @@ def test_a_side_stream_and_a_cuda_graph() -> None:
     assert torch.equal(lp, lp_fresh) and torch.equal(gradient, fresh.grad)
 
 
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs the kernels on CPU tensors")
+@pytest.mark.filterwarnings("ignore:invalid value")
+def test_a_logit_that_is_not_a_number_stays_one() -> None:
+    hidden, weight = torch.ones(1, 1), torch.tensor([[1.0], [float("nan")], [2.0]])
+    chunk, jacobian = by_kernels(hidden, weight, torch.tensor([0]), 1.0, None, 1.0, 4)
+    assert chunk.logprob.isnan().all() and chunk.entropy.isnan().all() and jacobian.isnan().all()
+
+
 @pytest.mark.gpu
 def test_a_target_outside_the_vocabulary_is_nan_on_the_gpu() -> None:
     hidden, weight, _ = (x.detach().cuda() for x in make(3, 64, 100, torch.bfloat16))

@@ -122,7 +122,8 @@ def _rows_kernel(
     y, slope = _capped(tl.load(z + row * z_stride + columns, mask=columns < V, other=0.0) * scale, cap, CAPPED)
     # The mask comes after the scaling: a negative scale would turn -inf round.
     d = tl.where((columns < V) & (columns != t), (y - y_t) * cold, float("-inf"))
-    e = tl.exp(tl.minimum(d, FAR))  # beyond FAR the row is done again
+    # Beyond FAR the row is done again. Not a minimum, which would make a number of nan.
+    e = tl.exp(tl.where(d > FAR, FAR, d))
     out = parts + (row * splits + split) * 3
     tl.store(out, tl.sum(e))
     tl.store(out + 1, tl.sum(e * tl.where(e > 0, d, 0.0)))
