@@ -25,15 +25,13 @@ def inputs(tokens: int) -> tuple[torch.Tensor, ...]:
     return tuple(torch.randn(*shape, device="cuda", dtype=torch.bfloat16, generator=g) for shape in shapes)
 
 
-def sequences(lengths: list[int], prefix: list[int]) -> Sequences:
-    bounds = torch.tensor([0, *lengths]).cumsum(0).int()
-    return Sequences.of(bounds, torch.tensor(prefix), "cuda")
-
-
-def times(lengths: list[int], prefix: list[int], backends: list[str]) -> dict[str, dict[str, list[float]]]:
+def times(
+    lengths: list[int], prefix: list[int], backends: list[str], copies: bool = False
+) -> dict[str, dict[str, list[float]]]:
     """ "forward" and "backward" -> back end -> milliseconds."""
     q, k, v, dout = inputs(sum(lengths))
-    layout, scale = sequences(lengths, prefix), DIM**-0.5
+    bounds = torch.tensor([0, *lengths]).cumsum(0).int()
+    layout, scale = Sequences.of(bounds, torch.tensor(prefix), "cuda", copies), DIM**-0.5
     saved = {b: attention_forward(q, k, v, layout, scale, b) for b in backends}
     repeats = 5 if max(lengths) > 20_000 else 11
     return {
@@ -56,11 +54,14 @@ def rows() -> list[dict[str, Any]]:
                 speed = [flops * (1 if way == "forward" else 2.5) / t / 1e9 for t in ms]
                 found.append(row(f"attention/{length}", backend, f"TFLOPs_{way}", speed, "TFLOP/s"))
     for group in (8, 16):
-        for completion, prompt in ((1024, 128), (1024, 1024), (1024, 4096)):
+        for completion, prompt in ((1024, 128), (1024, 512), (1024, 1024), (1024, 2048), (1024, 4096)):
             work = f"attention-shared/P{prompt}-R{completion}-G{group}"
-            shared = times([prompt] + [completion] * group, [-1] + [0] * group, backends)
-            repeated = times([prompt + completion] * group, [-1] * group, backends)
-            for name, both in (("shared", shared), ("repeated", repeated)):
+            lengths, prefix = [prompt] + [completion] * group, [-1] + [0] * group
+            ways = {
+                "two calls": times(lengths, prefix, backends), "copies": times(lengths, prefix, backends, True),
+                "repeated": times([prompt + completion] * group, [-1] * group, backends),
+            }  # fmt: skip
+            for name, both in ways.items():
                 for backend in backends:
                     ms = [a + b for a, b in zip(both["forward"][backend], both["backward"][backend], strict=True)]
                     found.append(row(work, f"{backend} {name}", "ms", ms, "ms", "forward and backward"))

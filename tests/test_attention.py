@@ -93,15 +93,16 @@ def test_shapes_that_do_not_fit_are_named() -> None:
 # ---- two calls and a merge, as on a GPU --------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("copies", [False, True])
 @pytest.mark.parametrize("window", [None, 3, 7, 100])
 @pytest.mark.parametrize("case", [c for c in CASES if "continuations" not in c] + [
     "the same with the prompts first, and one alone"])  # fmt: skip
-def test_two_calls_with_merged_out_and_lse_have_exact_gradients(case: str, window: int | None) -> None:
-    """The scheme of the GPU path over attentions written out in PyTorch, in float64."""
+def test_two_calls_with_merged_out_and_lse_have_exact_gradients(case: str, window: int | None, copies: bool) -> None:
+    """The GPU path's two ways over attentions written out in PyTorch, in float64."""
     lengths, prefix = CASES[case]
     q, k, v, bounds = make(lengths)
-    sequences = Sequences.of(bounds, torch.tensor(prefix))
-    assert (sequences.shared is not None) == (max(prefix) >= 0)
+    sequences = Sequences.of(bounds, torch.tensor(prefix), copies=copies)
+    assert (sequences.shared is not None) == (max(prefix) >= 0 and not copies)
     got = varlen_attention(q, k, v, sequences, 0.3, window, backend="math")
     want = varlen_attention_reference(q, k, v, bounds, torch.tensor(prefix), 0.3, window)
     upstream = torch.randn(got.shape, generator=torch.Generator().manual_seed(1), dtype=got.dtype)
@@ -114,7 +115,7 @@ def test_two_calls_with_merged_out_and_lse_have_exact_gradients(case: str, windo
 def test_prefixes_that_do_not_lie_first_are_refused_where_two_calls_are_needed() -> None:
     lengths, prefix = CASES["two prompts, three and one continuations"]
     q, k, v, bounds = make(lengths)
-    sequences = Sequences.of(bounds, torch.tensor(prefix))
+    sequences = Sequences.of(bounds, torch.tensor(prefix), copies=False)
     assert sequences.shared is None
     with pytest.raises(ValueError, match="prefixes must come first"):
         varlen_attention(q, k, v, sequences, 0.3, backend="math")
@@ -166,14 +167,14 @@ GPU_CASES = {
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dim", [64, 128])
-@pytest.mark.parametrize("window", [None, 256])
+@pytest.mark.parametrize(("window", "copies"), [(None, False), (None, True), (256, False)])
 @pytest.mark.parametrize("case", GPU_CASES)
-def test_back_ends_on_the_gpu_against_fp64(case: str, window: int | None, dim: int) -> None:
+def test_back_ends_on_the_gpu_against_fp64(case: str, window: int | None, copies: bool, dim: int) -> None:
     """Error at most 2x (outputs) and 3x (gradients) of PyTorch's attention per sequence in the same dtype."""
     lengths, prefix = GPU_CASES[case]
     q, k, v, bounds = make(lengths, heads=(8, 2), dim=dim)
     upstream = torch.randn(q.shape, generator=torch.Generator().manual_seed(1), dtype=q.dtype).cuda()
-    sequences = Sequences.of(bounds, torch.tensor(prefix), "cuda")
+    sequences = Sequences.of(bounds, torch.tensor(prefix), "cuda", copies)
 
     def run(dtype: torch.dtype, backend: str | None) -> list[Tensor]:
         leaves = [x.detach().to(torch.bfloat16).to(dtype).cuda().requires_grad_() for x in (q, k, v)]

@@ -10,11 +10,15 @@ For a query at position i of sequence s, with scores z_j = scale * q_i . k_j ove
     dq_i = scale sum_j dz_ij k_j,   dk_j = scale sum_i dz_ij q_i.
 
 A shared prefix is stored once; its keys collect the gradient of every sequence that continues it. Running the G
-completions of a prompt of P tokens, R each, costs P + G R tokens instead of G (P + R) (DESIGN 10). On a GPU that is two
-calls of an attention for plain sequences: each sequence over itself, causal, and all continuations of a prefix, side by
-side, over the prefix, not causal. Their results are merged by lse. A backward needs p_ij = exp(z_ij - lse_i) and
-dout_i . out_i only, so handing the *merged* out and lse to the backward of both calls makes its gradients exact
-(reference/kernels.md 6.1).
+completions of a prompt of P tokens, R each, costs P + G R tokens instead of G (P + R) (DESIGN 10). On a GPU there are two
+ways to do it with an attention for plain sequences:
+
+    copies      every continuation gets a copy of its prefix's keys and values in front of its own, and one causal call
+                does the rest; their gradients are added up. For prefixes that are short beside their continuations.
+    two calls   each sequence over itself, causal, and all continuations of a prefix, side by side, over the prefix, not
+                causal; merged by lse. A backward needs p_ij = exp(z_ij - lse_i) and dout_i . out_i only, so handing the
+                *merged* out and lse to the backward of both calls makes its gradients exact. Nothing is copied, but a
+                backward runs in parallel over the keys and has few of them when the prefix is short.
 
 `varlen_attention_reference` writes the formula out and is the truth for the tests. On a CPU, and in fp32, PyTorch's
 scaled_dot_product_attention runs per sequence: nothing is padded and no [T, T] mask exists. Bytes moved per sequence:
@@ -34,6 +38,9 @@ from rlft.kernels import attention_backends as backends
 from rlft.kernels.launch import on_gpu, want
 from rlft.kernels.lse_merge import merge
 
+COPIED = 1.0
+"""Copies of prefixes are made where they hold at most this many times the rows of the continuations: see
+benchmarks/attention.py."""
 PLAIN_LIMIT = 4 * 2**30
 """Bytes of fp32 scores that plain attention with a softcap may hold for one sequence: 8,192 tokens at 16 heads."""
 
@@ -64,14 +71,25 @@ class Sequences(NamedTuple):
     max_seqlen: int
     shared: Shared | None
     """None without shared prefixes, and where the order of the rows does not allow the second call."""
+    copies: bool
+    """Copies of prefixes instead of a second call."""
 
     @classmethod
-    def of(cls, cu_seqlens: Tensor, prefix: Tensor, device: torch.device | str | None = None) -> Sequences:
-        """From [S+1] and [S] int32 tensors, best on the CPU: they are read by the host. device: of the rows."""
+    def of(
+        cls, cu_seqlens: Tensor, prefix: Tensor, device: torch.device | str | None = None, copies: bool | None = None
+    ) -> Sequences:
+        """From [S+1] and [S] int32 tensors, best on the CPU: they are read by the host.
+
+        device: of the rows. copies: how shared prefixes are run on a GPU; None decides by their lengths.
+        """
         bounds, before = tuple(cu_seqlens.tolist()), tuple(prefix.tolist())
         device = cu_seqlens.device if device is None else torch.device(device)
-        longest = max((b - a for a, b in pairwise(bounds)), default=0)
-        return cls(bounds, before, cu_seqlens.to(device), longest, _shared(bounds, before, device))
+        lengths = [b - a for a, b in pairwise(bounds)]
+        if copies is None:
+            continued = [(lengths[p], lengths[i]) for i, p in enumerate(before) if p >= 0]
+            copies = bool(continued) and sum(p for p, _ in continued) <= COPIED * sum(n for _, n in continued)
+        shared = None if copies else _shared(bounds, before, device)
+        return cls(bounds, before, cu_seqlens.to(device), max(lengths, default=0), shared, copies)
 
 
 def _shared(bounds: tuple[int, ...], prefix: tuple[int, ...], device: torch.device) -> Shared | None:
@@ -191,8 +209,8 @@ def _second(shared: Shared) -> backends.Spans:
 
 
 class _Keys(NamedTuple):
-    """Behind a prefix and in a window each sequence sees another part of the prefix: it gets keys of its own, a copy of
-    the prefix's last rows and its rows, and one call does all."""
+    """Keys for each sequence: a copy of what it sees of its prefix, and its own. Also the only way where a window cuts a
+    prefix, since each continuation then sees another part of it."""
 
     spans: tuple[tuple[int, int, int, int], ...]
     """For each sequence: prefix rows from, to, own rows from, to."""
@@ -201,14 +219,16 @@ class _Keys(NamedTuple):
 
     @classmethod
     def of(cls, s: Sequences, window: int | None) -> _Keys | None:
-        """None where no window cuts what a sequence sees of a prefix."""
-        if window is None or not any(p >= 0 and n > window for p, n in zip(s.prefix, _totals(s), strict=True)):
+        """None where a second call does it."""
+        cut = window is not None and any(p >= 0 and n > window for p, n in zip(s.prefix, _totals(s), strict=True))
+        if not cut and not s.copies:
             return None
         spans, bounds = [], [0]
         for i, p in enumerate(s.prefix):
-            a, b = (max(s.bounds[p], s.bounds[p + 1] - window + 1), s.bounds[p + 1]) if p >= 0 else (0, 0)
-            spans.append((min(a, b), b, s.bounds[i], s.bounds[i + 1]))
-            bounds.append(bounds[-1] + b - min(a, b) + s.bounds[i + 1] - s.bounds[i])
+            a, b = (s.bounds[p], s.bounds[p + 1]) if p >= 0 else (0, 0)
+            a = a if window is None else min(b, max(a, b - window + 1))
+            spans.append((a, b, s.bounds[i], s.bounds[i + 1]))
+            bounds.append(bounds[-1] + b - a + s.bounds[i + 1] - s.bounds[i])
         longest = max(b - a for a, b in pairwise(bounds))
         return cls(tuple(spans), torch.tensor(bounds, dtype=torch.int32, device=s.cu_seqlens.device), longest)
 
@@ -217,12 +237,16 @@ class _Keys(NamedTuple):
         return torch.cat([rows[x:y] for a, b, c, d in self.spans for x, y in ((a, b), (c, d))])
 
     def scatter(self, gradient: Tensor, like: Tensor) -> Tensor:
-        """The gradients of `gather`'s rows added up over the sequences, in order."""
-        total, at = torch.zeros_like(like), 0
-        for a, b, c, d in self.spans:
-            for x, y in ((a, b), (c, d)):
-                total[x:y] += gradient[at : at + y - x]
-                at += y - x
+        """The gradients of `gather`'s rows: each sequence's own, and those of its prefix's copies added up."""
+        pieces = gradient.split([n for a, b, c, d in self.spans for n in (b - a, d - c)])
+        total = torch.cat(pieces[1::2])
+        copies: dict[tuple[int, int], list[Tensor]] = {}
+        for (a, b, _, _), piece in zip(self.spans, pieces[::2], strict=True):
+            if b > a:
+                copies.setdefault((a, b), []).append(piece)
+        for (a, b), parts in copies.items():
+            total[a:b] += torch.stack(parts).sum(0)
+        assert total.shape == like.shape
         return total
 
 
