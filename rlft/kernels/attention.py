@@ -10,8 +10,8 @@ For a query at position i of sequence s, with scores z_j = scale * q_i . k_j ove
     dq_i = scale sum_j dz_ij k_j,   dk_j = scale sum_i dz_ij q_i.
 
 A shared prefix is stored once; its keys collect the gradient of every sequence that continues it. Running the G
-completions of a prompt of P tokens, R each, costs P + G R tokens instead of G (P + R) (DESIGN 10). On a GPU there are two
-ways to do it with an attention for plain sequences:
+completions of a prompt of P tokens, R each, costs P + G R tokens instead of G (P + R) (DESIGN 10). On a GPU there are
+two ways to do it with an attention for plain sequences:
 
     copies      every continuation gets a copy of its prefix's keys and values in front of its own, and one causal call
                 does the rest; their gradients are added up. For prefixes that are short beside their continuations.
@@ -209,8 +209,8 @@ def _second(shared: Shared) -> backends.Spans:
 
 
 class _Keys(NamedTuple):
-    """Keys for each sequence: a copy of what it sees of its prefix, and its own. Also the only way where a window cuts a
-    prefix, since each continuation then sees another part of it."""
+    """Keys for each sequence: a copy of what it sees of its prefix, and its own. Also the only way where a window cuts
+    a prefix, since each continuation then sees another part of it."""
 
     spans: tuple[tuple[int, int, int, int], ...]
     """For each sequence: prefix rows from, to, own rows from, to."""
