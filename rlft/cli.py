@@ -9,7 +9,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import json
 import logging
+import math
 import operator
 import os
 import sys
@@ -39,10 +41,11 @@ usage: rlft COMMAND ...
       --resume goes on from the newest checkpoint in the run's folder.
   rlft validate FILE [--section.field value ...]
       Check everything that can be checked without loading the model, and print the resolved config.
-  rlft eval RUN [--rows N]
-      Score the newest checkpoint of the run folder RUN on its held-out rows.
-  rlft generate RUN "prompt" [--max_tokens N] [--temperature T]
-      Sample one completion from the newest checkpoint of a run.
+  rlft eval RUN [--checkpoint latest|best|STEP] [--base] [--rows N] [--samples K] [--temperature T] [--json]
+      Score a checkpoint of the run folder RUN (or its base model) on the rows that the run held out: mean reward,
+      pass@k with K samples per row, loss of recorded rows, with standard errors and 95% intervals.
+  rlft generate RUN "prompt" [--checkpoint latest|best|STEP] [--max_tokens N] [--temperature T]
+      Sample one completion from a checkpoint of a run.
   rlft report RUN
       Write RUN/report.html, a page that opens without a network.
   rlft env
@@ -213,15 +216,33 @@ class RunArgs:
 
 @dataclasses.dataclass(frozen=True)
 class EvalArgs(RunArgs):
-    """Score the newest checkpoint of a run on its held-out rows."""
+    """Score a checkpoint of a run on the rows that the run held out. Nothing is written into RUN."""
 
+    checkpoint: Annotated[str, tyro.conf.arg(metavar="latest|best|STEP")] = "latest"
+    """Which checkpoint: the newest, the one that did best on the held-out rows, or one by its step."""
+    base: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """The model without an adapter instead: what the run began with."""
     rows: int | None = None
     """Use only the first so many rows."""
+    samples: int | None = None
+    """Completions per row, for pass@k; None: the run's eval.samples."""
+    temperature: float | None = None
+    """Sampling temperature, 0 for greedy; None: the run's eval.temperature."""
+    top_p: float | None = None
+    """Nucleus sampling; None: the run's eval.top_p."""
+    top_k: int | None = None
+    """Sample among the k most likely tokens; None: the run's eval.top_k."""
+    max_tokens: int | None = None
+    """Longest completion; None: the run's."""
+    threshold: float | None = None
+    """A completion with at least this reward counts as solved; None: the run's eval.threshold."""
+    json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Print one JSON object with every number instead of the table."""
 
 
 @dataclasses.dataclass(frozen=True)
 class GenerateArgs(RunArgs):
-    """Sample one completion from the newest checkpoint of a run, prompted as its data was."""
+    """Sample one completion from a checkpoint of a run, prompted as its data was."""
 
     prompt: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PROMPT")]
     """What to say to the model."""
@@ -229,6 +250,8 @@ class GenerateArgs(RunArgs):
     """Longest completion; None: the run's sampling.max_tokens."""
     temperature: float | None = None
     """Softmax temperature, 0 for greedy; None: the run's sampling.temperature."""
+    checkpoint: Annotated[str, tyro.conf.arg(metavar="latest|best|STEP")] = "latest"
+    """Which checkpoint: the newest, the one that did best on the held-out rows, or one by its step."""
 
 
 def _parsed(cls: type[A], command: str, args: list[str]) -> A:
@@ -260,18 +283,31 @@ def _validate(args: list[str]) -> int:
 
 def _eval(args: list[str]) -> int:
     given = _parsed(EvalArgs, "eval", args)
-    from rlft.train import evaluate_run
+    if given.base and given.checkpoint != "latest":
+        raise ConfigError(f"--base and --checkpoint {given.checkpoint}: give one of them")
+    from rlft.finished import evaluate_run
 
-    for name, value in evaluate_run(given.run, given.rows).items():
-        print(f"{name:<36} {value:.4g}")
+    which = "base" if given.base else given.checkpoint
+    fields = ("samples", "temperature", "top_p", "top_k", "max_tokens", "threshold")
+    changes = {name: value for name in fields if (value := getattr(given, name)) is not None}
+    values = evaluate_run(given.run, which, given.rows, **changes)
+    if given.json:
+        print(json.dumps({name: value if math.isfinite(value) else None for name, value in values.items()}))
+        return 0
+    from rlft.console import Console, evaluation_rows
+
+    what = "the base model" if given.base else f"step {values['step']:.0f}"
+    samples = f", {values['eval/samples']:.0f} completions each" if "eval/samples" in values else ""
+    title = f"{what} of {given.run} on {values['eval/rows']:.0f} held-out rows{samples}"
+    Console().table(title, evaluation_rows(values))
     return 0
 
 
 def _generate(args: list[str]) -> int:
     given = _parsed(GenerateArgs, "generate", args)
-    from rlft.train import generate_from_run
+    from rlft.finished import generate_from_run
 
-    print(generate_from_run(given.run, given.prompt, given.max_tokens, given.temperature))
+    print(generate_from_run(given.run, given.prompt, given.max_tokens, given.temperature, given.checkpoint))
     return 0
 
 

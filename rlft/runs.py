@@ -5,6 +5,7 @@
     rollouts/step-000012.parquet     every completion of step 12 with its rewards
     evaluations/step-000012.parquet  every held-out completion of an evaluation after step 12
     checkpoints/step-000012/         PEFT adapter and trainer state (rlft.checkpoint)
+    checkpoints/best.json            which of them did best on the held-out rows
     set-aside/001/                   what lay past the checkpoint at the first resume, and so on; never deleted
     report.html                      rlft.report
 
@@ -25,7 +26,7 @@ from typing import Any
 from rlft.batch import group_ids
 from rlft.errors import ConfigError
 from rlft.metrics import append_line, parse_line, read_lines
-from rlft.types import Prompt, Rollout
+from rlft.types import Best, Prompt, Rollout
 
 STEP = re.compile(r"step-(\d+)(\.parquet)?")
 
@@ -112,9 +113,9 @@ class Run:
     ) -> None:  # fmt: skip
         """Write every completion of a step. All sequences are as long as `rollouts`; nan is written as null.
 
-        parts: what each reward function returned and logged, by its name. Columns: step, group, sample, prompt,
-        completion, completion_ids, sampler_logprobs, reward, rewards/NAME for each part, advantage, finish_reason,
-        tokens, policy_version.
+        parts: what each reward function returned and logged, by its name. Columns: step, row (of the dataset), group,
+        sample, prompt, completion, completion_ids, sampler_logprobs, reward, rewards/NAME for each part, advantage,
+        finish_reason, tokens, policy_version.
         """
         self._write(self.rollouts, step, rollouts, {
             "reward": rewards, **{f"rewards/{name}": values for name, values in parts.items()}, "advantage": advantages,
@@ -175,6 +176,42 @@ class Run:
             )
         return found[-1]
 
+    def checkpoint(self, which: str = "latest") -> Path:
+        """Folder of the checkpoint called "latest", "best" (on the held-out rows) or by its step, "12".
+
+        Raises ConfigError naming the checkpoints that there are.
+        """
+        if which == "latest":
+            return self.latest_checkpoint()
+        saved = _steps_in(self.checkpoints)
+        best = self.best() if which == "best" else None
+        if best is None and which == "best":
+            raise ConfigError(
+                f'--checkpoint best: no checkpoint of {self.path} was evaluated; choose "latest" or a step of '
+                f"{', '.join(map(str, saved)) or '(none)'}, and set eval.rows and eval.every in the next run"
+            )
+        step = best.step if best is not None else int(which) if which.isdigit() else -1
+        if step not in saved:
+            raise ConfigError(
+                f'--checkpoint {which}: {self.path} has no such checkpoint; give "latest", "best" or a step of '
+                f"{', '.join(map(str, saved)) or '(none)'}"
+            )
+        return saved[step]
+
+    def best(self, also: int | None = None) -> Best | None:
+        """The best evaluation among the steps with a checkpoint and `also`, one about to be saved; the first of equals.
+
+        Read from metrics.jsonl, so that what a resume sets aside cannot be the best. None when there is none.
+        """
+        saved = {*_steps_in(self.checkpoints), also}
+        rows = [row for row in self.metrics() if row.get("step") in saved]
+        for metric, sign in (("eval/reward", 1), ("eval/loss", -1)):
+            found = [(row["step"], row[metric]) for row in rows if row.get(metric) is not None]
+            if found:
+                step, value = max(found, key=lambda pair: sign * pair[1])
+                return Best(step, metric, value)
+        return None
+
     def metrics(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl, oldest first; null for what was not finite."""
         return read_lines(self.metrics_file)
@@ -182,9 +219,16 @@ class Run:
     def first_evaluation(self) -> dict[str, float]:
         """The eval/* metrics of the run's first evaluation, nan for what was not finite; empty without one."""
         for row in self.metrics():
-            if "eval/reward" in row:
+            if any(name.startswith("eval/") for name in row):
                 return {k: math.nan if v is None else v for k, v in row.items() if k.startswith("eval/")}
         return {}
+
+    def first_rewards(self) -> dict[int, list[float]]:
+        """Row of the dataset -> rewards of its completions (nan: invalid) in the first evaluation; {} without one."""
+        rows: dict[int, list[float]] = {}
+        for record in self.read_evaluation(steps[0]) if (steps := self.evaluation_steps()) else []:
+            rows.setdefault(record["row"], []).append(math.nan if record["reward"] is None else record["reward"])
+        return rows
 
     def rollout_steps(self) -> list[int]:
         """Steps whose rollouts are kept, in order."""
@@ -230,6 +274,7 @@ def _table(pa: Any, step: int, rollouts: Sequence[Rollout], scores: Mapping[str,
     integers, floats = pa.int64(), pa.list_(pa.float64())
     columns = {
         "step": pa.array([step] * len(rollouts), integers),
+        "row": pa.array([r.prompt.index for r in rollouts], integers),
         "group": pa.array(group_ids(rollouts).tolist(), integers),
         "sample": pa.array([r.sample_index for r in rollouts], integers),
         "prompt": pa.array([shown_prompt(r.prompt) for r in rollouts], pa.string()),

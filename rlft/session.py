@@ -1,7 +1,7 @@
 """What a run is made of, wired from its config: the one place that knows which parts exist.
 
 `build` checks everything first (the same path as `rlft validate`), then loads, resumes, and measures how far engine and
-trainer are apart. `open_run` brings a finished run back for `rlft eval` and `rlft generate`.
+trainer are apart. `rlft.finished` brings a run back for `rlft eval` and `rlft generate`.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from rlft import __version__, checkpoint, parity
 from rlft.algorithm import Algorithm, describe
 from rlft.algorithm import build as build_algorithm
 from rlft.config import Config, Reward
-from rlft.config_file import load as load_config
 from rlft.config_file import to_toml
 from rlft.console import Console
-from rlft.data import Prompts, hold_out, load_prompts
-from rlft.errors import ConfigError
+from rlft.data import Prompts, digest, hold_out, load_prompts, without
+from rlft.errors import ConfigError, DataError
+from rlft.evaluate import measures_loss
 from rlft.models.load import attach_lora, fingerprint, load_base, load_tokenizer, resolve_device, resolve_dtype
 from rlft.models.policy import Policy
 from rlft.optim import Optimizer
@@ -53,6 +53,8 @@ class Session:
     prompts: Prompts
     held: list[Prompt]
     """Rows that are only evaluated on."""
+    held_loss: bool
+    """Their recorded completions have the loss that is trained, so it is measured on them."""
     functions: list[RewardFunction]
     eval_functions: list[RewardFunction]
     run: Run
@@ -82,17 +84,30 @@ class Session:
             model.save_pretrained(str(folder), selected_adapters=["default"], save_embedding_layers=False)
 
         return checkpoint.save(
-            self.run.checkpoints, self.state, tensors, self.identity, write_adapter, self.cfg.checkpoint.keep
-        )
+            self.run.checkpoints, self.state, tensors, self.identity, write_adapter, self.cfg.checkpoint.keep,
+            self.run.best(also=self.state.step),
+        )  # fmt: skip
 
     def restore(self, path: Path) -> None:
-        """Put back a checkpoint: adapter, optimiser, step and data cursor."""
+        """Put back a checkpoint: adapter, optimiser, step and data cursor. Raises ConfigError when it does not fit."""
+        here = self.state.data
         self.state, tensors, notes = checkpoint.load(path, self.identity)
+        if self.state.data != here:
+            if self.held and self.cfg.eval.data is None:
+                raise ConfigError(
+                    f"{path}: its run had other training rows, so rows held out now may have been trained on; resume "
+                    f"with the data, seed and eval.rows it was made with, or give eval.data"
+                )
+            notes.append(
+                "the training rows are not those of the checkpoint; the data cursor goes on among the new ones"
+            )
+            self.state.data = here
         self.policy.flat.flat.data.copy_(tensors["adapter"])
         self.policy.flat.start.copy_(tensors["adapter_start"])
         self.optimizer.load_tensors({n.removeprefix("optim."): t for n, t in tensors.items() if n.startswith("optim.")})
         self.prompts.consumed = self.state.consumed
         self.run.set_aside(self.state.step)
+        checkpoint.mark_best(self.run.checkpoints, self.run.best())
         for note in notes:
             self.console.note(note)
 
@@ -128,17 +143,19 @@ def build(
         rows, held = load_rows(cfg, tokenizer, console.note)
         prompts = Prompts(rows, cfg.seed, cfg.data.shuffle)
         functions = _functions(cfg, rewards)
-        eval_functions = build_rewards(cfg.eval.rewards) if cfg.eval.rewards else functions
+        # The overlong penalty is about sampling.max_tokens and the training: no part of what the evaluation measures.
+        own = [f for f in functions if f.name != OVERLONG]
+        eval_functions = build_rewards(cfg.eval.rewards) if cfg.eval.rewards else own
         for function in {id(f): f for f in [*functions, *eval_functions]}.values():
             stack.callback(function.close)
             if function.note:
                 console.note(function.note)
-        policy = _load_policy(cfg)
+        policy = load_policy(cfg)
         recorded = bool(rows[0].recorded)
         engine = _engine(cfg, policy, tokenizer, console, recorded)
         stack.callback(engine.close)
         eval_engine = engine
-        if held and not engine.SAMPLES:
+        if eval_functions and held and not engine.SAMPLES:
             eval_engine = EagerEngine(policy, tokenizer, cfg.engine.batch_size, console.generating)
             stack.callback(eval_engine.close)
         assert engine.SAMPLES or not algorithm.needs_sampler, "validate refuses this"
@@ -146,9 +163,9 @@ def build(
         s = Session(
             cfg=cfg, steps=steps, algorithm=algorithm, policy=policy, engine=engine, eval_engine=eval_engine,
             optimizer=Optimizer(policy.flat.flat, cfg.optim, steps * cfg.optim.updates), prompts=prompts, held=held,
-            functions=functions, eval_functions=eval_functions, run=run, console=console,
-            identity=_identity(cfg, policy), plan=_plan(cfg, algorithm),
-            callbacks=callbacks,
+            held_loss=bool(held) and not engine.SAMPLES and measures_loss(rows, held), functions=functions,
+            eval_functions=eval_functions, run=run, console=console, identity=identity_of(cfg, policy),
+            plan=plan_of(cfg, algorithm), state=State(data=digest(rows)), callbacks=callbacks,
         )  # fmt: skip
         if resume:
             s.restore(run.latest_checkpoint())
@@ -166,9 +183,25 @@ def load_rows(
     loaded = load_prompts(cfg.data, tokenizer, cfg.seed)
     if loaded.dropped:
         note(f"{loaded.dropped} prompts longer than data.max_prompt_tokens = {cfg.data.max_prompt_tokens} dropped")
-    if cfg.eval.rows and cfg.eval.data is not None:
-        return loaded.prompts, load_prompts(cfg.eval.data, tokenizer, cfg.seed).prompts[: cfg.eval.rows]
-    return hold_out(loaded.prompts, cfg.eval.rows, cfg.seed) if cfg.eval.rows else (loaded.prompts, [])
+    if not cfg.eval.rows:
+        return loaded.prompts, []
+    if cfg.eval.data is None:
+        return hold_out(loaded.prompts, cfg.eval.rows, cfg.seed)
+    held = load_prompts(cfg.eval.data, tokenizer, cfg.seed)
+    if held.dropped:
+        limit = cfg.eval.data.max_prompt_tokens
+        note(f"{held.dropped} prompts longer than eval.data.max_prompt_tokens = {limit} dropped")
+    if len(held.prompts) < cfg.eval.rows:
+        raise DataError(f"eval.rows = {cfg.eval.rows}: eval.data has {len(held.prompts)} usable rows; lower eval.rows")
+    chosen = held.prompts[: cfg.eval.rows]
+    rest = without(loaded.prompts, chosen)
+    if not rest:
+        raise DataError(
+            "eval.data: every training row has a prompt that is evaluated on; give other rows to one of them"
+        )
+    if len(rest) < len(loaded.prompts):
+        note(f"{len(loaded.prompts) - len(rest)} training rows with a prompt of eval.data left out")
+    return rest, chosen
 
 
 def _functions(cfg: Config, rewards: Sequence[Any] | None) -> list[RewardFunction]:
@@ -186,7 +219,8 @@ def _functions(cfg: Config, rewards: Sequence[Any] | None) -> list[RewardFunctio
     return functions
 
 
-def _load_policy(cfg: Config) -> Policy:
+def load_policy(cfg: Config) -> Policy:
+    """The model of a run as a policy with its starting adapter."""
     base = load_base(cfg, resolve_device(cfg))
     return Policy(attach_lora(base, cfg.lora, cfg.seed))
 
@@ -199,7 +233,8 @@ def _engine(cfg: Config, policy: Policy, tokenizer: Any, console: Console, recor
     return EagerEngine(policy, tokenizer, cfg.engine.batch_size, console.generating)
 
 
-def _plan(cfg: Config, algorithm: Algorithm) -> PackPlan:
+def plan_of(cfg: Config, algorithm: Algorithm) -> PackPlan:
+    """How updates are packed; `keep` is left empty."""
     return PackPlan(
         keep=(), aggregation=algorithm.aggregation, budget=cfg.packing.budget, max_len=cfg.sampling.max_tokens,
         temperature=cfg.sampling.temperature, whole_groups=algorithm.whole_groups,
@@ -207,7 +242,8 @@ def _plan(cfg: Config, algorithm: Algorithm) -> PackPlan:
     )  # fmt: skip
 
 
-def _identity(cfg: Config, policy: Policy) -> dict[str, str]:
+def identity_of(cfg: Config, policy: Policy) -> dict[str, str]:
+    """What a checkpoint must have been made from to fit."""
     lora = cfg.lora
     return {
         "model": cfg.model, "base": fingerprint(policy.base), "rlft": __version__,
@@ -244,24 +280,3 @@ def _agree(s: Session) -> float:
         f"({found.tokens} tokens, shift {found.shift:.2f} nat); a step may differ by {limit:.3g}"
     )
     return limit
-
-
-@contextlib.contextmanager
-def open_run(out: Path) -> Iterator[tuple[Config, EagerEngine, Any, int]]:
-    """The config, engine, tokenizer and step of a run, with the adapter of its newest checkpoint loaded.
-
-    Raises ConfigError when the folder holds no run or no checkpoint.
-    """
-    run = Run.resume(str(out))
-    path = run.latest_checkpoint()
-    cfg = load_config(run.path / "config.toml")
-    tokenizer = load_tokenizer(cfg.model)
-    lora = replace(cfg.lora, resume_from=str(path))
-    policy = _load_policy(replace(cfg, lora=lora))
-    engine = EagerEngine(policy, tokenizer, cfg.engine.batch_size)
-    step = int(path.name.rsplit("-", 1)[-1])
-    try:
-        engine.load_adapter(policy.adapter(), version=step)
-        yield cfg, engine, tokenizer, step
-    finally:
-        engine.close()

@@ -15,7 +15,7 @@ from rlft import resolve
 from rlft.algorithm import Algorithm
 from rlft.algorithm import build as build_algorithm
 from rlft.config import Config, Data, Reward
-from rlft.data import check_rows
+from rlft.data import check_rows, kind_of
 from rlft.environment import version_problems
 from rlft.errors import ConfigError, RlftError
 from rlft.models.load import locate, resolve_device
@@ -47,8 +47,8 @@ def problems(cfg: Config, resume: bool = False, callables: bool = False) -> list
     if rows is not None:
         found += _engine(cfg, algorithm, rows, callables)
         found += _held_out(cfg, rows, held)
-    if cfg.eval.rows and not (cfg.eval.rewards or cfg.rewards or callables):
-        found.append(f"eval.rows = {cfg.eval.rows} but there is no reward to score with: set eval.rewards")
+        if cfg.eval.rows and held:
+            found += _measured(cfg, kind_of(rows[0]), kind_of(held[0]), callables)
     found += _rewards("rewards", cfg.rewards, rows)
     found += _rewards("eval.rewards", cfg.eval.rewards, held)
     # One fault may show in two checks.
@@ -150,6 +150,23 @@ def _held_out(cfg: Config, rows: list[dict[str, Any]], held: list[dict[str, Any]
             yield f"eval.rows = {wanted}: eval.data has {len(held)} rows; lower eval.rows"
     elif wanted >= len(rows):
         yield f"eval.rows = {wanted}: the data has {len(rows)} rows and some must be left to train on; lower eval.rows"
+
+
+def _measured(cfg: Config, kind: str, held: str, callables: bool) -> Iterator[str]:
+    """What is there to measure on held-out rows. kind, held: kinds of the training and of the held-out rows."""
+    pairs = "preference"
+    loss = "prompt" not in (kind, held) and (kind == pairs) == (held == pairs) and cfg.engine.name != "eager"
+    rewards = bool(cfg.eval.rewards or cfg.rewards or callables)
+    if not (rewards or loss):
+        yield (
+            f"eval.rows = {cfg.eval.rows} but there is no reward to score with: set eval.rewards (rows like the "
+            f"training rows, with recorded completions, are measured by their loss)"
+        )
+    if rewards and held == "text":
+        yield (
+            f"eval.rows = {cfg.eval.rows}: rows of plain text have no prompt to sample from; leave out rewards and "
+            f"eval.rewards, and their loss is measured"
+        )
 
 
 def _rewards(field: str, rewards: tuple[Reward, ...], rows: list[dict[str, Any]] | None) -> Iterator[str]:

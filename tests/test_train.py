@@ -17,8 +17,9 @@ from tiny import tiny_model, tiny_tokenizer
 import rlft
 from rlft.config import Algo, Checkpoint, Config, Data, Eval, Lora, Optim, Packing, Parity, Reward, Sampling
 from rlft.errors import ConfigError, EngineError, ParityError, RewardError, TrainError
+from rlft.finished import evaluate_run, generate_from_run
 from rlft.rollout.eager import EagerEngine
-from rlft.train import evaluate_run, generate_from_run, train
+from rlft.train import train
 
 TIMES = ("time/", "perf/", "step_time")
 
