@@ -165,6 +165,8 @@ def recorded_loss(policy: Policy, prompts: Sequence[Prompt], algorithm: Algorith
             if algorithm.needs_reference:
                 batch = replace(batch, ref_logprobs=policy.score(batch, weights="reference"))
             logprobs = policy.score(batch)
+            if algorithm.old == "trainer":
+                batch = replace(batch, old_logprobs=logprobs)
             loss, stats = algorithm.loss(logprobs, batch, algorithm.config)
             likely = batch.train_mask & (batch.advantages > 0)
             metrics.add({"loss": Stat("sum", loss), **stats, "nll": Stat.mean(-logprobs, likely)})
