@@ -297,7 +297,8 @@ def _eval(args: list[str]) -> int:
     from rlft.console import Console, evaluation_rows
 
     what = "the base model" if given.base else f"step {values['step']:.0f}"
-    samples = f", {values['eval/samples']:.0f} completions each" if "eval/samples" in values else ""
+    several = values.get("eval/samples", 1) > 1
+    samples = f", {values['eval/samples']:.0f} completions each" if several else ""
     title = f"{what} of {given.run} on {values['eval/rows']:.0f} held-out rows{samples}"
     Console().table(title, evaluation_rows(values))
     return 0

@@ -42,6 +42,7 @@ TRL_NAMES = {
     "epsilon": "algo.clip_low", "epsilon_high": "algo.clip_high", "scale_rewards": "algo.advantage",
     "loss_type": "algo.aggregation", "vllm_importance_sampling_cap": "algo.correction_cap",
     "save_steps": "checkpoint.every", "save_total_limit": "checkpoint.keep", "eval_steps": "eval.every",
+    "eval_strategy": "eval.every", "eval_dataset": "eval.data",
     "num_generations_eval": "eval.samples", "num_iterations": "optim.passes",
     "mask_truncated_completions": "overlong.drop",
 }  # fmt: skip
@@ -55,6 +56,8 @@ TRL_NOTES = {
     "gradient_accumulation_steps": "nothing to set: packing.budget cuts a step into micro-batches, same gradient",
     "gradient_checkpointing": "nothing to set: lower packing.budget to save memory",
     "do_train": "use the command: rlft train, rlft eval",
+    "load_best_model_at_end": "nothing to set: the checkpoint that did best on the held-out rows is kept and named",
+    "metric_for_best_model": "nothing to set: the best has the highest eval/reward, or without rewards the lowest loss",
     "do_eval": "use the command: rlft train, rlft eval",
 }
 """TRL's settings that have no counterpart, and what to do instead."""
