@@ -81,7 +81,8 @@ class Reward:
     """One reward function."""
 
     use: str
-    """A name in rlft.rewards ("number"), "file.py:function" or "package.module:function"."""
+    """A name in rlft.rewards ("number"), "file.py:function" or "package.module:function". In the rewards given to
+    `rlft.train` from Python it may be the function itself."""
     weight: float = 1.0
     """Factor of this reward in the sum."""
     timeout: float = 30.0

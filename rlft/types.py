@@ -46,7 +46,7 @@ class Prompt:
     ids: tuple[int, ...]
     """Token ids, chat template applied. Empty only for plain-text SFT rows, whose text is all completion."""
     row: dict[str, Any]
-    """The dataset row after column mapping. Every column but `prompt` and the recorded ones reaches the rewards."""
+    """The dataset row after column mapping. Every column but `prompt` and `completion` reaches the rewards."""
     index: int
     """Row number in the dataset, stable over epochs, shuffling and resume."""
     messages: tuple[dict[str, Any], ...] | None = None

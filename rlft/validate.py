@@ -5,7 +5,6 @@ Each check yields sentences instead of raising at the first, so that a user mend
 
 from __future__ import annotations
 
-import inspect
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,13 +18,13 @@ from rlft.data import check_rows, kind_of
 from rlft.environment import version_problems
 from rlft.errors import ConfigError, RlftError
 from rlft.models.load import locate, resolve_device
+from rlft.rewards.score import OURS, PARTS
+from rlft.rewards.worker import Signature, signature
 
 RECORDED = ("completion", "text", "messages", "chosen")
 """Columns that bring completions with the data."""
-GIVEN = ("prompts", "completions", "completion_ids", "trainer_state", "log_metric", "log_extra", "self")
+GIVEN = ("prompts", "completions", "completion_ids", "trainer_state", "log_metric", "log_extra")
 """What every reward function may ask for besides the dataset's columns."""
-REWARD_PARTS = ("score", "pool", "worker")
-"""Files of rlft.rewards that are not rewards."""
 
 
 def problems(cfg: Config, resume: bool = False, callables: bool = False) -> list[str]:
@@ -171,6 +170,9 @@ def _measured(cfg: Config, kind: str, held: str, callables: bool) -> Iterator[st
 
 def _rewards(field: str, rewards: tuple[Reward, ...], rows: list[dict[str, Any]] | None) -> Iterator[str]:
     for reward in rewards:
+        if not isinstance(reward.use, str):
+            yield f"{field}: a config holds names of functions; give functions to rlft.train(cfg, rewards=[...])"
+            continue
         try:
             function = _function(field, reward.use)
         except ConfigError as error:
@@ -179,30 +181,33 @@ def _rewards(field: str, rewards: tuple[Reward, ...], rows: list[dict[str, Any]]
         except (Exception, SystemExit) as error:  # a user's own file may do anything while it is imported
             yield f'{field} = "{reward.use}": importing it raised {type(error).__name__}: {error}'
             continue
-        if not callable(function):
-            yield f'{field} = "{reward.use}": not a function but {type(function).__name__}'
-        elif rows is not None:
-            yield from _columns(field, reward, function, rows[0])
+        try:
+            taken = signature(function)
+        except (TypeError, ValueError) as error:
+            yield f'{field} = "{reward.use}": {error}'
+            continue
+        if rows is not None:
+            yield from _columns(field, reward, taken, rows[0])
 
 
 def _function(field: str, use: str) -> Any:
     if ":" in use:
         return resolve.attribute(use, field)
-    return getattr(resolve.module(use, "rlft.rewards", field, REWARD_PARTS), use)
+    return getattr(resolve.module(use, "rlft.rewards", field, PARTS), use)
 
 
-def _columns(field: str, reward: Reward, function: Callable[..., Any], row: dict[str, Any]) -> Iterator[str]:
-    """Parameters without a default that neither the data nor `args` can fill."""
-    try:
-        parameters = inspect.signature(function).parameters.values()
-    except ValueError:  # a built-in without a signature: its first call will tell
-        return
-    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    needed = [p.name for p in parameters if p.default is inspect.Parameter.empty and p.kind in named]
-    have = [name for name in row if name not in ("prompt", *RECORDED, "rejected")]
-    missing = [name for name in needed if name not in (*GIVEN, *reward.args, *have)]
+def _columns(field: str, reward: Reward, taken: Signature, row: dict[str, Any]) -> Iterator[str]:
+    """Arguments that nothing can fill, that the function does not take, or that have two meanings."""
+    have = [name for name in row if name not in OURS]
+    missing = [name for name in taken.required if name not in (*GIVEN, *reward.args, *have)]
     if missing:
         yield (
             f'{field} = "{reward.use}": asks for {", ".join(missing)}; the data has '
             f"{', '.join(have) or 'no column besides the prompt'}. Map a column with data.columns, or set rewards.args"
         )
+    for name in reward.args:
+        if not taken.takes(name):
+            yield f'{field} = "{reward.use}": rewards.args has {name}, which is no argument of the function'
+    for name in have:
+        if name in GIVEN:
+            yield f"data: the column {name} has the name of what every reward function gets; rename it by data.template"
