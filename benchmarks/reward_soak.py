@@ -35,6 +35,7 @@ def faulty(completions, fault, **kwargs):
         if kind == "exit":
             os._exit(7)
         if kind == "fork":
+            before = len(os.listdir(CHILDREN))
             child = os.fork()
             if child == 0:
                 os.setsid()  # out of the reach of a signal to the worker's group or session
@@ -43,7 +44,7 @@ def faulty(completions, fault, **kwargs):
                     time.sleep(600)
                 os._exit(0)
             os.waitpid(child, 0)
-            while not os.listdir(CHILDREN):
+            while len(os.listdir(CHILDREN)) == before:
                 time.sleep(0.001)
             os._exit(9)
         if kind == "memory":

@@ -25,7 +25,7 @@ import tyro
 
 from rlft import config_file
 from rlft.config import Algo, Config
-from rlft.errors import ConfigError, RlftError
+from rlft.errors import ConfigError, RewardError, RlftError
 from rlft.resolve import near
 
 A = TypeVar("A")
@@ -41,6 +41,10 @@ usage: rlft COMMAND ...
       --resume goes on from the newest checkpoint in the run's folder.
   rlft validate FILE [--section.field value ...]
       Check everything that can be checked without loading the model, and print the resolved config.
+  rlft reward-check FILE [--data PATH] [--rows N]
+      Score a few completions without a model and print each reward: those recorded with the data, with --run RUN
+      [--step N] those an earlier run sampled, with --completion COLUMN any column. FILE is a config, or one reward
+      such as my_rewards.py:correct. Exit code 2 when a function fails on any of them.
   rlft eval RUN [--checkpoint latest|best|STEP] [--base] [--rows N] [--samples K] [--temperature T] [--json]
       Score a checkpoint of the run folder RUN (or its base model) on the rows that the run held out: mean reward,
       pass@k with K samples per row, loss of recorded rows, with standard errors and 95% intervals.
@@ -254,6 +258,30 @@ class GenerateArgs(RunArgs):
     """Which checkpoint: the newest, the one that did best on the held-out rows, or one by its step."""
 
 
+@dataclasses.dataclass(frozen=True)
+class RewardCheckArgs:
+    """Score a few completions without a model and print each reward. Exit code 2 when a function fails on any of them.
+
+    Without a tokenizer completion_ids are empty: it is loaded when FILE is a config and a function names them, and a
+    run's completions have theirs.
+    """
+
+    file: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FILE")]
+    """A config (.toml, .yaml), or one reward as `rewards` names it: "number", "my_rewards.py:correct"."""
+    data: str | None = None
+    """Dataset to take rows from; None: the config's, or that of --run."""
+    rows: int = 8
+    """Take the first so many rows, or completions of --run."""
+    run: Path | None = None
+    """Score the completions of this run folder instead of those recorded with the data."""
+    step: int | None = None
+    """Which step of --run; None: the last one."""
+    completion: str | None = None
+    """Column to score as the completion, for example answer. None: what the kind of rows has."""
+    timeout: float | None = None
+    """Seconds a call may take; None: the config's, or 30."""
+
+
 def _parsed(cls: type[A], command: str, args: list[str]) -> A:
     return tyro.cli(cls, args=args, prog=f"rlft {command}", use_underscores=True)
 
@@ -279,6 +307,18 @@ def _validate(args: list[str]) -> int:
             return 0
     print(f"{len(found)} problem{'s' if len(found) > 1 else ''}:", *(f"  {text}" for text in found), sep="\n")
     return ConfigError.exit_code
+
+
+def _reward_check(args: list[str]) -> int:
+    given = _parsed(RewardCheckArgs, "reward-check", args)
+    from rich.console import Console
+
+    from rlft.reward_check import check
+
+    # Messages of functions are printed as they are: no markup, no colours, no words cut in two.
+    show = Console(markup=False, highlight=False, emoji=False, soft_wrap=True).print
+    good = check(show=show, **vars(given))
+    return 0 if good else RewardError.exit_code
 
 
 def _eval(args: list[str]) -> int:
@@ -333,5 +373,6 @@ def _env(args: list[str]) -> int:
 
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
-    "train": _train, "validate": _validate, "eval": _eval, "generate": _generate, "report": _report, "env": _env,
+    "train": _train, "validate": _validate, "reward-check": _reward_check, "eval": _eval,
+    "generate": _generate, "report": _report, "env": _env,
 }  # fmt: skip

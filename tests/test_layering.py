@@ -49,6 +49,7 @@ MAY_IMPORT = {
     "estimates": "",
     "evaluate": "* -cli -train -session -finished",
     "finished": "* -cli -train",
+    "reward_check": "* -cli -train -session -finished",
     "validate": "* -cli -train -session -finished",
     "session": "* -cli -train -finished",
     "train": "* -cli -finished",

@@ -64,7 +64,7 @@ class RewardFunction:
     def check(self, columns: dict[str, list[Any]]) -> None:
         """Raise RewardError when it wants an argument that nothing provides, or does not take one from its args."""
         assert self._signature is not None
-        unused = [name for name in self.args if not self._signature.takes_all and name not in self._signature.names]
+        unused = [name for name in self.args if not self._signature.takes(name)]
         if unused:
             raise RewardError(f'reward "{self.name}" takes no argument {unused[0]}, which its args give')
         given = {*columns, *self.args, "trainer_state", "log_metric", "log_extra"}
@@ -74,6 +74,12 @@ class RewardFunction:
                 f'reward "{self.name}" wants the argument {missing[0]}, and the dataset has no such column; it gets '
                 f"{', '.join(sorted(given))}. Map columns with data.columns, or set it in the reward's args"
             )
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The arguments it names."""
+        assert self._signature is not None
+        return self._signature.names
 
     @property
     def apart(self) -> bool:
