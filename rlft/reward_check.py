@@ -50,9 +50,9 @@ def check(
         if run is not None:
             made, state = _sampled(Run.resume(run), step, every, source, rows)
         else:
-            tokenizer = _tokenizer(cfg, functions)
-            made = [r for i, row in enumerate(every[:rows]) for r in _recorded(row, i, completion, tokenizer)]
-            state = 0
+            found = [pair for i, row in enumerate(every[:rows]) for pair in _recorded(row, i, completion)]
+            tokenizer, state = _tokenizer(cfg, functions), 0
+            made = [_rollout(prompt, text, i, tokenizer) for i, (prompt, text) in enumerate(found)]
         _, parts = score(made, functions, {"global_step": state, "max_steps": (cfg and cfg.steps) or 0, "epoch": 0.0})
     finally:
         for function in functions:
@@ -80,8 +80,8 @@ def _data(cfg: Config | None, data: str | None, run: Path | None) -> Data:
 # ---- what is scored ----------------------------------------------------------------------------------------------
 
 
-def _recorded(row: dict[str, Any], index: int, column: str | None, tokenizer: Any) -> list[Rollout]:
-    """The completions that came with a row: two for a pair. Raises DataError when there is none."""
+def _recorded(row: dict[str, Any], index: int, column: str | None) -> list[tuple[Prompt, str]]:
+    """The completions that came with a row and their prompt: two for a pair. Raises DataError when there is none."""
     kind = kind_of(row)
     prompt = Prompt((), row, index, None if isinstance(row.get("prompt"), str) else tuple(row.get("prompt") or ()))
     if column is not None:
@@ -102,8 +102,7 @@ def _recorded(row: dict[str, Any], index: int, column: str | None, tokenizer: An
             f"the rows have no completion to score, only {', '.join(row)}. Give --run RUN for what an earlier run "
             f"sampled, or --completion COLUMN to score a column as if it were one, for example --completion answer"
         )
-    texts = [value if isinstance(value, str) else _last(value) for value in found]
-    return [_rollout(prompt, text, i, tokenizer) for i, text in enumerate(texts)]
+    return [(prompt, value if isinstance(value, str) else _last(value)) for value in found]
 
 
 def _last(value: Any) -> str:

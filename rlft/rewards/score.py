@@ -38,6 +38,8 @@ OVERLONG = "overlong"
 """Name of the penalty that overlong.penalty_share adds to the reward."""
 DEADLINE = 4
 """A function may take this many times its timeout in one step, bisection included."""
+RESTARTS = 60.0
+"""Seconds of a step that may go into starting a function's process again; a file may take long to import."""
 
 
 class RewardFunction:
@@ -103,21 +105,24 @@ class RewardFunction:
             return outcome
         every = list(range(self._rows))
         reply = self._place.finish()
-        left = DEADLINE * self.timeout - reply.seconds
+        left, restarts = DEADLINE * self.timeout - reply.seconds, RESTARTS
         failed = deque([every] if not self._took(every, reply, outcome) else [])
         # Level by level: a half that is good is not kept waiting for what the other one costs.
         while failed:
             rows = failed.popleft()
             for half in (rows[: len(rows) // 2], rows[len(rows) // 2 :]) if len(rows) > 1 else ():
-                if left <= 0:
-                    outcome.fail(half, f"no time left: the step allows {DEADLINE} x {self.timeout:g} s")
+                if min(left, restarts) <= 0:
+                    spent = f"{DEADLINE} x {self.timeout:g} s, and {RESTARTS:g} s to start its process again"
+                    outcome.fail(half, f"no time left: a step allows {spent}")
                     continue
                 began = time.monotonic()
                 some = {name: [values[row] for row in half] for name, values in self._columns.items()}
                 self._place.start(some, self._constants, len(half), min(self.timeout, left))
-                if not self._took(half, self._place.finish(), outcome):
+                reply = self._place.finish()
+                if not self._took(half, reply, outcome):
                     failed.append(half)
-                left -= time.monotonic() - began
+                left -= reply.seconds
+                restarts -= time.monotonic() - began - reply.seconds
         if all(outcome.invalid) and not self._proven:
             raise RewardError(f'reward "{self.name}" failed on every completion of its first call: {outcome.fault}')
         self._proven = self._proven or not all(outcome.invalid)
