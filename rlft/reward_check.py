@@ -17,7 +17,8 @@ from rlft import config_file
 from rlft.config import Config, Data, Reward
 from rlft.data import check_rows, kind_of
 from rlft.errors import ConfigError, DataError
-from rlft.rewards.score import Parts, RewardFunction, build, score
+from rlft.rewards.parts import Parts
+from rlft.rewards.score import RewardFunction, build, score
 from rlft.runs import Run, shown_prompt
 from rlft.types import Prompt, Rollout
 

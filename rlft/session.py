@@ -26,8 +26,9 @@ from rlft.models.load import attach_lora, fingerprint, load_base, load_tokenizer
 from rlft.models.policy import Policy
 from rlft.optim import Optimizer
 from rlft.rewards.overlong import overlong
+from rlft.rewards.parts import OVERLONG
 from rlft.rewards.pool import InThread
-from rlft.rewards.score import OVERLONG, RewardFunction
+from rlft.rewards.score import RewardFunction
 from rlft.rewards.score import build as build_rewards
 from rlft.rollout.eager import EagerEngine
 from rlft.rollout.engine import Engine
@@ -213,6 +214,11 @@ def _functions(cfg: Config, rewards: Sequence[Any] | None) -> list[RewardFunctio
             f'refill.by = "{cfg.refill.by}": no reward function of that name; there are {", ".join(names)}'
         )
     if cfg.overlong.penalty_share:
+        if OVERLONG in names:
+            raise ConfigError(
+                f'overlong.penalty_share = {cfg.overlong.penalty_share} adds a reward named "{OVERLONG}", and there is '
+                f"one; leave out one of them"
+            )
         args = {"max_tokens": cfg.sampling.max_tokens, "share": cfg.overlong.penalty_share}
         functions.append(RewardFunction(OVERLONG, InThread(overlong), Reward(OVERLONG, args=args)))
         functions[-1].open()

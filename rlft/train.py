@@ -31,7 +31,8 @@ from rlft.evaluate import change, evaluate, recorded_loss
 from rlft.metrics import Metrics
 from rlft.optim import Update
 from rlft.refill import Drawn, chosen, refill, spread_back
-from rlft.rewards.score import Parts, check_invalid, score
+from rlft.rewards.parts import Parts
+from rlft.rewards.score import check_invalid, score
 from rlft.rollout.engine import asleep
 from rlft.session import Session, build
 from rlft.step_metrics import Clock, batch_stats, rates, rollout_values, update_values

@@ -132,7 +132,7 @@ def _engine(cfg: Config, algorithm: Algorithm | None, rows: list[dict[str, Any]]
             f"differ; set sampling.group_size to 2 or more"
         )
     by = cfg.refill.by
-    if by is not None and not callables and by not in [r.use.rpartition(":")[2] for r in cfg.rewards]:
+    if by is not None and not callables and by not in [str(r.use).rpartition(":")[2] for r in cfg.rewards]:
         yield f'refill.by = "{by}": no reward of that name; there are {", ".join(r.use for r in cfg.rewards)}'
     baseline = algorithm is not None and algorithm.advantage_name
     if cfg.sampling.group_size == 1 and baseline in ("group_norm", "group_mean", "leave_one_out"):

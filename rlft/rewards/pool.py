@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import functools
+import inspect
 import os
 import pickle
 import select
@@ -104,8 +106,13 @@ class InThread:
 
     apart = False
 
-    def __init__(self, function: Callable[..., Any], loop: Loop, is_async: bool) -> None:
-        self._function, self._loop, self._is_async = function, loop, is_async
+    def __init__(self, function: Callable[..., Any], loop: Loop | None = None) -> None:
+        """loop: where it is awaited if it is async, shared with others; None: one of its own."""
+        plain = function
+        while isinstance(plain, functools.partial):
+            plain = plain.func
+        self._is_async = inspect.iscoroutinefunction(plain) or inspect.iscoroutinefunction(type(plain).__call__)
+        self._function, self._loop = function, loop or Loop()
         self._call: Call | None = None
         self._future: concurrent.futures.Future[Any] | None = None
         self._timeout = self._began = 0.0
