@@ -139,12 +139,13 @@ def main() -> None:
     counts = ", ".join(f"{kind} {n}" for kind, n in sorted(found["drawn"].items()))
     note = f"2,000 calls of {ROWS} rows, 60 faults drawn by seed 0: {counts}"
     equal = sum((Counter(found["drawn"]) & Counter(found["seen"])).values())
+    load = f"load average {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores"
     values = [
         ("faults_as_drawn", equal, "faults", note), ("wrong_rows", len(found["wrong"]), "calls", note),
         ("processes_left", len(found["left"]), "processes", f"{found['forked']} were forked into their own session"),
         ("descriptors_gained", found["descriptors"], "descriptors", "in this process, from call 200 to the end"),
         ("memory_gained", round(found["memory_mb"], 1), "MiB", "resident, in this process, from call 200 to the end"),
-        ("seconds", round(found["seconds"], 1), "s", "first call to the end, restarts of workers included"),
+        ("seconds", round(found["seconds"], 1), "s", f"first call to the end, workers started again included; {load}"),
     ]  # fmt: skip
     keys = ("metric", "value", "unit", "note")
     print(
