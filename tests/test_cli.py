@@ -146,7 +146,8 @@ def test_rlft_help_is_fast_and_loads_no_torch() -> None:
 
 def test_a_mistyped_command_is_named_with_the_right_one(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["trian"]) == 2
-    wanted = 'error: no command "trian". Did you mean "train"? Commands: train, validate, eval, generate, report, env\n'
+    known = "train, validate, eval, generate, merge, push, report, env"
+    wanted = f'error: no command "trian". Did you mean "train"? Commands: {known}\n'
     assert capsys.readouterr().err == wanted
 
 
