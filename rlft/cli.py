@@ -50,6 +50,10 @@ usage: rlft COMMAND ...
       pass@k with K samples per row, loss of recorded rows, with standard errors and 95% intervals.
   rlft generate RUN "prompt" [--checkpoint latest|best|STEP] [--max_tokens N] [--temperature T]
       Sample one completion from a checkpoint of a run.
+  rlft merge RUN OUT [--checkpoint latest|best|STEP] [--dtype bfloat16] [--push YOU/MODEL [--private]]
+      Merge the run's adapter into its base, unquantised, as a model in the folder OUT; its log-probs are checked.
+  rlft push RUN YOU/MODEL [--checkpoint latest|best|STEP] [--private]
+      Upload the run's adapter and its model card to the Hugging Face hub.
   rlft report RUN
       Write RUN/report.html, a page that opens without a network.
   rlft env
@@ -282,6 +286,34 @@ class RewardCheckArgs:
     """Seconds a call may take; None: the config's, or 30."""
 
 
+@dataclasses.dataclass(frozen=True)
+class MergeArgs(RunArgs):
+    """Merge the adapter of a run into its base, as a model of its own whose log-probs are checked."""
+
+    out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
+    """Folder for the model; it must not exist, or be empty."""
+    checkpoint: Annotated[str, tyro.conf.arg(metavar="latest|best|STEP")] = "latest"
+    """Which checkpoint: the newest, the one that did best on the held-out rows, or one by its step."""
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    """Type of the weights that are written."""
+    push: str | None = None
+    """Hub id to upload the model to as well, such as you/model."""
+    private: bool = False
+    """Make a repository that --push creates private."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PushArgs(RunArgs):
+    """Upload the adapter of a run and its model card to the Hugging Face hub."""
+
+    repo: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="YOU/MODEL")]
+    """Hub id, made if missing."""
+    checkpoint: Annotated[str, tyro.conf.arg(metavar="latest|best|STEP")] = "latest"
+    """Which checkpoint: the newest, the one that did best on the held-out rows, or one by its step."""
+    private: bool = False
+    """Make a repository that is created private."""
+
+
 def _parsed(cls: type[A], command: str, args: list[str]) -> A:
     return tyro.cli(cls, args=args, prog=f"rlft {command}", use_underscores=True)
 
@@ -352,6 +384,23 @@ def _generate(args: list[str]) -> int:
     return 0
 
 
+def _merge(args: list[str]) -> int:
+    given = _parsed(MergeArgs, "merge", args)
+    from rlft.export import merge
+
+    merged = merge(given.run, given.out, given.checkpoint, given.dtype, given.push, given.private)
+    print(f"merged {merged.checkpoint} into {merged.out}\n{merged.words()}")
+    return 0
+
+
+def _push(args: list[str]) -> int:
+    given = _parsed(PushArgs, "push", args)
+    from rlft.export import push_adapter
+
+    print(push_adapter(given.run, given.repo, given.checkpoint, given.private))
+    return 0
+
+
 def _report(args: list[str]) -> int:
     """Write the page of a run."""
     given = _parsed(RunArgs, "report", args)
@@ -373,6 +422,6 @@ def _env(args: list[str]) -> int:
 
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
-    "train": _train, "validate": _validate, "reward-check": _reward_check, "eval": _eval,
-    "generate": _generate, "report": _report, "env": _env,
+    "train": _train, "validate": _validate, "reward-check": _reward_check, "eval": _eval, "generate": _generate,
+    "merge": _merge, "push": _push, "report": _report, "env": _env,
 }  # fmt: skip

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from rlft import __version__, checkpoint, parity
 from rlft.algorithm import Algorithm, describe
 from rlft.algorithm import build as build_algorithm
@@ -22,9 +24,11 @@ from rlft.console import Console
 from rlft.data import Prompts, digest, hold_out, load_prompts, without
 from rlft.errors import ConfigError, DataError
 from rlft.evaluate import measures_loss
+from rlft.model_card import adapter_card
 from rlft.models.load import attach_lora, fingerprint, load_base, load_tokenizer, resolve_device, resolve_dtype
 from rlft.models.policy import Policy
 from rlft.optim import Optimizer
+from rlft.reference import Reference
 from rlft.rewards.overlong import overlong
 from rlft.rewards.parts import OVERLONG
 from rlft.rewards.pool import InThread
@@ -50,6 +54,7 @@ class Session:
     engine: Engine
     eval_engine: Engine
     """Samples for the evaluation: `engine` itself, unless that replays recorded completions."""
+    reference: Reference
     optimizer: Optimizer
     prompts: Prompts
     held: list[Prompt]
@@ -78,11 +83,15 @@ class Session:
         # No random state: every draw is seeded by (seed, step, ...).
         tensors = {"adapter": self.policy.flat.flat.detach(), "adapter_start": self.policy.flat.start}
         tensors |= {f"optim.{name}": value for name, value in self.optimizer.tensors().items()}
-        model = self.policy.model
+        tensors |= {f"reference.{name}": value for name, value in self.reference.tensors().items()}
+        model, final = self.policy.model, self.run.checkpoints / f"step-{self.state.step:06d}"
 
         def write_adapter(folder: Path) -> None:
             # The embedding is never trained; without the flag PEFT looks for the base's config to find that out.
             model.save_pretrained(str(folder), selected_adapters=["default"], save_embedding_layers=False)
+            # In place of PEFT's own, a form to be filled in.
+            card = adapter_card(self.run, self.cfg, self.state.step, str(final))
+            (folder / "README.md").write_text(card, encoding="utf-8")
 
         return checkpoint.save(
             self.run.checkpoints, self.state, tensors, self.identity, write_adapter, self.cfg.checkpoint.keep,
@@ -105,12 +114,18 @@ class Session:
             self.state.data = here
         self.policy.flat.flat.data.copy_(tensors["adapter"])
         self.policy.flat.start.copy_(tensors["adapter_start"])
-        self.optimizer.load_tensors({n.removeprefix("optim."): t for n, t in tensors.items() if n.startswith("optim.")})
+        self.optimizer.load_tensors(_under("optim.", tensors))
+        self.reference.load_tensors(_under("reference.", tensors))
         self.prompts.consumed = self.state.consumed
         self.run.set_aside(self.state.step)
         checkpoint.mark_best(self.run.checkpoints, self.run.best())
         for note in notes:
             self.console.note(note)
+
+
+def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Those whose name begins with `prefix`, named without it."""
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
 def _check(cfg: Config, resume: bool, callables: bool) -> None:
@@ -163,6 +178,7 @@ def build(
         steps = cfg.steps or prompts.steps(cfg.prompts_per_step, cfg.data.epochs or 1.0)
         s = Session(
             cfg=cfg, steps=steps, algorithm=algorithm, policy=policy, engine=engine, eval_engine=eval_engine,
+            reference=Reference(policy, keep=steps * cfg.prompts_per_step > len(rows)),
             optimizer=Optimizer(policy.flat.flat, cfg.optim, steps * cfg.optim.updates), prompts=prompts, held=held,
             held_loss=bool(held) and not engine.SAMPLES and measures_loss(rows, held), functions=functions,
             eval_functions=eval_functions, run=run, console=console, identity=identity_of(cfg, policy),

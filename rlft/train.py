@@ -134,7 +134,7 @@ def minibatches(s: Session, rollouts: list[Rollout], rewards: Tensor, advantages
 def filled(s: Session, batch: Batch, mismatch: parity.Mismatch) -> Batch:
     """The batch with the other policies' log-probs that the loss wants, before the first update of the step."""
     if s.algorithm.needs_reference:
-        batch = replace(batch, ref_logprobs=s.policy.score(batch, weights="reference").cpu())
+        batch = s.reference.fill(batch)
     if s.algorithm.old == "sampler":
         return replace(batch, old_logprobs=batch.sampler_logprobs)
     if s.algorithm.old == "trainer":

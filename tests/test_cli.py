@@ -146,8 +146,9 @@ def test_rlft_help_is_fast_and_loads_no_torch() -> None:
 
 def test_a_mistyped_command_is_named_with_the_right_one(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["trian"]) == 2
-    commands = "train, validate, reward-check, eval, generate, report, env"
-    wanted = f'error: no command "trian". Did you mean "train"? Commands: {commands}\n'
+    known = "train, validate, reward-check, eval, generate, merge, push, report, env"
+    wanted = f'error: no command "trian". Did you mean "train"? Commands: {known}
+'
     assert capsys.readouterr().err == wanted
 
 
