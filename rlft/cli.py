@@ -46,8 +46,9 @@ usage: rlft COMMAND ...
       pass@k with K samples per row, loss of recorded rows, with standard errors and 95% intervals.
   rlft generate RUN "prompt" [--checkpoint latest|best|STEP] [--max_tokens N] [--temperature T]
       Sample one completion from a checkpoint of a run.
-  rlft report RUN
-      Write RUN/report.html, a page that opens without a network.
+  rlft report RUN [RUN ...] [--out FILE]
+      Write RUN/report.html, a page that opens without a network; of several runs comparison.html, with their curves
+      over each other and the settings that differ.
   rlft env
       Versions, device, what is missing and the pip command that adds it.
 
@@ -254,6 +255,20 @@ class GenerateArgs(RunArgs):
     """Which checkpoint: the newest, the one that did best on the held-out rows, or one by its step."""
 
 
+@dataclasses.dataclass(frozen=True)
+class ReportArgs:
+    """Write the page of a run, or of several runs compared."""
+
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN [RUN ...]")]
+    """Folders of runs."""
+    out: Path | None = None
+    """Where to write; None: report.html in the run's folder, comparison.html here for several."""
+
+    def __post_init__(self) -> None:
+        if not self.runs:
+            raise ConfigError("rlft report RUN [RUN ...]: give the folder of a run")
+
+
 def _parsed(cls: type[A], command: str, args: list[str]) -> A:
     return tyro.cli(cls, args=args, prog=f"rlft {command}", use_underscores=True)
 
@@ -313,13 +328,17 @@ def _generate(args: list[str]) -> int:
 
 
 def _report(args: list[str]) -> int:
-    """Write the page of a run."""
-    given = _parsed(RunArgs, "report", args)
-    if not (given.run / "metrics.jsonl").is_file():
-        raise ConfigError(f"{given.run}: not the folder of a run (it has no metrics.jsonl)")
-    from rlft.report import write
+    """Write the page of a run, or of several compared."""
+    given = _parsed(ReportArgs, "report", args)
+    for run in given.runs:
+        if not (run / "metrics.jsonl").is_file():
+            raise ConfigError(f"{run}: not the folder of a run (it has no metrics.jsonl)")
+    from rlft import report
 
-    print(write(given.run))
+    if len(given.runs) == 1:
+        print(report.write(given.runs[0], given.out))
+    else:
+        print(report.compare(given.runs, given.out or Path("comparison.html")))
     return 0
 
 
