@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -224,6 +225,18 @@ def test_the_page_can_be_written_elsewhere(whole: Run, tmp_path: Path) -> None:
     assert not (whole.path / "report.html").exists()
 
 
+def test_recorded_completions_have_a_loss_and_no_reward_to_look_at(run: Run) -> None:
+    for step in (1, 2):
+        run.log(step, {"loss": 3.0 / step, "reward": 1.0, "reward_std": 0.0, "frac_reward_zero_std": 1.0,
+                       "parity/limit": 0.2, "grad_norm": 1.0})  # fmt: skip
+    recorded = [replace(r, sampler_logprobs=None) for r in rollouts(1, ["abc"])]
+    run.write_rollouts(2, recorded, [1.0], {}, [1.0], {0: torch.zeros(3) - 1}, [["a", "b", "c"]])
+    shown = Page(report.write(run.path))
+    assert "grpo · 2 prompts per step" in shown.words and "loss 3.000 → 1.500" in shown.words
+    assert "training reward" not in shown.words and "Reward" not in shown.curves() and "reward" in shown.curves()
+    assert [a["value"] for t, a in shown.tags if a.get("name") == "shade"] == ["p", ""]  # no sampler to differ from
+
+
 # ---- what must not be in it ----
 
 EVIL = '</div><script>alert(1)</script><img src=x onerror="a"> & \x1b[31m\x00'
@@ -403,6 +416,11 @@ def test_ticks_are_round_and_cover_the_values(low: float, high: float, ticks: li
     assert curves.nice_ticks(low, high) == ticks
 
 
+def test_labels_of_ticks_fit() -> None:
+    made = [curves.tick(v) for v in (0.0, 0.25, 2.5e-4, -1e-5, 1500.0, 25e4, 1.25e6, 1e-7, 1e10)]
+    assert made == ["0", "0.25", "2.5e-4", "-1e-5", "1,500", "250k", "1.25M", "1e-7", "10G"]
+
+
 def test_log_ticks_are_powers_of_ten() -> None:
     assert curves.log_ticks(2e-6, 0.02) == pytest.approx([1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1])
     assert len(curves.log_ticks(1e-20, 1.0)) <= 7
@@ -411,7 +429,7 @@ def test_log_ticks_are_powers_of_ten() -> None:
 @pytest.mark.parametrize("value", [0.0, 5.0, -5.0])
 def test_a_constant_curve_has_an_axis(value: float) -> None:
     low, high = curves.limits(Drawing("A", [Line("a", [1, 2], [value, value])]))
-    assert low < value < high
+    assert low <= value <= high and low < high and (value == 0) == (low == 0)
 
 
 def test_a_long_run_is_thinned_keeps_its_newest_step_and_shows_its_extremes() -> None:

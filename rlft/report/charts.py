@@ -45,6 +45,7 @@ def charts(steps: Rows, evaluations: Rows) -> dict[str, list[Chart]]:
     means = sorted(n for n in names if n.startswith("rewards/") and n.endswith("/mean"))
     parts = {n.removeprefix("rewards/").removesuffix("/mean"): n for n in means}
     sampled = health.MISMATCH in names
+    scored = sampled or bool(means)  # recorded completions bring rewards that say nothing: 1, or 1 and -1
     passed = sorted({n for row in evaluations for n in row if n.startswith(("eval/pass@", "eval/avg@"))} - {"eval/"})
     passed = [n for n in passed if not n.endswith(("_low", "_high", "_stderr"))]
     eval_edges = next(
@@ -52,7 +53,7 @@ def charts(steps: Rows, evaluations: Rows) -> dict[str, list[Chart]]:
     )
     return {
         "Learning": [
-            Chart("Reward", {"mean": "reward"}, spread="reward_std",
+            Chart("Reward", {"mean": "reward"} if scored else {}, spread="reward_std",
                   note="Band: plus and minus one standard deviation over completions."),
             Chart("Held-out reward", {"mean": "eval/reward"}, edges=eval_edges,
                   spread="" if eval_edges[0] else "eval/reward_stderr",
@@ -67,7 +68,7 @@ def charts(steps: Rows, evaluations: Rows) -> dict[str, list[Chart]]:
             Chart("Shares", {
                 "cut at max_tokens": "completions/clipped_ratio", "groups of equal rewards": "frac_reward_zero_std",
                 "invalid rewards": "frac_reward_invalid",
-            }),
+            } if scored else {}),
             Chart("Entropy, nat per token", {"mean": "entropy"}),
         ],
         "Optimisation": [
@@ -85,7 +86,7 @@ def charts(steps: Rows, evaluations: Rows) -> dict[str, list[Chart]]:
             Chart("Mismatch, nat per token", {
                 "mean": health.MISMATCH, "p50": "mismatch/p50", "p90": "mismatch/p90", "p99": "mismatch/p99",
                 "max": "sampling/sampling_logp_difference/max", "limit of the mean": "parity/limit",
-            }, log=True, note="Size of the difference between the trainer's and the sampler's log-probs."),
+            } if sampled else {}, log=True, note="Size of the difference of trainer and sampler log-probs."),
             Chart("Tokens off by over 10%", {"share": "mismatch/outside"}),
         ],
         "Time and memory": [
@@ -101,7 +102,7 @@ def charts(steps: Rows, evaluations: Rows) -> dict[str, list[Chart]]:
 def others(steps: Rows, shown: Iterable[Chart]) -> list[Chart]:
     """A chart for each metric of the steps that is in none of `shown`."""
     used = {"step", "epoch", "num_tokens", "step_time"}
-    used |= {n for chart in shown for n in (*chart.lines.values(), chart.spread, *chart.edges)}
+    used |= {n for chart in shown if chart.lines for n in (*chart.lines.values(), chart.spread, *chart.edges)}
     names = sorted({n for row in steps for n in row} - used)
     return [Chart(name, {"": name}) for name in names][:MOST_OTHERS]
 

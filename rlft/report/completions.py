@@ -7,6 +7,7 @@ in attributes, and the script makes elements of them only for the step that is l
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,15 +20,13 @@ BUDGET = 2_500_000
 """Characters of all completions together: with long ones fewer steps are in the page."""
 VISIBLE = 0.01
 """Smallest difference that is shaded, in nats."""
-SHADES = """<p class="shades"><span>Shade tokens by</span>
-<label><input type="radio" name="shade" value="d" checked>trainer − sampler</label>
-<label><input type="radio" name="shade" value="p">log-prob</label>
-<label><input type="radio" name="shade" value="">nothing</label>
-<span class="scale" data-scale="d"><i class="n4"></i><i class="n3"></i><i class="n2"></i><i class="n1"></i>
-trainer lower, higher
-<i class="p1"></i><i class="p2"></i><i class="p3"></i><i class="p4"></i> from 0.01, 0.05, 0.2, 1 nat</span>
-<span class="scale" data-scale="p" hidden><i class="u1"></i><i class="u2"></i><i class="u3"></i><i class="u4"></i>
-less likely: from −0.5, −1, −2, −4 nat</span></p>"""
+SHADES = {
+    "d": ("trainer − sampler", "n4 n3 n2 n1", "lower, higher", "p1 p2 p3 p4", "from 0.01, 0.05, 0.2, 1 nat"),
+    "p": ("log-prob", "u1 u2 u3 u4", "less likely: from −0.5, −1, −2, −4 nat", "", ""),
+    "": ("nothing", "", "", "", ""),
+}
+"""What tokens can be shaded by: value of the switch -> its label, and the scale that explains the colours."""
+DIFFERS = re.compile(r'data-d="[^"]*\d')
 Rows = Sequence[Mapping[str, Any]]
 
 
@@ -54,11 +53,31 @@ def samples(run: Run) -> str:
         f'<input type="range" min="0" max="{len(steps) - 1}" value="{len(steps) - 1}" aria-label="step">'
         f'<button type="button" data-move="1" aria-label="later">›</button> step <output>{steps[-1]}</output></p>'
     )
+    shades = switch([*(["d"] if any(DIFFERS.search(block) for block in blocks) else []), "p", ""])
     # Where nothing differs visibly, as in fp32 on one machine, that is said instead of leaving the reader to wonder.
     tokens = any("data-n=" in block for block in blocks)
     differs = any('data-seen="1"' in block for block in blocks)
-    same = "" if differs or not tokens else f'<p class="note">No token here differs by {VISIBLE} nat or more.</p>'
-    return note + choose + (SHADES + same if tokens else "") + "".join(shown)
+    same = (
+        ""
+        if differs or 'value="d"' not in shades
+        else f'<p class="note">No token here differs by {VISIBLE} nat or more.</p>'
+    )
+    return note + choose + (shades + same if tokens else "") + "".join(shown)
+
+
+def switch(kinds: Sequence[str]) -> str:
+    """The switch between kinds of shading, the first one on, and the scale of each."""
+    labels = "".join(
+        f'<label><input type="radio" name="shade" value="{kind}"{"" if i else " checked"}>{SHADES[kind][0]}</label>'
+        for i, kind in enumerate(kinds)
+    )
+    scales = ""
+    for i, kind in enumerate(kinds):
+        _, left, words, right, more = SHADES[kind]
+        colours = ["".join(f'<i class="{name}"></i>' for name in side.split()) for side in (left, right)]
+        shown = " ".join(part for part in (colours[0], words, colours[1], more) if part)
+        scales += f'<span class="scale" data-scale="{kind}"{" hidden" if i else ""}>{shown}</span>'
+    return f'<p class="shades"><span>Shade tokens by</span>{labels}{scales}</p>'
 
 
 def spread_out(steps: Sequence[int], most: int) -> list[int]:

@@ -136,7 +136,9 @@ def limits(drawing: Drawing) -> tuple[float, float]:
         return low, max(high, low * 10)
     # A length or a share is read against 0; a loss around 0.002 is not.
     low = 0.0 if 0 < low < 0.6 * high else low
-    return (low, high) if high > low else (low - 0.5 * (abs(low) or 1), high + 0.5 * (abs(high) or 1))
+    if low == high == 0:
+        return 0.0, 1.0  # a share or a count that stays at 0
+    return (low, high) if high > low else (low - 0.5 * abs(low), high + 0.5 * abs(high))
 
 
 def runs_of(points: Sequence[tuple[float, ...] | None]) -> list[list[tuple[float, ...]]]:
@@ -226,9 +228,13 @@ def mark(m: Mark, x: Axis) -> str:
 
 
 def tick(value: float) -> str:
-    """The label of a tick."""
-    if abs(value) >= 1e6:
-        return f"{value / 1e6:g}M"
+    """The label of a tick, at most six characters: there is no room for more."""
+    for size, unit in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
+        if abs(value) >= size:
+            return f"{value / (1e3 if unit == 'k' else size):.4g}{unit}"
+    if 0 < abs(value) < 1e-3:
+        digits, power = f"{value:.1e}".split("e")
+        return f"{digits.removesuffix('.0')}e{int(power)}"
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 

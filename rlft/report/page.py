@@ -84,15 +84,18 @@ def header(run: Run, config: Mapping[str, Any], steps: Rows, evaluations: Rows, 
     """Name, model, and tiles with the numbers that matter most."""
     sampling = config.get("sampling", {})
     about = [config.get("model"), algorithm_of(config)]
+    sampled = health.finite(steps, health.MISMATCH)
     if "prompts_per_step" in config and "group_size" in sampling:
-        about.append(f"{config['prompts_per_step']} prompts x {sampling['group_size']} completions per step")
+        group = f" x {sampling['group_size']} completions" if sampled or not steps else ""
+        about.append(f"{config['prompts_per_step']} prompts{group} per step")
     cards = [("steps", f"{len(steps):,}", f"of {config['steps']:,}" if config.get("steps") else "")]
     if found := health.finite(evaluations, "eval/reward"):
         cards.append(("held-out reward", ends(found), f"{number(evaluations[-1].get('eval/rows'), '.0f')} rows"))
-    if found := health.finite(steps, "reward"):
-        cards.append(("training reward", ends(found), "first and last step" if len(found) > 1 else "first step"))
-    if found := health.finite(steps, health.MISMATCH):
-        cards.append(("mismatch", f"{max(found):.1e}", "nat per token, worst step"))
+    name, of = ("training reward", "reward") if sampled else ("loss", "loss")  # a recorded reward never changes
+    if found := health.finite(steps, of):
+        cards.append((name, ends(found), "first and last step" if len(found) > 1 else "first step"))
+    if sampled:
+        cards.append(("mismatch", f"{max(sampled):.1e}", "nat per token, worst step"))
     if found := health.finite(steps, "step_time"):
         cards.append(("time in steps", duration(sum(found)), f"{sum(found) / len(found):.3g} s each"))
     if found := health.finite(steps, "num_tokens"):
@@ -124,7 +127,9 @@ def with_error(row: Mapping[str, Any], name: str) -> str:
 def evaluation_names(evaluations: Rows) -> list[str]:
     """The eval/* metrics that get a line of their own, the most asked for first."""
     names = {n for row in evaluations for n in row if n.startswith("eval/")}
-    names = {n for n in names if not n.endswith(("_low", "_high", "_stderr", "/std", "/seconds"))}
+    names = {n for n in names if not n.endswith(("_low", "_high", "_stderr", "/std", "/seconds", "/invalid"))}
+    if any(row.get("eval/invalid") for row in evaluations):
+        names.add("eval/invalid")
     first = ("eval/reward", "eval/accuracy", "eval/avg@", "eval/pass@", "eval/rewards/")
 
     def place(name: str) -> tuple[int, int, str]:

@@ -50,7 +50,7 @@ for (const f of figures) {
 
 // ---- completions: one step at a time, tokens shaded ----
 const blocks = [...document.querySelectorAll(".step")], range = document.querySelector(".choose input");
-let shade = "d";
+let shade = document.querySelector("[name=shade]:checked")?.value ?? "";
 function choose(i) {
   range.value = i;
   const block = blocks[range.value];
