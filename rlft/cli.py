@@ -264,10 +264,6 @@ class ReportArgs:
     out: Path | None = None
     """Where to write; None: report.html in the run's folder, comparison.html here for several."""
 
-    def __post_init__(self) -> None:
-        if not self.runs:
-            raise ConfigError("rlft report RUN [RUN ...]: give the folder of a run")
-
 
 def _parsed(cls: type[A], command: str, args: list[str]) -> A:
     return tyro.cli(cls, args=args, prog=f"rlft {command}", use_underscores=True)
@@ -330,6 +326,8 @@ def _generate(args: list[str]) -> int:
 def _report(args: list[str]) -> int:
     """Write the page of a run, or of several compared."""
     given = _parsed(ReportArgs, "report", args)
+    if not given.runs:
+        raise ConfigError("rlft report RUN [RUN ...]: give the folder of a run")
     for run in given.runs:
         if not (run / "metrics.jsonl").is_file():
             raise ConfigError(f"{run}: not the folder of a run (it has no metrics.jsonl)")

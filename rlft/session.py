@@ -173,7 +173,7 @@ def build(
             s.restore(run.latest_checkpoint())
             s.first_evaluation = run.first_evaluation()
         run.write_config(to_toml(cfg))
-        run.write_plan(memory_plan(policy, cfg))
+        run.write_plan(memory_plan(policy, cfg, eval_engine.SAMPLES))
         console.start(_title(s), steps, s.state.step, cfg.algo.name)
         s.limit = _agree(s)
         yield s
@@ -245,14 +245,15 @@ def plan_of(cfg: Config, algorithm: Algorithm) -> PackPlan:
     )  # fmt: skip
 
 
-def memory_plan(policy: Policy, cfg: Config) -> dict[str, int]:
-    """Bytes of what the training keeps from step to step; activations and the engine's cache come on top."""
+def memory_plan(policy: Policy, cfg: Config, samples: bool) -> dict[str, int]:
+    """Bytes of what the training keeps from step to step; activations and the engine's cache come on top. samples:
+    whether there is an engine with an adapter of its own."""
     base = sum(p.numel() * p.element_size() for n, p in policy.base.named_parameters() if "lora_" not in n)
     adapter = policy.flat.flat.numel() * policy.flat.flat.element_size()
     moments = 2 * policy.flat.flat.numel() if cfg.optim.name == "adamw_8bit" else 2 * adapter
     return {
-        "base": base, "adapter": adapter, "adapter at the start": adapter, "adapter of the engine": adapter,
-        "gradient": adapter, "optimiser moments": moments,
+        "base": base, "adapter": adapter, "adapter at the start": adapter, "gradient": adapter,
+        "optimiser moments": moments, **({"adapter of the engine": adapter} if samples else {}),
     }  # fmt: skip
 
 
