@@ -129,9 +129,9 @@ class Run:
 
         parts: what each reward function returned and logged, by its name. logprobs: index of a rollout -> the trainer's
         log-probs [L] float of its sequence, whose end is the completion; rollouts that were not run are left out.
-        pieces: the text of each token. Columns: step, row (of the dataset), group, sample, prompt, completion, completion_ids,
-        sampler_logprobs and logprobs (float32), pieces, reward, rewards/NAME for each part, advantage, finish_reason,
-        tokens, policy_version.
+        pieces: the text of each token. Columns: step, row (of the dataset), group, sample, prompt, completion,
+        completion_ids, sampler_logprobs and logprobs (float32), pieces, reward, rewards/NAME for each part, advantage,
+        finish_reason, tokens, policy_version.
         """
         known = logprobs or {}
         trainer = [known[i][-n:] if (n := len(r.completion_ids)) and i in known else None

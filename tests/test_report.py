@@ -125,7 +125,8 @@ def whole(run: Run) -> Run:
         run.write_rollouts(
             step, rollouts(step, texts), rewards, {"number": rewards, "format": [1.0] * 3}, [-1.0, 1.0, 0.0]
         )
-    run.log(3, {"eval/reward": 0.72, "eval/reward_stderr": 0.031, "eval/rows": 200.0, "eval/pass@4": 0.75})
+    change = {"eval/pass@4_change": 0.25, "eval/pass@4_change_low": 0.125, "eval/pass@4_change_high": 0.375}
+    run.log(3, {"eval/reward": 0.72, "eval/reward_stderr": 0.031, "eval/rows": 200.0, "eval/pass@4": 0.75, **change})
     run.write_evaluation(3, rollouts(4, ["is seven"]), [1.0])
     return run
 
@@ -146,7 +147,7 @@ def test_three_steps_with_evaluation_are_all_on_the_page(whole: Run) -> None:
         "time in steps 18 s 6 s each",
         "tokens 3,702",
         "after step 0 after step 3 change reward 0.312 ± 0.033 0.720 ± 0.031 +0.407",
-        "pass@4 0.500 0.400 to 0.600 0.75 +0.25",
+        "pass@4 0.500 0.400 to 0.600 0.75 +0.250 +0.125 to +0.375 rows 200 200 +0",
         "entropy step 3 entropy collapsed to 0.004 nat",
         "was five 0 is seven 1",
         "base 512.0 MiB adapter 3.0 MiB together 515.0 MiB peak of the run 1.50 GiB",
@@ -177,7 +178,7 @@ def test_the_curves_hold_what_metrics_jsonl_holds(whole: Run) -> None:
     found = Page(report.write(whole.path)).curves()
     known = charts.charts(*page.parts_of(whole.metrics()))
     drawn = [chart for chosen in known.values() for chart in chosen]
-    drawn += charts.others(page.parts_of(whole.metrics())[0], drawn)
+    drawn += charts.others(whole.metrics(), drawn)
     seen = set()
     for chart in drawn:
         rows = [row for row in whole.metrics() if any(n in row for n in chart.lines.values())]

@@ -20,6 +20,8 @@ MOST_POINTS = 300
 SMOOTH_FROM = 60
 """Points from which on a running median is drawn over a curve: unlike a mean it does not spread a spike."""
 MOST_OTHERS = 40
+ERRORS = ("_low", "_high", "_stderr", "_change")
+"""Endings of the numbers that belong to another eval/* metric."""
 PHASES = ("generate", "reward", "train", "sync", "idle")
 Rows = Sequence[Mapping[str, Any]]
 
@@ -46,8 +48,8 @@ def charts(steps: Rows, evaluations: Rows) -> dict[str, list[Chart]]:
     parts = {n.removeprefix("rewards/").removesuffix("/mean"): n for n in means}
     sampled = health.MISMATCH in names
     scored = sampled or bool(means)  # recorded completions bring rewards that say nothing: 1, or 1 and -1
-    passed = sorted({n for row in evaluations for n in row if n.startswith(("eval/pass@", "eval/avg@"))} - {"eval/"})
-    passed = [n for n in passed if not n.endswith(("_low", "_high", "_stderr"))]
+    tried = {n for row in evaluations for n in row if n.startswith(("eval/pass@", "eval/avg@"))}
+    passed = sorted((n for n in tried if not n.endswith(ERRORS)), key=lambda n: (len(n), n))
     eval_edges = next(
         ((f"{n}_low", f"{n}_high") for n in ["eval/reward"] if any(f"{n}_low" in row for row in evaluations)), ("", "")
     )
@@ -57,7 +59,8 @@ def charts(steps: Rows, evaluations: Rows) -> dict[str, list[Chart]]:
                   note="Band: plus and minus one standard deviation over completions."),
             Chart("Held-out reward", {"mean": "eval/reward"}, edges=eval_edges,
                   spread="" if eval_edges[0] else "eval/reward_stderr",
-                  note="Band: interval." if eval_edges[0] else "Band: plus and minus one standard error."),
+                  note="Band: 95% interval." if eval_edges[0] else "Band: plus and minus one standard error."),
+            Chart("Held-out loss", {"loss": "eval/loss"}),
             Chart("Held-out, by number of tries", {n.removeprefix("eval/"): n for n in passed}),
             Chart("Reward by function", parts if len(parts) > 1 else {}),
             Chart("Implicit rewards", {"chosen": "rewards/chosen", "rejected": "rewards/rejected",
@@ -99,12 +102,12 @@ def charts(steps: Rows, evaluations: Rows) -> dict[str, list[Chart]]:
     }  # fmt: skip
 
 
-def others(steps: Rows, shown: Iterable[Chart]) -> list[Chart]:
-    """A chart for each metric of the steps that is in none of `shown`."""
-    used = {"step", "epoch", "num_tokens", "step_time"}
+def others(rows: Rows, shown: Iterable[Chart]) -> list[Chart]:
+    """A chart for each metric that is in none of `shown`. rows: steps and evaluations."""
+    used = {"step", "epoch", "num_tokens", "step_time", "eval/rows", "eval/samples"}
     used |= {n for chart in shown if chart.lines for n in (*chart.lines.values(), chart.spread, *chart.edges)}
-    names = sorted({n for row in steps for n in row} - used)
-    return [Chart(name, {"": name}) for name in names][:MOST_OTHERS]
+    names = sorted({n for row in rows for n in row} - used)
+    return [Chart(name, {"": name}) for name in names if not name.endswith(ERRORS)][:MOST_OTHERS]
 
 
 def drawings(rows: Rows, chosen: Iterable[Chart], marks: Mapping[str, Sequence[Mark]]) -> list[Drawing]:

@@ -116,21 +116,22 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.1f} min" if seconds < 3600 else f"{seconds / 3600:.1f} h"
 
 
-def with_error(row: Mapping[str, Any], name: str) -> str:
-    """A metric with its interval or standard error where there is one; "-" where it was not measured."""
+def with_error(row: Mapping[str, Any], name: str, form: str = ".3f") -> str:
+    """A metric with its interval or standard error where there is one; "-" where it was not measured. form: of the
+    metric and the ends of its interval."""
     low, high, error = (row.get(name + ending) for ending in ("_low", "_high", "_stderr"))
     if low is not None and high is not None:
-        return f"{number(row.get(name), '.3f')}\n{low:.3f} to {high:.3f}"
-    return f"{number(row.get(name), '.3f')} ± {error:.3f}" if error is not None else number(row.get(name))
+        return f"{number(row.get(name), form)}\n{low:{form}} to {high:{form}}"
+    return f"{number(row.get(name), form)} ± {error:.3f}" if error is not None else number(row.get(name))
 
 
 def evaluation_names(evaluations: Rows) -> list[str]:
     """The eval/* metrics that get a line of their own, the most asked for first."""
     names = {n for row in evaluations for n in row if n.startswith("eval/")}
-    names = {n for n in names if not n.endswith(("_low", "_high", "_stderr", "/std", "/seconds", "/invalid"))}
+    names = {n for n in names if not n.endswith((*charts.ERRORS, "/std", "/seconds", "/invalid"))}
     if any(row.get("eval/invalid") for row in evaluations):
         names.add("eval/invalid")
-    first = ("eval/reward", "eval/accuracy", "eval/avg@", "eval/pass@", "eval/rewards/")
+    first = ("eval/reward", "eval/loss", "eval/avg@", "eval/pass@", "eval/rewards/")
 
     def place(name: str) -> tuple[int, int, str]:
         return next((i for i, f in enumerate(first) if name.startswith(f)), len(first)), len(name), name
@@ -139,14 +140,17 @@ def evaluation_names(evaluations: Rows) -> list[str]:
 
 
 def evaluation_table(evaluations: Rows) -> str:
-    """A line per eval/* metric, a column per evaluation, and the change from the first to the last."""
+    """A line per eval/* metric, a column per evaluation, and the change from the first to the last: as the run measured
+    it, row by row and with its own interval, where it did."""
     if not evaluations:
         return ""
     shown = [evaluations[i] for i in spread_out(range(len(evaluations)), MOST_EVALUATIONS)]
     lines = []
     for name in evaluation_names(shown):
         first, last = shown[0].get(name), shown[-1].get(name)
-        change = f"{last - first:+.3g}" if len(shown) > 1 and first is not None and last is not None else "-"
+        change = f"{last - first:+.3g}" if first is not None and last is not None else "-"
+        if f"{name}_change" in shown[-1]:
+            change = with_error(shown[-1], f"{name}_change", "+.3f")
         cells = [with_error(row, name) for row in shown]
         lines.append([name.removeprefix("eval/"), *cells, *([change] if len(shown) > 1 else [])])
     head = ["", *(f"after step {row['step']}" for row in shown), *(["change"] if len(shown) > 1 else [])]
@@ -200,7 +204,7 @@ def curves(rows: Rows, said: Mapping[str, Sequence[Mark]]) -> str:
     steps, evaluations = parts_of(rows)
     known = charts.charts(steps, evaluations)
     out = [grid(title, charts.drawings(rows, chosen, said)) for title, chosen in known.items()]
-    rest = charts.drawings(steps, charts.others(steps, [c for chosen in known.values() for c in chosen]), said)
+    rest = charts.drawings(rows, charts.others(rows, [c for chosen in known.values() for c in chosen]), said)
     if rest:
         out.append(f"<details><summary>{len(rest)} more metrics</summary>{grid('', rest)}</details>")
     return "".join(out)
