@@ -159,7 +159,8 @@ def memory_grows(history: History) -> bool:
 
 
 def eval_falls(history: History) -> bool:
-    """The held-out reward is two standard errors below an earlier one, and the training reward above that time's."""
+    """The held-out reward is two standard errors below an earlier one, and the training reward fell by less than a
+    quarter of that, if at all."""
     now = newest(history, "eval/reward")
     before = [(row["eval/reward"], i) for i, row in enumerate(history[:-1]) if finite([row], "eval/reward")]
     if now is None or not before:
@@ -168,8 +169,8 @@ def eval_falls(history: History) -> bool:
     errors = finite([history[at], history[-1]], "eval/reward_stderr")
     fall = 2 * math.hypot(*errors) if len(errors) == 2 else 0.05 * abs(best)
     rewards = finite(history, "reward")
-    then = finite(history[: at + 1], "reward")[-5:] or rewards[:5]
-    return now < best - fall and len(rewards) > 0 and mean(rewards[-5:]) > mean(then)
+    then = finite(history[: at + 1], "reward")[-10:] or rewards[:10]
+    return now < best - fall and len(rewards) > 0 and mean(rewards[-10:]) > mean(then) - 0.25 * (best - now)
 
 
 RULES = [
@@ -264,7 +265,7 @@ RULES = [
     ),
     Rule(
         "eval_falls", "eval/reward",
-        "the held-out reward fell to {eval/reward:.3g} while the training reward rose, as when a policy learns the "
+        "the held-out reward fell to {eval/reward:.3g} and the training reward did not, as when a policy learns the "
         "reward's weakness or the training rows by heart",
         "read the newest completions, compare the rewards of both, and keep the checkpoint before the fall",
         eval_falls,

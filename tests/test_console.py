@@ -68,7 +68,7 @@ def test_an_evaluation_is_looked_at_and_leaves_the_view_of_the_steps(capsys: pyt
         console.evaluation(6, {"eval/reward": 0.3, "eval/reward_stderr": 0.01})
         console.step({**VALUES, "step": 7.0, "reward": 0.7}, None)
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("!")]
-    assert len(lines) == 1 and lines[0].startswith("! step 6: the held-out reward fell to 0.3 while")
+    assert len(lines) == 1 and lines[0].startswith("! step 6: the held-out reward fell to 0.3 and")
 
 
 def test_a_rule_that_is_not_for_an_algorithm_is_left_out(capsys: pytest.CaptureFixture[str]) -> None:

@@ -87,7 +87,7 @@ TROUBLE: dict[str, tuple[History, str]] = {
     ),
     "eval_falls": (
         evaluated(0.6, 0.5),
-        "the held-out reward fell to 0.5 while the training reward rose, as when a policy learns",
+        "the held-out reward fell to 0.5 and the training reward did not, as when a policy learns",
     ),
     "slow_sampling": (every(time__generate=9.5), "sampling took 9.5 of 10 s: raise engine.batch_size"),
     "slow_training": (every(time__train=9.5), "training took 9.5 of 10 s: raise packing.budget"),

@@ -439,6 +439,7 @@ def test_a_long_run_is_thinned_keeps_its_newest_step_and_shows_its_extremes() ->
     (line,) = made.lines
     assert len(line.steps) <= charts.MOST_POINTS and line.steps[-1] == 2501 and line.newest == 1.0 and made.every == 9
     assert max(v for v in line.values if v is not None) > 10  # a mean of 9 steps, and not every ninth step
+    assert max(v for v in line.high if v is not None) == 100 and min(v for v in line.low if v is not None) == 0
     assert charts.series(charts.bins(rows[:700]), charts.Chart("A", {"a": "a"}, log=True), 0, "a", "a").high[-1] == 1.0  # type: ignore[union-attr]
 
 

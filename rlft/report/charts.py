@@ -149,7 +149,9 @@ def series(binned: Sequence[Rows], chart: Chart, i: int, legend: str, name: str)
         low, high = ([pick(v) if v else None for v in found] for pick in (min, max))
     smooth: Sequence[float | None] = ()
     if len(binned) >= SMOOTH_FROM and not chart.stacked and not chart.log:
-        smooth, low, high = running(values), running(low), running(high)
+        smooth = running(values)
+        if i == 0 and (chart.spread or chart.edges[0]):  # but extremes stay what they were
+            low, high = running(low), running(high)
     newest = health.newest(binned[-1], name)
     return Line(legend, [int(rows[-1]["step"]) for rows in binned], values, newest, low, high, smooth, i)
 

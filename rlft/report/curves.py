@@ -108,7 +108,10 @@ def svg(drawing: Drawing) -> str:
         for t in ticks
     ]
     whole = sorted({round(t) for t in nice_ticks(start, end) if first <= t <= last})
-    out += [f'<text x="{x(t)}" y="{HEIGHT - 8}" text-anchor="middle">{tick(t)}</text>' for t in whole]
+    out += [
+        f'<text x="{min(x(t), WIDTH - 1 - 3.3 * len(tick(t)))}" y="{HEIGHT - 8}" text-anchor="middle">{tick(t)}</text>'
+        for t in whole
+    ]
     if drawing.stacked:
         out += stack(drawing.lines, x, y)
     else:
