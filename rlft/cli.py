@@ -54,8 +54,9 @@ usage: rlft COMMAND ...
       Merge the run's adapter into its base, unquantised, as a model in the folder OUT; its log-probs are checked.
   rlft push RUN YOU/MODEL [--checkpoint latest|best|STEP] [--private]
       Upload the run's adapter and its model card to the Hugging Face hub.
-  rlft report RUN
-      Write RUN/report.html, a page that opens without a network.
+  rlft report RUN [RUN ...] [--out FILE]
+      Write RUN/report.html, a page that opens without a network; of several runs comparison.html, with their curves
+      over each other and the settings that differ.
   rlft env
       Versions, device, what is missing and the pip command that adds it.
 
@@ -314,6 +315,16 @@ class PushArgs(RunArgs):
     """Make a repository that is created private."""
 
 
+@dataclasses.dataclass(frozen=True)
+class ReportArgs:
+    """Write the page of a run, or of several runs compared."""
+
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN [RUN ...]")]
+    """Folders of runs."""
+    out: Path | None = None
+    """Where to write; None: report.html in the run's folder, comparison.html here for several."""
+
+
 def _parsed(cls: type[A], command: str, args: list[str]) -> A:
     return tyro.cli(cls, args=args, prog=f"rlft {command}", use_underscores=True)
 
@@ -402,13 +413,19 @@ def _push(args: list[str]) -> int:
 
 
 def _report(args: list[str]) -> int:
-    """Write the page of a run."""
-    given = _parsed(RunArgs, "report", args)
-    if not (given.run / "metrics.jsonl").is_file():
-        raise ConfigError(f"{given.run}: not the folder of a run (it has no metrics.jsonl)")
-    from rlft.report import write
+    """Write the page of a run, or of several compared."""
+    given = _parsed(ReportArgs, "report", args)
+    if not given.runs:
+        raise ConfigError("rlft report RUN [RUN ...]: give the folder of a run")
+    for run in given.runs:
+        if not (run / "metrics.jsonl").is_file():
+            raise ConfigError(f"{run}: not the folder of a run (it has no metrics.jsonl)")
+    from rlft import report
 
-    print(write(given.run))
+    if len(given.runs) == 1:
+        print(report.write(given.runs[0], given.out))
+    else:
+        print(report.compare(given.runs, given.out or Path("comparison.html")))
     return 0
 
 

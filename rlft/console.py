@@ -47,11 +47,12 @@ class Console:
         self.plain = not live if plain is None else plain
         self._live: Live | None = None
         self._history: list[dict[str, float]] = []
+        self._rows: list[dict[str, float]] = []
         self._told: set[str] = set()
         self._warnings: list[health.Message] = []
         self._title: list[str] = []
         self._phase: tuple[str, int, int] = ("", 0, 0)
-        self._sample = ""
+        self._sample = self._algorithm = ""
         self._steps = self._done = 0
         self._began = time.monotonic()
         self._closed = False
@@ -62,11 +63,12 @@ class Console:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self.close()
 
-    def start(self, title_lines: Sequence[str], steps: int, done: int = 0) -> None:
-        """Print what is about to run and begin the view. steps: of the whole run; done: those a resume begins after."""
+    def start(self, title_lines: Sequence[str], steps: int, done: int = 0, algorithm: str = "") -> None:
+        """Print what is about to run and begin the view. steps: of the whole run; done: those a resume begins after;
+        algorithm: `algo.name`, since some health rules are not for all."""
         for line in title_lines:
             self._print(line)
-        self._steps, self._done, self._began = steps, done, time.monotonic()
+        self._steps, self._done, self._began, self._algorithm = steps, done, time.monotonic(), algorithm
         self._open()
 
     def progress(self, what: str, done: int, total: int) -> None:
@@ -82,16 +84,26 @@ class Console:
         """A step is done. values: its metrics and `step`; sample: the text of one completion, to look at."""
         self._done = int(values["step"])
         self._history = [*self._history, dict(values)][-health.WINDOW :]
+        self._rows = [*self._rows, dict(values)][-health.WINDOW :]
         self._sample = sample or ""
         self._phase = ("", 0, 0)
-        self._warnings = health.check(self._history)
         if self.plain:
             self._print(plain_line(values, self._steps, self._left()))
+        self._warnings = health.check(self._rows, self._algorithm)
         # Said when it begins, not at each step that it lasts.
-        for name, text in self._warnings:
-            if name not in self._told:
-                self._print(f"! step {self._done}: {text}", "yellow")
+        self._warn([message for message in self._warnings if message.name not in self._told])
         self._told = {message.name for message in self._warnings}
+
+    def evaluation(self, step: int, values: Mapping[str, float]) -> None:
+        """An evaluation after `step` is done: say what the health rules see in it. values: its eval/* metrics."""
+        self._rows = [*self._rows, {"step": float(step), **values}][-health.WINDOW :]
+        found = health.check(self._rows, self._algorithm)
+        self._warnings = [*self._warnings, *found]
+        self._warn(found)
+
+    def _warn(self, messages: Sequence[health.Message]) -> None:
+        for _, text in messages:
+            self._print(f"! step {self._done}: {text}", "yellow")
 
     def note(self, text: str) -> None:
         """One line that stays."""

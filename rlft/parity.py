@@ -36,9 +36,12 @@ class Mismatch:
         self.sums = torch.zeros(4 + len(EDGES) + 1, dtype=torch.float64)
         """Tokens, sum of |d|, tokens outside, sum of k3, then the histogram: one tensor to sum over ranks."""
         self.largest = 0.0
+        self.logprobs: dict[int, Tensor] = {}
+        """Rollout (an index of `batch.rows`) -> the trainer's log-probs of its sequence [L], nan where not trained."""
 
     def add(self, logprobs: Tensor, batch: Batch) -> None:
-        """Add a micro-batch. logprobs: [T], the trainer's, any dtype. Nothing to add without sampler log-probs."""
+        """Add a micro-batch. logprobs: [T], the trainer's, any dtype. Without sampler log-probs they are only kept."""
+        self._keep(logprobs.detach(), batch)
         if batch.sampler_logprobs is None:
             return
         rows = batch.train_mask
@@ -51,6 +54,11 @@ class Mismatch:
         self.sums[:4] += torch.stack([torch.tensor(float(d.numel())), size.sum(), outside.double(), k3])
         self.sums[4:] += torch.bincount(torch.bucketize(size, EDGES), minlength=len(EDGES) + 1).double()
         self.largest = max(self.largest, float(size.max()))
+
+    def _keep(self, logprobs: Tensor, batch: Batch) -> None:
+        known = torch.where(batch.train_mask.cpu(), logprobs.cpu(), torch.nan)
+        parts = zip(known.split(batch.cu_seqlens.diff().tolist()), batch.group_ids.tolist(), strict=True)
+        self.logprobs |= zip(batch.rows, [values for values, group in parts if group >= 0], strict=True)
 
     @property
     def tokens(self) -> int:
@@ -75,6 +83,8 @@ class Mismatch:
         return {
             "sampling/sampling_logp_difference/mean": self.mean,
             "sampling/sampling_logp_difference/max": self.largest,
+            "mismatch/p50": self.percentile(0.5),
+            "mismatch/p90": self.percentile(0.9),
             "mismatch/p99": self.percentile(0.99),
             "mismatch/outside": float(self.sums[2] / self.sums[0]),
             "mismatch/k3": float(self.sums[3] / self.sums[0]),

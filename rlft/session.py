@@ -28,6 +28,7 @@ from rlft.model_card import adapter_card
 from rlft.models.load import attach_lora, fingerprint, load_base, load_tokenizer, resolve_device, resolve_dtype
 from rlft.models.policy import Policy
 from rlft.optim import Optimizer
+from rlft.pieces import Pieces
 from rlft.reference import Reference
 from rlft.rewards.overlong import overlong
 from rlft.rewards.parts import OVERLONG
@@ -69,6 +70,7 @@ class Session:
     """What a checkpoint must have been made from to be resumed here."""
     plan: PackPlan
     """How updates are packed; `keep` is filled per step."""
+    pieces: Pieces
     state: State = field(default_factory=State)
     limit: float = math.inf
     """Largest mean mismatch a step may have, in nats."""
@@ -182,13 +184,14 @@ def build(
             optimizer=Optimizer(policy.flat.flat, cfg.optim, steps * cfg.optim.updates), prompts=prompts, held=held,
             held_loss=bool(held) and not engine.SAMPLES and measures_loss(rows, held), functions=functions,
             eval_functions=eval_functions, run=run, console=console, identity=identity_of(cfg, policy),
-            plan=plan_of(cfg, algorithm), state=State(data=digest(rows)), callbacks=callbacks,
+            plan=plan_of(cfg, algorithm), pieces=Pieces(tokenizer), state=State(data=digest(rows)), callbacks=callbacks,
         )  # fmt: skip
         if resume:
             s.restore(run.latest_checkpoint())
             s.first_evaluation = run.first_evaluation()
         run.write_config(to_toml(cfg))
-        console.start(_title(s), steps, s.state.step)
+        run.write_plan(memory_plan(policy, cfg, eval_engine.SAMPLES))
+        console.start(_title(s), steps, s.state.step, cfg.algo.name)
         s.limit = _agree(s)
         yield s
 
@@ -262,6 +265,18 @@ def plan_of(cfg: Config, algorithm: Algorithm) -> PackPlan:
         temperature=cfg.sampling.temperature, whole_groups=algorithm.whole_groups,
         share_prefix=cfg.packing.share_prefix,
     )  # fmt: skip
+
+
+def memory_plan(policy: Policy, cfg: Config, samples: bool) -> dict[str, int]:
+    """Bytes of what the training keeps from step to step; activations and the engine's cache come on top. samples:
+    whether there is an engine with an adapter of its own."""
+    base = sum(p.numel() * p.element_size() for n, p in policy.base.named_parameters() if "lora_" not in n)
+    adapter = policy.flat.flat.numel() * policy.flat.flat.element_size()
+    moments = 2 * policy.flat.flat.numel() if cfg.optim.name == "adamw_8bit" else 2 * adapter
+    return {
+        "base": base, "adapter": adapter, "adapter at the start": adapter, "gradient": adapter,
+        "optimiser moments": moments, **({"adapter of the engine": adapter} if samples else {}),
+    }  # fmt: skip
 
 
 def identity_of(cfg: Config, policy: Policy) -> dict[str, str]:

@@ -34,8 +34,9 @@ from rlft.refill import Drawn, chosen, refill, spread_back
 from rlft.rewards.parts import Parts
 from rlft.rewards.score import check_invalid, score
 from rlft.rollout.engine import asleep
+from rlft.runs import PIECED_GROUPS
 from rlft.session import Session, build
-from rlft.step_metrics import Clock, batch_stats, rates, rollout_values, update_values
+from rlft.step_metrics import Clock, batch_stats, peak_memory, rates, rollout_values, update_values
 from rlft.types import Batch, Rollout, State
 
 
@@ -93,7 +94,8 @@ def loop(s: Session) -> None:
             "epoch": s.prompts.epoch, "num_tokens": float(state.num_tokens), "parity/limit": s.limit,
             "skipped_updates": float(state.skipped_updates),
         }  # fmt: skip
-        record(s, values, drawn, parts, spread_back(drawn, advantages.tolist()))
+        values |= peak_memory(policy.device)
+        record(s, values, drawn, parts, spread_back(drawn, advantages.tolist()), mismatch.logprobs)
         if cfg.eval.every and state.step % cfg.eval.every == 0 and state.step < s.steps:
             measure(s)
             if (best := s.run.best(also=state.step)) is not None and best.step == state.step:
@@ -127,7 +129,9 @@ def minibatches(s: Session, rollouts: list[Rollout], rewards: Tensor, advantages
         cut = [r.finish_reason == "length" and s.cfg.overlong.drop for r in some]
         keep = tuple(not invalid and not c for invalid, c in zip(rewards[rows].isnan().tolist(), cut, strict=True))
         plan = replace(s.plan, keep=keep)
-        packed.append(pack(some, advantages[rows], plan, sum_counts(count(some, plan))))
+        made = pack(some, advantages[rows], plan, sum_counts(count(some, plan)))
+        # Which rollouts of the step they are, and not of the part.
+        packed.append([replace(batch, rows=tuple(rows[row] for row in batch.rows)) for batch in made])
     return packed
 
 
@@ -181,12 +185,21 @@ def trainer_state(s: Session) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def record(s: Session, values: dict[str, float], drawn: Drawn, parts: Parts, advantages: list[float]) -> None:
-    """Everything about a finished step into the run folder and onto the console."""
+def record(s: Session, values: dict[str, float], drawn: Drawn, parts: Parts, advantages: list[float],
+           logprobs: dict[int, Tensor]) -> None:  # fmt: skip
+    """Everything about a finished step into the run folder and onto the console.
+
+    logprobs: `Mismatch.logprobs`, by index of the kept rollouts.
+    """
     for fault in parts.faults():
         s.console.note(fault)
     s.run.log(s.state.step, values)
-    s.run.write_rollouts(s.state.step, drawn.rollouts, drawn.rewards.tolist(), parts.columns(), advantages)
+    kept = [i for i, keep in enumerate(drawn.kept) if keep]
+    s.run.write_rollouts(
+        s.state.step, drawn.rollouts, drawn.rewards.tolist(), parts.columns(), advantages,
+        {kept[row]: values for row, values in logprobs.items()},
+        s.pieces.first_groups(drawn.rollouts, group_ids(drawn.rollouts).tolist(), PIECED_GROUPS),
+    )  # fmt: skip
     s.console.step(values | {"step": float(s.state.step)}, drawn.rollouts[0].text)
     for callback in s.callbacks:
         callback(s.state, values)
@@ -210,6 +223,7 @@ def measure(s: Session) -> dict[str, float]:
         if found.graded() and not step:
             s.console.note(f"held-out rewards are not all 0 or 1: solved means at least {s.cfg.eval.threshold:g}")
     s.console.note(evaluation_line(values, step))
+    s.console.evaluation(step, values)
     return values
 
 

@@ -59,6 +59,26 @@ def test_missing_metrics_are_left_out_and_the_last_step_has_nothing_left(capsys)
     assert capsys.readouterr().out == "step 3/3  loss 0.5000  1.0 s\n"
 
 
+def test_an_evaluation_is_looked_at_and_leaves_the_view_of_the_steps(capsys: pytest.CaptureFixture[str]) -> None:
+    with Console(plain=True) as console:
+        console.start([], 40)
+        console.evaluation(0, {"eval/reward": 0.5, "eval/reward_stderr": 0.01})
+        for step in range(1, 7):
+            console.step({**VALUES, "step": float(step), "reward": 0.1 * step}, None)
+        console.evaluation(6, {"eval/reward": 0.3, "eval/reward_stderr": 0.01})
+        console.step({**VALUES, "step": 7.0, "reward": 0.7}, None)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("!")]
+    assert len(lines) == 1 and lines[0].startswith("! step 6: the held-out reward fell to 0.3 and")
+
+
+def test_a_rule_that_is_not_for_an_algorithm_is_left_out(capsys: pytest.CaptureFixture[str]) -> None:
+    for algorithm in ("grpo", "gspo"):
+        with Console(plain=True) as console:
+            console.start([], 40, algorithm=algorithm)
+            console.step({**VALUES, "step": 1.0, "clip_ratio/region_mean": 0.5}, None)
+    assert capsys.readouterr().out.count("is clipped") == 1
+
+
 def test_trouble_is_said_when_it_begins_and_again_when_it_comes_back(capsys) -> None:
     with Console() as console:
         console.start([], steps=9)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from rlft.errors import ConfigError
 from rlft.runs import Run
@@ -86,19 +87,26 @@ def test_every_completion_is_written_with_its_rewards(tmp_path: Path) -> None:
     run = started(tmp_path)
     rows = [rollout(TEXT, 0), rollout(TEXT, 1), rollout(CHAT, 0, logprobs=None)]
     parts: dict[str, list[Any]] = {"exact": [1.0, 0.0, math.nan], "note": ["a", None, "b"]}
-    run.write_rollouts(12, rows, [1.0, 0.0, math.nan], parts, [0.5, -0.5, 0.0])
+    # The second rollout was not run; of the third, whose prompt's tokens come first, the first token was not trained.
+    logprobs = {0: torch.tensor([-0.625, -0.25]), 2: torch.tensor([0.0, 0.0, math.nan, -2.0])}
+    run.write_rollouts(
+        12, rows, [1.0, 0.0, math.nan], parts, [0.5, -0.5, 0.0], logprobs, [["s", "0"], ["s", "1"], None]
+    )
     path = run.path / "rollouts" / "step-000012.parquet"
     assert pq.ParquetFile(path).schema_arrow.names == [
-        "step", "row", "group", "sample", "prompt", "completion", "completion_ids", "sampler_logprobs", "reward",
-        "rewards/exact", "rewards/note", "advantage", "finish_reason", "tokens", "policy_version",
+        "step", "row", "group", "sample", "prompt", "completion", "completion_ids", "sampler_logprobs", "logprobs",
+        "pieces", "reward", "rewards/exact", "rewards/note", "advantage", "finish_reason", "tokens", "policy_version",
     ]  # fmt: skip
     first, second, third = run.read_rollouts(12)
     assert first == {
         "step": 12, "row": 8, "group": 0, "sample": 0, "prompt": "2+2?", "completion": "s0", "completion_ids": [7, 2],
-        "sampler_logprobs": [-0.5, -0.25], "reward": 1.0, "rewards/exact": 1.0, "rewards/note": "a", "advantage": 0.5,
+        "sampler_logprobs": [-0.5, -0.25], "logprobs": [-0.625, -0.25],
+        "pieces": ["s", "0"], "reward": 1.0, "rewards/exact": 1.0, "rewards/note": "a", "advantage": 0.5,
         "finish_reason": "stop", "tokens": 2, "policy_version": 11,
     }  # fmt: skip
-    assert (second["group"], second["sample"], second["rewards/note"]) == (0, 1, None)
+    assert (second["group"], second["sample"], second["rewards/note"], second["logprobs"]) == (0, 1, None, None)
+    assert third["logprobs"] == [None, -2.0] and third["pieces"] is None
+    assert run.read_rollouts(12, groups=1) == [first, second]
     # Messages as JSON; invalid is null, which an average in SQL leaves out, and never 0.
     assert json.loads(third["prompt"]) == [{"role": "user", "content": "hi"}] and third["group"] == 1
     assert third["reward"] is None and third["rewards/exact"] is None and third["sampler_logprobs"] is None
