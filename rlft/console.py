@@ -78,8 +78,9 @@ class Console:
         """`progress` of the phase "generating", in the form engines call it."""
         self.progress("generating", done, total)
 
-    def step(self, values: Mapping[str, float], sample: str | None) -> None:
-        """A step is done. values: its metrics and `step`; sample: the text of one completion, to look at."""
+    def step(self, values: Mapping[str, float], sample: str | None) -> list[health.Message]:
+        """A step is done. values: its metrics and `step`; sample: the text of one completion, to look at. Returns the
+        health messages that it printed, those that begin at this step."""
         self._done = int(values["step"])
         self._history = [*self._history, dict(values)][-health.WINDOW :]
         self._sample = sample or ""
@@ -88,10 +89,11 @@ class Console:
         if self.plain:
             self._print(plain_line(values, self._steps, self._left()))
         # Said when it begins, not at each step that it lasts.
-        for name, text in self._warnings:
-            if name not in self._told:
-                self._print(f"! step {self._done}: {text}", "yellow")
+        new = [message for message in self._warnings if message.name not in self._told]
+        for message in new:
+            self._print(f"! step {self._done}: {message.text}", "yellow")
         self._told = {message.name for message in self._warnings}
+        return new
 
     def note(self, text: str) -> None:
         """One line that stays."""

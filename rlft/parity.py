@@ -33,24 +33,41 @@ class Mismatch:
     """|trainer - engine| over the trained tokens of a step, as sums that add over micro-batches and ranks."""
 
     def __init__(self) -> None:
-        self.sums = torch.zeros(4 + len(EDGES) + 1, dtype=torch.float64)
-        """Tokens, sum of |d|, tokens outside, sum of k3, then the histogram: one tensor to sum over ranks."""
-        self.largest = 0.0
+        self._sums = torch.zeros(4 + len(EDGES) + 1, dtype=torch.float64)
+        self._waiting: list[Tensor] = []
+        self._largest = 0.0
 
     def add(self, logprobs: Tensor, batch: Batch) -> None:
         """Add a micro-batch. logprobs: [T], the trainer's, any dtype. Nothing to add without sampler log-probs."""
         if batch.sampler_logprobs is None:
             return
-        rows = batch.train_mask
-        d = (logprobs.detach()[rows] - batch.sampler_logprobs.to(logprobs.device)[rows]).double().cpu()
+        # Summed up once, when first asked: micro-batches are many, and each sum has a start-up cost and, on a GPU, waits.
+        # 4 bytes per token until then.
+        self._waiting.append((logprobs.detach() - batch.sampler_logprobs.to(logprobs.device))[batch.train_mask])
+
+    def _add_up(self) -> None:
+        waiting, self._waiting = self._waiting, []
+        d = torch.cat(waiting).double().cpu() if waiting else torch.zeros(0)
         if not d.numel():
             return
         size = d.abs()
         outside = ((d < LOW) | (d > HIGH)).sum()
         k3 = (d.clamp(-20, 20).exp() - 1 - d).sum()
-        self.sums[:4] += torch.stack([torch.tensor(float(d.numel())), size.sum(), outside.double(), k3])
-        self.sums[4:] += torch.bincount(torch.bucketize(size, EDGES), minlength=len(EDGES) + 1).double()
-        self.largest = max(self.largest, float(size.max()))
+        self._sums[:4] += torch.stack([torch.tensor(float(d.numel())), size.sum(), outside.double(), k3])
+        self._sums[4:] += torch.bincount(torch.bucketize(size, EDGES), minlength=len(EDGES) + 1).double()
+        self._largest = max(self._largest, float(size.max()))
+
+    @property
+    def sums(self) -> Tensor:
+        """Tokens, sum of |d|, tokens outside, sum of k3, then the histogram: one tensor to sum over ranks, in place."""
+        self._add_up()
+        return self._sums
+
+    @property
+    def largest(self) -> float:
+        """Largest |d|; 0 over no token."""
+        self._add_up()
+        return self._largest
 
     @property
     def tokens(self) -> int:

@@ -134,7 +134,8 @@ class Run:
             folder.mkdir(exist_ok=True)
             path = folder / f"step-{step:06d}.parquet"
             temporary = path.with_name(f".{path.name}.tmp")
-            pq.write_table(table, temporary)
+            # Ids and log-probs hardly repeat: looking for repetitions takes longer than everything else together.
+            pq.write_table(table, temporary, use_dictionary=["prompt", "finish_reason"])
             # A reader, or a run that is killed here, never meets half a file under the real name.
             temporary.rename(path)
 
@@ -215,6 +216,11 @@ class Run:
     def metrics(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl, oldest first; null for what was not finite."""
         return read_lines(self.metrics_file)
+
+    def lines_logged(self) -> int:
+        """Lines of metrics that were ever written in this folder, those set aside and torn ones included."""
+        files = [self.metrics_file, *(self.path / "set-aside").glob("*/metrics.jsonl")]
+        return sum(len(file.read_bytes().splitlines()) for file in files if file.exists())
 
     def first_evaluation(self) -> dict[str, float]:
         """The eval/* metrics of the run's first evaluation, nan for what was not finite; empty without one."""

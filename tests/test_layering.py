@@ -41,6 +41,8 @@ MAY_IMPORT = {
     "optim": "config kernels",
     "checkpoint": "types config models",
     "runs": "types batch config config_file metrics",
+    "background": "",
+    "tracking": "trackers background config config_file environment resolve runs types",
     "step_metrics": "types batch algos optim",
     "metrics": "types",
     "console": "types metrics health",
