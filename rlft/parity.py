@@ -29,6 +29,13 @@ LOW, HIGH = -0.10536051565782628, 0.0953101798043249
 """ln 0.9 and ln 1.1."""
 
 
+def bins(size: Tensor) -> Tensor:
+    """The bin of each |d|, int64: `torch.bucketize(size, EDGES)` but for rounding at an edge, in an eighth of its time
+    (65,536 tokens on one core: 0.19 and 1.47 ms)."""
+    at = ((size.log10() + 7) * 20).ceil()
+    return at.clamp(0, len(EDGES)).nan_to_num(nan=len(EDGES)).long()
+
+
 class Mismatch:
     """|trainer - engine| over the trained tokens of a step, as sums that add over micro-batches and ranks."""
 
@@ -54,7 +61,7 @@ class Mismatch:
         outside = ((d < LOW) | (d > HIGH)).sum()
         k3 = (d.clamp(-20, 20).exp() - 1 - d).sum()
         self._sums[:4] += torch.stack([torch.tensor(float(d.numel())), size.sum(), outside.double(), k3])
-        self._sums[4:] += torch.bincount(torch.bucketize(size, EDGES), minlength=len(EDGES) + 1).double()
+        self._sums[4:] += torch.bincount(bins(size), minlength=len(EDGES) + 1).double()
         self._largest = max(self._largest, float(size.max()))
 
     @property

@@ -1,6 +1,7 @@
 """TensorBoard: event files in the run's folder, shown by `tensorboard --logdir RUN/tensorboard`.
 
-A resumed run purges what was logged past the checkpoint, so the curves go on as if it had never stopped.
+A resumed run purges the numbers that were logged past the checkpoint, so the curves go on as if it had never stopped;
+texts (completions) of those steps are shown twice.
 """
 
 from __future__ import annotations
