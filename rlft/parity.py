@@ -29,11 +29,11 @@ LOW, HIGH = -0.10536051565782628, 0.0953101798043249
 """ln 0.9 and ln 1.1."""
 
 
-def bins(size: Tensor) -> Tensor:
+def bins_(size: Tensor) -> Tensor:
     """The bin of each |d|, int64: `torch.bucketize(size, EDGES)` but for rounding at an edge, in an eighth of its time
-    (65,536 tokens on one core: 0.19 and 1.47 ms)."""
-    at = ((size.log10() + 7) * 20).ceil()
-    return at.clamp(0, len(EDGES)).nan_to_num(nan=len(EDGES)).long()
+    (65,536 tokens on one core: 0.19 and 1.47 ms). Overwrites `size`."""
+    at = size.log10_().add_(7).mul_(20).ceil_()
+    return at.clamp_(0, len(EDGES)).nan_to_num_(nan=len(EDGES)).long()
 
 
 class Mismatch:
@@ -41,28 +41,31 @@ class Mismatch:
 
     def __init__(self) -> None:
         self._sums = torch.zeros(4 + len(EDGES) + 1, dtype=torch.float64)
-        self._waiting: list[Tensor] = []
+        self._waiting: list[tuple[Tensor, Tensor, Tensor]] = []
         self._largest = 0.0
 
     def add(self, logprobs: Tensor, batch: Batch) -> None:
         """Add a micro-batch. logprobs: [T], the trainer's, any dtype. Nothing to add without sampler log-probs."""
         if batch.sampler_logprobs is None:
             return
-        # Summed up once, when first asked: micro-batches are many, and each sum has a start-up cost and, on a GPU, waits.
-        # 4 bytes per token until then.
-        self._waiting.append((logprobs.detach() - batch.sampler_logprobs.to(logprobs.device))[batch.train_mask])
+        # Added up when first asked: micro-batches are many, and each sum has a start-up cost and, on a GPU, waits.
+        self._waiting.append((logprobs.detach(), batch.sampler_logprobs, batch.train_mask))
 
     def _add_up(self) -> None:
-        waiting, self._waiting = self._waiting, []
-        d = torch.cat(waiting).double().cpu() if waiting else torch.zeros(0)
+        if not self._waiting:
+            return
+        now, sampler, rows = (torch.cat([w[i].to(self._waiting[0][0].device) for w in self._waiting]) for i in range(3))
+        self._waiting = []
+        d = (now - sampler).masked_select(rows).double().cpu()
         if not d.numel():
             return
-        size = d.abs()
-        outside = ((d < LOW) | (d > HIGH)).sum()
-        k3 = (d.clamp(-20, 20).exp() - 1 - d).sum()
+        # In place: most of the time would go into fresh memory.
+        outside = (d < LOW).sum() + (d > HIGH).sum()
+        k3 = d.clamp(-20, 20).exp_().sub_(1).sub_(d).sum()
+        size = d.abs_()
         self._sums[:4] += torch.stack([torch.tensor(float(d.numel())), size.sum(), outside.double(), k3])
-        self._sums[4:] += torch.bincount(bins(size), minlength=len(EDGES) + 1).double()
         self._largest = max(self._largest, float(size.max()))
+        self._sums[4:] += torch.bincount(bins_(size), minlength=len(EDGES) + 1).double()
 
     @property
     def sums(self) -> Tensor:

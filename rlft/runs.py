@@ -135,7 +135,7 @@ class Run:
             path = folder / f"step-{step:06d}.parquet"
             temporary = path.with_name(f".{path.name}.tmp")
             # Ids and log-probs hardly repeat: looking for repetitions takes longer than everything else together.
-            pq.write_table(table, temporary, use_dictionary=["prompt", "finish_reason"])
+            pq.write_table(table, temporary, use_dictionary=["prompt", "finish_reason"])  # type: ignore[arg-type]
             # A reader, or a run that is killed here, never meets half a file under the real name.
             temporary.rename(path)
 
