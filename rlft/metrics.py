@@ -23,7 +23,7 @@ class Metrics:
 
     def __init__(self) -> None:
         self._added: list[tuple[Stats, list[tuple[list[int], Tensor]]]] = []
-        """Micro-batches not merged yet: their stats, and per dtype where its tensors stand among the numbers; with a copy."""
+        """Micro-batches not merged yet: their stats, and per dtype which of their numbers are tensors, with a copy."""
         self._merged: Stats = {}
 
     def add(self, stats: Stats) -> None:
