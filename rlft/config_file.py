@@ -31,7 +31,8 @@ TRL_NAMES = {
     "max_prompt_length": "data.max_prompt_tokens", "dataset_name": "data.path", "dataset_config": "data.subset",
     "dataset_train_split": "data.split", "shuffle_dataset": "data.shuffle", "num_train_epochs": "data.epochs",
     "chat_template_kwargs": "data.chat_template_kwargs", "model_name_or_path": "model", "output_dir": "out",
-    "run_name": "out", "max_steps": "steps", "per_device_train_batch_size": "prompts_per_step", "data_seed": "seed",
+    "run_name": "track.name", "report_to": "track.use", "max_steps": "steps", "data_seed": "seed",
+    "per_device_train_batch_size": "prompts_per_step",
     "bf16": "dtype", "fp16": "dtype", "torch_dtype": "dtype", "load_in_4bit": "quantization",
     "use_vllm": "engine.name", "reward_funcs": "rewards", "reward_weights": "rewards.weight",
     "learning_rate": "optim.lr", "weight_decay": "optim.weight_decay", "adam_beta1": "optim.betas",
@@ -51,7 +52,6 @@ TRL_NAMES = {
 TRL_NOTES = {
     "resume": "use the flag --resume, which goes on from the newest checkpoint in `out`",
     "resume_from_checkpoint": "use the flag --resume, which goes on from the newest checkpoint in `out`",
-    "report_to": "nothing to set: every run writes metrics.jsonl and report.html into its folder",
     "logging_steps": "nothing to set: every step is logged",
     "gradient_accumulation_steps": "nothing to set: packing.budget cuts a step into micro-batches, same gradient",
     "gradient_checkpointing": "nothing to set: lower packing.budget to save memory",

@@ -80,8 +80,9 @@ class Console:
         """`progress` of the phase "generating", in the form engines call it."""
         self.progress("generating", done, total)
 
-    def step(self, values: Mapping[str, float], sample: str | None) -> None:
-        """A step is done. values: its metrics and `step`; sample: the text of one completion, to look at."""
+    def step(self, values: Mapping[str, float], sample: str | None) -> list[health.Message]:
+        """A step is done. values: its metrics and `step`; sample: the text of one completion, to look at. Returns the
+        health messages that it printed, those that begin at this step."""
         self._done = int(values["step"])
         self._history = [*self._history, dict(values)][-health.WINDOW :]
         self._rows = [*self._rows, dict(values)][-health.WINDOW :]
@@ -91,8 +92,10 @@ class Console:
             self._print(plain_line(values, self._steps, self._left()))
         self._warnings = health.check(self._rows, self._algorithm)
         # Said when it begins, not at each step that it lasts.
-        self._warn([message for message in self._warnings if message.name not in self._told])
+        new = [message for message in self._warnings if message.name not in self._told]
+        self._warn(new)
         self._told = {message.name for message in self._warnings}
+        return new
 
     def evaluation(self, step: int, values: Mapping[str, float]) -> None:
         """An evaluation after `step` is done: say what the health rules see in it. values: its eval/* metrics."""

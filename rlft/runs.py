@@ -237,6 +237,11 @@ class Run:
         """The lines of metrics.jsonl, oldest first; null for what was not finite."""
         return read_lines(self.metrics_file)
 
+    def lines_logged(self) -> int:
+        """Lines of metrics that were ever written in this folder, those set aside and torn ones included."""
+        files = [self.metrics_file, *(self.path / "set-aside").glob("*/metrics.jsonl")]
+        return sum(len(file.read_bytes().splitlines()) for file in files if file.exists())
+
     def first_evaluation(self) -> dict[str, float]:
         """The eval/* metrics of the run's first evaluation, nan for what was not finite; empty without one."""
         for row in self.metrics():

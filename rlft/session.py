@@ -18,6 +18,7 @@ from torch import Tensor
 from rlft import __version__, checkpoint, parity
 from rlft.algorithm import Algorithm, describe
 from rlft.algorithm import build as build_algorithm
+from rlft.background import Background
 from rlft.config import Config, Reward
 from rlft.config_file import to_toml
 from rlft.console import Console
@@ -39,6 +40,7 @@ from rlft.rollout.eager import EagerEngine
 from rlft.rollout.engine import Engine
 from rlft.rollout.replay import ReplayEngine
 from rlft.runs import Run
+from rlft.tracking import Tracking
 from rlft.types import PackPlan, Prompt, State
 from rlft.validate import problems
 
@@ -65,12 +67,16 @@ class Session:
     functions: list[RewardFunction]
     eval_functions: list[RewardFunction]
     run: Run
+    writer: Background
+    """Writes completions while the loop goes on."""
     console: Console
     identity: dict[str, str]
     """What a checkpoint must have been made from to be resumed here."""
     plan: PackPlan
     """How updates are packed; `keep` is filled per step."""
     pieces: Pieces
+    tracking: Tracking = field(init=False)
+    """Started last, when the step that the run begins at is known."""
     state: State = field(default_factory=State)
     limit: float = math.inf
     """Largest mean mismatch a step may have, in nats."""
@@ -81,7 +87,8 @@ class Session:
     """Set by the first Ctrl-C: the step in flight is finished and saved."""
 
     def save(self) -> Path:
-        """Write a checkpoint of the state now; returns its folder."""
+        """Write a checkpoint of the state now, after the completions of every step until then; returns its folder."""
+        self.writer.flush()
         # No random state: every draw is seeded by (seed, step, ...).
         tensors = {"adapter": self.policy.flat.flat.detach(), "adapter_start": self.policy.flat.start}
         tensors |= {f"optim.{name}": value for name, value in self.optimizer.tensors().items()}
@@ -155,6 +162,7 @@ def build(
     with contextlib.ExitStack() as stack:
         console = stack.enter_context(Console())
         run = Run.resume(cfg.out) if resume else Run.create(cfg.out)
+        writer = stack.enter_context(Background("rlft-writer"))
         algorithm = build_algorithm(cfg.algo, cfg.optim.updates)
         console.note(f"loading {cfg.model}")
         tokenizer = load_tokenizer(cfg.model)
@@ -183,12 +191,14 @@ def build(
             reference=Reference(policy, keep=steps * cfg.prompts_per_step > len(rows)),
             optimizer=Optimizer(policy.flat.flat, cfg.optim, steps * cfg.optim.updates), prompts=prompts, held=held,
             held_loss=bool(held) and not engine.SAMPLES and measures_loss(rows, held), functions=functions,
-            eval_functions=eval_functions, run=run, console=console, identity=identity_of(cfg, policy),
+            eval_functions=eval_functions, run=run, writer=writer, console=console, identity=identity_of(cfg, policy),
             plan=plan_of(cfg, algorithm), pieces=Pieces(tokenizer), state=State(data=digest(rows)), callbacks=callbacks,
         )  # fmt: skip
         if resume:
             s.restore(run.latest_checkpoint())
             s.first_evaluation = run.first_evaluation()
+        # Before the folder counts as a run: a tracker that cannot start leaves nothing in the way.
+        s.tracking = stack.enter_context(Tracking(cfg, run, s.state.step, resume, console.note))
         run.write_config(to_toml(cfg))
         run.write_plan(memory_plan(policy, cfg, eval_engine.SAMPLES))
         console.start(_title(s), steps, s.state.step, cfg.algo.name)

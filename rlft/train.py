@@ -193,14 +193,15 @@ def record(s: Session, values: dict[str, float], drawn: Drawn, parts: Parts, adv
     """
     for fault in parts.faults():
         s.console.note(fault)
-    s.run.log(s.state.step, values)
+    step, scored, columns = s.state.step, drawn.rewards.tolist(), parts.columns()
     kept = [i for i, keep in enumerate(drawn.kept) if keep]
-    s.run.write_rollouts(
-        s.state.step, drawn.rollouts, drawn.rewards.tolist(), parts.columns(), advantages,
-        {kept[row]: values for row, values in logprobs.items()},
-        s.pieces.first_groups(drawn.rollouts, group_ids(drawn.rollouts).tolist(), PIECED_GROUPS),
-    )  # fmt: skip
-    s.console.step(values | {"step": float(s.state.step)}, drawn.rollouts[0].text)
+    theirs = {kept[row]: values for row, values in logprobs.items()}
+    pieces = s.pieces.first_groups(drawn.rollouts, group_ids(drawn.rollouts).tolist(), PIECED_GROUPS)
+    s.run.log(step, values)
+    s.writer.submit(lambda: s.run.write_rollouts(step, drawn.rollouts, scored, columns, advantages, theirs, pieces))
+    messages = s.console.step(values | {"step": float(step)}, drawn.rollouts[0].text)
+    scores = {"reward": scored, **{f"rewards/{name}": v for name, v in columns.items()}, "advantage": advantages}
+    s.tracking.log(step, values, "completions", drawn.rollouts, scores, messages)
     for callback in s.callbacks:
         callback(s.state, values)
 
@@ -217,11 +218,13 @@ def measure(s: Session) -> dict[str, float]:
         values |= found.metrics | change(s.run.first_rewards(), found.by_row(), s.cfg.eval)
     s.run.log(step, values)
     if found is not None:
-        s.run.write_evaluation(step, found.rollouts, found.rewards)
+        s.run.write_evaluation(step, found.rollouts, found.rewards)  # at once: the next evaluation reads the first
         for fault in found.faults:
             s.console.note(fault)
         if found.graded() and not step:
             s.console.note(f"held-out rewards are not all 0 or 1: solved means at least {s.cfg.eval.threshold:g}")
+    shown = (found.rollouts, {"reward": found.rewards}) if found is not None else ((), {})
+    s.tracking.log(step, values, "eval/completions", *shown)
     s.console.note(evaluation_line(values, step))
     s.console.evaluation(step, values)
     return values

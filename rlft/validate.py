@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from rlft import resolve
+from rlft import resolve, tracking
 from rlft.algorithm import Algorithm
 from rlft.algorithm import build as build_algorithm
 from rlft.config import Config, Data, Reward
@@ -50,6 +50,7 @@ def problems(cfg: Config, resume: bool = False, callables: bool = False) -> list
             found += _measured(cfg, kind_of(rows[0]), kind_of(held[0]), callables)
     found += _rewards("rewards", cfg.rewards, rows)
     found += _rewards("eval.rewards", cfg.eval.rewards, held)
+    found += tracking.problems(cfg.track)
     # One fault may show in two checks.
     return list(dict.fromkeys(found))
 

@@ -42,6 +42,8 @@ MAY_IMPORT = {
     "reference": "types models",
     "checkpoint": "types config models",
     "runs": "types batch config config_file metrics",
+    "background": "",
+    "tracking": "trackers background config config_file environment resolve runs types",
     "step_metrics": "types batch algos optim",
     "metrics": "types",
     "console": "types metrics health",
