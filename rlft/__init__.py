@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _NAMES = {
-    "config": "Config Source Data Reward Algo Sampling Lora Optim Engine Packing Parity Eval Checkpoint",
+    "config": "Config Source Data Reward Algo Sampling Lora Optim Engine Packing Parity Eval Checkpoint Track",
     "types": "Prompt Rollout Batch PackPlan Stat State",
     "errors": "RlftError ConfigError DataError RewardError EngineError ParityError TrainError",
 }

@@ -8,6 +8,7 @@ share its tokens.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from itertools import accumulate, groupby
@@ -269,14 +270,14 @@ def packing_stats(batches: Sequence[Batch], ran: Sequence[Batch]) -> dict[str, f
     tokens = sum(len(batch.input_ids) for batch in ran)
     full = []  # prompt and completion of every row that was run
     for batch in ran:
-        lengths = batch.cu_seqlens.diff()
-        own = lengths + torch.where(batch.prefix >= 0, lengths[batch.prefix.long().clamp(min=0)], 0)
-        full += own[batch.group_ids >= 0].tolist()
-    rows = sum(len(batch.rows) for batch in batches)
+        lengths = [end - start for start, end in itertools.pairwise(batch.cu_seqlens.tolist())]
+        rows = zip(lengths, batch.prefix.tolist(), batch.group_ids.tolist(), strict=True)
+        full += [own + (lengths[prefix] if prefix >= 0 else 0) for own, prefix, group in rows if group >= 0]
+    packed = sum(len(batch.rows) for batch in batches)
     return {
         "batch/tokens": float(tokens),
         "batch/micro_batches": float(len(ran)),
         "batch/packing_ratio": len(full) * max(full, default=0) / max(1, tokens),
         "batch/shared_prefix_saving": 1 - tokens / max(1, sum(full)) if full else 0.0,
-        "batch/skipped": float(rows - len(full)),
+        "batch/skipped": float(packed - len(full)),
     }

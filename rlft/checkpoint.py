@@ -4,6 +4,7 @@
       adapter_config.json, adapter_model.safetensors   the PEFT adapter: transformers and vLLM load the folder as it is
       trainer.safetensors                              every tensor a resume needs: adapter in fp32, moments, RNG
       state.json                                       rlft.types.State, what it was made from, versions, a digest
+    best.json                                          the step that did best on the held-out rows; its folder is kept
 
 It is written under a temporary name, forced to disk, and renamed: a kill at any moment leaves the last one usable.
 """
@@ -24,7 +25,7 @@ from typing import Any
 from torch import Tensor
 
 from rlft.errors import ConfigError
-from rlft.types import State
+from rlft.types import Best, State
 
 FORMAT = 1
 """Layout of the folder. Raised when an older rlft could not read a new checkpoint, or the other way round."""
@@ -37,33 +38,35 @@ DISCARDED = ".discarded-"
 
 def save(
     root: Path, state: State, tensors: Mapping[str, Tensor], identity: Mapping[str, str],
-    write_adapter: Callable[[Path], None], keep: int,
+    write_adapter: Callable[[Path], None], keep: int, best: Best | None = None,
 ) -> Path:  # fmt: skip
     """Write root/step-000012, then remove the oldest beyond `keep` and what killed saves left. Returns the folder.
 
     tensors: any names, dtypes and shapes, no two sharing storage. identity: what they fit, name -> text. write_adapter:
-    called with the folder to write the PEFT adapter into. A step that was saved before is left as it is: it can only
-    hold the same state. Raises ConfigError when the folder cannot be written.
+    called with the folder to write the PEFT adapter into. best: the evaluation that did best so far, this step's
+    included; its checkpoint stays, however old. A step that was saved before is left as it is: it can only hold the
+    same state. Raises ConfigError when the folder cannot be written.
     """
     assert keep >= 1, keep
-    final = root / f"step-{state.step:06d}"
-    if final.exists():
-        return final
+    final = root / _name(state.step)
     temporary = root / f"{TEMPORARY}{final.name}"
     try:
         root.mkdir(parents=True, exist_ok=True)
         _clean(root)
-        temporary.mkdir()
-        write_adapter(temporary)
-        _write_state(temporary, state, tensors, identity)
-        for path in sorted(temporary.rglob("*")):
-            _sync(path)
-        _sync(temporary)
-        temporary.rename(final)
-        _sync(root)
+        if not final.exists():
+            temporary.mkdir()
+            write_adapter(temporary)
+            _write_state(temporary, state, tensors, identity)
+            for path in sorted(temporary.rglob("*")):
+                _sync(path)
+            _sync(temporary)
+            temporary.rename(final)
+            _sync(root)
+        mark_best(root, best)
         for old in _saved(root)[:-keep]:
-            # Renamed first: a kill while files are being removed must not leave half a checkpoint under its name.
-            old.rename(root / f"{DISCARDED}{old.name}")
+            if best is None or old.name != _name(best.step):
+                # Renamed first: a kill while files are removed must not leave half a checkpoint under its name.
+                old.rename(root / f"{DISCARDED}{old.name}")
         _clean(root)
     except OSError as error:
         raise ConfigError(
@@ -71,6 +74,24 @@ def save(
             f"with --resume"
         ) from error
     return final
+
+
+def mark_best(root: Path, best: Best | None) -> None:
+    """Write root/best.json for whoever looks there: {"checkpoint": "step-000012", "metric": "eval/reward", "value": 1}.
+
+    Without one it is removed. rlft itself asks `Run.best`. Raises ConfigError when it cannot be written.
+    """
+    path = root / "best.json"
+    try:
+        if best is None:
+            path.unlink(missing_ok=True)
+            return
+        temporary = root / f".{path.name}.tmp"
+        record = {"checkpoint": _name(best.step), "metric": best.metric, "value": best.value}
+        temporary.write_text(json.dumps(record) + "\n", encoding="utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be written: {error.strerror or error}; make room there") from error
 
 
 def load(path: Path, identity: Mapping[str, str]) -> tuple[State, dict[str, Tensor], list[str]]:
@@ -164,6 +185,10 @@ def _versions() -> dict[str, str]:
 
 def _digest(data: bytes) -> str:
     return hashlib.blake2b(data, digest_size=16).hexdigest()
+
+
+def _name(step: int) -> str:
+    return f"step-{step:06d}"
 
 
 def _saved(root: Path) -> list[Path]:

@@ -9,7 +9,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import json
 import logging
+import math
 import operator
 import os
 import sys
@@ -23,7 +25,7 @@ import tyro
 
 from rlft import config_file
 from rlft.config import Algo, Config
-from rlft.errors import ConfigError, RlftError
+from rlft.errors import ConfigError, RewardError, RlftError
 from rlft.resolve import near
 
 A = TypeVar("A")
@@ -39,12 +41,22 @@ usage: rlft COMMAND ...
       --resume goes on from the newest checkpoint in the run's folder.
   rlft validate FILE [--section.field value ...]
       Check everything that can be checked without loading the model, and print the resolved config.
-  rlft eval RUN [--rows N]
-      Score the newest checkpoint of the run folder RUN on its held-out rows.
-  rlft generate RUN "prompt" [--max_tokens N] [--temperature T]
-      Sample one completion from the newest checkpoint of a run.
-  rlft report RUN
-      Write RUN/report.html, a page that opens without a network.
+  rlft reward-check FILE [--data PATH] [--rows N]
+      Score a few completions without a model and print each reward: those recorded with the data, with --run RUN
+      [--step N] those an earlier run sampled, with --completion COLUMN any column. FILE is a config, or one reward
+      such as my_rewards.py:correct. Exit code 2 when a function fails on any of them.
+  rlft eval RUN [--checkpoint latest|best|STEP] [--base] [--rows N] [--samples K] [--temperature T] [--json]
+      Score a checkpoint of the run folder RUN (or its base model) on the rows that the run held out: mean reward,
+      pass@k with K samples per row, loss of recorded rows, with standard errors and 95% intervals.
+  rlft generate RUN "prompt" [--checkpoint latest|best|STEP] [--max_tokens N] [--temperature T]
+      Sample one completion from a checkpoint of a run.
+  rlft merge RUN OUT [--checkpoint latest|best|STEP] [--dtype bfloat16] [--push YOU/MODEL [--private]]
+      Merge the run's adapter into its base, unquantised, as a model in the folder OUT; its log-probs are checked.
+  rlft push RUN YOU/MODEL [--checkpoint latest|best|STEP] [--private]
+      Upload the run's adapter and its model card to the Hugging Face hub.
+  rlft report RUN [RUN ...] [--out FILE]
+      Write RUN/report.html, a page that opens without a network; of several runs comparison.html, with their curves
+      over each other and the settings that differ.
   rlft env
       Versions, device, what is missing and the pip command that adds it.
 
@@ -213,15 +225,33 @@ class RunArgs:
 
 @dataclasses.dataclass(frozen=True)
 class EvalArgs(RunArgs):
-    """Score the newest checkpoint of a run on its held-out rows."""
+    """Score a checkpoint of a run on the rows that the run held out. Nothing is written into RUN."""
 
+    checkpoint: Annotated[str, tyro.conf.arg(metavar="latest|best|STEP")] = "latest"
+    """Which checkpoint: the newest, the one that did best on the held-out rows, or one by its step."""
+    base: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """The model without an adapter instead: what the run began with."""
     rows: int | None = None
     """Use only the first so many rows."""
+    samples: int | None = None
+    """Completions per row, for pass@k; None: the run's eval.samples."""
+    temperature: float | None = None
+    """Sampling temperature, 0 for greedy; None: the run's eval.temperature."""
+    top_p: float | None = None
+    """Nucleus sampling; None: the run's eval.top_p."""
+    top_k: int | None = None
+    """Sample among the k most likely tokens; None: the run's eval.top_k."""
+    max_tokens: int | None = None
+    """Longest completion; None: the run's."""
+    threshold: float | None = None
+    """A completion with at least this reward counts as solved; None: the run's eval.threshold."""
+    json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Print one JSON object with every number instead of the table."""
 
 
 @dataclasses.dataclass(frozen=True)
 class GenerateArgs(RunArgs):
-    """Sample one completion from the newest checkpoint of a run, prompted as its data was."""
+    """Sample one completion from a checkpoint of a run, prompted as its data was."""
 
     prompt: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PROMPT")]
     """What to say to the model."""
@@ -229,6 +259,70 @@ class GenerateArgs(RunArgs):
     """Longest completion; None: the run's sampling.max_tokens."""
     temperature: float | None = None
     """Softmax temperature, 0 for greedy; None: the run's sampling.temperature."""
+    checkpoint: Annotated[str, tyro.conf.arg(metavar="latest|best|STEP")] = "latest"
+    """Which checkpoint: the newest, the one that did best on the held-out rows, or one by its step."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RewardCheckArgs:
+    """Score a few completions without a model and print each reward. Exit code 2 when a function fails on any of them.
+
+    Without a tokenizer completion_ids are empty: it is loaded when FILE is a config and a function names them, and a
+    run's completions have theirs.
+    """
+
+    file: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FILE")]
+    """A config (.toml, .yaml), or one reward as `rewards` names it: "number", "my_rewards.py:correct"."""
+    data: str | None = None
+    """Dataset to take rows from; None: the config's, or that of --run."""
+    rows: int = 8
+    """Take the first so many rows, or completions of --run."""
+    run: Path | None = None
+    """Score the completions of this run folder instead of those recorded with the data."""
+    step: int | None = None
+    """Which step of --run; None: the last one."""
+    completion: str | None = None
+    """Column to score as the completion, for example answer. None: what the kind of rows has."""
+    timeout: float | None = None
+    """Seconds a call may take; None: the config's, or 30."""
+
+
+@dataclasses.dataclass(frozen=True)
+class MergeArgs(RunArgs):
+    """Merge the adapter of a run into its base, as a model of its own whose log-probs are checked."""
+
+    out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
+    """Folder for the model; it must not exist, or be empty."""
+    checkpoint: Annotated[str, tyro.conf.arg(metavar="latest|best|STEP")] = "latest"
+    """Which checkpoint: the newest, the one that did best on the held-out rows, or one by its step."""
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    """Type of the weights that are written."""
+    push: str | None = None
+    """Hub id to upload the model to as well, such as you/model."""
+    private: bool = False
+    """Make a repository that --push creates private."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PushArgs(RunArgs):
+    """Upload the adapter of a run and its model card to the Hugging Face hub."""
+
+    repo: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="YOU/MODEL")]
+    """Hub id, made if missing."""
+    checkpoint: Annotated[str, tyro.conf.arg(metavar="latest|best|STEP")] = "latest"
+    """Which checkpoint: the newest, the one that did best on the held-out rows, or one by its step."""
+    private: bool = False
+    """Make a repository that is created private."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ReportArgs:
+    """Write the page of a run, or of several runs compared."""
+
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN [RUN ...]")]
+    """Folders of runs."""
+    out: Path | None = None
+    """Where to write; None: report.html in the run's folder, comparison.html here for several."""
 
 
 def _parsed(cls: type[A], command: str, args: list[str]) -> A:
@@ -258,31 +352,80 @@ def _validate(args: list[str]) -> int:
     return ConfigError.exit_code
 
 
+def _reward_check(args: list[str]) -> int:
+    given = _parsed(RewardCheckArgs, "reward-check", args)
+    from rich.console import Console
+
+    from rlft.reward_check import check
+
+    # Messages of functions are printed as they are: no markup, no colours, no words cut in two.
+    show = Console(markup=False, highlight=False, emoji=False, soft_wrap=True).print
+    good = check(show=show, **vars(given))
+    return 0 if good else RewardError.exit_code
+
+
 def _eval(args: list[str]) -> int:
     given = _parsed(EvalArgs, "eval", args)
-    from rlft.train import evaluate_run
+    if given.base and given.checkpoint != "latest":
+        raise ConfigError(f"--base and --checkpoint {given.checkpoint}: give one of them")
+    from rlft.finished import evaluate_run
 
-    for name, value in evaluate_run(given.run, given.rows).items():
-        print(f"{name:<36} {value:.4g}")
+    which = "base" if given.base else given.checkpoint
+    fields = ("samples", "temperature", "top_p", "top_k", "max_tokens", "threshold")
+    changes = {name: value for name in fields if (value := getattr(given, name)) is not None}
+    values = evaluate_run(given.run, which, given.rows, **changes)
+    if given.json:
+        print(json.dumps({name: value if math.isfinite(value) else None for name, value in values.items()}))
+        return 0
+    from rlft.console import Console, evaluation_rows
+
+    what = "the base model" if given.base else f"step {values['step']:.0f}"
+    several = values.get("eval/samples", 1) > 1
+    samples = f", {values['eval/samples']:.0f} completions each" if several else ""
+    title = f"{what} of {given.run} on {values['eval/rows']:.0f} held-out rows{samples}"
+    Console().table(title, evaluation_rows(values))
     return 0
 
 
 def _generate(args: list[str]) -> int:
     given = _parsed(GenerateArgs, "generate", args)
-    from rlft.train import generate_from_run
+    from rlft.finished import generate_from_run
 
-    print(generate_from_run(given.run, given.prompt, given.max_tokens, given.temperature))
+    print(generate_from_run(given.run, given.prompt, given.max_tokens, given.temperature, given.checkpoint))
+    return 0
+
+
+def _merge(args: list[str]) -> int:
+    given = _parsed(MergeArgs, "merge", args)
+    from rlft.export import merge
+
+    merged = merge(given.run, given.out, given.checkpoint, given.dtype, given.push, given.private)
+    print(f"merged {merged.checkpoint} into {merged.out}\n{merged.words()}")
+    return 0
+
+
+def _push(args: list[str]) -> int:
+    given = _parsed(PushArgs, "push", args)
+    from rlft.export import push_adapter
+
+    print(push_adapter(given.run, given.repo, given.checkpoint, given.private))
     return 0
 
 
 def _report(args: list[str]) -> int:
-    """Write the page of a run."""
-    given = _parsed(RunArgs, "report", args)
-    if not (given.run / "metrics.jsonl").is_file():
-        raise ConfigError(f"{given.run}: not the folder of a run (it has no metrics.jsonl)")
-    from rlft.report import write
+    """Write the page of a run, or of several compared."""
+    given = _parsed(ReportArgs, "report", args)
+    if not given.runs:
+        raise ConfigError("rlft report RUN [RUN ...]: give the folder of a run")
+    for run in given.runs:
+        if not (run / "metrics.jsonl").is_file():
+            raise ConfigError(f"{run}: not the folder of a run (it has no metrics.jsonl)")
+    from rlft import report
 
-    print(write(given.run))
+    if len(given.runs) == 1:
+        print(report.write(given.runs[0], given.out))
+    else:
+        print(report.compare(given.runs, given.out or Path("comparison.html")))
     return 0
 
 
@@ -296,5 +439,6 @@ def _env(args: list[str]) -> int:
 
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
-    "train": _train, "validate": _validate, "eval": _eval, "generate": _generate, "report": _report, "env": _env,
+    "train": _train, "validate": _validate, "reward-check": _reward_check, "eval": _eval, "generate": _generate,
+    "merge": _merge, "push": _push, "report": _report, "env": _env,
 }  # fmt: skip

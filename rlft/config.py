@@ -15,7 +15,7 @@ from rlft.errors import ConfigError
 
 __all__ = [
     "Config", "Source", "Data", "Reward", "Algo", "Sampling", "Lora", "Optim", "Engine", "Packing", "Parity", "Eval",
-    "Checkpoint", "Overlong", "Refill", "require",
+    "Checkpoint", "Overlong", "Refill", "Track", "require",
 ]  # fmt: skip
 
 
@@ -167,6 +167,37 @@ class Checkpoint:
 
 
 @dataclass(frozen=True)
+class Track:
+    """Where metrics and completions go besides the run's folder, which has all of them in any case."""
+
+    use: tuple[str, ...] = ()
+    """Trackers: "wandb", "trackio", "tensorboard", or a class of your own, "file.py:Class" (CONTRIBUTING.md)."""
+    project: str = "rlft"
+    """Project that the run is listed under (W&B, Trackio)."""
+    name: str | None = None
+    """Name of the run in its project; None: the name of the run's folder."""
+    group: str | None = None
+    """Group of runs that this one belongs to (W&B, Trackio)."""
+    tags: tuple[str, ...] = ()
+    """Tags of the run (W&B only)."""
+    entity: str | None = None
+    """User or team that owns the project (W&B only); None: your default one."""
+    mode: Literal["auto", "online", "offline"] = "auto"
+    """"offline" writes W&B's files into the run's folder, to be sent later with `wandb sync`; "auto" is what WANDB_MODE
+    or `wandb offline` say, and online where they say nothing (W&B only)."""
+    completions: int = 16
+    """Completions of each step, and of each evaluation, that go to the trackers as a table; 0: none."""
+
+    def __post_init__(self) -> None:
+        require(bool(self.project), "track.project", self.project, "the name of a project")
+        require(len(set(self.use)) == len(self.use), "track.use", list(self.use), "name each tracker once")
+        require(self.completions >= 0, "track.completions", self.completions, "0 (no table) or more")
+        only = [f"track.{n}" for n in ("tags", "entity", "mode") if getattr(self, n) != getattr(Track, n)]
+        require("wandb" in self.use or not self.use or not only, " and ".join(only), "set",
+                f'these are for W&B, and track.use is {list(self.use)}; leave them out or add "wandb"')  # fmt: skip
+
+
+@dataclass(frozen=True)
 class Config:
     """A run."""
 
@@ -202,6 +233,7 @@ class Config:
     parity: Parity = field(default_factory=Parity)
     eval: Eval = field(default_factory=Eval)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    track: Track = field(default_factory=Track)
 
     def __post_init__(self) -> None:
         require(bool(self.model), "model", self.model, "a hub id, a folder, a .gguf file or an installed package")

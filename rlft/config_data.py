@@ -81,7 +81,8 @@ class Reward:
     """One reward function."""
 
     use: str
-    """A name in rlft.rewards ("number"), "file.py:function" or "package.module:function"."""
+    """A name in rlft.rewards ("number"), "file.py:function" or "package.module:function". In the rewards given to
+    `rlft.train` from Python it may be the function itself."""
     weight: float = 1.0
     """Factor of this reward in the sum."""
     timeout: float = 30.0
@@ -166,13 +167,19 @@ class Eval:
     rows: int = 0
     """Held-out rows; 0 switches evaluation off. Without `data` they are set aside from the training data."""
     data: Data | None = None
-    """Another dataset to evaluate on; its first `rows` rows are used."""
+    """Another dataset to evaluate on; its first `rows` rows are used, and training rows with the same prompt are left
+    out."""
     every: int = 0
-    """Evaluate every this many steps; 0: only before the first step and after the last."""
+    """Evaluate every this many steps, and save where the result is the best so far; 0: only before the first step and
+    after the last."""
     rewards: tuple[Reward, ...] = ()
     """Reward functions of the evaluation; none: those of the run."""
     samples: int = 1
-    """Completions per row; with one, decoding is greedy."""
+    """Completions per row; with one, decoding is greedy unless `temperature` says otherwise."""
+    pass_at: tuple[int, ...] = ()
+    """The k of pass@k; none: 1, 2, 4, 8, ... up to `samples`."""
+    threshold: float = 1.0
+    """A completion with at least this reward (the weighted sum) counts as solved in pass@k."""
     temperature: float = 0.0
     """Sampling temperature of the evaluation; 0 is greedy."""
     max_tokens: int | None = None
@@ -181,10 +188,28 @@ class Eval:
     """Nucleus sampling in the evaluation."""
     top_k: int = 0
     """Sample among the k most likely tokens in the evaluation, 0 for all."""
+    stop_token_ids: tuple[int, ...] | None = None
+    """Token ids that end a completion, besides the model's own EOS; None: `sampling.stop_token_ids`."""
 
     def __post_init__(self) -> None:
         require(self.rows >= 0, "eval.rows", self.rows, "0 or more")
         require(self.every >= 0, "eval.every", self.every, "0 or more")
+        require(not (self.every and not self.rows), "eval.every", self.every, "nothing to evaluate on: set eval.rows")
+        require(not (self.data and not self.rows), "eval.rows", self.rows, "say how many rows of eval.data to use")
         require(self.samples >= 1, "eval.samples", self.samples, "at least 1")
         greedy = self.temperature == 0 and self.samples > 1
         require(not greedy, "eval.samples", self.samples, "greedy samples are all equal: set eval.temperature above 0")
+        fits = all(1 <= k <= self.samples for k in self.pass_at)
+        require(fits, "eval.pass_at", self.pass_at, f"each from 1 to eval.samples = {self.samples}")
+        require(0 <= self.temperature < 100, "eval.temperature", self.temperature, "between 0 and 100")
+        limit = self.max_tokens
+        require(limit is None or limit >= 1, "eval.max_tokens", limit, "at least 1, or leave it out")
+        require(0 < self.top_p <= 1, "eval.top_p", self.top_p, "above 0, at most 1")
+        require(self.top_k >= 0, "eval.top_k", self.top_k, "0 (all) or more")
+        truncated = self.temperature == 0 and (self.top_p < 1 or self.top_k)
+        why = "greedy decoding takes the most likely token, whatever top_p and top_k say: set a temperature above 0"
+        require(not truncated, "eval.temperature", self.temperature, why)
+
+    def ks(self) -> tuple[int, ...]:
+        """The k of pass@k."""
+        return self.pass_at or tuple(2**i for i in range(self.samples.bit_length()))

@@ -31,7 +31,8 @@ TRL_NAMES = {
     "max_prompt_length": "data.max_prompt_tokens", "dataset_name": "data.path", "dataset_config": "data.subset",
     "dataset_train_split": "data.split", "shuffle_dataset": "data.shuffle", "num_train_epochs": "data.epochs",
     "chat_template_kwargs": "data.chat_template_kwargs", "model_name_or_path": "model", "output_dir": "out",
-    "run_name": "out", "max_steps": "steps", "per_device_train_batch_size": "prompts_per_step", "data_seed": "seed",
+    "run_name": "track.name", "report_to": "track.use", "max_steps": "steps", "data_seed": "seed",
+    "per_device_train_batch_size": "prompts_per_step",
     "bf16": "dtype", "fp16": "dtype", "torch_dtype": "dtype", "load_in_4bit": "quantization",
     "use_vllm": "engine.name", "reward_funcs": "rewards", "reward_weights": "rewards.weight",
     "learning_rate": "optim.lr", "weight_decay": "optim.weight_decay", "adam_beta1": "optim.betas",
@@ -42,6 +43,7 @@ TRL_NAMES = {
     "epsilon": "algo.clip_low", "epsilon_high": "algo.clip_high", "scale_rewards": "algo.advantage",
     "loss_type": "algo.aggregation", "vllm_importance_sampling_cap": "algo.correction_cap",
     "save_steps": "checkpoint.every", "save_total_limit": "checkpoint.keep", "eval_steps": "eval.every",
+    "eval_strategy": "eval.every", "eval_dataset": "eval.data",
     "num_generations_eval": "eval.samples", "num_iterations": "optim.passes",
     "mask_truncated_completions": "overlong.drop",
 }  # fmt: skip
@@ -50,11 +52,12 @@ TRL_NAMES = {
 TRL_NOTES = {
     "resume": "use the flag --resume, which goes on from the newest checkpoint in `out`",
     "resume_from_checkpoint": "use the flag --resume, which goes on from the newest checkpoint in `out`",
-    "report_to": "nothing to set: every run writes metrics.jsonl and report.html into its folder",
     "logging_steps": "nothing to set: every step is logged",
     "gradient_accumulation_steps": "nothing to set: packing.budget cuts a step into micro-batches, same gradient",
     "gradient_checkpointing": "nothing to set: lower packing.budget to save memory",
     "do_train": "use the command: rlft train, rlft eval",
+    "load_best_model_at_end": "nothing to set: the checkpoint that did best on the held-out rows is kept and named",
+    "metric_for_best_model": "nothing to set: the best has the highest eval/reward, or without rewards the lowest loss",
     "do_eval": "use the command: rlft train, rlft eval",
 }
 """TRL's settings that have no counterpart, and what to do instead."""

@@ -6,6 +6,7 @@ cursor is never hidden and no alternate screen is used, so that even `kill -9` l
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rlft import health
+from rlft.types import Best
 
 SHADES = "▁▂▃▄▅▆▇█"
 PHASES = ("generate", "reward", "train", "sync")
@@ -45,11 +47,12 @@ class Console:
         self.plain = not live if plain is None else plain
         self._live: Live | None = None
         self._history: list[dict[str, float]] = []
+        self._rows: list[dict[str, float]] = []
         self._told: set[str] = set()
         self._warnings: list[health.Message] = []
         self._title: list[str] = []
         self._phase: tuple[str, int, int] = ("", 0, 0)
-        self._sample = ""
+        self._sample = self._algorithm = ""
         self._steps = self._done = 0
         self._began = time.monotonic()
         self._closed = False
@@ -60,11 +63,12 @@ class Console:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self.close()
 
-    def start(self, title_lines: Sequence[str], steps: int, done: int = 0) -> None:
-        """Print what is about to run and begin the view. steps: of the whole run; done: those a resume begins after."""
+    def start(self, title_lines: Sequence[str], steps: int, done: int = 0, algorithm: str = "") -> None:
+        """Print what is about to run and begin the view. steps: of the whole run; done: those a resume begins after;
+        algorithm: `algo.name`, since some health rules are not for all."""
         for line in title_lines:
             self._print(line)
-        self._steps, self._done, self._began = steps, done, time.monotonic()
+        self._steps, self._done, self._began, self._algorithm = steps, done, time.monotonic(), algorithm
         self._open()
 
     def progress(self, what: str, done: int, total: int) -> None:
@@ -76,20 +80,33 @@ class Console:
         """`progress` of the phase "generating", in the form engines call it."""
         self.progress("generating", done, total)
 
-    def step(self, values: Mapping[str, float], sample: str | None) -> None:
-        """A step is done. values: its metrics and `step`; sample: the text of one completion, to look at."""
+    def step(self, values: Mapping[str, float], sample: str | None) -> list[health.Message]:
+        """A step is done. values: its metrics and `step`; sample: the text of one completion, to look at. Returns the
+        health messages that it printed, those that begin at this step."""
         self._done = int(values["step"])
         self._history = [*self._history, dict(values)][-health.WINDOW :]
+        self._rows = [*self._rows, dict(values)][-health.WINDOW :]
         self._sample = sample or ""
         self._phase = ("", 0, 0)
-        self._warnings = health.check(self._history)
         if self.plain:
             self._print(plain_line(values, self._steps, self._left()))
+        self._warnings = health.check(self._rows, self._algorithm)
         # Said when it begins, not at each step that it lasts.
-        for name, text in self._warnings:
-            if name not in self._told:
-                self._print(f"! step {self._done}: {text}", "yellow")
+        new = [message for message in self._warnings if message.name not in self._told]
+        self._warn(new)
         self._told = {message.name for message in self._warnings}
+        return new
+
+    def evaluation(self, step: int, values: Mapping[str, float]) -> None:
+        """An evaluation after `step` is done: say what the health rules see in it. values: its eval/* metrics."""
+        self._rows = [*self._rows, {"step": float(step), **values}][-health.WINDOW :]
+        found = health.check(self._rows, self._algorithm)
+        self._warnings = [*self._warnings, *found]
+        self._warn(found)
+
+    def _warn(self, messages: Sequence[health.Message]) -> None:
+        for _, text in messages:
+            self._print(f"! step {self._done}: {text}", "yellow")
 
     def note(self, text: str) -> None:
         """One line that stays."""
@@ -106,16 +123,25 @@ class Console:
             self._print("  " + "  ".join(cells).rstrip(), "dim" if n == 0 else "")
 
     def finish(
-        self, before: Mapping[str, float], after: Mapping[str, float], adapter: Path, report: Path, again: str
-    ) -> None:
+        self, before: Mapping[str, float], after: Mapping[str, float], adapter: Path, report: Path, again: str,
+        best: Best | None = None,
+    ) -> None:  # fmt: skip
         """Close the view and say what came out: held-out metrics before and after (either may be empty), the adapter's
-        folder, the report, and the command that samples from the result."""
+        folder, the report, and the command that samples from the result. best: named where it beats the last."""
         self.close()
-        names = evaluation_names({**before, **after})
+        both = {**before, **after}
+        names = evaluation_names(both)
         if names:
+            head = ("", "before", "after", *(("change",) if before and after else ()))
+            rows = [
+                (label(both, name), with_error(before, name), with_error(after, name), changed(before, after, name))
+                for name in names
+            ]
             count = max(before.get("eval/rows", 0), after.get("eval/rows", 0))
-            rows = [(name.removeprefix("eval/"), with_error(before, name), with_error(after, name)) for name in names]
-            self.table(f"held-out rows: {count:.0f}", [("", "before", "after"), *rows])
+            self.table(f"held-out rows: {count:.0f}", [head, *(row[: len(head)] for row in rows)])
+        if best is not None and after.get(best.metric) != best.value:
+            told = f"step {best.step} did best ({best.metric} {best.value:.3f}): choose it with --checkpoint best"
+            self._print(f"{'checkpoints:':<16}{told}")
         for name, value in (("adapter", str(adapter)), ("report", str(report)), ("sample from it", again)):
             self._print(f"{name + ':':<16}{value}")
 
@@ -239,13 +265,56 @@ def shorten(text: str, lines: int) -> str:
 
 
 def evaluation_names(values: Mapping[str, float]) -> list[str]:
-    """The eval/* metrics worth a row: reward, its parts if there are several, lengths, invalid rewards if any."""
+    """The eval/* metrics worth a row: reward, pass@K, loss, rewards' parts if there are several, lengths, and invalid
+    rewards if any. pass@1 is left out where it is the reward."""
+    passes = [n for n in values if n.startswith("eval/pass@") and n.removeprefix("eval/pass@").isdigit()]
+    passes = [n for n in passes if n != "eval/pass@1" or not math.isclose(values[n], values.get("eval/reward", -1))]
+    loss = ["eval/loss", "eval/perplexity", "eval/rewards/accuracies", "eval/rewards/margins"]
     parts = [n for n in values if n.startswith("eval/rewards/") and n.endswith("/mean")]
     lengths = [n for n in values if n.startswith("eval/completions/")]
-    first = [n for n in ("eval/reward", "eval/accuracy") if n in values]
-    return (
-        first + (parts if len(parts) > 1 else []) + lengths + (["eval/invalid"] if values.get("eval/invalid") else [])
-    )
+    invalid = ["eval/invalid"] if values.get("eval/invalid") else []
+    wanted = ["eval/reward", *passes, *loss, *(parts if len(parts) > 1 else []), *lengths, *invalid]
+    return [n for n in wanted if n in values]
+
+
+def evaluation_rows(values: Mapping[str, float]) -> list[tuple[str, str, str, str]]:
+    """The table of one evaluation, its header first: name, value, standard error, 95% interval."""
+    rows = [("", "value", "stderr", "95% interval")]
+    for name in evaluation_names(values):
+        error, low, high = (values.get(f"{name}_{end}") for end in ("stderr", "low", "high"))
+        interval = f"{low:.3f} to {high:.3f}" if low is not None and high is not None else ""
+        rows.append((label(values, name), f"{values[name]:.3f}", "" if error is None else f"{error:.3f}", interval))
+    return rows
+
+
+def evaluation_line(values: Mapping[str, float], step: int) -> str:
+    """One line about an evaluation after `step`: the results, each with its change since the first."""
+    names = [n for n in evaluation_names(values) if not n.startswith(("eval/completions/", "eval/rewards/"))]
+    told = [
+        f"{label(values, n)} {with_error(values, n)}"
+        + (f" ({signed(values, f'{n}_change')} since the first)" if f"{n}_change" in values else "")
+        for n in names
+    ]
+    return f"held-out rows ({values['eval/rows']:.0f}) after step {step}: {', '.join(told)}"
+
+
+def label(values: Mapping[str, float], name: str) -> str:
+    """A metric's name in a table; the mean over several samples of a row is called what it is."""
+    samples = values.get("eval/samples", 1)
+    several = f" (avg@{samples:.0f})" if name == "eval/reward" and samples > 1 else ""
+    return name.removeprefix("eval/") + several
+
+
+def changed(before: Mapping[str, float], after: Mapping[str, float], name: str) -> str:
+    """The change of a metric as text: paired by row with its error where that was measured, else the difference."""
+    if f"{name}_change" in after:
+        return signed(after, f"{name}_change")
+    return f"{after[name] - before[name]:+.3f}" if name in before and name in after else "-"
+
+
+def signed(values: Mapping[str, float], name: str) -> str:
+    """`with_error` with a sign."""
+    return ("+" if values[name] >= 0 else "") + with_error(values, name)
 
 
 def with_error(values: Mapping[str, float], name: str) -> str:

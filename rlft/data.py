@@ -18,6 +18,7 @@ here: a prompt that was rendered before, two BOS, a template that opens no assis
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -339,7 +340,7 @@ def hold_out(prompts: list[Prompt], rows: int, seed: int) -> tuple[list[Prompt],
         if len(held) == rows:
             break
         held.setdefault(_key(prompts[i]), prompts[i])
-    rest = [p for p in prompts if _key(p) not in held]
+    rest = without(prompts, list(held.values()))
     if len(held) < rows or not rest:
         distinct = len({_key(p) for p in prompts})
         raise DataError(
@@ -347,6 +348,21 @@ def hold_out(prompts: list[Prompt], rows: int, seed: int) -> tuple[list[Prompt],
             f"eval.rows or give eval.data"
         )
     return rest, list(held.values())
+
+
+def without(prompts: list[Prompt], held: Sequence[Prompt]) -> list[Prompt]:
+    """The prompts that equal none of `held`, token by token."""
+    keys = {_key(p) for p in held}
+    return [p for p in prompts if _key(p) not in keys]
+
+
+def digest(prompts: Sequence[Prompt]) -> str:
+    """16 hex digits that change with any token of the prompts and what they record, and with their order."""
+    whole = hashlib.blake2b(digest_size=8)
+    for prompt in prompts:
+        for ids in (prompt.ids, *(recorded.ids for recorded in prompt.recorded)):
+            whole.update(np.array([len(ids), *ids], dtype=np.int64).tobytes())
+    return whole.hexdigest()
 
 
 def _key(prompt: Prompt) -> tuple[Any, ...]:

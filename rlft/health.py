@@ -2,7 +2,7 @@
 
 A history is the list of metrics of a run, newest last: one dict per step or evaluation, as `Run.metrics()` gives it. A
 number that was not finite is nan, inf or (read back from JSON) None. A reward that does not move is no alarm: hard
-tasks start slowly.
+tasks start slowly. The limits are those that other libraries publish for healthy runs, or say themselves.
 """
 
 from __future__ import annotations
@@ -10,13 +10,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import median
+from itertools import pairwise
+from statistics import mean, median
 from typing import Any, NamedTuple
 
 History = Sequence[Mapping[str, Any]]
-WINDOW = 50
+WINDOW = 200
 """Rows of the history that rules look at, at most."""
 MISMATCH = "sampling/sampling_logp_difference/mean"
+FIRST = 10
+"""Steps that are the start of a run."""
 
 
 class Message(NamedTuple):
@@ -32,9 +35,13 @@ class Rule:
     """`condition(history)` holds -> "sentence: advice", with metrics of the newest step filled in by name."""
 
     name: str
+    metric: str
+    """The metric that it is about: the report marks the curve of it."""
     sentence: str
     advice: str
     condition: Callable[[History], bool]
+    not_for: str | None = None
+    """Algorithm for which the numbers mean something else."""
 
 
 def finite(history: History, name: str) -> list[float]:
@@ -54,9 +61,33 @@ def at_least(name: str, limit: float) -> Callable[[History], bool]:
     return lambda history: (value := newest(history, name)) is not None and value >= limit
 
 
+def above(name: str, limit: float) -> Callable[[History], bool]:
+    """The newest value is more than `limit`."""
+    return lambda history: (value := newest(history, name)) is not None and value > limit
+
+
 def below(name: str, limit: float) -> Callable[[History], bool]:
     """The newest value is less than `limit`."""
     return lambda history: (value := newest(history, name)) is not None and value < limit
+
+
+def at_start(history: History) -> bool:
+    """The newest row is one of the first steps."""
+    return (newest(history, "step") or math.inf) <= FIRST
+
+
+def truncated_at_start(history: History) -> bool:
+    """In the third to tenth step more than half of all completions so far were cut, and of the newest 30% at least;
+    from 90% on it is `truncation`."""
+    shares, now = finite(history, "completions/clipped_ratio"), newest(history, "completions/clipped_ratio")
+    return at_start(history) and now is not None and len(shares) >= 3 and mean(shares) > 0.5 and 0.3 <= now < 0.9
+
+
+def too_hard(history: History) -> bool:
+    """No completion of the last ten steps or more had another reward than 0."""
+    rewards, spread = finite(history, "reward"), finite(history, "reward_std")
+    nothing = len(rewards) >= FIRST and not any(rewards) and not any(spread)
+    return nothing and newest(history, "reward") == 0
 
 
 def equal_rewards(history: History) -> bool:
@@ -65,13 +96,30 @@ def equal_rewards(history: History) -> bool:
     A run with one completion per prompt (SFT, REINFORCE) has equal groups at every step and learns all the same.
     """
     learns = newest(history, "grad_norm") != 0 and newest(history, "kl") is None
-    return newest(history, "frac_reward_zero_std") == 1 and not learns
+    return newest(history, "frac_reward_zero_std") == 1 and not learns and not too_hard(history)
+
+
+def equal_share(history: History, rows: int) -> float:
+    """Mean share of groups with equal rewards over the last `rows` steps; 0 before there are as many, and where every
+    group of the newest step is equal, which is another rule's or one completion per prompt."""
+    shares, now = finite(history, "frac_reward_zero_std")[-rows:], newest(history, "frac_reward_zero_std")
+    return mean(shares) if len(shares) == rows and now is not None and now < 1 else 0.0
+
+
+def too_easy(history: History) -> bool:
+    """From the start more than 80% of groups have equal rewards, and not because they are all 0."""
+    return at_start(history) and equal_share(history, 5) > 0.8 and mean(finite(history, "reward")) > 0.5
+
+
+def few_groups(history: History) -> bool:
+    """After the start, over ten steps, more than 80% of groups have equal rewards."""
+    return not at_start(history) and equal_share(history, 10) > 0.8
 
 
 def mismatch_is_high(history: History) -> bool:
     """The mean mismatch is above half of what stops the run."""
-    mean, limit = newest(history, MISMATCH), newest(history, "parity/limit")
-    return mean is not None and limit is not None and mean > 0.5 * limit
+    size, limit = newest(history, MISMATCH), newest(history, "parity/limit")
+    return size is not None and limit is not None and size > 0.5 * limit
 
 
 def not_finite(history: History) -> bool:
@@ -87,56 +135,161 @@ def gradient_explodes(history: History) -> bool:
     return now is not None and len(before) >= 5 and now > 1 and now > 10 * median(before)
 
 
+def takes_most(phase: str) -> Callable[[History], bool]:
+    """The phase takes more than nine tenths of each of the last five steps, in a run that samples."""
+
+    def condition(history: History) -> bool:
+        if newest(history, MISMATCH) is None or newest(history, phase) is None:
+            return False
+        steps = [row for row in history[-10:] if row.get(phase) is not None and row.get("step_time")][-5:]
+        return len(steps) == 5 and all(row[phase] > 0.9 * row["step_time"] for row in steps)
+
+    return condition
+
+
+def memory_grows(history: History) -> bool:
+    """Over at least 30 steps in five equal parts, the peak of each part is 1% above that of the part before, and the
+    last is 10% above the first."""
+    peaks = finite(history, "perf/peak_GiB")
+    if newest(history, "perf/peak_GiB") is None or len(peaks) < 30:
+        return False
+    part = len(peaks) // 5
+    tops = [max(peaks[len(peaks) - (5 - i) * part :][:part]) for i in range(5)]
+    return tops[4] > 1.1 * tops[0] and all(b > 1.01 * a for a, b in pairwise(tops))
+
+
+def eval_falls(history: History) -> bool:
+    """The held-out reward is two standard errors below an earlier one, and the training reward fell by less than a
+    quarter of that, if at all."""
+    now = newest(history, "eval/reward")
+    before = [(row["eval/reward"], i) for i, row in enumerate(history[:-1]) if finite([row], "eval/reward")]
+    if now is None or not before:
+        return False
+    best, at = max(before)
+    errors = finite([history[at], history[-1]], "eval/reward_stderr")
+    fall = 2 * math.hypot(*errors) if len(errors) == 2 else 0.05 * abs(best)
+    rewards = finite(history, "reward")
+    then = finite(history[: at + 1], "reward")[-10:] or rewards[:10]
+    return now < best - fall and len(rewards) > 0 and mean(rewards[-10:]) > mean(then) - 0.25 * (best - now)
+
+
 RULES = [
     Rule(
-        "truncation",
+        "truncation", "completions/clipped_ratio",
         "{completions/clipped_ratio:.0%} of completions hit max_tokens",
         "raise sampling.max_tokens",
         at_least("completions/clipped_ratio", 0.9),
     ),
     Rule(
-        "equal_rewards",
+        "truncation_at_start", "completions/clipped_ratio",
+        "over half of the completions of the first steps hit max_tokens (now {completions/clipped_ratio:.0%}), so "
+        "their answers are missing",
+        "raise sampling.max_tokens, unless the reward is to teach shorter answers",
+        truncated_at_start,
+    ),
+    Rule(
+        "too_hard", "reward",
+        "no completion of the last ten steps or more had a reward above 0",
+        "start with easier tasks or a larger model, give part of the reward for partial success, or check the reward "
+        "function with a right answer",
+        too_hard,
+    ),
+    Rule(
+        "too_easy", "frac_reward_zero_std",
+        "{frac_reward_zero_std:.0%} of groups have equal rewards from the start, at a mean of {reward:.3g}, so most "
+        "tasks are solved already",
+        "use harder tasks, or set refill.rounds to draw others in their place",
+        too_easy,
+    ),
+    Rule(
+        "equal_rewards", "frac_reward_zero_std",
         "every group has equal rewards (mean {reward:.3g}), so they teach nothing",
         "use tasks that are solved now and then but not always, raise sampling.group_size, or check the reward",
         equal_rewards,
     ),
     Rule(
-        "entropy",
+        "few_groups", "frac_reward_zero_std",
+        "over 80% of groups had equal rewards in the last ten steps, so little of each step teaches",
+        "set refill.rounds to draw other prompts in their place, or use tasks that are solved now and then",
+        few_groups,
+    ),
+    Rule(
+        "refill", "refill/short",
+        "after {refill/rounds:.0f} rounds of refilling {refill/short:.0f} groups are still missing: {refill/kept:.0f} "
+        "of {refill/drawn:.0f} drawn had rewards that differ",
+        "raise refill.rounds, or use tasks that are solved now and then but not always",
+        above("refill/short", 0),
+    ),
+    Rule(
+        "entropy", "entropy",
         "entropy collapsed to {entropy:.2g} nat, so all samples of a prompt are becoming the same",
         "lower optim.lr, or stop here if the reward is where you want it",
         below("entropy", 0.01),
     ),
     Rule(
-        "mismatch",
+        "mismatch", MISMATCH,
         f"engine and trainer disagree by {{{MISMATCH}:.2g}} nat per token, and the run stops at {{parity/limit:.2g}}",
         "if it keeps growing, lower optim.lr or set dtype to a more precise type",
         mismatch_is_high,
     ),
     Rule(
-        "invalid_rewards",
-        "{frac_reward_invalid:.0%} of rewards are invalid: a reward function failed, or none applies",
-        "see rewards/*/invalid for which, and raise its timeout or mend it",
-        lambda history: (share := newest(history, "frac_reward_invalid")) is not None and share > 0.05,
+        "clipping", "clip_ratio/region_mean",
+        "the ratio of {clip_ratio/region_mean:.0%} of tokens is clipped, so their gradient is lost",
+        "lower optim.lr, or take fewer updates per step (optim.minibatches, optim.passes)",
+        above("clip_ratio/region_mean", 0.1),
+        not_for="gspo",  # its band is so narrow that clipping many sequences is what it does
     ),
     Rule(
-        "skipped_updates",
+        "invalid_rewards", "frac_reward_invalid",
+        "{frac_reward_invalid:.0%} of rewards are invalid: a reward function failed, or none applies",
+        "see rewards/*/invalid for which, and raise its timeout or mend it",
+        above("frac_reward_invalid", 0.05),
+    ),
+    Rule(
+        "skipped_updates", "grad_norm",
         "the gradient was not finite and the update was skipped ({skipped_updates:.0f} in a row)",
         "lower optim.lr, or look for extreme rewards",
         at_least("skipped_updates", 1),
     ),
     Rule(
-        "not_finite",
+        "not_finite", "loss",
         "loss {loss:.3g} and gradient norm {grad_norm:.3g} are not both finite",
         "lower optim.lr, or look for extreme rewards",
         not_finite,
     ),
     Rule(
-        "gradient",
+        "gradient", "grad_norm",
         "the gradient norm jumped to {grad_norm:.3g}, over ten times what is usual in this run",
         "if it happens again, lower optim.lr or optim.max_grad_norm",
         gradient_explodes,
     ),
-]
+    Rule(
+        "eval_falls", "eval/reward",
+        "the held-out reward fell to {eval/reward:.3g} and the training reward did not, as when a policy learns the "
+        "reward's weakness or the training rows by heart",
+        "read the newest completions, compare the rewards of both, and keep the checkpoint before the fall",
+        eval_falls,
+    ),
+    Rule(
+        "slow_sampling", "time/generate",
+        "sampling took {time/generate:.3g} of {step_time:.3g} s",
+        "raise engine.batch_size where memory allows, lower sampling.max_tokens, or learn more from each batch with "
+        "optim.minibatches",
+        takes_most("time/generate"),
+    ),
+    Rule(
+        "slow_training", "time/train",
+        "training took {time/train:.3g} of {step_time:.3g} s",
+        "raise packing.budget where memory allows, or lower optim.passes if it is above 1",
+        takes_most("time/train"),
+    ),
+    Rule(
+        "memory", "perf/peak_GiB",
+        "peak memory keeps growing and is {perf/peak_GiB:.3g} GiB now",
+        "look for what a reward function or a callback keeps; completions that grow longer need more too",
+        memory_grows,
+    ),
+]  # fmt: skip
 
 
 class _Numbers(dict[str, float]):
@@ -146,8 +299,8 @@ class _Numbers(dict[str, float]):
         return math.nan
 
 
-def check(history: History) -> list[Message]:
-    """What is wrong at the newest row of `history`; [] when nothing is."""
+def check(history: History, algorithm: str = "") -> list[Message]:
+    """What is wrong at the newest row of `history`; [] when nothing is. algorithm: `algo.name` of the run."""
     recent = history[-WINDOW:]
     if not recent:
         return []
@@ -155,5 +308,5 @@ def check(history: History) -> list[Message]:
     return [
         Message(rule.name, f"{rule.sentence}: {rule.advice}".format_map(numbers))
         for rule in RULES
-        if rule.condition(recent)
+        if rule.not_for != algorithm and rule.condition(recent)
     ]

@@ -22,19 +22,40 @@ class Metrics:
     """Stats of a step. `stats` holds the sums and extremes so far, so that ranks can add theirs before `values`."""
 
     def __init__(self) -> None:
-        self.stats: Stats = {}
+        self._added: list[tuple[Stats, list[tuple[list[int], Tensor]]]] = []
+        """Micro-batches not merged yet: their stats, and per dtype which of their numbers are tensors, with a copy."""
+        self._merged: Stats = {}
 
     def add(self, stats: Stats) -> None:
-        """Merge the stats of a micro-batch. Tensors stay on their device: nothing waits for a GPU here."""
-        for name, stat in stats.items():
-            value, count = _number(stat.value), _number(stat.count)
-            if name not in self.stats:
-                self.stats[name] = Stat(stat.how, value, count)
-                continue
-            before = self.stats[name]
-            assert before.how == stat.how, f"{name} is a {before.how} and a {stat.how}"
-            merged = before.value + value if stat.how in ("mean", "sum") else _extreme(stat.how, before.value, value)
-            self.stats[name] = Stat(stat.how, merged, before.count + count)
+        """Merge the stats of a micro-batch. Nothing waits for a GPU here."""
+        # One copy per dtype (a caller may reuse its tensors, and a count in float32 would be rounded), instead of
+        # a conversion and a sum per number: that came to a millisecond in a step of 20 micro-batches.
+        numbers = [x for stat in stats.values() for x in (stat.value, stat.count)]
+        places: dict[torch.dtype, list[int]] = {}
+        for i, x in enumerate(numbers):
+            if isinstance(x, Tensor):
+                places.setdefault(x.dtype, []).append(i)
+        copies = [(at, torch.stack([numbers[i].detach() for i in at])) for at in places.values()]  # type: ignore[union-attr]
+        self._added.append((stats, copies))
+
+    @property
+    def stats(self) -> Stats:
+        """Every stat merged over what was added, in float64."""
+        added, self._added = self._added, []
+        copies = [copy.double() for _, found in added for _, copy in found]
+        read = iter(torch.cat(copies).tolist() if copies else ())  # the one wait for a GPU
+        for stats, found in added:
+            numbers = [x for stat in stats.values() for x in (stat.value, stat.count)]
+            for i in (i for at, _ in found for i in at):
+                numbers[i] = next(read)
+            for k, (name, stat) in enumerate(stats.items()):
+                value, count = float(numbers[2 * k]), float(numbers[2 * k + 1])
+                before = self._merged.get(name)
+                assert before is None or before.how == stat.how, f"{name} is a {before and before.how} and a {stat.how}"
+                if before is not None:
+                    value, count = _merge(stat.how, float(before.value), value), float(before.count) + count
+                self._merged[name] = Stat(stat.how, value, count)
+        return self._merged
 
     def values(self) -> dict[str, float]:
         """The numbers to log. A mean over nothing is left out."""
@@ -47,15 +68,12 @@ class Metrics:
         return values
 
 
-def _number(x: Tensor | float) -> Tensor | float:
-    # float64: a sum over millions of tokens must not depend on how they were split. A copy: the caller may reuse its.
-    return x.detach().to(torch.float64, copy=True) if isinstance(x, Tensor) else float(x)
-
-
-def _extreme(how: str, a: Tensor | float, b: Tensor | float) -> Tensor | float:
-    device = next((x.device for x in (a, b) if isinstance(x, Tensor)), None)
-    pair = (torch.as_tensor(x, dtype=torch.float64, device=device) for x in (a, b))
-    return torch.minimum(*pair) if how == "min" else torch.maximum(*pair)
+def _merge(how: str, a: float, b: float) -> float:
+    if how in ("mean", "sum"):
+        return a + b
+    if math.isnan(a) or math.isnan(b):
+        return math.nan  # min and max of Python would lose it
+    return min(a, b) if how == "min" else max(a, b)
 
 
 def append_line(path: Path, values: Mapping[str, Any]) -> None:

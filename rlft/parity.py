@@ -29,28 +29,71 @@ LOW, HIGH = -0.10536051565782628, 0.0953101798043249
 """ln 0.9 and ln 1.1."""
 
 
+def bins_(size: Tensor) -> Tensor:
+    """The bin of each |d|, int64: `torch.bucketize(size, EDGES)` but for rounding at an edge, in an eighth of its time
+    (65,536 tokens on one core: 0.19 and 1.47 ms). Overwrites `size`."""
+    at = size.log10_().add_(7).mul_(20).ceil_()
+    return at.clamp_(0, len(EDGES)).nan_to_num_(nan=len(EDGES)).long()
+
+
 class Mismatch:
     """|trainer - engine| over the trained tokens of a step, as sums that add over micro-batches and ranks."""
 
     def __init__(self) -> None:
-        self.sums = torch.zeros(4 + len(EDGES) + 1, dtype=torch.float64)
-        """Tokens, sum of |d|, tokens outside, sum of k3, then the histogram: one tensor to sum over ranks."""
-        self.largest = 0.0
+        self._sums = torch.zeros(4 + len(EDGES) + 1, dtype=torch.float64)
+        self._waiting: list[tuple[Tensor, Batch]] = []
+        self._largest = 0.0
+        self._logprobs: dict[int, Tensor] = {}
 
     def add(self, logprobs: Tensor, batch: Batch) -> None:
-        """Add a micro-batch. logprobs: [T], the trainer's, any dtype. Nothing to add without sampler log-probs."""
-        if batch.sampler_logprobs is None:
+        """Add a micro-batch. logprobs: [T], the trainer's, any dtype. Without sampler log-probs they are only kept."""
+        # Added up when first asked: micro-batches are many, and each sum has a start-up cost and, on a GPU, waits.
+        self._waiting.append((logprobs.detach(), batch))
+
+    def _add_up(self) -> None:
+        """Everything that waits, in one go and with one copy from the GPU."""
+        if not self._waiting:
             return
-        rows = batch.train_mask
-        d = (logprobs.detach()[rows] - batch.sampler_logprobs.to(logprobs.device)[rows]).double().cpu()
+        waiting, self._waiting = self._waiting, []
+        now = torch.cat([logprobs for logprobs, _ in waiting]).double().cpu()
+        rows = torch.cat([batch.train_mask.cpu() for _, batch in waiting])
+        known = torch.where(rows, now, torch.nan).split([len(batch.input_ids) for _, batch in waiting])
+        for (_, batch), values in zip(waiting, known, strict=True):
+            parts = zip(values.split(batch.cu_seqlens.diff().tolist()), batch.group_ids.tolist(), strict=True)
+            self._logprobs |= zip(batch.rows, [part for part, group in parts if group >= 0], strict=True)
+        sampler = [batch.sampler_logprobs for _, batch in waiting]
+        theirs = [logprobs.cpu() for logprobs in sampler if logprobs is not None]
+        if not theirs:
+            return
+        assert len(theirs) == len(waiting), "either every rollout of a step has sampler log-probs or none has"
+        d = (now - torch.cat(theirs)).masked_select(rows)
         if not d.numel():
             return
-        size = d.abs()
-        outside = ((d < LOW) | (d > HIGH)).sum()
-        k3 = (d.clamp(-20, 20).exp() - 1 - d).sum()
-        self.sums[:4] += torch.stack([torch.tensor(float(d.numel())), size.sum(), outside.double(), k3])
-        self.sums[4:] += torch.bincount(torch.bucketize(size, EDGES), minlength=len(EDGES) + 1).double()
-        self.largest = max(self.largest, float(size.max()))
+        # In place: most of the time would go into fresh memory.
+        outside = (d < LOW).sum() + (d > HIGH).sum()
+        k3 = d.clamp(-20, 20).exp_().sub_(1).sub_(d).sum()
+        size = d.abs_()
+        self._sums[:4] += torch.stack([torch.tensor(float(d.numel())), size.sum(), outside.double(), k3])
+        self._largest = max(self._largest, float(size.max()))
+        self._sums[4:] += torch.bincount(bins_(size), minlength=len(EDGES) + 1).double()
+
+    @property
+    def sums(self) -> Tensor:
+        """Tokens, sum of |d|, tokens outside, sum of k3, then the histogram: one tensor to sum over ranks, in place."""
+        self._add_up()
+        return self._sums
+
+    @property
+    def largest(self) -> float:
+        """Largest |d|; 0 over no token."""
+        self._add_up()
+        return self._largest
+
+    @property
+    def logprobs(self) -> dict[int, Tensor]:
+        """Rollout (an index of `batch.rows`) -> the trainer's log-probs of its sequence [L], nan where not trained."""
+        self._add_up()
+        return self._logprobs
 
     @property
     def tokens(self) -> int:
@@ -75,6 +118,8 @@ class Mismatch:
         return {
             "sampling/sampling_logp_difference/mean": self.mean,
             "sampling/sampling_logp_difference/max": self.largest,
+            "mismatch/p50": self.percentile(0.5),
+            "mismatch/p90": self.percentile(0.9),
             "mismatch/p99": self.percentile(0.99),
             "mismatch/outside": float(self.sums[2] / self.sums[0]),
             "mismatch/k3": float(self.sums[3] / self.sums[0]),

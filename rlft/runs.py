@@ -5,7 +5,9 @@
     rollouts/step-000012.parquet     every completion of step 12 with its rewards
     evaluations/step-000012.parquet  every held-out completion of an evaluation after step 12
     checkpoints/step-000012/         PEFT adapter and trainer state (rlft.checkpoint)
+    checkpoints/best.json            which of them did best on the held-out rows
     set-aside/001/                   what lay past the checkpoint at the first resume, and so on; never deleted
+    plan.json                        bytes of what the training keeps in memory
     report.html                      rlft.report
 
 Step 12 is the twelfth: its rollouts are of policy version 11.
@@ -22,11 +24,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from rlft.batch import group_ids
 from rlft.errors import ConfigError
 from rlft.metrics import append_line, parse_line, read_lines
-from rlft.types import Prompt, Rollout
+from rlft.types import Best, Prompt, Rollout
 
+PIECED_GROUPS = 4
+"""Groups of each step whose tokens are kept as text too: those that the report shows."""
+TEXTS = ("prompt", "completion", "pieces.list.element", "finish_reason")
+"""Columns of a rollouts file whose values repeat."""
 STEP = re.compile(r"step-(\d+)(\.parquet)?")
 
 
@@ -49,6 +57,7 @@ class Run:
         self.path = path
         self.config = path / "config.toml"
         self.metrics_file = path / "metrics.jsonl"
+        self.plan_file = path / "plan.json"
         self.rollouts = path / "rollouts"
         self.evaluations = path / "evaluations"
         self.checkpoints = path / "checkpoints"
@@ -101,6 +110,11 @@ class Run:
             _replace(self.config, text.encode())
             self.metrics_file.touch()
 
+    def write_plan(self, plan: Mapping[str, int]) -> None:
+        """Write plan.json: bytes of each thing that the training keeps in memory, by its name."""
+        with self._writing("plan.json"):
+            _replace(self.plan_file, json.dumps(plan, indent=2).encode())
+
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Append the metrics of a step, or of an evaluation after it, to metrics.jsonl."""
         with self._writing("metrics.jsonl"):
@@ -108,32 +122,40 @@ class Run:
 
     def write_rollouts(
         self, step: int, rollouts: Sequence[Rollout], rewards: Sequence[float], parts: Mapping[str, Sequence[Any]],
-        advantages: Sequence[float],
+        advantages: Sequence[float], logprobs: Mapping[int, Any] | None = None,
+        pieces: Sequence[list[str] | None] = (),
     ) -> None:  # fmt: skip
         """Write every completion of a step. All sequences are as long as `rollouts`; nan is written as null.
 
-        parts: what each reward function returned and logged, by its name. Columns: step, group, sample, prompt,
-        completion, completion_ids, sampler_logprobs, reward, rewards/NAME for each part, advantage, finish_reason,
-        tokens, policy_version.
+        parts: what each reward function returned and logged, by its name. logprobs: index of a rollout -> the trainer's
+        log-probs [L] float of its sequence, whose end is the completion; rollouts that were not run are left out.
+        pieces: the text of each token. Columns: step, row (of the dataset), group, sample, prompt, completion,
+        completion_ids, sampler_logprobs and logprobs (float32), pieces, reward, rewards/NAME for each part, advantage,
+        finish_reason, tokens, policy_version.
         """
+        known = logprobs or {}
+        trainer = [known[i][-n:] if (n := len(r.completion_ids)) and i in known else None
+                   for i, r in enumerate(rollouts)]  # fmt: skip
         self._write(self.rollouts, step, rollouts, {
             "reward": rewards, **{f"rewards/{name}": values for name, values in parts.items()}, "advantage": advantages,
-        })  # fmt: skip
+        }, {"logprobs": trainer, "pieces": list(pieces) or [None] * len(rollouts)})  # fmt: skip
 
     def write_evaluation(self, step: int, rollouts: Sequence[Rollout], rewards: Sequence[float]) -> None:
         """Write every held-out completion of an evaluation after `step`, with the same columns less the parts."""
         self._write(self.evaluations, step, rollouts, {"reward": rewards})
 
-    def _write(self, folder: Path, step: int, rollouts: Sequence[Rollout], scores: Mapping[str, Sequence[Any]]) -> None:
+    def _write(self, folder: Path, step: int, rollouts: Sequence[Rollout], scores: Mapping[str, Sequence[Any]],
+               tokens: Mapping[str, Sequence[Any]] | None = None) -> None:  # fmt: skip
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        table = _table(pa, step, rollouts, scores)
+        table = _table(pa, step, rollouts, scores, tokens or {})
         with self._writing(f"{folder.name}/step-{step:06d}.parquet"):
             folder.mkdir(exist_ok=True)
             path = folder / f"step-{step:06d}.parquet"
             temporary = path.with_name(f".{path.name}.tmp")
-            pq.write_table(table, temporary)
+            # A dictionary of log-probs, which hardly ever repeat, would take three quarters of the time.
+            pq.write_table(table, temporary, use_dictionary=[*TEXTS])  # type: ignore[arg-type]
             # A reader, or a run that is killed here, never meets half a file under the real name.
             temporary.rename(path)
 
@@ -175,16 +197,64 @@ class Run:
             )
         return found[-1]
 
+    def checkpoint(self, which: str = "latest") -> Path:
+        """Folder of the checkpoint called "latest", "best" (on the held-out rows) or by its step, "12".
+
+        Raises ConfigError naming the checkpoints that there are.
+        """
+        if which == "latest":
+            return self.latest_checkpoint()
+        saved = _steps_in(self.checkpoints)
+        best = self.best() if which == "best" else None
+        if best is None and which == "best":
+            raise ConfigError(
+                f'--checkpoint best: no checkpoint of {self.path} was evaluated; choose "latest" or a step of '
+                f"{', '.join(map(str, saved)) or '(none)'}, and set eval.rows and eval.every in the next run"
+            )
+        step = best.step if best is not None else int(which) if which.isdigit() else -1
+        if step not in saved:
+            raise ConfigError(
+                f'--checkpoint {which}: {self.path} has no such checkpoint; give "latest", "best" or a step of '
+                f"{', '.join(map(str, saved)) or '(none)'}"
+            )
+        return saved[step]
+
+    def best(self, also: int | None = None) -> Best | None:
+        """The best evaluation among the steps with a checkpoint and `also`, one about to be saved; the first of equals.
+
+        Read from metrics.jsonl, so that what a resume sets aside cannot be the best. None when there is none.
+        """
+        saved = {*_steps_in(self.checkpoints), also}
+        rows = [row for row in self.metrics() if row.get("step") in saved]
+        for metric, sign in (("eval/reward", 1), ("eval/loss", -1)):
+            found = [(row["step"], row[metric]) for row in rows if row.get(metric) is not None]
+            if found:
+                step, value = max(found, key=lambda pair: sign * pair[1])
+                return Best(step, metric, value)
+        return None
+
     def metrics(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl, oldest first; null for what was not finite."""
         return read_lines(self.metrics_file)
 
+    def lines_logged(self) -> int:
+        """Lines of metrics that were ever written in this folder, those set aside and torn ones included."""
+        files = [self.metrics_file, *(self.path / "set-aside").glob("*/metrics.jsonl")]
+        return sum(len(file.read_bytes().splitlines()) for file in files if file.exists())
+
     def first_evaluation(self) -> dict[str, float]:
         """The eval/* metrics of the run's first evaluation, nan for what was not finite; empty without one."""
         for row in self.metrics():
-            if "eval/reward" in row:
+            if any(name.startswith("eval/") for name in row):
                 return {k: math.nan if v is None else v for k, v in row.items() if k.startswith("eval/")}
         return {}
+
+    def first_rewards(self) -> dict[int, list[float]]:
+        """Row of the dataset -> rewards of its completions (nan: invalid) in the first evaluation; {} without one."""
+        rows: dict[int, list[float]] = {}
+        for record in self.read_evaluation(steps[0]) if (steps := self.evaluation_steps()) else []:
+            rows.setdefault(record["row"], []).append(math.nan if record["reward"] is None else record["reward"])
+        return rows
 
     def rollout_steps(self) -> list[int]:
         """Steps whose rollouts are kept, in order."""
@@ -194,9 +264,13 @@ class Run:
         """Steps after which an evaluation was written, in order."""
         return list(_steps_in(self.evaluations))
 
-    def read_rollouts(self, step: int) -> list[dict[str, Any]]:
-        """What `write_rollouts` wrote for a step: one dict per completion."""
-        return _read(self.rollouts / f"step-{step:06d}.parquet")
+    def read_rollouts(self, step: int, groups: int | None = None) -> list[dict[str, Any]]:
+        """What `write_rollouts` wrote for a step: one dict per completion, of the first `groups` groups if given."""
+        return _read(self.rollouts / f"step-{step:06d}.parquet", groups)
+
+    def plan(self) -> dict[str, int]:
+        """What `write_plan` wrote; empty for a run without it."""
+        return json.loads(self.plan_file.read_text()) if self.plan_file.exists() else {}
 
     def read_evaluation(self, step: int) -> list[dict[str, Any]]:
         """What `write_evaluation` wrote for a step: one dict per completion."""
@@ -210,11 +284,13 @@ def _replace(path: Path, data: bytes) -> None:
     temporary.replace(path)
 
 
-def _read(path: Path) -> list[dict[str, Any]]:
+def _read(path: Path, groups: int | None = None) -> list[dict[str, Any]]:
+    import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
     # One file: read_table on a path would also look for partitions in the folder names.
-    return pq.ParquetFile(path).read().to_pylist()
+    table = pq.ParquetFile(path).read()
+    return (table if groups is None else table.filter(pc.field("group") < groups)).to_pylist()
 
 
 def shown_prompt(prompt: Prompt) -> str:
@@ -225,23 +301,38 @@ def shown_prompt(prompt: Prompt) -> str:
     return json.dumps(list(prompt.messages), ensure_ascii=False, default=str) if prompt.messages else ""
 
 
-def _table(pa: Any, step: int, rollouts: Sequence[Rollout], scores: Mapping[str, Sequence[Any]]) -> Any:
-    """The Arrow table of a step. pa: pyarrow."""
-    integers, floats = pa.int64(), pa.list_(pa.float64())
+def _table(pa: Any, step: int, rollouts: Sequence[Rollout], scores: Mapping[str, Sequence[Any]],
+           tokens: Mapping[str, Sequence[Any]]) -> Any:  # fmt: skip
+    """The Arrow table of a step. pa: pyarrow. tokens: the columns of an entry per token that are no rollout's own."""
+    integers = pa.int64()
     columns = {
         "step": pa.array([step] * len(rollouts), integers),
+        "row": pa.array([r.prompt.index for r in rollouts], integers),
         "group": pa.array(group_ids(rollouts).tolist(), integers),
         "sample": pa.array([r.sample_index for r in rollouts], integers),
         "prompt": pa.array([shown_prompt(r.prompt) for r in rollouts], pa.string()),
         "completion": pa.array([r.text for r in rollouts], pa.string()),
         "completion_ids": pa.array([r.completion_ids for r in rollouts], pa.list_(integers)),
-        "sampler_logprobs": pa.array([r.sampler_logprobs for r in rollouts], floats),
+        "sampler_logprobs": _floats(pa, [r.sampler_logprobs for r in rollouts]),
+        **{
+            name: pa.array(rows, pa.list_(pa.string())) if name == "pieces" else _floats(pa, rows)
+            for name, rows in tokens.items()
+        },
         **{name: _scores(pa, name, values, len(rollouts)) for name, values in scores.items()},
         "finish_reason": pa.array([r.finish_reason for r in rollouts], pa.string()),
         "tokens": pa.array([len(r.completion_ids) for r in rollouts], integers),
         "policy_version": pa.array([r.policy_version for r in rollouts], integers),
     }
     return pa.table(columns)
+
+
+def _floats(pa: Any, rows: Sequence[Any]) -> Any:
+    """A column of lists of float32 from sequences and tensors; null for None, nan within a list is null too."""
+    ends = np.cumsum([0, *(0 if row is None else len(row) for row in rows)], dtype=np.int32)
+    flat = [np.asarray(row, dtype=np.float32) for row in rows if row is not None]
+    values = pa.array(np.concatenate(flat) if flat else np.empty(0, np.float32), pa.float32(), from_pandas=True)
+    missing = np.array([*(row is None for row in rows), False])
+    return pa.ListArray.from_arrays(pa.array(ends, mask=missing), values)
 
 
 def _scores(pa: Any, name: str, values: Sequence[Any], rows: int) -> Any:

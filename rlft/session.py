@@ -1,7 +1,7 @@
 """What a run is made of, wired from its config: the one place that knows which parts exist.
 
 `build` checks everything first (the same path as `rlft validate`), then loads, resumes, and measures how far engine and
-trainer are apart. `open_run` brings a finished run back for `rlft eval` and `rlft generate`.
+trainer are apart. `rlft.finished` brings a run back for `rlft eval` and `rlft generate`.
 """
 
 from __future__ import annotations
@@ -13,26 +13,34 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from rlft import __version__, checkpoint, parity
 from rlft.algorithm import Algorithm, describe
 from rlft.algorithm import build as build_algorithm
+from rlft.background import Background
 from rlft.config import Config, Reward
-from rlft.config_file import load as load_config
 from rlft.config_file import to_toml
 from rlft.console import Console
-from rlft.data import Prompts, hold_out, load_prompts
-from rlft.errors import ConfigError
+from rlft.data import Prompts, digest, hold_out, load_prompts, without
+from rlft.errors import ConfigError, DataError
+from rlft.evaluate import measures_loss
+from rlft.model_card import adapter_card
 from rlft.models.load import attach_lora, fingerprint, load_base, load_tokenizer, resolve_device, resolve_dtype
 from rlft.models.policy import Policy
 from rlft.optim import Optimizer
+from rlft.pieces import Pieces
+from rlft.reference import Reference
 from rlft.rewards.overlong import overlong
+from rlft.rewards.parts import OVERLONG
 from rlft.rewards.pool import InThread
-from rlft.rewards.score import OVERLONG, RewardFunction
+from rlft.rewards.score import RewardFunction
 from rlft.rewards.score import build as build_rewards
 from rlft.rollout.eager import EagerEngine
 from rlft.rollout.engine import Engine
 from rlft.rollout.replay import ReplayEngine
 from rlft.runs import Run
+from rlft.tracking import Tracking
 from rlft.types import PackPlan, Prompt, State
 from rlft.validate import problems
 
@@ -49,18 +57,26 @@ class Session:
     engine: Engine
     eval_engine: Engine
     """Samples for the evaluation: `engine` itself, unless that replays recorded completions."""
+    reference: Reference
     optimizer: Optimizer
     prompts: Prompts
     held: list[Prompt]
     """Rows that are only evaluated on."""
+    held_loss: bool
+    """Their recorded completions have the loss that is trained, so it is measured on them."""
     functions: list[RewardFunction]
     eval_functions: list[RewardFunction]
     run: Run
+    writer: Background
+    """Writes completions while the loop goes on."""
     console: Console
     identity: dict[str, str]
     """What a checkpoint must have been made from to be resumed here."""
     plan: PackPlan
     """How updates are packed; `keep` is filled per step."""
+    pieces: Pieces
+    tracking: Tracking = field(init=False)
+    """Started last, when the step that the run begins at is known."""
     state: State = field(default_factory=State)
     limit: float = math.inf
     """Largest mean mismatch a step may have, in nats."""
@@ -71,30 +87,54 @@ class Session:
     """Set by the first Ctrl-C: the step in flight is finished and saved."""
 
     def save(self) -> Path:
-        """Write a checkpoint of the state now; returns its folder."""
+        """Write a checkpoint of the state now, after the completions of every step until then; returns its folder."""
+        self.writer.flush()
         # No random state: every draw is seeded by (seed, step, ...).
         tensors = {"adapter": self.policy.flat.flat.detach(), "adapter_start": self.policy.flat.start}
         tensors |= {f"optim.{name}": value for name, value in self.optimizer.tensors().items()}
-        model = self.policy.model
+        tensors |= {f"reference.{name}": value for name, value in self.reference.tensors().items()}
+        model, final = self.policy.model, self.run.checkpoints / f"step-{self.state.step:06d}"
 
         def write_adapter(folder: Path) -> None:
             # The embedding is never trained; without the flag PEFT looks for the base's config to find that out.
             model.save_pretrained(str(folder), selected_adapters=["default"], save_embedding_layers=False)
+            # In place of PEFT's own, a form to be filled in.
+            card = adapter_card(self.run, self.cfg, self.state.step, str(final))
+            (folder / "README.md").write_text(card, encoding="utf-8")
 
         return checkpoint.save(
-            self.run.checkpoints, self.state, tensors, self.identity, write_adapter, self.cfg.checkpoint.keep
-        )
+            self.run.checkpoints, self.state, tensors, self.identity, write_adapter, self.cfg.checkpoint.keep,
+            self.run.best(also=self.state.step),
+        )  # fmt: skip
 
     def restore(self, path: Path) -> None:
-        """Put back a checkpoint: adapter, optimiser, step and data cursor."""
+        """Put back a checkpoint: adapter, optimiser, step and data cursor. Raises ConfigError when it does not fit."""
+        here = self.state.data
         self.state, tensors, notes = checkpoint.load(path, self.identity)
+        if self.state.data != here:
+            if self.held and self.cfg.eval.data is None:
+                raise ConfigError(
+                    f"{path}: its run had other training rows, so rows held out now may have been trained on; resume "
+                    f"with the data, seed and eval.rows it was made with, or give eval.data"
+                )
+            notes.append(
+                "the training rows are not those of the checkpoint; the data cursor goes on among the new ones"
+            )
+            self.state.data = here
         self.policy.flat.flat.data.copy_(tensors["adapter"])
         self.policy.flat.start.copy_(tensors["adapter_start"])
-        self.optimizer.load_tensors({n.removeprefix("optim."): t for n, t in tensors.items() if n.startswith("optim.")})
+        self.optimizer.load_tensors(_under("optim.", tensors))
+        self.reference.load_tensors(_under("reference.", tensors))
         self.prompts.consumed = self.state.consumed
         self.run.set_aside(self.state.step)
+        checkpoint.mark_best(self.run.checkpoints, self.run.best())
         for note in notes:
             self.console.note(note)
+
+
+def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Those whose name begins with `prefix`, named without it."""
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
 def _check(cfg: Config, resume: bool, callables: bool) -> None:
@@ -122,39 +162,46 @@ def build(
     with contextlib.ExitStack() as stack:
         console = stack.enter_context(Console())
         run = Run.resume(cfg.out) if resume else Run.create(cfg.out)
+        writer = stack.enter_context(Background("rlft-writer"))
         algorithm = build_algorithm(cfg.algo, cfg.optim.updates)
         console.note(f"loading {cfg.model}")
         tokenizer = load_tokenizer(cfg.model)
         rows, held = load_rows(cfg, tokenizer, console.note)
         prompts = Prompts(rows, cfg.seed, cfg.data.shuffle)
         functions = _functions(cfg, rewards)
-        eval_functions = build_rewards(cfg.eval.rewards) if cfg.eval.rewards else functions
+        # The overlong penalty is about sampling.max_tokens and the training: no part of what the evaluation measures.
+        own = [f for f in functions if f.name != OVERLONG]
+        eval_functions = build_rewards(cfg.eval.rewards) if cfg.eval.rewards else own
         for function in {id(f): f for f in [*functions, *eval_functions]}.values():
             stack.callback(function.close)
             if function.note:
                 console.note(function.note)
-        policy = _load_policy(cfg)
+        policy = load_policy(cfg)
         recorded = bool(rows[0].recorded)
         engine = _engine(cfg, policy, tokenizer, console, recorded)
         stack.callback(engine.close)
         eval_engine = engine
-        if held and not engine.SAMPLES:
+        if eval_functions and held and not engine.SAMPLES:
             eval_engine = EagerEngine(policy, tokenizer, cfg.engine.batch_size, console.generating)
             stack.callback(eval_engine.close)
         assert engine.SAMPLES or not algorithm.needs_sampler, "validate refuses this"
         steps = cfg.steps or prompts.steps(cfg.prompts_per_step, cfg.data.epochs or 1.0)
         s = Session(
             cfg=cfg, steps=steps, algorithm=algorithm, policy=policy, engine=engine, eval_engine=eval_engine,
+            reference=Reference(policy, keep=steps * cfg.prompts_per_step > len(rows)),
             optimizer=Optimizer(policy.flat.flat, cfg.optim, steps * cfg.optim.updates), prompts=prompts, held=held,
-            functions=functions, eval_functions=eval_functions, run=run, console=console,
-            identity=_identity(cfg, policy), plan=_plan(cfg, algorithm),
-            callbacks=callbacks,
+            held_loss=bool(held) and not engine.SAMPLES and measures_loss(rows, held), functions=functions,
+            eval_functions=eval_functions, run=run, writer=writer, console=console, identity=identity_of(cfg, policy),
+            plan=plan_of(cfg, algorithm), pieces=Pieces(tokenizer), state=State(data=digest(rows)), callbacks=callbacks,
         )  # fmt: skip
         if resume:
             s.restore(run.latest_checkpoint())
             s.first_evaluation = run.first_evaluation()
+        # Before the folder counts as a run: a tracker that cannot start leaves nothing in the way.
+        s.tracking = stack.enter_context(Tracking(cfg, run, s.state.step, resume, console.note))
         run.write_config(to_toml(cfg))
-        console.start(_title(s), steps, s.state.step)
+        run.write_plan(memory_plan(policy, cfg, eval_engine.SAMPLES))
+        console.start(_title(s), steps, s.state.step, cfg.algo.name)
         s.limit = _agree(s)
         yield s
 
@@ -166,9 +213,25 @@ def load_rows(
     loaded = load_prompts(cfg.data, tokenizer, cfg.seed)
     if loaded.dropped:
         note(f"{loaded.dropped} prompts longer than data.max_prompt_tokens = {cfg.data.max_prompt_tokens} dropped")
-    if cfg.eval.rows and cfg.eval.data is not None:
-        return loaded.prompts, load_prompts(cfg.eval.data, tokenizer, cfg.seed).prompts[: cfg.eval.rows]
-    return hold_out(loaded.prompts, cfg.eval.rows, cfg.seed) if cfg.eval.rows else (loaded.prompts, [])
+    if not cfg.eval.rows:
+        return loaded.prompts, []
+    if cfg.eval.data is None:
+        return hold_out(loaded.prompts, cfg.eval.rows, cfg.seed)
+    held = load_prompts(cfg.eval.data, tokenizer, cfg.seed)
+    if held.dropped:
+        limit = cfg.eval.data.max_prompt_tokens
+        note(f"{held.dropped} prompts longer than eval.data.max_prompt_tokens = {limit} dropped")
+    if len(held.prompts) < cfg.eval.rows:
+        raise DataError(f"eval.rows = {cfg.eval.rows}: eval.data has {len(held.prompts)} usable rows; lower eval.rows")
+    chosen = held.prompts[: cfg.eval.rows]
+    rest = without(loaded.prompts, chosen)
+    if not rest:
+        raise DataError(
+            "eval.data: every training row has a prompt that is evaluated on; give other rows to one of them"
+        )
+    if len(rest) < len(loaded.prompts):
+        note(f"{len(loaded.prompts) - len(rest)} training rows with a prompt of eval.data left out")
+    return rest, chosen
 
 
 def _functions(cfg: Config, rewards: Sequence[Any] | None) -> list[RewardFunction]:
@@ -180,13 +243,19 @@ def _functions(cfg: Config, rewards: Sequence[Any] | None) -> list[RewardFunctio
             f'refill.by = "{cfg.refill.by}": no reward function of that name; there are {", ".join(names)}'
         )
     if cfg.overlong.penalty_share:
+        if OVERLONG in names:
+            raise ConfigError(
+                f'overlong.penalty_share = {cfg.overlong.penalty_share} adds a reward named "{OVERLONG}", and there is '
+                f"one; leave out one of them"
+            )
         args = {"max_tokens": cfg.sampling.max_tokens, "share": cfg.overlong.penalty_share}
         functions.append(RewardFunction(OVERLONG, InThread(overlong), Reward(OVERLONG, args=args)))
         functions[-1].open()
     return functions
 
 
-def _load_policy(cfg: Config) -> Policy:
+def load_policy(cfg: Config) -> Policy:
+    """The model of a run as a policy with its starting adapter."""
     base = load_base(cfg, resolve_device(cfg))
     return Policy(attach_lora(base, cfg.lora, cfg.seed))
 
@@ -199,7 +268,8 @@ def _engine(cfg: Config, policy: Policy, tokenizer: Any, console: Console, recor
     return EagerEngine(policy, tokenizer, cfg.engine.batch_size, console.generating)
 
 
-def _plan(cfg: Config, algorithm: Algorithm) -> PackPlan:
+def plan_of(cfg: Config, algorithm: Algorithm) -> PackPlan:
+    """How updates are packed; `keep` is left empty."""
     return PackPlan(
         keep=(), aggregation=algorithm.aggregation, budget=cfg.packing.budget, max_len=cfg.sampling.max_tokens,
         temperature=cfg.sampling.temperature, whole_groups=algorithm.whole_groups,
@@ -207,7 +277,20 @@ def _plan(cfg: Config, algorithm: Algorithm) -> PackPlan:
     )  # fmt: skip
 
 
-def _identity(cfg: Config, policy: Policy) -> dict[str, str]:
+def memory_plan(policy: Policy, cfg: Config, samples: bool) -> dict[str, int]:
+    """Bytes of what the training keeps from step to step; activations and the engine's cache come on top. samples:
+    whether there is an engine with an adapter of its own."""
+    base = sum(p.numel() * p.element_size() for n, p in policy.base.named_parameters() if "lora_" not in n)
+    adapter = policy.flat.flat.numel() * policy.flat.flat.element_size()
+    moments = 2 * policy.flat.flat.numel() if cfg.optim.name == "adamw_8bit" else 2 * adapter
+    return {
+        "base": base, "adapter": adapter, "adapter at the start": adapter, "gradient": adapter,
+        "optimiser moments": moments, **({"adapter of the engine": adapter} if samples else {}),
+    }  # fmt: skip
+
+
+def identity_of(cfg: Config, policy: Policy) -> dict[str, str]:
+    """What a checkpoint must have been made from to fit."""
     lora = cfg.lora
     return {
         "model": cfg.model, "base": fingerprint(policy.base), "rlft": __version__,
@@ -244,24 +327,3 @@ def _agree(s: Session) -> float:
         f"({found.tokens} tokens, shift {found.shift:.2f} nat); a step may differ by {limit:.3g}"
     )
     return limit
-
-
-@contextlib.contextmanager
-def open_run(out: Path) -> Iterator[tuple[Config, EagerEngine, Any, int]]:
-    """The config, engine, tokenizer and step of a run, with the adapter of its newest checkpoint loaded.
-
-    Raises ConfigError when the folder holds no run or no checkpoint.
-    """
-    run = Run.resume(str(out))
-    path = run.latest_checkpoint()
-    cfg = load_config(run.path / "config.toml")
-    tokenizer = load_tokenizer(cfg.model)
-    lora = replace(cfg.lora, resume_from=str(path))
-    policy = _load_policy(replace(cfg, lora=lora))
-    engine = EagerEngine(policy, tokenizer, cfg.engine.batch_size)
-    step = int(path.name.rsplit("-", 1)[-1])
-    try:
-        engine.load_adapter(policy.adapter(), version=step)
-        yield cfg, engine, tokenizer, step
-    finally:
-        engine.close()

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 import time
 from collections.abc import Iterator, Sequence
 
+import torch
 from torch import Tensor
 
 from rlft.algos.advantages import frac_zero_std
@@ -29,8 +31,25 @@ class Clock:
         self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - before
 
     def values(self) -> dict[str, float]:
-        """time/* metrics, and step_time from the start of the step to now."""
-        return {f"time/{k}": v for k, v in self.seconds.items()} | {"step_time": time.perf_counter() - self.start}
+        """time/* metrics, step_time from the start of the step to now, and time/idle, which no phase took."""
+        total = time.perf_counter() - self.start
+        idle = max(0.0, total - sum(self.seconds.values()))
+        return {f"time/{k}": v for k, v in self.seconds.items()} | {"time/idle": idle, "step_time": total}
+
+
+def peak_memory(device: torch.device) -> dict[str, float]:
+    """perf/peak_GiB: on a GPU the most that PyTorch held there since the last call; on a CPU the most that the process
+    has held since it began. Empty where the system does not tell."""
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        return {"perf/peak_GiB": peak / 2**30}
+    try:
+        import resource
+    except ImportError:  # Windows
+        return {}
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes there, in KiB on Linux
+    return {"perf/peak_GiB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30}
 
 
 def batch_stats(loss: Tensor, entropy: Tensor, batch: Batch) -> Stats:

@@ -23,19 +23,20 @@ from torch import Tensor
 
 from rlft import parity, report
 from rlft.batch import count, group_ids, pack, packing_stats
-from rlft.config import Config, Sampling
-from rlft.data import encode_prompt
+from rlft.config import Config
+from rlft.console import evaluation_line
 from rlft.dist import sum_counts, sum_tensor
-from rlft.errors import ConfigError, EngineError, TrainError
-from rlft.evaluate import evaluate
+from rlft.errors import EngineError, TrainError
+from rlft.evaluate import change, evaluate, recorded_loss
 from rlft.metrics import Metrics
 from rlft.optim import Update
 from rlft.refill import Drawn, chosen, refill, spread_back
-from rlft.rewards.score import Parts, check_invalid, score
-from rlft.rewards.score import build as build_rewards
+from rlft.rewards.parts import Parts
+from rlft.rewards.score import check_invalid, score
 from rlft.rollout.engine import asleep
-from rlft.session import Session, build, load_rows, open_run
-from rlft.step_metrics import Clock, batch_stats, rates, rollout_values, update_values
+from rlft.runs import PIECED_GROUPS
+from rlft.session import Session, build
+from rlft.step_metrics import Clock, batch_stats, peak_memory, rates, rollout_values, update_values
 from rlft.types import Batch, Rollout, State
 
 
@@ -93,9 +94,12 @@ def loop(s: Session) -> None:
             "epoch": s.prompts.epoch, "num_tokens": float(state.num_tokens), "parity/limit": s.limit,
             "skipped_updates": float(state.skipped_updates),
         }  # fmt: skip
-        record(s, values, drawn, parts, spread_back(drawn, advantages.tolist()))
+        values |= peak_memory(policy.device)
+        record(s, values, drawn, parts, spread_back(drawn, advantages.tolist()), mismatch.logprobs)
         if cfg.eval.every and state.step % cfg.eval.every == 0 and state.step < s.steps:
             measure(s)
+            if (best := s.run.best(also=state.step)) is not None and best.step == state.step:
+                s.save()
         if cfg.checkpoint.every and state.step % cfg.checkpoint.every == 0 and state.step < s.steps:
             s.save()
 
@@ -125,14 +129,16 @@ def minibatches(s: Session, rollouts: list[Rollout], rewards: Tensor, advantages
         cut = [r.finish_reason == "length" and s.cfg.overlong.drop for r in some]
         keep = tuple(not invalid and not c for invalid, c in zip(rewards[rows].isnan().tolist(), cut, strict=True))
         plan = replace(s.plan, keep=keep)
-        packed.append(pack(some, advantages[rows], plan, sum_counts(count(some, plan))))
+        made = pack(some, advantages[rows], plan, sum_counts(count(some, plan)))
+        # Which rollouts of the step they are, and not of the part.
+        packed.append([replace(batch, rows=tuple(rows[row] for row in batch.rows)) for batch in made])
     return packed
 
 
 def filled(s: Session, batch: Batch, mismatch: parity.Mismatch) -> Batch:
     """The batch with the other policies' log-probs that the loss wants, before the first update of the step."""
     if s.algorithm.needs_reference:
-        batch = replace(batch, ref_logprobs=s.policy.score(batch, weights="reference").cpu())
+        batch = s.reference.fill(batch)
     if s.algorithm.old == "sampler":
         return replace(batch, old_logprobs=batch.sampler_logprobs)
     if s.algorithm.old == "trainer":
@@ -179,13 +185,23 @@ def trainer_state(s: Session) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def record(s: Session, values: dict[str, float], drawn: Drawn, parts: Parts, advantages: list[float]) -> None:
-    """Everything about a finished step into the run folder and onto the console."""
+def record(s: Session, values: dict[str, float], drawn: Drawn, parts: Parts, advantages: list[float],
+           logprobs: dict[int, Tensor]) -> None:  # fmt: skip
+    """Everything about a finished step into the run folder and onto the console.
+
+    logprobs: `Mismatch.logprobs`, by index of the kept rollouts.
+    """
     for fault in parts.faults():
         s.console.note(fault)
-    s.run.log(s.state.step, values)
-    s.run.write_rollouts(s.state.step, drawn.rollouts, drawn.rewards.tolist(), parts.columns(), advantages)
-    s.console.step(values | {"step": float(s.state.step)}, drawn.rollouts[0].text)
+    step, scored, columns = s.state.step, drawn.rewards.tolist(), parts.columns()
+    kept = [i for i, keep in enumerate(drawn.kept) if keep]
+    theirs = {kept[row]: values for row, values in logprobs.items()}
+    pieces = s.pieces.first_groups(drawn.rollouts, group_ids(drawn.rollouts).tolist(), PIECED_GROUPS)
+    s.run.log(step, values)
+    s.writer.submit(lambda: s.run.write_rollouts(step, drawn.rollouts, scored, columns, advantages, theirs, pieces))
+    messages = s.console.step(values | {"step": float(step)}, drawn.rollouts[0].text)
+    scores = {"reward": scored, **{f"rewards/{name}": v for name, v in columns.items()}, "advantage": advantages}
+    s.tracking.log(step, values, "completions", drawn.rollouts, scores, messages)
     for callback in s.callbacks:
         callback(s.state, values)
 
@@ -194,12 +210,23 @@ def measure(s: Session) -> dict[str, float]:
     """Evaluate the adapter in training on the held-out rows, and log it at the current step."""
     if not s.held:
         return {}
-    s.eval_engine.load_adapter(s.policy.adapter(), version=s.state.step)
-    values, rollouts, rewards = evaluate(s.eval_engine, s.held, s.cfg, s.eval_functions, trainer_state(s))
-    s.run.log(s.state.step, values)
-    s.run.write_evaluation(s.state.step, rollouts, rewards)
-    s.console.note(f"held-out reward {values['eval/reward']:.3f} ± {values['eval/reward_stderr']:.3f} "
-                   f"over {len(s.held)} rows after step {s.state.step}")  # fmt: skip
+    step, found = s.state.step, None
+    values = recorded_loss(s.policy, s.held, s.algorithm, s.plan) if s.held_loss else {}
+    if s.eval_functions:
+        s.eval_engine.load_adapter(s.policy.adapter(), version=step)
+        found = evaluate(s.eval_engine, s.held, s.cfg, s.eval_functions, trainer_state(s))
+        values |= found.metrics | change(s.run.first_rewards(), found.by_row(), s.cfg.eval)
+    s.run.log(step, values)
+    if found is not None:
+        s.run.write_evaluation(step, found.rollouts, found.rewards)  # at once: the next evaluation reads the first
+        for fault in found.faults:
+            s.console.note(fault)
+        if found.graded() and not step:
+            s.console.note(f"held-out rewards are not all 0 or 1: solved means at least {s.cfg.eval.threshold:g}")
+    shown = (found.rollouts, {"reward": found.rewards}) if found is not None else ((), {})
+    s.tracking.log(step, values, "eval/completions", *shown)
+    s.console.note(evaluation_line(values, step))
+    s.console.evaluation(step, values)
     return values
 
 
@@ -215,6 +242,10 @@ class Result:
     before: dict[str, float]
     """Evaluation before the first step; empty without [eval]."""
     after: dict[str, float]
+    """Evaluation after the last step, with the change since the first as eval/reward_change and so on; empty when
+    interrupted."""
+    best: Path | None
+    """Folder of the checkpoint that did best on the held-out rows; None when none was evaluated."""
     interrupted: bool
 
 
@@ -273,35 +304,10 @@ def train(
         after = measure(s) if s.state.step and not s.stop else {}
         path = s.save()
         page = report.write(s.run.path)
-        s.console.finish(before, after, adapter=path, report=page, again=f'rlft generate {s.run.path} "your prompt"')
-        return Result(s.run.path, s.state.step, path, page, before, after, s.stop)
-
-
-def evaluate_run(out: Path, rows: int | None = None) -> dict[str, float]:
-    """Evaluate the newest checkpoint of a run on its held-out rows (or the first `rows` of them)."""
-    with open_run(out) as (cfg, engine, tokenizer, step):
-        if not cfg.eval.rows:
-            raise ConfigError(f"{out}: the run has no [eval] rows; add eval.rows and eval.rewards to its config.toml")
-        _, held = load_rows(cfg, tokenizer)
-        functions = build_rewards(cfg.eval.rewards or cfg.rewards)
-        try:
-            values, _, _ = evaluate(engine, held[:rows], cfg, functions, {"global_step": step})
-        finally:
-            for function in functions:
-                function.close()
-        return values
-
-
-def generate_from_run(out: Path, prompt: str, max_tokens: int | None = None, temperature: float | None = None) -> str:
-    """One completion of a prompt by the newest checkpoint of a run, prompted as its data was."""
-    with open_run(out) as (cfg, engine, tokenizer, _):
-        made = encode_prompt({"prompt": prompt}, 0, cfg.data, tokenizer)
-        sampling = Sampling(
-            group_size=1, max_tokens=max_tokens or cfg.sampling.max_tokens,
-            temperature=cfg.sampling.temperature if temperature is None else temperature,
-            stop_token_ids=cfg.sampling.stop_token_ids,
-        )  # fmt: skip
-        return engine.generate([made], sampling, seed=(cfg.seed, 0))[0].text
+        again, best = f'rlft generate {s.run.path} "your prompt"', s.run.best()
+        s.console.finish(before, after, adapter=path, report=page, again=again, best=best)
+        better = None if best is None else s.run.checkpoint(str(best.step))
+        return Result(s.run.path, s.state.step, path, page, before, after, better, s.stop)
 
 
 class _CallableModule(ModuleType):

@@ -46,7 +46,7 @@ class Prompt:
     ids: tuple[int, ...]
     """Token ids, chat template applied. Empty only for plain-text SFT rows, whose text is all completion."""
     row: dict[str, Any]
-    """The dataset row after column mapping. Every column but `prompt` and the recorded ones reaches the rewards."""
+    """The dataset row after column mapping. Every column but `prompt` and `completion` reaches the rewards."""
     index: int
     """Row number in the dataset, stable over epochs, shuffling and resume."""
     messages: tuple[dict[str, Any], ...] | None = None
@@ -179,6 +179,15 @@ class Stat(NamedTuple):
 Stats = dict[str, Stat]
 
 
+class Best(NamedTuple):
+    """The best evaluation so far, of those whose checkpoint is there."""
+
+    step: int
+    metric: str
+    """"eval/reward", the highest; "eval/loss", the lowest, where no reward is measured."""
+    value: float
+
+
 @dataclass
 class State:
     """Where a run is: what a checkpoint restores besides tensors."""
@@ -195,3 +204,5 @@ class State:
     """Updates skipped in a row because loss or gradient was not finite."""
     invalid_history: list[float] = field(default_factory=list)
     """Share of invalid rewards in each of the last five steps."""
+    data: str = ""
+    """Digest of the training rows: what `consumed` counts in, and what held-out rows must not be among."""

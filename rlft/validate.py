@@ -5,27 +5,26 @@ Each check yields sentences instead of raising at the first, so that a user mend
 
 from __future__ import annotations
 
-import inspect
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from rlft import resolve
+from rlft import resolve, tracking
 from rlft.algorithm import Algorithm
 from rlft.algorithm import build as build_algorithm
 from rlft.config import Config, Data, Reward
-from rlft.data import check_rows
+from rlft.data import check_rows, kind_of
 from rlft.environment import version_problems
 from rlft.errors import ConfigError, RlftError
 from rlft.models.load import locate, resolve_device
+from rlft.rewards.score import OURS, PARTS
+from rlft.rewards.worker import Signature, signature
 
 RECORDED = ("completion", "text", "messages", "chosen")
 """Columns that bring completions with the data."""
-GIVEN = ("prompts", "completions", "completion_ids", "trainer_state", "log_metric", "log_extra", "self")
+GIVEN = ("prompts", "completions", "completion_ids", "trainer_state", "log_metric", "log_extra")
 """What every reward function may ask for besides the dataset's columns."""
-REWARD_PARTS = ("score", "pool", "worker")
-"""Files of rlft.rewards that are not rewards."""
 
 
 def problems(cfg: Config, resume: bool = False, callables: bool = False) -> list[str]:
@@ -47,10 +46,11 @@ def problems(cfg: Config, resume: bool = False, callables: bool = False) -> list
     if rows is not None:
         found += _engine(cfg, algorithm, rows, callables)
         found += _held_out(cfg, rows, held)
-    if cfg.eval.rows and not (cfg.eval.rewards or cfg.rewards or callables):
-        found.append(f"eval.rows = {cfg.eval.rows} but there is no reward to score with: set eval.rewards")
+        if cfg.eval.rows and held:
+            found += _measured(cfg, kind_of(rows[0]), kind_of(held[0]), callables)
     found += _rewards("rewards", cfg.rewards, rows)
     found += _rewards("eval.rewards", cfg.eval.rewards, held)
+    found += tracking.problems(cfg.track)
     # One fault may show in two checks.
     return list(dict.fromkeys(found))
 
@@ -133,7 +133,7 @@ def _engine(cfg: Config, algorithm: Algorithm | None, rows: list[dict[str, Any]]
             f"differ; set sampling.group_size to 2 or more"
         )
     by = cfg.refill.by
-    if by is not None and not callables and by not in [r.use.rpartition(":")[2] for r in cfg.rewards]:
+    if by is not None and not callables and by not in [str(r.use).rpartition(":")[2] for r in cfg.rewards]:
         yield f'refill.by = "{by}": no reward of that name; there are {", ".join(r.use for r in cfg.rewards)}'
     baseline = algorithm is not None and algorithm.advantage_name
     if cfg.sampling.group_size == 1 and baseline in ("group_norm", "group_mean", "leave_one_out"):
@@ -152,8 +152,28 @@ def _held_out(cfg: Config, rows: list[dict[str, Any]], held: list[dict[str, Any]
         yield f"eval.rows = {wanted}: the data has {len(rows)} rows and some must be left to train on; lower eval.rows"
 
 
+def _measured(cfg: Config, kind: str, held: str, callables: bool) -> Iterator[str]:
+    """What is there to measure on held-out rows. kind, held: kinds of the training and of the held-out rows."""
+    pairs = "preference"
+    loss = "prompt" not in (kind, held) and (kind == pairs) == (held == pairs) and cfg.engine.name != "eager"
+    rewards = bool(cfg.eval.rewards or cfg.rewards or callables)
+    if not (rewards or loss):
+        yield (
+            f"eval.rows = {cfg.eval.rows} but there is no reward to score with: set eval.rewards (rows like the "
+            f"training rows, with recorded completions, are measured by their loss)"
+        )
+    if rewards and held == "text":
+        yield (
+            f"eval.rows = {cfg.eval.rows}: rows of plain text have no prompt to sample from; leave out rewards and "
+            f"eval.rewards, and their loss is measured"
+        )
+
+
 def _rewards(field: str, rewards: tuple[Reward, ...], rows: list[dict[str, Any]] | None) -> Iterator[str]:
     for reward in rewards:
+        if not isinstance(reward.use, str):
+            yield f"{field}: a config holds names of functions; give functions to rlft.train(cfg, rewards=[...])"
+            continue
         try:
             function = _function(field, reward.use)
         except ConfigError as error:
@@ -162,30 +182,33 @@ def _rewards(field: str, rewards: tuple[Reward, ...], rows: list[dict[str, Any]]
         except (Exception, SystemExit) as error:  # a user's own file may do anything while it is imported
             yield f'{field} = "{reward.use}": importing it raised {type(error).__name__}: {error}'
             continue
-        if not callable(function):
-            yield f'{field} = "{reward.use}": not a function but {type(function).__name__}'
-        elif rows is not None:
-            yield from _columns(field, reward, function, rows[0])
+        try:
+            taken = signature(function)
+        except (TypeError, ValueError) as error:
+            yield f'{field} = "{reward.use}": {error}'
+            continue
+        if rows is not None:
+            yield from _columns(field, reward, taken, rows[0])
 
 
 def _function(field: str, use: str) -> Any:
     if ":" in use:
         return resolve.attribute(use, field)
-    return getattr(resolve.module(use, "rlft.rewards", field, REWARD_PARTS), use)
+    return getattr(resolve.module(use, "rlft.rewards", field, PARTS), use)
 
 
-def _columns(field: str, reward: Reward, function: Callable[..., Any], row: dict[str, Any]) -> Iterator[str]:
-    """Parameters without a default that neither the data nor `args` can fill."""
-    try:
-        parameters = inspect.signature(function).parameters.values()
-    except ValueError:  # a built-in without a signature: its first call will tell
-        return
-    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    needed = [p.name for p in parameters if p.default is inspect.Parameter.empty and p.kind in named]
-    have = [name for name in row if name not in ("prompt", *RECORDED, "rejected")]
-    missing = [name for name in needed if name not in (*GIVEN, *reward.args, *have)]
+def _columns(field: str, reward: Reward, taken: Signature, row: dict[str, Any]) -> Iterator[str]:
+    """Arguments that nothing can fill, that the function does not take, or that have two meanings."""
+    have = [name for name in row if name not in OURS]
+    missing = [name for name in taken.required if name not in (*GIVEN, *reward.args, *have)]
     if missing:
         yield (
             f'{field} = "{reward.use}": asks for {", ".join(missing)}; the data has '
             f"{', '.join(have) or 'no column besides the prompt'}. Map a column with data.columns, or set rewards.args"
         )
+    for name in reward.args:
+        if not taken.takes(name):
+            yield f'{field} = "{reward.use}": rewards.args has {name}, which is no argument of the function'
+    for name in have:
+        if name in GIVEN:
+            yield f"data: the column {name} has the name of what every reward function gets; rename it by data.template"

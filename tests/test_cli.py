@@ -146,7 +146,8 @@ def test_rlft_help_is_fast_and_loads_no_torch() -> None:
 
 def test_a_mistyped_command_is_named_with_the_right_one(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["trian"]) == 2
-    wanted = 'error: no command "trian". Did you mean "train"? Commands: train, validate, eval, generate, report, env\n'
+    known = "train, validate, reward-check, eval, generate, merge, push, report, env"
+    wanted = f'error: no command "trian". Did you mean "train"? Commands: {known}\n'
     assert capsys.readouterr().err == wanted
 
 
@@ -195,6 +196,20 @@ def test_brackets_in_a_message_are_printed_as_they_are(tmp_path: Path, capsys: p
 def test_report_of_a_folder_without_a_run_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["report", str(tmp_path)]) == 2
     assert capsys.readouterr().err == f"error: {tmp_path}: not the folder of a run (it has no metrics.jsonl)\n"
+
+
+def test_report_writes_the_page_of_a_run_and_of_several_compared(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.jsonl").write_text('{"step": 1, "loss": 0.5}\n')
+    monkeypatch.chdir(tmp_path)
+    for args, page in ((["a"], "a/report.html"), (["a", "--out", "x.html"], "x.html"), (["a", "b"], "comparison.html")):
+        assert main(["report", *args]) == 0
+        assert capsys.readouterr().out == f"{page}\n" and (tmp_path / page).is_file()
+    assert main(["report", "a", "c"]) == 2 and "c: not the folder of a run" in capsys.readouterr().err
+    assert main(["report"]) == 2 and "give the folder of a run" in capsys.readouterr().err
 
 
 def test_validate_prints_every_fault_of_the_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -162,7 +162,7 @@ def test_a_trl_name_in_a_section_gives_ours() -> None:
 
 def test_a_trl_setting_without_a_counterpart_says_what_to_do_instead() -> None:
     assert_refused(
-        "report_to: unknown setting. Nothing to set: every run writes metrics.jsonl and report.html into its folder",
+        "report_to: unknown setting. TRL's report_to is track.use here",
         report_to="wandb",
     )
 

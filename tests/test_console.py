@@ -17,7 +17,18 @@ from pathlib import Path
 import pytest
 from rich.console import Console as Terminal
 
-from rlft.console import Console, clean, duration, evaluation_names, shorten, spark, time_line
+from rlft.console import (
+    Console,
+    clean,
+    duration,
+    evaluation_line,
+    evaluation_names,
+    evaluation_rows,
+    shorten,
+    spark,
+    time_line,
+)
+from rlft.types import Best
 
 VALUES = {
     "step": 12.0, "reward": 0.61, "loss": 0.0123, "completions/mean_length": 5.21, "entropy": 0.333,
@@ -48,6 +59,26 @@ def test_missing_metrics_are_left_out_and_the_last_step_has_nothing_left(capsys)
     assert capsys.readouterr().out == "step 3/3  loss 0.5000  1.0 s\n"
 
 
+def test_an_evaluation_is_looked_at_and_leaves_the_view_of_the_steps(capsys: pytest.CaptureFixture[str]) -> None:
+    with Console(plain=True) as console:
+        console.start([], 40)
+        console.evaluation(0, {"eval/reward": 0.5, "eval/reward_stderr": 0.01})
+        for step in range(1, 7):
+            console.step({**VALUES, "step": float(step), "reward": 0.1 * step}, None)
+        console.evaluation(6, {"eval/reward": 0.3, "eval/reward_stderr": 0.01})
+        console.step({**VALUES, "step": 7.0, "reward": 0.7}, None)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("!")]
+    assert len(lines) == 1 and lines[0].startswith("! step 6: the held-out reward fell to 0.3 and")
+
+
+def test_a_rule_that_is_not_for_an_algorithm_is_left_out(capsys: pytest.CaptureFixture[str]) -> None:
+    for algorithm in ("grpo", "gspo"):
+        with Console(plain=True) as console:
+            console.start([], 40, algorithm=algorithm)
+            console.step({**VALUES, "step": 1.0, "clip_ratio/region_mean": 0.5}, None)
+    assert capsys.readouterr().out.count("is clipped") == 1
+
+
 def test_trouble_is_said_when_it_begins_and_again_when_it_comes_back(capsys) -> None:
     with Console() as console:
         console.start([], steps=9)
@@ -60,20 +91,47 @@ def test_trouble_is_said_when_it_begins_and_again_when_it_comes_back(capsys) -> 
     ]
 
 
+BEFORE = {
+    "eval/reward": 0.31, "eval/reward_stderr": 0.033, "eval/reward_low": 0.25, "eval/reward_high": 0.38,
+    "eval/rows": 200.0, "eval/completions/mean_length": 9.0, "eval/invalid": 0.0, "eval/rewards/number/mean": 0.31,
+}  # fmt: skip
+AFTER = {**BEFORE, "eval/reward": 0.72, "eval/completions/mean_length": 5.5, "eval/reward_change": 0.41,
+         "eval/reward_change_stderr": 0.04}  # fmt: skip
+
+
 def test_the_end_shows_before_and_after_and_where_things_are(capsys) -> None:
-    before = {"eval/reward": 0.31, "eval/reward_stderr": 0.033, "eval/rows": 200.0, "eval/completions/mean_length": 9.0,
-              "eval/invalid": 0.0, "eval/rewards/number/mean": 0.31}  # fmt: skip
-    after = {**before, "eval/reward": 0.72, "eval/completions/mean_length": 5.5}
+    best = Best(20, "eval/reward", 0.75)
     with Console() as console:
-        console.finish(before, after, Path("r/checkpoints/step-000040"), Path("r/report.html"), 'rlft generate r "hi"')
+        console.finish(BEFORE, AFTER, Path("r/checkpoints/step-000040"), Path("r/report.html"), "again", best)
     assert capsys.readouterr().out.splitlines() == [
         "held-out rows: 200",
-        "                                  before          after",
-        "  reward                   0.310 ± 0.033  0.720 ± 0.033",
-        "  completions/mean_length          9.000          5.500",
+        "                                  before          after          change",
+        "  reward                   0.310 ± 0.033  0.720 ± 0.033  +0.410 ± 0.040",
+        "  completions/mean_length          9.000          5.500          -3.500",
+        "checkpoints:    step 20 did best (eval/reward 0.750): choose it with --checkpoint best",
         "adapter:        r/checkpoints/step-000040",
         "report:         r/report.html",
-        'sample from it: rlft generate r "hi"',
+        "sample from it: again",
+    ]
+
+
+def test_a_last_step_that_is_the_best_needs_no_line(capsys) -> None:
+    with Console() as console:
+        console.finish(BEFORE, AFTER, Path("a"), Path("b"), "c", Best(40, "eval/reward", 0.72))
+    assert "checkpoints:" not in capsys.readouterr().out
+
+
+def test_one_evaluation_is_a_line_and_a_table() -> None:
+    several = {**AFTER, "eval/samples": 8.0, "eval/pass@1": 0.72, "eval/pass@8": 0.9, "eval/pass@8_stderr": 0.02}
+    assert evaluation_line(several, 40) == (
+        "held-out rows (200) after step 40: reward (avg@8) 0.720 ± 0.033 (+0.410 ± 0.040 since the first), "
+        "pass@8 0.900 ± 0.020"
+    )
+    assert evaluation_rows(several) == [
+        ("", "value", "stderr", "95% interval"),
+        ("reward (avg@8)", "0.720", "0.033", "0.250 to 0.380"),
+        ("pass@8", "0.900", "0.020", ""),
+        ("completions/mean_length", "5.500", "", ""),
     ]
 
 

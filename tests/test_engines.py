@@ -309,6 +309,8 @@ def test_mismatch_arithmetic() -> None:
     assert values["mismatch/outside"] == pytest.approx(2 / 3)
     assert values["mismatch/k3"] == pytest.approx((math.exp(0.2) - 1.2 + math.exp(-0.2) - 0.8) / 3, rel=1e-5)
     assert values["sampling/sampling_logp_difference/max"] == pytest.approx(0.2, rel=1e-6)
+    assert values["mismatch/p50"] == values["mismatch/p90"] == values["mismatch/p99"]  # two of three in one bin
+    assert found.percentile(0.3) == pytest.approx(1e-7) and found.logprobs.keys() == {0}
     assert 0.2 <= values["mismatch/p99"] * 1.0000001 <= 0.2 * 1.13
 
 

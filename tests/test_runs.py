@@ -9,10 +9,11 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from rlft.errors import ConfigError
 from rlft.runs import Run
-from rlft.types import Prompt, Rollout
+from rlft.types import Best, Prompt, Rollout
 
 CHAT = Prompt((1, 2), {"prompt": [{"role": "user", "content": "hi"}]}, 3, ({"role": "user", "content": "hi"},))
 TEXT = Prompt((1, 2), {"prompt": "2+2?"}, 8, ({"role": "user", "content": "2+2?"},))
@@ -86,19 +87,26 @@ def test_every_completion_is_written_with_its_rewards(tmp_path: Path) -> None:
     run = started(tmp_path)
     rows = [rollout(TEXT, 0), rollout(TEXT, 1), rollout(CHAT, 0, logprobs=None)]
     parts: dict[str, list[Any]] = {"exact": [1.0, 0.0, math.nan], "note": ["a", None, "b"]}
-    run.write_rollouts(12, rows, [1.0, 0.0, math.nan], parts, [0.5, -0.5, 0.0])
+    # The second rollout was not run; of the third, whose prompt's tokens come first, the first token was not trained.
+    logprobs = {0: torch.tensor([-0.625, -0.25]), 2: torch.tensor([0.0, 0.0, math.nan, -2.0])}
+    run.write_rollouts(
+        12, rows, [1.0, 0.0, math.nan], parts, [0.5, -0.5, 0.0], logprobs, [["s", "0"], ["s", "1"], None]
+    )
     path = run.path / "rollouts" / "step-000012.parquet"
     assert pq.ParquetFile(path).schema_arrow.names == [
-        "step", "group", "sample", "prompt", "completion", "completion_ids", "sampler_logprobs", "reward",
-        "rewards/exact", "rewards/note", "advantage", "finish_reason", "tokens", "policy_version",
+        "step", "row", "group", "sample", "prompt", "completion", "completion_ids", "sampler_logprobs", "logprobs",
+        "pieces", "reward", "rewards/exact", "rewards/note", "advantage", "finish_reason", "tokens", "policy_version",
     ]  # fmt: skip
     first, second, third = run.read_rollouts(12)
     assert first == {
-        "step": 12, "group": 0, "sample": 0, "prompt": "2+2?", "completion": "s0", "completion_ids": [7, 2],
-        "sampler_logprobs": [-0.5, -0.25], "reward": 1.0, "rewards/exact": 1.0, "rewards/note": "a", "advantage": 0.5,
+        "step": 12, "row": 8, "group": 0, "sample": 0, "prompt": "2+2?", "completion": "s0", "completion_ids": [7, 2],
+        "sampler_logprobs": [-0.5, -0.25], "logprobs": [-0.625, -0.25],
+        "pieces": ["s", "0"], "reward": 1.0, "rewards/exact": 1.0, "rewards/note": "a", "advantage": 0.5,
         "finish_reason": "stop", "tokens": 2, "policy_version": 11,
     }  # fmt: skip
-    assert (second["group"], second["sample"], second["rewards/note"]) == (0, 1, None)
+    assert (second["group"], second["sample"], second["rewards/note"], second["logprobs"]) == (0, 1, None, None)
+    assert third["logprobs"] == [None, -2.0] and third["pieces"] is None
+    assert run.read_rollouts(12, groups=1) == [first, second]
     # Messages as JSON; invalid is null, which an average in SQL leaves out, and never 0.
     assert json.loads(third["prompt"]) == [{"role": "user", "content": "hi"}] and third["group"] == 1
     assert third["reward"] is None and third["rewards/exact"] is None and third["sampler_logprobs"] is None
@@ -151,3 +159,50 @@ def test_nothing_past_the_checkpoint_means_nothing_is_touched(tmp_path: Path) ->
     before = run.metrics_file.stat().st_ino
     assert run.set_aside(1) is None and not (run.path / "set-aside").exists()
     assert run.metrics_file.stat().st_ino == before
+
+
+def checkpoints(run: Run, *steps: int) -> None:
+    for step in steps:
+        (run.checkpoints / f"step-{step:06d}").mkdir(parents=True, exist_ok=True)
+
+
+def test_the_best_is_the_first_of_the_highest_rewards_whose_checkpoint_is_there(tmp_path: Path) -> None:
+    run = started(tmp_path)
+    for step, reward in ((0, 0.9), (1, 0.2), (2, 0.8), (3, math.nan), (4, 0.8), (5, 0.85)):
+        run.log(step, {"eval/reward": reward, "eval/loss": 1.0 - step})
+    assert run.best() is None  # the base, at step 0, has no checkpoint
+    assert run.best(also=1) == Best(1, "eval/reward", 0.2)
+    checkpoints(run, 1, 2, 3, 4)
+    assert run.best() == Best(2, "eval/reward", 0.8)
+    assert run.best(also=5) == Best(5, "eval/reward", 0.85)
+
+
+def test_without_rewards_the_best_has_the_lowest_loss(tmp_path: Path) -> None:
+    run = started(tmp_path)
+    for step, loss in ((1, 2.0), (2, 1.5), (3, 1.75)):
+        run.log(step, {"eval/loss": loss})
+    checkpoints(run, 1, 2, 3)
+    assert run.best() == Best(2, "eval/loss", 1.5)
+
+
+def test_a_checkpoint_is_chosen_by_name(tmp_path: Path) -> None:
+    run = started(tmp_path)
+    checkpoints(run, 2, 4, 12)
+    with pytest.raises(ConfigError, match=r"--checkpoint best: no checkpoint .* was evaluated; choose .* 2, 4, 12"):
+        run.checkpoint("best")
+    run.log(4, {"eval/reward": 0.5})
+    chosen = {which: run.checkpoint(which).name for which in ("latest", "best", "2")}
+    assert chosen == {"latest": "step-000012", "best": "step-000004", "2": "step-000002"}
+    for wrong in ("3", "-2", "newest"):
+        with pytest.raises(ConfigError, match=rf'--checkpoint {wrong}: .* "latest", "best" or a step of 2, 4, 12'):
+            run.checkpoint(wrong)
+
+
+def test_the_rewards_of_the_first_evaluation_come_back_by_row(tmp_path: Path) -> None:
+    run = started(tmp_path)
+    assert run.first_rewards() == {}
+    rows = [rollout(TEXT, 0), rollout(TEXT, 1), rollout(CHAT, 0)]
+    run.write_evaluation(0, rows, [1.0, math.nan, 0.5])
+    run.write_evaluation(2, rows, [0.0, 0.0, 0.0])
+    first = run.first_rewards()
+    assert first.keys() == {8, 3} and first[3] == [0.5] and first[8][0] == 1.0 and math.isnan(first[8][1])

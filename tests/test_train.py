@@ -12,13 +12,15 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import tiny_model, tiny_tokenizer
+from tiny import SPECIAL, tiny_model, tiny_tokenizer
 
 import rlft
 from rlft.config import Algo, Checkpoint, Config, Data, Eval, Lora, Optim, Packing, Parity, Reward, Sampling
 from rlft.errors import ConfigError, EngineError, ParityError, RewardError, TrainError
+from rlft.finished import evaluate_run, generate_from_run
 from rlft.rollout.eager import EagerEngine
-from rlft.train import evaluate_run, generate_from_run, train
+from rlft.runs import Run
+from rlft.train import train
 
 TIMES = ("time/", "perf/", "step_time")
 
@@ -82,11 +84,26 @@ def test_grpo_leaves_an_adapter_a_report_and_every_completion(home: Path, tmp_pa
     assert len(logged) == 3
     for name in ("reward", "reward_std", "frac_reward_zero_std", "entropy", "grad_norm", "learning_rate", "num_tokens",
                  "epoch", "completions/mean_length", "completions/clipped_ratio", "rewards/digits/mean", "batch/tokens",
-                 "sampling/sampling_logp_difference/mean", "mismatch/p99", "clip_ratio/region_mean"):  # fmt: skip
+                 "sampling/sampling_logp_difference/mean", "mismatch/p50", "mismatch/p90", "mismatch/p99",
+                 "clip_ratio/region_mean"):  # fmt: skip
         assert name in logged[0], name
     assert logged[0]["sampling/sampling_logp_difference/mean"] < 1e-4
     assert len(list((tmp_path / "run" / "rollouts").glob("step-*.parquet"))) == 3
-    assert result.before.keys() == result.after.keys() and "eval/reward" in result.before
+    # What the report shades tokens by: the trainer's log-probs beside the sampler's, and the text of each token.
+    rows = Run.resume(tmp_path / "run").read_rollouts(2)
+    assert any(row["logprobs"] for row in rows)
+    for row in rows:
+        assert row["logprobs"] is None or row["logprobs"] == pytest.approx(row["sampler_logprobs"], abs=1e-4)
+        assert "".join(piece for piece in row["pieces"] if piece not in SPECIAL) == row["completion"]
+        assert len(row["pieces"]) == row["tokens"]
+    plan = Run.resume(tmp_path / "run").plan()
+    assert plan["gradient"] == plan["adapter"] > 0 and plan["base"] > plan["adapter"]
+    raw = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert all(m["perf/peak_GiB"] > 0.05 for m in raw if "loss" in m)
+    phases = ("time/generate", "time/reward", "time/train", "time/sync", "time/idle")
+    assert all(sum(m[p] for p in phases) == pytest.approx(m["step_time"]) for m in raw if "loss" in m)
+    assert result.before.keys() == {name for name in result.after if "_change" not in name}
+    assert "eval/reward" in result.before and "eval/reward_change" in result.after
     values = evaluate_run(tmp_path / "run")
     assert values["eval/reward"] == pytest.approx(result.after["eval/reward"])
     assert isinstance(generate_from_run(tmp_path / "run", "say 3", max_tokens=4), str)

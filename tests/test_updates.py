@@ -302,3 +302,17 @@ def test_a_preset_from_python_says_how(home: Path, tmp_path: Path) -> None:
         train(config(home, tmp_path / "run", algo=Algo("dapo")))
     with pytest.raises(ConfigError, match=r'no preset "dappo". Did you mean "dapo"\? Presets: dapo, dr_grpo, gspo'):
         rlft.preset("dappo")
+
+
+def test_the_trainers_log_probs_are_written_beside_the_rollouts_they_belong_to(home: Path, tmp_path: Path) -> None:
+    """With refilled, dropped and split groups: of each rollout that was trained, as before the first update."""
+    train(config(
+        home, tmp_path / "run", rewards=(Reward(f"{home}/rewards.py:even"),), refill=Refill(rounds=4),
+        optim=Optim(lr=1e-2, minibatches=2, passes=2), steps=1,
+    ))  # fmt: skip
+    rows = pq.read_table(tmp_path / "run" / "rollouts" / "step-000001.parquet").to_pylist()
+    trained = [row for row in rows if row["logprobs"]]
+    assert trained and len(trained) < len(rows)
+    for row in trained:
+        assert row["advantage"] is not None and row["logprobs"] == pytest.approx(row["sampler_logprobs"], abs=1e-4)
+    assert {row["group"] for row in rows if row["pieces"]} == {0, 1, 2, 3} and max(row["group"] for row in rows) > 3

@@ -122,6 +122,9 @@ def load_base(cfg: Config, device: torch.device) -> nn.Module:
     if where.gguf and hasattr(model.config, "quantization_config"):
         # Dequantised: what is left of the file's own quantisation would make PEFT and save_pretrained mistake it.
         delattr(model.config, "quantization_config")
+    if where.gguf:
+        # PEFT writes this into adapter_config.json as the base: a name that rlft finds again, not this machine's path.
+        model.name_or_path = cfg.model
     if not nf4:
         model.to(device)
     model.requires_grad_(False)
@@ -186,11 +189,15 @@ def _continue_adapter(base: nn.Module, lora: Lora) -> PeftModel:
     return model
 
 
-def fingerprint(model: nn.Module) -> str:
-    """16 hex digits that change with the base: names, shapes and the first 64 values of every frozen tensor."""
+def fingerprint(model: nn.Module, dtype: torch.dtype | None = None) -> str:
+    """16 hex digits that change with the base: names, shapes and the first 64 values of every frozen tensor.
+
+    dtype: take the floating ones as if the base had been loaded in it.
+    """
     digest = hashlib.sha256()
     for name, tensor in model.state_dict().items():
         if "lora_" not in name:
             digest.update(f"{name.replace('base_layer.', '')}{tuple(tensor.shape)}".encode())
-            digest.update(tensor.flatten()[:64].to("cpu").contiguous().view(torch.uint8).numpy().tobytes())
+            values = tensor.flatten()[:64].to("cpu", dtype if tensor.is_floating_point() else None)
+            digest.update(values.contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]

@@ -1,49 +1,121 @@
-"""Where reward functions run: a sticky worker process each, killable with its children, or the caller's main thread.
+"""Where reward functions run: a sticky worker process each, killable with all it started, or the caller's main thread.
 
-Both have the same three methods: `open() -> Signature`, `call(columns, constants, timeout) -> Reply`, `close()`.
+Both have the same methods: `open() -> Signature`, then `start(columns, constants, rows, timeout)` and `finish() ->
+Reply` for each call, and `close()`. Between start and finish a worker (and an async function in this process) is
+working, so calls of several functions overlap.
 """
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
+import functools
+import inspect
 import os
 import pickle
 import select
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable
+import uuid
+from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Any, Protocol
 
 from rlft.errors import RewardError
-from rlft.rewards.worker import HEADER, Reply, Signature, call, encode, signature
+from rlft.rewards.worker import HEADER, MAGIC, Call, Reply, Signature, encode, settle, signature
 
 START_SECONDS = 60.0
 """Time a worker has to import the user's file: it may load a grader of its own."""
+TRANSFER_SECONDS = 10.0
+"""Time a reply may take to arrive once it has begun to: the function itself has returned by then."""
+MARK = "RLFT_REWARD_WORKER"
+"""Environment variable that a worker hands to everything it starts, by which all of it is found again."""
 
 
 class Place(Protocol):
     """Where a reward function runs."""
 
+    apart: bool
+    """True in a process of its own."""
+
     def open(self) -> Signature:
         """Make the function ready. Raises RewardError when it cannot be imported."""
         ...
 
-    def call(self, columns: dict[str, list[Any]], constants: dict[str, Any], timeout: float) -> Reply:
-        """Run it on a batch; every fault comes back as a Reply."""
+    def start(self, columns: dict[str, list[Any]], constants: dict[str, Any], rows: int, timeout: float) -> None:
+        """Begin a call on a batch of `rows`. Raises RewardError for what cannot be sent to another process."""
+        ...
+
+    def finish(self) -> Reply:
+        """What came of the call; every fault is a Reply."""
         ...
 
     def close(self) -> None:
-        """End it. May be called twice."""
+        """End it, with a call that was begun. May be called twice."""
         ...
 
 
-class InThread:
-    """The caller's thread: for closures and lambdas, which no other process can import. It cannot be stopped."""
+class Loop:
+    """An event loop in a thread of its own, for async functions called in this process: they run side by side, share
+    what is bound to a loop, and do not mind a notebook's own. Runs from the first use until `close`."""
 
-    def __init__(self, function: Callable[..., Any]) -> None:
-        self._function = function
+    def __init__(self) -> None:
+        self._loop: Any = None
+        self._end: Any = None
+        self._thread: threading.Thread | None = None
+
+    def submit(self, begin: Callable[[], Awaitable[Any]]) -> concurrent.futures.Future[Any]:
+        """Call `begin` on the loop and await what it gives."""
+        import asyncio
+
+        if self._thread is None:
+            ready = threading.Event()
+            self._thread = threading.Thread(target=self._serve, args=(ready,), name="rlft-rewards", daemon=True)
+            self._thread.start()
+            ready.wait()
+
+        async def run() -> Any:
+            return await settle(begin())
+
+        return asyncio.run_coroutine_threadsafe(run(), self._loop)
+
+    def close(self) -> None:
+        """Cancel what runs and end the thread."""
+        thread, self._thread = self._thread, None
+        if thread is not None:
+            self._loop.call_soon_threadsafe(self._end.set)
+            thread.join(1.0)  # a coroutine that blocks its loop cannot be stopped; the thread dies with the process
+
+    def _serve(self, ready: threading.Event) -> None:
+        import asyncio
+
+        async def until_end() -> None:
+            self._loop, self._end = asyncio.get_running_loop(), asyncio.Event()
+            ready.set()
+            await self._end.wait()
+
+        asyncio.run(until_end())
+
+
+class InThread:
+    """The caller's thread: for closures and lambdas, which no other process can import. It cannot be stopped; an async
+    function can, where it awaits."""
+
+    apart = False
+
+    def __init__(self, function: Callable[..., Any], loop: Loop | None = None) -> None:
+        """loop: where it is awaited if it is async, shared with others; None: one of its own."""
+        plain = function
+        while isinstance(plain, functools.partial):
+            plain = plain.func
+        self._is_async = inspect.iscoroutinefunction(plain) or inspect.iscoroutinefunction(type(plain).__call__)
+        self._function, self._loop = function, loop or Loop()
+        self._call: Call | None = None
+        self._future: concurrent.futures.Future[Any] | None = None
+        self._timeout = self._began = 0.0
 
     def open(self) -> Signature:
         """As Place."""
@@ -52,111 +124,216 @@ class InThread:
         except (TypeError, ValueError) as error:
             raise RewardError(f"reward {self._function!r}: cannot be called: {error}") from error
 
-    def call(self, columns: dict[str, list[Any]], constants: dict[str, Any], timeout: float) -> Reply:
-        """As Place; `timeout` cannot be kept here."""
-        return call(self._function, columns, constants)
+    def start(self, columns: dict[str, list[Any]], constants: dict[str, Any], rows: int, timeout: float) -> None:
+        """As Place; without async it only runs in `finish`."""
+        self._call, self._timeout, self._began = (
+            Call(self._function, columns, constants, rows),
+            timeout,
+            time.monotonic(),
+        )
+        self._future = self._loop.submit(self._call.begin) if self._is_async else None
+
+    def finish(self) -> Reply:
+        """As Place."""
+        assert self._call is not None
+        call, future, self._call, self._future = self._call, self._future, None, None
+        if future is None:
+            return call.reply(lambda: self._settled(call.begin()))
+        left = max(0.0, self._began + self._timeout - time.monotonic())
+        if not concurrent.futures.wait([future], left).done:
+            future.cancel()
+            return _timed_out(self._timeout, self._began)
+        return call.reply(future.result)._replace(seconds=time.monotonic() - self._began)
 
     def close(self) -> None:
-        """Nothing to end."""
+        """End the event loop, if one was started."""
+        self._loop.close()
+
+    def _settled(self, result: Any) -> Any:
+        # A lambda may return the coroutine of an async function.
+        return self._loop.submit(lambda: result).result() if isinstance(result, Awaitable) else result
 
 
 class InWorker:
-    """A process of its own, started once and kept; killed with its children on a timeout, and then replaced."""
+    """A process of its own, started once and kept; killed with all it started on a timeout, and then replaced."""
+
+    apart = True
 
     def __init__(self, target: str, memory_mb: int | None = None) -> None:
         """target: "file.py:function" or "package.module:function"."""
         self._target, self._memory_mb = target, memory_mb
+        self._mark = f"{MARK}={uuid.uuid4().hex}"
         self._process: subprocess.Popen[bytes] | None = None
-        self._to = self._from = -1
+        self._to = self._from = self._life = -1
+        self._timeout = self._began = 0.0
+        self._fault: Reply | None = None
+        """What went wrong in `start`, to be told by `finish`."""
+        self._busy = False
 
     def open(self) -> Signature:
         """As Place: start the process and import the function."""
-        self._start()
-        reply = self._exchange({"target": self._target, "memory_mb": self._memory_mb}, START_SECONDS)
+        self._start_process()
+        outside = os.environ.get("PYTHONPATH")
+        message = {"target": self._target, "memory_mb": self._memory_mb, "pythonpath": outside}
+        self._timeout, self._began = START_SECONDS, time.monotonic()
+        self._fault = self._send(encode(message))
+        reply = self.finish()
         if isinstance(reply, Signature):
             return reply
         self.close()
         raise RewardError(f'reward "{self._target}" cannot be imported: {reply.text}')
 
-    def call(self, columns: dict[str, list[Any]], constants: dict[str, Any], timeout: float) -> Reply:
+    def start(self, columns: dict[str, list[Any]], constants: dict[str, Any], rows: int, timeout: float) -> None:
         """As Place. A process that died or hung before is started again first."""
+        if self._busy:
+            self.close()  # the reply of a call that nobody finished would be taken for this one's
+        try:
+            data = encode({"columns": columns, "constants": constants, "rows": rows})
+        except Exception as error:  # pickle passes on whatever an object in a column raises
+            raise RewardError(
+                f'reward "{self._target}": a column or argument cannot be sent to its process ({error!r:.200}); leave '
+                f"it out of its parameters, or make it of plain numbers, strings, lists and dicts"
+            ) from error
+        self._fault, self._busy = None, True
         if self._process is None:
             try:
                 self.open()
             except RewardError as error:
-                return Reply("died", [], str(error))
-        reply = self._exchange({"columns": columns, "constants": constants}, timeout)
-        assert isinstance(reply, Reply)
-        if reply.kind in ("timeout", "died"):
+                self._fault = Reply("died", [], str(error))
+        self._timeout, self._began, self._busy = timeout, time.monotonic(), True
+        self._fault = self._fault or self._send(data)
+
+    def finish(self) -> Any:
+        """As Place; a Signature after `open`."""
+        reply = self._fault or self._receive()
+        self._busy = False
+        if isinstance(reply, Reply) and reply.kind in ("timeout", "died"):
+            process = self._process
             self.close()
+            if process is not None and not reply.text:
+                reply = reply._replace(text=f"its process ended ({_ending(process.returncode)})")
         return reply
 
     def close(self) -> None:
-        """Kill the process and everything it started in its session."""
-        process, self._process = self._process, None
+        """Kill the process and everything it started."""
+        process, self._process, self._busy = self._process, None, False
         if process is None:
             return
         # The group first and the wait after: until it is waited for, its number cannot become another process's.
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
+        _kill_marked(self._mark.encode())
         process.wait()
-        os.close(self._to)
-        os.close(self._from)
+        for fd in (self._to, self._from, self._life):
+            if fd >= 0:
+                os.close(fd)
 
-    def _start(self) -> None:
+    def _start_process(self) -> None:
         assert self._process is None
         child_read, self._to = os.pipe()
         self._from, child_write = os.pipe()
+        name, value = self._mark.split("=")
         try:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "rlft.rewards.worker", str(child_read), str(child_write)],
+                [sys.executable, "-P", "-m", "rlft.rewards.worker", str(child_read), str(child_write)],
                 stdin=subprocess.DEVNULL, pass_fds=(child_read, child_write), start_new_session=True,
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(p or os.getcwd() for p in sys.path), name: value},
             )  # fmt: skip
         finally:
             os.close(child_read)
             os.close(child_write)
-        os.set_blocking(self._to, False)
+        for fd in (self._to, self._from):
+            os.set_blocking(fd, False)
+        # Linux: tells of its end even while something it forked holds the pipes open.
+        self._life = os.pidfd_open(self._process.pid) if hasattr(os, "pidfd_open") else -1
 
-    def _exchange(self, message: Any, timeout: float) -> Any:
-        """Send a message and wait for the answer, both within `timeout` seconds."""
-        deadline = time.monotonic() + timeout
-        try:
-            self._send(encode(message), deadline)
-            size = HEADER.unpack(self._receive(HEADER.size, deadline))[0]
-            return pickle.loads(self._receive(size, deadline))
-        except TimeoutError:
-            return Reply("timeout", [], f"took longer than {timeout:g} s")
-        except (EOFError, BrokenPipeError, ConnectionResetError):
-            assert self._process is not None
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(1.0)
-            return Reply("died", [], f"its process ended ({_ending(self._process.returncode)})")
-        except (pickle.UnpicklingError, AttributeError, ImportError, MemoryError) as error:
-            return Reply("died", [], f"its process sent garbage ({error})")
-
-    def _send(self, data: bytes, deadline: float) -> None:
-        rest = memoryview(data)
+    def _send(self, data: bytes) -> Reply | None:
+        """Write a message until the deadline; returns the fault, if any."""
+        rest, deadline = memoryview(data), self._began + self._timeout
         while rest:
-            _, ready, _ = select.select([], [self._to], [], max(0.0, deadline - time.monotonic()))
-            if not ready:
-                raise TimeoutError
-            rest = rest[os.write(self._to, rest[: 2**16]) :]
+            ready = _wait(self._to, select.POLLOUT, self._life, deadline)
+            if ready is None:
+                return _timed_out(self._timeout, self._began)
+            try:
+                rest = rest[os.write(self._to, rest[: 2**16]) :]
+            except (BrokenPipeError, ConnectionResetError):
+                return Reply("died", [], "", seconds=time.monotonic() - self._began)
+            except BlockingIOError:
+                if not ready:
+                    return Reply("died", [], "", seconds=time.monotonic() - self._began)
+        return None
 
-    def _receive(self, size: int, deadline: float) -> bytes:
-        data = bytearray()
+    def _receive(self) -> Any:
+        """The next message, or a Reply saying why there is none."""
+        deadline = self._began + self._timeout
+        data, size = bytearray(), HEADER.size
         while len(data) < size:
-            ready, _, _ = select.select([self._from], [], [], max(0.0, deadline - time.monotonic()))
-            if not ready:
-                raise TimeoutError
-            part = os.read(self._from, min(size - len(data), 2**20))
-            if not part:
-                raise EOFError
-            data += part
-        return bytes(data)
+            ready = _wait(self._from, select.POLLIN, self._life, deadline)
+            if ready is None:
+                return _timed_out(self._timeout, self._began)
+            try:
+                part = os.read(self._from, min(size - len(data), 2**20))
+            except BlockingIOError:
+                part = b"" if not ready else None
+            if part == b"":
+                return Reply("died", [], "", seconds=time.monotonic() - self._began)
+            data += part or b""
+            if len(data) == HEADER.size == size:
+                magic, length = HEADER.unpack(data)
+                if magic != MAGIC:
+                    return self._garbage(f"it begins with {bytes(data)!r}")
+                size += length
+                deadline = max(deadline, time.monotonic() + TRANSFER_SECONDS)
+        try:
+            reply = pickle.loads(data[HEADER.size :])
+        except Exception as error:  # a damaged pickle raises whatever its bytes happen to mean
+            return self._garbage(repr(error))
+        return reply if isinstance(reply, Reply | Signature) else self._garbage(f"{reply!r:.60}")
+
+    def _garbage(self, what: str) -> Reply:
+        return Reply("died", [], f"its process sent garbage ({what})", seconds=time.monotonic() - self._began)
+
+
+def _wait(fd: int, event: int, life: int, deadline: float) -> bool | None:
+    """True when the pipe is ready, False when it is not and the process has ended, None at the deadline.
+
+    poll and not select, which cannot watch descriptors above 1023.
+    """
+    poll = select.poll()
+    poll.register(fd, event)
+    if life >= 0:
+        poll.register(life, select.POLLIN)
+    found = dict(poll.poll(max(0.0, deadline - time.monotonic()) * 1000))
+    return None if not found else fd in found
+
+
+def _timed_out(timeout: float, began: float) -> Reply:
+    return Reply("timeout", [], f"took longer than {timeout:g} s", seconds=time.monotonic() - began)
 
 
 def _ending(code: int | None) -> str:
-    if code is None:
-        return "it closed its pipes"
+    assert code is not None
     return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+
+
+def _kill_marked(mark: bytes) -> None:
+    """Linux: kill every process that has `mark` in the environment it was started with.
+
+    It finds what left the worker's group or session, and what outlived its parent. Not found: a process that was given
+    another environment, or that belongs to another user.
+    """
+    for _ in range(20):  # what is found may just be starting another one
+        found = [int(path.name) for path in Path("/proc").glob("[0-9]*") if _has(path / "environ", mark)]
+        if not found:
+            return
+        for pid in found:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.005)
+
+
+def _has(environ: Path, mark: bytes) -> bool:
+    try:
+        return mark in environ.read_bytes()
+    except OSError:  # gone, a kernel thread's, or another user's
+        return False

@@ -2,15 +2,19 @@
 
 A reward is what the functions returned, weighted and summed. None or nan means "not applicable". A row on which a
 function raised, hung or died is *invalid*: its reward is nan, it is left out of the step and counted, never scored 0.
-A failed batch is halved until only the guilty rows are left, within a deadline for the step.
+A failed batch is halved until only the guilty rows are left, within a deadline for the step. Functions that live in
+processes of their own, and async ones, work at the same time.
 """
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
+import sys
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,18 +24,19 @@ from torch import Tensor
 from rlft import resolve
 from rlft.config import Reward
 from rlft.errors import RewardError
-from rlft.rewards.pool import InThread, InWorker, Place
+from rlft.rewards.parts import Outcome, Parts
+from rlft.rewards.pool import InThread, InWorker, Loop, Place
 from rlft.rewards.worker import Reply, Signature
 from rlft.types import Rollout
 
-PARTS = ("score", "pool", "worker")
+PARTS = ("score", "parts", "pool", "worker")
 """Files of rlft.rewards that are not rewards."""
-RECORDED = ("prompt", "completion", "chosen", "rejected", "messages", "text")
-"""Columns that made the prompt and the recorded completions: rewards get prompts and completions instead."""
-OVERLONG = "overlong"
-"""Name of the penalty that overlong.penalty_share adds to the reward."""
+OURS = ("prompt", "completion", "completion_ids")
+"""Columns that are not passed on, as in TRL: rewards get prompts, completions and completion_ids instead."""
 DEADLINE = 4
 """A function may take this many times its timeout in one step, bisection included."""
+RESTARTS = 60.0
+"""Seconds of a step that may go into starting a function's process again; a file may take long to import."""
 
 
 class RewardFunction:
@@ -58,7 +63,7 @@ class RewardFunction:
     def check(self, columns: dict[str, list[Any]]) -> None:
         """Raise RewardError when it wants an argument that nothing provides, or does not take one from its args."""
         assert self._signature is not None
-        unused = [name for name in self.args if not self._signature.takes_all and name not in self._signature.names]
+        unused = [name for name in self.args if not self._signature.takes(name)]
         if unused:
             raise RewardError(f'reward "{self.name}" takes no argument {unused[0]}, which its args give')
         given = {*columns, *self.args, "trainer_state", "log_metric", "log_extra"}
@@ -69,157 +74,86 @@ class RewardFunction:
                 f"{', '.join(sorted(given))}. Map columns with data.columns, or set it in the reward's args"
             )
 
-    def score(self, columns: dict[str, list[Any]], constants: dict[str, Any]) -> Outcome:
-        """Rewards of all rows of `columns`. Raises RewardError where the function itself is at fault."""
-        rows = len(columns["completions"])
-        outcome = Outcome([math.nan] * rows, [False] * rows)
-        deadline = time.monotonic() + DEADLINE * self.timeout
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The arguments it names."""
+        assert self._signature is not None
+        return self._signature.names
+
+    @property
+    def apart(self) -> bool:
+        """True when it runs in a process of its own."""
+        return self._place.apart
+
+    def start(self, columns: dict[str, list[Any]], constants: dict[str, Any]) -> None:
+        """Begin the call on all rows of `columns`; `finish` gives what came of it."""
+        assert self._signature is not None
+        self._rows = len(columns["completions"])
+        self._columns = {name: values for name, values in columns.items() if self._signature.takes(name)}
         constants = {**constants, **self.args}
-        self._narrow(list(range(rows)), columns, constants, deadline, outcome)
-        if rows and all(outcome.invalid) and not self._proven:
+        self._constants = {name: value for name, value in constants.items() if self._signature.takes(name)}
+        if self._rows:
+            self._place.start(self._columns, self._constants, self._rows, self.timeout)
+
+    def finish(self) -> Outcome:
+        """Rewards of all rows. Raises RewardError where the function itself is at fault."""
+        outcome = Outcome([math.nan] * self._rows, [False] * self._rows)
+        if not self._rows:
+            return outcome
+        every = list(range(self._rows))
+        reply = self._place.finish()
+        left, restarts = DEADLINE * self.timeout - reply.seconds, RESTARTS
+        failed = deque([every] if not self._took(every, reply, outcome) else [])
+        # Level by level: a half that is good is not kept waiting for what the other one costs.
+        while failed:
+            rows = failed.popleft()
+            for half in (rows[: len(rows) // 2], rows[len(rows) // 2 :]) if len(rows) > 1 else ():
+                if min(left, restarts) <= 0:
+                    spent = f"{DEADLINE} x {self.timeout:g} s, and {RESTARTS:g} s to start its process again"
+                    outcome.fail(half, f"no time left: a step allows {spent}")
+                    continue
+                began = time.monotonic()
+                some = {name: [values[row] for row in half] for name, values in self._columns.items()}
+                self._place.start(some, self._constants, len(half), min(self.timeout, left))
+                reply = self._place.finish()
+                if not self._took(half, reply, outcome):
+                    failed.append(half)
+                left -= reply.seconds
+                restarts -= time.monotonic() - began - reply.seconds
+        if all(outcome.invalid) and not self._proven:
             raise RewardError(f'reward "{self.name}" failed on every completion of its first call: {outcome.fault}')
         self._proven = self._proven or not all(outcome.invalid)
         return outcome
 
-    def _narrow(self, rows: list[int], columns: dict[str, list[Any]], constants: dict[str, Any], deadline: float,
-                outcome: Outcome) -> None:  # fmt: skip
-        """Score `rows`, halving them where the call fails."""
-        left = deadline - time.monotonic()
-        if left <= 0:
-            outcome.fail(rows, f"no time left: the step allows {DEADLINE} x {self.timeout:g} s")
-            return
-        some = {name: [values[row] for row in rows] for name, values in columns.items()}
-        reply = self._place.call(some, constants, min(self.timeout, left))
+    def _took(self, rows: list[int], reply: Reply, outcome: Outcome) -> bool:
+        """True when the call was good, or was of a single row, which then is invalid."""
+        outcome.calls += 1
+        outcome.seconds += reply.seconds
         if reply.kind == "bad" and not self._proven:
             raise RewardError(f'reward "{self.name}" {reply.text}')
         if reply.kind == "ok":
             outcome.take(rows, reply)
         elif len(rows) == 1:
             outcome.fail(rows, reply.text)
-        else:
-            half = len(rows) // 2
-            self._narrow(rows[:half], columns, constants, deadline, outcome)
-            self._narrow(rows[half:], columns, constants, deadline, outcome)
+        return reply.kind == "ok" or len(rows) == 1
 
 
-@dataclass
-class Outcome:
-    """What one function made of a step."""
+def build(rewards: Sequence[Any] | Reward | str | Callable[..., Any]) -> list[RewardFunction]:
+    """The functions, imported and ready, with names that differ.
 
-    values: list[float]
-    """nan where not applicable or invalid."""
-    invalid: list[bool]
-    metrics: dict[str, list[float]] = field(default_factory=dict)
-    extras: dict[str, list[Any]] = field(default_factory=dict)
-    fault: str = ""
-    """Text of the last fault."""
-    seconds: float = 0.0
-
-    def take(self, rows: Sequence[int], reply: Reply) -> None:
-        """Put in the rewards of a good call."""
-        for row, value in zip(rows, reply.values, strict=True):
-            self.values[row] = math.nan if value is None else value
-        for name, logged in (reply.metrics or {}).items():
-            self.metrics.setdefault(name, []).extend(logged)
-        for name, column in (reply.extras or {}).items():
-            whole = self.extras.setdefault(name, [None] * len(self.values))
-            for row, value in zip(rows, column, strict=True):
-                whole[row] = value
-
-    def fail(self, rows: Sequence[int], fault: str) -> None:
-        """Mark rows invalid."""
-        self.fault = fault
-        for row in rows:
-            self.invalid[row] = True
-
-    def extend(self, other: Outcome) -> None:
-        """Put the rows of another round behind these."""
-        rows, more = len(self.values), len(other.values)
-        self.values, self.invalid = self.values + other.values, self.invalid + other.invalid
-        for name, logged in other.metrics.items():
-            self.metrics.setdefault(name, []).extend(logged)
-        for name in {**self.extras, **other.extras}:
-            own, theirs = self.extras.get(name, [None] * rows), other.extras.get(name, [None] * more)
-            self.extras[name] = own + theirs
-        self.fault = other.fault or self.fault
-        self.seconds += other.seconds
-
-
-@dataclass(frozen=True)
-class Parts:
-    """The step's rewards taken apart."""
-
-    total: Tensor
-    """[N] float32, nan where invalid."""
-    outcomes: dict[str, Outcome]
-    """By function name."""
-
-    @staticmethod
-    def join(rounds: Sequence[Parts]) -> Parts:
-        """The parts of several rounds of one step as one. The first ones' outcomes are extended in place."""
-        first, *others = rounds
-        for other in others:
-            for name, outcome in other.outcomes.items():
-                first.outcomes[name].extend(outcome)
-        return Parts(torch.cat([part.total for part in rounds]), first.outcomes)
-
-    def metrics(self) -> dict[str, float]:
-        """TRL's reward metrics: over valid rows, before any filtering."""
-        values = {"reward": _mean(self.total), "reward_std": _std(self.total)}
-        for name, outcome in self.outcomes.items():
-            own = torch.tensor(outcome.values, dtype=torch.float64)
-            values |= {
-                f"rewards/{name}/mean": _mean(own),
-                f"rewards/{name}/std": _std(own),
-                f"rewards/{name}/invalid": float(sum(outcome.invalid)),
-                f"time/reward/{name}": outcome.seconds,
-            }
-            values |= {key: sum(logged) / len(logged) for key, logged in outcome.metrics.items()}
-        return values
-
-    def deciding(self, by: str | None) -> Tensor:
-        """[N], what must differ within a group under dynamic sampling: the values of the function `by`, or the reward
-        without the overlong penalty, which tells lengths apart and not answers. nan where invalid."""
-        if by is not None:
-            return torch.tensor(self.outcomes[by].values)
-        penalty = self.outcomes.get(OVERLONG)
-        return self.total if penalty is None else self.total - torch.tensor(penalty.values)
-
-    def columns(self) -> dict[str, list[Any]]:
-        """For the rollouts file: each function's rewards, and the columns it logged."""
-        found: dict[str, list[Any]] = {name: outcome.values for name, outcome in self.outcomes.items()}
-        for name, outcome in self.outcomes.items():
-            found |= {f"{name}/{column}": values for column, values in outcome.extras.items()}
-        return found
-
-    def faults(self) -> list[str]:
-        """One line per function that failed on some rows."""
-        return [
-            f'reward "{name}" failed on {sum(o.invalid)} of {len(o.invalid)} completions, which are left out: {o.fault}'
-            for name, o in self.outcomes.items()
-            if any(o.invalid)
-        ]
-
-
-def _mean(values: Tensor) -> float:
-    return float(values.nanmean())
-
-
-def _std(values: Tensor) -> float:
-    valid = values[~values.isnan()]
-    return float(valid.std()) if len(valid) > 1 else 0.0
-
-
-def build(rewards: Sequence[Reward | str | Callable[..., Any]]) -> list[RewardFunction]:
-    """The functions, imported and ready, with names that differ. Raises RewardError and ConfigError for what is not
-    there; what was started until then is closed."""
+    rewards: one or several of a name, a function or other callable, and Reward, whose `use` may be the function itself.
+    Raises RewardError and ConfigError for what is not there or cannot be called; what was started until then is closed.
+    """
+    if isinstance(rewards, Reward | str) or callable(rewards):
+        rewards = [rewards]
     functions: list[RewardFunction] = []
+    loop = Loop()
     try:
         for reward in rewards:
-            function = _make(Reward(reward) if isinstance(reward, str) else reward)
+            function = _make(reward if isinstance(reward, Reward) else Reward(reward), loop)
             taken = [f.name for f in functions]
-            if function.name in taken:
-                function.name += f"_{1 + sum(n.rstrip('_0123456789') == function.name for n in taken)}"
+            names = itertools.chain([function.name], (f"{function.name}_{i}" for i in itertools.count(2)))
+            function.name = next(name for name in names if name not in taken)
             functions.append(function)
             function.open()
     except BaseException:
@@ -229,36 +163,52 @@ def build(rewards: Sequence[Reward | str | Callable[..., Any]]) -> list[RewardFu
     return functions
 
 
-def _make(reward: Reward | Callable[..., Any]) -> RewardFunction:
-    if isinstance(reward, Reward):
-        target = reward.use
-        if ":" not in target:
-            resolve.module(target, "rlft.rewards", "rewards", hide=PARTS)
-            target = f"rlft.rewards.{target}:{target}"
-        name = target.rpartition(":")[2]
-        return RewardFunction(name, InWorker(target, reward.memory_mb), reward)
-    name = getattr(reward, "__name__", type(reward).__name__)
-    target = _importable(reward)
+def _make(reward: Reward, loop: Loop) -> RewardFunction:
+    use: Any = reward.use
+    if isinstance(use, str):
+        if ":" not in use:
+            resolve.module(use, "rlft.rewards", "rewards", hide=PARTS)
+            use = f"rlft.rewards.{use}:{use}"
+        return RewardFunction(use.rpartition(":")[2], InWorker(use, reward.memory_mb), reward)
+    if isinstance(use, torch.nn.Module) or not callable(use):
+        raise RewardError(
+            f"rewards: {type(use).__name__} is no reward function; give one, which may call a model: "
+            f"def reward(prompts, completions, **columns) -> list[float]"
+        )
+    plain = use
+    while isinstance(plain, functools.partial):
+        plain = plain.func
+    name = getattr(plain, "__name__", type(plain).__name__)
+    target = _importable(use)
     if target is not None:
-        return RewardFunction(name, InWorker(target), Reward(target))
+        return RewardFunction(name, InWorker(target, reward.memory_mb), reward)
+    if reward.memory_mb is not None:
+        raise RewardError(f'reward "{name}": memory_mb needs a process of its own; put it in a file, as file.py:{name}')
     note = (
-        f'reward "{name}" can only be called in this process (a closure, a lambda or a function of __main__), so it '
-        f"cannot be stopped when it hangs; put it in a file and name it file.py:{name} to change that"
+        f'reward "{name}" can only be called in this process (a closure, a lambda, an object or a function of '
+        f"__main__), so it cannot be stopped when it hangs; put it in a file and name it file.py:{name} to change that"
     )
-    return RewardFunction(name, InThread(reward), Reward(name), note)
+    return RewardFunction(name, InThread(use, loop), reward, note)
 
 
 def _importable(function: Callable[..., Any]) -> str | None:
     """ "module:name" when importing that gives this very function in another process too; None otherwise."""
-    module, name = getattr(function, "__module__", None), getattr(function, "__qualname__", "")
-    if module in (None, "__main__") or not name.isidentifier():
+    name, qualified = str(getattr(function, "__module__", "")), str(getattr(function, "__qualname__", ""))
+    module = sys.modules.get(name)
+    if module is None or name == "__main__" or not qualified.isidentifier():
         return None
-    import importlib.util
-    import sys
-
-    if importlib.util.find_spec(module) is None or getattr(sys.modules.get(module), name, None) is not function:
+    if getattr(module, qualified, None) is not function:
         return None
-    return f"{module}:{name}"
+    # What is loaded says nothing: a file may have been loaded under a name that no import finds.
+    path, origin = None, None
+    parts = name.split(".")
+    for i in range(len(parts)):
+        found = (finder.find_spec(".".join(parts[: i + 1]), path) for finder in sys.meta_path)
+        spec = next((spec for spec in found if spec is not None), None)
+        if spec is None:
+            return None
+        path, origin = spec.submodule_search_locations, spec.origin
+    return f"{name}:{qualified}" if origin == getattr(module, "__file__", None) else None
 
 
 def score(
@@ -276,12 +226,14 @@ def score(
         return total, Parts(total, {})
     columns = columns_of(rollouts)
     constants = {"trainer_state": SimpleNamespace(**trainer_state)}
-    outcomes: dict[str, Outcome] = {}
     for function in functions:
         function.check(columns)
-        start = time.monotonic()
-        outcomes[function.name] = function.score(columns, constants)
-        outcomes[function.name].seconds = time.monotonic() - start
+    # Those elsewhere are started first and waited for last: a slow one does not add to the others.
+    apart, here = [f for f in functions if f.apart], [f for f in functions if not f.apart]
+    for function in (*apart, *here):
+        function.start(columns, constants)
+    finished = {function.name: function.finish() for function in (*here, *apart)}
+    outcomes = {function.name: finished[function.name] for function in functions}
     total = []
     for row in range(len(rollouts)):
         found = [(f.weight, outcomes[f.name].values[row]) for f in functions]
@@ -295,7 +247,7 @@ def score(
 def columns_of(rollouts: Sequence[Rollout]) -> dict[str, list[Any]]:
     """What reward functions are called with, per completion: TRL's prompts, completions, completion_ids, and every
     other dataset column. A row whose prompt was messages gets message lists, one whose prompt was a string strings."""
-    names = {name for r in rollouts for name in r.prompt.row if name not in RECORDED}
+    names = {name for r in rollouts for name in r.prompt.row if name not in OURS}
     columns: dict[str, list[Any]] = {name: [r.prompt.row.get(name) for r in rollouts] for name in sorted(names)}
     columns["prompts"] = [_prompt(r) for r in rollouts]
     columns["completions"] = [

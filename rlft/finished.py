@@ -1,0 +1,113 @@
+"""A run brought back from its folder: evaluated again, or sampled from, with the adapter of one of its checkpoints."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rlft import checkpoint
+from rlft.algorithm import build as build_algorithm
+from rlft.config import Config, Sampling
+from rlft.config_file import load as load_config
+from rlft.data import encode_prompt
+from rlft.errors import ConfigError
+from rlft.evaluate import evaluate, measures_loss, recorded_loss
+from rlft.models.load import load_tokenizer
+from rlft.models.policy import Policy
+from rlft.rewards.score import build as build_rewards
+from rlft.rollout.eager import EagerEngine
+from rlft.runs import Run
+from rlft.session import identity_of, load_policy, load_rows, plan_of
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A run with one of its adapters loaded."""
+
+    cfg: Config
+    policy: Policy
+    engine: EagerEngine
+    tokenizer: Any
+    step: int
+    """Steps the adapter was trained for; 0 for the base."""
+
+
+@contextlib.contextmanager
+def open_run(out: Path, which: str = "latest") -> Iterator[Finished]:
+    """The run in the folder `out`. which: "latest", "best", a step ("12"), or "base" for the model without an adapter.
+
+    Raises ConfigError when the folder holds no run, or not that checkpoint, or one of another base.
+    """
+    run = Run.resume(str(out))
+    path = None if which == "base" else run.checkpoint(which)
+    cfg = load_config(run.config)
+    tokenizer = load_tokenizer(cfg.model)
+    step = 0
+    if path is None:
+        # A new adapter adds exactly nothing.
+        policy = load_policy(replace(cfg, lora=replace(cfg.lora, resume_from=None)))
+    else:
+        policy = load_policy(cfg)
+        state, tensors, _ = checkpoint.load(path, identity_of(cfg, policy))
+        policy.flat.flat.data.copy_(tensors["adapter"])
+        policy.flat.start.copy_(tensors["adapter_start"])
+        step = state.step
+    engine = EagerEngine(policy, tokenizer, cfg.engine.batch_size)
+    try:
+        engine.load_adapter(policy.adapter(), version=step)
+        yield Finished(cfg, policy, engine, tokenizer, step)
+    finally:
+        engine.close()
+
+
+def evaluate_run(
+    out: Path, which: str = "latest", rows: int | None = None, rewards: Sequence[Any] | None = None, **changes: Any
+) -> dict[str, float]:
+    """Evaluate a run on its held-out rows: `eval/*` as during training (rlft.evaluate), and `step`.
+
+    which: as `open_run`. rows: only the first so many. rewards: in place of the run's. changes: other values for fields
+    of [eval] (samples, temperature, max_tokens, ...). Nothing is written into the run's folder. Raises ConfigError when
+    the run has no held-out rows or nothing to score them with.
+    """
+    with open_run(out, which) as run:
+        cfg = run.cfg
+        if not cfg.eval.rows:
+            raise ConfigError(f"{out}: the run has no [eval] rows; set eval.rows and eval.rewards in its config.toml")
+        if rows is not None and not 1 <= rows <= cfg.eval.rows:
+            raise ConfigError(f"--rows {rows}: the run holds out {cfg.eval.rows} rows (eval.rows); give 1 to that many")
+        prompts, held = load_rows(cfg, run.tokenizer)
+        cfg = replace(cfg, eval=replace(cfg.eval, **changes))
+        held, values = held[:rows], {}
+        if cfg.engine.name in ("auto", "replay") and measures_loss(prompts, held):
+            algorithm = build_algorithm(cfg.algo, cfg.optim.updates)
+            values = recorded_loss(run.policy, held, algorithm, plan_of(cfg, algorithm))
+        functions = build_rewards((cfg.eval.rewards or cfg.rewards) if rewards is None else rewards)
+        if not functions and not values:
+            raise ConfigError(
+                f"{out}: its rewards were given from Python; name them as eval.rewards in its config.toml"
+            )
+        try:
+            if functions:
+                values |= evaluate(run.engine, held, cfg, functions, {"global_step": run.step}).metrics
+        finally:
+            for function in functions:
+                function.close()
+        return {"step": float(run.step), **values}
+
+
+def generate_from_run(
+    out: Path, prompt: str, max_tokens: int | None = None, temperature: float | None = None, which: str = "latest"
+) -> str:
+    """One completion of a prompt by a checkpoint of a run (`open_run`), prompted as its data was."""
+    with open_run(out, which) as run:
+        cfg = run.cfg
+        made = encode_prompt({"prompt": prompt}, 0, cfg.data, run.tokenizer)
+        sampling = Sampling(
+            group_size=1, max_tokens=max_tokens or cfg.sampling.max_tokens,
+            temperature=cfg.sampling.temperature if temperature is None else temperature,
+            stop_token_ids=cfg.sampling.stop_token_ids,
+        )  # fmt: skip
+        return run.engine.generate([made], sampling, seed=(cfg.seed, 0))[0].text
