@@ -253,8 +253,8 @@ def test_gpu_rule_in_bf16_and_over_gradients(d: int, r: int, norm: bool) -> None
 
 @pytest.mark.gpu
 def test_gpu_many_tokens() -> None:
-    """More than 65,535 programs, and offsets past 2^31: 70,000 tokens of 40,960 columns are 2.9e9."""
-    t = 70_000
+    """More than 65,535 programs, and offsets past 2^31: 120,000 tokens of 40,960 columns are 4.9e9."""
+    t = 120_000
     qkv = torch.zeros(t, 40_960, dtype=torch.bfloat16, device="cuda")
     qkv[:, :1280] = torch.randn(1, 1280, device="cuda", dtype=torch.bfloat16)
     q, k = qkv[:, :1024].unflatten(1, (8, 128)), qkv[:, 1024:1280].unflatten(1, (2, 128))
