@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 if TYPE_CHECKING or importlib.util.find_spec("triton") is not None:
@@ -20,11 +22,15 @@ if TYPE_CHECKING or importlib.util.find_spec("triton") is not None:
         """triton.jit; the function itself where there is no Triton (macOS, Windows), whose tensors are on the CPU."""
         return triton.jit(function)
 else:
-    tl = None
+    tl: Any = None
 
     def jit(function: Callable[..., Any]) -> Any:
         """The function itself: nothing launches it here."""
         return function
+
+
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+"""What the elementwise kernels read and write; inside they compute in float32."""
 
 
 def on_gpu(op: str, **tensors: Tensor | None) -> bool:
@@ -40,6 +46,14 @@ def on_gpu(op: str, **tensors: Tensor | None) -> bool:
     return next(iter(devices.values())).type == "cuda"
 
 
+def on_device(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Triton launches on the current device: make it the tensor's, where it is not already."""
+    device = tensor.device
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(device)
+
+
 def want(op: str, ok: bool, wanted: str, **got: Tensor | None) -> None:
     """Raise ValueError saying what `op` wants and the shapes, dtypes and strides it got, unless `ok`."""
     if not ok:
@@ -49,3 +63,14 @@ def want(op: str, ok: bool, wanted: str, **got: Tensor | None) -> None:
             if t is not None
         )
         raise ValueError(f"{op}: want {wanted}; got {shown}")
+
+
+def as_rows(tensor: Tensor) -> Tensor:
+    """[..., H] as [T, H] with adjacent columns, copied only where its strides make that necessary."""
+    rows = tensor.flatten(0, -2) if tensor.dim() > 1 else tensor[None]
+    return rows if rows.stride(1) == 1 else rows.contiguous()
+
+
+def power_of_2(n: int) -> int:
+    """The smallest power of two that is at least n."""
+    return 1 << (n - 1).bit_length()

@@ -24,8 +24,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rlft.kernels.launch import jit, on_gpu, tl, want
-from rlft.kernels.target_softmax import Rows, entropy_weights, launch_rows, power_of_two, target_softmax_reference
+from rlft.kernels.launch import jit, on_device, on_gpu, power_of_2, tl, want
+from rlft.kernels.target_softmax import Rows, entropy_weights, launch_rows, target_softmax_reference
 
 CHUNK_BYTES = 448 * 2**20
 """Budget for one chunk's logits and exponentials: 512 rows at V = 151,936 in bf16, 1,536 at V = 49,152."""
@@ -82,17 +82,19 @@ def _scale_rows_kernel(jacobian, upstream, out, H, BLOCK: tl.constexpr):
 def launch_jacobian(product: Tensor, picked: Tensor, rows_: Rows, factor: float, out: Tensor) -> None:
     """out [rows, H] = factor (own W_t - others product). product: fp32 [rows, H]. picked: [rows, H], each row's W_t."""
     rows, width = out.shape
-    block = min(1024, power_of_two(width))
+    block = min(1024, power_of_2(width))
     grid = (rows, -(-width // block))
     strides = (product.stride(0), out.stride(0))
-    _jacobian_kernel[grid](product, picked, rows_.own, rows_.others, out, width, factor, *strides, BLOCK=block)
+    with on_device(out):
+        _jacobian_kernel[grid](product, picked, rows_.own, rows_.others, out, width, factor, *strides, BLOCK=block)
 
 
 def launch_scale_rows(jacobian: Tensor, upstream: Tensor, out: Tensor) -> None:
     """out = jacobian * upstream per row; `out` may be `jacobian`. All contiguous."""
     rows, width = jacobian.shape
-    block = min(1024, power_of_two(width))
-    _scale_rows_kernel[(rows, -(-width // block))](jacobian, upstream, out, width, BLOCK=block)
+    block = min(1024, power_of_2(width))
+    with on_device(out):
+        _scale_rows_kernel[(rows, -(-width // block))](jacobian, upstream, out, width, BLOCK=block)
 
 
 # ---- the operation -----------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rlft.kernels.launch import jit, tl
+from rlft.kernels.launch import jit, on_device, power_of_2, tl
 
 BLOCK = 4096
 """Columns that one program of the row kernel takes."""
@@ -185,26 +185,12 @@ def launch_rows(
     out = z if weights is None else weights
     common = (vocab, z.stride(0), out.stride(0), splits, scale, softcap or 1.0, 1.0 / temperature)
     flags = {
-        "BLOCK": block,
-        "CAPPED": softcap is not None,
-        "STORE": weights is not None,
+        "BLOCK": block, "CAPPED": softcap is not None, "STORE": weights is not None,
         "FAR": FAR_FP16 if out.dtype == torch.float16 else FAR,
-    }
-    _rows_kernel[(rows * splits,)](z, targets, out, parts, *common, **flags, num_warps=8)
-    _finish_kernel[(rows,)](
-        z,
-        targets,
-        out,
-        parts,
-        *found,
-        *common,
-        **flags,
-        SPLITS=power_of_two(splits),
-        num_warps=4,
-    )
+    }  # fmt: skip
+    with on_device(z):
+        _rows_kernel[(rows * splits,)](z, targets, out, parts, *common, **flags, num_warps=8)
+        _finish_kernel[(rows,)](
+            z, targets, out, parts, *found, *common, **flags, SPLITS=power_of_2(splits), num_warps=4
+        )  # fmt: skip
     return Rows(found[0], found[1], found[2], found[3], weights)
-
-
-def power_of_two(n: int) -> int:
-    """The smallest power of two that is at least n."""
-    return 1 << max(0, n - 1).bit_length()

@@ -1,0 +1,362 @@
+"""Rotary position embedding of queries and keys in one pass, behind a per-head RMSNorm where the family has one.
+
+Per head vector x [D], with rotation over its first R <= D entries, half = R / 2, i < half:
+
+    n = norm(x)  (Qwen3, Gemma3: RMSNorm over D with a weight for q and one for k, as in rms_norm.py; else n = x)
+    out_i        = n_i cos_i - n_(i+half) sin_i
+    out_(i+half) = n_(i+half) cos_i + n_i sin_i          out_j = n_j for j >= R
+
+    dn_i = dout_i cos_i + dout_(i+half) sin_i,   dn_(i+half) = dout_(i+half) cos_i - dout_i sin_i
+    dx = rstd (g - x rstd mean(x rstd g)) with g = dn w  (without a norm dx = dn)
+
+This is transformers' half-split convention; its cos and sin repeat their first half, and only that is read. Scaled
+tables (YaRN, Llama 3) need nothing here: the attention factor is a factor of cos and sin.
+
+Numerics: the norm has transformers' roundings; the rotation is fp32 inside with one rounding, where transformers
+rounds both products and the sum. Against float64 in bf16 (8 heads of 128, positions to 32k, CPU) that is a relative
+error of 1.7e-3 against 2.3e-3, and 29% of the entries differ in the last bit. vLLM computes this too: its compiled
+native path fuses the rotation in fp32 (0.23, no `emulate_precision_casts`), and its newer CUDA kernel does by hand.
+
+Nothing is saved but q and k before the norm (without a norm nothing at all): the backward has the whole head in
+registers and takes rstd again. Bytes per token of a 2-byte dtype: 4 (Hq + Hk) D each way, backward with norm 6.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from rlft.kernels.launch import KERNEL_DTYPES, jit, on_device, on_gpu, power_of_2, tl, want
+from rlft.kernels.rms_norm import rms_norm_reference, times_weight
+
+MAX_D = 512
+"""Widest head."""
+
+
+def qk_rope_reference(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None = None,
+    q_weight: Tensor | None = None, k_weight: Tensor | None = None, eps: float = 1e-6, gemma: bool = False,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The formula in plain PyTorch, differentiable by autograd. Arguments and results as `qk_rope`."""
+    if positions is not None:
+        cos, sin = cos[positions], sin[positions]
+    outs = []
+    for x, weight in ((q, q_weight), (k, k_weight)):
+        wide = torch.promote_types(x.dtype, torch.float32)
+        n = (x if weight is None else rms_norm_reference(x, weight, eps, gemma)).to(wide)
+        rotated, passed = n[..., : cos.shape[-1]], n[..., cos.shape[-1] :]
+        first, second = rotated.chunk(2, dim=-1)
+        turned = torch.cat([-second, first], dim=-1)
+        rotated = rotated * cos.to(wide)[:, None] + turned * sin.to(wide)[:, None]
+        outs.append(torch.cat([rotated, passed], dim=-1).to(x.dtype))
+    return outs[0], outs[1]
+
+
+@jit
+def _table(cos_ptr, sin_ptr, pos_ptr, token, live, stride_table, cols, HALF: tl.constexpr):
+    """cos and sin [ROWS, BLOCK] in fp32 for each row's token."""
+    line = token.to(tl.int64)
+    if pos_ptr is not None:
+        line = tl.load(pos_ptr + token, mask=live, other=0).to(tl.int64)
+    at = (line * stride_table)[:, None] + cols
+    mask = live[:, None] & (cols < HALF)
+    cos = tl.load(cos_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    return cos, tl.load(sin_ptr + at, mask=mask, other=0.0).to(tl.float32)
+
+
+@jit
+def _forward_heads(
+    program, x_ptr, w_ptr, out_ptr, cos_ptr, sin_ptr, pos_ptr, T, stride_x, stride_out, stride_table, eps,
+    HEADS: tl.constexpr, D: tl.constexpr, R: tl.constexpr,
+    BLOCK: tl.constexpr, TAIL: tl.constexpr, ROWS: tl.constexpr, GEMMA: tl.constexpr,
+):  # fmt: skip
+    """ROWS head vectors of q or of k; a row is one head of one token."""
+    HALF: tl.constexpr = R // 2
+    row = program * ROWS + tl.arange(0, ROWS)
+    live = row < T * HEADS
+    token = row // HEADS
+    head = (row % HEADS) * D
+    cols = tl.arange(0, BLOCK)[None, :]
+    tail = R + tl.arange(0, TAIL)[None, :]
+    mask = live[:, None] & (cols < HALF)
+    tail_mask = live[:, None] & (tail < D)
+    x = x_ptr + (token.to(tl.int64) * stride_x + head)[:, None]
+    n1 = tl.load(x + cols, mask=mask, other=0.0).to(tl.float32)
+    n2 = tl.load(x + HALF + cols, mask=mask, other=0.0).to(tl.float32)
+    if R < D:
+        n3 = tl.load(x + tail, mask=tail_mask, other=0.0).to(tl.float32)
+    if w_ptr is not None:
+        squares = tl.sum(n1 * n1 + n2 * n2, axis=1)
+        if R < D:
+            squares += tl.sum(n3 * n3, axis=1)
+        rstd = tl.rsqrt(squares * (1.0 / D) + eps)[:, None]
+        w1 = tl.load(w_ptr + cols, mask=cols < HALF, other=0.0).to(tl.float32)
+        w2 = tl.load(w_ptr + HALF + cols, mask=cols < HALF, other=0.0).to(tl.float32)
+        n1 = times_weight(n1 * rstd, w1, out_ptr, GEMMA).to(out_ptr.dtype.element_ty).to(tl.float32)
+        n2 = times_weight(n2 * rstd, w2, out_ptr, GEMMA).to(out_ptr.dtype.element_ty).to(tl.float32)
+        if R < D:
+            w3 = tl.load(w_ptr + tail, mask=tail < D, other=0.0).to(tl.float32)
+            n3 = times_weight(n3 * rstd, w3, out_ptr, GEMMA)
+    cos, sin = _table(cos_ptr, sin_ptr, pos_ptr, token, live, stride_table, cols, HALF)
+    out = out_ptr + (token.to(tl.int64) * stride_out + head)[:, None]
+    tl.store(out + cols, n1 * cos - n2 * sin, mask=mask)
+    tl.store(out + HALF + cols, n2 * cos + n1 * sin, mask=mask)
+    if R < D:
+        tl.store(out + tail, n3, mask=tail_mask)
+
+
+@jit
+def _backward_heads(
+    program, dout_ptr, x_ptr, w_ptr, dx_ptr, cos_ptr, sin_ptr, pos_ptr,
+    T, stride_dout, stride_x, stride_dx, stride_table, eps,
+    HEADS: tl.constexpr, D: tl.constexpr, R: tl.constexpr,
+    BLOCK: tl.constexpr, TAIL: tl.constexpr, ROWS: tl.constexpr, GEMMA: tl.constexpr,
+):  # fmt: skip
+    HALF: tl.constexpr = R // 2
+    row = program * ROWS + tl.arange(0, ROWS)
+    live = row < T * HEADS
+    token = row // HEADS
+    head = (row % HEADS) * D
+    cols = tl.arange(0, BLOCK)[None, :]
+    tail = R + tl.arange(0, TAIL)[None, :]
+    mask = live[:, None] & (cols < HALF)
+    tail_mask = live[:, None] & (tail < D)
+    dout = dout_ptr + (token.to(tl.int64) * stride_dout + head)[:, None]
+    d1 = tl.load(dout + cols, mask=mask, other=0.0).to(tl.float32)
+    d2 = tl.load(dout + HALF + cols, mask=mask, other=0.0).to(tl.float32)
+    cos, sin = _table(cos_ptr, sin_ptr, pos_ptr, token, live, stride_table, cols, HALF)
+    g1 = d1 * cos + d2 * sin
+    g2 = d2 * cos - d1 * sin
+    if R < D:
+        g3 = tl.load(dout + tail, mask=tail_mask, other=0.0).to(tl.float32)
+    if w_ptr is not None:
+        x = x_ptr + (token.to(tl.int64) * stride_x + head)[:, None]
+        n1 = tl.load(x + cols, mask=mask, other=0.0).to(tl.float32)
+        n2 = tl.load(x + HALF + cols, mask=mask, other=0.0).to(tl.float32)
+        ONE = 1.0 if GEMMA else 0.0
+        g1 *= tl.load(w_ptr + cols, mask=cols < HALF, other=0.0).to(tl.float32) + ONE
+        g2 *= tl.load(w_ptr + HALF + cols, mask=cols < HALF, other=0.0).to(tl.float32) + ONE
+        squares = tl.sum(n1 * n1 + n2 * n2, axis=1)
+        along = tl.sum(n1 * g1 + n2 * g2, axis=1)
+        if R < D:
+            n3 = tl.load(x + tail, mask=tail_mask, other=0.0).to(tl.float32)
+            g3 *= tl.load(w_ptr + tail, mask=tail < D, other=0.0).to(tl.float32) + ONE
+            squares += tl.sum(n3 * n3, axis=1)
+            along += tl.sum(n3 * g3, axis=1)
+        rstd = tl.rsqrt(squares * (1.0 / D) + eps)
+        # n is x here, so the mean of (x rstd) g is rstd times the mean of x g.
+        along = (rstd * rstd * along * (1.0 / D))[:, None]
+        rstd = rstd[:, None]
+        g1 = rstd * (g1 - n1 * along)
+        g2 = rstd * (g2 - n2 * along)
+        if R < D:
+            g3 = rstd * (g3 - n3 * along)
+    dx = dx_ptr + (token.to(tl.int64) * stride_dx + head)[:, None]
+    tl.store(dx + cols, g1, mask=mask)
+    tl.store(dx + HALF + cols, g2, mask=mask)
+    if R < D:
+        tl.store(dx + tail, g3, mask=tail_mask)
+
+
+@jit
+def forward_kernel(
+    q_ptr, k_ptr, qw_ptr, kw_ptr, q_out_ptr, k_out_ptr, cos_ptr, sin_ptr, pos_ptr,
+    T, stride_q, stride_k, stride_q_out, stride_k_out, stride_table, eps,
+    HQ: tl.constexpr, HK: tl.constexpr, D: tl.constexpr, R: tl.constexpr,
+    BLOCK: tl.constexpr, TAIL: tl.constexpr, ROWS: tl.constexpr, GEMMA: tl.constexpr,
+):  # fmt: skip
+    """The first cdiv(T HQ, ROWS) programs take the queries, the others the keys."""
+    program = tl.program_id(0)
+    of_q = tl.cdiv(T * HQ, ROWS)
+    if program < of_q:
+        _forward_heads(program, q_ptr, qw_ptr, q_out_ptr, cos_ptr, sin_ptr, pos_ptr,
+                       T, stride_q, stride_q_out, stride_table, eps, HQ, D, R, BLOCK, TAIL, ROWS, GEMMA)  # fmt: skip
+    else:
+        _forward_heads(program - of_q, k_ptr, kw_ptr, k_out_ptr, cos_ptr, sin_ptr, pos_ptr,
+                       T, stride_k, stride_k_out, stride_table, eps, HK, D, R, BLOCK, TAIL, ROWS, GEMMA)  # fmt: skip
+
+
+@jit
+def backward_kernel(
+    dq_out_ptr, dk_out_ptr, q_ptr, k_ptr, qw_ptr, kw_ptr, dq_ptr, dk_ptr, cos_ptr, sin_ptr, pos_ptr,
+    T, stride_dq_out, stride_dk_out, stride_q, stride_k, stride_dq, stride_dk, stride_table, eps,
+    HQ: tl.constexpr, HK: tl.constexpr, D: tl.constexpr, R: tl.constexpr,
+    BLOCK: tl.constexpr, TAIL: tl.constexpr, ROWS: tl.constexpr, GEMMA: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0)
+    of_q = tl.cdiv(T * HQ, ROWS)
+    if program < of_q:
+        _backward_heads(program, dq_out_ptr, q_ptr, qw_ptr, dq_ptr, cos_ptr, sin_ptr, pos_ptr, T, stride_dq_out,
+                        stride_q, stride_dq, stride_table, eps, HQ, D, R, BLOCK, TAIL, ROWS, GEMMA)  # fmt: skip
+    else:
+        _backward_heads(program - of_q, dk_out_ptr, k_ptr, kw_ptr, dk_ptr, cos_ptr, sin_ptr, pos_ptr, T, stride_dk_out,
+                        stride_k, stride_dk, stride_table, eps, HK, D, R, BLOCK, TAIL, ROWS, GEMMA)  # fmt: skip
+
+
+@cache
+def launch_shape(d: int, r: int) -> tuple[int, int, int, int]:
+    """(BLOCK, TAIL, rows per program, warps) for heads of d with r rotated: 2,048 entries a program."""
+    block, tail = power_of_2(r // 2), power_of_2(max(1, d - r))
+    rows = max(4, 2048 // power_of_2(d))
+    # No more threads than entries of the smallest tile: a copy of an entry in another warp could be read after the
+    # first one was overwritten in place.
+    smallest = rows * (min(block, tail) if r < d else block)
+    return block, tail, rows, max(1, min(4, smallest // 32))
+
+
+def qk_rope_forward(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None = None,
+    q_weight: Tensor | None = None, k_weight: Tensor | None = None, eps: float = 1e-6, gemma: bool = False, *,
+    q_out: Tensor | None = None, k_out: Tensor | None = None, shape: tuple[int, int] | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Launch the forward. Returns q [T, Hq, D] and k [T, Hk, D], normalised and rotated.
+
+    q, k: as `qk_rope`; heads adjacent, any row stride: both may be slices of one qkv buffer. q_out, k_out: where the
+    results go, laid out alike; the caller who owns q and k may pass them (before a backward with a norm, which reads q
+    and k again, they must stay). shape: (rows per program, warps), for benchmarks.
+    """
+    _check("qk_rope_forward", q, k, cos, sin, positions, q_weight, k_weight)
+    want("qk_rope_forward", _like(q_out, q) and _like(k_out, k), "outputs as q and k, heads adjacent",
+         q=q, k=k, q_out=q_out, k_out=k_out)  # fmt: skip
+    q_out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if q_out is None else q_out
+    k_out = torch.empty(k.shape, dtype=k.dtype, device=k.device) if k_out is None else k_out
+    t, hq, d = q.shape
+    hk, r = k.shape[1], cos.shape[1]
+    block, tail, rows, warps = launch_shape(d, r)
+    if shape is not None:
+        rows, warps = shape
+    programs = -(-t * hq // rows) + -(-t * hk // rows)
+    if programs:
+        with on_device(q):
+            forward_kernel[(programs,)](
+                q, k, q_weight, k_weight, q_out, k_out, cos, sin, positions,
+                t, q.stride(0), k.stride(0), q_out.stride(0), k_out.stride(0), cos.stride(0), eps,
+                hq, hk, d, r, block, tail, rows, gemma, num_warps=warps,
+            )  # fmt: skip
+    return q_out, k_out
+
+
+def qk_rope_backward(
+    dq_out: Tensor, dk_out: Tensor, q: Tensor | None, k: Tensor | None, cos: Tensor, sin: Tensor,
+    positions: Tensor | None = None, q_weight: Tensor | None = None, k_weight: Tensor | None = None,
+    eps: float = 1e-6, gemma: bool = False, *,
+    dq: Tensor | None = None, dk: Tensor | None = None, shape: tuple[int, int] | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Launch the backward. Returns dq [T, Hq, D] and dk [T, Hk, D].
+
+    dq_out, dk_out: gradients of the forward's results. q, k: what the forward read; None without a norm. dq, dk: where
+    the gradients go, e.g. slices of one dqkv buffer; the caller who owns dq_out and dk_out may pass them here.
+    """
+    _check("qk_rope_backward", dq_out, dk_out, cos, sin, positions, q_weight, k_weight)
+    want(
+        "qk_rope_backward",
+        _like(dq, dq_out) and _like(dk, dk_out) and _like(q, dq_out) and _like(k, dk_out)
+        and (q_weight is None or (q is not None and k is not None)),
+        "dq, q as dq_out and dk, k as dk_out, heads adjacent; q and k where there is a norm",
+        dq_out=dq_out, dk_out=dk_out, q=q, k=k, dq=dq, dk=dk,
+    )  # fmt: skip
+    # Without a norm the kernel has no use for q and k: the gradients stand in for their strides.
+    x_q, x_k = (dq_out, dk_out) if q is None or k is None else (q, k)
+    dq = torch.empty(dq_out.shape, dtype=dq_out.dtype, device=dq_out.device) if dq is None else dq
+    dk = torch.empty(dk_out.shape, dtype=dk_out.dtype, device=dk_out.device) if dk is None else dk
+    t, hq, d = dq_out.shape
+    hk, r = dk_out.shape[1], cos.shape[1]
+    block, tail, rows, warps = launch_shape(d, r)
+    if shape is not None:
+        rows, warps = shape
+    programs = -(-t * hq // rows) + -(-t * hk // rows)
+    if programs:
+        with on_device(dq_out):
+            backward_kernel[(programs,)](
+                dq_out, dk_out, x_q, x_k, q_weight, k_weight, dq, dk, cos, sin, positions,
+                t, dq_out.stride(0), dk_out.stride(0), x_q.stride(0), x_k.stride(0), dq.stride(0), dk.stride(0),
+                cos.stride(0), eps, hq, hk, d, r, block, tail, rows, gemma, num_warps=warps,
+            )  # fmt: skip
+    return dq, dk
+
+
+def _adjacent(x: Tensor) -> bool:
+    """The entries of a head, and the heads of a row, one after the other."""
+    return x.stride(2) == 1 and (x.stride(1) == x.shape[2] or x.shape[1] == 1)
+
+
+def _like(tensor: Tensor | None, other: Tensor) -> bool:
+    return tensor is None or (tensor.shape == other.shape and tensor.dtype == other.dtype and _adjacent(tensor))
+
+
+def _check(
+    op: str, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None,
+    q_weight: Tensor | None, k_weight: Tensor | None, kernel: bool = True,
+) -> None:  # fmt: skip
+    """What both directions and the public function want of their inputs; `kernel` adds strides and limits."""
+    got = {"q": q, "k": k, "cos": cos, "sin": sin, "positions": positions, "q_weight": q_weight, "k_weight": k_weight}
+    norms = () if q_weight is None and k_weight is None else (q_weight, k_weight)
+    ok = q.dim() == 3 and k.dim() == 3 and cos.dim() == 2 and cos.shape == sin.shape and q.dtype == k.dtype
+    if ok:
+        (t, _, d), (p, r) = q.shape, cos.shape
+        ok = k.shape[0] == t and k.shape[2] == d and 0 < r <= d and r % 2 == 0
+        ok = ok and (p == t if positions is None else positions.shape == (t,) and not positions.is_floating_point())
+        for w in norms:
+            ok = ok and w is not None and w.shape == (d,) and w.dtype == q.dtype
+    want(
+        op, ok,
+        "q [T, Hq, D], k [T, Hk, D], cos and sin [P, R] with R even, at most D, and P = T without positions, "
+        "positions [T] integer, both norm weights [D] or none", **got,
+    )  # fmt: skip
+    if kernel:
+        ok = _adjacent(q) and _adjacent(k) and cos.stride() == sin.stride() and cos.stride(1) == 1
+        ok = ok and q.dtype in KERNEL_DTYPES and q.shape[2] <= MAX_D
+        ok = ok and q.shape[0] * max(q.shape[1], k.shape[1]) < 2**31
+        for vector in (positions, *norms):
+            ok = ok and (vector is None or vector.is_contiguous())
+        want(
+            op, ok,
+            f"heads adjacent in q and k, tables with adjacent columns and equal strides, D at most {MAX_D}, "
+            "float32, bfloat16 or float16, T times heads below 2^31", **got,
+        )  # fmt: skip
+
+
+def _heads(x: Tensor) -> Tensor:
+    return x if _adjacent(x) else x.contiguous()
+
+
+class _QkRope(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, cos, sin, positions, q_weight, k_weight, eps, gemma):  # type: ignore[override]
+        q, k = _heads(q), _heads(k)
+        q_out, k_out = qk_rope_forward(q, k, cos, sin, positions, q_weight, k_weight, eps, gemma)
+        kept = (None, None) if q_weight is None else (q, k)
+        ctx.save_for_backward(*kept, cos, sin, positions, q_weight, k_weight)
+        ctx.norm = eps, gemma
+        return q_out, k_out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dq_out, dk_out):  # type: ignore[override]
+        dq, dk = qk_rope_backward(_heads(dq_out), _heads(dk_out), *ctx.saved_tensors, *ctx.norm)
+        return dq, dk, None, None, None, None, None, None, None
+
+
+def qk_rope(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None = None,
+    q_weight: Tensor | None = None, k_weight: Tensor | None = None, eps: float = 1e-6, gemma: bool = False,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Norm (where weights are given) and rotary embedding of queries and keys, with gradients to both.
+
+    q: [T, Hq, D], k: [T, Hk, D], float32, bfloat16 or float16; slices of a qkv buffer are taken as they are.
+    cos, sin: [P, R] float, R even and at most D, the second half of the columns repeating the first, as transformers'
+    rotary embeddings give them (attention factor included). positions: [T] integer below P, each row's line of the
+    tables (on a GPU not checked); None: row t of the tables belongs to row t of q, P = T. q_weight, k_weight: [D] in
+    q's dtype, frozen, or None for families without that norm. eps, gemma: as in `rms_norm`.
+    Returns q [T, Hq, D] and k [T, Hk, D]. Raises ValueError on shapes, dtypes or devices that do not fit, and on a
+    weight that wants a gradient.
+    """
+    _check("qk_rope", q, k, cos, sin, positions, q_weight, k_weight, kernel=False)
+    if q_weight is not None and k_weight is not None and (q_weight.requires_grad or k_weight.requires_grad):
+        raise ValueError("qk_rope: a norm weight's requires_grad is True: it is frozen here")
+    if on_gpu("qk_rope", q=q, k=k, cos=cos, sin=sin, positions=positions, q_weight=q_weight, k_weight=k_weight):
+        return _QkRope.apply(q, k, cos, sin, positions, q_weight, k_weight, eps, gemma)  # type: ignore[return-value]
+    return qk_rope_reference(q, k, cos, sin, positions, q_weight, k_weight, eps, gemma)

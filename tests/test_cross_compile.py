@@ -1,0 +1,121 @@
+"""Every Triton kernel compiles for the cards we serve, without a GPU: A100 (sm_80), A10, A40 and 3090 (86), 4090 (89),
+H100 (90), within the 99 KiB of shared memory that the smallest of them gives a block.
+
+A new kernel adds rows to CASES: its launches on the largest tiles. Types are Triton's words: "*bf16:16" is a pointer
+whose address is a multiple of 16, "i32:16" an integer that is one, as the launcher would find out by itself; what the
+kernel takes as tl.constexpr is in `constants`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+from typing import NamedTuple
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton is for Linux on x86_64")
+
+ARCHITECTURES = (80, 86, 89, 90)
+SHARED_MEMORY = 99 * 1024
+
+
+class Case(NamedTuple):
+    """One compilation. kernel: "file:function" in rlft/kernels. options: num_warps, num_stages, enable_fp_fusion."""
+
+    kernel: str
+    types: str
+    constants: dict
+    options: dict
+
+
+def norm(kernel: str, pointers: str, H: int, rows: int, warps: int, absent: str = "", GEMMA: bool = False) -> Case:
+    """`pointers`: types of the pointers present, in order; `absent`: the optional one that is None."""
+    strides = "i32 i32:16 i32:16 i32:16 i32:16" + (" fp32" if kernel == "forward_kernel" else "")
+    constants = {"H": H, "BLOCK": 1 << (H - 1).bit_length(), "ROWS": rows, "GEMMA": GEMMA}
+    constants |= {absent: None} if absent else {}
+    return Case(f"rms_norm:{kernel}", f"{pointers} {strides}", constants, {"num_warps": warps})
+
+
+def rope(kernel: str, D: int, R: int, rows: int, warps: int, with_norm: bool) -> Case:
+    """Heads 28 + 4; positions where there is a norm; without it the norm's weights are absent too."""
+    forward = kernel == "forward_kernel"
+    heads, tables = (4, 5) if forward else (6, 7)  # pointers beside weights and tables; strides
+    pointers = "*bf16:16 " * (heads + 2) + ("*bf16:16 *bf16:16 *i64:16" if with_norm else "")
+    constants = {"HQ": 28, "HK": 4, "D": D, "R": R, "BLOCK": 1 << (R // 2 - 1).bit_length(),
+                 "TAIL": 1 << (max(1, D - R) - 1).bit_length(), "ROWS": rows, "GEMMA": True}  # fmt: skip
+    constants |= {} if with_norm else {"qw_ptr": None, "kw_ptr": None, "pos_ptr": None}
+    types = f"{pointers} i32 {'i32:16 ' * tables} fp32"
+    return Case(f"qk_rope:{kernel}", types, constants, {"num_warps": warps})
+
+
+def glu(kernel: str, M: int, block: int, rows: int, ACT: str) -> Case:
+    tensors = 3 if kernel == "forward_kernel" else 6
+    types = "*bf16:16 " * tensors + "i32 " + "i32:16 " * tensors
+    return Case(f"swiglu:{kernel}", types, {"M": M, "BLOCK": block, "ROWS": rows, "ACT": ACT}, {"num_warps": 4})
+
+
+B = "*bf16:16 "
+
+CASES = [
+    # Many short rows a program; a usual row, alone; no power of two; the longest, in fp32.
+    norm("forward_kernel", B * 5 + "*fp32:16", 128, 16, 4),
+    norm("forward_kernel", B * 4 + "*fp32:16", 4096, 1, 8, "delta_ptr", True),
+    norm("backward_kernel", B * 3 + "*fp32:16 " + B, 4096, 1, 8, "dres_ptr", True),
+    norm("forward_kernel", "*fp16:16 " * 5 + "*fp32:16", 5120, 1, 16),
+    norm("forward_kernel", "*fp32:16 " * 6, 16384, 1, 16), norm("backward_kernel", "*fp32:16 " * 6, 16384, 1, 16),
+    # Whole heads; three quarters of heads of 96; the widest, without a norm.
+    *(rope(kernel, *shape) for kernel in ("forward_kernel", "backward_kernel")
+      for shape in ((128, 128, 16, 4, True), (96, 72, 16, 4, True), (512, 512, 4, 4, False))),
+    *(glu(kernel, *shape) for kernel in ("forward_kernel", "backward_kernel")
+      for shape in ((12288, 1024, 1, "silu"), (11008, 1024, 1, "gelu"), (48, 64, 16, "gelu_pytorch_tanh"))),
+]  # fmt: skip
+
+
+def compile_all() -> list[dict]:
+    """Compile CASES; runs in a process of its own, because with TRITON_INTERPRET=1 there is nothing to compile."""
+    import importlib
+
+    import triton
+    import triton.language as tl
+    from triton.backends.compiler import GPUTarget
+
+    found = []
+    for architecture, case in itertools.product(ARCHITECTURES, CASES):
+        file, name = case.kernel.split(":")
+        kernel = getattr(importlib.import_module(f"rlft.kernels.{file}"), name)
+        constants = {k: getattr(tl, v[3:]) if str(v).startswith("tl.") else v for k, v in case.constants.items()}
+        types = iter(case.types.split())
+        signature = {arg: "constexpr" if arg in constants else next(types) for arg in kernel.arg_names}
+        assert next(types, None) is None, f"{case.kernel}: more types than arguments"
+        hints = {(i,): [["tt.divisibility", 16]] for i, t in enumerate(signature.values()) if t.endswith(":16")}
+        source = triton.compiler.ASTSource(
+            kernel, {arg: t.removesuffix(":16") for arg, t in signature.items()}, constants, hints
+        )
+        done = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=case.options)
+        found.append({
+            "kernel": case.kernel, "architecture": architecture, "shared": done.metadata.shared,
+            "fma": "fma.rn.f32" in done.asm["ptx"],
+        })  # fmt: skip
+    return found
+
+
+@pytest.fixture(scope="module")
+def found() -> list[dict]:
+    code = "import json, test_cross_compile as t; print(json.dumps(t.compile_all()))"
+    env = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join([os.path.dirname(__file__), *sys.path])}
+    run = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-3000:]
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+def test_every_kernel_compiles_for_every_card(found) -> None:
+    expected = [(a, case.kernel) for a in ARCHITECTURES for case in CASES]
+    assert [(f["architecture"], f["kernel"]) for f in found] == expected
+
+
+def test_shared_memory_fits(found) -> None:
+    assert [f for f in found if f["shared"] > SHARED_MEMORY] == []
