@@ -91,9 +91,9 @@ def backward_kernel(
 
 @cache
 def launch_shape(m: int) -> tuple[int, int, int]:
-    """(columns, rows, warps) of a program for rows of m: 1,024 elements, 8 a thread."""
-    block = min(1024, power_of_2(m))
-    rows = 1024 // block
+    """(columns, rows, warps) of a program for rows of m: 512 elements, 4 a thread, the fastest of a sweep on an H100."""
+    block = min(512, power_of_2(m))
+    rows = 512 // block
     return block, rows, 4
 
 
