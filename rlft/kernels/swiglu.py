@@ -91,7 +91,7 @@ def backward_kernel(
 
 @cache
 def launch_shape(m: int) -> tuple[int, int, int]:
-    """(columns, rows, warps) of a program for rows of m: 512 elements, 4 a thread, the fastest of a sweep on an H100."""
+    """(columns, rows, warps) of a program for rows of m: 512 elements, 4 a thread, the fastest in a sweep on H100."""
     block = min(512, power_of_2(m))
     rows = 512 // block
     return block, rows, 4
