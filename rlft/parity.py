@@ -41,32 +41,24 @@ class Mismatch:
 
     def __init__(self) -> None:
         self._sums = torch.zeros(4 + len(EDGES) + 1, dtype=torch.float64)
-        self._waiting: list[tuple[Tensor, Batch]] = []
+        self._waiting: list[tuple[Tensor, Tensor, Tensor]] = []
         self._largest = 0.0
-        self._logprobs: dict[int, Tensor] = {}
+        self._seen: list[tuple[Tensor, Batch]] = []
 
     def add(self, logprobs: Tensor, batch: Batch) -> None:
         """Add a micro-batch. logprobs: [T], the trainer's, any dtype. Without sampler log-probs they are only kept."""
+        self._seen.append((logprobs.detach(), batch))
+        if batch.sampler_logprobs is None:
+            return
         # Added up when first asked: micro-batches are many, and each sum has a start-up cost and, on a GPU, waits.
-        self._waiting.append((logprobs.detach(), batch))
+        self._waiting.append((logprobs.detach(), batch.sampler_logprobs, batch.train_mask))
 
     def _add_up(self) -> None:
-        """Everything that waits, in one go and with one copy from the GPU."""
         if not self._waiting:
             return
-        waiting, self._waiting = self._waiting, []
-        now = torch.cat([logprobs for logprobs, _ in waiting]).double().cpu()
-        rows = torch.cat([batch.train_mask.cpu() for _, batch in waiting])
-        known = torch.where(rows, now, torch.nan).split([len(batch.input_ids) for _, batch in waiting])
-        for (_, batch), values in zip(waiting, known, strict=True):
-            parts = zip(values.split(batch.cu_seqlens.diff().tolist()), batch.group_ids.tolist(), strict=True)
-            self._logprobs |= zip(batch.rows, [part for part, group in parts if group >= 0], strict=True)
-        sampler = [batch.sampler_logprobs for _, batch in waiting]
-        theirs = [logprobs.cpu() for logprobs in sampler if logprobs is not None]
-        if not theirs:
-            return
-        assert len(theirs) == len(waiting), "either every rollout of a step has sampler log-probs or none has"
-        d = (now - torch.cat(theirs)).masked_select(rows)
+        now, sampler, rows = (torch.cat([w[i].to(self._waiting[0][0].device) for w in self._waiting]) for i in range(3))
+        self._waiting = []
+        d = (now - sampler).masked_select(rows).double().cpu()
         if not d.numel():
             return
         # In place: most of the time would go into fresh memory.
@@ -92,8 +84,12 @@ class Mismatch:
     @property
     def logprobs(self) -> dict[int, Tensor]:
         """Rollout (an index of `batch.rows`) -> the trainer's log-probs of its sequence [L], nan where not trained."""
-        self._add_up()
-        return self._logprobs
+        found: dict[int, Tensor] = {}
+        for logprobs, batch in self._seen:
+            known = torch.where(batch.train_mask.cpu(), logprobs.cpu(), torch.nan)
+            parts = zip(known.split(batch.cu_seqlens.diff().tolist()), batch.group_ids.tolist(), strict=True)
+            found |= zip(batch.rows, [values for values, group in parts if group >= 0], strict=True)
+        return found
 
     @property
     def tokens(self) -> int:

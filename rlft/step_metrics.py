@@ -80,7 +80,7 @@ def rollout_values(rollouts: Sequence[Rollout], rewards: Tensor) -> dict[str, fl
         }
     return values | {
         "frac_reward_zero_std": frac_zero_std(rewards, group_ids(rollouts)),
-        "frac_reward_invalid": float(rewards.isnan().float().mean()),
+        "frac_reward_invalid": sum(map(math.isnan, rewards.tolist())) / len(lengths),
     }
 
 

@@ -95,7 +95,7 @@ def loop(s: Session) -> None:
             "skipped_updates": float(state.skipped_updates),
         }  # fmt: skip
         values |= peak_memory(policy.device)
-        record(s, values, drawn, parts, spread_back(drawn, advantages.tolist()), mismatch.logprobs)
+        record(s, values, drawn, parts, spread_back(drawn, advantages.tolist()), mismatch)
         if cfg.eval.every and state.step % cfg.eval.every == 0 and state.step < s.steps:
             measure(s)
             if (best := s.run.best(also=state.step)) is not None and best.step == state.step:
@@ -186,24 +186,29 @@ def trainer_state(s: Session) -> dict[str, Any]:
 
 
 def record(s: Session, values: dict[str, float], drawn: Drawn, parts: Parts, advantages: list[float],
-           logprobs: dict[int, Tensor]) -> None:  # fmt: skip
-    """Everything about a finished step into the run folder and onto the console.
-
-    logprobs: `Mismatch.logprobs`, by index of the kept rollouts.
-    """
+           mismatch: parity.Mismatch) -> None:  # fmt: skip
+    """Everything about a finished step into the run folder, onto the console and to the trackers."""
     for fault in parts.faults():
         s.console.note(fault)
-    step, scored, columns = s.state.step, drawn.rewards.tolist(), parts.columns()
-    kept = [i for i, keep in enumerate(drawn.kept) if keep]
-    theirs = {kept[row]: values for row, values in logprobs.items()}
-    pieces = s.pieces.first_groups(drawn.rollouts, group_ids(drawn.rollouts).tolist(), PIECED_GROUPS)
+    step, columns = s.state.step, parts.columns()
     s.run.log(step, values)
-    s.writer.submit(lambda: s.run.write_rollouts(step, drawn.rollouts, scored, columns, advantages, theirs, pieces))
+    s.writer.submit(lambda: write_completions(s, step, drawn, columns, advantages, mismatch))
     messages = s.console.step(values | {"step": float(step)}, drawn.rollouts[0].text)
-    scores = {"reward": scored, **{f"rewards/{name}": v for name, v in columns.items()}, "advantage": advantages}
-    s.tracking.log(step, values, "completions", drawn.rollouts, scores, messages)
+    scores = {"reward": drawn.rewards.tolist(), **{f"rewards/{name}": v for name, v in columns.items()}}
+    s.tracking.log(step, values, "completions", drawn.rollouts, scores | {"advantage": advantages}, messages)
     for callback in s.callbacks:
         callback(s.state, values)
+
+
+def write_completions(s: Session, step: int, drawn: Drawn, columns: dict[str, list[Any]], advantages: list[float],
+                      mismatch: parity.Mismatch) -> None:  # fmt: skip
+    """The completions of a step into their file, on the writing thread: nothing given may change any more."""
+    kept = [i for i, keep in enumerate(drawn.kept) if keep]
+    s.run.write_rollouts(
+        step, drawn.rollouts, drawn.rewards.tolist(), columns, advantages,
+        {kept[row]: values for row, values in mismatch.logprobs.items()},
+        s.pieces.first_groups(drawn.rollouts, group_ids(drawn.rollouts).tolist(), PIECED_GROUPS),
+    )  # fmt: skip
 
 
 def measure(s: Session) -> dict[str, float]:
@@ -224,9 +229,8 @@ def measure(s: Session) -> dict[str, float]:
         if found.graded() and not step:
             s.console.note(f"held-out rewards are not all 0 or 1: solved means at least {s.cfg.eval.threshold:g}")
     shown = (found.rollouts, {"reward": found.rewards}) if found is not None else ((), {})
-    s.tracking.log(step, values, "eval/completions", *shown)
     s.console.note(evaluation_line(values, step))
-    s.console.evaluation(step, values)
+    s.tracking.log(step, values, "eval/completions", *shown, s.console.evaluation(step, values))
     return values
 
 

@@ -88,9 +88,11 @@ def reward_std(rewards: Tensor) -> float:
 def frac_zero_std(rewards: Tensor, group_ids: Tensor) -> float:
     """TRL's `frac_reward_zero_std`: share of groups whose valid rewards are all equal, so that nothing is learnt from
     them. Groups without a valid reward are left out; nan when there is no other."""
-    valid, equal = ~rewards.isnan(), group_statistics(rewards, group_ids).equal
-    groups, varied = set(group_ids[valid].tolist()), set(group_ids[~equal].tolist())
-    return 1 - len(varied) / len(groups) if groups else float("nan")
+    valid: dict[int, set[float]] = {}
+    for group, reward in zip(group_ids.tolist(), rewards.tolist(), strict=True):
+        if reward == reward:  # not nan
+            valid.setdefault(group, set()).add(reward)
+    return sum(len(values) == 1 for values in valid.values()) / len(valid) if valid else float("nan")
 
 
 def identity(rewards: Tensor, group_ids: Tensor) -> Tensor:

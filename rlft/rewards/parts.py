@@ -131,9 +131,16 @@ class Parts:
 
 
 def _mean(values: Tensor) -> float:
-    return float(values.nanmean())
+    valid = _valid(values)
+    return sum(valid) / len(valid) if valid else math.nan
 
 
 def _std(values: Tensor) -> float:
-    valid = values[~values.isnan()]
-    return float(valid.std()) if len(valid) > 1 else 0.0
+    valid = _valid(values)
+    mean = _mean(values)
+    return math.sqrt(sum((v - mean) ** 2 for v in valid) / (len(valid) - 1)) if len(valid) > 1 else 0.0
+
+
+def _valid(values: Tensor) -> list[float]:
+    # Python, since a step has some hundred: each operation of PyTorch takes longer to begin than this to end.
+    return [value for value in values.tolist() if value == value]
