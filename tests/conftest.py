@@ -1,8 +1,14 @@
-"""What every test may use: two threads, and the real small model, unpacked once per session."""
+"""What every test may use: two threads, Triton's interpreter where there is no GPU, and the real small model, unpacked
+once per session."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+
+# Before anything imports triton. With a GPU the kernels are compiled and the tests marked gpu run.
+if not Path("/dev/nvidia0").exists() and not Path("/dev/nvidiactl").exists():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest
 import torch

@@ -1,0 +1,76 @@
+"""What every kernel file needs around its launches: which path the tensors take, and its checks at the public edge.
+
+The device decides and nothing else: CUDA tensors take the Triton kernel, CPU tensors the PyTorch reference. With
+TRITON_INTERPRET=1 (set before triton is imported) the tests call the launchers themselves on CPU tensors.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING or importlib.util.find_spec("triton") is not None:
+    import triton
+    import triton.language as tl
+
+    def jit(function: Callable[..., Any]) -> Any:
+        """triton.jit; the function itself where there is no Triton (macOS, Windows), whose tensors are on the CPU."""
+        return triton.jit(function)
+else:
+    tl: Any = None
+
+    def jit(function: Callable[..., Any]) -> Any:
+        """The function itself: nothing launches it here."""
+        return function
+
+
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+"""What the elementwise kernels read and write; inside they compute in float32."""
+
+
+def on_gpu(op: str, **tensors: Tensor | None) -> bool:
+    """True when all tensors are on one CUDA device, False when all are on the CPU.
+
+    op: name of the public function, for the error. Raises ValueError naming the devices when they are mixed.
+    """
+    devices = {name: tensor.device for name, tensor in tensors.items() if tensor is not None}
+    if len(set(devices.values())) > 1:
+        raise ValueError(
+            f"{op}: all tensors must be on one device, got {', '.join(f'{n} on {d}' for n, d in devices.items())}"
+        )
+    return next(iter(devices.values())).type == "cuda"
+
+
+def on_device(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Triton launches on the current device: make it the tensor's, where it is not already."""
+    device = tensor.device
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(device)
+
+
+def want(op: str, ok: bool, wanted: str, **got: Tensor | None) -> None:
+    """Raise ValueError saying what `op` wants and the shapes, dtypes and strides it got, unless `ok`."""
+    if not ok:
+        shown = ", ".join(
+            f"{name} {tuple(t.shape)} {str(t.dtype).removeprefix('torch.')} strides {t.stride()}"
+            for name, t in got.items()
+            if t is not None
+        )
+        raise ValueError(f"{op}: want {wanted}; got {shown}")
+
+
+def as_rows(tensor: Tensor) -> Tensor:
+    """[..., H] as [T, H] with adjacent columns, copied only where its strides make that necessary."""
+    rows = tensor.flatten(0, -2) if tensor.dim() > 1 else tensor[None]
+    return rows if rows.stride(1) == 1 else rows.contiguous()
+
+
+def power_of_2(n: int) -> int:
+    """The smallest power of two that is at least n."""
+    return 1 << (n - 1).bit_length()

@@ -1,0 +1,134 @@
+"""Every Triton kernel compiles for the cards we serve, without a GPU: A100 (sm_80), A10, A40 and 3090 (86), 4090 (89),
+H100 (90), within the 99 KiB of shared memory that the smallest of them gives a block.
+
+A new kernel adds rows to CASES: its launches on the largest tiles. Types are Triton's words: "*bf16:16" is a pointer
+whose address is a multiple of 16, "i32:16" an integer that is one, as the launcher would find out by itself; what the
+kernel takes as tl.constexpr is in `constants`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+from typing import NamedTuple
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton is for Linux on x86_64")
+
+ARCHITECTURES = (80, 86, 89, 90)
+SHARED_MEMORY = 99 * 1024
+
+
+class Case(NamedTuple):
+    """One compilation. kernel: "file:function" in rlft/kernels. options: num_warps, num_stages, enable_fp_fusion."""
+
+    kernel: str
+    types: str
+    constants: dict
+    options: dict
+
+
+def nf4(kernel: str, out: str, **constants) -> Case:
+    common = {"COUNT": 7, "FIELDS": 10, "BLOCK": 64, "NESTED": 256, "TILE": 4096, "OUT": f"tl.{out}"}
+    return Case(
+        f"nf4:{kernel}", "*i64:16 *fp32:16", common | constants, {"num_warps": 4, "enable_fp_fusion": False}
+    )  # fmt: skip
+
+
+# Triton's dot on fp32 is done without tensor cores ("ieee"), so both element types have their own code.
+def rows(dtype: str, BC: int) -> Case:
+    return Case(
+        "low_rank:_rows", f"*{dtype}:16 i32:16 *{dtype}:16 i32:16 *fp32:16 i32:16 i32 i32:16 i32:16",
+        {"SPLIT": 4, "BT": 64, "BC": BC, "BR": 64, "WIDE": False}, {"num_warps": 4, "num_stages": 3},
+    )  # fmt: skip
+
+
+def columns(dtype: str, P: bool, BC: int, BR: int) -> Case:
+    pointers, width = f"*{dtype}:16 i32:16 " * 3 + "*fp32:16 *fp32:16", 12288
+    return Case(
+        "low_rank:_columns", pointers + " i32 i32:16 i32:16",
+        {"COUNT": 2, "FIRST": (0, 48, 96), "COLUMN": (0, width), "WIDTH": (width, width), "K": (0, BR),
+         "RANK": (BR, BR), "BASE": (0, width * BR, 2 * width * BR), "P": P, "P_STRIDE": BR, "BT": 32, "BC": BC, "BR": BR, "WIDE": False},
+        {"num_warps": 4, "num_stages": 3},
+    )  # fmt: skip
+
+
+CASES = [
+    nf4("_decode_words", "bfloat16", ONE_ROW=True, GATHER=True),
+    nf4("_decode_words", "float16", ONE_ROW=False, GATHER=True, BLOCK=4096),
+    nf4("_decode_words", "float32", ONE_ROW=False, GATHER=False, NESTED=0),
+    nf4("_decode_elements", "bfloat16"),
+    Case(
+        "lora_group:_fill",
+        "*fp32:16 *fp32:16 *fp32:16 *fp32:16 *fp32:16 *fp32:16 *bf16:16 i32:16 *bf16:16 i32:16 fp32 fp32 fp32 i32:16",
+        {"OUT": 6144, "TAIL": 64, "COUNT": 3, "COLUMN": (0, 4096, 5120), "WIDTH": (4096, 1024, 1024), "K": (0, 16, 32),
+         "RANK": (16, 16, 16), "BLOCK": 1024}, {},
+    ),
+    rows("bf16", 128), rows("fp32", 64),
+    *(columns(*case) for case in (("bf16", True, 256, 16), ("bf16", True, 128, 64), ("bf16", False, 128, 64),
+                                  ("fp32", True, 128, 16), ("fp32", False, 64, 64))),
+    Case(
+        "low_rank:_fold_rows", "*fp32:16 *bf16:16 i32:16 i32",
+        {"COUNT": 3, "FIRST": (0, 16, 20, 24), "K": (0, 16, 32), "RANK": (16, 16, 16), "MOST": 16, "TAIL": 64,
+         "P_STRIDE": 16, "BT": 16, "BR": 64}, {},
+    ),
+    Case(
+        "low_rank:_fold", "*fp32:16 *fp32:16 *fp32:16 *fp32:16 i32:16 i32:16 i32:16 fp32 fp32 fp32 i32",
+        {"SPLITS_BLOCK": 16, "BLOCK": 256}, {},
+    ),
+]  # fmt: skip
+
+
+def compile_all() -> list[dict]:
+    """Compile CASES; runs in a process of its own, because with TRITON_INTERPRET=1 there is nothing to compile."""
+    import importlib
+
+    import triton
+    import triton.language as tl
+    from triton.backends.compiler import GPUTarget
+
+    found = []
+    for architecture, case in itertools.product(ARCHITECTURES, CASES):
+        file, name = case.kernel.split(":")
+        kernel = getattr(importlib.import_module(f"rlft.kernels.{file}"), name)
+        constants = {k: getattr(tl, v[3:]) if str(v).startswith("tl.") else v for k, v in case.constants.items()}
+        types = iter(case.types.split())
+        signature = {arg: "constexpr" if arg in constants else next(types) for arg in kernel.arg_names}
+        assert next(types, None) is None, f"{case.kernel}: more types than arguments"
+        hints = {(i,): [["tt.divisibility", 16]] for i, t in enumerate(signature.values()) if t.endswith(":16")}
+        source = triton.compiler.ASTSource(
+            kernel, {arg: t.removesuffix(":16") for arg, t in signature.items()}, constants, hints
+        )
+        done = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=case.options)
+        found.append({
+            "kernel": case.kernel, "architecture": architecture, "shared": done.metadata.shared,
+            "fma": "fma.rn.f32" in done.asm["ptx"],
+        })  # fmt: skip
+    return found
+
+
+@pytest.fixture(scope="module")
+def found() -> list[dict]:
+    code = "import json, test_cross_compile as t; print(json.dumps(t.compile_all()))"
+    env = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join([os.path.dirname(__file__), *sys.path])}
+    run = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-3000:]
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+def test_every_kernel_compiles_for_every_card(found) -> None:
+    expected = [(a, case.kernel) for a in ARCHITECTURES for case in CASES]
+    assert [(f["architecture"], f["kernel"]) for f in found] == expected
+
+
+def test_shared_memory_fits(found) -> None:
+    assert [f for f in found if f["shared"] > SHARED_MEMORY] == []
+
+
+def test_nf4_scales_round_twice(found) -> None:
+    """A fused multiply-add in code * absmax + offset rounds once and moves some bf16 results by one bit."""
+    assert [f for f in found if f["kernel"].startswith("nf4:") and f["fma"]] == []
