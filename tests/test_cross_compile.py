@@ -52,7 +52,8 @@ def columns(dtype: str, P: bool, BC: int, BR: int) -> Case:
     return Case(
         "low_rank:_columns", pointers + " i32 i32:16 i32:16",
         {"COUNT": 2, "FIRST": (0, 48, 96), "COLUMN": (0, width), "WIDTH": (width, width), "K": (0, BR),
-         "RANK": (BR, BR), "BASE": (0, width * BR, 2 * width * BR), "P": P, "P_STRIDE": BR, "BT": 32, "BC": BC, "BR": BR, "WIDE": False},
+         "RANK": (BR, BR), "BASE": (0, width * BR, 2 * width * BR), "P": P, "P_STRIDE": BR,
+         "BT": 32, "BC": BC, "BR": BR, "WIDE": False},
         {"num_warps": 4, "num_stages": 3},
     )  # fmt: skip
 

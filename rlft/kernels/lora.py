@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from rlft.kernels.launch import want
+from rlft.kernels.launch import as_rows, want
 from rlft.kernels.lora_group import LoraGroup, fill
 from rlft.kernels.low_rank import gradients, shrink
 from rlft.kernels.nf4 import Nf4Weight, decode, decode_reference
@@ -120,7 +120,7 @@ class _LoraLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, group, weights, bias, *adapters):  # type: ignore[override]
-        rows = x.reshape(-1, group.in_features)
+        rows = as_rows(x)
         b, a = _filled(group, x, adapters)
         s = rows.new_empty(rows.shape[0], group.tail)
         y = rows.new_empty(rows.shape[0], group.out)
@@ -139,8 +139,7 @@ class _LoraLinear(torch.autograd.Function):
     def backward(ctx, dy):  # type: ignore[override]
         group = ctx.group
         rows, s, *adapters = ctx.saved_tensors
-        dy = dy.reshape(-1, group.out)
-        dy = dy if dy.stride(1) == 1 else dy.contiguous()
+        dy = as_rows(dy)
         b, a = _filled(group, rows, adapters)
         ds = dy.new_empty(dy.shape[0], group.tail)
         wide = torch.promote_types(rows.dtype, torch.float32)
