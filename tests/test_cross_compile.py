@@ -71,7 +71,7 @@ CASES = [
     ),
     rows("bf16", 128), rows("fp32", 64),
     *(columns(*case) for case in (("bf16", True, 256, 16), ("bf16", True, 128, 64), ("bf16", False, 128, 64),
-                                  ("fp32", True, 128, 16), ("fp32", False, 64, 64))),
+                                  ("fp32", True, 128, 16), ("fp32", False, 64, 16))),
     Case(
         "low_rank:_fold_rows", "*fp32:16 *bf16:16 i32:16 i32",
         {"COUNT": 3, "FIRST": (0, 16, 20, 24), "K": (0, 16, 32), "RANK": (16, 16, 16), "MOST": 16, "TAIL": 64,

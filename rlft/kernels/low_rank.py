@@ -207,10 +207,11 @@ def _column_pass(
     """
     T = z.shape[0]
     column, width, k, rank = (tuple(span) for span in zip(*spans, strict=True))
-    rank_block = max(16, min(64, power_of_2(max(rank))))
+    # Without tensor cores, 32-bit elements, a block of 64 columns spills registers.
+    rank_block = max(16, min(64 if z.element_size() == 2 else 16, power_of_2(max(rank))))
     rank_blocks = -(-max(rank) // rank_block)
     # 8,192 accumulators at most: 64 registers of a thread in 4 warps.
-    columns = min(launch.columns if z.element_size() == 2 else launch.columns // 2, 8192 // rank_block)
+    columns = min(launch.columns, 8192 // rank_block) // (1 if z.element_size() == 2 else 2)
     first = (0, *itertools.accumulate(-(-w // columns) for w in width))
     base = (0, *itertools.accumulate(w * r for w, r in zip(width, rank, strict=True)))
     splits = max(1, min(-(-launch.programs // first[-1]), MAX_SPLITS, -(-T // launch.rows)))
