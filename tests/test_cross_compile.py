@@ -62,7 +62,7 @@ CASES = [
     nf4("_decode_words", "bfloat16", ONE_ROW=True, GATHER=True),
     nf4("_decode_words", "float16", ONE_ROW=False, GATHER=True, BLOCK=4096),
     nf4("_decode_words", "float32", ONE_ROW=False, GATHER=False, NESTED=0),
-    nf4("_decode_elements", "bfloat16"),
+    nf4("_decode_elements", "bfloat16", TILE=1024),
     Case(
         "lora_group:_fill",
         "*fp32:16 *fp32:16 *fp32:16 *fp32:16 *fp32:16 *fp32:16 *bf16:16 i32:16 *bf16:16 i32:16 fp32 fp32 fp32 i32:16",

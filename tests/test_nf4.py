@@ -114,9 +114,13 @@ def test_an_all_zero_block_is_minus_zero() -> None:
 def test_kernel_has_the_reference_bits(shape, nested, gather) -> None:
     for blocksize, dtype in itertools.product((32, 64, 4096), INTERPRETED):
         weight = made(shape, blocksize, nested)
-        out = torch.full(shape, 7.0, dtype=dtype)
+        buffer = torch.full((shape[0], shape[1] + 8), 7.0, dtype=dtype)
+        out = buffer[:, : shape[1]]
         DecodePlan([weight], [out], gather=gather).launch()
-        assert same_bits(out, decode_reference(weight, dtype)), (blocksize, dtype)
+        assert same_bits(out, decode_reference(weight, dtype)) and (buffer[:, shape[1] :] == 7).all(), (
+            blocksize,
+            dtype,
+        )
 
 
 def test_matrices_of_a_layer_share_a_launch() -> None:
