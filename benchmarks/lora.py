@@ -187,7 +187,8 @@ def launches(n: Buffers) -> dict[str, dict[str, Callable[[], Any]]]:
     args = (group, dy, x, s, b, ds, n.grad_A, n.grad_B)
     return {
         "shrink": {str(tuple(c)): lambda c=c: shrink_launch(group, x, a, s, c) for c in [SHRINK, *SHRINKS]},
-        "grad_B": {str(tuple(c)): lambda c=c: gradients_launch(*args, c, GRAD_A) for c in [GRAD_B, *GRADS_B]},
+        "grad_B": {str(tuple(c)): lambda c=c: gradients_launch(*args, c, GRAD_A) for c in [GRAD_B, *GRADS_B]}
+        | {"dS by cublas": lambda: gradients_launch(*args, fused_rank=0)},
         "grad_A": {str(tuple(c)): lambda c=c: gradients_launch(*args, GRAD_B, c) for c in [GRAD_A, *GRADS_A]},
     }
 

@@ -47,12 +47,12 @@ def rows(dtype: str, BC: int) -> Case:
     )  # fmt: skip
 
 
-def columns(dtype: str, P: bool, BC: int, BR: int) -> Case:
+def columns(dtype: str, P: bool, TRANSPOSED: bool, BC: int, BR: int) -> Case:
     pointers, width = f"*{dtype}:16 i32:16 " * 3 + "*fp32:16 *fp32:16", 12288
     return Case(
         "low_rank:_columns", pointers + " i32 i32:16 i32:16",
         {"COUNT": 2, "FIRST": (0, 48, 96), "COLUMN": (0, width), "WIDTH": (width, width), "K": (0, BR),
-         "RANK": (BR, BR), "BASE": (0, width * BR, 2 * width * BR), "P": P, "P_STRIDE": BR,
+         "RANK": (BR, BR), "BASE": (0, width * BR, 2 * width * BR), "P": P, "P_STRIDE": BR, "TRANSPOSED": TRANSPOSED,
          "BT": 32, "BC": BC, "BR": BR, "WIDE": False},
         {"num_warps": 4, "num_stages": 3},
     )  # fmt: skip
@@ -70,8 +70,10 @@ CASES = [
          "RANK": (16, 16, 16), "BLOCK": 1024}, {},
     ),
     rows("bf16", 128), rows("fp32", 64),
-    *(columns(*case) for case in (("bf16", True, 256, 16), ("bf16", True, 128, 64), ("bf16", False, 128, 64),
-                                  ("fp32", True, 128, 16), ("fp32", False, 64, 16))),
+    *(columns(*case) for case in (
+        ("bf16", True, False, 256, 16), ("bf16", True, False, 256, 32), ("bf16", False, False, 128, 64),
+        ("bf16", False, True, 128, 64), ("fp32", True, False, 128, 16), ("fp32", False, True, 64, 16),
+    )),
     Case(
         "low_rank:_fold_rows", "*fp32:16 *bf16:16 i32:16 i32",
         {"COUNT": 3, "FIRST": (0, 16, 20, 24), "K": (0, 16, 32), "RANK": (16, 16, 16), "MOST": 16, "TAIL": 64,

@@ -5,9 +5,9 @@ For a group of projections (`rlft.kernels.lora_group`: b [out, tail] holds scale
     shrink     S = x a^T                                 [T, tail], accumulated in fp32
     gradients  dS = dY b,   dB_i += scale_i dY_i^T S_i,   dA_i += dS_i^T x
 
-`gradients` makes dS and dB in one pass over dY. dB and dA sum over T and have too few output tiles to fill a GPU: T is
-split, each part writes fp32 partial sums, and a second kernel adds them in fixed order (no atomics: two runs are equal
-bit for bit) into the caller's gradients.
+`gradients` makes dS and dB in one pass over dY, up to rank 32. dB and dA sum over T and have too few output tiles to
+fill a GPU: T is split, each part writes fp32 partial sums, and a second kernel adds them in fixed order (no atomics:
+two runs are equal bit for bit) into the caller's gradients.
 
 Sources: split at S and one pass over dY, LoRAFusion (arXiv 2510.00206); the rest reference/kernels.md 4.
 Bytes per token and element size e: shrink reads e H, gradients e (out + H), each once, plus the partial sums.
@@ -41,6 +41,9 @@ GRAD_B = Launch(32, 256, 264, 4, 3)
 GRAD_A = Launch(32, 128, 264, 4, 3)
 """Of the three passes, for 16-bit elements (32-bit ones take half the columns). To be measured."""
 MAX_SPLITS = 16
+FUSED_RANK = 32
+"""dS comes from the pass for dB up to this rank. Its partial sums are written and read again: 4 rank / columns of dY's
+bytes, a quarter at rank 16. Beyond, cuBLAS reads dY once more."""
 
 
 def gradients_reference(
@@ -85,12 +88,13 @@ def _rows(
 def _columns(
     z, z_stride, v, v_stride, u, u_stride, q, p, T, share, q_size, COUNT: tl.constexpr, FIRST: tl.constexpr,
     COLUMN: tl.constexpr, WIDTH: tl.constexpr, K: tl.constexpr, RANK: tl.constexpr, BASE: tl.constexpr,
-    P: tl.constexpr, P_STRIDE: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr, WIDE: tl.constexpr,
+    P: tl.constexpr, P_STRIDE: tl.constexpr, TRANSPOSED: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr,
+    BR: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """One pass over a share of T rows of z: q[split] = z^T v, and with P also p[tile] = z u of those rows.
 
-    With P, z is dY, v is S, u is b: q holds the dB_i [WIDTH, RANK] one after the other, p [tiles, T, P_STRIDE] the dS
-    of each tile's columns. Without, z is x, v is dS: q holds the dA [RANK, WIDTH].
+    For dB, z is dY, v is S, u is b: q holds the dB_i [WIDTH, RANK] one after the other, p [tiles, T, P_STRIDE] the dS
+    of each tile's columns. For dA, TRANSPOSED, z is x, v is dS: q holds dA [RANK, WIDTH].
     """
     tile = tl.program_id(0)
     split = tl.program_id(1)
@@ -127,7 +131,7 @@ def _columns(
         if P:
             part = tl.dot(zt, ut, input_precision="ieee")
             tl.store(p + (tile.to(tl.int64) * T + t)[:, None] * P_STRIDE + r[None, :], part, mask=live_t[:, None])
-    place = base + c[:, None] * rank + r[None, :] if P else r[None, :] * width + c[:, None]
+    place = r[None, :] * width + c[:, None] if TRANSPOSED else base + c[:, None] * rank + r[None, :]
     tl.store(q + split.to(tl.int64) * q_size + place, acc, mask=live_c[:, None] & live_r[None, :])
 
 
@@ -199,7 +203,7 @@ def _fold_tiles(p: Tensor, s: Tensor, first: tuple, k: tuple, rank: tuple, tail:
 
 
 def _column_pass(
-    z: Tensor, v: Tensor, u: Tensor | None, spans: Sequence[tuple[int, int, int, int]], launch: Launch
+    z: Tensor, v: Tensor, u: Tensor | None, spans: Sequence[tuple[int, int, int, int]], transposed: bool, launch: Launch
 ) -> tuple[Tensor, Tensor | None, tuple[int, ...]]:
     """One launch of `_columns`: q [splits, sum of width * rank], p [tiles, T, ranks] with u, and the first tiles.
 
@@ -222,8 +226,9 @@ def _column_pass(
         _columns[(first[-1], splits, rank_blocks)](
             z, z.stride(0), v, v.stride(0), v if u is None else u, 0 if u is None else u.stride(0), q,
             q if p is None else p, T, share, base[-1], COUNT=len(spans), FIRST=first, COLUMN=column, WIDTH=width, K=k,
-            RANK=rank, BASE=base, P=u is not None, P_STRIDE=rank_block * rank_blocks, BT=launch.rows, BC=columns,
-            BR=rank_block, WIDE=not z.is_cuda, num_warps=launch.warps, num_stages=launch.stages,
+            RANK=rank, BASE=base, P=u is not None, P_STRIDE=rank_block * rank_blocks, TRANSPOSED=transposed,
+            BT=launch.rows, BC=columns, BR=rank_block, WIDE=not z.is_cuda, num_warps=launch.warps,
+            num_stages=launch.stages,
         )  # fmt: skip
     return q, p, first
 
@@ -241,15 +246,19 @@ def _add(q: Tensor, grads: Sequence[Tensor], scales: Sequence[float]) -> None:
 def gradients_launch(
     group: LoraGroup, dy: Tensor, x: Tensor, s: Tensor, b: Tensor, ds: Tensor,
     grad_A: Sequence[Tensor], grad_B: Sequence[Tensor], launch_B: Launch = GRAD_B, launch_A: Launch = GRAD_A,
+    fused_rank: int = FUSED_RANK,
 ) -> None:  # fmt: skip
     """`gradients` by the kernels."""
     on = group.adapted
     spans = [(group.rows(i).start, group.out_features[i], group.columns(i).start, group.ranks[i]) for i in on]
-    q, p, first = _column_pass(dy, s, b, spans, launch_B)
-    assert p is not None
-    _fold_tiles(p, ds, first, tuple(k for _, _, k, _ in spans), tuple(r for *_, r in spans), group.tail)
+    fused = max(group.ranks) <= fused_rank
+    q, p, first = _column_pass(dy, s, b if fused else None, spans, False, launch_B)
+    if p is not None:
+        _fold_tiles(p, ds, first, tuple(k for _, _, k, _ in spans), tuple(r for *_, r in spans), group.tail)
+    else:
+        torch.mm(dy, b, out=ds)
     _add(q, [grad_B[i] for i in on], [group.scales[i] for i in on])
-    q, _, _ = _column_pass(x, ds, None, [(0, group.in_features, 0, group.rank)], launch_A)
+    q, _, _ = _column_pass(x, ds, None, [(0, group.in_features, 0, group.rank)], True, launch_A)
     _add(q, [grad_A[i] for i in on], [1.0 for _ in on])
 
 
