@@ -32,6 +32,32 @@ class Case(NamedTuple):
     options: dict
 
 
+def nf4(kernel: str, out: str, **constants) -> Case:
+    common = {"COUNT": 7, "FIELDS": 10, "BLOCK": 64, "NESTED": 256, "TILE": 4096, "OUT": f"tl.{out}"}
+    return Case(
+        f"nf4:{kernel}", "*i64:16 *fp32:16", common | constants, {"num_warps": 4, "enable_fp_fusion": False}
+    )  # fmt: skip
+
+
+# Triton's dot on fp32 is done without tensor cores ("ieee"), so both element types have their own code.
+def rows(dtype: str, BC: int) -> Case:
+    return Case(
+        "low_rank:_rows", f"*{dtype}:16 i32:16 *{dtype}:16 i32:16 *fp32:16 i32:16 i32 i32:16 i32:16",
+        {"SPLIT": 4, "BT": 64, "BC": BC, "BR": 64, "WIDE": False}, {"num_warps": 4, "num_stages": 3},
+    )  # fmt: skip
+
+
+def columns(dtype: str, P: bool, TRANSPOSED: bool, BC: int, BR: int) -> Case:
+    pointers, width = f"*{dtype}:16 i32:16 " * 3 + "*fp32:16 *fp32:16", 12288
+    return Case(
+        "low_rank:_columns", pointers + " i32 i32:16 i32:16",
+        {"COUNT": 2, "FIRST": (0, 48, 96), "COLUMN": (0, width), "WIDTH": (width, width), "K": (0, BR),
+         "RANK": (BR, BR), "BASE": (0, width * BR, 2 * width * BR), "P": P, "P_STRIDE": BR, "TRANSPOSED": TRANSPOSED,
+         "BT": 32, "BC": BC, "BR": BR, "WIDE": False},
+        {"num_warps": 4, "num_stages": 3},
+    )  # fmt: skip
+
+
 def norm(kernel: str, pointers: str, H: int, rows: int, warps: int, absent: str = "", GEMMA: bool = False) -> Case:
     """`pointers`: types of the pointers present, in order; `absent`: the optional one that is None."""
     strides = "i32 i32:16 i32:16 i32:16 i32:16" + (" fp32" if kernel == "forward_kernel" else "")
@@ -58,9 +84,38 @@ def glu(kernel: str, M: int, block: int, rows: int, ACT: str) -> Case:
     return Case(f"swiglu:{kernel}", types, {"M": M, "BLOCK": block, "ROWS": rows, "ACT": ACT}, {"num_warps": 4})
 
 
+def head(kernel: str, results: str, constants: dict, warps: int) -> Case:
+    types = f"*fp32:16 *i64:16 *bf16:16 *fp32:16 {results}i32 i32:16 i32:16 i32 fp32 fp32 fp32"
+    return Case(f"target_softmax:{kernel}", types, {"BLOCK": 4096, "FAR": 60.0} | constants, {"num_warps": warps})
+
+
 B = "*bf16:16 "
 
 CASES = [
+    nf4("_decode_words", "bfloat16", ONE_ROW=True, GATHER=True),
+    nf4("_decode_words", "float16", ONE_ROW=False, GATHER=True, BLOCK=4096),
+    nf4("_decode_words", "float32", ONE_ROW=False, GATHER=False, NESTED=0),
+    nf4("_decode_elements", "bfloat16", TILE=1024),
+    Case(
+        "lora_group:_fill",
+        "*fp32:16 *fp32:16 *fp32:16 *fp32:16 *fp32:16 *fp32:16 *bf16:16 i32:16 *bf16:16 i32:16 fp32 fp32 fp32 i32:16",
+        {"OUT": 6144, "TAIL": 64, "COUNT": 3, "COLUMN": (0, 4096, 5120), "WIDTH": (4096, 1024, 1024), "K": (0, 16, 32),
+         "RANK": (16, 16, 16), "BLOCK": 1024}, {},
+    ),
+    rows("bf16", 128), rows("fp32", 64),
+    *(columns(*case) for case in (
+        ("bf16", True, False, 256, 16), ("bf16", True, False, 256, 32), ("bf16", False, False, 128, 64),
+        ("bf16", False, True, 128, 64), ("fp32", True, False, 128, 16), ("fp32", False, True, 64, 16),
+    )),
+    Case(
+        "low_rank:_fold_rows", "*fp32:16 *bf16:16 i32:16 i32",
+        {"COUNT": 3, "FIRST": (0, 16, 20, 24), "K": (0, 16, 32), "RANK": (16, 16, 16), "MOST": 16, "TAIL": 64,
+         "P_STRIDE": 16, "BT": 16, "BR": 64}, {},
+    ),
+    Case(
+        "low_rank:_fold", "*fp32:16 *fp32:16 *fp32:16 *fp32:16 i32:16 i32:16 i32:16 fp32 fp32 fp32 i32",
+        {"SPLITS_BLOCK": 16, "BLOCK": 256}, {},
+    ),
     # Many short rows a program; a usual row, alone; no power of two; the longest, in fp32.
     norm("forward_kernel", B * 5 + "*fp32:16", 128, 16, 4),
     norm("forward_kernel", B * 4 + "*fp32:16", 4096, 1, 8, "delta_ptr", True),
@@ -72,6 +127,15 @@ CASES = [
       for shape in ((128, 128, 16, 4, True), (96, 72, 16, 4, True), (512, 512, 4, 4, False))),
     *(glu(kernel, *shape) for kernel in ("forward_kernel", "backward_kernel")
       for shape in ((12288, 1024, 1, "silu"), (11008, 1024, 1, "gelu"), (48, 64, 16, "gelu_pytorch_tanh"))),
+    # The head: a split of a row with and without a softcap; the row done again; the merge of two attentions.
+    head("_rows_kernel", "", {"CAPPED": False, "STORE": True}, 8),
+    head("_rows_kernel", "", {"CAPPED": True, "STORE": True}, 8),
+    head("_finish_kernel", "*fp32:16 *fp32 *fp32 *fp32 ", {"CAPPED": True, "STORE": True, "SPLITS": 64}, 4),
+    Case("logprobs:_jacobian_kernel", "*fp32:16 *bf16:16 *fp32:16 *fp32:16 *bf16:16 i32:16 fp32 i32:16 i32:16",
+         {"BLOCK": 1024}, {}),
+    Case("logprobs:_scale_rows_kernel", "*bf16:16 *fp32:16 *bf16:16 i32:16", {"BLOCK": 1024}, {}),
+    Case("lse_merge:_merge_kernel", "*bf16:16 *fp32:16 *bf16:16 *fp32:16" + " i32:16" * 6, {"BLOCK": 128},
+         {"num_warps": 1}),
 ]  # fmt: skip
 
 
@@ -119,3 +183,8 @@ def test_every_kernel_compiles_for_every_card(found) -> None:
 
 def test_shared_memory_fits(found) -> None:
     assert [f for f in found if f["shared"] > SHARED_MEMORY] == []
+
+
+def test_nf4_scales_round_twice(found) -> None:
+    """A fused multiply-add in code * absmax + offset rounds once and moves some bf16 results by one bit."""
+    assert [f for f in found if f["kernel"].startswith("nf4:") and f["fma"]] == []

@@ -1,0 +1,213 @@
+"""Linear projections of a frozen weight with LoRA: y = x W^T + scale (x A^T) B^T, for a group that shares x.
+
+By K-concatenation the update costs no extra pass over y or dx: with S = x A^T in the tail columns of x's own rows, and
+scale B and A behind and below W in its buffer (`rlft.kernels.lora_group`), forward and backward are one product each,
+
+    y  = [x, S] [W, sB]^T                                  K = H + tail
+    dx = [dY, dS] [W ; A],   dS = dY sB                    K = out + tail
+    dB = scale dY^T S,   dA = dS^T x
+
+accumulated in fp32 by cuBLAS, so the update is added before the one rounding. Producers of x and dY therefore write
+rows with `tail` free columns, and W is decoded with a row stride of H + tail. `forward` and `backward` work on such
+buffers and are for layers that own theirs; without a tail on dY, dx takes a second product. `lora_linear` stands alone
+in autograd, takes x and W as they are and adds the update to y by a second product.
+
+Source: reference/kernels.md 4. Bytes beyond the frozen projection per token and element size e: forward reads x once
+more (e H), backward reads dY and x once more (e (out + H)).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from rlft.kernels.launch import as_rows, want
+from rlft.kernels.lora_group import LoraGroup, fill
+from rlft.kernels.low_rank import gradients, shrink
+from rlft.kernels.nf4 import Nf4Weight, decode, decode_reference
+
+
+def lora_reference(
+    x: Tensor, weights: Sequence[Tensor], A: Sequence[Tensor], B: Sequence[Tensor], scales: Sequence[float],
+    bias: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """[T, sum of out]: y = x W^T + scale (x A^T) B^T per projection, side by side. Differentiable by autograd."""
+    parts = [x @ w.T + scale * ((x @ a.T) @ b.T) for w, a, b, scale in zip(weights, A, B, scales, strict=True)]
+    y = torch.cat(parts, dim=1)
+    return y if bias is None else y + bias
+
+
+def weight_buffer(group: LoraGroup, like: Tensor) -> Tensor:
+    """An empty [out + tail, H + tail] of like's dtype and device: W goes to [:out, :H], `fill` writes `operands`."""
+    return like.new_empty(group.out + group.tail, group.in_features + group.tail)
+
+
+def operands(group: LoraGroup, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """The views b [out, tail] and a [tail, H] of a weight buffer, which `fill` writes."""
+    return weight[: group.out, group.in_features :], weight[group.out :, : group.in_features]
+
+
+def forward(
+    group: LoraGroup, x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | None = None,
+    adapter: bool = True,
+) -> Tensor:  # fmt: skip
+    """y [T, out], and S in the tail of x.
+
+    x: [T, H + tail], the tail is overwritten with S = x A^T; save it (or the buffer) for `backward`. weight: buffer of
+    `weight_buffer`, decoded and filled. bias: [out] or None. out: [T, out] to write to, rows of any stride.
+    adapter=False is the plain product of x and W, bit for bit, and leaves the tail alone. Raises ValueError on shapes
+    that do not fit.
+    """
+    H, columns = group.in_features, group.in_features + group.tail
+    want(
+        "lora.forward",
+        x.dim() == 2 and x.shape[1] == columns and tuple(weight.shape) == (group.out + group.tail, columns)
+        and (out is None or tuple(out.shape) == (x.shape[0], group.out)),
+        f"x [T, {columns}], weight [{group.out + group.tail}, {columns}] and out [T, {group.out}]",
+        x=x, weight=weight, out=out,
+    )  # fmt: skip
+    if adapter and group.tail:
+        shrink(group, x[:, :H], operands(group, weight)[1], x[:, H:])
+    else:
+        x, weight = x[:, :H], weight[:, :H]
+    return _product(x, weight[: group.out].T, bias, out)
+
+
+def backward(
+    group: LoraGroup, dy: Tensor, x: Tensor, s: Tensor, weight: Tensor, grad_A: Sequence[Tensor],
+    grad_B: Sequence[Tensor], out: Tensor | None = None, input_gradient: bool = True,
+) -> Tensor | None:  # fmt: skip
+    """dx [T, H] (None without input_gradient); the gradients of A and B are added to the caller's.
+
+    dy: [T, out + tail], the tail is overwritten with dS; or [T, out], which costs another pass over dx. x: [T, H]. s:
+    [T, tail] of the forward. weight: the same buffer as in the forward, or decoded and filled again. grad_A, grad_B:
+    as `rlft.kernels.low_rank.gradients`. out: [T, H] to write to, rows of any stride. Nothing that was saved is
+    overwritten. Raises ValueError on shapes that do not fit.
+    """
+    Y, H, tail = group.out, group.in_features, group.tail
+    want(
+        "lora.backward",
+        dy.dim() == 2 and dy.shape[1] in (Y, Y + tail) and tuple(weight.shape) == (Y + tail, H + tail)
+        and tuple(x.shape) == (dy.shape[0], H) and (out is None or out.shape == x.shape),
+        f"dy [T, {Y + tail}] or [T, {Y}], weight [{Y + tail}, {H + tail}], x and out [T, {H}]",
+        dy=dy, weight=weight, x=x, out=out,
+    )  # fmt: skip
+    concatenated = dy.shape[1] == Y + tail
+    b, a = operands(group, weight)
+    ds = dy[:, Y:] if concatenated else dy.new_empty(dy.shape[0], tail)
+    if tail:
+        gradients(group, dy[:, :Y], x, s, b, ds, grad_A, grad_B)
+    if not input_gradient:
+        return None
+    if concatenated:
+        return _product(dy, weight[:, :H], None, out)
+    dx = _product(dy, weight[:Y, :H], None, out)
+    return dx.addmm_(ds, a) if tail else dx
+
+
+def _product(x: Tensor, w: Tensor, bias: Tensor | None, out: Tensor | None) -> Tensor:
+    if out is None:
+        return x @ w if bias is None else torch.addmm(bias, x, w)
+    return torch.mm(x, w, out=out) if bias is None else torch.addmm(bias, x, w, out=out)
+
+
+class _LoraLinear(torch.autograd.Function):
+    """Saves x, S, A and B; decodes and fills again in backward."""
+
+    @staticmethod
+    def forward(ctx, x, group, weights, bias, *adapters):  # type: ignore[override]
+        rows = as_rows(x)
+        b, a = _filled(group, x, adapters)
+        s = rows.new_empty(rows.shape[0], group.tail)
+        y = rows.new_empty(rows.shape[0], group.out)
+        for i, weight in enumerate(_dense(weights, x)):
+            part = group.rows(i)
+            _product(rows, weight.T, None if bias is None else bias[part], y[:, part])
+        if group.tail:
+            shrink(group, rows, a, s)
+            y.addmm_(s, b.T)
+        ctx.save_for_backward(rows, s, *adapters)
+        ctx.group, ctx.weights, ctx.shape = group, weights, x.shape
+        return y.view(*x.shape[:-1], group.out)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):  # type: ignore[override]
+        group = ctx.group
+        rows, s, *adapters = ctx.saved_tensors
+        dy = as_rows(dy)
+        b, a = _filled(group, rows, adapters)
+        ds = dy.new_empty(dy.shape[0], group.tail)
+        wide = torch.promote_types(rows.dtype, torch.float32)
+        grads = [torch.zeros_like(t, dtype=wide, memory_format=torch.contiguous_format) for t in adapters]
+        if group.tail:
+            gradients(group, dy, rows, s, b, ds, grads[: len(grads) // 2], grads[len(grads) // 2 :])
+        dx = None
+        if ctx.needs_input_grad[0]:
+            for i, weight in enumerate(_dense(ctx.weights, rows)):
+                part = dy[:, group.rows(i)]
+                dx = part @ weight if dx is None else dx.addmm_(part, weight)
+            assert dx is not None
+            dx = (dx.addmm_(ds, a) if group.tail else dx).view(ctx.shape)
+        return dx, None, None, None, *(g.to(t.dtype) for g, t in zip(grads, adapters, strict=True))
+
+
+def _filled(group: LoraGroup, like: Tensor, adapters: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Fresh b and a of like's dtype."""
+    b, a = like.new_empty(group.out, group.tail), like.new_empty(group.tail, group.in_features)
+    adapters = [t.detach().contiguous() for t in adapters]
+    fill(group, adapters[: len(adapters) // 2], adapters[len(adapters) // 2 :], b, a)
+    return b, a
+
+
+def _dense(weights: Sequence[Tensor | Nf4Weight], like: Tensor) -> list[Tensor]:
+    """The weights as tensors of like's dtype; NF4 ones are decoded into fresh memory, in one launch."""
+    packed = [w for w in weights if isinstance(w, Nf4Weight)]
+    # Only the reference decodes to float64.
+    if like.dtype == torch.float64:
+        decoded = iter([decode_reference(w, like.dtype) for w in packed])
+    else:
+        outs = [like.new_empty(w.shape) for w in packed]
+        if packed:
+            decode(packed, outs)
+        decoded = iter(outs)
+    return [next(decoded) if isinstance(w, Nf4Weight) else w for w in weights]
+
+
+def lora_linear(
+    x: Tensor, weights: Any, A: Any, B: Any, scale: float | Sequence[float], bias: Tensor | None = None
+) -> Tensor:
+    """y [..., sum of out] = x W^T + scale (x A^T) B^T + bias for one projection or for up to three of the same x.
+
+    x: [..., H]. weights: a frozen [out, H] tensor of x's dtype or an `Nf4Weight`, or a sequence of them; y holds their
+    outputs side by side. A: [r, H], B: [out, r], any float dtype, a tensor or a sequence as the weights; any rank.
+    scale: alpha / r, one or per projection. bias: [sum of out], frozen. Gradients go to x, A and B, accumulated in
+    float32 for 16-bit x. Raises ValueError on shapes and dtypes that do not fit and on a weight that wants a gradient.
+    """
+    weights = [weights] if isinstance(weights, Tensor | Nf4Weight) else list(weights)
+    A, B = ([t] if isinstance(t, Tensor) else list(t) for t in (A, B))
+    scales = tuple(scale) if isinstance(scale, Sequence) else (float(scale),) * len(weights)
+    if not len(weights) == len(A) == len(B) == len(scales):
+        raise ValueError(
+            f"lora_linear: want A, B and scale per weight, got {len(weights)} weights, {len(A)} A, {len(B)} B, "
+            f"{len(scales)} scales"
+        )
+    for weight, a, b in zip(weights, A, B, strict=True):
+        dense = weight if isinstance(weight, Tensor) else None
+        want(
+            "lora_linear",
+            weight.shape[1] == x.shape[-1] and (dense is None or (dense.dtype == x.dtype and not dense.requires_grad))
+            and tuple(a.shape) == (b.shape[1], x.shape[-1]) and b.shape[0] == weight.shape[0],
+            f"a frozen weight [out, {x.shape[-1]}] of x's dtype, A [r, {x.shape[-1]}] and B [out, r]",
+            x=x, weight=dense, A=a, B=b,
+        )  # fmt: skip
+    group = LoraGroup(x.shape[-1], tuple(w.shape[0] for w in weights), tuple(a.shape[0] for a in A), scales, align=16)
+    want(
+        "lora_linear", bias is None or (tuple(bias.shape) == (group.out,) and not bias.requires_grad),
+        f"a frozen bias [{group.out}]", bias=bias,
+    )  # fmt: skip
+    return _LoraLinear.apply(x, group, weights, bias, *A, *B)  # type: ignore[return-value]

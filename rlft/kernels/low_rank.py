@@ -1,0 +1,318 @@
+"""The thin products of LoRA: x and dY times something of rank r, each reading its wide operand once.
+
+For a group of projections (`rlft.kernels.lora_group`: b [out, tail] holds scale_i B_i in block form, a [tail, H] A):
+
+    shrink     S = x a^T                                 [T, tail], accumulated in fp32
+    gradients  dS = dY b,   dB_i += scale_i dY_i^T S_i,   dA_i += dS_i^T x
+
+`gradients` makes dS and dB in one pass over dY, up to rank 32. dB and dA sum over T and have too few output tiles to
+fill a GPU: T is split, each part writes fp32 partial sums, and a second kernel adds them in fixed order (no atomics:
+two runs are equal bit for bit) into the caller's gradients.
+
+Sources: split at S and one pass over dY, LoRAFusion (arXiv 2510.00206); the rest reference/kernels.md 4.
+Bytes per token and element size e: shrink reads e H, gradients e (out + H), each once, plus the partial sums.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from rlft.kernels.launch import jit, on_device, on_gpu, power_of_2, tl, want
+from rlft.kernels.lora_group import LoraGroup, three
+
+
+class Launch(NamedTuple):
+    """Tile [rows of T, columns], programs wanted at least (T or the columns are split for them), warps, stages."""
+
+    rows: int
+    columns: int
+    programs: int
+    warps: int
+    stages: int
+
+
+SHRINK = Launch(64, 128, 256, 4, 3)
+GRAD_B = Launch(32, 256, 264, 4, 3)
+GRAD_A = Launch(32, 128, 264, 4, 3)
+"""Of the three passes, for 16-bit elements (32-bit ones take half the columns). To be measured."""
+MAX_SPLITS = 16
+FUSED_RANK = 32
+"""dS comes from the pass for dB up to this rank. Its partial sums are written and read again: 4 rank / columns of dY's
+bytes, a quarter at rank 16. Beyond, cuBLAS reads dY once more."""
+
+
+def gradients_reference(
+    group: LoraGroup, dy: Tensor, x: Tensor, s: Tensor, b: Tensor, ds: Tensor,
+    grad_A: Sequence[Tensor], grad_B: Sequence[Tensor],
+) -> None:  # fmt: skip
+    """`gradients` in plain PyTorch."""
+    ds.copy_(dy @ b)
+    for i in group.adapted:
+        wide = grad_A[i].dtype
+        grad_B[i].add_(dy[:, group.rows(i)].to(wide).T @ s[:, group.columns(i)].to(wide), alpha=group.scales[i])
+        grad_A[i].add_(ds[:, group.columns(i)].to(wide).T @ x.to(wide))
+
+
+# In the kernels below a tuple of constants holds, per projection with an adapter: FIRST tile, COLUMN (first of Y),
+# WIDTH (columns of Y), K (first column of S), RANK. WIDE casts to fp32 after loading, for the interpreter.
+
+
+@jit
+def _rows(
+    z, z_stride, u, u_stride, out, out_stride, T, C, TAIL, SPLIT: tl.constexpr,
+    BT: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """out[split] = z u^T over the split's share of the C columns: z [T, C], u [TAIL, C], out [SPLIT, T, TAIL]."""
+    rows = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
+    split = tl.program_id(1)
+    r = tl.program_id(2) * BR + tl.arange(0, BR)
+    share = tl.cdiv(tl.cdiv(C, BC), SPLIT) * BC
+    acc = tl.zeros([BT, BR], tl.float32)
+    for start in range(split * share, tl.minimum((split + 1) * share, C), BC):
+        c = start + tl.arange(0, BC)
+        zt = tl.load(z + rows[:, None] * z_stride + c[None, :], mask=(rows < T)[:, None] & (c < C)[None, :], other=0.0)
+        ut = tl.load(u + r[:, None] * u_stride + c[None, :], mask=(r < TAIL)[:, None] & (c < C)[None, :], other=0.0)
+        if WIDE:
+            zt, ut = zt.to(tl.float32), ut.to(tl.float32)
+        acc = tl.dot(zt, tl.trans(ut), acc, input_precision="ieee")
+    place = (split.to(tl.int64) * T + rows)[:, None] * out_stride + r[None, :]
+    tl.store(out + place, acc.to(out.dtype.element_ty), mask=(rows < T)[:, None] & (r < TAIL)[None, :])
+
+
+@jit
+def _columns(
+    z, z_stride, v, v_stride, u, u_stride, q, p, T, share, q_size, COUNT: tl.constexpr, FIRST: tl.constexpr,
+    COLUMN: tl.constexpr, WIDTH: tl.constexpr, K: tl.constexpr, RANK: tl.constexpr, BASE: tl.constexpr,
+    P: tl.constexpr, P_STRIDE: tl.constexpr, TRANSPOSED: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr,
+    BR: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """One pass over a share of T rows of z: q[split] = z^T v, and with P also p[tile] = z u of those rows.
+
+    For dB, z is dY, v is S, u is b: q holds the dB_i [WIDTH, RANK] one after the other, p [tiles, T, P_STRIDE] the dS
+    of each tile's columns. For dA, TRANSPOSED, z is x, v is dS: q holds dA [RANK, WIDTH].
+    """
+    tile = tl.program_id(0)
+    split = tl.program_id(1)
+    first, column, width, k0, rank, base = 0, COLUMN[0], WIDTH[0], K[0], RANK[0], 0
+    for i in tl.static_range(1, COUNT):  # type: ignore[reportGeneralTypeIssues]
+        here = tile >= FIRST[i]
+        first = tl.where(here, FIRST[i], first)
+        column = tl.where(here, COLUMN[i], column)
+        width = tl.where(here, WIDTH[i], width)
+        k0 = tl.where(here, K[i], k0)
+        rank = tl.where(here, RANK[i], rank)
+        base = tl.where(here, BASE[i], base)
+    c = (tile - first) * BC + tl.arange(0, BC)
+    r = tl.program_id(2) * BR + tl.arange(0, BR)
+    live_c, live_r = c < width, r < rank
+    if P:
+        ut = tl.load(
+            u + (column + c).to(tl.int64)[:, None] * u_stride + (k0 + r)[None, :],
+            mask=live_c[:, None] & live_r[None, :], other=0.0,
+        )  # fmt: skip
+        if WIDE:
+            ut = ut.to(tl.float32)
+    acc = tl.zeros([BC, BR], tl.float32)
+    for start in range(split * share, tl.minimum((split + 1) * share, T), BT):
+        t = (start + tl.arange(0, BT)).to(tl.int64)
+        live_t = t < T
+        zt = tl.load(
+            z + t[:, None] * z_stride + (column + c)[None, :], mask=live_t[:, None] & live_c[None, :], other=0.0
+        )
+        vt = tl.load(v + t[:, None] * v_stride + (k0 + r)[None, :], mask=live_t[:, None] & live_r[None, :], other=0.0)
+        if WIDE:
+            zt, vt = zt.to(tl.float32), vt.to(tl.float32)
+        acc = tl.dot(tl.trans(zt), vt, acc, input_precision="ieee")
+        if P:
+            part = tl.dot(zt, ut, input_precision="ieee")
+            tl.store(p + (tile.to(tl.int64) * T + t)[:, None] * P_STRIDE + r[None, :], part, mask=live_t[:, None])
+    place = r[None, :] * width + c[:, None] if TRANSPOSED else base + c[:, None] * rank + r[None, :]
+    tl.store(q + split.to(tl.int64) * q_size + place, acc, mask=live_c[:, None] & live_r[None, :])
+
+
+@jit
+def _fold_rows(
+    p, out, out_stride, T, COUNT: tl.constexpr, FIRST: tl.constexpr, K: tl.constexpr, RANK: tl.constexpr,
+    MOST: tl.constexpr, TAIL: tl.constexpr, P_STRIDE: tl.constexpr, BT: tl.constexpr, BR: tl.constexpr,
+):  # fmt: skip
+    """out [T, TAIL] = sum over a projection's tiles of p [tiles, T, P_STRIDE]; zero in columns of no projection."""
+    t = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
+    k = tl.program_id(1) * BR + tl.arange(0, BR)
+    first, tiles, local = tl.zeros([BR], tl.int32), tl.zeros([BR], tl.int32), tl.zeros([BR], tl.int32)
+    for i in tl.static_range(COUNT):  # type: ignore[reportGeneralTypeIssues]
+        here = (k >= K[i]) & (k < K[i] + RANK[i])
+        first = tl.where(here, FIRST[i], first)
+        tiles = tl.where(here, FIRST[i + 1] - FIRST[i], tiles)
+        local = tl.where(here, k - K[i], local)
+    acc = tl.zeros([BT, BR], tl.float32)
+    for start in tl.static_range(0, MOST, 8):
+        j = start + tl.arange(0, 8)
+        place = ((first[None, None, :] + j[:, None, None]).to(tl.int64) * T + t[None, :, None]) * P_STRIDE
+        live = (j[:, None, None] < tiles[None, None, :]) & (t < T)[None, :, None]
+        acc += tl.sum(tl.load(p + place + local[None, None, :], mask=live, other=0.0), axis=0)
+    live = (t < T)[:, None] & (k < TAIL)[None, :]
+    tl.store(out + t[:, None] * out_stride + k[None, :], acc.to(out.dtype.element_ty), mask=live)
+
+
+@jit
+def _fold(
+    q, g0, g1, g2, end0, end1, size, scale0, scale1, scale2, SPLITS, SPLITS_BLOCK: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """g += scale * sum over splits of q [SPLITS, size]; elements up to end0 belong to g0, up to end1 to g1."""
+    e = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    s = tl.arange(0, SPLITS_BLOCK)
+    live = (s < SPLITS)[:, None] & (e < size)[None, :]
+    total = tl.sum(tl.load(q + s.to(tl.int64)[:, None] * size + e[None, :], mask=live, other=0.0), axis=0)
+    scale = tl.where(e < end0, scale0, tl.where(e < end1, scale1, scale2))
+    place = tl.where(e < end0, g0 + e, tl.where(e < end1, g1 + (e - end0), g2 + (e - end1)))
+    tl.store(place, tl.load(place, mask=e < size) + scale * total, mask=e < size)
+
+
+def shrink_launch(group: LoraGroup, x: Tensor, a: Tensor, s: Tensor, launch: Launch = SHRINK) -> None:
+    """`shrink` by the kernels."""
+    T, H, tail = x.shape[0], group.in_features, group.tail
+    columns = launch.columns if x.element_size() == 2 else launch.columns // 2
+    rank_block = min(64, power_of_2(tail))
+    tiles = -(-T // launch.rows)
+    split = max(1, min(-(-launch.programs // max(tiles, 1)), MAX_SPLITS, H // (4 * columns)))
+    out = s if split == 1 else s.new_empty(split, T, tail, dtype=torch.float32)
+    with on_device(x):
+        _rows[(tiles, split, -(-tail // rank_block))](
+            x, x.stride(0), a, a.stride(0), out, out.stride(-2), T, H, tail, SPLIT=split, BT=launch.rows, BC=columns,
+            BR=rank_block, WIDE=not x.is_cuda, num_warps=launch.warps, num_stages=launch.stages,
+        )  # fmt: skip
+    if split > 1:
+        _fold_tiles(out, s, (0, split), (0,), (tail,), tail)
+
+
+def _fold_tiles(p: Tensor, s: Tensor, first: tuple, k: tuple, rank: tuple, tail: int) -> None:
+    """Sum p [tiles, T, columns] over the tiles of each projection into s [T, tail]."""
+    block = min(64, power_of_2(tail))
+    rows = 1024 // block
+    most = max(end - start for start, end in itertools.pairwise(first))
+    with on_device(s):
+        _fold_rows[(-(-s.shape[0] // rows), -(-tail // block))](
+            p, s, s.stride(0), s.shape[0], COUNT=len(k), FIRST=first, K=k, RANK=rank, MOST=most, TAIL=tail,
+            P_STRIDE=p.shape[2], BT=rows, BR=block,
+        )  # fmt: skip
+
+
+def _column_pass(
+    z: Tensor, v: Tensor, u: Tensor | None, spans: Sequence[tuple[int, int, int, int]], transposed: bool, launch: Launch
+) -> tuple[Tensor, Tensor | None, tuple[int, ...]]:
+    """One launch of `_columns`: q [splits, sum of width * rank], p [tiles, T, ranks] with u, and the first tiles.
+
+    spans: (first column of z, width, first column of v, rank) per projection.
+    """
+    T = z.shape[0]
+    column, width, k, rank = (tuple(span) for span in zip(*spans, strict=True))
+    # Without tensor cores, 32-bit elements, a block of 64 columns spills registers.
+    rank_block = max(16, min(64 if z.element_size() == 2 else 16, power_of_2(max(rank))))
+    rank_blocks = -(-max(rank) // rank_block)
+    # 8,192 accumulators at most: 64 registers of a thread in 4 warps.
+    columns = min(launch.columns, 8192 // rank_block) // (1 if z.element_size() == 2 else 2)
+    first = (0, *itertools.accumulate(-(-w // columns) for w in width))
+    base = (0, *itertools.accumulate(w * r for w, r in zip(width, rank, strict=True)))
+    splits = max(1, min(-(-launch.programs // first[-1]), MAX_SPLITS, -(-T // launch.rows)))
+    share = -(-T // (splits * launch.rows)) * launch.rows
+    q = z.new_empty(splits, base[-1], dtype=torch.float32)
+    p = z.new_empty(first[-1], T, rank_block * rank_blocks, dtype=torch.float32) if u is not None else None
+    with on_device(z):
+        _columns[(first[-1], splits, rank_blocks)](
+            z, z.stride(0), v, v.stride(0), v if u is None else u, 0 if u is None else u.stride(0), q,
+            q if p is None else p, T, share, base[-1], COUNT=len(spans), FIRST=first, COLUMN=column, WIDTH=width, K=k,
+            RANK=rank, BASE=base, P=u is not None, P_STRIDE=rank_block * rank_blocks, TRANSPOSED=transposed,
+            BT=launch.rows, BC=columns, BR=rank_block, WIDE=not z.is_cuda, num_warps=launch.warps,
+            num_stages=launch.stages,
+        )  # fmt: skip
+    return q, p, first
+
+
+def _add(q: Tensor, grads: Sequence[Tensor], scales: Sequence[float]) -> None:
+    """grads[i] += scales[i] * its elements of q, summed over the splits."""
+    ends = list(itertools.accumulate(g.numel() for g in grads))
+    with on_device(q):
+        _fold[(-(-q.shape[1] // 256),)](
+            q, *three(grads), *three(ends)[:2], q.shape[1], *three([float(s) for s in scales]), q.shape[0],
+            SPLITS_BLOCK=power_of_2(q.shape[0]), BLOCK=256,
+        )  # fmt: skip
+
+
+def gradients_launch(
+    group: LoraGroup, dy: Tensor, x: Tensor, s: Tensor, b: Tensor, ds: Tensor,
+    grad_A: Sequence[Tensor], grad_B: Sequence[Tensor], launch_B: Launch = GRAD_B, launch_A: Launch = GRAD_A,
+    fused_rank: int = FUSED_RANK,
+) -> None:  # fmt: skip
+    """`gradients` by the kernels."""
+    on = group.adapted
+    spans = [(group.rows(i).start, group.out_features[i], group.columns(i).start, group.ranks[i]) for i in on]
+    fused = max(group.ranks) <= fused_rank
+    q, p, first = _column_pass(dy, s, b if fused else None, spans, False, launch_B)
+    if p is not None:
+        _fold_tiles(p, ds, first, tuple(k for _, _, k, _ in spans), tuple(r for *_, r in spans), group.tail)
+    else:
+        torch.mm(dy, b, out=ds)
+    _add(q, [grad_B[i] for i in on], [group.scales[i] for i in on])
+    q, _, _ = _column_pass(x, ds, None, [(0, group.in_features, 0, group.rank)], True, launch_A)
+    _add(q, [grad_A[i] for i in on], [1.0 for _ in on])
+
+
+def shrink(group: LoraGroup, x: Tensor, a: Tensor, s: Tensor) -> None:
+    """s = x a^T: x [T, H], a [tail, H] from `fill`, s [T, tail] (for example the tail of x's own rows), overwritten.
+
+    Unit column strides. Raises ValueError otherwise.
+    """
+    want(
+        "shrink",
+        x.dim() == 2 and x.shape[1] == group.in_features and tuple(s.shape) == (x.shape[0], group.tail)
+        and tuple(a.shape) == (group.tail, group.in_features) and {x.stride(1), s.stride(1), a.stride(1)} == {1}
+        and x.dtype == s.dtype == a.dtype,
+        f"x [T, {group.in_features}], a [{group.tail}, {group.in_features}], s [T, {group.tail}] of one dtype, rows of "
+        f"unit column stride", x=x, a=a, s=s,
+    )  # fmt: skip
+    if on_gpu("shrink", x=x, a=a, s=s):
+        if s.numel():
+            shrink_launch(group, x, a, s)
+    else:
+        s.copy_(x @ a.T)
+
+
+def gradients(
+    group: LoraGroup, dy: Tensor, x: Tensor, s: Tensor, b: Tensor, ds: Tensor,
+    grad_A: Sequence[Tensor], grad_B: Sequence[Tensor],
+) -> None:  # fmt: skip
+    """ds = dy b, and the gradients of A and B added into the caller's.
+
+    dy: [T, out]. x: [T, H]. s: [T, tail] from the forward. b: [out, tail] from `fill`. ds: [T, tail], overwritten (for
+    example the tail of dy's own rows). grad_A: per projection [r_i, H], grad_B: [out_i, r_i], contiguous (views of a
+    flat buffer are), float32 on a GPU. Raises ValueError otherwise.
+    """
+    T = dy.shape[0]
+    want(
+        "gradients",
+        tuple(dy.shape) == (T, group.out) and tuple(x.shape) == (T, group.in_features)
+        and tuple(s.shape) == tuple(ds.shape) == (T, group.tail) and tuple(b.shape) == (group.out, group.tail)
+        and dy.dtype == x.dtype == s.dtype == ds.dtype == b.dtype
+        and all(t.stride(1) == 1 or not t.numel() for t in (dy, x, s, ds, b)),
+        f"dy [T, {group.out}], x [T, {group.in_features}], s and ds [T, {group.tail}], b [{group.out}, {group.tail}] "
+        f"of one dtype, rows of unit column stride", dy=dy, x=x, s=s, ds=ds, b=b,
+    )  # fmt: skip
+    for i in group.adapted:
+        want(
+            "gradients",
+            tuple(grad_A[i].shape) == (group.ranks[i], group.in_features) and grad_A[i].is_contiguous()
+            and tuple(grad_B[i].shape) == (group.out_features[i], group.ranks[i]) and grad_B[i].is_contiguous()
+            and grad_A[i].dtype == grad_B[i].dtype and (grad_A[i].dtype == torch.float32 or not dy.is_cuda),
+            f"grad_A [{group.ranks[i]}, {group.in_features}] and grad_B [{group.out_features[i]}, {group.ranks[i]}], "
+            f"contiguous, float32 on a GPU, for projection {i}", grad_A=grad_A[i], grad_B=grad_B[i],
+        )  # fmt: skip
+    if on_gpu("gradients", dy=dy, x=x, s=s, b=b, ds=ds, **{f"grad_A{i}": grad_A[i] for i in group.adapted}):
+        if ds.numel():
+            gradients_launch(group, dy, x, s, b, ds, grad_A, grad_B)
+    else:
+        gradients_reference(group, dy, x, s, b, ds, grad_A, grad_B)

@@ -1,0 +1,74 @@
+"""A group's columns and the adapters written into its operands."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from rlft.kernels.lora_group import LoraGroup, fill, fill_launch, fill_reference
+
+
+def test_columns_and_rows_by_hand() -> None:
+    """q with rank 16, k without adapter, v with rank 5: 21 columns, rounded up to 32."""
+    group = LoraGroup(64, (128, 32, 32), (16, 0, 5), (2.0, 1.0, 0.5), align=16)
+    assert (group.out, group.rank, group.tail, group.adapted) == (192, 21, 32, (0, 2))
+    assert [group.rows(i) for i in range(3)] == [slice(0, 128), slice(128, 160), slice(160, 192)]
+    assert [group.columns(i) for i in range(3)] == [slice(0, 16), slice(16, 16), slice(16, 21)]
+    assert LoraGroup(64, (8,), (0,), (1.0,)).tail == 0 and LoraGroup(64, (8,), (16,), (1.0,)).tail == 64
+
+
+# (3, 0, 5): odd ranks, one projection without. (16,): nothing to pad. Of fp32 masters or of a 16-bit shadow.
+@pytest.mark.parametrize("ranks", [(16, 16, 16), (3, 0, 5), (16,), (0, 2)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_fill_by_kernel_and_reference(ranks, dtype) -> None:
+    torch.manual_seed(0)
+    outs = (40, 24, 33)[: len(ranks)]
+    group = LoraGroup(72, outs, ranks, (2.0, 3.0, 0.7)[: len(ranks)], align=16)
+    A = [torch.randn(r, 72, dtype=dtype) for r in ranks]
+    B = [torch.randn(o, r, dtype=dtype) for o, r in zip(outs, ranks, strict=True)]
+    results = []
+    for write in (fill, fill_launch, fill_reference):
+        # Views of one buffer, as beside and below a weight.
+        weight = torch.full((group.out + group.tail, 72 + group.tail), float("nan"), dtype=torch.float16)
+        b, a = weight[: group.out, 72:], weight[group.out :, :72]
+        write(group, A, B, b, a)
+        assert torch.isnan(weight[: group.out, :72]).all() and torch.isnan(weight[group.out :, 72:]).all()
+        results.append((b, a))
+    for b, a in results:
+        assert torch.equal(b, results[0][0]) and torch.equal(a, results[0][1])
+        for i in group.adapted:
+            assert torch.equal(b[group.rows(i), group.columns(i)], (B[i].float() * group.scales[i]).half())
+            assert torch.equal(a[group.columns(i)], A[i].half())
+        # Every other element is zero: a sum over all equals the sum over the blocks.
+        assert b.count_nonzero() <= sum(B[i].numel() for i in group.adapted)
+        assert not a[group.rank :].any() and not b[:, group.rank :].any()
+
+
+def test_bad_input_says_what_it_wants() -> None:
+    with pytest.raises(ValueError, match="1 to 3 out_features"):
+        LoraGroup(64, (8, 8), (4,), (1.0,))
+    with pytest.raises(ValueError, match="1 to 3 out_features"):
+        LoraGroup(64, (8,) * 4, (4,) * 4, (1.0,) * 4)
+    with pytest.raises(ValueError, match="multiple of 16"):
+        LoraGroup(64, (8,), (4,), (1.0,), align=8)
+    group = LoraGroup(64, (8,), (4,), (1.0,))
+    A, B, b, a = [torch.zeros(4, 64)], [torch.zeros(8, 4)], torch.zeros(8, 64), torch.zeros(64, 64)
+    with pytest.raises(ValueError, match=r"A \[4, 64\].*projection 0; got A \(5, 64\)"):
+        fill(group, [torch.zeros(5, 64)], B, b, a)
+    with pytest.raises(ValueError, match="contiguous"):
+        fill(group, A, [torch.zeros(4, 8).T], b, a)
+    with pytest.raises(ValueError, match=r"b \[8, 64\]"):
+        fill(group, A, B, torch.zeros(8, 16), a)
+
+
+@pytest.mark.gpu
+def test_gpu_fill_is_the_reference_in_bf16() -> None:
+    group = LoraGroup(4096, (4096, 1024, 1024), (16, 8, 16), (2.0, 0.3, 1.0))
+    A = [torch.randn(r, 4096, device="cuda") for r in group.ranks]
+    B = [torch.randn(o, r, device="cuda") for o, r in zip(group.out_features, group.ranks, strict=True)]
+    pairs = []
+    for write in (fill, fill_reference):
+        weight = torch.full((6144 + 64, 4096 + 64), float("nan"), dtype=torch.bfloat16, device="cuda")
+        pairs.append((weight[:6144, 4096:], weight[6144:, :4096]))
+        write(group, A, B, *pairs[-1])
+    assert torch.equal(pairs[0][0], pairs[1][0]) and torch.equal(pairs[0][1], pairs[1][1])
