@@ -237,8 +237,8 @@ def main() -> None:
             rows.append({**common, "metric": metric, "value": round(middle, 3), "unit": "ms", "note": note})
         note = "all threads and wandb's own process, mean; beside the step where it is above loop_cpu_ms"
         rows.append({**common, "metric": "cpu_ms", "value": round(f["cpu_ms"], 3), "unit": "ms", "note": note})
-        print(f"{name:<52} loop {f['loop_ms'][1]:7.3f} ms, of it processor {f['loop_cpu_ms'][1]:6.3f}, hot {f['hot_cpu_ms'][1]:6.3f}; "
-              f"all threads {f['cpu_ms']:6.2f} ms")  # fmt: skip
+        wall, cold, hot = (f[metric][1] for metric in ("loop_ms", "loop_cpu_ms", "hot_cpu_ms"))
+        print(f"{name:<52} loop {wall:7.3f} ms, of it processor {cold:6.3f}, hot {hot:6.3f}; all {f['cpu_ms']:6.2f} ms")
     print(f"report {found['report']['seconds']:.2f} s for {found['report']['steps']} steps, once")
     print(write("logging_overhead", rows))
 
