@@ -7,10 +7,12 @@ micro-batches of 4,096). The target is 1% of a 200 ms step: 2 ms that the loop w
 `rlft.train.loop` calls, with real packages writing offline; the model is left out, and a wait without the interpreter's
 lock stands for it, as waiting for a GPU is.
 
-Three figures per part. `loop_ms`: wall time in the loop's thread, median over the steps: what the loop waits on this
-machine, whatever else ran on it. `loop_cpu_ms`: processor time of that thread, median: what it waits on a machine of
-its own, since nothing here blocks. `cpu_ms`: processor time of all threads and of the trackers' helper processes, mean;
-what it has above `loop_cpu_ms` is spent while the GPU works. PyTorch runs on one thread.
+Four figures per part. `loop_ms`: wall time in the loop's thread after the wait, median over the steps: what the loop
+waits on this machine, whatever else ran on it. `loop_cpu_ms`: processor time of that thread, median; nothing here
+blocks, so it is what the loop waits on a machine of its own. The wait leaves the caches cold, which a real loop, busy
+launching kernels through the same PyTorch, does less: `hot_cpu_ms` is the same with step after step, and the truth lies
+between. `cpu_ms`: processor time of all threads and of the trackers' helper processes, mean; what it has above
+`loop_cpu_ms` is spent while the GPU works. PyTorch runs on one thread.
 """
 
 from __future__ import annotations
@@ -120,8 +122,10 @@ class Watched:
             cfg = replace(cfg, track=Track(use, mode="offline" if "wandb" in use else "auto"))
         tracking = Tracking(cfg, run, 0, False, print)
         state = SimpleNamespace(step=0)
-        return SimpleNamespace(run=run, console=console, tracking=tracking, state=state, callbacks=(), pieces=self.pieces,
-                               writer=Background("rlft-writer"))  # fmt: skip
+        return SimpleNamespace(
+            run=run, console=console, tracking=tracking, state=state, callbacks=(), pieces=self.pieces,
+            writer=Background("rlft-writer"),
+        )  # fmt: skip
 
     def record(self, s: Any, values: dict[str, float]) -> None:
         """`rlft.train.record`: metrics.jsonl, completions, console with health rules, trackers."""
@@ -136,7 +140,7 @@ def processor_seconds() -> float:
 
 
 def measure(step: Callable[[], Any], settle: Callable[[], Any] = lambda: None, seconds: float = 0.05) -> dict[str, Any]:
-    """The three figures of `step`, with percentiles. settle: waits for what it left to threads. seconds: between."""
+    """The four figures of `step`, with percentiles. settle: waits for what it left to threads. seconds: between."""
     for _ in range(5):  # first calls import and open
         step()
         time.sleep(seconds)
@@ -150,7 +154,20 @@ def measure(step: Callable[[], Any], settle: Callable[[], Any] = lambda: None, s
         time.sleep(seconds)
     settle()
     cpu = (processor_seconds() - before) / STEPS * 1e3
-    return {"loop_ms": percentiles(walls), "loop_cpu_ms": percentiles(works), "cpu_ms": cpu}
+    hot = []
+    for _ in range(STEPS):
+        worked = time.thread_time()
+        step()
+        hot.append((time.thread_time() - worked) * 1e3)
+        settle()
+    three = {"loop_ms": walls, "loop_cpu_ms": works, "hot_cpu_ms": hot}
+    return {name: percentiles(values) for name, values in three.items()} | {"cpu_ms": cpu}
+
+
+def settled(s: Any) -> None:
+    """Wait for the writing thread and the trackers'."""
+    for background in (s.writer, *(t.background for t in s.tracking._trackers)):
+        background.flush()
 
 
 def percentiles(values: list[float]) -> tuple[float, float, float]:
@@ -179,13 +196,13 @@ def measured(work: Watched) -> dict[str, dict[str, Any]]:
     for use in ("wandb", "trackio", "tensorboard"):
         s = work.session((use,), live=False)
         tell = lambda s=s: s.tracking.log(1, values, "completions", work.rollouts, scores)  # noqa: E731
-        found[f"tracker, {use}"] = measure(tell, lambda s=s: s.tracking._trackers[0].background.flush(), seconds=0.2)
+        found[f"tracker, {use}"] = measure(tell, lambda s=s: settled(s), seconds=0.2)
         s.tracking.__exit__(None, None, None)
     for use in ((), ("wandb",), ("wandb", "trackio", "tensorboard")):
         s = work.session(use, live=True)
         whole = lambda s=s: work.record(s, work.metrics() | work.guards())  # noqa: E731
         name = "everything" + (f", with {' and '.join(use)}" if use else ", no tracker")
-        found[name] = measure(whole, lambda s=s: s.writer.flush(), seconds=STEP_SECONDS)
+        found[name] = measure(whole, lambda s=s: settled(s), seconds=STEP_SECONDS)
         s.console.close()
         s.tracking.__exit__(None, None, None)
         if not use:
@@ -214,14 +231,14 @@ def main() -> None:
             note = f"once, at the end of a run of {f['steps']} steps: {f['seconds'] / f['steps'] * 1e3:.2f} ms per step"
             rows.append({**common, "metric": "seconds", "value": round(f["seconds"], 3), "unit": "s", "note": note})
             continue
-        for metric in ("loop_ms", "loop_cpu_ms"):
+        for metric in ("loop_ms", "loop_cpu_ms", "hot_cpu_ms"):
             low, middle, high = f[metric]
             note = f"{STEPS} steps of {PROMPTS * GROUP} x {TOKENS} tokens; p20 {low:.2f}, p80 {high:.2f}; load {load}"
             rows.append({**common, "metric": metric, "value": round(middle, 3), "unit": "ms", "note": note})
         note = "all threads and wandb's own process, mean; beside the step where it is above loop_cpu_ms"
         rows.append({**common, "metric": "cpu_ms", "value": round(f["cpu_ms"], 3), "unit": "ms", "note": note})
-        print(f"{name:<52} loop {f['loop_ms'][1]:7.3f} ms, of it processor {f['loop_cpu_ms'][1]:6.3f} ms; "
-              f"all threads {f['cpu_ms']:6.2f} ms")  # fmt: skip
+        wall, cold, hot = (f[metric][1] for metric in ("loop_ms", "loop_cpu_ms", "hot_cpu_ms"))
+        print(f"{name:<52} loop {wall:7.3f} ms, of it processor {cold:6.3f}, hot {hot:6.3f}; all {f['cpu_ms']:6.2f} ms")
     print(f"report {found['report']['seconds']:.2f} s for {found['report']['steps']} steps, once")
     print(write("logging_overhead", rows))
 
