@@ -24,7 +24,7 @@ from torch import Tensor
 
 from rlft.kernels import lora
 from rlft.kernels.lora_group import LoraGroup, fill
-from rlft.kernels.low_rank import GRAD_A, GRAD_B, SHRINK, Launch, gradients_launch, shrink_launch
+from rlft.kernels.low_rank import GRAD_A, GRAD_B, Launch, gradients_launch
 
 H, M = 4096, 12288
 SHAPES = {"qkv": (H, (4096, 1024, 1024)), "o": (4096, (H,)), "gate_up": (H, (M, M)), "down": (M, (H,))}
@@ -151,7 +151,6 @@ def parts(n: Buffers) -> dict[str, Callable[[], Any]]:
     dy, ds = n.dy.split([group.out, group.tail], dim=1)
     return {
         "fill": lambda: fill(group, n.A, n.B, b, a),
-        "S rlft": lambda: shrink_launch(group, x, a, s),
         "S cublas": lambda: torch.mm(x, a.T, out=s),
         "gradients rlft": lambda: gradients_launch(group, dy, x, s, b, ds, n.grad_A, n.grad_B),
         "dS cublas": lambda: torch.mm(dy, b, out=ds),
@@ -164,10 +163,6 @@ def parts(n: Buffers) -> dict[str, Callable[[], Any]]:
     }  # fmt: skip
 
 
-SHRINKS = [
-    Launch(32, 128, 128, 4, 4), Launch(32, 256, 128, 4, 3), Launch(64, 64, 128, 4, 4), Launch(64, 128, 64, 4, 4),
-    Launch(64, 128, 128, 4, 4), Launch(64, 128, 512, 4, 3), Launch(128, 64, 128, 4, 4), Launch(128, 64, 256, 8, 4),
-]  # fmt: skip
 GRADS_B = [
     Launch(32, 256, 132, 4, 4), Launch(32, 256, 528, 4, 3), Launch(32, 256, 264, 8, 3), Launch(32, 512, 132, 8, 3),
     Launch(32, 512, 264, 8, 2), Launch(64, 128, 264, 4, 4), Launch(64, 256, 264, 4, 3), Launch(64, 256, 264, 8, 3),
@@ -181,12 +176,11 @@ GRADS_A = [
 
 def launches(n: Buffers) -> dict[str, dict[str, Callable[[], Any]]]:
     """kernel -> launch -> the call; the first launch is today's."""
-    group, (b, a) = n.group, lora.operands(n.group, n.weight)
+    group, b = n.group, lora.operands(n.group, n.weight)[0]
     x, s = n.x.split([group.in_features, group.tail], dim=1)
     dy, ds = n.dy.split([group.out, group.tail], dim=1)
     args = (group, dy, x, s, b, ds, n.grad_A, n.grad_B)
     return {
-        "shrink": {str(tuple(c)): lambda c=c: shrink_launch(group, x, a, s, c) for c in [SHRINK, *SHRINKS]},
         "grad_B": {str(tuple(c)): lambda c=c: gradients_launch(*args, c, GRAD_A) for c in [GRAD_B, *GRADS_B]}
         | {"dS by cublas": lambda: gradients_launch(*args, fused_rank=0)},
         "grad_A": {str(tuple(c)): lambda c=c: gradients_launch(*args, GRAD_B, c) for c in [GRAD_A, *GRADS_A]},

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
+import functools
 import json
 import platform
 import subprocess
 import sys
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("torch", "transformers", "peft", "rlft")
+PACKAGES = ("torch", "triton", "transformers", "peft", "bitsandbytes", "trl", "liger-kernel", "flash-attn-4", "rlft")
+"""Those that are installed are in the file with their versions."""
 
 
 def device() -> str:
@@ -26,22 +29,34 @@ def device() -> str:
     return f"{model}, {torch.get_num_threads()} threads"
 
 
-def write(name: str, rows: list[dict[str, Any]]) -> Path:
-    """Write the rows ({"work", "stack", "metric", "value", "unit", "note"}) with device, versions and commit."""
+def versions() -> dict[str, str]:
+    """Versions of the packages that are installed, and of Python."""
+    found = {}
+    for package in PACKAGES:
+        with contextlib.suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found | {"python": platform.python_version()}
+
+
+def commit_now() -> str:
+    """The commit of this checkout, with "+changes" where rlft/ has others."""
+    run = functools.partial(subprocess.run, capture_output=True, text=True, check=True)
+    dirty = run(["git", "status", "--porcelain", "rlft"]).stdout
+    return run(["git", "rev-parse", "--short", "HEAD"]).stdout.strip() + ("+changes" if dirty else "")
+
+
+def write(name: str, rows: list[dict[str, Any]], folder: Path = RESULTS, commit: str | None = None) -> Path:
+    """Write the rows ({"work", "stack", "metric", "value", "unit", "note"}) with device, versions and commit.
+
+    commit: for a machine without the checkout; None asks git.
+    """
     import torch
 
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True).stdout
-    dirty = subprocess.run(["git", "status", "--porcelain", "rlft"], capture_output=True, text=True, check=True).stdout
     today = datetime.date.today().isoformat()
     result = {
-        "name": name,
-        "device": device(),
-        "versions": {p: version(p) for p in PACKAGES} | {"python": platform.python_version()},
-        "commit": commit.strip() + ("+changes" if dirty else ""),
-        "date": today,
-        "command": " ".join(["python", *sys.argv]),
-        "rows": rows,
-    }
-    path = RESULTS / f"{name}_{'gpu' if torch.cuda.is_available() else 'cpu'}_{today}.json"
+        "name": name, "device": device(), "versions": versions(), "commit": commit or commit_now(), "date": today,
+        "command": " ".join(["python", *sys.argv]), "rows": rows,
+    }  # fmt: skip
+    path = folder / f"{name}_{'gpu' if torch.cuda.is_available() else 'cpu'}_{today}.json"
     path.write_text(json.dumps(result, indent=1) + "\n")
     return path

@@ -40,13 +40,6 @@ def nf4(kernel: str, out: str, **constants) -> Case:
 
 
 # Triton's dot on fp32 is done without tensor cores ("ieee"), so both element types have their own code.
-def rows(dtype: str, BC: int) -> Case:
-    return Case(
-        "low_rank:_rows", f"*{dtype}:16 i32:16 *{dtype}:16 i32:16 *fp32:16 i32:16 i32 i32:16 i32:16",
-        {"SPLIT": 4, "BT": 64, "BC": BC, "BR": 64, "WIDE": False}, {"num_warps": 4, "num_stages": 3},
-    )  # fmt: skip
-
-
 def columns(dtype: str, P: bool, TRANSPOSED: bool, BC: int, BR: int) -> Case:
     pointers, width = f"*{dtype}:16 i32:16 " * 3 + "*fp32:16 *fp32:16", 12288
     return Case(
@@ -102,7 +95,6 @@ CASES = [
         {"OUT": 6144, "TAIL": 64, "COUNT": 3, "COLUMN": (0, 4096, 5120), "WIDTH": (4096, 1024, 1024), "K": (0, 16, 32),
          "RANK": (16, 16, 16), "BLOCK": 1024}, {},
     ),
-    rows("bf16", 128), rows("fp32", 64),
     *(columns(*case) for case in (
         ("bf16", True, False, 256, 16), ("bf16", True, False, 256, 32), ("bf16", False, False, 128, 64),
         ("bf16", False, True, 128, 64), ("fp32", True, False, 128, 16), ("fp32", False, True, 64, 16),

@@ -7,18 +7,16 @@ import torch
 from torch import Tensor
 
 from rlft.kernels.lora_group import LoraGroup, fill_reference
-from rlft.kernels.low_rank import Launch, gradients, gradients_launch, gradients_reference, shrink, shrink_launch
+from rlft.kernels.low_rank import gradients, gradients_launch, gradients_reference, shrink
 
 # q, k, v with one width each, k not adapted; gate, up of one width; one alone of odd width and odd rank.
 GROUPS = [
     LoraGroup(96, (80, 32, 48), (16, 0, 16), (2.0, 1.0, 0.7), align=16),
     LoraGroup(64, (272, 272), (8, 8), (0.5, 0.5)),
     LoraGroup(70, (33,), (3,), (1.5,), align=16),
-    # Rank beyond one block of 64 columns; with SMALL, H is split.
+    # Rank beyond one block of 64 columns.
     LoraGroup(130, (24,), (80,), (1.0,), align=16),
 ]
-SMALL = Launch(16, 16, 256, 4, 3)
-"""Of shrink: tiles small enough that the interpreter's small shapes have several, and splits."""
 
 
 class Inputs:
@@ -68,10 +66,7 @@ def close(got: Tensor, truth: Tensor, plain: Tensor, factor: float, name: str) -
 
 def check(group: LoraGroup, inputs: Inputs, launches: bool) -> None:
     """shrink, then gradients with what shrink left, each against float64 of the same inputs."""
-    if launches:
-        shrink_launch(group, inputs.x, inputs.a, inputs.s, SMALL)
-    else:
-        shrink(group, inputs.x, inputs.a, inputs.s)
+    shrink(group, inputs.x, inputs.a, inputs.s)
     close(inputs.s, inputs.x.double() @ inputs.a.double().T, inputs.x @ inputs.a.T, 2, "S")
     dy, x, b, true_A, true_B = inputs.double()
     true_ds = torch.empty_like(inputs.ds, dtype=torch.float64)
