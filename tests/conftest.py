@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from pathlib import Path
 
 import pytest
 import torch
 
 torch.set_num_threads(2)
+TRACKIO = tempfile.TemporaryDirectory(prefix="rlft-trackio-")
+"""Trackio's database. Trackio reads the variable once, when anything first imports it (trl does)."""
+os.environ["TRACKIO_DIR"] = TRACKIO.name
 
 
 @pytest.fixture(scope="session")
