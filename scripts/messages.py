@@ -44,7 +44,7 @@ def template(node: ast.expr, words: Words) -> str:
         return str(node.value)
     if isinstance(node, ast.JoinedStr):
         return "".join(template(v.value if isinstance(v, ast.FormattedValue) else v, words) for v in node.values)
-    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add) and kind(node.right) in ("JoinedStr", "IfExp"):
         return template(node.left, words) + template(node.right, words)
     if isinstance(node, ast.IfExp) and "Constant" in (kind(node.body), kind(node.orelse)):
         sides = [template(side, words) for side in (node.body, node.orelse)]
