@@ -22,6 +22,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from torch import Tensor
 
 from rlft.errors import ConfigError
@@ -68,10 +69,10 @@ def save(
                 # Renamed first: a kill while files are removed must not leave half a checkpoint under its name.
                 old.rename(root / f"{DISCARDED}{old.name}")
         _clean(root)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # PEFT writes with safetensors, which has an error of its own
+        why = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else str(error)
         raise ConfigError(
-            f"{final}: the checkpoint could not be written: {error.strerror or error}; make room there, then go on "
-            f"with --resume"
+            f"{final}: the checkpoint could not be written: {why}; make room there, then go on with --resume"
         ) from error
     return final
 
@@ -91,7 +92,9 @@ def mark_best(root: Path, best: Best | None) -> None:
         temporary.write_text(json.dumps(record) + "\n", encoding="utf-8")
         temporary.replace(path)
     except OSError as error:
-        raise ConfigError(f"{path}: cannot be written: {error.strerror or error}; make room there") from error
+        raise ConfigError(
+            f"{path}: cannot be written: {os.strerror(error.errno or 0)}; make room there, then go on with --resume"
+        ) from error
 
 
 def load(path: Path, identity: Mapping[str, str]) -> tuple[State, dict[str, Tensor], list[str]]:

@@ -224,10 +224,10 @@ def _value(hint: Any, value: Any, where: str) -> Any:
         try:
             return float(value)
         except ValueError:
-            raise _wrong(hint, value, where) from None
+            raise mistyped(hint, value, where) from None
     if isinstance(hint, type) and type(value) is hint:
         return value
-    raise _wrong(hint, value, where)
+    raise mistyped(hint, value, where)
 
 
 def _collection(args: tuple[Any, ...], value: Any, where: str) -> Any:
@@ -244,7 +244,7 @@ def section(cls: type, value: Any, where: str) -> Any:
     if isinstance(value, str) and field:
         value = {field: value}
     if not isinstance(value, dict):
-        raise _wrong(cls, value, where)
+        raise mistyped(cls, value, where)
     return from_table(cls, value, where)
 
 
@@ -262,10 +262,11 @@ def _union(hint: Any, value: Any, where: str) -> Any:
             except ConfigError:
                 if isinstance(value, list):
                     raise
-    raise _wrong(hint, value, where)
+    raise mistyped(hint, value, where)
 
 
-def _wrong(hint: Any, value: Any, where: str) -> ConfigError:
+def mistyped(hint: Any, value: Any, where: str) -> ConfigError:
+    """The error for a value that is not of the type `hint`. where: its dotted name."""
     return ConfigError(f"{where} = {_shown(value)}: want {_want(hint)}")
 
 

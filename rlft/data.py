@@ -44,6 +44,9 @@ def kind_of(row: dict[str, Any]) -> str:
     for kind, columns in KINDS.items():
         if all(column in row for column in columns):
             return kind
+        if kind == "preference" and any(column in row for column in columns):
+            side, other = ("chosen", "rejected") if "chosen" in row else ("rejected", "chosen")
+            raise DataError(f"the dataset has a column {side} and none called {other}: a pair needs both")
     raise DataError(
         f"the dataset has the columns {', '.join(row) or '(none)'}; want prompt, prompt + completion, messages, text, "
         f'or chosen + rejected. Map yours with data.columns, for example {{prompt = "question"}}'
@@ -58,7 +61,10 @@ def check_rows(data: Data, seed: int) -> list[dict[str, Any]]:
     for i, row in enumerate(rows):
         missing = [column for column in KINDS[kind] if row.get(column) is None]
         if missing:
-            raise DataError(f"row {i}: column {missing[0]} is missing or null, but row 0 has {', '.join(KINDS[kind])}")
+            raise DataError(
+                f"row {i}: column {missing[0]} is missing or null, but row 0 has {', '.join(KINDS[kind])}; mend the "
+                f"row or leave it out"
+            )
         for column in ("prompt", *KINDS[kind]):
             if row.get(column) is not None:
                 _check_text(row[column], i, column, messages_only=column == "messages")
@@ -67,7 +73,7 @@ def check_rows(data: Data, seed: int) -> list[dict[str, Any]]:
         if "answer" in rows[0]:
             answer = row.get("answer")
             if answer is None:
-                raise DataError(f"row {i}: column answer is missing or null")
+                raise DataError(f"row {i}: column answer is missing or null; give every row one, or drop the column")
             answer_type = answer_type or type(answer)
             if type(answer) is not answer_type:
                 raise DataError(

@@ -38,6 +38,11 @@ TEXTS = ("prompt", "completion", "pieces.list.element", "finish_reason")
 STEP = re.compile(r"step-(\d+)(\.parquet)?")
 
 
+def reason(error: OSError) -> str:
+    """What the system said, without what a library made of it."""
+    return os.strerror(error.errno) if error.errno else str(error)
+
+
 def step_of(path: Path) -> int | None:
     """The step that a file or folder is named after; None for any other name, such as a temporary one."""
     found = STEP.fullmatch(path.name)
@@ -48,6 +53,12 @@ def _steps_in(folder: Path) -> dict[int, Path]:
     """Step -> file or folder, in order of steps."""
     found = [(step, path) for path in folder.glob("step-*") if (step := step_of(path)) is not None]
     return dict(sorted(found))
+
+
+def resumable(out: Path) -> bool:
+    """True for a folder that holds a run, and for one with temporary files at most: what a start leaves that was killed
+    while loading."""
+    return Run(out).exists() or (out.is_dir() and all(path.name.startswith(".") for path in out.iterdir()))
 
 
 class Run:
@@ -69,23 +80,28 @@ class Run:
         Raises ConfigError when `out` holds a run already, is no folder, or cannot be written to.
         """
         run = cls(Path(out).expanduser())
-        with run._writing("in it"):
+        with run.writing("in it", "or"):
             if run.exists():
                 raise ConfigError(
                     f'out = "{out}": already holds a run; go on with --resume, or give another folder with --out'
                 )
             run.path.mkdir(parents=True, exist_ok=True)
             probe = run.path / f".write-test-{os.getpid()}"
-            probe.write_bytes(b"\n")
-            probe.unlink()
+            try:
+                probe.write_bytes(b"\n")
+            finally:
+                probe.unlink(missing_ok=True)
         return run
 
     @classmethod
-    def resume(cls, out: str | Path) -> Run:
-        """The folder of a run that was started before. Raises ConfigError when there is none in `out`."""
+    def resume(cls, out: str | Path, empty: bool = False) -> Run:
+        """The folder of a run that was started before. empty: an empty folder counts too (see `resumable`).
+
+        Raises ConfigError when there is none in `out`.
+        """
         run = cls(Path(out).expanduser())
-        if not run.exists():
-            raise ConfigError(f'out = "{out}": holds no run; give the folder of a run, or leave out --resume')
+        if not (resumable(run.path) if empty else run.exists()):
+            raise ConfigError(f'out = "{out}": holds no run; give the folder of a run')
         return run
 
     def exists(self) -> bool:
@@ -93,31 +109,32 @@ class Run:
         return any(path.exists() for path in (self.config, self.metrics_file, self.checkpoints))
 
     @contextlib.contextmanager
-    def _writing(self, what: str) -> Iterator[None]:
+    def writing(self, what: str, then: str = "then go on with --resume; or") -> Iterator[None]:
+        """What the system refuses inside (full, read-only, no permission) becomes a ConfigError naming `what`."""
         try:
             yield
         except OSError as error:
             raise ConfigError(
-                f'out = "{self.path}": cannot write {what}: {error.strerror or error}; make room there or give another '
-                f"folder with --out"
+                f'out = "{self.path}": cannot write {what}: {reason(error)}; make room or make it '
+                f"writable, {then} give another folder with --out"
             ) from error
 
     # ---- writing ----
 
     def write_config(self, text: str) -> None:
         """Write config.toml, and an empty metrics.jsonl where there is none."""
-        with self._writing("config.toml"):
+        with self.writing("config.toml"):
             _replace(self.config, text.encode())
             self.metrics_file.touch()
 
     def write_plan(self, plan: Mapping[str, int]) -> None:
         """Write plan.json: bytes of each thing that the training keeps in memory, by its name."""
-        with self._writing("plan.json"):
+        with self.writing("plan.json"):
             _replace(self.plan_file, json.dumps(plan, indent=2).encode())
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Append the metrics of a step, or of an evaluation after it, to metrics.jsonl."""
-        with self._writing("metrics.jsonl"):
+        with self.writing("metrics.jsonl"):
             append_line(self.metrics_file, {"step": step, **values})
 
     def write_rollouts(
@@ -150,7 +167,7 @@ class Run:
         import pyarrow.parquet as pq
 
         table = _table(pa, step, rollouts, scores, tokens or {})
-        with self._writing(f"{folder.name}/step-{step:06d}.parquet"):
+        with self.writing(f"{folder.name}/step-{step:06d}.parquet"):
             folder.mkdir(exist_ok=True)
             path = folder / f"step-{step:06d}.parquet"
             temporary = path.with_name(f".{path.name}.tmp")
@@ -163,15 +180,18 @@ class Run:
         """Move metrics, rollouts and evaluations past `step` into set-aside/001 (002, ...), so that a run resumed at
         `step` writes them anew.
 
-        Returns that folder, None when there was nothing to move. A line torn by a kill is moved too.
+        Returns that folder, None when there was nothing to move. A line torn by a kill or a full disk is moved too.
         """
-        lines = self.metrics_file.read_bytes().splitlines() if self.metrics_file.exists() else []
+        data = self.metrics_file.read_bytes() if self.metrics_file.exists() else b""
+        lines = data.splitlines()
         steps = [(parse_line(line) or {}).get("step", math.inf) for line in lines]
+        if lines and not data.endswith(b"\n"):
+            steps[-1] = math.inf  # torn, though what is there may read as a whole object
         past = [line for line, s in zip(lines, steps, strict=True) if s > step]
         files = [p for d in (self.rollouts, self.evaluations) for s, p in _steps_in(d).items() if s > step]
         if not past and not files:
             return None
-        with self._writing("set-aside"):
+        with self.writing("set-aside"):
             number = 1 + max((int(p.name) for p in (self.path / "set-aside").glob("[0-9]*")), default=0)
             aside = self.path / "set-aside" / f"{number:03d}"
             aside.mkdir(parents=True)
@@ -187,15 +207,18 @@ class Run:
 
     # ---- reading ----
 
+    def has_checkpoint(self) -> bool:
+        """True when a step was saved."""
+        return bool(_steps_in(self.checkpoints))
+
     def latest_checkpoint(self) -> Path:
         """Folder of the newest checkpoint. Raises ConfigError when there is none."""
-        found = list(_steps_in(self.checkpoints).values())
-        if not found:
+        if not self.has_checkpoint():
             raise ConfigError(
-                f'out = "{self.path}": holds no checkpoint yet, so there is nothing to go on from; start again in '
-                f"another folder with --out, and set checkpoint.every to save sooner"
+                f'out = "{self.path}": holds no checkpoint yet; let the run go on with rlft train FILE --resume, and '
+                f"set checkpoint.every to save sooner"
             )
-        return found[-1]
+        return list(_steps_in(self.checkpoints).values())[-1]
 
     def checkpoint(self, which: str = "latest") -> Path:
         """Folder of the checkpoint called "latest", "best" (on the held-out rows) or by its step, "12".
@@ -244,10 +267,16 @@ class Run:
 
     def first_evaluation(self) -> dict[str, float]:
         """The eval/* metrics of the run's first evaluation, nan for what was not finite; empty without one."""
+        return next(self._evaluations(), (0, {}))[1]
+
+    def evaluation(self, step: int) -> dict[str, float]:
+        """The eval/* metrics of the evaluation after `step`, nan for what was not finite; empty without one."""
+        return next((values for at, values in self._evaluations() if at == step), {})
+
+    def _evaluations(self) -> Iterator[tuple[int, dict[str, float]]]:
         for row in self.metrics():
             if any(name.startswith("eval/") for name in row):
-                return {k: math.nan if v is None else v for k, v in row.items() if k.startswith("eval/")}
-        return {}
+                yield row["step"], {k: math.nan if v is None else v for k, v in row.items() if k.startswith("eval/")}
 
     def first_rewards(self) -> dict[int, list[float]]:
         """Row of the dataset -> rewards of its completions (nan: invalid) in the first evaluation; {} without one."""

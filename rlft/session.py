@@ -161,7 +161,7 @@ def build(
     _check(cfg, resume, callables=rewards is not None)
     with contextlib.ExitStack() as stack:
         console = stack.enter_context(Console())
-        run = Run.resume(cfg.out) if resume else Run.create(cfg.out)
+        run = Run.resume(cfg.out, empty=True) if resume else Run.create(cfg.out)
         writer = stack.enter_context(Background("rlft-writer"))
         algorithm = build_algorithm(cfg.algo, cfg.optim.updates)
         console.note(f"loading {cfg.model}")
@@ -195,8 +195,7 @@ def build(
             plan=plan_of(cfg, algorithm), pieces=Pieces(tokenizer), state=State(data=digest(rows)), callbacks=callbacks,
         )  # fmt: skip
         if resume:
-            s.restore(run.latest_checkpoint())
-            s.first_evaluation = run.first_evaluation()
+            _resume(s)
         # Before the folder counts as a run: a tracker that cannot start leaves nothing in the way.
         s.tracking = stack.enter_context(Tracking(cfg, run, s.state.step, resume, console.note))
         run.write_config(to_toml(cfg))
@@ -204,6 +203,17 @@ def build(
         console.start(_title(s), steps, s.state.step, cfg.algo.name)
         s.limit = _agree(s)
         yield s
+
+
+def _resume(s: Session) -> None:
+    """Go on from the newest checkpoint, or from the start where a run was stopped before it had saved one."""
+    if s.run.has_checkpoint():
+        s.restore(s.run.latest_checkpoint())
+        s.first_evaluation = s.run.first_evaluation()
+        return
+    aside = s.run.set_aside(-1)
+    lost = f"; what it had done is in {aside}" if aside else ""
+    s.console.note(f"{s.run.path} holds no checkpoint yet, so the run starts again from step 0{lost}")
 
 
 def load_rows(

@@ -52,12 +52,12 @@ def _rows_of(source: Source, seed: int) -> list[dict[str, Any]]:
 
 def _file_rows(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
-        raise DataError(f'data.path = "{path}": no such file')
+        raise DataError(f'data.path = "{path}": no such file (looked for it from {Path.cwd()})')
     if path.suffix == ".jsonl":
         return _json_lines(path)
     if path.suffix == ".json":
         try:
-            rows = json.loads(path.read_text(encoding="utf-8"))
+            rows = json.loads(_text(path))
         except ValueError as error:
             raise DataError(f"{path}: not valid JSON: {error}") from error
         if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
@@ -74,9 +74,17 @@ def _file_rows(path: Path) -> list[dict[str, Any]]:
     return table.to_pylist()
 
 
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f'data.path = "{path}": cannot be read as UTF-8 text: {error}') from error
+
+
 def _json_lines(path: Path) -> list[dict[str, Any]]:
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    # Not splitlines: a string in a row may hold a line separator of Unicode's.
+    for number, line in enumerate(_text(path).split("\n"), start=1):
         if not line.strip():
             continue
         try:

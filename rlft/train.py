@@ -221,13 +221,15 @@ def measure(s: Session) -> dict[str, float]:
         s.eval_engine.load_adapter(s.policy.adapter(), version=step)
         found = evaluate(s.eval_engine, s.held, s.cfg, s.eval_functions, trainer_state(s))
         values |= found.metrics | change(s.run.first_rewards(), found.by_row(), s.cfg.eval)
-    s.run.log(step, values)
     if found is not None:
-        s.run.write_evaluation(step, found.rollouts, found.rewards)  # at once: the next evaluation reads the first
+        # At once, since the next evaluation reads the first; before the log, so that a run that is killed in between
+        # has not been evaluated, and a resumed one does it again.
+        s.run.write_evaluation(step, found.rollouts, found.rewards)
         for fault in found.faults:
             s.console.note(fault)
         if found.graded() and not step:
             s.console.note(f"held-out rewards are not all 0 or 1: solved means at least {s.cfg.eval.threshold:g}")
+    s.run.log(step, values)
     shown = (found.rollouts, {"reward": found.rewards}) if found is not None else ((), {})
     s.console.note(evaluation_line(values, step))
     s.tracking.log(step, values, "eval/completions", *shown, s.console.evaluation(step, values))
@@ -255,37 +257,48 @@ class Result:
 
 @contextlib.contextmanager
 def stop_on_interrupt(s: Session) -> Iterator[None]:
-    """The first Ctrl-C lets the step in flight finish and be saved; the second one stops at once."""
+    """The first Ctrl-C, or a scheduler's SIGTERM, lets the step finish and be saved; the second one stops at once."""
+    before: dict[int, Any] = {}
 
-    def first(_signal: int, _frame: FrameType | None) -> None:
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    def first(number: int, _frame: FrameType | None) -> None:
         s.stop = True
-        signal.signal(signal.SIGINT, before)
-        s.console.note("stopping after this step and saving; Ctrl-C again stops at once and loses it")
+        restore()
+        what = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
+        # A line that was being printed when the signal came cannot be interrupted by another one; the run stops anyway.
+        with contextlib.suppress(RuntimeError):
+            s.console.note(f"stopping after this step and saving; {what} again stops at once and loses it")
 
     try:
-        before = signal.signal(signal.SIGINT, first)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            before[number] = signal.signal(number, first)
     except ValueError:  # not the main thread: the caller has the signals
         yield
         return
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        restore()
 
 
 @contextlib.contextmanager
-def what_to_lower(s: Session) -> Iterator[None]:
+def what_to_lower(cfg: Config) -> Iterator[None]:
     """Out of memory becomes a TrainError (exit code 1) that says which settings decide how much is needed."""
     try:
         yield
-    except RuntimeError as error:  # torch.OutOfMemoryError is one; PyTorch's CPU allocator has no class of its own
-        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+    except (RuntimeError, MemoryError) as error:
+        # torch.OutOfMemoryError is a RuntimeError; PyTorch's CPU allocator has no class of its own.
+        text = (str(error).strip() or type(error).__name__).splitlines()[0]
+        known = isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in text
+        if not known:
             raise
-        cfg = s.cfg
         told = TrainError(
-            f"out of memory in step {s.state.step + 1} ({str(error).splitlines()[0]}). Lower packing.budget "
-            f"({cfg.packing.budget} tokens per micro-batch) for training, engine.batch_size ({cfg.engine.batch_size} "
-            f"sequences) for sampling, or sampling.max_tokens ({cfg.sampling.max_tokens})"
+            f"out of memory ({text}). Lower packing.budget ({cfg.packing.budget} tokens per micro-batch) for training, "
+            f"engine.batch_size ({cfg.engine.batch_size} sequences) for sampling, or sampling.max_tokens "
+            f"({cfg.sampling.max_tokens}); where the model itself does not fit, take a smaller one, or another dtype"
         )
         told.exit_code = 1
         raise told from error
@@ -301,15 +314,19 @@ def train(
     checkpoint in `cfg.out`. callbacks: called with (state, metrics) after each step. Raises RlftError for everything a
     user can cause; the run folder keeps what was done until then.
     """
-    with build(cfg, rewards, resume, callbacks) as s:
+    with what_to_lower(cfg), build(cfg, rewards, resume, callbacks) as s:
         before = s.first_evaluation or measure(s)
-        with stop_on_interrupt(s), what_to_lower(s):
+        with stop_on_interrupt(s):
             loop(s)
-        after = measure(s) if s.state.step and not s.stop else {}
-        path = s.save()
+            path = s.save()
+        # After the save, so that nothing is lost by stopping it; a run that was stopped after it is not measured twice.
+        after = {} if s.stop else s.run.evaluation(s.state.step) or measure(s)
+        s.save()  # by now it is known which checkpoint is the best
         page = report.write(s.run.path)
         again, best = f'rlft generate {s.run.path} "your prompt"', s.run.best()
         s.console.finish(before, after, adapter=path, report=page, again=again, best=best)
+        if s.stop:
+            s.console.note(f"stopped after step {s.state.step} of {s.steps}; the same command with --resume goes on")
         better = None if best is None else s.run.checkpoint(str(best.step))
         return Result(s.run.path, s.state.step, path, page, before, after, better, s.stop)
 

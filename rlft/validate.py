@@ -20,11 +20,14 @@ from rlft.errors import ConfigError, RlftError
 from rlft.models.load import locate, resolve_device
 from rlft.rewards.score import OURS, PARTS
 from rlft.rewards.worker import Signature, signature
+from rlft.runs import Run, resumable
 
 RECORDED = ("completion", "text", "messages", "chosen")
 """Columns that bring completions with the data."""
 GIVEN = ("prompts", "completions", "completion_ids", "trainer_state", "log_metric", "log_extra")
 """What every reward function may ask for besides the dataset's columns."""
+GROUP_BASELINES = ("group_norm", "group_mean", "leave_one_out")
+"""Advantages that compare the completions of a prompt with each other."""
 
 
 def problems(cfg: Config, resume: bool = False, callables: bool = False) -> list[str]:
@@ -37,7 +40,7 @@ def problems(cfg: Config, resume: bool = False, callables: bool = False) -> list
     device = _caught(found, lambda: resolve_device(cfg))
     found += _machine(cfg, None if device is None else device.type)
     found += _model(cfg)
-    found += _out(Path(cfg.out), resume)
+    found += _out(Path(cfg.out).expanduser(), resume)
     algorithm = _caught(found, lambda: build_algorithm(cfg.algo, cfg.optim.updates))
     rows = _caught(found, lambda: check_rows(cfg.data, cfg.seed))
     held = rows
@@ -97,10 +100,9 @@ def _model(cfg: Config) -> Iterator[str]:
 
 
 def _out(out: Path, resume: bool) -> Iterator[str]:
-    holds_run = any((out / name).exists() for name in ("config.toml", "metrics.jsonl", "checkpoints"))
-    if resume and not holds_run:
+    if resume and not resumable(out):
         yield f'out = "{out}": holds no run to resume; leave out --resume, or give the folder of a run'
-    elif holds_run and not resume:
+    elif Run(out).exists() and not resume:
         yield f'out = "{out}": already holds a run; go on with --resume, or give another folder with --out'
     if out.exists() and not out.is_dir():
         yield f'out = "{out}": is a file; give a folder'
@@ -115,9 +117,21 @@ def _engine(cfg: Config, algorithm: Algorithm | None, rows: list[dict[str, Any]]
     """Engine, algorithm, group and rewards, as far as the kind of data decides what they must be."""
     recorded = any(name in rows[0] for name in RECORDED)
     engine = cfg.engine.name if cfg.engine.name != "auto" else ("replay" if recorded else "eager")
+    baseline = algorithm is not None and algorithm.advantage_name
+    pairs = "chosen" in rows[0] and "rejected" in rows[0]
+    if algorithm is not None and algorithm.whole_groups and baseline == "identity" and not pairs:
+        yield (
+            f'algo.name = "{cfg.algo.name}": learns from pairs, and the data has {", ".join(rows[0])}; give rows with '
+            f"chosen and rejected (map yours with data.columns)"
+        )
     if engine == "replay":
         if not recorded:
             yield f'engine.name = "replay": the data has no column of completions ({", ".join(RECORDED)}); set "eager"'
+        elif baseline in GROUP_BASELINES and not pairs:
+            yield (
+                f'algo.advantage = "{baseline}": the data has one completion per row, and a group of one has advantage '
+                f'0, so nothing is learned; set algo.name = "sft", or engine.name = "eager" to sample completions'
+            )
         if algorithm is not None and algorithm.needs_sampler:
             yield f'algo.name = "{cfg.algo.name}": needs sampler log-probs, which recorded completions lack'
         if cfg.refill.rounds:
@@ -135,8 +149,7 @@ def _engine(cfg: Config, algorithm: Algorithm | None, rows: list[dict[str, Any]]
     by = cfg.refill.by
     if by is not None and not callables and by not in [str(r.use).rpartition(":")[2] for r in cfg.rewards]:
         yield f'refill.by = "{by}": no reward of that name; there are {", ".join(r.use for r in cfg.rewards)}'
-    baseline = algorithm is not None and algorithm.advantage_name
-    if cfg.sampling.group_size == 1 and baseline in ("group_norm", "group_mean", "leave_one_out"):
+    if cfg.sampling.group_size == 1 and baseline in GROUP_BASELINES:
         yield (
             f'sampling.group_size = 1 with algo.advantage = "{baseline}": a group of one has advantage 0, so nothing '
             f"is learned; set sampling.group_size to 2 or more"

@@ -4,6 +4,7 @@ once per session."""
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
 
 # Before anything imports triton. With a GPU the kernels are compiled and the tests marked gpu run.
@@ -14,6 +15,9 @@ import pytest
 import torch
 
 torch.set_num_threads(2)
+TRACKIO = tempfile.TemporaryDirectory(prefix="rlft-trackio-")
+"""Trackio's database. Trackio reads the variable once, when anything first imports it (trl does)."""
+os.environ["TRACKIO_DIR"] = TRACKIO.name
 
 
 @pytest.fixture(scope="session")

@@ -63,6 +63,14 @@ def test_a_step_that_is_saved_stays_as_it_is(tmp_path: Path) -> None:
     assert save(tmp_path, 3) == path and (path / "state.json").stat().st_ino == inode
 
 
+def test_a_save_that_was_killed_while_removing_the_old_one_is_finished_by_the_next(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        save(tmp_path, step, keep=3)
+    (tmp_path / ".discarded-step-000000").mkdir()
+    save(tmp_path, 3, keep=2)  # resumed at its end: there is nothing to write
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-000002", "step-000003"]
+
+
 SCRIPT = """
 import os, signal, sys, torch
 from pathlib import Path
@@ -179,6 +187,13 @@ def test_one_flipped_bit_is_found(tmp_path: Path) -> None:
     data[-1] ^= 1
     path.write_bytes(data)
     with pytest.raises(ConfigError, match="not what was written"):
+        checkpoint.load(path.parent, IDENTITY)
+
+
+def test_truncated_tensors_are_found(tmp_path: Path) -> None:
+    path = save(tmp_path, 1) / "trainer.safetensors"
+    path.write_bytes(path.read_bytes()[:-8])
+    with pytest.raises(ConfigError, match=r"step-000001: damaged checkpoint: .*not what was written; remove that fold"):
         checkpoint.load(path.parent, IDENTITY)
 
 

@@ -33,6 +33,8 @@ MAY_IMPORT = {
     "refill": "types batch",
     "parity": "types batch",
     "config_file": "config resolve",
+    "arguments": "",
+    "flags": "config config_file algorithm",
     "algorithm": "algos config config_file resolve types",
     "algos": "types batch",
     "rewards": "types resolve config",

@@ -152,6 +152,25 @@ def test_what_lies_past_the_checkpoint_is_set_aside_and_nothing_is_deleted(tmp_p
     assert (run.path / "set-aside" / "001" / "metrics.jsonl").read_text().splitlines() == lines
 
 
+def test_a_line_without_its_end_is_torn_even_where_it_reads_as_whole(tmp_path: Path) -> None:
+    run = started(tmp_path)
+    run.log(1, {"loss": 1.0})
+    with run.metrics_file.open("a") as file:
+        file.write('{"step": 1, "eval/reward": 0.5}')  # the disk was full here
+    run.set_aside(1)
+    run.log(1, {"eval/reward": 0.5})
+    assert run.metrics() == [{"step": 1, "loss": 1.0}, {"step": 1, "eval/reward": 0.5}]
+    assert run.evaluation(1) == {"eval/reward": 0.5} and run.evaluation(2) == {}
+
+
+def test_an_empty_folder_can_be_resumed_and_one_of_something_else_cannot(tmp_path: Path) -> None:
+    """What a start leaves that was killed while loading: a job that is always started with --resume goes on."""
+    assert Run.resume(tmp_path, empty=True).path == tmp_path
+    (tmp_path / "thesis.tex").write_text("x")
+    with pytest.raises(ConfigError, match=r'out = ".*": holds no run'):
+        Run.resume(tmp_path, empty=True)
+
+
 def test_nothing_past_the_checkpoint_means_nothing_is_touched(tmp_path: Path) -> None:
     run = started(tmp_path)
     run.log(1, {"loss": 1.0})

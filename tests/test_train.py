@@ -218,6 +218,40 @@ def test_steps_past_the_checkpoint_are_set_aside_on_resume(home: Path, tmp_path:
     assert list((out / "set-aside").rglob("step-000003.parquet"))
 
 
+def test_a_run_stopped_before_its_first_checkpoint_starts_again_and_ends_equal(
+    home: Path, tmp_path: Path, capsys
+) -> None:
+    def die(state, values) -> None:
+        raise KeyboardInterrupt
+
+    cfg = grpo(home, tmp_path / "run", steps=2, eval=Eval(rows=4))
+    train(replace(cfg, out=str(tmp_path / "whole")))
+    with pytest.raises(KeyboardInterrupt):
+        train(cfg, callbacks=[die])
+    assert len(metrics(tmp_path / "run")) == 2  # an evaluation and a step
+    capsys.readouterr()
+    train(cfg, resume=True)
+    told = (
+        f"holds no checkpoint yet, so the run starts again from step 0; what it had done is in {tmp_path}/run/set-aside"
+    )
+    assert told in capsys.readouterr().out
+    assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
+    assert len((tmp_path / "run" / "set-aside" / "001" / "metrics.jsonl").read_text().splitlines()) == 2
+
+
+def test_a_run_stopped_after_its_last_evaluation_is_not_evaluated_twice(
+    home: Path, tmp_path: Path, monkeypatch
+) -> None:
+    cfg = grpo(home, tmp_path / "run", steps=1, eval=Eval(rows=4))
+    with monkeypatch.context() as patch:
+        patch.setattr("rlft.report.write", lambda folder: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            train(cfg)
+    before = metrics(tmp_path / "run")
+    result = train(cfg, resume=True)
+    assert metrics(tmp_path / "run") == before and result.after["eval/reward"] == before[-1]["eval/reward"]
+
+
 def test_a_folder_that_holds_a_run_and_one_that_holds_none_are_named(home: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="holds no run to resume"):
         train(grpo(home, tmp_path / "run"), resume=True)
@@ -235,15 +269,30 @@ def test_a_checkpoint_of_another_base_is_refused(home: Path, tmp_path: Path) -> 
         train(grpo(home, tmp_path / "run", steps=2, model=str(tmp_path / "other")), resume=True)
 
 
-def test_the_first_ctrl_c_finishes_the_step_and_saves(home: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_first_ctrl_c_or_sigterm_finishes_the_step_and_saves(number, home: Path, tmp_path: Path, capsys) -> None:
     def interrupt(state, values) -> None:
         if state.step == 2:
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), number)
 
-    before = signal.getsignal(signal.SIGINT)
+    before = signal.getsignal(number)
     result = train(grpo(home, tmp_path / "run", steps=50), callbacks=[interrupt])
-    assert result.interrupted and result.steps == 2 and signal.getsignal(signal.SIGINT) is before
+    assert result.interrupted and result.steps == 2 and signal.getsignal(number) is before
+    what = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
+    told = capsys.readouterr().out
+    assert f"stopping after this step and saving; {what} again stops at once" in told
+    assert told.endswith("stopped after step 2 of 50; the same command with --resume goes on\n")
     assert train(grpo(home, tmp_path / "run", steps=3), resume=True).steps == 3
+
+
+def test_the_second_ctrl_c_stops_at_once(home: Path, tmp_path: Path) -> None:
+    def twice(state, values) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        train(grpo(home, tmp_path / "run"), callbacks=[twice])
+    assert not (tmp_path / "run" / "checkpoints").exists()
 
 
 # ---- guards and faults -------------------------------------------------------------------------------------------
@@ -308,7 +357,7 @@ def test_out_of_memory_says_what_to_lower(home: Path, tmp_path: Path) -> None:
         "def loss(logprobs, batch, cfg):\n"
         "    return torch.empty(2**60).sum(), {}\n"
     )
-    with pytest.raises(TrainError, match=r"out of memory in step 1 .*Lower packing.budget \(4096") as caught:
+    with pytest.raises(TrainError, match=r"out of memory .*Lower packing.budget \(4096") as caught:
         train(sft(home, tmp_path / "run", algo=Algo(f"{tmp_path}/big_loss.py:loss")))
     assert caught.value.exit_code == 1
 

@@ -95,7 +95,12 @@ def test_a_run_folder_is_used_once(folder: Path) -> None:
 
 def test_there_must_be_a_run_to_resume(folder: Path) -> None:
     wanted = "holds no run to resume; leave out --resume, or give the folder of a run"
-    assert one(config(folder), resume=True) == f'out = "{folder}/runs/a": {wanted}'
+    cfg = config(folder)
+    assert one(cfg, resume=True) == f'out = "{cfg.out}": {wanted}'
+    Path(cfg.out).mkdir(parents=True)
+    assert problems(cfg, resume=True) == [], "what a start leaves that was killed while loading"
+    (Path(cfg.out) / "thesis.tex").write_text("x")
+    assert one(cfg, resume=True) == f'out = "{cfg.out}": {wanted}'
 
 
 def test_out_cannot_be_a_file_nor_lie_below_one(folder: Path) -> None:

@@ -40,6 +40,8 @@ def locate(model: str) -> Location:
         if not path.is_file():
             raise ConfigError(f'model = "{model}": no such file')
         return Location(str(path.parent), path.name)
+    if path.is_file():
+        raise ConfigError(f'model = "{model}": a file; give the folder of a saved model, or a .gguf file')
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise ConfigError(f'model = "{model}": the folder has no config.json; give the folder of a saved model')
@@ -149,7 +151,9 @@ def attach_lora(base: nn.Module, lora: Lora, seed: int) -> PeftModel:
             # eval: PEFT's new modules start in training mode, which would leave dropout on while sampling.
             return get_peft_model(base, config).eval()  # type: ignore[arg-type]
     except ValueError as error:
-        linear = sorted({name.rsplit(".", 1)[-1] for name, m in base.named_modules() if isinstance(m, nn.Linear)})
+        linear = sorted(
+            {name.rsplit(".", 1)[-1] for name, m in base.named_modules() if isinstance(m, nn.Linear)} - {"lm_head"}
+        )
         raise ConfigError(
             f"lora.targets = {lora.targets!r}: matches no linear layer of the model; it has {', '.join(linear)}"
         ) from error

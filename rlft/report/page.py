@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from rlft import health
+from rlft.errors import ConfigError
 from rlft.report import charts
 from rlft.report.completions import held_out, samples, spread_out
 from rlft.report.curves import Drawing, Mark, figure
 from rlft.report.markup import document, navigation, number, section, table, text, tiles
-from rlft.runs import Run
+from rlft.runs import Run, reason
 
 MOST_EVALUATIONS = 6
 """Columns of the evaluation table."""
@@ -30,10 +31,15 @@ def write(folder: Path, out: Path | None = None) -> Path:
 
 
 def write_page(source: str, path: Path) -> Path:
-    """Write a page whole or not at all; returns its path."""
+    """Write a page whole or not at all; returns its path. Raises ConfigError when it cannot be written."""
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(source, encoding="utf-8")
-    temporary.replace(path)
+    try:
+        temporary.write_text(source, encoding="utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        raise ConfigError(
+            f"{path}: cannot be written: {reason(error)}; make room or make it writable, then run rlft report"
+        ) from error
     return path
 
 

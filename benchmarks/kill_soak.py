@@ -1,0 +1,299 @@
+"""kill -9 at random moments of a small run, resumed until it ends: it must end equal to one that nobody disturbed.
+
+    python benchmarks/kill_soak.py            # 30 runs, about ten minutes on two cores
+
+Each run is `python -m rlft train run.toml` on a model of two layers: six steps with an evaluation and a checkpoint
+after every second one. It is killed one to three times and started again with --resume each time. The seed of the run
+draws when: a moment of MOMENTS, then a random delay. Equal means: every byte of the checkpoints' tensors and states,
+every row of metrics.jsonl but for times and rates, every row of the rollouts and the evaluations. `tests/test_kill.py`
+does the same with four kills.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+ROOT = Path(__file__).parents[1]
+RUNS, STEPS, EVERY = 30, 6, 2
+UNEQUAL = ("time/", "perf/", "step_time", "memory/")
+"""Metrics that no two runs share."""
+
+REWARDS = """
+import os, time
+
+def mark(name):
+    with open(os.path.join(os.environ["KILL_SOAK_MARKS"], name), "a") as file:
+        file.write("x")
+
+def digits(completions, **kwargs):
+    mark("begins")
+    time.sleep(0.02)  # a grader takes its time
+    mark("ends")
+    return [sum(c.isdigit() for c in text) / max(1, len(text)) for text in completions]
+
+def held(completions, **kwargs):
+    mark("evaluation")
+    return [float(len(set(text))) for text in completions]
+"""
+RUN = """
+model = "{home}/model"
+data = "{home}/prompts.jsonl"
+rewards = ["{home}/rewards.py:digits"]
+steps = {steps}
+prompts_per_step = 3
+out = "{out}"
+sampling = {{ group_size = 4, max_tokens = 6 }}
+lora = {{ rank = 4, alpha = 8 }}
+optim = {{ lr = 1e-2 }}
+eval = {{ rows = 4, every = {every}, rewards = ["{home}/rewards.py:held"] }}
+checkpoint = {{ every = {every} }}
+"""
+
+
+class Process(Protocol):
+    """What is killed: subprocess.Popen, or anything with these three methods."""
+
+    def poll(self) -> int | None:
+        """Its exit code; None while it runs."""
+        ...
+
+    def kill(self) -> None:
+        """SIGKILL."""
+        ...
+
+    def wait(self) -> int:
+        """Its exit code, once it has ended."""
+        ...
+
+
+def launch(args: list[str], marks: Path) -> Process:
+    """`rlft ARGS...` in a process of its own, as a user starts it; what it prints is added to marks/output."""
+    env = {**os.environ, "KILL_SOAK_MARKS": str(marks), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    with (marks / "output").open("ab") as output:
+        command = [sys.executable, "-m", "rlft", *args]
+        return subprocess.Popen(command, env=env, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT)
+
+
+class Run:
+    """One run in a folder of its own, with the marks that its rewards leave."""
+
+    def __init__(self, home: Path, name: str, start: Callable[[list[str], Path], Process] = launch) -> None:
+        """home: from `make_home`. start: how to start `rlft`."""
+        self.out, self.marks, self._start = home / name, home / f"{name}-marks", start
+        self._left: set[tuple[str, int]] = set()
+        """Temporary files and folders that an earlier kill left."""
+        self.marks.mkdir()
+        self.file = home / f"{name}.toml"
+        self.file.write_text(RUN.format(home=home, out=self.out, steps=STEPS, every=EVERY))
+        self.hits: list[str] = []
+        """What each kill that came in time hit."""
+
+    def start(self, *flags: str) -> Any:
+        """Start it, with --resume where there is something to resume; returns the process."""
+        for mark in ("begins", "ends", "evaluation"):
+            (self.marks / mark).unlink(missing_ok=True)
+        self._left = self._temporary()
+        return self._start(["train", str(self.file), *(["--resume"] if self.out.is_dir() else []), *flags], self.marks)
+
+    def kill(self, moment: str, n: int, delay: float) -> bool:
+        """Start it and kill it `delay` seconds after the n-th time that `moment` comes; False when it ended first."""
+        process = self.start()
+        while process.poll() is None and not MOMENTS[moment][0](self, n):
+            time.sleep(0.001)
+        time.sleep(delay)
+        if process.poll() is not None:
+            assert process.wait() == 0, self.output()
+            return False
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+        self.hits.append(self._hit(moment))
+        return True
+
+    def finish(self) -> None:
+        """Start it and let it end."""
+        code = self.start().wait()
+        assert code == 0, f"exit code {code}\n{self.output()}"
+
+    def output(self) -> str:
+        """Everything its processes printed."""
+        return (self.marks / "output").read_text()
+
+    def count(self, mark: str) -> int:
+        """How often the rewards of the process in question left a mark."""
+        path = self.marks / mark
+        return path.stat().st_size if path.exists() else 0
+
+    def saving(self) -> bool:
+        """True while a checkpoint is written, or an old one removed."""
+        return any("checkpoints/" in name for name, _ in self._temporary() - self._left)
+
+    def _temporary(self) -> set[tuple[str, int]]:
+        found = set()
+        for path in (*self.out.glob(".*"), *self.out.glob("*/.*")):
+            with contextlib.suppress(FileNotFoundError):
+                found.add((str(path), path.stat().st_ino))
+        return found
+
+    def done(self) -> bool:
+        """True once the last checkpoint is complete."""
+        return (self.out / "checkpoints" / f"step-{STEPS:06d}").exists()
+
+    def orphans(self) -> list[str]:
+        """Commands of processes of this run that are still alive two seconds from now."""
+        until = time.monotonic() + 2
+        while (found := _with_variable(f"KILL_SOAK_MARKS={self.marks}")) and time.monotonic() < until:
+            time.sleep(0.02)
+        return found
+
+    def _hit(self, moment: str) -> str:
+        """What the kill hit, from what it left: the moment asked for is only near where it fell."""
+        if not (self.out / "config.toml").exists():
+            return "loading, before there is a run"
+        if self.saving():
+            return "a checkpoint being written"
+        if self._temporary() - self._left:
+            return "another file being written"
+        if self.count("begins") > self.count("ends"):
+            return "a reward being computed"
+        if self.done():
+            return "after the last checkpoint"
+        return f"{moment}{'' if any(self.out.glob('checkpoints/step-*')) else ', before the first checkpoint'}"
+
+
+MOMENTS: dict[str, tuple[Callable[[Run, int], bool], float]] = {
+    "start-up": (lambda run, n: True, 6.0),
+    "first evaluation": (lambda run, n: run.count("evaluation") > 0, 0.05),
+    "reward": (lambda run, n: run.count("begins") >= n, 0.022),
+    "step": (lambda run, n: run.count("ends") >= n, 0.12),
+    "evaluation": (lambda run, n: run.count("evaluation") > 1, 0.03),
+    "checkpoint": (lambda run, n: run.saving(), 0.015),
+    "end": (lambda run, n: run.done(), 0.06),
+}
+"""Name -> when its clock begins, and the longest delay after that, in seconds."""
+
+
+def make_home(home: Path) -> None:
+    """The model, the data and the rewards of all runs."""
+    sys.path.insert(0, str(ROOT / "tests"))
+    from tiny import tiny_model, tiny_tokenizer
+
+    tiny_model(seed=3).unload().save_pretrained(home / "model")
+    tiny_tokenizer().save_pretrained(home / "model")
+    rows = [{"prompt": f"say {i}"} for i in range(24)]
+    (home / "prompts.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (home / "rewards.py").write_text(REWARDS)
+
+
+def differences(one: Path, other: Path) -> list[str]:
+    """What differs between two finished run folders besides times and rates; [] when they are equal."""
+    import pyarrow.parquet as pq
+
+    found = []
+    rows, others = _metrics(one), _metrics(other)
+    if rows != others:
+        found.append(f"metrics.jsonl: {len(rows)} and {len(others)} rows")
+    for pattern in ("checkpoints/*.json", "checkpoints/*/*", "rollouts/*", "evaluations/*"):
+        names = [sorted(str(p.relative_to(out)) for p in out.glob(pattern)) for out in (one, other)]
+        if names[0] != names[1]:
+            found.append(f"{pattern}: {names[0]} and {names[1]}")
+            continue
+        for name in names[0]:
+            if name.endswith("adapter_config.json"):
+                same = _adapter_config(one / name) == _adapter_config(other / name)
+            elif name.endswith("README.md"):
+                same = _card(one / name, one) == _card(other / name, other)
+            elif name.endswith(".parquet"):
+                same = pq.ParquetFile(one / name).read().equals(pq.ParquetFile(other / name).read())
+            else:
+                same = (one / name).read_bytes() == (other / name).read_bytes()
+            found += [] if same else [name]
+    found += [f"{out}: no report" for out in (one, other) if not (out / "report.html").is_file()]
+    return found
+
+
+def _adapter_config(path: Path) -> dict[str, Any]:
+    """PEFT keeps the names of its modules in a set, so their order is another one in each process."""
+    config = json.loads(path.read_text())
+    return {**config, "target_modules": sorted(config["target_modules"])}
+
+
+def _card(path: Path, out: Path) -> str:
+    """The model card without the name of its run."""
+    return path.read_text().replace(str(out), "RUN").replace(f"# {out.name}\n", "# RUN\n")
+
+
+def _metrics(out: Path) -> list[dict[str, Any]]:
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if not k.startswith(UNEQUAL)} for row in rows]
+
+
+def _with_variable(variable: str) -> list[str]:
+    """Command lines of living processes that have this environment variable."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if variable.encode() in (folder / "environ").read_bytes().split(b"\0"):
+                found.append((folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace"))
+        except OSError:  # it ended while we looked
+            continue
+    return found
+
+
+def soak(home: Path, seed: int, undisturbed: Path) -> Run:
+    """One run with one to three kills drawn by the seed. Raises AssertionError where it does not end equal."""
+    rng = random.Random(seed)
+    run = Run(home, f"run-{seed}")
+    # The first kill goes round all moments, the others are drawn.
+    moments = [list(MOMENTS)[seed % len(MOMENTS)], *rng.choices(list(MOMENTS), k=rng.randint(0, 2))]
+    for moment in moments:
+        if not run.kill(moment, rng.randint(1, STEPS), rng.uniform(0, MOMENTS[moment][1])):
+            break
+        assert not run.orphans(), run.orphans()
+    run.finish()
+    assert not run.orphans(), run.orphans()
+    assert differences(undisturbed, run.out) == [], f"seed {seed}, killed at {run.hits}"
+    return run
+
+
+def main() -> None:
+    from results_file import write
+
+    with tempfile.TemporaryDirectory() as folder:
+        home = Path(folder)
+        make_home(home)
+        undisturbed = Run(home, "undisturbed")
+        undisturbed.finish()
+        rows, hits = [], Counter()
+        for seed in range(RUNS):
+            start = time.monotonic()
+            run = soak(home, seed, undisturbed.out)
+            hits.update(run.hits)
+            print(f"seed {seed}: equal after {len(run.hits)} kills: {'; '.join(run.hits)}", flush=True)
+            rows.append({
+                "work": f"kill/seed-{seed}", "stack": "rlft", "metric": "equal", "value": 1, "unit": "yes or no",
+                "note": f"killed {len(run.hits)} times: {'; '.join(run.hits) or 'it ended before the kill'}; "
+                f"{time.monotonic() - start:.0f} s",
+            })  # fmt: skip
+        note = "kill -9, then --resume; equal in checkpoints, metrics but times, rollouts and evaluations; no orphans"
+        total = [("runs", RUNS, "runs that ended equal", note), ("kills", sum(hits.values()), "kills", note)]
+        total += [("kills", count, "kills", f"hit {what}") for what, count in hits.most_common()]
+        summary = [
+            {"work": "kill/all", "stack": "rlft", "metric": m, "value": v, "unit": u, "note": n} for m, v, u, n in total
+        ]
+        print(write("kill_soak", summary + rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,119 @@
+"""What the commands of `rlft` take besides a config, as dataclasses: fields are flags, docstrings their help."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+
+@dataclasses.dataclass(frozen=True)
+class RunArgs:
+    """A run folder."""
+
+    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+    """Folder of a run."""
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalArgs(RunArgs):
+    """Score a checkpoint of a run on the rows that the run held out. Nothing is written into RUN."""
+
+    checkpoint: Annotated[str, tyro.conf.arg(metavar="latest|best|STEP")] = "latest"
+    """Which checkpoint: the newest, the one that did best on the held-out rows, or one by its step."""
+    base: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """The model without an adapter instead: what the run began with."""
+    rows: int | None = None
+    """Use only the first so many rows."""
+    samples: int | None = None
+    """Completions per row, for pass@k; None: the run's eval.samples."""
+    temperature: float | None = None
+    """Sampling temperature, 0 for greedy; None: the run's eval.temperature."""
+    top_p: float | None = None
+    """Nucleus sampling; None: the run's eval.top_p."""
+    top_k: int | None = None
+    """Sample among the k most likely tokens; None: the run's eval.top_k."""
+    max_tokens: int | None = None
+    """Longest completion; None: the run's."""
+    threshold: float | None = None
+    """A completion with at least this reward counts as solved; None: the run's eval.threshold."""
+    json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Print one JSON object with every number instead of the table."""
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerateArgs(RunArgs):
+    """Sample one completion from a checkpoint of a run, prompted as its data was."""
+
+    prompt: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PROMPT")]
+    """What to say to the model."""
+    max_tokens: int | None = None
+    """Longest completion; None: the run's sampling.max_tokens."""
+    temperature: float | None = None
+    """Softmax temperature, 0 for greedy; None: the run's sampling.temperature."""
+    checkpoint: Annotated[str, tyro.conf.arg(metavar="latest|best|STEP")] = "latest"
+    """Which checkpoint: the newest, the one that did best on the held-out rows, or one by its step."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RewardCheckArgs:
+    """Score a few completions without a model and print each reward. Exit code 2 when a function fails on any of them.
+
+    Without a tokenizer completion_ids are empty: it is loaded when FILE is a config and a function names them, and a
+    run's completions have theirs.
+    """
+
+    file: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FILE")]
+    """A config (.toml, .yaml), or one reward as `rewards` names it: "number", "my_rewards.py:correct"."""
+    data: str | None = None
+    """Dataset to take rows from; None: the config's, or that of --run."""
+    rows: int = 8
+    """Take the first so many rows, or completions of --run."""
+    run: Path | None = None
+    """Score the completions of this run folder instead of those recorded with the data."""
+    step: int | None = None
+    """Which step of --run; None: the last one."""
+    completion: str | None = None
+    """Column to score as the completion, for example answer. None: what the kind of rows has."""
+    timeout: float | None = None
+    """Seconds a call may take; None: the config's, or 30."""
+
+
+@dataclasses.dataclass(frozen=True)
+class MergeArgs(RunArgs):
+    """Merge the adapter of a run into its base, as a model of its own whose log-probs are checked."""
+
+    out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
+    """Folder for the model; it must not exist, or be empty."""
+    checkpoint: Annotated[str, tyro.conf.arg(metavar="latest|best|STEP")] = "latest"
+    """Which checkpoint: the newest, the one that did best on the held-out rows, or one by its step."""
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    """Type of the weights that are written."""
+    push: str | None = None
+    """Hub id to upload the model to as well, such as you/model."""
+    private: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Make a repository that --push creates private."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PushArgs(RunArgs):
+    """Upload the adapter of a run and its model card to the Hugging Face hub."""
+
+    repo: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="YOU/MODEL")]
+    """Hub id, made if missing."""
+    checkpoint: Annotated[str, tyro.conf.arg(metavar="latest|best|STEP")] = "latest"
+    """Which checkpoint: the newest, the one that did best on the held-out rows, or one by its step."""
+    private: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Make a repository that is created private."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ReportArgs:
+    """Write the page of a run, or of several runs compared."""
+
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN [RUN ...]")]
+    """Folders of runs."""
+    out: Path | None = None
+    """Where to write; None: report.html in the run's folder, comparison.html here for several."""
