@@ -100,7 +100,7 @@ def soak(calls: int, faults: int, seed: int, timeout: float = 0.25) -> dict[str,
         forked = [int(path.name) for path in children.iterdir()]
     return {
         "seconds": seconds, "drawn": dict(Counter(drawn.values())), "seen": dict(seen), "wrong": wrong,
-        "forked": len(forked), "left": [pid for pid in forked if _alive(pid)] + [pid for pid in _children() if pid not in others],
+        "forked": len(forked), "left": [pid for pid in forked if _alive(pid)] + sorted(set(_children()) - others),
         "descriptors": after[0] - before[0], "memory_mb": (after[1] - before[1]) / 2**20,
     }  # fmt: skip
 
