@@ -74,7 +74,7 @@ def soak(calls: int, faults: int, seed: int, timeout: float = 0.25) -> dict[str,
         children.mkdir()
         file = Path(folder, "rewards.py")
         file.write_text(f"CHILDREN = {str(children)!r}\n{FUNCTION}")
-        began = time.monotonic()
+        began, others = time.monotonic(), set(_children())
         (function,) = build([Reward(f"{file}:faulty", timeout=timeout, memory_mb=1024)])
         seen: Counter[str] = Counter()
         wrong: list[str] = []
@@ -100,7 +100,7 @@ def soak(calls: int, faults: int, seed: int, timeout: float = 0.25) -> dict[str,
         forked = [int(path.name) for path in children.iterdir()]
     return {
         "seconds": seconds, "drawn": dict(Counter(drawn.values())), "seen": dict(seen), "wrong": wrong,
-        "forked": len(forked), "left": [pid for pid in forked if _alive(pid)] + _children(),
+        "forked": len(forked), "left": [pid for pid in forked if _alive(pid)] + sorted(set(_children()) - others),
         "descriptors": after[0] - before[0], "memory_mb": (after[1] - before[1]) / 2**20,
     }  # fmt: skip
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,19 +35,19 @@ class Metrics:
         for i, x in enumerate(numbers):
             if isinstance(x, Tensor):
                 places.setdefault(x.dtype, []).append(i)
-        copies = [(at, torch.stack([numbers[i].detach() for i in at])) for at in places.values()]  # type: ignore[union-attr]
+        copies = [(at, torch.stack([numbers[i] for i in at]).detach()) for at in places.values()]  # type: ignore[union-attr]
         self._added.append((stats, copies))
 
     @property
     def stats(self) -> Stats:
         """Every stat merged over what was added, in float64."""
         added, self._added = self._added, []
-        copies = [copy.double() for _, found in added for _, copy in found]
-        read = iter(torch.cat(copies).tolist() if copies else ())  # the one wait for a GPU
+        read = _read([copy for _, found in added for _, copy in found])
         for stats, found in added:
             numbers = [x for stat in stats.values() for x in (stat.value, stat.count)]
-            for i in (i for at, _ in found for i in at):
-                numbers[i] = next(read)
+            for at, copy in found:
+                for i in at:
+                    numbers[i] = next(read[copy.dtype])
             for k, (name, stat) in enumerate(stats.items()):
                 value, count = float(numbers[2 * k]), float(numbers[2 * k + 1])
                 before = self._merged.get(name)
@@ -66,6 +66,18 @@ class Metrics:
                 continue
             values[name] = float(stat.value) / (count if stat.how == "mean" else 1.0)
         return values
+
+
+def _read(copies: list[Tensor]) -> dict[torch.dtype, Iterator[float]]:
+    """The numbers in `copies` by dtype, in order, in float64. One conversion per dtype and one wait for a GPU."""
+    of: dict[torch.dtype, list[Tensor]] = {}
+    for copy in copies:
+        of.setdefault(copy.dtype, []).append(copy)
+    if not of:
+        return {}
+    wide = [torch.cat(some).double() for some in of.values()]
+    parts = torch.cat(wide).cpu().split([len(x) for x in wide])
+    return {dtype: iter(part.tolist()) for dtype, part in zip(of, parts, strict=True)}
 
 
 def _merge(how: str, a: float, b: float) -> float:

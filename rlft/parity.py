@@ -30,10 +30,11 @@ LOW, HIGH = -0.10536051565782628, 0.0953101798043249
 
 
 def bins_(size: Tensor) -> Tensor:
-    """The bin of each |d|, int64: `torch.bucketize(size, EDGES)` but for rounding at an edge, in an eighth of its time
-    (65,536 tokens on one core: 0.19 and 1.47 ms). Overwrites `size`."""
-    at = size.log10_().add_(7).mul_(20).ceil_()
-    return at.clamp_(0, len(EDGES)).nan_to_num_(nan=len(EDGES)).long()
+    """The bin of each |d|, int64: `torch.bucketize(size, EDGES)` but for rounding at an edge, in a tenth of its time.
+    nan is in the last one."""
+    at = size.float().log10_().add_(7).mul_(20).ceil_()
+    # fmin takes the number where the other one is nan.
+    return torch.fmin(at, torch.tensor(float(len(EDGES)))).clamp_(min=0).long()
 
 
 class Mismatch:

@@ -124,13 +124,13 @@ class Run:
     def write_config(self, text: str) -> None:
         """Write config.toml, and an empty metrics.jsonl where there is none."""
         with self.writing("config.toml"):
-            _replace(self.config, text.encode())
+            replace_file(self.config, text.encode())
             self.metrics_file.touch()
 
     def write_plan(self, plan: Mapping[str, int]) -> None:
         """Write plan.json: bytes of each thing that the training keeps in memory, by its name."""
         with self.writing("plan.json"):
-            _replace(self.plan_file, json.dumps(plan, indent=2).encode())
+            replace_file(self.plan_file, json.dumps(plan, indent=2).encode())
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Append the metrics of a step, or of an evaluation after it, to metrics.jsonl."""
@@ -200,9 +200,9 @@ class Run:
                 path.rename(aside / path.parent.name / path.name)
             if past:
                 # First the copy, then the original without it: a kill in between loses nothing.
-                _replace(aside / self.metrics_file.name, b"".join(line + b"\n" for line in past))
+                replace_file(aside / self.metrics_file.name, b"".join(line + b"\n" for line in past))
                 kept = (line for line, s in zip(lines, steps, strict=True) if s <= step)
-                _replace(self.metrics_file, b"".join(line + b"\n" for line in kept))
+                replace_file(self.metrics_file, b"".join(line + b"\n" for line in kept))
         return aside
 
     # ---- reading ----
@@ -306,7 +306,7 @@ class Run:
         return _read(self.evaluations / f"step-{step:06d}.parquet")
 
 
-def _replace(path: Path, data: bytes) -> None:
+def replace_file(path: Path, data: bytes) -> None:
     """Write a file whole or not at all."""
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_bytes(data)

@@ -39,7 +39,7 @@ from rlft.rewards.score import build as build_rewards
 from rlft.rollout.eager import EagerEngine
 from rlft.rollout.engine import Engine
 from rlft.rollout.replay import ReplayEngine
-from rlft.runs import Run
+from rlft.runs import Run, replace_file
 from rlft.tracking import Tracking
 from rlft.types import PackPlan, Prompt, State
 from rlft.validate import problems
@@ -98,14 +98,18 @@ class Session:
         def write_adapter(folder: Path) -> None:
             # The embedding is never trained; without the flag PEFT looks for the base's config to find that out.
             model.save_pretrained(str(folder), selected_adapters=["default"], save_embedding_layers=False)
-            # In place of PEFT's own, a form to be filled in.
-            card = adapter_card(self.run, self.cfg, self.state.step, str(final))
-            (folder / "README.md").write_text(card, encoding="utf-8")
+            self.write_card(folder, final)
 
         return checkpoint.save(
             self.run.checkpoints, self.state, tensors, self.identity, write_adapter, self.cfg.checkpoint.keep,
             self.run.best(also=self.state.step),
         )  # fmt: skip
+
+    def write_card(self, folder: Path, final: Path) -> None:
+        """The model card of the adapter, in place of PEFT's own, a form to be filled in. final: where it will be."""
+        card = adapter_card(self.run, self.cfg, self.state.step, str(final), self.tracking.link)
+        with self.run.writing(f"{final.name}/README.md"):
+            replace_file(folder / "README.md", card.encode())
 
     def restore(self, path: Path) -> None:
         """Put back a checkpoint: adapter, optimiser, step and data cursor. Raises ConfigError when it does not fit."""

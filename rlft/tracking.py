@@ -96,6 +96,12 @@ class Tracking:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self._finish(ok=kind is None)
 
+    @property
+    def link(self) -> str | None:
+        """The run's page at the first tracker that has one."""
+        links = (getattr(t.tracker, "link", None) for t in self._trackers)
+        return next((link for link in links if link), None)
+
     def log(
         self, step: int, values: Mapping[str, float], name: str, completions: Sequence[Rollout],
         scores: Mapping[str, Sequence[Any]], messages: Sequence[Any] = (),

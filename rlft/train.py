@@ -322,6 +322,7 @@ def train(
         # After the save, so that nothing is lost by stopping it; a run that was stopped after it is not measured twice.
         after = {} if s.stop else s.run.evaluation(s.state.step) or measure(s)
         s.save()  # by now it is known which checkpoint is the best
+        s.write_card(path, path)  # and how it did on the held-out rows
         page = report.write(s.run.path)
         again, best = f'rlft generate {s.run.path} "your prompt"', s.run.best()
         s.console.finish(before, after, adapter=path, report=page, again=again, best=best)

@@ -10,7 +10,8 @@ A tracker is a class made with a `Start`, with two methods:
     finish(ok)
         Called at the end, on the main thread. ok: False when the run ended in an error.
 
-What it raises is noted on the console and the run goes on: metrics.jsonl has everything.
+An attribute `link`, if there is one, is the run's page (a URL, or None); it goes into the model card. What a tracker
+raises is noted on the console and the run goes on: metrics.jsonl has everything.
 """
 
 from __future__ import annotations

@@ -61,6 +61,7 @@ class Tracker:
             # end; what was not sent by then stays in the folder for `wandb sync`.
             settings=wandb.Settings(console="off", finish_timeout=300),
         )  # fmt: skip
+        self.link = self.run.url
         self.run.define_metric("train/global_step")
         self.run.define_metric("*", step_metric="train/global_step")
         self.row = max(start.lines, self.run.step)
