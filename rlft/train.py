@@ -63,8 +63,8 @@ def loop(s: Session) -> None:
                 policy.flat.zero_grad()
                 for batch in part:
                     s.console.progress("training", done, total)
-                    batch = batch.to(policy.device)
                     logprobs, entropy = policy.logprobs(batch)
+                    batch = batch.to(policy.device)
                     loss, stats = algorithm.loss(logprobs, batch, algorithm.config)
                     loss.backward()
                     metrics.add({**stats, **batch_stats(loss, entropy, batch)})

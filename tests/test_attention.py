@@ -15,8 +15,8 @@ from rlft.kernels.attention_backends import Spans, choose
 from rlft.kernels.attention_backends import forward as run_forward
 from rlft.kernels.lse_merge import launch_merge, merge, merge_reference
 
-# flash-attn-4 and CUTLASS warn about themselves.
-pytestmark = [pytest.mark.filterwarnings("ignore:.*cutlass.*"), pytest.mark.filterwarnings("ignore:Argument aux_data")]
+# flash-attn-4 and CUTLASS warn about themselves, at their first compilation.
+pytestmark = [pytest.mark.filterwarnings(f"ignore::{kind}") for kind in ("DeprecationWarning", "UserWarning")]
 
 
 def make(lengths: list[int], heads: tuple[int, int] = (4, 2), dim: int = 8, seed: int = 0):
@@ -210,3 +210,32 @@ def test_a_softcap_on_the_gpu() -> None:
     wide = torch.zeros(40_000, 4, 128, device="cuda", dtype=torch.bfloat16)
     with pytest.raises(ValueError, match=r"holds 23.8 GiB of scores for a sequence of 40000 tokens"):
         varlen_attention(wide, wide[:, :2], wide[:, :2], many, 0.1, None, 5.0, "plain")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("copies", [False, True])
+def test_a_side_stream_and_a_cuda_graph(copies: bool) -> None:
+    lengths, prefix = GPU_CASES["prefixes"]
+    q, k, v, bounds = make(lengths, heads=(8, 2), dim=128)
+    sequences = Sequences.of(bounds, torch.tensor(prefix), "cuda", copies)
+    for backend in gpu_backends():
+        leaves = [x.detach().bfloat16().cuda().requires_grad_() for x in (q, k, v)]
+
+        def run(leaves: list[Tensor] = leaves, backend: str = backend) -> list[Tensor]:
+            out = varlen_attention(*leaves, sequences, 0.1, backend=backend)
+            return [out, *torch.autograd.grad(out.sum(), leaves)]
+
+        want = run()
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            got = run()
+        side.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = run()
+        graph.replay()
+        for others in (got, captured):
+            assert torch.equal(others[0], want[0]), backend
+            # dQ is added up by atomics.
+            assert all(torch.allclose(a, b, rtol=0.02, atol=0.02) for a, b in zip(others, want, strict=True)), backend

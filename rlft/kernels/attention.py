@@ -300,7 +300,7 @@ def varlen_attention(
     q: [T, Hq, D] float. k, v: [T, Hk, D], same dtype, Hq a multiple of Hk (grouped queries share a key head).
     sequences: see `Sequences.of`. window: keys seen at most, the own one included. softcap: c of c tanh(z / c).
     backend: "fa4", "fa2", "sdpa" or "plain"; None lets `attention_backends.choose` decide from device, dtype, head size
-    and softcap. Returns [T, Hq, D].
+    and softcap. Returns [T, Hq, D]. Deterministic but for dQ of the flash attentions, which they add up by atomics.
     Raises ValueError on shapes, dtypes and devices that do not fit, for a back end that cannot do what is asked, and
     for shared prefixes on a GPU that do not lie first.
     """
