@@ -73,6 +73,8 @@ class Sequences(NamedTuple):
     """None without shared prefixes, and where the order of the rows does not allow the second call."""
     copies: bool
     """Copies of prefixes instead of a second call."""
+    keys: dict[int | None, _Keys | None]
+    """Window -> the copies it takes: made at the first call and kept, for all layers and for a CUDA graph's capture."""
 
     @classmethod
     def of(
@@ -89,7 +91,7 @@ class Sequences(NamedTuple):
             continued = [(lengths[p], lengths[i]) for i, p in enumerate(before) if p >= 0]
             copies = bool(continued) and sum(p for p, _ in continued) <= COPIED * sum(n for _, n in continued)
         shared = None if copies else _shared(bounds, before, device)
-        return cls(bounds, before, cu_seqlens.to(device), max(lengths, default=0), shared, copies)
+        return cls(bounds, before, cu_seqlens.to(device), max(lengths, default=0), shared, copies, {})
 
 
 def _shared(bounds: tuple[int, ...], prefix: tuple[int, ...], device: torch.device) -> Shared | None:
@@ -220,6 +222,12 @@ class _Keys(NamedTuple):
     @classmethod
     def of(cls, s: Sequences, window: int | None) -> _Keys | None:
         """None where a second call does it."""
+        if window not in s.keys:
+            s.keys[window] = cls._made(s, window)
+        return s.keys[window]
+
+    @classmethod
+    def _made(cls, s: Sequences, window: int | None) -> _Keys | None:
         cut = window is not None and any(p >= 0 and n > window for p, n in zip(s.prefix, _totals(s), strict=True))
         if not cut and not s.copies:
             return None
