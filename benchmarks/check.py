@@ -1,0 +1,95 @@
+"""The newest results file of each benchmark beside the targets of DESIGN 16 and 9: what falls short, and by how much.
+
+python benchmarks/check.py      # exit code 1 when something falls short; benchmarks not yet made are listed
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+RESULTS = Path(__file__).parent / "results"
+
+
+class Target(NamedTuple):
+    """`metric` of `stack` at `work` should be at most, or at least, `value`."""
+
+    name: str
+    """Results file: NAME_gpu_DATE.json or NAME_cpu_DATE.json."""
+    work: str
+    metric: str
+    bound: str
+    """"<=" or ">="."""
+    value: float
+    stack: str = "rlft"
+
+
+def at_copy(name: str, work: str, share: float, stack: str = "rlft") -> Target:
+    """Bandwidth of at least `share` of a copy of the same bytes, measured in the same run."""
+    return Target(name, work, "GBs", "of copy", share, stack)
+
+
+TARGETS = [
+    *(Target("logprobs", f"head/{t}", "ms", "<=", ms) for t, ms in ((1024, 4.8), (8192, 33.0), (32768, 122.0))),
+    at_copy("nf4", "nf4/layer/device", 0.85), at_copy("nf4", "nf4/12288x4096/device", 0.85),
+    at_copy("nf4", "nf4/4096x4096/device", 0.65),
+    Target("lora", "lora/layer/T4096-r16-align64", "percent_over_frozen", "<=", 12.0),
+    Target("lora", "lora/layer/T4096-r16-align64/graph", "percent_over_frozen", "<=", 12.0),
+    *(at_copy("rms_norm", f"{n}/8192x4096/{w}/device", 0.8) for n in ("rms_norm", "add_rms_norm")
+      for w in ("forward", "backward")),
+    *(at_copy("qk_rope", f"qk_rope/8192x32+8x128/{w}/device", 0.75) for w in ("forward", "backward")),
+    *(at_copy("swiglu", f"swiglu/8192x12288/{w}/device", 0.85) for w in ("forward", "backward")),
+    Target("logging_overhead", "logging/everything, no tracker", "hot_cpu_ms", "<=", 2.0),
+    Target("logging_overhead", "logging/everything, no tracker", "loop_cpu_ms", "<=", 2.0),
+    *(Target("slab", f"slab/{t}", "tokens_per_s", ">=", v) for t, v in ((2048, 42e3), (8192, 46e3), (32768, 32e3))),
+    *(Target("slab", f"slab/{t}", "tokens_per_s", ">=", v, "rlft-fa2")
+      for t, v in ((2048, 40e3), (8192, 39e3), (32768, 23e3))),
+    *(Target("slab", f"slab-tight/{t}", "peak_GiB", "<=", v) for t, v in ((2048, 0.55), (8192, 1.5), (32768, 5.0))),
+    Target("longest", "longest/sft", "tokens", ">=", 400e3), Target("longest", "longest/grpo", "tokens", ">=", 200e3),
+    *(Target("rollout", f"rollout-expanded/{n}", "tokens_per_s", ">=", v)
+      for n, v in ((256, 13.5e3), (64, 5.7e3), (16, 1.7e3))),
+    *(Target("rollout", f"rollout-lent/{n}", "tokens_per_s", ">=", v)
+      for n, v in ((256, 9.8e3), (64, 3.6e3), (16, 1.0e3))),
+    Target("handover", "handover/8b", "seconds", "<=", 0.5),
+    Target("grpo_step", "grpo-step/lognormal", "seconds", "<=", 2.3),
+    Target("grpo_step", "grpo-step/outlier", "seconds", "<=", 3.4),
+]  # fmt: skip
+
+
+def newest(name: str) -> tuple[Path, list[dict]] | None:
+    """The rows of the newest file of a benchmark: a GPU's before a CPU's."""
+    files = sorted(RESULTS.glob(f"{name}_gpu_*.json")) or sorted(RESULTS.glob(f"{name}_cpu_*.json"))
+    return (files[-1], json.loads(files[-1].read_text())["rows"]) if files else None
+
+
+def found(rows: list[dict], target: Target, stack: str) -> float | None:
+    same = [r for r in rows if (r["work"], r["metric"], r["stack"]) == (target.work, target.metric, stack)]
+    return same[-1]["value"] if same else None
+
+
+def main() -> int:
+    short, missing = 0, set()
+    for target in TARGETS:
+        file = newest(target.name)
+        value = None if file is None else found(file[1], target, target.stack)
+        if file is None or value is None:
+            missing.add(target.name if file is None else f"{target.name}: {target.work}")
+            continue
+        bound, against = target.bound, target.value
+        if bound == "of copy":
+            copy = found(file[1], target, "copy")
+            assert copy is not None, f"{file[0].name} has no copy for {target.work}"
+            bound, value = ">=", value / copy
+        good = value <= against if bound == "<=" else value >= against
+        short += not good
+        where = f"{target.work} {target.stack}"
+        print(f"{'  ' if good else '! '}{where:<58} {target.metric:<20} {value:>10.4g}  want {bound} {against:g}")
+    for name in sorted(missing):
+        print(f"  not measured yet: {name}")
+    return int(short > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
