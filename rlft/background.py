@@ -82,6 +82,11 @@ class Background:
             raise error
 
     def stop(self) -> None:
-        """Let the thread end after what was handed over. Does not wait, and nothing may be handed over afterwards."""
-        with contextlib.suppress(queue.Full):  # then it hangs in a call; being a daemon it holds up nothing
+        """End the thread after what was handed over; nothing may be handed over afterwards.
+
+        Waits a second at most: a thread that hangs in a call holds up nothing. One that only waits must be gone before
+        the interpreter is: killed then, inside a library in C++, it would take the process down with SIGABRT.
+        """
+        with contextlib.suppress(queue.Full):  # it hangs in a call
             self._calls.put_nowait(None)
+        self._thread.join(1.0)

@@ -31,7 +31,7 @@ from rlft.models.policy import Policy
 from rlft.optim import Optimizer
 from rlft.pieces import Pieces
 from rlft.reference import Reference
-from rlft.rewards.overlong import overlong
+from rlft.rewards.length import length
 from rlft.rewards.parts import OVERLONG
 from rlft.rewards.pool import InThread
 from rlft.rewards.score import RewardFunction
@@ -262,8 +262,9 @@ def _functions(cfg: Config, rewards: Sequence[Any] | None) -> list[RewardFunctio
                 f'overlong.penalty_share = {cfg.overlong.penalty_share} adds a reward named "{OVERLONG}", and there is '
                 f"one; leave out one of them"
             )
-        args = {"max_tokens": cfg.sampling.max_tokens, "share": cfg.overlong.penalty_share}
-        functions.append(RewardFunction(OVERLONG, InThread(overlong), Reward(OVERLONG, args=args)))
+        longest = cfg.sampling.max_tokens
+        args = {"max_tokens": longest, "buffer": max(1, round(cfg.overlong.penalty_share * longest))}
+        functions.append(RewardFunction(OVERLONG, InThread(length), Reward(OVERLONG, args=args)))
         functions[-1].open()
     return functions
 

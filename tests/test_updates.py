@@ -21,7 +21,7 @@ from rlft.config import Algo, Checkpoint, Config, Data, Lora, Optim, Overlong, P
 from rlft.config_file import load, presets, to_toml
 from rlft.errors import ConfigError, ParityError, RewardError, TrainError
 from rlft.models.policy import Policy
-from rlft.rewards.overlong import overlong
+from rlft.rewards.length import length
 from rlft.rollout.eager import EagerEngine
 from rlft.train import train
 from rlft.validate import problems
@@ -202,7 +202,7 @@ def test_the_penalty_is_trls_and_is_added_to_the_reward_but_does_not_decide_what
 
     lengths = [[0] * n for n in range(0, 26)]
     want = get_soft_overlong_punishment(max_completion_len=25, soft_punish_cache=5)(completion_ids=lengths)
-    assert overlong(lengths, max_tokens=25, share=0.2) == pytest.approx(want)
+    assert length(lengths, max_tokens=25, buffer=5) == pytest.approx(want)
 
     cfg = config(
         home, tmp_path / "run", rewards=(Reward(f"{home}/rewards.py:even"),), refill=Refill(rounds=1), steps=1,
