@@ -31,7 +31,7 @@ class Drawn:
     decides: Tensor
     """[N] float: the values that must differ within a group for it to be kept; nan where there is none."""
     parts: list[Any]
-    """Of each round: the rewards taken apart (rlft.rewards.score.Parts)."""
+    """Of each round: the rewards taken apart (rlft.rewards.parts.Parts)."""
     kept: tuple[bool, ...]
     """One flag per rollout: False for a group that was dropped or is surplus."""
     rounds: int = 0
