@@ -10,6 +10,7 @@ from torch import Tensor
 from rlft.kernels import lora
 from rlft.kernels.lora import lora_linear, lora_reference
 from rlft.kernels.lora_group import LoraGroup, fill
+from rlft.kernels.low_rank import gradients_a, gradients_b
 from rlft.kernels.nf4 import DecodePlan, Nf4Weight, decode_reference
 
 # q, k, v of which k has no adapter; gate, up; one alone of odd width and rank; nothing adapted at all.
@@ -60,20 +61,22 @@ def close(got: Tensor, truth: Tensor, plain: Tensor, factor: float, name: str) -
         assert ours <= factor * theirs + slack * max(1, truth.numel()) ** 0.5, f"{name}: {ours} against {theirs}"
 
 
-def check(layer: Layer, tail_on_dy: bool) -> None:
+def check(layer: Layer, tail_on_x: bool) -> None:
     """Raw forward and backward against float64; the gradients are added to what is there."""
     group, H, dtype = layer.group, layer.group.in_features, layer.x.dtype
     y_true, dx_true, A_true, B_true = layer.plain(torch.float64)
     y_plain, dx_plain, A_plain, B_plain = layer.plain(dtype)
     out = torch.full((layer.x.shape[0], group.out + 3), 7.0, dtype=dtype, device=layer.x.device)
-    y = lora.forward(group, layer.rows_x, layer.weight, layer.bias, out=out[:, : group.out])
+    s = layer.rows_x[:, H:]
+    if tail_on_x:
+        y = lora.forward(group, layer.rows_x, layer.weight, layer.bias, out=out[:, : group.out])
+    else:
+        y = lora.forward(group, layer.rows_x[:, :H], layer.weight, layer.bias, out=out[:, : group.out], s=s)
     assert y.data_ptr() == out.data_ptr() and (out[:, group.out :] == 7).all()
     close(y, y_true, y_plain, 2, "y")
     wide = torch.promote_types(dtype, torch.float32)
     grad_A, grad_B = ([torch.ones_like(t, dtype=wide) for t in ts] for ts in (layer.A, layer.B))
-    dy = layer.rows_dy if tail_on_dy else layer.dy
-    s = layer.rows_x[:, H:]
-    saved = s.clone()
+    dy, saved = layer.rows_dy, s.clone()
     dx = lora.backward(group, dy, layer.x, s, layer.weight, grad_A, grad_B)
     assert dx is not None and torch.equal(s, saved) and torch.equal(dy[:, : group.out], layer.dy)
     close(dx, dx_true, dx_plain, 3, "dx")
@@ -87,8 +90,8 @@ def check(layer: Layer, tail_on_dy: bool) -> None:
 @pytest.mark.parametrize("group", GROUPS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_concatenated_products(group, T, dtype) -> None:
-    check(Layer(group, T, dtype), tail_on_dy=True)
-    check(Layer(group, T, dtype), tail_on_dy=False)
+    check(Layer(group, T, dtype), tail_on_x=True)
+    check(Layer(group, T, dtype), tail_on_x=False)
 
 
 @pytest.mark.parametrize("group", GROUPS, ids=str)
@@ -101,15 +104,32 @@ def test_adapter_off_is_the_plain_product(group) -> None:
     assert torch.equal(y, F.linear(layer.x, torch.cat(layer.weights)))
 
 
-def test_no_input_gradient_still_fills_the_adapters() -> None:
-    """The first layer's input is frozen."""
+@pytest.mark.parametrize("in_place", [False, True])
+def test_the_residual_is_added_before_the_one_rounding(in_place: bool) -> None:
+    layer = Layer(GROUPS[1], 9, torch.float64)
+    residual = torch.randn(9, layer.group.out, dtype=torch.float64)
+    want = layer.plain(torch.float64)[0] + residual
+    out = residual.clone() if in_place else None
+    y = lora.forward(
+        layer.group, layer.rows_x, layer.weight, layer.bias, out=out, residual=residual if out is None else out
+    )
+    torch.testing.assert_close(y, want, rtol=1e-12, atol=1e-12)
+    assert out is None or y.data_ptr() == out.data_ptr()
+
+
+def test_the_gradients_one_by_one_are_those_of_backward() -> None:
+    """As a layer takes them whose x is known only after dx; a narrow s is enough."""
     layer = Layer(GROUPS[1], 5, torch.float64)
-    grad_A, grad_B = ([torch.zeros_like(t) for t in ts] for ts in (layer.A, layer.B))
-    lora.forward(layer.group, layer.rows_x, layer.weight)
-    s = layer.rows_x[:, 32:]
-    dx = lora.backward(layer.group, layer.dy, layer.x, s, layer.weight, grad_A, grad_B, input_gradient=False)
-    assert dx is None
-    torch.testing.assert_close(grad_A[1], layer.plain(torch.float64)[2][1], rtol=1e-10, atol=1e-12)
+    group, H, Y = layer.group, layer.group.in_features, layer.group.out
+    lora.forward(group, layer.rows_x, layer.weight)
+    s = layer.rows_x[:, H:]
+    both = [[[torch.zeros_like(t) for t in ts] for ts in (layer.A, layer.B)] for _ in range(2)]
+    dx = lora.backward(group, layer.rows_dy, layer.x, s, layer.weight, *both[0])
+    dy = layer.rows_dy.clone()
+    gradients_b(group, dy[:, :Y], s[:, : group.rank], lora.operands(group, layer.weight)[0], dy[:, Y:], both[1][1])
+    assert torch.equal(lora.input_gradient(group, dy, layer.weight), dx)
+    gradients_a(group, dy[:, Y:], layer.x, both[1][0])
+    torch.testing.assert_close(both[1], both[0], rtol=0, atol=0)
 
 
 def test_lora_linear_has_the_gradients_of_its_reference() -> None:
@@ -200,7 +220,7 @@ def test_bad_input_says_what_it_wants() -> None:
     group, x, w, A, B = layer.group, layer.x, layer.weights, layer.A, layer.B
     with pytest.raises(ValueError, match=r"lora.forward: want x \[T, 96\].*got x \(5, 32\)"):
         lora.forward(group, x, layer.weight)
-    with pytest.raises(ValueError, match=r"lora.backward: want dy \[T, 144\] or \[T, 80\]"):
+    with pytest.raises(ValueError, match=r"lora.backward: want dy \[T, 144\]"):
         lora.backward(group, layer.dy[:, 1:], x, layer.rows_x[:, 32:], layer.weight, A, B)
     with pytest.raises(ValueError, match="A, B and scale per weight, got 2 weights, 1 A"):
         lora_linear(x, w, A[:1], B, 1.0)

@@ -7,7 +7,13 @@ import torch
 from torch import Tensor
 
 from rlft.kernels.lora_group import LoraGroup, fill_reference
-from rlft.kernels.low_rank import gradients, gradients_launch, gradients_reference, shrink
+from rlft.kernels.low_rank import (
+    gradients,
+    gradients_a_reference,
+    gradients_b_reference,
+    gradients_launch,
+    shrink,
+)
 
 # q, k, v with one width each, k not adapted; gate, up of one width; one alone of odd width and odd rank.
 GROUPS = [
@@ -71,7 +77,8 @@ def check(group: LoraGroup, inputs: Inputs, launches: bool) -> None:
     dy, x, b, true_A, true_B = inputs.double()
     true_ds = torch.empty_like(inputs.ds, dtype=torch.float64)
     # dA takes the rounded dS, as it must when dS is stored.
-    gradients_reference(group, dy, x, inputs.s.double(), b, true_ds, true_A, true_B)
+    gradients_b_reference(group, dy, inputs.s.double(), b, true_ds, true_B)
+    gradients_a_reference(group, true_ds, x, true_A)
     plain_ds = inputs.dy @ inputs.b
     write = gradients_launch if launches else gradients
     write(group, inputs.dy, inputs.x, inputs.s, inputs.b, inputs.ds, inputs.grad_A, inputs.grad_B)
@@ -122,9 +129,9 @@ def test_bad_input_says_what_it_wants() -> None:
         shrink(group, i.x.half(), i.a, i.s)
     with pytest.raises(ValueError, match="unit column stride"):
         shrink(group, i.x, i.a.T.contiguous().T, i.s)
-    with pytest.raises(ValueError, match=r"gradients: want dy \[T, 160\]"):
+    with pytest.raises(ValueError, match=r"gradients_b: want dy \[T, 160\]"):
         gradients(group, i.dy[:, 1:], i.x, i.s, i.b, i.ds, i.grad_A, i.grad_B)
-    with pytest.raises(ValueError, match=r"grad_B \[80, 16\], contiguous"):
+    with pytest.raises(ValueError, match=r"gradient \[80, 16\], contiguous"):
         gradients(group, i.dy, i.x, i.s, i.b, i.ds, i.grad_A, [i.grad_B[0].T.contiguous().T, *i.grad_B[1:]])
 
 

@@ -57,7 +57,8 @@ def test_packed_log_probs_equal_transformers_logits_one_row_at_a_time(share: boo
             log_p = (policy.model(ids).logits[0] / 0.7).log_softmax(-1)
         start = len(rollout.prompt.ids)
         want = [log_p[t - 1, ids[0, t]].item() for t in range(start, ids.shape[1])]
-        assert got[index] == pytest.approx(want, abs=1e-10)
+        # transformers' own norm rounds to fp32 inside a float64 model; ours does not.
+        assert got[index] == pytest.approx(want, abs=1e-6)
 
 
 def step_gradient(budget: int, share: bool):

@@ -53,66 +53,80 @@ def operands(group: LoraGroup, weight: Tensor) -> tuple[Tensor, Tensor]:
 
 def forward(
     group: LoraGroup, x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | None = None,
-    adapter: bool = True,
+    adapter: bool = True, s: Tensor | None = None, residual: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """y [T, out], and S in the tail of x.
+    """y [T, out], and S = x A^T.
 
-    x: [T, H + tail], the tail is overwritten with S = x A^T; save it (or the buffer) for `backward`. weight: buffer of
-    `weight_buffer`, decoded and filled. bias: [out] or None. out: [T, out] to write to, rows of any stride.
-    adapter=False is the plain product of x and W, bit for bit, and leaves the tail alone. Raises ValueError on shapes
+    x: [T, H + tail], the tail is overwritten with S; or [T, H] with s: [T, tail], overwritten with S, which costs
+    another pass over y. weight: buffer of `weight_buffer`, decoded and filled. bias: [out] or None. residual: [T, out]
+    or None, added before the one rounding. out: [T, out] to write to, rows of any stride; may be residual.
+    adapter=False is the plain product of x and W, bit for bit, and leaves tail and s alone. Raises ValueError on shapes
     that do not fit.
     """
-    H, columns = group.in_features, group.in_features + group.tail
+    H, tail, columns = group.in_features, group.tail, group.in_features + group.tail
+    concatenated = s is None or not tail
+    y = (x.shape[0], group.out)
     want(
         "lora.forward",
-        x.dim() == 2 and x.shape[1] == columns and tuple(weight.shape) == (group.out + group.tail, columns)
-        and (out is None or tuple(out.shape) == (x.shape[0], group.out)),
-        f"x [T, {columns}], weight [{group.out + group.tail}, {columns}] and out [T, {group.out}]",
-        x=x, weight=weight, out=out,
+        x.dim() == 2 and x.shape[1] == (columns if concatenated else H)
+        and tuple(weight.shape) == (group.out + tail, columns) and (s is None or tuple(s.shape) == (x.shape[0], tail))
+        and (out is None or tuple(out.shape) == y) and (residual is None or tuple(residual.shape) == y),
+        f"x [T, {columns}] or, with s [T, {tail}], [T, {H}]; weight [{group.out + tail}, {columns}], out and residual "
+        f"[T, {group.out}]", x=x, weight=weight, s=s, out=out, residual=residual,
     )  # fmt: skip
-    if adapter and group.tail:
-        shrink(group, x[:, :H], operands(group, weight)[1], x[:, H:])
-    else:
+    b, a = operands(group, weight)
+    if adapter and tail:
+        shrink(group, x[:, :H], a, x[:, H:] if s is None else s)
+    if not adapter or not concatenated:
         x, weight = x[:, :H], weight[:, :H]
-    return _product(x, weight[: group.out].T, bias, out)
+    w = weight[: group.out].T
+    if bias is not None and residual is not None:
+        y = _product(x, w, residual, out).add_(bias)
+    else:
+        y = _product(x, w, bias if residual is None else residual, out)
+    return y.addmm_(s, b.T) if adapter and not concatenated and s is not None else y
+
+
+def input_gradient(group: LoraGroup, dy: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
+    """dx [T, H] of dy [T, out + tail], whose tail holds dS of `low_rank.gradients_b`; without a tail that of W alone.
+
+    weight: as in the forward. out: [T, H] to write to, rows of any stride.
+    """
+    Y, H, tail = group.out, group.in_features, group.tail
+    want(
+        "lora.input_gradient",
+        dy.dim() == 2 and dy.shape[1] in (Y, Y + tail) and tuple(weight.shape) == (Y + tail, H + tail)
+        and (out is None or tuple(out.shape) == (dy.shape[0], H)),
+        f"dy [T, {Y + tail}] or [T, {Y}], weight [{Y + tail}, {H + tail}], out [T, {H}]", dy=dy, weight=weight, out=out,
+    )  # fmt: skip
+    return _product(dy, weight[: dy.shape[1], :H], None, out)
 
 
 def backward(
     group: LoraGroup, dy: Tensor, x: Tensor, s: Tensor, weight: Tensor, grad_A: Sequence[Tensor],
-    grad_B: Sequence[Tensor], out: Tensor | None = None, input_gradient: bool = True,
-) -> Tensor | None:  # fmt: skip
-    """dx [T, H] (None without input_gradient); the gradients of A and B are added to the caller's.
+    grad_B: Sequence[Tensor], out: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """dx [T, H]; the gradients of A and B are added to the caller's.
 
-    dy: [T, out + tail], the tail is overwritten with dS; or [T, out], which costs another pass over dx. x: [T, H]. s:
-    [T, tail] of the forward. weight: the same buffer as in the forward, or decoded and filled again. grad_A, grad_B:
-    as `rlft.kernels.low_rank.gradients`. out: [T, H] to write to, rows of any stride. Nothing that was saved is
-    overwritten. Raises ValueError on shapes that do not fit.
+    dy: [T, out + tail], the tail is overwritten with dS. x: [T, H]. s: [T, tail] of the forward. weight: the same
+    buffer as in the forward, or decoded and filled again. grad_A, grad_B: as `rlft.kernels.low_rank.gradients`. out:
+    [T, H] to write to, rows of any stride. Nothing that was saved is overwritten. Raises ValueError on shapes that do
+    not fit. A layer that has x only after dx calls `gradients_b`, `input_gradient` and `gradients_a` itself.
     """
-    Y, H, tail = group.out, group.in_features, group.tail
-    want(
-        "lora.backward",
-        dy.dim() == 2 and dy.shape[1] in (Y, Y + tail) and tuple(weight.shape) == (Y + tail, H + tail)
-        and tuple(x.shape) == (dy.shape[0], H) and (out is None or out.shape == x.shape),
-        f"dy [T, {Y + tail}] or [T, {Y}], weight [{Y + tail}, {H + tail}], x and out [T, {H}]",
-        dy=dy, weight=weight, x=x, out=out,
-    )  # fmt: skip
-    concatenated = dy.shape[1] == Y + tail
-    b, a = operands(group, weight)
-    ds = dy[:, Y:] if concatenated else dy.new_empty(dy.shape[0], tail)
-    if tail:
-        gradients(group, dy[:, :Y], x, s, b, ds, grad_A, grad_B)
-    if not input_gradient:
-        return None
-    if concatenated:
-        return _product(dy, weight[:, :H], None, out)
-    dx = _product(dy, weight[:Y, :H], None, out)
-    return dx.addmm_(ds, a) if tail else dx
+    want("lora.backward", dy.dim() == 2 and dy.shape[1] == group.out + group.tail, f"dy [T, {group.out + group.tail}]",
+         dy=dy)  # fmt: skip
+    if group.tail:
+        gradients(group, dy[:, : group.out], x, s, operands(group, weight)[0], dy[:, group.out :], grad_A, grad_B)
+    return input_gradient(group, dy, weight, out)
 
 
-def _product(x: Tensor, w: Tensor, bias: Tensor | None, out: Tensor | None) -> Tensor:
+def _product(x: Tensor, w: Tensor, start: Tensor | None, out: Tensor | None) -> Tensor:
+    """start + x w, where start is a bias, a whole [T, out] (in place where it is out), or nothing."""
+    if start is not None and start is out:
+        return out.addmm_(x, w)
     if out is None:
-        return x @ w if bias is None else torch.addmm(bias, x, w)
-    return torch.mm(x, w, out=out) if bias is None else torch.addmm(bias, x, w, out=out)
+        return x @ w if start is None else torch.addmm(start, x, w)
+    return torch.mm(x, w, out=out) if start is None else torch.addmm(start, x, w, out=out)
 
 
 class _LoraLinear(torch.autograd.Function):

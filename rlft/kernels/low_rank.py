@@ -45,15 +45,20 @@ FUSED_RANK = 32
 bytes, a quarter at rank 16. Beyond, cuBLAS reads dY once more."""
 
 
-def gradients_reference(
-    group: LoraGroup, dy: Tensor, x: Tensor, s: Tensor, b: Tensor, ds: Tensor,
-    grad_A: Sequence[Tensor], grad_B: Sequence[Tensor],
-) -> None:  # fmt: skip
-    """`gradients` in plain PyTorch."""
+def gradients_b_reference(
+    group: LoraGroup, dy: Tensor, s: Tensor, b: Tensor, ds: Tensor, grad_B: Sequence[Tensor]
+) -> None:
+    """`gradients_b` in plain PyTorch."""
     ds.copy_(dy @ b)
     for i in group.adapted:
-        wide = grad_A[i].dtype
+        wide = grad_B[i].dtype
         grad_B[i].add_(dy[:, group.rows(i)].to(wide).T @ s[:, group.columns(i)].to(wide), alpha=group.scales[i])
+
+
+def gradients_a_reference(group: LoraGroup, ds: Tensor, x: Tensor, grad_A: Sequence[Tensor]) -> None:
+    """`gradients_a` in plain PyTorch."""
+    for i in group.adapted:
+        wide = grad_A[i].dtype
         grad_A[i].add_(ds[:, group.columns(i)].to(wide).T @ x.to(wide))
 
 
@@ -203,23 +208,39 @@ def _add(q: Tensor, grads: Sequence[Tensor], scales: Sequence[float]) -> None:
         )  # fmt: skip
 
 
+def gradients_b_launch(
+    group: LoraGroup, dy: Tensor, s: Tensor, b: Tensor, ds: Tensor, grad_B: Sequence[Tensor],
+    launch: Launch = GRAD_B, fused_rank: int = FUSED_RANK,
+) -> None:  # fmt: skip
+    """`gradients_b` by the kernels."""
+    on = group.adapted
+    spans = [(group.rows(i).start, group.out_features[i], group.columns(i).start, group.ranks[i]) for i in on]
+    fused = max(group.ranks) <= fused_rank
+    q, p, first = _column_pass(dy, s, b if fused else None, spans, False, launch)
+    if p is not None:
+        _fold_tiles(p, ds, first, tuple(k for _, _, k, _ in spans), tuple(r for *_, r in spans), group.tail)
+    else:
+        torch.mm(dy, b, out=ds)
+    _add(q, [grad_B[i] for i in on], [group.scales[i] for i in on])
+
+
+def gradients_a_launch(
+    group: LoraGroup, ds: Tensor, x: Tensor, grad_A: Sequence[Tensor], launch: Launch = GRAD_A
+) -> None:
+    """`gradients_a` by the kernels."""
+    on = group.adapted
+    q, _, _ = _column_pass(x, ds, None, [(0, group.in_features, 0, group.rank)], True, launch)
+    _add(q, [grad_A[i] for i in on], [1.0 for _ in on])
+
+
 def gradients_launch(
     group: LoraGroup, dy: Tensor, x: Tensor, s: Tensor, b: Tensor, ds: Tensor,
     grad_A: Sequence[Tensor], grad_B: Sequence[Tensor], launch_B: Launch = GRAD_B, launch_A: Launch = GRAD_A,
     fused_rank: int = FUSED_RANK,
 ) -> None:  # fmt: skip
     """`gradients` by the kernels."""
-    on = group.adapted
-    spans = [(group.rows(i).start, group.out_features[i], group.columns(i).start, group.ranks[i]) for i in on]
-    fused = max(group.ranks) <= fused_rank
-    q, p, first = _column_pass(dy, s, b if fused else None, spans, False, launch_B)
-    if p is not None:
-        _fold_tiles(p, ds, first, tuple(k for _, _, k, _ in spans), tuple(r for *_, r in spans), group.tail)
-    else:
-        torch.mm(dy, b, out=ds)
-    _add(q, [grad_B[i] for i in on], [group.scales[i] for i in on])
-    q, _, _ = _column_pass(x, ds, None, [(0, group.in_features, 0, group.rank)], True, launch_A)
-    _add(q, [grad_A[i] for i in on], [1.0 for _ in on])
+    gradients_b_launch(group, dy, s, b, ds, grad_B, launch_B, fused_rank)
+    gradients_a_launch(group, ds, x, grad_A, launch_A)
 
 
 def shrink(group: LoraGroup, x: Tensor, a: Tensor, s: Tensor) -> None:
@@ -239,37 +260,63 @@ def shrink(group: LoraGroup, x: Tensor, a: Tensor, s: Tensor) -> None:
     torch.mm(x, a.T, out=s)
 
 
+def gradients_b(group: LoraGroup, dy: Tensor, s: Tensor, b: Tensor, ds: Tensor, grad_B: Sequence[Tensor]) -> None:
+    """ds = dy b, and the gradient of B added into the caller's. Arguments and errors as `gradients`."""
+    T = dy.shape[0]
+    want(
+        "gradients_b",
+        tuple(dy.shape) == (T, group.out) and tuple(ds.shape) == (T, group.tail) and s.shape[0] == T
+        and s.shape[1] >= group.rank and tuple(b.shape) == (group.out, group.tail)
+        and dy.dtype == s.dtype == ds.dtype == b.dtype
+        and all(t.stride(1) == 1 or not t.numel() for t in (dy, s, ds, b)),
+        f"dy [T, {group.out}], ds [T, {group.tail}], s [T, {group.rank} or more], b [{group.out}, {group.tail}] of one "
+        f"dtype, rows of unit column stride", dy=dy, s=s, ds=ds, b=b,
+    )  # fmt: skip
+    _check_gradients(
+        "gradients_b", dy, {i: (grad_B[i], (group.out_features[i], group.ranks[i])) for i in group.adapted}
+    )
+    if on_gpu("gradients_b", dy=dy, s=s, b=b, ds=ds, **{f"grad_B{i}": grad_B[i] for i in group.adapted}):
+        if ds.numel():
+            gradients_b_launch(group, dy, s, b, ds, grad_B)
+    else:
+        gradients_b_reference(group, dy, s, b, ds, grad_B)
+
+
+def gradients_a(group: LoraGroup, ds: Tensor, x: Tensor, grad_A: Sequence[Tensor]) -> None:
+    """The gradient of A added into the caller's. Arguments and errors as `gradients`."""
+    T = x.shape[0]
+    want(
+        "gradients_a",
+        tuple(x.shape) == (T, group.in_features) and tuple(ds.shape) == (T, group.tail) and x.dtype == ds.dtype
+        and all(t.stride(1) == 1 or not t.numel() for t in (x, ds)),
+        f"x [T, {group.in_features}] and ds [T, {group.tail}] of one dtype, rows of unit column stride", x=x, ds=ds,
+    )  # fmt: skip
+    _check_gradients("gradients_a", x, {i: (grad_A[i], (group.ranks[i], group.in_features)) for i in group.adapted})
+    if on_gpu("gradients_a", x=x, ds=ds, **{f"grad_A{i}": grad_A[i] for i in group.adapted}):
+        if ds.numel():
+            gradients_a_launch(group, ds, x, grad_A)
+    else:
+        gradients_a_reference(group, ds, x, grad_A)
+
+
+def _check_gradients(op: str, like: Tensor, grads: dict[int, tuple[Tensor, tuple[int, int]]]) -> None:
+    for i, (grad, shape) in grads.items():
+        want(
+            op,
+            tuple(grad.shape) == shape and grad.is_contiguous() and (grad.dtype == torch.float32 or not like.is_cuda),
+            f"a gradient {list(shape)}, contiguous, float32 on a GPU, for projection {i}", gradient=grad,
+        )  # fmt: skip
+
+
 def gradients(
     group: LoraGroup, dy: Tensor, x: Tensor, s: Tensor, b: Tensor, ds: Tensor,
     grad_A: Sequence[Tensor], grad_B: Sequence[Tensor],
 ) -> None:  # fmt: skip
     """ds = dy b, and the gradients of A and B added into the caller's.
 
-    dy: [T, out]. x: [T, H]. s: [T, tail] from the forward. b: [out, tail] from `fill`. ds: [T, tail], overwritten (for
-    example the tail of dy's own rows). grad_A: per projection [r_i, H], grad_B: [out_i, r_i], contiguous (views of a
-    flat buffer are), float32 on a GPU. Raises ValueError otherwise.
+    dy: [T, out]. x: [T, H]. s: [T, rank or more] from the forward. b: [out, tail] from `fill`. ds: [T, tail],
+    overwritten (for example the tail of dy's own rows). grad_A: per projection [r_i, H], grad_B: [out_i, r_i],
+    contiguous (views of a flat buffer are), float32 on a GPU. Raises ValueError otherwise.
     """
-    T = dy.shape[0]
-    want(
-        "gradients",
-        tuple(dy.shape) == (T, group.out) and tuple(x.shape) == (T, group.in_features)
-        and tuple(s.shape) == tuple(ds.shape) == (T, group.tail) and tuple(b.shape) == (group.out, group.tail)
-        and dy.dtype == x.dtype == s.dtype == ds.dtype == b.dtype
-        and all(t.stride(1) == 1 or not t.numel() for t in (dy, x, s, ds, b)),
-        f"dy [T, {group.out}], x [T, {group.in_features}], s and ds [T, {group.tail}], b [{group.out}, {group.tail}] "
-        f"of one dtype, rows of unit column stride", dy=dy, x=x, s=s, ds=ds, b=b,
-    )  # fmt: skip
-    for i in group.adapted:
-        want(
-            "gradients",
-            tuple(grad_A[i].shape) == (group.ranks[i], group.in_features) and grad_A[i].is_contiguous()
-            and tuple(grad_B[i].shape) == (group.out_features[i], group.ranks[i]) and grad_B[i].is_contiguous()
-            and grad_A[i].dtype == grad_B[i].dtype and (grad_A[i].dtype == torch.float32 or not dy.is_cuda),
-            f"grad_A [{group.ranks[i]}, {group.in_features}] and grad_B [{group.out_features[i]}, {group.ranks[i]}], "
-            f"contiguous, float32 on a GPU, for projection {i}", grad_A=grad_A[i], grad_B=grad_B[i],
-        )  # fmt: skip
-    if on_gpu("gradients", dy=dy, x=x, s=s, b=b, ds=ds, **{f"grad_A{i}": grad_A[i] for i in group.adapted}):
-        if ds.numel():
-            gradients_launch(group, dy, x, s, b, ds, grad_A, grad_B)
-    else:
-        gradients_reference(group, dy, x, s, b, ds, grad_A, grad_B)
+    gradients_b(group, dy, s, b, ds, grad_B)
+    gradients_a(group, ds, x, grad_A)

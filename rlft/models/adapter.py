@@ -63,6 +63,12 @@ class FlatAdapter:
         assert self.flat.grad is not None
         return self.flat.grad
 
+    @property
+    def gradients(self) -> dict[Tensor, Tensor]:
+        """Parameter -> its view of the gradient buffer, for backwards that add into it themselves."""
+        self.check_views()
+        return {p: p.grad for p in self.parameters.values() if p.grad is not None}
+
     def zero_grad(self) -> None:
         """Set all gradients to 0, keeping them views of the buffer."""
         self.gradient.zero_()

@@ -1,8 +1,9 @@
 """The policy: log-probabilities of a packed batch under the base with the adapter, and under the reference.
 
-transformers' own decoder runs the packed row of T tokens; our attention keeps its sequences apart (registered with
-transformers' AttentionInterface), and our head turns the hidden rows that predict a trained token into log-probs. The
-shift by one position happens here, through `batch.source`, and nowhere else.
+Fused layers run the packed rows (`rlft.models.fused`), or, for an architecture without them, transformers' own decoder
+with our attention registered in its AttentionInterface, which keeps the sequences apart. Our head turns the hidden rows
+that predict a trained token into log-probs. The shift by one position happens here, through `batch.source`, and nowhere
+else.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from rlft.errors import ConfigError
 from rlft.kernels.attention import Sequences, varlen_attention
 from rlft.kernels.logprobs import linear_logprobs
 from rlft.models.adapter import FlatAdapter
+from rlft.models.fused import FusedDecoder, fuse
 from rlft.types import Batch
 
 PACKED = "rlft_packed"
@@ -52,6 +54,11 @@ class Policy:
         AttentionInterface.register(PACKED, packed_attention)
         self.model = model
         self.flat = FlatAdapter(model, dtype=dtype)
+        fused = fuse(model)
+        self.fused = fused if isinstance(fused, FusedDecoder) else None
+        """The fused decoder; None where transformers' own layers run."""
+        self.path = "fused layers" if self.fused else f"transformers' own layers: {fused}"
+        """Which layers run, and why, for the start of a run."""
         self.base: nn.Module = model.get_base_model()
         self.device = self.flat.flat.device
         self._decoder = self.base.get_decoder()  # type: ignore[operator]
@@ -98,17 +105,27 @@ class Policy:
         sequences = Sequences.of(batch.cu_seqlens, batch.prefix, self.device)
         batch = batch.to(self.device)
         rows = batch.train_mask.nonzero().squeeze(1)
-        with self._packed():
-            hidden = self._decoder(
-                input_ids=batch.input_ids[None], position_ids=batch.position_ids[None], use_cache=False,
-                sequences=sequences,
-            ).last_hidden_state[0]  # fmt: skip
+        hidden = self._hidden(batch, sequences, batch.source[rows])
         logprobs, entropy = linear_logprobs(
-            hidden[batch.source[rows]], self._head, batch.input_ids[rows], batch.temperature, self._softcap,
+            hidden, self._head, batch.input_ids[rows], batch.temperature, self._softcap,
             self._logit_scale,
         )  # fmt: skip
         zeros = torch.zeros(batch.input_ids.shape, dtype=logprobs.dtype, device=self.device)
         return zeros.index_put((rows,), logprobs), zeros.index_put((rows,), entropy)
+
+    def _hidden(self, batch: Batch, sequences: Sequences, rows: Tensor) -> Tensor:
+        """The head's input at `rows`."""
+        if self.fused is not None:
+            embedded = self._decoder.get_input_embeddings()(batch.input_ids)
+            gradients = self.flat.gradients if torch.is_grad_enabled() else None
+            hidden = self.fused.hidden(embedded, batch.position_ids, sequences, gradients)
+            # A norm is of one row: only the rows that are asked for need it.
+            return self.fused.final_norm(hidden[rows])
+        with self._packed():
+            return self._decoder(
+                input_ids=batch.input_ids[None], position_ids=batch.position_ids[None], use_cache=False,
+                sequences=sequences,
+            ).last_hidden_state[0][rows]  # fmt: skip
 
     @contextmanager
     def _packed(self) -> Iterator[None]:

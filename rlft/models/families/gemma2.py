@@ -1,0 +1,8 @@
+"""Gemma 2: norms on both sides of attention and MLP, GeGLU, softcapped scores, sliding windows by layer."""
+
+from rlft.models.families import Family
+
+FAMILY = Family(
+    "Gemma2Model", attention_norm="post_attention_layernorm", mlp_norm="pre_feedforward_layernorm",
+    down_norm="post_feedforward_layernorm", gemma=True, activation="hidden_activation",
+)  # fmt: skip

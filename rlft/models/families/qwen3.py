@@ -1,0 +1,5 @@
+"""Qwen3: a norm over each head of q and of k."""
+
+from rlft.models.families import Family
+
+FAMILY = Family("Qwen3Model", qk_norm=("self_attn.q_norm", "self_attn.k_norm"))

@@ -1,0 +1,271 @@
+"""The decoder of a PEFT model run by fused layers: what our policy calls, and what transformers' own calls reach.
+
+`fuse` looks whether every layer can be run by `rlft.models.layer` and, where it can, replaces `forward` on the decoder
+*instance*. Trainer and TRL then run fused layers too: a padded batch is unpadded once at the entry and padded again at
+the exit. Calls that want something else (a cache, a 4-D mask, hidden states of layers) run transformers' own forward.
+"""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+
+from rlft.kernels import rms_norm
+from rlft.kernels.attention import Sequences
+from rlft.kernels.qk_rope import MAX_D
+from rlft.kernels.rms_norm import MAX_H
+from rlft.kernels.swiglu import ACTIVATIONS
+from rlft.models import families, memory, ops
+from rlft.models.families import Family
+from rlft.models.layer import run_layer
+from rlft.models.layer_modules import FusedLayer
+from rlft.models.layer_steps import Pass
+from rlft.models.offload import Offload
+from rlft.models.projection import Store
+
+
+class FusedDecoder:
+    """Fused layers over a decoder's modules. `hidden` is for packed rows, `forward` for transformers' callers."""
+
+    def __init__(self, model: PeftModel, decoder: nn.Module, family: Family) -> None:
+        """Raises ValueError, saying why, for a decoder that fused layers cannot run."""
+        self.model, self.decoder = model, decoder
+        config: Any = decoder.config
+        self.layers = [FusedLayer(module, i, family, config) for i, module in enumerate(decoder.layers)]  # type: ignore[arg-type]
+        why = _unfit(self.layers, config, family)
+        if why is not None:
+            raise ValueError(why)
+        last: Any = decoder.norm
+        eps = last.variance_epsilon if hasattr(last, "variance_epsilon") else last.eps
+        self.norm = ops.Norm(last.weight.detach(), eps, family.gemma)
+        self.store, self.offload = Store(), Offload()
+        self.levels: Sequence[int] | None = None
+        """Levels of the layers in every pass; None: chosen by memory at each pass."""
+        self.tile = memory.TILE
+        self.shape = self._shape()
+        self._told: set[str] = set()
+
+    # ---- packed rows -------------------------------------------------------------------------------------------------
+
+    def hidden(
+        self, embedded: Tensor, position_ids: Tensor, sequences: Sequences,
+        gradients: dict[Tensor, Tensor] | None = None,
+    ) -> Tensor:  # fmt: skip
+        """The residual stream after the last layer, [T, H], before the final norm.
+
+        embedded: [T, H]. position_ids: [T]. sequences: which rows attend to which. gradients: parameter -> fp32 buffer
+        that the backward adds its gradient to; without it autograd gets them.
+        """
+        keep = torch.is_grad_enabled()
+        levels = self.choose_levels(embedded) if keep else ()
+        run = Pass(
+            sequences, self._tables(embedded, position_ids), self.store, self.adapter(), levels, self.tile, keep,
+            gradients, self.offload,
+        )  # fmt: skip
+        x = embedded
+        for layer in self.layers:
+            x = run_layer(layer, x, run)
+        return x
+
+    def final_norm(self, hidden: Tensor) -> Tensor:
+        """The norm before the head; with gradient."""
+        return rms_norm.rms_norm(hidden, *self.norm)
+
+    def choose_levels(self, embedded: Tensor) -> Sequence[int]:
+        """What each layer keeps for a backward of these rows."""
+        return self.levels or memory.levels(self.shape, embedded.shape[0], self.tile, memory.free(embedded.device))
+
+    def adapter(self) -> str | None:
+        """Name of the adapter that is active now; None when adapters are off. Asserts what `_own_reason` checks."""
+        for layer in self.layers:
+            for projection in layer.projections:
+                for module in projection.modules:
+                    if hasattr(module, "lora_A"):
+                        return None if module.disable_adapters else module.active_adapters[0]  # type: ignore[index]
+        return None
+
+    def _tables(self, embedded: Tensor, position_ids: Tensor) -> dict[str | None, tuple[Tensor, Tensor]]:
+        rotary: Any = self.decoder.rotary_emb
+        tables = {}
+        for kind in {layer.type for layer in self.layers}:
+            more = () if kind is None else (kind,)
+            cos, sin = rotary(embedded[None], position_ids[None], *more)
+            tables[kind] = (cos[0], sin[0])
+        return tables
+
+    def _shape(self) -> memory.Shape:
+        """Sizes for the memory plan."""
+        first = self.layers[0]
+        bound = first.bind(self.adapter())
+        weight = self.norm.weight
+        q, kv = first.q_heads * first.head_dim, first.k_heads * first.head_dim
+        return memory.Shape(
+            layers=len(self.layers), hidden=first.projections[0].in_features, qkv=q + 2 * kv, q=q, kv=kv,
+            q_heads=first.q_heads, intermediate=first.width, element=weight.element_size(),
+            tails=tuple(b.group.tail for b in bound), ranks=tuple(b.group.rank for b in bound),  # type: ignore[arg-type]
+            rotated_apart=first.qk_norm[0] is not None,
+            flash=weight.is_cuda and weight.dtype in (torch.bfloat16, torch.float16),
+        )  # fmt: skip
+
+    # ---- transformers' callers ---------------------------------------------------------------------------------------
+
+    def forward(
+        self, input_ids: Tensor | None = None, attention_mask: Any = None, position_ids: Tensor | None = None,
+        past_key_values: Any = None, inputs_embeds: Tensor | None = None, use_cache: bool | None = None, **kwargs: Any,
+    ) -> Any:  # fmt: skip
+        """In place of the decoder's own forward, with its arguments and its result."""
+        own = self._own_reason(attention_mask, past_key_values, use_cache, kwargs)
+        if own is not None:
+            if own and own not in self._told:
+                self._told.add(own)
+                warnings.warn(f"rlft: transformers' own layers run here, not the fused ones: {own}", stacklevel=2)
+            return type(self.decoder).forward(
+                self.decoder, input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
+                past_key_values=past_key_values, inputs_embeds=inputs_embeds, use_cache=use_cache, **kwargs,
+            )  # fmt: skip
+        from transformers.modeling_outputs import BaseModelOutputWithPast
+
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        if getattr(self.decoder, "gradient_checkpointing", False) and "checkpointing" not in self._told:
+            self._told.add("checkpointing")
+            warnings.warn(
+                "rlft: gradient checkpointing has no effect, fused layers decide themselves what they keep",
+                stacklevel=2,
+            )
+        embed: Any = self.decoder.get_input_embeddings()  # type: ignore[operator]
+        embedded = embed(input_ids) if inputs_embeds is None else inputs_embeds
+        rows, places, sequences, positions = unpadded(embedded, attention_mask, position_ids)
+        hidden = self.final_norm(self.hidden(rows, positions, sequences))
+        if places is not None:
+            hidden = hidden.new_zeros(embedded.shape[0] * embedded.shape[1], embedded.shape[2]).index_copy(
+                0, places, hidden
+            )
+        return BaseModelOutputWithPast(last_hidden_state=hidden.view(embedded.shape))  # type: ignore[arg-type]
+
+    def _own_reason(self, mask: Any, cache: Any, use_cache: bool | None, kwargs: dict[str, Any]) -> str | None:
+        """Why transformers' own forward runs: "" for calls that ask for it, words for settings, None to run fused."""
+        wants_cache = self.decoder.config.use_cache if use_cache is None else use_cache  # type: ignore[union-attr]
+        if cache is not None or (wants_cache and not torch.is_grad_enabled()) or (use_cache and wants_cache):
+            return ""
+        if not (mask is None or (isinstance(mask, Tensor) and mask.dim() == 2)):
+            return ""
+        config: Any = self.decoder.config
+        for name in ("output_hidden_states", "output_attentions"):
+            if kwargs.get(name, getattr(config, name, False)):
+                return ""
+        if kwargs.get("return_dict", True) is False:
+            return ""
+        device, dtype = self.norm.weight.device.type, self.norm.weight.dtype
+        if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) != dtype:
+            return f"autocast to {torch.get_autocast_dtype(device)} over weights of {dtype}"
+        return adapter_problem(self.layers)
+
+
+def unpadded(
+    embedded: Tensor, mask: Tensor | None, position_ids: Tensor | None
+) -> tuple[Tensor, Tensor | None, Sequences, Tensor]:
+    """Packed rows of a padded batch [B, S, H]: rows [T, H], their places in [B S] (None: all), sequences, positions.
+
+    mask: [B, S], 0 where there is padding, on either side; None: none, and then a single row whose positions start
+    again is several sequences, as transformers has it.
+    """
+    B, S, H = embedded.shape
+    if position_ids is None:
+        positions = torch.arange(S, device=embedded.device).expand(B, S)
+    else:
+        positions = position_ids.expand(B, S)
+    positions = positions.reshape(-1)
+    places = None
+    if mask is None:
+        starts = list(range(0, B * S, S))
+        if B == 1 and position_ids is not None:
+            jumps = (positions[1:] != positions[:-1] + 1).nonzero().flatten() + 1
+            starts = [0, *jumps.tolist()]
+        bounds = [*starts, B * S]
+        rows = embedded.reshape(B * S, H)
+    else:
+        live = mask.to(torch.bool)
+        bounds = [0, *live.sum(1).cumsum(0).tolist()]
+        places = live.reshape(-1).nonzero().flatten()
+        rows, positions = embedded.reshape(B * S, H)[places], positions[places]
+    cu_seqlens = torch.tensor(bounds, dtype=torch.int32)
+    prefix = torch.full((len(bounds) - 1,), -1, dtype=torch.int32)
+    return rows, places, Sequences.of(cu_seqlens, prefix, embedded.device), positions
+
+
+def adapter_problem(layers: Sequence[FusedLayer]) -> str | None:
+    """What about the adapters of now the fused layers cannot do, in words."""
+    seen: set[tuple] = set()
+    for layer in layers:
+        for projection in layer.projections:
+            for module in projection.modules:
+                m: Any = module
+                if not hasattr(m, "lora_A"):
+                    continue
+                if m.merged_adapters:
+                    return "an adapter is merged into the base"
+                if m._disable_adapters:
+                    seen.add(())
+                    continue
+                active = m.active_adapters
+                seen.add(tuple(active))
+                if len(active) != 1:
+                    return f"{len(active)} adapters are active at once"
+                if active[0] in m.lora_variant:
+                    return "the adapter is a variant of LoRA (DoRA or the like)"
+                if m.lora_bias.get(active[0], False):
+                    return "the adapter has biases"
+                if active[0] in m.lora_dropout and getattr(m.lora_dropout[active[0]], "p", 0) > 0:
+                    return f"lora dropout is {m.lora_dropout[active[0]].p}"
+    return "different adapters are active in different layers" if len(seen) > 1 else None
+
+
+def _unfit(layers: Sequence[FusedLayer], config: Any, family: Family) -> str | None:
+    """Why these layers cannot be run by the kernels, in words."""
+    for name in family.dropouts:
+        if getattr(config, name, 0):
+            return f"{name} is {getattr(config, name)}"
+    first = layers[0]
+    dtype = first.input_norm.weight.dtype
+    for layer in layers:
+        if layer.activation not in ACTIVATIONS:
+            return f'the activation "{layer.activation}"'
+        norms = (layer.input_norm, layer.mlp_norm, layer.attention_norm, layer.down_norm, *layer.qk_norm)
+        for norm in norms:
+            if norm is not None and norm.weight.dtype != dtype:
+                return f"norms of {dtype} and of {norm.weight.dtype}"
+        for projection in layer.projections:
+            for weight in projection.weights:
+                if isinstance(weight, Tensor) and weight.dtype != dtype:
+                    return f"linear weights of {weight.dtype} under norms of {dtype}"
+    if first.head_dim > MAX_D or first.projections[0].in_features > MAX_H:
+        return f"heads of {first.head_dim}, rows of {first.projections[0].in_features}"
+    return None
+
+
+def fuse(model: PeftModel) -> FusedDecoder | str:
+    """Run the decoder of `model` by fused layers from now on; or say in words why its own layers stay."""
+    base: Any = model.get_base_model()
+    decoder = base.get_decoder()
+    family = families.find(decoder.config.model_type)
+    if family is None:
+        return f'no fused layer for the architecture "{decoder.config.model_type}"'
+    known = type(decoder).__name__ == family.decoder and type(decoder).__module__.startswith("transformers.models.")
+    if not known or "past_key_values" not in inspect.signature(type(decoder).forward).parameters:
+        return f"{type(decoder).__module__}.{type(decoder).__name__} is not transformers' {family.decoder}"
+    try:
+        fused = FusedDecoder(model, decoder, family)
+    except ValueError as error:
+        return str(error)
+    why = adapter_problem(fused.layers)
+    if why is not None:
+        return why
+    decoder.forward = fused.forward
+    return fused

@@ -1,0 +1,174 @@
+"""The frozen weights and adapters of a decoder layer's linear modules, grouped by what they read.
+
+A `Projection` is one to three linear modules of the same input (q, k, v; o; gate, up; down), as transformers and PEFT
+hold them; `bind` looks up an adapter in them. A `Store` writes the frozen weights and that adapter into buffers of
+`rlft.kernels.lora`'s layout: decoded from NF4, or copied.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from rlft.kernels import lora
+from rlft.kernels.lora_group import LoraGroup, fill
+from rlft.kernels.nf4 import DecodePlan, Nf4Weight
+
+
+class Bound(NamedTuple):
+    """The adapter of a projection as it is now."""
+
+    group: LoraGroup
+    A: tuple[Tensor, ...]
+    """Per module [r, H]; an empty [0, H] where the module has no adapter."""
+    B: tuple[Tensor, ...]
+
+
+class Projection:
+    """Linear modules that read the same input; their outputs lie side by side."""
+
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        """modules: nn.Linear, bitsandbytes' Linear4bit, or PEFT's wrapper of one.
+
+        Raises ValueError for weights in a form that no kernel reads (`problem` says it in words).
+        """
+        self.modules = tuple(modules)
+        bases: list[Any] = [getattr(m, "base_layer", m) for m in modules]
+        why = next((w for m in bases if (w := problem(m)) is not None), None)
+        if why is not None:
+            raise ValueError(why)
+        self.weights = tuple(
+            Nf4Weight.from_bnb(m.weight) if getattr(m.weight, "quant_state", None) is not None else m.weight.detach()
+            for m in bases
+        )
+        self.out_features = tuple(int(w.shape[0]) for w in self.weights)
+        self.in_features = int(self.weights[0].shape[1])
+        self.out = sum(self.out_features)
+        self.bias = _joined([m.bias for m in bases], self.out_features)
+        self._bound: tuple[tuple, Bound] | None = None
+
+    @property
+    def quantized(self) -> bool:
+        """Whether any weight has to be decoded."""
+        return any(isinstance(w, Nf4Weight) for w in self.weights)
+
+    def bind(self, adapter: str | None) -> Bound:
+        """The adapter called `adapter` (None: no adapter) with its shapes and scales."""
+        A, B, scales, empty = [], [], [], torch.empty(0)
+        for module in self.modules:
+            if adapter is not None and adapter in getattr(module, "lora_A", ()):
+                A.append(module.lora_A[adapter].weight)  # type: ignore[index]
+                B.append(module.lora_B[adapter].weight)  # type: ignore[index]
+                scales.append(float(module.scaling[adapter]))  # type: ignore[index]
+            else:
+                A.append(empty)
+                B.append(empty)
+                scales.append(1.0)
+        key = (*(id(t) if t is not empty else 0 for t in (*A, *B)), *scales)
+        if self._bound is None or self._bound[0] != key:
+            group = LoraGroup(self.in_features, self.out_features, tuple(a.shape[0] for a in A), tuple(scales))
+            self._bound = (key, Bound(group, tuple(A), tuple(B)))
+        return self._bound[1]
+
+
+def _joined(biases: Sequence[Tensor | None], widths: Sequence[int]) -> Tensor | None:
+    """The biases one after the other, zeros where a module has none; None when none has one."""
+    some = next((b for b in biases if b is not None), None)
+    if some is None:
+        return None
+    return torch.cat([some.new_zeros(n) if b is None else b.detach() for b, n in zip(biases, widths, strict=True)])
+
+
+def problem(module: nn.Module) -> str | None:
+    """Why a linear module's weight cannot be read by our kernels, in words; None when it can."""
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor):
+        return f"{type(module).__name__} has no weight"
+    state = getattr(weight, "quant_state", None)
+    if state is not None:
+        try:
+            Nf4Weight.from_bnb(weight)
+        except ValueError as error:
+            return str(error)
+        return None
+    if not isinstance(module, nn.Linear) or not weight.is_floating_point():
+        return f"{type(module).__name__} with a weight of {weight.dtype}"
+    return None
+
+
+class _Bring:
+    """Writes the frozen weights of projections into buffers; what the decoder needs is made once."""
+
+    def __init__(self, projections: Sequence[Projection], bound: Sequence[Bound], buffers: Sequence[Tensor]) -> None:
+        self.buffers = tuple(buffers)
+        packed, places, self._plain = [], [], []
+        for projection, b, buffer in zip(projections, bound, buffers, strict=True):
+            for i, weight in enumerate(projection.weights):
+                place = buffer[b.group.rows(i), : projection.in_features]
+                if isinstance(weight, Nf4Weight):
+                    packed.append(weight)
+                    places.append(place)
+                else:
+                    self._plain.append((place, weight))
+        self._plan = DecodePlan(packed, places) if packed else None
+
+    def run(self) -> None:
+        if self._plan is not None:
+            self._plan.run()
+        for place, weight in self._plain:
+            place.copy_(weight)
+
+
+class Store:
+    """Where the layers' weights are brought to.
+
+    mode: "layer", one set of buffers that every layer's weights are brought to in turn, all at once; "group", one
+    buffer for one projection at a time, the least memory; "shadow", buffers of its own for each layer, brought once.
+    """
+
+    def __init__(self, mode: Literal["layer", "group", "shadow"] = "layer") -> None:
+        self.mode = mode
+        self._memory: Tensor | None = None
+        self._brought: dict[tuple, _Bring] = {}
+
+    def release(self) -> None:
+        """Give all buffers back."""
+        self._memory, self._brought = None, {}
+
+    def weights(
+        self, layer: int, projections: Sequence[Projection], bound: Sequence[Bound], like: Tensor
+    ) -> Callable[[int], Tensor]:
+        """Buffer of projection i, with weights and adapter in it; in mode "group" it is good until the next call."""
+        if self.mode == "group":
+            return lambda i: self._bring((layer, i), projections[i : i + 1], bound[i : i + 1], like)[0]
+        return self._bring((layer,), projections, bound, like).__getitem__
+
+    def _bring(
+        self, key: tuple, projections: Sequence[Projection], bound: Sequence[Bound], like: Tensor
+    ) -> tuple[Tensor, ...]:
+        shapes = [(b.group.out + b.group.tail, b.group.in_features + b.group.tail) for b in bound]
+        sizes = [rows * columns for rows, columns in shapes]
+        kept = self._brought.get(key)
+        if kept is None or [tuple(b.shape) for b in kept.buffers] != shapes or kept.buffers[0].dtype != like.dtype:
+            memory = like.new_empty(sum(sizes)) if self.mode == "shadow" else self._shared(sum(sizes), like)
+            parts = memory[: sum(sizes)].split(sizes)
+            kept = _Bring(projections, bound, [p.view(s) for p, s in zip(parts, shapes, strict=True)])
+            self._brought[key] = kept
+            if self.mode == "shadow":
+                kept.run()
+        if self.mode != "shadow":
+            kept.run()
+        for b, buffer in zip(bound, kept.buffers, strict=True):
+            if b.group.tail:
+                fill(b.group, b.A, b.B, *lora.operands(b.group, buffer))
+        return kept.buffers
+
+    def _shared(self, size: int, like: Tensor) -> Tensor:
+        """The memory that all layers share, made larger where a layer needs it."""
+        if self._memory is None or self._memory.numel() < size or self._memory.dtype != like.dtype:
+            self.release()
+            self._memory = like.new_empty(size)
+        return self._memory
