@@ -17,6 +17,7 @@ from rlft.config import Lora
 from rlft.models.fused import FusedDecoder, fuse
 from rlft.models.layer_steps import LEVELS
 from rlft.models.load import attach_lora
+from rlft.models.memory import Plan
 
 SIZES: dict[str, Any] = {
     "vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -84,11 +85,12 @@ def batch(padding: str, dtype: torch.dtype) -> tuple[Tensor, Tensor | None, Tens
     return ids, None if padding == "none" else mask, torch.randn(3, 11, 32, generator=g, dtype=torch.float64).to(dtype)
 
 
-def fused(model: PeftModel, level: int | None = None, tile: int = 64, mode: Any = "layer") -> FusedDecoder:
+def fused(model: PeftModel, level: int | None = None, mode: Any = "layer") -> FusedDecoder:
+    """level: of all layers, with tiles of 64 rows."""
     decoder = fuse(model)
     assert isinstance(decoder, FusedDecoder), decoder
-    decoder.tile, decoder.store.mode = tile, mode
-    decoder.levels = None if level is None else (level,) * len(decoder.layers)
+    if level is not None:
+        decoder.plan = Plan((level,) * len(decoder.layers), 64, mode, 2**20, 0, 0, 0)
     return decoder
 
 
@@ -114,7 +116,7 @@ def test_a_family_equals_transformers(name: str, dtype: torch.dtype, padding: st
     model = model_of(name, dtype)
     decoder = fused(model)
     got = run(model, *data)
-    assert decoder.choose_levels(data[2]) == (0, 0)
+    assert decoder.ran is not None and decoder.ran.levels == (0, 0)
     close(got, want, 1e-6 if dtype == torch.float64 else 2e-5)
 
 
@@ -132,7 +134,7 @@ def test_every_level_is_the_same_bit_for_bit(name: str, level: int, mode: str) -
     runs = []
     for at, where in ((0, "layer"), (level, mode)):
         model = model_of(name, torch.float32)
-        fused(model, at, tile=64, mode=where)
+        fused(model, at, where)
         runs.append(run(model, ids, None, upstream))
     assert torch.equal(runs[0][0], runs[1][0])
     assert all(torch.equal(runs[0][1][n], g) for n, g in runs[1][1].items())

@@ -16,6 +16,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
+from rlft.kernels import attention_backends as backends
 from rlft.kernels import rms_norm
 from rlft.kernels.attention import Sequences
 from rlft.kernels.qk_rope import MAX_D
@@ -28,6 +29,9 @@ from rlft.models.layer_modules import FusedLayer
 from rlft.models.layer_steps import Pass
 from rlft.models.offload import Offload
 from rlft.models.projection import Store
+
+STEP = 64 * 2**20
+"""Bytes that budgets are rounded to."""
 
 
 class FusedDecoder:
@@ -45,27 +49,33 @@ class FusedDecoder:
         eps = last.variance_epsilon if hasattr(last, "variance_epsilon") else last.eps
         self.norm = ops.Norm(last.weight.detach(), eps, family.gemma)
         self.store, self.offload = Store(), Offload()
-        self.levels: Sequence[int] | None = None
-        """Levels of the layers in every pass; None: chosen by memory at each pass."""
-        self.tile = memory.TILE
+        self.plan: memory.Plan | None = None
+        """How every pass runs; None: chosen for each by what memory is free."""
+        self.budget: float | None = None
+        """Bytes that a pass may take on the device; None: what is free."""
         self.shape = self._shape()
+        self.ran: memory.Plan | None = None
+        """The plan of the last pass."""
         self._told: set[str] = set()
 
     # ---- packed rows -------------------------------------------------------------------------------------------------
 
     def hidden(
         self, embedded: Tensor, position_ids: Tensor, sequences: Sequences,
-        gradients: dict[Tensor, Tensor] | None = None,
+        gradients: dict[Tensor, Tensor] | None = None, trained: int | None = None,
     ) -> Tensor:  # fmt: skip
         """The residual stream after the last layer, [T, H], before the final norm.
 
         embedded: [T, H]. position_ids: [T]. sequences: which rows attend to which. gradients: parameter -> fp32 buffer
-        that the backward adds its gradient to; without it autograd gets them.
+        that the backward adds its gradient to; without it autograd gets them. trained: rows that reach the head, for
+        the memory plan; None: all.
         """
         keep = torch.is_grad_enabled()
-        levels = self.choose_levels(embedded) if keep else ()
+        plan = self._plan(embedded, trained)
+        self.ran = plan
+        self.store.use(plan.store)
         run = Pass(
-            sequences, self._tables(embedded, position_ids), self.store, self.adapter(), levels, self.tile, keep,
+            sequences, self._tables(embedded, position_ids), self.store, self.adapter(), plan.levels, plan.tile, keep,
             gradients, self.offload,
         )  # fmt: skip
         x = embedded
@@ -77,9 +87,17 @@ class FusedDecoder:
         """The norm before the head; with gradient."""
         return rms_norm.rms_norm(hidden, *self.norm)
 
-    def choose_levels(self, embedded: Tensor) -> Sequence[int]:
-        """What each layer keeps for a backward of these rows."""
-        return self.levels or memory.levels(self.shape, embedded.shape[0], self.tile, memory.free(embedded.device))
+    def _plan(self, embedded: Tensor, trained: int | None) -> memory.Plan:
+        """How a pass over these rows runs."""
+        if self.plan is not None:
+            return self.plan
+        rows, device = embedded.shape[0], embedded.device
+        budget = memory.free(device) + self.store.bytes if self.budget is None else self.budget
+        if device.type == "cuda":
+            # In steps, so that plans are found again; a margin for what the allocator loses between blocks.
+            budget = budget * 0.95 // STEP * STEP
+        host = max(0.0, memory.host_free()) if device.type == "cuda" else 0.0
+        return memory.choose(self.shape, rows, rows if trained is None else trained, budget, host)
 
     def adapter(self) -> str | None:
         """Name of the adapter that is active now; None when adapters are off. Asserts what `_own_reason` checks."""
@@ -106,11 +124,12 @@ class FusedDecoder:
         weight = self.norm.weight
         q, kv = first.q_heads * first.head_dim, first.k_heads * first.head_dim
         return memory.Shape(
-            layers=len(self.layers), hidden=first.projections[0].in_features, qkv=q + 2 * kv, q=q, kv=kv,
-            q_heads=first.q_heads, intermediate=first.width, element=weight.element_size(),
-            tails=tuple(b.group.tail for b in bound), ranks=tuple(b.group.rank for b in bound),  # type: ignore[arg-type]
-            rotated_apart=first.qk_norm[0] is not None,
-            flash=weight.is_cuda and weight.dtype in (torch.bfloat16, torch.float16),
+            layers=len(self.layers), hidden=first.projections[0].in_features, q=q, kv=kv, q_heads=first.q_heads,
+            intermediate=first.width, vocab=self.decoder.config.vocab_size,  # type: ignore[arg-type,union-attr]
+            element=weight.element_size(), tails=tuple(b.group.tail for b in bound),  # type: ignore[arg-type]
+            ranks=tuple(b.group.rank for b in bound), qk_norm=first.qk_norm[0] is not None,  # type: ignore[arg-type]
+            post_norm=first.down_norm is not None,
+            attention=backends.choose(weight.device, weight.dtype, first.head_dim, first.attention.softcap),
         )  # fmt: skip
 
     # ---- transformers' callers ---------------------------------------------------------------------------------------
@@ -254,6 +273,9 @@ def fuse(model: PeftModel) -> FusedDecoder | str:
     """Run the decoder of `model` by fused layers from now on; or say in words why its own layers stay."""
     base: Any = model.get_base_model()
     decoder = base.get_decoder()
+    already = getattr(vars(decoder).get("forward"), "__self__", None)
+    if isinstance(already, FusedDecoder):
+        return already
     family = families.find(decoder.config.model_type)
     if family is None:
         return f'no fused layer for the architecture "{decoder.config.model_type}"'

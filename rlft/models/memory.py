@@ -1,24 +1,31 @@
-"""How many bytes a training pass takes, by closed formulae, and what each layer may keep within a budget.
+"""How many bytes a training pass takes, by closed formulae, and what each layer keeps within a budget.
 
-Every buffer of `rlft.models.layer` is counted where it is alive. With T rows, element size e, tile t:
+Every buffer of `rlft.models.layer` and of the head is counted where it is alive. With T rows, tiles of t rows:
 
     saved     per layer and level: what lies between forward and backward
-    forward   the layer in progress beyond what it keeps
-    backward  the layer in progress beyond what it kept
+    forward   of the layer in progress, beyond what it keeps
+    backward  of the layer in progress, beyond what it kept
     head      gathered rows, their norm and jacobian, one chunk of logits
+    scratch   where the frozen weights are decoded to
 
-and the peak is the largest of: all saved + forward, all saved + head, and for each layer, saved up to it + backward.
-Levels rise from the last layer to the first, since the last is needed first.
+The peak is the largest of: all saved + forward, all saved + head, and per layer, saved up to it + backward. Layers keep
+less from the last to the first, since the last is needed first. The base, the adapter and its optimiser are there
+before and after and are not in it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from itertools import pairwise
+from typing import Literal
 
 import torch
 
-TILE = 8192
+from rlft.kernels.logprobs import CHUNK_BYTES
+
+TILES = (8192, 4096, 2048, 1024)
 """Rows that a layer runs at a time outside attention."""
 GIB = 2**30
 
@@ -29,94 +36,203 @@ class Shape:
 
     layers: int
     hidden: int
-    qkv: int
     q: int
     """Columns of q: heads times head size."""
     kv: int
     """Columns of k, and of v."""
     q_heads: int
     intermediate: int
+    vocab: int
     element: int
     """Bytes of an activation."""
     tails: tuple[int, int, int, int]
     """Columns behind qkv, o, gate_up, down."""
     ranks: tuple[int, int, int, int]
-    rotated_apart: bool
+    qk_norm: bool
     """q and k have norms, so their rotated form is a tensor of its own."""
-    flash: bool
-    """A flash attention with a workspace of its own."""
+    post_norm: bool
+    """Norms behind attention and MLP."""
+    attention: str
+    """Back end of the attention."""
+
+    @property
+    def qkv(self) -> int:
+        """Columns of the qkv buffer, tail included."""
+        return self.q + 2 * self.kv + self.tails[0]
+
+    @property
+    def gate_up(self) -> int:
+        """Columns of the gate_up buffer, tail included."""
+        return 2 * self.intermediate + self.tails[2]
+
+    @property
+    def lse(self) -> int:
+        """Bytes of lse per row."""
+        return 4 * self.q_heads if self.attention in ("fa4", "fa2") else 0
 
 
-def saved(shape: Shape, level: int) -> int:
+Mode = Literal["layer", "group", "shadow"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a pass keeps, and how it runs."""
+
+    levels: tuple[int, ...]
+    tile: int
+    store: Mode
+    """Of `rlft.models.projection.Store`."""
+    chunk_bytes: int
+    """Of the head."""
+    saved: int
+    """Bytes between forward and backward, in the layers."""
+    work: int
+    """Bytes at the peak beyond `saved`, scratch included."""
+    host: int
+    """Bytes in host memory."""
+
+    @property
+    def peak(self) -> int:
+        """Bytes on the device at the highest point."""
+        return self.saved + self.work
+
+    def __str__(self) -> str:
+        counts = [(level, self.levels.count(level)) for level in sorted(set(self.levels))]
+        kept = ", ".join(f"{n} at L{level}" for level, n in counts)
+        host = f", {self.host / GIB:.2f} GiB on the host" if self.host else ""
+        return (
+            f"{kept}; {self.saved / GIB:.2f} GiB kept, {self.work / GIB:.2f} at work, tiles of {self.tile} rows{host}"
+        )
+
+
+def saved(s: Shape, level: int) -> int:
     """Device bytes per row that a layer keeps at `level`."""
-    s, e = shape, shape.element
-    x, s_down = e * s.hidden, e * s.ranks[3]
-    attention = e * s.q + (4 * s.q_heads if s.flash else 0)
-    qkv = e * (s.qkv + s.tails[0] + s.ranks[0])
-    mlp = e * (s.hidden + 2 * s.intermediate + s.tails[2])
+    e = s.element
+    x, s_down, attention = e * s.hidden, e * s.ranks[3], e * s.q + s.lse
+    qkv, mlp = e * (s.qkv + s.ranks[0]), e * (s.hidden + s.gate_up)
     return s_down + (x + attention + qkv + mlp, x + attention + qkv, x + attention, x, 0, 0)[level]
 
 
-def on_host(shape: Shape, level: int) -> int:
+def on_host(s: Shape, level: int) -> int:
     """Host bytes per row of a layer at `level`."""
-    x, attention = shape.element * shape.hidden, shape.element * shape.q + 4 * shape.q_heads
+    x, attention = s.element * s.hidden, s.element * s.q + s.lse
     return (0, 0, 0, 0, x + attention, x)[level]
 
 
-def forward_work(shape: Shape, rows: int, tile: int) -> int:
-    """Bytes of a layer's forward beyond its input and what it keeps at L2."""
-    s, e, t = shape, shape.element, min(rows, tile)
-    attention = rows * e * (s.qkv + s.tails[0] + s.q + (s.q + s.kv if s.rotated_apart else 0))
-    n = e * (s.hidden + max(s.tails[0], s.tails[2]))
-    mlp = rows * e * (s.hidden + s.q) + t * e * (2 * s.intermediate + s.intermediate + s.tails[3])
-    return max(attention + t * n, mlp, rows * e * (s.hidden + s.q) + t * (n + e * (s.hidden + 2 * s.intermediate)))
-
-
-def backward_work(shape: Shape, rows: int, tile: int, level: int) -> int:
-    """Bytes of a layer's backward beyond what it kept at `level`."""
-    s, e, t = shape, shape.element, min(rows, tile)
+def forward_work(s: Shape, rows: int, tile: int, level: int) -> int:
+    """Bytes of a layer's forward beyond its input and what it keeps at `level`."""
+    e, t = s.element, min(rows, tile)
+    qkv = 0 if level in (0, 1) else e * s.qkv
+    rotated = e * (s.q + s.kv) if s.qk_norm else 0
+    attended = 0 if level in (0, 1, 2) else e * s.q + s.lse
+    n = e * (s.hidden + max(s.tails))
+    gates = 0 if level == 0 else e * 2 * s.intermediate
+    post = e * 2 * s.hidden if s.post_norm else 0
+    mlp = max(e * s.hidden + n, gates + max(n, e * (s.intermediate + s.tails[3])) + post)
+    # x of the layers that keep none is still there while they run.
     x = e * s.hidden if level in (4, 5) else 0
-    attention = 0 if level in (0, 1, 2) else e * s.q + 4 * s.q_heads
-    always = rows * (x + attention + e * (s.hidden + s.hidden + s.tails[1] + s.q))  # dout, dmid, dattended
-    n, dy = e * (s.hidden + s.tails[2]), e * (s.hidden + s.tails[3])
-    kept_gates = 0 if level == 0 else e * (2 * s.intermediate + s.tails[2] + s.hidden + s.tails[1])
-    partial = 4 * 16 * (2 * s.intermediate // 256) if max(s.ranks) else 0
-    mlp = t * (n + dy + kept_gates + e * s.intermediate + partial)
-    qkv = 0 if level in (0, 1) else e * (s.qkv + s.tails[0] + s.ranks[0])
-    rotated = e * (s.q + s.kv) if s.rotated_apart else 0
-    # fp32 sums of dq, dk and dv, and the gradients themselves.
-    flash = 4 * (s.q + 2 * s.kv + 2 * s.q_heads) if s.flash else 4 * s.q
-    attended = rows * (qkv + rotated + e * s.qkv + flash)
-    return always + max(mlp, attended, rows * qkv + t * 2 * n)
+    return rows * x + max(rows * (qkv + rotated + attended), rows * (attended + e * s.hidden) + t * mlp)
 
 
-def peak(shape: Shape, levels: tuple[int, ...], rows: int, tile: int = TILE, head: int = 0) -> int:
-    """Bytes at the highest point of a pass with its backward. head: bytes of the head."""
-    kept = [rows * saved(shape, level) for level in levels]
-    hidden = rows * shape.element * shape.hidden
-    highest = sum(kept) + hidden + max(head, forward_work(shape, rows, tile))
-    below = 0
-    for level, own in zip(levels, kept, strict=True):
-        below += own
-        highest = max(highest, below + backward_work(shape, rows, tile, level))
-    return highest
+def backward_work(s: Shape, rows: int, tile: int, level: int) -> int:
+    """Bytes of a layer's backward beyond what it kept at `level`."""
+    e, t = s.element, min(rows, tile)
+    H, T = e * s.hidden, e * s.tails[1]
+    back = (H if level in (4, 5) else 0) + (0 if level in (0, 1, 2) else e * s.q + s.lse)
+    qkv = 0 if level in (0, 1) else e * (s.qkv + s.ranks[0])
+    gradients = H + H + T  # of the output and of mid
+    # The MLP, tile by tile.
+    mid, gate_up = (0, 0) if level == 0 else (H + T, e * s.gate_up)
+    n, post = H + e * s.tails[2], (e * (s.intermediate + 3 * s.hidden) if s.post_norm else 0)
+    partial = 4 * 16 * -(-2 * s.intermediate // 256) if s.ranks[2] else 0
+    tiled = n + mid + gate_up + post + max(H + e * (s.tails[3] + s.intermediate), H + partial)
+    mlp = rows * (e * s.q + (qkv if level in (3, 5) else 0)) + t * tiled
+    # Attention: rotated q and k, dq, dk, dv, and the back end's own sums; mid, gate and up are gone.
+    rotated = e * (s.q + s.kv) if s.qk_norm else 0
+    own = {"fa4": 4 * (s.q + 2 * s.kv + 2 * s.q_heads), "fa2": 4 * (s.q + s.q_heads) + 2 * e * s.q * (s.q > s.kv)}
+    gone = e * (s.hidden + s.gate_up + s.ranks[3]) if level == 0 else 0
+    attention = rows * (e * s.q + qkv + rotated + e * (s.q + 2 * s.kv) + own.get(s.attention, 4 * e * s.q) - gone)
+    inputs = rows * (qkv - gone) + t * (n + H)
+    return rows * (back + gradients) + max(mlp, attention, inputs)
 
 
-def levels(shape: Shape, rows: int, tile: int, budget: float, head: int = 0, host: float = 0) -> tuple[int, ...]:
-    """Levels of all layers, the cheapest in time whose peak is within `budget` bytes and `host` bytes of host memory.
+def head_work(s: Shape, rows: int, trained: int, chunk_bytes: int) -> int:
+    """Bytes from the last layer's output to the log-probs: rows of the decoder, of which `trained` reach the head."""
+    e, wide = s.element, max(4, s.element)
+    chunk = min(max(1, chunk_bytes // (s.vocab * (wide + e))), max(1, trained))
+    columns = -(-s.vocab // 64) * 64
+    return e * s.hidden * (rows + 3 * trained) + chunk * (columns * (wide + e) + s.hidden * (wide + e))
 
-    The last resort where nothing fits is the smallest.
+
+def scratch(s: Shape, mode: Mode) -> int:
+    """Bytes of the buffers that frozen weights are brought to."""
+    groups = [
+        (s.q + 2 * s.kv + s.tails[0]) * (s.hidden + s.tails[0]), (s.hidden + s.tails[1]) * (s.q + s.tails[1]),
+        (2 * s.intermediate + s.tails[2]) * (s.hidden + s.tails[2]),
+        (s.hidden + s.tails[3]) * (s.intermediate + s.tails[3]),
+    ]  # fmt: skip
+    return s.element * {"layer": sum(groups), "group": max(groups), "shadow": s.layers * sum(groups)}[mode]
+
+
+@dataclass(frozen=True)
+class _Setting:
+    """A way to run, before its levels are chosen."""
+
+    tile: int
+    store: Mode
+    chunk_bytes: int
+
+
+def evaluate(s: Shape, rows: int, trained: int, mixed: tuple[int, int, int], how: _Setting) -> Plan:
+    """The plan of `count` layers at level `lower`, the first ones, and the others at `upper`. mixed: (count, lower,
+    upper)."""
+    count, lower, upper = mixed
+    levels = (lower,) * count + (upper,) * (s.layers - count)
+    low, all_ = rows * count * saved(s, lower), rows * sum(saved(s, level) for level in levels)
+    highest = all_ + head_work(s, rows, trained, how.chunk_bytes)
+    for level, kept, there in ((lower, low, count), (upper, all_, s.layers - count)):
+        if there:
+            highest = max(highest, kept + backward_work(s, rows, how.tile, level))
+            highest = max(highest, kept + forward_work(s, rows, how.tile, level))
+    work = highest - all_ + scratch(s, how.store)
+    host = rows * sum(on_host(s, level) for level in levels)
+    return Plan(levels, how.tile, how.store, how.chunk_bytes, all_, work, host)
+
+
+def _settings() -> Iterator[_Setting]:
+    """From the fastest to the smallest."""
+    for tile in TILES:
+        yield _Setting(tile, "layer", CHUNK_BYTES)
+    yield _Setting(TILES[-1], "layer", CHUNK_BYTES // 2)
+    yield _Setting(TILES[-1], "group", CHUNK_BYTES // 2)
+
+
+@cache
+def choose(s: Shape, rows: int, trained: int, budget: float, host: float) -> Plan:
+    """The plan that takes least time among those within `budget` bytes on the device and `host` bytes on the host.
+
+    Where none fits, the smallest one; its peak is above the budget then.
     """
-    order = (0, 1, 2, 4, 5) if host else (0, 1, 2, 3)
-    smallest = (order[-1],) * shape.layers
-    for upper, lower in pairwise(order):
-        for count in range(shape.layers + 1):
-            mixed = (lower,) * count + (upper,) * (shape.layers - count)
-            if rows * sum(on_host(shape, level) for level in mixed) > host:
+    order = (0, 1, 2, 4, 5) if host > 0 else (0, 1, 2, 3)
+    best = None
+    for how in _settings():
+        for rank, (upper, lower) in enumerate(pairwise(order)):
+            plans = (evaluate(s, rows, trained, (n, lower, upper), how) for n in range(s.layers + 1))
+            found = next((p for p in plans if p.peak <= budget and p.host <= host), None)
+            if found is not None:
+                # A level costs tens of percent of the time, a tile of half the rows one or two.
+                cost = (
+                    (rank + found.levels.count(lower) / s.layers) * 10 + TILES.index(how.tile) + (how.store != "layer")
+                )
+                if best is None or cost < best[0]:
+                    best = (cost, found)
                 break
-            if peak(shape, mixed, rows, tile, head) <= budget:
-                return mixed
-    return smallest
+        if best is not None and best[0] == 0:
+            break
+    if best is not None:
+        return best[1]
+    *_, smallest = _settings()
+    return evaluate(s, rows, trained, (s.layers, order[-1], order[-1]), smallest)
 
 
 def free(device: torch.device) -> float:
@@ -125,3 +241,18 @@ def free(device: torch.device) -> float:
         return float("inf")
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return torch.cuda.mem_get_info(device)[0] + unused
+
+
+def host_free() -> float:
+    """Bytes of host memory that may be used for offloading: the limit of this process's group, less 16 GiB."""
+    limit = float("inf")
+    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        try:
+            with open(path, encoding="ascii") as file:
+                text = file.read().strip()
+        except OSError:
+            continue
+        limit = min(limit, float("inf") if text == "max" else float(text))
+    with open("/proc/meminfo", encoding="ascii") as file:
+        total = next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemTotal"))
+    return max(0.0, min(limit, total) - 16 * GIB)

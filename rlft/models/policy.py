@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from rlft.errors import ConfigError
 from rlft.kernels.attention import Sequences, varlen_attention
-from rlft.kernels.logprobs import linear_logprobs
+from rlft.kernels.logprobs import CHUNK_BYTES, linear_logprobs
 from rlft.models.adapter import FlatAdapter
 from rlft.models.fused import FusedDecoder, fuse
 from rlft.types import Batch
@@ -106,9 +106,11 @@ class Policy:
         batch = batch.to(self.device)
         rows = batch.train_mask.nonzero().squeeze(1)
         hidden = self._hidden(batch, sequences, batch.source[rows])
+        plan = None if self.fused is None else self.fused.ran
+        chunk_bytes = CHUNK_BYTES if plan is None else plan.chunk_bytes
         logprobs, entropy = linear_logprobs(
             hidden, self._head, batch.input_ids[rows], batch.temperature, self._softcap,
-            self._logit_scale,
+            self._logit_scale, chunk_bytes,
         )  # fmt: skip
         zeros = torch.zeros(batch.input_ids.shape, dtype=logprobs.dtype, device=self.device)
         return zeros.index_put((rows,), logprobs), zeros.index_put((rows,), entropy)
@@ -118,7 +120,7 @@ class Policy:
         if self.fused is not None:
             embedded = self._decoder.get_input_embeddings()(batch.input_ids)
             gradients = self.flat.gradients if torch.is_grad_enabled() else None
-            hidden = self.fused.hidden(embedded, batch.position_ids, sequences, gradients)
+            hidden = self.fused.hidden(embedded, batch.position_ids, sequences, gradients, rows.numel())
             # A norm is of one row: only the rows that are asked for need it.
             return self.fused.final_norm(hidden[rows])
         with self._packed():

@@ -134,6 +134,18 @@ class Store:
         self._memory: Tensor | None = None
         self._brought: dict[tuple, _Bring] = {}
 
+    @property
+    def bytes(self) -> int:
+        """Memory that is held."""
+        kept = [self._memory] if self.mode != "shadow" else [b for k in self._brought.values() for b in k.buffers]
+        return sum(t.numel() * t.element_size() for t in kept if t is not None)
+
+    def use(self, mode: Literal["layer", "group", "shadow"]) -> None:
+        """Change the mode; what was held for another one is given back."""
+        if mode != self.mode:
+            self.release()
+            self.mode = mode
+
     def release(self) -> None:
         """Give all buffers back."""
         self._memory, self._brought = None, {}
