@@ -43,7 +43,8 @@ class FlatAdapter:
         values = torch.cat([p.detach().reshape(-1).to(dtype) for p in self.parameters.values()])
         self.flat = nn.Parameter(values)
         self.flat.grad = torch.zeros_like(values)
-        self.start = values.clone()
+        # In host memory: it is rarely wanted, and where every B was 0 it is the base itself.
+        self.start = values.cpu().clone()
         self.fresh = all(not p.any() for n, p in self.parameters.items() if ".lora_B." in n)
         """True when every B was 0 at first, so that the starting policy is the base itself."""
         offset = 0

@@ -3,13 +3,14 @@
 `fuse` looks whether every layer can be run by `rlft.models.layer` and, where it can, replaces `forward` on the decoder
 *instance*. Trainer and TRL then run fused layers too: a padded batch is unpadded once at the entry and padded again at
 the exit. Calls that want something else (a cache, a 4-D mask, hidden states of layers) run transformers' own forward.
+Modules that were replaced, moved, cast or written to since are looked at again, so that no call runs on old tensors.
 """
 
 from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from rlft.kernels.rms_norm import MAX_H
 from rlft.kernels.swiglu import ACTIVATIONS
 from rlft.models import families, memory, ops
 from rlft.models.families import Family
+from rlft.models.graphs import Graphs, worth_it
 from rlft.models.layer import run_layer
 from rlft.models.layer_modules import FusedLayer
 from rlft.models.layer_steps import Pass
@@ -39,24 +41,62 @@ class FusedDecoder:
 
     def __init__(self, model: PeftModel, decoder: nn.Module, family: Family) -> None:
         """Raises ValueError, saying why, for a decoder that fused layers cannot run."""
-        self.model, self.decoder = model, decoder
-        config: Any = decoder.config
-        self.layers = [FusedLayer(module, i, family, config) for i, module in enumerate(decoder.layers)]  # type: ignore[arg-type]
-        why = _unfit(self.layers, config, family)
-        if why is not None:
-            raise ValueError(why)
-        last: Any = decoder.norm
-        eps = last.variance_epsilon if hasattr(last, "variance_epsilon") else last.eps
-        self.norm = ops.Norm(last.weight.detach(), eps, family.gemma)
-        self.store, self.offload = Store(), Offload()
+        self.model, self.decoder, self.family = model, decoder, family
         self.plan: memory.Plan | None = None
         """How every pass runs; None: chosen for each by what memory is free."""
         self.budget: float | None = None
         """Bytes that a pass may take on the device; None: what is free."""
-        self.shape = self._shape()
+        self._begin()
+        why = self._look()
+        if why is not None:
+            raise ValueError(why)
+
+    def _begin(self) -> None:
+        self.store, self.offload = Store(), Offload()
         self.ran: memory.Plan | None = None
         """The plan of the last pass."""
         self._told: set[str] = set()
+        self._parts: list[nn.Module] = []
+        self._held: list[tuple] = []
+        self._why: str | None = None
+
+    def _look(self) -> str | None:
+        """Take the decoder's modules as they are now; says in words why they cannot be run."""
+        parts = list(_parts(self.decoder, self.family))
+        held = [state for part in parts for state in _state(part)]
+        if parts == self._parts and held == self._held:
+            return self._why
+        self._parts, self._held = parts, held
+        self.store.release()
+        self.graphs: Graphs | None = None
+        """CUDA graphs of short passes; None: never."""
+        config, last = self.decoder.config, self.decoder.norm
+        try:
+            self.layers = [FusedLayer(m, i, self.family, config) for i, m in enumerate(self.decoder.layers)]  # type: ignore[arg-type]
+            self._why = _unfit(self.layers, config, self.family)
+        except ValueError as error:
+            self._why = str(error)
+        if self._why is None and any(trained for *_, trained in held):
+            self._why = "weights of the base are trained"
+        if self._why is None:
+            eps: Any = last.variance_epsilon if hasattr(last, "variance_epsilon") else last.eps  # type: ignore[union-attr]
+            self.norm = ops.Norm(last.weight.detach(), eps, self.family.gemma)  # type: ignore[union-attr,operator]
+            self.shape = self._shape()
+            if self.norm.weight.is_cuda and self.shape.attention in ("fa4", "fa2"):
+                self.graphs = Graphs()
+        return self._why
+
+    def problem(self) -> str | None:
+        """Why the fused layers cannot run the modules and adapters of now, in words; None: they can."""
+        return self._look() or hooked(self._parts) or adapter_problem(self.layers)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy of a model (deepcopy, pickle) has modules of its own, which it looks at when it first runs.
+        return {name: getattr(self, name) for name in ("model", "decoder", "family", "plan", "budget")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._begin()
 
     # ---- packed rows -------------------------------------------------------------------------------------------------
 
@@ -70,17 +110,28 @@ class FusedDecoder:
         that the backward adds its gradient to; without it autograd gets them. trained: rows that reach the head, for
         the memory plan; None: all.
         """
+        if torch.is_inference_mode_enabled():
+            # Buffers made in inference mode could not be written to outside it.
+            with torch.inference_mode(False), torch.no_grad():
+                return self.hidden(embedded, position_ids, sequences, gradients, trained)
         keep = torch.is_grad_enabled()
         plan = self._plan(embedded, trained)
         self.ran = plan
         self.store.use(plan.store)
+        tables, adapter = self._tables(embedded, position_ids), self.adapter()
+        if keep and gradients and self.graphs is not None and worth_it(self.layers, plan, sequences, embedded.shape[0]):
+            hidden = self.graphs.run(self.layers, self.store, adapter, plan, gradients, embedded, tables, sequences)
+            if hidden is not None:
+                return hidden
         run = Pass(
-            sequences, self._tables(embedded, position_ids), self.store, self.adapter(), plan.levels, plan.tile, keep,
-            gradients, self.offload,
+            sequences, tables, self.store, adapter, plan.levels, plan.tile, keep, gradients, self.offload
         )  # fmt: skip
         x = embedded
         for layer in self.layers:
             x = run_layer(layer, x, run)
+        if plan.store == "group":
+            # Where memory is that short, the head has it in between.
+            self.store.release()
         return x
 
     def final_norm(self, hidden: Tensor) -> Tensor:
@@ -93,9 +144,10 @@ class FusedDecoder:
             return self.plan
         rows, device = embedded.shape[0], embedded.device
         budget = memory.free(device) + self.store.bytes if self.budget is None else self.budget
-        if device.type == "cuda":
-            # In steps, so that plans are found again; a margin for what the allocator loses between blocks.
-            budget = budget * 0.95 // STEP * STEP
+        if self.graphs is not None and self.budget is None:
+            budget -= self.graphs.bytes
+        # In steps, so that plans are found again; a margin for what the allocator loses between blocks.
+        budget = budget * 0.95 // STEP * STEP
         host = max(0.0, memory.host_free()) if device.type == "cuda" else 0.0
         return memory.choose(self.shape, rows, rows if trained is None else trained, budget, host)
 
@@ -105,7 +157,8 @@ class FusedDecoder:
             for projection in layer.projections:
                 for module in projection.modules:
                     if hasattr(module, "lora_A"):
-                        return None if module.disable_adapters else module.active_adapters[0]  # type: ignore[index]
+                        active: Any = module.active_adapters
+                        return None if module.disable_adapters or not active else active[0]
         return None
 
     def _tables(self, embedded: Tensor, position_ids: Tensor) -> dict[str | None, tuple[Tensor, Tensor]]:
@@ -176,15 +229,20 @@ class FusedDecoder:
         if not (mask is None or (isinstance(mask, Tensor) and mask.dim() == 2)):
             return ""
         config: Any = self.decoder.config
+        if not kwargs.get("is_causal", getattr(config, "is_causal", True)):
+            return ""
         for name in ("output_hidden_states", "output_attentions"):
             if kwargs.get(name, getattr(config, name, False)):
                 return ""
-        if kwargs.get("return_dict", True) is False:
+        if kwargs.get("return_dict", getattr(config, "return_dict", True)) is False:
             return ""
+        why = self.problem()
+        if why is not None:
+            return why
         device, dtype = self.norm.weight.device.type, self.norm.weight.dtype
         if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) != dtype:
             return f"autocast to {torch.get_autocast_dtype(device)} over weights of {dtype}"
-        return adapter_problem(self.layers)
+        return None
 
 
 def unpadded(
@@ -192,8 +250,8 @@ def unpadded(
 ) -> tuple[Tensor, Tensor | None, Sequences, Tensor]:
     """Packed rows of a padded batch [B, S, H]: rows [T, H], their places in [B S] (None: all), sequences, positions.
 
-    mask: [B, S], 0 where there is padding, on either side; None: none, and then a single row whose positions start
-    again is several sequences, as transformers has it.
+    mask: [B, S], 0 where there is padding, on either side; None: none, and then a row whose positions do not go on by 1
+    is several sequences, as transformers has it.
     """
     B, S, H = embedded.shape
     if position_ids is None:
@@ -204,9 +262,9 @@ def unpadded(
     places = None
     if mask is None:
         starts = list(range(0, B * S, S))
-        if B == 1 and position_ids is not None:
+        if position_ids is not None:
             jumps = (positions[1:] != positions[:-1] + 1).nonzero().flatten() + 1
-            starts = [0, *jumps.tolist()]
+            starts = sorted({*starts, *jumps.tolist()})
         bounds = [*starts, B * S]
         rows = embedded.reshape(B * S, H)
     else:
@@ -235,7 +293,9 @@ def adapter_problem(layers: Sequence[FusedLayer]) -> str | None:
                     continue
                 active = m.active_adapters
                 seen.add(tuple(active))
-                if len(active) != 1:
+                if not active:
+                    continue
+                if len(active) > 1:
                     return f"{len(active)} adapters are active at once"
                 if active[0] in m.lora_variant:
                     return "the adapter is a variant of LoRA (DoRA or the like)"
@@ -244,6 +304,39 @@ def adapter_problem(layers: Sequence[FusedLayer]) -> str | None:
                 if active[0] in m.lora_dropout and getattr(m.lora_dropout[active[0]], "p", 0) > 0:
                     return f"lora dropout is {m.lora_dropout[active[0]].p}"
     return "different adapters are active in different layers" if len(seen) > 1 else None
+
+
+def hooked(parts: Sequence[nn.Module]) -> str | None:
+    """Which module has a hook or a `forward` of somebody's, which fused layers would not call, in words."""
+    for part in parts:
+        name = type(part).__name__
+        if "forward" in vars(part):
+            return f"the forward of a {name} was replaced"
+        for hooks in (part._forward_hooks, part._forward_pre_hooks, part._backward_hooks, part._backward_pre_hooks):
+            # transformers' own stay after the first call that asked for hidden states, and do nothing in other calls.
+            if any(getattr(h, "__module__", "") != "transformers.utils.output_capturing" for h in hooks.values()):
+                return f"a {name} has a hook"
+    return None
+
+
+def _parts(decoder: nn.Module, family: Family) -> Iterator[nn.Module]:
+    """The modules that fused layers run in place of: layers, blocks, projections, norms."""
+    f = family
+    norms = (f.input_norm, f.mlp_norm, f.attention_norm, f.down_norm, *(f.qk_norm or ()))
+    names = [n for n in (*f.qkv, f.out, *f.gate_up, f.down, *norms) if n is not None]
+    blocks = sorted({n.rpartition(".")[0] for n in names} - {""})
+    for layer in decoder.layers:  # type: ignore[union-attr]
+        yield layer
+        for name in (*blocks, *names):
+            yield layer.get_submodule(name)
+    yield decoder.norm  # type: ignore[misc]
+
+
+def _state(part: nn.Module) -> Iterator[tuple]:
+    """Place, type and version of a frozen module's tensors, and whether they are trained."""
+    for p in getattr(part, "base_layer", part)._parameters.values():  # type: ignore[union-attr]
+        if p is not None:
+            yield p.data_ptr(), p.dtype, 0 if p.is_inference() else p._version, p.requires_grad
 
 
 def _unfit(layers: Sequence[FusedLayer], config: Any, family: Family) -> str | None:
@@ -260,6 +353,8 @@ def _unfit(layers: Sequence[FusedLayer], config: Any, family: Family) -> str | N
         for norm in norms:
             if norm is not None and norm.weight.dtype != dtype:
                 return f"norms of {dtype} and of {norm.weight.dtype}"
+            if norm is not None and norm.weight.device != first.input_norm.weight.device:
+                return f"layers on {first.input_norm.weight.device} and on {norm.weight.device}"
         for projection in layer.projections:
             for weight in projection.weights:
                 if isinstance(weight, Tensor) and weight.dtype != dtype:
@@ -275,7 +370,8 @@ def fuse(model: PeftModel) -> FusedDecoder | str:
     decoder = base.get_decoder()
     already = getattr(vars(decoder).get("forward"), "__self__", None)
     if isinstance(already, FusedDecoder):
-        return already
+        already.model = model
+        return already.problem() or already
     family = families.find(decoder.config.model_type)
     if family is None:
         return f'no fused layer for the architecture "{decoder.config.model_type}"'
@@ -286,7 +382,7 @@ def fuse(model: PeftModel) -> FusedDecoder | str:
         fused = FusedDecoder(model, decoder, family)
     except ValueError as error:
         return str(error)
-    why = adapter_problem(fused.layers)
+    why = fused.problem()
     if why is not None:
         return why
     decoder.forward = fused.forward

@@ -35,12 +35,12 @@ def run_layer(layer: FusedLayer, x: Tensor, run: Pass) -> Tensor:
     """x [T, H] after the layer, with gradient to x and to the adapter where `run.keep`."""
     bound = layer.bind(run.adapter)
     if not run.keep:
-        return _Forward(layer, run, bound, x)(x, None)
+        return Forward(layer, run, bound, x)(x, None)
     parameters = [t for b in bound for ts in (b.A, b.B) for t in ts if t.numel()]
     return _Layer.apply(x, layer, run, bound, *parameters)  # type: ignore[return-value]
 
 
-class _Forward(Steps):
+class Forward(Steps):
     def __call__(self, x: Tensor, kept: Kept | None) -> Tensor:
         """The layer's output; fills `kept` as far as its level says."""
         level = self.run.levels[self.layer.index] if kept is not None else None
@@ -94,7 +94,7 @@ class _Layer(torch.autograd.Function):
     def forward(ctx, x, layer, run, bound, *parameters):  # type: ignore[override]
         level = run.levels[layer.index]
         kept = Kept(x=None)
-        out = _Forward(layer, run, bound, x)(x, kept)
+        out = Forward(layer, run, bound, x)(x, kept)
         if level in (4, 5):
             assert run.offload is not None
             run.offload.put(layer.index, x, kept.attention)

@@ -15,6 +15,7 @@ before and after and are not in it.
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -24,6 +25,7 @@ from typing import Literal
 import torch
 
 from rlft.kernels.logprobs import CHUNK_BYTES
+from rlft.models.offload import AHEAD
 
 TILES = (8192, 4096, 2048, 1024)
 """Rows that a layer runs at a time outside attention."""
@@ -139,6 +141,8 @@ def backward_work(s: Shape, rows: int, tile: int, level: int) -> int:
     e, t = s.element, min(rows, tile)
     H, T = e * s.hidden, e * s.tails[1]
     back = (H if level in (4, 5) else 0) + (0 if level in (0, 1, 2) else e * s.q + s.lse)
+    # Layers whose copies back from the host are on their way.
+    back += min(AHEAD, s.layers - 1) * on_host(s, level)
     qkv = 0 if level in (0, 1) else e * (s.qkv + s.ranks[0])
     gradients = H + H + T  # of the output and of mid
     # The MLP, tile by tile.
@@ -189,22 +193,33 @@ def evaluate(s: Shape, rows: int, trained: int, mixed: tuple[int, int, int], how
     count, lower, upper = mixed
     levels = (lower,) * count + (upper,) * (s.layers - count)
     low, all_ = rows * count * saved(s, lower), rows * sum(saved(s, level) for level in levels)
-    highest = all_ + head_work(s, rows, trained, how.chunk_bytes)
+    # In mode "group" the scratch is given back for the head.
+    own = scratch(s, how.store)
+    highest = all_ + head_work(s, rows, trained, how.chunk_bytes) + (0 if how.store == "group" else own)
     for level, kept, there in ((lower, low, count), (upper, all_, s.layers - count)):
         if there:
-            highest = max(highest, kept + backward_work(s, rows, how.tile, level))
-            highest = max(highest, kept + forward_work(s, rows, how.tile, level))
-    work = highest - all_ + scratch(s, how.store)
+            highest = max(highest, own + kept + backward_work(s, rows, how.tile, level))
+            highest = max(highest, own + kept + forward_work(s, rows, how.tile, level))
+    work = highest - all_
     host = rows * sum(on_host(s, level) for level in levels)
     return Plan(levels, how.tile, how.store, how.chunk_bytes, all_, work, host)
 
 
 def _settings() -> Iterator[_Setting]:
     """From the fastest to the smallest."""
-    for tile in TILES:
-        yield _Setting(tile, "layer", CHUNK_BYTES)
-    yield _Setting(TILES[-1], "layer", CHUNK_BYTES // 2)
-    yield _Setting(TILES[-1], "group", CHUNK_BYTES // 2)
+    for store in ("shadow", "layer"):
+        for tile in TILES:
+            yield _Setting(tile, store, CHUNK_BYTES)
+    for store in ("layer", "group"):
+        for tile in TILES[2:]:
+            yield _Setting(tile, store, CHUNK_BYTES // 2)
+
+
+def _cost(how: _Setting, rank: int, share: float, rows: int) -> float:
+    """Percent of a step's time that a plan costs, roughly: a level ten, half a tile one; decoding takes as long for few
+    rows as for many."""
+    decode = {"shadow": 0, "layer": 16384, "group": 3 * 16384}[how.store] / max(1, rows)
+    return 10 * (rank + share) + TILES.index(how.tile) + decode + (how.chunk_bytes < CHUNK_BYTES)
 
 
 @cache
@@ -214,19 +229,20 @@ def choose(s: Shape, rows: int, trained: int, budget: float, host: float) -> Pla
     Where none fits, the smallest one; its peak is above the budget then.
     """
     order = (0, 1, 2, 4, 5) if host > 0 else (0, 1, 2, 3)
-    best = None
+    best: tuple[float, Plan] | None = None
     for how in _settings():
         for rank, (upper, lower) in enumerate(pairwise(order)):
-            plans = (evaluate(s, rows, trained, (n, lower, upper), how) for n in range(s.layers + 1))
-            found = next((p for p in plans if p.peak <= budget and p.host <= host), None)
-            if found is not None:
-                # A level costs tens of percent of the time, a tile of half the rows one or two.
-                cost = (
-                    (rank + found.levels.count(lower) / s.layers) * 10 + TILES.index(how.tile) + (how.store != "layer")
-                )
-                if best is None or cost < best[0]:
-                    best = (cost, found)
-                break
+
+            def fits(n: int, lower: int = lower, upper: int = upper, how: _Setting = how) -> bool:
+                return evaluate(s, rows, trained, (n, lower, upper), how).peak <= budget
+
+            n = bisect.bisect_left(range(s.layers + 1), True, key=fits)
+            if n > s.layers:
+                continue
+            plan, cost = evaluate(s, rows, trained, (n, lower, upper), how), _cost(how, rank, n / s.layers, rows)
+            if plan.host <= host and (best is None or cost < best[0]):
+                best = (cost, plan)
+            break
         if best is not None and best[0] == 0:
             break
     if best is not None:
@@ -235,10 +251,20 @@ def choose(s: Shape, rows: int, trained: int, budget: float, host: float) -> Pla
     return evaluate(s, rows, trained, (s.layers, order[-1], order[-1]), smallest)
 
 
-def free(device: torch.device) -> float:
-    """Bytes that a pass may take now: what the driver has free and what PyTorch holds unused. On a CPU no limit."""
-    if device.type != "cuda":
+def _meminfo(field: str) -> float:
+    """Bytes that Linux reports; infinite elsewhere."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            return next(int(line.split()[1]) * 1024.0 for line in file if line.startswith(field))
+    except OSError:
         return float("inf")
+
+
+def free(device: torch.device) -> float:
+    """Bytes that a pass may take now: what the driver has free and what PyTorch holds unused; on a CPU, half of what
+    the system has available."""
+    if device.type != "cuda":
+        return _meminfo("MemAvailable") / 2
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return torch.cuda.mem_get_info(device)[0] + unused
 
@@ -253,6 +279,4 @@ def host_free() -> float:
         except OSError:
             continue
         limit = min(limit, float("inf") if text == "max" else float(text))
-    with open("/proc/meminfo", encoding="ascii") as file:
-        total = next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemTotal"))
-    return max(0.0, min(limit, total) - 16 * GIB)
+    return max(0.0, min(limit, _meminfo("MemTotal")) - 16 * GIB)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import mmap
+import weakref
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +24,7 @@ AHEAD = 2
 
 
 class Arena:
-    """Registered host memory that tensors are laid into one after the other."""
+    """Registered host memory that tensors are laid into one after the other; `close` unregisters it."""
 
     def __init__(self, size: int) -> None:
         """size: bytes. Raises TrainError when the system refuses to register them."""
@@ -32,16 +33,13 @@ class Arena:
         self.bytes = torch.frombuffer(self._map, dtype=torch.uint8)
         runtime: Any = torch.cuda.cudart()
         code = runtime.cudaHostRegister(self.bytes.data_ptr(), size, 0)
+        # An address that is still registered could not be registered again when the system reuses it.
+        self.close = weakref.finalize(self, runtime.cudaHostUnregister, self.bytes.data_ptr())
         if int(code) != 0:
             raise TrainError(
                 f"{size / 2**30:.1f} GiB of host memory could not be registered for offloading (CUDA error "
                 f"{int(code)}): lower packing.budget, or give the machine more memory"
             )
-
-    def close(self) -> None:
-        """Unregister. The memory itself goes with the last view of it."""
-        runtime: Any = torch.cuda.cudart()
-        runtime.cudaHostUnregister(self.bytes.data_ptr())
 
     def view(self, offset: int, like: Tensor) -> Tensor:
         """A tensor of like's shape and dtype at `offset` bytes."""

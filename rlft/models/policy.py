@@ -142,7 +142,11 @@ class Policy:
 
     @contextmanager
     def _reference(self) -> Iterator[None]:
-        """The starting adapter in place of the current one, restored bit for bit."""
+        """The starting adapter for the current one, restored bit for bit; the adapter off where that is the base."""
+        if self.flat.fresh:
+            with self.model.disable_adapter():
+                yield
+            return
         flat = self.flat.flat.data
         now = flat.clone()
         flat.copy_(self.flat.start)

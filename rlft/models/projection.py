@@ -131,6 +131,8 @@ class Store:
 
     def __init__(self, mode: Literal["layer", "group", "shadow"] = "layer") -> None:
         self.mode = mode
+        self.version = 0
+        """Goes up when buffers move."""
         self._memory: Tensor | None = None
         self._brought: dict[tuple, _Bring] = {}
 
@@ -148,6 +150,7 @@ class Store:
 
     def release(self) -> None:
         """Give all buffers back."""
+        self.version += 1
         self._memory, self._brought = None, {}
 
     def weights(

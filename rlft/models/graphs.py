@@ -1,0 +1,184 @@
+"""CUDA graphs for passes of few tokens, whose launches take the host longer than the kernels take the GPU.
+
+A pass over the decoder is two graphs, forward and backward, over buffers of fixed size: rows are padded to a bucket by
+one more sequence, and sequences by empty ones. Nothing of autograd is inside; the backward adds into the adapter's
+gradient buffers, whose addresses are fixed. All graphs share one pool of memory, since no two of their passes are ever
+under way: while a forward waits for its backward, the next pass runs launch by launch.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import OrderedDict
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from rlft.kernels.attention import Sequences
+from rlft.models.layer import Forward
+from rlft.models.layer_backward import Backward
+from rlft.models.layer_modules import FusedLayer
+from rlft.models.layer_steps import Kept, Pass
+from rlft.models.memory import Plan
+from rlft.models.projection import Store
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+ROWS = 128
+"""Rows are padded to a multiple of this."""
+GRAPHS = 16
+"""Graphs that are kept at most; the one unused for longest goes first."""
+HOST_SECONDS = 4.5e-3
+"""Launching a layer's forward and backward, seen on an H100 machine."""
+FLOPS = 600e12
+"""Speed of matrix products, for the choice between graph and launches only."""
+
+
+def worth_it(layers: Sequence[FusedLayer], plan: Plan, sequences: Sequences, rows: int) -> bool:
+    """Whether a pass is short enough to be held up by its launches, and of a form that a graph can have."""
+    weights = sum(p.out * p.in_features for p in layers[0].projections)
+    plain = max(sequences.prefix, default=-1) < 0 and max(plan.levels) < 4 and plan.store != "group"
+    return plain and rows > 0 and 8 * weights * rows / FLOPS < 2 * HOST_SECONDS
+
+
+class _Graph:
+    """One bucket: static buffers, and the two graphs over them."""
+
+    def __init__(
+        self, layers: Sequence[FusedLayer], store: Store, adapter: str | None, plan: Plan,
+        gradients: dict[Tensor, Tensor], like: Tensor, tables: dict[str | None, tuple[Tensor, Tensor]],
+        size: tuple[int, int, int], pool: Any,
+    ) -> None:  # fmt: skip
+        """size: rows, sequences, longest sequence."""
+        rows, count, longest = size
+        device = like.device
+        self.x = like.new_zeros(rows, like.shape[1])
+        self.dout = torch.zeros_like(self.x)
+        self.tables = {k: tuple(t.new_zeros(rows, t.shape[1]) for t in pair) for k, pair in tables.items()}
+        self.cu_seqlens = torch.full((count + 1,), rows, dtype=torch.int32, device=device)
+        self.cu_seqlens[0] = 0
+        sequences = Sequences((0, rows), (-1,), self.cu_seqlens, longest, None, False, {})
+
+        def run(into: dict[Tensor, Tensor]) -> tuple[Callable[[], Tensor], Callable[[], None]]:
+            pass_ = Pass(sequences, self.tables, store, adapter, plan.levels, plan.tile, True, into)  # type: ignore[arg-type]
+            kept: list[Kept] = []
+
+            def forward() -> Tensor:
+                x = self.x
+                for layer in layers:
+                    kept.append(Kept(x))
+                    x = Forward(layer, pass_, layer.bind(adapter), x)(x, kept[-1])
+                return x
+
+            def backward() -> None:
+                dout: Tensor | None = self.dout
+                for layer in reversed(layers):
+                    last = kept.pop()
+                    assert dout is not None
+                    dout = Backward(layer, pass_, layer.bind(adapter), last.x)(dout, last, layer.index > 0)
+
+            return forward, backward
+
+        # Once by launches, for what is compiled or allocated at the first use; its gradients are thrown away.
+        stream = torch.cuda.Stream(device)
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream):
+            self.cu_seqlens[1:] = min(rows, longest)
+            for step in run({p: torch.zeros_like(g) for p, g in gradients.items()}):
+                step()
+        torch.cuda.current_stream(device).wait_stream(stream)
+        forward, backward = run(gradients)
+        self.forward_graph, self.backward_graph = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.forward_graph, pool=pool):
+            self.out = forward()
+        with torch.cuda.graph(self.backward_graph, pool=pool):
+            backward()
+        self.version = store.version
+
+    def fill(self, x: Tensor, tables: dict[str | None, tuple[Tensor, Tensor]], sequences: Sequences) -> None:
+        """Copy a pass's rows in; the rest of the bucket becomes one sequence that nobody reads."""
+        rows = x.shape[0]
+        self.x[:rows].copy_(x)
+        for key, pair in tables.items():
+            for mine, theirs in zip(self.tables[key], pair, strict=True):
+                mine[:rows].copy_(theirs)
+        bounds = sequences.cu_seqlens
+        self.cu_seqlens[: bounds.numel()].copy_(bounds)
+        self.cu_seqlens[bounds.numel() :].fill_(self.x.shape[0])
+        self.dout[rows:].zero_()
+
+
+class Graphs:
+    """Graphs of a decoder by bucket."""
+
+    def __init__(self) -> None:
+        self._graphs: OrderedDict[tuple, _Graph] = OrderedDict()
+        self._pool: Any = None
+        self.bytes = 0
+        """Memory that the graphs hold between passes."""
+        self._anchor: Tensor | None = None
+        self._under_way: weakref.ref | None = None
+
+    def clear(self) -> None:
+        """Give up all graphs and their memory."""
+        self._graphs.clear()
+        self._pool, self.bytes = None, 0
+
+    def run(
+        self, layers: Sequence[FusedLayer], store: Store, adapter: str | None, plan: Plan,
+        gradients: dict[Tensor, Tensor], x: Tensor, tables: dict[str | None, tuple[Tensor, Tensor]],
+        sequences: Sequences,
+    ) -> Tensor | None:  # fmt: skip
+        """The residual stream after the last layer, [T, H]; None while another pass still waits for its backward."""
+        if self._under_way is not None and self._under_way() is not None:
+            return None
+        size = _bucket(x.shape[0], sequences)
+        key = (size, plan.levels, plan.tile, plan.store, adapter, x.dtype)
+        graph = self._graphs.pop(key, None)
+        if graph is None or graph.version != store.version:
+            self._pool = self._pool or torch.cuda.graph_pool_handle()
+            before = torch.cuda.memory_reserved(x.device)
+            graph = _Graph(layers, store, adapter, plan, gradients, x, tables, size, self._pool)
+            self.bytes += max(0, torch.cuda.memory_reserved(x.device) - before)
+        self._graphs[key] = graph
+        if len(self._graphs) > GRAPHS:
+            self._graphs.popitem(last=False)
+        graph.fill(x, tables, sequences)
+        if self._anchor is None:
+            self._anchor = torch.zeros((), device=x.device, requires_grad=True)
+        token = _Token()
+        self._under_way = weakref.ref(token)
+        return _Graphed.apply(self._anchor, graph, token, x.shape[0])  # type: ignore[return-value]
+
+
+class _Token:
+    """Lives as long as a pass may still run its backward."""
+
+
+class _Graphed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, anchor, graph, token, rows):  # type: ignore[override]
+        graph.forward_graph.replay()
+        ctx.graph, ctx.token, ctx.rows = graph, token, rows
+        return graph.out[:rows].clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout):  # type: ignore[override]
+        if ctx.token is None:
+            raise RuntimeError("backward ran before, over buffers that it turned into gradients; run the forward again")
+        ctx.graph.dout[: ctx.rows].copy_(dout)
+        ctx.graph.backward_graph.replay()
+        ctx.token = None
+        return None, None, None, None
+
+
+def _bucket(rows: int, sequences: Sequences) -> tuple[int, int, int]:
+    """Rows, sequences and longest sequence that a pass is padded to."""
+    padded = -(-rows // ROWS) * ROWS
+    count = 1 << max(0, len(sequences.prefix)).bit_length()
+    longest = min(padded, max(ROWS, 1 << (sequences.max_seqlen - 1).bit_length()))
+    return padded, count, longest
