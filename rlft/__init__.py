@@ -18,14 +18,17 @@ _NAMES = {
     "config": "Config Source Data Reward Algo Sampling Lora Optim Engine Packing Parity Eval Checkpoint Track",
     "types": "Prompt Rollout Batch PackPlan Stat State",
     "errors": "RlftError ConfigError DataError RewardError EngineError ParityError TrainError",
+    "config_file": "preset",
+    "models.load": "load",
 }
-_WHERE = {"preset": "config_file"} | {name: module for module, names in _NAMES.items() for name in names.split()}
+_WHERE = {name: module for module, names in _NAMES.items() for name in names.split()}
 
 __all__ = ["__version__", "train", *sorted(_WHERE)]
 
 if TYPE_CHECKING:
     from rlft import train as train
     from rlft.config_file import preset as preset
+    from rlft.models.load import load as load
 
 
 def __getattr__(name: str) -> Any:

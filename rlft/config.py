@@ -63,7 +63,7 @@ class Optim:
     """The optimiser of the adapter."""
 
     name: Literal["adamw", "adamw_8bit"] = "adamw"
-    """"adamw_8bit" keeps its moments in 8 bits (bitsandbytes, GPU only)."""
+    """"adamw_8bit" keeps its moments in 8 bits (bitsandbytes)."""
     lr: float = 1e-5
     """Learning rate after warm-up. LoRA wants about ten times that of full fine-tuning."""
     betas: tuple[float, float] = (0.9, 0.999)
@@ -83,7 +83,8 @@ class Optim:
     passes: int = 1
     """Times the rollouts of a step are gone through (PPO's epochs)."""
     max_skipped: int = 5
-    """Updates with a non-finite gradient are skipped; after this many in a row the run stops."""
+    """Updates with a non-finite gradient are skipped; after this many in a row the run stops. In float16 each skip
+    halves the loss scale, and the run does not stop before that is 1."""
 
     def __post_init__(self) -> None:
         require(self.lr >= 0, "optim.lr", self.lr, "0 or more")
@@ -218,10 +219,12 @@ class Config:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """"auto" is the GPU where there is one."""
     dtype: Literal["auto", "float64", "float32", "bfloat16", "float16"] = "auto"
-    """Type of the frozen weights and activations; "auto" is bfloat16 on a GPU and float32 on a CPU. "float64" is
-    for exact comparisons."""
-    quantization: Literal["auto", "none", "nf4"] = "auto"
-    """"nf4" keeps the frozen weights in 4 bits; "auto" is nf4 on a GPU and none on a CPU."""
+    """Type of the frozen weights and activations; "auto" is bfloat16 on a GPU that computes in it, float16 on
+    older ones, and float32 on a CPU. "float64" is for exact comparisons."""
+    quantization: Literal["auto", "none", "nf4", "int8"] = "auto"
+    """How the frozen linear layers are kept: "nf4" in 4 bits, "int8" in 8 (LLM.int8), "none" as `dtype`. Files that
+    bitsandbytes has quantised are taken as they are and want "auto" or what they are in; else "auto" is nf4 on a GPU,
+    for a .gguf file too (dequantised, then quantised), and none on a CPU."""
     algo: Algo = field(default_factory=Algo)
     sampling: Sampling = field(default_factory=Sampling)
     refill: Refill = field(default_factory=Refill)

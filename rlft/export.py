@@ -26,7 +26,7 @@ from rlft.config import Config
 from rlft.config_file import load as load_config
 from rlft.errors import ConfigError, ParityError
 from rlft.model_card import adapter_card, merged_card
-from rlft.models.load import attach_lora, fingerprint, load_base, load_tokenizer, locate
+from rlft.models.load import attach_lora, fingerprint, load_base, load_tokenizer
 from rlft.runs import Run, step_of
 
 DTYPES = ("bfloat16", "float16", "float32")
@@ -149,9 +149,9 @@ def _check_free(out: Path) -> None:
 
 
 def _unquantised(cfg: Config, checkpoint: Path) -> Config:
-    """The run's config, for loading base and adapter as their files have them, on the CPU."""
+    """The run's config, for loading base and adapter as their files have them ("auto" on a CPU), on the CPU."""
     lora = replace(cfg.lora, resume_from=str(checkpoint))
-    return replace(cfg, lora=lora, quantization="none", device="cpu", dtype="float32")
+    return replace(cfg, lora=lora, quantization="auto", device="cpu", dtype="float32")
 
 
 def check_texts(run: Run, tokenizer: Any) -> list[list[int]]:
@@ -226,8 +226,8 @@ def _check_base(model: PeftModel, told: Config, checkpoint: Path) -> None:
     theirs = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))["identity"]["base"]
     types = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
     ours = [fingerprint(model.get_base_model(), dtype) for dtype in types]
-    # A 4-bit run's fingerprint is that of its packed bytes, which only bitsandbytes on a GPU can make again.
-    plain = told.quantization == "none" or locate(told.model).gguf is not None
+    # A quantised run's fingerprint is that of its packed bytes, which only bitsandbytes where it ran can make again.
+    plain = told.quantization == "none" or (told.quantization == "auto" and told.device == "cpu")
     if theirs not in ours and plain:
         raise ConfigError(
             f'model = "{told.model}": not the base that {checkpoint} was trained on, whose fingerprint is {theirs} '

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from rlft import __version__, checkpoint, parity
@@ -190,11 +191,12 @@ def build(
             stack.callback(eval_engine.close)
         assert engine.SAMPLES or not algorithm.needs_sampler, "validate refuses this"
         steps = cfg.steps or prompts.steps(cfg.prompts_per_step, cfg.data.epochs or 1.0)
+        fp16 = resolve_dtype(cfg, policy.device) == torch.float16
         s = Session(
             cfg=cfg, steps=steps, algorithm=algorithm, policy=policy, engine=engine, eval_engine=eval_engine,
             reference=Reference(policy, keep=steps * cfg.prompts_per_step > len(rows)),
-            optimizer=Optimizer(policy.flat.flat, cfg.optim, steps * cfg.optim.updates), prompts=prompts, held=held,
-            held_loss=bool(held) and not engine.SAMPLES and measures_loss(rows, held), functions=functions,
+            optimizer=Optimizer(policy.flat.flat, cfg.optim, steps * cfg.optim.updates, fp16), prompts=prompts,
+            held=held, held_loss=bool(held) and not engine.SAMPLES and measures_loss(rows, held), functions=functions,
             eval_functions=eval_functions, run=run, writer=writer, console=console, identity=identity_of(cfg, policy),
             plan=plan_of(cfg, algorithm), pieces=Pieces(tokenizer), state=State(data=digest(rows)), callbacks=callbacks,
         )  # fmt: skip

@@ -66,7 +66,7 @@ def loop(s: Session) -> None:
                     logprobs, entropy = policy.logprobs(batch)
                     batch = batch.to(policy.device)
                     loss, stats = algorithm.loss(logprobs, batch, algorithm.config)
-                    loss.backward()
+                    s.optimizer.scaled(loss).backward()
                     metrics.add({**stats, **batch_stats(loss, entropy, batch)})
                     if not updates and algorithm.old != "trainer":
                         mismatch.add(logprobs, batch)
@@ -94,7 +94,7 @@ def loop(s: Session) -> None:
             "epoch": s.prompts.epoch, "num_tokens": float(state.num_tokens), "parity/limit": s.limit,
             "skipped_updates": float(state.skipped_updates),
         }  # fmt: skip
-        values |= peak_memory(policy.device)
+        values |= s.optimizer.metrics() | peak_memory(policy.device)
         record(s, values, drawn, parts, spread_back(drawn, advantages.tolist()), mismatch)
         if cfg.eval.every and state.step % cfg.eval.every == 0 and state.step < s.steps:
             measure(s)

@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from rlft import resolve, tracking
 from rlft.algorithm import Algorithm
 from rlft.algorithm import build as build_algorithm
@@ -17,7 +19,7 @@ from rlft.config import Config, Data, Reward
 from rlft.data import check_rows, kind_of
 from rlft.environment import version_problems
 from rlft.errors import ConfigError, RlftError
-from rlft.models.load import locate, resolve_device
+from rlft.models.load import locate, plan_base, resolve_device
 from rlft.rewards.score import OURS, PARTS
 from rlft.rewards.worker import Signature, signature
 from rlft.runs import Run, resumable
@@ -38,8 +40,7 @@ def problems(cfg: Config, resume: bool = False, callables: bool = False) -> list
     """
     found = version_problems(_needed(cfg))
     device = _caught(found, lambda: resolve_device(cfg))
-    found += _machine(cfg, None if device is None else device.type)
-    found += _model(cfg)
+    found += _model(cfg, device)
     found += _out(Path(cfg.out).expanduser(), resume)
     algorithm = _caught(found, lambda: build_algorithm(cfg.algo, cfg.optim.updates))
     rows = _caught(found, lambda: check_rows(cfg.data, cfg.seed))
@@ -68,21 +69,11 @@ def _caught(found: list[str], check: Callable[[], Any]) -> Any:
 
 
 def _needed(cfg: Config) -> tuple[str, ...]:
-    four_bit = cfg.quantization == "nf4" or cfg.optim.name == "adamw_8bit"
-    return ("torch", "transformers", "peft", *(("bitsandbytes",) if four_bit else ()))
+    bits = cfg.quantization in ("nf4", "int8") or cfg.optim.name == "adamw_8bit"
+    return ("torch", "transformers", "peft", *(("bitsandbytes",) if bits else ()))
 
 
-def _machine(cfg: Config, device: str | None) -> Iterator[str]:
-    """Settings that need a GPU, on a machine or a run without one. device: "cpu", "cuda", None when not found."""
-    if device != "cpu":
-        return
-    if cfg.quantization == "nf4":
-        yield 'quantization = "nf4": needs a GPU and this run is on the CPU; set quantization = "none"'
-    if cfg.optim.name == "adamw_8bit":
-        yield 'optim.name = "adamw_8bit": needs a GPU and this run is on the CPU; set optim.name = "adamw"'
-
-
-def _model(cfg: Config) -> Iterator[str]:
+def _model(cfg: Config, device: torch.device | None) -> Iterator[str]:
     name = cfg.model
     try:
         where = locate(name)
@@ -92,8 +83,12 @@ def _model(cfg: Config) -> Iterator[str]:
     # A hub id has at most one slash and is no path; whether the hub has it is seen when it is loaded.
     if where.path == name and (name.startswith((".", "/", "~")) or name.count("/") > 1) and not Path(name).exists():
         yield f'model = "{name}": no such folder'
-    if where.gguf and cfg.quantization == "nf4":
-        yield f'quantization = "nf4" with model = "{name}": a .gguf model is dequantised; set quantization = "none"'
+    elif device is not None and (where.gguf or Path(where.path).is_dir()):
+        # Of a model of the hub that is seen when it is loaded.
+        try:
+            plan_base(cfg, device)
+        except ConfigError as error:
+            yield str(error)
     folder = cfg.lora.resume_from
     if folder and not (Path(folder).expanduser() / "adapter_config.json").is_file():
         yield f'lora.resume_from = "{folder}": no PEFT adapter there (adapter_config.json is missing)'

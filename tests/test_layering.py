@@ -38,7 +38,7 @@ MAY_IMPORT = {
     "algorithm": "algos config config_file resolve types",
     "algos": "types batch",
     "rewards": "types resolve config",
-    "models": "types config kernels",
+    "models": "types config kernels environment",
     "rollout": "types config models kernels",
     "optim": "config kernels",
     "reference": "types models",
@@ -62,7 +62,7 @@ MAY_IMPORT = {
     "train": "* -cli -finished",
     "cli": "*",
     "__main__": "cli",
-    "__init__": "train config config_file types errors",
+    "__init__": "train config config_file types errors models",
 }
 """Module or folder of rlft, and what of rlft it may import; `errors` is open to all, "*" is everything."""
 

@@ -1,4 +1,4 @@
-"""A model by name: hub id, folder, .gguf file, or an installed package that holds one .gguf, as a PEFT model.
+"""A model by name as a PEFT model: `load`, and its two halves `load_base` and `attach_lora`.
 
 transformers, bitsandbytes and PEFT hold the model: names, files, quantiser, adapter format. What comes back is an
 ordinary PEFT model whose adapter is called "default"; `generate`, `save_pretrained` and `disable_adapter` work.
@@ -6,81 +6,84 @@ ordinary PEFT model whose adapter is called "default"; `generate`, `save_pretrai
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-import importlib.util
+import sys
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from rlft.config import Config, Lora
+from rlft.config import Config, Lora, require
 from rlft.errors import ConfigError
+from rlft.models import quantization as quant
 from rlft.models.adapter import lora_parameters
+from rlft.models.locate import Location, load_tokenizer, locate, not_found
+
+DEVICES = ("auto", "cpu", "cuda")
+DTYPES = ("auto", "float64", "float32", "bfloat16", "float16")
+QUANTIZATIONS = ("auto", "none", "nf4", "int8")
+ROWS = 64
+"""Embedding and head are allocated with a multiple of so many rows, which engines want, and seen without the rest."""
 
 
 @dataclass(frozen=True)
-class Location:
-    """Where `from_pretrained` finds a model."""
+class Base:
+    """What decides how a base is loaded; a `Config` has the same settings, and says what they mean."""
 
-    path: str
-    """Hub id or folder."""
-    gguf: str | None = None
-    """Name of the .gguf file in the folder."""
+    model: str
+    quantization: Literal["auto", "none", "nf4", "int8"] = "auto"
+    dtype: Literal["auto", "float64", "float32", "bfloat16", "float16"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
 
-
-def locate(model: str) -> Location:
-    """The place a model string stands for. Raises ConfigError for a missing file and an ambiguous package."""
-    path = Path(model).expanduser()
-    if path.suffix == ".gguf":
-        if not path.is_file():
-            raise ConfigError(f'model = "{model}": no such file')
-        return Location(str(path.parent), path.name)
-    if path.is_file():
-        raise ConfigError(f'model = "{model}": a file; give the folder of a saved model, or a .gguf file')
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise ConfigError(f'model = "{model}": the folder has no config.json; give the folder of a saved model')
-        return Location(str(path))
-    if model.isidentifier():
-        spec = importlib.util.find_spec(model)
-        for folder in (spec.submodule_search_locations or []) if spec else []:
-            files = sorted(Path(folder).glob("*.gguf"))
-            if len(files) == 1:
-                return Location(folder, files[0].name)
-            if files:
-                raise ConfigError(
-                    f'model = "{model}": the package holds {len(files)} .gguf files; give one by its path'
-                )
-        if spec is not None:
-            raise ConfigError(f'model = "{model}": the installed package holds no .gguf file')
-    return Location(model)
+    def __post_init__(self) -> None:
+        require(self.device in DEVICES, "device", self.device, f"one of {', '.join(DEVICES)}")
+        require(self.dtype in DTYPES, "dtype", self.dtype, f"one of {', '.join(DTYPES)}")
+        kinds = QUANTIZATIONS
+        require(self.quantization in kinds, "quantization", self.quantization, f"one of {', '.join(kinds)}")
 
 
-def load_tokenizer(model: str) -> Any:
-    """The model's tokenizer. Raises ConfigError when the model cannot be found."""
-    from transformers import AutoTokenizer
+@dataclass(frozen=True)
+class Plan:
+    """How a base will be loaded."""
 
-    where = locate(model)
-    try:
-        return AutoTokenizer.from_pretrained(where.path, **({"gguf_file": where.gguf} if where.gguf else {}))
-    except OSError as error:
-        raise _not_found(model, error) from error
-
-
-def _not_found(model: str, error: Exception) -> ConfigError:
-    first = str(error).strip().splitlines()[0]
-    return ConfigError(
-        f'model = "{model}": not a folder, a .gguf file or an installed package, and the hub did not have it or could '
-        f"not be reached ({first}). Check the name and the network, or give a local folder."
-    )
+    where: Location
+    dtype: torch.dtype
+    """Of the weights that are not quantised, of activations and products."""
+    kept: str
+    """How the linear layers of the decoder are kept: "none", "nf4", "fp4" or "int8"."""
+    config: Any
+    """transformers' config of the model; None for a .gguf file, whose header is read with the file."""
+    quantised: bool
+    """True when the files are quantised already."""
 
 
-def resolve_device(cfg: Config) -> torch.device:
+def load(
+    model: str, lora: Lora = Lora(),  # noqa: B008 (it is frozen)
+    quantization: Literal["auto", "none", "nf4", "int8"] = "auto",
+    dtype: Literal["auto", "float64", "float32", "bfloat16", "float16"] = "auto",
+    device: Literal["auto", "cpu", "cuda"] = "auto", seed: int = 42,
+) -> tuple[PeftModel, Any]:  # fmt: skip
+    """A model with a LoRA adapter called "default", ready to train, and its tokenizer.
+
+    model, quantization, dtype, device: as in `Config`. seed: of the new adapter's A. The model is an ordinary PEFT
+    model in evaluation mode whose adapter is in float32 and is all that has a gradient. Raises ConfigError.
+
+    >>> model, tokenizer = rlft.load("Qwen/Qwen3-8B", lora=rlft.Lora(rank=16))
+    """
+    base = Base(model, quantization, dtype, device)
+    tokenizer = load_tokenizer(model)
+    peft_model = attach_lora(load_base(base, resolve_device(base)), lora, seed)
+    return peft_model, tokenizer
+
+
+def resolve_device(cfg: Config | Base) -> torch.device:
     """The device of the run. Raises ConfigError when a GPU is asked for and there is none."""
     if cfg.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError('device = "cuda": this machine shows PyTorch no GPU; set device = "cpu" or see `rlft env`')
@@ -88,49 +91,159 @@ def resolve_device(cfg: Config) -> torch.device:
     return torch.device("cuda" if gpu else "cpu")
 
 
-def resolve_dtype(cfg: Config, device: torch.device) -> torch.dtype:
-    """Type of frozen weights and activations: bfloat16 on a GPU and float32 on a CPU unless the run says otherwise."""
-    if cfg.dtype == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return getattr(torch, cfg.dtype)
+def resolve_dtype(cfg: Config | Base, device: torch.device) -> torch.dtype:
+    """Type of frozen weights and activations. Unless the run says otherwise: bfloat16 on a GPU that computes in it,
+    float16 on older ones, float32 on a CPU."""
+    if cfg.dtype != "auto":
+        return getattr(torch, cfg.dtype)
+    if device.type != "cuda":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
-def load_base(cfg: Config, device: torch.device) -> nn.Module:
-    """The frozen model without an adapter, in evaluation mode on `device`."""
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GgufConfig
-
+def plan_base(cfg: Config | Base, device: torch.device) -> Plan:
+    """How the base will be loaded: reads its config, and no weights. Raises ConfigError for what cannot be done."""
     where, dtype = locate(cfg.model), resolve_dtype(cfg, device)
-    nf4 = cfg.quantization == "nf4" or (cfg.quantization == "auto" and device.type == "cuda" and where.gguf is None)
-    options: dict[str, Any] = {"dtype": dtype, "attn_implementation": "sdpa"}
-    if where.gguf:
-        if nf4:
-            why = "a .gguf model is dequantised when it is loaded"
-            raise ConfigError(f'quantization = "nf4" with model = "{cfg.model}": {why}; set quantization = "none"')
-        options |= {"gguf_file": where.gguf, "quantization_config": GgufConfig(dequantize=True, gguf_file=where.gguf)}
-    elif nf4:
-        options |= {
-            "quantization_config": BitsAndBytesConfig(
-                load_in_4bit=True,
-                bnb_4bit_quant_type="nf4",
-                bnb_4bit_use_double_quant=True,
-                bnb_4bit_compute_dtype=dtype,
-            ),
-            "device_map": {"": device},
-        }
-    try:
-        model: Any = AutoModelForCausalLM.from_pretrained(where.path, **options)
-    except OSError as error:
-        raise _not_found(cfg.model, error) from error
-    if where.gguf and hasattr(model.config, "quantization_config"):
-        # Dequantised: what is left of the file's own quantisation would make PEFT and save_pretrained mistake it.
-        delattr(model.config, "quantization_config")
-    if where.gguf:
-        # PEFT writes this into adapter_config.json as the base: a name that rlft finds again, not this machine's path.
-        model.name_or_path = cfg.model
-    if not nf4:
-        model.to(device)
+    config = None if where.gguf else _read_config(cfg.model, where)
+    files = "none" if config is None else quant.stored(config)
+    kept = quant.choose(cfg.model, cfg.quantization, files, device)
+    if kept != "none" and dtype == torch.float64:
+        raise ConfigError(
+            f'dtype = "float64" with weights in {kept}: bitsandbytes has 16 and 32 bits; set dtype = "float32", or '
+            f'quantization = "none" with a plain model'
+        )
+    return Plan(where, dtype, kept, config, files != "none")
+
+
+def _read_config(model: str, where: Location) -> Any:
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
+
+    with _explained(model):
+        # False: code from the hub is not run, and transformers does not stop to ask.
+        config = AutoConfig.from_pretrained(where.path, trust_remote_code=False)
+    classes: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), ())  # type: ignore[arg-type]
+    known = {made.__name__ for made in (classes if isinstance(classes, tuple) else (classes,))}
+    named = set(config.architectures or known)
+    # BERT and its like have a causal class of transformers too, and files that were not trained for it.
+    causal = bool(known & named) or any(name.endswith("ForCausalLM") for name in named)
+    if not (known and causal) or getattr(config, "is_encoder_decoder", False):
+        raise ConfigError(
+            f'model = "{model}": {", ".join(config.architectures or [type(config).__name__])} is not a causal language '
+            f"model; give one that continues text (transformers' AutoModelForCausalLM)"
+        )
+    return config
+
+
+def load_base(cfg: Config | Base, device: torch.device) -> nn.Module:
+    """The frozen model without an adapter, in evaluation mode on `device`.
+
+    Linear layers of the decoder are quantised weight by weight as they are read. Embedding and head have a multiple of
+    64 rows in memory, of which the parameter is the view without the last ones (zeros).
+    """
+    plan = plan_base(cfg, device)
+    with _explained(cfg.model), _progress():
+        model = _from_gguf(cfg.model, plan, device) if plan.where.gguf else _from_files(cfg.model, plan, device)
+    if plan.kept != "none":
+        quant.settle(cfg.model, model, device)
+    head = model.get_output_embeddings()
+    if not head.weight.is_floating_point():
+        raise ConfigError(
+            f'model = "{cfg.model}": its files have a quantised head, and log-probs are computed with a plain one; '
+            f'give files whose quantization_config skips "lm_head"'
+        )
+    if plan.kept != "none" and not plan.quantised:
+        quant.check_share(cfg.model, plan.kept, model)
+    _pad_rows(model.get_input_embeddings().weight, head.weight)
     model.requires_grad_(False)
     return model.eval()
+
+
+def _from_files(model: str, plan: Plan, device: torch.device) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    options: dict[str, Any] = {}
+    if plan.quantised:
+        quant.compute_in(plan.config, plan.dtype)
+    elif plan.kept != "none":
+        options["quantization_config"] = quant.recipe(plan.kept, plan.dtype)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        plan.where.path, config=plan.config, dtype=plan.dtype, attn_implementation="sdpa", device_map={"": device},
+        output_loading_info=True, **options,
+    )  # fmt: skip
+    made, told = loaded
+    missing = sorted(told["missing_keys"])
+    if missing:
+        raise ConfigError(
+            f'model = "{model}": its files lack {len(missing)} weights of {type(made).__name__}, {missing[0]} for one; '
+            f"give the folder of a whole model"
+        )
+    return made
+
+
+def _from_gguf(name: str, plan: Plan, device: torch.device) -> Any:
+    """Dequantised by transformers, and quantised again from memory where that is wanted."""
+    from transformers import AutoModelForCausalLM, GgufConfig
+
+    gguf, first = plan.where.gguf, device if plan.kept == "none" else torch.device("cpu")
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        plan.where.path, gguf_file=gguf, quantization_config=GgufConfig(dequantize=True, gguf_file=gguf),
+        dtype=plan.dtype, attn_implementation="sdpa", device_map={"": first},
+    )  # fmt: skip
+    if hasattr(model.config, "quantization_config"):
+        # Dequantised: what is left of the file's own quantisation would make PEFT and save_pretrained mistake it.
+        delattr(model.config, "quantization_config")
+    if plan.kept != "none":
+        generation = model.generation_config
+        model = type(model).from_pretrained(
+            None, config=model.config, state_dict=model.state_dict(), dtype=plan.dtype, attn_implementation="sdpa",
+            device_map={"": device}, quantization_config=quant.recipe(plan.kept, plan.dtype),
+        )  # fmt: skip
+        model.generation_config = generation
+    # PEFT writes this into adapter_config.json as the base: a name that rlft finds again, not this machine's path.
+    model.name_or_path = name
+    return model
+
+
+def _pad_rows(*weights: nn.Parameter) -> None:
+    """Move weights [V, H] into memory of zeros with a multiple of ROWS rows, of which they become the first V. Tied
+    weights are one parameter and stay so."""
+    for weight in {id(weight): weight for weight in weights}.values():
+        rows, width = weight.shape
+        if rows % ROWS:
+            padded = weight.data.new_zeros(-(-rows // ROWS) * ROWS, width)
+            padded[:rows] = weight.data
+            weight.data = padded[:rows]
+
+
+@contextlib.contextmanager
+def _explained(model: str) -> Iterator[None]:
+    """What transformers says of files that it cannot load, as a ConfigError."""
+    try:
+        yield
+    except OSError as error:
+        raise not_found(model, error) from error
+    except ConfigError:
+        raise
+    except (ValueError, ImportError, SafetensorError) as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ConfigError(
+            f'model = "{model}": transformers cannot load it ({first}); check its files, or give another model'
+        ) from error
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[None]:
+    """transformers' own bar where stderr is a terminal, and nothing where a log would fill with it."""
+    from transformers.utils.logging import set_tqdm_hook
+
+    if sys.stderr.isatty():
+        yield
+        return
+    before = set_tqdm_hook(lambda make, args, options: make(*args, **{**options, "disable": True}))
+    try:
+        yield
+    finally:
+        set_tqdm_hook(before)
 
 
 def attach_lora(base: nn.Module, lora: Lora, seed: int) -> PeftModel:

@@ -1,0 +1,69 @@
+"""Where a model string points: hub id, folder, .gguf file, or an installed package that holds one .gguf; and the
+tokenizer there."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rlft.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Location:
+    """Where `from_pretrained` finds a model."""
+
+    path: str
+    """Hub id or folder."""
+    gguf: str | None = None
+    """Name of the .gguf file in the folder."""
+
+
+def locate(model: str) -> Location:
+    """The place a model string stands for. Raises ConfigError for a missing file and an ambiguous package."""
+    path = Path(model).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise ConfigError(f'model = "{model}": no such file')
+        return Location(str(path.parent), path.name)
+    if path.is_file():
+        raise ConfigError(f'model = "{model}": a file; give the folder of a saved model, or a .gguf file')
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ConfigError(f'model = "{model}": the folder has no config.json; give the folder of a saved model')
+        return Location(str(path))
+    if model.isidentifier():
+        spec = importlib.util.find_spec(model)
+        for folder in (spec.submodule_search_locations or []) if spec else []:
+            files = sorted(Path(folder).glob("*.gguf"))
+            if len(files) == 1:
+                return Location(folder, files[0].name)
+            if files:
+                raise ConfigError(
+                    f'model = "{model}": the package holds {len(files)} .gguf files; give one by its path'
+                )
+        if spec is not None:
+            raise ConfigError(f'model = "{model}": the installed package holds no .gguf file')
+    return Location(model)
+
+
+def load_tokenizer(model: str) -> Any:
+    """The model's tokenizer. Raises ConfigError when the model cannot be found."""
+    from transformers import AutoTokenizer
+
+    where = locate(model)
+    try:
+        return AutoTokenizer.from_pretrained(where.path, **({"gguf_file": where.gguf} if where.gguf else {}))
+    except OSError as error:
+        raise not_found(model, error) from error
+
+
+def not_found(model: str, error: Exception) -> ConfigError:
+    """What is said when neither this machine nor the hub has the model."""
+    first = str(error).strip().splitlines()[0]
+    return ConfigError(
+        f'model = "{model}": not a folder, a .gguf file or an installed package, and the hub did not have it or could '
+        f"not be reached ({first}). Check the name and the network, or give a local folder."
+    )
