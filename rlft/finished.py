@@ -83,7 +83,7 @@ def evaluate_run(
         held, values = held[:rows], {}
         if cfg.engine.name in ("auto", "replay") and measures_loss(prompts, held):
             algorithm = build_algorithm(cfg.algo, cfg.optim.updates)
-            values = recorded_loss(run.policy, held, algorithm, plan_of(cfg, algorithm))
+            values = recorded_loss(run.policy, held, algorithm, plan_of(cfg, algorithm, run.policy))
         functions = build_rewards((cfg.eval.rewards or cfg.rewards) if rewards is None else rewards)
         if not functions and not values:
             raise ConfigError(

@@ -28,6 +28,7 @@ from rlft.errors import ConfigError, DataError
 from rlft.evaluate import measures_loss
 from rlft.model_card import adapter_card
 from rlft.models.load import attach_lora, fingerprint, load_base, load_tokenizer, resolve_device, resolve_dtype
+from rlft.models.memory import weight_bytes
 from rlft.models.policy import Policy
 from rlft.optim import Optimizer
 from rlft.pieces import Pieces
@@ -198,14 +199,15 @@ def build(
             optimizer=Optimizer(policy.flat.flat, cfg.optim, steps * cfg.optim.updates, fp16), prompts=prompts,
             held=held, held_loss=bool(held) and not engine.SAMPLES and measures_loss(rows, held), functions=functions,
             eval_functions=eval_functions, run=run, writer=writer, console=console, identity=identity_of(cfg, policy),
-            plan=plan_of(cfg, algorithm), pieces=Pieces(tokenizer), state=State(data=digest(rows)), callbacks=callbacks,
+            plan=plan_of(cfg, algorithm, policy), pieces=Pieces(tokenizer), state=State(data=digest(rows)),
+            callbacks=callbacks,
         )  # fmt: skip
         if resume:
             _resume(s)
         # Before the folder counts as a run: a tracker that cannot start leaves nothing in the way.
         s.tracking = stack.enter_context(Tracking(cfg, run, s.state.step, resume, console.note))
         run.write_config(to_toml(cfg))
-        run.write_plan(memory_plan(policy, cfg, eval_engine.SAMPLES))
+        run.write_plan(memory_plan(policy, cfg, eval_engine.SAMPLES, s.plan.budget))
         console.start(_title(s), steps, s.state.step, cfg.algo.name)
         s.limit = _agree(s)
         yield s
@@ -285,24 +287,26 @@ def _engine(cfg: Config, policy: Policy, tokenizer: Any, console: Console, recor
     return EagerEngine(policy, tokenizer, cfg.engine.batch_size, console.generating)
 
 
-def plan_of(cfg: Config, algorithm: Algorithm) -> PackPlan:
+def plan_of(cfg: Config, algorithm: Algorithm, policy: Policy) -> PackPlan:
     """How updates are packed; `keep` is left empty."""
+    budget = policy.token_budget() if cfg.packing.budget == "auto" else cfg.packing.budget
     return PackPlan(
-        keep=(), aggregation=algorithm.aggregation, budget=cfg.packing.budget, max_len=cfg.sampling.max_tokens,
+        keep=(), aggregation=algorithm.aggregation, budget=budget, max_len=cfg.sampling.max_tokens,
         temperature=cfg.sampling.temperature, whole_groups=algorithm.whole_groups,
         share_prefix=cfg.packing.share_prefix,
     )  # fmt: skip
 
 
-def memory_plan(policy: Policy, cfg: Config, samples: bool) -> dict[str, int]:
-    """Bytes of what the training keeps from step to step; activations and the engine's cache come on top. samples:
-    whether there is an engine with an adapter of its own."""
-    base = sum(p.numel() * p.element_size() for n, p in policy.base.named_parameters() if "lora_" not in n)
+def memory_plan(policy: Policy, cfg: Config, samples: bool, tokens: int) -> dict[str, int]:
+    """Bytes on the device of what the training keeps from step to step, and of a full micro-batch at its peak; the
+    engine's cache comes on top. samples: whether there is an engine with an adapter of its own. tokens: of a full
+    micro-batch."""
     adapter = policy.flat.flat.numel() * policy.flat.flat.element_size()
     moments = 2 * policy.flat.flat.numel() if cfg.optim.name == "adamw_8bit" else 2 * adapter
     return {
-        "base": base, "adapter": adapter, "adapter at the start": adapter, "gradient": adapter,
+        "base": weight_bytes(policy.base)["bytes"], "adapter": adapter, "gradient": adapter,
         "optimiser moments": moments, **({"adapter of the engine": adapter} if samples else {}),
+        **({f"a micro-batch of {tokens} tokens": policy.fused.plan_for(tokens).peak} if policy.fused else {}),
     }  # fmt: skip
 
 
@@ -315,16 +319,28 @@ def identity_of(cfg: Config, policy: Policy) -> dict[str, str]:
     }  # fmt: skip
 
 
+def _pass_words(s: Session) -> str:
+    """How a full micro-batch runs, and what it takes."""
+    tokens = s.plan.budget
+    if s.policy.fused is None:
+        return f"micro-batches of {tokens} tokens, not planned"
+    plan = s.policy.fused.plan_for(tokens)
+    return f"a micro-batch of {tokens} tokens takes {plan.peak / 2**30:.2f} GiB ({plan})"
+
+
 def _title(s: Session) -> list[str]:
     cfg, policy = s.cfg, s.policy
     dtype = str(resolve_dtype(cfg, policy.device)).removeprefix("torch.")
-    total = sum(p.numel() for name, p in policy.base.named_parameters() if "lora_" not in name)
+    weights = weight_bytes(policy.base)
+    total = weights["parameters"]
     trained = policy.flat.flat.numel()
     return [
         f"{cfg.model}: {total / 1e6:.0f} M parameters in {dtype} on {policy.device.type}, "
         f"LoRA rank {cfg.lora.rank} ({trained / 1e6:.1f} M trained)",
         f"{len(s.prompts.rows)} prompts, {len(s.held)} held out; {s.steps} steps of {cfg.prompts_per_step} prompts "
         f"x {cfg.sampling.group_size if s.engine.SAMPLES else 'recorded'} completions",
+        policy.path,
+        f"memory: {weights['bytes'] / 2**30:.2f} GiB of weights; {_pass_words(s)}",
         *describe(s.algorithm),
         f"run folder: {s.run.path}",
     ]

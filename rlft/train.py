@@ -285,18 +285,26 @@ def stop_on_interrupt(s: Session) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def what_to_lower(cfg: Config) -> Iterator[None]:
-    """Out of memory becomes a TrainError (exit code 1) that says which settings decide how much is needed."""
+def what_to_lower(cfg: Config) -> Iterator[list[Session]]:
+    """Out of memory becomes a TrainError (exit code 1) that says which settings decide how much is needed.
+
+    The caller appends the session to the list it gets, as soon as there is one, for what was planned.
+    """
+    sessions: list[Session] = []
     try:
-        yield
+        yield sessions
     except (RuntimeError, MemoryError) as error:
         # torch.OutOfMemoryError is a RuntimeError; PyTorch's CPU allocator has no class of its own.
         text = (str(error).strip() or type(error).__name__).splitlines()[0]
         known = isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in text
         if not known:
             raise
+        tokens, planned = cfg.packing.budget, ""
+        for s in sessions:
+            tokens, ran = s.plan.budget, s.policy.fused.ran if s.policy.fused else None
+            planned = f" The plan of the last pass was {ran.peak / 2**30:.2f} GiB: {ran}." if ran else ""
         told = TrainError(
-            f"out of memory ({text}). Lower packing.budget ({cfg.packing.budget} tokens per micro-batch) for training, "
+            f"out of memory ({text}).{planned} Lower packing.budget ({tokens} tokens per micro-batch) for training, "
             f"engine.batch_size ({cfg.engine.batch_size} sequences) for sampling, or sampling.max_tokens "
             f"({cfg.sampling.max_tokens}); where the model itself does not fit, take a smaller one, or another dtype"
         )
@@ -314,7 +322,8 @@ def train(
     checkpoint in `cfg.out`. callbacks: called with (state, metrics) after each step. Raises RlftError for everything a
     user can cause; the run folder keeps what was done until then.
     """
-    with what_to_lower(cfg), build(cfg, rewards, resume, callbacks) as s:
+    with what_to_lower(cfg) as sessions, build(cfg, rewards, resume, callbacks) as s:
+        sessions.append(s)
         before = s.first_evaluation or measure(s)
         with stop_on_interrupt(s):
             loop(s)

@@ -109,7 +109,7 @@ def test_what_is_written_reads_back_equal(tmp_path: Path) -> None:
     text = to_toml(cfg)
     assert load(write(tmp_path, "config.toml", text)) == cfg
     # Every value is in the file, those that were never set too.
-    assert tomllib.loads(text)["packing"] == {"budget": 4096, "share_prefix": True, "skip_zero_advantage": True}
+    assert tomllib.loads(text)["packing"] == {"budget": "auto", "share_prefix": True, "skip_zero_advantage": True}
 
 
 def test_a_config_with_defaults_only_reads_back_equal() -> None:

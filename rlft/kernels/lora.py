@@ -122,7 +122,7 @@ def backward(
 
 def _product(x: Tensor, w: Tensor, start: Tensor | None, out: Tensor | None) -> Tensor:
     """start + x w, where start is a bias, a whole [T, out] (in place where it is out), or nothing."""
-    if start is not None and start is out:
+    if out is not None and start is out:
         return out.addmm_(x, w)
     if out is None:
         return x @ w if start is None else torch.addmm(start, x, w)

@@ -115,7 +115,7 @@ class FusedDecoder:
             with torch.inference_mode(False), torch.no_grad():
                 return self.hidden(embedded, position_ids, sequences, gradients, trained)
         keep = torch.is_grad_enabled()
-        plan = self._plan(embedded, trained)
+        plan = self.plan_for(embedded.shape[0], trained)
         self.ran = plan
         self.store.use(plan.store)
         tables, adapter = self._tables(embedded, position_ids), self.adapter()
@@ -138,18 +138,22 @@ class FusedDecoder:
         """The norm before the head; with gradient."""
         return rms_norm.rms_norm(hidden, *self.norm)
 
-    def _plan(self, embedded: Tensor, trained: int | None) -> memory.Plan:
-        """How a pass over these rows runs."""
+    def plan_for(self, rows: int, trained: int | None = None) -> memory.Plan:
+        """How a pass over so many rows runs, of which `trained` (None: all) reach the head."""
         if self.plan is not None:
             return self.plan
-        rows, device = embedded.shape[0], embedded.device
+        device = self.norm.weight.device
+        host = memory.host_free() if device.type == "cuda" else 0.0
+        return memory.choose(self.shape, rows, rows if trained is None else trained, self.available(), host)
+
+    def available(self) -> float:
+        """Bytes that a pass may take on the device now."""
+        device = self.norm.weight.device
         budget = memory.free(device) + self.store.bytes if self.budget is None else self.budget
         if self.graphs is not None and self.budget is None:
             budget -= self.graphs.bytes
         # In steps, so that plans are found again; a margin for what the allocator loses between blocks.
-        budget = budget * 0.95 // STEP * STEP
-        host = max(0.0, memory.host_free()) if device.type == "cuda" else 0.0
-        return memory.choose(self.shape, rows, rows if trained is None else trained, budget, host)
+        return budget * 0.95 // STEP * STEP
 
     def adapter(self) -> str | None:
         """Name of the adapter that is active now; None when adapters are off. Asserts what `_own_reason` checks."""

@@ -24,6 +24,7 @@ from rlft.config import Config, Lora, require
 from rlft.errors import ConfigError
 from rlft.models import quantization as quant
 from rlft.models.adapter import lora_parameters
+from rlft.models.fused import fuse
 from rlft.models.locate import Location, load_tokenizer, locate, not_found
 
 DEVICES = ("auto", "cpu", "cuda")
@@ -73,13 +74,17 @@ def load(
     """A model with a LoRA adapter called "default", ready to train, and its tokenizer.
 
     model, quantization, dtype, device: as in `Config`. seed: of the new adapter's A. The model is an ordinary PEFT
-    model in evaluation mode whose adapter is in float32 and is all that has a gradient. Raises ConfigError.
+    model in evaluation mode whose adapter is in float32 and is all that has a gradient; its decoder runs fused layers
+    under transformers' Trainer and TRL's too (`rlft.models.fused`). Raises ConfigError.
 
     >>> model, tokenizer = rlft.load("Qwen/Qwen3-8B", lora=rlft.Lora(rank=16))
     """
     base = Base(model, quantization, dtype, device)
     tokenizer = load_tokenizer(model)
     peft_model = attach_lora(load_base(base, resolve_device(base)), lora, seed)
+    fused = fuse(peft_model)
+    if isinstance(fused, str):
+        warnings.warn(f"rlft: transformers' own layers run here, not the fused ones: {fused}", stacklevel=2)
     return peft_model, tokenizer
 
 

@@ -16,13 +16,15 @@ before and after and are not in it.
 from __future__ import annotations
 
 import bisect
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
-from typing import Literal
+from typing import Any, Literal
 
 import torch
+from torch import nn
 
 from rlft.kernels.logprobs import CHUNK_BYTES
 from rlft.models.offload import AHEAD
@@ -249,6 +251,34 @@ def choose(s: Shape, rows: int, trained: int, budget: float, host: float) -> Pla
         return best[1]
     *_, smallest = _settings()
     return evaluate(s, rows, trained, (s.layers, order[-1], order[-1]), smallest)
+
+
+BUDGETS = (32768, 24576, 16384, 12288, 8192, 6144, 4096)
+"""Tokens per micro-batch that are tried, from the most."""
+
+
+def token_budget(s: Shape, device_bytes: float) -> int:
+    """The most tokens per micro-batch that run without a level above L0; the least of `BUDGETS` where none does.
+
+    More tokens decode the weights less often; a level above L0 costs more than that.
+    """
+    fit = (rows for rows in BUDGETS if not any(choose(s, rows, rows, device_bytes, 0.0).levels))
+    return next(fit, BUDGETS[-1])
+
+
+def weight_bytes(model: nn.Module) -> dict[str, int]:
+    """Bytes and number of the frozen weights of a model: {"bytes", "parameters"}; 4-bit ones with their scales."""
+    size = count = 0
+    for name, weight in model.named_parameters():
+        if "lora_" in name:
+            continue
+        state: Any = getattr(weight, "quant_state", None)
+        size += weight.numel() * weight.element_size()
+        count += weight.numel() if state is None else math.prod(state.shape)
+        if state is not None:
+            size += state.absmax.numel() * state.absmax.element_size()
+            size += state.state2.absmax.numel() * state.state2.absmax.element_size() if state.nested else 0
+    return {"bytes": size, "parameters": count}
 
 
 def _meminfo(field: str) -> float:

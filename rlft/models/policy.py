@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from rlft.errors import ConfigError
 from rlft.kernels.attention import Sequences, varlen_attention
 from rlft.kernels.logprobs import CHUNK_BYTES, linear_logprobs
+from rlft.models import memory
 from rlft.models.adapter import FlatAdapter
 from rlft.models.fused import FusedDecoder, fuse
 from rlft.types import Batch
@@ -90,6 +91,12 @@ class Policy:
         """Log-probs [T] without gradient. "reference": the adapter that training started from (the base, if new)."""
         with self._reference() if weights == "reference" else nullcontext():
             return self._forward(batch)[0]
+
+    def token_budget(self) -> int:
+        """Tokens per micro-batch that memory allows (`packing.budget = "auto"`)."""
+        if self.fused is None or self.device.type == "cpu":
+            return memory.BUDGETS[-1]
+        return memory.token_budget(self.fused.shape, self.fused.available())
 
     def adapter(self) -> dict[str, Tensor]:
         """PEFT name -> live tensor of the adapter, without alpha / rank (`scales` has that)."""
