@@ -1,11 +1,13 @@
-"""The stacks that are compared on a slab of Qwen3-8B, each as (model, step): one QLoRA step over T random tokens.
+"""The stacks that are compared, each as (model, step): one QLoRA or LoRA step over T random tokens.
 
-The slab is Qwen3-8B's layer (hidden 4096, 32/8 heads of 128, MLP 12288, vocabulary 151,936), 8 of its 36 layers, random
-weights. A step is forward, log-prob of every token but the first, mean of them, backward into LoRA r 16 on all linears.
+A step is forward, log-prob of every token but the first, their mean, backward into LoRA r 16 on all linears.
 
     trl      transformers + PEFT + bitsandbytes, gradient checkpointing, TRL's chunked log-prob head
+    peft     the same without checkpointing, for shapes whose activations are small
     unsloth  Unsloth, its own checkpointing, its loss from labels
     rlft     this library: `Policy.logprobs`
+
+Shapes are those of published models with random weights; `slab` is 8 of Qwen3-8B's 36 layers.
 """
 
 from __future__ import annotations
@@ -15,46 +17,71 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-SLAB = "/tmp/slab"
 TRL_CHUNK = 16384
 Step = Callable[[Tensor], None]
+QWEN = {"vocab_size": 151936, "head_dim": 128, "num_key_value_heads": 8, "rope_theta": 1e6, "rms_norm_eps": 1e-6,
+        "max_position_embeddings": 1048576, "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip
+QWEN_8B = QWEN | {"hidden_size": 4096, "intermediate_size": 12288, "num_attention_heads": 32,
+                  "tie_word_embeddings": False}  # fmt: skip
+SHAPES: dict[str, dict[str, Any]] = {
+    "slab": QWEN_8B | {"num_hidden_layers": 8},
+    "8b": QWEN_8B | {"num_hidden_layers": 36},
+    "0.6b": QWEN | {"hidden_size": 1024, "intermediate_size": 3072, "num_attention_heads": 16, "num_hidden_layers": 28,
+                    "tie_word_embeddings": True},
+    "1.7b": QWEN | {"hidden_size": 2048, "intermediate_size": 6144, "num_attention_heads": 16, "num_hidden_layers": 28,
+                    "tie_word_embeddings": True},
+    # 48 layers of 6144 with 16384 in the MLP, as InternLM2-20B; 19.9 B parameters.
+    "20b": QWEN | {"hidden_size": 6144, "intermediate_size": 16384, "num_attention_heads": 48, "num_hidden_layers": 48,
+                   "vocab_size": 92544, "tie_word_embeddings": False},
+}  # fmt: skip
 
 
-def make(layers: int = 8, path: str = SLAB) -> None:
-    """Write the slab, once per machine."""
-    from transformers import AutoModelForCausalLM, Qwen3Config
+def config_of(shape: str) -> Any:
+    from transformers import Qwen3Config
 
-    if (Path(path) / "config.json").exists():
-        return
-    config = Qwen3Config(
-        hidden_size=4096, intermediate_size=12288, num_hidden_layers=layers, num_attention_heads=32,
-        num_key_value_heads=8, head_dim=128, vocab_size=151936, max_position_embeddings=262144, rope_theta=1e6,
-        tie_word_embeddings=False, rms_norm_eps=1e-6, bos_token_id=1, eos_token_id=2,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    with torch.device("cuda"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    model.save_pretrained(path)
+    return Qwen3Config(**SHAPES[shape])
 
 
-def trl() -> tuple[Any, Step]:
+def path_of(shape: str) -> str:
+    """Where `make` writes a shape."""
+    return f"/tmp/shapes/{shape}"
+
+
+def make(shape: str) -> str:
+    """Write a shape's checkpoint in bf16, once per machine."""
+    from transformers import AutoModelForCausalLM
+
+    path = Path(path_of(shape))
+    if not (path / "config.json").exists():
+        torch.manual_seed(0)
+        with torch.device("cuda"):
+            model = AutoModelForCausalLM.from_config(config_of(shape), dtype=torch.bfloat16)
+        model.save_pretrained(path)
+        del model
+        torch.cuda.empty_cache()
+    return str(path)
+
+
+def _peft(shape: str, nf4: bool, checkpointing: bool) -> tuple[Any, Step]:
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
     from trl.kernels import ChunkedLogProbFunction
 
-    nf4 = BitsAndBytesConfig(
+    quantised = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.bfloat16,
     )  # fmt: skip
     base = AutoModelForCausalLM.from_pretrained(
-        SLAB, quantization_config=nf4, dtype=torch.bfloat16, device_map={"": 0}, attn_implementation="sdpa"
-    )
-    base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    base.enable_input_require_grads()
-    lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
-    model = get_peft_model(base, lora)
+        path_of(shape), quantization_config=quantised if nf4 else None, dtype=torch.bfloat16, device_map={"": 0},
+        attn_implementation="sdpa",
+    )  # fmt: skip
+    if checkpointing:
+        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        base.enable_input_require_grads()
+    base.requires_grad_(False)
+    model = get_peft_model(base, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"))
     model.train()
     inner: Any = model.base_model.model
 
@@ -67,10 +94,20 @@ def trl() -> tuple[Any, Step]:
     return model, step
 
 
-def unsloth(longest: int = 32768) -> tuple[Any, Step]:
+def trl(shape: str, nf4: bool) -> tuple[Any, Step]:
+    return _peft(shape, nf4, checkpointing=True)
+
+
+def peft(shape: str, nf4: bool) -> tuple[Any, Step]:
+    return _peft(shape, nf4, checkpointing=False)
+
+
+def unsloth(shape: str, nf4: bool) -> tuple[Any, Step]:
     from unsloth import FastLanguageModel
 
-    model, _ = FastLanguageModel.from_pretrained(SLAB, max_seq_length=longest, dtype=torch.bfloat16, load_in_4bit=True)
+    model, _ = FastLanguageModel.from_pretrained(
+        path_of(shape), max_seq_length=32768, dtype=torch.bfloat16, load_in_4bit=nf4
+    )
     model = FastLanguageModel.get_peft_model(
         model, r=16, lora_alpha=32, lora_dropout=0, bias="none", use_gradient_checkpointing="unsloth",
         target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
@@ -84,41 +121,87 @@ def unsloth(longest: int = 32768) -> tuple[Any, Step]:
     return model, step
 
 
-def rlft() -> tuple[Any, Step]:
+def rlft(shape: str, nf4: bool) -> tuple[Any, Step]:
     from rlft.config import Lora
     from rlft.models.load import Base, attach_lora, load_base
 
-    device = torch.device("cuda")
-    model = attach_lora(load_base(Base(SLAB, "nf4", "bfloat16", "cuda"), device), Lora(rank=16, alpha=32), seed=1)
+    how = Base(path_of(shape), "nf4" if nf4 else "none", "bfloat16", "cuda")
+    model = attach_lora(load_base(how, torch.device("cuda")), Lora(rank=16, alpha=32), seed=1)
     return model, rlft_step(model)
 
 
 def rlft_step(model: Any) -> Step:
     """A step of the policy over one sequence of which every token but the first is trained; `step.policy` is it. Rows
     that were packed once are packed for all repeats, as the others' ids are tensors once and for all."""
-    from rlft.batch import count, pack
     from rlft.models.policy import Policy
-    from rlft.types import Batch, PackPlan, Prompt, Rollout
+    from rlft.types import Batch
 
     policy: list[Policy] = []
     packed: list[tuple[Tensor, Batch]] = []
-
-    def batch_of(ids: Tensor) -> Batch:
-        first, *rest = ids.tolist()
-        rollout = Rollout(Prompt((first,), {}, 0), tuple(rest), (True,) * len(rest), None, "", "stop", 0, 0, 0)
-        plan = PackPlan((True,), "token_mean", len(ids), len(ids), 1.0)
-        (batch,) = pack([rollout], torch.ones(1), plan, count([rollout], plan))
-        return batch
 
     def step(ids: Tensor) -> None:
         if not policy:
             policy.append(Policy(model))
             step.policy = policy[0]  # type: ignore[attr-defined]
         if not packed or packed[0][0] is not ids:
-            packed[:] = [(ids, batch_of(ids))]
+            packed[:] = [(ids, batch_of([ids.tolist()]))]
         batch = packed[0][1]
         policy[0].flat.zero_grad()
         logprobs, _ = policy[0].logprobs(batch)
         (-(logprobs * batch.weight.to(logprobs.device)).sum()).backward()
 
     return step
+
+
+def batch_of(
+    sequences: list[list[int]], prompt: int = 1, advantages: list[float] | None = None, sampled: bool = False
+) -> Any:
+    """One packed micro-batch of sequences whose first `prompt` tokens are not trained. sampled: they come with the
+    log-probs of a sampler that drew tokens evenly."""
+    from rlft.batch import count, pack
+    from rlft.types import PackPlan, Prompt, Rollout
+
+    rollouts = []
+    for i, ids in enumerate(sequences):
+        answer = tuple(ids[prompt:])
+        sampler = (-12.0,) * len(answer) if sampled else None
+        rollouts.append(
+            Rollout(Prompt(tuple(ids[:prompt]), {}, 0), answer, (True,) * len(answer), sampler, "", "stop", i, 0, 0)
+        )
+    tokens = sum(map(len, sequences))
+    plan = PackPlan((True,) * len(rollouts), "token_mean", tokens, tokens, 1.0)
+    made = advantages or [1.0] * len(rollouts)
+    (batch,) = pack(rollouts, torch.tensor(made), plan, count(rollouts, plan))
+    return batch
+
+
+def random_nf4(shape: str) -> Any:
+    """A shape too large to be written first: random weights, quantised layer by layer where they are made."""
+    import bitsandbytes as bnb
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(config_of(shape), dtype=torch.bfloat16)
+    std = model.config.initializer_range
+    rotary = type(model.model.rotary_emb)(model.config, device="cuda")
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear) and name != "lm_head":
+            weight = torch.randn(module.out_features, module.in_features, device="cuda", dtype=torch.bfloat16) * std
+            packed = bnb.nn.Linear4bit(
+                module.in_features, module.out_features, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4",
+                compress_statistics=True, device="meta",
+            )  # fmt: skip
+            packed.weight = bnb.nn.Params4bit(
+                weight, requires_grad=False, quant_type="nf4", compress_statistics=True
+            ).to("cuda")
+            parent, _, last = name.rpartition(".")
+            setattr(model.get_submodule(parent), last, packed)
+    for name, parameter in list(model.named_parameters()):
+        if parameter.is_meta:
+            made = torch.ones if "norm" in name else torch.randn
+            data = made(parameter.shape, device="cuda", dtype=torch.bfloat16)
+            parent, _, last = name.rpartition(".")
+            module = model.get_submodule(parent)
+            setattr(module, last, nn.Parameter(data if "norm" in name else data * std, requires_grad=False))
+    model.model.rotary_emb = rotary
+    return model.eval()

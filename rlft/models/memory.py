@@ -20,7 +20,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
-from itertools import pairwise
+from itertools import combinations
 from typing import Any, Literal
 
 import torch
@@ -217,34 +217,42 @@ def _settings() -> Iterator[_Setting]:
             yield _Setting(tile, store, CHUNK_BYTES // 2)
 
 
-def _cost(how: _Setting, rank: int, share: float, rows: int) -> float:
-    """Percent of a step's time that a plan costs, roughly: a level ten, half a tile one; decoding takes as long for few
-    rows as for many."""
+LEVEL_COST = (0.0, 10.0, 12.0, 20.0, 12.5, 20.5)
+"""Percent of a step's time that a layer at each level costs, roughly."""
+
+
+def _cost(how: _Setting, levels: tuple[int, ...], rows: int) -> float:
+    """Percent of a step's time that a plan costs, roughly: half a tile one; decoding takes as long for few rows as for
+    many."""
     decode = {"shadow": 0, "layer": 16384, "group": 3 * 16384}[how.store] / max(1, rows)
-    return 10 * (rank + share) + TILES.index(how.tile) + decode + (how.chunk_bytes < CHUNK_BYTES)
+    kept = sum(LEVEL_COST[level] for level in levels) / len(levels)
+    return kept + TILES.index(how.tile) + decode + (how.chunk_bytes < CHUNK_BYTES)
 
 
 @cache
 def choose(s: Shape, rows: int, trained: int, budget: float, host: float) -> Plan:
     """The plan that takes least time among those within `budget` bytes on the device and `host` bytes on the host.
 
-    Where none fits, the smallest one; its peak is above the budget then.
+    Layers are at one of two levels, the first ones at that which keeps less. Where nothing fits, the smallest plan; its
+    peak is above the budget then.
     """
-    order = (0, 1, 2, 4, 5) if host > 0 else (0, 1, 2, 3)
+    order = (0, 1, 2, 4, 3, 5) if host > 0 else (0, 1, 2, 3)
     best: tuple[float, Plan] | None = None
     for how in _settings():
-        for rank, (upper, lower) in enumerate(pairwise(order)):
+        for upper, lower in combinations(order, 2):
 
-            def fits(n: int, lower: int = lower, upper: int = upper, how: _Setting = how) -> bool:
-                return evaluate(s, rows, trained, (n, lower, upper), how).peak <= budget
+            def plan(n: int, lower: int = lower, upper: int = upper, how: _Setting = how) -> Plan:
+                return evaluate(s, rows, trained, (n, lower, upper), how)
 
-            n = bisect.bisect_left(range(s.layers + 1), True, key=fits)
-            if n > s.layers:
+            n = bisect.bisect_left(range(s.layers + 1), True, key=lambda n: plan(n).peak <= budget)
+            if n > s.layers or (found := plan(n)).host > host:
                 continue
-            plan, cost = evaluate(s, rows, trained, (n, lower, upper), how), _cost(how, rank, n / s.layers, rows)
-            if plan.host <= host and (best is None or cost < best[0]):
-                best = (cost, plan)
-            break
+            cost = _cost(how, found.levels, rows)
+            if best is None or cost < best[0]:
+                best = (cost, found)
+            if n == 0:
+                # Any further pair begins with the same level, or with one that keeps less.
+                break
         if best is not None and best[0] == 0:
             break
     if best is not None:

@@ -1,0 +1,122 @@
+"""The longest single training step of the whole Qwen3-8B shape in NF4 on one GPU, and the 20B shape under 24 GiB.
+
+    python benchmarks/longest.py --out DIR --commit HASH sft:430000 grpo:200000 ballast24:4096
+
+One step each, no warm-up, random weights made on the spot: attention alone takes minutes at these lengths. `sft:T` is
+one sequence of T tokens; `grpo:R` two completions of R tokens behind a prompt of 1,024, with 1.2 GiB set aside for a
+sleeping engine; `ballast24:T` is T tokens of the 20B shape while all but 24 GiB of the card is taken.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parent / "peers"))
+
+import stacks
+from results_file import write
+from timing import row
+
+from rlft.algorithm import build as build_algorithm
+from rlft.config import Algo, Lora, Optim
+from rlft.models.load import attach_lora
+from rlft.models.policy import Policy
+from rlft.optim import Optimizer
+
+GIB = 2**30
+ASLEEP = 1.2
+
+
+def step(policy: Policy, batch: Any, loss: Any) -> dict[str, Any]:
+    """Seconds, peak and host memory of one step with its update."""
+    optimizer = Optimizer(policy.flat.flat, Optim(lr=1e-5), 1)
+    fused = policy.fused
+    assert fused is not None
+    torch.cuda.reset_peak_memory_stats()
+    before, start = torch.cuda.memory_allocated(), time.perf_counter()
+    policy.flat.zero_grad()
+    logprobs, _ = policy.logprobs(batch)
+    loss(logprobs, batch.to("cuda")).backward()
+    update = optimizer.step(0, 0)
+    torch.cuda.synchronize()
+    seconds = time.perf_counter() - start
+    free, total = torch.cuda.mem_get_info()
+    assert not update.skipped, update
+    return {
+        "seconds": seconds, "peak": (torch.cuda.max_memory_allocated() - before) / GIB, "norm": update.grad_norm,
+        "model": before / GIB, "plan": str(fused.ran), "planned": fused.ran.peak / GIB if fused.ran else 0,
+        "host": fused.offload.bytes / GIB, "driver": (total - free) / GIB,
+    }  # fmt: skip
+
+
+def policy_of(shape: str) -> Policy:
+    model = attach_lora(stacks.random_nf4(shape), Lora(rank=16, alpha=32), seed=1)
+    policy = Policy(model)
+    with torch.no_grad():
+        for name, tensor in policy.adapter().items():
+            if ".lora_B." in name:
+                tensor.normal_(std=1e-3)
+    torch.cuda.empty_cache()
+    return policy
+
+
+def sft(logprobs: torch.Tensor, batch: Any) -> torch.Tensor:
+    return -(logprobs * batch.weight).sum()
+
+
+def measure(work: str, tokens: int, policy: Policy) -> list[dict[str, Any]]:
+    vocab = policy.base.config.vocab_size - 10  # type: ignore[operator,union-attr]
+    if work == "grpo":
+        algorithm = build_algorithm(Algo("grpo"), 1)
+        prompt = torch.randint(10, vocab, (1024,)).tolist()
+        sequences = [prompt + torch.randint(10, vocab, (tokens,)).tolist() for _ in range(2)]
+        batch, kept = stacks.batch_of(sequences, 1024, [1.0, -1.0], sampled=True), int(ASLEEP * GIB)
+
+        def loss(logprobs: torch.Tensor, batch: Any) -> torch.Tensor:
+            return algorithm.loss(logprobs, batch, algorithm.config)[0]
+    else:
+        batch, kept, loss = stacks.batch_of([torch.randint(10, vocab, (tokens,)).tolist()]), 0, sft
+    aside = torch.empty(kept, dtype=torch.uint8, device="cuda")
+    got = step(policy, batch, loss)
+    del aside
+    print(work, tokens, got, flush=True)
+    name = f"longest/{work}" if work in ("sft", "grpo") else f"{work}/sft"
+    note = f"{got['seconds']:.0f} s for the step; {got['plan']}; gradient norm {got['norm']:.3g}"
+    if work == "grpo":
+        note += f"; two completions of so many tokens, {ASLEEP} GiB set aside for an engine"
+    return [
+        row(name, "rlft", "tokens", float(tokens), "tokens", note),
+        row(name, "rlft", "seconds", got["seconds"], "s"),
+        row(name, "rlft", "peak_GiB", got["peak"], "GiB", f"above {got['model']:.2f} GiB of model, adapter, optimiser"),
+        row(name, "rlft", "planned_GiB", got["planned"], "GiB"),
+        row(name, "rlft", "host_GiB", got["host"], "GiB"),
+        row(name, "rlft", "driver_GiB", got["driver"], "GiB", "in use on the card, as the driver says"),
+    ]
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--commit", required=True)
+    parser.add_argument("works", nargs="+")
+    args = parser.parse_args()
+    rows, policies = [], {}
+    for work, tokens in (text.split(":") for text in args.works):
+        shape = "20b" if work.startswith("ballast") else "8b"
+        if work.startswith("ballast"):
+            total = torch.cuda.get_device_properties(0).total_memory
+            ballast = torch.empty(total - 24 * GIB, dtype=torch.uint8, device="cuda")
+        if shape not in policies:
+            policies.clear()
+            torch.cuda.empty_cache()
+            policies[shape] = policy_of(shape)
+        rows += measure(work, int(tokens), policies[shape])
+        write("longest" if shape == "8b" else "ballast24", [r for r in rows if shape == "8b" or "ballast" in r["work"]],
+              args.out, args.commit)  # fmt: skip
