@@ -28,21 +28,23 @@ WIDE = SIZES | {
 
 
 def model_of(name: str, dtype: torch.dtype, nf4: bool = False, tmp: Any = None, **more: Any) -> PeftModel:
-    """A model on the GPU; float64 has the weights of bfloat16."""
+    """A model on the GPU; float64 has the weights of bfloat16. tmp: a folder to save to and load from, which leaves
+    the rotary frequencies in fp32."""
     kind, own = FAMILIES[name]
     config = AutoConfig.for_model(kind, **(WIDE | own | more))
     config._attn_implementation = "eager" if kind == "gemma2" else "sdpa"
     torch.manual_seed(0)
     base: Any = AutoModelForCausalLM.from_config(config).bfloat16()
-    if nf4:
+    if tmp is not None:
         base.save_pretrained(tmp)
         quantised = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=torch.bfloat16,
         )  # fmt: skip
         base = AutoModelForCausalLM.from_pretrained(
-            tmp, quantization_config=quantised, dtype=torch.bfloat16, device_map={"": 0}, attn_implementation="sdpa"
-        )
+            tmp, quantization_config=quantised if nf4 else None, dtype=torch.bfloat16, device_map={"": 0},
+            attn_implementation="sdpa",
+        )  # fmt: skip
     else:
         base = base.to(dtype).cuda()
     model = attach_lora(base.eval().requires_grad_(False), Lora(rank=8, alpha=16), seed=1)
@@ -92,7 +94,7 @@ def test_bf16_is_as_near_to_fp64_as_transformers(name: str) -> None:
 def test_nf4_equals_its_own_decoded_weights(tmp_path: Any) -> None:
     """NF4 decoded by us equals the plain model of the decoded weights bit for bit, forward and backward without dQ."""
     model = model_of("qwen3", torch.bfloat16, nf4=True, tmp=tmp_path)
-    plain = model_of("qwen3", torch.bfloat16)
+    plain = model_of("qwen3", torch.bfloat16, tmp=tmp_path)
     for (_, module), (_, other) in zip(model.named_modules(), plain.named_modules(), strict=True):
         state = getattr(getattr(module, "weight", None), "quant_state", None)
         if state is not None:

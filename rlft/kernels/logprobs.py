@@ -111,12 +111,22 @@ def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
 class _Scratch:
     """Buffers of one chunk, for all chunks of a call. Rows are padded to 64 columns, as the matrix products like."""
 
-    def __init__(self, rows: int, hidden: Tensor, weight: Tensor, grad: bool) -> None:
+    def __init__(self, rows: int, hidden: Tensor, weight: Tensor, grad: bool, workspace: Tensor | None) -> None:
         vocab, dtype = weight.shape[0], torch.promote_types(hidden.dtype, torch.float32)
         wide = -(-vocab // 64) * 64
-        self.z = hidden.new_empty(rows, wide, dtype=dtype)[:, :vocab]
-        self.weights = weight.new_empty(rows, wide)[:, :vocab] if grad else None
-        self.product = hidden.new_empty(rows, weight.shape[1], dtype=dtype) if grad else None
+        free = None if workspace is None else workspace.view(torch.uint8)
+
+        def empty(columns: int, kind: torch.dtype) -> Tensor:
+            nonlocal free
+            size = rows * columns * kind.itemsize
+            if free is None or free.numel() < size:
+                return hidden.new_empty(rows, columns, dtype=kind)
+            taken, free = free[:size], free[-(-size // 256) * 256 :]
+            return taken.view(kind).view(rows, columns)
+
+        self.z = empty(wide, dtype)[:, :vocab]
+        self.weights = empty(wide, weight.dtype)[:, :vocab] if grad else None
+        self.product = empty(weight.shape[1], dtype) if grad else None
 
 
 def _logits(scratch: _Scratch, h: Tensor, weight: Tensor) -> Tensor:
@@ -154,7 +164,7 @@ class _LinearLogprobs(torch.autograd.Function):
     """Chunked forward that keeps the jacobians."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, options, rows, entropy_grad, grad):  # type: ignore[override]
+    def forward(ctx, hidden, weight, targets, options, rows, entropy_grad, grad, workspace):  # type: ignore[override]
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         temperature, softcap, scale = options
         # On a CPU 16-bit products are slow and round: the head is widened once.
@@ -163,7 +173,7 @@ class _LinearLogprobs(torch.autograd.Function):
         entropy = torch.empty_like(logprobs)
         by_logprob = torch.empty_like(hidden) if grad else None
         by_entropy = torch.empty_like(hidden) if grad and entropy_grad else None
-        scratch = _Scratch(min(rows, max(1, hidden.shape[0])), hidden, head, grad)
+        scratch = _Scratch(min(rows, max(1, hidden.shape[0])), hidden, head, grad, workspace)
         for start in range(0, hidden.shape[0], rows):
             part = slice(start, start + rows)
             into = None if by_logprob is None else by_logprob[part]
@@ -197,7 +207,7 @@ class _LinearLogprobs(torch.autograd.Function):
             grad = _scaled_rows(by_logprob, grad_logprobs)
             if by_entropy is not None:
                 grad += _scaled_rows(by_entropy, grad_entropy)
-        return grad, grad_weight, None, None, None, None, None
+        return grad, grad_weight, None, None, None, None, None, None
 
 
 def _scaled_rows(jacobian: Tensor, upstream: Tensor) -> Tensor:
@@ -235,7 +245,7 @@ def _head_gradient(
 
 def linear_logprobs(
     hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, softcap: float | None = None,
-    scale: float = 1.0, chunk_bytes: int = CHUNK_BYTES, entropy_grad: bool = False,
+    scale: float = 1.0, chunk_bytes: int = CHUNK_BYTES, entropy_grad: bool = False, workspace: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Log-probability of each target and entropy of its distribution.
 
@@ -244,7 +254,8 @@ def linear_logprobs(
     [0, V); on a GPU one outside gives nan. temperature: the sampling temperature, above 0; required, because a log-prob
     at another temperature than the sampler's is of another distribution. softcap: c of c tanh(z / c), or None. scale:
     factor on the logits. chunk_bytes: memory for one chunk's logits and exponentials. entropy_grad: let the entropy
-    carry a gradient too (one more product with the head, and twice the memory kept).
+    carry a gradient too (one more product with the head, and twice the memory kept). workspace: contiguous memory of
+    the caller's, of any dtype, that a chunk's buffers are laid into as far as they fit, and that is free again after.
     Returns logprobs [N] and entropy [N], both in max(fp32, hidden.dtype). Deterministic. On a GPU the
     backward runs once. Raises ValueError on shapes, dtypes or devices that do not fit and a temperature that is not
     positive.
@@ -262,4 +273,4 @@ def linear_logprobs(
     hidden, weight = (x if x.stride(-1) == 1 else x.contiguous() for x in (hidden, weight))
     rows = chunk_rows(weight.shape[0], hidden.dtype, chunk_bytes)
     options = (float(temperature), softcap, float(scale))
-    return _LinearLogprobs.apply(hidden, weight, targets.contiguous(), options, rows, entropy_grad, grad)  # type: ignore[return-value]
+    return _LinearLogprobs.apply(hidden, weight, targets.contiguous(), options, rows, entropy_grad, grad, workspace)  # type: ignore[return-value]

@@ -129,9 +129,6 @@ class FusedDecoder:
         x = embedded
         for layer in self.layers:
             x = run_layer(layer, x, run)
-        if plan.store == "group":
-            # Where memory is that short, the head has it in between.
-            self.store.release()
         return x
 
     def final_norm(self, hidden: Tensor) -> Tensor:
@@ -183,7 +180,7 @@ class FusedDecoder:
         return memory.Shape(
             layers=len(self.layers), hidden=first.projections[0].in_features, q=q, kv=kv, q_heads=first.q_heads,
             intermediate=first.width, vocab=self.decoder.config.vocab_size,  # type: ignore[arg-type,union-attr]
-            element=weight.element_size(), tails=tuple(b.group.tail for b in bound),  # type: ignore[arg-type]
+            dtype=weight.dtype, tails=tuple(b.group.tail for b in bound),  # type: ignore[arg-type]
             ranks=tuple(b.group.rank for b in bound), qk_norm=first.qk_norm[0] is not None,  # type: ignore[arg-type]
             post_norm=first.down_norm is not None,
             attention=backends.choose(weight.device, weight.dtype, first.head_dim, first.attention.softcap),

@@ -26,7 +26,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from rlft.kernels.logprobs import CHUNK_BYTES
+from rlft.kernels.logprobs import CHUNK_BYTES, chunk_rows
 from rlft.models.offload import AHEAD
 
 TILES = (8192, 4096, 2048, 1024)
@@ -47,8 +47,8 @@ class Shape:
     q_heads: int
     intermediate: int
     vocab: int
-    element: int
-    """Bytes of an activation."""
+    dtype: torch.dtype
+    """Of activations."""
     tails: tuple[int, int, int, int]
     """Columns behind qkv, o, gate_up, down."""
     ranks: tuple[int, int, int, int]
@@ -58,6 +58,11 @@ class Shape:
     """Norms behind attention and MLP."""
     attention: str
     """Back end of the attention."""
+
+    @property
+    def element(self) -> int:
+        """Bytes of an activation."""
+        return self.dtype.itemsize
 
     @property
     def qkv(self) -> int:
@@ -162,12 +167,20 @@ def backward_work(s: Shape, rows: int, tile: int, level: int) -> int:
     return rows * (back + gradients) + max(mlp, attention, inputs)
 
 
-def head_work(s: Shape, rows: int, trained: int, chunk_bytes: int) -> int:
-    """Bytes from the last layer's output to the log-probs: rows of the decoder, of which `trained` reach the head."""
+def head_work(s: Shape, rows: int, trained: int, how: _Setting) -> int:
+    """Bytes from the last layer's output to the log-probs: rows of the decoder, of which `trained` reach the head. A
+    chunk's buffers are laid into the scratch of the weights as far as they fit."""
     e, wide = s.element, max(4, s.element)
-    chunk = min(max(1, chunk_bytes // (s.vocab * (wide + e))), max(1, trained))
+    chunk = min(chunk_rows(s.vocab, s.dtype, how.chunk_bytes), max(1, trained))
     columns = -(-s.vocab // 64) * 64
-    return e * s.hidden * (rows + 3 * trained) + chunk * (columns * (wide + e) + s.hidden * (wide + e))
+    left = scratch(s, how.store) if how.store != "shadow" else 0
+    new = 0
+    for size in (chunk * columns * wide, chunk * columns * e, chunk * s.hidden * wide):
+        if size <= left:
+            left -= size
+        else:
+            new += size
+    return e * s.hidden * (rows + 3 * trained + chunk) + new
 
 
 def scratch(s: Shape, mode: Mode) -> int:
@@ -195,9 +208,8 @@ def evaluate(s: Shape, rows: int, trained: int, mixed: tuple[int, int, int], how
     count, lower, upper = mixed
     levels = (lower,) * count + (upper,) * (s.layers - count)
     low, all_ = rows * count * saved(s, lower), rows * sum(saved(s, level) for level in levels)
-    # In mode "group" the scratch is given back for the head.
     own = scratch(s, how.store)
-    highest = all_ + head_work(s, rows, trained, how.chunk_bytes) + (0 if how.store == "group" else own)
+    highest = all_ + head_work(s, rows, trained, how) + own
     for level, kept, there in ((lower, low, count), (upper, all_, s.layers - count)):
         if there:
             highest = max(highest, own + kept + backward_work(s, rows, how.tile, level))

@@ -115,9 +115,10 @@ class Policy:
         hidden = self._hidden(batch, sequences, batch.source[rows])
         plan = None if self.fused is None else self.fused.ran
         chunk_bytes = CHUNK_BYTES if plan is None else plan.chunk_bytes
+        workspace = None if self.fused is None else self.fused.store.scratch
         logprobs, entropy = linear_logprobs(
             hidden, self._head, batch.input_ids[rows], batch.temperature, self._softcap,
-            self._logit_scale, chunk_bytes,
+            self._logit_scale, chunk_bytes, workspace=workspace,
         )  # fmt: skip
         zeros = torch.zeros(batch.input_ids.shape, dtype=logprobs.dtype, device=self.device)
         return zeros.index_put((rows,), logprobs), zeros.index_put((rows,), entropy)

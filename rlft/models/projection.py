@@ -157,18 +157,33 @@ class Store:
         self, layer: int, projections: Sequence[Projection], bound: Sequence[Bound], like: Tensor
     ) -> Callable[[int], Tensor]:
         """Buffer of projection i, with weights and adapter in it; in mode "group" it is good until the next call."""
-        if self.mode == "group":
-            return lambda i: self._bring((layer, i), projections[i : i + 1], bound[i : i + 1], like)[0]
-        return self._bring((layer,), projections, bound, like).__getitem__
-
-    def _bring(
-        self, key: tuple, projections: Sequence[Projection], bound: Sequence[Bound], like: Tensor
-    ) -> tuple[Tensor, ...]:
         shapes = [(b.group.out + b.group.tail, b.group.in_features + b.group.tail) for b in bound]
         sizes = [rows * columns for rows, columns in shapes]
+        if self.mode == "group":
+            largest = max(sizes)
+            return lambda i: self._bring(
+                (layer, i), projections[i : i + 1], bound[i : i + 1], shapes[i : i + 1], largest, like
+            )[0]
+        return self._bring((layer,), projections, bound, shapes, sum(sizes), like).__getitem__
+
+    @property
+    def scratch(self) -> Tensor | None:
+        """Memory that nobody reads between two layers, for others to use until then; None where there is none."""
+        return self._memory
+
+    def _bring(
+        self, key: tuple, projections: Sequence[Projection], bound: Sequence[Bound],
+        shapes: Sequence[tuple[int, int]], largest: int, like: Tensor,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        """largest: elements of the memory that is shared, with room for what comes after."""
+        sizes = [rows * columns for rows, columns in shapes]
         kept = self._brought.get(key)
-        if kept is None or [tuple(b.shape) for b in kept.buffers] != shapes or kept.buffers[0].dtype != like.dtype:
-            memory = like.new_empty(sum(sizes)) if self.mode == "shadow" else self._shared(sum(sizes), like)
+        if (
+            kept is None
+            or [tuple(b.shape) for b in kept.buffers] != list(shapes)
+            or kept.buffers[0].dtype != like.dtype
+        ):
+            memory = like.new_empty(sum(sizes)) if self.mode == "shadow" else self._shared(largest, like)
             parts = memory[: sum(sizes)].split(sizes)
             kept = _Bring(projections, bound, [p.view(s) for p, s in zip(parts, shapes, strict=True)])
             self._brought[key] = kept

@@ -1,6 +1,6 @@
 """The kernels' benchmarks on a GPU, one results file each.
 
-    python benchmarks/kernels.py --out DIR --commit HASH nf4 lora rms_norm qk_rope swiglu attention logprobs
+    python benchmarks/run_kernels.py --out DIR --commit HASH nf4 lora rms_norm qk_rope swiglu attention logprobs
 
 The GPU machine has no checkout, so the commit is told; the files are put into benchmarks/results/ by hand.
 """
