@@ -174,6 +174,25 @@ def test_graphs_give_what_launches_give(nf4: bool, tmp_path: Any) -> None:
         loss.backward()
 
 
+@pytest.mark.parametrize("level", [4, 5])
+def test_two_passes_under_way_do_not_mix_their_host_memory(level: int) -> None:
+    g = torch.Generator().manual_seed(6)
+    policy = Policy(model_of("qwen3", torch.bfloat16))
+    assert policy.fused is not None
+    policy.fused.graphs, policy.fused.plan = None, memory.Plan((level,) * 2, 64, "layer", 2**20, 0, 0, 0)
+    batches = [batch_of([60, 50], g), batch_of([30, 80], g), batch_of([200], g)]
+    want = sum(gradient_of(policy, b) for b in batches)
+    policy.flat.zero_grad()
+    losses = [(policy.logprobs(b)[0] * b.weight.cuda()).sum() for b in batches]
+    for loss in losses:
+        loss.backward()
+    assert float((policy.flat.gradient - want).norm() / want.norm()) < 5e-3
+    del losses, loss
+    again = policy.fused.offload.bytes
+    gradient_of(policy, batches[0])
+    assert policy.fused.offload.bytes == again, "arenas are used again"
+
+
 @pytest.mark.parametrize("name", ["qwen3", "gemma3"])
 @pytest.mark.parametrize("level", LEVELS)
 def test_the_plan_is_within_5_percent_of_the_measured_peak(name: str, level: int) -> None:

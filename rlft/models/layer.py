@@ -97,11 +97,12 @@ class _Layer(torch.autograd.Function):
         out = Forward(layer, run, bound, x)(x, kept)
         if level in (4, 5):
             assert run.offload is not None
-            run.offload.put(layer.index, x, kept.attention)
+            run.stored[layer.index] = run.offload.put(layer.index, x, kept.attention)
             kept.attention = None
         else:
             ctx.save_for_backward(x)
         ctx.kept, ctx.rest = kept, (layer, run, bound)
+        ctx.versions = [(p, p._version) for p in parameters]
         return out
 
     @staticmethod
@@ -114,8 +115,13 @@ class _Layer(torch.autograd.Function):
                 f"layer {layer.index}: backward ran before, and turned what it had kept into gradients in place; run "
                 f"the forward again"
             )
+        if any(p._version != version for p, version in ctx.versions):
+            raise RuntimeError(
+                f"layer {layer.index}: the adapter was modified in place between forward and backward, whose gradients "
+                f"would mix the two; run the forward again"
+            )
         if run.levels[layer.index] in (4, 5):
-            kept.x, kept.attention = run.offload.get(layer.index)
+            kept.x, kept.attention = run.offload.get(run.stored, layer.index)
         else:
             (kept.x,) = ctx.saved_tensors
         work = Backward(layer, run, bound, kept.x)

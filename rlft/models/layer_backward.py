@@ -24,8 +24,7 @@ class Gradients:
 
     A: list[list[Tensor]] = field(default_factory=list)
     B: list[list[Tensor]] = field(default_factory=list)
-    returned: list[Tensor | None] = field(default_factory=list)
-    """One per parameter given to the Function; None where it went into the caller's buffer."""
+    _own: list[tuple[Tensor | None, torch.dtype]] = field(default_factory=list)
 
     @classmethod
     def of(cls, bound: Sequence[Bound], buffers: dict[Tensor, Tensor] | None, like: Tensor) -> Gradients:
@@ -45,8 +44,13 @@ class Gradients:
                         side[-1].append(flat[offset : offset + t.numel()].view(t.shape))
                         offset += t.numel()
                     if t.numel():
-                        made.returned.append(None if buffers is not None else side[-1][-1].to(t.dtype))
+                        made._own.append((None if buffers is not None else side[-1][-1], t.dtype))
         return made
+
+    @property
+    def returned(self) -> list[Tensor | None]:
+        """One per parameter given to the Function, in its dtype; None where it went into the caller's buffer."""
+        return [None if g is None else g.to(dtype) for g, dtype in self._own]
 
 
 class Backward(Steps):

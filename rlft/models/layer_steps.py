@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from rlft.kernels import lora
 from rlft.kernels.attention import Saved, Sequences
 from rlft.models import ops
 from rlft.models.layer_modules import DOWN, GATE_UP, OUT, QKV, FusedLayer
-from rlft.models.offload import Offload
+from rlft.models.offload import Offload, Stored
 from rlft.models.projection import Bound, Store
 
 LEVELS = range(6)
@@ -37,6 +37,8 @@ class Pass:
     gradients: dict[Tensor, Tensor] | None = None
     """Parameter -> fp32 buffer that its gradient is added to; None: returned to autograd."""
     offload: Offload | None = None
+    stored: dict[int, Stored] = field(default_factory=dict)
+    """Layer -> what L4 and L5 put away."""
 
 
 @dataclass

@@ -48,46 +48,35 @@ class Arena:
 
 
 @dataclass
-class _Stored:
-    """A layer's tensors in host memory, and on the device while they are needed."""
+class Stored:
+    """One layer's tensors of one pass: in an arena, and on the device while they are needed."""
 
     host: list[Tensor]
-    stored: torch.cuda.Event
+    arena: Arena | None
+    written: torch.cuda.Event | None
     device: list[Tensor] | None = None
     ready: torch.cuda.Event | None = None
 
 
 class Offload:
-    """Keeps tensors of layers between forward and backward."""
+    """Keeps tensors of layers between forward and backward. Several passes may be under way: each has its records."""
 
     def __init__(self) -> None:
-        self._arenas: dict[int, Arena] = {}
-        self._stored: dict[int, _Stored] = {}
-        self._here: dict[int, tuple[Tensor, Saved | None]] = {}
+        self._free: dict[int, list[Arena]] = {}
         self._streams: dict[str, torch.cuda.Stream] = {}
-
-    @property
-    def bytes(self) -> int:
+        self.bytes = 0
         """Host memory of all arenas."""
-        return sum(arena.size for arena in self._arenas.values())
 
-    def close(self) -> None:
-        """Give the host memory back."""
-        torch.cuda.synchronize()
-        self._stored.clear()
-        for arena in self._arenas.values():
-            arena.close()
-        self._arenas.clear()
-
-    def put(self, layer: int, x: Tensor, attention: Saved | None) -> None:
+    def put(self, layer: int, x: Tensor, attention: Saved | None) -> Stored:
         """Start copying x and attention's out and lse to the host."""
-        if not x.is_cuda:
-            self._here[layer] = (x, attention)
-            return
         tensors = [x, *(attention or ())]
+        if not x.is_cuda:
+            return Stored([], None, None, tensors)
         arena = self._arena(layer, sum(_padded(t) for t in tensors))
-        stream = self._stream("out", x)
+        stream = self._stream("out", x.device)
         stream.wait_stream(torch.cuda.current_stream(x.device))
+        # An arena that is used again may still be read from.
+        stream.wait_stream(self._stream("in", x.device))
         host, offset = [], 0
         with torch.cuda.stream(stream):
             for tensor in tensors:
@@ -98,30 +87,33 @@ class Offload:
                 offset += _padded(tensor)
             event = torch.cuda.Event()
             event.record(stream)
-        self._stored[layer] = _Stored(host, event)
+        stored = Stored(host, arena, event)
+        weakref.finalize(stored, self._free[layer].append, arena)
+        return stored
 
-    def get(self, layer: int) -> tuple[Tensor, Saved | None]:
-        """x, and out and lse where they were put, on the device; starts the copies of the layers before."""
-        if layer in self._here:
-            return self._here.pop(layer)
-        device = torch.device("cuda", torch.cuda.current_device())
+    def get(self, records: dict[int, Stored], layer: int) -> tuple[Tensor, Saved | None]:
+        """x, and out and lse where they were put, on the device; starts the copies of the layers before, and drops the
+        layer's record. records: of the pass."""
         for ahead in range(layer, layer - AHEAD - 1, -1):
-            if ahead in self._stored:
-                self._fetch(self._stored[ahead], device)
-        stored = self._stored.pop(layer)
-        assert stored.device is not None and stored.ready is not None
-        current = torch.cuda.current_stream(device)
-        current.wait_event(stored.ready)
-        for tensor in stored.device:
-            tensor.record_stream(current)
+            if ahead in records:
+                self._fetch(records[ahead])
+        stored = records.pop(layer)
+        assert stored.device is not None
+        if stored.ready is not None:
+            current = torch.cuda.current_stream(stored.device[0].device)
+            current.wait_event(stored.ready)
+            for tensor in stored.device:
+                tensor.record_stream(current)
         x, *rest = stored.device
         return x, Saved(*rest) if rest else None
 
-    def _fetch(self, stored: _Stored, device: torch.device) -> None:
+    def _fetch(self, stored: Stored) -> None:
         if stored.device is not None:
             return
+        assert stored.written is not None
+        device = torch.device("cuda", torch.cuda.current_device())
         stream = self._stream("in", device)
-        stream.wait_event(stored.stored)
+        stream.wait_event(stored.written)
         with torch.cuda.stream(stream):
             # Allocated on the copying stream: memory that the main stream still reads is not reused for it.
             stored.device = [torch.empty(t.shape, dtype=t.dtype, device=device) for t in stored.host]
@@ -131,17 +123,21 @@ class Offload:
             stored.ready.record(stream)
 
     def _arena(self, layer: int, size: int) -> Arena:
-        arena = self._arenas.get(layer)
-        if arena is None or arena.size < size:
-            if arena is not None:
-                torch.cuda.synchronize()
-                arena.close()
-            arena = self._arenas[layer] = Arena(size)
-        return arena
+        """One of the layer's that no pass is using, or a new one; one that is too small is given back."""
+        free = self._free.setdefault(layer, [])
+        while free:
+            arena = free.pop()
+            if arena.size >= size:
+                return arena
+            torch.cuda.synchronize()
+            self.bytes -= arena.size
+            arena.close()
+        self.bytes += size
+        return Arena(size)
 
-    def _stream(self, name: str, on: Tensor | torch.device) -> torch.cuda.Stream:
+    def _stream(self, name: str, device: torch.device) -> torch.cuda.Stream:
         if name not in self._streams:
-            self._streams[name] = torch.cuda.Stream(on.device if isinstance(on, Tensor) else on)
+            self._streams[name] = torch.cuda.Stream(device)
         return self._streams[name]
 
 

@@ -35,7 +35,8 @@ def _gradients(function: Callable[..., Tensor], inputs: Sequence[Tensor], upstre
     """Gradients of `function(*inputs)` by PyTorch."""
     with torch.enable_grad():
         leaves = [x.detach().requires_grad_() for x in inputs]
-        return torch.autograd.grad(function(*leaves), leaves, upstream)
+        # Without rows nothing may depend on a leaf.
+        return torch.autograd.grad(function(*leaves), leaves, upstream, allow_unused=True, materialize_grads=True)
 
 
 def norm_forward(

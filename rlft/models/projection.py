@@ -48,6 +48,8 @@ class Projection:
         self.in_features = int(self.weights[0].shape[1])
         self.out = sum(self.out_features)
         self.bias = _joined([m.bias for m in bases], self.out_features)
+        self._none = [(torch.empty(0, self.in_features), torch.empty(n, 0)) for n in self.out_features]
+        """A and B of a module without an adapter."""
         self._bound: tuple[tuple, Bound] | None = None
 
     @property
@@ -57,17 +59,17 @@ class Projection:
 
     def bind(self, adapter: str | None) -> Bound:
         """The adapter called `adapter` (None: no adapter) with its shapes and scales."""
-        A, B, scales, empty = [], [], [], torch.empty(0)
-        for module in self.modules:
+        A, B, scales = [], [], []
+        for module, (none_a, none_b) in zip(self.modules, self._none, strict=True):
             if adapter is not None and adapter in getattr(module, "lora_A", ()):
                 A.append(module.lora_A[adapter].weight)  # type: ignore[index]
                 B.append(module.lora_B[adapter].weight)  # type: ignore[index]
                 scales.append(float(module.scaling[adapter]))  # type: ignore[index]
             else:
-                A.append(empty)
-                B.append(empty)
+                A.append(none_a)
+                B.append(none_b)
                 scales.append(1.0)
-        key = (*(id(t) if t is not empty else 0 for t in (*A, *B)), *scales)
+        key = (*(id(t) for t in (*A, *B)), *scales)
         if self._bound is None or self._bound[0] != key:
             group = LoraGroup(self.in_features, self.out_features, tuple(a.shape[0] for a in A), tuple(scales))
             self._bound = (key, Bound(group, tuple(A), tuple(B)))

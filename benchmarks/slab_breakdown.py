@@ -1,0 +1,99 @@
+"""Where the time of the slab step goes: device time by kind of kernel, the floor of each, and what the host leaves idle.
+
+    python benchmarks/slab_breakdown.py --out DIR --commit HASH 2048 8192 32768
+
+Floors are those of reference/kernels.md 1: products at 787 TFLOP/s, attention at 600 forward and 480 backward, memory
+at 3.03 TB/s; the base is not decoded where it lies decoded in memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parent / "peers"))
+
+import stacks
+from results_file import write
+from timing import row
+
+KINDS = {
+    "attention": ("flash", "Flash"),
+    "decode": ("_decode_",),
+    "lora": ("_columns", "_fold", "_fill", "64x64"),
+    "head": ("_tss_", "_rows_kernel", "_jacobian", "_scale_rows", "index", "Index", "sort", "Sort", "radix"),
+    "products": ("nvjet", "gemm", "cublas", "splitK"),
+    "elementwise": ("forward_kernel", "backward_kernel", "elementwise", "Memcpy", "fill", "reduce", "copy"),
+}
+LAYERS, LINEAR, HEAD = 8, 192.94e6, 151936 * 4096
+
+
+def kind_of(name: str) -> str:
+    return next((kind for kind, marks in KINDS.items() if any(mark in name for mark in marks)), "other")
+
+
+def floors(T: int, decoded: bool) -> dict[str, float]:
+    """Milliseconds at the least."""
+    attention = 4 * 32 * 128 * T * T / 2 * LAYERS
+    return {
+        "products": 4 * LINEAR * LAYERS * T / 787e12 * 1e3,
+        "attention": (attention / 600e12 + 2.5 * attention / 480e12) * 1e3,
+        "head": 4 * HEAD * T / 787e12 * 1e3,
+        "decode": 0.0 if decoded else 2 * LINEAR * LAYERS * 2.5159 / 3.03e12 * 1e3,
+        "lora": 7e-6 * LAYERS / 36 * T * 1e3,
+        "elementwise": (1.8e-6 + 4e-6) * LAYERS / 36 * T * 1e3,
+    }  # fmt: skip
+
+
+def rows(T: int, step: Any) -> list[dict[str, Any]]:
+    ids = torch.randint(10, 90000, (T,), device="cuda")
+    for _ in range(3):
+        step(ids)
+    torch.cuda.synchronize()
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        step(ids)
+        torch.cuda.synchronize()
+        times.append((time.perf_counter() - start) * 1e3)
+    with profile(activities=[ProfilerActivity.CUDA]) as p:
+        step(ids)
+        torch.cuda.synchronize()
+    found = dict.fromkeys([*KINDS, "other"], 0.0)
+    other: dict[str, float] = {}
+    for event in p.key_averages():
+        if event.self_device_time_total > 0:
+            kind = kind_of(event.key)
+            found[kind] += event.self_device_time_total / 1e3
+            if kind == "other":
+                other[event.key] = event.self_device_time_total / 1e3
+    plan = step.policy.fused.ran
+    least = floors(T, plan.store == "shadow")
+    made = [row(f"slab/{T}/whole", "rlft", "ms", times, "ms", str(plan))]
+    for kind, ms in found.items():
+        floor = f"floor {least[kind]:.2f} ms" if kind in least else ", ".join(sorted(other, key=other.get)[-3:])[:160]  # type: ignore[arg-type]
+        made.append(row(f"slab/{T}/{kind}", "rlft", "ms", ms, "ms", floor))
+    idle = sorted(times)[len(times) // 2] - sum(found.values())
+    made.append(row(f"slab/{T}/idle", "rlft", "ms", idle, "ms", "the whole less the device time of all kernels"))
+    for r in made:
+        print(r["work"], r["value"], r["note"], flush=True)
+    return made
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--commit", required=True)
+    parser.add_argument("lengths", type=int, nargs="+")
+    args = parser.parse_args()
+    stacks.make("slab")
+    _, one_step = stacks.rlft("slab", True)
+    made = [r for T in args.lengths for r in rows(T, one_step)]
+    print(write("slab_breakdown", made, args.out, args.commit))
