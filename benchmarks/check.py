@@ -24,11 +24,18 @@ class Target(NamedTuple):
     """"<=" or ">="."""
     value: float
     stack: str = "rlft"
+    beside: tuple[str, str] | None = None
+    """Work and stack whose value of the same metric and file `value` is a multiple of."""
 
 
 def at_copy(name: str, work: str, share: float, stack: str = "rlft") -> Target:
     """Bandwidth of at least `share` of a copy of the same bytes, measured in the same run."""
-    return Target(name, work, "GBs", "of copy", share, stack)
+    return Target(name, work, "GBs", ">=", share, stack, (work, "copy"))
+
+
+def faster(name: str, work: str, times: float, other_work: str, other: str) -> Target:
+    """At least `times` the tokens/s of another stack, measured in the same run."""
+    return Target(name, work, "tokens_per_s", ">=", times, "rlft", (other_work, other))
 
 
 TARGETS = [
@@ -47,6 +54,11 @@ TARGETS = [
     *(Target("slab", f"slab/{t}", "tokens_per_s", ">=", v, "rlft-fa2")
       for t, v in ((2048, 40e3), (8192, 39e3), (32768, 23e3))),
     *(Target("slab", f"slab-tight/{t}", "peak_GiB", "<=", v) for t, v in ((2048, 0.55), (8192, 1.5), (32768, 5.0))),
+    *(faster("slab", f"slab-at-unsloths-memory/{t}", 1.0, f"slab/{t}", "unsloth") for t in (2048, 8192, 32768)),
+    *(faster("small", f"small/{s}-{k}/{t}", times, f"small/{s}-{k}/{t}", other)
+      for s in ("0.6b", "1.7b") for t in (512, 1024)
+      for k, other, times in (("nf4", "peft", 2.5), ("bf16", "peft", 1.3), ("nf4", "unsloth", 1.2),
+                              ("bf16", "unsloth", 1.2))),
     Target("longest", "longest/sft", "tokens", ">=", 400e3), Target("longest", "longest/grpo", "tokens", ">=", 200e3),
     *(Target("rollout", f"rollout-expanded/{n}", "tokens_per_s", ">=", v)
       for n, v in ((256, 13.5e3), (64, 5.7e3), (16, 1.7e3))),
@@ -78,10 +90,11 @@ def main() -> int:
             missing.add(target.name if file is None else f"{target.name}: {target.work}")
             continue
         bound, against = target.bound, target.value
-        if bound == "of copy":
-            copy = found(file[1], target, "copy")
-            assert copy is not None, f"{file[0].name} has no copy for {target.work}"
-            bound, value = ">=", value / copy
+        if target.beside is not None:
+            work, stack = target.beside
+            other = found(file[1], target._replace(work=work), stack)
+            assert other is not None, f"{file[0].name} has no {stack} for {work}"
+            value /= other
         good = value <= against if bound == "<=" else value >= against
         short += not good
         where = f"{target.work} {target.stack}"

@@ -1,4 +1,4 @@
-"""Where the time of the slab step goes: device time by kind of kernel, the floor of each, and what the host leaves idle.
+"""Where the time of the slab step goes: device time by kind of kernel, each floor, and what the host leaves idle.
 
     python benchmarks/slab_breakdown.py --out DIR --commit HASH 2048 8192 32768
 

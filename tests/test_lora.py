@@ -247,8 +247,8 @@ GPU_GROUPS = [
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_gpu(group, dtype) -> None:
     for T in (0, 1, 1025):
-        check(Layer(group, T, dtype, "cuda"), tail_on_dy=True)
-        check(Layer(group, T, dtype, "cuda"), tail_on_dy=False)
+        check(Layer(group, T, dtype, "cuda"), tail_on_x=True)
+        check(Layer(group, T, dtype, "cuda"), tail_on_x=False)
 
 
 @pytest.mark.gpu
