@@ -5,9 +5,10 @@
 
 Rows of examples/sums_sft.jsonl, 4 a step, learning rate 2e-4 and the rest as `rlft.config.Optim` has it. One PEFT model
 serves both stacks, so both train over the very same frozen bytes: first transformers' own layers run it ("peft": a
-padded batch, transformers' loss from labels), then, from the same starting adapter, fused layers ("rlft": packed
-micro-batches of at most 128 tokens, so that a step has several). The peft stack runs twice, the second time with the
-rows of each batch in reverse and 8 more columns of padding: what that changes is rounding, the noise to compare with.
+padded batch, transformers' loss from labels), then, from the same starting adapter, fused layers ("rlft": packed into
+one micro-batch, as `packing.budget = "auto"` does; "rlft, split": micro-batches of at most 128 tokens). The peft stack
+runs twice, the second time with the rows of each batch in reverse and 8 more columns of padding: what that changes is
+rounding, the noise to compare with.
 
 Writes a results file, and an SVG per kind. On a CPU weights and activations are fp32, on a GPU bf16 (`dtype = "auto"`).
 """
@@ -40,7 +41,7 @@ from rlft.rollout.replay import ReplayEngine
 from rlft.types import PackPlan, Prompt
 
 DATA = Path(__file__).parents[1] / "examples" / "sums_sft.jsonl"
-ROWS, BUDGET, SEED = 4, 128, 42
+ROWS, SPLIT, SEED = 4, 128, 42
 OPTIM = Optim(lr=2e-4)
 Curve = list[float]
 
@@ -98,14 +99,15 @@ def peft_curve(model: PeftModel, steps: list[list[Prompt]], reordered: bool = Fa
 # ---- rlft ------------------------------------------------------------------------------------------------------------
 
 
-def rlft_curve(policy: Policy, steps: list[list[Prompt]]) -> Curve:
-    """Loss of each step: what `rlft.train.loop` does with recorded completions, without its run folder."""
+def rlft_curve(policy: Policy, steps: list[list[Prompt]], budget: int) -> Curve:
+    """Loss of each step: what `rlft.train.loop` does with recorded completions, without its run folder. budget: tokens
+    of a micro-batch."""
     engine, optimizer = ReplayEngine(), Optimizer(policy.flat.flat, OPTIM, len(steps))
     engine.load_adapter(policy.adapter(), 0)
     losses = []
     for update, prompts in enumerate(steps):
         rollouts = engine.generate(prompts, Sampling(), (SEED, update))
-        plan = PackPlan((True,) * len(rollouts), sft.AGGREGATION, BUDGET, 1, 1.0)
+        plan = PackPlan((True,) * len(rollouts), sft.AGGREGATION, budget, 1, 1.0)
         policy.flat.zero_grad()
         total = 0.0
         for packed in pack(rollouts, torch.ones(len(rollouts)), plan, count(rollouts, plan)):
@@ -123,7 +125,7 @@ def rlft_curve(policy: Policy, steps: list[list[Prompt]]) -> Curve:
 
 
 def curves(model: str, device: torch.device, kind: str, steps: list[list[Prompt]]) -> dict[str, Curve]:
-    """Loss curves of "peft", "peft, reordered" and "rlft" from one model."""
+    """Loss curves of "peft", "peft, reordered", "rlft" and "rlft, split" from one model."""
     base = load_base(Base(model, kind, "auto", device.type), device)  # type: ignore[arg-type]
     peft = attach_lora(base, Lora(), SEED)
     start = {name: p.detach().clone() for name, p in lora_parameters(peft, "default").items()}
@@ -140,7 +142,8 @@ def curves(model: str, device: torch.device, kind: str, steps: list[list[Prompt]
     timed("peft, reordered", lambda: peft_curve(peft, steps, reordered=True))
     policy = Policy(peft)
     assert policy.fused is not None, policy.path
-    timed("rlft", lambda: rlft_curve(policy, steps))
+    timed("rlft", lambda: rlft_curve(policy, steps, policy.token_budget()))
+    timed("rlft, split", lambda: rlft_curve(policy, steps, SPLIT))
     assert fingerprint(base) == before, "the frozen weights changed"
     return found
 
@@ -163,6 +166,7 @@ def rows_of(kind: str, device: str, found: dict[str, Curve]) -> list[dict[str, A
             add(stack, "loss", found[stack][step], f"step {step}")
     for stack, other, words in (
         ("rlft", "rlft", "against peft"),
+        ("rlft, split", "rlft, split", f"against peft; micro-batches of at most {SPLIT} tokens"),
         ("peft", "peft, reordered", "noise: against itself, rows of each batch reversed and 8 more columns of padding"),
     ):
         gaps = differences(found["peft"], found[other])
@@ -178,9 +182,9 @@ WIDTH, LEFT, RIGHT = 720, 70, 20
 STYLE = """
  .page{fill:#fff} text{font:12px system-ui,sans-serif;fill:#333} .title{font-size:15px;font-weight:600}
  .grid{stroke:#ddd} .axis{stroke:#888} polyline{fill:none;stroke-width:2}
- .rlft{stroke:#1668c7} .peft{stroke:#d9730d} .noise{stroke:#777} .peft,.noise{stroke-dasharray:5 4}
+ .rlft{stroke:#1668c7} .split{stroke:#1a7f5a} .peft{stroke:#d9730d} .noise{stroke:#777} .peft,.noise{stroke-dasharray:5 4}
  @media (prefers-color-scheme:dark){.page{fill:#0d1117} text{fill:#d0d7de} .grid{stroke:#2d333b} .axis{stroke:#768390}
-  .rlft{stroke:#58a6ff} .peft{stroke:#f0a050} .noise{stroke:#9aa4ae}}
+  .rlft{stroke:#58a6ff} .split{stroke:#4ac38e} .peft{stroke:#f0a050} .noise{stroke:#9aa4ae}}
 """
 
 
@@ -220,15 +224,16 @@ def svg(title: str, found: dict[str, Curve]) -> str:
     steps, most = len(found["peft"]), max(max(c) for c in found.values())
     tick = next(t for t in (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10) if most / t <= 6)
     losses = {tick * i: f"{tick * i:g}" for i in range(math.ceil(most / tick) + 1)}
-    gaps = {name: differences(found["peft"], found[name]) for name in ("rlft", "peft, reordered")}
+    gaps = {name: differences(found["peft"], found[name]) for name in ("rlft", "rlft, split", "peft, reordered")}
     seen = [v for gap in gaps.values() for v in gap if v > 0] or [1e-8]
-    decades = range(math.floor(math.log10(min(seen))), math.ceil(math.log10(max(seen)) + 0.8) + 1)
+    decades = range(math.floor(math.log10(min(seen))), math.ceil(math.log10(max(seen)) + 1.2) + 1)
     logs = {n: [math.log10(v) if v else float(decades[0]) for v in gap] for n, gap in gaps.items()}
     body = [
         *panel(70, 220, "loss, nat per trained token",
                {"rlft": ("rlft", found["rlft"]), "transformers + PEFT": ("peft", found["peft"])}, losses, steps),
         *panel(350, 170, "size of the difference to transformers + PEFT",
-               {"rlft": ("rlft", logs["rlft"]), "itself, batch reordered": ("noise", logs["peft, reordered"])},
+               {"rlft": ("rlft", logs["rlft"]), "rlft, in several micro-batches": ("split", logs["rlft, split"]),
+                "itself, batch reordered": ("noise", logs["peft, reordered"])},
                {float(d): f"1e{d}" for d in decades}, steps),
     ]  # fmt: skip
     return "\n".join([
