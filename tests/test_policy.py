@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 from tiny import prompts, tiny_model, tiny_policy
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from rlft.batch import count, pack
 from rlft.config import Lora
@@ -61,6 +61,43 @@ def test_packed_log_probs_equal_transformers_logits_one_row_at_a_time(share: boo
         assert got[index] == pytest.approx(want, abs=1e-6)
 
 
+def own_logits(policy: Policy, ids: torch.Tensor) -> torch.Tensor:
+    """Logits [T, V] of transformers' own layers, which run where hidden states are asked for."""
+    return policy.model(ids, output_hidden_states=True).logits[0]
+
+
+OTHERS: dict[str, dict] = {
+    "olmo2": {}, "cohere": {"logit_scale": 0.5}, "granite": {"logits_scaling": 2.0, "residual_multiplier": 0.7},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_any_other_architecture_trains_on_transformers_own_layers(kind: str) -> None:
+    """With our head and packing: packed rows equal transformers' logits one at a time, and every adapter learns."""
+    config = AutoConfig.for_model(
+        kind, vocab_size=103, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.1, pad_token_id=0, **OTHERS[kind],
+    )  # fmt: skip
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval().requires_grad_(False)
+    policy, made = Policy(attach_lora(base, Lora(rank=4, alpha=8), 0)), rollouts(3)
+    assert policy.path == f'transformers\' own layers: no fused layer for the architecture "{kind}"'
+    policy.flat.flat.data.add_(0.05)
+    got = scores(policy, made, plan(len(made), 40, True, temperature=0.7))
+    for index, rollout in enumerate(made):
+        ids = torch.tensor([rollout.prompt.ids + rollout.completion_ids])
+        with torch.no_grad():
+            log_p = (policy.model(ids).logits[0] / 0.7).log_softmax(-1)
+        start = len(rollout.prompt.ids)
+        want = [log_p[t - 1, ids[0, t]].item() for t in range(start, ids.shape[1])]
+        assert got[index] == pytest.approx(want, abs=1e-5)
+    the_plan = plan(len(made))
+    policy.flat.zero_grad()
+    for batch in pack(made, torch.linspace(-1, 1, len(made)), the_plan, count(made, the_plan)):
+        (policy.logprobs(batch)[0] * batch.advantages).sum().backward()
+    assert all(p.grad is not None and p.grad.any() for p in policy.flat.parameters.values())
+
+
 def step_gradient(budget: int, share: bool):
     """Adapter gradient of one step over 9 rollouts of 3 groups, packed in this way."""
     policy, made = tiny_policy(torch.float64, trained=0.3), rollouts(3)
@@ -73,13 +110,12 @@ def step_gradient(budget: int, share: bool):
     return policy.flat.gradient
 
 
-@pytest.mark.parametrize(("budget", "share", "tolerance"), [(30, True, 1e-12), (20, True, 1e-6), (20, False, 1e-6)])
-def test_splitting_and_sharing_give_the_same_adapter_gradient(budget: int, share: bool, tolerance: float) -> None:
-    """1e-6 where attention sums in another order: transformers' RMSNorm then rounds to fp32 in another place. The law
-    itself, at 1e-12 on operations that do not round, is in test_algos.py and test_attention.py."""
+@pytest.mark.parametrize(("budget", "share"), [(30, True), (20, True), (20, False)])
+def test_splitting_and_sharing_give_the_same_adapter_gradient(budget: int, share: bool) -> None:
+    """To 1e-12 through the whole model: the fused layers round nothing to fp32 inside a float64 model."""
     whole = step_gradient(10_000, True)
     assert whole.abs().max() > 1e-2
-    assert torch.allclose(whole, step_gradient(budget, share), atol=tolerance, rtol=0)
+    assert torch.allclose(whole, step_gradient(budget, share), atol=1e-12, rtol=0)
 
 
 def test_gradients_of_every_lora_tensor_equal_plain_transformers() -> None:
@@ -91,10 +127,10 @@ def test_gradients_of_every_lora_tensor_equal_plain_transformers() -> None:
     ours = {n: p.grad.clone() for n, p in policy.flat.parameters.items()}
     policy.flat.zero_grad()
     ids = torch.tensor([made[0].prompt.ids + made[0].completion_ids])
-    log_p = policy.model(ids).logits[0].log_softmax(-1)
+    log_p = own_logits(policy, ids).log_softmax(-1)
     sum(log_p[t - 1, ids[0, t]] for t in range(len(made[0].prompt.ids), ids.shape[1])).backward()
     for name, p in policy.flat.parameters.items():
-        assert torch.allclose(ours[name], p.grad, atol=1e-10), name
+        assert torch.allclose(ours[name], p.grad, atol=1e-6), name
 
 
 def test_entropy_is_that_of_the_sampled_distribution() -> None:
@@ -103,10 +139,10 @@ def test_entropy_is_that_of_the_sampled_distribution() -> None:
     (batch,) = pack(made, torch.ones(1), the_plan, count(made, the_plan))
     _, entropy = policy.logprobs(batch)
     ids = torch.tensor([made[0].prompt.ids + made[0].completion_ids])
-    log_p = (policy.model(ids).logits[0] / 0.5).log_softmax(-1)
+    log_p = (own_logits(policy, ids) / 0.5).log_softmax(-1)
     first = len(made[0].prompt.ids)
     assert entropy[batch.train_mask][0].item() == pytest.approx(
-        -(log_p.exp() * log_p).sum(-1)[first - 1].item(), abs=1e-10
+        -(log_p.exp() * log_p).sum(-1)[first - 1].item(), abs=1e-6
     )
     assert not entropy.requires_grad
 

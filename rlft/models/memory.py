@@ -245,8 +245,8 @@ def _cost(how: _Setting, levels: tuple[int, ...], rows: int) -> float:
 def choose(s: Shape, rows: int, trained: int, budget: float, host: float) -> Plan:
     """The plan that takes least time among those within `budget` bytes on the device and `host` bytes on the host.
 
-    Layers are at one of two levels, the first ones at that which keeps less. Where nothing fits, the smallest plan; its
-    peak is above the budget then.
+    Layers are at one of two levels, the first ones at that which keeps less. Where nothing fits, the smallest plan that
+    the host has room for; its peak is above the budget then.
     """
     order = (0, 1, 2, 4, 3, 5) if host > 0 else (0, 1, 2, 3)
     best: tuple[float, Plan] | None = None
@@ -270,7 +270,8 @@ def choose(s: Shape, rows: int, trained: int, budget: float, host: float) -> Pla
     if best is not None:
         return best[1]
     *_, smallest = _settings()
-    return evaluate(s, rows, trained, (s.layers, order[-1], order[-1]), smallest)
+    away = int(host // max(1, rows * on_host(s, 5)))
+    return evaluate(s, rows, trained, (min(s.layers, away), 5, 3), smallest)
 
 
 BUDGETS = (32768, 24576, 16384, 12288, 8192, 6144, 4096)

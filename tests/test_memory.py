@@ -1,0 +1,92 @@
+"""The memory plan by itself; its agreement with what a GPU really takes is in test_fused_gpu.py."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from rlft.models.memory import (
+    BUDGETS,
+    CHUNK_BYTES,
+    GIB,
+    TILES,
+    Shape,
+    choose,
+    head_work,
+    on_host,
+    saved,
+    scratch,
+    token_budget,
+    weight_bytes,
+)
+
+QWEN3_8B = Shape(
+    layers=36, hidden=4096, q=4096, kv=1024, q_heads=32, intermediate=12288, vocab=151936, dtype=torch.bfloat16,
+    tails=(64, 64, 64, 64), ranks=(48, 16, 32, 16), qk_norm=True, post_norm=False, attention="fa4",
+)  # fmt: skip
+
+
+def test_bytes_per_token_are_those_of_the_arithmetic() -> None:
+    """Qwen3-8B in bf16 (reference/kernels.md 1.4): 86 KB a layer for the smallest set without a product done again,
+    28.8, 16.5 and 8.2 KB below; tails and S on top."""
+    plain = replace(QWEN3_8B, tails=(0, 0, 0, 0), ranks=(0, 0, 0, 0))
+    assert [saved(plain, level) for level in range(6)] == [86144, 28800, 16512, 8192, 0, 0]
+    assert [on_host(plain, level) for level in range(6)] == [0, 0, 0, 0, 16512, 8192]
+    assert saved(QWEN3_8B, 0) - saved(plain, 0) == 2 * (64 + 64 + 48 + 16)
+    assert scratch(plain, "layer") == 2 * 192_937_984 and scratch(plain, "shadow") == 36 * 2 * 192_937_984
+
+
+@pytest.mark.parametrize("rows", [512, 4096, 32768, 131072])
+@pytest.mark.parametrize("budget", [1.0, 3.0, 12.0, 70.0])
+@pytest.mark.parametrize("host", [0.0, 8.0, 100.0])
+def test_a_plan_is_within_both_budgets_or_the_smallest_there_is(rows: int, budget: float, host: float) -> None:
+    plan = choose(QWEN3_8B, rows, rows, budget * GIB, host * GIB)
+    assert plan.host <= host * GIB and len(set(plan.levels)) <= 2
+    if plan.peak > budget * GIB:
+        assert (plan.tile, plan.store) == (TILES[-1], "group") and set(plan.levels) <= {3, 5}
+    more = choose(QWEN3_8B, rows, rows, 2 * budget * GIB, host * GIB)
+    assert more.peak <= 2 * budget * GIB or plan.peak > budget * GIB
+
+
+def test_what_a_plan_gives_up_first() -> None:
+    """With room for everything the base is decoded once and nothing is done again; then decoding, then levels."""
+    easy = choose(QWEN3_8B, 2048, 2048, 70 * GIB, 100 * GIB)
+    assert (set(easy.levels), easy.store, easy.tile) == ({0}, "shadow", TILES[0])
+    tighter = choose(QWEN3_8B, 2048, 2048, 8 * GIB, 100 * GIB)
+    assert (set(tighter.levels), tighter.store) == ({0}, "layer")
+    tight = choose(QWEN3_8B, 8192, 8192, 8 * GIB, 100 * GIB)
+    assert 4 in tight.levels and tight.levels[-1] == 0, "the last layers keep most"
+    assert set(choose(QWEN3_8B, 8192, 8192, 8 * GIB, 0.0).levels) <= {0, 1, 2, 3}, "no host memory, no L4 or L5"
+    longest = choose(QWEN3_8B, 400_000, 400_000, 68 * GIB, 112 * GIB)
+    assert longest.peak <= 68 * GIB and 5 in longest.levels
+
+
+def test_the_head_takes_the_scratch_for_its_chunk() -> None:
+    from rlft.models.memory import _Setting
+
+    own, shared = (head_work(QWEN3_8B, 8192, 8192, _Setting(8192, s, CHUNK_BYTES)) for s in ("shadow", "layer"))
+    assert own - shared == 512 * (151936 + 4096) * 4, "the logits of 512 rows and their product with the head"
+
+
+def test_tokens_per_micro_batch() -> None:
+    assert token_budget(QWEN3_8B, 150 * GIB) == BUDGETS[0]
+    assert token_budget(QWEN3_8B, 0.0) == BUDGETS[-1]
+    some = token_budget(QWEN3_8B, 40 * GIB)
+    assert BUDGETS[-1] < some < BUDGETS[0] and not any(choose(QWEN3_8B, some, some, 40 * GIB, 0.0).levels)
+
+
+def test_a_plan_says_what_it_does() -> None:
+    plan = choose(QWEN3_8B, 262_144, 262_144, 68 * GIB, 112 * GIB)
+    for part in (" at L", "GiB kept", "at work", "tiles of", "on the host"):
+        assert part in str(plan)
+
+
+def test_weights_are_counted_without_the_adapter() -> None:
+    from tiny import tiny_model
+
+    model = tiny_model()
+    plain = [p for n, p in model.named_parameters() if "lora_" not in n]
+    found = weight_bytes(model)
+    assert found == {"bytes": 4 * found["parameters"], "parameters": sum(p.numel() for p in plain)}
