@@ -122,6 +122,11 @@ def mismatch_is_high(history: History) -> bool:
     return size is not None and limit is not None and size > 0.5 * limit
 
 
+def skipped(history: History) -> bool:
+    """An update was skipped, and not by fp16's search for its loss scale, which skips some at the start."""
+    return bool(newest(history, "skipped_updates")) and (newest(history, "loss_scale") or 1.0) <= 1.0
+
+
 def not_finite(history: History) -> bool:
     """Loss or gradient norm was logged and is no number, and yet the update was taken."""
     row = history[-1] if history else {}
@@ -249,7 +254,7 @@ RULES = [
         "skipped_updates", "grad_norm",
         "the gradient was not finite and the update was skipped ({skipped_updates:.0f} in a row)",
         "lower optim.lr, or look for extreme rewards",
-        at_least("skipped_updates", 1),
+        skipped,
     ),
     Rule(
         "not_finite", "loss",

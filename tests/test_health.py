@@ -131,6 +131,7 @@ QUIET: dict[str, History] = {
     "mismatch below half the limit": history(sampling__sampling_logp_difference__mean=0.0099),
     "clipping at the limit": history(clip_ratio__region_mean=0.1),
     "invalid at the limit": history(frac_reward_invalid=0.05),
+    "fp16 looking for its loss scale": history(skipped_updates=2.0, grad_norm=math.nan, loss_scale=16384.0),
     "gradient below ten times": history(grad_norm=6.9),
     "held-out reward within the noise": evaluated(0.6, 0.56),
     "held-out and training reward fall together": evaluated(0.6, 0.4, reward_now=0.3),

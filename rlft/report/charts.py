@@ -79,6 +79,7 @@ def charts(steps: Rows, evaluations: Rows) -> dict[str, list[Chart]]:
                   "is usual. Look at the reward." if sampled else ""),
             Chart("Gradient norm", {"before clipping": "grad_norm"}),
             Chart("Learning rate", {"last update": "learning_rate"}),
+            Chart("Loss scale of fp16", {"next update": "loss_scale"}, log=True),
             Chart("Clipped ratios", {
                 "all": "clip_ratio/region_mean", "low": "clip_ratio/low_mean", "high": "clip_ratio/high_mean",
             }, note="Share of tokens whose ratio left the band; 0 with one update per step."),
