@@ -182,7 +182,8 @@ WIDTH, LEFT, RIGHT = 720, 70, 20
 STYLE = """
  .page{fill:#fff} text{font:12px system-ui,sans-serif;fill:#333} .title{font-size:15px;font-weight:600}
  .grid{stroke:#ddd} .axis{stroke:#888} polyline{fill:none;stroke-width:2}
- .rlft{stroke:#1668c7} .split{stroke:#1a7f5a} .peft{stroke:#d9730d} .noise{stroke:#777} .peft,.noise{stroke-dasharray:5 4}
+ .rlft{stroke:#1668c7} .split{stroke:#1a7f5a} .peft{stroke:#d9730d} .noise{stroke:#777}
+ .peft,.noise{stroke-dasharray:5 4}
  @media (prefers-color-scheme:dark){.page{fill:#0d1117} text{fill:#d0d7de} .grid{stroke:#2d333b} .axis{stroke:#768390}
   .rlft{stroke:#58a6ff} .split{stroke:#4ac38e} .peft{stroke:#f0a050} .noise{stroke:#9aa4ae}}
 """
