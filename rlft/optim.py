@@ -100,7 +100,7 @@ class Optimizer:
         scale = 1.0 if self._scale is None else self._scale.value
         if scale != 1:
             grad.div_(scale)
-        norm = float(torch.linalg.vector_norm(grad))
+        norm = float(torch.linalg.vector_norm(grad, dtype=torch.float64))
         rate = learning_rate(self._cfg, update, self._total)
         finite = math.isfinite(norm)
         if self._scale is not None:
