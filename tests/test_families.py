@@ -120,6 +120,20 @@ def test_a_family_equals_transformers(name: str, dtype: torch.dtype, padding: st
     close(got, want, 1e-6 if dtype == torch.float64 else 2e-5)
 
 
+@torch.no_grad()
+def test_one_projection_at_a_time_is_brought_once_for_several_uses_in_a_row() -> None:
+    decoder = fused(model_of("qwen3", torch.float32), 0, "group")
+    decoder.store.use("group")
+    layer, like = decoder.layers[0], torch.empty(0)
+    weights = decoder.store.weights(0, layer.projections, layer.bind("default"), like)
+    rows = layer.projections[0].out  # below them and behind A nothing is written
+    first = weights(0)[:rows].clone()
+    weights(0).zero_()
+    assert not weights(0).any(), "not brought again"
+    weights(1)
+    assert first.any() and torch.equal(weights(0)[:rows], first), "brought again after another one"
+
+
 MODES = [("qwen3", level, mode) for mode in ("group", "shadow") for level in (0, 2)]
 
 

@@ -21,13 +21,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from itertools import combinations
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
 
 from rlft.kernels.logprobs import CHUNK_BYTES, chunk_rows
 from rlft.models.offload import AHEAD
+from rlft.models.projection import Mode
 
 TILES = (8192, 4096, 2048, 1024)
 """Rows that a layer runs at a time outside attention."""
@@ -78,9 +79,6 @@ class Shape:
     def lse(self) -> int:
         """Bytes of lse per row."""
         return 4 * self.q_heads if self.attention in ("fa4", "fa2") else 0
-
-
-Mode = Literal["layer", "group", "shadow"]
 
 
 @dataclass(frozen=True)
@@ -320,8 +318,10 @@ def free(device: torch.device) -> float:
     return torch.cuda.mem_get_info(device)[0] + unused
 
 
+@cache
 def host_free() -> float:
-    """Bytes of host memory that may be used for offloading: the limit of this process's group, less 16 GiB."""
+    """Bytes of host memory that may be used for offloading: the limit of this process's group, less 16 GiB. Read once,
+    since every pass asks."""
     limit = float("inf")
     for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         try:

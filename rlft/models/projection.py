@@ -17,6 +17,9 @@ from rlft.kernels import lora
 from rlft.kernels.lora_group import LoraGroup, fill
 from rlft.kernels.nf4 import DecodePlan, Nf4Weight
 
+Mode = Literal["layer", "group", "shadow"]
+"""Where the layers' weights are brought to, see `Store`."""
+
 
 class Bound(NamedTuple):
     """The adapter of a projection as it is now."""
@@ -33,17 +36,11 @@ class Projection:
     def __init__(self, modules: Sequence[nn.Module]) -> None:
         """modules: nn.Linear, bitsandbytes' Linear4bit, or PEFT's wrapper of one.
 
-        Raises ValueError for weights in a form that no kernel reads (`problem` says it in words).
+        Raises ValueError, saying why, for weights in a form that no kernel reads.
         """
         self.modules = tuple(modules)
         bases: list[Any] = [getattr(m, "base_layer", m) for m in modules]
-        why = next((w for m in bases if (w := problem(m)) is not None), None)
-        if why is not None:
-            raise ValueError(why)
-        self.weights = tuple(
-            Nf4Weight.from_bnb(m.weight) if getattr(m.weight, "quant_state", None) is not None else m.weight.detach()
-            for m in bases
-        )
+        self.weights = tuple(_readable(m) for m in bases)
         self.out_features = tuple(int(w.shape[0]) for w in self.weights)
         self.in_features = int(self.weights[0].shape[1])
         self.out = sum(self.out_features)
@@ -51,11 +48,6 @@ class Projection:
         self._none = [(torch.empty(0, self.in_features), torch.empty(n, 0)) for n in self.out_features]
         """A and B of a module without an adapter."""
         self._bound: tuple[tuple, Bound] | None = None
-
-    @property
-    def quantized(self) -> bool:
-        """Whether any weight has to be decoded."""
-        return any(isinstance(w, Nf4Weight) for w in self.weights)
 
     def bind(self, adapter: str | None) -> Bound:
         """The adapter called `adapter` (None: no adapter) with its shapes and scales."""
@@ -84,21 +76,16 @@ def _joined(biases: Sequence[Tensor | None], widths: Sequence[int]) -> Tensor | 
     return torch.cat([some.new_zeros(n) if b is None else b.detach() for b, n in zip(biases, widths, strict=True)])
 
 
-def problem(module: nn.Module) -> str | None:
-    """Why a linear module's weight cannot be read by our kernels, in words; None when it can."""
+def _readable(module: Any) -> Tensor | Nf4Weight:
+    """A linear module's weight as our kernels read it. Raises ValueError, saying why, where they cannot."""
     weight = getattr(module, "weight", None)
     if not isinstance(weight, Tensor):
-        return f"{type(module).__name__} has no weight"
-    state = getattr(weight, "quant_state", None)
-    if state is not None:
-        try:
-            Nf4Weight.from_bnb(weight)
-        except ValueError as error:
-            return str(error)
-        return None
+        raise ValueError(f"{type(module).__name__} has no weight")
+    if getattr(weight, "quant_state", None) is not None:
+        return Nf4Weight.from_bnb(weight)
     if not isinstance(module, nn.Linear) or not weight.is_floating_point():
-        return f"{type(module).__name__} with a weight of {weight.dtype}"
-    return None
+        raise ValueError(f"{type(module).__name__} with a weight of {weight.dtype}")
+    return weight.detach()
 
 
 class _Bring:
@@ -131,7 +118,7 @@ class Store:
     buffer for one projection at a time, the least memory; "shadow", buffers of its own for each layer, brought once.
     """
 
-    def __init__(self, mode: Literal["layer", "group", "shadow"] = "layer") -> None:
+    def __init__(self, mode: Mode = "layer") -> None:
         self.mode = mode
         self.version = 0
         """Goes up when buffers move."""
@@ -144,7 +131,7 @@ class Store:
         kept = [self._memory] if self.mode != "shadow" else [b for k in self._brought.values() for b in k.buffers]
         return sum(t.numel() * t.element_size() for t in kept if t is not None)
 
-    def use(self, mode: Literal["layer", "group", "shadow"]) -> None:
+    def use(self, mode: Mode) -> None:
         """Change the mode; what was held for another one is given back."""
         if mode != self.mode:
             self.release()
@@ -158,15 +145,22 @@ class Store:
     def weights(
         self, layer: int, projections: Sequence[Projection], bound: Sequence[Bound], like: Tensor
     ) -> Callable[[int], Tensor]:
-        """Buffer of projection i, with weights and adapter in it; in mode "group" it is good until the next call."""
+        """Buffer of projection i, with weights and adapter in it; in mode "group" until another one is asked for."""
         shapes = [(b.group.out + b.group.tail, b.group.in_features + b.group.tail) for b in bound]
         sizes = [rows * columns for rows, columns in shapes]
-        if self.mode == "group":
-            largest = max(sizes)
-            return lambda i: self._bring(
-                (layer, i), projections[i : i + 1], bound[i : i + 1], shapes[i : i + 1], largest, like
-            )[0]
-        return self._bring((layer,), projections, bound, shapes, sum(sizes), like).__getitem__
+        if self.mode != "group":
+            return self._bring((layer,), projections, bound, shapes, sum(sizes), like).__getitem__
+        held: dict[int, Tensor] = {}
+
+        def one(i: int) -> Tensor:
+            # A backward asks for the same one several times in a row.
+            if i not in held:
+                held.clear()
+                part = slice(i, i + 1)
+                held[i] = self._bring((layer, i), projections[part], bound[part], shapes[part], max(sizes), like)[0]
+            return held[i]
+
+        return one
 
     @property
     def scratch(self) -> Tensor | None:
