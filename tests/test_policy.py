@@ -46,17 +46,21 @@ def scores(policy, made: list[Rollout], the_plan: PackPlan) -> dict[int, list[fl
     return out
 
 
+@torch.no_grad()
+def alone(policy: Policy, rollout: Rollout, temperature: float) -> list[float]:
+    """Log-probs of a completion from transformers' logits of its row alone."""
+    ids = torch.tensor([rollout.prompt.ids + rollout.completion_ids])
+    log_p = (policy.model(ids).logits[0] / temperature).log_softmax(-1)
+    return [log_p[t - 1, ids[0, t]].item() for t in range(len(rollout.prompt.ids), ids.shape[1])]
+
+
 @pytest.mark.parametrize("share", [True, False])
 @pytest.mark.parametrize("budget", [1, 25, 10_000])
 def test_packed_log_probs_equal_transformers_logits_one_row_at_a_time(share: bool, budget: int) -> None:
     policy, made = tiny_policy(torch.float64, trained=0.3), rollouts(3)
     got = scores(policy, made, plan(len(made), budget, share, temperature=0.7))
     for index, rollout in enumerate(made):
-        ids = torch.tensor([rollout.prompt.ids + rollout.completion_ids])
-        with torch.no_grad():
-            log_p = (policy.model(ids).logits[0] / 0.7).log_softmax(-1)
-        start = len(rollout.prompt.ids)
-        want = [log_p[t - 1, ids[0, t]].item() for t in range(start, ids.shape[1])]
+        want = alone(policy, rollout, 0.7)
         # transformers' own norm rounds to fp32 inside a float64 model; ours does not.
         assert got[index] == pytest.approx(want, abs=1e-6)
 
@@ -85,11 +89,7 @@ def test_any_other_architecture_trains_on_transformers_own_layers(kind: str) -> 
     policy.flat.flat.data.add_(0.05)
     got = scores(policy, made, plan(len(made), 40, True, temperature=0.7))
     for index, rollout in enumerate(made):
-        ids = torch.tensor([rollout.prompt.ids + rollout.completion_ids])
-        with torch.no_grad():
-            log_p = (policy.model(ids).logits[0] / 0.7).log_softmax(-1)
-        start = len(rollout.prompt.ids)
-        want = [log_p[t - 1, ids[0, t]].item() for t in range(start, ids.shape[1])]
+        want = alone(policy, rollout, 0.7)
         assert got[index] == pytest.approx(want, abs=1e-5)
     the_plan = plan(len(made))
     policy.flat.zero_grad()

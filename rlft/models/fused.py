@@ -23,11 +23,11 @@ from rlft.kernels.attention import Sequences
 from rlft.kernels.qk_rope import MAX_D
 from rlft.kernels.rms_norm import MAX_H
 from rlft.kernels.swiglu import ACTIVATIONS
-from rlft.models import families, memory, ops
+from rlft.models import families, memory
 from rlft.models.families import Family
 from rlft.models.graphs import Graphs, worth_it
 from rlft.models.layer import run_layer
-from rlft.models.layer_modules import FusedLayer
+from rlft.models.layer_modules import FusedLayer, norm_of
 from rlft.models.layer_steps import Pass
 from rlft.models.offload import Offload
 from rlft.models.projection import Store
@@ -79,8 +79,7 @@ class FusedDecoder:
         if self._why is None and any(trained for *_, trained in held):
             self._why = "weights of the base are trained"
         if self._why is None:
-            eps: Any = last.variance_epsilon if hasattr(last, "variance_epsilon") else last.eps  # type: ignore[union-attr]
-            self.norm = ops.Norm(last.weight.detach(), eps, self.family.gemma)  # type: ignore[union-attr,operator]
+            self.norm = norm_of(last, self.family.gemma)
             self.shape = self._shape()
             if self.norm.weight.is_cuda and self.shape.attention in ("fa4", "fa2"):
                 self.graphs = Graphs()
@@ -154,13 +153,9 @@ class FusedDecoder:
 
     def adapter(self) -> str | None:
         """Name of the adapter that is active now; None when adapters are off. Asserts what `_own_reason` checks."""
-        for layer in self.layers:
-            for projection in layer.projections:
-                for module in projection.modules:
-                    if hasattr(module, "lora_A"):
-                        active: Any = module.active_adapters
-                        return None if module.disable_adapters or not active else active[0]
-        return None
+        module = next(_adapted(self.layers), None)
+        active = () if module is None or module.disable_adapters else module.active_adapters
+        return active[0] if active else None
 
     def _tables(self, embedded: Tensor, position_ids: Tensor) -> dict[str | None, tuple[Tensor, Tensor]]:
         rotary: Any = self.decoder.rotary_emb
@@ -278,32 +273,32 @@ def unpadded(
     return rows, places, Sequences.of(cu_seqlens, prefix, embedded.device), positions
 
 
+def _adapted(layers: Sequence[FusedLayer]) -> Iterator[Any]:
+    """The linear modules that PEFT has wrapped."""
+    return (m for layer in layers for p in layer.projections for m in p.modules if hasattr(m, "lora_A"))
+
+
 def adapter_problem(layers: Sequence[FusedLayer]) -> str | None:
     """What about the adapters of now the fused layers cannot do, in words."""
     seen: set[tuple] = set()
-    for layer in layers:
-        for projection in layer.projections:
-            for module in projection.modules:
-                m: Any = module
-                if not hasattr(m, "lora_A"):
-                    continue
-                if m.merged_adapters:
-                    return "an adapter is merged into the base"
-                if m._disable_adapters:
-                    seen.add(())
-                    continue
-                active = m.active_adapters
-                seen.add(tuple(active))
-                if not active:
-                    continue
-                if len(active) > 1:
-                    return f"{len(active)} adapters are active at once"
-                if active[0] in m.lora_variant:
-                    return "the adapter is a variant of LoRA (DoRA or the like)"
-                if m.lora_bias.get(active[0], False):
-                    return "the adapter has biases"
-                if active[0] in m.lora_dropout and getattr(m.lora_dropout[active[0]], "p", 0) > 0:
-                    return f"lora dropout is {m.lora_dropout[active[0]].p}"
+    for m in _adapted(layers):
+        if m.merged_adapters:
+            return "an adapter is merged into the base"
+        if m._disable_adapters:
+            seen.add(())
+            continue
+        active = m.active_adapters
+        seen.add(tuple(active))
+        if not active:
+            continue
+        if len(active) > 1:
+            return f"{len(active)} adapters are active at once"
+        if active[0] in m.lora_variant:
+            return "the adapter is a variant of LoRA (DoRA or the like)"
+        if m.lora_bias.get(active[0], False):
+            return "the adapter has biases"
+        if active[0] in m.lora_dropout and getattr(m.lora_dropout[active[0]], "p", 0) > 0:
+            return f"lora dropout is {m.lora_dropout[active[0]].p}"
     return "different adapters are active in different layers" if len(seen) > 1 else None
 
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import weakref
 from collections import OrderedDict
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,9 +24,6 @@ from rlft.models.layer_modules import FusedLayer
 from rlft.models.layer_steps import Kept, Pass
 from rlft.models.memory import Plan
 from rlft.models.projection import Store
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
 
 ROWS = 128
 """Rows are padded to a multiple of this."""

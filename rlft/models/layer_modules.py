@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
@@ -28,7 +27,10 @@ class FusedLayer:
             Projection([get(name) for name in names])
             for names in (family.qkv, (family.out,), family.gate_up, (family.down,))
         )
-        norm = _norms(get, family.gemma)
+
+        def norm(name: str) -> ops.Norm:
+            return norm_of(get(name), family.gemma)
+
         self.input_norm, self.mlp_norm = norm(family.input_norm), norm(family.mlp_norm)
         self.attention_norm = norm(family.attention_norm) if family.attention_norm else None
         self.down_norm = norm(family.down_norm) if family.down_norm else None
@@ -58,10 +60,7 @@ class FusedLayer:
         return tuple(p.unflatten(1, (-1, d)) for p in parts)  # type: ignore[return-value]
 
 
-def _norms(get: Callable[[str], nn.Module], gemma: bool) -> Callable[[str], ops.Norm]:
-    def norm(name: str) -> ops.Norm:
-        module: Any = get(name)
-        eps = module.variance_epsilon if hasattr(module, "variance_epsilon") else module.eps
-        return ops.Norm(module.weight.detach(), eps, gemma)
-
-    return norm
+def norm_of(module: Any, gemma: bool) -> ops.Norm:
+    """One of transformers' RMSNorms, whose families differ in what they call epsilon."""
+    eps = module.variance_epsilon if hasattr(module, "variance_epsilon") else module.eps
+    return ops.Norm(module.weight.detach(), eps, gemma)

@@ -83,9 +83,7 @@ class Rope(NamedTuple):
 
     def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """Rotated q [T, Hq, D] and k [T, Hk, D]: in place without norms, else in new memory."""
-        places = (
-            (q, k) if self.q is None else tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
-        )
+        places = (q, k) if self.q is None else (q.new_empty(q.shape), k.new_empty(k.shape))
         if _kernel(q):
             return qk_rope_forward(q, k, self.cos, self.sin, **self.options(), q_out=places[0], k_out=places[1])
         made = qk_rope_reference(q, k, self.cos, self.sin, **self.options())
