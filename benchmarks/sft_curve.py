@@ -10,7 +10,11 @@ one micro-batch, as `packing.budget = "auto"` does; "rlft, split": micro-batches
 runs twice, the second time with the rows of each batch in reverse and 8 more columns of padding: what that changes is
 rounding, the noise to compare with.
 
-Writes a results file, and an SVG per kind. On a CPU weights and activations are fp32, on a GPU bf16 (`dtype = "auto"`).
+On a CPU weights and activations are fp32, on a GPU bf16 (`dtype = "auto"`). There, reordering shows little of the
+noise: a token's own values round alike wherever it lies. So both stacks run once more on a model that holds the very
+same weights in fp32 ("peft, fp32", "rlft, fp32"), and what either is away from that in bf16 is what bf16 costs it.
+
+Writes a results file, and an SVG per kind.
 """
 
 from __future__ import annotations
@@ -20,7 +24,7 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +37,7 @@ from rlft.algos import sft
 from rlft.batch import count, pack
 from rlft.config import Data, Lora, Optim, Sampling
 from rlft.data import Prompts, encode_prompt
+from rlft.kernels.nf4 import Nf4Weight, decode
 from rlft.models.adapter import lora_parameters
 from rlft.models.load import Base, attach_lora, fingerprint, load_base, load_tokenizer
 from rlft.models.policy import Policy
@@ -125,27 +130,47 @@ def rlft_curve(policy: Policy, steps: list[list[Prompt]], budget: int) -> Curve:
 
 
 def curves(model: str, device: torch.device, kind: str, steps: list[list[Prompt]]) -> dict[str, Curve]:
-    """Loss curves of "peft", "peft, reordered", "rlft" and "rlft, split" from one model."""
-    base = load_base(Base(model, kind, "auto", device.type), device)  # type: ignore[arg-type]
-    peft = attach_lora(base, Lora(), SEED)
-    start = {name: p.detach().clone() for name, p in lora_parameters(peft, "default").items()}
+    """Loss curves of "peft", "peft, reordered", "rlft" and "rlft, split" from one model; where that is in bf16, of
+    "peft, fp32" and "rlft, fp32" too."""
+    base: Any = load_base(Base(model, kind, "auto", device.type), device)  # type: ignore[arg-type]
     before, found = fingerprint(base), {}
 
-    def timed(name: str, run: Callable[[], Curve]) -> None:
-        put(peft, start)
-        begin = time.perf_counter()
-        found[name] = run()
-        seconds = time.perf_counter() - begin
-        print(f"{kind} {device.type} {name}: {seconds:.0f} s, last loss {found[name][-1]:.5f}", flush=True)
+    def run(peft: PeftModel, names: Sequence[str]) -> None:
+        start = {name: p.detach().clone() for name, p in lora_parameters(peft, "default").items()}
+        policy = None
+        for name in names:
+            put(peft, start)
+            begin = time.perf_counter()
+            if name.startswith("peft"):
+                found[name] = peft_curve(peft, steps, "reordered" in name)
+            else:
+                policy = policy or Policy(peft)
+                assert policy.fused is not None, policy.path
+                found[name] = rlft_curve(policy, steps, SPLIT if "split" in name else policy.token_budget())
+            seconds = time.perf_counter() - begin
+            print(f"{kind} {device.type} {name}: {seconds:.0f} s, last loss {found[name][-1]:.5f}", flush=True)
 
-    timed("peft", lambda: peft_curve(peft, steps))
-    timed("peft, reordered", lambda: peft_curve(peft, steps, reordered=True))
-    policy = Policy(peft)
-    assert policy.fused is not None, policy.path
-    timed("rlft", lambda: rlft_curve(policy, steps, policy.token_budget()))
-    timed("rlft, split", lambda: rlft_curve(policy, steps, SPLIT))
+    exact = None if base.dtype == torch.float32 else in_fp32(model, base, device)
+    run(attach_lora(base, Lora(), SEED), ("peft", "peft, reordered", "rlft", "rlft, split"))
     assert fingerprint(base) == before, "the frozen weights changed"
+    if exact is not None:
+        run(attach_lora(exact, Lora(), SEED), ("peft, fp32", "rlft, fp32"))
     return found
+
+
+def in_fp32(model: str, base: Any, device: torch.device) -> Any:
+    """A model in fp32 with the values that the frozen weights of `base` have, decoded where they are NF4."""
+    exact: Any = load_base(Base(model, "none", "float32", device.type), device)  # type: ignore[arg-type]
+    values = dict(base.named_parameters())
+    with torch.no_grad():
+        for name, weight in exact.named_parameters():
+            value = values[name]
+            if getattr(value, "quant_state", None) is not None:
+                decoded = torch.empty(weight.shape, dtype=base.dtype, device=device)
+                decode([Nf4Weight.from_bnb(value)], [decoded])
+                value = decoded
+            weight.copy_(value)
+    return exact
 
 
 def differences(a: Curve, b: Curve) -> Curve:
@@ -164,15 +189,20 @@ def rows_of(kind: str, device: str, found: dict[str, Curve]) -> list[dict[str, A
     for step in sorted(step for step in {0, 1, 2, 5, *range(10, last, 10), last} if step <= last):
         for stack in ("rlft", "peft"):
             add(stack, "loss", found[stack][step], f"step {step}")
-    for stack, other, words in (
-        ("rlft", "rlft", "against peft"),
-        ("rlft, split", "rlft, split", f"against peft; micro-batches of at most {SPLIT} tokens"),
-        ("peft", "peft, reordered", "noise: against itself, rows of each batch reversed and 8 more columns of padding"),
+    reordered = "noise: against itself, rows of each batch reversed and 8 more columns of padding"
+    for stack, first, second, words in (
+        ("rlft", "rlft", "peft", "against peft"),
+        ("rlft, split", "rlft, split", "peft", f"against peft; micro-batches of at most {SPLIT} tokens"),
+        ("peft", "peft", "peft, reordered", reordered),
+        ("rlft", "rlft", "rlft, fp32", "against itself in fp32 on the same weights"),
+        ("peft", "peft", "peft, fp32", "against itself in fp32 on the same weights"),
+        ("rlft, fp32", "rlft, fp32", "peft, fp32", "against peft in fp32"),
     ):
-        gaps = differences(found["peft"], found[other])
-        note = f"{words}; {len(gaps)} steps of {ROWS} rows, learning rate {OPTIM.lr:g}"
-        add(stack, "largest_difference", max(gaps), f"{note}; at step {gaps.index(max(gaps))}")
-        add(stack, "mean_difference", statistics.fmean(gaps), note)
+        if first in found and second in found:
+            gaps = differences(found[first], found[second])
+            note = f"{words}; {len(gaps)} steps of {ROWS} rows, learning rate {OPTIM.lr:g}"
+            add(stack, "largest_difference", max(gaps), f"{note}; at step {gaps.index(max(gaps))}")
+            add(stack, "mean_difference", statistics.fmean(gaps), note)
     return made
 
 
@@ -225,16 +255,20 @@ def svg(title: str, found: dict[str, Curve]) -> str:
     steps, most = len(found["peft"]), max(max(c) for c in found.values())
     tick = next(t for t in (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10) if most / t <= 6)
     losses = {tick * i: f"{tick * i:g}" for i in range(math.ceil(most / tick) + 1)}
-    gaps = {name: differences(found["peft"], found[name]) for name in ("rlft", "rlft, split", "peft, reordered")}
+    exact = "peft, fp32" if "peft, fp32" in found else "peft"
+    names = ("rlft", "rlft, split", "peft", "peft, reordered")
+    gaps = {name: differences(found[exact], found[name]) for name in names if name != exact}
     seen = [v for gap in gaps.values() for v in gap if v > 0] or [1e-8]
     decades = range(math.floor(math.log10(min(seen))), math.ceil(math.log10(max(seen)) + 1.2) + 1)
     logs = {n: [math.log10(v) if v else float(decades[0]) for v in gap] for n, gap in gaps.items()}
+    shown = {"rlft": ("rlft", "rlft"), "rlft, split": ("rlft, in several micro-batches", "split"),
+             "peft": ("transformers + PEFT", "peft"),
+             "peft, reordered": ("transformers + PEFT, batch reordered", "noise")}  # fmt: skip
+    title_of = "size of the difference to transformers + PEFT" + (" in fp32" if exact != "peft" else "")
     body = [
         *panel(70, 220, "loss, nat per trained token",
                {"rlft": ("rlft", found["rlft"]), "transformers + PEFT": ("peft", found["peft"])}, losses, steps),
-        *panel(350, 170, "size of the difference to transformers + PEFT",
-               {"rlft": ("rlft", logs["rlft"]), "rlft, in several micro-batches": ("split", logs["rlft, split"]),
-                "itself, batch reordered": ("noise", logs["peft, reordered"])},
+        *panel(350, 170, title_of, {shown[n][0]: (shown[n][1], line) for n, line in logs.items()},
                {float(d): f"1e{d}" for d in decades}, steps),
     ]  # fmt: skip
     return "\n".join([
