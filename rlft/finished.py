@@ -12,13 +12,16 @@ from rlft import checkpoint
 from rlft.algorithm import build as build_algorithm
 from rlft.config import Config, Sampling
 from rlft.config_file import load as load_config
+from rlft.console import Console
 from rlft.data import encode_prompt
+from rlft.engines import start
 from rlft.errors import ConfigError
 from rlft.evaluate import evaluate, measures_loss, recorded_loss
 from rlft.models.load import load_tokenizer
 from rlft.models.policy import Policy
 from rlft.rewards.score import build as build_rewards
 from rlft.rollout.eager import EagerEngine
+from rlft.rollout.engine import Engine
 from rlft.runs import Run
 from rlft.session import identity_of, load_policy, load_rows, plan_of
 
@@ -29,7 +32,6 @@ class Finished:
 
     cfg: Config
     policy: Policy
-    engine: EagerEngine
     tokenizer: Any
     step: int
     """Steps the adapter was trained for; 0 for the base."""
@@ -55,10 +57,15 @@ def open_run(out: Path, which: str = "latest") -> Iterator[Finished]:
         policy.flat.flat.data.copy_(tensors["adapter"])
         policy.flat.start.copy_(tensors["adapter_start"])
         step = state.step
-    engine = EagerEngine(policy, tokenizer, cfg.engine.batch_size)
+    yield Finished(cfg, policy, tokenizer, step)
+
+
+@contextlib.contextmanager
+def _sampling(run: Finished, engine: Engine) -> Iterator[Engine]:
+    """The engine with the run's adapter; closed afterwards."""
     try:
-        engine.load_adapter(policy.adapter(), version=step)
-        yield Finished(cfg, policy, engine, tokenizer, step)
+        engine.load_adapter(run.policy.adapter(), version=run.step)
+        yield engine
     finally:
         engine.close()
 
@@ -91,7 +98,10 @@ def evaluate_run(
             )
         try:
             if functions:
-                values |= evaluate(run.engine, held, cfg, functions, {"global_step": run.step}).metrics
+                with Console() as console:
+                    started = start(cfg, run.policy, run.tokenizer, console, held)
+                    with _sampling(run, started) as engine:
+                        values |= evaluate(engine, held, cfg, functions, {"global_step": run.step}).metrics
         finally:
             for function in functions:
                 function.close()
@@ -108,6 +118,8 @@ def generate_from_run(
         sampling = Sampling(
             group_size=1, max_tokens=max_tokens or cfg.sampling.max_tokens,
             temperature=cfg.sampling.temperature if temperature is None else temperature,
-            stop_token_ids=cfg.sampling.stop_token_ids,
+            stop_token_ids=cfg.sampling.stop_token_ids, stop=cfg.sampling.stop,
         )  # fmt: skip
-        return run.engine.generate([made], sampling, seed=(cfg.seed, 0))[0].text
+        # One completion is there before vLLM has started.
+        with _sampling(run, EagerEngine(run.policy, run.tokenizer)) as engine:
+            return engine.generate([made], sampling, seed=(cfg.seed, 0))[0].text

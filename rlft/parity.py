@@ -12,7 +12,8 @@ those.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -152,9 +153,20 @@ def _compare(policy: Any, engine: Any, prompts: Sequence[Prompt], sampling: Any,
     engine.load_adapter(policy.adapter(), version=version)
     rollouts = engine.generate(prompts, sampling, seed=(seed, 2**31, -version))
     mismatch = Mismatch()
-    for batch in _batches(rollouts, plan):
-        mismatch.add(policy.score(batch), batch)
+    with _asleep(engine):
+        for batch in _batches(rollouts, plan):
+            mismatch.add(policy.score(batch), batch)
     return mismatch, rollouts
+
+
+@contextlib.contextmanager
+def _asleep(engine: Any) -> Iterator[None]:
+    """Scoring has the memory that the engine gives back."""
+    engine.sleep()
+    try:
+        yield
+    finally:
+        engine.wake()
 
 
 def _random_adapter(policy: Any, rollouts: list[Rollout], plan: PackPlan, seed: int) -> float:
@@ -194,7 +206,8 @@ def probe(policy: Any, engine: Any, prompts: Sequence[Prompt], sampling: Any, se
             if ".lora_B." in name:
                 tensor.zero_()
         off, rollouts = _compare(policy, engine, prompts, sampling, seed, plan, version=-1)
-        shift = _random_adapter(policy, rollouts[:2], plan, seed)
+        with _asleep(engine):
+            shift = _random_adapter(policy, rollouts[:2], plan, seed)
         on, _ = _compare(policy, engine, prompts, sampling, seed, plan, version=-2)
     finally:
         flat.copy_(kept)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlft import __version__, checkpoint, parity
+from rlft import __version__, checkpoint, engines, parity
 from rlft.algorithm import Algorithm, describe
 from rlft.algorithm import build as build_algorithm
 from rlft.background import Background
@@ -38,8 +38,7 @@ from rlft.rewards.parts import OVERLONG
 from rlft.rewards.pool import InThread
 from rlft.rewards.score import RewardFunction
 from rlft.rewards.score import build as build_rewards
-from rlft.rollout.eager import EagerEngine
-from rlft.rollout.engine import Engine
+from rlft.rollout.engine import Engine, asleep
 from rlft.rollout.replay import ReplayEngine
 from rlft.runs import Run, replace_file
 from rlft.tracking import Tracking
@@ -183,23 +182,30 @@ def build(
             if function.note:
                 console.note(function.note)
         policy = load_policy(cfg)
-        recorded = bool(rows[0].recorded)
-        engine = _engine(cfg, policy, tokenizer, console, recorded)
+        engine: Engine = ReplayEngine()
+        if engines.chosen(cfg, bool(rows[0].recorded), policy.device) != "replay":
+            engine = engines.start(cfg, policy, tokenizer, console, [*rows, *held])
+        assert engine.SAMPLES or rows[0].recorded, "validate refuses this"
         stack.callback(engine.close)
         eval_engine = engine
         if eval_functions and held and not engine.SAMPLES:
-            eval_engine = EagerEngine(policy, tokenizer, cfg.engine.batch_size, console.generating)
+            eval_engine = engines.start(cfg, policy, tokenizer, console, held)
             stack.callback(eval_engine.close)
         assert engine.SAMPLES or not algorithm.needs_sampler, "validate refuses this"
         steps = cfg.steps or prompts.steps(cfg.prompts_per_step, cfg.data.epochs or 1.0)
         fp16 = resolve_dtype(cfg, policy.device) == torch.float16
+        # What a pass may take is what is free while the engine sleeps.
+        with asleep(eval_engine):
+            plan = plan_of(cfg, algorithm, policy)
+            kept = memory_plan(policy, cfg, eval_engine, plan.budget)
+            passes = _pass_words(policy, plan.budget)
         s = Session(
             cfg=cfg, steps=steps, algorithm=algorithm, policy=policy, engine=engine, eval_engine=eval_engine,
             reference=Reference(policy, keep=steps * cfg.prompts_per_step > len(rows)),
             optimizer=Optimizer(policy.flat.flat, cfg.optim, steps * cfg.optim.updates, fp16), prompts=prompts,
             held=held, held_loss=bool(held) and not engine.SAMPLES and measures_loss(rows, held), functions=functions,
             eval_functions=eval_functions, run=run, writer=writer, console=console, identity=identity_of(cfg, policy),
-            plan=plan_of(cfg, algorithm, policy), pieces=Pieces(tokenizer), state=State(data=digest(rows)),
+            plan=plan, pieces=Pieces(tokenizer), state=State(data=digest(rows)),
             callbacks=callbacks,
         )  # fmt: skip
         if resume:
@@ -207,8 +213,8 @@ def build(
         # Before the folder counts as a run: a tracker that cannot start leaves nothing in the way.
         s.tracking = stack.enter_context(Tracking(cfg, run, s.state.step, resume, console.note))
         run.write_config(to_toml(cfg))
-        run.write_plan(memory_plan(policy, cfg, eval_engine.SAMPLES, s.plan.budget))
-        console.start(_title(s), steps, s.state.step, cfg.algo.name)
+        run.write_plan(kept)
+        console.start(_title(s, passes), steps, s.state.step, cfg.algo.name)
         s.limit = _agree(s)
         yield s
 
@@ -279,14 +285,6 @@ def load_policy(cfg: Config) -> Policy:
     return Policy(attach_lora(base, cfg.lora, cfg.seed))
 
 
-def _engine(cfg: Config, policy: Policy, tokenizer: Any, console: Console, recorded: bool) -> Engine:
-    name = cfg.engine.name if cfg.engine.name != "auto" else ("replay" if recorded else "eager")
-    if name == "replay":
-        assert recorded, "validate refuses this"
-        return ReplayEngine()
-    return EagerEngine(policy, tokenizer, cfg.engine.batch_size, console.generating)
-
-
 def plan_of(cfg: Config, algorithm: Algorithm, policy: Policy) -> PackPlan:
     """How updates are packed; `keep` is left empty."""
     budget = policy.token_budget() if cfg.packing.budget == "auto" else cfg.packing.budget
@@ -297,15 +295,14 @@ def plan_of(cfg: Config, algorithm: Algorithm, policy: Policy) -> PackPlan:
     )  # fmt: skip
 
 
-def memory_plan(policy: Policy, cfg: Config, samples: bool, tokens: int) -> dict[str, int]:
-    """Bytes on the device of what the training keeps from step to step, and of a full micro-batch at its peak; the
-    engine's cache comes on top. samples: whether there is an engine with an adapter of its own. tokens: of a full
-    micro-batch."""
+def memory_plan(policy: Policy, cfg: Config, engine: Engine, tokens: int) -> dict[str, int]:
+    """Bytes on the device of what the training keeps from step to step, of what the engine takes on top while it is
+    awake, and of a full micro-batch at its peak. tokens: of a full micro-batch."""
     adapter = policy.flat.flat.numel() * policy.flat.flat.element_size()
     moments = 2 * policy.flat.flat.numel() if cfg.optim.name == "adamw_8bit" else 2 * adapter
     return {
         "base": weight_bytes(policy.base)["bytes"], "adapter": adapter, "gradient": adapter,
-        "optimiser moments": moments, **({"adapter of the engine": adapter} if samples else {}),
+        "optimiser moments": moments, **engine.memory,
         **({f"a micro-batch of {tokens} tokens": policy.fused.plan_for(tokens).peak} if policy.fused else {}),
     }  # fmt: skip
 
@@ -319,16 +316,15 @@ def identity_of(cfg: Config, policy: Policy) -> dict[str, str]:
     }  # fmt: skip
 
 
-def _pass_words(s: Session) -> str:
+def _pass_words(policy: Policy, tokens: int) -> str:
     """How a full micro-batch runs, and what it takes."""
-    tokens = s.plan.budget
-    if s.policy.fused is None:
+    if policy.fused is None:
         return f"micro-batches of {tokens} tokens, not planned"
-    plan = s.policy.fused.plan_for(tokens)
+    plan = policy.fused.plan_for(tokens)
     return f"a micro-batch of {tokens} tokens takes {plan.peak / 2**30:.2f} GiB ({plan})"
 
 
-def _title(s: Session) -> list[str]:
+def _title(s: Session, passes: str) -> list[str]:
     cfg, policy = s.cfg, s.policy
     dtype = str(resolve_dtype(cfg, policy.device)).removeprefix("torch.")
     weights = weight_bytes(policy.base)
@@ -340,7 +336,7 @@ def _title(s: Session) -> list[str]:
         f"{len(s.prompts.rows)} prompts, {len(s.held)} held out; {s.steps} steps of {cfg.prompts_per_step} prompts "
         f"x {cfg.sampling.group_size if s.engine.SAMPLES else 'recorded'} completions",
         policy.path,
-        f"memory: {weights['bytes'] / 2**30:.2f} GiB of weights; {_pass_words(s)}",
+        f"memory: {weights['bytes'] / 2**30:.2f} GiB of weights; {passes}",
         *describe(s.algorithm),
         f"run folder: {s.run.path}",
     ]

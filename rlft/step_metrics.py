@@ -79,6 +79,10 @@ def rollout_values(rollouts: Sequence[Rollout], rewards: Tensor) -> dict[str, fl
             f"completions/min_{name}length": float(min(of)),
             f"completions/max_{name}length": float(max(of)),
         }
+    if any(r.sampler_logprobs is not None for r in rollouts):
+        # Their tokens have weight 0 (rlft.types.Rollout).
+        broken = sum(not math.isfinite(x) for r in rollouts for x in r.sampler_logprobs or ())
+        values["sampling/nonfinite_logprobs"] = float(broken)
     return values | {
         "frac_reward_zero_std": frac_zero_std(rewards, group_ids(rollouts)),
         "frac_reward_invalid": sum(map(math.isnan, rewards.tolist())) / len(lengths),

@@ -62,7 +62,8 @@ class Rollout:
     prompt: Prompt
     completion_ids: tuple[int, ...]
     completion_mask: tuple[bool, ...]
-    """True where the policy chose the token; False for tool output and other inserted tokens."""
+    """True where the policy chose the token; False for tool output and other inserted tokens, and where the sampler's
+    log-prob is not finite: those are not trained on."""
     sampler_logprobs: tuple[float, ...] | None
     """Log-probability of each token under the distribution it was drawn from; None for recorded completions."""
     text: str

@@ -17,11 +17,13 @@ from rlft.algorithm import Algorithm
 from rlft.algorithm import build as build_algorithm
 from rlft.config import Config, Data, Reward
 from rlft.data import check_rows, kind_of
+from rlft.engines import chosen
 from rlft.environment import version_problems
 from rlft.errors import ConfigError, RlftError
 from rlft.models.load import locate, plan_base, resolve_device
 from rlft.rewards.score import OURS, PARTS
 from rlft.rewards.worker import Signature, signature
+from rlft.rollout.vllm_start import RANKS
 from rlft.runs import Run, resumable
 
 RECORDED = ("completion", "text", "messages", "chosen")
@@ -49,6 +51,7 @@ def problems(cfg: Config, resume: bool = False, callables: bool = False) -> list
         held = _caught(found, lambda: check_rows(cfg.eval.data or Data(), cfg.seed))
     if rows is not None:
         found += _engine(cfg, algorithm, rows, callables)
+        found += _vllm(cfg, rows, device)
         found += _held_out(cfg, rows, held)
         if cfg.eval.rows and held:
             found += _measured(cfg, kind_of(rows[0]), kind_of(held[0]), callables)
@@ -70,7 +73,8 @@ def _caught(found: list[str], check: Callable[[], Any]) -> Any:
 
 def _needed(cfg: Config) -> tuple[str, ...]:
     bits = cfg.quantization in ("nf4", "int8") or cfg.optim.name == "adamw_8bit"
-    return ("torch", "transformers", "peft", *(("bitsandbytes",) if bits else ()))
+    vllm = cfg.engine.name == "vllm"
+    return ("torch", "transformers", "peft", *(("bitsandbytes",) if bits else ()), *(("vllm",) if vllm else ()))
 
 
 def _model(cfg: Config, device: torch.device | None) -> Iterator[str]:
@@ -106,6 +110,20 @@ def _out(out: Path, resume: bool) -> Iterator[str]:
     nearest = next(p for p in (out, *out.absolute().parents) if p.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
         yield f'out = "{out}": {nearest} cannot be written to; give another folder'
+
+
+def _vllm(cfg: Config, rows: list[dict[str, Any]], device: torch.device | None) -> Iterator[str]:
+    """What vLLM cannot do, where it is what samples."""
+    if device is None or chosen(cfg, any(name in rows[0] for name in RECORDED), device) != "vllm":
+        return
+    if cfg.quantization == "int8":
+        yield 'quantization = "int8": vLLM takes NF4 and plain weights; set "nf4" or "none", or engine.name = "eager"'
+    if cfg.dtype == "float64":
+        yield 'dtype = "float64": vLLM has 16 and 32 bits; set another dtype, or engine.name = "eager"'
+    if cfg.lora.rank > RANKS[-1]:
+        yield f'lora.rank = {cfg.lora.rank}: vLLM has at most {RANKS[-1]}; lower it, or set engine.name = "eager"'
+    if device.type == "cpu" and cfg.engine.mode not in ("auto", "lent"):
+        yield f'engine.mode = "{cfg.engine.mode}": on a CPU vLLM has no memory that sleeps; set "lent" or "auto"'
 
 
 def _engine(cfg: Config, algorithm: Algorithm | None, rows: list[dict[str, Any]], callables: bool) -> Iterator[str]:

@@ -262,6 +262,9 @@ def test_the_probe_sees_an_engine_that_never_applies_the_adapter() -> None:
         def load_adapter(self, named_tensors, version) -> None:
             self._version = version  # no copy, no read-back
 
+        def wake(self) -> None:
+            pass
+
     policy = tiny_policy(trained=0.3)
     engine = Deaf(policy, tiny_tokenizer())
     with pytest.raises(ParityError, match="the engine does not apply the adapter as the trainer does"):

@@ -54,6 +54,7 @@ MAY_IMPORT = {
     "report": "runs metrics health",
     "estimates": "",
     "pieces": "types",
+    "engines": "types config console environment evaluate models rollout",
     "evaluate": "* -cli -train -session -finished",
     "finished": "* -cli -train",
     "reward_check": "* -cli -train -session -finished",

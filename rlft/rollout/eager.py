@@ -25,7 +25,7 @@ from rlft.config import Sampling
 from rlft.errors import EngineError
 from rlft.models.adapter import lora_parameters, lora_scales
 from rlft.models.policy import Policy
-from rlft.rollout.engine import check_names, check_read_back, rollout_seed
+from rlft.rollout.engine import check_names, check_read_back, eos_ids, rollout_seed
 from rlft.types import Prompt, Rollout
 
 SLOT = "engine"
@@ -44,6 +44,8 @@ class _Row:
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     finished: bool = False
+    text: str | None = None
+    """Up to a stop string; None: all of it."""
 
 
 class EagerEngine:
@@ -62,9 +64,14 @@ class EagerEngine:
         self._model.eval()
         for parameter in lora_parameters(self._model, SLOT).values():
             parameter.requires_grad_(False)
-        self._eos = self._eos_ids()
+        self._eos = eos_ids(tokenizer, self._model.get_base_model())
         self._version: int | None = None
         self._digest = ""
+
+    @property
+    def memory(self) -> dict[str, int]:
+        """Its adapter; the cache comes on top while it generates."""
+        return {"adapter of the engine": sum(t.numel() * t.element_size() for t in self._slots.values())}
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling, seed: tuple[int, ...]) -> list[Rollout]:
         """As the protocol; greedy at temperature 0, where the log-prob of the only possible token is 0."""
@@ -114,14 +121,6 @@ class EagerEngine:
             digest.update(tensor.contiguous().view(torch.uint8).cpu().numpy().tobytes())
         return digest.hexdigest()
 
-    def _eos_ids(self) -> set[int]:
-        base: Any = self._model.get_base_model()
-        found: set[int] = set()
-        for owner in (self._tokenizer, base.config, base.generation_config):
-            value = getattr(owner, "eos_token_id", None)
-            found |= {value} if isinstance(value, int) else set(value or ())
-        return found
-
     @contextmanager
     def _switched(self) -> Iterator[None]:
         """The engine's adapter active; the trainer's active and trainable again afterwards."""
@@ -156,7 +155,7 @@ class EagerEngine:
         while True:
             tokens = self._draw(logits, live, sampling)
             for row, token in zip(live, tokens.tolist(), strict=True):
-                row.finished = token in stops
+                row.finished = token in stops or self._stopped(row, sampling.stop)
             keep = [i for i, row in enumerate(live) if not row.finished and len(row.ids) < sampling.max_tokens]
             if not keep:
                 return
@@ -193,11 +192,21 @@ class EagerEngine:
             row.logprobs.append(logprob)
         return tokens.cpu()
 
+    def _stopped(self, row: _Row, stop: Sequence[str]) -> bool:
+        """Whether the row's text holds a stop string; the text then ends before it, the tokens with it."""
+        if not stop:
+            return False
+        text = self._tokenizer.decode(row.ids, skip_special_tokens=True)
+        found = [text.index(s) for s in stop if s in text]
+        row.text = text[: min(found)] if found else None
+        return bool(found)
+
     def _rollout(self, row: _Row) -> Rollout:
         assert self._version is not None
+        text = self._tokenizer.decode(row.ids, skip_special_tokens=True) if row.text is None else row.text
         return Rollout(
             prompt=row.prompt, completion_ids=tuple(row.ids), completion_mask=(True,) * len(row.ids),
-            sampler_logprobs=tuple(row.logprobs), text=self._tokenizer.decode(row.ids, skip_special_tokens=True),
+            sampler_logprobs=tuple(row.logprobs), text=text,
             finish_reason="stop" if row.finished else "length", sample_index=row.sample, policy_version=self._version,
             seed=row.seed,
         )  # fmt: skip

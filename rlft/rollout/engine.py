@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -25,6 +25,11 @@ class Engine(Protocol):
 
     SAMPLES: bool
     """True when it samples and returns sampler log-probs; False when it replays recorded completions."""
+
+    @property
+    def memory(self) -> dict[str, int]:
+        """Bytes on the device that it takes while it is awake, by what they are."""
+        ...
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling, seed: tuple[int, ...]) -> list[Rollout]:
         """`sampling.group_size` rollouts per prompt, in the order of the prompts.
@@ -71,6 +76,15 @@ def rollout_seed(seed: tuple[int, ...], slot: int, sample: int) -> int:
     """
     entropy = [value % 2**32 for value in (*seed, slot, sample)]
     return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def eos_ids(tokenizer: Any, base: Any) -> set[int]:
+    """Token ids that end a completion, as tokenizer, config and generation config of the model say."""
+    found: set[int] = set()
+    for owner in (tokenizer, base.config, base.generation_config):
+        value = getattr(owner, "eos_token_id", None)
+        found |= {value} if isinstance(value, int) else set(value or ())
+    return found
 
 
 def check_names(given: Mapping[str, Tensor], slots: Mapping[str, Tensor]) -> None:

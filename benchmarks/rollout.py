@@ -1,0 +1,222 @@
+"""Rollouts of vLLM on the trainer's own base: tokens per second, hand-over, memory asleep. Qwen3-8B's shape, LoRA r 16.
+
+    python benchmarks/rollout.py --out DIR --commit HASH --mode expanded
+    python benchmarks/rollout.py --out DIR --commit HASH --mode bnb --sequences 256
+
+Random weights in NF4, random prompts of 128 tokens, 256 tokens each (128 where there are 16 sequences), sampler
+log-probs and detokenising on. One mode per process, since vLLM's memory pool is one per process. "bnb" is the lent mode
+with bitsandbytes' own sequence of operators in its linear layers, one product per matrix.
+
+Extra rows of each mode at the most sequences: without log-probs and text, without seeds per request, and a group of 8
+as 8 requests against one request of 8.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parent / "peers"))
+
+from longest import policy_of
+from results_file import write
+from timing import row
+
+from rlft.config import Engine, Sampling
+from rlft.models.policy import Policy
+from rlft.rollout import lend, vllm_requests
+from rlft.rollout.vllm import VllmEngine
+from rlft.types import Prompt
+
+GIB = 2**30
+PROMPT = 128
+
+
+def tokenizer_of(words: int) -> Any:
+    """A tokenizer with a word for every token, so that detokenising is real."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    made = Tokenizer(models.WordLevel({f"w{i}": i for i in range(words)}, unk_token="w0"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()  # type: ignore[assignment]
+    made.decoder = decoders.WordPiece(prefix="##")  # type: ignore[assignment]
+    return PreTrainedTokenizerFast(tokenizer_object=made, eos_token="w2", pad_token="w0", unk_token="w0")
+
+
+class BnbLinear(lend.LentLinear):
+    """bitsandbytes' own sequence: a product per matrix, decoded by its kernel."""
+
+    quantised: dict[int, Any] = {}  # noqa: RUF012 (address of the packed bytes -> bitsandbytes' parameter)
+
+    def __init__(self, weights: Any, scratch: Any) -> None:
+        super().__init__(weights, scratch)
+        self._params = [self.quantised[w.packed.data_ptr()] for w in weights]
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        from bitsandbytes import matmul_4bit
+
+        rows = x.reshape(-1, x.shape[-1])
+        made, at = rows.new_empty(rows.shape[0], self.out), 0
+        for p in self._params:
+            out = p.quant_state.shape[0]
+            made[:, at : at + out] = matmul_4bit(rows, p.t(), p.quant_state)
+            at += out
+        return made.view(*x.shape[:-1], self.out)
+
+
+def prompts_of(count: int, seed: int, length: int = PROMPT) -> list[Prompt]:
+    g = torch.Generator().manual_seed(seed)
+    return [
+        Prompt(tuple(torch.randint(10, 150_000, (length,), generator=g).tolist()), {}, i, None) for i in range(count)
+    ]
+
+
+def speed(run: Callable[[int], int], repeats: int = 2) -> tuple[float, str]:
+    """Tokens per second, the median of the repeats. run: seed -> tokens sampled."""
+    found = []
+    for seed in range(repeats):
+        begin = time.perf_counter()
+        tokens = run(seed)
+        torch.cuda.synchronize()
+        found.append(tokens / (time.perf_counter() - begin))
+    return statistics.median(found), f"{min(found):.0f} to {max(found):.0f} in {repeats} repeats"
+
+
+def tokens_of(rollouts: list[Any]) -> int:
+    return sum(len(r.completion_ids) for r in rollouts)
+
+
+def rates(engine: VllmEngine, mode: str, sizes: list[int], extra: bool) -> list[dict[str, Any]]:
+    rows = []
+
+    def add(count: int, stack: str, run: Callable[[int], int], note: str = "") -> None:
+        value, spread = speed(run)
+        print(mode, count, stack, f"{value:.0f} tokens/s", note, flush=True)
+        rows.append(row(f"rollout-{mode}/{count}", stack, "tokens_per_s", value, "tokens/s", f"{spread}{note}"))
+
+    name = "bnb" if mode == "bnb" else "rlft"
+    for count in sizes:
+        sampling = Sampling(group_size=1, max_tokens=256 if count > 16 else 128)
+        engine.generate(prompts_of(count, 99), Sampling(group_size=1, max_tokens=4), (99,))
+        add(count, name, lambda s, c=count, w=sampling: tokens_of(engine.generate(prompts_of(c, s), w, (s,))))
+    if not extra:
+        return rows
+    count, sampling = max(sizes), Sampling(group_size=1, max_tokens=256)
+    group = Sampling(group_size=8, max_tokens=256)
+
+    def requests(seed: int, change: Callable[[Any], None], prompts: list[Prompt]) -> int:
+        """As the engine does it, with other sampling parameters."""
+        from vllm.inputs import tokens_input
+
+        made = []
+        for i, prompt in enumerate(prompts):
+            params = vllm_requests.parameters(sampling, engine._eos, 1000 * seed + i)
+            change(params)
+            made.append((tokens_input(list(prompt.ids)), params))
+        outputs = vllm_requests._run(engine._llm.llm_engine, made, engine._lora(), torch.device("cuda"), 600.0, None)
+        return sum(len(o.token_ids) for out in outputs for o in out.outputs)
+
+    def bare(p: Any) -> None:
+        p.logprobs, p.flat_logprobs, p.detokenize = None, False, False
+
+    def unseeded(p: Any) -> None:
+        p.seed = None
+
+    def eight(p: Any) -> None:
+        p.n = 8
+
+    add(count, f"{name}, no log-probs, no text", lambda s: requests(s, bare, prompts_of(count, s)))
+    add(count, f"{name}, no seeds per request", lambda s: requests(s, unseeded, prompts_of(count, s)))
+    long = 1024
+    for words, run in (
+        ("as 8 requests", lambda s: tokens_of(engine.generate(prompts_of(count // 8, s, long), group, (s,)))),
+        ("as one request", lambda s: requests(s, eight, prompts_of(count // 8, s, long))),
+    ):
+        add(count, f"{name}, groups of 8 {words}", run, f"; prompts of {long}")
+    return rows
+
+
+def used() -> float:
+    free, total = torch.cuda.mem_get_info()
+    return (total - free) / GIB
+
+
+def handover(engine: VllmEngine, policy: Policy, mode: str, cycles: int = 8) -> list[dict[str, Any]]:
+    """Sleep, wake (with refill, adapter and read-back) and load_adapter (with read-back), and memory asleep."""
+    parts: dict[str, list[float]] = {"sleep": [], "wake": [], "load": []}
+    asleep_gib = []
+
+    def timed(name: str, call: Callable[[], None]) -> None:
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        call()
+        torch.cuda.synchronize()
+        parts[name].append((time.perf_counter() - begin) * 1e3)
+
+    for cycle in range(cycles):
+        timed("sleep", engine.sleep)
+        torch.cuda.empty_cache()
+        asleep_gib.append(used())
+        timed("wake", engine.wake)
+        policy.flat.flat.data.mul_(1.01)
+        timed("load", lambda v=cycle: engine.load_adapter(policy.adapter(), v + 1))
+    rows = []
+    for name, ms in parts.items():
+        note = f"{min(ms):.0f} to {max(ms):.0f} in {cycles} cycles"
+        rows.append(row("handover/8b", "rlft", f"{name}_ms", statistics.median(ms), "ms", f"{mode}; {note}"))
+    whole = statistics.median(map(sum, zip(*parts.values(), strict=True))) / 1e3
+    rows.append(row("handover/8b", "rlft", "seconds", whole, "s", f"{mode}; sleep + wake + load, read-backs included"))
+    base = sum(p.numel() * p.element_size() for p in policy.base.parameters()) / GIB
+    note = f"{mode}; in use on the card while it sleeps; base and adapter parameters are {base:.2f}"
+    rows.append(row("handover/8b", "rlft", "asleep_GiB", max(asleep_gib), "GiB", note))
+    for r in rows:
+        print(mode, r["metric"], round(r["value"], 3), r["note"], flush=True)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--commit", required=True)
+    parser.add_argument("--mode", choices=("lent", "expanded", "merged", "bnb"), required=True)
+    parser.add_argument("--sequences", type=int, nargs="+", default=[16, 64, 256])
+    parser.add_argument("--extra", action="store_true", help="log-probs, seeds and groups too")
+    parser.add_argument("--eager", action="store_true", help="no compile and no graphs")
+    args = parser.parse_args()
+    policy = policy_of("8b")
+    config: Any = policy.base.config
+    # As published; the training benchmarks have more, and vLLM's table of rotations would be 25 times as large.
+    config.max_position_embeddings = 40_960
+    before = used()
+    if args.mode == "bnb":
+        quantised = [p for p in policy.base.parameters() if getattr(p, "quant_state", None) is not None]
+        BnbLinear.quantised = {p.data_ptr(): p for p in quantised}
+        lend.LentLinear = BnbLinear  # type: ignore[misc]  # ours, before the hooks take it from there
+    mode = "lent" if args.mode == "bnb" else args.mode
+    begin = time.perf_counter()
+    options = Engine("vllm", mode=mode, max_seqs=max(args.sequences), graphs=not args.eager)
+    longest = 1024 + 256 if args.extra else PROMPT + 256
+    engine = VllmEngine(
+        policy, tokenizer_of(151_936), options, longest, max(args.sequences), note=lambda t: print(t, flush=True)
+    )
+    start = time.perf_counter() - begin
+    engine.load_adapter(policy.adapter(), 0)
+    print("start", round(start, 1), "GiB before", round(before, 2), "awake", round(used(), 2), flush=True)
+    rows = [row(f"rollout-{args.mode}/start", "rlft", "seconds", start, "s", "imports of vLLM included")]
+    rows += rates(engine, args.mode, args.sequences, args.extra)
+    if args.mode != "bnb":
+        rows += handover(engine, policy, args.mode)
+    print(write(f"rollout_{args.mode}", rows, args.out, args.commit))
+    engine.close()
+
+
+if __name__ == "__main__":
+    main()

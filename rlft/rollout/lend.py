@@ -1,0 +1,172 @@
+"""The trainer's frozen weights in an engine that groups and names linear layers its own way: lent, expanded, merged.
+
+An engine's parameter is made of one of the trainer's weights, or of several one below the other (qkv_proj of q_proj,
+k_proj and v_proj). `partners` finds them by name. `LentLinear` computes from the trainer's own bytes; `Refill` writes
+them, decoded, into memory of the engine, and adds an adapter to them where that is merged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from rlft.errors import EngineError
+from rlft.kernels.nf4 import DecodePlan, Nf4Weight
+
+Weight = Tensor | Nf4Weight
+PER_LAUNCH = 7
+"""Matrices that are decoded by one launch: those of a decoder layer."""
+
+
+def frozen(base: nn.Module) -> dict[str, Weight]:
+    """transformers' name -> frozen weight, without the adapters and PEFT's wrappers. Tied weights come under each name.
+
+    Raises EngineError for weights in a form that no engine is lent (LLM.int8).
+    """
+    found: dict[str, Weight] = {}
+    for name, parameter in base.named_parameters(remove_duplicate=False):
+        if ".lora_" in name:
+            continue
+        name = name.replace(".base_layer.", ".")
+        if getattr(parameter, "quant_state", None) is not None:
+            found[name] = Nf4Weight.from_bnb(parameter)
+        elif parameter.is_floating_point():
+            found[name] = parameter.detach()
+        else:
+            raise EngineError(
+                f"{name} is kept in {parameter.dtype}: the vLLM engine takes NF4 and plain weights; set "
+                f'quantization = "nf4" or "none", or engine.name = "eager"'
+            )
+    return found
+
+
+def partners(
+    wanted: Iterable[str], packed: Mapping[str, Sequence[str]], weights: Mapping[str, Weight]
+) -> dict[str, list[str]]:
+    """Engine's parameter -> the trainer's weights that it is made of, from top to bottom.
+
+    packed: module of the engine -> the modules it stands for, as vLLM's `packed_modules_mapping`. Raises EngineError
+    that names a weight without a partner, on either side.
+    """
+    found: dict[str, list[str]] = {}
+    for name in wanted:
+        where, _, kind = name.rpartition(".")
+        prefix, _, module = where.rpartition(".")
+        parts = [f"{prefix}.{part}.{kind}" if prefix else f"{part}.{kind}" for part in packed.get(module, ())]
+        if name in weights:
+            found[name] = [name]
+        elif parts and all(part in weights for part in parts):
+            found[name] = parts
+        else:
+            looked = f", nor {', '.join(parts)}" if parts else ""
+            raise EngineError(
+                f"vLLM's model has a parameter {name}, and the trainer's has none of that name{looked}: this "
+                f'architecture cannot be lent; set engine.name = "eager"'
+            )
+    used = {id(weights[part]) for parts in found.values() for part in parts}
+    left = [name for name, weight in weights.items() if id(weight) not in used and not _same(weight, used, weights)]
+    if left:
+        raise EngineError(
+            f"the trainer's model has a weight {left[0]} that vLLM's has no place for ({len(left)} in all): this "
+            f'architecture cannot be lent; set engine.name = "eager"'
+        )
+    return found
+
+
+def _same(weight: Weight, used: set[int], weights: Mapping[str, Weight]) -> bool:
+    """Whether a weight lies where one that is used lies: a tied head under its second name."""
+    return isinstance(weight, Tensor) and any(
+        isinstance(other, Tensor) and id(other) in used and other.data_ptr() == weight.data_ptr()
+        for other in weights.values()
+    )
+
+
+def padded(weight: Tensor, rows: int) -> Tensor | None:
+    """The weight [V, H] as a view with the rows that lie behind it in memory, [rows, H]; None where there are not so
+    many."""
+    if weight.shape[0] == rows:
+        return weight
+    room = weight.untyped_storage().nbytes() // weight.element_size() - weight.storage_offset()
+    if weight.dim() != 2 or not weight.is_contiguous() or room < rows * weight.shape[1] or rows < weight.shape[0]:
+        return None
+    return weight.as_strided((rows, weight.shape[1]), weight.stride(), weight.storage_offset())
+
+
+class LentLinear:
+    """x W^T from the trainer's weights, which lie where they lie: NF4 is decoded into a buffer that all share."""
+
+    def __init__(self, weights: Sequence[Weight], scratch: Tensor | None) -> None:
+        """scratch: [at least out * in] of the activations' dtype; None where all weights are plain."""
+        shapes = [tuple(w.shape) for w in weights]
+        self.out = sum(rows for rows, _ in shapes)
+        self._plain = [w for w in weights if isinstance(w, Tensor)]
+        self._plan: DecodePlan | None = None
+        if len(self._plain) < len(weights):
+            # bitsandbytes leaves a whole model or none of it quantised, so groups are seldom mixed; those are decoded
+            # part by part as well.
+            assert scratch is not None
+            self._matrix = scratch[: self.out * shapes[0][1]].view(self.out, shapes[0][1])
+            places = self._matrix.split([rows for rows, _ in shapes])
+            self._copies = [(p, w) for p, w in zip(places, weights, strict=True) if isinstance(w, Tensor)]
+            packed = [(w, p) for w, p in zip(weights, places, strict=True) if isinstance(w, Nf4Weight)]
+            self._plan = DecodePlan([w for w, _ in packed], [p for _, p in packed])
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x [..., in] -> [..., out]."""
+        if self._plan is not None:
+            self._plan.run()
+            for place, weight in self._copies:
+                place.copy_(weight)
+            return functional.linear(x, self._matrix)
+        if len(self._plain) == 1:
+            return functional.linear(x, self._plain[0])
+        rows = x.reshape(-1, x.shape[-1])
+        made = rows.new_empty(rows.shape[0], self.out)
+        for place, weight in zip(made.split([w.shape[0] for w in self._plain], dim=1), self._plain, strict=True):
+            torch.mm(rows, weight.T, out=place)
+        return made.view(*x.shape[:-1], self.out)
+
+
+class Refill:
+    """Memory of the engine that is written from the trainer's weights: once at the start, and after each wake."""
+
+    def __init__(self, places: Mapping[str, Tensor], weights: Mapping[str, Weight]) -> None:
+        """places: name of a weight -> where in the engine it goes, of the weight's shape."""
+        self._places = dict(places)
+        packed = [(w, place) for name, place in places.items() if isinstance(w := weights[name], Nf4Weight)]
+        self._copies = [(place, w) for name, place in places.items() if isinstance(w := weights[name], Tensor)]
+        chunks = [packed[i : i + PER_LAUNCH] for i in range(0, len(packed), PER_LAUNCH)]
+        self._plans = [DecodePlan([w for w, _ in chunk], [p for _, p in chunk]) for chunk in chunks]
+
+    @property
+    def bytes(self) -> int:
+        """Memory that is written."""
+        return sum(p.numel() * p.element_size() for p in self._places.values())
+
+    def run(self) -> None:
+        """Write all weights."""
+        for plan in self._plans:
+            plan.run()
+        for place, weight in self._copies:
+            place.copy_(weight)
+
+    def merge(self, adapter: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+        """Add an adapter to freshly written weights. adapter: name of a weight -> A [r, in], B [out, r], scaled."""
+        for name, (a, b) in adapter.items():
+            self._places[name].addmm_(b, a)
+
+    def differs(self, weights: Mapping[str, Weight], adapter: Mapping[str, tuple[Tensor, Tensor]]) -> str | None:
+        """The first weight that is not what `run` and `merge` write; None where all are."""
+        found = []
+        for name, place in self._places.items():
+            want = torch.empty_like(place)
+            Refill({name: want}, weights).run()
+            if name in adapter:
+                a, b = adapter[name]
+                want.addmm_(b, a)
+            found.append((want != place).any())
+        wrong = torch.stack(found).nonzero().flatten().tolist()
+        return list(self._places)[wrong[0]] if wrong else None

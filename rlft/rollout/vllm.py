@@ -1,0 +1,303 @@
+"""vLLM in the trainer's process, on the trainer's own base.
+
+Modes: "lent", linear layers are computed from the trainer's weights where they lie; "expanded", vLLM has plain weights
+in memory of its own, given back while it sleeps and written again from the trainer's at each wake; "merged", the same
+with the adapter added to them and no LoRA kernels. Embeddings, head and norms are the trainer's tensors in all three.
+The adapter is handed over in memory, under a new number each time, and read back.
+
+Everything that reaches into vLLM is in `rlft.rollout.vllm_hooks`, requests are in `vllm_requests`; here are adapter,
+memory and the first guard.
+"""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlft.config import Engine as Options
+from rlft.config import Sampling
+from rlft.errors import EngineError
+from rlft.models.policy import Policy
+from rlft.rollout import vllm_start
+from rlft.rollout.engine import check_names, check_read_back, eos_ids
+from rlft.rollout.lend import frozen
+from rlft.rollout.vllm_memory import Choice, Sizes, choose
+from rlft.rollout.vllm_requests import Failed, sample
+from rlft.rollout.vllm_start import arguments, defaults_restored, environment, quiet, write_folder
+from rlft.types import Prompt, Rollout
+
+NUMBERS = itertools.count(1)
+"""vLLM keys its prefix cache by an adapter's name: no two hand-overs of a process share one."""
+
+
+class VllmEngine:
+    """Samples with vLLM; the protocol of `rlft.rollout.engine`."""
+
+    SAMPLES: bool = True
+
+    def __init__(
+        self, policy: Policy, tokenizer: Any, options: Options, longest: int, sequences: int,
+        progress: Callable[[int, int], None] | None = None, note: Callable[[str], None] = lambda _: None,
+    ) -> None:  # fmt: skip
+        """longest: tokens of the longest prompt with its completion. sequences: completions that are sampled together,
+        for the size of the cache. progress: called with (sequences done, all). note: told how the engine runs.
+
+        Takes from 10 seconds to minutes, since vLLM compiles and captures graphs. Raises EngineError.
+        """
+        self._policy, self._tokenizer, self._options = policy, tokenizer, options
+        self._longest, self._sequences = longest, sequences
+        self._progress, self._note = progress, note
+        self._scales = dict(policy.scales)
+        self._shapes = {name: tuple(t.shape) for name, t in policy.adapter().items()}
+        self._eos = eos_ids(tokenizer, policy.base)
+        self._dtype: torch.dtype = policy.base.get_input_embeddings().weight.dtype  # type: ignore[operator,union-attr]
+        self._held: dict[str, tuple[Tensor, Tensor]] = {}
+        """Module -> A and scaled B of the adapter that was loaded last, in the engine's dtype."""
+        self._number, self._version, self._restarted = 0, None, False
+        self._asleep = False
+        self._freed = 0
+        """Bytes that the last sleep gave back, which the wake takes again."""
+        self._start()
+
+    # ---- start and end -----------------------------------------------------------------------------------------------
+
+    def _start(self) -> None:
+        options, device = self._options, self._policy.device
+        weights = frozen(self._policy.base)
+        self._sizes = Sizes.of(
+            self._policy, weights, self._dtype, self._longest, self._sequences, options.max_seqs
+        )  # fmt: skip
+        self.choice: Choice = choose(self._sizes, options.mode, options.kv_gib, device)
+        folder = tempfile.TemporaryDirectory(prefix="rlft-vllm-")
+        write_folder(folder.name, self._policy.base, self._tokenizer)
+        environment()
+        begin = time.perf_counter()
+        with folder, quiet(), defaults_restored():
+            from vllm import LLM
+
+            from rlft.rollout import vllm_hooks as hooks
+
+            self._lender = hooks.Lender(weights)
+            number = next(NUMBERS)
+            hooks.Lender.waiting[number] = self._lender
+            try:
+                self._llm: Any = LLM(
+                    folder.name,
+                    **arguments(options, self.choice, self._sizes, self._shapes, self._dtype, device, number),
+                )
+            except EngineError:
+                raise
+            except Exception as error:
+                first = (str(error).strip() or type(error).__name__).splitlines()[0]
+                raise EngineError(
+                    f"vLLM {vllm_start.version()} did not start ({type(error).__name__}: {first}); run with "
+                    f'VLLM_LOGGING_LEVEL=DEBUG to see why, or set engine.name = "eager"'
+                ) from error
+            finally:
+                del hooks.Lender.waiting[number]
+        (self.runner,) = self._llm.collective_rpc("rlft_runner")
+        tested = hooks.TESTED_ON_GPU if device.type == "cuda" else hooks.TESTED_ON_CPU
+        known = self.runner == "V1" and any(vllm_start.version().startswith(f"{v}.") for v in tested)
+        self._note(
+            f"vLLM {vllm_start.version()} ({self.runner} model runner{'' if known else ', untested with rlft'}) up in "
+            f"{time.perf_counter() - begin:.0f} s: {self.choice}"
+        )
+
+    def close(self) -> None:
+        """Stop vLLM and give its memory back."""
+        llm, self._version, self._held = self.__dict__.pop("_llm", None), None, {}
+        if llm is not None:
+            with quiet():
+                llm.llm_engine.engine_core.shutdown()
+            del llm
+            self._lender.refill = None
+            gc.collect()
+            if self._policy.device.type == "cuda":
+                torch.cuda.empty_cache()
+
+    @property
+    def memory(self) -> dict[str, int]:
+        """The cache, weights of its own, and the adapter's slot with the copy that fills it."""
+        slot = 0 if self.choice.mode == "merged" else self._sizes.slots
+        refill = self._lender.refill
+        return {
+            "cache of the engine": self.choice.kv_bytes, "weights of the engine": refill.bytes if refill else 0,
+            "adapter of the engine": slot,
+        }  # fmt: skip
+
+    # ---- adapter -----------------------------------------------------------------------------------------------------
+
+    def load_adapter(self, named_tensors: Mapping[str, Tensor], version: int) -> None:
+        """As the protocol: copy, then read back and compare."""
+        check_names(named_tensors, {n: torch.empty(s, device="meta") for n, s in self._shapes.items()})
+        if self._asleep:
+            raise EngineError("load_adapter while the engine sleeps: its slots have no memory; wake it first")
+        self._write(named_tensors)
+        self._check(self._scaled(named_tensors), version)
+        self._version = version
+
+    def _scaled(self, named_tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+        """Module -> A and scale * B, in the engine's dtype: the scale is applied here, once, and nowhere else."""
+        dtype, made = self._dtype, {}
+        for name, b in named_tensors.items():
+            if ".lora_B." in name:
+                a = named_tensors[name.replace(".lora_B.", ".lora_A.")]
+                module = name.split(".lora_B.")[0].removeprefix("base_model.model.")
+                made[module] = (a.to(dtype, copy=True), (b * self._scales[name]).to(dtype))
+        return made
+
+    def _write(self, named_tensors: Mapping[str, Tensor]) -> None:
+        self._held = self._scaled(named_tensors)
+        self._number = next(NUMBERS)
+        self._fill()
+
+    def _fill(self) -> None:
+        """The held adapter into the engine: its slot, or, merged, the weights themselves."""
+        if self.choice.mode == "merged":
+            assert self._lender.refill is not None
+            self._lender.refill.run()
+            self._lender.refill.merge({f"{module}.weight": pair for module, pair in self._held.items()})
+            self._llm.reset_prefix_cache()
+            self._factors = dict.fromkeys(self._held, 1.0)
+        else:
+            (self._factors,) = self._llm.collective_rpc("rlft_put", args=(self._number, self._held))
+
+    def _check(self, want: Mapping[str, tuple[Tensor, Tensor]], version: int) -> None:
+        """The first guard: what the engine's kernels will read is `want`, and it is scaled by nothing else."""
+        if self.choice.mode == "merged":
+            assert self._lender.refill is not None
+            pairs = {f"{module}.weight": pair for module, pair in want.items()}
+            if (wrong := self._lender.refill.differs(self._lender.weights, pairs)) is not None:
+                raise EngineError(
+                    f"after loading policy version {version} the engine does not hold the trainer's adapter: {wrong} "
+                    f"is not the base with the adapter added. It would sample from another policy than the one that is "
+                    f"trained."
+                )
+            return
+        (slots,) = self._llm.collective_rpc("rlft_slots", args=(self._number,))
+        given, held, rest = {}, {}, []
+        for module, (a, b) in want.items():
+            if module not in slots:
+                raise EngineError(
+                    f"after loading policy version {version} the engine has no adapter at {module}: vLLM "
+                    f"{vllm_start.version()} applies none there; leave it out of lora.targets"
+                )
+            slot_a, slot_b = slots[module]
+            given |= {f"{module}.lora_A.weight": a, f"{module}.lora_B.weight": b}
+            held |= {f"{module}.lora_A.weight": slot_a[: len(a)], f"{module}.lora_B.weight": slot_b[:, : len(a)]}
+            rest += [slot_a[len(a) :].any(), slot_b[:, len(a) :].any()]
+        scales = {
+            f"{module}.lora_B.weight": self._scales[f"base_model.model.{module}.lora_B.weight"] for module in want
+        }
+        factors = {name: scale * self._factors[name.split(".lora_B.")[0]] for name, scale in scales.items()}
+        check_read_back(given, held, scales, factors, version)
+        if bool(torch.stack(rest).any()):
+            raise EngineError(
+                f"after loading policy version {version} the engine's slots hold an adapter of a higher rank too"
+            )
+
+    # ---- sleep and wake ----------------------------------------------------------------------------------------------
+
+    def sleep(self) -> None:
+        """Give back the cache, the engine's own weights and the slots (on a GPU; on a CPU vLLM keeps them)."""
+        if self._policy.device.type == "cuda" and not self._asleep:
+            before = torch.cuda.mem_get_info(self._policy.device)[0]
+            # 2: nothing is kept, since all of it is written again. What is lent lies outside of vLLM's memory.
+            self._llm.sleep(level=2)
+            self._freed = torch.cuda.mem_get_info(self._policy.device)[0] - before
+        self._asleep = True
+
+    def wake(self) -> None:
+        """Take it again, write weights and adapter, and read the adapter back."""
+        if not self._asleep:
+            return
+        if self._policy.device.type == "cuda":
+            self._make_room()
+            self._llm.wake_up()
+            self._llm.reset_prefix_cache()
+        self._asleep = False
+        if self._lender.refill is not None and self.choice.mode != "merged":
+            self._lender.refill.run()
+        if self._version is not None:
+            if self._policy.device.type == "cuda":
+                self._fill()
+            try:
+                self._check(self._held, self._version)
+            except EngineError as error:
+                raise EngineError(
+                    f"the engine's adapter changed while it slept (policy version {self._version}): {error}"
+                ) from error
+
+    def _make_room(self) -> None:
+        """Give blocks that PyTorch caches back to the driver, then the trainer's graphs and buffers where it takes
+        that. Raises EngineError when there is still too little."""
+        device, fused = self._policy.device, self._policy.fused
+        torch.cuda.empty_cache()
+        # vLLM takes what it gave back; a little is for its own blocks.
+        want = self._freed + 64 * 2**20
+        if torch.cuda.mem_get_info(device)[0] < want and fused is not None:
+            if fused.graphs is not None:
+                fused.graphs.clear()
+            fused.store.release()
+            gc.collect()
+            torch.cuda.empty_cache()
+        free = torch.cuda.mem_get_info(device)[0]
+        if free < self._freed:
+            raise EngineError(
+                f"the engine wants {self._freed / 2**30:.2f} GiB back to wake and {free / 2**30:.2f} GiB are free: "
+                f"something took memory while it slept; lower engine.kv_gib ({self.choice.kv_bytes / 2**30:.2f})"
+            )
+
+    # ---- sampling ----------------------------------------------------------------------------------------------------
+
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, seed: tuple[int, ...]) -> list[Rollout]:
+        """As the protocol. Starts the engine anew once if vLLM fails; raises EngineError the second time."""
+        if self._version is None:
+            raise EngineError("generate before load_adapter: the engine has no adapter")
+        self.wake()
+        for prompt in prompts:
+            if not prompt.ids:
+                raise EngineError(f"row {prompt.index} has an empty prompt: there is nothing to continue")
+            if len(prompt.ids) + sampling.max_tokens > self._longest:
+                raise EngineError(
+                    f"row {prompt.index} has {len(prompt.ids)} tokens and max_tokens is {sampling.max_tokens}, and the "
+                    f"engine was started for {self._longest} together: set engine.max_model_len, or drop long prompts "
+                    f"with data.max_prompt_tokens"
+                )
+        try:
+            return sample(
+                self._llm.llm_engine, prompts, sampling, self._eos, seed, self._lora(), self._version,
+                self._policy.device, self._options.deadline, self._progress,
+            )  # fmt: skip
+        except Failed as failure:
+            if self._restarted or failure.hangs:
+                raise EngineError(f"vLLM failed while sampling: {failure}") from failure
+            self._restarted = True
+            self._note(f"vLLM failed while sampling ({failure}); it is started once more")
+        self._restart()
+        return self.generate(prompts, sampling, seed)
+
+    def _lora(self) -> Any:
+        """The adapter in a request's words; None where it is in the weights."""
+        from vllm.lora.request import LoRARequest
+
+        name = f"rlft-{self._number}"
+        return None if self.choice.mode == "merged" else LoRARequest(name, self._number, lora_path="/in-memory")
+
+    def _restart(self) -> None:
+        """A new engine with the adapter that was loaded last."""
+        version, held = self._version, self._held
+        self.close()
+        self._start()
+        self._held, self._number = held, next(NUMBERS)
+        self._fill()
+        assert version is not None
+        self._check(held, version)
+        self._version = version

@@ -1,0 +1,254 @@
+"""Everything that reaches into vLLM, through hooks that it offers; nothing of it is replaced.
+
+| hook | what rlft does there |
+| --- | --- |
+| register_model_loader("rlft") | hands over the trainer's weights in place of files |
+| register_quantization_config("rlft-lent", "rlft-refilled") | linear layers that compute from the trainer's weights, or
+  whose memory we fill; embeddings and heads without memory of their own |
+| worker_extension_cls | puts the adapter into its slots and reads it back |
+| static_forward_context | where the operator of a lent linear layer finds its layer under torch.compile |
+
+Each of them ran on vLLM 0.23 with model runner V1 on a GPU and on 0.32 with V1 on a CPU, and on nothing else;
+`TESTED_ON_GPU` and `TESTED_ON_CPU` say so, and an engine of another version or runner calls itself untested.
+
+Internals that the worker extension uses: `model_runner.lora_manager._adapter_manager` (LoRAModelManager: modules,
+packed_modules, add_adapter, activate_adapter, remove_all_adapters, lora_index_to_id), the slots of its modules
+(lora_a_stacked, lora_b_stacked), LoRAModel and LoRALayerWeights.
+
+Imported only by an engine that starts (rlft.rollout.vllm): importing it imports vLLM and registers the hooks.
+"""
+
+# No postponed annotations: torch reads those of the operator.
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from vllm.config import get_current_vllm_config
+from vllm.forward_context import get_forward_context
+from vllm.lora.lora_model import LoRAModel
+from vllm.lora.lora_weights import LoRALayerWeights
+from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase, UnquantizedLinearMethod
+from vllm.model_executor.layers.quantization import register_quantization_config
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
+from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod, VocabParallelEmbedding
+from vllm.model_executor.model_loader import register_model_loader
+from vllm.model_executor.model_loader.base_loader import BaseModelLoader
+
+from rlft.errors import EngineError
+from rlft.rollout.lend import LentLinear, Refill, Weight, padded, partners
+
+TESTED_ON_GPU = ("0.23",)
+TESTED_ON_CPU = ("0.32",)
+
+PREFIX = "base_model.model."
+"""What PEFT puts before the name of a module."""
+
+
+class Lender:
+    """One engine's share of the trainer's weights."""
+
+    waiting: "dict[int, Lender]" = {}  # noqa: RUF012 (shared on purpose: vLLM makes the loader, and a config cannot hold tensors)
+    """Number in the load config -> the lender of the engine that is starting."""
+
+    def __init__(self, weights: Mapping[str, Weight]) -> None:
+        self.weights = weights
+        self.refill: Refill | None = None
+        """What lies in the engine's own memory; made while vLLM loads the model."""
+
+    def give(self, model: nn.Module) -> None:
+        """Put the weights into vLLM's empty model. Raises EngineError where one has no place or no partner."""
+        modules = dict(model.named_modules())
+        parameters = dict(model.named_parameters())
+        found = partners(parameters, getattr(model, "packed_modules_mapping", {}), self.weights)
+        places: dict[str, Tensor] = {}
+        scratch = self._scratch(modules, found)
+        for name, parameter in parameters.items():
+            module = modules[name.rpartition(".")[0]]
+            weights = [self.weights[part] for part in found[name]]
+            if isinstance(getattr(module, "quant_method", None), LentMethod) and name.endswith(".weight"):
+                module.rlft_lent = LentLinear(weights, scratch)  # type: ignore[assignment]
+            elif isinstance(module, LinearBase):
+                rows = [int(w.shape[0]) for w in weights]
+                places |= zip(found[name], parameter.data.split(rows), strict=True)
+            else:
+                parameter.data = self._whole(name, weights, getattr(module, "rlft_rows", parameter.shape[0]), parameter)
+        self.refill = Refill(places, self.weights)
+        self.refill.run()
+
+    def _scratch(self, modules: dict[str, nn.Module], found: dict[str, list[str]]) -> Tensor | None:
+        """Room for the largest lent linear layer, in the memory that sleeps."""
+        most = 0
+        for name, parts in found.items():
+            module, weights = modules[name.rpartition(".")[0]], [self.weights[part] for part in parts]
+            lent = isinstance(getattr(module, "quant_method", None), LentMethod) and name.endswith(".weight")
+            if lent and not all(isinstance(w, Tensor) for w in weights):
+                most = max(most, sum(w.shape[0] * w.shape[1] for w in weights))
+        return torch.empty(most) if most else None  # vLLM loads under its own default dtype and device
+
+    def _whole(self, name: str, weights: list[Weight], rows: int, parameter: nn.Parameter) -> Tensor:
+        """The trainer's tensor itself, for an embedding, head or norm."""
+        (weight,) = weights if len(weights) == 1 else (None,)
+        if not isinstance(weight, Tensor):
+            raise EngineError(f"{name}: wants one plain weight of the trainer's; this architecture cannot be lent")
+        if weight.dtype != parameter.dtype:
+            raise EngineError(
+                f"{name}: {weight.dtype} in the trainer and {parameter.dtype} in vLLM; load the model in one dtype"
+            )
+        view = padded(weight, rows)
+        if view is None or (view.shape != parameter.shape and parameter.numel()):
+            raise EngineError(
+                f"{name}: {tuple(weight.shape)} in the trainer, {tuple(parameter.shape) or rows} in vLLM: this "
+                f'architecture cannot be lent; set engine.name = "eager"'
+            )
+        return view
+
+
+@register_model_loader("rlft")
+class Loader(BaseModelLoader):
+    """Loads nothing: the lender of the engine gives the trainer's weights."""
+
+    def download_model(self, model_config: Any) -> None:
+        """Nothing to download."""
+
+    def load_weights(self, model: nn.Module, model_config: Any) -> None:
+        """Called by vLLM with the empty model, before LoRA layers and graphs exist."""
+        Lender.waiting[self.load_config.model_loader_extra_config["lender"]].give(model)
+
+
+@torch.library.custom_op("rlft::lent_linear", mutates_args=())
+def lent_linear(x: Tensor, name: str, out: int) -> Tensor:
+    """x W^T of the lent linear layer called `name`; opaque to torch.compile, which must not look at our tables."""
+    return get_forward_context().no_compile_layers[name].rlft_lent(x)
+
+
+@lent_linear.register_fake
+def _(x: Tensor, name: str, out: int) -> Tensor:
+    return x.new_empty(*x.shape[:-1], out)
+
+
+class LentMethod(LinearMethodBase):
+    """A linear layer without memory, computed from the trainer's weights."""
+
+    def __init__(self, prefix: str) -> None:
+        self.name = f"{prefix}.rlft"
+
+    def create_weights(
+        self, layer: nn.Module, input_size_per_partition: int, output_partition_sizes: list[int], input_size: int,
+        output_size: int, params_dtype: torch.dtype, **extra: Any,
+    ) -> None:  # fmt: skip
+        """vLLM asks a layer's weight for its dtype and device, so there is one, of no elements."""
+        layer.register_parameter("weight", nn.Parameter(torch.empty(0, dtype=params_dtype), requires_grad=False))
+        layer.rlft_out = sum(output_partition_sizes)  # type: ignore[assignment]
+        get_current_vllm_config().compilation_config.static_forward_context[self.name] = layer
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        """Nothing: the weights stay the trainer's."""
+
+    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        y = lent_linear(x, self.name, layer.rlft_out)
+        return y if bias is None else y + bias
+
+
+class RefilledMethod(UnquantizedLinearMethod):
+    """A plain linear layer of vLLM in memory that rlft fills, again after each wake."""
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        """Nothing is repacked: it is filled in place."""
+
+
+class LentEmbedding(UnquantizedEmbeddingMethod):
+    """Embedding and head over the trainer's tensors."""
+
+    def create_weights(
+        self, layer: nn.Module, input_size_per_partition: int, output_partition_sizes: list[int], input_size: int,
+        output_size: int, params_dtype: torch.dtype, **extra: Any,
+    ) -> None:  # fmt: skip
+        layer.register_parameter("weight", nn.Parameter(torch.empty(0, dtype=params_dtype), requires_grad=False))
+        layer.rlft_rows = sum(output_partition_sizes)  # type: ignore[assignment]
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        """Nothing: on a CPU vLLM would make a packed copy."""
+
+    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        return functional.linear(x, layer.weight, bias)  # pyright: ignore[reportArgumentType]
+
+
+class _Given(QuantizationConfig):
+    """Which of our methods a layer gets."""
+
+    lent: bool
+
+    @classmethod
+    def get_name(cls) -> Any:
+        return "rlft-lent" if cls.lent else "rlft-refilled"
+
+    def get_supported_act_dtypes(self) -> list[torch.dtype]:
+        return [torch.bfloat16, torch.float16, torch.float32]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        return 0
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        return []
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "_Given":
+        return cls()
+
+    def get_quant_method(self, layer: nn.Module, prefix: str) -> Any:
+        if isinstance(layer, LinearBase):
+            return LentMethod(prefix) if self.lent else RefilledMethod()
+        return LentEmbedding() if isinstance(layer, VocabParallelEmbedding) else None
+
+
+@register_quantization_config("rlft-lent")
+class Lent(_Given):
+    """Linear layers computed from the trainer's bytes."""
+
+    lent = True
+
+
+@register_quantization_config("rlft-refilled")
+class Refilled(_Given):
+    """Linear layers in memory of vLLM's, filled from the trainer's bytes."""
+
+    lent = False
+
+
+class WorkerExtension:
+    """Methods that vLLM's worker gets, called through `LLM.collective_rpc`."""
+
+    def rlft_runner(self) -> str:
+        """ "V1" or "V2": the model runner that runs."""
+        return "V2" if getattr(self, "use_v2_model_runner", False) else "V1"
+
+    def rlft_put(self, number: int, adapter: dict[str, tuple[Tensor, Tensor]]) -> dict[str, float]:
+        """Fill the LoRA slot. adapter: module -> A [r, in] and B [out, r], scaled already, in the engine's dtype.
+
+        Returns module -> the factor that vLLM multiplies B by on top: 1, or the scale is applied twice.
+        """
+        manager: Any = self.model_runner.lora_manager._adapter_manager  # type: ignore[attr-defined]
+        layers = {name: LoRALayerWeights(name, a.shape[0], a.shape[0], a, b) for name, (a, b) in adapter.items()}
+        factors = {name: float(layer.scaling) for name, layer in layers.items()}
+        manager.remove_all_adapters()
+        manager.add_adapter(LoRAModel(number, max(a.shape[0] for a, _ in adapter.values()), layers))
+        manager.activate_adapter(number)
+        return factors
+
+    def rlft_slots(self, number: int) -> dict[str, tuple[Tensor, Tensor]]:
+        """Module -> A [slot rank, in] and B [out, slot rank] as the kernels read them, views of the slot of adapter
+        `number`; empty where it is in none."""
+        manager: Any = self.model_runner.lora_manager._adapter_manager  # type: ignore[attr-defined]
+        if number not in manager.lora_index_to_id:
+            return {}
+        slot, found = manager.lora_index_to_id.index(number), {}
+        for name, module in manager.modules.items():
+            parts = manager.packed_modules.get(name, [name])
+            for part, a, b in zip(parts, module.lora_a_stacked, module.lora_b_stacked, strict=False):
+                found[part] = (a[slot, 0], b[slot, 0])
+        return found

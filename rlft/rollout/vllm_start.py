@@ -1,0 +1,113 @@
+"""Starting vLLM: what it is made with, the folder it reads, and leaving this process as it was."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+
+from rlft.config import Engine as Options
+from rlft.errors import EngineError
+from rlft.rollout.vllm_memory import Choice, Sizes
+
+RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+"""Ranks that vLLM's slots have, besides 1."""
+
+
+def version() -> str:
+    """vLLM's version."""
+    import vllm
+
+    return vllm.__version__
+
+
+def write_folder(folder: str, base: Any, tokenizer: Any) -> None:
+    """The model's config and tokenizer for vLLM to read: as files, since it takes a folder or a hub name."""
+    config = type(base.config).from_dict(base.config.to_dict())
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    config.architectures = [type(base).__name__]
+    config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def arguments(
+    options: Options, choice: Choice, sizes: Sizes, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype,
+    device: torch.device, lender: int,
+) -> dict[str, Any]:  # fmt: skip
+    """What vLLM's LLM is made with. shapes: of the adapter, by PEFT name. lender: its number."""
+    gpu = device.type == "cuda"
+    made: dict[str, Any] = {
+        "load_format": "rlft", "model_loader_extra_config": {"lender": lender},
+        "quantization": "rlft-lent" if choice.mode == "lent" else "rlft-refilled",
+        "dtype": str(dtype).removeprefix("torch."), "max_model_len": sizes.longest, "max_num_seqs": options.max_seqs,
+        "worker_extension_cls": "rlft.rollout.vllm_hooks.WorkerExtension", "kv_cache_memory_bytes": choice.kv_bytes,
+        "max_num_batched_tokens": max(sizes.batched, options.max_seqs), "enforce_eager": not (gpu and options.graphs),
+        "logprobs_mode": "processed_logprobs", "generation_config": "vllm", "enable_prefix_caching": True, "seed": 0,
+        "disable_log_stats": True,
+    }  # fmt: skip
+    if gpu:
+        free, total = torch.cuda.mem_get_info(device)
+        # vLLM compares the share with what is free, and the cache has a size of its own.
+        made |= {"gpu_memory_utilization": min(0.9, 0.98 * free / total), "enable_sleep_mode": True}
+        made |= {"compilation_config": _compilation(options)} if options.graphs else {}
+    if choice.mode != "merged":
+        rank = max(shape[0] for name, shape in shapes.items() if ".lora_A." in name)
+        modules = sorted({name.split(".lora_")[0].rpartition(".")[2] for name in shapes})
+        made |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": _slot_rank(rank)}
+        made |= {"lora_target_modules": modules}
+    return made
+
+
+def _slot_rank(rank: int) -> int:
+    """The smallest rank that vLLM's kernels have, at least `rank`."""
+    fits = [r for r in RANKS if r >= rank]
+    if not fits:
+        raise EngineError(f'lora.rank = {rank}: vLLM has at most {RANKS[-1]}; lower it, or set engine.name = "eager"')
+    return fits[0]
+
+
+def _compilation(options: Options) -> dict[str, Any]:
+    """vLLM's compile with graphs of decoding steps; every request has the adapter, so there is no second set."""
+    most = options.max_seqs
+    sizes = [1, 2, 4, *range(8, 64, 8), *range(64, 128, 16), *range(128, most + 1, 32)]
+    return {
+        "mode": 3, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_specialize_lora": False,
+        "cudagraph_capture_sizes": sorted({s for s in sizes if s <= most} | {most}),
+    }  # fmt: skip
+
+
+def environment() -> None:
+    """What vLLM reads when it is imported: in this process, and silent unless asked otherwise."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Warnings of vLLM and what it imports stay out of the run's output; its errors are raised."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+@contextlib.contextmanager
+def defaults_restored() -> Iterator[None]:
+    """PyTorch's global settings and random state as they were: vLLM sets them for itself while it starts. (Its CPU
+    build replaces `torch.set_num_threads`, too.)"""
+    threads, precision, grad = torch.get_num_threads(), torch.get_float32_matmul_precision(), torch.is_grad_enabled()
+    dtype, set_num_threads = torch.get_default_dtype(), torch.set_num_threads
+    with torch.random.fork_rng():
+        try:
+            yield
+        finally:
+            torch.set_num_threads = set_num_threads
+            torch.set_num_threads(threads)
+            torch.set_float32_matmul_precision(precision)
+            torch.set_grad_enabled(grad)
+            torch.set_default_dtype(dtype)
