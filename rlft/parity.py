@@ -206,19 +206,24 @@ def probe(policy: Any, engine: Any, prompts: Sequence[Prompt], sampling: Any, se
             if ".lora_B." in name:
                 tensor.zero_()
         off, rollouts = _compare(policy, engine, prompts, sampling, seed, plan, version=-1)
+        if not off.mean <= 0.2:
+            none = "" if off.tokens else "; none of the engine's log-probs was finite"
+            raise ParityError(
+                f"at the start engine and trainer differ by {off.mean:.3g} nat on the base (limit 0.2{none}): the base "
+                f"itself differs: dtype, weights, or token ids."
+            )
         with _asleep(engine):
             shift = _random_adapter(policy, rollouts[:2], plan, seed)
         on, _ = _compare(policy, engine, prompts, sampling, seed, plan, version=-2)
     finally:
         flat.copy_(kept)
     found = Probe(off.mean, on.mean, shift, off.tokens + on.tokens)
-    if not found.noise <= 0.2:
+    if not found.on <= 0.2:
         raise ParityError(
             f"at the start engine and trainer differ by {found.off:.3g} nat on the base and {found.on:.3g} nat with a "
-            f"random adapter that moves log-probs by {found.shift:.2g} nat (limit 0.2): "
-            + ("the engine does not apply the adapter as the trainer does." if found.off <= 0.2
-               else "the base itself differs: dtype, weights, or token ids.")
-        )  # fmt: skip
+            f"random adapter that moves log-probs by {found.shift:.2g} nat (limit 0.2): the engine does not apply the "
+            f"adapter as the trainer does."
+        )
     return found
 
 

@@ -7,7 +7,7 @@ them, decoded, into memory of the engine, and adds an adapter to them where that
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -100,34 +100,38 @@ class LentLinear:
 
     def __init__(self, weights: Sequence[Weight], scratch: Tensor | None) -> None:
         """scratch: [at least out * in] of the activations' dtype; None where all weights are plain."""
-        shapes = [tuple(w.shape) for w in weights]
-        self.out = sum(rows for rows, _ in shapes)
-        self._plain = [w for w in weights if isinstance(w, Tensor)]
-        self._plan: DecodePlan | None = None
-        if len(self._plain) < len(weights):
-            # bitsandbytes leaves a whole model or none of it quantised, so groups are seldom mixed; those are decoded
-            # part by part as well.
-            assert scratch is not None
-            self._matrix = scratch[: self.out * shapes[0][1]].view(self.out, shapes[0][1])
-            places = self._matrix.split([rows for rows, _ in shapes])
-            self._copies = [(p, w) for p, w in zip(places, weights, strict=True) if isinstance(w, Tensor)]
-            packed = [(w, p) for w, p in zip(weights, places, strict=True) if isinstance(w, Nf4Weight)]
-            self._plan = DecodePlan([w for w, _ in packed], [p for _, p in packed])
+        self._weights = tuple(weights)
+        self._scratch = scratch
+        self.out = sum(w.shape[0] for w in weights)
+        self._decode: Refill | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out]."""
-        if self._plan is not None:
-            self._plan.run()
-            for place, weight in self._copies:
-                place.copy_(weight)
-            return functional.linear(x, self._matrix)
-        if len(self._plain) == 1:
-            return functional.linear(x, self._plain[0])
+        if any(isinstance(w, Nf4Weight) for w in self._weights):
+            return functional.linear(x, self._decoded())
+        plain = [w for w in self._weights if isinstance(w, Tensor)]
+        if len(plain) == 1:
+            return functional.linear(x, plain[0])
         rows = x.reshape(-1, x.shape[-1])
         made = rows.new_empty(rows.shape[0], self.out)
-        for place, weight in zip(made.split([w.shape[0] for w in self._plain], dim=1), self._plain, strict=True):
+        for place, weight in zip(made.split([w.shape[0] for w in plain], dim=1), plain, strict=True):
             torch.mm(rows, weight.T, out=place)
         return made.view(*x.shape[:-1], self.out)
+
+    def _decoded(self) -> Tensor:
+        """All weights, one below the other, in the buffer."""
+        assert self._scratch is not None
+        columns = self._weights[0].shape[1]
+        matrix = self._scratch[: self.out * columns].view(self.out, columns)
+        if self._decode is None:
+            places = matrix.split([w.shape[0] for w in self._weights])
+            self._decode = Refill({str(i): p for i, p in enumerate(places)}, dict(_numbered(self._weights)))
+        self._decode.run()
+        return matrix
+
+
+def _numbered(weights: Sequence[Weight]) -> Iterator[tuple[str, Weight]]:
+    return ((str(i), weight) for i, weight in enumerate(weights))
 
 
 class Refill:
@@ -135,11 +139,8 @@ class Refill:
 
     def __init__(self, places: Mapping[str, Tensor], weights: Mapping[str, Weight]) -> None:
         """places: name of a weight -> where in the engine it goes, of the weight's shape."""
-        self._places = dict(places)
-        packed = [(w, place) for name, place in places.items() if isinstance(w := weights[name], Nf4Weight)]
-        self._copies = [(place, w) for name, place in places.items() if isinstance(w := weights[name], Tensor)]
-        chunks = [packed[i : i + PER_LAUNCH] for i in range(0, len(packed), PER_LAUNCH)]
-        self._plans = [DecodePlan([w for w, _ in chunk], [p for _, p in chunk]) for chunk in chunks]
+        self._places, self._weights = dict(places), {name: weights[name] for name in places}
+        self._plans: list[DecodePlan] | None = None
 
     @property
     def bytes(self) -> int:
@@ -148,22 +149,32 @@ class Refill:
 
     def run(self) -> None:
         """Write all weights."""
+        if self._plans is None:
+            # Only now: the plans have tables on the device, and while vLLM loads a model, whatever is made lies in
+            # memory that loses its content in sleep.
+            self._plans = self._planned()
         for plan in self._plans:
             plan.run()
-        for place, weight in self._copies:
-            place.copy_(weight)
+        for name, weight in self._weights.items():
+            if isinstance(weight, Tensor):
+                self._places[name].copy_(weight)
+
+    def _planned(self) -> list[DecodePlan]:
+        packed = [(w, self._places[name]) for name, w in self._weights.items() if isinstance(w, Nf4Weight)]
+        chunks = [packed[i : i + PER_LAUNCH] for i in range(0, len(packed), PER_LAUNCH)]
+        return [DecodePlan([w for w, _ in chunk], [p for _, p in chunk]) for chunk in chunks]
 
     def merge(self, adapter: Mapping[str, tuple[Tensor, Tensor]]) -> None:
         """Add an adapter to freshly written weights. adapter: name of a weight -> A [r, in], B [out, r], scaled."""
         for name, (a, b) in adapter.items():
             self._places[name].addmm_(b, a)
 
-    def differs(self, weights: Mapping[str, Weight], adapter: Mapping[str, tuple[Tensor, Tensor]]) -> str | None:
+    def differs(self, adapter: Mapping[str, tuple[Tensor, Tensor]]) -> str | None:
         """The first weight that is not what `run` and `merge` write; None where all are."""
         found = []
         for name, place in self._places.items():
             want = torch.empty_like(place)
-            Refill({name: want}, weights).run()
+            Refill({name: want}, self._weights).run()
             if name in adapter:
                 a, b = adapter[name]
                 want.addmm_(b, a)

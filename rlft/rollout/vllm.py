@@ -103,8 +103,9 @@ class VllmEngine:
             finally:
                 del hooks.Lender.waiting[number]
         (self.runner,) = self._llm.collective_rpc("rlft_runner")
+        self._refill()
         tested = hooks.TESTED_ON_GPU if device.type == "cuda" else hooks.TESTED_ON_CPU
-        known = self.runner == "V1" and any(vllm_start.version().startswith(f"{v}.") for v in tested)
+        known = (vllm_start.minor(), self.runner) in tested
         self._note(
             f"vLLM {vllm_start.version()} ({self.runner} model runner{'' if known else ', untested with rlft'}) up in "
             f"{time.perf_counter() - begin:.0f} s: {self.choice}"
@@ -114,8 +115,11 @@ class VllmEngine:
         """Stop vLLM and give its memory back."""
         llm, self._version, self._held = self.__dict__.pop("_llm", None), None, {}
         if llm is not None:
-            with quiet():
-                llm.llm_engine.engine_core.shutdown()
+            try:
+                with quiet():
+                    llm.llm_engine.engine_core.shutdown()
+            except Exception as error:  # an error that led here must not be hidden by this one
+                self._note(f"vLLM did not shut down cleanly ({type(error).__name__}: {error})")
             del llm
             self._lender.refill = None
             gc.collect()
@@ -158,11 +162,16 @@ class VllmEngine:
         self._number = next(NUMBERS)
         self._fill()
 
+    def _refill(self) -> None:
+        """The trainer's weights into the engine's own memory."""
+        assert self._lender.refill is not None
+        self._lender.refill.run()
+
     def _fill(self) -> None:
         """The held adapter into the engine: its slot, or, merged, the weights themselves."""
         if self.choice.mode == "merged":
+            self._refill()
             assert self._lender.refill is not None
-            self._lender.refill.run()
             self._lender.refill.merge({f"{module}.weight": pair for module, pair in self._held.items()})
             self._llm.reset_prefix_cache()
             self._factors = dict.fromkeys(self._held, 1.0)
@@ -174,7 +183,7 @@ class VllmEngine:
         if self.choice.mode == "merged":
             assert self._lender.refill is not None
             pairs = {f"{module}.weight": pair for module, pair in want.items()}
-            if (wrong := self._lender.refill.differs(self._lender.weights, pairs)) is not None:
+            if (wrong := self._lender.refill.differs(pairs)) is not None:
                 raise EngineError(
                     f"after loading policy version {version} the engine does not hold the trainer's adapter: {wrong} "
                     f"is not the base with the adapter added. It would sample from another policy than the one that is "
@@ -223,8 +232,8 @@ class VllmEngine:
             self._llm.wake_up()
             self._llm.reset_prefix_cache()
         self._asleep = False
-        if self._lender.refill is not None and self.choice.mode != "merged":
-            self._lender.refill.run()
+        if self.choice.mode != "merged" or self._version is None:
+            self._refill()
         if self._version is not None:
             if self._policy.device.type == "cuda":
                 self._fill()
@@ -272,10 +281,11 @@ class VllmEngine:
                     f"with data.max_prompt_tokens"
                 )
         try:
-            return sample(
-                self._llm.llm_engine, prompts, sampling, self._eos, seed, self._lora(), self._version,
-                self._policy.device, self._options.deadline, self._progress,
-            )  # fmt: skip
+            with quiet():
+                return sample(
+                    self._llm.llm_engine, prompts, sampling, self._eos, seed, self._lora(), self._version,
+                    self._policy.device, self._options.deadline, self._progress,
+                )  # fmt: skip
         except Failed as failure:
             if self._restarted or failure.hangs:
                 raise EngineError(f"vLLM failed while sampling: {failure}") from failure

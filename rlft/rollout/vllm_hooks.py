@@ -8,7 +8,7 @@
 | worker_extension_cls | puts the adapter into its slots and reads it back |
 | static_forward_context | where the operator of a lent linear layer finds its layer under torch.compile |
 
-Each of them ran on vLLM 0.23 with model runner V1 on a GPU and on 0.32 with V1 on a CPU, and on nothing else;
+Each of them ran on vLLM 0.23 with model runner V2 on a GPU and on 0.32 with V1 on a CPU, and on nothing else;
 `TESTED_ON_GPU` and `TESTED_ON_CPU` say so, and an engine of another version or runner calls itself untested.
 
 Internals that the worker extension uses: `model_runner.lora_manager._adapter_manager` (LoRAModelManager: modules,
@@ -40,8 +40,9 @@ from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 from rlft.errors import EngineError
 from rlft.rollout.lend import LentLinear, Refill, Weight, padded, partners
 
-TESTED_ON_GPU = ("0.23",)
-TESTED_ON_CPU = ("0.32",)
+TESTED_ON_GPU = {("0.23", "V2")}
+TESTED_ON_CPU = {("0.32", "V1")}
+"""vLLM's minor version and its model runner."""
 
 PREFIX = "base_model.model."
 """What PEFT puts before the name of a module."""
@@ -56,7 +57,7 @@ class Lender:
     def __init__(self, weights: Mapping[str, Weight]) -> None:
         self.weights = weights
         self.refill: Refill | None = None
-        """What lies in the engine's own memory; made while vLLM loads the model."""
+        """What lies in the engine's own memory; known when vLLM has loaded the model, and written after that."""
 
     def give(self, model: nn.Module) -> None:
         """Put the weights into vLLM's empty model. Raises EngineError where one has no place or no partner."""
@@ -76,7 +77,6 @@ class Lender:
             else:
                 parameter.data = self._whole(name, weights, getattr(module, "rlft_rows", parameter.shape[0]), parameter)
         self.refill = Refill(places, self.weights)
-        self.refill.run()
 
     def _scratch(self, modules: dict[str, nn.Module], found: dict[str, list[str]]) -> Tensor | None:
         """Room for the largest lent linear layer, in the memory that sleeps."""

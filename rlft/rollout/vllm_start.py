@@ -25,6 +25,11 @@ def version() -> str:
     return vllm.__version__
 
 
+def minor() -> str:
+    """ "0.23" of 0.23.0."""
+    return ".".join(version().split(".")[:2])
+
+
 def write_folder(folder: str, base: Any, tokenizer: Any) -> None:
     """The model's config and tokenizer for vLLM to read: as files, since it takes a folder or a hub name."""
     config = type(base.config).from_dict(base.config.to_dict())
@@ -52,8 +57,8 @@ def arguments(
     }  # fmt: skip
     if gpu:
         free, total = torch.cuda.mem_get_info(device)
-        # vLLM compares the share with what is free, and the cache has a size of its own.
-        made |= {"gpu_memory_utilization": min(0.9, 0.98 * free / total), "enable_sleep_mode": True}
+        # Not used, since the cache has a size of its own, but compared with what is free.
+        made |= {"gpu_memory_utilization": 0.5 * free / total, "enable_sleep_mode": True}
         made |= {"compilation_config": _compilation(options)} if options.graphs else {}
     if choice.mode != "merged":
         rank = max(shape[0] for name, shape in shapes.items() if ".lora_A." in name)
