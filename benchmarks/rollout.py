@@ -1,14 +1,13 @@
 """Rollouts of vLLM on the trainer's own base: tokens per second, hand-over, memory asleep. Qwen3-8B's shape, LoRA r 16.
 
-    python benchmarks/rollout.py --out DIR --commit HASH --mode expanded
-    python benchmarks/rollout.py --out DIR --commit HASH --mode bnb --sequences 256
+    python benchmarks/rollout.py --out DIR --commit HASH expanded lent merged bnb --extra expanded
 
 Random weights in NF4, random prompts of 128 tokens, 256 tokens each (128 where there are 16 sequences), sampler
-log-probs and detokenising on. One mode per process, since vLLM's memory pool is one per process. "bnb" is the lent mode
-with bitsandbytes' own sequence of operators in its linear layers, one product per matrix.
+log-probs and detokenising on; one engine after the other in one process. "bnb" is the lent mode with bitsandbytes' own
+sequence of operators in its linear layers, one product per matrix.
 
-Extra rows of each mode at the most sequences: without log-probs and text, without seeds per request, and a group of 8
-as 8 requests against one request of 8.
+Extra rows of a mode at the most sequences: without log-probs and text, without seeds per request, and a group of 8 as 8
+requests against one request of 8.
 """
 
 from __future__ import annotations
@@ -38,6 +37,7 @@ from rlft.types import Prompt
 
 GIB = 2**30
 PROMPT = 128
+LENT = lend.LentLinear
 
 
 def tokenizer_of(words: int) -> Any:
@@ -121,7 +121,7 @@ def rates(engine: VllmEngine, mode: str, sizes: list[int], extra: bool) -> list[
             params = vllm_requests.parameters(sampling, engine._eos, 1000 * seed + i)
             change(params)
             made.append((tokens_input(list(prompt.ids)), params))
-        outputs = vllm_requests._run(engine._llm.llm_engine, made, engine._lora(), torch.device("cuda"), 600.0, None)
+        outputs = vllm_requests._run(engine._llm.llm_engine, made, engine._lora(), engine._policy.device, 600.0, None)
         return sum(len(o.token_ids) for out in outputs for o in out.outputs)
 
     def bare(p: Any) -> None:
@@ -182,40 +182,43 @@ def handover(engine: VllmEngine, policy: Policy, mode: str, cycles: int = 8) -> 
     return rows
 
 
+def measure(policy: Policy, mode: str, sizes: list[int], extra: bool) -> list[dict[str, Any]]:
+    lend.LentLinear = BnbLinear if mode == "bnb" else LENT  # type: ignore[misc]  # before the hooks take it from there
+    before, begin = used(), time.perf_counter()
+    options = Engine("vllm", mode="lent" if mode == "bnb" else mode, max_seqs=max(sizes))  # type: ignore[arg-type]
+    longest = 1024 + 256 if extra else PROMPT + 256
+    engine = VllmEngine(
+        policy, tokenizer_of(151_936), options, longest, max(sizes), note=lambda t: print(t, flush=True)
+    )
+    start = time.perf_counter() - begin
+    engine.load_adapter(policy.adapter(), 0)
+    print("start", round(start, 1), "GiB before", round(before, 2), "awake", round(used(), 2), flush=True)
+    rows = [row(f"rollout-{mode}/start", "rlft", "seconds", start, "s", "imports of vLLM included in the first")]
+    rows += rates(engine, mode, sizes, extra)
+    if mode != "bnb":
+        rows += handover(engine, policy, mode)
+    engine.close()
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--commit", required=True)
-    parser.add_argument("--mode", choices=("lent", "expanded", "merged", "bnb"), required=True)
     parser.add_argument("--sequences", type=int, nargs="+", default=[16, 64, 256])
-    parser.add_argument("--extra", action="store_true", help="log-probs, seeds and groups too")
-    parser.add_argument("--eager", action="store_true", help="no compile and no graphs")
+    parser.add_argument("--extra", choices=("lent", "expanded", "merged", "bnb"), nargs="*", default=())
+    parser.add_argument("modes", choices=("lent", "expanded", "merged", "bnb"), nargs="+")
     args = parser.parse_args()
     policy = policy_of("8b")
     config: Any = policy.base.config
     # As published; the training benchmarks have more, and vLLM's table of rotations would be 25 times as large.
     config.max_position_embeddings = 40_960
-    before = used()
-    if args.mode == "bnb":
-        quantised = [p for p in policy.base.parameters() if getattr(p, "quant_state", None) is not None]
-        BnbLinear.quantised = {p.data_ptr(): p for p in quantised}
-        lend.LentLinear = BnbLinear  # type: ignore[misc]  # ours, before the hooks take it from there
-    mode = "lent" if args.mode == "bnb" else args.mode
-    begin = time.perf_counter()
-    options = Engine("vllm", mode=mode, max_seqs=max(args.sequences), graphs=not args.eager)
-    longest = 1024 + 256 if args.extra else PROMPT + 256
-    engine = VllmEngine(
-        policy, tokenizer_of(151_936), options, longest, max(args.sequences), note=lambda t: print(t, flush=True)
-    )
-    start = time.perf_counter() - begin
-    engine.load_adapter(policy.adapter(), 0)
-    print("start", round(start, 1), "GiB before", round(before, 2), "awake", round(used(), 2), flush=True)
-    rows = [row(f"rollout-{args.mode}/start", "rlft", "seconds", start, "s", "imports of vLLM included")]
-    rows += rates(engine, args.mode, args.sequences, args.extra)
-    if args.mode != "bnb":
-        rows += handover(engine, policy, args.mode)
-    print(write(f"rollout_{args.mode}", rows, args.out, args.commit))
-    engine.close()
+    quantised = [p for p in policy.base.parameters() if getattr(p, "quant_state", None) is not None]
+    BnbLinear.quantised = {p.data_ptr(): p for p in quantised}
+    rows = []
+    for mode in args.modes:
+        rows += measure(policy, mode, args.sequences, mode in args.extra)
+        print(write("rollout", rows, args.out, args.commit))
 
 
 if __name__ == "__main__":

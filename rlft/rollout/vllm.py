@@ -116,15 +116,20 @@ class VllmEngine:
         llm, self._version, self._held = self.__dict__.pop("_llm", None), None, {}
         if llm is not None:
             try:
+                if self._asleep and self._policy.device.type == "cuda":
+                    # Memory that is not mapped cannot be freed.
+                    torch.cuda.empty_cache()
+                    llm.wake_up()
                 with quiet():
                     llm.llm_engine.engine_core.shutdown()
             except Exception as error:  # an error that led here must not be hidden by this one
                 self._note(f"vLLM did not shut down cleanly ({type(error).__name__}: {error})")
             del llm
             self._lender.refill = None
-            gc.collect()
             if self._policy.device.type == "cuda":
-                torch.cuda.empty_cache()
+                from rlft.rollout.vllm_hooks import release_pools
+
+                release_pools()
 
     @property
     def memory(self) -> dict[str, int]:
@@ -280,11 +285,14 @@ class VllmEngine:
                     f"engine was started for {self._longest} together: set engine.max_model_len, or drop long prompts "
                     f"with data.max_prompt_tokens"
                 )
+        # A prompt that is found in the cache is rounded otherwise than one that is computed: with an empty one the same
+        # seed gives the same rollouts. The completions of a prompt share it all the same.
+        self._llm.reset_prefix_cache()
         try:
             with quiet():
                 return sample(
-                    self._llm.llm_engine, prompts, sampling, self._eos, seed, self._lora(), self._version,
-                    self._policy.device, self._options.deadline, self._progress,
+                    self._llm.llm_engine, self._tokenizer, prompts, sampling, self._eos, seed, self._lora(),
+                    self._version, self._policy.device, self._options.deadline, self._progress,
                 )  # fmt: skip
         except Failed as failure:
             if self._restarted or failure.hangs:
@@ -305,6 +313,7 @@ class VllmEngine:
         """A new engine with the adapter that was loaded last."""
         version, held = self._version, self._held
         self.close()
+        self._asleep = False
         self._start()
         self._held, self._number = held, next(NUMBERS)
         self._fill()

@@ -13,13 +13,15 @@ Each of them ran on vLLM 0.23 with model runner V2 on a GPU and on 0.32 with V1 
 
 Internals that the worker extension uses: `model_runner.lora_manager._adapter_manager` (LoRAModelManager: modules,
 packed_modules, add_adapter, activate_adapter, remove_all_adapters, lora_index_to_id), the slots of its modules
-(lora_a_stacked, lora_b_stacked), LoRAModel and LoRALayerWeights.
+(lora_a_stacked, lora_b_stacked), LoRAModel and LoRALayerWeights; and, when an engine is closed, CuMemAllocator's
+allocator_and_pools.
 
 Imported only by an engine that starts (rlft.rollout.vllm): importing it imports vLLM and registers the hooks.
 """
 
 # No postponed annotations: torch reads those of the operator.
 
+import gc
 from collections.abc import Mapping
 from typing import Any
 
@@ -38,7 +40,8 @@ from vllm.model_executor.model_loader import register_model_loader
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
 from rlft.errors import EngineError
-from rlft.rollout.lend import LentLinear, Refill, Weight, padded, partners
+from rlft.rollout import lend
+from rlft.rollout.lend import Refill, Weight, padded, partners
 
 TESTED_ON_GPU = {("0.23", "V2")}
 TESTED_ON_CPU = {("0.32", "V1")}
@@ -70,7 +73,7 @@ class Lender:
             module = modules[name.rpartition(".")[0]]
             weights = [self.weights[part] for part in found[name]]
             if isinstance(getattr(module, "quant_method", None), LentMethod) and name.endswith(".weight"):
-                module.rlft_lent = LentLinear(weights, scratch)  # type: ignore[assignment]
+                module.rlft_lent = lend.LentLinear(weights, scratch)  # type: ignore[assignment]
             elif isinstance(module, LinearBase):
                 rows = [int(w.shape[0]) for w in weights]
                 places |= zip(found[name], parameter.data.split(rows), strict=True)
@@ -86,7 +89,8 @@ class Lender:
             lent = isinstance(getattr(module, "quant_method", None), LentMethod) and name.endswith(".weight")
             if lent and not all(isinstance(w, Tensor) for w in weights):
                 most = max(most, sum(w.shape[0] * w.shape[1] for w in weights))
-        return torch.empty(most) if most else None  # vLLM loads under its own default dtype and device
+        like = next(iter(modules[""].parameters()))
+        return torch.empty(most, dtype=like.dtype, device=like.device) if most else None
 
     def _whole(self, name: str, weights: list[Weight], rows: int, parameter: nn.Parameter) -> Tensor:
         """The trainer's tensor itself, for an embedding, head or norm."""
@@ -218,6 +222,27 @@ class Refilled(_Given):
     """Linear layers in memory of vLLM's, filled from the trainer's bytes."""
 
     lent = False
+
+
+def release_pools() -> None:
+    """Give back the memory of an engine that has been shut down, so that the process can start another one.
+
+    vLLM has one allocator per process and keeps its pools for good; without references to them PyTorch frees them.
+    Raises EngineError when memory of the old engine is still in use.
+    """
+    from vllm.device_allocator.cumem import CuMemAllocator
+
+    allocator = CuMemAllocator.get_instance()
+    gc.collect()
+    torch.cuda.synchronize()
+    allocator.allocator_and_pools.clear()
+    gc.collect()
+    torch.cuda.empty_cache()
+    if left := allocator.get_current_usage():
+        raise EngineError(
+            f"{left / 2**20:.0f} MiB of the engine that was closed are still in use; end this process before another "
+            f"vLLM engine starts"
+        )
 
 
 class WorkerExtension:

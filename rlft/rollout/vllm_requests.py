@@ -26,7 +26,8 @@ class Failed(Exception):
 def parameters(sampling: Sampling, ends: set[int], seed: int) -> Any:
     """vLLM's SamplingParams of one completion. ends: token ids that end it, besides the sampling's.
 
-    Every field that shapes the distribution is said, so that no default of a model or of vLLM counts.
+    Every field that shapes the distribution is said, so that no default of a model or of vLLM counts. vLLM decodes text
+    token by token; it is asked to only where it must look for a stop string.
     """
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
@@ -36,14 +37,14 @@ def parameters(sampling: Sampling, ends: set[int], seed: int) -> Any:
         presence_penalty=0.0, frequency_penalty=0.0, repetition_penalty=1.0, logit_bias=None, bad_words=None,
         max_tokens=sampling.max_tokens, min_tokens=0, ignore_eos=False, stop=list(sampling.stop),
         stop_token_ids=sorted(ends | set(sampling.stop_token_ids)), seed=seed, logprobs=0, flat_logprobs=True,
-        detokenize=True, skip_special_tokens=True, include_stop_str_in_output=False,
+        detokenize=bool(sampling.stop), skip_special_tokens=True, include_stop_str_in_output=False,
         output_kind=RequestOutputKind.FINAL_ONLY,
     )  # fmt: skip
 
 
 def sample(
-    engine: Any, prompts: Sequence[Prompt], sampling: Sampling, ends: set[int], seed: tuple[int, ...], lora: Any,
-    version: int, device: torch.device, deadline: float, progress: Callable[[int, int], None] | None,
+    engine: Any, tokenizer: Any, prompts: Sequence[Prompt], sampling: Sampling, ends: set[int], seed: tuple[int, ...],
+    lora: Any, version: int, device: torch.device, deadline: float, progress: Callable[[int, int], None] | None,
 ) -> list[Rollout]:  # fmt: skip
     """`sampling.group_size` rollouts per prompt, in order. engine: vLLM's LLMEngine. lora: its LoRARequest, or None.
     version: of the policy. deadline: seconds. Raises Failed."""
@@ -55,8 +56,14 @@ def sample(
             made.append((prompt, i, rollout_seed(seed, slot, i)))
     requests = [(tokens_input(list(p.ids)), parameters(sampling, ends, own)) for p, _, own in made]
     outputs = _run(engine, requests, lora, device, deadline, progress)
+    completions = [output.outputs[0] for output in outputs]
+    if sampling.stop:
+        texts = [c.text for c in completions]
+    else:
+        texts = tokenizer.batch_decode([list(c.token_ids) for c in completions], skip_special_tokens=True)
     return [
-        _rollout(out.outputs[0], prompt, i, own, version) for out, (prompt, i, own) in zip(outputs, made, strict=True)
+        _rollout(completion, text, prompt, i, own, version)
+        for completion, text, (prompt, i, own) in zip(completions, texts, made, strict=True)
     ]
 
 
@@ -103,7 +110,7 @@ def _run(
     return [done[i] for i in range(len(requests))]
 
 
-def _rollout(output: Any, prompt: Prompt, sample: int, seed: int, version: int) -> Rollout:
+def _rollout(output: Any, text: str, prompt: Prompt, sample: int, seed: int, version: int) -> Rollout:
     ids, logprobs = tuple(output.token_ids), tuple(float(x) for x in output.logprobs.logprobs)
     if output.finish_reason not in ("stop", "length") or len(ids) != len(logprobs):
         raise Failed(
@@ -112,6 +119,6 @@ def _rollout(output: Any, prompt: Prompt, sample: int, seed: int, version: int) 
         )
     return Rollout(
         prompt=prompt, completion_ids=ids, completion_mask=tuple(math.isfinite(x) for x in logprobs),
-        sampler_logprobs=logprobs, text=output.text, finish_reason=output.finish_reason, sample_index=sample,
+        sampler_logprobs=logprobs, text=text, finish_reason=output.finish_reason, sample_index=sample,
         policy_version=version, seed=seed,
     )  # fmt: skip
