@@ -13,6 +13,7 @@ requests against one request of 8.
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import sys
 import time
@@ -197,7 +198,6 @@ def measure(policy: Policy, mode: str, sizes: list[int], extra: bool) -> list[di
     rows += rates(engine, mode, sizes, extra)
     if mode != "bnb":
         rows += handover(engine, policy, mode)
-    engine.close()
     return rows
 
 
@@ -218,7 +218,9 @@ def main() -> None:
     rows = []
     for mode in args.modes:
         rows += measure(policy, mode, args.sequences, mode in args.extra)
-        print(write("rollout", rows, args.out, args.commit))
+        print(write("rollout", rows, args.out, args.commit), flush=True)
+    # vLLM's threads and graphs take seconds to go, and nothing is left to be done.
+    os._exit(0)
 
 
 if __name__ == "__main__":

@@ -182,23 +182,16 @@ def build(
             if function.note:
                 console.note(function.note)
         policy = load_policy(cfg)
-        engine: Engine = ReplayEngine()
-        if engines.chosen(cfg, bool(rows[0].recorded), policy.device) != "replay":
-            engine = engines.start(cfg, policy, tokenizer, console, [*rows, *held])
-        assert engine.SAMPLES or rows[0].recorded, "validate refuses this"
-        stack.callback(engine.close)
-        eval_engine = engine
-        if eval_functions and held and not engine.SAMPLES:
-            eval_engine = engines.start(cfg, policy, tokenizer, console, held)
-            stack.callback(eval_engine.close)
+        engine, eval_engine = _engines(cfg, policy, tokenizer, console, rows, held, bool(eval_functions))
+        for each in {id(e): e for e in (engine, eval_engine)}.values():
+            stack.callback(each.close)
         assert engine.SAMPLES or not algorithm.needs_sampler, "validate refuses this"
         steps = cfg.steps or prompts.steps(cfg.prompts_per_step, cfg.data.epochs or 1.0)
         fp16 = resolve_dtype(cfg, policy.device) == torch.float16
-        # What a pass may take is what is free while the engine sleeps.
         with asleep(eval_engine):
+            # What a pass may take is what is free now.
             plan = plan_of(cfg, algorithm, policy)
-            kept = memory_plan(policy, cfg, eval_engine, plan.budget)
-            passes = _pass_words(policy, plan.budget)
+            kept, passes = memory_plan(policy, cfg, eval_engine, plan.budget), _pass_words(policy, plan.budget)
         s = Session(
             cfg=cfg, steps=steps, algorithm=algorithm, policy=policy, engine=engine, eval_engine=eval_engine,
             reference=Reference(policy, keep=steps * cfg.prompts_per_step > len(rows)),
@@ -283,6 +276,19 @@ def load_policy(cfg: Config) -> Policy:
     """The model of a run as a policy with its starting adapter."""
     base = load_base(cfg, resolve_device(cfg))
     return Policy(attach_lora(base, cfg.lora, cfg.seed))
+
+
+def _engines(
+    cfg: Config, policy: Policy, tokenizer: Any, console: Console, rows: list[Prompt], held: list[Prompt], scored: bool
+) -> tuple[Engine, Engine]:
+    """What the training samples with and what the evaluation does: the same, unless the training has recorded
+    completions and the evaluation samples. scored: evaluations have reward functions."""
+    if engines.chosen(cfg, bool(rows[0].recorded), policy.device) != "replay":
+        engine = engines.start(cfg, policy, tokenizer, console, [*rows, *held])
+        return engine, engine
+    assert rows[0].recorded, "validate refuses this"
+    engine = ReplayEngine()
+    return engine, engines.start(cfg, policy, tokenizer, console, held) if scored and held else engine
 
 
 def plan_of(cfg: Config, algorithm: Algorithm, policy: Policy) -> PackPlan:
