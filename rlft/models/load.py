@@ -158,7 +158,7 @@ def load_base(cfg: Config | Base, device: torch.device) -> nn.Module:
         )
     if plan.kept != "none" and not plan.quantised:
         quant.check_share(cfg.model, plan.kept, model)
-    _pad_rows(model.get_input_embeddings().weight, head.weight)
+    pad_rows(model.get_input_embeddings().weight, head.weight)
     model.requires_grad_(False)
     return model.eval()
 
@@ -209,7 +209,7 @@ def _from_gguf(name: str, plan: Plan, device: torch.device) -> Any:
     return model
 
 
-def _pad_rows(*weights: nn.Parameter) -> None:
+def pad_rows(*weights: nn.Parameter) -> None:
     """Move weights [V, H] into memory of zeros with a multiple of ROWS rows, of which they become the first V. Tied
     weights are one parameter and stay so."""
     for weight in {id(weight): weight for weight in weights}.values():

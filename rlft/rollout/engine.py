@@ -114,12 +114,13 @@ def check_read_back(
                 f"after loading policy version {version} the engine scales {name} by {slot_scales.get(name)}, the "
                 f"trainer by {scale}: alpha / rank must be applied exactly once"
             )
-    for name, tensor in given.items():
-        slot = slots[name]
-        want = tensor.to(dtype=slot.dtype, device=slot.device)
-        if not torch.equal(slot, want):
-            worst = (slot - want).abs().max().item()
-            raise EngineError(
-                f"after loading policy version {version} the engine does not hold the trainer's adapter: {name} "
-                f"differs by up to {worst:.3g}. It would sample from another policy than the one that is trained."
-            )
+    # One answer for all of them: each would make the host wait for the GPU.
+    wants = {name: t.to(dtype=slots[name].dtype, device=slots[name].device) for name, t in given.items()}
+    wrong = torch.stack([(slots[name] != want).any() for name, want in wants.items()]).nonzero().flatten().tolist()
+    if wrong:
+        name = list(wants)[wrong[0]]
+        worst = (slots[name] - wants[name]).abs().max().item()
+        raise EngineError(
+            f"after loading policy version {version} the engine does not hold the trainer's adapter: {name} differs by "
+            f"up to {worst:.3g}. It would sample from another policy than the one that is trained."
+        )

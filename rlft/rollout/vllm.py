@@ -102,6 +102,9 @@ class VllmEngine:
                 ) from error
             finally:
                 del hooks.Lender.waiting[number]
+        # Architectures that vLLM runs on transformers' own classes get a wrapper for its compiler around those, and it
+        # looks for this on every instance, the trainer's too.
+        self._policy.base.get_decoder().do_not_compile = True  # type: ignore[operator,union-attr]
         (self.runner,) = self._llm.collective_rpc("rlft_runner")
         self._refill()
         tested = hooks.TESTED_ON_GPU if device.type == "cuda" else hooks.TESTED_ON_CPU

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -53,7 +54,7 @@ def arguments(
         "worker_extension_cls": "rlft.rollout.vllm_hooks.WorkerExtension", "kv_cache_memory_bytes": choice.kv_bytes,
         "max_num_batched_tokens": max(sizes.batched, options.max_seqs), "enforce_eager": not (gpu and options.graphs),
         "logprobs_mode": "processed_logprobs", "generation_config": "vllm", "enable_prefix_caching": True, "seed": 0,
-        "disable_log_stats": True,
+        "disable_log_stats": True, "use_tqdm_on_load": sys.stderr.isatty(),
     }  # fmt: skip
     if gpu:
         free, total = torch.cuda.mem_get_info(device)
