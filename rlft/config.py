@@ -113,7 +113,7 @@ class Engine:
     vLLM is installed, else eager."""
     mode: Literal["auto", "lent", "expanded", "merged"] = "auto"
     """How vLLM holds the linear layers. "lent": computes from the trainer's bytes, no memory of its own. "expanded":
-    plain weights that are given back while it sleeps, about 1.4 times as fast. "merged": those with the adapter added,
+    plain weights that are given back while it sleeps, faster. "merged": those with the adapter added,
     faster still, and rounded. "auto": expanded where it fits, else lent."""
     batch_size: int = 64
     """Sequences that the eager engine decodes at a time."""
