@@ -15,6 +15,7 @@ import torch
 from rlft import resolve, tracking
 from rlft.algorithm import Algorithm
 from rlft.algorithm import build as build_algorithm
+from rlft.algos.advantages import WITHIN_GROUPS
 from rlft.config import Config, Data, Reward
 from rlft.data import check_rows, kind_of
 from rlft.environment import version_problems
@@ -28,8 +29,6 @@ RECORDED = ("completion", "text", "messages", "chosen")
 """Columns that bring completions with the data."""
 GIVEN = ("prompts", "completions", "completion_ids", "trainer_state", "log_metric", "log_extra")
 """What every reward function may ask for besides the dataset's columns."""
-GROUP_BASELINES = ("group_norm", "group_mean", "leave_one_out")
-"""Advantages that compare the completions of a prompt with each other."""
 
 
 def problems(cfg: Config, resume: bool = False, callables: bool = False) -> list[str]:
@@ -122,7 +121,7 @@ def _engine(cfg: Config, algorithm: Algorithm | None, rows: list[dict[str, Any]]
     if engine == "replay":
         if not recorded:
             yield f'engine.name = "replay": the data has no column of completions ({", ".join(RECORDED)}); set "eager"'
-        elif baseline in GROUP_BASELINES and not pairs:
+        elif baseline in WITHIN_GROUPS and not pairs:
             yield (
                 f'algo.advantage = "{baseline}": the data has one completion per row, and a group of one has advantage '
                 f'0, so nothing is learned; set algo.name = "sft", or engine.name = "eager" to sample completions'
@@ -144,7 +143,7 @@ def _engine(cfg: Config, algorithm: Algorithm | None, rows: list[dict[str, Any]]
     by = cfg.refill.by
     if by is not None and not callables and by not in [str(r.use).rpartition(":")[2] for r in cfg.rewards]:
         yield f'refill.by = "{by}": no reward of that name; there are {", ".join(r.use for r in cfg.rewards)}'
-    if cfg.sampling.group_size == 1 and baseline in GROUP_BASELINES:
+    if cfg.sampling.group_size == 1 and baseline in WITHIN_GROUPS:
         yield (
             f'sampling.group_size = 1 with algo.advantage = "{baseline}": a group of one has advantage 0, so nothing '
             f"is learned; set sampling.group_size to 2 or more"

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from trl_code import trl
 
 from rlft.algos import advantages as adv
 from rlft.algos import grpo, gspo, sft
@@ -53,7 +54,7 @@ def trl_loss(
     now: Tensor, values: dict[str, Tensor], loss_type: str, cap: float, level: str = "token", **args: Any
 ) -> tuple[Tensor, Any]:
     """TRL's loss on the grid of log-probs, and its metrics."""
-    from trl.trainer.grpo_trainer import GRPOTrainer
+    GRPOTrainer = trl("trainer.grpo_trainer", "GRPOTrainer")
 
     made = step()
     mask, tool = torch.zeros(now.shape, dtype=torch.long), torch.ones(now.shape, dtype=torch.long)
@@ -166,7 +167,7 @@ def test_gspo_equals_trls_sequence_level(loss_type: str, aggregation: Aggregatio
 
 
 def test_group_norm_and_the_logged_spread_equal_trl() -> None:
-    from trl.trainer.utils import nanstd
+    nanstd = trl("trainer.utils", "nanstd")
 
     rewards = torch.tensor([[1.0, 0.0, 0.25, 1.0], [0.5, float("nan"), -2.0, 3.0], [1.0, 1.0, 1.0, 1.0]])
     want = (rewards - rewards.nanmean(dim=1, keepdim=True)) / (nanstd(rewards, dim=1)[:, None] + 1e-4)
