@@ -1,11 +1,13 @@
-"""Advantages by hand, their exact zeros, and what is left out of the statistics."""
+"""Advantages by hand and against TRL, their exact zeros, and what is left out of the statistics."""
 
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
+from trl_code import run_block, trl
 
 from rlft.algorithm import estimator_of
 from rlft.algos import advantages as adv
@@ -101,3 +103,40 @@ def test_spread_of_rewards_as_logged() -> None:
     assert adv.reward_std(rewards) == pytest.approx(math.sqrt((0.16 + 0.16 + 1.96 + 0.36 + 2.56) / 4))
     assert adv.reward_std(torch.tensor([2.0])) == 0 and math.isnan(adv.reward_std(torch.tensor([NAN])))
     assert math.isnan(adv.frac_zero_std(torch.tensor([NAN]), torch.tensor([0])))
+
+
+@pytest.mark.parametrize(
+    ("aggregation", "scale", "name"),
+    [("sum_then_normalize", "batch", "batch_std"), ("sum_then_normalize", "group", "group_norm"),
+     ("sum_then_normalize", "none", "group_mean"), ("normalize_then_sum", "group", "gdpo")],
+)  # fmt: skip
+def test_advantages_equal_trls(aggregation: str, scale: str, name: str) -> None:
+    g = torch.Generator().manual_seed(2)
+    parts, weights = torch.rand(12, 2, generator=g), torch.tensor([1.0, 0.5])
+    parts[3], parts[8:, 1] = float("nan"), 1.0  # a row without any reward, and a part that is equal in its group
+    rewards = torch.where(parts.isnan().all(1), parts[:, 0], (parts * weights).nansum(1))
+    names = {
+        "self": SimpleNamespace(multi_objective_aggregation=aggregation, scale_rewards=scale, reward_weights=weights,
+                                reward_funcs=["a", "b"]),
+        "rewards_per_func": parts, "unscorable_mask": parts.isnan().all(1), "num_generations": 4, "device": "cpu",
+    }  # fmt: skip
+    condition = "self.multi_objective_aggregation == 'sum_then_normalize'"
+    want = run_block(
+        "trainer.grpo_trainer", "GRPOTrainer", "_generate_and_score_completions", condition, "advantages", names
+    ).nan_to_num(0)
+    groups = torch.arange(3).repeat_interleave(4)
+    got = estimator_of(name)(rewards, groups, parts=parts.double(), weights=weights.double())
+    assert got.tolist() == pytest.approx(want.tolist(), abs=1e-5) and want.abs().max() > 0.3
+
+
+def test_group_norm_and_the_logged_spread_equal_trl() -> None:
+    nanstd = trl("trainer.utils", "nanstd")
+
+    rewards = torch.tensor([[1.0, 0.0, 0.25, 1.0], [0.5, float("nan"), -2.0, 3.0], [1.0, 1.0, 1.0, 1.0]])
+    want = (rewards - rewards.nanmean(dim=1, keepdim=True)) / (nanstd(rewards, dim=1)[:, None] + 1e-4)
+    groups = torch.arange(3).repeat_interleave(4)
+    assert adv.group_norm(rewards.flatten(), groups).tolist() == pytest.approx(
+        want.nan_to_num(0).flatten().tolist(), abs=1e-6
+    )
+    assert adv.reward_std(rewards.flatten()) == pytest.approx(nanstd(rewards.flatten()).item(), abs=1e-6)
+    assert adv.frac_zero_std(rewards.flatten(), groups) == pytest.approx(1 / 3)
