@@ -4,6 +4,7 @@ Kinds of rows, told apart by their columns as in TRL:
 
     prompt                         a string or messages; every other column goes to the rewards
     prompt, completion             supervised: train on the completion
+    prompt, completion, label      the same, good (true, reward 1) or bad (false, reward -1): KTO
     messages                       supervised: train on every assistant turn
     text                           supervised: train on every token that has one before it
     chosen, rejected [, prompt]    pairs; without a prompt it is what both sides begin with
@@ -32,8 +33,8 @@ from rlft.sources import load_rows
 from rlft.types import Prompt, Recorded
 
 KINDS: dict[str, tuple[str, ...]] = {
-    "preference": ("chosen", "rejected"), "completion": ("prompt", "completion"), "messages": ("messages",),
-    "text": ("text",), "prompt": ("prompt",),
+    "preference": ("chosen", "rejected"), "label": ("prompt", "completion", "label"),
+    "completion": ("prompt", "completion"), "messages": ("messages",), "text": ("text",), "prompt": ("prompt",),
 }  # fmt: skip
 """Kind of row -> the columns that make it; the first that fits."""
 ROLES = ("system", "user", "assistant", "tool", "developer")
@@ -65,8 +66,13 @@ def check_rows(data: Data, seed: int) -> list[dict[str, Any]]:
                 f"row {i}: column {missing[0]} is missing or null, but row 0 has {', '.join(KINDS[kind])}; mend the "
                 f"row or leave it out"
             )
+        if kind == "label" and not isinstance(row["label"], bool):
+            raise DataError(
+                f"row {i}: column label is {row['label']!r:.80}: want true or false, for a good or a bad completion; "
+                f"rename the column by data.columns if it means something else"
+            )
         for column in ("prompt", *KINDS[kind]):
-            if row.get(column) is not None:
+            if row.get(column) is not None and column != "label":
                 _check_text(row[column], i, column, messages_only=column == "messages")
         if kind == "preference" and isinstance(row["chosen"], str) != isinstance(row["rejected"], str):
             raise DataError(f"row {i}: chosen and rejected must both be strings or both be messages")
@@ -144,8 +150,9 @@ def encode_prompt(row: dict[str, Any], index: int, data: Data, tokenizer: Any) -
         if kind == "preference" and row.get("prompt") is None:
             row = row | _implicit_prompt(row)
         prompt = _prompt(row, index, data, tokenizer)
-        if kind == "completion":
-            return replace(prompt, recorded=(_recorded(prompt, row["completion"], 1.0, data, tokenizer),))
+        if kind in ("completion", "label"):
+            reward = -1.0 if kind == "label" and not row["label"] else 1.0
+            return replace(prompt, recorded=(_recorded(prompt, row["completion"], reward, data, tokenizer),))
         if kind == "preference":
             sides = (("chosen", 1.0), ("rejected", -1.0))
             return replace(

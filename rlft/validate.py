@@ -113,11 +113,8 @@ def _engine(cfg: Config, algorithm: Algorithm | None, rows: list[dict[str, Any]]
     engine = cfg.engine.name if cfg.engine.name != "auto" else ("replay" if recorded else "eager")
     baseline = algorithm is not None and algorithm.advantage_name
     pairs = "chosen" in rows[0] and "rejected" in rows[0]
-    if algorithm is not None and algorithm.whole_groups and baseline == "identity" and not pairs:
-        yield (
-            f'algo.name = "{cfg.algo.name}": learns from pairs, and the data has {", ".join(rows[0])}; give rows with '
-            f"chosen and rejected (map yours with data.columns)"
-        )
+    if algorithm is not None:
+        yield from _pairs(cfg, algorithm, rows[0], pairs)
     if engine == "replay":
         if not recorded:
             yield f'engine.name = "replay": the data has no column of completions ({", ".join(RECORDED)}); set "eager"'
@@ -147,6 +144,28 @@ def _engine(cfg: Config, algorithm: Algorithm | None, rows: list[dict[str, Any]]
         yield (
             f'sampling.group_size = 1 with algo.advantage = "{baseline}": a group of one has advantage 0, so nothing '
             f"is learned; set sampling.group_size to 2 or more"
+        )
+
+
+def _pairs(cfg: Config, algorithm: Algorithm, row: dict[str, Any], pairs: bool) -> Iterator[str]:
+    """What a loss over pairs, and rows that say good or bad, must have."""
+    if algorithm.whole_groups and algorithm.advantage_name == "identity" and not pairs:
+        yield (
+            f'algo.name = "{cfg.algo.name}": learns from pairs, and the data has {", ".join(row)}; give rows with '
+            f"chosen and rejected (map yours with data.columns), or make pairs of sampled completions with "
+            f'algo.advantage = "best_and_worst" and rewards'
+        )
+    if algorithm.whole_groups and cfg.overlong.drop:
+        yield f'overlong.drop = true: algo.name = "{cfg.algo.name}" would be left with half a pair; set it to false'
+    if kind_of(row) == "label" and algorithm.advantage_name == "identity" and not algorithm.needs_reference:
+        yield (
+            f'algo.name = "{cfg.algo.name}": rows whose label is false would be unlearned without bound; use '
+            f'algo.name = "kto", or leave the column label out'
+        )
+    if algorithm.advantage_name == "max_rl" and cfg.overlong.penalty_share:
+        yield (
+            f'overlong.penalty_share = {cfg.overlong.penalty_share} with algo.advantage = "max_rl": the penalty makes '
+            f"rewards negative, and max_rl divides by their mean; leave one of them out"
         )
 
 

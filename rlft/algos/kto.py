@@ -22,7 +22,7 @@ from torch import Tensor
 
 from rlft.algos.pairs import CLAMP, check_above_zero
 from rlft.batch import group_ids, segment_sum
-from rlft.errors import TrainError
+from rlft.errors import ConfigError
 from rlft.types import Aggregation, Batch, Look, Rollout, Stat, Stats
 
 ADVANTAGE = "identity"
@@ -62,16 +62,16 @@ def words(cfg: Config) -> str:
 def mismatched(rollouts: Sequence[Rollout]) -> list[Rollout]:
     """Each prompt with a completion of the next group, so that nothing relates the two.
 
-    Raises TrainError when there is one group only.
+    Raises ConfigError when there is one group only.
     """
     groups = group_ids(rollouts).tolist()
     of: dict[int, list[Rollout]] = {}
     for group, rollout in zip(groups, rollouts, strict=True):
         of.setdefault(group, []).append(rollout)
     if len(of) == 1:
-        raise TrainError(
-            "kto compares completions with those behind another row's prompt, and the step has one row; raise "
-            "prompts_per_step (or eval.rows) to 2 or more"
+        raise ConfigError(
+            "prompts_per_step = 1: kto compares completions with those behind another row's prompt; set "
+            "prompts_per_step (and eval.rows) to 2 or more"
         )
     found = []
     for group, members in of.items():
