@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 
 from rlft.config import Data
-from rlft.errors import DataError
+from rlft.errors import DataError, TrainError
 from rlft.sources import load_rows
 from rlft.types import Prompt, Recorded
 
@@ -306,22 +306,33 @@ def _implicit_prompt(row: dict[str, Any]) -> dict[str, Any]:
 
 
 class Prompts:
-    """The order in which prompts are consumed. `consumed` is its whole state: the data cursor of a checkpoint."""
+    """The order in which prompts are consumed. `consumed`, the data cursor, and `solved` are its whole state."""
 
     def __init__(self, rows: list[Prompt], seed: int, shuffle: bool = True) -> None:
         """shuffle: visit the rows in an order drawn from (seed, epoch), another one each epoch."""
         assert rows
         self.rows, self.consumed = rows, 0
+        self.solved: set[int] = set()
+        """Row numbers of prompts that are passed over."""
         self._seed, self._shuffle = seed, shuffle
         self._order: tuple[int, Sequence[int]] = (-1, ())
 
     def take(self, n: int) -> list[Prompt]:
-        """The next n prompts, going on into the next epoch where one ends."""
-        taken = []
-        for _ in range(n):
+        """The next n prompts that are not solved, going on into the next epoch where one ends.
+
+        Raises TrainError when every one is.
+        """
+        if all(row.index in self.solved for row in self.rows):
+            raise TrainError(
+                f"curriculum.solved_share: all {len(self.rows)} prompts are solved, so there is nothing left to draw; "
+                f"the last checkpoint is the result, or give harder data"
+            )
+        taken: list[Prompt] = []
+        while len(taken) < n:
             epoch, at = divmod(self.consumed, len(self.rows))
-            taken.append(self.rows[self._order_of(epoch)[at]])
+            row = self.rows[self._order_of(epoch)[at]]
             self.consumed += 1
+            taken += [row] if row.index not in self.solved else []
         return taken
 
     @property

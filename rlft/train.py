@@ -32,7 +32,7 @@ from rlft.evaluate import change, evaluate, recorded_loss
 from rlft.metrics import Metrics
 from rlft.optim import Update
 from rlft.prepare import Look, estimator_inputs, kl_in_reward
-from rlft.refill import Drawn, chosen, refill, spread_back
+from rlft.refill import Drawn, chosen, refill, solved, spread_back
 from rlft.rewards.parts import Parts
 from rlft.rewards.score import check_invalid, score
 from rlft.rollout.engine import asleep
@@ -85,7 +85,7 @@ def loop(s: Session) -> None:
                 state.skipped_updates = state.skipped_updates + 1 if updates[-1].skipped else 0
 
         state.step += 1
-        state.consumed = s.prompts.consumed
+        state.consumed, state.solved = s.prompts.consumed, sorted(s.prompts.solved)
         state.num_tokens += sum(len(r.prompt.ids) + len(r.completion_ids) for r in drawn.rollouts)
         with clock("sync"):
             engine.load_adapter(policy.adapter(), version=state.step)
@@ -99,6 +99,7 @@ def loop(s: Session) -> None:
             "epoch": s.prompts.epoch, "num_tokens": float(state.num_tokens), "parity/limit": s.limit,
             "skipped_updates": float(state.skipped_updates),
         }  # fmt: skip
+        values |= {"curriculum/solved": float(len(state.solved))} if cfg.curriculum.solved_share is not None else {}
         values |= s.optimizer.metrics() | peak_memory(policy.device)
         if algorithm.adapt is not None:
             values |= state.adapted
@@ -122,7 +123,10 @@ def sample_and_score(s: Session, clock: Clock, count: int, round_: int) -> Drawn
     with clock("reward"):
         rewards, parts = score(rollouts, s.functions, trainer_state(s))
         check_invalid(s.state.invalid_history, float(rewards.isnan().float().mean()), parts.faults())
-    return Drawn(rollouts, rewards, parts.deciding(s.cfg.refill.by), [parts], (True,) * len(rollouts))
+    drawn = Drawn(rollouts, rewards, parts.deciding(s.cfg.refill.by), [parts], (True,) * len(rollouts))
+    if s.cfg.curriculum.solved_share is not None:
+        s.prompts.solved |= solved(drawn, s.cfg.curriculum.solved_share, s.cfg.curriculum.threshold)
+    return drawn
 
 
 def minibatches(s: Session, rollouts: list[Rollout], rewards: Tensor, advantages: Tensor) -> list[list[Batch]]:

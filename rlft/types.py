@@ -232,6 +232,8 @@ class State:
     """Updates skipped in a row because loss or gradient was not finite."""
     invalid_history: list[float] = field(default_factory=list)
     """Share of invalid rewards in each of the last five steps."""
+    solved: list[int] = field(default_factory=list)
+    """Rows of the data that are not drawn again because they were solved (`curriculum`)."""
     adapted: dict[str, float] = field(default_factory=dict)
     """Numbers that the loss file's `adapt` changes from step to step."""
     data: str = ""

@@ -127,6 +127,8 @@ def _engine(cfg: Config, algorithm: Algorithm | None, rows: list[dict[str, Any]]
             yield f'algo.name = "{cfg.algo.name}": needs sampler log-probs, which recorded completions lack'
         if cfg.refill.rounds:
             yield f"refill.rounds = {cfg.refill.rounds}: recorded completions are not drawn again; set it to 0"
+        if cfg.curriculum.solved_share is not None:
+            yield "curriculum: recorded completions are not solved or unsolved; leave the section out"
         if cfg.overlong.penalty_share or cfg.overlong.drop:
             yield "overlong: recorded completions were not cut at sampling.max_tokens; leave the section out"
         return

@@ -6,9 +6,10 @@
     divergence = "tv":  |p - q|
     divergence = "kl":  q log(q / p) + (1 - q) log((1 - q) / (1 - p))
 
-Both are of the sampled token against all others, so rare tokens, whose ratios are wild, are not cut off.
-The five choices: ratio per token against the sampler, as a weight up to 20; mask by divergence; no KL term; advantage
-(reward - group mean) / (group std + 1e-4); mean over all tokens of the step.
+Both are of the sampled token against all others, so rare tokens, whose ratios are wild, are not cut off. A KL is at
+least twice the square of the TV, so a limit of 0.08 on "kl" keeps the TV within 0.2. The five choices: ratio per token
+against the sampler, as a weight up to 20; mask by divergence; no KL term; advantage (reward - group mean) / (group std
++ 1e-4); mean over all tokens of the step.
 """
 
 from __future__ import annotations

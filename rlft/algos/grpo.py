@@ -7,7 +7,7 @@ The five choices: ratio per token; clip [1 - 0.2, 1 + 0.2]; no KL; advantage (re
 mean over all tokens of the step (TRL's "dapo" and "bnpo", with the counts of the whole step in both). With one update
 per rollout batch old = sg(now), so r = 1, clipping never acts and the gradient is REINFORCE's. Presets: `dapo`
 (clip_high 0.28, dynamic sampling, overlong penalty, 16 updates), `dr_grpo` (2503.20783: advantage "group_mean",
-aggregation "constant"), `intellect2` (delta 4).
+aggregation "constant").
 """
 
 from __future__ import annotations
