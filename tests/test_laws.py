@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from pathlib import Path
 from typing import get_args
 
 import pytest
@@ -12,7 +13,9 @@ from losses import LOSSES, PAIRS, POLICY, Toy, batches_of, filled_step, rows_of,
 
 from rlft import resolve
 from rlft.algorithm import PARTS
+from rlft.algos.advantages import ESTIMATORS
 from rlft.batch import count
+from rlft.config_file import presets
 from rlft.types import Aggregation, Batch, PackPlan, Prompt, Rollout
 
 TOY = Toy()
@@ -24,6 +27,12 @@ def test_every_file_of_the_folder_is_under_the_laws() -> None:
     for module, _ in LOSSES.values():
         text = " ".join((module.__doc__ or "").split())
         assert "The five choices:" in text, module.__name__
+
+
+def test_the_page_of_algorithms_has_every_loss_estimator_and_preset() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "algorithms.md").read_text()
+    names = {module.__name__.rpartition(".")[2] for module, _ in LOSSES.values()} | set(ESTIMATORS) | set(presets())
+    assert [name for name in sorted(names) if f"`{name}`" not in page] == []
 
 
 @pytest.mark.parametrize("aggregation", get_args(Aggregation))

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from trl_code import trl
 
-from rlft.algos import apo, cpo, dft, dpo, hinge, ipo, kto, orpo, robust_dpo, rpo, simpo
+from rlft.algos import apo, cpo, dft, dpo, exo, hinge, ipo, kto, nca, orpo, robust_dpo, rpo, simpo, sppo
 from rlft.batch import count, pack
 from rlft.metrics import Metrics
 from rlft.types import Aggregation, Batch, PackPlan, Prompt, Rollout
@@ -118,6 +118,8 @@ def dpo_of(kinds: list[str], weights: list[float], now: Tensor, ref: Tensor, **s
      (robust_dpo, robust_dpo.Config(beta=0.3, label_smoothing=0.2), ["robust"], [1.0]),
      (hinge, hinge.Config(beta=0.3), ["hinge"], [1.0]), (apo, apo.Config(beta=0.3), ["apo_zero"], [1.0]),
      (apo, apo.Config(beta=0.3, variant="down"), ["apo_down"], [1.0]),
+     (exo, exo.Config(beta=0.3, label_smoothing=0.2), ["exo_pair"], [1.0]),
+     (nca, nca.Config(beta=0.3), ["nca_pair"], [1.0]), (sppo, sppo.Config(beta=0.3), ["sppo_hard"], [1.0]),
      (rpo, rpo.Config(beta=0.3, nll_coef=0.7), ["sigmoid", "sft"], [1.0, 0.7])],
 )  # fmt: skip
 def test_losses_with_a_reference_equal_trls_dpo(module: ModuleType, cfg: Any, kinds: list[str], weights: Any) -> None:
