@@ -103,6 +103,11 @@ def build(algo: Algo, updates: int = 1) -> Algorithm:
         correction = corrections.resolve(correction, updates, bool(module.RATIO))
         config = replace(config, correction=correction)
     name = getattr(config, "advantage", module.ADVANTAGE)
+    if name == "gdpo" and getattr(config, "kl", "") == "reward" and config.kl_coef:
+        raise ConfigError(
+            'algo.kl = "reward" with algo.advantage = "gdpo": that estimator takes each reward function by itself, so '
+            'the KL taken off their sum would be lost; set algo.kl = "k3_ratio"'
+        )
     aggregation = getattr(config, "aggregation", module.AGGREGATION)
     if aggregation not in AGGREGATIONS:
         raise ConfigError(f'algo.aggregation = "{aggregation}": want one of {", ".join(AGGREGATIONS)}')

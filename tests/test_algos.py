@@ -173,6 +173,7 @@ def test_a_correction_that_would_be_wrong_or_twice_is_refused() -> None:
         ("vespo", {"correction": "bypass"}, 1, "the ratio of vespo is against the sampler by itself"),
         ("reinforce", {"correction": "decoupled"}, 4, 'algo.correction = "decoupled": this loss has no ratio'),
         ("grpo", {"gate_low": 1.5}, 1, "algo.gate_low = 1.5, .*: want a band around 1"),
+        ("grpo", {"kl": "reward", "kl_coef": 0.1, "advantage": "gdpo"}, 1, "the KL taken off their sum would be lost"),
         ("grpo", {"delta": 1.1}, 1, r"algo.delta = 1.1: want above 1 \+ clip_high = 1.2"),
     ],
 )  # fmt: skip
@@ -248,8 +249,10 @@ def test_entropy_bonus_and_mask_by_hand() -> None:
     assert value == pytest.approx(-2) and grad == pytest.approx([0, -1, -1])
     value, _, stats = grpo_of([-1.0] * 3, batch, entropy_coef=0.1)
     assert value == pytest.approx(-3 - 0.35) and stats["policy_loss"].value == pytest.approx(-3)
-    after = replace(batch, prepared={"entropy_coef_now": 0.0})
-    assert grpo_of([-1.0] * 3, after, entropy_coef=0.1)[0] == pytest.approx(-3)
+    adaptive = {"entropy_coef": 0.1, "entropy_target": 0.5}
+    assert grpo_of([-1.0] * 3, batch, **adaptive)[0] == pytest.approx(-3)  # before the first step nothing is known
+    after = replace(batch, prepared={"entropy_coef_now": 0.2})
+    assert grpo_of([-1.0] * 3, after, **adaptive)[0] == pytest.approx(-3 - 0.7)
 
 
 def test_adaptive_entropy_follows_trls_rule() -> None:

@@ -15,7 +15,6 @@ from rlft.types import Aggregation
 Correction = Literal["auto", "single", "decoupled", "bypass", "none"]
 Weight = Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
 Penalty = Literal["k2", "k3_ratio", "k1_ratio", "forward", "reward"]
-DEFAULTS = {"correction_weight": "token_truncate", "correction_cap": 2.0, "correction_floor": 0.0}
 
 
 @dataclass(frozen=True)
@@ -132,7 +131,8 @@ def _check_correction(cfg: Settings) -> None:
         raise ConfigError(f"algo.gate_low = {cfg.gate_low}, algo.gate_high = {cfg.gate_high}: want a band around 1")
     if math.isnan(cfg.off_policy_limit):
         raise ConfigError(f"algo.off_policy_limit = {cfg.off_policy_limit}: want a number of nats")
-    set_ = [n for n in ("correction_weight", "correction_cap", "correction_floor") if getattr(cfg, n) != DEFAULTS[n]]
+    weights = ("correction_weight", "correction_cap", "correction_floor")
+    set_ = [name for name in weights if getattr(cfg, name) != getattr(type(cfg), name)]
     if set_ and cfg.correction == "bypass":
         raise ConfigError(
             f'algo.{set_[0]} = {getattr(cfg, set_[0])} with algo.correction = "bypass": the ratio is against the '

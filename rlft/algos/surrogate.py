@@ -33,7 +33,7 @@ def words(cfg: Settings) -> str:
 def total(token_loss: Tensor, tokens: Tokens, batch: Batch, cfg: Settings) -> tuple[Tensor, Stats]:
     """The weighted sum of a loss file's formula with correction, KL and entropy, and their metrics.
 
-    token_loss: [T], the formula. Raises nothing.
+    token_loss: [T], the formula.
     """
     weight = corrections.factor(cfg, tokens) if batch.sampler_logprobs is not None else None
     stats = corrections.stats(cfg, tokens, weight) if weight is not None else {}
@@ -50,7 +50,8 @@ def total(token_loss: Tensor, tokens: Tokens, batch: Batch, cfg: Settings) -> tu
     if entropy_grad(cfg):
         assert batch.entropy is not None
         stats["policy_loss"] = Stat("sum", (token_loss.detach() * batch.weight).sum())
-        coef = batch.prepared.get("entropy_coef_now", cfg.entropy_coef)
+        first = cfg.entropy_coef if cfg.entropy_target is None else 0.0  # no entropy is known before the first step
+        coef = batch.prepared.get("entropy_coef_now", first)
         token_loss = token_loss - coef * torch.where(tokens.used, batch.entropy, 0)
     return (token_loss * batch.weight).sum(), stats
 
@@ -62,7 +63,7 @@ def prepare(look: Look, cfg: Settings) -> dict[str, float]:
 
 def adapt(adapted: dict[str, float], entropy: float, cfg: Settings) -> dict[str, float]:
     """The factor of the entropy bonus after a step of this mean entropy: `entropy_coef`, and `entropy_coef_now`, which
-    is 0 where the entropy was above the target. Before the first step it acts."""
+    is 0 where the entropy was above the target."""
     if cfg.entropy_target is None or math.isnan(entropy):
         return adapted
     low, coef = entropy <= cfg.entropy_target, adapted.get("entropy_coef", cfg.entropy_coef)
