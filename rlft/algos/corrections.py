@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from rlft.algos.settings import Settings, gates, masks_sequences
-from rlft.algos.tokens import Tokens
+from rlft.algos.tokens import CLAMP, Tokens
 from rlft.errors import ConfigError
 from rlft.types import Stat, Stats
 
@@ -63,13 +63,19 @@ def resolve(choice: str, updates: int, ratio: bool = True) -> str:
     return choice
 
 
-def factor(cfg: Settings, tokens: Tokens) -> Tensor:
-    """What the policy term of each token is multiplied by, [T] without gradient."""
-    weight = torch.ones_like(tokens.now)
-    log_rho = log_ratio(tokens)
+def weigh(cfg: Settings, tokens: Tokens) -> tuple[Tensor, Stats]:
+    """What the policy term of each token is multiplied by, [T] without gradient, and what is logged about it."""
+    log_rho = (tokens.old - tokens.sampler).clamp(-CLAMP, CLAMP)
+    rho = log_rho.exp()
+    weight = _weight(cfg, tokens, log_rho, rho)
+    return weight, _stats(cfg, tokens, rho, weight)
+
+
+def _weight(cfg: Settings, tokens: Tokens, log_rho: Tensor, rho: Tensor) -> Tensor:
+    weight = torch.ones_like(rho)
     if cfg.correction in FACTOR:
         kind, _, bound = cfg.correction_weight.partition("_")
-        weight = (log_rho if kind == "token" else tokens.sum(log_rho)).exp()
+        weight = rho if kind == "token" else tokens.sum(log_rho).exp()
         within = weight.clamp(cfg.correction_floor, cfg.correction_cap)
         weight = within if bound == "truncate" else torch.where(within == weight, weight, 0)
     if gates(cfg):
@@ -81,9 +87,20 @@ def factor(cfg: Settings, tokens: Tokens) -> Tensor:
     return weight
 
 
-def log_ratio(tokens: Tokens) -> Tensor:
-    """log rho, [T] without gradient, within +-20."""
-    return (tokens.old - tokens.sampler).clamp(-20, 20)
+def _stats(cfg: Settings, tokens: Tokens, rho: Tensor, weight: Tensor) -> Stats:
+    """TRL's metrics of rho, before any bound (nothing where old is the sampler itself and the loss's own ratio says
+    it), and the share of tokens that are masked."""
+    found: Stats = {}
+    if masks_sequences(cfg) or cfg.correction_weight.endswith("mask"):
+        found["sampling/masked_ratio"] = Stat.mean((weight == 0).float(), tokens.used)
+    if cfg.correction == "bypass":
+        return found
+    name = "sampling/importance_sampling_ratio"
+    return found | {
+        f"{name}/mean": Stat.mean(rho, tokens.used),
+        f"{name}/min": Stat("min", torch.where(tokens.used, rho, math.inf).min()),
+        f"{name}/max": Stat("max", torch.where(tokens.used, rho, 0).max()),
+    }
 
 
 def words(cfg: Settings) -> str:
@@ -100,19 +117,3 @@ def words(cfg: Settings) -> str:
     if cfg.off_policy_limit < math.inf:
         said += f", bad sequences above {cfg.off_policy_limit:g} nat left out"
     return said
-
-
-def stats(cfg: Settings, tokens: Tokens, weight: Tensor) -> Stats:
-    """TRL's metrics of rho, before any bound (nothing where old is the sampler itself and the loss's own ratio says
-    it), and the share of tokens that are masked. weight: what `factor` gave."""
-    found: Stats = {}
-    if masks_sequences(cfg) or cfg.correction_weight.endswith("mask"):
-        found["sampling/masked_ratio"] = Stat.mean((weight == 0).float(), tokens.used)
-    if cfg.correction == "bypass":
-        return found
-    rho, name = log_ratio(tokens).exp(), "sampling/importance_sampling_ratio"
-    return found | {
-        f"{name}/mean": Stat.mean(rho, tokens.used),
-        f"{name}/min": Stat("min", torch.where(tokens.used, rho, math.inf).min()),
-        f"{name}/max": Stat("max", torch.where(tokens.used, rho, 0).max()),
-    }

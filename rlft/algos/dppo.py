@@ -83,7 +83,7 @@ def loss(logprobs: Tensor, batch: Batch, cfg: Config) -> tuple[Tensor, Stats]:
     w = tokens.against_sampler().detach().exp().clamp(max=cfg.cap)
     token_loss = torch.where(low | high, 0, -w * a * tokens.now)
     value, stats = surrogate.total(token_loss, tokens, batch, cfg)
-    return value, stats | surrogate.clip_stats(low, high, tokens)
+    return value, stats | surrogate.clip_stats(low, high, tokens._replace(fresh=False))  # of the sampler, not of old
 
 
 def two_way_kl(now: Tensor, sampler: Tensor) -> Tensor:

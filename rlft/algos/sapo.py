@@ -4,7 +4,7 @@
 
 The five choices: ratio per token; no hard clip, the gradient fades with the distance from 1, sooner for A <= 0; no KL;
 advantage (reward - group mean) / (group std + 1e-4); mean over sequences of the mean over tokens. At r = 1 the gradient
-is REINFORCE's and the value 2 / tau, not -A.
+is REINFORCE's and the value -2 A / tau, not -A.
 """
 
 from __future__ import annotations

@@ -35,9 +35,10 @@ def total(token_loss: Tensor, tokens: Tokens, batch: Batch, cfg: Settings) -> tu
 
     token_loss: [T], the formula.
     """
-    weight = corrections.factor(cfg, tokens) if batch.sampler_logprobs is not None else None
-    stats = corrections.stats(cfg, tokens, weight) if weight is not None else {}
-    token_loss = token_loss if weight is None else token_loss * weight
+    stats: Stats = {}
+    if batch.sampler_logprobs is not None:
+        weight, stats = corrections.weigh(cfg, tokens)
+        token_loss = token_loss * weight
     if cfg.entropy_share < 1:
         assert batch.entropy is not None and "entropy_floor" in batch.prepared
         token_loss = torch.where(batch.entropy.detach() >= batch.prepared["entropy_floor"], token_loss, 0)
@@ -72,7 +73,12 @@ def adapt(adapted: dict[str, float], entropy: float, cfg: Settings) -> dict[str,
 
 
 def clip_stats(low: Tensor, high: Tensor, tokens: Tokens) -> Stats:
-    """TRL's clip metrics. low, high: [T] bool, tokens clipped on either side."""
+    """TRL's clip metrics of a ratio against old. low, high: [T] bool, tokens clipped on either side."""
+    if tokens.fresh:
+        # Every ratio is 1 and nothing is clipped: a step of many micro-batches need not find that out one by one.
+        none, count = torch.zeros((), device=tokens.now.device), tokens.used.sum()
+        means = {f"clip_ratio/{name}_mean": Stat("mean", none, count) for name in ("low", "high", "region")}
+        return means | {"clip_ratio/low_min": Stat("min", none), "clip_ratio/high_max": Stat("max", none)}
     used, stats = tokens.used, {}
     for name, clipped in (("low", low), ("high", high), ("region", low | high)):
         stats[f"clip_ratio/{name}_mean"] = Stat.mean(clipped.float(), used)

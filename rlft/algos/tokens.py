@@ -27,8 +27,10 @@ class Tokens(NamedTuple):
     advantages: Tensor
     seq_ids: Tensor
     """int64."""
-    lengths: Tensor
-    """[S]: used tokens of each sequence, at least 1."""
+    sequences: int
+    """S."""
+    fresh: bool
+    """old is now: one update per rollout batch, so that every ratio against old is exactly 1."""
 
     def log_ratio(self) -> Tensor:
         """now - old, with gradient, within +-20."""
@@ -40,16 +42,20 @@ class Tokens(NamedTuple):
 
     def sum(self, values: Tensor) -> Tensor:
         """Sum of `values` [T] over the token's sequence, [T], within +-20."""
-        return segment_sum(values, self.seq_ids, len(self.lengths)).clamp(-CLAMP, CLAMP)[self.seq_ids]
+        return segment_sum(values, self.seq_ids, self.sequences).clamp(-CLAMP, CLAMP)[self.seq_ids]
 
     def mean(self, values: Tensor) -> Tensor:
         """Mean of `values` [T] over the used tokens of the token's sequence, [T], within +-20."""
-        total = segment_sum(values, self.seq_ids, len(self.lengths)) / self.lengths
+        total = segment_sum(values, self.seq_ids, self.sequences) / self._lengths()
         return total.clamp(-CLAMP, CLAMP)[self.seq_ids]
 
     def per_token(self) -> Tensor:
         """1 / length of the token's sequence, [T]."""
-        return 1 / self.lengths[self.seq_ids]
+        return 1 / self._lengths()[self.seq_ids]
+
+    def _lengths(self) -> Tensor:
+        """[S]: used tokens of each sequence, at least 1."""
+        return segment_sum(self.used.to(self.now.dtype), self.seq_ids, self.sequences).clamp(min=1)
 
 
 def read(logprobs: Tensor, batch: Batch) -> Tokens:
@@ -61,5 +67,6 @@ def read(logprobs: Tensor, batch: Batch) -> Tokens:
     now = torch.where(used, logprobs, 0)
     old = now.detach() if batch.old_logprobs is None else torch.where(used, batch.old_logprobs, 0)
     sampler = old if batch.sampler_logprobs is None else torch.where(used, batch.sampler_logprobs, 0)
-    lengths = segment_sum(used.to(now.dtype), batch.seq_ids, len(batch.prefix)).clamp(min=1)
-    return Tokens(used, now, old, sampler, torch.where(used, batch.advantages, 0), batch.seq_ids, lengths)
+    return Tokens(
+        used, now, old, sampler, batch.advantages, batch.seq_ids, len(batch.prefix), batch.old_logprobs is None
+    )
