@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from types import FunctionType
@@ -14,11 +15,10 @@ from rlft.algos import advantages, corrections
 from rlft.config import Algo
 from rlft.config_file import from_table, presets
 from rlft.errors import ConfigError
-from rlft.types import Aggregation, Batch, Stats
+from rlft.types import Aggregation, Batch, Look, Stats
 
-PARTS = ("advantages", "corrections", "kl")
+PARTS = ("advantages", "corrections", "kl", "pairs", "settings", "surrogate", "tokens")
 """Files of rlft.algos that are parts of losses, not losses."""
-ESTIMATORS = ("group_mean", "group_norm", "identity", "leave_one_out")
 REQUIRED = ("Config", "loss", "ADVANTAGE", "AGGREGATION", "RATIO", "NEEDS_REFERENCE", "WHOLE_GROUPS", "NEEDS_SAMPLER",
             "ZERO_ADV_ZERO_GRAD", "ENTROPY_GRAD")  # fmt: skip
 
@@ -41,8 +41,8 @@ class Algorithm:
     """An instance of the loss file's Config."""
     loss: Callable[[Tensor, Batch, Any], tuple[Tensor, Stats]]
     advantage_name: str
-    advantage: Callable[[Tensor, Tensor], Tensor]
-    """(rewards [N], group_ids [N]) -> advantages [N]."""
+    advantage: Callable[..., Tensor]
+    """(rewards [N], group_ids [N], and by name what `rlft.algos.advantages` lists) -> advantages [N]."""
     aggregation: Aggregation
     needs_reference: bool
     """The loop fills `ref_logprobs` before the loss."""
@@ -58,6 +58,10 @@ class Algorithm:
     ratio), a forward of the trainer before the first update, or the sampler (correction "bypass")."""
     updates: int
     """Optimiser updates per rollout batch."""
+    prepare: Callable[[Look, Any], dict[str, float]] | None
+    """(look, config) -> numbers of the whole step for `Batch.prepared`, before the first update; None for none."""
+    adapt: Callable[[dict[str, float], float, Any], dict[str, float]] | None
+    """(State.adapted, mean entropy of the step, config) -> State.adapted of the next step; None for none."""
     words: str
     """Ratio, clip, KL and correction in words; the file's own `words(cfg)`, or its settings."""
 
@@ -96,18 +100,14 @@ def build(algo: Algo, updates: int = 1) -> Algorithm:
     config = from_table(module.Config, algo.options, "algo")
     correction = getattr(config, "correction", None)
     if correction is not None:
-        config = replace(config, correction=corrections.resolve(correction, updates))
+        correction = corrections.resolve(correction, updates, bool(module.RATIO))
+        config = replace(config, correction=correction)
     name = getattr(config, "advantage", module.ADVANTAGE)
-    if ":" in name:
-        estimator = _checked(resolve.attribute(name, "algo.advantage"), name)
-    elif name in ESTIMATORS:
-        estimator = getattr(advantages, name)
-    else:
-        hint = resolve.near(name, list(ESTIMATORS))
+    if name == "gdpo" and getattr(config, "kl", "") == "reward" and config.kl_coef:
         raise ConfigError(
-            f'algo.advantage = "{name}": unknown.{hint} Known: {", ".join(ESTIMATORS)}; or "file.py:function"'
+            'algo.kl = "reward" with algo.advantage = "gdpo": that estimator takes each reward function by itself, so '
+            'the KL taken off their sum would be lost; set algo.kl = "k3_ratio"'
         )
-
     aggregation = getattr(config, "aggregation", module.AGGREGATION)
     if aggregation not in AGGREGATIONS:
         raise ConfigError(f'algo.aggregation = "{aggregation}": want one of {", ".join(AGGREGATIONS)}')
@@ -117,23 +117,37 @@ def build(algo: Algo, updates: int = 1) -> Algorithm:
         return bool(value(config)) if callable(value) else bool(value)
 
     return Algorithm(
-        name=algo.name, config=config, loss=module.loss, advantage_name=name, advantage=estimator,
+        name=algo.name, config=config, loss=module.loss, advantage_name=name, advantage=estimator_of(name),
         aggregation=aggregation, needs_reference=trait("NEEDS_REFERENCE"),
         whole_groups=trait("WHOLE_GROUPS"), needs_sampler=trait("NEEDS_SAMPLER"),
         zero_adv_zero_grad=trait("ZERO_ADV_ZERO_GRAD"), entropy_grad=trait("ENTROPY_GRAD"),
         old="sampler" if correction == "bypass" else "trainer" if updates > 1 and trait("RATIO") else "now",
-        updates=updates,
+        updates=updates, prepare=getattr(module, "prepare", None), adapt=getattr(module, "adapt", None),
         words=module.words(config) if hasattr(module, "words") else str(config),
     )  # fmt: skip
 
 
-def _checked(estimator: Any, name: str) -> Callable[[Tensor, Tensor], Tensor]:
-    """A user's estimator that says so when it does not give one number per rollout."""
-    if not callable(estimator):
-        raise ConfigError(f'algo.advantage = "{name}": not a function of (rewards, group_ids)')
+def estimator_of(name: str) -> Callable[..., Tensor]:
+    """The estimator that `algo.advantage` names, called with everything and handing on what it takes.
 
-    def advantage(rewards: Tensor, group_ids: Tensor) -> Tensor:
-        made = estimator(rewards, group_ids)
+    Raises ConfigError for an unknown name, and, when called, for one of the user's that gives no number per rollout.
+    """
+    if ":" in name:
+        estimator = resolve.attribute(name, "algo.advantage")
+        if not callable(estimator):
+            raise ConfigError(f'algo.advantage = "{name}": not a function of (rewards, group_ids)')
+    elif name in advantages.ESTIMATORS:
+        estimator = getattr(advantages, name)
+    else:
+        hint = resolve.near(name, list(advantages.ESTIMATORS))
+        raise ConfigError(
+            f'algo.advantage = "{name}": unknown.{hint} Known: {", ".join(advantages.ESTIMATORS)}; or '
+            f'"file.py:function"'
+        )
+    takes = set(inspect.signature(estimator).parameters)
+
+    def advantage(rewards: Tensor, group_ids: Tensor, **more: Tensor) -> Tensor:
+        made = estimator(rewards, group_ids, **{key: value for key, value in more.items() if key in takes})
         if not isinstance(made, Tensor) or made.shape != rewards.shape:
             got = f"shape {list(made.shape)}" if isinstance(made, Tensor) else type(made).__name__
             raise ConfigError(f'algo.advantage = "{name}": want a tensor of shape {list(rewards.shape)}, got {got}')

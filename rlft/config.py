@@ -10,12 +10,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from rlft.config_data import Data, Eval, Overlong, Refill, Reward, Sampling, Source, require
+from rlft.config_data import Curriculum, Data, Eval, Overlong, Refill, Reward, Sampling, Source, require
 from rlft.errors import ConfigError
 
 __all__ = [
     "Config", "Source", "Data", "Reward", "Algo", "Sampling", "Lora", "Optim", "Engine", "Packing", "Parity", "Eval",
-    "Checkpoint", "Overlong", "Refill", "Track", "require",
+    "Checkpoint", "Curriculum", "Overlong", "Refill", "Track", "require",
 ]  # fmt: skip
 
 
@@ -250,6 +250,7 @@ class Config:
     algo: Algo = field(default_factory=Algo)
     sampling: Sampling = field(default_factory=Sampling)
     refill: Refill = field(default_factory=Refill)
+    curriculum: Curriculum = field(default_factory=Curriculum)
     overlong: Overlong = field(default_factory=Overlong)
     lora: Lora = field(default_factory=Lora)
     optim: Optim = field(default_factory=Optim)

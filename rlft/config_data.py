@@ -151,6 +151,21 @@ class Refill:
 
 
 @dataclass(frozen=True)
+class Curriculum:
+    """Which prompts are drawn, by how often they were solved."""
+
+    solved_share: float | None = None
+    """A prompt is not drawn again once at least this share of its group was solved (ScaleRL: 0.9); None: all are."""
+    threshold: float = 1.0
+    """A completion with at least this reward, without the overlong penalty, counts as solved."""
+
+    def __post_init__(self) -> None:
+        share = self.solved_share
+        why = "above 0, at most 1; leave it out to draw every prompt"
+        require(share is None or 0 < share <= 1, "curriculum.solved_share", share, why)
+
+
+@dataclass(frozen=True)
 class Overlong:
     """Completions that come near `sampling.max_tokens` (DAPO)."""
 

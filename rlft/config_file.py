@@ -42,6 +42,13 @@ TRL_NAMES = {
     "lora_target_modules": "lora.targets", "target_modules": "lora.targets", "beta": "algo.kl_coef",
     "epsilon": "algo.clip_low", "epsilon_high": "algo.clip_high", "scale_rewards": "algo.advantage",
     "loss_type": "algo.aggregation", "vllm_importance_sampling_cap": "algo.correction_cap",
+    "vllm_importance_sampling_clip_max": "algo.correction_cap",
+    "vllm_importance_sampling_clip_min": "algo.correction_floor",
+    "vllm_importance_sampling_mode": "algo.correction_weight", "off_policy_mask_threshold": "algo.off_policy_limit",
+    "top_entropy_quantile": "algo.entropy_share", "use_adaptive_entropy": "algo.entropy_target",
+    "use_bias_correction_kl": "algo.kl", "multi_objective_aggregation": "algo.advantage",
+    "sapo_temperature_pos": "algo.temperature_pos", "sapo_temperature_neg": "algo.temperature_neg",
+    "simpo_gamma": "algo.gamma", "cpo_alpha": "algo.nll_coef", "rpo_alpha": "algo.nll_coef",
     "save_steps": "checkpoint.every", "save_total_limit": "checkpoint.keep", "eval_steps": "eval.every",
     "eval_strategy": "eval.every", "eval_dataset": "eval.data",
     "num_generations_eval": "eval.samples", "num_iterations": "optim.passes",
@@ -50,6 +57,7 @@ TRL_NAMES = {
 """What TRL calls a setting, and what it is here."""
 
 TRL_NOTES = {
+    "importance_sampling_level": 'for ratios of sequences set algo.name = "gspo"',
     "resume": "use the flag --resume, which goes on from the newest checkpoint in `out`",
     "resume_from_checkpoint": "use the flag --resume, which goes on from the newest checkpoint in `out`",
     "logging_steps": "nothing to set: every step is logged",

@@ -4,7 +4,8 @@ Kinds of rows, told apart by their columns as in TRL:
 
     prompt                         a string or messages; every other column goes to the rewards
     prompt, completion             supervised: train on the completion
-    messages                       supervised: train on every assistant turn
+    prompt, completion, label      the same, good (true, reward 1) or bad (false, reward -1): KTO
+    messages                       supervised: train on every assistant turn (rlft.turns)
     text                           supervised: train on every token that has one before it
     chosen, rejected [, prompt]    pairs; without a prompt it is what both sides begin with
 
@@ -27,13 +28,14 @@ from typing import Any
 import numpy as np
 
 from rlft.config import Data
-from rlft.errors import DataError
+from rlft.errors import DataError, TrainError
 from rlft.sources import load_rows
+from rlft.turns import ids_of, marked, marks_generation, render, turns
 from rlft.types import Prompt, Recorded
 
 KINDS: dict[str, tuple[str, ...]] = {
-    "preference": ("chosen", "rejected"), "completion": ("prompt", "completion"), "messages": ("messages",),
-    "text": ("text",), "prompt": ("prompt",),
+    "preference": ("chosen", "rejected"), "label": ("prompt", "completion", "label"),
+    "completion": ("prompt", "completion"), "messages": ("messages",), "text": ("text",), "prompt": ("prompt",),
 }  # fmt: skip
 """Kind of row -> the columns that make it; the first that fits."""
 ROLES = ("system", "user", "assistant", "tool", "developer")
@@ -65,8 +67,13 @@ def check_rows(data: Data, seed: int) -> list[dict[str, Any]]:
                 f"row {i}: column {missing[0]} is missing or null, but row 0 has {', '.join(KINDS[kind])}; mend the "
                 f"row or leave it out"
             )
+        if kind == "label" and not isinstance(row["label"], bool):
+            raise DataError(
+                f"row {i}: column label is {row['label']!r:.80}: want true or false, for a good or a bad completion; "
+                f"rename the column by data.columns if it means something else"
+            )
         for column in ("prompt", *KINDS[kind]):
-            if row.get(column) is not None:
+            if row.get(column) is not None and column != "label":
                 _check_text(row[column], i, column, messages_only=column == "messages")
         if kind == "preference" and isinstance(row["chosen"], str) != isinstance(row["rejected"], str):
             raise DataError(f"row {i}: chosen and rejected must both be strings or both be messages")
@@ -144,8 +151,9 @@ def encode_prompt(row: dict[str, Any], index: int, data: Data, tokenizer: Any) -
         if kind == "preference" and row.get("prompt") is None:
             row = row | _implicit_prompt(row)
         prompt = _prompt(row, index, data, tokenizer)
-        if kind == "completion":
-            return replace(prompt, recorded=(_recorded(prompt, row["completion"], 1.0, data, tokenizer),))
+        if kind in ("completion", "label"):
+            reward = -1.0 if kind == "label" and not row["label"] else 1.0
+            return replace(prompt, recorded=(_recorded(prompt, row["completion"], reward, data, tokenizer),))
         if kind == "preference":
             sides = (("chosen", 1.0), ("rejected", -1.0))
             return replace(
@@ -154,17 +162,6 @@ def encode_prompt(row: dict[str, Any], index: int, data: Data, tokenizer: Any) -
         return prompt
     except DataError as error:
         raise DataError(f"row {index}: {error}") from None
-
-
-def _ids(text: str, tokenizer: Any) -> tuple[int, ...]:
-    return tuple(tokenizer.encode(text, add_special_tokens=False))
-
-
-def _render(messages: Sequence[dict[str, Any]], data: Data, tokenizer: Any, open_turn: bool) -> str:
-    """The conversation as text. open_turn: with the start of the assistant's turn."""
-    return tokenizer.apply_chat_template(
-        list(messages), tokenize=False, add_generation_prompt=open_turn, **data.chat_template_kwargs
-    )
 
 
 def _prompt(row: dict[str, Any], index: int, data: Data, tokenizer: Any) -> Prompt:
@@ -188,13 +185,13 @@ def _prompt(row: dict[str, Any], index: int, data: Data, tokenizer: Any) -> Prom
                 _check_not_rendered(message["content"], tokenizer)
     if data.system and messages[0]["role"] != "system":
         messages = [{"role": "system", "content": data.system}, *messages]
-    text = _render(messages, data, tokenizer, open_turn=True)
-    if text == _render(messages, data, tokenizer, open_turn=False):
+    text = render(messages, data, tokenizer, open_turn=True)
+    if text == render(messages, data, tokenizer, open_turn=False):
         raise DataError(
             "the chat template opens no assistant turn (add_generation_prompt changes nothing), so the model would go "
             "on with the user's; use the template of an instruct model"
         )
-    ids = _ids(text, tokenizer)
+    ids = ids_of(text, tokenizer)
     bos = tokenizer.bos_token_id
     if bos is not None and len(ids) > 1 and ids[0] == ids[1] == bos:
         raise DataError("the rendered prompt begins with two BOS tokens; remove the one in the text or the template")
@@ -213,49 +210,13 @@ def _check_not_rendered(text: str, tokenizer: Any) -> None:
 
 def _recorded(prompt: Prompt, completion: Any, reward: float, data: Data, tokenizer: Any) -> Recorded:
     if isinstance(completion, str):
-        ids = _ids(completion, tokenizer)
+        ids = ids_of(completion, tokenizer)
         ids += () if ids and ids[-1] == tokenizer.eos_token_id else (tokenizer.eos_token_id,)
         return Recorded(ids, (True,) * len(ids), reward, completion)
     if prompt.messages is None:
         raise DataError("the completion is messages but the prompt is a string that is not put into a chat template")
-    before = _render(prompt.messages, data, tokenizer, open_turn=True)
-    return _turns(before, [*prompt.messages], list(completion), reward, data, tokenizer)
-
-
-def _turns(before: str, history: list[dict[str, Any]], rest: list[dict[str, Any]], reward: float, data: Data,
-           tokenizer: Any) -> Recorded:  # fmt: skip
-    """The messages `rest` after the text `before`: trained where the assistant speaks, its end of turn included.
-
-    Each message is what rendering one more message adds; a template that rewrites earlier turns has no such addition.
-    """
-    ids: list[int] = []
-    mask: list[bool] = []
-    shown = before
-    for message in rest:
-        history = [*history, message]
-        if message["role"] == "assistant":
-            opened = _render(history[:-1], data, tokenizer, open_turn=True)
-            ids, mask, shown = _append(ids, mask, shown, opened, False, tokenizer)
-        after = _render(history, data, tokenizer, open_turn=False)
-        if message["role"] == "assistant":
-            # What follows the end of the turn (a newline) opens the next one: the policy never samples it.
-            turn = after[: after.rfind(tokenizer.eos_token) + len(tokenizer.eos_token)]
-            after = turn if tokenizer.eos_token in after[len(shown) :] else after
-        ids, mask, shown = _append(ids, mask, shown, after, message["role"] == "assistant", tokenizer)
-    if not any(mask):
-        raise DataError("no assistant message to train on")
-    last = str(rest[-1].get("content", ""))
-    return Recorded(tuple(ids), tuple(mask), reward, last)
-
-
-def _append(ids: list[int], mask: list[bool], shown: str, longer: str, train: bool, tokenizer: Any):
-    if not longer.startswith(shown):
-        raise DataError(
-            "the chat template changes earlier turns when a message is added (it drops reasoning, say), so the tokens "
-            "of the turns cannot be told apart; train on prompt + completion rows instead"
-        )
-    new = _ids(longer[len(shown) :], tokenizer)
-    return ids + list(new), mask + [train] * len(new), longer
+    before = render(prompt.messages, data, tokenizer, open_turn=True)
+    return turns(before, [*prompt.messages], list(completion), reward, data, tokenizer)
 
 
 def _conversation(row: dict[str, Any], index: int, data: Data, tokenizer: Any) -> Prompt:
@@ -267,10 +228,13 @@ def _conversation(row: dict[str, Any], index: int, data: Data, tokenizer: Any) -
     first = next((i for i, m in enumerate(messages) if m["role"] == "assistant"), None)
     if not first:
         raise DataError("messages need an assistant message after at least one other")
+    if marks_generation(tokenizer):
+        prompt, recorded = marked(messages, data, tokenizer)
+        return Prompt(prompt, row, index, tuple(messages[:first]), (recorded,))
     history = messages[:first]
-    before = _render(history, data, tokenizer, open_turn=True)
-    recorded = _turns(before, history, messages[first:], 1.0, data, tokenizer)
-    return Prompt(_ids(before, tokenizer), row, index, tuple(history), (recorded,))
+    before = render(history, data, tokenizer, open_turn=True)
+    recorded = turns(before, history, messages[first:], 1.0, data, tokenizer)
+    return Prompt(ids_of(before, tokenizer), row, index, tuple(history), (recorded,))
 
 
 def _text(row: dict[str, Any], index: int, tokenizer: Any) -> Prompt:
@@ -299,22 +263,33 @@ def _implicit_prompt(row: dict[str, Any]) -> dict[str, Any]:
 
 
 class Prompts:
-    """The order in which prompts are consumed. `consumed` is its whole state: the data cursor of a checkpoint."""
+    """The order in which prompts are consumed. `consumed`, the data cursor, and `solved` are its whole state."""
 
     def __init__(self, rows: list[Prompt], seed: int, shuffle: bool = True) -> None:
         """shuffle: visit the rows in an order drawn from (seed, epoch), another one each epoch."""
         assert rows
         self.rows, self.consumed = rows, 0
+        self.solved: set[int] = set()
+        """Row numbers of prompts that are passed over."""
         self._seed, self._shuffle = seed, shuffle
         self._order: tuple[int, Sequence[int]] = (-1, ())
 
     def take(self, n: int) -> list[Prompt]:
-        """The next n prompts, going on into the next epoch where one ends."""
-        taken = []
-        for _ in range(n):
+        """The next n prompts that are not solved, going on into the next epoch where one ends.
+
+        Raises TrainError when every one is.
+        """
+        if all(row.index in self.solved for row in self.rows):
+            raise TrainError(
+                f"curriculum.solved_share: all {len(self.rows)} prompts are solved, so there is nothing left to draw; "
+                f"the last checkpoint is the result, or give harder data"
+            )
+        taken: list[Prompt] = []
+        while len(taken) < n:
             epoch, at = divmod(self.consumed, len(self.rows))
-            taken.append(self.rows[self._order_of(epoch)[at]])
+            row = self.rows[self._order_of(epoch)[at]]
             self.consumed += 1
+            taken += [row] if row.index not in self.solved else []
         return taken
 
     @property

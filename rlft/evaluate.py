@@ -34,6 +34,7 @@ from rlft.config import Config, Eval, Sampling
 from rlft.estimates import Estimate, difference_of, mean_of, pass_at_k
 from rlft.metrics import Metrics
 from rlft.models.policy import Policy
+from rlft.prepare import Look, estimator_inputs
 from rlft.rewards.score import RewardFunction, score
 from rlft.rollout.engine import Engine
 from rlft.rollout.replay import ReplayEngine
@@ -156,16 +157,22 @@ def recorded_loss(policy: Policy, prompts: Sequence[Prompt], algorithm: Algorith
     engine = ReplayEngine()
     engine.load_adapter(policy.adapter(), version=0)
     rollouts = engine.generate(prompts, Sampling(), seed=(0,))
-    rewards, _ = score(rollouts, (), {})
+    rewards, parts = score(rollouts, (), {})
     plan = replace(plan, keep=(True,) * len(rollouts))
     metrics = Metrics()
-    advantages = algorithm.advantage(rewards, group_ids(rollouts))
+    advantages = algorithm.advantage(rewards, group_ids(rollouts), **estimator_inputs(rollouts, parts, {}, plan.keep))
+    batches = pack(rollouts, advantages, plan, count(rollouts, plan))
+    look = Look(policy, plan, rollouts, batches)
+    prepared = algorithm.prepare(look, algorithm.config) if algorithm.prepare is not None else {}
     with torch.no_grad():
-        for batch in pack(rollouts, advantages, plan, count(rollouts, plan)):
-            batch = batch.to(policy.device)
+        for batch in batches:
+            batch = replace(batch, prepared=prepared).to(policy.device)
             if algorithm.needs_reference:
                 batch = replace(batch, ref_logprobs=policy.score(batch, weights="reference"))
-            logprobs = policy.score(batch)
+            logprobs, entropy = policy.score(batch), None
+            if "entropy_floor" in prepared or algorithm.entropy_grad:
+                entropy = policy.entropy(batch)
+            batch = replace(batch, entropy=entropy)
             if algorithm.old == "trainer":
                 batch = replace(batch, old_logprobs=logprobs)
             loss, stats = algorithm.loss(logprobs, batch, algorithm.config)

@@ -2,7 +2,8 @@
 
 d = logprob (trainer) - sampler logprob (engine), over trained tokens, in nats. Reported: mean and p99 of |d|, its
 maximum, the share of tokens whose ratio exp(d) lies outside [0.9, 1.1], and the k3 estimate of KL(sampler : trainer),
-exp(d) - 1 - d. Percentiles come from a fixed log-spaced histogram, because histograms add over micro-batches and ranks.
+exp(d) - 1 - d, and the effective sample size of the ratios w = exp(d) as a share, (sum w)^2 / (N sum w^2). Percentiles
+come from a fixed log-spaced histogram, because histograms add over micro-batches and ranks.
 
 The probe measures this model's noise on this machine with a random adapter that moves log-probs by half a nat, adapter
 on and off; the gate stops the run when a step's mean is well above it. (The third guard, reading the adapter back from
@@ -42,7 +43,7 @@ class Mismatch:
     """|trainer - engine| over the trained tokens of a step, as sums that add over micro-batches and ranks."""
 
     def __init__(self) -> None:
-        self._sums = torch.zeros(4 + len(EDGES) + 1, dtype=torch.float64)
+        self._sums = torch.zeros(6 + len(EDGES) + 1, dtype=torch.float64)
         self._waiting: list[tuple[Tensor, Tensor, Tensor]] = []
         self._largest = 0.0
         self._seen: list[tuple[Tensor, Batch]] = []
@@ -65,15 +66,18 @@ class Mismatch:
             return
         # In place: most of the time would go into fresh memory.
         outside = (d < LOW).sum() + (d > HIGH).sum()
-        k3 = d.clamp(-20, 20).exp_().sub_(1).sub_(d).sum()
+        rho = d.clamp(-20, 20).exp_()
+        weights = [rho.sum(), rho.dot(rho)]
+        k3 = rho.sub_(1).sub_(d).sum()
         size = d.abs_()
-        self._sums[:4] += torch.stack([torch.tensor(float(d.numel())), size.sum(), outside.double(), k3])
+        self._sums[:6] += torch.stack([torch.tensor(float(d.numel())), size.sum(), outside.double(), k3, *weights])
         self._largest = max(self._largest, float(size.max()))
-        self._sums[4:] += torch.bincount(bins_(size), minlength=len(EDGES) + 1).double()
+        self._sums[6:] += torch.bincount(bins_(size), minlength=len(EDGES) + 1).double()
 
     @property
     def sums(self) -> Tensor:
-        """Tokens, sum of |d|, tokens outside, sum of k3, then the histogram: one tensor to sum over ranks, in place."""
+        """Tokens, sum of |d|, tokens outside, sums of k3, w and w^2, then the histogram: one tensor to sum over ranks,
+        in place."""
         self._add_up()
         return self._sums
 
@@ -105,7 +109,7 @@ class Mismatch:
 
     def percentile(self, share: float) -> float:
         """Upper edge of the bin in which `share` of the tokens is reached."""
-        cumulative = self.sums[4:].cumsum(0)
+        cumulative = self.sums[6:].cumsum(0)
         bin_ = int(torch.searchsorted(cumulative, share * cumulative[-1]))
         return min(float(EDGES[min(bin_, len(EDGES) - 1)]), self.largest)
 
@@ -121,6 +125,7 @@ class Mismatch:
             "mismatch/p99": self.percentile(0.99),
             "mismatch/outside": float(self.sums[2] / self.sums[0]),
             "mismatch/k3": float(self.sums[3] / self.sums[0]),
+            "mismatch/ess": float(self.sums[4] ** 2 / (self.sums[0] * self.sums[5])),
         }
 
 

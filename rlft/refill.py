@@ -58,6 +58,18 @@ def varied(decides: Tensor, groups: Tensor) -> list[int]:
     return found
 
 
+def solved(drawn: Drawn, share: float, threshold: float) -> set[int]:
+    """Rows of the data whose group was solved: at least `share` of its valid values are at least `threshold`."""
+    groups, found = group_ids(drawn.rollouts), set()
+    for group in dict.fromkeys(groups.tolist()):
+        rows = groups == group
+        values = drawn.decides[rows]
+        values = values[~values.isnan()]
+        if len(values) and float((values >= threshold).double().mean()) >= share:
+            found.add(drawn.rollouts[int(rows.nonzero()[0])].prompt.index)
+    return found
+
+
 def refill(first: Drawn, draw: Callable[[int, int], Drawn], want: int, rounds: int) -> Drawn:
     """`first`, and up to `rounds` further draws, until `want` groups are kept; with rounds = 0 just `first`.
 

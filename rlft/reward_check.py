@@ -96,7 +96,8 @@ def _recorded(row: dict[str, Any], index: int, column: str | None) -> list[tuple
         prompt = Prompt((), row, index, tuple(row["messages"][: turns[-1]]))
         found = [row["messages"][turns[-1] :][:1]]
     else:
-        columns = {"completion": ("completion",), "preference": ("chosen", "rejected"), "text": ("text",)}
+        one = ("completion",)
+        columns = {"completion": one, "label": one, "preference": ("chosen", "rejected"), "text": ("text",)}
         found = [row[name] for name in columns.get(kind, ())]
     if not found:
         raise DataError(

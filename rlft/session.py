@@ -125,12 +125,12 @@ class Session:
             notes.append(
                 "the training rows are not those of the checkpoint; the data cursor goes on among the new ones"
             )
-            self.state.data = here
+            self.state.data, self.state.solved = here, []
         self.policy.flat.flat.data.copy_(tensors["adapter"])
         self.policy.flat.start.copy_(tensors["adapter_start"])
         self.optimizer.load_tensors(_under("optim.", tensors))
         self.reference.load_tensors(_under("reference.", tensors))
-        self.prompts.consumed = self.state.consumed
+        self.prompts.consumed, self.prompts.solved = self.state.consumed, set(self.state.solved)
         self.run.set_aside(self.state.step)
         checkpoint.mark_best(self.run.checkpoints, self.run.best())
         for note in notes:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -30,7 +31,8 @@ from rlft.errors import EngineError, TrainError
 from rlft.evaluate import change, evaluate, recorded_loss
 from rlft.metrics import Metrics
 from rlft.optim import Update
-from rlft.refill import Drawn, chosen, refill, spread_back
+from rlft.prepare import Look, estimator_inputs, kl_in_reward
+from rlft.refill import Drawn, chosen, refill, solved, spread_back
 from rlft.rewards.parts import Parts
 from rlft.rewards.score import check_invalid, score
 from rlft.rollout.engine import asleep
@@ -50,10 +52,13 @@ def loop(s: Session) -> None:
         drawn = refill(draw(cfg.prompts_per_step, 0), draw, cfg.prompts_per_step, cfg.refill.rounds)
         parts = Parts.join(drawn.parts)
         rollouts, rewards = chosen(drawn)
-        advantages = algorithm.advantage(rewards, group_ids(rollouts))
 
         with clock("train"), asleep(engine), random_of(cfg.seed, state.step):
-            packed = minibatches(s, rollouts, rewards, advantages)
+            shaped, known = kl_in_reward(policy, algorithm, s.plan, rollouts, rewards)
+            metrics.add(known)
+            inputs = estimator_inputs(rollouts, parts, {f.name: f.weight for f in s.functions}, drawn.kept)
+            advantages = algorithm.advantage(shaped, group_ids(rollouts), **inputs)
+            packed = prepared(s, rollouts, minibatches(s, rollouts, rewards, advantages))
             ran = [to_run(part, cfg.packing.skip_zero_advantage and algorithm.zero_adv_zero_grad) for part in packed]
             # The same batches for old and now: packed otherwise, their difference would be noise of the kernels.
             ran = [[filled(s, batch, mismatch) for batch in part] for part in ran]
@@ -63,8 +68,8 @@ def loop(s: Session) -> None:
                 policy.flat.zero_grad()
                 for batch in part:
                     s.console.progress("training", done, total)
-                    logprobs, entropy = policy.logprobs(batch)
-                    batch = batch.to(policy.device)
+                    logprobs, entropy = policy.logprobs(batch, algorithm.entropy_grad)
+                    batch = replace(batch.to(policy.device), entropy=entropy)
                     loss, stats = algorithm.loss(logprobs, batch, algorithm.config)
                     s.optimizer.scaled(loss).backward()
                     metrics.add({**stats, **batch_stats(loss, entropy, batch)})
@@ -80,7 +85,7 @@ def loop(s: Session) -> None:
                 state.skipped_updates = state.skipped_updates + 1 if updates[-1].skipped else 0
 
         state.step += 1
-        state.consumed = s.prompts.consumed
+        state.consumed, state.solved = s.prompts.consumed, sorted(s.prompts.solved)
         state.num_tokens += sum(len(r.prompt.ids) + len(r.completion_ids) for r in drawn.rollouts)
         with clock("sync"):
             engine.load_adapter(policy.adapter(), version=state.step)
@@ -94,7 +99,11 @@ def loop(s: Session) -> None:
             "epoch": s.prompts.epoch, "num_tokens": float(state.num_tokens), "parity/limit": s.limit,
             "skipped_updates": float(state.skipped_updates),
         }  # fmt: skip
+        values |= {"curriculum/solved": float(len(state.solved))} if cfg.curriculum.solved_share is not None else {}
         values |= s.optimizer.metrics() | peak_memory(policy.device)
+        if algorithm.adapt is not None:
+            values |= state.adapted
+            state.adapted = algorithm.adapt(state.adapted, values.get("entropy", math.nan), algorithm.config)
         record(s, values, drawn, parts, spread_back(drawn, advantages.tolist()), mismatch)
         if cfg.eval.every and state.step % cfg.eval.every == 0 and state.step < s.steps:
             measure(s)
@@ -114,7 +123,10 @@ def sample_and_score(s: Session, clock: Clock, count: int, round_: int) -> Drawn
     with clock("reward"):
         rewards, parts = score(rollouts, s.functions, trainer_state(s))
         check_invalid(s.state.invalid_history, float(rewards.isnan().float().mean()), parts.faults())
-    return Drawn(rollouts, rewards, parts.deciding(s.cfg.refill.by), [parts], (True,) * len(rollouts))
+    drawn = Drawn(rollouts, rewards, parts.deciding(s.cfg.refill.by), [parts], (True,) * len(rollouts))
+    if s.cfg.curriculum.solved_share is not None:
+        s.prompts.solved |= solved(drawn, s.cfg.curriculum.solved_share, s.cfg.curriculum.threshold)
+    return drawn
 
 
 def minibatches(s: Session, rollouts: list[Rollout], rewards: Tensor, advantages: Tensor) -> list[list[Batch]]:
@@ -133,6 +145,16 @@ def minibatches(s: Session, rollouts: list[Rollout], rewards: Tensor, advantages
         # Which rollouts of the step they are, and not of the part.
         packed.append([replace(batch, rows=tuple(rows[row] for row in batch.rows)) for batch in made])
     return packed
+
+
+def prepared(s: Session, rollouts: list[Rollout], packed: list[list[Batch]]) -> list[list[Batch]]:
+    """The micro-batches with what the loss needs to know about the whole step."""
+    if s.algorithm.prepare is None:
+        return packed
+    rows = sorted(row for batch in chain(*packed) for row in batch.rows)
+    look = Look(s.policy, s.plan, [rollouts[row] for row in rows], list(chain(*packed)))
+    numbers = s.state.adapted | s.algorithm.prepare(look, s.algorithm.config)
+    return [[replace(batch, prepared=numbers) for batch in part] for part in packed] if numbers else packed
 
 
 def filled(s: Session, batch: Batch, mismatch: parity.Mismatch) -> Batch:

@@ -16,8 +16,9 @@ Tokens in, tokens out: text is decoded for rewards and never encoded again.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -154,6 +155,12 @@ class Batch:
     """[T] float32; None with one update per rollout batch, where old is now without gradient."""
     ref_logprobs: Tensor | None = None
     """[T] float32; None unless the loss needs a reference."""
+    entropy: Tensor | None = None
+    """[T]: entropy of the distribution each trained token was drawn from, in nats, under the policy now; with gradient
+    where the loss says ENTROPY_GRAD."""
+    prepared: dict[str, float] = field(default_factory=dict)
+    """Numbers of the whole step that the loss needs, the same on every rank: what its `prepare` gave and
+    State.adapted."""
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch with every tensor on `device`."""
@@ -178,6 +185,27 @@ class Stat(NamedTuple):
 
 
 Stats = dict[str, Stat]
+
+
+class Look(Protocol):
+    """What `prepare(look, cfg)` of a loss file may ask about the whole step, before its first update."""
+
+    @property
+    def rollouts(self) -> Sequence[Rollout]:
+        """Those of the step that are in the loss, on this rank."""
+        ...
+
+    def entropy_quantile(self, share: float) -> float:
+        """Entropy that `share` of the step's trained tokens stay below, over all ranks, in nats."""
+        ...
+
+    def log_ratios(self, rollouts: Sequence[Rollout]) -> Tensor:
+        """log of policy over reference of each completion given its prompt, [N] float64: the sum over its tokens."""
+        ...
+
+    def sum(self, values: Tensor) -> Tensor:
+        """`values` summed over ranks."""
+        ...
 
 
 class Best(NamedTuple):
@@ -205,5 +233,9 @@ class State:
     """Updates skipped in a row because loss or gradient was not finite."""
     invalid_history: list[float] = field(default_factory=list)
     """Share of invalid rewards in each of the last five steps."""
+    solved: list[int] = field(default_factory=list)
+    """Rows of the data that are not drawn again because they were solved (`curriculum`)."""
+    adapted: dict[str, float] = field(default_factory=dict)
+    """Numbers that the loss file's `adapt` changes from step to step."""
     data: str = ""
     """Digest of the training rows: what `consumed` counts in, and what held-out rows must not be among."""

@@ -15,6 +15,7 @@ import torch
 from rlft import resolve, tracking
 from rlft.algorithm import Algorithm
 from rlft.algorithm import build as build_algorithm
+from rlft.algos.advantages import WITHIN_GROUPS
 from rlft.config import Config, Data, Reward
 from rlft.data import check_rows, kind_of
 from rlft.engines import chosen
@@ -30,8 +31,6 @@ RECORDED = ("completion", "text", "messages", "chosen")
 """Columns that bring completions with the data."""
 GIVEN = ("prompts", "completions", "completion_ids", "trainer_state", "log_metric", "log_extra")
 """What every reward function may ask for besides the dataset's columns."""
-GROUP_BASELINES = ("group_norm", "group_mean", "leave_one_out")
-"""Advantages that compare the completions of a prompt with each other."""
 
 
 def problems(cfg: Config, resume: bool = False, callables: bool = False) -> list[str]:
@@ -132,15 +131,12 @@ def _engine(cfg: Config, algorithm: Algorithm | None, rows: list[dict[str, Any]]
     engine = cfg.engine.name if cfg.engine.name != "auto" else ("replay" if recorded else "eager")
     baseline = algorithm is not None and algorithm.advantage_name
     pairs = "chosen" in rows[0] and "rejected" in rows[0]
-    if algorithm is not None and algorithm.whole_groups and baseline == "identity" and not pairs:
-        yield (
-            f'algo.name = "{cfg.algo.name}": learns from pairs, and the data has {", ".join(rows[0])}; give rows with '
-            f"chosen and rejected (map yours with data.columns)"
-        )
+    if algorithm is not None:
+        yield from _pairs(cfg, algorithm, rows[0], pairs)
     if engine == "replay":
         if not recorded:
             yield f'engine.name = "replay": the data has no column of completions ({", ".join(RECORDED)}); set "eager"'
-        elif baseline in GROUP_BASELINES and not pairs:
+        elif baseline in WITHIN_GROUPS and not pairs:
             yield (
                 f'algo.advantage = "{baseline}": the data has one completion per row, and a group of one has advantage '
                 f'0, so nothing is learned; set algo.name = "sft", or engine.name = "eager" to sample completions'
@@ -149,6 +145,8 @@ def _engine(cfg: Config, algorithm: Algorithm | None, rows: list[dict[str, Any]]
             yield f'algo.name = "{cfg.algo.name}": needs sampler log-probs, which recorded completions lack'
         if cfg.refill.rounds:
             yield f"refill.rounds = {cfg.refill.rounds}: recorded completions are not drawn again; set it to 0"
+        if cfg.curriculum.solved_share is not None:
+            yield "curriculum: recorded completions are not solved or unsolved; leave the section out"
         if cfg.overlong.penalty_share or cfg.overlong.drop:
             yield "overlong: recorded completions were not cut at sampling.max_tokens; leave the section out"
         return
@@ -162,10 +160,32 @@ def _engine(cfg: Config, algorithm: Algorithm | None, rows: list[dict[str, Any]]
     by = cfg.refill.by
     if by is not None and not callables and by not in [str(r.use).rpartition(":")[2] for r in cfg.rewards]:
         yield f'refill.by = "{by}": no reward of that name; there are {", ".join(r.use for r in cfg.rewards)}'
-    if cfg.sampling.group_size == 1 and baseline in GROUP_BASELINES:
+    if cfg.sampling.group_size == 1 and baseline in WITHIN_GROUPS:
         yield (
             f'sampling.group_size = 1 with algo.advantage = "{baseline}": a group of one has advantage 0, so nothing '
             f"is learned; set sampling.group_size to 2 or more"
+        )
+
+
+def _pairs(cfg: Config, algorithm: Algorithm, row: dict[str, Any], pairs: bool) -> Iterator[str]:
+    """What a loss over pairs, and rows that say good or bad, must have."""
+    if algorithm.whole_groups and algorithm.advantage_name == "identity" and not pairs:
+        yield (
+            f'algo.name = "{cfg.algo.name}": learns from pairs, and the data has {", ".join(row)}; give rows with '
+            f"chosen and rejected (map yours with data.columns), or make pairs of sampled completions with "
+            f'algo.advantage = "best_and_worst" and rewards'
+        )
+    if algorithm.whole_groups and cfg.overlong.drop:
+        yield f'overlong.drop = true: algo.name = "{cfg.algo.name}" would be left with half a pair; set it to false'
+    if kind_of(row) == "label" and algorithm.advantage_name == "identity" and not algorithm.needs_reference:
+        yield (
+            f'algo.name = "{cfg.algo.name}": rows whose label is false would be unlearned without bound; use '
+            f'algo.name = "kto", or leave the column label out'
+        )
+    if algorithm.advantage_name == "max_rl" and cfg.overlong.penalty_share:
+        yield (
+            f'overlong.penalty_share = {cfg.overlong.penalty_share} with algo.advantage = "max_rl": the penalty makes '
+            f"rewards negative, and max_rl divides by their mean; leave one of them out"
         )
 
 

@@ -5,132 +5,21 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 import torch
+from losses import batches_of
 from torch import Tensor
 
 from rlft.algorithm import build, describe
 from rlft.algos import advantages as adv
-from rlft.algos import corrections, dpo, grpo, gspo, kl, sft
-from rlft.batch import count, pack
+from rlft.algos import grpo, kl, sft, surrogate
 from rlft.config import Algo
 from rlft.errors import ConfigError
-from rlft.types import Aggregation, Batch, PackPlan, Prompt, Rollout, Stat
+from rlft.types import Batch, Prompt, Rollout, Stat
 
-NAN, VOCAB = float("nan"), 7
-LOSSES: dict[str, tuple[ModuleType, Any]] = {
-    "grpo": (grpo, grpo.Config()),
-    "grpo-uncorrected": (grpo, grpo.Config(correction="none")),
-    "grpo-kl": (grpo, grpo.Config(kl_coef=0.3, clip_high=0.28)),
-    "grpo-k2": (grpo, grpo.Config(kl_coef=0.3, kl="k2", correction="none")),
-    "grpo-forward": (grpo, grpo.Config(kl_coef=0.3, kl="forward", correction_cap=1.1)),
-    "grpo-decoupled": (grpo, grpo.Config(clip_high=0.28, correction="decoupled")),
-    "grpo-bypass": (grpo, grpo.Config(clip_high=0.28, correction="bypass")),
-    "gspo": (gspo, gspo.Config(clip_low=0.2, clip_high=0.3)),
-    "gspo-uncorrected": (gspo, gspo.Config(clip_low=0.2, clip_high=0.3, correction="none")),
-    "gspo-sequence": (gspo, gspo.Config(clip_low=0.2, clip_high=0.3, form="sequence")),
-    "sft": (sft, sft.Config()),
-    "dpo": (dpo, dpo.Config()),
-}
-PAIRS = ("dpo",)
-"""Losses over whole groups: here of two rows, the second of which is the better one."""
-
-
-class Toy:
-    """logprobs of a packed batch in float64: the token, its position and its source's token through an embedding."""
-
-    def __init__(self) -> None:
-        g = torch.Generator().manual_seed(0)
-        self.embedding = torch.randn(VOCAB, 4, generator=g, dtype=torch.float64, requires_grad=True)
-        self.head = torch.randn(4, VOCAB, generator=g, dtype=torch.float64, requires_grad=True)
-        self.shift = torch.randn(VOCAB, VOCAB, generator=g, dtype=torch.float64) * 0.5
-
-    def logprobs(self, batch: Batch, off: float = 0.0) -> Tensor:
-        """[T]; off: how far the weights are moved, for old, sampler and reference policies."""
-        hidden = self.embedding[batch.input_ids[batch.source.clamp(min=0)]]
-        log_p = (hidden @ self.head + off * self.shift[batch.input_ids[batch.source.clamp(min=0)]]).log_softmax(-1)
-        return log_p.gather(1, batch.input_ids[:, None]).squeeze(1)
-
-    def filled(self, batch: Batch, old: bool = True) -> Batch:
-        """The batch with log-probs of three other policies; one engine noise per token id and position."""
-        with torch.no_grad():
-            noise = 0.3 * torch.sin(1.0 * batch.position_ids + batch.input_ids)
-            before = self.logprobs(batch, 0.7)
-            return replace(
-                batch, old_logprobs=before if old else None, sampler_logprobs=before + noise,
-                ref_logprobs=self.logprobs(batch, -0.8),
-            )  # fmt: skip
-
-    def gradient(self, batches: list[Batch], name: str, old: bool = True) -> tuple[float, Tensor]:
-        """Loss summed over micro-batches, and the flat gradient."""
-        module, cfg = LOSSES[name]
-        total = torch.zeros((), dtype=torch.float64)
-        for batch in batches:
-            total = total + module.loss(self.logprobs(batch), self.filled(batch, old), cfg)[0]
-        grads = torch.autograd.grad(total, (self.embedding, self.head))
-        return total.item(), torch.cat([g.flatten() for g in grads])
-
-
-def step(lengths: tuple[int, ...] = (3, 1, 4, 2, 0, 5, 2, 3), group: int = 4) -> list[Rollout]:
-    made = []
-    for i, n in enumerate(lengths):
-        g, s = divmod(i, group)
-        prompt = Prompt(tuple((g + 2 * t) % VOCAB for t in range(2 + g)), {}, g)
-        ids = tuple((3 * i + t * t + 1) % VOCAB for t in range(n))
-        mask = tuple(not (i == 2 and t == 1) for t in range(n))
-        made.append(Rollout(prompt, ids, mask, None, "", "stop", s, 0, 0))
-    return made
-
-
-def batches_of(
-    made: list[Rollout], aggregation: Aggregation = "token_mean", budget: int = 1000, share: bool = True,
-    values: Tensor | None = None, whole_groups: bool = False,
-) -> list[Batch]:  # fmt: skip
-    plan = PackPlan((True,) * len(made), aggregation, budget, 6, 1.0, whole_groups, share)
-    values = torch.linspace(-1, 1.5, len(made)) if values is None else values
-    return pack(made, values, plan, count(made, plan))
-
-
-@pytest.mark.parametrize("aggregation", get_args(Aggregation))
-@pytest.mark.parametrize("name", LOSSES)
-def test_no_split_of_a_step_changes_loss_or_gradient(name: str, aggregation: Aggregation) -> None:
-    toy, pair = Toy(), name in PAIRS
-    made, values = step(group=2 if pair else 4), torch.linspace(-1, 1.5, 8)
-    values = torch.tensor([-1.0, 1.0] * 4) if pair else values
-    value, whole = toy.gradient(batches_of(made, aggregation, values=values, whole_groups=pair), name)
-    assert whole.abs().max() > 1e-3
-    for budget in (1, 8, 13):
-        for share in (True, False):
-            split = batches_of(made, aggregation, budget, share, values, pair)
-            assert len(split) > 1
-            other_value, other = toy.gradient(split, name)
-            assert other_value == pytest.approx(value, abs=1e-12)
-            assert (other - whole).abs().max() < 1e-12
-
-
-@pytest.mark.parametrize("name", LOSSES)
-def test_the_order_of_groups_changes_nothing(name: str) -> None:
-    toy, pair = Toy(), name in PAIRS
-    made, values = step(group=2 if pair else 4), torch.linspace(-1, 1.5, 8)
-    _, first = toy.gradient(batches_of(made, "prompt_mean", values=values, whole_groups=pair), name)
-    turned = [*range(4, 8), *range(4)]
-    other = batches_of([made[i] for i in turned], "prompt_mean", values=values[turned], whole_groups=pair)
-    _, second = toy.gradient(other, name)
-    assert (first - second).abs().max() < 1e-12
-
-
-@pytest.mark.parametrize("name", ["grpo-uncorrected", "gspo-uncorrected", "gspo-sequence", "sft"])
-def test_the_on_policy_gradient_is_that_of_reinforce(name: str) -> None:
-    toy = Toy()
-    for batch in batches_of(step(), "sequence_sum", budget=13):
-        reinforce = -(batch.weight.double() * batch.advantages * toy.logprobs(batch)).sum()
-        grads = torch.autograd.grad(reinforce, (toy.embedding, toy.head))
-        want = torch.cat([g.flatten() for g in grads])
-        assert want.abs().max() > 1e-3
-        assert (toy.gradient([batch], name, old=False)[1] - want).abs().max() < 1e-14
+NAN = float("nan")
 
 
 def tokens(advantages: list[float], **fields: Tensor | None) -> Batch:
@@ -182,56 +71,7 @@ def test_the_correction_weighs_a_token_by_old_over_sampler_up_to_the_cap() -> No
     assert grpo_of([-1.0] * 3, batch, correction="none")[0] == pytest.approx(-3.0)
     alone = tokens([1, 1, 1])
     assert grpo_of([-1.0] * 3, alone)[0] == pytest.approx(-3.0)
-    assert corrections.stats("single", torch.zeros(4), alone) == {}
-
-
-@pytest.mark.parametrize("bad", [NAN, math.inf, -math.inf])
-@pytest.mark.parametrize("name", LOSSES)
-def test_a_token_of_weight_zero_may_hold_anything_and_equals_the_row_removed(name: str, bad: float) -> None:
-    toy, (module, cfg) = Toy(), LOSSES[name]
-    (batch,) = batches_of(step(group=2 if name in PAIRS else 4), whole_groups=name in PAIRS)
-    out = batch.seq_ids == int(batch.seq_ids[batch.train_mask][0])
-    weight = torch.where(out, 0, batch.weight)
-    filled = replace(toy.filled(batch), weight=weight)
-    spoiled = {
-        f: torch.where(out, bad, getattr(filled, f)) for f in ("old_logprobs", "sampler_logprobs", "ref_logprobs")
-    }
-    now = toy.logprobs(batch).detach()
-    grads = []
-    for logprobs, fields in ((now, {}), (torch.where(out, bad, now), spoiled)):
-        leaf = logprobs.clone().requires_grad_()
-        value, stats = module.loss(leaf, replace(filled, **fields), cfg)
-        value.backward()
-        assert value.isfinite() and leaf.grad is not None and leaf.grad.isfinite().all()
-        assert all(math.isfinite(stat.value) for stat in stats.values())
-        grads.append(torch.where(out, 0, leaf.grad))
-        assert (leaf.grad[out] == 0).all()
-    assert torch.equal(grads[0], grads[1]) and grads[0].abs().max() > 1e-3
-
-
-@pytest.mark.parametrize("size", [1e4, -1e4])
-@pytest.mark.parametrize("which", ["old_logprobs", "sampler_logprobs", "ref_logprobs"])
-@pytest.mark.parametrize("name", LOSSES)
-def test_wild_log_ratios_leave_loss_and_gradient_finite(name: str, which: str, size: float) -> None:
-    toy, (module, cfg) = Toy(), LOSSES[name]
-    (batch,) = batches_of(step(group=2 if name in PAIRS else 4), whole_groups=name in PAIRS)
-    filled = toy.filled(batch)
-    filled = replace(filled, **{which: (getattr(filled, which) + size).float()})
-    now = toy.logprobs(batch).float().detach().requires_grad_()
-    value, stats = module.loss(now, filled, cfg)
-    value.backward()
-    assert value.isfinite() and now.grad is not None and now.grad.isfinite().all()
-    assert all(math.isfinite(stat.value) for stat in stats.values())
-
-
-def test_a_batch_of_zero_advantage_has_exactly_zero_gradient_where_the_loss_says_so() -> None:
-    toy = Toy()
-    for name in LOSSES.keys() - set(PAIRS):  # a pair of zero advantages has no better side
-        module, cfg = LOSSES[name]
-        flag = module.ZERO_ADV_ZERO_GRAD
-        says = flag(cfg) if callable(flag) else flag
-        _, gradient = toy.gradient(batches_of(step(), values=torch.zeros(8)), name)
-        assert bool((gradient == 0).all()) == says, name
+    assert not any(key.startswith(name) for key in grpo_of([-1.0] * 3, alone)[2])
 
 
 # Two policies over three tokens; every expectation below is the exact sum over them.
@@ -256,14 +96,14 @@ def true_gradient(forward: bool) -> Tensor:
     return torch.autograd.grad(value, theta)[0]
 
 
-@pytest.mark.parametrize("choice", kl.CHOICES)
+@pytest.mark.parametrize("choice", kl.IN_LOSS)
 def test_the_gradient_of_each_kl_choice_is_the_enumerated_one(choice: str) -> None:
     want = true_gradient(forward=choice == "forward")
     assert (expected_gradient(choice) - want).abs().max() < 1e-12
     assert (true_gradient(True) - true_gradient(False)).abs().max() > 0.01  # or the test could not tell them apart
 
 
-@pytest.mark.parametrize("choice", ["k2", "k3_ratio"])
+@pytest.mark.parametrize("choice", ["k2", "k3_ratio", "k1_ratio"])
 def test_the_reverse_kl_keeps_its_gradient_on_samples_of_an_older_policy(choice: str) -> None:
     assert (expected_gradient(choice, behind=OLD) - true_gradient(forward=False)).abs().max() < 1e-12
 
@@ -285,51 +125,13 @@ def test_the_kl_term_is_added_with_its_factor_and_logged_as_k1_and_k3() -> None:
     assert "kl" not in grpo_of([-1.0, -1.0], batch)[2]
 
 
-def test_advantages_by_hand() -> None:
-    rewards, groups = torch.tensor([1.0, 0.0, 0.0, 4.0, 2.0]), torch.tensor([7, 7, 7, 3, 3])
-    third, std = 1 / 3, math.sqrt(1 / 3)
-    assert adv.group_mean(rewards, groups).tolist() == pytest.approx([2 * third, -third, -third, 1, -1])
-    assert adv.leave_one_out(rewards, groups).tolist() == pytest.approx([1, -0.5, -0.5, 2, -2])
-    one, two = std + 1e-4, math.sqrt(2) + 1e-4
-    want = [2 * third / one, -third / one, -third / one, 1 / two, -1 / two]
-    assert adv.group_norm(rewards, groups).tolist() == pytest.approx(want)
-    assert adv.identity(rewards, groups).tolist() == rewards.tolist()
-
-
-ESTIMATORS = [adv.group_norm, adv.group_mean, adv.leave_one_out]
-
-
-@pytest.mark.parametrize("estimate", ESTIMATORS)
-def test_equal_rewards_and_groups_of_one_give_exactly_zero(estimate: Any) -> None:
-    # The mean of three times 0.1 is 0.10000000000000002: subtracting it does not give 0.
-    rewards, groups = torch.tensor([0.1] * 3 + [5.0], dtype=torch.float64), torch.tensor([0] * 3 + [1])
-    assert sum([0.1] * 3) / 3 != 0.1
-    assert estimate(rewards, groups).tolist() == [0.0] * 4
-    assert estimate(torch.tensor([]), torch.tensor([], dtype=torch.int64)).tolist() == []
-
-
-@pytest.mark.parametrize("estimate", [*ESTIMATORS, adv.identity])
-def test_an_invalid_reward_gets_zero_and_leaves_its_group_as_if_it_were_not_there(estimate: Any) -> None:
-    rewards, groups = torch.tensor([1.0, NAN, 0.0, 0.5, NAN, 2.0]), torch.tensor([0, 0, 0, 0, 1, 1])
-    out = estimate(rewards, groups)
-    keep = ~rewards.isnan()
-    assert out.dtype == torch.float32 and out[~keep].tolist() == [0, 0]
-    assert torch.equal(out[keep], estimate(rewards[keep], groups[keep]))
-
-
-def test_spread_of_rewards_as_logged() -> None:
-    rewards, groups = torch.tensor([1.0, 1.0, 0.0, 2.0, NAN, 3.0, NAN]), torch.tensor([0, 0, 1, 1, 1, 2, 3])
-    assert adv.frac_zero_std(rewards, groups) == pytest.approx(2 / 3)  # groups 0 and 2 of 0, 1 and 2
-    assert adv.reward_std(rewards) == pytest.approx(math.sqrt((0.16 + 0.16 + 1.96 + 0.36 + 2.56) / 4))
-    assert adv.reward_std(torch.tensor([2.0])) == 0 and math.isnan(adv.reward_std(torch.tensor([NAN])))
-    assert math.isnan(adv.frac_zero_std(torch.tensor([NAN]), torch.tensor([0])))
-
-
 def test_grpo_builds_with_its_traits_following_its_numbers() -> None:
     plain, with_kl = build(Algo("grpo")), build(Algo("grpo", {"kl_coef": 0.1, "aggregation": "constant"}))
     assert (plain.needs_reference, plain.zero_adv_zero_grad, plain.aggregation) == (False, True, "token_mean")
     assert (with_kl.needs_reference, with_kl.zero_adv_zero_grad, with_kl.aggregation) == (True, False, "constant")
-    assert plain.advantage is adv.group_norm and build(Algo("sft")).advantage is adv.identity
+    rewards, groups = torch.tensor([1.0, 0.0, 2.0]), torch.tensor([0, 0, 0])
+    assert torch.equal(plain.advantage(rewards, groups, lengths=groups), adv.group_norm(rewards, groups))
+    assert (plain.advantage_name, build(Algo("sft")).advantage_name) == ("group_norm", "identity")
     assert plain.loss is grpo.loss and plain.config == grpo.Config(correction="single")
 
 
@@ -358,6 +160,79 @@ def test_a_correction_that_would_be_wrong_or_twice_is_refused() -> None:
     assert build(Algo("sft"), 4).old == "now" and build(Algo("dpo"), 4).old == "now"
 
 
+@pytest.mark.parametrize(
+    ("name", "options", "updates", "message"),
+    [
+        ("grpo", {"correction": "bypass", "correction_weight": "token_mask"}, 1,
+         'algo.correction_weight = token_mask with algo.correction = "bypass": .* would correct twice'),
+        ("grpo", {"correction": "bypass", "correction_cap": 5.0}, 4, "algo.correction_cap = 5.0 .* correct twice"),
+        ("grpo", {"correction": "none", "correction_floor": 0.5}, 1, "correction_floor = 0.5 .* there is no weight"),
+        ("grpo", {"correction": "bypass", "gate_high": 1.1}, 1, "gate_high = 1.1 .* no sequence is ever outside"),
+        ("dppo", {"correction": "single"}, 1, "the ratio of dppo is against the sampler by itself, .* count twice"),
+        ("topr", {"correction": "decoupled"}, 4, "the ratio of topr is against the sampler by itself"),
+        ("vespo", {"correction": "bypass"}, 1, "the ratio of vespo is against the sampler by itself"),
+        ("reinforce", {"correction": "decoupled"}, 4, 'algo.correction = "decoupled": this loss has no ratio'),
+        ("grpo", {"gate_low": 1.5}, 1, "algo.gate_low = 1.5, .*: want a band around 1"),
+        ("grpo", {"kl": "reward", "kl_coef": 0.1, "advantage": "gdpo"}, 1, "the KL taken off their sum would be lost"),
+        ("grpo", {"delta": 1.1}, 1, r"algo.delta = 1.1: want above 1 \+ clip_high = 1.2"),
+    ],
+)  # fmt: skip
+def test_what_corrects_twice_or_not_at_all_is_refused(
+    name: str, options: dict[str, Any], updates: int, message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        build(Algo(name, options), updates)
+
+
+def test_losses_against_the_sampler_need_it_and_take_old_from_nowhere() -> None:
+    for name in ("dppo", "topr", "vespo"):
+        made = build(Algo(name), 4)
+        assert (made.config.correction, made.old, made.needs_sampler) == ("none", "now", True)
+    assert build(Algo("reinforce"), 4).config.correction == "single"  # its weight is of the policy now
+    assert build(Algo("grpo", {"off_policy_limit": 0.5})).needs_sampler and not build(Algo("grpo")).needs_sampler
+
+
+def weights_of(log_rho: list[list[float]], advantages: list[float], **settings: Any) -> list[list[float]]:
+    """Correction weight of each token of some sequences, from the loss of a token: -A weight with r = 1."""
+    made = [
+        Rollout(Prompt((0,), {}, 0), (1,) * len(row), (True,) * len(row), None, "", "stop", i, 0, 0)
+        for i, row in enumerate(log_rho)
+    ]
+    (batch,) = batches_of(made, "sequence_sum", values=torch.tensor(advantages), share=False)
+    flat = torch.tensor([value for row in log_rho for value in row])
+    sampler = torch.zeros(len(batch.input_ids)).index_put((batch.train_mask,), -1.0 - flat)
+    now = torch.where(batch.train_mask, -1.0, 0.0).requires_grad_()
+    value, stats = grpo.loss(now, replace(batch, sampler_logprobs=sampler), grpo.Config(**settings))
+    value.backward()
+    assert now.grad is not None
+    found = (-now.grad * len(made) / torch.where(batch.train_mask, batch.advantages, 1))[batch.train_mask]
+    masked = sum(float(w) == 0 for w in found)
+    if "sampling/masked_ratio" in stats:
+        assert stats["sampling/masked_ratio"].value == masked
+    return [x.tolist() for x in found.split([len(row) for row in log_rho])]
+
+
+def test_every_correction_by_hand() -> None:
+    log = [[math.log(0.4), math.log(3.0)], [math.log(1.5), math.log(1.2)]]
+    good, mixed = [1.0, 1.0], [-1.0, 1.0]
+    approx = lambda rows: [pytest.approx(row) for row in rows]  # noqa: E731
+    assert weights_of(log, good) == approx([[0.4, 2.0], [1.5, 1.2]])
+    assert weights_of(log, good, correction_floor=0.5, correction_cap=5.0) == approx([[0.5, 3.0], [1.5, 1.2]])
+    mis = {"correction_weight": "token_mask", "correction_floor": 0.5}
+    assert weights_of(log, good, **mis) == approx([[0, 0], [1.5, 1.2]])
+    assert weights_of(log, good, **mis, correction_cap=5.0) == approx([[0, 3.0], [1.5, 1.2]])  # IcePop
+    assert weights_of(log, good, correction_weight="sequence_truncate", correction_cap=1.5) == approx(
+        [[1.2] * 2, [1.5] * 2]
+    )
+    assert weights_of(log, good, correction_weight="sequence_mask", correction_cap=1.5) == approx([[1.2] * 2, [0] * 2])
+    # Geometric means: sqrt(1.2) = 1.095 and sqrt(1.8) = 1.342.
+    assert weights_of(log, good, gate_high=1.2) == approx([[0.4, 2.0], [0, 0]])
+    assert weights_of(log, good, gate_low=0.99, gate_high=1.01, correction="none") == approx([[0, 0], [0, 0]])
+    # OPSM: sampler - now is -log rho; the mean of the first is -0.091, of the second -0.294.
+    assert weights_of(log, mixed, off_policy_limit=-0.2, correction="none") == approx([[0, 0], [1, 1]])
+    assert weights_of(log, [1.0, -1.0], off_policy_limit=-0.2, correction="none") == approx([[1, 1], [1, 1]])
+
+
 def test_bypass_has_the_samplers_ratio_and_no_factor_besides() -> None:
     # w = now / sampler = 1.1, 1.5 (clipped to 1.28), 0.5.
     sampler = torch.full((3,), -1.0)
@@ -366,6 +241,35 @@ def test_bypass_has_the_samplers_ratio_and_no_factor_besides() -> None:
     value, grad, stats = grpo_of(now, batch, clip_high=0.28, correction="bypass")
     assert value == pytest.approx(-1.1 - 1.28 - 0.5) and grad == pytest.approx([-1.1, 0, -0.5])
     assert not any(name.startswith("sampling/") for name in stats)
+
+
+def test_entropy_bonus_and_mask_by_hand() -> None:
+    batch = replace(tokens([1, 1, 1]), entropy=torch.tensor([0.0, 0.5, 1.0, 2.0]), prepared={"entropy_floor": 1.0})
+    value, grad, _ = grpo_of([-1.0] * 3, batch, entropy_share=0.6)
+    assert value == pytest.approx(-2) and grad == pytest.approx([0, -1, -1])
+    value, _, stats = grpo_of([-1.0] * 3, batch, entropy_coef=0.1)
+    assert value == pytest.approx(-3 - 0.35) and stats["policy_loss"].value == pytest.approx(-3)
+    adaptive = {"entropy_coef": 0.1, "entropy_target": 0.5}
+    assert grpo_of([-1.0] * 3, batch, **adaptive)[0] == pytest.approx(-3)  # before the first step nothing is known
+    after = replace(batch, prepared={"entropy_coef_now": 0.2})
+    assert grpo_of([-1.0] * 3, after, **adaptive)[0] == pytest.approx(-3 - 0.7)
+
+
+def test_adaptive_entropy_follows_trls_rule() -> None:
+    """The factor grows after a step at or below the target, falls after the others, and acts only after the former."""
+    cfg = grpo.Config(entropy_coef=0.01, entropy_target=0.5, entropy_coef_delta=0.004, entropy_coef_max=0.016)
+    state: dict[str, float] = {}
+    for entropy, coef, now in ((0.4, 0.014, 0.014), (0.5, 0.016, 0.016), (0.9, 0.012, 0.0), (0.3, 0.016, 0.016)):
+        state = surrogate.adapt(state, entropy, cfg)
+        assert state == pytest.approx({"entropy_coef": coef, "entropy_coef_now": now})
+    assert surrogate.adapt({}, 0.4, grpo.Config()) == {}
+
+
+def test_delta_bounds_the_ratio_of_a_bad_token() -> None:
+    """Dual clip: for A < 0 the loss is at most c |A|, and has no gradient there; A > 0 does not see it."""
+    batch = tokens([-1, -1, 1], old_logprobs=torch.full((3,), -1.0))
+    value, grad, _ = grpo_of([-1 + math.log(r) for r in (5.0, 2.0, 5.0)], batch, delta=3.0, correction="none")
+    assert value == pytest.approx(3 + 2 - 1.2) and grad == pytest.approx([0, 2, 0])
 
 
 def test_a_run_prints_its_five_choices() -> None:
@@ -401,7 +305,7 @@ def test_a_loss_and_an_advantage_can_be_files_of_the_user(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("gprpo", {}, r'algo.name = "gprpo": not in rlft.algos. Did you mean "grpo"\? Known: .*grpo.*sft;'),
+        ("gprpo", {}, r'algo.name = "gprpo": not in rlft.algos. Did you mean "grpo"\? Known: .*grpo.*sft'),
         ("kl", {}, r'algo.name = "kl": not in rlft.algos.* Known: .*grpo.*sft'),
         ("grpo", {"advantage": "group_norms"}, r'algo.advantage = "group_norms": unknown. Did you mean "group_norm"\?'),
         ("grpo", {"clip_hi": 0.3}, "algo.clip_hi: unknown setting. Did you mean .*clip_high"),
@@ -418,7 +322,7 @@ def test_wrong_settings_name_the_field_and_what_is_wanted(name: str, options: di
 
 
 def test_settings_made_in_python_are_checked_too() -> None:
-    with pytest.raises(ConfigError, match=r'algo.kl = "k3": want one of k2, k3_ratio, forward'):
+    with pytest.raises(ConfigError, match=r'algo.kl = "k3": want one of k2, k3_ratio, k1_ratio, forward'):
         grpo.Config(kl="k3")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match=r'algo.aggregation = "mean": want one of token_mean, sequence_mean'):
         sft.Config(aggregation="mean")  # type: ignore[arg-type]

@@ -124,6 +124,30 @@ def test_messages_train_every_assistant_turn_and_nothing_else() -> None:
     assert whole == "".join(f"<|im_start|>{r}\n{c}<|im_end|>\n" for r, c in turns).removesuffix("\n")
 
 
+MARKED = (
+    "{% for m in messages %}{% set last = loop.last %}{{ '<|im_start|>' + m['role'] + '\n' }}"
+    "{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] if last else m['content'].split('=')[-1] }}"
+    "{{ '<|im_end|>' }}{% endgeneration %}{{ '\n' }}{% else %}{{ m['content'] + '<|im_end|>\n' }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+"""Marks what the assistant says, and drops the reasoning of earlier turns, so that no turn is what its message adds."""
+
+
+def test_a_template_that_marks_the_assistant_is_asked_and_may_rewrite_earlier_turns() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = MARKED
+    turns = [("user", "1+1"), ("assistant", "so=2"), ("user", "2+2"), ("assistant", "hm=4")]
+    prompt = one({"messages": [{"role": r, "content": c} for r, c in turns]}, tokenizer)
+    assert trained(prompt) == ["2<|im_end|>", "hm=4<|im_end|>"]
+    assert text(prompt.ids) == "<|im_start|>user\n1+1<|im_end|>\n<|im_start|>assistant\n"
+    assert text(prompt.recorded[0].ids).endswith("hm=4<|im_end|>\n") and prompt.recorded[0].text == "hm=4"
+    tokenizer.chat_template = MARKED.replace("{% generation %}", "{% generation %}{% endgeneration %}", 1).replace(
+        "{% endgeneration %}{{ '\n' }}", "{{ '\n' }}"
+    )
+    with pytest.raises(DataError, match="row 0: the chat template marks no assistant token after a prompt"):
+        one({"messages": [{"role": r, "content": c} for r, c in turns]}, tokenizer)
+
+
 def test_a_template_that_rewrites_earlier_turns_is_an_error() -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = (

@@ -310,6 +310,8 @@ def test_mismatch_arithmetic() -> None:
     values = found.values()
     assert found.mean == pytest.approx(0.4 / 3, rel=1e-6)
     assert values["mismatch/outside"] == pytest.approx(2 / 3)
+    w = [1.0, math.exp(0.2), math.exp(-0.2)]
+    assert values["mismatch/ess"] == pytest.approx(sum(w) ** 2 / (3 * sum(x * x for x in w)), rel=1e-5)
     assert values["mismatch/k3"] == pytest.approx((math.exp(0.2) - 1.2 + math.exp(-0.2) - 0.8) / 3, rel=1e-5)
     assert values["sampling/sampling_logp_difference/max"] == pytest.approx(0.2, rel=1e-6)
     assert values["mismatch/p50"] == values["mismatch/p90"] == values["mismatch/p99"]  # two of three in one bin

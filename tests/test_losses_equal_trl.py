@@ -6,23 +6,44 @@ from 1, both clip sides, ragged lengths, an empty completion and corrections oth
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import replace
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from trl_code import run_block, trl
 
 from rlft.algos import advantages as adv
-from rlft.algos import grpo, gspo, sft
+from rlft.algos import cispo, gmpo, grpo, gspo, rloo, sapo, sft, vespo
 from rlft.batch import count, pack
+from rlft.metrics import Metrics
+from rlft.prepare import Look
 from rlft.types import Aggregation, Batch, PackPlan, Prompt, Rollout
 
+GRPO, RLOO = ("trainer.grpo_trainer", "GRPOTrainer"), ("trainer.rloo_trainer", "RLOOTrainer")
 LENGTHS = (5, 2, 7, 1, 0, 4, 3, 6)
 MAX_LEN = 9
 ADVANTAGES = torch.tensor([1.2, -0.7, 0.4, -1.1, 0.9, -0.3, 0.8, -1.5])
+
+
+ARGS = {"delta": None, "steps_per_generation": 1, "use_bias_correction_kl": False}
+BASE = {
+    "aux_loss_enabled": False, "top_entropy_quantile": 1.0, "off_policy_mask_threshold": None, "beta": 0.0,
+    "importance_sampling_level": "token", "epsilon_low": 0.2, "epsilon_high": 0.28, "use_vllm": True,
+    "vllm_importance_sampling_correction": True, "current_gradient_accumulation_steps": 1,
+    "max_completion_length": MAX_LEN, "_entropy_bonus_enabled": False, "use_adaptive_entropy": False,
+    "model": SimpleNamespace(training=True),
+    "accelerator": SimpleNamespace(
+        num_processes=1, reduce=lambda x, reduction: x, gather=lambda x: x, sync_gradients=True,
+        pad_across_processes=lambda x, **_: x,
+    ),
+}  # fmt: skip
+"""Attributes of TRL's trainers that their loss reads."""
 
 
 def step() -> list[Rollout]:
@@ -49,35 +70,74 @@ def packed(values: dict[str, Tensor], aggregation: Aggregation) -> tuple[list[Ba
     return batches, cells
 
 
-def trl_loss(
-    now: Tensor, values: dict[str, Tensor], loss_type: str, cap: float, level: str = "token", **args: Any
-) -> tuple[Tensor, Any]:
-    """TRL's loss on the grid of log-probs, and its metrics."""
-    from trl.trainer.grpo_trainer import GRPOTrainer
-
-    made = step()
-    mask, tool = torch.zeros(now.shape, dtype=torch.long), torch.ones(now.shape, dtype=torch.long)
-    for i, rollout in enumerate(made):
+def masks() -> tuple[Tensor, Tensor]:
+    """Completion mask and tool mask of the grid, as TRL has them."""
+    mask = torch.zeros(len(LENGTHS), max(LENGTHS), dtype=torch.long)
+    tool = torch.ones_like(mask)
+    for i, rollout in enumerate(step()):
         mask[i, : LENGTHS[i]] = 1
         tool[i, : LENGTHS[i]] = torch.tensor(rollout.completion_mask, dtype=torch.long)
+    return mask, tool
+
+
+def trl_loss(
+    now: Tensor, values: dict[str, Tensor], loss_type: str, cap: float = 2.0, where: tuple[str, str] = GRPO,
+    entropy: Tensor | None = None, weight: Tensor | None = None, **settings: Any,
+) -> tuple[Tensor, Any]:  # fmt: skip
+    """TRL's loss on the grid of log-probs, and its metrics. weight: TRL's importance
+    ratio, in place of the token's up to `cap`. settings: attributes of the trainer other than `BASE`."""
+    trainer = trl(*where)
+    mask, tool = masks()
     metrics = {"train": defaultdict(list)}
+    entropy = torch.zeros_like(now) if entropy is None else entropy
     stand_in = SimpleNamespace(
-        _get_per_token_logps_and_entropies=lambda *a, **k: (now, torch.zeros_like(now), None), aux_loss_enabled=False,
-        top_entropy_quantile=1.0, off_policy_mask_threshold=None, importance_sampling_level=level,
-        beta=args.get("beta", 0.0), epsilon_low=0.2, epsilon_high=0.28, loss_type=loss_type, use_vllm=True,
-        vllm_importance_sampling_correction=True, current_gradient_accumulation_steps=1, max_completion_length=MAX_LEN,
-        _entropy_bonus_enabled=False, _metrics=metrics, model=SimpleNamespace(training=True),
-        args=SimpleNamespace(delta=None, steps_per_generation=1, use_bias_correction_kl=args.get("bias", False)),
-        accelerator=SimpleNamespace(num_processes=1, reduce=lambda x, reduction: x, gather=lambda x: x),
+        **{**BASE, "args": SimpleNamespace(**ARGS), **settings}, loss_type=loss_type, _metrics=metrics,
+        _get_per_token_logps_and_entropies=lambda *a, **k: (now, entropy, None),
     )  # fmt: skip
-    prompt = torch.ones(len(made), 3, dtype=torch.long)
-    ratio = (values["old_logprobs"] - values["sampler_logprobs"]).exp().clamp(max=cap)
+    for name in ("get_off_policy_mask", "get_gamma_weights"):
+        setattr(stand_in, name, getattr(trl(*GRPO), name))
+    stand_in.get_high_entropy_mask = lambda *a: trl(*GRPO).get_high_entropy_mask(stand_in, *a)
+    prompt = torch.ones(len(LENGTHS), 3, dtype=torch.long)
+    ratio = (values["old_logprobs"] - values["sampler_logprobs"]).exp().clamp(max=cap) if weight is None else weight
     inputs = {
         "prompt_ids": prompt, "prompt_mask": prompt, "completion_ids": mask, "completion_mask": mask, "tool_mask": tool,
-        "advantages": ADVANTAGES, "old_per_token_logps": values["old_logprobs"], "importance_sampling_ratio": ratio,
-        "ref_per_token_logps": values["ref_logprobs"], "num_items_in_batch": (mask * tool).sum(),
+        "advantages": ADVANTAGES, "old_per_token_logps": values["old_logprobs"],
+        "importance_sampling_ratio": torch.where((mask * tool).bool(), ratio, 1),
+        "sampling_per_token_logps": values["sampler_logprobs"], "ref_per_token_logps": values["ref_logprobs"],
+        "num_items_in_batch": (mask * tool).sum(),
     }  # fmt: skip
-    return GRPOTrainer._compute_loss(stand_in, None, inputs), metrics["train"]  # type: ignore[arg-type]
+    if where == RLOO:
+        inputs |= {"completion_mask": mask * tool, "old_logps": (values["old_logprobs"] * mask * tool).sum(1)}
+    return trainer._compute_loss(stand_in, None, inputs), metrics["train"]
+
+
+def our_loss(
+    module: ModuleType, cfg: Any, now: Tensor, values: dict[str, Tensor], aggregation: Aggregation,
+    entropy: Tensor | None = None, **prepared: float,
+) -> tuple[Tensor, dict[str, float]]:  # fmt: skip
+    """Our loss over several micro-batches, and what it logs."""
+    total, metrics = torch.zeros((), dtype=torch.float64), Metrics()
+    batches, cells = packed(values, aggregation)
+    assert len(batches) > 1
+    for batch, cell in zip(batches, cells, strict=True):
+        batch = replace(batch, entropy=None if entropy is None else entropy.flatten()[cell], prepared=prepared)
+        loss, stats = module.loss(now.flatten()[cell], batch, cfg)
+        total = total + loss
+        metrics.add(stats)
+    return total, metrics.values()
+
+
+def same(
+    ours: tuple[Tensor, Any], theirs: tuple[Tensor, Any], a: Tensor, b: Tensor, metrics: Sequence[str] = ()
+) -> None:
+    """Loss, gradient to the leaves a and b, and metrics of the two libraries are equal."""
+    ours[0].backward()
+    theirs[0].backward()
+    assert a.grad is not None and b.grad is not None and b.grad.abs().max() > 1e-2
+    assert ours[0].item() == pytest.approx(theirs[0].item(), abs=1e-6)
+    assert (a.grad - b.grad).abs().max() < 1e-6
+    for name in metrics:
+        assert ours[1][name] == pytest.approx(theirs[1][name][0], abs=1e-6), name
 
 
 def grids() -> tuple[Tensor, dict[str, Tensor]]:
@@ -90,6 +150,9 @@ def grids() -> tuple[Tensor, dict[str, Tensor]]:
     now = -1.5 + spread(1.0)
     old = now - spread(0.5)
     return now, {"old_logprobs": old, "sampler_logprobs": old - spread(1.0), "ref_logprobs": now - spread(0.8)}
+
+
+CLIP = [f"clip_ratio/{name}" for name in ("low_mean", "high_mean", "region_mean", "low_min", "high_max")]
 
 
 @pytest.mark.parametrize(
@@ -109,73 +172,166 @@ def test_grpo_equals_trl(
         values["old_logprobs"] = values["sampler_logprobs"] = now + 0.6 * (values["old_logprobs"] - now)
     elif correction == "none":
         values["sampler_logprobs"] = values["old_logprobs"]
-    cfg = grpo.Config(clip_high=0.28, kl_coef=beta, kl=kind, correction=correction, correction_cap=2.0)
-    theirs = now.clone().requires_grad_()
-    want, metrics = trl_loss(theirs, values, loss_type, 2.0, beta=beta, bias=bias)
+    cfg = grpo.Config(clip_high=0.28, kl_coef=beta, kl=kind, correction=correction)
+    args = SimpleNamespace(**{**ARGS, "use_bias_correction_kl": bias})
+    a, b = now.clone().requires_grad_(), now.clone().requires_grad_()
+    theirs = trl_loss(b, values, loss_type, beta=beta, args=args)
     if correction == "none":
         values["sampler_logprobs"] = values["old_logprobs"] - 0.7
-    want.backward()
-    ours = now.clone().requires_grad_()
-    batches, cells = packed(values, aggregation)
-    assert len(batches) > 1
-    total, sums = torch.zeros((), dtype=torch.float64), defaultdict(lambda: [0.0, 0.0])
-    for batch, cell in zip(batches, cells, strict=True):
-        loss, stats = grpo.loss(ours.flatten()[cell], batch, cfg)
-        total = total + loss
-        for name, stat in stats.items():
-            sums[name][0] += float(stat.value)
-            sums[name][1] += float(stat.count)
-    total.backward()
-    assert total.item() == pytest.approx(want.item(), abs=1e-6)
-    assert ours.grad is not None and theirs.grad is not None
-    assert theirs.grad.abs().max() > 1e-2
-    assert (ours.grad - theirs.grad).abs().max() < 1e-6
-    for name in ("clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean"):
-        assert sums[name][0] / sums[name][1] == pytest.approx(metrics[name][0]) and metrics[name][0] > 0
-    if beta and not bias:
-        assert sums["kl"][0] / sums["kl"][1] == pytest.approx(metrics["kl"][0])
+    assert min(theirs[1][name][0] for name in CLIP[:3]) > 0
+    same(our_loss(grpo, cfg, a, values, aggregation), theirs, a, b, [*CLIP, *(["kl"] if beta and not bias else [])])
+
+
+@pytest.mark.parametrize("delta", [1.3, 1.4])
+def test_two_sided_clipping_equals_trls(delta: float) -> None:
+    now, values = grids()
+    a, b = now.clone().requires_grad_(), now.clone().requires_grad_()
+    theirs = trl_loss(b, values, "dapo", args=SimpleNamespace(**{**ARGS, "delta": delta}))
+    without = trl_loss(now, values, "dapo")[0]
+    assert abs(theirs[0].item() - without.item()) > 1e-3
+    cfg = grpo.Config(clip_high=0.28, delta=delta, correction="decoupled")
+    same(our_loss(grpo, cfg, a, values, "token_mean"), theirs, a, b)
+
+
+def drifting() -> tuple[Tensor, dict[str, Tensor]]:
+    """Grids whose sequences drift apart, so that their mean ratios are spread and not only their tokens'."""
+    now, values = grids()
+    drift = torch.tensor([0.4, -0.4, 0.1, -0.3, 0.0, 0.3, 0.35, -0.35], dtype=torch.float64)[:, None]
+    return now, {**values, "old_logprobs": now - 0.2 * (now - values["old_logprobs"]) - drift}
 
 
 @pytest.mark.parametrize("form", ["token", "sequence"])
-@pytest.mark.parametrize(("loss_type", "aggregation"), [("grpo", "sequence_mean"), ("dapo", "token_mean")])
-def test_gspo_equals_trls_sequence_level(loss_type: str, aggregation: Aggregation, form: Any) -> None:
+@pytest.mark.parametrize(
+    ("loss_type", "aggregation"),
+    [("grpo", "sequence_mean"), ("dapo", "token_mean"), ("luspo", "sequence_sum")],
+)
+def test_gspo_and_luspo_equal_trls_sequence_level(loss_type: str, aggregation: Aggregation, form: Any) -> None:
     """Both forms, with some sequences clipped on each side; without a correction, which TRL applies to neither form."""
-    now, values = grids()
-    # A drift per sequence, so that the means of the ratios are spread and not only the tokens'.
-    drift = torch.tensor([0.4, -0.4, 0.1, -0.3, 0.0, 0.3, 0.35, -0.35], dtype=torch.float64)[:, None]
-    values = {**values, "old_logprobs": now - 0.2 * (now - values["old_logprobs"]) - drift}
+    now, values = drifting()
     values["sampler_logprobs"] = values["old_logprobs"]
-    theirs = now.clone().requires_grad_()
-    want, metrics = trl_loss(theirs, values, loss_type, 2.0, level="sequence")
-    want.backward()
-    ours = now.clone().requires_grad_()
-    cfg = gspo.Config(clip_low=0.2, clip_high=0.28, form=form, correction="none")
-    total = torch.zeros((), dtype=torch.float64)
-    clipped: list[float] = [0.0, 0.0]
-    for batch, cell in zip(*packed(values, aggregation), strict=True):
-        loss, stats = gspo.loss(ours.flatten()[cell], batch, cfg)
-        total = total + loss
-        clipped = [
-            c + float(stats[f"clip_ratio/{side}_mean"].value) for c, side in zip(clipped, ("low", "high"), strict=True)
-        ]
-    total.backward()
-    assert ours.grad is not None and theirs.grad is not None
-    assert total.item() == pytest.approx(want.item(), abs=1e-6)
-    assert (ours.grad - theirs.grad).abs().max() < 1e-6 < theirs.grad.abs().max()
-    assert min(clipped) > 0 and min(metrics["clip_ratio/low_mean"][0], metrics["clip_ratio/high_mean"][0]) > 0
-
-
-def test_group_norm_and_the_logged_spread_equal_trl() -> None:
-    from trl.trainer.utils import nanstd
-
-    rewards = torch.tensor([[1.0, 0.0, 0.25, 1.0], [0.5, float("nan"), -2.0, 3.0], [1.0, 1.0, 1.0, 1.0]])
-    want = (rewards - rewards.nanmean(dim=1, keepdim=True)) / (nanstd(rewards, dim=1)[:, None] + 1e-4)
-    groups = torch.arange(3).repeat_interleave(4)
-    assert adv.group_norm(rewards.flatten(), groups).tolist() == pytest.approx(
-        want.nan_to_num(0).flatten().tolist(), abs=1e-6
+    a, b = now.clone().requires_grad_(), now.clone().requires_grad_()
+    theirs = trl_loss(b, values, loss_type, importance_sampling_level="sequence")
+    ours = our_loss(
+        gspo, gspo.Config(clip_low=0.2, clip_high=0.28, form=form, correction="none"), a, values, aggregation
     )
-    assert adv.reward_std(rewards.flatten()) == pytest.approx(nanstd(rewards.flatten()).item(), abs=1e-6)
-    assert adv.frac_zero_std(rewards.flatten(), groups) == pytest.approx(1 / 3)
+    for metrics in ({k: [v] for k, v in ours[1].items()}, theirs[1]):
+        assert min(metrics["clip_ratio/low_mean"][0], metrics["clip_ratio/high_mean"][0]) > 0
+    same(ours, theirs, a, b)
+
+
+def test_cispo_equals_trl() -> None:
+    now, values = grids()
+    a, b = now.clone().requires_grad_(), now.clone().requires_grad_()
+    theirs = trl_loss(b, values, "cispo", epsilon_high=1.2)
+    assert 0 < theirs[1]["cispo_clip_ratio"][0] < 1
+    cfg = cispo.Config(clip_max=1.2, correction="decoupled")
+    same(our_loss(cispo, cfg, a, values, "token_mean"), theirs, a, b, ["cispo_clip_ratio"])
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.2])
+def test_sapo_equals_trl(beta: float) -> None:
+    now, values = grids()
+    a, b = now.clone().requires_grad_(), now.clone().requires_grad_()
+    args = {"sapo_temperature_pos": 1.0, "sapo_temperature_neg": 1.3, "use_bias_correction_kl": True}
+    theirs = trl_loss(b, values, "sapo", beta=beta, args=SimpleNamespace(**{**ARGS, **args}))
+    cfg = sapo.Config(temperature_neg=1.3, kl_coef=beta, correction="decoupled")
+    same(our_loss(sapo, cfg, a, values, "sequence_mean"), theirs, a, b)
+
+
+def test_vespo_equals_trl() -> None:
+    """TRL's W is policy over old times old over sampler, which is ours against the sampler."""
+    now, values = grids()
+    a, b = now.clone().requires_grad_(), now.clone().requires_grad_()
+    names = {"vespo_k_pos": 2.0, "vespo_lambda_pos": 3.0, "vespo_k_neg": 3.0, "vespo_lambda_neg": 2.0}
+    theirs = trl_loss(b, values, "vespo", cap=math.inf, args=SimpleNamespace(**{**ARGS, **names}))
+    same(our_loss(vespo, vespo.Config(), a, values, "token_mean"), theirs, a, b)
+
+
+def test_gmpo_equals_trl() -> None:
+    now, values = grids()
+    a, b = now.clone().requires_grad_(), now.clone().requires_grad_()
+    theirs = trl_loss(b, values, "gmpo", where=("experimental.gmpo.gmpo_trainer", "GMPOTrainer"), epsilon_high=0.28)
+    cfg = gmpo.Config(clip_low=0.2, clip_high=0.28, correction="none")
+    assert min(theirs[1][name][0] for name in CLIP[:3]) > 0
+    ours = our_loss(gmpo, cfg, a, values, "sequence_mean")
+    # An empty completion has ratio 1 there, a constant -A / N in the value; here no token has it.
+    same((ours[0] - ADVANTAGES[4] / len(LENGTHS), ours[1]), theirs, a, b, CLIP)
+
+
+def test_rloo_equals_trl() -> None:
+    now, values = drifting()
+    values["old_logprobs"] = now - 0.5 * (now - values["old_logprobs"])
+    a, b = now.clone().requires_grad_(), now.clone().requires_grad_()
+    theirs = trl_loss(b, values, "rloo", where=RLOO)
+    assert theirs[1]["clip_ratio/low_mean"][0] > 0 and 0 < theirs[1]["clip_ratio/high_mean"][0] < 1
+    ours = our_loss(rloo, rloo.Config(clip_high=0.28, correction="none"), a, values, "sequence_sum")
+    same((ours[0] - ADVANTAGES[4] / len(LENGTHS), ours[1]), theirs, a, b)  # as above
+
+
+def test_off_policy_sequence_masking_equals_trl() -> None:
+    now, values = grids()
+    a, b = now.clone().requires_grad_(), now.clone().requires_grad_()
+    theirs = trl_loss(b, values, "dapo", off_policy_mask_threshold=0.02)
+    ours = our_loss(
+        grpo, grpo.Config(clip_high=0.28, correction="decoupled", off_policy_limit=0.02), a, values, "token_mean"
+    )
+    assert 0 < ours[1]["sampling/masked_ratio"] < 0.6
+    same(ours, theirs, a, b)
+
+
+@pytest.mark.parametrize(
+    ("mode", "low", "high"),
+    [("token_truncate", None, 2.0), ("token_truncate", 0.5, 1.5), ("token_mask", 0.6, 1.6),
+     ("sequence_truncate", None, 1.5), ("sequence_mask", None, 2.0), ("sequence_mask", 0.3, 2.0)],
+)  # fmt: skip
+def test_the_correction_weights_equal_trls(mode: Any, low: float | None, high: float) -> None:
+    now, values = grids()
+    mask, tool = masks()
+    stand_in = SimpleNamespace(
+        use_vllm=True, vllm_importance_sampling_correction=True, vllm_importance_sampling_mode=mode,
+        vllm_importance_sampling_clip_min=low, vllm_importance_sampling_clip_max=high,
+    )  # fmt: skip
+    names = {
+        "self": stand_in, "completion_mask": mask, "tool_mask": tool, "old_per_token_logps": values["old_logprobs"],
+        "sampling_per_token_logps": values["sampler_logprobs"],
+    }  # fmt: skip
+    condition = "self.use_vllm and self.vllm_importance_sampling_correction"
+    where = (*GRPO, "_generate_and_score_completions", condition, "vllm_importance_sampling_ratio")
+    weight = run_block(*where, names).expand_as(now)
+    assert weight[(mask * tool).bool()].unique().numel() > 3
+    a, b = now.clone().requires_grad_(), now.clone().requires_grad_()
+    theirs = trl_loss(b, values, "dapo", weight=weight)
+    cfg = grpo.Config(
+        clip_high=0.28, correction="decoupled", correction_weight=mode, correction_floor=low or 0.0, correction_cap=high
+    )
+    same(our_loss(grpo, cfg, a, values, "token_mean"), theirs, a, b)
+
+
+def test_entropy_bonus_and_quantile_mask_equal_trl() -> None:
+    now, values = grids()
+    g = torch.Generator().manual_seed(5)
+    entropy = torch.rand(now.shape, generator=g).double()
+    batches, cells = packed(values, "token_mean")
+    at = dict(zip(map(id, batches), cells, strict=True))
+    policy = SimpleNamespace(entropy=lambda batch: entropy.flatten()[at[id(batch)]])
+    floor = Look(policy, PackPlan((), "token_mean", 1, 1, 1.0), [], batches).entropy_quantile(0.8)  # type: ignore[arg-type]
+    for share, coef in ((0.2, 0.0), (1.0, 0.3)):
+        a, b = (x.clone().requires_grad_() for x in (now, now))
+        e, f = (x.clone().requires_grad_() for x in (entropy, entropy))
+        theirs = trl_loss(
+            b, values, "dapo", entropy=f, top_entropy_quantile=share, _entropy_bonus_enabled=coef > 0, entropy_coef=coef
+        )
+        cfg = grpo.Config(clip_high=0.28, correction="decoupled", entropy_coef=coef, entropy_share=share)
+        same(
+            our_loss(grpo, cfg, a, values, "token_mean", e, entropy_floor=floor),
+            theirs,
+            a,
+            b,
+            ["policy_loss"] * bool(coef),
+        )
+        if coef:
+            assert e.grad is not None and f.grad is not None
+            assert (e.grad - f.grad).abs().max() < 1e-6 < f.grad.abs().max()
 
 
 def test_sft_equals_transformers_cross_entropy() -> None:

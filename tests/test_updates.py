@@ -283,6 +283,16 @@ def test_the_papers_numbers() -> None:
     assert dapo.refill.rounds == 10 and dapo.overlong.penalty_share == 0.2
     assert (dr.algo.options["advantage"], dr.algo.options["aggregation"]) == ("group_mean", "constant")
     assert (gspo.algo.name, gspo.optim.minibatches, gspo.algo.options["clip_low"]) == ("gspo", 4, 3e-4)
+    luspo, scale, online = (rlft.preset(name, **common) for name in ("luspo", "scalerl", "online_dpo"))
+    assert (luspo.algo.name, luspo.algo.options["aggregation"], luspo.algo.options["clip_high"]) == (
+        "gspo", "sequence_sum", 2.5e-3,
+    )  # fmt: skip
+    assert (scale.algo.name, scale.algo.options["aggregation"], scale.curriculum.solved_share) == (
+        "cispo", "prompt_mean", 0.9,
+    )  # fmt: skip
+    assert (online.algo.name, online.algo.options["advantage"], online.sampling.group_size) == (
+        "dpo", "best_and_worst", 2,
+    )  # fmt: skip
 
 
 def test_the_file_wins_over_the_preset_and_the_flag_over_both(file: Path) -> None:
@@ -300,7 +310,7 @@ def test_a_flag_can_name_a_preset(file: Path) -> None:
 def test_a_preset_from_python_says_how(home: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r'algo.name = "dapo": a preset.*rlft.preset\("dapo", model=...'):
         train(config(home, tmp_path / "run", algo=Algo("dapo")))
-    with pytest.raises(ConfigError, match=r'no preset "dappo". Did you mean "dapo"\? Presets: dapo, dr_grpo, gspo'):
+    with pytest.raises(ConfigError, match=r'no preset "dappo". Did you mean "dapo"\? Presets: dapo, dr_grpo, gdpo'):
         rlft.preset("dappo")
 
 

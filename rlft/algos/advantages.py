@@ -1,11 +1,25 @@
-"""What an estimator makes of rewards: how much better a completion was than its group.
+"""What an estimator makes of rewards: how much better a completion was than its group, or than the batch.
 
-Every estimator takes rewards [N] (float, nan = invalid) and group_ids [N] int64 and returns advantages [N] float32.
-Invalid rewards are left out of the statistics and get advantage 0. A group whose rewards are all equal gets exactly 0,
-decided by max == min and not by a small std, which float noise would blow up.
+Every estimator takes rewards [N] (float, nan = invalid) and group_ids [N] int64, asks by name for what else it needs
+(lengths [N], trained tokens; parts [N, K], each reward function's values, and weights [K]), and returns advantages [N]
+float32. What is "over the batch" is over the whole step on all ranks.
 
-Sources: group_norm GRPO (2402.03300) with TRL's unbiased std and eps; group_mean Dr. GRPO (2503.20783); leave_one_out
-RLOO (2402.14740).
+Invalid rewards are left out of every statistic and get advantage 0, so an incomplete group is compared over the rewards
+it has; with fewer than two there is nothing to compare, and it gets 0. Completions that the loss leaves out for being
+cut (overlong.drop) stay in the statistics. Whatever is equal gets exactly 0, decided by max == min and not by a small
+std, which float noise would blow up.
+
+    group_norm         (R - mean) / (std + 1e-4), unbiased std           GRPO 2402.03300, eps as TRL's
+    group_mean         R - mean                                          Dr. GRPO 2503.20783
+    leave_one_out      R - mean of the others                            RLOO 2402.14740
+    batch_std          (R - mean) / (std over the batch + 1e-4)          "lite PPO" 2508.08221, ScaleRL 2510.13786
+    max_rl             (R - mean) / mean, R >= 0                         MaxRL 2602.02710
+    opo                R - mean weighted by length                       OPO 2505.23585
+    gdpo               sum_k w_k group_norm(R_k), over its batch std     GDPO 2601.05242
+    reinforce_plus_plus, reinforce_plus_plus_baseline                    2501.03262
+                       R, or R - mean, whitened over all tokens of the batch
+    best_and_worst     +1 for a group's best, -1 for its worst, else 0   pairs for online DPO
+    identity           R                                                 SFT (1), DPO (+1, -1)
 """
 
 from __future__ import annotations
@@ -14,6 +28,19 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from rlft.dist import max_tensor, sum_tensor
+from rlft.errors import RewardError
+
+ESTIMATORS = (
+    "batch_std", "best_and_worst", "gdpo", "group_mean", "group_norm", "identity", "leave_one_out", "max_rl", "opo",
+    "reinforce_plus_plus", "reinforce_plus_plus_baseline",
+)  # fmt: skip
+"""The functions of this file that are estimators."""
+WITHIN_GROUPS = tuple(name for name in ESTIMATORS if name not in ("identity", "reinforce_plus_plus"))
+"""Those that compare the completions of a prompt with each other: a group of one has advantage 0."""
+EPS = 1e-4
+"""Added to a std, as TRL does."""
 
 
 class Groups(NamedTuple):
@@ -31,20 +58,24 @@ def group_statistics(rewards: Tensor, group_ids: Tensor) -> Groups:
     """Size, mean, std and equality of the valid rewards of each rollout's group."""
     valid = ~rewards.isnan()
     values = torch.where(valid, rewards, 0).double()
-    groups = int(group_ids.max()) + 1 if len(group_ids) else 0
-
-    def total(x: Tensor) -> Tensor:
-        return torch.zeros(groups, dtype=torch.float64).index_add(0, group_ids, x)
-
-    size = total(valid.double())
-    mean = total(values) / size.clamp(min=1)
-    squares = total(torch.where(valid, (values - mean[group_ids]) ** 2, 0))
+    size = _per_group(valid.double(), group_ids)
+    mean = _per_group(values, group_ids) / size.clamp(min=1)
+    squares = _per_group(torch.where(valid, (values - mean) ** 2, 0), group_ids)
     std = (squares / (size - 1).clamp(min=1)).sqrt()
-    inf = torch.full((groups,), float("inf"), dtype=torch.float64)
+    inf = torch.full((_groups(group_ids),), float("inf"), dtype=torch.float64)
     low = inf.scatter_reduce(0, group_ids, torch.where(valid, values, float("inf")), "amin")
     high = (-inf).scatter_reduce(0, group_ids, torch.where(valid, values, float("-inf")), "amax")
-    equal = (high <= low)[group_ids] | ~valid
-    return Groups(size[group_ids], mean[group_ids], std[group_ids], equal)
+    return Groups(size, mean, std, (high <= low)[group_ids] | ~valid)
+
+
+def _groups(group_ids: Tensor) -> int:
+    return int(group_ids.max()) + 1 if len(group_ids) else 0
+
+
+def _per_group(values: Tensor, group_ids: Tensor) -> Tensor:
+    """Sum over each rollout's group, [N]."""
+    sums = torch.zeros(_groups(group_ids), dtype=torch.float64).index_add(0, group_ids, values)
+    return sums[group_ids]
 
 
 def group_mean(rewards: Tensor, group_ids: Tensor) -> Tensor:
@@ -64,7 +95,7 @@ def group_norm(rewards: Tensor, group_ids: Tensor) -> Tensor:
     tensor([ 0.7070, -0.7070])
     """
     g = group_statistics(rewards, group_ids)
-    return torch.where(g.equal, 0, (rewards - g.mean) / (g.std + 1e-4)).float()
+    return torch.where(g.equal, 0, (rewards - g.mean) / (g.std + EPS)).float()
 
 
 def leave_one_out(rewards: Tensor, group_ids: Tensor) -> Tensor:
@@ -75,6 +106,113 @@ def leave_one_out(rewards: Tensor, group_ids: Tensor) -> Tensor:
     """
     g = group_statistics(rewards, group_ids)
     return torch.where(g.equal, 0, (rewards - g.mean) * g.size / (g.size - 1).clamp(min=1)).float()
+
+
+def batch_std(rewards: Tensor, group_ids: Tensor) -> Tensor:
+    """Reward minus the mean of its group, over the unbiased std of all rewards of the batch + 1e-4."""
+    g = group_statistics(rewards, group_ids)
+    _, std = _mean_and_std(rewards.double(), (~rewards.isnan()).double(), unbiased=True)
+    return torch.where(g.equal, 0, (rewards - g.mean) / (std + EPS)).float()
+
+
+def max_rl(rewards: Tensor, group_ids: Tensor) -> Tensor:
+    """(reward - mean) / mean of its group: maximum likelihood of success. A group of mean 0 gets 0.
+
+    Raises RewardError for a negative reward, whose group could have any mean.
+
+    >>> max_rl(torch.tensor([1.0, 0.0, 0.0, 0.0]), torch.tensor([0, 0, 0, 0]))
+    tensor([ 3., -1., -1., -1.])
+    """
+    low = float(torch.where(rewards.isnan(), 0, rewards).min()) if len(rewards) else 0.0
+    if low < 0:
+        raise RewardError(
+            f'algo.advantage = "max_rl": a reward is {low:g}, and it divides by the mean of a group; give rewards of '
+            f"0 or more (no overlong penalty), or take another estimator"
+        )
+    g = group_statistics(rewards, group_ids)
+    return torch.where(g.equal, 0, (rewards - g.mean) / g.mean).float()
+
+
+def opo(rewards: Tensor, group_ids: Tensor, lengths: Tensor) -> Tensor:
+    """Reward minus the mean of its group weighted by length, the baseline of least variance for tokens of equal weight.
+
+    >>> opo(torch.tensor([1.0, 0.0]), torch.tensor([0, 0]), torch.tensor([3, 1]))
+    tensor([ 0.2500, -0.7500])
+    """
+    g = group_statistics(rewards, group_ids)
+    weight = torch.where(rewards.isnan(), 0, lengths).double()
+    total = _per_group(weight, group_ids)
+    mean = _per_group(torch.where(weight > 0, rewards * weight, 0).double(), group_ids) / total.clamp(min=1)
+    return torch.where(g.equal, 0, rewards - torch.where(total > 0, mean, g.mean)).float()
+
+
+def gdpo(rewards: Tensor, group_ids: Tensor, parts: Tensor, weights: Tensor) -> Tensor:
+    """Each reward function's values normalised within their group, summed with their weights, over the batch's std."""
+    valid = ~rewards.isnan()
+    values = torch.where(valid[:, None], parts.double(), torch.nan)
+    each = [group_norm(values[:, k], group_ids).double() * weights[k] for k in range(values.shape[1])]
+    total = torch.stack(each, 1).sum(1) if each else torch.zeros(len(rewards), dtype=torch.float64)
+    # Its mean is 0: each function's values sum to 0 over their group.
+    _, std = _mean_and_std(total, valid.double(), unbiased=True)
+    return torch.where(valid, total / (std + EPS), 0).float()
+
+
+def reinforce_plus_plus(rewards: Tensor, group_ids: Tensor, lengths: Tensor) -> Tensor:
+    """(reward - mean) / std, both over all trained tokens of the batch."""
+    return _whitened(rewards.double(), ~rewards.isnan(), lengths)
+
+
+def reinforce_plus_plus_baseline(rewards: Tensor, group_ids: Tensor, lengths: Tensor) -> Tensor:
+    """`group_mean` whitened over all trained tokens of the batch. A group of equal rewards is in the statistics as 0
+    and stays 0, where the paper's would get the negative mean of the others."""
+    g = group_statistics(rewards, group_ids)
+    whitened = _whitened(torch.where(g.equal, 0, rewards - g.mean), ~rewards.isnan(), lengths)
+    return torch.where(g.equal, 0, whitened)
+
+
+def best_and_worst(rewards: Tensor, group_ids: Tensor) -> Tensor:
+    """+1 for the first best and -1 for the first worst of each group, 0 for the others and for equal groups.
+
+    >>> best_and_worst(torch.tensor([0.5, 1.0, 0.0, 1.0]), torch.tensor([0, 0, 0, 0]))
+    tensor([ 0.,  1., -1.,  0.])
+    """
+    made = torch.zeros(len(rewards))
+    equal = group_statistics(rewards, group_ids).equal
+    for group in set(group_ids.tolist()):
+        rows = ((group_ids == group) & ~equal).nonzero().flatten()
+        if len(rows):
+            made[rows[rewards[rows].argmax()]] = 1.0
+            made[rows[rewards[rows].argmin()]] = -1.0
+    return made
+
+
+def identity(rewards: Tensor, group_ids: Tensor) -> Tensor:
+    """The reward itself: SFT (reward 1), DPO (+1, -1), plain REINFORCE.
+
+    >>> identity(torch.tensor([1.0, float("nan")]), torch.tensor([0, 0]))
+    tensor([1., 0.])
+    """
+    return torch.where(rewards.isnan(), 0, rewards).float()
+
+
+def _mean_and_std(values: Tensor, weight: Tensor, unbiased: bool = False) -> tuple[Tensor, Tensor]:
+    """Of `values` [N] float64 over all ranks, each counted `weight` times; 0-dim. nan where the weight is 0 is left
+    out."""
+    values = torch.where(weight > 0, values, 0)
+    count, sum_ = sum_tensor(torch.stack([weight.sum(), (weight * values).sum()]))
+    mean = sum_ / count.clamp(min=1)
+    squares = sum_tensor((weight * (values - mean) ** 2).sum())
+    return mean, (squares / (count - int(unbiased)).clamp(min=1)).sqrt()
+
+
+def _whitened(values: Tensor, valid: Tensor, lengths: Tensor) -> Tensor:
+    """Over all trained tokens of the batch: (value - mean) / std, and exactly 0 where all values are equal."""
+    ends = torch.where(valid, torch.stack([values, -values]), -torch.inf)
+    high, low = max_tensor(torch.cat([ends, torch.full((2, 1), -torch.inf, dtype=torch.float64)], 1).amax(1))
+    if high <= -low:
+        return torch.zeros(len(values))
+    mean, std = _mean_and_std(values, torch.where(valid, lengths, 0).double())
+    return torch.where(valid, (values - mean) / (std + 1e-8), 0).float()
 
 
 def reward_std(rewards: Tensor) -> float:
@@ -93,12 +231,3 @@ def frac_zero_std(rewards: Tensor, group_ids: Tensor) -> float:
         if reward == reward:  # not nan
             valid.setdefault(group, set()).add(reward)
     return sum(len(values) == 1 for values in valid.values()) / len(valid) if valid else float("nan")
-
-
-def identity(rewards: Tensor, group_ids: Tensor) -> Tensor:
-    """The reward itself: SFT (reward 1), DPO (+1, -1), plain REINFORCE.
-
-    >>> identity(torch.tensor([1.0, float("nan")]), torch.tensor([0, 0]))
-    tensor([1., 0.])
-    """
-    return torch.where(rewards.isnan(), 0, rewards).float()

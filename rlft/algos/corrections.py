@@ -1,16 +1,27 @@
 """Correction for the sampler: the engine's log-probs are not exactly the trainer's.
 
-rho = exp(old - sampler), where old is the trainer's log-prob before the first update of the step.
+rho = exp(old - sampler), where old is the trainer's log-prob before the first update of the step. How `correction` says
+what old is, so that no difference is counted twice:
 
-    single      one update per rollout batch: old = sg(now), so r = 1; the policy term of a token is multiplied by
-                sg(min(rho, cap)) (token-level truncated importance sampling, Yao et al. 2025; cap 2 in verl, slime)
+    single      one update per rollout batch: old = sg(now), so r = 1; the policy term of a token is multiplied by a
+                weight made of rho (first-order: unbiased only where the sequences' ratios are)
     decoupled   several updates: old comes from a forward of the trainer before the first, the loss's ratio is
-                r = exp(now - old), and the same factor sg(min(rho, cap)) corrects for the sampler (2110.00641)
-    bypass      old is the sampler's own log-prob, so the ratio w = exp(now - sampler) corrects by itself and no factor
+                r = exp(now - old), and the same weight corrects for the sampler (2110.00641)
+    bypass      old is the sampler's own log-prob, so the ratio w = exp(now - sampler) corrects by itself and no weight
                 may follow: that would correct twice
-    none        no factor
+    none        no weight
 
-A token that a correction masks keeps its place in every denominator: the weights were counted before.
+`correction_weight` says what the weight is, R = rho of the token or exp(sum_t log rho) of its sequence:
+
+    token_truncate, sequence_truncate   R within [floor, cap]                  TIS (Yao et al. 2025), cap 2
+    token_mask, sequence_mask           R where floor <= R <= cap, else 0      MIS [0.5, 2], IcePop (2510.18855) to 5
+
+Besides the weight, whole sequences can be left out, and these count nothing twice:
+
+    gate_low, gate_high   outside of them lies exp(mean_t log rho)             geometric sequence mask
+    off_policy_limit      A < 0 and mean_t(sampler - now) is above it          OPSM (DeepSeek-V3.2, 2512.02556)
+
+A token that is masked keeps its place in every denominator: the weights were counted before.
 """
 
 from __future__ import annotations
@@ -20,20 +31,28 @@ import math
 import torch
 from torch import Tensor
 
+from rlft.algos.settings import Settings, gates, masks_sequences
+from rlft.algos.tokens import CLAMP, Tokens
 from rlft.errors import ConfigError
-from rlft.types import Batch, Stat, Stats
+from rlft.types import Stat, Stats
 
-CLAMP = 20.0
-CHOICES = ("auto", "single", "decoupled", "bypass", "none")
 FACTOR = ("auto", "single", "decoupled")
-"""Those that multiply a token by min(rho, cap)."""
+"""Those that multiply a token by a weight."""
 
 
-def resolve(choice: str, updates: int) -> str:
+def resolve(choice: str, updates: int, ratio: bool = True) -> str:
     """The correction of a run with `updates` updates per rollout batch: "auto" is "single" for one, else "decoupled".
 
-    Raises ConfigError for "single" with several updates, whose ratio would be of the wrong policy.
+    ratio: whether the loss has a ratio against old. Without one its weight is against the sampler at every update,
+    which is "single". Raises ConfigError for "single" with several updates of a ratio, which would be of the wrong
+    policy, and for what needs a ratio that the loss has not.
     """
+    if not ratio:
+        if choice in ("decoupled", "bypass"):
+            raise ConfigError(
+                f'algo.correction = "{choice}": this loss has no ratio against old log-probs; set "single" or "none"'
+            )
+        return "single" if choice == "auto" else choice
     if choice == "auto":
         return "single" if updates == 1 else "decoupled"
     if choice == "single" and updates > 1:
@@ -44,39 +63,57 @@ def resolve(choice: str, updates: int) -> str:
     return choice
 
 
-def ratio(logprobs: Tensor, batch: Batch) -> Tensor:
-    """rho [T] without gradient; 1 where there is nothing to compare with."""
-    if batch.sampler_logprobs is None:
-        return torch.ones_like(logprobs)
-    old = logprobs.detach() if batch.old_logprobs is None else batch.old_logprobs
-    # where before exp: a token of weight 0 may hold anything, and 0 * inf is nan.
-    d = torch.where(batch.train_mask & (batch.weight != 0), old - batch.sampler_logprobs, 0)
-    return d.clamp(-CLAMP, CLAMP).exp()
+def weigh(cfg: Settings, tokens: Tokens) -> tuple[Tensor, Stats]:
+    """What the policy term of each token is multiplied by, [T] without gradient, and what is logged about it."""
+    log_rho = (tokens.old - tokens.sampler).clamp(-CLAMP, CLAMP)
+    rho = log_rho.exp()
+    weight = _weight(cfg, tokens, log_rho, rho)
+    return weight, _stats(cfg, tokens, rho, weight)
 
 
-def factor(choice: str, logprobs: Tensor, batch: Batch, cap: float) -> Tensor:
-    """What the policy term of each token is multiplied by, [T] without gradient."""
-    return ratio(logprobs, batch).clamp(max=cap) if choice in FACTOR else torch.ones_like(logprobs)
+def _weight(cfg: Settings, tokens: Tokens, log_rho: Tensor, rho: Tensor) -> Tensor:
+    weight = torch.ones_like(rho)
+    if cfg.correction in FACTOR:
+        kind, _, bound = cfg.correction_weight.partition("_")
+        weight = rho if kind == "token" else tokens.sum(log_rho).exp()
+        within = weight.clamp(cfg.correction_floor, cfg.correction_cap)
+        weight = within if bound == "truncate" else torch.where(within == weight, weight, 0)
+    if gates(cfg):
+        mean = tokens.mean(log_rho).exp()
+        weight = torch.where((mean >= cfg.gate_low) & (mean <= cfg.gate_high), weight, 0)
+    if cfg.off_policy_limit < math.inf:
+        behind = tokens.mean(-tokens.against_sampler().detach())
+        weight = torch.where((tokens.advantages < 0) & (behind > cfg.off_policy_limit), 0, weight)
+    return weight
 
 
-def words(choice: str, cap: float) -> str:
-    """The correction in words, for the start of a run."""
-    return {
-        "none": "no correction", "bypass": "ratio against the sampler (bypass)",
-        "single": f"sampler correction up to {cap:g}", "decoupled": f"decoupled sampler correction up to {cap:g}",
-        "auto": f"sampler correction up to {cap:g}",
-    }[choice]  # fmt: skip
-
-
-def stats(choice: str, logprobs: Tensor, batch: Batch) -> Stats:
-    """TRL's metrics of rho, before any cap; nothing without sampler log-probs, nor where old is the sampler itself and
-    the loss's own ratio says it."""
-    if batch.sampler_logprobs is None or choice == "bypass":
-        return {}
-    rho, mask = ratio(logprobs, batch), batch.train_mask & (batch.weight != 0)
+def _stats(cfg: Settings, tokens: Tokens, rho: Tensor, weight: Tensor) -> Stats:
+    """TRL's metrics of rho, before any bound (nothing where old is the sampler itself and the loss's own ratio says
+    it), and the share of tokens that are masked."""
+    found: Stats = {}
+    if masks_sequences(cfg) or cfg.correction_weight.endswith("mask"):
+        found["sampling/masked_ratio"] = Stat.mean((weight == 0).float(), tokens.used)
+    if cfg.correction == "bypass":
+        return found
     name = "sampling/importance_sampling_ratio"
-    return {
-        f"{name}/mean": Stat.mean(rho, mask),
-        f"{name}/min": Stat("min", torch.where(mask, rho, math.inf).min()),
-        f"{name}/max": Stat("max", torch.where(mask, rho, 0).max()),
+    return found | {
+        f"{name}/mean": Stat.mean(rho, tokens.used),
+        f"{name}/min": Stat("min", torch.where(tokens.used, rho, math.inf).min()),
+        f"{name}/max": Stat("max", torch.where(tokens.used, rho, 0).max()),
     }
+
+
+def words(cfg: Settings) -> str:
+    """The correction in words, for the start of a run."""
+    weighed = f"sampler correction up to {cfg.correction_cap:g}"
+    if cfg.correction_weight != "token_truncate" or cfg.correction_floor:
+        weighed = f"sampler correction {cfg.correction_weight} [{cfg.correction_floor:g}, {cfg.correction_cap:g}]"
+    said = {
+        "none": "no correction", "bypass": "ratio against the sampler (bypass)",
+        "single": weighed, "decoupled": f"decoupled {weighed}", "auto": weighed,
+    }[cfg.correction]  # fmt: skip
+    if gates(cfg):
+        said += f", sequences outside [{cfg.gate_low:g}, {cfg.gate_high:g}] left out"
+    if cfg.off_policy_limit < math.inf:
+        said += f", bad sequences above {cfg.off_policy_limit:g} nat left out"
+    return said

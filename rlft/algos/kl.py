@@ -4,9 +4,11 @@
     k2 = d^2 / 2              biased value, exact token-level gradient of KL(policy : reference)
     k3 = exp(-d) - 1 + d      mean: KL(policy : reference), never negative; in a loss the gradient of the forward KL
 
-So a loss uses `k2` or `k3_ratio` = r k3 with the differentiable ratio r = exp(now - old), old = sg(now) for one update
-per rollout batch (the gradient of the KL that is logged), or, by its own name, `forward` = k3. Sources: Schulman's note
-on approximating KL; 2510.01555; reference/formulae.md 2.6.
+So a loss uses `k2`, or `k3_ratio` = r k3 or `k1_ratio` = r k1 with the differentiable ratio r = exp(now - old), old =
+sg(now) for one update per rollout batch: all three have the token-level gradient of the KL that is logged. By its own
+name there is `forward` = k3. `reward` is no term of the loss: kl_coef times the sum of k1 over the completion is taken
+off its reward before advantages, whose gradient is that of the KL of whole sequences (REINFORCE++, TRL's RLOO).
+Sources: Schulman's note on approximating KL; 2510.01555; 2512.21852.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-CHOICES = ("k2", "k3_ratio", "forward")
+IN_LOSS = ("k2", "k3_ratio", "k1_ratio", "forward")
 CLAMP = 20.0
 """exp(20) is far from overflow; a wider clamp only guards, a narrower one would switch the gradient off."""
 
@@ -32,7 +34,7 @@ def k3(d: Tensor) -> Tensor:
 def penalty(choice: str, logprobs: Tensor, ref_logprobs: Tensor, r: Tensor) -> Tensor:
     """Per-token KL term of a loss, same shape as `logprobs`, differentiable.
 
-    choice: one of CHOICES. r: exp(logprobs - old_logprobs) with gradient, which makes samples of the old policy stand
+    choice: one of IN_LOSS. r: exp(logprobs - old_logprobs) with gradient, which makes samples of the old policy stand
     for the current one; "forward" does without, as in other libraries.
     """
     d = difference(logprobs, ref_logprobs)
@@ -40,5 +42,5 @@ def penalty(choice: str, logprobs: Tensor, ref_logprobs: Tensor, r: Tensor) -> T
         return r.detach() * d**2 / 2
     if choice == "forward":
         return k3(d)
-    assert choice == "k3_ratio", choice
-    return r * k3(d)
+    assert choice in ("k3_ratio", "k1_ratio"), choice
+    return r * (k3(d) if choice == "k3_ratio" else d)

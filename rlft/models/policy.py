@@ -73,15 +73,16 @@ class Policy:
         self._logit_scale = getattr(text, "logit_scale", None) or 1.0 / (getattr(text, "logits_scaling", None) or 1.0)
         self._dropouts = [m for n, m in model.named_modules() if ".lora_dropout." in n and isinstance(m, nn.Dropout)]
 
-    def logprobs(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    def logprobs(self, batch: Batch, entropy_grad: bool = False) -> tuple[Tensor, Tensor]:
         """Log-prob of every trained token, with gradient to the adapter, and entropy of its distribution, without.
 
-        Both [T] in max(fp32, model dtype), 0 where `batch.train_mask` is False.
+        Both [T] in max(fp32, model dtype), 0 where `batch.train_mask` is False. entropy_grad: a gradient for the
+        entropy too, for one more product with the head.
         """
         for module in self._dropouts:
             module.train()
         try:
-            return self._forward(batch)
+            return self._forward(batch, entropy_grad)
         finally:
             for module in self._dropouts:
                 module.eval()
@@ -91,6 +92,11 @@ class Policy:
         """Log-probs [T] without gradient. "reference": the adapter that training started from (the base, if new)."""
         with self._reference() if weights == "reference" else nullcontext():
             return self._forward(batch)[0]
+
+    @torch.no_grad()
+    def entropy(self, batch: Batch) -> Tensor:
+        """Entropy [T] of each trained token's distribution, in nats, without gradient; 0 elsewhere."""
+        return self._forward(batch)[1]
 
     def token_budget(self) -> int:
         """Tokens per micro-batch that memory allows (`packing.budget = "auto"`)."""
@@ -107,7 +113,7 @@ class Policy:
         """PEFT name of each lora_B -> the factor its product is scaled by."""
         return self.flat.scales
 
-    def _forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    def _forward(self, batch: Batch, entropy_grad: bool = False) -> tuple[Tensor, Tensor]:
         # From the batch as it came, on the CPU where pack made it: nothing has to wait for the GPU.
         sequences = Sequences.of(batch.cu_seqlens, batch.prefix, self.device)
         batch = batch.to(self.device)
@@ -118,7 +124,7 @@ class Policy:
         workspace = None if self.fused is None else self.fused.store.scratch
         logprobs, entropy = linear_logprobs(
             hidden, self._head, batch.input_ids[rows], batch.temperature, self._softcap,
-            self._logit_scale, chunk_bytes, workspace=workspace,
+            self._logit_scale, chunk_bytes, entropy_grad, workspace,
         )  # fmt: skip
         zeros = torch.zeros(batch.input_ids.shape, dtype=logprobs.dtype, device=self.device)
         return zeros.index_put((rows,), logprobs), zeros.index_put((rows,), entropy)

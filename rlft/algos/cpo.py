@@ -1,0 +1,61 @@
+"""Contrastive preference optimisation (CPO, 2401.08417): DPO without a reference, kept in place by the likelihood.
+
+    d = now_w - now_l, sums over the sides
+    loss = -(1 - e) log sigmoid(beta d) - e log sigmoid(-beta d) + nll_coef NLL_w,    NLL_w = -mean over the chosen side
+
+The five choices: no ratio; no clip; no KL and no reference; advantage = the recorded reward, +1 and -1; mean over
+pairs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from rlft.algos.pairs import check_above_zero, check_smoothing, read
+from rlft.types import Aggregation, Batch, Stat, Stats
+
+ADVANTAGE = "identity"
+AGGREGATION: Aggregation = "sequence_sum"
+RATIO = False
+NEEDS_REFERENCE = False
+WHOLE_GROUPS = True
+NEEDS_SAMPLER = False
+ZERO_ADV_ZERO_GRAD = False
+ENTROPY_GRAD = False
+
+
+@dataclass(frozen=True)
+class Config:
+    """Settings of [algo] for cpo."""
+
+    advantage: str = ADVANTAGE
+    """"identity" for recorded pairs; "best_and_worst" makes a pair of each sampled group (online)."""
+    beta: float = 0.1
+    """Factor of the margin of log-probs."""
+    label_smoothing: float = 0.0
+    """Share of pairs whose label may be wrong."""
+    nll_coef: float = 1.0
+    """Factor of the negative log-likelihood of the chosen side."""
+
+    def __post_init__(self) -> None:
+        check_above_zero(beta=self.beta, nll_coef=self.nll_coef)
+        check_smoothing(self.label_smoothing)
+
+
+def words(cfg: Config) -> str:
+    """Ratio, clip, KL and correction in words, for the start of a run."""
+    nll = f"{cfg.nll_coef:g} x NLL of the chosen side"
+    return f"log-probs without a reference, beta {cfg.beta:g}, {nll}, mean over pairs"
+
+
+def loss(logprobs: Tensor, batch: Batch, cfg: Config) -> tuple[Tensor, Stats]:
+    """The weighted sum of this file's formula, and TRL's reward metrics. logprobs: [T] with gradient."""
+    pairs = read(logprobs, batch)
+    nll = -pairs.chosen.mean
+    logit, e = cfg.beta * (pairs.chosen.now - pairs.rejected.now), cfg.label_smoothing
+    value = -(1 - e) * F.logsigmoid(logit) - e * F.logsigmoid(-logit) + cfg.nll_coef * nll
+    stats = pairs.stats(cfg.beta * pairs.chosen.now, cfg.beta * pairs.rejected.now)
+    return pairs.total(value), stats | {"nll_loss": Stat.mean(nll, pairs.real)}

@@ -1,0 +1,63 @@
+"""Efficient exact optimisation (EXO, 2402.00856) on pairs: the reverse KL to the labels, where DPO takes the forward
+one.
+
+    q = sigmoid(beta D),    D as in `dpo`,    e = label_smoothing
+    loss = q ( log q - log(1 - e) ) + (1 - q) ( log(1 - q) - log e )
+
+The five choices: log-ratio per sequence against the reference; no clip; the KL is implied by beta; advantage = the
+recorded reward, +1 and -1; mean over pairs.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from rlft.algos.pairs import check_above_zero, check_smoothing, read
+from rlft.errors import ConfigError
+from rlft.types import Aggregation, Batch, Stats
+
+ADVANTAGE = "identity"
+AGGREGATION: Aggregation = "sequence_sum"
+RATIO = False
+NEEDS_REFERENCE = True
+WHOLE_GROUPS = True
+NEEDS_SAMPLER = False
+ZERO_ADV_ZERO_GRAD = False
+ENTROPY_GRAD = False
+
+
+@dataclass(frozen=True)
+class Config:
+    """Settings of [algo] for exo."""
+
+    advantage: str = ADVANTAGE
+    """"identity" for recorded pairs; "best_and_worst" makes a pair of each sampled group (online)."""
+    beta: float = 0.1
+    """How strongly the margin counts: small values let the policy move further from the reference."""
+    label_smoothing: float = 1e-3
+    """Share of pairs whose label may be wrong."""
+
+    def __post_init__(self) -> None:
+        check_above_zero(beta=self.beta)
+        check_smoothing(self.label_smoothing)
+        if not self.label_smoothing:
+            raise ConfigError(f"algo.label_smoothing = {self.label_smoothing}: want above 0, the loss has its log")
+
+
+def words(cfg: Config) -> str:
+    """Ratio, clip, KL and correction in words, for the start of a run."""
+    return f"log-ratio per sequence against the reference, reverse KL to the labels, beta {cfg.beta:g}, mean over pairs"
+
+
+def loss(logprobs: Tensor, batch: Batch, cfg: Config) -> tuple[Tensor, Stats]:
+    """The weighted sum of this file's formula, and TRL's reward metrics. logprobs: [T] with gradient."""
+    assert batch.ref_logprobs is not None
+    pairs = read(logprobs, batch)
+    logit, e = cfg.beta * pairs.margin, cfg.label_smoothing
+    better, worse = F.logsigmoid(logit), F.logsigmoid(-logit)
+    value = better.exp() * (better - math.log1p(-e)) + worse.exp() * (worse - math.log(e))
+    return pairs.total(value), pairs.stats(cfg.beta * pairs.chosen.gain, cfg.beta * pairs.rejected.gain)

@@ -1,0 +1,52 @@
+"""Hinge loss on the DPO margin (SLiC, 2305.10425; with the reference as in 2309.06657): nothing beyond a margin of 1.
+
+    loss = max(0, 1 - beta D),    D as in `dpo`
+
+The five choices: log-ratio per sequence against the reference; no clip; the KL is implied by beta; advantage = the
+recorded reward, +1 and -1; mean over pairs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from rlft.algos.pairs import check_above_zero, read
+from rlft.types import Aggregation, Batch, Stats
+
+ADVANTAGE = "identity"
+AGGREGATION: Aggregation = "sequence_sum"
+RATIO = False
+NEEDS_REFERENCE = True
+WHOLE_GROUPS = True
+NEEDS_SAMPLER = False
+ZERO_ADV_ZERO_GRAD = False
+ENTROPY_GRAD = False
+
+
+@dataclass(frozen=True)
+class Config:
+    """Settings of [algo] for hinge."""
+
+    advantage: str = ADVANTAGE
+    """"identity" for recorded pairs; "best_and_worst" makes a pair of each sampled group (online)."""
+    beta: float = 0.1
+    """How strongly the margin counts: small values let the policy move further from the reference."""
+
+    def __post_init__(self) -> None:
+        check_above_zero(beta=self.beta)
+
+
+def words(cfg: Config) -> str:
+    """Ratio, clip, KL and correction in words, for the start of a run."""
+    return f"log-ratio per sequence against the reference in a hinge, beta {cfg.beta:g}, mean over pairs"
+
+
+def loss(logprobs: Tensor, batch: Batch, cfg: Config) -> tuple[Tensor, Stats]:
+    """The weighted sum of this file's formula, and TRL's reward metrics. logprobs: [T] with gradient."""
+    assert batch.ref_logprobs is not None
+    pairs = read(logprobs, batch)
+    value = F.relu(1 - cfg.beta * pairs.margin)
+    return pairs.total(value), pairs.stats(cfg.beta * pairs.chosen.gain, cfg.beta * pairs.rejected.gain)

@@ -1,0 +1,54 @@
+"""Noise contrastive alignment (NCA, 2402.05369) on pairs: the chosen side is to keep its own likelihood too.
+
+    loss = -log sigmoid(beta g_w) - log sigmoid(-beta g_w) / 2 - log sigmoid(-beta g_l) / 2
+
+g = log-ratio of a side against the reference. DPO may lower both sides as long as their distance grows; this does not.
+The five choices: log-ratio per sequence against the reference; no clip; the KL is implied by beta; advantage = the
+recorded reward, +1 and -1; mean over pairs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from rlft.algos.pairs import check_above_zero, read
+from rlft.types import Aggregation, Batch, Stats
+
+ADVANTAGE = "identity"
+AGGREGATION: Aggregation = "sequence_sum"
+RATIO = False
+NEEDS_REFERENCE = True
+WHOLE_GROUPS = True
+NEEDS_SAMPLER = False
+ZERO_ADV_ZERO_GRAD = False
+ENTROPY_GRAD = False
+
+
+@dataclass(frozen=True)
+class Config:
+    """Settings of [algo] for nca."""
+
+    advantage: str = ADVANTAGE
+    """"identity" for recorded pairs; "best_and_worst" makes a pair of each sampled group (online)."""
+    beta: float = 0.1
+    """How strongly the margin counts: small values let the policy move further from the reference."""
+
+    def __post_init__(self) -> None:
+        check_above_zero(beta=self.beta)
+
+
+def words(cfg: Config) -> str:
+    """Ratio, clip, KL and correction in words, for the start of a run."""
+    return f"log-ratio per sequence against the reference, each side by itself, beta {cfg.beta:g}, mean over pairs"
+
+
+def loss(logprobs: Tensor, batch: Batch, cfg: Config) -> tuple[Tensor, Stats]:
+    """The weighted sum of this file's formula, and TRL's reward metrics. logprobs: [T] with gradient."""
+    assert batch.ref_logprobs is not None
+    pairs = read(logprobs, batch)
+    better, worse = cfg.beta * pairs.chosen.gain, cfg.beta * pairs.rejected.gain
+    value = -F.logsigmoid(better) - 0.5 * F.logsigmoid(-better) - 0.5 * F.logsigmoid(-worse)
+    return pairs.total(value), pairs.stats(cfg.beta * pairs.chosen.gain, cfg.beta * pairs.rejected.gain)

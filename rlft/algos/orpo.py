@@ -1,0 +1,65 @@
+"""ORPO (2403.07691): supervised loss on the chosen side with an odds ratio against the rejected one, no reference.
+
+    a = mean log-prob of a side's tokens,    o = a - log(1 - e^a)
+    loss = NLL_w - beta log sigmoid(o_w - o_l),    NLL_w = -a_w
+
+The five choices: no ratio; no clip; no KL and no reference; advantage = the recorded reward, +1 and -1; mean over
+pairs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from rlft.algos.pairs import check_above_zero, read
+from rlft.types import Aggregation, Batch, Stat, Stats
+
+ADVANTAGE = "identity"
+AGGREGATION: Aggregation = "sequence_sum"
+RATIO = False
+NEEDS_REFERENCE = False
+WHOLE_GROUPS = True
+NEEDS_SAMPLER = False
+ZERO_ADV_ZERO_GRAD = False
+ENTROPY_GRAD = False
+
+
+@dataclass(frozen=True)
+class Config:
+    """Settings of [algo] for orpo."""
+
+    advantage: str = ADVANTAGE
+    """"identity" for recorded pairs; "best_and_worst" makes a pair of each sampled group (online)."""
+    beta: float = 0.1
+    """Factor of the odds-ratio term (lambda in the paper)."""
+
+    def __post_init__(self) -> None:
+        check_above_zero(beta=self.beta)
+
+
+def words(cfg: Config) -> str:
+    """Ratio, clip, KL and correction in words, for the start of a run."""
+    return f"odds ratio without a reference, {cfg.beta:g} x, NLL of the chosen side, mean over pairs"
+
+
+def loss(logprobs: Tensor, batch: Batch, cfg: Config) -> tuple[Tensor, Stats]:
+    """The weighted sum of this file's formula, and TRL's reward metrics. logprobs: [T] with gradient."""
+    pairs = read(logprobs, batch)
+    nll = -pairs.chosen.mean
+    log_odds = odds(pairs.chosen.mean) - odds(pairs.rejected.mean)
+    ratio = F.logsigmoid(log_odds)
+    stats = pairs.stats(cfg.beta * pairs.chosen.mean, cfg.beta * pairs.rejected.mean) | {
+        "nll_loss": Stat.mean(nll, pairs.real), "log_odds_ratio": Stat.mean(ratio, pairs.real),
+        "log_odds_chosen": Stat.mean(log_odds, pairs.real),
+    }  # fmt: skip
+    return pairs.total(nll - cfg.beta * ratio), stats
+
+
+def odds(a: Tensor) -> Tensor:
+    """log(p / (1 - p)) of a log-prob a <= 0, any shape. log(1 - e^a) is log(-expm1(a)), which does not cancel near
+    0."""
+    a = a.clamp(max=-1e-6)  # at p = 1 the odds are infinite
+    return a - (-a.expm1()).log()

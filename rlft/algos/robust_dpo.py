@@ -1,0 +1,58 @@
+"""Robust DPO (2403.00409): DPO's loss without the bias of labels that are wrong with a known probability e.
+
+    loss = ( -(1 - e) log sigmoid(beta D) + e log sigmoid(-beta D) ) / (1 - 2 e)
+
+D as in `dpo`; in the mean over flipped labels this is DPO's loss on the true ones.
+The five choices: log-ratio per sequence against the reference; no clip; the KL is implied by beta; advantage = the
+recorded reward, +1 and -1; mean over pairs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from rlft.algos.pairs import check_above_zero, check_smoothing, read
+from rlft.types import Aggregation, Batch, Stats
+
+ADVANTAGE = "identity"
+AGGREGATION: Aggregation = "sequence_sum"
+RATIO = False
+NEEDS_REFERENCE = True
+WHOLE_GROUPS = True
+NEEDS_SAMPLER = False
+ZERO_ADV_ZERO_GRAD = False
+ENTROPY_GRAD = False
+
+
+@dataclass(frozen=True)
+class Config:
+    """Settings of [algo] for robust_dpo."""
+
+    advantage: str = ADVANTAGE
+    """"identity" for recorded pairs; "best_and_worst" makes a pair of each sampled group (online)."""
+    beta: float = 0.1
+    """How strongly the margin counts: small values let the policy move further from the reference."""
+    label_smoothing: float = 0.1
+    """Share of pairs whose label is wrong."""
+
+    def __post_init__(self) -> None:
+        check_above_zero(beta=self.beta)
+        check_smoothing(self.label_smoothing)
+
+
+def words(cfg: Config) -> str:
+    """Ratio, clip, KL and correction in words, for the start of a run."""
+    wrong = f"{cfg.label_smoothing:g} of labels wrong"
+    return f"log-ratio per sequence against the reference, no clip, beta {cfg.beta:g}, {wrong}"
+
+
+def loss(logprobs: Tensor, batch: Batch, cfg: Config) -> tuple[Tensor, Stats]:
+    """The weighted sum of this file's formula, and TRL's reward metrics. logprobs: [T] with gradient."""
+    assert batch.ref_logprobs is not None
+    pairs = read(logprobs, batch)
+    logit, e = cfg.beta * pairs.margin, cfg.label_smoothing
+    value = (-(1 - e) * F.logsigmoid(logit) + e * F.logsigmoid(-logit)) / (1 - 2 * e)
+    return pairs.total(value), pairs.stats(cfg.beta * pairs.chosen.gain, cfg.beta * pairs.rejected.gain)

@@ -1,0 +1,57 @@
+"""RPO (2404.19733): DPO's loss and the chosen side's negative log-likelihood.
+
+    loss = -log sigmoid(beta D) + nll_coef NLL_w,    D as in `dpo`, NLL_w = -mean over the chosen side's tokens
+
+The five choices: log-ratio per sequence against the reference; no clip; the KL is implied by beta; advantage = the
+recorded reward, +1 and -1; mean over pairs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from rlft.algos.pairs import check_above_zero, read
+from rlft.types import Aggregation, Batch, Stat, Stats
+
+ADVANTAGE = "identity"
+AGGREGATION: Aggregation = "sequence_sum"
+RATIO = False
+NEEDS_REFERENCE = True
+WHOLE_GROUPS = True
+NEEDS_SAMPLER = False
+ZERO_ADV_ZERO_GRAD = False
+ENTROPY_GRAD = False
+
+
+@dataclass(frozen=True)
+class Config:
+    """Settings of [algo] for rpo."""
+
+    advantage: str = ADVANTAGE
+    """"identity" for recorded pairs; "best_and_worst" makes a pair of each sampled group (online)."""
+    beta: float = 0.1
+    """How strongly the margin counts: small values let the policy move further from the reference."""
+    nll_coef: float = 1.0
+    """Factor of the negative log-likelihood of the chosen side."""
+
+    def __post_init__(self) -> None:
+        check_above_zero(beta=self.beta, nll_coef=self.nll_coef)
+
+
+def words(cfg: Config) -> str:
+    """Ratio, clip, KL and correction in words, for the start of a run."""
+    return f"log-ratio per sequence against the reference, beta {cfg.beta:g}, {cfg.nll_coef:g} x NLL of the chosen side"
+
+
+def loss(logprobs: Tensor, batch: Batch, cfg: Config) -> tuple[Tensor, Stats]:
+    """The weighted sum of this file's formula, and TRL's reward metrics. logprobs: [T] with gradient."""
+    assert batch.ref_logprobs is not None
+    pairs = read(logprobs, batch)
+    nll = -pairs.chosen.mean
+    value = -F.logsigmoid(cfg.beta * pairs.margin) + cfg.nll_coef * nll
+    return pairs.total(value), pairs.stats(cfg.beta * pairs.chosen.gain, cfg.beta * pairs.rejected.gain) | {
+        "nll_loss": Stat.mean(nll, pairs.real)
+    }

@@ -1,0 +1,149 @@
+"""The settings that every policy loss has, and what a loss needs because of them.
+
+A loss file's `Config` adds its own numbers to `Settings`; the constants that depend on a number are functions here.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from rlft.errors import ConfigError
+from rlft.types import Aggregation
+
+Correction = Literal["auto", "single", "decoupled", "bypass", "none"]
+Weight = Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
+Penalty = Literal["k2", "k3_ratio", "k1_ratio", "forward", "reward"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Settings of [algo] that every policy loss has."""
+
+    advantage: str = "group_norm"
+    """Estimator: a name in rlft.algos.advantages ("group_norm", "group_mean", "leave_one_out", ...), or
+    "file.py:function"."""
+    aggregation: Aggregation = "token_mean"
+    """How token losses become one number: token_mean, sequence_mean, constant, sequence_sum, prompt_mean."""
+    correction: Correction = "auto"
+    """Correction for the sampler: see rlft.algos.corrections. "auto" is "single" with one update per rollout batch and
+    "decoupled" with several."""
+    correction_weight: Weight = "token_truncate"
+    """What the weight is made of, the token's ratio or its sequence's; outside [correction_floor, correction_cap] it is
+    set to the bound (truncate) or to 0 (mask)."""
+    correction_cap: float = 2.0
+    """Largest correction weight."""
+    correction_floor: float = 0.0
+    """Smallest correction weight."""
+    gate_low: float = 0.0
+    """Sequences whose geometric mean of trainer / sampler is below this are left out of the loss; 0: none."""
+    gate_high: float = math.inf
+    """Sequences whose geometric mean of trainer / sampler is above this are left out of the loss; inf: none."""
+    off_policy_limit: float = math.inf
+    """Sequences of negative advantage are left out where the mean of sampler - now is above this, in nats; inf: none
+    (off-policy sequence masking of DeepSeek-V3.2)."""
+    kl_coef: float = 0.0
+    """Factor of the KL term; 0 skips the reference forward."""
+    kl: Penalty = "k3_ratio"
+    """Estimator of the KL term, or "reward" to take k1 off the reward: see rlft.algos.kl."""
+    entropy_coef: float = 0.0
+    """Factor of the entropy bonus; its first value where `entropy_target` is set."""
+    entropy_target: float | None = None
+    """Adaptive entropy (2505.22312): the bonus acts only after a step whose mean entropy, in nats, was at most this,
+    and its factor grows after such a step and falls after the others. None: the factor stays."""
+    entropy_coef_delta: float = 0.005
+    """How much the factor changes by."""
+    entropy_coef_max: float = 1.0
+    """Largest factor; the smallest is 0."""
+    entropy_share: float = 1.0
+    """Share of the step's tokens, those of highest entropy, that the policy term acts on (2506.01939)."""
+
+    def __post_init__(self) -> None:
+        bonus = ("entropy_coef", "entropy_coef_delta", "entropy_coef_max")
+        for name in ("kl_coef", *bonus, "correction_floor", "gate_low"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ConfigError(f"algo.{name} = {getattr(self, name)}: want 0 or more, and finite")
+        if not 0 < self.entropy_share <= 1:
+            raise ConfigError(f"algo.entropy_share = {self.entropy_share}: want above 0, at most 1 (every token)")
+        known = {"aggregation": Aggregation, "kl": Penalty, "correction": Correction, "correction_weight": Weight}
+        for name, names in known.items():
+            if getattr(self, name) not in get_args(names):
+                raise ConfigError(f'algo.{name} = "{getattr(self, name)}": want one of {", ".join(get_args(names))}')
+        _check_correction(self)
+
+
+def check_clip(low: float, high: float) -> None:
+    """Raise ConfigError unless [1 - low, 1 + high] is a band of ratios around 1."""
+    for name, value in (("clip_low", low), ("clip_high", high)):
+        if not 0 <= value < math.inf:
+            raise ConfigError(f"algo.{name} = {value}: want 0 or more, and finite")
+    if low >= 1:
+        raise ConfigError(f"algo.clip_low = {low}: want below 1, the ratio is never negative")
+
+
+def check_against_sampler(cfg: Settings, name: str) -> None:
+    """Raise ConfigError when the loss `name`, whose own ratio is against the sampler, is corrected once more."""
+    if cfg.correction != "none":
+        raise ConfigError(
+            f'algo.correction = "{cfg.correction}": the ratio of {name} is against the sampler by itself, so a '
+            f"correction would count twice; leave it out"
+        )
+
+
+def needs_reference(cfg: Settings) -> bool:
+    """A constant of the loss file that depends on a number: true with a KL term in the loss."""
+    return cfg.kl_coef > 0 and cfg.kl != "reward"
+
+
+def needs_sampler(cfg: Settings) -> bool:
+    """With "bypass" the ratio is against the sampler's log-probs, and a mask of sequences compares with them."""
+    return cfg.correction == "bypass" or masks_sequences(cfg)
+
+
+def zero_adv_zero_grad(cfg: Settings) -> bool:
+    """A token of zero advantage has no gradient, unless a KL term or an entropy bonus gives it one."""
+    return not needs_reference(cfg) and not entropy_grad(cfg)
+
+
+def entropy_grad(cfg: Settings) -> bool:
+    """The bonus wants a gradient through the entropy."""
+    return cfg.entropy_coef > 0 or cfg.entropy_target is not None
+
+
+def gates(cfg: Settings) -> bool:
+    """True when sequences far from the sampler are left out."""
+    return cfg.gate_low > 0 or cfg.gate_high < math.inf
+
+
+def masks_sequences(cfg: Settings) -> bool:
+    """True when whole sequences may be left out."""
+    return gates(cfg) or cfg.off_policy_limit < math.inf
+
+
+def _check_correction(cfg: Settings) -> None:
+    """Raise ConfigError for a band that holds no 1, and for settings that would correct twice or not at all."""
+    if not cfg.correction_cap >= 1:
+        raise ConfigError(f"algo.correction_cap = {cfg.correction_cap}: want 1 or more")
+    if cfg.correction_floor > 1:
+        raise ConfigError(f"algo.correction_floor = {cfg.correction_floor}: want 1 or less")
+    if cfg.gate_low > 1 or not cfg.gate_high >= 1:
+        raise ConfigError(f"algo.gate_low = {cfg.gate_low}, algo.gate_high = {cfg.gate_high}: want a band around 1")
+    if math.isnan(cfg.off_policy_limit):
+        raise ConfigError(f"algo.off_policy_limit = {cfg.off_policy_limit}: want a number of nats")
+    weights = ("correction_weight", "correction_cap", "correction_floor")
+    set_ = [name for name in weights if getattr(cfg, name) != getattr(type(cfg), name)]
+    if set_ and cfg.correction == "bypass":
+        raise ConfigError(
+            f'algo.{set_[0]} = {getattr(cfg, set_[0])} with algo.correction = "bypass": the ratio is against the '
+            f'sampler, so a weight would correct twice; leave it out, or set algo.correction = "decoupled"'
+        )
+    if set_ and cfg.correction == "none":
+        raise ConfigError(
+            f'algo.{set_[0]} = {getattr(cfg, set_[0])} with algo.correction = "none": there is no weight; leave one out'
+        )
+    if cfg.correction == "bypass" and gates(cfg):
+        raise ConfigError(
+            f"algo.gate_low = {cfg.gate_low}, algo.gate_high = {cfg.gate_high} with algo.correction = "
+            f'"bypass": old is the sampler, so no sequence is ever outside; set algo.correction = "decoupled"'
+        )
