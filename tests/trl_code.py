@@ -1,4 +1,4 @@
-"""TRL's own loss code, imported as if vLLM were not installed: with it TRL's import takes ten seconds and warns."""
+"""TRL's own loss code."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import importlib
 import inspect
 import math
 import os
-import sys
 import textwrap
 from typing import Any
 
@@ -18,14 +17,7 @@ os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 
 def trl(module: str, name: str) -> Any:
     """`name` of `trl.module`."""
-    hidden = "vllm" not in sys.modules
-    if hidden:
-        sys.modules["vllm"] = None  # type: ignore[assignment]
-    try:
-        return getattr(importlib.import_module(f"trl.{module}"), name)
-    finally:
-        if hidden:
-            del sys.modules["vllm"]
+    return getattr(importlib.import_module(f"trl.{module}"), name)
 
 
 def run_block(module: str, owner: str, method: str, condition: str, makes: str, names: dict[str, Any]) -> Any:
