@@ -45,7 +45,8 @@ def start(cfg: Config, policy: Policy, tokenizer: Any, console: Console, rows: S
         return EagerEngine(policy, tokenizer, cfg.engine.batch_size, console.generating)
     from rlft.rollout.vllm import VllmEngine
 
-    console.note("starting vLLM" + (": it compiles and captures graphs" if cfg.engine.graphs else ""))
+    graphs = cfg.engine.graphs and policy.device.type == "cuda"
+    console.note("starting vLLM" + (": it compiles and captures graphs, for minutes the first time" if graphs else ""))
     longest = cfg.engine.max_model_len or longest_of(cfg, policy, rows)
     sequences = cfg.prompts_per_step * cfg.sampling.group_size
     return VllmEngine(policy, tokenizer, cfg.engine, longest, sequences, console.generating, console.note)

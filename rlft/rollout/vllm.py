@@ -129,10 +129,9 @@ class VllmEngine:
                 self._note(f"vLLM did not shut down cleanly ({type(error).__name__}: {error})")
             del llm
             self._lender.refill = None
+            gc.collect()
             if self._policy.device.type == "cuda":
-                from rlft.rollout.vllm_hooks import release_pools
-
-                release_pools()
+                torch.cuda.empty_cache()
 
     @property
     def memory(self) -> dict[str, int]:
@@ -316,6 +315,10 @@ class VllmEngine:
         """A new engine with the adapter that was loaded last."""
         version, held = self._version, self._held
         self.close()
+        if self._policy.device.type == "cuda":
+            from rlft.rollout.vllm_hooks import release_pools
+
+            release_pools()
         self._asleep = False
         self._start()
         self._held, self._number = held, next(NUMBERS)
