@@ -139,10 +139,14 @@ def scales_reference(weight: Nf4Weight) -> Tensor:
 
 def decode_reference(weight: Nf4Weight, dtype: torch.dtype) -> Tensor:
     """The formula of this file: [out, in] in `dtype`, equal to bitsandbytes' dequantize_4bit bit for bit."""
-    nibbles = torch.stack([weight.packed >> 4, weight.packed & 15], dim=1).reshape(-1)[: weight.numel]
-    values = torch.tensor(NF4_CODE, device=weight.packed.device)[nibbles.int()]
-    scales = scales_reference(weight).repeat_interleave(weight.blocksize)[: weight.numel]
-    return (values * scales).to(dtype).view(weight.shape)
+    pairs = torch.tensor([[NF4_CODE[b >> 4], NF4_CODE[b & 15]] for b in range(256)], device=weight.packed.device)
+    values = torch.nn.functional.embedding(weight.packed.int(), pairs).reshape(-1)[: weight.numel]
+    scales = scales_reference(weight)
+    if weight.numel % weight.blocksize:
+        values = values * scales.repeat_interleave(weight.blocksize)[: weight.numel]
+    else:
+        values = values.view(-1, weight.blocksize).mul_(scales[:, None])
+    return values.to(dtype).view(weight.shape)
 
 
 # The table has a row of FIELDS int64 per matrix: 0 packed, 1 absmax, 2 nested_code, 3 nested_absmax, 4 offset, 5 out
