@@ -1,9 +1,10 @@
 """Anchored preference optimisation (APO, 2408.06266): each side is pushed in a direction of its own.
 
-    variant = "zero":  1 - sigmoid(beta g_w) + sigmoid(beta g_l)      chosen up, rejected down: data better than the
-    policy variant = "down":  sigmoid(beta g_w) + 1 - sigmoid(beta D)        both down, rejected more: data worse than
-    the policy
+    variant = "zero":  1 - sigmoid(beta g_w) + sigmoid(beta g_l)
+    variant = "down":  sigmoid(beta g_w) + 1 - sigmoid(beta D)
 
+"zero" moves the chosen side up and the rejected one down: for data better than the policy. "down" moves both down, the
+rejected one more: for data worse than the policy.
 g = log-ratio of a side against the reference, D = g_w - g_l.
 The five choices: log-ratio per sequence against the reference; no clip; the KL is implied by beta; advantage = the
 recorded reward, +1 and -1; mean over pairs.
@@ -16,7 +17,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from rlft.algos.pairs import check_above_zero, read
+from rlft.algos.pairs import Settings, read
 from rlft.errors import ConfigError
 from rlft.types import Aggregation, Batch, Stats
 
@@ -31,18 +32,14 @@ ENTROPY_GRAD = False
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Settings):
     """Settings of [algo] for apo."""
 
-    advantage: str = ADVANTAGE
-    """"identity" for recorded pairs; "best_and_worst" makes a pair of each sampled group (online)."""
-    beta: float = 0.1
-    """How strongly the margin counts: small values let the policy move further from the reference."""
     variant: Literal["zero", "down"] = "zero"
     """Which of the two."""
 
     def __post_init__(self) -> None:
-        check_above_zero(beta=self.beta)
+        super().__post_init__()
         if self.variant not in ("zero", "down"):
             raise ConfigError(f'algo.variant = "{self.variant}": want "zero" or "down"')
 
@@ -59,4 +56,4 @@ def loss(logprobs: Tensor, batch: Batch, cfg: Config) -> tuple[Tensor, Stats]:
     better, worse = cfg.beta * pairs.chosen.gain, cfg.beta * pairs.rejected.gain
     zero = 1 - better.sigmoid() + worse.sigmoid()
     value = zero if cfg.variant == "zero" else better.sigmoid() + 1 - (better - worse).sigmoid()
-    return pairs.total(value), pairs.stats(cfg.beta * pairs.chosen.gain, cfg.beta * pairs.rejected.gain)
+    return pairs.total(value), pairs.gain_stats(cfg.beta)

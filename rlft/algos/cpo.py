@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor
 
-from rlft.algos.pairs import check_above_zero, check_smoothing, read
+from rlft.algos.pairs import Settings, check_above_zero, check_smoothing, read
 from rlft.types import Aggregation, Batch, Stat, Stats
 
 ADVANTAGE = "identity"
@@ -28,11 +28,9 @@ ENTROPY_GRAD = False
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Settings):
     """Settings of [algo] for cpo."""
 
-    advantage: str = ADVANTAGE
-    """"identity" for recorded pairs; "best_and_worst" makes a pair of each sampled group (online)."""
     beta: float = 0.1
     """Factor of the margin of log-probs."""
     label_smoothing: float = 0.0
@@ -41,7 +39,8 @@ class Config:
     """Factor of the negative log-likelihood of the chosen side."""
 
     def __post_init__(self) -> None:
-        check_above_zero(beta=self.beta, nll_coef=self.nll_coef)
+        super().__post_init__()
+        check_above_zero(nll_coef=self.nll_coef)
         check_smoothing(self.label_smoothing)
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor
 
-from rlft.algos.pairs import check_above_zero, check_smoothing, read
+from rlft.algos.pairs import Settings, check_smoothing, read
 from rlft.errors import ConfigError
 from rlft.types import Aggregation, Batch, Stats
 
@@ -31,18 +31,14 @@ ENTROPY_GRAD = False
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Settings):
     """Settings of [algo] for exo."""
 
-    advantage: str = ADVANTAGE
-    """"identity" for recorded pairs; "best_and_worst" makes a pair of each sampled group (online)."""
-    beta: float = 0.1
-    """How strongly the margin counts: small values let the policy move further from the reference."""
     label_smoothing: float = 1e-3
     """Share of pairs whose label may be wrong."""
 
     def __post_init__(self) -> None:
-        check_above_zero(beta=self.beta)
+        super().__post_init__()
         check_smoothing(self.label_smoothing)
         if not self.label_smoothing:
             raise ConfigError(f"algo.label_smoothing = {self.label_smoothing}: want above 0, the loss has its log")
@@ -60,4 +56,4 @@ def loss(logprobs: Tensor, batch: Batch, cfg: Config) -> tuple[Tensor, Stats]:
     logit, e = cfg.beta * pairs.margin, cfg.label_smoothing
     better, worse = F.logsigmoid(logit), F.logsigmoid(-logit)
     value = better.exp() * (better - math.log1p(-e)) + worse.exp() * (worse - math.log(e))
-    return pairs.total(value), pairs.stats(cfg.beta * pairs.chosen.gain, cfg.beta * pairs.rejected.gain)
+    return pairs.total(value), pairs.gain_stats(cfg.beta)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor
 
-from rlft.algos.pairs import check_above_zero, read
+from rlft.algos.pairs import Settings, read
 from rlft.types import Aggregation, Batch, Stats
 
 ADVANTAGE = "identity"
@@ -27,16 +27,8 @@ ENTROPY_GRAD = False
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Settings):
     """Settings of [algo] for hinge."""
-
-    advantage: str = ADVANTAGE
-    """"identity" for recorded pairs; "best_and_worst" makes a pair of each sampled group (online)."""
-    beta: float = 0.1
-    """How strongly the margin counts: small values let the policy move further from the reference."""
-
-    def __post_init__(self) -> None:
-        check_above_zero(beta=self.beta)
 
 
 def words(cfg: Config) -> str:
@@ -49,4 +41,4 @@ def loss(logprobs: Tensor, batch: Batch, cfg: Config) -> tuple[Tensor, Stats]:
     assert batch.ref_logprobs is not None
     pairs = read(logprobs, batch)
     value = F.relu(1 - cfg.beta * pairs.margin)
-    return pairs.total(value), pairs.stats(cfg.beta * pairs.chosen.gain, cfg.beta * pairs.rejected.gain)
+    return pairs.total(value), pairs.gain_stats(cfg.beta)

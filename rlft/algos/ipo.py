@@ -16,7 +16,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from rlft.algos.pairs import check_above_zero, read
+from rlft.algos.pairs import Settings, read
 from rlft.errors import ConfigError
 from rlft.types import Aggregation, Batch, Stats
 
@@ -31,18 +31,14 @@ ENTROPY_GRAD = False
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Settings):
     """Settings of [algo] for ipo."""
 
-    advantage: str = ADVANTAGE
-    """"identity" for recorded pairs; "best_and_worst" makes a pair of each sampled group (online)."""
-    beta: float = 0.1
-    """How strongly the margin counts: small values let the policy move further from the reference."""
     length: Literal["mean", "sum"] = "mean"
     """Whether a side counts by the mean over its tokens or by their sum."""
 
     def __post_init__(self) -> None:
-        check_above_zero(beta=self.beta)
+        super().__post_init__()
         if self.length not in ("mean", "sum"):
             raise ConfigError(f'algo.length = "{self.length}": want "mean" or "sum"')
 
@@ -59,4 +55,4 @@ def loss(logprobs: Tensor, batch: Batch, cfg: Config) -> tuple[Tensor, Stats]:
     sides = (pairs.chosen, pairs.rejected)
     gains = [side.gain / side.tokens if cfg.length == "mean" else side.gain for side in sides]
     value = (gains[0] - gains[1] - 1 / (2 * cfg.beta)) ** 2
-    return pairs.total(value), pairs.stats(cfg.beta * pairs.chosen.gain, cfg.beta * pairs.rejected.gain)
+    return pairs.total(value), pairs.gain_stats(cfg.beta)

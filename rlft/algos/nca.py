@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor
 
-from rlft.algos.pairs import check_above_zero, read
+from rlft.algos.pairs import Settings, read
 from rlft.types import Aggregation, Batch, Stats
 
 ADVANTAGE = "identity"
@@ -28,16 +28,8 @@ ENTROPY_GRAD = False
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Settings):
     """Settings of [algo] for nca."""
-
-    advantage: str = ADVANTAGE
-    """"identity" for recorded pairs; "best_and_worst" makes a pair of each sampled group (online)."""
-    beta: float = 0.1
-    """How strongly the margin counts: small values let the policy move further from the reference."""
-
-    def __post_init__(self) -> None:
-        check_above_zero(beta=self.beta)
 
 
 def words(cfg: Config) -> str:
@@ -51,4 +43,4 @@ def loss(logprobs: Tensor, batch: Batch, cfg: Config) -> tuple[Tensor, Stats]:
     pairs = read(logprobs, batch)
     better, worse = cfg.beta * pairs.chosen.gain, cfg.beta * pairs.rejected.gain
     value = -F.logsigmoid(better) - 0.5 * F.logsigmoid(-better) - 0.5 * F.logsigmoid(-worse)
-    return pairs.total(value), pairs.stats(cfg.beta * pairs.chosen.gain, cfg.beta * pairs.rejected.gain)
+    return pairs.total(value), pairs.gain_stats(cfg.beta)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor
 
-from rlft.algos.pairs import check_above_zero, read
+from rlft.algos.pairs import Settings, read
 from rlft.types import Aggregation, Batch, Stat, Stats
 
 ADVANTAGE = "identity"
@@ -28,16 +28,11 @@ ENTROPY_GRAD = False
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Settings):
     """Settings of [algo] for orpo."""
 
-    advantage: str = ADVANTAGE
-    """"identity" for recorded pairs; "best_and_worst" makes a pair of each sampled group (online)."""
     beta: float = 0.1
     """Factor of the odds-ratio term (lambda in the paper)."""
-
-    def __post_init__(self) -> None:
-        check_above_zero(beta=self.beta)
 
 
 def words(cfg: Config) -> str:

@@ -8,6 +8,7 @@ pair: it adds nothing and stays in the denominator.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -19,6 +20,19 @@ from rlft.types import Batch, Stat, Stats
 
 CLAMP = 20.0
 """Of a token's log-ratio to the reference: what is further off is a fault, and must not make the step infinite."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Settings of [algo] that every loss over pairs has."""
+
+    advantage: str = "identity"
+    """"identity" for recorded pairs; "best_and_worst" makes a pair of each sampled group (online)."""
+    beta: float = 0.1
+    """How strongly the margin counts: small values let the policy move further from the reference."""
+
+    def __post_init__(self) -> None:
+        check_above_zero(beta=self.beta)
 
 
 class Side(NamedTuple):
@@ -55,6 +69,10 @@ class Pairs(NamedTuple):
     def total(self, loss: Tensor) -> Tensor:
         """The weighted sum of a loss per pair [pairs]."""
         return (torch.where(self.real, loss, 0) * self.weight).sum()
+
+    def gain_stats(self, beta: float) -> Stats:
+        """`stats` where the implicit reward of a side is beta times its gain."""
+        return self.stats(beta * self.chosen.gain, beta * self.rejected.gain)
 
     def stats(self, chosen: Tensor, rejected: Tensor) -> Stats:
         """TRL's metrics of pairs. chosen, rejected: [pairs], the implicit rewards of the two sides."""

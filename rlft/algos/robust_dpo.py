@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor
 
-from rlft.algos.pairs import check_above_zero, check_smoothing, read
+from rlft.algos.pairs import Settings, check_smoothing, read
 from rlft.types import Aggregation, Batch, Stats
 
 ADVANTAGE = "identity"
@@ -28,18 +28,14 @@ ENTROPY_GRAD = False
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Settings):
     """Settings of [algo] for robust_dpo."""
 
-    advantage: str = ADVANTAGE
-    """"identity" for recorded pairs; "best_and_worst" makes a pair of each sampled group (online)."""
-    beta: float = 0.1
-    """How strongly the margin counts: small values let the policy move further from the reference."""
     label_smoothing: float = 0.1
     """Share of pairs whose label is wrong."""
 
     def __post_init__(self) -> None:
-        check_above_zero(beta=self.beta)
+        super().__post_init__()
         check_smoothing(self.label_smoothing)
 
 
@@ -55,4 +51,4 @@ def loss(logprobs: Tensor, batch: Batch, cfg: Config) -> tuple[Tensor, Stats]:
     pairs = read(logprobs, batch)
     logit, e = cfg.beta * pairs.margin, cfg.label_smoothing
     value = (-(1 - e) * F.logsigmoid(logit) + e * F.logsigmoid(-logit)) / (1 - 2 * e)
-    return pairs.total(value), pairs.stats(cfg.beta * pairs.chosen.gain, cfg.beta * pairs.rejected.gain)
+    return pairs.total(value), pairs.gain_stats(cfg.beta)

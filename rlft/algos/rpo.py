@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor
 
-from rlft.algos.pairs import check_above_zero, read
+from rlft.algos.pairs import Settings, check_above_zero, read
 from rlft.types import Aggregation, Batch, Stat, Stats
 
 ADVANTAGE = "identity"
@@ -27,18 +27,15 @@ ENTROPY_GRAD = False
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Settings):
     """Settings of [algo] for rpo."""
 
-    advantage: str = ADVANTAGE
-    """"identity" for recorded pairs; "best_and_worst" makes a pair of each sampled group (online)."""
-    beta: float = 0.1
-    """How strongly the margin counts: small values let the policy move further from the reference."""
     nll_coef: float = 1.0
     """Factor of the negative log-likelihood of the chosen side."""
 
     def __post_init__(self) -> None:
-        check_above_zero(beta=self.beta, nll_coef=self.nll_coef)
+        super().__post_init__()
+        check_above_zero(nll_coef=self.nll_coef)
 
 
 def words(cfg: Config) -> str:
@@ -52,6 +49,4 @@ def loss(logprobs: Tensor, batch: Batch, cfg: Config) -> tuple[Tensor, Stats]:
     pairs = read(logprobs, batch)
     nll = -pairs.chosen.mean
     value = -F.logsigmoid(cfg.beta * pairs.margin) + cfg.nll_coef * nll
-    return pairs.total(value), pairs.stats(cfg.beta * pairs.chosen.gain, cfg.beta * pairs.rejected.gain) | {
-        "nll_loss": Stat.mean(nll, pairs.real)
-    }
+    return pairs.total(value), pairs.gain_stats(cfg.beta) | {"nll_loss": Stat.mean(nll, pairs.real)}

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor
 
-from rlft.algos.pairs import check_above_zero, read
+from rlft.algos.pairs import Settings, read
 from rlft.errors import ConfigError
 from rlft.types import Aggregation, Batch, Stats
 
@@ -28,18 +28,16 @@ ENTROPY_GRAD = False
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Settings):
     """Settings of [algo] for simpo."""
 
-    advantage: str = ADVANTAGE
-    """"identity" for recorded pairs; "best_and_worst" makes a pair of each sampled group (online)."""
     beta: float = 2.0
     """Factor of the margin of mean log-probs."""
     gamma: float = 1.0
     """Margin to reach, in the units of beta times mean log-probs; 0.3 to 0.6 of beta."""
 
     def __post_init__(self) -> None:
-        check_above_zero(beta=self.beta)
+        super().__post_init__()
         if not 0 <= self.gamma < float("inf"):
             raise ConfigError(f"algo.gamma = {self.gamma}: want 0 or more, and finite")
 
