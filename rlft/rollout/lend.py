@@ -7,7 +7,7 @@ them, decoded, into memory of the engine, and adds an adapter to them where that
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -125,13 +125,10 @@ class LentLinear:
         matrix = self._scratch[: self.out * columns].view(self.out, columns)
         if self._decode is None:
             places = matrix.split([w.shape[0] for w in self._weights])
-            self._decode = Refill({str(i): p for i, p in enumerate(places)}, dict(_numbered(self._weights)))
+            names = [str(i) for i in range(len(places))]
+            self._decode = Refill(dict(zip(names, places, strict=True)), dict(zip(names, self._weights, strict=True)))
         self._decode.run()
         return matrix
-
-
-def _numbered(weights: Sequence[Weight]) -> Iterator[tuple[str, Weight]]:
-    return ((str(i), weight) for i, weight in enumerate(weights))
 
 
 class Refill:

@@ -47,9 +47,6 @@ TESTED_ON_GPU = {("0.23", "V2")}
 TESTED_ON_CPU = {("0.32", "V1")}
 """vLLM's minor version and its model runner."""
 
-PREFIX = "base_model.model."
-"""What PEFT puts before the name of a module."""
-
 
 class Lender:
     """One engine's share of the trainer's weights."""
