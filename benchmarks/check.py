@@ -64,7 +64,9 @@ TARGETS = [
       for n, v in ((256, 13.5e3), (64, 5.7e3), (16, 1.7e3))),
     *(Target("rollout", f"rollout-lent/{n}", "tokens_per_s", ">=", v)
       for n, v in ((256, 9.8e3), (64, 3.6e3), (16, 1.0e3))),
-    Target("handover", "handover/8b", "seconds", "<=", 0.5),
+    Target("rollout", "rollout-merged/256", "tokens_per_s", ">=", 16.5e3),
+    *(Target("rollout", f"{w}/8b", metric, "<=", value) for w in ("handover", "handover-lent", "handover-merged")
+      for metric, value in (("seconds", 0.5), ("asleep_above_base_GiB", 1.2))),
     Target("grpo_step", "grpo-step/lognormal", "seconds", "<=", 2.3),
     Target("grpo_step", "grpo-step/outlier", "seconds", "<=", 3.4),
 ]  # fmt: skip

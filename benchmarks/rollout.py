@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -80,53 +79,59 @@ def prompts_of(count: int, seed: int, length: int = PROMPT) -> list[Prompt]:
     ]
 
 
-def speed(run: Callable[[int], int], repeats: int = 2) -> tuple[float, str]:
-    """Tokens per second, the median of the repeats. run: seed -> tokens sampled."""
-    found = []
-    for seed in range(repeats):
-        begin = time.perf_counter()
-        tokens = run(seed)
-        torch.cuda.synchronize()
-        found.append(tokens / (time.perf_counter() - begin))
-    return statistics.median(found), f"{min(found):.0f} to {max(found):.0f} in {repeats} repeats"
-
-
 def tokens_of(rollouts: list[Any]) -> int:
     return sum(len(r.completion_ids) for r in rollouts)
 
 
+def speeds(runs: dict[str, Callable[[int], int]], repeats: int) -> dict[str, list[float]]:
+    """Tokens per second of each, interleaved, after one of each that does not count. run: seed -> tokens sampled."""
+    found: dict[str, list[float]] = {name: [] for name in runs}
+    for seed in range(repeats + 1):
+        for name, run in runs.items():
+            begin = time.perf_counter()
+            tokens = run(seed)
+            torch.cuda.synchronize()
+            if seed:
+                found[name].append(tokens / (time.perf_counter() - begin))
+    return found
+
+
 def rates(engine: VllmEngine, mode: str, sizes: list[int], extra: bool) -> list[dict[str, Any]]:
-    rows = []
+    rows, stack = [], "bnb" if mode == "bnb" else "rlft"
 
-    def add(count: int, stack: str, run: Callable[[int], int], note: str = "") -> None:
-        value, spread = speed(run)
-        print(mode, count, stack, f"{value:.0f} tokens/s", note, flush=True)
-        rows.append(row(f"rollout-{mode}/{count}", stack, "tokens_per_s", value, "tokens/s", f"{spread}{note}"))
+    def add(count: int, runs: dict[str, Callable[[int], int]], repeats: int, note: str = "") -> None:
+        for name, values in speeds(runs, repeats).items():
+            rows.append(row(f"rollout-{mode}/{count}", name, "tokens_per_s", values, "tokens/s", note))
+            print(mode, count, name, rows[-1]["value"], rows[-1]["note"], flush=True)
 
-    name = "bnb" if mode == "bnb" else "rlft"
-    for count in sizes:
-        sampling = Sampling(group_size=1, max_tokens=256 if count > 16 else 128)
-        engine.generate(prompts_of(count, 99), Sampling(group_size=1, max_tokens=4), (99,))
-        add(count, name, lambda s, c=count, w=sampling: tokens_of(engine.generate(prompts_of(c, s), w, (s,))))
+    def run(count: int, sampling: Sampling, length: int = PROMPT) -> Callable[[int], int]:
+        return lambda seed: tokens_of(engine.generate(prompts_of(count, seed, length), sampling, (seed,)))
+
+    for count, repeats in zip(sizes, (5, 4, 3), strict=False):
+        add(count, {stack: run(count, Sampling(group_size=1, max_tokens=256 if count > 16 else 128))}, repeats)
     if not extra:
         return rows
     count, sampling = max(sizes), Sampling(group_size=1, max_tokens=256)
-    group = Sampling(group_size=8, max_tokens=256)
 
-    def requests(seed: int, change: Callable[[Any], None], prompts: list[Prompt]) -> int:
+    def changed(change: Callable[[Any], None], prompts: int, length: int = PROMPT) -> Callable[[int], int]:
         """As the engine does it, with other sampling parameters."""
         from vllm.inputs import tokens_input
 
-        made = []
-        for i, prompt in enumerate(prompts):
-            params = vllm_requests.parameters(sampling, engine._eos, 1000 * seed + i)
-            change(params)
-            made.append((tokens_input(list(prompt.ids)), params))
-        outputs = vllm_requests._run(engine._llm.llm_engine, made, engine._lora(), engine._policy.device, 600.0, None)
-        return sum(len(o.token_ids) for out in outputs for o in out.outputs)
+        def call(seed: int) -> int:
+            made = []
+            for i, prompt in enumerate(prompts_of(prompts, seed, length)):
+                params = vllm_requests.parameters(sampling, engine._eos, 1000 * seed + i)
+                change(params)
+                made.append((tokens_input(list(prompt.ids)), params))
+            engine._llm.reset_prefix_cache()
+            llm, device = engine._llm.llm_engine, engine._policy.device
+            outputs = vllm_requests._run(llm, made, engine._lora(), device, 600.0, None)
+            return sum(len(o.token_ids) for out in outputs for o in out.outputs)
+
+        return call
 
     def bare(p: Any) -> None:
-        p.logprobs, p.flat_logprobs, p.detokenize = None, False, False
+        p.logprobs, p.flat_logprobs = None, False
 
     def unseeded(p: Any) -> None:
         p.seed = None
@@ -134,14 +139,16 @@ def rates(engine: VllmEngine, mode: str, sizes: list[int], extra: bool) -> list[
     def eight(p: Any) -> None:
         p.n = 8
 
-    add(count, f"{name}, no log-probs, no text", lambda s: requests(s, bare, prompts_of(count, s)))
-    add(count, f"{name}, no seeds per request", lambda s: requests(s, unseeded, prompts_of(count, s)))
-    long = 1024
-    for words, run in (
-        ("as 8 requests", lambda s: tokens_of(engine.generate(prompts_of(count // 8, s, long), group, (s,)))),
-        ("as one request", lambda s: requests(s, eight, prompts_of(count // 8, s, long))),
-    ):
-        add(count, f"{name}, groups of 8 {words}", run, f"; prompts of {long}")
+    alone = {
+        stack: run(count, sampling), f"{stack}, no log-probs, no text": changed(bare, count),
+        f"{stack}, no seeds per request": changed(unseeded, count),
+    }  # fmt: skip
+    add(count, alone, 2, "interleaved")
+    groups = {
+        f"{stack}, groups of 8 as 8 requests": run(count // 8, Sampling(group_size=8, max_tokens=256), 1024),
+        f"{stack}, groups of 8 as one request": changed(eight, count // 8, 1024),
+    }
+    add(count, groups, 2, "interleaved; prompts of 1024")
     return rows
 
 
@@ -169,17 +176,15 @@ def handover(engine: VllmEngine, policy: Policy, mode: str, cycles: int = 8) -> 
         timed("wake", engine.wake)
         policy.flat.flat.data.mul_(1.01)
         timed("load", lambda v=cycle: engine.load_adapter(policy.adapter(), v + 1))
-    rows = []
-    for name, ms in parts.items():
-        note = f"{min(ms):.0f} to {max(ms):.0f} in {cycles} cycles"
-        rows.append(row("handover/8b", "rlft", f"{name}_ms", statistics.median(ms), "ms", f"{mode}; {note}"))
-    whole = statistics.median(map(sum, zip(*parts.values(), strict=True))) / 1e3
-    rows.append(row("handover/8b", "rlft", "seconds", whole, "s", f"{mode}; sleep + wake + load, read-backs included"))
+    work = "handover/8b" if mode == "expanded" else f"handover-{mode}/8b"
+    rows = [row(work, "rlft", f"{name}_ms", ms, "ms") for name, ms in parts.items()]
+    whole = [sum(ms) / 1e3 for ms in zip(*parts.values(), strict=True)]
+    rows.append(row(work, "rlft", "seconds", whole, "s", "sleep + wake + load, refill and read-backs included"))
     base = sum(p.numel() * p.element_size() for p in policy.base.parameters()) / GIB
-    note = f"{mode}; in use on the card while it sleeps; base and adapter parameters are {base:.2f}"
-    rows.append(row("handover/8b", "rlft", "asleep_GiB", max(asleep_gib), "GiB", note))
+    note = f"{max(asleep_gib):.2f} in use on the card while it sleeps, less {base:.2f} of base and adapter"
+    rows.append(row(work, "rlft", "asleep_above_base_GiB", max(asleep_gib) - base, "GiB", note))
     for r in rows:
-        print(mode, r["metric"], round(r["value"], 3), r["note"], flush=True)
+        print(mode, r["metric"], r["value"], r["note"], flush=True)
     return rows
 
 
@@ -198,6 +203,8 @@ def measure(policy: Policy, mode: str, sizes: list[int], extra: bool) -> list[di
     rows += rates(engine, mode, sizes, extra)
     if mode != "bnb":
         rows += handover(engine, policy, mode)
+    engine.close()
+    print(mode, "closed", round(used(), 2), "GiB", flush=True)
     return rows
 
 

@@ -309,12 +309,17 @@ def _meminfo(field: str) -> float:
         return float("inf")
 
 
+unmapped = 0
+"""Bytes that PyTorch counts as reserved and that no memory is behind. Kept up to date by the vLLM engine, whose pools
+have such."""
+
+
 def free(device: torch.device) -> float:
     """Bytes that a pass may take now: what the driver has free and what PyTorch holds unused; on a CPU, half of what
     the system has available."""
     if device.type != "cuda":
         return _meminfo("MemAvailable") / 2
-    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device) - unmapped
     return torch.cuda.mem_get_info(device)[0] + unused
 
 

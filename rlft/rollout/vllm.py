@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import gc
 import itertools
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -24,13 +23,14 @@ from torch import Tensor
 from rlft.config import Engine as Options
 from rlft.config import Sampling
 from rlft.errors import EngineError
+from rlft.models import memory
 from rlft.models.policy import Policy
 from rlft.rollout import vllm_start
 from rlft.rollout.engine import check_names, check_read_back, eos_ids
 from rlft.rollout.lend import frozen
 from rlft.rollout.vllm_memory import Choice, Sizes, choose
 from rlft.rollout.vllm_requests import Failed, sample
-from rlft.rollout.vllm_start import arguments, defaults_restored, environment, quiet, write_folder
+from rlft.rollout.vllm_start import arguments, defaults_restored, environment, model_folder, quiet
 from rlft.types import Prompt, Rollout
 
 NUMBERS = itertools.count(1)
@@ -75,11 +75,9 @@ class VllmEngine:
             self._policy, weights, self._dtype, self._longest, self._sequences, options.max_seqs
         )  # fmt: skip
         self.choice: Choice = choose(self._sizes, options.mode, options.kv_gib, device)
-        folder = tempfile.TemporaryDirectory(prefix="rlft-vllm-")
-        write_folder(folder.name, self._policy.base, self._tokenizer)
         environment()
         begin = time.perf_counter()
-        with folder, quiet(), defaults_restored():
+        with quiet(), defaults_restored():
             from vllm import LLM
 
             from rlft.rollout import vllm_hooks as hooks
@@ -89,7 +87,7 @@ class VllmEngine:
             hooks.Lender.waiting[number] = self._lender
             try:
                 self._llm: Any = LLM(
-                    folder.name,
+                    model_folder(self._policy.base, self._tokenizer),
                     **arguments(options, self.choice, self._sizes, self._shapes, self._dtype, device, number),
                 )
             except EngineError:
@@ -106,6 +104,8 @@ class VllmEngine:
         # looks for this on every instance, the trainer's too.
         self._policy.base.get_decoder().do_not_compile = True  # type: ignore[operator,union-attr]
         (self.runner,) = self._llm.collective_rpc("rlft_runner")
+        if device.type == "cuda":
+            memory.unmapped = hooks.unmapped()
         self._refill()
         tested = hooks.TESTED_ON_GPU if device.type == "cuda" else hooks.TESTED_ON_CPU
         known = (vllm_start.minor(), self.runner) in tested
@@ -119,10 +119,6 @@ class VllmEngine:
         llm, self._version, self._held = self.__dict__.pop("_llm", None), None, {}
         if llm is not None:
             try:
-                if self._asleep and self._policy.device.type == "cuda":
-                    # Memory that is not mapped cannot be freed.
-                    torch.cuda.empty_cache()
-                    llm.wake_up()
                 with quiet():
                     llm.llm_engine.engine_core.shutdown()
             except Exception as error:  # an error that led here must not be hidden by this one
@@ -131,7 +127,15 @@ class VllmEngine:
             self._lender.refill = None
             gc.collect()
             if self._policy.device.type == "cuda":
-                torch.cuda.empty_cache()
+                self._release()
+
+    def _release(self) -> None:
+        from rlft.rollout import vllm_hooks as hooks
+
+        if left := hooks.release_pools(self._asleep):
+            self._note(f"{left / 2**20:.0f} MiB of vLLM's memory are still in use; this process cannot start it again")
+        memory.unmapped = hooks.unmapped()
+        torch.cuda.empty_cache()
 
     @property
     def memory(self) -> dict[str, int]:
@@ -315,10 +319,6 @@ class VllmEngine:
         """A new engine with the adapter that was loaded last."""
         version, held = self._version, self._held
         self.close()
-        if self._policy.device.type == "cuda":
-            from rlft.rollout.vllm_hooks import release_pools
-
-            release_pools()
         self._asleep = False
         self._start()
         self._held, self._number = held, next(NUMBERS)

@@ -14,7 +14,7 @@ Each of them ran on vLLM 0.23 with model runner V2 on a GPU and on 0.32 with V1 
 Internals that the worker extension uses: `model_runner.lora_manager._adapter_manager` (LoRAModelManager: modules,
 packed_modules, add_adapter, activate_adapter, remove_all_adapters, lora_index_to_id), the slots of its modules
 (lora_a_stacked, lora_b_stacked), LoRAModel and LoRALayerWeights; and, when an engine is closed, CuMemAllocator's
-allocator_and_pools.
+allocator_and_pools, pointer_to_data and _python_free_callback.
 
 Imported only by an engine that starts (rlft.rollout.vllm): importing it imports vLLM and registers the hooks.
 """
@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from vllm.config import get_current_vllm_config
+from vllm.device_allocator.cumem import CuMemAllocator, unmap_and_release
 from vllm.forward_context import get_forward_context
 from vllm.lora.lora_model import LoRAModel
 from vllm.lora.lora_weights import LoRALayerWeights
@@ -221,25 +222,37 @@ class Refilled(_Given):
     lent = False
 
 
-def release_pools() -> None:
-    """Give back the memory of an engine that has been shut down, so that the process can start another one.
+def release_pools(asleep: bool) -> int:
+    """Give back the memory of an engine that has been shut down, so that the process can start another one. Returns the
+    bytes of it that are still in use. asleep: it slept, so that nothing of it is mapped.
 
-    vLLM has one allocator per process and keeps its pools for good; without references to them PyTorch frees them.
-    Raises EngineError when memory of the old engine is still in use.
+    vLLM has one allocator per process. Later versions do this in their shutdown. 0.23 keeps the pools until a new
+    engine replaces them; PyTorch then hands their segments back to vLLM's allocator, also those that it has unmapped
+    long ago, and that call does not return. So they are kept, empty.
     """
-    from vllm.device_allocator.cumem import CuMemAllocator
-
     allocator = CuMemAllocator.get_instance()
     gc.collect()
     torch.cuda.synchronize()
-    allocator.allocator_and_pools.clear()
-    gc.collect()
-    torch.cuda.empty_cache()
-    if left := allocator.get_current_usage():
-        raise EngineError(
-            f"{left / 2**20:.0f} MiB of the engine that was closed are still in use; end this process before another "
-            f"vLLM engine starts"
-        )
+    pools = allocator.allocator_and_pools
+    if not hasattr(allocator, "release_pools"):
+        for tag in [tag for tag in pools if not tag.startswith("closed")]:
+            for segment in pools[tag][0].snapshot():
+                if segment["address"] in allocator.pointer_to_data and segment["allocated_size"] == 0:
+                    handle = allocator._python_free_callback(segment["address"])
+                    if not asleep:
+                        unmap_and_release(handle)
+            kept = pools.pop(tag)
+            pools[f"closed {id(kept)}"] = kept
+    return allocator.get_current_usage()
+
+
+def unmapped() -> int:
+    """Bytes that PyTorch counts as reserved and unused and that no memory is behind: what vLLM's pools gave back."""
+    allocator = CuMemAllocator.get_instance()
+    if hasattr(allocator, "release_pools"):
+        return 0
+    segments = [segment for pool, _ in allocator.allocator_and_pools.values() for segment in pool.snapshot()]
+    return sum(s["total_size"] for s in segments if s["address"] not in allocator.pointer_to_data)
 
 
 class WorkerExtension:

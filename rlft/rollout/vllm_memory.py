@@ -18,6 +18,8 @@ BATCHED = 8192
 """Tokens that vLLM runs at a time at most, prompts included."""
 BLOCK = 128
 """Tokens that a sequence's part of the cache is rounded up to: the largest block that vLLM uses (on a CPU)."""
+STEP = GIB // 4
+"""What the size of a cache that is limited by memory is a multiple of."""
 GRAPHS = GIB
 """Kept free for vLLM's graphs, its kernels' workspaces and what its allocator loses between blocks: 0.5 to 0.9 GiB were
 seen on an H100."""
@@ -113,7 +115,8 @@ def choose(sizes: Sizes, mode: str, kv_gib: float | None, device: torch.device) 
         why = f"{own} fit beside the cache while it is awake" if mode == "expanded" else f"{own} would not fit"
     else:
         why = "engine.mode"
-    kv = min(sizes.wanted, left[mode]) if asked is None else asked
+    # Rounded down, since vLLM compiles anew for another size of the cache, and what is free is never twice the same.
+    kv = min(sizes.wanted, max(left[mode] // STEP * STEP, sizes.least)) if asked is None else asked
     if kv < sizes.least or kv > left[mode]:
         raise EngineError(
             f"{mode} weights leave {left[mode] / GIB:.2f} GiB for vLLM's cache, and it is to have "

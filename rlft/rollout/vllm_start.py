@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
+import shutil
 import sys
+import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,14 +35,29 @@ def minor() -> str:
     return ".".join(version().split(".")[:2])
 
 
-def write_folder(folder: str, base: Any, tokenizer: Any) -> None:
-    """The model's config and tokenizer for vLLM to read: as files, since it takes a folder or a hub name."""
+def model_folder(base: Any, tokenizer: Any) -> str:
+    """A folder with the model's config and tokenizer: vLLM takes a folder or a hub name. It stays, under a name made
+    from what is in it, since vLLM finds what it compiled earlier by this name among others."""
+    from vllm import envs
+
     config = type(base.config).from_dict(base.config.to_dict())
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     config.architectures = [type(base).__name__]
-    config.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    root = Path(envs.VLLM_CACHE_ROOT) / "rlft"
+    root.mkdir(parents=True, exist_ok=True)
+    made = Path(tempfile.mkdtemp(dir=root))
+    config.save_pretrained(made)
+    tokenizer.save_pretrained(made)
+    digest = hashlib.sha256()
+    for file in sorted(made.iterdir()):
+        digest.update(file.name.encode() + b"\0" + file.read_bytes())
+    folder = root / digest.hexdigest()[:16]
+    try:
+        made.rename(folder)
+    except OSError:  # it is there already
+        shutil.rmtree(made)
+    return str(folder)
 
 
 def arguments(
