@@ -14,7 +14,6 @@ import argparse
 import json
 import random
 import re
-import statistics
 import subprocess
 import sys
 import time
@@ -89,12 +88,10 @@ def rows_of(engine: str, out: Path, seconds: float) -> list[dict[str, Any]]:
     for part in ("generate", "reward", "train", "sync"):
         # The first step compiles.
         values = [m[f"time/{part}"] for m in steps[1:]]
-        made.append(
-            row(work, "rlft", f"time_{part}", statistics.median(values), "s", "median step, the first left out")
-        )
+        made.append(row(work, "rlft", f"time_{part}", values, "s", "per step, the first left out"))
     for name in ("perf/rollout_tokens_per_s", "perf/training_tokens_per_s"):
         values = [m[name] for m in steps[1:]]
-        made.append(row(work, "rlft", name.removeprefix("perf/"), statistics.median(values), "tokens/s"))
+        made.append(row(work, "rlft", name.removeprefix("perf/"), values, "tokens/s"))
     return made
 
 

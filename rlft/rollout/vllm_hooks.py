@@ -14,7 +14,7 @@ Each of them ran on vLLM 0.23 with model runner V2 on a GPU and on 0.32 with V1 
 Internals that the worker extension uses: `model_runner.lora_manager._adapter_manager` (LoRAModelManager: modules,
 packed_modules, add_adapter, activate_adapter, remove_all_adapters, lora_index_to_id), the slots of its modules
 (lora_a_stacked, lora_b_stacked), LoRAModel and LoRALayerWeights; and, when an engine is closed, CuMemAllocator's
-allocator_and_pools, pointer_to_data and _python_free_callback.
+allocator_and_pools, pointer_to_data and _python_free_callback, and the LoRA kernels' tables of addresses.
 
 Imported only by an engine that starts (rlft.rollout.vllm): importing it imports vLLM and registers the hooks.
 """
@@ -226,10 +226,15 @@ def release_pools(asleep: bool) -> int:
     """Give back the memory of an engine that has been shut down, so that the process can start another one. Returns the
     bytes of it that are still in use. asleep: it slept, so that nothing of it is mapped.
 
-    vLLM has one allocator per process. Later versions do this in their shutdown. 0.23 keeps the pools until a new
-    engine replaces them; PyTorch then hands their segments back to vLLM's allocator, also those that it has unmapped
-    long ago, and that call does not return. So they are kept, empty.
+    vLLM has one allocator per process, which takes a second engine once it holds nothing. Later versions give pools
+    back in their shutdown. 0.23 keeps them until a new engine replaces them, and PyTorch would then hand over segments
+    that the allocator has unmapped by itself and knows no more: they are kept, empty.
     """
+    from vllm.lora.ops.triton_ops import utils as lora_tables
+
+    # Tables by address, which hold the slots of engines that are no more.
+    lora_tables._LORA_A_PTR_DICT.clear()
+    lora_tables._LORA_B_PTR_DICT.clear()
     allocator = CuMemAllocator.get_instance()
     gc.collect()
     torch.cuda.synchronize()
