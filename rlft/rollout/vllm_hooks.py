@@ -14,8 +14,8 @@ Each of them ran on vLLM 0.23 with model runner V2 on a GPU and on 0.32 with V1 
 Internals that the worker extension uses: `model_runner.lora_manager._adapter_manager` (LoRAModelManager: modules,
 packed_modules, add_adapter, activate_adapter, remove_all_adapters, lora_index_to_id), the slots of its modules
 (lora_a_stacked, lora_b_stacked), LoRAModel and LoRALayerWeights; and, when an engine is closed, CuMemAllocator's
-allocator_and_pools, pointer_to_data and _python_free_callback, the LoRA kernels' tables of
-addresses, and the hook of its compiler in torch._dynamo.
+allocator_and_pools, pointer_to_data and _python_free_callback, the LoRA kernels' tables of addresses, and the hook of
+vLLM's compiler in torch._dynamo.
 
 Imported only by an engine that starts (rlft.rollout.vllm): importing it imports vLLM and registers the hooks.
 """
@@ -235,12 +235,13 @@ def release_pools(asleep: bool) -> int:
     from vllm.compilation.wrapper import TorchCompileWithNoGuardsWrapper
     from vllm.lora.ops.triton_ops import utils as lora_tables
 
-    # What holds an engine that is no more: tables of its slots by address, and its compiler's hook in PyTorch's.
+    # What holds an engine that is no more: tables of its slots by address, its compiler's hook, what was compiled.
     lora_tables._LORA_A_PTR_DICT.clear()
     lora_tables._LORA_B_PTR_DICT.clear()
     for key, hook in list(_bytecode_hooks.items()):
         if isinstance(getattr(hook, "__self__", None), TorchCompileWithNoGuardsWrapper):
             del _bytecode_hooks[key]
+    torch.compiler.reset()
     allocator = CuMemAllocator.get_instance()
     gc.collect()
     torch.cuda.synchronize()
