@@ -132,8 +132,7 @@ class VllmEngine:
     def _release(self) -> None:
         from rlft.rollout import vllm_hooks as hooks
 
-        if left := hooks.release_pools(self._asleep):
-            self._note(f"{left / 2**20:.0f} MiB of vLLM's memory are still in use; this process cannot start it again")
+        hooks.release_pools(self._asleep)
         memory.unmapped = hooks.unmapped()
         torch.cuda.empty_cache()
 

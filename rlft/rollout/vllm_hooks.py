@@ -14,15 +14,13 @@ Each of them ran on vLLM 0.23 with model runner V2 on a GPU and on 0.32 with V1 
 Internals that the worker extension uses: `model_runner.lora_manager._adapter_manager` (LoRAModelManager: modules,
 packed_modules, add_adapter, activate_adapter, remove_all_adapters, lora_index_to_id), the slots of its modules
 (lora_a_stacked, lora_b_stacked), LoRAModel and LoRALayerWeights; and, when an engine is closed, CuMemAllocator's
-allocator_and_pools, pointer_to_data and _python_free_callback, the LoRA kernels' tables of addresses, and the hook of
-vLLM's compiler in torch._dynamo.
+allocator_and_pools and pointer_to_data.
 
 Imported only by an engine that starts (rlft.rollout.vllm): importing it imports vLLM and registers the hooks.
 """
 
 # No postponed annotations: torch reads those of the operator.
 
-import gc
 from collections.abc import Mapping
 from typing import Any
 
@@ -30,7 +28,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from vllm.config import get_current_vllm_config
-from vllm.device_allocator.cumem import CuMemAllocator, unmap_and_release
+from vllm.device_allocator.cumem import CuMemAllocator
 from vllm.forward_context import get_forward_context
 from vllm.lora.lora_model import LoRAModel
 from vllm.lora.lora_weights import LoRALayerWeights
@@ -223,39 +221,26 @@ class Refilled(_Given):
     lent = False
 
 
-def release_pools(asleep: bool) -> int:
-    """Give back the memory of an engine that has been shut down, so that the process can start another one. Returns the
-    bytes of it that are still in use. asleep: it slept, so that nothing of it is mapped.
+def release_pools(asleep: bool) -> None:
+    """Give back the memory of an engine that has been shut down, so that the process can start another one. asleep: it
+    slept, so that nothing of it is mapped.
 
-    vLLM has one allocator per process, which takes a second engine once it holds nothing. Later versions give pools
-    back in their shutdown. 0.23 keeps them until a new engine replaces them, and PyTorch would then hand over segments
-    that the allocator has unmapped by itself and knows no more: they are kept, empty.
+    Later versions of vLLM do this in their shutdown. In 0.23 much of the model is still referred to then (by the LoRA
+    kernels' tables, vLLM's hook in torch._dynamo and what that keeps), and vLLM has one allocator per process, which
+    takes a new engine only when it holds nothing. So the old one sleeps for good: its memory is unmapped, and its
+    tensors, which nothing runs on, keep their addresses. The pools are kept, since PyTorch would hand the allocator
+    segments that it knows no more.
     """
-    from torch._dynamo.convert_frame import _bytecode_hooks
-    from vllm.compilation.wrapper import TorchCompileWithNoGuardsWrapper
-    from vllm.lora.ops.triton_ops import utils as lora_tables
-
-    # What holds an engine that is no more: tables of its slots by address, its compiler's hook, what was compiled.
-    lora_tables._LORA_A_PTR_DICT.clear()
-    lora_tables._LORA_B_PTR_DICT.clear()
-    for key, hook in list(_bytecode_hooks.items()):
-        if isinstance(getattr(hook, "__self__", None), TorchCompileWithNoGuardsWrapper):
-            del _bytecode_hooks[key]
-    torch.compiler.reset()
     allocator = CuMemAllocator.get_instance()
-    gc.collect()
-    torch.cuda.synchronize()
-    pools = allocator.allocator_and_pools
-    if not hasattr(allocator, "release_pools"):
-        for tag in [tag for tag in pools if not tag.startswith("closed")]:
-            for segment in pools[tag][0].snapshot():
-                if segment["address"] in allocator.pointer_to_data and segment["allocated_size"] == 0:
-                    handle = allocator._python_free_callback(segment["address"])
-                    if not asleep:
-                        unmap_and_release(handle)
-            kept = pools.pop(tag)
-            pools[f"closed {id(kept)}"] = kept
-    return allocator.get_current_usage()
+    if hasattr(allocator, "release_pools"):
+        return
+    if not asleep:
+        torch.cuda.synchronize()
+        allocator.sleep(())
+    allocator.pointer_to_data.clear()
+    for tag in [tag for tag in allocator.allocator_and_pools if not tag.startswith("closed")]:
+        kept = allocator.allocator_and_pools.pop(tag)
+        allocator.allocator_and_pools[f"closed {id(kept)}"] = kept
 
 
 def unmapped() -> int:
@@ -264,7 +249,8 @@ def unmapped() -> int:
     if hasattr(allocator, "release_pools"):
         return 0
     segments = [segment for pool, _ in allocator.allocator_and_pools.values() for segment in pool.snapshot()]
-    return sum(s["total_size"] for s in segments if s["address"] not in allocator.pointer_to_data)
+    gone = [s for s in segments if s["address"] not in allocator.pointer_to_data]
+    return sum(s["total_size"] - s["allocated_size"] for s in gone)
 
 
 class WorkerExtension:
