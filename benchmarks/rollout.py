@@ -1,10 +1,10 @@
 """Rollouts of vLLM on the trainer's own base: tokens per second, hand-over, memory asleep. Qwen3-8B's shape, LoRA r 16.
 
-    python benchmarks/rollout.py --out DIR --commit HASH expanded lent merged bnb --extra expanded
+    python benchmarks/rollout.py --out DIR --commit HASH --extra expanded -- expanded lent merged bnb any-order
 
 Random weights in NF4, random prompts of 128 tokens, 256 tokens each (128 where there are 16 sequences), sampler
 log-probs and detokenising on; one engine after the other in one process. "bnb" is the lent mode with bitsandbytes' own
-sequence of operators in its linear layers, one product per matrix.
+sequence of operators in its linear layers, one product per matrix; "any-order" is expanded with `reproducible` off.
 
 Extra rows of a mode at the most sequences: without log-probs and text, without seeds per request, and a group of 8 as 8
 requests against one request of 8.
@@ -38,6 +38,7 @@ from rlft.types import Prompt
 GIB = 2**30
 PROMPT = 128
 LENT = lend.LentLinear
+MODES = ("expanded", "lent", "merged", "bnb", "any-order")
 
 
 def tokenizer_of(words: int) -> Any:
@@ -97,11 +98,12 @@ def speeds(runs: dict[str, Callable[[int], int]], repeats: int) -> dict[str, lis
 
 
 def rates(engine: VllmEngine, mode: str, sizes: list[int], extra: bool) -> list[dict[str, Any]]:
-    rows, stack = [], "bnb" if mode == "bnb" else "rlft"
+    rows, stack = [], {"bnb": "bnb", "any-order": "rlft, any order"}.get(mode, "rlft")
+    work = f"rollout-{'expanded' if mode == 'any-order' else mode}"
 
     def add(count: int, runs: dict[str, Callable[[int], int]], repeats: int, note: str = "") -> None:
         for name, values in speeds(runs, repeats).items():
-            rows.append(row(f"rollout-{mode}/{count}", name, "tokens_per_s", values, "tokens/s", note))
+            rows.append(row(f"{work}/{count}", name, "tokens_per_s", values, "tokens/s", note))
             print(mode, count, name, rows[-1]["value"], rows[-1]["note"], flush=True)
 
     def run(count: int, sampling: Sampling, length: int = PROMPT) -> Callable[[int], int]:
@@ -191,7 +193,8 @@ def handover(engine: VllmEngine, policy: Policy, mode: str, cycles: int = 8) -> 
 def measure(policy: Policy, mode: str, sizes: list[int], extra: bool) -> list[dict[str, Any]]:
     lend.LentLinear = BnbLinear if mode == "bnb" else LENT  # type: ignore[misc]  # before the hooks take it from there
     before, begin = used(), time.perf_counter()
-    options = Engine("vllm", mode="lent" if mode == "bnb" else mode, max_seqs=max(sizes))  # type: ignore[arg-type]
+    held: Any = {"bnb": "lent", "any-order": "expanded"}.get(mode, mode)
+    options = Engine("vllm", mode=held, max_seqs=max(sizes), reproducible=mode != "any-order")
     longest = 1024 + 256 if extra else PROMPT + 256
     engine = VllmEngine(
         policy, tokenizer_of(151_936), options, longest, max(sizes), note=lambda t: print(t, flush=True)
@@ -201,7 +204,7 @@ def measure(policy: Policy, mode: str, sizes: list[int], extra: bool) -> list[di
     print("start", round(start, 1), "GiB before", round(before, 2), "awake", round(used(), 2), flush=True)
     rows = [row(f"rollout-{mode}/start", "rlft", "seconds", start, "s", "imports of vLLM included in the first")]
     rows += rates(engine, mode, sizes, extra)
-    if mode != "bnb":
+    if mode in ("expanded", "lent", "merged"):
         rows += handover(engine, policy, mode)
     engine.close()
     print(mode, "closed", round(used(), 2), "GiB", flush=True)
@@ -213,8 +216,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--commit", required=True)
     parser.add_argument("--sequences", type=int, nargs="+", default=[16, 64, 256])
-    parser.add_argument("--extra", choices=("lent", "expanded", "merged", "bnb"), nargs="*", default=())
-    parser.add_argument("modes", choices=("lent", "expanded", "merged", "bnb"), nargs="+")
+    parser.add_argument("--extra", choices=MODES, nargs="*", default=())
+    parser.add_argument("modes", choices=MODES, nargs="+")
     args = parser.parse_args()
     policy = policy_of("8b")
     config: Any = policy.base.config

@@ -79,12 +79,12 @@ def mismatch(policy: Policy, engine: VllmEngine, rollouts: list[Rollout]) -> par
     return found
 
 
-def alike(engine: VllmEngine, a: list[Rollout], b: list[Rollout]) -> bool:
-    """Exactly, where no LoRA kernels run: vLLM's add partial sums in any order, so that a token may fall otherwise, and
-    all behind it."""
-    same = sum(x.completion_ids == y.completion_ids for x, y in zip(a, b, strict=True))
-    print(f"{same} of {len(a)} completions are the same")
-    return same == len(a) if engine.choice.mode == "merged" else same >= len(a) // 2
+def same(a: list[Rollout], b: list[Rollout]) -> bool:
+    """Tokens and log-probs, to the bit."""
+    pairs = zip(a, b, strict=True)
+    equal = [(x.completion_ids, x.sampler_logprobs) == (y.completion_ids, y.sampler_logprobs) for x, y in pairs]
+    print(f"{sum(equal)} of {len(a)} completions are the same")
+    return all(equal)
 
 
 def in_use() -> int:
@@ -125,7 +125,7 @@ def test_sleep_gives_memory_back_and_wake_fills_it_again(pair: Pair) -> None:
     engine.wake()
     print("awake", awake // MB, "asleep", asleep // MB, "again", in_use() // MB, "MiB")
     assert awake - asleep > 0.9 * sum(engine.memory.values()) - 64 * MB
-    assert alike(engine, generate(pair), first)
+    assert same(generate(pair), first)
     if engine.choice.mode != "merged":
         assert engine._lender.refill is not None and engine._lender.refill.differs({}) is None
 
@@ -134,7 +134,7 @@ def test_a_changed_adapter_counts(pair: Pair) -> None:
     policy, engine = pair
     first = generate(pair)
     trained(policy, seed=8)
-    assert alike(engine, generate(pair), first)
+    assert same(generate(pair), first)
     engine.load_adapter(policy.adapter(), version=6)
     now = generate(pair)
     assert [r.completion_ids for r in now] != [r.completion_ids for r in first]
@@ -183,7 +183,7 @@ def test_a_failure_starts_the_engine_once_more(pair: Pair) -> None:
 
     engine._llm.llm_engine.step = fail
     again = generate(pair)
-    assert alike(engine, again, before)
+    assert same(again, before)
     assert mismatch(policy, engine, again).mean < 0.12
     print("held before and after the restart", held // MB, in_use() // MB, "MiB")
     assert in_use() - held < 300 * MB

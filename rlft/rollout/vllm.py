@@ -75,13 +75,15 @@ class VllmEngine:
             self._policy, weights, self._dtype, self._longest, self._sequences, options.max_seqs
         )  # fmt: skip
         self.choice: Choice = choose(self._sizes, options.mode, options.kv_gib, device)
-        environment()
+        environment(options, device)
         begin = time.perf_counter()
         with quiet(), defaults_restored():
             from vllm import LLM
 
             from rlft.rollout import vllm_hooks as hooks
 
+            if device.type == "cuda":
+                hooks.read_lora_settings_anew()
             self._lender = hooks.Lender(weights)
             number = next(NUMBERS)
             hooks.Lender.waiting[number] = self._lender

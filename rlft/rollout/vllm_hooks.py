@@ -13,8 +13,8 @@ Each of them ran on vLLM 0.23 with model runner V2 on a GPU and on 0.32 with V1 
 
 Internals that the worker extension uses: `model_runner.lora_manager._adapter_manager` (LoRAModelManager: modules,
 packed_modules, add_adapter, activate_adapter, remove_all_adapters, lora_index_to_id), the slots of its modules
-(lora_a_stacked, lora_b_stacked), LoRAModel and LoRALayerWeights; and, when an engine is closed, CuMemAllocator's
-allocator_and_pools and pointer_to_data.
+(lora_a_stacked, lora_b_stacked), LoRAModel and LoRALayerWeights. Elsewhere: the two caches of LoRA kernels' settings,
+and, when an engine is closed, CuMemAllocator's allocator_and_pools and pointer_to_data.
 
 Imported only by an engine that starts (rlft.rollout.vllm): importing it imports vLLM and registers the hooks.
 """
@@ -219,6 +219,14 @@ class Refilled(_Given):
     """Linear layers in memory of vLLM's, filled from the trainer's bytes."""
 
     lent = False
+
+
+def read_lora_settings_anew() -> None:
+    """vLLM reads the settings of its LoRA kernels once per process; an engine may start with other ones."""
+    from vllm.lora.ops.triton_ops import utils
+
+    utils.load_lora_op_config.cache_clear()
+    utils.get_lora_op_configs.cache_clear()
 
 
 def release_pools(asleep: bool) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 import shutil
 import sys
@@ -106,11 +107,43 @@ def _compilation(options: Options) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def environment() -> None:
-    """What vLLM reads when it is imported: in this process, and silent unless asked otherwise."""
+def environment(options: Options, device: torch.device) -> None:
+    """What vLLM reads when it is imported and started: in this process, and silent unless asked otherwise."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    if device.type == "cuda":
+        from vllm import envs
+
+        folder = Path(envs.VLLM_CACHE_ROOT) / "rlft" / "lora"
+        if options.reproducible and "VLLM_TUNED_CONFIG_FOLDER" not in os.environ:
+            _write_lora_settings(folder)
+            os.environ["VLLM_TUNED_CONFIG_FOLDER"] = str(folder)
+        elif not options.reproducible and os.environ.get("VLLM_TUNED_CONFIG_FOLDER") == str(folder):
+            del os.environ["VLLM_TUNED_CONFIG_FOLDER"]
+
+
+def _write_lora_settings(folder: Path) -> None:
+    """Settings of vLLM's kernel for x A^T, in the files that it reads (lora/ops/triton_ops/README_TUNING.md of vLLM):
+    adapters, products in one launch, rows, columns, rank, of which it takes the nearest.
+
+    By itself it splits the sum over the columns into up to 64 parts, which are added in the order in which they are
+    done. Two parts give the same sum in either order.
+    """
+    few = _lora_setting(16, 256, 2)
+    wide = _lora_setting(16, 1024, 2)
+    many = _lora_setting(32, 128, 4)
+    rows = {"16": {"4096": {"16": few}, "12288": {"16": wide}}, "2032": {"4096": {"16": many}}}
+    folder.mkdir(parents=True, exist_ok=True)
+    name = torch.cuda.get_device_name().replace(" ", "_").replace("-", "_")
+    (folder / f"{name}_SHRINK.json").write_text(json.dumps({"1": {str(n): rows for n in (1, 2, 3, 4)}}))
+
+
+def _lora_setting(rows: int, columns: int, stages: int) -> dict[str, Any]:
+    return {
+        "block_m": rows, "block_n": 16, "block_k": columns, "split_k": 2, "num_warps": 4, "num_ctas": 1,
+        "group_size_m": 8, "num_stages": stages, "max_nreg": None,
+    }  # fmt: skip
 
 
 @contextlib.contextmanager
