@@ -14,7 +14,8 @@ Each of them ran on vLLM 0.23 with model runner V2 on a GPU and on 0.32 with V1 
 Internals that the worker extension uses: `model_runner.lora_manager._adapter_manager` (LoRAModelManager: modules,
 packed_modules, add_adapter, activate_adapter, remove_all_adapters, lora_index_to_id), the slots of its modules
 (lora_a_stacked, lora_b_stacked), LoRAModel and LoRALayerWeights. Elsewhere: the two caches of LoRA kernels' settings,
-and, when an engine is closed, CuMemAllocator's allocator_and_pools and pointer_to_data.
+and, when an engine is closed, CuMemAllocator's allocator_and_pools and pointer_to_data, and the
+platform's _global_graph_pool.
 
 Imported only by an engine that starts (rlft.rollout.vllm): importing it imports vLLM and registers the hooks.
 """
@@ -38,6 +39,7 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod, VocabParallelEmbedding
 from vllm.model_executor.model_loader import register_model_loader
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
+from vllm.platforms import current_platform
 
 from rlft.errors import EngineError
 from rlft.rollout import lend
@@ -246,6 +248,8 @@ def release_pools(asleep: bool) -> None:
         torch.cuda.synchronize()
         allocator.sleep(())
     allocator.pointer_to_data.clear()
+    # The pool of its graphs is gone with the last of them, and the next engine would capture into it.
+    type(current_platform)._global_graph_pool = None
     for tag in [tag for tag in allocator.allocator_and_pools if not tag.startswith("closed")]:
         kept = allocator.allocator_and_pools.pop(tag)
         allocator.allocator_and_pools[f"closed {id(kept)}"] = kept
