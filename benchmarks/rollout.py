@@ -1,13 +1,13 @@
 """Rollouts of vLLM on the trainer's own base: tokens per second, hand-over, memory asleep. Qwen3-8B's shape, LoRA r 16.
 
-    python benchmarks/rollout.py --out DIR --commit HASH --extra expanded -- expanded lent merged bnb any-order
+    python benchmarks/rollout.py --out DIR --commit HASH --extra expanded -- expanded lent merged bnb
 
 Random weights in NF4, random prompts of 128 tokens, 256 tokens each (128 where there are 16 sequences), sampler
 log-probs and detokenising on; one engine after the other in one process. "bnb" is the lent mode with bitsandbytes' own
-sequence of operators in its linear layers, one product per matrix; "any-order" is expanded with `reproducible` off.
+sequence of operators in its linear layers, one product per matrix.
 
-Extra rows of a mode at the most sequences: without log-probs and text, without seeds per request, and a group of 8 as 8
-requests against one request of 8.
+"prompts cached": the prompts are in vLLM's prefix cache, so that decoding alone is measured. Extra rows of a mode at
+the most sequences: without log-probs and text, and without seeds per request.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from rlft.types import Prompt
 GIB = 2**30
 PROMPT = 128
 LENT = lend.LentLinear
-MODES = ("expanded", "lent", "merged", "bnb", "any-order")
+MODES = ("expanded", "lent", "merged", "bnb")
 
 
 def tokenizer_of(words: int) -> Any:
@@ -98,39 +98,40 @@ def speeds(runs: dict[str, Callable[[int], int]], repeats: int) -> dict[str, lis
 
 
 def rates(engine: VllmEngine, mode: str, sizes: list[int], extra: bool) -> list[dict[str, Any]]:
-    rows, stack = [], {"bnb": "bnb", "any-order": "rlft, any order"}.get(mode, "rlft")
-    work = f"rollout-{'expanded' if mode == 'any-order' else mode}"
+    rows, stack = [], "bnb" if mode == "bnb" else "rlft"
 
     def add(count: int, runs: dict[str, Callable[[int], int]], repeats: int, note: str = "") -> None:
         for name, values in speeds(runs, repeats).items():
-            rows.append(row(f"{work}/{count}", name, "tokens_per_s", values, "tokens/s", note))
+            rows.append(row(f"rollout-{mode}/{count}", name, "tokens_per_s", values, "tokens/s", note))
             print(mode, count, name, rows[-1]["value"], rows[-1]["note"], flush=True)
 
-    def run(count: int, sampling: Sampling, length: int = PROMPT) -> Callable[[int], int]:
-        return lambda seed: tokens_of(engine.generate(prompts_of(count, seed, length), sampling, (seed,)))
+    def run(count: int, sampling: Sampling) -> Callable[[int], int]:
+        return lambda seed: tokens_of(engine.generate(prompts_of(count, seed), sampling, (seed,)))
 
-    for count, repeats in zip(sizes, (5, 4, 3), strict=False):
-        add(count, {stack: run(count, Sampling(group_size=1, max_tokens=256 if count > 16 else 128))}, repeats)
-    if not extra:
-        return rows
-    count, sampling = max(sizes), Sampling(group_size=1, max_tokens=256)
-
-    def changed(change: Callable[[Any], None], prompts: int, length: int = PROMPT) -> Callable[[int], int]:
-        """As the engine does it, with other sampling parameters."""
+    def requests(count: int, sampling: Sampling, change: Callable[[Any], None], cached: bool = False) -> Any:
+        """As the engine does it, with other sampling parameters, or over prompts that are in vLLM's cache."""
         from vllm.inputs import tokens_input
 
         def call(seed: int) -> int:
             made = []
-            for i, prompt in enumerate(prompts_of(prompts, seed, length)):
+            for i, prompt in enumerate(prompts_of(count, 77 if cached else seed)):
                 params = vllm_requests.parameters(sampling, engine._eos, 1000 * seed + i)
                 change(params)
                 made.append((tokens_input(list(prompt.ids)), params))
-            engine._llm.reset_prefix_cache()
-            llm, device = engine._llm.llm_engine, engine._policy.device
-            outputs = vllm_requests._run(llm, made, engine._lora(), device, 600.0, None)
+            if not cached:
+                engine._llm.reset_prefix_cache()
+            outputs = vllm_requests._run(engine._llm.llm_engine, made, engine._policy.device, 600.0, None)
             return sum(len(o.token_ids) for out in outputs for o in out.outputs)
 
         return call
+
+    for count, repeats in zip(sizes, (4, 3, 2), strict=False):
+        sampling = Sampling(group_size=1, max_tokens=256 if count > 16 else 128)
+        add(count, {stack: run(count, sampling)}, repeats)
+        add(count, {f"{stack}, prompts cached": requests(count, sampling, lambda _: None, True)}, repeats)
+    if not extra:
+        return rows
+    count, sampling = max(sizes), Sampling(group_size=1, max_tokens=256)
 
     def bare(p: Any) -> None:
         p.logprobs, p.flat_logprobs = None, False
@@ -138,19 +139,11 @@ def rates(engine: VllmEngine, mode: str, sizes: list[int], extra: bool) -> list[
     def unseeded(p: Any) -> None:
         p.seed = None
 
-    def eight(p: Any) -> None:
-        p.n = 8
-
     alone = {
-        stack: run(count, sampling), f"{stack}, no log-probs, no text": changed(bare, count),
-        f"{stack}, no seeds per request": changed(unseeded, count),
-    }  # fmt: skip
-    add(count, alone, 2, "interleaved")
-    groups = {
-        f"{stack}, groups of 8 as 8 requests": run(count // 8, Sampling(group_size=8, max_tokens=256), 1024),
-        f"{stack}, groups of 8 as one request": changed(eight, count // 8, 1024),
+        f"{stack}, no log-probs, no text": requests(count, sampling, bare),
+        f"{stack}, no seeds per request": requests(count, sampling, unseeded),
     }
-    add(count, groups, 2, "interleaved; prompts of 1024")
+    add(count, alone, 2, "interleaved")
     return rows
 
 
@@ -193,18 +186,16 @@ def handover(engine: VllmEngine, policy: Policy, mode: str, cycles: int = 8) -> 
 def measure(policy: Policy, mode: str, sizes: list[int], extra: bool) -> list[dict[str, Any]]:
     lend.LentLinear = BnbLinear if mode == "bnb" else LENT  # type: ignore[misc]  # before the hooks take it from there
     before, begin = used(), time.perf_counter()
-    held: Any = {"bnb": "lent", "any-order": "expanded"}.get(mode, mode)
-    options = Engine("vllm", mode=held, max_seqs=max(sizes), reproducible=mode != "any-order")
-    longest = 1024 + 256 if extra else PROMPT + 256
+    options = Engine("vllm", mode="lent" if mode == "bnb" else mode, max_seqs=max(sizes))  # type: ignore[arg-type]
     engine = VllmEngine(
-        policy, tokenizer_of(151_936), options, longest, max(sizes), note=lambda t: print(t, flush=True)
+        policy, tokenizer_of(151_936), options, PROMPT + 256, max(sizes), note=lambda t: print(t, flush=True)
     )
     start = time.perf_counter() - begin
     engine.load_adapter(policy.adapter(), 0)
     print("start", round(start, 1), "GiB before", round(before, 2), "awake", round(used(), 2), flush=True)
     rows = [row(f"rollout-{mode}/start", "rlft", "seconds", start, "s", "imports of vLLM included in the first")]
     rows += rates(engine, mode, sizes, extra)
-    if mode in ("expanded", "lent", "merged"):
+    if mode != "bnb":
         rows += handover(engine, policy, mode)
     engine.close()
     print(mode, "closed", round(used(), 2), "GiB", flush=True)

@@ -125,9 +125,6 @@ class Engine:
     """GiB of vLLM's cache; None: room for all completions of a step, as far as memory allows."""
     graphs: bool = True
     """Compile the model and capture CUDA graphs when vLLM starts: minutes at the first start, faster sampling."""
-    reproducible: bool = True
-    """Let vLLM's LoRA kernels add in a fixed order on a GPU, so that the same seed gives the same rollouts; false: in
-    any order, a few percent faster where few sequences are decoded at a time."""
     deadline: float = 600.0
     """Seconds without a finished step of vLLM after which it counts as hanging."""
 

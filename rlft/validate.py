@@ -24,7 +24,6 @@ from rlft.errors import ConfigError, RlftError
 from rlft.models.load import locate, plan_base, resolve_device
 from rlft.rewards.score import OURS, PARTS
 from rlft.rewards.worker import Signature, signature
-from rlft.rollout.vllm_start import RANKS
 from rlft.runs import Run, resumable
 
 RECORDED = ("completion", "text", "messages", "chosen")
@@ -119,8 +118,6 @@ def _vllm(cfg: Config, rows: list[dict[str, Any]], device: torch.device | None) 
         yield 'quantization = "int8": vLLM takes NF4 and plain weights; set "nf4" or "none", or engine.name = "eager"'
     if cfg.dtype == "float64":
         yield 'dtype = "float64": vLLM has 16 and 32 bits; set another dtype, or engine.name = "eager"'
-    if cfg.lora.rank > RANKS[-1]:
-        yield f'lora.rank = {cfg.lora.rank}: vLLM has at most {RANKS[-1]}; lower it, or set engine.name = "eager"'
     if device.type == "cpu" and cfg.engine.mode not in ("auto", "lent"):
         yield f'engine.mode = "{cfg.engine.mode}": on a CPU vLLM has no memory that sleeps; set "lent" or "auto"'
 

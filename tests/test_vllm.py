@@ -50,7 +50,7 @@ def trained(policy: Policy, seed: int = 7, size: float = 0.02) -> None:
 @pytest.fixture(scope="module", params=["none", "nf4"])
 def started(request, smollm2: Path, vllm_visible: None) -> Iterator[Pair]:
     base = load_base(Base(str(smollm2), request.param, "float32", "cpu"), torch.device("cpu"))
-    # vLLM's LoRA on a CPU copies B for every token, so the slower base has an adapter on fewer layers.
+    # In NF4 some parts of a layer of vLLM's have no adapter.
     targets = "all-linear" if request.param == "none" else ("q_proj", "v_proj", "down_proj")
     policy = Policy(attach_lora(base, Lora(rank=4, alpha=6, targets=targets), 0))
     tokenizer = load_tokenizer(str(smollm2))
@@ -183,20 +183,32 @@ def test_a_withheld_and_a_stale_adapter_stop_at_the_hand_over(pair: Pair, monkey
 
 
 def test_a_doubled_scaling_stops_at_the_hand_over_even_while_b_is_zero(pair: Pair, monkeypatch) -> None:
-    from rlft.rollout import vllm_hooks
-
     policy, engine = pair
     for name, tensor in policy.adapter().items():
         if ".lora_B." in name:
             tensor.zero_()
-    made = vllm_hooks.LoRALayerWeights
-
-    def scaled(name: str, rank: int, alpha: int, a: Any, b: Any) -> Any:
-        return made(name, rank, 2 * alpha, a, b)
-
-    monkeypatch.setattr(vllm_hooks, "LoRALayerWeights", scaled)
+    monkeypatch.setattr(engine, "_scales", {name: 2 * scale for name, scale in engine._scales.items()})
     with pytest.raises(EngineError, match=r"scales .*lora_B.weight by 3.0, the trainer by 1.5: .* exactly once"):
         engine.load_adapter(policy.adapter(), version=0)
+
+
+def test_what_lies_beside_the_adapter_in_its_slots_is_found(pair: Pair) -> None:
+    policy, engine = pair
+    _, a, _ = next(iter(engine._lender.slots()))
+    assert a.shape[0] == 16  # for an adapter of rank 4
+    a[9] = 1.0
+    with pytest.raises(EngineError, match="hold an adapter of a higher rank too"):
+        engine._check(engine._held, 5)
+    engine.load_adapter(policy.adapter(), version=5)
+
+
+def test_an_adapter_where_vllm_has_no_linear_layer_is_refused(pair: Pair) -> None:
+    from rlft.rollout.vllm_hooks import Lender
+
+    lender = Lender(pair[1]._lender.weights, {"model.norm": 4})
+    (model,) = pair[1]._llm.collective_rpc("get_model")
+    with pytest.raises(EngineError, match=r"a part at model.norm, which is no linear layer of vLLM's \(1 in all\)"):
+        lender.give(model)
 
 
 def test_a_wrong_temperature_is_stopped_by_the_gate_and_named(pair: Pair) -> None:

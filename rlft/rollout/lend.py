@@ -2,18 +2,21 @@
 
 An engine's parameter is made of one of the trainer's weights, or of several one below the other (qkv_proj of q_proj,
 k_proj and v_proj). `partners` finds them by name. `LentLinear` computes from the trainer's own bytes; `Refill` writes
-them, decoded, into memory of the engine, and adds an adapter to them where that is merged.
+them, decoded, into memory of the engine, and adds an adapter to them where that is merged; `Slot` has the adapter of a
+linear layer where it is not.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from rlft.errors import EngineError
+from rlft.kernels.launch import as_rows, power_of_2
+from rlft.kernels.lora_add import LEAST_RANK, lora_add
 from rlft.kernels.nf4 import DecodePlan, Nf4Weight
 
 Weight = Tensor | Nf4Weight
@@ -93,6 +96,40 @@ def padded(weight: Tensor, rows: int) -> Tensor | None:
     if weight.dim() != 2 or not weight.is_contiguous() or room < rows * weight.shape[1] or rows < weight.shape[0]:
         return None
     return weight.as_strided((rows, weight.shape[1]), weight.stride(), weight.storage_offset())
+
+
+class Slot:
+    """Room for the adapter of an engine's linear layer, which stands for one or several of the trainer's."""
+
+    def __init__(self, modules: Sequence[str], sizes: Sequence[int], columns: int, rank: int, like: Tensor) -> None:
+        """modules: the trainer's, from top to bottom, with `sizes` rows each. like: of the dtype and device."""
+        self._modules, self._sizes = tuple(modules), tuple(sizes)
+        self._rank = slot_rank(rank)
+        self._a = like.new_zeros(len(modules) * self._rank, columns)
+        self._b = like.new_zeros(sum(sizes), self._rank)
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """(module, A [slot's rank, in], B [out, slot's rank]): views of what the kernel reads."""
+        return zip(self._modules, self._a.split(self._rank), self._b.split(self._sizes), strict=True)
+
+    def put(self, adapter: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+        """Write. adapter: module -> A [r, in], B [out, r], scaled; a module that is not in it gets none."""
+        self._a.zero_()
+        self._b.zero_()
+        for module, place_a, place_b in self:
+            if module in adapter:
+                a, b = adapter[module]
+                place_a[: len(a)] = a
+                place_b[:, : len(a)] = b
+
+    def add(self, y: Tensor, x: Tensor) -> None:
+        """y [..., out] += the adapter's part for x [..., in], in place."""
+        lora_add(y.view(-1, y.shape[-1]), as_rows(x), self._a, self._b, self._sizes)
+
+
+def slot_rank(rank: int) -> int:
+    """Rank of the slot of an adapter: a power of two, as the kernel wants it."""
+    return max(LEAST_RANK, power_of_2(rank))
 
 
 class LentLinear:

@@ -3,7 +3,7 @@
 Modes: "lent", linear layers are computed from the trainer's weights where they lie; "expanded", vLLM has plain weights
 in memory of its own, given back while it sleeps and written again from the trainer's at each wake; "merged", the same
 with the adapter added to them and no LoRA kernels. Embeddings, head and norms are the trainer's tensors in all three.
-The adapter is handed over in memory, under a new number each time, and read back.
+The adapter is handed over in memory and read back.
 
 Everything that reaches into vLLM is in `rlft.rollout.vllm_hooks`, requests are in `vllm_requests`; here are adapter,
 memory and the first guard.
@@ -34,7 +34,7 @@ from rlft.rollout.vllm_start import arguments, defaults_restored, environment, m
 from rlft.types import Prompt, Rollout
 
 NUMBERS = itertools.count(1)
-"""vLLM keys its prefix cache by an adapter's name: no two hand-overs of a process share one."""
+"""Of the engines of this process."""
 
 
 class VllmEngine:
@@ -56,11 +56,12 @@ class VllmEngine:
         self._progress, self._note = progress, note
         self._scales = dict(policy.scales)
         self._shapes = {name: tuple(t.shape) for name, t in policy.adapter().items()}
+        self._ranks = {_module(name): shape[0] for name, shape in self._shapes.items() if ".lora_A." in name}
         self._eos = eos_ids(tokenizer, policy.base)
         self._dtype: torch.dtype = policy.base.get_input_embeddings().weight.dtype  # type: ignore[operator,union-attr]
         self._held: dict[str, tuple[Tensor, Tensor]] = {}
         """Module -> A and scaled B of the adapter that was loaded last, in the engine's dtype."""
-        self._number, self._version, self._restarted = 0, None, False
+        self._version, self._restarted = None, False
         self._asleep = False
         self._freed = 0
         """Bytes that the last sleep gave back, which the wake takes again."""
@@ -75,22 +76,20 @@ class VllmEngine:
             self._policy, weights, self._dtype, self._longest, self._sequences, options.max_seqs
         )  # fmt: skip
         self.choice: Choice = choose(self._sizes, options.mode, options.kv_gib, device)
-        environment(options, device)
+        environment()
         begin = time.perf_counter()
         with quiet(), defaults_restored():
             from vllm import LLM
 
             from rlft.rollout import vllm_hooks as hooks
 
-            if device.type == "cuda":
-                hooks.read_lora_settings_anew()
-            self._lender = hooks.Lender(weights)
+            self._lender = hooks.Lender(weights, {} if self.choice.mode == "merged" else self._ranks)
             number = next(NUMBERS)
             hooks.Lender.waiting[number] = self._lender
             try:
                 self._llm: Any = LLM(
                     model_folder(self._policy.base, self._tokenizer),
-                    **arguments(options, self.choice, self._sizes, self._shapes, self._dtype, device, number),
+                    **arguments(options, self.choice, self._sizes, self._dtype, device, number),
                 )
             except EngineError:
                 raise
@@ -140,7 +139,7 @@ class VllmEngine:
 
     @property
     def memory(self) -> dict[str, int]:
-        """The cache, weights of its own, and the adapter's slot with the copy that fills it."""
+        """The cache, weights of its own, and the adapter's slots with the copy that fills them."""
         slot = 0 if self.choice.mode == "merged" else self._sizes.slots
         refill = self._lender.refill
         return {
@@ -156,22 +155,22 @@ class VllmEngine:
         if self._asleep:
             raise EngineError("load_adapter while the engine sleeps: its slots have no memory; wake it first")
         self._write(named_tensors)
-        self._check(self._scaled(named_tensors), version)
+        self._check(self._scaled(named_tensors, self._policy.scales), version)
         self._version = version
 
-    def _scaled(self, named_tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+    def _scaled(
+        self, named_tensors: Mapping[str, Tensor], scales: Mapping[str, float]
+    ) -> dict[str, tuple[Tensor, Tensor]]:
         """Module -> A and scale * B, in the engine's dtype: the scale is applied here, once, and nowhere else."""
         dtype, made = self._dtype, {}
         for name, b in named_tensors.items():
             if ".lora_B." in name:
                 a = named_tensors[name.replace(".lora_B.", ".lora_A.")]
-                module = name.split(".lora_B.")[0].removeprefix("base_model.model.")
-                made[module] = (a.to(dtype, copy=True), (b * self._scales[name]).to(dtype))
+                made[_module(name)] = (a.to(dtype, copy=True), (b * scales[name]).to(dtype))
         return made
 
     def _write(self, named_tensors: Mapping[str, Tensor]) -> None:
-        self._held = self._scaled(named_tensors)
-        self._number = next(NUMBERS)
+        self._held = self._scaled(named_tensors, self._scales)
         self._fill()
 
     def _refill(self) -> None:
@@ -180,18 +179,18 @@ class VllmEngine:
         self._lender.refill.run()
 
     def _fill(self) -> None:
-        """The held adapter into the engine: its slot, or, merged, the weights themselves."""
+        """The held adapter into the engine: its slots, or, merged, the weights themselves."""
         if self.choice.mode == "merged":
             self._refill()
             assert self._lender.refill is not None
             self._lender.refill.merge({f"{module}.weight": pair for module, pair in self._held.items()})
-            self._llm.reset_prefix_cache()
-            self._factors = dict.fromkeys(self._held, 1.0)
         else:
-            (self._factors,) = self._llm.collective_rpc("rlft_put", args=(self._number, self._held))
+            self._lender.put(self._held)
+        # What it holds was computed with another adapter.
+        self._llm.reset_prefix_cache()
 
     def _check(self, want: Mapping[str, tuple[Tensor, Tensor]], version: int) -> None:
-        """The first guard: what the engine's kernels will read is `want`, and it is scaled by nothing else."""
+        """The first guard: what the engine's kernels will read is `want`, scaled as the trainer does."""
         if self.choice.mode == "merged":
             assert self._lender.refill is not None
             pairs = {f"{module}.weight": pair for module, pair in want.items()}
@@ -202,23 +201,16 @@ class VllmEngine:
                     f"trained."
                 )
             return
-        (slots,) = self._llm.collective_rpc("rlft_slots", args=(self._number,))
         given, held, rest = {}, {}, []
-        for module, (a, b) in want.items():
-            if module not in slots:
-                raise EngineError(
-                    f"after loading policy version {version} the engine has no adapter at {module}: vLLM "
-                    f"{vllm_start.version()} applies none there; leave it out of lora.targets"
-                )
-            slot_a, slot_b = slots[module]
-            given |= {f"{module}.lora_A.weight": a, f"{module}.lora_B.weight": b}
-            held |= {f"{module}.lora_A.weight": slot_a[: len(a)], f"{module}.lora_B.weight": slot_b[:, : len(a)]}
-            rest += [slot_a[len(a) :].any(), slot_b[:, len(a) :].any()]
-        scales = {
-            f"{module}.lora_B.weight": self._scales[f"base_model.model.{module}.lora_B.weight"] for module in want
-        }
-        factors = {name: scale * self._factors[name.split(".lora_B.")[0]] for name, scale in scales.items()}
-        check_read_back(given, held, scales, factors, version)
+        for module, slot_a, slot_b in self._lender.slots():
+            rank = 0
+            if module in want:
+                a, b = want[module]
+                rank = len(a)
+                given |= {f"{module}.lora_A.weight": a, f"{module}.lora_B.weight": b}
+                held |= {f"{module}.lora_A.weight": slot_a[:rank], f"{module}.lora_B.weight": slot_b[:, :rank]}
+            rest += [slot_a[rank:].any(), slot_b[:, rank:].any()]
+        check_read_back(given, held, self._policy.scales, self._scales, version)
         if bool(torch.stack(rest).any()):
             raise EngineError(
                 f"after loading policy version {version} the engine's slots hold an adapter of a higher rank too"
@@ -298,8 +290,8 @@ class VllmEngine:
         try:
             with quiet():
                 return sample(
-                    self._llm.llm_engine, self._tokenizer, prompts, sampling, self._eos, seed, self._lora(),
-                    self._version, self._policy.device, self._options.deadline, self._progress,
+                    self._llm.llm_engine, self._tokenizer, prompts, sampling, self._eos, seed, self._version,
+                    self._policy.device, self._options.deadline, self._progress,
                 )  # fmt: skip
         except Failed as failure:
             if self._restarted or failure.hangs:
@@ -309,21 +301,19 @@ class VllmEngine:
         self._restart()
         return self.generate(prompts, sampling, seed)
 
-    def _lora(self) -> Any:
-        """The adapter in a request's words; None where it is in the weights."""
-        from vllm.lora.request import LoRARequest
-
-        name = f"rlft-{self._number}"
-        return None if self.choice.mode == "merged" else LoRARequest(name, self._number, lora_path="/in-memory")
-
     def _restart(self) -> None:
         """A new engine with the adapter that was loaded last."""
         version, held = self._version, self._held
         self.close()
         self._asleep = False
         self._start()
-        self._held, self._number = held, next(NUMBERS)
+        self._held = held
         self._fill()
         assert version is not None
         self._check(held, version)
         self._version = version
+
+
+def _module(name: str) -> str:
+    """The base's module that a tensor of the adapter belongs to, from its PEFT name."""
+    return name.split(".lora_")[0].removeprefix("base_model.model.")

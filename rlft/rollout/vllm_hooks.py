@@ -5,24 +5,22 @@
 | register_model_loader("rlft") | hands over the trainer's weights in place of files |
 | register_quantization_config("rlft-lent", "rlft-refilled") | linear layers that compute from the trainer's weights, or
   whose memory we fill; embeddings and heads without memory of their own |
-| worker_extension_cls | puts the adapter into its slots and reads it back |
-| static_forward_context | where the operator of a lent linear layer finds its layer under torch.compile |
+| static_forward_context | where our operators find their layer under torch.compile |
+| worker_extension_cls | says which model runner runs |
 
 Each of them ran on vLLM 0.23 with model runner V2 on a GPU and on 0.32 with V1 on a CPU, and on nothing else;
 `TESTED_ON_GPU` and `TESTED_ON_CPU` say so, and an engine of another version or runner calls itself untested.
 
-Internals that the worker extension uses: `model_runner.lora_manager._adapter_manager` (LoRAModelManager: modules,
-packed_modules, add_adapter, activate_adapter, remove_all_adapters, lora_index_to_id), the slots of its modules
-(lora_a_stacked, lora_b_stacked), LoRAModel and LoRALayerWeights. Elsewhere: the two caches of LoRA kernels' settings,
-and, when an engine is closed, CuMemAllocator's allocator_and_pools and pointer_to_data, and the
-platform's _global_graph_pool.
+vLLM's own LoRA is not used: our linear layers add the adapter themselves (`lend.Slot`), in fixed order and in two
+launches, and what they read is ours to write and to read back. Internals that are used, when an engine is closed:
+CuMemAllocator's allocator_and_pools and pointer_to_data, and the platform's _global_graph_pool.
 
 Imported only by an engine that starts (rlft.rollout.vllm): importing it imports vLLM and registers the hooks.
 """
 
 # No postponed annotations: torch reads those of the operator.
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -31,8 +29,6 @@ from torch.nn import functional
 from vllm.config import get_current_vllm_config
 from vllm.device_allocator.cumem import CuMemAllocator
 from vllm.forward_context import get_forward_context
-from vllm.lora.lora_model import LoRAModel
-from vllm.lora.lora_weights import LoRALayerWeights
 from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
@@ -43,7 +39,7 @@ from vllm.platforms import current_platform
 
 from rlft.errors import EngineError
 from rlft.rollout import lend
-from rlft.rollout.lend import Refill, Weight, padded, partners
+from rlft.rollout.lend import Refill, Slot, Weight, padded, partners
 
 TESTED_ON_GPU = {("0.23", "V2")}
 TESTED_ON_CPU = {("0.32", "V1")}
@@ -56,8 +52,10 @@ class Lender:
     waiting: "dict[int, Lender]" = {}  # noqa: RUF012 (shared on purpose: vLLM makes the loader, and a config cannot hold tensors)
     """Number in the load config -> the lender of the engine that is starting."""
 
-    def __init__(self, weights: Mapping[str, Weight]) -> None:
-        self.weights = weights
+    def __init__(self, weights: Mapping[str, Weight], ranks: Mapping[str, int]) -> None:
+        """ranks: of the adapter, by the trainer's modules; empty where it is merged into the weights."""
+        self.weights, self._ranks = weights, ranks
+        self._slots: list[Slot] = []
         self.refill: Refill | None = None
         """What lies in the engine's own memory; known when vLLM has loaded the model, and written after that."""
 
@@ -71,14 +69,40 @@ class Lender:
         for name, parameter in parameters.items():
             module = modules[name.rpartition(".")[0]]
             weights = [self.weights[part] for part in found[name]]
+            rows = [int(w.shape[0]) for w in weights]
+            if isinstance(module, LinearBase) and name.endswith(".weight"):
+                self._give_slot(module, found[name], rows, parameter)
             if isinstance(getattr(module, "quant_method", None), LentMethod) and name.endswith(".weight"):
                 module.rlft_lent = lend.LentLinear(weights, scratch)  # type: ignore[assignment]
             elif isinstance(module, LinearBase):
-                rows = [int(w.shape[0]) for w in weights]
                 places |= zip(found[name], parameter.data.split(rows), strict=True)
             else:
                 parameter.data = self._whole(name, weights, getattr(module, "rlft_rows", parameter.shape[0]), parameter)
+        if homeless := sorted(self._ranks.keys() - {module for module, _, _ in self.slots()}):
+            raise EngineError(
+                f"the adapter has a part at {homeless[0]}, which is no linear layer of vLLM's ({len(homeless)} in "
+                f"all): leave it out of lora.targets"
+            )
         self.refill = Refill(places, self.weights)
+
+    def _give_slot(self, module: nn.Module, names: list[str], rows: list[int], parameter: Tensor) -> None:
+        """Room for the adapter, in memory that sleeps."""
+        modules = [name.removesuffix(".weight") for name in names]
+        ranks = [self._ranks[m] for m in modules if m in self._ranks]
+        if ranks:
+            columns = int(self.weights[names[0]].shape[1])
+            module.rlft_slot = Slot(modules, rows, columns, max(ranks), parameter)  # type: ignore[assignment]
+            self._slots.append(module.rlft_slot)
+
+    def put(self, adapter: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+        """Write the adapter into its slots. adapter: module -> A [r, in], B [out, r], scaled, in the engine's dtype."""
+        for slot in self._slots:
+            slot.put(adapter)
+
+    def slots(self) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """(module, A, B) as the kernels read them, with the ranks that are not used."""
+        for slot in self._slots:
+            yield from slot
 
     def _scratch(self, modules: dict[str, nn.Module], found: dict[str, list[str]]) -> Tensor | None:
         """Room for the largest lent linear layer, in the memory that sleeps."""
@@ -121,9 +145,12 @@ class Loader(BaseModelLoader):
         Lender.waiting[self.load_config.model_loader_extra_config["lender"]].give(model)
 
 
+# Both operators are opaque to torch.compile, which must not look at our tables.
+
+
 @torch.library.custom_op("rlft::lent_linear", mutates_args=())
 def lent_linear(x: Tensor, name: str, out: int) -> Tensor:
-    """x W^T of the lent linear layer called `name`; opaque to torch.compile, which must not look at our tables."""
+    """x W^T of the lent linear layer called `name`."""
     return get_forward_context().no_compile_layers[name].rlft_lent(x)
 
 
@@ -132,11 +159,29 @@ def _(x: Tensor, name: str, out: int) -> Tensor:
     return x.new_empty(*x.shape[:-1], out)
 
 
+@torch.library.custom_op("rlft::add_adapter", mutates_args=("y",))
+def add_adapter(y: Tensor, x: Tensor, name: str) -> None:
+    """The adapter's part of the linear layer called `name`, added to y in place."""
+    get_forward_context().no_compile_layers[name].rlft_slot.add(y, x)
+
+
+@add_adapter.register_fake
+def _(y: Tensor, x: Tensor, name: str) -> None:
+    return None
+
+
+def known(layer: nn.Module, prefix: str) -> str:
+    """The layer's name for the operators, under which vLLM's forward context has it from now on."""
+    name = f"{prefix}.rlft"
+    get_current_vllm_config().compilation_config.static_forward_context[name] = layer
+    return name
+
+
 class LentMethod(LinearMethodBase):
     """A linear layer without memory, computed from the trainer's weights."""
 
-    def __init__(self, prefix: str) -> None:
-        self.name = f"{prefix}.rlft"
+    def __init__(self, layer: nn.Module, prefix: str) -> None:
+        self.name = known(layer, prefix)
 
     def create_weights(
         self, layer: nn.Module, input_size_per_partition: int, output_partition_sizes: list[int], input_size: int,
@@ -145,18 +190,29 @@ class LentMethod(LinearMethodBase):
         """vLLM asks a layer's weight for its dtype and device, so there is one, of no elements."""
         layer.register_parameter("weight", nn.Parameter(torch.empty(0, dtype=params_dtype), requires_grad=False))
         layer.rlft_out = sum(output_partition_sizes)  # type: ignore[assignment]
-        get_current_vllm_config().compilation_config.static_forward_context[self.name] = layer
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         """Nothing: the weights stay the trainer's."""
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         y = lent_linear(x, self.name, layer.rlft_out)
+        if hasattr(layer, "rlft_slot"):
+            add_adapter(y, x, self.name)
         return y if bias is None else y + bias
 
 
 class RefilledMethod(UnquantizedLinearMethod):
     """A plain linear layer of vLLM in memory that rlft fills, again after each wake."""
+
+    def __init__(self, layer: nn.Module, prefix: str) -> None:
+        super().__init__()
+        self.name = known(layer, prefix)
+
+    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        y = super().apply(layer, x, bias)
+        if hasattr(layer, "rlft_slot"):
+            add_adapter(y, x, self.name)
+        return y
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         """Nothing is repacked: it is filled in place."""
@@ -205,7 +261,7 @@ class _Given(QuantizationConfig):
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> Any:
         if isinstance(layer, LinearBase):
-            return LentMethod(prefix) if self.lent else RefilledMethod()
+            return LentMethod(layer, prefix) if self.lent else RefilledMethod(layer, prefix)
         return LentEmbedding() if isinstance(layer, VocabParallelEmbedding) else None
 
 
@@ -223,20 +279,12 @@ class Refilled(_Given):
     lent = False
 
 
-def read_lora_settings_anew() -> None:
-    """vLLM reads the settings of its LoRA kernels once per process; an engine may start with other ones."""
-    from vllm.lora.ops.triton_ops import utils
-
-    utils.load_lora_op_config.cache_clear()
-    utils.get_lora_op_configs.cache_clear()
-
-
 def release_pools(asleep: bool) -> None:
     """Give back the memory of an engine that has been shut down, so that the process can start another one. asleep: it
     slept, so that nothing of it is mapped.
 
-    Later versions of vLLM do this in their shutdown. In 0.23 much of the model is still referred to then (by the LoRA
-    kernels' tables, vLLM's hook in torch._dynamo and what that keeps), and vLLM has one allocator per process, which
+    Later versions of vLLM do this in their shutdown. In 0.23 much of the model is still referred to then (by
+    vLLM's hook in torch._dynamo and what that keeps), and vLLM has one allocator per process, which
     takes a new engine only when it holds nothing. So the old one sleeps for good: its memory is unmapped, and its
     tensors, which nothing runs on, keep their addresses. The pools are kept, since PyTorch would hand the allocator
     segments that it knows no more.
@@ -266,34 +314,8 @@ def unmapped() -> int:
 
 
 class WorkerExtension:
-    """Methods that vLLM's worker gets, called through `LLM.collective_rpc`."""
+    """What vLLM's worker gets, called through `LLM.collective_rpc`."""
 
     def rlft_runner(self) -> str:
         """ "V1" or "V2": the model runner that runs."""
         return "V2" if getattr(self, "use_v2_model_runner", False) else "V1"
-
-    def rlft_put(self, number: int, adapter: dict[str, tuple[Tensor, Tensor]]) -> dict[str, float]:
-        """Fill the LoRA slot. adapter: module -> A [r, in] and B [out, r], scaled already, in the engine's dtype.
-
-        Returns module -> the factor that vLLM multiplies B by on top: 1, or the scale is applied twice.
-        """
-        manager: Any = self.model_runner.lora_manager._adapter_manager  # type: ignore[attr-defined]
-        layers = {name: LoRALayerWeights(name, a.shape[0], a.shape[0], a, b) for name, (a, b) in adapter.items()}
-        factors = {name: float(layer.scaling) for name, layer in layers.items()}
-        manager.remove_all_adapters()
-        manager.add_adapter(LoRAModel(number, max(a.shape[0] for a, _ in adapter.values()), layers))
-        manager.activate_adapter(number)
-        return factors
-
-    def rlft_slots(self, number: int) -> dict[str, tuple[Tensor, Tensor]]:
-        """Module -> A [slot rank, in] and B [out, slot rank] as the kernels read them, views of the slot of adapter
-        `number`; empty where it is in none."""
-        manager: Any = self.model_runner.lora_manager._adapter_manager  # type: ignore[attr-defined]
-        if number not in manager.lora_index_to_id:
-            return {}
-        slot, found = manager.lora_index_to_id.index(number), {}
-        for name, module in manager.modules.items():
-            parts = manager.packed_modules.get(name, [name])
-            for part, a, b in zip(parts, module.lora_a_stacked, module.lora_b_stacked, strict=False):
-                found[part] = (a[slot, 0], b[slot, 0])
-        return found

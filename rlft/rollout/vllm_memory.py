@@ -11,7 +11,7 @@ import torch
 from rlft.errors import EngineError
 from rlft.models import memory
 from rlft.models.policy import Policy
-from rlft.rollout.lend import Weight
+from rlft.rollout.lend import Weight, slot_rank
 
 GIB = 2**30
 BATCHED = 8192
@@ -34,7 +34,7 @@ class Sizes:
     largest: int
     """Bytes of the largest group of them that is decoded at a time: what lent weights take."""
     slots: int
-    """Bytes of the LoRA slot, and of the adapter's copy that fills it."""
+    """Bytes of the adapter's slots, and of its copy that fills them."""
     per_token: int
     """Bytes of the cache per token."""
     longest: int
@@ -62,8 +62,10 @@ class Sizes:
         linear = sum(w.shape[0] * w.shape[1] for w in matrices)
         together, batched = min(sequences, max_seqs), min(BATCHED, max(longest * max_seqs, 1024))
         adapter = policy.flat.flat.numel()
+        ranks = [a.shape[0] for name, a in policy.adapter().items() if ".lora_A." in name]
+        slot_bytes = adapter * slot_rank(max(ranks)) // min(ranks) * e
         return cls(
-            linear=linear * e, largest=2 * wide * config.hidden_size * e, slots=2 * adapter * e,
+            linear=linear * e, largest=2 * wide * config.hidden_size * e, slots=adapter * e + slot_bytes,
             per_token=2 * config.num_hidden_layers * heads * size * e, longest=longest, sequences=together,
             work=batched * (3 * wide + 6 * config.hidden_size) * e + together * config.vocab_size * 16,
             batched=batched, pending=2 * adapter * policy.flat.flat.element_size(),

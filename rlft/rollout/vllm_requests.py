@@ -44,10 +44,10 @@ def parameters(sampling: Sampling, ends: set[int], seed: int) -> Any:
 
 def sample(
     engine: Any, tokenizer: Any, prompts: Sequence[Prompt], sampling: Sampling, ends: set[int], seed: tuple[int, ...],
-    lora: Any, version: int, device: torch.device, deadline: float, progress: Callable[[int, int], None] | None,
+    version: int, device: torch.device, deadline: float, progress: Callable[[int, int], None] | None,
 ) -> list[Rollout]:  # fmt: skip
-    """`sampling.group_size` rollouts per prompt, in order. engine: vLLM's LLMEngine. lora: its LoRARequest, or None.
-    version: of the policy. deadline: seconds. Raises Failed."""
+    """`sampling.group_size` rollouts per prompt, in order. engine: vLLM's LLMEngine. version: of the
+    policy. deadline: seconds. Raises Failed."""
     from vllm.inputs import tokens_input
 
     made = []
@@ -55,7 +55,7 @@ def sample(
         for i in range(sampling.group_size):
             made.append((prompt, i, rollout_seed(seed, slot, i)))
     requests = [(tokens_input(list(p.ids)), parameters(sampling, ends, own)) for p, _, own in made]
-    outputs = _run(engine, requests, lora, device, deadline, progress)
+    outputs = _run(engine, requests, device, deadline, progress)
     completions = [output.outputs[0] for output in outputs]
     if sampling.stop:
         texts = [c.text for c in completions]
@@ -68,7 +68,7 @@ def sample(
 
 
 def _run(
-    engine: Any, requests: Sequence[tuple[Any, Any]], lora: Any, device: torch.device, deadline: float,
+    engine: Any, requests: Sequence[tuple[Any, Any]], device: torch.device, deadline: float,
     progress: Callable[[int, int], None] | None,
 ) -> list[Any]:  # fmt: skip
     """vLLM's outputs in the order of the requests. Raises Failed where it fails or no step ends for too long."""
@@ -80,7 +80,7 @@ def _run(
             if device.type == "cuda":
                 torch.cuda.set_device(device)
             for i, (prompt, params) in enumerate(requests):
-                engine.add_request(str(i), prompt, params, lora_request=lora)
+                engine.add_request(str(i), prompt, params)
             while engine.has_unfinished_requests() and not stop.is_set():
                 for output in engine.step():
                     if output.finished:
