@@ -25,7 +25,7 @@ from rlft.data import encode_prompt
 from rlft.errors import EngineError, ParityError
 from rlft.models.load import Base, attach_lora, load_base, load_tokenizer
 from rlft.models.policy import Policy
-from rlft.rollout import vllm_requests
+from rlft.rollout import vllm_requests, vllm_start
 from rlft.rollout.lend import LentLinear
 from rlft.rollout.vllm import VllmEngine
 from rlft.train import train
@@ -159,6 +159,53 @@ def test_a_prompt_that_is_too_long_is_refused_before_anything_is_sampled(pair: P
         generate(pair, max_tokens=70)
 
 
+def test_the_operators_are_compiled_whole_and_alike_in_all_layers(vllm_visible: None) -> None:
+    from torch import nn
+
+    from rlft.rollout import vllm_hooks as hooks
+    from rlft.rollout.lend import Slot
+
+    weight, graphs = torch.randn(6, 8), []
+
+    def layer(adapted: bool) -> nn.Module:
+        made = nn.Module()
+        made.rlft_out = 6  # type: ignore[assignment]
+        lender = hooks.Lender({}, {"m": 4} if adapted else {})
+        lender.weights = {"m.weight": weight}
+        lender._lend(made, LentLinear([weight], None))
+        lender._give_slot(made, ["m.weight"], [6], weight)
+        for slot in lender._slots:
+            slot.put({"m": (torch.ones(4, 8), torch.ones(6, 4))})
+            assert isinstance(slot, Slot)
+        return made
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph.code)
+        return graph.forward
+
+    layers = [layer(True), layer(True), layer(False)]
+    for one in layers:
+        torch.compiler.reset()
+        x = torch.randn(3, 8)
+        got = torch.compile(lambda m, x: hooks.LentMethod().apply(m, x), backend=backend, fullgraph=True)(one, x)
+        update = 4 * x.sum(1, keepdim=True) if one is not layers[2] else 0
+        assert torch.allclose(got, x @ weight.T + update, atol=1e-5)
+    assert graphs[0] == graphs[1] != graphs[2]
+
+
+def test_vllm_finds_what_it_compiled_for_the_same_model_with_the_same_adapter(pair: Pair) -> None:
+    policy, engine = pair
+    folders = [vllm_start.model_folder(policy.base, policy.tokenizer) for _ in range(2)]  # type: ignore[attr-defined]
+    assert folders[0] == folders[1] and (Path(folders[0]) / "config.json").exists()
+    assert not [p for p in Path(folders[0]).parent.iterdir() if p.name.startswith("tmp")]
+
+    def key(adapted: list[str]) -> Any:
+        how = (engine._options, engine.choice, engine._sizes, adapted, torch.float32, torch.device("cpu"), 1)
+        return vllm_start.arguments(*how)["additional_config"]
+
+    assert key(["a", "b"]) == key(["b", "a"]) and len({key(x)["rlft"] for x in (["a", "b"], ["a"], [])}) == 3
+
+
 # ---- guards ------------------------------------------------------------------------------------------------------
 
 
@@ -202,13 +249,12 @@ def test_what_lies_beside_the_adapter_in_its_slots_is_found(pair: Pair) -> None:
     engine.load_adapter(policy.adapter(), version=5)
 
 
-def test_an_adapter_where_vllm_has_no_linear_layer_is_refused(pair: Pair) -> None:
+def test_an_adapter_where_vllm_has_no_linear_layer_is_refused(vllm_visible: None) -> None:
     from rlft.rollout.vllm_hooks import Lender
 
-    lender = Lender(pair[1]._lender.weights, {"model.norm": 4})
-    (model,) = pair[1]._llm.collective_rpc("get_model")
-    with pytest.raises(EngineError, match=r"a part at model.norm, which is no linear layer of vLLM's \(1 in all\)"):
-        lender.give(model)
+    model = torch.nn.Sequential(torch.nn.LayerNorm(4, bias=False))
+    with pytest.raises(EngineError, match=r"a part at 0, which is no linear layer of vLLM's \(1 in all\)"):
+        Lender({"0.weight": torch.ones(4)}, {"0": 4}).give(model)
 
 
 def test_a_wrong_temperature_is_stopped_by_the_gate_and_named(pair: Pair) -> None:

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from rlft.errors import EngineError
-from rlft.kernels.launch import as_rows, power_of_2
-from rlft.kernels.lora_add import LEAST_RANK, lora_add
+from rlft.kernels.launch import power_of_2
+from rlft.kernels.lora_add import LEAST_RANK
 from rlft.kernels.nf4 import DecodePlan, Nf4Weight
 
 Weight = Tensor | Nf4Weight
@@ -103,28 +103,24 @@ class Slot:
 
     def __init__(self, modules: Sequence[str], sizes: Sequence[int], columns: int, rank: int, like: Tensor) -> None:
         """modules: the trainer's, from top to bottom, with `sizes` rows each. like: of the dtype and device."""
-        self._modules, self._sizes = tuple(modules), tuple(sizes)
+        self._modules, self.sizes = tuple(modules), list(sizes)
         self._rank = slot_rank(rank)
-        self._a = like.new_zeros(len(modules) * self._rank, columns)
-        self._b = like.new_zeros(sum(sizes), self._rank)
+        self.a = like.new_zeros(len(modules) * self._rank, columns)
+        self.b = like.new_zeros(sum(sizes), self._rank)
 
     def __iter__(self) -> Iterator[tuple[str, Tensor, Tensor]]:
         """(module, A [slot's rank, in], B [out, slot's rank]): views of what the kernel reads."""
-        return zip(self._modules, self._a.split(self._rank), self._b.split(self._sizes), strict=True)
+        return zip(self._modules, self.a.split(self._rank), self.b.split(self.sizes), strict=True)
 
     def put(self, adapter: Mapping[str, tuple[Tensor, Tensor]]) -> None:
         """Write. adapter: module -> A [r, in], B [out, r], scaled; a module that is not in it gets none."""
-        self._a.zero_()
-        self._b.zero_()
+        self.a.zero_()
+        self.b.zero_()
         for module, place_a, place_b in self:
             if module in adapter:
                 a, b = adapter[module]
                 place_a[: len(a)] = a
                 place_b[:, : len(a)] = b
-
-    def add(self, y: Tensor, x: Tensor) -> None:
-        """y [..., out] += the adapter's part for x [..., in], in place."""
-        lora_add(y.view(-1, y.shape[-1]), as_rows(x), self._a, self._b, self._sizes)
 
 
 def slot_rank(rank: int) -> int:

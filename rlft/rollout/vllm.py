@@ -83,13 +83,14 @@ class VllmEngine:
 
             from rlft.rollout import vllm_hooks as hooks
 
-            self._lender = hooks.Lender(weights, {} if self.choice.mode == "merged" else self._ranks)
+            ranks = {} if self.choice.mode == "merged" else self._ranks
+            self._lender = hooks.Lender(weights, ranks)
             number = next(NUMBERS)
             hooks.Lender.waiting[number] = self._lender
             try:
                 self._llm: Any = LLM(
                     model_folder(self._policy.base, self._tokenizer),
-                    **arguments(options, self.choice, self._sizes, self._dtype, device, number),
+                    **arguments(options, self.choice, self._sizes, list(ranks), self._dtype, device, number),
                 )
             except EngineError:
                 raise

@@ -5,7 +5,6 @@
 | register_model_loader("rlft") | hands over the trainer's weights in place of files |
 | register_quantization_config("rlft-lent", "rlft-refilled") | linear layers that compute from the trainer's weights, or
   whose memory we fill; embeddings and heads without memory of their own |
-| static_forward_context | where our operators find their layer under torch.compile |
 | worker_extension_cls | says which model runner runs |
 
 Each of them ran on vLLM 0.23 with model runner V2 on a GPU and on 0.32 with V1 on a CPU, and on nothing else;
@@ -20,15 +19,15 @@ Imported only by an engine that starts (rlft.rollout.vllm): importing it imports
 
 # No postponed annotations: torch reads those of the operator.
 
+import itertools
+import weakref
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from vllm.config import get_current_vllm_config
 from vllm.device_allocator.cumem import CuMemAllocator
-from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
@@ -38,6 +37,8 @@ from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 from vllm.platforms import current_platform
 
 from rlft.errors import EngineError
+from rlft.kernels.launch import as_rows
+from rlft.kernels.lora_add import lora_add
 from rlft.rollout import lend
 from rlft.rollout.lend import Refill, Slot, Weight, padded, partners
 
@@ -73,7 +74,7 @@ class Lender:
             if isinstance(module, LinearBase) and name.endswith(".weight"):
                 self._give_slot(module, found[name], rows, parameter)
             if isinstance(getattr(module, "quant_method", None), LentMethod) and name.endswith(".weight"):
-                module.rlft_lent = lend.LentLinear(weights, scratch)  # type: ignore[assignment]
+                self._lend(module, lend.LentLinear(weights, scratch))
             elif isinstance(module, LinearBase):
                 places |= zip(found[name], parameter.data.split(rows), strict=True)
             else:
@@ -85,14 +86,22 @@ class Lender:
             )
         self.refill = Refill(places, self.weights)
 
+    def _lend(self, module: nn.Module, linear: lend.LentLinear) -> None:
+        number = next(LENT_NUMBERS)
+        LENT[number] = module.rlft_lent = linear  # type: ignore[assignment]
+        module.register_buffer("rlft_number", torch.tensor(number, device="cpu"), persistent=False)
+
     def _give_slot(self, module: nn.Module, names: list[str], rows: list[int], parameter: Tensor) -> None:
         """Room for the adapter, in memory that sleeps."""
         modules = [name.removesuffix(".weight") for name in names]
         ranks = [self._ranks[m] for m in modules if m in self._ranks]
         if ranks:
             columns = int(self.weights[names[0]].shape[1])
-            module.rlft_slot = Slot(modules, rows, columns, max(ranks), parameter)  # type: ignore[assignment]
-            self._slots.append(module.rlft_slot)
+            slot = Slot(modules, rows, columns, max(ranks), parameter)
+            module.rlft_a = nn.Parameter(slot.a, requires_grad=False)
+            module.rlft_b = nn.Parameter(slot.b, requires_grad=False)
+            module.rlft_sizes = slot.sizes  # type: ignore[assignment]
+            self._slots.append(slot)
 
     def put(self, adapter: Mapping[str, tuple[Tensor, Tensor]]) -> None:
         """Write the adapter into its slots. adapter: module -> A [r, in], B [out, r], scaled, in the engine's dtype."""
@@ -141,47 +150,50 @@ class Loader(BaseModelLoader):
         """Nothing to download."""
 
     def load_weights(self, model: nn.Module, model_config: Any) -> None:
-        """Called by vLLM with the empty model, before LoRA layers and graphs exist."""
+        """Called by vLLM with the empty model, before anything is compiled or captured."""
         Lender.waiting[self.load_config.model_loader_extra_config["lender"]].give(model)
+
+
+LENT: weakref.WeakValueDictionary[int, lend.LentLinear] = weakref.WeakValueDictionary()
+LENT_NUMBERS = itertools.count()
+"""Lent linear layers by number, which compiled code has as a tensor: what is the same in all layers is compiled once,
+and a layer's name would make each different."""
 
 
 # Both operators are opaque to torch.compile, which must not look at our tables.
 
 
 @torch.library.custom_op("rlft::lent_linear", mutates_args=())
-def lent_linear(x: Tensor, name: str, out: int) -> Tensor:
-    """x W^T of the lent linear layer called `name`."""
-    return get_forward_context().no_compile_layers[name].rlft_lent(x)
+def lent_linear(x: Tensor, number: Tensor, out: int) -> Tensor:
+    """x W^T of the lent linear layer with this number (on the CPU)."""
+    return LENT[int(number)](x)
 
 
 @lent_linear.register_fake
-def _(x: Tensor, name: str, out: int) -> Tensor:
+def _(x: Tensor, number: Tensor, out: int) -> Tensor:
     return x.new_empty(*x.shape[:-1], out)
 
 
 @torch.library.custom_op("rlft::add_adapter", mutates_args=("y",))
-def add_adapter(y: Tensor, x: Tensor, name: str) -> None:
-    """The adapter's part of the linear layer called `name`, added to y in place."""
-    get_forward_context().no_compile_layers[name].rlft_slot.add(y, x)
+def add_adapter(y: Tensor, x: Tensor, a: Tensor, b: Tensor, sizes: list[int]) -> None:
+    """The adapter's part of a linear layer, added to y in place: `lora_add`."""
+    lora_add(y.view(-1, y.shape[-1]), as_rows(x), a, b, sizes)
 
 
 @add_adapter.register_fake
-def _(y: Tensor, x: Tensor, name: str) -> None:
+def _(y: Tensor, x: Tensor, a: Tensor, b: Tensor, sizes: list[int]) -> None:
     return None
 
 
-def known(layer: nn.Module, prefix: str) -> str:
-    """The layer's name for the operators, under which vLLM's forward context has it from now on."""
-    name = f"{prefix}.rlft"
-    get_current_vllm_config().compilation_config.static_forward_context[name] = layer
-    return name
+def with_adapter(layer: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """y, to which the layer's adapter is added where it has one."""
+    if hasattr(layer, "rlft_a"):
+        add_adapter(y, x, layer.rlft_a, layer.rlft_b, layer.rlft_sizes)
+    return y
 
 
 class LentMethod(LinearMethodBase):
     """A linear layer without memory, computed from the trainer's weights."""
-
-    def __init__(self, layer: nn.Module, prefix: str) -> None:
-        self.name = known(layer, prefix)
 
     def create_weights(
         self, layer: nn.Module, input_size_per_partition: int, output_partition_sizes: list[int], input_size: int,
@@ -195,24 +207,15 @@ class LentMethod(LinearMethodBase):
         """Nothing: the weights stay the trainer's."""
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        y = lent_linear(x, self.name, layer.rlft_out)
-        if hasattr(layer, "rlft_slot"):
-            add_adapter(y, x, self.name)
+        y = with_adapter(layer, x, lent_linear(x, layer.rlft_number, layer.rlft_out))
         return y if bias is None else y + bias
 
 
 class RefilledMethod(UnquantizedLinearMethod):
     """A plain linear layer of vLLM in memory that rlft fills, again after each wake."""
 
-    def __init__(self, layer: nn.Module, prefix: str) -> None:
-        super().__init__()
-        self.name = known(layer, prefix)
-
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        y = super().apply(layer, x, bias)
-        if hasattr(layer, "rlft_slot"):
-            add_adapter(y, x, self.name)
-        return y
+        return with_adapter(layer, x, super().apply(layer, x, bias))
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         """Nothing is repacked: it is filled in place."""
@@ -261,7 +264,7 @@ class _Given(QuantizationConfig):
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> Any:
         if isinstance(layer, LinearBase):
-            return LentMethod(layer, prefix) if self.lent else RefilledMethod(layer, prefix)
+            return LentMethod() if self.lent else RefilledMethod()
         return LentEmbedding() if isinstance(layer, VocabParallelEmbedding) else None
 
 

@@ -9,7 +9,7 @@ import shutil
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,9 +57,10 @@ def model_folder(base: Any, tokenizer: Any) -> str:
 
 
 def arguments(
-    options: Options, choice: Choice, sizes: Sizes, dtype: torch.dtype, device: torch.device, lender: int
-) -> dict[str, Any]:
-    """What vLLM's LLM is made with. lender: its number."""
+    options: Options, choice: Choice, sizes: Sizes, adapted: Sequence[str], dtype: torch.dtype, device: torch.device,
+    lender: int,
+) -> dict[str, Any]:  # fmt: skip
+    """What vLLM's LLM is made with. adapted: modules with an adapter that is not merged. lender: its number."""
     gpu = device.type == "cuda"
     made: dict[str, Any] = {
         "load_format": "rlft", "model_loader_extra_config": {"lender": lender},
@@ -69,6 +70,8 @@ def arguments(
         "max_num_batched_tokens": max(sizes.batched, options.max_seqs), "enforce_eager": not (gpu and options.graphs),
         "logprobs_mode": "processed_logprobs", "generation_config": "vllm", "enable_prefix_caching": True, "seed": 0,
         "disable_log_stats": True, "use_tqdm_on_load": sys.stderr.isatty(),
+        # Part of what vLLM looks compiled code up by: it has our operators where there are adapters, and nowhere else.
+        "additional_config": {"rlft": hashlib.sha256("\n".join(sorted(adapted)).encode()).hexdigest()},
     }  # fmt: skip
     if gpu:
         free, total = torch.cuda.mem_get_info(device)
