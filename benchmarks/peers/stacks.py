@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 TRL_CHUNK = 16384
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 Step = Callable[[Tensor], None]
 QWEN = {"vocab_size": 151936, "head_dim": 128, "num_key_value_heads": 8, "rope_theta": 1e6, "rms_norm_eps": 1e-6,
         "max_position_embeddings": 1048576, "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip
@@ -35,6 +36,9 @@ SHAPES: dict[str, dict[str, Any]] = {
     # 48 layers of 6144 with 16384 in the MLP, as InternLM2-20B; 19.9 B parameters.
     "20b": QWEN | {"hidden_size": 6144, "intermediate_size": 16384, "num_attention_heads": 48, "num_hidden_layers": 48,
                    "vocab_size": 92544, "tie_word_embeddings": False},
+    # To run a script by hand on a CPU.
+    "tiny": QWEN | {"vocab_size": 1024, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4,
+                    "num_key_value_heads": 2, "head_dim": 16, "num_hidden_layers": 2, "tie_word_embeddings": False},
 }  # fmt: skip
 
 
@@ -56,7 +60,7 @@ def make(shape: str) -> str:
     path = Path(path_of(shape))
     if not (path / "config.json").exists():
         torch.manual_seed(0)
-        with torch.device("cuda"):
+        with torch.device(DEVICE):
             model = AutoModelForCausalLM.from_config(config_of(shape), dtype=torch.bfloat16)
         model.save_pretrained(path)
         del model
@@ -64,24 +68,49 @@ def make(shape: str) -> str:
     return str(path)
 
 
-def _peft(shape: str, nf4: bool, checkpointing: bool) -> tuple[Any, Step]:
-    from peft import LoraConfig, get_peft_model
+def tokenizer_of(shape: str) -> Any:
+    """A tokenizer whose words are the numbers of their tokens, so that "12 7" is tokens 12 and 7; 0 is "<pad>" and 2
+    is "<eos>", since a special token is also found inside of a word."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = {{0: "<pad>", 2: "<eos>"}.get(i, str(i)): i for i in range(SHAPES[shape]["vocab_size"])}
+    made = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()  # type: ignore[assignment]
+    return PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>", eos_token="<eos>", unk_token="<pad>")
+
+
+def base_of(shape: str, nf4: bool) -> Any:
+    """transformers' model in bf16, or with linear layers quantised by bitsandbytes."""
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-    from trl.kernels import ChunkedLogProbFunction
 
     quantised = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.bfloat16,
     )  # fmt: skip
-    base = AutoModelForCausalLM.from_pretrained(
-        path_of(shape), quantization_config=quantised if nf4 else None, dtype=torch.bfloat16, device_map={"": 0},
-        attn_implementation="sdpa",
+    return AutoModelForCausalLM.from_pretrained(
+        path_of(shape), quantization_config=quantised if nf4 else None, dtype=torch.bfloat16,
+        device_map={"": 0 if DEVICE == "cuda" else DEVICE}, attn_implementation="sdpa",
     )  # fmt: skip
+
+
+def lora() -> Any:
+    """PEFT's config of the adapter that every stack has."""
+    from peft import LoraConfig
+
+    return LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+
+
+def _peft(shape: str, nf4: bool, checkpointing: bool) -> tuple[Any, Step]:
+    from peft import get_peft_model
+    from trl.kernels import ChunkedLogProbFunction
+
+    base = base_of(shape, nf4)
     if checkpointing:
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         base.enable_input_require_grads()
     base.requires_grad_(False)
-    model = get_peft_model(base, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"))
+    model = get_peft_model(base, lora())
     model.train()
     inner: Any = model.base_model.model
 
@@ -102,16 +131,21 @@ def peft(shape: str, nf4: bool) -> tuple[Any, Step]:
     return _peft(shape, nf4, checkpointing=False)
 
 
-def unsloth(shape: str, nf4: bool) -> tuple[Any, Step]:
+def unsloths_model(shape: str, nf4: bool) -> Any:
+    """Unsloth's model with its adapter and its own checkpointing."""
     from unsloth import FastLanguageModel
 
     model, _ = FastLanguageModel.from_pretrained(
         path_of(shape), max_seq_length=32768, dtype=torch.bfloat16, load_in_4bit=nf4
     )
-    model = FastLanguageModel.get_peft_model(
+    return FastLanguageModel.get_peft_model(
         model, r=16, lora_alpha=32, lora_dropout=0, bias="none", use_gradient_checkpointing="unsloth",
         target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
     )  # fmt: skip
+
+
+def unsloth(shape: str, nf4: bool) -> tuple[Any, Step]:
+    model = unsloths_model(shape, nf4)
     model.train()
 
     def step(ids: Tensor) -> None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import time
@@ -19,52 +18,23 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parent))
 
 from results_file import write
 from timing import row
+from workers import GIB, Worker
 
-GIB = 2**30
 ROUNDS, WARM = 5, 2
 
 
-class Worker:
-    """A stack in a process of its own."""
-
-    def __init__(self, stack: str, shape: str, nf4: bool, path: str) -> None:
-        self.stack = stack
-        env = os.environ | {"PYTHONPATH": f"{path}:{os.environ.get('PYTHONPATH', '')}" if path else ""}
-        if not path:
-            env["PYTHONPATH"] = os.environ.get("PYTHONPATH", "")
-        command = [sys.executable, __file__, "--worker", stack.split("-")[0], shape, str(int(nf4))]
-        self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env
-        )
-        os.set_blocking(self.process.stderr.fileno(), False)  # type: ignore[union-attr]
-
-    def ask(self, **question: Any) -> dict[str, Any]:
-        assert self.process.stdin is not None and self.process.stdout is not None
-        try:
-            self.process.stdin.write(json.dumps(question) + "\n")
-            self.process.stdin.flush()
-        except BrokenPipeError:
-            pass
-        while line := self.process.stdout.readline():
-            if line.startswith("@"):
-                return json.loads(line[1:])
-        errors = self.process.stderr.read() or ""  # type: ignore[union-attr]
-        return {"error": errors[-1500:]}
-
-    def close(self) -> None:
-        self.process.kill()
-        self.process.wait()
+def started(stack: str, shape: str, nf4: bool, path: str) -> Worker:
+    return Worker(stack, [__file__, "--worker", stack.split("-")[0], shape, str(int(nf4))], path)
 
 
 def worker(stack: str, shape: str, nf4: bool) -> None:
     """Answer questions {"T", "budget"} with {"ms", "peak"}."""
-    import torch
-
-    sys.path.insert(0, str(Path(__file__).parent))
     import stacks
+    import torch
 
     _model, step = getattr(stacks, stack)(shape, nf4)
     torch.cuda.synchronize()
@@ -135,7 +105,7 @@ def rows_of(work: str, T: int, found: dict[str, dict[str, Any]]) -> list[dict[st
 def slab(paths: dict[str, str]) -> list[dict[str, Any]]:
     made = []
     order = ["trl", "unsloth", "rlft", "rlft-fa2"]
-    workers = [Worker(s, "slab", True, paths.get(s, "")) for s in order]
+    workers = [started(s, "slab", True, paths.get(s, "")) for s in order]
     for T, tight in ((2048, 0.5), (8192, 1.4), (32768, 4.6)):
         found = side_by_side(workers, T, {})
         made += rows_of(f"slab/{T}", T, found)
@@ -156,7 +126,7 @@ def small(paths: dict[str, str]) -> list[dict[str, Any]]:
     made = []
     for shape in ("0.6b", "1.7b"):
         for nf4 in (True, False):
-            workers = [Worker(s, shape, nf4, paths.get(s, "")) for s in ("peft", "unsloth", "rlft")]
+            workers = [started(s, shape, nf4, paths.get(s, "")) for s in ("peft", "unsloth", "rlft")]
             for T in (512, 1024):
                 kind = "nf4" if nf4 else "bf16"
                 made += rows_of(f"small/{shape}-{kind}/{T}", T, side_by_side(workers, T, {}))
@@ -176,7 +146,6 @@ if __name__ == "__main__":
     parser.add_argument("--unsloth", default="")
     parser.add_argument("names", nargs="+", choices=("slab", "small"))
     args = parser.parse_args()
-    sys.path.insert(0, str(Path(__file__).parent))
 
     for name in args.names:
         for shape in {"slab": ("slab",), "small": ("0.6b", "1.7b")}[name]:

@@ -1,0 +1,336 @@
+"""Recorded rollouts, and one optimiser step over them by each stack's own trainer.
+
+    trl           TRL's GRPOTrainer, DPOTrainer and SFTTrainer over transformers + PEFT + bitsandbytes, SDPA, gradient
+                  checkpointing, micro-batches of 8 sequences (4 pairs; one pack of 8,192 tokens)
+    unsloth       the same trainers with Unsloth's model, Unsloth imported first
+    unsloth-rows  no trainer: Unsloth's model with its loss from labels, one row after the other, and AdamW; what its
+                  GRPO step could come down to without padding
+    rlft          rlft.train.loop over an engine that hands out the recorded rollouts
+
+What is measured begins when the rollouts are handed over (the return of `rollout_func`, or of `engine.generate`) and
+ends with the optimiser step. In it: padding or packing, rewards (recorded, a list), advantages, reference log-probs,
+forward, backward, clip, AdamW. Not in it: sampling, logging, and, of TRL's DPO and SFT trainers only, collating, which
+transformers does before it says that a step begins.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from stacks import DEVICE, SHAPES, base_of, lora, path_of, tokenizer_of, unsloths_model
+from workers import GIB, Desk
+
+ROWS = 64
+PACK = 8192
+"""Tokens of a pack in SFT, of the stacks that pack to a length."""
+MICRO = {"grpo": 8, "dpo": 4, "sft": 1}
+"""`per_device_train_batch_size` of TRL and Unsloth: sequences, pairs, packs."""
+EOS = 2
+
+
+class Work(NamedTuple):
+    """Rollouts that are recorded."""
+
+    kind: str
+    """"grpo", "dpo" or "sft"."""
+    prompt: int
+    """Tokens of each prompt; 0: none, the rows are texts that are trained from the second token on."""
+    group: int
+    """Completions per prompt."""
+    outlier: int = 0
+    """Tokens of one completion that is longer than the others; 0: none."""
+
+
+WORKS = {
+    "grpo-step/lognormal": Work("grpo", 256, 8),
+    "grpo-step/lognormal-p1024": Work("grpo", 1024, 8),
+    "grpo-step/outlier": Work("grpo", 256, 8, outlier=16_384),
+    "dpo-step/lognormal": Work("dpo", 256, 2),
+    "sft-step/packed": Work("sft", 0, 1),
+}
+SCALE = {"tiny": 64}
+"""Lengths are divided by this for a shape."""
+
+
+class Recorded(NamedTuple):
+    """64 rollouts: completion i continues prompt i // group."""
+
+    prompts: list[tuple[int, ...]]
+    completions: list[tuple[int, ...]]
+    rewards: list[float]
+
+    @property
+    def tokens(self) -> int:
+        """Real tokens: every completion with its own prompt."""
+        group = len(self.completions) // len(self.prompts)
+        return group * sum(map(len, self.prompts)) + sum(map(len, self.completions))
+
+    @property
+    def padded(self) -> int:
+        """Tokens when every row is as long as the longest, as in TRL's GRPO step."""
+        return len(self.completions) * (max(map(len, self.prompts)) + max(map(len, self.completions)))
+
+
+def recorded(work: Work, shape: str) -> Recorded:
+    """The rollouts of a work, the same in every process: lengths lognormal with a mean of about 1,100 tokens, 16 to
+    8,000, random tokens, EOS at the end. shared/gpu/peer_grpo.py draws the same lengths."""
+    scale, words = SCALE.get(shape, 1), min(150_000, SHAPES[shape]["vocab_size"])
+    g = torch.Generator().manual_seed(0)
+    mean = 1000 / scale
+    lengths = torch.exp(torch.randn(ROWS, generator=g) * 0.7 + math.log(mean) - 0.245)
+    lengths = lengths.clamp(max(2, 16 // scale), 8 * mean).long()
+    if work.outlier:
+        lengths[5] = work.outlier // scale
+
+    def drawn(length: int) -> tuple[int, ...]:
+        return tuple(torch.randint(10, words, (length,), generator=g).tolist())
+
+    completions = [(*drawn(int(n) - 1), EOS) for n in lengths]
+    prompts = [drawn(work.prompt // scale) for _ in range(ROWS // work.group)]
+    rewards = {
+        "grpo": [float((7 * i) % 3 == 0) for i in range(ROWS)], "dpo": [1.0, -1.0] * (ROWS // 2), "sft": [1.0] * ROWS
+    }  # fmt: skip
+    return Recorded(prompts, completions, rewards[work.kind])
+
+
+# ---- TRL and Unsloth -------------------------------------------------------------------------------------------------
+
+
+def _text(ids: tuple[int, ...]) -> str:
+    """What the tokenizer of `stacks` makes the ids of."""
+    return " ".join("<eos>" if i == EOS else str(i) for i in ids)
+
+
+def trainer_of(kind: str, shape: str, model: Any, desk: Desk, **more: Any) -> Any:
+    """TRL's trainer for a kind of step, which waits at the desk before each. more: other arguments of the trainer."""
+    import trl
+    from datasets import Dataset
+    from transformers import TrainerCallback
+
+    class Steps(TrainerCallback):
+        """A step begins when the desk says so, and its end is handed in there."""
+
+        def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+            desk.wait()
+            desk.start()
+
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            desk.stop()
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+            if logs and "grad_norm" in logs:
+                desk.last = {"loss": float(logs["loss"]), "norm": float(logs["grad_norm"])}
+
+    common: dict[str, Any] = {
+        "output_dir": tempfile.mkdtemp(), "max_steps": 1_000_000, "learning_rate": 1e-6, "report_to": [],
+        "save_strategy": "no", "logging_steps": 1, "disable_tqdm": True, "per_device_train_batch_size": MICRO[kind],
+        "use_cpu": DEVICE == "cpu",
+    }  # fmt: skip
+    more |= {"callbacks": [Steps()], "processing_class": tokenizer_of(shape)}
+    work = next(work for work in WORKS.values() if work.kind == kind)
+    data = recorded(work, shape)
+    if kind == "grpo":
+
+        def rollout(prompts: list[Any], trainer: Any) -> dict[str, Any]:
+            now = recorded(WORKS[desk.question["work"]], shape)
+            found = {
+                "prompt_ids": [list(now.prompts[i // work.group]) for i in range(ROWS)],
+                "completion_ids": [list(ids) for ids in now.completions],
+                "logprobs": [[-math.log(SHAPES[shape]["vocab_size"])] * len(ids) for ids in now.completions],
+            }
+            desk.start()
+            return found
+
+        def reward(completions: list[Any], **columns: Any) -> list[float]:
+            return data.rewards
+
+        config = trl.GRPOConfig(
+            **common, gradient_accumulation_steps=ROWS // MICRO[kind], num_generations=work.group,
+            max_completion_length=32_768, shuffle_dataset=False,
+        )  # fmt: skip
+        rows = Dataset.from_dict({"prompt": [_text(ids) for ids in data.prompts]})
+        return trl.GRPOTrainer(model, [reward], config, train_dataset=rows, rollout_func=rollout, **more)
+    if kind == "dpo":
+        config = trl.DPOConfig(**common, gradient_accumulation_steps=ROWS // 2 // MICRO[kind], max_length=None)
+        texts = [" " + _text(ids) for ids in data.completions]
+        columns = {"prompt": [_text(ids) for ids in data.prompts], "chosen": texts[::2], "rejected": texts[1::2]}
+        return trl.DPOTrainer(model, args=config, train_dataset=Dataset.from_dict(columns), **more)
+    # More micro-batches than there are packs: a step is all of them, since the last of an epoch ends it.
+    config = trl.SFTConfig(
+        **common, gradient_accumulation_steps=ROWS, max_length=PACK // SCALE.get(shape, 1), packing=True
+    )
+    rows = Dataset.from_dict({"input_ids": [list(ids) for ids in data.completions]})
+    return trl.SFTTrainer(model, args=config, train_dataset=rows, **more)
+
+
+def trl(kind: str, shape: str, desk: Desk) -> None:
+    trainer = trainer_of(kind, shape, base_of(shape, DEVICE == "cuda"), desk, peft_config=lora())
+    desk.loaded()
+    trainer.train()
+
+
+def unsloth(kind: str, shape: str, desk: Desk) -> None:
+    trainer = trainer_of(kind, shape, unsloths_model(shape, True), desk)
+    desk.loaded()
+    trainer.train()
+
+
+def unsloth_rows(kind: str, shape: str, desk: Desk) -> None:
+    assert kind == "grpo", "labels give no pair's margin, and no mean over a pack"
+    model = unsloths_model(shape, True)
+    model.train()
+    desk.loaded()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-6, fused=True)
+    while True:
+        work = WORKS[desk.wait()["work"]]
+        data = recorded(work, shape)
+        desk.start()
+        for i, completion in enumerate(data.completions):
+            prompt = data.prompts[i // work.group]
+            ids = torch.tensor([prompt + completion], device=DEVICE)
+            labels = ids.clone()
+            labels[:, : len(prompt)] = -100
+            (model(input_ids=ids, labels=labels).loss * data.rewards[i] / ROWS).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        desk.stop()
+
+
+# ---- rlft ------------------------------------------------------------------------------------------------------------
+
+
+def rollouts_of(work: Work, shape: str, padded: bool = False) -> list[Any]:
+    """The recorded rollouts as rlft's engines give them. padded: each made as long as the longest by tokens that are
+    not trained, which is what a stack that pads runs."""
+    from rlft.types import Prompt, Rollout
+
+    data = recorded(work, shape)
+    longest = max(map(len, data.completions)) if padded else 0
+    prompts = [Prompt(ids, {}, i) for i, ids in enumerate(data.prompts)]
+    made = []
+    for i, ids in enumerate(data.completions):
+        tail = max(0, longest - len(ids))
+        mask, logprobs = (True,) * len(ids) + (False,) * tail, None
+        if work.kind == "grpo":
+            logprobs = (-math.log(SHAPES[shape]["vocab_size"]),) * len(mask)
+        prompt, sample = prompts[i // work.group], i % work.group
+        made.append(Rollout(prompt, ids + (0,) * tail, mask, logprobs, "", "stop", sample, 0, 0, data.rewards[i]))
+    return made
+
+
+class Replayed:
+    """An engine that waits at the desk, sets how the step is to run, and hands out the recorded rollouts."""
+
+    SAMPLES = True
+    memory: dict[str, int] = {}  # noqa: RUF012 (nobody writes to it)
+
+    def __init__(self, desk: Desk, shape: str) -> None:
+        self._desk, self._shape = desk, shape
+        self.session: Any = None
+        self._rollouts: dict[tuple[str, bool], list[Any]] = {}
+
+    def generate(self, prompts: Any, sampling: Any, seed: tuple[int, ...]) -> list[Any]:
+        question = self._desk.wait()
+        name, padded = question["work"], question.get("padded", False)
+        if (name, padded) not in self._rollouts:
+            self._rollouts = {(name, padded): rollouts_of(WORKS[name], self._shape, padded)}
+        found = [replace(r, policy_version=self.session.state.step) for r in self._rollouts[name, padded]]
+        self._plan(question)
+        self._desk.start()
+        return found
+
+    def _plan(self, question: dict[str, Any]) -> None:
+        """Memory, tokens per micro-batch and sharing as the question says; by default as a run has them."""
+        from rlft.session import plan_of
+
+        s, allowed = self.session, question.get("peak")
+        fused = s.policy.fused
+        if fused is not None and DEVICE == "cuda":
+            # Gradient and moments are there already; what a pass may take comes on top.
+            rest = torch.cuda.memory_allocated() - self._desk.base - fused.store.bytes
+            budget = None if allowed is None else allowed * GIB - rest
+            if budget != fused.budget and fused.graphs is not None:
+                fused.graphs.clear()
+            fused.budget = budget
+        plan = plan_of(s.cfg, s.algorithm, s.policy)
+        s.plan = replace(plan, share_prefix=question.get("share", True), budget=question.get("tokens") or plan.budget)
+
+    def load_adapter(self, tensors: Any, version: int) -> None:
+        if not version:
+            return
+        s = self.session
+        fused = s.policy.fused
+        graphs = fused.graphs.bytes if fused is not None and fused.graphs is not None else 0
+        how = f"{fused.ran}, {fused.ran.store}, {fused.shape.attention}" if fused is not None else "not planned"
+        self._desk.stop(graphs, note=f"micro-batches of {s.plan.budget} tokens; {how}")
+
+    def sleep(self) -> None:
+        """Nothing to give back."""
+
+    def wake(self) -> None:
+        """Nothing to take."""
+
+    def close(self) -> None:
+        """Nothing to free."""
+
+
+def session_of(cfg: Any, policy: Any, engine: Any, tokenizer: Any, functions: Any = (), callbacks: Any = ()) -> Any:
+    """What `rlft.train.loop` runs on, wired as by `rlft.session.build`, around a policy and an engine that exist."""
+    from rlft.algorithm import build
+    from rlft.background import Background
+    from rlft.console import Console
+    from rlft.data import Prompts
+    from rlft.optim import Optimizer
+    from rlft.pieces import Pieces
+    from rlft.reference import Reference
+    from rlft.runs import Run
+    from rlft.session import Session, plan_of
+    from rlft.tracking import Tracking
+    from rlft.types import Prompt
+
+    algorithm, run, console = build(cfg.algo, 1), Run.create(cfg.out), Console(plain=True)
+    rows = [Prompt((5,), {}, i) for i in range(cfg.prompts_per_step)]
+    s = Session(
+        cfg=cfg, steps=cfg.steps, algorithm=algorithm, policy=policy, engine=engine, eval_engine=engine,
+        reference=Reference(policy, keep=False), optimizer=Optimizer(policy.flat.flat, cfg.optim, cfg.steps),
+        prompts=Prompts(rows, cfg.seed, shuffle=False), held=[], held_loss=False, functions=list(functions),
+        eval_functions=[], run=run, writer=Background("rlft-writer"), console=console, identity={},
+        plan=plan_of(cfg, algorithm, policy), pieces=Pieces(tokenizer), callbacks=callbacks,
+    )  # fmt: skip
+    s.tracking = Tracking(cfg, run, 0, False, console.note)
+    return s
+
+
+def rlft(kind: str, shape: str, desk: Desk) -> None:
+    from rlft.config import Algo, Config, Data, Lora, Optim, Sampling
+    from rlft.models.load import attach_lora, load_base
+    from rlft.models.policy import Policy
+    from rlft.train import loop
+
+    work = next(work for work in WORKS.values() if work.kind == kind)
+    quantised = {"quantization": "nf4", "dtype": "bfloat16"} if DEVICE == "cuda" else {}
+    cfg = Config(
+        path_of(shape), Data("recorded"), tempfile.mkdtemp(), steps=1_000_000, prompts_per_step=ROWS // work.group,
+        algo=Algo(kind), sampling=Sampling(group_size=work.group, max_tokens=32_768), lora=Lora(rank=16, alpha=32),
+        optim=Optim(lr=1e-6), **quantised,
+    )  # fmt: skip
+    model = attach_lora(load_base(cfg, torch.device(DEVICE)), cfg.lora, cfg.seed)
+    desk.loaded()
+
+    def logged(state: Any, values: dict[str, float]) -> None:
+        desk.last = {"loss": values["loss"], "norm": values["grad_norm"]}
+
+    engine = Replayed(desk, shape)
+    engine.session = session_of(cfg, Policy(model), engine, tokenizer_of(shape), callbacks=[logged])
+    loop(engine.session)
+
+
+STACKS: dict[str, Callable[[str, str, Desk], None]] = {
+    "trl": trl, "unsloth": unsloth, "unsloth-rows": unsloth_rows, "rlft": rlft
+}  # fmt: skip

@@ -1,0 +1,216 @@
+"""One optimiser step over the same recorded rollouts by several stacks side by side, on one GPU.
+
+    python benchmarks/peers/recorded_step.py grpo-step/lognormal grpo-step/lognormal-p1024 --out DIR --commit HASH
+
+`recorded.py` says what each stack runs and what is measured.
+
+First trl, unsloth and rlft in turn, a process each, all kept alive; then rlft again, in turn: held to the memory that
+each of the others took, and slowed down a part at a time, so that its ratio can be told apart:
+
+    rlft-no-prefix   every row has its own prompt
+    rlft-one-row     and every row is a micro-batch
+    rlft-padded      instead of that: rows as long as the longest, in micro-batches of 8, as TRL has them
+
+Each stack gives its cached memory back before another one works; steps under 10 s are therefore run twice and the
+second is measured. `--fa4 PATHS` is put before PYTHONPATH for rlft, `--unsloth PATH` for Unsloth. A stack that fails is
+a row "failed" with what it said. One results file per work, written when the work is done.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))
+sys.path.insert(0, str(HERE))
+
+from results_file import write
+from timing import row
+from workers import Desk, Worker
+
+SHORT = 10.0
+"""Seconds; a longer step is not held up by getting its memory back."""
+TIMEOUT = 400.0
+"""Seconds for one answer, loading included."""
+FEW = {"grpo-step/outlier": 2}
+"""Repeats where three would take too long."""
+TRIES = 3
+"""Budgets that are tried until a peak is no higher than it may be."""
+
+
+def worker(stack: str, kind: str, shape: str) -> None:
+    """Run a stack until there are no more questions; what it raises is its answer."""
+    import recorded
+
+    desk = Desk()
+    try:
+        recorded.STACKS[stack](kind, shape, desk)
+    except Exception as error:  # of whatever kind: the other stacks go on
+        import traceback
+
+        traceback.print_exc()
+        first = (str(error).strip() or "no words").splitlines()[0]
+        desk.answer(error=f"{type(error).__name__}: {first}", ended=True)
+
+
+class Found:
+    """What a stack answered for a work."""
+
+    def __init__(self, stack: str) -> None:
+        self.stack = stack
+        self.seconds: list[float] = []
+        self.peaks: list[float] = []
+        self.note = self.error = ""
+
+    def add(self, answer: dict[str, Any]) -> None:
+        self.seconds.append(answer["seconds"])
+        self.peaks.append(answer["peak"])
+        last = "".join(f"; {name} {value:.4g}" for name, value in answer["last"].items())
+        self.note = answer.get("note", "") + (f"{last} in the step before" if last else "")
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+    @property
+    def peak(self) -> float:
+        return max(self.peaks)
+
+    def rows(self, work: str, tokens: int) -> list[dict[str, Any]]:
+        if not self.seconds:
+            print(work, self.stack, "failed:", self.error, flush=True)
+            return [row(work, self.stack, "failed", 1.0, "", self.error[:400])]
+        made = [
+            row(work, self.stack, "seconds", self.seconds, "s", self.note.strip("; ")),
+            row(work, self.stack, "peak_GiB", self.peak, "GiB", "above the loaded model with its adapter"),
+            row(work, self.stack, "tokens_per_s", [tokens / s for s in self.seconds], "tokens/s", "real tokens"),
+        ]
+        values = ", ".join(f"{r['metric']} {r['value']:g}" for r in made)
+        print(work, self.stack, values, made[0]["note"], flush=True)
+        return made
+
+
+def measured(worker: Worker, **question: Any) -> dict[str, Any]:
+    """The answer for a step; for a short one, that of the second of two."""
+    answer = worker.ask(TIMEOUT, **question)
+    if "error" not in answer and answer["seconds"] < SHORT:
+        answer = worker.ask(TIMEOUT, **question)
+    worker.ask(release=True)
+    return answer
+
+
+def in_turn(asked: list[tuple[Found, Worker, dict[str, Any]]], repeats: int) -> None:
+    """One answer of each that is not kept, and then `repeats` rounds."""
+    for turn in range(1 + repeats):
+        for found, worker, question in asked:
+            if found.error:
+                continue
+            answer = measured(worker, **question)
+            if "error" in answer:
+                found.error = answer["error"]
+            elif turn:
+                found.add(answer)
+
+
+def budgeted(found: Found, worker: Worker, work: str, limit: float) -> tuple[Found, Worker, dict[str, Any]]:
+    """The question that keeps rlft's peak at `limit` GiB: what the plan does not foresee is taken off."""
+    peak = limit
+    for _ in range(TRIES):
+        answer = worker.ask(TIMEOUT, work=work, peak=peak)
+        if answer.get("error") or answer["peak"] <= limit:
+            break
+        peak -= answer["peak"] - limit + 64 / 1024
+    return found, worker, {"work": work, "peak": peak}
+
+
+def variants(work: str, worker: Worker, peers: list[Found], tokens: int) -> list[tuple[Found, Worker, dict[str, Any]]]:
+    """rlft at the others' memory, and with a part of it switched off."""
+    asked = [
+        budgeted(Found(f"rlft-at-{peer.stack}-memory"), worker, work, peer.peak) for peer in peers
+        if peer.seconds and peer.peak
+    ]  # fmt: skip
+    if not work.startswith("sft"):
+        asked.append((Found("rlft-no-prefix"), worker, {"work": work, "share": False}))
+    if work.startswith("dpo"):
+        return asked  # a pair stays in one micro-batch
+    asked.append((Found("rlft-one-row"), worker, {"work": work, "share": False, "tokens": 1}))
+    if work.startswith("grpo"):
+        padded = {"work": work, "share": False, "padded": True, "tokens": tokens}
+        asked.append((Found("rlft-padded"), worker, padded))
+    return asked
+
+
+def split(work: str, found: dict[str, Found]) -> list[dict[str, Any]]:
+    """How many times faster each part makes the step: kernels, packing, prefix, and all of them."""
+    parts = {
+        "times_all": ("trl", "rlft"), "times_kernels": ("trl", "rlft-padded"),
+        "times_packing": ("rlft-padded", "rlft-no-prefix"), "times_prefix": ("rlft-no-prefix", "rlft"),
+        "times_unsloth": ("unsloth", "rlft"),
+    }  # fmt: skip
+    made = []
+    for metric, (slow, fast) in parts.items():
+        if all(name in found and found[name].seconds for name in (slow, fast)):
+            ratio = found[slow].median / found[fast].median
+            made.append(row(work, "rlft", metric, ratio, "times", f"seconds of {slow} / seconds of {fast}"))
+            print(work, metric, made[-1]["value"], flush=True)
+    return made
+
+
+def measure(work: str, shape: str, workers: dict[str, Worker], repeats: int) -> list[dict[str, Any]]:
+    import recorded
+
+    data = recorded.recorded(recorded.WORKS[work], shape)
+    note = f"{len(data.completions)} rollouts, longest completion {max(map(len, data.completions))}, padded as TRL's"
+    rows = [row(work, "data", "tokens", float(data.tokens), "tokens", f"{note} GRPO step pads them {data.padded}")]
+    print(work, rows[0]["value"], rows[0]["note"], flush=True)
+    asked = [(Found(stack), worker, {"work": work}) for stack, worker in workers.items()]
+    in_turn(asked, repeats)
+    if "rlft" in workers and not next(f for f, _, q in asked if f.stack == "rlft").error:
+        peers = [found for found, *_ in asked if found.stack != "rlft"]
+        micro = recorded.MICRO["grpo"] * data.padded // len(data.completions)
+        more = variants(work, workers["rlft"], peers, micro)
+        in_turn(more, repeats)
+        asked += more
+    for found, *_ in asked:
+        rows += found.rows(work, data.tokens)
+    return rows + split(work, {found.stack: found for found, *_ in asked})
+
+
+def main() -> None:
+    import recorded
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--commit", required=True)
+    parser.add_argument("--fa4", default="")
+    parser.add_argument("--unsloth", default="")
+    parser.add_argument("--stacks", nargs="+", choices=recorded.STACKS, default=["trl", "unsloth", "rlft"])
+    parser.add_argument("--repeats", type=int, help="3 by default, 2 for the outlier")
+    parser.add_argument("--shape", default="slab", help='"tiny" to try the script on a CPU')
+    parser.add_argument("works", nargs="+", choices=recorded.WORKS)
+    args = parser.parse_args()
+    make = f"import sys; sys.path.insert(0, {str(HERE)!r}); import stacks; stacks.make({args.shape!r})"
+    subprocess.run([sys.executable, "-c", make], check=True)
+    paths = {"rlft": args.fa4, "unsloth": args.unsloth, "unsloth-rows": args.unsloth}
+    for kind in dict.fromkeys(recorded.WORKS[work].kind for work in args.works):
+        workers = {
+            stack: Worker(stack, [__file__, "--worker", stack, kind, args.shape], paths.get(stack, ""))
+            for stack in args.stacks
+        }
+        for work in (work for work in args.works if recorded.WORKS[work].kind == kind):
+            rows = measure(work, args.shape, workers, args.repeats or FEW.get(work, 3))
+            print(write(work.replace("/", "_").replace("-", "_"), rows, args.out, args.commit), flush=True)
+        for each in workers.values():
+            each.close()
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--worker"]:
+        worker(*sys.argv[2:5])
+    else:
+        main()
