@@ -11,9 +11,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import threading
-import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent / "peers"))
 from longest import policy_of
 from results_file import write
 from rollout import prompts_of, tokenizer_of
-from timing import row
+from timing import Watch, row
 
 from rlft.algorithm import build as build_algorithm
 from rlft.batch import count, pack
@@ -41,29 +38,6 @@ WORKS: dict[str, dict[str, Any]] = {
     "ballast24/grpo": {"shape": "20b", "prompts": 4, "group": 4, "prompt": 512, "completion": 512, "cap": 24},
     "rollout-110k": {"shape": "8b", "prompts": 1, "group": 2, "prompt": 102_400, "completion": 7_600, "cap": None},
 }
-
-
-class Watch:
-    """The most of the card that was in use, looked at every few milliseconds on a thread."""
-
-    def __init__(self) -> None:
-        self.most: dict[str, float] = {}
-        self._phase = "start"
-        threading.Thread(target=self._look, daemon=True).start()
-
-    def _look(self) -> None:
-        while True:
-            free, total = torch.cuda.mem_get_info()
-            self.most[self._phase] = max(self.most.get(self._phase, 0.0), (total - free) / GIB)
-            time.sleep(0.005)
-
-    def phase(self, name: str, call: Callable[[], Any], seconds: dict[str, float]) -> Any:
-        torch.cuda.synchronize()
-        self._phase, begin = name, time.perf_counter()
-        result = call()
-        torch.cuda.synchronize()
-        seconds[name] = time.perf_counter() - begin
-        return result
 
 
 def measure(work: str) -> list[dict[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -74,6 +75,37 @@ def peak_gib(call: Callable[[], Any]) -> float:
     call()
     torch.cuda.synchronize()
     return (torch.cuda.max_memory_allocated() - before) / 2**30
+
+
+class Watch:
+    """Seconds and GiB of phases, where the most of the card that was in use is looked up every few milliseconds on a
+    thread: of the driver, since what vLLM takes does not all go through PyTorch's allocator."""
+
+    def __init__(self) -> None:
+        self.most: dict[str, float] = {}
+        self._phase, self._began = "start", time.perf_counter()
+        if torch.cuda.is_available():
+            threading.Thread(target=self._look, daemon=True).start()
+
+    def _look(self) -> None:
+        while True:
+            free, total = torch.cuda.mem_get_info()
+            self.most[self._phase] = max(self.most.get(self._phase, 0.0), (total - free) / 2**30)
+            time.sleep(0.005)
+
+    def enter(self, name: str) -> float:
+        """Go on to a phase; returns the seconds of the one before."""
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        seconds, self._phase, self._began = now - self._began, name, now
+        return seconds
+
+    def phase(self, name: str, call: Callable[[], Any], seconds: dict[str, float]) -> Any:
+        self.enter(name)
+        result = call()
+        seconds[name] = self.enter(name)
+        return result
 
 
 def row(work: str, stack: str, metric: str, values: list[float] | float, unit: str, note: str = "") -> dict[str, Any]:

@@ -115,11 +115,17 @@ def trainer_of(kind: str, shape: str, model: Any, desk: Desk, **more: Any) -> An
     class Steps(TrainerCallback):
         """A step begins when the desk says so, and its end is handed in there."""
 
+        handed = True
+        """The recorded rollouts were taken, which a trainer that ignores `rollout_func` does not do."""
+
         def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
             desk.wait()
+            self.handed = kind != "grpo"
             desk.start()
 
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            if not self.handed:
+                raise RuntimeError("the trainer did not call rollout_func")
             desk.stop()
 
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
@@ -131,7 +137,8 @@ def trainer_of(kind: str, shape: str, model: Any, desk: Desk, **more: Any) -> An
         "save_strategy": "no", "logging_steps": 1, "disable_tqdm": True, "per_device_train_batch_size": MICRO[kind],
         "use_cpu": DEVICE == "cpu",
     }  # fmt: skip
-    more |= {"callbacks": [Steps()], "processing_class": tokenizer_of(shape)}
+    steps = Steps()
+    more |= {"callbacks": [steps], "processing_class": tokenizer_of(shape)}
     work = next(work for work in WORKS.values() if work.kind == kind)
     data = recorded(work, shape)
     if kind == "grpo":
@@ -143,6 +150,7 @@ def trainer_of(kind: str, shape: str, model: Any, desk: Desk, **more: Any) -> An
                 "completion_ids": [list(ids) for ids in now.completions],
                 "logprobs": [[-math.log(SHAPES[shape]["vocab_size"])] * len(ids) for ids in now.completions],
             }
+            steps.handed = True
             desk.start()
             return found
 
@@ -280,8 +288,10 @@ class Replayed:
         """Nothing to free."""
 
 
-def session_of(cfg: Any, policy: Any, engine: Any, tokenizer: Any, functions: Any = (), callbacks: Any = ()) -> Any:
-    """What `rlft.train.loop` runs on, wired as by `rlft.session.build`, around a policy and an engine that exist."""
+def session_of(cfg: Any, rows: list[Any], policy: Any, engine: Any, tokenizer: Any, **more: Any) -> Any:
+    """What `rlft.train.loop` runs on, wired as by `rlft.session.build`, around a policy and an engine that exist.
+
+    rows: the prompts. more: `functions` that reward, `callbacks`."""
     from rlft.algorithm import build
     from rlft.background import Background
     from rlft.console import Console
@@ -289,19 +299,20 @@ def session_of(cfg: Any, policy: Any, engine: Any, tokenizer: Any, functions: An
     from rlft.optim import Optimizer
     from rlft.pieces import Pieces
     from rlft.reference import Reference
+    from rlft.rollout.engine import asleep
     from rlft.runs import Run
     from rlft.session import Session, plan_of
     from rlft.tracking import Tracking
-    from rlft.types import Prompt
 
     algorithm, run, console = build(cfg.algo, 1), Run.create(cfg.out), Console(plain=True)
-    rows = [Prompt((5,), {}, i) for i in range(cfg.prompts_per_step)]
+    with asleep(engine):
+        plan = plan_of(cfg, algorithm, policy)
     s = Session(
         cfg=cfg, steps=cfg.steps, algorithm=algorithm, policy=policy, engine=engine, eval_engine=engine,
         reference=Reference(policy, keep=False), optimizer=Optimizer(policy.flat.flat, cfg.optim, cfg.steps),
-        prompts=Prompts(rows, cfg.seed, shuffle=False), held=[], held_loss=False, functions=list(functions),
-        eval_functions=[], run=run, writer=Background("rlft-writer"), console=console, identity={},
-        plan=plan_of(cfg, algorithm, policy), pieces=Pieces(tokenizer), callbacks=callbacks,
+        prompts=Prompts(rows, cfg.seed, shuffle=False), held=[], held_loss=False, eval_functions=[], run=run,
+        writer=Background("rlft-writer"), console=console, identity={}, plan=plan, pieces=Pieces(tokenizer),
+        **{"functions": [], **more},
     )  # fmt: skip
     s.tracking = Tracking(cfg, run, 0, False, console.note)
     return s
@@ -312,6 +323,7 @@ def rlft(kind: str, shape: str, desk: Desk) -> None:
     from rlft.models.load import attach_lora, load_base
     from rlft.models.policy import Policy
     from rlft.train import loop
+    from rlft.types import Prompt
 
     work = next(work for work in WORKS.values() if work.kind == kind)
     quantised = {"quantization": "nf4", "dtype": "bfloat16"} if DEVICE == "cuda" else {}
@@ -327,7 +339,8 @@ def rlft(kind: str, shape: str, desk: Desk) -> None:
         desk.last = {"loss": values["loss"], "norm": values["grad_norm"]}
 
     engine = Replayed(desk, shape)
-    engine.session = session_of(cfg, Policy(model), engine, tokenizer_of(shape), callbacks=[logged])
+    rows = [Prompt((EOS,), {}, i) for i in range(cfg.prompts_per_step)]  # taken, and not looked at
+    engine.session = session_of(cfg, rows, Policy(model), engine, tokenizer_of(shape), callbacks=[logged])
     loop(engine.session)
 
 

@@ -42,10 +42,10 @@ SHAPES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def config_of(shape: str) -> Any:
+def config_of(shape: str, **changes: Any) -> Any:
     from transformers import Qwen3Config
 
-    return Qwen3Config(**SHAPES[shape])
+    return Qwen3Config(**SHAPES[shape] | changes)
 
 
 def path_of(shape: str) -> str:
@@ -53,16 +53,17 @@ def path_of(shape: str) -> str:
     return f"/tmp/shapes/{shape}"
 
 
-def make(shape: str) -> str:
-    """Write a shape's checkpoint in bf16, once per machine."""
+def make(shape: str, **changes: Any) -> str:
+    """Write a shape's checkpoint in bf16 with its tokenizer, once per machine. changes: of its config."""
     from transformers import AutoModelForCausalLM
 
     path = Path(path_of(shape))
     if not (path / "config.json").exists():
         torch.manual_seed(0)
         with torch.device(DEVICE):
-            model = AutoModelForCausalLM.from_config(config_of(shape), dtype=torch.bfloat16)
+            model = AutoModelForCausalLM.from_config(config_of(shape, **changes), dtype=torch.bfloat16)
         model.save_pretrained(path)
+        tokenizer_of(shape).save_pretrained(path)
         del model
         torch.cuda.empty_cache()
     return str(path)

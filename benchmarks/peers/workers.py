@@ -6,6 +6,7 @@ desk for its next step, and what lies between `start` and `stop` is measured.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import queue
@@ -14,6 +15,8 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
+from collections.abc import Iterator
 from typing import Any
 
 GIB = 2**30
@@ -129,6 +132,16 @@ class Desk:
         if torch.cuda.is_available():
             peak = (torch.cuda.max_memory_allocated() - self.base + apart) / GIB
         self.answer(seconds=seconds, peak=peak, last=self.last, **more)
+
+    @contextlib.contextmanager
+    def failures(self) -> Iterator[None]:
+        """What the loop raises, of whatever kind, is its last answer."""
+        try:
+            yield
+        except Exception as error:
+            traceback.print_exc()
+            first = (str(error).strip() or "no words").splitlines()[0]
+            self.answer(error=f"{type(error).__name__}: {first}", ended=True)
 
     def answer(self, **answer: Any) -> None:
         print("@" + json.dumps(answer), flush=True)
