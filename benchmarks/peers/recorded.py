@@ -250,6 +250,7 @@ class Replayed:
             self._rollouts = {(name, padded): rollouts_of(WORKS[name], self._shape, padded)}
         found = [replace(r, policy_version=self.session.state.step) for r in self._rollouts[name, padded]]
         self._plan(question)
+        self.session.writer.flush()  # the step before is written while a real engine samples
         self._desk.start()
         return found
 

@@ -22,6 +22,7 @@ import argparse
 import statistics
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from timing import row
 from workers import Desk, Worker
 
 HERE = Path(__file__).parent
+Rows = list[dict[str, Any]]
 SHORT = 10.0
 """Seconds; a longer step is not held up by getting its memory back."""
 TIMEOUT = 240.0
@@ -75,7 +77,7 @@ class Found:
     def peak(self) -> float:
         return max(self.peaks)
 
-    def rows(self, work: str, tokens: int) -> list[dict[str, Any]]:
+    def rows(self, work: str, tokens: int) -> Rows:
         if not self.seconds:
             print(work, self.stack, "failed:", self.error, flush=True)
             return [row(work, self.stack, "failed", 1.0, "", self.error[:400])]
@@ -105,9 +107,10 @@ def in_turn(asked: list[tuple[Found, Worker, dict[str, Any]]], repeats: int) -> 
             if found.error:
                 continue
             answer = measured(worker, **question)
-            if "error" in answer:
-                found.error = answer["error"]
-            elif turn:
+            found.error = answer.get("error", "")
+            print(f"  round {turn}: {found.stack}", *(f"{answer[k]:.3f}" for k in ("seconds", "peak") if k in answer),
+                  found.error, flush=True)  # fmt: skip
+            if turn and not found.error:
                 found.add(answer)
 
 
@@ -139,7 +142,7 @@ def variants(work: str, worker: Worker, peers: list[Found], tokens: int) -> list
     return asked
 
 
-def split(work: str, found: dict[str, Found]) -> list[dict[str, Any]]:
+def split(work: str, found: dict[str, Found]) -> Rows:
     """How many times faster each part makes the step: kernels, packing, prefix, and all of them."""
     parts = {
         "times_all": ("trl", "rlft"), "times_kernels": ("trl", "rlft-padded"),
@@ -155,24 +158,29 @@ def split(work: str, found: dict[str, Found]) -> list[dict[str, Any]]:
     return made
 
 
-def measure(work: str, shape: str, workers: dict[str, Worker], repeats: int) -> list[dict[str, Any]]:
+def measure(
+    work: str, shape: str, workers: dict[str, Worker], repeats: int, skip: list[str], save: Callable[[Rows], None]
+) -> None:
+    """save: called with the rows there are, first after the stacks' own rounds and then with all."""
     import recorded
 
     data = recorded.recorded(recorded.WORKS[work], shape)
-    note = f"{len(data.completions)} rollouts, longest completion {max(map(len, data.completions))}, padded as TRL's"
-    rows = [row(work, "data", "tokens", float(data.tokens), "tokens", f"{note} GRPO step pads them {data.padded}")]
-    print(work, rows[0]["value"], rows[0]["note"], flush=True)
+    longest = max(map(len, data.completions))
+    note = f"{len(data.completions)} rollouts, longest completion {longest}; padded to that {data.padded}"
+    about = [row(work, "data", "tokens", float(data.tokens), "tokens", note)]
+    print(work, about[0]["value"], note, flush=True)
     asked = [(Found(stack), worker, {"work": work}) for stack, worker in workers.items()]
     in_turn(asked, repeats)
-    if "rlft" in workers and not next(f for f, _, q in asked if f.stack == "rlft").error:
-        peers = [found for found, *_ in asked if found.stack != "rlft"]
-        micro = recorded.MICRO["grpo"] * data.padded // len(data.completions)
-        more = variants(work, workers["rlft"], peers, micro)
-        in_turn(more, repeats)
-        asked += more
-    for found, *_ in asked:
-        rows += found.rows(work, data.tokens)
-    return rows + split(work, {found.stack: found for found, *_ in asked})
+    save(about + [r for found, *_ in asked for r in found.rows(work, data.tokens)])
+    if "rlft" not in workers or workers["rlft"].error:
+        return
+    peers = [found for found, *_ in asked if found.stack != "rlft"]
+    micro = recorded.MICRO["grpo"] * data.padded // len(data.completions)
+    more = [each for each in variants(work, workers["rlft"], peers, micro) if each[0].stack not in skip]
+    in_turn(more, repeats)
+    all_ = [found for found, *_ in asked + more]
+    rows = about + [r for found in all_ for r in found.rows(work, data.tokens)]
+    save(rows + split(work, {found.stack: found for found in all_}))
 
 
 def main() -> None:
@@ -185,6 +193,7 @@ def main() -> None:
     parser.add_argument("--unsloth", default="")
     parser.add_argument("--stacks", nargs="+", choices=recorded.STACKS, default=["trl", "unsloth", "rlft"])
     parser.add_argument("--repeats", type=int, help="3 by default, 2 for the outlier")
+    parser.add_argument("--skip", nargs="+", default=[], help="of rlft's further runs, such as rlft-padded")
     parser.add_argument("--shape", default="slab", help='"tiny" to try the script on a CPU')
     parser.add_argument("works", nargs="+", choices=recorded.WORKS)
     args = parser.parse_args()
@@ -197,8 +206,11 @@ def main() -> None:
             for stack in args.stacks
         }
         for work in (work for work in args.works if recorded.WORKS[work].kind == kind):
-            rows = measure(work, args.shape, workers, args.repeats or FEW.get(work, 3))
-            print(write(work.replace("/", "_").replace("-", "_"), rows, args.out, args.commit), flush=True)
+
+            def save(rows: Rows, name: str = work.replace("/", "_").replace("-", "_")) -> None:
+                print(write(name, rows, args.out, args.commit), flush=True)
+
+            measure(work, args.shape, workers, args.repeats or FEW.get(work, 3), args.skip, save)
         for each in workers.values():
             each.close()
 
