@@ -30,9 +30,11 @@ from results_file import write
 from timing import row
 
 from rlft.config import Engine, Sampling
+from rlft.models import memory
 from rlft.models.policy import Policy
 from rlft.rollout import lend, vllm_requests
 from rlft.rollout.vllm import VllmEngine
+from rlft.rollout.vllm_start import version
 from rlft.types import Prompt
 
 GIB = 2**30
@@ -140,10 +142,11 @@ def rates(engine: VllmEngine, mode: str, sizes: list[int], extra: bool) -> list[
         p.seed = None
 
     alone = {
+        stack: run(count, sampling),
         f"{stack}, no log-probs, no text": requests(count, sampling, bare),
         f"{stack}, no seeds per request": requests(count, sampling, unseeded),
     }
-    add(count, alone, 2, "interleaved")
+    add(count, alone, 3, "interleaved")
     return rows
 
 
@@ -152,8 +155,21 @@ def used() -> float:
     return (total - free) / GIB
 
 
-def handover(engine: VllmEngine, policy: Policy, mode: str, cycles: int = 8) -> list[dict[str, Any]]:
-    """Sleep, wake (with refill, adapter and read-back) and load_adapter (with read-back), and memory asleep."""
+def base_gib(policy: Policy) -> float:
+    """Of the base's tensors, the scales of NF4 included."""
+    total = 0
+    for name, p in policy.base.named_parameters():
+        total += 0 if ".lora_" in name else p.numel() * p.element_size()
+        if (state := getattr(p, "quant_state", None)) is not None:
+            total += state.absmax.nbytes + state.state2.absmax.nbytes
+    return total / GIB
+
+
+def handover(
+    engine: VllmEngine, policy: Policy, mode: str, held: tuple[float, float], cycles: int = 8
+) -> list[dict[str, Any]]:
+    """Sleep, wake (with refill, adapter and read-back) and load_adapter (with read-back), and memory asleep. held: GiB
+    of the base, and in use on the card before the engine was started."""
     parts: dict[str, list[float]] = {"sleep": [], "wake": [], "load": []}
     asleep_gib = []
 
@@ -175,9 +191,14 @@ def handover(engine: VllmEngine, policy: Policy, mode: str, cycles: int = 8) -> 
     rows = [row(work, "rlft", f"{name}_ms", ms, "ms") for name, ms in parts.items()]
     whole = [sum(ms) / 1e3 for ms in zip(*parts.values(), strict=True)]
     rows.append(row(work, "rlft", "seconds", whole, "s", "sleep + wake + load, refill and read-backs included"))
-    base = sum(p.numel() * p.element_size() for p in policy.base.parameters()) / GIB
-    note = f"{max(asleep_gib):.2f} in use on the card while it sleeps, less {base:.2f} of base and adapter"
-    rows.append(row(work, "rlft", "asleep_above_base_GiB", max(asleep_gib) - base, "GiB", note))
+    asleep, (base, before) = max(asleep_gib), held
+    unused = (torch.cuda.memory_reserved() - torch.cuda.memory_allocated() - memory.unmapped) / GIB
+    note = f"{asleep:.2f} in use on the card while it sleeps"
+    rows += [
+        row(work, "rlft", "asleep_above_base_GiB", asleep - base, "GiB", f"{note}, less the base's {base:.2f}"),
+        row(work, "rlft", "asleep_above_trainer_GiB", asleep - before, "GiB", f"{note}, {before:.2f} before its start"),
+        row(work, "rlft", "unused_GiB", unused, "GiB", "held by PyTorch and not in use while it sleeps"),
+    ]
     for r in rows:
         print(mode, r["metric"], r["value"], r["note"], flush=True)
     return rows
@@ -193,10 +214,10 @@ def measure(policy: Policy, mode: str, sizes: list[int], extra: bool) -> list[di
     start = time.perf_counter() - begin
     engine.load_adapter(policy.adapter(), 0)
     print("start", round(start, 1), "GiB before", round(before, 2), "awake", round(used(), 2), flush=True)
-    rows = [row(f"rollout-{mode}/start", "rlft", "seconds", start, "s", "imports of vLLM included in the first")]
+    rows = [row(f"rollout-{mode}/start", "rlft", "seconds", start, "s", f"vLLM {version()}; its imports included")]
     rows += rates(engine, mode, sizes, extra)
     if mode != "bnb":
-        rows += handover(engine, policy, mode)
+        rows += handover(engine, policy, mode, (base_gib(policy), before))
     engine.close()
     print(mode, "closed", round(used(), 2), "GiB", flush=True)
     return rows
