@@ -108,6 +108,16 @@ CASES = [
         "low_rank:_fold", "*fp32:16 *fp32:16 *fp32:16 *fp32:16 i32:16 i32:16 i32:16 fp32 fp32 fp32 i32",
         {"SPLITS_BLOCK": 16, "BLOCK": 256}, {},
     ),
+    # The longest prompts' rows, decoding's, and fp32.
+    *(Case("lora_add:_shrink", f"*fp32:16 *{dtype}:16 i32:16 *{dtype}:16 i32 i32:16 i32:16",
+           {"RANKS": 48, "BT": BT, "BK": BK, "BR": 64, "WIDE": False}, {"num_warps": 4, "num_stages": 3})
+      for dtype, BT, BK in (("bf16", 64, 128), ("bf16", 16, 128), ("fp32", 64, 64))),
+    *(Case("lora_add:_expand", f"*{dtype}:16 i32:16 *fp32:16 *{dtype}:16 i32",
+           {"COUNT": 3, "FIRST": (0, 32, 40, 48), "COLUMN": (0, 4096, 5120, 6144), "WIDTH": (4096, 1024, 1024),
+            "RANK": rank, "PARTS": parts, "TOGETHER": min(parts, together), "BT": BT, "BC": 128, "BR": min(32, rank),
+            "WIDE": False}, {"num_warps": 4})
+      for dtype, rank, parts, together, BT in (
+          ("bf16", 16, 32, 8, 16), ("bf16", 64, 1, 2, 64), ("fp32", 32, 4, 2, 32))),
     # Many short rows a program; a usual row, alone; no power of two; the longest, in fp32.
     norm("forward_kernel", B * 5 + "*fp32:16", 128, 16, 4),
     norm("forward_kernel", B * 4 + "*fp32:16", 4096, 1, 8, "delta_ptr", True),

@@ -163,7 +163,6 @@ def test_the_operators_are_compiled_whole_and_alike_in_all_layers(vllm_visible: 
     from torch import nn
 
     from rlft.rollout import vllm_hooks as hooks
-    from rlft.rollout.lend import Slot
 
     weight, graphs = torch.randn(6, 8), []
 
@@ -174,9 +173,8 @@ def test_the_operators_are_compiled_whole_and_alike_in_all_layers(vllm_visible: 
         lender.weights = {"m.weight": weight}
         lender._lend(made, LentLinear([weight], None))
         lender._give_slot(made, ["m.weight"], [6], weight)
-        for slot in lender._slots:
-            slot.put({"m": (torch.ones(4, 8), torch.ones(6, 4))})
-            assert isinstance(slot, Slot)
+        if adapted:
+            lender.put({"m": (torch.ones(4, 8), torch.ones(6, 4))})
         return made
 
     def backend(graph: Any, inputs: Any) -> Any:

@@ -7,6 +7,7 @@ it. After each load and wake it reads its adapter back and compares (`check_read
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -114,13 +115,15 @@ def check_read_back(
                 f"after loading policy version {version} the engine scales {name} by {slot_scales.get(name)}, the "
                 f"trainer by {scale}: alpha / rank must be applied exactly once"
             )
-    # One answer for all of them: each would make the host wait for the GPU.
+    # One answer for all of them: each would make the host wait for the GPU. What is equal differs by exactly 0.
     wants = {name: t.to(dtype=slots[name].dtype, device=slots[name].device) for name, t in given.items()}
-    wrong = torch.stack([(slots[name] != want).any() for name, want in wants.items()]).nonzero().flatten().tolist()
+    held = [slots[name] for name in wants]
+    difference = torch._foreach_sub(held, list(wants.values()))  # type: ignore[attr-defined]
+    worst = torch.stack(torch._foreach_norm(difference, math.inf))  # type: ignore[attr-defined]
+    wrong = (worst != 0).nonzero().flatten().tolist()
     if wrong:
         name = list(wants)[wrong[0]]
-        worst = (slots[name] - wants[name]).abs().max().item()
         raise EngineError(
             f"after loading policy version {version} the engine does not hold the trainer's adapter: {name} differs by "
-            f"up to {worst:.3g}. It would sample from another policy than the one that is trained."
+            f"up to {worst[wrong[0]].item():.3g}. It would sample from another policy than the one that is trained."
         )

@@ -163,12 +163,14 @@ class VllmEngine:
         self, named_tensors: Mapping[str, Tensor], scales: Mapping[str, float]
     ) -> dict[str, tuple[Tensor, Tensor]]:
         """Module -> A and scale * B, in the engine's dtype: the scale is applied here, once, and nowhere else."""
-        dtype, made = self._dtype, {}
-        for name, b in named_tensors.items():
-            if ".lora_B." in name:
-                a = named_tensors[name.replace(".lora_B.", ".lora_A.")]
-                made[_module(name)] = (a.to(dtype, copy=True), (b * scales[name]).to(dtype))
-        return made
+        names = [name for name in named_tensors if ".lora_B." in name]
+        a = [named_tensors[name.replace(".lora_B.", ".lora_A.")] for name in names]
+        b = [named_tensors[name] for name in names]
+        made = [torch.empty_like(t, dtype=self._dtype) for t in a + b]
+        scaled = torch._foreach_mul(b, [scales[name] for name in names])  # type: ignore[attr-defined]
+        torch._foreach_copy_(made, [*a, *scaled])  # type: ignore[attr-defined]
+        pairs = zip(made[: len(a)], made[len(a) :], strict=True)
+        return {_module(name): pair for name, pair in zip(names, pairs, strict=True)}
 
     def _write(self, named_tensors: Mapping[str, Tensor]) -> None:
         self._held = self._scaled(named_tensors, self._scales)
@@ -210,9 +212,9 @@ class VllmEngine:
                 rank = len(a)
                 given |= {f"{module}.lora_A.weight": a, f"{module}.lora_B.weight": b}
                 held |= {f"{module}.lora_A.weight": slot_a[:rank], f"{module}.lora_B.weight": slot_b[:, :rank]}
-            rest += [slot_a[rank:].any(), slot_b[:, rank:].any()]
+            rest += [beside for beside in (slot_a[rank:], slot_b[:, rank:]) if beside.numel()]
         check_read_back(given, held, self._policy.scales, self._scales, version)
-        if bool(torch.stack(rest).any()):
+        if rest and bool(torch.stack([beside.any() for beside in rest]).any()):
             raise EngineError(
                 f"after loading policy version {version} the engine's slots hold an adapter of a higher rank too"
             )

@@ -105,8 +105,7 @@ class Lender:
 
     def put(self, adapter: Mapping[str, tuple[Tensor, Tensor]]) -> None:
         """Write the adapter into its slots. adapter: module -> A [r, in], B [out, r], scaled, in the engine's dtype."""
-        for slot in self._slots:
-            slot.put(adapter)
+        lend.put(self._slots, adapter)
 
     def slots(self) -> Iterator[tuple[str, Tensor, Tensor]]:
         """(module, A, B) as the kernels read them, with the ranks that are not used."""
