@@ -142,9 +142,9 @@ def rates(engine: VllmEngine, mode: str, sizes: list[int], extra: bool) -> list[
         p.seed = None
 
     alone = {
-        stack: run(count, sampling),
+        f"{stack}, log-probs, seeds and text": run(count, sampling),
         f"{stack}, no log-probs, no text": requests(count, sampling, bare),
-        f"{stack}, no seeds per request": requests(count, sampling, unseeded),
+        f"{stack}, no seeds per request, no text": requests(count, sampling, unseeded),
     }
     add(count, alone, 3, "interleaved")
     return rows

@@ -81,6 +81,10 @@ def test_large_shapes_streams_and_graphs(T: int) -> None:
 
 def test_wrong_shapes_and_dtypes_are_refused() -> None:
     y, x, a, b = draw(2, 32, (8, 8), 16, torch.float32)
-    for wrong in ((y[:, :8], x, a, b), (y, x, a[:16], b), (y, x, a, b[:, :8].contiguous()), (y, x.double(), a, b)):
+    between = torch.randn(16, 24, device=DEVICE)  # a rank that is no power of two, and rows that are not adjacent
+    others = [(y, x, torch.cat([a, a])[:48], between), (y, x, a, between[:, :16])]
+    for wrong in (
+        (y[:, :8], x, a, b), (y, x, a[:16], b), (y, x, a, b[:, :8].contiguous()), (y, x.double(), a, b), *others
+    ):  # fmt: skip
         with pytest.raises(ValueError, match="lora_add: want x"):
             lora_add(*wrong, (8, 8))

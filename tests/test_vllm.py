@@ -169,7 +169,7 @@ def test_the_operators_are_compiled_whole_and_alike_in_all_layers(vllm_visible: 
     def layer(adapted: bool) -> nn.Module:
         made = nn.Module()
         made.rlft_out = 6  # type: ignore[assignment]
-        lender = hooks.Lender({}, {"m": 4} if adapted else {})
+        lender = hooks.Lender({}, {"m": 4} if adapted else {}, merged=False)
         lender.weights = {"m.weight": weight}
         lender._lend(made, LentLinear([weight], None))
         lender._give_slot(made, ["m.weight"], [6], weight)
@@ -197,11 +197,12 @@ def test_vllm_finds_what_it_compiled_for_the_same_model_with_the_same_adapter(pa
     assert folders[0] == folders[1] and (Path(folders[0]) / "config.json").exists()
     assert not [p for p in Path(folders[0]).parent.iterdir() if p.name.startswith("tmp")]
 
-    def key(adapted: list[str]) -> Any:
-        how = (engine._options, engine.choice, engine._sizes, adapted, torch.float32, torch.device("cpu"), 1)
-        return vllm_start.arguments(*how)["additional_config"]
+    def key(**ranks: int) -> str:
+        how = (engine._options, engine.choice, engine._sizes, ranks, torch.float32, torch.device("cpu"), 1)
+        return vllm_start.arguments(*how)["additional_config"]["rlft"]
 
-    assert key(["a", "b"]) == key(["b", "a"]) and len({key(x)["rlft"] for x in (["a", "b"], ["a"], [])}) == 3
+    assert key(a=4, b=4) == key(b=4, a=8)  # slots of 16
+    assert len({key(a=4, b=4), key(a=4), key(a=32), key()}) == 4
 
 
 # ---- guards ------------------------------------------------------------------------------------------------------
@@ -242,7 +243,7 @@ def test_what_lies_beside_the_adapter_in_its_slots_is_found(pair: Pair) -> None:
     _, a, _ = next(iter(engine._lender.slots()))
     assert a.shape[0] == 16  # for an adapter of rank 4
     a[9] = 1.0
-    with pytest.raises(EngineError, match="hold an adapter of a higher rank too"):
+    with pytest.raises(EngineError, match="holds something beside the adapter"):
         engine._check(engine._held, 5)
     engine.load_adapter(policy.adapter(), version=5)
 
@@ -252,7 +253,7 @@ def test_an_adapter_where_vllm_has_no_linear_layer_is_refused(vllm_visible: None
 
     model = torch.nn.Sequential(torch.nn.LayerNorm(4, bias=False))
     with pytest.raises(EngineError, match=r"a part at 0, which is no linear layer of vLLM's \(1 in all\)"):
-        Lender({"0.weight": torch.ones(4)}, {"0": 4}).give(model)
+        Lender({"0.weight": torch.ones(4)}, {"0": 4}, merged=False).give(model)
 
 
 def test_a_wrong_temperature_is_stopped_by_the_gate_and_named(pair: Pair) -> None:

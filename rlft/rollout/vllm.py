@@ -83,18 +83,19 @@ class VllmEngine:
 
             from rlft.rollout import vllm_hooks as hooks
 
-            ranks = {} if self.choice.mode == "merged" else self._ranks
-            self._lender = hooks.Lender(weights, ranks)
+            self._lender = hooks.Lender(weights, self._ranks, self.choice.mode == "merged")
             number = next(NUMBERS)
             hooks.Lender.waiting[number] = self._lender
             try:
                 self._llm: Any = LLM(
                     model_folder(self._policy.base, self._tokenizer),
-                    **arguments(options, self.choice, self._sizes, list(ranks), self._dtype, device, number),
+                    **arguments(options, self.choice, self._sizes, self._ranks, self._dtype, device, number),
                 )
-            except EngineError:
-                raise
             except Exception as error:
+                if device.type == "cuda":
+                    hooks.release_pools(asleep=False)
+                if isinstance(error, EngineError):
+                    raise
                 first = (str(error).strip() or type(error).__name__).splitlines()[0]
                 raise EngineError(
                     f"vLLM {vllm_start.version()} did not start ({type(error).__name__}: {first}); run with "
@@ -106,8 +107,6 @@ class VllmEngine:
         # looks for this on every instance, the trainer's too.
         self._policy.base.get_decoder().do_not_compile = True  # type: ignore[operator,union-attr]
         (self.runner,) = self._llm.collective_rpc("rlft_runner")
-        if device.type == "cuda":
-            memory.unmapped = hooks.unmapped()
         self._refill()
         tested = hooks.TESTED_ON_GPU if device.type == "cuda" else hooks.TESTED_ON_CPU
         known = (vllm_start.minor(), self.runner) in tested
@@ -120,13 +119,13 @@ class VllmEngine:
         """Stop vLLM and give its memory back."""
         llm, self._version, self._held = self.__dict__.pop("_llm", None), None, {}
         if llm is not None:
+            self._lender.forget()
             try:
                 with quiet():
                     llm.llm_engine.engine_core.shutdown()
             except Exception as error:  # an error that led here must not be hidden by this one
                 self._note(f"vLLM did not shut down cleanly ({type(error).__name__}: {error})")
             del llm
-            self._lender.refill = None
             gc.collect()
             if self._policy.device.type == "cuda":
                 self._release()
@@ -135,8 +134,14 @@ class VllmEngine:
         from rlft.rollout import vllm_hooks as hooks
 
         hooks.release_pools(self._asleep)
-        memory.unmapped = hooks.unmapped()
+        self._count_unmapped()
         torch.cuda.empty_cache()
+
+    def _count_unmapped(self) -> None:
+        """For the trainer's plans, which ask what is free: whenever that changes, and before each."""
+        from rlft.rollout import vllm_hooks as hooks
+
+        memory.unmapped = hooks.unmapped()
 
     @property
     def memory(self) -> dict[str, int]:
@@ -155,6 +160,7 @@ class VllmEngine:
         check_names(named_tensors, {n: torch.empty(s, device="meta") for n, s in self._shapes.items()})
         if self._asleep:
             raise EngineError("load_adapter while the engine sleeps: its slots have no memory; wake it first")
+        self._version = None
         self._write(named_tensors)
         self._check(self._scaled(named_tensors, self._policy.scales), version)
         self._version = version
@@ -190,10 +196,15 @@ class VllmEngine:
         else:
             self._lender.put(self._held)
         # What it holds was computed with another adapter.
-        self._llm.reset_prefix_cache()
+        self._empty_cache()
+
+    def _empty_cache(self) -> None:
+        """Forget prompts that vLLM has computed. Raises EngineError where it does not, since a request holds them."""
+        if not self._llm.reset_prefix_cache():
+            raise EngineError("vLLM does not empty its cache: requests of an earlier generation have not ended")
 
     def _check(self, want: Mapping[str, tuple[Tensor, Tensor]], version: int) -> None:
-        """The first guard: what the engine's kernels will read is `want`, scaled as the trainer does."""
+        """The first guard: what the engine's kernels will read is `want`, which was scaled as the trainer does."""
         if self.choice.mode == "merged":
             assert self._lender.refill is not None
             pairs = {f"{module}.weight": pair for module, pair in want.items()}
@@ -216,7 +227,8 @@ class VllmEngine:
         check_read_back(given, held, self._policy.scales, self._scales, version)
         if rest and bool(torch.stack([beside.any() for beside in rest]).any()):
             raise EngineError(
-                f"after loading policy version {version} the engine's slots hold an adapter of a higher rank too"
+                f"after loading policy version {version} the engine holds something beside the adapter: this is a "
+                f'fault of rlft or of vLLM {vllm_start.version()}; set engine.name = "eager", and report it'
             )
 
     # ---- sleep and wake ----------------------------------------------------------------------------------------------
@@ -224,10 +236,12 @@ class VllmEngine:
     def sleep(self) -> None:
         """Give back the cache, the engine's own weights and the slots (on a GPU; on a CPU vLLM keeps them)."""
         if self._policy.device.type == "cuda" and not self._asleep:
+            self._asleep = True
             before = torch.cuda.mem_get_info(self._policy.device)[0]
             # 2: nothing is kept, since all of it is written again. What is lent lies outside of vLLM's memory.
             self._llm.sleep(level=2)
             self._freed = torch.cuda.mem_get_info(self._policy.device)[0] - before
+            self._count_unmapped()
         self._asleep = True
 
     def wake(self) -> None:
@@ -237,7 +251,7 @@ class VllmEngine:
         if self._policy.device.type == "cuda":
             self._make_room()
             self._llm.wake_up()
-            self._llm.reset_prefix_cache()
+            self._empty_cache()
         self._asleep = False
         if self.choice.mode != "merged" or self._version is None:
             self._refill()
@@ -247,8 +261,9 @@ class VllmEngine:
             try:
                 self._check(self._held, self._version)
             except EngineError as error:
+                version, self._version = self._version, None
                 raise EngineError(
-                    f"the engine's adapter changed while it slept (policy version {self._version}): {error}"
+                    f"the engine's adapter changed while it slept (policy version {version}): {error}"
                 ) from error
 
     def _make_room(self) -> None:
@@ -289,7 +304,7 @@ class VllmEngine:
                 )
         # A prompt that is found in the cache is rounded otherwise than one that is computed: with an empty one the same
         # seed gives the same rollouts. The completions of a prompt share it all the same.
-        self._llm.reset_prefix_cache()
+        self._empty_cache()
         try:
             with quiet():
                 return sample(

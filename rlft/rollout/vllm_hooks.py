@@ -11,8 +11,8 @@ Each of them ran on vLLM 0.23 with model runner V2 on a GPU and on 0.32 with V1 
 `TESTED_ON_GPU` and `TESTED_ON_CPU` say so, and an engine of another version or runner calls itself untested.
 
 vLLM's own LoRA is not used: our linear layers add the adapter themselves (`lend.Slot`), in fixed order and in two
-launches, and what they read is ours to write and to read back. Internals that are used, when an engine is closed:
-CuMemAllocator's allocator_and_pools and pointer_to_data, and the platform's _global_graph_pool.
+launches, and what they read is ours to write and to read back. Internals that are used: CuMemAllocator's
+allocator_and_pools and pointer_to_data, to count and to close; the platform's _global_graph_pool, to close.
 
 Imported only by an engine that starts (rlft.rollout.vllm): importing it imports vLLM and registers the hooks.
 """
@@ -53,9 +53,9 @@ class Lender:
     waiting: "dict[int, Lender]" = {}  # noqa: RUF012 (shared on purpose: vLLM makes the loader, and a config cannot hold tensors)
     """Number in the load config -> the lender of the engine that is starting."""
 
-    def __init__(self, weights: Mapping[str, Weight], ranks: Mapping[str, int]) -> None:
-        """ranks: of the adapter, by the trainer's modules; empty where it is merged into the weights."""
-        self.weights, self._ranks = weights, ranks
+    def __init__(self, weights: Mapping[str, Weight], ranks: Mapping[str, int], merged: bool) -> None:
+        """ranks: of the adapter, by the trainer's modules. merged: into the weights, so that there are no slots."""
+        self.weights, self._ranks, self._merged = weights, ranks, merged
         self._slots: list[Slot] = []
         self.refill: Refill | None = None
         """What lies in the engine's own memory; known when vLLM has loaded the model, and written after that."""
@@ -66,22 +66,24 @@ class Lender:
         parameters = dict(model.named_parameters())
         found = partners(parameters, getattr(model, "packed_modules_mapping", {}), self.weights)
         places: dict[str, Tensor] = {}
-        scratch = self._scratch(modules, found)
+        scratch, homeless = self._scratch(modules, found), set(self._ranks)
         for name, parameter in parameters.items():
             module = modules[name.rpartition(".")[0]]
             weights = [self.weights[part] for part in found[name]]
             rows = [int(w.shape[0]) for w in weights]
-            if isinstance(module, LinearBase) and name.endswith(".weight"):
+            method = getattr(module, "quant_method", None)
+            if isinstance(method, LentMethod | RefilledMethod) and name.endswith(".weight"):
+                homeless -= {part.removesuffix(".weight") for part in found[name]}
                 self._give_slot(module, found[name], rows, parameter)
-            if isinstance(getattr(module, "quant_method", None), LentMethod) and name.endswith(".weight"):
+            if isinstance(method, LentMethod) and name.endswith(".weight"):
                 self._lend(module, lend.LentLinear(weights, scratch))
             elif isinstance(module, LinearBase):
                 places |= zip(found[name], parameter.data.split(rows), strict=True)
             else:
                 parameter.data = self._whole(name, weights, getattr(module, "rlft_rows", parameter.shape[0]), parameter)
-        if homeless := sorted(self._ranks.keys() - {module for module, _, _ in self.slots()}):
+        if homeless:
             raise EngineError(
-                f"the adapter has a part at {homeless[0]}, which is no linear layer of vLLM's ({len(homeless)} in "
+                f"the adapter has a part at {min(homeless)}, which is no linear layer of vLLM's ({len(homeless)} in "
                 f"all): leave it out of lora.targets"
             )
         self.refill = Refill(places, self.weights)
@@ -95,13 +97,17 @@ class Lender:
         """Room for the adapter, in memory that sleeps."""
         modules = [name.removesuffix(".weight") for name in names]
         ranks = [self._ranks[m] for m in modules if m in self._ranks]
-        if ranks:
+        if ranks and not self._merged:
             columns = int(self.weights[names[0]].shape[1])
             slot = Slot(modules, rows, columns, max(ranks), parameter)
             module.rlft_a = nn.Parameter(slot.a, requires_grad=False)
             module.rlft_b = nn.Parameter(slot.b, requires_grad=False)
             module.rlft_sizes = slot.sizes  # type: ignore[assignment]
             self._slots.append(slot)
+
+    def forget(self) -> None:
+        """Refer to nothing of the engine any more."""
+        self.refill, self._slots = None, []
 
     def put(self, adapter: Mapping[str, tuple[Tensor, Tensor]]) -> None:
         """Write the adapter into its slots. adapter: module -> A [r, in], B [out, r], scaled, in the engine's dtype."""
@@ -175,7 +181,7 @@ def _(x: Tensor, number: Tensor, out: int) -> Tensor:
 
 @torch.library.custom_op("rlft::add_adapter", mutates_args=("y",))
 def add_adapter(y: Tensor, x: Tensor, a: Tensor, b: Tensor, sizes: list[int]) -> None:
-    """The adapter's part of a linear layer, added to y in place: `lora_add`."""
+    """The adapter's part of a linear layer for x [..., in], added to y [..., out] in place: `lora_add`."""
     lora_add(y.view(-1, y.shape[-1]), as_rows(x), a, b, sizes)
 
 
@@ -185,7 +191,7 @@ def _(y: Tensor, x: Tensor, a: Tensor, b: Tensor, sizes: list[int]) -> None:
 
 
 def with_adapter(layer: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    """y, to which the layer's adapter is added where it has one."""
+    """y [..., out], to which the layer's adapter for x [..., in] is added where it has one."""
     if hasattr(layer, "rlft_a"):
         add_adapter(y, x, layer.rlft_a, layer.rlft_b, layer.rlft_sizes)
     return y
@@ -285,12 +291,14 @@ def release_pools(asleep: bool) -> None:
     """Give back the memory of an engine that has been shut down, so that the process can start another one. asleep: it
     slept, so that nothing of it is mapped.
 
-    Later versions of vLLM do this in their shutdown. In 0.23 much of the model is still referred to then (by
-    vLLM's hook in torch._dynamo and what that keeps), and vLLM has one allocator per process, which
-    takes a new engine only when it holds nothing. So the old one sleeps for good: its memory is unmapped, and its
-    tensors, which nothing runs on, keep their addresses. The pools are kept, since PyTorch would hand the allocator
-    segments that it knows no more.
+    Later versions of vLLM do most of this in their shutdown. In 0.23 much of the model is still referred to then (by
+    vLLM's hook in torch._dynamo and what that keeps), and vLLM has one allocator per process, which takes a new engine
+    only when it holds nothing. So the old one sleeps for good: its memory is unmapped, and its tensors, which nothing
+    runs on, keep their addresses. The pools are kept, since PyTorch would hand the allocator segments that it knows no
+    more.
     """
+    # The pool of its graphs is gone with the last of them, and the next engine would capture into it.
+    type(current_platform)._global_graph_pool = None
     allocator = CuMemAllocator.get_instance()
     if hasattr(allocator, "release_pools"):
         return
@@ -298,8 +306,6 @@ def release_pools(asleep: bool) -> None:
         torch.cuda.synchronize()
         allocator.sleep(())
     allocator.pointer_to_data.clear()
-    # The pool of its graphs is gone with the last of them, and the next engine would capture into it.
-    type(current_platform)._global_graph_pool = None
     for tag in [tag for tag in allocator.allocator_and_pools if not tag.startswith("closed")]:
         kept = allocator.allocator_and_pools.pop(tag)
         allocator.allocator_and_pools[f"closed {id(kept)}"] = kept

@@ -34,7 +34,7 @@ class Sizes:
     largest: int
     """Bytes of the largest group of them that is decoded at a time: what lent weights take."""
     slots: int
-    """Bytes of the adapter's slots, and of its copy that fills them."""
+    """Bytes of the adapter's slots, and of its copies: what fills them, the one before, what they are compared with."""
     per_token: int
     """Bytes of the cache per token."""
     longest: int
@@ -62,10 +62,9 @@ class Sizes:
         linear = sum(w.shape[0] * w.shape[1] for w in matrices)
         together, batched = min(sequences, max_seqs), min(BATCHED, max(longest * max_seqs, 1024))
         adapter = policy.flat.flat.numel()
-        ranks = [a.shape[0] for name, a in policy.adapter().items() if ".lora_A." in name]
-        slot_bytes = adapter * slot_rank(max(ranks)) // min(ranks) * e
+        slots = _slots({n: a.shape[0] for n, a in policy.adapter().items() if ".lora_A." in n}, weights)
         return cls(
-            linear=linear * e, largest=2 * wide * config.hidden_size * e, slots=adapter * e + slot_bytes,
+            linear=linear * e, largest=2 * wide * config.hidden_size * e, slots=(3 * adapter + slots) * e,
             per_token=2 * config.num_hidden_layers * heads * size * e, longest=longest, sequences=together,
             work=batched * (3 * wide + 6 * config.hidden_size) * e + together * config.vocab_size * 16,
             batched=batched, pending=2 * adapter * policy.flat.flat.element_size(),
@@ -118,7 +117,8 @@ def choose(sizes: Sizes, mode: str, kv_gib: float | None, device: torch.device) 
     else:
         why = "engine.mode"
     # Rounded down, since vLLM compiles anew for another size of the cache, and what is free is never twice the same.
-    kv = min(sizes.wanted, max(left[mode] // STEP * STEP, sizes.least)) if asked is None else asked
+    wanted = max(sizes.wanted, sizes.least)
+    kv = min(wanted, max(left[mode] // STEP * STEP, sizes.least)) if asked is None else asked
     if kv < sizes.least or kv > left[mode]:
         raise EngineError(
             f"{mode} weights leave {left[mode] / GIB:.2f} GiB for vLLM's cache, and it is to have "
@@ -127,3 +127,11 @@ def choose(sizes: Sizes, mode: str, kv_gib: float | None, device: torch.device) 
             f'sampling.max_tokens or engine.max_seqs, or set engine.mode = "lent"'
         )
     return Choice(mode, kv, why)  # type: ignore[arg-type]
+
+
+def _slots(ranks: Mapping[str, int], weights: Mapping[str, Weight]) -> int:
+    """Numbers in the slots of an adapter, at most. ranks: by PEFT's name of A. A layer of the engine that stands for
+    several of the trainer's has room for all of them: those beside an adapted one count."""
+    beside = {name.split(".lora_")[0].removeprefix("base_model.model.").rpartition(".")[0] for name in ranks}
+    matrices = [w for name, w in weights.items() if len(w.shape) == 2 and name.rsplit(".", 2)[0] in beside]
+    return sum(w.shape[0] + w.shape[1] for w in matrices) * slot_rank(max(ranks.values()))

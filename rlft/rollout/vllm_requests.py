@@ -100,7 +100,11 @@ def _run(
             if thread.is_alive() and time.monotonic() - beat[0] > deadline:
                 raise Failed(f"no step ended for {deadline:g} s (engine.deadline)", hangs=True)
     except BaseException:
+        # vLLM keeps what it is not told to drop; a thread that hangs has the engine for good.
         stop.set()
+        thread.join(1.0)
+        if not thread.is_alive():
+            engine.abort_request([str(i) for i in range(len(requests))])
         raise
     if errors:
         raise Failed(f"{type(errors[0]).__name__}: {errors[0]}") from errors[0]

@@ -9,13 +9,14 @@ import shutil
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from rlft.config import Engine as Options
+from rlft.rollout.lend import slot_rank
 from rlft.rollout.vllm_memory import Choice, Sizes
 
 
@@ -43,25 +44,27 @@ def model_folder(base: Any, tokenizer: Any) -> str:
     root = Path(envs.VLLM_CACHE_ROOT) / "rlft"
     root.mkdir(parents=True, exist_ok=True)
     made = Path(tempfile.mkdtemp(dir=root))
-    config.save_pretrained(made)
-    tokenizer.save_pretrained(made)
-    digest = hashlib.sha256()
-    for file in sorted(made.iterdir()):
-        digest.update(file.name.encode() + b"\0" + file.read_bytes())
-    folder = root / digest.hexdigest()[:16]
     try:
-        made.rename(folder)
-    except OSError:  # it is there already
+        config.save_pretrained(made)
+        tokenizer.save_pretrained(made)
+        digest = hashlib.sha256()
+        for file in sorted(path for path in made.rglob("*") if path.is_file()):
+            digest.update(str(file.relative_to(made)).encode() + b"\0" + file.read_bytes())
+        folder = root / digest.hexdigest()[:16]
+        if not folder.exists():
+            shutil.copytree(made, folder, dirs_exist_ok=True)
+        return str(folder)
+    finally:
         shutil.rmtree(made)
-    return str(folder)
 
 
 def arguments(
-    options: Options, choice: Choice, sizes: Sizes, adapted: Sequence[str], dtype: torch.dtype, device: torch.device,
+    options: Options, choice: Choice, sizes: Sizes, ranks: Mapping[str, int], dtype: torch.dtype, device: torch.device,
     lender: int,
 ) -> dict[str, Any]:  # fmt: skip
-    """What vLLM's LLM is made with. adapted: modules with an adapter that is not merged. lender: its number."""
+    """What vLLM's LLM is made with. ranks: of the adapter, by module. lender: its number."""
     gpu = device.type == "cuda"
+    slots = sorted((module, slot_rank(rank)) for module, rank in ranks.items() if choice.mode != "merged")
     made: dict[str, Any] = {
         "load_format": "rlft", "model_loader_extra_config": {"lender": lender},
         "quantization": "rlft-lent" if choice.mode == "lent" else "rlft-refilled",
@@ -70,8 +73,8 @@ def arguments(
         "max_num_batched_tokens": max(sizes.batched, options.max_seqs), "enforce_eager": not (gpu and options.graphs),
         "logprobs_mode": "processed_logprobs", "generation_config": "vllm", "enable_prefix_caching": True, "seed": 0,
         "disable_log_stats": True, "use_tqdm_on_load": sys.stderr.isatty(),
-        # Part of what vLLM looks compiled code up by: it has our operators where there are adapters, and nowhere else.
-        "additional_config": {"rlft": hashlib.sha256("\n".join(sorted(adapted)).encode()).hexdigest()},
+        # Part of what vLLM looks compiled code up by: our operators are where there are slots, of their shapes.
+        "additional_config": {"rlft": hashlib.sha256(str(slots).encode()).hexdigest()},
     }  # fmt: skip
     if gpu:
         free, total = torch.cuda.mem_get_info(device)
