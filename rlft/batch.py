@@ -11,9 +11,10 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from itertools import accumulate, groupby
+from itertools import accumulate, chain, groupby
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -36,17 +37,21 @@ def group_ids(rollouts: Sequence[Rollout]) -> Tensor:
     return torch.tensor(ids, dtype=torch.int64)
 
 
-def trained(rollout: Rollout) -> tuple[bool, ...]:
-    """For each completion token, whether it is trained: chosen by the policy, with a finite sampler log-prob.
+def trained(rollout: Rollout) -> np.ndarray:
+    """Which completion tokens are trained, [L] bool: chosen by the policy, with a finite sampler log-prob.
 
     The first token of a text without a prompt has nothing before it to be predicted from, so it is not.
     """
-    mask, sampler = rollout.completion_mask, rollout.sampler_logprobs
-    assert len(mask) == len(rollout.completion_ids), "completion_mask and completion_ids differ in length"
+    length, sampler = len(rollout.completion_ids), rollout.sampler_logprobs
+    assert len(rollout.completion_mask) == length, "completion_mask and completion_ids differ in length"
+    # A byte per flag: np.fromiter takes three times as long over bools.
+    mask = np.frombuffer(bytearray(rollout.completion_mask), bool)
     if sampler is not None:
-        assert len(sampler) == len(mask), "sampler_logprobs and completion_ids differ in length"
-        mask = tuple(chosen and math.isfinite(value) for chosen, value in zip(mask, sampler, strict=True))
-    return mask if rollout.prompt.ids else (False,) * len(mask[:1]) + mask[1:]
+        assert len(sampler) == length, "sampler_logprobs and completion_ids differ in length"
+        mask &= np.isfinite(np.fromiter(sampler, np.float64, length))
+    if not rollout.prompt.ids:
+        mask[:1] = False
+    return mask
 
 
 def count(rollouts: Sequence[Rollout], plan: PackPlan) -> Counts:
@@ -58,7 +63,7 @@ def count(rollouts: Sequence[Rollout], plan: PackPlan) -> Counts:
     assert len(plan.keep) == len(rollouts), "plan.keep needs one flag per rollout"
     groups = group_ids(rollouts).tolist()
     kept = [i for i, keep in enumerate(plan.keep) if keep]
-    tokens = sum(sum(trained(rollouts[i])) for i in kept)
+    tokens = sum(int(trained(rollouts[i]).sum()) for i in kept)
     return Counts(tokens, len(kept), len({groups[i] for i in kept}))
 
 
@@ -69,8 +74,10 @@ class _Row(NamedTuple):
     """Its index in the rollouts."""
     rollout: Rollout
     group: int
-    mask: tuple[bool, ...]
+    mask: np.ndarray
     """`trained` of the rollout."""
+    tokens: int
+    """How many are trained."""
     advantage: float
     weight: float
     """Weight of each trained token."""
@@ -114,9 +121,10 @@ def _rows(rollouts: Sequence[Rollout], advantages: list[float], plan: PackPlan, 
     assert len(plan.keep) == len(rollouts) == len(advantages), "one keep flag and one advantage per rollout"
     groups = group_ids(rollouts).tolist()
     masks = [trained(rollout) for rollout in rollouts]
+    tokens = [int(mask.sum()) for mask in masks]
     of_group: dict[int, int] = {}
-    for group, mask, keep in zip(groups, masks, plan.keep, strict=True):
-        of_group[group] = of_group.get(group, 0) + sum(mask) * keep
+    for group, own, keep in zip(groups, tokens, plan.keep, strict=True):
+        of_group[group] = of_group.get(group, 0) + own * keep
     rows = []
     for i, rollout in enumerate(rollouts):
         if not plan.keep[i]:
@@ -128,21 +136,21 @@ def _rows(rollouts: Sequence[Rollout], advantages: list[float], plan: PackPlan, 
             )
         divisor = {
             "token_mean": counts.tokens,
-            "sequence_mean": counts.sequences * sum(masks[i]),
+            "sequence_mean": counts.sequences * tokens[i],
             "constant": counts.sequences * plan.max_len,
             "sequence_sum": counts.sequences,
             "prompt_mean": counts.groups * of_group[groups[i]],
         }[plan.aggregation]
-        weight = 1 / divisor if any(masks[i]) else 0.0
-        rows.append(_Row(i, rollout, groups[i], masks[i], advantages[i], weight))
+        weight = 1 / divisor if tokens[i] else 0.0
+        rows.append(_Row(i, rollout, groups[i], masks[i], tokens[i], advantages[i], weight))
     return rows
 
 
 def _units(group: list[_Row], plan: PackPlan) -> list[list[_Row]]:
     """The rows of one group, in the parts that have to stay in one micro-batch."""
     if plan.whole_groups:
-        return [group] if any(any(row.mask) for row in group) else []
-    group = [row for row in group if any(row.mask)]
+        return [group] if any(row.tokens for row in group) else []
+    group = [row for row in group if row.tokens]
     if not plan.share_prefix:
         return [[row] for row in group]
     units = []
@@ -188,12 +196,11 @@ class _Sequence(NamedTuple):
     prefix: int
     """The sequence that holds its prompt, -1 for none."""
 
-    def spread(self, values: Sequence[float]) -> list[float]:
-        """`values`, one per completion token, over the sequence: 0 on the prompt and where nothing is trained."""
-        if self.row is None:
-            return [0.0] * len(self.ids)
-        kept = [value if train else 0.0 for value, train in zip(values, self.row.mask, strict=True)]
-        return [0.0] * (len(self.ids) - len(kept)) + kept
+    def spread(self, values: Sequence[float] | np.ndarray, dtype: type) -> np.ndarray:
+        """`values`, one per completion token, over the sequence: 0 on the prompt."""
+        made = np.zeros(len(self.ids), dtype)
+        made[len(made) - len(values) :] = values
+        return made
 
 
 def _sequences(units: list[list[_Row]], plan: PackPlan) -> list[_Sequence]:
@@ -218,31 +225,30 @@ def _batch(units: list[list[_Row]], plan: PackPlan, counts: Counts) -> Batch:
     local = {group: i for i, group in enumerate(dict.fromkeys(row.group for row in rows))}
     lengths = [len(s.ids) for s in sequences]
     bounds = [0, *accumulate(lengths)]
-    total, starts = bounds[-1], torch.tensor(bounds[:-1])
-    seq_ids = torch.arange(len(sequences)).repeat_interleave(torch.tensor(lengths))
-    positions = torch.arange(total) + (torch.tensor([s.start for s in sequences]) - starts)[seq_ids]
-    source = torch.arange(total) - 1
+    seq_ids = torch.from_numpy(np.repeat(np.arange(len(sequences)), lengths))
+    positions = np.concatenate([np.arange(s.start, s.start + len(s.ids)) for s in sequences])
+    source = np.arange(bounds[-1]) - 1
     for s, sequence in enumerate(sequences):
         if lengths[s]:
             source[bounds[s]] = bounds[sequence.prefix + 1] - 1 if sequence.prefix >= 0 else -1
-    ones = [s.spread([1.0] * len(s.row.mask) if s.row else []) for s in sequences]
-    train_mask = torch.tensor([value > 0 for values in ones for value in values], dtype=torch.bool)
+    masks = [s.spread(s.row.mask if s.row else (), bool) for s in sequences]
+    train_mask = torch.from_numpy(np.concatenate(masks))
     weights = torch.tensor([s.row.weight if s.row else 0.0 for s in sequences])
     advantages = torch.tensor([s.row.advantage if s.row else 0.0 for s in sequences])
     sampler = None
     if rows[0].rollout.sampler_logprobs is not None:
-        theirs = [s.spread(s.row.rollout.sampler_logprobs or () if s.row else ()) for s in sequences]
-        sampler = torch.tensor([value for values in theirs for value in values], dtype=torch.float32)
+        theirs = [s.spread(s.row.rollout.sampler_logprobs or () if s.row else (), np.float32) for s in sequences]
+        sampler = torch.where(train_mask, torch.from_numpy(np.concatenate(theirs)), 0)
     return Batch(
-        input_ids=torch.tensor([token for s in sequences for token in s.ids], dtype=torch.int64),
-        position_ids=positions,
+        input_ids=torch.from_numpy(np.fromiter(chain.from_iterable(s.ids for s in sequences), np.int64, bounds[-1])),
+        position_ids=torch.from_numpy(positions),
         cu_seqlens=torch.tensor(bounds, dtype=torch.int32),
         seq_ids=seq_ids,
-        source=source,
+        source=torch.from_numpy(source),
         prefix=torch.tensor([s.prefix for s in sequences], dtype=torch.int32),
         train_mask=train_mask,
         weight=torch.where(train_mask, weights[seq_ids], 0),
-        seq_weight=torch.tensor([s.row.weight * sum(s.row.mask) if s.row else 0.0 for s in sequences]),
+        seq_weight=torch.tensor([s.row.weight * s.row.tokens if s.row else 0.0 for s in sequences]),
         advantages=torch.where(train_mask, advantages[seq_ids], 0),
         group_ids=torch.tensor([local[s.row.group] if s.row else -1 for s in sequences], dtype=torch.int64),
         group_weight=torch.full((len(local),), 1 / counts.groups),

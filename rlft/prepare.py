@@ -97,7 +97,7 @@ def estimator_inputs(
     rows = torch.tensor(kept)
     columns = [torch.tensor(parts.outcomes[name].values, dtype=torch.float64)[rows] for name in weights]
     return {
-        "lengths": torch.tensor([sum(trained(r)) for r in rollouts]),
+        "lengths": torch.tensor([int(trained(r).sum()) for r in rollouts]),
         "parts": torch.stack(columns, 1) if columns else torch.zeros(len(rollouts), 0, dtype=torch.float64),
         "weights": torch.tensor(list(weights.values()), dtype=torch.float64),
     }

@@ -54,12 +54,12 @@ def test_a_prompt_that_comes_twice_in_a_step_makes_two_groups() -> None:
 
 
 def test_trained_tokens_are_those_the_policy_chose_with_a_finite_sampler_log_prob() -> None:
-    assert trained(ragged()[2]) == (True, False, True)
-    assert trained(ragged()[3]) == (True, False, True, True)
-    assert trained(rollout(tokens=3)) == (True, True, True)
+    assert trained(ragged()[2]).tolist() == [True, False, True]
+    assert trained(ragged()[3]).tolist() == [True, False, True, True]
+    assert trained(rollout(tokens=3)).tolist() == [True, True, True]
     # Nothing comes before the first token of a text without prompt.
-    assert trained(rollout(tokens=3, prompt_tokens=0)) == (False, True, True)
-    assert trained(rollout(tokens=0, prompt_tokens=0)) == ()
+    assert trained(rollout(tokens=3, prompt_tokens=0)).tolist() == [False, True, True]
+    assert trained(rollout(tokens=0, prompt_tokens=0)).tolist() == []
 
 
 def test_counts_hold_zero_advantage_rows_and_empty_completions_but_no_dropped_rows() -> None:
@@ -153,6 +153,16 @@ def test_a_prompt_with_one_completion_or_without_tokens_is_not_shared() -> None:
     assert text.prefix.tolist() == [-1, -1]
     assert text.source.tolist() == [-1, 0, 1, -1, 3]
     assert text.train_mask.tolist() == [False, True, True, False, True]
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_arrays_have_the_types_that_kernels_and_losses_expect(share: bool) -> None:
+    (batch,) = packed(ragged(), plan(6, share_prefix=share))
+    found = {name: value.dtype for name, value in vars(batch).items() if isinstance(value, torch.Tensor)}
+    int64 = dict.fromkeys(("input_ids", "position_ids", "seq_ids", "source", "group_ids"), torch.int64)
+    int32 = dict.fromkeys(("cu_seqlens", "prefix"), torch.int32)
+    floats = ("weight", "seq_weight", "advantages", "group_weight", "sampler_logprobs")
+    assert found == int64 | int32 | {"train_mask": torch.bool} | dict.fromkeys(floats, torch.float32)
 
 
 def test_every_trained_token_has_a_source_and_no_untrained_one_leaks_a_number() -> None:
