@@ -121,6 +121,8 @@ class VllmEngine:
         if llm is not None:
             self._lender.forget()
             try:
+                if self._asleep and self._policy.device.type == "cuda":
+                    self._wake_to_close(llm)
                 with quiet():
                     llm.llm_engine.engine_core.shutdown()
             except Exception as error:  # an error that led here must not be hidden by this one
@@ -129,6 +131,15 @@ class VllmEngine:
             gc.collect()
             if self._policy.device.type == "cuda":
                 self._release()
+
+    def _wake_to_close(self, llm: Any) -> None:
+        """Versions of vLLM that free their memory in the shutdown unmap all of it then, once."""
+        from rlft.rollout import vllm_hooks as hooks
+
+        if hooks.frees_itself():
+            torch.cuda.empty_cache()
+            llm.wake_up()
+            self._asleep = False
 
     def _release(self) -> None:
         from rlft.rollout import vllm_hooks as hooks

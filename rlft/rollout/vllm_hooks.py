@@ -287,6 +287,11 @@ class Refilled(_Given):
     lent = False
 
 
+def frees_itself() -> bool:
+    """Whether this version of vLLM gives the memory of an engine back in its shutdown; 0.23 does not."""
+    return hasattr(CuMemAllocator, "release_pools")
+
+
 def release_pools(asleep: bool) -> None:
     """Give back the memory of an engine that has been shut down, so that the process can start another one. asleep: it
     slept, so that nothing of it is mapped.
@@ -299,9 +304,9 @@ def release_pools(asleep: bool) -> None:
     """
     # The pool of its graphs is gone with the last of them, and the next engine would capture into it.
     type(current_platform)._global_graph_pool = None
-    allocator = CuMemAllocator.get_instance()
-    if hasattr(allocator, "release_pools"):
+    if frees_itself():
         return
+    allocator = CuMemAllocator.get_instance()
     if not asleep:
         torch.cuda.synchronize()
         allocator.sleep(())
@@ -313,9 +318,9 @@ def release_pools(asleep: bool) -> None:
 
 def unmapped() -> int:
     """Bytes that PyTorch counts as reserved and unused and that no memory is behind: what vLLM's pools gave back."""
-    allocator = CuMemAllocator.get_instance()
-    if hasattr(allocator, "release_pools"):
+    if frees_itself():
         return 0
+    allocator = CuMemAllocator.get_instance()
     segments = [segment for pool, _ in allocator.allocator_and_pools.values() for segment in pool.snapshot()]
     gone = [s for s in segments if s["address"] not in allocator.pointer_to_data]
     return sum(s["total_size"] - s["allocated_size"] for s in gone)
