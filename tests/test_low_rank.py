@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from kernel_rule import unread
 from torch import Tensor
 
 from rlft.kernels.lora_group import LoraGroup, fill_reference
@@ -44,7 +45,7 @@ class Inputs:
             # Sums over T that cancel: the second half is minus the first, but for one row.
             x[T // 2 :], dy[1::2] = -x[: T - T // 2], dy[: T // 2]
             x *= 30
-        nan = float("nan")
+        nan = unread(dtype, device)
         self.rows_x = torch.cat([x, torch.full((T, tail), nan)], 1).to(device, dtype)
         self.rows_dy = torch.cat([dy, torch.full((T, tail), nan)], 1).to(device, dtype)
         self.x, self.s = self.rows_x[:, :H], self.rows_x[:, H:]
