@@ -5,6 +5,7 @@ What sleeps and is filled again does so on a GPU only: tests/test_vllm_gpu.py.
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import time
@@ -195,6 +196,12 @@ def test_vllm_finds_what_it_compiled_for_the_same_model_with_the_same_adapter(pa
     policy, engine = pair
     folders = [vllm_start.model_folder(policy.base, policy.tokenizer) for _ in range(2)]  # type: ignore[attr-defined]
     assert folders[0] == folders[1] and (Path(folders[0]) / "config.json").exists()
+    named = copy.deepcopy(policy.tokenizer)  # type: ignore[attr-defined]
+    named.chat_template = {
+        "default": "{{ messages }}",
+        "tool_use": "{{ tools }}",
+    }  # transformers saves a folder of them
+    assert vllm_start.model_folder(policy.base, named) != folders[0]
     assert not [p for p in Path(folders[0]).parent.iterdir() if p.name.startswith("tmp")]
 
     def key(**ranks: int) -> str:
