@@ -22,7 +22,8 @@ sys.path.insert(0, str(Path(__file__).parent / "peers"))
 
 from longest import policy_of
 from results_file import write
-from rollout import prompts_of, tokenizer_of
+from rollout import prompts_of
+from stacks import tokenizer_of
 from timing import Watch, row
 
 from rlft.algorithm import build as build_algorithm
@@ -53,7 +54,7 @@ def measure(work: str) -> list[dict[str, Any]]:
     def start() -> VllmEngine:
         options = Engine("vllm", max_seqs=sequences)
         return VllmEngine(
-            policy, tokenizer_of(config.vocab_size), options, longest, sequences, note=lambda t: print(t, flush=True)
+            policy, tokenizer_of(how["shape"]), options, longest, sequences, note=lambda t: print(t, flush=True)
         )
 
     engine = watch.phase("start", start, seconds)

@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).parent / "peers"))
 
 from longest import policy_of
 from results_file import write
+from stacks import tokenizer_of
 from timing import row
 
 from rlft.config import Engine, Sampling
@@ -41,17 +42,6 @@ GIB = 2**30
 PROMPT = 128
 LENT = lend.LentLinear
 MODES = ("expanded", "lent", "merged", "bnb")
-
-
-def tokenizer_of(words: int) -> Any:
-    """A tokenizer with a word for every token, so that detokenising is real."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    made = Tokenizer(models.WordLevel({f"w{i}": i for i in range(words)}, unk_token="w0"))
-    made.pre_tokenizer = pre_tokenizers.Whitespace()  # type: ignore[assignment]
-    made.decoder = decoders.WordPiece(prefix="##")  # type: ignore[assignment]
-    return PreTrainedTokenizerFast(tokenizer_object=made, eos_token="w2", pad_token="w0", unk_token="w0")
 
 
 class BnbLinear(lend.LentLinear):
@@ -155,23 +145,12 @@ def used() -> float:
     return (total - free) / GIB
 
 
-def base_gib(policy: Policy) -> float:
-    """Of the base's tensors, the scales of NF4 included."""
-    total = 0
-    for name, p in policy.base.named_parameters():
-        total += 0 if ".lora_" in name else p.numel() * p.element_size()
-        if (state := getattr(p, "quant_state", None)) is not None:
-            total += state.absmax.nbytes + state.state2.absmax.nbytes
-    return total / GIB
-
-
-def handover(
-    engine: VllmEngine, policy: Policy, mode: str, held: tuple[float, float], cycles: int = 8
-) -> list[dict[str, Any]]:
-    """Sleep, wake (with refill, adapter and read-back) and load_adapter (with read-back), and memory asleep. held: GiB
-    of the base, and in use on the card before the engine was started."""
+def handover(engine: VllmEngine, policy: Policy, mode: str, before: float, cycles: int = 8) -> list[dict[str, Any]]:
+    """Sleep, wake (with refill, adapter and read-back) and load_adapter (with read-back), and memory asleep. before:
+    GiB in use on the card before the engine was started."""
     parts: dict[str, list[float]] = {"sleep": [], "wake": [], "load": []}
-    asleep_gib = []
+    asleep = unused = 0.0
+    base = memory.weight_bytes(policy.base)["bytes"] / GIB
 
     def timed(name: str, call: Callable[[], None]) -> None:
         torch.cuda.synchronize()
@@ -183,7 +162,8 @@ def handover(
     for cycle in range(cycles):
         timed("sleep", engine.sleep)
         torch.cuda.empty_cache()
-        asleep_gib.append(used())
+        asleep = max(asleep, used())
+        unused = (torch.cuda.memory_reserved() - torch.cuda.memory_allocated() - memory.unmapped) / GIB
         timed("wake", engine.wake)
         policy.flat.flat.data.mul_(1.01)
         timed("load", lambda v=cycle: engine.load_adapter(policy.adapter(), v + 1))
@@ -191,8 +171,6 @@ def handover(
     rows = [row(work, "rlft", f"{name}_ms", ms, "ms") for name, ms in parts.items()]
     whole = [sum(ms) / 1e3 for ms in zip(*parts.values(), strict=True)]
     rows.append(row(work, "rlft", "seconds", whole, "s", "sleep + wake + load, refill and read-backs included"))
-    asleep, (base, before) = max(asleep_gib), held
-    unused = (torch.cuda.memory_reserved() - torch.cuda.memory_allocated() - memory.unmapped) / GIB
     note = f"{asleep:.2f} in use on the card while it sleeps"
     rows += [
         row(work, "rlft", "asleep_above_base_GiB", asleep - base, "GiB", f"{note}, less the base's {base:.2f}"),
@@ -209,7 +187,7 @@ def measure(policy: Policy, mode: str, sizes: list[int], extra: bool) -> list[di
     before, begin = used(), time.perf_counter()
     options = Engine("vllm", mode="lent" if mode == "bnb" else mode, max_seqs=max(sizes))  # type: ignore[arg-type]
     engine = VllmEngine(
-        policy, tokenizer_of(151_936), options, PROMPT + 256, max(sizes), note=lambda t: print(t, flush=True)
+        policy, tokenizer_of("8b"), options, PROMPT + 256, max(sizes), note=lambda t: print(t, flush=True)
     )
     start = time.perf_counter() - begin
     engine.load_adapter(policy.adapter(), 0)
@@ -217,7 +195,7 @@ def measure(policy: Policy, mode: str, sizes: list[int], extra: bool) -> list[di
     rows = [row(f"rollout-{mode}/start", "rlft", "seconds", start, "s", f"vLLM {version()}; its imports included")]
     rows += rates(engine, mode, sizes, extra)
     if mode != "bnb":
-        rows += handover(engine, policy, mode, (base_gib(policy), before))
+        rows += handover(engine, policy, mode, before)
     engine.close()
     print(mode, "closed", round(used(), 2), "GiB", flush=True)
     return rows

@@ -127,6 +127,11 @@ def put(slots: Sequence[Slot], adapter: Mapping[str, tuple[Tensor, Tensor]]) -> 
     torch._foreach_copy_(places, sources)  # type: ignore[attr-defined]
 
 
+def module_of(name: str) -> str:
+    """The base's module that a tensor of the adapter belongs to, from its PEFT name."""
+    return name.split(".lora_")[0].removeprefix("base_model.model.")
+
+
 def slot_rank(rank: int) -> int:
     """Rank of the slot of an adapter: a power of two, as the kernel wants it."""
     return max(LEAST_RANK, power_of_2(rank))

@@ -27,7 +27,7 @@ from rlft.models import memory
 from rlft.models.policy import Policy
 from rlft.rollout import vllm_start
 from rlft.rollout.engine import check_names, check_read_back, eos_ids
-from rlft.rollout.lend import frozen
+from rlft.rollout.lend import frozen, module_of
 from rlft.rollout.vllm_memory import Choice, Sizes, choose
 from rlft.rollout.vllm_requests import Failed, sample
 from rlft.rollout.vllm_start import arguments, defaults_restored, environment, model_folder, quiet
@@ -56,7 +56,7 @@ class VllmEngine:
         self._progress, self._note = progress, note
         self._scales = dict(policy.scales)
         self._shapes = {name: tuple(t.shape) for name, t in policy.adapter().items()}
-        self._ranks = {_module(name): shape[0] for name, shape in self._shapes.items() if ".lora_A." in name}
+        self._ranks = {module_of(name): shape[0] for name, shape in self._shapes.items() if ".lora_A." in name}
         self._eos = eos_ids(tokenizer, policy.base)
         self._dtype: torch.dtype = policy.base.get_input_embeddings().weight.dtype  # type: ignore[operator,union-attr]
         self._held: dict[str, tuple[Tensor, Tensor]] = {}
@@ -118,41 +118,28 @@ class VllmEngine:
     def close(self) -> None:
         """Stop vLLM and give its memory back."""
         llm, self._version, self._held = self.__dict__.pop("_llm", None), None, {}
-        if llm is not None:
-            self._lender.forget()
-            try:
-                if self._asleep and self._policy.device.type == "cuda":
-                    self._wake_to_close(llm)
-                with quiet():
-                    llm.llm_engine.engine_core.shutdown()
-            except Exception as error:  # an error that led here must not be hidden by this one
-                self._note(f"vLLM did not shut down cleanly ({type(error).__name__}: {error})")
-            del llm
-            gc.collect()
-            if self._policy.device.type == "cuda":
-                self._release()
-
-    def _wake_to_close(self, llm: Any) -> None:
-        """Versions of vLLM that free their memory in the shutdown unmap all of it then, once."""
+        if llm is None:
+            return
         from rlft.rollout import vllm_hooks as hooks
 
-        if hooks.frees_itself():
+        gpu = self._policy.device.type == "cuda"
+        self._lender.forget()
+        try:
+            if gpu and self._asleep and hooks.frees_itself():
+                # Such a version unmaps all of its memory in the shutdown, once.
+                torch.cuda.empty_cache()
+                llm.wake_up()
+                self._asleep = False
+            with quiet():
+                llm.llm_engine.engine_core.shutdown()
+        except Exception as error:  # an error that led here must not be hidden by this one
+            self._note(f"vLLM did not shut down cleanly ({type(error).__name__}: {error})")
+        del llm
+        gc.collect()
+        if gpu:
+            hooks.release_pools(self._asleep)
+            memory.unmapped = hooks.unmapped()
             torch.cuda.empty_cache()
-            llm.wake_up()
-            self._asleep = False
-
-    def _release(self) -> None:
-        from rlft.rollout import vllm_hooks as hooks
-
-        hooks.release_pools(self._asleep)
-        self._count_unmapped()
-        torch.cuda.empty_cache()
-
-    def _count_unmapped(self) -> None:
-        """For the trainer's plans, which ask what is free: whenever that changes, and before each."""
-        from rlft.rollout import vllm_hooks as hooks
-
-        memory.unmapped = hooks.unmapped()
 
     @property
     def memory(self) -> dict[str, int]:
@@ -187,7 +174,7 @@ class VllmEngine:
         scaled = torch._foreach_mul(b, [scales[name] for name in names])  # type: ignore[attr-defined]
         torch._foreach_copy_(made, [*a, *scaled])  # type: ignore[attr-defined]
         pairs = zip(made[: len(a)], made[len(a) :], strict=True)
-        return {_module(name): pair for name, pair in zip(names, pairs, strict=True)}
+        return {module_of(name): pair for name, pair in zip(names, pairs, strict=True)}
 
     def _write(self, named_tensors: Mapping[str, Tensor]) -> None:
         self._held = self._scaled(named_tensors, self._scales)
@@ -206,13 +193,6 @@ class VllmEngine:
             self._lender.refill.merge({f"{module}.weight": pair for module, pair in self._held.items()})
         else:
             self._lender.put(self._held)
-        # What it holds was computed with another adapter.
-        self._empty_cache()
-
-    def _empty_cache(self) -> None:
-        """Forget prompts that vLLM has computed. Raises EngineError where it does not, since a request holds them."""
-        if not self._llm.reset_prefix_cache():
-            raise EngineError("vLLM does not empty its cache: requests of an earlier generation have not ended")
 
     def _check(self, want: Mapping[str, tuple[Tensor, Tensor]], version: int) -> None:
         """The first guard: what the engine's kernels will read is `want`, which was scaled as the trainer does."""
@@ -246,14 +226,17 @@ class VllmEngine:
 
     def sleep(self) -> None:
         """Give back the cache, the engine's own weights and the slots (on a GPU; on a CPU vLLM keeps them)."""
-        if self._policy.device.type == "cuda" and not self._asleep:
-            self._asleep = True
+        if self._asleep:
+            return
+        self._asleep = True
+        if self._policy.device.type == "cuda":
+            from rlft.rollout import vllm_hooks as hooks
+
             before = torch.cuda.mem_get_info(self._policy.device)[0]
             # 2: nothing is kept, since all of it is written again. What is lent lies outside of vLLM's memory.
             self._llm.sleep(level=2)
             self._freed = torch.cuda.mem_get_info(self._policy.device)[0] - before
-            self._count_unmapped()
-        self._asleep = True
+            memory.unmapped = hooks.unmapped()
 
     def wake(self) -> None:
         """Take it again, write weights and adapter, and read the adapter back."""
@@ -262,7 +245,6 @@ class VllmEngine:
         if self._policy.device.type == "cuda":
             self._make_room()
             self._llm.wake_up()
-            self._empty_cache()
         self._asleep = False
         if self.choice.mode != "merged" or self._version is None:
             self._refill()
@@ -313,9 +295,11 @@ class VllmEngine:
                     f"engine was started for {self._longest} together: set engine.max_model_len, or drop long prompts "
                     f"with data.max_prompt_tokens"
                 )
-        # A prompt that is found in the cache is rounded otherwise than one that is computed: with an empty one the same
+        # What vLLM's cache holds of earlier generations was computed with another adapter, or is gone in sleep; and a
+        # prompt that is found there is rounded otherwise than one that is computed, so that with an empty one the same
         # seed gives the same rollouts. The completions of a prompt share it all the same.
-        self._empty_cache()
+        if not self._llm.reset_prefix_cache():
+            raise EngineError("vLLM does not empty its cache: requests of an earlier generation have not ended")
         try:
             with quiet():
                 return sample(
@@ -341,8 +325,3 @@ class VllmEngine:
         assert version is not None
         self._check(held, version)
         self._version = version
-
-
-def _module(name: str) -> str:
-    """The base's module that a tensor of the adapter belongs to, from its PEFT name."""
-    return name.split(".lora_")[0].removeprefix("base_model.model.")

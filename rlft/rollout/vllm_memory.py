@@ -11,7 +11,7 @@ import torch
 from rlft.errors import EngineError
 from rlft.models import memory
 from rlft.models.policy import Policy
-from rlft.rollout.lend import Weight, slot_rank
+from rlft.rollout.lend import Weight, module_of, slot_rank
 
 GIB = 2**30
 BATCHED = 8192
@@ -132,6 +132,6 @@ def choose(sizes: Sizes, mode: str, kv_gib: float | None, device: torch.device) 
 def _slots(ranks: Mapping[str, int], weights: Mapping[str, Weight]) -> int:
     """Numbers in the slots of an adapter, at most. ranks: by PEFT's name of A. A layer of the engine that stands for
     several of the trainer's has room for all of them: those beside an adapted one count."""
-    beside = {name.split(".lora_")[0].removeprefix("base_model.model.").rpartition(".")[0] for name in ranks}
+    beside = {module_of(name).rpartition(".")[0] for name in ranks}
     matrices = [w for name, w in weights.items() if len(w.shape) == 2 and name.rsplit(".", 2)[0] in beside]
     return sum(w.shape[0] + w.shape[1] for w in matrices) * slot_rank(max(ranks.values()))

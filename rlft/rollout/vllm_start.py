@@ -43,19 +43,16 @@ def model_folder(base: Any, tokenizer: Any) -> str:
     config.architectures = [type(base).__name__]
     root = Path(envs.VLLM_CACHE_ROOT) / "rlft"
     root.mkdir(parents=True, exist_ok=True)
-    made = Path(tempfile.mkdtemp(dir=root))
-    try:
+    with tempfile.TemporaryDirectory(dir=root) as made:
         config.save_pretrained(made)
         tokenizer.save_pretrained(made)
         digest = hashlib.sha256()
-        for file in sorted(path for path in made.rglob("*") if path.is_file()):
+        for file in sorted(path for path in Path(made).rglob("*") if path.is_file()):
             digest.update(str(file.relative_to(made)).encode() + b"\0" + file.read_bytes())
         folder = root / digest.hexdigest()[:16]
         if not folder.exists():
             shutil.copytree(made, folder, dirs_exist_ok=True)
-        return str(folder)
-    finally:
-        shutil.rmtree(made)
+    return str(folder)
 
 
 def arguments(
