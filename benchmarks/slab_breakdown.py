@@ -39,13 +39,14 @@ def kind_of(name: str) -> str:
     return next((kind for kind, marks in KINDS.items() if any(mark in name for mark in marks)), "other")
 
 
-def floors(T: int, decoded: bool) -> dict[str, float]:
-    """Milliseconds at the least."""
-    attention = 4 * 32 * 128 * T * T / 2 * LAYERS
+def floors(T: int, pairs: float, trained: int, decoded: bool) -> dict[str, float]:
+    """Milliseconds at the least. T: tokens that run. pairs: of a query and a key that it sees. trained: tokens whose
+    log-prob is taken."""
+    attention = 4 * 32 * 128 * pairs * LAYERS
     return {
         "products": 4 * LINEAR * LAYERS * T / 787e12 * 1e3,
         "attention": (attention / 600e12 + 2.5 * attention / 480e12) * 1e3,
-        "head": 4 * HEAD * T / 787e12 * 1e3,
+        "head": 4 * HEAD * trained / 787e12 * 1e3,
         "decode": 0.0 if decoded else 2 * LINEAR * LAYERS * 2.5159 / 3.03e12 * 1e3,
         "lora": 7e-6 * LAYERS / 36 * T * 1e3,
         "elementwise": (1.8e-6 + 4e-6) * LAYERS / 36 * T * 1e3,
@@ -66,6 +67,12 @@ def rows(T: int, step: Any) -> list[dict[str, Any]]:
     with profile(activities=[ProfilerActivity.CUDA]) as p:
         step(ids)
         torch.cuda.synchronize()
+    plan = step.policy.fused.ran
+    return parts(f"slab/{T}", times, p, str(plan), floors(T, T * T / 2, T, plan.store == "shadow"))
+
+
+def parts(work: str, times: list[float], p: profile, plan: str, least: dict[str, float]) -> list[dict[str, Any]]:
+    """Rows: the whole, device time by kind of kernel beside its floor, and the rest. times: ms of whole steps."""
     found = dict.fromkeys([*KINDS, "other"], 0.0)
     other: dict[str, float] = {}
     for event in p.key_averages():
@@ -74,14 +81,12 @@ def rows(T: int, step: Any) -> list[dict[str, Any]]:
             found[kind] += event.self_device_time_total / 1e3
             if kind == "other":
                 other[event.key] = event.self_device_time_total / 1e3
-    plan = step.policy.fused.ran
-    least = floors(T, plan.store == "shadow")
-    made = [row(f"slab/{T}/whole", "rlft", "ms", times, "ms", str(plan))]
+    made = [row(f"{work}/whole", "rlft", "ms", times, "ms", plan)]
     for kind, ms in found.items():
         floor = f"floor {least[kind]:.2f} ms" if kind in least else ", ".join(sorted(other, key=other.get)[-3:])[:160]  # type: ignore[arg-type]
-        made.append(row(f"slab/{T}/{kind}", "rlft", "ms", ms, "ms", floor))
+        made.append(row(f"{work}/{kind}", "rlft", "ms", ms, "ms", floor))
     idle = sorted(times)[len(times) // 2] - sum(found.values())
-    made.append(row(f"slab/{T}/idle", "rlft", "ms", idle, "ms", "the whole less the device time of all kernels"))
+    made.append(row(f"{work}/idle", "rlft", "ms", idle, "ms", "the whole less the device time of all kernels"))
     for r in made:
         print(r["work"], r["value"], r["note"], flush=True)
     return made

@@ -1,7 +1,9 @@
-"""Fused layers on a GPU: against float64 beside transformers' own, levels, CUDA graphs, offloading, the memory plan."""
+"""Fused layers on a GPU: against float64 beside transformers' own, levels, CUDA graphs, offloading, the memory plan,
+shared prefixes."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,8 +13,9 @@ from test_families import FAMILIES, SIZES, fused, run
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
+from rlft.algorithm import Algorithm, build
 from rlft.batch import count, pack
-from rlft.config import Lora
+from rlft.config import Algo, Lora
 from rlft.models import memory
 from rlft.models.fused import FusedDecoder, fuse
 from rlft.models.layer_steps import LEVELS
@@ -239,3 +242,56 @@ def test_the_chosen_plan_stays_within_its_budget() -> None:
         gradient_of(policy, batch)
         measured = (torch.cuda.max_memory_allocated() - before) / 2**30
         assert measured <= budget, (budget, measured, str(policy.fused.ran))
+
+
+def logprobs_and_gradient(
+    policy: Policy, algorithm: Algorithm, rollouts: list[Rollout], budget: int, share: bool
+) -> tuple[Tensor, Tensor]:
+    """Log-probs of all completions and the adapter's gradient, in float64 on the CPU."""
+    plan = PackPlan((True,) * len(rollouts), algorithm.aggregation, budget, 512, 1.0, algorithm.whole_groups, share)
+    advantages = torch.tensor([1.0, -1.0] * (len(rollouts) // 2))
+    found: list[Tensor] = [torch.empty(0)] * len(rollouts)
+    policy.flat.zero_grad()
+    for part in pack(rollouts, advantages, plan, count(rollouts, plan)):
+        assert bool((part.prefix >= 0).any()) == share
+        logprobs, _ = policy.logprobs(part)
+        reference = part.train_mask * -7.0
+        there = replace(part, ref_logprobs=reference).to(policy.device)
+        algorithm.loss(logprobs, there, algorithm.config)[0].backward()
+        own = part.group_ids[part.seq_ids] >= 0
+        values = logprobs.detach().double().cpu()
+        sequences = part.seq_ids[own].unique().tolist()
+        for row, sequence in zip(part.rows, sequences, strict=True):
+            found[row] = values[(part.seq_ids == sequence) & part.train_mask]
+    return torch.cat(found), policy.flat.gradient.double().cpu()
+
+
+@pytest.mark.parametrize("algo", ["grpo", "dpo"])
+@pytest.mark.parametrize("name", ["qwen3", "gemma3"])
+def test_shared_prefixes_are_as_near_to_fp64_as_rows_alone(name: str, algo: str) -> None:
+    """Whole groups, in packed micro-batches: prompts longer and shorter than what continues them."""
+    g, algorithm = torch.Generator().manual_seed(8), build(Algo(algo), 1)
+    group = 2 if algo == "dpo" else 4
+    rollouts = []
+    for i, (prompt, lengths) in enumerate([(200, (9, 70, 33, 150)), (30, (120, 64, 1, 90)), (129, (128, 128, 5, 17))]):
+        shared = Prompt(tuple(torch.randint(3, 1000, (prompt,), generator=g).tolist()), {}, i)
+        for sample, n in enumerate(lengths[:group]):
+            ids = tuple(torch.randint(3, 1000, (n,), generator=g).tolist())
+            sampler = None if algo == "dpo" else (-6.5,) * n
+            rollouts.append(Rollout(shared, ids, (True,) * n, sampler, "", "stop", sample, 0, 0))
+    truth_policy = Policy(model_of(name, torch.float64).cpu(), torch.float64)
+    truth = logprobs_and_gradient(truth_policy, algorithm, rollouts, 1, False)
+    policy = Policy(model_of(name, torch.bfloat16))
+    assert policy.fused is not None
+    policy.fused.graphs = None
+
+    def errors(budget: int, share: bool) -> list[float]:
+        got = logprobs_and_gradient(policy, algorithm, rollouts, budget, share)
+        return [float((a - b).norm() / b.norm()) for a, b in zip(got, truth, strict=True)]
+
+    alone = errors(1, False)
+    for budget in (512, 4096):
+        shared_errors = errors(budget, True)
+        print(name, algo, budget, "shared", shared_errors, "alone", alone)
+        for ours, plain in zip(shared_errors, alone, strict=True):
+            assert ours <= 1.5 * plain
