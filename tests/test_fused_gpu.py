@@ -23,7 +23,9 @@ from rlft.models.load import attach_lora
 from rlft.models.policy import Policy
 from rlft.types import Batch, PackPlan, Prompt, Rollout
 
-pytestmark = pytest.mark.gpu
+# flash-attn-4 and CUTLASS warn about themselves, at their first compilation.
+quiet = [pytest.mark.filterwarnings(f"ignore::{kind}") for kind in ("DeprecationWarning", "UserWarning")]
+pytestmark = [pytest.mark.gpu, *quiet]
 WIDE = SIZES | {
     "vocab_size": 1000, "hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 8,
     "num_key_value_heads": 2, "head_dim": 64, "initializer_range": 0.05, "max_position_embeddings": 4096,

@@ -30,11 +30,13 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from rlft.kernels import attention_backends as backends
+from rlft.kernels.copies import Copies, copied, summed
 from rlft.kernels.launch import on_gpu, want
 from rlft.kernels.lse_merge import merge
 
@@ -163,7 +165,7 @@ def attention_forward(
     keys = _Keys.of(s, window)
     cu_k, max_k = (s.cu_seqlens, s.max_seqlen) if keys is None else (keys.cu_k, keys.max_k)
     spans = backends.Spans(s.cu_seqlens, cu_k, s.max_seqlen, max_k, causal=True, window=window)
-    k_seen, v_seen = (k, v) if keys is None else (keys.gather(k), keys.gather(v))
+    k_seen, v_seen = (k, v) if keys is None else (copied(k, keys.copies), copied(v, keys.copies))
     out, lse = backends.forward(backend, q, k_seen, v_seen, spans, scale, softcap)
     if s.shared is not None and keys is None:
         a, b, c = s.shared.first, s.shared.last, s.shared.keys
@@ -183,10 +185,9 @@ def attention_backward(
     cu_k, max_k = (s.cu_seqlens, s.max_seqlen) if keys is None else (keys.cu_k, keys.max_k)
     spans = backends.Spans(s.cu_seqlens, cu_k, s.max_seqlen, max_k, causal=True, window=window)
     if keys is not None:
-        dq, dk, dv = backends.backward(
-            backend, dout, q, keys.gather(k), keys.gather(v), out, lse, spans, scale, softcap
-        )
-        return dq, keys.scatter(dk, k), keys.scatter(dv, v)
+        k_seen, v_seen = copied(k, keys.copies), copied(v, keys.copies)
+        dq, dk, dv = backends.backward(backend, dout, q, k_seen, v_seen, out, lse, spans, scale, softcap)
+        return dq, summed(dk, keys.copies), summed(dv, keys.copies)
     dq, dk, dv = backends.backward(backend, dout, q, k, v, out, lse, spans, scale, softcap)
     if s.shared is not None:
         a, b, c = s.shared.first, s.shared.last, s.shared.keys
@@ -214,8 +215,7 @@ class _Keys(NamedTuple):
     """Keys for each sequence: a copy of what it sees of its prefix, and its own. Also the only way where a window cuts
     a prefix, since each continuation then sees another part of it."""
 
-    spans: tuple[tuple[int, int, int, int], ...]
-    """For each sequence: prefix rows from, to, own rows from, to."""
+    copies: Copies
     cu_k: Tensor
     max_k: int
 
@@ -231,31 +231,15 @@ class _Keys(NamedTuple):
         cut = window is not None and any(p >= 0 and n > window for p, n in zip(s.prefix, _totals(s), strict=True))
         if not cut and not s.copies:
             return None
-        spans, bounds = [], [0]
+        rows, bounds = [], [0]
         for i, p in enumerate(s.prefix):
             a, b = (s.bounds[p], s.bounds[p + 1]) if p >= 0 else (0, 0)
             a = a if window is None else min(b, max(a, b - window + 1))
-            spans.append((a, b, s.bounds[i], s.bounds[i + 1]))
+            rows += [np.arange(a, b), np.arange(s.bounds[i], s.bounds[i + 1])]
             bounds.append(bounds[-1] + b - a + s.bounds[i + 1] - s.bounds[i])
-        longest = max(b - a for a, b in pairwise(bounds))
-        return cls(tuple(spans), torch.tensor(bounds, dtype=torch.int32, device=s.cu_seqlens.device), longest)
-
-    def gather(self, rows: Tensor) -> Tensor:
-        """The keys (or values) that each sequence sees, one after the other."""
-        return torch.cat([rows[x:y] for a, b, c, d in self.spans for x, y in ((a, b), (c, d))])
-
-    def scatter(self, gradient: Tensor, like: Tensor) -> Tensor:
-        """The gradients of `gather`'s rows: each sequence's own, and those of its prefix's copies added up."""
-        pieces = gradient.split([n for a, b, c, d in self.spans for n in (b - a, d - c)])
-        total = torch.cat(pieces[1::2])
-        copies: dict[tuple[int, int], list[Tensor]] = {}
-        for (a, b, _, _), piece in zip(self.spans, pieces[::2], strict=True):
-            if b > a:
-                copies.setdefault((a, b), []).append(piece)
-        for (a, b), parts in copies.items():
-            total[a:b] += torch.stack(parts).sum(0)
-        assert total.shape == like.shape
-        return total
+        longest, device = max(b - a for a, b in pairwise(bounds)), s.cu_seqlens.device
+        copies = Copies.of(np.concatenate(rows), s.bounds[-1], device)
+        return cls(copies, torch.tensor(bounds, dtype=torch.int32, device=device), longest)
 
 
 class _Attention(torch.autograd.Function):

@@ -7,6 +7,7 @@ TRITON_INTERPRET=1 (set before triton is imported) the tests call the launchers 
 from __future__ import annotations
 
 import importlib.util
+import inspect
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
@@ -14,13 +15,22 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+VARYING = ("T", "N", "T_share", "SPLITS", "head_1", "head_2")
+"""Arguments of kernels that change with the number of tokens, and stand where no load is made wider for them."""
+
 if TYPE_CHECKING or importlib.util.find_spec("triton") is not None:
     import triton
     import triton.language as tl
 
     def jit(function: Callable[..., Any]) -> Any:
-        """triton.jit; the function itself where there is no Triton (macOS, Windows), whose tensors are on the CPU."""
-        return triton.jit(function)
+        """triton.jit; the function itself where there is no Triton (macOS, Windows), whose tensors are on the CPU.
+
+        Triton compiles a kernel anew for integers that are 1 or multiples of 16, unless told not to: a run's first
+        micro-batch of a multiple of 16 tokens would wait seconds for all kernels.
+        """
+        parameters = inspect.signature(function).parameters.values()
+        varying = [p.name for p in parameters if p.name in VARYING and p.annotation is p.empty]
+        return triton.jit(function, do_not_specialize=varying)
 else:
     tl: Any = None
 

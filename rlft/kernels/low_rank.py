@@ -68,7 +68,7 @@ def gradients_a_reference(group: LoraGroup, ds: Tensor, x: Tensor, grad_A: Seque
 
 @jit
 def _columns(
-    z, z_stride, v, v_stride, u, u_stride, q, p, T, share, q_size, COUNT: tl.constexpr, FIRST: tl.constexpr,
+    z, z_stride, v, v_stride, u, u_stride, q, p, T, T_share, q_size, COUNT: tl.constexpr, FIRST: tl.constexpr,
     COLUMN: tl.constexpr, WIDTH: tl.constexpr, K: tl.constexpr, RANK: tl.constexpr, BASE: tl.constexpr,
     P: tl.constexpr, P_STRIDE: tl.constexpr, TRANSPOSED: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr,
     BR: tl.constexpr, WIDE: tl.constexpr,
@@ -100,7 +100,7 @@ def _columns(
         if WIDE:
             ut = ut.to(tl.float32)
     acc = tl.zeros([BC, BR], tl.float32)
-    for start in range(split * share, tl.minimum((split + 1) * share, T), BT):
+    for start in range(split * T_share, tl.minimum((split + 1) * T_share, T), BT):
         t = (start + tl.arange(0, BT)).to(tl.int64)
         live_t = t < T
         zt = tl.load(
