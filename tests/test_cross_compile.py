@@ -19,6 +19,8 @@ import pytest
 
 pytest.importorskip("triton", reason="Triton is for Linux on x86_64")
 
+from rlft.kernels.launch import VARYING
+
 ARCHITECTURES = (80, 86, 89, 90)
 SHARED_MEMORY = 99 * 1024
 
@@ -164,9 +166,10 @@ def compile_all() -> list[dict]:
             kernel, {arg: t.removesuffix(":16") for arg, t in signature.items()}, constants, hints
         )
         done = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=case.options)
+        varying = [p.name for p in kernel.params if p.name in VARYING and not (p.is_constexpr or p.do_not_specialize)]
         found.append({
             "kernel": case.kernel, "architecture": architecture, "shared": done.metadata.shared,
-            "fma": "fma.rn.f32" in done.asm["ptx"],
+            "compiled anew": varying, "fma": "fma.rn.f32" in done.asm["ptx"],
         })  # fmt: skip
     return found
 
@@ -187,6 +190,10 @@ def test_every_kernel_compiles_for_every_card(found) -> None:
 
 def test_shared_memory_fits(found) -> None:
     assert [f for f in found if f["shared"] > SHARED_MEMORY] == []
+
+
+def test_no_kernel_is_compiled_anew_for_another_number_of_tokens(found) -> None:
+    assert [f for f in found if f["compiled anew"]] == []
 
 
 def test_nf4_scales_round_twice(found) -> None:

@@ -284,16 +284,43 @@ def test_shared_prefixes_are_as_near_to_fp64_as_rows_alone(name: str, algo: str)
     truth_policy = Policy(model_of(name, torch.float64).cpu(), torch.float64)
     truth = logprobs_and_gradient(truth_policy, algorithm, rollouts, 1, False)
     policy = Policy(model_of(name, torch.bfloat16))
-    assert policy.fused is not None
-    policy.fused.graphs = None
+    assert isinstance(policy.fused, FusedDecoder)
+    graphs, policy.fused.graphs = policy.fused.graphs, None
 
     def errors(budget: int, share: bool) -> list[float]:
         got = logprobs_and_gradient(policy, algorithm, rollouts, budget, share)
         return [float((a - b).norm() / b.norm()) for a, b in zip(got, truth, strict=True)]
 
     alone = errors(1, False)
-    for budget in (512, 4096):
+    for policy.fused.graphs, budget in ((None, 512), (None, 4096), (graphs, 512), (graphs, 4096)):
         shared_errors = errors(budget, True)
-        print(name, algo, budget, "shared", shared_errors, "alone", alone)
+        how = "launches" if policy.fused.graphs is None else f"{len(policy.fused.graphs._graphs)} graphs"
+        print(name, algo, budget, how, "shared", shared_errors, "alone", alone)
         for ours, plain in zip(shared_errors, alone, strict=True):
             assert ours <= 1.5 * plain
+    assert graphs is not None and graphs._graphs
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gemma3"])
+def test_graphs_of_shared_prefixes_are_used_again(name: str) -> None:
+    """Groups of other lengths in one bucket, a window among them in Gemma 3, and then no prefix in its place."""
+    g = torch.Generator().manual_seed(9)
+    policy = Policy(model_of(name, torch.bfloat16))
+    assert isinstance(policy.fused, FusedDecoder) and policy.fused.graphs is not None
+    graphs = policy.fused.graphs
+    for groups in ([(40, 90), (30, 80)], [(44, 100), (20, 77)], [(120, 30), (130, 60)], [(0, 200)]):
+        rollouts = []
+        for i, (prompt, n) in enumerate(groups):
+            shared = Prompt(tuple(torch.randint(3, 1000, (prompt or 1,), generator=g).tolist()), {}, i)
+            for sample in range(3 if prompt else 1):
+                ids = tuple(torch.randint(3, 1000, (n - 7 * sample,), generator=g).tolist())
+                rollouts.append(Rollout(shared, ids, (True,) * len(ids), None, "", "stop", sample, 0, 0))
+        plan = PackPlan((True,) * len(rollouts), "token_mean", 4096, 512, 1.0)
+        (batch,) = pack(rollouts, torch.ones(len(rollouts)), plan, count(rollouts, plan))
+        made = gradient_of(policy, batch)
+        policy.fused.graphs = None
+        want = gradient_of(policy, batch)
+        policy.fused.graphs = graphs
+        # Launches may take two calls where a graph has copies: two ways of rounding.
+        assert float((made - want).norm() / want.norm()) < 2e-2
+    assert len(graphs._graphs) == 3, "buckets are used again"

@@ -75,7 +75,7 @@ class Sequences(NamedTuple):
     """None without shared prefixes, and where the order of the rows does not allow the second call."""
     copies: bool
     """Copies of prefixes instead of a second call."""
-    keys: dict[int | None, _Keys | None]
+    keys: dict[int | None, Keys | None]
     """Window -> the copies it takes: made at the first call and kept, for all layers and for a CUDA graph's capture."""
 
     @classmethod
@@ -162,7 +162,7 @@ def attention_forward(
 ) -> Saved:  # fmt: skip
     """out and lse by a back end of `attention_backends`. Arguments as `varlen_attention`; no autograd."""
     s = sequences
-    keys = _Keys.of(s, window)
+    keys = Keys.of(s, window)
     cu_k, max_k = (s.cu_seqlens, s.max_seqlen) if keys is None else (keys.cu_k, keys.max_k)
     spans = backends.Spans(s.cu_seqlens, cu_k, s.max_seqlen, max_k, causal=True, window=window)
     k_seen, v_seen = (k, v) if keys is None else (copied(k, keys.copies), copied(v, keys.copies))
@@ -181,7 +181,7 @@ def attention_backward(
     """dq, dk, dv of `attention_forward`."""
     s = sequences
     out, lse = saved
-    keys = _Keys.of(s, window)
+    keys = Keys.of(s, window)
     cu_k, max_k = (s.cu_seqlens, s.max_seqlen) if keys is None else (keys.cu_k, keys.max_k)
     spans = backends.Spans(s.cu_seqlens, cu_k, s.max_seqlen, max_k, causal=True, window=window)
     if keys is not None:
@@ -211,7 +211,7 @@ def _second(shared: Shared) -> backends.Spans:
     return backends.Spans(shared.cu_q, shared.cu_k, shared.max_q, shared.max_k, causal=False, window=None)
 
 
-class _Keys(NamedTuple):
+class Keys(NamedTuple):
     """Keys for each sequence: a copy of what it sees of its prefix, and its own. Also the only way where a window cuts
     a prefix, since each continuation then sees another part of it."""
 
@@ -220,14 +220,14 @@ class _Keys(NamedTuple):
     max_k: int
 
     @classmethod
-    def of(cls, s: Sequences, window: int | None) -> _Keys | None:
+    def of(cls, s: Sequences, window: int | None) -> Keys | None:
         """None where a second call does it."""
         if window not in s.keys:
             s.keys[window] = cls._made(s, window)
         return s.keys[window]
 
     @classmethod
-    def _made(cls, s: Sequences, window: int | None) -> _Keys | None:
+    def _made(cls, s: Sequences, window: int | None) -> Keys | None:
         cut = window is not None and any(p >= 0 and n > window for p, n in zip(s.prefix, _totals(s), strict=True))
         if not cut and not s.copies:
             return None
@@ -314,6 +314,6 @@ def varlen_attention(
         return varlen_attention_reference(q, k, v, cu, prefix, scale, window, softcap)
     if backend == "sdpa":
         return _per_sequence(q, k, v, sequences, scale, window)
-    if sequences.shared is None and max(sequences.prefix, default=-1) >= 0 and _Keys.of(sequences, window) is None:
+    if sequences.shared is None and max(sequences.prefix, default=-1) >= 0 and Keys.of(sequences, window) is None:
         raise ValueError(f"{op}: on a GPU prefixes must come first and their continuations in the same order")
     return _Attention.apply(q, k, v, sequences, scale, backend, window, softcap)  # type: ignore[return-value]

@@ -30,7 +30,7 @@ if TYPE_CHECKING or importlib.util.find_spec("triton") is not None:
         """
         parameters = inspect.signature(function).parameters.values()
         varying = [p.name for p in parameters if p.name in VARYING and p.annotation is p.empty]
-        return triton.jit(function, do_not_specialize=varying)
+        return triton.jit(do_not_specialize=varying)(function)
 else:
     tl: Any = None
 

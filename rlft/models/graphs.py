@@ -1,9 +1,10 @@
 """CUDA graphs for passes of few tokens, whose launches take the host longer than the kernels take the GPU.
 
 A pass over the decoder is two graphs, forward and backward, over buffers of fixed size: rows are padded to a bucket by
-one more sequence, and sequences by empty ones. Nothing of autograd is inside; the backward adds into the adapter's
-gradient buffers, whose addresses are fixed. All graphs share one pool of memory, since no two of their passes are ever
-under way: while a forward waits for its backward, the next pass runs launch by launch.
+one more sequence, and sequences by empty ones. Shared prefixes are copied for their continuations, since what a second
+call runs over would have to be fixed. Nothing of autograd is inside; the backward adds into the adapter's gradient
+buffers, whose addresses are fixed. All graphs share one pool of memory, since no two of their passes are ever under
+way: while a forward waits for its backward, the next pass runs launch by launch.
 """
 
 from __future__ import annotations
@@ -11,13 +12,14 @@ from __future__ import annotations
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from rlft.kernels.attention import Sequences
+from rlft.kernels.attention import Keys, Sequences
+from rlft.kernels.copies import Copies
 from rlft.models.layer import Forward
 from rlft.models.layer_backward import Backward
 from rlft.models.layer_modules import FusedLayer
@@ -26,7 +28,10 @@ from rlft.models.memory import Plan
 from rlft.models.projection import Store
 
 ROWS = 128
-"""Rows are padded to a multiple of this."""
+"""Rows are padded to a multiple of this, and many of them by an eighth of a power of two: lengths change from step to
+step, and capturing costs several passes."""
+COPIED = 4
+"""Keys per row, copies of prefixes included, beyond which a pass is launched."""
 GRAPHS = 16
 """Graphs that are kept at most; the one unused for longest goes first."""
 HOST_SECONDS = 4.5e-3
@@ -38,8 +43,25 @@ FLOPS = 600e12
 def worth_it(layers: Sequence[FusedLayer], plan: Plan, sequences: Sequences, rows: int) -> bool:
     """Whether a pass is short enough to be held up by its launches, and of a form that a graph can have."""
     weights = sum(p.out * p.in_features for p in layers[0].projections)
-    plain = max(sequences.prefix, default=-1) < 0 and max(plan.levels) < 4 and plan.store != "group"
+    plain = max(plan.levels) < 4 and plan.store != "group" and _keys(sequences, rows) <= COPIED * rows
     return plain and rows > 0 and 8 * weights * rows / FLOPS < 2 * HOST_SECONDS
+
+
+def _keys(sequences: Sequences, rows: int) -> int:
+    """Keys that all sequences see, a copy for each of what is shared."""
+    bounds = sequences.bounds
+    return rows + sum(bounds[p + 1] - bounds[p] for p in sequences.prefix if p >= 0)
+
+
+class _Size(NamedTuple):
+    """A bucket."""
+
+    rows: int
+    sequences: int
+    longest: int
+    """Rows of the longest sequence."""
+    keys: tuple[tuple[int | None, int, int], ...]
+    """Where prefixes are shared, of each window: its keys, and those that a sequence sees at most."""
 
 
 class _Graph:
@@ -47,18 +69,22 @@ class _Graph:
 
     def __init__(
         self, layers: Sequence[FusedLayer], store: Store, adapter: str | None, plan: Plan,
-        gradients: dict[Tensor, Tensor], like: Tensor, tables: dict[str | None, tuple[Tensor, Tensor]],
-        size: tuple[int, int, int], pool: Any,
+        gradients: dict[Tensor, Tensor], like: Tensor, tables: dict[str | None, tuple[Tensor, Tensor]], size: _Size,
+        pool: Any,
     ) -> None:  # fmt: skip
-        """size: rows, sequences, longest sequence."""
-        rows, count, longest = size
+        rows, count, longest, keys = size
         device = like.device
         self.x = like.new_zeros(rows, like.shape[1])
         self.dout = torch.zeros_like(self.x)
         self.tables = {k: tuple(t.new_zeros(rows, t.shape[1]) for t in pair) for k, pair in tables.items()}
         self.cu_seqlens = torch.full((count + 1,), rows, dtype=torch.int32, device=device)
         self.cu_seqlens[0] = 0
-        sequences = Sequences((0, rows), (-1,), self.cu_seqlens, longest, None, False, {})
+        self.keys: dict[int | None, Keys] = {}
+        for window, number, most in keys:
+            sizes = (number, rows + 1, number, count + 1)
+            index, starts, order, cu_k = (torch.zeros(n, dtype=torch.int32, device=device) for n in sizes)
+            self.keys[window] = Keys(Copies(index, starts, order), cu_k, most)
+        sequences = Sequences((0, rows), (-1,), self.cu_seqlens, longest, None, False, dict(self.keys))
 
         def run(into: dict[Tensor, Tensor]) -> tuple[Callable[[], Tensor], Callable[[], None]]:
             pass_ = Pass(sequences, self.tables, store, adapter, plan.levels, plan.tile, True, into)  # type: ignore[arg-type]
@@ -84,7 +110,8 @@ class _Graph:
         stream = torch.cuda.Stream(device)
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):
-            self.cu_seqlens[1:] = min(rows, longest)
+            for bounds in (self.cu_seqlens, *(k.cu_k for k in self.keys.values())):
+                bounds[1:] = min(rows, longest)
             for step in run({p: torch.zeros_like(g) for p, g in gradients.items()}):
                 step()
         torch.cuda.current_stream(device).wait_stream(stream)
@@ -96,7 +123,10 @@ class _Graph:
             backward()
         self.version = store.version
 
-    def fill(self, x: Tensor, tables: dict[str | None, tuple[Tensor, Tensor]], sequences: Sequences) -> None:
+    def fill(
+        self, x: Tensor, tables: dict[str | None, tuple[Tensor, Tensor]], sequences: Sequences,
+        keys: dict[int | None, Keys],
+    ) -> None:  # fmt: skip
         """Copy a pass's rows in; the rest of the bucket becomes one sequence that nobody reads."""
         rows = x.shape[0]
         self.x[:rows].copy_(x)
@@ -106,6 +136,11 @@ class _Graph:
         bounds = sequences.cu_seqlens
         self.cu_seqlens[: bounds.numel()].copy_(bounds)
         self.cu_seqlens[bounds.numel() :].fill_(self.x.shape[0])
+        for window, seen in keys.items():
+            mine, number = self.keys[window], seen.copies.index.numel()
+            for place, values in zip((*mine.copies, mine.cu_k), (*seen.copies, seen.cu_k), strict=True):
+                place[: values.numel()].copy_(values)
+            mine.cu_k[seen.cu_k.numel() :].fill_(number)
         self.dout[rows:].zero_()
 
 
@@ -133,7 +168,9 @@ class Graphs:
         """The residual stream after the last layer, [T, H]; None while another pass still waits for its backward."""
         if self._under_way is not None and self._under_way() is not None:
             return None
-        size = _bucket(x.shape[0], sequences)
+        rows = _rounded(x.shape[0])
+        keys = _copied(sequences, rows, {layer.attention.window for layer in layers})
+        size = _bucket(rows, rows - x.shape[0], sequences, keys)
         key = (size, plan.levels, plan.tile, plan.store, adapter, x.dtype)
         graph = self._graphs.pop(key, None)
         if graph is None or graph.version != store.version:
@@ -144,7 +181,7 @@ class Graphs:
         self._graphs[key] = graph
         if len(self._graphs) > GRAPHS:
             self._graphs.popitem(last=False)
-        graph.fill(x, tables, sequences)
+        graph.fill(x, tables, sequences, keys)
         if self._anchor is None:
             self._anchor = torch.zeros((), device=x.device, requires_grad=True)
         token = _Token()
@@ -174,9 +211,26 @@ class _Graphed(torch.autograd.Function):
         return None, None, None, None
 
 
-def _bucket(rows: int, sequences: Sequences) -> tuple[int, int, int]:
-    """Rows, sequences and longest sequence that a pass is padded to."""
-    padded = -(-rows // ROWS) * ROWS
+def _rounded(count: int) -> int:
+    """Rows or keys that so many are padded to."""
+    step = max(ROWS, 1 << max(0, count.bit_length() - 4))
+    return -(-count // step) * step
+
+
+def _copied(sequences: Sequences, rows: int, windows: set[int | None]) -> dict[int | None, Keys]:
+    """The keys of each window where prefixes are shared, else nothing. The rest of `rows` is one more sequence."""
+    if max(sequences.prefix, default=-1) < 0:
+        return {}
+    padded = sequences._replace(
+        bounds=(*sequences.bounds, rows), prefix=(*sequences.prefix, -1), shared=None, copies=True, keys={}
+    )
+    keys = {window: Keys.of(padded, window) for window in windows}
+    return {window: seen for window, seen in keys.items() if seen is not None}
+
+
+def _bucket(rows: int, rest: int, sequences: Sequences, keys: dict[int | None, Keys]) -> _Size:
+    """What a pass is padded to. rest: of the rows, those of the sequence that nobody reads."""
     count = 1 << max(0, len(sequences.prefix)).bit_length()
-    longest = min(padded, max(ROWS, 1 << (sequences.max_seqlen - 1).bit_length()))
-    return padded, count, longest
+    longest = min(rows, max(ROWS, 1 << (max(sequences.max_seqlen, rest) - 1).bit_length()))
+    seen = ((w, _rounded(k.copies.index.numel()), 1 << (k.max_k - 1).bit_length()) for w, k in keys.items())
+    return _Size(rows, count, longest, tuple(seen))

@@ -218,5 +218,5 @@ class Refill:
                 a, b = adapter[name]
                 want.addmm_(b, a)
             found.append((want != place).any())
-        wrong = torch.stack(found).nonzero().flatten().tolist()
+        wrong = torch.stack(found).nonzero().flatten().tolist() if found else []
         return list(self._places)[wrong[0]] if wrong else None

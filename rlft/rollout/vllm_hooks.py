@@ -6,6 +6,8 @@
 | register_quantization_config("rlft-lent", "rlft-refilled") | linear layers that compute from the trainer's weights, or
   whose memory we fill; embeddings and heads without memory of their own |
 | worker_extension_cls | says which model runner runs |
+| register_oot("ApplyRotaryEmb") | beside flash-attn-4 only: vLLM's own class, whose start does not end with what
+  flash-attn-4 lacks |
 
 Each of them ran on vLLM 0.23 with model runner V2 on a GPU and on 0.32 with V1 on a CPU, and on nothing else;
 `TESTED_ON_GPU` and `TESTED_ON_CPU` say so, and an engine of another version or runner calls itself untested.
@@ -19,9 +21,11 @@ Imported only by an engine that starts (rlft.rollout.vllm): importing it imports
 
 # No postponed annotations: torch reads those of the operator.
 
+import contextlib
 import itertools
 import weakref
 from collections.abc import Iterator, Mapping
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -31,6 +35,7 @@ from vllm.device_allocator.cumem import CuMemAllocator
 from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
+from vllm.model_executor.layers.rotary_embedding.common import ApplyRotaryEmb
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod, VocabParallelEmbedding
 from vllm.model_executor.model_loader import register_model_loader
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
@@ -241,6 +246,18 @@ class LentEmbedding(UnquantizedEmbeddingMethod):
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         return functional.linear(x, layer.weight, bias)  # pyright: ignore[reportArgumentType]
+
+
+if find_spec("flash_attn") is not None and find_spec("flash_attn.ops") is None:
+
+    @ApplyRotaryEmb.register_oot
+    class Rotary(ApplyRotaryEmb):
+        """vLLM's own, beside flash-attn-4. 0.23 takes any package flash_attn for flash-attn 2, imports a function of it
+        last of all, for AMD's cards, and would not start."""
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            with contextlib.suppress(ModuleNotFoundError):
+                super().__init__(*args, **kwargs)
 
 
 class _Given(QuantizationConfig):
