@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import sys
 import time
 from pathlib import Path
@@ -93,8 +94,8 @@ class Profiled(Desk):
 
     def _pauses(self, name: str, ms: float) -> list[dict[str, Any]]:
         assert self._profile is not None
-        ran = sorted((e.time_range.start, e.time_range.end) for e in self._profile.events() if e.device_time_total > 0
-                     and e.device_type == torch.autograd.DeviceType.CUDA)  # fmt: skip
+        events = (e for e in self._profile.events() if e.device_type == torch.autograd.DeviceType.CUDA)
+        ran = sorted((e.time_range.start, e.time_range.end) for e in events)
         gaps, end = [], ran[0][1]
         for begin, until in ran[1:]:
             gaps += [begin - end] * (begin - end > GAP)
@@ -125,7 +126,8 @@ def main() -> None:
     desk = Profiled([{"work": w, "peak": args.peak} for w in args.works], args.out if args.trace else None)
     with contextlib.suppress(Finished):
         recorded.rlft(*kinds, "slab", desk)
-    print(write("recorded_breakdown", desk.rows, args.out, args.commit))
+    print(write("recorded_breakdown", desk.rows, args.out, args.commit), flush=True)
+    os._exit(0)  # the run was left in the middle of a step, with its threads
 
 
 if __name__ == "__main__":

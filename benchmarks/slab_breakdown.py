@@ -76,7 +76,8 @@ def parts(work: str, times: list[float], p: profile, plan: str, least: dict[str,
     found = dict.fromkeys([*KINDS, "other"], 0.0)
     other: dict[str, float] = {}
     for event in p.key_averages():
-        if event.self_device_time_total > 0:
+        # A trace of the host has its calls with the device's time too.
+        if event.device_type == torch.autograd.DeviceType.CUDA:
             kind = kind_of(event.key)
             found[kind] += event.self_device_time_total / 1e3
             if kind == "other":
