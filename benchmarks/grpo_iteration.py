@@ -10,6 +10,7 @@ over the same sequences. Memory is read from the driver, since vLLM's does not g
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -105,4 +106,5 @@ if __name__ == "__main__":
     parser.add_argument("--commit", required=True)
     parser.add_argument("work", choices=WORKS)
     args = parser.parse_args()
-    print(write(args.work.replace("/", "_").replace("-", "_"), measure(args.work), args.out, args.commit))
+    print(write(args.work.replace("/", "_").replace("-", "_"), measure(args.work), args.out, args.commit), flush=True)
+    os._exit(0)  # threads that look at the card, and vLLM's
