@@ -206,6 +206,6 @@ def test_an_altered_byte_of_the_base_is_found(pair: Pair, monkeypatch: pytest.Mo
     monkeypatch.setattr(refill, "run", altered)
     refused = EngineError if engine.choice.mode == "merged" else ParityError
     engine.sleep()
-    engine.wake()
     with pytest.raises(refused, match=r"the base itself differs|is not the base with the adapter added"):
+        engine.wake()  # merged weights are read back here
         parity.probe(policy, engine, prompts(policy), replace(SAMPLING, group_size=1), 1, PLAN)

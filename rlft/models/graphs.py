@@ -4,14 +4,15 @@ A pass over the decoder is two graphs, forward and backward, over buffers of fix
 one more sequence, and sequences by empty ones. Shared prefixes are copied for their continuations, since what a second
 call runs over would have to be fixed. Nothing of autograd is inside; the backward adds into the adapter's gradient
 buffers, whose addresses are fixed. All graphs share one pool of memory, since no two of their passes are ever under
-way: while a forward waits for its backward, the next pass runs launch by launch.
+way: while a forward waits for its backward, the next pass runs launch by launch. So does the first pass of a bucket:
+capturing takes as long as three, and lengths that come once are not worth it.
 """
 
 from __future__ import annotations
 
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -27,9 +28,9 @@ from rlft.models.layer_steps import Kept, Pass
 from rlft.models.memory import Plan
 from rlft.models.projection import Store
 
-ROWS = 128
-"""Rows are padded to a multiple of this, and many of them by an eighth of a power of two: lengths change from step to
-step, and capturing costs several passes."""
+ROWS = 256
+"""Rows are padded to a multiple of this, and many of them to a quarter of a power of two: lengths change from step to
+step, a bucket is to be used again, and the GPU has time for what is padded."""
 COPIED = 4
 """Keys per row, copies of prefixes included, beyond which a pass is launched."""
 GRAPHS = 16
@@ -61,7 +62,8 @@ class _Size(NamedTuple):
     longest: int
     """Rows of the longest sequence."""
     keys: tuple[tuple[int | None, int, int], ...]
-    """Where prefixes are shared, of each window: its keys, and those that a sequence sees at most."""
+    """Where prefixes are shared, of each window: its keys, a multiple of half of the rows, and those that a sequence
+    sees at most."""
 
 
 class _Graph:
@@ -149,6 +151,8 @@ class Graphs:
 
     def __init__(self) -> None:
         self._graphs: OrderedDict[tuple, _Graph] = OrderedDict()
+        self._seen: set[tuple] = set()
+        """Buckets that a pass has had."""
         self._pool: Any = None
         self.bytes = 0
         """Memory that the graphs hold between passes."""
@@ -165,13 +169,17 @@ class Graphs:
         gradients: dict[Tensor, Tensor], x: Tensor, tables: dict[str | None, tuple[Tensor, Tensor]],
         sequences: Sequences,
     ) -> Tensor | None:  # fmt: skip
-        """The residual stream after the last layer, [T, H]; None while another pass still waits for its backward."""
+        """The residual stream after the last layer, [T, H]; None, for a launched pass, at the first of a bucket and
+        while another pass still waits for its backward."""
         if self._under_way is not None and self._under_way() is not None:
             return None
         rows = _rounded(x.shape[0])
-        keys = _copied(sequences, rows, {layer.attention.window for layer in layers})
+        keys = _copied(sequences, rows, dict.fromkeys(layer.attention.window for layer in layers))
         size = _bucket(rows, rows - x.shape[0], sequences, keys)
         key = (size, plan.levels, plan.tile, plan.store, adapter, x.dtype)
+        if key not in self._seen:
+            self._seen.add(key)
+            return None
         graph = self._graphs.pop(key, None)
         if graph is None or graph.version != store.version:
             self._pool = self._pool or torch.cuda.graph_pool_handle()
@@ -211,13 +219,13 @@ class _Graphed(torch.autograd.Function):
         return None, None, None, None
 
 
-def _rounded(count: int) -> int:
-    """Rows or keys that so many are padded to."""
-    step = max(ROWS, 1 << max(0, count.bit_length() - 4))
-    return -(-count // step) * step
+def _rounded(rows: int) -> int:
+    """Rows that so many are padded to."""
+    step = max(ROWS, 1 << max(0, rows.bit_length() - 3))
+    return -(-rows // step) * step
 
 
-def _copied(sequences: Sequences, rows: int, windows: set[int | None]) -> dict[int | None, Keys]:
+def _copied(sequences: Sequences, rows: int, windows: Iterable[int | None]) -> dict[int | None, Keys]:
     """The keys of each window where prefixes are shared, else nothing. The rest of `rows` is one more sequence."""
     if max(sequences.prefix, default=-1) < 0:
         return {}
@@ -232,5 +240,6 @@ def _bucket(rows: int, rest: int, sequences: Sequences, keys: dict[int | None, K
     """What a pass is padded to. rest: of the rows, those of the sequence that nobody reads."""
     count = 1 << max(0, len(sequences.prefix)).bit_length()
     longest = min(rows, max(ROWS, 1 << (max(sequences.max_seqlen, rest) - 1).bit_length()))
-    seen = ((w, _rounded(k.copies.index.numel()), 1 << (k.max_k - 1).bit_length()) for w, k in keys.items())
+    half = rows // 2
+    seen = ((w, -(-k.copies.index.numel() // half) * half, 1 << (k.max_k - 1).bit_length()) for w, k in keys.items())
     return _Size(rows, count, longest, tuple(seen))

@@ -234,7 +234,14 @@ class VllmEngine:
 
             before = torch.cuda.mem_get_info(self._policy.device)[0]
             # 2: nothing is kept, since all of it is written again. What is lent lies outside of vLLM's memory.
-            self._llm.sleep(level=2)
+            try:
+                self._llm.sleep(level=2)
+            except AssertionError as error:
+                # vLLM compares what is free on the whole card before and after.
+                raise EngineError(
+                    f"vLLM did not go to sleep ({error}): another process took memory of this card at that moment; "
+                    f"give the run a card of its own and go on with --resume"
+                ) from error
             self._freed = torch.cuda.mem_get_info(self._policy.device)[0] - before
             memory.unmapped = hooks.unmapped()
 
