@@ -80,7 +80,8 @@ TARGETS = [
     # Merged weights are written anew at each hand-over.
     *(Target("rollout", f"{w}/8b", "load_ms", "<=", 50.0) for w in ("handover", "handover-lent")),
     # With the ballast 24 GiB of the card are left, the driver's part included.
-    *(Target("ballast24_grpo", "ballast24/grpo", f"{phase}_GiB", "<=", 24.0) for phase in ("start", "generate", "train")),
+    *(Target("ballast24_grpo", "ballast24/grpo", f"{phase}_GiB", "<=", 24.0)
+      for phase in ("start", "generate", "train")),
     Target("rollout_110k", "rollout-110k", "train_GiB", "<=", 80.0),
     *(Target("grpo_run", f"grpo-run/{mode}", metric, "<=", value) for mode in ("expanded", "lent", "merged")
       for metric, value in (("mismatch_sd", 0.05), ("mismatch_outside", 0.075))),

@@ -3,8 +3,9 @@
     python benchmarks/recorded_breakdown.py --out DIR --commit HASH grpo-step/lognormal
 
 The step is that of `peers/recorded_step.py`: `rlft.train.loop` from the return of `engine.generate` to the hand-over,
-on 8 of Qwen3-8B's 36 layers. `slab_breakdown.py` says where the floors are from. "before" is from the rollouts' arrival
-to the first kernel, "gaps" are pauses of the device between two kernels of more than 0.1 ms; both are part of "idle".
+on 8 of Qwen3-8B's 36 layers. `slab_breakdown.py` says where the floors are from. "ends" is from the rollouts' arrival
+to the first kernel and from the last one to the hand-over, "gaps" are pauses of the device between two kernels of more
+than 0.1 ms; both are part of "idle".
 `--trace` writes the steps as Chrome traces, with the host's side.
 """
 
@@ -94,15 +95,16 @@ class Profiled(Desk):
 
     def _pauses(self, name: str, ms: float) -> list[dict[str, Any]]:
         assert self._profile is not None
-        events = (e for e in self._profile.events() if e.device_type == torch.autograd.DeviceType.CUDA)
+        device = torch.autograd.DeviceType.CUDA
+        events = (e for e in self._profile.events() if e.device_type == device and not e.is_user_annotation)
         ran = sorted((e.time_range.start, e.time_range.end) for e in events)
         gaps, end = [], ran[0][1]
         for begin, until in ran[1:]:
             gaps += [begin - end] * (begin - end > GAP)
             end = max(end, until)
-        before = ms - (end - ran[0][0]) / 1e3
+        ends = ms - (end - ran[0][0]) / 1e3
         made = [
-            row(f"{name}/before", "rlft", "ms", before, "ms", f"of {ms:.1f} under the profiler; {len(ran)} launches"),
+            row(f"{name}/ends", "rlft", "ms", ends, "ms", f"of {ms:.1f} under the profiler; {len(ran)} launches"),
             row(f"{name}/gaps", "rlft", "ms", sum(gaps) / 1e3, "ms",
                 f"{len(gaps)} of more than {GAP / 1e3} ms, the longest {max(gaps, default=0.0) / 1e3:.2f}"),
         ]  # fmt: skip

@@ -1,6 +1,6 @@
 """The kernels' benchmarks on a GPU, one results file each.
 
-    python benchmarks/run_kernels.py --out DIR --commit HASH nf4 lora rms_norm qk_rope swiglu attention logprobs
+    python benchmarks/run_kernels.py --out DIR --commit HASH nf4 lora rms_norm qk_rope swiglu attention copies logprobs
 
 The GPU machine has no checkout, so the commit is told; the files are put into benchmarks/results/ by hand.
 """
@@ -14,7 +14,7 @@ from pathlib import Path
 
 from results_file import write
 
-NAMES = ("nf4", "lora", "rms_norm", "qk_rope", "swiglu", "attention", "logprobs")
+NAMES = ("nf4", "lora", "rms_norm", "qk_rope", "swiglu", "attention", "copies", "logprobs")
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

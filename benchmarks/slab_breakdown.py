@@ -25,7 +25,7 @@ from results_file import write
 from timing import row
 
 KINDS = {
-    "attention": ("flash", "Flash"),
+    "attention": ("flash", "Flash", "_copy_rows", "_sum_rows", "_merge_kernel"),
     "decode": ("_decode_",),
     "lora": ("_columns", "_fold", "_fill", "64x64"),
     "head": ("_tss_", "_rows_kernel", "_jacobian", "_scale_rows", "index", "Index", "sort", "Sort", "radix"),
@@ -48,7 +48,6 @@ def floors(T: int, pairs: float, trained: int, decoded: bool) -> dict[str, float
         "attention": (attention / 600e12 + 2.5 * attention / 480e12) * 1e3,
         "head": 4 * HEAD * trained / 787e12 * 1e3,
         "decode": 0.0 if decoded else 2 * LINEAR * LAYERS * 2.5159 / 3.03e12 * 1e3,
-        "lora": 7e-6 * LAYERS / 36 * T * 1e3,
         "elementwise": (1.8e-6 + 4e-6) * LAYERS / 36 * T * 1e3,
     }  # fmt: skip
 
@@ -77,14 +76,15 @@ def parts(work: str, times: list[float], p: profile, plan: str, least: dict[str,
     other: dict[str, float] = {}
     for event in p.key_averages():
         # A trace of the host has its calls with the device's time too.
-        if event.device_type == torch.autograd.DeviceType.CUDA:
+        if event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation:
             kind = kind_of(event.key)
             found[kind] += event.self_device_time_total / 1e3
             if kind == "other":
                 other[event.key] = event.self_device_time_total / 1e3
     made = [row(f"{work}/whole", "rlft", "ms", times, "ms", plan)]
     for kind, ms in found.items():
-        floor = f"floor {least[kind]:.2f} ms" if kind in least else ", ".join(sorted(other, key=other.get)[-3:])[:160]  # type: ignore[arg-type]
+        largest = ", ".join(sorted(other, key=other.get)[-3:])[:160] if kind == "other" else ""  # type: ignore[arg-type]
+        floor = f"floor {least[kind]:.2f} ms" if kind in least else largest
         made.append(row(f"{work}/{kind}", "rlft", "ms", ms, "ms", floor))
     idle = sorted(times)[len(times) // 2] - sum(found.values())
     made.append(row(f"{work}/idle", "rlft", "ms", idle, "ms", "the whole less the device time of all kernels"))

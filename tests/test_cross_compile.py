@@ -138,8 +138,8 @@ CASES = [
     Case("logprobs:_jacobian_kernel", "*fp32:16 *bf16:16 *fp32:16 *fp32:16 *bf16:16 i32:16 fp32 i32:16 i32:16",
          {"BLOCK": 1024}, {}),
     Case("logprobs:_scale_rows_kernel", "*bf16:16 *fp32:16 *bf16:16 i32:16", {"BLOCK": 1024}, {}),
-    Case("copies:_copy_kernel", B + "*i32:16 " + B + "i32 i32:16", {"C": 1024, "BLOCK": 1024, "ROWS": 2}, {}),
-    Case("copies:_sum_kernel", B + "*i32:16 *i32:16 " + B + "i32 i32:16", {"C": 1024, "BLOCK": 1024, "ROWS": 2}, {}),
+    Case("copies:_copy_rows", B + "*i32:16 " + B + "i32 i32:16", {"C": 1024, "BLOCK": 1024, "ROWS": 2}, {}),
+    Case("copies:_sum_rows", B + "*i32:16 *i32:16 " + B + "i32 i32:16", {"C": 1024, "BLOCK": 1024, "ROWS": 2}, {}),
     Case("lse_merge:_merge_kernel", "*bf16:16 *fp32:16 *bf16:16 *fp32:16" + " i32:16" * 6, {"BLOCK": 128},
          {"num_warps": 1}),
 ]  # fmt: skip
@@ -161,7 +161,9 @@ def compile_all() -> list[dict]:
         types = iter(case.types.split())
         signature = {arg: "constexpr" if arg in constants else next(types) for arg in kernel.arg_names}
         assert next(types, None) is None, f"{case.kernel}: more types than arguments"
-        hints = {(i,): [["tt.divisibility", 16]] for i, t in enumerate(signature.values()) if t.endswith(":16")}
+        plain = {p.name for p in kernel.params if p.do_not_specialize}
+        hints = {(i,): [["tt.divisibility", 16]] for i, (arg, t) in enumerate(signature.items())
+                 if t.endswith(":16") and arg not in plain}  # fmt: skip
         source = triton.compiler.ASTSource(
             kernel, {arg: t.removesuffix(":16") for arg, t in signature.items()}, constants, hints
         )

@@ -13,6 +13,7 @@ from rlft.models.memory import (
     GIB,
     TILES,
     Shape,
+    backward_work,
     choose,
     head_work,
     on_host,
@@ -90,3 +91,17 @@ def test_weights_are_counted_without_the_adapter() -> None:
     plain = [p for n, p in model.named_parameters() if "lora_" not in n]
     found = weight_bytes(model)
     assert found == {"bytes": 4 * found["parameters"], "parameters": sum(p.numel() for p in plain)}
+
+
+def test_copied_keys_are_in_the_plan() -> None:
+    """Prompts copied for their completions: keys, values and their gradients, as flash-attn-4 and FA2 take them."""
+    rows, keys = 8192, 5 * 8192
+    for attention, each in (("fa4", 4 * 2 * 1024 + 8 * 1024), ("fa2", 4 * 2 * 1024 + 4 * 4096)):
+        shape = replace(QWEN3_8B, attention=attention)
+        for level in range(4):
+            more = backward_work(shape, rows, TILES[-1], level, 2 * keys) - backward_work(
+                shape, rows, TILES[-1], level, keys
+            )
+            assert more == keys * each
+        plain, copied = (choose(shape, rows, rows, 3.0 * GIB, 100 * GIB, k) for k in (0, keys))
+        assert plain.peak <= 3.0 * GIB and copied.peak <= 3.0 * GIB and copied.saved < plain.saved

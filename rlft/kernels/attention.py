@@ -223,23 +223,30 @@ class Keys(NamedTuple):
     def of(cls, s: Sequences, window: int | None) -> Keys | None:
         """None where a second call does it."""
         if window not in s.keys:
-            s.keys[window] = cls._made(s, window)
+            s.keys[window] = cls._wanted(s, window)
         return s.keys[window]
 
     @classmethod
-    def _made(cls, s: Sequences, window: int | None) -> Keys | None:
+    def _wanted(cls, s: Sequences, window: int | None) -> Keys | None:
         cut = window is not None and any(p >= 0 and n > window for p, n in zip(s.prefix, _totals(s), strict=True))
-        if not cut and not s.copies:
-            return None
+        return cls.made(*cls.seen(s, window), s.bounds[-1], s.cu_seqlens.device) if cut or s.copies else None
+
+    @classmethod
+    def seen(cls, s: Sequences, window: int | None) -> tuple[np.ndarray, list[int]]:
+        """The rows that each sequence sees, one sequence after the other, and the sequences' bounds among them."""
         rows, bounds = [], [0]
         for i, p in enumerate(s.prefix):
             a, b = (s.bounds[p], s.bounds[p + 1]) if p >= 0 else (0, 0)
             a = a if window is None else min(b, max(a, b - window + 1))
             rows += [np.arange(a, b), np.arange(s.bounds[i], s.bounds[i + 1])]
             bounds.append(bounds[-1] + b - a + s.bounds[i + 1] - s.bounds[i])
-        longest, device = max(b - a for a, b in pairwise(bounds)), s.cu_seqlens.device
-        copies = Copies.of(np.concatenate(rows), s.bounds[-1], device)
-        return cls(copies, torch.tensor(bounds, dtype=torch.int32, device=device), longest)
+        return np.concatenate(rows), bounds
+
+    @classmethod
+    def made(cls, index: np.ndarray, bounds: list[int], rows: int, device: torch.device) -> Keys:
+        """From `seen`, of so many rows."""
+        cu_k = torch.tensor(bounds, dtype=torch.int32, device=device)
+        return cls(Copies.of(index, rows, device), cu_k, max(b - a for a, b in pairwise(bounds)))
 
 
 class _Attention(torch.autograd.Function):

@@ -36,8 +36,10 @@ class Copies(NamedTuple):
         """index: [N], the row of each copy. rows: how many there are."""
         starts = np.zeros(rows + 1, np.int32)
         np.cumsum(np.bincount(index, minlength=rows), out=starts[1:])
-        parts = (index.astype(np.int32), starts, np.argsort(index, kind="stable").astype(np.int32))
-        return cls(*(torch.from_numpy(part).to(device) for part in parts))
+        order = np.argsort(index, kind="stable").astype(np.int32)
+        # One copy to the device, for which the host waits.
+        both = torch.from_numpy(np.concatenate([index.astype(np.int32), starts, order])).to(device)
+        return cls(*both.split([index.size, rows + 1, index.size]))
 
 
 def copied_reference(x: Tensor, copies: Copies) -> Tensor:
@@ -51,7 +53,7 @@ def summed_reference(d: Tensor, copies: Copies) -> Tensor:
 
 
 @jit
-def _copy_kernel(x, index, out, N, x_stride, C: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr):
+def _copy_rows(x, index, out, N, x_stride, C: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr):
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, BLOCK)[None, :]
     of = tl.load(index + rows, mask=rows < N, other=0).to(tl.int64)[:, None]
@@ -60,7 +62,7 @@ def _copy_kernel(x, index, out, N, x_stride, C: tl.constexpr, BLOCK: tl.constexp
 
 
 @jit
-def _sum_kernel(d, starts, order, out, T, d_stride, C: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr):
+def _sum_rows(d, starts, order, out, T, d_stride, C: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr):
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, BLOCK)[None, :]
     first = tl.load(starts + rows, mask=rows < T, other=0)
@@ -85,14 +87,16 @@ def _launch(kernel: object, rows: int, x: Tensor, *rest: Tensor, out: Tensor) ->
 def launch_copied(x: Tensor, copies: Copies) -> Tensor:
     """`copied` by the kernel."""
     out = x.new_empty(copies.index.numel(), *x.shape[1:])
-    _launch(_copy_kernel, out.shape[0], x, copies.index, out=out)
+    _launch(_copy_rows, out.shape[0], x, copies.index, out=out)
     return out
 
 
 def launch_summed(d: Tensor, copies: Copies) -> Tensor:
     """`summed` by the kernel."""
-    out = d.new_zeros(copies.starts.numel() - 1, *d.shape[1:])
-    _launch(_sum_kernel, out.shape[0], d, copies.starts, copies.order, out=out)
+    shape = (copies.starts.numel() - 1, *d.shape[1:])
+    # Without a copy there is no launch.
+    out = d.new_empty(shape) if d.numel() else d.new_zeros(shape)
+    _launch(_sum_rows, out.shape[0], d, copies.starts, copies.order, out=out)
     return out
 
 

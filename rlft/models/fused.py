@@ -25,7 +25,7 @@ from rlft.kernels.rms_norm import MAX_H
 from rlft.kernels.swiglu import ACTIVATIONS
 from rlft.models import families, memory
 from rlft.models.families import Family
-from rlft.models.graphs import Graphs, worth_it
+from rlft.models.graphs import Graphs, copied_keys, padded, room, short
 from rlft.models.layer import run_layer
 from rlft.models.layer_modules import FusedLayer, norm_of
 from rlft.models.layer_steps import Pass
@@ -34,6 +34,8 @@ from rlft.models.projection import Store
 
 STEP = 64 * 2**20
 """Bytes that budgets are rounded to."""
+KEYS = 1024
+"""What numbers of copied keys are rounded to."""
 
 
 class FusedDecoder:
@@ -113,13 +115,19 @@ class FusedDecoder:
             # Buffers made in inference mode could not be written to outside it.
             with torch.inference_mode(False), torch.no_grad():
                 return self.hidden(embedded, position_ids, sequences, gradients, trained)
-        keep = torch.is_grad_enabled()
-        plan = self.plan_for(embedded.shape[0], trained)
+        keep, rows = torch.is_grad_enabled(), embedded.shape[0]
+        graphs = self.graphs if keep and gradients and short(self.layers, sequences, rows) else None
+        keys = copied_keys(sequences, rows)
+        if graphs is not None:
+            # Planned as it is padded, so that a bucket has one plan.
+            rows = padded(rows)
+            keys = room(keys, rows)
+        plan = self.plan_for(rows, trained, keys if graphs is not None or sequences.copies else 0)
         self.ran = plan
         self.store.use(plan.store)
         tables, adapter = self._tables(embedded, position_ids), self.adapter()
-        if keep and gradients and self.graphs is not None and worth_it(self.layers, plan, sequences, embedded.shape[0]):
-            hidden = self.graphs.run(self.layers, self.store, adapter, plan, gradients, embedded, tables, sequences)
+        if graphs is not None and gradients is not None:
+            hidden = graphs.run(self.layers, self.store, adapter, plan, gradients, embedded, tables, sequences)
             if hidden is not None:
                 return hidden
         run = Pass(
@@ -134,13 +142,15 @@ class FusedDecoder:
         """The norm before the head; with gradient."""
         return rms_norm.rms_norm(hidden, *self.norm)
 
-    def plan_for(self, rows: int, trained: int | None = None) -> memory.Plan:
-        """How a pass over so many rows runs, of which `trained` (None: all) reach the head."""
+    def plan_for(self, rows: int, trained: int | None = None, keys: int = 0) -> memory.Plan:
+        """How a pass over so many rows runs, of which `trained` (None: all) reach the head. keys: those that are copied
+        for sequences behind shared prefixes."""
         if self.plan is not None:
             return self.plan
         device = self.norm.weight.device
         host = memory.host_free() if device.type == "cuda" else 0.0
-        return memory.choose(self.shape, rows, rows if trained is None else trained, self.available(), host)
+        keys = -(-keys // KEYS) * KEYS
+        return memory.choose(self.shape, rows, rows if trained is None else trained, self.available(), host, keys)
 
     def available(self) -> float:
         """Bytes that a pass may take on the device now."""

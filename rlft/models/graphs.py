@@ -5,16 +5,18 @@ one more sequence, and sequences by empty ones. Shared prefixes are copied for t
 call runs over would have to be fixed. Nothing of autograd is inside; the backward adds into the adapter's gradient
 buffers, whose addresses are fixed. All graphs share one pool of memory, since no two of their passes are ever under
 way: while a forward waits for its backward, the next pass runs launch by launch. So does the first pass of a bucket:
-capturing takes as long as three, and lengths that come once are not worth it.
+capturing takes as long as two or three, and lengths that come once are not worth it.
 """
 
 from __future__ import annotations
 
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -30,7 +32,7 @@ from rlft.models.projection import Store
 
 ROWS = 256
 """Rows are padded to a multiple of this, and many of them to a quarter of a power of two: lengths change from step to
-step, a bucket is to be used again, and the GPU has time for what is padded."""
+step, and a bucket is to be used again."""
 COPIED = 4
 """Keys per row, copies of prefixes included, beyond which a pass is launched."""
 GRAPHS = 16
@@ -41,17 +43,30 @@ FLOPS = 600e12
 """Speed of matrix products, for the choice between graph and launches only."""
 
 
-def worth_it(layers: Sequence[FusedLayer], plan: Plan, sequences: Sequences, rows: int) -> bool:
-    """Whether a pass is short enough to be held up by its launches, and of a form that a graph can have."""
+def short(layers: Sequence[FusedLayer], sequences: Sequences, rows: int) -> bool:
+    """Whether a pass is held up by its launches, padded as it would be, and copies no more than it may."""
     weights = sum(p.out * p.in_features for p in layers[0].projections)
-    plain = max(plan.levels) < 4 and plan.store != "group" and _keys(sequences, rows) <= COPIED * rows
-    return plain and rows > 0 and 8 * weights * rows / FLOPS < 2 * HOST_SECONDS
+    few = copied_keys(sequences, rows) <= COPIED * rows
+    return few and 0 < 8 * weights * padded(rows) / FLOPS < 2 * HOST_SECONDS
 
 
-def _keys(sequences: Sequences, rows: int) -> int:
-    """Keys that all sequences see, a copy for each of what is shared."""
+def padded(rows: int) -> int:
+    """Rows that a pass of so many is padded to."""
+    step = max(ROWS, 1 << max(0, rows.bit_length() - 3))
+    return -(-rows // step) * step
+
+
+def copied_keys(sequences: Sequences, rows: int) -> int:
+    """Keys that all sequences see, with a copy for each of what is shared; 0 where nothing is."""
     bounds = sequences.bounds
-    return rows + sum(bounds[p + 1] - bounds[p] for p in sequences.prefix if p >= 0)
+    shared = sum(bounds[p + 1] - bounds[p] for p in sequences.prefix if p >= 0)
+    return rows + shared if shared else 0
+
+
+def room(keys: int, rows: int) -> int:
+    """Keys that a bucket of so many rows has room for: a multiple of half of the rows."""
+    half = rows // 2
+    return -(-keys // half) * half
 
 
 class _Size(NamedTuple):
@@ -62,8 +77,7 @@ class _Size(NamedTuple):
     longest: int
     """Rows of the longest sequence."""
     keys: tuple[tuple[int | None, int, int], ...]
-    """Where prefixes are shared, of each window: its keys, a multiple of half of the rows, and those that a sequence
-    sees at most."""
+    """Where prefixes are shared, of each window: its keys, and those that a sequence sees at most."""
 
 
 class _Graph:
@@ -112,8 +126,9 @@ class _Graph:
         stream = torch.cuda.Stream(device)
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):
+            one = min(longest, *(k.max_k for k in self.keys.values())) if self.keys else longest
             for bounds in (self.cu_seqlens, *(k.cu_k for k in self.keys.values())):
-                bounds[1:] = min(rows, longest)
+                bounds[1:] = one
             for step in run({p: torch.zeros_like(g) for p, g in gradients.items()}):
                 step()
         torch.cuda.current_stream(device).wait_stream(stream)
@@ -162,6 +177,7 @@ class Graphs:
     def clear(self) -> None:
         """Give up all graphs and their memory."""
         self._graphs.clear()
+        self._seen.clear()
         self._pool, self.bytes = None, 0
 
     def run(
@@ -169,17 +185,22 @@ class Graphs:
         gradients: dict[Tensor, Tensor], x: Tensor, tables: dict[str | None, tuple[Tensor, Tensor]],
         sequences: Sequences,
     ) -> Tensor | None:  # fmt: skip
-        """The residual stream after the last layer, [T, H]; None, for a launched pass, at the first of a bucket and
-        while another pass still waits for its backward."""
+        """The residual stream after the last layer, [T, H]; None, for a launched pass, at the first of a bucket, while
+        another pass still waits for its backward, and for a plan that a graph cannot have. plan: for `padded` rows."""
+        if max(plan.levels) >= 4 or plan.store == "group":
+            return None
         if self._under_way is not None and self._under_way() is not None:
             return None
-        rows = _rounded(x.shape[0])
-        keys = _copied(sequences, rows, dict.fromkeys(layer.attention.window for layer in layers))
-        size = _bucket(rows, rows - x.shape[0], sequences, keys)
+        rows = padded(x.shape[0])
+        filled = sequences._replace(bounds=(*sequences.bounds, rows), prefix=(*sequences.prefix, -1))
+        windows = dict.fromkeys(layer.attention.window for layer in layers) if max(sequences.prefix) >= 0 else ()
+        seen = {window: Keys.seen(filled, window) for window in windows}
+        size = _bucket(filled, rows, seen)
         key = (size, plan.levels, plan.tile, plan.store, adapter, x.dtype)
         if key not in self._seen:
             self._seen.add(key)
             return None
+        keys = {window: Keys.made(*host, rows, x.device) for window, host in seen.items()}
         graph = self._graphs.pop(key, None)
         if graph is None or graph.version != store.version:
             self._pool = self._pool or torch.cuda.graph_pool_handle()
@@ -188,7 +209,7 @@ class Graphs:
             self.bytes += max(0, torch.cuda.memory_reserved(x.device) - before)
         self._graphs[key] = graph
         if len(self._graphs) > GRAPHS:
-            self._graphs.popitem(last=False)
+            self._seen.discard(self._graphs.popitem(last=False)[0])
         graph.fill(x, tables, sequences, keys)
         if self._anchor is None:
             self._anchor = torch.zeros((), device=x.device, requires_grad=True)
@@ -219,27 +240,15 @@ class _Graphed(torch.autograd.Function):
         return None, None, None, None
 
 
-def _rounded(rows: int) -> int:
-    """Rows that so many are padded to."""
-    step = max(ROWS, 1 << max(0, rows.bit_length() - 3))
-    return -(-rows // step) * step
-
-
-def _copied(sequences: Sequences, rows: int, windows: Iterable[int | None]) -> dict[int | None, Keys]:
-    """The keys of each window where prefixes are shared, else nothing. The rest of `rows` is one more sequence."""
-    if max(sequences.prefix, default=-1) < 0:
-        return {}
-    padded = sequences._replace(
-        bounds=(*sequences.bounds, rows), prefix=(*sequences.prefix, -1), shared=None, copies=True, keys={}
-    )
-    keys = {window: Keys.of(padded, window) for window in windows}
-    return {window: seen for window, seen in keys.items() if seen is not None}
-
-
-def _bucket(rows: int, rest: int, sequences: Sequences, keys: dict[int | None, Keys]) -> _Size:
-    """What a pass is padded to. rest: of the rows, those of the sequence that nobody reads."""
-    count = 1 << max(0, len(sequences.prefix)).bit_length()
-    longest = min(rows, max(ROWS, 1 << (max(sequences.max_seqlen, rest) - 1).bit_length()))
-    half = rows // 2
-    seen = ((w, -(-k.copies.index.numel() // half) * half, 1 << (k.max_k - 1).bit_length()) for w, k in keys.items())
-    return _Size(rows, count, longest, tuple(seen))
+def _bucket(s: Sequences, rows: int, seen: dict[int | None, tuple[np.ndarray, list[int]]]) -> _Size:
+    """What a pass is padded to. s: with the sequence that nobody reads. seen: `Keys.seen` of each window."""
+    longest = max((b - a for a, b in pairwise(s.bounds)), default=0)
+    keys = []
+    for window, (index, bounds) in seen.items():
+        most = max(b - a for a, b in pairwise(bounds))
+        keys.append((window, room(index.size, rows), 1 << (most - 1).bit_length()))
+    count = len(s.prefix)
+    step = max(16, 1 << max(0, count.bit_length() - 3))
+    return _Size(
+        rows, -(-count // step) * step, min(rows, max(ROWS, 1 << (longest - 1).bit_length())), tuple(keys)
+    )  # fmt: skip

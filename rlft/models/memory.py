@@ -126,8 +126,9 @@ def on_host(s: Shape, level: int) -> int:
     return (0, 0, 0, 0, x + attention, x)[level]
 
 
-def forward_work(s: Shape, rows: int, tile: int, level: int) -> int:
-    """Bytes of a layer's forward beyond its input and what it keeps at `level`."""
+def forward_work(s: Shape, rows: int, tile: int, level: int, keys: int = 0) -> int:
+    """Bytes of a layer's forward beyond its input and what it keeps at `level`. keys: that are copied for sequences
+    behind shared prefixes."""
     e, t = s.element, min(rows, tile)
     qkv = 0 if level in (0, 1) else e * s.qkv
     rotated = e * (s.q + s.kv) if s.qk_norm else 0
@@ -138,11 +139,12 @@ def forward_work(s: Shape, rows: int, tile: int, level: int) -> int:
     mlp = max(e * s.hidden + n, gates + max(n, e * (s.intermediate + s.tails[3])) + post)
     # x of the layers that keep none is still there while they run.
     x = e * s.hidden if level in (4, 5) else 0
-    return rows * x + max(rows * (qkv + rotated + attended), rows * (attended + e * s.hidden) + t * mlp)
+    attention = rows * (qkv + rotated + attended) + keys * 2 * e * s.kv
+    return rows * x + max(attention, rows * (attended + e * s.hidden) + t * mlp)
 
 
-def backward_work(s: Shape, rows: int, tile: int, level: int) -> int:
-    """Bytes of a layer's backward beyond what it kept at `level`."""
+def backward_work(s: Shape, rows: int, tile: int, level: int, keys: int = 0) -> int:
+    """Bytes of a layer's backward beyond what it kept at `level`. keys: as in `forward_work`."""
     e, t = s.element, min(rows, tile)
     H, T = e * s.hidden, e * s.tails[1]
     back = (H if level in (4, 5) else 0) + (0 if level in (0, 1, 2) else e * s.q + s.lse)
@@ -158,9 +160,12 @@ def backward_work(s: Shape, rows: int, tile: int, level: int) -> int:
     mlp = rows * (e * s.q + (qkv if level in (3, 5) else 0)) + t * tiled
     # Attention: rotated q and k, dq, dk, dv, and the back end's own sums; mid, gate and up are gone.
     rotated = e * (s.q + s.kv) if s.qk_norm else 0
-    own = {"fa4": 4 * (s.q + 2 * s.kv + 2 * s.q_heads), "fa2": 4 * (s.q + s.q_heads) + 2 * e * s.q * (s.q > s.kv)}
+    own = {"fa4": 4 * (s.q + 2 * s.q_heads), "fa2": 4 * (s.q + s.q_heads)}
+    of_keys = {"fa4": 8 * s.kv, "fa2": 2 * e * s.q * (s.q > s.kv)}.get(s.attention, 0)
     gone = e * (s.hidden + s.gate_up + s.ranks[3]) if level == 0 else 0
     attention = rows * (e * s.q + qkv + rotated + e * (s.q + 2 * s.kv) + own.get(s.attention, 4 * e * s.q) - gone)
+    # Copied keys and values, and their gradients beside those of the rows.
+    attention += keys * (4 * e * s.kv + of_keys) if keys else rows * of_keys
     inputs = rows * (qkv - gone) + t * (n + H)
     return rows * (back + gradients) + max(mlp, attention, inputs)
 
@@ -200,9 +205,11 @@ class _Setting:
     chunk_bytes: int
 
 
-def evaluate(s: Shape, rows: int, trained: int, mixed: tuple[int, int, int], how: _Setting) -> Plan:
+def evaluate(
+    s: Shape, rows: int, trained: int, mixed: tuple[int, int, int], how: _Setting, keys: int = 0
+) -> Plan:  # fmt: skip
     """The plan of `count` layers at level `lower`, the first ones, and the others at `upper`. mixed: (count, lower,
-    upper)."""
+    upper). keys: as in `forward_work`."""
     count, lower, upper = mixed
     levels = (lower,) * count + (upper,) * (s.layers - count)
     low, all_ = rows * count * saved(s, lower), rows * sum(saved(s, level) for level in levels)
@@ -210,8 +217,8 @@ def evaluate(s: Shape, rows: int, trained: int, mixed: tuple[int, int, int], how
     highest = all_ + head_work(s, rows, trained, how) + own
     for level, kept, there in ((lower, low, count), (upper, all_, s.layers - count)):
         if there:
-            highest = max(highest, own + kept + backward_work(s, rows, how.tile, level))
-            highest = max(highest, own + kept + forward_work(s, rows, how.tile, level))
+            highest = max(highest, own + kept + backward_work(s, rows, how.tile, level, keys))
+            highest = max(highest, own + kept + forward_work(s, rows, how.tile, level, keys))
     work = highest - all_
     host = rows * sum(on_host(s, level) for level in levels)
     return Plan(levels, how.tile, how.store, how.chunk_bytes, all_, work, host)
@@ -240,11 +247,11 @@ def _cost(how: _Setting, levels: tuple[int, ...], rows: int) -> float:
 
 
 @cache
-def choose(s: Shape, rows: int, trained: int, budget: float, host: float) -> Plan:
+def choose(s: Shape, rows: int, trained: int, budget: float, host: float, keys: int = 0) -> Plan:
     """The plan that takes least time among those within `budget` bytes on the device and `host` bytes on the host.
 
     Layers are at one of two levels, the first ones at that which keeps less. Where nothing fits, the smallest plan that
-    the host has room for; its peak is above the budget then.
+    the host has room for; its peak is above the budget then. keys: as in `forward_work`.
     """
     order = (0, 1, 2, 4, 3, 5) if host > 0 else (0, 1, 2, 3)
     best: tuple[float, Plan] | None = None
@@ -252,7 +259,7 @@ def choose(s: Shape, rows: int, trained: int, budget: float, host: float) -> Pla
         for upper, lower in combinations(order, 2):
 
             def plan(n: int, lower: int = lower, upper: int = upper, how: _Setting = how) -> Plan:
-                return evaluate(s, rows, trained, (n, lower, upper), how)
+                return evaluate(s, rows, trained, (n, lower, upper), how, keys)
 
             n = bisect.bisect_left(range(s.layers + 1), True, key=lambda n: plan(n).peak <= budget)
             if n > s.layers or (found := plan(n)).host > host:
@@ -269,7 +276,7 @@ def choose(s: Shape, rows: int, trained: int, budget: float, host: float) -> Pla
         return best[1]
     *_, smallest = _settings()
     away = int(host // max(1, rows * on_host(s, 5)))
-    return evaluate(s, rows, trained, (min(s.layers, away), 5, 3), smallest)
+    return evaluate(s, rows, trained, (min(s.layers, away), 5, 3), smallest, keys)
 
 
 BUDGETS = (32768, 24576, 16384, 12288, 8192, 6144, 4096)

@@ -1,4 +1,4 @@
-"""Everything that reaches into vLLM, through hooks that it offers; nothing of it is replaced.
+"""Everything that reaches into vLLM, through hooks that it offers.
 
 | hook | what rlft does there |
 | --- | --- |
@@ -9,8 +9,8 @@
 | register_oot("ApplyRotaryEmb") | beside flash-attn-4 only: vLLM's own class, whose start does not end with what
   flash-attn-4 lacks |
 
-Each of them ran on vLLM 0.23 with model runner V2 on a GPU and on 0.32 with V1 on a CPU, and on nothing else;
-`TESTED_ON_GPU` and `TESTED_ON_CPU` say so, and an engine of another version or runner calls itself untested.
+Each of them ran on vLLM 0.23 with model runner V2 on a GPU, all but the last on 0.32 with V1 on a CPU, and on nothing
+else; `TESTED_ON_GPU` and `TESTED_ON_CPU` say so, and an engine of another version or runner calls itself untested.
 
 vLLM's own LoRA is not used: our linear layers add the adapter themselves (`lend.Slot`), in fixed order and in two
 launches, and what they read is ours to write and to read back. Internals that are used: CuMemAllocator's
@@ -21,7 +21,6 @@ Imported only by an engine that starts (rlft.rollout.vllm): importing it imports
 
 # No postponed annotations: torch reads those of the operator.
 
-import contextlib
 import itertools
 import weakref
 from collections.abc import Iterator, Mapping
@@ -261,8 +260,11 @@ if find_spec("flash_attn") is not None and find_spec("flash_attn.ops") is None:
         last of all, for AMD's cards, and would not start."""
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
-            with contextlib.suppress(ModuleNotFoundError):
+            try:
                 super().__init__(*args, **kwargs)
+            except ModuleNotFoundError as error:
+                if not str(error.name).startswith("flash_attn"):
+                    raise
 
 
 class _Given(QuantizationConfig):
