@@ -19,6 +19,8 @@ from rlft.kernels.launch import jit, on_device, on_gpu, power_of_2, tl
 
 ELEMENTS = 2048
 """Elements of a program's tile."""
+ALIGN = 32
+"""Indices that the place of each table is a multiple of."""
 
 
 class Copies(NamedTuple):
@@ -36,10 +38,14 @@ class Copies(NamedTuple):
         """index: [N], the row of each copy. rows: how many there are."""
         starts = np.zeros(rows + 1, np.int32)
         np.cumsum(np.bincount(index, minlength=rows), out=starts[1:])
-        order = np.argsort(index, kind="stable").astype(np.int32)
-        # One copy to the device, for which the host waits.
-        both = torch.from_numpy(np.concatenate([index.astype(np.int32), starts, order])).to(device)
-        return cls(*both.split([index.size, rows + 1, index.size]))
+        parts = (index, starts, np.argsort(index, kind="stable"))
+        # One copy to the device, for which the host waits; each part at an address for which nothing is compiled anew.
+        room = [-(-part.size // ALIGN) * ALIGN for part in parts]
+        together = np.zeros(sum(room), np.int32)
+        for part, start in zip(parts, np.cumsum([0, *room]), strict=False):
+            together[start : start + part.size] = part
+        places = torch.from_numpy(together).to(device).split(room)
+        return cls(*(place[: part.size] for place, part in zip(places, parts, strict=True)))
 
 
 def copied_reference(x: Tensor, copies: Copies) -> Tensor:
