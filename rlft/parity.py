@@ -13,8 +13,7 @@ those.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,6 +22,7 @@ from torch import Tensor
 
 from rlft.batch import count, pack
 from rlft.errors import ParityError
+from rlft.rollout.engine import asleep
 from rlft.types import Batch, PackPlan, Prompt, Rollout
 
 EDGES = torch.logspace(-7, 2, 181, dtype=torch.float64)
@@ -158,20 +158,10 @@ def _compare(policy: Any, engine: Any, prompts: Sequence[Prompt], sampling: Any,
     engine.load_adapter(policy.adapter(), version=version)
     rollouts = engine.generate(prompts, sampling, seed=(seed, 2**31, -version))
     mismatch = Mismatch()
-    with _asleep(engine):
+    with asleep(engine):  # scoring has the memory that it gives back
         for batch in _batches(rollouts, plan):
             mismatch.add(policy.score(batch), batch)
     return mismatch, rollouts
-
-
-@contextlib.contextmanager
-def _asleep(engine: Any) -> Iterator[None]:
-    """Scoring has the memory that the engine gives back."""
-    engine.sleep()
-    try:
-        yield
-    finally:
-        engine.wake()
 
 
 def _random_adapter(policy: Any, rollouts: list[Rollout], plan: PackPlan, seed: int) -> float:
@@ -217,7 +207,7 @@ def probe(policy: Any, engine: Any, prompts: Sequence[Prompt], sampling: Any, se
                 f"at the start engine and trainer differ by {off.mean:.3g} nat on the base (limit 0.2{none}): the base "
                 f"itself differs: dtype, weights, or token ids."
             )
-        with _asleep(engine):
+        with asleep(engine):
             shift = _random_adapter(policy, rollouts[:2], plan, seed)
         on, _ = _compare(policy, engine, prompts, sampling, seed, plan, version=-2)
     finally:

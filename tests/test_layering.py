@@ -32,7 +32,7 @@ MAY_IMPORT = {
     "data": "types config resolve sources turns",
     "batch": "types",
     "refill": "types batch",
-    "parity": "types batch",
+    "parity": "types batch rollout",
     "config_file": "config resolve",
     "arguments": "",
     "flags": "config config_file algorithm",
