@@ -10,6 +10,7 @@ import pytest
 import torch
 from peft import PeftModel
 from test_families import FAMILIES, SIZES, fused, run
+from test_graphs import groups_of
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -230,19 +231,6 @@ def test_the_plan_is_within_5_percent_of_the_measured_peak(name: str, level: int
     )
 
 
-def groups_of(groups: list[tuple[int, list[int]]], g: torch.Generator) -> Batch:
-    """One micro-batch of prompts, each with completions of these lengths."""
-    rollouts = []
-    for i, (prompt, lengths) in enumerate(groups):
-        shared = Prompt(tuple(torch.randint(3, 1000, (prompt,), generator=g).tolist()), {}, i)
-        for sample, n in enumerate(lengths):
-            ids = tuple(torch.randint(3, 1000, (n,), generator=g).tolist())
-            rollouts.append(Rollout(shared, ids, (True,) * n, None, "", "stop", sample, 0, 0))
-    plan = PackPlan((True,) * len(rollouts), "token_mean", 10**6, 10**4, 1.0)
-    (batch,) = pack(rollouts, torch.ones(len(rollouts)), plan, count(rollouts, plan))
-    return batch
-
-
 @pytest.mark.parametrize("shared", [False, True])
 def test_the_chosen_plan_stays_within_its_budget(shared: bool) -> None:
     """Of graphs, which are planned as they are padded (16,400 rows of the groups to 20,480), and of launches."""
@@ -251,7 +239,7 @@ def test_the_chosen_plan_stays_within_its_budget(shared: bool) -> None:
     policy = Policy(model_of("qwen3", torch.bfloat16, **big))
     assert isinstance(policy.fused, FusedDecoder) and fuse(policy.model) is policy.fused
     g = torch.Generator().manual_seed(1)
-    batch = groups_of([(500, [900] * 4)] * 4, g) if shared else batch_of([9000, 7000], g)
+    batch = groups_of([(500, [900] * 4)] * 4, g, 1000) if shared else batch_of([9000, 7000], g)
     for budget in (4.0, 2.0, 1.2, *(() if shared else (0.8,))):
         policy.fused.budget = budget * 2**30
         for _ in range(2):  # the second pass of a size is captured
@@ -332,7 +320,7 @@ def test_graphs_of_shared_prefixes_are_used_again(name: str) -> None:
     graphs = policy.fused.graphs
     for groups in ([(40, 90), (30, 80)], [(44, 100), (20, 77)], [(120, 30), (130, 60)], [(1, 200)]):
         each = 3 if len(groups) > 1 else 1
-        batch = groups_of([(prompt, [n - 7 * i for i in range(each)]) for prompt, n in groups], g)
+        batch = groups_of([(prompt, [n - 7 * i for i in range(each)]) for prompt, n in groups], g, 1000)
         gradient_of(policy, batch)
         made = gradient_of(policy, batch)
         policy.fused.graphs = None

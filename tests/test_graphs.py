@@ -1,17 +1,28 @@
-"""What a CUDA graph's bucket has room for. On a GPU test_fused_gpu.py tests that graphs give what launches give."""
+"""CUDA graphs without a GPU: what a bucket has room for, and that its buffers give what launches give, where a graph is
+what would be captured, run again. With real graphs: test_fused_gpu.py."""
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import random
+import sys
+from typing import Any
 
 import pytest
 import torch
+from kernel_rule import DEVICE
+from test_families import model_of
+from torch import Tensor
 
+from rlft.batch import count, pack
+from rlft.kernels import attention_backends
 from rlft.kernels.attention import Keys, Sequences, varlen_attention, varlen_attention_reference
-from rlft.kernels.copies import Copies
+from rlft.kernels.copies import Copies, launch_copied, launch_summed, summed_reference
 from rlft.models import graphs
+from rlft.models.policy import Policy
+from rlft.types import Batch, PackPlan, Prompt, Rollout
 
 
 def drawn(draw: random.Random) -> Sequences:
@@ -19,9 +30,9 @@ def drawn(draw: random.Random) -> Sequences:
     groups = [(draw.randint(1, 300), draw.randint(1, 6)) for _ in range(draw.randint(1, 5))]
     shared = draw.random() < 0.8
     lengths, prefix = ([p for p, _ in groups], [-1] * len(groups)) if shared else ([], [])
-    for i, (_, count) in enumerate(groups):
-        lengths += [draw.randint(0, 300) for _ in range(count)]
-        prefix += [i if shared else -1] * count
+    for i, (_, completions) in enumerate(groups):
+        lengths += [draw.randint(0, 300) for _ in range(completions)]
+        prefix += [i if shared else -1] * completions
     bounds = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
     return Sequences.of(bounds, torch.tensor(prefix))
 
@@ -50,24 +61,33 @@ def test_a_bucket_has_room_for_its_pass_and_for_the_sequence_that_fills_it(seed:
         assert graphs.room(graphs.copied_keys(s, rows), rows) >= place, "what the memory plan counts"
 
 
-def test_what_an_earlier_pass_left_in_the_buffers_changes_nothing() -> None:
-    """Two layouts one after the other through one bucket's buffers, full of garbage at first; attention in float64."""
-    device, draw = torch.device("cpu"), random.Random(7)
-    layouts = [s for s in (drawn(draw) for _ in range(200)) if max(s.prefix) >= 0 and 1024 < s.bounds[-1] <= 1280][:6]
-    assert len(layouts) == 6
-    rows, room = 1280, 5 * 1280
+def garbage(rows: int, keys: int, device: str) -> Any:
+    """A bucket's buffers without its graphs, full of what nobody wrote."""
     graph = graphs._Graph.__new__(graphs._Graph)
     graph.x, graph.dout, graph.tables = torch.full((rows, 3), math.nan), torch.full((rows, 3), math.nan), {}
-    graph.cu_seqlens = torch.full((65,), 7, dtype=torch.int32)
-    graph.cu_seqlens[0] = 0
-    index, starts, order, cu_k = (torch.full((n,), 3, dtype=torch.int32) for n in (room, rows + 1, room, 65))
-    cu_k[0] = 0
-    graph.keys = {None: Keys(Copies(index, starts, order), cu_k, 2048)}
+    graph.x, graph.dout = graph.x.to(device), graph.dout.to(device)
+    index, starts, order, cu_k, cu_seqlens = (
+        torch.full((n,), 3, dtype=torch.int32, device=device) for n in (keys, rows + 1, keys, 65, 65)
+    )
+    cu_k[0] = cu_seqlens[0] = 0
+    graph.cu_seqlens, graph.keys = cu_seqlens, {None: Keys(Copies(index, starts, order), cu_k, 2048)}
+    return graph
+
+
+def layouts() -> list[Sequences]:
+    draw = random.Random(7)
+    return [s for s in (drawn(draw) for _ in range(200)) if max(s.prefix) >= 0 and 1024 < s.bounds[-1] <= 1280][:6]
+
+
+def test_what_an_earlier_pass_left_in_the_buffers_changes_nothing() -> None:
+    """Several layouts one after the other through one bucket's buffers; attention in float64."""
+    rows, graph = 1280, garbage(1280, 5 * 1280, "cpu")
     static = Sequences((0, rows), (-1,), graph.cu_seqlens, 2048, None, False, dict(graph.keys))
-    for seed, s in enumerate(layouts):
+    assert len(layouts()) == 6
+    for seed, s in enumerate(layouts()):
         T, g = s.bounds[-1], torch.Generator().manual_seed(seed)
         seen = Keys.seen(filled(s), None)
-        graph.fill(torch.zeros(T, 3), {}, s, {None: Keys.made(*seen, rows, device)})
+        graph.fill(torch.zeros(T, 3), {}, s, {None: Keys.made(*seen, rows, torch.device("cpu"))})
         # Rows of the bucket beyond the pass's hold what they like.
         q, k, v = (torch.randn(rows, h, 4, generator=g, dtype=torch.float64, requires_grad=True) for h in (2, 1, 1))
         out = varlen_attention(q, k, v, static, 0.5, backend="math")
@@ -81,8 +101,110 @@ def test_what_an_earlier_pass_left_in_the_buffers_changes_nothing() -> None:
             assert torch.allclose(ours, theirs, atol=1e-12)
 
 
+def test_kernels_read_no_more_of_the_buffers_than_was_filled() -> None:
+    """Copies and sums by the kernels, with NaN behind the keys of the pass."""
+    rows, graph = 1280, garbage(1280, 5 * 1280, DEVICE)
+    for seed, s in enumerate(layouts()):
+        T, g = s.bounds[-1], torch.Generator().manual_seed(seed)
+        fresh = Keys.made(*Keys.seen(filled(s), None), rows, torch.device(DEVICE)).copies
+        on_device = s._replace(cu_seqlens=s.cu_seqlens.to(DEVICE))
+        graph.fill(torch.zeros(T, 3, device=DEVICE), {}, on_device, {None: Keys(fresh, on_device.cu_seqlens, 0)})
+        static, number = graph.keys[None].copies, fresh.index.numel()
+        x, d = (torch.randn(n, 1, 4, generator=g).to(DEVICE) for n in (rows, 5 * rows))
+        d[number:] = math.nan
+        assert torch.equal(launch_copied(x, static)[:number], x[fresh.index.long()])
+        assert torch.allclose(launch_summed(d, static), summed_reference(d[:number], fresh), atol=1e-5)
+
+
 def test_rows_are_padded_by_a_quarter_at_most_where_they_are_many() -> None:
     for rows in (*range(1, 3000, 7), 32_767, 32_769):
         padded = graphs.padded(rows)
         assert rows <= padded < rows + max(graphs.ROWS, rows / 4 + 1)
     assert len({graphs.padded(rows) for rows in range(16_384, 32_768)}) <= 5
+
+
+class Fake:
+    """A CUDA graph that runs on a CPU what it would have captured."""
+
+    def __init__(self) -> None:
+        self.replay: Any = None
+
+
+class Capturing:
+    """torch.cuda.graph: finds the function that is captured among the names of the code that captures."""
+
+    def __init__(self, graph: Fake, pool: Any) -> None:
+        self._graph = graph
+
+    def __enter__(self) -> None:
+        self._names = sys._getframe(1).f_locals
+
+    def __exit__(self, *error: Any) -> None:
+        names, made = self._names, self._names["self"]
+        if self._graph is made.forward_graph:
+            self._graph.replay = lambda: made.out.copy_(names["forward"]())
+        else:
+            self._graph.replay = names["backward"]
+
+
+@pytest.fixture
+def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Stream:
+        def __init__(self, device: Any = None) -> None: ...
+        def wait_stream(self, other: Any) -> None: ...
+
+    made = graphs._Graph.__init__
+
+    def without_grad(self: Any, *args: Any) -> None:
+        with torch.no_grad():  # on a GPU kernels do what PyTorch would not do in place here
+            made(self, *args)
+
+    monkeypatch.setattr(graphs._Graph, "__init__", without_grad)
+    monkeypatch.setattr(attention_backends, "choose", lambda *of: "math")
+    fakes = {
+        "Stream": Stream, "current_stream": Stream, "stream": lambda s: contextlib.nullcontext(), "CUDAGraph": Fake,
+        "graph": Capturing, "graph_pool_handle": lambda: 1, "memory_reserved": lambda device: 0,
+    }  # fmt: skip
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+
+
+def groups_of(groups: list[tuple[int, list[int]]], g: torch.Generator, vocab: int) -> Batch:
+    """One micro-batch of prompts, each with completions of these lengths."""
+    rollouts = []
+    for i, (prompt, lengths) in enumerate(groups):
+        shared = Prompt(tuple(torch.randint(3, vocab, (prompt,), generator=g).tolist()), {}, i)
+        for sample, n in enumerate(lengths):
+            ids = tuple(torch.randint(3, vocab, (n,), generator=g).tolist())
+            rollouts.append(Rollout(shared, ids, (True,) * n, None, "", "stop", sample, 0, 0))
+    plan = PackPlan((True,) * len(rollouts), "token_mean", 10**6, 10**4, 1.0)
+    (batch,) = pack(rollouts, torch.ones(len(rollouts)), plan, count(rollouts, plan))
+    return batch
+
+
+@pytest.mark.usefixtures("fake_cuda")
+@pytest.mark.parametrize("name", ["qwen3", "gemma3", "mistral"])
+def test_passes_of_a_bucket_give_what_launches_give(name: str) -> None:
+    """In float64: groups of other shapes one after the other, windows that cut prompts, a row without a prompt."""
+    policy, g = Policy(model_of(name, torch.float64), torch.float64), torch.Generator().manual_seed(9)
+    fused, kept = policy.fused, graphs.Graphs()
+    assert fused is not None
+
+    def gradient(batch: Batch, by: graphs.Graphs | None) -> Tensor:
+        fused.graphs = by
+        policy.flat.zero_grad()
+        (policy.logprobs(batch)[0] * batch.weight).sum().backward()
+        return policy.flat.gradient.clone()
+
+    shapes = [
+        [(20, [30, 9, 1]), (7, [25, 25])], [(25, [8, 3]), (3, [30, 30, 30])], [(11, [40])], [(2, [5]), (30, [20] * 5)],
+        [(24, [17, 30, 2]), (9, [28, 6])],
+    ]  # fmt: skip
+    for shape in shapes * 2:
+        batch = groups_of(shape, g, 61)
+        want = gradient(batch, None)
+        for _ in range(2):  # the first pass of a bucket is launched
+            made = gradient(batch, kept)
+            assert float((made - want).norm()) < 1e-12 * float(want.norm())
+        policy.flat.flat.data.add_(torch.randn(policy.flat.flat.shape, generator=g, dtype=torch.float64) * 1e-3)
+    assert 1 < len(kept._graphs) < len(shapes), "buckets are used again"
