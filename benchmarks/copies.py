@@ -8,30 +8,24 @@ forward 4 per copied element; backward 2 per copied element and 2 per row's.
 
 from __future__ import annotations
 
+from itertools import accumulate
 from typing import Any
 
-import numpy as np
 import torch
 from timing import interleaved, row
 
+from rlft.kernels.attention import Keys, Sequences
 from rlft.kernels.copies import Copies, copied, summed
 
 GROUPS, EACH, PROMPT, COMPLETION = 8, 8, 256, 1024
 
 
-def layout() -> tuple[np.ndarray, int]:
-    """The row of each copy, and how many rows there are."""
-    prompts, index = GROUPS * PROMPT, []
-    for group in range(GROUPS):
-        index.append(np.arange(group * PROMPT, (group + 1) * PROMPT))
-    for i in range(GROUPS * EACH):
-        start = prompts + i * COMPLETION
-        index += [np.arange(i // EACH * PROMPT, (i // EACH + 1) * PROMPT), np.arange(start, start + COMPLETION)]
-    return np.concatenate(index), prompts + GROUPS * EACH * COMPLETION
-
-
 def rows() -> list[dict[str, Any]]:
-    index, count = layout()
+    lengths = [PROMPT] * GROUPS + [COMPLETION] * GROUPS * EACH
+    prefix = [-1] * GROUPS + [i // EACH for i in range(GROUPS * EACH)]
+    bounds = torch.tensor([0, *accumulate(lengths)])
+    index, _ = Keys.seen(Sequences.of(bounds, torch.tensor(prefix)), None)
+    count = int(bounds[-1])
     copies = Copies.of(index, count, torch.device("cuda"))
     qkv = torch.randn(count, 48, 128, device="cuda", dtype=torch.bfloat16)
     keys, at = qkv[:, 32:40], copies.index.long()

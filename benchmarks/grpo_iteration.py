@@ -9,7 +9,6 @@ over the same sequences. Memory is read from the driver, since vLLM's does not g
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from dataclasses import replace
@@ -22,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parent / "peers"))
 
 from longest import policy_of
-from results_file import write
+from results_file import arguments, write
 from rollout import prompts_of
 from stacks import tokenizer_of
 from timing import Watch, row
@@ -101,9 +100,7 @@ def measure(work: str) -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--commit", required=True)
+    parser = arguments(__doc__)
     parser.add_argument("work", choices=WORKS)
     args = parser.parse_args()
     print(write(args.work.replace("/", "_").replace("-", "_"), measure(args.work), args.out, args.commit), flush=True)

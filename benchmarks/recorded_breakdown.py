@@ -11,11 +11,9 @@ than 0.1 ms; both are part of "idle".
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import os
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).parent / "peers"))
 
 import recorded
 import stacks
-from results_file import write
+from results_file import arguments, write
 from slab_breakdown import floors, parts
 from timing import row
 from workers import Desk
@@ -35,7 +33,6 @@ from workers import Desk
 WARMUP, REPEATS = 3, 5
 GAP = 100.0
 """Microseconds."""
-GIB = 2**30
 
 
 class Finished(Exception):
@@ -66,19 +63,17 @@ class Profiled(Desk):
             kinds = [ProfilerActivity.CUDA] + [ProfilerActivity.CPU] * bool(self._trace)
             self._profile = profile(activities=kinds)
             self._profile.start()
-        torch.cuda.reset_peak_memory_stats()
-        self._began = time.perf_counter()
+        super().start()
 
-    def stop(self, apart: int = 0, note: str = "", **more: Any) -> None:
-        torch.cuda.synchronize()
-        ms = (time.perf_counter() - self._began) * 1e3
+    def answer(self, **answer: Any) -> None:
+        """What `stop` hands in is kept here."""
+        ms, peak, note = answer["seconds"] * 1e3, answer["peak"], answer["note"]
         if self._turn < WARMUP + REPEATS:
             self._times += [ms] * (self._turn >= WARMUP)
             return
         assert self._profile is not None
         self._profile.stop()
         name = self.question["work"]
-        peak = (torch.cuda.max_memory_allocated() - self.base + apart) / GIB
         self.rows += parts(name, self._times, self._profile, f"{note}; peak {peak:.2f} GiB", self._floors(note))
         self.rows += self._pauses(name, ms)
         if self._trace:
@@ -114,9 +109,7 @@ class Profiled(Desk):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--commit", required=True)
+    parser = arguments(__doc__)
     parser.add_argument("--peak", type=float, help="GiB above the model that a step may take")
     parser.add_argument("--trace", action="store_true")
     parser.add_argument("works", nargs="+", choices=recorded.WORKS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import datetime
 import functools
@@ -16,6 +17,14 @@ from typing import Any
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("torch", "triton", "transformers", "peft", "bitsandbytes", "trl", "liger-kernel", "flash-attn-4", "rlft")
 """Those that are installed are in the file with their versions."""
+
+
+def arguments(doc: str | None) -> argparse.ArgumentParser:
+    """The command line of a benchmark that runs on a machine without the checkout. doc: its module's docstring."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--commit", required=True)
+    return parser
 
 
 def device() -> str:

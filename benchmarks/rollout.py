@@ -12,7 +12,6 @@ the most sequences: without log-probs and text, and without seeds per request.
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 import time
@@ -26,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parent / "peers"))
 
 from longest import policy_of
-from results_file import write
+from results_file import arguments, write
 from stacks import tokenizer_of
 from timing import row
 
@@ -202,9 +201,7 @@ def measure(policy: Policy, mode: str, sizes: list[int], extra: bool) -> list[di
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--commit", required=True)
+    parser = arguments(__doc__)
     parser.add_argument("--sequences", type=int, nargs="+", default=[16, 64, 256])
     parser.add_argument("--extra", choices=MODES, nargs="*", default=())
     parser.add_argument("modes", choices=MODES, nargs="+")

@@ -7,19 +7,15 @@ The GPU machine has no checkout, so the commit is told; the files are put into b
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import time
-from pathlib import Path
 
-from results_file import write
+from results_file import arguments, write
 
 NAMES = ("nf4", "lora", "rms_norm", "qk_rope", "swiglu", "attention", "copies", "logprobs")
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--commit", required=True)
+    parser = arguments(__doc__)
     parser.add_argument("names", nargs="*", default=NAMES)
     args = parser.parse_args()
     for name in args.names:

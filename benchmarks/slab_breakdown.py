@@ -8,7 +8,6 @@ at 3.03 TB/s; the base is not decoded where it lies decoded in memory.
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from pathlib import Path
@@ -21,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parent / "peers"))
 
 import stacks
-from results_file import write
+from results_file import arguments, write
 from timing import row
 
 KINDS = {
@@ -94,9 +93,7 @@ def parts(work: str, times: list[float], p: profile, plan: str, least: dict[str,
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--commit", required=True)
+    parser = arguments(__doc__)
     parser.add_argument("lengths", type=int, nargs="+")
     args = parser.parse_args()
     stacks.make("slab")

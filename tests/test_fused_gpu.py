@@ -10,7 +10,7 @@ import pytest
 import torch
 from peft import PeftModel
 from test_families import FAMILIES, SIZES, fused, run
-from test_graphs import groups_of
+from test_graphs import grouped, groups_of
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -22,7 +22,7 @@ from rlft.models.fused import FusedDecoder, fuse
 from rlft.models.layer_steps import LEVELS
 from rlft.models.load import attach_lora
 from rlft.models.policy import Policy
-from rlft.types import Batch, PackPlan, Prompt, Rollout
+from rlft.types import Batch, PackPlan, Rollout
 
 # flash-attn-4 and CUTLASS warn about themselves, at their first compilation.
 quiet = [pytest.mark.filterwarnings(f"ignore::{kind}") for kind in ("DeprecationWarning", "UserWarning")]
@@ -132,15 +132,8 @@ def test_levels_agree_within_rounding(level: int, mode: str) -> None:
 
 
 def batch_of(lengths: list[int], g: torch.Generator) -> Batch:
-    rollouts = []
-    for i, n in enumerate(lengths):
-        ids = torch.randint(3, 1000, (n,), generator=g).tolist()
-        rollouts.append(
-            Rollout(Prompt(tuple(ids[:3]), {}, i), tuple(ids[3:]), (True,) * (n - 3), None, "", "stop", 0, 0, 0)
-        )
-    plan = PackPlan((True,) * len(lengths), "token_mean", sum(lengths), max(lengths), 1.0)
-    (batch,) = pack(rollouts, torch.ones(len(lengths)), plan, count(rollouts, plan))
-    return batch
+    """Sequences whose first three tokens are not trained, in one micro-batch."""
+    return groups_of([(3, [n - 3]) for n in lengths], g, 1000)
 
 
 def gradient_of(policy: Policy, batch: Batch) -> Tensor:
@@ -283,13 +276,9 @@ def test_shared_prefixes_are_as_near_to_fp64_as_rows_alone(name: str, algo: str)
     """Whole groups, in packed micro-batches: prompts longer and shorter than what continues them."""
     g, algorithm = torch.Generator().manual_seed(8), build(Algo(algo), 1)
     group = 2 if algo == "dpo" else 4
-    rollouts = []
-    for i, (prompt, lengths) in enumerate([(200, (9, 70, 33, 150)), (30, (120, 64, 1, 90)), (129, (128, 128, 5, 17))]):
-        shared = Prompt(tuple(torch.randint(3, 1000, (prompt,), generator=g).tolist()), {}, i)
-        for sample, n in enumerate(lengths[:group]):
-            ids = tuple(torch.randint(3, 1000, (n,), generator=g).tolist())
-            sampler = None if algo == "dpo" else (-6.5,) * n
-            rollouts.append(Rollout(shared, ids, (True,) * n, sampler, "", "stop", sample, 0, 0))
+    groups = [(200, [9, 70, 33, 150]), (30, [120, 64, 1, 90]), (129, [128, 128, 5, 17])]
+    sampler = None if algo == "dpo" else -6.5
+    rollouts = grouped([(prompt, lengths[:group]) for prompt, lengths in groups], g, 1000, sampler)
     truth_policy = Policy(model_of(name, torch.float64).cpu(), torch.float64)
     truth = logprobs_and_gradient(truth_policy, algorithm, rollouts, 1, False)
     policy = Policy(model_of(name, torch.bfloat16))

@@ -169,14 +169,23 @@ def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(torch.cuda, name, fake)
 
 
-def groups_of(groups: list[tuple[int, list[int]]], g: torch.Generator, vocab: int) -> Batch:
-    """One micro-batch of prompts, each with completions of these lengths."""
+def grouped(
+    groups: list[tuple[int, list[int]]], g: torch.Generator, vocab: int, sampler: float | None = None
+) -> list[Rollout]:
+    """Prompts, each with completions of these lengths. sampler: the log-prob of every token."""
     rollouts = []
     for i, (prompt, lengths) in enumerate(groups):
         shared = Prompt(tuple(torch.randint(3, vocab, (prompt,), generator=g).tolist()), {}, i)
         for sample, n in enumerate(lengths):
             ids = tuple(torch.randint(3, vocab, (n,), generator=g).tolist())
-            rollouts.append(Rollout(shared, ids, (True,) * n, None, "", "stop", sample, 0, 0))
+            logprobs = None if sampler is None else (sampler,) * n
+            rollouts.append(Rollout(shared, ids, (True,) * n, logprobs, "", "stop", sample, 0, 0))
+    return rollouts
+
+
+def groups_of(groups: list[tuple[int, list[int]]], g: torch.Generator, vocab: int) -> Batch:
+    """`grouped`, in one micro-batch."""
+    rollouts = grouped(groups, g, vocab)
     plan = PackPlan((True,) * len(rollouts), "token_mean", 10**6, 10**4, 1.0)
     (batch,) = pack(rollouts, torch.ones(len(rollouts)), plan, count(rollouts, plan))
     return batch

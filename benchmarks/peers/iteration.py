@@ -15,7 +15,6 @@ the other, each in a process of its own; loading and vLLM's start are not measur
 
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
 import sys
@@ -26,7 +25,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parent))
 
-from results_file import write
+from results_file import arguments, write
 from timing import Watch, row
 from workers import Desk, Worker
 
@@ -230,9 +229,7 @@ def measure(stack: str, shape: str, micro: int, path: str, iterations: int) -> l
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--commit", required=True)
+    parser = arguments(__doc__)
     parser.add_argument("--fa4", default="")
     parser.add_argument("--stacks", nargs="+", choices=("trl", "rlft"), default=["trl", "rlft"])
     parser.add_argument("--micro", type=int, default=32, help="sequences per micro-batch of TRL")

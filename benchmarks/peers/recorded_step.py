@@ -18,7 +18,6 @@ a row "failed" with what it said. One results file per work, written when the wo
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import subprocess
 import sys
@@ -29,7 +28,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parent))
 
-from results_file import write
+from results_file import arguments, write
 from timing import row
 from workers import Desk, Worker
 
@@ -186,9 +185,7 @@ def measure(
 def main() -> None:
     import recorded
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--commit", required=True)
+    parser = arguments(__doc__)
     parser.add_argument("--fa4", default="")
     parser.add_argument("--unsloth", default="")
     parser.add_argument("--stacks", nargs="+", choices=recorded.STACKS, default=["trl", "unsloth", "rlft"])

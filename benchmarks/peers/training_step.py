@@ -9,7 +9,6 @@ memory and to the least it can do. `small`: 512 and 1,024 tokens on the 0.6B and
 
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
 import sys
@@ -20,7 +19,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parent))
 
-from results_file import write
+from results_file import arguments, write
 from timing import row
 from workers import GIB, Worker
 
@@ -139,9 +138,7 @@ if __name__ == "__main__":
     if sys.argv[1] == "--worker":
         worker(sys.argv[2], sys.argv[3], sys.argv[4] == "1")
         sys.exit()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--commit", required=True)
+    parser = arguments(__doc__)
     parser.add_argument("--fa4", default="")
     parser.add_argument("--unsloth", default="")
     parser.add_argument("names", nargs="+", choices=("slab", "small"))

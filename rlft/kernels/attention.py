@@ -216,7 +216,9 @@ class Keys(NamedTuple):
     a prefix, since each continuation then sees another part of it."""
 
     copies: Copies
+    """Of rows of k and of v."""
     cu_k: Tensor
+    """[S+1] int32: the keys of sequence s are copies cu_k[s] to cu_k[s+1]."""
     max_k: int
 
     @classmethod

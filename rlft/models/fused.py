@@ -116,13 +116,15 @@ class FusedDecoder:
             with torch.inference_mode(False), torch.no_grad():
                 return self.hidden(embedded, position_ids, sequences, gradients, trained)
         keep, rows = torch.is_grad_enabled(), embedded.shape[0]
-        graphs = self.graphs if keep and gradients and short(self.layers, sequences, rows) else None
         keys = copied_keys(sequences, rows)
+        graphs = self.graphs if keep and gradients and short(self.layers, rows, keys) else None
         if graphs is not None:
             # Planned as it is padded, so that a bucket has one plan.
             rows = padded(rows)
             keys = room(keys, rows)
-        plan = self.plan_for(rows, trained, keys if graphs is not None or sequences.copies else 0)
+        elif not sequences.copies:
+            keys = 0
+        plan = self.plan_for(rows, trained, keys)
         self.ran = plan
         self.store.use(plan.store)
         tables, adapter = self._tables(embedded, position_ids), self.adapter()

@@ -23,6 +23,7 @@ from torch.autograd.function import once_differentiable
 
 from rlft.kernels.attention import Keys, Sequences
 from rlft.kernels.copies import Copies
+from rlft.kernels.launch import power_of_2
 from rlft.models.layer import Forward
 from rlft.models.layer_backward import Backward
 from rlft.models.layer_modules import FusedLayer
@@ -31,8 +32,10 @@ from rlft.models.memory import Plan
 from rlft.models.projection import Store
 
 ROWS = 256
-"""Rows are padded to a multiple of this, and many of them to a quarter of a power of two: lengths change from step to
-step, and a bucket is to be used again."""
+"""Rows are padded to a multiple of this, and many of them more coarsely (`padded`): lengths change from step to step,
+and a bucket is to be used again."""
+SEQUENCES = 16
+"""The same of sequences."""
 COPIED = 4
 """Keys per row, copies of prefixes included, beyond which a pass is launched."""
 GRAPHS = 16
@@ -43,17 +46,17 @@ FLOPS = 600e12
 """Speed of matrix products, for the choice between graph and launches only."""
 
 
-def short(layers: Sequence[FusedLayer], sequences: Sequences, rows: int) -> bool:
-    """Whether a pass is held up by its launches, padded as it would be, and copies no more than it may."""
+def short(layers: Sequence[FusedLayer], rows: int, keys: int) -> bool:
+    """Whether a pass is held up by its launches, padded as it would be, and copies no more than it may. keys: as
+    `copied_keys` counts them."""
     weights = sum(p.out * p.in_features for p in layers[0].projections)
-    few = copied_keys(sequences, rows) <= COPIED * rows
-    return few and 0 < 8 * weights * padded(rows) / FLOPS < 2 * HOST_SECONDS
+    return keys <= COPIED * rows and 0 < 8 * weights * padded(rows) / FLOPS < 2 * HOST_SECONDS
 
 
-def padded(rows: int) -> int:
-    """Rows that a pass of so many is padded to."""
-    step = max(ROWS, 1 << max(0, rows.bit_length() - 3))
-    return -(-rows // step) * step
+def padded(count: int, least: int = ROWS) -> int:
+    """What a count (by default of rows) is padded to: a multiple of `least`, and of a quarter of a power of two."""
+    step = max(least, 1 << max(0, count.bit_length() - 3))
+    return -(-count // step) * step
 
 
 def copied_keys(sequences: Sequences, rows: int) -> int:
@@ -242,13 +245,10 @@ class _Graphed(torch.autograd.Function):
 
 def _bucket(s: Sequences, rows: int, seen: dict[int | None, tuple[np.ndarray, list[int]]]) -> _Size:
     """What a pass is padded to. s: with the sequence that nobody reads. seen: `Keys.seen` of each window."""
-    longest = max((b - a for a, b in pairwise(s.bounds)), default=0)
+    longest = max(b - a for a, b in pairwise(s.bounds))
     keys = []
     for window, (index, bounds) in seen.items():
         most = max(b - a for a, b in pairwise(bounds))
-        keys.append((window, room(index.size, rows), 1 << (most - 1).bit_length()))
-    count = len(s.prefix)
-    step = max(16, 1 << max(0, count.bit_length() - 3))
-    return _Size(
-        rows, -(-count // step) * step, min(rows, max(ROWS, 1 << (longest - 1).bit_length())), tuple(keys)
-    )  # fmt: skip
+        keys.append((window, room(index.size, rows), power_of_2(most)))
+    longest = min(rows, max(ROWS, power_of_2(longest)))
+    return _Size(rows, padded(len(s.prefix), SEQUENCES), longest, tuple(keys))
