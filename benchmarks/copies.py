@@ -1,4 +1,5 @@
-"""Copies of shared prompts' keys and the sum of their gradients: ours beside PyTorch's, and a copy of the same bytes.
+"""Copies of shared prompts' keys, which PyTorch makes, and the sum of their gradients: ours beside PyTorch's, and a
+copy of the same bytes.
 
     python benchmarks/run_kernels.py --out DIR --commit HASH copies
 
@@ -34,7 +35,7 @@ def rows() -> list[dict[str, Any]]:
     same = {name: torch.empty(size // 4, device="cuda", dtype=torch.bfloat16) for name, size in bytes_.items()}
     calls = {
         "forward": {
-            "rlft": lambda: copied(keys, copies), "torch": lambda: keys[at], "copy": lambda: same["forward"].clone(),
+            "rlft": lambda: copied(keys, copies), "copy": lambda: same["forward"].clone(),
         },
         "backward": {
             "rlft": lambda: summed(d, copies), "torch": lambda: torch.zeros_like(keys).index_add_(0, at, d),

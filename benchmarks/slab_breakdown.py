@@ -24,7 +24,7 @@ from results_file import arguments, write
 from timing import row
 
 KINDS = {
-    "attention": ("flash", "Flash", "_copy_rows", "_sum_rows", "_merge_kernel"),
+    "attention": ("flash", "Flash", "_sum_rows", "_merge_kernel"),
     "decode": ("_decode_",),
     "lora": ("_columns", "_fold", "_fill", "64x64"),
     "head": ("_tss_", "_rows_kernel", "_jacobian", "_scale_rows", "index", "Index", "sort", "Sort", "radix"),

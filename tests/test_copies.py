@@ -1,4 +1,4 @@
-"""Copies of rows and the sum of their gradients: the reference, the kernels' rule, order, layouts."""
+"""Copies of rows and the sum of their gradients: the reference, the kernel's rule, order, layouts."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import pytest
 import torch
 from kernel_rule import DEVICE, DTYPES, assert_rule, assert_survives_stream_and_graph
 
-from rlft.kernels.copies import Copies, copied, copied_reference, launch_copied, launch_summed, summed, summed_reference
+from rlft.kernels.copies import Copies, copied, launch_summed, summed, summed_reference
 
 INDICES = {
     "none": ([], 3),
@@ -28,13 +28,10 @@ def made(case: str, device: str = DEVICE) -> tuple[Copies, int]:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("case", INDICES)
-def test_kernels_obey_the_rule(case: str, width: tuple[int, int], dtype: torch.dtype) -> None:
-    copies, rows = made(case)
+def test_the_kernel_obeys_the_rule(case: str, width: tuple[int, int], dtype: torch.dtype) -> None:
+    copies, _ = made(case)
     g = torch.Generator().manual_seed(0)
-    # A view into wider rows, as keys and values are.
-    x = torch.randn(rows, width[0] + 2, width[1], generator=g).to(DEVICE, dtype)[:, 1:-1]
     d = torch.randn(copies.index.numel(), *width, generator=g).to(DEVICE, dtype)
-    assert torch.equal(launch_copied(x, copies), copied_reference(x, copies))
     assert_rule("sum", launch_summed(d, copies), summed_reference(d, copies), summed_reference(d.double(), copies), 2)
 
 
@@ -66,7 +63,6 @@ def test_large_shapes_streams_and_graphs() -> None:
     copies = Copies.of(np.concatenate(index), int(bounds[-1]), torch.device("cuda"))
     qkv = torch.randn(int(bounds[-1]), 48, 128, device="cuda", dtype=torch.bfloat16)
     d = torch.randn(copies.index.numel(), 8, 128, device="cuda", dtype=torch.bfloat16)
-    assert torch.equal(copied(qkv[:, 32:40], copies), copied_reference(qkv[:, 32:40], copies))
     assert_rule("sum", summed(d, copies), summed_reference(d, copies), summed_reference(d.double(), copies), 2)
     assert_survives_stream_and_graph(lambda: (copied(qkv[:, 32:40], copies), summed(d, copies)))
     wide = torch.zeros(2**20 + 1, 2, 1024, device="cuda", dtype=torch.bfloat16)

@@ -138,7 +138,6 @@ CASES = [
     Case("logprobs:_jacobian_kernel", "*fp32:16 *bf16:16 *fp32:16 *fp32:16 *bf16:16 i32:16 fp32 i32:16 i32:16",
          {"BLOCK": 1024}, {}),
     Case("logprobs:_scale_rows_kernel", "*bf16:16 *fp32:16 *bf16:16 i32:16", {"BLOCK": 1024}, {}),
-    Case("copies:_copy_rows", B + "*i32:16 " + B + "i32 i32:16", {"C": 1024, "BLOCK": 1024, "ROWS": 2}, {}),
     Case("copies:_sum_rows", B + "*i32:16 *i32:16 " + B + "i32 i32:16", {"C": 1024, "BLOCK": 1024, "ROWS": 2}, {}),
     Case("lse_merge:_merge_kernel", "*bf16:16 *fp32:16 *bf16:16 *fp32:16" + " i32:16" * 6, {"BLOCK": 128},
          {"num_warps": 1}),

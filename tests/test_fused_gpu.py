@@ -160,7 +160,8 @@ def test_graphs_give_what_launches_give(nf4: bool, tmp_path: Any) -> None:
         policy.fused.graphs = graphs
         assert float((made - want).norm() / want.norm()) < 5e-3
         policy.flat.flat.data.add_(torch.randn_like(policy.flat.flat) * 1e-3)
-    assert len(graphs._graphs) == 3, "buckets are used again"
+    assert len(graphs._graphs) == 2, "buckets are used again"
+    assert graphs.bytes > 0
     first, second = batch_of([60, 50], g), batch_of([30, 80], g)
     want = gradient_of(policy, first) + gradient_of(policy, second)
     policy.flat.zero_grad()

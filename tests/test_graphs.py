@@ -19,7 +19,7 @@ from torch import Tensor
 from rlft.batch import count, pack
 from rlft.kernels import attention_backends
 from rlft.kernels.attention import Keys, Sequences, varlen_attention, varlen_attention_reference
-from rlft.kernels.copies import Copies, launch_copied, launch_summed, summed_reference
+from rlft.kernels.copies import Copies, copied, launch_summed, summed_reference
 from rlft.models import graphs
 from rlft.models.policy import Policy
 from rlft.types import Batch, PackPlan, Prompt, Rollout
@@ -112,7 +112,7 @@ def test_kernels_read_no_more_of_the_buffers_than_was_filled() -> None:
         static, number = graph.keys[None].copies, fresh.index.numel()
         x, d = (torch.randn(n, 1, 4, generator=g).to(DEVICE) for n in (rows, 5 * rows))
         d[number:] = math.nan
-        assert torch.equal(launch_copied(x, static)[:number], x[fresh.index.long()])
+        assert torch.equal(copied(x, static)[:number], x[fresh.index.long()])
         assert torch.allclose(launch_summed(d, static), summed_reference(d[:number], fresh), atol=1e-5)
 
 

@@ -23,12 +23,15 @@ WORKS = recorded.WORKS
 
 
 def test_every_process_draws_the_same_rollouts_as_long_as_the_peers_figures_say() -> None:
-    plain, outlier = (recorded.recorded(WORKS[f"grpo-step/{name}"], "slab") for name in ("lognormal", "outlier"))
+    plain, outlier, median = (
+        recorded.recorded(WORKS[f"grpo-step/{name}"], "slab") for name in ("lognormal", "outlier", "lognormal-median")
+    )
     assert plain == recorded.recorded(WORKS["grpo-step/lognormal"], "slab")
     lengths = [len(ids) for ids in plain.completions]
     # 87,656 real tokens on the machine where the peers were measured; float32 rounds otherwise elsewhere.
     assert plain.tokens == 64 * 256 + sum(lengths) == pytest.approx(87_656, rel=1e-3)
     assert min(lengths) >= 16 and max(lengths) == 8000 and len(plain.prompts) == 8
+    assert median.padded / median.tokens == pytest.approx(3.31, abs=0.02)  # of plain 6.03; the median of seeds 3.34
     assert [len(ids) for ids in outlier.completions] == [16_384 if i == 5 else n for i, n in enumerate(lengths)]
     assert all(ids[-1] == recorded.EOS and recorded.EOS not in ids[:-1] for ids in plain.completions)
     assert all(0 < sum(plain.rewards[g : g + 8]) < 8 for g in range(0, 64, 8))  # no group teaches nothing

@@ -92,7 +92,8 @@ def trl(shape: str, micro: int, desk: Desk) -> None:
             phases.begin("sync")
 
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-            phases.end(desk, sampled[0], f"micro-batches of {micro}, {SHARE:.0%} of the card for vLLM")
+            note = f"bf16 base, micro-batches of {micro}, {SHARE:.0%} of the card for vLLM"
+            phases.end(desk, sampled[0], f'{note}; its correction for vLLM takes one more pass, "old"')
 
     def rollout(prompts: list[str], trainer: Any) -> dict[str, Any]:
         phases.enter("rollout")
@@ -162,7 +163,8 @@ class Marked:
         self._engine.load_adapter(tensors, version)
         if version:
             fused = self.session.policy.fused
-            note = f"{getattr(self._engine, 'choice', '')}; micro-batches of {self.session.plan.budget} tokens"
+            how = f"NF4 base; {getattr(self._engine, 'choice', '')}"
+            note = f"{how}; micro-batches of {self.session.plan.budget} tokens"
             self._phases.end(self._desk, self._tokens, f"{note}; training: {fused.ran if fused else 'not planned'}")
 
     def close(self) -> None:
@@ -222,7 +224,8 @@ def measure(stack: str, shape: str, micro: int, path: str, iterations: int) -> l
     made += [row(WORK, stack, f"{name}_GiB", value, "GiB", "in use on the card, as the driver says")
              for name, value in kept[-1]["most"].items()]  # fmt: skip
     if most := kept[-1]["most"]:
-        made.append(row(WORK, stack, "peak_GiB", max(most.values()), "GiB", "in use on the card, as the driver says"))
+        about = "in use on the card, as the driver says; most of it follows from the share that vLLM is given"
+        made.append(row(WORK, stack, "peak_GiB", max(most.values()), "GiB", about))
     for r in made:
         print(r["work"], stack, r["metric"], r["value"], r["note"], flush=True)
     return made

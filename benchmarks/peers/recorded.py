@@ -2,7 +2,9 @@
 
     trl           TRL's GRPOTrainer, DPOTrainer and SFTTrainer over transformers + PEFT + bitsandbytes, SDPA, gradient
                   checkpointing, micro-batches of 8 sequences (4 pairs; one pack of 8,192 tokens)
-    unsloth       the same trainers with Unsloth's model, Unsloth imported first
+    trl-tuned     the same with flash-attn-4 and micro-batches of one sequence (one pair): rows as long as these fill a
+                  GPU alone, so this takes the least memory and no more time
+    unsloth       the trainers of "trl" with Unsloth's model, Unsloth imported first
     unsloth-rows  no trainer: Unsloth's model with its loss from labels, one row after the other, and AdamW; what its
                   GRPO step could come down to without padding
     rlft          rlft.train.loop over an engine that hands out the recorded rollouts
@@ -10,7 +12,8 @@
 What is measured begins when the rollouts are handed over (the return of `rollout_func`, or of `engine.generate`) and
 ends with the optimiser step. In it: padding or packing, rewards (recorded, a list), advantages, reference log-probs,
 forward, backward, clip, AdamW. Not in it: sampling, logging, and, of TRL's DPO and SFT trainers only, collating, which
-transformers does before it says that a step begins.
+transformers does before it says that a step begins. GRPO's loss is without a correction for the sampler in all stacks,
+since TRL's has none without its own vLLM.
 """
 
 from __future__ import annotations
@@ -29,7 +32,8 @@ ROWS = 64
 PACK = 8192
 """Tokens of a pack in SFT, of the stacks that pack to a length."""
 MICRO = {"grpo": 8, "dpo": 4, "sft": 1}
-"""`per_device_train_batch_size` of TRL and Unsloth: sequences, pairs, packs."""
+"""`per_device_train_batch_size` of TRL and Unsloth."""
+UNITS = {"grpo": "sequences", "dpo": "pairs", "sft": "packs"}
 EOS = 2
 
 
@@ -44,10 +48,15 @@ class Work(NamedTuple):
     """Completions per prompt."""
     outlier: int = 0
     """Tokens of one completion that is longer than the others; 0: none."""
+    seed: int = 0
+    """Of the lengths and the tokens."""
 
 
 WORKS = {
     "grpo-step/lognormal": Work("grpo", 256, 8),
+    # Seed 0 has a longest completion of 8,000 tokens, and padding makes 6.0 times as many tokens of it; the median of
+    # 1,000 seeds is 3.3 times, and 3,911 tokens. Of the seeds, 14 is next to the median in both and in the mean.
+    "grpo-step/lognormal-median": Work("grpo", 256, 8, seed=14),
     "grpo-step/lognormal-p1024": Work("grpo", 1024, 8),
     "grpo-step/outlier": Work("grpo", 256, 8, outlier=16_384),
     "dpo-step/lognormal": Work("dpo", 256, 2),
@@ -66,7 +75,7 @@ class Recorded(NamedTuple):
 
     @property
     def tokens(self) -> int:
-        """Real tokens: every completion with its own prompt."""
+        """Real tokens: every completion with its own prompt, also where a stack runs a prompt once per group."""
         group = len(self.completions) // len(self.prompts)
         return group * sum(map(len, self.prompts)) + sum(map(len, self.completions))
 
@@ -77,10 +86,10 @@ class Recorded(NamedTuple):
 
 
 def recorded(work: Work, shape: str) -> Recorded:
-    """The rollouts of a work, the same in every process: lengths lognormal with a mean of about 1,100 tokens, 16 to
-    8,000, random tokens, EOS at the end. shared/gpu/peer_grpo.py draws the same lengths."""
+    """The rollouts of a work, the same in every process: lengths lognormal with a mean of 1,000 tokens (1,113 drawn
+    with seed 0), 16 to 8,000, random tokens, EOS at the end. shared/gpu/peer_grpo.py draws the same lengths."""
     scale, words = SCALE.get(shape, 1), min(150_000, SHAPES[shape]["vocab_size"])
-    g = torch.Generator().manual_seed(0)
+    g = torch.Generator().manual_seed(work.seed)
     mean = 1000 / scale
     lengths = torch.exp(torch.randn(ROWS, generator=g) * 0.7 + math.log(mean) - 0.245)
     lengths = lengths.clamp(max(2, 16 // scale), 8 * mean).long()
@@ -106,8 +115,9 @@ def _text(ids: tuple[int, ...]) -> str:
     return " ".join("<eos>" if i == EOS else str(i) for i in ids)
 
 
-def trainer_of(kind: str, shape: str, model: Any, desk: Desk, **more: Any) -> Any:
-    """TRL's trainer for a kind of step, which waits at the desk before each. more: other arguments of the trainer."""
+def trainer_of(kind: str, shape: str, model: Any, desk: Desk, micro: int, **more: Any) -> Any:
+    """TRL's trainer for a kind of step, which waits at the desk before each. micro: sequences, pairs or packs per
+    micro-batch. more: other arguments of the trainer."""
     import trl
     from datasets import Dataset
     from transformers import TrainerCallback
@@ -126,7 +136,7 @@ def trainer_of(kind: str, shape: str, model: Any, desk: Desk, **more: Any) -> An
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:
             if not self.handed:
                 raise RuntimeError("the trainer did not call rollout_func")
-            desk.stop()
+            desk.stop(note=note)
 
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
             if logs and "grad_norm" in logs:
@@ -134,10 +144,12 @@ def trainer_of(kind: str, shape: str, model: Any, desk: Desk, **more: Any) -> An
 
     common: dict[str, Any] = {
         "output_dir": tempfile.mkdtemp(), "max_steps": 1_000_000, "learning_rate": 1e-6, "report_to": [],
-        "save_strategy": "no", "logging_steps": 1, "disable_tqdm": True, "per_device_train_batch_size": MICRO[kind],
+        "save_strategy": "no", "logging_steps": 1, "disable_tqdm": True, "per_device_train_batch_size": micro,
         "use_cpu": DEVICE == "cpu",
     }  # fmt: skip
     steps = Steps()
+    attention = getattr(model.config, "_attn_implementation", "its own")
+    note = f"micro-batches of {micro} {UNITS[kind]}, attention {attention}"
     more |= {"callbacks": [steps], "processing_class": tokenizer_of(shape)}
     work = next(work for work in WORKS.values() if work.kind == kind)
     data = recorded(work, shape)
@@ -157,14 +169,18 @@ def trainer_of(kind: str, shape: str, model: Any, desk: Desk, **more: Any) -> An
         def reward(completions: list[Any], **columns: Any) -> list[float]:
             return data.rewards
 
+        def refused(*args: Any, **kwargs: Any) -> Any:
+            raise RuntimeError("the trainer samples by itself: it did not call rollout_func")
+
+        model.generate = refused
         config = trl.GRPOConfig(
-            **common, gradient_accumulation_steps=ROWS // MICRO[kind], num_generations=work.group,
+            **common, gradient_accumulation_steps=ROWS // micro, num_generations=work.group,
             max_completion_length=32_768, shuffle_dataset=False,
         )  # fmt: skip
         rows = Dataset.from_dict({"prompt": [_text(ids) for ids in data.prompts]})
         return trl.GRPOTrainer(model, [reward], config, train_dataset=rows, rollout_func=rollout, **more)
     if kind == "dpo":
-        config = trl.DPOConfig(**common, gradient_accumulation_steps=ROWS // 2 // MICRO[kind], max_length=None)
+        config = trl.DPOConfig(**common, gradient_accumulation_steps=ROWS // 2 // micro, max_length=None)
         texts = [" " + _text(ids) for ids in data.completions]
         columns = {"prompt": [_text(ids) for ids in data.prompts], "chosen": texts[::2], "rejected": texts[1::2]}
         return trl.DPOTrainer(model, args=config, train_dataset=Dataset.from_dict(columns), **more)
@@ -173,22 +189,32 @@ def trainer_of(kind: str, shape: str, model: Any, desk: Desk, **more: Any) -> An
         **common, gradient_accumulation_steps=ROWS, max_length=PACK // SCALE.get(shape, 1), packing=True
     )
     rows = Dataset.from_dict({"input_ids": [list(ids) for ids in data.completions]})
-    return trl.SFTTrainer(model, args=config, train_dataset=rows, **more)
+    trainer = trl.SFTTrainer(model, args=config, train_dataset=rows, **more)
+    note += f", {len(trainer.train_dataset)} of them of {ROWS} texts"
+    return trainer
+
+
+def _run(trainer: Any, desk: Desk) -> None:
+    desk.loaded()
+    trainer.train()
 
 
 def trl(kind: str, shape: str, desk: Desk) -> None:
-    trainer = trainer_of(kind, shape, base_of(shape, DEVICE == "cuda"), desk, peft_config=lora())
-    desk.loaded()
-    trainer.train()
+    model = base_of(shape, DEVICE == "cuda")
+    _run(trainer_of(kind, shape, model, desk, MICRO[kind], peft_config=lora()), desk)
+
+
+def trl_tuned(kind: str, shape: str, desk: Desk) -> None:
+    model = base_of(shape, DEVICE == "cuda", "flash_attention_4" if DEVICE == "cuda" else "sdpa")
+    _run(trainer_of(kind, shape, model, desk, 1, peft_config=lora()), desk)
 
 
 def unsloth(kind: str, shape: str, desk: Desk) -> None:
-    trainer = trainer_of(kind, shape, unsloths_model(shape, True), desk)
-    desk.loaded()
-    trainer.train()
+    _run(trainer_of(kind, shape, unsloths_model(shape, True), desk, MICRO[kind]), desk)
 
 
 def unsloth_rows(kind: str, shape: str, desk: Desk) -> None:
+    """One micro-batch per row; the loss of each is its mean, since labels give no other weights."""
     assert kind == "grpo", "labels give no pair's margin, and no mean over a pack"
     model = unsloths_model(shape, True)
     model.train()
@@ -328,9 +354,10 @@ def rlft(kind: str, shape: str, desk: Desk) -> None:
 
     work = next(work for work in WORKS.values() if work.kind == kind)
     quantised = {"quantization": "nf4", "dtype": "bfloat16"} if DEVICE == "cuda" else {}
+    algo = Algo(kind, {"correction": "none"} if kind == "grpo" else {})
     cfg = Config(
         path_of(shape), Data("recorded"), tempfile.mkdtemp(), steps=1_000_000, prompts_per_step=ROWS // work.group,
-        algo=Algo(kind), sampling=Sampling(group_size=work.group, max_tokens=32_768), lora=Lora(rank=16, alpha=32),
+        algo=algo, sampling=Sampling(group_size=work.group, max_tokens=32_768), lora=Lora(rank=16, alpha=32),
         optim=Optim(lr=1e-6), **quantised,
     )  # fmt: skip
     model = attach_lora(load_base(cfg, torch.device(DEVICE)), cfg.lora, cfg.seed)
@@ -346,5 +373,5 @@ def rlft(kind: str, shape: str, desk: Desk) -> None:
 
 
 STACKS: dict[str, Callable[[str, str, Desk], None]] = {
-    "trl": trl, "unsloth": unsloth, "unsloth-rows": unsloth_rows, "rlft": rlft
+    "trl": trl, "trl-tuned": trl_tuned, "unsloth": unsloth, "unsloth-rows": unsloth_rows, "rlft": rlft
 }  # fmt: skip

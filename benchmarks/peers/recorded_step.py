@@ -4,16 +4,17 @@
 
 `recorded.py` says what each stack runs and what is measured.
 
-First trl, unsloth and rlft in turn, a process each, all kept alive; then rlft again, in turn: held to the memory that
-each of the others took, and slowed down a part at a time, so that its ratio can be told apart:
+First trl, unsloth and rlft in turn, a process each, all kept alive; then rlft again, in turn, a few minutes later: held
+to the memory that each of the others took, and slowed down a part at a time, so that its ratio can be told apart:
 
     rlft-no-prefix   every row has its own prompt
     rlft-one-row     and every row is a micro-batch
     rlft-padded      instead of that: rows as long as the longest, in micro-batches of 8, as TRL has them
 
-Each stack gives its cached memory back before another one works; steps under 10 s are therefore run twice and the
-second is measured. `--fa4 PATHS` is put before PYTHONPATH for rlft, `--unsloth PATH` for Unsloth. A stack that fails is
-a row "failed" with what it said. One results file per work, written when the work is done.
+`--stacks` may also name trl-tuned and unsloth-rows. Each stack gives its cached memory back before another one works;
+steps under 10 s are therefore run twice and the second is measured. `--fa4 PATHS` is put before PYTHONPATH for rlft and
+trl-tuned, `--unsloth PATH` for Unsloth. A stack that fails is a row "failed" with what it said. One results file per
+work, written after every round.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ TIMEOUT = 240.0
 """Seconds for one answer, loading included; also what ends a trainer that samples by itself."""
 FEW = {"grpo-step/outlier": 2}
 """Repeats where three would take too long."""
+PEERS = ("trl", "trl-tuned", "unsloth", "unsloth-rows")
 TRIES = 3
 """Budgets that are tried until a peak is no higher than it may be."""
 
@@ -61,10 +63,15 @@ class Found:
         self.seconds: list[float] = []
         self.peaks: list[float] = []
         self.note = self.error = ""
+        self.limit: float | None = None
+        """GiB that the peak is not to be above."""
+        self.base = 0.0
+        """GiB of the loaded model with its adapter."""
 
     def add(self, answer: dict[str, Any]) -> None:
         self.seconds.append(answer["seconds"])
         self.peaks.append(answer["peak"])
+        self.base = answer["base"]
         last = "".join(f"; {name} {value:.4g}" for name, value in answer["last"].items())
         self.note = answer.get("note", "") + (f"{last} in the step before" if last else "")
 
@@ -76,17 +83,23 @@ class Found:
     def peak(self) -> float:
         return max(self.peaks)
 
+    @property
+    def held(self) -> bool:
+        """Whether the peak is no higher than it may be."""
+        return self.limit is None or self.peak <= self.limit
+
     def rows(self, work: str, tokens: int) -> Rows:
         if not self.seconds:
-            print(work, self.stack, "failed:", self.error, flush=True)
             return [row(work, self.stack, "failed", 1.0, "", self.error[:400])]
+        over = "" if self.held else f"; ABOVE the {self.limit:.2f} GiB that it was to be held to"
+        failed = f"; failed later: {self.error[:200]}" if self.error else ""
+        where = f"above the loaded model with its adapter, {self.base:.2f} GiB{over}"
+        real = "real tokens, a prompt counted with each of its completions"
         made = [
-            row(work, self.stack, "seconds", self.seconds, "s", self.note.strip("; ")),
-            row(work, self.stack, "peak_GiB", self.peak, "GiB", "above the loaded model with its adapter"),
-            row(work, self.stack, "tokens_per_s", [tokens / s for s in self.seconds], "tokens/s", "real tokens"),
+            row(work, self.stack, "seconds", self.seconds, "s", f"{self.note.strip('; ')}{failed}"),
+            row(work, self.stack, "peak_GiB", self.peak, "GiB", where),
+            row(work, self.stack, "tokens_per_s", [tokens / s for s in self.seconds], "tokens/s", real),
         ]
-        values = ", ".join(f"{r['metric']} {r['value']:g}" for r in made)
-        print(work, self.stack, values, made[0]["note"], flush=True)
         return made
 
 
@@ -99,8 +112,11 @@ def measured(worker: Worker, **question: Any) -> dict[str, Any]:
     return answer
 
 
-def in_turn(asked: list[tuple[Found, Worker, dict[str, Any]]], repeats: int) -> None:
-    """One answer of each that is not kept, and then `repeats` rounds."""
+Asked = tuple[Found, Worker, dict[str, Any]]
+
+
+def in_turn(asked: list[Asked], repeats: int, save: Callable[[], None]) -> None:
+    """One answer of each that is not kept, and then `repeats` rounds; `save` after each."""
     for turn in range(1 + repeats):
         for found, worker, question in asked:
             if found.error:
@@ -111,11 +127,13 @@ def in_turn(asked: list[tuple[Found, Worker, dict[str, Any]]], repeats: int) -> 
                   found.error, flush=True)  # fmt: skip
             if turn and not found.error:
                 found.add(answer)
+        if turn:
+            save()
 
 
-def budgeted(found: Found, worker: Worker, work: str, limit: float) -> tuple[Found, Worker, dict[str, Any]]:
+def budgeted(found: Found, worker: Worker, work: str, limit: float) -> Asked:
     """The question that keeps rlft's peak at `limit` GiB: what the plan does not foresee is taken off."""
-    peak = limit
+    peak = found.limit = limit
     for _ in range(TRIES):
         answer = worker.ask(TIMEOUT, work=work, peak=peak)
         if answer.get("error") or answer["peak"] <= limit:
@@ -124,8 +142,8 @@ def budgeted(found: Found, worker: Worker, work: str, limit: float) -> tuple[Fou
     return found, worker, {"work": work, "peak": peak}
 
 
-def variants(work: str, worker: Worker, peers: list[Found], tokens: int) -> list[tuple[Found, Worker, dict[str, Any]]]:
-    """rlft at the others' memory, and with a part of it switched off."""
+def variants(work: str, worker: Worker, peers: list[Found], tokens: int) -> list[Asked]:
+    """rlft at the others' memory, and with a part of it switched off; the one that takes most memory last."""
     asked = [
         budgeted(Found(f"rlft-at-{peer.stack}-memory"), worker, work, peer.peak) for peer in peers
         if peer.seconds and peer.peak
@@ -142,25 +160,27 @@ def variants(work: str, worker: Worker, peers: list[Found], tokens: int) -> list
 
 
 def split(work: str, found: dict[str, Found]) -> Rows:
-    """How many times faster each part makes the step: kernels, packing, prefix, and all of them."""
+    """How many times faster rlft is than each of the others, at the others' memory and at its own choice; and what of
+    the ratio to TRL is the same padded rows ("kernels": with attention, recomputing and the host's part), packing, and
+    prefix."""
     parts = {
-        "times_all": ("trl", "rlft"), "times_kernels": ("trl", "rlft-padded"),
-        "times_packing": ("rlft-padded", "rlft-no-prefix"), "times_prefix": ("rlft-no-prefix", "rlft"),
-        "times_unsloth": ("unsloth", "rlft"),
+        "times_kernels": ("trl", "rlft-padded"), "times_packing": ("rlft-padded", "rlft-no-prefix"),
+        "times_prefix": ("rlft-no-prefix", "rlft"),
     }  # fmt: skip
+    for peer in PEERS:
+        parts |= {f"times_{peer}": (peer, "rlft"), f"times_{peer}_at_its_memory": (peer, f"rlft-at-{peer}-memory")}
     made = []
     for metric, (slow, fast) in parts.items():
-        if all(name in found and found[name].seconds for name in (slow, fast)):
+        if all(name in found and found[name].seconds and found[name].held for name in (slow, fast)):
             ratio = found[slow].median / found[fast].median
             made.append(row(work, "rlft", metric, ratio, "times", f"seconds of {slow} / seconds of {fast}"))
-            print(work, metric, made[-1]["value"], flush=True)
     return made
 
 
 def measure(
     work: str, shape: str, workers: dict[str, Worker], repeats: int, skip: list[str], save: Callable[[Rows], None]
 ) -> None:
-    """save: called with the rows there are, first after the stacks' own rounds and then with all."""
+    """save: called with the rows that there are."""
     import recorded
 
     data = recorded.recorded(recorded.WORKS[work], shape)
@@ -168,18 +188,28 @@ def measure(
     note = f"{len(data.completions)} rollouts, longest completion {longest}; padded to that {data.padded}"
     about = [row(work, "data", "tokens", float(data.tokens), "tokens", note)]
     print(work, about[0]["value"], note, flush=True)
-    asked = [(Found(stack), worker, {"work": work}) for stack, worker in workers.items()]
-    in_turn(asked, repeats)
-    save(about + [r for found, *_ in asked for r in found.rows(work, data.tokens)])
+    asked: list[Asked] = [(Found(stack), worker, {"work": work}) for stack, worker in workers.items()]
+
+    def saved() -> None:
+        all_ = [found for found, *_ in asked if found.seconds or found.error]
+        rows = about + [r for found in all_ for r in found.rows(work, data.tokens)]
+        save(rows + split(work, {found.stack: found for found in all_}))
+
+    in_turn(asked, repeats, saved)
     if "rlft" not in workers or workers["rlft"].error:
         return
     peers = [found for found, *_ in asked if found.stack != "rlft"]
     micro = recorded.MICRO["grpo"] * data.padded // len(data.completions)
     more = [each for each in variants(work, workers["rlft"], peers, micro) if each[0].stack not in skip]
-    in_turn(more, repeats)
-    all_ = [found for found, *_ in asked + more]
-    rows = about + [r for found in all_ for r in found.rows(work, data.tokens)]
-    save(rows + split(work, {found.stack: found for found in all_}))
+    asked += more
+    # Apart: it may run out of memory, and the process with it.
+    in_turn([each for each in more if each[0].stack != "rlft-padded"], repeats, saved)
+    in_turn([each for each in more if each[0].stack == "rlft-padded"], repeats, saved)
+    for found, *_ in asked:
+        for r in found.rows(work, data.tokens):
+            print(work, found.stack, r["metric"], r["value"], r["note"], flush=True)
+    for r in split(work, {found.stack: found for found, *_ in asked}):
+        print(work, r["metric"], r["value"], flush=True)
 
 
 def main() -> None:
@@ -196,7 +226,7 @@ def main() -> None:
     args = parser.parse_args()
     make = f"import sys; sys.path.insert(0, {str(HERE)!r}); import stacks; stacks.make({args.shape!r})"
     subprocess.run([sys.executable, "-c", make], check=True)
-    paths = {"rlft": args.fa4, "unsloth": args.unsloth, "unsloth-rows": args.unsloth}
+    paths = {"rlft": args.fa4, "trl-tuned": args.fa4, "unsloth": args.unsloth, "unsloth-rows": args.unsloth}
     for kind in dict.fromkeys(recorded.WORKS[work].kind for work in args.works):
         workers = {
             stack: Worker(stack, [__file__, "--worker", stack, kind, args.shape], paths.get(stack, ""))
@@ -205,7 +235,7 @@ def main() -> None:
         for work in (work for work in args.works if recorded.WORKS[work].kind == kind):
 
             def save(rows: Rows, name: str = work.replace("/", "_").replace("-", "_")) -> None:
-                print(write(name, rows, args.out, args.commit), flush=True)
+                write(name, rows, args.out, args.commit)
 
             measure(work, args.shape, workers, args.repeats or FEW.get(work, 3), args.skip, save)
         for each in workers.values():

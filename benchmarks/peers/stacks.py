@@ -81,8 +81,8 @@ def tokenizer_of(shape: str) -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>", eos_token="<eos>", unk_token="<pad>")
 
 
-def base_of(shape: str, nf4: bool) -> Any:
-    """transformers' model in bf16, or with linear layers quantised by bitsandbytes."""
+def base_of(shape: str, nf4: bool, attention: str = "sdpa") -> Any:
+    """transformers' model in bf16, or with linear layers quantised by bitsandbytes. attention: its back end."""
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     quantised = BitsAndBytesConfig(
@@ -91,7 +91,7 @@ def base_of(shape: str, nf4: bool) -> Any:
     )  # fmt: skip
     return AutoModelForCausalLM.from_pretrained(
         path_of(shape), quantization_config=quantised if nf4 else None, dtype=torch.bfloat16,
-        device_map={"": 0 if DEVICE == "cuda" else DEVICE}, attn_implementation="sdpa",
+        device_map={"": 0 if DEVICE == "cuda" else DEVICE}, attn_implementation=attention,
     )  # fmt: skip
 
 

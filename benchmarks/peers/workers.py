@@ -122,7 +122,7 @@ class Desk:
         self._began = time.perf_counter()
 
     def stop(self, apart: int = 0, **more: Any) -> None:
-        """What is measured is over. apart: bytes that the allocator's peak does not count."""
+        """What is measured is over. apart: bytes that the allocator's peak does not count. more: of the answer."""
         import torch
 
         peak = 0.0
@@ -131,7 +131,7 @@ class Desk:
         seconds = time.perf_counter() - self._began
         if torch.cuda.is_available():
             peak = (torch.cuda.max_memory_allocated() - self.base + apart) / GIB
-        self.answer(seconds=seconds, peak=peak, last=self.last, **more)
+        self.answer(seconds=seconds, peak=peak, base=self.base / GIB, last=self.last, **more)
 
     @contextlib.contextmanager
     def failures(self) -> Iterator[None]:

@@ -2,9 +2,10 @@
 
     copy_i = x_{index_i}, i < N                 dx_t = sum of dcopy_i over the i with index_i = t
 
-Where each row's copies are is listed beforehand, so that one program adds them up, in fp32, rounded once and without
-atomics: two runs give the same bits. A row without a copy gets 0. Bytes per copy of a row of C 2-byte elements: 4 C
-forward; backward 2 C, and 2 C per row.
+The copies are PyTorch's own gather, which runs at a copy's speed. Its scatter does not, and adds up with atomics in the
+rows' type. Here it is listed beforehand where each row's copies are, so that one program adds them up, in fp32, rounded
+once: two runs give the same bits. A row without a copy gets 0. Bytes of the sum: 2 C per copy of a row of C 2-byte
+elements, and 2 C per row.
 """
 
 from __future__ import annotations
@@ -48,23 +49,9 @@ class Copies(NamedTuple):
         return cls(*(place[: part.size] for place, part in zip(places, parts, strict=True)))
 
 
-def copied_reference(x: Tensor, copies: Copies) -> Tensor:
-    """`copied` in plain PyTorch."""
-    return x[copies.index.long()]
-
-
 def summed_reference(d: Tensor, copies: Copies) -> Tensor:
     """`summed` in plain PyTorch, added up in the gradients' own type."""
     return d.new_zeros(copies.starts.numel() - 1, *d.shape[1:]).index_add(0, copies.index.long(), d)
-
-
-@jit
-def _copy_rows(x, index, out, N, x_stride, C: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr):
-    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    columns = tl.arange(0, BLOCK)[None, :]
-    of = tl.load(index + rows, mask=rows < N, other=0).to(tl.int64)[:, None]
-    mask = (rows < N)[:, None] & (columns < C)
-    tl.store(out + rows[:, None] * C + columns, tl.load(x + of * x_stride + columns, mask=mask), mask=mask)
 
 
 @jit
@@ -81,34 +68,24 @@ def _sum_rows(d, starts, order, out, T, d_stride, C: tl.constexpr, BLOCK: tl.con
     tl.store(out + rows[:, None] * C + columns, total, mask=(rows < T)[:, None] & (columns < C))
 
 
-def _launch(kernel: object, rows: int, x: Tensor, *rest: Tensor, out: Tensor) -> None:
-    flat, width = x.flatten(1), x[0].numel() if x.shape[0] else 0
-    if rows and width:
-        block = power_of_2(width)
-        each = max(1, ELEMENTS // block)
-        with on_device(x):
-            kernel[(-(-rows // each),)](flat, *rest, out, rows, flat.stride(0), C=width, BLOCK=block, ROWS=each)  # type: ignore[index]
-
-
-def launch_copied(x: Tensor, copies: Copies) -> Tensor:
-    """`copied` by the kernel."""
-    out = x.new_empty(copies.index.numel(), *x.shape[1:])
-    _launch(_copy_rows, out.shape[0], x, copies.index, out=out)
-    return out
-
-
 def launch_summed(d: Tensor, copies: Copies) -> Tensor:
     """`summed` by the kernel."""
-    shape = (copies.starts.numel() - 1, *d.shape[1:])
-    # Without a copy there is no launch.
-    out = d.new_empty(shape) if d.numel() else d.new_zeros(shape)
-    _launch(_sum_rows, out.shape[0], d, copies.starts, copies.order, out=out)
+    rows = copies.starts.numel() - 1
+    if not d.numel():
+        return d.new_zeros(rows, *d.shape[1:])
+    flat, out = d.flatten(1), d.new_empty(rows, *d.shape[1:])
+    block = power_of_2(flat.shape[1])
+    each = max(1, ELEMENTS // block)
+    with on_device(d):
+        _sum_rows[(-(-rows // each),)](
+            flat, copies.starts, copies.order, out, rows, flat.stride(0), C=flat.shape[1], BLOCK=block, ROWS=each
+        )
     return out
 
 
 def copied(x: Tensor, copies: Copies) -> Tensor:
-    """x [T, ...] -> the copies [N, ...]. Rows may lie apart; inside they are contiguous, or x is copied first."""
-    return launch_copied(x, copies) if on_gpu("copied", x=x, index=copies.index) else copied_reference(x, copies)
+    """x [T, ...] -> the copies [N, ...]. Rows may lie apart."""
+    return x[copies.index.long()]
 
 
 def summed(d: Tensor, copies: Copies) -> Tensor:

@@ -207,6 +207,8 @@ class Graphs:
         graph = self._graphs.pop(key, None)
         if graph is None or graph.version != store.version:
             self._pool = self._pool or torch.cuda.graph_pool_handle()
+            # Capturing gives back what the allocator caches, which would hide what the graph takes.
+            torch.cuda.empty_cache()
             before = torch.cuda.memory_reserved(x.device)
             graph = _Graph(layers, store, adapter, plan, gradients, x, tables, size, self._pool)
             self.bytes += max(0, torch.cuda.memory_reserved(x.device) - before)
