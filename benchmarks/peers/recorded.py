@@ -282,6 +282,7 @@ class Replayed:
 
     def _plan(self, question: dict[str, Any]) -> None:
         """Memory, tokens per micro-batch and sharing as the question says; by default as a run has them."""
+        from rlft.models.fused import STEP
         from rlft.session import plan_of
 
         s, allowed = self.session, question.get("peak")
@@ -290,8 +291,12 @@ class Replayed:
             # Gradient and moments are there already; what a pass may take comes on top.
             rest = torch.cuda.memory_allocated() - self._desk.base - fused.store.bytes
             budget = None if allowed is None else allowed * GIB - rest
-            if budget != fused.budget and fused.graphs is not None:
-                fused.graphs.clear()
+            # In steps, since what is allocated differs by bytes from question to question.
+            budget = None if budget is None else budget // STEP * STEP
+            if budget != fused.budget:
+                fused.store.release()
+                if fused.graphs is not None:
+                    fused.graphs.clear()
             fused.budget = budget
         plan = plan_of(s.cfg, s.algorithm, s.policy)
         s.plan = replace(plan, share_prefix=question.get("share", True), budget=question.get("tokens") or plan.budget)

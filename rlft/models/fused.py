@@ -151,8 +151,12 @@ class FusedDecoder:
             return self.plan
         device = self.norm.weight.device
         host = memory.host_free() if device.type == "cuda" else 0.0
-        keys = -(-keys // KEYS) * KEYS
-        return memory.choose(self.shape, rows, rows if trained is None else trained, self.available(), host, keys)
+        # Rounded up by 3% at most, so that plans are found again: a new one takes the host milliseconds.
+        step = max(64, 1 << max(0, rows.bit_length() - 6))
+        rows, trained, keys = (
+            -(-n // each) * each for n, each in ((rows, step), (rows if trained is None else trained, step), (keys, KEYS))
+        )
+        return memory.choose(self.shape, rows, trained, self.available(), host, keys)
 
     def available(self) -> float:
         """Bytes that a pass may take on the device now."""

@@ -256,7 +256,16 @@ def choose(s: Shape, rows: int, trained: int, budget: float, host: float, keys: 
     order = (0, 1, 2, 4, 3, 5) if host > 0 else (0, 1, 2, 3)
     best: tuple[float, Plan] | None = None
     for how in _settings():
+        def peak(level: int, how: _Setting = how) -> int:
+            return evaluate(s, rows, trained, (s.layers, level, level), how, keys).peak
+
+        fits = {level for level in order if peak(level) <= budget}
         for upper, lower in combinations(order, 2):
+            if lower not in fits:
+                continue
+            # No plan of this pair costs less than one that keeps what `upper` keeps in every layer.
+            if best is not None and _cost(how, (upper,), rows) >= best[0]:
+                continue
 
             def plan(n: int, lower: int = lower, upper: int = upper, how: _Setting = how) -> Plan:
                 return evaluate(s, rows, trained, (n, lower, upper), how, keys)
@@ -270,8 +279,6 @@ def choose(s: Shape, rows: int, trained: int, budget: float, host: float, keys: 
             if n == 0:
                 # Any further pair begins with the same level, or with one that keeps less.
                 break
-        if best is not None and best[0] == 0:
-            break
     if best is not None:
         return best[1]
     *_, smallest = _settings()
