@@ -6,12 +6,14 @@ The step is that of `peers/recorded_step.py`: `rlft.train.loop` from the return 
 on 8 of Qwen3-8B's 36 layers. `slab_breakdown.py` says where the floors are from. "ends" is from the rollouts' arrival
 to the first kernel and from the last one to the hand-over, "gaps" are pauses of the device between two kernels of more
 than 0.1 ms; both are part of "idle".
-`--trace` writes the steps as Chrome traces, with the host's side.
+`--peaks` and `--tokens` hold the step to memory and to sizes of micro-batches, in all combinations; `--trace` writes
+the steps as Chrome traces, with the host's side.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import sys
 from pathlib import Path
@@ -73,7 +75,8 @@ class Profiled(Desk):
             return
         assert self._profile is not None
         self._profile.stop()
-        name = self.question["work"]
+        limits = (("GiB", self.question["peak"]), ("tokens", self.question["tokens"]))
+        name = "/".join([self.question["work"], *(f"{n:g}-{unit}" for unit, n in limits if n is not None)])
         self.rows += parts(name, self._times, self._profile, f"{note}; peak {peak:.2f} GiB", self._floors(note))
         self.rows += self._pauses(name, ms)
         if self._trace:
@@ -110,7 +113,8 @@ class Profiled(Desk):
 
 def main() -> None:
     parser = arguments(__doc__)
-    parser.add_argument("--peak", type=float, help="GiB above the model that a step may take")
+    parser.add_argument("--peaks", type=float, nargs="*", default=[None], help="GiB above the model")
+    parser.add_argument("--tokens", type=int, nargs="*", default=[None], help="tokens per micro-batch")
     parser.add_argument("--trace", action="store_true")
     parser.add_argument("works", nargs="+", choices=recorded.WORKS)
     args = parser.parse_args()
@@ -118,7 +122,9 @@ def main() -> None:
     if len(kinds) > 1:
         parser.error(f"works of one kind, not of {kinds}: the model is loaded for it")
     stacks.make("slab")
-    desk = Profiled([{"work": w, "peak": args.peak} for w in args.works], args.out if args.trace else None)
+    asked = itertools.product(args.works, args.peaks, args.tokens)
+    questions = [{"work": work, "peak": peak, "tokens": tokens} for work, peak, tokens in asked]
+    desk = Profiled(questions, args.out if args.trace else None)
     with contextlib.suppress(Finished):
         recorded.rlft(*kinds, "slab", desk)
     print(write("recorded_breakdown", desk.rows, args.out, args.commit), flush=True)

@@ -23,6 +23,8 @@ from typing import Any, Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from rlft.upload import upload
+
 FinishReason = Literal["stop", "length"]
 Aggregation = Literal["token_mean", "sequence_mean", "constant", "sequence_sum", "prompt_mean"]
 
@@ -164,7 +166,7 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch with every tensor on `device`."""
-        tensors = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        tensors = {name: upload(value, device) for name, value in vars(self).items() if isinstance(value, Tensor)}
         return replace(self, **tensors)
 
 

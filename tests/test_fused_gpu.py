@@ -301,6 +301,25 @@ def test_shared_prefixes_are_as_near_to_fp64_as_rows_alone(name: str, algo: str)
     assert graphs is not None and graphs._graphs
 
 
+@pytest.mark.parametrize("graphed", [False, True])
+def test_the_host_never_waits_for_the_gpu_within_a_micro_batch(graphed: bool) -> None:
+    """A GPU that has been waited for has nothing to do until the host has caught up."""
+    g = torch.Generator().manual_seed(10)
+    policy = Policy(model_of("qwen3", torch.bfloat16))
+    assert isinstance(policy.fused, FusedDecoder) and policy.fused.graphs is not None
+    batch = groups_of([(40, [90, 83, 76]), (30, [80, 73, 66])], g, 1000)
+    if not graphed:
+        policy.fused.graphs = None
+    for _ in range(3):
+        gradient_of(policy, batch)  # compiled, and captured
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        logprobs, _ = policy.logprobs(batch)
+        (logprobs * batch.to("cuda").weight).sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 @pytest.mark.parametrize("name", ["qwen3", "gemma3"])
 def test_graphs_of_shared_prefixes_are_used_again(name: str) -> None:
     """Groups of other lengths in one bucket, a window among them in Gemma 3, and then no prefix in its place."""

@@ -39,6 +39,7 @@ from rlft.kernels import attention_backends as backends
 from rlft.kernels.copies import Copies, copied, summed
 from rlft.kernels.launch import on_gpu, want
 from rlft.kernels.lse_merge import merge
+from rlft.upload import upload
 
 COPIED = 1.0
 """Copies of prefixes are made where they hold at most this many times the rows of the continuations: see
@@ -93,7 +94,7 @@ class Sequences(NamedTuple):
             continued = [(lengths[p], lengths[i]) for i, p in enumerate(before) if p >= 0]
             copies = bool(continued) and sum(p for p, _ in continued) <= COPIED * sum(n for _, n in continued)
         shared = None if copies else _shared(bounds, before, device)
-        return cls(bounds, before, cu_seqlens.to(device), max(lengths, default=0), shared, copies, {})
+        return cls(bounds, before, upload(cu_seqlens, device), max(lengths, default=0), shared, copies, {})
 
 
 def _shared(bounds: tuple[int, ...], prefix: tuple[int, ...], device: torch.device) -> Shared | None:
@@ -108,7 +109,7 @@ def _shared(bounds: tuple[int, ...], prefix: tuple[int, ...], device: torch.devi
     ends = [bounds[count + 1 + max(i for i, p in enumerate(continued) if p == head)] for head in heads]
     cu_q = [0, *(end - bounds[count] for end in ends)]
     longest = [max(b - a for a, b in pairwise(cu)) for cu in (cu_q, cu_k)]
-    tensors = [torch.tensor(cu, dtype=torch.int32, device=device) for cu in (cu_q, cu_k)]
+    tensors = [upload(torch.tensor(cu, dtype=torch.int32), device) for cu in (cu_q, cu_k)]
     return Shared(bounds[count], bounds[count] + cu_q[-1], cu_k[-1], tensors[0], tensors[1], longest[0], longest[1])
 
 
@@ -247,7 +248,7 @@ class Keys(NamedTuple):
     @classmethod
     def made(cls, index: np.ndarray, bounds: list[int], rows: int, device: torch.device) -> Keys:
         """From `seen`, of so many rows."""
-        cu_k = torch.tensor(bounds, dtype=torch.int32, device=device)
+        cu_k = upload(torch.tensor(bounds, dtype=torch.int32), device)
         return cls(Copies.of(index, rows, device), cu_k, max(b - a for a, b in pairwise(bounds)))
 
 

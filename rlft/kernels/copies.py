@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from rlft.kernels.launch import jit, on_device, on_gpu, power_of_2, tl
+from rlft.upload import upload
 
 ELEMENTS = 2048
 """Elements of a program's tile."""
@@ -40,12 +41,12 @@ class Copies(NamedTuple):
         starts = np.zeros(rows + 1, np.int32)
         np.cumsum(np.bincount(index, minlength=rows), out=starts[1:])
         parts = (index, starts, np.argsort(index, kind="stable"))
-        # One copy to the device, for which the host waits; each part at an address for which nothing is compiled anew.
+        # One copy to the device; each part at an address for which nothing is compiled anew.
         room = [-(-part.size // ALIGN) * ALIGN for part in parts]
         together = np.zeros(sum(room), np.int32)
         for part, start in zip(parts, np.cumsum([0, *room]), strict=False):
             together[start : start + part.size] = part
-        places = torch.from_numpy(together).to(device).split(room)
+        places = upload(torch.from_numpy(together), device).split(room)
         return cls(*(place[: part.size] for place, part in zip(places, parts, strict=True)))
 
 

@@ -153,9 +153,8 @@ class FusedDecoder:
         host = memory.host_free() if device.type == "cuda" else 0.0
         # Rounded up by 3% at most, so that plans are found again: a new one takes the host milliseconds.
         step = max(64, 1 << max(0, rows.bit_length() - 6))
-        rows, trained, keys = (
-            -(-n // each) * each for n, each in ((rows, step), (rows if trained is None else trained, step), (keys, KEYS))
-        )
+        sizes = ((rows, step), (rows if trained is None else trained, step), (keys, KEYS))
+        rows, trained, keys = (-(-size // each) * each for size, each in sizes)
         return memory.choose(self.shape, rows, trained, self.available(), host, keys)
 
     def available(self) -> float:

@@ -28,7 +28,7 @@ from rlft.models.layer import Forward
 from rlft.models.layer_backward import Backward
 from rlft.models.layer_modules import FusedLayer
 from rlft.models.layer_steps import Kept, Pass
-from rlft.models.memory import Plan
+from rlft.models.memory import FLOPS, LAUNCHING, Plan
 from rlft.models.projection import Store
 
 ROWS = 256
@@ -40,17 +40,13 @@ COPIED = 4
 """Keys per row, copies of prefixes included, beyond which a pass is launched."""
 GRAPHS = 16
 """Graphs that are kept at most; the one unused for longest goes first."""
-HOST_SECONDS = 4.5e-3
-"""Launching a layer's forward and backward, seen on an H100 machine."""
-FLOPS = 600e12
-"""Speed of matrix products, for the choice between graph and launches only."""
 
 
 def short(layers: Sequence[FusedLayer], rows: int, keys: int) -> bool:
     """Whether a pass is held up by its launches, padded as it would be, and copies no more than it may. keys: as
     `copied_keys` counts them."""
     weights = sum(p.out * p.in_features for p in layers[0].projections)
-    return keys <= COPIED * rows and 0 < 8 * weights * padded(rows) / FLOPS < 2 * HOST_SECONDS
+    return keys <= COPIED * rows and 0 < 4 * weights * padded(rows) / FLOPS < LAUNCHING
 
 
 def padded(count: int, least: int = ROWS) -> int:

@@ -256,6 +256,7 @@ def choose(s: Shape, rows: int, trained: int, budget: float, host: float, keys: 
     order = (0, 1, 2, 4, 3, 5) if host > 0 else (0, 1, 2, 3)
     best: tuple[float, Plan] | None = None
     for how in _settings():
+
         def peak(level: int, how: _Setting = how) -> int:
             return evaluate(s, rows, trained, (s.layers, level, level), how, keys).peak
 
@@ -290,13 +291,34 @@ BUDGETS = (32768, 24576, 16384, 12288, 8192, 6144, 4096)
 """Tokens per micro-batch that are tried, from the most."""
 
 
-def token_budget(s: Shape, device_bytes: float) -> int:
-    """The most tokens per micro-batch that run without a level above L0; the least of `BUDGETS` where none does.
+LAUNCHING = 4.5e-3
+"""Seconds of the host for launching a layer's forward and backward at L0, seen on an H100 machine."""
+LAUNCHING_MORE = 11e-3
+"""The same with shared prompts, where some layers run parts again: 10 to 13 ms were seen."""
+FLOPS = 600e12
+"""Speed of a layer's matrix products, with what else it does."""
+SHORT = 1.6
+"""How much more `LEVEL_COST` is of the time of short sequences, whose attention is little of it: at 8,192 tokens of an
+8B model L4 takes 20%, and the costs are those of 32,768."""
 
-    More tokens decode the weights less often; a level above L0 costs more than that.
-    """
-    fit = (rows for rows in BUDGETS if not any(choose(s, rows, rows, device_bytes, 0.0).levels))
-    return next(fit, BUDGETS[-1])
+
+def token_budget(s: Shape, device_bytes: float, host_bytes: float) -> int:
+    """Tokens per micro-batch that take the least time per token, the most among equals; the least of `BUDGETS` where
+    none fits. Few tokens are held up by their launches and decode the weights more often, many keep less."""
+    weights = s.hidden * (2 * s.q + 2 * s.kv) + 3 * s.hidden * s.intermediate
+
+    def seconds(rows: int) -> float:
+        plan = choose(s, rows, rows, device_bytes, host_bytes)
+        if plan.peak > device_bytes:
+            return math.inf
+        cost = SHORT * _cost(_Setting(plan.tile, plan.store, plan.chunk_bytes), plan.levels, rows) / 100
+        device = 4 * weights * rows / FLOPS
+        captured = device < LAUNCHING and max(plan.levels) < 4 and plan.store != "group"
+        # To a percent, so that equal ones are equal.
+        return float(f"{max(device * (1 + cost), 0.0 if captured else LAUNCHING_MORE) / rows:.3g}")
+
+    best = min(BUDGETS, key=seconds)
+    return best if seconds(best) < math.inf else BUDGETS[-1]
 
 
 def weight_bytes(model: nn.Module) -> dict[str, int]:

@@ -23,6 +23,7 @@ from rlft.models import memory
 from rlft.models.adapter import FlatAdapter
 from rlft.models.fused import FusedDecoder, fuse
 from rlft.types import Batch
+from rlft.upload import upload
 
 PACKED = "rlft_packed"
 """Our name in transformers' AttentionInterface."""
@@ -102,7 +103,7 @@ class Policy:
         """Tokens per micro-batch that memory allows (`packing.budget = "auto"`)."""
         if self.fused is None or self.device.type == "cpu":
             return memory.BUDGETS[-1]
-        return memory.token_budget(self.fused.shape, self.fused.available())
+        return memory.token_budget(self.fused.shape, self.fused.available(), memory.host_free())
 
     def adapter(self) -> dict[str, Tensor]:
         """PEFT name -> live tensor of the adapter, without alpha / rank (`scales` has that)."""
@@ -116,31 +117,31 @@ class Policy:
     def _forward(self, batch: Batch, entropy_grad: bool = False) -> tuple[Tensor, Tensor]:
         # From the batch as it came, on the CPU where pack made it: nothing has to wait for the GPU.
         sequences = Sequences.of(batch.cu_seqlens, batch.prefix, self.device)
-        batch = batch.to(self.device)
-        rows = batch.train_mask.nonzero().squeeze(1)
-        hidden = self._hidden(batch, sequences, batch.source[rows])
+        trained = batch.train_mask.nonzero().squeeze(1)
+        host = (batch.input_ids, batch.position_ids, trained, batch.source[trained])
+        ids, positions, rows, sources = (upload(t, self.device) for t in host)
+        hidden = self._hidden(ids, positions, sequences, sources)
         plan = None if self.fused is None else self.fused.ran
         chunk_bytes = CHUNK_BYTES if plan is None else plan.chunk_bytes
         workspace = None if self.fused is None else self.fused.store.scratch
         logprobs, entropy = linear_logprobs(
-            hidden, self._head, batch.input_ids[rows], batch.temperature, self._softcap,
+            hidden, self._head, ids[rows], batch.temperature, self._softcap,
             self._logit_scale, chunk_bytes, entropy_grad, workspace,
         )  # fmt: skip
-        zeros = torch.zeros(batch.input_ids.shape, dtype=logprobs.dtype, device=self.device)
+        zeros = torch.zeros(ids.shape, dtype=logprobs.dtype, device=self.device)
         return zeros.index_put((rows,), logprobs), zeros.index_put((rows,), entropy)
 
-    def _hidden(self, batch: Batch, sequences: Sequences, rows: Tensor) -> Tensor:
+    def _hidden(self, ids: Tensor, positions: Tensor, sequences: Sequences, rows: Tensor) -> Tensor:
         """The head's input at `rows`."""
         if self.fused is not None:
-            embedded = self._decoder.get_input_embeddings()(batch.input_ids)
+            embedded = self._decoder.get_input_embeddings()(ids)
             gradients = self.flat.gradients if torch.is_grad_enabled() else None
-            hidden = self.fused.hidden(embedded, batch.position_ids, sequences, gradients, rows.numel())
+            hidden = self.fused.hidden(embedded, positions, sequences, gradients, rows.numel())
             # A norm is of one row: only the rows that are asked for need it.
             return self.fused.final_norm(hidden[rows])
         with self._packed():
             return self._decoder(
-                input_ids=batch.input_ids[None], position_ids=batch.position_ids[None], use_cache=False,
-                sequences=sequences,
+                input_ids=ids[None], position_ids=positions[None], use_cache=False, sequences=sequences
             ).last_hidden_state[0][rows]  # fmt: skip
 
     @contextmanager
