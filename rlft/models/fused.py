@@ -36,6 +36,8 @@ STEP = 64 * 2**20
 """Bytes that budgets are rounded to."""
 KEYS = 1024
 """What numbers of copied keys are rounded to."""
+CAPTURED = 0.25
+"""Share of the memory that a pass in a CUDA graph may take."""
 
 
 class FusedDecoder:
@@ -128,13 +130,12 @@ class FusedDecoder:
         self.ran = plan
         self.store.use(plan.store)
         tables, adapter = self._tables(embedded, position_ids), self.adapter()
-        if graphs is not None and gradients is not None:
+        # A graph keeps the memory of its passes, and those that are launched run beside it.
+        if graphs is not None and gradients and plan.peak <= CAPTURED * (self.available() + graphs.bytes):
             hidden = graphs.run(self.layers, self.store, adapter, plan, gradients, embedded, tables, sequences)
             if hidden is not None:
                 return hidden
-        run = Pass(
-            sequences, tables, self.store, adapter, plan.levels, plan.tile, keep, gradients, self.offload
-        )  # fmt: skip
+        run = Pass(sequences, tables, self.store, adapter, plan.levels, plan.tile, keep, gradients, self.offload)
         x = embedded
         for layer in self.layers:
             x = run_layer(layer, x, run)
@@ -161,8 +162,7 @@ class FusedDecoder:
         """Bytes that a pass may take on the device now."""
         device = self.norm.weight.device
         budget = memory.free(device) + self.store.bytes if self.budget is None else self.budget
-        if self.graphs is not None and self.budget is None:
-            budget -= self.graphs.bytes
+        budget -= self.graphs.bytes if self.graphs is not None else 0
         # In steps, so that plans are found again; a margin for what the allocator loses between blocks.
         return budget * 0.95 // STEP * STEP
 
