@@ -112,7 +112,7 @@ def test_kernels_read_no_more_of_the_buffers_than_was_filled() -> None:
         static, number = graph.keys[None].copies, fresh.index.numel()
         x, d = (torch.randn(n, 1, 4, generator=g).to(DEVICE) for n in (rows, 5 * rows))
         d[number:] = math.nan
-        assert torch.equal(copied(x, static)[:number], x[fresh.index.long()])
+        assert torch.equal(copied(x, static)[:number], x[fresh.index])
         assert torch.allclose(launch_summed(d, static), summed_reference(d[:number], fresh), atol=1e-5)
 
 

@@ -29,7 +29,7 @@ class Copies(NamedTuple):
     """Which row each copy is of, and where each row's copies are."""
 
     index: Tensor
-    """[N] int32: the row that a copy is of."""
+    """[N] int64: the row that a copy is of."""
     starts: Tensor
     """[T + 1] int32: the copies of row t are `order[starts[t]:starts[t + 1]]`."""
     order: Tensor
@@ -40,19 +40,20 @@ class Copies(NamedTuple):
         """index: [N], the row of each copy. rows: how many there are."""
         starts = np.zeros(rows + 1, np.int32)
         np.cumsum(np.bincount(index, minlength=rows), out=starts[1:])
-        parts = (index, starts, np.argsort(index, kind="stable"))
-        # One copy to the device; each part at an address for which nothing is compiled anew.
+        parts = (starts, np.argsort(index, kind="stable"))
+        # One copy to the device, each part at an address for which nothing is compiled anew.
         room = [-(-part.size // ALIGN) * ALIGN for part in parts]
         together = np.zeros(sum(room), np.int32)
         for part, start in zip(parts, np.cumsum([0, *room]), strict=False):
             together[start : start + part.size] = part
         places = upload(torch.from_numpy(together), device).split(room)
-        return cls(*(place[: part.size] for place, part in zip(places, parts, strict=True)))
+        own = upload(torch.from_numpy(index.astype(np.int64)), device)
+        return cls(own, *(place[: part.size] for place, part in zip(places, parts, strict=True)))
 
 
 def summed_reference(d: Tensor, copies: Copies) -> Tensor:
     """`summed` in plain PyTorch, added up in the gradients' own type."""
-    return d.new_zeros(copies.starts.numel() - 1, *d.shape[1:]).index_add(0, copies.index.long(), d)
+    return d.new_zeros(copies.starts.numel() - 1, *d.shape[1:]).index_add(0, copies.index, d)
 
 
 @jit
@@ -86,7 +87,7 @@ def launch_summed(d: Tensor, copies: Copies) -> Tensor:
 
 def copied(x: Tensor, copies: Copies) -> Tensor:
     """x [T, ...] -> the copies [N, ...]. Rows may lie apart."""
-    return x[copies.index.long()]
+    return x[copies.index]
 
 
 def summed(d: Tensor, copies: Copies) -> Tensor:

@@ -13,8 +13,9 @@ Bytes: reads A and B, writes (out + H) * tail elements, once per use of a scratc
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
@@ -48,17 +49,17 @@ class LoraGroup:
                 f"LoraGroup: want ranks of at least 0 and align a multiple of 16, got {self.ranks}, {self.align}"
             )
 
-    @property
+    @cached_property
     def out(self) -> int:
         """Output columns of the whole group."""
         return sum(self.out_features)
 
-    @property
+    @cached_property
     def rank(self) -> int:
         """Sum of the ranks."""
         return sum(self.ranks)
 
-    @property
+    @cached_property
     def tail(self) -> int:
         """Columns behind x and dY, rows below W: the sum of the ranks rounded up; 0 without any adapter."""
         return -(-self.rank // self.align) * self.align
@@ -71,7 +72,7 @@ class LoraGroup:
         """Columns of S, dS and the tail that are projection i's."""
         return slice(sum(self.ranks[:i]), sum(self.ranks[: i + 1]))
 
-    @property
+    @cached_property
     def adapted(self) -> tuple[int, ...]:
         """Projections with an adapter."""
         return tuple(i for i, rank in enumerate(self.ranks) if rank)
@@ -128,22 +129,34 @@ def three(items: Sequence) -> list:
     return [items[min(i, len(items) - 1)] for i in range(3)]
 
 
-def fill_launch(group: LoraGroup, A: Sequence[Tensor], B: Sequence[Tensor], b: Tensor, a: Tensor) -> None:
-    """`fill` by the kernel."""
+def fill_launch(group: LoraGroup, A: Sequence[Tensor], B: Sequence[Tensor], b: Tensor, a: Tensor) -> Callable[[], None]:
+    """`filler` by the kernel."""
     on = group.adapted
     block = 1024
     programs = -(-group.out * group.tail // block) + -(-group.tail * group.in_features // block)
-    with on_device(b):
-        _fill[(programs,)](
-            *three([A[i] for i in on]), *three([B[i] for i in on]), a, a.stride(0), b, b.stride(0),
-            *three([float(group.scales[i]) for i in on]), group.in_features, OUT=group.out, TAIL=group.tail,
-            COUNT=len(on), COLUMN=tuple(group.rows(i).start for i in on), K=tuple(group.columns(i).start for i in on),
-            WIDTH=tuple(group.out_features[i] for i in on), RANK=tuple(group.ranks[i] for i in on), BLOCK=block,
-        )  # fmt: skip
+    launch = partial(
+        _fill[(programs,)],
+        *three([A[i] for i in on]), *three([B[i] for i in on]), a, a.stride(0), b, b.stride(0),
+        *three([float(group.scales[i]) for i in on]), group.in_features, OUT=group.out, TAIL=group.tail,
+        COUNT=len(on), COLUMN=tuple(group.rows(i).start for i in on), K=tuple(group.columns(i).start for i in on),
+        WIDTH=tuple(group.out_features[i] for i in on), RANK=tuple(group.ranks[i] for i in on), BLOCK=block,
+    )  # fmt: skip
+
+    def run() -> None:
+        with on_device(b):
+            launch()
+
+    return run
 
 
 def fill(group: LoraGroup, A: Sequence[Tensor], B: Sequence[Tensor], b: Tensor, a: Tensor) -> None:
-    """Write the adapters where the products want them.
+    """Write the adapters where the products want them. Arguments and errors as `filler`."""
+    filler(group, A, B, b, a)()
+
+
+def filler(group: LoraGroup, A: Sequence[Tensor], B: Sequence[Tensor], b: Tensor, a: Tensor) -> Callable[[], None]:
+    """What writes the adapters where the products want them, as they are when it is called: for tensors that are
+    written again and again, whose shapes are looked at here once.
 
     A: per projection [r_i, H], B: [out_i, r_i], contiguous, of any float dtype (masters or shadow; the product with the
     scale is rounded once). b: [out, tail], a: [tail, H], overwritten, unit column stride. Raises ValueError otherwise.
@@ -164,6 +177,5 @@ def fill(group: LoraGroup, A: Sequence[Tensor], B: Sequence[Tensor], b: Tensor, 
         b=b, a=a,
     )  # fmt: skip
     if group.tail and on_gpu("fill", b=b, a=a, **{f"A{i}": A[i] for i in group.adapted}):
-        fill_launch(group, A, B, b, a)
-    else:
-        fill_reference(group, A, B, b, a)
+        return fill_launch(group, A, B, b, a)
+    return partial(fill_reference, group, A, B, b, a)

@@ -17,7 +17,8 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import NamedTuple
+from functools import cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -167,22 +168,45 @@ def _fold_tiles(p: Tensor, s: Tensor, first: tuple, k: tuple, rank: tuple, tail:
         )  # fmt: skip
 
 
-def _column_pass(
-    z: Tensor, v: Tensor, u: Tensor | None, spans: Sequence[tuple[int, int, int, int]], transposed: bool, launch: Launch
-) -> tuple[Tensor, Tensor | None, tuple[int, ...]]:
-    """One launch of `_columns`: q [splits, sum of width * rank], p [tiles, T, ranks] with u, and the first tiles.
+class _Tiles(NamedTuple):
+    """How `_columns` runs over the columns, and its constants."""
 
-    spans: (first column of z, width, first column of v, rank) per projection.
-    """
-    T = z.shape[0]
+    rank_block: int
+    rank_blocks: int
+    first: tuple[int, ...]
+    base: tuple[int, ...]
+    constants: dict[str, Any]
+
+
+@cache
+def _tiles(spans: tuple[tuple[int, int, int, int], ...], wide: bool, launch: Launch) -> _Tiles:
+    """spans: (first column of z, width, first column of v, rank) per projection. wide: elements of 32 bits."""
     column, width, k, rank = (tuple(span) for span in zip(*spans, strict=True))
     # Without tensor cores, 32-bit elements, a block of 64 columns spills registers.
-    rank_block = max(16, min(64 if z.element_size() == 2 else 16, power_of_2(max(rank))))
+    rank_block = max(16, min(16 if wide else 64, power_of_2(max(rank))))
     rank_blocks = -(-max(rank) // rank_block)
     # 8,192 accumulators at most: 64 registers of a thread in 4 warps.
-    columns = min(launch.columns, 8192 // rank_block) // (1 if z.element_size() == 2 else 2)
+    columns = min(launch.columns, 8192 // rank_block) // (2 if wide else 1)
     first = (0, *itertools.accumulate(-(-w // columns) for w in width))
     base = (0, *itertools.accumulate(w * r for w, r in zip(width, rank, strict=True)))
+    constants = {
+        "COUNT": len(spans), "FIRST": first, "COLUMN": column, "WIDTH": width, "K": k, "RANK": rank, "BASE": base,
+        "P_STRIDE": rank_block * rank_blocks, "BT": launch.rows, "BC": columns, "BR": rank_block,
+        "num_warps": launch.warps, "num_stages": launch.stages,
+    }  # fmt: skip
+    return _Tiles(rank_block, rank_blocks, first, base, constants)
+
+
+def _column_pass(
+    z: Tensor, v: Tensor, u: Tensor | None, spans: tuple[tuple[int, int, int, int], ...], transposed: bool,
+    launch: Launch,
+) -> tuple[Tensor, Tensor | None, tuple[int, ...]]:  # fmt: skip
+    """One launch of `_columns`: q [splits, sum of width * rank], p [tiles, T, ranks] with u, and the first tiles.
+
+    spans: as `_tiles`.
+    """
+    T = z.shape[0]
+    rank_block, rank_blocks, first, base, constants = _tiles(spans, z.element_size() > 2, launch)
     splits = max(1, min(-(-launch.programs // first[-1]), MAX_SPLITS, -(-T // launch.rows)))
     share = -(-T // (splits * launch.rows)) * launch.rows
     q = z.new_empty(splits, base[-1], dtype=torch.float32)
@@ -190,10 +214,8 @@ def _column_pass(
     with on_device(z):
         _columns[(first[-1], splits, rank_blocks)](
             z, z.stride(0), v, v.stride(0), v if u is None else u, 0 if u is None else u.stride(0), q,
-            q if p is None else p, T, share, base[-1], COUNT=len(spans), FIRST=first, COLUMN=column, WIDTH=width, K=k,
-            RANK=rank, BASE=base, P=u is not None, P_STRIDE=rank_block * rank_blocks, TRANSPOSED=transposed,
-            BT=launch.rows, BC=columns, BR=rank_block, WIDE=not z.is_cuda, num_warps=launch.warps,
-            num_stages=launch.stages,
+            q if p is None else p, T, share, base[-1], P=u is not None, TRANSPOSED=transposed, WIDE=not z.is_cuda,
+            **constants,
         )  # fmt: skip
     return q, p, first
 
@@ -208,13 +230,20 @@ def _add(q: Tensor, grads: Sequence[Tensor], scales: Sequence[float]) -> None:
         )  # fmt: skip
 
 
+@cache
+def _spans(group: LoraGroup) -> tuple[tuple[int, int, int, int], ...]:
+    """Those of dB."""
+    return tuple(
+        (group.rows(i).start, group.out_features[i], group.columns(i).start, group.ranks[i]) for i in group.adapted
+    )
+
+
 def gradients_b_launch(
     group: LoraGroup, dy: Tensor, s: Tensor, b: Tensor, ds: Tensor, grad_B: Sequence[Tensor],
     launch: Launch = GRAD_B, fused_rank: int = FUSED_RANK,
 ) -> None:  # fmt: skip
     """`gradients_b` by the kernels."""
-    on = group.adapted
-    spans = [(group.rows(i).start, group.out_features[i], group.columns(i).start, group.ranks[i]) for i in on]
+    on, spans = group.adapted, _spans(group)
     fused = max(group.ranks) <= fused_rank
     q, p, first = _column_pass(dy, s, b if fused else None, spans, False, launch)
     if p is not None:
@@ -229,7 +258,7 @@ def gradients_a_launch(
 ) -> None:
     """`gradients_a` by the kernels."""
     on = group.adapted
-    q, _, _ = _column_pass(x, ds, None, [(0, group.in_features, 0, group.rank)], True, launch)
+    q, _, _ = _column_pass(x, ds, None, ((0, group.in_features, 0, group.rank),), True, launch)
     _add(q, [grad_A[i] for i in on], [1.0 for _ in on])
 
 

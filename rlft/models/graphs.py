@@ -96,8 +96,9 @@ class _Graph:
         self.cu_seqlens[0] = 0
         self.keys: dict[int | None, Keys] = {}
         for window, number, most in keys:
-            sizes = (number, rows + 1, number, count + 1)
-            index, starts, order, cu_k = (torch.zeros(n, dtype=torch.int32, device=device) for n in sizes)
+            index = torch.zeros(number, dtype=torch.int64, device=device)
+            sizes = (rows + 1, number, count + 1)
+            starts, order, cu_k = (torch.zeros(n, dtype=torch.int32, device=device) for n in sizes)
             self.keys[window] = Keys(Copies(index, starts, order), cu_k, most)
         sequences = Sequences((0, rows), (-1,), self.cu_seqlens, longest, None, False, dict(self.keys))
 

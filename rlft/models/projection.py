@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from rlft.kernels import lora
-from rlft.kernels.lora_group import LoraGroup, fill
+from rlft.kernels.lora_group import LoraGroup, filler
 from rlft.kernels.nf4 import DecodePlan, Nf4Weight
 
 Mode = Literal["layer", "group", "shadow"]
@@ -103,12 +103,24 @@ class _Bring:
                 else:
                     self._plain.append((place, weight))
         self._plan = DecodePlan(packed, places) if packed else None
+        self._filled: tuple[tuple[Bound, ...], list[Callable[[], None]]] | None = None
+        """What was filled last, and what fills it again."""
 
     def run(self) -> None:
         if self._plan is not None:
             self._plan.run()
         for place, weight in self._plain:
             place.copy_(weight)
+
+    def fill(self, bound: Sequence[Bound]) -> None:
+        """Write the adapter, as it is now, behind the weights."""
+        if self._filled is None or any(a is not b for a, b in zip(self._filled[0], bound, strict=True)):
+            pairs = zip(bound, self.buffers, strict=True)
+            adapted = [(b, buffer) for b, buffer in pairs if b.group.tail]
+            fillers = [filler(b.group, b.A, b.B, *lora.operands(b.group, buffer)) for b, buffer in adapted]
+            self._filled = (tuple(bound), fillers)
+        for write in self._filled[1]:
+            write()
 
 
 class Store:
@@ -187,9 +199,7 @@ class Store:
                 kept.run()
         if self.mode != "shadow":
             kept.run()
-        for b, buffer in zip(bound, kept.buffers, strict=True):
-            if b.group.tail:
-                fill(b.group, b.A, b.B, *lora.operands(b.group, buffer))
+        kept.fill(bound)
         return kept.buffers
 
     def _shared(self, size: int, like: Tensor) -> Tensor:
