@@ -25,6 +25,7 @@ from torch import Tensor
 
 from rlft.config import Lora
 from rlft.models.fused import FusedDecoder, fuse
+from rlft.models.memory import Plan
 
 OWN = "transformers' own layers run here, not the fused ones: "
 
@@ -87,6 +88,31 @@ def test_a_disabled_adapter_leaves_the_base() -> None:
     with fused.disable_adapter():
         assert torch.equal(logits(fused), off)
     assert (logits(fused) - off).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("mode", ["layer", "group", "shadow"])
+def test_weights_stay_where_they_are_while_the_adapter_is_off(mode: Any) -> None:
+    """A CUDA graph reads them there afterwards. The first pass without it has weights of its own, which then move."""
+    plain, model = pair()
+    fused: FusedDecoder = fuse(model)  # type: ignore[assignment]
+    layers = len(fused.layers)
+    fused.plan = Plan((0,) * layers, 64, mode, 2**20, 0, 0, 0)
+
+    def places() -> tuple[int, list[int]]:
+        return fused.store.version, [b.data_ptr() for held in fused.store._brought.values() for b in held.buffers]
+
+    with torch.no_grad():
+        with model.disable_adapter():
+            off = logits(model)
+        before = places()
+        on = logits(model)
+        first = places()
+        assert first[0] > before[0] and (mode != "shadow" or first[1] != before[1])
+        for _ in range(2):
+            with model.disable_adapter():
+                near(logits(model), off)
+            assert torch.equal(logits(model), on) and places() == first
+    near(on, logits(plain))
 
 
 def test_a_second_adapter_trains_on_the_fused_path() -> None:

@@ -66,8 +66,9 @@ def garbage(rows: int, keys: int, device: str) -> Any:
     graph = graphs._Graph.__new__(graphs._Graph)
     graph.x, graph.dout, graph.tables = torch.full((rows, 3), math.nan), torch.full((rows, 3), math.nan), {}
     graph.x, graph.dout = graph.x.to(device), graph.dout.to(device)
-    index, starts, order, cu_k, cu_seqlens = (
-        torch.full((n,), 3, dtype=torch.int32, device=device) for n in (keys, rows + 1, keys, 65, 65)
+    index = torch.full((keys,), 3, dtype=torch.int64, device=device)
+    starts, order, cu_k, cu_seqlens = (
+        torch.full((n,), 3, dtype=torch.int32, device=device) for n in (rows + 1, keys, 65, 65)
     )
     cu_k[0] = cu_seqlens[0] = 0
     graph.cu_seqlens, graph.keys = cu_seqlens, {None: Keys(Copies(index, starts, order), cu_k, 2048)}

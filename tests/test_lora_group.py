@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rlft.kernels.lora_group import LoraGroup, fill, fill_launch, fill_reference
+from rlft.kernels.lora_group import LoraGroup, fill, fill_launch, fill_reference, filler
 
 
 def test_columns_and_rows_by_hand() -> None:
@@ -72,3 +72,18 @@ def test_gpu_fill_is_the_reference_in_bf16() -> None:
         pairs.append((weight[:6144, 4096:], weight[6144:, :4096]))
         write(group, A, B, *pairs[-1])
     assert torch.equal(pairs[0][0], pairs[1][0]) and torch.equal(pairs[0][1], pairs[1][1])
+
+
+@pytest.mark.parametrize("make", [filler, fill_launch])
+def test_what_fills_writes_the_adapter_as_it_is_when_called(make) -> None:
+    """Changed in place, and in other memory."""
+    group = LoraGroup(72, (40, 24), (4, 8), (2.0, 0.5), align=16)
+    A, B = [torch.randn(r, 72) for r in group.ranks], [torch.randn(o, r) for o, r in zip((40, 24), (4, 8), strict=True)]
+    b, a, want_b, want_a = (torch.zeros(s) for s in ((64, 16), (16, 72)) * 2)
+    write = make(group, A, B, b, a)
+    for _ in range(2):
+        write()
+        fill_reference(group, A, B, want_b, want_a)
+        assert torch.equal(b, want_b) and torch.equal(a, want_a)
+        A[0].mul_(2)
+        B[1].data = B[1] + 1

@@ -9,6 +9,7 @@ import torch
 
 from rlft.models.memory import (
     BUDGETS,
+    CAPTURED,
     CHUNK_BYTES,
     GIB,
     TILES,
@@ -87,8 +88,13 @@ def test_tight_memory_has_levels_rather_than_few_tokens() -> None:
 
 def test_passes_that_graphs_can_run_have_no_launches_to_wait_for() -> None:
     small = replace(QWEN3_8B, layers=30, hidden=576, q=576, kv=192, q_heads=9, intermediate=1536, vocab=49152)
-    most = next(b for b in BUDGETS if not any(choose(small, b, b, 4 * GIB, 100 * GIB).levels))
-    assert token_budget(small, 4 * GIB, 100 * GIB) == most < BUDGETS[0]
+    for gib in (16, 22, 60):
+        tokens = token_budget(small, gib * GIB, 100 * GIB)
+        plan = choose(small, tokens, tokens, gib * GIB, 100 * GIB)
+        # More would be launched, and wait for the host.
+        assert not any(plan.levels) and plan.peak - scratch(small, plan.store) <= CAPTURED * gib * GIB
+        assert tokens == BUDGETS[0] if gib == 60 else BUDGETS[-1] < tokens < BUDGETS[0]
+    assert token_budget(small, 2 * GIB, 100 * GIB) == BUDGETS[0], "where none can be captured, many wait least"
 
 
 def test_a_plan_says_what_it_does() -> None:

@@ -268,6 +268,8 @@ class Replayed:
         self._desk, self._shape = desk, shape
         self.session: Any = None
         self._rollouts: dict[tuple[str, bool], list[Any]] = {}
+        self._allowed: float | None = None
+        """GiB that the question before allowed."""
 
     def generate(self, prompts: Any, sampling: Any, seed: tuple[int, ...]) -> list[Any]:
         question = self._desk.wait()
@@ -282,22 +284,17 @@ class Replayed:
 
     def _plan(self, question: dict[str, Any]) -> None:
         """Memory, tokens per micro-batch and sharing as the question says; by default as a run has them."""
-        from rlft.models.fused import STEP
         from rlft.session import plan_of
 
         s, allowed = self.session, question.get("peak")
         fused = s.policy.fused
-        if fused is not None and DEVICE == "cuda":
+        if fused is not None and DEVICE == "cuda" and allowed != self._allowed:
+            fused.store.release()
+            if fused.graphs is not None:
+                fused.graphs.clear()
             # Gradient and moments are there already; what a pass may take comes on top.
-            rest = torch.cuda.memory_allocated() - self._desk.base - fused.store.bytes
-            budget = None if allowed is None else allowed * GIB - rest
-            # In steps, since what is allocated differs by bytes from question to question.
-            budget = None if budget is None else budget // STEP * STEP
-            if budget != fused.budget:
-                fused.store.release()
-                if fused.graphs is not None:
-                    fused.graphs.clear()
-            fused.budget = budget
+            rest = torch.cuda.memory_allocated() - self._desk.base
+            fused.budget, self._allowed = None if allowed is None else allowed * GIB - rest, allowed
         plan = plan_of(s.cfg, s.algorithm, s.policy)
         s.plan = replace(plan, share_prefix=question.get("share", True), budget=question.get("tokens") or plan.budget)
 

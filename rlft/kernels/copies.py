@@ -86,7 +86,8 @@ def launch_summed(d: Tensor, copies: Copies) -> Tensor:
 
 
 def copied(x: Tensor, copies: Copies) -> Tensor:
-    """x [T, ...] -> the copies [N, ...]. Rows may lie apart."""
+    """x [T, ...] -> the copies [N, ...]. Rows may lie apart. Raises ValueError for tensors on different devices."""
+    on_gpu("copied", x=x, index=copies.index)
     return x[copies.index]
 
 

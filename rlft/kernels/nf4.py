@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from rlft.kernels.launch import jit, on_device, on_gpu, tl, want
+from rlft.upload import upload
 
 NF4_CODE = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
@@ -278,7 +279,7 @@ class DecodePlan:
         self.gpu = on_gpu("decode", **{f"weight {i}": w.packed for i, w in enumerate(weights)}, out=outs[0])
         self.tile, self.warps, self.gather = tile, warps, gather
         device = outs[0].device
-        self.code = torch.tensor(NF4_CODE, device=device)
+        self.code = upload(torch.tensor(NF4_CODE), device)
         alike: dict[tuple[int, int, bool], list[int]] = {}
         for i, weight in enumerate(weights):
             nested = weight.nested_blocksize if weight.nested_code is not None else 0
@@ -304,7 +305,7 @@ class DecodePlan:
                 w.numel, w.shape[1], out.stride(0), programs,
             ])  # fmt: skip
             programs += -(-w.numel // tile)
-        return torch.tensor(rows, dtype=torch.int64).to(self.code.device), programs, tile
+        return upload(torch.tensor(rows, dtype=torch.int64), self.code.device), programs, tile
 
     def run(self) -> None:
         """Decode all matrices into their outputs."""

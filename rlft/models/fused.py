@@ -31,13 +31,12 @@ from rlft.models.layer_modules import FusedLayer, norm_of
 from rlft.models.layer_steps import Pass
 from rlft.models.offload import Offload
 from rlft.models.projection import Store
+from rlft.models.unpad import unpadded
 
 STEP = 64 * 2**20
 """Bytes that budgets are rounded to."""
 KEYS = 1024
 """What numbers of copied keys are rounded to."""
-CAPTURED = 0.25
-"""Share of the memory that a pass in a CUDA graph may take."""
 
 
 class FusedDecoder:
@@ -117,22 +116,23 @@ class FusedDecoder:
             # Buffers made in inference mode could not be written to outside it.
             with torch.inference_mode(False), torch.no_grad():
                 return self.hidden(embedded, position_ids, sequences, gradients, trained)
-        keep, rows = torch.is_grad_enabled(), embedded.shape[0]
+        keep, rows, budget = torch.is_grad_enabled(), embedded.shape[0], self.available()
         keys = copied_keys(sequences, rows)
         graphs = self.graphs if keep and gradients and short(self.layers, rows, keys) else None
+        plan, most = None, 0.0
         if graphs is not None:
-            # Planned as it is padded, so that a bucket has one plan.
-            rows = padded(rows)
-            keys = room(keys, rows)
-        elif not sequences.copies:
-            keys = 0
-        plan = self.plan_for(rows, trained, keys)
+            # As it is padded, so that a bucket has one plan. A graph keeps the memory of its passes, beside which the
+            # others run.
+            plan = self.plan_for(padded(rows), trained, room(keys, padded(rows)), budget)
+            most = memory.CAPTURED * (budget + graphs.bytes)
+            if plan.peak - memory.scratch(self.shape, plan.store) > most:
+                graphs = plan = None
+        plan = plan or self.plan_for(rows, trained, keys if sequences.copies else 0, budget)
         self.ran = plan
         self.store.use(plan.store)
         tables, adapter = self._tables(embedded, position_ids), self.adapter()
-        # A graph keeps the memory of its passes, and those that are launched run beside it.
-        if graphs is not None and gradients and plan.peak <= CAPTURED * (self.available() + graphs.bytes):
-            hidden = graphs.run(self.layers, self.store, adapter, plan, gradients, embedded, tables, sequences)
+        if graphs is not None and gradients:
+            hidden = graphs.run(self.layers, self.store, adapter, plan, gradients, embedded, tables, sequences, most)
             if hidden is not None:
                 return hidden
         run = Pass(sequences, tables, self.store, adapter, plan.levels, plan.tile, keep, gradients, self.offload)
@@ -145,18 +145,20 @@ class FusedDecoder:
         """The norm before the head; with gradient."""
         return rms_norm.rms_norm(hidden, *self.norm)
 
-    def plan_for(self, rows: int, trained: int | None = None, keys: int = 0) -> memory.Plan:
+    def plan_for(
+        self, rows: int, trained: int | None = None, keys: int = 0, budget: float | None = None
+    ) -> memory.Plan:
         """How a pass over so many rows runs, of which `trained` (None: all) reach the head. keys: those that are copied
-        for sequences behind shared prefixes."""
+        for sequences behind shared prefixes. budget: bytes; None: `available`."""
         if self.plan is not None:
             return self.plan
         device = self.norm.weight.device
         host = memory.host_free() if device.type == "cuda" else 0.0
-        # Rounded up by 3% at most, so that plans are found again: a new one takes the host milliseconds.
+        # Rounded up by 3% at most (64 rows of few), so that plans are found again: a new one takes milliseconds.
         step = max(64, 1 << max(0, rows.bit_length() - 6))
         sizes = ((rows, step), (rows if trained is None else trained, step), (keys, KEYS))
         rows, trained, keys = (-(-size // each) * each for size, each in sizes)
-        return memory.choose(self.shape, rows, trained, self.available(), host, keys)
+        return memory.choose(self.shape, rows, trained, self.available() if budget is None else budget, host, keys)
 
     def available(self) -> float:
         """Bytes that a pass may take on the device now."""
@@ -254,38 +256,6 @@ class FusedDecoder:
         if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) != dtype:
             return f"autocast to {torch.get_autocast_dtype(device)} over weights of {dtype}"
         return None
-
-
-def unpadded(
-    embedded: Tensor, mask: Tensor | None, position_ids: Tensor | None
-) -> tuple[Tensor, Tensor | None, Sequences, Tensor]:
-    """Packed rows of a padded batch [B, S, H]: rows [T, H], their places in [B S] (None: all), sequences, positions.
-
-    mask: [B, S], 0 where there is padding, on either side; None: none, and then a row whose positions do not go on by 1
-    is several sequences, as transformers has it.
-    """
-    B, S, H = embedded.shape
-    if position_ids is None:
-        positions = torch.arange(S, device=embedded.device).expand(B, S)
-    else:
-        positions = position_ids.expand(B, S)
-    positions = positions.reshape(-1)
-    places = None
-    if mask is None:
-        starts = list(range(0, B * S, S))
-        if position_ids is not None:
-            jumps = (positions[1:] != positions[:-1] + 1).nonzero().flatten() + 1
-            starts = sorted({*starts, *jumps.tolist()})
-        bounds = [*starts, B * S]
-        rows = embedded.reshape(B * S, H)
-    else:
-        live = mask.to(torch.bool)
-        bounds = [0, *live.sum(1).cumsum(0).tolist()]
-        places = live.reshape(-1).nonzero().flatten()
-        rows, positions = embedded.reshape(B * S, H)[places], positions[places]
-    cu_seqlens = torch.tensor(bounds, dtype=torch.int32)
-    prefix = torch.full((len(bounds) - 1,), -1, dtype=torch.int32)
-    return rows, places, Sequences.of(cu_seqlens, prefix, embedded.device), positions
 
 
 def _adapted(layers: Sequence[FusedLayer]) -> Iterator[Any]:

@@ -183,10 +183,11 @@ class Graphs:
     def run(
         self, layers: Sequence[FusedLayer], store: Store, adapter: str | None, plan: Plan,
         gradients: dict[Tensor, Tensor], x: Tensor, tables: dict[str | None, tuple[Tensor, Tensor]],
-        sequences: Sequences,
+        sequences: Sequences, most: float,
     ) -> Tensor | None:  # fmt: skip
         """The residual stream after the last layer, [T, H]; None, for a launched pass, at the first of a bucket, while
-        another pass still waits for its backward, and for a plan that a graph cannot have. plan: for `padded` rows."""
+        another pass still waits for its backward, and for a plan that a graph cannot have. plan: for `padded` rows.
+        most: bytes that graphs may hold before another one is captured; beyond, all are given up."""
         if max(plan.levels) >= 4 or plan.store == "group":
             return None
         if self._under_way is not None and self._under_way() is not None:
@@ -196,12 +197,17 @@ class Graphs:
         windows = dict.fromkeys(layer.attention.window for layer in layers) if max(sequences.prefix) >= 0 else ()
         seen = {window: Keys.seen(filled, window) for window in windows}
         size = _bucket(filled, rows, seen)
-        key = (size, plan.levels, plan.tile, plan.store, adapter, x.dtype)
+        parameter, gradient = next(iter(gradients.items()))
+        where = (parameter.data_ptr(), gradient.data_ptr())
+        key = (size, plan.levels, plan.tile, plan.store, adapter, where, x.dtype)
         if key not in self._seen:
             self._seen.add(key)
             return None
-        keys = {window: Keys.made(*host, rows, x.device) for window, host in seen.items()}
         graph = self._graphs.pop(key, None)
+        if graph is None and self.bytes > most:
+            self.clear()
+            return None
+        keys = {window: Keys.made(*host, rows, x.device) for window, host in seen.items()}
         if graph is None or graph.version != store.version:
             self._pool = self._pool or torch.cuda.graph_pool_handle()
             # Capturing gives back what the allocator caches, which would hide what the graph takes.

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import bisect
 import math
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -291,6 +292,8 @@ BUDGETS = (32768, 24576, 16384, 12288, 8192, 6144, 4096)
 """Tokens per micro-batch that are tried, from the most."""
 
 
+CAPTURED = 0.25
+"""Share of the memory that CUDA graphs may hold, and a pass in one may take without the weights' buffers."""
 LAUNCHING = 4.5e-3
 """Seconds of the host for launching a layer's forward and backward at L0, seen on an H100 machine."""
 LAUNCHING_MORE = 11e-3
@@ -298,8 +301,8 @@ LAUNCHING_MORE = 11e-3
 FLOPS = 600e12
 """Speed of a layer's matrix products, with what else it does."""
 SHORT = 1.6
-"""How much more `LEVEL_COST` is of the time of short sequences, whose attention is little of it: at 8,192 tokens of an
-8B model L4 takes 20%, and the costs are those of 32,768."""
+"""How much more `_cost` is of the time of short sequences, whose attention is little of it: at 8,192 tokens of an 8B
+model L4 takes 20%, and the costs are those of 32,768."""
 
 
 def token_budget(s: Shape, device_bytes: float, host_bytes: float) -> int:
@@ -313,8 +316,9 @@ def token_budget(s: Shape, device_bytes: float, host_bytes: float) -> int:
             return math.inf
         cost = SHORT * _cost(_Setting(plan.tile, plan.store, plan.chunk_bytes), plan.levels, rows) / 100
         device = 4 * weights * rows / FLOPS
-        captured = device < LAUNCHING and max(plan.levels) < 4 and plan.store != "group"
-        # To a percent, so that equal ones are equal.
+        small = plan.peak - scratch(s, plan.store) <= CAPTURED * device_bytes
+        captured = small and device < LAUNCHING and max(plan.levels) < 4 and plan.store != "group"
+        # To three digits, so that equal ones are equal.
         return float(f"{max(device * (1 + cost), 0.0 if captured else LAUNCHING_MORE) / rows:.3g}")
 
     best = min(BUDGETS, key=seconds)
@@ -371,4 +375,5 @@ def host_free() -> float:
         except OSError:
             continue
         limit = min(limit, float("inf") if text == "max" else float(text))
-    return max(0.0, min(limit, _meminfo("MemTotal")) - 16 * GIB)
+    # Processes of one run on this machine share it.
+    return max(0.0, min(limit, _meminfo("MemTotal")) - 16 * GIB) / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

@@ -102,6 +102,7 @@ class _Bring:
                     places.append(place)
                 else:
                     self._plain.append((place, weight))
+        self._frozen = [(p.out, p.in_features) for p in projections]
         self._plan = DecodePlan(packed, places) if packed else None
         self._filled: tuple[tuple[Bound, ...], list[Callable[[], None]]] | None = None
         """What was filled last, and what fills it again."""
@@ -112,8 +113,20 @@ class _Bring:
         for place, weight in self._plain:
             place.copy_(weight)
 
+    def has(self, shapes: Sequence[tuple[int, int]], dtype: torch.dtype) -> bool:
+        """Whether these are its buffers; without an adapter, parts of them: what a CUDA graph reads stays where it is
+        when the adapter is off in between."""
+        found = zip(shapes, self.buffers, self._frozen, strict=True)
+        return self.buffers[0].dtype == dtype and all(s in (tuple(buffer.shape), own) for s, buffer, own in found)
+
+    def views(self, shapes: Sequence[tuple[int, int]]) -> tuple[Tensor, ...]:
+        """The buffers, or the weights alone in them."""
+        return tuple(buffer[:rows, :columns] for buffer, (rows, columns) in zip(self.buffers, shapes, strict=True))
+
     def fill(self, bound: Sequence[Bound]) -> None:
-        """Write the adapter, as it is now, behind the weights."""
+        """Write the adapter, as it is now, behind the weights; nothing where it is off."""
+        if not any(b.group.tail for b in bound):
+            return
         if self._filled is None or any(a is not b for a, b in zip(self._filled[0], bound, strict=True)):
             pairs = zip(bound, self.buffers, strict=True)
             adapted = [(b, buffer) for b, buffer in pairs if b.group.tail]
@@ -186,11 +199,8 @@ class Store:
         """largest: elements of the memory that is shared, with room for what comes after."""
         sizes = [rows * columns for rows, columns in shapes]
         kept = self._brought.get(key)
-        if (
-            kept is None
-            or [tuple(b.shape) for b in kept.buffers] != list(shapes)
-            or kept.buffers[0].dtype != like.dtype
-        ):
+        if kept is None or not kept.has(shapes, like.dtype):
+            self.version += kept is not None
             memory = like.new_empty(sum(sizes)) if self.mode == "shadow" else self._shared(largest, like)
             parts = memory[: sum(sizes)].split(sizes)
             kept = _Bring(projections, bound, [p.view(s) for p, s in zip(parts, shapes, strict=True)])
@@ -200,7 +210,7 @@ class Store:
         if self.mode != "shadow":
             kept.run()
         kept.fill(bound)
-        return kept.buffers
+        return kept.views(shapes)
 
     def _shared(self, size: int, like: Tensor) -> Tensor:
         """The memory that all layers share, made larger where a layer needs it."""

@@ -1,0 +1,40 @@
+"""A padded batch as packed rows."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rlft.kernels.attention import Sequences
+
+
+def unpadded(
+    embedded: Tensor, mask: Tensor | None, position_ids: Tensor | None
+) -> tuple[Tensor, Tensor | None, Sequences, Tensor]:
+    """Packed rows of a padded batch [B, S, H]: rows [T, H], their places in [B S] (None: all), sequences, positions.
+
+    mask: [B, S], 0 where there is padding, on either side; None: none, and then a row whose positions do not go on by 1
+    is several sequences, as transformers has it.
+    """
+    B, S, H = embedded.shape
+    if position_ids is None:
+        positions = torch.arange(S, device=embedded.device).expand(B, S)
+    else:
+        positions = position_ids.expand(B, S)
+    positions = positions.reshape(-1)
+    places = None
+    if mask is None:
+        starts = list(range(0, B * S, S))
+        if position_ids is not None:
+            jumps = (positions[1:] != positions[:-1] + 1).nonzero().flatten() + 1
+            starts = sorted({*starts, *jumps.tolist()})
+        bounds = [*starts, B * S]
+        rows = embedded.reshape(B * S, H)
+    else:
+        live = mask.to(torch.bool)
+        bounds = [0, *live.sum(1).cumsum(0).tolist()]
+        places = live.reshape(-1).nonzero().flatten()
+        rows, positions = embedded.reshape(B * S, H)[places], positions[places]
+    cu_seqlens = torch.tensor(bounds, dtype=torch.int32)
+    prefix = torch.full((len(bounds) - 1,), -1, dtype=torch.int32)
+    return rows, places, Sequences.of(cu_seqlens, prefix, embedded.device), positions
