@@ -257,6 +257,8 @@ def choose(s: Shape, rows: int, trained: int, budget: float, host: float, keys: 
     order = (0, 1, 2, 4, 3, 5) if host > 0 else (0, 1, 2, 3)
     best: tuple[float, Plan] | None = None
     for how in _settings():
+        if best is not None and _cost(how, (0,), rows) >= best[0]:
+            continue  # as fast as this there is one already
 
         def peak(level: int, how: _Setting = how) -> int:
             return evaluate(s, rows, trained, (s.layers, level, level), how, keys).peak
@@ -265,7 +267,7 @@ def choose(s: Shape, rows: int, trained: int, budget: float, host: float, keys: 
         for upper, lower in combinations(order, 2):
             if lower not in fits:
                 continue
-            # No plan of this pair costs less than one that keeps what `upper` keeps in every layer.
+            # No plan of this pair is faster than one that keeps what `upper` keeps in every layer.
             if best is not None and _cost(how, (upper,), rows) >= best[0]:
                 continue
 
