@@ -166,13 +166,13 @@ def recorded_loss(policy: Policy, prompts: Sequence[Prompt], algorithm: Algorith
     prepared = algorithm.prepare(look, algorithm.config) if algorithm.prepare is not None else {}
     with torch.no_grad():
         for batch in batches:
-            batch = replace(batch, prepared=prepared).to(policy.device)
+            batch = replace(batch, prepared=prepared)
             if algorithm.needs_reference:
                 batch = replace(batch, ref_logprobs=policy.score(batch, weights="reference"))
             logprobs, entropy = policy.score(batch), None
             if "entropy_floor" in prepared or algorithm.entropy_grad:
                 entropy = policy.entropy(batch)
-            batch = replace(batch, entropy=entropy)
+            batch = replace(batch.to(policy.device), entropy=entropy)
             if algorithm.old == "trainer":
                 batch = replace(batch, old_logprobs=logprobs)
             loss, stats = algorithm.loss(logprobs, batch, algorithm.config)

@@ -33,9 +33,10 @@ class Reference:
         """Key of a completion -> [trained tokens], on the CPU."""
 
     def fill(self, batch: Batch) -> Batch:
-        """The batch with `ref_logprobs` [T] on its device, 0 where `train_mask` is False.
+        """The batch with `ref_logprobs` [T], 0 where `train_mask` is False.
 
-        A forward is run when the completions were sampled, or one of them was not seen before.
+        A forward is run when the completions were sampled, or one of them was not seen before. They are on the policy's
+        device then, unless they are kept: the host waits for none of the micro-batches.
         """
         if not self._keep or batch.sampler_logprobs is not None:
             return replace(batch, ref_logprobs=self._score(batch))
@@ -47,11 +48,11 @@ class Reference:
         return replace(batch, ref_logprobs=filled)
 
     def _score(self, batch: Batch) -> Tensor:
-        return self._policy.score(batch, weights="reference").to(batch.input_ids.device)
+        return self._policy.score(batch, weights="reference")
 
     def _learn(self, keys: list[int], batch: Batch) -> None:
         """Score the batch, and keep what was not known: a row has the value it got first for the whole run."""
-        scored = self._score(batch)[batch.train_mask].cpu()
+        scored = self._score(batch).cpu()[batch.train_mask.cpu()]
         tokens = torch.bincount(batch.seq_ids[batch.train_mask], minlength=len(batch.prefix))
         # Trained tokens lie in the order of the sequences.
         own = tokens[batch.group_ids >= 0].tolist()

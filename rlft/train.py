@@ -166,7 +166,7 @@ def filled(s: Session, batch: Batch, mismatch: parity.Mismatch) -> Batch:
     if s.algorithm.old == "trainer":
         old = s.policy.score(batch)
         mismatch.add(old, batch)
-        return replace(batch, old_logprobs=old.cpu())
+        return replace(batch, old_logprobs=old)
     return batch
 
 
