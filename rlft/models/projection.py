@@ -121,7 +121,8 @@ class _Bring:
 
     def views(self, shapes: Sequence[tuple[int, int]]) -> tuple[Tensor, ...]:
         """The buffers, or the weights alone in them."""
-        return tuple(buffer[:rows, :columns] for buffer, (rows, columns) in zip(self.buffers, shapes, strict=True))
+        pairs = zip(self.buffers, shapes, strict=True)
+        return tuple(buffer if buffer.shape == shape else buffer[: shape[0], : shape[1]] for buffer, shape in pairs)
 
     def fill(self, bound: Sequence[Bound]) -> None:
         """Write the adapter, as it is now, behind the weights; nothing where it is off."""
