@@ -29,7 +29,7 @@ def rows() -> list[dict[str, Any]]:
     count = int(bounds[-1])
     copies = Copies.of(index, count, torch.device("cuda"))
     qkv = torch.randn(count, 48, 128, device="cuda", dtype=torch.bfloat16)
-    keys, at = qkv[:, 32:40], copies.index
+    keys = qkv[:, 32:40]
     d = torch.randn(index.size, 8, 128, device="cuda", dtype=torch.bfloat16)
     bytes_ = {"forward": 4 * d.numel(), "backward": 2 * d.numel() + 2 * keys.numel()}
     same = {name: torch.empty(size // 4, device="cuda", dtype=torch.bfloat16) for name, size in bytes_.items()}
@@ -38,7 +38,7 @@ def rows() -> list[dict[str, Any]]:
             "rlft": lambda: copied(keys, copies), "copy": lambda: same["forward"].clone(),
         },
         "backward": {
-            "rlft": lambda: summed(d, copies), "torch": lambda: torch.zeros_like(keys).index_add_(0, at, d),
+            "rlft": lambda: summed(d, copies), "torch": lambda: torch.zeros_like(keys).index_add_(0, copies.index, d),
             "copy": lambda: same["backward"].clone(),
         },
     }  # fmt: skip

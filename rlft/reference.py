@@ -39,7 +39,7 @@ class Reference:
         device then, unless they are kept: the host waits for none of the micro-batches.
         """
         if not self._keep or batch.sampler_logprobs is not None:
-            return replace(batch, ref_logprobs=self._score(batch))
+            return replace(batch, ref_logprobs=self._policy.score(batch, weights="reference"))
         keys = _keys(batch)
         if any(key not in self._known for key in keys):
             self._learn(keys, batch)
@@ -47,12 +47,9 @@ class Reference:
         filled = values.new_zeros(len(batch.input_ids)).index_put((batch.train_mask.nonzero().squeeze(1),), values)
         return replace(batch, ref_logprobs=filled)
 
-    def _score(self, batch: Batch) -> Tensor:
-        return self._policy.score(batch, weights="reference")
-
     def _learn(self, keys: list[int], batch: Batch) -> None:
         """Score the batch, and keep what was not known: a row has the value it got first for the whole run."""
-        scored = self._score(batch).cpu()[batch.train_mask.cpu()]
+        scored = self._policy.score(batch, weights="reference").cpu()[batch.train_mask.cpu()]
         tokens = torch.bincount(batch.seq_ids[batch.train_mask], minlength=len(batch.prefix))
         # Trained tokens lie in the order of the sequences.
         own = tokens[batch.group_ids >= 0].tolist()

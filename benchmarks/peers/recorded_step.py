@@ -41,7 +41,6 @@ TIMEOUT = 240.0
 """Seconds for one answer, loading included; also what ends a trainer that samples by itself."""
 FEW = {"grpo-step/outlier": 2}
 """Repeats where three would take too long."""
-PEERS = ("trl", "trl-tuned", "unsloth", "unsloth-rows")
 TRIES = 3
 """Budgets that are tried until a peak is no higher than it may be."""
 
@@ -115,7 +114,7 @@ def measured(worker: Worker, **question: Any) -> dict[str, Any]:
 Asked = tuple[Found, Worker, dict[str, Any]]
 
 
-def in_turn(asked: list[Asked], repeats: int, save: Callable[[], None]) -> None:
+def in_turn(asked: list[Asked], repeats: int, save: Callable[[], Rows]) -> None:
     """One answer of each that is not kept, and then `repeats` rounds; `save` after each."""
     for turn in range(1 + repeats):
         for found, worker, question in asked:
@@ -167,7 +166,7 @@ def split(work: str, found: dict[str, Found]) -> Rows:
         "times_kernels": ("trl", "rlft-padded"), "times_packing": ("rlft-padded", "rlft-no-prefix"),
         "times_prefix": ("rlft-no-prefix", "rlft"),
     }  # fmt: skip
-    for peer in PEERS:
+    for peer in (name for name in found if not name.startswith("rlft")):
         parts |= {f"times_{peer}": (peer, "rlft"), f"times_{peer}_at_its_memory": (peer, f"rlft-at-{peer}-memory")}
     made = []
     for metric, (slow, fast) in parts.items():
@@ -190,26 +189,24 @@ def measure(
     print(work, about[0]["value"], note, flush=True)
     asked: list[Asked] = [(Found(stack), worker, {"work": work}) for stack, worker in workers.items()]
 
-    def saved() -> None:
+    def saved() -> Rows:
         all_ = [found for found, *_ in asked if found.seconds or found.error]
         rows = about + [r for found in all_ for r in found.rows(work, data.tokens)]
-        save(rows + split(work, {found.stack: found for found in all_}))
+        rows += split(work, {found.stack: found for found in all_})
+        save(rows)
+        return rows
 
     in_turn(asked, repeats, saved)
-    if "rlft" not in workers or workers["rlft"].error:
-        return
-    peers = [found for found, *_ in asked if found.stack != "rlft"]
-    micro = recorded.MICRO["grpo"] * data.padded // len(data.completions)
-    more = [each for each in variants(work, workers["rlft"], peers, micro) if each[0].stack not in skip]
-    asked += more
-    # Apart: it may run out of memory, and the process with it.
-    in_turn([each for each in more if each[0].stack != "rlft-padded"], repeats, saved)
-    in_turn([each for each in more if each[0].stack == "rlft-padded"], repeats, saved)
-    for found, *_ in asked:
-        for r in found.rows(work, data.tokens):
-            print(work, found.stack, r["metric"], r["value"], r["note"], flush=True)
-    for r in split(work, {found.stack: found for found, *_ in asked}):
-        print(work, r["metric"], r["value"], flush=True)
+    if "rlft" in workers and not workers["rlft"].error:
+        peers = [found for found, *_ in asked if found.stack != "rlft"]
+        micro = recorded.MICRO["grpo"] * data.padded // len(data.completions)
+        more = [each for each in variants(work, workers["rlft"], peers, micro) if each[0].stack not in skip]
+        asked += more
+        # Padded rows apart: they may run out of memory, and the process with them.
+        in_turn([each for each in more if each[0].stack != "rlft-padded"], repeats, saved)
+        in_turn([each for each in more if each[0].stack == "rlft-padded"], repeats, saved)
+    for r in saved():
+        print(work, r["stack"], r["metric"], r["value"], r["note"], flush=True)
 
 
 def main() -> None:

@@ -118,20 +118,20 @@ class FusedDecoder:
                 return self.hidden(embedded, position_ids, sequences, gradients, trained)
         keep, rows, budget = torch.is_grad_enabled(), embedded.shape[0], self.available()
         keys = copied_keys(sequences, rows)
-        graphs = self.graphs if keep and gradients and short(self.layers, rows, keys) else None
-        plan, most = None, 0.0
+        graphs = self.graphs if keep and gradients and short(self.shape, rows, keys) else None
+        plan, whole = None, budget
         if graphs is not None:
-            # As it is padded, so that a bucket has one plan. A graph keeps the memory of its passes, beside which the
-            # others run.
+            # As it is padded, so that a bucket has one plan.
             plan = self.plan_for(padded(rows), trained, room(keys, padded(rows)), budget)
-            most = memory.CAPTURED * (budget + graphs.bytes)
-            if plan.peak - memory.scratch(self.shape, plan.store) > most:
+            whole += graphs.bytes
+            if not memory.capturable(self.shape, plan, whole):
                 graphs = plan = None
         plan = plan or self.plan_for(rows, trained, keys if sequences.copies else 0, budget)
         self.ran = plan
         self.store.use(plan.store)
         tables, adapter = self._tables(embedded, position_ids), self.adapter()
         if graphs is not None and gradients:
+            most = memory.CAPTURED * whole
             hidden = graphs.run(self.layers, self.store, adapter, plan, gradients, embedded, tables, sequences, most)
             if hidden is not None:
                 return hidden

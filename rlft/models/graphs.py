@@ -28,7 +28,7 @@ from rlft.models.layer import Forward
 from rlft.models.layer_backward import Backward
 from rlft.models.layer_modules import FusedLayer
 from rlft.models.layer_steps import Kept, Pass
-from rlft.models.memory import FLOPS, LAUNCHING, Plan
+from rlft.models.memory import LAUNCHING, Plan, Shape, device_seconds
 from rlft.models.projection import Store
 
 ROWS = 256
@@ -42,11 +42,10 @@ GRAPHS = 16
 """Graphs that are kept at most; the one unused for longest goes first."""
 
 
-def short(layers: Sequence[FusedLayer], rows: int, keys: int) -> bool:
+def short(shape: Shape, rows: int, keys: int) -> bool:
     """Whether a pass is held up by its launches, padded as it would be, and copies no more than it may. keys: as
     `copied_keys` counts them."""
-    weights = sum(p.out * p.in_features for p in layers[0].projections)
-    return keys <= COPIED * rows and 0 < 4 * weights * padded(rows) / FLOPS < LAUNCHING
+    return keys <= COPIED * rows and 0 < device_seconds(shape, padded(rows)) < LAUNCHING
 
 
 def padded(count: int, least: int = ROWS) -> int:
@@ -185,11 +184,9 @@ class Graphs:
         gradients: dict[Tensor, Tensor], x: Tensor, tables: dict[str | None, tuple[Tensor, Tensor]],
         sequences: Sequences, most: float,
     ) -> Tensor | None:  # fmt: skip
-        """The residual stream after the last layer, [T, H]; None, for a launched pass, at the first of a bucket, while
-        another pass still waits for its backward, and for a plan that a graph cannot have. plan: for `padded` rows.
-        most: bytes that graphs may hold before another one is captured; beyond, all are given up."""
-        if max(plan.levels) >= 4 or plan.store == "group":
-            return None
+        """The residual stream after the last layer, [T, H]; None, for a launched pass, at the first of a bucket and
+        while another pass still waits for its backward. plan: for `padded` rows, and `capturable`. most: bytes that
+        graphs may hold before another one is captured; beyond, all are given up."""
         if self._under_way is not None and self._under_way() is not None:
             return None
         rows = padded(x.shape[0])

@@ -77,6 +77,11 @@ class Shape:
         return 2 * self.intermediate + self.tails[2]
 
     @property
+    def weights(self) -> int:
+        """Elements of a layer's matrices."""
+        return self.hidden * (2 * self.q + 2 * self.kv + 3 * self.intermediate)
+
+    @property
     def lse(self) -> int:
         """Bytes of lse per row."""
         return 4 * self.q_heads if self.attention in ("fa4", "fa2") else 0
@@ -307,19 +312,29 @@ SHORT = 1.6
 model L4 takes 20%, and the costs are those of 32,768."""
 
 
+def device_seconds(s: Shape, rows: int) -> float:
+    """Of a layer's forward and backward at L0, without attention."""
+    return 4 * s.weights * rows / FLOPS
+
+
+def capturable(s: Shape, plan: Plan, device_bytes: float) -> bool:
+    """Whether a CUDA graph may run a plan: nothing goes to the host, no buffer is brought anew within a layer, and its
+    memory, which the graph keeps, is little beside that of launched passes."""
+    own = plan.peak - scratch(s, plan.store)
+    return max(plan.levels) < 4 and plan.store != "group" and own <= CAPTURED * device_bytes
+
+
 def token_budget(s: Shape, device_bytes: float, host_bytes: float) -> int:
     """Tokens per micro-batch that take the least time per token, the most among equals; the least of `BUDGETS` where
     none fits. Few tokens are held up by their launches and decode the weights more often, many keep less."""
-    weights = s.hidden * (2 * s.q + 2 * s.kv) + 3 * s.hidden * s.intermediate
 
     def seconds(rows: int) -> float:
         plan = choose(s, rows, rows, device_bytes, host_bytes)
         if plan.peak > device_bytes:
             return math.inf
         cost = SHORT * _cost(_Setting(plan.tile, plan.store, plan.chunk_bytes), plan.levels, rows) / 100
-        device = 4 * weights * rows / FLOPS
-        small = plan.peak - scratch(s, plan.store) <= CAPTURED * device_bytes
-        captured = small and device < LAUNCHING and max(plan.levels) < 4 and plan.store != "group"
+        device = device_seconds(s, rows)
+        captured = device < LAUNCHING and capturable(s, plan, device_bytes)
         # To three digits, so that equal ones are equal.
         return float(f"{max(device * (1 + cost), 0.0 if captured else LAUNCHING_MORE) / rows:.3g}")
 

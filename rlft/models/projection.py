@@ -198,10 +198,10 @@ class Store:
         shapes: Sequence[tuple[int, int]], largest: int, like: Tensor,
     ) -> tuple[Tensor, ...]:  # fmt: skip
         """largest: elements of the memory that is shared, with room for what comes after."""
-        sizes = [rows * columns for rows, columns in shapes]
         kept = self._brought.get(key)
         if kept is None or not kept.has(shapes, like.dtype):
             self.version += kept is not None
+            sizes = [rows * columns for rows, columns in shapes]
             memory = like.new_empty(sum(sizes)) if self.mode == "shadow" else self._shared(largest, like)
             parts = memory[: sum(sizes)].split(sizes)
             kept = _Bring(projections, bound, [p.view(s) for p, s in zip(parts, shapes, strict=True)])
