@@ -92,10 +92,8 @@ CASES = [
     nf4("_decode_words", "float32", ONE_ROW=False, GATHER=False, NESTED=0),
     nf4("_decode_elements", "bfloat16", TILE=1024),
     Case(
-        "lora_group:_fill",
-        "*fp32:16 *fp32:16 *fp32:16 *fp32:16 *fp32:16 *fp32:16 *bf16:16 i32:16 *bf16:16 i32:16 fp32 fp32 fp32 i32:16",
-        {"OUT": 6144, "TAIL": 64, "COUNT": 3, "COLUMN": (0, 4096, 5120), "WIDTH": (4096, 1024, 1024), "K": (0, 16, 32),
-         "RANK": (16, 16, 16), "BLOCK": 1024}, {},
+        "lora_group:_fill", "*i64:16 *fp32:16",
+        {"COUNT": 18, "FIELDS": 8, "SOURCE": "tl.float32", "TARGET": "tl.bfloat16", "BLOCK": 1024}, {},
     ),
     *(columns(*case) for case in (
         ("bf16", True, False, 256, 16), ("bf16", True, False, 256, 32), ("bf16", False, False, 128, 64),

@@ -344,6 +344,22 @@ def test_graphs_outlive_passes_without_the_adapter(nf4: bool, store: Any, tmp_pa
     assert float((made - want).norm() / want.norm()) < 5e-3
 
 
+def test_graphs_that_are_given_up_hold_no_memory() -> None:
+    """Also not by what cuBLAS keeps for each stream that it has run on."""
+    g = torch.Generator().manual_seed(12)
+    policy = Policy(model_of("qwen3", torch.bfloat16))
+    assert isinstance(policy.fused, FusedDecoder) and policy.fused.graphs is not None
+    batch, held = batch_of([60, 50], g), []
+    for _ in range(4):
+        for _ in range(2):
+            gradient_of(policy, batch)
+        assert policy.fused.graphs._graphs
+        policy.fused.graphs.clear()
+        torch.cuda.empty_cache()
+        held.append(torch.cuda.memory_reserved())
+    assert held[-1] - held[0] < 8 * 2**20, held
+
+
 @pytest.mark.parametrize("name", ["qwen3", "gemma3"])
 def test_graphs_of_shared_prefixes_are_used_again(name: str) -> None:
     """Groups of other lengths in one bucket, a window among them in Gemma 3, and then no prefix in its place."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rlft.kernels.lora_group import LoraGroup, fill, fill_launch, fill_reference, filler
+from rlft.kernels.lora_group import FillPlan, LoraGroup, Part, fill, fill_reference
 
 
 def test_columns_and_rows_by_hand() -> None:
@@ -27,7 +27,7 @@ def test_fill_by_kernel_and_reference(ranks, dtype) -> None:
     A = [torch.randn(r, 72, dtype=dtype) for r in ranks]
     B = [torch.randn(o, r, dtype=dtype) for o, r in zip(outs, ranks, strict=True)]
     results = []
-    for write in (fill, lambda *given: fill_launch(*given)(), fill_reference):
+    for write in (fill, lambda *given: FillPlan([Part(*given)]).launch(), fill_reference):
         # Views of one buffer, as beside and below a weight.
         weight = torch.full((group.out + group.tail, 72 + group.tail), float("nan"), dtype=torch.float16)
         b, a = weight[: group.out, 72:], weight[group.out :, :72]
@@ -74,16 +74,44 @@ def test_gpu_fill_is_the_reference_in_bf16() -> None:
     assert torch.equal(pairs[0][0], pairs[1][0]) and torch.equal(pairs[0][1], pairs[1][1])
 
 
-@pytest.mark.parametrize("make", [filler, fill_launch])
-def test_what_fills_writes_the_adapter_as_it_is_when_called(make) -> None:
-    """Changed in place, and in other memory."""
-    group = LoraGroup(72, (40, 24), (4, 8), (2.0, 0.5), align=16)
-    A, B = [torch.randn(r, 72) for r in group.ranks], [torch.randn(o, r) for o, r in zip((40, 24), (4, 8), strict=True)]
-    b, a, want_b, want_a = (torch.zeros(s) for s in ((64, 16), (16, 72)) * 2)
-    write = make(group, A, B, b, a)
+def parts_of_a_layer(device: str) -> list[tuple[Part, Part]]:
+    """Four groups as of a decoder layer, one without an adapter, one of a 16-bit shadow; twice, over other memory."""
+    made = []
+    groups = [
+        LoraGroup(72, (40, 24, 24), (4, 0, 8), (2.0, 1.0, 0.5), align=16),
+        LoraGroup(40, (72,), (16,), (0.3,), align=16),
+        LoraGroup(72, (50, 50), (0, 0), (1.0, 1.0), align=16),
+        LoraGroup(50, (72,), (3,), (1.5,), align=16),
+    ]
+    for i, group in enumerate(groups):
+        dtype = torch.float16 if i == 3 else torch.float32
+        A = [torch.randn(r, group.in_features, device=device).to(dtype) for r in group.ranks]
+        B = [torch.randn(o, r, device=device).to(dtype) for o, r in zip(group.out_features, group.ranks, strict=True)]
+        places = []
+        for _ in range(2):
+            buffer = torch.full((group.out + group.tail, group.in_features + group.tail), float("nan"), device=device)
+            places.append((buffer[: group.out, group.in_features :], buffer[group.out :, : group.in_features]))
+        made.append(tuple(Part(group, A, B, *place) for place in places))
+    return made
+
+
+def fills_a_layer(device: str) -> None:
+    """In one plan, bit for bit what the groups one by one in PyTorch give, and again when the adapter has changed."""
+    pairs = parts_of_a_layer(device)
+    plan = FillPlan([part for part, _ in pairs])
     for _ in range(2):
-        write()
-        fill_reference(group, A, B, want_b, want_a)
-        assert torch.equal(b, want_b) and torch.equal(a, want_a)
-        A[0].mul_(2)
-        B[1].data = B[1] + 1
+        plan.launch()
+        for part, want in pairs:
+            fill_reference(*want)
+            assert torch.equal(part.b, want.b) and torch.equal(part.a, want.a)
+            for t in (*part.A, *part.B):
+                t.mul_(2)
+
+
+def test_a_layer_is_filled_by_one_plan() -> None:
+    fills_a_layer("cpu")
+
+
+@pytest.mark.gpu
+def test_gpu_a_layer_is_filled_by_one_plan() -> None:
+    fills_a_layer("cuda")

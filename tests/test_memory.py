@@ -83,7 +83,7 @@ def test_tight_memory_has_levels_rather_than_few_tokens() -> None:
     """Launches of 4,096 tokens take longer than they run: benchmarks/results/recorded_tight_gpu_2026-11-26.json."""
     slab = replace(QWEN3_8B, layers=8)
     some = token_budget(slab, 2.6 * GIB, 100 * GIB)
-    assert some == 8192 and any(choose(slab, some, some, 2.6 * GIB, 100 * GIB).levels)
+    assert some in (6144, 8192) and any(choose(slab, some, some, 2.6 * GIB, 100 * GIB).levels)
 
 
 def test_passes_that_graphs_can_run_have_no_launches_to_wait_for() -> None:

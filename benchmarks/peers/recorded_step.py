@@ -12,9 +12,9 @@ to the memory that each of the others took, and slowed down a part at a time, so
     rlft-padded      instead of that: rows as long as the longest, in micro-batches of 8, as TRL has them
 
 `--stacks` may also name trl-tuned and unsloth-rows. Each stack gives its cached memory back before another one works;
-steps under 10 s are therefore run three times and the third is measured. `--fa4 PATHS` is put before PYTHONPATH for rlft and
-trl-tuned, `--unsloth PATH` for Unsloth. A stack that fails is a row "failed" with what it said. One results file per
-work, written after every round.
+steps under 10 s are therefore run three times and the third is measured. `--fa4 PATHS` is put before PYTHONPATH for
+rlft and trl-tuned, `--unsloth PATH` for Unsloth. A stack that fails is a row "failed" with what it said. One results
+file per work, written after every round.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ import importlib.util
 import inspect
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -56,12 +57,25 @@ def on_gpu(op: str, **tensors: Tensor | None) -> bool:
     return next(iter(devices.values())).type == "cuda"
 
 
+def element_type(dtype: torch.dtype) -> Any:
+    """Triton's name of a dtype of `KERNEL_DTYPES`."""
+    return {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}[dtype]
+
+
+_HERE = nullcontext()
+
+
+@cache
+def _devices() -> int:
+    return torch.cuda.device_count()
+
+
 def on_device(tensor: Tensor) -> AbstractContextManager[Any]:
-    """Triton launches on the current device: make it the tensor's, where it is not already."""
-    device = tensor.device
-    if device.type != "cuda" or device.index == torch.cuda.current_device():
-        return nullcontext()
-    return torch.cuda.device(device)
+    """Triton launches on the current device: make it the tensor's, where it is not already. Asks nothing where there is
+    one device: it is called dozens of times per layer."""
+    if not tensor.is_cuda or _devices() == 1 or tensor.device.index == torch.cuda.current_device():
+        return _HERE
+    return torch.cuda.device(tensor.device)
 
 
 def want(op: str, ok: bool, wanted: str, **got: Tensor | None) -> None:

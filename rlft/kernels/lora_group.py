@@ -8,7 +8,8 @@ a [tail, H]; their B's stand in block form in b [out, tail], times scale = alpha
 This is the only place where the scale is applied (`rlft.kernels.low_rank.gradients` takes it back for B's gradient).
 A buffer [out + tail, H + tail] that holds W in its upper left has room for b (upper right) and a (lower left).
 
-Bytes: reads A and B, writes (out + H) * tail elements, once per use of a scratch weight.
+Bytes: reads A and B, writes (out + H) * tail elements, once per use of a scratch weight; the groups of a decoder layer
+in one launch.
 """
 
 from __future__ import annotations
@@ -16,11 +17,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from rlft.kernels.launch import jit, on_device, on_gpu, tl, want
+from rlft.kernels.launch import element_type, jit, on_device, on_gpu, tl, want
+from rlft.upload import upload
 
 
 @dataclass(frozen=True)
@@ -89,93 +92,141 @@ def fill_reference(group: LoraGroup, A: Sequence[Tensor], B: Sequence[Tensor], b
         a[group.columns(i)] = A[i].to(a.dtype)
 
 
+# The table has a row of FIELDS int64 per block that is written: 0 source, 1 target (addresses), 2 elements, 3 columns,
+# 4 the first column with something of the source in it, 5 columns of the source (0: all zeros), 6 row stride of the
+# target, 7 first program.
+FIELDS = 8
+BLOCK = 1024
+"""Elements of a program."""
+
+
 @jit
 def _fill(
-    a0, a1, a2, b0, b1, b2, a, a_stride, b, b_stride, scale0, scale1, scale2, H, OUT: tl.constexpr,
-    TAIL: tl.constexpr, COUNT: tl.constexpr, COLUMN: tl.constexpr, WIDTH: tl.constexpr, K: tl.constexpr,
-    RANK: tl.constexpr, BLOCK: tl.constexpr,
+    table, scales, COUNT: tl.constexpr, FIELDS: tl.constexpr, SOURCE: tl.constexpr, TARGET: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """First the OUT x TAIL elements of b, then the TAIL x H of a, BLOCK per program.
-
-    The tuples hold, per projection with an adapter: COLUMN and WIDTH, its first row of b and their number; K and RANK,
-    its first column of b and their number.
-    """
-    programs_b: tl.constexpr = (OUT * TAIL + BLOCK - 1) // BLOCK
+    """Each block of the table, times its scale, zero beside the source's columns."""
     pid = tl.program_id(0)
-    if pid < programs_b:
-        e = pid * BLOCK + tl.arange(0, BLOCK)
-        row, k = e // TAIL, e % TAIL
-        value = tl.zeros([BLOCK], tl.float32)
-        for i in tl.static_range(COUNT):
-            source = b0 if i == 0 else (b1 if i == 1 else b2)
-            scale = scale0 if i == 0 else (scale1 if i == 1 else scale2)
-            inside = (row >= COLUMN[i]) & (row < COLUMN[i] + WIDTH[i]) & (k >= K[i]) & (k < K[i] + RANK[i])
-            loaded = tl.load(source + (row - COLUMN[i]) * RANK[i] + (k - K[i]), mask=inside, other=0.0)
-            value += loaded.to(tl.float32) * scale
-        tl.store(b + row.to(tl.int64) * b_stride + k, value.to(b.dtype.element_ty), mask=row < OUT)
-    else:
-        e = (pid - programs_b) * BLOCK + tl.arange(0, BLOCK)
-        k, c = e // H, e % H
-        value = tl.zeros([BLOCK], tl.float32)
-        for i in tl.static_range(COUNT):
-            source = a0 if i == 0 else (a1 if i == 1 else a2)
-            inside = (k >= K[i]) & (k < K[i] + RANK[i])
-            value += tl.load(source + (k - K[i]) * H + c, mask=inside, other=0.0).to(tl.float32)
-        tl.store(a + k.to(tl.int64) * a_stride + c, value.to(a.dtype.element_ty), mask=k < TAIL)
+    m = 0
+    for i in tl.static_range(1, COUNT):  # type: ignore[reportGeneralTypeIssues]
+        m += (pid >= tl.load(table + i * FIELDS + 7).to(tl.int32)).to(tl.int32)
+    row = table + m * FIELDS
+    source = tl.load(row).to(tl.pointer_type(SOURCE))  # type: ignore[reportArgumentType]
+    target = tl.load(row + 1).to(tl.pointer_type(TARGET))  # type: ignore[reportArgumentType]
+    columns, width = tl.load(row + 3).to(tl.int32), tl.load(row + 5).to(tl.int32)
+    e = (pid - tl.load(row + 7).to(tl.int32)) * BLOCK + tl.arange(0, BLOCK)
+    live = e < tl.load(row + 2).to(tl.int32)
+    r = (e // columns).to(tl.int64)
+    c = e % columns
+    k = c - tl.load(row + 4).to(tl.int32)
+    value = tl.load(source + r * width + k, mask=live & (k >= 0) & (k < width), other=0.0).to(tl.float32)
+    value = value * tl.load(scales + m)
+    tl.store(target + r * tl.load(row + 6) + c, value.to(TARGET), mask=live)
+
+
+class Part(NamedTuple):
+    """The adapters of a group, and where the products want them."""
+
+    group: LoraGroup
+    A: Sequence[Tensor]
+    """Per projection [r_i, H], contiguous, of any float dtype (masters or shadow)."""
+    B: Sequence[Tensor]
+    """Per projection [out_i, r_i], likewise. The product with the scale is rounded once."""
+    b: Tensor
+    """[out, tail], overwritten, unit column stride."""
+    a: Tensor
+    """[tail, H], likewise, of b's dtype."""
+
+    def check(self) -> None:
+        group, A, B, b, a = self
+        for i, rank in enumerate(group.ranks):
+            want(
+                "fill",
+                tuple(A[i].shape) == (rank, group.in_features) and tuple(B[i].shape) == (group.out_features[i], rank)
+                and A[i].is_contiguous() and B[i].is_contiguous(),
+                f"A [{rank}, {group.in_features}] and B [{group.out_features[i]}, {rank}], contiguous, for projection "
+                f"{i}", A=A[i], B=B[i],
+            )  # fmt: skip
+        want(
+            "fill",
+            tuple(b.shape) == (group.out, group.tail) and tuple(a.shape) == (group.tail, group.in_features)
+            and a.dtype == b.dtype and all(t.stride(1) == 1 or not t.numel() for t in (a, b)),
+            f"b [{group.out}, {group.tail}] and a [{group.tail}, {group.in_features}] of one dtype, unit column stride",
+            b=b, a=a,
+        )  # fmt: skip
+
+
+class FillPlan:
+    """What writes the adapters of several groups, as they are whenever it is `run`: in one launch, where their dtype is
+    one. The table of addresses is copied to the device once, so that a CUDA graph can run it; the plan keeps the
+    tensors alive and must be made again when one of them moves. Raises ValueError for parts that do not fit."""
+
+    def __init__(self, parts: Sequence[Part]) -> None:
+        self.parts = [part for part in parts if part.group.tail]
+        for part in parts:
+            part.check()
+        tensors = {}
+        for n, (group, A, B, b, a) in enumerate(self.parts):
+            of = f" of part {n}" if len(parts) > 1 else ""
+            tensors |= {f"b{of}": b, f"a{of}": a}
+            tensors |= {f"{name}{i}{of}": ts[i] for name, ts in (("A", A), ("B", B)) for i in group.adapted}
+        self.gpu = bool(self.parts) and on_gpu("fill", **tensors)
+
+    @cached_property
+    def _launches(self) -> list[Callable[[], None]]:
+        """For each pair of dtypes."""
+        rows: dict[tuple[torch.dtype, torch.dtype], list[tuple[list[int], float]]] = {}
+        for group, A, B, b, a in self.parts:
+            some = A[group.adapted[0]].dtype
+            for i, (rank, scale) in enumerate(zip(group.ranks, group.scales, strict=True)):
+                place, first = b[group.rows(i)], group.columns(i).start
+                source, dtype = (B[i].data_ptr(), B[i].dtype) if rank else (0, some)
+                block = [source, place.data_ptr(), place.numel(), group.tail, first, rank, b.stride(0)]
+                rows.setdefault((dtype, b.dtype), []).append((block, float(scale)))
+                if rank:
+                    place = a[group.columns(i)]
+                    block = [A[i].data_ptr(), place.data_ptr(), place.numel(), a.shape[1], 0, a.shape[1], a.stride(0)]
+                    rows.setdefault((A[i].dtype, a.dtype), []).append((block, 1.0))
+            if group.rank < group.tail:
+                place = a[group.rank :]
+                block = [0, place.data_ptr(), place.numel(), a.shape[1], 0, 0, a.stride(0)]
+                rows.setdefault((some, a.dtype), []).append((block, 1.0))
+        return [self._launch(*dtypes, blocks) for dtypes, blocks in rows.items()]
+
+    def _launch(
+        self, source: torch.dtype, target: torch.dtype, blocks: list[tuple[list[int], float]]
+    ) -> Callable[[], None]:
+        device = self.parts[0].b.device
+        table, programs = [], 0
+        for block, _ in blocks:
+            table.append([*block, programs])
+            programs += -(-block[2] // BLOCK)
+        return partial(
+            _fill[(programs,)], upload(torch.tensor(table, dtype=torch.int64), device),
+            upload(torch.tensor([scale for _, scale in blocks]), device), COUNT=len(blocks), FIELDS=FIELDS,
+            SOURCE=element_type(source), TARGET=element_type(target), BLOCK=BLOCK,
+        )  # fmt: skip
+
+    def run(self) -> None:
+        """Write them."""
+        if self.gpu:
+            self.launch()
+        else:
+            for part in self.parts:
+                fill_reference(*part)
+
+    def launch(self) -> None:
+        """The kernel, on the current stream."""
+        with on_device(self.parts[0].b):
+            for launch in self._launches:
+                launch()
+
+
+def fill(group: LoraGroup, A: Sequence[Tensor], B: Sequence[Tensor], b: Tensor, a: Tensor) -> None:
+    """Write the adapters where the products want them, once. Arguments as `Part`, errors as `FillPlan`."""
+    FillPlan([Part(group, A, B, b, a)]).run()
 
 
 def three(items: Sequence) -> list:
     """Padded to three by repeating the last: kernels take as many pointers as a group can have projections."""
     return [items[min(i, len(items) - 1)] for i in range(3)]
-
-
-def fill_launch(group: LoraGroup, A: Sequence[Tensor], B: Sequence[Tensor], b: Tensor, a: Tensor) -> Callable[[], None]:
-    """`filler` by the kernel."""
-    on = group.adapted
-    block = 1024
-    programs = -(-group.out * group.tail // block) + -(-group.tail * group.in_features // block)
-    launch = partial(
-        _fill[(programs,)],
-        *three([A[i] for i in on]), *three([B[i] for i in on]), a, a.stride(0), b, b.stride(0),
-        *three([float(group.scales[i]) for i in on]), group.in_features, OUT=group.out, TAIL=group.tail,
-        COUNT=len(on), COLUMN=tuple(group.rows(i).start for i in on), K=tuple(group.columns(i).start for i in on),
-        WIDTH=tuple(group.out_features[i] for i in on), RANK=tuple(group.ranks[i] for i in on), BLOCK=block,
-    )  # fmt: skip
-
-    def run() -> None:
-        with on_device(b):
-            launch()
-
-    return run
-
-
-def fill(group: LoraGroup, A: Sequence[Tensor], B: Sequence[Tensor], b: Tensor, a: Tensor) -> None:
-    """Write the adapters where the products want them. Arguments and errors as `filler`."""
-    filler(group, A, B, b, a)()
-
-
-def filler(group: LoraGroup, A: Sequence[Tensor], B: Sequence[Tensor], b: Tensor, a: Tensor) -> Callable[[], None]:
-    """What writes the adapters where the products want them, as they are when it is called: for tensors that are
-    written again and again, whose shapes are looked at here once.
-
-    A: per projection [r_i, H], B: [out_i, r_i], contiguous, of any float dtype (masters or shadow; the product with the
-    scale is rounded once). b: [out, tail], a: [tail, H], overwritten, unit column stride. Raises ValueError otherwise.
-    """
-    for i, rank in enumerate(group.ranks):
-        want(
-            "fill",
-            tuple(A[i].shape) == (rank, group.in_features) and tuple(B[i].shape) == (group.out_features[i], rank)
-            and A[i].is_contiguous() and B[i].is_contiguous(),
-            f"A [{rank}, {group.in_features}] and B [{group.out_features[i]}, {rank}], contiguous, for projection {i}",
-            A=A[i], B=B[i],
-        )  # fmt: skip
-    want(
-        "fill",
-        tuple(b.shape) == (group.out, group.tail) and tuple(a.shape) == (group.tail, group.in_features)
-        and a.dtype == b.dtype and all(t.stride(1) == 1 or not t.numel() for t in (a, b)),
-        f"b [{group.out}, {group.tail}] and a [{group.tail}, {group.in_features}] of one dtype, unit column stride",
-        b=b, a=a,
-    )  # fmt: skip
-    if group.tail and on_gpu("fill", b=b, a=a, **{f"A{i}": A[i] for i in group.adapted}):
-        return fill_launch(group, A, B, b, a)
-    return partial(fill_reference, group, A, B, b, a)

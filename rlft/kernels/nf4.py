@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlft.kernels.launch import jit, on_device, on_gpu, tl, want
+from rlft.kernels.launch import element_type, jit, on_device, on_gpu, tl, want
 from rlft.upload import upload
 
 NF4_CODE = (
@@ -317,7 +317,7 @@ class DecodePlan:
 
     def launch(self) -> None:
         """The Triton kernels, on the current stream."""
-        dtype = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}[self.outs[0].dtype]
+        dtype = element_type(self.outs[0].dtype)
         # enable_fp_fusion=False: a fused multiply-add in the nested scale would round once instead of twice.
         with on_device(self.code):
             for blocksize, nested, words, members, table, programs, tile in self.launches:

@@ -303,8 +303,9 @@ CAPTURED = 0.25
 """Share of the memory that CUDA graphs may hold, and a pass in one may take without the weights' buffers."""
 LAUNCHING = 4.5e-3
 """Seconds of the host for launching a layer's forward and backward at L0, seen on an H100 machine."""
-LAUNCHING_MORE = 11e-3
-"""The same with shared prompts, where some layers run parts again: 10 to 13 ms were seen."""
+LAUNCHING_MORE = 10e-3
+"""The same with shared prompts and with weights that are decoded anew: 9 ms were seen, in micro-batches that nine
+tenths of their tokens filled."""
 FLOPS = 600e12
 """Speed of a layer's matrix products, with what else it does."""
 SHORT = 1.6
@@ -315,6 +316,11 @@ model L4 takes 20%, and the costs are those of 32,768."""
 def device_seconds(s: Shape, rows: int) -> float:
     """Of a layer's forward and backward at L0, without attention."""
     return 4 * s.weights * rows / FLOPS
+
+
+def head_seconds(s: Shape, trained: int) -> float:
+    """Of the head's three products."""
+    return 6 * s.hidden * s.vocab * trained / FLOPS
 
 
 def capturable(s: Shape, plan: Plan, device_bytes: float) -> bool:
@@ -335,8 +341,9 @@ def token_budget(s: Shape, device_bytes: float, host_bytes: float) -> int:
         cost = SHORT * _cost(_Setting(plan.tile, plan.store, plan.chunk_bytes), plan.levels, rows) / 100
         device = device_seconds(s, rows)
         captured = device < LAUNCHING and capturable(s, plan, device_bytes)
+        busy = s.layers * device * (1 + cost) + head_seconds(s, rows)
         # To three digits, so that equal ones are equal.
-        return float(f"{max(device * (1 + cost), 0.0 if captured else LAUNCHING_MORE) / rows:.3g}")
+        return float(f"{max(busy, 0.0 if captured else s.layers * LAUNCHING_MORE) / rows:.3g}")
 
     best = min(BUDGETS, key=seconds)
     return best if seconds(best) < math.inf else BUDGETS[-1]

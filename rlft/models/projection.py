@@ -14,11 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from rlft.kernels import lora
-from rlft.kernels.lora_group import LoraGroup, filler
+from rlft.kernels.lora_group import FillPlan, LoraGroup, Part
 from rlft.kernels.nf4 import DecodePlan, Nf4Weight
 
 Mode = Literal["layer", "group", "shadow"]
 """Where the layers' weights are brought to, see `Store`."""
+
+
+ADAPTERS = 8
+"""Adapters, or places of one, whose tables are kept for a layer."""
 
 
 class Bound(NamedTuple):
@@ -104,8 +108,10 @@ class _Bring:
                     self._plain.append((place, weight))
         self._frozen = [(p.out, p.in_features) for p in projections]
         self._plan = DecodePlan(packed, places) if packed else None
-        self._filled: tuple[tuple[Bound, ...], list[Callable[[], None]]] | None = None
-        """What was filled last, and what fills it again."""
+        self._fills: dict[tuple, FillPlan] = {}
+        """What fills in each adapter that there was: CUDA graphs read their tables."""
+        self._filled: tuple[tuple, FillPlan] | None = None
+        """The last of them."""
 
     def run(self) -> None:
         if self._plan is not None:
@@ -124,17 +130,25 @@ class _Bring:
         pairs = zip(self.buffers, shapes, strict=True)
         return tuple(buffer if buffer.shape == shape else buffer[: shape[0], : shape[1]] for buffer, shape in pairs)
 
-    def fill(self, bound: Sequence[Bound]) -> None:
-        """Write the adapter, as it is now, behind the weights; nothing where it is off."""
-        if not any(b.group.tail for b in bound):
-            return
-        if self._filled is None or any(a is not b for a, b in zip(self._filled[0], bound, strict=True)):
-            pairs = zip(bound, self.buffers, strict=True)
-            adapted = [(b, buffer) for b, buffer in pairs if b.group.tail]
-            fillers = [filler(b.group, b.A, b.B, *lora.operands(b.group, buffer)) for b, buffer in adapted]
-            self._filled = (tuple(bound), fillers)
-        for write in self._filled[1]:
-            write()
+    def fill(self, bound: Sequence[Bound]) -> bool:
+        """Write the adapter, as it is now, behind the weights; nothing where it is off. Says whether tables were given
+        up that CUDA graphs may read."""
+        places = [t.data_ptr() for b in bound for ts in (b.A, b.B) for t in ts if t.numel()]
+        if not places:
+            return False
+        given_up, key = False, (places, [b.group for b in bound])
+        if self._filled is None or self._filled[0] != key:
+            hashed = (*key[0], *key[1])
+            if hashed not in self._fills:
+                given_up = len(self._fills) >= ADAPTERS
+                if given_up:
+                    self._fills.clear()
+                pairs = zip(bound, self.buffers, strict=True)
+                parts = [Part(*b, *lora.operands(b.group, buffer)) for b, buffer in pairs if b.group.tail]
+                self._fills[hashed] = FillPlan(parts)
+            self._filled = (key, self._fills[hashed])
+        self._filled[1].run()
+        return given_up
 
 
 class Store:
@@ -210,7 +224,7 @@ class Store:
                 kept.run()
         if self.mode != "shadow":
             kept.run()
-        kept.fill(bound)
+        self.version += kept.fill(bound)
         return kept.views(shapes)
 
     def _shared(self, size: int, like: Tensor) -> Tensor:
