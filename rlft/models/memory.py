@@ -244,12 +244,12 @@ LEVEL_COST = (0.0, 10.0, 12.0, 20.0, 12.5, 20.5)
 """Percent of a step's time that a layer at each level costs, roughly."""
 
 
-def _cost(how: _Setting, levels: tuple[int, ...], rows: int) -> float:
+def _cost(how: _Setting, levels: tuple[int, ...], rows: int, again: float = 1.0) -> float:
     """Percent of a step's time that a plan costs, roughly: half a tile one; decoding takes as long for few rows as for
-    many."""
+    many. again: what the levels' costs are multiplied by."""
     decode = {"shadow": 0, "layer": 16384, "group": 3 * 16384}[how.store] / max(1, rows)
     kept = sum(LEVEL_COST[level] for level in levels) / len(levels)
-    return kept + TILES.index(how.tile) + decode + (how.chunk_bytes < CHUNK_BYTES)
+    return again * kept + TILES.index(how.tile) + decode + (how.chunk_bytes < CHUNK_BYTES)
 
 
 @cache
@@ -303,14 +303,14 @@ CAPTURED = 0.25
 """Share of the memory that CUDA graphs may hold, and a pass in one may take without the weights' buffers."""
 LAUNCHING = 4.5e-3
 """Seconds of the host for launching a layer's forward and backward at L0, seen on an H100 machine."""
-LAUNCHING_MORE = 10e-3
-"""The same with shared prompts and with weights that are decoded anew: 9 ms were seen, in micro-batches that nine
-tenths of their tokens filled."""
+LAUNCHING_MORE = 9e-3
+"""The same with shared prompts and with weights that are decoded anew: 8 ms, in micro-batches that are filled to nine
+tenths (seen at 4,096 tokens)."""
 FLOPS = 600e12
 """Speed of a layer's matrix products, with what else it does."""
-SHORT = 1.6
-"""How much more `_cost` is of the time of short sequences, whose attention is little of it: at 8,192 tokens of an 8B
-model L4 takes 20%, and the costs are those of 32,768."""
+SHORT = 3.0
+"""How much more the levels cost of the time of short sequences, whose attention is little of it, than of the 32,768
+tokens that their costs are from: at 8,192 tokens of an 8B model three of eight layers at L4 took 17 to 25%."""
 
 
 def device_seconds(s: Shape, rows: int) -> float:
@@ -338,7 +338,7 @@ def token_budget(s: Shape, device_bytes: float, host_bytes: float) -> int:
         plan = choose(s, rows, rows, device_bytes, host_bytes)
         if plan.peak > device_bytes:
             return math.inf
-        cost = SHORT * _cost(_Setting(plan.tile, plan.store, plan.chunk_bytes), plan.levels, rows) / 100
+        cost = _cost(_Setting(plan.tile, plan.store, plan.chunk_bytes), plan.levels, rows, SHORT) / 100
         device = device_seconds(s, rows)
         captured = device < LAUNCHING and capturable(s, plan, device_bytes)
         busy = s.layers * device * (1 + cost) + head_seconds(s, rows)
