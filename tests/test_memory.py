@@ -79,15 +79,12 @@ def test_tokens_per_micro_batch() -> None:
     assert BUDGETS[-1] < some < BUDGETS[0] and not any(choose(QWEN3_8B, some, some, 60 * GIB, 0.0).levels)
 
 
-def test_tight_memory_has_few_tokens_before_levels_and_levels_before_waiting_for_launches() -> None:
+def test_tight_memory_has_few_tokens_rather_than_levels() -> None:
     """4,096 tokens at L0 take less time than 8,192 of which layers are at L4: 1.34 and 1.54 s in
     benchmarks/results/recorded_tight_gpu_2026-11-27.json."""
     slab = replace(QWEN3_8B, layers=8)
     some = token_budget(slab, 3.4 * GIB, 100 * GIB)
     assert some == 4096 and not any(choose(slab, some, some, 3.4 * GIB, 100 * GIB).levels)
-    # The head's part of the time is less, and 4,096 tokens would wait for the host in every layer.
-    some = token_budget(QWEN3_8B, 8 * GIB, 100 * GIB)
-    assert some == 6144 and any(choose(QWEN3_8B, some, some, 8 * GIB, 100 * GIB).levels)
 
 
 def test_passes_that_graphs_can_run_have_no_launches_to_wait_for() -> None:

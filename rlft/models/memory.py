@@ -307,20 +307,22 @@ LAUNCHING_MORE = 9e-3
 """The same with shared prompts and with weights that are decoded anew: 8 ms, in micro-batches that are filled to nine
 tenths (seen at 4,096 tokens)."""
 FLOPS = 600e12
-"""Speed of a layer's matrix products, with what else it does."""
+"""Speed of matrix products."""
+BESIDE = 1.35
+"""Time of a layer over that of its products, for sequences whose attention is little of it (recorded_tight)."""
 SHORT = 3.0
-"""How much more the levels cost of the time of short sequences, whose attention is little of it, than of the 32,768
-tokens that their costs are from: at 8,192 tokens of an 8B model three of eight layers at L4 took 17 to 25%."""
+"""How much more the levels cost of such sequences' time than of the 32,768 tokens that their costs are from: at 8,192
+tokens of an 8B model three of eight layers at L4 took 17 to 25% of a step."""
 
 
 def device_seconds(s: Shape, rows: int) -> float:
-    """Of a layer's forward and backward at L0, without attention."""
+    """Of the products of a layer's forward and backward at L0."""
     return 4 * s.weights * rows / FLOPS
 
 
 def head_seconds(s: Shape, trained: int) -> float:
-    """Of the head's three products."""
-    return 6 * s.hidden * s.vocab * trained / FLOPS
+    """Of the head's two products."""
+    return 4 * s.hidden * s.vocab * trained / FLOPS
 
 
 def capturable(s: Shape, plan: Plan, device_bytes: float) -> bool:
@@ -341,7 +343,7 @@ def token_budget(s: Shape, device_bytes: float, host_bytes: float) -> int:
         cost = _cost(_Setting(plan.tile, plan.store, plan.chunk_bytes), plan.levels, rows, SHORT) / 100
         device = device_seconds(s, rows)
         captured = device < LAUNCHING and capturable(s, plan, device_bytes)
-        busy = s.layers * device * (1 + cost) + head_seconds(s, rows)
+        busy = s.layers * BESIDE * device * (1 + cost) + head_seconds(s, rows)
         # To three digits, so that equal ones are equal.
         return float(f"{max(busy, 0.0 if captured else s.layers * LAUNCHING_MORE) / rows:.3g}")
 
