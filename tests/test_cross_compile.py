@@ -85,6 +85,8 @@ def head(kernel: str, results: str, constants: dict, warps: int) -> Case:
 
 
 B = "*bf16:16 "
+SUMS = "*fp32:16 *fp32:16 *fp32:16 *fp32:16 i32:16 i32:16 i32:16 fp32 fp32 fp32 i32"
+"""Of low_rank's `_sum_splits`."""
 
 CASES = [
     nf4("_decode_words", "bfloat16", ONE_ROW=True, GATHER=True),
@@ -100,14 +102,11 @@ CASES = [
         ("bf16", False, True, 128, 64), ("fp32", True, False, 128, 16), ("fp32", False, True, 64, 16),
     )),
     Case(
-        "low_rank:_fold_rows", "*fp32:16 *bf16:16 i32:16 i32",
+        "low_rank:_fold_both", f"*fp32:16 *bf16:16 i32:16 i32 {SUMS}",
         {"COUNT": 3, "FIRST": (0, 16, 20, 24), "K": (0, 16, 32), "RANK": (16, 16, 16), "MOST": 16, "TAIL": 64,
-         "P_STRIDE": 16, "BT": 16, "BR": 64}, {},
+         "P_STRIDE": 16, "BT": 16, "BR": 64, "SPLITS_BLOCK": 16, "BLOCK": 256}, {},
     ),
-    Case(
-        "low_rank:_fold", "*fp32:16 *fp32:16 *fp32:16 *fp32:16 i32:16 i32:16 i32:16 fp32 fp32 fp32 i32",
-        {"SPLITS_BLOCK": 16, "BLOCK": 256}, {},
-    ),
+    Case("low_rank:_fold", SUMS, {"SPLITS_BLOCK": 16, "BLOCK": 256}, {}),
     # The longest prompts' rows, decoding's, and fp32.
     *(Case("lora_add:_shrink", f"*fp32:16 *{dtype}:16 i32:16 *{dtype}:16 i32 i32:16 i32:16",
            {"RANKS": 48, "BT": BT, "BK": BK, "BR": 64, "WIDE": False}, {"num_warps": 4, "num_stages": 3})

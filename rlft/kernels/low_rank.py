@@ -119,13 +119,14 @@ def _columns(
 
 
 @jit
-def _fold_rows(
-    p, out, out_stride, T, COUNT: tl.constexpr, FIRST: tl.constexpr, K: tl.constexpr, RANK: tl.constexpr,
+def _sum_tiles(
+    pid, p, out, out_stride, T, COUNT: tl.constexpr, FIRST: tl.constexpr, K: tl.constexpr, RANK: tl.constexpr,
     MOST: tl.constexpr, TAIL: tl.constexpr, P_STRIDE: tl.constexpr, BT: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
     """out [T, TAIL] = sum over a projection's tiles of p [tiles, T, P_STRIDE]; zero in columns of no projection."""
-    t = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
-    k = tl.program_id(1) * BR + tl.arange(0, BR)
+    blocks: tl.constexpr = (TAIL + BR - 1) // BR
+    t = (pid // blocks).to(tl.int64) * BT + tl.arange(0, BT)
+    k = pid % blocks * BR + tl.arange(0, BR)
     first, tiles, local = tl.zeros([BR], tl.int32), tl.zeros([BR], tl.int32), tl.zeros([BR], tl.int32)
     for i in tl.static_range(COUNT):  # type: ignore[reportGeneralTypeIssues]
         here = (k >= K[i]) & (k < K[i] + RANK[i])
@@ -143,11 +144,12 @@ def _fold_rows(
 
 
 @jit
-def _fold(
-    q, g0, g1, g2, end0, end1, size, scale0, scale1, scale2, SPLITS, SPLITS_BLOCK: tl.constexpr, BLOCK: tl.constexpr
+def _sum_splits(
+    pid, q, g0, g1, g2, end0, end1, size, scale0, scale1, scale2, SPLITS, SPLITS_BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """g += scale * sum over splits of q [SPLITS, size]; elements up to end0 belong to g0, up to end1 to g1."""
-    e = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    e = pid * BLOCK + tl.arange(0, BLOCK)
     s = tl.arange(0, SPLITS_BLOCK)
     live = (s < SPLITS)[:, None] & (e < size)[None, :]
     total = tl.sum(tl.load(q + s.to(tl.int64)[:, None] * size + e[None, :], mask=live, other=0.0), axis=0)
@@ -156,16 +158,28 @@ def _fold(
     tl.store(place, tl.load(place, mask=e < size) + scale * total, mask=e < size)
 
 
-def _fold_tiles(p: Tensor, s: Tensor, first: tuple, k: tuple, rank: tuple, tail: int) -> None:
-    """Sum p [tiles, T, columns] over the tiles of each projection into s [T, tail]."""
-    block = min(64, power_of_2(tail))
-    rows = 1024 // block
-    most = max(end - start for start, end in itertools.pairwise(first))
-    with on_device(s):
-        _fold_rows[(-(-s.shape[0] // rows), -(-tail // block))](
-            p, s, s.stride(0), s.shape[0], COUNT=len(k), FIRST=first, K=k, RANK=rank, MOST=most, TAIL=tail,
-            P_STRIDE=p.shape[2], BT=rows, BR=block,
-        )  # fmt: skip
+@jit
+def _fold(
+    q, g0, g1, g2, end0, end1, size, scale0, scale1, scale2, SPLITS, SPLITS_BLOCK: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    _sum_splits(tl.program_id(0), q, g0, g1, g2, end0, end1, size, scale0, scale1, scale2, SPLITS, SPLITS_BLOCK, BLOCK)
+
+
+@jit
+def _fold_both(
+    p, out, out_stride, T, q, g0, g1, g2, end0, end1, size, scale0, scale1, scale2, SPLITS, COUNT: tl.constexpr,
+    FIRST: tl.constexpr, K: tl.constexpr, RANK: tl.constexpr, MOST: tl.constexpr, TAIL: tl.constexpr,
+    P_STRIDE: tl.constexpr, BT: tl.constexpr, BR: tl.constexpr, SPLITS_BLOCK: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """What `_columns` left for dS and for dB, in one launch: first the programs over rows, then those over elements."""
+    pid = tl.program_id(0)
+    programs = (T + BT - 1) // BT * ((TAIL + BR - 1) // BR)
+    if pid < programs:
+        _sum_tiles(pid, p, out, out_stride, T, COUNT, FIRST, K, RANK, MOST, TAIL, P_STRIDE, BT, BR)
+    else:
+        _sum_splits(
+            pid - programs, q, g0, g1, g2, end0, end1, size, scale0, scale1, scale2, SPLITS, SPLITS_BLOCK, BLOCK
+        )
 
 
 class _Tiles(NamedTuple):
@@ -220,14 +234,15 @@ def _column_pass(
     return q, p, first
 
 
-def _add(q: Tensor, grads: Sequence[Tensor], scales: Sequence[float]) -> None:
-    """grads[i] += scales[i] * its elements of q, summed over the splits."""
+ELEMENTS = 256
+"""Of q, per program."""
+
+
+def _sums(q: Tensor, grads: Sequence[Tensor], scales: Sequence[float]) -> tuple[int, tuple, dict[str, int]]:
+    """Programs, arguments and constants of `_sum_splits`: grads[i] += scales[i] * its elements of q."""
     ends = list(itertools.accumulate(g.numel() for g in grads))
-    with on_device(q):
-        _fold[(-(-q.shape[1] // 256),)](
-            q, *three(grads), *three(ends)[:2], q.shape[1], *three([float(s) for s in scales]), q.shape[0],
-            SPLITS_BLOCK=power_of_2(q.shape[0]), BLOCK=256,
-        )  # fmt: skip
+    arguments = (q, *three(grads), *three(ends)[:2], q.shape[1], *three([float(s) for s in scales]), q.shape[0])
+    return -(-q.shape[1] // ELEMENTS), arguments, {"SPLITS_BLOCK": power_of_2(q.shape[0]), "BLOCK": ELEMENTS}
 
 
 @cache
@@ -243,23 +258,33 @@ def gradients_b_launch(
     launch: Launch = GRAD_B, fused_rank: int = FUSED_RANK,
 ) -> None:  # fmt: skip
     """`gradients_b` by the kernels."""
-    on, spans = group.adapted, _spans(group)
+    on, spans, tail = group.adapted, _spans(group), group.tail
     fused = max(group.ranks) <= fused_rank
     q, p, first = _column_pass(dy, s, b if fused else None, spans, False, launch)
-    if p is not None:
-        _fold_tiles(p, ds, first, tuple(k for _, _, k, _ in spans), tuple(r for *_, r in spans), group.tail)
-    else:
+    programs, arguments, constants = _sums(q, [grad_B[i] for i in on], [group.scales[i] for i in on])
+    if p is None:
         torch.mm(dy, b, out=ds)
-    _add(q, [grad_B[i] for i in on], [group.scales[i] for i in on])
+        with on_device(q):
+            _fold[(programs,)](*arguments, **constants)
+        return
+    T, block = ds.shape[0], min(64, power_of_2(tail))
+    rows = 1024 // block
+    with on_device(q):
+        _fold_both[(-(-T // rows) * -(-tail // block) + programs,)](
+            p, ds, ds.stride(0), T, *arguments, COUNT=len(spans), FIRST=first, K=tuple(k for _, _, k, _ in spans),
+            RANK=tuple(r for *_, r in spans), MOST=max(b - a for a, b in itertools.pairwise(first)), TAIL=tail,
+            P_STRIDE=p.shape[2], BT=rows, BR=block, **constants,
+        )  # fmt: skip
 
 
 def gradients_a_launch(
     group: LoraGroup, ds: Tensor, x: Tensor, grad_A: Sequence[Tensor], launch: Launch = GRAD_A
 ) -> None:
     """`gradients_a` by the kernels."""
-    on = group.adapted
     q, _, _ = _column_pass(x, ds, None, ((0, group.in_features, 0, group.rank),), True, launch)
-    _add(q, [grad_A[i] for i in on], [1.0 for _ in on])
+    programs, arguments, constants = _sums(q, [grad_A[i] for i in group.adapted], [1.0 for _ in group.adapted])
+    with on_device(q):
+        _fold[(programs,)](*arguments, **constants)
 
 
 def gradients_launch(

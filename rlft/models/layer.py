@@ -21,6 +21,8 @@ Function returns None for them, or into new ones, which it returns as any other 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -29,6 +31,7 @@ from rlft.models import ops
 from rlft.models.layer_backward import Backward
 from rlft.models.layer_modules import DOWN, GATE_UP, QKV, FusedLayer
 from rlft.models.layer_steps import Kept, Pass, Steps, tiles
+from rlft.models.projection import Bound
 
 
 def run_layer(layer: FusedLayer, x: Tensor, run: Pass) -> Tensor:
@@ -36,8 +39,15 @@ def run_layer(layer: FusedLayer, x: Tensor, run: Pass) -> Tensor:
     bound = layer.bind(run.adapter)
     if not run.keep:
         return Forward(layer, run, bound, x)(x, None)
-    parameters = [t for b in bound for ts in (b.A, b.B) for t in ts if t.numel()]
-    return _Layer.apply(x, layer, run, bound, *parameters)  # type: ignore[return-value]
+    parameters = _parameters(bound)
+    # One is enough for autograd where their gradients go into the caller's buffers, and every one takes the host time.
+    given = parameters if run.gradients is None else [p for p in parameters if p.requires_grad][:1]
+    return _Layer.apply(x, layer, run, bound, *given)  # type: ignore[return-value]
+
+
+def _parameters(bound: Sequence[Bound]) -> list[Tensor]:
+    """In the order of `Gradients.returned`."""
+    return [t for b in bound for ts in (b.A, b.B) for t in ts if t.numel()]
 
 
 class Forward(Steps):
@@ -102,7 +112,7 @@ class _Layer(torch.autograd.Function):
         else:
             ctx.save_for_backward(x)
         ctx.kept, ctx.rest = kept, (layer, run, bound)
-        ctx.versions = [(p, p._version) for p in parameters]
+        ctx.versions = [(p, p._version) for p in _parameters(bound)]
         return out
 
     @staticmethod
@@ -126,4 +136,5 @@ class _Layer(torch.autograd.Function):
             (kept.x,) = ctx.saved_tensors
         work = Backward(layer, run, bound, kept.x)
         dx = work(dout, kept, ctx.needs_input_grad[0])
-        return dx, None, None, None, *work.grads.returned
+        given = len(ctx.needs_input_grad) - 4
+        return dx, None, None, None, *work.grads.returned[:given]
