@@ -23,7 +23,7 @@ from kernel_timing import copy_of, device_ms, graph_ms, host_ms, to_rows
 from torch import Tensor
 
 from rlft.kernels import lora
-from rlft.kernels.lora_group import LoraGroup, fill
+from rlft.kernels.lora_group import FillPlan, LoraGroup, Part
 from rlft.kernels.low_rank import GRAD_A, GRAD_B, Launch, gradients_launch
 
 H, M = 4096, 12288
@@ -50,16 +50,29 @@ class Buffers:
         self.dense_x, self.dense_dy = self.x[:, :width].contiguous(), self.dy[:, : group.out].contiguous()
         self.dense_w = self.weight[: group.out, :width].contiguous()
         self.y, self.dx = torch.empty_like(self.dense_dy), torch.empty_like(self.dense_x)
+        self.part = Part(group, self.A, self.B, *lora.operands(group, self.weight))
+
+
+def rlft_step(layer: list[Buffers]) -> Callable[[], None]:
+    """Forward and backward. Filled again in between: the scratch of W was another layer's then."""
+    plan = FillPlan([n.part for n in layer])
+
+    def step() -> None:
+        plan.run()
+        for n in layer:
+            rlft_forward(n)
+        plan.run()
+        for n in layer:
+            rlft_backward(n)
+
+    return step
 
 
 def rlft_forward(n: Buffers) -> None:
-    fill(n.group, n.A, n.B, *lora.operands(n.group, n.weight))
     lora.forward(n.group, n.x, n.weight, out=n.y)
 
 
 def rlft_backward(n: Buffers) -> None:
-    # Filled again: the scratch of W was another layer's in between.
-    fill(n.group, n.A, n.B, *lora.operands(n.group, n.weight))
     x, s = n.x.split([n.group.in_features, n.group.tail], dim=1)
     lora.backward(n.group, n.dy, x, s, n.weight, n.grad_A, n.grad_B, out=n.dx)
 
@@ -121,7 +134,7 @@ def rows() -> list[dict[str, Any]]:
         saved = [torch_forward(n) for n in layer]
         stacks: dict[str, Callable[[], Any]] = {
             "frozen": lambda layer=layer: [f(n) for f in (frozen_forward, frozen_backward) for n in layer],
-            "rlft": lambda layer=layer: [f(n) for f in (rlft_forward, rlft_backward) for n in layer],
+            "rlft": rlft_step(layer),
             "torch": lambda layer=layer: [torch_backward(n, torch_forward(n)) for n in layer],
             "peft": lambda peft=peft: [step() for step in peft],
         }  # fmt: skip
@@ -131,12 +144,13 @@ def rows() -> list[dict[str, Any]]:
         found += to_rows(f"{work}/host", host_ms(stacks, rounds=5, calls=10), None, {})
         if T == 4096:
             for name, n, s in zip(SHAPES, layer, saved, strict=True):
+                plan = FillPlan([n.part])
                 found += to_rows(f"lora/{name}/T{T}-r{rank}-align{align}/forward", device_ms({
-                    "frozen": lambda n=n: frozen_forward(n), "rlft": lambda n=n: rlft_forward(n),
+                    "frozen": lambda n=n: frozen_forward(n), "rlft": lambda n=n, p=plan: (p.run(), rlft_forward(n)),
                     "torch": lambda n=n: torch_forward(n),
                 }, rounds=15), None, {})  # fmt: skip
                 found += to_rows(f"lora/{name}/T{T}-r{rank}-align{align}/backward", device_ms({
-                    "frozen": lambda n=n: frozen_backward(n), "rlft": lambda n=n: rlft_backward(n),
+                    "frozen": lambda n=n: frozen_backward(n), "rlft": lambda n=n, p=plan: (p.run(), rlft_backward(n)),
                     "torch": lambda n=n, s=s: torch_backward(n, s),
                 }, rounds=15), None, {})  # fmt: skip
         del layer, peft, saved, stacks
@@ -150,7 +164,7 @@ def parts(n: Buffers) -> dict[str, Callable[[], Any]]:
     x, s = n.x.split([group.in_features, group.tail], dim=1)
     dy, ds = n.dy.split([group.out, group.tail], dim=1)
     return {
-        "fill": lambda: fill(group, n.A, n.B, b, a),
+        "fill": FillPlan([n.part]).run,
         "S cublas": lambda: torch.mm(x, a.T, out=s),
         "gradients rlft": lambda: gradients_launch(group, dy, x, s, b, ds, n.grad_A, n.grad_B),
         "dS cublas": lambda: torch.mm(dy, b, out=ds),

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rlft.kernels import lora
 from rlft.kernels.lora import lora_linear, lora_reference
-from rlft.kernels.lora_group import LoraGroup, fill
+from rlft.kernels.lora_group import FillPlan, LoraGroup, Part, fill
 from rlft.kernels.low_rank import gradients_a, gradients_b
 from rlft.kernels.nf4 import DecodePlan, Nf4Weight, decode_reference
 
@@ -270,11 +270,12 @@ def test_gpu_decode_fill_forward_backward_in_one_graph() -> None:
     weights = [nf4((o, 1024), "cuda") for o in group.out_features]
     plan = DecodePlan(weights, layer.weight[: group.out, :1024])
     layer.weights = [decode_reference(w, torch.bfloat16) for w in weights]
+    adapter = FillPlan([Part(group, layer.A, layer.B, *lora.operands(group, layer.weight))])
     grad_A, grad_B = ([torch.zeros_like(t, dtype=torch.float32) for t in ts] for ts in (layer.A, layer.B))
 
     def step() -> tuple[Tensor, Tensor]:
         plan.run()
-        fill(group, layer.A, layer.B, *lora.operands(group, layer.weight))
+        adapter.run()
         y = lora.forward(group, layer.rows_x, layer.weight, layer.bias)
         s = layer.rows_x[:, 1024:]
         dx = lora.backward(group, layer.rows_dy, layer.rows_x[:, :1024], s, layer.weight, grad_A, grad_B)

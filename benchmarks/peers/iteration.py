@@ -3,12 +3,15 @@
     python benchmarks/peers/iteration.py --out DIR --commit HASH --stacks trl
     python benchmarks/peers/iteration.py --out DIR --commit HASH --stacks rlft --add DIR/grpo_iteration_8b_gpu_DATE.json
 
-Qwen3-8B's shape with random weights and LoRA r 16, 32 prompts of 256 tokens, 8 completions of 512 each. One stack after
-the other, each in a process of its own; loading and vLLM's start are not measured, nor is the first iteration.
+Qwen3-8B's shape with random weights and LoRA r 16, 32 prompts of 256 tokens, 8 completions of 512 each (rlft's may end
+earlier, at an EOS: one token in 150,000). One stack after the other, each in a process of its own; loading and vLLM's
+start are not measured, nor is the first iteration.
 
     trl    GRPOTrainer over a bf16 base, gradient checkpointing, vLLM in sleep mode beside it. Phases: "sync", its
-           weights awake again and pushed; "rollout", from cache to sleep; "old", the log-probs it compares with vLLM's;
-           "reward"; "train". `rollout_func` calls TRL's own vLLM, as the trainer does without it, and marks the phases.
+           weights awake again and pushed; "rollout", from cache to sleep, with the text and the log-prob objects that
+           vLLM makes for TRL; "old", the texts of the completions, padding, and the log-probs that it compares with
+           vLLM's; "reward"; "train". `rollout_func` calls TRL's own vLLM, as the trainer does without it, and marks the
+           phases.
     rlft   rlft.train.loop over an NF4 base with its vLLM engine. Phases: "rollout", "reward", "sleep", "train", "wake",
            "sync".
 """
@@ -16,6 +19,7 @@ the other, each in a process of its own; loading and vLLM's start are not measur
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -78,6 +82,11 @@ def alternate(completions: list[Any], **columns: Any) -> list[float]:
 
 
 def trl(shape: str, micro: int, desk: Desk) -> None:
+    # stdout is for answers.
+    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    # TRL says "localhost", which not every machine knows.
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     from datasets import Dataset
     from stacks import base_of, lora, tokenizer_of
     from transformers import TrainerCallback
@@ -213,7 +222,7 @@ def measure(stack: str, shape: str, micro: int, path: str, iterations: int) -> l
     asked.close()
     wrong = [a["error"] for a in answers if "error" in a]
     if wrong:
-        print(WORK, stack, "failed:", wrong[0], flush=True)
+        print(WORK, stack, "failed:", wrong[0], asked.errors(8000), sep="\n", flush=True)
         return [row(WORK, stack, "failed", 1.0, "", wrong[0][:400])]
     kept = answers[1:]
     tokens = kept[-1]["tokens"]
@@ -246,6 +255,10 @@ def main() -> None:
         make = f"import sys; sys.path.insert(0, {str(HERE)!r}); import stacks; "
         make += f"stacks.make('8b', max_position_embeddings={POSITIONS})"
         subprocess.run([sys.executable, "-c", make], check=True)
+        config = Path("/tmp/shapes/8b/config.json")
+        found = json.loads(config.read_text())["max_position_embeddings"]
+        if found != POSITIONS:
+            parser.error(f"{config.parent} is another benchmark's, with {found} positions for {POSITIONS}: remove it")
     for stack in args.stacks:
         rows += measure(stack, "8b", args.micro, args.fa4 if stack == "rlft" else "", args.iterations)
         print(write(WORK.replace("/", "_").replace("-", "_"), rows, args.out, args.commit), flush=True)

@@ -223,8 +223,11 @@ class FillPlan:
 
 
 def fill(group: LoraGroup, A: Sequence[Tensor], B: Sequence[Tensor], b: Tensor, a: Tensor) -> None:
-    """Write the adapters where the products want them, once. Arguments as `Part`, errors as `FillPlan`."""
-    FillPlan([Part(group, A, B, b, a)]).run()
+    """Write the adapters where the products want them, once and without a table: by PyTorch, for operands that are new
+    each time. Arguments as `Part`, errors as `FillPlan`."""
+    part = FillPlan([Part(group, A, B, b, a)]).parts
+    if part:
+        fill_reference(*part[0])
 
 
 def three(items: Sequence) -> list:

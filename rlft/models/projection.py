@@ -133,7 +133,7 @@ class _Bring:
     def fill(self, bound: Sequence[Bound]) -> bool:
         """Write the adapter, as it is now, behind the weights; nothing where it is off. Says whether tables were given
         up that CUDA graphs may read."""
-        places = [t.data_ptr() for b in bound for ts in (b.A, b.B) for t in ts if t.numel()]
+        places = [(t.data_ptr(), t.dtype) for b in bound for ts in (b.A, b.B) for t in ts if t.numel()]
         if not places:
             return False
         given_up, key = False, (places, [b.group for b in bound])
