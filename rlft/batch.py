@@ -37,23 +37,6 @@ def group_ids(rollouts: Sequence[Rollout]) -> Tensor:
     return torch.tensor(ids, dtype=torch.int64)
 
 
-def trained(rollout: Rollout) -> np.ndarray:
-    """Which completion tokens are trained, [L] bool: chosen by the policy, with a finite sampler log-prob.
-
-    The first token of a text without a prompt has nothing before it to be predicted from, so it is not.
-    """
-    length, sampler = len(rollout.completion_ids), rollout.sampler_logprobs
-    assert len(rollout.completion_mask) == length, "completion_mask and completion_ids differ in length"
-    # A byte per flag: np.fromiter takes three times as long over bools.
-    mask = np.frombuffer(bytearray(rollout.completion_mask), bool)
-    if sampler is not None:
-        assert len(sampler) == length, "sampler_logprobs and completion_ids differ in length"
-        mask &= np.isfinite(np.fromiter(sampler, np.float64, length))
-    if not rollout.prompt.ids:
-        mask[:1] = False
-    return mask
-
-
 def count(rollouts: Sequence[Rollout], plan: PackPlan) -> Counts:
     """Trained tokens, sequences and groups of the rollouts that `plan.keep` keeps.
 
@@ -63,7 +46,7 @@ def count(rollouts: Sequence[Rollout], plan: PackPlan) -> Counts:
     assert len(plan.keep) == len(rollouts), "plan.keep needs one flag per rollout"
     groups = group_ids(rollouts).tolist()
     kept = [i for i, keep in enumerate(plan.keep) if keep]
-    tokens = sum(int(trained(rollouts[i]).sum()) for i in kept)
+    tokens = sum(int(rollouts[i].trained.sum()) for i in kept)
     return Counts(tokens, len(kept), len({groups[i] for i in kept}))
 
 
@@ -120,7 +103,7 @@ def _rows(rollouts: Sequence[Rollout], advantages: list[float], plan: PackPlan, 
     """The kept rollouts with the weight of their tokens, in order."""
     assert len(plan.keep) == len(rollouts) == len(advantages), "one keep flag and one advantage per rollout"
     groups = group_ids(rollouts).tolist()
-    masks = [trained(rollout) for rollout in rollouts]
+    masks = [rollout.trained for rollout in rollouts]
     tokens = [int(mask.sum()) for mask in masks]
     of_group: dict[int, int] = {}
     for group, own, keep in zip(groups, tokens, plan.keep, strict=True):

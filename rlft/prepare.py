@@ -14,7 +14,7 @@ from torch import Tensor
 
 from rlft.algorithm import Algorithm
 from rlft.algos.kl import difference, k3
-from rlft.batch import count, pack, segment_sum, trained
+from rlft.batch import count, pack, segment_sum
 from rlft.dist import gather_tensor, sum_tensor
 from rlft.models.policy import Policy
 from rlft.rewards.parts import Parts
@@ -97,7 +97,7 @@ def estimator_inputs(
     rows = torch.tensor(kept)
     columns = [torch.tensor(parts.outcomes[name].values, dtype=torch.float64)[rows] for name in weights]
     return {
-        "lengths": torch.tensor([int(trained(r).sum()) for r in rollouts]),
+        "lengths": torch.tensor([int(r.trained.sum()) for r in rollouts]),
         "parts": torch.stack(columns, 1) if columns else torch.zeros(len(rollouts), 0, dtype=torch.float64),
         "weights": torch.tensor(list(weights.values()), dtype=torch.float64),
     }

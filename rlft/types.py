@@ -18,8 +18,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, Literal, NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -81,6 +83,24 @@ class Rollout:
     """Seed of this rollout's own random stream."""
     recorded_reward: float | None = None
     """Reward that came with the data: what `score` returns where there are no reward functions."""
+
+    @cached_property
+    def trained(self) -> np.ndarray:
+        """Which completion tokens are trained, [L] bool: chosen by the policy, with a finite sampler log-prob.
+
+        The first token of a text without a prompt has nothing before it to be predicted from, so it is not.
+        """
+        length, sampler = len(self.completion_ids), self.sampler_logprobs
+        assert len(self.completion_mask) == length, "completion_mask and completion_ids differ in length"
+        # A byte per flag: np.fromiter takes three times as long over bools.
+        mask = np.frombuffer(bytearray(self.completion_mask), bool)
+        if sampler is not None:
+            assert len(sampler) == length, "sampler_logprobs and completion_ids differ in length"
+            mask &= np.isfinite(np.fromiter(sampler, np.float64, length))
+        if not self.prompt.ids:
+            mask[:1] = False
+        mask.flags.writeable = False
+        return mask
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import get_args
 import pytest
 import torch
 
-from rlft.batch import count, group_ids, pack, packing_stats, segment_sum, trained
+from rlft.batch import count, group_ids, pack, packing_stats, segment_sum
 from rlft.errors import TrainError
 from rlft.types import Aggregation, Batch, Counts, PackPlan, Prompt, Rollout
 
@@ -54,12 +54,12 @@ def test_a_prompt_that_comes_twice_in_a_step_makes_two_groups() -> None:
 
 
 def test_trained_tokens_are_those_the_policy_chose_with_a_finite_sampler_log_prob() -> None:
-    assert trained(ragged()[2]).tolist() == [True, False, True]
-    assert trained(ragged()[3]).tolist() == [True, False, True, True]
-    assert trained(rollout(tokens=3)).tolist() == [True, True, True]
+    assert ragged()[2].trained.tolist() == [True, False, True]
+    assert ragged()[3].trained.tolist() == [True, False, True, True]
+    assert rollout(tokens=3).trained.tolist() == [True, True, True]
     # Nothing comes before the first token of a text without prompt.
-    assert trained(rollout(tokens=3, prompt_tokens=0)).tolist() == [False, True, True]
-    assert trained(rollout(tokens=0, prompt_tokens=0)).tolist() == []
+    assert rollout(tokens=3, prompt_tokens=0).trained.tolist() == [False, True, True]
+    assert rollout(tokens=0, prompt_tokens=0).trained.tolist() == []
 
 
 def test_counts_hold_zero_advantage_rows_and_empty_completions_but_no_dropped_rows() -> None:

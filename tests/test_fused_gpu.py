@@ -208,7 +208,7 @@ def test_the_plan_is_within_5_percent_of_the_measured_peak(name: str, level: int
     decoder.graphs = None
     batch = batch_of([9000, 7000], torch.Generator().manual_seed(1))
     rows = int(batch.cu_seqlens[-1])
-    how = memory._Setting(4096, "layer", memory.CHUNK_BYTES)
+    how = memory.Setting(4096, "layer", memory.CHUNK_BYTES)
     decoder.plan = memory.evaluate(decoder.shape, rows, rows - 6, (6, level, level), how)
     gradient_of(policy, batch)
     decoder.store.release()

@@ -28,8 +28,9 @@ from rlft.models.layer import Forward
 from rlft.models.layer_backward import Backward
 from rlft.models.layer_modules import FusedLayer
 from rlft.models.layer_steps import Kept, Pass
-from rlft.models.memory import LAUNCHING, Plan, Shape, device_seconds
+from rlft.models.memory import Plan, Shape
 from rlft.models.projection import Store
+from rlft.models.token_budget import LAUNCHING, device_seconds
 
 ROWS = 256
 """Rows are padded to a multiple of this, and many of them more coarsely (`padded`): lengths change from step to step,

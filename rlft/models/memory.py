@@ -176,7 +176,7 @@ def backward_work(s: Shape, rows: int, tile: int, level: int, keys: int = 0) -> 
     return rows * (back + gradients) + max(mlp, attention, inputs)
 
 
-def head_work(s: Shape, rows: int, trained: int, how: _Setting) -> int:
+def head_work(s: Shape, rows: int, trained: int, how: Setting) -> int:
     """Bytes from the last layer's output to the log-probs: rows of the decoder, of which `trained` reach the head. A
     chunk's buffers are laid into the scratch of the weights as far as they fit."""
     e, wide = s.element, max(4, s.element)
@@ -203,7 +203,7 @@ def scratch(s: Shape, mode: Mode) -> int:
 
 
 @dataclass(frozen=True)
-class _Setting:
+class Setting:
     """A way to run, before its levels are chosen."""
 
     tile: int
@@ -212,7 +212,7 @@ class _Setting:
 
 
 def evaluate(
-    s: Shape, rows: int, trained: int, mixed: tuple[int, int, int], how: _Setting, keys: int = 0
+    s: Shape, rows: int, trained: int, mixed: tuple[int, int, int], how: Setting, keys: int = 0
 ) -> Plan:  # fmt: skip
     """The plan of `count` layers at level `lower`, the first ones, and the others at `upper`. mixed: (count, lower,
     upper). keys: as in `forward_work`."""
@@ -230,21 +230,21 @@ def evaluate(
     return Plan(levels, how.tile, how.store, how.chunk_bytes, all_, work, host)
 
 
-def _settings() -> Iterator[_Setting]:
+def _settings() -> Iterator[Setting]:
     """From the fastest to the smallest."""
     for store in ("shadow", "layer"):
         for tile in TILES:
-            yield _Setting(tile, store, CHUNK_BYTES)
+            yield Setting(tile, store, CHUNK_BYTES)
     for store in ("layer", "group"):
         for tile in TILES[2:]:
-            yield _Setting(tile, store, CHUNK_BYTES // 2)
+            yield Setting(tile, store, CHUNK_BYTES // 2)
 
 
 LEVEL_COST = (0.0, 10.0, 12.0, 20.0, 12.5, 20.5)
 """Percent of a step's time that a layer at each level costs, roughly."""
 
 
-def _cost(how: _Setting, levels: tuple[int, ...], rows: int, again: float = 1.0) -> float:
+def cost_of(how: Setting, levels: tuple[int, ...], rows: int, again: float = 1.0) -> float:
     """Percent of a step's time that a plan costs, roughly: half a tile one; decoding takes as long for few rows as for
     many. again: what the levels' costs are multiplied by."""
     decode = {"shadow": 0, "layer": 16384, "group": 3 * 16384}[how.store] / max(1, rows)
@@ -262,10 +262,10 @@ def choose(s: Shape, rows: int, trained: int, budget: float, host: float, keys: 
     order = (0, 1, 2, 4, 3, 5) if host > 0 else (0, 1, 2, 3)
     best: tuple[float, Plan] | None = None
     for how in _settings():
-        if best is not None and _cost(how, (0,), rows) >= best[0]:
+        if best is not None and cost_of(how, (0,), rows) >= best[0]:
             continue  # as fast as this there is one already
 
-        def peak(level: int, how: _Setting = how) -> int:
+        def peak(level: int, how: Setting = how) -> int:
             return evaluate(s, rows, trained, (s.layers, level, level), how, keys).peak
 
         fits = {level for level in order if peak(level) <= budget}
@@ -273,16 +273,16 @@ def choose(s: Shape, rows: int, trained: int, budget: float, host: float, keys: 
             if lower not in fits:
                 continue
             # No plan of this pair is faster than one that keeps what `upper` keeps in every layer.
-            if best is not None and _cost(how, (upper,), rows) >= best[0]:
+            if best is not None and cost_of(how, (upper,), rows) >= best[0]:
                 continue
 
-            def plan(n: int, lower: int = lower, upper: int = upper, how: _Setting = how) -> Plan:
+            def plan(n: int, lower: int = lower, upper: int = upper, how: Setting = how) -> Plan:
                 return evaluate(s, rows, trained, (n, lower, upper), how, keys)
 
             n = bisect.bisect_left(range(s.layers + 1), True, key=lambda n: plan(n).peak <= budget)
             if n > s.layers or (found := plan(n)).host > host:
                 continue
-            cost = _cost(how, found.levels, rows)
+            cost = cost_of(how, found.levels, rows)
             if best is None or cost < best[0]:
                 best = (cost, found)
             if n == 0:
@@ -295,34 +295,8 @@ def choose(s: Shape, rows: int, trained: int, budget: float, host: float, keys: 
     return evaluate(s, rows, trained, (min(s.layers, away), 5, 3), smallest, keys)
 
 
-BUDGETS = (32768, 24576, 16384, 12288, 8192, 6144, 4096)
-"""Tokens per micro-batch that are tried, from the most."""
-
-
 CAPTURED = 0.25
 """Share of the memory that CUDA graphs may hold, and a pass in one may take without the weights' buffers."""
-LAUNCHING = 4.5e-3
-"""Seconds of the host for launching a layer's forward and backward at L0, seen on an H100 machine."""
-LAUNCHING_MORE = 9e-3
-"""The same with shared prompts and with weights that are decoded anew: 8 ms, in micro-batches that are filled to nine
-tenths (seen at 4,096 tokens)."""
-FLOPS = 600e12
-"""Speed of matrix products."""
-BESIDE = 1.35
-"""Time of a layer over that of its products, for sequences whose attention is little of it (recorded_tight)."""
-SHORT = 3.0
-"""How much more the levels cost of such sequences' time than of the 32,768 tokens that their costs are from: at 8,192
-tokens of an 8B model three of eight layers at L4 took 17 to 25% of a step."""
-
-
-def device_seconds(s: Shape, rows: int) -> float:
-    """Of the products of a layer's forward and backward at L0."""
-    return 4 * s.weights * rows / FLOPS
-
-
-def head_seconds(s: Shape, trained: int) -> float:
-    """Of the head's two products."""
-    return 4 * s.hidden * s.vocab * trained / FLOPS
 
 
 def capturable(s: Shape, plan: Plan, device_bytes: float) -> bool:
@@ -330,25 +304,6 @@ def capturable(s: Shape, plan: Plan, device_bytes: float) -> bool:
     memory, which the graph keeps, is little beside that of launched passes."""
     own = plan.peak - scratch(s, plan.store)
     return max(plan.levels) < 4 and plan.store != "group" and own <= CAPTURED * device_bytes
-
-
-def token_budget(s: Shape, device_bytes: float, host_bytes: float) -> int:
-    """Tokens per micro-batch that take the least time per token, the most among equals; the least of `BUDGETS` where
-    none fits. Few tokens are held up by their launches and decode the weights more often, many keep less."""
-
-    def seconds(rows: int) -> float:
-        plan = choose(s, rows, rows, device_bytes, host_bytes)
-        if plan.peak > device_bytes:
-            return math.inf
-        cost = _cost(_Setting(plan.tile, plan.store, plan.chunk_bytes), plan.levels, rows, SHORT) / 100
-        device = device_seconds(s, rows)
-        captured = device < LAUNCHING and capturable(s, plan, device_bytes)
-        busy = s.layers * BESIDE * device * (1 + cost) + head_seconds(s, rows)
-        # To three digits, so that equal ones are equal.
-        return float(f"{max(busy, 0.0 if captured else s.layers * LAUNCHING_MORE) / rows:.3g}")
-
-    best = min(BUDGETS, key=seconds)
-    return best if seconds(best) < math.inf else BUDGETS[-1]
 
 
 def weight_bytes(model: nn.Module) -> dict[str, int]:

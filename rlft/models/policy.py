@@ -22,6 +22,7 @@ from rlft.kernels.logprobs import CHUNK_BYTES, linear_logprobs
 from rlft.models import memory
 from rlft.models.adapter import FlatAdapter
 from rlft.models.fused import FusedDecoder, fuse
+from rlft.models.token_budget import BUDGETS, token_budget
 from rlft.types import Batch
 from rlft.upload import upload
 
@@ -102,8 +103,8 @@ class Policy:
     def token_budget(self) -> int:
         """Tokens per micro-batch that memory allows (`packing.budget = "auto"`)."""
         if self.fused is None or self.device.type == "cpu":
-            return memory.BUDGETS[-1]
-        return memory.token_budget(self.fused.shape, self.fused.available(), memory.host_free())
+            return BUDGETS[-1]
+        return token_budget(self.fused.shape, self.fused.available(), memory.host_free())
 
     def adapter(self) -> dict[str, Tensor]:
         """PEFT name -> live tensor of the adapter, without alpha / rank (`scales` has that)."""
