@@ -95,7 +95,7 @@ CASES = [
     nf4("_decode_elements", "bfloat16", TILE=1024),
     Case(
         "lora_group:_fill", "*i64:16 *fp32:16",
-        {"COUNT": 18, "FIELDS": 8, "SOURCE": "tl.float32", "TARGET": "tl.bfloat16", "BLOCK": 1024}, {},
+        {"COUNT": 18, "FIELDS": 8, "SOURCE": "tl.float32", "TARGET": "tl.bfloat16", "ALIGNED": True, "BLOCK": 1024}, {},
     ),
     *(columns(*case) for case in (
         ("bf16", True, False, 256, 16), ("bf16", True, False, 256, 32), ("bf16", False, False, 128, 64),

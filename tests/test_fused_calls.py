@@ -25,10 +25,9 @@ from torch import Tensor
 
 from rlft.config import Lora
 from rlft.kernels import lora
-from rlft.kernels.lora_group import fill_reference
+from rlft.kernels.lora_group import FillPlan, fill_reference
 from rlft.models.fused import FusedDecoder, fuse
 from rlft.models.memory import Plan
-from rlft.models.projection import ADAPTERS
 
 OWN = "transformers' own layers run here, not the fused ones: "
 
@@ -197,34 +196,36 @@ def test_two_adapters_at_once_and_adapters_by_row() -> None:
 
 
 @torch.no_grad()
-def test_an_adapter_that_moves_is_read_where_it_is() -> None:
-    """What fills the weights' buffers holds addresses, which CUDA graphs read too: kept while an adapter moves to and
-    fro; given up, with a new version of the buffers, before they become too many."""
+@pytest.mark.parametrize("kernel", [False, True])
+def test_an_adapter_that_moves_is_read_where_it_is(kernel: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What fills the weights' buffers holds addresses: kept for the last two adapters that were used."""
+    if kernel:
+        monkeypatch.setattr(FillPlan, "run", FillPlan.launch)
     _, model = pair()
+    model.add_adapter("other", model.peft_config["default"])
     fused: Any = fuse(model)
     layer, like = fused.layers[0], torch.empty(0)
+    mine, theirs = (layer.bind(name)[0].A[0] for name in ("default", "other"))
 
-    def filled() -> tuple[int, Any]:
-        bound = layer.bind("default")
+    def filled(name: str) -> FillPlan:
+        bound = layer.bind(name)
         weights = fused.store.weights(0, layer.projections, bound, like)
         for i, b in enumerate(bound):
-            want_b, want_a = (torch.empty_like(t) for t in lora.operands(b.group, weights(i)))
-            fill_reference(b.group, b.A, b.B, want_b, want_a)
-            assert torch.equal(lora.operands(b.group, weights(i))[0], want_b)
-            assert torch.equal(lora.operands(b.group, weights(i))[1], want_a)
-        return fused.store.version, fused.store._brought[0,]._filled[1]
+            got = lora.operands(b.group, weights(i))
+            want = [torch.empty_like(t) for t in got]
+            fill_reference(b.group, b.A, b.B, *want)
+            assert all(torch.equal(*pair) for pair in zip(got, want, strict=True))
+        return fused.store.fills[0]
 
-    version, first = filled()
-    parameter = layer.bind("default")[0].A[0]
-    place, moved = parameter.data, []
-    for i in range(1, ADAPTERS):
-        parameter.data = place + i
-        moved.append(parameter.data)  # or the next one might lie there
-        assert filled()[0] == version
-    parameter.data = place
-    assert filled() == (version, first), "tables are kept"
-    parameter.data = place + ADAPTERS
-    assert filled()[0] == version + 1
+    first, second = filled("default"), filled("other")
+    version = fused.store.version
+    assert (filled("default"), filled("other")) == (first, second)
+    mine.data, theirs.data = theirs.data, mine.data  # now what is at either's place is the other's
+    assert filled("default") is not first
+    mine.data, theirs.data = theirs.data, mine.data
+    assert filled("other") is second, "one of the last two"
+    assert filled("default") is not first, "given up"
+    assert fused.store.version == version, "no buffer moved"
 
 
 @pytest.mark.parametrize("safe", [False, True])

@@ -344,6 +344,28 @@ def test_graphs_outlive_passes_without_the_adapter(nf4: bool, store: Any, tmp_pa
     assert float((made - want).norm() / want.norm()) < 5e-3
 
 
+def test_graphs_outlive_passes_with_other_adapters() -> None:
+    """More of them than tables are kept for."""
+    g = torch.Generator().manual_seed(13)
+    model = model_of("qwen3", torch.bfloat16)
+    policy = Policy(model)
+    assert isinstance(policy.fused, FusedDecoder) and policy.fused.graphs is not None
+    graphs, batch = policy.fused.graphs, batch_of([60, 50], g)
+    policy.fused.graphs = None
+    want = gradient_of(policy, batch)
+    policy.fused.graphs = graphs
+    for name in "abc":
+        model.add_adapter(name, model.peft_config["default"])
+    for _ in range(3):
+        model.set_adapter("default")
+        made = gradient_of(policy, batch)
+        for name in "abc":
+            model.set_adapter(name)
+            policy.score(batch)
+    assert len(graphs._graphs) == 1
+    assert float((made - want).norm() / want.norm()) < 5e-3
+
+
 def test_graphs_that_are_given_up_hold_no_memory() -> None:
     """Also not by what cuBLAS keeps for each stream that it has run on."""
     g = torch.Generator().manual_seed(12)

@@ -58,8 +58,9 @@ def on_gpu(op: str, **tensors: Tensor | None) -> bool:
 
 
 def element_type(dtype: torch.dtype) -> Any:
-    """Triton's name of a dtype of `KERNEL_DTYPES`."""
-    return {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}[dtype]
+    """Triton's name of a floating-point dtype."""
+    names = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+    return (names | {torch.float64: tl.float64})[dtype]
 
 
 _HERE = nullcontext()

@@ -82,7 +82,7 @@ class LoraGroup:
 
 
 def fill_reference(group: LoraGroup, A: Sequence[Tensor], B: Sequence[Tensor], b: Tensor, a: Tensor) -> None:
-    """`fill` in plain PyTorch."""
+    """Write the adapters where the products want them, in plain PyTorch."""
     b.zero_()
     a.zero_()
     for i in group.adapted:
@@ -103,9 +103,10 @@ BLOCK = 1024
 @jit
 def _fill(
     table, scales, COUNT: tl.constexpr, FIELDS: tl.constexpr, SOURCE: tl.constexpr, TARGET: tl.constexpr,
-    BLOCK: tl.constexpr,
+    ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Each block of the table, times its scale, zero beside the source's columns."""
+    """Each block of the table, times its scale, zero beside the source's columns. ALIGNED: addresses are multiples of
+    16, and all numbers but the first program of 8."""
     pid = tl.program_id(0)
     m = 0
     for i in tl.static_range(1, COUNT):  # type: ignore[reportGeneralTypeIssues]
@@ -113,15 +114,20 @@ def _fill(
     row = table + m * FIELDS
     source = tl.load(row).to(tl.pointer_type(SOURCE))  # type: ignore[reportArgumentType]
     target = tl.load(row + 1).to(tl.pointer_type(TARGET))  # type: ignore[reportArgumentType]
-    columns, width = tl.load(row + 3).to(tl.int32), tl.load(row + 5).to(tl.int32)
+    size, columns = tl.load(row + 2).to(tl.int32), tl.load(row + 3).to(tl.int32)
+    first, width = tl.load(row + 4).to(tl.int32), tl.load(row + 5).to(tl.int32)
+    stride = tl.load(row + 6)
+    if ALIGNED:
+        source, target = tl.multiple_of(source, 16), tl.multiple_of(target, 16)
+        size, columns, first = tl.multiple_of(size, 8), tl.multiple_of(columns, 8), tl.multiple_of(first, 8)
+        width, stride = tl.multiple_of(width, 8), tl.multiple_of(stride, 8)
     e = (pid - tl.load(row + 7).to(tl.int32)) * BLOCK + tl.arange(0, BLOCK)
-    live = e < tl.load(row + 2).to(tl.int32)
     r = (e // columns).to(tl.int64)
     c = e % columns
-    k = c - tl.load(row + 4).to(tl.int32)
-    value = tl.load(source + r * width + k, mask=live & (k >= 0) & (k < width), other=0.0).to(tl.float32)
+    k = c - first
+    value = tl.load(source + r * width + k, mask=(e < size) & (k >= 0) & (k < width), other=0.0).to(tl.float32)
     value = value * tl.load(scales + m)
-    tl.store(target + r * tl.load(row + 6) + c, value.to(TARGET), mask=live)
+    tl.store(target + r * stride + c, value.to(TARGET), mask=e < size)
 
 
 class Part(NamedTuple):
@@ -201,10 +207,12 @@ class FillPlan:
         for block, _ in blocks:
             table.append([*block, programs])
             programs += -(-block[2] // BLOCK)
+        aligned = all(n % (16 if field < 2 else 8) == 0 for block, _ in blocks for field, n in enumerate(block))
+        scales = torch.tensor([scale for _, scale in blocks], dtype=torch.float32)
         return partial(
-            _fill[(programs,)], upload(torch.tensor(table, dtype=torch.int64), device),
-            upload(torch.tensor([scale for _, scale in blocks]), device), COUNT=len(blocks), FIELDS=FIELDS,
-            SOURCE=element_type(source), TARGET=element_type(target), BLOCK=BLOCK,
+            _fill[(programs,)], upload(torch.tensor(table, dtype=torch.int64), device), upload(scales, device),
+            COUNT=len(blocks), FIELDS=FIELDS, SOURCE=element_type(source), TARGET=element_type(target), ALIGNED=aligned,
+            BLOCK=BLOCK,
         )  # fmt: skip
 
     def run(self) -> None:

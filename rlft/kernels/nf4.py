@@ -279,7 +279,7 @@ class DecodePlan:
         self.gpu = on_gpu("decode", **{f"weight {i}": w.packed for i, w in enumerate(weights)}, out=outs[0])
         self.tile, self.warps, self.gather = tile, warps, gather
         device = outs[0].device
-        self.code = upload(torch.tensor(NF4_CODE), device)
+        self.code = upload(torch.tensor(NF4_CODE, dtype=torch.float32), device)
         alike: dict[tuple[int, int, bool], list[int]] = {}
         for i, weight in enumerate(weights):
             nested = weight.nested_blocksize if weight.nested_code is not None else 0

@@ -135,7 +135,7 @@ class _Graph:
             self.out = forward()
         with torch.cuda.graph(self.backward_graph, pool=pool):
             backward()
-        self.version = store.version
+        self.store, self.version, self.fills = store, store.version, store.fills
 
     def fill(
         self, x: Tensor, tables: dict[str | None, tuple[Tensor, Tensor]], sequences: Sequences,
@@ -237,6 +237,8 @@ class _Graphed(torch.autograd.Function):
     def backward(ctx, dout):  # type: ignore[override]
         if ctx.token is None:
             raise RuntimeError("backward ran before, over buffers that it turned into gradients; run the forward again")
+        if ctx.graph.version != ctx.graph.store.version:
+            raise RuntimeError("another pass moved the weights' buffers after this forward; run the forward again")
         ctx.graph.dout[: ctx.rows].copy_(dout)
         ctx.graph.backward_graph.replay()
         ctx.token = None

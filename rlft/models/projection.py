@@ -21,8 +21,8 @@ Mode = Literal["layer", "group", "shadow"]
 """Where the layers' weights are brought to, see `Store`."""
 
 
-ADAPTERS = 8
-"""Adapters, or places of one, whose tables are kept for a layer."""
+ADAPTERS = 2
+"""Adapters whose tables are kept for a layer: a policy's and its reference's come in turn."""
 
 
 class Bound(NamedTuple):
@@ -109,9 +109,9 @@ class _Bring:
         self._frozen = [(p.out, p.in_features) for p in projections]
         self._plan = DecodePlan(packed, places) if packed else None
         self._fills: dict[tuple, FillPlan] = {}
-        """What fills in each adapter that there was: CUDA graphs read their tables."""
+        """What fills in an adapter, for the last ones that were used."""
         self._filled: tuple[tuple, FillPlan] | None = None
-        """The last of them."""
+        """The last of them, with what it was made for."""
 
     def run(self) -> None:
         if self._plan is not None:
@@ -130,25 +130,28 @@ class _Bring:
         pairs = zip(self.buffers, shapes, strict=True)
         return tuple(buffer if buffer.shape == shape else buffer[: shape[0], : shape[1]] for buffer, shape in pairs)
 
-    def fill(self, bound: Sequence[Bound]) -> bool:
-        """Write the adapter, as it is now, behind the weights; nothing where it is off. Says whether tables were given
-        up that CUDA graphs may read."""
-        places = [(t.data_ptr(), t.dtype) for b in bound for ts in (b.A, b.B) for t in ts if t.numel()]
+    @property
+    def filled(self) -> FillPlan | None:
+        """What filled in the last adapter."""
+        return self._filled and self._filled[1]
+
+    def fill(self, bound: Sequence[Bound]) -> None:
+        """Write the adapter, as it is now, behind the weights; nothing where it is off."""
+        places = [(t.data_ptr(), id(t), t.dtype) for b in bound for ts in (b.A, b.B) for t in ts if t.numel()]
         if not places:
-            return False
-        given_up, key = False, (places, [b.group for b in bound])
+            return
+        key = (places, [b.group for b in bound])
         if self._filled is None or self._filled[0] != key:
             hashed = (*key[0], *key[1])
-            if hashed not in self._fills:
-                given_up = len(self._fills) >= ADAPTERS
-                if given_up:
-                    self._fills.clear()
+            plan = self._fills.pop(hashed, None)
+            if plan is None:
                 pairs = zip(bound, self.buffers, strict=True)
-                parts = [Part(*b, *lora.operands(b.group, buffer)) for b, buffer in pairs if b.group.tail]
-                self._fills[hashed] = FillPlan(parts)
-            self._filled = (key, self._fills[hashed])
+                plan = FillPlan([Part(*b, *lora.operands(b.group, buffer)) for b, buffer in pairs if b.group.tail])
+            self._fills[hashed] = plan
+            if len(self._fills) > ADAPTERS:
+                del self._fills[next(iter(self._fills))]
+            self._filled = (key, plan)
         self._filled[1].run()
-        return given_up
 
 
 class Store:
@@ -170,6 +173,11 @@ class Store:
         """Memory that is held."""
         kept = [self._memory] if self.mode != "shadow" else [b for k in self._brought.values() for b in k.buffers]
         return sum(t.numel() * t.element_size() for t in kept if t is not None)
+
+    @property
+    def fills(self) -> list[FillPlan | None]:
+        """What fills in the adapter of now: a CUDA graph that was captured reads their tables, and keeps them."""
+        return [kept.filled for kept in self._brought.values()]
 
     def use(self, mode: Mode) -> None:
         """Change the mode; what was held for another one is given back."""
@@ -224,7 +232,7 @@ class Store:
                 kept.run()
         if self.mode != "shadow":
             kept.run()
-        self.version += kept.fill(bound)
+        kept.fill(bound)
         return kept.views(shapes)
 
     def _shared(self, size: int, like: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ FLOPS = 600e12
 """Speed of matrix products."""
 BESIDE = 1.35
 """Time of a layer over that of its products, for sequences whose attention is little of it (recorded_tight)."""
-SHORT = 3.0
+SHORT = 5.0
 """How much more the levels cost of such sequences' time than of the 32,768 tokens that their costs are from: at 8,192
 tokens of an 8B model three of eight layers at L4 took 17 to 25% of a step."""
 
