@@ -20,8 +20,7 @@ BUDGETS = (32768, 24576, 16384, 12288, 8192, 6144, 4096)
 LAUNCHING = 4.5e-3
 """Seconds of the host for launching a layer's forward and backward at L0, seen on an H100 machine."""
 LAUNCHING_MORE = 9e-3
-"""The same with shared prompts and with weights that are decoded anew: 8 ms, in micro-batches that are filled to nine
-tenths (seen at 4,096 tokens)."""
+"""The same with shared prompts and with weights that are decoded anew, as seen at 4,096 tokens."""
 FLOPS = 600e12
 """Speed of matrix products."""
 BESIDE = 1.35
