@@ -13,6 +13,9 @@ import torch
 from fused_pair import IDS, MASK, gradients, logits, model_of, near, one_thread, pair, ran, same  # noqa: F401
 from torch import Tensor
 
+from rlft.models.memory import Plan
+from rlft.models.offload import Offload
+
 
 def test_adapters_cast_to_bf16_have_ordinary_bf16_gradients() -> None:
     """As TRL casts them for a quantised model (`param.data = param.data.to(bf16)`), after the model was fused."""
@@ -73,6 +76,17 @@ def test_several_passes_before_their_backwards() -> None:
         ends.append((one, {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}))
     near(ends[1][0], ends[0][0])
     near(ends[1][1], ends[0][1])
+
+
+def test_layers_above_those_on_the_host_start_the_copies_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or the first of them would wait for its own; they are the first layers, and run their backwards last."""
+    plain, fused = pair()
+    decoder = fused.get_base_model().model.forward.__self__
+    decoder.plan = Plan((4, 0), 64, "layer", 2**20, 0, 0, 0)
+    asked: list[tuple[int, list[int]]] = []
+    monkeypatch.setattr(Offload, "ahead", lambda self, records, layer: asked.append((layer, list(records))))
+    near(gradients(fused), gradients(plain))
+    assert asked == [(1, [0]), (0, [0])]
 
 
 def test_an_adapter_that_changes_between_forward_and_backward_is_refused() -> None:

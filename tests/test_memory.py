@@ -11,9 +11,11 @@ from rlft.models.memory import (
     CHUNK_BYTES,
     GIB,
     TILES,
+    Setting,
     Shape,
     backward_work,
     choose,
+    evaluate,
     head_work,
     on_host,
     saved,
@@ -63,8 +65,6 @@ def test_what_a_plan_gives_up_first() -> None:
 
 
 def test_the_head_takes_the_scratch_for_its_chunk() -> None:
-    from rlft.models.memory import Setting
-
     own, shared = (head_work(QWEN3_8B, 8192, 8192, Setting(8192, s, CHUNK_BYTES)) for s in ("shadow", "layer"))
     assert own - shared == 512 * (151936 + 4096) * 4, "the logits of 512 rows and their product with the head"
 
@@ -96,3 +96,11 @@ def test_copied_keys_are_in_the_plan() -> None:
             assert more == keys * each
         plain, copied = (choose(shape, rows, rows, 3.0 * GIB, 100 * GIB, k) for k in (0, keys))
         assert plain.peak <= 3.0 * GIB and copied.peak <= 3.0 * GIB and copied.saved < plain.saved
+
+
+def test_copies_back_from_the_host_are_in_the_plan_of_the_layers_above() -> None:
+    """Most at L4 and one at L0: two layers come back while it runs, beside all that it has kept."""
+    rows, how = 8192, Setting(TILES[-1], "layer", CHUNK_BYTES)
+    plan = evaluate(QWEN3_8B, rows, 1, (35, 4, 0), how)
+    above = rows * (2 * on_host(QWEN3_8B, 4) + saved(QWEN3_8B, 0) + 35 * saved(QWEN3_8B, 4))
+    assert plan.peak >= above + backward_work(QWEN3_8B, rows, how.tile, 0) + scratch(QWEN3_8B, "layer")

@@ -130,6 +130,8 @@ class _Layer(torch.autograd.Function):
                 f"layer {layer.index}: the adapter was modified in place between forward and backward, whose gradients "
                 f"would mix the two; run the forward again"
             )
+        if run.stored:
+            run.offload.ahead(run.stored, layer.index)
         if run.levels[layer.index] in (4, 5):
             kept.x, kept.attention = run.offload.get(run.stored, layer.index)
         else:

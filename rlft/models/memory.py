@@ -225,6 +225,12 @@ def evaluate(
         if there:
             highest = max(highest, own + kept + backward_work(s, rows, how.tile, level, keys))
             highest = max(highest, own + kept + forward_work(s, rows, how.tile, level, keys))
+    # The layers right above those on the host run while copies back are on their way; where they are on the host
+    # themselves, `backward_work` has as many copies.
+    for above in range(0 if on_host(s, upper) else min(AHEAD, s.layers - count)):
+        kept = low + rows * (above + 1) * saved(s, upper)
+        coming = rows * min(AHEAD - above, count) * on_host(s, lower)
+        highest = max(highest, own + kept + coming + backward_work(s, rows, how.tile, upper, keys))
     work = highest - all_
     host = rows * sum(on_host(s, level) for level in levels)
     return Plan(levels, how.tile, how.store, how.chunk_bytes, all_, work, host)

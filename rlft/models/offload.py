@@ -91,12 +91,15 @@ class Offload:
         weakref.finalize(stored, self._free[layer].append, arena)
         return stored
 
+    def ahead(self, records: dict[int, Stored], layer: int) -> None:
+        """Start the copies back of a layer and of those that run their backwards after it, whatever itself has kept.
+        records: of the pass."""
+        for index in range(layer, layer - AHEAD - 1, -1):
+            if index in records:
+                self._fetch(records[index])
+
     def get(self, records: dict[int, Stored], layer: int) -> tuple[Tensor, Saved | None]:
-        """x, and out and lse where they were put, on the device; starts the copies of the layers before, and drops the
-        layer's record. records: of the pass."""
-        for ahead in range(layer, layer - AHEAD - 1, -1):
-            if ahead in records:
-                self._fetch(records[ahead])
+        """x, and out and lse where they were put, on the device, after `ahead`; drops the layer's record."""
         stored = records.pop(layer)
         assert stored.device is not None
         if stored.ready is not None:
