@@ -95,8 +95,9 @@ def parts_of_a_layer(device: str) -> list[tuple[Part, Part]]:
     return made
 
 
-def fills_a_layer(device: str) -> None:
-    """In one plan, bit for bit what the groups one by one in PyTorch give, and again when the adapter has changed."""
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_a_layer_is_filled_by_one_plan(device: str) -> None:
+    """Bit for bit what the groups one by one in PyTorch give, and again when the adapter has changed."""
     pairs = parts_of_a_layer(device)
     plan = FillPlan([part for part, _ in pairs])
     for _ in range(2):
@@ -106,12 +107,3 @@ def fills_a_layer(device: str) -> None:
             assert torch.equal(part.b, want.b) and torch.equal(part.a, want.a)
             for t in (*part.A, *part.B):
                 t.mul_(2)
-
-
-def test_a_layer_is_filled_by_one_plan() -> None:
-    fills_a_layer("cpu")
-
-
-@pytest.mark.gpu
-def test_gpu_a_layer_is_filled_by_one_plan() -> None:
-    fills_a_layer("cuda")

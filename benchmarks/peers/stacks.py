@@ -12,6 +12,7 @@ Shapes are those of published models with random weights; `slab` is 8 of Qwen3-8
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -54,11 +55,17 @@ def path_of(shape: str) -> str:
 
 
 def make(shape: str, **changes: Any) -> str:
-    """Write a shape's checkpoint in bf16 with its tokenizer, once per machine. changes: of its config."""
+    """Write a shape's checkpoint in bf16 with its tokenizer, once per machine. changes: of its config. Raises
+    ValueError where another benchmark has written it with other ones."""
     from transformers import AutoModelForCausalLM
 
     path = Path(path_of(shape))
-    if not (path / "config.json").exists():
+    if (path / "config.json").exists():
+        written, wanted = json.loads((path / "config.json").read_text()), SHAPES[shape] | changes
+        other = {name: written[name] for name in wanted.keys() & written.keys() if written[name] != wanted[name]}
+        if other:
+            raise ValueError(f"{path} was written by another benchmark, with {other}: remove it")
+    else:
         torch.manual_seed(0)
         with torch.device(DEVICE):
             model = AutoModelForCausalLM.from_config(config_of(shape, **changes), dtype=torch.bfloat16)

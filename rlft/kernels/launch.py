@@ -57,10 +57,20 @@ def on_gpu(op: str, **tensors: Tensor | None) -> bool:
     return next(iter(devices.values())).type == "cuda"
 
 
+@cache
 def element_type(dtype: torch.dtype) -> Any:
     """Triton's name of a floating-point dtype."""
-    names = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-    return (names | {torch.float64: tl.float64})[dtype]
+    return getattr(tl, str(dtype).removeprefix("torch."))
+
+
+@jit
+def table_entry(table, pid, COUNT: tl.constexpr, FIELDS: tl.constexpr):
+    """Which of the COUNT rows of a table program `pid` works on, and the program's number within it. The last of a
+    row's FIELDS int64 is its first program."""
+    m = 0
+    for i in tl.static_range(1, COUNT):  # type: ignore[reportGeneralTypeIssues]
+        m += (pid >= tl.load(table + i * FIELDS + FIELDS - 1).to(tl.int32)).to(tl.int32)
+    return m, pid - tl.load(table + m * FIELDS + FIELDS - 1).to(tl.int32)
 
 
 _HERE = nullcontext()

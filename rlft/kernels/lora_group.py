@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rlft.kernels.launch import element_type, jit, on_device, on_gpu, tl, want
+from rlft.kernels.launch import element_type, jit, on_device, on_gpu, table_entry, tl, want
 from rlft.upload import upload
 
 
@@ -107,10 +107,7 @@ def _fill(
 ):  # fmt: skip
     """Each block of the table, times its scale, zero beside the source's columns. ALIGNED: addresses are multiples of
     16, and all numbers but the first program of 8."""
-    pid = tl.program_id(0)
-    m = 0
-    for i in tl.static_range(1, COUNT):  # type: ignore[reportGeneralTypeIssues]
-        m += (pid >= tl.load(table + i * FIELDS + 7).to(tl.int32)).to(tl.int32)
+    m, part = table_entry(table, tl.program_id(0), COUNT, FIELDS)
     row = table + m * FIELDS
     source = tl.load(row).to(tl.pointer_type(SOURCE))  # type: ignore[reportArgumentType]
     target = tl.load(row + 1).to(tl.pointer_type(TARGET))  # type: ignore[reportArgumentType]
@@ -121,7 +118,7 @@ def _fill(
         source, target = tl.multiple_of(source, 16), tl.multiple_of(target, 16)
         size, columns, first = tl.multiple_of(size, 8), tl.multiple_of(columns, 8), tl.multiple_of(first, 8)
         width, stride = tl.multiple_of(width, 8), tl.multiple_of(stride, 8)
-    e = (pid - tl.load(row + 7).to(tl.int32)) * BLOCK + tl.arange(0, BLOCK)
+    e = part * BLOCK + tl.arange(0, BLOCK)
     r = (e // columns).to(tl.int64)
     c = e % columns
     k = c - first
@@ -233,9 +230,9 @@ class FillPlan:
 def fill(group: LoraGroup, A: Sequence[Tensor], B: Sequence[Tensor], b: Tensor, a: Tensor) -> None:
     """Write the adapters where the products want them, once and without a table: by PyTorch, for operands that are new
     each time. Arguments as `Part`, errors as `FillPlan`."""
-    part = FillPlan([Part(group, A, B, b, a)]).parts
-    if part:
-        fill_reference(*part[0])
+    part = Part(group, A, B, b, a)
+    FillPlan([part])  # for its checks
+    fill_reference(*part)
 
 
 def three(items: Sequence) -> list:

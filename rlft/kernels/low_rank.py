@@ -190,6 +190,8 @@ class _Tiles(NamedTuple):
     first: tuple[int, ...]
     base: tuple[int, ...]
     constants: dict[str, Any]
+    folding: dict[str, Any]
+    """Constants of `_sum_tiles`, but for those of its output."""
 
 
 @cache
@@ -208,19 +210,22 @@ def _tiles(spans: tuple[tuple[int, int, int, int], ...], wide: bool, launch: Lau
         "P_STRIDE": rank_block * rank_blocks, "BT": launch.rows, "BC": columns, "BR": rank_block,
         "num_warps": launch.warps, "num_stages": launch.stages,
     }  # fmt: skip
-    return _Tiles(rank_block, rank_blocks, first, base, constants)
+    folding = {name: constants[name] for name in ("COUNT", "FIRST", "K", "RANK", "P_STRIDE")}
+    folding["MOST"] = max(end - start for start, end in itertools.pairwise(first))
+    return _Tiles(rank_block, rank_blocks, first, base, constants, folding)
 
 
 def _column_pass(
     z: Tensor, v: Tensor, u: Tensor | None, spans: tuple[tuple[int, int, int, int], ...], transposed: bool,
     launch: Launch,
-) -> tuple[Tensor, Tensor | None, tuple[int, ...]]:  # fmt: skip
-    """One launch of `_columns`: q [splits, sum of width * rank], p [tiles, T, ranks] with u, and the first tiles.
+) -> tuple[Tensor, Tensor | None, _Tiles]:  # fmt: skip
+    """One launch of `_columns`: q [splits, sum of width * rank], p [tiles, T, ranks] with u, and how it ran.
 
     spans: as `_tiles`.
     """
     T = z.shape[0]
-    rank_block, rank_blocks, first, base, constants = _tiles(spans, z.element_size() > 2, launch)
+    tiles = _tiles(spans, z.element_size() > 2, launch)
+    rank_block, rank_blocks, first, base, constants, _ = tiles
     splits = max(1, min(-(-launch.programs // first[-1]), MAX_SPLITS, -(-T // launch.rows)))
     share = -(-T // (splits * launch.rows)) * launch.rows
     q = z.new_empty(splits, base[-1], dtype=torch.float32)
@@ -231,7 +236,7 @@ def _column_pass(
             q if p is None else p, T, share, base[-1], P=u is not None, TRANSPOSED=transposed, WIDE=not z.is_cuda,
             **constants,
         )  # fmt: skip
-    return q, p, first
+    return q, p, tiles
 
 
 ELEMENTS = 256
@@ -243,6 +248,13 @@ def _sums(q: Tensor, grads: Sequence[Tensor], scales: Sequence[float]) -> tuple[
     ends = list(itertools.accumulate(g.numel() for g in grads))
     arguments = (q, *three(grads), *three(ends)[:2], q.shape[1], *three([float(s) for s in scales]), q.shape[0])
     return -(-q.shape[1] // ELEMENTS), arguments, {"SPLITS_BLOCK": power_of_2(q.shape[0]), "BLOCK": ELEMENTS}
+
+
+def _add(q: Tensor, grads: Sequence[Tensor], scales: Sequence[float]) -> None:
+    """`_sum_splits` in a launch of its own."""
+    programs, arguments, constants = _sums(q, grads, scales)
+    with on_device(q):
+        _fold[(programs,)](*arguments, **constants)
 
 
 @cache
@@ -258,23 +270,21 @@ def gradients_b_launch(
     launch: Launch = GRAD_B, fused_rank: int = FUSED_RANK,
 ) -> None:  # fmt: skip
     """`gradients_b` by the kernels."""
-    on, spans, tail = group.adapted, _spans(group), group.tail
     fused = max(group.ranks) <= fused_rank
-    q, p, first = _column_pass(dy, s, b if fused else None, spans, False, launch)
-    programs, arguments, constants = _sums(q, [grad_B[i] for i in on], [group.scales[i] for i in on])
+    q, p, tiles = _column_pass(dy, s, b if fused else None, _spans(group), False, launch)
+    grads, scales = [grad_B[i] for i in group.adapted], [group.scales[i] for i in group.adapted]
     if p is None:
         torch.mm(dy, b, out=ds)
-        with on_device(q):
-            _fold[(programs,)](*arguments, **constants)
+        _add(q, grads, scales)
         return
-    T, block = ds.shape[0], min(64, power_of_2(tail))
+    programs, arguments, constants = _sums(q, grads, scales)
+    T, tail = ds.shape
+    block = min(64, power_of_2(tail))
     rows = 1024 // block
     with on_device(q):
         _fold_both[(-(-T // rows) * -(-tail // block) + programs,)](
-            p, ds, ds.stride(0), T, *arguments, COUNT=len(spans), FIRST=first, K=tuple(k for _, _, k, _ in spans),
-            RANK=tuple(r for *_, r in spans), MOST=max(b - a for a, b in itertools.pairwise(first)), TAIL=tail,
-            P_STRIDE=p.shape[2], BT=rows, BR=block, **constants,
-        )  # fmt: skip
+            p, ds, ds.stride(0), T, *arguments, TAIL=tail, BT=rows, BR=block, **tiles.folding, **constants
+        )
 
 
 def gradients_a_launch(
@@ -282,9 +292,7 @@ def gradients_a_launch(
 ) -> None:
     """`gradients_a` by the kernels."""
     q, _, _ = _column_pass(x, ds, None, ((0, group.in_features, 0, group.rank),), True, launch)
-    programs, arguments, constants = _sums(q, [grad_A[i] for i in group.adapted], [1.0 for _ in group.adapted])
-    with on_device(q):
-        _fold[(programs,)](*arguments, **constants)
+    _add(q, [grad_A[i] for i in group.adapted], [1.0 for _ in group.adapted])
 
 
 def gradients_launch(

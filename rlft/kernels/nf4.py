@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlft.kernels.launch import element_type, jit, on_device, on_gpu, tl, want
+from rlft.kernels.launch import element_type, jit, on_device, on_gpu, table_entry, tl, want
 from rlft.upload import upload
 
 NF4_CODE = (
@@ -155,16 +155,6 @@ def decode_reference(weight: Nf4Weight, dtype: torch.dtype) -> Tensor:
 
 
 @jit
-def _matrix(table, pid, COUNT: tl.constexpr, FIELDS: tl.constexpr):
-    """Pointer to the table row of the matrix that program `pid` works on, and the program's number within it."""
-    m = 0
-    for i in tl.static_range(1, COUNT):  # type: ignore[reportGeneralTypeIssues]
-        m += (pid >= tl.load(table + i * FIELDS + 9).to(tl.int32)).to(tl.int32)
-    row = table + m * FIELDS
-    return row, pid - tl.load(row + 9).to(tl.int32)
-
-
-@jit
 def _scales(row, block, live, NESTED: tl.constexpr):
     """s_b of the blocks. NESTED: the nested block size, 0 for plain."""
     absmax = tl.load(row + 1)
@@ -186,7 +176,8 @@ def _decode_words(
 
     In-features and row stride are multiples of 8, addresses of 16. ONE_ROW: TILE divides every in-features.
     """
-    row, tile = _matrix(table, tl.program_id(0), COUNT, FIELDS)
+    m, tile = table_entry(table, tl.program_id(0), COUNT, FIELDS)
+    row = table + m * FIELDS
     packed = tl.multiple_of(tl.load(row).to(tl.pointer_type(tl.int32)), 16)
     out = tl.multiple_of(tl.load(row + 5).to(tl.pointer_type(OUT)), 16)  # type: ignore[reportArgumentType]
     size = tl.load(row + 6)
@@ -234,7 +225,8 @@ def _decode_elements(
     TILE: tl.constexpr, OUT: tl.constexpr,
 ):  # fmt: skip
     """TILE elements one by one: any in-features, stride and alignment, at a fraction of the speed."""
-    row, tile = _matrix(table, tl.program_id(0), COUNT, FIELDS)
+    m, tile = table_entry(table, tl.program_id(0), COUNT, FIELDS)
+    row = table + m * FIELDS
     packed = tl.load(row).to(tl.pointer_type(tl.uint8))
     out = tl.load(row + 5).to(tl.pointer_type(OUT))  # type: ignore[reportArgumentType]
     columns = tl.load(row + 7)

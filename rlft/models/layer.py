@@ -21,8 +21,6 @@ Function returns None for them, or into new ones, which it returns as any other 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -31,7 +29,7 @@ from rlft.models import ops
 from rlft.models.layer_backward import Backward
 from rlft.models.layer_modules import DOWN, GATE_UP, QKV, FusedLayer
 from rlft.models.layer_steps import Kept, Pass, Steps, tiles
-from rlft.models.projection import Bound
+from rlft.models.projection import adapter_tensors
 
 
 def run_layer(layer: FusedLayer, x: Tensor, run: Pass) -> Tensor:
@@ -39,15 +37,10 @@ def run_layer(layer: FusedLayer, x: Tensor, run: Pass) -> Tensor:
     bound = layer.bind(run.adapter)
     if not run.keep:
         return Forward(layer, run, bound, x)(x, None)
-    parameters = _parameters(bound)
+    parameters = adapter_tensors(bound)
     # One is enough for autograd where their gradients go into the caller's buffers, and every one takes the host time.
     given = parameters if run.gradients is None else [p for p in parameters if p.requires_grad][:1]
     return _Layer.apply(x, layer, run, bound, *given)  # type: ignore[return-value]
-
-
-def _parameters(bound: Sequence[Bound]) -> list[Tensor]:
-    """In the order of `Gradients.returned`."""
-    return [t for b in bound for ts in (b.A, b.B) for t in ts if t.numel()]
 
 
 class Forward(Steps):
@@ -112,7 +105,7 @@ class _Layer(torch.autograd.Function):
         else:
             ctx.save_for_backward(x)
         ctx.kept, ctx.rest = kept, (layer, run, bound)
-        ctx.versions = [(p, p._version) for p in _parameters(bound)]
+        ctx.versions = [(p, p._version) for p in adapter_tensors(bound)]
         return out
 
     @staticmethod

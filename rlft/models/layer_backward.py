@@ -49,7 +49,7 @@ class Gradients:
 
     @property
     def returned(self) -> list[Tensor | None]:
-        """One per adapter tensor, in its dtype; None where it went into the caller's buffer."""
+        """One per tensor of `adapter_tensors`, in its dtype; None where it went into the caller's buffer."""
         return [None if g is None else g.to(dtype) for g, dtype in self._own]
 
 

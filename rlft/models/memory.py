@@ -250,7 +250,7 @@ LEVEL_COST = (0.0, 10.0, 12.0, 20.0, 12.5, 20.5)
 """Percent of a step's time that a layer at each level costs, roughly."""
 
 
-def cost_of(how: Setting, levels: tuple[int, ...], rows: int, again: float = 1.0) -> float:
+def cost_of(how: Setting | Plan, levels: tuple[int, ...], rows: int, again: float = 1.0) -> float:
     """Percent of a step's time that a plan costs, roughly: half a tile one; decoding takes as long for few rows as for
     many. again: what the levels' costs are multiplied by."""
     decode = {"shadow": 0, "layer": 16384, "group": 3 * 16384}[how.store] / max(1, rows)

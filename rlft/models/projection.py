@@ -34,6 +34,11 @@ class Bound(NamedTuple):
     B: tuple[Tensor, ...]
 
 
+def adapter_tensors(bound: Sequence[Bound]) -> list[Tensor]:
+    """Those of all modules that have an adapter, per projection A before B."""
+    return [t for b in bound for ts in (b.A, b.B) for t in ts if t.numel()]
+
+
 class Projection:
     """Linear modules that read the same input; their outputs lie side by side."""
 
@@ -109,9 +114,7 @@ class _Bring:
         self._frozen = [(p.out, p.in_features) for p in projections]
         self._plan = DecodePlan(packed, places) if packed else None
         self._fills: dict[tuple, FillPlan] = {}
-        """What fills in an adapter, for the last ones that were used."""
-        self._filled: tuple[tuple, FillPlan] | None = None
-        """The last of them, with what it was made for."""
+        """What fills in an adapter, for the last ones that were used, the last one last."""
 
     def run(self) -> None:
         if self._plan is not None:
@@ -133,25 +136,22 @@ class _Bring:
     @property
     def filled(self) -> FillPlan | None:
         """What filled in the last adapter."""
-        return self._filled and self._filled[1]
+        return next(reversed(self._fills.values()), None)
 
     def fill(self, bound: Sequence[Bound]) -> None:
         """Write the adapter, as it is now, behind the weights; nothing where it is off."""
-        places = [(t.data_ptr(), id(t), t.dtype) for b in bound for ts in (b.A, b.B) for t in ts if t.numel()]
-        if not places:
+        tensors = adapter_tensors(bound)
+        if not tensors:
             return
-        key = (places, [b.group for b in bound])
-        if self._filled is None or self._filled[0] != key:
-            hashed = (*key[0], *key[1])
-            plan = self._fills.pop(hashed, None)
-            if plan is None:
-                pairs = zip(bound, self.buffers, strict=True)
-                plan = FillPlan([Part(*b, *lora.operands(b.group, buffer)) for b, buffer in pairs if b.group.tail])
-            self._fills[hashed] = plan
-            if len(self._fills) > ADAPTERS:
-                del self._fills[next(iter(self._fills))]
-            self._filled = (key, plan)
-        self._filled[1].run()
+        key = (*((t.data_ptr(), id(t), t.dtype) for t in tensors), *(b.group for b in bound))
+        plan = self._fills.pop(key, None)
+        if plan is None:
+            pairs = zip(bound, self.buffers, strict=True)
+            plan = FillPlan([Part(*b, *lora.operands(b.group, buffer)) for b, buffer in pairs if b.group.tail])
+        self._fills[key] = plan
+        if len(self._fills) > ADAPTERS:
+            del self._fills[next(iter(self._fills))]
+        plan.run()
 
 
 class Store:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 
-from rlft.models.memory import Setting, Shape, capturable, choose, cost_of
+from rlft.models.memory import Shape, capturable, choose, cost_of
 
 BUDGETS = (32768, 24576, 16384, 12288, 8192, 6144, 4096)
 """Tokens per micro-batch that are tried, from the most."""
@@ -48,7 +48,7 @@ def token_budget(s: Shape, device_bytes: float, host_bytes: float) -> int:
         plan = choose(s, rows, rows, device_bytes, host_bytes)
         if plan.peak > device_bytes:
             return math.inf
-        cost = cost_of(Setting(plan.tile, plan.store, plan.chunk_bytes), plan.levels, rows, SHORT) / 100
+        cost = cost_of(plan, plan.levels, rows, SHORT) / 100
         device = device_seconds(s, rows)
         captured = device < LAUNCHING and capturable(s, plan, device_bytes)
         busy = s.layers * BESIDE * device * (1 + cost) + head_seconds(s, rows)
