@@ -204,9 +204,9 @@ def measure(
         micro = recorded.MICRO["grpo"] * data.padded // len(data.completions)
         more = [each for each in variants(work, workers["rlft"], peers, micro) if each[0].stack not in skip]
         asked += more
-        # Padded rows apart: they may run out of memory, and the process with them.
+        # Padded rows apart, and once: they may run out of memory, and the process with them.
         in_turn([each for each in more if each[0].stack != "rlft-padded"], repeats, saved)
-        in_turn([each for each in more if each[0].stack == "rlft-padded"], repeats, saved)
+        in_turn([each for each in more if each[0].stack == "rlft-padded"], 1, saved)
     for r in saved():
         print(work, r["stack"], r["metric"], r["value"], r["note"], flush=True)
 
