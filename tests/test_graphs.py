@@ -3,10 +3,12 @@ what would be captured, run again. With real graphs: test_fused_gpu.py."""
 
 from __future__ import annotations
 
+import gc
 import itertools
 import math
 import random
 import sys
+import weakref
 from typing import Any
 
 import pytest
@@ -230,3 +232,20 @@ def test_weights_that_move_between_a_forward_and_its_backward_are_not_read() -> 
     fused.store.release()
     with pytest.raises(RuntimeError, match="another pass moved the weights' buffers"):
         loss.backward()
+
+
+@pytest.mark.usefixtures("fake_cuda")
+def test_a_loss_that_is_held_on_to_holds_no_graph() -> None:
+    """The training loop's last loss is alive while the engine wakes, for which graphs and weights' buffers go."""
+    policy, g = Policy(model_of("qwen3", torch.float64), torch.float64), torch.Generator().manual_seed(9)
+    fused = policy.fused
+    assert fused is not None
+    fused.graphs = graphs.Graphs()
+    batch = groups_of([(20, [30, 9, 1]), (7, [25, 25])], g, 61)
+    for _ in range(2):
+        loss = (policy.logprobs(batch)[0] * batch.weight).sum()
+        loss.backward()
+    (graph,) = map(weakref.ref, fused.graphs._graphs.values())
+    fused.graphs.clear()
+    gc.collect()  # the fakes hold what they captured
+    assert graph() is None and loss.grad_fn is not None

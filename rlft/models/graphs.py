@@ -235,13 +235,15 @@ class _Graphed(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dout):  # type: ignore[override]
-        if ctx.token is None:
+        graph = ctx.graph
+        if graph is None:
             raise RuntimeError("backward ran before, over buffers that it turned into gradients; run the forward again")
-        if ctx.graph.version != ctx.graph.store.version:
+        if graph.version != graph.store.version:
             raise RuntimeError("another pass moved the weights' buffers after this forward; run the forward again")
-        ctx.graph.dout[: ctx.rows].copy_(dout)
-        ctx.graph.backward_graph.replay()
-        ctx.token = None
+        graph.dout[: ctx.rows].copy_(dout)
+        graph.backward_graph.replay()
+        # A loss that is held on to would hold the graph, and with it the weights' buffers, when they are given up.
+        ctx.graph = ctx.token = None
         return None, None, None, None
 
 
