@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -30,6 +31,7 @@ from rlft.model_card import adapter_card
 from rlft.models.load import attach_lora, fingerprint, load_base, load_tokenizer, resolve_device, resolve_dtype
 from rlft.models.memory import weight_bytes
 from rlft.models.policy import Policy
+from rlft.models.token_budget import ALONE, Group
 from rlft.optim import Optimizer
 from rlft.pieces import Pieces
 from rlft.reference import Reference
@@ -190,7 +192,7 @@ def build(
         fp16 = resolve_dtype(cfg, policy.device) == torch.float16
         with asleep(eval_engine):
             # What a pass may take is what is free now.
-            plan = plan_of(cfg, algorithm, policy)
+            plan = plan_of(cfg, algorithm, policy, rows if engine.SAMPLES else ())
             kept, passes = memory_plan(policy, cfg, eval_engine, plan.budget), _pass_words(policy, plan.budget)
         s = Session(
             cfg=cfg, steps=steps, algorithm=algorithm, policy=policy, engine=engine, eval_engine=eval_engine,
@@ -291,9 +293,17 @@ def _engines(
     return engine, engines.start(cfg, policy, tokenizer, console, held) if scored and held else engine
 
 
-def plan_of(cfg: Config, algorithm: Algorithm, policy: Policy) -> PackPlan:
-    """How updates are packed; `keep` is left empty."""
-    budget = policy.token_budget() if cfg.packing.budget == "auto" else cfg.packing.budget
+TYPICAL = 1024
+"""Tokens that completions are taken to have where they may have more."""
+
+
+def plan_of(cfg: Config, algorithm: Algorithm, policy: Policy, sampled: Sequence[Prompt] = ()) -> PackPlan:
+    """How updates are packed; `keep` is left empty. sampled: prompts that groups of completions are drawn for."""
+    group = ALONE
+    if sampled and cfg.packing.share_prefix and not algorithm.whole_groups:
+        prompt = int(statistics.median(len(p.ids) for p in sampled))
+        group = Group(prompt, cfg.sampling.group_size * min(cfg.sampling.max_tokens, TYPICAL))
+    budget = policy.token_budget(group) if cfg.packing.budget == "auto" else cfg.packing.budget
     return PackPlan(
         keep=(), aggregation=algorithm.aggregation, budget=budget, max_len=cfg.sampling.max_tokens,
         temperature=cfg.sampling.temperature, whole_groups=algorithm.whole_groups,

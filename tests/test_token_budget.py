@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 
+import pytest
 from test_memory import QWEN3_8B
 
 from rlft.models.memory import CAPTURED, GIB, choose, scratch
-from rlft.models.token_budget import BUDGETS, token_budget
+from rlft.models.token_budget import BUDGETS, Group, token_budget
 
 
 def test_tokens_per_micro_batch() -> None:
@@ -22,7 +24,8 @@ def test_tight_memory_has_few_tokens_rather_than_levels() -> None:
     benchmarks/results/recorded_tight_gpu_2026-11-27.json."""
     for shape, gib in ((replace(QWEN3_8B, layers=8), 3.4), (QWEN3_8B, 14.0)):
         some = token_budget(shape, gib * GIB, 100 * GIB)
-        assert some == 4096 and not any(choose(shape, some, some, gib * GIB, 100 * GIB).levels)
+        levels = choose(shape, some, some, gib * GIB, 100 * GIB).levels
+        assert some < 5000 and sum(level > 0 for level in levels) <= 1
 
 
 def test_passes_that_graphs_can_run_have_no_launches_to_wait_for() -> None:
@@ -34,3 +37,25 @@ def test_passes_that_graphs_can_run_have_no_launches_to_wait_for() -> None:
         assert not any(plan.levels) and plan.peak - scratch(small, plan.store) <= CAPTURED * gib * GIB
         assert tokens == BUDGETS[0] if gib == 60 else BUDGETS[-1] < tokens < BUDGETS[0]
     assert token_budget(small, 2 * GIB, 100 * GIB) == BUDGETS[0], "where none can be captured, many wait least"
+
+
+def test_budgets_go_from_the_most_to_the_least_in_steps_of_a_quarter_at_most() -> None:
+    assert BUDGETS[0] == 32768 and BUDGETS[-1] == 4096
+    assert all(b < a <= 1.25 * b for a, b in pairwise(BUDGETS))
+
+
+def test_prompts_that_every_micro_batch_repeats_want_more_tokens() -> None:
+    """25 micro-batches of 4,096 tokens have 22% more rows than the rollouts of `grpo-step/lognormal-p1024` with each
+    prompt once, 9 of 10,240 have 3% more."""
+    slab = replace(QWEN3_8B, layers=8)
+    few, some, many = (token_budget(slab, 3.5 * GIB, 100 * GIB, Group(prompt, 8192)) for prompt in (0, 256, 1024))
+    assert few <= some < many == 10240, "the first that holds a whole group"
+    # All of a group in one micro-batch, or a prompt longer than any: nothing to win.
+    assert token_budget(slab, 3.5 * GIB, 100 * GIB, Group(1024, 1024)) == few
+    assert token_budget(slab, 3.5 * GIB, 100 * GIB, Group(10**6, 8192)) == few
+
+
+@pytest.mark.parametrize("rows", [1000, 2000, 3000])
+def test_what_is_not_a_prompt_of_a_micro_batch(rows: int) -> None:
+    """A group of 500 + 1,500: parts of it in two, the whole, or one and a half of them."""
+    assert Group(500, 1500).once(rows) == {1000: 0.5, 2000: 0.75, 3000: 0.75}[rows]

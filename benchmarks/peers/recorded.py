@@ -280,12 +280,12 @@ class Replayed:
         if (name, padded) not in self._rollouts:
             self._rollouts = {(name, padded): rollouts_of(WORKS[name], self._shape, padded)}
         found = [replace(r, policy_version=self.session.state.step) for r in self._rollouts[name, padded]]
-        self._plan(question)
+        self._plan(question, [r.prompt for r in found] if WORKS[name].kind == "grpo" else [])
         self.session.writer.flush()  # the step before is written while a real engine samples
         self._desk.start()
         return found
 
-    def _plan(self, question: dict[str, Any]) -> None:
+    def _plan(self, question: dict[str, Any], prompts: list[Any]) -> None:
         """Memory, tokens per micro-batch and sharing as the question says; by default as a run has them."""
         from rlft.session import plan_of
 
@@ -298,7 +298,7 @@ class Replayed:
             # Gradient and moments are there already; what a pass may take comes on top.
             rest = torch.cuda.memory_allocated() - self._desk.base
             fused.budget, self._allowed = None if allowed is None else allowed * GIB - rest, allowed
-        plan = plan_of(s.cfg, s.algorithm, s.policy)
+        plan = plan_of(s.cfg, s.algorithm, s.policy, prompts)
         s.plan = replace(plan, share_prefix=question.get("share", True), budget=question.get("tokens") or plan.budget)
 
     def load_adapter(self, tensors: Any, version: int) -> None:

@@ -22,7 +22,7 @@ from rlft.kernels.logprobs import CHUNK_BYTES, linear_logprobs
 from rlft.models import memory
 from rlft.models.adapter import FlatAdapter
 from rlft.models.fused import FusedDecoder, fuse
-from rlft.models.token_budget import BUDGETS, token_budget
+from rlft.models.token_budget import ALONE, BUDGETS, Group, token_budget
 from rlft.types import Batch
 from rlft.upload import upload
 
@@ -100,11 +100,12 @@ class Policy:
         """Entropy [T] of each trained token's distribution, in nats, without gradient; 0 elsewhere."""
         return self._forward(batch)[1]
 
-    def token_budget(self) -> int:
-        """Tokens per micro-batch that memory allows (`packing.budget = "auto"`)."""
+    def token_budget(self, group: Group = ALONE) -> int:
+        """Tokens per micro-batch that take the least time in the memory that is free (`packing.budget = "auto"`), where
+        rows come in such groups."""
         if self.fused is None or self.device.type == "cpu":
             return BUDGETS[-1]
-        return token_budget(self.fused.shape, self.fused.available(), memory.host_free())
+        return token_budget(self.fused.shape, self.fused.available(), memory.host_free(), group)
 
     def adapter(self) -> dict[str, Tensor]:
         """PEFT name -> live tensor of the adapter, without alpha / rank (`scales` has that)."""

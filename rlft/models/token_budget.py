@@ -5,29 +5,35 @@ A micro-batch takes what the GPU works, or what the host needs to launch it wher
     products of the layers, what runs beside them, what levels run again and decoding, and the head;
     layers * LAUNCHING_MORE, unless a CUDA graph runs it.
 
-Few tokens wait for their launches and decode the weights more often, many keep less for the backward. The constants are
-for comparing sizes with each other, not for saying how long a step takes.
+Few tokens wait for their launches, decode the weights more often and repeat prompts that completions elsewhere share;
+many keep less for the backward. The constants are for comparing sizes with each other, not for saying how long a step
+takes.
 """
 
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 from rlft.models.memory import Shape, capturable, choose, cost_of
 
-BUDGETS = (32768, 24576, 16384, 12288, 8192, 6144, 4096)
+BUDGETS = (
+    *range(32768, 16384, -4096), *range(16384, 8192, -2048), *range(8192, 6144, -1024), *range(6144, 4095, -512)
+)  # fmt: skip
 """Tokens per micro-batch that are tried, from the most."""
 LAUNCHING = 4.5e-3
 """Seconds of the host for launching a layer's forward and backward at L0, seen on an H100 machine."""
-LAUNCHING_MORE = 9e-3
-"""The same with shared prompts and with weights that are decoded anew, as seen at 4,096 tokens."""
+LAUNCHING_MORE = 8.4e-3
+"""The same with shared prompts and with weights that are decoded anew, at most: at 4,096 tokens the GPU works as long,
+and hardly waits (recorded_tight, 27ac905)."""
 FLOPS = 600e12
 """Speed of matrix products."""
 BESIDE = 1.35
 """Time of a layer over that of its products, for sequences whose attention is little of it (recorded_tight)."""
-SHORT = 5.0
-"""How much more the levels cost of such sequences' time than of the 32,768 tokens that their costs are from: at 8,192
-tokens of an 8B model three of eight layers at L4 took 17 to 25% of a step."""
+SHORT = 1.5
+"""How much more the levels cost of such sequences' time than of the 32,768 tokens that their costs are from. L4 runs
+74% of a layer's forward products again (all but down), L1 52% (gate, up), and the layers' products are half of a step
+of an 8B model (recorded_tight): 20 and 14% of it where every layer does."""
 
 
 def device_seconds(s: Shape, rows: int) -> float:
@@ -40,9 +46,26 @@ def head_seconds(s: Shape, trained: int) -> float:
     return 4 * s.hidden * s.vocab * trained / FLOPS
 
 
-def token_budget(s: Shape, device_bytes: float, host_bytes: float) -> int:
+class Group(NamedTuple):
+    """Tokens of what shares a prompt. A micro-batch that does not hold all of it repeats the prompt."""
+
+    prompt: int
+    completions: int
+
+    def once(self, rows: int) -> float:
+        """Share of the rows of micro-batches of `rows` tokens that are not such a prompt."""
+        held = min(rows, self.prompt + self.completions)
+        # Prompts longer than a micro-batch: rows of their own, whatever the budget is.
+        return max(1 - self.prompt / held, 1 / 16)
+
+
+ALONE = Group(0, 1)
+"""Rows that share nothing."""
+
+
+def token_budget(s: Shape, device_bytes: float, host_bytes: float, group: Group = ALONE) -> int:
     """Tokens per micro-batch that take the least time per token, the most among equals; the least of `BUDGETS` where
-    none fits."""
+    none fits. group: a typical one, where its completions may be in several micro-batches."""
 
     def seconds(rows: int) -> float:
         plan = choose(s, rows, rows, device_bytes, host_bytes)
@@ -53,7 +76,8 @@ def token_budget(s: Shape, device_bytes: float, host_bytes: float) -> int:
         captured = device < LAUNCHING and capturable(s, plan, device_bytes)
         busy = s.layers * BESIDE * device * (1 + cost) + head_seconds(s, rows)
         # To three digits, so that equal ones are equal.
-        return float(f"{max(busy, 0.0 if captured else s.layers * LAUNCHING_MORE) / rows:.3g}")
+        useful = rows * group.once(rows)
+        return float(f"{max(busy, 0.0 if captured else s.layers * LAUNCHING_MORE) / useful:.3g}")
 
     best = min(BUDGETS, key=seconds)
     return best if seconds(best) < math.inf else BUDGETS[-1]
