@@ -6,6 +6,8 @@ from dataclasses import replace
 from itertools import pairwise
 
 import pytest
+import torch
+from test_families import fused, model_of
 from test_memory import QWEN3_8B
 
 from rlft.models.memory import CAPTURED, GIB, choose, scratch
@@ -59,3 +61,19 @@ def test_prompts_that_every_micro_batch_repeats_want_more_tokens() -> None:
 def test_what_is_not_a_prompt_of_a_micro_batch(rows: int) -> None:
     """A group of 500 + 1,500: parts of it in two, the whole, or one and a half of them."""
     assert Group(500, 1500).once(rows) == {1000: 0.5, 2000: 0.75, 3000: 0.75}[rows]
+
+
+@pytest.mark.parametrize("gib", [16, 18, 24])
+def test_short_passes_have_the_weights_where_full_ones_have_them(gib: int) -> None:
+    """A step's last micro-batch is mostly short: it would bring a shadow of its own, to be given back by the next."""
+    decoder = fused(model_of("qwen3", torch.float32))
+    decoder.shape, budget = QWEN3_8B, gib * GIB
+    full = token_budget(QWEN3_8B, budget, 0.0)
+    short = full // 4
+    assert [decoder.plan_for(rows, budget=budget).store for rows in (full, short)] == ["layer", "shadow"]
+    decoder.full = full
+    assert [decoder.plan_for(rows, budget=budget).store for rows in (full, short)] == ["layer", "layer"]
+    decoder.full = short
+    assert decoder.plan_for(short, budget=budget).store == "shadow", "as many rows as they have at most"
+    decoder.full = token_budget(QWEN3_8B, 60 * GIB, 0.0)
+    assert decoder.plan_for(short, budget=60 * GIB).store == "shadow"

@@ -300,6 +300,8 @@ class Replayed:
             fused.budget, self._allowed = None if allowed is None else allowed * GIB - rest, allowed
         plan = plan_of(s.cfg, s.algorithm, s.policy, prompts)
         s.plan = replace(plan, share_prefix=question.get("share", True), budget=question.get("tokens") or plan.budget)
+        if fused is not None:
+            fused.full = s.plan.budget
 
     def load_adapter(self, tensors: Any, version: int) -> None:
         if not version:

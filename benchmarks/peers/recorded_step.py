@@ -125,7 +125,7 @@ def in_turn(asked: list[Asked], repeats: int, save: Callable[[], Rows]) -> None:
             answer = measured(worker, **question)
             found.error = answer.get("error", "")
             print(f"  round {turn}: {found.stack}", *(f"{answer[k]:.3f}" for k in ("seconds", "peak") if k in answer),
-                  found.error, flush=True)  # fmt: skip
+                  found.error or answer.get("note", ""), flush=True)  # fmt: skip
             if turn and not found.error:
                 found.add(answer)
         if turn:

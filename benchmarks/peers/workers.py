@@ -88,7 +88,7 @@ class Desk:
         """Bytes of the loaded model."""
         self.last: dict[str, float] = {}
         """Loss and gradient norm of the step before, as the stack logs them."""
-        self._began = 0.0
+        self._began, self._blocks = 0.0, 0
 
     def loaded(self) -> None:
         """The model with its adapter is there: memory counts from here."""
@@ -119,6 +119,7 @@ class Desk:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
+            self._blocks = torch.cuda.memory_stats()["num_device_alloc"]
         self._began = time.perf_counter()
 
     def stop(self, apart: int = 0, **more: Any) -> None:
@@ -131,6 +132,9 @@ class Desk:
         seconds = time.perf_counter() - self._began
         if torch.cuda.is_available():
             peak = (torch.cuda.max_memory_allocated() - self.base + apart) / GIB
+            # The driver takes milliseconds for a block, and waits for the GPU where others have to go first.
+            blocks = torch.cuda.memory_stats()["num_device_alloc"] - self._blocks
+            more["note"] = f"{more.get('note', '')}; {blocks} new blocks of memory".removeprefix("; ")
         self.answer(seconds=seconds, peak=peak, base=self.base / GIB, last=self.last, **more)
 
     @contextlib.contextmanager

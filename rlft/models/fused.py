@@ -49,6 +49,9 @@ class FusedDecoder:
         """How every pass runs; None: chosen for each by what memory is free."""
         self.budget: float | None = None
         """Bytes that a pass may take on the device; None: what is free."""
+        self.full: int | None = None
+        """Rows of a full micro-batch. Shorter passes have no shadow of the weights where it has none: bringing and
+        giving back one in every step would take as long, and CUDA graphs over it would be captured anew."""
         self._begin()
         why = self._look()
         if why is not None:
@@ -94,7 +97,7 @@ class FusedDecoder:
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy of a model (deepcopy, pickle) has modules of its own, which it looks at when it first runs.
-        return {name: getattr(self, name) for name in ("model", "decoder", "family", "plan", "budget")}
+        return {name: getattr(self, name) for name in ("model", "decoder", "family", "plan", "budget", "full")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
@@ -158,7 +161,12 @@ class FusedDecoder:
         step = max(64, 1 << max(0, rows.bit_length() - 6))
         sizes = ((rows, step), (rows if trained is None else trained, step), (keys, KEYS))
         rows, trained, keys = (-(-size // each) * each for size, each in sizes)
-        return memory.choose(self.shape, rows, trained, self.available() if budget is None else budget, host, keys)
+        budget = self.available() if budget is None else budget
+        plan = memory.choose(self.shape, rows, trained, budget, host, keys)
+        if plan.store == "shadow" and self.full is not None and rows < self.full:
+            shadow = memory.choose(self.shape, self.full, self.full, budget, host).store == "shadow"
+            plan = memory.choose(self.shape, rows, trained, budget, host, keys, shadow)
+        return plan
 
     def available(self) -> float:
         """Bytes that a pass may take on the device now."""

@@ -236,9 +236,9 @@ def evaluate(
     return Plan(levels, how.tile, how.store, how.chunk_bytes, all_, work, host)
 
 
-def _settings() -> Iterator[Setting]:
-    """From the fastest to the smallest."""
-    for store in ("shadow", "layer"):
+def _settings(shadow: bool = True) -> Iterator[Setting]:
+    """From the fastest to the smallest. shadow: whether that store may be used."""
+    for store in ("shadow", "layer")[not shadow :]:
         for tile in TILES:
             yield Setting(tile, store, CHUNK_BYTES)
     for store in ("layer", "group"):
@@ -259,15 +259,18 @@ def cost_of(how: Setting | Plan, levels: tuple[int, ...], rows: int, again: floa
 
 
 @cache
-def choose(s: Shape, rows: int, trained: int, budget: float, host: float, keys: int = 0) -> Plan:
+def choose(
+    s: Shape, rows: int, trained: int, budget: float, host: float, keys: int = 0, shadow: bool = True
+) -> Plan:  # fmt: skip
     """The plan that takes least time among those within `budget` bytes on the device and `host` bytes on the host.
 
     Layers are at one of two levels, the first ones at that which keeps less. Where nothing fits, the smallest plan that
-    the host has room for; its peak is above the budget then. keys: as in `forward_work`.
+    the host has room for; its peak is above the budget then. keys: as in `forward_work`. shadow: whether that
+    store may be used.
     """
     order = (0, 1, 2, 4, 3, 5) if host > 0 else (0, 1, 2, 3)
     best: tuple[float, Plan] | None = None
-    for how in _settings():
+    for how in _settings(shadow):
         if best is not None and cost_of(how, (0,), rows) >= best[0]:
             continue  # as fast as this there is one already
 
