@@ -58,9 +58,9 @@ def test_prompts_that_every_micro_batch_repeats_want_more_tokens() -> None:
 
 
 @pytest.mark.parametrize("rows", [1000, 2000, 3000])
-def test_what_is_not_a_prompt_of_a_micro_batch(rows: int) -> None:
-    """A group of 500 + 1,500: parts of it in two, the whole, or one and a half of them."""
-    assert Group(500, 1500).once(rows) == {1000: 0.5, 2000: 0.75, 3000: 0.75}[rows]
+def test_the_share_of_completions_in_a_micro_batch(rows: int) -> None:
+    """A group of 500 + 1,500: a part of it, the whole, or one and a half of them."""
+    assert Group(500, 1500).useful(rows) == {1000: 0.5, 2000: 0.75, 3000: 0.75}[rows]
 
 
 @pytest.mark.parametrize("gib", [16, 18, 24])

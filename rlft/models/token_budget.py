@@ -47,15 +47,15 @@ def head_seconds(s: Shape, trained: int) -> float:
 
 
 class Group(NamedTuple):
-    """Tokens of what shares a prompt. A micro-batch that does not hold all of it repeats the prompt."""
+    """Tokens of a prompt and of all its completions. Micro-batches that hold a part of them each repeat the prompt."""
 
     prompt: int
     completions: int
 
-    def once(self, rows: int) -> float:
-        """Share of the rows of micro-batches of `rows` tokens that are not such a prompt."""
+    def useful(self, rows: int) -> float:
+        """Share of the completions in micro-batches of `rows` tokens."""
         held = min(rows, self.prompt + self.completions)
-        # Prompts longer than a micro-batch: rows of their own, whatever the budget is.
+        # Where a prompt is longer than a micro-batch each row runs alone, whatever the budget is.
         return max(1 - self.prompt / held, 1 / 16)
 
 
@@ -64,8 +64,8 @@ ALONE = Group(0, 1)
 
 
 def token_budget(s: Shape, device_bytes: float, host_bytes: float, group: Group = ALONE) -> int:
-    """Tokens per micro-batch that take the least time per token, the most among equals; the least of `BUDGETS` where
-    none fits. group: a typical one, where its completions may be in several micro-batches."""
+    """Tokens per micro-batch that take the least time per completion's token, the most among equals; the least of
+    `BUDGETS` where none fits. group: a typical one, where its completions may be in several micro-batches."""
 
     def seconds(rows: int) -> float:
         plan = choose(s, rows, rows, device_bytes, host_bytes)
@@ -75,9 +75,9 @@ def token_budget(s: Shape, device_bytes: float, host_bytes: float, group: Group 
         device = device_seconds(s, rows)
         captured = device < LAUNCHING and capturable(s, plan, device_bytes)
         busy = s.layers * BESIDE * device * (1 + cost) + head_seconds(s, rows)
+        took = max(busy, 0.0 if captured else s.layers * LAUNCHING_MORE)
         # To three digits, so that equal ones are equal.
-        useful = rows * group.once(rows)
-        return float(f"{max(busy, 0.0 if captured else s.layers * LAUNCHING_MORE) / useful:.3g}")
+        return float(f"{took / (rows * group.useful(rows)):.3g}")
 
     best = min(BUDGETS, key=seconds)
     return best if seconds(best) < math.inf else BUDGETS[-1]
