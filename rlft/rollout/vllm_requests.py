@@ -6,6 +6,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -55,7 +56,9 @@ def sample(
         for i in range(sampling.group_size):
             made.append((prompt, i, rollout_seed(seed, slot, i)))
     requests = [(tokens_input(list(p.ids)), parameters(sampling, ends, own)) for p, _, own in made]
-    outputs = _run(engine, requests, device, deadline, progress)
+    # On a CPU vLLM compiles one comparison (ranks of tokens): it took 18 s of the first call and wants a C++ compiler.
+    with torch.compiler.set_stance("force_eager") if device.type == "cpu" else nullcontext():
+        outputs = _run(engine, requests, device, deadline, progress)
     completions = [output.outputs[0] for output in outputs]
     if sampling.stop:
         texts = [c.text for c in completions]
