@@ -15,6 +15,7 @@ from rlft.config import Engine, Lora, Sampling
 from rlft.errors import EngineError
 from rlft.models.load import attach_lora, pad_rows
 from rlft.models.policy import Policy
+from rlft.rollout import vllm_start
 from rlft.rollout.vllm import VllmEngine
 
 pytestmark = [pytest.mark.usefixtures("vllm_visible"), pytest.mark.filterwarnings("ignore")]
@@ -24,6 +25,18 @@ WIDE = SIZES | {
 }  # fmt: skip
 OTHERS = {"olmo2": ("olmo2", {}), "gpt_neox": ("gpt_neox", {})}
 """Not among ours: transformers' own layers train them."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def known(vllm_visible: None) -> None:
+    """vLLM starts a process to look at a class, 10 s for each where it never ran: here it is told them."""
+    vllm_start.environment()
+    with vllm_start.quiet(), vllm_start.defaults_restored():
+        from vllm import ModelRegistry
+
+        for family in ("Qwen2", "Gemma2", "Phi3", "Olmo2", "GPTNeoX"):
+            name = f"{family}ForCausalLM"
+            ModelRegistry.register_model(name, ModelRegistry.models[name].load_model_cls())
 
 
 def policy_of(name: str) -> Policy:
