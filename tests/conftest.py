@@ -3,6 +3,7 @@ once per session."""
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import sys
 import tempfile
@@ -21,6 +22,10 @@ torch.set_num_threads(2)
 TRACKIO = tempfile.TemporaryDirectory(prefix="rlft-trackio-")
 """Trackio's database. Trackio reads the variable once, when anything first imports it (trl does)."""
 os.environ["TRACKIO_DIR"] = TRACKIO.name
+# Processes that tests fork from one server have these loaded already: no five seconds of imports for each.
+multiprocessing.get_context("forkserver").set_forkserver_preload(
+    ["rlft.train", "pyarrow.parquet", "transformers.models.llama.modeling_llama"]
+)
 
 
 @pytest.fixture(scope="session")

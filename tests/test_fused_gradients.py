@@ -129,7 +129,7 @@ def _ddp(rank: int, folder: str) -> None:
 
 def test_ddp_over_two_processes(tmp_path: Path) -> None:
     """Averaged over both where DDP synchronises, each process's own under no_sync."""
-    torch.multiprocessing.spawn(_ddp, (str(tmp_path),), nprocs=2)
+    torch.multiprocessing.start_processes(_ddp, (str(tmp_path),), nprocs=2, start_method="forkserver")
     first, second = (torch.load(tmp_path / str(rank)) for rank in range(2))
     for sync in ("True", "False"):
         near(first[f"True {sync}"], first[f"False {sync}"])

@@ -55,7 +55,6 @@ SERVER = multiprocessing.get_context("forkserver")
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    SERVER.set_forkserver_preload(["rlft.train", "pyarrow.parquet", "transformers.models.llama.modeling_llama"])
     folder = tmp_path_factory.mktemp("kill")
     make_home(folder)
     return folder

@@ -94,7 +94,7 @@ def _rank(rank: int, folder: str) -> None:
 
 
 def test_two_ranks_give_what_one_process_gives(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(_rank, (str(tmp_path),), nprocs=2)
+    torch.multiprocessing.start_processes(_rank, (str(tmp_path),), nprocs=2, start_method="forkserver")
     first, second = (torch.load(tmp_path / str(rank)) for rank in range(2))
     alone = results(None)
     for name in LOSSES:
