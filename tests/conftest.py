@@ -42,6 +42,21 @@ def smollm2(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def smollm2_cut(smollm2: Path, tmp_path_factory) -> Path:
+    """Its first four layers between embedding and head, for what takes long and is the same in every layer."""
+    from transformers import AutoModelForCausalLM
+
+    from rlft.models.load import load_tokenizer
+
+    folder = tmp_path_factory.mktemp("smollm2-cut")
+    model = AutoModelForCausalLM.from_pretrained(smollm2, num_hidden_layers=4)
+    assert len(model.get_decoder().layers) == 4
+    model.save_pretrained(folder)
+    load_tokenizer(str(smollm2)).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def vllm_visible() -> None:
     """vLLM can be imported from here on."""
     if sys.modules.get("vllm", 0) is None:
