@@ -78,25 +78,21 @@ def pack(rollouts: Sequence[Rollout], advantages: Tensor, plan: PackPlan, counts
         sequence_sum    1 / sequences                         the plain policy gradient (REINFORCE)
         prompt_mean     1 / (groups * tokens of its group)    every prompt alike (ScaleRL)
 
-    and a sequence weighs the sum over its tokens. Micro-batches are filled longest first; what is longer than the
-    budget runs alone. The unit is a completion with its prompt; with `plan.share_prefix` a prompt once with all its
-    completions, in parts that each repeat the prompt where the budget asks for it; with `plan.whole_groups` a group.
-    Units whose every advantage is exactly 0 come last, in micro-batches of their own, so that leaving those out changes
-    no other. A row without a trained token (with `plan.whole_groups`, a group without one) is counted and not run.
-    Raises TrainError when the advantage of a kept rollout is not finite.
+    and a sequence weighs the sum over its tokens. Micro-batches are filled longest first, and evenly, as far as that
+    makes no more of them; what is longer than the budget runs alone. The unit is a completion with its prompt; with
+    `plan.share_prefix` a prompt once with all its completions, in parts that each repeat the prompt where the budget
+    asks for it; with `plan.whole_groups` a group. Units whose every advantage is exactly 0 come last, in micro-batches
+    of their own, so that leaving those out changes no other. A row without a trained token (with `plan.whole_groups`, a
+    group without one) is counted and not run. Raises TrainError when the advantage of a kept rollout is not finite.
     """
     rows = _rows(rollouts, advantages.tolist(), plan, counts)
     sampled = {row.rollout.sampler_logprobs is not None for row in rows}
     assert len(sampled) <= 1, "either every rollout of an update has sampler log-probs or none has"
-    units, zeros = [], []
+    some, zeros = [], []
     for _, group in groupby(rows, key=lambda row: row.group):
-        for unit in _units(list(group), plan):
-            (units if any(row.advantage for row in unit) else zeros).append(unit)
-    batches = []
-    for chosen in (units, zeros):
-        for bin_ in _first_fit([_tokens(unit, plan) for unit in chosen], plan.budget):
-            batches.append(_batch([chosen[i] for i in bin_], plan, counts))
-    return batches
+        for part in _parts(list(group), plan):
+            (some if any(row.advantage for row in part) else zeros).append(part)
+    return [_batch(units, plan, counts) for parts in (some, zeros) for units in _even(parts, plan)]
 
 
 def _rows(rollouts: Sequence[Rollout], advantages: list[float], plan: PackPlan, counts: Counts) -> list[_Row]:
@@ -129,19 +125,52 @@ def _rows(rollouts: Sequence[Rollout], advantages: list[float], plan: PackPlan, 
     return rows
 
 
-def _units(group: list[_Row], plan: PackPlan) -> list[list[_Row]]:
-    """The rows of one group, in the parts that have to stay in one micro-batch."""
+def _parts(group: list[_Row], plan: PackPlan) -> list[list[_Row]]:
+    """The rows of a group that run: as they are with `plan.whole_groups`, else those of no advantage apart."""
     if plan.whole_groups:
         return [group] if any(row.tokens for row in group) else []
     group = [row for row in group if row.tokens]
+    parts = [row for row in group if row.advantage], [row for row in group if not row.advantage]
+    return [part for part in parts if part]
+
+
+def _units(part: list[_Row], plan: PackPlan, room: int) -> list[list[_Row]]:
+    """The rows of `_parts`, cut into what has to stay in one micro-batch of `room` tokens."""
+    if plan.whole_groups:
+        return [part]
     if not plan.share_prefix:
-        return [[row] for row in group]
-    units = []
-    for part in ([r for r in group if r.advantage], [r for r in group if not r.advantage]):
-        room = plan.budget - len(part[0].rollout.prompt.ids) if part else 0
-        for bin_ in _first_fit([len(row.mask) for row in part], room):
-            units.append([part[i] for i in sorted(bin_)])
-    return units
+        return [[row] for row in part]
+    bins = _first_fit([len(row.mask) for row in part], room - len(part[0].rollout.prompt.ids))
+    return [[part[i] for i in sorted(bin_)] for bin_ in bins]
+
+
+def _filled(parts: list[list[_Row]], plan: PackPlan, room: int) -> tuple[list[list[list[_Row]]], int]:
+    """Units by micro-batches of at most `room` tokens, and how many tokens they have."""
+    units = [unit for part in parts for unit in _units(part, plan, room)]
+    sizes = [_tokens(unit, plan) for unit in units]
+    return [[units[i] for i in bin_] for bin_ in _first_fit(sizes, room)], sum(sizes)
+
+
+EVEN = 64
+"""Micro-batches beyond which they are not made even: it would take the host long, and they are nearly."""
+
+
+def _even(parts: list[list[_Row]], plan: PackPlan) -> list[list[list[_Row]]]:
+    """Units by micro-batches, as few as the budget allows and with as little room in each as makes no more of them, nor
+    repeats a prompt more often: a short last one would waste what the long ones need most, memory, and its length would
+    be another one in every step, for which CUDA graphs are captured."""
+    best, tokens = _filled(parts, plan, plan.budget)
+    if not 1 < len(best) <= EVEN:
+        return best
+    low, high = plan.budget // 2, plan.budget
+    while high - low > max(1, plan.budget // 64):
+        room = (low + high) // 2
+        found, taken = _filled(parts, plan, room)
+        if len(found) <= len(best) and taken <= tokens:
+            best, high = found, room
+        else:
+            low = room
+    return best
 
 
 def _first_fit(sizes: list[int], room: int) -> list[list[int]]:

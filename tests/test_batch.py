@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import random
 from dataclasses import replace
 from typing import get_args
 
 import pytest
 import torch
 
-from rlft.batch import count, group_ids, pack, packing_stats, segment_sum
+from rlft.batch import _filled, _parts, _rows, _tokens, count, group_ids, pack, packing_stats, segment_sum
 from rlft.errors import TrainError
 from rlft.types import Aggregation, Batch, Counts, PackPlan, Prompt, Rollout
 
@@ -189,9 +190,33 @@ def test_each_trained_row_is_in_one_micro_batch_within_the_budget(budget: int, s
 
 
 def test_micro_batches_are_filled_longest_first() -> None:
-    # With the prompt of 3: 5, 9, 4, 6 tokens into 10. 9 | 6, 4 | 5.
+    # With the prompt of 3: 5, 9, 4, 6 tokens into 10, three micro-batches, for which 9 are enough. 9 | 6 | 5, 4.
     made = [rollout(i, 0, tokens) for i, tokens in enumerate((2, 6, 1, 3))]
-    assert [b.rows for b in packed(made, plan(4, budget=10, share_prefix=False))] == [(1,), (3, 2), (0,)]
+    assert [b.rows for b in packed(made, plan(4, budget=10, share_prefix=False))] == [(1,), (3,), (0, 2)]
+
+
+@pytest.mark.parametrize("share", [True, False])
+@pytest.mark.parametrize("budget", [1, 40, 150, 10**4])
+def test_micro_batches_are_even_without_more_of_them_or_of_prompts(budget: int, share: bool) -> None:
+    draw, shorter = random.Random(budget), 0
+    for _ in range(30):
+        made = [rollout(g, s, draw.randint(1, 60), prompt_tokens=9) for g in range(5) for s in range(4)]
+        the_plan = plan(20, budget=budget, share_prefix=share)
+        rows = _rows(made, [1.0] * 20, the_plan, count(made, the_plan))
+        parts = [part for g in range(5) for part in _parts(rows[4 * g : 4 * g + 4], the_plan)]
+        greedy, tokens = _filled(parts, the_plan, budget)
+        sizes = [len(b.input_ids) for b in packed(made, the_plan)]
+        assert len(sizes) <= len(greedy) and sum(sizes) <= tokens
+        longest = max(sum(_tokens(unit, the_plan) for unit in units) for units in greedy)
+        assert max(sizes) <= longest
+        shorter += max(sizes) < longest
+    assert shorter >= 10 if budget == 150 else shorter == 0, "rows longer than the budget, or all in one micro-batch"
+
+
+def test_a_short_last_micro_batch_takes_from_the_long_ones() -> None:
+    made = [rollout(i, 0, 97) for i in range(21)]
+    sizes = [len(b.input_ids) for b in packed(made, plan(21, budget=1000))]
+    assert sizes == [700, 700, 700], "not 1000, 1000, 100"
 
 
 def test_a_group_over_the_budget_is_split_and_each_part_repeats_the_prompt() -> None:
