@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks" / "peers"))
 import recorded
+import recorded_step
 import stacks
 
 from rlft import batch
@@ -62,3 +64,22 @@ def test_prefixes_packing_and_padding_leave_the_gradient_alone(work: str, algo: 
         found.append(policy.flat.gradient.clone())
     assert found[0].norm() > 1e-3
     assert all((other - found[0]).norm() < 1e-5 * found[0].norm() for other in found[1:])
+
+
+@pytest.mark.parametrize(
+    ("taken", "want"),
+    [
+        (lambda asked: 0.85 * asked, 9.7),  # plans leave a margin
+        (lambda asked: 1.1 * asked, 8.8),  # or foresee too little
+        (lambda asked: 0.85 * asked if asked < 11 else 10.5, 8.5),  # the next plan takes too much: back to the last
+        (lambda asked: min(asked, 4.0), 4.0),  # all that it can use
+        (lambda asked: 12.0, 12.0),  # it cannot do with less
+    ],
+)
+def test_rlft_is_held_to_a_peak_and_next_to_it(taken: Any, want: float) -> None:
+    class Asked:
+        def ask(self, timeout: float, work: str, peak: float) -> dict[str, float]:
+            return {"peak": taken(peak)}
+
+    _, _, question = recorded_step.budgeted(recorded_step.Found("rlft"), Asked(), "a work", 10.0)  # type: ignore[arg-type]
+    assert want <= taken(question["peak"]) <= max(10.0, want)

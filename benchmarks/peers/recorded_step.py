@@ -41,8 +41,8 @@ TIMEOUT = 240.0
 """Seconds for one answer, loading included; also what ends a trainer that samples by itself."""
 FEW = {"grpo-step/outlier": 2}
 """Repeats where three would take too long."""
-TRIES = 3
-"""Budgets that are tried until a peak is no higher than it may be."""
+TRIES = 4
+"""Budgets that are tried until a peak is as high as it may be."""
 
 
 def worker(stack: str, kind: str, shape: str) -> None:
@@ -133,14 +133,22 @@ def in_turn(asked: list[Asked], repeats: int, save: Callable[[], Rows]) -> None:
 
 
 def budgeted(found: Found, worker: Worker, work: str, limit: float) -> Asked:
-    """The question that keeps rlft's peak at `limit` GiB: what the plan does not foresee is taken off."""
-    peak = found.limit = limit
+    """The question that keeps rlft's peak within `limit` GiB and next to it: plans leave a margin, and foresee a little
+    more or less than is taken."""
+    found.limit = asked = limit
+    good = before = 0.0
     for _ in range(TRIES):
-        answer = worker.ask(TIMEOUT, work=work, peak=peak)
-        if answer.get("error") or answer["peak"] <= limit:
+        answer = worker.ask(TIMEOUT, work=work, peak=asked)
+        if answer.get("error"):
             break
-        peak -= answer["peak"] - limit + 64 / 1024
-    return found, worker, {"work": work, "peak": peak}
+        left = limit - answer["peak"]
+        if left >= 0:
+            good = max(good, asked)
+            if left < limit / 32 or answer["peak"] == before:
+                break
+        before = answer["peak"]
+        asked += 0.9 * left if left >= 0 else left - 64 / 1024
+    return found, worker, {"work": work, "peak": good or asked}
 
 
 def variants(work: str, worker: Worker, peers: list[Found], tokens: int) -> list[Asked]:
