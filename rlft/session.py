@@ -193,8 +193,6 @@ def build(
         with asleep(eval_engine):
             # What a pass may take is what is free now.
             plan = plan_of(cfg, algorithm, policy, rows if engine.SAMPLES else ())
-            if policy.fused is not None:
-                policy.fused.full = plan.budget
             kept, passes = memory_plan(policy, cfg, eval_engine, plan.budget), _pass_words(policy, plan.budget)
         s = Session(
             cfg=cfg, steps=steps, algorithm=algorithm, policy=policy, engine=engine, eval_engine=eval_engine,
@@ -300,12 +298,16 @@ TYPICAL = 1024
 
 
 def plan_of(cfg: Config, algorithm: Algorithm, policy: Policy, sampled: Sequence[Prompt] = ()) -> PackPlan:
-    """How updates are packed; `keep` is left empty. sampled: prompts that groups of completions are drawn for."""
-    group = ALONE
-    if sampled and cfg.packing.share_prefix and not algorithm.whole_groups:
-        prompt = int(statistics.median(len(p.ids) for p in sampled))
-        group = Group(prompt, cfg.sampling.group_size * min(cfg.sampling.max_tokens, TYPICAL))
-    budget = policy.token_budget(group) if cfg.packing.budget == "auto" else cfg.packing.budget
+    """How updates are packed; `keep` is left empty. The fused layers are told how long a full micro-batch is. sampled:
+    prompts that groups of completions are drawn for."""
+    budget, group = cfg.packing.budget, ALONE
+    if budget == "auto":
+        if sampled and cfg.packing.share_prefix and not algorithm.whole_groups:
+            prompt = int(statistics.median(len(p.ids) for p in sampled))
+            group = Group(prompt, cfg.sampling.group_size * min(cfg.sampling.max_tokens, TYPICAL))
+        budget = policy.token_budget(group)
+    if policy.fused is not None:
+        policy.fused.full = budget
     return PackPlan(
         keep=(), aggregation=algorithm.aggregation, budget=budget, max_len=cfg.sampling.max_tokens,
         temperature=cfg.sampling.temperature, whole_groups=algorithm.whole_groups,

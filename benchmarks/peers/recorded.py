@@ -298,10 +298,9 @@ class Replayed:
             # Gradient and moments are there already; what a pass may take comes on top.
             rest = torch.cuda.memory_allocated() - self._desk.base
             fused.budget, self._allowed = None if allowed is None else allowed * GIB - rest, allowed
-        plan = plan_of(s.cfg, s.algorithm, s.policy, prompts)
-        s.plan = replace(plan, share_prefix=question.get("share", True), budget=question.get("tokens") or plan.budget)
-        if fused is not None:
-            fused.full = s.plan.budget
+        tokens, share = question.get("tokens") or "auto", question.get("share", True)
+        cfg = replace(s.cfg, packing=replace(s.cfg.packing, budget=tokens, share_prefix=share))
+        s.plan = plan_of(cfg, s.algorithm, s.policy, prompts)
 
     def load_adapter(self, tensors: Any, version: int) -> None:
         if not version:
@@ -340,7 +339,7 @@ def session_of(cfg: Any, rows: list[Any], policy: Any, engine: Any, tokenizer: A
 
     algorithm, run, console = build(cfg.algo, 1), Run.create(cfg.out), Console(plain=True)
     with asleep(engine):
-        plan = plan_of(cfg, algorithm, policy)
+        plan = plan_of(cfg, algorithm, policy, rows if engine.SAMPLES else ())
     s = Session(
         cfg=cfg, steps=cfg.steps, algorithm=algorithm, policy=policy, engine=engine, eval_engine=engine,
         reference=Reference(policy, keep=False), optimizer=Optimizer(policy.flat.flat, cfg.optim, cfg.steps),
