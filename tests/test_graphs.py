@@ -9,6 +9,7 @@ import math
 import random
 import sys
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -216,36 +217,37 @@ def test_passes_of_a_bucket_give_what_launches_give(name: str) -> None:
     assert 1 < len(kept._graphs) < len(shapes), "buckets are used again"
 
 
-@pytest.mark.usefixtures("fake_cuda")
-def test_weights_that_move_between_a_forward_and_its_backward_are_not_read() -> None:
+@pytest.fixture
+def launched(fake_cuda: None) -> tuple[Policy, graphs.Graphs, Callable[[], Tensor]]:
+    """A policy, its graphs, and the loss of a batch whose first pass ran by launches: the next forward is captured."""
     policy, g = Policy(model_of("qwen3", torch.float64), torch.float64), torch.Generator().manual_seed(9)
-    fused = policy.fused
-    assert fused is not None
-    fused.graphs = graphs.Graphs()
+    assert policy.fused is not None
+    kept = policy.fused.graphs = graphs.Graphs()
     batch = groups_of([(20, [30, 9, 1]), (7, [25, 25])], g, 61)
-    for _ in range(2):
-        loss = (policy.logprobs(batch)[0] * batch.weight).sum()
-        if not fused.graphs._graphs:
-            loss.backward()
-    (graph,) = fused.graphs._graphs.values()
+
+    def loss() -> Tensor:
+        return (policy.logprobs(batch)[0] * batch.weight).sum()
+
+    loss().backward()
+    return policy, kept, loss
+
+
+def test_weights_that_move_between_a_forward_and_its_backward_are_not_read(launched) -> None:
+    policy, kept, loss_of = launched
+    loss = loss_of()
+    (graph,) = kept._graphs.values()
     assert all(plan is not None for plan in graph.fills), "what it reads lives as long as it"
-    fused.store.release()
+    policy.fused.store.release()
     with pytest.raises(RuntimeError, match="another pass moved the weights' buffers"):
         loss.backward()
 
 
-@pytest.mark.usefixtures("fake_cuda")
-def test_a_loss_that_is_held_on_to_holds_no_graph() -> None:
+def test_a_loss_that_is_held_on_to_holds_no_graph(launched) -> None:
     """The training loop's last loss is alive while the engine wakes, for which graphs and weights' buffers go."""
-    policy, g = Policy(model_of("qwen3", torch.float64), torch.float64), torch.Generator().manual_seed(9)
-    fused = policy.fused
-    assert fused is not None
-    fused.graphs = graphs.Graphs()
-    batch = groups_of([(20, [30, 9, 1]), (7, [25, 25])], g, 61)
-    for _ in range(2):
-        loss = (policy.logprobs(batch)[0] * batch.weight).sum()
-        loss.backward()
-    (graph,) = map(weakref.ref, fused.graphs._graphs.values())
-    fused.graphs.clear()
+    _, kept, loss_of = launched
+    loss = loss_of()
+    loss.backward()
+    (graph,) = map(weakref.ref, kept._graphs.values())
+    kept.clear()
     gc.collect()  # the fakes hold what they captured
     assert graph() is None and loss.grad_fn is not None

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import pairwise
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from test_families import fused, model_of
 from test_memory import QWEN3_8B
 
+from rlft.algorithm import build
+from rlft.config import Algo, Config, Data, Packing, Sampling
 from rlft.models.memory import CAPTURED, GIB, choose, scratch
-from rlft.models.token_budget import BUDGETS, Group, token_budget
+from rlft.models.token_budget import ALONE, BUDGETS, Group, token_budget
+from rlft.session import plan_of
+from rlft.types import Prompt
 
 
 def test_tokens_per_micro_batch() -> None:
@@ -24,10 +30,10 @@ def test_tokens_per_micro_batch() -> None:
 def test_tight_memory_has_few_tokens_rather_than_levels() -> None:
     """4,096 tokens at L0 take less time than 8,192 of which layers are at L4: 1.34 and 1.54 s in
     benchmarks/results/recorded_tight_gpu_2026-11-27.json."""
-    for shape, gib in ((replace(QWEN3_8B, layers=8), 3.4), (QWEN3_8B, 14.0)):
+    for shape, gib, want in ((replace(QWEN3_8B, layers=8), 3.4, (4096, 0)), (QWEN3_8B, 14.0, (4608, 1))):
         some = token_budget(shape, gib * GIB, 100 * GIB)
         levels = choose(shape, some, some, gib * GIB, 100 * GIB).levels
-        assert some < 5000 and sum(level > 0 for level in levels) <= 1
+        assert (some, sum(level > 0 for level in levels)) == want
 
 
 def test_passes_that_graphs_can_run_have_no_launches_to_wait_for() -> None:
@@ -77,3 +83,20 @@ def test_short_passes_have_the_weights_where_full_ones_have_them(gib: int) -> No
     assert decoder.plan_for(short, budget=budget).store == "shadow", "as many rows as they have at most"
     decoder.full = token_budget(QWEN3_8B, 60 * GIB, 0.0)
     assert decoder.plan_for(short, budget=60 * GIB).store == "shadow"
+
+
+def test_a_run_tells_of_its_groups_and_the_layers_of_its_micro_batches() -> None:
+    told: list[Group] = []
+
+    def budget(group: Group) -> int:
+        told.append(group)
+        return 5120
+
+    policy: Any = SimpleNamespace(token_budget=budget, fused=SimpleNamespace(full=0))
+    prompts = [Prompt((5,) * n, {}, n) for n in (10, 300, 7000)]
+    cfg = Config("m", Data("d"), "out", steps=1, sampling=Sampling(group_size=4, max_tokens=8192))
+    for algo, sampled in (("grpo", prompts), ("grpo", ()), ("dpo", prompts)):
+        assert plan_of(cfg, build(Algo(algo), 1), policy, sampled).budget == policy.fused.full == 5120
+    assert told == [Group(300, 4 * 1024), ALONE, ALONE]
+    fixed = plan_of(replace(cfg, packing=Packing(budget=99)), build(Algo("grpo"), 1), policy, prompts)
+    assert fixed.budget == policy.fused.full == 99 and len(told) == 3

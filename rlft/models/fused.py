@@ -49,9 +49,10 @@ class FusedDecoder:
         """How every pass runs; None: chosen for each by what memory is free."""
         self.budget: float | None = None
         """Bytes that a pass may take on the device; None: what is free."""
-        self.full: int | None = None
-        """Rows of a full micro-batch. Shorter passes have no shadow of the weights where it has none: bringing and
-        giving back one in every step would take as long, and CUDA graphs over it would be captured anew."""
+        self.full = 0
+        """Rows of a full micro-batch; 0: not known. Shorter passes have no shadow of the weights where it has none:
+        bringing and giving back one in every step would take as long, and CUDA graphs over it would be captured
+        anew."""
         self._begin()
         why = self._look()
         if why is not None:
@@ -163,9 +164,9 @@ class FusedDecoder:
         rows, trained, keys = (-(-size // each) * each for size, each in sizes)
         budget = self.available() if budget is None else budget
         plan = memory.choose(self.shape, rows, trained, budget, host, keys)
-        if plan.store == "shadow" and self.full is not None and rows < self.full:
-            shadow = memory.choose(self.shape, self.full, self.full, budget, host).store == "shadow"
-            plan = memory.choose(self.shape, rows, trained, budget, host, keys, shadow)
+        shadowed = plan.store == "shadow" and rows < self.full
+        if shadowed and memory.choose(self.shape, self.full, self.full, budget, host).store != "shadow":
+            return memory.choose(self.shape, rows, trained, budget, host, keys, shadow=False)
         return plan
 
     def available(self) -> float:

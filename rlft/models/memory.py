@@ -238,7 +238,7 @@ def evaluate(
 
 def _settings(shadow: bool = True) -> Iterator[Setting]:
     """From the fastest to the smallest. shadow: whether that store may be used."""
-    for store in ("shadow", "layer")[not shadow :]:
+    for store in ("shadow", "layer") if shadow else ("layer",):
         for tile in TILES:
             yield Setting(tile, store, CHUNK_BYTES)
     for store in ("layer", "group"):
