@@ -43,14 +43,14 @@ class Buffers:
 
         self.group, width = group, group.in_features
         self.x, self.dy = randn(T, width + group.tail), randn(T, group.out + group.tail, scale=0.01)
-        self.weight = randn(group.out + group.tail, width + group.tail, scale=0.02)
+        self.weight = lora.Weight.of(group, randn(group.out + group.tail, width + group.tail, scale=0.02))
         self.A = [randn(r, width, scale=0.02) for r in group.ranks]
         self.B = [randn(o, r, scale=0.02) for o, r in zip(group.out_features, group.ranks, strict=True)]
         self.grad_A, self.grad_B = ([torch.zeros_like(t, dtype=torch.float32) for t in ts] for ts in (self.A, self.B))
         self.dense_x, self.dense_dy = self.x[:, :width].contiguous(), self.dy[:, : group.out].contiguous()
-        self.dense_w = self.weight[: group.out, :width].contiguous()
+        self.dense_w = self.weight.buffer[: group.out, :width].contiguous()
         self.y, self.dx = torch.empty_like(self.dense_dy), torch.empty_like(self.dense_x)
-        self.part = Part(group, self.A, self.B, *lora.operands(group, self.weight))
+        self.part = Part(group, self.A, self.B, self.weight.b, self.weight.a)
 
 
 def rlft_step(layer: list[Buffers]) -> Callable[[], None]:
@@ -69,12 +69,12 @@ def rlft_step(layer: list[Buffers]) -> Callable[[], None]:
 
 
 def rlft_forward(n: Buffers) -> None:
-    lora.forward(n.group, n.x, n.weight, out=n.y)
+    lora.forward(n.weight, n.x, out=n.y)
 
 
 def rlft_backward(n: Buffers) -> None:
     x, s = n.x.split([n.group.in_features, n.group.tail], dim=1)
-    lora.backward(n.group, n.dy, x, s, n.weight, n.grad_A, n.grad_B, out=n.dx)
+    lora.backward(n.weight, n.dy, x, s, n.grad_A, n.grad_B, out=n.dx)
 
 
 def frozen_forward(n: Buffers) -> None:
@@ -160,7 +160,7 @@ def rows() -> list[dict[str, Any]]:
 
 def parts(n: Buffers) -> dict[str, Callable[[], Any]]:
     """The thin products at the default launches beside cuBLAS."""
-    group, (b, a) = n.group, lora.operands(n.group, n.weight)
+    group, b, a = n.group, n.weight.b, n.weight.a
     x, s = n.x.split([group.in_features, group.tail], dim=1)
     dy, ds = n.dy.split([group.out, group.tail], dim=1)
     return {
@@ -170,9 +170,9 @@ def parts(n: Buffers) -> dict[str, Callable[[], Any]]:
         "dS cublas": lambda: torch.mm(dy, b, out=ds),
         "dB cublas": lambda: [dy[:, group.rows(i)].T @ s[:, group.columns(i)] for i in range(len(n.B))],
         "dA cublas": lambda: ds.T @ x,
-        "y cublas K+tail": lambda: torch.mm(n.x, n.weight[: group.out].T, out=n.y),
+        "y cublas K+tail": lambda: torch.mm(n.x, n.weight.extended, out=n.y),
         "y cublas": lambda: frozen_forward(n),
-        "dx cublas K+tail": lambda: torch.mm(n.dy, n.weight[:, : group.in_features], out=n.dx),
+        "dx cublas K+tail": lambda: torch.mm(n.dy, n.weight.stacked, out=n.dx),
         "dx cublas": lambda: frozen_backward(n),
     }  # fmt: skip
 
@@ -190,7 +190,7 @@ GRADS_A = [
 
 def launches(n: Buffers) -> dict[str, dict[str, Callable[[], Any]]]:
     """kernel -> launch -> the call; the first launch is today's."""
-    group, b = n.group, lora.operands(n.group, n.weight)[0]
+    group, b = n.group, n.weight.b
     x, s = n.x.split([group.in_features, group.tail], dim=1)
     dy, ds = n.dy.split([group.out, group.tail], dim=1)
     args = (group, dy, x, s, b, ds, n.grad_A, n.grad_B)

@@ -127,11 +127,11 @@ def test_one_projection_at_a_time_is_brought_once_for_several_uses_in_a_row() ->
     layer, like = decoder.layers[0], torch.empty(0)
     weights = decoder.store.weights(0, layer.projections, layer.bind("default"), like)
     rows = layer.projections[0].out  # below them and behind A nothing is written
-    first = weights(0)[:rows].clone()
-    weights(0).zero_()
-    assert not weights(0).any(), "not brought again"
+    first = weights(0).buffer[:rows].clone()
+    weights(0).buffer.zero_()
+    assert not weights(0).buffer.any(), "not brought again"
     weights(1)
-    assert first.any() and torch.equal(weights(0)[:rows], first), "brought again after another one"
+    assert first.any() and torch.equal(weights(0).buffer[:rows], first), "brought again after another one"
 
 
 MODES = [("qwen3", level, mode) for mode in ("group", "shadow") for level in (0, 2)]

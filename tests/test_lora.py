@@ -40,9 +40,10 @@ class Layer:
         self.bias, self.dy = randn(group.out), randn(T, group.out)
         nan = unread(self.x.dtype, self.x.device.type)
         self.rows_x, self.rows_dy = (F.pad(t, (0, group.tail), value=nan) for t in (self.x, self.dy))
-        self.weight = torch.full_like(lora.weight_buffer(group, self.x), nan)
-        self.weight[: group.out, :H] = torch.cat(self.weights)
-        fill(group, self.A, self.B, *lora.operands(group, self.weight))
+        self.weight = lora.Weight.empty(group, self.x)
+        self.weight.buffer.fill_(nan)
+        self.weight.buffer[: group.out, :H] = torch.cat(self.weights)
+        fill(group, self.A, self.B, self.weight.b, self.weight.a)
 
     def plain(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
         """y, dx, gradients of A and of B by autograd through the reference in `dtype`."""
@@ -70,15 +71,15 @@ def check(layer: Layer, tail_on_x: bool) -> None:
     out = torch.full((layer.x.shape[0], group.out + 3), 7.0, dtype=dtype, device=layer.x.device)
     s = layer.rows_x[:, H:]
     if tail_on_x:
-        y = lora.forward(group, layer.rows_x, layer.weight, layer.bias, out=out[:, : group.out])
+        y = lora.forward(layer.weight, layer.rows_x, layer.bias, out=out[:, : group.out])
     else:
-        y = lora.forward(group, layer.rows_x[:, :H], layer.weight, layer.bias, out=out[:, : group.out], s=s)
+        y = lora.forward(layer.weight, layer.rows_x[:, :H], layer.bias, out=out[:, : group.out], s=s)
     assert y.data_ptr() == out.data_ptr() and (out[:, group.out :] == 7).all()
     close(y, y_true, y_plain, 2, "y")
     wide = torch.promote_types(dtype, torch.float32)
     grad_A, grad_B = ([torch.ones_like(t, dtype=wide) for t in ts] for ts in (layer.A, layer.B))
     dy, saved = layer.rows_dy, s.clone()
-    dx = lora.backward(group, dy, layer.x, s, layer.weight, grad_A, grad_B)
+    dx = lora.backward(layer.weight, dy, layer.x, s, grad_A, grad_B)
     assert dx is not None and torch.equal(s, saved) and torch.equal(dy[:, : group.out], layer.dy)
     close(dx, dx_true, dx_plain, 3, "dx")
     for i in group.adapted:
@@ -100,10 +101,10 @@ def test_adapter_off_is_the_plain_product(group) -> None:
     layer = Layer(group, 9, torch.bfloat16)
     tail = layer.rows_x[:, group.in_features :]
     before = tail.clone()
-    y = lora.forward(group, layer.rows_x, layer.weight, layer.bias, adapter=False)
+    y = lora.forward(layer.weight, layer.rows_x, layer.bias, adapter=False)
     assert torch.equal(y, F.linear(layer.x, torch.cat(layer.weights), layer.bias))
     assert torch.equal(tail.view(torch.int16), before.view(torch.int16))
-    y = lora.forward(group, layer.rows_x, layer.weight, adapter=False)
+    y = lora.forward(layer.weight, layer.rows_x, adapter=False)
     assert torch.equal(y, F.linear(layer.x, torch.cat(layer.weights)))
 
 
@@ -113,9 +114,7 @@ def test_the_residual_is_added_before_the_one_rounding(in_place: bool) -> None:
     residual = torch.randn(9, layer.group.out, dtype=torch.float64)
     want = layer.plain(torch.float64)[0] + residual
     out = residual.clone() if in_place else None
-    y = lora.forward(
-        layer.group, layer.rows_x, layer.weight, layer.bias, out=out, residual=residual if out is None else out
-    )
+    y = lora.forward(layer.weight, layer.rows_x, layer.bias, out=out, residual=residual if out is None else out)
     torch.testing.assert_close(y, want, rtol=1e-12, atol=1e-12)
     assert out is None or y.data_ptr() == out.data_ptr()
 
@@ -124,13 +123,13 @@ def test_the_gradients_one_by_one_are_those_of_backward() -> None:
     """As a layer takes them whose x is known only after dx; a narrow s is enough."""
     layer = Layer(GROUPS[1], 5, torch.float64)
     group, H, Y = layer.group, layer.group.in_features, layer.group.out
-    lora.forward(group, layer.rows_x, layer.weight)
+    lora.forward(layer.weight, layer.rows_x)
     s = layer.rows_x[:, H:]
     both = [[[torch.zeros_like(t) for t in ts] for ts in (layer.A, layer.B)] for _ in range(2)]
-    dx = lora.backward(group, layer.rows_dy, layer.x, s, layer.weight, *both[0])
+    dx = lora.backward(layer.weight, layer.rows_dy, layer.x, s, *both[0])
     dy = layer.rows_dy.clone()
-    gradients_b(group, dy[:, :Y], s[:, : group.rank], lora.operands(group, layer.weight)[0], dy[:, Y:], both[1][1])
-    assert torch.equal(lora.input_gradient(group, dy, layer.weight), dx)
+    gradients_b(group, dy[:, :Y], s[:, : group.rank], layer.weight.b, dy[:, Y:], both[1][1])
+    assert torch.equal(lora.input_gradient(layer.weight, dy), dx)
     gradients_a(group, dy[:, Y:], layer.x, both[1][0])
     torch.testing.assert_close(both[1], both[0], rtol=0, atol=0)
 
@@ -222,9 +221,11 @@ def test_bad_input_says_what_it_wants() -> None:
     layer = Layer(GROUPS[1], 5, torch.float32)
     group, x, w, A, B = layer.group, layer.x, layer.weights, layer.A, layer.B
     with pytest.raises(ValueError, match=r"lora.forward: want x \[T, 96\].*got x \(5, 32\)"):
-        lora.forward(group, x, layer.weight)
+        lora.forward(layer.weight, x)
     with pytest.raises(ValueError, match=r"lora.backward: want dy \[T, 144\]"):
-        lora.backward(group, layer.dy[:, 1:], x, layer.rows_x[:, 32:], layer.weight, A, B)
+        lora.backward(layer.weight, layer.dy[:, 1:], x, layer.rows_x[:, 32:], A, B)
+    with pytest.raises(ValueError, match=r"Weight: want a buffer \[144, 96\]; got buffer \(144, 95\)"):
+        lora.Weight.of(group, layer.weight.buffer[:, 1:])
     with pytest.raises(ValueError, match="A, B and scale per weight, got 2 weights, 1 A"):
         lora_linear(x, w, A[:1], B, 1.0)
     with pytest.raises(ValueError, match="of x's dtype"):
@@ -258,8 +259,8 @@ def test_gpu(group, dtype) -> None:
 def test_gpu_adapter_off_is_the_plain_product() -> None:
     group = GPU_GROUPS[0]
     layer = Layer(group, 1025, torch.bfloat16, "cuda")
-    y = lora.forward(group, layer.rows_x, layer.weight, adapter=False)
-    assert torch.equal(y, layer.rows_x[:, :4096] @ layer.weight[:6144, :4096].T)
+    y = lora.forward(layer.weight, layer.rows_x, adapter=False)
+    assert torch.equal(y, layer.rows_x[:, :4096] @ layer.weight.buffer[:6144, :4096].T)
 
 
 @pytest.mark.gpu
@@ -268,17 +269,17 @@ def test_gpu_decode_fill_forward_backward_in_one_graph() -> None:
     group = LoraGroup(1024, (1024, 256, 256), (16, 16, 16), (2.0, 2.0, 2.0))
     layer = Layer(group, 300, torch.bfloat16, "cuda")
     weights = [nf4((o, 1024), "cuda") for o in group.out_features]
-    plan = DecodePlan(weights, layer.weight[: group.out, :1024])
+    plan = DecodePlan(weights, layer.weight.buffer[: group.out, :1024])
     layer.weights = [decode_reference(w, torch.bfloat16) for w in weights]
-    adapter = FillPlan([Part(group, layer.A, layer.B, *lora.operands(group, layer.weight))])
+    adapter = FillPlan([Part(group, layer.A, layer.B, layer.weight.b, layer.weight.a)])
     grad_A, grad_B = ([torch.zeros_like(t, dtype=torch.float32) for t in ts] for ts in (layer.A, layer.B))
 
     def step() -> tuple[Tensor, Tensor]:
         plan.run()
         adapter.run()
-        y = lora.forward(group, layer.rows_x, layer.weight, layer.bias)
+        y = lora.forward(layer.weight, layer.rows_x, layer.bias)
         s = layer.rows_x[:, 1024:]
-        dx = lora.backward(group, layer.rows_dy, layer.rows_x[:, :1024], s, layer.weight, grad_A, grad_B)
+        dx = lora.backward(layer.weight, layer.rows_dy, layer.rows_x[:, :1024], s, grad_A, grad_B)
         assert dx is not None
         return y, dx
 

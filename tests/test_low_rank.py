@@ -134,6 +134,8 @@ def test_bad_input_says_what_it_wants() -> None:
         gradients(group, i.dy[:, 1:], i.x, i.s, i.b, i.ds, i.grad_A, i.grad_B)
     with pytest.raises(ValueError, match=r"gradient \[80, 16\], contiguous"):
         gradients(group, i.dy, i.x, i.s, i.b, i.ds, i.grad_A, [i.grad_B[0].T.contiguous().T, *i.grad_B[1:]])
+    with pytest.raises(ValueError, match=r"gradients_a: want .* on cpu, for projection 0, not on meta"):
+        gradients(group, i.dy, i.x, i.s, i.b, i.ds, [i.grad_A[0].to("meta"), *i.grad_A[1:]], i.grad_B)
 
 
 # Of Qwen3-8B, and what is no multiple of anything.

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rlft.kernels.launch import jit, on_device, on_gpu, power_of_2, tl
+from rlft.kernels.launch import jit, launch, on_gpu, power_of_2, tl
 from rlft.upload import upload
 
 ELEMENTS = 2048
@@ -78,10 +78,10 @@ def launch_summed(d: Tensor, copies: Copies) -> Tensor:
     flat, out = d.flatten(1), d.new_empty(rows, *d.shape[1:])
     block = power_of_2(flat.shape[1])
     each = max(1, ELEMENTS // block)
-    with on_device(d):
-        _sum_rows[(-(-rows // each),)](
-            flat, copies.starts, copies.order, out, rows, flat.stride(0), C=flat.shape[1], BLOCK=block, ROWS=each
-        )
+    launch(
+        _sum_rows, (-(-rows // each),), flat, copies.starts, copies.order, out, rows, flat.stride(0),
+        C=flat.shape[1], BLOCK=block, ROWS=each,
+    )  # fmt: skip
     return out
 
 

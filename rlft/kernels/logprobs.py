@@ -24,7 +24,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rlft.kernels.launch import jit, on_device, on_gpu, power_of_2, tl, want
+from rlft.kernels.launch import jit, launch, on_gpu, power_of_2, tl, want
 from rlft.kernels.target_softmax import Rows, entropy_weights, launch_rows, target_softmax_reference
 
 CHUNK_BYTES = 448 * 2**20
@@ -89,16 +89,14 @@ def launch_jacobian(product: Tensor, picked: Tensor, rows_: Rows, factor: float,
     block = min(1024, power_of_2(width))
     grid = (rows, -(-width // block))
     strides = (product.stride(0), out.stride(0))
-    with on_device(out):
-        _jacobian_kernel[grid](product, picked, rows_.own, rows_.others, out, width, factor, *strides, BLOCK=block)
+    launch(_jacobian_kernel, grid, product, picked, rows_.own, rows_.others, out, width, factor, *strides, BLOCK=block)
 
 
 def launch_scale_rows(jacobian: Tensor, upstream: Tensor, out: Tensor) -> None:
     """out = jacobian * upstream per row; `out` may be `jacobian`. All contiguous."""
     rows, width = jacobian.shape
     block = min(1024, power_of_2(width))
-    with on_device(out):
-        _scale_rows_kernel[(rows, -(-width // block))](jacobian, upstream, out, width, BLOCK=block)
+    launch(_scale_rows_kernel, (rows, -(-width // block)), jacobian, upstream, out, width, BLOCK=block)
 
 
 # ---- the operation -----------------------------------------------------------------------------------------------

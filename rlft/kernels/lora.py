@@ -19,7 +19,7 @@ more (e H), backward reads dY and x once more (e (out + H)).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,83 +41,104 @@ def lora_reference(
     return y if bias is None else y + bias
 
 
-def weight_buffer(group: LoraGroup, like: Tensor) -> Tensor:
-    """An empty [out + tail, H + tail] of like's dtype and device: W goes to [:out, :H], `fill` writes `operands`."""
-    return like.new_empty(group.out + group.tail, group.in_features + group.tail)
+class Weight(NamedTuple):
+    """A group's weight buffer, and the parts of it that products read: views, made once, since they would take as much
+    of the host's time as launching the products."""
 
+    group: LoraGroup
+    buffer: Tensor
+    """[out + tail, H + tail]"""
+    b: Tensor
+    """[out, tail], which `fill` writes."""
+    a: Tensor
+    """[tail, H], likewise."""
+    extended: Tensor
+    """[H + tail, out]: what [x, S] is multiplied by."""
+    plain: Tensor
+    """[H, out]: what x is multiplied by."""
+    stacked: Tensor
+    """[out + tail, H]: what [dY, dS] is multiplied by."""
 
-def operands(group: LoraGroup, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """The views b [out, tail] and a [tail, H] of a weight buffer, which `fill` writes."""
-    return weight[: group.out, group.in_features :], weight[group.out :, : group.in_features]
+    @classmethod
+    def of(cls, group: LoraGroup, buffer: Tensor) -> Weight:
+        """W goes to buffer[:out, :H]. Raises ValueError for a buffer of another shape."""
+        Y, H, tail = group.out, group.in_features, group.tail
+        shape = (Y + tail, H + tail)
+        want("Weight", tuple(buffer.shape) == shape, f"a buffer {list(shape)}", buffer=buffer)
+        w = buffer[:Y]
+        return cls(group, buffer, w[:, H:], buffer[Y:, :H], w.T, w[:, :H].T, buffer[:, :H])
+
+    @classmethod
+    def empty(cls, group: LoraGroup, like: Tensor) -> Weight:
+        """In new memory of like's dtype and device."""
+        return cls.of(group, like.new_empty(group.out + group.tail, group.in_features + group.tail))
 
 
 def forward(
-    group: LoraGroup, x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | None = None,
-    adapter: bool = True, s: Tensor | None = None, residual: Tensor | None = None,
+    weight: Weight, x: Tensor, bias: Tensor | None = None, out: Tensor | None = None, adapter: bool = True,
+    s: Tensor | None = None, residual: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """y [T, out], and S = x A^T.
 
-    x: [T, H + tail], the tail is overwritten with S; or [T, H] with s: [T, tail], overwritten with S, which costs
-    another pass over y. weight: buffer of `weight_buffer`, decoded and filled. bias: [out] or None. residual: [T, out]
-    or None, added before the one rounding. out: [T, out] to write to, rows of any stride; may be residual.
-    adapter=False is the plain product of x and W, bit for bit, and leaves tail and s alone. Raises ValueError on shapes
-    that do not fit.
+    weight: decoded and filled. x: [T, H + tail], the tail is overwritten with S; or [T, H] with s: [T, tail],
+    overwritten with S, which costs another pass over y. bias: [out] or None. residual: [T, out] or None, added before
+    the one rounding. out: [T, out] to write to, rows of any stride; may be residual. adapter=False is the plain product
+    of x and W, bit for bit, and leaves tail and s alone. Raises ValueError on shapes that do not fit.
     """
+    group = weight.group
     H, tail, columns = group.in_features, group.tail, group.in_features + group.tail
     concatenated = s is None or not tail
     y = (x.shape[0], group.out)
     want(
         "lora.forward",
-        x.dim() == 2 and x.shape[1] == (columns if concatenated else H)
-        and tuple(weight.shape) == (group.out + tail, columns) and (s is None or tuple(s.shape) == (x.shape[0], tail))
-        and (out is None or tuple(out.shape) == y) and (residual is None or tuple(residual.shape) == y),
-        f"x [T, {columns}] or, with s [T, {tail}], [T, {H}]; weight [{group.out + tail}, {columns}], out and residual "
-        f"[T, {group.out}]", x=x, weight=weight, s=s, out=out, residual=residual,
+        x.dim() == 2 and x.shape[1] == (columns if concatenated else H) and (s is None or s.shape == (y[0], tail))
+        and (out is None or out.shape == y) and (residual is None or residual.shape == y),
+        f"x [T, {columns}] or, with s [T, {tail}], [T, {H}]; out and residual [T, {group.out}]",
+        x=x, s=s, out=out, residual=residual,
     )  # fmt: skip
-    b, a = operands(group, weight)
     if adapter and tail:
-        shrink(group, x[:, :H], a, x[:, H:] if s is None else s)
+        shrink(group, x[:, :H], weight.a, x[:, H:] if s is None else s)
+    w = weight.extended
     if not adapter or not concatenated:
-        x, weight = x[:, :H], weight[:, :H]
-    w = weight[: group.out].T
+        x, w = x[:, :H] if tail else x, weight.plain
     if bias is not None and residual is not None:
         y = _product(x, w, residual, out).add_(bias)
     else:
         y = _product(x, w, bias if residual is None else residual, out)
-    return y.addmm_(s, b.T) if adapter and not concatenated and s is not None else y
+    return y.addmm_(s, weight.b.T) if adapter and not concatenated and s is not None else y
 
 
-def input_gradient(group: LoraGroup, dy: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
+def input_gradient(weight: Weight, dy: Tensor, out: Tensor | None = None) -> Tensor:
     """dx [T, H] of dy [T, out + tail], whose tail holds dS of `low_rank.gradients_b`; without a tail that of W alone.
 
     weight: as in the forward. out: [T, H] to write to, rows of any stride.
     """
-    Y, H, tail = group.out, group.in_features, group.tail
+    Y, H, tail = weight.group.out, weight.group.in_features, weight.group.tail
     want(
         "lora.input_gradient",
-        dy.dim() == 2 and dy.shape[1] in (Y, Y + tail) and tuple(weight.shape) == (Y + tail, H + tail)
-        and (out is None or tuple(out.shape) == (dy.shape[0], H)),
-        f"dy [T, {Y + tail}] or [T, {Y}], weight [{Y + tail}, {H + tail}], out [T, {H}]", dy=dy, weight=weight, out=out,
+        dy.dim() == 2 and dy.shape[1] in (Y, Y + tail) and (out is None or out.shape == (dy.shape[0], H)),
+        f"dy [T, {Y + tail}] or [T, {Y}], out [T, {H}]", dy=dy, out=out,
     )  # fmt: skip
-    return _product(dy, weight[: dy.shape[1], :H], None, out)
+    return _product(dy, weight.stacked if dy.shape[1] == Y + tail else weight.stacked[:Y], None, out)
 
 
 def backward(
-    group: LoraGroup, dy: Tensor, x: Tensor, s: Tensor, weight: Tensor, grad_A: Sequence[Tensor],
-    grad_B: Sequence[Tensor], out: Tensor | None = None,
+    weight: Weight, dy: Tensor, x: Tensor, s: Tensor, grad_A: Sequence[Tensor], grad_B: Sequence[Tensor],
+    out: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """dx [T, H]; the gradients of A and B are added to the caller's.
 
-    dy: [T, out + tail], the tail is overwritten with dS. x: [T, H]. s: [T, tail] of the forward. weight: the same
-    buffer as in the forward, or decoded and filled again. grad_A, grad_B: as `rlft.kernels.low_rank.gradients`. out:
+    weight: that of the forward, or decoded and filled again. dy: [T, out + tail], the tail is overwritten with dS.
+    x: [T, H]. s: [T, tail] of the forward. grad_A, grad_B: as `rlft.kernels.low_rank.gradients`. out:
     [T, H] to write to, rows of any stride. Nothing that was saved is overwritten. Raises ValueError on shapes that do
     not fit. A layer that has x only after dx calls `gradients_b`, `input_gradient` and `gradients_a` itself.
     """
+    group = weight.group
     want("lora.backward", dy.dim() == 2 and dy.shape[1] == group.out + group.tail, f"dy [T, {group.out + group.tail}]",
          dy=dy)  # fmt: skip
     if group.tail:
-        gradients(group, dy[:, : group.out], x, s, operands(group, weight)[0], dy[:, group.out :], grad_A, grad_B)
-    return input_gradient(group, dy, weight, out)
+        gradients(group, dy[:, : group.out], x, s, weight.b, dy[:, group.out :], grad_A, grad_B)
+    return input_gradient(weight, dy, out)
 
 
 def _product(x: Tensor, w: Tensor, start: Tensor | None, out: Tensor | None) -> Tensor:
@@ -125,7 +146,7 @@ def _product(x: Tensor, w: Tensor, start: Tensor | None, out: Tensor | None) -> 
     if out is not None and start is out:
         return out.addmm_(x, w)
     if out is None:
-        return x @ w if start is None else torch.addmm(start, x, w)
+        return torch.mm(x, w) if start is None else torch.addmm(start, x, w)
     return torch.mm(x, w, out=out) if start is None else torch.addmm(start, x, w, out=out)
 
 

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from rlft.kernels.launch import KERNEL_DTYPES, jit, on_device, on_gpu, power_of_2, tl, want
+from rlft.kernels.launch import KERNEL_DTYPES, jit, launch, on_gpu, power_of_2, tl, want
 
 LEAST_RANK = 16
 """Rows of A per projection at least; the rank is a power of two. What an adapter does not fill is zero."""
@@ -131,12 +131,12 @@ def lora_add_kernel(y: Tensor, x: Tensor, a: Tensor, b: Tensor, sizes: Sequence[
     # bf16 products of the interpreter are wrong, so there everything is widened.
     wide = not x.is_cuda
     p = torch.empty(parts, T, ranks, dtype=torch.float32, device=x.device)
-    with on_device(x):
-        _shrink[(parts, -(-T // BT), -(-ranks // BR))](
-            p, x, x.stride(0), a, T, K, share, RANKS=ranks, BT=BT, BK=BK, BR=BR, WIDE=wide, num_warps=4, num_stages=3
-        )  # fmt: skip
-        _expand[(first[-1], -(-T // BT))](
-            y, y.stride(0), p, b, T, COUNT=len(sizes), FIRST=first, COLUMN=column, WIDTH=tuple(sizes), RANK=rank,
-            PARTS=parts, TOGETHER=min(parts, 8 if BT == 16 else 2), BT=BT, BC=COLUMNS, BR=min(32, rank), WIDE=wide,
-            num_warps=4,
-        )  # fmt: skip
+    launch(
+        _shrink, (parts, -(-T // BT), -(-ranks // BR)), p, x, x.stride(0), a, T, K, share,
+        RANKS=ranks, BT=BT, BK=BK, BR=BR, WIDE=wide, num_warps=4, num_stages=3,
+    )  # fmt: skip
+    launch(
+        _expand, (first[-1], -(-T // BT)), y, y.stride(0), p, b, T, COUNT=len(sizes), FIRST=first, COLUMN=column,
+        WIDTH=tuple(sizes), RANK=rank, PARTS=parts, TOGETHER=min(parts, 8 if BT == 16 else 2), BT=BT, BC=COLUMNS,
+        BR=min(32, rank), WIDE=wide, num_warps=4,
+    )  # fmt: skip

@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rlft.kernels.launch import element_type, jit, on_device, on_gpu, table_entry, tl, want
+from rlft.kernels.launch import element_type, jit, launch, on_gpu, table_entry, tl, want
 from rlft.upload import upload
 
 
@@ -51,6 +51,14 @@ class LoraGroup:
             raise ValueError(
                 f"LoraGroup: want ranks of at least 0 and align a multiple of 16, got {self.ranks}, {self.align}"
             )
+
+    def __hash__(self) -> int:
+        # What is kept per group is looked up many times per layer; the fields' hash anew takes as long as an operation.
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash((self.in_features, self.out_features, self.ranks, self.scales, self.align))
 
     @cached_property
     def out(self) -> int:
@@ -207,7 +215,7 @@ class FillPlan:
         aligned = all(n % (16 if field < 2 else 8) == 0 for block, _ in blocks for field, n in enumerate(block))
         scales = torch.tensor([scale for _, scale in blocks], dtype=torch.float32)
         return partial(
-            _fill[(programs,)], upload(torch.tensor(table, dtype=torch.int64), device), upload(scales, device),
+            launch, _fill, (programs,), upload(torch.tensor(table, dtype=torch.int64), device), upload(scales, device),
             COUNT=len(blocks), FIELDS=FIELDS, SOURCE=element_type(source), TARGET=element_type(target), ALIGNED=aligned,
             BLOCK=BLOCK,
         )  # fmt: skip
@@ -222,9 +230,8 @@ class FillPlan:
 
     def launch(self) -> None:
         """The kernel, on the current stream."""
-        with on_device(self.parts[0].b):
-            for launch in self._launches:
-                launch()
+        for each in self._launches:
+            each()
 
 
 def fill(group: LoraGroup, A: Sequence[Tensor], B: Sequence[Tensor], b: Tensor, a: Tensor) -> None:

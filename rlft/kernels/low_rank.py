@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from rlft.kernels.launch import jit, on_device, on_gpu, power_of_2, tl, want
+from rlft.kernels.launch import jit, launch, on_gpu, power_of_2, tl, want
 from rlft.kernels.lora_group import LoraGroup, three
 
 
@@ -195,20 +195,20 @@ class _Tiles(NamedTuple):
 
 
 @cache
-def _tiles(spans: tuple[tuple[int, int, int, int], ...], wide: bool, launch: Launch) -> _Tiles:
+def _tiles(spans: tuple[tuple[int, int, int, int], ...], wide: bool, how: Launch) -> _Tiles:
     """spans: (first column of z, width, first column of v, rank) per projection. wide: elements of 32 bits."""
     column, width, k, rank = (tuple(span) for span in zip(*spans, strict=True))
     # Without tensor cores, 32-bit elements, a block of 64 columns spills registers.
     rank_block = max(16, min(16 if wide else 64, power_of_2(max(rank))))
     rank_blocks = -(-max(rank) // rank_block)
     # 8,192 accumulators at most: 64 registers of a thread in 4 warps.
-    columns = min(launch.columns, 8192 // rank_block) // (2 if wide else 1)
+    columns = min(how.columns, 8192 // rank_block) // (2 if wide else 1)
     first = (0, *itertools.accumulate(-(-w // columns) for w in width))
     base = (0, *itertools.accumulate(w * r for w, r in zip(width, rank, strict=True)))
     constants = {
         "COUNT": len(spans), "FIRST": first, "COLUMN": column, "WIDTH": width, "K": k, "RANK": rank, "BASE": base,
-        "P_STRIDE": rank_block * rank_blocks, "BT": launch.rows, "BC": columns, "BR": rank_block,
-        "num_warps": launch.warps, "num_stages": launch.stages,
+        "P_STRIDE": rank_block * rank_blocks, "BT": how.rows, "BC": columns, "BR": rank_block,
+        "num_warps": how.warps, "num_stages": how.stages,
     }  # fmt: skip
     folding = {name: constants[name] for name in ("COUNT", "FIRST", "K", "RANK", "P_STRIDE")}
     folding["MOST"] = max(end - start for start, end in itertools.pairwise(first))
@@ -217,25 +217,25 @@ def _tiles(spans: tuple[tuple[int, int, int, int], ...], wide: bool, launch: Lau
 
 def _column_pass(
     z: Tensor, v: Tensor, u: Tensor | None, spans: tuple[tuple[int, int, int, int], ...], transposed: bool,
-    launch: Launch,
+    how: Launch,
 ) -> tuple[Tensor, Tensor | None, _Tiles]:  # fmt: skip
     """One launch of `_columns`: q [splits, sum of width * rank], p [tiles, T, ranks] with u, and how it ran.
 
     spans: as `_tiles`.
     """
     T = z.shape[0]
-    tiles = _tiles(spans, z.element_size() > 2, launch)
+    tiles = _tiles(spans, z.element_size() > 2, how)
     rank_block, rank_blocks, first, base, constants, _ = tiles
-    splits = max(1, min(-(-launch.programs // first[-1]), MAX_SPLITS, -(-T // launch.rows)))
-    share = -(-T // (splits * launch.rows)) * launch.rows
+    splits = max(1, min(-(-how.programs // first[-1]), MAX_SPLITS, -(-T // how.rows)))
+    share = -(-T // (splits * how.rows)) * how.rows
     q = z.new_empty(splits, base[-1], dtype=torch.float32)
     p = z.new_empty(first[-1], T, rank_block * rank_blocks, dtype=torch.float32) if u is not None else None
-    with on_device(z):
-        _columns[(first[-1], splits, rank_blocks)](
-            z, z.stride(0), v, v.stride(0), v if u is None else u, 0 if u is None else u.stride(0), q,
-            q if p is None else p, T, share, base[-1], P=u is not None, TRANSPOSED=transposed, WIDE=not z.is_cuda,
-            **constants,
-        )  # fmt: skip
+    launch(
+        _columns, (first[-1], splits, rank_blocks),
+        z, z.stride(0), v, v.stride(0), v if u is None else u, 0 if u is None else u.stride(0), q,
+        q if p is None else p, T, share, base[-1], P=u is not None, TRANSPOSED=transposed, WIDE=not z.is_cuda,
+        **constants,
+    )  # fmt: skip
     return q, p, tiles
 
 
@@ -243,18 +243,28 @@ ELEMENTS = 256
 """Of q, per program."""
 
 
-def _sums(q: Tensor, grads: Sequence[Tensor], scales: Sequence[float]) -> tuple[int, tuple, dict[str, int]]:
-    """Programs, arguments and constants of `_sum_splits`: grads[i] += scales[i] * its elements of q."""
-    ends = list(itertools.accumulate(g.numel() for g in grads))
-    arguments = (q, *three(grads), *three(ends)[:2], q.shape[1], *three([float(s) for s in scales]), q.shape[0])
-    return -(-q.shape[1] // ELEMENTS), arguments, {"SPLITS_BLOCK": power_of_2(q.shape[0]), "BLOCK": ELEMENTS}
+@cache
+def _parts(group: LoraGroup, of_b: bool) -> tuple[int, ...]:
+    """Where the first and the second of B's (or A's) gradients end among the elements of q, and how many there are."""
+    width = group.out_features if of_b else (group.in_features,) * len(group.ranks)
+    ends = list(itertools.accumulate(width[i] * group.ranks[i] for i in group.adapted))
+    return (*three(ends)[:2], ends[-1])
 
 
-def _add(q: Tensor, grads: Sequence[Tensor], scales: Sequence[float]) -> None:
+def _sums(
+    group: LoraGroup, q: Tensor, of_b: bool, grads: Sequence[Tensor]
+) -> tuple[int, tuple, dict[str, int]]:  # fmt: skip
+    """Programs, arguments and constants of `_sum_splits`: to each gradient its elements of q, B's times the scale."""
+    adapted, (splits, size) = group.adapted, q.shape
+    scales = [group.scales[i] for i in adapted] if of_b else [1.0]
+    arguments = (q, *three([grads[i] for i in adapted]), *_parts(group, of_b), *three(scales), splits)
+    return -(-size // ELEMENTS), arguments, {"SPLITS_BLOCK": power_of_2(splits), "BLOCK": ELEMENTS}
+
+
+def _add(group: LoraGroup, q: Tensor, of_b: bool, grads: Sequence[Tensor]) -> None:
     """`_sum_splits` in a launch of its own."""
-    programs, arguments, constants = _sums(q, grads, scales)
-    with on_device(q):
-        _fold[(programs,)](*arguments, **constants)
+    programs, arguments, constants = _sums(group, q, of_b, grads)
+    launch(_fold, (programs,), *arguments, **constants)
 
 
 @cache
@@ -267,32 +277,29 @@ def _spans(group: LoraGroup) -> tuple[tuple[int, int, int, int], ...]:
 
 def gradients_b_launch(
     group: LoraGroup, dy: Tensor, s: Tensor, b: Tensor, ds: Tensor, grad_B: Sequence[Tensor],
-    launch: Launch = GRAD_B, fused_rank: int = FUSED_RANK,
+    how: Launch = GRAD_B, fused_rank: int = FUSED_RANK,
 ) -> None:  # fmt: skip
     """`gradients_b` by the kernels."""
     fused = max(group.ranks) <= fused_rank
-    q, p, tiles = _column_pass(dy, s, b if fused else None, _spans(group), False, launch)
-    grads, scales = [grad_B[i] for i in group.adapted], [group.scales[i] for i in group.adapted]
+    q, p, tiles = _column_pass(dy, s, b if fused else None, _spans(group), False, how)
     if p is None:
         torch.mm(dy, b, out=ds)
-        _add(q, grads, scales)
+        _add(group, q, True, grad_B)
         return
-    programs, arguments, constants = _sums(q, grads, scales)
+    programs, arguments, constants = _sums(group, q, True, grad_B)
     T, tail = ds.shape
     block = min(64, power_of_2(tail))
     rows = 1024 // block
-    with on_device(q):
-        _fold_both[(-(-T // rows) * -(-tail // block) + programs,)](
-            p, ds, ds.stride(0), T, *arguments, TAIL=tail, BT=rows, BR=block, **tiles.folding, **constants
-        )
+    launch(
+        _fold_both, (-(-T // rows) * -(-tail // block) + programs,),
+        p, ds, ds.stride(0), T, *arguments, TAIL=tail, BT=rows, BR=block, **tiles.folding, **constants,
+    )  # fmt: skip
 
 
-def gradients_a_launch(
-    group: LoraGroup, ds: Tensor, x: Tensor, grad_A: Sequence[Tensor], launch: Launch = GRAD_A
-) -> None:
+def gradients_a_launch(group: LoraGroup, ds: Tensor, x: Tensor, grad_A: Sequence[Tensor], how: Launch = GRAD_A) -> None:
     """`gradients_a` by the kernels."""
-    q, _, _ = _column_pass(x, ds, None, ((0, group.in_features, 0, group.rank),), True, launch)
-    _add(q, [grad_A[i] for i in group.adapted], [1.0 for _ in group.adapted])
+    q, _, _ = _column_pass(x, ds, None, ((0, group.in_features, 0, group.rank),), True, how)
+    _add(group, q, False, grad_A)
 
 
 def gradients_launch(
@@ -334,10 +341,9 @@ def gradients_b(group: LoraGroup, dy: Tensor, s: Tensor, b: Tensor, ds: Tensor, 
         f"dy [T, {group.out}], ds [T, {group.tail}], s [T, {group.rank} or more], b [{group.out}, {group.tail}] of one "
         f"dtype, rows of unit column stride", dy=dy, s=s, ds=ds, b=b,
     )  # fmt: skip
-    _check_gradients(
-        "gradients_b", dy, {i: (grad_B[i], (group.out_features[i], group.ranks[i])) for i in group.adapted}
-    )
-    if on_gpu("gradients_b", dy=dy, s=s, b=b, ds=ds, **{f"grad_B{i}": grad_B[i] for i in group.adapted}):
+    for i in group.adapted:
+        _check_gradient("gradients_b", i, grad_B[i], (group.out_features[i], group.ranks[i]), dy)
+    if on_gpu("gradients_b", dy=dy, s=s, b=b, ds=ds):
         if ds.numel():
             gradients_b_launch(group, dy, s, b, ds, grad_B)
     else:
@@ -353,21 +359,20 @@ def gradients_a(group: LoraGroup, ds: Tensor, x: Tensor, grad_A: Sequence[Tensor
         and all(t.stride(1) == 1 or not t.numel() for t in (x, ds)),
         f"x [T, {group.in_features}] and ds [T, {group.tail}] of one dtype, rows of unit column stride", x=x, ds=ds,
     )  # fmt: skip
-    _check_gradients("gradients_a", x, {i: (grad_A[i], (group.ranks[i], group.in_features)) for i in group.adapted})
-    if on_gpu("gradients_a", x=x, ds=ds, **{f"grad_A{i}": grad_A[i] for i in group.adapted}):
+    for i in group.adapted:
+        _check_gradient("gradients_a", i, grad_A[i], (group.ranks[i], group.in_features), x)
+    if on_gpu("gradients_a", x=x, ds=ds):
         if ds.numel():
             gradients_a_launch(group, ds, x, grad_A)
     else:
         gradients_a_reference(group, ds, x, grad_A)
 
 
-def _check_gradients(op: str, like: Tensor, grads: dict[int, tuple[Tensor, tuple[int, int]]]) -> None:
-    for i, (grad, shape) in grads.items():
-        want(
-            op,
-            tuple(grad.shape) == shape and grad.is_contiguous() and (grad.dtype == torch.float32 or not like.is_cuda),
-            f"a gradient {list(shape)}, contiguous, float32 on a GPU, for projection {i}", gradient=grad,
-        )  # fmt: skip
+def _check_gradient(op: str, i: int, grad: Tensor, shape: tuple[int, int], like: Tensor) -> None:
+    ok = grad.shape == shape and grad.is_contiguous() and grad.device == like.device
+    if not ok or (like.is_cuda and grad.dtype != torch.float32):  # before the words are made: 14 times per layer
+        wanted = f"a gradient {list(shape)}, contiguous, float32 on a GPU, on {like.device}, for projection {i}"
+        want(op, False, f"{wanted}, not on {grad.device}" if grad.device != like.device else wanted, gradient=grad)
 
 
 def gradients(

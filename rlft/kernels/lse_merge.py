@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rlft.kernels.launch import jit, on_device, on_gpu, power_of_2, tl
+from rlft.kernels.launch import jit, launch, on_gpu, power_of_2, tl
 
 
 def merge_reference(out_1: Tensor, lse_1: Tensor, out_2: Tensor, lse_2: Tensor) -> tuple[Tensor, Tensor]:
@@ -44,11 +44,10 @@ def launch_merge(out_1: Tensor, lse_1: Tensor, out_2: Tensor, lse_2: Tensor) -> 
     """`merge` by the kernel. out: [T, H, D] with D contiguous and heads side by side; lse: [H, T], T contiguous."""
     tokens, heads, dim = out_1.shape
     if tokens:
-        with on_device(out_1):
-            _merge_kernel[(tokens * heads,)](
-                out_1, lse_1, out_2, lse_2, heads, dim, out_1.stride(0), out_2.stride(0), lse_1.stride(0),
-                lse_2.stride(0), BLOCK=power_of_2(dim), num_warps=1,
-            )  # fmt: skip
+        launch(
+            _merge_kernel, (tokens * heads,), out_1, lse_1, out_2, lse_2, heads, dim, out_1.stride(0), out_2.stride(0),
+            lse_1.stride(0), lse_2.stride(0), BLOCK=power_of_2(dim), num_warps=1,
+        )  # fmt: skip
 
 
 def merge(out_1: Tensor, lse_1: Tensor, out_2: Tensor, lse_2: Tensor) -> None:

@@ -16,14 +16,15 @@ Bytes per element: reads 0.5 + 1/64 + 4/16384, writes 2 (bf16).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rlft.kernels.launch import element_type, jit, on_device, on_gpu, table_entry, tl, want
+from rlft.kernels.launch import element_type, jit, launch, on_gpu, table_entry, tl, want
 from rlft.upload import upload
 
 NF4_CODE = (
@@ -272,11 +273,8 @@ class DecodePlan:
         self.tile, self.warps, self.gather = tile, warps, gather
         device = outs[0].device
         self.code = upload(torch.tensor(NF4_CODE, dtype=torch.float32), device)
-        alike: dict[tuple[int, int, bool], list[int]] = {}
-        for i, weight in enumerate(weights):
-            nested = weight.nested_blocksize if weight.nested_code is not None else 0
-            alike.setdefault((weight.blocksize, nested, self._in_words(i)), []).append(i)
-        self.launches = [(*key, members, *self._table(members, key[0], key[2])) for key, members in alike.items()]
+        if self.gpu:
+            _ = self._launches  # tables are copied now: the first run may be captured
 
     def _in_words(self, i: int) -> bool:
         """Whether `_decode_words` can do matrix i."""
@@ -284,20 +282,39 @@ class DecodePlan:
         aligned = packed.data_ptr() % 16 == 0 and out.data_ptr() % 16 == 0
         return aligned and out.shape[1] % 8 == 0 and out.stride(0) % 8 == 0
 
-    def _table(self, members: list[int], blocksize: int, words: bool) -> tuple[Tensor, int, int]:
-        """The table on the device, the number of programs, and the elements per program."""
+    @cached_property
+    def _launches(self) -> list[Callable[[], None]]:
+        """For each kind of matrix."""
+        alike: dict[tuple[int, int, bool], list[int]] = {}
+        for i, weight in enumerate(self.weights):
+            nested = weight.nested_blocksize if weight.nested_code is not None else 0
+            alike.setdefault((weight.blocksize, nested, self._in_words(i)), []).append(i)
+        some = {kind: members for kind, members in alike.items() if any(self.outs[i].numel() for i in members)}
+        return [self._launch(*kind, members) for kind, members in some.items()]
+
+    def _launch(self, blocksize: int, nested: int, words: bool, members: list[int]) -> Callable[[], None]:
         # One by one, 8 elements per thread are as many as fit its registers.
         tile = max(self.tile, blocksize) if words else 1024
         rows, programs = [], 0
         for i in members:
             w, out = self.weights[i], self.outs[i]
-            nested = [t.data_ptr() if t is not None else 0 for t in (w.nested_code, w.nested_absmax, w.offset)]
+            scales = [t.data_ptr() if t is not None else 0 for t in (w.nested_code, w.nested_absmax, w.offset)]
             rows.append([
-                w.packed.data_ptr(), w.absmax.data_ptr(), *nested, out.data_ptr(),
+                w.packed.data_ptr(), w.absmax.data_ptr(), *scales, out.data_ptr(),
                 w.numel, w.shape[1], out.stride(0), programs,
             ])  # fmt: skip
             programs += -(-w.numel // tile)
-        return upload(torch.tensor(rows, dtype=torch.int64), self.code.device), programs, tile
+        more: dict[str, Any] = {}
+        if words:
+            one_row = all(self.weights[i].shape[1] % tile == 0 for i in members)
+            more = {"ONE_ROW": one_row, "GATHER": self.gather}
+        # enable_fp_fusion=False: a fused multiply-add in the nested scale would round once instead of twice.
+        return partial(
+            launch, _decode_words if words else _decode_elements, (programs,),
+            upload(torch.tensor(rows, dtype=torch.int64), self.code.device), self.code, COUNT=len(members),
+            FIELDS=FIELDS, BLOCK=blocksize, NESTED=nested, TILE=tile, OUT=element_type(self.outs[0].dtype),
+            num_warps=self.warps, enable_fp_fusion=False, **more,
+        )  # fmt: skip
 
     def run(self) -> None:
         """Decode all matrices into their outputs."""
@@ -309,23 +326,8 @@ class DecodePlan:
 
     def launch(self) -> None:
         """The Triton kernels, on the current stream."""
-        dtype = element_type(self.outs[0].dtype)
-        # enable_fp_fusion=False: a fused multiply-add in the nested scale would round once instead of twice.
-        with on_device(self.code):
-            for blocksize, nested, words, members, table, programs, tile in self.launches:
-                if programs == 0:
-                    continue
-                if words:
-                    _decode_words[(programs,)](
-                        table, self.code, COUNT=len(members), FIELDS=FIELDS, BLOCK=blocksize, NESTED=nested, TILE=tile,
-                        ONE_ROW=all(self.weights[i].shape[1] % tile == 0 for i in members), GATHER=self.gather,
-                        OUT=dtype, num_warps=self.warps, enable_fp_fusion=False,
-                    )  # fmt: skip
-                else:
-                    _decode_elements[(programs,)](
-                        table, self.code, COUNT=len(members), FIELDS=FIELDS, BLOCK=blocksize, NESTED=nested, TILE=tile,
-                        OUT=dtype, num_warps=self.warps, enable_fp_fusion=False,
-                    )  # fmt: skip
+        for each in self._launches:
+            each()
 
 
 def decode(weights: Sequence[Nf4Weight], outs: Tensor | Sequence[Tensor]) -> None:

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from rlft.kernels.launch import KERNEL_DTYPES, jit, on_device, on_gpu, power_of_2, tl, want
+from rlft.kernels.launch import KERNEL_DTYPES, jit, launch, on_gpu, power_of_2, tl, want
 from rlft.kernels.rms_norm import rms_norm_reference, times_weight
 
 MAX_D = 512
@@ -231,12 +231,11 @@ def qk_rope_forward(
         rows, warps = shape
     programs = -(-t * hq // rows) + -(-t * hk // rows)
     if programs:
-        with on_device(q):
-            forward_kernel[(programs,)](
-                q, k, q_weight, k_weight, q_out, k_out, cos, sin, positions,
-                t, q.stride(0), k.stride(0), q_out.stride(0), k_out.stride(0), cos.stride(0), eps,
-                hq, hk, d, r, block, tail, rows, gemma, num_warps=warps,
-            )  # fmt: skip
+        launch(
+            forward_kernel, (programs,), q, k, q_weight, k_weight, q_out, k_out, cos, sin, positions,
+            t, q.stride(0), k.stride(0), q_out.stride(0), k_out.stride(0), cos.stride(0), eps,
+            hq, hk, d, r, block, tail, rows, gemma, num_warps=warps,
+        )  # fmt: skip
     return q_out, k_out
 
 
@@ -270,12 +269,11 @@ def qk_rope_backward(
         rows, warps = shape
     programs = -(-t * hq // rows) + -(-t * hk // rows)
     if programs:
-        with on_device(dq_out):
-            backward_kernel[(programs,)](
-                dq_out, dk_out, x_q, x_k, q_weight, k_weight, dq, dk, cos, sin, positions,
-                t, dq_out.stride(0), dk_out.stride(0), x_q.stride(0), x_k.stride(0), dq.stride(0), dk.stride(0),
-                cos.stride(0), eps, hq, hk, d, r, block, tail, rows, gemma, num_warps=warps,
-            )  # fmt: skip
+        launch(
+            backward_kernel, (programs,), dq_out, dk_out, x_q, x_k, q_weight, k_weight, dq, dk, cos, sin, positions,
+            t, dq_out.stride(0), dk_out.stride(0), x_q.stride(0), x_k.stride(0), dq.stride(0), dk.stride(0),
+            cos.stride(0), eps, hq, hk, d, r, block, tail, rows, gemma, num_warps=warps,
+        )  # fmt: skip
     return dq, dk
 
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from rlft.kernels.launch import KERNEL_DTYPES, as_rows, jit, on_device, on_gpu, power_of_2, tl, want
+from rlft.kernels.launch import KERNEL_DTYPES, as_rows, jit, launch, on_gpu, power_of_2, tl, want
 
 MAX_H = 16384
 """Longest row: one program holds it in registers."""
@@ -145,12 +145,11 @@ def rms_norm_forward(
     if t == 0 or h == 0:
         return y, rstd, total
     rows, warps = launch_shape(h) if shape is None else shape
-    with on_device(x):
-        forward_kernel[(-(-t // rows),)](
-            x, delta, weight, y, total, rstd,
-            t, x.stride(0), 0 if delta is None else delta.stride(0), y.stride(0), total.stride(0), eps,
-            h, power_of_2(h), rows, gemma, num_warps=warps,
-        )  # fmt: skip
+    launch(
+        forward_kernel, (-(-t // rows),), x, delta, weight, y, total, rstd,
+        t, x.stride(0), 0 if delta is None else delta.stride(0), y.stride(0), total.stride(0), eps,
+        h, power_of_2(h), rows, gemma, num_warps=warps,
+    )  # fmt: skip
     return y, rstd, total
 
 
@@ -174,12 +173,11 @@ def rms_norm_backward(
     if t == 0 or h == 0:
         return dx
     rows, warps = launch_shape(h) if shape is None else shape
-    with on_device(x):
-        backward_kernel[(-(-t // rows),)](
-            dy, x, weight, rstd, dres, dx,
-            t, dy.stride(0), x.stride(0), 0 if dres is None else dres.stride(0), dx.stride(0),
-            h, power_of_2(h), rows, gemma, num_warps=warps,
-        )  # fmt: skip
+    launch(
+        backward_kernel, (-(-t // rows),), dy, x, weight, rstd, dres, dx,
+        t, dy.stride(0), x.stride(0), 0 if dres is None else dres.stride(0), dx.stride(0),
+        h, power_of_2(h), rows, gemma, num_warps=warps,
+    )  # fmt: skip
     return dx
 
 

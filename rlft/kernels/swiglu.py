@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from rlft.kernels.launch import KERNEL_DTYPES, as_rows, jit, on_device, on_gpu, power_of_2, tl, want
+from rlft.kernels.launch import KERNEL_DTYPES, as_rows, jit, launch, on_gpu, power_of_2, tl, want
 
 ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh")
 """transformers' names: x sigmoid(x), GELU by erf, GELU by tanh."""
@@ -113,10 +113,10 @@ def swiglu_forward(
     if t == 0 or m == 0:
         return h
     block, rows, warps = launch_shape(m) if shape is None else shape
-    with on_device(gate):
-        forward_kernel[(-(-t // rows) * -(-m // block),)](
-            gate, up, h, t, gate.stride(0), up.stride(0), h.stride(0), m, block, rows, activation, num_warps=warps
-        )
+    launch(
+        forward_kernel, (-(-t // rows) * -(-m // block),),
+        gate, up, h, t, gate.stride(0), up.stride(0), h.stride(0), m, block, rows, activation, num_warps=warps,
+    )  # fmt: skip
     return h
 
 
@@ -138,12 +138,11 @@ def swiglu_backward(
     if t == 0 or m == 0:
         return h, dgate, dup
     block, rows, warps = launch_shape(m) if shape is None else shape
-    with on_device(gate):
-        backward_kernel[(-(-t // rows) * -(-m // block),)](
-            dh, gate, up, h, dgate, dup,
-            t, dh.stride(0), gate.stride(0), up.stride(0), 0 if h is None else h.stride(0),
-            dgate.stride(0), dup.stride(0), m, block, rows, activation, num_warps=warps,
-        )  # fmt: skip
+    launch(
+        backward_kernel, (-(-t // rows) * -(-m // block),), dh, gate, up, h, dgate, dup,
+        t, dh.stride(0), gate.stride(0), up.stride(0), 0 if h is None else h.stride(0),
+        dgate.stride(0), dup.stride(0), m, block, rows, activation, num_warps=warps,
+    )  # fmt: skip
     return h, dgate, dup
 
 

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rlft.kernels.launch import jit, on_device, power_of_2, tl
+from rlft.kernels.launch import jit, launch, power_of_2, tl
 
 BLOCK = 4096
 """Columns that one program of the row kernel takes."""
@@ -188,9 +188,9 @@ def launch_rows(
         "BLOCK": block, "CAPPED": softcap is not None, "STORE": weights is not None,
         "FAR": FAR_FP16 if out.dtype == torch.float16 else FAR,
     }  # fmt: skip
-    with on_device(z):
-        _rows_kernel[(rows * splits,)](z, targets, out, parts, *common, **flags, num_warps=8)
-        _finish_kernel[(rows,)](
-            z, targets, out, parts, *found, *common, **flags, SPLITS=power_of_2(splits), num_warps=4
-        )  # fmt: skip
+    launch(_rows_kernel, (rows * splits,), z, targets, out, parts, *common, **flags, num_warps=8)
+    launch(
+        _finish_kernel, (rows,), z, targets, out, parts, *found, *common, **flags, SPLITS=power_of_2(splits),
+        num_warps=4,
+    )  # fmt: skip
     return Rows(found[0], found[1], found[2], found[3], weights)

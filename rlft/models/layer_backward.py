@@ -85,12 +85,11 @@ class Backward(Steps):
         """The gradient of B of projection i, and dS into the tail of dy, which is returned."""
         group = self.bound[i].group
         if group.tail:
-            b, _ = lora.operands(group, self.weights(i))
-            gradients_b(group, dy[:, : group.out], s, b, dy[:, group.out :], self.grads.B[i])
+            gradients_b(group, dy[:, : group.out], s, self.weights(i).b, dy[:, group.out :], self.grads.B[i])
         return dy[:, group.out :]
 
     def _dx(self, i: int, dy: Tensor, out: Tensor | None = None) -> Tensor:
-        return lora.input_gradient(self.bound[i].group, dy, self.weights(i), out)
+        return lora.input_gradient(self.weights(i), dy, out)
 
     def _a(self, i: int, ds: Tensor, x: Tensor) -> None:
         if self.bound[i].group.tail:
@@ -101,7 +100,7 @@ class Backward(Steps):
         group = self.bound[i].group
         s = x.new_empty(x.shape[0], group.tail)
         if group.tail:
-            shrink(group, x, lora.operands(group, self.weights(i))[1], s)
+            shrink(group, x, self.weights(i).a, s)
         return s
 
     def _mlp(self, dout: Tensor, x: Tensor, attended: Tensor, kept: Kept) -> tuple[Tensor, Tensor]:

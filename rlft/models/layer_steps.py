@@ -80,7 +80,7 @@ class Steps:
 
     def project(self, i: int, x: Tensor, **options: Tensor | None) -> Tensor:
         bias = self.layer.projections[i].bias
-        return lora.forward(self.bound[i].group, x, self.weights(i), bias, **options)  # type: ignore[arg-type]
+        return lora.forward(self.weights(i), x, bias, **options)  # type: ignore[arg-type]
 
     def qkv(self, x: Tensor, s: Tensor | None) -> Tensor:
         """[T, Y + tail] of all rows; s: [T, rank] that S is copied to."""

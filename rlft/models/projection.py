@@ -7,6 +7,7 @@ hold them; `bind` looks up an adapter in them. A `Store` writes the frozen weigh
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -97,11 +98,17 @@ def _readable(module: Any) -> Tensor | Nf4Weight:
     return weight.detach()
 
 
+def _shape(group: LoraGroup) -> tuple[int, int]:
+    """Of its buffer."""
+    return group.out + group.tail, group.in_features + group.tail
+
+
 class _Bring:
     """Writes the frozen weights of projections into buffers; what the decoder needs is made once."""
 
     def __init__(self, projections: Sequence[Projection], bound: Sequence[Bound], buffers: Sequence[Tensor]) -> None:
         self.buffers = tuple(buffers)
+        self._weights: dict[tuple[LoraGroup, ...], tuple[lora.Weight, ...]] = {}
         packed, places, self._plain = [], [], []
         for projection, b, buffer in zip(projections, bound, buffers, strict=True):
             for i, weight in enumerate(projection.weights):
@@ -122,23 +129,27 @@ class _Bring:
         for place, weight in self._plain:
             place.copy_(weight)
 
-    def has(self, shapes: Sequence[tuple[int, int]], dtype: torch.dtype) -> bool:
-        """Whether these are its buffers; without an adapter, parts of them: what a CUDA graph reads stays where it is
-        when the adapter is off in between."""
-        found = zip(shapes, self.buffers, self._frozen, strict=True)
-        return self.buffers[0].dtype == dtype and all(s in (tuple(buffer.shape), own) for s, buffer, own in found)
-
-    def views(self, shapes: Sequence[tuple[int, int]]) -> tuple[Tensor, ...]:
-        """The buffers, or the weights alone in them."""
-        pairs = zip(self.buffers, shapes, strict=True)
-        return tuple(buffer if buffer.shape == shape else buffer[: shape[0], : shape[1]] for buffer, shape in pairs)
+    def weights(self, groups: tuple[LoraGroup, ...], dtype: torch.dtype) -> tuple[lora.Weight, ...] | None:
+        """The buffers; without an adapter, parts of them: what a CUDA graph reads stays where it is when the adapter is
+        off in between. None where they do not fit."""
+        if self.buffers[0].dtype != dtype:
+            return None
+        made = self._weights.get(groups)
+        if made is None:
+            found = list(zip([_shape(g) for g in groups], self.buffers, self._frozen, strict=True))
+            if any(shape not in (tuple(buffer.shape), own) for shape, buffer, own in found):
+                return None
+            parts = [buffer[: shape[0], : shape[1]] for shape, buffer, _ in found]
+            made = tuple(lora.Weight.of(*pair) for pair in zip(groups, parts, strict=True))
+            self._weights[groups] = made
+        return made
 
     @property
     def filled(self) -> FillPlan | None:
         """What filled in the last adapter."""
         return next(reversed(self._fills.values()), None)
 
-    def fill(self, bound: Sequence[Bound]) -> None:
+    def fill(self, bound: Sequence[Bound], weights: Sequence[lora.Weight]) -> None:
         """Write the adapter, as it is now, behind the weights; nothing where it is off."""
         tensors = adapter_tensors(bound)
         if not tensors:
@@ -146,8 +157,8 @@ class _Bring:
         key = (*((t.data_ptr(), id(t), t.dtype) for t in tensors), *(b.group for b in bound))
         plan = self._fills.pop(key, None)
         if plan is None:
-            pairs = zip(bound, self.buffers, strict=True)
-            plan = FillPlan([Part(*b, *lora.operands(b.group, buffer)) for b, buffer in pairs if b.group.tail])
+            pairs = zip(bound, weights, strict=True)
+            plan = FillPlan([Part(*b, w.b, w.a) for b, w in pairs if b.group.tail])
         self._fills[key] = plan
         if len(self._fills) > ADAPTERS:
             del self._fills[next(iter(self._fills))]
@@ -192,20 +203,17 @@ class Store:
 
     def weights(
         self, layer: int, projections: Sequence[Projection], bound: Sequence[Bound], like: Tensor
-    ) -> Callable[[int], Tensor]:
-        """Buffer of projection i, with weights and adapter in it; in mode "group" until another one is asked for."""
-        shapes = [(b.group.out + b.group.tail, b.group.in_features + b.group.tail) for b in bound]
-        sizes = [rows * columns for rows, columns in shapes]
+    ) -> Callable[[int], lora.Weight]:
+        """Projection i, with weights and adapter in its buffer; in mode "group" until another one is asked for."""
         if self.mode != "group":
-            return self._bring((layer,), projections, bound, shapes, sum(sizes), like).__getitem__
-        held: dict[int, Tensor] = {}
+            return self._bring((layer,), slice(None), projections, bound, like).__getitem__
+        held: dict[int, lora.Weight] = {}
 
-        def one(i: int) -> Tensor:
+        def one(i: int) -> lora.Weight:
             # A backward asks for the same one several times in a row.
             if i not in held:
                 held.clear()
-                part = slice(i, i + 1)
-                held[i] = self._bring((layer, i), projections[part], bound[part], shapes[part], max(sizes), like)[0]
+                held[i] = self._bring((layer, i), slice(i, i + 1), projections, bound, like)[0]
             return held[i]
 
         return one
@@ -216,24 +224,32 @@ class Store:
         return self._memory
 
     def _bring(
-        self, key: tuple, projections: Sequence[Projection], bound: Sequence[Bound],
-        shapes: Sequence[tuple[int, int]], largest: int, like: Tensor,
-    ) -> tuple[Tensor, ...]:  # fmt: skip
-        """largest: elements of the memory that is shared, with room for what comes after."""
+        self, key: tuple, part: slice, projections: Sequence[Projection], bound: Sequence[Bound], like: Tensor
+    ) -> tuple[lora.Weight, ...]:
+        """A part of a layer's projections."""
+        groups = tuple(b.group for b in bound[part])
         kept = self._brought.get(key)
-        if kept is None or not kept.has(shapes, like.dtype):
+        weights = None if kept is None else kept.weights(groups, like.dtype)
+        if kept is None or weights is None:
             self.version += kept is not None
+            shapes = [_shape(group) for group in groups]
             sizes = [rows * columns for rows, columns in shapes]
-            memory = like.new_empty(sum(sizes)) if self.mode == "shadow" else self._shared(largest, like)
-            parts = memory[: sum(sizes)].split(sizes)
-            kept = _Bring(projections, bound, [p.view(s) for p, s in zip(parts, shapes, strict=True)])
-            self._brought[key] = kept
+            if self.mode == "shadow":
+                memory = like.new_empty(sum(sizes))
+            else:
+                # With room for what is brought after these.
+                every = [math.prod(_shape(b.group)) for b in bound]
+                memory = self._shared(max(every) if self.mode == "group" else sum(every), like)
+            buffers = [p.view(s) for p, s in zip(memory[: sum(sizes)].split(sizes), shapes, strict=True)]
+            kept = self._brought[key] = _Bring(projections[part], bound[part], buffers)
+            weights = kept.weights(groups, like.dtype)
+            assert weights is not None
             if self.mode == "shadow":
                 kept.run()
         if self.mode != "shadow":
             kept.run()
-        kept.fill(bound)
-        return kept.views(shapes)
+        kept.fill(bound[part], weights)
+        return weights
 
     def _shared(self, size: int, like: Tensor) -> Tensor:
         """The memory that all layers share, made larger where a layer needs it."""
