@@ -148,27 +148,27 @@ def _logits(scratch: _Scratch, h: Tensor, weight: Tensor) -> Tensor:
 
 def _forward_chunk(
     scratch: _Scratch, h: Tensor, weight: Tensor, targets: Tensor, temperature: float, softcap: float | None,
-    scale: float, jacobian: Tensor | None,
-) -> Rows:  # fmt: skip
-    """Results of one chunk, and its jacobian into `jacobian` [rows, H] (a view of the caller's)."""
+    scale: float, picked: Tensor, jacobian: Tensor | None, found: Tensor,
+) -> None:  # fmt: skip
+    """A chunk's log-probs and entropies into found [4, rows], its jacobian into `jacobian` [rows, H]. picked: rows of
+    the head that exist, for targets that may not."""
     z = _logits(scratch, h, weight)
     factor = scale / temperature
     if z.device.type != "cuda":
         chunk = target_softmax_reference(z, targets, temperature, softcap, scale, jacobian is not None)
         if jacobian is not None:
             assert chunk.weights is not None
-            picked = weight[targets] * chunk.own[:, None]
-            jacobian.copy_((picked - _over_vocabulary(chunk.weights, weight) * chunk.others[:, None]) * factor)
-        return chunk
+            own = weight[targets] * chunk.own[:, None]
+            jacobian.copy_((own - _over_vocabulary(chunk.weights, weight) * chunk.others[:, None]) * factor)
+        found[0], found[1] = chunk.logprob, chunk.entropy
+        return
     weights = None if scratch.weights is None else scratch.weights[: h.shape[0]]
-    chunk = launch_rows(z, targets, weights, temperature, softcap, scale)
+    chunk = launch_rows(z, targets, weights, temperature, softcap, scale, found=found)
     if jacobian is not None:
         assert weights is not None and scratch.product is not None
         product = scratch.product[: h.shape[0]]
         _product(weights, weight, product)
-        # A target outside the vocabulary has made logprob nan already; the row it picks does not matter.
-        launch_jacobian(product, weight[targets.clamp(0, weight.shape[0] - 1)], chunk, factor, jacobian)
-    return chunk
+        launch_jacobian(product, weight[picked], chunk, factor, jacobian)
 
 
 class _LinearLogprobs(torch.autograd.Function):
@@ -180,16 +180,21 @@ class _LinearLogprobs(torch.autograd.Function):
         temperature, softcap, scale = options
         # On a CPU 16-bit products are slow and round: the head is widened once.
         head = weight if hidden.device.type == "cuda" else weight.to(dtype)
-        logprobs = hidden.new_empty(hidden.shape[0], dtype=dtype)
-        entropy = torch.empty_like(logprobs)
+        # Each chunk's numbers go where they stay, at addresses that no kernel is compiled anew for.
+        found = hidden.new_empty(4, -(-hidden.shape[0] // 64) * 64, dtype=dtype)[:, : hidden.shape[0]]
+        logprobs, entropy = found[0], found[1]
+        # A target outside the vocabulary makes its log-prob nan; the row it picks does not matter.
+        picked = targets.clamp(0, weight.shape[0] - 1)
         by_logprob = torch.empty_like(hidden) if grad else None
         by_entropy = torch.empty_like(hidden) if grad and entropy_grad else None
         scratch = _Scratch(min(rows, max(1, hidden.shape[0])), hidden, head, grad, workspace)
         for start in range(0, hidden.shape[0], rows):
             part = slice(start, start + rows)
             into = None if by_logprob is None else by_logprob[part]
-            chunk = _forward_chunk(scratch, hidden[part], head, targets[part], temperature, softcap, scale, into)
-            logprobs[part], entropy[part] = chunk.logprob, chunk.entropy
+            _forward_chunk(
+                scratch, hidden[part], head, targets[part], temperature, softcap, scale, picked[part], into,
+                found[:, part],
+            )  # fmt: skip
             if by_entropy is not None:
                 q = entropy_weights(_logits(scratch, hidden[part], head), temperature, softcap, scale)
                 by_entropy[part] = (q.to(head.dtype) @ head) * (-scale / temperature)

@@ -48,10 +48,13 @@ class FlatAdapter:
         self.fresh = all(not p.any() for n, p in self.parameters.items() if ".lora_B." in n)
         """True when every B was 0 at first, so that the starting policy is the base itself."""
         offset = 0
+        self._gradients: dict[Tensor, Tensor] = {}
+        self._addresses: list[tuple[nn.Parameter, int]] = []
         for parameter in self.parameters.values():
             part = slice(offset, offset + parameter.numel())
             parameter.data = self.flat.data[part].view(parameter.shape)
-            parameter.grad = self.flat.grad[part].view(parameter.shape)
+            parameter.grad = self._gradients[parameter] = self.flat.grad[part].view(parameter.shape)
+            self._addresses.append((parameter, parameter.data_ptr()))
             offset += parameter.numel()
 
     def tensors(self) -> dict[str, Tensor]:
@@ -68,7 +71,7 @@ class FlatAdapter:
     def gradients(self) -> dict[Tensor, Tensor]:
         """Parameter -> its view of the gradient buffer, for backwards that add into it themselves."""
         self.check_views()
-        return {p: p.grad for p in self.parameters.values() if p.grad is not None}
+        return self._gradients
 
     def zero_grad(self) -> None:
         """Set all gradients to 0, keeping them views of the buffer."""
@@ -76,7 +79,6 @@ class FlatAdapter:
 
     def check_views(self) -> None:
         """Assert that parameters and gradients still live in the buffers (nothing replaced them behind our back)."""
-        for name, p in self.parameters.items():
-            assert p.untyped_storage().data_ptr() == self.flat.untyped_storage().data_ptr(), name
-            assert p.grad is not None, name
-            assert p.grad.untyped_storage().data_ptr() == self.gradient.untyped_storage().data_ptr(), name
+        assert self.gradient.data_ptr() == next(iter(self._gradients.values())).data_ptr(), "the gradient buffer"
+        for name, (p, address) in zip(self.parameters, self._addresses, strict=True):
+            assert p.data_ptr() == address and p.grad is self._gradients[p], name
