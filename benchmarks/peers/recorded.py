@@ -271,8 +271,8 @@ class Replayed:
         self._desk, self._shape = desk, shape
         self.session: Any = None
         self._rollouts: dict[tuple[str, bool], list[Any]] = {}
-        self._allowed: float | None = None
-        """GiB that the question before allowed."""
+        self._before: tuple[Any, ...] = ()
+        """How the step before was to run."""
 
     def generate(self, prompts: Any, sampling: Any, seed: tuple[int, ...]) -> list[Any]:
         question = self._desk.wait()
@@ -290,15 +290,16 @@ class Replayed:
         from rlft.session import plan_of
 
         s, allowed = self.session, question.get("peak")
-        fused = s.policy.fused
-        if fused is not None and DEVICE == "cuda" and allowed != self._allowed:
+        tokens, share = question.get("tokens") or "auto", question.get("share", True)
+        fused, now = s.policy.fused, (allowed, tokens, share, question.get("padded", False))
+        if fused is not None and DEVICE == "cuda" and now != self._before:
+            # Graphs of other micro-batches would take memory from these.
             fused.store.release()
             if fused.graphs is not None:
                 fused.graphs.clear()
             # Gradient and moments are there already; what a pass may take comes on top.
             rest = torch.cuda.memory_allocated() - self._desk.base
-            fused.budget, self._allowed = None if allowed is None else allowed * GIB - rest, allowed
-        tokens, share = question.get("tokens") or "auto", question.get("share", True)
+            fused.budget, self._before = None if allowed is None else allowed * GIB - rest, now
         cfg = replace(s.cfg, packing=replace(s.cfg.packing, budget=tokens, share_prefix=share))
         s.plan = plan_of(cfg, s.algorithm, s.policy, prompts)
 

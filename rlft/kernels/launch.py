@@ -116,11 +116,11 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any
     """`kernel[grid](*arguments, **constants)` on the device of the first argument, a tensor, and the current stream.
 
     arguments: in the kernel's order. constants: what it has behind them, and num_warps and the like.
-    Triton looks at every argument and constant to find what it has compiled, which takes 6 to 11 us of the host, 33
-    times per layer: a quarter of all its time for one. A call like an earlier one goes straight to what that was
-    compiled to (as Triton's tutorial on fused softmax launches). Like: what Triton goes by, and finer, so that no rule
-    of its own is needed here: the device, each tensor's dtype and address modulo 64, None, and all numbers as they are
-    but those of `VARYING`, whose values Triton is told not to look at.
+    Triton looks at every argument and constant to find what it has compiled, which takes the host longer than the rest
+    of a launch, 33 times per layer (benchmarks/host_time.py). A call like an earlier one goes straight to what that
+    was compiled to, as Triton's tutorial on the fused softmax launches. Like: what Triton goes by, and finer, so that
+    no rule of its own is needed here: the device, each tensor's dtype and address modulo 64, None, and all numbers as
+    they are but those of `VARYING`, whose values Triton is told not to look at.
     """
     with _on_device(arguments[0]):
         forms = _forms.get(id(kernel))
