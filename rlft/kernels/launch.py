@@ -99,13 +99,14 @@ class _Forms:
     """What a kernel was compiled to, for each kind of call there was."""
 
     def __init__(self, kernel: Any) -> None:
+        self.kernel = kernel  # held, so that no other one gets its id
         self.varying = tuple(i for i, p in enumerate(kernel.params) if p.do_not_specialize)
         self.found: dict[tuple, tuple[Any, tuple]] = {}
         """Kind of call -> the compiled kernel, and the values of what was given by name."""
 
 
 _forms: dict[int, _Forms] = {}
-"""Of the kernels, by their ids: modules hold them for good, and Triton's hash of one takes longer than this all."""
+"""Of the kernels, by their ids: Triton's own hash of one takes microseconds."""
 ALIGNMENT = 64
 """Bytes. Triton compiles a kernel anew for addresses that are not multiples of 16."""
 PLAIN = {int, float, bool, str, type(None)}

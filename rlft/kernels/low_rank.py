@@ -256,7 +256,7 @@ def _sums(
 ) -> tuple[int, tuple, dict[str, int]]:  # fmt: skip
     """Programs, arguments and constants of `_sum_splits`: to each gradient its elements of q, B's times the scale."""
     adapted, (splits, size) = group.adapted, q.shape
-    scales = [group.scales[i] for i in adapted] if of_b else [1.0]
+    scales = [float(group.scales[i]) for i in adapted] if of_b else [1.0]
     arguments = (q, *three([grads[i] for i in adapted]), *_parts(group, of_b), *three(scales), splits)
     return -(-size // ELEMENTS), arguments, {"SPLITS_BLOCK": power_of_2(splits), "BLOCK": ELEMENTS}
 
