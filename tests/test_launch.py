@@ -30,6 +30,13 @@ def scaled(x, y, absent, T, stride, factor, BLOCK: tl.constexpr, HOW: tl.constex
     tl.store(y + at, value.to(y.dtype.element_ty), mask=at < T)
 
 
+@jit
+def other(x, y, absent, T, stride, factor, BLOCK: tl.constexpr, HOW: tl.constexpr):
+    """With the arguments of `scaled`."""
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(y + at * stride, tl.load(x + at, mask=at < T, other=0.0), mask=at < T)
+
+
 def calls() -> Iterator[tuple[list[Any], dict[str, Any]]]:
     """Every argument in turn as Triton tells it apart, with all kinds of another one."""
     many = torch.zeros(4096)
@@ -44,25 +51,32 @@ def calls() -> Iterator[tuple[list[Any], dict[str, Any]]]:
     for T in (1, 16, 17, 2**31 - 1, 2**31):
         for stride in (1, 2, 16, 2**33):
             yield [xs[0], tensor(), None, T, stride, 0.5], {"BLOCK": 64, "HOW": "a"}
-    for constants in ({"BLOCK": 32, "HOW": "a"}, {"BLOCK": 32, "HOW": "b"}, {"HOW": "b", "BLOCK": 32, "num_warps": 2}):
-        yield [xs[0], tensor(), None, 3, 3, 2.0], constants
+    # Equal to each other, and to others above, for Python.
+    for factor in (1, 1.0, True, 2, 2.0):
+        for stride in (1, True):
+            yield [xs[0], tensor(), None, 100, stride, factor], {"BLOCK": 64, "HOW": 1}
+    for how in ("a", "b", 1, 1.0, True, None):
+        for more in ({}, {"num_warps": 2}, {"num_stages": 2}):
+            yield [xs[0], tensor(), None, 3, 3, 2.0], {"HOW": how, "BLOCK": 32, **more}
 
 
 def compare() -> None:
     """Twice each: a call that is new, and one like it."""
     nowhere = Nowhere()
     triton.runtime.driver.set_active(nowhere)
-    every = list(calls())
-    for arguments, constants in every:
-        scaled[(7,)](*arguments, **constants)
+    every = [(kernel, *call) for kernel in (scaled, other) for call in calls()]
+    for kernel, arguments, constants in every:
+        kernel[(7,)](*arguments, **constants)
     wanted, nowhere.ran = nowhere.ran, []
     assert len({which for which, *_ in wanted}) > 20, "the calls do differ for Triton"
     for _ in range(2):
-        for arguments, constants in every:
-            launch(scaled, (7,), *arguments, **constants)
+        for kernel, arguments, constants in every:
+            launch(kernel, (7,), *arguments, **constants)
         assert len(nowhere.ran) == len(wanted)
         for got, want in zip(nowhere.ran, wanted, strict=True):
-            assert len(got) == len(want) and all(a is b or a == b for a, b in zip(got, want, strict=True)), (got, want)
+            assert len(got) == len(want) and all(
+                a is b or (type(a), a) == (type(b), b) for a, b in zip(got, want, strict=True)
+            ), (got, want)
         nowhere.ran = []
 
 

@@ -122,6 +122,17 @@ def test_no_rows_and_non_contiguous_rows() -> None:
     assert torch.equal(strided, linear_logprobs(wide[:, ::2].contiguous(), weight, targets, 1.0)[0])
 
 
+def test_results_may_be_written_to() -> None:
+    h, w, t = torch.randn(5, 8), torch.randn(11, 8), torch.arange(5)
+    logprobs, entropy = linear_logprobs(h.requires_grad_(), w, t, 1.0)
+    entropy.clamp_(max=0.0)
+    logprobs.mul_(2).sum().backward()
+    twice = h.grad
+    h.grad = None
+    (2 * linear_logprobs(h, w, t, 1.0)[0]).sum().backward()
+    assert twice is not None and h.grad is not None and torch.equal(twice, h.grad) and twice.any()
+
+
 def test_no_grad_keeps_no_jacobian() -> None:
     hidden, weight, targets = make(4, 6, 9)
     with torch.no_grad():

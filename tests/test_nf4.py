@@ -128,7 +128,7 @@ def test_matrices_of_a_layer_share_a_launch() -> None:
     weights = [made((n, 96), seed=n) for n in (50, 10, 20)]
     buffer = torch.full((80, 96 + 16), 7.0)
     plan = DecodePlan(weights, buffer[:, :96])
-    assert len(plan._launches) == 1
+    assert len(plan.launches) == 1
     plan.launch()
     assert same_bits(buffer[:, :96], torch.cat([decode_reference(w, torch.float32) for w in weights]))
     assert (buffer[:, 96:] == 7).all()
@@ -138,7 +138,7 @@ def test_unlike_matrices_take_a_launch_each() -> None:
     weights = [made((8, 64)), made((8, 64), nested=False), made((8, 64), 128), made((8, 20)), made((4, 64), seed=1)]
     outs = [torch.empty(w.shape, dtype=torch.float16) for w in weights]
     plan = DecodePlan(weights, outs)
-    assert len(plan._launches) == 4
+    assert len(plan.launches) == 4
     plan.launch()
     assert all(same_bits(o, decode_reference(w, torch.float16)) for w, o in zip(weights, outs, strict=True))
 
@@ -248,7 +248,7 @@ def test_gpu_bits_of_bitsandbytes(nested) -> None:
     for dtype in DTYPES:
         buffers = [torch.full((o, i + 64), 7.0, dtype=dtype, device="cuda") for o, i in shapes]
         plan = DecodePlan(weights, [b[:, :-64] for b in buffers])
-        assert len(plan._launches) == 1
+        assert len(plan.launches) == 1
         plan.run()
         for (data, state), buffer in zip(packed, buffers, strict=True):
             state.dtype = dtype

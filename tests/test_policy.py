@@ -98,6 +98,23 @@ def test_any_other_architecture_trains_on_transformers_own_layers(kind: str) -> 
     assert all(p.grad is not None and p.grad.any() for p in policy.flat.parameters.values())
 
 
+@pytest.mark.parametrize("moved", ["flat", "its gradient", "a parameter", "a gradient"])
+def test_tensors_that_left_the_buffers_are_seen(moved: str) -> None:
+    flat = tiny_policy(torch.float32).flat
+    flat.check_views()
+    last = list(flat.parameters.values())[-1]
+    if moved == "flat":
+        flat.flat.data = flat.flat.data.clone()
+    elif moved == "its gradient":
+        flat.flat.grad = flat.gradient.clone()
+    elif moved == "a parameter":
+        last.data = last.data.clone()
+    else:
+        last.grad = torch.zeros_like(last)
+    with pytest.raises(AssertionError):
+        flat.check_views()
+
+
 def step_gradient(budget: int, share: bool):
     """Adapter gradient of one step over 9 rollouts of 3 groups, packed in this way."""
     policy, made = tiny_policy(torch.float64, trained=0.3), rollouts(3)

@@ -108,20 +108,20 @@ class _Forms:
 _forms: dict[int, _Forms] = {}
 """Of the kernels, by their ids: Triton's own hash of one takes microseconds."""
 ALIGNMENT = 64
-"""Bytes. Triton compiles a kernel anew for addresses that are not multiples of 16."""
-PLAIN = {int, float, bool, str, type(None)}
-"""Types of arguments that are not tensors."""
+"""Bytes. Triton compiles a kernel anew for addresses that are not multiples of 16; a finer rule would be met too."""
+PLAIN = {float, bool, str, type(None)}
+"""Types of arguments that are neither tensors nor integers."""
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
     """`kernel[grid](*arguments, **constants)` on the device of the first argument, a tensor, and the current stream.
 
     arguments: in the kernel's order. constants: what it has behind them, and num_warps and the like.
-    Triton looks at every argument and constant to find what it has compiled, which takes the host longer than the rest
-    of a launch, 33 times per layer (benchmarks/host_time.py). A call like an earlier one goes straight to what that
-    was compiled to, as Triton's tutorial on the fused softmax launches. Like: what Triton goes by, and finer, so that
-    no rule of its own is needed here: the device, each tensor's dtype and address modulo 64, None, and all numbers as
-    they are but those of `VARYING`, whose values Triton is told not to look at.
+    Triton looks at every argument and constant to find what it has compiled, 33 times per layer, which the host was
+    held up by (benchmarks/host_time.py). A call like an earlier one goes straight to what that was compiled to, as
+    Triton's tutorial on the fused softmax launches. Like: what Triton goes by, and finer, so that no rule of its own is
+    needed here: the device, all types, each tensor's dtype and address modulo 64, and all numbers as they are but those
+    of `VARYING`, whose values Triton is told not to look at.
     """
     with _on_device(arguments[0]):
         forms = _forms.get(id(kernel))
@@ -130,10 +130,14 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any
                 kernel[grid](*arguments, **constants)
                 return
             forms = _forms[id(kernel)] = _Forms(kernel)
-        like = [a if a.__class__ in PLAIN else (a.dtype, a.data_ptr() % ALIGNMENT) for a in arguments]
+        # Of the types only integers stand for themselves: 1, 1.0 and True are equal.
+        like = [
+            a if (kind := a.__class__) is int else (kind, a) if kind in PLAIN else (a.dtype, a.data_ptr() % ALIGNMENT)
+            for a in arguments
+        ]
         for i in forms.varying:
             like[i] = arguments[i] >> 31
-        key = (arguments[0].get_device(), *like, *constants.items())
+        key = (arguments[0].get_device(), *like, *constants.items(), *map(type, constants.values()))
         found = forms.found.get(key)
         if found is None:
             compiled = kernel[grid](*arguments, **constants)

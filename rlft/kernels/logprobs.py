@@ -21,6 +21,8 @@ Sources: grad-in-forward over chunks as in Liger-Kernel (arXiv 2410.10989) and T
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -148,10 +150,10 @@ def _logits(scratch: _Scratch, h: Tensor, weight: Tensor) -> Tensor:
 
 def _forward_chunk(
     scratch: _Scratch, h: Tensor, weight: Tensor, targets: Tensor, temperature: float, softcap: float | None,
-    scale: float, picked: Tensor, jacobian: Tensor | None, found: Tensor,
+    scale: float, jacobian: Tensor | None, found: Sequence[Tensor],
 ) -> None:  # fmt: skip
-    """A chunk's log-probs and entropies into found [4, rows], its jacobian into `jacobian` [rows, H]. picked: rows of
-    the head that exist, for targets that may not."""
+    """A chunk's log-probs and entropies into the first two of `found`, [rows] each (the others are for kernels), its
+    jacobian into `jacobian` [rows, H]."""
     z = _logits(scratch, h, weight)
     factor = scale / temperature
     if z.device.type != "cuda":
@@ -160,7 +162,8 @@ def _forward_chunk(
             assert chunk.weights is not None
             own = weight[targets] * chunk.own[:, None]
             jacobian.copy_((own - _over_vocabulary(chunk.weights, weight) * chunk.others[:, None]) * factor)
-        found[0], found[1] = chunk.logprob, chunk.entropy
+        found[0].copy_(chunk.logprob)
+        found[1].copy_(chunk.entropy)
         return
     weights = None if scratch.weights is None else scratch.weights[: h.shape[0]]
     chunk = launch_rows(z, targets, weights, temperature, softcap, scale, found=found)
@@ -168,7 +171,8 @@ def _forward_chunk(
         assert weights is not None and scratch.product is not None
         product = scratch.product[: h.shape[0]]
         _product(weights, weight, product)
-        launch_jacobian(product, weight[picked], chunk, factor, jacobian)
+        # A target outside the vocabulary has made logprob nan already; the row it picks does not matter.
+        launch_jacobian(product, weight[targets.clamp(0, weight.shape[0] - 1)], chunk, factor, jacobian)
 
 
 class _LinearLogprobs(torch.autograd.Function):
@@ -180,21 +184,18 @@ class _LinearLogprobs(torch.autograd.Function):
         temperature, softcap, scale = options
         # On a CPU 16-bit products are slow and round: the head is widened once.
         head = weight if hidden.device.type == "cuda" else weight.to(dtype)
-        # Each chunk's numbers go where they stay, at addresses that no kernel is compiled anew for.
-        found = hidden.new_empty(4, -(-hidden.shape[0] // 64) * 64, dtype=dtype)[:, : hidden.shape[0]]
-        logprobs, entropy = found[0], found[1]
-        # A target outside the vocabulary makes its log-prob nan; the row it picks does not matter.
-        picked = targets.clamp(0, weight.shape[0] - 1)
+        logprobs = hidden.new_empty(hidden.shape[0], dtype=dtype)
+        entropy = torch.empty_like(logprobs)
+        own, others = torch.empty_like(logprobs), torch.empty_like(logprobs)
         by_logprob = torch.empty_like(hidden) if grad else None
         by_entropy = torch.empty_like(hidden) if grad and entropy_grad else None
         scratch = _Scratch(min(rows, max(1, hidden.shape[0])), hidden, head, grad, workspace)
         for start in range(0, hidden.shape[0], rows):
             part = slice(start, start + rows)
             into = None if by_logprob is None else by_logprob[part]
-            _forward_chunk(
-                scratch, hidden[part], head, targets[part], temperature, softcap, scale, picked[part], into,
-                found[:, part],
-            )  # fmt: skip
+            # Where they stay: chunks of 128 rows and more begin where no kernel is compiled anew for.
+            found = [t[part] for t in (logprobs, entropy, own, others)]
+            _forward_chunk(scratch, hidden[part], head, targets[part], temperature, softcap, scale, into, found)
             if by_entropy is not None:
                 q = entropy_weights(_logits(scratch, hidden[part], head), temperature, softcap, scale)
                 by_entropy[part] = (q.to(head.dtype) @ head) * (-scale / temperature)
@@ -288,5 +289,5 @@ def linear_logprobs(
     grad = torch.is_grad_enabled() and hidden.requires_grad
     hidden, weight = (x if x.stride(-1) == 1 else x.contiguous() for x in (hidden, weight))
     rows = chunk_rows(weight.shape[0], hidden.dtype, chunk_bytes)
-    options = (float(temperature), softcap, float(scale))
+    options = (float(temperature), None if softcap is None else float(softcap), float(scale))
     return _LinearLogprobs.apply(hidden, weight, targets.contiguous(), options, rows, entropy_grad, grad, workspace)  # type: ignore[return-value]

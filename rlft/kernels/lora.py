@@ -62,16 +62,15 @@ class Weight(NamedTuple):
     @classmethod
     def of(cls, group: LoraGroup, buffer: Tensor) -> Weight:
         """W goes to buffer[:out, :H]. Raises ValueError for a buffer of another shape."""
-        Y, H, tail = group.out, group.in_features, group.tail
-        shape = (Y + tail, H + tail)
-        want("Weight", tuple(buffer.shape) == shape, f"a buffer {list(shape)}", buffer=buffer)
+        Y, H = group.out, group.in_features
+        want("Weight", buffer.shape == group.buffer, f"a buffer {list(group.buffer)}", buffer=buffer)
         w = buffer[:Y]
         return cls(group, buffer, w[:, H:], buffer[Y:, :H], w.T, w[:, :H].T, buffer[:, :H])
 
     @classmethod
     def empty(cls, group: LoraGroup, like: Tensor) -> Weight:
         """In new memory of like's dtype and device."""
-        return cls.of(group, like.new_empty(group.out + group.tail, group.in_features + group.tail))
+        return cls.of(group, like.new_empty(group.buffer))
 
 
 def forward(

@@ -75,6 +75,11 @@ class LoraGroup:
         """Columns behind x and dY, rows below W: the sum of the ranks rounded up; 0 without any adapter."""
         return -(-self.rank // self.align) * self.align
 
+    @cached_property
+    def buffer(self) -> tuple[int, int]:
+        """Shape of a buffer with room for W, b and a."""
+        return self.out + self.tail, self.in_features + self.tail
+
     def rows(self, i: int) -> slice:
         """Columns of Y and rows of W that are projection i's."""
         return slice(sum(self.out_features[:i]), sum(self.out_features[: i + 1]))

@@ -251,9 +251,7 @@ def _parts(group: LoraGroup, of_b: bool) -> tuple[int, ...]:
     return (*three(ends)[:2], ends[-1])
 
 
-def _sums(
-    group: LoraGroup, q: Tensor, of_b: bool, grads: Sequence[Tensor]
-) -> tuple[int, tuple, dict[str, int]]:  # fmt: skip
+def _sums(group: LoraGroup, q: Tensor, of_b: bool, grads: Sequence[Tensor]) -> tuple[int, tuple, dict[str, int]]:
     """Programs, arguments and constants of `_sum_splits`: to each gradient its elements of q, B's times the scale."""
     adapted, (splits, size) = group.adapted, q.shape
     scales = [float(group.scales[i]) for i in adapted] if of_b else [1.0]

@@ -274,7 +274,7 @@ class DecodePlan:
         device = outs[0].device
         self.code = upload(torch.tensor(NF4_CODE, dtype=torch.float32), device)
         if self.gpu:
-            _ = self._launches  # tables are copied now: the first run may be captured
+            _ = self.launches  # tables are copied now: the first run may be captured
 
     def _in_words(self, i: int) -> bool:
         """Whether `_decode_words` can do matrix i."""
@@ -283,7 +283,7 @@ class DecodePlan:
         return aligned and out.shape[1] % 8 == 0 and out.stride(0) % 8 == 0
 
     @cached_property
-    def _launches(self) -> list[Callable[[], None]]:
+    def launches(self) -> list[Callable[[], None]]:
         """For each kind of matrix."""
         alike: dict[tuple[int, int, bool], list[int]] = {}
         for i, weight in enumerate(self.weights):
@@ -326,7 +326,7 @@ class DecodePlan:
 
     def launch(self) -> None:
         """The Triton kernels, on the current stream."""
-        for each in self._launches:
+        for each in self.launches:
             each()
 
 

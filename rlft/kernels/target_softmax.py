@@ -16,6 +16,7 @@ maximum, by the kernel that adds up the row's parts. Bytes per logit: 4 read, 2 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -175,15 +176,15 @@ def _finish_kernel(
 
 def launch_rows(
     z: Tensor, targets: Tensor, weights: Tensor | None, temperature: float, softcap: float | None, scale: float,
-    block: int = BLOCK, found: Tensor | None = None,
+    block: int = BLOCK, found: Sequence[Tensor] | None = None,
 ) -> Rows:  # fmt: skip
     """`target_softmax_reference` by the kernels. z: [rows, V] fp32, any row stride. weights: [rows, V], written.
-    found: [4, rows] fp32, rows contiguous, where the numbers go."""
+    found: four [rows], contiguous, for log-probs, entropies, `own` and `others`."""
     rows, vocab = z.shape
     splits = -(-vocab // block)
     parts = torch.empty(rows, splits, 3, dtype=torch.float32, device=z.device)
-    found = torch.empty(4, rows, dtype=torch.float32, device=z.device) if found is None else found
-    numbers = found.unbind()
+    if found is None:
+        found = torch.empty(4, rows, dtype=torch.float32, device=z.device).unbind()
     out = z if weights is None else weights
     common = (vocab, z.stride(0), out.stride(0), splits, scale, softcap or 1.0, 1.0 / temperature)
     flags = {
@@ -192,7 +193,7 @@ def launch_rows(
     }  # fmt: skip
     launch(_rows_kernel, (rows * splits,), z, targets, out, parts, *common, **flags, num_warps=8)
     launch(
-        _finish_kernel, (rows,), z, targets, out, parts, *numbers, *common, **flags, SPLITS=power_of_2(splits),
+        _finish_kernel, (rows,), z, targets, out, parts, *found, *common, **flags, SPLITS=power_of_2(splits),
         num_warps=4,
     )  # fmt: skip
-    return Rows(numbers[0], numbers[1], numbers[2], numbers[3], weights)
+    return Rows(found[0], found[1], found[2], found[3], weights)

@@ -79,6 +79,7 @@ class FlatAdapter:
 
     def check_views(self) -> None:
         """Assert that parameters and gradients still live in the buffers (nothing replaced them behind our back)."""
-        assert self.gradient.data_ptr() == next(iter(self._gradients.values())).data_ptr(), "the gradient buffer"
+        assert self.flat.data_ptr() == self._addresses[0][1], "the buffer"
+        assert self.gradient.data_ptr() == next(iter(self._gradients.values())).data_ptr(), "the gradients' buffer"
         for name, (p, address) in zip(self.parameters, self._addresses, strict=True):
             assert p.data_ptr() == address and p.grad is self._gradients[p], name

@@ -98,11 +98,6 @@ def _readable(module: Any) -> Tensor | Nf4Weight:
     return weight.detach()
 
 
-def _shape(group: LoraGroup) -> tuple[int, int]:
-    """Of its buffer."""
-    return group.out + group.tail, group.in_features + group.tail
-
-
 class _Bring:
     """Writes the frozen weights of projections into buffers; what the decoder needs is made once."""
 
@@ -136,12 +131,14 @@ class _Bring:
             return None
         made = self._weights.get(groups)
         if made is None:
-            found = list(zip([_shape(g) for g in groups], self.buffers, self._frozen, strict=True))
+            found = list(zip([g.buffer for g in groups], self.buffers, self._frozen, strict=True))
             if any(shape not in (tuple(buffer.shape), own) for shape, buffer, own in found):
                 return None
             parts = [buffer[: shape[0], : shape[1]] for shape, buffer, _ in found]
             made = tuple(lora.Weight.of(*pair) for pair in zip(groups, parts, strict=True))
             self._weights[groups] = made
+            if len(self._weights) > ADAPTERS + 1:  # and none
+                del self._weights[next(iter(self._weights))]
         return made
 
     @property
@@ -232,13 +229,13 @@ class Store:
         weights = None if kept is None else kept.weights(groups, like.dtype)
         if kept is None or weights is None:
             self.version += kept is not None
-            shapes = [_shape(group) for group in groups]
+            shapes = [group.buffer for group in groups]
             sizes = [rows * columns for rows, columns in shapes]
             if self.mode == "shadow":
                 memory = like.new_empty(sum(sizes))
             else:
                 # With room for what is brought after these.
-                every = [math.prod(_shape(b.group)) for b in bound]
+                every = [math.prod(b.group.buffer) for b in bound]
                 memory = self._shared(max(every) if self.mode == "group" else sum(every), like)
             buffers = [p.view(s) for p, s in zip(memory[: sum(sizes)].split(sizes), shapes, strict=True)]
             kept = self._brought[key] = _Bring(projections[part], bound[part], buffers)

@@ -21,12 +21,12 @@ BUDGETS = (
     *range(32768, 16384, -4096), *range(16384, 8192, -2048), *range(8192, 6144, -1024), *range(6144, 4095, -512)
 )  # fmt: skip
 """Tokens per micro-batch that are tried, from the most."""
-LAUNCHING = 3.3e-3
-"""Seconds of the host for launching a layer's forward and backward at L0: 4.5 seen on an H100 machine, before a step of
-micro-batches of 1,024 tokens, which waits for its launches, went from 3.60 to 2.64 s there (recorded_tight)."""
+LAUNCHING = 3.6e-3
+"""Seconds of the host for launching a layer's forward and backward at L0: 4.5 ms seen on an H100 machine, by as much
+less as benchmarks/host_time.py has found since."""
 LAUNCHING_MORE = 5.9e-3
-"""The same with shared prompts and with weights that are decoded anew, at most: what such a micro-batch takes per
-layer, head and loss included (recorded_tight, de06613)."""
+"""The same with shared prompts and weights that are decoded anew, at most: what a step of 56 micro-batches of 1,024
+tokens, which waits for its launches, takes for each layer of each, head and loss included (recorded_tight, de06613)."""
 FLOPS = 600e12
 """Speed of matrix products."""
 BESIDE = 1.35
