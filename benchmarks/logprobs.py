@@ -161,9 +161,10 @@ def sweep() -> list[dict[str, Any]]:
         found.append(row("head-sweep/8192", f"{rows_} rows", "peak_GiB", peak_gib(call), "GiB"))
     z = torch.randn(512, 151_936, device="cuda")
     e = torch.empty(512, 151_936, device="cuda", dtype=torch.bfloat16)
+    given = (z, targets[:512], torch.empty(4, 512, device="cuda").unbind(), e)
     bytes_ = z.numel() * 6
     for block in (1024, 2048, 4096, 8192, 16_384):
-        times = interleaved({"rows": lambda b=block: logprobs.launch_rows(z, targets[:512], e, 1.0, None, 1.0, b)})
+        times = interleaved({"rows": lambda b=block: logprobs.launch_rows(*given, 1.0, None, 1.0, b)})
         speed = [bytes_ / ms / 1e6 for ms in times["rows"]]
         found.append(row("head-sweep/rows", f"block {block}", "GBs", speed, "GB/s"))
     return found

@@ -196,7 +196,9 @@ def by_kernels(
     z = torch.full((rows, vocab + pad), float("nan"))[:, :vocab]
     z.copy_(hidden @ weight.T)
     weights = torch.full((rows, vocab + pad), float("nan"), dtype=hidden.dtype)[:, :vocab]
-    chunk = launch_rows(z, targets, weights, temperature, softcap, scale, block)
+    room = torch.full((4, rows + 2), float("nan"))
+    chunk = launch_rows(z, targets, [row[1:-1] for row in room], weights, temperature, softcap, scale, block)
+    assert room[:, [0, -1]].isnan().all()
     jacobian = torch.full_like(hidden, float("nan"))
     launch_jacobian(weights @ weight, weight[targets], chunk, scale / temperature, jacobian)
     return chunk, jacobian

@@ -166,7 +166,7 @@ def _forward_chunk(
         found[1].copy_(chunk.entropy)
         return
     weights = None if scratch.weights is None else scratch.weights[: h.shape[0]]
-    chunk = launch_rows(z, targets, weights, temperature, softcap, scale, found=found)
+    chunk = launch_rows(z, targets, found, weights, temperature, softcap, scale)
     if jacobian is not None:
         assert weights is not None and scratch.product is not None
         product = scratch.product[: h.shape[0]]

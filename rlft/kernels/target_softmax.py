@@ -175,16 +175,14 @@ def _finish_kernel(
 
 
 def launch_rows(
-    z: Tensor, targets: Tensor, weights: Tensor | None, temperature: float, softcap: float | None, scale: float,
-    block: int = BLOCK, found: Sequence[Tensor] | None = None,
+    z: Tensor, targets: Tensor, found: Sequence[Tensor], weights: Tensor | None, temperature: float,
+    softcap: float | None, scale: float, block: int = BLOCK,
 ) -> Rows:  # fmt: skip
-    """`target_softmax_reference` by the kernels. z: [rows, V] fp32, any row stride. weights: [rows, V], written.
-    found: four [rows], contiguous, for log-probs, entropies, `own` and `others`."""
+    """`target_softmax_reference` by the kernels. z: [rows, V] fp32, any row stride. found: four [rows], contiguous,
+    where log-probs, entropies, `own` and `others` go. weights: [rows, V], written."""
     rows, vocab = z.shape
     splits = -(-vocab // block)
     parts = torch.empty(rows, splits, 3, dtype=torch.float32, device=z.device)
-    if found is None:
-        found = torch.empty(4, rows, dtype=torch.float32, device=z.device).unbind()
     out = z if weights is None else weights
     common = (vocab, z.stride(0), out.stride(0), splits, scale, softcap or 1.0, 1.0 / temperature)
     flags = {
