@@ -40,8 +40,7 @@ class Layer:
         self.bias, self.dy = randn(group.out), randn(T, group.out)
         nan = unread(self.x.dtype, self.x.device.type)
         self.rows_x, self.rows_dy = (F.pad(t, (0, group.tail), value=nan) for t in (self.x, self.dy))
-        self.weight = lora.Weight.empty(group, self.x)
-        self.weight.buffer.fill_(nan)
+        self.weight = lora.Weight.of(group, self.x.new_full(group.buffer, nan))
         self.weight.buffer[: group.out, :H] = torch.cat(self.weights)
         fill(group, self.A, self.B, self.weight.b, self.weight.a)
 

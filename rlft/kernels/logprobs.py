@@ -21,8 +21,6 @@ Sources: grad-in-forward over chunks as in Liger-Kernel (arXiv 2410.10989) and T
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -140,6 +138,8 @@ class _Scratch:
         self.z = empty(wide, dtype)[:, :vocab]
         self.weights = empty(wide, weight.dtype)[:, :vocab] if grad else None
         self.product = empty(weight.shape[1], dtype) if grad else None
+        self.own, self.others = (hidden.new_empty(rows, dtype=dtype) for _ in range(2))
+        """Of `Rows`, by the kernels."""
 
 
 def _logits(scratch: _Scratch, h: Tensor, weight: Tensor) -> Tensor:
@@ -150,26 +150,27 @@ def _logits(scratch: _Scratch, h: Tensor, weight: Tensor) -> Tensor:
 
 def _forward_chunk(
     scratch: _Scratch, h: Tensor, weight: Tensor, targets: Tensor, temperature: float, softcap: float | None,
-    scale: float, jacobian: Tensor | None, found: Sequence[Tensor],
+    scale: float, logprobs: Tensor, entropy: Tensor, jacobian: Tensor | None,
 ) -> None:  # fmt: skip
-    """A chunk's log-probs and entropies into the first two of `found`, [rows] each (the others are for kernels), its
-    jacobian into `jacobian` [rows, H]."""
-    z = _logits(scratch, h, weight)
+    """Results of one chunk, into views of the caller's: `logprobs` and `entropy` [rows], `jacobian` [rows, H]."""
+    z, rows = _logits(scratch, h, weight), h.shape[0]
     factor = scale / temperature
     if z.device.type != "cuda":
         chunk = target_softmax_reference(z, targets, temperature, softcap, scale, jacobian is not None)
         if jacobian is not None:
             assert chunk.weights is not None
-            own = weight[targets] * chunk.own[:, None]
-            jacobian.copy_((own - _over_vocabulary(chunk.weights, weight) * chunk.others[:, None]) * factor)
-        found[0].copy_(chunk.logprob)
-        found[1].copy_(chunk.entropy)
+            picked = weight[targets] * chunk.own[:, None]
+            jacobian.copy_((picked - _over_vocabulary(chunk.weights, weight) * chunk.others[:, None]) * factor)
+        logprobs.copy_(chunk.logprob)
+        entropy.copy_(chunk.entropy)
         return
-    weights = None if scratch.weights is None else scratch.weights[: h.shape[0]]
+    weights = None if scratch.weights is None else scratch.weights[:rows]
+    # Where they stay: chunks of 128 rows and more begin where no kernel is compiled anew for.
+    found = (logprobs, entropy, scratch.own[:rows], scratch.others[:rows])
     chunk = launch_rows(z, targets, found, weights, temperature, softcap, scale)
     if jacobian is not None:
         assert weights is not None and scratch.product is not None
-        product = scratch.product[: h.shape[0]]
+        product = scratch.product[:rows]
         _product(weights, weight, product)
         # A target outside the vocabulary has made logprob nan already; the row it picks does not matter.
         launch_jacobian(product, weight[targets.clamp(0, weight.shape[0] - 1)], chunk, factor, jacobian)
@@ -186,16 +187,16 @@ class _LinearLogprobs(torch.autograd.Function):
         head = weight if hidden.device.type == "cuda" else weight.to(dtype)
         logprobs = hidden.new_empty(hidden.shape[0], dtype=dtype)
         entropy = torch.empty_like(logprobs)
-        own, others = torch.empty_like(logprobs), torch.empty_like(logprobs)
         by_logprob = torch.empty_like(hidden) if grad else None
         by_entropy = torch.empty_like(hidden) if grad and entropy_grad else None
         scratch = _Scratch(min(rows, max(1, hidden.shape[0])), hidden, head, grad, workspace)
         for start in range(0, hidden.shape[0], rows):
             part = slice(start, start + rows)
             into = None if by_logprob is None else by_logprob[part]
-            # Where they stay: chunks of 128 rows and more begin where no kernel is compiled anew for.
-            found = [t[part] for t in (logprobs, entropy, own, others)]
-            _forward_chunk(scratch, hidden[part], head, targets[part], temperature, softcap, scale, into, found)
+            _forward_chunk(
+                scratch, hidden[part], head, targets[part], temperature, softcap, scale, logprobs[part], entropy[part],
+                into,
+            )  # fmt: skip
             if by_entropy is not None:
                 q = entropy_weights(_logits(scratch, hidden[part], head), temperature, softcap, scale)
                 by_entropy[part] = (q.to(head.dtype) @ head) * (-scale / temperature)

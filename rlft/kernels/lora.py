@@ -67,11 +67,6 @@ class Weight(NamedTuple):
         w = buffer[:Y]
         return cls(group, buffer, w[:, H:], buffer[Y:, :H], w.T, w[:, :H].T, buffer[:, :H])
 
-    @classmethod
-    def empty(cls, group: LoraGroup, like: Tensor) -> Weight:
-        """In new memory of like's dtype and device."""
-        return cls.of(group, like.new_empty(group.buffer))
-
 
 def forward(
     weight: Weight, x: Tensor, bias: Tensor | None = None, out: Tensor | None = None, adapter: bool = True,

@@ -243,25 +243,16 @@ ELEMENTS = 256
 """Of q, per program."""
 
 
-@cache
-def _parts(group: LoraGroup, of_b: bool) -> tuple[int, ...]:
-    """Where the first and the second of B's (or A's) gradients end among the elements of q, and how many there are."""
-    width = group.out_features if of_b else (group.in_features,) * len(group.ranks)
-    ends = list(itertools.accumulate(width[i] * group.ranks[i] for i in group.adapted))
-    return (*three(ends)[:2], ends[-1])
+def _sums(q: Tensor, grads: Sequence[Tensor], scales: Sequence[float]) -> tuple[int, tuple, dict[str, int]]:
+    """Programs, arguments and constants of `_sum_splits`: grads[i] += scales[i] * its elements of q."""
+    ends = list(itertools.accumulate(g.numel() for g in grads))
+    arguments = (q, *three(grads), *three(ends)[:2], q.shape[1], *three([float(s) for s in scales]), q.shape[0])
+    return -(-q.shape[1] // ELEMENTS), arguments, {"SPLITS_BLOCK": power_of_2(q.shape[0]), "BLOCK": ELEMENTS}
 
 
-def _sums(group: LoraGroup, q: Tensor, of_b: bool, grads: Sequence[Tensor]) -> tuple[int, tuple, dict[str, int]]:
-    """Programs, arguments and constants of `_sum_splits`: to each gradient its elements of q, B's times the scale."""
-    adapted, (splits, size) = group.adapted, q.shape
-    scales = [float(group.scales[i]) for i in adapted] if of_b else [1.0]
-    arguments = (q, *three([grads[i] for i in adapted]), *_parts(group, of_b), *three(scales), splits)
-    return -(-size // ELEMENTS), arguments, {"SPLITS_BLOCK": power_of_2(splits), "BLOCK": ELEMENTS}
-
-
-def _add(group: LoraGroup, q: Tensor, of_b: bool, grads: Sequence[Tensor]) -> None:
+def _add(q: Tensor, grads: Sequence[Tensor], scales: Sequence[float]) -> None:
     """`_sum_splits` in a launch of its own."""
-    programs, arguments, constants = _sums(group, q, of_b, grads)
+    programs, arguments, constants = _sums(q, grads, scales)
     launch(_fold, (programs,), *arguments, **constants)
 
 
@@ -280,11 +271,12 @@ def gradients_b_launch(
     """`gradients_b` by the kernels."""
     fused = max(group.ranks) <= fused_rank
     q, p, tiles = _column_pass(dy, s, b if fused else None, _spans(group), False, how)
+    grads, scales = [grad_B[i] for i in group.adapted], [group.scales[i] for i in group.adapted]
     if p is None:
         torch.mm(dy, b, out=ds)
-        _add(group, q, True, grad_B)
+        _add(q, grads, scales)
         return
-    programs, arguments, constants = _sums(group, q, True, grad_B)
+    programs, arguments, constants = _sums(q, grads, scales)
     T, tail = ds.shape
     block = min(64, power_of_2(tail))
     rows = 1024 // block
@@ -297,7 +289,7 @@ def gradients_b_launch(
 def gradients_a_launch(group: LoraGroup, ds: Tensor, x: Tensor, grad_A: Sequence[Tensor], how: Launch = GRAD_A) -> None:
     """`gradients_a` by the kernels."""
     q, _, _ = _column_pass(x, ds, None, ((0, group.in_features, 0, group.rank),), True, how)
-    _add(group, q, False, grad_A)
+    _add(q, [grad_A[i] for i in group.adapted], [1.0 for _ in group.adapted])
 
 
 def gradients_launch(

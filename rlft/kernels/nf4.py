@@ -288,9 +288,9 @@ class DecodePlan:
         alike: dict[tuple[int, int, bool], list[int]] = {}
         for i, weight in enumerate(self.weights):
             nested = weight.nested_blocksize if weight.nested_code is not None else 0
-            alike.setdefault((weight.blocksize, nested, self._in_words(i)), []).append(i)
-        some = {kind: members for kind, members in alike.items() if any(self.outs[i].numel() for i in members)}
-        return [self._launch(*kind, members) for kind, members in some.items()]
+            if weight.numel:
+                alike.setdefault((weight.blocksize, nested, self._in_words(i)), []).append(i)
+        return [self._launch(*kind, members) for kind, members in alike.items()]
 
     def _launch(self, blocksize: int, nested: int, words: bool, members: list[int]) -> Callable[[], None]:
         # One by one, 8 elements per thread are as many as fit its registers.

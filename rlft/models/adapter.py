@@ -49,12 +49,12 @@ class FlatAdapter:
         """True when every B was 0 at first, so that the starting policy is the base itself."""
         offset = 0
         self._gradients: dict[Tensor, Tensor] = {}
-        self._addresses: list[tuple[nn.Parameter, int]] = []
+        self._addresses: list[int] = []
         for parameter in self.parameters.values():
             part = slice(offset, offset + parameter.numel())
             parameter.data = self.flat.data[part].view(parameter.shape)
             parameter.grad = self._gradients[parameter] = self.flat.grad[part].view(parameter.shape)
-            self._addresses.append((parameter, parameter.data_ptr()))
+            self._addresses.append(parameter.data_ptr())
             offset += parameter.numel()
 
     def tensors(self) -> dict[str, Tensor]:
@@ -79,7 +79,7 @@ class FlatAdapter:
 
     def check_views(self) -> None:
         """Assert that parameters and gradients still live in the buffers (nothing replaced them behind our back)."""
-        assert self.flat.data_ptr() == self._addresses[0][1], "the buffer"
+        assert self.flat.data_ptr() == self._addresses[0], "the buffer"
         assert self.gradient.data_ptr() == next(iter(self._gradients.values())).data_ptr(), "the gradients' buffer"
-        for name, (p, address) in zip(self.parameters, self._addresses, strict=True):
+        for (name, p), address in zip(self.parameters.items(), self._addresses, strict=True):
             assert p.data_ptr() == address and p.grad is self._gradients[p], name

@@ -131,12 +131,11 @@ class _Bring:
             return None
         made = self._weights.get(groups)
         if made is None:
-            found = list(zip([g.buffer for g in groups], self.buffers, self._frozen, strict=True))
-            if any(shape not in (tuple(buffer.shape), own) for shape, buffer, own in found):
+            found = list(zip(groups, self.buffers, self._frozen, strict=True))
+            if any(group.buffer not in (tuple(buffer.shape), own) for group, buffer, own in found):
                 return None
-            parts = [buffer[: shape[0], : shape[1]] for shape, buffer, _ in found]
-            made = tuple(lora.Weight.of(*pair) for pair in zip(groups, parts, strict=True))
-            self._weights[groups] = made
+            parts = ((group, buffer[: group.buffer[0], : group.buffer[1]]) for group, buffer, _ in found)
+            made = self._weights[groups] = tuple(lora.Weight.of(*part) for part in parts)
             if len(self._weights) > ADAPTERS + 1:  # and none
                 del self._weights[next(iter(self._weights))]
         return made
@@ -229,15 +228,13 @@ class Store:
         weights = None if kept is None else kept.weights(groups, like.dtype)
         if kept is None or weights is None:
             self.version += kept is not None
-            shapes = [group.buffer for group in groups]
-            sizes = [rows * columns for rows, columns in shapes]
-            if self.mode == "shadow":
-                memory = like.new_empty(sum(sizes))
-            else:
-                # With room for what is brought after these.
-                every = [math.prod(b.group.buffer) for b in bound]
-                memory = self._shared(max(every) if self.mode == "group" else sum(every), like)
-            buffers = [p.view(s) for p, s in zip(memory[: sum(sizes)].split(sizes), shapes, strict=True)]
+            every = [math.prod(b.group.buffer) for b in bound]
+            sizes = every[part]
+            # What all share has room for what is brought after these.
+            largest = max(every) if self.mode == "group" else sum(every)
+            memory = like.new_empty(sum(sizes)) if self.mode == "shadow" else self._shared(largest, like)
+            parts = memory[: sum(sizes)].split(sizes)
+            buffers = [p.view(group.buffer) for p, group in zip(parts, groups, strict=True)]
             kept = self._brought[key] = _Bring(projections[part], bound[part], buffers)
             weights = kept.weights(groups, like.dtype)
             assert weights is not None
