@@ -3,8 +3,10 @@
     python benchmarks/grpo_iteration.py --out DIR --commit HASH ballast24/grpo
 
 `ballast24/grpo`: the 20B shape, 4 prompts of 512 tokens x 4 completions of 512, while all but 24 GiB of the card is
-taken. `rollout-110k`: the whole 8B shape, one prompt of 102,400 tokens x 2 completions of 7,600, and the training step
-over the same sequences. Memory is read from the driver, since vLLM's does not go through PyTorch's allocator.
+taken. `ballast48-70b/grpo`: the 70B shape, 2 sequences of 2,048 tokens behind one prompt of 512, all but 48 GiB taken,
+`engine.mode` = "lent". `rollout-110k`: the whole 8B shape, one prompt of 102,400 tokens x 2 completions of 7,600, and
+the training step over the same sequences. Memory is read from the driver, since vLLM's does not go through PyTorch's
+allocator.
 """
 
 from __future__ import annotations
@@ -37,6 +39,15 @@ from rlft.types import PackPlan
 GIB = 2**30
 WORKS: dict[str, dict[str, Any]] = {
     "ballast24/grpo": {"shape": "20b", "prompts": 4, "group": 4, "prompt": 512, "completion": 512, "cap": 24},
+    "ballast48-70b/grpo": {
+        "shape": "70b",
+        "prompts": 1,
+        "group": 2,
+        "prompt": 512,
+        "completion": 1536,
+        "cap": 48,
+        "mode": "lent",
+    },
     "rollout-110k": {"shape": "8b", "prompts": 1, "group": 2, "prompt": 102_400, "completion": 7_600, "cap": None},
 }
 
@@ -52,7 +63,7 @@ def measure(work: str) -> list[dict[str, Any]]:
     longest = how["prompt"] + how["completion"]
 
     def start() -> VllmEngine:
-        options = Engine("vllm", max_seqs=sequences)
+        options = Engine("vllm", mode=how.get("mode", "auto"), max_seqs=sequences)
         return VllmEngine(
             policy, tokenizer_of(how["shape"]), options, longest, sequences, note=lambda t: print(t, flush=True)
         )

@@ -4,7 +4,9 @@
 
 One step each, no warm-up, random weights made on the spot: attention alone takes minutes at these lengths. `sft:T` is
 one sequence of T tokens; `grpo:R` two completions of R tokens behind a prompt of 1,024, with 1.2 GiB set aside for a
-sleeping engine; `ballast24:T` is T tokens of the 20B shape while all but 24 GiB of the card is taken.
+sleeping engine; `ballast24:T` is T tokens of the 20B shape while all but 24 GiB of the card is taken; `sft70b:T` and
+`ballast48:T` are T tokens of the 70B shape on the whole card and while all but 48 GiB is taken, two steps each below
+65,536 tokens: the first registers host memory and compiles.
 """
 
 from __future__ import annotations
@@ -25,12 +27,15 @@ from timing import row
 
 from rlft.algorithm import build as build_algorithm
 from rlft.config import Algo, Lora, Optim
+from rlft.models.allocator import segments
 from rlft.models.load import attach_lora
 from rlft.models.policy import Policy
 from rlft.optim import Optimizer
 
 GIB = 2**30
 ASLEEP = 1.2
+SHAPES = {"ballast24": ("20b", 24), "sft70b": ("70b", None), "ballast48": ("70b", 48)}
+"""Shape of a work, and GiB of the card that are left to it; the 8B shape on all of it for the others."""
 
 
 def step(policy: Policy, batch: Any, loss: Any) -> dict[str, Any]:
@@ -38,21 +43,30 @@ def step(policy: Policy, batch: Any, loss: Any) -> dict[str, Any]:
     optimizer = Optimizer(policy.flat.flat, Optim(lr=1e-5), 1)
     fused = policy.fused
     assert fused is not None
+    fused.store.release()  # it is in the plan
+    torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
-    before, start = torch.cuda.memory_allocated(), time.perf_counter()
+    before, reserved, start = torch.cuda.memory_allocated(), torch.cuda.memory_reserved(), time.perf_counter()
     policy.flat.zero_grad()
     logprobs, _ = policy.logprobs(batch)
     loss(logprobs, batch.to("cuda")).backward()
     update = optimizer.step(0, 0)
     torch.cuda.synchronize()
     seconds = time.perf_counter() - start
-    free, total = torch.cuda.mem_get_info()
     assert not update.skipped, update
     return {
         "seconds": seconds, "peak": (torch.cuda.max_memory_allocated() - before) / GIB, "norm": update.grad_norm,
         "model": before / GIB, "plan": str(fused.ran), "planned": fused.ran.peak / GIB if fused.ran else 0,
-        "host": fused.offload.bytes / GIB, "driver": (total - free) / GIB,
+        "host": fused.offload.bytes / GIB, "driver": in_use() / GIB,
+        "driver_step": (torch.cuda.max_memory_reserved() - reserved) / GIB,
+        "retries": torch.cuda.memory_stats()["num_alloc_retries"],
     }  # fmt: skip
+
+
+def in_use() -> int:
+    """Bytes of the card that are in use, as the driver says."""
+    free, total = torch.cuda.mem_get_info()
+    return total - free
 
 
 def policy_of(shape: str) -> Policy:
@@ -83,11 +97,12 @@ def measure(work: str, tokens: int, policy: Policy) -> list[dict[str, Any]]:
     else:
         batch, kept, loss = stacks.batch_of([torch.randint(10, vocab, (tokens,)).tolist()]), 0, sft
     aside = torch.empty(kept, dtype=torch.uint8, device="cuda")
+    first = step(policy, batch, loss) if SHAPES.get(work, ("",))[0] == "70b" and tokens < 65536 else None
     got = step(policy, batch, loss)
     del aside
-    print(work, tokens, got, flush=True)
+    print(work, tokens, first and first["seconds"], got, flush=True)
     name = f"longest/{work}" if work in ("sft", "grpo") else f"{work}/sft"
-    note = f"{got['seconds']:.0f} s for the step; {got['plan']}; gradient norm {got['norm']:.3g}"
+    note = f"{got['seconds']:.1f} s for the step; {got['plan']}; gradient norm {got['norm']:.3g}"
     if work == "grpo":
         note += f"; two completions of so many tokens, {ASLEEP} GiB set aside for an engine"
     return [
@@ -97,6 +112,10 @@ def measure(work: str, tokens: int, policy: Policy) -> list[dict[str, Any]]:
         row(name, "rlft", "planned_GiB", got["planned"], "GiB"),
         row(name, "rlft", "host_GiB", got["host"], "GiB"),
         row(name, "rlft", "driver_GiB", got["driver"], "GiB", "in use on the card, as the driver says"),
+        row(
+            name, "rlft", "driver_step_GiB", got["driver_step"], "GiB", "most that PyTorch took from the driver for it"
+        ),
+        *([row(name, "rlft", "first_seconds", first["seconds"], "s")] if first else []),
     ]
 
 
@@ -104,16 +123,19 @@ if __name__ == "__main__":
     parser = arguments(__doc__)
     parser.add_argument("works", nargs="+")
     args = parser.parse_args()
-    rows, policies = [], {}
-    for work, tokens in (text.split(":") for text in args.works):
-        shape = "20b" if work.startswith("ballast") else "8b"
-        if work.startswith("ballast"):
-            total = torch.cuda.get_device_properties(0).total_memory
-            ballast = torch.empty(total - 24 * GIB, dtype=torch.uint8, device="cuda")
-        if shape not in policies:
-            policies.clear()
-            torch.cuda.empty_cache()
-            policies[shape] = policy_of(shape)
-        rows += measure(work, int(tokens), policies[shape])
-        write("longest" if shape == "8b" else "ballast24", [r for r in rows if shape == "8b" or "ballast" in r["work"]],
-              args.out, args.commit)  # fmt: skip
+    rows: list[dict[str, Any]] = []
+    policies: dict[Any, Policy] = {}
+    with segments(growing=True):
+        for work, tokens in (text.split(":") for text in args.works):
+            shape, cap = SHAPES.get(work, ("8b", None))
+            if (shape, cap) not in policies:
+                policies.clear()
+                torch.cuda.empty_cache()
+                total = torch.cuda.get_device_properties(0).total_memory
+                ballast = torch.empty(total - cap * GIB if cap else 0, dtype=torch.uint8, device="cuda")
+                policies[shape, cap] = policy_of(shape)
+            got = measure(work, int(tokens), policies[shape, cap])
+            rows += [r | {"name": {"8b": "longest", "20b": "ballast24", "70b": "longest_70b"}[shape]} for r in got]
+            for name in {r["name"] for r in rows}:
+                mine = [{k: v for k, v in r.items() if k != "name"} for r in rows if r["name"] == name]
+                write(name, mine, args.out, args.commit)

@@ -28,6 +28,7 @@ from rlft.data import Prompts, digest, hold_out, load_prompts, without
 from rlft.errors import ConfigError, DataError
 from rlft.evaluate import measures_loss
 from rlft.model_card import adapter_card
+from rlft.models.allocator import segments
 from rlft.models.load import attach_lora, fingerprint, load_base, load_tokenizer, resolve_device, resolve_dtype
 from rlft.models.memory import weight_bytes
 from rlft.models.policy import Policy
@@ -168,6 +169,7 @@ def build(
     _check(cfg, resume, callables=rewards is not None)
     with contextlib.ExitStack() as stack:
         console = stack.enter_context(Console())
+        stack.enter_context(segments(growing=True))
         run = Run.resume(cfg.out, empty=True) if resume else Run.create(cfg.out)
         writer = stack.enter_context(Background("rlft-writer"))
         algorithm = build_algorithm(cfg.algo, cfg.optim.updates)

@@ -12,34 +12,31 @@ import math
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from itertools import chain
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType, ModuleType
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from rlft import parity, report
-from rlft.batch import count, group_ids, pack, packing_stats
+from rlft.batch import group_ids, packing_stats
 from rlft.config import Config
 from rlft.console import evaluation_line
-from rlft.dist import sum_counts, sum_tensor
-from rlft.errors import EngineError, TrainError
+from rlft.errors import EngineError
 from rlft.evaluate import change, evaluate, recorded_loss
 from rlft.metrics import Metrics
-from rlft.optim import Update
-from rlft.prepare import Look, estimator_inputs, kl_in_reward
-from rlft.refill import Drawn, chosen, refill, solved, spread_back
+from rlft.out_of_memory import what_to_lower
+from rlft.refill import Drawn, refill, solved, spread_back
 from rlft.rewards.parts import Parts
 from rlft.rewards.score import check_invalid, score
 from rlft.rollout.engine import asleep
 from rlft.runs import PIECED_GROUPS
 from rlft.session import Session, build
-from rlft.step_metrics import Clock, batch_stats, peak_memory, rates, rollout_values, update_values
-from rlft.types import Batch, Rollout, State
+from rlft.step import learn
+from rlft.step_metrics import Clock, peak_memory, rates, rollout_values, update_values
+from rlft.types import Rollout, State
 
 
 def loop(s: Session) -> None:
@@ -51,38 +48,9 @@ def loop(s: Session) -> None:
         draw = functools.partial(sample_and_score, s, clock)
         drawn = refill(draw(cfg.prompts_per_step, 0), draw, cfg.prompts_per_step, cfg.refill.rounds)
         parts = Parts.join(drawn.parts)
-        rollouts, rewards = chosen(drawn)
 
         with clock("train"), asleep(engine), random_of(cfg.seed, state.step):
-            shaped, known = kl_in_reward(policy, algorithm, s.plan, rollouts, rewards)
-            metrics.add(known)
-            inputs = estimator_inputs(rollouts, parts, {f.name: f.weight for f in s.functions}, drawn.kept)
-            advantages = algorithm.advantage(shaped, group_ids(rollouts), **inputs)
-            packed = prepared(s, rollouts, minibatches(s, rollouts, rewards, advantages))
-            ran = [to_run(part, cfg.packing.skip_zero_advantage and algorithm.zero_adv_zero_grad) for part in packed]
-            # The same batches for old and now: packed otherwise, their difference would be noise of the kernels.
-            ran = [[filled(s, batch, mismatch) for batch in part] for part in ran]
-            updates: list[Update] = []
-            done, total = 0, cfg.optim.passes * sum(map(len, ran))
-            for part in ran * cfg.optim.passes:
-                policy.flat.zero_grad()
-                for batch in part:
-                    s.console.progress("training", done, total)
-                    logprobs, entropy = policy.logprobs(batch, algorithm.entropy_grad)
-                    batch = replace(batch.to(policy.device), entropy=entropy)
-                    loss, stats = algorithm.loss(logprobs, batch, algorithm.config)
-                    s.optimizer.scaled(loss).backward()
-                    metrics.add({**stats, **batch_stats(loss, entropy, batch)})
-                    if not updates and algorithm.old != "trainer":
-                        mismatch.add(logprobs, batch)
-                    done += 1
-                sum_tensor(policy.flat.gradient)
-                if not updates:
-                    sum_tensor(mismatch.sums)
-                    parity.gate(mismatch, s.limit, policy.score, part[0] if part else None)
-                updates.append(s.optimizer.step(state.updates, state.skipped_updates))
-                state.updates += 1
-                state.skipped_updates = state.skipped_updates + 1 if updates[-1].skipped else 0
+            done = learn(s, drawn, parts, metrics, mismatch)
 
         state.step += 1
         state.consumed, state.solved = s.prompts.consumed, sorted(s.prompts.solved)
@@ -90,10 +58,9 @@ def loop(s: Session) -> None:
         with clock("sync"):
             engine.load_adapter(policy.adapter(), version=state.step)
 
-        packed, ran = list(chain(*packed)), list(chain(*ran))
         values = metrics.values() | mismatch.values() | parts.metrics() | rollout_values(drawn.rollouts, drawn.rewards)
-        values |= update_values(updates, values) | packing_stats(packed, ran) | clock.values()
-        values |= rates(drawn.rollouts, ran, cfg.optim.passes, clock)
+        values |= update_values(done.updates, values) | packing_stats(done.packed, done.ran) | clock.values()
+        values |= rates(drawn.rollouts, done.ran, cfg.optim.passes, clock)
         values |= drawn.metrics(cfg.prompts_per_step) if cfg.refill.rounds else {}
         values |= {
             "epoch": s.prompts.epoch, "num_tokens": float(state.num_tokens), "parity/limit": s.limit,
@@ -104,7 +71,7 @@ def loop(s: Session) -> None:
         if algorithm.adapt is not None:
             values |= state.adapted
             state.adapted = algorithm.adapt(state.adapted, values.get("entropy", math.nan), algorithm.config)
-        record(s, values, drawn, parts, spread_back(drawn, advantages.tolist()), mismatch)
+        record(s, values, drawn, parts, spread_back(drawn, done.advantages.tolist()), mismatch)
         if cfg.eval.every and state.step % cfg.eval.every == 0 and state.step < s.steps:
             measure(s)
             if (best := s.run.best(also=state.step)) is not None and best.step == state.step:
@@ -129,67 +96,12 @@ def sample_and_score(s: Session, clock: Clock, count: int, round_: int) -> Drawn
     return drawn
 
 
-def minibatches(s: Session, rollouts: list[Rollout], rewards: Tensor, advantages: Tensor) -> list[list[Batch]]:
-    """The packed micro-batches of each update: the step's groups in `optim.minibatches` parts, as even as possible."""
-    groups = group_ids(rollouts)
-    total = int(groups[-1]) + 1
-    parts = min(s.cfg.optim.minibatches, total)
-    packed = []
-    for part in range(parts):
-        rows = ((groups * parts) // total == part).nonzero().flatten().tolist()
-        some = [rollouts[row] for row in rows]
-        cut = [r.finish_reason == "length" and s.cfg.overlong.drop for r in some]
-        keep = tuple(not invalid and not c for invalid, c in zip(rewards[rows].isnan().tolist(), cut, strict=True))
-        plan = replace(s.plan, keep=keep)
-        made = pack(some, advantages[rows], plan, sum_counts(count(some, plan)))
-        # Which rollouts of the step they are, and not of the part.
-        packed.append([replace(batch, rows=tuple(rows[row] for row in batch.rows)) for batch in made])
-    return packed
-
-
-def prepared(s: Session, rollouts: list[Rollout], packed: list[list[Batch]]) -> list[list[Batch]]:
-    """The micro-batches with what the loss needs to know about the whole step."""
-    if s.algorithm.prepare is None:
-        return packed
-    rows = sorted(row for batch in chain(*packed) for row in batch.rows)
-    look = Look(s.policy, s.plan, [rollouts[row] for row in rows], list(chain(*packed)))
-    numbers = s.state.adapted | s.algorithm.prepare(look, s.algorithm.config)
-    return [[replace(batch, prepared=numbers) for batch in part] for part in packed] if numbers else packed
-
-
-def filled(s: Session, batch: Batch, mismatch: parity.Mismatch) -> Batch:
-    """The batch with the other policies' log-probs that the loss wants, before the first update of the step."""
-    if s.algorithm.needs_reference:
-        batch = s.reference.fill(batch)
-    if s.algorithm.old == "sampler":
-        return replace(batch, old_logprobs=batch.sampler_logprobs)
-    if s.algorithm.old == "trainer":
-        old = s.policy.score(batch)
-        mismatch.add(old, batch)
-        return replace(batch, old_logprobs=old)
-    return batch
-
-
 @contextlib.contextmanager
 def random_of(seed: int, step: int) -> Iterator[None]:
     """PyTorch's random state (LoRA dropout) from (seed, step), so that a resumed step draws the same."""
     with torch.random.fork_rng():
         torch.manual_seed(int(np.random.SeedSequence([seed % 2**32, step]).generate_state(1)[0]))
         yield
-
-
-def to_run(batches: list[Batch], skip: bool) -> list[Batch]:
-    """The micro-batches to run: without those of zero advantage when they cannot change the gradient.
-
-    They come last, so leaving them out changes no other. Some are run all the same until 256 trained tokens are, so
-    that entropy, mismatch and the parity gate always have something to look at.
-    """
-    chosen, tokens = [], 0
-    for batch in batches:
-        if not (skip and batch.zero_advantage) or tokens < 256:
-            chosen.append(batch)
-            tokens += int(batch.train_mask.sum())
-    return chosen
 
 
 def check_versions(rollouts: list[Rollout], step: int) -> None:
@@ -304,34 +216,6 @@ def stop_on_interrupt(s: Session) -> Iterator[None]:
         yield
     finally:
         restore()
-
-
-@contextlib.contextmanager
-def what_to_lower(cfg: Config) -> Iterator[list[Session]]:
-    """Out of memory becomes a TrainError (exit code 1) that says which settings decide how much is needed.
-
-    The caller appends the session to the list it gets, as soon as there is one, for what was planned.
-    """
-    sessions: list[Session] = []
-    try:
-        yield sessions
-    except (RuntimeError, MemoryError) as error:
-        # torch.OutOfMemoryError is a RuntimeError; PyTorch's CPU allocator has no class of its own.
-        text = (str(error).strip() or type(error).__name__).splitlines()[0]
-        known = isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in text
-        if not known:
-            raise
-        tokens, planned = cfg.packing.budget, ""
-        for s in sessions:
-            tokens, ran = s.plan.budget, s.policy.fused.ran if s.policy.fused else None
-            planned = f" The plan of the last pass was {ran.peak / 2**30:.2f} GiB: {ran}." if ran else ""
-        told = TrainError(
-            f"out of memory ({text}).{planned} Lower packing.budget ({tokens} tokens per micro-batch) for training, "
-            f"engine.batch_size ({cfg.engine.batch_size} sequences) for sampling, or sampling.max_tokens "
-            f"({cfg.sampling.max_tokens}); where the model itself does not fit, take a smaller one, or another dtype"
-        )
-        told.exit_code = 1
-        raise told from error
 
 
 def train(

@@ -84,7 +84,7 @@ def test_layers_above_those_on_the_host_start_the_copies_back(monkeypatch: pytes
     decoder = fused.get_base_model().model.forward.__self__
     decoder.plan = Plan((4, 0), 64, "layer", 2**20, 0, 0, 0)
     asked: list[tuple[int, list[int]]] = []
-    monkeypatch.setattr(Offload, "ahead", lambda self, records, layer: asked.append((layer, list(records))))
+    monkeypatch.setattr(Offload, "ahead", lambda self, records, layer, device: asked.append((layer, list(records))))
     near(gradients(fused), gradients(plain))
     assert asked == [(1, [0]), (0, [0])]
 

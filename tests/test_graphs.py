@@ -65,9 +65,8 @@ def test_a_bucket_has_room_for_its_pass_and_for_the_sequence_that_fills_it(seed:
 
 def garbage(rows: int, keys: int, device: str) -> Any:
     """A bucket's buffers without its graphs, full of what nobody wrote."""
-    graph = graphs._Graph.__new__(graphs._Graph)
-    graph.x, graph.dout, graph.tables = torch.full((rows, 3), math.nan), torch.full((rows, 3), math.nan), {}
-    graph.x, graph.dout = graph.x.to(device), graph.dout.to(device)
+    graph = graphs.Bucket.__new__(graphs.Bucket)
+    graph.x, graph.tables = torch.full((rows, 3), math.nan).to(device), {}
     index = torch.full((keys,), 3, dtype=torch.int64, device=device)
     starts, order, cu_k, cu_seqlens = (
         torch.full((n,), 3, dtype=torch.int32, device=device) for n in (rows + 1, keys, 65, 65)
@@ -75,6 +74,10 @@ def garbage(rows: int, keys: int, device: str) -> Any:
     cu_k[0] = cu_seqlens[0] = 0
     graph.cu_seqlens, graph.keys = cu_seqlens, {None: Keys(Copies(index, starts, order), cu_k, 2048)}
     return graph
+
+
+def given(x: Tensor, s: Sequences, keys: Keys) -> graphs.Padded:
+    return graphs.Padded(x, {}, s, {None: keys}, graphs._Size(0, 0, 0, ()))
 
 
 def layouts() -> list[Sequences]:
@@ -90,7 +93,7 @@ def test_what_an_earlier_pass_left_in_the_buffers_changes_nothing() -> None:
     for seed, s in enumerate(layouts()):
         T, g = s.bounds[-1], torch.Generator().manual_seed(seed)
         seen = Keys.seen(filled(s), None)
-        graph.fill(torch.zeros(T, 3), {}, s, {None: Keys.made(*seen, rows, torch.device("cpu"))})
+        graph.fill(given(torch.zeros(T, 3), s, Keys.made(*seen, rows, torch.device("cpu"))))
         # Rows of the bucket beyond the pass's hold what they like.
         q, k, v = (torch.randn(rows, h, 4, generator=g, dtype=torch.float64, requires_grad=True) for h in (2, 1, 1))
         out = varlen_attention(q, k, v, static, 0.5, backend="math")
@@ -98,8 +101,7 @@ def test_what_an_earlier_pass_left_in_the_buffers_changes_nothing() -> None:
         want = varlen_attention_reference(q[:T], k[:T], v[:T], cu, prefix, 0.5)
         upstream = torch.randn(want.shape, generator=g, dtype=torch.float64)
         grads = [torch.autograd.grad((o * upstream).sum(), (q, k, v), retain_graph=True) for o in (out[:T], want)]
-        assert torch.allclose(out[:T], want, atol=1e-12) and graph.x[:T].isfinite().all()
-        assert not graph.dout[T:].any() and not graph.dout[T:].isnan().any()
+        assert torch.allclose(out[:T], want, atol=1e-12) and graph.x.isfinite().all()
         for ours, theirs in zip(*grads, strict=True):
             assert torch.allclose(ours, theirs, atol=1e-12)
 
@@ -111,7 +113,7 @@ def test_kernels_read_no_more_of_the_buffers_than_was_filled() -> None:
         T, g = s.bounds[-1], torch.Generator().manual_seed(seed)
         fresh = Keys.made(*Keys.seen(filled(s), None), rows, torch.device(DEVICE)).copies
         on_device = s._replace(cu_seqlens=s.cu_seqlens.to(DEVICE))
-        graph.fill(torch.zeros(T, 3, device=DEVICE), {}, on_device, {None: Keys(fresh, on_device.cu_seqlens, 0)})
+        graph.fill(given(torch.zeros(T, 3, device=DEVICE), on_device, Keys(fresh, on_device.cu_seqlens, 0)))
         static, number = graph.keys[None].copies, fresh.index.numel()
         x, d = (torch.randn(n, 1, 4, generator=g).to(DEVICE) for n in (rows, 5 * rows))
         d[number:] = math.nan
@@ -152,13 +154,6 @@ class Capturing:
 
 @pytest.fixture
 def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
-    made = graphs._Graph.__init__
-
-    def without_grad(self: Any, *args: Any) -> None:
-        with torch.no_grad():  # on a GPU kernels do what PyTorch would not do in place here
-            made(self, *args)
-
-    monkeypatch.setattr(graphs._Graph, "__init__", without_grad)
     monkeypatch.setattr(attention_backends, "choose", lambda *of: "math")
     fakes = {
         "CUDAGraph": Fake, "graph": Capturing, "graph_pool_handle": lambda: 1, "memory_reserved": lambda device: 0
@@ -251,3 +246,55 @@ def test_a_loss_that_is_held_on_to_holds_no_graph(launched) -> None:
     kept.clear()
     gc.collect()  # the fakes hold what they captured
     assert graph() is None and loss.grad_fn is not None
+
+
+def test_scoring_and_training_of_a_bucket_are_one_computation(fake_cuda: None) -> None:
+    """To the bit: launched at first, then a graph; the forward graph alone where there is no gradient."""
+    policy, g = Policy(model_of("qwen3", torch.float64), torch.float64), torch.Generator().manual_seed(9)
+    assert policy.fused is not None
+    kept = policy.fused.graphs = graphs.Graphs()
+    batch = policy.planned(groups_of([(20, [30, 9, 1]), (7, [25, 25])], g, 61))
+    assert batch.plan.padded == 256
+    old = policy.score(batch)
+    assert not kept._graphs, "the first pass of a bucket is launched"
+    for _ in range(2):
+        now, _ = policy.logprobs(batch)
+        now.sum().backward()
+        assert torch.equal(old, now.detach()) and torch.equal(old, policy.score(batch))
+    assert len(kept._graphs) == 1
+    (waiting, _) = policy.logprobs(batch)
+    assert torch.equal(old, policy.score(batch)), "launched while a graph waits for its backward"
+    waiting.sum().backward()
+    policy.score(batch, weights="reference")
+    assert len(kept._graphs) == 1, "no graph of another adapter than the one that is trained"
+
+
+def test_bytes_of_graphs_are_those_that_are_there(fake_cuda: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their buffers go with them; their pool stays for the next ones."""
+    held = [0]
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: held[0])
+    captured = graphs._Graph.__init__
+
+    def takes_memory(self: Any, *args: Any) -> None:
+        captured(self, *args)
+        held[0] += 10_000_000
+
+    monkeypatch.setattr(graphs._Graph, "__init__", takes_memory)
+    policy, g = Policy(model_of("qwen3", torch.float64), torch.float64), torch.Generator().manual_seed(9)
+    assert policy.fused is not None
+    kept = policy.fused.graphs = graphs.Graphs()
+    batch = groups_of([(20, [30, 9, 1]), (7, [25, 25])], g, 61)
+    for _ in range(2):
+        policy.logprobs(batch)[0].sum().backward()
+    (graph,) = kept._graphs.values()
+    own = graphs._bytes(graph)
+    assert kept.bytes == 10_000_000 and 0 < own < 10_000_000
+    monkeypatch.setattr(graphs._Graph, "__init__", captured)
+    for _ in range(3):  # captured again, into the pool that is there
+        policy.fused.store.release()
+        policy.logprobs(batch)[0].sum().backward()
+    assert kept.bytes == 10_000_000
+    kept._graphs.clear()
+    assert kept.bytes == 10_000_000 - own
+    kept.clear()
+    assert kept.bytes == 0

@@ -37,6 +37,9 @@ SHAPES: dict[str, dict[str, Any]] = {
     # 48 layers of 6144 with 16384 in the MLP, as InternLM2-20B; 19.9 B parameters.
     "20b": QWEN | {"hidden_size": 6144, "intermediate_size": 16384, "num_attention_heads": 48, "num_hidden_layers": 48,
                    "vocab_size": 92544, "tie_word_embeddings": False},
+    # 80 layers of 8192 with 28672 in the MLP, as Llama 3 70B; 70.6 B parameters.
+    "70b": QWEN | {"hidden_size": 8192, "intermediate_size": 28672, "num_attention_heads": 64, "num_hidden_layers": 80,
+                   "vocab_size": 128256, "tie_word_embeddings": False},
     # To run a script by hand on a CPU.
     "tiny": QWEN | {"vocab_size": 1024, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4,
                     "num_key_value_heads": 2, "head_dim": 16, "num_hidden_layers": 2, "tie_word_embeddings": False},

@@ -136,7 +136,8 @@ class _Scratch:
             return taken.view(kind).view(rows, columns)
 
         self.z = empty(wide, dtype)[:, :vocab]
-        self.weights = empty(wide, weight.dtype)[:, :vocab] if grad else None
+        # On a GPU always: one compiled kernel, so that log-probs are the same bits with a gradient and without.
+        self.weights = empty(wide, weight.dtype)[:, :vocab] if grad or hidden.is_cuda else None
         self.product = empty(weight.shape[1], dtype) if grad else None
         self.own, self.others = (hidden.new_empty(rows, dtype=dtype) for _ in range(2))
         """Of `Rows`, by the kernels."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,21 +20,23 @@ from torch import Tensor, nn
 from rlft.kernels import attention_backends as backends
 from rlft.kernels import rms_norm
 from rlft.kernels.attention import Sequences
-from rlft.kernels.qk_rope import MAX_D
-from rlft.kernels.rms_norm import MAX_H
-from rlft.kernels.swiglu import ACTIVATIONS
 from rlft.models import families, memory
 from rlft.models.families import Family
-from rlft.models.graphs import Graphs, copied_keys, padded, room, short
+from rlft.models.fusable import adapted, adapter_problem, hooked, parts_of, state_of, unfit
+from rlft.models.graphs import Graphs, Padded, copied_keys, padded, room, short
 from rlft.models.layer import run_layer
 from rlft.models.layer_modules import FusedLayer, norm_of
 from rlft.models.layer_steps import Pass
 from rlft.models.offload import Offload
-from rlft.models.projection import Store
+from rlft.models.projection import Store, adapter_tensors
 from rlft.models.unpad import unpadded
 
 STEP = 64 * 2**20
 """Bytes that budgets are rounded to."""
+MARGIN = 0.05
+"""For what the allocator loses between blocks."""
+LOWER = 0.1
+"""By how much the margin grows after an out-of-memory error."""
 KEYS = 1024
 """What numbers of copied keys are rounded to."""
 
@@ -49,6 +51,8 @@ class FusedDecoder:
         """How every pass runs; None: chosen for each by what memory is free."""
         self.budget: float | None = None
         """Bytes that a pass may take on the device; None: what is free."""
+        self.margin = MARGIN
+        """Share of that memory which is left unused."""
         self.full = 0
         """Rows of a full micro-batch; 0: not known. Shorter passes have no shadow of the weights where it has none:
         bringing and giving back one in every step would take as long, and CUDA graphs over it would be captured
@@ -69,8 +73,8 @@ class FusedDecoder:
 
     def _look(self) -> str | None:
         """Take the decoder's modules as they are now; says in words why they cannot be run."""
-        parts = list(_parts(self.decoder, self.family))
-        held = [state for part in parts for state in _state(part)]
+        parts = list(parts_of(self.decoder, self.family))
+        held = [state for part in parts for state in state_of(part)]
         if parts == self._parts and held == self._held:
             return self._why
         self._parts, self._held = parts, held
@@ -80,7 +84,7 @@ class FusedDecoder:
         config, last = self.decoder.config, self.decoder.norm
         try:
             self.layers = [FusedLayer(m, i, self.family, config) for i, m in enumerate(self.decoder.layers)]  # type: ignore[arg-type]
-            self._why = _unfit(self.layers, config, self.family)
+            self._why = unfit(self.layers, config, self.family)
         except ValueError as error:
             self._why = str(error)
         if self._why is None and any(trained for *_, trained in held):
@@ -98,7 +102,8 @@ class FusedDecoder:
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy of a model (deepcopy, pickle) has modules of its own, which it looks at when it first runs.
-        return {name: getattr(self, name) for name in ("model", "decoder", "family", "plan", "budget", "full")}
+        names = ("model", "decoder", "family", "plan", "budget", "margin", "full")
+        return {name: getattr(self, name) for name in names}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
@@ -108,46 +113,60 @@ class FusedDecoder:
 
     def hidden(
         self, embedded: Tensor, position_ids: Tensor, sequences: Sequences,
-        gradients: dict[Tensor, Tensor] | None = None, trained: int | None = None,
+        gradients: dict[Tensor, Tensor] | None = None, plan: memory.Plan | None = None,
     ) -> Tensor:  # fmt: skip
         """The residual stream after the last layer, [T, H], before the final norm.
 
         embedded: [T, H]. position_ids: [T]. sequences: which rows attend to which. gradients: parameter -> fp32 buffer
-        that the backward adds its gradient to; without it autograd gets them. trained: rows that reach the head, for
-        the memory plan; None: all.
+        that the backward adds its gradient to; without it autograd gets them. plan: from `plan_pass`; None: one for
+        what memory is free. Two passes of one plan give the same bits, with gradient and without.
         """
         if torch.is_inference_mode_enabled():
             # Buffers made in inference mode could not be written to outside it.
             with torch.inference_mode(False), torch.no_grad():
-                return self.hidden(embedded, position_ids, sequences, gradients, trained)
-        keep, rows, budget = torch.is_grad_enabled(), embedded.shape[0], self.available()
-        keys = copied_keys(sequences, rows)
-        graphs = self.graphs if keep and gradients and short(self.shape, rows, keys) else None
-        plan, whole = None, budget
-        if graphs is not None:
-            # As it is padded, so that a bucket has one plan.
-            plan = self.plan_for(padded(rows), trained, room(keys, padded(rows)), budget)
-            whole += graphs.bytes
-            if not memory.capturable(self.shape, plan, whole):
-                graphs = plan = None
-        plan = plan or self.plan_for(rows, trained, keys if sequences.copies else 0, budget)
+                return self.hidden(embedded, position_ids, sequences, gradients, plan)
+        if plan is None:
+            rows = embedded.shape[0]
+            plan = self.plan_for(rows, None, copied_keys(sequences, rows) if sequences.copies else 0)
         self.ran = plan
         self.store.use(plan.store)
-        tables, adapter = self._tables(embedded, position_ids), self.adapter()
-        if graphs is not None and gradients:
-            most = memory.CAPTURED * whole
-            hidden = graphs.run(self.layers, self.store, adapter, plan, gradients, embedded, tables, sequences, most)
-            if hidden is not None:
-                return hidden
-        run = Pass(sequences, tables, self.store, adapter, plan.levels, plan.tile, keep, gradients, self.offload)
+        tables, adapter, rows = self._tables(embedded, position_ids), self.adapter(), embedded.shape[0]
         x = embedded
+        if plan.padded:
+            given = Padded.of(self.layers, embedded, tables, sequences, plan.padded)
+            if self.graphs is not None and gradients and self._trains(adapter, gradients):
+                most = memory.CAPTURED * (self.available() + self.graphs.bytes)
+                hidden = self.graphs.run(self.layers, self.store, adapter, plan, gradients, given, most)
+                if hidden is not None:
+                    return hidden
+            bucket = given.launched()
+            x, tables, sequences = bucket.x, bucket.tables, bucket.sequences
+        if self.graphs is not None and plan.peak > self.available():
+            self.graphs.clear()
+        keep = torch.is_grad_enabled()
+        run = Pass(sequences, tables, self.store, adapter, plan.levels, plan.tile, keep, gradients, self.offload)
         for layer in self.layers:
             x = run_layer(layer, x, run)
-        return x
+        self.offload.settle()
+        return x[:rows]
 
     def final_norm(self, hidden: Tensor) -> Tensor:
         """The norm before the head; with gradient."""
         return rms_norm.rms_norm(hidden, *self.norm)
+
+    def plan_pass(self, rows: int, trained: int, sequences: Sequences) -> memory.Plan:
+        """How a pass over packed rows runs in the memory that is free now.
+
+        rows: tokens, of which `trained` reach the head. It is padded where a CUDA graph may run it; whether one does
+        changes no bit.
+        """
+        keys, budget = copied_keys(sequences, rows), self.available()
+        if self.graphs is not None and short(self.shape, rows, keys):
+            bucket = padded(rows)
+            plan = self.plan_for(bucket, trained, room(keys, bucket), budget)
+            if memory.capturable(self.shape, plan, budget + self.graphs.bytes):
+                return replace(plan, padded=bucket)
+        return self.plan_for(rows, trained, keys if sequences.copies else 0, budget)
 
     def plan_for(
         self, rows: int, trained: int | None = None, keys: int = 0, budget: float | None = None
@@ -174,14 +193,26 @@ class FusedDecoder:
         device = self.norm.weight.device
         budget = memory.free(device) + self.store.bytes if self.budget is None else self.budget
         budget -= self.graphs.bytes if self.graphs is not None else 0
-        # In steps, so that plans are found again; a margin for what the allocator loses between blocks.
-        return budget * 0.95 // STEP * STEP
+        # In steps, so that plans are found again.
+        return budget * (1 - self.margin) // STEP * STEP
+
+    def lower(self) -> None:
+        """Plan with less memory from now on, and give back graphs and the weights' buffers: a pass ran out of it."""
+        self.margin = min(0.9, self.margin + LOWER)
+        if self.graphs is not None:
+            self.graphs.clear()
+        self.store.release()
 
     def adapter(self) -> str | None:
         """Name of the adapter that is active now; None when adapters are off. Asserts what `_own_reason` checks."""
-        module = next(_adapted(self.layers), None)
+        module = next(adapted(self.layers), None)
         active = () if module is None or module.disable_adapters else module.active_adapters
         return active[0] if active else None
+
+    def _trains(self, adapter: str | None, gradients: dict[Tensor, Tensor]) -> bool:
+        """Whether the gradients are those of the adapter that is active."""
+        tensors = (t for layer in self.layers for t in adapter_tensors(layer.bind(adapter)))
+        return next(tensors, None) in gradients
 
     def _tables(self, embedded: Tensor, position_ids: Tensor) -> dict[str | None, tuple[Tensor, Tensor]]:
         rotary: Any = self.decoder.rotary_emb
@@ -265,93 +296,6 @@ class FusedDecoder:
         if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) != dtype:
             return f"autocast to {torch.get_autocast_dtype(device)} over weights of {dtype}"
         return None
-
-
-def _adapted(layers: Sequence[FusedLayer]) -> Iterator[Any]:
-    """The linear modules that PEFT has wrapped."""
-    return (m for layer in layers for p in layer.projections for m in p.modules if hasattr(m, "lora_A"))
-
-
-def adapter_problem(layers: Sequence[FusedLayer]) -> str | None:
-    """What about the adapters of now the fused layers cannot do, in words."""
-    seen: set[tuple] = set()
-    for m in _adapted(layers):
-        if m.merged_adapters:
-            return "an adapter is merged into the base"
-        if m._disable_adapters:
-            seen.add(())
-            continue
-        active = m.active_adapters
-        seen.add(tuple(active))
-        if not active:
-            continue
-        if len(active) > 1:
-            return f"{len(active)} adapters are active at once"
-        if active[0] in m.lora_variant:
-            return "the adapter is a variant of LoRA (DoRA or the like)"
-        if m.lora_bias.get(active[0], False):
-            return "the adapter has biases"
-        if active[0] in m.lora_dropout and getattr(m.lora_dropout[active[0]], "p", 0) > 0:
-            return f"lora dropout is {m.lora_dropout[active[0]].p}"
-    return "different adapters are active in different layers" if len(seen) > 1 else None
-
-
-def hooked(parts: Sequence[nn.Module]) -> str | None:
-    """Which module has a hook or a `forward` of somebody's, which fused layers would not call, in words."""
-    for part in parts:
-        name = type(part).__name__
-        if "forward" in vars(part):
-            return f"the forward of a {name} was replaced"
-        for hooks in (part._forward_hooks, part._forward_pre_hooks, part._backward_hooks, part._backward_pre_hooks):
-            # transformers' own stay after the first call that asked for hidden states, and do nothing in other calls.
-            if any(getattr(h, "__module__", "") != "transformers.utils.output_capturing" for h in hooks.values()):
-                return f"a {name} has a hook"
-    return None
-
-
-def _parts(decoder: nn.Module, family: Family) -> Iterator[nn.Module]:
-    """The modules that fused layers run in place of: layers, blocks, projections, norms."""
-    f = family
-    norms = (f.input_norm, f.mlp_norm, f.attention_norm, f.down_norm, *(f.qk_norm or ()))
-    names = [n for n in (*f.qkv, f.out, *f.gate_up, f.down, *norms) if n is not None]
-    blocks = sorted({n.rpartition(".")[0] for n in names} - {""})
-    for layer in decoder.layers:  # type: ignore[union-attr]
-        yield layer
-        for name in (*blocks, *names):
-            yield layer.get_submodule(name)
-    yield decoder.norm  # type: ignore[misc]
-
-
-def _state(part: nn.Module) -> Iterator[tuple]:
-    """Place, type and version of a frozen module's tensors, and whether they are trained."""
-    for p in getattr(part, "base_layer", part)._parameters.values():  # type: ignore[union-attr]
-        if p is not None:
-            yield p.data_ptr(), p.dtype, 0 if p.is_inference() else p._version, p.requires_grad
-
-
-def _unfit(layers: Sequence[FusedLayer], config: Any, family: Family) -> str | None:
-    """Why these layers cannot be run by the kernels, in words."""
-    for name in family.dropouts:
-        if getattr(config, name, 0):
-            return f"{name} is {getattr(config, name)}"
-    first = layers[0]
-    dtype = first.input_norm.weight.dtype
-    for layer in layers:
-        if layer.activation not in ACTIVATIONS:
-            return f'the activation "{layer.activation}"'
-        norms = (layer.input_norm, layer.mlp_norm, layer.attention_norm, layer.down_norm, *layer.qk_norm)
-        for norm in norms:
-            if norm is not None and norm.weight.dtype != dtype:
-                return f"norms of {dtype} and of {norm.weight.dtype}"
-            if norm is not None and norm.weight.device != first.input_norm.weight.device:
-                return f"layers on {first.input_norm.weight.device} and on {norm.weight.device}"
-        for projection in layer.projections:
-            for weight in projection.weights:
-                if isinstance(weight, Tensor) and weight.dtype != dtype:
-                    return f"linear weights of {weight.dtype} under norms of {dtype}"
-    if first.head_dim > MAX_D or first.projections[0].in_features > MAX_H:
-        return f"heads of {first.head_dim}, rows of {first.projections[0].in_features}"
-    return None
 
 
 def fuse(model: PeftModel) -> FusedDecoder | str:

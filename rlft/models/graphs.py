@@ -79,18 +79,17 @@ class _Size(NamedTuple):
     """Where prefixes are shared, of each window: its keys, and those that a sequence sees at most."""
 
 
-class _Graph:
-    """One bucket: static buffers, and the two graphs over them."""
+class Bucket:
+    """A pass padded to a bucket's sizes: by one more sequence of rows, which nobody reads, and by empty sequences.
 
-    def __init__(
-        self, layers: Sequence[FusedLayer], store: Store, adapter: str | None, plan: Plan,
-        gradients: dict[Tensor, Tensor], like: Tensor, tables: dict[str | None, tuple[Tensor, Tensor]], size: _Size,
-        pool: Any,
-    ) -> None:  # fmt: skip
+    Launched and captured passes of a bucket run over the same shapes, so that both round alike.
+    """
+
+    def __init__(self, like: Tensor, tables: dict[str | None, tuple[Tensor, Tensor]], size: _Size) -> None:
         rows, count, longest, keys = size
         device = like.device
+        self.size = size
         self.x = like.new_zeros(rows, like.shape[1])
-        self.dout = torch.zeros_like(self.x)
         self.tables = {k: tuple(t.new_zeros(rows, t.shape[1]) for t in pair) for k, pair in tables.items()}
         self.cu_seqlens = torch.full((count + 1,), rows, dtype=torch.int32, device=device)
         self.cu_seqlens[0] = 0
@@ -100,14 +99,74 @@ class _Graph:
             sizes = (rows + 1, number, count + 1)
             starts, order, cu_k = (torch.zeros(n, dtype=torch.int32, device=device) for n in sizes)
             self.keys[window] = Keys(Copies(index, starts, order), cu_k, most)
-        sequences = Sequences((0, rows), (-1,), self.cu_seqlens, longest, None, False, dict(self.keys))
+        self.sequences = Sequences((0, rows), (-1,), self.cu_seqlens, longest, None, False, dict(self.keys))
+
+    def fill(self, given: Padded) -> None:
+        """Copy a pass in."""
+        rows = given.x.shape[0]
+        self.x[:rows].copy_(given.x)
+        # What an earlier pass left here would stay forever, and 0 * inf is not 0 in the adapter's gradient.
+        self.x[rows:].zero_()
+        for key, pair in given.tables.items():
+            for mine, theirs in zip(self.tables[key], pair, strict=True):
+                mine[:rows].copy_(theirs)
+        bounds = given.sequences.cu_seqlens
+        self.cu_seqlens[: bounds.numel()].copy_(bounds)
+        self.cu_seqlens[bounds.numel() :].fill_(self.x.shape[0])
+        for window, seen in given.keys.items():
+            mine, number = self.keys[window], seen.copies.index.numel()
+            for place, values in zip((*mine.copies, mine.cu_k), (*seen.copies, seen.cu_k), strict=True):
+                place[: values.numel()].copy_(values)
+            mine.cu_k[seen.cu_k.numel() :].fill_(number)
+
+
+class Padded(NamedTuple):
+    """A pass on its way into a bucket."""
+
+    x: Tensor
+    """[T, H]."""
+    tables: dict[str | None, tuple[Tensor, Tensor]]
+    """Type of layer -> rotary cos and sin [T, R]."""
+    sequences: Sequences
+    keys: dict[int | None, Keys]
+    """Window -> copies of shared prefixes, the padding's rows among them; empty where nothing is shared."""
+    size: _Size
+
+    @classmethod
+    def of(
+        cls, layers: Sequence[FusedLayer], x: Tensor, tables: dict[str | None, tuple[Tensor, Tensor]],
+        sequences: Sequences, rows: int,
+    ) -> Padded:  # fmt: skip
+        """rows: what `padded` gives for T."""
+        whole = sequences._replace(bounds=(*sequences.bounds, rows), prefix=(*sequences.prefix, -1))
+        windows = dict.fromkeys(layer.attention.window for layer in layers) if max(sequences.prefix) >= 0 else ()
+        seen = {window: Keys.seen(whole, window) for window in windows}
+        keys = {window: Keys.made(*host, rows, x.device) for window, host in seen.items()}
+        return cls(x, tables, sequences, keys, _bucket(whole, rows, seen))
+
+    def launched(self) -> Bucket:
+        """Buffers for one pass."""
+        bucket = Bucket(self.x, self.tables, self.size)
+        bucket.fill(self)
+        return bucket
+
+
+class _Graph:
+    """One bucket with the two graphs over it."""
+
+    def __init__(
+        self, layers: Sequence[FusedLayer], store: Store, adapter: str | None, plan: Plan,
+        gradients: dict[Tensor, Tensor], bucket: Bucket, pool: Any,
+    ) -> None:  # fmt: skip
+        self.bucket = bucket
+        self.dout = torch.zeros_like(bucket.x)
 
         def run(into: dict[Tensor, Tensor]) -> tuple[Callable[[], Tensor], Callable[[], None]]:
-            pass_ = Pass(sequences, self.tables, store, adapter, plan.levels, plan.tile, True, into)  # type: ignore[arg-type]
+            pass_ = Pass(bucket.sequences, bucket.tables, store, adapter, plan.levels, plan.tile, True, into)  # type: ignore[arg-type]
             kept: list[Kept] = []
 
             def forward() -> Tensor:
-                x = self.x
+                x = bucket.x
                 for layer in layers:
                     kept.append(Kept(x))
                     x = Forward(layer, pass_, layer.bind(adapter), x)(x, kept[-1])
@@ -124,8 +183,9 @@ class _Graph:
 
         # Once by launches, for what is compiled or allocated at the first use; its gradients are thrown away. On the
         # stream of every pass: cuBLAS keeps 32 MiB for each stream that it has run on.
-        one = min(longest, *(k.max_k for k in self.keys.values())) if self.keys else longest
-        for bounds in (self.cu_seqlens, *(k.cu_k for k in self.keys.values())):
+        keys = bucket.keys.values()
+        one = min(bucket.size.longest, *(k.max_k for k in keys)) if keys else bucket.size.longest
+        for bounds in (bucket.cu_seqlens, *(k.cu_k for k in keys)):
             bounds[1:] = one
         for step in run({p: torch.zeros_like(g) for p, g in gradients.items()}):
             step()
@@ -137,26 +197,6 @@ class _Graph:
             backward()
         self.store, self.version, self.fills = store, store.version, store.fills
 
-    def fill(
-        self, x: Tensor, tables: dict[str | None, tuple[Tensor, Tensor]], sequences: Sequences,
-        keys: dict[int | None, Keys],
-    ) -> None:  # fmt: skip
-        """Copy a pass's rows in; the rest of the bucket becomes one sequence that nobody reads."""
-        rows = x.shape[0]
-        self.x[:rows].copy_(x)
-        for key, pair in tables.items():
-            for mine, theirs in zip(self.tables[key], pair, strict=True):
-                mine[:rows].copy_(theirs)
-        bounds = sequences.cu_seqlens
-        self.cu_seqlens[: bounds.numel()].copy_(bounds)
-        self.cu_seqlens[bounds.numel() :].fill_(self.x.shape[0])
-        for window, seen in keys.items():
-            mine, number = self.keys[window], seen.copies.index.numel()
-            for place, values in zip((*mine.copies, mine.cu_k), (*seen.copies, seen.cu_k), strict=True):
-                place[: values.numel()].copy_(values)
-            mine.cu_k[seen.cu_k.numel() :].fill_(number)
-        self.dout[rows:].zero_()
-
 
 class Graphs:
     """Graphs of a decoder by bucket."""
@@ -166,59 +206,85 @@ class Graphs:
         self._seen: set[tuple] = set()
         """Buckets that a pass has had."""
         self._pool: Any = None
-        self.bytes = 0
-        """Memory that the graphs hold between passes."""
         self._anchor: Tensor | None = None
         self._under_way: weakref.ref | None = None
+        self._pooled = 0
+        """Bytes of the pool, which graphs that were given up leave to later ones."""
+
+    @property
+    def bytes(self) -> int:
+        """Memory that the graphs hold between passes: their pool, and the buffers of those that are there."""
+        return self._pooled + sum(_bytes(graph) for graph in self._graphs.values())
 
     def clear(self) -> None:
         """Give up all graphs and their memory."""
         self._graphs.clear()
         self._seen.clear()
-        self._pool, self.bytes = None, 0
+        self._pool, self._pooled = None, 0
 
     def run(
         self, layers: Sequence[FusedLayer], store: Store, adapter: str | None, plan: Plan,
-        gradients: dict[Tensor, Tensor], x: Tensor, tables: dict[str | None, tuple[Tensor, Tensor]],
-        sequences: Sequences, most: float,
+        gradients: dict[Tensor, Tensor], given: Padded, most: float,
     ) -> Tensor | None:  # fmt: skip
         """The residual stream after the last layer, [T, H]; None, for a launched pass, at the first of a bucket and
-        while another pass still waits for its backward. plan: for `padded` rows, and `capturable`. most: bytes that
-        graphs may hold before another one is captured; beyond, all are given up."""
+        while another pass still waits for its backward. Without grad it is the same graph, without its backward.
+
+        plan: for `padded` rows, and `capturable`. most: bytes that graphs may hold before another one is captured;
+        beyond, all are given up.
+        """
         if self._under_way is not None and self._under_way() is not None:
             return None
-        rows = padded(x.shape[0])
-        filled = sequences._replace(bounds=(*sequences.bounds, rows), prefix=(*sequences.prefix, -1))
-        windows = dict.fromkeys(layer.attention.window for layer in layers) if max(sequences.prefix) >= 0 else ()
-        seen = {window: Keys.seen(filled, window) for window in windows}
-        size = _bucket(filled, rows, seen)
         parameter, gradient = next(iter(gradients.items()))
         where = (parameter.data_ptr(), gradient.data_ptr())
-        key = (size, plan.levels, plan.tile, plan.store, adapter, where, x.dtype)
+        key = (given.size, plan.levels, plan.tile, plan.store, adapter, where, given.x.dtype)
         if key not in self._seen:
             self._seen.add(key)
             return None
         graph = self._graphs.pop(key, None)
-        if graph is None and self.bytes > most:
-            self.clear()
-            return None
-        keys = {window: Keys.made(*host, rows, x.device) for window, host in seen.items()}
-        if graph is None or graph.version != store.version:
-            self._pool = self._pool or torch.cuda.graph_pool_handle()
-            # Capturing gives back what the allocator caches, which would hide what the graph takes.
-            torch.cuda.empty_cache()
-            before = torch.cuda.memory_reserved(x.device)
-            graph = _Graph(layers, store, adapter, plan, gradients, x, tables, size, self._pool)
-            self.bytes += max(0, torch.cuda.memory_reserved(x.device) - before)
+        if graph is not None and graph.version != store.version:
+            graph = None
+        if graph is None:
+            if self.bytes > most:
+                self.clear()
+                return None
+            graph = self._captured(layers, store, adapter, plan, gradients, given)
         self._graphs[key] = graph
         if len(self._graphs) > GRAPHS:
             self._seen.discard(self._graphs.popitem(last=False)[0])
-        graph.fill(x, tables, sequences, keys)
+        graph.bucket.fill(given)
+        rows = given.x.shape[0]
+        if not torch.is_grad_enabled():
+            graph.forward_graph.replay()
+            return graph.out[:rows].clone()
+        graph.dout[rows:].zero_()
         if self._anchor is None:
-            self._anchor = torch.zeros((), device=x.device, requires_grad=True)
+            self._anchor = torch.zeros((), device=given.x.device, requires_grad=True)
         token = _Token()
         self._under_way = weakref.ref(token)
-        return _Graphed.apply(self._anchor, graph, token, x.shape[0])  # type: ignore[return-value]
+        return _Graphed.apply(self._anchor, graph, token, rows)  # type: ignore[return-value]
+
+    def _captured(
+        self, layers: Sequence[FusedLayer], store: Store, adapter: str | None, plan: Plan,
+        gradients: dict[Tensor, Tensor], given: Padded,
+    ) -> _Graph:  # fmt: skip
+        """A new graph of a bucket."""
+        self._pool = self._pool or torch.cuda.graph_pool_handle()
+        # Capturing gives back what the allocator caches, which would hide what the graph takes.
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_reserved(given.x.device)
+        bucket = Bucket(given.x, given.tables, given.size)
+        with torch.no_grad():
+            graph = _Graph(layers, store, adapter, plan, gradients, bucket, self._pool)
+        self._pooled += max(0, torch.cuda.memory_reserved(given.x.device) - before - _bytes(graph))
+        return graph
+
+
+def _bytes(graph: _Graph) -> int:
+    """Of a graph's buffers, which lie outside of the pool."""
+    bucket = graph.bucket
+    tensors = [bucket.x, graph.dout, bucket.cu_seqlens, *(t for pair in bucket.tables.values() for t in pair)]
+    tensors += [t for keys in bucket.keys.values() for t in (*keys.copies, keys.cu_k)]
+    return sum(t.numel() * t.element_size() for t in tensors)
 
 
 class _Token:

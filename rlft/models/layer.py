@@ -36,7 +36,8 @@ def run_layer(layer: FusedLayer, x: Tensor, run: Pass) -> Tensor:
     """x [T, H] after the layer, with gradient to x and to the adapter where `run.keep`."""
     bound = layer.bind(run.adapter)
     if not run.keep:
-        return Forward(layer, run, bound, x)(x, None)
+        # With what a backward would need, which is dropped: the same buffers, so that both round alike.
+        return Forward(layer, run, bound, x)(x, Kept(x))
     parameters = adapter_tensors(bound)
     # One is enough for autograd where their gradients go into the caller's buffers, and every one takes the host time.
     given = parameters if run.gradients is None else [p for p in parameters if p.requires_grad][:1]
@@ -44,40 +45,38 @@ def run_layer(layer: FusedLayer, x: Tensor, run: Pass) -> Tensor:
 
 
 class Forward(Steps):
-    def __call__(self, x: Tensor, kept: Kept | None) -> Tensor:
+    def __call__(self, x: Tensor, kept: Kept) -> Tensor:
         """The layer's output; fills `kept` as far as its level says."""
-        level = self.run.levels[self.layer.index] if kept is not None else None
+        level = self.run.levels[self.layer.index]
         T, qkv_group = x.shape[0], self.bound[QKV].group
         s_qkv = x.new_empty(T, qkv_group.rank) if level in (0, 1) else None
         qkv = self.qkv(x, s_qkv)
         attention = self.attend(qkv)
-        if kept is not None:
-            kept.s_down = x.new_empty(T, self.bound[DOWN].group.rank)
-            if level in (0, 1):
-                kept.qkv, kept.s_qkv = qkv, s_qkv
-            if level in (0, 1, 2, 4):
-                kept.attention = attention
-            if level == 0:
-                gate_up = self.bound[GATE_UP].group
-                kept.mid, kept.gate_up = torch.empty_like(x), x.new_empty(T, gate_up.out + gate_up.tail)
+        kept.s_down = x.new_empty(T, self.bound[DOWN].group.rank)
+        if level in (0, 1):
+            kept.qkv, kept.s_qkv = qkv, s_qkv
+        if level in (0, 1, 2, 4):
+            kept.attention = attention
+        if level == 0:
+            gate_up = self.bound[GATE_UP].group
+            kept.mid, kept.gate_up = torch.empty_like(x), x.new_empty(T, gate_up.out + gate_up.tail)
         del qkv
         return self._mlp(x, attention.out.flatten(1), kept)
 
-    def _mlp(self, x: Tensor, attended: Tensor, kept: Kept | None) -> Tensor:
+    def _mlp(self, x: Tensor, attended: Tensor, kept: Kept) -> Tensor:
         out, group = torch.empty_like(x), self.bound[GATE_UP].group
         for rows in tiles(x.shape[0], self.run.tile):
             o, _ = self.out(attended[rows])
-            mid = out[rows] if kept is None or kept.mid is None else kept.mid[rows]
+            mid = out[rows] if kept.mid is None else kept.mid[rows]
             n, _ = self.mid(x[rows], o, mid)
             del o
-            own = kept is None or kept.gate_up is None
-            gate_up = x.new_empty(n.shape[0], group.out) if own else kept.gate_up[rows]  # type: ignore[index,union-attr]
+            gate_up = x.new_empty(n.shape[0], group.out) if kept.gate_up is None else kept.gate_up[rows]
             self.project(GATE_UP, n, out=gate_up[:, : group.out])
             del n
             h = self.hidden(gate_up)
             del gate_up
             self._down(h, mid, out[rows])
-            if kept is not None and kept.s_down is not None:
+            if kept.s_down is not None:
                 kept.s_down[rows].copy_(h[:, self.layer.width :][:, : kept.s_down.shape[1]])
         return out
 
@@ -103,6 +102,8 @@ class _Layer(torch.autograd.Function):
             run.stored[layer.index] = run.offload.put(layer.index, x, kept.attention)
             kept.attention = None
         else:
+            if run.offload is not None:
+                run.offload.settle()
             ctx.save_for_backward(x)
         ctx.kept, ctx.rest = kept, (layer, run, bound)
         ctx.versions = [(p, p._version) for p in adapter_tensors(bound)]
@@ -124,7 +125,7 @@ class _Layer(torch.autograd.Function):
                 f"would mix the two; run the forward again"
             )
         if run.stored:
-            run.offload.ahead(run.stored, layer.index)
+            run.offload.ahead(run.stored, layer.index, dout.device)
         if run.levels[layer.index] in (4, 5):
             kept.x, kept.attention = run.offload.get(run.stored, layer.index)
         else:

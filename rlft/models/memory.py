@@ -28,7 +28,7 @@ import torch
 from torch import nn
 
 from rlft.kernels.logprobs import CHUNK_BYTES, chunk_rows
-from rlft.models.offload import AHEAD
+from rlft.models.offload import AHEAD, BEHIND
 from rlft.models.projection import Mode
 
 TILES = (8192, 4096, 2048, 1024)
@@ -103,6 +103,8 @@ class Plan:
     """Bytes at the peak beyond `saved`, scratch included."""
     host: int
     """Bytes in host memory."""
+    padded: int = 0
+    """Rows that a pass is padded to, so that a CUDA graph may run it; 0: not padded."""
 
     @property
     def peak(self) -> int:
@@ -143,8 +145,8 @@ def forward_work(s: Shape, rows: int, tile: int, level: int, keys: int = 0) -> i
     gates = 0 if level == 0 else e * 2 * s.intermediate
     post = e * 2 * s.hidden if s.post_norm else 0
     mlp = max(e * s.hidden + n, gates + max(n, e * (s.intermediate + s.tails[3])) + post)
-    # x of the layers that keep none is still there while they run.
-    x = e * s.hidden if level in (4, 5) else 0
+    # x of the layers that keep none is still there while they run, and what is on its way to the host.
+    x = e * s.hidden + BEHIND * on_host(s, level) if level in (4, 5) else 0
     attention = rows * (qkv + rotated + attended) + keys * 2 * e * s.kv
     return rows * x + max(attention, rows * (attended + e * s.hidden) + t * mlp)
 
@@ -247,15 +249,28 @@ def _settings(shadow: bool = True) -> Iterator[Setting]:
 
 
 LEVEL_COST = (0.0, 10.0, 12.0, 20.0, 12.5, 20.5)
-"""Percent of a step's time that a layer at each level costs, roughly."""
+"""Percent of a step's time that a layer at each level costs, roughly, where copies to and from the host are hidden."""
+FLOPS = 600e12
+"""Speed of matrix products, per second."""
+HOST_BANDWIDTH = 50e9
+"""Bytes per second to or from registered host memory: 55 GB/s on an H200's machine."""
 
 
-def cost_of(how: Setting | Plan, levels: tuple[int, ...], rows: int, again: float = 1.0) -> float:
+def exposed(s: Shape, level: int) -> float:
+    """Percent of a layer's time that its copies to and from the host take beyond the products beside them.
+
+    A copy to the host runs beside one layer's forward, a copy back beside one layer's backward.
+    """
+    copy, forward = on_host(s, level) / HOST_BANDWIDTH, 2 * s.weights / FLOPS
+    return 100 * (max(0.0, copy - forward) + max(0.0, copy - 2 * forward)) / (3 * forward)
+
+
+def cost_of(s: Shape, how: Setting | Plan, levels: tuple[int, ...], rows: int, again: float = 1.0) -> float:
     """Percent of a step's time that a plan costs, roughly: half a tile one; decoding takes as long for few rows as for
     many. again: what the levels' costs are multiplied by."""
     decode = {"shadow": 0, "layer": 16384, "group": 3 * 16384}[how.store] / max(1, rows)
-    kept = sum(LEVEL_COST[level] for level in levels) / len(levels)
-    return again * kept + TILES.index(how.tile) + decode + (how.chunk_bytes < CHUNK_BYTES)
+    kept = sum(again * LEVEL_COST[level] + exposed(s, level) for level in levels) / len(levels)
+    return kept + TILES.index(how.tile) + decode + (how.chunk_bytes < CHUNK_BYTES)
 
 
 @cache
@@ -271,7 +286,7 @@ def choose(
     order = (0, 1, 2, 4, 3, 5) if host > 0 else (0, 1, 2, 3)
     best: tuple[float, Plan] | None = None
     for how in _settings(shadow):
-        if best is not None and cost_of(how, (0,), rows) >= best[0]:
+        if best is not None and cost_of(s, how, (0,), rows) >= best[0]:
             continue  # as fast as this there is one already
 
         def peak(level: int, how: Setting = how) -> int:
@@ -282,7 +297,7 @@ def choose(
             if lower not in fits:
                 continue
             # No plan of this pair is faster than one that keeps what `upper` keeps in every layer.
-            if best is not None and cost_of(how, (upper,), rows) >= best[0]:
+            if best is not None and cost_of(s, how, (upper,), rows) >= best[0]:
                 continue
 
             def plan(n: int, lower: int = lower, upper: int = upper, how: Setting = how) -> Plan:
@@ -291,7 +306,7 @@ def choose(
             n = bisect.bisect_left(range(s.layers + 1), True, key=lambda n: plan(n).peak <= budget)
             if n > s.layers or (found := plan(n)).host > host:
                 continue
-            cost = cost_of(how, found.levels, rows)
+            cost = cost_of(s, how, found.levels, rows)
             if best is None or cost < best[0]:
                 best = (cost, found)
             if n == 0:

@@ -8,8 +8,10 @@ else.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -89,11 +91,23 @@ class Policy:
             for module in self._dropouts:
                 module.eval()
 
-    @torch.no_grad()
+    def planned(self, batch: Batch) -> Batch:
+        """The batch with how every pass over it runs, chosen for the memory that is free now.
+
+        `score` and `logprobs` of such a batch give the same bits while the adapter stays the same, whatever else takes
+        or gives back memory in between.
+        """
+        if self.fused is None:
+            return batch
+        sequences = Sequences.of(batch.cu_seqlens, batch.prefix, self.device)
+        return replace(batch, plan=self.fused.plan_pass(len(batch.input_ids), int(batch.train_mask.sum()), sequences))
+
     def score(self, batch: Batch, weights: Literal["policy", "reference"] = "policy") -> Tensor:
         """Log-probs [T] without gradient. "reference": the adapter that training started from (the base, if new)."""
-        with self._reference() if weights == "reference" else nullcontext():
-            return self._forward(batch)[0]
+        # transformers and PyTorch choose other kernels where there is no gradient. Ours do not.
+        graph = torch.set_grad_enabled(self.fused is None and weights == "policy")
+        with graph, self._reference() if weights == "reference" else nullcontext():
+            return self._forward(batch)[0].detach()
 
     @torch.no_grad()
     def entropy(self, batch: Batch) -> Tensor:
@@ -106,6 +120,17 @@ class Policy:
         if self.fused is None or self.device.type == "cpu":
             return BUDGETS[-1]
         return token_budget(self.fused.shape, self.fused.available(), memory.host_free(), group)
+
+    def lower(self) -> str:
+        """Give memory back and plan later passes with less of it, after an out-of-memory error; says what was done."""
+        if self.fused is not None:
+            self.fused.lower()
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        if self.fused is None:
+            return "tried once more without what PyTorch had cached"
+        return f"planned again with {1 - self.fused.margin:.0%} of the memory that is free"
 
     def adapter(self) -> dict[str, Tensor]:
         """PEFT name -> live tensor of the adapter, without alpha / rank (`scales` has that)."""
@@ -122,8 +147,10 @@ class Policy:
         trained = batch.train_mask.nonzero().squeeze(1)
         host = (batch.input_ids, batch.position_ids, trained, batch.source[trained])
         ids, positions, rows, sources = (upload(t, self.device) for t in host)
-        hidden = self._hidden(ids, positions, sequences, sources)
-        plan = None if self.fused is None else self.fused.ran
+        plan = batch.plan
+        if self.fused is not None and plan is None:
+            plan = self.fused.plan_pass(len(ids), len(rows), sequences)
+        hidden = self._hidden(ids, positions, sequences, sources, plan)
         chunk_bytes = CHUNK_BYTES if plan is None else plan.chunk_bytes
         workspace = None if self.fused is None else self.fused.store.scratch
         logprobs, entropy = linear_logprobs(
@@ -133,12 +160,13 @@ class Policy:
         zeros = torch.zeros(ids.shape, dtype=logprobs.dtype, device=self.device)
         return zeros.index_put((rows,), logprobs), zeros.index_put((rows,), entropy)
 
-    def _hidden(self, ids: Tensor, positions: Tensor, sequences: Sequences, rows: Tensor) -> Tensor:
+    def _hidden(
+        self, ids: Tensor, positions: Tensor, sequences: Sequences, rows: Tensor, plan: memory.Plan | None
+    ) -> Tensor:
         """The head's input at `rows`."""
         if self.fused is not None:
             embedded = self._decoder.get_input_embeddings()(ids)
-            gradients = self.flat.gradients if torch.is_grad_enabled() else None
-            hidden = self.fused.hidden(embedded, positions, sequences, gradients, rows.numel())
+            hidden = self.fused.hidden(embedded, positions, sequences, self.flat.gradients, plan)
             # A norm is of one row: only the rows that are asked for need it.
             return self.fused.final_norm(hidden[rows])
         with self._packed():

@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-from rlft.models.memory import Shape, capturable, choose, cost_of
+from rlft.models.memory import FLOPS, Shape, capturable, choose, cost_of
 
 BUDGETS = (
     *range(32768, 16384, -4096), *range(16384, 8192, -2048), *range(8192, 6144, -1024), *range(6144, 4095, -512)
@@ -27,8 +27,6 @@ less as benchmarks/host_time.py has found since."""
 LAUNCHING_MORE = 5.9e-3
 """The same with shared prompts and weights that are decoded anew, at most: what a step of 56 micro-batches of 1,024
 tokens, which waits for its launches, takes for each layer of each, head and loss included (recorded_tight, de06613)."""
-FLOPS = 600e12
-"""Speed of matrix products."""
 BESIDE = 1.35
 """Time of a layer over that of its products, for sequences whose attention is little of it (recorded_tight)."""
 SHORT = 1.5
@@ -72,7 +70,7 @@ def token_budget(s: Shape, device_bytes: float, host_bytes: float, group: Group 
         plan = choose(s, rows, rows, device_bytes, host_bytes)
         if plan.peak > device_bytes:
             return math.inf
-        cost = cost_of(plan, plan.levels, rows, SHORT) / 100
+        cost = cost_of(s, plan, plan.levels, rows, SHORT) / 100
         device = device_seconds(s, rows)
         captured = device < LAUNCHING and capturable(s, plan, device_bytes)
         busy = s.layers * BESIDE * device * (1 + cost) + head_seconds(s, rows)

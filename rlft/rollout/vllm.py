@@ -24,6 +24,7 @@ from rlft.config import Engine as Options
 from rlft.config import Sampling
 from rlft.errors import EngineError
 from rlft.models import memory
+from rlft.models.allocator import segments
 from rlft.models.policy import Policy
 from rlft.rollout import vllm_start
 from rlft.rollout.engine import check_names, check_read_back, eos_ids
@@ -78,7 +79,7 @@ class VllmEngine:
         self.choice: Choice = choose(self._sizes, options.mode, options.kv_gib, device)
         environment()
         begin = time.perf_counter()
-        with quiet(), defaults_restored():
+        with quiet(), defaults_restored(), segments(growing=False):
             from vllm import LLM
 
             from rlft.rollout import vllm_hooks as hooks
