@@ -65,7 +65,10 @@ def group_statistics(rewards: Tensor, group_ids: Tensor) -> Groups:
     inf = torch.full((_groups(group_ids),), float("inf"), dtype=torch.float64)
     low = inf.scatter_reduce(0, group_ids, torch.where(valid, values, float("inf")), "amin")
     high = (-inf).scatter_reduce(0, group_ids, torch.where(valid, values, float("-inf")), "amax")
-    return Groups(size, mean, std, (high <= low)[group_ids] | ~valid)
+    equal = (high <= low)[group_ids]
+    # Of equal rewards the mean is the reward and the std 0; the sums above would be off by a rounding.
+    mean, std = torch.where(equal & valid, values, mean), torch.where(equal, 0, std)
+    return Groups(size, mean, std, equal | ~valid)
 
 
 def _groups(group_ids: Tensor) -> int:
@@ -149,7 +152,8 @@ def opo(rewards: Tensor, group_ids: Tensor, lengths: Tensor) -> Tensor:
 def gdpo(rewards: Tensor, group_ids: Tensor, parts: Tensor, weights: Tensor) -> Tensor:
     """Each reward function's values normalised within their group, summed with their weights, over the batch's std."""
     valid = ~rewards.isnan()
-    values = torch.where(valid[:, None], parts.double(), torch.nan)
+    # Rewards are fp32: what two values differ by below that is no difference between completions.
+    values = torch.where(valid[:, None], parts.float().double(), torch.nan)
     each = [group_norm(values[:, k], group_ids).double() * weights[k] for k in range(values.shape[1])]
     total = torch.stack(each, 1).sum(1) if each else torch.zeros(len(rewards), dtype=torch.float64)
     # Its mean is 0: each function's values sum to 0 over their group.
@@ -220,7 +224,7 @@ def reward_std(rewards: Tensor) -> float:
     valid = rewards[~rewards.isnan()].double()
     if not len(valid):
         return float("nan")
-    return float(valid.std()) if len(valid) > 1 else 0.0
+    return float(valid.std()) if valid.max() > valid.min() else 0.0
 
 
 def frac_zero_std(rewards: Tensor, group_ids: Tensor) -> float:
