@@ -65,10 +65,7 @@ def group_statistics(rewards: Tensor, group_ids: Tensor) -> Groups:
     inf = torch.full((_groups(group_ids),), float("inf"), dtype=torch.float64)
     low = inf.scatter_reduce(0, group_ids, torch.where(valid, values, float("inf")), "amin")
     high = (-inf).scatter_reduce(0, group_ids, torch.where(valid, values, float("-inf")), "amax")
-    equal = (high <= low)[group_ids]
-    # Of equal rewards the mean is the reward and the std 0; the sums above would be off by a rounding.
-    mean, std = torch.where(equal & valid, values, mean), torch.where(equal, 0, std)
-    return Groups(size, mean, std, equal | ~valid)
+    return Groups(size, mean, std, (high <= low)[group_ids] | ~valid)
 
 
 def _groups(group_ids: Tensor) -> int:
@@ -224,7 +221,7 @@ def reward_std(rewards: Tensor) -> float:
     valid = rewards[~rewards.isnan()].double()
     if not len(valid):
         return float("nan")
-    return float(valid.std()) if valid.max() > valid.min() else 0.0
+    return float(valid.std()) if len(valid) > 1 else 0.0
 
 
 def frac_zero_std(rewards: Tensor, group_ids: Tensor) -> float:
