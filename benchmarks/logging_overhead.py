@@ -69,7 +69,7 @@ class Watched:
         self.rewards = torch.tensor([draw.choice([0.0, 1.0]) for _ in self.rollouts])
         self.advantages = self.rewards - 0.5
         outcomes = {n: Outcome(self.rewards.tolist(), [False] * len(self.rollouts)) for n in ("correct", "format")}
-        self.parts = Parts(self.rewards, outcomes)
+        self.parts = Parts(self.rewards, self.rewards, outcomes)
         self.drawn = Drawn(self.rollouts, self.rewards, self.rewards, [self.parts], (True,) * len(self.rollouts))
         plan = PackPlan((True,) * len(self.rollouts), "token_mean", BUDGET, TOKENS, 1.0)
         self.batches = pack(self.rollouts, self.advantages, plan, count(self.rollouts, plan))

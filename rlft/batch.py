@@ -83,7 +83,8 @@ def pack(rollouts: Sequence[Rollout], advantages: Tensor, plan: PackPlan, counts
     `plan.share_prefix` a prompt once with all its completions, in parts that each repeat the prompt where the budget
     asks for it; with `plan.whole_groups` a group. Units whose every advantage is exactly 0 come last, in micro-batches
     of their own, so that leaving those out changes no other. A row without a trained token (with `plan.whole_groups`, a
-    group without one) is counted and not run. Raises TrainError when the advantage of a kept rollout is not finite.
+    group without one) is counted and not run. Recorded completions, those without sampler log-probs, are at temperature
+    1: nothing drew them at `plan.temperature`. Raises TrainError when the advantage of a kept rollout is not finite.
     """
     rows = _rows(rollouts, advantages.tolist(), plan, counts)
     sampled = {row.rollout.sampler_logprobs is not None for row in rows}
@@ -247,8 +248,9 @@ def _batch(units: list[list[_Row]], plan: PackPlan, counts: Counts) -> Batch:
     train_mask = torch.from_numpy(np.concatenate(masks))
     weights = torch.tensor([s.row.weight if s.row else 0.0 for s in sequences])
     advantages = torch.tensor([s.row.advantage if s.row else 0.0 for s in sequences])
-    sampler = None
+    sampler, temperature = None, 1.0
     if rows[0].rollout.sampler_logprobs is not None:
+        temperature = plan.temperature
         theirs = [s.spread(s.row.rollout.sampler_logprobs or () if s.row else (), np.float32) for s in sequences]
         sampler = torch.where(train_mask, torch.from_numpy(np.concatenate(theirs)), 0)
     return Batch(
@@ -264,7 +266,7 @@ def _batch(units: list[list[_Row]], plan: PackPlan, counts: Counts) -> Batch:
         advantages=torch.where(train_mask, advantages[seq_ids], 0),
         group_ids=torch.tensor([local[s.row.group] if s.row else -1 for s in sequences], dtype=torch.int64),
         group_weight=torch.full((len(local),), 1 / counts.groups),
-        temperature=plan.temperature,
+        temperature=temperature,
         max_seqlen=max(lengths),
         max_prefix=max((lengths[s.prefix] for s in sequences if s.prefix >= 0), default=0),
         zero_advantage=not any(row.advantage for row in rows),

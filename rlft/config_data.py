@@ -106,7 +106,8 @@ class Sampling:
     max_tokens: int = 1024
     """Longest completion, in tokens; longer ones are cut and reported as clipped."""
     temperature: float = 1.0
-    """Softmax temperature; the trainer divides its logits by it too. 0 (greedy) only in evaluation."""
+    """Softmax temperature of sampled completions; the trainer divides its logits by it too. Recorded completions are
+    trained at 1. 0 (greedy) only in evaluation."""
     top_p: float = 1.0
     """Nucleus sampling: evaluation only, since it changes the distribution that is sampled from."""
     top_k: int = 0

@@ -11,7 +11,9 @@ Kinds of rows, told apart by their columns as in TRL:
 
 A string prompt becomes one user turn where the tokenizer has a chat template (`data.chat = "never"`: encoded as it is).
 Prompt and completion are encoded apart and put side by side, so that what is trained is what an engine would have
-sampled after the prompt. A completion ends with EOS.
+sampled after the prompt. In a chat a completion ends as the template ends a turn (<|im_end|>, <end_of_turn>), which is
+not always tokenizer.eos_token. Plain text ends with EOS, and so does a completion outside of a chat, or in one whose
+turns end with no token.
 
 Faults of templates are invisible to the comparison of engine and trainer, which see the same tokens; so they are errors
 here: a prompt that was rendered before, two BOS, a template that opens no assistant turn.
@@ -30,7 +32,7 @@ import numpy as np
 from rlft.config import Data
 from rlft.errors import DataError, TrainError
 from rlft.sources import load_rows
-from rlft.turns import ids_of, marked, marks_generation, render, turns
+from rlft.turns import ids_of, marked, marks_generation, render, said, turn_is_open, turns
 from rlft.types import Prompt, Recorded
 
 KINDS: dict[str, tuple[str, ...]] = {
@@ -186,7 +188,7 @@ def _prompt(row: dict[str, Any], index: int, data: Data, tokenizer: Any) -> Prom
     if data.system and messages[0]["role"] != "system":
         messages = [{"role": "system", "content": data.system}, *messages]
     text = render(messages, data, tokenizer, open_turn=True)
-    if text == render(messages, data, tokenizer, open_turn=False):
+    if text == render(messages, data, tokenizer, open_turn=False) and not turn_is_open(messages, data, tokenizer):
         raise DataError(
             "the chat template opens no assistant turn (add_generation_prompt changes nothing), so the model would go "
             "on with the user's; use the template of an instruct model"
@@ -210,8 +212,7 @@ def _check_not_rendered(text: str, tokenizer: Any) -> None:
 
 def _recorded(prompt: Prompt, completion: Any, reward: float, data: Data, tokenizer: Any) -> Recorded:
     if isinstance(completion, str):
-        ids = ids_of(completion, tokenizer)
-        ids += () if ids and ids[-1] == tokenizer.eos_token_id else (tokenizer.eos_token_id,)
+        ids = said(completion, prompt.messages, data, tokenizer)
         return Recorded(ids, (True,) * len(ids), reward, completion)
     if prompt.messages is None:
         raise DataError("the completion is messages but the prompt is a string that is not put into a chat template")

@@ -91,9 +91,10 @@ class Optimizer:
         """Clip and apply the gradient of the `scaled` losses in `flat.grad`. skipped_before: updates skipped in a row.
 
         Clipped to the global norm `max_grad_norm`, as torch.nn.utils.clip_grad_norm_ but for the 1e-6 which that adds
-        to the norm. A non-finite gradient changes nothing but the loss scale. Raises TrainError when it makes
-        `max_skipped` skipped in a row; in float16 not before the loss scale is 1, since until then the scale may be
-        what is wrong.
+        to the norm. A gradient of 0 (a part of a step whose completions are all invalid or left out) is an update too:
+        weight decay and Adam's momentum move the weights, as in TRL. A non-finite gradient changes nothing but the loss
+        scale. Raises TrainError when it makes `max_skipped` skipped in a row; in float16 not before the loss scale is
+        1, since until then the scale may be what is wrong.
         """
         grad = self._flat.grad
         assert grad is not None

@@ -65,7 +65,8 @@ def solved(drawn: Drawn, share: float, threshold: float) -> set[int]:
         rows = groups == group
         values = drawn.decides[rows]
         values = values[~values.isnan()]
-        if len(values) and float((values >= threshold).double().mean()) >= share:
+        # Divided in one rounding, so that 7 of 10 is the 0.7 that a config says.
+        if len(values) and int((values >= threshold).sum()) / len(values) >= share:
             found.add(drawn.rollouts[int(rows.nonzero()[0])].prompt.index)
     return found
 

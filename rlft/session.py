@@ -41,7 +41,7 @@ from rlft.rewards.parts import OVERLONG
 from rlft.rewards.pool import InThread
 from rlft.rewards.score import RewardFunction
 from rlft.rewards.score import build as build_rewards
-from rlft.rollout.engine import Engine, asleep
+from rlft.rollout.engine import Engine, asleep, undeclared_end
 from rlft.rollout.replay import ReplayEngine
 from rlft.runs import Run, replace_file
 from rlft.tracking import Tracking
@@ -187,6 +187,8 @@ def build(
                 console.note(function.note)
         policy = load_policy(cfg)
         engine, eval_engine = _engines(cfg, policy, tokenizer, console, rows, held, bool(eval_functions))
+        for line in _starting(cfg, engine, undeclared_end(tokenizer, policy.base)):
+            console.note(line)
         for each in {id(e): e for e in (engine, eval_engine)}.values():
             stack.callback(each.close)
         assert engine.SAMPLES or not algorithm.needs_sampler, "validate refuses this"
@@ -362,6 +364,13 @@ def _title(s: Session, passes: str) -> list[str]:
         *describe(s.algorithm),
         f"run folder: {s.run.path}",
     ]
+
+
+def _starting(cfg: Config, engine: Engine, end: str) -> list[str]:
+    """What is said once about settings and files that mean less than a reader may think. end: `undeclared_end`."""
+    hot = not engine.SAMPLES and cfg.sampling.temperature != 1
+    said = f"sampling.temperature = {cfg.sampling.temperature:g}: recorded completions are trained at temperature 1"
+    return [*([said] if hot else []), *([end] if end else [])]
 
 
 def _agree(s: Session) -> float:

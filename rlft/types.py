@@ -35,7 +35,7 @@ class Recorded(NamedTuple):
     """A completion that came with the data instead of from an engine (SFT, DPO, debugging)."""
 
     ids: tuple[int, ...]
-    """Token ids after the prompt's, EOS included where the text ends."""
+    """Token ids after the prompt's, the end of the turn or EOS included."""
     mask: tuple[bool, ...]
     """True where the token is to be trained on (an assistant's turn), same length as `ids`."""
     reward: float
@@ -116,7 +116,7 @@ class PackPlan:
     max_len: int
     """Longest completion allowed; the denominator of the "constant" aggregation."""
     temperature: float
-    """Sampling temperature; the trainer divides its logits by it too."""
+    """Of sampled completions: the trainer divides its logits by it too. Recorded ones are trained at 1, see `pack`."""
     whole_groups: bool = False
     """Keep every group in one micro-batch (pair losses)."""
     share_prefix: bool = True
@@ -164,6 +164,7 @@ class Batch:
     group_weight: Tensor
     """[groups] float32: 1 / groups of the update, for losses over whole groups."""
     temperature: float
+    """Divides the logits: the plan's for sampled completions, 1 for recorded ones."""
     max_seqlen: int
     max_prefix: int
     """Longest shared prefix, 0 for none. With max_seqlen a host int, so that no kernel launch waits for the GPU."""

@@ -41,7 +41,7 @@ MAY_IMPORT = {
     "algos": "types batch dist",
     "rewards": "types resolve config",
     "models": "types config kernels environment upload",
-    "rollout": "types config models kernels",
+    "rollout": "types config turns models kernels",
     "optim": "config kernels",
     "out_of_memory": "config",
     "reference": "types models",

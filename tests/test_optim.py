@@ -28,6 +28,19 @@ def test_warm_up_then_schedule() -> None:
     assert learning_rate(Optim(lr=0.3), 1000, 10) == 0.3
 
 
+def test_a_gradient_of_0_moves_by_momentum_and_decay_as_adamw_does() -> None:
+    """A part of a step in which nothing is kept: docs/algorithms.md says so."""
+    flat, optimizer = make([1.0, 2.0], [0.5, -0.5], lr=0.1, weight_decay=0.1)
+    plain = nn.Parameter(flat.detach().clone())
+    plain.grad, adam = flat.grad.clone(), torch.optim.AdamW([plain], lr=0.1, weight_decay=0.1)  # type: ignore[union-attr]
+    for update in range(2):
+        before = flat.detach().clone()
+        optimizer.step(update, 0)
+        adam.step()
+        assert (flat - before).abs().min() > 0.01 and torch.allclose(flat, plain)
+        flat.grad.zero_(), plain.grad.zero_()  # type: ignore[union-attr]
+
+
 @pytest.mark.parametrize("warmup", [0, 3])
 @pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
 def test_schedules_are_those_of_transformers_one_update_earlier_in_the_warm_up(schedule: str, warmup: int) -> None:

@@ -26,7 +26,7 @@ def rollouts(groups: int, samples: int = 3) -> list[Rollout]:
     for prompt in prompts(groups):
         for s in range(samples):
             ids = tuple(11 + (prompt.index * 5 + s * 3 + j) % 70 for j in range(1 + (2 * s + prompt.index) % 5))
-            made.append(Rollout(prompt, ids, (True,) * len(ids), None, "", "stop", s, 0, s))
+            made.append(Rollout(prompt, ids, (True,) * len(ids), (-1.0,) * len(ids), "", "stop", s, 0, s))
     return made
 
 

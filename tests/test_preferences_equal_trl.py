@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from trl_code import trl
 
-from rlft.algos import apo, cpo, dft, dpo, exo, hinge, ipo, kto, nca, orpo, robust_dpo, rpo, simpo, sppo
+from rlft.algos import apo, cpo, dft, dpo, exo, grpo, hinge, ipo, kto, nca, orpo, robust_dpo, rpo, simpo, sppo
 from rlft.batch import count, pack
 from rlft.metrics import Metrics
 from rlft.types import Aggregation, Batch, PackPlan, Prompt, Rollout
@@ -165,6 +165,60 @@ def test_losses_without_a_reference_equal_trls(
     if average:  # TRL logs the means as logps there, ours are sums for every loss
         want[1].pop("logps/chosen"), want[1].pop("logps/rejected")
     check(got, want, a, b, 4)
+
+
+@pytest.mark.parametrize("name", ["orpo", "cpo"])
+def test_the_nll_differs_from_trls_as_the_docstrings_say(name: str) -> None:
+    """Two pairs of unequal lengths through a real model: TRL's is the mean over the tokens of the micro-batch (for orpo
+    of prompt and completion), ours that of the pairs' means."""
+    from tiny import tiny_model
+
+    model = tiny_model(torch.float64)
+    rows = [((11, 12, 13), (14, 15)), ((21, 22), (23, 24, 25, 26, 27))]
+    longest = max(len(p) + len(c) for p, c in rows)
+
+    def grid(of: Any, fill: int) -> Tensor:
+        return torch.tensor([of(p, c) + [fill] * (longest - len(p) - len(c)) for p, c in rows])
+
+    sides = {"input_ids": grid(lambda p, c: [*p, *c], 0), "attention_mask": grid(lambda p, c: [1] * len(p + c), 0),
+             "labels": grid(lambda p, c: [-100] * len(p) + [*c], -100)}  # fmt: skip
+    batch = {f"{side}_{key}": value for side in ("chosen", "rejected") for key, value in sides.items()}
+    trainer = trl(f"experimental.{name}.{name}_trainer", f"{name.upper()}Trainer")
+    stand_in = SimpleNamespace(
+        is_encoder_decoder=False, padding_value=0, pad_token_id=0, accelerator=SAME, aux_loss_enabled=False,
+        cpo_alpha=1.0, loss_type="sigmoid", concatenated_inputs=trainer.concatenated_inputs,
+        get_batch_logps=trainer.get_batch_logps,
+    )  # fmt: skip
+    with torch.no_grad():
+        theirs = trainer.concatenated_forward(stand_in, model, batch)[4]
+        log_p = model(sides["input_ids"], attention_mask=sides["attention_mask"]).logits.log_softmax(-1)
+    per_row = [
+        torch.stack([log_p[i, t - 1, (p + c)[t]] for t in range(1, len(p + c))]) for i, (p, c) in enumerate(rows)
+    ]
+    completions = [values[len(p) - 1 :] for values, (p, _) in zip(per_row, rows, strict=True)]
+    said = -torch.cat(per_row if name == "orpo" else completions).mean()
+    ours_ = -torch.stack([values.mean() for values in completions]).mean()
+    assert theirs.item() == pytest.approx(said.item(), abs=1e-6) and abs(said - ours_) > 1e-2
+    made = [Rollout(Prompt(p, {}, i), c, (True,) * len(c), None, "", "stop", s, -1, 0)
+            for i, (p, c) in enumerate(rows) for s in (0, 1)]  # fmt: skip
+    plan = PackPlan((True,) * 4, "sequence_sum", 1000, longest, 1.0, whole_groups=True)
+    (packed_,) = pack(made, torch.tensor([1.0, -1.0] * 2), plan, count(made, plan))
+    logprobs = torch.zeros(len(packed_.input_ids), dtype=torch.float64)
+    own = [s for s in range(len(packed_.prefix)) if packed_.group_ids[s] >= 0]
+    for s, row in zip(own, packed_.rows, strict=True):
+        logprobs[(packed_.seq_ids == s) & packed_.train_mask] = completions[row // 2]
+    module, cfg = {"orpo": (orpo, orpo.Config()), "cpo": (cpo, cpo.Config())}[name]
+    metrics = Metrics()
+    metrics.add(module.loss(logprobs, packed_, cfg)[1])  # type: ignore[arg-type]
+    assert metrics.values()["nll_loss"] == pytest.approx(ours_.item(), abs=1e-6)
+
+
+def test_trls_correction_for_the_sampler_is_by_default_what_the_docs_say() -> None:
+    fields = trl("trainer.grpo_config", "GRPOConfig").__dataclass_fields__
+    found = {name: fields[f"vllm_importance_sampling_{name}"].default for name in ("mode", "clip_max", "clip_min")}
+    assert found == {"mode": "sequence_mask", "clip_max": 3.0, "clip_min": None}
+    ours_ = grpo.Config()
+    assert (ours_.correction_weight, ours_.correction_cap, ours_.correction_floor) == ("token_truncate", 2.0, 0.0)
 
 
 @pytest.mark.parametrize("z0", [0.0, 0.8])

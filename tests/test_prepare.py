@@ -93,7 +93,8 @@ def test_kto_compares_with_completions_of_other_prompts() -> None:
 
 
 def test_estimators_get_lengths_and_parts_of_the_kept_rollouts() -> None:
-    parts = Parts(torch.zeros(3), {"a": Outcome([1.0, 2.0, 3.0], [False] * 3), "b": Outcome([0.0] * 3, [False] * 3)})
+    outcomes = {"a": Outcome([1.0, 2.0, 3.0], [False] * 3), "b": Outcome([0.0] * 3, [False] * 3)}
+    parts = Parts(torch.zeros(3), torch.zeros(3), outcomes)
     made = estimator_inputs([completion((0, 1)), completion((2,))], parts, {"a": 1.0, "b": 0.5}, (True, False, True))
     assert made["lengths"].tolist() == [2, 1] and made["weights"].tolist() == [1, 0.5]
     assert made["parts"].tolist() == [[1, 0], [3, 0]]

@@ -149,7 +149,8 @@ def opo(rewards: Tensor, group_ids: Tensor, lengths: Tensor) -> Tensor:
 def gdpo(rewards: Tensor, group_ids: Tensor, parts: Tensor, weights: Tensor) -> Tensor:
     """Each reward function's values normalised within their group, summed with their weights, over the batch's std."""
     valid = ~rewards.isnan()
-    values = torch.where(valid[:, None], parts.double(), torch.nan)
+    # Rewards are fp32: what two values differ by below that is no difference between completions.
+    values = torch.where(valid[:, None], parts.float().double(), torch.nan)
     each = [group_norm(values[:, k], group_ids).double() * weights[k] for k in range(values.shape[1])]
     total = torch.stack(each, 1).sum(1) if each else torch.zeros(len(rewards), dtype=torch.float64)
     # Its mean is 0: each function's values sum to 0 over their group.

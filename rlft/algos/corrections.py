@@ -16,6 +16,8 @@ what old is, so that no difference is counted twice:
     token_truncate, sequence_truncate   R within [floor, cap]                  TIS (Yao et al. 2025), cap 2
     token_mask, sequence_mask           R where floor <= R <= cap, else 0      MIS [0.5, 2], IcePop (2510.18855) to 5
 
+The default is token_truncate with cap 2; that of TRL 1.16 with vLLM is sequence_mask with cap 3.
+
 Besides the weight, whole sequences can be left out, and these count nothing twice:
 
     gate_low, gate_high   outside of them lies exp(mean_t log rho)             geometric sequence mask

@@ -3,6 +3,8 @@
     d = now_w - now_l, sums over the sides
     loss = -(1 - e) log sigmoid(beta d) - e log sigmoid(-beta d) + nll_coef NLL_w,    NLL_w = -mean over the chosen side
 
+NLL_w is averaged over pairs, each chosen side alike. TRL 1.16's is a mean over the chosen tokens of a micro-batch: long
+sides count more there, and the split of a step matters.
 The five choices: no ratio; no clip; no KL and no reference; advantage = the recorded reward, +1 and -1; mean over
 pairs.
 """

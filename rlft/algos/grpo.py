@@ -8,6 +8,11 @@ mean over all tokens of the step (TRL's "dapo" and "bnpo", with the counts of th
 per rollout batch old = sg(now), so r = 1, clipping never acts and the gradient is REINFORCE's. Presets: `dapo`
 (clip_high 0.28, dynamic sampling, overlong penalty, 16 updates), `dr_grpo` (2503.20783: advantage "group_mean",
 aggregation "constant").
+
+The sampler's correction differs from TRL 1.16's default. Here a token weighs rho, at most 2 (correction_weight
+"token_truncate"). There, with vLLM, a sequence weighs the product of its tokens' rho, and 0 where that is above 3:
+correction_weight "sequence_mask" with correction_cap 3. A token whose sampler log-prob is not finite is left out here,
+and trained with weight 1 there.
 """
 
 from __future__ import annotations

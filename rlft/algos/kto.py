@@ -5,9 +5,10 @@
     loss of an undesirable one       = undesirable_weight (1 - sigmoid(beta (z0 - g)))
     z0 = max(0, mean of g over completions put behind another row's prompt), of the step on all ranks, without gradient
 
-z0 estimates the KL of the policy from the reference, which a gain is measured against. The sign of the advantage says
-which completion is good: recorded rewards +1 and -1 (pairs, or rows with a column `label`), or sampled ones. Keep
-desirable_weight x good rows / (undesirable_weight x bad rows) within 1 and 4/3.
+z0 estimates the KL of the policy from the reference, which a gain is measured against. Here it is of the whole step,
+before its first update; TRL 1.16 takes that of each micro-batch (over ranks), which is newer and noisier and depends on
+its size. The sign of the advantage says which completion is good: recorded rewards +1 and -1 (pairs, or rows with a
+column `label`), or sampled ones. Keep desirable_weight x good rows / (undesirable_weight x bad rows) within 1 and 4/3.
 The five choices: log-ratio per sequence against the reference; no clip; the KL is in z0; advantage = the reward's sign;
 mean over sequences.
 """

@@ -3,6 +3,8 @@
     a = mean log-prob of a side's tokens,    o = a - log(1 - e^a)
     loss = NLL_w - beta log sigmoid(o_w - o_l),    NLL_w = -a_w
 
+NLL_w is over the completion. TRL 1.16's is over prompt and completion, which also trains the model to ask the question,
+and is a mean over all tokens of a micro-batch, so that it depends on how a step is split.
 The five choices: no ratio; no clip; no KL and no reference; advantage = the recorded reward, +1 and -1; mean over
 pairs.
 """

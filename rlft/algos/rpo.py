@@ -2,6 +2,8 @@
 
     loss = -log sigmoid(beta D) + nll_coef NLL_w,    D as in `dpo`, NLL_w = -mean over the chosen side's tokens
 
+NLL_w is averaged over pairs, each chosen side alike. TRL 1.16's ("sigmoid" + "sft") is a mean over the chosen
+tokens of a micro-batch: long sides count more there, and the split of a step matters.
 The five choices: log-ratio per sequence against the reference; no clip; the KL is implied by beta; advantage = the
 recorded reward, +1 and -1; mean over pairs.
 """

@@ -69,6 +69,9 @@ class Parts:
 
     total: Tensor
     """[N] float32, nan where invalid."""
+    answers: Tensor
+    """[N] float32: the same without the overlong penalty. Summed from the functions' values, since taking the penalty
+    off `total` again leaves its rounding behind, and equal answers would differ."""
     outcomes: dict[str, Outcome]
     """By function name."""
 
@@ -79,7 +82,8 @@ class Parts:
         for other in others:
             for name, outcome in other.outcomes.items():
                 first.outcomes[name].extend(outcome)
-        return Parts(torch.cat([part.total for part in rounds]), first.outcomes)
+        total, answers = (torch.cat(each) for each in zip(*((r.total, r.answers) for r in rounds), strict=True))
+        return Parts(total, answers, first.outcomes)
 
     def metrics(self) -> dict[str, float]:
         """TRL's reward metrics: over valid rows, before any filtering."""
@@ -100,12 +104,9 @@ class Parts:
         return values
 
     def deciding(self, by: str | None) -> Tensor:
-        """[N], what must differ within a group under dynamic sampling: the values of the function `by`, or the reward
-        without the overlong penalty, which tells lengths apart and not answers. nan where invalid."""
-        if by is not None:
-            return torch.tensor(self.outcomes[by].values)
-        penalty = self.outcomes.get(OVERLONG)
-        return self.total if penalty is None else self.total - torch.tensor(penalty.values)
+        """[N] float32, what must differ within a group under dynamic sampling: the values of the function `by`, or the
+        reward without the overlong penalty, which tells lengths apart and not answers. nan where invalid."""
+        return self.answers if by is None else torch.tensor(self.outcomes[by].values, dtype=torch.float32)
 
     def columns(self) -> dict[str, list[Any]]:
         """For the rollouts file: each function's rewards, and the columns it logged."""
@@ -132,7 +133,10 @@ class Parts:
 
 def _mean(values: Tensor) -> float:
     valid = _valid(values)
-    return sum(valid) / len(valid) if valid else math.nan
+    if not valid:
+        return math.nan
+    # The mean of equal numbers is that number, and their std 0, which rounding would miss.
+    return valid[0] if min(valid) == max(valid) else sum(valid) / len(valid)
 
 
 def _std(values: Tensor) -> float:

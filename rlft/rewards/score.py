@@ -24,7 +24,7 @@ from torch import Tensor
 from rlft import resolve
 from rlft.config import Reward
 from rlft.errors import RewardError
-from rlft.rewards.parts import Outcome, Parts
+from rlft.rewards.parts import OVERLONG, Outcome, Parts
 from rlft.rewards.pool import InThread, InWorker, Loop, Place
 from rlft.rewards.worker import Reply, Signature
 from rlft.types import Rollout
@@ -216,14 +216,14 @@ def score(
 ) -> tuple[Tensor, Parts]:
     """The reward of each rollout, [N] float32, nan where invalid, and its parts.
 
-    Without functions: the recorded rewards. A row is invalid when a function failed on it, or when none applies to it.
-    Raises RewardError for a function that is itself at fault.
+    Without functions: the recorded rewards. A row is invalid when a function failed on it, or when none applies to it,
+    the overlong penalty left aside. Raises RewardError for a function that is itself at fault.
     """
     if not functions:
         recorded = [r.recorded_reward for r in rollouts]
         assert None not in recorded, "no reward function and no recorded reward"
         total = torch.tensor(recorded, dtype=torch.float32)
-        return total, Parts(total, {})
+        return total, Parts(total, total, {})
     columns = columns_of(rollouts)
     constants = {"trainer_state": SimpleNamespace(**trainer_state)}
     for function in functions:
@@ -234,14 +234,17 @@ def score(
         function.start(columns, constants)
     finished = {function.name: function.finish() for function in (*here, *apart)}
     outcomes = {function.name: finished[function.name] for function in functions}
-    total = []
+    total, answers = [], []
     for row in range(len(rollouts)):
-        found = [(f.weight, outcomes[f.name].values[row]) for f in functions]
-        applied = [weight * value for weight, value in found if not math.isnan(value)]
+        found = {f.name: f.weight * outcomes[f.name].values[row] for f in functions}
+        applied = {name: value for name, value in found.items() if not math.isnan(value)}
+        penalty = applied.pop(OVERLONG, 0.0)
+        # A penalty alone is no reward: there is nothing that it could be taken off.
         invalid = not applied or any(outcomes[f.name].invalid[row] for f in functions)
-        total.append(math.nan if invalid else sum(applied))
+        answers.append(math.nan if invalid else sum(applied.values()))
+        total.append(math.nan if invalid else sum(applied.values()) + penalty)
     rewards = torch.tensor(total, dtype=torch.float32)
-    return rewards, Parts(rewards, outcomes)
+    return rewards, Parts(rewards, torch.tensor(answers, dtype=torch.float32), outcomes)
 
 
 def columns_of(rollouts: Sequence[Rollout]) -> dict[str, list[Any]]:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from rlft.config import Sampling
 from rlft.errors import EngineError
+from rlft.turns import end_id
 from rlft.types import Prompt, Rollout
 
 
@@ -80,12 +81,30 @@ def rollout_seed(seed: tuple[int, ...], slot: int, sample: int) -> int:
 
 
 def eos_ids(tokenizer: Any, base: Any) -> set[int]:
-    """Token ids that end a completion, as tokenizer, config and generation config of the model say."""
+    """Token ids that end a completion: those of tokenizer, config and generation config, and the chat template's end of
+    turn, which a base model with a template added to its tokenizer names nowhere else."""
+    end = end_id(tokenizer)
+    return _declared(tokenizer, base) | (set() if end is None else {end})
+
+
+def _declared(tokenizer: Any, base: Any) -> set[int]:
     found: set[int] = set()
     for owner in (tokenizer, base.config, base.generation_config):
         value = getattr(owner, "eos_token_id", None)
         found |= {value} if isinstance(value, int) else set(value or ())
     return found
+
+
+def undeclared_end(tokenizer: Any, base: Any) -> str:
+    """One line where the template's end of turn is an end in no file of the model, for whoever serves it; else ""."""
+    end = end_id(tokenizer)
+    if end is None or end in _declared(tokenizer, base):
+        return ""
+    token = tokenizer.convert_ids_to_tokens(end)
+    return (
+        f"the chat template ends a turn with {token}, which is an end neither in the tokenizer nor in the model's "
+        f"configuration: rlft stops there; what serves the model elsewhere must be told (stop_token_ids = [{end}])"
+    )
 
 
 def check_names(given: Mapping[str, Tensor], slots: Mapping[str, Tensor]) -> None:
