@@ -151,11 +151,12 @@ def budgeted(found: Found, worker: Worker, work: str, limit: float) -> Asked:
     return found, worker, {"work": work, "peak": good or asked}
 
 
-def variants(work: str, worker: Worker, peers: list[Found], tokens: int) -> list[Asked]:
-    """rlft at the others' memory, and with a part of it switched off; the one that takes most memory last."""
+def variants(work: str, worker: Worker, peers: list[Found], tokens: int, skip: list[str]) -> list[Asked]:
+    """rlft at the others' memory, and with a part of it switched off; the one that takes most memory last. skip: names
+    that no budget is looked for."""
     asked = [
         budgeted(Found(f"rlft-at-{peer.stack}-memory"), worker, work, peer.peak) for peer in peers
-        if peer.seconds and peer.peak
+        if peer.seconds and peer.peak and f"rlft-at-{peer.stack}-memory" not in skip
     ]  # fmt: skip
     if not work.startswith("sft"):
         asked.append((Found("rlft-no-prefix"), worker, {"work": work, "share": False}))
@@ -210,7 +211,7 @@ def measure(
     if "rlft" in workers and not workers["rlft"].error:
         peers = [found for found, *_ in asked if found.stack != "rlft"]
         micro = recorded.MICRO["grpo"] * data.padded // len(data.completions)
-        more = [each for each in variants(work, workers["rlft"], peers, micro) if each[0].stack not in skip]
+        more = [each for each in variants(work, workers["rlft"], peers, micro, skip) if each[0].stack not in skip]
         asked += more
         # Padded rows apart, and once: they may run out of memory, and the process with them.
         in_turn([each for each in more if each[0].stack != "rlft-padded"], repeats, saved)
@@ -228,7 +229,9 @@ def main() -> None:
     parser.add_argument("--stacks", nargs="+", choices=recorded.STACKS, default=["trl", "unsloth", "rlft"])
     parser.add_argument("--repeats", type=int, help="3 by default, 2 for the outlier")
     parser.add_argument("--skip", nargs="+", default=[], help="of rlft's further runs, such as rlft-padded")
-    parser.add_argument("--shape", default="slab", help='"tiny" to try the script on a CPU')
+    parser.add_argument(
+        "--shape", default="slab", help='"tiny" to try the script on a CPU; "lfm2" and "qwen3_5" run padded'
+    )
     parser.add_argument("works", nargs="+", choices=recorded.WORKS)
     args = parser.parse_args()
     make = f"import sys; sys.path.insert(0, {str(HERE)!r}); import stacks; stacks.make({args.shape!r})"
@@ -240,8 +243,9 @@ def main() -> None:
             for stack in args.stacks
         }
         for work in (work for work in args.works if recorded.WORKS[work].kind == kind):
+            of = "" if args.shape == "slab" else f"_{args.shape}"
 
-            def save(rows: Rows, name: str = work.replace("/", "_").replace("-", "_")) -> None:
+            def save(rows: Rows, name: str = work.replace("/", "_").replace("-", "_") + of) -> None:
                 write(name, rows, args.out, args.commit)
 
             measure(work, args.shape, workers, args.repeats or FEW.get(work, 3), args.skip, save)

@@ -40,6 +40,15 @@ SHAPES: dict[str, dict[str, Any]] = {
     # 80 layers of 8192 with 28672 in the MLP, as Llama 3 70B; 70.6 B parameters.
     "70b": QWEN | {"hidden_size": 8192, "intermediate_size": 28672, "num_attention_heads": 64, "num_hidden_layers": 80,
                    "vocab_size": 128256, "tie_word_embeddings": False},
+    # Hybrids, which rlft runs as padded rows through transformers' layers: LFM2-1.2B, and 8 layers of a Qwen3.5.
+    "lfm2": {"model_type": "lfm2", "vocab_size": 65536, "hidden_size": 2048, "intermediate_size": 12288,
+             "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8,
+             "full_attn_idxs": [2, 5, 8, 10, 12, 14], "max_position_embeddings": 128000, "bos_token_id": 1,
+             "eos_token_id": 2},
+    "qwen3_5": {"model_type": "qwen3_5_text", "vocab_size": 151936, "hidden_size": 2560, "intermediate_size": 9216,
+                "num_hidden_layers": 8, "num_attention_heads": 16, "num_key_value_heads": 4, "head_dim": 256,
+                "linear_num_key_heads": 16, "linear_num_value_heads": 32, "linear_key_head_dim": 128,
+                "linear_value_head_dim": 128, "max_position_embeddings": 262144, "bos_token_id": 1, "eos_token_id": 2},
     # To run a script by hand on a CPU.
     "tiny": QWEN | {"vocab_size": 1024, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4,
                     "num_key_value_heads": 2, "head_dim": 16, "num_hidden_layers": 2, "tie_word_embeddings": False},
@@ -47,9 +56,10 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 def config_of(shape: str, **changes: Any) -> Any:
-    from transformers import Qwen3Config
+    from transformers import AutoConfig
 
-    return Qwen3Config(**SHAPES[shape] | changes)
+    settings = SHAPES[shape] | changes
+    return AutoConfig.for_model(settings.pop("model_type", "qwen3"), **settings)
 
 
 def path_of(shape: str) -> str:
