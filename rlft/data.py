@@ -173,7 +173,7 @@ def _prompt(row: dict[str, Any], index: int, data: Data, tokenizer: Any) -> Prom
         if not chat:
             if data.system:
                 raise DataError("data.system needs a chat template, and this tokenizer has none or data.chat is never")
-            return Prompt(tuple(tokenizer.encode(given)), row, index)
+            return Prompt(_encoded(given, tokenizer), row, index)
         _check_not_rendered(given, tokenizer)
         messages: list[dict[str, Any]] = [{"role": "user", "content": given}]
     else:
@@ -194,10 +194,24 @@ def _prompt(row: dict[str, Any], index: int, data: Data, tokenizer: Any) -> Prom
             "on with the user's; use the template of an instruct model"
         )
     ids = ids_of(text, tokenizer)
-    bos = tokenizer.bos_token_id
-    if bos is not None and len(ids) > 1 and ids[0] == ids[1] == bos:
+    if _two_bos(ids, tokenizer):
         raise DataError("the rendered prompt begins with two BOS tokens; remove the one in the text or the template")
     return Prompt(ids, row, index, tuple(messages))
+
+
+def _encoded(text: str, tokenizer: Any) -> tuple[int, ...]:
+    """The ids of a text that no template renders, with what the tokenizer adds. Raises DataError where BOS is doubled."""
+    ids = tuple(tokenizer.encode(text))
+    if _two_bos(ids, tokenizer):
+        raise DataError(
+            f"the text begins with two BOS tokens, of which the tokenizer adds one; remove {tokenizer.bos_token} from it"
+        )
+    return ids
+
+
+def _two_bos(ids: tuple[int, ...], tokenizer: Any) -> bool:
+    bos = tokenizer.bos_token_id
+    return bos is not None and len(ids) > 1 and ids[0] == ids[1] == bos
 
 
 def _check_not_rendered(text: str, tokenizer: Any) -> None:
@@ -239,7 +253,7 @@ def _conversation(row: dict[str, Any], index: int, data: Data, tokenizer: Any) -
 
 
 def _text(row: dict[str, Any], index: int, tokenizer: Any) -> Prompt:
-    ids = tuple(tokenizer.encode(row["text"]))
+    ids = _encoded(row["text"], tokenizer)
     ids += () if ids and ids[-1] == tokenizer.eos_token_id else (tokenizer.eos_token_id,)
     mask = (False, *(True,) * (len(ids) - 1))  # nothing comes before the first token to predict it
     return Prompt((), row, index, None, (Recorded(ids, mask, 1.0, row["text"]),))
