@@ -88,7 +88,7 @@ class Watched:
 
     def statistics(self, logprobs: Tensor, batch: Batch) -> dict[str, Any]:
         loss, stats = grpo.loss(logprobs, batch, grpo.Config())
-        return {**stats, **batch_stats(loss, -logprobs, batch)}
+        return {**stats, **batch_stats(loss, logprobs, -logprobs, batch)}
 
     # ---- the parts ----
 

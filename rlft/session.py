@@ -25,7 +25,7 @@ from rlft.config import Config, Reward
 from rlft.config_file import to_toml
 from rlft.console import Console
 from rlft.data import Prompts, digest, hold_out, load_prompts, without
-from rlft.errors import ConfigError, DataError
+from rlft.errors import ConfigError, DataError, TrainError
 from rlft.evaluate import measures_loss
 from rlft.model_card import adapter_card
 from rlft.models.allocator import segments
@@ -90,9 +90,18 @@ class Session:
     stop: bool = False
     """Set by the first Ctrl-C: the step in flight is finished and saved."""
 
+    def check_adapter(self, origin: str) -> None:
+        """Raise TrainError when the adapter is not finite. origin: where its values are from, and what to do."""
+        if wrong := self.policy.flat.not_finite():
+            raise TrainError(f"{len(wrong)} of the adapter's tensors are not finite, {wrong[0]} for one: {origin}")
+
     def save(self) -> Path:
         """Write a checkpoint of the state now, after the completions of every step until then; returns its folder."""
         self.writer.flush()
+        self.check_adapter(
+            f"nothing was saved. An update has set them (optim.lr = {self.cfg.optim.lr}), or a callback; go on from an "
+            f"earlier checkpoint"
+        )
         # No random state: every draw is seeded by (seed, step, ...).
         tensors = {"adapter": self.policy.flat.flat.detach(), "adapter_start": self.policy.flat.start}
         tensors |= {f"optim.{name}": value for name, value in self.optimizer.tensors().items()}
@@ -209,6 +218,9 @@ def build(
         )  # fmt: skip
         if resume:
             _resume(s)
+        s.check_adapter(
+            f'they come from lora.resume_from = "{cfg.lora.resume_from}", or from the checkpoint; train another'
+        )
         # Before the folder counts as a run: a tracker that cannot start leaves nothing in the way.
         s.tracking = stack.enter_context(Tracking(cfg, run, s.state.step, resume, console.note))
         run.write_config(to_toml(cfg))

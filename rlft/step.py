@@ -151,7 +151,7 @@ def forward_backward(s: Session, part: list[Batch], done: int, total: int) -> li
         here = replace(batch.to(policy.device), entropy=entropy)
         loss, stats = algorithm.loss(logprobs, here, algorithm.config)
         s.optimizer.scaled(loss).backward()
-        passes.append((logprobs.detach(), batch, {**stats, **batch_stats(loss, entropy, here)}))
+        passes.append((logprobs.detach(), batch, {**stats, **batch_stats(loss, logprobs, entropy, here)}))
     return passes
 
 

@@ -33,6 +33,7 @@ MAY_IMPORT = {
     "data": "types config resolve sources turns",
     "batch": "types",
     "refill": "types batch",
+    "broken": "types batch config models rollout",
     "parity": "types batch rollout",
     "config_file": "config resolve",
     "arguments": "",
