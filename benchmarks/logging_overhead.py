@@ -106,7 +106,7 @@ class Watched:
         self.mismatch = mismatch = parity.Mismatch()
         for logprobs, batch in zip(self.logprobs, self.batches, strict=True):
             mismatch.add(logprobs, batch)
-        parity.gate(mismatch, 0.2, lambda batch: batch.input_ids, None)
+        parity.gate(mismatch, parity.Limit.of(0.2, 5.0), lambda batch: batch.input_ids, self.rollouts)
         return mismatch.values()
 
     def session(self, use: tuple[str, ...], live: bool) -> Any:

@@ -7,10 +7,9 @@ trainer are apart. `rlft.finished` brings a run back for `rlft eval` and `rlft g
 from __future__ import annotations
 
 import contextlib
-import math
 import statistics
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 
 from rlft import __version__, checkpoint, engines, parity
+from rlft.agreement import agree
 from rlft.algorithm import Algorithm, describe
 from rlft.algorithm import build as build_algorithm
 from rlft.background import Background
@@ -82,8 +82,8 @@ class Session:
     tracking: Tracking = field(init=False)
     """Started last, when the step that the run begins at is known."""
     state: State = field(default_factory=State)
-    limit: float = math.inf
-    """Largest mean mismatch a step may have, in nats."""
+    limit: parity.Limit = field(init=False)
+    """How far engine and trainer may be apart."""
     first_evaluation: dict[str, float] = field(default_factory=dict)
     """The evaluation before the first step, read back when a run is resumed."""
     callbacks: Sequence[Callable[..., None]] = ()
@@ -226,7 +226,7 @@ def build(
         run.write_config(to_toml(cfg))
         run.write_plan(kept)
         console.start(_title(s, passes), steps, s.state.step, cfg.algo.name)
-        s.limit = _agree(s)
+        s.limit = agree(cfg, policy, engine, rows, plan, console.note)
         yield s
 
 
@@ -383,19 +383,3 @@ def _starting(cfg: Config, engine: Engine, end: str) -> list[str]:
     hot = not engine.SAMPLES and cfg.sampling.temperature != 1
     said = f"sampling.temperature = {cfg.sampling.temperature:g}: recorded completions are trained at temperature 1"
     return [*([said] if hot else []), *([end] if end else [])]
-
-
-def _agree(s: Session) -> float:
-    """Run the probe where there is an engine that samples; returns the gate's limit."""
-    if not (s.engine.SAMPLES and s.cfg.parity.probe) or s.cfg.lora.dropout:
-        # Dropout moves the trainer's log-probs by more than any noise the probe would find.
-        return parity.limit(None, s.cfg.parity)
-    sampling = replace(s.cfg.sampling, group_size=1, max_tokens=min(16, s.cfg.sampling.max_tokens))
-    rows = s.prompts.rows[: s.cfg.parity.probe_prompts]
-    found = parity.probe(s.policy, s.engine, rows, sampling, s.cfg.seed, s.plan)
-    limit = parity.limit(found, s.cfg.parity)
-    s.console.note(
-        f"engine and trainer agree to {found.off:.1e} nat on the base and {found.on:.1e} with a random adapter "
-        f"({found.tokens} tokens, shift {found.shift:.2f} nat); a step may differ by {limit:.3g}"
-    )
-    return limit

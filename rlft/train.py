@@ -64,7 +64,7 @@ def loop(s: Session) -> None:
         values |= rates(drawn.rollouts, done.ran, cfg.optim.passes, clock)
         values |= drawn.metrics(cfg.prompts_per_step) if cfg.refill.rounds else {}
         values |= {
-            "epoch": s.prompts.epoch, "num_tokens": float(state.num_tokens), "parity/limit": s.limit,
+            "epoch": s.prompts.epoch, "num_tokens": float(state.num_tokens), "parity/limit": s.limit.step,
             "skipped_updates": float(state.skipped_updates),
         }  # fmt: skip
         values |= {"curriculum/solved": float(len(state.solved))} if cfg.curriculum.solved_share is not None else {}
