@@ -93,8 +93,8 @@ class Optimizer:
         Clipped to the global norm `max_grad_norm`, as torch.nn.utils.clip_grad_norm_ but for the 1e-6 which that adds
         to the norm. A gradient of 0 (a part of a step whose completions are all invalid or left out) is an update too:
         weight decay and Adam's momentum move the weights, as in TRL. A non-finite gradient changes nothing but the loss
-        scale. Raises TrainError when it makes `max_skipped` skipped in a row; in float16 not before the loss scale is
-        1, since until then the scale may be what is wrong.
+        scale. Raises TrainError when it makes `max_skipped` skipped in a row, or all of a shorter run; in float16
+        not before the loss scale is 1, since until then the scale may be what is wrong.
         """
         grad = self._flat.grad
         assert grad is not None
@@ -107,7 +107,7 @@ class Optimizer:
         if self._scale is not None:
             self._scale.update(finite)
         if not finite:
-            if scale == 1 and skipped_before + 1 >= self._cfg.max_skipped:
+            if scale == 1 and skipped_before + 1 >= min(self._cfg.max_skipped, self._total):
                 raise TrainError(
                     f"{skipped_before + 1} updates in a row had a non-finite gradient (norm {norm}): lower optim.lr "
                     f'({self._cfg.lr}), check the rewards for extreme values, or set dtype = "float32"'

@@ -7,10 +7,9 @@ trainer are apart. `rlft.finished` brings a run back for `rlft eval` and `rlft g
 from __future__ import annotations
 
 import contextlib
-import math
 import statistics
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 
 from rlft import __version__, checkpoint, engines, parity
+from rlft.agreement import agree
 from rlft.algorithm import Algorithm, describe
 from rlft.algorithm import build as build_algorithm
 from rlft.background import Background
@@ -25,7 +25,7 @@ from rlft.config import Config, Reward
 from rlft.config_file import to_toml
 from rlft.console import Console
 from rlft.data import Prompts, digest, hold_out, load_prompts, without
-from rlft.errors import ConfigError, DataError
+from rlft.errors import ConfigError, DataError, TrainError
 from rlft.evaluate import measures_loss
 from rlft.model_card import adapter_card
 from rlft.models.allocator import segments
@@ -82,17 +82,26 @@ class Session:
     tracking: Tracking = field(init=False)
     """Started last, when the step that the run begins at is known."""
     state: State = field(default_factory=State)
-    limit: float = math.inf
-    """Largest mean mismatch a step may have, in nats."""
+    limit: parity.Limit = field(init=False)
+    """How far engine and trainer may be apart."""
     first_evaluation: dict[str, float] = field(default_factory=dict)
     """The evaluation before the first step, read back when a run is resumed."""
     callbacks: Sequence[Callable[..., None]] = ()
     stop: bool = False
     """Set by the first Ctrl-C: the step in flight is finished and saved."""
 
+    def check_adapter(self, origin: str) -> None:
+        """Raise TrainError when the adapter is not finite. origin: where its values are from, and what to do."""
+        if wrong := self.policy.flat.not_finite():
+            raise TrainError(f"{len(wrong)} of the adapter's tensors are not finite, {wrong[0]} for one: {origin}")
+
     def save(self) -> Path:
         """Write a checkpoint of the state now, after the completions of every step until then; returns its folder."""
         self.writer.flush()
+        self.check_adapter(
+            f"nothing was saved. An update has set them (optim.lr = {self.cfg.optim.lr}), or a callback; go on from an "
+            f"earlier checkpoint"
+        )
         # No random state: every draw is seeded by (seed, step, ...).
         tensors = {"adapter": self.policy.flat.flat.detach(), "adapter_start": self.policy.flat.start}
         tensors |= {f"optim.{name}": value for name, value in self.optimizer.tensors().items()}
@@ -209,12 +218,15 @@ def build(
         )  # fmt: skip
         if resume:
             _resume(s)
+        s.check_adapter(
+            f'they come from lora.resume_from = "{cfg.lora.resume_from}", or from the checkpoint; train another'
+        )
         # Before the folder counts as a run: a tracker that cannot start leaves nothing in the way.
         s.tracking = stack.enter_context(Tracking(cfg, run, s.state.step, resume, console.note))
         run.write_config(to_toml(cfg))
         run.write_plan(kept)
         console.start(_title(s, passes), steps, s.state.step, cfg.algo.name)
-        s.limit = _agree(s)
+        s.limit = agree(cfg, policy, engine, rows, plan, console.note)
         yield s
 
 
@@ -371,19 +383,3 @@ def _starting(cfg: Config, engine: Engine, end: str) -> list[str]:
     hot = not engine.SAMPLES and cfg.sampling.temperature != 1
     said = f"sampling.temperature = {cfg.sampling.temperature:g}: recorded completions are trained at temperature 1"
     return [*([said] if hot else []), *([end] if end else [])]
-
-
-def _agree(s: Session) -> float:
-    """Run the probe where there is an engine that samples; returns the gate's limit."""
-    if not (s.engine.SAMPLES and s.cfg.parity.probe) or s.cfg.lora.dropout:
-        # Dropout moves the trainer's log-probs by more than any noise the probe would find.
-        return parity.limit(None, s.cfg.parity)
-    sampling = replace(s.cfg.sampling, group_size=1, max_tokens=min(16, s.cfg.sampling.max_tokens))
-    rows = s.prompts.rows[: s.cfg.parity.probe_prompts]
-    found = parity.probe(s.policy, s.engine, rows, sampling, s.cfg.seed, s.plan)
-    limit = parity.limit(found, s.cfg.parity)
-    s.console.note(
-        f"engine and trainer agree to {found.off:.1e} nat on the base and {found.on:.1e} with a random adapter "
-        f"({found.tokens} tokens, shift {found.shift:.2f} nat); a step may differ by {limit:.3g}"
-    )
-    return limit

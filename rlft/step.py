@@ -57,7 +57,7 @@ def learn(s: Session, drawn: Drawn, parts: Parts, metrics: Metrics, mismatch: pa
     for batch in chain(*ran) if algorithm.old == "trainer" else ():
         assert batch.old_logprobs is not None
         mismatch.add(batch.old_logprobs, batch)
-    updates = train_on(s, ran, metrics, mismatch)
+    updates = train_on(s, rollouts, ran, metrics, mismatch)
     return Learned(advantages, list(chain(*packed)), list(chain(*ran)), updates)
 
 
@@ -102,8 +102,11 @@ def filled(s: Session, batch: Batch) -> Batch:
     return batch
 
 
-def train_on(s: Session, ran: list[list[Batch]], metrics: Metrics, mismatch: parity.Mismatch) -> list[Update]:
-    """The updates of a step, one for each of the lists of micro-batches and pass over them."""
+def train_on(
+    s: Session, rollouts: list[Rollout], ran: list[list[Batch]], metrics: Metrics, mismatch: parity.Mismatch
+) -> list[Update]:
+    """The updates of a step, one for each of the lists of micro-batches and pass over them. rollouts: those of the
+    step."""
     policy, state, algorithm = s.policy, s.state, s.algorithm
     queue = ran * s.cfg.optim.passes
     # On the host: it is read only where memory is exhausted between two updates.
@@ -130,7 +133,7 @@ def train_on(s: Session, ran: list[list[Batch]], metrics: Metrics, mismatch: par
         sum_tensor(policy.flat.gradient)
         if not updates:
             sum_tensor(mismatch.sums)
-            parity.gate(mismatch, s.limit, policy.score, queue[0][0] if queue[0] else None)
+            parity.gate(mismatch, s.limit, policy.score, rollouts)
         updates.append(s.optimizer.step(state.updates, state.skipped_updates))
         state.updates += 1
         state.skipped_updates = state.skipped_updates + 1 if updates[-1].skipped else 0
@@ -151,7 +154,7 @@ def forward_backward(s: Session, part: list[Batch], done: int, total: int) -> li
         here = replace(batch.to(policy.device), entropy=entropy)
         loss, stats = algorithm.loss(logprobs, here, algorithm.config)
         s.optimizer.scaled(loss).backward()
-        passes.append((logprobs.detach(), batch, {**stats, **batch_stats(loss, entropy, here)}))
+        passes.append((logprobs.detach(), batch, {**stats, **batch_stats(loss, logprobs, entropy, here)}))
     return passes
 
 

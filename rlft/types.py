@@ -257,6 +257,8 @@ class State:
     """Tokens trained or sampled so far (TRL's `num_tokens`)."""
     skipped_updates: int = 0
     """Updates skipped in a row because loss or gradient was not finite."""
+    untrained: int = 0
+    """Steps in a row in which no token could be trained."""
     invalid_history: list[float] = field(default_factory=list)
     """Share of invalid rewards in each of the last five steps."""
     solved: list[int] = field(default_factory=list)

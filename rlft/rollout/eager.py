@@ -177,7 +177,8 @@ class EagerEngine:
         """
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if sampling.temperature == 0:
-            tokens, drawn = logits.argmax(-1), torch.zeros(len(rows))
+            best, tokens = logits.max(-1)
+            drawn = torch.where(best.isfinite(), 0.0, torch.nan)
         else:
             log_p = _truncate(logits / sampling.temperature, sampling.top_k, sampling.top_p).log_softmax(-1)
             cumulative = log_p.double().exp().cumsum(-1)
