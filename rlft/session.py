@@ -302,9 +302,11 @@ TYPICAL = 1024
 
 
 def plan_of(cfg: Config, algorithm: Algorithm, policy: Policy, sampled: Sequence[Prompt] = ()) -> PackPlan:
-    """How updates are packed; `keep` is left empty. The fused layers are told how long a full micro-batch is. sampled:
-    prompts that groups of completions are drawn for."""
+    """How updates are packed; `keep` is left empty. The fused layers are told how long a full micro-batch is, and
+    whether there is an entropy bonus. sampled: prompts that groups of completions are drawn for."""
     budget, group = cfg.packing.budget, ALONE
+    if policy.fused is not None:
+        policy.fused.expect(algorithm.entropy_grad)
     if budget == "auto":
         if sampled and cfg.packing.share_prefix and not algorithm.whole_groups:
             prompt = int(statistics.median(len(p.ids) for p in sampled))

@@ -81,8 +81,11 @@ class Policy:
         """Log-prob of every trained token, with gradient to the adapter, and entropy of its distribution, without.
 
         Both [T] in max(fp32, model dtype), 0 where `batch.train_mask` is False. entropy_grad: a gradient for the
-        entropy too, for one more product with the head.
+        entropy too, for one more product with the head and a second jacobian, which is in the memory plan of every
+        pass from the first such call on.
         """
+        if self.fused is not None and entropy_grad:
+            self.fused.expect(entropy_grad=True)
         for module in self._dropouts:
             module.train()
         try:
