@@ -24,6 +24,7 @@ from rlft.kernels.logprobs import CHUNK_BYTES, linear_logprobs
 from rlft.models import memory
 from rlft.models.adapter import FlatAdapter
 from rlft.models.fused import FusedDecoder, fuse
+from rlft.models.quantization import mixes_rows
 from rlft.models.token_budget import ALONE, BUDGETS, Group, token_budget
 from rlft.types import Batch
 from rlft.upload import upload
@@ -66,6 +67,8 @@ class Policy:
         """Which layers run, and why, for the start of a run."""
         self.base: nn.Module = model.get_base_model()
         self.device = self.flat.flat.device
+        self.mixes_rows = mixes_rows(self.base)
+        """A row's log-probs depend on what it is packed with, so none are kept for another micro-batch."""
         self._decoder = self.base.get_decoder()  # type: ignore[operator]
         head: nn.Linear = self.base.get_output_embeddings()  # type: ignore[operator]
         if head.bias is not None:
