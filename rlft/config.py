@@ -244,9 +244,10 @@ class Config:
     """Type of the frozen weights and activations; "auto" is bfloat16 on a GPU that computes in it, float16 on
     older ones, and float32 on a CPU. "float64" is for exact comparisons."""
     quantization: Literal["auto", "none", "nf4", "int8"] = "auto"
-    """How the frozen linear layers are kept: "nf4" in 4 bits, "int8" in 8 (LLM.int8), "none" as `dtype`. Files that
-    bitsandbytes has quantised are taken as they are and want "auto" or what they are in; else "auto" is nf4 on a GPU,
-    for a .gguf file too (dequantised, then quantised), and none on a CPU."""
+    """How the frozen linear layers are kept: "nf4" in 4 bits, "int8" in 8 (LLM.int8, where a row depends a little on
+    what it is packed with), "none" as `dtype`. Files that bitsandbytes has quantised are taken as they are and want
+    "auto" or what they are in; else "auto" is nf4 on a GPU, for a .gguf file too (dequantised, then quantised), and
+    none on a CPU."""
     algo: Algo = field(default_factory=Algo)
     sampling: Sampling = field(default_factory=Sampling)
     refill: Refill = field(default_factory=Refill)

@@ -8,6 +8,7 @@ The names, as logged, printed and reported (NAME is eval/reward or one of eval/p
     NAME_change                    difference to the run's first evaluation, over the rows that both have
     NAME_change_stderr, _low, _high  of that difference, paired by row (bootstrap)
     eval/rows, eval/samples        held-out rows; completions sampled of each (absent when only the loss is measured)
+    eval/chosen_among              `rlft eval --checkpoint best`: evaluations on these rows that it is the best of
     eval/invalid                   completions without a valid reward: left out of all the above
     eval/rewards/FUNCTION/mean, /std, /invalid     each reward function apart
     eval/completions/mean_length, /clipped_ratio   tokens; share cut at eval.max_tokens, scored as they are

@@ -76,8 +76,9 @@ def evaluate_run(
     """Evaluate a run on its held-out rows: `eval/*` as during training (rlft.evaluate), and `step`.
 
     which: as `open_run`. rows: only the first so many. rewards: in place of the run's. changes: other values for fields
-    of [eval] (samples, temperature, max_tokens, ...). Nothing is written into the run's folder. Raises ConfigError when
-    the run has no held-out rows or nothing to score them with.
+    of [eval] (samples, temperature, max_tokens, ...). "best" also has eval/chosen_among, the evaluations that it is the
+    best of, from 2 on: what the choice had of luck is in its results. Nothing is written into the run's folder. Raises
+    ConfigError when the run has no held-out rows or nothing to score them with.
     """
     with open_run(out, which) as run:
         cfg = run.cfg
@@ -105,7 +106,8 @@ def evaluate_run(
         finally:
             for function in functions:
                 function.close()
-        return {"step": float(run.step), **values}
+        among = Run.resume(str(out)).chosen_among() if which == "best" else 0
+        return {"step": float(run.step), **values, **({"eval/chosen_among": float(among)} if among > 1 else {})}
 
 
 def generate_from_run(

@@ -209,7 +209,7 @@ def build(
             kept, passes = memory_plan(policy, cfg, eval_engine, plan.budget), _pass_words(policy, plan.budget)
         s = Session(
             cfg=cfg, steps=steps, algorithm=algorithm, policy=policy, engine=engine, eval_engine=eval_engine,
-            reference=Reference(policy, keep=steps * cfg.prompts_per_step > len(rows)),
+            reference=Reference(policy, keep=steps * cfg.prompts_per_step > len(rows) and not policy.mixes_rows),
             optimizer=Optimizer(policy.flat.flat, cfg.optim, steps * cfg.optim.updates, fp16), prompts=prompts,
             held=held, held_loss=bool(held) and not engine.SAMPLES and measures_loss(rows, held), functions=functions,
             eval_functions=eval_functions, run=run, writer=writer, console=console, identity=identity_of(cfg, policy),
@@ -314,9 +314,11 @@ TYPICAL = 1024
 
 
 def plan_of(cfg: Config, algorithm: Algorithm, policy: Policy, sampled: Sequence[Prompt] = ()) -> PackPlan:
-    """How updates are packed; `keep` is left empty. The fused layers are told how long a full micro-batch is. sampled:
-    prompts that groups of completions are drawn for."""
+    """How updates are packed; `keep` is left empty. The fused layers are told how long a full micro-batch is, and
+    whether there is an entropy bonus. sampled: prompts that groups of completions are drawn for."""
     budget, group = cfg.packing.budget, ALONE
+    if policy.fused is not None:
+        policy.fused.expect(algorithm.entropy_grad)
     if budget == "auto":
         if sampled and cfg.packing.share_prefix and not algorithm.whole_groups:
             prompt = int(statistics.median(len(p.ids) for p in sampled))
@@ -360,6 +362,13 @@ def _pass_words(policy: Policy, tokens: int) -> str:
     return f"a micro-batch of {tokens} tokens takes {plan.peak / 2**30:.2f} GiB ({plan})"
 
 
+MIXED = (
+    "int8: LLM.int8 finds its outlier columns over all rows of a micro-batch, so a row's log-probs depend a little on "
+    'what it is packed with; quantization = "nf4" or "none" has no such dependence'
+)
+"""What a run over 8-bit weights says at its start."""
+
+
 def _title(s: Session, passes: str) -> list[str]:
     cfg, policy = s.cfg, s.policy
     dtype = str(resolve_dtype(cfg, policy.device)).removeprefix("torch.")
@@ -372,6 +381,7 @@ def _title(s: Session, passes: str) -> list[str]:
         f"{len(s.prompts.rows)} prompts, {len(s.held)} held out; {s.steps} steps of {cfg.prompts_per_step} prompts "
         f"x {cfg.sampling.group_size if s.engine.SAMPLES else 'recorded'} completions",
         policy.path,
+        *([MIXED] if policy.mixes_rows else []),
         f"memory: {weights['bytes'] / 2**30:.2f} GiB of weights; {passes}",
         *describe(s.algorithm),
         f"run folder: {s.run.path}",

@@ -57,6 +57,8 @@ class FusedDecoder:
         """Rows of a full micro-batch; 0: not known. Shorter passes have no shadow of the weights where it has none:
         bringing and giving back one in every step would take as long, and CUDA graphs over it would be captured
         anew."""
+        self.entropy_grad = False
+        """Plans have room for the second jacobian of an entropy bonus; set by `expect`."""
         self._begin()
         why = self._look()
         if why is not None:
@@ -102,7 +104,7 @@ class FusedDecoder:
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy of a model (deepcopy, pickle) has modules of its own, which it looks at when it first runs.
-        names = ("model", "decoder", "family", "plan", "budget", "margin", "full")
+        names = ("model", "decoder", "family", "plan", "budget", "margin", "full", "entropy_grad")
         return {name: getattr(self, name) for name in names}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -188,6 +190,13 @@ class FusedDecoder:
             return memory.choose(self.shape, rows, trained, budget, host, keys, shadow=False)
         return plan
 
+    def expect(self, entropy_grad: bool) -> None:
+        """Plan for a loss with an entropy bonus, or without one: all passes alike, so that log-probs without gradient
+        come from the same plan as those with."""
+        if entropy_grad != self.entropy_grad:
+            self.entropy_grad = entropy_grad
+            self.shape = replace(self.shape, entropy_grad=entropy_grad)
+
     def available(self) -> float:
         """Bytes that a pass may take on the device now."""
         device = self.norm.weight.device
@@ -236,6 +245,7 @@ class FusedDecoder:
             ranks=tuple(b.group.rank for b in bound), qk_norm=first.qk_norm[0] is not None,  # type: ignore[arg-type]
             post_norm=first.down_norm is not None,
             attention=backends.choose(weight.device, weight.dtype, first.head_dim, first.attention.softcap),
+            entropy_grad=self.entropy_grad,
         )  # fmt: skip
 
     # ---- transformers' callers ---------------------------------------------------------------------------------------

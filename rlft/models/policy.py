@@ -24,6 +24,7 @@ from rlft.kernels.logprobs import CHUNK_BYTES, linear_logprobs
 from rlft.models import memory
 from rlft.models.adapter import FlatAdapter
 from rlft.models.fused import FusedDecoder, fuse
+from rlft.models.quantization import mixes_rows
 from rlft.models.token_budget import ALONE, BUDGETS, Group, token_budget
 from rlft.types import Batch
 from rlft.upload import upload
@@ -66,6 +67,8 @@ class Policy:
         """Which layers run, and why, for the start of a run."""
         self.base: nn.Module = model.get_base_model()
         self.device = self.flat.flat.device
+        self.mixes_rows = mixes_rows(self.base)
+        """A row's log-probs depend on what it is packed with, so none are kept for another micro-batch."""
         self._decoder = self.base.get_decoder()  # type: ignore[operator]
         head: nn.Linear = self.base.get_output_embeddings()  # type: ignore[operator]
         if head.bias is not None:
@@ -81,8 +84,11 @@ class Policy:
         """Log-prob of every trained token, with gradient to the adapter, and entropy of its distribution, without.
 
         Both [T] in max(fp32, model dtype), 0 where `batch.train_mask` is False. entropy_grad: a gradient for the
-        entropy too, for one more product with the head.
+        entropy too, for one more product with the head and a second jacobian, which is in the memory plan of every
+        pass from the first such call on.
         """
+        if self.fused is not None and entropy_grad:
+            self.fused.expect(entropy_grad=True)
         for module in self._dropouts:
             module.train()
         try:
