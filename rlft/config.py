@@ -120,7 +120,8 @@ class Engine:
     max_seqs: int = 256
     """Sequences that vLLM decodes at a time at most."""
     max_model_len: int | None = None
-    """Tokens of a prompt with its completion at most, in vLLM; None: the longest prompt and max_tokens."""
+    """Tokens of a prompt with its completion at most, in vLLM; None: the longest prompt and max_tokens. Decides
+    longrope's factors."""
     kv_gib: float | None = None
     """GiB of vLLM's cache; None: room for all completions of a step, as far as memory allows."""
     graphs: bool = True

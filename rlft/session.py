@@ -186,6 +186,9 @@ def build(
             if function.note:
                 console.note(function.note)
         policy = load_policy(cfg)
+        policy.fix_rope(engines.longest_sequence(cfg, policy, rows, held, bool(eval_functions)))
+        if policy.rope is not None:
+            console.note(str(policy.rope))
         engine, eval_engine = _engines(cfg, policy, tokenizer, console, rows, held, bool(eval_functions))
         for line in _starting(cfg, engine, undeclared_end(tokenizer, policy.base)):
             console.note(line)
@@ -337,6 +340,7 @@ def identity_of(cfg: Config, policy: Policy) -> dict[str, str]:
     return {
         "model": cfg.model, "base": fingerprint(policy.base), "rlft": __version__,
         "lora": f"rank {lora.rank}, alpha {lora.alpha:g}, rslora {lora.rslora}, {len(policy.adapter())} tensors",
+        **({"rope": policy.rope.factors} if policy.rope is not None else {}),
     }  # fmt: skip
 
 
