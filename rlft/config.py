@@ -40,7 +40,8 @@ class Lora:
     targets: tuple[str, ...] | Literal["all-linear"] = "all-linear"
     """Linear layers that get an adapter, by the end of their name; "all-linear" is all but the head."""
     dropout: float = 0.0
-    """Dropout on the adapter's input; 0 is the rule in RL."""
+    """Dropout on the adapter's input while it trains, on recorded completions; 0 where completions are sampled. With
+    `resume_from` it replaces the saved one."""
     rslora: bool = False
     """Scale by alpha / sqrt(rank)."""
     resume_from: str | None = None

@@ -29,7 +29,15 @@ from rlft.errors import ConfigError, DataError
 from rlft.evaluate import measures_loss
 from rlft.model_card import adapter_card
 from rlft.models.allocator import segments
-from rlft.models.load import attach_lora, fingerprint, load_base, load_tokenizer, resolve_device, resolve_dtype
+from rlft.models.load import (
+    attach_lora,
+    changed_dropout,
+    fingerprint,
+    load_base,
+    load_tokenizer,
+    resolve_device,
+    resolve_dtype,
+)
 from rlft.models.memory import weight_bytes
 from rlft.models.policy import Policy
 from rlft.models.token_budget import ALONE, Group
@@ -187,8 +195,6 @@ def build(
                 console.note(function.note)
         policy = load_policy(cfg)
         policy.fix_rope(engines.longest_sequence(cfg, policy, rows, held, bool(eval_functions)))
-        if policy.rope is not None:
-            console.note(str(policy.rope))
         engine, eval_engine = _engines(cfg, policy, tokenizer, console, rows, held, bool(eval_functions))
         for line in _starting(cfg, engine, undeclared_end(tokenizer, policy.base)):
             console.note(line)
@@ -196,7 +202,6 @@ def build(
             stack.callback(each.close)
         assert engine.SAMPLES or not algorithm.needs_sampler, "validate refuses this"
         steps = cfg.steps or prompts.steps(cfg.prompts_per_step, cfg.data.epochs or 1.0)
-        fp16 = resolve_dtype(cfg, policy.device) == torch.float16
         with asleep(eval_engine):
             # What a pass may take is what is free now.
             plan = plan_of(cfg, algorithm, policy, rows if engine.SAMPLES else ())
@@ -204,7 +209,7 @@ def build(
         s = Session(
             cfg=cfg, steps=steps, algorithm=algorithm, policy=policy, engine=engine, eval_engine=eval_engine,
             reference=Reference(policy, keep=steps * cfg.prompts_per_step > len(rows)),
-            optimizer=Optimizer(policy.flat.flat, cfg.optim, steps * cfg.optim.updates, fp16), prompts=prompts,
+            optimizer=_optimizer(cfg, policy, steps), prompts=prompts,
             held=held, held_loss=bool(held) and not engine.SAMPLES and measures_loss(rows, held), functions=functions,
             eval_functions=eval_functions, run=run, writer=writer, console=console, identity=identity_of(cfg, policy),
             plan=plan, pieces=Pieces(tokenizer), state=State(data=digest(rows)),
@@ -219,6 +224,12 @@ def build(
         console.start(_title(s, passes), steps, s.state.step, cfg.algo.name)
         s.limit = _agree(s)
         yield s
+
+
+def _optimizer(cfg: Config, policy: Policy, steps: int) -> Optimizer:
+    fp16 = resolve_dtype(cfg, policy.device) == torch.float16
+    views = policy.flat.parameters.values()
+    return Optimizer(policy.flat.flat, cfg.optim, steps * cfg.optim.updates, fp16, views)
 
 
 def _resume(s: Session) -> None:
@@ -364,6 +375,7 @@ def _title(s: Session, passes: str) -> list[str]:
         f"{len(s.prompts.rows)} prompts, {len(s.held)} held out; {s.steps} steps of {cfg.prompts_per_step} prompts "
         f"x {cfg.sampling.group_size if s.engine.SAMPLES else 'recorded'} completions",
         policy.path,
+        *(line for line in (policy.rope and str(policy.rope), changed_dropout(cfg.lora)) if line),
         f"memory: {weights['bytes'] / 2**30:.2f} GiB of weights; {passes}",
         *describe(s.algorithm),
         f"run folder: {s.run.path}",
@@ -379,8 +391,7 @@ def _starting(cfg: Config, engine: Engine, end: str) -> list[str]:
 
 def _agree(s: Session) -> float:
     """Run the probe where there is an engine that samples; returns the gate's limit."""
-    if not (s.engine.SAMPLES and s.cfg.parity.probe) or s.cfg.lora.dropout:
-        # Dropout moves the trainer's log-probs by more than any noise the probe would find.
+    if not (s.engine.SAMPLES and s.cfg.parity.probe):
         return parity.limit(None, s.cfg.parity)
     sampling = replace(s.cfg.sampling, group_size=1, max_tokens=min(16, s.cfg.sampling.max_tokens))
     rows = s.prompts.rows[: s.cfg.parity.probe_prompts]
