@@ -131,8 +131,9 @@ class VllmEngine:
             return
         self.close()
         raise EngineError(
-            f"vLLM computes with longrope's {here}, and the trainer with its {rope.factors}. vLLM keeps the choice of "
-            f'the first engine of a process: start this run in a process of its own, or set engine.name = "eager"'
+            f"vLLM computes with longrope's {here}, and the trainer with its {rope.factors}. vLLM decides by "
+            f"max_model_len ({self._longest}), and some versions keep the choice of a process's first engine: start the "
+            f'run in a process without another one, or set engine.name = "eager"'
         )
 
     def close(self) -> None:
