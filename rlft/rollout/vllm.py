@@ -132,8 +132,8 @@ class VllmEngine:
         self.close()
         raise EngineError(
             f"vLLM computes with longrope's {here}, and the trainer with its {rope.factors}. vLLM decides by "
-            f"max_model_len ({self._longest}), and some versions keep the choice of a process's first engine: start the "
-            f'run in a process without another one, or set engine.name = "eager"'
+            f"max_model_len ({self._longest}), and some versions keep the choice of a process's first engine: start "
+            f'the run in a process without another one, or set engine.name = "eager"'
         )
 
     def close(self) -> None:
