@@ -9,6 +9,7 @@ In float16 small gradients would round to 0, so the loss is multiplied by a powe
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -68,9 +69,13 @@ class LossScale:
 class Optimizer:
     """AdamW over `flat`, whose `.grad` holds the summed gradient of the update."""
 
-    def __init__(self, flat: nn.Parameter, cfg: Optim, total: int, fp16: bool = False) -> None:
-        """total: updates of the whole run, for the schedule. fp16: the model computes in float16, so scale the loss."""
-        self._flat, self._cfg, self._total = flat, cfg, total
+    def __init__(
+        self, flat: nn.Parameter, cfg: Optim, total: int, fp16: bool = False, views: Iterable[Tensor] = ()
+    ) -> None:
+        """total: updates of the whole run, for the schedule. fp16: the model computes in float16, so scale the loss.
+        views: tensors in the memory of `flat` with versions of their own, which go up with each step, so that a
+        backward whose forward came before the step is an error."""
+        self._flat, self._cfg, self._total, self._views = flat, cfg, total, tuple(views)
         self._scale = LossScale() if fp16 else None
         options = {"lr": cfg.lr, "betas": cfg.betas, "eps": cfg.eps, "weight_decay": cfg.weight_decay}
         if cfg.name == "adamw_8bit":
@@ -117,6 +122,7 @@ class Optimizer:
             grad.mul_(self._cfg.max_grad_norm / norm)
         self._adam.param_groups[0]["lr"] = rate
         self._adam.step()
+        torch.autograd.graph.increment_version(self._views)
         return Update(norm, rate, skipped=False)
 
     def metrics(self) -> dict[str, float]:

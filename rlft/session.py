@@ -29,7 +29,15 @@ from rlft.errors import ConfigError, DataError, TrainError
 from rlft.evaluate import measures_loss
 from rlft.model_card import adapter_card
 from rlft.models.allocator import segments
-from rlft.models.load import attach_lora, fingerprint, load_base, load_tokenizer, resolve_device, resolve_dtype
+from rlft.models.load import (
+    attach_lora,
+    changed_dropout,
+    fingerprint,
+    load_base,
+    load_tokenizer,
+    resolve_device,
+    resolve_dtype,
+)
 from rlft.models.memory import weight_bytes
 from rlft.models.policy import Policy
 from rlft.models.token_budget import ALONE, Group
@@ -195,6 +203,7 @@ def build(
             if function.note:
                 console.note(function.note)
         policy = load_policy(cfg)
+        policy.fix_rope(engines.longest_sequence(cfg, policy, rows, held, bool(eval_functions)))
         engine, eval_engine = _engines(cfg, policy, tokenizer, console, rows, held, bool(eval_functions))
         for line in _starting(cfg, engine, undeclared_end(tokenizer, policy.base)):
             console.note(line)
@@ -202,7 +211,6 @@ def build(
             stack.callback(each.close)
         assert engine.SAMPLES or not algorithm.needs_sampler, "validate refuses this"
         steps = cfg.steps or prompts.steps(cfg.prompts_per_step, cfg.data.epochs or 1.0)
-        fp16 = resolve_dtype(cfg, policy.device) == torch.float16
         with asleep(eval_engine):
             # What a pass may take is what is free now.
             plan = plan_of(cfg, algorithm, policy, rows if engine.SAMPLES else ())
@@ -210,7 +218,7 @@ def build(
         s = Session(
             cfg=cfg, steps=steps, algorithm=algorithm, policy=policy, engine=engine, eval_engine=eval_engine,
             reference=Reference(policy, keep=steps * cfg.prompts_per_step > len(rows) and not policy.mixes_rows),
-            optimizer=Optimizer(policy.flat.flat, cfg.optim, steps * cfg.optim.updates, fp16), prompts=prompts,
+            optimizer=_optimizer(cfg, policy, steps), prompts=prompts,
             held=held, held_loss=bool(held) and not engine.SAMPLES and measures_loss(rows, held), functions=functions,
             eval_functions=eval_functions, run=run, writer=writer, console=console, identity=identity_of(cfg, policy),
             plan=plan, pieces=Pieces(tokenizer), state=State(data=digest(rows)),
@@ -228,6 +236,12 @@ def build(
         console.start(_title(s, passes), steps, s.state.step, cfg.algo.name)
         s.limit = agree(cfg, policy, engine, rows, plan, console.note)
         yield s
+
+
+def _optimizer(cfg: Config, policy: Policy, steps: int) -> Optimizer:
+    fp16 = resolve_dtype(cfg, policy.device) == torch.float16
+    views = policy.flat.parameters.values()
+    return Optimizer(policy.flat.flat, cfg.optim, steps * cfg.optim.updates, fp16, views)
 
 
 def _resume(s: Session) -> None:
@@ -351,6 +365,7 @@ def identity_of(cfg: Config, policy: Policy) -> dict[str, str]:
     return {
         "model": cfg.model, "base": fingerprint(policy.base), "rlft": __version__,
         "lora": f"rank {lora.rank}, alpha {lora.alpha:g}, rslora {lora.rslora}, {len(policy.adapter())} tensors",
+        **({"rope": policy.rope.factors} if policy.rope is not None else {}),
     }  # fmt: skip
 
 
@@ -382,6 +397,7 @@ def _title(s: Session, passes: str) -> list[str]:
         f"x {cfg.sampling.group_size if s.engine.SAMPLES else 'recorded'} completions",
         policy.path,
         *([MIXED] if policy.mixes_rows else []),
+        *(line for line in (policy.rope and str(policy.rope), changed_dropout(cfg.lora)) if line),
         f"memory: {weights['bytes'] / 2**30:.2f} GiB of weights; {passes}",
         *describe(s.algorithm),
         f"run folder: {s.run.path}",

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from rlft.errors import ConfigError
 from rlft.kernels.attention import Sequences, varlen_attention
 from rlft.kernels.logprobs import CHUNK_BYTES, linear_logprobs
-from rlft.models import memory
+from rlft.models import memory, rope
 from rlft.models.adapter import FlatAdapter
 from rlft.models.fused import FusedDecoder, fuse
 from rlft.models.quantization import mixes_rows
@@ -70,6 +70,9 @@ class Policy:
         self.mixes_rows = mixes_rows(self.base)
         """A row's log-probs depend on what it is packed with, so none are kept for another micro-batch."""
         self._decoder = self.base.get_decoder()  # type: ignore[operator]
+        self.rope: rope.Regime | None = None
+        """The longrope factors that `fix_rope` has set; None: the model has none."""
+        self._same_tables = rope.limit(self._decoder)
         head: nn.Linear = self.base.get_output_embeddings()  # type: ignore[operator]
         if head.bias is not None:
             raise ConfigError(f"model: the head of {type(self.base).__name__} has a bias, which is not supported")
@@ -138,6 +141,16 @@ class Policy:
             return "tried once more without what PyTorch had cached"
         return f"planned again with {1 - self.fused.margin:.0%} of the memory that is free"
 
+    def fix_rope(self, longest: int, long: bool = False) -> None:
+        """Give all sequences one rotary table, whatever they are packed with: `rlft.models.rope.fix`."""
+        self.rope = rope.fix(self._decoder, longest, long)
+        self._same_tables = rope.limit(self._decoder)
+
+    def check_length(self, tokens: int) -> None:
+        """Assert that the rotary tables of a call with sequences up to so many tokens are those of any other call."""
+        most = self._same_tables
+        assert most is None or tokens <= most, f"{tokens} tokens, and rotary tables were fixed for {most}: fix_rope"
+
     def adapter(self) -> dict[str, Tensor]:
         """PEFT name -> live tensor of the adapter, without alpha / rank (`scales` has that)."""
         return self.flat.tensors()
@@ -148,6 +161,8 @@ class Policy:
         return self.flat.scales
 
     def _forward(self, batch: Batch, entropy_grad: bool = False) -> tuple[Tensor, Tensor]:
+        if self._same_tables is not None:
+            self.check_length(int(batch.position_ids.max()) + 1)
         # From the batch as it came, on the CPU where pack made it: nothing has to wait for the GPU.
         sequences = Sequences.of(batch.cu_seqlens, batch.prefix, self.device)
         trained = batch.train_mask.nonzero().squeeze(1)

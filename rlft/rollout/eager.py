@@ -55,7 +55,7 @@ class EagerEngine:
 
     def __init__(self, policy: Policy, tokenizer: Any, batch_size: int = 64, progress: Any = None) -> None:
         """batch_size: sequences decoded at a time. progress: called with (sequences done, all) while generating."""
-        self._model, self._device = policy.model, policy.device
+        self._policy, self._model, self._device = policy, policy.model, policy.device
         self._tokenizer, self._batch_size, self._progress = tokenizer, batch_size, progress
         self._scales = dict(policy.scales)
         self._model.add_adapter(SLOT, self._model.peft_config["default"])
@@ -77,6 +77,7 @@ class EagerEngine:
         """As the protocol; greedy at temperature 0, where the log-prob of the only possible token is 0."""
         if self._version is None:
             raise EngineError("generate before load_adapter: the engine has no adapter")
+        self._policy.check_length(max((len(p.ids) for p in prompts), default=0) + sampling.max_tokens)
         stops = self._eos | set(sampling.stop_token_ids)
         rows = []
         for slot, prompt in enumerate(prompts):
