@@ -48,8 +48,7 @@ def agree(
     cfg: Config, policy: Policy, engine: Engine, rows: Sequence[Prompt], plan: PackPlan, note: Callable[[str], None]
 ) -> parity.Limit:
     """Run the probe where there is an engine that samples; returns the gate's limits."""
-    if not (engine.SAMPLES and cfg.parity.probe) or cfg.lora.dropout:
-        # Dropout moves the trainer's log-probs by more than any noise the probe would find.
+    if not (engine.SAMPLES and cfg.parity.probe):
         return parity.limit(None, cfg.parity)
     kind, most = policy.device.type, cfg.sampling.max_tokens
     sampling = replace(cfg.sampling, group_size=1, max_tokens=min(DRAWN[kind], most))
