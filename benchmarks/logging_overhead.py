@@ -88,7 +88,7 @@ class Watched:
 
     def statistics(self, logprobs: Tensor, batch: Batch) -> dict[str, Any]:
         loss, stats = grpo.loss(logprobs, batch, grpo.Config())
-        return {**stats, **batch_stats(loss, -logprobs, batch)}
+        return {**stats, **batch_stats(loss, logprobs, -logprobs, batch)}
 
     # ---- the parts ----
 
@@ -106,7 +106,7 @@ class Watched:
         self.mismatch = mismatch = parity.Mismatch()
         for logprobs, batch in zip(self.logprobs, self.batches, strict=True):
             mismatch.add(logprobs, batch)
-        parity.gate(mismatch, 0.2, lambda batch: batch.input_ids, None)
+        parity.gate(mismatch, parity.Limit.of(0.2, 5.0), lambda batch: batch.input_ids, self.rollouts)
         return mismatch.values()
 
     def session(self, use: tuple[str, ...], live: bool) -> Any:

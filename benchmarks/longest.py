@@ -6,7 +6,8 @@ One step each, no warm-up, random weights made on the spot: attention alone take
 one sequence of T tokens; `grpo:R` two completions of R tokens behind a prompt of 1,024, with 1.2 GiB set aside for a
 sleeping engine; `ballast24:T` is T tokens of the 20B shape while all but 24 GiB of the card is taken; `sft70b:T` and
 `ballast48:T` are T tokens of the 70B shape on the whole card and while all but 48 GiB is taken, two steps each below
-65,536 tokens: the first registers host memory and compiles.
+65,536 tokens: the first registers host memory and compiles. `--engine` puts a sleeping vLLM engine on the base beside
+the training.
 """
 
 from __future__ import annotations
@@ -84,6 +85,22 @@ def sft(logprobs: torch.Tensor, batch: Any) -> torch.Tensor:
     return -(logprobs * batch.weight).sum()
 
 
+def asleep_engine(policy: Policy, shape: str) -> Any:
+    """A vLLM engine that computes from the policy's base, woken once and put to sleep."""
+    from stacks import tokenizer_of
+
+    from rlft.config import Engine
+    from rlft.rollout.vllm import VllmEngine
+
+    options = Engine("vllm", mode="lent", max_seqs=2, graphs=False, kv_gib=2.0)
+    engine = VllmEngine(policy, tokenizer_of(shape), options, 2048, 2, note=lambda text: print(text, flush=True))
+    engine.load_adapter(policy.adapter(), 0)
+    engine.sleep()
+    engine.wake()
+    engine.sleep()
+    return engine
+
+
 def measure(work: str, tokens: int, policy: Policy) -> list[dict[str, Any]]:
     vocab = policy.base.config.vocab_size - 10  # type: ignore[operator,union-attr]
     if work == "grpo":
@@ -121,6 +138,7 @@ def measure(work: str, tokens: int, policy: Policy) -> list[dict[str, Any]]:
 
 if __name__ == "__main__":
     parser = arguments(__doc__)
+    parser.add_argument("--engine", action="store_true")
     parser.add_argument("works", nargs="+")
     args = parser.parse_args()
     rows: list[dict[str, Any]] = []
@@ -134,7 +152,10 @@ if __name__ == "__main__":
                 total = torch.cuda.get_device_properties(0).total_memory
                 ballast = torch.empty(total - cap * GIB if cap else 0, dtype=torch.uint8, device="cuda")
                 policies[shape, cap] = policy_of(shape)
+                engine = asleep_engine(policies[shape, cap], shape) if args.engine else None
             got = measure(work, int(tokens), policies[shape, cap])
+            if engine is not None:
+                got = [r | {"work": f"{r['work']}/beside-engine"} for r in got]
             rows += [r | {"name": {"8b": "longest", "20b": "ballast24", "70b": "longest_70b"}[shape]} for r in got]
             for name in {r["name"] for r in rows}:
                 mine = [{k: v for k, v in r.items() if k != "name"} for r in rows if r["name"] == name]

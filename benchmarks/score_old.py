@@ -3,7 +3,7 @@
     python benchmarks/score_old.py --out DIR --commit HASH [--stack NAME]
 
 grpo-step/lognormal of `peers/recorded.py` on 8 of Qwen3-8B's 36 layers in NF4: the step is score, forward, loss,
-backward and update of both mini-batches. Also runs on a checkout before `Policy.planned`, for a comparison in one session.
+backward and update of both mini-batches. Also runs on a checkout before `Policy.planned`, beside this one.
 """
 
 from __future__ import annotations

@@ -59,7 +59,7 @@ class Algorithm:
     updates: int
     """Optimiser updates per rollout batch."""
     prepare: Callable[[Look, Any], dict[str, float]] | None
-    """(look, config) -> numbers of the whole step for `Batch.prepared`, before the first update; None for none."""
+    """(look, config) -> numbers of a whole update for `Batch.prepared`, before it is made; None for none."""
     adapt: Callable[[dict[str, float], float, Any], dict[str, float]] | None
     """(State.adapted, mean entropy of the step, config) -> State.adapted of the next step; None for none."""
     words: str

@@ -31,8 +31,9 @@ from rlft.types import Best, State
 FORMAT = 1
 """Layout of the folder. Raised when an older rlft could not read a new checkpoint, or the other way round."""
 LIBRARIES = ("torch", "transformers", "peft")
-NOTED = ("model", "rlft")
-"""Parts of the identity that may differ: a base can move to another folder, and the layout has a number of its own."""
+NOTED = ("model", "rlft", "rope")
+"""Parts of the identity that may differ: a base can move to another folder, the layout has a number of its own, and
+longrope factors follow the longest sequence."""
 TEMPORARY = ".saving-"
 DISCARDED = ".discarded-"
 
@@ -125,6 +126,11 @@ def load(path: Path, identity: Mapping[str, str]) -> tuple[State, dict[str, Tens
         raise _damaged(path, "trainer.safetensors is not what was written")
     state = _damaged_if(path, TypeError, lambda: State(**record["state"]))
     return state, load_bytes(data), _notes(record, identity)
+
+
+def made_from(path: Path) -> dict[str, str]:
+    """The identity that a checkpoint was saved with. Raises ConfigError when there is none or it is damaged."""
+    return dict(_read_state(path)["identity"])
 
 
 def _write_state(folder: Path, state: State, tensors: Mapping[str, Tensor], identity: Mapping[str, str]) -> None:

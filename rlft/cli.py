@@ -206,13 +206,16 @@ def _eval(args: list[str]) -> int:
     if given.json:
         print(json.dumps({name: value if math.isfinite(value) else None for name, value in values.items()}))
         return 0
-    from rlft.console import Console, evaluation_rows
+    from rlft.console import Console, evaluation_rows, luck
 
     what = "the base model" if given.base else f"step {values['step']:.0f}"
     several = values.get("eval/samples", 1) > 1
     samples = f", {values['eval/samples']:.0f} completions each" if several else ""
     title = f"{what} of {given.run} on {values['eval/rows']:.0f} held-out rows{samples}"
-    Console().table(title, evaluation_rows(values))
+    console = Console()
+    console.table(title, evaluation_rows(values))
+    if among := values.get("eval/chosen_among"):
+        console.note(luck(int(among)))
     return 0
 
 

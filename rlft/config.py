@@ -40,7 +40,8 @@ class Lora:
     targets: tuple[str, ...] | Literal["all-linear"] = "all-linear"
     """Linear layers that get an adapter, by the end of their name; "all-linear" is all but the head."""
     dropout: float = 0.0
-    """Dropout on the adapter's input; 0 is the rule in RL."""
+    """Dropout on the adapter's input while it trains, on recorded completions; 0 where completions are sampled. With
+    `resume_from` it replaces the saved one."""
     rslora: bool = False
     """Scale by alpha / sqrt(rank)."""
     resume_from: str | None = None
@@ -120,7 +121,8 @@ class Engine:
     max_seqs: int = 256
     """Sequences that vLLM decodes at a time at most."""
     max_model_len: int | None = None
-    """Tokens of a prompt with its completion at most, in vLLM; None: the longest prompt and max_tokens."""
+    """Tokens of a prompt with its completion at most, in vLLM; None: the longest prompt and max_tokens. Decides
+    longrope's factors."""
     kv_gib: float | None = None
     """GiB of vLLM's cache; None: room for all completions of a step, as far as memory allows."""
     graphs: bool = True
@@ -244,9 +246,10 @@ class Config:
     """Type of the frozen weights and activations; "auto" is bfloat16 on a GPU that computes in it, float16 on
     older ones, and float32 on a CPU. "float64" is for exact comparisons."""
     quantization: Literal["auto", "none", "nf4", "int8"] = "auto"
-    """How the frozen linear layers are kept: "nf4" in 4 bits, "int8" in 8 (LLM.int8), "none" as `dtype`. Files that
-    bitsandbytes has quantised are taken as they are and want "auto" or what they are in; else "auto" is nf4 on a GPU,
-    for a .gguf file too (dequantised, then quantised), and none on a CPU."""
+    """How the frozen linear layers are kept: "nf4" in 4 bits, "int8" in 8 (LLM.int8, where a row depends a little on
+    what it is packed with), "none" as `dtype`. Files that bitsandbytes has quantised are taken as they are and want
+    "auto" or what they are in; else "auto" is nf4 on a GPU, for a .gguf file too (dequantised, then quantised), and
+    none on a CPU."""
     algo: Algo = field(default_factory=Algo)
     sampling: Sampling = field(default_factory=Sampling)
     refill: Refill = field(default_factory=Refill)

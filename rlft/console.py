@@ -143,6 +143,7 @@ class Console:
             self.table(f"held-out rows: {count:.0f}", [head, *(row[: len(head)] for row in rows)])
         if best is not None and after.get(best.metric) != best.value:
             told = f"step {best.step} did best ({best.metric} {best.value:.3f}): choose it with --checkpoint best"
+            told += "; being the best on these rows it looks too good on them"
             self._print(f"{'checkpoints:':<16}{told}")
         for name, value in (("adapter", str(adapter)), ("report", str(report)), ("sample from it", again)):
             self._print(f"{name + ':':<16}{value}")
@@ -277,6 +278,14 @@ def evaluation_names(values: Mapping[str, float]) -> list[str]:
     invalid = ["eval/invalid"] if values.get("eval/invalid") else []
     wanted = ["eval/reward", *passes, *loss, *(parts if len(parts) > 1 else []), *lengths, *invalid]
     return [n for n in wanted if n in values]
+
+
+def luck(among: int) -> str:
+    """What to know of the results of the best of `among` evaluations on the rows that it was chosen on."""
+    return (
+        f"chosen as the best of {among} evaluations on these rows: results here are too good, and the interval "
+        f"does not know it; report other rows (eval.data), or the last checkpoint"
+    )
 
 
 def evaluation_rows(values: Mapping[str, float]) -> list[tuple[str, str, str, str]]:

@@ -8,6 +8,7 @@ The names, as logged, printed and reported (NAME is eval/reward or one of eval/p
     NAME_change                    difference to the run's first evaluation, over the rows that both have
     NAME_change_stderr, _low, _high  of that difference, paired by row (bootstrap)
     eval/rows, eval/samples        held-out rows; completions sampled of each (absent when only the loss is measured)
+    eval/chosen_among              `rlft eval --checkpoint best`: evaluations on these rows that it is the best of
     eval/invalid                   completions without a valid reward: left out of all the above
     eval/rewards/FUNCTION/mean, /std, /invalid     each reward function apart
     eval/completions/mean_length, /clipped_ratio   tokens; share cut at eval.max_tokens, scored as they are
@@ -30,7 +31,9 @@ import torch
 
 from rlft.algorithm import Algorithm
 from rlft.batch import count, group_ids, pack
+from rlft.broken import not_finite
 from rlft.config import Config, Eval, Sampling
+from rlft.errors import TrainError
 from rlft.estimates import Estimate, difference_of, mean_of, pass_at_k
 from rlft.metrics import Metrics
 from rlft.models.policy import Policy
@@ -83,9 +86,17 @@ def evaluate(
 ) -> Evaluation:  # fmt: skip
     """Sample `eval.samples` completions of every prompt and score them.
 
-    The seed depends on the run's only, so two evaluations differ by the adapter alone.
+    The seed depends on the run's only, so two evaluations differ by the adapter alone. Raises TrainError when most of
+    the engine's log-probs are not finite: what was sampled from is no distribution.
     """
     rollouts = engine.generate(prompts, sampling_of(cfg), seed=(cfg.seed, 2**31 + 1))
+    logprobs = [x for r in rollouts for x in r.sampler_logprobs or ()]
+    broken = sum(not math.isfinite(x) for x in logprobs)
+    if 2 * broken > len(logprobs):
+        raise TrainError(
+            f"{broken} of {len(logprobs)} log-probs of the engine are not finite on held-out rows, so its completions "
+            f'mean nothing: check the weights of model = "{cfg.model}" and of the adapter, and dtype = "{cfg.dtype}"'
+        )
     rewards, parts = score(rollouts, functions, trainer_state)
     found = Evaluation({}, rollouts, rewards.tolist(), parts.faults())
     lengths = [len(r.completion_ids) for r in rollouts]
@@ -153,7 +164,10 @@ def measures_loss(prompts: Sequence[Prompt], held: Sequence[Prompt]) -> bool:
 
 def recorded_loss(policy: Policy, prompts: Sequence[Prompt], algorithm: Algorithm, plan: PackPlan) -> dict[str, float]:
     """The algorithm's loss over the recorded completions of held-out rows, as one update over all of them would have
-    it, and what it logs; no gradient, no dropout."""
+    it, and what it logs; no gradient, no dropout.
+
+    Raises TrainError when one of the policy's log-probs is not finite.
+    """
     engine = ReplayEngine()
     engine.load_adapter(policy.adapter(), version=0)
     rollouts = engine.generate(prompts, Sampling(), seed=(0,))
@@ -177,8 +191,11 @@ def recorded_loss(policy: Policy, prompts: Sequence[Prompt], algorithm: Algorith
                 batch = replace(batch, old_logprobs=logprobs)
             loss, stats = algorithm.loss(logprobs, batch, algorithm.config)
             likely = batch.train_mask & (batch.advantages > 0)
-            metrics.add({"loss": Stat("sum", loss), **stats, "nll": Stat.mean(-logprobs, likely)})
+            nll, bad = Stat.mean(-logprobs, likely), Stat("sum", (~logprobs.isfinite()).sum())
+            metrics.add({"loss": Stat("sum", loss), **stats, "nll": nll, "bad": bad})
     values = metrics.values()
+    if bad := values.pop("bad", 0.0):
+        raise not_finite(policy, batches, f"{bad:.0f} of the policy's log-probs of held-out completions")
     nll = values.pop("nll", math.nan)
     values["perplexity"] = math.exp(nll) if nll < 700 else math.inf
     return {"eval/rows": float(len(prompts)), **{f"eval/{name}": value for name, value in values.items()}}

@@ -14,7 +14,7 @@ from rlft.config import Config, Sampling
 from rlft.config_file import load as load_config
 from rlft.console import Console
 from rlft.data import encode_prompt
-from rlft.engines import start
+from rlft.engines import longest_sequence, start
 from rlft.errors import ConfigError
 from rlft.evaluate import evaluate, measures_loss, recorded_loss
 from rlft.models.load import load_tokenizer
@@ -35,6 +35,8 @@ class Finished:
     tokenizer: Any
     step: int
     """Steps the adapter was trained for; 0 for the base."""
+    long: bool
+    """Whether the run has longrope's long factors."""
 
 
 @contextlib.contextmanager
@@ -45,6 +47,8 @@ def open_run(out: Path, which: str = "latest") -> Iterator[Finished]:
     """
     run = Run.resume(str(out))
     path = None if which == "base" else run.checkpoint(which)
+    saved = path or (run.latest_checkpoint() if run.has_checkpoint() else None)
+    long = saved is not None and checkpoint.made_from(saved).get("rope") == "long factors"
     cfg = load_config(run.config)
     tokenizer = load_tokenizer(cfg.model)
     step = 0
@@ -57,7 +61,7 @@ def open_run(out: Path, which: str = "latest") -> Iterator[Finished]:
         policy.flat.flat.data.copy_(tensors["adapter"])
         policy.flat.start.copy_(tensors["adapter_start"])
         step = state.step
-    yield Finished(cfg, policy, tokenizer, step)
+    yield Finished(cfg, policy, tokenizer, step, long)
 
 
 @contextlib.contextmanager
@@ -76,8 +80,9 @@ def evaluate_run(
     """Evaluate a run on its held-out rows: `eval/*` as during training (rlft.evaluate), and `step`.
 
     which: as `open_run`. rows: only the first so many. rewards: in place of the run's. changes: other values for fields
-    of [eval] (samples, temperature, max_tokens, ...). Nothing is written into the run's folder. Raises ConfigError when
-    the run has no held-out rows or nothing to score them with.
+    of [eval] (samples, temperature, max_tokens, ...). "best" also has eval/chosen_among, the evaluations that it is the
+    best of, from 2 on: what the choice had of luck is in its results. Nothing is written into the run's folder. Raises
+    ConfigError when the run has no held-out rows or nothing to score them with.
     """
     with open_run(out, which) as run:
         cfg = run.cfg
@@ -87,6 +92,8 @@ def evaluate_run(
             raise ConfigError(f"--rows {rows}: the run holds out {cfg.eval.rows} rows (eval.rows); give 1 to that many")
         prompts, held = load_rows(cfg, run.tokenizer)
         cfg = replace(cfg, eval=replace(cfg.eval, **changes))
+        scored = bool((cfg.eval.rewards or cfg.rewards) if rewards is None else rewards)
+        run.policy.fix_rope(longest_sequence(cfg, run.policy, prompts, held, scored), run.long)
         held, values = held[:rows], {}
         if cfg.engine.name in ("auto", "replay") and measures_loss(prompts, held):
             algorithm = build_algorithm(cfg.algo, cfg.optim.updates)
@@ -105,7 +112,8 @@ def evaluate_run(
         finally:
             for function in functions:
                 function.close()
-        return {"step": float(run.step), **values}
+        among = Run.resume(str(out)).chosen_among() if which == "best" else 0
+        return {"step": float(run.step), **values, **({"eval/chosen_among": float(among)} if among > 1 else {})}
 
 
 def generate_from_run(
@@ -120,6 +128,7 @@ def generate_from_run(
             temperature=cfg.sampling.temperature if temperature is None else temperature,
             stop_token_ids=cfg.sampling.stop_token_ids, stop=cfg.sampling.stop,
         )  # fmt: skip
+        run.policy.fix_rope(len(made.ids) + sampling.max_tokens, run.long)
         # One completion is there before vLLM has started.
         with _sampling(run, EagerEngine(run.policy, run.tokenizer)) as engine:
             return engine.generate([made], sampling, seed=(cfg.seed, 0))[0].text

@@ -251,6 +251,12 @@ RULES = [
         above("frac_reward_invalid", 0.05),
     ),
     Rule(
+        "nonfinite_logprobs", "sampling/nonfinite_logprobs",
+        "{sampling/nonfinite_logprobs:.0f} sampled tokens have a log-prob that is not finite, so they are not trained",
+        "look for what the engine computes otherwise: its dtype, quantised weights, or kernels",
+        above("sampling/nonfinite_logprobs", 0),
+    ),
+    Rule(
         "skipped_updates", "grad_norm",
         "the gradient was not finite and the update was skipped ({skipped_updates:.0f} in a row)",
         "lower optim.lr, or look for extreme rewards",

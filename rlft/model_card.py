@@ -193,6 +193,11 @@ def _held_out(rows: list[dict[str, Any]], step: int) -> list[str]:
     first, titles = shown[min(shown)], {0: "before", step: f"after {step} steps"}
     names = [n for n in first if n.startswith("eval/") and (f"{n}_stderr" in first or n in MEASURED)]
     head = f"{first['eval/rows']:.0f} rows that were not trained on; means, with 95% intervals where there are any."
+    tried = sum(at > 0 for at in evaluations)
+    if tried > 1:
+        head += (
+            f" {tried} checkpoints of the run were evaluated on them; one that was chosen by that looks too good here."
+        )
     return [
         "", "## Held out", head, "",
         *_table(["", *(titles[at] for at in shown)],

@@ -9,6 +9,7 @@ In float16 small gradients would round to 0, so the loss is multiplied by a powe
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -68,9 +69,13 @@ class LossScale:
 class Optimizer:
     """AdamW over `flat`, whose `.grad` holds the summed gradient of the update."""
 
-    def __init__(self, flat: nn.Parameter, cfg: Optim, total: int, fp16: bool = False) -> None:
-        """total: updates of the whole run, for the schedule. fp16: the model computes in float16, so scale the loss."""
-        self._flat, self._cfg, self._total = flat, cfg, total
+    def __init__(
+        self, flat: nn.Parameter, cfg: Optim, total: int, fp16: bool = False, views: Iterable[Tensor] = ()
+    ) -> None:
+        """total: updates of the whole run, for the schedule. fp16: the model computes in float16, so scale the loss.
+        views: tensors in the memory of `flat` with versions of their own, which go up with each step, so that a
+        backward whose forward came before the step is an error."""
+        self._flat, self._cfg, self._total, self._views = flat, cfg, total, tuple(views)
         self._scale = LossScale() if fp16 else None
         options = {"lr": cfg.lr, "betas": cfg.betas, "eps": cfg.eps, "weight_decay": cfg.weight_decay}
         if cfg.name == "adamw_8bit":
@@ -93,8 +98,8 @@ class Optimizer:
         Clipped to the global norm `max_grad_norm`, as torch.nn.utils.clip_grad_norm_ but for the 1e-6 which that adds
         to the norm. A gradient of 0 (a part of a step whose completions are all invalid or left out) is an update too:
         weight decay and Adam's momentum move the weights, as in TRL. A non-finite gradient changes nothing but the loss
-        scale. Raises TrainError when it makes `max_skipped` skipped in a row; in float16 not before the loss scale is
-        1, since until then the scale may be what is wrong.
+        scale. Raises TrainError when it makes `max_skipped` skipped in a row, or all of a shorter run; in float16
+        not before the loss scale is 1, since until then the scale may be what is wrong.
         """
         grad = self._flat.grad
         assert grad is not None
@@ -107,7 +112,7 @@ class Optimizer:
         if self._scale is not None:
             self._scale.update(finite)
         if not finite:
-            if scale == 1 and skipped_before + 1 >= self._cfg.max_skipped:
+            if scale == 1 and skipped_before + 1 >= min(self._cfg.max_skipped, self._total):
                 raise TrainError(
                     f"{skipped_before + 1} updates in a row had a non-finite gradient (norm {norm}): lower optim.lr "
                     f'({self._cfg.lr}), check the rewards for extreme values, or set dtype = "float32"'
@@ -117,6 +122,7 @@ class Optimizer:
             grad.mul_(self._cfg.max_grad_norm / norm)
         self._adam.param_groups[0]["lr"] = rate
         self._adam.step()
+        torch.autograd.graph.increment_version(self._views)
         return Update(norm, rate, skipped=False)
 
     def metrics(self) -> dict[str, float]:

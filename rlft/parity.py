@@ -6,14 +6,16 @@ exp(d) - 1 - d, and the effective sample size of the ratios w = exp(d) as a shar
 come from a fixed log-spaced histogram, because histograms add over micro-batches and ranks.
 
 The probe measures this model's noise on this machine with a random adapter that moves log-probs by half a nat, adapter
-on and off; the gate stops the run when a step's mean is well above it. (The third guard, reading the adapter back from
-the engine, is in the engines.) Template faults are invisible here, since both sides see the same tokens: data.py finds
+on and off; the gate stops the run when a step's mean is well above it, or the mean of one sequence is further off than
+its length explains (`rlft.disagreement`). (The third guard, reading the adapter back from the engine, is in the
+engines.) Template faults are invisible here, since both sides see the same tokens: data.py finds
 those.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,6 +23,9 @@ import torch
 from torch import Tensor
 
 from rlft.batch import count, pack
+from rlft.broken import not_finite
+from rlft.disagreement import CAP, SPREAD, Compared, Limit, Score, cause, sequences
+from rlft.dist import max_tensor
 from rlft.errors import ParityError
 from rlft.rollout.engine import asleep
 from rlft.types import Batch, PackPlan, Prompt, Rollout
@@ -43,9 +48,11 @@ class Mismatch:
     """|trainer - engine| over the trained tokens of a step, as sums that add over micro-batches and ranks."""
 
     def __init__(self) -> None:
-        self._sums = torch.zeros(6 + len(EDGES) + 1, dtype=torch.float64)
-        self._waiting: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._sums = torch.zeros(7 + len(EDGES) + 1, dtype=torch.float64)
+        self._waiting: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
         self._largest = 0.0
+        self._count = 0
+        self._per_sequence = torch.zeros(2, 0, dtype=torch.float64)
         self._seen: list[tuple[Tensor, Batch]] = []
 
     def add(self, logprobs: Tensor, batch: Batch) -> None:
@@ -54,14 +61,19 @@ class Mismatch:
         if batch.sampler_logprobs is None:
             return
         # Added up when first asked: micro-batches are many, and each sum has a start-up cost and, on a GPU, waits.
-        self._waiting.append((logprobs.detach(), batch.sampler_logprobs, batch.train_mask))
+        self._waiting.append((logprobs.detach(), batch.sampler_logprobs, batch.train_mask, batch.seq_ids + self._count))
+        self._count += len(batch.prefix)
 
     def _add_up(self) -> None:
         if not self._waiting:
             return
-        now, sampler, rows = (torch.cat([w[i].to(self._waiting[0][0].device) for w in self._waiting]) for i in range(3))
+        device = self._waiting[0][0].device
+        now, sampler, rows, ids = (torch.cat([w[i].to(device) for w in self._waiting]) for i in range(4))
         self._waiting = []
-        d = (now - sampler).masked_select(rows).double().cpu()
+        d, ids = (now - sampler).masked_select(rows).double().cpu(), ids.masked_select(rows).cpu()
+        good = d.isfinite()
+        if not good.all():
+            d, ids = d[good], ids[good]  # rlft.broken stops the run for the others
         if not d.numel():
             return
         # In place: most of the time would go into fresh memory.
@@ -70,14 +82,18 @@ class Mismatch:
         weights = [rho.sum(), rho.dot(rho)]
         k3 = rho.sub_(1).sub_(d).sum()
         size = d.abs_()
-        self._sums[:6] += torch.stack([torch.tensor(float(d.numel())), size.sum(), outside.double(), k3, *weights])
+        sums = [torch.tensor(float(d.numel())), size.sum(), outside.double(), k3, *weights, size.dot(size)]
+        self._sums[:7] += torch.stack(sums)
         self._largest = max(self._largest, float(size.max()))
-        self._sums[6:] += torch.bincount(bins_(size), minlength=len(EDGES) + 1).double()
+        self._sums[7:] += torch.bincount(bins_(size), minlength=len(EDGES) + 1).double()
+        _, own = torch.unique_consecutive(ids, return_inverse=True)
+        found = torch.stack([torch.bincount(own).double(), torch.bincount(own, size.clamp(max=CAP))])
+        self._per_sequence = torch.cat([self._per_sequence, found], 1)
 
     @property
     def sums(self) -> Tensor:
-        """Tokens, sum of |d|, tokens outside, sums of k3, w and w^2, then the histogram: one tensor to sum over ranks,
-        in place."""
+        """Tokens, sum of |d|, tokens outside, sums of k3, w, w^2 and d^2, then the histogram: one tensor to sum over
+        ranks, in place."""
         self._add_up()
         return self._sums
 
@@ -107,9 +123,30 @@ class Mismatch:
         """Mean |d|, nan over no token."""
         return float(self.sums[1] / self.sums[0]) if self.tokens else float("nan")
 
+    @property
+    def sd(self) -> float:
+        """Standard deviation of |d| over tokens, nan over no token."""
+        return max(0.0, float(self.sums[6] / self.sums[0]) - self.mean**2) ** 0.5 if self.tokens else float("nan")
+
+    @property
+    def per_sequence(self) -> tuple[Tensor, Tensor]:
+        """[S] tokens compared and [S] mean of min(|d|, 1 nat), float64, of this rank's sequences that have any."""
+        self._add_up()
+        return self._per_sequence[0], self._per_sequence[1] / self._per_sequence[0]
+
+    def excess(self, limit: Limit) -> float:
+        """The furthest that a sequence of any rank is above what its length allows; negative when none is."""
+        tokens, means = self.per_sequence
+        above = (means - limit.allowed(tokens)).amax(0, keepdim=True) if len(tokens) else torch.tensor([-math.inf])
+        return float(max_tensor(above.double()))
+
+    def sequences(self) -> list[Compared]:
+        """Every sequence of this rank with its differences, for when something is wrong: the costly look."""
+        return [s for s in sequences([x for x in self._seen if x[1].sampler_logprobs is not None]) if len(s.trained)]
+
     def percentile(self, share: float) -> float:
         """Upper edge of the bin in which `share` of the tokens is reached."""
-        cumulative = self.sums[6:].cumsum(0)
+        cumulative = self.sums[7:].cumsum(0)
         bin_ = int(torch.searchsorted(cumulative, share * cumulative[-1]))
         return min(float(EDGES[min(bin_, len(EDGES) - 1)]), self.largest)
 
@@ -129,22 +166,47 @@ class Mismatch:
         }
 
 
+CEILING = 0.2
+"""Largest mean |d| at the start, in nats."""
+SHIFT = 0.5
+"""Mean change of log-probs that the random adapter of the probe should make, in nats."""
+
+
 @dataclass(frozen=True)
 class Probe:
-    """What the probe found, in nats."""
+    """What the probe measured, in nats."""
 
     off: float
     """Mean |d| with the adapter's B at 0."""
     on: float
     """Mean |d| with the random adapter."""
     shift: float
-    """Mean |change of log-prob| that the random adapter makes: at least 0.5, or a missing adapter would not show."""
+    """Mean |change of log-prob| that the random adapter makes: 0.5 or more, but for small random models."""
     tokens: int
+    worst: float = 0.0
+    """Largest mean |d| of a sequence less what its length explains; 0 where none is left."""
+    sd: float = 0.0
+    """Standard deviation of |d| over tokens."""
 
     @property
     def noise(self) -> float:
         """The larger of the two means."""
         return max(self.off, self.on)
+
+    @property
+    def weaker(self) -> str:
+        """A line for where no adapter of the probe moved log-probs far enough; empty otherwise."""
+        if self.shift >= SHIFT:
+            return ""
+        return (
+            f"no random adapter moved log-probs by {SHIFT} nat (reached {self.shift:.2g}), as in small random models: "
+            f"the check that the engine applies the adapter is weaker (limit {_most(self.shift, self.off):.2g} nat)"
+        )
+
+
+def _most(shift: float, off: float) -> float:
+    """Largest mean |d| with a random adapter of that shift: well below what a missing adapter makes."""
+    return min(CEILING, max(0.4 * shift, 3 * off))
 
 
 def _batches(rollouts: Sequence[Rollout], plan: PackPlan) -> list[Batch]:
@@ -153,110 +215,150 @@ def _batches(rollouts: Sequence[Rollout], plan: PackPlan) -> list[Batch]:
     return pack(rollouts, torch.ones(len(rollouts)), plan, count(rollouts, plan))
 
 
-def _compare(policy: Any, engine: Any, prompts: Sequence[Prompt], sampling: Any, seed: int, plan: PackPlan,
+Parts = Sequence[tuple[Sequence[Prompt], Any]]
+"""Prompts and the rlft.config.Sampling to draw their completions with."""
+
+
+def _compare(policy: Any, engine: Any, parts: Parts, seed: int, plan: PackPlan,
              version: int) -> tuple[Mismatch, list[Rollout]]:  # fmt: skip
     engine.load_adapter(policy.adapter(), version=version)
-    rollouts = engine.generate(prompts, sampling, seed=(seed, 2**31, -version))
+    rollouts: list[Rollout] = []
+    for i, (prompts, sampling) in enumerate(parts):
+        rollouts += engine.generate(prompts, sampling, seed=(seed, 2**31 + i, -version))
     mismatch = Mismatch()
     with asleep(engine):  # scoring has the memory that it gives back
-        for batch in _batches(rollouts, plan):
+        shown = [replace(r, sampler_logprobs=None, completion_mask=(True,) * len(r.completion_ids)) for r in rollouts]
+        batches = _batches(rollouts, plan)
+        for batch in batches:
             mismatch.add(policy.score(batch), batch)
+        compared = sum(int(batch.train_mask.sum()) for batch in batches)
+        if mismatch.tokens < compared or not compared:
+            asked = sum(len(r.completion_ids) for r in rollouts)
+            if not asked:
+                raise ParityError("at the start every completion of the engine is empty: stop tokens or prompts")
+            bad = f"at the start {asked - mismatch.tokens} of {asked} log-probs of engine or trainer"
+            raise not_finite(policy, _batches(shown, plan), bad)
     return mismatch, rollouts
 
 
 def _random_adapter(policy: Any, rollouts: list[Rollout], plan: PackPlan, seed: int) -> float:
-    """Fill B with noise that moves the log-probs of `rollouts` by at least 0.5 nat; returns the shift."""
+    """Fill B with noise that moves the log-probs of `rollouts` by at least 0.5 nat, or as far as it can; returns the
+    shift."""
     batches = _batches(rollouts, plan)
     before = [policy.score(b) for b in batches]
     generator = torch.Generator().manual_seed(seed)
     noise = {n: torch.randn(t.shape, generator=generator) for n, t in policy.adapter().items() if ".lora_B." in n}
-    size, shift = 0.01, 0.0
-    for _ in range(12):
-        for name, tensor in policy.adapter().items():
-            if ".lora_B." in name:
-                tensor.copy_(noise[name] * size)
+
+    def shift_of(size: float) -> float:
+        for name, values in noise.items():
+            policy.adapter()[name].copy_(values * size)
         moved = [
             (policy.score(b) - old)[b.train_mask.to(old.device)].abs() for b, old in zip(batches, before, strict=True)
         ]
-        shift = float(torch.cat(moved).mean())
-        if shift >= 0.5:
-            return shift
+        return float(torch.cat(moved).mean())
+
+    best, at, size = 0.0, 0.0, 0.01
+    for _ in range(12):
+        shift = shift_of(size)
+        if math.isfinite(shift) and shift > best:
+            best, at = shift, size
+        if best >= SHIFT:
+            return best
         size *= 2
-    raise ParityError(
-        f"no adapter of size {size:.3g} moves log-probs by 0.5 nat (got {shift:.3g}): is it applied at all?"
-    )
+    if not best:
+        raise ParityError(f"no adapter of size {size / 2:.3g} moves log-probs at all: the trainer does not apply it")
+    return shift_of(at)
 
 
-def probe(policy: Any, engine: Any, prompts: Sequence[Prompt], sampling: Any, seed: int, plan: PackPlan) -> Probe:
+def probe(policy: Any, engine: Any, prompts: Sequence[Prompt], sampling: Any, seed: int, plan: PackPlan,
+          long: Sequence[Prompt] = ()) -> Probe:  # fmt: skip
     """Compare engine and trainer on `prompts` with the adapter off (B = 0) and with a random adapter.
 
     The trainer's adapter is restored bit for bit and no global random state is used; the caller loads the adapter into
     the engine again. sampling: rlft.config.Sampling with group_size 1. plan: budget, temperature and max_len are used.
-    Raises ParityError when the two disagree by more than 0.2 nat, or the engine does not follow the random adapter.
+    long: further prompts, generated in a call of their own: an engine that pads would pad all to the longest. Raises
+    ParityError when the two disagree by more than 0.2 nat in the mean, or in one sequence by more than its length
+    explains, or the engine does not follow the random adapter; TrainError when log-probs are not finite.
     """
+    parts = [(some, sampling) for some in (prompts, long) if some]
     flat = policy.flat.flat.data
     kept = flat.clone()
+    most = Limit.of(CEILING, 5.0)
     try:
         for name, tensor in policy.adapter().items():
             if ".lora_B." in name:
                 tensor.zero_()
-        off, rollouts = _compare(policy, engine, prompts, sampling, seed, plan, version=-1)
-        if not off.mean <= 0.2:
-            none = "" if off.tokens else "; none of the engine's log-probs was finite"
+        off, rollouts = _compare(policy, engine, parts, seed, plan, version=-1)
+        if not off.mean <= CEILING:
             raise ParityError(
-                f"at the start engine and trainer differ by {off.mean:.3g} nat on the base (limit 0.2{none}): the base "
+                f"at the start engine and trainer differ by {off.mean:.3g} nat on the base (limit {CEILING}): the base "
                 f"itself differs: dtype, weights, or token ids."
             )
         with asleep(engine):
+            _check_sequences(off, most, policy.score, rollouts, "at the start, on the base, ")
             shift = _random_adapter(policy, rollouts[:2], plan, seed)
-        on, _ = _compare(policy, engine, prompts, sampling, seed, plan, version=-2)
+        on, rollouts = _compare(policy, engine, parts, seed, plan, version=-2)
+        if not on.mean <= _most(shift, off.mean):
+            raise ParityError(
+                f"at the start engine and trainer differ by {off.mean:.3g} nat on the base and {on.mean:.3g} nat with "
+                f"a random adapter that moves log-probs by {shift:.2g} nat (limit {_most(shift, off.mean):.2g}): the "
+                f"engine does not apply the adapter as the trainer does."
+            )
+        with asleep(engine):
+            _check_sequences(on, most, policy.score, rollouts, "at the start, with a random adapter, ")
     finally:
         flat.copy_(kept)
-    found = Probe(off.mean, on.mean, shift, off.tokens + on.tokens)
-    if not found.on <= 0.2:
-        raise ParityError(
-            f"at the start engine and trainer differ by {found.off:.3g} nat on the base and {found.on:.3g} nat with a "
-            f"random adapter that moves log-probs by {found.shift:.2g} nat (limit 0.2): the engine does not apply the "
-            f"adapter as the trainer does."
-        )
-    return found
+    sd, noise = max(off.sd, on.sd), max(off.mean, on.mean)
+    short = Limit(0.0, 0.0, max(noise, 1e-12), max(sd, SPREAD * noise))
+    worst = max(0.0, off.excess(short), on.excess(short))
+    return Probe(off.mean, on.mean, shift, off.tokens + on.tokens, worst, sd)
 
 
-def limit(found: Probe | None, cfg: Any) -> float:
-    """Largest mean |d| a step may have, in nats. cfg: rlft.config.Parity."""
-    return cfg.ceiling if found is None else min(max(cfg.factor * found.noise, cfg.floor), cfg.ceiling)
+def limit(found: Probe | None, cfg: Any) -> Limit:
+    """How far apart engine and trainer may be. cfg: rlft.config.Parity."""
+    if found is None:
+        return Limit.of(cfg.ceiling, cfg.factor)
+    step = min(max(cfg.factor * found.noise, cfg.floor), cfg.ceiling)
+    return Limit.of(step, cfg.factor, found.worst, found.sd, cfg.ceiling)
 
 
-def gate(mismatch: Mismatch, most: float, score: Callable[[Batch], Tensor], batch: Batch | None) -> None:
+WORST = 8
+"""Sequences at most that are looked at for what fits."""
+
+
+def gate(mismatch: Mismatch, most: Limit, score: Score, rollouts: Sequence[Rollout]) -> None:
     """Stop before the update when engine and trainer disagree. No-op without sampler log-probs.
 
-    most: from `limit`. score: Policy.score. batch: one micro-batch of the step, scored again at other temperatures to
-    say what fits the numbers. Raises ParityError.
+    most: from `limit`. score: Policy.score, called only to say what fits the numbers. rollouts: those of the step, as
+    `Batch.rows` counts them. Raises ParityError for the mean over the step and for a single sequence, on every rank.
     """
-    if not mismatch.tokens or mismatch.mean <= most:
-        return
-    cause = "" if batch is None else _cause(mismatch.mean, score, batch)
-    raise ParityError(
-        f"engine and trainer disagree: mean |log-prob difference| {mismatch.mean:.3g} nat over {mismatch.tokens} "
-        f"tokens, limit {most:.3g} (p99 {mismatch.percentile(0.99):.3g}, max {mismatch.largest:.3g}). {cause} "
-        f"No update was made."
-    )
-
-
-def _cause(mean: float, score: Callable[[Batch], Tensor], batch: Batch) -> str:
-    """Which of temperature, token ids and numerics fits the difference."""
-    best, at = mean, batch.temperature
-    for factor in (0.5, 0.6, 0.7, 0.8, 0.9, 1.1, 1.25, 1.5, 1.75, 2.0):
-        there = replace(batch, temperature=batch.temperature * factor)
-        found = Mismatch()
-        found.add(score(there), there)
-        if found.mean < best:
-            best, at = found.mean, there.temperature
-    if best < 0.3 * mean:
-        return (
-            f"Temperature fits the numbers: at {at:.3g} the trainer would be {best:.3g} nat away instead, but "
-            f"sampling.temperature is {batch.temperature:.3g}."
+    if mismatch.tokens and mismatch.mean > most.step:
+        every = mismatch.sequences()
+        worst = sorted(every, key=lambda s: -float(s.trained.mean()))[:WORST]
+        raise ParityError(
+            f"engine and trainer disagree: mean |log-prob difference| {mismatch.mean:.3g} nat over {mismatch.tokens} "
+            f"tokens, limit {most.step:.3g} (p99 {mismatch.percentile(0.99):.3g}, max {mismatch.largest:.3g}). "
+            f"{cause(worst, every, score, rollouts) if worst else ''} No update was made."
         )
-    if mean > 1:
-        return "Token ids or weights fit the numbers: a difference this large means another text or another adapter."
-    return "Numerics fit the numbers: another dtype, a stale adapter, or kernels that round differently."
+    _check_sequences(mismatch, most, score, rollouts, "")
+
+
+def _check_sequences(mismatch: Mismatch, most: Limit, score: Score, rollouts: Sequence[Rollout], when: str) -> None:
+    """Raise ParityError when a sequence is further off than its length explains. when: for the message."""
+    if not mismatch.tokens or mismatch.excess(most) <= 0:
+        return
+    every = mismatch.sequences()
+    lengths = torch.tensor([len(s.trained) for s in every])
+    above = torch.tensor([float(s.trained.clamp(max=CAP).mean()) for s in every]).double() - most.allowed(lengths)
+    bad = [every[i] for i in above.argsort(descending=True).tolist() if above[i] > 0]
+    if not bad:
+        raise ParityError(f"{when}engine and trainer disagree about a sequence of another rank. No update was made.")
+    first, size = bad[0], bad[0].trained
+    rollout = rollouts[first.row]
+    raise ParityError(
+        f"{when}engine and trainer disagree about {len(bad)} of {len(every)} sequences, most about sample "
+        f"{rollout.sample_index} of row {rollout.prompt.index} of the data: mean |log-prob difference| "
+        f"{float(size.mean()):.3g} nat over its {len(size)} trained tokens (prompt of {len(rollout.prompt.ids)}), "
+        f"limit {float(most.allowed(lengths.new_tensor([len(size)]))):.3g} for that length; the mean of all is "
+        f"{mismatch.mean:.3g}. {cause(bad[:WORST], every, score, rollouts)} No update was made."
+    )

@@ -1,7 +1,7 @@
-"""What a step needs to know as a whole before its first update: passes without gradient over everything that was drawn.
+"""What a step or an update needs to know as a whole before it is made: passes without gradient over all of it.
 
-KL in the reward (before advantages are estimated), and what a loss file's `prepare` asks for: an entropy quantile, the
-baseline of KTO.
+Of a step: KL in the reward, before advantages are estimated. Of each update, by the policy that it starts from: what a
+loss file's `prepare` asks for (an entropy quantile, the baseline of KTO).
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from rlft.types import Batch, PackPlan, Rollout, Stat, Stats
 
 @dataclass(frozen=True)
 class Look:
-    """What `prepare` of a loss file may ask about the step; `rlft.types.Look` is the contract."""
+    """What `prepare` of a loss file may ask about an update; `rlft.types.Look` is the contract."""
 
     policy: Policy
     plan: PackPlan
     rollouts: Sequence[Rollout]
-    """Those of the step that are in the loss."""
+    """Those of the update that are in the loss."""
     batches: Sequence[Batch]
-    """All micro-batches of the step, those that are not run too."""
+    """All micro-batches of the update, those that are not run too."""
 
     def entropy_quantile(self, share: float) -> float:
-        """Entropy that `share` of the step's trained tokens stay below, over all ranks, interpolated; in nats."""
+        """Entropy that `share` of the update's trained tokens stay below, over all ranks, interpolated; in nats."""
         own = [self.policy.entropy(batch).double().cpu()[batch.train_mask] for batch in self.batches]
         values = gather_tensor(torch.cat(own) if own else torch.zeros(0, dtype=torch.float64)).sort().values
         if not len(values):

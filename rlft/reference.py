@@ -26,7 +26,8 @@ class Reference:
 
     def __init__(self, policy: Policy, keep: bool) -> None:
         """keep: hold what was computed for recorded completions. False for a run that sees no row twice (lengthened
-        past its first epoch when it is resumed, such a run equals a whole one up to the last bits)."""
+        past its first epoch when it is resumed, such a run equals a whole one up to the last bits), and for a policy
+        whose rows depend on their micro-batch: there both sides of a log-ratio must come from the same one."""
         self._policy = policy
         self._keep = keep
         self._known: dict[int, Tensor] = {}

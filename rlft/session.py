@@ -7,10 +7,9 @@ trainer are apart. `rlft.finished` brings a run back for `rlft eval` and `rlft g
 from __future__ import annotations
 
 import contextlib
-import math
 import statistics
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 
 from rlft import __version__, checkpoint, engines, parity
+from rlft.agreement import agree
 from rlft.algorithm import Algorithm, describe
 from rlft.algorithm import build as build_algorithm
 from rlft.background import Background
@@ -25,11 +25,19 @@ from rlft.config import Config, Reward
 from rlft.config_file import to_toml
 from rlft.console import Console
 from rlft.data import Prompts, digest, hold_out, load_prompts, without
-from rlft.errors import ConfigError, DataError
+from rlft.errors import ConfigError, DataError, TrainError
 from rlft.evaluate import measures_loss
 from rlft.model_card import adapter_card
 from rlft.models.allocator import segments
-from rlft.models.load import attach_lora, fingerprint, load_base, load_tokenizer, resolve_device, resolve_dtype
+from rlft.models.load import (
+    attach_lora,
+    changed_dropout,
+    fingerprint,
+    load_base,
+    load_tokenizer,
+    resolve_device,
+    resolve_dtype,
+)
 from rlft.models.memory import weight_bytes
 from rlft.models.policy import Policy
 from rlft.models.token_budget import ALONE, Group
@@ -82,17 +90,26 @@ class Session:
     tracking: Tracking = field(init=False)
     """Started last, when the step that the run begins at is known."""
     state: State = field(default_factory=State)
-    limit: float = math.inf
-    """Largest mean mismatch a step may have, in nats."""
+    limit: parity.Limit = field(init=False)
+    """How far engine and trainer may be apart."""
     first_evaluation: dict[str, float] = field(default_factory=dict)
     """The evaluation before the first step, read back when a run is resumed."""
     callbacks: Sequence[Callable[..., None]] = ()
     stop: bool = False
     """Set by the first Ctrl-C: the step in flight is finished and saved."""
 
+    def check_adapter(self, origin: str) -> None:
+        """Raise TrainError when the adapter is not finite. origin: where its values are from, and what to do."""
+        if wrong := self.policy.flat.not_finite():
+            raise TrainError(f"{len(wrong)} of the adapter's tensors are not finite, {wrong[0]} for one: {origin}")
+
     def save(self) -> Path:
         """Write a checkpoint of the state now, after the completions of every step until then; returns its folder."""
         self.writer.flush()
+        self.check_adapter(
+            f"nothing was saved. An update has set them (optim.lr = {self.cfg.optim.lr}), or a callback; go on from an "
+            f"earlier checkpoint"
+        )
         # No random state: every draw is seeded by (seed, step, ...).
         tensors = {"adapter": self.policy.flat.flat.detach(), "adapter_start": self.policy.flat.start}
         tensors |= {f"optim.{name}": value for name, value in self.optimizer.tensors().items()}
@@ -186,6 +203,7 @@ def build(
             if function.note:
                 console.note(function.note)
         policy = load_policy(cfg)
+        policy.fix_rope(engines.longest_sequence(cfg, policy, rows, held, bool(eval_functions)))
         engine, eval_engine = _engines(cfg, policy, tokenizer, console, rows, held, bool(eval_functions))
         for line in _starting(cfg, engine, undeclared_end(tokenizer, policy.base)):
             console.note(line)
@@ -193,15 +211,14 @@ def build(
             stack.callback(each.close)
         assert engine.SAMPLES or not algorithm.needs_sampler, "validate refuses this"
         steps = cfg.steps or prompts.steps(cfg.prompts_per_step, cfg.data.epochs or 1.0)
-        fp16 = resolve_dtype(cfg, policy.device) == torch.float16
         with asleep(eval_engine):
             # What a pass may take is what is free now.
             plan = plan_of(cfg, algorithm, policy, rows if engine.SAMPLES else ())
             kept, passes = memory_plan(policy, cfg, eval_engine, plan.budget), _pass_words(policy, plan.budget)
         s = Session(
             cfg=cfg, steps=steps, algorithm=algorithm, policy=policy, engine=engine, eval_engine=eval_engine,
-            reference=Reference(policy, keep=steps * cfg.prompts_per_step > len(rows)),
-            optimizer=Optimizer(policy.flat.flat, cfg.optim, steps * cfg.optim.updates, fp16), prompts=prompts,
+            reference=Reference(policy, keep=steps * cfg.prompts_per_step > len(rows) and not policy.mixes_rows),
+            optimizer=_optimizer(cfg, policy, steps), prompts=prompts,
             held=held, held_loss=bool(held) and not engine.SAMPLES and measures_loss(rows, held), functions=functions,
             eval_functions=eval_functions, run=run, writer=writer, console=console, identity=identity_of(cfg, policy),
             plan=plan, pieces=Pieces(tokenizer), state=State(data=digest(rows)),
@@ -209,13 +226,22 @@ def build(
         )  # fmt: skip
         if resume:
             _resume(s)
+        s.check_adapter(
+            f'they come from lora.resume_from = "{cfg.lora.resume_from}", or from the checkpoint; train another'
+        )
         # Before the folder counts as a run: a tracker that cannot start leaves nothing in the way.
         s.tracking = stack.enter_context(Tracking(cfg, run, s.state.step, resume, console.note))
         run.write_config(to_toml(cfg))
         run.write_plan(kept)
         console.start(_title(s, passes), steps, s.state.step, cfg.algo.name)
-        s.limit = _agree(s)
+        s.limit = agree(cfg, policy, engine, rows, plan, console.note)
         yield s
+
+
+def _optimizer(cfg: Config, policy: Policy, steps: int) -> Optimizer:
+    fp16 = resolve_dtype(cfg, policy.device) == torch.float16
+    views = policy.flat.parameters.values()
+    return Optimizer(policy.flat.flat, cfg.optim, steps * cfg.optim.updates, fp16, views)
 
 
 def _resume(s: Session) -> None:
@@ -302,9 +328,11 @@ TYPICAL = 1024
 
 
 def plan_of(cfg: Config, algorithm: Algorithm, policy: Policy, sampled: Sequence[Prompt] = ()) -> PackPlan:
-    """How updates are packed; `keep` is left empty. The fused layers are told how long a full micro-batch is. sampled:
-    prompts that groups of completions are drawn for."""
+    """How updates are packed; `keep` is left empty. The fused layers are told how long a full micro-batch is, and
+    whether there is an entropy bonus. sampled: prompts that groups of completions are drawn for."""
     budget, group = cfg.packing.budget, ALONE
+    if policy.fused is not None:
+        policy.fused.expect(algorithm.entropy_grad)
     if budget == "auto":
         if sampled and cfg.packing.share_prefix and not algorithm.whole_groups:
             prompt = int(statistics.median(len(p.ids) for p in sampled))
@@ -337,6 +365,7 @@ def identity_of(cfg: Config, policy: Policy) -> dict[str, str]:
     return {
         "model": cfg.model, "base": fingerprint(policy.base), "rlft": __version__,
         "lora": f"rank {lora.rank}, alpha {lora.alpha:g}, rslora {lora.rslora}, {len(policy.adapter())} tensors",
+        **({"rope": policy.rope.factors} if policy.rope is not None else {}),
     }  # fmt: skip
 
 
@@ -346,6 +375,13 @@ def _pass_words(policy: Policy, tokens: int) -> str:
         return f"micro-batches of {tokens} tokens, not planned"
     plan = policy.fused.plan_for(tokens)
     return f"a micro-batch of {tokens} tokens takes {plan.peak / 2**30:.2f} GiB ({plan})"
+
+
+MIXED = (
+    "int8: LLM.int8 finds its outlier columns over all rows of a micro-batch, so a row's log-probs depend a little on "
+    'what it is packed with; quantization = "nf4" or "none" has no such dependence'
+)
+"""What a run over 8-bit weights says at its start."""
 
 
 def _title(s: Session, passes: str) -> list[str]:
@@ -360,6 +396,8 @@ def _title(s: Session, passes: str) -> list[str]:
         f"{len(s.prompts.rows)} prompts, {len(s.held)} held out; {s.steps} steps of {cfg.prompts_per_step} prompts "
         f"x {cfg.sampling.group_size if s.engine.SAMPLES else 'recorded'} completions",
         policy.path,
+        *([MIXED] if policy.mixes_rows else []),
+        *(line for line in (policy.rope and str(policy.rope), changed_dropout(cfg.lora)) if line),
         f"memory: {weights['bytes'] / 2**30:.2f} GiB of weights; {passes}",
         *describe(s.algorithm),
         f"run folder: {s.run.path}",
@@ -371,19 +409,3 @@ def _starting(cfg: Config, engine: Engine, end: str) -> list[str]:
     hot = not engine.SAMPLES and cfg.sampling.temperature != 1
     said = f"sampling.temperature = {cfg.sampling.temperature:g}: recorded completions are trained at temperature 1"
     return [*([said] if hot else []), *([end] if end else [])]
-
-
-def _agree(s: Session) -> float:
-    """Run the probe where there is an engine that samples; returns the gate's limit."""
-    if not (s.engine.SAMPLES and s.cfg.parity.probe) or s.cfg.lora.dropout:
-        # Dropout moves the trainer's log-probs by more than any noise the probe would find.
-        return parity.limit(None, s.cfg.parity)
-    sampling = replace(s.cfg.sampling, group_size=1, max_tokens=min(16, s.cfg.sampling.max_tokens))
-    rows = s.prompts.rows[: s.cfg.parity.probe_prompts]
-    found = parity.probe(s.policy, s.engine, rows, sampling, s.cfg.seed, s.plan)
-    limit = parity.limit(found, s.cfg.parity)
-    s.console.note(
-        f"engine and trainer agree to {found.off:.1e} nat on the base and {found.on:.1e} with a random adapter "
-        f"({found.tokens} tokens, shift {found.shift:.2f} nat); a step may differ by {limit:.3g}"
-    )
-    return limit

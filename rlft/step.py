@@ -48,8 +48,7 @@ def learn(s: Session, drawn: Drawn, parts: Parts, metrics: Metrics, mismatch: pa
     metrics.add(known)
     inputs = estimator_inputs(rollouts, parts, {f.name: f.weight for f in s.functions}, drawn.kept)
     advantages = algorithm.advantage(shaped, group_ids(rollouts), **inputs)
-    cut = minibatches(s, rollouts, rewards, advantages)
-    packed = retried(lambda: prepared(s, rollouts, cut))
+    packed = minibatches(s, rollouts, rewards, advantages)
     skip = cfg.packing.skip_zero_advantage and algorithm.zero_adv_zero_grad
     some = [to_run(part, skip) for part in packed]
     # The same batches for old and now: packed otherwise, their difference would be noise of the kernels.
@@ -57,7 +56,7 @@ def learn(s: Session, drawn: Drawn, parts: Parts, metrics: Metrics, mismatch: pa
     for batch in chain(*ran) if algorithm.old == "trainer" else ():
         assert batch.old_logprobs is not None
         mismatch.add(batch.old_logprobs, batch)
-    updates = train_on(s, ran, metrics, mismatch)
+    updates = train_on(s, rollouts, packed, ran, metrics, mismatch)
     return Learned(advantages, list(chain(*packed)), list(chain(*ran)), updates)
 
 
@@ -79,14 +78,14 @@ def minibatches(s: Session, rollouts: list[Rollout], rewards: Tensor, advantages
     return packed
 
 
-def prepared(s: Session, rollouts: list[Rollout], packed: list[list[Batch]]) -> list[list[Batch]]:
-    """The micro-batches with what the loss needs to know about the whole step."""
+def prepared(s: Session, rollouts: list[Rollout], batches: list[Batch]) -> dict[str, float]:
+    """`Batch.prepared` of an update: what the loss needs to know about everything that the update trains on, of the
+    policy that it starts from. batches: its micro-batches, those that are not run too."""
     if s.algorithm.prepare is None:
-        return packed
-    rows = sorted(row for batch in chain(*packed) for row in batch.rows)
-    look = Look(s.policy, s.plan, [rollouts[row] for row in rows], list(chain(*packed)))
-    numbers = s.state.adapted | s.algorithm.prepare(look, s.algorithm.config)
-    return [[replace(batch, prepared=numbers) for batch in part] for part in packed] if numbers else packed
+        return {}
+    rows = sorted(row for batch in batches for row in batch.rows)
+    look = Look(s.policy, s.plan, [rollouts[row] for row in rows], batches)
+    return s.state.adapted | s.algorithm.prepare(look, s.algorithm.config)
 
 
 def filled(s: Session, batch: Batch) -> Batch:
@@ -102,10 +101,16 @@ def filled(s: Session, batch: Batch) -> Batch:
     return batch
 
 
-def train_on(s: Session, ran: list[list[Batch]], metrics: Metrics, mismatch: parity.Mismatch) -> list[Update]:
-    """The updates of a step, one for each of the lists of micro-batches and pass over them."""
+def train_on(
+    s: Session, rollouts: list[Rollout], packed: list[list[Batch]], ran: list[list[Batch]], metrics: Metrics,
+    mismatch: parity.Mismatch,
+) -> list[Update]:  # fmt: skip
+    """The updates of a step, one for each of the lists of micro-batches and pass over them.
+
+    rollouts: those of the step. packed: all micro-batches of each update; ran: those that are run.
+    """
     policy, state, algorithm = s.policy, s.state, s.algorithm
-    queue = ran * s.cfg.optim.passes
+    queue, whole = ran * s.cfg.optim.passes, packed * s.cfg.optim.passes
     # On the host: it is read only where memory is exhausted between two updates.
     start = policy.flat.flat.detach().to("cpu", copy=True) if algorithm.old == "trainer" else None
     done, total = 0, sum(map(len, queue))
@@ -118,7 +123,8 @@ def train_on(s: Session, ran: list[list[Batch]], metrics: Metrics, mismatch: par
         return said
 
     def attempt() -> list[tuple[Tensor, Batch, Stats]]:
-        return forward_backward(s, queue[len(updates)], done, total)
+        numbers = prepared(s, rollouts, whole[len(updates)])
+        return forward_backward(s, queue[len(updates)], numbers, done, total)
 
     while len(updates) < len(queue):
         passes = answered(attempt, lower, s.console.note)
@@ -130,17 +136,19 @@ def train_on(s: Session, ran: list[list[Batch]], metrics: Metrics, mismatch: par
         sum_tensor(policy.flat.gradient)
         if not updates:
             sum_tensor(mismatch.sums)
-            parity.gate(mismatch, s.limit, policy.score, queue[0][0] if queue[0] else None)
+            parity.gate(mismatch, s.limit, policy.score, rollouts)
         updates.append(s.optimizer.step(state.updates, state.skipped_updates))
         state.updates += 1
         state.skipped_updates = state.skipped_updates + 1 if updates[-1].skipped else 0
     return updates
 
 
-def forward_backward(s: Session, part: list[Batch], done: int, total: int) -> list[tuple[Tensor, Batch, Stats]]:
+def forward_backward(
+    s: Session, part: list[Batch], numbers: dict[str, float], done: int, total: int
+) -> list[tuple[Tensor, Batch, Stats]]:
     """The gradient of an update into the adapter's buffer. Returns each micro-batch with its log-probs [T] and numbers.
 
-    done, total: micro-batches of the step before these, and all, for the progress bar.
+    numbers: `prepared`. done, total: micro-batches of the step before these, and all, for the progress bar.
     """
     policy, algorithm = s.policy, s.algorithm
     policy.flat.zero_grad()
@@ -148,10 +156,10 @@ def forward_backward(s: Session, part: list[Batch], done: int, total: int) -> li
     for batch in part:
         s.console.progress("training", done + len(passes), total)
         logprobs, entropy = policy.logprobs(batch, algorithm.entropy_grad)
-        here = replace(batch.to(policy.device), entropy=entropy)
+        here = replace(batch.to(policy.device), entropy=entropy, prepared=numbers)
         loss, stats = algorithm.loss(logprobs, here, algorithm.config)
         s.optimizer.scaled(loss).backward()
-        passes.append((logprobs.detach(), batch, {**stats, **batch_stats(loss, entropy, here)}))
+        passes.append((logprobs.detach(), batch, {**stats, **batch_stats(loss, logprobs, entropy, here)}))
     return passes
 
 

@@ -53,9 +53,16 @@ def peak_memory(device: torch.device) -> dict[str, float]:
     return {"perf/peak_GiB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30}
 
 
-def batch_stats(loss: Tensor, entropy: Tensor, batch: Batch) -> Stats:
-    """Loss and entropy of a micro-batch. The loss adds up: its weights hold the division."""
-    return {"loss": Stat("sum", loss.detach()), "entropy": Stat.mean(entropy, batch.train_mask)}
+def batch_stats(loss: Tensor, logprobs: Tensor, entropy: Tensor, batch: Batch) -> Stats:
+    """Loss and entropy of a micro-batch, and how many tokens have a log-prob or an entropy that is not finite.
+
+    logprobs, entropy: [T], 0 where nothing is trained. The loss adds up: its weights hold the division.
+    """
+    broken = (~(logprobs.detach() + entropy.detach()).isfinite()).sum()
+    return {
+        "loss": Stat("sum", loss.detach()), "entropy": Stat.mean(entropy, batch.train_mask),
+        "nonfinite_logprobs": Stat("sum", broken),
+    }  # fmt: skip
 
 
 def update_values(updates: Sequence[Update], values: dict[str, float]) -> dict[str, float]:

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from rlft import parity, report
+from rlft import broken, parity, report
 from rlft.batch import group_ids, packing_stats
 from rlft.config import Config
 from rlft.console import evaluation_line
@@ -36,13 +36,14 @@ from rlft.runs import PIECED_GROUPS
 from rlft.session import Session, build
 from rlft.step import learn
 from rlft.step_metrics import Clock, peak_memory, rates, rollout_values, update_values
-from rlft.types import Rollout, State
+from rlft.types import Batch, Rollout, State
 
 
 def loop(s: Session) -> None:
     """Train until `s.steps` steps are done or `s.stop` is set. One pass of the body is one step."""
     cfg, state, policy, engine, algorithm = s.cfg, s.state, s.policy, s.engine, s.algorithm
     engine.load_adapter(policy.adapter(), version=state.step)
+    ran: list[Batch] = []
     while state.step < s.steps and not s.stop:
         clock, metrics, mismatch = Clock(), Metrics(), parity.Mismatch()
         draw = functools.partial(sample_and_score, s, clock)
@@ -63,7 +64,7 @@ def loop(s: Session) -> None:
         values |= rates(drawn.rollouts, done.ran, cfg.optim.passes, clock)
         values |= drawn.metrics(cfg.prompts_per_step) if cfg.refill.rounds else {}
         values |= {
-            "epoch": s.prompts.epoch, "num_tokens": float(state.num_tokens), "parity/limit": s.limit,
+            "epoch": s.prompts.epoch, "num_tokens": float(state.num_tokens), "parity/limit": s.limit.step,
             "skipped_updates": float(state.skipped_updates),
         }  # fmt: skip
         values |= {"curriculum/solved": float(len(state.solved))} if cfg.curriculum.solved_share is not None else {}
@@ -72,12 +73,15 @@ def loop(s: Session) -> None:
             values |= state.adapted
             state.adapted = algorithm.adapt(state.adapted, values.get("entropy", math.nan), algorithm.config)
         record(s, values, drawn, parts, spread_back(drawn, done.advantages.tolist()), mismatch)
+        ran = done.ran
+        broken.check_step(s, values, drawn.rollouts, ran)
         if cfg.eval.every and state.step % cfg.eval.every == 0 and state.step < s.steps:
             measure(s)
             if (best := s.run.best(also=state.step)) is not None and best.step == state.step:
                 s.save()
         if cfg.checkpoint.every and state.step % cfg.checkpoint.every == 0 and state.step < s.steps:
             s.save()
+    broken.check_end(s, ran)
 
 
 def sample_and_score(s: Session, clock: Clock, count: int, round_: int) -> Drawn:

@@ -185,7 +185,7 @@ class Batch:
     """How every pass over it runs on fused layers (`rlft.models.memory.Plan`), so that two passes round alike; None:
     each is planned for the memory that is free. Filled by `Policy.planned`."""
     prepared: dict[str, float] = field(default_factory=dict)
-    """Numbers of the whole step that the loss needs, the same on every rank: what its `prepare` gave and
+    """Numbers of the whole update that the loss needs, the same on every rank: what its `prepare` gave and
     State.adapted."""
 
     def to(self, device: torch.device | str) -> Batch:
@@ -214,15 +214,16 @@ Stats = dict[str, Stat]
 
 
 class Look(Protocol):
-    """What `prepare(look, cfg)` of a loss file may ask about the whole step, before its first update."""
+    """What `prepare(look, cfg)` of a loss file may ask about an update before it is made: all that it trains on, and
+    the policy that it starts from."""
 
     @property
     def rollouts(self) -> Sequence[Rollout]:
-        """Those of the step that are in the loss, on this rank."""
+        """Those of the update that are in the loss, on this rank."""
         ...
 
     def entropy_quantile(self, share: float) -> float:
-        """Entropy that `share` of the step's trained tokens stay below, over all ranks, in nats."""
+        """Entropy that `share` of the update's trained tokens stay below, over all ranks, in nats."""
         ...
 
     def log_ratios(self, rollouts: Sequence[Rollout]) -> Tensor:
@@ -257,6 +258,8 @@ class State:
     """Tokens trained or sampled so far (TRL's `num_tokens`)."""
     skipped_updates: int = 0
     """Updates skipped in a row because loss or gradient was not finite."""
+    untrained: int = 0
+    """Steps in a row in which no token could be trained."""
     invalid_history: list[float] = field(default_factory=list)
     """Share of invalid rewards in each of the last five steps."""
     solved: list[int] = field(default_factory=list)

@@ -130,6 +130,7 @@ def _engine(cfg: Config, algorithm: Algorithm | None, rows: list[dict[str, Any]]
     pairs = "chosen" in rows[0] and "rejected" in rows[0]
     if algorithm is not None:
         yield from _pairs(cfg, algorithm, rows[0], pairs)
+        yield from _dropout(cfg, algorithm, engine)
     if engine == "replay":
         if not recorded:
             yield f'engine.name = "replay": the data has no column of completions ({", ".join(RECORDED)}); set "eager"'
@@ -161,6 +162,23 @@ def _engine(cfg: Config, algorithm: Algorithm | None, rows: list[dict[str, Any]]
         yield (
             f'sampling.group_size = 1 with algo.advantage = "{baseline}": a group of one has advantage 0, so nothing '
             f"is learned; set sampling.group_size to 2 or more"
+        )
+
+
+def _dropout(cfg: Config, algorithm: Algorithm, engine: str) -> Iterator[str]:
+    """LoRA dropout where log-probs under it would be compared with log-probs without it."""
+    if not cfg.lora.dropout:
+        return
+    if engine != "replay":
+        yield (
+            f"lora.dropout = {cfg.lora.dropout}: completions are sampled without dropout, so with it the ratios to the "
+            f"sampler and the parity gate would be about the dropout's noise; set it to 0 (an adapter that was trained "
+            f"with dropout can be continued without)"
+        )
+    elif algorithm.old == "trainer":
+        yield (
+            f"lora.dropout = {cfg.lora.dropout} with {algorithm.updates} updates per rollout batch: the ratios of new "
+            f"to old log-probs would hold the dropout's noise; set it to 0, or optim.minibatches and optim.passes to 1"
         )
 
 

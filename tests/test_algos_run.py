@@ -80,7 +80,7 @@ def ran(cfg: Config) -> list[dict[str, float]]:
 @pytest.mark.parametrize("name", FILES)
 def test_each_loss_runs_two_steps_of_two_updates(name: str, home: Path, tmp_path: Path) -> None:
     data = {"sft": "sft", "dft": "sft", "kto": "labels"}.get(name, "pairs" if name in PAIRED else "prompts")
-    cfg = config(home, tmp_path / "run", data, algo=Algo(name), optim=Optim(lr=1e-2, minibatches=2))
+    cfg = config(home, tmp_path / "run", data, algo=Algo(name), optim=Optim(lr=1e-2, minibatches=2), prompts_per_step=4)
     for line in ran(cfg):
         assert NAMES.get(name, set()) | {"entropy", "grad_norm"} <= line.keys()
 
@@ -163,6 +163,40 @@ def test_validate_names_what_does_not_fit(data: str, changes: Any, message: str,
     assert message in "\n".join(problems(config(home, tmp_path / "run", data, **changes)))
 
 
-def test_kto_wants_two_prompts_in_a_step(home: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="prompts_per_step = 1: kto compares"):
-        train(config(home, tmp_path / "run", "labels", algo=Algo("kto"), prompts_per_step=1))
+@pytest.mark.parametrize("minibatches", [1, 2])
+def test_kto_wants_two_prompts_in_an_update(minibatches: int, home: Path, tmp_path: Path) -> None:
+    optim = Optim(lr=1e-2, minibatches=minibatches)
+    cfg = config(home, tmp_path / "run", "labels", algo=Algo("kto"), prompts_per_step=minibatches, optim=optim)
+    with pytest.raises(ConfigError, match="an update of one prompt: kto compares"):
+        train(cfg)
+
+
+LOOKS = """
+import torch
+from rlft.algos.kto import ADVANTAGE, AGGREGATION, ENTROPY_GRAD, NEEDS_REFERENCE, NEEDS_SAMPLER, RATIO, WHOLE_GROUPS
+from rlft.algos.kto import ZERO_ADV_ZERO_GRAD, Config
+from rlft.types import Stat
+def prepare(look, cfg):
+    return {"floor": look.entropy_quantile(0.5), "gain": float(look.log_ratios(look.rollouts).sum())}
+def loss(logprobs, batch, cfg):
+    used = batch.train_mask
+    gain = torch.where(used, logprobs.detach().double() - batch.ref_logprobs.double(), 0).sum()
+    above = (batch.entropy.detach() > batch.prepared["floor"])[used].double().mean()
+    stats = {"off": Stat("mean", abs(gain - batch.prepared["gain"])), "moved": Stat("mean", abs(gain)),
+             "uneven": Stat("mean", abs(above - 0.5) * used.sum())}
+    return -(batch.weight * torch.where(used, logprobs, 0)).sum(), stats
+"""
+
+
+@pytest.mark.parametrize(("minibatches", "passes"), [(1, 1), (2, 1), (1, 3), (2, 2)])
+def test_prepare_sees_each_update_as_it_starts(minibatches: int, passes: int, home: Path, tmp_path: Path) -> None:
+    """One micro-batch per update, so that the loss sees all that `prepare` saw, by the same policy."""
+    (home / "looks.py").write_text(LOOKS)
+    optim = Optim(lr=0.1, minibatches=minibatches, passes=passes)
+    cfg = config(
+        home, tmp_path / "run", "sft", algo=Algo(f"{home}/looks.py:loss"), optim=optim, prompts_per_step=4, steps=3,
+        packing=Packing(budget=1000),
+    )  # fmt: skip
+    line = ran(cfg)[-1]
+    assert line["batch/micro_batches"] == minibatches
+    assert line["moved"] > 0.1 and line["off"] < 1e-4 * line["moved"] and line["uneven"] <= 1

@@ -108,7 +108,8 @@ def test_the_end_shows_before_and_after_and_where_things_are(capsys) -> None:
         "                                  before          after          change",
         "  reward                   0.310 ± 0.033  0.720 ± 0.033  +0.410 ± 0.040",
         "  completions/mean_length          9.000          5.500          -3.500",
-        "checkpoints:    step 20 did best (eval/reward 0.750): choose it with --checkpoint best",
+        "checkpoints:    step 20 did best (eval/reward 0.750): choose it with --checkpoint best; being the best on "
+        "these rows it looks too good on them",
         "adapter:        r/checkpoints/step-000040",
         "report:         r/report.html",
         "sample from it: again",

@@ -21,6 +21,7 @@ import pytest
 pytest.importorskip("triton", reason="Triton is for Linux on x86_64")
 
 from rlft.kernels.launch import VARYING
+from rlft.kernels.target_softmax import FAR, HALF, LEAST_ENTROPY
 
 ARCHITECTURES = (80, 86, 89, 90)
 SHARED_MEMORY = 99 * 1024
@@ -81,8 +82,9 @@ def glu(kernel: str, M: int, block: int, rows: int, ACT: str) -> Case:
 
 
 def head(kernel: str, results: str, constants: dict, warps: int) -> Case:
-    types = f"*fp32:16 *i64:16 *bf16:16 *fp32:16 {results}i32 i32:16 i32:16 i32 fp32 fp32 fp32"
-    return Case(f"target_softmax:{kernel}", types, {"BLOCK": 4096, "FAR": 60.0} | constants, {"num_warps": warps})
+    weights = "fp16" if kernel == "_weights_kernel" else "bf16"
+    types = f"*fp32:16 *i64:16 *{weights}:16 *fp32:16 {results}i32 i32:16 i32:16 i32 fp32 fp32 fp32"
+    return Case(f"target_softmax:{kernel}", types, {"BLOCK": 4096, "FAR": FAR} | constants, {"num_warps": warps})
 
 
 B = "*bf16:16 "
@@ -132,7 +134,11 @@ CASES = [
     # The head: a split of a row with and without a softcap; the row done again; the merge of two attentions.
     head("_rows_kernel", "", {"CAPPED": False, "STORE": True}, 8),
     head("_rows_kernel", "", {"CAPPED": True, "STORE": True}, 8),
-    head("_finish_kernel", "*fp32:16 *fp32 *fp32 *fp32 ", {"CAPPED": True, "STORE": True, "SPLITS": 64}, 4),
+    head("_finish_kernel", "*fp32:16 *fp32 *fp32 *fp32 *fp32:16 ", {"CAPPED": True, "STORE": True, "SPLITS": 64}, 4),
+    # fp16's weights, and the entropy's.
+    *(head("_weights_kernel", "*fp32 *fp32 ",
+           {"CAPPED": entropy, "ENTROPY": entropy, "LARGEST": HALF, "LEAST": LEAST_ENTROPY}, 8)
+      for entropy in (False, True)),
     Case("logprobs:_jacobian_kernel", "*fp32:16 *bf16:16 *fp32:16 *fp32:16 *bf16:16 i32:16 fp32 i32:16 i32:16",
          {"BLOCK": 1024}, {}),
     Case("logprobs:_scale_rows_kernel", "*bf16:16 *fp32:16 *bf16:16 i32:16", {"BLOCK": 1024}, {}),

@@ -20,6 +20,7 @@ from rlft.types import PackPlan
 
 SAMPLING = Sampling(group_size=3, max_tokens=6)
 PLAN = PackPlan((), "token_mean", 1000, 6, 1.0)
+LIMIT = parity.Limit.of(0.02, 5.0)
 
 
 def make(name: str, trained: float = 0.3):
@@ -254,7 +255,7 @@ def test_the_probe_measures_noise_and_restores_adapter_and_random_state() -> Non
     found = parity.probe(policy, engine, prompts(6), replace(SAMPLING, group_size=1), 1, PLAN)
     assert torch.equal(policy.flat.flat, before) and torch.equal(torch.get_rng_state(), rng)
     assert found.shift >= 0.5 and 0 < found.noise < 1e-5 and found.tokens > 30
-    assert parity.limit(found, ParityConfig()) == 0.02  # five times almost nothing is kept at the floor
+    assert parity.limit(found, ParityConfig()).step == 0.02  # five times almost nothing is kept at the floor
 
 
 def test_the_probe_sees_an_engine_that_never_applies_the_adapter() -> None:
@@ -277,21 +278,19 @@ def test_a_wrong_temperature_is_stopped_by_the_gate_and_named() -> None:
     engine.load_adapter(policy.adapter(), version=0)
     rollouts = generate(engine, sampling=replace(SAMPLING, temperature=0.7))
     found = mismatch_of(policy, rollouts)
-    plan = replace(PLAN, keep=(True,) * len(rollouts))
-    (batch,) = pack(rollouts, torch.ones(len(rollouts)), plan, count(rollouts, plan))
     with pytest.raises(ParityError, match=r"Temperature fits the numbers: at 0.7 .* sampling.temperature is 1"):
-        parity.gate(found, 0.02, policy.score, batch)
+        parity.gate(found, LIMIT, policy.score, rollouts)
 
 
 def test_the_gate_is_silent_below_its_limit_and_without_sampler_log_probs() -> None:
     policy, engine = make("eager")
     engine.load_adapter(policy.adapter(), version=0)
-    parity.gate(mismatch_of(policy, generate(engine)), 0.02, policy.score, None)
+    parity.gate(mismatch_of(policy, generate(engine)), LIMIT, policy.score, generate(engine))
     policy, engine = make("replay")
     engine.load_adapter(policy.adapter(), version=0)
     found = mismatch_of(policy, generate(engine))
     assert found.tokens == 0 and found.values() == {}
-    parity.gate(found, 0.02, policy.score, None)
+    parity.gate(found, LIMIT, policy.score, [])
 
 
 def test_mismatch_arithmetic() -> None:

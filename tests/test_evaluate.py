@@ -201,6 +201,8 @@ def test_the_base_the_best_and_the_last_are_evaluated_again_from_the_folder(run:
     assert base["step"] == 0 and all(base[name] == pytest.approx(result.before[name]) for name in same)
     best = evaluate_run(out, "best")
     assert best["eval/reward"] == pytest.approx(max(e["eval/reward"] for e in evaluations(out)[1:]))
+    assert best["eval/chosen_among"] == len(evaluations(out)) - 1 > 1, "all but the one before the first step"
+    assert "eval/chosen_among" not in again | base
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before, "looking changes nothing"
 
 
@@ -211,6 +213,11 @@ def test_the_command_prints_a_table_or_json(run: tuple[Result, Path], capsys) ->
     assert lines[0] == f"step 8 of {out} on 4 held-out rows, 2 completions each"
     assert lines[1].split() == ["value", "stderr", "95%", "interval"]
     assert lines[2].startswith("  reward (avg@2)") and " to " in lines[2]
+    assert not any("chosen as the best" in line for line in lines)
+    assert main(["eval", str(out), "--checkpoint", "best", "--rows", "1", "--max_tokens", "1"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    tried = len(evaluations(out)) - 1
+    assert f"chosen as the best of {tried} evaluations on these rows: results here are too good" in said
     assert main(["eval", str(out), "--base", "--json", "--samples=1", "--temperature=0"]) == 0
     values = json.loads(capsys.readouterr().out)
     assert values["step"] == 0 and values["eval/rows"] == 6 and "eval/pass@1" in values and "eval/pass@2" not in values

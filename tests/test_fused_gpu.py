@@ -196,7 +196,8 @@ def test_two_passes_under_way_do_not_mix_their_host_memory(level: int) -> None:
 
 @pytest.mark.parametrize("name", ["qwen3", "gemma3"])
 @pytest.mark.parametrize("level", LEVELS)
-def test_the_plan_is_within_5_percent_of_the_measured_peak(name: str, level: int) -> None:
+@pytest.mark.parametrize("bonus", [False, True], ids=["", "entropy bonus"])
+def test_the_plan_is_within_5_percent_of_the_measured_peak(name: str, level: int, bonus: bool) -> None:
     big = {"hidden_size": 1024, "intermediate_size": 3072, "num_attention_heads": 16, "num_key_value_heads": 8,
            "head_dim": 64 if name == "qwen3" else 128, "num_hidden_layers": 6, "vocab_size": 32000,
            "max_position_embeddings": 32768}  # fmt: skip
@@ -209,6 +210,7 @@ def test_the_plan_is_within_5_percent_of_the_measured_peak(name: str, level: int
     batch = batch_of([9000, 7000], torch.Generator().manual_seed(1))
     rows = int(batch.cu_seqlens[-1])
     how = memory.Setting(4096, "layer", memory.CHUNK_BYTES)
+    decoder.expect(entropy_grad=bonus)
     decoder.plan = memory.evaluate(decoder.shape, rows, rows - 6, (6, level, level), how)
     gradient_of(policy, batch)
     decoder.store.release()
@@ -216,8 +218,9 @@ def test_the_plan_is_within_5_percent_of_the_measured_peak(name: str, level: int
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     policy.flat.zero_grad()
-    logprobs, _ = policy.logprobs(batch)
-    (logprobs * batch.weight.cuda()).sum().backward()
+    logprobs, entropy = policy.logprobs(batch, bonus)
+    loss = (logprobs * batch.weight.cuda()).sum()
+    (loss + entropy.sum() if bonus else loss).backward()
     torch.cuda.synchronize()
     measured = torch.cuda.max_memory_allocated() - before
     assert abs(measured - decoder.plan.peak) <= 0.05 * measured, (

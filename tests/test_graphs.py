@@ -19,11 +19,13 @@ from test_families import model_of
 from torch import Tensor
 
 from rlft.batch import count, pack
+from rlft.config import Optim
 from rlft.kernels import attention_backends
 from rlft.kernels.attention import Keys, Sequences, varlen_attention, varlen_attention_reference
 from rlft.kernels.copies import Copies, copied, launch_summed, summed_reference
 from rlft.models import graphs
 from rlft.models.policy import Policy
+from rlft.optim import Optimizer
 from rlft.types import Batch, PackPlan, Prompt, Rollout
 
 
@@ -234,6 +236,16 @@ def test_weights_that_move_between_a_forward_and_its_backward_are_not_read(launc
     assert all(plan is not None for plan in graph.fills), "what it reads lives as long as it"
     policy.fused.store.release()
     with pytest.raises(RuntimeError, match="another pass moved the weights' buffers"):
+        loss.backward()
+
+
+def test_a_step_between_a_forward_and_its_backward_is_an_error(launched) -> None:
+    policy, kept, loss_of = launched
+    optimizer = Optimizer(policy.flat.flat, Optim(), 1, views=policy.flat.parameters.values())
+    loss = loss_of()
+    assert kept._graphs
+    optimizer.step(0, 0)
+    with pytest.raises(RuntimeError, match="CUDA graph: the adapter was modified in place between forward and"):
         loss.backward()
 
 

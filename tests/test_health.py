@@ -76,6 +76,10 @@ TROUBLE: dict[str, tuple[History, str]] = {
         "the ratio of 16% of tokens is clipped, so their gradient is lost: lower optim.lr",
     ),
     "invalid_rewards": (history(frac_reward_invalid=0.25), "25% of rewards are invalid"),
+    "nonfinite_logprobs": (
+        history(sampling__nonfinite_logprobs=3.0),
+        "3 sampled tokens have a log-prob that is not finite, so they are not trained: look",
+    ),
     "skipped_updates": (
         history(skipped_updates=2.0, grad_norm=math.nan),
         "the gradient was not finite and the update was skipped (2 in a row): lower optim.lr",

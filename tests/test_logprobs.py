@@ -9,35 +9,16 @@ from typing import Any
 
 import pytest
 import torch
+from heads import OPTIONS, by_kernels, make
 from torch import Tensor
 
 from rlft.kernels.logprobs import (
     CHUNK_BYTES,
     chunk_rows,
-    launch_jacobian,
     launch_scale_rows,
     linear_logprobs,
     linear_logprobs_reference,
 )
-from rlft.kernels.target_softmax import Rows, launch_rows
-
-
-def make(n: int, h: int, v: int, dtype: torch.dtype = torch.float64, peaked: float = 1.0, seed: int = 0):
-    g = torch.Generator().manual_seed(seed)
-    weight = torch.randn(v, h, generator=g, dtype=torch.float64)
-    targets = torch.randint(0, v, (n,), generator=g)
-    # RL-like rows lean towards the row of their target, so that p is near 1.
-    hidden = torch.randn(n, h, generator=g, dtype=torch.float64) + (peaked - 1) * weight[targets] / h
-    return hidden.to(dtype).requires_grad_(), weight.to(dtype), targets
-
-
-OPTIONS = {
-    "plain": {"temperature": 1.0},
-    "cold": {"temperature": 0.3},
-    "hot, softcap": {"temperature": 1.7, "softcap": 5.0},
-    "scaled": {"temperature": 0.9, "scale": 0.25},
-    "negative scale": {"temperature": 1.0, "scale": -0.5},
-}
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
@@ -187,23 +168,6 @@ def test_rows_of_a_chunk_follow_from_the_budget() -> None:
 # ---- the kernels -------------------------------------------------------------------------------------------------
 
 
-def by_kernels(
-    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, softcap: float | None, scale: float,
-    block: int, pad: int = 0,
-) -> tuple[Rows, Tensor]:  # fmt: skip
-    """One chunk by the launchers, with `pad` columns behind each row of the logits and of the exponentials."""
-    rows, vocab = hidden.shape[0], weight.shape[0]
-    z = torch.full((rows, vocab + pad), float("nan"))[:, :vocab]
-    z.copy_(hidden @ weight.T)
-    weights = torch.full((rows, vocab + pad), float("nan"), dtype=hidden.dtype)[:, :vocab]
-    room = torch.full((4, rows + 2), float("nan"))
-    chunk = launch_rows(z, targets, [row[1:-1] for row in room], weights, temperature, softcap, scale, block)
-    assert room[:, [0, -1]].isnan().all()
-    jacobian = torch.full_like(hidden, float("nan"))
-    launch_jacobian(weights @ weight, weight[targets], chunk, scale / temperature, jacobian)
-    return chunk, jacobian
-
-
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="on a GPU the test below runs the kernels")
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("peaked", [1.0, 60.0, -400.0], ids=["flat", "p near 1", "target far below the maximum"])
@@ -212,26 +176,28 @@ def test_kernels_through_the_interpreter(options: dict, peaked: float, vocab: in
     """fp32, against the formula in fp64; the far target takes the second pass of the finishing kernel."""
     hidden, weight, targets = (x.detach() for x in make(5, 16, vocab, torch.float32, peaked))
     settings = {"temperature": 1.0, "softcap": None, "scale": 1.0} | options
-    chunk, jacobian = by_kernels(hidden, weight, targets, **settings, block=block, pad=3)
+    chunk, *jacobians = by_kernels(hidden, weight, targets, **settings, block=block, pad=3)
     truth_h = hidden.double().requires_grad_()
     truth, entropy = linear_logprobs_reference(truth_h, weight.double(), targets, **settings)
-    (gradient,) = torch.autograd.grad(truth.sum(), truth_h)
+    gradients = [torch.autograd.grad(x.sum(), truth_h, retain_graph=True)[0] for x in (truth, entropy)]
     if peaked < 0 and settings["temperature"] < 1:
         assert truth.min() < -100  # or no row was done again
     assert torch.allclose(chunk.logprob.double(), truth, rtol=2e-5, atol=2e-5)
     assert torch.allclose(chunk.entropy.double(), entropy, rtol=1e-4, atol=1e-4)
     # fp32 logits of some hundreds are off by 1e-5, and so are the exponentials, relatively.
-    assert torch.allclose(jacobian.double(), gradient, rtol=1e-3, atol=1e-3 * gradient.abs().max().item() + 1e-9)
+    for jacobian, gradient in zip(jacobians, gradients, strict=True):
+        assert torch.allclose(jacobian.double(), gradient, rtol=1e-3, atol=1e-3 * gradient.abs().max().item() + 1e-9)
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs the kernels on CPU tensors")
 def test_a_certain_target_keeps_its_small_log_prob_and_jacobian() -> None:
     """1 - p_t = 1e-9: below what fp32 can tell from 1, and exact because the target is left out of the sums."""
     hidden, weight = torch.tensor([[20.7]]), torch.tensor([[1.0], [0.0], [0.0]])
-    chunk, jacobian = by_kernels(hidden, weight, torch.tensor([0]), 1.0, None, 1.0, 4)
+    chunk, jacobian, by_entropy = by_kernels(hidden, weight, torch.tensor([0]), 1.0, None, 1.0, 4)
     miss = 2 * math.exp(-20.7)
-    assert chunk.logprob.item() == pytest.approx(-miss, rel=1e-5)
-    assert chunk.own.item() == pytest.approx(miss, rel=1e-5) and jacobian.item() == pytest.approx(miss, rel=1e-5)
+    assert chunk.logprob.item() == pytest.approx(-miss, rel=1e-5) and jacobian.item() == pytest.approx(miss, rel=1e-5)
+    assert chunk.own.item() == pytest.approx(-20.7 * miss, rel=1e-5)
+    assert by_entropy.item() == pytest.approx(-20.7 * miss, rel=1e-5)
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs the kernels on CPU tensors")
@@ -347,8 +313,8 @@ def test_a_side_stream_and_a_cuda_graph() -> None:
 @pytest.mark.filterwarnings("ignore:invalid value")
 def test_a_logit_that_is_not_a_number_stays_one() -> None:
     hidden, weight = torch.ones(1, 1), torch.tensor([[1.0], [float("nan")], [2.0]])
-    chunk, jacobian = by_kernels(hidden, weight, torch.tensor([0]), 1.0, None, 1.0, 4)
-    assert chunk.logprob.isnan().all() and chunk.entropy.isnan().all() and jacobian.isnan().all()
+    chunk, *jacobians = by_kernels(hidden, weight, torch.tensor([0]), 1.0, None, 1.0, 4)
+    assert chunk.logprob.isnan().all() and chunk.entropy.isnan().all() and all(j.isnan().all() for j in jacobians)
 
 
 @pytest.mark.gpu

@@ -71,6 +71,21 @@ def test_the_head_takes_the_scratch_for_its_chunk() -> None:
     assert own - shared == 512 * (151936 + 4096) * 4, "the logits of 512 rows and their product with the head"
 
 
+def test_an_entropy_bonus_is_in_the_plan() -> None:
+    """Its jacobian beside that of the log-prob, [trained, H] of the activations' type, and nothing else."""
+    bonus = replace(QWEN3_8B, entropy_grad=True)
+    for store in ("shadow", "layer", "group"):
+        how = Setting(8192, store, CHUNK_BYTES)
+        assert head_work(bonus, 8192, 5000, how) - head_work(QWEN3_8B, 8192, 5000, how) == 2 * 4096 * 5000
+    rows, tight = 32768, 0.0
+    small = replace(QWEN3_8B, layers=2)  # where the head is the peak
+    plain = choose(small, rows, rows, 100 * GIB, tight)
+    assert choose(replace(small, entropy_grad=True), rows, rows, 100 * GIB, tight).peak > plain.peak
+    for shape in (small, replace(small, entropy_grad=True)):
+        assert choose(shape, rows, rows, plain.peak, tight).peak <= plain.peak
+    assert choose(replace(small, entropy_grad=True), rows, rows, plain.peak, tight) != plain
+
+
 def test_a_plan_says_what_it_does() -> None:
     plan = choose(QWEN3_8B, 262_144, 262_144, 68 * GIB, 112 * GIB)
     for part in (" at L", "GiB kept", "at work", "tiles of", "on the host"):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import peft
 import pytest
@@ -12,11 +14,12 @@ from tiny import prompts, tiny_model, tiny_policy
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from rlft.batch import count, pack
-from rlft.config import Lora
+from rlft.config import Lora, Optim
 from rlft.errors import ConfigError
 from rlft.models.adapter import lora_parameters
 from rlft.models.load import attach_lora
 from rlft.models.policy import Policy
+from rlft.optim import Optimizer
 from rlft.types import PackPlan, Rollout
 
 
@@ -226,6 +229,31 @@ def test_dropout_is_on_with_gradient_and_off_without() -> None:
     (batch,) = pack(made, torch.ones(len(made)), the_plan, count(made, the_plan))
     assert torch.equal(policy.score(batch), policy.score(batch))
     assert not torch.equal(policy.logprobs(batch)[0], policy.logprobs(batch)[0])
+
+
+@pytest.mark.parametrize("name", ["adamw", "adamw_8bit"])
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_step_between_a_forward_and_its_backward_is_an_error(name: Any, fused: bool) -> None:
+    """The optimiser writes to the flat buffer, whose version is not that of the parameters in its memory."""
+    policy, made = tiny_policy(trained=0.3, lora=Lora(rank=4, alpha=8, dropout=0.0 if fused else 0.1)), rollouts(3)
+    assert (policy.fused is not None) == fused
+    the_plan = plan(len(made))
+    (batch,) = pack(made, torch.ones(len(made)), the_plan, count(made, the_plan))
+    optimizer = Optimizer(policy.flat.flat, Optim(name=name, lr=0.1), 10, views=policy.flat.parameters.values())
+
+    def backward(between: Callable[[], object]) -> torch.Tensor:
+        logprobs = policy.logprobs(batch)[0]
+        between()
+        policy.flat.zero_grad()
+        logprobs.sum().backward()
+        return policy.flat.gradient
+
+    assert backward(lambda: policy.score(batch, weights="reference")).any()
+    with pytest.raises(RuntimeError, match="in place between forward" if fused else "modified by an inplace operation"):
+        backward(lambda: optimizer.step(0, 0))
+    with pytest.raises(RuntimeError, match="in place between forward" if fused else "modified by an inplace operation"):
+        backward(lambda: [tensor.add_(0.1) for tensor in policy.adapter().values()])
+    assert backward(lambda: None).any()
 
 
 def test_loading_generating_and_training_patch_nothing() -> None:

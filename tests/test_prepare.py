@@ -88,7 +88,7 @@ def test_kto_compares_with_completions_of_other_prompts() -> None:
         assert gain.item() == pytest.approx((policy.logprob(r.completion_ids) - ref).item())
     z0 = kto.prepare(Look(cast(Policy, policy), PLAN, rollouts, []), kto.Config())["z0"]
     assert z0 == pytest.approx(max(0.0, gains.mean().item()))
-    with pytest.raises(ConfigError, match="prompts_per_step = 1: kto compares"):
+    with pytest.raises(ConfigError, match="an update of one prompt: kto compares"):
         kto.mismatched(rollouts[:2])
 
 

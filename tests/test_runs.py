@@ -192,7 +192,7 @@ def test_the_best_is_the_first_of_the_highest_rewards_whose_checkpoint_is_there(
     assert run.best() is None  # the base, at step 0, has no checkpoint
     assert run.best(also=1) == Best(1, "eval/reward", 0.2)
     checkpoints(run, 1, 2, 3, 4)
-    assert run.best() == Best(2, "eval/reward", 0.8)
+    assert run.best() == Best(2, "eval/reward", 0.8) and run.chosen_among() == 4
     assert run.best(also=5) == Best(5, "eval/reward", 0.85)
 
 

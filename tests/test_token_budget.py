@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from itertools import pairwise
 from types import SimpleNamespace
@@ -11,13 +12,15 @@ import pytest
 import torch
 from test_families import fused, model_of
 from test_memory import QWEN3_8B
+from tiny import tiny_policy
 
 from rlft.algorithm import build
+from rlft.batch import count, pack
 from rlft.config import Algo, Config, Data, Packing, Sampling
 from rlft.models.memory import CAPTURED, GIB, choose, scratch
 from rlft.models.token_budget import ALONE, BUDGETS, Group, token_budget
 from rlft.session import plan_of
-from rlft.types import Prompt
+from rlft.types import PackPlan, Prompt, Rollout
 
 
 def test_tokens_per_micro_batch() -> None:
@@ -92,7 +95,8 @@ def test_a_run_tells_of_its_groups_and_the_layers_of_its_micro_batches() -> None
         told.append(group)
         return 5120
 
-    policy: Any = SimpleNamespace(token_budget=budget, fused=SimpleNamespace(full=0))
+    bonus: list[bool] = []
+    policy: Any = SimpleNamespace(token_budget=budget, fused=SimpleNamespace(full=0, expect=bonus.append))
     prompts = [Prompt((5,) * n, {}, n) for n in (10, 300, 7000)]
     cfg = Config("m", Data("d"), "out", steps=1, sampling=Sampling(group_size=4, max_tokens=8192))
     for algo, sampled in (("grpo", prompts), ("grpo", ()), ("dpo", prompts)):
@@ -100,3 +104,26 @@ def test_a_run_tells_of_its_groups_and_the_layers_of_its_micro_batches() -> None
     assert told == [Group(300, 4 * 1024), ALONE, ALONE]
     fixed = plan_of(replace(cfg, packing=Packing(budget=99)), build(Algo("grpo"), 1), policy, prompts)
     assert fixed.budget == policy.fused.full == 99 and len(told) == 3
+    plan_of(cfg, build(Algo("grpo", {"entropy_coef": 0.01}), 1), policy, prompts)
+    assert bonus == [False] * 4 + [True]
+
+
+def test_every_plan_of_a_run_with_an_entropy_bonus_has_its_jacobian() -> None:
+    """Of log-probs with and without gradient, of the start line, and of modules that were looked at again."""
+    policy = tiny_policy(torch.float32)
+    decoder = policy.fused
+    assert decoder is not None
+    rollouts = [Rollout(Prompt((1, 2, 3), {}, 0), (4, 5), (True, True), None, "", "stop", 0, 0, 0)]
+    plan = PackPlan((True,), "token_mean", 99, 8, 1.0)
+    (batch,) = pack(rollouts, torch.ones(1), plan, count(rollouts, plan))
+    policy.logprobs(batch)
+    assert not decoder.shape.entropy_grad
+    policy.logprobs(batch, entropy_grad=True)
+    assert decoder.shape.entropy_grad and decoder._shape().entropy_grad and copy.deepcopy(decoder).entropy_grad
+    big = replace(QWEN3_8B, layers=2)
+    peaks = []
+    for entropy_grad in (True, False):
+        decoder.expect(entropy_grad)
+        decoder.shape = replace(big, entropy_grad=decoder.shape.entropy_grad)
+        peaks.append(decoder.plan_for(32768, budget=100 * GIB).peak)
+    assert peaks[0] - peaks[1] == 2 * 4096 * 32768

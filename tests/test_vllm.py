@@ -20,7 +20,6 @@ import torch
 from test_engines import mismatch_of
 
 from rlft import parity
-from rlft.batch import count, pack
 from rlft.config import Config, Data, Engine, Eval, Lora, Parity, Sampling
 from rlft.data import encode_prompt
 from rlft.errors import EngineError, ParityError
@@ -268,10 +267,8 @@ def test_an_adapter_where_vllm_has_no_linear_layer_is_refused(vllm_visible: None
 def test_a_wrong_temperature_is_stopped_by_the_gate_and_named(pair: Pair) -> None:
     policy, _ = pair
     rollouts = generate(pair, temperature=0.6)
-    plan = replace(PLAN, keep=(True,) * len(rollouts))
-    (batch,) = pack(rollouts, torch.ones(len(rollouts)), plan, count(rollouts, plan))
     with pytest.raises(ParityError, match=r"Temperature fits the numbers: at 0.6 .* sampling.temperature is 1"):
-        parity.gate(mismatch_of(policy, rollouts), 0.02, policy.score, batch)
+        parity.gate(mismatch_of(policy, rollouts), parity.Limit.of(0.02, 5.0), policy.score, rollouts)
 
 
 def test_the_probe_measures_noise(pair: Pair) -> None:

@@ -25,6 +25,9 @@ WIDE = SIZES | {
 }  # fmt: skip
 OTHERS = {"olmo2": ("olmo2", {}), "gpt_neox": ("gpt_neox", {})}
 """Not among ours: transformers' own layers train them."""
+LONGROPE: dict[str, Any] = {"original_max_position_embeddings": 16, "rope_parameters": {
+    "rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 16, "long_factor": [3.0] * 16,
+    "original_max_position_embeddings": 16}}  # fmt: skip
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -40,7 +43,7 @@ def known(vllm_visible: None) -> None:
 
 
 def policy_of(name: str) -> Policy:
-    kind, own = (FAMILIES | OTHERS)[name]
+    kind, own = (FAMILIES | OTHERS | {"longrope": ("phi3", LONGROPE)})[name]
     if name == "qwen2":
         own = {}  # vLLM has no Qwen2 with a window in some layers
     config = AutoConfig.for_model(kind, **(WIDE | own))
@@ -70,6 +73,26 @@ def test_engine_and_trainer_agree(name: str) -> None:
         assert found.tokens > 30 and found.mean < 1e-5
     finally:
         engine.close()
+
+
+def test_longrope_has_the_trainers_factors_or_does_not_start() -> None:
+    """Sequences on both sides of the original length; then a trainer with the short factors."""
+    policy = policy_of("longrope")
+    policy.fix_rope(40)
+    engine = VllmEngine(policy, tiny_tokenizer(), Engine("vllm", max_seqs=8), 40, 8)
+    try:
+        engine.load_adapter(policy.adapter(), 0)
+        made = engine.generate(prompts(4), Sampling(group_size=2, max_tokens=20), (1, 0))
+        assert min(len(r.prompt.ids) for r in made) < 8 and max(len(r.completion_ids) for r in made) > 16
+        assert mismatch_of(policy, made).mean < 1e-5
+    finally:
+        engine.close()
+    policy = policy_of("longrope")
+    policy.fix_rope(16)
+    with pytest.raises(
+        EngineError, match=r"vLLM computes with longrope's long factors, and the trainer with its short"
+    ):
+        VllmEngine(policy, tiny_tokenizer(), Engine("vllm", max_seqs=8), 40, 8)
 
 
 def test_weights_without_a_partner_are_named() -> None:

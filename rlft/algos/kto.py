@@ -3,12 +3,13 @@
     g = logprob - ref_logprob summed over the completion
     loss of a desirable completion   = desirable_weight   (1 - sigmoid(beta (g - z0)))
     loss of an undesirable one       = undesirable_weight (1 - sigmoid(beta (z0 - g)))
-    z0 = max(0, mean of g over completions put behind another row's prompt), of the step on all ranks, without gradient
+    z0 = max(0, mean of g over completions put behind another row's prompt), of the update on all ranks, no gradient
 
-z0 estimates the KL of the policy from the reference, which a gain is measured against. Here it is of the whole step,
-before its first update; TRL 1.16 takes that of each micro-batch (over ranks), which is newer and noisier and depends on
-its size. The sign of the advantage says which completion is good: recorded rewards +1 and -1 (pairs, or rows with a
-column `label`), or sampled ones. Keep desirable_weight x good rows / (undesirable_weight x bad rows) within 1 and 4/3.
+z0 estimates the KL of the policy from the reference, which a gain is measured against: of the policy now, as in the
+paper, so it is taken again before every update of a step (`optim.minibatches`, `optim.passes`), from all that the
+update trains on. TRL 1.16 takes that of each micro-batch (over ranks), which is noisier and depends on its size. The
+sign of the advantage says which completion is good: recorded rewards +1 and -1 (pairs, or rows with a column `label`),
+or sampled ones. Keep desirable_weight x good rows / (undesirable_weight x bad rows) within 1 and 4/3.
 The five choices: log-ratio per sequence against the reference; no clip; the KL is in z0; advantage = the reward's sign;
 mean over sequences.
 """
@@ -71,8 +72,8 @@ def mismatched(rollouts: Sequence[Rollout]) -> list[Rollout]:
         of.setdefault(group, []).append(rollout)
     if len(of) == 1:
         raise ConfigError(
-            "prompts_per_step = 1: kto compares completions with those behind another row's prompt; set "
-            "prompts_per_step (and eval.rows) to 2 or more"
+            "an update of one prompt: kto compares completions with those behind another row's prompt; set "
+            "prompts_per_step to at least twice optim.minibatches, and eval.rows to 2 or more"
         )
     found = []
     for group, members in of.items():
@@ -89,7 +90,7 @@ def mismatched(rollouts: Sequence[Rollout]) -> list[Rollout]:
 
 
 def prepare(look: Look, cfg: Config) -> dict[str, float]:
-    """z0 of the step, before its first update."""
+    """z0 of the update, by the policy that it starts from."""
     gains = look.log_ratios(mismatched(look.rollouts)) if look.rollouts else torch.zeros(0, dtype=torch.float64)
     total, count = look.sum(torch.stack([gains.sum(), torch.tensor(float(len(gains)), dtype=torch.float64)])).tolist()
     return {"z0": max(0.0, total / max(1.0, count))}

@@ -57,7 +57,7 @@ class Settings:
     entropy_coef_max: float = 1.0
     """Largest factor; the smallest is 0."""
     entropy_share: float = 1.0
-    """Share of the step's tokens, those of highest entropy, that the policy term acts on (2506.01939)."""
+    """Share of an update's tokens, those of highest entropy, that the policy term acts on (2506.01939)."""
 
     def __post_init__(self) -> None:
         bonus = ("entropy_coef", "entropy_coef_delta", "entropy_coef_max")

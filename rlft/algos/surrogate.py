@@ -58,7 +58,9 @@ def total(token_loss: Tensor, tokens: Tokens, batch: Batch, cfg: Settings) -> tu
 
 
 def prepare(look: Look, cfg: Settings) -> dict[str, float]:
-    """The entropy that a token must have for the policy term to act on it, where only a share of them is trained."""
+    """The entropy that a token must have for the policy term to act on it, where only a share of them is trained.
+
+    Of the update's tokens, by the policy that it starts from: every update trains on that share."""
     return {"entropy_floor": look.entropy_quantile(1 - cfg.entropy_share)} if cfg.entropy_share < 1 else {}
 
 

@@ -14,7 +14,8 @@ backward: J, N x H (twice that with `entropy_grad`). A trainable head is support
 Logits are in max(fp32, dtype of h): bf16 logits alone are off by 2^-9 |z|, 0.06 nat at z = 30. `target_softmax.py`
 turns a chunk of them into results and the exponentials E for the second product, in one pass that does not cancel for
 p_t near 1; the normalising factor is applied to the [rows, H] result. Bytes per row in a chunk: 4 V written (logits),
-4 V read, 2 V written (E), 2 V read; W is read twice per chunk.
+4 V read, 2 V written (E), 2 V read; W is read twice per chunk. `entropy_grad` makes another E of the same logits in
+the same place and one more product: 4 V read, 2 V written, 2 V read, and W once more.
 
 Sources: grad-in-forward over chunks as in Liger-Kernel (arXiv 2410.10989) and TRL's chunked head.
 """
@@ -25,7 +26,7 @@ import torch
 from torch import Tensor
 
 from rlft.kernels.launch import jit, launch, on_gpu, power_of_2, tl, want
-from rlft.kernels.target_softmax import Rows, entropy_weights, launch_rows, target_softmax_reference
+from rlft.kernels.target_softmax import Rows, entropy_reference, launch_entropy, launch_rows, target_softmax_reference
 
 CHUNK_BYTES = 448 * 2**20
 """Budget for one chunk's logits and exponentials: 512 rows at V = 151,936 in bf16, 1,536 at V = 49,152."""
@@ -150,31 +151,46 @@ def _logits(scratch: _Scratch, h: Tensor, weight: Tensor) -> Tensor:
 
 
 def _forward_chunk(
-    scratch: _Scratch, h: Tensor, weight: Tensor, targets: Tensor, temperature: float, softcap: float | None,
-    scale: float, logprobs: Tensor, entropy: Tensor, jacobian: Tensor | None,
+    scratch: _Scratch, h: Tensor, weight: Tensor, targets: Tensor, options: tuple[float, float | None, float],
+    into: tuple[Tensor, Tensor, Tensor | None, Tensor | None],
 ) -> None:  # fmt: skip
-    """Results of one chunk, into views of the caller's: `logprobs` and `entropy` [rows], `jacobian` [rows, H]."""
-    z, rows = _logits(scratch, h, weight), h.shape[0]
-    factor = scale / temperature
+    """Results of one chunk. into: views of the caller's for log-probs and entropies, [rows], and their jacobians,
+    [rows, H], where they are wanted. options: temperature, softcap, scale."""
+    z, rows, factor = _logits(scratch, h, weight), h.shape[0], options[2] / options[0]
+    logprobs, entropy, by_logprob, by_entropy = into
     if z.device.type != "cuda":
-        chunk = target_softmax_reference(z, targets, temperature, softcap, scale, jacobian is not None)
-        if jacobian is not None:
-            assert chunk.weights is not None
-            picked = weight[targets] * chunk.own[:, None]
-            jacobian.copy_((picked - _over_vocabulary(chunk.weights, weight) * chunk.others[:, None]) * factor)
-        logprobs.copy_(chunk.logprob)
-        entropy.copy_(chunk.entropy)
+        found = target_softmax_reference(z, targets, *options, by_logprob is not None)
+        logprobs.copy_(found.logprob)
+        entropy.copy_(found.entropy)
+        if by_logprob is not None:
+            by_logprob.copy_(_jacobian(found, weight, targets, factor))
+        if by_entropy is not None:
+            found = found._replace(weights=None)  # one chunk less
+            z = _logits(scratch, h, weight)
+            by_entropy.copy_(_jacobian(entropy_reference(z, targets, found, *options), weight, targets, factor))
         return
     weights = None if scratch.weights is None else scratch.weights[:rows]
     # Where they stay: chunks of 128 rows and more begin where no kernel is compiled anew for.
-    found = (logprobs, entropy, scratch.own[:rows], scratch.others[:rows])
-    chunk = launch_rows(z, targets, found, weights, temperature, softcap, scale)
-    if jacobian is not None:
-        assert weights is not None and scratch.product is not None
-        product = scratch.product[:rows]
+    found = launch_rows(z, targets, (logprobs, entropy, scratch.own[:rows], scratch.others[:rows]), weights, *options)
+    if by_logprob is None:
+        return
+    assert weights is not None and scratch.product is not None
+    product = scratch.product[:rows]
+    # A target outside the vocabulary has made logprob nan already; the row it picks does not matter.
+    picked = weight[targets.clamp(0, weight.shape[0] - 1)]
+    _product(weights, weight, product)
+    launch_jacobian(product, picked, found, factor, by_logprob)
+    if by_entropy is not None:
+        found = launch_entropy(z, targets, found, *options)
         _product(weights, weight, product)
-        # A target outside the vocabulary has made logprob nan already; the row it picks does not matter.
-        launch_jacobian(product, weight[targets.clamp(0, weight.shape[0] - 1)], chunk, factor, jacobian)
+        launch_jacobian(product, picked, found, factor, by_entropy)
+
+
+def _jacobian(found: Rows, weight: Tensor, targets: Tensor, factor: float) -> Tensor:
+    """factor (own W_t - others E W), [rows, H], on a CPU."""
+    assert found.weights is not None
+    product = _over_vocabulary(found.weights, weight).mul_(found.others[:, None])
+    return (weight[targets] * found.own[:, None]).sub_(product).mul_(factor)
 
 
 class _LinearLogprobs(torch.autograd.Function):
@@ -183,7 +199,6 @@ class _LinearLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, targets, options, rows, entropy_grad, grad, workspace):  # type: ignore[override]
         dtype = torch.promote_types(hidden.dtype, torch.float32)
-        temperature, softcap, scale = options
         # On a CPU 16-bit products are slow and round: the head is widened once.
         head = weight if hidden.device.type == "cuda" else weight.to(dtype)
         logprobs = hidden.new_empty(hidden.shape[0], dtype=dtype)
@@ -193,14 +208,9 @@ class _LinearLogprobs(torch.autograd.Function):
         scratch = _Scratch(min(rows, max(1, hidden.shape[0])), hidden, head, grad, workspace)
         for start in range(0, hidden.shape[0], rows):
             part = slice(start, start + rows)
-            into = None if by_logprob is None else by_logprob[part]
-            _forward_chunk(
-                scratch, hidden[part], head, targets[part], temperature, softcap, scale, logprobs[part], entropy[part],
-                into,
-            )  # fmt: skip
-            if by_entropy is not None:
-                q = entropy_weights(_logits(scratch, hidden[part], head), temperature, softcap, scale)
-                by_entropy[part] = (q.to(head.dtype) @ head) * (-scale / temperature)
+            first, second = (None if x is None else x[part] for x in (by_logprob, by_entropy))
+            into = (logprobs[part], entropy[part], first, second)
+            _forward_chunk(scratch, hidden[part], head, targets[part], options, into)
         trained_head = weight.requires_grad and ctx.needs_input_grad[1]
         ctx.save_for_backward(*((hidden, weight, targets) if trained_head else ()))
         ctx.jacobians, ctx.options, ctx.rows = (by_logprob, by_entropy), options, rows
@@ -243,23 +253,26 @@ def _head_gradient(
     grad_logprobs: Tensor, grad_entropy: Tensor | None,
 ) -> Tensor:  # fmt: skip
     """Gradient of a trainable head, [V, H] in its dtype: logits again, then dz^T h, summed over chunks in fp32."""
-    temperature, softcap, scale = options
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     total = torch.zeros(weight.shape, dtype=dtype, device=weight.device)
     for start in range(0, hidden.shape[0], rows):
         part = slice(start, start + rows)
-        h = hidden[part].to(dtype)
+        h, t = hidden[part].to(dtype), targets[part]
         z = h @ weight.to(dtype).T
-        upstream = grad_logprobs[part].to(dtype)
-        chunk = target_softmax_reference(z.clone(), targets[part], temperature, softcap, scale, True)
-        assert chunk.weights is not None
-        dz = (chunk.weights * (-chunk.others * upstream)[:, None]).scatter_(
-            1, targets[part][:, None], (chunk.own * upstream)[:, None]
-        )
+        found = target_softmax_reference(z, t, *options, True)
+        dz = _logit_gradient(found, t, grad_logprobs[part].to(dtype))
         if grad_entropy is not None:
-            dz -= entropy_weights(z, temperature, softcap, scale) * grad_entropy[part].to(dtype)[:, None]
+            found = entropy_reference(torch.mm(h, weight.to(dtype).T, out=z), t, found._replace(weights=None), *options)
+            dz += _logit_gradient(found, t, grad_entropy[part].to(dtype))
         total += torch.where((dz != 0).any(1, keepdim=True), dz, 0).T @ h
-    return (total * (scale / temperature)).to(weight.dtype)
+    return (total * (options[2] / options[0])).to(weight.dtype)
+
+
+def _logit_gradient(found: Rows, targets: Tensor, upstream: Tensor) -> Tensor:
+    """Gradient to y, [rows, V], over the weights: upstream (own at the target, -others E elsewhere)."""
+    assert found.weights is not None
+    dz = found.weights.mul_((-found.others * upstream)[:, None])
+    return dz.scatter_(1, targets[:, None], (found.own * upstream)[:, None])
 
 
 def linear_logprobs(

@@ -5,13 +5,18 @@ f = 1 (softcap: 1 - (z / c)^2), d_v = y_v - y_t and e_v = exp(d_v):
 
     s = sum_{v != t} e_v         logprob = -log1p(s)          1 - p_t = s / (1 + s)          p_v = e_v / (1 + s)
     entropy = log1p(s) - sum_{v != t} e_v d_v / (1 + s)
+    d entropy / d y_v = -p_v (log p_v + entropy) = -p_v (d_v - D),    D = sum_v p_v d_v
 
 The target is left out of every sum, so nothing cancels for p_t near 1, the common case in RL: subtracting a bf16 p_t
 from the one-hot would round 1 - p_t to 0.
 
 One kernel reads the logits once and writes e f in the dtype of the head: bf16 has the exponent of fp32, so e needs no
-maximum first. Only where a logit lies more than 60 (fp16: 10) above the target's is the row done again with its
-maximum, by the kernel that adds up the row's parts. Bytes per logit: 4 read, 2 written; nothing written without grad.
+maximum first. Only where a logit lies more than 16 above the target's is the row done again with its maximum, by the
+kernel that adds up the row's parts. Bytes per logit: 4 read, 2 written; nothing written without grad.
+
+fp16 has no such exponent: what is below 6e-8 is 0, and a tail of 150,000 times 1e-8 is 0.15% of the probability. Its
+weights are written by a kernel of their own, relative to the row's largest, for 4 more bytes read. That kernel also
+writes the weights of the entropy's jacobian, over those of the log-prob's: an entropy bonus needs no further chunk.
 """
 
 from __future__ import annotations
@@ -26,8 +31,13 @@ from rlft.kernels.launch import jit, launch, power_of_2, tl
 
 BLOCK = 4096
 """Columns that one program of the row kernel takes."""
-FAR, FAR_FP16 = 60.0, 10.0
-"""exp(60) = 1e26 leaves room for a sum over any vocabulary in fp32 and bf16; exp(10) = 22,026 fits fp16."""
+FAR = 16.0
+"""A sum of exponentials relative to 0 whose largest is exp(m) is off by m roundings in its logarithm, and the entropy's
+jacobian with it."""
+HALF = 2.0**15
+"""Largest weight of a row in fp16, whose largest number is 65,504."""
+LEAST_ENTROPY = 2.0**-12
+"""Entropies below it are taken for it where weights are scaled by them: FAR leaves errors of 1e-6."""
 
 
 class Rows(NamedTuple):
@@ -38,59 +48,74 @@ class Rows(NamedTuple):
     entropy: Tensor
     """[rows]."""
     own: Tensor
-    """[rows]: (1 - p_t) f_t."""
+    """[rows]: d logprob / d y_t = (1 - p_t) f_t."""
     others: Tensor
-    """[rows]: factor that makes p_v f_v of `weights`."""
+    """[rows]: factor that makes -d logprob / d y_v = p_v f_v of `weights`."""
     weights: Tensor | None
-    """[rows, V] in the dtype of the head: e_v f_v, 0 at the target; None where no gradient is wanted."""
+    """[rows, V] in the dtype of the head: a multiple of e_v f_v per row, 0 at the target; None where no gradient is
+    wanted."""
+    sums: Tensor
+    """[rows, 3]: the maximum m of d without the target; log sum_v exp(d_v - b); sum_v p_v d_v - b. b = m where m is
+    above FAR (in PyTorch: above 0), else 0."""
 
 
 # ---- in PyTorch --------------------------------------------------------------------------------------------------
 
 
+def _capped_reference(
+    z: Tensor, temperature: float, softcap: float | None, scale: float
+) -> tuple[Tensor, Tensor | None]:
+    """y in place of z, and its slope f, [rows, V]; None for 1."""
+    y, slope = z.mul_(scale), None
+    if softcap is not None:
+        y = y.div_(softcap).tanh_()
+        slope = (y * y).neg_().add_(1)
+        y = y.mul_(softcap)
+    return y.mul_(1 / temperature), slope
+
+
 def target_softmax_reference(
     z: Tensor, targets: Tensor, temperature: float, softcap: float | None, scale: float, store: bool
 ) -> Rows:
-    """The arithmetic of the kernels. z: [rows, V], h W^T, overwritten."""
+    """The arithmetic of the kernels. z: [rows, V], h W^T, overwritten. Holds one more [rows, V], two with a softcap."""
     rows = targets[:, None]
-    y = z.mul_(scale)
-    slope = None
-    if softcap is not None:
-        y = y.div_(softcap).tanh_()
-        slope = 1 - y * y
-        y = y.mul_(softcap)
-    y.mul_(1 / temperature)
-    y_t = y.gather(1, rows)
-    d = y.sub_(y_t).scatter_(1, rows, float("-inf"))
-    top = d.amax(1).clamp(min=0)  # of all, the target's 0 included
-    d -= top[:, None]
-    e, own_e = d.exp(), (-top).exp()
+    y, slope = _capped_reference(z, temperature, softcap, scale)
+    d = y.sub_(y.gather(1, rows)).scatter_(1, rows, float("-inf"))
+    top = d.amax(1)
+    base = top.clamp(min=0)  # of all, the target's 0 included
+    d -= base[:, None]
+    e, own_e = d.exp(), (-base).exp()
     total = e.sum(1)
     # e is 0 where d = -inf, and 0 * -inf is nan.
-    dot = torch.einsum("nv,nv->n", e, d.clamp_(min=torch.finfo(d.dtype).min)) - own_e * top
+    dot = torch.einsum("nv,nv->n", e, d.clamp_(min=torch.finfo(d.dtype).min)) - own_e * base
     everything = total + own_e
-    log_sum = torch.where(top == 0, torch.log1p(total), everything.log())
-    own = total / everything
+    log_sum = torch.where(base == 0, torch.log1p(total), everything.log())
+    own, mean = total / everything, dot / everything
     if slope is not None:
         own = own * slope.gather(1, rows).squeeze(1)
         e *= slope
-    return Rows(-top - log_sum, log_sum - dot / everything, own, 1 / everything, e if store else None)
+    sums = torch.stack([top, log_sum, mean], 1)
+    return Rows(-base - log_sum, log_sum - mean, own, 1 / everything, e if store else None, sums)
 
 
-def entropy_weights(z: Tensor, temperature: float, softcap: float | None, scale: float) -> Tensor:
-    """p_v (log p_v + entropy) f_v, [rows, V]. z: [rows, V], h W^T."""
-    y = z * scale
-    slope = None
-    if softcap is not None:
-        y = torch.tanh(y / softcap)
-        slope = 1 - y * y
-        y = y * softcap
-    log_p = torch.log_softmax(y / temperature, dim=-1)
-    p = log_p.exp()
-    log_p = log_p.clamp(min=torch.finfo(p.dtype).min)  # p is 0 there
-    entropy = -torch.einsum("nv,nv->n", p, log_p)
-    q = p * (log_p + entropy[:, None])
-    return q if slope is None else q * slope
+def entropy_reference(
+    z: Tensor, targets: Tensor, found: Rows, temperature: float, softcap: float | None, scale: float
+) -> Rows:
+    """The rows with own, others and weights of the entropy: d entropy / d y_t, and what makes -d entropy / d y_v.
+
+    z: [rows, V], h W^T, overwritten by the weights. found: of `target_softmax_reference`. Memory as there.
+    """
+    rows, (top, log_sum, mean) = targets[:, None], found.sums.unbind(1)
+    y, slope = _capped_reference(z, temperature, softcap, scale)
+    base = top.clamp(min=0)
+    d = y.sub_(y.gather(1, rows)).sub_(base[:, None])
+    p = (d - log_sum[:, None]).exp_()
+    # p is 0 where d = -inf, and 0 * -inf is nan.
+    q = d.clamp_(min=torch.finfo(d.dtype).min).sub_(mean[:, None]).mul_(p)
+    if slope is not None:
+        q *= slope
+    own = -q.gather(1, rows).squeeze(1)
+    return found._replace(own=own, others=torch.ones_like(own), weights=q.scatter_(1, rows, 0))
 
 
 # ---- in Triton ---------------------------------------------------------------------------------------------------
@@ -109,9 +134,17 @@ def _capped(z, cap, CAPPED: tl.constexpr):
 
 
 @jit
+def _differences(z, columns, t, y_t, V, scale, cap, cold, CAPPED: tl.constexpr):
+    """d = y - y_t of some columns of a row at z, -inf at the target and beyond the row; and the softcap's slope."""
+    y, slope = _capped(tl.load(z + columns, mask=columns < V, other=0.0) * scale, cap, CAPPED)
+    # The mask comes after the scaling: a negative scale would turn -inf round.
+    return tl.where((columns < V) & (columns != t), (y - y_t) * cold, float("-inf")), slope
+
+
+@jit
 def _rows_kernel(
     z, targets, weights, parts, V, z_stride, w_stride, splits, scale, cap, cold,
-    BLOCK: tl.constexpr, CAPPED: tl.constexpr, STORE: tl.constexpr, FAR: tl.constexpr,
+    BLOCK: tl.constexpr, CAPPED: tl.constexpr, FAR: tl.constexpr, STORE: tl.constexpr,
 ):  # fmt: skip
     """One split of one row: sum of e, sum of e d and max of d, with d = y - y_t; e f for the second product."""
     pid = tl.program_id(0)
@@ -120,9 +153,7 @@ def _rows_kernel(
     z_t = tl.load(z + row * z_stride + t, mask=(t >= 0) & (t < V), other=float("nan"))
     y_t, _ = _capped(z_t * scale, cap, CAPPED)
     columns = split * BLOCK + tl.arange(0, BLOCK)
-    y, slope = _capped(tl.load(z + row * z_stride + columns, mask=columns < V, other=0.0) * scale, cap, CAPPED)
-    # The mask comes after the scaling: a negative scale would turn -inf round.
-    d = tl.where((columns < V) & (columns != t), (y - y_t) * cold, float("-inf"))
+    d, slope = _differences(z + row * z_stride, columns, t, y_t, V, scale, cap, cold, CAPPED)
     # Beyond FAR the row is done again. Not a minimum, which would make a number of nan.
     e = tl.exp(tl.where(d > FAR, FAR, d))
     out = parts + (row * splits + split) * 3
@@ -135,8 +166,8 @@ def _rows_kernel(
 
 @jit
 def _finish_kernel(
-    z, targets, weights, parts, logprob, entropy, own, others, V, z_stride, w_stride, splits, scale, cap, cold,
-    BLOCK: tl.constexpr, SPLITS: tl.constexpr, CAPPED: tl.constexpr, STORE: tl.constexpr, FAR: tl.constexpr,
+    z, targets, weights, parts, logprob, entropy, own, others, sums, V, z_stride, w_stride, splits, scale, cap, cold,
+    BLOCK: tl.constexpr, CAPPED: tl.constexpr, FAR: tl.constexpr, STORE: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
     """Add up the splits of one row; a row whose target lies far below its maximum is done again with the maximum."""
     row = tl.program_id(0).to(tl.int64)
@@ -154,8 +185,7 @@ def _finish_kernel(
         dot = 0.0
         for start in range(0, V, BLOCK):
             columns = start + tl.arange(0, BLOCK)
-            y, slope = _capped(tl.load(z + row * z_stride + columns, mask=columns < V, other=0.0) * scale, cap, CAPPED)
-            d = tl.where((columns < V) & (columns != t), (y - y_t) * cold, float("-inf"))
+            d, slope = _differences(z + row * z_stride, columns, t, y_t, V, scale, cap, cold, CAPPED)
             e = tl.exp(d - top)
             total += tl.sum(e)
             dot += tl.sum(e * tl.where(e > 0, d - top, 0.0))
@@ -168,30 +198,97 @@ def _finish_kernel(
     # The entropy of such a row is relative to its maximum: log_sum and dot would cancel.
     base = tl.where(top > FAR, top, 0.0)
     log_sum = tl.where(top > FAR, tl.log(everything), small)
+    mean = (dot - own_e * base) / everything
     tl.store(logprob + row, -base - log_sum)
-    tl.store(entropy + row, log_sum - (dot - own_e * base) / everything)
+    tl.store(entropy + row, log_sum - mean)
     tl.store(own + row, total / everything * slope_t)
     tl.store(others + row, 1.0 / everything)
+    tl.store(sums + row * 3, top)
+    tl.store(sums + row * 3 + 1, log_sum)
+    tl.store(sums + row * 3 + 2, mean)
+
+
+@jit
+def _weights_kernel(
+    z, targets, weights, sums, own, others, V, z_stride, w_stride, splits, scale, cap, cold,
+    BLOCK: tl.constexpr, CAPPED: tl.constexpr, FAR: tl.constexpr, ENTROPY: tl.constexpr, LARGEST: tl.constexpr,
+    LEAST: tl.constexpr,
+):  # fmt: skip
+    """One split of one row: weights relative to the row's largest, LARGEST at most, and the factor that undoes it. With
+    ENTROPY those of the entropy's jacobian, and what multiplies the target's row of the head."""
+    pid = tl.program_id(0)
+    row, split = (pid // splits).to(tl.int64), pid % splits
+    t = tl.load(targets + row)
+    z_t = tl.load(z + row * z_stride + t, mask=(t >= 0) & (t < V), other=float("nan"))
+    y_t, slope_t = _capped(z_t * scale, cap, CAPPED)
+    top, log_sum = tl.load(sums + row * 3), tl.load(sums + row * 3 + 1)
+    base = tl.where(top > FAR, top, 0.0)
+    columns = split * BLOCK + tl.arange(0, BLOCK)
+    d, slope = _differences(z + row * z_stride, columns, t, y_t, V, scale, cap, cold, CAPPED)
+    if ENTROPY:
+        mean = tl.load(sums + row * 3 + 2)
+        # No |p (log p + entropy)| is above twice the entropy, since they add up to that at most.
+        entropy = tl.maximum(log_sum - mean, LEAST)
+        unit = 0.5 * LARGEST / entropy
+        p = tl.exp(d - base - log_sum)
+        # p is 0 where d = -inf, and 0 * -inf is nan.
+        w = p * (tl.where(p > 0, d - base, 0.0) - mean) * unit
+        if split == 0:
+            tl.store(own + row, tl.exp(-base - log_sum) * (base + mean) * slope_t)
+            tl.store(others + row, 1.0 / unit)
+    else:
+        # A row without another column has no maximum.
+        top = tl.where(top == float("-inf"), 0.0, top)
+        w = tl.exp(d - top) * LARGEST
+        if split == 0:
+            tl.store(others + row, tl.exp(top - base - log_sum) / LARGEST)
+    tl.store(weights + row * w_stride + columns, (w * slope).to(weights.dtype.element_ty), mask=columns < V)
 
 
 def launch_rows(
-    z: Tensor, targets: Tensor, found: Sequence[Tensor], weights: Tensor | None, temperature: float,
+    z: Tensor, targets: Tensor, into: Sequence[Tensor], weights: Tensor | None, temperature: float,
     softcap: float | None, scale: float, block: int = BLOCK,
 ) -> Rows:  # fmt: skip
-    """`target_softmax_reference` by the kernels. z: [rows, V] fp32, any row stride. found: four [rows], contiguous,
+    """`target_softmax_reference` by the kernels. z: [rows, V] fp32, any row stride. into: four [rows], contiguous,
     where log-probs, entropies, `own` and `others` go. weights: [rows, V], written."""
     rows, vocab = z.shape
     splits = -(-vocab // block)
     parts = torch.empty(rows, splits, 3, dtype=torch.float32, device=z.device)
+    sums = torch.empty(rows, 3, dtype=torch.float32, device=z.device)
+    half = weights is not None and weights.dtype == torch.float16
     out = z if weights is None else weights
     common = (vocab, z.stride(0), out.stride(0), splits, scale, softcap or 1.0, 1.0 / temperature)
-    flags = {
-        "BLOCK": block, "CAPPED": softcap is not None, "STORE": weights is not None,
-        "FAR": FAR_FP16 if out.dtype == torch.float16 else FAR,
-    }  # fmt: skip
+    flags = {"BLOCK": block, "CAPPED": softcap is not None, "FAR": FAR, "STORE": weights is not None and not half}
     launch(_rows_kernel, (rows * splits,), z, targets, out, parts, *common, **flags, num_warps=8)
     launch(
-        _finish_kernel, (rows,), z, targets, out, parts, *found, *common, **flags, SPLITS=power_of_2(splits),
+        _finish_kernel, (rows,), z, targets, out, parts, *into, sums, *common, **flags, SPLITS=power_of_2(splits),
         num_warps=4,
     )  # fmt: skip
-    return Rows(found[0], found[1], found[2], found[3], weights)
+    found = Rows(into[0], into[1], into[2], into[3], weights, sums)
+    if half:
+        _launch_weights(z, targets, found, temperature, softcap, scale, block, entropy=False)
+    return found
+
+
+def launch_entropy(
+    z: Tensor, targets: Tensor, found: Rows, temperature: float, softcap: float | None, scale: float,
+    block: int = BLOCK,
+) -> Rows:  # fmt: skip
+    """`entropy_reference` by the kernels, over weights, own and others of `found`, which `launch_rows` gave for this z;
+    z stays as it is."""
+    _launch_weights(z, targets, found, temperature, softcap, scale, block, entropy=True)
+    return found
+
+
+def _launch_weights(
+    z: Tensor, targets: Tensor, found: Rows, temperature: float, softcap: float | None, scale: float, block: int,
+    entropy: bool,
+) -> None:  # fmt: skip
+    rows, vocab = z.shape
+    assert found.weights is not None
+    splits = -(-vocab // block)
+    launch(
+        _weights_kernel, (rows * splits,), z, targets, found.weights, found.sums, found.own, found.others, vocab,
+        z.stride(0), found.weights.stride(0), splits, scale, softcap or 1.0, 1.0 / temperature, BLOCK=block,
+        CAPPED=softcap is not None, FAR=FAR, ENTROPY=entropy, LARGEST=HALF, LEAST=LEAST_ENTROPY, num_warps=8,
+    )  # fmt: skip

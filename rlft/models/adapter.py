@@ -73,6 +73,12 @@ class FlatAdapter:
         self.check_views()
         return self._gradients
 
+    def not_finite(self) -> list[str]:
+        """PEFT names of the tensors that hold a value that is not finite. Waits for the device."""
+        if self.flat.detach().isfinite().all():
+            return []
+        return [name for name, tensor in self.tensors().items() if not tensor.isfinite().all()]
+
     def zero_grad(self) -> None:
         """Set all gradients to 0, keeping them views of the buffer."""
         self.gradient.zero_()

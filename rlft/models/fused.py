@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from rlft.kernels import attention_backends as backends
 from rlft.kernels import rms_norm
 from rlft.kernels.attention import Sequences
-from rlft.models import families, memory
+from rlft.models import families, memory, rope
 from rlft.models.families import Family
 from rlft.models.fusable import adapted, adapter_problem, hooked, parts_of, state_of, unfit
 from rlft.models.graphs import Graphs, Padded, copied_keys, padded, room, short
@@ -57,6 +57,8 @@ class FusedDecoder:
         """Rows of a full micro-batch; 0: not known. Shorter passes have no shadow of the weights where it has none:
         bringing and giving back one in every step would take as long, and CUDA graphs over it would be captured
         anew."""
+        self.entropy_grad = False
+        """Plans have room for the second jacobian of an entropy bonus; set by `expect`."""
         self._begin()
         why = self._look()
         if why is not None:
@@ -102,7 +104,7 @@ class FusedDecoder:
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy of a model (deepcopy, pickle) has modules of its own, which it looks at when it first runs.
-        names = ("model", "decoder", "family", "plan", "budget", "margin", "full")
+        names = ("model", "decoder", "family", "plan", "budget", "margin", "full", "entropy_grad")
         return {name: getattr(self, name) for name in names}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -114,23 +116,26 @@ class FusedDecoder:
     def hidden(
         self, embedded: Tensor, position_ids: Tensor, sequences: Sequences,
         gradients: dict[Tensor, Tensor] | None = None, plan: memory.Plan | None = None,
+        padded_to: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """The residual stream after the last layer, [T, H], before the final norm.
 
         embedded: [T, H]. position_ids: [T]. sequences: which rows attend to which. gradients: parameter -> fp32 buffer
         that the backward adds its gradient to; without it autograd gets them. plan: from `plan_pass`; None: one for
-        what memory is free. Two passes of one plan give the same bits, with gradient and without.
+        what memory is free. Two passes of one plan give the same bits, with gradient and without. padded_to: positions
+        of the padded call that the rows are of, which decide rotary tables as in transformers.
         """
         if torch.is_inference_mode_enabled():
             # Buffers made in inference mode could not be written to outside it.
             with torch.inference_mode(False), torch.no_grad():
-                return self.hidden(embedded, position_ids, sequences, gradients, plan)
+                return self.hidden(embedded, position_ids, sequences, gradients, plan, padded_to)
         if plan is None:
             rows = embedded.shape[0]
             plan = self.plan_for(rows, None, copied_keys(sequences, rows) if sequences.copies else 0)
         self.ran = plan
         self.store.use(plan.store)
-        tables, adapter, rows = self._tables(embedded, position_ids), self.adapter(), embedded.shape[0]
+        tables = self._tables(embedded, position_ids, padded_to)
+        adapter, rows = self.adapter(), embedded.shape[0]
         x = embedded
         if plan.padded:
             given = Padded.of(self.layers, embedded, tables, sequences, plan.padded)
@@ -188,6 +193,13 @@ class FusedDecoder:
             return memory.choose(self.shape, rows, trained, budget, host, keys, shadow=False)
         return plan
 
+    def expect(self, entropy_grad: bool) -> None:
+        """Plan for a loss with an entropy bonus, or without one: all passes alike, so that log-probs without gradient
+        come from the same plan as those with."""
+        if entropy_grad != self.entropy_grad:
+            self.entropy_grad = entropy_grad
+            self.shape = replace(self.shape, entropy_grad=entropy_grad)
+
     def available(self) -> float:
         """Bytes that a pass may take on the device now."""
         device = self.norm.weight.device
@@ -214,13 +226,17 @@ class FusedDecoder:
         tensors = (t for layer in self.layers for t in adapter_tensors(layer.bind(adapter)))
         return next(tensors, None) in gradients
 
-    def _tables(self, embedded: Tensor, position_ids: Tensor) -> dict[str | None, tuple[Tensor, Tensor]]:
+    def _tables(
+        self, embedded: Tensor, position_ids: Tensor, padded_to: Tensor | None
+    ) -> dict[str | None, tuple[Tensor, Tensor]]:
         rotary: Any = self.decoder.rotary_emb
-        tables = {}
+        tables, rows = {}, position_ids.shape[0]
+        if padded_to is not None and rope.limit(rotary) is not None:
+            position_ids = torch.cat([position_ids, padded_to.max()[None]])
         for kind in {layer.type for layer in self.layers}:
             more = () if kind is None else (kind,)
             cos, sin = rotary(embedded[None], position_ids[None], *more)
-            tables[kind] = (cos[0], sin[0])
+            tables[kind] = (cos[0, :rows], sin[0, :rows])
         return tables
 
     def _shape(self) -> memory.Shape:
@@ -236,6 +252,7 @@ class FusedDecoder:
             ranks=tuple(b.group.rank for b in bound), qk_norm=first.qk_norm[0] is not None,  # type: ignore[arg-type]
             post_norm=first.down_norm is not None,
             attention=backends.choose(weight.device, weight.dtype, first.head_dim, first.attention.softcap),
+            entropy_grad=self.entropy_grad,
         )  # fmt: skip
 
     # ---- transformers' callers ---------------------------------------------------------------------------------------
@@ -267,7 +284,10 @@ class FusedDecoder:
         embed: Any = self.decoder.get_input_embeddings()  # type: ignore[operator]
         embedded = embed(input_ids) if inputs_embeds is None else inputs_embeds
         rows, places, sequences, positions = unpadded(embedded, attention_mask, position_ids)
-        hidden = self.final_norm(self.hidden(rows, positions, sequences))
+        every = position_ids
+        if every is None and places is not None:
+            every = torch.arange(embedded.shape[1], device=embedded.device)
+        hidden = self.final_norm(self.hidden(rows, positions, sequences, padded_to=every))
         if places is not None:
             hidden = hidden.new_zeros(embedded.shape[0] * embedded.shape[1], embedded.shape[2]).index_copy(
                 0, places, hidden

@@ -24,7 +24,7 @@ from torch.autograd.function import once_differentiable
 from rlft.kernels.attention import Keys, Sequences
 from rlft.kernels.copies import Copies
 from rlft.kernels.launch import power_of_2
-from rlft.models.layer import Forward
+from rlft.models.layer import Forward, check_versions, versions
 from rlft.models.layer_backward import Backward
 from rlft.models.layer_modules import FusedLayer
 from rlft.models.layer_steps import Kept, Pass
@@ -196,6 +196,7 @@ class _Graph:
         with torch.cuda.graph(self.backward_graph, pool=pool):
             backward()
         self.store, self.version, self.fills = store, store.version, store.fills
+        self.adapter = tuple(gradients)
 
 
 class Graphs:
@@ -295,7 +296,7 @@ class _Graphed(torch.autograd.Function):
     @staticmethod
     def forward(ctx, anchor, graph, token, rows):  # type: ignore[override]
         graph.forward_graph.replay()
-        ctx.graph, ctx.token, ctx.rows = graph, token, rows
+        ctx.graph, ctx.token, ctx.rows, ctx.versions = graph, token, rows, versions(graph.adapter)
         return graph.out[:rows].clone()
 
     @staticmethod
@@ -306,10 +307,11 @@ class _Graphed(torch.autograd.Function):
             raise RuntimeError("backward ran before, over buffers that it turned into gradients; run the forward again")
         if graph.version != graph.store.version:
             raise RuntimeError("another pass moved the weights' buffers after this forward; run the forward again")
+        check_versions(ctx.versions, "CUDA graph")
         graph.dout[: ctx.rows].copy_(dout)
         graph.backward_graph.replay()
         # A loss that is held on to would hold the graph, and with it the weights' buffers, when they are given up.
-        ctx.graph = ctx.token = None
+        ctx.graph = ctx.token = ctx.versions = None
         return None, None, None, None
 
 

@@ -21,6 +21,8 @@ Function returns None for them, or into new ones, which it returns as any other 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -42,6 +44,23 @@ def run_layer(layer: FusedLayer, x: Tensor, run: Pass) -> Tensor:
     # One is enough for autograd where their gradients go into the caller's buffers, and every one takes the host time.
     given = parameters if run.gradients is None else [p for p in parameters if p.requires_grad][:1]
     return _Layer.apply(x, layer, run, bound, *given)  # type: ignore[return-value]
+
+
+def versions(adapter: Iterable[Tensor]) -> list[tuple[Tensor, int]]:
+    """What `check_versions` compares: each tensor with the number of its in-place changes until now."""
+    return [(p, p._version) for p in adapter]
+
+
+def check_versions(before: list[tuple[Tensor, int]], where: str) -> None:
+    """Raise RuntimeError where an adapter's tensor was modified in place since `versions`.
+
+    Seen are autograd's in-place operations, and steps of `rlft.optim`, which raises the versions itself.
+    """
+    if any(p._version != version for p, version in before):
+        raise RuntimeError(
+            f"{where}: the adapter was modified in place between forward and backward, whose gradients would mix the "
+            f"two; run the forward again"
+        )
 
 
 class Forward(Steps):
@@ -106,7 +125,7 @@ class _Layer(torch.autograd.Function):
                 run.offload.settle()
             ctx.save_for_backward(x)
         ctx.kept, ctx.rest = kept, (layer, run, bound)
-        ctx.versions = [(p, p._version) for p in adapter_tensors(bound)]
+        ctx.versions = versions(adapter_tensors(bound))
         return out
 
     @staticmethod
@@ -119,11 +138,7 @@ class _Layer(torch.autograd.Function):
                 f"layer {layer.index}: backward ran before, and turned what it had kept into gradients in place; run "
                 f"the forward again"
             )
-        if any(p._version != version for p, version in ctx.versions):
-            raise RuntimeError(
-                f"layer {layer.index}: the adapter was modified in place between forward and backward, whose gradients "
-                f"would mix the two; run the forward again"
-            )
+        check_versions(ctx.versions, f"layer {layer.index}")
         if run.stored:
             run.offload.ahead(run.stored, layer.index, dout.device)
         if run.levels[layer.index] in (4, 5):

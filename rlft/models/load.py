@@ -82,6 +82,8 @@ def load(
     base = Base(model, quantization, dtype, device)
     tokenizer = load_tokenizer(model)
     peft_model = attach_lora(load_base(base, resolve_device(base)), lora, seed)
+    if (said := changed_dropout(lora)) is not None:
+        warnings.warn(f"rlft: {said}", stacklevel=2)
     fused = fuse(peft_model)
     if isinstance(fused, str):
         warnings.warn(f"rlft: transformers' own layers run here, not the fused ones: {fused}", stacklevel=2)
@@ -293,22 +295,63 @@ def _continue_adapter(base: nn.Module, lora: Lora) -> PeftModel:
             raise ConfigError(
                 f"lora.{field} = {ours}, but the adapter in {folder} has {theirs}: set lora.{field} = {theirs}"
             )
+    # How it is trained from here on, no property of its weights: `changed_dropout` says it.
+    saved.lora_dropout = lora.dropout
+    wanted = _targeted(base, lora)
     try:
         with warnings.catch_warnings():
             # PEFT only warns of tensors that find no place or are not in the file; both are errors below.
             warnings.filterwarnings("ignore", message="Found missing adapter keys")
-            model = PeftModel.from_pretrained(base, folder, is_trainable=True).eval()  # type: ignore[arg-type]
+            model = PeftModel.from_pretrained(base, folder, is_trainable=True, config=saved).eval()  # type: ignore[arg-type]
     except (RuntimeError, ValueError) as error:
         detail = " ".join(str(error).split())[:300]
         raise ConfigError(f'lora.resume_from = "{folder}": the adapter does not fit this base ({detail})') from error
     with safe_open(Path(folder) / "adapter_model.safetensors", "pt") as file:
-        wanted, there = set(file.keys()), set(lora_parameters(model, "default"))
-    if wanted != there:
+        stored, there = set(file.keys()), set(lora_parameters(model, "default"))
+    if stored != there:
         raise ConfigError(
-            f'lora.resume_from = "{folder}": the adapter does not fit this base: {len(wanted - there)} of its tensors '
-            f"have no place in it and {len(there - wanted)} of the base's are missing, {min(wanted ^ there)} for one"
+            f'lora.resume_from = "{folder}": the adapter does not fit this base: {len(stored - there)} of its tensors '
+            f"have no place in it and {len(there - stored)} of the base's are missing, {min(stored ^ there)} for one"
         )
+    _check_targets(model, lora, wanted)
     return model
+
+
+def changed_dropout(lora: Lora) -> str | None:
+    """One line where the adapter of `lora.resume_from` was saved with another dropout; None where it was not."""
+    if lora.resume_from is None:
+        return None
+    saved: Any = PeftConfig.from_pretrained(lora.resume_from)
+    if saved.lora_dropout == lora.dropout:
+        return None
+    return (
+        f"lora.dropout = {lora.dropout:g} from here on; the adapter in {lora.resume_from} was trained with "
+        f"{saved.lora_dropout:g}"
+    )
+
+
+def _targeted(base: nn.Module, lora: Lora) -> set[str]:
+    """The linear layers that a new adapter would be on, by PEFT's rules for `lora.targets`."""
+    head = base.get_output_embeddings()  # type: ignore[operator]
+    linear = {name for name, m in base.named_modules() if isinstance(m, nn.Linear) and m is not head}
+    if lora.targets == "all-linear":
+        return linear
+    return {name for name in linear if any(name == t or name.endswith(f".{t}") for t in lora.targets)}
+
+
+def _check_targets(model: PeftModel, lora: Lora, wanted: set[str]) -> None:
+    """Raise ConfigError where a continued adapter is on other layers than a new one would be. wanted: their names."""
+    mark = ".lora_A.weight"
+    have = {n.removeprefix("base_model.model.").removesuffix(mark)
+            for n in lora_parameters(model, "default") if n.endswith(mark)}  # fmt: skip
+    if have == wanted:
+        return
+    ends = [sorted({name.rpartition(".")[2] for name in names}) for names in (wanted, have)]
+    raise ConfigError(
+        f"lora.targets = {lora.targets!r} is {len(wanted)} layers of this model ({', '.join(ends[0])}), but the "
+        f"adapter in {lora.resume_from} is on {len(have)} ({', '.join(ends[1])}): set "
+        f"lora.targets = {ends[1]}, or continue an adapter that is on the same layers"
+    )
 
 
 def fingerprint(model: nn.Module, dtype: torch.dtype | None = None) -> str:

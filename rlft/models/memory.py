@@ -5,7 +5,7 @@ Every buffer of `rlft.models.layer` and of the head is counted where it is alive
     saved     per layer and level: what lies between forward and backward
     forward   of the layer in progress, beyond what it keeps
     backward  of the layer in progress, beyond what it kept
-    head      gathered rows, their norm and jacobian, one chunk of logits
+    head      gathered rows, their norm and jacobian (two with an entropy bonus), one chunk of logits
     scratch   where the frozen weights are decoded to
 
 The peak is the largest of: all saved + forward, all saved + head, and per layer, saved up to it + backward. Layers keep
@@ -60,6 +60,8 @@ class Shape:
     """Norms behind attention and MLP."""
     attention: str
     """Back end of the attention."""
+    entropy_grad: bool = False
+    """The loss has an entropy bonus, so the head keeps a second jacobian."""
 
     @property
     def element(self) -> int:
@@ -180,7 +182,8 @@ def backward_work(s: Shape, rows: int, tile: int, level: int, keys: int = 0) -> 
 
 def head_work(s: Shape, rows: int, trained: int, how: Setting) -> int:
     """Bytes from the last layer's output to the log-probs: rows of the decoder, of which `trained` reach the head. A
-    chunk's buffers are laid into the scratch of the weights as far as they fit."""
+    chunk's buffers are laid into the scratch of the weights as far as they fit. An entropy bonus takes no further
+    chunk."""
     e, wide = s.element, max(4, s.element)
     chunk = min(chunk_rows(s.vocab, s.dtype, how.chunk_bytes), max(1, trained))
     columns = -(-s.vocab // 64) * 64
@@ -191,7 +194,8 @@ def head_work(s: Shape, rows: int, trained: int, how: Setting) -> int:
             left -= size
         else:
             new += size
-    return e * s.hidden * (rows + 3 * trained + chunk) + new
+    jacobians = 1 + s.entropy_grad
+    return e * s.hidden * (rows + (2 + jacobians) * trained + chunk) + new
 
 
 def scratch(s: Shape, mode: Mode) -> int:

@@ -21,9 +21,10 @@ from torch import Tensor, nn
 from rlft.errors import ConfigError
 from rlft.kernels.attention import Sequences, varlen_attention
 from rlft.kernels.logprobs import CHUNK_BYTES, linear_logprobs
-from rlft.models import memory
+from rlft.models import memory, rope
 from rlft.models.adapter import FlatAdapter
 from rlft.models.fused import FusedDecoder, fuse
+from rlft.models.quantization import mixes_rows
 from rlft.models.token_budget import ALONE, BUDGETS, Group, token_budget
 from rlft.types import Batch
 from rlft.upload import upload
@@ -66,7 +67,12 @@ class Policy:
         """Which layers run, and why, for the start of a run."""
         self.base: nn.Module = model.get_base_model()
         self.device = self.flat.flat.device
+        self.mixes_rows = mixes_rows(self.base)
+        """A row's log-probs depend on what it is packed with, so none are kept for another micro-batch."""
         self._decoder = self.base.get_decoder()  # type: ignore[operator]
+        self.rope: rope.Regime | None = None
+        """The longrope factors that `fix_rope` has set; None: the model has none."""
+        self._same_tables = rope.limit(self._decoder)
         head: nn.Linear = self.base.get_output_embeddings()  # type: ignore[operator]
         if head.bias is not None:
             raise ConfigError(f"model: the head of {type(self.base).__name__} has a bias, which is not supported")
@@ -81,8 +87,11 @@ class Policy:
         """Log-prob of every trained token, with gradient to the adapter, and entropy of its distribution, without.
 
         Both [T] in max(fp32, model dtype), 0 where `batch.train_mask` is False. entropy_grad: a gradient for the
-        entropy too, for one more product with the head.
+        entropy too, for one more product with the head and a second jacobian, which is in the memory plan of every
+        pass from the first such call on.
         """
+        if self.fused is not None and entropy_grad:
+            self.fused.expect(entropy_grad=True)
         for module in self._dropouts:
             module.train()
         try:
@@ -132,6 +141,16 @@ class Policy:
             return "tried once more without what PyTorch had cached"
         return f"planned again with {1 - self.fused.margin:.0%} of the memory that is free"
 
+    def fix_rope(self, longest: int, long: bool = False) -> None:
+        """Give all sequences one rotary table, whatever they are packed with: `rlft.models.rope.fix`."""
+        self.rope = rope.fix(self._decoder, longest, long)
+        self._same_tables = rope.limit(self._decoder)
+
+    def check_length(self, tokens: int) -> None:
+        """Assert that the rotary tables of a call with sequences up to so many tokens are those of any other call."""
+        most = self._same_tables
+        assert most is None or tokens <= most, f"{tokens} tokens, and rotary tables were fixed for {most}: fix_rope"
+
     def adapter(self) -> dict[str, Tensor]:
         """PEFT name -> live tensor of the adapter, without alpha / rank (`scales` has that)."""
         return self.flat.tensors()
@@ -142,6 +161,8 @@ class Policy:
         return self.flat.scales
 
     def _forward(self, batch: Batch, entropy_grad: bool = False) -> tuple[Tensor, Tensor]:
+        if self._same_tables is not None:
+            self.check_length(int(batch.position_ids.max()) + 1)
         # From the batch as it came, on the CPU where pack made it: nothing has to wait for the GPU.
         sequences = Sequences.of(batch.cu_seqlens, batch.prefix, self.device)
         trained = batch.train_mask.nonzero().squeeze(1)

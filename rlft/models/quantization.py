@@ -125,6 +125,13 @@ def check_share(name: str, kept: str, model: Any) -> None:
         )
 
 
+def mixes_rows(model: nn.Module) -> bool:
+    """Whether a row's log-probs depend on the rows it is packed with.
+
+    LLM.int8 leaves a column out of its 8 bits, for all rows of a product, where one of them is above its threshold."""
+    return any(getattr(getattr(m, "state", None), "threshold", 0.0) > 0 for m in model.modules())
+
+
 class Once(logging.Filter):
     """Lets a message through the first time."""
 

@@ -55,7 +55,7 @@ class EagerEngine:
 
     def __init__(self, policy: Policy, tokenizer: Any, batch_size: int = 64, progress: Any = None) -> None:
         """batch_size: sequences decoded at a time. progress: called with (sequences done, all) while generating."""
-        self._model, self._device = policy.model, policy.device
+        self._policy, self._model, self._device = policy, policy.model, policy.device
         self._tokenizer, self._batch_size, self._progress = tokenizer, batch_size, progress
         self._scales = dict(policy.scales)
         self._model.add_adapter(SLOT, self._model.peft_config["default"])
@@ -77,6 +77,7 @@ class EagerEngine:
         """As the protocol; greedy at temperature 0, where the log-prob of the only possible token is 0."""
         if self._version is None:
             raise EngineError("generate before load_adapter: the engine has no adapter")
+        self._policy.check_length(max((len(p.ids) for p in prompts), default=0) + sampling.max_tokens)
         stops = self._eos | set(sampling.stop_token_ids)
         rows = []
         for slot, prompt in enumerate(prompts):
@@ -177,7 +178,8 @@ class EagerEngine:
         """
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if sampling.temperature == 0:
-            tokens, drawn = logits.argmax(-1), torch.zeros(len(rows))
+            best, tokens = logits.max(-1)
+            drawn = torch.where(best.isfinite(), 0.0, torch.nan)
         else:
             log_p = _truncate(logits / sampling.temperature, sampling.top_k, sampling.top_p).log_softmax(-1)
             cumulative = log_p.double().exp().cumsum(-1)

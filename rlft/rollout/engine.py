@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from rlft.config import Sampling
-from rlft.errors import EngineError
+from rlft.errors import EngineError, TrainError
 from rlft.turns import end_id
 from rlft.types import Prompt, Rollout
 
@@ -142,6 +142,11 @@ def check_read_back(
     wrong = (worst != 0).nonzero().flatten().tolist()
     if wrong:
         name = list(wants)[wrong[0]]
+        if not given[name].isfinite().all():
+            raise TrainError(
+                f"the adapter of policy version {version} is not finite: {name} for one. An update has set it, or a "
+                f"callback; go on from an earlier checkpoint with a lower optim.lr"
+            )
         raise EngineError(
             f"after loading policy version {version} the engine does not hold the trainer's adapter: {name} differs by "
             f"up to {worst[wrong[0]].item():.3g}. It would sample from another policy than the one that is trained."

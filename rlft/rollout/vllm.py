@@ -108,12 +108,32 @@ class VllmEngine:
         # looks for this on every instance, the trainer's too.
         self._policy.base.get_decoder().do_not_compile = True  # type: ignore[operator,union-attr]
         (self.runner,) = self._llm.collective_rpc("rlft_runner")
+        self._check_rope()
         self._refill()
         tested = hooks.TESTED_ON_GPU if device.type == "cuda" else hooks.TESTED_ON_CPU
         known = (vllm_start.minor(), self.runner) in tested
         self._note(
             f"vLLM {vllm_start.version()} ({self.runner} model runner{'' if known else ', untested with rlft'}) up in "
             f"{time.perf_counter() - begin:.0f} s: {self.choice}"
+        )
+
+    def _check_rope(self) -> None:
+        """Raise EngineError where vLLM has other longrope factors than the trainer."""
+        rope = self._policy.rope
+        if rope is None:
+            return
+        (long,) = self._llm.collective_rpc("rlft_long_rope")
+        if rope.factors == "long factors" and long != [True]:
+            here = "short factors" if long else "factors that depend on the batch"
+        elif rope.factors == "short factors" and True in long:
+            here = "long factors"
+        else:
+            return
+        self.close()
+        raise EngineError(
+            f"vLLM computes with longrope's {here}, and the trainer with its {rope.factors}. vLLM decides by "
+            f"max_model_len ({self._longest}), and some versions keep the choice of a process's first engine: start "
+            f'the run in a process without another one, or set engine.name = "eager"'
         )
 
     def close(self) -> None:

@@ -353,6 +353,11 @@ def unmapped() -> int:
 class WorkerExtension:
     """What vLLM's worker gets, called through `LLM.collective_rpc`."""
 
+    def rlft_long_rope(self) -> list[bool]:
+        """Whether the model's rotary modules with longrope take the long factors; empty where they do not say it."""
+        found = {getattr(m, "use_long_rope", None) for m in self.get_model().modules()}  # type: ignore[attr-defined]
+        return sorted(bool(long) for long in found - {None})
+
     def rlft_runner(self) -> str:
         """ "V1" or "V2": the model runner that runs."""
         return "V2" if getattr(self, "use_v2_model_runner", False) else "V1"
