@@ -60,6 +60,7 @@ MAY_IMPORT = {
     "report": "runs metrics health",
     "estimates": "",
     "pieces": "types",
+    "plans": "types config algorithm models rollout",
     "engines": "types config console environment evaluate models rollout",
     "prepare": "types batch dist algorithm algos models rewards",
     "evaluate": "* -cli -train -session -finished",
