@@ -28,6 +28,7 @@ from rlft.data import Prompts, digest, hold_out, load_prompts, without
 from rlft.errors import ConfigError, DataError, TrainError
 from rlft.evaluate import measures_loss
 from rlft.model_card import adapter_card
+from rlft.models import targets
 from rlft.models.allocator import segments
 from rlft.models.load import (
     attach_lora,
@@ -396,6 +397,7 @@ def _title(s: Session, passes: str) -> list[str]:
         f"{len(s.prompts.rows)} prompts, {len(s.held)} held out; {s.steps} steps of {cfg.prompts_per_step} prompts "
         f"x {cfg.sampling.group_size if s.engine.SAMPLES else 'recorded'} completions",
         policy.path,
+        targets.describe(policy.model),
         *([MIXED] if policy.mixes_rows else []),
         *(line for line in (policy.rope and str(policy.rope), changed_dropout(cfg.lora)) if line),
         f"memory: {weights['bytes'] / 2**30:.2f} GiB of weights; {passes}",

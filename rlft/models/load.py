@@ -7,6 +7,7 @@ ordinary PEFT model whose adapter is called "default"; `generate`, `save_pretrai
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 import sys
 import warnings
@@ -23,6 +24,7 @@ from torch import nn
 from rlft.config import Config, Lora, require
 from rlft.errors import ConfigError
 from rlft.models import quantization as quant
+from rlft.models import targets
 from rlft.models.adapter import lora_parameters
 from rlft.models.fused import fuse
 from rlft.models.locate import Location, load_tokenizer, locate, not_found
@@ -256,27 +258,20 @@ def _progress() -> Iterator[None]:
 def attach_lora(base: nn.Module, lora: Lora, seed: int) -> PeftModel:
     """The base with a LoRA adapter called "default": new (B = 0, A from `seed`) or continued from `lora.resume_from`.
 
-    Raises ConfigError when no layer matches `lora.targets` and when a continued adapter does not fit the base.
+    Raises ConfigError when a target matches no layer and when a continued adapter does not fit the base.
     """
     if lora.resume_from:
         return _continue_adapter(base, lora)
-    targets = lora.targets if isinstance(lora.targets, str) else list(lora.targets)
-    config = LoraConfig(
-        r=lora.rank, lora_alpha=lora.alpha, target_modules=targets, lora_dropout=lora.dropout,  # type: ignore[arg-type]
-        use_rslora=lora.rslora, bias="none", task_type="CAUSAL_LM",
-    )  # fmt: skip
-    try:
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            # eval: PEFT's new modules start in training mode, which would leave dropout on while sampling.
-            return get_peft_model(base, config).eval()  # type: ignore[arg-type]
-    except ValueError as error:
-        linear = sorted(
-            {name.rsplit(".", 1)[-1] for name, m in base.named_modules() if isinstance(m, nn.Linear)} - {"lm_head"}
-        )
-        raise ConfigError(
-            f"lora.targets = {lora.targets!r}: matches no linear layer of the model; it has {', '.join(linear)}"
-        ) from error
+    config = targets.resolve(base, lora)
+    wanted = copy.deepcopy(config)
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        # PEFT looks for them among the modules only; `check_attached` has looked at everything.
+        warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys did not match")
+        torch.manual_seed(seed)
+        # eval: PEFT's new modules start in training mode, which would leave dropout on while sampling.
+        model = get_peft_model(base, config).eval()  # type: ignore[arg-type]
+    targets.check_attached(model, wanted)
+    return model
 
 
 def _continue_adapter(base: nn.Module, lora: Lora) -> PeftModel:
