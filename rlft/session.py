@@ -53,6 +53,7 @@ from rlft.rewards.score import build as build_rewards
 from rlft.rollout.engine import Engine, asleep, undeclared_end
 from rlft.rollout.replay import ReplayEngine
 from rlft.runs import Run, replace_file
+from rlft.selfcheck import check as check_path
 from rlft.tracking import Tracking
 from rlft.types import PackPlan, Prompt, State
 from rlft.validate import problems
@@ -203,7 +204,7 @@ def build(
             stack.callback(function.close)
             if function.note:
                 console.note(function.note)
-        policy = load_policy(cfg)
+        policy = load_policy(cfg, console.note)
         policy.fix_rope(engines.longest_sequence(cfg, policy, rows, held, bool(eval_functions)))
         engine, eval_engine = _engines(cfg, policy, tokenizer, console, rows, held, bool(eval_functions))
         for line in _starting(cfg, engine, undeclared_end(tokenizer, policy.base)):
@@ -213,6 +214,7 @@ def build(
         assert engine.SAMPLES or not algorithm.needs_sampler, "validate refuses this"
         steps = cfg.steps or prompts.steps(cfg.prompts_per_step, cfg.data.epochs or 1.0)
         with asleep(eval_engine):
+            check_path(policy)
             # What a pass may take is what is free now.
             plan = plan_of(cfg, algorithm, policy, rows if engine.SAMPLES else ())
             kept, passes = memory_plan(policy, cfg, eval_engine, plan.budget), _pass_words(policy, plan.budget)
@@ -305,9 +307,9 @@ def _functions(cfg: Config, rewards: Sequence[Any] | None) -> list[RewardFunctio
     return functions
 
 
-def load_policy(cfg: Config) -> Policy:
-    """The model of a run as a policy with its starting adapter."""
-    base = load_base(cfg, resolve_device(cfg))
+def load_policy(cfg: Config, note: Callable[[str], None] = lambda _: None) -> Policy:
+    """The model of a run as a policy with its starting adapter. note: told what of its files is left out."""
+    base = load_base(cfg, resolve_device(cfg), note)
     return Policy(attach_lora(base, cfg.lora, cfg.seed))
 
 
@@ -335,7 +337,7 @@ def plan_of(cfg: Config, algorithm: Algorithm, policy: Policy, sampled: Sequence
     if policy.fused is not None:
         policy.fused.expect(algorithm.entropy_grad)
     if budget == "auto":
-        if sampled and cfg.packing.share_prefix and not algorithm.whole_groups:
+        if sampled and cfg.packing.share_prefix and policy.packed and not algorithm.whole_groups:
             prompt = int(statistics.median(len(p.ids) for p in sampled))
             group = Group(prompt, cfg.sampling.group_size * min(cfg.sampling.max_tokens, TYPICAL))
         budget = policy.token_budget(group)
@@ -344,7 +346,7 @@ def plan_of(cfg: Config, algorithm: Algorithm, policy: Policy, sampled: Sequence
     return PackPlan(
         keep=(), aggregation=algorithm.aggregation, budget=budget, max_len=cfg.sampling.max_tokens,
         temperature=cfg.sampling.temperature, whole_groups=algorithm.whole_groups,
-        share_prefix=cfg.packing.share_prefix,
+        share_prefix=cfg.packing.share_prefix and policy.packed,
     )  # fmt: skip
 
 

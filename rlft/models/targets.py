@@ -43,7 +43,11 @@ def find(base: Any) -> Found:
     """The weights of a causal language model without an adapter that one can be on."""
     decoder, found = decoder_of(base), Found()
     (prefix,) = (name for name, module in base.named_modules() if module is decoder)
+    # Layers that read an image, and that text skips as a whole (Llama 3.2 Vision).
+    idle = tuple(f"layers.{i}." for i in getattr(decoder.config, "cross_attention_layers", None) or ())
     for name, module in decoder.named_modules():
+        if name.startswith(idle):
+            continue
         full, leaf = f"{prefix}.{name}", name.rpartition(".")[2]
         parent = decoder.get_submodule(name.rpartition(".")[0]) if name else decoder
         if _router(module, leaf, parent):
