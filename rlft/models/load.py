@@ -282,9 +282,7 @@ def attach_lora(base: nn.Module, lora: Lora, seed: int) -> PeftModel:
         return _continue_adapter(base, lora)
     config = targets.resolve(base, lora)
     wanted = copy.deepcopy(config)
-    with torch.random.fork_rng(), warnings.catch_warnings():
-        # PEFT looks for them among the modules only; `check_attached` has looked at everything.
-        warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys did not match")
+    with torch.random.fork_rng():
         torch.manual_seed(seed)
         # eval: PEFT's new modules start in training mode, which would leave dropout on while sampling.
         model = get_peft_model(base, config).eval()  # type: ignore[arg-type]

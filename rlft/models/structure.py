@@ -22,7 +22,7 @@ ATTENTION = re.compile(r"(Self)?Attention$")
 PACKED_LAYERS = ("full_attention", "sliding_attention", "attention")
 """Types of layers whose attention is causal, in a window at most."""
 KNOWN = frozenset({
-    "q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj", "c_attn", "c_proj", "dense", "query_key_value",
+    "q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj", "c_attn", "c_proj", "dense", "out_proj", "query_key_value",
     "q_norm", "k_norm", "q_layernorm", "k_layernorm", "query_layernorm", "key_layernorm",
     "attn_dropout", "resid_dropout", "attention_dropout", "dropout", "rotary_emb", "rotary_fn",
 })  # fmt: skip
@@ -85,8 +85,11 @@ def _unknown_attention(layer: nn.Module, config: Any) -> str | None:
     k, v = getattr(attention, "k_proj", None), getattr(attention, "v_proj", None)
     if k is not None and v is not None and k.out_features != v.out_features:
         return f"keys of {k.out_features} and values of {v.out_features} features"
-    expected, window = _window_of(attention, config), getattr(attention, "sliding_window", None)
-    if expected != window:
+    expected = _window_of(attention, config)
+    # Without one of its own an attention module reads the config's, where it hands one on.
+    reads = "sliding_window=" in inspect.getsource(inspect.unwrap(type(attention).forward))
+    window = getattr(attention, "sliding_window", expected if reads else None)
+    if expected != (window if getattr(attention, "is_sliding", True) else None):
         return f"{type(attention).__name__} has the window {window}, its config says {expected}"
     return None
 

@@ -8,7 +8,6 @@ PEFT's own "all-linear" means other layers for a mixture of experts: it rewrites
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -87,13 +86,8 @@ def resolve(base: Any, lora: Lora) -> LoraConfig:
             f"lora.dropout = {lora.dropout}: PEFT has no dropout for an adapter on a parameter, {parameters[0]} for "
             f"one; set lora.dropout = 0, or name other lora.targets"
         )
-    # Two products share a fused gate_up_proj: as much rank as the two would have apart, at the same scale.
-    pattern = r".*\.experts\.gate_up_proj"
-    fused = any(re.fullmatch(pattern, name) for name in parameters)
     return LoraConfig(
         r=lora.rank, lora_alpha=lora.alpha, target_modules=direct, target_parameters=parameters or None,  # type: ignore[arg-type]
-        rank_pattern={pattern: 2 * lora.rank} if fused else {},
-        alpha_pattern={pattern: 2 * lora.alpha} if fused else {},  # type: ignore[arg-type]
         lora_dropout=lora.dropout, use_rslora=lora.rslora, bias="none", task_type="CAUSAL_LM",
     )  # fmt: skip
 
@@ -170,7 +164,7 @@ def describe(model: PeftModel) -> str:
     counts += [("shared experts", str(shared))] if shared else []
     counts += [("experts", f"{len(fused)} x {max(experts[n] for n in names if n in experts)}")] if fused else []
     left = [
-        "not the experts" if set(experts) - set(names) else "",
+        "not the experts" if experts and not fused else "",
         "not the router" if set(found.routers) - set(names) else "",
         f"not Mamba's out_proj, since {MAMBA}" if set(found.mamba) - set(names) else "",
     ]

@@ -3,8 +3,8 @@
 The base weights are the trainer's; the adapter is a second PEFT adapter ("engine") with its own tensors, filled by
 `load_adapter` and switched to for the span of `generate`. Each prompt is prefilled once and its cache repeated for the
 G completions; rows that end leave the batch. A cache that cannot be repeated (a recurrent state has no such operation)
-is filled by the G rows themselves, without padding, and ended rows stay until all have ended; a model without a cache
-that transformers hands out runs whole rows for every token.
+is filled by the G rows themselves, and ended rows stay until all have ended; a model without a cache that transformers
+hands out runs whole rows for every token. Prompts of unlike lengths share a batch where padding is known to be safe.
 
 Every rollout has a random stream of its own: one uniform number per token, turned into a token through the cumulative
 distribution. So a completion depends on its seed and not on what else is in the batch (up to the rounding of matrix
@@ -75,6 +75,8 @@ class EagerEngine:
         self._eos = eos_ids(tokenizer, self._model.get_base_model())
         self._version: int | None = None
         self._digest = ""
+        # What is padded on the left may attend to nothing, which some attentions turn into nan.
+        self._pads = policy.packed
         self._cache: str | None = None
         """What its cache can do, when that is known: "select" rows, only "append" to them, or "none" there is."""
 
@@ -145,12 +147,13 @@ class EagerEngine:
             self._model.set_adapter("default")
 
     def _batches(self, rows: list[_Row]) -> Iterator[list[_Row]]:
-        """Rows that are decoded together: neighbours, of equally long prompts where the cache only appends."""
+        """Rows that are decoded together: neighbours; of equally long prompts, unless they may be padded."""
         for row in rows:
             if not row.prompt.ids:
                 raise EngineError(f"row {row.prompt.index} has an empty prompt: there is nothing to continue")
         self._cache = self._cache or self._cache_kind(rows[0].prompt.ids[:1])
-        alike = (lambda row: len(row.prompt.ids)) if self._cache == "append" else (lambda row: 0)
+        mixed = self._pads and self._cache == "select"
+        alike = (lambda row: 0) if mixed else (lambda row: len(row.prompt.ids))
         for _, group in itertools.groupby(sorted(rows, key=alike), alike):
             some = list(group)
             yield from (some[at : at + self._batch_size] for at in range(0, len(some), self._batch_size))
