@@ -194,9 +194,7 @@ def test_a_hybrid_that_is_packed_is_stopped_at_the_start() -> None:
     policy.packed = True
     before = policy.flat.flat.clone()
     random = torch.get_rng_state()
-    with pytest.raises(
-        ConfigError, match=r"two sequences side by side, run by .transformers' own layers, padded: conv"
-    ):
+    with pytest.raises(ConfigError, match=r"two sequences side by side, run by .transformers.*padded: conv"):
         selfcheck.check(policy)
     assert torch.equal(policy.flat.flat, before), "bit for bit"
     assert torch.equal(torch.get_rng_state(), random)
@@ -349,7 +347,7 @@ SEEN = {
 def with_eyes(kind: str, folder: Path) -> str:
     """A saved vision-language model."""
     text, vision = SEEN[kind]
-    config = AutoConfig.for_model(kind, text_config=text, vision_config=vision)
+    config = AutoConfig.for_model(kind, text_config=text, vision_config=vision, tie_word_embeddings=False)
     AutoModelForImageTextToText.from_config(config).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return str(folder)
@@ -368,7 +366,5 @@ def test_a_vision_language_model_trains_its_text_and_says_so(kind: str, tmp_path
 
 def test_a_model_that_needs_its_eyes_is_refused_by_what_it_is(tmp_path: Path) -> None:
     name = with_eyes("qwen2_5_vl", tmp_path)
-    with pytest.raises(
-        ConfigError, match="Qwen2_5_VLForConditionalGeneration is a vision-language model, which is not"
-    ):
+    with pytest.raises(ConfigError, match="Qwen2_5_VLForConditionalGeneration is a vision-language model, which"):
         load_base(Base(name, "none", device="cpu"), torch.device("cpu"))
