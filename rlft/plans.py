@@ -24,7 +24,7 @@ def plan_of(cfg: Config, algorithm: Algorithm, policy: Policy, sampled: Sequence
     if policy.fused is not None:
         policy.fused.expect(algorithm.entropy_grad)
     if budget == "auto":
-        if sampled and cfg.packing.share_prefix and not algorithm.whole_groups:
+        if sampled and cfg.packing.share_prefix and policy.packed and not algorithm.whole_groups:
             prompt = int(statistics.median(len(p.ids) for p in sampled))
             group = Group(prompt, cfg.sampling.group_size * min(cfg.sampling.max_tokens, TYPICAL))
         budget = policy.token_budget(group)
@@ -33,7 +33,7 @@ def plan_of(cfg: Config, algorithm: Algorithm, policy: Policy, sampled: Sequence
     return PackPlan(
         keep=(), aggregation=algorithm.aggregation, budget=budget, max_len=cfg.sampling.max_tokens,
         temperature=cfg.sampling.temperature, whole_groups=algorithm.whole_groups,
-        share_prefix=cfg.packing.share_prefix,
+        share_prefix=cfg.packing.share_prefix and policy.packed,
     )  # fmt: skip
 
 

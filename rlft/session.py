@@ -27,6 +27,7 @@ from rlft.data import Prompts, digest, hold_out, load_prompts, without
 from rlft.errors import ConfigError, DataError, TrainError
 from rlft.evaluate import measures_loss
 from rlft.model_card import adapter_card
+from rlft.models import targets
 from rlft.models.allocator import segments
 from rlft.models.load import (
     attach_lora,
@@ -51,6 +52,7 @@ from rlft.rewards.score import build as build_rewards
 from rlft.rollout.engine import Engine, asleep, undeclared_end
 from rlft.rollout.replay import ReplayEngine
 from rlft.runs import Run, replace_file
+from rlft.selfcheck import check as check_path
 from rlft.tracking import Tracking
 from rlft.types import PackPlan, Prompt, State
 from rlft.validate import problems
@@ -198,7 +200,7 @@ def build(
             stack.callback(function.close)
             if function.note:
                 console.note(function.note)
-        policy = load_policy(cfg)
+        policy = load_policy(cfg, console.note)
         engine, eval_engine = _engines(cfg, policy, tokenizer, console, rows, held, bool(eval_functions))
         for line in _starting(cfg, engine, undeclared_end(tokenizer, policy.base)):
             console.note(line)
@@ -208,6 +210,7 @@ def build(
         steps = cfg.steps or prompts.steps(cfg.prompts_per_step, cfg.data.epochs or 1.0)
         fp16, views = resolve_dtype(cfg, policy.device) == torch.float16, policy.flat.parameters.values()
         with asleep(eval_engine):
+            check_path(policy)
             # What a pass may take is what is free now.
             plan = plan_of(cfg, algorithm, policy, rows if engine.SAMPLES else ())
             kept, passes = memory_plan(policy, cfg, eval_engine, plan.budget), pass_words(policy, plan.budget)
@@ -296,9 +299,9 @@ def _functions(cfg: Config, rewards: Sequence[Any] | None) -> tuple[list[RewardF
     return functions, build_rewards(cfg.eval.rewards) if cfg.eval.rewards else own
 
 
-def load_policy(cfg: Config) -> Policy:
-    """The model of a run as a policy with its starting adapter."""
-    base = load_base(cfg, resolve_device(cfg))
+def load_policy(cfg: Config, note: Callable[[str], None] = lambda _: None) -> Policy:
+    """The model of a run as a policy with its starting adapter. note: told what of its files is left out."""
+    base = load_base(cfg, resolve_device(cfg), note)
     return Policy(attach_lora(base, cfg.lora, cfg.seed))
 
 
@@ -346,6 +349,7 @@ def _title(s: Session, passes: str) -> list[str]:
         f"{len(s.prompts.rows)} prompts, {len(s.held)} held out; {s.steps} steps of {cfg.prompts_per_step} prompts "
         f"x {cfg.sampling.group_size if s.engine.SAMPLES else 'recorded'} completions",
         policy.path,
+        targets.describe(policy.model),
         *([MIXED] if policy.mixes_rows else []),
         *(line for line in (policy.rope and str(policy.rope), changed_dropout(cfg.lora)) if line),
         f"memory: {weights['bytes'] / 2**30:.2f} GiB of weights; {passes}",

@@ -37,6 +37,7 @@ MAY_IMPORT = {
     "disagreement": "types batch",
     "agreement": "types config models parity rollout",
     "parity": "types batch broken disagreement dist rollout",
+    "selfcheck": "types batch models",
     "config_file": "config resolve",
     "arguments": "",
     "flags": "config config_file algorithm",
