@@ -38,7 +38,10 @@ class Lora:
     alpha: float = 32.0
     """The update is scaled by alpha / rank (or alpha / sqrt(rank) with `rslora`)."""
     targets: tuple[str, ...] | Literal["all-linear"] = "all-linear"
-    """Linear layers that get an adapter, by the end of their name; "all-linear" is all but the head."""
+    """Linear layers of the text decoder that get an adapter, by the end of their name; "all-linear" is all of them but
+    routers and the outputs of Mamba layers, and never the head."""
+    experts: bool = True
+    """Fused experts of a mixture get an adapter too, one for each expert, where `targets` names them."""
     dropout: float = 0.0
     """Dropout on the adapter's input while it trains, on recorded completions; 0 where completions are sampled. With
     `resume_from` it replaces the saved one."""

@@ -19,11 +19,12 @@ from rlft.errors import ConfigError
 from rlft.evaluate import evaluate, measures_loss, recorded_loss
 from rlft.models.load import load_tokenizer
 from rlft.models.policy import Policy
+from rlft.plans import plan_of
 from rlft.rewards.score import build as build_rewards
 from rlft.rollout.eager import EagerEngine
 from rlft.rollout.engine import Engine
 from rlft.runs import Run
-from rlft.session import identity_of, load_policy, load_rows, plan_of
+from rlft.session import identity_of, load_policy, load_rows
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ trainer are apart. `rlft.finished` brings a run back for `rlft eval` and `rlft g
 from __future__ import annotations
 
 import contextlib
-import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +27,7 @@ from rlft.data import Prompts, digest, hold_out, load_prompts, without
 from rlft.errors import ConfigError, DataError, TrainError
 from rlft.evaluate import measures_loss
 from rlft.model_card import adapter_card
+from rlft.models import targets
 from rlft.models.allocator import segments
 from rlft.models.load import (
     attach_lora,
@@ -40,9 +40,9 @@ from rlft.models.load import (
 )
 from rlft.models.memory import weight_bytes
 from rlft.models.policy import Policy
-from rlft.models.token_budget import ALONE, Group
 from rlft.optim import Optimizer
 from rlft.pieces import Pieces
+from rlft.plans import memory_plan, pass_words, plan_of
 from rlft.reference import Reference
 from rlft.rewards.length import length
 from rlft.rewards.parts import OVERLONG
@@ -52,6 +52,7 @@ from rlft.rewards.score import build as build_rewards
 from rlft.rollout.engine import Engine, asleep, undeclared_end
 from rlft.rollout.replay import ReplayEngine
 from rlft.runs import Run, replace_file
+from rlft.selfcheck import check as check_path
 from rlft.tracking import Tracking
 from rlft.types import PackPlan, Prompt, State
 from rlft.validate import problems
@@ -194,16 +195,12 @@ def build(
         tokenizer = load_tokenizer(cfg.model)
         rows, held = load_rows(cfg, tokenizer, console.note)
         prompts = Prompts(rows, cfg.seed, cfg.data.shuffle)
-        functions = _functions(cfg, rewards)
-        # The overlong penalty is about sampling.max_tokens and the training: no part of what the evaluation measures.
-        own = [f for f in functions if f.name != OVERLONG]
-        eval_functions = build_rewards(cfg.eval.rewards) if cfg.eval.rewards else own
+        functions, eval_functions = _functions(cfg, rewards)
         for function in {id(f): f for f in [*functions, *eval_functions]}.values():
             stack.callback(function.close)
             if function.note:
                 console.note(function.note)
-        policy = load_policy(cfg)
-        policy.fix_rope(engines.longest_sequence(cfg, policy, rows, held, bool(eval_functions)))
+        policy = load_policy(cfg, console.note)
         engine, eval_engine = _engines(cfg, policy, tokenizer, console, rows, held, bool(eval_functions))
         for line in _starting(cfg, engine, undeclared_end(tokenizer, policy.base)):
             console.note(line)
@@ -211,14 +208,16 @@ def build(
             stack.callback(each.close)
         assert engine.SAMPLES or not algorithm.needs_sampler, "validate refuses this"
         steps = cfg.steps or prompts.steps(cfg.prompts_per_step, cfg.data.epochs or 1.0)
+        fp16, views = resolve_dtype(cfg, policy.device) == torch.float16, policy.flat.parameters.values()
         with asleep(eval_engine):
+            check_path(policy)
             # What a pass may take is what is free now.
             plan = plan_of(cfg, algorithm, policy, rows if engine.SAMPLES else ())
-            kept, passes = memory_plan(policy, cfg, eval_engine, plan.budget), _pass_words(policy, plan.budget)
+            kept, passes = memory_plan(policy, cfg, eval_engine, plan.budget), pass_words(policy, plan.budget)
         s = Session(
             cfg=cfg, steps=steps, algorithm=algorithm, policy=policy, engine=engine, eval_engine=eval_engine,
             reference=Reference(policy, keep=steps * cfg.prompts_per_step > len(rows) and not policy.mixes_rows),
-            optimizer=_optimizer(cfg, policy, steps), prompts=prompts,
+            optimizer=Optimizer(policy.flat.flat, cfg.optim, steps * cfg.optim.updates, fp16, views), prompts=prompts,
             held=held, held_loss=bool(held) and not engine.SAMPLES and measures_loss(rows, held), functions=functions,
             eval_functions=eval_functions, run=run, writer=writer, console=console, identity=identity_of(cfg, policy),
             plan=plan, pieces=Pieces(tokenizer), state=State(data=digest(rows)),
@@ -236,12 +235,6 @@ def build(
         console.start(_title(s, passes), steps, s.state.step, cfg.algo.name)
         s.limit = agree(cfg, policy, engine, rows, plan, console.note)
         yield s
-
-
-def _optimizer(cfg: Config, policy: Policy, steps: int) -> Optimizer:
-    fp16 = resolve_dtype(cfg, policy.device) == torch.float16
-    views = policy.flat.parameters.values()
-    return Optimizer(policy.flat.flat, cfg.optim, steps * cfg.optim.updates, fp16, views)
 
 
 def _resume(s: Session) -> None:
@@ -283,8 +276,9 @@ def load_rows(
     return rest, chosen
 
 
-def _functions(cfg: Config, rewards: Sequence[Any] | None) -> list[RewardFunction]:
-    """The reward functions of the training: the user's, and the overlong penalty where it is switched on."""
+def _functions(cfg: Config, rewards: Sequence[Any] | None) -> tuple[list[RewardFunction], list[RewardFunction]]:
+    """The reward functions of the training (the user's, and the overlong penalty where it is switched on) and those of
+    the evaluation, of which the penalty is no part: it is about sampling.max_tokens."""
     functions = build_rewards(cfg.rewards if rewards is None else rewards)
     names = [function.name for function in functions]
     if cfg.refill.by is not None and cfg.refill.by not in names:
@@ -301,12 +295,13 @@ def _functions(cfg: Config, rewards: Sequence[Any] | None) -> list[RewardFunctio
         args = {"max_tokens": longest, "buffer": max(1, round(cfg.overlong.penalty_share * longest))}
         functions.append(RewardFunction(OVERLONG, InThread(length), Reward(OVERLONG, args=args)))
         functions[-1].open()
-    return functions
+    own = [f for f in functions if f.name != OVERLONG]
+    return functions, build_rewards(cfg.eval.rewards) if cfg.eval.rewards else own
 
 
-def load_policy(cfg: Config) -> Policy:
-    """The model of a run as a policy with its starting adapter."""
-    base = load_base(cfg, resolve_device(cfg))
+def load_policy(cfg: Config, note: Callable[[str], None] = lambda _: None) -> Policy:
+    """The model of a run as a policy with its starting adapter. note: told what of its files is left out."""
+    base = load_base(cfg, resolve_device(cfg), note)
     return Policy(attach_lora(base, cfg.lora, cfg.seed))
 
 
@@ -314,49 +309,15 @@ def _engines(
     cfg: Config, policy: Policy, tokenizer: Any, console: Console, rows: list[Prompt], held: list[Prompt], scored: bool
 ) -> tuple[Engine, Engine]:
     """What the training samples with and what the evaluation does: the same, unless the training has recorded
-    completions and the evaluation samples. scored: evaluations have reward functions."""
+    completions and the evaluation samples. scored: evaluations have reward functions. Fixes the
+    policy's rotary tables first, which all share."""
+    policy.fix_rope(engines.longest_sequence(cfg, policy, rows, held, scored))
     if engines.chosen(cfg, bool(rows[0].recorded), policy.device) != "replay":
         engine = engines.start(cfg, policy, tokenizer, console, [*rows, *held])
         return engine, engine
     assert rows[0].recorded, "validate refuses this"
     engine = ReplayEngine()
     return engine, engines.start(cfg, policy, tokenizer, console, held) if scored and held else engine
-
-
-TYPICAL = 1024
-"""Tokens that completions are taken to have where they may have more."""
-
-
-def plan_of(cfg: Config, algorithm: Algorithm, policy: Policy, sampled: Sequence[Prompt] = ()) -> PackPlan:
-    """How updates are packed; `keep` is left empty. The fused layers are told how long a full micro-batch is, and
-    whether there is an entropy bonus. sampled: prompts that groups of completions are drawn for."""
-    budget, group = cfg.packing.budget, ALONE
-    if policy.fused is not None:
-        policy.fused.expect(algorithm.entropy_grad)
-    if budget == "auto":
-        if sampled and cfg.packing.share_prefix and not algorithm.whole_groups:
-            prompt = int(statistics.median(len(p.ids) for p in sampled))
-            group = Group(prompt, cfg.sampling.group_size * min(cfg.sampling.max_tokens, TYPICAL))
-        budget = policy.token_budget(group)
-    if policy.fused is not None:
-        policy.fused.full = budget
-    return PackPlan(
-        keep=(), aggregation=algorithm.aggregation, budget=budget, max_len=cfg.sampling.max_tokens,
-        temperature=cfg.sampling.temperature, whole_groups=algorithm.whole_groups,
-        share_prefix=cfg.packing.share_prefix,
-    )  # fmt: skip
-
-
-def memory_plan(policy: Policy, cfg: Config, engine: Engine, tokens: int) -> dict[str, int]:
-    """Bytes on the device of what the training keeps from step to step, of what the engine takes on top while it is
-    awake, and of a full micro-batch at its peak. tokens: of a full micro-batch."""
-    adapter = policy.flat.flat.numel() * policy.flat.flat.element_size()
-    moments = 2 * policy.flat.flat.numel() if cfg.optim.name == "adamw_8bit" else 2 * adapter
-    return {
-        "base": weight_bytes(policy.base)["bytes"], "adapter": adapter, "gradient": adapter,
-        "optimiser moments": moments, **engine.memory,
-        **({f"a micro-batch of {tokens} tokens": policy.fused.plan_for(tokens).peak} if policy.fused else {}),
-    }  # fmt: skip
 
 
 def identity_of(cfg: Config, policy: Policy) -> dict[str, str]:
@@ -367,14 +328,6 @@ def identity_of(cfg: Config, policy: Policy) -> dict[str, str]:
         "lora": f"rank {lora.rank}, alpha {lora.alpha:g}, rslora {lora.rslora}, {len(policy.adapter())} tensors",
         **({"rope": policy.rope.factors} if policy.rope is not None else {}),
     }  # fmt: skip
-
-
-def _pass_words(policy: Policy, tokens: int) -> str:
-    """How a full micro-batch runs, and what it takes."""
-    if policy.fused is None:
-        return f"micro-batches of {tokens} tokens, not planned"
-    plan = policy.fused.plan_for(tokens)
-    return f"a micro-batch of {tokens} tokens takes {plan.peak / 2**30:.2f} GiB ({plan})"
 
 
 MIXED = (
@@ -396,6 +349,7 @@ def _title(s: Session, passes: str) -> list[str]:
         f"{len(s.prompts.rows)} prompts, {len(s.held)} held out; {s.steps} steps of {cfg.prompts_per_step} prompts "
         f"x {cfg.sampling.group_size if s.engine.SAMPLES else 'recorded'} completions",
         policy.path,
+        targets.describe(policy.model),
         *([MIXED] if policy.mixes_rows else []),
         *(line for line in (policy.rope and str(policy.rope), changed_dropout(cfg.lora)) if line),
         f"memory: {weights['bytes'] / 2**30:.2f} GiB of weights; {passes}",

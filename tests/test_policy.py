@@ -88,7 +88,7 @@ def test_any_other_architecture_trains_on_transformers_own_layers(kind: str) -> 
     torch.manual_seed(0)
     base = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval().requires_grad_(False)
     policy, made = Policy(attach_lora(base, Lora(rank=4, alpha=8), 0)), rollouts(3)
-    assert policy.path == f'transformers\' own layers: no fused layer for the architecture "{kind}"'
+    assert policy.path == f'transformers\' own layers, packed: no fused layer for the architecture "{kind}"'
     policy.flat.flat.data.add_(0.05)
     got = scores(policy, made, plan(len(made), 40, True, temperature=0.7))
     for index, rollout in enumerate(made):
@@ -219,7 +219,7 @@ def test_an_adapter_of_another_base_is_refused(tmp_path) -> None:
 
 
 def test_targets_that_match_nothing_list_what_there_is() -> None:
-    with pytest.raises(ConfigError, match=r"lora.targets = \('qqq',\): matches no linear layer.*down_proj.*q_proj"):
+    with pytest.raises(ConfigError, match=r"lora.targets = \('qqq',\): qqq matches no linear layer.*down_proj.*q_proj"):
         tiny_model(lora=Lora(targets=("qqq",)))
 
 

@@ -19,7 +19,7 @@ from rlft.batch import count, pack
 from rlft.config import Algo, Config, Data, Packing, Sampling
 from rlft.models.memory import CAPTURED, GIB, choose, scratch
 from rlft.models.token_budget import ALONE, BUDGETS, Group, token_budget
-from rlft.session import plan_of
+from rlft.plans import plan_of
 from rlft.types import PackPlan, Prompt, Rollout
 
 

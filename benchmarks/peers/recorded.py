@@ -287,7 +287,7 @@ class Replayed:
 
     def _plan(self, question: dict[str, Any], prompts: list[Any]) -> None:
         """Memory, tokens per micro-batch and sharing as the question says; by default as a run has them."""
-        from rlft.session import plan_of
+        from rlft.plans import plan_of
 
         s, allowed = self.session, question.get("peak")
         tokens, share = question.get("tokens") or "auto", question.get("share", True)
@@ -332,10 +332,11 @@ def session_of(cfg: Any, rows: list[Any], policy: Any, engine: Any, tokenizer: A
     from rlft.data import Prompts
     from rlft.optim import Optimizer
     from rlft.pieces import Pieces
+    from rlft.plans import plan_of
     from rlft.reference import Reference
     from rlft.rollout.engine import asleep
     from rlft.runs import Run
-    from rlft.session import Session, plan_of
+    from rlft.session import Session
     from rlft.tracking import Tracking
 
     algorithm, run, console = build(cfg.algo, 1), Run.create(cfg.out), Console(plain=True)

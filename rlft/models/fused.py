@@ -134,8 +134,7 @@ class FusedDecoder:
             plan = self.plan_for(rows, None, copied_keys(sequences, rows) if sequences.copies else 0)
         self.ran = plan
         self.store.use(plan.store)
-        tables = self._tables(embedded, position_ids, padded_to)
-        adapter, rows = self.adapter(), embedded.shape[0]
+        tables, adapter, rows = self._tables(embedded, position_ids, padded_to), self.adapter(), embedded.shape[0]
         x = embedded
         if plan.padded:
             given = Padded.of(self.layers, embedded, tables, sequences, plan.padded)

@@ -90,7 +90,10 @@ class Bucket:
         device = like.device
         self.size = size
         self.x = like.new_zeros(rows, like.shape[1])
-        self.tables = {k: tuple(t.new_zeros(rows, t.shape[1]) for t in pair) for k, pair in tables.items()}
+        self.tables = {
+            k: (cos.new_zeros(rows, cos.shape[1]), sin.new_zeros(rows, sin.shape[1]))
+            for k, (cos, sin) in tables.items()
+        }
         self.cu_seqlens = torch.full((count + 1,), rows, dtype=torch.int32, device=device)
         self.cu_seqlens[0] = 0
         self.keys: dict[int | None, Keys] = {}

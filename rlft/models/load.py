@@ -7,10 +7,11 @@ ordinary PEFT model whose adapter is called "default"; `generate`, `save_pretrai
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -23,8 +24,10 @@ from torch import nn
 from rlft.config import Config, Lora, require
 from rlft.errors import ConfigError
 from rlft.models import quantization as quant
+from rlft.models import targets
 from rlft.models.adapter import lora_parameters
 from rlft.models.fused import fuse
+from rlft.models.kind import attention_of, causal
 from rlft.models.locate import Location, load_tokenizer, locate, not_found
 
 DEVICES = ("auto", "cpu", "cuda")
@@ -63,6 +66,10 @@ class Plan:
     """transformers' config of the model; None for a .gguf file, whose header is read with the file."""
     quantised: bool
     """True when the files are quantised already."""
+    names: dict[str, str] | None = None
+    """Patterns of names in the files -> names of the model, where transformers does not know them."""
+    note: str | None = None
+    """What of the files is not loaded."""
 
 
 def load(
@@ -111,44 +118,43 @@ def resolve_dtype(cfg: Config | Base, device: torch.device) -> torch.dtype:
 def plan_base(cfg: Config | Base, device: torch.device) -> Plan:
     """How the base will be loaded: reads its config, and no weights. Raises ConfigError for what cannot be done."""
     where, dtype = locate(cfg.model), resolve_dtype(cfg, device)
-    config = None if where.gguf else _read_config(cfg.model, where)
-    files = "none" if config is None else quant.stored(config)
+    read = None if where.gguf else _read_config(cfg.model, where)
+    config, names = (None, None) if read is None else causal(cfg.model, read)
+    files = "none" if read is None else quant.stored(read)
     kept = quant.choose(cfg.model, cfg.quantization, files, device)
     if kept != "none" and dtype == torch.float64:
         raise ConfigError(
             f'dtype = "float64" with weights in {kept}: bitsandbytes has 16 and 32 bits; set dtype = "float32", or '
             f'quantization = "none" with a plain model'
         )
-    return Plan(where, dtype, kept, config, files != "none")
+    note = None
+    if getattr(read, "vision_config", None) is not None:
+        note = f"{cfg.model}: the vision tower is left out; images are not supported yet"
+    return Plan(where, dtype, kept, config, files != "none", names, note)
 
 
 def _read_config(model: str, where: Location) -> Any:
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
+    from transformers import AutoConfig
 
     with _explained(model):
         # False: code from the hub is not run, and transformers does not stop to ask.
-        config = AutoConfig.from_pretrained(where.path, trust_remote_code=False)
-    classes: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), ())  # type: ignore[arg-type]
-    known = {made.__name__ for made in (classes if isinstance(classes, tuple) else (classes,))}
-    named = set(config.architectures or known)
-    # BERT and its like have a causal class of transformers too, and files that were not trained for it.
-    causal = bool(known & named) or any(name.endswith("ForCausalLM") for name in named)
-    if not (known and causal) or getattr(config, "is_encoder_decoder", False):
-        raise ConfigError(
-            f'model = "{model}": {", ".join(config.architectures or [type(config).__name__])} is not a causal language '
-            f"model; give one that continues text (transformers' AutoModelForCausalLM)"
-        )
-    return config
+        return AutoConfig.from_pretrained(where.path, trust_remote_code=False)
 
 
-def load_base(cfg: Config | Base, device: torch.device) -> nn.Module:
-    """The frozen model without an adapter, in evaluation mode on `device`.
+def _warn(text: str) -> None:
+    warnings.warn(f"rlft: {text}", stacklevel=3)
+
+
+def load_base(cfg: Config | Base, device: torch.device, note: Callable[[str], None] = _warn) -> nn.Module:
+    """The frozen model without an adapter, in evaluation mode on `device`. note: told what of the files is left out.
 
     Linear layers of the decoder are quantised weight by weight as they are read. Embedding and head have a multiple of
     64 rows in memory, of which the parameter is the view without the last ones (zeros).
     """
     plan = plan_base(cfg, device)
-    with _explained(cfg.model), _progress():
+    if plan.note:
+        note(plan.note)
+    with _explained(cfg.model), _progress(), _quiet(plan.note is not None):
         model = _from_gguf(cfg.model, plan, device) if plan.where.gguf else _from_files(cfg.model, plan, device)
     if plan.kept != "none":
         quant.settle(cfg.model, model, device)
@@ -174,8 +180,8 @@ def _from_files(model: str, plan: Plan, device: torch.device) -> Any:
     elif plan.kept != "none":
         options["quantization_config"] = quant.recipe(plan.kept, plan.dtype)
     loaded: Any = AutoModelForCausalLM.from_pretrained(
-        plan.where.path, config=plan.config, dtype=plan.dtype, attn_implementation="sdpa", device_map={"": device},
-        output_loading_info=True, **options,
+        plan.where.path, config=plan.config, dtype=plan.dtype, attn_implementation=attention_of(plan.config),
+        device_map={"": device}, key_mapping=plan.names, output_loading_info=True, **options,
     )  # fmt: skip
     made, told = loaded
     missing = sorted(told["missing_keys"])
@@ -239,6 +245,20 @@ def _explained(model: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def _quiet(on: bool) -> Iterator[None]:
+    """Without transformers' table of weights that are left out, where they are meant to be."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    if on:
+        logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
+@contextlib.contextmanager
 def _progress() -> Iterator[None]:
     """transformers' own bar where stderr is a terminal, and nothing where a log would fill with it."""
     from transformers.utils.logging import set_tqdm_hook
@@ -256,27 +276,18 @@ def _progress() -> Iterator[None]:
 def attach_lora(base: nn.Module, lora: Lora, seed: int) -> PeftModel:
     """The base with a LoRA adapter called "default": new (B = 0, A from `seed`) or continued from `lora.resume_from`.
 
-    Raises ConfigError when no layer matches `lora.targets` and when a continued adapter does not fit the base.
+    Raises ConfigError when a target matches no layer and when a continued adapter does not fit the base.
     """
     if lora.resume_from:
         return _continue_adapter(base, lora)
-    targets = lora.targets if isinstance(lora.targets, str) else list(lora.targets)
-    config = LoraConfig(
-        r=lora.rank, lora_alpha=lora.alpha, target_modules=targets, lora_dropout=lora.dropout,  # type: ignore[arg-type]
-        use_rslora=lora.rslora, bias="none", task_type="CAUSAL_LM",
-    )  # fmt: skip
-    try:
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            # eval: PEFT's new modules start in training mode, which would leave dropout on while sampling.
-            return get_peft_model(base, config).eval()  # type: ignore[arg-type]
-    except ValueError as error:
-        linear = sorted(
-            {name.rsplit(".", 1)[-1] for name, m in base.named_modules() if isinstance(m, nn.Linear)} - {"lm_head"}
-        )
-        raise ConfigError(
-            f"lora.targets = {lora.targets!r}: matches no linear layer of the model; it has {', '.join(linear)}"
-        ) from error
+    config = targets.resolve(base, lora)
+    wanted = copy.deepcopy(config)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        # eval: PEFT's new modules start in training mode, which would leave dropout on while sampling.
+        model = get_peft_model(base, config).eval()  # type: ignore[arg-type]
+    targets.check_attached(model, wanted)
+    return model
 
 
 def _continue_adapter(base: nn.Module, lora: Lora) -> PeftModel:

@@ -1,9 +1,8 @@
 """The policy: log-probabilities of a packed batch under the base with the adapter, and under the reference.
 
 Fused layers run the packed rows (`rlft.models.fused`), or, for an architecture without them, transformers' own decoder
-with our attention registered in its AttentionInterface, which keeps the sequences apart. Our head turns the hidden rows
-that predict a trained token into log-probs. The shift by one position happens here, through `batch.source`, and nowhere
-else.
+does: packed with our attention (`rlft.models.packed`) where nothing but attention mixes tokens, and otherwise a padded
+row per sequence (`rlft.models.padded`). Our head turns the states that predict a trained token into log-probs.
 """
 
 from __future__ import annotations
@@ -12,42 +11,23 @@ import gc
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from rlft.errors import ConfigError
-from rlft.kernels.attention import Sequences, varlen_attention
+from rlft.kernels.attention import Sequences
 from rlft.kernels.logprobs import CHUNK_BYTES, linear_logprobs
-from rlft.models import memory, rope
+from rlft.models import memory, packed, padded, rope
 from rlft.models.adapter import FlatAdapter
 from rlft.models.fused import FusedDecoder, fuse
+from rlft.models.head import head_matrix, scale_of, softcap_of, with_one
 from rlft.models.quantization import mixes_rows
+from rlft.models.structure import decoder_of, unpackable
 from rlft.models.token_budget import ALONE, BUDGETS, Group, token_budget
 from rlft.types import Batch
 from rlft.upload import upload
-
-PACKED = "rlft_packed"
-"""Our name in transformers' AttentionInterface."""
-
-
-def packed_attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float,
-    dropout: float = 0.0, sequences: Sequences | None = None, **kwargs: Any,
-) -> tuple[Tensor, None]:  # fmt: skip
-    """transformers' attention interface over our packed attention. query: [1, Hq, T, D]; returns [1, T, Hq, D]."""
-    if sequences is None:
-        raise ConfigError(
-            f"{type(module).__name__} does not hand its keyword arguments to the attention function, so its sequences "
-            f"cannot be packed: this architecture is not supported"
-        )
-    out = varlen_attention(
-        query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1), sequences, scaling,
-        window=kwargs.get("sliding_window"), softcap=kwargs.get("softcap"),
-    )  # fmt: skip
-    return out[None], None
 
 
 class Policy:
@@ -55,32 +35,30 @@ class Policy:
 
     def __init__(self, model: PeftModel, dtype: torch.dtype = torch.float32) -> None:
         """dtype: type of the adapter's master copy (fp32; fp64 in tests of exact laws)."""
-        from transformers import AttentionInterface
-
-        AttentionInterface.register(PACKED, packed_attention)
+        packed.register()
         self.model = model
         self.flat = FlatAdapter(model, dtype=dtype)
         fused = fuse(model)
         self.fused = fused if isinstance(fused, FusedDecoder) else None
         """The fused decoder; None where transformers' own layers run."""
-        self.path = "fused layers" if self.fused else f"transformers' own layers: {fused}"
-        """Which layers run, and why, for the start of a run."""
         self.base: nn.Module = model.get_base_model()
+        why = None if self.fused else unpackable(self.base)
+        self.packed = why is None
+        """Whether sequences share a row, behind a common prompt too; else each has a padded row with its prompt."""
+        own = f"padded: {why}" if why else f"packed: {fused}"
+        self.path = "fused layers" if self.fused else f"transformers' own layers, {own}"
+        """Which layers run, how and why, for the start of a run."""
         self.device = self.flat.flat.device
         self.mixes_rows = mixes_rows(self.base)
         """A row's log-probs depend on what it is packed with, so none are kept for another micro-batch."""
-        self._decoder = self.base.get_decoder()  # type: ignore[operator]
+        self._decoder = decoder_of(self.base)
         self.rope: rope.Regime | None = None
         """The longrope factors that `fix_rope` has set; None: the model has none."""
         self._same_tables = rope.limit(self._decoder)
         head: nn.Linear = self.base.get_output_embeddings()  # type: ignore[operator]
-        if head.bias is not None:
-            raise ConfigError(f"model: the head of {type(self.base).__name__} has a bias, which is not supported")
-        self._head = head.weight
+        self._head, self._bias = head_matrix(head), head.bias is not None
         text = self.base.config.get_text_config()  # type: ignore[union-attr,operator]
-        self._softcap: float | None = getattr(text, "final_logit_softcapping", None)
-        # Cohere multiplies its logits by `logit_scale`; Granite divides them by `logits_scaling`.
-        self._logit_scale = getattr(text, "logit_scale", None) or 1.0 / (getattr(text, "logits_scaling", None) or 1.0)
+        self._softcap, self._logit_scale = softcap_of(text), scale_of(text)
         self._dropouts = [m for n, m in model.named_modules() if ".lora_dropout." in n and isinstance(m, nn.Dropout)]
 
     def logprobs(self, batch: Batch, entropy_grad: bool = False) -> tuple[Tensor, Tensor]:
@@ -166,12 +144,11 @@ class Policy:
         # From the batch as it came, on the CPU where pack made it: nothing has to wait for the GPU.
         sequences = Sequences.of(batch.cu_seqlens, batch.prefix, self.device)
         trained = batch.train_mask.nonzero().squeeze(1)
-        host = (batch.input_ids, batch.position_ids, trained, batch.source[trained])
-        ids, positions, rows, sources = (upload(t, self.device) for t in host)
+        ids, rows = (upload(t, self.device) for t in (batch.input_ids, trained))
         plan = batch.plan
         if self.fused is not None and plan is None:
             plan = self.fused.plan_pass(len(ids), len(rows), sequences)
-        hidden = self._hidden(ids, positions, sequences, sources, plan)
+        hidden = self._hidden(batch, trained, ids, sequences, plan)
         chunk_bytes = CHUNK_BYTES if plan is None else plan.chunk_bytes
         workspace = None if self.fused is None else self.fused.store.scratch
         logprobs, entropy = linear_logprobs(
@@ -182,29 +159,20 @@ class Policy:
         return zeros.index_put((rows,), logprobs), zeros.index_put((rows,), entropy)
 
     def _hidden(
-        self, ids: Tensor, positions: Tensor, sequences: Sequences, rows: Tensor, plan: memory.Plan | None
+        self, batch: Batch, trained: Tensor, ids: Tensor, sequences: Sequences, plan: memory.Plan | None
     ) -> Tensor:
-        """The head's input at `rows`."""
-        if self.fused is not None:
-            embedded = self._decoder.get_input_embeddings()(ids)
-            hidden = self.fused.hidden(embedded, positions, sequences, self.flat.gradients, plan)
-            # A norm is of one row: only the rows that are asked for need it.
-            return self.fused.final_norm(hidden[rows])
-        with self._packed():
-            return self._decoder(
-                input_ids=ids[None], position_ids=positions[None], use_cache=False, sequences=sequences
-            ).last_hidden_state[0][rows]  # fmt: skip
-
-    @contextmanager
-    def _packed(self) -> Iterator[None]:
-        """Our attention for the span of one packed forward; `generate` and everybody else keep transformers' own."""
-        config = self.base.config
-        before = config._attn_implementation  # type: ignore[union-attr]
-        config._attn_implementation = PACKED  # type: ignore[union-attr]
-        try:
-            yield
-        finally:
-            config._attn_implementation = before  # type: ignore[union-attr]
+        """The head's input [N, H] where each of `trained` is predicted. batch, trained: in host memory."""
+        if not self.packed:
+            states = padded.Rows.of(batch, trained, self.device).hidden(self._decoder).to(self._head.dtype)
+            return with_one(states, self._head.shape[1]) if self._bias else states
+        positions, rows = (upload(t, self.device) for t in (batch.position_ids, batch.source[trained]))
+        if self.fused is None:
+            states = packed.hidden(self._decoder, ids, positions, sequences, rows)
+            return with_one(states, self._head.shape[1]) if self._bias else states
+        embedded = self._decoder.get_input_embeddings()(ids)
+        hidden = self.fused.hidden(embedded, positions, sequences, self.flat.gradients, plan)
+        # A norm is of one row: only the rows that are asked for need it.
+        return self.fused.final_norm(hidden[rows])
 
     @contextmanager
     def _reference(self) -> Iterator[None]:

@@ -2,7 +2,9 @@
 
 The base weights are the trainer's; the adapter is a second PEFT adapter ("engine") with its own tensors, filled by
 `load_adapter` and switched to for the span of `generate`. Each prompt is prefilled once and its cache repeated for the
-G completions; rows that end leave the batch.
+G completions; rows that end leave the batch. A cache that cannot be repeated (a recurrent state has no such operation)
+is filled by the G rows themselves, and ended rows stay until all have ended; a model without a cache that transformers
+hands out runs whole rows for every token. Prompts of unlike lengths share a batch where padding is known to be safe.
 
 Every rollout has a random stream of its own: one uniform number per token, turned into a token through the cumulative
 distribution. So a completion depends on its seed and not on what else is in the batch (up to the rounding of matrix
@@ -12,6 +14,7 @@ products of another size).
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,6 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 
 from rlft.config import Sampling
 from rlft.errors import EngineError
@@ -47,6 +51,10 @@ class _Row:
     text: str | None = None
     """Up to a stop string; None: all of it."""
 
+    def live(self, sampling: Sampling) -> bool:
+        """True while it goes on."""
+        return not self.finished and len(self.ids) < sampling.max_tokens
+
 
 class EagerEngine:
     """Samples on the policy's modules with its own copy of the adapter."""
@@ -67,6 +75,10 @@ class EagerEngine:
         self._eos = eos_ids(tokenizer, self._model.get_base_model())
         self._version: int | None = None
         self._digest = ""
+        # What is padded on the left may attend to nothing, which some attentions turn into nan.
+        self._pads = policy.packed
+        self._cache: str | None = None
+        """What its cache can do, when that is known: "select" rows, only "append" to them, or "none" there is."""
 
     @property
     def memory(self) -> dict[str, int]:
@@ -86,10 +98,13 @@ class EagerEngine:
                 uniforms = np.random.Generator(np.random.PCG64(own)).random(sampling.max_tokens)
                 rows.append(_Row(prompt, slot, sample, own, uniforms))
         with self._switched(), torch.inference_mode():
-            for start in range(0, len(rows), self._batch_size):
-                self._complete(rows[start : start + self._batch_size], sampling, stops)
+            done = 0
+            for batch in self._batches(rows):
+                complete = self._rerun if self._cache == "none" else self._complete
+                complete(batch, sampling, stops)
+                done += len(batch)
                 if self._progress is not None:
-                    self._progress(min(start + self._batch_size, len(rows)), len(rows))
+                    self._progress(done, len(rows))
         return [self._rollout(row) for row in rows]
 
     def load_adapter(self, named_tensors: Mapping[str, Tensor], version: int) -> None:
@@ -131,45 +146,91 @@ class EagerEngine:
         finally:
             self._model.set_adapter("default")
 
+    def _batches(self, rows: list[_Row]) -> Iterator[list[_Row]]:
+        """Rows that are decoded together: neighbours; of equally long prompts, unless they may be padded."""
+        for row in rows:
+            if not row.prompt.ids:
+                raise EngineError(f"row {row.prompt.index} has an empty prompt: there is nothing to continue")
+        self._cache = self._cache or self._cache_kind(rows[0].prompt.ids[:1])
+        mixed = self._pads and self._cache == "select"
+        alike = (lambda row: 0) if mixed else (lambda row: len(row.prompt.ids))
+        for _, group in itertools.groupby(sorted(rows, key=alike), alike):
+            some = list(group)
+            yield from (some[at : at + self._batch_size] for at in range(0, len(some), self._batch_size))
+
+    def _cache_kind(self, ids: Sequence[int]) -> str:
+        """What can be done with the cache that the model makes of a few ids."""
+        out = self._model(input_ids=torch.tensor([ids], device=self._device), use_cache=True)
+        cache = getattr(out, "past_key_values", None)
+        if cache is None:
+            return "none"
+        # Sub-classes and layers with a state of their own inherit an operation that does not know of it.
+        plain = type(cache) is DynamicCache and not any(hasattr(c, "update_conv_state") for c in cache.layers)
+        return "select" if plain and all(hasattr(c, "batch_select_indices") for c in cache.layers) else "append"
+
     def _complete(self, rows: list[_Row], sampling: Sampling, stops: set[int]) -> None:
         """Fill `ids` and `logprobs` of the rows, decoding all of them together. Rows of one prompt are neighbours."""
-        heads = [i for i, row in enumerate(rows) if i == 0 or rows[i - 1].slot != row.slot]
+        select = self._cache == "select"
+        heads = [i for i, row in enumerate(rows) if i == 0 or rows[i - 1].slot != row.slot or not select]
         longest = max(len(rows[i].prompt.ids) for i in heads)
         ids = torch.zeros(len(heads), longest, dtype=torch.long)
         mask = torch.zeros(len(heads), longest, dtype=torch.long)
         for line, i in enumerate(heads):
             prompt = rows[i].prompt.ids
-            if not prompt:
-                raise EngineError(f"row {rows[i].prompt.index} has an empty prompt: there is nothing to continue")
             # Left padding: all rows then write their next token into the same column of the cache.
             ids[line, longest - len(prompt) :] = torch.tensor(prompt)
             mask[line, longest - len(prompt) :] = 1
         positions = (mask.cumsum(1) - 1).clamp(min=0)
-        out = self._model(
-            input_ids=ids.to(self._device), attention_mask=mask.to(self._device),
-            position_ids=positions.to(self._device), use_cache=True, logits_to_keep=1,
-        )  # fmt: skip
-        line_of = torch.tensor([sum(h <= i for h in heads) - 1 for i in range(len(rows))])
-        cache, logits = out.past_key_values, out.logits[:, -1][line_of.to(self._device)]
-        cache.batch_select_indices(line_of.to(self._device))
-        mask, positions, live = mask[line_of], positions[line_of, -1], rows
+        out = self._step(ids, mask, positions, None)
+        cache, logits = out.past_key_values, out.logits[:, -1]
+        if select:
+            line_of = torch.tensor([sum(h <= i for h in heads) - 1 for i in range(len(rows))])
+            logits = logits[line_of.to(self._device)]
+            cache.batch_select_indices(line_of.to(self._device))
+            mask, positions = mask[line_of], positions[line_of]
+        positions, live = positions[:, -1], rows
         while True:
-            tokens = self._draw(logits, live, sampling)
-            for row, token in zip(live, tokens.tolist(), strict=True):
-                row.finished = token in stops or self._stopped(row, sampling.stop)
-            keep = [i for i, row in enumerate(live) if not row.finished and len(row.ids) < sampling.max_tokens]
+            # Rows that have ended and stay are given a token, so that the batch keeps its shape; they record nothing.
+            tokens = self._advance(logits, live, sampling, stops)
+            keep = [i for i, row in enumerate(live) if row.live(sampling)]
             if not keep:
                 return
-            if len(keep) < len(live):
+            if select and len(keep) < len(live):
                 kept = torch.tensor(keep)
                 live, mask, positions, tokens = [live[i] for i in keep], mask[kept], positions[kept], tokens[kept]
                 cache.batch_select_indices(kept.to(self._device))
             mask = torch.cat([mask, torch.ones(len(live), 1, dtype=torch.long)], dim=1)
             positions = positions + 1
-            logits = self._model(
-                input_ids=tokens[:, None].to(self._device), attention_mask=mask.to(self._device),
-                position_ids=positions[:, None].to(self._device), past_key_values=cache, use_cache=True,
-            ).logits[:, -1]  # fmt: skip
+            logits = self._step(tokens[:, None], mask, positions[:, None], cache).logits[:, -1]
+
+    def _step(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: Any) -> Any:
+        """The model's output for the next columns of the rows. All but the cache in host memory."""
+        return self._model(
+            input_ids=ids.to(self._device), attention_mask=mask.to(self._device),
+            position_ids=positions.to(self._device), past_key_values=cache, use_cache=True, logits_to_keep=1,
+        )  # fmt: skip
+
+    def _rerun(self, rows: list[_Row], sampling: Sampling, stops: set[int]) -> None:
+        """Fill `ids` and `logprobs` of the rows without a cache: each token runs whole rows, padded on the right."""
+        live = rows
+        while live:
+            ended = torch.tensor([len(row.prompt.ids) + len(row.ids) for row in live]) - 1
+            ids = torch.zeros(len(live), int(ended.max()) + 1, dtype=torch.long)
+            for line, row in enumerate(live):
+                ids[line, : ended[line] + 1] = torch.tensor([*row.prompt.ids, *row.ids])
+            logits = self._model(input_ids=ids.to(self._device), use_cache=False).logits
+            self._advance(logits[torch.arange(len(live)), ended], live, sampling, stops)
+            live = [row for row in live if row.live(sampling)]
+
+    def _advance(self, logits: Tensor, rows: list[_Row], sampling: Sampling, stops: set[int]) -> Tensor:
+        """Draw the next token of each row that goes on, and see whether it ends there; 0 for the others."""
+        on = [i for i, row in enumerate(rows) if row.live(sampling)]
+        tokens = torch.zeros(len(rows), dtype=torch.long)
+        going = [rows[i] for i in on]
+        tokens[on] = self._draw(logits if len(on) == len(rows) else logits[on], going, sampling)
+        for row, token in zip(going, tokens[on].tolist(), strict=True):
+            row.finished = token in stops or self._stopped(row, sampling.stop)
+        return tokens
 
     def _draw(self, logits: Tensor, rows: list[_Row], sampling: Sampling) -> Tensor:
         """Draw the next token of each row, append it with its log-prob, and return the tokens [rows] on the CPU.
