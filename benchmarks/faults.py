@@ -22,6 +22,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -114,20 +115,34 @@ def outcome(stack: str, fault: str, limit: float, before: str = "") -> dict[str,
 UNITS = {"stopped_at_step": "step", "finished": "steps", "hung": "s", "crashed": "exit code", "not_injected": ""}
 
 
-def measured(stacks: list[str], faults: list[str], limit: float, unsloth: str) -> Rows:
+def measured(stacks: list[str], faults: list[str], limit: float, unsloth: str, jobs: int) -> Rows:
     """A row for each fault and stack; what a stack warns of in the run without a fault too is left out."""
+    asked = [(stack, fault) for stack in stacks for fault in dict.fromkeys([CONTROL, *faults])]
+
+    def ask(stack: str, fault: str) -> dict[str, Any]:
+        found = outcome(stack, fault, limit, unsloth if stack == "unsloth" else "")
+        print(fault, stack, found["metric"], found["value"], found["note"], flush=True)
+        return found
+
+    with ThreadPoolExecutor(jobs) as pool:
+        outcomes = dict(zip(asked, pool.map(lambda a: ask(*a), asked), strict=True))
     rows: Rows = []
-    for stack in stacks:
-        usual: set[str] = set()
-        for fault in [CONTROL, *(f for f in faults if f != CONTROL)]:
-            found = outcome(stack, fault, limit, unsloth if stack == "unsloth" else "")
-            warned = found.get("warned", [])
-            usual |= set(warned) if fault == CONTROL else set()
-            said = "".join(f"; WARNED: {text}" for text in warned if text not in usual)
-            rows.append(row(fault, stack, found["metric"], float(found["value"]), UNITS[found["metric"]],
-                            found["note"] + said))  # fmt: skip
-            print(fault, stack, found["metric"], found["value"], found["note"], flush=True)
+    for (stack, fault), found in outcomes.items():
+        usual = outcomes[stack, CONTROL].get("warned", []) if fault != CONTROL else []
+        warned = "".join(f"; WARNED: {text}" for text in found.get("warned", []) if text not in usual)
+        metric, note = found["metric"], found["note"] + warned
+        rows.append(row(fault, stack, metric, float(found["value"]), UNITS[metric], note))
     return rows
+
+
+def onto(path: Path, rows: Rows) -> Rows:
+    """The rows of a results file that were not run again, with their commit, and these."""
+    old = json.loads(path.read_text())
+    again = {(r["work"], r["stack"]) for r in rows}
+    kept = [r for r in old["rows"] if (r["work"], r["stack"]) not in again]
+    for r in kept:
+        r["note"] += "" if "; at commit " in r["note"] else f"; at commit {old['commit']}"
+    return kept + rows
 
 
 # ---- the table -------------------------------------------------------------------------------------------------------
@@ -142,7 +157,7 @@ def newest(folder: Path) -> list[Path]:
 def known(paths: list[Path]) -> dict[tuple[str, str], dict[str, Any]]:
     """(fault, stack) -> its row; that of a GPU where both have one."""
     rows = [r for path in paths for r in json.loads(path.read_text())["rows"]]
-    return {(r["work"], r["stack"]): r for r in rows if r["metric"] != "not_injected" or r["note"]}
+    return {(r["work"], r["stack"]): r for r in rows}
 
 
 def cell(found: dict[str, Any] | None) -> str:
@@ -151,8 +166,8 @@ def cell(found: dict[str, Any] | None) -> str:
         return "not run yet"
     note, value = found["note"].split(";")[0], int(found["value"])
     if found["metric"] == "finished":
-        rest = found["note"].split(";")[1].strip().split(", losses")[0]
-        return f"{note}: {rest}"
+        warns = ", warns" if "; WARNED: " in found["note"] else ""
+        return f"{note}: {found['note'].split(';')[1].strip()}{warns}"
     if found["metric"] == "stopped_at_step":
         where = f"at step {value}" if value else "before step 1"
         return f"**stops** {where}: {note.split(':')[0]}"
@@ -176,8 +191,10 @@ def main() -> None:
     parser.add_argument("--stacks", nargs="+", choices=STACKS, default=["rlft", "trl"])
     parser.add_argument("--faults", nargs="+", choices=list(FAULTS), default=list(FAULTS))
     parser.add_argument("--limit", type=float, default=LIMIT, help="seconds of one fault")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--unsloth", default="", help="paths put before PYTHONPATH for Unsloth")
     parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--onto", type=Path, help="a results file whose other rows are kept")
     parser.add_argument("--commit")
     parser.add_argument("--table", action="store_true")
     parser.add_argument("--one", nargs=3, metavar=("STACK", "FAULT", "ANSWER"), help=argparse.SUPPRESS)
@@ -187,7 +204,9 @@ def main() -> None:
     elif args.table:
         print(table(args.out))
     else:
-        print(write("faults", measured(args.stacks, args.faults, args.limit, args.unsloth), args.out, args.commit))
+        rows = measured(args.stacks, args.faults, args.limit, args.unsloth, args.jobs)
+        rows = onto(args.onto, rows) if args.onto else rows
+        print(write("faults", rows, args.out, args.commit))
 
 
 if __name__ == "__main__":

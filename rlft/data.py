@@ -200,11 +200,11 @@ def _prompt(row: dict[str, Any], index: int, data: Data, tokenizer: Any) -> Prom
 
 
 def _encoded(text: str, tokenizer: Any) -> tuple[int, ...]:
-    """The ids of a text that no template renders, with what the tokenizer adds. Raises DataError where BOS is doubled."""
+    """Token ids of a text outside of a chat template. Raises DataError where the tokenizer adds a second BOS."""
     ids = tuple(tokenizer.encode(text))
     if _two_bos(ids, tokenizer):
         raise DataError(
-            f"the text begins with two BOS tokens, of which the tokenizer adds one; remove {tokenizer.bos_token} from it"
+            f"the text begins with two BOS tokens, since the tokenizer adds one; remove {tokenizer.bos_token} from it"
         )
     return ids
 

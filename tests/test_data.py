@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from tiny import tiny_tokenizer
+from tokenizers.processors import TemplateProcessing
 
 from rlft.config import Data
 from rlft.data import Prompts, check_rows, encode_prompt, hold_out, load_prompts
@@ -89,6 +90,20 @@ def test_two_bos_are_an_error() -> None:
     tokenizer.chat_template = "<pad><pad>" + tokenizer.chat_template
     with pytest.raises(DataError, match="two BOS"):
         one({"prompt": "hi"}, tokenizer)
+
+
+@pytest.mark.parametrize("row", [{"prompt": "<pad>hi"}, {"prompt": "<pad>hi", "completion": "a"}, {"text": "<pad>hi"}])
+def test_a_plain_text_with_the_bos_that_the_tokenizer_adds_is_an_error(row: dict[str, str]) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.bos_token, tokenizer.chat_template = "<pad>", None
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(  # type: ignore[assignment]
+        single="<pad> $A", special_tokens=[("<pad>", 0)]
+    )
+    with pytest.raises(DataError, match="row 0: the text begins with two BOS tokens, since the tokenizer adds one"):
+        one(row, tokenizer)
+    plain = one({name: value.removeprefix("<pad>") for name, value in row.items()}, tokenizer)
+    ids = plain.ids or plain.recorded[0].ids
+    assert ids[0] == 0 and ids[1] != 0
 
 
 def test_a_prompt_that_ends_with_the_assistant_is_an_error() -> None:

@@ -212,11 +212,17 @@ def no_sinks(model: nn.Module) -> Any:
     return holding({p: torch.full_like(p, -1e4) for p in sinks})
 
 
+def lora_layers(model: nn.Module, adapter: str) -> list[LoraLayer]:
+    """PEFT's layers that have this adapter; at least one."""
+    layers = [m for m in model.modules() if isinstance(m, LoraLayer) and adapter in m.scaling]
+    assert layers, adapter
+    return layers
+
+
 @contextmanager
 def scaled_twice(model: nn.Module, adapter: str) -> Iterator[None]:
     """alpha / rank of the adapter applied twice."""
-    layers = [m for m in model.modules() if isinstance(m, LoraLayer) and adapter in m.scaling]
-    assert layers, adapter
+    layers = lora_layers(model, adapter)
     for layer in layers:
         layer.scaling[adapter] **= 2
     try:

@@ -19,10 +19,10 @@ from material import (
     Outcome,
     finite,
     home,
+    lora_layers,
     no_sinks,
     raise_ours,
     rendered_twice,
-    scaled_twice,
     short,
     with_nan_weight,
     with_two_bos,
@@ -74,7 +74,7 @@ def run(cfg: Config, inject: Inject | None = None, right: Callable[[Session, Val
             return Outcome("finished", s.state.step, f"trains on; {said}")
     except (RlftError, RuntimeError, AssertionError, ValueError) as error:
         raise_ours(error)
-        step = started[0].state.step + 1 if started else 0
+        step = len(values) + 1 if started else 0
         code = error.exit_code if isinstance(error, RlftError) else 1
         return Outcome("stopped_at_step", step, f"{short(error)}; exit code {code}")
 
@@ -102,15 +102,15 @@ def sampling_within(enter: Callable[[Session], Any]) -> Inject:
     return inject
 
 
-def sampled(change: Callable[[list[Rollout]], list[Rollout]]) -> Inject:
-    """The rollouts of every step from `AT` on are changed."""
+def sampled(change: Callable[[list[Rollout]], list[Rollout]], since: int = AT) -> Inject:
+    """The rollouts of every step from `since` on are changed."""
 
     def inject(s: Session) -> None:
         generate = s.engine.generate
 
         def wrapped(prompts: Sequence[Prompt], sampling: Sampling, seed: tuple[int, ...]) -> list[Rollout]:
             rollouts = generate(prompts, sampling, seed)
-            return change(rollouts) if now(s) >= AT else rollouts
+            return change(rollouts) if now(s) >= since else rollouts
 
         s.engine.generate = wrapped  # type: ignore[method-assign]
 
@@ -146,8 +146,9 @@ def temperature(s: Session) -> None:
 
 
 def scale(s: Session) -> None:
-    """alpha / rank twice in the engine's adapter, from the start; the block is never left."""
-    scaled_twice(s.policy.model, SLOT).__enter__()
+    """alpha / rank twice in the engine's adapter, from the start."""
+    for layer in lora_layers(s.policy.model, SLOT):
+        layer.scaling[SLOT] **= 2
 
 
 def few_off(rollouts: list[Rollout]) -> list[Rollout]:
@@ -240,7 +241,7 @@ def early_update(s: Session) -> None:
     grad = s.policy.flat.flat.grad
     assert grad is not None
     grad.fill_(1.0)
-    s.optimizer._adam.step()
+    s.optimizer.step(s.state.updates, 0)
     grad.zero_()
 
 
@@ -336,6 +337,6 @@ RUNS: dict[str, Callable[[Path], Outcome]] = {
     "infinite_reward": lambda f: run(config(home(f), reward="infinite")),
     "reward_hangs": lambda f: run(config(home(f), reward="hangs")),
     "reward_dies": lambda f: run(config(home(f), reward="dies")),
-    "empty_completions": lambda f: run(config(home(f)), sampled(emptied)),
+    "empty_completions": lambda f: run(config(home(f)), sampled(emptied, since=1)),
 }
 """Fault -> its run in a folder."""

@@ -15,6 +15,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -176,10 +177,17 @@ def run(make: Callable[[], Any], inject: Callable[[Any], None] | None = None,
 
 
 def state(trainer: Any) -> str:
-    """Losses that were logged, and whether the adapter is finite."""
+    """Whether the adapter is finite, and the losses that were logged."""
     losses = [f"{row['loss']:.4g}" for row in trainer.state.log_history if "loss" in row]
-    where = "adapter finite" if finite(trainer.model) else "adapter NOT finite"
-    return f"{where}, losses logged {' '.join(losses)}"
+    where = "adapter finite" if finite(trainer.model) else f"adapter NOT finite, loss logged as {losses[-1]}"
+    return f"{where}; losses logged {' '.join(losses)}"
+
+
+def rewarded(trainer: Any) -> str:
+    """What was logged of the rewards in the step of the fault."""
+    values = trainer.state.log_history[AT - 1]
+    equal = values.get("frac_reward_zero_std", float("nan"))
+    return f"reward logged as {values['reward']:.3g} and {equal:.0%} of groups as equal in step {AT}, {state(trainer)}"
 
 
 # ---- a sampler of one's own ----------------------------------------------------------------------------------------
@@ -203,7 +211,7 @@ class Sampler:
         device = next(model.parameters()).device
         prompt_ids = [tokenizer(prompt)["input_ids"] for prompt in prompts]
         faulty = trainer.state.global_step + 1 >= AT
-        if self.empty and faulty:
+        if self.empty:
             return {"prompt_ids": prompt_ids, "completion_ids": [[] for _ in prompts], "logprobs": [[]] * len(prompts)}
         training = model.training
         model.eval()
@@ -304,6 +312,17 @@ def early_update(trainer: Any, loss: Tensor) -> Tensor:
     return loss
 
 
+def updated(folder: Path) -> Outcome:
+    """With gradient checkpointing, TRL's default, and without."""
+    home(folder)
+    default = run(
+        lambda: grpo(folder), changed_loss(early_update), lambda t: f"gradients of another adapter, {state(t)}"
+    )
+    plain = run(lambda: grpo(folder, gradient_checkpointing=False), changed_loss(early_update))
+    note = f"{default.note}; without gradient checkpointing: {plain.metric} {plain.value:g}: {plain.note}"
+    return replace(default, note=note)
+
+
 def packed_hybrid(folder: Path) -> Outcome:
     """`packing=True` of SFT; its first batch's log-probs beside those of each sequence alone."""
     home(folder, "lfm2")
@@ -384,7 +403,7 @@ RUNS: dict[str, Callable[[Path], Outcome]] = {
     "packed_sinks": sinks_dropped,
     "recorded_temperature": absent("cannot happen: SFT has no temperature"),
     "dropout": dropout,
-    "update_before_backward": lambda f: run(lambda: grpo(home(f)), changed_loss(early_update)),
+    "update_before_backward": updated,
     "buffer_left": absent("cannot happen: it has no buffer of the adapter"),
     "other_tile": absent("cannot happen: one kernel for both"),
     "nan_adapter": lambda f: run(lambda: grpo(home(f)), nan_adapter),
@@ -394,9 +413,9 @@ RUNS: dict[str, Callable[[Path], Outcome]] = {
         lambda: grpo(home(f), per_device_train_batch_size=PROMPTS * GROUP // 2, gradient_accumulation_steps=2),
         changed_loss(lambda _, loss: loss * float("nan")),
     ),
-    "nan_rewards": lambda f: run(lambda: grpo(home(f), reward="nan")),
+    "nan_rewards": lambda f: run(lambda: grpo(home(f), reward="nan"), said=rewarded),
     "reward_raises": lambda f: run(lambda: grpo(home(f), reward="raises")),
-    "infinite_reward": lambda f: run(lambda: grpo(home(f), reward="infinite")),
+    "infinite_reward": lambda f: run(lambda: grpo(home(f), reward="infinite"), said=rewarded),
     "reward_hangs": lambda f: run(lambda: grpo(home(f), reward="hangs")),
     "reward_dies": lambda f: run(lambda: grpo(home(f), reward="dies")),
     "empty_completions": lambda f: sampled(home(f), empty=True),
