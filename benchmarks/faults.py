@@ -29,12 +29,12 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parent / "injected"))
 
-from results_file import RESULTS, write
+from results_file import RESULTS, commit_now, write
 from timing import row
 
 HERE = Path(__file__).parent
 Rows = list[dict[str, Any]]
-LIMIT = 120.0
+LIMIT = 300.0
 """Seconds of one fault, imports included."""
 CONTROL = "none"
 """The run without a fault."""
@@ -135,12 +135,12 @@ def measured(stacks: list[str], faults: list[str], limit: float, unsloth: str, j
     return rows
 
 
-def onto(path: Path, rows: Rows) -> Rows:
-    """The rows of a results file that were not run again, with their commit, and these."""
+def onto(path: Path, rows: Rows, commit: str) -> Rows:
+    """The rows of a results file that were not run again, with their commit where it is another one, and these."""
     old = json.loads(path.read_text())
     again = {(r["work"], r["stack"]) for r in rows}
     kept = [r for r in old["rows"] if (r["work"], r["stack"]) not in again]
-    for r in kept:
+    for r in kept if old["commit"] != commit else ():
         r["note"] += "" if "; at commit " in r["note"] else f"; at commit {old['commit']}"
     return kept + rows
 
@@ -166,8 +166,7 @@ def cell(found: dict[str, Any] | None) -> str:
         return "not run yet"
     note, value = found["note"].split(";")[0], int(found["value"])
     if found["metric"] == "finished":
-        warns = ", warns" if "; WARNED: " in found["note"] else ""
-        return f"{note}: {found['note'].split(';')[1].strip()}{warns}"
+        return f"{note}: {found['note'].split(';')[1].strip().removesuffix(', adapter finite')}"
     if found["metric"] == "stopped_at_step":
         where = f"at step {value}" if value else "before step 1"
         return f"**stops** {where}: {note.split(':')[0]}"
@@ -205,7 +204,7 @@ def main() -> None:
         print(table(args.out))
     else:
         rows = measured(args.stacks, args.faults, args.limit, args.unsloth, args.jobs)
-        rows = onto(args.onto, rows) if args.onto else rows
+        rows = onto(args.onto, rows, args.commit or commit_now()) if args.onto else rows
         print(write("faults", rows, args.out, args.commit))
 
 

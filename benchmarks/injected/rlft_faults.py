@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -30,7 +31,7 @@ from material import (
 )
 from torch import Tensor
 
-from rlft.config import Algo, Config, Data, Lora, Optim, Packing, Reward, Sampling
+from rlft.config import Algo, Config, Data, Engine, Lora, Optim, Packing, Reward, Sampling
 from rlft.errors import RlftError
 from rlft.out_of_memory import what_to_lower
 from rlft.rollout.eager import SLOT
@@ -43,14 +44,13 @@ Values = list[Mapping[str, float]]
 
 
 def config(folder: Path, recorded: bool = False, reward: str = "digits", **changes: Any) -> Config:
-    """A run of GRPO, or of SFT on recorded completions."""
+    """A run of GRPO with the eager engine, or of SFT on recorded completions, in fp32 on a GPU too."""
     base = Config(
         model=str(folder / "model"), data=Data(str(folder / ("recorded.jsonl" if recorded else "prompts.jsonl"))),
         out=str(folder / "run"), steps=STEPS, prompts_per_step=PROMPTS, lora=Lora(rank=4, alpha=16),
-        sampling=Sampling(group_size=GROUP, max_tokens=TOKENS), optim=Optim(lr=LR), device="cpu",
+        sampling=Sampling(group_size=GROUP, max_tokens=TOKENS), optim=Optim(lr=LR),
+        engine=Engine("replay" if recorded else "eager"), quantization="none", dtype="float32",
     )  # fmt: skip
-    if torch.cuda.is_available():
-        base = replace(base, device="cuda")
     if recorded:
         base = replace(base, algo=Algo("sft"))
     else:
@@ -66,15 +66,17 @@ def run(cfg: Config, inject: Inject | None = None, right: Callable[[Session, Val
     try:
         with what_to_lower(cfg) as sessions, build(cfg, callbacks=[lambda _, v: values.append(v)]) as s:
             sessions.append(s)
-            started.append(s)
             if inject is not None:
                 inject(s)
+            started.append(s)
             loop(s)
             said = right(s, values) if right else "adapter finite" if finite(s.policy.model) else "adapter NOT finite"
             return Outcome("finished", s.state.step, f"trains on; {said}")
     except (RlftError, RuntimeError, AssertionError, ValueError) as error:
         raise_ours(error)
-        step = len(values) + 1 if started else 0
+        # What looks at a whole step does so after it was logged.
+        looked = any(f.name in ("check_step", "check_end") for f in traceback.extract_tb(error.__traceback__))
+        step = len(values) + (not looked) if started else 0
         code = error.exit_code if isinstance(error, RlftError) else 1
         return Outcome("stopped_at_step", step, f"{short(error)}; exit code {code}")
 

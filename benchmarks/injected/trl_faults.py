@@ -74,9 +74,10 @@ def model_of(folder: Path, kind: str, dropout: float = 0.0) -> dict[str, Any]:
 
 
 def loading(kind: str) -> dict[str, Any]:
-    """`model_init_kwargs` of a trainer that loads a path."""
-    own = {"dtype": "float32", "attn_implementation": ATTENTION.get(kind, "sdpa")}
-    return {} if UNSLOTH else {"model_init_kwargs": own}
+    """Settings of a trainer by where its model comes from: it loads a path in fp32, and Unsloth has loaded bf16."""
+    if UNSLOTH:
+        return {"bf16": True}
+    return {"model_init_kwargs": {"dtype": "float32", "attn_implementation": ATTENTION.get(kind, "sdpa")}}
 
 
 def rewards_of(folder: Path, name: str) -> Callable[..., Any]:
@@ -272,7 +273,8 @@ def packed_hybrid(folder: Path) -> Outcome:
 def sinks_dropped(folder: Path) -> Outcome:
     """gpt_oss with an attention that has no sinks, as one asks for it."""
     home(folder, "gpt_oss")
-    return run(lambda: sft(folder, "gpt_oss", model_init_kwargs={"dtype": "float32", "attn_implementation": "sdpa"}))
+    asked = {} if UNSLOTH else {"model_init_kwargs": {"dtype": "float32", "attn_implementation": "sdpa"}}
+    return run(lambda: sft(folder, "gpt_oss", **asked))
 
 
 def dropout(folder: Path) -> Outcome:

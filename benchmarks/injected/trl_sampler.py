@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
@@ -34,20 +35,25 @@ class Sampler:
         training = model.training
         model.eval()
         completions, logprobs, differences = [], [], []
-        for ids in prompt_ids:
-            row = torch.tensor([ids], device=device)
+        for ids, same in itertools.groupby(prompt_ids):
+            rows = torch.tensor([ids for _ in same], device=device)
             with self.spoiled(trainer):
                 out = model.generate(
-                    input_ids=row, attention_mask=torch.ones_like(row), do_sample=True, temperature=self.temperature,
+                    input_ids=rows, attention_mask=torch.ones_like(rows), do_sample=True, temperature=self.temperature,
                     top_k=0, top_p=1.0, max_new_tokens=TOKENS, return_dict_in_generate=True, output_scores=True,
                 )  # fmt: skip
-            tokens = out.sequences[0, len(ids) :]
-            drawn = torch.stack([s[0].float().log_softmax(-1)[t] for s, t in zip(out.scores, tokens, strict=True)])
-            if self.off and faulty and not completions:
-                drawn = drawn - self.off
-            differences.append((drawn - alone(model, out.sequences[0])[len(ids) - 1 :]).abs())
-            completions.append(tokens.tolist())
-            logprobs.append(drawn.tolist())
+            log_p = torch.stack(out.scores, 1).float().log_softmax(-1)
+            for sequence, own in zip(out.sequences, log_p, strict=True):
+                tokens = sequence[len(ids) :]
+                ends = (tokens == tokenizer.eos_token_id).nonzero().flatten().tolist()
+                tokens = tokens[: ends[0] + 1] if ends else tokens
+                drawn = own[: len(tokens)].gather(1, tokens[:, None]).squeeze(1)
+                if self.off and faulty and not completions:
+                    drawn = drawn - self.off
+                trained = alone(model, sequence[: len(ids) + len(tokens)])[len(ids) - 1 :]
+                differences.append((drawn - trained).abs())
+                completions.append(tokens.tolist())
+                logprobs.append(drawn.tolist())
         model.train(training)
         self.apart.append(float(torch.cat(differences).mean()))
         return {"prompt_ids": prompt_ids, "completion_ids": completions, "logprobs": logprobs}
