@@ -132,11 +132,15 @@ def _rewritten(base: Any, modules: Iterable[str]) -> set[str]:
     return asked - set(config.target_modules or ())
 
 
+def compared(model: PeftModel, wanted: LoraConfig) -> tuple[set[str], set[str]]:
+    """Full names of the weights that were to have an adapter, and of those that have one. wanted: of `resolve`."""
+    asked = {*(wanted.target_modules or ()), *(wanted.target_parameters or ())}
+    return asked, {f"{name}.weight" if f"{name}.weight" in asked else name for name in adapted(model)}
+
+
 def check_attached(model: PeftModel, wanted: LoraConfig) -> None:
     """Raise ConfigError unless exactly what was asked for has an adapter. wanted: of `resolve`, before PEFT had it."""
-    have = set(adapted(model))
-    asked = {*(wanted.target_modules or ()), *(wanted.target_parameters or ())}
-    have = {f"{name}.weight" if f"{name}.weight" in asked else name for name in have}
+    asked, have = compared(model, wanted)
     if have != asked:
         raise ConfigError(
             f"lora.targets: PEFT left out {len(asked - have)} of the {len(asked)} weights to adapt and took "
