@@ -24,7 +24,12 @@ from rlft.config import Config, Reward
 from rlft.config_file import to_toml
 from rlft.console import Console
 from rlft.data import Prompts, digest, hold_out, load_prompts, without
+<<<<<<< HEAD
 from rlft.errors import ConfigError, DataError, TrainError
+=======
+from rlft.environment import untested
+from rlft.errors import ConfigError, DataError
+>>>>>>> 03d20d9 (Run on today's versions: torch 2.14 and transformers 5.24)
 from rlft.evaluate import measures_loss
 from rlft.model_card import adapter_card
 from rlft.models import targets
@@ -191,6 +196,8 @@ def build(
         run = Run.resume(cfg.out, empty=True) if resume else Run.create(cfg.out)
         writer = stack.enter_context(Background("rlft-writer"))
         algorithm = build_algorithm(cfg.algo, cfg.optim.updates)
+        if newer := untested():
+            console.note(f"newer than rlft was tested with: {', '.join(newer)}")
         console.note(f"loading {cfg.model}")
         tokenizer = load_tokenizer(cfg.model)
         rows, held = load_rows(cfg, tokenizer, console.note)

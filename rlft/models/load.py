@@ -190,6 +190,8 @@ def _from_files(model: str, plan: Plan, device: torch.device) -> Any:
             f'model = "{model}": its files lack {len(missing)} weights of {type(made).__name__}, {missing[0]} for one; '
             f"give the folder of a whole model"
         )
+    if plan.quantised:
+        quant.cast_plain(made, plan.dtype)
     return made
 
 
@@ -280,6 +282,7 @@ def attach_lora(base: nn.Module, lora: Lora, seed: int) -> PeftModel:
     """
     if lora.resume_from:
         return _continue_adapter(base, lora)
+<<<<<<< HEAD
     config = targets.resolve(base, lora)
     wanted = copy.deepcopy(config)
     with torch.random.fork_rng():
@@ -288,6 +291,34 @@ def attach_lora(base: nn.Module, lora: Lora, seed: int) -> PeftModel:
         model = get_peft_model(base, config).eval()  # type: ignore[arg-type]
     targets.check_attached(model, wanted)
     return model
+=======
+    targets = lora.targets if isinstance(lora.targets, str) else list(lora.targets)
+    config = LoraConfig(
+        r=lora.rank, lora_alpha=lora.alpha, target_modules=targets, lora_dropout=lora.dropout,  # type: ignore[arg-type]
+        use_rslora=lora.rslora, bias="none", task_type="CAUSAL_LM",
+    )  # fmt: skip
+    try:
+        with torch.random.fork_rng(), _peft_wraps():
+            torch.manual_seed(seed)
+            # eval: PEFT's new modules start in training mode, which would leave dropout on while sampling.
+            return get_peft_model(base, config).eval()  # type: ignore[arg-type]
+    except ValueError as error:
+        linear = sorted(
+            {name.rsplit(".", 1)[-1] for name, m in base.named_modules() if isinstance(m, nn.Linear)} - {"lm_head"}
+        )
+        raise ConfigError(
+            f"lora.targets = {lora.targets!r}: matches no linear layer of the model; it has {', '.join(linear)}"
+        ) from error
+>>>>>>> 03d20d9 (Run on today's versions: torch 2.14 and transformers 5.24)
+
+
+@contextlib.contextmanager
+def _peft_wraps() -> Iterator[None]:
+    """Without what PEFT (0.21) and transformers (5.24) say to each other while PEFT wraps a model: PEFT asks for an
+    attribute by the name that transformers is giving up. A user of rlft can change nothing about it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        yield
 
 
 def _continue_adapter(base: nn.Module, lora: Lora) -> PeftModel:
@@ -310,7 +341,7 @@ def _continue_adapter(base: nn.Module, lora: Lora) -> PeftModel:
     saved.lora_dropout = lora.dropout
     wanted = _targeted(base, lora)
     try:
-        with warnings.catch_warnings():
+        with _peft_wraps():
             # PEFT only warns of tensors that find no place or are not in the file; both are errors below.
             warnings.filterwarnings("ignore", message="Found missing adapter keys")
             model = PeftModel.from_pretrained(base, folder, is_trainable=True, config=saved).eval()  # type: ignore[arg-type]
