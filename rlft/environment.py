@@ -80,9 +80,13 @@ def newer_than_tested(package: str, found: str) -> bool:
 
 
 def untested() -> list[str]:
-    """What is installed and newer than tested, one phrase per package: "torch 3.0.1 (tested: 2.11 to 2.14)"."""
+    """One sentence per installed package that is newer than the newest tested version."""
     installed = ((package, version(package)) for package in VERSIONS)
-    return [f"{p} {have} (tested: {tested(p)})" for p, have in installed if have and newer_than_tested(p, have)]
+    return [
+        f"{package} {have} is newer than rlft was tested with ({tested(package)})"
+        for package, have in installed
+        if have and newer_than_tested(package, have)
+    ]
 
 
 def version_problems(needed: tuple[str, ...] = ("torch", "transformers", "peft")) -> list[str]:

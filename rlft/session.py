@@ -196,9 +196,7 @@ def build(
         run = Run.resume(cfg.out, empty=True) if resume else Run.create(cfg.out)
         writer = stack.enter_context(Background("rlft-writer"))
         algorithm = build_algorithm(cfg.algo, cfg.optim.updates)
-        if newer := untested():
-            console.note(f"newer than rlft was tested with: {', '.join(newer)}")
-        console.note(f"loading {cfg.model}")
+        console.note("\n".join([*untested(), f"loading {cfg.model}"]))
         tokenizer = load_tokenizer(cfg.model)
         rows, held = load_rows(cfg, tokenizer, console.note)
         prompts = Prompts(rows, cfg.seed, cfg.data.shuffle)

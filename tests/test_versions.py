@@ -64,6 +64,9 @@ def test_what_is_newer_than_tested_is_said_and_not_refused(monkeypatch: pytest.M
     assert own == [], "the environments of scripts/setup have tested versions, on any Python"
     have = environment.version("rich")
     monkeypatch.setitem(VERSIONS, "rich", ("1", "2.0", None))
-    assert f"rich {have} (tested: 1 to 2.0)" in untested() and environment.version_problems() == []
+    assert (
+        f"rich {have} is newer than rlft was tested with (1 to 2.0)" in untested()
+        and environment.version_problems() == []
+    )
     assert f"rich           {have:<14}tested 1 to 2.0  OUTSIDE\n" in environment.describe()
     assert environment.tested("peft") == "0.21"

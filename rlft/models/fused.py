@@ -270,9 +270,10 @@ class FusedDecoder:
             if own and own not in self._told:
                 self._told.add(own)
                 warnings.warn(f"rlft: transformers' own layers run here, not the fused ones: {own}", stacklevel=2)
+            named: dict[str, Any] = {self._cache_name: cache}
             return type(self.decoder).forward(
                 self.decoder, input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
-                inputs_embeds=inputs_embeds, use_cache=use_cache, **{self._cache_name: cache}, **kwargs,
+                inputs_embeds=inputs_embeds, use_cache=use_cache, **named, **kwargs,
             )  # fmt: skip
         from transformers.modeling_outputs import BaseModelOutputWithPast
 
