@@ -13,7 +13,7 @@ import re
 
 VERSIONS = {
     "python": ("3.11", "3.12", None), "torch": ("2.11", "2.14", None), "triton": ("3.6", "3.8", None),
-    "transformers": ("5.16", "5.24", "6"), "peft": ("0.21", "0.21", None), "bitsandbytes": ("0.50", "0.50", None),
+    "transformers": ("5.17", "5.24", "6"), "peft": ("0.21", "0.21", None), "bitsandbytes": ("0.50", "0.50", None),
     "datasets": ("4.7", "5.2", None), "safetensors": ("0.8", "0.8", None), "gguf": ("0.17", "0.19", None),
     "tyro": ("1.0", "1.0", None), "rich": ("14.0", "15.0", None), "pyyaml": ("6.0.2", "6.0.4", None),
     "numpy": ("2.1", "2.4", None), "pyarrow": ("21.0", "26.0", None), "vllm": ("0.23", "0.32", "0.34"),
@@ -56,13 +56,13 @@ def release(text: str) -> tuple[int, ...]:
 
 
 def window(package: str) -> str:
-    """The versions that are not refused, as pip writes them: ">=5.16,<6"."""
+    """The versions that are not refused, as pip writes them: ">=5.17,<6"."""
     low, _, refused = VERSIONS[package]
     return f">={low}" + (f",<{refused}" if refused else "")
 
 
 def tested(package: str) -> str:
-    """The versions that the tests ran with: "5.16 to 5.24"."""
+    """The versions that the tests ran with: "5.17 to 5.24"."""
     low, newest, _ = VERSIONS[package]
     return low if low == newest else f"{low} to {newest}"
 

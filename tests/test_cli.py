@@ -281,8 +281,8 @@ def test_env_shows_versions_windows_and_the_command_that_adds_what_is_missing(
 def test_a_version_is_compared_by_its_numbers() -> None:
     assert release("2.13.0+cpu") == (2, 13, 0)
     assert release("6.0.0.dev0") == (6, 0, 0)
-    assert window("transformers") == ">=5.16,<6"
-    assert [outside_window("transformers", v) for v in ("5.9.1", "5.16.0", "5.100", "6.0.0")] == [
+    assert window("transformers") == ">=5.17,<6"
+    assert [outside_window("transformers", v) for v in ("5.9.1", "5.17.0", "5.100", "6.0.0")] == [
         True,
         False,
         False,
