@@ -24,12 +24,8 @@ from rlft.config import Config, Reward
 from rlft.config_file import to_toml
 from rlft.console import Console
 from rlft.data import Prompts, digest, hold_out, load_prompts, without
-<<<<<<< HEAD
-from rlft.errors import ConfigError, DataError, TrainError
-=======
 from rlft.environment import untested
-from rlft.errors import ConfigError, DataError
->>>>>>> 03d20d9 (Run on today's versions: torch 2.14 and transformers 5.24)
+from rlft.errors import ConfigError, DataError, TrainError
 from rlft.evaluate import measures_loss
 from rlft.model_card import adapter_card
 from rlft.models import targets

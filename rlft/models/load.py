@@ -282,34 +282,14 @@ def attach_lora(base: nn.Module, lora: Lora, seed: int) -> PeftModel:
     """
     if lora.resume_from:
         return _continue_adapter(base, lora)
-<<<<<<< HEAD
     config = targets.resolve(base, lora)
     wanted = copy.deepcopy(config)
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), _peft_wraps():
         torch.manual_seed(seed)
         # eval: PEFT's new modules start in training mode, which would leave dropout on while sampling.
         model = get_peft_model(base, config).eval()  # type: ignore[arg-type]
     targets.check_attached(model, wanted)
     return model
-=======
-    targets = lora.targets if isinstance(lora.targets, str) else list(lora.targets)
-    config = LoraConfig(
-        r=lora.rank, lora_alpha=lora.alpha, target_modules=targets, lora_dropout=lora.dropout,  # type: ignore[arg-type]
-        use_rslora=lora.rslora, bias="none", task_type="CAUSAL_LM",
-    )  # fmt: skip
-    try:
-        with torch.random.fork_rng(), _peft_wraps():
-            torch.manual_seed(seed)
-            # eval: PEFT's new modules start in training mode, which would leave dropout on while sampling.
-            return get_peft_model(base, config).eval()  # type: ignore[arg-type]
-    except ValueError as error:
-        linear = sorted(
-            {name.rsplit(".", 1)[-1] for name, m in base.named_modules() if isinstance(m, nn.Linear)} - {"lm_head"}
-        )
-        raise ConfigError(
-            f"lora.targets = {lora.targets!r}: matches no linear layer of the model; it has {', '.join(linear)}"
-        ) from error
->>>>>>> 03d20d9 (Run on today's versions: torch 2.14 and transformers 5.24)
 
 
 @contextlib.contextmanager
