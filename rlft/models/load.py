@@ -190,6 +190,8 @@ def _from_files(model: str, plan: Plan, device: torch.device) -> Any:
             f'model = "{model}": its files lack {len(missing)} weights of {type(made).__name__}, {missing[0]} for one; '
             f"give the folder of a whole model"
         )
+    if plan.quantised:
+        quant.cast_plain(made, plan.dtype)
     return made
 
 
@@ -282,12 +284,21 @@ def attach_lora(base: nn.Module, lora: Lora, seed: int) -> PeftModel:
         return _continue_adapter(base, lora)
     config = targets.resolve(base, lora)
     wanted = copy.deepcopy(config)
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), _peft_wraps():
         torch.manual_seed(seed)
         # eval: PEFT's new modules start in training mode, which would leave dropout on while sampling.
         model = get_peft_model(base, config).eval()  # type: ignore[arg-type]
     targets.check_attached(model, wanted)
     return model
+
+
+@contextlib.contextmanager
+def _peft_wraps() -> Iterator[None]:
+    """Without what PEFT (0.21) and transformers (5.24) say to each other while PEFT wraps a model: PEFT asks for an
+    attribute by the name that transformers is giving up. A user of rlft can change nothing about it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        yield
 
 
 def _continue_adapter(base: nn.Module, lora: Lora) -> PeftModel:
@@ -310,7 +321,7 @@ def _continue_adapter(base: nn.Module, lora: Lora) -> PeftModel:
     saved.lora_dropout = lora.dropout
     wanted = targets.resolve(base, lora)
     try:
-        with warnings.catch_warnings():
+        with _peft_wraps():
             # PEFT only warns of tensors that find no place or are not in the file; both are errors below.
             warnings.filterwarnings("ignore", message="Found missing adapter keys")
             model = PeftModel.from_pretrained(base, folder, is_trainable=True, config=saved).eval()  # type: ignore[arg-type]
