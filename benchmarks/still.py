@@ -3,8 +3,9 @@
     python benchmarks/still.py --out DIR --commit HASH --model /tmp/smollm2.gguf
 
 SmolLM2-135M in NF4 sampled by vLLM, sums of two-digit numbers, 32 prompts x 8 completions of up to 32 tokens, two
-mini-batches without weight decay: the setting in which GSPO clipped half of the sequences of 0e7df48. "zero-band" has lr 0
-and counts every ratio that is not 1 to the bit; the others have lr 1e-12, which moves B from 0 to 1e-12, and their bands.
+mini-batches without weight decay: the setting in which GSPO clipped half of the sequences of 0e7df48. "zero-band" has
+lr 0, two passes, and counts every ratio that is not 1 to the bit; the others have lr 1e-12, which moves B from 0 to
+1e-12, and the bands of their losses.
 """
 
 from __future__ import annotations
