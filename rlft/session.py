@@ -221,8 +221,7 @@ def build(
             optimizer=Optimizer(policy.flat.flat, cfg.optim, steps * cfg.optim.updates, fp16, views), prompts=prompts,
             held=held, held_loss=bool(held) and not engine.SAMPLES and measures_loss(rows, held), functions=functions,
             eval_functions=eval_functions, run=run, writer=writer, console=console, identity=identity_of(cfg, policy),
-            plan=plan, pieces=Pieces(tokenizer), state=State(data=digest(rows)),
-            callbacks=callbacks,
+            plan=plan, pieces=Pieces(tokenizer), state=State(data=digest(rows)), callbacks=callbacks,
         )  # fmt: skip
         if resume:
             _resume(s)
