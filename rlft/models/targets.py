@@ -88,6 +88,7 @@ def resolve(base: Any, lora: Lora) -> LoraConfig:
         )
     return LoraConfig(
         r=lora.rank, lora_alpha=lora.alpha, target_modules=direct, target_parameters=parameters or None,  # type: ignore[arg-type]
+        fan_in_fan_out=any(isinstance(base.get_submodule(name), Conv1D) for name in direct),
         lora_dropout=lora.dropout, use_rslora=lora.rslora, bias="none", task_type="CAUSAL_LM",
     )  # fmt: skip
 
