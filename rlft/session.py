@@ -24,6 +24,7 @@ from rlft.config import Config, Reward
 from rlft.config_file import to_toml
 from rlft.console import Console
 from rlft.data import Prompts, digest, hold_out, load_prompts, without
+from rlft.environment import untested
 from rlft.errors import ConfigError, DataError, TrainError
 from rlft.evaluate import measures_loss
 from rlft.model_card import adapter_card
@@ -191,7 +192,7 @@ def build(
         run = Run.resume(cfg.out, empty=True) if resume else Run.create(cfg.out)
         writer = stack.enter_context(Background("rlft-writer"))
         algorithm = build_algorithm(cfg.algo, cfg.optim.updates)
-        console.note(f"loading {cfg.model}")
+        console.note("\n".join([*untested(), f"loading {cfg.model}"]))
         tokenizer = load_tokenizer(cfg.model)
         rows, held = load_rows(cfg, tokenizer, console.note)
         prompts = Prompts(rows, cfg.seed, cfg.data.shuffle)
@@ -220,8 +221,7 @@ def build(
             optimizer=Optimizer(policy.flat.flat, cfg.optim, steps * cfg.optim.updates, fp16, views), prompts=prompts,
             held=held, held_loss=bool(held) and not engine.SAMPLES and measures_loss(rows, held), functions=functions,
             eval_functions=eval_functions, run=run, writer=writer, console=console, identity=identity_of(cfg, policy),
-            plan=plan, pieces=Pieces(tokenizer), state=State(data=digest(rows)),
-            callbacks=callbacks,
+            plan=plan, pieces=Pieces(tokenizer), state=State(data=digest(rows)), callbacks=callbacks,
         )  # fmt: skip
         if resume:
             _resume(s)

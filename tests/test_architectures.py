@@ -167,6 +167,7 @@ def compare(policy: Policy, whole_groups: bool = False) -> None:
         assert off < small * max(1.0, size), (share, float(off), size)
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # of GPT-BigCode's own file
 @pytest.mark.parametrize(
     ("path", "kind"),
     [pytest.param(p, k, id=k, marks=[] if k in QUICK else pytest.mark.slow) for p, k in ALL],

@@ -132,3 +132,25 @@ def test_dropout_is_refused_where_recorded_completions_have_a_ratio(home: Path, 
     assert text.startswith("lora.dropout = 0.05 with 2 updates per rollout batch")
     assert told(replace(cfg, optim=Optim())) == told(replace(cfg, lora=Lora())) == []
     assert told(replace(cfg, algo=Algo("sft"))) == []
+
+
+@pytest.mark.parametrize("experts", [True, False])
+def test_an_adapter_of_a_mixture_of_experts_is_continued(experts: bool, tmp_path: Path) -> None:
+    """Targets are compared as rlft names them, the experts' parameters too."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(
+        "qwen3_moe", vocab_size=103, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24,
+    )  # fmt: skip
+
+    def base() -> Any:
+        torch.manual_seed(0)
+        return AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+
+    lora = Lora(rank=4, alpha=8, experts=experts)
+    attach_lora(base(), lora, 0).save_pretrained(str(tmp_path), save_embedding_layers=False)
+    again = attach_lora(base(), replace(lora, resume_from=str(tmp_path)), 0)
+    assert any("experts" in n for n, _ in again.named_parameters() if "lora_A" in n) == experts
+    with pytest.raises(ConfigError, match=r"lora.targets = 'all-linear' is \d+ layers of this model"):
+        attach_lora(base(), replace(lora, experts=not experts, resume_from=str(tmp_path)), 0)

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from rlft.config import Lora
 from rlft.kernels.lora_group import FillPlan, fill_reference
+from rlft.models import kv_cache
 from rlft.models.fused import FusedDecoder, fuse
 from rlft.models.memory import Plan
 
@@ -324,15 +325,26 @@ def test_calls_that_want_something_else_run_transformers_own_forward() -> None:
     mask = torch.ones(9, 9, dtype=torch.bool).tril()[None, None].expand(3, 1, 9, 9)
     for inputs in (
         {"output_hidden_states": True}, {"attention_mask": mask}, {"use_cache": True}, {"is_causal": False},
-        {"past_key_values": transformers.DynamicCache},
+        {kv_cache.name(plain.get_base_model()): transformers.DynamicCache},
     ):  # fmt: skip
         falls_back(plain, fused, None, **inputs)
     got, want = (m(IDS, output_hidden_states=True, use_cache=False).hidden_states for m in (fused, plain))
     assert len(got) == 3 and all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
     same(plain, fused)
     with torch.no_grad():
-        assert len(fused(IDS).past_key_values) == 2  # as the config says where nothing is said
+        assert len(fused(IDS)[kv_cache.name(plain.get_base_model())]) == 2  # as the config says where nothing is said
         assert ran(fused, lambda: fused(IDS, use_cache=False))[1]
+
+
+def test_a_cache_reaches_the_decoder_by_either_name() -> None:
+    decoder = pair()[1].get_base_model().get_decoder()
+    for name in kv_cache.NAMES:
+        cache = transformers.DynamicCache()
+        with torch.no_grad():
+            decoder(IDS, **{name: cache})
+        assert cache.get_seq_length() == IDS.shape[1]
+    with pytest.raises(ValueError, match="give one of cache and past_key_values"):
+        decoder(IDS, cache=transformers.DynamicCache(), past_key_values=transformers.DynamicCache())
 
 
 def test_masks_with_a_row_of_padding_only_and_without_padding() -> None:

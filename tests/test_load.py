@@ -7,6 +7,7 @@ import json
 import os
 import sys
 import termios
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -283,3 +284,21 @@ def test_the_bar_is_for_terminals(plain: Path, capfd, monkeypatch) -> None:
             shown += part
     os.close(master)
     assert b"Loading weights: 100%" in shown
+
+
+def test_a_user_is_not_warned_of_what_peft_asks_transformers(plain: Path, tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = attach_lora(base_of(plain), Lora(rank=4, alpha=8), seed=1)
+        model.save_pretrained(tmp_path)
+        attach_lora(base_of(plain), Lora(rank=4, alpha=8, resume_from=str(tmp_path)), seed=1)
+
+
+def test_every_plain_weight_beside_quantised_ones_has_the_runs_dtype(plain: Path, tmp_path: Path) -> None:
+    """Norms, embedding, head and skipped layers, which transformers 5.24 leaves in the files' dtype (bfloat16 here)."""
+    for settings in ({"load_in_4bit": True, "bnb_4bit_quant_storage": "bfloat16"}, {"load_in_8bit": True}):
+        files = save_quantised(plain, tmp_path / next(iter(settings)), **settings)
+        for dtype in ("float32", "float16", "bfloat16"):
+            base = base_of(files, dtype=dtype)
+            plainly = [p for p in base.parameters() if not hasattr(p, "quant_state") and p.is_floating_point()]
+            assert {p.dtype for p in plainly} == {getattr(torch, dtype)} and len(plainly) == 7

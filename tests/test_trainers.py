@@ -140,7 +140,7 @@ def test_transformers_trainer(options: dict[str, Any], tmp_path: Path) -> None:
 def test_gradient_checkpointing_has_no_effect_and_that_is_said_once(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match=CHECKPOINTING) as said:
         trainer, _ = both(lambda model: plain_trainer(model, tmp_path, gradient_checkpointing=True))
-    assert trainer.model.is_gradient_checkpointing
+    assert trainer.model.get_base_model().get_decoder().gradient_checkpointing
     assert sum(CHECKPOINTING in str(w.message) for w in said) == 1
 
 

@@ -8,7 +8,6 @@ Modules that were replaced, moved, cast or written to since are looked at again,
 
 from __future__ import annotations
 
-import inspect
 import warnings
 from dataclasses import replace
 from typing import Any
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 from rlft.kernels import attention_backends as backends
 from rlft.kernels import rms_norm
 from rlft.kernels.attention import Sequences
-from rlft.models import families, memory, rope
+from rlft.models import families, kv_cache, memory, rope
 from rlft.models.families import Family
 from rlft.models.fusable import adapted, adapter_problem, hooked, parts_of, state_of, unfit
 from rlft.models.graphs import Graphs, Padded, copied_keys, padded, room, short
@@ -47,6 +46,7 @@ class FusedDecoder:
     def __init__(self, model: PeftModel, decoder: nn.Module, family: Family) -> None:
         """Raises ValueError, saying why, for a decoder that fused layers cannot run."""
         self.model, self.decoder, self.family = model, decoder, family
+        self._cache_name = kv_cache.name(decoder)
         self.plan: memory.Plan | None = None
         """How every pass runs; None: chosen for each by what memory is free."""
         self.budget: float | None = None
@@ -258,17 +258,22 @@ class FusedDecoder:
 
     def forward(
         self, input_ids: Tensor | None = None, attention_mask: Any = None, position_ids: Tensor | None = None,
-        past_key_values: Any = None, inputs_embeds: Tensor | None = None, use_cache: bool | None = None, **kwargs: Any,
+        past_key_values: Any = None, inputs_embeds: Tensor | None = None, use_cache: bool | None = None,
+        cache: Any = None, **kwargs: Any,
     ) -> Any:  # fmt: skip
-        """In place of the decoder's own forward, with its arguments and its result."""
-        own = self._own_reason(attention_mask, past_key_values, use_cache, kwargs)
+        """In place of the decoder's own forward, with its arguments, the cache by either name, and its result."""
+        if cache is not None and past_key_values is not None:
+            raise ValueError("give one of cache and past_key_values")
+        cache = past_key_values if cache is None else cache
+        own = self._own_reason(attention_mask, cache, use_cache, kwargs)
         if own is not None:
             if own and own not in self._told:
                 self._told.add(own)
                 warnings.warn(f"rlft: transformers' own layers run here, not the fused ones: {own}", stacklevel=2)
+            named: dict[str, Any] = {self._cache_name: cache}
             return type(self.decoder).forward(
                 self.decoder, input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
-                past_key_values=past_key_values, inputs_embeds=inputs_embeds, use_cache=use_cache, **kwargs,
+                inputs_embeds=inputs_embeds, use_cache=use_cache, **named, **kwargs,
             )  # fmt: skip
         from transformers.modeling_outputs import BaseModelOutputWithPast
 
@@ -329,7 +334,7 @@ def fuse(model: PeftModel) -> FusedDecoder | str:
     if family is None:
         return f'no fused layer for the architecture "{decoder.config.model_type}"'
     known = type(decoder).__name__ == family.decoder and type(decoder).__module__.startswith("transformers.models.")
-    if not known or "past_key_values" not in inspect.signature(type(decoder).forward).parameters:
+    if not known or not kv_cache.name(decoder):
         return f"{type(decoder).__module__}.{type(decoder).__name__} is not transformers' {family.decoder}"
     try:
         fused = FusedDecoder(model, decoder, family)

@@ -190,6 +190,8 @@ def _from_files(model: str, plan: Plan, device: torch.device) -> Any:
             f'model = "{model}": its files lack {len(missing)} weights of {type(made).__name__}, {missing[0]} for one; '
             f"give the folder of a whole model"
         )
+    if plan.quantised:
+        quant.cast_plain(made, plan.dtype)
     return made
 
 
@@ -282,12 +284,21 @@ def attach_lora(base: nn.Module, lora: Lora, seed: int) -> PeftModel:
         return _continue_adapter(base, lora)
     config = targets.resolve(base, lora)
     wanted = copy.deepcopy(config)
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), _peft_wraps():
         torch.manual_seed(seed)
         # eval: PEFT's new modules start in training mode, which would leave dropout on while sampling.
         model = get_peft_model(base, config).eval()  # type: ignore[arg-type]
     targets.check_attached(model, wanted)
     return model
+
+
+@contextlib.contextmanager
+def _peft_wraps() -> Iterator[None]:
+    """Without what PEFT (0.21) and transformers (5.24) say to each other while PEFT wraps a model: PEFT asks for an
+    attribute by the name that transformers is giving up. A user of rlft can change nothing about it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        yield
 
 
 def _continue_adapter(base: nn.Module, lora: Lora) -> PeftModel:
@@ -308,9 +319,9 @@ def _continue_adapter(base: nn.Module, lora: Lora) -> PeftModel:
             )
     # How it is trained from here on, no property of its weights: `changed_dropout` says it.
     saved.lora_dropout = lora.dropout
-    wanted = _targeted(base, lora)
+    wanted = targets.resolve(base, lora)
     try:
-        with warnings.catch_warnings():
+        with _peft_wraps():
             # PEFT only warns of tensors that find no place or are not in the file; both are errors below.
             warnings.filterwarnings("ignore", message="Found missing adapter keys")
             model = PeftModel.from_pretrained(base, folder, is_trainable=True, config=saved).eval()  # type: ignore[arg-type]
@@ -341,25 +352,14 @@ def changed_dropout(lora: Lora) -> str | None:
     )
 
 
-def _targeted(base: nn.Module, lora: Lora) -> set[str]:
-    """The linear layers that a new adapter would be on, by PEFT's rules for `lora.targets`."""
-    head = base.get_output_embeddings()  # type: ignore[operator]
-    linear = {name for name, m in base.named_modules() if isinstance(m, nn.Linear) and m is not head}
-    if lora.targets == "all-linear":
-        return linear
-    return {name for name in linear if any(name == t or name.endswith(f".{t}") for t in lora.targets)}
-
-
-def _check_targets(model: PeftModel, lora: Lora, wanted: set[str]) -> None:
-    """Raise ConfigError where a continued adapter is on other layers than a new one would be. wanted: their names."""
-    mark = ".lora_A.weight"
-    have = {n.removeprefix("base_model.model.").removesuffix(mark)
-            for n in lora_parameters(model, "default") if n.endswith(mark)}  # fmt: skip
-    if have == wanted:
+def _check_targets(model: PeftModel, lora: Lora, wanted: LoraConfig) -> None:
+    """Raise ConfigError where a continued adapter is on other weights than a new one would be. wanted: of `resolve`."""
+    asked, have = targets.compared(model, wanted)
+    if have == asked:
         return
-    ends = [sorted({name.rpartition(".")[2] for name in names}) for names in (wanted, have)]
+    ends = [sorted({n.removesuffix(".weight").rpartition(".")[2] for n in names}) for names in (asked, have)]
     raise ConfigError(
-        f"lora.targets = {lora.targets!r} is {len(wanted)} layers of this model ({', '.join(ends[0])}), but the "
+        f"lora.targets = {lora.targets!r} is {len(asked)} layers of this model ({', '.join(ends[0])}), but the "
         f"adapter in {lora.resume_from} is on {len(have)} ({', '.join(ends[1])}): set "
         f"lora.targets = {ends[1]}, or continue an adapter that is on the same layers"
     )

@@ -4,6 +4,7 @@ bitsandbytes has to be told."""
 from __future__ import annotations
 
 import logging
+from fnmatch import fnmatch
 from typing import Any
 
 import torch
@@ -76,6 +77,22 @@ def compute_in(config: Any, dtype: torch.dtype) -> None:
         config.quantization_config["bnb_4bit_compute_dtype"] = name
     else:
         config.quantization_config.bnb_4bit_compute_dtype = dtype
+
+
+def cast_plain(model: Any, dtype: torch.dtype) -> None:
+    """Give the plain weights of a quantised checkpoint the run's dtype; transformers 5.24 leaves them in the files'.
+
+    What transformers keeps in float32 beside 16 bits (`_keep_in_fp32_modules`) is float32 here too.
+    """
+    kept = set(model._keep_in_fp32_modules_strict or ()) if dtype in (torch.float16, torch.bfloat16) else set()
+    kept |= set(model._keep_in_fp32_modules or ()) if dtype == torch.float16 else set()
+    saved = model.state_dict().keys()
+    buffers = ((name, buffer) for name, buffer in model.named_buffers() if name in saved)
+    for name, tensor in (*model.named_parameters(), *buffers):
+        # A quantised weight may lie in storage of a floating type; it is known by its state.
+        if tensor.is_floating_point() and not hasattr(tensor, "quant_state") and not hasattr(tensor, "SCB"):
+            in_fp32 = any(fnmatch(name, f"*{part}*") for part in kept)
+            tensor.data = tensor.data.to(torch.float32 if in_fp32 else dtype)
 
 
 def settle(name: str, model: nn.Module, device: torch.device) -> None:

@@ -88,6 +88,7 @@ def resolve(base: Any, lora: Lora) -> LoraConfig:
         )
     return LoraConfig(
         r=lora.rank, lora_alpha=lora.alpha, target_modules=direct, target_parameters=parameters or None,  # type: ignore[arg-type]
+        fan_in_fan_out=any(isinstance(base.get_submodule(name), Conv1D) for name in direct),
         lora_dropout=lora.dropout, use_rslora=lora.rslora, bias="none", task_type="CAUSAL_LM",
     )  # fmt: skip
 
@@ -132,11 +133,15 @@ def _rewritten(base: Any, modules: Iterable[str]) -> set[str]:
     return asked - set(config.target_modules or ())
 
 
+def compared(model: PeftModel, wanted: LoraConfig) -> tuple[set[str], set[str]]:
+    """Full names of the weights that were to have an adapter, and of those that have one. wanted: of `resolve`."""
+    asked = {*(wanted.target_modules or ()), *(wanted.target_parameters or ())}
+    return asked, {f"{name}.weight" if f"{name}.weight" in asked else name for name in adapted(model)}
+
+
 def check_attached(model: PeftModel, wanted: LoraConfig) -> None:
     """Raise ConfigError unless exactly what was asked for has an adapter. wanted: of `resolve`, before PEFT had it."""
-    have = set(adapted(model))
-    asked = {*(wanted.target_modules or ()), *(wanted.target_parameters or ())}
-    have = {f"{name}.weight" if f"{name}.weight" in asked else name for name in have}
+    asked, have = compared(model, wanted)
     if have != asked:
         raise ConfigError(
             f"lora.targets: PEFT left out {len(asked - have)} of the {len(asked)} weights to adapt and took "

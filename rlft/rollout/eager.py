@@ -27,6 +27,7 @@ from transformers import DynamicCache
 
 from rlft.config import Sampling
 from rlft.errors import EngineError
+from rlft.models import kv_cache
 from rlft.models.adapter import lora_parameters, lora_scales
 from rlft.models.policy import Policy
 from rlft.rollout.engine import check_names, check_read_back, eos_ids, rollout_seed
@@ -72,7 +73,8 @@ class EagerEngine:
         self._model.eval()
         for parameter in lora_parameters(self._model, SLOT).values():
             parameter.requires_grad_(False)
-        self._eos = eos_ids(tokenizer, self._model.get_base_model())
+        base = self._model.get_base_model()
+        self._eos, self._cache_name = eos_ids(tokenizer, base), kv_cache.name(base)
         self._version: int | None = None
         self._digest = ""
         # What is padded on the left may attend to nothing, which some attentions turn into nan.
@@ -161,7 +163,7 @@ class EagerEngine:
     def _cache_kind(self, ids: Sequence[int]) -> str:
         """What can be done with the cache that the model makes of a few ids."""
         out = self._model(input_ids=torch.tensor([ids], device=self._device), use_cache=True)
-        cache = getattr(out, "past_key_values", None)
+        cache = getattr(out, self._cache_name, None)
         if cache is None:
             return "none"
         # Sub-classes and layers with a state of their own inherit an operation that does not know of it.
@@ -182,7 +184,7 @@ class EagerEngine:
             mask[line, longest - len(prompt) :] = 1
         positions = (mask.cumsum(1) - 1).clamp(min=0)
         out = self._step(ids, mask, positions, None)
-        cache, logits = out.past_key_values, out.logits[:, -1]
+        cache, logits = getattr(out, self._cache_name), out.logits[:, -1]
         if select:
             line_of = torch.tensor([sum(h <= i for h in heads) - 1 for i in range(len(rows))])
             logits = logits[line_of.to(self._device)]
@@ -207,7 +209,7 @@ class EagerEngine:
         """The model's output for the next columns of the rows. All but the cache in host memory."""
         return self._model(
             input_ids=ids.to(self._device), attention_mask=mask.to(self._device),
-            position_ids=positions.to(self._device), past_key_values=cache, use_cache=True, logits_to_keep=1,
+            position_ids=positions.to(self._device), use_cache=True, logits_to_keep=1, **{self._cache_name: cache},
         )  # fmt: skip
 
     def _rerun(self, rows: list[_Row], sampling: Sampling, stops: set[int]) -> None:
