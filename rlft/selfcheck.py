@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from rlft.batch import count, pack
+from rlft.broken import not_finite
 from rlft.errors import ConfigError
 from rlft.models.policy import Policy
-from rlft.types import PackPlan, Prompt, Rollout
+from rlft.types import Batch, PackPlan, Prompt, Rollout
 
 PROMPT, LENGTHS = 9, (24, 17)
 """Tokens that the two sequences have in common, and all of theirs."""
@@ -29,7 +30,8 @@ state does."""
 
 def check(policy: Policy) -> float:
     """Largest relative difference between the policy's log-probs and transformers' own; the adapter is restored bit for
-    bit and no global random state is used. Raises ConfigError, naming the path, where it is more than rounding."""
+    bit and no global random state is used. Raises ConfigError, naming the path, where it is more than rounding, and
+    TrainError where transformers' own log-probs are not finite."""
     flat = policy.flat.flat.data
     kept = flat.clone()
     rollouts = _rollouts(policy)
@@ -39,6 +41,10 @@ def check(policy: Policy) -> float:
             if ".lora_B." in name:
                 tensor.copy_(0.05 * torch.randn(tensor.shape, generator=generator))
         alone = [_alone(policy, rollout) for rollout in rollouts]
+        if not all(logprobs.isfinite().all() for logprobs in alone):
+            # The path is not at fault: what is, is found without the random adapter.
+            flat.copy_(kept)
+            raise not_finite(policy, _batches(rollouts, share=False), "at the start the policy's log-probs")
         found = {
             layout: max(_apart(a, b) for a, b in zip(_scored(policy, rollouts, share), alone, strict=True))
             for layout, share in (("side by side", False), ("behind a shared prompt", True))
@@ -70,10 +76,15 @@ def _rollouts(policy: Policy) -> list[Rollout]:
     return made
 
 
+def _batches(rollouts: list[Rollout], share: bool) -> list[Batch]:
+    """The sequences in one micro-batch."""
+    plan = PackPlan((True,) * len(rollouts), "token_mean", sum(LENGTHS), max(LENGTHS), 1.0, share_prefix=share)
+    return pack(rollouts, torch.ones(len(rollouts)), plan, count(rollouts, plan))
+
+
 def _scored(policy: Policy, rollouts: list[Rollout], share: bool) -> list[Tensor]:
     """Log-probs of each completion by the policy, in one micro-batch."""
-    plan = PackPlan((True,) * len(rollouts), "token_mean", sum(LENGTHS), max(LENGTHS), 1.0, share_prefix=share)
-    (batch,) = pack(rollouts, torch.ones(len(rollouts)), plan, count(rollouts, plan))
+    (batch,) = _batches(rollouts, share)
     logprobs = policy.score(batch).cpu().double()
     own = [s for s, group in enumerate(batch.group_ids.tolist()) if group >= 0]
     by_row = {row: logprobs[(batch.seq_ids == s) & batch.train_mask] for s, row in zip(own, batch.rows, strict=True)}

@@ -141,7 +141,7 @@ SAMPLED = {
     "nothing recorded": (["--engine.name=replay"],
         'engine.name = "replay": the data has no column of completions .*; set "eager"'),
     "LoRA on nothing": (["--lora.targets", "q_prjo"],
-        r"lora.targets = \('q_prjo',\): matches no linear layer of the model; it has down_proj, .* v_proj$"),
+        r"lora.targets = \('q_prjo',\): q_prjo matches no linear layer of the text decoder; it has .* v_proj$"),
     "LoRA on the head": (["--lora.targets", "lm_head"],
         "lora.targets = 'lm_head': an adapter on the head or the embedding is not supported"),
     "no adapter to continue": (["--lora.resume_from=/gone"],

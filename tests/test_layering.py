@@ -37,7 +37,7 @@ MAY_IMPORT = {
     "disagreement": "types batch",
     "agreement": "types config models parity rollout",
     "parity": "types batch broken disagreement dist rollout",
-    "selfcheck": "types batch models",
+    "selfcheck": "types batch models broken",
     "config_file": "config resolve",
     "arguments": "",
     "flags": "config config_file algorithm",
