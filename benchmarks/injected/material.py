@@ -69,10 +69,15 @@ def raises(completions, trainer_state, **kwargs):
     return digits(completions)
 
 
+MARKED = []
+
+
 def infinite(completions, trainer_state, **kwargs):
     found = digits(completions)
     if not before(trainer_state):
-        found[0] = float("inf")
+        # The same completion in every call: rlft calls again with parts of a batch that failed.
+        MARKED.extend([str(completions[0])] if not MARKED else [])
+        found = [float("inf") if str(c) == MARKED[0] else value for c, value in zip(completions, found)]
     return found
 
 
