@@ -1,7 +1,7 @@
 """The probe at the start of a run: which prompts it has, how long they are, and what it says.
 
 Its cost is bounded: two generations of at most 64 (CPU: 16) tokens each, `parity.probe_prompts` prompts, and up to five
-long ones that have at most 32,768 (CPU: 2,048) tokens together, unless the longest prompt of the data alone has more.
+long ones that have at most 32,768 (CPU: 512) tokens together, unless the longest prompt of the data alone has more.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from rlft.models.policy import Policy
 from rlft.rollout.engine import Engine
 from rlft.types import PackPlan, Prompt
 
-LONG = {"cuda": 32768, "cpu": 2048}
+LONG = {"cuda": 32768, "cpu": 512}
 """Tokens of the long prompts together."""
 DRAWN = {"cuda": 64, "cpu": 16}
 """Tokens of a completion."""

@@ -39,7 +39,7 @@ def failing(monkeypatch: pytest.MonkeyPatch, method: str, at: set[int]) -> list[
 OPTIM = Optim(lr=1e-2, minibatches=2, passes=2)
 
 
-@pytest.mark.parametrize(("method", "at"), [("logprobs", {0}), ("logprobs", {4}), ("logprobs", {9}), ("score", {1})])
+@pytest.mark.parametrize(("method", "at"), [("logprobs", {0}), ("logprobs", {4}), ("logprobs", {9}), ("score", {3})])
 def test_a_step_that_ran_out_of_memory_ends_with_the_same_weights(
     method: str, at: set[int], home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys  # noqa: F811
 ) -> None:  # fmt: skip

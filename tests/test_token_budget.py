@@ -96,7 +96,7 @@ def test_a_run_tells_of_its_groups_and_the_layers_of_its_micro_batches() -> None
         return 5120
 
     bonus: list[bool] = []
-    policy: Any = SimpleNamespace(token_budget=budget, fused=SimpleNamespace(full=0, expect=bonus.append))
+    policy: Any = SimpleNamespace(token_budget=budget, packed=True, fused=SimpleNamespace(full=0, expect=bonus.append))
     prompts = [Prompt((5,) * n, {}, n) for n in (10, 300, 7000)]
     cfg = Config("m", Data("d"), "out", steps=1, sampling=Sampling(group_size=4, max_tokens=8192))
     for algo, sampled in (("grpo", prompts), ("grpo", ()), ("dpo", prompts)):

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from tiny import tiny_model, tiny_tokenizer
 
 import rlft
+from rlft import session
 from rlft.cli import parse
 from rlft.config import Algo, Checkpoint, Config, Data, Lora, Optim, Overlong, Packing, Parity, Refill, Reward, Sampling
 from rlft.config_file import load, presets, to_toml
@@ -127,6 +128,7 @@ def count_scores(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_old_log_probs_are_computed_once_for_decoupled_and_never_for_bypass_or_one_update(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(session, "check_path", lambda policy: None)
     seen = count_scores(monkeypatch)
     many = Optim(lr=1e-2, minibatches=2, passes=3)
     cases = {"decoupled": many, "bypass": many, "single": Optim(lr=1e-2)}

@@ -46,7 +46,6 @@ class FusedDecoder:
     def __init__(self, model: PeftModel, decoder: nn.Module, family: Family) -> None:
         """Raises ValueError, saying why, for a decoder that fused layers cannot run."""
         self.model, self.decoder, self.family = model, decoder, family
-        self._cache_name = kv_cache.name(decoder)
         self.plan: memory.Plan | None = None
         """How every pass runs; None: chosen for each by what memory is free."""
         self.budget: float | None = None
@@ -65,6 +64,7 @@ class FusedDecoder:
             raise ValueError(why)
 
     def _begin(self) -> None:
+        self._cache_name = kv_cache.name(self.decoder)
         self.store, self.offload = Store(), Offload()
         self.ran: memory.Plan | None = None
         """The plan of the last pass."""
