@@ -19,6 +19,7 @@ from rlft.runs import Run
 from rlft.train import train
 
 
+@pytest.mark.slow
 def test_the_loop_written_out_has_the_same_first_three_losses(smollm2: Path, tmp_path: Path) -> None:
     """In float64: both draw the same uniform numbers, and in fp32 a token comes to lie on the other side of one by
     rounding now and then (seen twice in 4,100); from there on the two would train on different texts."""
