@@ -77,8 +77,7 @@ class EagerEngine:
         self._eos, self._cache_name = eos_ids(tokenizer, base), kv_cache.name(base)
         self._version: int | None = None
         self._digest = ""
-        # What is padded on the left may attend to nothing, which some attentions turn into nan.
-        self._pads = policy.packed
+        self._pads = policy.packed and self._pads_safely()
         self._cache: str | None = None
         """What its cache can do, when that is known: "select" rows, only "append" to them, or "none" there is."""
 
@@ -86,6 +85,15 @@ class EagerEngine:
     def memory(self) -> dict[str, int]:
         """Its adapter; the cache comes on top while it generates."""
         return {"adapter of the engine": sum(t.numel() * t.element_size() for t in self._slots.values())}
+
+    @torch.no_grad()
+    def _pads_safely(self) -> bool:
+        """Whether a row that is padded on the left gives finite logits. What attends to nothing is nan in some
+        attentions, and reaches the row's own tokens in the next layer as 0 * nan."""
+        ids, mask = torch.ones(2, 6, dtype=torch.long), torch.ones(2, 6, dtype=torch.long)
+        mask[1, :3] = 0
+        logits = self._step(ids, mask, (mask.cumsum(1) - 1).clamp(min=0), None).logits
+        return bool(logits[:, -1].isfinite().all())
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling, seed: tuple[int, ...]) -> list[Rollout]:
         """As the protocol; greedy at temperature 0, where the log-prob of the only possible token is 0."""
