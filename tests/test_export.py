@@ -272,7 +272,8 @@ def test_the_card_of_an_adapter_says_what_the_run_was_and_its_code_runs(
     assert "|  | before | after 2 steps |" in card.text and f"| reward | {cells[0]} | {cells[1]} |" in card.text
     parts = (
         "rank 4, alpha 8", "- data: `prompts.jsonl`", "- rewards: `rewards.py:letters` x 2", "- algorithm: grpo:",
-        "2 steps of 3 prompts with 4 completions each", "learning rate 0.05", f"torch {importlib.metadata.version('torch')}",
+        "2 steps of 3 prompts with 4 completions each", "learning rate 0.05",
+        f"torch {importlib.metadata.version('torch')}",
     )  # fmt: skip
     for part in parts:
         assert part in card.text, part
