@@ -46,11 +46,9 @@ def check_step(s: Parts, values: Mapping[str, float], rollouts: Sequence[Rollout
     tokens = sum(len(r.completion_ids) for r in rollouts)
     if tokens and values.get("sampling/nonfinite_logprobs") == tokens:
         # The trainer has not looked at them, since such tokens are not trained.
-        shown = [replace(r, sampler_logprobs=None, completion_mask=(True,) * len(r.completion_ids)) for r in rollouts]
-        plan = replace(s.plan, keep=(True,) * len(shown), whole_groups=False)
         with asleep(s.engine):
-            batches = pack(shown, torch.zeros(len(shown)), plan, count(shown, plan))
-            raise not_finite(s.policy, batches, f"step {state.step}: all {tokens} of the engine's log-probs")
+            which = f"step {state.step}: all {tokens} of the engine's log-probs"
+            raise not_finite(s.policy, unsampled(rollouts, s.plan), which)
     state.untrained = 0 if ran else state.untrained + 1
     # A run of fewer steps has to train something too.
     if state.untrained >= min(s.cfg.optim.max_skipped, s.steps):
@@ -88,6 +86,13 @@ def check_end(s: Parts, ran: Sequence[Batch]) -> None:
             f"after the last update the gradient of the policy's log-probs is not finite: the adapter has grown too "
             f"large (largest value {_largest(policy):.3g}). Lower optim.lr ({lr}) and start again"
         )
+
+
+def unsampled(rollouts: Sequence[Rollout], plan: PackPlan) -> list[Batch]:
+    """Micro-batches with every token of the completions, whatever the engine's log-probs were."""
+    shown = [replace(r, sampler_logprobs=None, completion_mask=(True,) * len(r.completion_ids)) for r in rollouts]
+    plan = replace(plan, keep=(True,) * len(shown), whole_groups=False)
+    return pack(shown, torch.zeros(len(shown)), plan, count(shown, plan))
 
 
 def not_finite(policy: Policy, batches: Sequence[Batch], which: str) -> TrainError:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from rlft.batch import count, pack
-from rlft.broken import not_finite
+from rlft.broken import not_finite, unsampled
 from rlft.disagreement import CAP, SPREAD, Compared, Limit, Score, cause, sequences
 from rlft.dist import max_tensor
 from rlft.errors import ParityError
@@ -227,7 +227,6 @@ def _compare(policy: Any, engine: Any, parts: Parts, seed: int, plan: PackPlan,
         rollouts += engine.generate(prompts, sampling, seed=(seed, 2**31 + i, -version))
     mismatch = Mismatch()
     with asleep(engine):  # scoring has the memory that it gives back
-        shown = [replace(r, sampler_logprobs=None, completion_mask=(True,) * len(r.completion_ids)) for r in rollouts]
         batches = _batches(rollouts, plan)
         for batch in batches:
             mismatch.add(policy.score(batch), batch)
@@ -237,7 +236,7 @@ def _compare(policy: Any, engine: Any, parts: Parts, seed: int, plan: PackPlan,
             if not asked:
                 raise ParityError("at the start every completion of the engine is empty: stop tokens or prompts")
             bad = f"at the start {asked - mismatch.tokens} of {asked} log-probs of engine or trainer"
-            raise not_finite(policy, _batches(shown, plan), bad)
+            raise not_finite(policy, unsampled(rollouts, plan), bad)
     return mismatch, rollouts
 
 
