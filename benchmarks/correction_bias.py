@@ -25,7 +25,7 @@ import torch
 from results_file import write
 from torch import Tensor
 
-from rlft.algos import cispo, dppo, grpo, reinforce, topr, vespo
+from rlft.algos.losses import cispo, dppo, grpo, reinforce, topr, vespo
 from rlft.batch import count, pack
 from rlft.types import Batch, PackPlan, Prompt, Rollout
 

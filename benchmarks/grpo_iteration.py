@@ -28,12 +28,12 @@ from rollout import prompts_of
 from stacks import tokenizer_of
 from timing import Watch, row
 
-from rlft.algorithm import build as build_algorithm
+from rlft.algos.algorithm import build as build_algorithm
 from rlft.batch import count, pack
-from rlft.config import Algo, Engine, Optim, Sampling
-from rlft.optim import Optimizer
-from rlft.parity import Mismatch
-from rlft.rollout.vllm import VllmEngine
+from rlft.config.run import Algo, Engine, Optim, Sampling
+from rlft.rollout.vllm.engine import VllmEngine
+from rlft.trainer.optim import Optimizer
+from rlft.trainer.parity import Mismatch
 from rlft.types import PackPlan
 
 GIB = 2**30

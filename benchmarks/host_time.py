@@ -40,7 +40,7 @@ def pretend() -> collections.Counter[str]:
 
     import rlft.kernels
     from rlft.kernels import attention_backends
-    from rlft.models import ops
+    from rlft.models.fused import ops
 
     counts: collections.Counter[str] = collections.Counter()
     driver: Any = Nowhere()
@@ -85,9 +85,9 @@ def main() -> None:
     stacks.SHAPES["host"] = stacks.SHAPES["tiny"] | {
         "num_hidden_layers": LAYERS, "head_dim": 32, "hidden_size": 128, "intermediate_size": 192
     }  # fmt: skip
-    from rlft.config import Lora
+    from rlft.config.run import Lora
     from rlft.kernels.attention import Sequences
-    from rlft.models import memory
+    from rlft.models.fused import memory
     from rlft.models.load import Base, attach_lora, load_base
     from rlft.models.policy import Policy
 

@@ -5,8 +5,8 @@
 Each run is `python -m rlft train run.toml` on a model of two layers: six steps with an evaluation and a checkpoint
 after every second one. It is killed one to three times and started again with --resume each time. The seed of the run
 draws when: a moment of MOMENTS, then a random delay. Equal means: every byte of the checkpoints' tensors and states,
-every row of metrics.jsonl but for times and rates, every row of the rollouts and the evaluations. `tests/test_kill.py`
-does the same with four kills.
+every row of metrics.jsonl but for times and rates, every row of the rollouts and the evaluations.
+`tests/runs/test_kill.py` does the same with four kills.
 """
 
 from __future__ import annotations

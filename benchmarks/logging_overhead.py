@@ -4,8 +4,8 @@
 
 One step is realistic for one GPU: 16 prompts x 8 completions of 512 tokens (65,536 trained tokens, packed into
 micro-batches of 4,096). The target is 1% of a 200 ms step: 2 ms that the loop waits. Everything called is what
-`rlft.train.loop` calls, with real packages writing offline; the model is left out, and a wait without the interpreter's
-lock stands for it, as waiting for a GPU is.
+`rlft.trainer.loop.loop` calls, with real packages writing offline; the model is left out, and a wait without the
+interpreter's lock stands for it, as waiting for a GPU is.
 
 Four figures per part. `loop_ms`: wall time in the loop's thread after the wait, median over the steps: what the loop
 waits on this machine, whatever else ran on it. `loop_cpu_ms`: processor time of that thread, median; nothing here
@@ -36,21 +36,23 @@ from results_file import write
 from rich.console import Console as Terminal
 from torch import Tensor
 
-from rlft import health, parity, report
-from rlft.algos import grpo
-from rlft.background import Background
+from rlft import report
+from rlft.algos.losses import grpo
 from rlft.batch import count, pack, packing_stats
-from rlft.config import Config, Data, Track
-from rlft.console import Console
-from rlft.metrics import Metrics
+from rlft.config.run import Config, Data, Track
 from rlft.models.load import load_tokenizer
-from rlft.pieces import Pieces
-from rlft.refill import Drawn
+from rlft.monitor import health
+from rlft.monitor.background import Background
+from rlft.monitor.console import Console
+from rlft.monitor.token_text import Pieces
+from rlft.monitor.tracking import Tracking
 from rlft.rewards.parts import Outcome, Parts
-from rlft.runs import Run
-from rlft.step_metrics import batch_stats, rollout_values
-from rlft.tracking import Tracking
-from rlft.train import record, write_completions
+from rlft.runs.folder import Run
+from rlft.trainer import parity
+from rlft.trainer.dynamic_sampling import Drawn
+from rlft.trainer.loop import record, write_completions
+from rlft.trainer.metrics import Metrics
+from rlft.trainer.step_metrics import batch_stats, rollout_values
 from rlft.types import Batch, PackPlan, Prompt, Rollout
 
 PROMPTS, GROUP, TOKENS, BUDGET = 16, 8, 512, 4096
@@ -110,7 +112,7 @@ class Watched:
         return mismatch.values()
 
     def session(self, use: tuple[str, ...], live: bool) -> Any:
-        """What `rlft.train.record` needs of a session, in a run folder of its own."""
+        """What `rlft.trainer.loop.record` needs of a session, in a run folder of its own."""
         self.count += 1
         run = Run.create(self.folder / f"run{self.count}")
         run.write_config("")
@@ -128,7 +130,7 @@ class Watched:
         )  # fmt: skip
 
     def record(self, s: Any, values: dict[str, float]) -> None:
-        """`rlft.train.record`: metrics.jsonl, completions, console with health rules, trackers."""
+        """`rlft.trainer.loop.record`: metrics.jsonl, completions, console with health rules, trackers."""
         s.state.step += 1
         record(s, values, self.drawn, self.parts, self.advantages.tolist(), self.mismatch)
 

@@ -26,12 +26,12 @@ import stacks
 from results_file import arguments, write
 from timing import row
 
-from rlft.algorithm import build as build_algorithm
-from rlft.config import Algo, Lora, Optim
+from rlft.algos.algorithm import build as build_algorithm
+from rlft.config.run import Algo, Lora, Optim
 from rlft.models.allocator import segments
 from rlft.models.load import attach_lora
 from rlft.models.policy import Policy
-from rlft.optim import Optimizer
+from rlft.trainer.optim import Optimizer
 
 GIB = 2**30
 ASLEEP = 1.2
@@ -89,8 +89,8 @@ def asleep_engine(policy: Policy, shape: str) -> Any:
     """A vLLM engine that computes from the policy's base, woken once and put to sleep."""
     from stacks import tokenizer_of
 
-    from rlft.config import Engine
-    from rlft.rollout.vllm import VllmEngine
+    from rlft.config.run import Engine
+    from rlft.rollout.vllm.engine import VllmEngine
 
     options = Engine("vllm", mode="lent", max_seqs=2, graphs=False, kv_gib=2.0)
     engine = VllmEngine(policy, tokenizer_of(shape), options, 2048, 2, note=lambda text: print(text, flush=True))

@@ -2,10 +2,10 @@
 
     python benchmarks/recorded_breakdown.py --out DIR --commit HASH grpo-step/lognormal
 
-The step is that of `peers/recorded_step.py`: `rlft.train.loop` from the return of `engine.generate` to the hand-over,
-on 8 of Qwen3-8B's 36 layers. `slab_breakdown.py` says where the floors are from. "ends" is from the rollouts' arrival
-to the first kernel and from the last one to the hand-over, "gaps" are pauses of the device between two kernels of more
-than 0.1 ms; both are part of "idle".
+The step is that of `peers/recorded_step.py`: `rlft.trainer.loop.loop` from the return of `engine.generate` to the
+hand-over, on 8 of Qwen3-8B's 36 layers. `slab_breakdown.py` says where the floors are from. "ends" is from the
+rollouts' arrival to the first kernel and from the last one to the hand-over, "gaps" are pauses of the device between
+two kernels of more than 0.1 ms; both are part of "idle".
 `--peaks` and `--tokens` hold the step to memory and to sizes of micro-batches, in all combinations; `--trace` writes
 the steps as Chrome traces, with the host's side.
 """

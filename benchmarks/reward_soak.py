@@ -5,7 +5,8 @@
 Each call scores four completions. In a call with a fault one of them raises, hangs, ends its process, forks a process
 into a session of its own and dies, allocates past its memory limit, or puts garbage where the rewards belong. That
 row must come back invalid with the right fault, the other three with their rewards; at the end no process may be left
-and the caller's memory and descriptors must be where they were. tests/test_reward_soak.py runs the same function.
+and the caller's memory and descriptors must be where they were. tests/rewards/test_reward_soak.py runs the same
+function.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from rlft.config import Reward
+from rlft.config.run import Reward
 from rlft.rewards.score import build, score
 from rlft.types import Prompt, Rollout
 

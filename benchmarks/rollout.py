@@ -29,12 +29,13 @@ from results_file import arguments, write
 from stacks import tokenizer_of
 from timing import row
 
-from rlft.config import Engine, Sampling
-from rlft.models import memory
+from rlft.config.run import Engine, Sampling
+from rlft.models.fused import memory
 from rlft.models.policy import Policy
-from rlft.rollout import lend, vllm_requests
-from rlft.rollout.vllm import VllmEngine
-from rlft.rollout.vllm_start import version
+from rlft.rollout.vllm import requests as vllm_requests
+from rlft.rollout.vllm import shared_weights as lend
+from rlft.rollout.vllm.engine import VllmEngine
+from rlft.rollout.vllm.start import version
 from rlft.types import Prompt
 
 GIB = 2**30

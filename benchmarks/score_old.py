@@ -23,12 +23,12 @@ from recorded import WORKS, rollouts_of
 from results_file import arguments, write
 from timing import row
 
-from rlft.algorithm import build
+from rlft.algos.algorithm import build
 from rlft.batch import count, pack
-from rlft.config import Algo, Lora, Optim
+from rlft.config.run import Algo, Lora, Optim
 from rlft.models.load import attach_lora
 from rlft.models.policy import Policy
-from rlft.optim import Optimizer
+from rlft.trainer.optim import Optimizer
 from rlft.types import Batch, PackPlan
 
 WORK, REPEATS = "grpo-step/lognormal", 7

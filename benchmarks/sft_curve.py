@@ -3,9 +3,9 @@
     python benchmarks/sft_curve.py --out DIR --commit HASH --kind none nf4
     python benchmarks/sft_curve.py --out DIR --commit HASH --model /tmp/smollm2.gguf --device cuda --kind nf4
 
-Rows of examples/sums_sft.jsonl, 4 a step, learning rate 2e-4 and the rest as `rlft.config.Optim` has it. One PEFT model
-serves both stacks, so both train over the very same frozen bytes: first transformers' own layers run it ("peft": a
-padded batch, transformers' loss from labels), then, from the same starting adapter, fused layers ("rlft": packed into
+Rows of examples/sums_sft.jsonl, 4 a step, learning rate 2e-4 and the rest as `rlft.config.run.Optim` has it. One PEFT
+model serves both stacks, so both train over the very same frozen bytes: first transformers' own layers run it ("peft":
+a padded batch, transformers' loss from labels), then, from the same starting adapter, fused layers ("rlft": packed into
 one micro-batch, as `packing.budget = "auto"` does; "rlft, split": micro-batches of at most 128 tokens). The peft stack
 runs twice, the second time with the rows of each batch in reverse and 8 more columns of padding: what that changes is
 rounding, the noise to compare with.
@@ -32,16 +32,16 @@ from peft import PeftModel
 from results_file import arguments, write
 from torch import Tensor
 
-from rlft.algos import sft
+from rlft.algos.losses import sft
 from rlft.batch import count, pack
-from rlft.config import Data, Lora, Optim, Sampling
-from rlft.data import Prompts, encode_prompt
+from rlft.config.run import Data, Lora, Optim, Sampling
+from rlft.data.prompts import Prompts, encode_prompt
 from rlft.kernels.nf4 import Nf4Weight, decode
 from rlft.models.adapter import lora_parameters
 from rlft.models.load import Base, attach_lora, fingerprint, load_base, load_tokenizer
 from rlft.models.policy import Policy
-from rlft.optim import Optimizer
 from rlft.rollout.replay import ReplayEngine
+from rlft.trainer.optim import Optimizer
 from rlft.types import PackPlan, Prompt
 
 DATA = Path(__file__).parents[1] / "examples" / "sums_sft.jsonl"
@@ -52,7 +52,7 @@ Curve = list[float]
 
 def batches(model: str, steps: int) -> list[list[Prompt]]:
     """The rows of each step, encoded as a run of rlft encodes them, in the order of a run."""
-    # Read here and not by rlft.sources, which wants pyarrow.
+    # Read here and not by rlft.data.sources, which wants pyarrow.
     tokenizer, lines = load_tokenizer(model), DATA.read_text().splitlines()
     rows = [encode_prompt(json.loads(line), i, Data(str(DATA)), tokenizer) for i, line in enumerate(lines)]
     prompts = Prompts(rows, SEED)
@@ -104,8 +104,8 @@ def peft_curve(model: PeftModel, steps: list[list[Prompt]], reordered: bool = Fa
 
 
 def rlft_curve(policy: Policy, steps: list[list[Prompt]], budget: int) -> Curve:
-    """Loss of each step: what `rlft.train.loop` does with recorded completions, without its run folder. budget: tokens
-    of a micro-batch."""
+    """Loss of each step: what `rlft.trainer.loop.loop` does with recorded completions, without its run folder. budget:
+    tokens of a micro-batch."""
     engine, optimizer = ReplayEngine(), Optimizer(policy.flat.flat, OPTIM, len(steps))
     engine.load_adapter(policy.adapter(), 0)
     losses = []

@@ -24,13 +24,13 @@ sys.path.insert(0, str(Path(__file__).parent))
 from results_file import arguments, write
 from timing import row
 
-from rlft.algorithm import build
+from rlft.algos.algorithm import build
 from rlft.batch import count, pack
-from rlft.config import Algo, Lora, Optim
+from rlft.config.run import Algo, Lora, Optim
 from rlft.models.load import Base, attach_lora, load_base
 from rlft.models.policy import Policy
-from rlft.optim import Optimizer
-from rlft.parity import Mismatch
+from rlft.trainer.optim import Optimizer
+from rlft.trainer.parity import Mismatch
 from rlft.types import PackPlan, Prompt, Rollout
 
 WORKS = {"sums": (40, 14), "short": (50, 37), "long": (60, 200)}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from typing import Any
 
-from rlft.rewards.number import number
+from rlft.rewards.builtin.number import number
 
 
 def shuffled(completions: list[Any], answer: list[Any], trainer_state: Any, **_: Any) -> list[float | None]:

@@ -3,8 +3,8 @@
     python examples/grpo_from_scratch.py --steps 3
 
 Only the data (rows, chat template, order) comes from rlft; sampling, reward, advantage, loss and update are here, in
-plain PyTorch. It prints the same losses as the library's loop (tests/test_from_scratch.py holds the first three to
-1e-4, in float64), because it draws the same random numbers.
+plain PyTorch. It prints the same losses as the library's loop (tests/trainer/test_from_scratch.py holds the first three
+to 1e-4, in float64), because it draws the same random numbers.
 
 The five choices: token-level ratio, clip 0.2 (inert with one update per batch, where the ratio is 1), no KL, advantage
 (reward - group mean) / (group std + 1e-4), mean over all tokens of the step. One factor more corrects for the sampler:
@@ -22,12 +22,12 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from rlft.config_file import load as load_config
-from rlft.data import Prompts
+from rlft.config.files import load as load_config
+from rlft.data.prompts import Prompts
 from rlft.models.load import attach_lora, load_base, load_tokenizer
-from rlft.optim import learning_rate
 from rlft.rollout.engine import rollout_seed
-from rlft.session import load_rows
+from rlft.trainer.optim import learning_rate
+from rlft.trainer.setup import load_rows
 from rlft.types import Prompt
 
 

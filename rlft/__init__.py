@@ -15,26 +15,24 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _NAMES = {
-    "config": "Config Source Data Reward Algo Sampling Lora Optim Engine Packing Parity Eval Checkpoint Track",
+    "config.run": "Config Source Data Reward Algo Sampling Lora Optim Engine Packing Parity Eval Checkpoint Track",
     "types": "Prompt Rollout Batch PackPlan Stat State",
     "errors": "RlftError ConfigError DataError RewardError EngineError ParityError TrainError",
-    "config_file": "preset",
+    "config.files": "preset",
     "models.load": "load",
+    "trainer.loop": "train",
 }
 _WHERE = {name: module for module, names in _NAMES.items() for name in names.split()}
 
-__all__ = ["__version__", "train", *sorted(_WHERE)]
+__all__ = ["__version__", *sorted(_WHERE)]
 
 if TYPE_CHECKING:
-    from rlft import train as train
-    from rlft.config_file import preset as preset
+    from rlft.config.files import preset as preset
     from rlft.models.load import load as load
+    from rlft.trainer.loop import train as train
 
 
 def __getattr__(name: str) -> Any:
-    if name == "train":
-        # The module itself, which is callable: `rlft.train(cfg)` and `from rlft.train import build` both work.
-        return importlib.import_module("rlft.train")
     if name in _WHERE:
         return getattr(importlib.import_module(f"rlft.{_WHERE[name]}"), name)
     raise AttributeError(f"module 'rlft' has no attribute {name!r}")

@@ -24,14 +24,14 @@ TRACKIO = tempfile.TemporaryDirectory(prefix="rlft-trackio-")
 os.environ["TRACKIO_DIR"] = TRACKIO.name
 # Processes that tests fork from one server have these loaded already: no five seconds of imports for each.
 multiprocessing.get_context("forkserver").set_forkserver_preload(
-    ["rlft.train", "pyarrow.parquet", "transformers.models.llama.modeling_llama"]
+    ["rlft.trainer.loop", "pyarrow.parquet", "transformers.models.llama.modeling_llama"]
 )
 
 
 @pytest.fixture(scope="session")
 def smollm2(tmp_path_factory) -> Path:
     """SmolLM2-135M-Instruct as a folder: the .gguf of the installed package, dequantised once (12 s) and saved."""
-    from rlft.config import Config, Data
+    from rlft.config.run import Config, Data
     from rlft.models.load import load_base, load_tokenizer
 
     folder = tmp_path_factory.mktemp("smollm2")

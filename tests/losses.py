@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlft.algos import (
+from rlft.algos.losses import (  # fmt: skip
     apo,
     cispo,
     cpo,
@@ -36,7 +36,7 @@ from rlft.algos import (
     sppo,
     topr,
     vespo,
-)  # fmt: skip
+)
 from rlft.batch import count, pack
 from rlft.types import Aggregation, Batch, Counts, PackPlan, Prompt, Rollout
 

@@ -6,8 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from rlft.config import Config
-from rlft.config_file import load
+from rlft.config.files import load
+from rlft.config.run import Config
 
 ROOT = Path(__file__).parents[1]
 

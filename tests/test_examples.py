@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from rlft.cli import main
+from rlft.cli.main import main
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = sorted((ROOT / "examples").glob("*.toml"))
@@ -15,7 +15,7 @@ EXAMPLES = sorted((ROOT / "examples").glob("*.toml"))
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
 def test_an_example_runs_two_steps(example: Path, smollm2: Path, tmp_path: Path, monkeypatch) -> None:
-    from rlft.config_file import load
+    from rlft.config.files import load
 
     monkeypatch.chdir(ROOT)  # paths in the examples are the repository's
     cfg, out = load(example), tmp_path / "run"

@@ -1,7 +1,4 @@
-"""The shape of the house (DESIGN 3): which module may import which, how long a file and a function may be.
-
-When the table of DESIGN 3 changes, the table here changes with it.
-"""
+"""The structure of the package: which package may import which, how long a file and a function may be."""
 
 from __future__ import annotations
 
@@ -16,73 +13,33 @@ import pytest
 ROOT = Path(__file__).parents[1] / "rlft"
 FILES = sorted(ROOT.rglob("*.py"))
 
-MAY_IMPORT = {
-    "errors": "",
-    "upload": "",
-    "types": "upload",
-    "config": "config_data",
-    "config_data": "",
-    "resolve": "",
-    "health": "",
-    "dist": "types",
-    "environment": "",
-    "kernels": "upload",
-    "trackers": "",
-    "sources": "config resolve",
-    "turns": "types config",
-    "data": "types config resolve sources turns",
-    "batch": "types",
-    "refill": "types batch",
-    "broken": "types batch config models rollout",
-    "disagreement": "types batch",
-    "agreement": "types config models parity rollout",
-    "parity": "types batch broken disagreement dist rollout",
-    "selfcheck": "types batch models broken",
-    "config_file": "config resolve",
-    "arguments": "",
-    "flags": "config config_file algorithm",
-    "algorithm": "algos config config_file resolve types",
-    "algos": "types batch dist",
-    "rewards": "types resolve config",
-    "models": "types config kernels environment upload",
-    "rollout": "types config turns models kernels",
-    "optim": "config kernels",
-    "out_of_memory": "config",
-    "reference": "types models",
-    "checkpoint": "types config models",
-    "runs": "types batch config config_file metrics",
-    "background": "",
-    "tracking": "trackers background config config_file environment resolve runs types",
-    "step_metrics": "types batch algos optim",
-    "metrics": "types",
-    "console": "types metrics health",
-    "model_card": "config algorithm environment models runs sources",
-    "export": "config config_file models runs model_card",
-    "report": "runs metrics health",
-    "estimates": "",
-    "pieces": "types",
-    "plans": "types config algorithm models rollout",
-    "engines": "types config console environment evaluate models rollout",
-    "prepare": "types batch dist algorithm algos models rewards",
-    "evaluate": "* -cli -train -session -finished",
-    "finished": "* -cli -train",
-    "reward_check": "* -cli -train -session -finished",
-    "validate": "* -cli -train -session -finished",
-    "session": "* -cli -train -finished",
-    "step": "* -cli -train -finished",
-    "train": "* -cli -finished",
-    "cli": "*",
-    "__main__": "cli",
-    "__init__": "train config config_file types errors models",
-}
-"""Module or folder of rlft, and what of rlft it may import; `errors` is open to all, "*" is everything."""
+LINE = [
+    "errors upload environment",
+    "types",
+    "batch dist",
+    "config",
+    "data rewards kernels",
+    "models",
+    "rollout algos",
+    "runs",
+    "monitor",
+    "report",
+    "trainer",
+    "cli",
+    "__main__",
+]
+"""Packages and root modules of rlft along the journey of a row of data; each imports only what stands before its
+line."""
 
-LONG_FUNCTIONS = {("train", "loop"): 120}
+LONG_FUNCTIONS = {("loop", "loop"): 120}
 """The one function that may be longer than 60 lines."""
 
 
+PLACE = {name: place for place, names in enumerate(LINE) for name in names.split()}
+
+
 def part(module: str) -> str:
-    """The row of the table that a module belongs to: "rlft.models.load" -> "models", "rlft" -> "__init__"."""
+    """The package or root module: "rlft.models.load" -> "models", "rlft" -> "__init__"."""
     return module.split(".")[1] if "." in module else "__init__"
 
 
@@ -109,9 +66,10 @@ def imports(path: Path) -> Iterator[str]:
 
 
 def allowed(importer: str, imported: str) -> bool:
-    """True when the table has this arrow."""
-    row = MAY_IMPORT[importer].split()
-    return imported in (importer, "errors", "__init__", *row) or ("*" in row and f"-{imported}" not in row)
+    """True when `imported` stands before `importer`. `__init__` looks its names up lazily and holds the version."""
+    if importer == imported or "__init__" in (importer, imported):
+        return True
+    return PLACE[imported] < PLACE[importer]
 
 
 def cycle_in(arrows: dict[str, set[str]]) -> list[str]:
@@ -133,7 +91,7 @@ def cycle_in(arrows: dict[str, set[str]]) -> list[str]:
     return next((found for name in sorted(arrows) if (found := walk(name, []))), [])
 
 
-def test_every_import_is_an_arrow_of_the_table() -> None:
+def test_every_import_points_to_an_earlier_package() -> None:
     wrong = [
         f"{name_of(path)} imports {module}"
         for path in FILES
@@ -143,8 +101,21 @@ def test_every_import_is_an_arrow_of_the_table() -> None:
     assert wrong == []
 
 
-def test_every_module_has_a_row_in_the_table() -> None:
-    assert {part(name_of(path)) for path in FILES} <= set(MAY_IMPORT)
+def test_every_package_has_a_place_in_the_line() -> None:
+    assert {part(name_of(path)) for path in FILES} == {*PLACE, "__init__"}
+
+
+def test_the_tree_in_the_readme_is_what_lies_in_the_folder() -> None:
+    tree = (ROOT.parent / "README.md").read_text().split("\nrlft/\n")[1].split("```")[0]
+    words = {word for line in tree.splitlines() for word in line.split("  ") if line.startswith("  ")}
+    shown = {name for word in words for name in word.split() if name.endswith((".py", "/"))}
+    packages = {f"{path.name}/" for path in ROOT.iterdir() if path.is_dir() and path.name != "__pycache__"}
+    modules = {path.name for path in ROOT.glob("*.py") if not path.name.startswith("__")}
+    assert packages | modules <= shown
+
+
+def test_the_line_forbids_what_it_should() -> None:
+    assert allowed("trainer", "monitor") and not allowed("monitor", "trainer") and not allowed("rollout", "algos")
 
 
 def test_modules_do_not_import_each_other_in_a_circle() -> None:
@@ -176,9 +147,10 @@ def test_no_file_is_a_drawer_for_odds_and_ends() -> None:
     assert not {path.stem for path in FILES} & {"utils", "util", "helpers", "common", "misc"}
 
 
-def test_the_package_of_rewards_is_empty() -> None:
-    """A reward worker imports it, and must load nothing but the user's file."""
-    assert (ROOT / "rewards" / "__init__.py").read_text() == ""
+@pytest.mark.parametrize("package", ["rewards", "rewards/builtin", "config"])
+def test_packages_that_a_reward_worker_imports_are_empty(package: str) -> None:
+    """A worker must load nothing but the user's file."""
+    assert (ROOT / package / "__init__.py").read_text() == ""
 
 
 def modules_after(code: str) -> set[str]:
@@ -192,7 +164,7 @@ HEAVY = {"torch", "transformers", "peft", "bitsandbytes", "datasets", "vllm", "w
 
 
 @pytest.mark.parametrize(
-    "module", ["rlft", "rlft.config", "rlft.config_file", "rlft.errors", "rlft.environment", "rlft.cli"]
+    "module", ["rlft", "rlft.config.run", "rlft.config.files", "rlft.errors", "rlft.environment", "rlft.cli.main"]
 )
 def test_importing_what_needs_no_model_loads_nothing_heavy(module: str) -> None:
     assert not modules_after(f"import {module}") & HEAVY
@@ -205,11 +177,11 @@ def test_import_rlft_takes_less_than_a_second_beyond_python_itself() -> None:
 
 
 def test_training_code_adds_less_than_a_second_to_its_libraries() -> None:
-    """`import rlft.train` after torch, transformers and peft, whose own import is not ours to answer for."""
+    """`import rlft.trainer.loop` after torch, transformers and peft, whose own import is not ours to answer for."""
     code = (
         "import torch, transformers, peft, rich, tyro, time\n"
         "from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig\n"
-        "t = time.perf_counter(); import rlft.train; print(time.perf_counter() - t)"
+        "t = time.perf_counter(); import rlft.trainer.loop; print(time.perf_counter() - t)"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT.parent)
     assert float(run.stdout) < 1

@@ -11,7 +11,7 @@ from peft import PeftModel
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from rlft.config import Lora
+from rlft.config.run import Lora
 from rlft.models.load import attach_lora
 from rlft.models.policy import Policy
 from rlft.types import Prompt, Recorded

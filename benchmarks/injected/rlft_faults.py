@@ -31,12 +31,12 @@ from material import (
 )
 from torch import Tensor
 
-from rlft.config import Algo, Config, Data, Engine, Lora, Optim, Packing, Reward, Sampling
+from rlft.config.run import Algo, Config, Data, Engine, Lora, Optim, Packing, Reward, Sampling
 from rlft.errors import RlftError
-from rlft.out_of_memory import what_to_lower
 from rlft.rollout.eager import SLOT
-from rlft.session import Session, build
-from rlft.train import loop
+from rlft.trainer.loop import loop
+from rlft.trainer.out_of_memory import what_to_lower
+from rlft.trainer.setup import Session, build
 from rlft.types import Prompt, Rollout
 
 Inject = Callable[[Session], None]
@@ -162,7 +162,7 @@ def few_off(rollouts: list[Rollout]) -> list[Rollout]:
 
 def few_off_under_the_ceiling(s: Session) -> None:
     """With the largest limit that a run can have, as on noisy hardware: the mean over tokens is half of it."""
-    from rlft import parity
+    from rlft.trainer import parity
 
     s.limit = parity.limit(None, s.cfg.parity)
     sampled(few_off)(s)
@@ -249,7 +249,7 @@ def early_update(s: Session) -> None:
 
 def packed(s: Session) -> None:
     """The packed path where the policy has chosen another one, with the check that every start makes."""
-    from rlft.selfcheck import check
+    from rlft.trainer.selfcheck import check
 
     s.policy.packed = True
     s.policy.path = "transformers' own layers, packed (forced)"

@@ -12,7 +12,8 @@ start are not measured, nor is the first iteration.
            vLLM makes for TRL; "old", the texts of the completions, padding, and the log-probs that it compares with
            vLLM's; "reward"; "train". `rollout_func` calls TRL's own vLLM, as the trainer does without it, and marks the
            phases.
-    rlft   rlft.train.loop over an NF4 base with its vLLM engine. Phases: "rollout", "reward", "sleep", "train", "wake",
+    rlft   rlft.trainer.loop.loop over an NF4 base with its vLLM engine. Phases: "rollout", "reward", "sleep", "train",
+    "wake",
            "sync".
 """
 
@@ -185,10 +186,10 @@ def rlft(shape: str, micro: int, desk: Desk) -> None:
     from recorded import session_of
     from stacks import tokenizer_of
 
-    from rlft.config import Algo, Config, Data, Engine, Lora, Optim, Sampling
+    from rlft.config.run import Algo, Config, Data, Engine, Lora, Optim, Sampling
     from rlft.rewards.score import build
-    from rlft.rollout.vllm import VllmEngine
-    from rlft.train import loop
+    from rlft.rollout.vllm.engine import VllmEngine
+    from rlft.trainer.loop import loop
     from rlft.types import Prompt
 
     cfg = Config(

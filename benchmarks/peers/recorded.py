@@ -7,7 +7,7 @@
     unsloth       the trainers of "trl" with Unsloth's model, Unsloth imported first
     unsloth-rows  no trainer: Unsloth's model with its loss from labels, one row after the other, and AdamW; what its
                   GRPO step could come down to without padding
-    rlft          rlft.train.loop over an engine that hands out the recorded rollouts
+    rlft          rlft.trainer.loop.loop over an engine that hands out the recorded rollouts
 
 What is measured begins when the rollouts are handed over (the return of `rollout_func`, or of `engine.generate`) and
 ends with the optimiser step. In it: padding or packing, rewards (recorded, a list), advantages, reference log-probs,
@@ -287,7 +287,7 @@ class Replayed:
 
     def _plan(self, question: dict[str, Any], prompts: list[Any]) -> None:
         """Memory, tokens per micro-batch and sharing as the question says; by default as a run has them."""
-        from rlft.plans import plan_of
+        from rlft.trainer.plans import plan_of
 
         s, allowed = self.session, question.get("peak")
         tokens, share = question.get("tokens") or "auto", question.get("share", True)
@@ -323,21 +323,22 @@ class Replayed:
 
 
 def session_of(cfg: Any, rows: list[Any], policy: Any, engine: Any, tokenizer: Any, **more: Any) -> Any:
-    """What `rlft.train.loop` runs on, wired as by `rlft.session.build`, around a policy and an engine that exist.
+    """What `rlft.trainer.loop.loop` runs on, wired as by `rlft.trainer.setup.build`, around a policy and an engine that
+    exist.
 
     rows: the prompts. more: `functions` that reward, `callbacks`."""
-    from rlft.algorithm import build
-    from rlft.background import Background
-    from rlft.console import Console
-    from rlft.data import Prompts
-    from rlft.optim import Optimizer
-    from rlft.pieces import Pieces
-    from rlft.plans import plan_of
-    from rlft.reference import Reference
+    from rlft.algos.algorithm import build
+    from rlft.data.prompts import Prompts
+    from rlft.monitor.background import Background
+    from rlft.monitor.console import Console
+    from rlft.monitor.token_text import Pieces
+    from rlft.monitor.tracking import Tracking
     from rlft.rollout.engine import asleep
-    from rlft.runs import Run
-    from rlft.session import Session
-    from rlft.tracking import Tracking
+    from rlft.runs.folder import Run
+    from rlft.trainer.optim import Optimizer
+    from rlft.trainer.plans import plan_of
+    from rlft.trainer.reference import Reference
+    from rlft.trainer.setup import Session
 
     algorithm, run, console = build(cfg.algo, 1), Run.create(cfg.out), Console(plain=True)
     with asleep(engine):
@@ -354,10 +355,10 @@ def session_of(cfg: Any, rows: list[Any], policy: Any, engine: Any, tokenizer: A
 
 
 def rlft(kind: str, shape: str, desk: Desk) -> None:
-    from rlft.config import Algo, Config, Data, Lora, Optim, Sampling
+    from rlft.config.run import Algo, Config, Data, Lora, Optim, Sampling
     from rlft.models.load import attach_lora, load_base
     from rlft.models.policy import Policy
-    from rlft.train import loop
+    from rlft.trainer.loop import loop
     from rlft.types import Prompt
 
     work = next(work for work in WORKS.values() if work.kind == kind)

@@ -177,7 +177,7 @@ def unsloth(shape: str, nf4: bool) -> tuple[Any, Step]:
 
 
 def rlft(shape: str, nf4: bool) -> tuple[Any, Step]:
-    from rlft.config import Lora
+    from rlft.config.run import Lora
     from rlft.models.load import Base, attach_lora, load_base
 
     how = Base(path_of(shape), "nf4" if nf4 else "none", "bfloat16", "cuda")

@@ -11,7 +11,7 @@ from rlft.kernels.qk_rope import MAX_D
 from rlft.kernels.rms_norm import MAX_H
 from rlft.kernels.swiglu import ACTIVATIONS
 from rlft.models.families import Family
-from rlft.models.layer_modules import FusedLayer
+from rlft.models.fused.layer_modules import FusedLayer
 
 
 def adapted(layers: Sequence[FusedLayer]) -> Iterator[Any]:

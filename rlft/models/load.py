@@ -21,12 +21,12 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from rlft.config import Config, Lora, require
+from rlft.config.run import Config, Lora, require
 from rlft.errors import ConfigError
 from rlft.models import quantization as quant
 from rlft.models import targets
 from rlft.models.adapter import lora_parameters
-from rlft.models.fused import fuse
+from rlft.models.fused.decoder import fuse
 from rlft.models.kind import attention_of, causal
 from rlft.models.locate import Location, load_tokenizer, locate, not_found
 
@@ -82,7 +82,7 @@ def load(
 
     model, quantization, dtype, device: as in `Config`. seed: of the new adapter's A. The model is an ordinary PEFT
     model in evaluation mode whose adapter is in float32 and is all that has a gradient; its decoder runs fused layers
-    under transformers' Trainer and TRL's too (`rlft.models.fused`). Raises ConfigError.
+    under transformers' Trainer and TRL's too (`rlft.models.fused.decoder`). Raises ConfigError.
 
     >>> model, tokenizer = rlft.load("Qwen/Qwen3-8B", lora=rlft.Lora(rank=16))
     """

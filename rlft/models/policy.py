@@ -1,8 +1,8 @@
 """The policy: log-probabilities of a packed batch under the base with the adapter, and under the reference.
 
-Fused layers run the packed rows (`rlft.models.fused`), or, for an architecture without them, transformers' own decoder
-does: packed with our attention (`rlft.models.packed`) where nothing but attention mixes tokens, and otherwise a padded
-row per sequence (`rlft.models.padded`). Our head turns the states that predict a trained token into log-probs.
+Fused layers run the packed rows (`rlft.models.fused.decoder`), or, for an architecture without them, transformers' own
+decoder does: packed with our attention (`rlft.models.packed`) where nothing but attention mixes tokens, and otherwise a
+padded row per sequence (`rlft.models.padded`). Our head turns the states that predict a trained token into log-probs.
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ from torch import Tensor, nn
 
 from rlft.kernels.attention import Sequences
 from rlft.kernels.logprobs import CHUNK_BYTES, linear_logprobs
-from rlft.models import memory, packed, padded, rope
+from rlft.models import packed, padded, rope
 from rlft.models.adapter import FlatAdapter
-from rlft.models.fused import FusedDecoder, fuse
+from rlft.models.fused import memory
+from rlft.models.fused.decoder import FusedDecoder, fuse
+from rlft.models.fused.token_budget import ALONE, BUDGETS, Group, token_budget
 from rlft.models.head import head_matrix, scale_of, softcap_of, with_one
 from rlft.models.quantization import mixes_rows
 from rlft.models.structure import decoder_of, unpackable
-from rlft.models.token_budget import ALONE, BUDGETS, Group, token_budget
 from rlft.types import Batch
 from rlft.upload import upload
 

@@ -17,7 +17,7 @@ from peft import LoraConfig, PeftModel
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from rlft.config import Lora
+from rlft.config.run import Lora
 from rlft.errors import ConfigError
 from rlft.models.structure import decoder_of
 

@@ -12,7 +12,7 @@ from itertools import pairwise
 from statistics import mean, median
 from typing import Any, NamedTuple
 
-from rlft import health
+from rlft.monitor import health
 from rlft.report.curves import Drawing, Line, Mark
 
 MOST_POINTS = 300

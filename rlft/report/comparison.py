@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any, NamedTuple
 
-from rlft import health
+from rlft.monitor import health
 from rlft.report import charts
 from rlft.report.curves import Drawing
 from rlft.report.markup import document, navigation, number, section, table, text
@@ -22,7 +22,7 @@ from rlft.report.page import (
     with_error,
     write_page,
 )  # fmt: skip
-from rlft.runs import Run
+from rlft.runs.folder import Run
 
 LAST = 10
 """Steps at the end of a run that its final numbers are means over: one step alone is noise."""

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rlft.report.markup import MOST_TEXT, number, passage, score, text, visible
-from rlft.runs import PIECED_GROUPS, Run
+from rlft.runs.folder import PIECED_GROUPS, Run
 
 MOST_STEPS, MOST_SAMPLES, MOST_ROWS = 40, 8, 8
 """Steps, completions of a group and held-out rows whose texts are in the page, at most."""

@@ -7,13 +7,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rlft import health
 from rlft.errors import ConfigError
+from rlft.monitor import health
 from rlft.report import charts
 from rlft.report.completions import held_out, samples, spread_out
 from rlft.report.curves import Drawing, Mark, figure
 from rlft.report.markup import document, navigation, number, section, table, text, tiles
-from rlft.runs import Run, reason
+from rlft.runs.folder import Run, reason
 
 MOST_EVALUATIONS = 6
 """Columns of the evaluation table."""

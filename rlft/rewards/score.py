@@ -21,16 +21,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlft import resolve
-from rlft.config import Reward
+from rlft.config import resolve
+from rlft.config.run import Reward
 from rlft.errors import RewardError
 from rlft.rewards.parts import OVERLONG, Outcome, Parts
 from rlft.rewards.pool import InThread, InWorker, Loop, Place
 from rlft.rewards.worker import Reply, Signature
 from rlft.types import Rollout
 
-PARTS = ("score", "parts", "pool", "worker")
-"""Files of rlft.rewards that are not rewards."""
+BUILTIN = "rlft.rewards.builtin"
+"""The package with one file per reward that is named without a file."""
 OURS = ("prompt", "completion", "completion_ids")
 """Columns that are not passed on, as in TRL: rewards get prompts, completions and completion_ids instead."""
 DEADLINE = 4
@@ -167,8 +167,8 @@ def _make(reward: Reward, loop: Loop) -> RewardFunction:
     use: Any = reward.use
     if isinstance(use, str):
         if ":" not in use:
-            resolve.module(use, "rlft.rewards", "rewards", hide=PARTS)
-            use = f"rlft.rewards.{use}:{use}"
+            resolve.module(use, BUILTIN, "rewards")
+            use = f"{BUILTIN}.{use}:{use}"
         return RewardFunction(use.rpartition(":")[2], InWorker(use, reward.memory_mb), reward)
     if isinstance(use, torch.nn.Module) or not callable(use):
         raise RewardError(

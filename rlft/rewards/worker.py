@@ -2,8 +2,8 @@
 
 Its main thread runs the function, so that SIGALRM timeouts inside it work; module state, caches and the event loop of
 async functions live as long as the process. It speaks length-prefixed pickles over two pipes of its own; what the user
-prints goes to stderr. Only the standard library, `rlft.resolve` and the user's file are imported: no torch, no start-up
-time, no GPU.
+prints goes to stderr. Only the standard library, `rlft.config.resolve` and the user's file are imported: no torch, no
+start-up time, no GPU.
 
     parent -> worker   {"target", "memory_mb", "pythonpath"}, then one {"columns", "constants", "rows"} per call
     worker -> parent   a Signature, then a Reply to each call
@@ -25,7 +25,7 @@ from decimal import Decimal
 from fractions import Fraction
 from typing import Any, NamedTuple
 
-from rlft import resolve
+from rlft.config import resolve
 from rlft.errors import ConfigError
 
 HEADER = struct.Struct("!4sQ")

@@ -1,4 +1,4 @@
-"""The protocol of a rollout engine: five methods, one contract test over all of them (tests/test_engines.py).
+"""The protocol of a rollout engine: five methods, one contract test over all of them (tests/rollout/test_engines.py).
 
 An engine owns a copy of the adapter, never the trainer's live tensors: what it samples from changes only by
 `load_adapter`. It keeps the order of the prompts, G completions each, and every Rollout says which policy version made
@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rlft.config import Sampling
+from rlft.config.run import Sampling
+from rlft.data.chat import end_id
 from rlft.errors import EngineError, TrainError
-from rlft.turns import end_id
 from rlft.types import Prompt, Rollout
 
 

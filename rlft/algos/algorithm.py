@@ -1,0 +1,169 @@
+"""From `[algo]` to what the loop calls: the loss, its settings, its advantage estimator, and what it needs."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from types import FunctionType
+from typing import Any, Literal
+
+from torch import Tensor
+
+from rlft.algos import advantages, corrections
+from rlft.config import resolve
+from rlft.config.files import from_table, presets
+from rlft.config.run import Algo
+from rlft.errors import ConfigError
+from rlft.types import Aggregation, Batch, Look, Stats
+
+LOSSES = "rlft.algos.losses"
+"""The package with one file per loss."""
+REQUIRED = ("Config", "loss", "ADVANTAGE", "AGGREGATION", "RATIO", "NEEDS_REFERENCE", "WHOLE_GROUPS", "NEEDS_SAMPLER",
+            "ZERO_ADV_ZERO_GRAD", "ENTROPY_GRAD")  # fmt: skip
+
+AGGREGATIONS = {
+    "token_mean": "mean over all tokens of the step",
+    "sequence_mean": "mean over sequences of the mean over tokens",
+    "constant": "sum over tokens / (sequences x max_tokens)",
+    "sequence_sum": "mean over sequences of the sum over tokens",
+    "prompt_mean": "mean over prompts of the mean over tokens",
+}
+"""Each aggregation in words."""
+
+
+@dataclass(frozen=True)
+class Algorithm:
+    """A loss with its settings filled in."""
+
+    name: str
+    config: Any
+    """An instance of the loss file's Config."""
+    loss: Callable[[Tensor, Batch, Any], tuple[Tensor, Stats]]
+    advantage_name: str
+    advantage: Callable[..., Tensor]
+    """(rewards [N], group_ids [N], and by name what `rlft.algos.advantages` lists) -> advantages [N]."""
+    aggregation: Aggregation
+    needs_reference: bool
+    """The loop fills `ref_logprobs` before the loss."""
+    whole_groups: bool
+    """All rollouts of a group must be in one micro-batch."""
+    needs_sampler: bool
+    """The loss cannot do without sampler log-probs."""
+    zero_adv_zero_grad: bool
+    """A micro-batch of zero advantage has exactly zero gradient and may be skipped."""
+    entropy_grad: bool
+    old: Literal["now", "trainer", "sampler"]
+    """Where old log-probs come from: `logprobs` without gradient (one update per rollout batch, or a loss without a
+    ratio), a forward of the trainer before the first update, or the sampler (correction "bypass")."""
+    updates: int
+    """Optimiser updates per rollout batch."""
+    prepare: Callable[[Look, Any], dict[str, float]] | None
+    """(look, config) -> numbers of a whole update for `Batch.prepared`, before it is made; None for none."""
+    adapt: Callable[[dict[str, float], float, Any], dict[str, float]] | None
+    """(State.adapted, mean entropy of the step, config) -> State.adapted of the next step; None for none."""
+    words: str
+    """Ratio, clip, KL and correction in words; the file's own `words(cfg)`, or its settings."""
+
+
+def module_of(name: str) -> Any:
+    """The loss file (or object with the same attributes) that `algo.name` stands for.
+
+    Raises ConfigError listing the known names, or the attributes that are missing.
+    """
+    if ":" in name:
+        module, attribute_name = resolve.container(name, "algo.name")
+        found = getattr(module, attribute_name)
+        if isinstance(found, FunctionType) and not hasattr(found, "Config"):
+            found = module  # "my_loss.py:loss" stands for the file
+    elif name in presets() and name not in resolve.names_in(LOSSES):
+        raise ConfigError(
+            f'algo.name = "{name}": a preset, which a config file or a flag can name; from Python: '
+            f'rlft.preset("{name}", model=..., data=..., ...)'
+        )
+    else:
+        found = resolve.module(name, LOSSES, "algo.name")
+    missing = [attribute for attribute in REQUIRED if not hasattr(found, attribute)]
+    if missing:
+        raise ConfigError(
+            f'algo.name = "{name}": not an algorithm, it lacks {", ".join(missing)} (see rlft/algos/losses/sft.py)'
+        )
+    return found
+
+
+def build(algo: Algo, updates: int = 1) -> Algorithm:
+    """The algorithm of a run with `updates` optimiser updates per rollout batch.
+
+    Raises ConfigError for an unknown name, setting or estimator, and a correction that does not fit the updates.
+    """
+    module = module_of(algo.name)
+    config = from_table(module.Config, algo.options, "algo")
+    correction = getattr(config, "correction", None)
+    if correction is not None:
+        correction = corrections.resolve(correction, updates, bool(module.RATIO))
+        config = replace(config, correction=correction)
+    name = getattr(config, "advantage", module.ADVANTAGE)
+    if name == "gdpo" and getattr(config, "kl", "") == "reward" and config.kl_coef:
+        raise ConfigError(
+            'algo.kl = "reward" with algo.advantage = "gdpo": that estimator takes each reward function by itself, so '
+            'the KL taken off their sum would be lost; set algo.kl = "k3_ratio"'
+        )
+    aggregation = getattr(config, "aggregation", module.AGGREGATION)
+    if aggregation not in AGGREGATIONS:
+        raise ConfigError(f'algo.aggregation = "{aggregation}": want one of {", ".join(AGGREGATIONS)}')
+
+    def trait(constant: str) -> bool:
+        value = getattr(module, constant)
+        return bool(value(config)) if callable(value) else bool(value)
+
+    return Algorithm(
+        name=algo.name, config=config, loss=module.loss, advantage_name=name, advantage=estimator_of(name),
+        aggregation=aggregation, needs_reference=trait("NEEDS_REFERENCE"),
+        whole_groups=trait("WHOLE_GROUPS"), needs_sampler=trait("NEEDS_SAMPLER"),
+        zero_adv_zero_grad=trait("ZERO_ADV_ZERO_GRAD"), entropy_grad=trait("ENTROPY_GRAD"),
+        old="sampler" if correction == "bypass" else "trainer" if updates > 1 and trait("RATIO") else "now",
+        updates=updates, prepare=getattr(module, "prepare", None), adapt=getattr(module, "adapt", None),
+        words=module.words(config) if hasattr(module, "words") else str(config),
+    )  # fmt: skip
+
+
+def estimator_of(name: str) -> Callable[..., Tensor]:
+    """The estimator that `algo.advantage` names, called with everything and handing on what it takes.
+
+    Raises ConfigError for an unknown name, and, when called, for one of the user's that gives no number per rollout.
+    """
+    if ":" in name:
+        estimator = resolve.attribute(name, "algo.advantage")
+        if not callable(estimator):
+            raise ConfigError(f'algo.advantage = "{name}": not a function of (rewards, group_ids)')
+    elif name in advantages.ESTIMATORS:
+        estimator = getattr(advantages, name)
+    else:
+        hint = resolve.near(name, list(advantages.ESTIMATORS))
+        raise ConfigError(
+            f'algo.advantage = "{name}": unknown.{hint} Known: {", ".join(advantages.ESTIMATORS)}; or '
+            f'"file.py:function"'
+        )
+    takes = set(inspect.signature(estimator).parameters)
+
+    def advantage(rewards: Tensor, group_ids: Tensor, **more: Tensor) -> Tensor:
+        made = estimator(rewards, group_ids, **{key: value for key, value in more.items() if key in takes})
+        if not isinstance(made, Tensor) or made.shape != rewards.shape:
+            got = f"shape {list(made.shape)}" if isinstance(made, Tensor) else type(made).__name__
+            raise ConfigError(f'algo.advantage = "{name}": want a tensor of shape {list(rewards.shape)}, got {got}')
+        return made.float()
+
+    return advantage
+
+
+def describe(algorithm: Algorithm) -> list[str]:
+    """The five choices (ratio, clip, KL, advantage, aggregation) in words, as printed at the start of a run."""
+    aggregation = f"{algorithm.aggregation}, {AGGREGATIONS[algorithm.aggregation]}"
+    lines = [f"{algorithm.name}: {algorithm.words}; advantage {algorithm.advantage_name}; {aggregation}"]
+    if algorithm.updates > 1:
+        old = {"now": "", "trainer": "; old log-probs from a forward of the trainer before the first",
+               "sampler": "; old log-probs are the sampler's"}[algorithm.old]  # fmt: skip
+        lines.append(f"{algorithm.updates} updates per rollout batch{old}")
+    elif algorithm.old == "now" and hasattr(algorithm.config, "clip_low"):
+        lines.append("one update per rollout batch: the ratio is exactly 1, so clipping never acts")
+    return lines

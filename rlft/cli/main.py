@@ -1,0 +1,320 @@
+"""The command line: `rlft train run.toml --optim.lr=1e-5`.
+
+A command is a function over the arguments after its name, with its line and paragraph of the manual; `rlft.cli.flags`
+turns settings into flags. Everything heavy is imported inside the command that needs it.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import math
+import os
+import shutil
+import signal
+import sys
+import textwrap
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+import tyro
+
+from rlft.cli.arguments import EvalArgs, GenerateArgs, MergeArgs, PushArgs, ReportArgs, RewardCheckArgs
+from rlft.cli.flags import paragraph, worded
+from rlft.cli.flags import parse as parse_flags
+from rlft.config import files as config_file
+from rlft.config.resolve import near
+from rlft.config.run import Config
+from rlft.errors import ConfigError, RewardError, RlftError
+
+A = TypeVar("A")
+
+HELP = ("-h", "--help")
+UNWRITABLE = (errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+REPORT = "rlft did not expect this: please report it, with the text above, the config and what `rlft env` prints."
+EXIT_CODES = (
+    "exit codes: 0 done, 1 engine or memory (or a bug of ours), 2 a setting, data or a reward is wrong, 3 stopped by a "
+    "guard, 130 interrupted"
+)
+FILE = """\
+A run is one small file:
+
+  model = "Qwen/Qwen3-0.6B"
+  data = "train.jsonl"                 # rows with a prompt, and columns for the rewards
+  rewards = ["my_rewards.py:correct"]  # def correct(completions, answer, **columns) -> list[float]
+  steps = 200
+  out = "runs/first"
+"""
+
+
+class Command(NamedTuple):
+    """One command of `rlft`."""
+
+    run: Callable[[list[str]], int]
+    """From the arguments after its name to the exit code."""
+    usage: str
+    """What those arguments are."""
+    about: str
+    """What it does: a paragraph of the manual, and the head of `rlft COMMAND --help`."""
+
+
+def manual() -> str:
+    """The text of `rlft --help`."""
+    width = min(100, shutil.get_terminal_size().columns)
+
+    def filled(text: str, first: int = 0, rest: int = 0) -> str:
+        before, after = " " * first, " " * rest
+        return textwrap.fill(text, width, initial_indent=before, subsequent_indent=after, break_on_hyphens=False)
+
+    parts = ["rlft: reinforcement-learning-first post-training of language models.", "", "usage: rlft COMMAND ...", ""]
+    for name, command in COMMANDS.items():
+        parts += [filled(f"rlft {name} {command.usage}", 2, 10), filled(command.about, 6, 6)]
+    more = "`rlft COMMAND --help` shows what a command takes, `rlft --version` the version."
+    return "\n".join([*parts, "", filled(more), "", FILE, filled(EXIT_CODES), ""])
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns its exit code. An error made on purpose is one message on stderr, without traceback."""
+    argv = sys.argv[1:] if argv is None else argv
+    # "my_module:reward" is found beside the config, as it would be by a script; last, so that it shadows nothing.
+    sys.path.append(os.getcwd())
+    # Its import warns about an optional kernel on every CPU, before anything of ours is printed.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    before = signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        code = _run(argv)
+        # Here and not when the interpreter ends, where nobody could catch what goes wrong.
+        sys.stdout.flush()
+        return code
+    except RlftError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in UNWRITABLE:
+            _cannot_write(error)
+        else:
+            print(unexpected(error), file=sys.stderr)
+        return 1
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _cannot_write(error: OSError) -> None:
+    """A full disk, or a reader that went away, where rlft has no message of its own: mostly its own output."""
+    if error.filename is None:
+        # What is still to be flushed when the interpreter ends goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if error.errno != errno.EPIPE:  # `rlft env | head -1`: the reader has what it wanted
+        print(f"error: {error.filename or 'the output'} cannot be written: {error.strerror}", file=sys.stderr)
+
+
+def _interrupt(_signal: int, _frame: object) -> None:
+    """What a scheduler sends acts like Ctrl-C, so that everything is closed on the way out."""
+    raise KeyboardInterrupt
+
+
+def _run(argv: list[str]) -> int:
+    if not argv or argv[0] in (*HELP, "help"):
+        print(manual(), end="")
+        return 0 if argv else 2
+    if argv[0] == "--version":
+        from rlft import __version__
+
+        print(__version__)
+        return 0
+    if argv[0] not in COMMANDS:
+        hint = near(argv[0], list(COMMANDS))
+        raise ConfigError(f'no command "{argv[0]}".{hint} Commands: {", ".join(COMMANDS)}; see rlft --help')
+    return COMMANDS[argv[0]].run(argv[1:])
+
+
+def unexpected(error: Exception) -> str:
+    """What is shown of an exception that rlft does not raise on purpose: where it came from, and what to do."""
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = traceback.format_exception(type(error), error, error.__traceback__, limit=-4)
+    at = Path(frames[-1].filename) if frames else Path()
+    ours, installed = Path(__file__).parents[1] in at.parents, "site-packages" in at.parts or "lib" in at.parts
+    whose = (
+        f"It was raised in {at}, which is not a file of rlft: look there first."
+        if not ours and not installed
+        else REPORT
+    )
+    return f"{''.join(lines).rstrip()}\nerror: {type(error).__name__}: {error}\n{whose}"
+
+
+def parse(command: str, args: list[str]) -> tuple[Config, bool]:
+    """The config of `rlft COMMAND FILE --flags ...`, and whether --resume was given. Errors as
+    `rlft.cli.flags.parse`."""
+    return parse_flags(command, args, COMMANDS[command].about)
+
+
+def _parsed(cls: type[A], command: str, args: list[str]) -> A:
+    about = paragraph(COMMANDS[command].about)
+    return tyro.cli(worded(cls), args=args, prog=f"rlft {command}", use_underscores=True, description=about)
+
+
+def _train(args: list[str]) -> int:
+    cfg, resume = parse("train", args)
+    from rlft.trainer.loop import train
+
+    return 130 if train(cfg, resume=resume).interrupted else 0
+
+
+def _validate(args: list[str]) -> int:
+    try:
+        cfg, resume = parse("validate", args)
+        from rlft.trainer.validate import problems
+
+        found = problems(cfg, resume=resume)
+    except ConfigError as error:
+        found = str(error).splitlines()
+    else:
+        if not found:
+            print(config_file.to_toml(cfg) + "\n# no problem found")
+            return 0
+    print(f"{len(found)} problem{'s' if len(found) > 1 else ''}:", *(f"  {text}" for text in found), sep="\n")
+    return ConfigError.exit_code
+
+
+def _reward_check(args: list[str]) -> int:
+    given = _parsed(RewardCheckArgs, "reward-check", args)
+    from rich.console import Console
+
+    from rlft.cli.reward_check import check
+
+    # Messages of functions are printed as they are: no markup, no colours, no words cut in two.
+    show = Console(markup=False, highlight=False, emoji=False, soft_wrap=True).print
+    good = check(show=show, **vars(given))
+    return 0 if good else RewardError.exit_code
+
+
+def _eval(args: list[str]) -> int:
+    given = _parsed(EvalArgs, "eval", args)
+    if given.base and given.checkpoint != "latest":
+        raise ConfigError(f"--base and --checkpoint {given.checkpoint}: give one of them")
+    from rlft.trainer.reopen import evaluate_run
+
+    which = "base" if given.base else given.checkpoint
+    fields = ("samples", "temperature", "top_p", "top_k", "max_tokens", "threshold")
+    changes = {name: value for name in fields if (value := getattr(given, name)) is not None}
+    values = evaluate_run(given.run, which, given.rows, **changes)
+    if given.json:
+        print(json.dumps({name: value if math.isfinite(value) else None for name, value in values.items()}))
+        return 0
+    from rlft.monitor.console import Console, evaluation_rows, luck
+
+    what = "the base model" if given.base else f"step {values['step']:.0f}"
+    several = values.get("eval/samples", 1) > 1
+    samples = f", {values['eval/samples']:.0f} completions each" if several else ""
+    title = f"{what} of {given.run} on {values['eval/rows']:.0f} held-out rows{samples}"
+    console = Console()
+    console.table(title, evaluation_rows(values))
+    if among := values.get("eval/chosen_among"):
+        console.note(luck(int(among)))
+    return 0
+
+
+def _generate(args: list[str]) -> int:
+    given = _parsed(GenerateArgs, "generate", args)
+    from rlft.trainer.reopen import generate_from_run
+
+    print(generate_from_run(given.run, given.prompt, given.max_tokens, given.temperature, given.checkpoint))
+    return 0
+
+
+def _merge(args: list[str]) -> int:
+    given = _parsed(MergeArgs, "merge", args)
+    from rlft.runs.export import merge
+
+    merged = merge(given.run, given.out, given.checkpoint, given.dtype, given.push, given.private)
+    print(f"merged {merged.checkpoint} into {merged.out}\n{merged.words()}")
+    return 0
+
+
+def _push(args: list[str]) -> int:
+    given = _parsed(PushArgs, "push", args)
+    from rlft.runs.export import push_adapter
+
+    print(push_adapter(given.run, given.repo, given.checkpoint, given.private))
+    return 0
+
+
+def _report(args: list[str]) -> int:
+    """Write the page of a run, or of several compared."""
+    given = _parsed(ReportArgs, "report", args)
+    if not given.runs:
+        raise ConfigError("rlft report RUN [RUN ...]: give the folder of a run")
+    for run in given.runs:
+        if not (run / "metrics.jsonl").is_file():
+            raise ConfigError(f"{run}: not the folder of a run (it has no metrics.jsonl)")
+    from rlft import report
+
+    if len(given.runs) == 1:
+        print(report.write(given.runs[0], given.out))
+    else:
+        print(report.compare(given.runs, given.out or Path("comparison.html")))
+    return 0
+
+
+def _env(args: list[str]) -> int:
+    if set(args) & {*HELP}:
+        print(f"usage: rlft env\n\n{paragraph(COMMANDS['env'].about)}")
+        return 0
+    if args:
+        raise ConfigError(f"rlft env takes no arguments, not {' '.join(args)}")
+    from rlft.environment import describe
+
+    print(describe())
+    return 0
+
+
+COMMANDS = {
+    "train": Command(
+        _train, "FILE [--resume] [--section.field value ...]",
+        "Train the run that FILE (.toml or .yaml) describes. Any setting can be changed by a flag, for example "
+        "--optim.lr=1e-5 or --sampling.group_size 16; `rlft train FILE --help` lists them all with FILE's values. "
+        "--resume goes on from the newest checkpoint in the run's folder. Ctrl-C, or SIGTERM, finishes the step and "
+        "saves it; a second one stops at once.",
+    ),
+    "validate": Command(
+        _validate, "FILE [--section.field value ...]",
+        "Check everything that can be checked without loading the model, and print every problem, or the resolved "
+        "config.",
+    ),
+    "reward-check": Command(
+        _reward_check, "FILE [--data PATH] [--rows N] [--run RUN [--step N]] [--completion COLUMN]",
+        "Score a few completions without a model and print each reward: those recorded with the data, with --run those "
+        "an earlier run sampled, with --completion any column. FILE is a config, or one reward such as "
+        "my_rewards.py:correct. Exit code 2 when a function fails on any of them.",
+    ),
+    "eval": Command(
+        _eval, "RUN [--checkpoint latest|best|STEP] [--base] [--rows N] [--samples K] [--json]",
+        "Score a checkpoint of the run folder RUN (or its base model) on the rows that the run held out: mean reward, "
+        "pass@k with K samples per row, loss of recorded rows, with standard errors and 95% intervals. Nothing is "
+        "written into RUN.",
+    ),
+    "generate": Command(
+        _generate, 'RUN "prompt" [--checkpoint latest|best|STEP] [--max_tokens N] [--temperature T]',
+        "Sample one completion from a checkpoint of a run, prompted as its data was.",
+    ),
+    "merge": Command(
+        _merge, "RUN OUT [--checkpoint latest|best|STEP] [--dtype bfloat16] [--push YOU/MODEL [--private]]",
+        "Merge the run's adapter into its base, unquantised, as a model in the folder OUT; its log-probs are checked.",
+    ),
+    "push": Command(
+        _push, "RUN YOU/MODEL [--checkpoint latest|best|STEP] [--private]",
+        "Upload the run's adapter and its model card to the Hugging Face hub.",
+    ),
+    "report": Command(
+        _report, "RUN [RUN ...] [--out FILE]",
+        "Write RUN/report.html, a page that opens without a network; of several runs comparison.html, with their "
+        "curves over each other and the settings that differ.",
+    ),
+    "env": Command(_env, "", "Versions, device, what is missing and the pip command that adds it."),
+}  # fmt: skip

@@ -1,0 +1,86 @@
+"""Names to objects: "grpo", "rewards.py:correct", "package.module:attr".
+
+A thing of ours is found by its file's name, so adding one is adding a file: no registry, no decorator.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import importlib.util
+import pkgutil
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from rlft.errors import ConfigError
+
+
+def near(name: str, known: list[str]) -> str:
+    """A hint for a mistyped name: ' Did you mean "x"?', or nothing when nothing is close."""
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    return f' Did you mean "{close[0]}"?' if close else ""
+
+
+def names_in(package: str) -> list[str]:
+    """Names of the public modules of a package, sorted."""
+    spec = importlib.util.find_spec(package)
+    assert spec is not None and spec.submodule_search_locations is not None, package
+    return sorted(m.name for m in pkgutil.iter_modules(spec.submodule_search_locations) if not m.name.startswith("_"))
+
+
+def load_file(path: Path) -> ModuleType:
+    """Import a Python file by its path.
+
+    The file's folder goes on sys.path first, so that it can import its neighbours as it would when run as a script.
+    Raises ConfigError when there is no such file; what the file itself raises passes through.
+    """
+    path = path.expanduser().resolve()
+    if not path.is_file():
+        raise ConfigError(f"no file {path}")
+    # A name of its own: a user's "random.py" must not become the standard library's.
+    name = f"rlft_file_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    if str(path.parent) not in sys.path:
+        sys.path.insert(0, str(path.parent))
+    module = importlib.util.module_from_spec(spec)
+    # Registered before it runs, as import does it: dataclasses and pickle look the module up by name.
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def container(reference: str, field: str) -> tuple[ModuleType, str]:
+    """The module that "file.py:name" or "package.module:name" points into, and the name.
+
+    `field` is the setting it was given in, for the error. Raises ConfigError when file, module or name is missing.
+    """
+    where, _, name = reference.rpartition(":")
+    if not where:
+        raise ConfigError(f'{field} = "{reference}": want "file.py:name" or "package.module:name"')
+    try:
+        module = load_file(Path(where)) if where.endswith(".py") else importlib.import_module(where)
+    except (ConfigError, ModuleNotFoundError) as error:
+        raise ConfigError(f'{field} = "{reference}": {error}') from None
+    if not hasattr(module, name):
+        raise ConfigError(f'{field} = "{reference}": {where} has no "{name}".{near(name, dir(module))}')
+    return module, name
+
+
+def attribute(reference: str, field: str) -> Any:
+    """The object that "file.py:name" or "package.module:name" stands for. Arguments and errors as `container`."""
+    module, name = container(reference, field)
+    return getattr(module, name)
+
+
+def module(name: str, package: str, field: str) -> ModuleType:
+    """The module `package.name`, for a built-in named by its file. Raises ConfigError listing the known names."""
+    known = names_in(package)
+    if name not in known:
+        raise ConfigError(
+            f'{field} = "{name}": not in {package}.{near(name, known)} Known: {", ".join(known)}; '
+            f'or give "file.py:name" or "package.module:name"'
+        )
+    return importlib.import_module(f"{package}.{name}")

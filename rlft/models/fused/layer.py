@@ -1,0 +1,151 @@
+"""One decoder layer as one autograd Function that decides itself what it keeps for its backward.
+
+    level   kept on the device                                          done again in the backward
+    L0      x, qkv, attention out + lse, mid, gate and up               norms, rotary, h
+    L1      x, qkv, attention out + lse                                 + o, gate, up
+    L2      x, attention out + lse                                      + q, k, v
+    L3      x                                                           + attention
+    L4      nothing: x, attention out + lse in host memory              as L2
+    L5      nothing: x in host memory                                   as L3
+
+The down projection is not done again: its backward needs only S = h A^T, 2 rank bytes per token, which every level
+keeps (a norm behind it, as in Gemma, needs its output; there it is done again). Everything but attention runs in tiles
+of rows, forward and backward, so that gate, up and h of all tokens never exist above L0: nothing outside a tile is
+needed for its part of the backward, and no forward runs a third time for it. Buffers are written in place where the
+layer owns them: gate and up become their gradients, dh becomes h, qkv becomes dqkv, d mid becomes dx. So a second
+backward raises.
+
+Gradients of A and B are accumulated over the tiles in fp32: into the caller's buffers (`Pass.gradients`), and then the
+Function returns None for them, or into new ones, which it returns as any other gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from rlft.models.fused import ops
+from rlft.models.fused.layer_backward import Backward
+from rlft.models.fused.layer_modules import DOWN, GATE_UP, QKV, FusedLayer
+from rlft.models.fused.layer_steps import Kept, Pass, Steps, tiles
+from rlft.models.fused.projection import adapter_tensors
+
+
+def run_layer(layer: FusedLayer, x: Tensor, run: Pass) -> Tensor:
+    """x [T, H] after the layer, with gradient to x and to the adapter where `run.keep`."""
+    bound = layer.bind(run.adapter)
+    if not run.keep:
+        # With what a backward would need, which is dropped: the same buffers, so that both round alike.
+        return Forward(layer, run, bound, x)(x, Kept(x))
+    parameters = adapter_tensors(bound)
+    # One is enough for autograd where their gradients go into the caller's buffers, and every one takes the host time.
+    given = parameters if run.gradients is None else [p for p in parameters if p.requires_grad][:1]
+    return _Layer.apply(x, layer, run, bound, *given)  # type: ignore[return-value]
+
+
+def versions(adapter: Iterable[Tensor]) -> list[tuple[Tensor, int]]:
+    """What `check_versions` compares: each tensor with the number of its in-place changes until now."""
+    return [(p, p._version) for p in adapter]
+
+
+def check_versions(before: list[tuple[Tensor, int]], where: str) -> None:
+    """Raise RuntimeError where an adapter's tensor was modified in place since `versions`.
+
+    Seen are autograd's in-place operations, and steps of `rlft.trainer.optim`, which raises the versions itself.
+    """
+    if any(p._version != version for p, version in before):
+        raise RuntimeError(
+            f"{where}: the adapter was modified in place between forward and backward, whose gradients would mix the "
+            f"two; run the forward again"
+        )
+
+
+class Forward(Steps):
+    def __call__(self, x: Tensor, kept: Kept) -> Tensor:
+        """The layer's output; fills `kept` as far as its level says."""
+        level = self.run.levels[self.layer.index]
+        T, qkv_group = x.shape[0], self.bound[QKV].group
+        s_qkv = x.new_empty(T, qkv_group.rank) if level in (0, 1) else None
+        qkv = self.qkv(x, s_qkv)
+        attention = self.attend(qkv)
+        kept.s_down = x.new_empty(T, self.bound[DOWN].group.rank)
+        if level in (0, 1):
+            kept.qkv, kept.s_qkv = qkv, s_qkv
+        if level in (0, 1, 2, 4):
+            kept.attention = attention
+        if level == 0:
+            gate_up = self.bound[GATE_UP].group
+            kept.mid, kept.gate_up = torch.empty_like(x), x.new_empty(T, gate_up.out + gate_up.tail)
+        del qkv
+        return self._mlp(x, attention.out.flatten(1), kept)
+
+    def _mlp(self, x: Tensor, attended: Tensor, kept: Kept) -> Tensor:
+        out, group = torch.empty_like(x), self.bound[GATE_UP].group
+        for rows in tiles(x.shape[0], self.run.tile):
+            o, _ = self.out(attended[rows])
+            mid = out[rows] if kept.mid is None else kept.mid[rows]
+            n, _ = self.mid(x[rows], o, mid)
+            del o
+            gate_up = x.new_empty(n.shape[0], group.out) if kept.gate_up is None else kept.gate_up[rows]
+            self.project(GATE_UP, n, out=gate_up[:, : group.out])
+            del n
+            h = self.hidden(gate_up)
+            del gate_up
+            self._down(h, mid, out[rows])
+            if kept.s_down is not None:
+                kept.s_down[rows].copy_(h[:, self.layer.width :][:, : kept.s_down.shape[1]])
+        return out
+
+    def _down(self, h: Tensor, mid: Tensor, out: Tensor) -> None:
+        """out = mid + the down projection, which may be in place."""
+        norm = self.layer.down_norm
+        if norm is None:
+            self.project(DOWN, h, residual=out if mid.data_ptr() == out.data_ptr() else mid, out=out)
+            return
+        down = self.project(DOWN, h)
+        ops.norm_forward(down, norm, normed := torch.empty_like(down))
+        torch.add(mid, normed, out=out)
+
+
+class _Layer(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, layer, run, bound, *parameters):  # type: ignore[override]
+        level = run.levels[layer.index]
+        kept = Kept(x=None)
+        out = Forward(layer, run, bound, x)(x, kept)
+        if level in (4, 5):
+            assert run.offload is not None
+            run.stored[layer.index] = run.offload.put(layer.index, x, kept.attention)
+            kept.attention = None
+        else:
+            if run.offload is not None:
+                run.offload.settle()
+            ctx.save_for_backward(x)
+        ctx.kept, ctx.rest = kept, (layer, run, bound)
+        ctx.versions = versions(adapter_tensors(bound))
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout):  # type: ignore[override]
+        layer, run, bound = ctx.rest
+        kept, ctx.kept = ctx.kept, None
+        if kept is None:
+            raise RuntimeError(
+                f"layer {layer.index}: backward ran before, and turned what it had kept into gradients in place; run "
+                f"the forward again"
+            )
+        check_versions(ctx.versions, f"layer {layer.index}")
+        if run.stored:
+            run.offload.ahead(run.stored, layer.index, dout.device)
+        if run.levels[layer.index] in (4, 5):
+            kept.x, kept.attention = run.offload.get(run.stored, layer.index)
+        else:
+            (kept.x,) = ctx.saved_tensors
+        work = Backward(layer, run, bound, kept.x)
+        dx = work(dout, kept, ctx.needs_input_grad[0])
+        given = len(ctx.needs_input_grad) - 4
+        return dx, None, None, None, *work.grads.returned[:given]

@@ -1,0 +1,195 @@
+"""The backward of a decoder layer, from whatever its level kept; see `rlft.models.fused.layer`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlft.kernels import lora
+from rlft.kernels.attention import Saved
+from rlft.kernels.low_rank import gradients_a, gradients_b, shrink
+from rlft.models.fused import ops
+from rlft.models.fused.layer_modules import DOWN, GATE_UP, OUT, QKV
+from rlft.models.fused.layer_steps import Kept, Steps, tiles
+from rlft.models.fused.projection import Bound
+
+
+@dataclass
+class Gradients:
+    """Where the gradients of one layer's A and B go."""
+
+    A: list[list[Tensor]] = field(default_factory=list)
+    B: list[list[Tensor]] = field(default_factory=list)
+    _own: list[tuple[Tensor | None, torch.dtype]] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, bound: Sequence[Bound], buffers: dict[Tensor, Tensor] | None, like: Tensor) -> Gradients:
+        """like: activations, whose device and dtype decide those of new ones."""
+        made = cls()
+        # One launch zeroes them all.
+        size = sum(t.numel() for b in bound for t in (*b.A, *b.B)) if buffers is None else 0
+        flat = like.new_zeros(size, dtype=torch.promote_types(like.dtype, torch.float32))
+        offset = 0
+        for b in bound:
+            for side, tensors in ((made.A, b.A), (made.B, b.B)):
+                side.append([])
+                for t in tensors:
+                    if buffers is not None:
+                        side[-1].append(buffers[t] if t.numel() else t)
+                    else:
+                        side[-1].append(flat[offset : offset + t.numel()].view(t.shape))
+                        offset += t.numel()
+                    if t.numel():
+                        made._own.append((None if buffers is not None else side[-1][-1], t.dtype))
+        return made
+
+    @property
+    def returned(self) -> list[Tensor | None]:
+        """One per tensor of `adapter_tensors`, in its dtype; None where it went into the caller's buffer."""
+        return [None if g is None else g.to(dtype) for g, dtype in self._own]
+
+
+class Backward(Steps):
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.grads = Gradients.of(self.bound, self.run.gradients, args[3])
+
+    def __call__(self, dout: Tensor, kept: Kept, input_gradient: bool) -> Tensor | None:
+        """dx [T, H], whose rows may have a stride."""
+        x, qkv, s_qkv = kept.x, kept.qkv, kept.s_qkv
+        assert x is not None
+        group = self.bound[QKV].group
+        if kept.attention is None:
+            s_qkv = x.new_empty(x.shape[0], group.rank)
+            qkv = self.qkv(x, s_qkv)
+            kept.attention = self.attend(qkv)
+        attention = kept.attention
+        dmid, dattended = self._mlp(dout, x, attention.out.flatten(1), kept)
+        kept.mid = kept.gate_up = kept.s_down = None
+        rotated = None
+        if qkv is None:
+            s_qkv = x.new_empty(x.shape[0], group.rank)
+            qkv = self.qkv(x, s_qkv)
+            rotated = self.rope.forward(*self.layer.heads(qkv)[:2])
+        assert s_qkv is not None
+        self._attention(dattended, qkv, rotated, attention)
+        del dattended, attention, rotated
+        kept.attention = kept.qkv = None
+        return self._inputs(qkv, s_qkv, x, dmid, input_gradient)
+
+    def _b(self, i: int, dy: Tensor, s: Tensor) -> Tensor:
+        """The gradient of B of projection i, and dS into the tail of dy, which is returned."""
+        group = self.bound[i].group
+        if group.tail:
+            gradients_b(group, dy[:, : group.out], s, self.weights(i).b, dy[:, group.out :], self.grads.B[i])
+        return dy[:, group.out :]
+
+    def _dx(self, i: int, dy: Tensor, out: Tensor | None = None) -> Tensor:
+        return lora.input_gradient(self.weights(i), dy, out)
+
+    def _a(self, i: int, ds: Tensor, x: Tensor) -> None:
+        if self.bound[i].group.tail:
+            gradients_a(self.bound[i].group, ds, x, self.grads.A[i])
+
+    def _s(self, i: int, x: Tensor) -> Tensor:
+        """S of rows x [t, H], again."""
+        group = self.bound[i].group
+        s = x.new_empty(x.shape[0], group.tail)
+        if group.tail:
+            shrink(group, x, self.weights(i).a, s)
+        return s
+
+    def _mlp(self, dout: Tensor, x: Tensor, attended: Tensor, kept: Kept) -> tuple[Tensor, Tensor]:
+        """Gradients of mid [T, H + tail] and of the attention's output [T, Hq D]: from the output down to o."""
+        T, H = x.shape
+        dmid = x.new_empty(T, H + self.bound[OUT].group.tail)
+        dattended = torch.empty_like(attended)
+        for rows in tiles(T, self.run.tile):
+            s_out = None
+            raw = None
+            if kept.mid is None or self.layer.attention_norm is not None:
+                raw, s_out = self.out(attended[rows])
+            if kept.mid is None:
+                assert raw is not None
+                mid = torch.empty_like(raw) if self.layer.attention_norm is not None else raw
+                n, rstd = self.mid(x[rows], raw, mid)
+            else:
+                mid = kept.mid[rows]
+                n, rstd = self.normed(mid, self.layer.mlp_norm, GATE_UP)
+            dn = self._gated(dout[rows], n, kept, rows)
+            ops.norm_backward(dn, mid, self.layer.mlp_norm, rstd, dout[rows], dmid[rows, :H])
+            del dn, n, mid
+            do = self._through_norm(dmid[rows], raw, self.layer.attention_norm, OUT)
+            del raw
+            s = self._s(OUT, attended[rows]) if s_out is None else s_out
+            ds = self._b(OUT, do, s)
+            self._dx(OUT, do, dattended[rows])
+            self._a(OUT, ds, attended[rows])
+        return dmid, dattended
+
+    def _gated(self, dout: Tensor, n: Tensor, kept: Kept, rows: slice) -> Tensor:
+        """The gradient of n2, from the output's: down, gate and up, for rows of a tile."""
+        H, group = dout.shape[1], self.bound[GATE_UP].group
+        if kept.gate_up is None:
+            gate_up = n.new_empty(n.shape[0], group.out + group.tail)
+            self.project(GATE_UP, n, out=gate_up[:, : group.out])
+            s = n[:, H:]
+        else:
+            gate_up, s = kept.gate_up[rows], self._s(GATE_UP, n[:, :H])
+        assert kept.s_down is not None
+        if self.layer.down_norm is None:
+            dy = self._with_tail(dout, DOWN)
+        else:
+            dy = self._through_norm(dout, self.project(DOWN, self.hidden(gate_up)), self.layer.down_norm, DOWN)
+        ds = self._b(DOWN, dy, kept.s_down[rows])
+        dh = self._dx(DOWN, dy)
+        ops.gate_backward(dh, *self.gates(gate_up), self.layer.activation)
+        self._a(DOWN, ds, dh)
+        del dh, dy
+        ds = self._b(GATE_UP, gate_up, s)
+        dn = self._dx(GATE_UP, gate_up)
+        self._a(GATE_UP, ds, n[:, :H])
+        return dn
+
+    def _with_tail(self, dy: Tensor, i: int) -> Tensor:
+        """dy with room for dS behind its rows, where it has none."""
+        wide = dy.new_empty(dy.shape[0], self.bound[i].group.out + self.bound[i].group.tail)
+        wide[:, : dy.shape[1]].copy_(dy)
+        return wide
+
+    def _through_norm(self, dy: Tensor, x: Tensor | None, norm: ops.Norm | None, i: int) -> Tensor:
+        """The gradient of what a norm behind projection i read (x), with a tail; dy itself without a norm."""
+        if norm is None:
+            return dy
+        assert x is not None
+        H = x.shape[1]
+        rstd = ops.norm_forward(x, norm, torch.empty_like(x))
+        dx = x.new_empty(x.shape[0], H + self.bound[i].group.tail)
+        ops.norm_backward(dy[:, :H], x, norm, rstd, None, dx[:, :H])
+        return dx
+
+    def _attention(self, dattended: Tensor, qkv: Tensor, rotated: Any, saved: Saved) -> None:
+        """qkv becomes its own gradient."""
+        q, k, v = self.layer.heads(qkv)
+        if rotated is None:
+            rotated = self.rope.forward(q, k) if self.rope.q is not None else (q, k)
+        dout = dattended.unflatten(1, saved.out.shape[1:])
+        dq, dk, dv = self.layer.attention.backward(dout, rotated[0], rotated[1], v, saved, self.run.sequences)
+        self.rope.backward(dq, dk, q, k)
+        v.copy_(dv)
+
+    def _inputs(self, dqkv: Tensor, s: Tensor, x: Tensor, dmid: Tensor, input_gradient: bool) -> Tensor | None:
+        """dx, in place of dmid."""
+        H = x.shape[1]
+        for rows in tiles(x.shape[0], self.run.tile):
+            n, rstd = self.normed(x[rows], self.layer.input_norm, QKV)
+            ds = self._b(QKV, dqkv[rows], s[rows])
+            self._a(QKV, ds, n[:, :H])
+            if input_gradient:
+                into = dmid[rows, :H]
+                ops.norm_backward(self._dx(QKV, dqkv[rows]), x[rows], self.layer.input_norm, rstd, into, into)
+        return dmid[:, :H] if input_gradient else None

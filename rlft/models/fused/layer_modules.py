@@ -1,0 +1,66 @@
+"""A decoder layer of transformers as the kernels take it: projections, norms, constants; no weights of its own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from rlft.models.families import Family
+from rlft.models.fused import ops
+from rlft.models.fused.projection import Bound, Projection
+
+QKV, OUT, GATE_UP, DOWN = range(4)
+"""Projections of a layer."""
+ACTIVATIONS = {"swish": "silu", "gelu_new": "gelu_pytorch_tanh"}
+"""Names of transformers for what the kernel calls otherwise."""
+
+
+class FusedLayer:
+    """A decoder layer of transformers with its modules' tensors; holds no weights of its own."""
+
+    def __init__(self, module: nn.Module, index: int, family: Family, config: Any) -> None:
+        """Raises ValueError for weights that no kernel reads."""
+        get = module.get_submodule
+        self.index = index
+        self.projections = tuple(
+            Projection([get(name) for name in names])
+            for names in (family.qkv, (family.out,), family.gate_up, (family.down,))
+        )
+
+        def norm(name: str) -> ops.Norm:
+            return norm_of(get(name), family.gemma)
+
+        self.input_norm, self.mlp_norm = norm(family.input_norm), norm(family.mlp_norm)
+        self.attention_norm = norm(family.attention_norm) if family.attention_norm else None
+        self.down_norm = norm(family.down_norm) if family.down_norm else None
+        self.qk_norm = (norm(family.qk_norm[0]), norm(family.qk_norm[1])) if family.qk_norm else (None, None)
+        attention: Any = get("self_attn")
+        self.type = config.layer_types[index] if family.rope_by_type else None
+        self.head_dim = attention.head_dim
+        self.q_heads = config.num_attention_heads
+        self.k_heads = config.num_key_value_heads
+        window = {"layer": lambda: attention.sliding_window, "config": lambda: config.sliding_window}
+        self.attention = ops.Attention(
+            scale=attention.scaling, window=window.get(family.window, lambda: None)(),
+            softcap=getattr(attention, "attn_logit_softcapping", None),
+        )  # fmt: skip
+        activation = getattr(config, family.activation)
+        self.activation = str(ACTIVATIONS.get(activation, activation))
+        self.width = self.projections[DOWN].in_features
+
+    def bind(self, adapter: str | None) -> tuple[Bound, ...]:
+        """Each projection's adapter."""
+        return tuple(p.bind(adapter) for p in self.projections)
+
+    def heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Views q [T, Hq, D], k and v [T, Hk, D] of a qkv buffer."""
+        d, q, k = self.head_dim, self.q_heads, self.k_heads
+        parts = qkv[:, : (q + 2 * k) * d].split([q * d, k * d, k * d], dim=1)
+        return tuple(p.unflatten(1, (-1, d)) for p in parts)  # type: ignore[return-value]
+
+
+def norm_of(module: Any, gemma: bool) -> ops.Norm:
+    """One of transformers' RMSNorms, whose families differ in what they call epsilon."""
+    eps = module.variance_epsilon if hasattr(module, "variance_epsilon") else module.eps
+    return ops.Norm(module.weight.detach(), eps, gemma)

@@ -1,0 +1,124 @@
+"""The steps of a decoder layer that its forward and its backward both take, in tiles of rows, and what they share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from rlft.kernels import lora
+from rlft.kernels.attention import Saved, Sequences
+from rlft.models.fused import ops
+from rlft.models.fused.layer_modules import DOWN, GATE_UP, OUT, QKV, FusedLayer
+from rlft.models.fused.offload import Offload, Stored
+from rlft.models.fused.projection import Bound, Store
+
+LEVELS = range(6)
+
+
+@dataclass
+class Pass:
+    """What all layers of one forward and its backward share."""
+
+    sequences: Sequences
+    tables: dict[str | None, tuple[Tensor, Tensor]]
+    """Type of layer (None: all) -> rotary cos and sin [T, R]."""
+    store: Store
+    adapter: str | None
+    """Name of the PEFT adapter; None: the base alone."""
+    levels: Sequence[int]
+    """Of each layer."""
+    tile: int
+    """Rows that run at a time, attention excepted."""
+    keep: bool
+    """Whether there will be a backward."""
+    gradients: dict[Tensor, Tensor] | None = None
+    """Parameter -> fp32 buffer that its gradient is added to; None: returned to autograd."""
+    offload: Offload | None = None
+    stored: dict[int, Stored] = field(default_factory=dict)
+    """Layer -> what L4 and L5 put away."""
+
+
+@dataclass
+class Kept:
+    """What a layer's backward starts from; fields are None where they are made again. Rows of T tokens."""
+
+    x: Tensor | None
+    attention: Saved | None = None
+    qkv: Tensor | None = None
+    """[T, Y + tail]: q and k before the norm where there is one, else rotated."""
+    s_qkv: Tensor | None = None
+    mid: Tensor | None = None
+    gate_up: Tensor | None = None
+    """[T, 2 I + tail]."""
+    s_down: Tensor | None = None
+    """[T, rank]."""
+
+
+def tiles(count: int, size: int) -> Iterator[slice]:
+    """Slices of at most `size` rows, as even as multiples of 64 allow."""
+    parts = max(1, -(-count // size))
+    step = min(size, max(64, -(-count // (64 * parts)) * 64))
+    for start in range(0, count, step):
+        yield slice(start, min(start + step, count))
+
+
+class Steps:
+    """What forward and backward of one layer do alike."""
+
+    def __init__(self, layer: FusedLayer, run: Pass, bound: Sequence[Bound], x: Tensor) -> None:
+        self.layer, self.run, self.bound = layer, run, bound
+        self.weights = run.store.weights(layer.index, layer.projections, bound, x)
+        self.rope = ops.Rope(*run.tables[layer.type], *layer.qk_norm)
+
+    def normed(self, x: Tensor, norm: ops.Norm, i: int, **residual: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Rows of the norm with room for S of projection i behind them, and 1 / rms."""
+        n = x.new_empty(x.shape[0], x.shape[1] + self.bound[i].group.tail)
+        return n, ops.norm_forward(x, norm, n[:, : x.shape[1]], **residual)
+
+    def project(self, i: int, x: Tensor, **options: Tensor | None) -> Tensor:
+        bias = self.layer.projections[i].bias
+        return lora.forward(self.weights(i), x, bias, **options)  # type: ignore[arg-type]
+
+    def qkv(self, x: Tensor, s: Tensor | None) -> Tensor:
+        """[T, Y + tail] of all rows; s: [T, rank] that S is copied to."""
+        group = self.bound[QKV].group
+        made = x.new_empty(x.shape[0], group.out + group.tail)
+        for rows in tiles(x.shape[0], self.run.tile):
+            n, _ = self.normed(x[rows], self.layer.input_norm, QKV)
+            self.project(QKV, n, out=made[rows, : group.out])
+            if s is not None:
+                s[rows].copy_(n[:, group.in_features : group.in_features + group.rank])
+        return made
+
+    def attend(self, qkv: Tensor) -> Saved:
+        """Attention of a fresh qkv; without norms q and k are rotated in place."""
+        q, k, v = self.layer.heads(qkv)
+        q, k = self.rope.forward(q, k)
+        return self.layer.attention.forward(q, k, v, self.run.sequences)
+
+    def out(self, attended: Tensor) -> tuple[Tensor, Tensor]:
+        """The o projection of rows of attention's output, and its S."""
+        s = attended.new_empty(attended.shape[0], self.bound[OUT].group.tail)
+        return self.project(OUT, attended, s=s), s
+
+    def mid(self, x: Tensor, o: Tensor, total: Tensor) -> tuple[Tensor, Tensor | None]:
+        """n2 with its tail, and 1 / rms; total = mid."""
+        norm = self.layer.attention_norm
+        if norm is not None:
+            raw, o = o, torch.empty_like(o)
+            ops.norm_forward(raw, norm, o)
+        return self.normed(x, self.layer.mlp_norm, GATE_UP, delta=o, total=total)
+
+    def gates(self, gate_up: Tensor) -> tuple[Tensor, Tensor]:
+        """Views of gate and up."""
+        width = self.layer.width
+        return gate_up[:, :width], gate_up[:, width : 2 * width]
+
+    def hidden(self, gate_up: Tensor) -> Tensor:
+        """h with room for S of the down projection."""
+        h = gate_up.new_empty(gate_up.shape[0], self.layer.width + self.bound[DOWN].group.tail)
+        ops.gate_forward(*self.gates(gate_up), self.layer.activation, h[:, : self.layer.width])
+        return h

@@ -1,0 +1,388 @@
+"""How many bytes a training pass takes, by closed formulae, and what each layer keeps within a budget.
+
+Every buffer of `rlft.models.fused.layer` and of the head is counted where it is alive. With T rows, tiles of t rows:
+
+    saved     per layer and level: what lies between forward and backward
+    forward   of the layer in progress, beyond what it keeps
+    backward  of the layer in progress, beyond what it kept
+    head      gathered rows, their norm and jacobian (two with an entropy bonus), one chunk of logits
+    scratch   where the frozen weights are decoded to
+
+The peak is the largest of: all saved + forward, all saved + head, and per layer, saved up to it + backward. Layers keep
+less from the last to the first, since the last is needed first. The base, the adapter and its optimiser are there
+before and after and are not in it.
+"""
+
+from __future__ import annotations
+
+import bisect
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from itertools import combinations
+from typing import Any
+
+import torch
+from torch import nn
+
+from rlft.kernels.logprobs import CHUNK_BYTES, chunk_rows
+from rlft.models.fused.offload import AHEAD, BEHIND
+from rlft.models.fused.projection import Mode
+
+TILES = (8192, 4096, 2048, 1024)
+"""Rows that a layer runs at a time outside attention."""
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a decoder: of the largest layer where they differ."""
+
+    layers: int
+    hidden: int
+    q: int
+    """Columns of q: heads times head size."""
+    kv: int
+    """Columns of k, and of v."""
+    q_heads: int
+    intermediate: int
+    vocab: int
+    dtype: torch.dtype
+    """Of activations."""
+    tails: tuple[int, int, int, int]
+    """Columns behind qkv, o, gate_up, down."""
+    ranks: tuple[int, int, int, int]
+    qk_norm: bool
+    """q and k have norms, so their rotated form is a tensor of its own."""
+    post_norm: bool
+    """Norms behind attention and MLP."""
+    attention: str
+    """Back end of the attention."""
+    entropy_grad: bool = False
+    """The loss has an entropy bonus, so the head keeps a second jacobian."""
+
+    @property
+    def element(self) -> int:
+        """Bytes of an activation."""
+        return self.dtype.itemsize
+
+    @property
+    def qkv(self) -> int:
+        """Columns of the qkv buffer, tail included."""
+        return self.q + 2 * self.kv + self.tails[0]
+
+    @property
+    def gate_up(self) -> int:
+        """Columns of the gate_up buffer, tail included."""
+        return 2 * self.intermediate + self.tails[2]
+
+    @property
+    def weights(self) -> int:
+        """Elements of a layer's matrices."""
+        return self.hidden * (2 * self.q + 2 * self.kv + 3 * self.intermediate)
+
+    @property
+    def lse(self) -> int:
+        """Bytes of lse per row."""
+        return 4 * self.q_heads if self.attention in ("fa4", "fa2") else 0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a pass keeps, and how it runs."""
+
+    levels: tuple[int, ...]
+    tile: int
+    store: Mode
+    """Of `rlft.models.fused.projection.Store`."""
+    chunk_bytes: int
+    """Of the head."""
+    saved: int
+    """Bytes between forward and backward, in the layers."""
+    work: int
+    """Bytes at the peak beyond `saved`, scratch included."""
+    host: int
+    """Bytes in host memory."""
+    padded: int = 0
+    """Rows that a pass is padded to, so that a CUDA graph may run it; 0: not padded."""
+
+    @property
+    def peak(self) -> int:
+        """Bytes on the device at the highest point."""
+        return self.saved + self.work
+
+    def __str__(self) -> str:
+        counts = [(level, self.levels.count(level)) for level in sorted(set(self.levels))]
+        kept = ", ".join(f"{n} at L{level}" for level, n in counts)
+        host = f", {self.host / GIB:.2f} GiB on the host" if self.host else ""
+        return (
+            f"{kept}; {self.saved / GIB:.2f} GiB kept, {self.work / GIB:.2f} at work, tiles of {self.tile} rows{host}"
+        )
+
+
+def saved(s: Shape, level: int) -> int:
+    """Device bytes per row that a layer keeps at `level`."""
+    e = s.element
+    x, s_down, attention = e * s.hidden, e * s.ranks[3], e * s.q + s.lse
+    qkv, mlp = e * (s.qkv + s.ranks[0]), e * (s.hidden + s.gate_up)
+    return s_down + (x + attention + qkv + mlp, x + attention + qkv, x + attention, x, 0, 0)[level]
+
+
+def on_host(s: Shape, level: int) -> int:
+    """Host bytes per row of a layer at `level`."""
+    x, attention = s.element * s.hidden, s.element * s.q + s.lse
+    return (0, 0, 0, 0, x + attention, x)[level]
+
+
+def forward_work(s: Shape, rows: int, tile: int, level: int, keys: int = 0) -> int:
+    """Bytes of a layer's forward beyond its input and what it keeps at `level`. keys: that are copied for sequences
+    behind shared prefixes."""
+    e, t = s.element, min(rows, tile)
+    qkv = 0 if level in (0, 1) else e * s.qkv
+    rotated = e * (s.q + s.kv) if s.qk_norm else 0
+    attended = 0 if level in (0, 1, 2) else e * s.q + s.lse
+    n = e * (s.hidden + max(s.tails))
+    gates = 0 if level == 0 else e * 2 * s.intermediate
+    post = e * 2 * s.hidden if s.post_norm else 0
+    mlp = max(e * s.hidden + n, gates + max(n, e * (s.intermediate + s.tails[3])) + post)
+    # x of the layers that keep none is still there while they run, and what is on its way to the host.
+    x = e * s.hidden + BEHIND * on_host(s, level) if level in (4, 5) else 0
+    attention = rows * (qkv + rotated + attended) + keys * 2 * e * s.kv
+    return rows * x + max(attention, rows * (attended + e * s.hidden) + t * mlp)
+
+
+def backward_work(s: Shape, rows: int, tile: int, level: int, keys: int = 0) -> int:
+    """Bytes of a layer's backward beyond what it kept at `level`. keys: as in `forward_work`."""
+    e, t = s.element, min(rows, tile)
+    H, T = e * s.hidden, e * s.tails[1]
+    back = (H if level in (4, 5) else 0) + (0 if level in (0, 1, 2) else e * s.q + s.lse)
+    # Layers whose copies back from the host are on their way.
+    back += min(AHEAD, s.layers - 1) * on_host(s, level)
+    qkv = 0 if level in (0, 1) else e * (s.qkv + s.ranks[0])
+    gradients = H + H + T  # of the output and of mid
+    # The MLP, tile by tile.
+    mid, gate_up = (0, 0) if level == 0 else (H + T, e * s.gate_up)
+    n, post = H + e * s.tails[2], (e * (s.intermediate + 3 * s.hidden) if s.post_norm else 0)
+    partial = 4 * 16 * -(-2 * s.intermediate // 256) if s.ranks[2] else 0
+    tiled = n + mid + gate_up + post + max(H + e * (s.tails[3] + s.intermediate), H + partial)
+    mlp = rows * (e * s.q + (qkv if level in (3, 5) else 0)) + t * tiled
+    # Attention: rotated q and k, dq, dk, dv, and the back end's own sums; mid, gate and up are gone.
+    rotated = e * (s.q + s.kv) if s.qk_norm else 0
+    own = {"fa4": 4 * (s.q + 2 * s.q_heads), "fa2": 4 * (s.q + s.q_heads)}
+    of_keys = {"fa4": 8 * s.kv, "fa2": 2 * e * s.q * (s.q > s.kv)}.get(s.attention, 0)
+    gone = e * (s.hidden + s.gate_up + s.ranks[3]) if level == 0 else 0
+    attention = rows * (e * s.q + qkv + rotated + e * (s.q + 2 * s.kv) + own.get(s.attention, 4 * e * s.q) - gone)
+    # Copied keys and values, and their gradients beside those of the rows.
+    attention += keys * (4 * e * s.kv + of_keys) if keys else rows * of_keys
+    inputs = rows * (qkv - gone) + t * (n + H)
+    return rows * (back + gradients) + max(mlp, attention, inputs)
+
+
+def head_work(s: Shape, rows: int, trained: int, how: Setting) -> int:
+    """Bytes from the last layer's output to the log-probs: rows of the decoder, of which `trained` reach the head. A
+    chunk's buffers are laid into the scratch of the weights as far as they fit. An entropy bonus takes no further
+    chunk."""
+    e, wide = s.element, max(4, s.element)
+    chunk = min(chunk_rows(s.vocab, s.dtype, how.chunk_bytes), max(1, trained))
+    columns = -(-s.vocab // 64) * 64
+    left = scratch(s, how.store) if how.store != "shadow" else 0
+    new = 0
+    for size in (chunk * columns * wide, chunk * columns * e, chunk * s.hidden * wide):
+        if size <= left:
+            left -= size
+        else:
+            new += size
+    jacobians = 1 + s.entropy_grad
+    return e * s.hidden * (rows + (2 + jacobians) * trained + chunk) + new
+
+
+def scratch(s: Shape, mode: Mode) -> int:
+    """Bytes of the buffers that frozen weights are brought to."""
+    groups = [
+        (s.q + 2 * s.kv + s.tails[0]) * (s.hidden + s.tails[0]), (s.hidden + s.tails[1]) * (s.q + s.tails[1]),
+        (2 * s.intermediate + s.tails[2]) * (s.hidden + s.tails[2]),
+        (s.hidden + s.tails[3]) * (s.intermediate + s.tails[3]),
+    ]  # fmt: skip
+    return s.element * {"layer": sum(groups), "group": max(groups), "shadow": s.layers * sum(groups)}[mode]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A way to run, before its levels are chosen."""
+
+    tile: int
+    store: Mode
+    chunk_bytes: int
+
+
+def evaluate(
+    s: Shape, rows: int, trained: int, mixed: tuple[int, int, int], how: Setting, keys: int = 0
+) -> Plan:  # fmt: skip
+    """The plan of `count` layers at level `lower`, the first ones, and the others at `upper`. mixed: (count, lower,
+    upper). keys: as in `forward_work`."""
+    count, lower, upper = mixed
+    levels = (lower,) * count + (upper,) * (s.layers - count)
+    low, all_ = rows * count * saved(s, lower), rows * sum(saved(s, level) for level in levels)
+    own = scratch(s, how.store)
+    highest = all_ + head_work(s, rows, trained, how) + own
+    for level, kept, there in ((lower, low, count), (upper, all_, s.layers - count)):
+        if there:
+            highest = max(highest, own + kept + backward_work(s, rows, how.tile, level, keys))
+            highest = max(highest, own + kept + forward_work(s, rows, how.tile, level, keys))
+    # The layers right above those on the host run while copies back are on their way; where they are on the host
+    # themselves, `backward_work` has as many copies.
+    for above in range(0 if on_host(s, upper) else min(AHEAD, s.layers - count)):
+        kept = low + rows * (above + 1) * saved(s, upper)
+        coming = rows * min(AHEAD - above, count) * on_host(s, lower)
+        highest = max(highest, own + kept + coming + backward_work(s, rows, how.tile, upper, keys))
+    work = highest - all_
+    host = rows * sum(on_host(s, level) for level in levels)
+    return Plan(levels, how.tile, how.store, how.chunk_bytes, all_, work, host)
+
+
+def _settings(shadow: bool = True) -> Iterator[Setting]:
+    """From the fastest to the smallest. shadow: whether that store may be used."""
+    for store in ("shadow", "layer") if shadow else ("layer",):
+        for tile in TILES:
+            yield Setting(tile, store, CHUNK_BYTES)
+    for store in ("layer", "group"):
+        for tile in TILES[2:]:
+            yield Setting(tile, store, CHUNK_BYTES // 2)
+
+
+LEVEL_COST = (0.0, 10.0, 12.0, 20.0, 12.5, 20.5)
+"""Percent of a step's time that a layer at each level costs, roughly, where copies to and from the host are hidden."""
+FLOPS = 600e12
+"""Speed of matrix products, per second."""
+HOST_BANDWIDTH = 50e9
+"""Bytes per second to or from registered host memory: 55 GB/s on an H200's machine."""
+
+
+def exposed(s: Shape, level: int) -> float:
+    """Percent of a layer's time that its copies to and from the host take beyond the products beside them.
+
+    A copy to the host runs beside one layer's forward, a copy back beside one layer's backward.
+    """
+    copy, forward = on_host(s, level) / HOST_BANDWIDTH, 2 * s.weights / FLOPS
+    return 100 * (max(0.0, copy - forward) + max(0.0, copy - 2 * forward)) / (3 * forward)
+
+
+def cost_of(s: Shape, how: Setting | Plan, levels: tuple[int, ...], rows: int, again: float = 1.0) -> float:
+    """Percent of a step's time that a plan costs, roughly: half a tile one; decoding takes as long for few rows as for
+    many. again: what the levels' costs are multiplied by."""
+    decode = {"shadow": 0, "layer": 16384, "group": 3 * 16384}[how.store] / max(1, rows)
+    kept = sum(again * LEVEL_COST[level] + exposed(s, level) for level in levels) / len(levels)
+    return kept + TILES.index(how.tile) + decode + (how.chunk_bytes < CHUNK_BYTES)
+
+
+@cache
+def choose(
+    s: Shape, rows: int, trained: int, budget: float, host: float, keys: int = 0, shadow: bool = True
+) -> Plan:  # fmt: skip
+    """The plan that takes least time among those within `budget` bytes on the device and `host` bytes on the host.
+
+    Layers are at one of two levels, the first ones at that which keeps less. Where nothing fits, the smallest plan that
+    the host has room for; its peak is above the budget then. keys: as in `forward_work`. shadow: whether that
+    store may be used.
+    """
+    order = (0, 1, 2, 4, 3, 5) if host > 0 else (0, 1, 2, 3)
+    best: tuple[float, Plan] | None = None
+    for how in _settings(shadow):
+        if best is not None and cost_of(s, how, (0,), rows) >= best[0]:
+            continue  # as fast as this there is one already
+
+        def peak(level: int, how: Setting = how) -> int:
+            return evaluate(s, rows, trained, (s.layers, level, level), how, keys).peak
+
+        fits = {level for level in order if peak(level) <= budget}
+        for upper, lower in combinations(order, 2):
+            if lower not in fits:
+                continue
+            # No plan of this pair is faster than one that keeps what `upper` keeps in every layer.
+            if best is not None and cost_of(s, how, (upper,), rows) >= best[0]:
+                continue
+
+            def plan(n: int, lower: int = lower, upper: int = upper, how: Setting = how) -> Plan:
+                return evaluate(s, rows, trained, (n, lower, upper), how, keys)
+
+            n = bisect.bisect_left(range(s.layers + 1), True, key=lambda n: plan(n).peak <= budget)
+            if n > s.layers or (found := plan(n)).host > host:
+                continue
+            cost = cost_of(s, how, found.levels, rows)
+            if best is None or cost < best[0]:
+                best = (cost, found)
+            if n == 0:
+                # Any further pair begins with the same level, or with one that keeps less.
+                break
+    if best is not None:
+        return best[1]
+    *_, smallest = _settings()
+    away = int(host // max(1, rows * on_host(s, 5)))
+    return evaluate(s, rows, trained, (min(s.layers, away), 5, 3), smallest, keys)
+
+
+CAPTURED = 0.25
+"""Share of the memory that CUDA graphs may hold, and a pass in one may take without the weights' buffers."""
+
+
+def capturable(s: Shape, plan: Plan, device_bytes: float) -> bool:
+    """Whether a CUDA graph may run a plan: nothing goes to the host, no buffer is brought anew within a layer, and its
+    memory, which the graph keeps, is little beside that of launched passes."""
+    own = plan.peak - scratch(s, plan.store)
+    return max(plan.levels) < 4 and plan.store != "group" and own <= CAPTURED * device_bytes
+
+
+def weight_bytes(model: nn.Module) -> dict[str, int]:
+    """Bytes and number of the frozen weights of a model: {"bytes", "parameters"}; 4-bit ones with their scales."""
+    size = count = 0
+    for name, weight in model.named_parameters():
+        if "lora_" in name:
+            continue
+        state: Any = getattr(weight, "quant_state", None)
+        size += weight.numel() * weight.element_size()
+        count += weight.numel() if state is None else math.prod(state.shape)
+        if state is not None:
+            size += state.absmax.numel() * state.absmax.element_size()
+            size += state.state2.absmax.numel() * state.state2.absmax.element_size() if state.nested else 0
+    return {"bytes": size, "parameters": count}
+
+
+def _meminfo(field: str) -> float:
+    """Bytes that Linux reports; infinite elsewhere."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            return next(int(line.split()[1]) * 1024.0 for line in file if line.startswith(field))
+    except OSError:
+        return float("inf")
+
+
+unmapped = 0
+"""Bytes that PyTorch counts as reserved and that no memory is behind. Kept up to date by the vLLM engine, whose pools
+have such."""
+
+
+def free(device: torch.device) -> float:
+    """Bytes that a pass may take now: what the driver has free and what PyTorch holds unused; on a CPU, half of what
+    the system has available."""
+    if device.type != "cuda":
+        return _meminfo("MemAvailable") / 2
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device) - unmapped
+    return torch.cuda.mem_get_info(device)[0] + unused
+
+
+@cache
+def host_free() -> float:
+    """Bytes of host memory that may be used for offloading: the limit of this process's group, less 16 GiB. Read once,
+    since every pass asks."""
+    limit = float("inf")
+    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        try:
+            with open(path, encoding="ascii") as file:
+                text = file.read().strip()
+        except OSError:
+            continue
+        limit = min(limit, float("inf") if text == "max" else float(text))
+    # Processes of one run on this machine share it.
+    return max(0.0, min(limit, _meminfo("MemTotal")) - 16 * GIB) / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

@@ -1,0 +1,26 @@
+"""reasoning-gym's own score of an answer, between 0 and 1, for rows of "reasoning_gym:TASK"."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+from rlft.rewards.builtin.exact import text_of
+
+
+@lru_cache
+def _scorer(task: str) -> Any:
+    from reasoning_gym import get_score_answer_fn
+
+    return get_score_answer_fn(task)
+
+
+def reasoning_gym(
+    completions: list[Any], answer: list[Any], task: list[str], metadata: list[dict[str, Any]], **_: Any
+) -> list[float]:
+    """The task's score of the stripped text; tasks differ in how much they forgive around the answer."""
+    rewards = []
+    for completion, right, name, extra in zip(completions, answer, task, metadata, strict=True):
+        entry = {"question": "", "answer": right, "metadata": extra}
+        rewards.append(float(_scorer(name)(text_of(completion).strip(), entry)))
+    return rewards

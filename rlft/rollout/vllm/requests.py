@@ -1,0 +1,131 @@
+"""A step's requests to vLLM and what comes back: sampling parameters, the loop that runs them, rollouts."""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+
+from rlft.config.run import Sampling
+from rlft.rollout.engine import rollout_seed
+from rlft.types import Prompt, Rollout
+
+
+class Failed(Exception):
+    """vLLM failed; `hangs`: and holds a thread that cannot be ended."""
+
+    def __init__(self, text: str, hangs: bool = False) -> None:
+        super().__init__(text)
+        self.hangs = hangs
+
+
+def parameters(sampling: Sampling, ends: set[int], seed: int) -> Any:
+    """vLLM's SamplingParams of one completion. ends: token ids that end it, besides the sampling's.
+
+    Every field that shapes the distribution is said, so that no default of a model or of vLLM counts. vLLM decodes text
+    token by token; it is asked to only where it must look for a stop string.
+    """
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    return SamplingParams(
+        n=1, temperature=sampling.temperature, top_p=sampling.top_p, top_k=sampling.top_k, min_p=0.0,
+        presence_penalty=0.0, frequency_penalty=0.0, repetition_penalty=1.0, logit_bias=None, bad_words=None,
+        max_tokens=sampling.max_tokens, min_tokens=0, ignore_eos=False, stop=list(sampling.stop),
+        stop_token_ids=sorted(ends | set(sampling.stop_token_ids)), seed=seed, logprobs=0, flat_logprobs=True,
+        detokenize=bool(sampling.stop), skip_special_tokens=True, include_stop_str_in_output=False,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+    )  # fmt: skip
+
+
+def sample(
+    engine: Any, tokenizer: Any, prompts: Sequence[Prompt], sampling: Sampling, ends: set[int], seed: tuple[int, ...],
+    version: int, device: torch.device, deadline: float, progress: Callable[[int, int], None] | None,
+) -> list[Rollout]:  # fmt: skip
+    """`sampling.group_size` rollouts per prompt, in order. engine: vLLM's LLMEngine. version: of the
+    policy. deadline: seconds. Raises Failed."""
+    from vllm.inputs import tokens_input
+
+    made = []
+    for slot, prompt in enumerate(prompts):
+        for i in range(sampling.group_size):
+            made.append((prompt, i, rollout_seed(seed, slot, i)))
+    requests = [(tokens_input(list(p.ids)), parameters(sampling, ends, own)) for p, _, own in made]
+    # On a CPU vLLM compiles one comparison (ranks of tokens): it took 18 s of the first call and wants a C++ compiler.
+    with torch.compiler.set_stance("force_eager") if device.type == "cpu" else nullcontext():
+        outputs = _run(engine, requests, device, deadline, progress)
+    completions = [output.outputs[0] for output in outputs]
+    if sampling.stop:
+        texts = [c.text for c in completions]
+    else:
+        texts = tokenizer.batch_decode([list(c.token_ids) for c in completions], skip_special_tokens=True)
+    return [
+        _rollout(completion, text, prompt, i, own, version)
+        for completion, text, (prompt, i, own) in zip(completions, texts, made, strict=True)
+    ]
+
+
+def _run(
+    engine: Any, requests: Sequence[tuple[Any, Any]], device: torch.device, deadline: float,
+    progress: Callable[[int, int], None] | None,
+) -> list[Any]:  # fmt: skip
+    """vLLM's outputs in the order of the requests. Raises Failed where it fails or no step ends for too long."""
+    done: dict[int, Any] = {}
+    beat, errors, stop = [time.monotonic()], [], threading.Event()
+
+    def work() -> None:
+        try:
+            if device.type == "cuda":
+                torch.cuda.set_device(device)
+            for i, (prompt, params) in enumerate(requests):
+                engine.add_request(str(i), prompt, params)
+            while engine.has_unfinished_requests() and not stop.is_set():
+                for output in engine.step():
+                    if output.finished:
+                        done[int(output.request_id)] = output
+                beat[0] = time.monotonic()
+        except Exception as error:  # handed to the caller below, which says what it was
+            errors.append(error)
+
+    # In a thread of its own, since nothing interrupts a step that never returns.
+    thread = threading.Thread(target=work, name="rlft-vllm", daemon=True)
+    thread.start()
+    try:
+        while thread.is_alive():
+            thread.join(0.05)
+            if progress is not None:
+                progress(len(done), len(requests))
+            if thread.is_alive() and time.monotonic() - beat[0] > deadline:
+                raise Failed(f"no step ended for {deadline:g} s (engine.deadline)", hangs=True)
+    except BaseException:
+        # vLLM keeps what it is not told to drop; a thread that hangs has the engine for good.
+        stop.set()
+        thread.join(1.0)
+        if not thread.is_alive():
+            engine.abort_request([str(i) for i in range(len(requests))])
+        raise
+    if errors:
+        raise Failed(f"{type(errors[0]).__name__}: {errors[0]}") from errors[0]
+    missing = [i for i in range(len(requests)) if i not in done]
+    if missing:
+        raise Failed(f"{len(missing)} of {len(requests)} requests came back without an end")
+    return [done[i] for i in range(len(requests))]
+
+
+def _rollout(output: Any, text: str, prompt: Prompt, sample: int, seed: int, version: int) -> Rollout:
+    ids, logprobs = tuple(output.token_ids), tuple(float(x) for x in output.logprobs.logprobs)
+    if output.finish_reason not in ("stop", "length") or len(ids) != len(logprobs):
+        raise Failed(
+            f"row {prompt.index}: finish reason {output.finish_reason!r}, {len(ids)} tokens and {len(logprobs)} "
+            f"log-probs"
+        )
+    return Rollout(
+        prompt=prompt, completion_ids=ids, completion_mask=tuple(math.isfinite(x) for x in logprobs),
+        sampler_logprobs=logprobs, text=text, finish_reason=output.finish_reason, sample_index=sample,
+        policy_version=version, seed=seed,
+    )  # fmt: skip

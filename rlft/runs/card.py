@@ -1,0 +1,231 @@
+"""The README.md of an adapter or a merged model: what it was made from, how, what was measured, and how to load it.
+
+Every number comes from the run's config and metrics.jsonl; what is not known is left out. The YAML block on top is the
+hub's (library_name, base_model, tags, license).
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import math
+from pathlib import Path
+from typing import Any
+
+from rlft.algos.algorithm import build, describe
+from rlft.config.run import Config, Source
+from rlft.data.sources import FILES
+from rlft.environment import version
+from rlft.models.load import locate
+from rlft.runs.folder import Run
+
+METRICS = ("loss", "rewards/accuracies", "rewards/margins", "entropy", "mean_token_accuracy")
+"""Shown with their first and last value, where the run has them."""
+SAMPLED = ("reward", "completions/mean_length", "completions/clipped_ratio")
+"""The same, where completions were sampled and not recorded."""
+MEASURED = ("eval/loss", "eval/perplexity")
+"""Of the held-out rows; besides these, everything that has a standard error."""
+LICENCE = ("license", "license_name", "license_link")
+"""What the hub calls a licence in a card's YAML block."""
+
+
+def adapter_card(run: Run, cfg: Config, step: int, where: str, link: str | None = None) -> str:
+    """The card of the adapter after `step`. where: folder or hub id it is loaded from. link: the run in a tracker."""
+    lines = [
+        f"A LoRA adapter for {_base_words(cfg)}, rank {cfg.lora.rank}, alpha {cfg.lora.alpha:g}, trained with rlft.",
+        "", "## Use", *_code(cfg, where, merged=False), *_training(run, cfg, step, link),
+    ]  # fmt: skip
+    return _card(cfg, {"library_name": "peft", "base_model_relation": "adapter"}, ("lora",), run, lines)
+
+
+def merged_card(run: Run, cfg: Config, step: int, where: str, dtype: str, check: str, link: str | None = None) -> str:
+    """The card of the model that the adapter after `step` was merged into. check: what comparing log-probs found."""
+    lines = [
+        f"{_base_words(cfg)} with a LoRA adapter (rank {cfg.lora.rank}, alpha {cfg.lora.alpha:g}) trained with rlft "
+        f"and merged in: W + scale B A in float32, rounded once to {dtype}. {check}",
+        "", "## Use", *_code(cfg, where, merged=True), *_training(run, cfg, step, link),
+    ]  # fmt: skip
+    return _card(cfg, {"library_name": "transformers", "base_model_relation": "finetune"}, (), run, lines)
+
+
+def _card(cfg: Config, block: dict[str, str], tags: tuple[str, ...], run: Run, lines: list[str]) -> str:
+    import yaml
+
+    hub = {"base_model": cfg.model} if on_hub(cfg.model) else {}
+    if not hub:  # the relation means nothing without the base's hub id
+        block = {name: value for name, value in block.items() if name != "base_model_relation"}
+    algorithm = [] if ":" in cfg.algo.name else [cfg.algo.name]
+    sources = [source.path for source in _sources(cfg) if on_hub(source.path)]
+    shown: dict[str, Any] = {**licence(cfg.model), **hub, **block, "pipeline_tag": "text-generation"}
+    shown |= {"tags": ["rlft", *tags, *algorithm], **({"datasets": sources} if sources else {})}
+    front = yaml.safe_dump(shown, sort_keys=False, allow_unicode=True)
+    return "\n".join(["---", front.rstrip(), "---", f"# {run.path.resolve().name}", "", *lines]) + "\n"
+
+
+def on_hub(name: str) -> bool:
+    """True for what can only be a hub id: "owner/name", and nothing of that name here."""
+    owner, slash, rest = name.partition("/")
+    plain = bool(slash and owner and rest) and "/" not in rest and not name.startswith((".", "~"))
+    return plain and not Path(name).exists() and Path(name).suffix not in (".gguf", *FILES)
+
+
+@functools.lru_cache(maxsize=4)  # a card is written with every checkpoint, and a .gguf file takes seconds to read
+def licence(model: str) -> dict[str, Any]:
+    """The base's licence as the hub writes it, from its card or its .gguf file as far as they lie here; or empty."""
+    where = locate(model)
+    if where.gguf:
+        from gguf import GGUFReader
+
+        field = GGUFReader(Path(where.path) / where.gguf).get_field("general.license")
+        return {"license": field.contents()} if field else {}
+    from huggingface_hub import ModelCard, try_to_load_from_cache
+
+    readme = Path(where.path) / "README.md"
+    if not Path(where.path).is_dir():
+        cached = try_to_load_from_cache(where.path, "README.md") if on_hub(model) else None
+        readme = Path(cached) if isinstance(cached, str) else readme
+    if not readme.is_file():
+        return {}
+    try:
+        told = ModelCard(readme.read_text(encoding="utf-8"), ignore_metadata_errors=True).data.to_dict()
+    except ValueError:  # a README of someone else's whose block cannot be read tells nothing
+        return {}
+    return {name: told[name] for name in LICENCE if told.get(name)}
+
+
+def _base_words(cfg: Config) -> str:
+    where = locate(cfg.model)
+    return f"`{cfg.model}`" + (f" ({where.gguf}, dequantised)" if where.gguf else "")
+
+
+def _sources(cfg: Config) -> list[Source]:
+    return list(cfg.data.sources) or [Source(cfg.data.path)]
+
+
+def _code(cfg: Config, where: str, merged: bool) -> list[str]:
+    """Python that loads the model and samples from it, prompted as it was in training."""
+    place, base = locate(cfg.model), f'"{cfg.model}"'
+    lines, folder = ["```python"], ""
+    if place.gguf and not merged:
+        if cfg.model.isidentifier() and importlib.util.find_spec(cfg.model):
+            lines += ["from importlib.util import find_spec", ""]
+            folder = f'find_spec("{cfg.model}").submodule_search_locations[0]'
+        else:
+            folder = f'"{place.path}"'
+        base = f'folder, gguf_file="{place.gguf}"'
+    target = f'"{where}"' if merged else base
+    kind = ', dtype="auto"' if merged or not place.gguf else ""
+    lines += ["from peft import PeftModel"] if not merged else []
+    lines += [
+        "from transformers import AutoModelForCausalLM, AutoTokenizer", "",
+        *([f"folder = {folder}"] if folder else []),
+        f"tokenizer = AutoTokenizer.from_pretrained({target})",
+        f"model = AutoModelForCausalLM.from_pretrained({target}{kind})",
+    ]  # fmt: skip
+    lines += [] if merged else [f'model = PeftModel.from_pretrained(model, "{where}")']
+    lines += ['text = "Your prompt"']
+    if cfg.data.chat != "never":
+        system = [{"role": "system", "content": cfg.data.system}] if cfg.data.system else []
+        extra = "".join(f", {name}={value!r}" for name, value in cfg.data.chat_template_kwargs.items())
+        messages = "".join(f"{message!r}, " for message in system) + '{"role": "user", "content": text}'
+        lines += [
+            "if tokenizer.chat_template:", f"    messages = [{messages}]",
+            f"    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True{extra})",
+        ]  # fmt: skip
+    lines += [
+        'inputs = tokenizer(text, return_tensors="pt", add_special_tokens=not tokenizer.chat_template)',
+        f"made = model.generate(**inputs, max_new_tokens={cfg.sampling.max_tokens})",
+        'print(tokenizer.decode(made[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))', "```",
+    ]  # fmt: skip
+    return lines
+
+
+def _training(run: Run, cfg: Config, step: int, link: str | None) -> list[str]:
+    rows = [row for row in run.metrics() if row.get("step", math.inf) <= step]
+    trained = [row for row in rows if "loss" in row]
+    made_with = [f"{name} {version(name) or 'from a checkout'}" for name in ("rlft", "torch", "transformers", "peft")]
+    completions = f" with {cfg.sampling.group_size} completions each" if _sampled(trained) else ""
+    return [
+        "", "## Training",
+        f"- data: {', '.join(map(_data_words, _sources(cfg)))}",
+        *_rewards(cfg, trained),
+        *(f"- algorithm: {line}" if not i else f"  {line}" for i, line in enumerate(_algorithm(cfg))),
+        f"- {step} steps of {cfg.prompts_per_step} prompts{completions}, learning rate {cfg.optim.lr:g}",
+        *([f"- {trained[-1]['num_tokens']:,.0f} tokens"] if trained and trained[-1].get("num_tokens") else []),
+        *([f"- every step: {link}"] if link else []),
+        f"- {', '.join(made_with)}",
+        *_held_out(rows, step), *_first_and_last(trained),
+    ]  # fmt: skip
+
+
+def _sampled(trained: list[dict[str, Any]]) -> bool:
+    return bool(trained) and "sampling/sampling_logp_difference/mean" in trained[-1]
+
+
+def _data_words(source: Source) -> str:
+    # A path on somebody's disk says nothing to a reader, and is nobody's business.
+    local = Path(source.path).is_absolute() or source.path.startswith((".", "~"))
+    return f"`{Path(source.path).name if local else source.path}`"
+
+
+def _rewards(cfg: Config, trained: list[dict[str, Any]]) -> list[str]:
+    named = [f"`{Path(r.use).name}`" + (f" x {r.weight:g}" if r.weight != 1 else "") for r in cfg.rewards]
+    if not named and trained:  # given from Python: the metrics have their names
+        named = [f"`{parts[1]}`" for key in trained[-1] if (parts := key.split("/"))[0] == "rewards"
+                 and len(parts) == 3 and parts[2] == "mean"]  # fmt: skip
+    return [f"- rewards: {', '.join(named)}"] if named else []
+
+
+def _algorithm(cfg: Config) -> list[str]:
+    """The algorithm in words. A loss from the user's own file is not imported for a card: it may be gone by now."""
+    if ":" in cfg.algo.name + str(cfg.algo.options.get("advantage", "")):
+        options = ", ".join(f"{name} = {value}" for name, value in cfg.algo.options.items())
+        return [f"`{Path(cfg.algo.name).name}`" + (f" ({options})" if options else "")]
+    return describe(build(cfg.algo, cfg.optim.updates))
+
+
+def _held_out(rows: list[dict[str, Any]], step: int) -> list[str]:
+    """Evaluations before the first step and after the last, each mean with its 95% interval."""
+    evaluations = {row["step"]: row for row in rows if any(name.startswith("eval/") for name in row)}
+    shown = {at: evaluations[at] for at in (0, step) if at in evaluations}
+    if not shown:
+        return []
+    first, titles = shown[min(shown)], {0: "before", step: f"after {step} steps"}
+    names = [n for n in first if n.startswith("eval/") and (f"{n}_stderr" in first or n in MEASURED)]
+    head = f"{first['eval/rows']:.0f} rows that were not trained on; means, with 95% intervals where there are any."
+    tried = sum(at > 0 for at in evaluations)
+    if tried > 1:
+        head += (
+            f" {tried} checkpoints of the run were evaluated on them; one that was chosen by that looks too good here."
+        )
+    return [
+        "", "## Held out", head, "",
+        *_table(["", *(titles[at] for at in shown)],
+                [[n.removeprefix("eval/"), *(_interval(row, n) for row in shown.values())] for n in names]),
+    ]  # fmt: skip
+
+
+def _interval(row: dict[str, Any], name: str) -> str:
+    mean, error, low, high = (row.get(f"{name}{end}") for end in ("", "_stderr", "_low", "_high"))
+    if mean is None:
+        return ""
+    if low is not None and high is not None:
+        return f"{mean:.3f} ({low:.3f} to {high:.3f})"
+    return f"{mean:.3f}" + (f" ± {1.96 * error:.3f}" if error is not None else "")
+
+
+def _first_and_last(trained: list[dict[str, Any]]) -> list[str]:
+    if not trained:
+        return []
+    first, last = trained[0], trained[-1]
+    wanted = (*SAMPLED, *METRICS) if _sampled(trained) else METRICS
+    names = [n for n in wanted if first.get(n) is not None and last.get(n) is not None]
+    return [
+        "", "## In training", "",
+        *_table(["metric", f"step {first['step']}", f"step {last['step']}"],
+                [[n, f"{first[n]:.4g}", f"{last[n]:.4g}"] for n in names]),
+    ]  # fmt: skip
+
+
+def _table(head: list[str], rows: list[list[str]]) -> list[str]:
+    return [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)]

@@ -1,0 +1,380 @@
+"""The folder of a run: what lies where, how it is written so that a kill leaves it readable, what a resume sets aside.
+
+    config.toml                      every setting, as resolved
+    metrics.jsonl                    one JSON object per step or evaluation, with its `step`
+    rollouts/step-000012.parquet     every completion of step 12 with its rewards
+    evaluations/step-000012.parquet  every held-out completion of an evaluation after step 12
+    checkpoints/step-000012/         PEFT adapter and trainer state (rlft.runs.checkpoint)
+    checkpoints/best.json            which of them did best on the held-out rows
+    set-aside/001/                   what lay past the checkpoint at the first resume, and so on; never deleted
+    plan.json                        bytes of what the training keeps in memory
+    report.html                      rlft.report
+
+Step 12 is the twelfth: its rollouts are of policy version 11.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rlft.batch import group_ids
+from rlft.errors import ConfigError
+from rlft.runs.lines import append_line, parse_line, read_lines
+from rlft.types import Best, Prompt, Rollout
+
+PIECED_GROUPS = 4
+"""Groups of each step whose tokens are kept as text too: those that the report shows."""
+TEXTS = ("prompt", "completion", "pieces.list.element", "finish_reason")
+"""Columns of a rollouts file whose values repeat."""
+STEP = re.compile(r"step-(\d+)(\.parquet)?")
+
+
+def reason(error: OSError) -> str:
+    """What the system said, without what a library made of it."""
+    return os.strerror(error.errno) if error.errno else str(error)
+
+
+def step_of(path: Path) -> int | None:
+    """The step that a file or folder is named after; None for any other name, such as a temporary one."""
+    found = STEP.fullmatch(path.name)
+    return int(found[1]) if found else None
+
+
+def _steps_in(folder: Path) -> dict[int, Path]:
+    """Step -> file or folder, in order of steps."""
+    found = [(step, path) for path in folder.glob("step-*") if (step := step_of(path)) is not None]
+    return dict(sorted(found))
+
+
+def resumable(out: Path) -> bool:
+    """True for a folder that holds a run, and for one with temporary files at most: what a start leaves that was killed
+    while loading."""
+    return Run(out).exists() or (out.is_dir() and all(path.name.startswith(".") for path in out.iterdir()))
+
+
+class Run:
+    """A run folder. `create` and `resume` make one; paths are attributes."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = path / "config.toml"
+        self.metrics_file = path / "metrics.jsonl"
+        self.plan_file = path / "plan.json"
+        self.rollouts = path / "rollouts"
+        self.evaluations = path / "evaluations"
+        self.checkpoints = path / "checkpoints"
+
+    @classmethod
+    def create(cls, out: str | Path) -> Run:
+        """A folder for a new run, made if missing. It counts as a run once `write_config` was called.
+
+        Raises ConfigError when `out` holds a run already, is no folder, or cannot be written to.
+        """
+        run = cls(Path(out).expanduser())
+        with run.writing("in it", "or"):
+            if run.exists():
+                raise ConfigError(
+                    f'out = "{out}": already holds a run; go on with --resume, or give another folder with --out'
+                )
+            run.path.mkdir(parents=True, exist_ok=True)
+            probe = run.path / f".write-test-{os.getpid()}"
+            try:
+                probe.write_bytes(b"\n")
+            finally:
+                probe.unlink(missing_ok=True)
+        return run
+
+    @classmethod
+    def resume(cls, out: str | Path, empty: bool = False) -> Run:
+        """The folder of a run that was started before. empty: an empty folder counts too (see `resumable`).
+
+        Raises ConfigError when there is none in `out`.
+        """
+        run = cls(Path(out).expanduser())
+        if not (resumable(run.path) if empty else run.exists()):
+            raise ConfigError(f'out = "{out}": holds no run; give the folder of a run')
+        return run
+
+    def exists(self) -> bool:
+        """True when the folder holds a run, in any state."""
+        return any(path.exists() for path in (self.config, self.metrics_file, self.checkpoints))
+
+    @contextlib.contextmanager
+    def writing(self, what: str, then: str = "then go on with --resume; or") -> Iterator[None]:
+        """What the system refuses inside (full, read-only, no permission) becomes a ConfigError naming `what`."""
+        try:
+            yield
+        except OSError as error:
+            raise ConfigError(
+                f'out = "{self.path}": cannot write {what}: {reason(error)}; make room or make it '
+                f"writable, {then} give another folder with --out"
+            ) from error
+
+    # ---- writing ----
+
+    def write_config(self, text: str) -> None:
+        """Write config.toml, and an empty metrics.jsonl where there is none."""
+        with self.writing("config.toml"):
+            replace_file(self.config, text.encode())
+            self.metrics_file.touch()
+
+    def write_plan(self, plan: Mapping[str, int]) -> None:
+        """Write plan.json: bytes of each thing that the training keeps in memory, by its name."""
+        with self.writing("plan.json"):
+            replace_file(self.plan_file, json.dumps(plan, indent=2).encode())
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Append the metrics of a step, or of an evaluation after it, to metrics.jsonl."""
+        with self.writing("metrics.jsonl"):
+            append_line(self.metrics_file, {"step": step, **values})
+
+    def write_rollouts(
+        self, step: int, rollouts: Sequence[Rollout], rewards: Sequence[float], parts: Mapping[str, Sequence[Any]],
+        advantages: Sequence[float], logprobs: Mapping[int, Any] | None = None,
+        pieces: Sequence[list[str] | None] = (),
+    ) -> None:  # fmt: skip
+        """Write every completion of a step. All sequences are as long as `rollouts`; nan is written as null.
+
+        parts: what each reward function returned and logged, by its name. logprobs: index of a rollout -> the trainer's
+        log-probs [L] float of its sequence, whose end is the completion; rollouts that were not run are left out.
+        pieces: the text of each token. Columns: step, row (of the dataset), group, sample, prompt, completion,
+        completion_ids, sampler_logprobs and logprobs (float32), pieces, reward, rewards/NAME for each part, advantage,
+        finish_reason, tokens, policy_version.
+        """
+        known = logprobs or {}
+        trainer = [known[i][-n:] if (n := len(r.completion_ids)) and i in known else None
+                   for i, r in enumerate(rollouts)]  # fmt: skip
+        self._write(self.rollouts, step, rollouts, {
+            "reward": rewards, **{f"rewards/{name}": values for name, values in parts.items()}, "advantage": advantages,
+        }, {"logprobs": trainer, "pieces": list(pieces) or [None] * len(rollouts)})  # fmt: skip
+
+    def write_evaluation(self, step: int, rollouts: Sequence[Rollout], rewards: Sequence[float]) -> None:
+        """Write every held-out completion of an evaluation after `step`, with the same columns less the parts."""
+        self._write(self.evaluations, step, rollouts, {"reward": rewards})
+
+    def _write(self, folder: Path, step: int, rollouts: Sequence[Rollout], scores: Mapping[str, Sequence[Any]],
+               tokens: Mapping[str, Sequence[Any]] | None = None) -> None:  # fmt: skip
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        table = _table(pa, step, rollouts, scores, tokens or {})
+        with self.writing(f"{folder.name}/step-{step:06d}.parquet"):
+            folder.mkdir(exist_ok=True)
+            path = folder / f"step-{step:06d}.parquet"
+            temporary = path.with_name(f".{path.name}.tmp")
+            # A dictionary of log-probs, which hardly ever repeat, would take three quarters of the time.
+            pq.write_table(table, temporary, use_dictionary=[*TEXTS])  # type: ignore[arg-type]
+            # A reader, or a run that is killed here, never meets half a file under the real name.
+            temporary.rename(path)
+
+    def set_aside(self, step: int) -> Path | None:
+        """Move metrics, rollouts and evaluations past `step` into set-aside/001 (002, ...), so that a run resumed at
+        `step` writes them anew.
+
+        Returns that folder, None when there was nothing to move. A line torn by a kill or a full disk is moved too.
+        """
+        data = self.metrics_file.read_bytes() if self.metrics_file.exists() else b""
+        lines = data.splitlines()
+        steps = [(parse_line(line) or {}).get("step", math.inf) for line in lines]
+        if lines and not data.endswith(b"\n"):
+            steps[-1] = math.inf  # torn, though what is there may read as a whole object
+        past = [line for line, s in zip(lines, steps, strict=True) if s > step]
+        files = [p for d in (self.rollouts, self.evaluations) for s, p in _steps_in(d).items() if s > step]
+        if not past and not files:
+            return None
+        with self.writing("set-aside"):
+            number = 1 + max((int(p.name) for p in (self.path / "set-aside").glob("[0-9]*")), default=0)
+            aside = self.path / "set-aside" / f"{number:03d}"
+            aside.mkdir(parents=True)
+            for path in files:
+                (aside / path.parent.name).mkdir(exist_ok=True)
+                path.rename(aside / path.parent.name / path.name)
+            if past:
+                # First the copy, then the original without it: a kill in between loses nothing.
+                replace_file(aside / self.metrics_file.name, b"".join(line + b"\n" for line in past))
+                kept = (line for line, s in zip(lines, steps, strict=True) if s <= step)
+                replace_file(self.metrics_file, b"".join(line + b"\n" for line in kept))
+        return aside
+
+    # ---- reading ----
+
+    def has_checkpoint(self) -> bool:
+        """True when a step was saved."""
+        return bool(_steps_in(self.checkpoints))
+
+    def latest_checkpoint(self) -> Path:
+        """Folder of the newest checkpoint. Raises ConfigError when there is none."""
+        if not self.has_checkpoint():
+            raise ConfigError(
+                f'out = "{self.path}": holds no checkpoint yet; let the run go on with rlft train FILE --resume, and '
+                f"set checkpoint.every to save sooner"
+            )
+        return list(_steps_in(self.checkpoints).values())[-1]
+
+    def checkpoint(self, which: str = "latest") -> Path:
+        """Folder of the checkpoint called "latest", "best" (on the held-out rows) or by its step, "12".
+
+        Raises ConfigError naming the checkpoints that there are.
+        """
+        if which == "latest":
+            return self.latest_checkpoint()
+        saved = _steps_in(self.checkpoints)
+        best = self.best() if which == "best" else None
+        if best is None and which == "best":
+            raise ConfigError(
+                f'--checkpoint best: no checkpoint of {self.path} was evaluated; choose "latest" or a step of '
+                f"{', '.join(map(str, saved)) or '(none)'}, and set eval.rows and eval.every in the next run"
+            )
+        step = best.step if best is not None else int(which) if which.isdigit() else -1
+        if step not in saved:
+            raise ConfigError(
+                f'--checkpoint {which}: {self.path} has no such checkpoint; give "latest", "best" or a step of '
+                f"{', '.join(map(str, saved)) or '(none)'}"
+            )
+        return saved[step]
+
+    def best(self, also: int | None = None) -> Best | None:
+        """The best evaluation among the steps with a checkpoint and `also`, one about to be saved; the first of equals.
+
+        Read from metrics.jsonl, so that what a resume sets aside cannot be the best. None when there is none.
+        """
+        saved = {*_steps_in(self.checkpoints), also}
+        rows = [row for row in self.metrics() if row.get("step") in saved]
+        for metric, sign in (("eval/reward", 1), ("eval/loss", -1)):
+            found = [(row["step"], row[metric]) for row in rows if row.get(metric) is not None]
+            if found:
+                step, value = max(found, key=lambda pair: sign * pair[1])
+                return Best(step, metric, value)
+        return None
+
+    def chosen_among(self) -> int:
+        """Evaluations of trained steps that `best` is the best of, those whose checkpoint is gone included; 0 for none.
+
+        From 2 on its result on these rows is better in expectation than on others, and no interval knows of it.
+        """
+        best = self.best()
+        return 0 if best is None else sum(row.get(best.metric) is not None for row in self.metrics() if row["step"])
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl, oldest first; null for what was not finite."""
+        return read_lines(self.metrics_file)
+
+    def lines_logged(self) -> int:
+        """Lines of metrics that were ever written in this folder, those set aside and torn ones included."""
+        files = [self.metrics_file, *(self.path / "set-aside").glob("*/metrics.jsonl")]
+        return sum(len(file.read_bytes().splitlines()) for file in files if file.exists())
+
+    def first_evaluation(self) -> dict[str, float]:
+        """The eval/* metrics of the run's first evaluation, nan for what was not finite; empty without one."""
+        return next(self._evaluations(), (0, {}))[1]
+
+    def evaluation(self, step: int) -> dict[str, float]:
+        """The eval/* metrics of the evaluation after `step`, nan for what was not finite; empty without one."""
+        return next((values for at, values in self._evaluations() if at == step), {})
+
+    def _evaluations(self) -> Iterator[tuple[int, dict[str, float]]]:
+        for row in self.metrics():
+            if any(name.startswith("eval/") for name in row):
+                yield row["step"], {k: math.nan if v is None else v for k, v in row.items() if k.startswith("eval/")}
+
+    def first_rewards(self) -> dict[int, list[float]]:
+        """Row of the dataset -> rewards of its completions (nan: invalid) in the first evaluation; {} without one."""
+        rows: dict[int, list[float]] = {}
+        for record in self.read_evaluation(steps[0]) if (steps := self.evaluation_steps()) else []:
+            rows.setdefault(record["row"], []).append(math.nan if record["reward"] is None else record["reward"])
+        return rows
+
+    def rollout_steps(self) -> list[int]:
+        """Steps whose rollouts are kept, in order."""
+        return list(_steps_in(self.rollouts))
+
+    def evaluation_steps(self) -> list[int]:
+        """Steps after which an evaluation was written, in order."""
+        return list(_steps_in(self.evaluations))
+
+    def read_rollouts(self, step: int, groups: int | None = None) -> list[dict[str, Any]]:
+        """What `write_rollouts` wrote for a step: one dict per completion, of the first `groups` groups if given."""
+        return _read(self.rollouts / f"step-{step:06d}.parquet", groups)
+
+    def plan(self) -> dict[str, int]:
+        """What `write_plan` wrote; empty for a run without it."""
+        return json.loads(self.plan_file.read_text()) if self.plan_file.exists() else {}
+
+    def read_evaluation(self, step: int) -> list[dict[str, Any]]:
+        """What `write_evaluation` wrote for a step: one dict per completion."""
+        return _read(self.evaluations / f"step-{step:06d}.parquet")
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Write a file whole or not at all."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_bytes(data)
+    temporary.replace(path)
+
+
+def _read(path: Path, groups: int | None = None) -> list[dict[str, Any]]:
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+
+    # One file: read_table on a path would also look for partitions in the folder names.
+    table = pq.ParquetFile(path).read()
+    return (table if groups is None else table.filter(pc.field("group") < groups)).to_pylist()
+
+
+def shown_prompt(prompt: Prompt) -> str:
+    """The prompt as its row has it: the text, or the messages as JSON."""
+    text = prompt.row.get("prompt")
+    if isinstance(text, str):
+        return text
+    return json.dumps(list(prompt.messages), ensure_ascii=False, default=str) if prompt.messages else ""
+
+
+def _table(pa: Any, step: int, rollouts: Sequence[Rollout], scores: Mapping[str, Sequence[Any]],
+           tokens: Mapping[str, Sequence[Any]]) -> Any:  # fmt: skip
+    """The Arrow table of a step. pa: pyarrow. tokens: the columns of an entry per token that are no rollout's own."""
+    integers = pa.int64()
+    columns = {
+        "step": pa.array([step] * len(rollouts), integers),
+        "row": pa.array([r.prompt.index for r in rollouts], integers),
+        "group": pa.array(group_ids(rollouts).tolist(), integers),
+        "sample": pa.array([r.sample_index for r in rollouts], integers),
+        "prompt": pa.array([shown_prompt(r.prompt) for r in rollouts], pa.string()),
+        "completion": pa.array([r.text for r in rollouts], pa.string()),
+        "completion_ids": pa.array([r.completion_ids for r in rollouts], pa.list_(integers)),
+        "sampler_logprobs": _floats(pa, [r.sampler_logprobs for r in rollouts]),
+        **{
+            name: pa.array(rows, pa.list_(pa.string())) if name == "pieces" else _floats(pa, rows)
+            for name, rows in tokens.items()
+        },
+        **{name: _scores(pa, name, values, len(rollouts)) for name, values in scores.items()},
+        "finish_reason": pa.array([r.finish_reason for r in rollouts], pa.string()),
+        "tokens": pa.array([len(r.completion_ids) for r in rollouts], integers),
+        "policy_version": pa.array([r.policy_version for r in rollouts], integers),
+    }
+    return pa.table(columns)
+
+
+def _floats(pa: Any, rows: Sequence[Any]) -> Any:
+    """A column of lists of float32 from sequences and tensors; null for None, nan within a list is null too."""
+    ends = np.cumsum([0, *(0 if row is None else len(row) for row in rows)], dtype=np.int32)
+    flat = [np.asarray(row, dtype=np.float32) for row in rows if row is not None]
+    values = pa.array(np.concatenate(flat) if flat else np.empty(0, np.float32), pa.float32(), from_pandas=True)
+    missing = np.array([*(row is None for row in rows), False])
+    return pa.ListArray.from_arrays(pa.array(ends, mask=missing), values)
+
+
+def _scores(pa: Any, name: str, values: Sequence[Any], rows: int) -> Any:
+    """A column of numbers, null for nan; of text when a value is neither number nor None."""
+    assert len(values) == rows, f"{name}: {len(values)} values for {rows} rollouts"
+    if all(v is None or isinstance(v, int | float) for v in values):
+        return pa.array([None if v is None or math.isnan(v) else float(v) for v in values], pa.float64())
+    return pa.array([None if v is None else str(v) for v in values], pa.string())

@@ -1,0 +1,98 @@
+"""Which engine a run samples with, and that engine, started."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from rlft.config.run import Config
+from rlft.environment import version
+from rlft.errors import ConfigError
+from rlft.models.policy import Policy
+from rlft.monitor.console import Console
+from rlft.rollout.eager import EagerEngine
+from rlft.rollout.engine import Engine
+from rlft.trainer.evaluate import sampling_of
+from rlft.types import Prompt
+
+INSTALL = "pip install 'rlft[vllm]'"
+
+
+def sampler(cfg: Config, device: torch.device) -> str:
+    """ "vllm" or "eager": what samples where completions are not recorded."""
+    if cfg.engine.name in ("vllm", "eager"):
+        return cfg.engine.name
+    return "vllm" if device.type == "cuda" and version("vllm") is not None else "eager"
+
+
+def chosen(cfg: Config, recorded: bool, device: torch.device) -> str:
+    """ "vllm", "eager" or "replay": `engine.name`, with "auto" decided. recorded: the data has completions."""
+    if cfg.engine.name == "replay" or (cfg.engine.name == "auto" and recorded):
+        return "replay"
+    return sampler(cfg, device)
+
+
+def start(cfg: Config, policy: Policy, tokenizer: Any, console: Console, rows: Sequence[Prompt]) -> Engine:
+    """The engine that samples. rows: every prompt that it will be given, for the length of the longest.
+
+    Raises ConfigError for prompts that the model's context is too short for, and EngineError where vLLM does not start.
+    """
+    if sampler(cfg, policy.device) == "eager":
+        if cfg.engine.name == "auto" and policy.device.type == "cuda":
+            console.note(f"sampling with the trainer's own modules, since vLLM is not installed: {INSTALL}")
+        return EagerEngine(policy, tokenizer, cfg.engine.batch_size, console.generating)
+    from rlft.rollout.vllm.engine import VllmEngine
+
+    graphs = cfg.engine.graphs and policy.device.type == "cuda"
+    console.note("starting vLLM" + (": it compiles and captures graphs, for minutes the first time" if graphs else ""))
+    longest = _max_model_len(cfg, policy, rows)
+    sequences = cfg.prompts_per_step * cfg.sampling.group_size
+    return VllmEngine(policy, tokenizer, cfg.engine, longest, sequences, console.generating, console.note)
+
+
+def longest_of(cfg: Config, policy: Policy, rows: Sequence[Prompt]) -> int:
+    """Tokens of the longest prompt with the longest completion. Raises ConfigError where that is beyond the model."""
+    completion, prompt = _completion(cfg), max(len(row.ids) for row in rows)
+    base: Any = policy.base
+    context = getattr(base.config.get_text_config(), "max_position_embeddings", None)
+    if context is not None and prompt + completion > context:
+        raise ConfigError(
+            f"sampling.max_tokens = {completion}: with the longest prompt, {prompt} tokens, that is more than the "
+            f"model's context of {context}; lower it, or drop long prompts with data.max_prompt_tokens"
+        )
+    return prompt + completion
+
+
+def _completion(cfg: Config) -> int:
+    """Tokens of the longest completion that is sampled."""
+    return max(cfg.sampling.max_tokens, sampling_of(cfg).max_tokens if cfg.eval.rows else 0)
+
+
+def _max_model_len(cfg: Config, policy: Policy, rows: Sequence[Prompt]) -> int:
+    """vLLM's max_model_len, by which it chooses longrope's factors: those of the policy, or a ConfigError."""
+    longest, rope = cfg.engine.max_model_len or longest_of(cfg, policy, rows), policy.rope
+    if rope is None or rope.factors == "short factors" or longest > rope.original:
+        return longest
+    if cfg.engine.max_model_len is not None:
+        raise ConfigError(
+            f"engine.max_model_len = {longest}: vLLM would take longrope's short factors, and the trainer has the long "
+            f"ones ({rope}); set it above {rope.original}, or leave it out"
+        )
+    return rope.original + 1
+
+
+def longest_sequence(
+    cfg: Config, policy: Policy, rows: Sequence[Prompt], held: Sequence[Prompt], scored: bool
+) -> int:  # fmt: skip
+    """Tokens of the longest sequence that a run can have. scored: the evaluation has reward functions, so it samples.
+
+    Where vLLM samples, `engine.max_model_len` is the bound of what is sampled.
+    """
+    replay = chosen(cfg, bool(rows[0].recorded), policy.device) == "replay"
+    recorded = [len(p.ids) + len(r.ids) for p in (*rows, *held) for r in p.recorded] if replay else []
+    sampled = [*(() if replay else rows), *(held if scored or not replay else ())]
+    if sampled and cfg.engine.max_model_len is not None and sampler(cfg, policy.device) == "vllm":
+        return max([cfg.engine.max_model_len, *recorded])
+    return max([*recorded, *(len(p.ids) + _completion(cfg) for p in sampled)])

@@ -1,0 +1,201 @@
+"""Held-out rows measured: the rewards of sampled completions, and the loss of recorded ones.
+
+The names, as logged, printed and reported (NAME is eval/reward or one of eval/pass@K):
+
+    eval/reward                    mean over rows of the mean reward of a row's completions: avg@k, k = eval.samples
+    eval/pass@K                    mean over rows of the chance that one of K completions is solved (unbiased)
+    NAME_stderr, _low, _high       standard error over rows; 95% interval (Wilson for 0/1 rows, else bootstrap)
+    NAME_change                    difference to the run's first evaluation, over the rows that both have
+    NAME_change_stderr, _low, _high  of that difference, paired by row (bootstrap)
+    eval/rows, eval/samples        held-out rows; completions sampled of each (absent when only the loss is measured)
+    eval/chosen_among              `rlft eval --checkpoint best`: evaluations on these rows that it is the best of
+    eval/invalid                   completions without a valid reward: left out of all the above
+    eval/rewards/FUNCTION/mean, /std, /invalid     each reward function apart
+    eval/completions/mean_length, /clipped_ratio   tokens; share cut at eval.max_tokens, scored as they are
+    eval/loss                      recorded rows: the run's own loss, as in training but without dropout
+    eval/perplexity                exp of the mean negative log-prob of recorded tokens (a pair: of its chosen side)
+    eval/...                       what the loss logs itself: eval/rewards/accuracies, eval/rewards/margins, ... for dpo
+
+A completion is solved when its reward is at least `eval.threshold`. A row with fewer than K valid rewards is left out
+of pass@K. Standard errors and bootstrap intervals need two rows; with one they are not there.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from rlft.algos.algorithm import Algorithm
+from rlft.batch import count, group_ids, pack
+from rlft.config.run import Config, Eval, Sampling
+from rlft.errors import TrainError
+from rlft.models.policy import Policy
+from rlft.rewards.score import RewardFunction, score
+from rlft.rollout.engine import Engine
+from rlft.rollout.replay import ReplayEngine
+from rlft.trainer.broken import not_finite
+from rlft.trainer.estimates import Estimate, difference_of, mean_of, pass_at_k
+from rlft.trainer.metrics import Metrics
+from rlft.trainer.prepare import Look, estimator_inputs
+from rlft.types import PackPlan, Prompt, Rollout, Stat
+
+ROUNDING = 1e-6
+"""Rewards are fp32: a sum of weights that should reach the threshold may miss it by this, relative."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What sampling on held-out rows gave."""
+
+    metrics: dict[str, float]
+    rollouts: list[Rollout]
+    rewards: list[float]
+    """One per rollout, nan where invalid."""
+    faults: list[str]
+    """One line per reward function that failed on some completions."""
+
+    def by_row(self) -> dict[int, list[float]]:
+        """Row number in the dataset -> the rewards of its completions."""
+        rows: dict[int, list[float]] = {}
+        for rollout, reward in zip(self.rollouts, self.rewards, strict=True):
+            rows.setdefault(rollout.prompt.index, []).append(reward)
+        return rows
+
+    def graded(self) -> bool:
+        """True when some reward is neither 0 nor 1, so that "solved" is a matter of the threshold."""
+        return any(reward not in (0.0, 1.0) for reward in self.rewards if not math.isnan(reward))
+
+
+def sampling_of(cfg: Config) -> Sampling:
+    """How the evaluation decodes: greedy with one sample per row unless [eval] says otherwise."""
+    stops = cfg.sampling.stop_token_ids if cfg.eval.stop_token_ids is None else cfg.eval.stop_token_ids
+    return Sampling(
+        group_size=cfg.eval.samples, max_tokens=cfg.eval.max_tokens or cfg.sampling.max_tokens,
+        temperature=cfg.eval.temperature, top_p=cfg.eval.top_p, top_k=cfg.eval.top_k, stop_token_ids=stops,
+        stop=cfg.sampling.stop,
+    )  # fmt: skip
+
+
+def evaluate(
+    engine: Engine, prompts: Sequence[Prompt], cfg: Config, functions: Sequence[RewardFunction],
+    trainer_state: dict[str, Any],
+) -> Evaluation:  # fmt: skip
+    """Sample `eval.samples` completions of every prompt and score them.
+
+    The seed depends on the run's only, so two evaluations differ by the adapter alone. Raises TrainError when most of
+    the engine's log-probs are not finite: what was sampled from is no distribution.
+    """
+    rollouts = engine.generate(prompts, sampling_of(cfg), seed=(cfg.seed, 2**31 + 1))
+    logprobs = [x for r in rollouts for x in r.sampler_logprobs or ()]
+    broken = sum(not math.isfinite(x) for x in logprobs)
+    if 2 * broken > len(logprobs):
+        raise TrainError(
+            f"{broken} of {len(logprobs)} log-probs of the engine are not finite on held-out rows, so its completions "
+            f'mean nothing: check the weights of model = "{cfg.model}" and of the adapter, and dtype = "{cfg.dtype}"'
+        )
+    rewards, parts = score(rollouts, functions, trainer_state)
+    found = Evaluation({}, rollouts, rewards.tolist(), parts.faults())
+    lengths = [len(r.completion_ids) for r in rollouts]
+    metrics = {
+        "eval/rows": float(len(prompts)),
+        "eval/samples": float(cfg.eval.samples),
+        "eval/invalid": float(sum(map(math.isnan, found.rewards))),
+        "eval/completions/mean_length": sum(lengths) / len(lengths),
+        "eval/completions/clipped_ratio": sum(r.finish_reason == "length" for r in rollouts) / len(rollouts),
+    }
+    metrics |= {f"eval/{name}": value for name, value in parts.metrics().items() if name.startswith("rewards/")}
+    return replace(found, metrics=averages(list(found.by_row().values()), cfg.eval) | metrics)
+
+
+def averages(rows: Sequence[Sequence[float]], cfg: Eval) -> dict[str, float]:
+    """eval/reward and eval/pass@K with their errors, from the rewards of each row (nan: invalid)."""
+    values = [_results(row, cfg) for row in rows]
+    found: dict[str, float] = {"eval/reward": math.nan}  # there even when every reward is invalid
+    for name in _names(cfg):
+        of_rows = [row[name] for row in values if name in row]
+        if of_rows:
+            found |= _named(name, mean_of(of_rows))
+    return found
+
+
+def change(before: Mapping[int, Sequence[float]], now: Mapping[int, Sequence[float]], cfg: Eval) -> dict[str, float]:
+    """NAME_change of every result that two evaluations share: now - before of each row that both have.
+
+    Paired, because the rows differ from each other far more than one row before and after: the error of the difference
+    is that of the rows' own differences.
+    """
+    pairs = [(_results(before[row], cfg), _results(now[row], cfg)) for row in now if row in before]
+    found: dict[str, float] = {}
+    for name in _names(cfg):
+        differences = [b[name] - a[name] for a, b in pairs if name in a and name in b]
+        if differences:
+            found |= _named(f"{name}_change", difference_of(differences))
+    return found
+
+
+def _names(cfg: Eval) -> list[str]:
+    return ["eval/reward", *(f"eval/pass@{k}" for k in cfg.ks())]
+
+
+def _results(rewards: Sequence[float], cfg: Eval) -> dict[str, float]:
+    """Mean reward and pass@K of one row, as far as its valid rewards suffice."""
+    valid = [reward for reward in rewards if not math.isnan(reward)]
+    if not valid:
+        return {}
+    enough = cfg.threshold - ROUNDING * max(1.0, abs(cfg.threshold))
+    solved = sum(reward >= enough for reward in valid)
+    passes = {f"eval/pass@{k}": pass_at_k(len(valid), solved, k) for k in cfg.ks() if k <= len(valid)}
+    return {"eval/reward": sum(valid) / len(valid), **passes}
+
+
+def _named(name: str, found: Estimate) -> dict[str, float]:
+    values = {name: found.mean, f"{name}_stderr": found.stderr, f"{name}_low": found.low, f"{name}_high": found.high}
+    return {key: value for key, value in values.items() if not math.isnan(value)}
+
+
+def measures_loss(prompts: Sequence[Prompt], held: Sequence[Prompt]) -> bool:
+    """True when the held-out rows record as many completions as the training rows: the same loss fits them."""
+    return bool(prompts[0].recorded) and all(len(p.recorded) == len(prompts[0].recorded) for p in held)
+
+
+def recorded_loss(policy: Policy, prompts: Sequence[Prompt], algorithm: Algorithm, plan: PackPlan) -> dict[str, float]:
+    """The algorithm's loss over the recorded completions of held-out rows, as one update over all of them would have
+    it, and what it logs; no gradient, no dropout.
+
+    Raises TrainError when one of the policy's log-probs is not finite.
+    """
+    engine = ReplayEngine()
+    engine.load_adapter(policy.adapter(), version=0)
+    rollouts = engine.generate(prompts, Sampling(), seed=(0,))
+    rewards, parts = score(rollouts, (), {})
+    plan = replace(plan, keep=(True,) * len(rollouts))
+    metrics = Metrics()
+    advantages = algorithm.advantage(rewards, group_ids(rollouts), **estimator_inputs(rollouts, parts, {}, plan.keep))
+    batches = pack(rollouts, advantages, plan, count(rollouts, plan))
+    look = Look(policy, plan, rollouts, batches)
+    prepared = algorithm.prepare(look, algorithm.config) if algorithm.prepare is not None else {}
+    with torch.no_grad():
+        for batch in batches:
+            batch = replace(batch, prepared=prepared)
+            if algorithm.needs_reference:
+                batch = replace(batch, ref_logprobs=policy.score(batch, weights="reference"))
+            logprobs, entropy = policy.score(batch), None
+            if "entropy_floor" in prepared or algorithm.entropy_grad:
+                entropy = policy.entropy(batch)
+            batch = replace(batch.to(policy.device), entropy=entropy)
+            if algorithm.old == "trainer":
+                batch = replace(batch, old_logprobs=logprobs)
+            loss, stats = algorithm.loss(logprobs, batch, algorithm.config)
+            likely = batch.train_mask & (batch.advantages > 0)
+            nll, bad = Stat.mean(-logprobs, likely), Stat("sum", (~logprobs.isfinite()).sum())
+            metrics.add({"loss": Stat("sum", loss), **stats, "nll": nll, "bad": bad})
+    values = metrics.values()
+    if bad := values.pop("bad", 0.0):
+        raise not_finite(policy, batches, f"{bad:.0f} of the policy's log-probs of held-out completions")
+    nll = values.pop("nll", math.nan)
+    values["perplexity"] = math.exp(nll) if nll < 700 else math.inf
+    return {"eval/rows": float(len(prompts)), **{f"eval/{name}": value for name, value in values.items()}}

@@ -1,0 +1,161 @@
+"""The optimiser over the adapter's one flat buffer: clip, Adam, schedule, and what happens to a non-finite gradient.
+
+AdamW is PyTorch's (fused) or bitsandbytes' (8-bit moments); one buffer makes each of them one kernel. The norm is the
+one value of an update that is waited for (bitsandbytes waits once more, after its kernel).
+
+In float16 small gradients would round to 0, so the loss is multiplied by a power of two and the gradient divided by it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from rlft.config.run import Optim
+from rlft.errors import ConfigError, TrainError
+
+
+@dataclass(frozen=True)
+class Update:
+    """What one optimiser update did."""
+
+    grad_norm: float
+    """Global norm before clipping."""
+    learning_rate: float
+    skipped: bool
+    """True when the gradient was not finite: weights and moments are as before."""
+
+
+def learning_rate(cfg: Optim, update: int, total: int) -> float:
+    """Learning rate of update 0, 1, ...: linear warm-up over `cfg.warmup` updates, then the schedule to `total`.
+
+    As transformers' `get_{constant,linear,cosine}_schedule_with_warmup`, with two differences. In the warm-up update u
+    has what theirs has at u + 1: their first update has rate 0, which here would throw away a batch of rollouts. From
+    update `total` on the rate stays at its end; their cosine rises again.
+    """
+    if update < cfg.warmup:
+        return cfg.lr * (update + 1) / cfg.warmup
+    if cfg.schedule == "constant":
+        return cfg.lr
+    done = min(1.0, (update - cfg.warmup) / max(1, total - cfg.warmup))
+    return cfg.lr * (1 - done if cfg.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done)))
+
+
+class LossScale:
+    """The factor of a float16 run: halved after a non-finite gradient, doubled after 2,000 finite ones in a row.
+
+    The rule of torch.amp.GradScaler, which keeps its state on the GPU and looks at every gradient for itself; 1 is the
+    lowest, since a gradient that overflows unscaled needs something else than a smaller factor.
+    """
+
+    def __init__(self) -> None:
+        self.value = 2.0**16
+        self.good = 0
+        """Finite gradients in a row since the last change."""
+
+    def update(self, finite: bool) -> None:
+        """Go on to the factor of the next update."""
+        self.good += 1
+        if not finite:
+            self.value, self.good = max(1.0, self.value / 2), 0
+        elif self.good == 2000:
+            self.value, self.good = self.value * 2, 0
+
+
+class Optimizer:
+    """AdamW over `flat`, whose `.grad` holds the summed gradient of the update."""
+
+    def __init__(
+        self, flat: nn.Parameter, cfg: Optim, total: int, fp16: bool = False, views: Iterable[Tensor] = ()
+    ) -> None:
+        """total: updates of the whole run, for the schedule. fp16: the model computes in float16, so scale the loss.
+        views: tensors in the memory of `flat` with versions of their own, which go up with each step, so that a
+        backward whose forward came before the step is an error."""
+        self._flat, self._cfg, self._total, self._views = flat, cfg, total, tuple(views)
+        self._scale = LossScale() if fp16 else None
+        options = {"lr": cfg.lr, "betas": cfg.betas, "eps": cfg.eps, "weight_decay": cfg.weight_decay}
+        if cfg.name == "adamw_8bit":
+            from bitsandbytes.optim import AdamW8bit  # pyright: ignore[reportPrivateImportUsage]
+
+            self._adam: torch.optim.Optimizer = AdamW8bit([flat], **options)
+        else:
+            self._adam = torch.optim.AdamW([flat], fused=True, **options)
+
+    def scaled(self, loss: Tensor) -> Tensor:
+        """The loss to call `backward` on: times the loss scale in float16, the loss itself otherwise.
+
+        The factor changes in `step` only, so all micro-batches of an update, on all ranks, have the same.
+        """
+        return loss if self._scale is None else loss * self._scale.value
+
+    def step(self, update: int, skipped_before: int) -> Update:
+        """Clip and apply the gradient of the `scaled` losses in `flat.grad`. skipped_before: updates skipped in a row.
+
+        Clipped to the global norm `max_grad_norm`, as torch.nn.utils.clip_grad_norm_ but for the 1e-6 which that adds
+        to the norm. A gradient of 0 (a part of a step whose completions are all invalid or left out) is an update too:
+        weight decay and Adam's momentum move the weights, as in TRL. A non-finite gradient changes nothing but the loss
+        scale. Raises TrainError when it makes `max_skipped` skipped in a row, or all of a shorter run; in float16
+        not before the loss scale is 1, since until then the scale may be what is wrong.
+        """
+        grad = self._flat.grad
+        assert grad is not None
+        scale = 1.0 if self._scale is None else self._scale.value
+        if scale != 1:
+            grad.div_(scale)
+        norm = float(torch.linalg.vector_norm(grad, dtype=torch.float64))
+        rate = learning_rate(self._cfg, update, self._total)
+        finite = math.isfinite(norm)
+        if self._scale is not None:
+            self._scale.update(finite)
+        if not finite:
+            if scale == 1 and skipped_before + 1 >= min(self._cfg.max_skipped, self._total):
+                raise TrainError(
+                    f"{skipped_before + 1} updates in a row had a non-finite gradient (norm {norm}): lower optim.lr "
+                    f'({self._cfg.lr}), check the rewards for extreme values, or set dtype = "float32"'
+                )
+            return Update(norm, rate, skipped=True)
+        if self._cfg.max_grad_norm and norm > self._cfg.max_grad_norm:
+            grad.mul_(self._cfg.max_grad_norm / norm)
+        self._adam.param_groups[0]["lr"] = rate
+        self._adam.step()
+        torch.autograd.graph.increment_version(self._views)
+        return Update(norm, rate, skipped=False)
+
+    def metrics(self) -> dict[str, float]:
+        """loss_scale of the next update in a float16 run; empty otherwise."""
+        return {} if self._scale is None else {"loss_scale": self._scale.value}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that a resumed run needs, by name: moments and Adam's step after the first update, the loss scale."""
+        # Not of `state_dict`: there bitsandbytes puts its tensors into a dictionary of their own. Its step is an int.
+        found = {name: torch.as_tensor(value) for name, value in self._adam.state.get(self._flat, {}).items()}
+        if self._scale is not None:
+            found |= {"loss_scale": torch.tensor(self._scale.value, dtype=torch.float64)}
+            found |= {"loss_scale_good": torch.tensor(self._scale.good)}
+        return found
+
+    def load_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """Put back what `tensors` gave; a loss scale only where this run has one.
+
+        Raises ConfigError when they are the other optimiser's.
+        """
+        moments = dict(tensors)
+        scale, good = moments.pop("loss_scale", None), moments.pop("loss_scale_good", None)
+        if self._scale is not None and scale is not None and good is not None:
+            self._scale.value, self._scale.good = float(scale), int(good)
+        if not moments:
+            self._adam.state.clear()
+            return
+        theirs = "adamw_8bit" if "state1" in moments else "adamw"
+        if theirs != self._cfg.name:
+            raise ConfigError(
+                f'optim.name = "{self._cfg.name}": the checkpoint has the moments of "{theirs}"; resume with '
+                f'optim.name = "{theirs}", or start in another folder with --out'
+            )
+        eight_bit = theirs == "adamw_8bit"
+        values = {n: int(v) if eight_bit and n == "step" else v for n, v in moments.items()}
+        self._adam.load_state_dict(self._adam.state_dict() | {"state": {0: values}})

@@ -1,0 +1,367 @@
+"""What a run is made of, wired from its config: the one place that knows which parts exist.
+
+`build` checks everything first (the same path as `rlft validate`), then loads, resumes, and measures how far engine and
+trainer are apart. `rlft.trainer.reopen` brings a run back for `rlft eval` and `rlft generate`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlft import __version__
+from rlft.algos.algorithm import Algorithm, describe
+from rlft.algos.algorithm import build as build_algorithm
+from rlft.config.files import to_toml
+from rlft.config.run import Config, Reward
+from rlft.data.prompts import Prompts, digest, hold_out, load_prompts, without
+from rlft.environment import untested
+from rlft.errors import ConfigError, DataError, TrainError
+from rlft.models import targets
+from rlft.models.allocator import segments
+from rlft.models.fused.memory import weight_bytes
+from rlft.models.load import (
+    attach_lora,
+    changed_dropout,
+    fingerprint,
+    load_base,
+    load_tokenizer,
+    resolve_device,
+    resolve_dtype,
+)
+from rlft.models.policy import Policy
+from rlft.monitor.background import Background
+from rlft.monitor.console import Console
+from rlft.monitor.token_text import Pieces
+from rlft.monitor.tracking import Tracking
+from rlft.rewards.builtin.length import length
+from rlft.rewards.parts import OVERLONG
+from rlft.rewards.pool import InThread
+from rlft.rewards.score import RewardFunction
+from rlft.rewards.score import build as build_rewards
+from rlft.rollout.engine import Engine, asleep, undeclared_end
+from rlft.rollout.replay import ReplayEngine
+from rlft.runs import checkpoint
+from rlft.runs.card import adapter_card
+from rlft.runs.folder import Run, replace_file
+from rlft.trainer import engines, parity
+from rlft.trainer.agreement import agree
+from rlft.trainer.evaluate import measures_loss
+from rlft.trainer.optim import Optimizer
+from rlft.trainer.plans import memory_plan, pass_words, plan_of
+from rlft.trainer.reference import Reference
+from rlft.trainer.selfcheck import check as check_path
+from rlft.trainer.validate import problems
+from rlft.types import PackPlan, Prompt, State
+
+
+@dataclass
+class Session:
+    """Everything a run is made of."""
+
+    cfg: Config
+    steps: int
+    """Rollout batches of the whole run, from `steps` or `data.epochs`."""
+    algorithm: Algorithm
+    policy: Policy
+    engine: Engine
+    eval_engine: Engine
+    """Samples for the evaluation: `engine` itself, unless that replays recorded completions."""
+    reference: Reference
+    optimizer: Optimizer
+    prompts: Prompts
+    held: list[Prompt]
+    """Rows that are only evaluated on."""
+    held_loss: bool
+    """Their recorded completions have the loss that is trained, so it is measured on them."""
+    functions: list[RewardFunction]
+    eval_functions: list[RewardFunction]
+    run: Run
+    writer: Background
+    """Writes completions while the loop goes on."""
+    console: Console
+    identity: dict[str, str]
+    """What a checkpoint must have been made from to be resumed here."""
+    plan: PackPlan
+    """How updates are packed; `keep` is filled per step."""
+    pieces: Pieces
+    tracking: Tracking = field(init=False)
+    """Started last, when the step that the run begins at is known."""
+    state: State = field(default_factory=State)
+    limit: parity.Limit = field(init=False)
+    """How far engine and trainer may be apart."""
+    first_evaluation: dict[str, float] = field(default_factory=dict)
+    """The evaluation before the first step, read back when a run is resumed."""
+    callbacks: Sequence[Callable[..., None]] = ()
+    stop: bool = False
+    """Set by the first Ctrl-C: the step in flight is finished and saved."""
+
+    def check_adapter(self, origin: str) -> None:
+        """Raise TrainError when the adapter is not finite. origin: where its values are from, and what to do."""
+        if wrong := self.policy.flat.not_finite():
+            raise TrainError(f"{len(wrong)} of the adapter's tensors are not finite, {wrong[0]} for one: {origin}")
+
+    def save(self) -> Path:
+        """Write a checkpoint of the state now, after the completions of every step until then; returns its folder."""
+        self.writer.flush()
+        self.check_adapter(
+            f"nothing was saved. An update has set them (optim.lr = {self.cfg.optim.lr}), or a callback; go on from an "
+            f"earlier checkpoint"
+        )
+        # No random state: every draw is seeded by (seed, step, ...).
+        tensors = {"adapter": self.policy.flat.flat.detach(), "adapter_start": self.policy.flat.start}
+        tensors |= {f"optim.{name}": value for name, value in self.optimizer.tensors().items()}
+        tensors |= {f"reference.{name}": value for name, value in self.reference.tensors().items()}
+        model, final = self.policy.model, self.run.checkpoints / f"step-{self.state.step:06d}"
+
+        def write_adapter(folder: Path) -> None:
+            # The embedding is never trained; without the flag PEFT looks for the base's config to find that out.
+            model.save_pretrained(str(folder), selected_adapters=["default"], save_embedding_layers=False)
+            self.write_card(folder, final)
+
+        return checkpoint.save(
+            self.run.checkpoints, self.state, tensors, self.identity, write_adapter, self.cfg.checkpoint.keep,
+            self.run.best(also=self.state.step),
+        )  # fmt: skip
+
+    def write_card(self, folder: Path, final: Path) -> None:
+        """The model card of the adapter, in place of PEFT's own, a form to be filled in. final: where it will be."""
+        card = adapter_card(self.run, self.cfg, self.state.step, str(final), self.tracking.link)
+        with self.run.writing(f"{final.name}/README.md"):
+            replace_file(folder / "README.md", card.encode())
+
+    def restore(self, path: Path) -> None:
+        """Put back a checkpoint: adapter, optimiser, step and data cursor. Raises ConfigError when it does not fit."""
+        here = self.state.data
+        self.state, tensors, notes = checkpoint.load(path, self.identity)
+        if self.state.data != here:
+            if self.held and self.cfg.eval.data is None:
+                raise ConfigError(
+                    f"{path}: its run had other training rows, so rows held out now may have been trained on; resume "
+                    f"with the data, seed and eval.rows it was made with, or give eval.data"
+                )
+            notes.append(
+                "the training rows are not those of the checkpoint; the data cursor goes on among the new ones"
+            )
+            self.state.data, self.state.solved = here, []
+        self.policy.flat.flat.data.copy_(tensors["adapter"])
+        self.policy.flat.start.copy_(tensors["adapter_start"])
+        self.optimizer.load_tensors(_under("optim.", tensors))
+        self.reference.load_tensors(_under("reference.", tensors))
+        self.prompts.consumed, self.prompts.solved = self.state.consumed, set(self.state.solved)
+        self.run.set_aside(self.state.step)
+        checkpoint.mark_best(self.run.checkpoints, self.run.best())
+        for note in notes:
+            self.console.note(note)
+
+
+def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Those whose name begins with `prefix`, named without it."""
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+
+def _check(cfg: Config, resume: bool, callables: bool) -> None:
+    found = problems(cfg, resume=resume, callables=callables)
+    if len(found) == 1:
+        raise ConfigError(found[0])
+    if found:
+        raise ConfigError(
+            "\n".join([f"{len(found)} problems:", *(f"  {i + 1}. {text}" for i, text in enumerate(found))])
+        )
+
+
+@contextlib.contextmanager
+def build(
+    cfg: Config,
+    rewards: Sequence[Any] | None = None,
+    resume: bool = False,
+    callbacks: Sequence[Callable[..., None]] = (),
+) -> Iterator[Session]:
+    """Wire a run, resumed from its newest checkpoint if asked; closes what it opened.
+
+    rewards: callables or rlft.Reward in place of `cfg.rewards`. Raises RlftError for everything a user can cause.
+    """
+    _check(cfg, resume, callables=rewards is not None)
+    with contextlib.ExitStack() as stack:
+        console = stack.enter_context(Console())
+        stack.enter_context(segments(growing=True))
+        run = Run.resume(cfg.out, empty=True) if resume else Run.create(cfg.out)
+        writer = stack.enter_context(Background("rlft-writer"))
+        algorithm = build_algorithm(cfg.algo, cfg.optim.updates)
+        console.note("\n".join([*untested(), f"loading {cfg.model}"]))
+        tokenizer = load_tokenizer(cfg.model)
+        rows, held = load_rows(cfg, tokenizer, console.note)
+        prompts = Prompts(rows, cfg.seed, cfg.data.shuffle)
+        functions, eval_functions = _functions(cfg, rewards)
+        for function in {id(f): f for f in [*functions, *eval_functions]}.values():
+            stack.callback(function.close)
+            if function.note:
+                console.note(function.note)
+        policy = load_policy(cfg, console.note)
+        engine, eval_engine = _engines(cfg, policy, tokenizer, console, rows, held, bool(eval_functions))
+        for line in _starting(cfg, engine, undeclared_end(tokenizer, policy.base)):
+            console.note(line)
+        for each in {id(e): e for e in (engine, eval_engine)}.values():
+            stack.callback(each.close)
+        assert engine.SAMPLES or not algorithm.needs_sampler, "validate refuses this"
+        steps = cfg.steps or prompts.steps(cfg.prompts_per_step, cfg.data.epochs or 1.0)
+        fp16, views = resolve_dtype(cfg, policy.device) == torch.float16, policy.flat.parameters.values()
+        with asleep(eval_engine):
+            check_path(policy)
+            # What a pass may take is what is free now.
+            plan = plan_of(cfg, algorithm, policy, rows if engine.SAMPLES else ())
+            kept, passes = memory_plan(policy, cfg, eval_engine, plan.budget), pass_words(policy, plan.budget)
+        s = Session(
+            cfg=cfg, steps=steps, algorithm=algorithm, policy=policy, engine=engine, eval_engine=eval_engine,
+            reference=Reference(policy, keep=steps * cfg.prompts_per_step > len(rows) and not policy.mixes_rows),
+            optimizer=Optimizer(policy.flat.flat, cfg.optim, steps * cfg.optim.updates, fp16, views), prompts=prompts,
+            held=held, held_loss=bool(held) and not engine.SAMPLES and measures_loss(rows, held), functions=functions,
+            eval_functions=eval_functions, run=run, writer=writer, console=console, identity=identity_of(cfg, policy),
+            plan=plan, pieces=Pieces(tokenizer), state=State(data=digest(rows)), callbacks=callbacks,
+        )  # fmt: skip
+        if resume:
+            _resume(s)
+        s.check_adapter(
+            f'they come from lora.resume_from = "{cfg.lora.resume_from}", or from the checkpoint; train another'
+        )
+        # Before the folder counts as a run: a tracker that cannot start leaves nothing in the way.
+        s.tracking = stack.enter_context(Tracking(cfg, run, s.state.step, resume, console.note))
+        run.write_config(to_toml(cfg))
+        run.write_plan(kept)
+        console.start(_title(s, passes), steps, s.state.step, cfg.algo.name)
+        s.limit = agree(cfg, policy, engine, rows, plan, console.note)
+        yield s
+
+
+def _resume(s: Session) -> None:
+    """Go on from the newest checkpoint, or from the start where a run was stopped before it had saved one."""
+    if s.run.has_checkpoint():
+        s.restore(s.run.latest_checkpoint())
+        s.first_evaluation = s.run.first_evaluation()
+        return
+    aside = s.run.set_aside(-1)
+    lost = f"; what it had done is in {aside}" if aside else ""
+    s.console.note(f"{s.run.path} holds no checkpoint yet, so the run starts again from step 0{lost}")
+
+
+def load_rows(
+    cfg: Config, tokenizer: Any, note: Callable[[str], None] = lambda _: None
+) -> tuple[list[Prompt], list[Prompt]]:
+    """The prompts to train on and the held-out ones. note: told about prompts that were dropped."""
+    loaded = load_prompts(cfg.data, tokenizer, cfg.seed)
+    if loaded.dropped:
+        note(f"{loaded.dropped} prompts longer than data.max_prompt_tokens = {cfg.data.max_prompt_tokens} dropped")
+    if not cfg.eval.rows:
+        return loaded.prompts, []
+    if cfg.eval.data is None:
+        return hold_out(loaded.prompts, cfg.eval.rows, cfg.seed)
+    held = load_prompts(cfg.eval.data, tokenizer, cfg.seed)
+    if held.dropped:
+        limit = cfg.eval.data.max_prompt_tokens
+        note(f"{held.dropped} prompts longer than eval.data.max_prompt_tokens = {limit} dropped")
+    if len(held.prompts) < cfg.eval.rows:
+        raise DataError(f"eval.rows = {cfg.eval.rows}: eval.data has {len(held.prompts)} usable rows; lower eval.rows")
+    chosen = held.prompts[: cfg.eval.rows]
+    rest = without(loaded.prompts, chosen)
+    if not rest:
+        raise DataError(
+            "eval.data: every training row has a prompt that is evaluated on; give other rows to one of them"
+        )
+    if len(rest) < len(loaded.prompts):
+        note(f"{len(loaded.prompts) - len(rest)} training rows with a prompt of eval.data left out")
+    return rest, chosen
+
+
+def _functions(cfg: Config, rewards: Sequence[Any] | None) -> tuple[list[RewardFunction], list[RewardFunction]]:
+    """The reward functions of the training (the user's, and the overlong penalty where it is switched on) and those of
+    the evaluation, of which the penalty is no part: it is about sampling.max_tokens."""
+    functions = build_rewards(cfg.rewards if rewards is None else rewards)
+    names = [function.name for function in functions]
+    if cfg.refill.by is not None and cfg.refill.by not in names:
+        raise ConfigError(
+            f'refill.by = "{cfg.refill.by}": no reward function of that name; there are {", ".join(names)}'
+        )
+    if cfg.overlong.penalty_share:
+        if OVERLONG in names:
+            raise ConfigError(
+                f'overlong.penalty_share = {cfg.overlong.penalty_share} adds a reward named "{OVERLONG}", and there is '
+                f"one; leave out one of them"
+            )
+        longest = cfg.sampling.max_tokens
+        args = {"max_tokens": longest, "buffer": max(1, round(cfg.overlong.penalty_share * longest))}
+        functions.append(RewardFunction(OVERLONG, InThread(length), Reward(OVERLONG, args=args)))
+        functions[-1].open()
+    own = [f for f in functions if f.name != OVERLONG]
+    return functions, build_rewards(cfg.eval.rewards) if cfg.eval.rewards else own
+
+
+def load_policy(cfg: Config, note: Callable[[str], None] = lambda _: None) -> Policy:
+    """The model of a run as a policy with its starting adapter. note: told what of its files is left out."""
+    base = load_base(cfg, resolve_device(cfg), note)
+    return Policy(attach_lora(base, cfg.lora, cfg.seed))
+
+
+def _engines(
+    cfg: Config, policy: Policy, tokenizer: Any, console: Console, rows: list[Prompt], held: list[Prompt], scored: bool
+) -> tuple[Engine, Engine]:
+    """What the training samples with and what the evaluation does: the same, unless the training has recorded
+    completions and the evaluation samples. scored: evaluations have reward functions. Fixes the
+    policy's rotary tables first, which all share."""
+    policy.fix_rope(engines.longest_sequence(cfg, policy, rows, held, scored))
+    if engines.chosen(cfg, bool(rows[0].recorded), policy.device) != "replay":
+        engine = engines.start(cfg, policy, tokenizer, console, [*rows, *held])
+        return engine, engine
+    assert rows[0].recorded, "validate refuses this"
+    engine = ReplayEngine()
+    return engine, engines.start(cfg, policy, tokenizer, console, held) if scored and held else engine
+
+
+def identity_of(cfg: Config, policy: Policy) -> dict[str, str]:
+    """What a checkpoint must have been made from to fit."""
+    lora = cfg.lora
+    return {
+        "model": cfg.model, "base": fingerprint(policy.base), "rlft": __version__,
+        "lora": f"rank {lora.rank}, alpha {lora.alpha:g}, rslora {lora.rslora}, {len(policy.adapter())} tensors",
+        **({"rope": policy.rope.factors} if policy.rope is not None else {}),
+    }  # fmt: skip
+
+
+MIXED = (
+    "int8: LLM.int8 finds its outlier columns over all rows of a micro-batch, so a row's log-probs depend a little on "
+    'what it is packed with; quantization = "nf4" or "none" has no such dependence'
+)
+"""What a run over 8-bit weights says at its start."""
+
+
+def _title(s: Session, passes: str) -> list[str]:
+    cfg, policy = s.cfg, s.policy
+    dtype = str(resolve_dtype(cfg, policy.device)).removeprefix("torch.")
+    weights = weight_bytes(policy.base)
+    total = weights["parameters"]
+    trained = policy.flat.flat.numel()
+    return [
+        f"{cfg.model}: {total / 1e6:.0f} M parameters in {dtype} on {policy.device.type}, "
+        f"LoRA rank {cfg.lora.rank} ({trained / 1e6:.1f} M trained)",
+        f"{len(s.prompts.rows)} prompts, {len(s.held)} held out; {s.steps} steps of {cfg.prompts_per_step} prompts "
+        f"x {cfg.sampling.group_size if s.engine.SAMPLES else 'recorded'} completions",
+        policy.path,
+        targets.describe(policy.model),
+        *([MIXED] if policy.mixes_rows else []),
+        *(line for line in (policy.rope and str(policy.rope), changed_dropout(cfg.lora)) if line),
+        f"memory: {weights['bytes'] / 2**30:.2f} GiB of weights; {passes}",
+        *describe(s.algorithm),
+        f"run folder: {s.run.path}",
+    ]
+
+
+def _starting(cfg: Config, engine: Engine, end: str) -> list[str]:
+    """What is said once about settings and files that mean less than a reader may think. end: `undeclared_end`."""
+    hot = not engine.SAMPLES and cfg.sampling.temperature != 1
+    said = f"sampling.temperature = {cfg.sampling.temperature:g}: recorded completions are trained at temperature 1"
+    return [*([said] if hot else []), *([end] if end else [])]

@@ -1,0 +1,276 @@
+"""Every problem of a run that can be found without loading its model: `rlft validate`, and the start of `rlft train`.
+
+Each check yields sentences instead of raising at the first, so that a user mends a config in one go.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rlft.algos.advantages import WITHIN_GROUPS
+from rlft.algos.algorithm import Algorithm
+from rlft.algos.algorithm import build as build_algorithm
+from rlft.config import resolve
+from rlft.config.run import Config, Data, Reward
+from rlft.data.prompts import check_rows, kind_of
+from rlft.environment import version_problems
+from rlft.errors import ConfigError, RlftError
+from rlft.models.load import locate, plan_base, resolve_device
+from rlft.monitor import tracking
+from rlft.rewards.score import BUILTIN, OURS
+from rlft.rewards.worker import Signature, signature
+from rlft.runs.folder import Run, resumable
+from rlft.trainer.engines import chosen
+
+RECORDED = ("completion", "text", "messages", "chosen")
+"""Columns that bring completions with the data."""
+GIVEN = ("prompts", "completions", "completion_ids", "trainer_state", "log_metric", "log_extra")
+"""What every reward function may ask for besides the dataset's columns."""
+
+
+def problems(cfg: Config, resume: bool = False, callables: bool = False) -> list[str]:
+    """All problems found, each one sentence naming the field, its value and what to do; empty when there is none.
+
+    resume: the run folder must hold a run instead of being free. callables: reward functions were given from Python in
+    place of `cfg.rewards`. Reads the dataset and imports reward files and the algorithm; loads no model.
+    """
+    found = version_problems(_needed(cfg))
+    device = _caught(found, lambda: resolve_device(cfg))
+    found += _model(cfg, device)
+    found += _out(Path(cfg.out).expanduser(), resume)
+    algorithm = _caught(found, lambda: build_algorithm(cfg.algo, cfg.optim.updates))
+    rows = _caught(found, lambda: check_rows(cfg.data, cfg.seed))
+    held = rows
+    if cfg.eval.rows and cfg.eval.data is not None:
+        held = _caught(found, lambda: check_rows(cfg.eval.data or Data(), cfg.seed))
+    if rows is not None:
+        found += _engine(cfg, algorithm, rows, callables)
+        found += _vllm(cfg, rows, device)
+        found += _held_out(cfg, rows, held)
+        if cfg.eval.rows and held:
+            found += _measured(cfg, kind_of(rows[0]), kind_of(held[0]), callables)
+    found += _rewards("rewards", cfg.rewards, rows)
+    found += _rewards("eval.rewards", cfg.eval.rewards, held)
+    found += tracking.problems(cfg.track)
+    # One fault may show in two checks.
+    return list(dict.fromkeys(found))
+
+
+def _caught(found: list[str], check: Callable[[], Any]) -> Any:
+    """What `check` returns, or None and its error added to `found`."""
+    try:
+        return check()
+    except RlftError as error:
+        found.append(str(error))
+        return None
+
+
+def _needed(cfg: Config) -> tuple[str, ...]:
+    bits = cfg.quantization in ("nf4", "int8") or cfg.optim.name == "adamw_8bit"
+    vllm = cfg.engine.name == "vllm"
+    return ("torch", "transformers", "peft", *(("bitsandbytes",) if bits else ()), *(("vllm",) if vllm else ()))
+
+
+def _model(cfg: Config, device: torch.device | None) -> Iterator[str]:
+    name = cfg.model
+    try:
+        where = locate(name)
+    except ConfigError as error:
+        yield str(error)
+        return
+    # A hub id has at most one slash and is no path; whether the hub has it is seen when it is loaded.
+    if where.path == name and (name.startswith((".", "/", "~")) or name.count("/") > 1) and not Path(name).exists():
+        yield f'model = "{name}": no such folder'
+    elif device is not None and (where.gguf or Path(where.path).is_dir()):
+        # Of a model of the hub that is seen when it is loaded.
+        try:
+            plan_base(cfg, device)
+        except ConfigError as error:
+            yield str(error)
+    folder = cfg.lora.resume_from
+    if folder and not (Path(folder).expanduser() / "adapter_config.json").is_file():
+        yield f'lora.resume_from = "{folder}": no PEFT adapter there (adapter_config.json is missing)'
+
+
+def _out(out: Path, resume: bool) -> Iterator[str]:
+    if resume and not resumable(out):
+        yield f'out = "{out}": holds no run to resume; leave out --resume, or give the folder of a run'
+    elif Run(out).exists() and not resume:
+        yield f'out = "{out}": already holds a run; go on with --resume, or give another folder with --out'
+    if out.exists() and not out.is_dir():
+        yield f'out = "{out}": is a file; give a folder'
+        return
+    # The folder is made by the run, so what counts is the nearest one that exists.
+    nearest = next(p for p in (out, *out.absolute().parents) if p.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        yield f'out = "{out}": {nearest} cannot be written to; give another folder'
+
+
+def _vllm(cfg: Config, rows: list[dict[str, Any]], device: torch.device | None) -> Iterator[str]:
+    """What vLLM cannot do, where it is what samples."""
+    if device is None or chosen(cfg, any(name in rows[0] for name in RECORDED), device) != "vllm":
+        return
+    if cfg.quantization == "int8":
+        yield 'quantization = "int8": vLLM takes NF4 and plain weights; set "nf4" or "none", or engine.name = "eager"'
+    if cfg.dtype == "float64":
+        yield 'dtype = "float64": vLLM has 16 and 32 bits; set another dtype, or engine.name = "eager"'
+    if device.type == "cpu" and cfg.engine.mode not in ("auto", "lent"):
+        yield f'engine.mode = "{cfg.engine.mode}": on a CPU vLLM has no memory that sleeps; set "lent" or "auto"'
+
+
+def _engine(cfg: Config, algorithm: Algorithm | None, rows: list[dict[str, Any]], callables: bool) -> Iterator[str]:
+    """Engine, algorithm, group and rewards, as far as the kind of data decides what they must be."""
+    recorded = any(name in rows[0] for name in RECORDED)
+    engine = cfg.engine.name if cfg.engine.name != "auto" else ("replay" if recorded else "eager")
+    baseline = algorithm is not None and algorithm.advantage_name
+    pairs = "chosen" in rows[0] and "rejected" in rows[0]
+    if algorithm is not None:
+        yield from _pairs(cfg, algorithm, rows[0], pairs)
+        yield from _dropout(cfg, algorithm, engine)
+    if engine == "replay":
+        if not recorded:
+            yield f'engine.name = "replay": the data has no column of completions ({", ".join(RECORDED)}); set "eager"'
+        elif baseline in WITHIN_GROUPS and not pairs:
+            yield (
+                f'algo.advantage = "{baseline}": the data has one completion per row, and a group of one has advantage '
+                f'0, so nothing is learned; set algo.name = "sft", or engine.name = "eager" to sample completions'
+            )
+        if algorithm is not None and algorithm.needs_sampler:
+            yield f'algo.name = "{cfg.algo.name}": needs sampler log-probs, which recorded completions lack'
+        if cfg.refill.rounds:
+            yield f"refill.rounds = {cfg.refill.rounds}: recorded completions are not drawn again; set it to 0"
+        if cfg.curriculum.solved_share is not None:
+            yield "curriculum: recorded completions are not solved or unsolved; leave the section out"
+        if cfg.overlong.penalty_share or cfg.overlong.drop:
+            yield "overlong: recorded completions were not cut at sampling.max_tokens; leave the section out"
+        return
+    if not (cfg.rewards or callables):
+        yield 'rewards is empty: completions are sampled, so name a reward function, for example rewards = ["number"]'
+    if cfg.refill.rounds and cfg.sampling.group_size == 1:
+        yield (
+            f"refill.rounds = {cfg.refill.rounds} with sampling.group_size = 1: the rewards of a group of one never "
+            f"differ; set sampling.group_size to 2 or more"
+        )
+    by = cfg.refill.by
+    if by is not None and not callables and by not in [str(r.use).rpartition(":")[2] for r in cfg.rewards]:
+        yield f'refill.by = "{by}": no reward of that name; there are {", ".join(r.use for r in cfg.rewards)}'
+    if cfg.sampling.group_size == 1 and baseline in WITHIN_GROUPS:
+        yield (
+            f'sampling.group_size = 1 with algo.advantage = "{baseline}": a group of one has advantage 0, so nothing '
+            f"is learned; set sampling.group_size to 2 or more"
+        )
+
+
+def _dropout(cfg: Config, algorithm: Algorithm, engine: str) -> Iterator[str]:
+    """LoRA dropout where log-probs under it would be compared with log-probs without it."""
+    if not cfg.lora.dropout:
+        return
+    if engine != "replay":
+        yield (
+            f"lora.dropout = {cfg.lora.dropout}: completions are sampled without dropout, so with it the ratios to the "
+            f"sampler and the parity gate would be about the dropout's noise; set it to 0 (an adapter that was trained "
+            f"with dropout can be continued without)"
+        )
+    elif algorithm.old == "trainer":
+        yield (
+            f"lora.dropout = {cfg.lora.dropout} with {algorithm.updates} updates per rollout batch: the ratios of new "
+            f"to old log-probs would hold the dropout's noise; set it to 0, or optim.minibatches and optim.passes to 1"
+        )
+
+
+def _pairs(cfg: Config, algorithm: Algorithm, row: dict[str, Any], pairs: bool) -> Iterator[str]:
+    """What a loss over pairs, and rows that say good or bad, must have."""
+    if algorithm.whole_groups and algorithm.advantage_name == "identity" and not pairs:
+        yield (
+            f'algo.name = "{cfg.algo.name}": learns from pairs, and the data has {", ".join(row)}; give rows with '
+            f"chosen and rejected (map yours with data.columns), or make pairs of sampled completions with "
+            f'algo.advantage = "best_and_worst" and rewards'
+        )
+    if algorithm.whole_groups and cfg.overlong.drop:
+        yield f'overlong.drop = true: algo.name = "{cfg.algo.name}" would be left with half a pair; set it to false'
+    if kind_of(row) == "label" and algorithm.advantage_name == "identity" and not algorithm.needs_reference:
+        yield (
+            f'algo.name = "{cfg.algo.name}": rows whose label is false would be unlearned without bound; use '
+            f'algo.name = "kto", or leave the column label out'
+        )
+    if algorithm.advantage_name == "max_rl" and cfg.overlong.penalty_share:
+        yield (
+            f'overlong.penalty_share = {cfg.overlong.penalty_share} with algo.advantage = "max_rl": the penalty makes '
+            f"rewards negative, and max_rl divides by their mean; leave one of them out"
+        )
+
+
+def _held_out(cfg: Config, rows: list[dict[str, Any]], held: list[dict[str, Any]] | None) -> Iterator[str]:
+    wanted = cfg.eval.rows
+    if cfg.eval.data is not None:
+        if held is not None and len(held) < wanted:
+            yield f"eval.rows = {wanted}: eval.data has {len(held)} rows; lower eval.rows"
+    elif wanted >= len(rows):
+        yield f"eval.rows = {wanted}: the data has {len(rows)} rows and some must be left to train on; lower eval.rows"
+
+
+def _measured(cfg: Config, kind: str, held: str, callables: bool) -> Iterator[str]:
+    """What is there to measure on held-out rows. kind, held: kinds of the training and of the held-out rows."""
+    pairs = "preference"
+    loss = "prompt" not in (kind, held) and (kind == pairs) == (held == pairs) and cfg.engine.name != "eager"
+    rewards = bool(cfg.eval.rewards or cfg.rewards or callables)
+    if not (rewards or loss):
+        yield (
+            f"eval.rows = {cfg.eval.rows} but there is no reward to score with: set eval.rewards (rows like the "
+            f"training rows, with recorded completions, are measured by their loss)"
+        )
+    if rewards and held == "text":
+        yield (
+            f"eval.rows = {cfg.eval.rows}: rows of plain text have no prompt to sample from; leave out rewards and "
+            f"eval.rewards, and their loss is measured"
+        )
+
+
+def _rewards(field: str, rewards: tuple[Reward, ...], rows: list[dict[str, Any]] | None) -> Iterator[str]:
+    for reward in rewards:
+        if not isinstance(reward.use, str):
+            yield f"{field}: a config holds names of functions; give functions to rlft.train(cfg, rewards=[...])"
+            continue
+        try:
+            function = _function(field, reward.use)
+        except ConfigError as error:
+            yield str(error)
+            continue
+        except (Exception, SystemExit) as error:  # a user's own file may do anything while it is imported
+            yield f'{field} = "{reward.use}": importing it raised {type(error).__name__}: {error}'
+            continue
+        try:
+            taken = signature(function)
+        except (TypeError, ValueError) as error:
+            yield f'{field} = "{reward.use}": {error}'
+            continue
+        if rows is not None:
+            yield from _columns(field, reward, taken, rows[0])
+
+
+def _function(field: str, use: str) -> Any:
+    if ":" in use:
+        return resolve.attribute(use, field)
+    return getattr(resolve.module(use, BUILTIN, field), use)
+
+
+def _columns(field: str, reward: Reward, taken: Signature, row: dict[str, Any]) -> Iterator[str]:
+    """Arguments that nothing can fill, that the function does not take, or that have two meanings."""
+    have = [name for name in row if name not in OURS]
+    missing = [name for name in taken.required if name not in (*GIVEN, *reward.args, *have)]
+    if missing:
+        yield (
+            f'{field} = "{reward.use}": asks for {", ".join(missing)}; the data has '
+            f"{', '.join(have) or 'no column besides the prompt'}. Map a column with data.columns, or set rewards.args"
+        )
+    for name in reward.args:
+        if not taken.takes(name):
+            yield f'{field} = "{reward.use}": rewards.args has {name}, which is no argument of the function'
+    for name in have:
+        if name in GIVEN:
+            yield f"data: the column {name} has the name of what every reward function gets; rename it by data.template"

@@ -1,0 +1,218 @@
+"""Every Triton kernel compiles for the cards we serve, without a GPU: A100 (sm_80), A10, A40 and 3090 (86), 4090 (89),
+H100 (90), within the 99 KiB of shared memory that the smallest of them gives a block.
+
+A new kernel adds rows to CASES: its launches on the largest tiles. Types are Triton's words: "*bf16:16" is a pointer
+whose address is a multiple of 16, "i32:16" an integer that is one, as the launcher would find out by itself; what the
+kernel takes as tl.constexpr is in `constants`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+from subprocess import PIPE
+from typing import NamedTuple
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton is for Linux on x86_64")
+
+from rlft.kernels.launch import VARYING
+from rlft.kernels.target_softmax import FAR, HALF, LEAST_ENTROPY
+
+ARCHITECTURES = (80, 86, 89, 90)
+SHARED_MEMORY = 99 * 1024
+
+
+class Case(NamedTuple):
+    """One compilation. kernel: "file:function" in rlft/kernels. options: num_warps, num_stages, enable_fp_fusion."""
+
+    kernel: str
+    types: str
+    constants: dict
+    options: dict
+
+
+def nf4(kernel: str, out: str, **constants) -> Case:
+    common = {"COUNT": 7, "FIELDS": 10, "BLOCK": 64, "NESTED": 256, "TILE": 4096, "OUT": f"tl.{out}"}
+    return Case(
+        f"nf4:{kernel}", "*i64:16 *fp32:16", common | constants, {"num_warps": 4, "enable_fp_fusion": False}
+    )  # fmt: skip
+
+
+# Triton's dot on fp32 is done without tensor cores ("ieee"), so both element types have their own code.
+def columns(dtype: str, P: bool, TRANSPOSED: bool, BC: int, BR: int) -> Case:
+    pointers, width = f"*{dtype}:16 i32:16 " * 3 + "*fp32:16 *fp32:16", 12288
+    return Case(
+        "low_rank:_columns", pointers + " i32 i32:16 i32:16",
+        {"COUNT": 2, "FIRST": (0, 48, 96), "COLUMN": (0, width), "WIDTH": (width, width), "K": (0, BR),
+         "RANK": (BR, BR), "BASE": (0, width * BR, 2 * width * BR), "P": P, "P_STRIDE": BR, "TRANSPOSED": TRANSPOSED,
+         "BT": 32, "BC": BC, "BR": BR, "WIDE": False},
+        {"num_warps": 4, "num_stages": 3},
+    )  # fmt: skip
+
+
+def norm(kernel: str, pointers: str, H: int, rows: int, warps: int, absent: str = "", GEMMA: bool = False) -> Case:
+    """`pointers`: types of the pointers present, in order; `absent`: the optional one that is None."""
+    strides = "i32 i32:16 i32:16 i32:16 i32:16" + (" fp32" if kernel == "forward_kernel" else "")
+    constants = {"H": H, "BLOCK": 1 << (H - 1).bit_length(), "ROWS": rows, "GEMMA": GEMMA}
+    constants |= {absent: None} if absent else {}
+    return Case(f"rms_norm:{kernel}", f"{pointers} {strides}", constants, {"num_warps": warps})
+
+
+def rope(kernel: str, D: int, R: int, rows: int, warps: int, with_norm: bool) -> Case:
+    """Heads 28 + 4; positions where there is a norm; without it the norm's weights are absent too."""
+    forward = kernel == "forward_kernel"
+    heads, tables = (4, 5) if forward else (6, 7)  # pointers beside weights and tables; strides
+    pointers = "*bf16:16 " * (heads + 2) + ("*bf16:16 *bf16:16 *i64:16" if with_norm else "")
+    constants = {"HQ": 28, "HK": 4, "D": D, "R": R, "BLOCK": 1 << (R // 2 - 1).bit_length(),
+                 "TAIL": 1 << (max(1, D - R) - 1).bit_length(), "ROWS": rows, "GEMMA": True}  # fmt: skip
+    constants |= {} if with_norm else {"qw_ptr": None, "kw_ptr": None, "pos_ptr": None}
+    types = f"{pointers} i32 {'i32:16 ' * tables} fp32"
+    return Case(f"qk_rope:{kernel}", types, constants, {"num_warps": warps})
+
+
+def glu(kernel: str, M: int, block: int, rows: int, ACT: str) -> Case:
+    tensors = 3 if kernel == "forward_kernel" else 6
+    types = "*bf16:16 " * tensors + "i32 " + "i32:16 " * tensors
+    return Case(f"swiglu:{kernel}", types, {"M": M, "BLOCK": block, "ROWS": rows, "ACT": ACT}, {"num_warps": 4})
+
+
+def head(kernel: str, results: str, constants: dict, warps: int) -> Case:
+    weights = "fp16" if kernel == "_weights_kernel" else "bf16"
+    types = f"*fp32:16 *i64:16 *{weights}:16 *fp32:16 {results}i32 i32:16 i32:16 i32 fp32 fp32 fp32"
+    return Case(f"target_softmax:{kernel}", types, {"BLOCK": 4096, "FAR": FAR} | constants, {"num_warps": warps})
+
+
+B = "*bf16:16 "
+SUMS = "*fp32:16 *fp32:16 *fp32:16 *fp32:16 i32:16 i32:16 i32:16 fp32 fp32 fp32 i32"
+"""Of low_rank's `_sum_splits`."""
+
+CASES = [
+    nf4("_decode_words", "bfloat16", ONE_ROW=True, GATHER=True),
+    nf4("_decode_words", "float16", ONE_ROW=False, GATHER=True, BLOCK=4096),
+    nf4("_decode_words", "float32", ONE_ROW=False, GATHER=False, NESTED=0),
+    nf4("_decode_elements", "bfloat16", TILE=1024),
+    Case(
+        "lora_group:_fill", "*i64:16 *fp32:16",
+        {"COUNT": 18, "FIELDS": 8, "SOURCE": "tl.float32", "TARGET": "tl.bfloat16", "ALIGNED": True, "BLOCK": 1024}, {},
+    ),
+    *(columns(*case) for case in (
+        ("bf16", True, False, 256, 16), ("bf16", True, False, 256, 32), ("bf16", False, False, 128, 64),
+        ("bf16", False, True, 128, 64), ("fp32", True, False, 128, 16), ("fp32", False, True, 64, 16),
+    )),
+    Case(
+        "low_rank:_fold_both", f"*fp32:16 *bf16:16 i32:16 i32 {SUMS}",
+        {"COUNT": 3, "FIRST": (0, 16, 20, 24), "K": (0, 16, 32), "RANK": (16, 16, 16), "MOST": 16, "TAIL": 64,
+         "P_STRIDE": 16, "BT": 16, "BR": 64, "SPLITS_BLOCK": 16, "BLOCK": 256}, {},
+    ),
+    Case("low_rank:_fold", SUMS, {"SPLITS_BLOCK": 16, "BLOCK": 256}, {}),
+    # The longest prompts' rows, decoding's, and fp32.
+    *(Case("lora_add:_shrink", f"*fp32:16 *{dtype}:16 i32:16 *{dtype}:16 i32 i32:16 i32:16",
+           {"RANKS": 48, "BT": BT, "BK": BK, "BR": 64, "WIDE": False}, {"num_warps": 4, "num_stages": 3})
+      for dtype, BT, BK in (("bf16", 64, 128), ("bf16", 16, 128), ("fp32", 64, 64))),
+    *(Case("lora_add:_expand", f"*{dtype}:16 i32:16 *fp32:16 *{dtype}:16 i32",
+           {"COUNT": 3, "FIRST": (0, 32, 40, 48), "COLUMN": (0, 4096, 5120, 6144), "WIDTH": (4096, 1024, 1024),
+            "RANK": rank, "PARTS": parts, "TOGETHER": min(parts, together), "BT": BT, "BC": 128, "BR": min(32, rank),
+            "WIDE": False}, {"num_warps": 4})
+      for dtype, rank, parts, together, BT in (
+          ("bf16", 16, 32, 8, 16), ("bf16", 64, 1, 2, 64), ("fp32", 32, 4, 2, 32))),
+    # Many short rows a program; a usual row, alone; no power of two; the longest, in fp32.
+    norm("forward_kernel", B * 5 + "*fp32:16", 128, 16, 4),
+    norm("forward_kernel", B * 4 + "*fp32:16", 4096, 1, 8, "delta_ptr", True),
+    norm("backward_kernel", B * 3 + "*fp32:16 " + B, 4096, 1, 8, "dres_ptr", True),
+    norm("forward_kernel", "*fp16:16 " * 5 + "*fp32:16", 5120, 1, 16),
+    norm("forward_kernel", "*fp32:16 " * 6, 16384, 1, 16), norm("backward_kernel", "*fp32:16 " * 6, 16384, 1, 16),
+    # Whole heads; three quarters of heads of 96; the widest, without a norm.
+    *(rope(kernel, *shape) for kernel in ("forward_kernel", "backward_kernel")
+      for shape in ((128, 128, 16, 4, True), (96, 72, 16, 4, True), (512, 512, 4, 4, False))),
+    *(glu(kernel, *shape) for kernel in ("forward_kernel", "backward_kernel")
+      for shape in ((12288, 1024, 1, "silu"), (11008, 1024, 1, "gelu"), (48, 64, 16, "gelu_pytorch_tanh"))),
+    # The head: a split of a row with and without a softcap; the row done again; the merge of two attentions.
+    head("_rows_kernel", "", {"CAPPED": False, "STORE": True}, 8),
+    head("_rows_kernel", "", {"CAPPED": True, "STORE": True}, 8),
+    head("_finish_kernel", "*fp32:16 *fp32 *fp32 *fp32 *fp32:16 ", {"CAPPED": True, "STORE": True, "SPLITS": 64}, 4),
+    # fp16's weights, and the entropy's.
+    *(head("_weights_kernel", "*fp32 *fp32 ",
+           {"CAPPED": entropy, "ENTROPY": entropy, "LARGEST": HALF, "LEAST": LEAST_ENTROPY}, 8)
+      for entropy in (False, True)),
+    Case("logprobs:_jacobian_kernel", "*fp32:16 *bf16:16 *fp32:16 *fp32:16 *bf16:16 i32:16 fp32 i32:16 i32:16",
+         {"BLOCK": 1024}, {}),
+    Case("logprobs:_scale_rows_kernel", "*bf16:16 *fp32:16 *bf16:16 i32:16", {"BLOCK": 1024}, {}),
+    Case("copies:_sum_rows", B + "*i32:16 *i32:16 " + B + "i32 i32:16", {"C": 1024, "BLOCK": 1024, "ROWS": 2}, {}),
+    Case("lse_merge:_merge_kernel", "*bf16:16 *fp32:16 *bf16:16 *fp32:16" + " i32:16" * 6, {"BLOCK": 128},
+         {"num_warps": 1}),
+]  # fmt: skip
+
+
+def compile_all(architectures: list[int]) -> list[dict]:
+    """Compile CASES; runs in a process of its own, because with TRITON_INTERPRET=1 there is nothing to compile."""
+    import importlib
+
+    import triton
+    import triton.language as tl
+    from triton.backends.compiler import GPUTarget
+
+    found = []
+    for architecture, case in itertools.product(architectures, CASES):
+        file, name = case.kernel.split(":")
+        kernel = getattr(importlib.import_module(f"rlft.kernels.{file}"), name)
+        constants = {k: getattr(tl, v[3:]) if str(v).startswith("tl.") else v for k, v in case.constants.items()}
+        types = iter(case.types.split())
+        signature = {arg: "constexpr" if arg in constants else next(types) for arg in kernel.arg_names}
+        assert next(types, None) is None, f"{case.kernel}: more types than arguments"
+        plain = {p.name for p in kernel.params if p.do_not_specialize}
+        hints = {(i,): [["tt.divisibility", 16]] for i, (arg, t) in enumerate(signature.items())
+                 if t.endswith(":16") and arg not in plain}  # fmt: skip
+        source = triton.compiler.ASTSource(
+            kernel, {arg: t.removesuffix(":16") for arg, t in signature.items()}, constants, hints
+        )
+        done = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=case.options)
+        varying = [p.name for p in kernel.params if p.name in VARYING and not (p.is_constexpr or p.do_not_specialize)]
+        found.append({
+            "kernel": case.kernel, "architecture": architecture, "shared": done.metadata.shared,
+            "compiled anew": varying, "fma": "fma.rn.f32" in done.asm["ptx"],
+        })  # fmt: skip
+    return found
+
+
+@pytest.fixture(scope="module")
+def found() -> list[dict]:
+    """By two processes, since the compiler uses one core."""
+    code = "import json, sys, test_cross_compile as t; print(json.dumps(t.compile_all([*map(int, sys.argv[1:])])))"
+    env = os.environ | {
+        "TRITON_INTERPRET": "0",
+        "PYTHONPATH": os.pathsep.join([os.path.dirname(__file__), *sys.path]),
+    }
+    halves = [[str(a) for a in ARCHITECTURES[start::2]] for start in (0, 1)]
+    runs = [
+        subprocess.Popen([sys.executable, "-c", code, *half], env=env, stdout=PIPE, stderr=PIPE, text=True)
+        for half in halves
+    ]
+    made = []
+    for run in runs:
+        out, errors = run.communicate()
+        assert run.returncode == 0, errors[-3000:]
+        made += json.loads(out.splitlines()[-1])
+    return sorted(made, key=lambda one: one["architecture"])
+
+
+def test_every_kernel_compiles_for_every_card(found) -> None:
+    expected = [(a, case.kernel) for a in ARCHITECTURES for case in CASES]
+    assert [(f["architecture"], f["kernel"]) for f in found] == expected
+
+
+def test_shared_memory_fits(found) -> None:
+    assert [f for f in found if f["shared"] > SHARED_MEMORY] == []
+
+
+def test_no_kernel_is_compiled_anew_for_another_number_of_tokens(found) -> None:
+    assert [f for f in found if f["compiled anew"]] == []
+
+
+def test_nf4_scales_round_twice(found) -> None:
+    """A fused multiply-add in code * absmax + offset rounds once and moves some bf16 results by one bit."""
+    assert [f for f in found if f["kernel"].startswith("nf4:") and f["fma"]] == []

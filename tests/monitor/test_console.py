@@ -1,0 +1,257 @@
+"""The console: plain lines word for word, and the live view in a real pseudo-terminal."""
+
+from __future__ import annotations
+
+import io
+import os
+import pty
+import re
+import select
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from rich.console import Console as Terminal
+
+from rlft.monitor.console import (
+    Console,
+    clean,
+    duration,
+    evaluation_line,
+    evaluation_names,
+    evaluation_rows,
+    shorten,
+    spark,
+    time_line,
+)
+from rlft.types import Best
+
+VALUES = {
+    "step": 12.0, "reward": 0.61, "loss": 0.0123, "completions/mean_length": 5.21, "entropy": 0.333,
+    "sampling/sampling_logp_difference/mean": 1.2e-6, "parity/limit": 0.02, "step_time": 6.1, "time/generate": 3.05,
+    "time/train": 2.44, "perf/rollout_tokens_per_s": 154.2, "perf/training_tokens_per_s": 1210.0, "grad_norm": 1.0,
+    "completions/clipped_ratio": 0.1, "frac_reward_zero_std": 0.5,
+}  # fmt: skip
+
+
+def test_a_plain_step_is_one_line_in_a_fixed_order(capsys) -> None:
+    with Console() as console:  # pytest's stdout is no terminal
+        assert console.plain
+        console.start(["model", "grpo [x]"], steps=40, done=0)
+        console.progress("training", 1, 4)
+        console.step(VALUES, "a sample")
+    assert capsys.readouterr().out.splitlines() == [
+        "model",
+        "grpo [x]",
+        "step 12/40  reward 0.610  loss 0.0123  len 5.2  entropy 0.333  mismatch 1e-06  6.1 s  sample 154 tok/s  "
+        "train 1210 tok/s  2:51 left",  # 28 steps of 6.1 s
+    ]
+
+
+def test_missing_metrics_are_left_out_and_the_last_step_has_nothing_left(capsys) -> None:
+    with Console() as console:
+        console.start([], steps=3)
+        console.step({"step": 3.0, "loss": 0.5, "step_time": 1.0}, None)
+    assert capsys.readouterr().out == "step 3/3  loss 0.5000  1.0 s\n"
+
+
+def test_an_evaluation_is_looked_at_and_leaves_the_view_of_the_steps(capsys: pytest.CaptureFixture[str]) -> None:
+    with Console(plain=True) as console:
+        console.start([], 40)
+        console.evaluation(0, {"eval/reward": 0.5, "eval/reward_stderr": 0.01})
+        for step in range(1, 7):
+            console.step({**VALUES, "step": float(step), "reward": 0.1 * step}, None)
+        console.evaluation(6, {"eval/reward": 0.3, "eval/reward_stderr": 0.01})
+        console.step({**VALUES, "step": 7.0, "reward": 0.7}, None)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("!")]
+    assert len(lines) == 1 and lines[0].startswith("! step 6: the held-out reward fell to 0.3 and")
+
+
+def test_a_rule_that_is_not_for_an_algorithm_is_left_out(capsys: pytest.CaptureFixture[str]) -> None:
+    for algorithm in ("grpo", "gspo"):
+        with Console(plain=True) as console:
+            console.start([], 40, algorithm=algorithm)
+            console.step({**VALUES, "step": 1.0, "clip_ratio/region_mean": 0.5}, None)
+    assert capsys.readouterr().out.count("is clipped") == 1
+
+
+def test_trouble_is_said_when_it_begins_and_again_when_it_comes_back(capsys) -> None:
+    with Console() as console:
+        console.start([], steps=9)
+        for step, clipped in enumerate((0.1, 0.97, 0.98, 0.1, 0.95), 1):
+            console.step({**VALUES, "step": float(step), "completions/clipped_ratio": clipped}, None)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("!")]
+    assert lines == [
+        "! step 2: 97% of completions hit max_tokens: raise sampling.max_tokens",
+        "! step 5: 95% of completions hit max_tokens: raise sampling.max_tokens",
+    ]
+
+
+BEFORE = {
+    "eval/reward": 0.31, "eval/reward_stderr": 0.033, "eval/reward_low": 0.25, "eval/reward_high": 0.38,
+    "eval/rows": 200.0, "eval/completions/mean_length": 9.0, "eval/invalid": 0.0, "eval/rewards/number/mean": 0.31,
+}  # fmt: skip
+AFTER = {**BEFORE, "eval/reward": 0.72, "eval/completions/mean_length": 5.5, "eval/reward_change": 0.41,
+         "eval/reward_change_stderr": 0.04}  # fmt: skip
+
+
+def test_the_end_shows_before_and_after_and_where_things_are(capsys) -> None:
+    best = Best(20, "eval/reward", 0.75)
+    with Console() as console:
+        console.finish(BEFORE, AFTER, Path("r/checkpoints/step-000040"), Path("r/report.html"), "again", best)
+    assert capsys.readouterr().out.splitlines() == [
+        "held-out rows: 200",
+        "                                  before          after          change",
+        "  reward                   0.310 ± 0.033  0.720 ± 0.033  +0.410 ± 0.040",
+        "  completions/mean_length          9.000          5.500          -3.500",
+        "checkpoints:    step 20 did best (eval/reward 0.750): choose it with --checkpoint best; being the best on "
+        "these rows it looks too good on them",
+        "adapter:        r/checkpoints/step-000040",
+        "report:         r/report.html",
+        "sample from it: again",
+    ]
+
+
+def test_a_last_step_that_is_the_best_needs_no_line(capsys) -> None:
+    with Console() as console:
+        console.finish(BEFORE, AFTER, Path("a"), Path("b"), "c", Best(40, "eval/reward", 0.72))
+    assert "checkpoints:" not in capsys.readouterr().out
+
+
+def test_one_evaluation_is_a_line_and_a_table() -> None:
+    several = {**AFTER, "eval/samples": 8.0, "eval/pass@1": 0.72, "eval/pass@8": 0.9, "eval/pass@8_stderr": 0.02}
+    assert evaluation_line(several, 40) == (
+        "held-out rows (200) after step 40: reward (avg@8) 0.720 ± 0.033 (+0.410 ± 0.040 since the first), "
+        "pass@8 0.900 ± 0.020"
+    )
+    assert evaluation_rows(several) == [
+        ("", "value", "stderr", "95% interval"),
+        ("reward (avg@8)", "0.720", "0.033", "0.250 to 0.380"),
+        ("pass@8", "0.900", "0.020", ""),
+        ("completions/mean_length", "5.500", "", ""),
+    ]
+
+
+def test_without_evaluation_the_end_has_no_table(capsys) -> None:
+    with Console() as console:
+        console.finish({}, {}, Path("a"), Path("b"), "c")
+    assert capsys.readouterr().out.splitlines() == ["adapter:        a", "report:         b", "sample from it: c"]
+
+
+def test_an_evaluation_on_one_side_only_shows_a_dash(capsys) -> None:
+    with Console() as console:
+        console.finish({"eval/reward": 0.5, "eval/rows": 4.0}, {}, Path("a"), Path("b"), "c")
+    assert capsys.readouterr().out.splitlines()[2] == "  reward   0.500      -"
+
+
+def test_parts_are_shown_when_there_are_several_and_invalid_when_there_are_any() -> None:
+    one = {"eval/reward": 1.0, "eval/rewards/a/mean": 1.0, "eval/rewards/a/std": 0.0, "eval/invalid": 0.0}
+    assert evaluation_names(one) == ["eval/reward"]
+    two = {**one, "eval/rewards/b/mean": 1.0, "eval/invalid": 2.0}
+    assert evaluation_names(two) == ["eval/reward", "eval/rewards/a/mean", "eval/rewards/b/mean", "eval/invalid"]
+
+
+def test_a_stdout_without_unicode_does_not_stop_a_run() -> None:
+    raw = io.BytesIO()
+    out = io.TextIOWrapper(raw, encoding="ascii")
+    with Console(terminal=Terminal(file=out)) as console:
+        console.note("0.5 ± 0.1")
+    assert raw.getvalue() == b"0.5 ? 0.1\n"
+
+
+def test_what_a_model_writes_cannot_steer_the_terminal(capsys) -> None:
+    with Console() as console:
+        console.note("a\x1b[2Jb\rc\x07")
+    assert capsys.readouterr().out == "a\ufffd[2Jb\ufffdc\ufffd\n"
+    assert clean("tab\tand\nline ü 你") == "tab\tand\nline ü 你"
+
+
+def test_a_forced_colour_is_no_terminal(monkeypatch, capsys) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    assert Console().plain
+
+
+def test_small_formats() -> None:
+    assert (duration(75), duration(3675), duration(59.6), duration(0)) == ("1:15", "1:01:15", "1:00", "0:00")
+    assert (spark([0, 1, 7]), spark([2, 2]), spark([1])) == ("▁▂█", "▁▁", "")
+    assert shorten("a\nb\nc\n", 2) == "a\nb ..." and shorten("a\nb\n", 2) == "a\nb"
+    assert time_line(VALUES).plain == "6.1 s  generate 50%  train 40%  sample 154 tok/s  train 1,210 tok/s"
+
+
+def test_an_error_stops_the_thread_that_draws() -> None:
+    before = threading.active_count()
+    terminal = Terminal(file=io.StringIO(), force_terminal=True)
+    with pytest.raises(KeyboardInterrupt), Console(plain=False, terminal=terminal) as console:
+        console.start([], 3)
+        assert threading.active_count() == before + 1
+        raise KeyboardInterrupt
+    end = time.monotonic() + 5  # rich tells its thread to stop and does not wait for it
+    while threading.active_count() > before and time.monotonic() < end:
+        time.sleep(0.01)
+    assert threading.active_count() == before
+
+
+SCRIPT = """
+import time, sys
+from pathlib import Path
+from rlft.console import Console
+values = {VALUES}
+with Console() as console:
+    assert not console.plain
+    console.start(["a title"], 40, 11)
+    console.generating(32, 64)
+    time.sleep(0.6)
+    console.step(values, "so it is \\x1b[2J [bold]42")
+    console.note("a note")
+    console.progress("training", 1, 4)
+    time.sleep(0.6)
+    if sys.argv[1] == "raise":
+        raise KeyboardInterrupt
+    if sys.argv[1] == "hang":
+        print("ready", flush=True)
+        time.sleep(30)
+    console.finish({}, {}, Path("/" + "long/" * 30), Path("b"), "c")
+""".replace("{VALUES}", repr(VALUES))
+
+
+def in_terminal(how: str) -> tuple[str, int]:
+    """What the script wrote to a terminal of 80 columns, and its exit status. "hang" is killed once it says so."""
+    master, slave = pty.openpty()
+    env = {k: v for k, v in os.environ.items() if k not in ("NO_COLOR", "COLUMNS", "LINES")} | {"TERM": "xterm"}
+    root = Path(__file__).parents[2]
+    run = subprocess.Popen(
+        [sys.executable, "-c", SCRIPT, how], stdin=slave, stdout=slave, stderr=slave, env=env, cwd=root
+    )
+    os.close(slave)
+    data, end = b"", time.monotonic() + 30
+    try:
+        while time.monotonic() < end:
+            if select.select([master], [], [], 0.1)[0]:
+                try:
+                    data += os.read(master, 65536)
+                except OSError:  # Linux's way to say that the other side is closed
+                    break
+            if how == "hang" and b"ready" in data:
+                run.send_signal(signal.SIGKILL)
+        return data.decode(), run.wait(5)
+    finally:
+        run.kill()
+        run.wait()
+        os.close(master)
+
+
+@pytest.mark.parametrize(("how", "status"), [("finish", 0), ("raise", -signal.SIGINT), ("hang", -signal.SIGKILL)])
+def test_the_live_view_leaves_the_terminal_as_it_was(how: str, status: int) -> None:
+    out, code = in_terminal(how)
+    assert code == status, out
+    assert out.rfind("\x1b[?25h") > out.rfind("\x1b[?25l")  # the cursor is visible, kill -9 or not
+    assert "\x1b[?1049h" not in out  # no alternate screen, so what was shown stays
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", out)
+    assert "generating 32/64" in shown and "step 12/40" in shown and "training 1/4" in shown and "a note" in shown
+    assert "so it is \ufffd[2J [bold]42" in shown and "\x1b[2J" not in out
+    if how == "finish":
+        assert "/" + "long/" * 29 in shown  # not broken: it can be copied

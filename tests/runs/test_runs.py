@@ -1,0 +1,227 @@
+"""The run folder on a real disk."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from rlft.errors import ConfigError
+from rlft.runs.folder import Run
+from rlft.types import Best, Prompt, Rollout
+
+CHAT = Prompt((1, 2), {"prompt": [{"role": "user", "content": "hi"}]}, 3, ({"role": "user", "content": "hi"},))
+TEXT = Prompt((1, 2), {"prompt": "2+2?"}, 8, ({"role": "user", "content": "2+2?"},))
+
+
+def rollout(prompt: Prompt, sample: int, logprobs: tuple[float, ...] | None = (-0.5, -0.25)) -> Rollout:
+    return Rollout(prompt, (7, 2), (True, True), logprobs, f"s{sample}", "stop", sample, 11, 0)
+
+
+def started(tmp_path: Path) -> Run:
+    run = Run.create(tmp_path / "run")
+    run.write_config("steps = 3\n")
+    return run
+
+
+def test_a_folder_counts_as_a_run_only_once_its_config_is_written(tmp_path: Path) -> None:
+    run = Run.create(tmp_path / "a" / "b")
+    assert list(run.path.iterdir()) == []
+    Run.create(run.path)  # a start that failed while loading leaves nothing in the way
+    run.write_config("steps = 3\n")
+    assert run.config.read_text() == "steps = 3\n" and run.metrics() == []
+    with pytest.raises(ConfigError, match=r'out = ".*b": already holds a run; go on with --resume, .* with --out'):
+        Run.create(run.path)
+    assert Run.resume(run.path).path == run.path
+
+
+def test_a_folder_without_a_run_cannot_be_resumed(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r'out = ".*": holds no run; give the folder of a run'):
+        Run.resume(tmp_path)
+
+
+def test_an_out_that_is_a_file_or_refused_by_the_system_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ConfigError, match=r'out = ".*/file": cannot write in it: File exists; .* with --out'):
+        Run.create(tmp_path / "file")
+    with pytest.raises(ConfigError, match=r'out = ".*/file/sub": cannot write in it: Not a directory'):
+        Run.create(tmp_path / "file" / "sub")
+    with pytest.raises(ConfigError, match=r'out = "/proc/rlft": cannot write in it'):
+        Run.create("/proc/rlft")
+
+
+def test_a_full_disk_is_named(tmp_path: Path) -> None:
+    run = started(tmp_path)
+    run.metrics_file.unlink()
+    run.metrics_file.symlink_to("/dev/full")
+    with pytest.raises(
+        ConfigError, match=r'out = ".*run": cannot write metrics.jsonl: No space left on device; make room'
+    ):
+        run.log(1, {"loss": 0.5})
+
+
+def test_metrics_come_back_in_order_with_their_step(tmp_path: Path) -> None:
+    run = started(tmp_path)
+    run.log(0, {"eval/reward": math.nan, "eval/rows": 4.0})
+    run.log(1, {"loss": 0.5})
+    run.log(1, {"eval/reward": 0.75})
+    assert run.metrics() == [
+        {"step": 0, "eval/reward": None, "eval/rows": 4.0}, {"step": 1, "loss": 0.5}, {"step": 1, "eval/reward": 0.75},
+    ]  # fmt: skip
+    first = run.first_evaluation()
+    assert first.keys() == {"eval/reward", "eval/rows"} and math.isnan(first["eval/reward"])
+
+
+def test_a_run_without_evaluation_has_no_first_one(tmp_path: Path) -> None:
+    run = started(tmp_path)
+    run.log(1, {"loss": 0.5})
+    assert run.first_evaluation() == {}
+
+
+def test_every_completion_is_written_with_its_rewards(tmp_path: Path) -> None:
+    run = started(tmp_path)
+    rows = [rollout(TEXT, 0), rollout(TEXT, 1), rollout(CHAT, 0, logprobs=None)]
+    parts: dict[str, list[Any]] = {"exact": [1.0, 0.0, math.nan], "note": ["a", None, "b"]}
+    # The second rollout was not run; of the third, whose prompt's tokens come first, the first token was not trained.
+    logprobs = {0: torch.tensor([-0.625, -0.25]), 2: torch.tensor([0.0, 0.0, math.nan, -2.0])}
+    run.write_rollouts(
+        12, rows, [1.0, 0.0, math.nan], parts, [0.5, -0.5, 0.0], logprobs, [["s", "0"], ["s", "1"], None]
+    )
+    path = run.path / "rollouts" / "step-000012.parquet"
+    assert pq.ParquetFile(path).schema_arrow.names == [
+        "step", "row", "group", "sample", "prompt", "completion", "completion_ids", "sampler_logprobs", "logprobs",
+        "pieces", "reward", "rewards/exact", "rewards/note", "advantage", "finish_reason", "tokens", "policy_version",
+    ]  # fmt: skip
+    first, second, third = run.read_rollouts(12)
+    assert first == {
+        "step": 12, "row": 8, "group": 0, "sample": 0, "prompt": "2+2?", "completion": "s0", "completion_ids": [7, 2],
+        "sampler_logprobs": [-0.5, -0.25], "logprobs": [-0.625, -0.25],
+        "pieces": ["s", "0"], "reward": 1.0, "rewards/exact": 1.0, "rewards/note": "a", "advantage": 0.5,
+        "finish_reason": "stop", "tokens": 2, "policy_version": 11,
+    }  # fmt: skip
+    assert (second["group"], second["sample"], second["rewards/note"], second["logprobs"]) == (0, 1, None, None)
+    assert third["logprobs"] == [None, -2.0] and third["pieces"] is None
+    assert run.read_rollouts(12, groups=1) == [first, second]
+    # Messages as JSON; invalid is null, which an average in SQL leaves out, and never 0.
+    assert json.loads(third["prompt"]) == [{"role": "user", "content": "hi"}] and third["group"] == 1
+    assert third["reward"] is None and third["rewards/exact"] is None and third["sampler_logprobs"] is None
+    assert [p.name for p in path.parent.iterdir()] == ["step-000012.parquet"]  # nothing temporary is left
+
+
+def test_a_step_without_parts_and_an_evaluation_can_be_written(tmp_path: Path) -> None:
+    run = started(tmp_path)
+    run.write_rollouts(1, [], [], {}, [])
+    run.write_evaluation(0, [rollout(TEXT, 0)], [0.5])
+    assert run.read_rollouts(1) == [] and run.rollout_steps() == [1] and run.evaluation_steps() == [0]
+    assert run.read_evaluation(0)[0]["reward"] == 0.5
+
+
+def test_the_newest_checkpoint_is_by_number_and_whole(tmp_path: Path) -> None:
+    run = started(tmp_path)
+    with pytest.raises(ConfigError, match=r'out = ".*run": holds no checkpoint yet'):
+        run.latest_checkpoint()
+    for name in ("step-000009", "step-1000000", "step-000100", ".saving-step-2000000", "step-best"):
+        (run.checkpoints / name).mkdir(parents=True)
+    assert run.latest_checkpoint().name == "step-1000000"
+
+
+def test_what_lies_past_the_checkpoint_is_set_aside_and_nothing_is_deleted(tmp_path: Path) -> None:
+    run = started(tmp_path)
+    for step in (1, 2, 3):
+        run.log(step, {"loss": float(step)})
+        run.write_rollouts(step, [rollout(TEXT, 0)], [1.0], {}, [0.0])
+    run.write_evaluation(3, [rollout(TEXT, 0)], [0.5])
+    with run.metrics_file.open("a") as file:
+        file.write('{"step": 4, "lo')  # killed here
+    aside = run.set_aside(1)
+    assert aside == run.path / "set-aside" / "001"
+    assert [m["step"] for m in run.metrics()] == [1] and run.rollout_steps() == [1] and run.evaluation_steps() == []
+    lines = (aside / "metrics.jsonl").read_text().splitlines()
+    assert lines == ['{"step": 2, "loss": 2.0}', '{"step": 3, "loss": 3.0}', '{"step": 4, "lo']
+    assert sorted(p.relative_to(aside).as_posix() for p in aside.rglob("*.parquet")) == [
+        "evaluations/step-000003.parquet", "rollouts/step-000002.parquet", "rollouts/step-000003.parquet",
+    ]  # fmt: skip
+    run.log(2, {"loss": 9.0})
+    assert run.metrics()[-1] == {"step": 2, "loss": 9.0}
+    assert run.set_aside(1) == run.path / "set-aside" / "002"
+    assert (run.path / "set-aside" / "001" / "metrics.jsonl").read_text().splitlines() == lines
+
+
+def test_a_line_without_its_end_is_torn_even_where_it_reads_as_whole(tmp_path: Path) -> None:
+    run = started(tmp_path)
+    run.log(1, {"loss": 1.0})
+    with run.metrics_file.open("a") as file:
+        file.write('{"step": 1, "eval/reward": 0.5}')  # the disk was full here
+    run.set_aside(1)
+    run.log(1, {"eval/reward": 0.5})
+    assert run.metrics() == [{"step": 1, "loss": 1.0}, {"step": 1, "eval/reward": 0.5}]
+    assert run.evaluation(1) == {"eval/reward": 0.5} and run.evaluation(2) == {}
+
+
+def test_an_empty_folder_can_be_resumed_and_one_of_something_else_cannot(tmp_path: Path) -> None:
+    """What a start leaves that was killed while loading: a job that is always started with --resume goes on."""
+    assert Run.resume(tmp_path, empty=True).path == tmp_path
+    (tmp_path / "thesis.tex").write_text("x")
+    with pytest.raises(ConfigError, match=r'out = ".*": holds no run'):
+        Run.resume(tmp_path, empty=True)
+
+
+def test_nothing_past_the_checkpoint_means_nothing_is_touched(tmp_path: Path) -> None:
+    run = started(tmp_path)
+    run.log(1, {"loss": 1.0})
+    run.log(1, {"eval/reward": 1.0})
+    before = run.metrics_file.stat().st_ino
+    assert run.set_aside(1) is None and not (run.path / "set-aside").exists()
+    assert run.metrics_file.stat().st_ino == before
+
+
+def checkpoints(run: Run, *steps: int) -> None:
+    for step in steps:
+        (run.checkpoints / f"step-{step:06d}").mkdir(parents=True, exist_ok=True)
+
+
+def test_the_best_is_the_first_of_the_highest_rewards_whose_checkpoint_is_there(tmp_path: Path) -> None:
+    run = started(tmp_path)
+    for step, reward in ((0, 0.9), (1, 0.2), (2, 0.8), (3, math.nan), (4, 0.8), (5, 0.85)):
+        run.log(step, {"eval/reward": reward, "eval/loss": 1.0 - step})
+    assert run.best() is None  # the base, at step 0, has no checkpoint
+    assert run.best(also=1) == Best(1, "eval/reward", 0.2)
+    checkpoints(run, 1, 2, 3, 4)
+    assert run.best() == Best(2, "eval/reward", 0.8) and run.chosen_among() == 4
+    assert run.best(also=5) == Best(5, "eval/reward", 0.85)
+
+
+def test_without_rewards_the_best_has_the_lowest_loss(tmp_path: Path) -> None:
+    run = started(tmp_path)
+    for step, loss in ((1, 2.0), (2, 1.5), (3, 1.75)):
+        run.log(step, {"eval/loss": loss})
+    checkpoints(run, 1, 2, 3)
+    assert run.best() == Best(2, "eval/loss", 1.5)
+
+
+def test_a_checkpoint_is_chosen_by_name(tmp_path: Path) -> None:
+    run = started(tmp_path)
+    checkpoints(run, 2, 4, 12)
+    with pytest.raises(ConfigError, match=r"--checkpoint best: no checkpoint .* was evaluated; choose .* 2, 4, 12"):
+        run.checkpoint("best")
+    run.log(4, {"eval/reward": 0.5})
+    chosen = {which: run.checkpoint(which).name for which in ("latest", "best", "2")}
+    assert chosen == {"latest": "step-000012", "best": "step-000004", "2": "step-000002"}
+    for wrong in ("3", "-2", "newest"):
+        with pytest.raises(ConfigError, match=rf'--checkpoint {wrong}: .* "latest", "best" or a step of 2, 4, 12'):
+            run.checkpoint(wrong)
+
+
+def test_the_rewards_of_the_first_evaluation_come_back_by_row(tmp_path: Path) -> None:
+    run = started(tmp_path)
+    assert run.first_rewards() == {}
+    rows = [rollout(TEXT, 0), rollout(TEXT, 1), rollout(CHAT, 0)]
+    run.write_evaluation(0, rows, [1.0, math.nan, 0.5])
+    run.write_evaluation(2, rows, [0.0, 0.0, 0.0])
+    first = run.first_rewards()
+    assert first.keys() == {8, 3} and first[3] == [0.5] and first[8][0] == 1.0 and math.isnan(first[8][1])

@@ -1,0 +1,86 @@
+"""Metrics: hand-computed merges, and lines that survive a kill."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from rlft.runs.lines import append_line, read_lines
+
+from rlft.errors import ConfigError
+from rlft.trainer.metrics import Metrics
+from rlft.types import Stat
+
+
+def test_a_mean_is_over_the_whole_step_and_no_mean_of_means() -> None:
+    m = Metrics()
+    m.add({"entropy": Stat.mean(torch.tensor([1.0, 2.0, 9.0]), torch.tensor([True, True, False]))})
+    m.add({"entropy": Stat.mean(torch.tensor([6.0]), torch.tensor([True]))})
+    assert m.values() == {"entropy": 3.0}  # (1 + 2 + 6) / 3; the mean of the two means would be 3.75
+    assert m.stats["entropy"] == Stat("mean", 9.0, 3.0)
+
+
+def test_sums_and_extremes_over_tensors_and_floats() -> None:
+    m = Metrics()
+    m.add({"s": Stat("sum", 1.5), "low": Stat("min", 3.0), "high": Stat("max", torch.tensor(2.0))})
+    m.add({"s": Stat("sum", torch.tensor(2.0)), "low": Stat("min", torch.tensor(-1.0)), "high": Stat("max", 1.0)})
+    assert m.values() == {"s": 3.5, "low": -1.0, "high": 2.0}
+
+
+def test_a_mean_over_nothing_is_left_out() -> None:
+    m = Metrics()
+    m.add({"entropy": Stat.mean(torch.tensor([math.nan]), torch.tensor([False])), "n": Stat("sum", 0.0)})
+    assert m.values() == {"n": 0.0}
+
+
+def test_a_nan_extreme_is_not_lost() -> None:
+    for first, second in ((math.nan, 1.0), (1.0, math.nan)):
+        m = Metrics()
+        m.add({"x": Stat("max", first)})
+        m.add({"x": Stat("max", second)})
+        assert math.isnan(m.values()["x"])
+
+
+def test_numbers_are_kept_without_graph_and_apart_from_the_callers() -> None:
+    value = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
+    m = Metrics()
+    m.add({"loss": Stat("sum", value)})
+    with torch.no_grad():
+        value += 100
+    assert m.stats["loss"] == Stat("sum", 2.0) and m.values() == {"loss": 2.0}
+
+
+def test_a_sum_past_what_float32_can_count_is_exact() -> None:
+    m = Metrics()
+    m.add({"n": Stat("sum", torch.tensor(2.0**24))})
+    m.add({"n": Stat("sum", torch.tensor(1.0))})
+    assert m.values()["n"] == 2**24 + 1  # float32 cannot hold it
+
+
+def test_what_is_not_finite_is_valid_json(tmp_path: Path) -> None:
+    path = tmp_path / "m.jsonl"
+    append_line(path, {"step": 1, "a": math.nan, "b": math.inf, "c": 0.5})
+    text = path.read_text()
+    assert json.loads(text, parse_constant=pytest.fail) == {"step": 1, "a": None, "b": None, "c": 0.5}
+    assert text.endswith("\n") and read_lines(path) == [{"step": 1, "a": None, "b": None, "c": 0.5}]
+
+
+@pytest.mark.parametrize("torn", [b'{"step": 2, "a": 0.', b'{"step": 2, "name": "\xc3', b'"step"', b"\x00\x00"])
+def test_a_torn_last_line_is_left_out(tmp_path: Path, torn: bytes) -> None:
+    path = tmp_path / "m.jsonl"
+    path.write_bytes(b'{"step": 1}\n' + torn)
+    assert read_lines(path) == [{"step": 1}]
+
+
+def test_a_bad_line_in_the_middle_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "m.jsonl"
+    path.write_bytes(b'{"step": 1}\nhm\n{"step": 2}\n')
+    with pytest.raises(ConfigError, match=r"m\.jsonl: line 2 is not a JSON object: mend or remove the line"):
+        read_lines(path)
+
+
+def test_no_file_is_no_lines(tmp_path: Path) -> None:
+    assert read_lines(tmp_path / "none.jsonl") == []

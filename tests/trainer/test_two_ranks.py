@@ -1,0 +1,107 @@
+"""A step over two gloo ranks: gradients of every loss, estimators over the batch and what `prepare` gives."""
+
+from __future__ import annotations
+
+import faulthandler
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from losses import LOSSES, PAIRS, Toy, batches_of, filled_step, rows_of, step
+from torch import Tensor
+
+from rlft import dist
+from rlft.algos.advantages import ESTIMATORS
+from rlft.algos.algorithm import estimator_of
+from rlft.algos.losses import kto
+from rlft.batch import count, group_ids
+from rlft.trainer.prepare import Look
+from rlft.types import PackPlan, Rollout
+
+REWARDS = torch.tensor([1.0, 0.0, 0.3, float("nan"), 2.0, 2.0, 0.5, 0.0, 0.7, 0.7, 0.7, 0.7])
+GROUPS = torch.arange(3).repeat_interleave(4)
+
+
+def advantages(name: str, rows: slice) -> Tensor:
+    rewards, parts = REWARDS[rows], torch.stack([REWARDS[rows], REWARDS[rows] ** 2], 1).double()
+    return estimator_of(name)(
+        rewards, GROUPS[rows] - GROUPS[rows][0], lengths=torch.arange(1, 13)[rows], parts=parts,
+        weights=torch.tensor([1.0, 0.5], dtype=torch.float64),
+    )  # fmt: skip
+
+
+class Gains:
+    """What `kto.prepare` asks for: log-ratios that depend on prompt and completion."""
+
+    def __init__(self, rollouts: list[Rollout]) -> None:
+        self.rollouts = rollouts
+
+    def log_ratios(self, rollouts: list[Rollout]) -> Tensor:
+        made = [0.3 + r.prompt.index - 0.1 * sum(r.completion_ids) for r in rollouts]
+        return torch.tensor(made, dtype=torch.float64)
+
+    def sum(self, values: Tensor) -> Tensor:
+        return dist.sum_tensor(values)
+
+
+def quantile(rows: slice) -> float:
+    batches = batches_of(step()[rows])
+    policy: Any = SimpleNamespace(entropy=lambda batch: (batch.input_ids * 0.37).sin().abs())
+    return Look(policy, PackPlan((), "token_mean", 1, 1, 1.0), [], batches).entropy_quantile(0.8)
+
+
+def results(rank: int | None) -> dict[str, Any]:
+    """Of one rank, half of the rows; of None, all of them in one process."""
+    toy, found = Toy(), {}
+    for name in LOSSES:
+        pair = name in PAIRS
+        made, values = rows_of(pair)
+        rows = slice(0, 8) if rank is None else slice(4 * rank, 4 * rank + 4)
+        if rank is None:
+            batches = filled_step(pair)
+        else:
+            plan = PackPlan((True,) * 4, "token_mean", 1000, 6, 1.0, pair)
+            counts = dist.sum_counts(count(made[rows], plan))
+            assert counts == count(made, PackPlan((True,) * 8, "token_mean", 1000, 6, 1.0, pair))
+            own = batches_of(made[rows], "token_mean", 9, True, values[rows], pair, counts)
+            batches = [toy.filled(batch) for batch in own]
+        found[name] = dist.sum_tensor(toy.gradient(batches, name)[1])
+    rows = slice(0, 12) if rank is None else (slice(0, 4), slice(4, 12))[rank]
+    found |= {name: advantages(name, rows) for name in ESTIMATORS if name != "max_rl"}
+    half = slice(None) if rank is None else slice(4 * rank, 4 * rank + 4)
+    found["entropy_floor"] = quantile(half)
+    made = step(group=2)
+    assert len(set(group_ids(made).tolist())) == 4
+    # Each rank goes round its own groups: what is summed and counted over both is all that z0 needs.
+    look = Gains(made if rank is None else made[half])
+    gains = kto.mismatched(look.rollouts)
+    found["gains"] = look.log_ratios(gains)
+    found["z0"] = kto.prepare(look, kto.Config())["z0"]
+    return found
+
+
+def _rank(rank: int, folder: str) -> None:
+    """One of two processes; one that hangs says where and ends."""
+    faulthandler.dump_traceback_later(120, exit=True)
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    torch.save(results(rank), f"{folder}/{rank}")
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+    faulthandler.cancel_dump_traceback_later()
+
+
+def test_two_ranks_give_what_one_process_gives(tmp_path: Path) -> None:
+    torch.multiprocessing.start_processes(_rank, (str(tmp_path),), nprocs=2, start_method="forkserver")
+    first, second = (torch.load(tmp_path / str(rank)) for rank in range(2))
+    alone = results(None)
+    for name in LOSSES:
+        assert alone[name].abs().max() > 1e-3, name
+        assert torch.equal(first[name], second[name]) and (first[name] - alone[name]).abs().max() < 1e-12, name
+    for name in set(ESTIMATORS) - {"max_rl"}:
+        assert (torch.cat([first[name], second[name]]) - alone[name]).abs().max() < 1e-6, name
+    assert first["entropy_floor"] == second["entropy_floor"] == alone["entropy_floor"] > 0
+    gains = torch.cat([first["gains"], second["gains"]])
+    assert first["z0"] == second["z0"] == pytest.approx(float(gains.mean())) and first["z0"] > 0
