@@ -58,9 +58,10 @@ def rows() -> list[dict[str, Any]]:
             work = f"attention-shared/P{prompt}-R{completion}-G{group}"
             lengths, prefix = [prompt] + [completion] * group, [-1] + [0] * group
             ways = {
-                "two calls": times(lengths, prefix, backends), "copies": times(lengths, prefix, backends, True),
+                "two calls": times(lengths, prefix, backends),
+                "copies": times(lengths, prefix, backends, True),
                 "repeated": times([prompt + completion] * group, [-1] * group, backends),
-            }  # fmt: skip
+            }
             for name, both in ways.items():
                 for backend in backends:
                     ms = [a + b for a, b in zip(both["forward"][backend], both["backward"][backend], strict=True)]

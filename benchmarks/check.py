@@ -49,51 +49,84 @@ def beside(name: str, work: str, times: float, other: str) -> list[Target]:
 
 TARGETS = [
     *(Target("logprobs", f"head/{t}", "ms", "<=", ms) for t, ms in ((1024, 4.8), (8192, 33.0), (32768, 122.0))),
-    at_copy("nf4", "nf4/layer/device", 0.85), at_copy("nf4", "nf4/12288x4096/device", 0.85),
+    at_copy("nf4", "nf4/layer/device", 0.85),
+    at_copy("nf4", "nf4/12288x4096/device", 0.85),
     at_copy("nf4", "nf4/4096x4096/device", 0.65),
     Target("lora", "lora/layer/T4096-r16-align64", "percent_over_frozen", "<=", 12.0),
     Target("lora", "lora/layer/T4096-r16-align64/graph", "percent_over_frozen", "<=", 12.0),
-    *(at_copy("rms_norm", f"{n}/8192x4096/{w}/device", 0.8) for n in ("rms_norm", "add_rms_norm")
-      for w in ("forward", "backward")),
+    *(
+        at_copy("rms_norm", f"{n}/8192x4096/{w}/device", 0.8)
+        for n in ("rms_norm", "add_rms_norm")
+        for w in ("forward", "backward")
+    ),
     *(at_copy("qk_rope", f"qk_rope/8192x32+8x128/{w}/device", 0.75) for w in ("forward", "backward")),
     *(at_copy("swiglu", f"swiglu/8192x12288/{w}/device", 0.85) for w in ("forward", "backward")),
     Target("logging_overhead", "logging/everything, no tracker", "hot_cpu_ms", "<=", 2.0),
     Target("logging_overhead", "logging/everything, no tracker", "loop_cpu_ms", "<=", 2.0),
     *(Target("slab", f"slab/{t}", "tokens_per_s", ">=", v) for t, v in ((2048, 42e3), (8192, 46e3), (32768, 32e3))),
-    *(Target("slab", f"slab/{t}", "tokens_per_s", ">=", v, "rlft-fa2")
-      for t, v in ((2048, 40e3), (8192, 39e3), (32768, 23e3))),
+    *(
+        Target("slab", f"slab/{t}", "tokens_per_s", ">=", v, "rlft-fa2")
+        for t, v in ((2048, 40e3), (8192, 39e3), (32768, 23e3))
+    ),
     *(Target("slab", f"slab-tight/{t}", "peak_GiB", "<=", v) for t, v in ((2048, 0.55), (8192, 1.5), (32768, 5.0))),
     *(faster("slab", f"slab-at-unsloths-memory/{t}", 1.0, f"slab/{t}", "unsloth") for t in (2048, 8192, 32768)),
-    *(faster("small", f"small/{s}-{k}/{t}", times, f"small/{s}-{k}/{t}", other)
-      for s in ("0.6b", "1.7b") for t in (512, 1024)
-      for k, other, times in (("nf4", "peft", 2.5), ("bf16", "peft", 1.3), ("nf4", "unsloth", 1.2),
-                              ("bf16", "unsloth", 1.2))),
-    Target("longest", "longest/sft", "tokens", ">=", 400e3), Target("longest", "longest/grpo", "tokens", ">=", 200e3),
+    *(
+        faster("small", f"small/{s}-{k}/{t}", times, f"small/{s}-{k}/{t}", other)
+        for s in ("0.6b", "1.7b")
+        for t in (512, 1024)
+        for k, other, times in (
+            ("nf4", "peft", 2.5),
+            ("bf16", "peft", 1.3),
+            ("nf4", "unsloth", 1.2),
+            ("bf16", "unsloth", 1.2),
+        )
+    ),
+    Target("longest", "longest/sft", "tokens", ">=", 400e3),
+    Target("longest", "longest/grpo", "tokens", ">=", 200e3),
     # What the targets were measured from had its prompts in the cache.
-    *(Target("rollout", f"rollout-expanded/{n}", "tokens_per_s", ">=", v, "rlft, prompts cached")
-      for n, v in ((256, 13.5e3), (64, 5.7e3), (16, 1.7e3))),
-    *(Target("rollout", f"rollout-lent/{n}", "tokens_per_s", ">=", v, "rlft, prompts cached")
-      for n, v in ((256, 9.8e3), (64, 3.6e3), (16, 1.0e3))),
+    *(
+        Target("rollout", f"rollout-expanded/{n}", "tokens_per_s", ">=", v, "rlft, prompts cached")
+        for n, v in ((256, 13.5e3), (64, 5.7e3), (16, 1.7e3))
+    ),
+    *(
+        Target("rollout", f"rollout-lent/{n}", "tokens_per_s", ">=", v, "rlft, prompts cached")
+        for n, v in ((256, 9.8e3), (64, 3.6e3), (16, 1.0e3))
+    ),
     Target("rollout", "rollout-merged/256", "tokens_per_s", ">=", 16.5e3, "rlft, prompts cached"),
-    *(Target("rollout", f"{w}/8b", metric, "<=", value) for w in ("handover", "handover-lent", "handover-merged")
-      for metric, value in (("seconds", 0.5), ("asleep_above_base_GiB", 1.2), ("asleep_above_trainer_GiB", 1.2))),
+    *(
+        Target("rollout", f"{w}/8b", metric, "<=", value)
+        for w in ("handover", "handover-lent", "handover-merged")
+        for metric, value in (("seconds", 0.5), ("asleep_above_base_GiB", 1.2), ("asleep_above_trainer_GiB", 1.2))
+    ),
     # Merged weights are written anew at each hand-over.
     *(Target("rollout", f"{w}/8b", "load_ms", "<=", 50.0) for w in ("handover", "handover-lent")),
     # With the ballast 24 GiB of the card are left, the driver's part included.
-    *(Target("ballast24_grpo", "ballast24/grpo", f"{phase}_GiB", "<=", 24.0)
-      for phase in ("start", "generate", "train")),
+    *(
+        Target("ballast24_grpo", "ballast24/grpo", f"{phase}_GiB", "<=", 24.0)
+        for phase in ("start", "generate", "train")
+    ),
     Target("rollout_110k", "rollout-110k", "train_GiB", "<=", 80.0),
-    *(Target("grpo_run", f"grpo-run/{mode}", metric, "<=", value) for mode in ("expanded", "lent", "merged")
-      for metric, value in (("mismatch_sd", 0.05), ("mismatch_outside", 0.075))),
+    *(
+        Target("grpo_run", f"grpo-run/{mode}", metric, "<=", value)
+        for mode in ("expanded", "lent", "merged")
+        for metric, value in (("mismatch_sd", 0.05), ("mismatch_outside", 0.075))
+    ),
     Target("grpo_step_lognormal", "grpo-step/lognormal", "seconds", "<=", 2.3),
     Target("grpo_step_outlier", "grpo-step/outlier", "seconds", "<=", 3.4),
-    *(target for work, times in (("lognormal", 10), ("lognormal-median", 10), ("lognormal-p1024", 10), ("outlier", 20))
-      for other, at_least in (("trl", times), ("unsloth", 2))
-      for target in beside(f"grpo_step_{work}".replace("-", "_"), f"grpo-step/{work}", at_least, other)),
-    *(target for work in ("dpo-step/lognormal", "sft-step/packed") for other in ("trl", "unsloth")
-      for target in beside(work.replace("-", "_").replace("/", "_"), work, 1.0, other)),
+    *(
+        target
+        for work, times in (("lognormal", 10), ("lognormal-median", 10), ("lognormal-p1024", 10), ("outlier", 20))
+        for other, at_least in (("trl", times), ("unsloth", 2))
+        for target in beside(f"grpo_step_{work}".replace("-", "_"), f"grpo-step/{work}", at_least, other)
+    ),
+    *(
+        target
+        for work in ("dpo-step/lognormal", "sft-step/packed")
+        for other in ("trl", "unsloth")
+        for target in beside(work.replace("-", "_").replace("/", "_"), work, 1.0, other)
+    ),
     Target("grpo_iteration_8b", "grpo-iteration/8b", "seconds", "<=", 0.5, "rlft", ("grpo-iteration/8b", "trl")),
-]  # fmt: skip
+]
 
 
 def newest(name: str) -> tuple[Path, list[dict]] | None:

@@ -34,14 +34,13 @@ def rows() -> list[dict[str, Any]]:
     bytes_ = {"forward": 4 * d.numel(), "backward": 2 * d.numel() + 2 * keys.numel()}
     same = {name: torch.empty(size // 4, device="cuda", dtype=torch.bfloat16) for name, size in bytes_.items()}
     calls = {
-        "forward": {
-            "rlft": lambda: copied(keys, copies), "copy": lambda: same["forward"].clone(),
-        },
+        "forward": {"rlft": lambda: copied(keys, copies), "copy": lambda: same["forward"].clone()},
         "backward": {
-            "rlft": lambda: summed(d, copies), "torch": lambda: torch.zeros_like(keys).index_add_(0, copies.index, d),
+            "rlft": lambda: summed(d, copies),
+            "torch": lambda: torch.zeros_like(keys).index_add_(0, copies.index, d),
             "copy": lambda: same["backward"].clone(),
         },
-    }  # fmt: skip
+    }
     found = []
     for way, stacks in calls.items():
         for stack, ms in interleaved(stacks).items():

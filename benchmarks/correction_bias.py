@@ -37,9 +37,7 @@ CORRECTIONS: dict[str, tuple[Any, Any]] = {
     "none": (grpo, grpo.Config(correction="none")),
     "token TIS, 2": (grpo, grpo.Config()),
     "token MIS, [0.5, 2]": (grpo, grpo.Config(correction_weight="token_mask", correction_floor=0.5)),
-    "IcePop, [0.5, 5]": (
-        grpo, grpo.Config(correction_weight="token_mask", correction_floor=0.5, correction_cap=5.0)
-    ),
+    "IcePop, [0.5, 5]": (grpo, grpo.Config(correction_weight="token_mask", correction_floor=0.5, correction_cap=5.0)),
     "sequence TIS, 5": (grpo, grpo.Config(correction_weight="sequence_truncate", correction_cap=5.0)),
     "sequence mask, 3": (grpo, grpo.Config(correction_weight="sequence_mask", correction_cap=3.0)),
     "sequence weight, no bound": (grpo, grpo.Config(correction_weight="sequence_truncate", correction_cap=1e9)),
@@ -52,7 +50,7 @@ CORRECTIONS: dict[str, tuple[Any, Any]] = {
     "dppo, TV 0.2": (dppo, dppo.Config()),
     "topr": (topr, topr.Config()),
     "vespo": (vespo, vespo.Config()),
-}  # fmt: skip
+}
 
 
 def frame() -> Batch:
@@ -94,10 +92,12 @@ def measured(name: str, logits: Tensor, noise: Tensor, rewards: Tensor, batch: B
     assert flat.grad is not None
     # Of each completion, by the chain rule: d loss / d log-prob of its tokens times d log-prob / d logits.
     by_token = -flat.grad[batch.train_mask].reshape(now.shape)
-    each = torch.stack([
-        torch.autograd.grad((by_token[i] * now[i]).sum(), logits, retain_graph=True)[0].flatten()
-        for i in range(len(EVERY))
-    ])  # fmt: skip
+    each = torch.stack(
+        [
+            torch.autograd.grad((by_token[i] * now[i]).sum(), logits, retain_graph=True)[0].flatten()
+            for i in range(len(EVERY))
+        ]
+    )
     expected, truth = (chance[:, None] * each).sum(0), truth.flatten()
     variance = (chance[:, None] * (each - expected) ** 2).sum()
     return {
@@ -128,8 +128,16 @@ def main() -> None:
             print(f"  {name:30}" + "".join(f"{value:9.3f}" for value in values.values()))
             for metric, value in values.items():
                 unit = "" if metric == "cosine" else "of |true gradient|"
-                rows.append({"work": f"spread {spread:g} nat", "stack": name, "metric": metric,
-                             "value": round(value, 5), "unit": unit, "note": ""})  # fmt: skip
+                rows.append(
+                    {
+                        "work": f"spread {spread:g} nat",
+                        "stack": name,
+                        "metric": metric,
+                        "value": round(value, 5),
+                        "unit": unit,
+                        "note": "",
+                    }
+                )
     print(write("correction_bias", rows))
 
 

@@ -34,9 +34,13 @@ def run(name: str, flags: list[str]) -> dict[str, float]:
     accuracy = [line["eval/rewards/number/mean"] for line in lines if "eval/rewards/number/mean" in line]
     steps = [line for line in lines if "loss" in line]
     return {
-        "before": accuracy[0], "after": accuracy[-1], "train": sum(line["step_time"] for line in steps),
-        "whole": time.time() - start, "steps": len(steps), "rows": lines[0]["eval/rows"],
-    }  # fmt: skip
+        "before": accuracy[0],
+        "after": accuracy[-1],
+        "train": sum(line["step_time"] for line in steps),
+        "whole": time.time() - start,
+        "steps": len(steps),
+        "rows": lines[0]["eval/rows"],
+    }
 
 
 def rows_of(work: str, note: str, found: dict[str, float]) -> list[dict]:

@@ -72,10 +72,21 @@ FAULTS: dict[str, str] = {
 }
 """Fault -> its words in the table."""
 SHOWN = (
-    "stale_adapter_unseen", "sampler_temperature", "sampler_weight", "few_sequences_off", "rendered_twice",
-    "packed_hybrid", "dropout", "update_before_backward", "nan_adapter_recorded", "nan_weight", "nan_loss",
-    "infinite_reward", "reward_hangs", "empty_completions",
-)  # fmt: skip
+    "stale_adapter_unseen",
+    "sampler_temperature",
+    "sampler_weight",
+    "few_sequences_off",
+    "rendered_twice",
+    "packed_hybrid",
+    "dropout",
+    "update_before_backward",
+    "nan_adapter_recorded",
+    "nan_weight",
+    "nan_loss",
+    "infinite_reward",
+    "reward_hangs",
+    "empty_completions",
+)
 """Those in the README."""
 
 

@@ -44,10 +44,19 @@ def run(engine: str, model: str, steps: int, tokens: int, out: Path, dtype: str)
     data.write_text("\n".join(json.dumps(r) for r in rows))
     options = rlft.Engine("eager") if engine == "eager" else rlft.Engine("vllm", mode=engine)  # type: ignore[arg-type]
     cfg = rlft.Config(
-        model=model, data=rlft.Data(str(data)), out=str(out / "run"), steps=steps, prompts_per_step=32,
-        sampling=rlft.Sampling(group_size=8, max_tokens=tokens), optim=rlft.Optim(lr=1e-4), quantization="nf4",
-        dtype=dtype, engine=options, eval=rlft.Eval(rows=100), packing=rlft.Packing(skip_zero_advantage=False),
-    )  # fmt: skip
+        model=model,
+        data=rlft.Data(str(data)),
+        out=str(out / "run"),
+        steps=steps,
+        prompts_per_step=32,
+        sampling=rlft.Sampling(group_size=8, max_tokens=tokens),
+        optim=rlft.Optim(lr=1e-4),
+        quantization="nf4",
+        dtype=dtype,
+        engine=options,
+        eval=rlft.Eval(rows=100),
+        packing=rlft.Packing(skip_zero_advantage=False),
+    )
     rlft.train(cfg, rewards=[correct])
 
 
@@ -111,9 +120,21 @@ def main() -> None:
         folder, begin = Path("/tmp/grpo_run") / engine, time.perf_counter()
         options = ["--steps", str(args.steps), "--tokens", str(args.tokens), "--dtype", args.dtype]
         subprocess.run(
-            [sys.executable, __file__, "--out", str(folder), "--commit", args.commit, "--model", args.model, *options,
-             "--one", engine], check=False,
-        )  # fmt: skip
+            [
+                sys.executable,
+                __file__,
+                "--out",
+                str(folder),
+                "--commit",
+                args.commit,
+                "--model",
+                args.model,
+                *options,
+                "--one",
+                engine,
+            ],
+            check=False,
+        )
         if (folder / "run" / "metrics.jsonl").exists():
             rows += rows_of(engine, folder, time.perf_counter() - begin)
             write("grpo_run", rows, args.out, args.commit)

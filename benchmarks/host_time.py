@@ -83,8 +83,11 @@ def main() -> None:
     args = arguments(__doc__).parse_args()
     stacks.DEVICE = "cpu"
     stacks.SHAPES["host"] = stacks.SHAPES["tiny"] | {
-        "num_hidden_layers": LAYERS, "head_dim": 32, "hidden_size": 128, "intermediate_size": 192
-    }  # fmt: skip
+        "num_hidden_layers": LAYERS,
+        "head_dim": 32,
+        "hidden_size": 128,
+        "intermediate_size": 192,
+    }
     from rlft.config.run import Lora
     from rlft.kernels.attention import Sequences
     from rlft.models.fused import memory
@@ -102,9 +105,10 @@ def main() -> None:
     fused.shape = fused._shape()  # type: ignore[reportPrivateUsage]
     fused.plan = memory.evaluate(fused.shape, 4096, 4096, (LAYERS, 0, 0), memory.Setting(8192, "layer", 2**28))
     sequences = Sequences.of(
-        torch.tensor([0, 4, 8, TOKENS], dtype=torch.int32), torch.tensor([-1, 0, 0], dtype=torch.int32),
+        torch.tensor([0, 4, 8, TOKENS], dtype=torch.int32),
+        torch.tensor([-1, 0, 0], dtype=torch.int32),
         torch.device("cpu"),
-    )  # fmt: skip
+    )
     embedded = torch.randn(TOKENS, 128, dtype=torch.bfloat16).requires_grad_()
     positions, gradients = torch.arange(TOKENS), policy.flat.gradients
     forward: list[float] = []

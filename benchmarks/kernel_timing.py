@@ -150,9 +150,13 @@ def _forward(stack: Stack) -> Thunk:
 
 
 def compare(
-    work: str, stacks: list[Stack], forward_bytes: int, backward_bytes: int,
-    raw_forward: Callable[[], Thunk], raw_backward: Callable[[], Thunk],
-) -> list[Row]:  # fmt: skip
+    work: str,
+    stacks: list[Stack],
+    forward_bytes: int,
+    backward_bytes: int,
+    raw_forward: Callable[[], Thunk],
+    raw_backward: Callable[[], Thunk],
+) -> list[Row]:
     """Rows of one shape: forward and backward of every stack on each clock.
 
     raw_forward, raw_backward: make a thunk of our launcher on fresh inputs, for the graphs and as stack "rlft-raw"

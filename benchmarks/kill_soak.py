@@ -281,11 +281,17 @@ def main() -> None:
             run = soak(home, seed, undisturbed.out)
             hits.update(run.hits)
             print(f"seed {seed}: equal after {len(run.hits)} kills: {'; '.join(run.hits)}", flush=True)
-            rows.append({
-                "work": f"kill/seed-{seed}", "stack": "rlft", "metric": "equal", "value": 1, "unit": "yes or no",
-                "note": f"killed {len(run.hits)} times: {'; '.join(run.hits) or 'it ended before the kill'}; "
-                f"{time.monotonic() - start:.0f} s",
-            })  # fmt: skip
+            rows.append(
+                {
+                    "work": f"kill/seed-{seed}",
+                    "stack": "rlft",
+                    "metric": "equal",
+                    "value": 1,
+                    "unit": "yes or no",
+                    "note": f"killed {len(run.hits)} times: {'; '.join(run.hits) or 'it ended before the kill'}; "
+                    f"{time.monotonic() - start:.0f} s",
+                }
+            )
         note = "kill -9, then --resume; equal in checkpoints, metrics but times, rollouts and evaluations; no orphans"
         total = [("runs", RUNS, "runs that ended equal", note), ("kills", sum(hits.values()), "kills", note)]
         total += [("kills", count, "kills", f"hit {what}") for what, count in hits.most_common()]

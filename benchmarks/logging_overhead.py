@@ -125,9 +125,14 @@ class Watched:
         tracking = Tracking(cfg, run, 0, False, print)
         state = SimpleNamespace(step=0)
         return SimpleNamespace(
-            run=run, console=console, tracking=tracking, state=state, callbacks=(), pieces=self.pieces,
+            run=run,
+            console=console,
+            tracking=tracking,
+            state=state,
+            callbacks=(),
+            pieces=self.pieces,
             writer=Background("rlft-writer"),
-        )  # fmt: skip
+        )
 
     def record(self, s: Any, values: dict[str, float]) -> None:
         """`rlft.trainer.loop.record`: metrics.jsonl, completions, console with health rules, trackers."""

@@ -56,12 +56,17 @@ def step(policy: Policy, batch: Any, loss: Any) -> dict[str, Any]:
     seconds = time.perf_counter() - start
     assert not update.skipped, update
     return {
-        "seconds": seconds, "peak": (torch.cuda.max_memory_allocated() - before) / GIB, "norm": update.grad_norm,
-        "model": before / GIB, "plan": str(fused.ran), "planned": fused.ran.peak / GIB if fused.ran else 0,
-        "host": fused.offload.bytes / GIB, "driver": in_use() / GIB,
+        "seconds": seconds,
+        "peak": (torch.cuda.max_memory_allocated() - before) / GIB,
+        "norm": update.grad_norm,
+        "model": before / GIB,
+        "plan": str(fused.ran),
+        "planned": fused.ran.peak / GIB if fused.ran else 0,
+        "host": fused.offload.bytes / GIB,
+        "driver": in_use() / GIB,
         "driver_step": (torch.cuda.max_memory_reserved() - reserved) / GIB,
         "retries": torch.cuda.memory_stats()["num_alloc_retries"],
-    }  # fmt: skip
+    }
 
 
 def in_use() -> int:

@@ -137,7 +137,7 @@ def rows() -> list[dict[str, Any]]:
             "rlft": rlft_step(layer),
             "torch": lambda layer=layer: [torch_backward(n, torch_forward(n)) for n in layer],
             "peft": lambda peft=peft: [step() for step in peft],
-        }  # fmt: skip
+        }
         work = f"lora/layer/T{T}-r{rank}-align{align}"
         found += with_share(work, device_ms(stacks, rounds=20))
         found += with_share(f"{work}/graph", graph_ms({k: [v] for k, v in stacks.items() if k != "peft"}, rounds=20))
@@ -145,14 +145,32 @@ def rows() -> list[dict[str, Any]]:
         if T == 4096:
             for name, n, s in zip(SHAPES, layer, saved, strict=True):
                 plan = FillPlan([n.part])
-                found += to_rows(f"lora/{name}/T{T}-r{rank}-align{align}/forward", device_ms({
-                    "frozen": lambda n=n: frozen_forward(n), "rlft": lambda n=n, p=plan: (p.run(), rlft_forward(n)),
-                    "torch": lambda n=n: torch_forward(n),
-                }, rounds=15), None, {})  # fmt: skip
-                found += to_rows(f"lora/{name}/T{T}-r{rank}-align{align}/backward", device_ms({
-                    "frozen": lambda n=n: frozen_backward(n), "rlft": lambda n=n, p=plan: (p.run(), rlft_backward(n)),
-                    "torch": lambda n=n, s=s: torch_backward(n, s),
-                }, rounds=15), None, {})  # fmt: skip
+                found += to_rows(
+                    f"lora/{name}/T{T}-r{rank}-align{align}/forward",
+                    device_ms(
+                        {
+                            "frozen": lambda n=n: frozen_forward(n),
+                            "rlft": lambda n=n, p=plan: (p.run(), rlft_forward(n)),
+                            "torch": lambda n=n: torch_forward(n),
+                        },
+                        rounds=15,
+                    ),
+                    None,
+                    {},
+                )
+                found += to_rows(
+                    f"lora/{name}/T{T}-r{rank}-align{align}/backward",
+                    device_ms(
+                        {
+                            "frozen": lambda n=n: frozen_backward(n),
+                            "rlft": lambda n=n, p=plan: (p.run(), rlft_backward(n)),
+                            "torch": lambda n=n, s=s: torch_backward(n, s),
+                        },
+                        rounds=15,
+                    ),
+                    None,
+                    {},
+                )
         del layer, peft, saved, stacks
         torch.cuda.empty_cache()
     return found
@@ -174,18 +192,31 @@ def parts(n: Buffers) -> dict[str, Callable[[], Any]]:
         "y cublas": lambda: frozen_forward(n),
         "dx cublas K+tail": lambda: torch.mm(n.dy, n.weight.stacked, out=n.dx),
         "dx cublas": lambda: frozen_backward(n),
-    }  # fmt: skip
+    }
 
 
 GRADS_B = [
-    Launch(32, 256, 132, 4, 4), Launch(32, 256, 528, 4, 3), Launch(32, 256, 264, 8, 3), Launch(32, 512, 132, 8, 3),
-    Launch(32, 512, 264, 8, 2), Launch(64, 128, 264, 4, 4), Launch(64, 256, 264, 4, 3), Launch(64, 256, 264, 8, 3),
-    Launch(64, 256, 528, 8, 2), Launch(128, 128, 264, 8, 3),
-]  # fmt: skip
+    Launch(32, 256, 132, 4, 4),
+    Launch(32, 256, 528, 4, 3),
+    Launch(32, 256, 264, 8, 3),
+    Launch(32, 512, 132, 8, 3),
+    Launch(32, 512, 264, 8, 2),
+    Launch(64, 128, 264, 4, 4),
+    Launch(64, 256, 264, 4, 3),
+    Launch(64, 256, 264, 8, 3),
+    Launch(64, 256, 528, 8, 2),
+    Launch(128, 128, 264, 8, 3),
+]
 GRADS_A = [
-    Launch(32, 128, 132, 4, 4), Launch(32, 128, 528, 4, 4), Launch(64, 64, 264, 4, 4), Launch(64, 128, 264, 4, 3),
-    Launch(64, 128, 528, 4, 3), Launch(64, 128, 264, 8, 3), Launch(128, 64, 264, 4, 3), Launch(128, 128, 264, 8, 3),
-]  # fmt: skip
+    Launch(32, 128, 132, 4, 4),
+    Launch(32, 128, 528, 4, 4),
+    Launch(64, 64, 264, 4, 4),
+    Launch(64, 128, 264, 4, 3),
+    Launch(64, 128, 528, 4, 3),
+    Launch(64, 128, 264, 8, 3),
+    Launch(128, 64, 264, 4, 3),
+    Launch(128, 128, 264, 8, 3),
+]
 
 
 def launches(n: Buffers) -> dict[str, dict[str, Callable[[], Any]]]:

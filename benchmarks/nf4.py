@@ -26,10 +26,14 @@ from rlft.kernels.nf4 import FIELDS, NF4_CODE, DecodePlan, Nf4Weight, _matrix, _
 LAYER = ((4096, 4096), (1024, 4096), (1024, 4096), (4096, 4096), (12288, 4096), (12288, 4096), (4096, 12288))
 """The seven matrices of a Qwen3-8B layer."""
 WORKS = {
-    "layer": LAYER, "12288x4096": LAYER[4:5], "4096x4096": LAYER[:1], "1024x4096": LAYER[1:2], "qkv": LAYER[:3],
+    "layer": LAYER,
+    "12288x4096": LAYER[4:5],
+    "4096x4096": LAYER[:1],
+    "1024x4096": LAYER[1:2],
+    "qkv": LAYER[:3],
     # 2,560 is no multiple of a program's elements, so rows are found by division.
     "qwen3-4b-gate": ((9728, 2560),),
-}  # fmt: skip
+}
 
 
 def size(shapes: tuple[tuple[int, int], ...]) -> int:
@@ -61,9 +65,15 @@ def by_bitsandbytes(weights: list[Nf4Weight]) -> Callable[[], Any]:
         nested = QuantState(w.nested_absmax, code=w.nested_code, blocksize=256, dtype=torch.float32)
         assert w.offset is not None
         state = QuantState(
-            w.absmax, torch.Size(w.shape), torch.tensor(NF4_CODE, device="cuda"), 64, "nf4", torch.bfloat16,
-            w.offset[0], nested,
-        )  # fmt: skip
+            w.absmax,
+            torch.Size(w.shape),
+            torch.tensor(NF4_CODE, device="cuda"),
+            64,
+            "nf4",
+            torch.bfloat16,
+            w.offset[0],
+            nested,
+        )
         states.append((w.packed[:, None], state))
     return lambda: [dequantize_4bit(packed, state) for packed, state in states]
 
@@ -92,9 +102,14 @@ def rows() -> list[dict[str, Any]]:
 
 @triton.jit
 def pair_kernel(
-    table, pairs, COUNT: tl.constexpr, FIELDS: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
+    table,
+    pairs,
+    COUNT: tl.constexpr,
+    FIELDS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TILE: tl.constexpr,
     GATHER: tl.constexpr,
-):  # fmt: skip
+):
     """A byte is looked up whole: 256 pairs of fp32 as int64. In-features are multiples of TILE."""
     row, tile = _matrix(table, tl.program_id(0), COUNT, FIELDS)
     packed = tl.multiple_of(tl.load(row).to(tl.pointer_type(tl.int32)), 16)
@@ -130,9 +145,16 @@ def by_pairs(plan: DecodePlan, gather: bool) -> Callable[[], None]:
 
     def run() -> None:
         pair_kernel[(programs,)](
-            table, pairs, COUNT=len(members), FIELDS=FIELDS, BLOCK=blocksize, TILE=tile, GATHER=gather,
-            num_warps=plan.warps, enable_fp_fusion=False,
-        )  # fmt: skip
+            table,
+            pairs,
+            COUNT=len(members),
+            FIELDS=FIELDS,
+            BLOCK=blocksize,
+            TILE=tile,
+            GATHER=gather,
+            num_warps=plan.warps,
+            enable_fp_fusion=False,
+        )
 
     return run
 

@@ -94,9 +94,13 @@ def rows() -> list[Row]:
         for t in TOKENS:
             n = t * (HQ + HK) * D
             found += compare(
-                f"{'qk_rope' if norm else 'rope'}/{t}x{HQ}+{HK}x{D}", stacks(t, norm), 4 * n, (6 if norm else 4) * n,
-                lambda t=t, norm=norm: raw(t, norm, False), lambda t=t, norm=norm: raw(t, norm, True),
-            )  # fmt: skip
+                f"{'qk_rope' if norm else 'rope'}/{t}x{HQ}+{HK}x{D}",
+                stacks(t, norm),
+                4 * n,
+                (6 if norm else 4) * n,
+                lambda t=t, norm=norm: raw(t, norm, False),
+                lambda t=t, norm=norm: raw(t, norm, True),
+            )
     return found
 
 

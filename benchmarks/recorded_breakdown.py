@@ -103,9 +103,15 @@ class Profiled(Desk):
         ends = ms - (end - ran[0][0]) / 1e3
         made = [
             row(f"{name}/ends", "rlft", "ms", ends, "ms", f"of {ms:.1f} under the profiler; {len(ran)} launches"),
-            row(f"{name}/gaps", "rlft", "ms", sum(gaps) / 1e3, "ms",
-                f"{len(gaps)} of more than {GAP / 1e3} ms, the longest {max(gaps, default=0.0) / 1e3:.2f}"),
-        ]  # fmt: skip
+            row(
+                f"{name}/gaps",
+                "rlft",
+                "ms",
+                sum(gaps) / 1e3,
+                "ms",
+                f"{len(gaps)} of more than {GAP / 1e3} ms, the longest {max(gaps, default=0.0) / 1e3:.2f}",
+            ),
+        ]
         for r in made:
             print(r["work"], r["value"], r["note"], flush=True)
         return made

@@ -63,9 +63,14 @@ def write(name: str, rows: list[dict[str, Any]], folder: Path = RESULTS, commit:
 
     today = datetime.date.today().isoformat()
     result = {
-        "name": name, "device": device(), "versions": versions(), "commit": commit or commit_now(), "date": today,
-        "command": " ".join(["python", *sys.argv]), "rows": rows,
-    }  # fmt: skip
+        "name": name,
+        "device": device(),
+        "versions": versions(),
+        "commit": commit or commit_now(),
+        "date": today,
+        "command": " ".join(["python", *sys.argv]),
+        "rows": rows,
+    }
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}_{'gpu' if torch.cuda.is_available() else 'cpu'}_{today}.json"
     path.write_text(json.dumps(result, indent=1) + "\n")

@@ -58,9 +58,14 @@ def faulty(completions, fault, **kwargs):
 """
 
 SIGNS = {
-    "raise": "ValueError: the soak's own", "hang": "took longer than", "exit": "exit code 7", "fork": "exit code 9",
-    "memory": "MemoryError", "garbage in the pipe": "sent garbage", "garbage returned": "returned 'garbage'",
-}  # fmt: skip
+    "raise": "ValueError: the soak's own",
+    "hang": "took longer than",
+    "exit": "exit code 7",
+    "fork": "exit code 9",
+    "memory": "MemoryError",
+    "garbage in the pipe": "sent garbage",
+    "garbage returned": "returned 'garbage'",
+}
 """Kind of fault, and what its message must hold."""
 ROWS = 4
 
@@ -100,10 +105,15 @@ def soak(calls: int, faults: int, seed: int, timeout: float = 0.25) -> dict[str,
         seconds = time.monotonic() - began
         forked = [int(path.name) for path in children.iterdir()]
     return {
-        "seconds": seconds, "drawn": dict(Counter(drawn.values())), "seen": dict(seen), "wrong": wrong,
-        "forked": len(forked), "left": [pid for pid in forked if _alive(pid)] + sorted(set(_children()) - others),
-        "descriptors": after[0] - before[0], "memory_mb": (after[1] - before[1]) / 2**20,
-    }  # fmt: skip
+        "seconds": seconds,
+        "drawn": dict(Counter(drawn.values())),
+        "seen": dict(seen),
+        "wrong": wrong,
+        "forked": len(forked),
+        "left": [pid for pid in forked if _alive(pid)] + sorted(set(_children()) - others),
+        "descriptors": after[0] - before[0],
+        "memory_mb": (after[1] - before[1]) / 2**20,
+    }
 
 
 def _rollout(call: int, row: int, fault: str) -> Rollout:
@@ -142,12 +152,13 @@ def main() -> None:
     equal = sum((Counter(found["drawn"]) & Counter(found["seen"])).values())
     load = f"load average {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores"
     values = [
-        ("faults_as_drawn", equal, "faults", note), ("wrong_rows", len(found["wrong"]), "calls", note),
+        ("faults_as_drawn", equal, "faults", note),
+        ("wrong_rows", len(found["wrong"]), "calls", note),
         ("processes_left", len(found["left"]), "processes", f"{found['forked']} were forked into their own session"),
         ("descriptors_gained", found["descriptors"], "descriptors", "in this process, from call 200 to the end"),
         ("memory_gained", round(found["memory_mb"], 1), "MiB", "resident, in this process, from call 200 to the end"),
         ("seconds", round(found["seconds"], 1), "s", f"first call to the end, workers started again included; {load}"),
-    ]  # fmt: skip
+    ]
     keys = ("metric", "value", "unit", "note")
     print(
         write(

@@ -90,9 +90,13 @@ def rows() -> list[Row]:
             name = f"{'add_rms_norm' if add else 'rms_norm'}/{t}x{H}"
             n = t * H
             found += compare(
-                name, stacks(t, add), (8 if add else 4) * n, (8 if add else 6) * n,
-                lambda t=t, add=add: raw(t, H, add, False), lambda t=t, add=add: raw(t, H, add, True),
-            )  # fmt: skip
+                name,
+                stacks(t, add),
+                (8 if add else 4) * n,
+                (8 if add else 6) * n,
+                lambda t=t, add=add: raw(t, H, add, False),
+                lambda t=t, add=add: raw(t, H, add, True),
+            )
     return found
 
 

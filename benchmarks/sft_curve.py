@@ -260,22 +260,43 @@ def svg(title: str, found: dict[str, Curve]) -> str:
     seen = [v for gap in gaps.values() for v in gap if v > 0] or [1e-8]
     decades = range(math.floor(math.log10(min(seen))), math.ceil(math.log10(max(seen)) + 1.2) + 1)
     logs = {n: [math.log10(v) if v else float(decades[0]) for v in gap] for n, gap in gaps.items()}
-    shown = {"rlft": ("rlft", "rlft"), "rlft, split": ("rlft, in several micro-batches", "split"),
-             "peft": ("transformers + PEFT", "peft"),
-             "peft, reordered": ("transformers + PEFT, batch reordered", "noise")}  # fmt: skip
+    shown = {
+        "rlft": ("rlft", "rlft"),
+        "rlft, split": ("rlft, in several micro-batches", "split"),
+        "peft": ("transformers + PEFT", "peft"),
+        "peft, reordered": ("transformers + PEFT, batch reordered", "noise"),
+    }
     title_of = "size of the difference to transformers + PEFT" + (" in fp32" if exact != "peft" else "")
     body = [
-        *panel(70, 220, "loss, nat per trained token",
-               {"rlft": ("rlft", found["rlft"]), "transformers + PEFT": ("peft", found["peft"])}, losses, steps),
-        *panel(350, 170, title_of, {shown[n][0]: (shown[n][1], line) for n, line in logs.items()},
-               {float(d): f"1e{d}" for d in decades}, steps),
-    ]  # fmt: skip
-    return "\n".join([
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} 570" width="{WIDTH}" role="img">',
-        f"<title>{title}</title>", f"<style>{STYLE}</style>", f'<rect class="page" width="{WIDTH}" height="570"/>',
-        f'<text class="title" x="{LEFT}" y="28">{title}</text>', *body,
-        f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="560" text-anchor="middle">step</text>', "</svg>\n",
-    ])  # fmt: skip
+        *panel(
+            70,
+            220,
+            "loss, nat per trained token",
+            {"rlft": ("rlft", found["rlft"]), "transformers + PEFT": ("peft", found["peft"])},
+            losses,
+            steps,
+        ),
+        *panel(
+            350,
+            170,
+            title_of,
+            {shown[n][0]: (shown[n][1], line) for n, line in logs.items()},
+            {float(d): f"1e{d}" for d in decades},
+            steps,
+        ),
+    ]
+    return "\n".join(
+        [
+            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} 570" width="{WIDTH}" role="img">',
+            f"<title>{title}</title>",
+            f"<style>{STYLE}</style>",
+            f'<rect class="page" width="{WIDTH}" height="570"/>',
+            f'<text class="title" x="{LEFT}" y="28">{title}</text>',
+            *body,
+            f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="560" text-anchor="middle">step</text>',
+            "</svg>\n",
+        ]
+    )
 
 
 def main() -> None:

@@ -48,7 +48,7 @@ def floors(T: int, pairs: float, trained: int, decoded: bool) -> dict[str, float
         "head": 4 * HEAD * trained / 787e12 * 1e3,
         "decode": 0.0 if decoded else 2 * LINEAR * LAYERS * 2.5159 / 3.03e12 * 1e3,
         "elementwise": (1.8e-6 + 4e-6) * LAYERS / 36 * T * 1e3,
-    }  # fmt: skip
+    }
 
 
 def rows(T: int, step: Any) -> list[dict[str, Any]]:

@@ -57,10 +57,15 @@ def measure(name: str, model: str, folder: Path) -> list[dict[str, Any]]:
     work = f"still/{name}"
     kind, algo, lr, passes = WORKS[name]
     cfg = rlft.Config(
-        model=model, data=rlft.Data(str(folder / "sums.jsonl")), out=str(folder / work), steps=6, prompts_per_step=32,
-        algo=rlft.Algo(kind, algo), sampling=rlft.Sampling(group_size=8, max_tokens=32),
+        model=model,
+        data=rlft.Data(str(folder / "sums.jsonl")),
+        out=str(folder / work),
+        steps=6,
+        prompts_per_step=32,
+        algo=rlft.Algo(kind, algo),
+        sampling=rlft.Sampling(group_size=8, max_tokens=32),
         optim=rlft.Optim(lr=lr, minibatches=2, passes=passes, weight_decay=0.0),
-    )  # fmt: skip
+    )
     rlft.train(cfg, rewards=[correct])  # type: ignore[operator]
     rows = []
     for line in (folder / work / "metrics.jsonl").read_text().splitlines():

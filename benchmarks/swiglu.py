@@ -72,7 +72,7 @@ def rows() -> list[Row]:
         n = t * M
         found += compare(
             f"swiglu/{t}x{M}", stacks(t), 6 * n, 10 * n, lambda t=t: raw(t, M, False), lambda t=t: raw(t, M, True)
-        )  # fmt: skip
+        )
         thunks = {"rlft-raw": raw(t, M, True, h=True), "copy": copy_of(12 * n)}
         found += to_rows(f"swiglu/{t}x{M}/backward-with-h/device", device_ms(thunks), 12 * n, {"rlft-raw": "in place"})
     return found

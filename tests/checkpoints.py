@@ -19,10 +19,20 @@ IDS = torch.tensor([[3, 17, 40, 8, 99, 5, 61, 22]])
 def save(folder: Path, tied: bool = False, vocab: int = 103, dtype: torch.dtype = torch.bfloat16, **options) -> Path:
     """A random Llama with its tokenizer, whose rows are one and two NF4 blocks."""
     config = LlamaConfig(
-        vocab_size=vocab, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=16, max_position_embeddings=512, initializer_range=0.1, bos_token_id=1,
-        eos_token_id=2, pad_token_id=0, tie_word_embeddings=tied,
-    )  # fmt: skip
+        vocab_size=vocab,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        max_position_embeddings=512,
+        initializer_range=0.1,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+        tie_word_embeddings=tied,
+    )
     with torch.random.fork_rng():
         torch.manual_seed(0)
         LlamaForCausalLM(config).to(dtype).save_pretrained(folder, **options)

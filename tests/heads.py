@@ -28,9 +28,15 @@ OPTIONS = {
 
 
 def by_kernels(
-    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, softcap: float | None, scale: float,
-    block: int, pad: int = 0,
-) -> tuple[Rows, Tensor, Tensor]:  # fmt: skip
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    temperature: float,
+    softcap: float | None,
+    scale: float,
+    block: int,
+    pad: int = 0,
+) -> tuple[Rows, Tensor, Tensor]:
     """One chunk by the launchers and the two jacobians, with `pad` columns behind each row of the logits and of the
     weights. The chunk's own, others and weights are the entropy's."""
     rows, vocab = hidden.shape[0], weight.shape[0]

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlft.algos.losses import (  # fmt: skip
+from rlft.algos.losses import (
     apo,
     cispo,
     cpo,
@@ -117,9 +117,12 @@ class Toy:
             noise = 0.3 * torch.sin(1.0 * batch.position_ids + batch.input_ids)
             before = self.logprobs(batch, 0.7)
             return replace(
-                batch, old_logprobs=before if old else None, sampler_logprobs=before + noise if sampler else None,
-                ref_logprobs=self.logprobs(batch, -0.8), prepared={"z0": 0.1, "entropy_floor": 1.3},
-            )  # fmt: skip
+                batch,
+                old_logprobs=before if old else None,
+                sampler_logprobs=before + noise if sampler else None,
+                ref_logprobs=self.logprobs(batch, -0.8),
+                prepared={"z0": 0.1, "entropy_floor": 1.3},
+            )
 
     def loss(self, batch: Batch, name: str) -> Tensor:
         """The loss `name` of a filled batch, with gradient to the weights."""
@@ -147,9 +150,14 @@ def step(lengths: tuple[int, ...] = (3, 1, 4, 2, 0, 5, 2, 3), group: int = 4) ->
 
 
 def batches_of(
-    made: list[Rollout], aggregation: Aggregation = "token_mean", budget: int = 1000, share: bool = True,
-    values: Tensor | None = None, whole_groups: bool = False, counts: Counts | None = None,
-) -> list[Batch]:  # fmt: skip
+    made: list[Rollout],
+    aggregation: Aggregation = "token_mean",
+    budget: int = 1000,
+    share: bool = True,
+    values: Tensor | None = None,
+    whole_groups: bool = False,
+    counts: Counts | None = None,
+) -> list[Batch]:
     plan = PackPlan((True,) * len(made), aggregation, budget, 6, 1.0, whole_groups, share)
     values = torch.linspace(-1, 1.5, len(made)) if values is None else values
     return pack(made, values, plan, counts or count(made, plan))

@@ -18,9 +18,13 @@ NAN = float("nan")
 
 
 def rollout(
-    prompt: int = 0, sample: int = 0, tokens: int = 2, mask: tuple[bool, ...] | None = None,
-    sampled: tuple[float, ...] | None = None, prompt_tokens: int = 3,
-) -> Rollout:  # fmt: skip
+    prompt: int = 0,
+    sample: int = 0,
+    tokens: int = 2,
+    mask: tuple[bool, ...] | None = None,
+    sampled: tuple[float, ...] | None = None,
+    prompt_tokens: int = 3,
+) -> Rollout:
     """Prompt tokens 100, 101, ...; completion tokens 10 * sample + 1, 2, ..."""
     ids = tuple(10 * sample + 1 + t for t in range(tokens))
     p = Prompt(tuple(100 + t for t in range(prompt_tokens)), {}, prompt)
@@ -293,8 +297,13 @@ def test_packing_stats_say_what_sharing_padding_and_skipping_save() -> None:
     made = [rollout(0, 0, 2), rollout(0, 1, 5), rollout(1, 0, 1)]
     batches = packed(made, plan(3), [1.0, -1.0, 0.0])
     # Run: 3 + 2 + 5 = 10 tokens instead of 5 + 8 = 13; padded 2 rows of 8. The zero-advantage row is skipped.
-    assert packing_stats(batches, batches[:1]) == pytest.approx({
-        "batch/tokens": 10, "batch/micro_batches": 1, "batch/packing_ratio": 1.6,
-        "batch/shared_prefix_saving": 3 / 13, "batch/skipped": 1,
-    })  # fmt: skip
+    assert packing_stats(batches, batches[:1]) == pytest.approx(
+        {
+            "batch/tokens": 10,
+            "batch/micro_batches": 1,
+            "batch/packing_ratio": 1.6,
+            "batch/shared_prefix_saving": 3 / 13,
+            "batch/skipped": 1,
+        }
+    )
     assert packing_stats(batches, [])["batch/skipped"] == 3

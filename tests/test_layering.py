@@ -31,8 +31,8 @@ LINE = [
 """Packages and root modules of rlft along the journey of a row of data; each imports only what stands before its
 line."""
 
-LONG_FUNCTIONS = {("loop", "loop"): 120}
-"""The one function that may be longer than 60 lines."""
+LONG_FUNCTIONS = {("loop", "loop"): 120, ("setup", "build"): 80}
+"""Functions that may be longer than 60 lines."""
 
 
 PLACE = {name: place for place, names in enumerate(LINE) for name in names.split()}

@@ -29,7 +29,9 @@ def test_a_message_is_found_however_it_is_made(tmp_path: Path) -> None:
         "    return DataError(f'row {i}: {_shown(value)}')\n"
     )
     assert list(messages(path)) == [
-        ("ConfigError", 2, "a.x = {value}: above {floor}"), ("ConfigError", 2, "a.y = {y}: known: {known, ...}"),
-        ("ConfigError", 2, "{field} is [old | new]"), ("TrainError", 1, "stop"),
+        ("ConfigError", 2, "a.x = {value}: above {floor}"),
+        ("ConfigError", 2, "a.y = {y}: known: {known, ...}"),
+        ("ConfigError", 2, "{field} is [old | new]"),
+        ("TrainError", 1, "stop"),
         ("DataError", 2, "row {i}: {value}"),
-    ]  # fmt: skip
+    ]

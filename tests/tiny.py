@@ -42,10 +42,20 @@ def tiny_model(
 ) -> PeftModel:
     """Llama with grouped queries (4 heads, 2 key heads), hidden size 32, 103 tokens."""
     config = LlamaConfig(
-        vocab_size=103, hidden_size=32, intermediate_size=48, num_hidden_layers=layers, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=8, max_position_embeddings=512, initializer_range=0.2, eos_token_id=2,
-        bos_token_id=1, pad_token_id=0, attn_implementation="sdpa",
-    )  # fmt: skip
+        vocab_size=103,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=512,
+        initializer_range=0.2,
+        eos_token_id=2,
+        bos_token_id=1,
+        pad_token_id=0,
+        attn_implementation="sdpa",
+    )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         base = LlamaForCausalLM(config).to(dtype).eval().requires_grad_(False)

@@ -32,14 +32,24 @@ TIMEOUT = 5.0
 """Seconds that a reward function has, where that can be set."""
 
 SHAPE: dict[str, Any] = {
-    "vocab_size": 103, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 512, "initializer_range": 0.2,
-    "eos_token_id": 2, "bos_token_id": 1, "pad_token_id": 0,
-}  # fmt: skip
+    "vocab_size": 103,
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.2,
+    "eos_token_id": 2,
+    "bos_token_id": 1,
+    "pad_token_id": 0,
+}
 KINDS: dict[str, dict[str, Any]] = {
-    "llama": {}, "lfm2": {"layer_types": ["conv", "full_attention"]},
+    "llama": {},
+    "lfm2": {"layer_types": ["conv", "full_attention"]},
     "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2},
-}  # fmt: skip
+}
 ATTENTION = {"gpt_oss": "eager"}
 """Back end of a kind's attention where it is not "sdpa"."""
 

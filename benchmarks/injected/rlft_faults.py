@@ -46,11 +46,18 @@ Values = list[Mapping[str, float]]
 def config(folder: Path, recorded: bool = False, reward: str = "digits", **changes: Any) -> Config:
     """A run of GRPO with the eager engine, or of SFT on recorded completions, in fp32 on a GPU too."""
     base = Config(
-        model=str(folder / "model"), data=Data(str(folder / ("recorded.jsonl" if recorded else "prompts.jsonl"))),
-        out=str(folder / "run"), steps=STEPS, prompts_per_step=PROMPTS, lora=Lora(rank=4, alpha=16),
-        sampling=Sampling(group_size=GROUP, max_tokens=TOKENS), optim=Optim(lr=LR),
-        engine=Engine("replay" if recorded else "eager"), quantization="none", dtype="float32",
-    )  # fmt: skip
+        model=str(folder / "model"),
+        data=Data(str(folder / ("recorded.jsonl" if recorded else "prompts.jsonl"))),
+        out=str(folder / "run"),
+        steps=STEPS,
+        prompts_per_step=PROMPTS,
+        lora=Lora(rank=4, alpha=16),
+        sampling=Sampling(group_size=GROUP, max_tokens=TOKENS),
+        optim=Optim(lr=LR),
+        engine=Engine("replay" if recorded else "eager"),
+        quantization="none",
+        dtype="float32",
+    )
     if recorded:
         base = replace(base, algo=Algo("sft"))
     else:

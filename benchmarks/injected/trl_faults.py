@@ -48,10 +48,17 @@ UNSLOTH = False
 os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
 
 SETTINGS: dict[str, Any] = {
-    "max_steps": STEPS, "learning_rate": LR, "logging_steps": 1, "report_to": [], "save_strategy": "no",
-    "use_cpu": not torch.cuda.is_available(), "bf16": False, "disable_tqdm": True, "seed": 1,
+    "max_steps": STEPS,
+    "learning_rate": LR,
+    "logging_steps": 1,
+    "report_to": [],
+    "save_strategy": "no",
+    "use_cpu": not torch.cuda.is_available(),
+    "bf16": False,
+    "disable_tqdm": True,
+    "seed": 1,
     "per_device_train_batch_size": PROMPTS * GROUP,
-}  # fmt: skip
+}
 """Of all trainers. fp32, since it is a small model on a CPU."""
 
 
@@ -95,24 +102,37 @@ def tokenizer_of(folder: Path) -> Any:
     return AutoTokenizer.from_pretrained(folder / "model")
 
 
-def grpo(folder: Path, kind: str = "llama", reward: str = "digits", dropout: float = 0.0, chat: bool = False,
-         sampler: Any = None, **settings: Any) -> Any:  # fmt: skip
+def grpo(
+    folder: Path,
+    kind: str = "llama",
+    reward: str = "digits",
+    dropout: float = 0.0,
+    chat: bool = False,
+    sampler: Any = None,
+    **settings: Any,
+) -> Any:
     """A GRPO trainer over the folder's prompts."""
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
 
     args = GRPOConfig(
-        output_dir=str(folder / "run"), num_generations=GROUP, max_completion_length=TOKENS, shuffle_dataset=False,
+        output_dir=str(folder / "run"),
+        num_generations=GROUP,
+        max_completion_length=TOKENS,
+        shuffle_dataset=False,
         **(SETTINGS | loading(kind) | settings),
-    )  # fmt: skip
+    )
     tokenizer = tokenizer_of(folder)
     if not chat:
         tokenizer.chat_template = None
     return GRPOTrainer(
-        args=args, reward_funcs=[rewards_of(folder, reward)], processing_class=tokenizer,
-        train_dataset=Dataset.from_list(rows_of(folder / "prompts.jsonl")), rollout_func=sampler,
+        args=args,
+        reward_funcs=[rewards_of(folder, reward)],
+        processing_class=tokenizer,
+        train_dataset=Dataset.from_list(rows_of(folder / "prompts.jsonl")),
+        rollout_func=sampler,
         **model_of(folder, kind, dropout),
-    )  # fmt: skip
+    )
 
 
 def sft(folder: Path, kind: str = "llama", **settings: Any) -> Any:
@@ -124,9 +144,10 @@ def sft(folder: Path, kind: str = "llama", **settings: Any) -> Any:
     tokenizer.chat_template = None
     return SFTTrainer(
         args=SFTConfig(output_dir=str(folder / "run"), **(SETTINGS | loading(kind) | settings)),
-        train_dataset=Dataset.from_list(rows_of(folder / "recorded.jsonl")), processing_class=tokenizer,
+        train_dataset=Dataset.from_list(rows_of(folder / "recorded.jsonl")),
+        processing_class=tokenizer,
         **model_of(folder, kind),
-    )  # fmt: skip
+    )
 
 
 class Warned(logging.Handler):
@@ -157,8 +178,9 @@ def warnings_into(found: list[str]) -> Iterator[None]:
             found += list(dict.fromkeys(texts))
 
 
-def run(make: Callable[[], Any], inject: Callable[[Any], None] | None = None,
-        said: Callable[[Any], str] | None = None) -> Outcome:  # fmt: skip
+def run(
+    make: Callable[[], Any], inject: Callable[[Any], None] | None = None, said: Callable[[Any], str] | None = None
+) -> Outcome:
     """Train with a fault. said: what a run that ends has to say."""
     warned: list[str] = []
     made: list[Any] = []
@@ -265,9 +287,10 @@ def packed_hybrid(folder: Path) -> Outcome:
         trainer.model.train()
 
     return run(
-        lambda: sft(folder, "lfm2", packing=True, max_length=256, per_device_train_batch_size=1), compare,
+        lambda: sft(folder, "lfm2", packing=True, max_length=256, per_device_train_batch_size=1),
+        compare,
         lambda t: f"log-probs up to {max(apart):.2g} nat from each sequence alone, {state(t)}",
-    )  # fmt: skip
+    )
 
 
 def sinks_dropped(folder: Path) -> Outcome:

@@ -18,8 +18,13 @@ class Sampler:
     Beside it the trainer's log-probs of the same tokens are computed: `apart` is the mean |difference| of each step.
     """
 
-    def __init__(self, spoiled: Callable[[Any], Any] = lambda _: nullcontext(), temperature: float = 1.0,
-                 off: float = 0.0, empty: bool = False) -> None:  # fmt: skip
+    def __init__(
+        self,
+        spoiled: Callable[[Any], Any] = lambda _: nullcontext(),
+        temperature: float = 1.0,
+        off: float = 0.0,
+        empty: bool = False,
+    ) -> None:
         """spoiled: trainer -> context to sample in. off: nats that one of 20 sequences' log-probs are off by."""
         self.spoiled, self.temperature, self.off, self.empty = spoiled, temperature, off, empty
         self.apart: list[float] = []
@@ -39,9 +44,16 @@ class Sampler:
             rows = torch.tensor([ids for _ in same], device=device)
             with self.spoiled(trainer):
                 out = model.generate(
-                    input_ids=rows, attention_mask=torch.ones_like(rows), do_sample=True, temperature=self.temperature,
-                    top_k=0, top_p=1.0, max_new_tokens=TOKENS, return_dict_in_generate=True, output_scores=True,
-                )  # fmt: skip
+                    input_ids=rows,
+                    attention_mask=torch.ones_like(rows),
+                    do_sample=True,
+                    temperature=self.temperature,
+                    top_k=0,
+                    top_p=1.0,
+                    max_new_tokens=TOKENS,
+                    return_dict_in_generate=True,
+                    output_scores=True,
+                )
             log_p = torch.stack(out.scores, 1).float().log_softmax(-1)
             for sequence, own in zip(out.sequences, log_p, strict=True):
                 tokens = sequence[len(ids) :]

@@ -108,9 +108,7 @@ def trl(shape: str, micro: int, desk: Desk) -> None:
     def rollout(prompts: list[str], trainer: Any) -> dict[str, Any]:
         phases.enter("rollout")
         ids = trainer.processing_class(prompts)["input_ids"]
-        _, completions, logprobs, _ = trainer.vllm_generation.generate(
-            prompts=ids, images=None, num_generations=GROUP
-        )  # fmt: skip
+        _, completions, logprobs, _ = trainer.vllm_generation.generate(prompts=ids, images=None, num_generations=GROUP)
         sampled[0] = sum(map(len, completions))
         phases.enter("old")
         first = [[token[0] for token in row] for row in logprobs]
@@ -123,17 +121,35 @@ def trl(shape: str, micro: int, desk: Desk) -> None:
         return values
 
     config = GRPOConfig(
-        output_dir=tempfile.mkdtemp(), max_steps=1_000_000, learning_rate=1e-6, report_to=[], save_strategy="no",
-        logging_steps=1, disable_tqdm=True, per_device_train_batch_size=micro,
-        gradient_accumulation_steps=PROMPTS * GROUP // micro, num_generations=GROUP, max_completion_length=COMPLETION,
-        use_vllm=True, vllm_mode="colocate", vllm_enable_sleep_mode=True, vllm_gpu_memory_utilization=SHARE,
-        vllm_max_model_length=PROMPT + COMPLETION, generation_kwargs={"ignore_eos": True},
-    )  # fmt: skip
+        output_dir=tempfile.mkdtemp(),
+        max_steps=1_000_000,
+        learning_rate=1e-6,
+        report_to=[],
+        save_strategy="no",
+        logging_steps=1,
+        disable_tqdm=True,
+        per_device_train_batch_size=micro,
+        gradient_accumulation_steps=PROMPTS * GROUP // micro,
+        num_generations=GROUP,
+        max_completion_length=COMPLETION,
+        use_vllm=True,
+        vllm_mode="colocate",
+        vllm_enable_sleep_mode=True,
+        vllm_gpu_memory_utilization=SHARE,
+        vllm_max_model_length=PROMPT + COMPLETION,
+        generation_kwargs={"ignore_eos": True},
+    )
     rows = Dataset.from_dict({"prompt": [" ".join(map(str, ids)) for ids in prompts_of(shape)]})
     trainer = GRPOTrainer(
-        base_of(shape, nf4=False), [reward], config, train_dataset=rows, processing_class=tokenizer_of(shape),
-        peft_config=lora(), rollout_func=rollout, callbacks=[Steps()],
-    )  # fmt: skip
+        base_of(shape, nf4=False),
+        [reward],
+        config,
+        train_dataset=rows,
+        processing_class=tokenizer_of(shape),
+        peft_config=lora(),
+        rollout_func=rollout,
+        callbacks=[Steps()],
+    )
     trainer.train()
 
 
@@ -193,10 +209,18 @@ def rlft(shape: str, micro: int, desk: Desk) -> None:
     from rlft.types import Prompt
 
     cfg = Config(
-        shape, Data("random"), tempfile.mkdtemp(), steps=1_000_000, prompts_per_step=PROMPTS, quantization="nf4",
-        algo=Algo("grpo"), sampling=Sampling(group_size=GROUP, max_tokens=COMPLETION), lora=Lora(rank=16, alpha=32),
-        optim=Optim(lr=1e-6), engine=Engine("vllm", max_seqs=PROMPTS * GROUP),
-    )  # fmt: skip
+        shape,
+        Data("random"),
+        tempfile.mkdtemp(),
+        steps=1_000_000,
+        prompts_per_step=PROMPTS,
+        quantization="nf4",
+        algo=Algo("grpo"),
+        sampling=Sampling(group_size=GROUP, max_tokens=COMPLETION),
+        lora=Lora(rank=16, alpha=32),
+        optim=Optim(lr=1e-6),
+        engine=Engine("vllm", max_seqs=PROMPTS * GROUP),
+    )
     policy, tokenizer = policy_of(shape), tokenizer_of(shape)
     policy.base.config.max_position_embeddings = POSITIONS  # type: ignore[union-attr]
     engine = VllmEngine(
@@ -231,8 +255,10 @@ def measure(stack: str, shape: str, micro: int, path: str, iterations: int) -> l
     made = [row(WORK, stack, "seconds", [a["seconds"] for a in kept], "s", note)]
     for name in kept[-1]["phases"]:
         made.append(row(WORK, stack, f"{name}_seconds", [a["phases"][name] for a in kept], "s"))
-    made += [row(WORK, stack, f"{name}_GiB", value, "GiB", "in use on the card, as the driver says")
-             for name, value in kept[-1]["most"].items()]  # fmt: skip
+    made += [
+        row(WORK, stack, f"{name}_GiB", value, "GiB", "in use on the card, as the driver says")
+        for name, value in kept[-1]["most"].items()
+    ]
     if most := kept[-1]["most"]:
         about = "in use on the card, as the driver says; most of it follows from the share that vLLM is given"
         made.append(row(WORK, stack, "peak_GiB", max(most.values()), "GiB", about))

@@ -102,8 +102,10 @@ def recorded(work: Work, shape: str) -> Recorded:
     completions = [(*drawn(int(n) - 1), EOS) for n in lengths]
     prompts = [drawn(work.prompt // scale) for _ in range(ROWS // work.group)]
     rewards = {
-        "grpo": [float((7 * i) % 3 == 0) for i in range(ROWS)], "dpo": [1.0, -1.0] * (ROWS // 2), "sft": [1.0] * ROWS
-    }  # fmt: skip
+        "grpo": [float((7 * i) % 3 == 0) for i in range(ROWS)],
+        "dpo": [1.0, -1.0] * (ROWS // 2),
+        "sft": [1.0] * ROWS,
+    }
     return Recorded(prompts, completions, rewards[work.kind])
 
 
@@ -146,10 +148,16 @@ def trainer_of(kind: str, shape: str, model: Any, desk: Desk, micro: int, **more
                 desk.last = {"loss": float(logs["loss"]), "norm": float(logs["grad_norm"])}
 
     common: dict[str, Any] = {
-        "output_dir": tempfile.mkdtemp(), "max_steps": 1_000_000, "learning_rate": 1e-6, "report_to": [],
-        "save_strategy": "no", "logging_steps": 1, "disable_tqdm": True, "per_device_train_batch_size": micro,
+        "output_dir": tempfile.mkdtemp(),
+        "max_steps": 1_000_000,
+        "learning_rate": 1e-6,
+        "report_to": [],
+        "save_strategy": "no",
+        "logging_steps": 1,
+        "disable_tqdm": True,
+        "per_device_train_batch_size": micro,
         "use_cpu": DEVICE == "cpu",
-    }  # fmt: skip
+    }
     steps = Steps()
     attention = getattr(model.config, "_attn_implementation", "its own")
     note = f"micro-batches of {micro} {UNITS[kind]}, attention {attention}"
@@ -177,9 +185,12 @@ def trainer_of(kind: str, shape: str, model: Any, desk: Desk, micro: int, **more
 
         model.generate = refused
         config = trl.GRPOConfig(
-            **common, gradient_accumulation_steps=ROWS // micro, num_generations=work.group,
-            max_completion_length=32_768, shuffle_dataset=False,
-        )  # fmt: skip
+            **common,
+            gradient_accumulation_steps=ROWS // micro,
+            num_generations=work.group,
+            max_completion_length=32_768,
+            shuffle_dataset=False,
+        )
         rows = Dataset.from_dict({"prompt": [_text(ids) for ids in data.prompts]})
         return trl.GRPOTrainer(model, [reward], config, train_dataset=rows, rollout_func=rollout, **more)
     if kind == "dpo":
@@ -344,12 +355,26 @@ def session_of(cfg: Any, rows: list[Any], policy: Any, engine: Any, tokenizer: A
     with asleep(engine):
         plan = plan_of(cfg, algorithm, policy, rows if engine.SAMPLES else ())
     s = Session(
-        cfg=cfg, steps=cfg.steps, algorithm=algorithm, policy=policy, engine=engine, eval_engine=engine,
-        reference=Reference(policy, keep=False), optimizer=Optimizer(policy.flat.flat, cfg.optim, cfg.steps),
-        prompts=Prompts(rows, cfg.seed, shuffle=False), held=[], held_loss=False, eval_functions=[], run=run,
-        writer=Background("rlft-writer"), console=console, identity={}, plan=plan, pieces=Pieces(tokenizer),
+        cfg=cfg,
+        steps=cfg.steps,
+        algorithm=algorithm,
+        policy=policy,
+        engine=engine,
+        eval_engine=engine,
+        reference=Reference(policy, keep=False),
+        optimizer=Optimizer(policy.flat.flat, cfg.optim, cfg.steps),
+        prompts=Prompts(rows, cfg.seed, shuffle=False),
+        held=[],
+        held_loss=False,
+        eval_functions=[],
+        run=run,
+        writer=Background("rlft-writer"),
+        console=console,
+        identity={},
+        plan=plan,
+        pieces=Pieces(tokenizer),
         **{"functions": [], **more},
-    )  # fmt: skip
+    )
     s.tracking = Tracking(cfg, run, 0, False, console.note)
     return s
 
@@ -365,10 +390,17 @@ def rlft(kind: str, shape: str, desk: Desk) -> None:
     quantised = {"quantization": "nf4", "dtype": "bfloat16"} if DEVICE == "cuda" else {}
     algo = Algo(kind, {"correction": "none"} if kind == "grpo" else {})
     cfg = Config(
-        path_of(shape), Data("recorded"), tempfile.mkdtemp(), steps=1_000_000, prompts_per_step=ROWS // work.group,
-        algo=algo, sampling=Sampling(group_size=work.group, max_tokens=32_768), lora=Lora(rank=16, alpha=32),
-        optim=Optim(lr=1e-6), **quantised,
-    )  # fmt: skip
+        path_of(shape),
+        Data("recorded"),
+        tempfile.mkdtemp(),
+        steps=1_000_000,
+        prompts_per_step=ROWS // work.group,
+        algo=algo,
+        sampling=Sampling(group_size=work.group, max_tokens=32_768),
+        lora=Lora(rank=16, alpha=32),
+        optim=Optim(lr=1e-6),
+        **quantised,
+    )
     model = attach_lora(load_base(cfg, torch.device(DEVICE)), cfg.lora, cfg.seed)
     desk.loaded()
 
@@ -382,5 +414,9 @@ def rlft(kind: str, shape: str, desk: Desk) -> None:
 
 
 STACKS: dict[str, Callable[[str, str, Desk], None]] = {
-    "trl": trl, "trl-tuned": trl_tuned, "unsloth": unsloth, "unsloth-rows": unsloth_rows, "rlft": rlft
-}  # fmt: skip
+    "trl": trl,
+    "trl-tuned": trl_tuned,
+    "unsloth": unsloth,
+    "unsloth-rows": unsloth_rows,
+    "rlft": rlft,
+}

@@ -124,8 +124,12 @@ def in_turn(asked: list[Asked], repeats: int, save: Callable[[], Rows]) -> None:
                 continue
             answer = measured(worker, **question)
             found.error = answer.get("error", "")
-            print(f"  round {turn}: {found.stack}", *(f"{answer[k]:.3f}" for k in ("seconds", "peak") if k in answer),
-                  found.error or answer.get("note", ""), flush=True)  # fmt: skip
+            print(
+                f"  round {turn}: {found.stack}",
+                *(f"{answer[k]:.3f}" for k in ("seconds", "peak") if k in answer),
+                found.error or answer.get("note", ""),
+                flush=True,
+            )
             if turn and not found.error:
                 found.add(answer)
         if turn:
@@ -155,9 +159,10 @@ def variants(work: str, worker: Worker, peers: list[Found], tokens: int, skip: l
     """rlft at the others' memory, and with a part of it switched off; the one that takes most memory last. skip: names
     that no budget is looked for."""
     asked = [
-        budgeted(Found(f"rlft-at-{peer.stack}-memory"), worker, work, peer.peak) for peer in peers
+        budgeted(Found(f"rlft-at-{peer.stack}-memory"), worker, work, peer.peak)
+        for peer in peers
         if peer.seconds and peer.peak and f"rlft-at-{peer.stack}-memory" not in skip
-    ]  # fmt: skip
+    ]
     if not work.startswith("sft"):
         asked.append((Found("rlft-no-prefix"), worker, {"work": work, "share": False}))
     if work.startswith("dpo"):
@@ -174,9 +179,10 @@ def split(work: str, found: dict[str, Found]) -> Rows:
     the ratio to TRL is the same padded rows ("kernels": with attention, recomputing and the host's part), packing, and
     prefix."""
     parts = {
-        "times_kernels": ("trl", "rlft-padded"), "times_packing": ("rlft-padded", "rlft-no-prefix"),
+        "times_kernels": ("trl", "rlft-padded"),
+        "times_packing": ("rlft-padded", "rlft-no-prefix"),
         "times_prefix": ("rlft-no-prefix", "rlft"),
-    }  # fmt: skip
+    }
     for peer in (name for name in found if not name.startswith("rlft")):
         parts |= {f"times_{peer}": (peer, "rlft"), f"times_{peer}_at_its_memory": (peer, f"rlft-at-{peer}-memory")}
     made = []

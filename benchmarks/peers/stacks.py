@@ -23,36 +23,105 @@ from torch import Tensor, nn
 TRL_CHUNK = 16384
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 Step = Callable[[Tensor], None]
-QWEN = {"vocab_size": 151936, "head_dim": 128, "num_key_value_heads": 8, "rope_theta": 1e6, "rms_norm_eps": 1e-6,
-        "max_position_embeddings": 1048576, "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip
-QWEN_8B = QWEN | {"hidden_size": 4096, "intermediate_size": 12288, "num_attention_heads": 32,
-                  "tie_word_embeddings": False}  # fmt: skip
+QWEN = {
+    "vocab_size": 151936,
+    "head_dim": 128,
+    "num_key_value_heads": 8,
+    "rope_theta": 1e6,
+    "rms_norm_eps": 1e-6,
+    "max_position_embeddings": 1048576,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+QWEN_8B = QWEN | {
+    "hidden_size": 4096,
+    "intermediate_size": 12288,
+    "num_attention_heads": 32,
+    "tie_word_embeddings": False,
+}
 SHAPES: dict[str, dict[str, Any]] = {
     "slab": QWEN_8B | {"num_hidden_layers": 8},
     "8b": QWEN_8B | {"num_hidden_layers": 36},
-    "0.6b": QWEN | {"hidden_size": 1024, "intermediate_size": 3072, "num_attention_heads": 16, "num_hidden_layers": 28,
-                    "tie_word_embeddings": True},
-    "1.7b": QWEN | {"hidden_size": 2048, "intermediate_size": 6144, "num_attention_heads": 16, "num_hidden_layers": 28,
-                    "tie_word_embeddings": True},
+    "0.6b": QWEN
+    | {
+        "hidden_size": 1024,
+        "intermediate_size": 3072,
+        "num_attention_heads": 16,
+        "num_hidden_layers": 28,
+        "tie_word_embeddings": True,
+    },
+    "1.7b": QWEN
+    | {
+        "hidden_size": 2048,
+        "intermediate_size": 6144,
+        "num_attention_heads": 16,
+        "num_hidden_layers": 28,
+        "tie_word_embeddings": True,
+    },
     # 48 layers of 6144 with 16384 in the MLP, as InternLM2-20B; 19.9 B parameters.
-    "20b": QWEN | {"hidden_size": 6144, "intermediate_size": 16384, "num_attention_heads": 48, "num_hidden_layers": 48,
-                   "vocab_size": 92544, "tie_word_embeddings": False},
+    "20b": QWEN
+    | {
+        "hidden_size": 6144,
+        "intermediate_size": 16384,
+        "num_attention_heads": 48,
+        "num_hidden_layers": 48,
+        "vocab_size": 92544,
+        "tie_word_embeddings": False,
+    },
     # 80 layers of 8192 with 28672 in the MLP, as Llama 3 70B; 70.6 B parameters.
-    "70b": QWEN | {"hidden_size": 8192, "intermediate_size": 28672, "num_attention_heads": 64, "num_hidden_layers": 80,
-                   "vocab_size": 128256, "tie_word_embeddings": False},
+    "70b": QWEN
+    | {
+        "hidden_size": 8192,
+        "intermediate_size": 28672,
+        "num_attention_heads": 64,
+        "num_hidden_layers": 80,
+        "vocab_size": 128256,
+        "tie_word_embeddings": False,
+    },
     # Hybrids, which rlft runs as padded rows through transformers' layers: LFM2-1.2B, and 8 layers of a Qwen3.5.
-    "lfm2": {"model_type": "lfm2", "vocab_size": 65536, "hidden_size": 2048, "intermediate_size": 12288,
-             "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8,
-             "full_attn_idxs": [2, 5, 8, 10, 12, 14], "max_position_embeddings": 128000, "bos_token_id": 1,
-             "eos_token_id": 2},
-    "qwen3_5": {"model_type": "qwen3_5_text", "vocab_size": 151936, "hidden_size": 2560, "intermediate_size": 9216,
-                "num_hidden_layers": 8, "num_attention_heads": 16, "num_key_value_heads": 4, "head_dim": 256,
-                "linear_num_key_heads": 16, "linear_num_value_heads": 32, "linear_key_head_dim": 128,
-                "linear_value_head_dim": 128, "max_position_embeddings": 262144, "bos_token_id": 1, "eos_token_id": 2},
+    "lfm2": {
+        "model_type": "lfm2",
+        "vocab_size": 65536,
+        "hidden_size": 2048,
+        "intermediate_size": 12288,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "full_attn_idxs": [2, 5, 8, 10, 12, 14],
+        "max_position_embeddings": 128000,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    },
+    "qwen3_5": {
+        "model_type": "qwen3_5_text",
+        "vocab_size": 151936,
+        "hidden_size": 2560,
+        "intermediate_size": 9216,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 4,
+        "head_dim": 256,
+        "linear_num_key_heads": 16,
+        "linear_num_value_heads": 32,
+        "linear_key_head_dim": 128,
+        "linear_value_head_dim": 128,
+        "max_position_embeddings": 262144,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    },
     # To run a script by hand on a CPU.
-    "tiny": QWEN | {"vocab_size": 1024, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4,
-                    "num_key_value_heads": 2, "head_dim": 16, "num_hidden_layers": 2, "tie_word_embeddings": False},
-}  # fmt: skip
+    "tiny": QWEN
+    | {
+        "vocab_size": 1024,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "num_hidden_layers": 2,
+        "tie_word_embeddings": False,
+    },
+}
 
 
 def config_of(shape: str, **changes: Any) -> Any:
@@ -106,13 +175,18 @@ def base_of(shape: str, nf4: bool, attention: str = "sdpa") -> Any:
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     quantised = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.bfloat16,
-    )  # fmt: skip
+    )
     return AutoModelForCausalLM.from_pretrained(
-        path_of(shape), quantization_config=quantised if nf4 else None, dtype=torch.bfloat16,
-        device_map={"": 0 if DEVICE == "cuda" else DEVICE}, attn_implementation=attention,
-    )  # fmt: skip
+        path_of(shape),
+        quantization_config=quantised if nf4 else None,
+        dtype=torch.bfloat16,
+        device_map={"": 0 if DEVICE == "cuda" else DEVICE},
+        attn_implementation=attention,
+    )
 
 
 def lora() -> Any:
@@ -160,9 +234,14 @@ def unsloths_model(shape: str, nf4: bool) -> Any:
         path_of(shape), max_seq_length=32768, dtype=torch.bfloat16, load_in_4bit=nf4
     )
     return FastLanguageModel.get_peft_model(
-        model, r=16, lora_alpha=32, lora_dropout=0, bias="none", use_gradient_checkpointing="unsloth",
+        model,
+        r=16,
+        lora_alpha=32,
+        lora_dropout=0,
+        bias="none",
+        use_gradient_checkpointing="unsloth",
         target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
-    )  # fmt: skip
+    )
 
 
 def unsloth(shape: str, nf4: bool) -> tuple[Any, Step]:
@@ -243,9 +322,14 @@ def random_nf4(shape: str) -> Any:
         if isinstance(module, nn.Linear) and name != "lm_head":
             weight = torch.randn(module.out_features, module.in_features, device="cuda", dtype=torch.bfloat16) * std
             packed = bnb.nn.Linear4bit(
-                module.in_features, module.out_features, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4",
-                compress_statistics=True, device="meta",
-            )  # fmt: skip
+                module.in_features,
+                module.out_features,
+                bias=False,
+                compute_dtype=torch.bfloat16,
+                quant_type="nf4",
+                compress_statistics=True,
+                device="meta",
+            )
             packed.weight = bnb.nn.Params4bit(
                 weight, requires_grad=False, quant_type="nf4", compress_statistics=True
             ).to("cuda")

@@ -146,7 +146,14 @@ if __name__ == "__main__":
 
     for name in args.names:
         for shape in {"slab": ("slab",), "small": ("0.6b", "1.7b")}[name]:
-            subprocess.run([sys.executable, "-c", f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); "
-                            f"import stacks; stacks.make({shape!r})"], check=True)  # fmt: skip
+            subprocess.run(
+                [
+                    sys.executable,
+                    "-c",
+                    f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); "
+                    f"import stacks; stacks.make({shape!r})",
+                ],
+                check=True,
+            )
         measure = {"slab": slab, "small": small}[name]
         print(write(name, measure({"rlft": args.fa4, "unsloth": args.unsloth}), args.out, args.commit))

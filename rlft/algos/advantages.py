@@ -33,9 +33,18 @@ from rlft.dist import max_tensor, sum_tensor
 from rlft.errors import RewardError
 
 ESTIMATORS = (
-    "batch_std", "best_and_worst", "gdpo", "group_mean", "group_norm", "identity", "leave_one_out", "max_rl", "opo",
-    "reinforce_plus_plus", "reinforce_plus_plus_baseline",
-)  # fmt: skip
+    "batch_std",
+    "best_and_worst",
+    "gdpo",
+    "group_mean",
+    "group_norm",
+    "identity",
+    "leave_one_out",
+    "max_rl",
+    "opo",
+    "reinforce_plus_plus",
+    "reinforce_plus_plus_baseline",
+)
 """The functions of this file that are estimators."""
 WITHIN_GROUPS = tuple(name for name in ESTIMATORS if name not in ("identity", "reinforce_plus_plus"))
 """Those that compare the completions of a prompt with each other: a group of one has advantage 0."""

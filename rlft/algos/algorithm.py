@@ -19,8 +19,18 @@ from rlft.types import Aggregation, Batch, Look, Stats
 
 LOSSES = "rlft.algos.losses"
 """The package with one file per loss."""
-REQUIRED = ("Config", "loss", "ADVANTAGE", "AGGREGATION", "RATIO", "NEEDS_REFERENCE", "WHOLE_GROUPS", "NEEDS_SAMPLER",
-            "ZERO_ADV_ZERO_GRAD", "ENTROPY_GRAD")  # fmt: skip
+REQUIRED = (
+    "Config",
+    "loss",
+    "ADVANTAGE",
+    "AGGREGATION",
+    "RATIO",
+    "NEEDS_REFERENCE",
+    "WHOLE_GROUPS",
+    "NEEDS_SAMPLER",
+    "ZERO_ADV_ZERO_GRAD",
+    "ENTROPY_GRAD",
+)
 
 AGGREGATIONS = {
     "token_mean": "mean over all tokens of the step",
@@ -117,14 +127,23 @@ def build(algo: Algo, updates: int = 1) -> Algorithm:
         return bool(value(config)) if callable(value) else bool(value)
 
     return Algorithm(
-        name=algo.name, config=config, loss=module.loss, advantage_name=name, advantage=estimator_of(name),
-        aggregation=aggregation, needs_reference=trait("NEEDS_REFERENCE"),
-        whole_groups=trait("WHOLE_GROUPS"), needs_sampler=trait("NEEDS_SAMPLER"),
-        zero_adv_zero_grad=trait("ZERO_ADV_ZERO_GRAD"), entropy_grad=trait("ENTROPY_GRAD"),
+        name=algo.name,
+        config=config,
+        loss=module.loss,
+        advantage_name=name,
+        advantage=estimator_of(name),
+        aggregation=aggregation,
+        needs_reference=trait("NEEDS_REFERENCE"),
+        whole_groups=trait("WHOLE_GROUPS"),
+        needs_sampler=trait("NEEDS_SAMPLER"),
+        zero_adv_zero_grad=trait("ZERO_ADV_ZERO_GRAD"),
+        entropy_grad=trait("ENTROPY_GRAD"),
         old="sampler" if correction == "bypass" else "trainer" if updates > 1 and trait("RATIO") else "now",
-        updates=updates, prepare=getattr(module, "prepare", None), adapt=getattr(module, "adapt", None),
+        updates=updates,
+        prepare=getattr(module, "prepare", None),
+        adapt=getattr(module, "adapt", None),
         words=module.words(config) if hasattr(module, "words") else str(config),
-    )  # fmt: skip
+    )
 
 
 def estimator_of(name: str) -> Callable[..., Tensor]:
@@ -161,8 +180,11 @@ def describe(algorithm: Algorithm) -> list[str]:
     aggregation = f"{algorithm.aggregation}, {AGGREGATIONS[algorithm.aggregation]}"
     lines = [f"{algorithm.name}: {algorithm.words}; advantage {algorithm.advantage_name}; {aggregation}"]
     if algorithm.updates > 1:
-        old = {"now": "", "trainer": "; old log-probs from a forward of the trainer before the first",
-               "sampler": "; old log-probs are the sampler's"}[algorithm.old]  # fmt: skip
+        old = {
+            "now": "",
+            "trainer": "; old log-probs from a forward of the trainer before the first",
+            "sampler": "; old log-probs are the sampler's",
+        }[algorithm.old]
         lines.append(f"{algorithm.updates} updates per rollout batch{old}")
     elif algorithm.old == "now" and hasattr(algorithm.config, "clip_low"):
         lines.append("one update per rollout batch: the ratio is exactly 1, so clipping never acts")

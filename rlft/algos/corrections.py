@@ -111,9 +111,12 @@ def words(cfg: Settings) -> str:
     if cfg.correction_weight != "token_truncate" or cfg.correction_floor:
         weighed = f"sampler correction {cfg.correction_weight} [{cfg.correction_floor:g}, {cfg.correction_cap:g}]"
     said = {
-        "none": "no correction", "bypass": "ratio against the sampler (bypass)",
-        "single": weighed, "decoupled": f"decoupled {weighed}", "auto": weighed,
-    }[cfg.correction]  # fmt: skip
+        "none": "no correction",
+        "bypass": "ratio against the sampler (bypass)",
+        "single": weighed,
+        "decoupled": f"decoupled {weighed}",
+        "auto": weighed,
+    }[cfg.correction]
     if gates(cfg):
         said += f", sequences outside [{cfg.gate_low:g}, {cfg.gate_high:g}] left out"
     if cfg.off_policy_limit < math.inf:

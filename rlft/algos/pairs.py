@@ -78,10 +78,13 @@ class Pairs(NamedTuple):
         """TRL's metrics of pairs. chosen, rejected: [pairs], the implicit rewards of the two sides."""
         margin = (chosen - rejected).detach()
         values = {
-            "rewards/chosen": chosen, "rewards/rejected": rejected, "rewards/margins": margin,
-            "rewards/accuracies": (margin > 0).float(), "logps/chosen": self.chosen.now,
+            "rewards/chosen": chosen,
+            "rewards/rejected": rejected,
+            "rewards/margins": margin,
+            "rewards/accuracies": (margin > 0).float(),
+            "logps/chosen": self.chosen.now,
             "logps/rejected": self.rejected.now,
-        }  # fmt: skip
+        }
         return {name: Stat.mean(value, self.real) for name, value in values.items()}
 
 

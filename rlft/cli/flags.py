@@ -56,9 +56,14 @@ def parse(command: str, args: list[str], about: str) -> tuple[Config, bool]:
     check(flags, made)
     shown = config_file.from_table(made, {**table, "algo": {**algo.options, "name": name}})
     parsed = tyro.cli(
-        type(shown), default=shown, args=flags, prog=f"rlft {command} {file or 'FILE'}", use_underscores=True,
-        description=_description(file, about), config=(tyro.conf.AvoidSubcommands,),
-    )  # fmt: skip
+        type(shown),
+        default=shown,
+        args=flags,
+        prog=f"rlft {command} {file or 'FILE'}",
+        use_underscores=True,
+        description=_description(file, about),
+        config=(tyro.conf.AvoidSubcommands,),
+    )
     final = config_file.to_table(parsed)
     resume = final.pop("resume")
     return config_file.from_table(Config, final), resume

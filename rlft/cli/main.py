@@ -276,45 +276,53 @@ def _env(args: list[str]) -> int:
 
 COMMANDS = {
     "train": Command(
-        _train, "FILE [--resume] [--section.field value ...]",
+        _train,
+        "FILE [--resume] [--section.field value ...]",
         "Train the run that FILE (.toml or .yaml) describes. Any setting can be changed by a flag, for example "
         "--optim.lr=1e-5 or --sampling.group_size 16; `rlft train FILE --help` lists them all with FILE's values. "
         "--resume goes on from the newest checkpoint in the run's folder. Ctrl-C, or SIGTERM, finishes the step and "
         "saves it; a second one stops at once.",
     ),
     "validate": Command(
-        _validate, "FILE [--section.field value ...]",
+        _validate,
+        "FILE [--section.field value ...]",
         "Check everything that can be checked without loading the model, and print every problem, or the resolved "
         "config.",
     ),
     "reward-check": Command(
-        _reward_check, "FILE [--data PATH] [--rows N] [--run RUN [--step N]] [--completion COLUMN]",
+        _reward_check,
+        "FILE [--data PATH] [--rows N] [--run RUN [--step N]] [--completion COLUMN]",
         "Score a few completions without a model and print each reward: those recorded with the data, with --run those "
         "an earlier run sampled, with --completion any column. FILE is a config, or one reward such as "
         "my_rewards.py:correct. Exit code 2 when a function fails on any of them.",
     ),
     "eval": Command(
-        _eval, "RUN [--checkpoint latest|best|STEP] [--base] [--rows N] [--samples K] [--json]",
+        _eval,
+        "RUN [--checkpoint latest|best|STEP] [--base] [--rows N] [--samples K] [--json]",
         "Score a checkpoint of the run folder RUN (or its base model) on the rows that the run held out: mean reward, "
         "pass@k with K samples per row, loss of recorded rows, with standard errors and 95% intervals. Nothing is "
         "written into RUN.",
     ),
     "generate": Command(
-        _generate, 'RUN "prompt" [--checkpoint latest|best|STEP] [--max_tokens N] [--temperature T]',
+        _generate,
+        'RUN "prompt" [--checkpoint latest|best|STEP] [--max_tokens N] [--temperature T]',
         "Sample one completion from a checkpoint of a run, prompted as its data was.",
     ),
     "merge": Command(
-        _merge, "RUN OUT [--checkpoint latest|best|STEP] [--dtype bfloat16] [--push YOU/MODEL [--private]]",
+        _merge,
+        "RUN OUT [--checkpoint latest|best|STEP] [--dtype bfloat16] [--push YOU/MODEL [--private]]",
         "Merge the run's adapter into its base, unquantised, as a model in the folder OUT; its log-probs are checked.",
     ),
     "push": Command(
-        _push, "RUN YOU/MODEL [--checkpoint latest|best|STEP] [--private]",
+        _push,
+        "RUN YOU/MODEL [--checkpoint latest|best|STEP] [--private]",
         "Upload the run's adapter and its model card to the Hugging Face hub.",
     ),
     "report": Command(
-        _report, "RUN [RUN ...] [--out FILE]",
+        _report,
+        "RUN [RUN ...] [--out FILE]",
         "Write RUN/report.html, a page that opens without a network; of several runs comparison.html, with their "
         "curves over each other and the settings that differ.",
     ),
     "env": Command(_env, "", "Versions, device, what is missing and the pip command that adds it."),
-}  # fmt: skip
+}

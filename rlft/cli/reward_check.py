@@ -19,14 +19,21 @@ from rlft.data.prompts import check_rows, kind_of
 from rlft.errors import ConfigError, DataError
 from rlft.rewards.parts import Parts
 from rlft.rewards.score import RewardFunction, build, score
-from rlft.runs.folder import Run, shown_prompt
+from rlft.runs.folder import Run
+from rlft.runs.tables import shown_prompt
 from rlft.types import Prompt, Rollout
 
 
 def check(
-    file: str, show: Callable[[Any], None], data: str | None = None, rows: int = 8, run: Path | None = None,
-    step: int | None = None, completion: str | None = None, timeout: float | None = None,
-) -> bool:  # fmt: skip
+    file: str,
+    show: Callable[[Any], None],
+    data: str | None = None,
+    rows: int = 8,
+    run: Path | None = None,
+    step: int | None = None,
+    completion: str | None = None,
+    timeout: float | None = None,
+) -> bool:
     """Score a few completions and show a table of them; True when every function went well on every one.
 
     file: a config (.toml, .yaml), whose rewards and data are used, or one reward as `rewards` in a config names it.
@@ -156,10 +163,19 @@ def _sampled(
                 f"the run was made from, with its data.columns and data.template (its own config.toml has them)"
             )
         ids = tuple(saved["completion_ids"])
-        made.append(Rollout(
-            prompts[saved["prompt"]], ids, (True,) * len(ids), None, saved["completion"], saved["finish_reason"],
-            saved["sample"], saved["policy_version"], 0,
-        ))  # fmt: skip
+        made.append(
+            Rollout(
+                prompts[saved["prompt"]],
+                ids,
+                (True,) * len(ids),
+                None,
+                saved["completion"],
+                saved["finish_reason"],
+                saved["sample"],
+                saved["policy_version"],
+                0,
+            )
+        )
     return made, step - 1
 
 
@@ -206,9 +222,14 @@ def _summary(functions: Sequence[RewardFunction], parts: Parts) -> Any:
         values = [v for v in outcome.values if not math.isnan(v)]
         none = sum(math.isnan(v) and not bad for v, bad in zip(outcome.values, outcome.invalid, strict=True))
         table.add_row(
-            function.name, f"{function.weight:g}", _value(sum(values) / len(values) if values else math.nan, False),
-            str(none), str(sum(outcome.invalid)), str(outcome.calls), f"{outcome.seconds / max(1, outcome.calls):.2g}",
-        )  # fmt: skip
+            function.name,
+            f"{function.weight:g}",
+            _value(sum(values) / len(values) if values else math.nan, False),
+            str(none),
+            str(sum(outcome.invalid)),
+            str(outcome.calls),
+            f"{outcome.seconds / max(1, outcome.calls):.2g}",
+        )
     return table
 
 

@@ -14,9 +14,25 @@ from rlft.config.data import Curriculum, Data, Eval, Overlong, Refill, Reward, S
 from rlft.errors import ConfigError
 
 __all__ = [
-    "Config", "Source", "Data", "Reward", "Algo", "Sampling", "Lora", "Optim", "Engine", "Packing", "Parity", "Eval",
-    "Checkpoint", "Curriculum", "Overlong", "Refill", "Track", "require",
-]  # fmt: skip
+    "Config",
+    "Source",
+    "Data",
+    "Reward",
+    "Algo",
+    "Sampling",
+    "Lora",
+    "Optim",
+    "Engine",
+    "Packing",
+    "Parity",
+    "Eval",
+    "Checkpoint",
+    "Curriculum",
+    "Overlong",
+    "Refill",
+    "Track",
+    "require",
+]
 
 
 @dataclass(frozen=True)
@@ -55,8 +71,12 @@ class Lora:
         require(self.alpha > 0, "lora.alpha", self.alpha, "above 0")
         require(0 <= self.dropout < 1, "lora.dropout", self.dropout, "at least 0, below 1")
         why = 'name the linear layers, or "all-linear"'
-        require(self.targets == "all-linear" or (isinstance(self.targets, tuple) and bool(self.targets)),
-                "lora.targets", self.targets, why)  # fmt: skip
+        require(
+            self.targets == "all-linear" or (isinstance(self.targets, tuple) and bool(self.targets)),
+            "lora.targets",
+            self.targets,
+            why,
+        )
         for target in self.targets if isinstance(self.targets, tuple) else ():
             why = "an adapter on the head or the embedding is not supported: rollouts could not be checked against it"
             require(target.split(".")[-1] not in ("lm_head", "embed_tokens", "wte"), "lora.targets", target, why)
@@ -221,8 +241,12 @@ class Track:
         require(len(set(self.use)) == len(self.use), "track.use", list(self.use), "name each tracker once")
         require(self.completions >= 0, "track.completions", self.completions, "0 (no table) or more")
         only = [f"track.{n}" for n in ("tags", "entity", "mode") if getattr(self, n) != getattr(Track, n)]
-        require("wandb" in self.use or not self.use or not only, " and ".join(only), "set",
-                f'these are for W&B, and track.use is {list(self.use)}; leave them out or add "wandb"')  # fmt: skip
+        require(
+            "wandb" in self.use or not self.use or not only,
+            " and ".join(only),
+            "set",
+            f'these are for W&B, and track.use is {list(self.use)}; leave them out or add "wandb"',
+        )
 
 
 @dataclass(frozen=True)

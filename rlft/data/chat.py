@@ -96,8 +96,9 @@ def end_id(tokenizer: Any) -> int | None:
     return None if end is None else tokenizer.convert_tokens_to_ids(end.token)
 
 
-def turns(before: str, history: list[dict[str, Any]], rest: list[dict[str, Any]], reward: float, data: Data,
-           tokenizer: Any) -> Recorded:  # fmt: skip
+def turns(
+    before: str, history: list[dict[str, Any]], rest: list[dict[str, Any]], reward: float, data: Data, tokenizer: Any
+) -> Recorded:
     """The messages `rest` after the text `before`: trained where the assistant speaks, its end of turn included.
 
     What comes before an assistant's turn is what opening the turn adds; after the last one nothing is kept. Raises

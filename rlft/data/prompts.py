@@ -36,9 +36,13 @@ from rlft.errors import DataError, TrainError
 from rlft.types import Prompt, Recorded
 
 KINDS: dict[str, tuple[str, ...]] = {
-    "preference": ("chosen", "rejected"), "label": ("prompt", "completion", "label"),
-    "completion": ("prompt", "completion"), "messages": ("messages",), "text": ("text",), "prompt": ("prompt",),
-}  # fmt: skip
+    "preference": ("chosen", "rejected"),
+    "label": ("prompt", "completion", "label"),
+    "completion": ("prompt", "completion"),
+    "messages": ("messages",),
+    "text": ("text",),
+    "prompt": ("prompt",),
+}
 """Kind of row -> the columns that make it; the first that fits."""
 ROLES = ("system", "user", "assistant", "tool", "developer")
 

@@ -122,9 +122,15 @@ def visible(queries: int, keys: int, window: int | None, device: torch.device) -
 
 
 def varlen_attention_reference(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, prefix: Tensor, scale: float, window: int | None = None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    prefix: Tensor,
+    scale: float,
+    window: int | None = None,
     softcap: float | None = None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """The formula of this file, one sequence at a time. Arguments and result as `varlen_attention`."""
     bounds, out = cu_seqlens.tolist(), torch.zeros_like(q)
     groups = q.shape[1] // k.shape[1]
@@ -158,9 +164,15 @@ class Saved(NamedTuple):
 
 
 def attention_forward(
-    q: Tensor, k: Tensor, v: Tensor, sequences: Sequences, scale: float, backend: str, window: int | None = None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sequences: Sequences,
+    scale: float,
+    backend: str,
+    window: int | None = None,
     softcap: float | None = None,
-) -> Saved:  # fmt: skip
+) -> Saved:
     """out and lse by a back end of `attention_backends`. Arguments as `varlen_attention`; no autograd."""
     s = sequences
     keys = Keys.of(s, window)
@@ -176,9 +188,17 @@ def attention_forward(
 
 
 def attention_backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, saved: Saved, sequences: Sequences, scale: float, backend: str,
-    window: int | None = None, softcap: float | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    saved: Saved,
+    sequences: Sequences,
+    scale: float,
+    backend: str,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv of `attention_forward`."""
     s = sequences
     out, lse = saved
@@ -193,9 +213,17 @@ def attention_backward(
     if s.shared is not None:
         a, b, c = s.shared.first, s.shared.last, s.shared.keys
         dq_2, dk_2, dv_2 = backends.backward(
-            backend, dout[a:b], q[a:b], k[:c], v[:c], out[a:b], lse[:, a:b].contiguous(), _second(s.shared), scale,
+            backend,
+            dout[a:b],
+            q[a:b],
+            k[:c],
+            v[:c],
+            out[a:b],
+            lse[:, a:b].contiguous(),
+            _second(s.shared),
+            scale,
             softcap,
-        )  # fmt: skip
+        )
         dq[a:b] += dq_2
         dk[:c] += dk_2
         dv[:c] += dv_2
@@ -286,17 +314,28 @@ def _per_sequence(q: Tensor, k: Tensor, v: Tensor, s: Sequences, scale: float, w
         causal = p < 0 and (window is None or window >= lengths[i])
         mask = None if causal else visible(qs.shape[0], ks.shape[0], window, q.device)
         out = F.scaled_dot_product_attention(
-            qs.transpose(0, 1)[None], ks.transpose(0, 1)[None], vs.transpose(0, 1)[None],
-            attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1],
-        )  # fmt: skip
+            qs.transpose(0, 1)[None],
+            ks.transpose(0, 1)[None],
+            vs.transpose(0, 1)[None],
+            attn_mask=mask,
+            is_causal=causal,
+            scale=scale,
+            enable_gqa=q.shape[1] != k.shape[1],
+        )
         outs.append(out[0].transpose(0, 1))
     return torch.cat(outs) if outs else torch.zeros_like(q)
 
 
 def varlen_attention(
-    q: Tensor, k: Tensor, v: Tensor, sequences: Sequences, scale: float, window: int | None = None,
-    softcap: float | None = None, backend: str | None = None,
-) -> Tensor:  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sequences: Sequences,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    backend: str | None = None,
+) -> Tensor:
     """Causal attention of S packed sequences.
 
     q: [T, Hq, D] float. k, v: [T, Hk, D], same dtype, Hq a multiple of Hk (grouped queries share a key head).

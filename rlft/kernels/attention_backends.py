@@ -75,19 +75,40 @@ def forward(
 
         left, right = _fa4_window(spans)
         out, lse, *_ = _flash_attn_fwd(
-            q, k, v, cu_seqlens_q=spans.cu_q, cu_seqlens_k=spans.cu_k, max_seqlen_q=spans.max_q,
-            max_seqlen_k=spans.max_k, softmax_scale=scale, causal=spans.causal and left is None, softcap=softcap,
-            window_size_left=left, window_size_right=right, return_lse=True,
-        )  # fmt: skip
+            q,
+            k,
+            v,
+            cu_seqlens_q=spans.cu_q,
+            cu_seqlens_k=spans.cu_k,
+            max_seqlen_q=spans.max_q,
+            max_seqlen_k=spans.max_k,
+            softmax_scale=scale,
+            causal=spans.causal and left is None,
+            softcap=softcap,
+            window_size_left=left,
+            window_size_right=right,
+            return_lse=True,
+        )
         return out, lse
     if softcap is not None:
         raise ValueError(f'attention back end "{backend}" has no softcap ({softcap}): use "fa4" or "plain"')
     if backend == "fa2":
         left, right = _fa2_window(spans)
         out, lse, *_ = torch.ops.aten._flash_attention_forward(
-            q, k, v, spans.cu_q, spans.cu_k, spans.max_q, spans.max_k, 0.0, spans.causal, False, scale=scale,
-            window_size_left=left, window_size_right=right,
-        )  # fmt: skip
+            q,
+            k,
+            v,
+            spans.cu_q,
+            spans.cu_k,
+            spans.max_q,
+            spans.max_k,
+            0.0,
+            spans.causal,
+            False,
+            scale=scale,
+            window_size_left=left,
+            window_size_right=right,
+        )
         return out, lse
     if backend == "math":
         return _math_forward(q, k, v, spans, scale)
@@ -95,31 +116,72 @@ def forward(
 
 
 def backward(
-    backend: str, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, spans: Spans, scale: float,
+    backend: str,
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    spans: Spans,
+    scale: float,
     softcap: float | None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv, from any out and lse that include the keys of `spans` (see attention.py)."""
     if backend == "fa4":
         from flash_attn.cute.interface import _flash_attn_bwd  # pyright: ignore[reportMissingImports]
 
         left, right = _fa4_window(spans)
         dq, dk, dv, *_ = _flash_attn_bwd(
-            q, k, v, out, dout, lse, softmax_scale=scale, causal=spans.causal and left is None, softcap=softcap or 0.0,
-            window_size_left=left, window_size_right=right, cu_seqlens_q=spans.cu_q, cu_seqlens_k=spans.cu_k,
-            max_seqlen_q=spans.max_q, max_seqlen_k=spans.max_k,
-        )  # fmt: skip
+            q,
+            k,
+            v,
+            out,
+            dout,
+            lse,
+            softmax_scale=scale,
+            causal=spans.causal and left is None,
+            softcap=softcap or 0.0,
+            window_size_left=left,
+            window_size_right=right,
+            cu_seqlens_q=spans.cu_q,
+            cu_seqlens_k=spans.cu_k,
+            max_seqlen_q=spans.max_q,
+            max_seqlen_k=spans.max_k,
+        )
         return dq, dk, dv
     if backend == "fa2":
-        left, right = _fa2_window(spans)
-        # Without dropout the random state is not read.
-        unused = torch.empty(2, dtype=torch.int64, device=q.device)
-        dq, dk, dv = torch.ops.aten._flash_attention_backward(
-            dout, q, k, v, out, lse, spans.cu_q, spans.cu_k, spans.max_q, spans.max_k, 0.0, spans.causal, unused,
-            unused, scale=scale, window_size_left=left, window_size_right=right,
-        )  # fmt: skip
-        return dq, dk, dv
+        return _fa2_backward(dout, q, k, v, out, lse, spans, scale)
     assert backend == "math", backend
     return _math_backward(dout, q, k, v, out, lse, spans, scale)
+
+
+def _fa2_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, spans: Spans, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    left, right = _fa2_window(spans)
+    # Without dropout the random state is not read.
+    unused = torch.empty(2, dtype=torch.int64, device=q.device)
+    dq, dk, dv = torch.ops.aten._flash_attention_backward(
+        dout,
+        q,
+        k,
+        v,
+        out,
+        lse,
+        spans.cu_q,
+        spans.cu_k,
+        spans.max_q,
+        spans.max_k,
+        0.0,
+        spans.causal,
+        unused,
+        unused,
+        scale=scale,
+        window_size_left=left,
+        window_size_right=right,
+    )
+    return dq, dk, dv
 
 
 def _fa4_window(spans: Spans) -> tuple[int | None, int | None]:

@@ -79,9 +79,18 @@ def launch_summed(d: Tensor, copies: Copies) -> Tensor:
     block = power_of_2(flat.shape[1])
     each = max(1, ELEMENTS // block)
     launch(
-        _sum_rows, (-(-rows // each),), flat, copies.starts, copies.order, out, rows, flat.stride(0),
-        C=flat.shape[1], BLOCK=block, ROWS=each,
-    )  # fmt: skip
+        _sum_rows,
+        (-(-rows // each),),
+        flat,
+        copies.starts,
+        copies.order,
+        out,
+        rows,
+        flat.stride(0),
+        C=flat.shape[1],
+        BLOCK=block,
+        ROWS=each,
+    )
     return out
 
 

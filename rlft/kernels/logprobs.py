@@ -151,9 +151,13 @@ def _logits(scratch: _Scratch, h: Tensor, weight: Tensor) -> Tensor:
 
 
 def _forward_chunk(
-    scratch: _Scratch, h: Tensor, weight: Tensor, targets: Tensor, options: tuple[float, float | None, float],
+    scratch: _Scratch,
+    h: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    options: tuple[float, float | None, float],
     into: tuple[Tensor, Tensor, Tensor | None, Tensor | None],
-) -> None:  # fmt: skip
+) -> None:
     """Results of one chunk. into: views of the caller's for log-probs and entropies, [rows], and their jacobians,
     [rows, H], where they are wanted. options: temperature, softcap, scale."""
     z, rows, factor = _logits(scratch, h, weight), h.shape[0], options[2] / options[0]
@@ -249,9 +253,14 @@ def _scaled_rows(jacobian: Tensor, upstream: Tensor) -> Tensor:
 
 
 def _head_gradient(
-    hidden: Tensor, weight: Tensor, targets: Tensor, options: tuple[float, float | None, float], rows: int,
-    grad_logprobs: Tensor, grad_entropy: Tensor | None,
-) -> Tensor:  # fmt: skip
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    options: tuple[float, float | None, float],
+    rows: int,
+    grad_logprobs: Tensor,
+    grad_entropy: Tensor | None,
+) -> Tensor:
     """Gradient of a trainable head, [V, H] in its dtype: logits again, then dz^T h, summed over chunks in fp32."""
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     total = torch.zeros(weight.shape, dtype=dtype, device=weight.device)
@@ -276,9 +285,16 @@ def _logit_gradient(found: Rows, targets: Tensor, upstream: Tensor) -> Tensor:
 
 
 def linear_logprobs(
-    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, softcap: float | None = None,
-    scale: float = 1.0, chunk_bytes: int = CHUNK_BYTES, entropy_grad: bool = False, workspace: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    temperature: float,
+    softcap: float | None = None,
+    scale: float = 1.0,
+    chunk_bytes: int = CHUNK_BYTES,
+    entropy_grad: bool = False,
+    workspace: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """Log-probability of each target and entropy of its distribution.
 
     hidden: [N, H] float, the rows that predict the targets (gather the trained rows first: no other row should reach

@@ -32,9 +32,13 @@ from rlft.kernels.nf4 import Nf4Weight, decode, decode_reference
 
 
 def lora_reference(
-    x: Tensor, weights: Sequence[Tensor], A: Sequence[Tensor], B: Sequence[Tensor], scales: Sequence[float],
+    x: Tensor,
+    weights: Sequence[Tensor],
+    A: Sequence[Tensor],
+    B: Sequence[Tensor],
+    scales: Sequence[float],
     bias: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """[T, sum of out]: y = x W^T + scale (x A^T) B^T per projection, side by side. Differentiable by autograd."""
     parts = [x @ w.T + scale * ((x @ a.T) @ b.T) for w, a, b, scale in zip(weights, A, B, scales, strict=True)]
     y = torch.cat(parts, dim=1)
@@ -69,9 +73,14 @@ class Weight(NamedTuple):
 
 
 def forward(
-    weight: Weight, x: Tensor, bias: Tensor | None = None, out: Tensor | None = None, adapter: bool = True,
-    s: Tensor | None = None, residual: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+    weight: Weight,
+    x: Tensor,
+    bias: Tensor | None = None,
+    out: Tensor | None = None,
+    adapter: bool = True,
+    s: Tensor | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
     """y [T, out], and S = x A^T.
 
     weight: decoded and filled. x: [T, H + tail], the tail is overwritten with S; or [T, H] with s: [T, tail],
@@ -85,11 +94,17 @@ def forward(
     y = (x.shape[0], group.out)
     want(
         "lora.forward",
-        x.dim() == 2 and x.shape[1] == (columns if concatenated else H) and (s is None or s.shape == (y[0], tail))
-        and (out is None or out.shape == y) and (residual is None or residual.shape == y),
+        x.dim() == 2
+        and x.shape[1] == (columns if concatenated else H)
+        and (s is None or s.shape == (y[0], tail))
+        and (out is None or out.shape == y)
+        and (residual is None or residual.shape == y),
         f"x [T, {columns}] or, with s [T, {tail}], [T, {H}]; out and residual [T, {group.out}]",
-        x=x, s=s, out=out, residual=residual,
-    )  # fmt: skip
+        x=x,
+        s=s,
+        out=out,
+        residual=residual,
+    )
     if adapter and tail:
         shrink(group, x[:, :H], weight.a, x[:, H:] if s is None else s)
     w = weight.extended
@@ -111,15 +126,22 @@ def input_gradient(weight: Weight, dy: Tensor, out: Tensor | None = None) -> Ten
     want(
         "lora.input_gradient",
         dy.dim() == 2 and dy.shape[1] in (Y, Y + tail) and (out is None or out.shape == (dy.shape[0], H)),
-        f"dy [T, {Y + tail}] or [T, {Y}], out [T, {H}]", dy=dy, out=out,
-    )  # fmt: skip
+        f"dy [T, {Y + tail}] or [T, {Y}], out [T, {H}]",
+        dy=dy,
+        out=out,
+    )
     return _product(dy, weight.stacked if dy.shape[1] == Y + tail else weight.stacked[:Y], None, out)
 
 
 def backward(
-    weight: Weight, dy: Tensor, x: Tensor, s: Tensor, grad_A: Sequence[Tensor], grad_B: Sequence[Tensor],
+    weight: Weight,
+    dy: Tensor,
+    x: Tensor,
+    s: Tensor,
+    grad_A: Sequence[Tensor],
+    grad_B: Sequence[Tensor],
     out: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """dx [T, H]; the gradients of A and B are added to the caller's.
 
     weight: that of the forward, or decoded and filled again. dy: [T, out + tail], the tail is overwritten with dS.
@@ -128,8 +150,12 @@ def backward(
     not fit. A layer that has x only after dx calls `gradients_b`, `input_gradient` and `gradients_a` itself.
     """
     group = weight.group
-    want("lora.backward", dy.dim() == 2 and dy.shape[1] == group.out + group.tail, f"dy [T, {group.out + group.tail}]",
-         dy=dy)  # fmt: skip
+    want(
+        "lora.backward",
+        dy.dim() == 2 and dy.shape[1] == group.out + group.tail,
+        f"dy [T, {group.out + group.tail}]",
+        dy=dy,
+    )
     if group.tail:
         gradients(group, dy[:, : group.out], x, s, weight.b, dy[:, group.out :], grad_A, grad_B)
     return input_gradient(weight, dy, out)
@@ -229,14 +255,21 @@ def lora_linear(
         dense = weight if isinstance(weight, Tensor) else None
         want(
             "lora_linear",
-            weight.shape[1] == x.shape[-1] and (dense is None or (dense.dtype == x.dtype and not dense.requires_grad))
-            and tuple(a.shape) == (b.shape[1], x.shape[-1]) and b.shape[0] == weight.shape[0],
+            weight.shape[1] == x.shape[-1]
+            and (dense is None or (dense.dtype == x.dtype and not dense.requires_grad))
+            and tuple(a.shape) == (b.shape[1], x.shape[-1])
+            and b.shape[0] == weight.shape[0],
             f"a frozen weight [out, {x.shape[-1]}] of x's dtype, A [r, {x.shape[-1]}] and B [out, r]",
-            x=x, weight=dense, A=a, B=b,
-        )  # fmt: skip
+            x=x,
+            weight=dense,
+            A=a,
+            B=b,
+        )
     group = LoraGroup(x.shape[-1], tuple(w.shape[0] for w in weights), tuple(a.shape[0] for a in A), scales, align=16)
     want(
-        "lora_linear", bias is None or (tuple(bias.shape) == (group.out,) and not bias.requires_grad),
-        f"a frozen bias [{group.out}]", bias=bias,
-    )  # fmt: skip
+        "lora_linear",
+        bias is None or (tuple(bias.shape) == (group.out,) and not bias.requires_grad),
+        f"a frozen bias [{group.out}]",
+        bias=bias,
+    )
     return _LoraLinear.apply(x, group, weights, bias, *A, *B)  # type: ignore[return-value]

@@ -36,9 +36,19 @@ def lora_add_reference(y: Tensor, x: Tensor, a: Tensor, b: Tensor, sizes: Sequen
 
 @jit
 def _shrink(
-    p, x, x_stride, a, T, K, share, RANKS: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
+    p,
+    x,
+    x_stride,
+    a,
+    T,
+    K,
+    share,
+    RANKS: tl.constexpr,
+    BT: tl.constexpr,
+    BK: tl.constexpr,
+    BR: tl.constexpr,
     WIDE: tl.constexpr,
-):  # fmt: skip
+):
     """p [parts, T, RANKS] = x a^T over each part's share of the columns."""
     part = tl.program_id(0)
     t = tl.program_id(1).to(tl.int64) * BT + tl.arange(0, BT)
@@ -58,10 +68,23 @@ def _shrink(
 
 @jit
 def _expand(
-    y, y_stride, p, b, T, COUNT: tl.constexpr, FIRST: tl.constexpr, COLUMN: tl.constexpr, WIDTH: tl.constexpr,
-    RANK: tl.constexpr, PARTS: tl.constexpr, TOGETHER: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr,
-    BR: tl.constexpr, WIDE: tl.constexpr,
-):  # fmt: skip
+    y,
+    y_stride,
+    p,
+    b,
+    T,
+    COUNT: tl.constexpr,
+    FIRST: tl.constexpr,
+    COLUMN: tl.constexpr,
+    WIDTH: tl.constexpr,
+    RANK: tl.constexpr,
+    PARTS: tl.constexpr,
+    TOGETHER: tl.constexpr,
+    BT: tl.constexpr,
+    BC: tl.constexpr,
+    BR: tl.constexpr,
+    WIDE: tl.constexpr,
+):
     """y [T, out] += (sum of p over its parts) b^T. Tuples hold, per projection, its first tile, column and width."""
     tile = tl.program_id(0)
     first, column, width, k0 = 0, 0, WIDTH[0], 0
@@ -101,13 +124,23 @@ def lora_add(y: Tensor, x: Tensor, a: Tensor, b: Tensor, sizes: Sequence[int]) -
     T, out, count, rank = x.shape[0], sum(sizes), len(sizes), b.shape[1]
     want(
         "lora_add",
-        x.dim() == 2 and tuple(y.shape) == (T, out) and tuple(a.shape) == (count * rank, x.shape[1])
-        and tuple(b.shape) == (out, rank) and rank >= LEAST_RANK and rank == power_of_2(rank)
-        and x.dtype in KERNEL_DTYPES and {y.dtype, a.dtype, b.dtype} == {x.dtype}
-        and a.is_contiguous() and b.is_contiguous() and (not T or (x.stride(1) == 1 and y.stride(1) == 1)),
+        x.dim() == 2
+        and tuple(y.shape) == (T, out)
+        and tuple(a.shape) == (count * rank, x.shape[1])
+        and tuple(b.shape) == (out, rank)
+        and rank >= LEAST_RANK
+        and rank == power_of_2(rank)
+        and x.dtype in KERNEL_DTYPES
+        and {y.dtype, a.dtype, b.dtype} == {x.dtype}
+        and a.is_contiguous()
+        and b.is_contiguous()
+        and (not T or (x.stride(1) == 1 and y.stride(1) == 1)),
         f"x [T, K], y [T, {out}], a [{count * rank}, K], b [{out}, {rank}] of one dtype, {rank} a power of two >= 16",
-        x=x, y=y, a=a, b=b,
-    )  # fmt: skip
+        x=x,
+        y=y,
+        a=a,
+        b=b,
+    )
     if on_gpu("lora_add", y=y, x=x, a=a, b=b):
         lora_add_kernel(y, x, a, b, sizes)
     else:
@@ -132,11 +165,41 @@ def lora_add_kernel(y: Tensor, x: Tensor, a: Tensor, b: Tensor, sizes: Sequence[
     wide = not x.is_cuda
     p = torch.empty(parts, T, ranks, dtype=torch.float32, device=x.device)
     launch(
-        _shrink, (parts, -(-T // BT), -(-ranks // BR)), p, x, x.stride(0), a, T, K, share,
-        RANKS=ranks, BT=BT, BK=BK, BR=BR, WIDE=wide, num_warps=4, num_stages=3,
-    )  # fmt: skip
+        _shrink,
+        (parts, -(-T // BT), -(-ranks // BR)),
+        p,
+        x,
+        x.stride(0),
+        a,
+        T,
+        K,
+        share,
+        RANKS=ranks,
+        BT=BT,
+        BK=BK,
+        BR=BR,
+        WIDE=wide,
+        num_warps=4,
+        num_stages=3,
+    )
     launch(
-        _expand, (first[-1], -(-T // BT)), y, y.stride(0), p, b, T, COUNT=len(sizes), FIRST=first, COLUMN=column,
-        WIDTH=tuple(sizes), RANK=rank, PARTS=parts, TOGETHER=min(parts, 8 if BT == 16 else 2), BT=BT, BC=COLUMNS,
-        BR=min(32, rank), WIDE=wide, num_warps=4,
-    )  # fmt: skip
+        _expand,
+        (first[-1], -(-T // BT)),
+        y,
+        y.stride(0),
+        p,
+        b,
+        T,
+        COUNT=len(sizes),
+        FIRST=first,
+        COLUMN=column,
+        WIDTH=tuple(sizes),
+        RANK=rank,
+        PARTS=parts,
+        TOGETHER=min(parts, 8 if BT == 16 else 2),
+        BT=BT,
+        BC=COLUMNS,
+        BR=min(32, rank),
+        WIDE=wide,
+        num_warps=4,
+    )

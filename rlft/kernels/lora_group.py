@@ -115,9 +115,15 @@ BLOCK = 1024
 
 @jit
 def _fill(
-    table, scales, COUNT: tl.constexpr, FIELDS: tl.constexpr, SOURCE: tl.constexpr, TARGET: tl.constexpr,
-    ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    table,
+    scales,
+    COUNT: tl.constexpr,
+    FIELDS: tl.constexpr,
+    SOURCE: tl.constexpr,
+    TARGET: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """Each block of the table, times its scale, zero beside the source's columns. ALIGNED: addresses are multiples of
     16, and all numbers but the first program of 8."""
     m, part = table_entry(table, tl.program_id(0), COUNT, FIELDS)
@@ -158,18 +164,25 @@ class Part(NamedTuple):
         for i, rank in enumerate(group.ranks):
             want(
                 "fill",
-                tuple(A[i].shape) == (rank, group.in_features) and tuple(B[i].shape) == (group.out_features[i], rank)
-                and A[i].is_contiguous() and B[i].is_contiguous(),
+                tuple(A[i].shape) == (rank, group.in_features)
+                and tuple(B[i].shape) == (group.out_features[i], rank)
+                and A[i].is_contiguous()
+                and B[i].is_contiguous(),
                 f"A [{rank}, {group.in_features}] and B [{group.out_features[i]}, {rank}], contiguous, for projection "
-                f"{i}", A=A[i], B=B[i],
-            )  # fmt: skip
+                f"{i}",
+                A=A[i],
+                B=B[i],
+            )
         want(
             "fill",
-            tuple(b.shape) == (group.out, group.tail) and tuple(a.shape) == (group.tail, group.in_features)
-            and a.dtype == b.dtype and all(t.stride(1) == 1 or not t.numel() for t in (a, b)),
+            tuple(b.shape) == (group.out, group.tail)
+            and tuple(a.shape) == (group.tail, group.in_features)
+            and a.dtype == b.dtype
+            and all(t.stride(1) == 1 or not t.numel() for t in (a, b)),
             f"b [{group.out}, {group.tail}] and a [{group.tail}, {group.in_features}] of one dtype, unit column stride",
-            b=b, a=a,
-        )  # fmt: skip
+            b=b,
+            a=a,
+        )
 
 
 class FillPlan:
@@ -220,10 +233,18 @@ class FillPlan:
         aligned = all(n % (16 if field < 2 else 8) == 0 for block, _ in blocks for field, n in enumerate(block))
         scales = torch.tensor([scale for _, scale in blocks], dtype=torch.float32)
         return partial(
-            launch, _fill, (programs,), upload(torch.tensor(table, dtype=torch.int64), device), upload(scales, device),
-            COUNT=len(blocks), FIELDS=FIELDS, SOURCE=element_type(source), TARGET=element_type(target), ALIGNED=aligned,
+            launch,
+            _fill,
+            (programs,),
+            upload(torch.tensor(table, dtype=torch.int64), device),
+            upload(scales, device),
+            COUNT=len(blocks),
+            FIELDS=FIELDS,
+            SOURCE=element_type(source),
+            TARGET=element_type(target),
+            ALIGNED=aligned,
             BLOCK=BLOCK,
-        )  # fmt: skip
+        )
 
     def run(self) -> None:
         """Write them."""

@@ -45,9 +45,21 @@ def launch_merge(out_1: Tensor, lse_1: Tensor, out_2: Tensor, lse_2: Tensor) -> 
     tokens, heads, dim = out_1.shape
     if tokens:
         launch(
-            _merge_kernel, (tokens * heads,), out_1, lse_1, out_2, lse_2, heads, dim, out_1.stride(0), out_2.stride(0),
-            lse_1.stride(0), lse_2.stride(0), BLOCK=power_of_2(dim), num_warps=1,
-        )  # fmt: skip
+            _merge_kernel,
+            (tokens * heads,),
+            out_1,
+            lse_1,
+            out_2,
+            lse_2,
+            heads,
+            dim,
+            out_1.stride(0),
+            out_2.stride(0),
+            lse_1.stride(0),
+            lse_2.stride(0),
+            BLOCK=power_of_2(dim),
+            num_warps=1,
+        )
 
 
 def merge(out_1: Tensor, lse_1: Tensor, out_2: Tensor, lse_2: Tensor) -> None:

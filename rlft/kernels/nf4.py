@@ -28,10 +28,23 @@ from rlft.kernels.launch import element_type, jit, launch, on_gpu, table_entry, 
 from rlft.upload import upload
 
 NF4_CODE = (
-    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
-    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
-    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
-)  # fmt: skip
+    -1.0,
+    -0.6961928009986877,
+    -0.5250730514526367,
+    -0.39491748809814453,
+    -0.28444138169288635,
+    -0.18477343022823334,
+    -0.09105003625154495,
+    0.0,
+    0.07958029955625534,
+    0.16093020141124725,
+    0.24611230194568634,
+    0.33791524171829224,
+    0.44070982933044434,
+    0.5626170039176941,
+    0.7229568362236023,
+    1.0,
+)
 """The 16 values. bitsandbytes has them compiled in and ignores a checkpoint's quant_map, so this file does too."""
 
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -83,12 +96,16 @@ class Nf4Weight:
         else:
             ok = ok and not nested and self.nested_absmax is None and self.offset is None
         want(
-            "Nf4Weight", ok,
+            "Nf4Weight",
+            ok,
             f"the packed bytes and scales of a {self.shape[0]}x{self.shape[1]} matrix in blocks of {self.blocksize} "
             f"(one of {BLOCKSIZES}), contiguous: packed uint8, absmax float32 or, nested, uint8 with float32 tables",
-            packed=self.packed, absmax=self.absmax, nested_code=self.nested_code, nested_absmax=self.nested_absmax,
+            packed=self.packed,
+            absmax=self.absmax,
+            nested_code=self.nested_code,
+            nested_absmax=self.nested_absmax,
             offset=self.offset,
-        )  # fmt: skip
+        )
 
     @property
     def numel(self) -> int:
@@ -170,9 +187,17 @@ def _scales(row, block, live, NESTED: tl.constexpr):
 
 @jit
 def _decode_words(
-    table, code, COUNT: tl.constexpr, FIELDS: tl.constexpr, BLOCK: tl.constexpr, NESTED: tl.constexpr,
-    TILE: tl.constexpr, ONE_ROW: tl.constexpr, GATHER: tl.constexpr, OUT: tl.constexpr,
-):  # fmt: skip
+    table,
+    code,
+    COUNT: tl.constexpr,
+    FIELDS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    NESTED: tl.constexpr,
+    TILE: tl.constexpr,
+    ONE_ROW: tl.constexpr,
+    GATHER: tl.constexpr,
+    OUT: tl.constexpr,
+):
     """TILE elements as 32-bit words of eight, which a thread loads by four and stores by 16 bytes.
 
     In-features and row stride are multiples of 8, addresses of 16. ONE_ROW: TILE divides every in-features.
@@ -222,9 +247,15 @@ def _decode_words(
 
 @jit
 def _decode_elements(
-    table, code, COUNT: tl.constexpr, FIELDS: tl.constexpr, BLOCK: tl.constexpr, NESTED: tl.constexpr,
-    TILE: tl.constexpr, OUT: tl.constexpr,
-):  # fmt: skip
+    table,
+    code,
+    COUNT: tl.constexpr,
+    FIELDS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    NESTED: tl.constexpr,
+    TILE: tl.constexpr,
+    OUT: tl.constexpr,
+):
     """TILE elements one by one: any in-features, stride and alignment, at a fraction of the speed."""
     m, tile = table_entry(table, tl.program_id(0), COUNT, FIELDS)
     row = table + m * FIELDS
@@ -251,9 +282,13 @@ class DecodePlan:
     """
 
     def __init__(
-        self, weights: Sequence[Nf4Weight], outs: Tensor | Sequence[Tensor],
-        tile: int = TILE, warps: int = WARPS, gather: bool = GATHER,
-    ) -> None:  # fmt: skip
+        self,
+        weights: Sequence[Nf4Weight],
+        outs: Tensor | Sequence[Tensor],
+        tile: int = TILE,
+        warps: int = WARPS,
+        gather: bool = GATHER,
+    ) -> None:
         if isinstance(outs, Tensor):
             rows = [w.shape[0] for w in weights]
             want("decode", sum(rows) == outs.shape[0], f"an output of {' + '.join(map(str, rows))} rows", out=outs)
@@ -263,11 +298,14 @@ class DecodePlan:
         for weight, out in zip(weights, outs, strict=True):
             want(
                 "decode",
-                tuple(out.shape) == weight.shape and out.dtype in DTYPES and out.dtype == outs[0].dtype
+                tuple(out.shape) == weight.shape
+                and out.dtype in DTYPES
+                and out.dtype == outs[0].dtype
                 and (out.stride(1) == 1 or out.shape[1] == 1),
                 f"an output {list(weight.shape)} with unit column stride, bf16, fp16 or fp32, all of one dtype",
-                out=out, first=outs[0],
-            )  # fmt: skip
+                out=out,
+                first=outs[0],
+            )
         self.weights, self.outs = tuple(weights), tuple(outs)
         self.gpu = on_gpu("decode", **{f"weight {i}": w.packed for i, w in enumerate(weights)}, out=outs[0])
         self.tile, self.warps, self.gather = tile, warps, gather
@@ -299,10 +337,18 @@ class DecodePlan:
         for i in members:
             w, out = self.weights[i], self.outs[i]
             scales = [t.data_ptr() if t is not None else 0 for t in (w.nested_code, w.nested_absmax, w.offset)]
-            rows.append([
-                w.packed.data_ptr(), w.absmax.data_ptr(), *scales, out.data_ptr(),
-                w.numel, w.shape[1], out.stride(0), programs,
-            ])  # fmt: skip
+            rows.append(
+                [
+                    w.packed.data_ptr(),
+                    w.absmax.data_ptr(),
+                    *scales,
+                    out.data_ptr(),
+                    w.numel,
+                    w.shape[1],
+                    out.stride(0),
+                    programs,
+                ]
+            )
             programs += -(-w.numel // tile)
         more: dict[str, Any] = {}
         if words:
@@ -310,11 +356,21 @@ class DecodePlan:
             more = {"ONE_ROW": one_row, "GATHER": self.gather}
         # enable_fp_fusion=False: a fused multiply-add in the nested scale would round once instead of twice.
         return partial(
-            launch, _decode_words if words else _decode_elements, (programs,),
-            upload(torch.tensor(rows, dtype=torch.int64), self.code.device), self.code, COUNT=len(members),
-            FIELDS=FIELDS, BLOCK=blocksize, NESTED=nested, TILE=tile, OUT=element_type(self.outs[0].dtype),
-            num_warps=self.warps, enable_fp_fusion=False, **more,
-        )  # fmt: skip
+            launch,
+            _decode_words if words else _decode_elements,
+            (programs,),
+            upload(torch.tensor(rows, dtype=torch.int64), self.code.device),
+            self.code,
+            COUNT=len(members),
+            FIELDS=FIELDS,
+            BLOCK=blocksize,
+            NESTED=nested,
+            TILE=tile,
+            OUT=element_type(self.outs[0].dtype),
+            num_warps=self.warps,
+            enable_fp_fusion=False,
+            **more,
+        )
 
     def run(self) -> None:
         """Decode all matrices into their outputs."""

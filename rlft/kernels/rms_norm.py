@@ -58,10 +58,23 @@ def times_weight(n, w, out_ptr, GEMMA: tl.constexpr):
 
 @jit
 def forward_kernel(
-    x_ptr, delta_ptr, w_ptr, y_ptr, total_ptr, rstd_ptr,
-    T, stride_x, stride_delta, stride_y, stride_total, eps,
-    H: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, GEMMA: tl.constexpr,
-):  # fmt: skip
+    x_ptr,
+    delta_ptr,
+    w_ptr,
+    y_ptr,
+    total_ptr,
+    rstd_ptr,
+    T,
+    stride_x,
+    stride_delta,
+    stride_y,
+    stride_total,
+    eps,
+    H: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    GEMMA: tl.constexpr,
+):
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     cols = tl.arange(0, BLOCK)[None, :]
     live = rows < T
@@ -81,10 +94,22 @@ def forward_kernel(
 
 @jit
 def backward_kernel(
-    dy_ptr, x_ptr, w_ptr, rstd_ptr, dres_ptr, dx_ptr,
-    T, stride_dy, stride_x, stride_dres, stride_dx,
-    H: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, GEMMA: tl.constexpr,
-):  # fmt: skip
+    dy_ptr,
+    x_ptr,
+    w_ptr,
+    rstd_ptr,
+    dres_ptr,
+    dx_ptr,
+    T,
+    stride_dy,
+    stride_x,
+    stride_dres,
+    stride_dx,
+    H: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    GEMMA: tl.constexpr,
+):
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     cols = tl.arange(0, BLOCK)[None, :]
     live = rows < T
@@ -122,10 +147,16 @@ def _fits(x: Tensor, weight: Tensor, *others: Tensor | None) -> bool:
 
 
 def rms_norm_forward(
-    x: Tensor, weight: Tensor, eps: float, gemma: bool = False, *,
-    delta: Tensor | None = None, out: Tensor | None = None, total_out: Tensor | None = None,
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    gemma: bool = False,
+    *,
+    delta: Tensor | None = None,
+    out: Tensor | None = None,
+    total_out: Tensor | None = None,
     shape: tuple[int, int] | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor]:
     """Launch the forward. Returns y [T, H], rstd [T] float32 and x' [T, H] (x itself without delta).
 
     x, delta: [T, H], columns adjacent, any row stride. weight: [H], the same dtype. out: where y goes, [T, H] with any
@@ -133,9 +164,15 @@ def rms_norm_forward(
     caller who owns x or delta may pass it here. shape: (rows per program, warps), for benchmarks.
     """
     want(
-        "rms_norm_forward", _fits(x, weight, delta, out, total_out) and (delta is not None or total_out is None),
-        f"{WANTED}; total_out only with delta", x=x, weight=weight, delta=delta, out=out, total_out=total_out,
-    )  # fmt: skip
+        "rms_norm_forward",
+        _fits(x, weight, delta, out, total_out) and (delta is not None or total_out is None),
+        f"{WANTED}; total_out only with delta",
+        x=x,
+        weight=weight,
+        delta=delta,
+        out=out,
+        total_out=total_out,
+    )
     t, h = x.shape
     y = torch.empty((t, h), dtype=x.dtype, device=x.device) if out is None else out
     total = x
@@ -146,17 +183,40 @@ def rms_norm_forward(
         return y, rstd, total
     rows, warps = launch_shape(h) if shape is None else shape
     launch(
-        forward_kernel, (-(-t // rows),), x, delta, weight, y, total, rstd,
-        t, x.stride(0), 0 if delta is None else delta.stride(0), y.stride(0), total.stride(0), eps,
-        h, power_of_2(h), rows, gemma, num_warps=warps,
-    )  # fmt: skip
+        forward_kernel,
+        (-(-t // rows),),
+        x,
+        delta,
+        weight,
+        y,
+        total,
+        rstd,
+        t,
+        x.stride(0),
+        0 if delta is None else delta.stride(0),
+        y.stride(0),
+        total.stride(0),
+        eps,
+        h,
+        power_of_2(h),
+        rows,
+        gemma,
+        num_warps=warps,
+    )
     return y, rstd, total
 
 
 def rms_norm_backward(
-    dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, gemma: bool = False, *,
-    dres: Tensor | None = None, dx_out: Tensor | None = None, shape: tuple[int, int] | None = None,
-) -> Tensor:  # fmt: skip
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    rstd: Tensor,
+    gemma: bool = False,
+    *,
+    dres: Tensor | None = None,
+    dx_out: Tensor | None = None,
+    shape: tuple[int, int] | None = None,
+) -> Tensor:
     """Launch the backward. Returns dx [T, H].
 
     dy: [T, H], gradient of y. x: [T, H], what the norm read (x' after a residual addition). rstd: [T] float32 from the
@@ -166,18 +226,39 @@ def rms_norm_backward(
     want(
         "rms_norm_backward",
         _fits(x, weight, dy, dres, dx_out) and rstd.shape == x.shape[:1] and rstd.dtype == torch.float32,
-        f"{WANTED}; rstd [T] float32", dy=dy, x=x, weight=weight, rstd=rstd, dres=dres, dx_out=dx_out,
-    )  # fmt: skip
+        f"{WANTED}; rstd [T] float32",
+        dy=dy,
+        x=x,
+        weight=weight,
+        rstd=rstd,
+        dres=dres,
+        dx_out=dx_out,
+    )
     t, h = x.shape
     dx = torch.empty((t, h), dtype=x.dtype, device=x.device) if dx_out is None else dx_out
     if t == 0 or h == 0:
         return dx
     rows, warps = launch_shape(h) if shape is None else shape
     launch(
-        backward_kernel, (-(-t // rows),), dy, x, weight, rstd, dres, dx,
-        t, dy.stride(0), x.stride(0), 0 if dres is None else dres.stride(0), dx.stride(0),
-        h, power_of_2(h), rows, gemma, num_warps=warps,
-    )  # fmt: skip
+        backward_kernel,
+        (-(-t // rows),),
+        dy,
+        x,
+        weight,
+        rstd,
+        dres,
+        dx,
+        t,
+        dy.stride(0),
+        x.stride(0),
+        0 if dres is None else dres.stride(0),
+        dx.stride(0),
+        h,
+        power_of_2(h),
+        rows,
+        gemma,
+        num_warps=warps,
+    )
     return dx
 
 
@@ -221,10 +302,16 @@ def _check(op: str, x: Tensor, weight: Tensor, delta: Tensor | None = None) -> b
     """Whether the kernel runs; raises on a weight that wants a gradient and on shapes that do not fit."""
     want(
         op,
-        x.dim() > 0 and weight.shape == x.shape[-1:] and (delta is None or delta.shape == x.shape)
-        and weight.dtype == x.dtype and (delta is None or delta.dtype == x.dtype),
-        "x [..., H], delta as x, weight [H], all of one dtype", x=x, delta=delta, weight=weight,
-    )  # fmt: skip
+        x.dim() > 0
+        and weight.shape == x.shape[-1:]
+        and (delta is None or delta.shape == x.shape)
+        and weight.dtype == x.dtype
+        and (delta is None or delta.dtype == x.dtype),
+        "x [..., H], delta as x, weight [H], all of one dtype",
+        x=x,
+        delta=delta,
+        weight=weight,
+    )
     if weight.requires_grad:
         raise ValueError(f"{op}: weight.requires_grad is True: the norm's weight is frozen here")
     return on_gpu(op, x=x, delta=delta, weight=weight)

@@ -52,9 +52,18 @@ def _activation(g, ACT: tl.constexpr):
 
 @jit
 def forward_kernel(
-    gate_ptr, up_ptr, h_ptr, T, stride_gate, stride_up, stride_h,
-    M: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, ACT: tl.constexpr,
-):  # fmt: skip
+    gate_ptr,
+    up_ptr,
+    h_ptr,
+    T,
+    stride_gate,
+    stride_up,
+    stride_h,
+    M: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    ACT: tl.constexpr,
+):
     PARTS: tl.constexpr = (M + BLOCK - 1) // BLOCK
     program = tl.program_id(0)
     rows = (program // PARTS).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
@@ -69,10 +78,24 @@ def forward_kernel(
 
 @jit
 def backward_kernel(
-    dh_ptr, gate_ptr, up_ptr, h_ptr, dgate_ptr, dup_ptr,
-    T, stride_dh, stride_gate, stride_up, stride_h, stride_dgate, stride_dup,
-    M: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, ACT: tl.constexpr,
-):  # fmt: skip
+    dh_ptr,
+    gate_ptr,
+    up_ptr,
+    h_ptr,
+    dgate_ptr,
+    dup_ptr,
+    T,
+    stride_dh,
+    stride_gate,
+    stride_up,
+    stride_h,
+    stride_dgate,
+    stride_dup,
+    M: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    ACT: tl.constexpr,
+):
     PARTS: tl.constexpr = (M + BLOCK - 1) // BLOCK
     program = tl.program_id(0)
     rows = (program // PARTS).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
@@ -98,9 +121,13 @@ def launch_shape(m: int) -> tuple[int, int, int]:
 
 
 def swiglu_forward(
-    gate: Tensor, up: Tensor, activation: str = "silu", *,
-    out: Tensor | None = None, shape: tuple[int, int, int] | None = None,
-) -> Tensor:  # fmt: skip
+    gate: Tensor,
+    up: Tensor,
+    activation: str = "silu",
+    *,
+    out: Tensor | None = None,
+    shape: tuple[int, int, int] | None = None,
+) -> Tensor:
     """Launch the forward. Returns h [T, M].
 
     gate, up: [T, M], one dtype, columns adjacent, any row stride: two tensors or the halves of one [T, 2 M]. out: where
@@ -114,17 +141,36 @@ def swiglu_forward(
         return h
     block, rows, warps = launch_shape(m) if shape is None else shape
     launch(
-        forward_kernel, (-(-t // rows) * -(-m // block),),
-        gate, up, h, t, gate.stride(0), up.stride(0), h.stride(0), m, block, rows, activation, num_warps=warps,
-    )  # fmt: skip
+        forward_kernel,
+        (-(-t // rows) * -(-m // block),),
+        gate,
+        up,
+        h,
+        t,
+        gate.stride(0),
+        up.stride(0),
+        h.stride(0),
+        m,
+        block,
+        rows,
+        activation,
+        num_warps=warps,
+    )
     return h
 
 
 def swiglu_backward(
-    dh: Tensor, gate: Tensor, up: Tensor, activation: str = "silu", *, keep_h: bool = True,
-    h_out: Tensor | None = None, dgate: Tensor | None = None, dup: Tensor | None = None,
+    dh: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    activation: str = "silu",
+    *,
+    keep_h: bool = True,
+    h_out: Tensor | None = None,
+    dgate: Tensor | None = None,
+    dup: Tensor | None = None,
     shape: tuple[int, int, int] | None = None,
-) -> tuple[Tensor | None, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor | None, Tensor, Tensor]:
     """Launch the backward. Returns h (None where keep_h is False), dgate and dup, each [T, M].
 
     dh, gate, up: [T, M] as in the forward. h_out, dgate, dup: where the results go; the caller who owns dh, gate and
@@ -139,10 +185,27 @@ def swiglu_backward(
         return h, dgate, dup
     block, rows, warps = launch_shape(m) if shape is None else shape
     launch(
-        backward_kernel, (-(-t // rows) * -(-m // block),), dh, gate, up, h, dgate, dup,
-        t, dh.stride(0), gate.stride(0), up.stride(0), 0 if h is None else h.stride(0),
-        dgate.stride(0), dup.stride(0), m, block, rows, activation, num_warps=warps,
-    )  # fmt: skip
+        backward_kernel,
+        (-(-t // rows) * -(-m // block),),
+        dh,
+        gate,
+        up,
+        h,
+        dgate,
+        dup,
+        t,
+        dh.stride(0),
+        gate.stride(0),
+        up.stride(0),
+        0 if h is None else h.stride(0),
+        dgate.stride(0),
+        dup.stride(0),
+        m,
+        block,
+        rows,
+        activation,
+        num_warps=warps,
+    )
     return h, dgate, dup
 
 
@@ -153,9 +216,7 @@ def _check(op: str, activation: str, gate: Tensor, **others: Tensor | None) -> N
     ok = len(shape) == 2 and dtype in KERNEL_DTYPES and gate.stride(1) == 1
     for other in others.values():
         ok = ok and (other is None or (other.shape == shape and other.dtype == dtype and other.stride(1) == 1))
-    want(
-        op, ok, "[T, M] of one dtype (float32, bfloat16 or float16) with adjacent columns", gate=gate, **others
-    )  # fmt: skip
+    want(op, ok, "[T, M] of one dtype (float32, bfloat16 or float16) with adjacent columns", gate=gate, **others)
 
 
 class _SwiGlu(torch.autograd.Function):
@@ -183,8 +244,13 @@ def swiglu(gate: Tensor, up: Tensor, activation: str = "silu") -> Tensor:
     """
     if activation not in ACTIVATIONS:
         raise ValueError(f"swiglu: activation = {activation!r}: want one of {', '.join(ACTIVATIONS)}")
-    want("swiglu", gate.shape == up.shape and gate.dim() > 0 and gate.dtype == up.dtype, "gate and up [..., M] alike",
-         gate=gate, up=up)  # fmt: skip
+    want(
+        "swiglu",
+        gate.shape == up.shape and gate.dim() > 0 and gate.dtype == up.dtype,
+        "gate and up [..., M] alike",
+        gate=gate,
+        up=up,
+    )
     if on_gpu("swiglu", gate=gate, up=up):
         return _SwiGlu.apply(gate, up, activation)  # type: ignore[return-value]
     return swiglu_reference(gate, up, activation)

@@ -143,9 +143,22 @@ def _differences(z, columns, t, y_t, V, scale, cap, cold, CAPPED: tl.constexpr):
 
 @jit
 def _rows_kernel(
-    z, targets, weights, parts, V, z_stride, w_stride, splits, scale, cap, cold,
-    BLOCK: tl.constexpr, CAPPED: tl.constexpr, FAR: tl.constexpr, STORE: tl.constexpr,
-):  # fmt: skip
+    z,
+    targets,
+    weights,
+    parts,
+    V,
+    z_stride,
+    w_stride,
+    splits,
+    scale,
+    cap,
+    cold,
+    BLOCK: tl.constexpr,
+    CAPPED: tl.constexpr,
+    FAR: tl.constexpr,
+    STORE: tl.constexpr,
+):
     """One split of one row: sum of e, sum of e d and max of d, with d = y - y_t; e f for the second product."""
     pid = tl.program_id(0)
     row, split = (pid // splits).to(tl.int64), pid % splits
@@ -166,9 +179,28 @@ def _rows_kernel(
 
 @jit
 def _finish_kernel(
-    z, targets, weights, parts, logprob, entropy, own, others, sums, V, z_stride, w_stride, splits, scale, cap, cold,
-    BLOCK: tl.constexpr, CAPPED: tl.constexpr, FAR: tl.constexpr, STORE: tl.constexpr, SPLITS: tl.constexpr,
-):  # fmt: skip
+    z,
+    targets,
+    weights,
+    parts,
+    logprob,
+    entropy,
+    own,
+    others,
+    sums,
+    V,
+    z_stride,
+    w_stride,
+    splits,
+    scale,
+    cap,
+    cold,
+    BLOCK: tl.constexpr,
+    CAPPED: tl.constexpr,
+    FAR: tl.constexpr,
+    STORE: tl.constexpr,
+    SPLITS: tl.constexpr,
+):
     """Add up the splits of one row; a row whose target lies far below its maximum is done again with the maximum."""
     row = tl.program_id(0).to(tl.int64)
     s = tl.arange(0, SPLITS)
@@ -210,10 +242,26 @@ def _finish_kernel(
 
 @jit
 def _weights_kernel(
-    z, targets, weights, sums, own, others, V, z_stride, w_stride, splits, scale, cap, cold,
-    BLOCK: tl.constexpr, CAPPED: tl.constexpr, FAR: tl.constexpr, ENTROPY: tl.constexpr, LARGEST: tl.constexpr,
+    z,
+    targets,
+    weights,
+    sums,
+    own,
+    others,
+    V,
+    z_stride,
+    w_stride,
+    splits,
+    scale,
+    cap,
+    cold,
+    BLOCK: tl.constexpr,
+    CAPPED: tl.constexpr,
+    FAR: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    LARGEST: tl.constexpr,
     LEAST: tl.constexpr,
-):  # fmt: skip
+):
     """One split of one row: weights relative to the row's largest, LARGEST at most, and the factor that undoes it. With
     ENTROPY those of the entropy's jacobian, and what multiplies the target's row of the head."""
     pid = tl.program_id(0)
@@ -246,9 +294,15 @@ def _weights_kernel(
 
 
 def launch_rows(
-    z: Tensor, targets: Tensor, into: Sequence[Tensor], weights: Tensor | None, temperature: float,
-    softcap: float | None, scale: float, block: int = BLOCK,
-) -> Rows:  # fmt: skip
+    z: Tensor,
+    targets: Tensor,
+    into: Sequence[Tensor],
+    weights: Tensor | None,
+    temperature: float,
+    softcap: float | None,
+    scale: float,
+    block: int = BLOCK,
+) -> Rows:
     """`target_softmax_reference` by the kernels. z: [rows, V] fp32, any row stride. into: four [rows], contiguous,
     where log-probs, entropies, `own` and `others` go. weights: [rows, V], written."""
     rows, vocab = z.shape
@@ -261,9 +315,19 @@ def launch_rows(
     flags = {"BLOCK": block, "CAPPED": softcap is not None, "FAR": FAR, "STORE": weights is not None and not half}
     launch(_rows_kernel, (rows * splits,), z, targets, out, parts, *common, **flags, num_warps=8)
     launch(
-        _finish_kernel, (rows,), z, targets, out, parts, *into, sums, *common, **flags, SPLITS=power_of_2(splits),
+        _finish_kernel,
+        (rows,),
+        z,
+        targets,
+        out,
+        parts,
+        *into,
+        sums,
+        *common,
+        **flags,
+        SPLITS=power_of_2(splits),
         num_warps=4,
-    )  # fmt: skip
+    )
     found = Rows(into[0], into[1], into[2], into[3], weights, sums)
     if half:
         _launch_weights(z, targets, found, temperature, softcap, scale, block, entropy=False)
@@ -271,9 +335,8 @@ def launch_rows(
 
 
 def launch_entropy(
-    z: Tensor, targets: Tensor, found: Rows, temperature: float, softcap: float | None, scale: float,
-    block: int = BLOCK,
-) -> Rows:  # fmt: skip
+    z: Tensor, targets: Tensor, found: Rows, temperature: float, softcap: float | None, scale: float, block: int = BLOCK
+) -> Rows:
     """`entropy_reference` by the kernels, over weights, own and others of `found`, which `launch_rows` gave for this z;
     z stays as it is."""
     _launch_weights(z, targets, found, temperature, softcap, scale, block, entropy=True)
@@ -281,14 +344,39 @@ def launch_entropy(
 
 
 def _launch_weights(
-    z: Tensor, targets: Tensor, found: Rows, temperature: float, softcap: float | None, scale: float, block: int,
+    z: Tensor,
+    targets: Tensor,
+    found: Rows,
+    temperature: float,
+    softcap: float | None,
+    scale: float,
+    block: int,
     entropy: bool,
-) -> None:  # fmt: skip
+) -> None:
     rows, vocab = z.shape
     assert found.weights is not None
     splits = -(-vocab // block)
     launch(
-        _weights_kernel, (rows * splits,), z, targets, found.weights, found.sums, found.own, found.others, vocab,
-        z.stride(0), found.weights.stride(0), splits, scale, softcap or 1.0, 1.0 / temperature, BLOCK=block,
-        CAPPED=softcap is not None, FAR=FAR, ENTROPY=entropy, LARGEST=HALF, LEAST=LEAST_ENTROPY, num_warps=8,
-    )  # fmt: skip
+        _weights_kernel,
+        (rows * splits,),
+        z,
+        targets,
+        found.weights,
+        found.sums,
+        found.own,
+        found.others,
+        vocab,
+        z.stride(0),
+        found.weights.stride(0),
+        splits,
+        scale,
+        softcap or 1.0,
+        1.0 / temperature,
+        BLOCK=block,
+        CAPPED=softcap is not None,
+        FAR=FAR,
+        ENTROPY=entropy,
+        LARGEST=HALF,
+        LEAST=LEAST_ENTROPY,
+        num_warps=8,
+    )

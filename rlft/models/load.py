@@ -73,11 +73,13 @@ class Plan:
 
 
 def load(
-    model: str, lora: Lora = Lora(),  # noqa: B008 (it is frozen)
+    model: str,
+    lora: Lora = Lora(),  # noqa: B008 (it is frozen)
     quantization: Literal["auto", "none", "nf4", "int8"] = "auto",
     dtype: Literal["auto", "float64", "float32", "bfloat16", "float16"] = "auto",
-    device: Literal["auto", "cpu", "cuda"] = "auto", seed: int = 42,
-) -> tuple[PeftModel, Any]:  # fmt: skip
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+    seed: int = 42,
+) -> tuple[PeftModel, Any]:
     """A model with a LoRA adapter called "default", ready to train, and its tokenizer.
 
     model, quantization, dtype, device: as in `Config`. seed: of the new adapter's A. The model is an ordinary PEFT
@@ -180,9 +182,15 @@ def _from_files(model: str, plan: Plan, device: torch.device) -> Any:
     elif plan.kept != "none":
         options["quantization_config"] = quant.recipe(plan.kept, plan.dtype)
     loaded: Any = AutoModelForCausalLM.from_pretrained(
-        plan.where.path, config=plan.config, dtype=plan.dtype, attn_implementation=attention_of(plan.config),
-        device_map={"": device}, key_mapping=plan.names, output_loading_info=True, **options,
-    )  # fmt: skip
+        plan.where.path,
+        config=plan.config,
+        dtype=plan.dtype,
+        attn_implementation=attention_of(plan.config),
+        device_map={"": device},
+        key_mapping=plan.names,
+        output_loading_info=True,
+        **options,
+    )
     made, told = loaded
     missing = sorted(told["missing_keys"])
     if missing:
@@ -201,18 +209,27 @@ def _from_gguf(name: str, plan: Plan, device: torch.device) -> Any:
 
     gguf, first = plan.where.gguf, device if plan.kept == "none" else torch.device("cpu")
     model: Any = AutoModelForCausalLM.from_pretrained(
-        plan.where.path, gguf_file=gguf, quantization_config=GgufConfig(dequantize=True, gguf_file=gguf),
-        dtype=plan.dtype, attn_implementation="sdpa", device_map={"": first},
-    )  # fmt: skip
+        plan.where.path,
+        gguf_file=gguf,
+        quantization_config=GgufConfig(dequantize=True, gguf_file=gguf),
+        dtype=plan.dtype,
+        attn_implementation="sdpa",
+        device_map={"": first},
+    )
     if hasattr(model.config, "quantization_config"):
         # Dequantised: what is left of the file's own quantisation would make PEFT and save_pretrained mistake it.
         delattr(model.config, "quantization_config")
     if plan.kept != "none":
         generation = model.generation_config
         model = type(model).from_pretrained(
-            None, config=model.config, state_dict=model.state_dict(), dtype=plan.dtype, attn_implementation="sdpa",
-            device_map={"": device}, quantization_config=quant.recipe(plan.kept, plan.dtype),
-        )  # fmt: skip
+            None,
+            config=model.config,
+            state_dict=model.state_dict(),
+            dtype=plan.dtype,
+            attn_implementation="sdpa",
+            device_map={"": device},
+            quantization_config=quant.recipe(plan.kept, plan.dtype),
+        )
         model.generation_config = generation
     # PEFT writes this into adapter_config.json as the base: a name that rlft finds again, not this machine's path.
     model.name_or_path = name
@@ -311,8 +328,11 @@ def _continue_adapter(base: nn.Module, lora: Lora) -> PeftModel:
         raise ConfigError(
             f'lora.resume_from = "{folder}": want a plain LoRA adapter (no DoRA, bias or modules_to_save)'
         )
-    for field, ours, theirs in (("rank", lora.rank, saved.r), ("alpha", lora.alpha, saved.lora_alpha),
-                                ("rslora", lora.rslora, saved.use_rslora)):  # fmt: skip
+    for field, ours, theirs in (
+        ("rank", lora.rank, saved.r),
+        ("alpha", lora.alpha, saved.lora_alpha),
+        ("rslora", lora.rslora, saved.use_rslora),
+    ):
         if ours != theirs:
             raise ConfigError(
                 f"lora.{field} = {ours}, but the adapter in {folder} has {theirs}: set lora.{field} = {theirs}"

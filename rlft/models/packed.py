@@ -17,10 +17,22 @@ from rlft.kernels.attention import Sequences, varlen_attention
 
 PACKED = "rlft_packed"
 """Our name in transformers' AttentionInterface."""
-HARMLESS = frozenset({
-    "position_ids", "position_embeddings", "cache_position", "use_cache", "output_attentions", "output_hidden_states",
-    "output_router_logits", "return_dict", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k",
-})  # fmt: skip
+HARMLESS = frozenset(
+    {
+        "position_ids",
+        "position_embeddings",
+        "cache_position",
+        "use_cache",
+        "output_attentions",
+        "output_hidden_states",
+        "output_router_logits",
+        "return_dict",
+        "cu_seq_lens_q",
+        "cu_seq_lens_k",
+        "max_length_q",
+        "max_length_k",
+    }
+)
 """Keyword arguments that change nothing about causal attention over sequences that are said elsewhere."""
 
 
@@ -32,10 +44,19 @@ def register() -> None:
 
 
 def packed_attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float,
-    dropout: float = 0.0, sequences: Sequences | None = None, sliding_window: int | None = None,
-    softcap: float | None = None, is_causal: bool | None = None, **kwargs: Any,
-) -> tuple[Tensor, None]:  # fmt: skip
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    sequences: Sequences | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
     """transformers' attention interface over our packed attention. query: [1, Hq, T, D]; returns [1, T, Hq, D].
 
     Raises ConfigError for every argument that it would have to ignore, by name.
@@ -47,9 +68,11 @@ def packed_attention(
             f"cannot be packed: this architecture is not supported"
         )
     asked = {
-        "attention_mask": attention_mask, "is_causal": True if is_causal is False else None, "dropout": dropout or None,
+        "attention_mask": attention_mask,
+        "is_causal": True if is_causal is False else None,
+        "dropout": dropout or None,
         **{key: value for key, value in kwargs.items() if key not in HARMLESS},
-    }  # fmt: skip
+    }
     for key_name, given in asked.items():
         if given is not None:
             raise ConfigError(
@@ -57,9 +80,14 @@ def packed_attention(
                 f"not supported packed"
             )
     out = varlen_attention(
-        query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1), sequences, scaling,
-        window=sliding_window, softcap=softcap,
-    )  # fmt: skip
+        query[0].transpose(0, 1),
+        key[0].transpose(0, 1),
+        value[0].transpose(0, 1),
+        sequences,
+        scaling,
+        window=sliding_window,
+        softcap=softcap,
+    )
     return out[None], None
 
 

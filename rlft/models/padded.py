@@ -51,8 +51,10 @@ class Rows:
         block = torch.arange(len(sizes)).repeat_interleave(counts)  # of each row
         starts = widths[block].cumsum(0) - widths[block]  # of each row among the positions of all blocks
         ids = torch.zeros(int((counts * widths).sum()), dtype=torch.int64)
-        for first, length, at in ((bounds[:-1][prefix.clamp(min=0)[rows]], front[rows], starts),
-                                  (bounds[:-1][rows], own[rows], starts + front[rows])):  # fmt: skip
+        for first, length, at in (
+            (bounds[:-1][prefix.clamp(min=0)[rows]], front[rows], starts),
+            (bounds[:-1][rows], own[rows], starts + front[rows]),
+        ):
             offsets = _ranges(length)
             ids[at.repeat_interleave(length) + offsets] = batch.input_ids[first.repeat_interleave(length) + offsets]
         of_row = line[batch.seq_ids[tokens]]
@@ -66,8 +68,9 @@ class Rows:
         blocks = upload(ids, device).split((counts * widths).tolist())
         return Rows(
             tuple(b.view(count, width) for b, (count, width) in zip(blocks, sizes, strict=True)),
-            sent[: len(places)].split(ends), sent[len(places) :],
-        )  # fmt: skip
+            sent[: len(places)].split(ends),
+            sent[len(places) :],
+        )
 
     def hidden(self, decoder: Any) -> Tensor:
         """The head's input [N, H] at the wanted states, in the order in which they were asked for."""

@@ -153,9 +153,16 @@ class Policy:
         chunk_bytes = CHUNK_BYTES if plan is None else plan.chunk_bytes
         workspace = None if self.fused is None else self.fused.store.scratch
         logprobs, entropy = linear_logprobs(
-            hidden, self._head, ids[rows], batch.temperature, self._softcap,
-            self._logit_scale, chunk_bytes, entropy_grad, workspace,
-        )  # fmt: skip
+            hidden,
+            self._head,
+            ids[rows],
+            batch.temperature,
+            self._softcap,
+            self._logit_scale,
+            chunk_bytes,
+            entropy_grad,
+            workspace,
+        )
         zeros = torch.zeros(ids.shape, dtype=logprobs.dtype, device=self.device)
         return zeros.index_put((rows,), logprobs), zeros.index_put((rows,), entropy)
 

@@ -81,8 +81,9 @@ def _limit(module: Any, kind: str) -> int:
         return int(module.original_max_seq_len)
     parameters = module.config.rope_parameters
     if isinstance(module.rope_type, dict):
-        return min(int(p["original_max_position_embeddings"]) for p in parameters.values()
-                   if p["rope_type"] == "longrope")  # fmt: skip
+        return min(
+            int(p["original_max_position_embeddings"]) for p in parameters.values() if p["rope_type"] == "longrope"
+        )
     return int(parameters["original_max_position_embeddings"])
 
 

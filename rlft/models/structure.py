@@ -21,11 +21,32 @@ ATTENTION = re.compile(r"(Self)?Attention$")
 """Classes of attention modules."""
 PACKED_LAYERS = ("full_attention", "sliding_attention", "attention")
 """Types of layers whose attention is causal, in a window at most."""
-KNOWN = frozenset({
-    "q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj", "c_attn", "c_proj", "dense", "out_proj", "query_key_value",
-    "q_norm", "k_norm", "q_layernorm", "k_layernorm", "query_layernorm", "key_layernorm",
-    "attn_dropout", "resid_dropout", "attention_dropout", "dropout", "rotary_emb", "rotary_fn",
-})  # fmt: skip
+KNOWN = frozenset(
+    {
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "o_proj",
+        "qkv_proj",
+        "c_attn",
+        "c_proj",
+        "dense",
+        "out_proj",
+        "query_key_value",
+        "q_norm",
+        "k_norm",
+        "q_layernorm",
+        "k_layernorm",
+        "query_layernorm",
+        "key_layernorm",
+        "attn_dropout",
+        "resid_dropout",
+        "attention_dropout",
+        "dropout",
+        "rotary_emb",
+        "rotary_fn",
+    }
+)
 """Children and parameters of attention modules whose results `packed_attention` is known to reproduce."""
 
 

@@ -87,10 +87,16 @@ def resolve(base: Any, lora: Lora) -> LoraConfig:
             f"one; set lora.dropout = 0, or name other lora.targets"
         )
     return LoraConfig(
-        r=lora.rank, lora_alpha=lora.alpha, target_modules=direct, target_parameters=parameters or None,  # type: ignore[arg-type]
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        target_modules=direct,
+        target_parameters=parameters or None,  # type: ignore[arg-type]
         fan_in_fan_out=any(isinstance(base.get_submodule(name), Conv1D) for name in direct),
-        lora_dropout=lora.dropout, use_rslora=lora.rslora, bias="none", task_type="CAUSAL_LM",
-    )  # fmt: skip
+        lora_dropout=lora.dropout,
+        use_rslora=lora.rslora,
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
 
 
 def _chosen(found: Found, lora: Lora) -> tuple[list[str], list[str]]:

@@ -125,9 +125,14 @@ class Console:
             self._print("  " + "  ".join(cells).rstrip(), "dim" if n == 0 else "")
 
     def finish(
-        self, before: Mapping[str, float], after: Mapping[str, float], adapter: Path, report: Path, again: str,
+        self,
+        before: Mapping[str, float],
+        after: Mapping[str, float],
+        adapter: Path,
+        report: Path,
+        again: str,
         best: Best | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Close the view and say what came out: held-out metrics before and after (either may be empty), the adapter's
         folder, the report, and the command that samples from the result. best: named where it beats the last."""
         self.close()
@@ -196,9 +201,11 @@ class Console:
             return Text(phase, "cyan")
         grid = Table.grid(padding=(0, 2))
         grid.add_row(
-            Text(f"step {self._done}/{self._steps}", "bold"), ProgressBar(max(1, self._steps), self._done, width=24),
-            Text(f"{duration(time.monotonic() - self._began)}{ends}"), Text(phase, "cyan"),
-        )  # fmt: skip
+            Text(f"step {self._done}/{self._steps}", "bold"),
+            ProgressBar(max(1, self._steps), self._done, width=24),
+            Text(f"{duration(time.monotonic() - self._began)}{ends}"),
+            Text(phase, "cyan"),
+        )
         return grid
 
     def _numbers(self, history: list[dict[str, float]]) -> RenderableType:
@@ -217,11 +224,15 @@ def plain_line(values: Mapping[str, float], steps: int, left: float | None) -> s
     step = int(values["step"])
     parts = [f"step {step:>{len(str(steps))}}/{steps}"]
     forms = {
-        "reward": "reward {:.3f}", "loss": "loss {:.4f}", "completions/mean_length": "len {:.1f}",
+        "reward": "reward {:.3f}",
+        "loss": "loss {:.4f}",
+        "completions/mean_length": "len {:.1f}",
         "entropy": "entropy {:.3f}",
-        health.MISMATCH: "mismatch {:.0e}", "step_time": "{:.1f} s", "perf/rollout_tokens_per_s": "sample {:.0f} tok/s",
+        health.MISMATCH: "mismatch {:.0e}",
+        "step_time": "{:.1f} s",
+        "perf/rollout_tokens_per_s": "sample {:.0f} tok/s",
         "perf/training_tokens_per_s": "train {:.0f} tok/s",
-    }  # fmt: skip
+    }
     parts += [form.format(values[name]) for name, form in forms.items() if name in values]
     if left is not None and step < steps:
         parts.append(f"{duration(left)} left")

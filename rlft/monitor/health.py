@@ -180,127 +180,146 @@ def eval_falls(history: History) -> bool:
 
 RULES = [
     Rule(
-        "truncation", "completions/clipped_ratio",
+        "truncation",
+        "completions/clipped_ratio",
         "{completions/clipped_ratio:.0%} of completions hit max_tokens",
         "raise sampling.max_tokens",
         at_least("completions/clipped_ratio", 0.9),
     ),
     Rule(
-        "truncation_at_start", "completions/clipped_ratio",
+        "truncation_at_start",
+        "completions/clipped_ratio",
         "over half of the completions of the first steps hit max_tokens (now {completions/clipped_ratio:.0%}), so "
         "their answers are missing",
         "raise sampling.max_tokens, unless the reward is to teach shorter answers",
         truncated_at_start,
     ),
     Rule(
-        "too_hard", "reward",
+        "too_hard",
+        "reward",
         "no completion of the last ten steps or more had a reward above 0",
         "start with easier tasks or a larger model, give part of the reward for partial success, or check the reward "
         "function with a right answer",
         too_hard,
     ),
     Rule(
-        "too_easy", "frac_reward_zero_std",
+        "too_easy",
+        "frac_reward_zero_std",
         "{frac_reward_zero_std:.0%} of groups have equal rewards from the start, at a mean of {reward:.3g}, so most "
         "tasks are solved already",
         "use harder tasks, or set refill.rounds to draw others in their place",
         too_easy,
     ),
     Rule(
-        "equal_rewards", "frac_reward_zero_std",
+        "equal_rewards",
+        "frac_reward_zero_std",
         "every group has equal rewards (mean {reward:.3g}), so they teach nothing",
         "use tasks that are solved now and then but not always, raise sampling.group_size, or check the reward",
         equal_rewards,
     ),
     Rule(
-        "few_groups", "frac_reward_zero_std",
+        "few_groups",
+        "frac_reward_zero_std",
         "over 80% of groups had equal rewards in the last ten steps, so little of each step teaches",
         "set refill.rounds to draw other prompts in their place, or use tasks that are solved now and then",
         few_groups,
     ),
     Rule(
-        "refill", "refill/short",
+        "refill",
+        "refill/short",
         "after {refill/rounds:.0f} rounds of refilling {refill/short:.0f} groups are still missing: {refill/kept:.0f} "
         "of {refill/drawn:.0f} drawn had rewards that differ",
         "raise refill.rounds, or use tasks that are solved now and then but not always",
         above("refill/short", 0),
     ),
     Rule(
-        "entropy", "entropy",
+        "entropy",
+        "entropy",
         "entropy collapsed to {entropy:.2g} nat, so all samples of a prompt are becoming the same",
         "lower optim.lr, or stop here if the reward is where you want it",
         below("entropy", 0.01),
     ),
     Rule(
-        "mismatch", MISMATCH,
+        "mismatch",
+        MISMATCH,
         f"engine and trainer disagree by {{{MISMATCH}:.2g}} nat per token, and the run stops at {{parity/limit:.2g}}",
         "if it keeps growing, lower optim.lr or set dtype to a more precise type",
         mismatch_is_high,
     ),
     Rule(
-        "clipping", "clip_ratio/region_mean",
+        "clipping",
+        "clip_ratio/region_mean",
         "the ratio of {clip_ratio/region_mean:.0%} of tokens is clipped, so their gradient is lost",
         "lower optim.lr, or take fewer updates per step (optim.minibatches, optim.passes)",
         above("clip_ratio/region_mean", 0.1),
         not_for="gspo",  # its band is so narrow that clipping many sequences is what it does
     ),
     Rule(
-        "invalid_rewards", "frac_reward_invalid",
+        "invalid_rewards",
+        "frac_reward_invalid",
         "{frac_reward_invalid:.0%} of rewards are invalid: a reward function failed, or none applies",
         "see rewards/*/invalid for which, and raise its timeout or mend it",
         above("frac_reward_invalid", 0.05),
     ),
     Rule(
-        "nonfinite_logprobs", "sampling/nonfinite_logprobs",
+        "nonfinite_logprobs",
+        "sampling/nonfinite_logprobs",
         "{sampling/nonfinite_logprobs:.0f} sampled tokens have a log-prob that is not finite, so they are not trained",
         "look for what the engine computes otherwise: its dtype, quantised weights, or kernels",
         above("sampling/nonfinite_logprobs", 0),
     ),
     Rule(
-        "skipped_updates", "grad_norm",
+        "skipped_updates",
+        "grad_norm",
         "the gradient was not finite and the update was skipped ({skipped_updates:.0f} in a row)",
         "lower optim.lr, or look for extreme rewards",
         skipped,
     ),
     Rule(
-        "not_finite", "loss",
+        "not_finite",
+        "loss",
         "loss {loss:.3g} and gradient norm {grad_norm:.3g} are not both finite",
         "lower optim.lr, or look for extreme rewards",
         not_finite,
     ),
     Rule(
-        "gradient", "grad_norm",
+        "gradient",
+        "grad_norm",
         "the gradient norm jumped to {grad_norm:.3g}, over ten times what is usual in this run",
         "if it happens again, lower optim.lr or optim.max_grad_norm",
         gradient_explodes,
     ),
     Rule(
-        "eval_falls", "eval/reward",
+        "eval_falls",
+        "eval/reward",
         "the held-out reward fell to {eval/reward:.3g} and the training reward did not, as when a policy learns the "
         "reward's weakness or the training rows by heart",
         "read the newest completions, compare the rewards of both, and keep the checkpoint before the fall",
         eval_falls,
     ),
     Rule(
-        "slow_sampling", "time/generate",
+        "slow_sampling",
+        "time/generate",
         "sampling took {time/generate:.3g} of {step_time:.3g} s",
         "raise engine.batch_size where memory allows, lower sampling.max_tokens, or learn more from each batch with "
         "optim.minibatches",
         takes_most("time/generate"),
     ),
     Rule(
-        "slow_training", "time/train",
+        "slow_training",
+        "time/train",
         "training took {time/train:.3g} of {step_time:.3g} s",
         "raise packing.budget where memory allows, or lower optim.passes if it is above 1",
         takes_most("time/train"),
     ),
     Rule(
-        "memory", "perf/peak_GiB",
+        "memory",
+        "perf/peak_GiB",
         "peak memory keeps growing and is {perf/peak_GiB:.3g} GiB now",
         "look for what a reward function or a callback keeps; completions that grow longer need more too",
         memory_grows,
     ),
-]  # fmt: skip
+]
 
 
 class _Numbers(dict[str, float]):

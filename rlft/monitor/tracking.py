@@ -19,7 +19,8 @@ from rlft.environment import release, version
 from rlft.errors import ConfigError, RlftError
 from rlft.monitor.background import Background
 from rlft.monitor.trackers import Start
-from rlft.runs.folder import Run, shown_prompt
+from rlft.runs.folder import Run
+from rlft.runs.tables import shown_prompt
 from rlft.types import Rollout
 
 LINGER = 60.0
@@ -103,9 +104,14 @@ class Tracking:
         return next((link for link in links if link), None)
 
     def log(
-        self, step: int, values: Mapping[str, float], name: str, completions: Sequence[Rollout],
-        scores: Mapping[str, Sequence[Any]], messages: Sequence[Any] = (),
-    ) -> None:  # fmt: skip
+        self,
+        step: int,
+        values: Mapping[str, float],
+        name: str,
+        completions: Sequence[Rollout],
+        scores: Mapping[str, Sequence[Any]],
+        messages: Sequence[Any] = (),
+    ) -> None:
         """Hand a step, or an evaluation after it, to every tracker.
 
         values: as logged to metrics.jsonl. name: of the table of `completions`, of which the first `track.completions`
@@ -152,12 +158,15 @@ def table(step: int, rollouts: Sequence[Rollout], scores: Mapping[str, Sequence[
     """One dict per completion: step, prompt, completion, the scores (None where not a number), how it ended."""
     return [
         {
-            "step": step, "prompt": shown_prompt(r.prompt), "completion": r.text,
+            "step": step,
+            "prompt": shown_prompt(r.prompt),
+            "completion": r.text,
             **{name: _cell(values[i]) for name, values in scores.items()},
-            "tokens": len(r.completion_ids), "finish_reason": r.finish_reason,
+            "tokens": len(r.completion_ids),
+            "finish_reason": r.finish_reason,
         }
         for i, r in enumerate(rollouts)
-    ]  # fmt: skip
+    ]
 
 
 def _cell(value: Any) -> Any:

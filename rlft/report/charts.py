@@ -42,65 +42,117 @@ class Chart(NamedTuple):
 
 
 def charts(steps: Rows, evaluations: Rows) -> dict[str, list[Chart]]:
-    """Heading -> its charts. Which ones have data is for `drawings` to see."""
+    """Heading -> its charts. `drawings` leaves out those without data."""
     names = {name for row in steps for name in row}
+    sampled = health.MISMATCH in names
+    return {
+        "Learning": _learning(names, evaluations, sampled),
+        "Optimisation": _optimisation(sampled),
+        "Engine against trainer": _agreement(sampled),
+        "Time and memory": _resources(),
+    }
+
+
+def _learning(names: set[str], evaluations: Rows, sampled: bool) -> list[Chart]:
     means = sorted(n for n in names if n.startswith("rewards/") and n.endswith("/mean"))
     parts = {n.removeprefix("rewards/").removesuffix("/mean"): n for n in means}
-    sampled = health.MISMATCH in names
     scored = sampled or bool(means)  # recorded completions bring rewards that say nothing: 1, or 1 and -1
     tried = {n for row in evaluations for n in row if n.startswith(("eval/pass@", "eval/avg@"))}
     passed = sorted((n for n in tried if not n.endswith(ERRORS)), key=lambda n: (len(n), n))
     eval_edges = next(
         ((f"{n}_low", f"{n}_high") for n in ["eval/reward"] if any(f"{n}_low" in row for row in evaluations)), ("", "")
     )
-    return {
-        "Learning": [
-            Chart("Reward", {"mean": "reward"} if scored else {}, spread="reward_std",
-                  note="Band: plus and minus one standard deviation over completions."),
-            Chart("Held-out reward", {"mean": "eval/reward"}, edges=eval_edges,
-                  spread="" if eval_edges[0] else "eval/reward_stderr",
-                  note="Band: 95% interval." if eval_edges[0] else "Band: plus and minus one standard error."),
-            Chart("Held-out loss", {"loss": "eval/loss"}),
-            Chart("Held-out, by number of tries", {n.removeprefix("eval/"): n for n in passed}),
-            Chart("Reward by function", parts if len(parts) > 1 else {}),
-            Chart("Implicit rewards", {"chosen": "rewards/chosen", "rejected": "rewards/rejected",
-                                       "margin": "rewards/margins"}),
-            Chart("Pairs in the right order", {"share": "rewards/accuracies"}),
-            Chart("Completion length, tokens", {"mean": "completions/mean_length"},
-                  edges=("completions/min_length", "completions/max_length"), note="Band: shortest to longest."),
-            Chart("Shares", {
-                "cut at max_tokens": "completions/clipped_ratio", "groups of equal rewards": "frac_reward_zero_std",
+    return [
+        Chart(
+            "Reward",
+            {"mean": "reward"} if scored else {},
+            spread="reward_std",
+            note="Band: plus and minus one standard deviation over completions.",
+        ),
+        Chart(
+            "Held-out reward",
+            {"mean": "eval/reward"},
+            edges=eval_edges,
+            spread="" if eval_edges[0] else "eval/reward_stderr",
+            note="Band: 95% interval." if eval_edges[0] else "Band: plus and minus one standard error.",
+        ),
+        Chart("Held-out loss", {"loss": "eval/loss"}),
+        Chart("Held-out, by number of tries", {n.removeprefix("eval/"): n for n in passed}),
+        Chart("Reward by function", parts if len(parts) > 1 else {}),
+        Chart(
+            "Implicit rewards",
+            {"chosen": "rewards/chosen", "rejected": "rewards/rejected", "margin": "rewards/margins"},
+        ),
+        Chart("Pairs in the right order", {"share": "rewards/accuracies"}),
+        Chart(
+            "Completion length, tokens",
+            {"mean": "completions/mean_length"},
+            edges=("completions/min_length", "completions/max_length"),
+            note="Band: shortest to longest.",
+        ),
+        Chart(
+            "Shares",
+            {
+                "cut at max_tokens": "completions/clipped_ratio",
+                "groups of equal rewards": "frac_reward_zero_std",
                 "invalid rewards": "frac_reward_invalid",
-            } if scored else {}),
-            Chart("Entropy, nat per token", {"mean": "entropy"}),
-        ],
-        "Optimisation": [
-            Chart("Loss", {"loss": "loss"}, note="A policy gradient's loss does not fall as the policy learns: near 0 "
-                  "is usual. Look at the reward." if sampled else ""),
-            Chart("Gradient norm", {"before clipping": "grad_norm"}),
-            Chart("Learning rate", {"last update": "learning_rate"}),
-            Chart("Loss scale of fp16", {"next update": "loss_scale"}, log=True),
-            Chart("Clipped ratios", {
-                "all": "clip_ratio/region_mean", "low": "clip_ratio/low_mean", "high": "clip_ratio/high_mean",
-            }, note="Share of tokens whose ratio left the band; 0 with one update per step."),
-            Chart("KL to the reference", {"k1": "kl"}),
-            Chart("Groups drawn and kept", {"drawn": "refill/drawn", "kept": "refill/kept", "missing": "refill/short"}),
-        ],
-        "Engine against trainer": [
-            Chart("Mismatch, nat per token", {
-                "mean": health.MISMATCH, "p50": "mismatch/p50", "p90": "mismatch/p90", "p99": "mismatch/p99",
-                "max": "sampling/sampling_logp_difference/max", "limit of the mean": "parity/limit",
-            } if sampled else {}, log=True, note="Size of the difference of trainer and sampler log-probs."),
-            Chart("Tokens off by over 10%", {"share": "mismatch/outside"}),
-        ],
-        "Time and memory": [
-            Chart("Seconds per step", {phase: f"time/{phase}" for phase in PHASES}, stacked=True),
-            Chart("Tokens per second", {
-                "sampling": "perf/rollout_tokens_per_s", "training": "perf/training_tokens_per_s",
-            }),
-            Chart("Peak memory, GiB", {"peak": "perf/peak_GiB"}),
-        ],
-    }  # fmt: skip
+            }
+            if scored
+            else {},
+        ),
+        Chart("Entropy, nat per token", {"mean": "entropy"}),
+    ]
+
+
+def _optimisation(sampled: bool) -> list[Chart]:
+    return [
+        Chart(
+            "Loss",
+            {"loss": "loss"},
+            note="A policy gradient's loss does not fall as the policy learns: near 0 is usual. Look at the reward."
+            if sampled
+            else "",
+        ),
+        Chart("Gradient norm", {"before clipping": "grad_norm"}),
+        Chart("Learning rate", {"last update": "learning_rate"}),
+        Chart("Loss scale of fp16", {"next update": "loss_scale"}, log=True),
+        Chart(
+            "Clipped ratios",
+            {"all": "clip_ratio/region_mean", "low": "clip_ratio/low_mean", "high": "clip_ratio/high_mean"},
+            note="Share of tokens whose ratio left the band; 0 with one update per step.",
+        ),
+        Chart("KL to the reference", {"k1": "kl"}),
+        Chart("Groups drawn and kept", {"drawn": "refill/drawn", "kept": "refill/kept", "missing": "refill/short"}),
+    ]
+
+
+def _agreement(sampled: bool) -> list[Chart]:
+    return [
+        Chart(
+            "Mismatch, nat per token",
+            {
+                "mean": health.MISMATCH,
+                "p50": "mismatch/p50",
+                "p90": "mismatch/p90",
+                "p99": "mismatch/p99",
+                "max": "sampling/sampling_logp_difference/max",
+                "limit of the mean": "parity/limit",
+            }
+            if sampled
+            else {},
+            log=True,
+            note="Size of the difference of trainer and sampler log-probs.",
+        ),
+        Chart("Tokens off by over 10%", {"share": "mismatch/outside"}),
+    ]
+
+
+def _resources() -> list[Chart]:
+    return [
+        Chart("Seconds per step", {phase: f"time/{phase}" for phase in PHASES}, stacked=True),
+        Chart("Tokens per second", {"sampling": "perf/rollout_tokens_per_s", "training": "perf/training_tokens_per_s"}),
+        Chart("Peak memory, GiB", {"peak": "perf/peak_GiB"}),
+    ]
 
 
 def others(rows: Rows, shown: Iterable[Chart]) -> list[Chart]:

@@ -21,7 +21,7 @@ from rlft.report.page import (
     where,
     with_error,
     write_page,
-)  # fmt: skip
+)
 from rlft.runs.folder import Run
 
 LAST = 10
@@ -57,13 +57,15 @@ def page(runs: Sequence[Run]) -> str:
         for name, run in zip(names_of([run.path for run in runs]), runs, strict=True)
         if (rows := run.metrics()) is not None
     ]
-    body = "\n".join([
-        section("Final numbers", final(columns), f"Means over the last {LAST} steps where a step has the number."),
-        section("Evaluation", evaluations(columns), "The last evaluation of each run, and where it began."),
-        section("Settings that differ", settings(columns)),
-        section("Curves", curves(columns)),
-        section("Health", told(columns)),
-    ])  # fmt: skip
+    body = "\n".join(
+        [
+            section("Final numbers", final(columns), f"Means over the last {LAST} steps where a step has the number."),
+            section("Evaluation", evaluations(columns), "The last evaluation of each run, and where it began."),
+            section("Settings that differ", settings(columns)),
+            section("Curves", curves(columns)),
+            section("Health", told(columns)),
+        ]
+    )
     key = "".join(f'<span><i class="c{i % 8}"></i>{text(column.name)}</span>' for i, column in enumerate(columns))
     head = f"<h1>{len(columns)} runs compared</h1>{navigation(SECTIONS, body)}"
     return document("runs compared", f'<header>{head}</header><p class="legend key">{key}</p>\n{body}')

@@ -131,9 +131,12 @@ def limits(drawing: Drawing) -> tuple[float, float]:
             sum(v or 0.0 for v in at) for at in zip(*(line.values for line in drawing.lines), strict=True)
         ) or 1.0
     values = [
-        v for line in drawing.lines for part in (line.values, line.low, line.high) for v in part
+        v
+        for line in drawing.lines
+        for part in (line.values, line.low, line.high)
+        for v in part
         if v is not None and (v > 0 or not drawing.log)
-    ]  # fmt: skip
+    ]
     low, high = min(values), max(values)
     if drawing.log:
         return low, max(high, low * 10)

@@ -50,15 +50,21 @@ def page(run: Run) -> str:
     config = config_of(run)
     told = charts.spoken(rows, algorithm_of(config))
     toml = run.config.read_text(encoding="utf-8") if run.config.exists() else ""
-    body = "\n".join([
-        section("Health", health_list(told, steps)),
-        section("Evaluation", evaluation_table(evaluations)),
-        section("Curves", curves(rows, charts.marks(told, len(steps)))),
-        section("Memory", memory(run.plan(), steps)),
-        section("Held-out completions", held_out(run), "The first held-out rows at the first and the last evaluation."),
-        section("Completions", samples(run)),
-        section("Config", f"<details><summary>config.toml</summary><pre>{text(toml)}</pre></details>" if toml else ""),
-    ])  # fmt: skip
+    body = "\n".join(
+        [
+            section("Health", health_list(told, steps)),
+            section("Evaluation", evaluation_table(evaluations)),
+            section("Curves", curves(rows, charts.marks(told, len(steps)))),
+            section("Memory", memory(run.plan(), steps)),
+            section(
+                "Held-out completions", held_out(run), "The first held-out rows at the first and the last evaluation."
+            ),
+            section("Completions", samples(run)),
+            section(
+                "Config", f"<details><summary>config.toml</summary><pre>{text(toml)}</pre></details>" if toml else ""
+            ),
+        ]
+    )
     return document(
         run.path.resolve().name, header(run, config, steps, evaluations, navigation(SECTIONS, body)) + "\n" + body
     )
@@ -179,8 +185,10 @@ def health_list(told: Mapping[str, Sequence[tuple[int, str]]], steps: Rows) -> s
         strip = timeline(
             [Mark(a, b, where([(a, b)])) for a, b in charts.spans(at, max(1, len(steps) // 150))], first, last
         )
-        items.append(f"<li><b>{text(name.replace('_', ' '))}</b> <span>{text(where(charts.spans(at)))}</span>"
-                     f"<p>{text(said[-1][1])}</p>{strip}</li>")  # fmt: skip
+        items.append(
+            f"<li><b>{text(name.replace('_', ' '))}</b> <span>{text(where(charts.spans(at)))}</span>"
+            f"<p>{text(said[-1][1])}</p>{strip}</li>"
+        )
     return f'<ul class="health">{"".join(items)}</ul>'
 
 

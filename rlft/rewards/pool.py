@@ -236,9 +236,11 @@ class InWorker:
         try:
             self._process = subprocess.Popen(
                 [sys.executable, "-P", "-m", "rlft.rewards.worker", str(child_read), str(child_write)],
-                stdin=subprocess.DEVNULL, pass_fds=(child_read, child_write), start_new_session=True,
+                stdin=subprocess.DEVNULL,
+                pass_fds=(child_read, child_write),
+                start_new_session=True,
                 env={**os.environ, "PYTHONPATH": os.pathsep.join(p or os.getcwd() for p in sys.path), name: value},
-            )  # fmt: skip
+            )
         finally:
             os.close(child_read)
             os.close(child_write)

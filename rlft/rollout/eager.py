@@ -216,9 +216,13 @@ class EagerEngine:
     def _step(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: Any) -> Any:
         """The model's output for the next columns of the rows. All but the cache in host memory."""
         return self._model(
-            input_ids=ids.to(self._device), attention_mask=mask.to(self._device),
-            position_ids=positions.to(self._device), use_cache=True, logits_to_keep=1, **{self._cache_name: cache},
-        )  # fmt: skip
+            input_ids=ids.to(self._device),
+            attention_mask=mask.to(self._device),
+            position_ids=positions.to(self._device),
+            use_cache=True,
+            logits_to_keep=1,
+            **{self._cache_name: cache},
+        )
 
     def _rerun(self, rows: list[_Row], sampling: Sampling, stops: set[int]) -> None:
         """Fill `ids` and `logprobs` of the rows without a cache: each token runs whole rows, padded on the right."""
@@ -278,11 +282,16 @@ class EagerEngine:
         assert self._version is not None
         text = self._tokenizer.decode(row.ids, skip_special_tokens=True) if row.text is None else row.text
         return Rollout(
-            prompt=row.prompt, completion_ids=tuple(row.ids), completion_mask=(True,) * len(row.ids),
-            sampler_logprobs=tuple(row.logprobs), text=text,
-            finish_reason="stop" if row.finished else "length", sample_index=row.sample, policy_version=self._version,
+            prompt=row.prompt,
+            completion_ids=tuple(row.ids),
+            completion_mask=(True,) * len(row.ids),
+            sampler_logprobs=tuple(row.logprobs),
+            text=text,
+            finish_reason="stop" if row.finished else "length",
+            sample_index=row.sample,
+            policy_version=self._version,
             seed=row.seed,
-        )  # fmt: skip
+        )
 
 
 def _truncate(logits: Tensor, top_k: int, top_p: float) -> Tensor:

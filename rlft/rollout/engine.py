@@ -121,9 +121,12 @@ def check_names(given: Mapping[str, Tensor], slots: Mapping[str, Tensor]) -> Non
 
 
 def check_read_back(
-    given: Mapping[str, Tensor], slots: Mapping[str, Tensor], given_scales: Mapping[str, float],
-    slot_scales: Mapping[str, float], version: int,
-) -> None:  # fmt: skip
+    given: Mapping[str, Tensor],
+    slots: Mapping[str, Tensor],
+    given_scales: Mapping[str, float],
+    slot_scales: Mapping[str, float],
+    version: int,
+) -> None:
     """Raise EngineError unless the engine holds `given` exactly, after the cast to its dtype, with the same scales.
 
     This is the first guard of agreement: it sees a stale, missing or doubled adapter even while B = 0.

@@ -33,8 +33,11 @@ def adapter_card(run: Run, cfg: Config, step: int, where: str, link: str | None 
     """The card of the adapter after `step`. where: folder or hub id it is loaded from. link: the run in a tracker."""
     lines = [
         f"A LoRA adapter for {_base_words(cfg)}, rank {cfg.lora.rank}, alpha {cfg.lora.alpha:g}, trained with rlft.",
-        "", "## Use", *_code(cfg, where, merged=False), *_training(run, cfg, step, link),
-    ]  # fmt: skip
+        "",
+        "## Use",
+        *_code(cfg, where, merged=False),
+        *_training(run, cfg, step, link),
+    ]
     return _card(cfg, {"library_name": "peft", "base_model_relation": "adapter"}, ("lora",), run, lines)
 
 
@@ -43,8 +46,11 @@ def merged_card(run: Run, cfg: Config, step: int, where: str, dtype: str, check:
     lines = [
         f"{_base_words(cfg)} with a LoRA adapter (rank {cfg.lora.rank}, alpha {cfg.lora.alpha:g}) trained with rlft "
         f"and merged in: W + scale B A in float32, rounded once to {dtype}. {check}",
-        "", "## Use", *_code(cfg, where, merged=True), *_training(run, cfg, step, link),
-    ]  # fmt: skip
+        "",
+        "## Use",
+        *_code(cfg, where, merged=True),
+        *_training(run, cfg, step, link),
+    ]
     return _card(cfg, {"library_name": "transformers", "base_model_relation": "finetune"}, (), run, lines)
 
 
@@ -117,11 +123,12 @@ def _code(cfg: Config, where: str, merged: bool) -> list[str]:
     kind = ', dtype="auto"' if merged or not place.gguf else ""
     lines += ["from peft import PeftModel"] if not merged else []
     lines += [
-        "from transformers import AutoModelForCausalLM, AutoTokenizer", "",
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
         *([f"folder = {folder}"] if folder else []),
         f"tokenizer = AutoTokenizer.from_pretrained({target})",
         f"model = AutoModelForCausalLM.from_pretrained({target}{kind})",
-    ]  # fmt: skip
+    ]
     lines += [] if merged else [f'model = PeftModel.from_pretrained(model, "{where}")']
     lines += ['text = "Your prompt"']
     if cfg.data.chat != "never":
@@ -129,14 +136,16 @@ def _code(cfg: Config, where: str, merged: bool) -> list[str]:
         extra = "".join(f", {name}={value!r}" for name, value in cfg.data.chat_template_kwargs.items())
         messages = "".join(f"{message!r}, " for message in system) + '{"role": "user", "content": text}'
         lines += [
-            "if tokenizer.chat_template:", f"    messages = [{messages}]",
+            "if tokenizer.chat_template:",
+            f"    messages = [{messages}]",
             f"    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True{extra})",
-        ]  # fmt: skip
+        ]
     lines += [
         'inputs = tokenizer(text, return_tensors="pt", add_special_tokens=not tokenizer.chat_template)',
         f"made = model.generate(**inputs, max_new_tokens={cfg.sampling.max_tokens})",
-        'print(tokenizer.decode(made[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))', "```",
-    ]  # fmt: skip
+        'print(tokenizer.decode(made[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))',
+        "```",
+    ]
     return lines
 
 
@@ -146,7 +155,8 @@ def _training(run: Run, cfg: Config, step: int, link: str | None) -> list[str]:
     made_with = [f"{name} {version(name) or 'from a checkout'}" for name in ("rlft", "torch", "transformers", "peft")]
     completions = f" with {cfg.sampling.group_size} completions each" if _sampled(trained) else ""
     return [
-        "", "## Training",
+        "",
+        "## Training",
         f"- data: {', '.join(map(_data_words, _sources(cfg)))}",
         *_rewards(cfg, trained),
         *(f"- algorithm: {line}" if not i else f"  {line}" for i, line in enumerate(_algorithm(cfg))),
@@ -154,8 +164,9 @@ def _training(run: Run, cfg: Config, step: int, link: str | None) -> list[str]:
         *([f"- {trained[-1]['num_tokens']:,.0f} tokens"] if trained and trained[-1].get("num_tokens") else []),
         *([f"- every step: {link}"] if link else []),
         f"- {', '.join(made_with)}",
-        *_held_out(rows, step), *_first_and_last(trained),
-    ]  # fmt: skip
+        *_held_out(rows, step),
+        *_first_and_last(trained),
+    ]
 
 
 def _sampled(trained: list[dict[str, Any]]) -> bool:
@@ -171,8 +182,11 @@ def _data_words(source: Source) -> str:
 def _rewards(cfg: Config, trained: list[dict[str, Any]]) -> list[str]:
     named = [f"`{Path(r.use).name}`" + (f" x {r.weight:g}" if r.weight != 1 else "") for r in cfg.rewards]
     if not named and trained:  # given from Python: the metrics have their names
-        named = [f"`{parts[1]}`" for key in trained[-1] if (parts := key.split("/"))[0] == "rewards"
-                 and len(parts) == 3 and parts[2] == "mean"]  # fmt: skip
+        named = [
+            f"`{parts[1]}`"
+            for key in trained[-1]
+            if (parts := key.split("/"))[0] == "rewards" and len(parts) == 3 and parts[2] == "mean"
+        ]
     return [f"- rewards: {', '.join(named)}"] if named else []
 
 
@@ -199,10 +213,15 @@ def _held_out(rows: list[dict[str, Any]], step: int) -> list[str]:
             f" {tried} checkpoints of the run were evaluated on them; one that was chosen by that looks too good here."
         )
     return [
-        "", "## Held out", head, "",
-        *_table(["", *(titles[at] for at in shown)],
-                [[n.removeprefix("eval/"), *(_interval(row, n) for row in shown.values())] for n in names]),
-    ]  # fmt: skip
+        "",
+        "## Held out",
+        head,
+        "",
+        *_table(
+            ["", *(titles[at] for at in shown)],
+            [[n.removeprefix("eval/"), *(_interval(row, n) for row in shown.values())] for n in names],
+        ),
+    ]
 
 
 def _interval(row: dict[str, Any], name: str) -> str:
@@ -221,10 +240,14 @@ def _first_and_last(trained: list[dict[str, Any]]) -> list[str]:
     wanted = (*SAMPLED, *METRICS) if _sampled(trained) else METRICS
     names = [n for n in wanted if first.get(n) is not None and last.get(n) is not None]
     return [
-        "", "## In training", "",
-        *_table(["metric", f"step {first['step']}", f"step {last['step']}"],
-                [[n, f"{first[n]:.4g}", f"{last[n]:.4g}"] for n in names]),
-    ]  # fmt: skip
+        "",
+        "## In training",
+        "",
+        *_table(
+            ["metric", f"step {first['step']}", f"step {last['step']}"],
+            [[n, f"{first[n]:.4g}", f"{last[n]:.4g}"] for n in names],
+        ),
+    ]
 
 
 def _table(head: list[str], rows: list[list[str]]) -> list[str]:

@@ -39,9 +39,14 @@ DISCARDED = ".discarded-"
 
 
 def save(
-    root: Path, state: State, tensors: Mapping[str, Tensor], identity: Mapping[str, str],
-    write_adapter: Callable[[Path], None], keep: int, best: Best | None = None,
-) -> Path:  # fmt: skip
+    root: Path,
+    state: State,
+    tensors: Mapping[str, Tensor],
+    identity: Mapping[str, str],
+    write_adapter: Callable[[Path], None],
+    keep: int,
+    best: Best | None = None,
+) -> Path:
     """Write root/step-000012, then remove the oldest beyond `keep` and what killed saves left. Returns the folder.
 
     tensors: any names, dtypes and shapes, no two sharing storage. identity: what they fit, name -> text. write_adapter:

@@ -77,9 +77,14 @@ class Merged:
 
 
 def merge(
-    run_folder: str | Path, out: str | Path, which: str = "latest", dtype: str = "bfloat16", push: str | None = None,
-    private: bool = False, link: str | None = None,
-) -> Merged:  # fmt: skip
+    run_folder: str | Path,
+    out: str | Path,
+    which: str = "latest",
+    dtype: str = "bfloat16",
+    push: str | None = None,
+    private: bool = False,
+    link: str | None = None,
+) -> Merged:
     """Write base + adapter of a run as a model of its own: config, weights, tokenizer, README.md.
 
     which: "latest", "best" or the step of a checkpoint. dtype: of the written weights. push: hub id to upload `out` to.
@@ -238,8 +243,9 @@ def _check_base(model: PeftModel, told: Config, checkpoint: Path) -> None:
 # ---- the hub -----------------------------------------------------------------------------------------------------
 
 
-def push_adapter(run_folder: str | Path, repo: str, which: str = "latest", private: bool = False,
-                 link: str | None = None) -> str:  # fmt: skip
+def push_adapter(
+    run_folder: str | Path, repo: str, which: str = "latest", private: bool = False, link: str | None = None
+) -> str:
     """Upload a run's adapter and its card to the hub; returns the address. Raises ConfigError when that cannot be."""
     run = Run.resume(run_folder)
     path = run.checkpoint(which)

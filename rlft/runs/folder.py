@@ -24,12 +24,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from rlft.batch import group_ids
 from rlft.errors import ConfigError
 from rlft.runs.lines import append_line, parse_line, read_lines
-from rlft.types import Best, Prompt, Rollout
+from rlft.runs.tables import read_table, rollout_table
+from rlft.types import Best, Rollout
 
 PIECED_GROUPS = 4
 """Groups of each step whose tokens are kept as text too: those that the report shows."""
@@ -138,10 +136,15 @@ class Run:
             append_line(self.metrics_file, {"step": step, **values})
 
     def write_rollouts(
-        self, step: int, rollouts: Sequence[Rollout], rewards: Sequence[float], parts: Mapping[str, Sequence[Any]],
-        advantages: Sequence[float], logprobs: Mapping[int, Any] | None = None,
+        self,
+        step: int,
+        rollouts: Sequence[Rollout],
+        rewards: Sequence[float],
+        parts: Mapping[str, Sequence[Any]],
+        advantages: Sequence[float],
+        logprobs: Mapping[int, Any] | None = None,
         pieces: Sequence[list[str] | None] = (),
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Write every completion of a step. All sequences are as long as `rollouts`; nan is written as null.
 
         parts: what each reward function returned and logged, by its name. logprobs: index of a rollout -> the trainer's
@@ -151,22 +154,37 @@ class Run:
         finish_reason, tokens, policy_version.
         """
         known = logprobs or {}
-        trainer = [known[i][-n:] if (n := len(r.completion_ids)) and i in known else None
-                   for i, r in enumerate(rollouts)]  # fmt: skip
-        self._write(self.rollouts, step, rollouts, {
-            "reward": rewards, **{f"rewards/{name}": values for name, values in parts.items()}, "advantage": advantages,
-        }, {"logprobs": trainer, "pieces": list(pieces) or [None] * len(rollouts)})  # fmt: skip
+        trainer = [
+            known[i][-n:] if (n := len(r.completion_ids)) and i in known else None for i, r in enumerate(rollouts)
+        ]
+        self._write(
+            self.rollouts,
+            step,
+            rollouts,
+            {
+                "reward": rewards,
+                **{f"rewards/{name}": values for name, values in parts.items()},
+                "advantage": advantages,
+            },
+            {"logprobs": trainer, "pieces": list(pieces) or [None] * len(rollouts)},
+        )
 
     def write_evaluation(self, step: int, rollouts: Sequence[Rollout], rewards: Sequence[float]) -> None:
         """Write every held-out completion of an evaluation after `step`, with the same columns less the parts."""
         self._write(self.evaluations, step, rollouts, {"reward": rewards})
 
-    def _write(self, folder: Path, step: int, rollouts: Sequence[Rollout], scores: Mapping[str, Sequence[Any]],
-               tokens: Mapping[str, Sequence[Any]] | None = None) -> None:  # fmt: skip
+    def _write(
+        self,
+        folder: Path,
+        step: int,
+        rollouts: Sequence[Rollout],
+        scores: Mapping[str, Sequence[Any]],
+        tokens: Mapping[str, Sequence[Any]] | None = None,
+    ) -> None:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        table = _table(pa, step, rollouts, scores, tokens or {})
+        table = rollout_table(pa, step, rollouts, scores, tokens or {})
         with self.writing(f"{folder.name}/step-{step:06d}.parquet"):
             folder.mkdir(exist_ok=True)
             path = folder / f"step-{step:06d}.parquet"
@@ -303,7 +321,7 @@ class Run:
 
     def read_rollouts(self, step: int, groups: int | None = None) -> list[dict[str, Any]]:
         """What `write_rollouts` wrote for a step: one dict per completion, of the first `groups` groups if given."""
-        return _read(self.rollouts / f"step-{step:06d}.parquet", groups)
+        return read_table(self.rollouts / f"step-{step:06d}.parquet", groups)
 
     def plan(self) -> dict[str, int]:
         """What `write_plan` wrote; empty for a run without it."""
@@ -311,7 +329,7 @@ class Run:
 
     def read_evaluation(self, step: int) -> list[dict[str, Any]]:
         """What `write_evaluation` wrote for a step: one dict per completion."""
-        return _read(self.evaluations / f"step-{step:06d}.parquet")
+        return read_table(self.evaluations / f"step-{step:06d}.parquet")
 
 
 def replace_file(path: Path, data: bytes) -> None:
@@ -319,62 +337,3 @@ def replace_file(path: Path, data: bytes) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_bytes(data)
     temporary.replace(path)
-
-
-def _read(path: Path, groups: int | None = None) -> list[dict[str, Any]]:
-    import pyarrow.compute as pc
-    import pyarrow.parquet as pq
-
-    # One file: read_table on a path would also look for partitions in the folder names.
-    table = pq.ParquetFile(path).read()
-    return (table if groups is None else table.filter(pc.field("group") < groups)).to_pylist()
-
-
-def shown_prompt(prompt: Prompt) -> str:
-    """The prompt as its row has it: the text, or the messages as JSON."""
-    text = prompt.row.get("prompt")
-    if isinstance(text, str):
-        return text
-    return json.dumps(list(prompt.messages), ensure_ascii=False, default=str) if prompt.messages else ""
-
-
-def _table(pa: Any, step: int, rollouts: Sequence[Rollout], scores: Mapping[str, Sequence[Any]],
-           tokens: Mapping[str, Sequence[Any]]) -> Any:  # fmt: skip
-    """The Arrow table of a step. pa: pyarrow. tokens: the columns of an entry per token that are no rollout's own."""
-    integers = pa.int64()
-    columns = {
-        "step": pa.array([step] * len(rollouts), integers),
-        "row": pa.array([r.prompt.index for r in rollouts], integers),
-        "group": pa.array(group_ids(rollouts).tolist(), integers),
-        "sample": pa.array([r.sample_index for r in rollouts], integers),
-        "prompt": pa.array([shown_prompt(r.prompt) for r in rollouts], pa.string()),
-        "completion": pa.array([r.text for r in rollouts], pa.string()),
-        "completion_ids": pa.array([r.completion_ids for r in rollouts], pa.list_(integers)),
-        "sampler_logprobs": _floats(pa, [r.sampler_logprobs for r in rollouts]),
-        **{
-            name: pa.array(rows, pa.list_(pa.string())) if name == "pieces" else _floats(pa, rows)
-            for name, rows in tokens.items()
-        },
-        **{name: _scores(pa, name, values, len(rollouts)) for name, values in scores.items()},
-        "finish_reason": pa.array([r.finish_reason for r in rollouts], pa.string()),
-        "tokens": pa.array([len(r.completion_ids) for r in rollouts], integers),
-        "policy_version": pa.array([r.policy_version for r in rollouts], integers),
-    }
-    return pa.table(columns)
-
-
-def _floats(pa: Any, rows: Sequence[Any]) -> Any:
-    """A column of lists of float32 from sequences and tensors; null for None, nan within a list is null too."""
-    ends = np.cumsum([0, *(0 if row is None else len(row) for row in rows)], dtype=np.int32)
-    flat = [np.asarray(row, dtype=np.float32) for row in rows if row is not None]
-    values = pa.array(np.concatenate(flat) if flat else np.empty(0, np.float32), pa.float32(), from_pandas=True)
-    missing = np.array([*(row is None for row in rows), False])
-    return pa.ListArray.from_arrays(pa.array(ends, mask=missing), values)
-
-
-def _scores(pa: Any, name: str, values: Sequence[Any], rows: int) -> Any:
-    """A column of numbers, null for nan; of text when a value is neither number nor None."""
-    assert len(values) == rows, f"{name}: {len(values)} values for {rows} rollouts"
-    if all(v is None or isinstance(v, int | float) for v in values):
-        return pa.array([None if v is None or math.isnan(v) else float(v) for v in values], pa.float64())
-    return pa.array([None if v is None else str(v) for v in values], pa.string())

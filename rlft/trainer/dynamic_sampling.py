@@ -42,9 +42,11 @@ class Drawn:
         groups = group_ids(self.rollouts)
         kept = len(set(groups[torch.tensor(self.kept)].tolist()))
         return {
-            "refill/rounds": float(self.rounds), "refill/drawn": float(len(set(groups.tolist()))),
-            "refill/kept": float(kept), "refill/short": float(want - kept),
-        }  # fmt: skip
+            "refill/rounds": float(self.rounds),
+            "refill/drawn": float(len(set(groups.tolist()))),
+            "refill/kept": float(kept),
+            "refill/short": float(want - kept),
+        }
 
 
 def varied(decides: Tensor, groups: Tensor) -> list[int]:
@@ -101,9 +103,12 @@ def refill(first: Drawn, draw: Callable[[int, int], Drawn], want: int, rounds: i
 
 def _joined(a: Drawn, b: Drawn) -> Drawn:
     return Drawn(
-        a.rollouts + b.rollouts, torch.cat([a.rewards, b.rewards]), torch.cat([a.decides, b.decides]),
-        a.parts + b.parts, a.kept + b.kept,
-    )  # fmt: skip
+        a.rollouts + b.rollouts,
+        torch.cat([a.rewards, b.rewards]),
+        torch.cat([a.decides, b.decides]),
+        a.parts + b.parts,
+        a.kept + b.kept,
+    )
 
 
 def chosen(drawn: Drawn) -> tuple[list[Rollout], Tensor]:

@@ -83,9 +83,7 @@ def _max_model_len(cfg: Config, policy: Policy, rows: Sequence[Prompt]) -> int:
     return rope.original + 1
 
 
-def longest_sequence(
-    cfg: Config, policy: Policy, rows: Sequence[Prompt], held: Sequence[Prompt], scored: bool
-) -> int:  # fmt: skip
+def longest_sequence(cfg: Config, policy: Policy, rows: Sequence[Prompt], held: Sequence[Prompt], scored: bool) -> int:
     """Tokens of the longest sequence that a run can have. scored: the evaluation has reward functions, so it samples.
 
     Where vLLM samples, `engine.max_model_len` is the bound of what is sampled.

@@ -74,16 +74,23 @@ def sampling_of(cfg: Config) -> Sampling:
     """How the evaluation decodes: greedy with one sample per row unless [eval] says otherwise."""
     stops = cfg.sampling.stop_token_ids if cfg.eval.stop_token_ids is None else cfg.eval.stop_token_ids
     return Sampling(
-        group_size=cfg.eval.samples, max_tokens=cfg.eval.max_tokens or cfg.sampling.max_tokens,
-        temperature=cfg.eval.temperature, top_p=cfg.eval.top_p, top_k=cfg.eval.top_k, stop_token_ids=stops,
+        group_size=cfg.eval.samples,
+        max_tokens=cfg.eval.max_tokens or cfg.sampling.max_tokens,
+        temperature=cfg.eval.temperature,
+        top_p=cfg.eval.top_p,
+        top_k=cfg.eval.top_k,
+        stop_token_ids=stops,
         stop=cfg.sampling.stop,
-    )  # fmt: skip
+    )
 
 
 def evaluate(
-    engine: Engine, prompts: Sequence[Prompt], cfg: Config, functions: Sequence[RewardFunction],
+    engine: Engine,
+    prompts: Sequence[Prompt],
+    cfg: Config,
+    functions: Sequence[RewardFunction],
     trainer_state: dict[str, Any],
-) -> Evaluation:  # fmt: skip
+) -> Evaluation:
     """Sample `eval.samples` completions of every prompt and score them.
 
     The seed depends on the run's only, so two evaluations differ by the adapter alone. Raises TrainError when most of

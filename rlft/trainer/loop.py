@@ -64,9 +64,11 @@ def loop(s: Session) -> None:
         values |= rates(drawn.rollouts, done.ran, cfg.optim.passes, clock)
         values |= drawn.metrics(cfg.prompts_per_step) if cfg.refill.rounds else {}
         values |= {
-            "epoch": s.prompts.epoch, "num_tokens": float(state.num_tokens), "parity/limit": s.limit.step,
+            "epoch": s.prompts.epoch,
+            "num_tokens": float(state.num_tokens),
+            "parity/limit": s.limit.step,
             "skipped_updates": float(state.skipped_updates),
-        }  # fmt: skip
+        }
         values |= {"curriculum/solved": float(len(state.solved))} if cfg.curriculum.solved_share is not None else {}
         values |= s.optimizer.metrics() | peak_memory(policy.device)
         if algorithm.adapt is not None:
@@ -118,13 +120,16 @@ def check_versions(rollouts: list[Rollout], step: int) -> None:
 def trainer_state(s: Session) -> dict[str, Any]:
     """The snapshot that reward functions get as `trainer_state`; names as in transformers' TrainerState."""
     return {
-        "global_step": s.state.step, "max_steps": s.steps, "epoch": s.prompts.epoch,
+        "global_step": s.state.step,
+        "max_steps": s.steps,
+        "epoch": s.prompts.epoch,
         "num_input_tokens_seen": s.state.num_tokens,
-    }  # fmt: skip
+    }
 
 
-def record(s: Session, values: dict[str, float], drawn: Drawn, parts: Parts, advantages: list[float],
-           mismatch: parity.Mismatch) -> None:  # fmt: skip
+def record(
+    s: Session, values: dict[str, float], drawn: Drawn, parts: Parts, advantages: list[float], mismatch: parity.Mismatch
+) -> None:
     """Everything about a finished step into the run folder, onto the console and to the trackers."""
     for fault in parts.faults():
         s.console.note(fault)
@@ -138,15 +143,25 @@ def record(s: Session, values: dict[str, float], drawn: Drawn, parts: Parts, adv
         callback(s.state, values)
 
 
-def write_completions(s: Session, step: int, drawn: Drawn, columns: dict[str, list[Any]], advantages: list[float],
-                      mismatch: parity.Mismatch) -> None:  # fmt: skip
+def write_completions(
+    s: Session,
+    step: int,
+    drawn: Drawn,
+    columns: dict[str, list[Any]],
+    advantages: list[float],
+    mismatch: parity.Mismatch,
+) -> None:
     """The completions of a step into their file, on the writing thread: nothing given may change any more."""
     kept = [i for i, keep in enumerate(drawn.kept) if keep]
     s.run.write_rollouts(
-        step, drawn.rollouts, drawn.rewards.tolist(), columns, advantages,
+        step,
+        drawn.rollouts,
+        drawn.rewards.tolist(),
+        columns,
+        advantages,
         {kept[row]: values for row, values in mismatch.logprobs.items()},
         s.pieces.first_groups(drawn.rollouts, group_ids(drawn.rollouts).tolist(), PIECED_GROUPS),
-    )  # fmt: skip
+    )
 
 
 def measure(s: Session) -> dict[str, float]:
@@ -223,9 +238,11 @@ def stop_on_interrupt(s: Session) -> Iterator[None]:
 
 
 def train(
-    cfg: Config, rewards: Sequence[Any] | None = None, resume: bool = False,
+    cfg: Config,
+    rewards: Sequence[Any] | None = None,
+    resume: bool = False,
     callbacks: Sequence[Callable[[State, dict[str, float]], None]] = (),
-) -> Result:  # fmt: skip
+) -> Result:
     """Train a run from its config; also callable as `rlft.train(cfg)`.
 
     rewards: reward functions (callables or rlft.Reward) in place of `cfg.rewards`. resume: go on from the newest

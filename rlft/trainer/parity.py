@@ -219,8 +219,9 @@ Parts = Sequence[tuple[Sequence[Prompt], Any]]
 """Prompts and the rlft.config.run.Sampling to draw their completions with."""
 
 
-def _compare(policy: Any, engine: Any, parts: Parts, seed: int, plan: PackPlan,
-             version: int) -> tuple[Mismatch, list[Rollout]]:  # fmt: skip
+def _compare(
+    policy: Any, engine: Any, parts: Parts, seed: int, plan: PackPlan, version: int
+) -> tuple[Mismatch, list[Rollout]]:
     engine.load_adapter(policy.adapter(), version=version)
     rollouts: list[Rollout] = []
     for i, (prompts, sampling) in enumerate(parts):
@@ -269,8 +270,15 @@ def _random_adapter(policy: Any, rollouts: list[Rollout], plan: PackPlan, seed: 
     return shift_of(at)
 
 
-def probe(policy: Any, engine: Any, prompts: Sequence[Prompt], sampling: Any, seed: int, plan: PackPlan,
-          long: Sequence[Prompt] = ()) -> Probe:  # fmt: skip
+def probe(
+    policy: Any,
+    engine: Any,
+    prompts: Sequence[Prompt],
+    sampling: Any,
+    seed: int,
+    plan: PackPlan,
+    long: Sequence[Prompt] = (),
+) -> Probe:
     """Compare engine and trainer on `prompts` with the adapter off (B = 0) and with a random adapter.
 
     The trainer's adapter is restored bit for bit and no global random state is used; the caller loads the adapter into

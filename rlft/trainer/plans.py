@@ -31,10 +31,14 @@ def plan_of(cfg: Config, algorithm: Algorithm, policy: Policy, sampled: Sequence
     if policy.fused is not None:
         policy.fused.full = budget
     return PackPlan(
-        keep=(), aggregation=algorithm.aggregation, budget=budget, max_len=cfg.sampling.max_tokens,
-        temperature=cfg.sampling.temperature, whole_groups=algorithm.whole_groups,
+        keep=(),
+        aggregation=algorithm.aggregation,
+        budget=budget,
+        max_len=cfg.sampling.max_tokens,
+        temperature=cfg.sampling.temperature,
+        whole_groups=algorithm.whole_groups,
         share_prefix=cfg.packing.share_prefix and policy.packed,
-    )  # fmt: skip
+    )
 
 
 def memory_plan(policy: Policy, cfg: Config, engine: Engine, tokens: int) -> dict[str, int]:
@@ -43,10 +47,13 @@ def memory_plan(policy: Policy, cfg: Config, engine: Engine, tokens: int) -> dic
     adapter = policy.flat.flat.numel() * policy.flat.flat.element_size()
     moments = 2 * policy.flat.flat.numel() if cfg.optim.name == "adamw_8bit" else 2 * adapter
     return {
-        "base": weight_bytes(policy.base)["bytes"], "adapter": adapter, "gradient": adapter,
-        "optimiser moments": moments, **engine.memory,
+        "base": weight_bytes(policy.base)["bytes"],
+        "adapter": adapter,
+        "gradient": adapter,
+        "optimiser moments": moments,
+        **engine.memory,
         **({f"a micro-batch of {tokens} tokens": policy.fused.plan_for(tokens).peak} if policy.fused else {}),
-    }  # fmt: skip
+    }
 
 
 def pass_words(policy: Policy, tokens: int) -> str:

@@ -125,10 +125,12 @@ def generate_from_run(
         cfg = run.cfg
         made = encode_prompt({"prompt": prompt}, 0, cfg.data, run.tokenizer)
         sampling = Sampling(
-            group_size=1, max_tokens=max_tokens or cfg.sampling.max_tokens,
+            group_size=1,
+            max_tokens=max_tokens or cfg.sampling.max_tokens,
             temperature=cfg.sampling.temperature if temperature is None else temperature,
-            stop_token_ids=cfg.sampling.stop_token_ids, stop=cfg.sampling.stop,
-        )  # fmt: skip
+            stop_token_ids=cfg.sampling.stop_token_ids,
+            stop=cfg.sampling.stop,
+        )
         run.policy.fix_rope(len(made.ids) + sampling.max_tokens, run.long)
         # One completion is there before vLLM has started.
         with _sampling(run, EagerEngine(run.policy, run.tokenizer)) as engine:

@@ -126,9 +126,14 @@ class Session:
             self.write_card(folder, final)
 
         return checkpoint.save(
-            self.run.checkpoints, self.state, tensors, self.identity, write_adapter, self.cfg.checkpoint.keep,
+            self.run.checkpoints,
+            self.state,
+            tensors,
+            self.identity,
+            write_adapter,
+            self.cfg.checkpoint.keep,
             self.run.best(also=self.state.step),
-        )  # fmt: skip
+        )
 
     def write_card(self, folder: Path, final: Path) -> None:
         """The model card of the adapter, in place of PEFT's own, a form to be filled in. final: where it will be."""
@@ -199,16 +204,14 @@ def build(
         rows, held = load_rows(cfg, tokenizer, console.note)
         prompts = Prompts(rows, cfg.seed, cfg.data.shuffle)
         functions, eval_functions = _functions(cfg, rewards)
-        for function in {id(f): f for f in [*functions, *eval_functions]}.values():
-            stack.callback(function.close)
-            if function.note:
-                console.note(function.note)
+        _close_later(stack, [*functions, *eval_functions])
+        for note in {function.note: None for function in [*functions, *eval_functions] if function.note}:
+            console.note(note)
         policy = load_policy(cfg, console.note)
         engine, eval_engine = _engines(cfg, policy, tokenizer, console, rows, held, bool(eval_functions))
         for line in _starting(cfg, engine, undeclared_end(tokenizer, policy.base)):
             console.note(line)
-        for each in {id(e): e for e in (engine, eval_engine)}.values():
-            stack.callback(each.close)
+        _close_later(stack, [engine, eval_engine])
         assert engine.SAMPLES or not algorithm.needs_sampler, "validate refuses this"
         steps = cfg.steps or prompts.steps(cfg.prompts_per_step, cfg.data.epochs or 1.0)
         fp16, views = resolve_dtype(cfg, policy.device) == torch.float16, policy.flat.parameters.values()
@@ -217,14 +220,32 @@ def build(
             # What a pass may take is what is free now.
             plan = plan_of(cfg, algorithm, policy, rows if engine.SAMPLES else ())
             kept, passes = memory_plan(policy, cfg, eval_engine, plan.budget), pass_words(policy, plan.budget)
+        optimizer = Optimizer(policy.flat.flat, cfg.optim, steps * cfg.optim.updates, fp16, views)
+        reference = Reference(policy, keep=steps * cfg.prompts_per_step > len(rows) and not policy.mixes_rows)
+        eval_loss = bool(held) and not engine.SAMPLES and measures_loss(rows, held)
         s = Session(
-            cfg=cfg, steps=steps, algorithm=algorithm, policy=policy, engine=engine, eval_engine=eval_engine,
-            reference=Reference(policy, keep=steps * cfg.prompts_per_step > len(rows) and not policy.mixes_rows),
-            optimizer=Optimizer(policy.flat.flat, cfg.optim, steps * cfg.optim.updates, fp16, views), prompts=prompts,
-            held=held, held_loss=bool(held) and not engine.SAMPLES and measures_loss(rows, held), functions=functions,
-            eval_functions=eval_functions, run=run, writer=writer, console=console, identity=identity_of(cfg, policy),
-            plan=plan, pieces=Pieces(tokenizer), state=State(data=digest(rows)), callbacks=callbacks,
-        )  # fmt: skip
+            cfg=cfg,
+            steps=steps,
+            algorithm=algorithm,
+            policy=policy,
+            engine=engine,
+            eval_engine=eval_engine,
+            reference=reference,
+            optimizer=optimizer,
+            prompts=prompts,
+            held=held,
+            held_loss=eval_loss,
+            functions=functions,
+            eval_functions=eval_functions,
+            run=run,
+            writer=writer,
+            console=console,
+            identity=identity_of(cfg, policy),
+            plan=plan,
+            pieces=Pieces(tokenizer),
+            state=State(data=digest(rows)),
+            callbacks=callbacks,
+        )
         if resume:
             _resume(s)
         s.check_adapter(
@@ -237,6 +258,12 @@ def build(
         console.start(_title(s, passes), steps, s.state.step, cfg.algo.name)
         s.limit = agree(cfg, policy, engine, rows, plan, console.note)
         yield s
+
+
+def _close_later(stack: contextlib.ExitStack, opened: Sequence[Any]) -> None:
+    """Close each object when the run ends; one may be given several times."""
+    for each in {id(x): x for x in opened}.values():
+        stack.callback(each.close)
 
 
 def _resume(s: Session) -> None:
@@ -326,10 +353,12 @@ def identity_of(cfg: Config, policy: Policy) -> dict[str, str]:
     """What a checkpoint must have been made from to fit."""
     lora = cfg.lora
     return {
-        "model": cfg.model, "base": fingerprint(policy.base), "rlft": __version__,
+        "model": cfg.model,
+        "base": fingerprint(policy.base),
+        "rlft": __version__,
         "lora": f"rank {lora.rank}, alpha {lora.alpha:g}, rslora {lora.rslora}, {len(policy.adapter())} tensors",
         **({"rope": policy.rope.factors} if policy.rope is not None else {}),
-    }  # fmt: skip
+    }
 
 
 MIXED = (

@@ -102,9 +102,13 @@ def filled(s: Session, batch: Batch) -> Batch:
 
 
 def train_on(
-    s: Session, rollouts: list[Rollout], packed: list[list[Batch]], ran: list[list[Batch]], metrics: Metrics,
+    s: Session,
+    rollouts: list[Rollout],
+    packed: list[list[Batch]],
+    ran: list[list[Batch]],
+    metrics: Metrics,
     mismatch: parity.Mismatch,
-) -> list[Update]:  # fmt: skip
+) -> list[Update]:
     """The updates of a step, one for each of the lists of micro-batches and pass over them.
 
     rollouts: those of the step. packed: all micro-batches of each update; ran: those that are run.

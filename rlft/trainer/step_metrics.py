@@ -60,17 +60,16 @@ def batch_stats(loss: Tensor, logprobs: Tensor, entropy: Tensor, batch: Batch) -
     """
     broken = (~(logprobs.detach() + entropy.detach()).isfinite()).sum()
     return {
-        "loss": Stat("sum", loss.detach()), "entropy": Stat.mean(entropy, batch.train_mask),
+        "loss": Stat("sum", loss.detach()),
+        "entropy": Stat.mean(entropy, batch.train_mask),
         "nonfinite_logprobs": Stat("sum", broken),
-    }  # fmt: skip
+    }
 
 
 def update_values(updates: Sequence[Update], values: dict[str, float]) -> dict[str, float]:
     """Loss and gradient norm as means over the updates of a step, and the last learning rate. values: the step's
     metrics, whose loss is the sum over its updates."""
-    found = {
-        "grad_norm": sum(u.grad_norm for u in updates) / len(updates), "learning_rate": updates[-1].learning_rate,
-    }  # fmt: skip
+    found = {"grad_norm": sum(u.grad_norm for u in updates) / len(updates), "learning_rate": updates[-1].learning_rate}
     return found | ({"loss": values["loss"] / len(updates)} if "loss" in values else {})
 
 

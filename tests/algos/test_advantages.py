@@ -107,19 +107,30 @@ def test_spread_of_rewards_as_logged() -> None:
 
 @pytest.mark.parametrize(
     ("aggregation", "scale", "name"),
-    [("sum_then_normalize", "batch", "batch_std"), ("sum_then_normalize", "group", "group_norm"),
-     ("sum_then_normalize", "none", "group_mean"), ("normalize_then_sum", "group", "gdpo")],
-)  # fmt: skip
+    [
+        ("sum_then_normalize", "batch", "batch_std"),
+        ("sum_then_normalize", "group", "group_norm"),
+        ("sum_then_normalize", "none", "group_mean"),
+        ("normalize_then_sum", "group", "gdpo"),
+    ],
+)
 def test_advantages_equal_trls(aggregation: str, scale: str, name: str) -> None:
     g = torch.Generator().manual_seed(2)
     parts, weights = torch.rand(12, 2, generator=g), torch.tensor([1.0, 0.5])
     parts[3], parts[8:, 1] = float("nan"), 1.0  # a row without any reward, and a part that is equal in its group
     rewards = torch.where(parts.isnan().all(1), parts[:, 0], (parts * weights).nansum(1))
     names = {
-        "self": SimpleNamespace(multi_objective_aggregation=aggregation, scale_rewards=scale, reward_weights=weights,
-                                reward_funcs=["a", "b"]),
-        "rewards_per_func": parts, "unscorable_mask": parts.isnan().all(1), "num_generations": 4, "device": "cpu",
-    }  # fmt: skip
+        "self": SimpleNamespace(
+            multi_objective_aggregation=aggregation,
+            scale_rewards=scale,
+            reward_weights=weights,
+            reward_funcs=["a", "b"],
+        ),
+        "rewards_per_func": parts,
+        "unscorable_mask": parts.isnan().all(1),
+        "num_generations": 4,
+        "device": "cpu",
+    }
     condition = "self.multi_objective_aggregation == 'sum_then_normalize'"
     want = run_block(
         "trainer.grpo_trainer", "GRPOTrainer", "_generate_and_score_completions", condition, "advantages", names

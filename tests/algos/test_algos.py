@@ -138,9 +138,15 @@ def test_grpo_builds_with_its_traits_following_its_numbers() -> None:
 
 @pytest.mark.parametrize(
     ("updates", "correction", "becomes", "old"),
-    [(1, "auto", "single", "now"), (1, "decoupled", "decoupled", "now"), (1, "bypass", "bypass", "sampler"),
-     (4, "auto", "decoupled", "trainer"), (4, "bypass", "bypass", "sampler"), (4, "none", "none", "trainer")],
-)  # fmt: skip
+    [
+        (1, "auto", "single", "now"),
+        (1, "decoupled", "decoupled", "now"),
+        (1, "bypass", "bypass", "sampler"),
+        (4, "auto", "decoupled", "trainer"),
+        (4, "bypass", "bypass", "sampler"),
+        (4, "none", "none", "trainer"),
+    ],
+)
 def test_the_correction_follows_the_number_of_updates(updates: int, correction: str, becomes: str, old: str) -> None:
     made = build(Algo("grpo", {"correction": correction}), updates)
     assert (made.config.correction, made.old, made.needs_sampler) == (becomes, old, correction == "bypass")
@@ -164,8 +170,12 @@ def test_a_correction_that_would_be_wrong_or_twice_is_refused() -> None:
 @pytest.mark.parametrize(
     ("name", "options", "updates", "message"),
     [
-        ("grpo", {"correction": "bypass", "correction_weight": "token_mask"}, 1,
-         'algo.correction_weight = token_mask with algo.correction = "bypass": .* would correct twice'),
+        (
+            "grpo",
+            {"correction": "bypass", "correction_weight": "token_mask"},
+            1,
+            'algo.correction_weight = token_mask with algo.correction = "bypass": .* would correct twice',
+        ),
         ("grpo", {"correction": "bypass", "correction_cap": 5.0}, 4, "algo.correction_cap = 5.0 .* correct twice"),
         ("grpo", {"correction": "none", "correction_floor": 0.5}, 1, "correction_floor = 0.5 .* there is no weight"),
         ("grpo", {"correction": "bypass", "gate_high": 1.1}, 1, "gate_high = 1.1 .* no sequence is ever outside"),
@@ -177,7 +187,7 @@ def test_a_correction_that_would_be_wrong_or_twice_is_refused() -> None:
         ("grpo", {"kl": "reward", "kl_coef": 0.1, "advantage": "gdpo"}, 1, "the KL taken off their sum would be lost"),
         ("grpo", {"delta": 1.1}, 1, r"algo.delta = 1.1: want above 1 \+ clip_high = 1.2"),
     ],
-)  # fmt: skip
+)
 def test_what_corrects_twice_or_not_at_all_is_refused(
     name: str, options: dict[str, Any], updates: int, message: str
 ) -> None:
@@ -289,8 +299,10 @@ def test_a_run_prints_its_five_choices() -> None:
 
 def test_a_loss_and_an_advantage_can_be_files_of_the_user(tmp_path: Path) -> None:
     file = tmp_path / "my_loss.py"
-    file.write_text(Path(sft.__file__).read_text() + "\n\ndef twice(rewards, group_ids):\n    return 2 * rewards\n"
-                    "\n\ndef total(rewards, group_ids):\n    return rewards.sum()\n")  # fmt: skip
+    file.write_text(
+        Path(sft.__file__).read_text() + "\n\ndef twice(rewards, group_ids):\n    return 2 * rewards\n"
+        "\n\ndef total(rewards, group_ids):\n    return rewards.sum()\n"
+    )
     mine = build(Algo(f"{file}:loss", {"aggregation": "prompt_mean"}))
     assert mine.aggregation == "prompt_mean" and mine.zero_adv_zero_grad
     doubled = build(Algo("grpo", {"advantage": f"{file}:twice"})).advantage

@@ -37,9 +37,11 @@ CLIP = {"clip_ratio/low_mean", "clip_ratio/low_min", "clip_ratio/high_mean", "cl
 PAIR = {"rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected"}
 NAMES = {
     **dict.fromkeys(("grpo", "gspo", "gmpo", "rloo", "dppo"), CLIP | {"clip_ratio/region_mean"}),
-    **dict.fromkeys(PAIRED, PAIR), "kto": (PAIR - {"rewards/accuracies", "rewards/margins"}) | {"kl"},
-    "cispo": {"cispo_clip_ratio"}, "vespo": {"vespo/phi_seq_mean"},
-}  # fmt: skip
+    **dict.fromkeys(PAIRED, PAIR),
+    "kto": (PAIR - {"rewards/accuracies", "rewards/margins"}) | {"kl"},
+    "cispo": {"cispo_clip_ratio"},
+    "vespo": {"vespo/phi_seq_mean"},
+}
 """What TRL logs for the objective, besides loss, entropy and rewards."""
 
 
@@ -70,11 +72,19 @@ def config(
 ) -> Config:
     sampled = data == "prompts"
     base = Config(
-        model=str(home / "model"), data=Data(str(home / f"{data}.jsonl")), out=str(out),
-        rewards=tuple(Reward(f"{home}/rewards.py:{name}") for name in rewards) if sampled else (), steps=2,
-        prompts_per_step=2, sampling=Sampling(group_size=3, max_tokens=4), lora=Lora(rank=2, alpha=4),
-        optim=Optim(lr=1e-2), parity=Parity(probe=False), checkpoint=Checkpoint(keep=10), packing=Packing(budget=40),
-    )  # fmt: skip
+        model=str(home / "model"),
+        data=Data(str(home / f"{data}.jsonl")),
+        out=str(out),
+        rewards=tuple(Reward(f"{home}/rewards.py:{name}") for name in rewards) if sampled else (),
+        steps=2,
+        prompts_per_step=2,
+        sampling=Sampling(group_size=3, max_tokens=4),
+        lora=Lora(rank=2, alpha=4),
+        optim=Optim(lr=1e-2),
+        parity=Parity(probe=False),
+        checkpoint=Checkpoint(keep=10),
+        packing=Packing(budget=40),
+    )
     return replace(base, **changes)
 
 
@@ -100,9 +110,16 @@ def test_each_loss_runs_two_steps_of_two_updates(name: str, home: Path, tmp_path
 
 def test_entropy_kl_in_the_reward_and_masks_run_and_resume_exactly(home: Path, tmp_path: Path) -> None:
     options = {
-        "kl": "reward", "kl_coef": 0.05, "entropy_coef": 0.01, "entropy_target": 9.0, "entropy_share": 0.5,
-        "correction_weight": "sequence_mask", "gate_high": 1.5, "off_policy_limit": 0.5, "advantage": "batch_std",
-    }  # fmt: skip
+        "kl": "reward",
+        "kl_coef": 0.05,
+        "entropy_coef": 0.01,
+        "entropy_target": 9.0,
+        "entropy_share": 0.5,
+        "correction_weight": "sequence_mask",
+        "gate_high": 1.5,
+        "off_policy_limit": 0.5,
+        "advantage": "batch_std",
+    }
     cfg = config(home, tmp_path / "two", algo=Algo("grpo", options))
     first, second = ran(cfg)
     names = (
@@ -163,11 +180,7 @@ def test_nothing_left_to_draw_ends_the_run(home: Path, tmp_path: Path) -> None:
     ("data", "changes", "message"),
     [
         ("labels", {"algo": Algo("sft")}, 'algo.name = "sft": rows whose label is false would be unlearned'),
-        (
-            "prompts",
-            {"algo": Algo("dpo")},
-            'pairs of sampled completions with algo.advantage = "best_and_worst"',
-        ),
+        ("prompts", {"algo": Algo("dpo")}, 'pairs of sampled completions with algo.advantage = "best_and_worst"'),
         ("pairs", {"curriculum": Curriculum(solved_share=0.5)}, "curriculum: recorded completions are not solved"),
         ("sft", {"algo": Algo("dppo")}, 'algo.name = "dppo": needs sampler log-probs'),
     ],
@@ -207,9 +220,15 @@ def test_prepare_sees_each_update_as_it_starts(minibatches: int, passes: int, ho
     (home / "looks.py").write_text(LOOKS)
     optim = Optim(lr=0.1, minibatches=minibatches, passes=passes)
     cfg = config(
-        home, tmp_path / "run", "sft", algo=Algo(f"{home}/looks.py:loss"), optim=optim, prompts_per_step=4, steps=3,
+        home,
+        tmp_path / "run",
+        "sft",
+        algo=Algo(f"{home}/looks.py:loss"),
+        optim=optim,
+        prompts_per_step=4,
+        steps=3,
         packing=Packing(budget=1000),
-    )  # fmt: skip
+    )
     line = ran(cfg)[-1]
     assert line["batch/micro_batches"] == minibatches
     assert line["moved"] > 0.1 and line["off"] < 1e-4 * line["moved"] and line["uneven"] <= 1

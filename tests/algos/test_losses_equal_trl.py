@@ -33,16 +33,28 @@ ADVANTAGES = torch.tensor([1.2, -0.7, 0.4, -1.1, 0.9, -0.3, 0.8, -1.5])
 
 ARGS = {"delta": None, "steps_per_generation": 1, "use_bias_correction_kl": False}
 BASE = {
-    "aux_loss_enabled": False, "top_entropy_quantile": 1.0, "off_policy_mask_threshold": None, "beta": 0.0,
-    "importance_sampling_level": "token", "epsilon_low": 0.2, "epsilon_high": 0.28, "use_vllm": True,
-    "vllm_importance_sampling_correction": True, "current_gradient_accumulation_steps": 1,
-    "max_completion_length": MAX_LEN, "_entropy_bonus_enabled": False, "use_adaptive_entropy": False,
+    "aux_loss_enabled": False,
+    "top_entropy_quantile": 1.0,
+    "off_policy_mask_threshold": None,
+    "beta": 0.0,
+    "importance_sampling_level": "token",
+    "epsilon_low": 0.2,
+    "epsilon_high": 0.28,
+    "use_vllm": True,
+    "vllm_importance_sampling_correction": True,
+    "current_gradient_accumulation_steps": 1,
+    "max_completion_length": MAX_LEN,
+    "_entropy_bonus_enabled": False,
+    "use_adaptive_entropy": False,
     "model": SimpleNamespace(training=True),
     "accelerator": SimpleNamespace(
-        num_processes=1, reduce=lambda x, reduction: x, gather=lambda x: x, sync_gradients=True,
+        num_processes=1,
+        reduce=lambda x, reduction: x,
+        gather=lambda x: x,
+        sync_gradients=True,
         pad_across_processes=lambda x, **_: x,
     ),
-}  # fmt: skip
+}
 """Attributes of TRL's trainers that their loss reads."""
 
 
@@ -81,9 +93,15 @@ def masks() -> tuple[Tensor, Tensor]:
 
 
 def trl_loss(
-    now: Tensor, values: dict[str, Tensor], loss_type: str, cap: float = 2.0, where: tuple[str, str] = GRPO,
-    entropy: Tensor | None = None, weight: Tensor | None = None, **settings: Any,
-) -> tuple[Tensor, Any]:  # fmt: skip
+    now: Tensor,
+    values: dict[str, Tensor],
+    loss_type: str,
+    cap: float = 2.0,
+    where: tuple[str, str] = GRPO,
+    entropy: Tensor | None = None,
+    weight: Tensor | None = None,
+    **settings: Any,
+) -> tuple[Tensor, Any]:
     """TRL's loss on the grid of log-probs, and its metrics. weight: TRL's importance
     ratio, in place of the token's up to `cap`. settings: attributes of the trainer other than `BASE`."""
     trainer = trl(*where)
@@ -91,30 +109,43 @@ def trl_loss(
     metrics = {"train": defaultdict(list)}
     entropy = torch.zeros_like(now) if entropy is None else entropy
     stand_in = SimpleNamespace(
-        **{**BASE, "args": SimpleNamespace(**ARGS), **settings}, loss_type=loss_type, _metrics=metrics,
+        **{**BASE, "args": SimpleNamespace(**ARGS), **settings},
+        loss_type=loss_type,
+        _metrics=metrics,
         _get_per_token_logps_and_entropies=lambda *a, **k: (now, entropy, None),
-    )  # fmt: skip
+    )
     for name in ("get_off_policy_mask", "get_gamma_weights"):
         setattr(stand_in, name, getattr(trl(*GRPO), name))
     stand_in.get_high_entropy_mask = lambda *a: trl(*GRPO).get_high_entropy_mask(stand_in, *a)
     prompt = torch.ones(len(LENGTHS), 3, dtype=torch.long)
     ratio = (values["old_logprobs"] - values["sampler_logprobs"]).exp().clamp(max=cap) if weight is None else weight
     inputs = {
-        "prompt_ids": prompt, "prompt_mask": prompt, "completion_ids": mask, "completion_mask": mask, "tool_mask": tool,
-        "advantages": ADVANTAGES, "old_per_token_logps": values["old_logprobs"],
+        "prompt_ids": prompt,
+        "prompt_mask": prompt,
+        "completion_ids": mask,
+        "completion_mask": mask,
+        "tool_mask": tool,
+        "advantages": ADVANTAGES,
+        "old_per_token_logps": values["old_logprobs"],
         "importance_sampling_ratio": torch.where((mask * tool).bool(), ratio, 1),
-        "sampling_per_token_logps": values["sampler_logprobs"], "ref_per_token_logps": values["ref_logprobs"],
+        "sampling_per_token_logps": values["sampler_logprobs"],
+        "ref_per_token_logps": values["ref_logprobs"],
         "num_items_in_batch": (mask * tool).sum(),
-    }  # fmt: skip
+    }
     if where == RLOO:
         inputs |= {"completion_mask": mask * tool, "old_logps": (values["old_logprobs"] * mask * tool).sum(1)}
     return trainer._compute_loss(stand_in, None, inputs), metrics["train"]
 
 
 def our_loss(
-    module: ModuleType, cfg: Any, now: Tensor, values: dict[str, Tensor], aggregation: Aggregation,
-    entropy: Tensor | None = None, **prepared: float,
-) -> tuple[Tensor, dict[str, float]]:  # fmt: skip
+    module: ModuleType,
+    cfg: Any,
+    now: Tensor,
+    values: dict[str, Tensor],
+    aggregation: Aggregation,
+    entropy: Tensor | None = None,
+    **prepared: float,
+) -> tuple[Tensor, dict[str, float]]:
     """Our loss over several micro-batches, and what it logs."""
     total, metrics = torch.zeros((), dtype=torch.float64), Metrics()
     batches, cells = packed(values, aggregation)
@@ -202,8 +233,7 @@ def drifting() -> tuple[Tensor, dict[str, Tensor]]:
 
 @pytest.mark.parametrize("form", ["token", "sequence"])
 @pytest.mark.parametrize(
-    ("loss_type", "aggregation"),
-    [("grpo", "sequence_mean"), ("dapo", "token_mean"), ("luspo", "sequence_sum")],
+    ("loss_type", "aggregation"), [("grpo", "sequence_mean"), ("dapo", "token_mean"), ("luspo", "sequence_sum")]
 )
 def test_gspo_and_luspo_equal_trls_sequence_level(loss_type: str, aggregation: Aggregation, form: Any) -> None:
     """Both forms, with some sequences clipped on each side; without a correction, which TRL applies to neither form."""
@@ -281,20 +311,32 @@ def test_off_policy_sequence_masking_equals_trl() -> None:
 
 @pytest.mark.parametrize(
     ("mode", "low", "high"),
-    [("token_truncate", None, 2.0), ("token_truncate", 0.5, 1.5), ("token_mask", 0.6, 1.6),
-     ("sequence_truncate", None, 1.5), ("sequence_mask", None, 2.0), ("sequence_mask", 0.3, 2.0)],
-)  # fmt: skip
+    [
+        ("token_truncate", None, 2.0),
+        ("token_truncate", 0.5, 1.5),
+        ("token_mask", 0.6, 1.6),
+        ("sequence_truncate", None, 1.5),
+        ("sequence_mask", None, 2.0),
+        ("sequence_mask", 0.3, 2.0),
+    ],
+)
 def test_the_correction_weights_equal_trls(mode: Any, low: float | None, high: float) -> None:
     now, values = grids()
     mask, tool = masks()
     stand_in = SimpleNamespace(
-        use_vllm=True, vllm_importance_sampling_correction=True, vllm_importance_sampling_mode=mode,
-        vllm_importance_sampling_clip_min=low, vllm_importance_sampling_clip_max=high,
-    )  # fmt: skip
+        use_vllm=True,
+        vllm_importance_sampling_correction=True,
+        vllm_importance_sampling_mode=mode,
+        vllm_importance_sampling_clip_min=low,
+        vllm_importance_sampling_clip_max=high,
+    )
     names = {
-        "self": stand_in, "completion_mask": mask, "tool_mask": tool, "old_per_token_logps": values["old_logprobs"],
+        "self": stand_in,
+        "completion_mask": mask,
+        "tool_mask": tool,
+        "old_per_token_logps": values["old_logprobs"],
         "sampling_per_token_logps": values["sampler_logprobs"],
-    }  # fmt: skip
+    }
     condition = "self.use_vllm and self.vllm_importance_sampling_correction"
     where = (*GRPO, "_generate_and_score_completions", condition, "vllm_importance_sampling_ratio")
     weight = run_block(*where, names).expand_as(now)
@@ -340,10 +382,19 @@ def test_sft_equals_transformers_cross_entropy() -> None:
     # 16 trained tokens: 1 / 16 is exact in the float32 of `batch.weight`, so 1e-12 can be asked of the loss.
     lengths, vocab, longest = (6, 3, 7), 11, 10
     made = [
-        Rollout(Prompt((1, 2, 3)[: 3 - i], {}, i), tuple((i + 2 * t) % vocab for t in range(n)), (True,) * n, None, "",
-                "stop", 0, -1, 0)
+        Rollout(
+            Prompt((1, 2, 3)[: 3 - i], {}, i),
+            tuple((i + 2 * t) % vocab for t in range(n)),
+            (True,) * n,
+            None,
+            "",
+            "stop",
+            0,
+            -1,
+            0,
+        )
         for i, n in enumerate(lengths)
-    ]  # fmt: skip
+    ]
     g = torch.Generator().manual_seed(0)
     logits = torch.randn(3, longest, vocab, generator=g, dtype=torch.float64)
     labels = torch.full((3, longest), -100)

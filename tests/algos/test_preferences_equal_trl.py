@@ -98,15 +98,29 @@ def dpo_of(kinds: list[str], weights: list[float], now: Tensor, ref: Tensor, **s
     full = torch.cat([torch.zeros(len(now), 1, dtype=torch.long), mask], 1)  # a column that the shift removes
     metrics = {"train": defaultdict(list)}
     stand_in = SimpleNamespace(
-        model=SimpleNamespace(training=True), accelerator=SAME, aux_loss_enabled=False, ld_alpha=None,
-        precompute_ref_logps=True, f_divergence_type="reverse_kl", loss_types=kinds, loss_weights=weights,
-        **{"beta": 0.3, "label_smoothing": 0.0, **settings}, use_weighting=False, _metrics=metrics,
-        _total_train_tokens=0, _tp_size=1,
-    )  # fmt: skip
+        model=SimpleNamespace(training=True),
+        accelerator=SAME,
+        aux_loss_enabled=False,
+        ld_alpha=None,
+        precompute_ref_logps=True,
+        f_divergence_type="reverse_kl",
+        loss_types=kinds,
+        loss_weights=weights,
+        **{"beta": 0.3, "label_smoothing": 0.0, **settings},
+        use_weighting=False,
+        _metrics=metrics,
+        _total_train_tokens=0,
+        _tp_size=1,
+    )
     sums = torch.where(mask.bool(), ref[ORDER], 0).sum(1)
     # TRL counts the mask before its shift for IPO's mean: its own column is 0.
-    inputs = {"input_ids": full, "attention_mask": full, "completion_mask": full, "ref_chosen_logps": sums[:PAIRS],
-              "ref_rejected_logps": sums[PAIRS:]}  # fmt: skip
+    inputs = {
+        "input_ids": full,
+        "attention_mask": full,
+        "completion_mask": full,
+        "ref_chosen_logps": sums[:PAIRS],
+        "ref_rejected_logps": sums[PAIRS:],
+    }
     outputs = outputs_of(now[ORDER], mask)
     loss = trl("trainer.dpo_trainer", "DPOTrainer")._compute_loss(stand_in, lambda **_: outputs, inputs, False)
     return loss, metrics["train"]
@@ -114,14 +128,19 @@ def dpo_of(kinds: list[str], weights: list[float], now: Tensor, ref: Tensor, **s
 
 @pytest.mark.parametrize(
     ("module", "cfg", "kinds", "weights"),
-    [(dpo, dpo.Config(beta=0.3), ["sigmoid"], [1.0]), (ipo, ipo.Config(beta=0.3), ["ipo"], [1.0]),
-     (robust_dpo, robust_dpo.Config(beta=0.3, label_smoothing=0.2), ["robust"], [1.0]),
-     (hinge, hinge.Config(beta=0.3), ["hinge"], [1.0]), (apo, apo.Config(beta=0.3), ["apo_zero"], [1.0]),
-     (apo, apo.Config(beta=0.3, variant="down"), ["apo_down"], [1.0]),
-     (exo, exo.Config(beta=0.3, label_smoothing=0.2), ["exo_pair"], [1.0]),
-     (nca, nca.Config(beta=0.3), ["nca_pair"], [1.0]), (sppo, sppo.Config(beta=0.3), ["sppo_hard"], [1.0]),
-     (rpo, rpo.Config(beta=0.3, nll_coef=0.7), ["sigmoid", "sft"], [1.0, 0.7])],
-)  # fmt: skip
+    [
+        (dpo, dpo.Config(beta=0.3), ["sigmoid"], [1.0]),
+        (ipo, ipo.Config(beta=0.3), ["ipo"], [1.0]),
+        (robust_dpo, robust_dpo.Config(beta=0.3, label_smoothing=0.2), ["robust"], [1.0]),
+        (hinge, hinge.Config(beta=0.3), ["hinge"], [1.0]),
+        (apo, apo.Config(beta=0.3), ["apo_zero"], [1.0]),
+        (apo, apo.Config(beta=0.3, variant="down"), ["apo_down"], [1.0]),
+        (exo, exo.Config(beta=0.3, label_smoothing=0.2), ["exo_pair"], [1.0]),
+        (nca, nca.Config(beta=0.3), ["nca_pair"], [1.0]),
+        (sppo, sppo.Config(beta=0.3), ["sppo_hard"], [1.0]),
+        (rpo, rpo.Config(beta=0.3, nll_coef=0.7), ["sigmoid", "sft"], [1.0, 0.7]),
+    ],
+)
 def test_losses_with_a_reference_equal_trls_dpo(module: ModuleType, cfg: Any, kinds: list[str], weights: Any) -> None:
     now, ref = grids()
     a, b = now.clone().requires_grad_(), now.clone().requires_grad_()
@@ -139,9 +158,11 @@ def free_of(module: str, owner: str, now: Tensor, average: bool, **settings: Any
     nll = -sums[::2].sum() / MASK[::2].sum()
     nothing = torch.zeros(1, dtype=torch.float64)
     stand_in = SimpleNamespace(
-        concatenated_forward=lambda *_: (logps[::2], logps[1::2], nothing, nothing, nll), aux_loss_enabled=False,
-        accelerator=SAME, **{"label_smoothing": 0.0, "alpha": 0.0, "cpo_alpha": 1.0, **settings},
-    )  # fmt: skip
+        concatenated_forward=lambda *_: (logps[::2], logps[1::2], nothing, nothing, nll),
+        aux_loss_enabled=False,
+        accelerator=SAME,
+        **{"label_smoothing": 0.0, "alpha": 0.0, "cpo_alpha": 1.0, **settings},
+    )
     for name in ("cpo_loss", "odds_ratio_loss"):
         if hasattr(trainer, name):
             setattr(stand_in, name, getattr(trainer, name).__get__(stand_in))
@@ -150,12 +171,24 @@ def free_of(module: str, owner: str, now: Tensor, average: bool, **settings: Any
 
 @pytest.mark.parametrize(
     ("module", "cfg", "where", "average", "settings"),
-    [(cpo, cpo.Config(beta=0.3, label_smoothing=0.1, nll_coef=0.6), CPO, False,
-      {"loss_type": "sigmoid", "beta": 0.3, "label_smoothing": 0.1, "cpo_alpha": 0.6}),
-     (simpo, simpo.Config(beta=2.0, gamma=0.7), CPO, True,
-      {"loss_type": "simpo", "beta": 2.0, "simpo_gamma": 0.7, "cpo_alpha": 0.0}),
-     (orpo, orpo.Config(beta=0.4), ("experimental.orpo.orpo_trainer", "ORPOTrainer"), True, {"beta": 0.4})],
-)  # fmt: skip
+    [
+        (
+            cpo,
+            cpo.Config(beta=0.3, label_smoothing=0.1, nll_coef=0.6),
+            CPO,
+            False,
+            {"loss_type": "sigmoid", "beta": 0.3, "label_smoothing": 0.1, "cpo_alpha": 0.6},
+        ),
+        (
+            simpo,
+            simpo.Config(beta=2.0, gamma=0.7),
+            CPO,
+            True,
+            {"loss_type": "simpo", "beta": 2.0, "simpo_gamma": 0.7, "cpo_alpha": 0.0},
+        ),
+        (orpo, orpo.Config(beta=0.4), ("experimental.orpo.orpo_trainer", "ORPOTrainer"), True, {"beta": 0.4}),
+    ],
+)
 def test_losses_without_a_reference_equal_trls(
     module: ModuleType, cfg: Any, where: tuple[str, str], average: bool, settings: dict[str, Any]
 ) -> None:
@@ -180,15 +213,24 @@ def test_the_nll_differs_from_trls_as_the_docstrings_say(name: str) -> None:
     def grid(of: Any, fill: int) -> Tensor:
         return torch.tensor([of(p, c) + [fill] * (longest - len(p) - len(c)) for p, c in rows])
 
-    sides = {"input_ids": grid(lambda p, c: [*p, *c], 0), "attention_mask": grid(lambda p, c: [1] * len(p + c), 0),
-             "labels": grid(lambda p, c: [-100] * len(p) + [*c], -100)}  # fmt: skip
+    sides = {
+        "input_ids": grid(lambda p, c: [*p, *c], 0),
+        "attention_mask": grid(lambda p, c: [1] * len(p + c), 0),
+        "labels": grid(lambda p, c: [-100] * len(p) + [*c], -100),
+    }
     batch = {f"{side}_{key}": value for side in ("chosen", "rejected") for key, value in sides.items()}
     trainer = trl(f"experimental.{name}.{name}_trainer", f"{name.upper()}Trainer")
     stand_in = SimpleNamespace(
-        is_encoder_decoder=False, padding_value=0, pad_token_id=0, accelerator=SAME, aux_loss_enabled=False,
-        cpo_alpha=1.0, loss_type="sigmoid", concatenated_inputs=trainer.concatenated_inputs,
+        is_encoder_decoder=False,
+        padding_value=0,
+        pad_token_id=0,
+        accelerator=SAME,
+        aux_loss_enabled=False,
+        cpo_alpha=1.0,
+        loss_type="sigmoid",
+        concatenated_inputs=trainer.concatenated_inputs,
         get_batch_logps=trainer.get_batch_logps,
-    )  # fmt: skip
+    )
     with torch.no_grad():
         theirs = trainer.concatenated_forward(stand_in, model, batch)[4]
         log_p = model(sides["input_ids"], attention_mask=sides["attention_mask"]).logits.log_softmax(-1)
@@ -199,8 +241,11 @@ def test_the_nll_differs_from_trls_as_the_docstrings_say(name: str) -> None:
     said = -torch.cat(per_row if name == "orpo" else completions).mean()
     ours_ = -torch.stack([values.mean() for values in completions]).mean()
     assert theirs.item() == pytest.approx(said.item(), abs=1e-6) and abs(said - ours_) > 1e-2
-    made = [Rollout(Prompt(p, {}, i), c, (True,) * len(c), None, "", "stop", s, -1, 0)
-            for i, (p, c) in enumerate(rows) for s in (0, 1)]  # fmt: skip
+    made = [
+        Rollout(Prompt(p, {}, i), c, (True,) * len(c), None, "", "stop", s, -1, 0)
+        for i, (p, c) in enumerate(rows)
+        for s in (0, 1)
+    ]
     plan = PackPlan((True,) * 4, "sequence_sum", 1000, longest, 1.0, whole_groups=True)
     (packed_,) = pack(made, torch.tensor([1.0, -1.0] * 2), plan, count(made, plan))
     logprobs = torch.zeros(len(packed_.input_ids), dtype=torch.float64)
@@ -230,14 +275,28 @@ def test_kto_equals_trl(z0: float) -> None:
     full = torch.cat([torch.zeros(len(now), 1, dtype=torch.long), MASK], 1)
     metrics = {"train": defaultdict(list)}
     stand_in = SimpleNamespace(
-        model=SimpleNamespace(training=True), accelerator=SAME, aux_loss_enabled=False, precompute_ref_logps=True,
-        calculate_KL=True, beta=0.3, loss_type="kto", desirable_weight=1.1, undesirable_weight=0.9, _metrics=metrics,
-        _total_train_tokens=0, _tp_size=1, _compute_kl_logps=lambda *_: torch.tensor([z0 - 1, z0 + 1.0]),
-    )  # fmt: skip
+        model=SimpleNamespace(training=True),
+        accelerator=SAME,
+        aux_loss_enabled=False,
+        precompute_ref_logps=True,
+        calculate_KL=True,
+        beta=0.3,
+        loss_type="kto",
+        desirable_weight=1.1,
+        undesirable_weight=0.9,
+        _metrics=metrics,
+        _total_train_tokens=0,
+        _tp_size=1,
+        _compute_kl_logps=lambda *_: torch.tensor([z0 - 1, z0 + 1.0]),
+    )
     inputs = {
-        "input_ids": full, "attention_mask": full, "completion_mask": full, "label": labels,
-        "ref_logps": torch.where(MASK.bool(), ref, 0).sum(1), "ref_KL_logps": torch.zeros(2),
-    }  # fmt: skip
+        "input_ids": full,
+        "attention_mask": full,
+        "completion_mask": full,
+        "label": labels,
+        "ref_logps": torch.where(MASK.bool(), ref, 0).sum(1),
+        "ref_KL_logps": torch.zeros(2),
+    }
     outputs = outputs_of(b, MASK)
     want = trl("trainer.kto_trainer", "KTOTrainer")._compute_loss(stand_in, lambda **_: outputs, inputs, False)
     got = ours(kto, kto.Config(beta=0.3, desirable_weight=1.1, undesirable_weight=0.9), a, ref, z0=z0)
@@ -251,11 +310,13 @@ def test_dft_equals_trl() -> None:
     outputs = outputs_of(b, MASK)
     metrics = {"train": defaultdict(list)}
     stand_in = SimpleNamespace(
-        model=SimpleNamespace(training=True), aux_loss_enabled=False, accelerator=SAME, _metrics=metrics,
-        compute_loss_func=None, args=SimpleNamespace(
-            loss_type="dft", label_smoothing_factor=0.0, average_tokens_across_devices=False
-        ),
-    )  # fmt: skip
+        model=SimpleNamespace(training=True),
+        aux_loss_enabled=False,
+        accelerator=SAME,
+        _metrics=metrics,
+        compute_loss_func=None,
+        args=SimpleNamespace(loss_type="dft", label_smoothing_factor=0.0, average_tokens_across_devices=False),
+    )
     want = dft_loss(stand_in, outputs)
     total = torch.zeros((), dtype=torch.float64)
     for batch, cells in packed({}, False, "token_mean"):

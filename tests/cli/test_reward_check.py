@@ -11,7 +11,8 @@ from tiny import tiny_model, tiny_tokenizer
 from rlft.cli.main import main
 from rlft.config.files import load
 from rlft.rewards.score import build, score
-from rlft.runs.folder import Run, shown_prompt
+from rlft.runs.folder import Run
+from rlft.runs.tables import shown_prompt
 from rlft.types import Prompt, Rollout
 
 REWARDS = """
@@ -46,8 +47,10 @@ def home(tmp_path: Path, monkeypatch) -> Path:
         Path(name).write_text("\n".join(map(json.dumps, made)))
 
     rows("prompts.jsonl", *({"question": f"say {i}", "answer": str(i)} for i in range(5)))
-    rows("answered.jsonl", *({"prompt": f"say {i}", "answer": "?3"[i] if i < 2 else "2", "completion": f"it is {i}"}
-                             for i in range(4)))  # fmt: skip
+    rows(
+        "answered.jsonl",
+        *({"prompt": f"say {i}", "answer": "?3"[i] if i < 2 else "2", "completion": f"it is {i}"} for i in range(4)),
+    )
     rows("pairs.jsonl", {"prompt": "2+2", "chosen": "4", "rejected": "5", "answer": "4"})
     chat = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "it is 7"}]
     rows("chat.jsonl", {"messages": [*chat, {"role": "user", "content": "go on"}], "answer": "7"})
@@ -152,11 +155,11 @@ def test_a_runs_conversations_find_their_rows_with_the_system_message(home: Path
         (["my_rewards.py:right", "--run", "run", "--data", "pairs.jsonl"], "has no row with the prompt 'say 0'"),
         (["my_rewards.py:right", "--data", "pairs.jsonl", "--step", "1"], "--step 1: a step of which run?"),
         (["my_rewards.py:right", "--run", "run", "--completion", "answer"], "give one of them"),
-        (["my_rewards.py:right", "--data", "pairs.jsonl", "--completion", "no"], 'row 0 has no such column'),
+        (["my_rewards.py:right", "--data", "pairs.jsonl", "--completion", "no"], "row 0 has no such column"),
         (["my_rewards.py:rihgt", "--data", "pairs.jsonl"], 'has no "rihgt". Did you mean "right"?'),
         (["nubmer", "--data", "pairs.jsonl"], 'Did you mean "number"?'),
     ],
-)  # fmt: skip
+)
 def test_what_is_missing_is_named(args: list[str], said: str | None, run: Run, capsys) -> None:
     code, _, err = check(capsys, *args)
     assert (code, err) == (0, "") if said is None else code == 2 and said in err
@@ -167,9 +170,19 @@ def test_it_scores_as_training_does(run: Run, capsys) -> None:
     functions = build(cfg.rewards)
     saved = run.read_rollouts(2)
     made = [
-        Rollout(Prompt((1,), {"prompt": s["prompt"], "answer": s["prompt"][-1]}, 0), tuple(s["completion_ids"]),
-                (True,) * s["tokens"], None, s["completion"], "stop", 0, 1, 0) for s in saved
-    ]  # fmt: skip
+        Rollout(
+            Prompt((1,), {"prompt": s["prompt"], "answer": s["prompt"][-1]}, 0),
+            tuple(s["completion_ids"]),
+            (True,) * s["tokens"],
+            None,
+            s["completion"],
+            "stop",
+            0,
+            1,
+            0,
+        )
+        for s in saved
+    ]
     total, _ = score(made, functions, {"global_step": 1})
     for function in functions:
         function.close()

@@ -155,16 +155,12 @@ def test_a_trl_name_gives_ours(theirs: str, ours: str) -> None:
 
 def test_a_trl_name_in_a_section_gives_ours() -> None:
     assert_refused(
-        "optim.learning_rate: unknown setting. TRL's learning_rate is optim.lr here",
-        optim={"learning_rate": 1e-5},
+        "optim.learning_rate: unknown setting. TRL's learning_rate is optim.lr here", optim={"learning_rate": 1e-5}
     )
 
 
 def test_a_trl_setting_without_a_counterpart_says_what_to_do_instead() -> None:
-    assert_refused(
-        "report_to: unknown setting. TRL's report_to is track.use here",
-        report_to="wandb",
-    )
+    assert_refused("report_to: unknown setting. TRL's report_to is track.use here", report_to="wandb")
 
 
 def test_every_name_that_the_trl_table_gives_exists() -> None:
@@ -195,10 +191,7 @@ def test_no_setting_of_ours_is_refused_as_a_name_of_trl() -> None:
         ("optim.betas[1] = false: want a number", {"optim": {"betas": [0.9, False]}}),
         ("sampling.stop_token_ids = 3: want a list, each item a whole number", {"sampling": {"stop_token_ids": 3}}),
         ("lora.targets[1] = 2: want a string", {"lora": {"targets": ["q_proj", 2]}}),
-        (
-            'lora.targets = "q_proj": want a list, each item a string or "all-linear"',
-            {"lora": {"targets": "q_proj"}},
-        ),
+        ('lora.targets = "q_proj": want a list, each item a string or "all-linear"', {"lora": {"targets": "q_proj"}}),
         (
             'optim.name = "adamw_8bits": want "adamw" or "adamw_8bit". Did you mean "adamw_8bit"?',
             {"optim": {"name": "adamw_8bits"}},

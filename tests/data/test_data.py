@@ -184,9 +184,11 @@ def test_plain_text_trains_every_token_that_has_one_before_it() -> None:
 def test_pairs_with_and_without_a_prompt() -> None:
     for row in (
         {"prompt": "hi", "chosen": "yes", "rejected": "no"},
-        {"chosen": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}],
-         "rejected": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "no"}]},
-    ):  # fmt: skip
+        {
+            "chosen": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}],
+            "rejected": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "no"}],
+        },
+    ):
         prompt = one(row)
         assert text(prompt.ids) == USER and [r.reward for r in prompt.recorded] == [1.0, -1.0]
         assert trained(prompt, 0) == ["yes<|im_end|>"] and trained(prompt, 1) == ["no<|im_end|>"]

@@ -78,14 +78,22 @@ def test_what_is_missing_is_named(fault: str) -> None:
 
 
 def test_a_file_that_cannot_be_read_is_named_with_its_line(tmp_path: Path) -> None:
-    bad = {"a.jsonl": '{"prompt": "x"}\n{"prompt": \n', "b.jsonl": "[1]\n", "c.json": '{"a": 1}', "d.parquet": "no",
-           "e.jsonl": ""}  # fmt: skip
+    bad = {
+        "a.jsonl": '{"prompt": "x"}\n{"prompt": \n',
+        "b.jsonl": "[1]\n",
+        "c.json": '{"a": 1}',
+        "d.parquet": "no",
+        "e.jsonl": "",
+    }
     for name, text in bad.items():
         (tmp_path / name).write_text(text)
     for name, message in {
-        "a.jsonl": "a.jsonl, line 2: not valid JSON", "b.jsonl": "line 1: want an object with columns, got list",
-        "c.json": "want a list of objects", "d.parquet": "cannot be read as parquet", "e.jsonl": "the dataset is empty",
-    }.items():  # fmt: skip
+        "a.jsonl": "a.jsonl, line 2: not valid JSON",
+        "b.jsonl": "line 1: want an object with columns, got list",
+        "c.json": "want a list of objects",
+        "d.parquet": "cannot be read as parquet",
+        "e.jsonl": "the dataset is empty",
+    }.items():
         with pytest.raises(DataError, match=message):
             load_rows(Data(str(tmp_path / name)), seed=0)
 

@@ -45,10 +45,17 @@ SHAPES: dict[str, tuple[str, str, str, list[str], list[str]]] = {
     "chatml": (CHATML, "", "<|im_end|>", ["<|im_start|>"], ["<|im_end|>"]),
     "chatml, base": (CHATML, "", "<|endoftext|>", ["<|im_start|>", "<|im_end|>"], ["<|im_end|>"]),
     "llama 3": (
-        LLAMA3, "<|begin_of_text|>", "<|eot_id|>", ["<|start_header_id|>", "<|end_header_id|>"], ["<|eot_id|>"],
+        LLAMA3,
+        "<|begin_of_text|>",
+        "<|eot_id|>",
+        ["<|start_header_id|>", "<|end_header_id|>"],
+        ["<|eot_id|>"],
     ),
     "llama 3, base": (
-        LLAMA3, "<|begin_of_text|>", "<|end_of_text|>", ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"],
+        LLAMA3,
+        "<|begin_of_text|>",
+        "<|end_of_text|>",
+        ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"],
         ["<|eot_id|>"],
     ),
     "gemma": (GEMMA, "<bos>", "<eos>", ["<start_of_turn>", "<end_of_turn>"], ["<end_of_turn>"]),
@@ -56,7 +63,7 @@ SHAPES: dict[str, tuple[str, str, str, list[str], list[str]]] = {
     "phi 3, eos ends turns": (PHI3, "", "<|end|>", ["<|user|>", "<|assistant|>"], ["<|end|>"]),
     "mistral": (MISTRAL, "<s>", "</s>", ["[INST]", "[/INST]"], ["</s>"]),
     "llama 2": (LLAMA2, "<s>", "</s>", [], [" ", "</s>"]),
-}  # fmt: skip
+}
 
 
 def tokenizer_of(template: str, bos: str, eos: str, others: list[str]) -> PreTrainedTokenizerFast:
@@ -135,8 +142,9 @@ def test_messages_train_each_turn_with_its_end_and_nothing_after_it(shape: str) 
     two = encoded({"messages": chat}, tokenizer)
     assert trained(two.recorded[0], tokenizer) == [[*before, "c", "d", *end], [*before, "f", *end]]
     assert trained(encoded({"messages": [*chat, user("g")]}, tokenizer).recorded[0], tokenizer) == [
-        [*before, "c", "d", *end], [*before, "f", *end],
-    ]  # fmt: skip
+        [*before, "c", "d", *end],
+        [*before, "f", *end],
+    ]
     # All of it is what the template renders, up to the end of the last turn.
     whole = tokenizer.apply_chat_template(chat, tokenize=False)
     ids = tokenizer.encode(whole, add_special_tokens=False)
@@ -236,10 +244,18 @@ def test_a_run_says_where_a_turn_ends_that_no_file_names_and_samples_up_to_there
     tokenizer.save_pretrained(tmp_path / "model")
     (tmp_path / "d.jsonl").write_text("\n".join(json.dumps({"prompt": f"{i}", "completion": "ok"}) for i in range(8)))
     cfg = Config(
-        model=str(tmp_path / "model"), data=Data(str(tmp_path / "d.jsonl")), out=str(tmp_path / "run"), steps=20,
-        prompts_per_step=4, algo=Algo("sft"), lora=Lora(rank=8, alpha=32), optim=Optim(lr=2e-2),
-        sampling=Sampling(max_tokens=8), eval=Eval(rows=2), device="cpu",
-    )  # fmt: skip
+        model=str(tmp_path / "model"),
+        data=Data(str(tmp_path / "d.jsonl")),
+        out=str(tmp_path / "run"),
+        steps=20,
+        prompts_per_step=4,
+        algo=Algo("sft"),
+        lora=Lora(rank=8, alpha=32),
+        optim=Optim(lr=2e-2),
+        sampling=Sampling(max_tokens=8),
+        eval=Eval(rows=2),
+        device="cpu",
+    )
 
     def ok(completions: list[str], **_: Any) -> list[float]:
         return [float(c == "ok") for c in completions]

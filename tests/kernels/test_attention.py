@@ -70,8 +70,10 @@ def test_a_shared_prefix_equals_repeating_it_in_every_sequence() -> None:
     )
     assert torch.allclose(shared[4:6], repeated[4:6], atol=1e-12)
     assert torch.allclose(shared[6:9], repeated[10:13], atol=1e-12)
-    grads = [torch.autograd.grad(out.sum(), (q, k, v), retain_graph=True)
-             for out in (shared[4:], repeated[[4, 5, 10, 11, 12]])]  # fmt: skip
+    grads = [
+        torch.autograd.grad(out.sum(), (q, k, v), retain_graph=True)
+        for out in (shared[4:], repeated[[4, 5, 10, 11, 12]])
+    ]
     for ours, theirs in zip(*grads, strict=True):
         assert torch.allclose(ours, theirs, atol=1e-12)
 
@@ -95,8 +97,9 @@ def test_shapes_that_do_not_fit_are_named() -> None:
 
 @pytest.mark.parametrize("copies", [False, True])
 @pytest.mark.parametrize("window", [None, 3, 7, 100])
-@pytest.mark.parametrize("case", [c for c in CASES if "continuations" not in c] + [
-    "the same with the prompts first, and one alone"])  # fmt: skip
+@pytest.mark.parametrize(
+    "case", [c for c in CASES if "continuations" not in c] + ["the same with the prompts first, and one alone"]
+)
 def test_two_calls_with_merged_out_and_lse_have_exact_gradients(case: str, window: int | None, copies: bool) -> None:
     """The GPU path's two ways over attentions written out in PyTorch, in float64."""
     lengths, prefix = CASES[case]

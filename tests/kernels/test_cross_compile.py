@@ -38,21 +38,33 @@ class Case(NamedTuple):
 
 def nf4(kernel: str, out: str, **constants) -> Case:
     common = {"COUNT": 7, "FIELDS": 10, "BLOCK": 64, "NESTED": 256, "TILE": 4096, "OUT": f"tl.{out}"}
-    return Case(
-        f"nf4:{kernel}", "*i64:16 *fp32:16", common | constants, {"num_warps": 4, "enable_fp_fusion": False}
-    )  # fmt: skip
+    return Case(f"nf4:{kernel}", "*i64:16 *fp32:16", common | constants, {"num_warps": 4, "enable_fp_fusion": False})
 
 
 # Triton's dot on fp32 is done without tensor cores ("ieee"), so both element types have their own code.
 def columns(dtype: str, P: bool, TRANSPOSED: bool, BC: int, BR: int) -> Case:
     pointers, width = f"*{dtype}:16 i32:16 " * 3 + "*fp32:16 *fp32:16", 12288
     return Case(
-        "low_rank:_columns", pointers + " i32 i32:16 i32:16",
-        {"COUNT": 2, "FIRST": (0, 48, 96), "COLUMN": (0, width), "WIDTH": (width, width), "K": (0, BR),
-         "RANK": (BR, BR), "BASE": (0, width * BR, 2 * width * BR), "P": P, "P_STRIDE": BR, "TRANSPOSED": TRANSPOSED,
-         "BT": 32, "BC": BC, "BR": BR, "WIDE": False},
+        "low_rank:_columns",
+        pointers + " i32 i32:16 i32:16",
+        {
+            "COUNT": 2,
+            "FIRST": (0, 48, 96),
+            "COLUMN": (0, width),
+            "WIDTH": (width, width),
+            "K": (0, BR),
+            "RANK": (BR, BR),
+            "BASE": (0, width * BR, 2 * width * BR),
+            "P": P,
+            "P_STRIDE": BR,
+            "TRANSPOSED": TRANSPOSED,
+            "BT": 32,
+            "BC": BC,
+            "BR": BR,
+            "WIDE": False,
+        },
         {"num_warps": 4, "num_stages": 3},
-    )  # fmt: skip
+    )
 
 
 def norm(kernel: str, pointers: str, H: int, rows: int, warps: int, absent: str = "", GEMMA: bool = False) -> Case:
@@ -68,8 +80,16 @@ def rope(kernel: str, D: int, R: int, rows: int, warps: int, with_norm: bool) ->
     forward = kernel == "forward_kernel"
     heads, tables = (4, 5) if forward else (6, 7)  # pointers beside weights and tables; strides
     pointers = "*bf16:16 " * (heads + 2) + ("*bf16:16 *bf16:16 *i64:16" if with_norm else "")
-    constants = {"HQ": 28, "HK": 4, "D": D, "R": R, "BLOCK": 1 << (R // 2 - 1).bit_length(),
-                 "TAIL": 1 << (max(1, D - R) - 1).bit_length(), "ROWS": rows, "GEMMA": True}  # fmt: skip
+    constants = {
+        "HQ": 28,
+        "HK": 4,
+        "D": D,
+        "R": R,
+        "BLOCK": 1 << (R // 2 - 1).bit_length(),
+        "TAIL": 1 << (max(1, D - R) - 1).bit_length(),
+        "ROWS": rows,
+        "GEMMA": True,
+    }
     constants |= {} if with_norm else {"qw_ptr": None, "kw_ptr": None, "pos_ptr": None}
     types = f"{pointers} i32 {'i32:16 ' * tables} fp32"
     return Case(f"qk_rope:{kernel}", types, constants, {"num_warps": warps})
@@ -97,55 +117,123 @@ CASES = [
     nf4("_decode_words", "float32", ONE_ROW=False, GATHER=False, NESTED=0),
     nf4("_decode_elements", "bfloat16", TILE=1024),
     Case(
-        "lora_group:_fill", "*i64:16 *fp32:16",
-        {"COUNT": 18, "FIELDS": 8, "SOURCE": "tl.float32", "TARGET": "tl.bfloat16", "ALIGNED": True, "BLOCK": 1024}, {},
+        "lora_group:_fill",
+        "*i64:16 *fp32:16",
+        {"COUNT": 18, "FIELDS": 8, "SOURCE": "tl.float32", "TARGET": "tl.bfloat16", "ALIGNED": True, "BLOCK": 1024},
+        {},
     ),
-    *(columns(*case) for case in (
-        ("bf16", True, False, 256, 16), ("bf16", True, False, 256, 32), ("bf16", False, False, 128, 64),
-        ("bf16", False, True, 128, 64), ("fp32", True, False, 128, 16), ("fp32", False, True, 64, 16),
-    )),
+    *(
+        columns(*case)
+        for case in (
+            ("bf16", True, False, 256, 16),
+            ("bf16", True, False, 256, 32),
+            ("bf16", False, False, 128, 64),
+            ("bf16", False, True, 128, 64),
+            ("fp32", True, False, 128, 16),
+            ("fp32", False, True, 64, 16),
+        )
+    ),
     Case(
-        "low_rank:_fold_both", f"*fp32:16 *bf16:16 i32:16 i32 {SUMS}",
-        {"COUNT": 3, "FIRST": (0, 16, 20, 24), "K": (0, 16, 32), "RANK": (16, 16, 16), "MOST": 16, "TAIL": 64,
-         "P_STRIDE": 16, "BT": 16, "BR": 64, "SPLITS_BLOCK": 16, "BLOCK": 256}, {},
+        "low_rank:_fold_both",
+        f"*fp32:16 *bf16:16 i32:16 i32 {SUMS}",
+        {
+            "COUNT": 3,
+            "FIRST": (0, 16, 20, 24),
+            "K": (0, 16, 32),
+            "RANK": (16, 16, 16),
+            "MOST": 16,
+            "TAIL": 64,
+            "P_STRIDE": 16,
+            "BT": 16,
+            "BR": 64,
+            "SPLITS_BLOCK": 16,
+            "BLOCK": 256,
+        },
+        {},
     ),
     Case("low_rank:_fold", SUMS, {"SPLITS_BLOCK": 16, "BLOCK": 256}, {}),
     # The longest prompts' rows, decoding's, and fp32.
-    *(Case("lora_add:_shrink", f"*fp32:16 *{dtype}:16 i32:16 *{dtype}:16 i32 i32:16 i32:16",
-           {"RANKS": 48, "BT": BT, "BK": BK, "BR": 64, "WIDE": False}, {"num_warps": 4, "num_stages": 3})
-      for dtype, BT, BK in (("bf16", 64, 128), ("bf16", 16, 128), ("fp32", 64, 64))),
-    *(Case("lora_add:_expand", f"*{dtype}:16 i32:16 *fp32:16 *{dtype}:16 i32",
-           {"COUNT": 3, "FIRST": (0, 32, 40, 48), "COLUMN": (0, 4096, 5120, 6144), "WIDTH": (4096, 1024, 1024),
-            "RANK": rank, "PARTS": parts, "TOGETHER": min(parts, together), "BT": BT, "BC": 128, "BR": min(32, rank),
-            "WIDE": False}, {"num_warps": 4})
-      for dtype, rank, parts, together, BT in (
-          ("bf16", 16, 32, 8, 16), ("bf16", 64, 1, 2, 64), ("fp32", 32, 4, 2, 32))),
+    *(
+        Case(
+            "lora_add:_shrink",
+            f"*fp32:16 *{dtype}:16 i32:16 *{dtype}:16 i32 i32:16 i32:16",
+            {"RANKS": 48, "BT": BT, "BK": BK, "BR": 64, "WIDE": False},
+            {"num_warps": 4, "num_stages": 3},
+        )
+        for dtype, BT, BK in (("bf16", 64, 128), ("bf16", 16, 128), ("fp32", 64, 64))
+    ),
+    *(
+        Case(
+            "lora_add:_expand",
+            f"*{dtype}:16 i32:16 *fp32:16 *{dtype}:16 i32",
+            {
+                "COUNT": 3,
+                "FIRST": (0, 32, 40, 48),
+                "COLUMN": (0, 4096, 5120, 6144),
+                "WIDTH": (4096, 1024, 1024),
+                "RANK": rank,
+                "PARTS": parts,
+                "TOGETHER": min(parts, together),
+                "BT": BT,
+                "BC": 128,
+                "BR": min(32, rank),
+                "WIDE": False,
+            },
+            {"num_warps": 4},
+        )
+        for dtype, rank, parts, together, BT in (
+            ("bf16", 16, 32, 8, 16),
+            ("bf16", 64, 1, 2, 64),
+            ("fp32", 32, 4, 2, 32),
+        )
+    ),
     # Many short rows a program; a usual row, alone; no power of two; the longest, in fp32.
     norm("forward_kernel", B * 5 + "*fp32:16", 128, 16, 4),
     norm("forward_kernel", B * 4 + "*fp32:16", 4096, 1, 8, "delta_ptr", True),
     norm("backward_kernel", B * 3 + "*fp32:16 " + B, 4096, 1, 8, "dres_ptr", True),
     norm("forward_kernel", "*fp16:16 " * 5 + "*fp32:16", 5120, 1, 16),
-    norm("forward_kernel", "*fp32:16 " * 6, 16384, 1, 16), norm("backward_kernel", "*fp32:16 " * 6, 16384, 1, 16),
+    norm("forward_kernel", "*fp32:16 " * 6, 16384, 1, 16),
+    norm("backward_kernel", "*fp32:16 " * 6, 16384, 1, 16),
     # Whole heads; three quarters of heads of 96; the widest, without a norm.
-    *(rope(kernel, *shape) for kernel in ("forward_kernel", "backward_kernel")
-      for shape in ((128, 128, 16, 4, True), (96, 72, 16, 4, True), (512, 512, 4, 4, False))),
-    *(glu(kernel, *shape) for kernel in ("forward_kernel", "backward_kernel")
-      for shape in ((12288, 1024, 1, "silu"), (11008, 1024, 1, "gelu"), (48, 64, 16, "gelu_pytorch_tanh"))),
+    *(
+        rope(kernel, *shape)
+        for kernel in ("forward_kernel", "backward_kernel")
+        for shape in ((128, 128, 16, 4, True), (96, 72, 16, 4, True), (512, 512, 4, 4, False))
+    ),
+    *(
+        glu(kernel, *shape)
+        for kernel in ("forward_kernel", "backward_kernel")
+        for shape in ((12288, 1024, 1, "silu"), (11008, 1024, 1, "gelu"), (48, 64, 16, "gelu_pytorch_tanh"))
+    ),
     # The head: a split of a row with and without a softcap; the row done again; the merge of two attentions.
     head("_rows_kernel", "", {"CAPPED": False, "STORE": True}, 8),
     head("_rows_kernel", "", {"CAPPED": True, "STORE": True}, 8),
     head("_finish_kernel", "*fp32:16 *fp32 *fp32 *fp32 *fp32:16 ", {"CAPPED": True, "STORE": True, "SPLITS": 64}, 4),
     # fp16's weights, and the entropy's.
-    *(head("_weights_kernel", "*fp32 *fp32 ",
-           {"CAPPED": entropy, "ENTROPY": entropy, "LARGEST": HALF, "LEAST": LEAST_ENTROPY}, 8)
-      for entropy in (False, True)),
-    Case("logprobs:_jacobian_kernel", "*fp32:16 *bf16:16 *fp32:16 *fp32:16 *bf16:16 i32:16 fp32 i32:16 i32:16",
-         {"BLOCK": 1024}, {}),
+    *(
+        head(
+            "_weights_kernel",
+            "*fp32 *fp32 ",
+            {"CAPPED": entropy, "ENTROPY": entropy, "LARGEST": HALF, "LEAST": LEAST_ENTROPY},
+            8,
+        )
+        for entropy in (False, True)
+    ),
+    Case(
+        "logprobs:_jacobian_kernel",
+        "*fp32:16 *bf16:16 *fp32:16 *fp32:16 *bf16:16 i32:16 fp32 i32:16 i32:16",
+        {"BLOCK": 1024},
+        {},
+    ),
     Case("logprobs:_scale_rows_kernel", "*bf16:16 *fp32:16 *bf16:16 i32:16", {"BLOCK": 1024}, {}),
     Case("copies:_sum_rows", B + "*i32:16 *i32:16 " + B + "i32 i32:16", {"C": 1024, "BLOCK": 1024, "ROWS": 2}, {}),
-    Case("lse_merge:_merge_kernel", "*bf16:16 *fp32:16 *bf16:16 *fp32:16" + " i32:16" * 6, {"BLOCK": 128},
-         {"num_warps": 1}),
-]  # fmt: skip
+    Case(
+        "lse_merge:_merge_kernel",
+        "*bf16:16 *fp32:16 *bf16:16 *fp32:16" + " i32:16" * 6,
+        {"BLOCK": 128},
+        {"num_warps": 1},
+    ),
+]
 
 
 def compile_all(architectures: list[int]) -> list[dict]:
@@ -165,17 +253,25 @@ def compile_all(architectures: list[int]) -> list[dict]:
         signature = {arg: "constexpr" if arg in constants else next(types) for arg in kernel.arg_names}
         assert next(types, None) is None, f"{case.kernel}: more types than arguments"
         plain = {p.name for p in kernel.params if p.do_not_specialize}
-        hints = {(i,): [["tt.divisibility", 16]] for i, (arg, t) in enumerate(signature.items())
-                 if t.endswith(":16") and arg not in plain}  # fmt: skip
+        hints = {
+            (i,): [["tt.divisibility", 16]]
+            for i, (arg, t) in enumerate(signature.items())
+            if t.endswith(":16") and arg not in plain
+        }
         source = triton.compiler.ASTSource(
             kernel, {arg: t.removesuffix(":16") for arg, t in signature.items()}, constants, hints
         )
         done = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=case.options)
         varying = [p.name for p in kernel.params if p.name in VARYING and not (p.is_constexpr or p.do_not_specialize)]
-        found.append({
-            "kernel": case.kernel, "architecture": architecture, "shared": done.metadata.shared,
-            "compiled anew": varying, "fma": "fma.rn.f32" in done.asm["ptx"],
-        })  # fmt: skip
+        found.append(
+            {
+                "kernel": case.kernel,
+                "architecture": architecture,
+                "shared": done.metadata.shared,
+                "compiled anew": varying,
+                "fma": "fma.rn.f32" in done.asm["ptx"],
+            }
+        )
     return found
 
 
@@ -183,10 +279,7 @@ def compile_all(architectures: list[int]) -> list[dict]:
 def found() -> list[dict]:
     """By two processes, since the compiler uses one core."""
     code = "import json, sys, test_cross_compile as t; print(json.dumps(t.compile_all([*map(int, sys.argv[1:])])))"
-    env = os.environ | {
-        "TRITON_INTERPRET": "0",
-        "PYTHONPATH": os.pathsep.join([os.path.dirname(__file__), *sys.path]),
-    }
+    env = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join([os.path.dirname(__file__), *sys.path])}
     halves = [[str(a) for a in ARCHITECTURES[start::2]] for start in (0, 1)]
     runs = [
         subprocess.Popen([sys.executable, "-c", code, *half], env=env, stdout=PIPE, stderr=PIPE, text=True)

@@ -95,10 +95,7 @@ def look_once() -> None:
 
 @pytest.mark.parametrize("function", ["compare", "look_once"])
 def test_what_runs_is_what_triton_would_run(function: str) -> None:
-    env = os.environ | {
-        "TRITON_INTERPRET": "0",
-        "PYTHONPATH": os.pathsep.join([os.path.dirname(__file__), *sys.path]),
-    }
+    env = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join([os.path.dirname(__file__), *sys.path])}
     code = f"import test_launch; test_launch.{function}()"
     run = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-3000:]

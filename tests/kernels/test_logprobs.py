@@ -12,13 +12,7 @@ import torch
 from heads import OPTIONS, by_kernels, make
 from torch import Tensor
 
-from rlft.kernels.logprobs import (
-    CHUNK_BYTES,
-    chunk_rows,
-    launch_scale_rows,
-    linear_logprobs,
-    linear_logprobs_reference,
-)
+from rlft.kernels.logprobs import CHUNK_BYTES, chunk_rows, launch_scale_rows, linear_logprobs, linear_logprobs_reference
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)

@@ -84,7 +84,11 @@ def test_wrong_shapes_and_dtypes_are_refused() -> None:
     between = torch.randn(16, 24, device=DEVICE)  # a rank that is no power of two, and rows that are not adjacent
     others = [(y, x, torch.cat([a, a])[:48], between), (y, x, a, between[:, :16])]
     for wrong in (
-        (y[:, :8], x, a, b), (y, x, a[:16], b), (y, x, a, b[:, :8].contiguous()), (y, x.double(), a, b), *others
-    ):  # fmt: skip
+        (y[:, :8], x, a, b),
+        (y, x, a[:16], b),
+        (y, x, a, b[:, :8].contiguous()),
+        (y, x.double(), a, b),
+        *others,
+    ):
         with pytest.raises(ValueError, match="lora_add: want x"):
             lora_add(*wrong, (8, 8))

@@ -8,13 +8,7 @@ from kernel_rule import unread
 from torch import Tensor
 
 from rlft.kernels.lora_group import LoraGroup, fill_reference
-from rlft.kernels.low_rank import (
-    gradients,
-    gradients_a_reference,
-    gradients_b_reference,
-    gradients_launch,
-    shrink,
-)
+from rlft.kernels.low_rank import gradients, gradients_a_reference, gradients_b_reference, gradients_launch, shrink
 
 # q, k, v with one width each, k not adapted; gate, up of one width; one alone of odd width and odd rank.
 GROUPS = [

@@ -128,8 +128,10 @@ def test_functions_take_any_layout_and_backward_once() -> None:
     # An expanded gradient, as .sum() sends it: all strides 0.
     torch.testing.assert_close(
         torch.autograd.grad(y.sum(), x, retain_graph=True)[0],
-        torch.autograd.grad(rms_norm_reference(x, weight, EPS).sum(), x)[0], atol=1e-5, rtol=1e-5,
-    )  # fmt: skip
+        torch.autograd.grad(rms_norm_reference(x, weight, EPS).sum(), x)[0],
+        atol=1e-5,
+        rtol=1e-5,
+    )
     (dx,) = torch.autograd.grad(y, x, dy.clone().requires_grad_(), create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         dx.sum().backward()

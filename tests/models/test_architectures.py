@@ -33,76 +33,212 @@ from rlft.rollout.eager import EagerEngine
 from rlft.trainer import selfcheck
 
 BASE: dict[str, Any] = {
-    "vocab_size": 103, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 512, "initializer_range": 0.1,
-    "eos_token_id": 2, "bos_token_id": 1, "pad_token_id": 0, "attention_dropout": 0.0,
-}  # fmt: skip
+    "vocab_size": 103,
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.1,
+    "eos_token_id": 2,
+    "bos_token_id": 1,
+    "pad_token_id": 0,
+    "attention_dropout": 0.0,
+}
 WINDOW = {"sliding_window": 4}
 MIXED = {**WINDOW, "layer_types": ["sliding_attention", "full_attention"]}
-LINEAR = {"layer_types": ["linear_attention", "full_attention"], "linear_num_key_heads": 2, "linear_num_value_heads": 4,
-          "linear_key_head_dim": 16, "linear_value_head_dim": 16}  # fmt: skip
-EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
-           "shared_expert_intermediate_size": 32}  # fmt: skip
+LINEAR = {
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+}
+EXPERTS = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 32,
+}
 LOCAL = {"num_local_experts": 4, "num_experts_per_tok": 2}
-ROUTED = {"n_routed_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "n_shared_experts": 1,
-          "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1}  # fmt: skip
-MLA = {"q_lora_rank": 32, "kv_lora_rank": 32, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 16,
-       "num_key_value_heads": 4, "head_dim": None}  # fmt: skip
-MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_n_groups": 1, "mamba_d_state": 16, "mamba_expand": 2,
-         "mamba_chunk_size": 8}  # fmt: skip
+ROUTED = {
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 1,
+    "n_group": 1,
+    "topk_group": 1,
+}
+MLA = {
+    "q_lora_rank": 32,
+    "kv_lora_rank": 32,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 16,
+    "v_head_dim": 16,
+    "num_key_value_heads": 4,
+    "head_dim": None,
+}
+MAMBA = {
+    "mamba_n_heads": 8,
+    "mamba_d_head": 16,
+    "mamba_n_groups": 1,
+    "mamba_d_state": 16,
+    "mamba_expand": 2,
+    "mamba_chunk_size": 8,
+}
 GPT2 = {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64}
 
 KINDS: dict[str, dict[str, dict[str, Any]]] = {
     "fused": {
-        "llama": {}, "mistral": WINDOW, "qwen2": {}, "qwen3": {}, "gemma2": MIXED, "gemma3_text": MIXED, "phi3": WINDOW,
+        "llama": {},
+        "mistral": WINDOW,
+        "qwen2": {},
+        "qwen3": {},
+        "gemma2": MIXED,
+        "gemma3_text": MIXED,
+        "phi3": WINDOW,
     },
     "packed": {
-        "smollm3": {"no_rope_layers": [1, 0]}, "olmo": {"clip_qkv": 2.0}, "olmo2": {}, "olmo3": MIXED,
+        "smollm3": {"no_rope_layers": [1, 0]},
+        "olmo": {"clip_qkv": 2.0},
+        "olmo2": {},
+        "olmo3": MIXED,
         "granite": {"logits_scaling": 2.0, "residual_multiplier": 0.7, "attention_multiplier": 0.2},
-        "cohere": {"logit_scale": 0.5}, "cohere2": {**MIXED, "logit_scale": 0.5}, "glm": {}, "glm4": {},
-        "ministral": MIXED, "ministral3": {}, "seed_oss": {}, "hunyuan_v1_dense": {}, "ernie4_5": {}, "exaone4": MIXED,
-        "apertus": {}, "arcee": {}, "helium": {}, "gemma": {}, "starcoder2": WINDOW, "nanochat": {}, "gpt2": GPT2,
+        "cohere": {"logit_scale": 0.5},
+        "cohere2": {**MIXED, "logit_scale": 0.5},
+        "glm": {},
+        "glm4": {},
+        "ministral": MIXED,
+        "ministral3": {},
+        "seed_oss": {},
+        "hunyuan_v1_dense": {},
+        "ernie4_5": {},
+        "exaone4": MIXED,
+        "apertus": {},
+        "arcee": {},
+        "helium": {},
+        "gemma": {},
+        "starcoder2": WINDOW,
+        "nanochat": {},
+        "gpt2": GPT2,
         "gpt_bigcode": GPT2,
-        "cwm": MIXED, "vaultgemma": MIXED, "hyperclovax": {"logits_scaling": 2.0}, "phi": {},
-        "qwen3_moe": EXPERTS, "qwen2_moe": EXPERTS, "mixtral": LOCAL, "glm4_moe": ROUTED, "olmoe": EXPERTS,
-        "granitemoe": {**LOCAL, "logits_scaling": 2.0}, "dots1": ROUTED, "phimoe": LOCAL,
+        "cwm": MIXED,
+        "vaultgemma": MIXED,
+        "hyperclovax": {"logits_scaling": 2.0},
+        "phi": {},
+        "qwen3_moe": EXPERTS,
+        "qwen2_moe": EXPERTS,
+        "mixtral": LOCAL,
+        "glm4_moe": ROUTED,
+        "olmoe": EXPERTS,
+        "granitemoe": {**LOCAL, "logits_scaling": 2.0},
+        "dots1": ROUTED,
+        "phimoe": LOCAL,
         "ernie4_5_moe": {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 32},
-        "minimax_m2": LOCAL, "flex_olmo": EXPERTS, "gpt_neox": {}, "opt": {"ffn_dim": 64, "word_embed_proj_dim": 64},
-        "persimmon": {}, "solar_open": ROUTED, "hunyuan_v1_moe": EXPERTS,
+        "minimax_m2": LOCAL,
+        "flex_olmo": EXPERTS,
+        "gpt_neox": {},
+        "opt": {"ffn_dim": 64, "word_embed_proj_dim": 64},
+        "persimmon": {},
+        "solar_open": ROUTED,
+        "hunyuan_v1_moe": EXPERTS,
     },
     "padded": {
-        "qwen3_5_text": LINEAR, "qwen3_next": {**LINEAR, **EXPERTS}, "qwen3_5_moe_text": {**LINEAR, **EXPERTS},
+        "qwen3_5_text": LINEAR,
+        "qwen3_next": {**LINEAR, **EXPERTS},
+        "qwen3_5_moe_text": {**LINEAR, **EXPERTS},
         "lfm2": {"layer_types": ["conv", "full_attention"]},
         "lfm2_moe": {**EXPERTS, "layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
-        "granitemoehybrid": {**MAMBA, "num_local_experts": 0, "layer_types": ["mamba", "attention"],
-                             "shared_intermediate_size": 64, "logits_scaling": 2.0},
+        "granitemoehybrid": {
+            **MAMBA,
+            "num_local_experts": 0,
+            "layer_types": ["mamba", "attention"],
+            "shared_intermediate_size": 64,
+            "logits_scaling": 2.0,
+        },
         "bamba": {**MAMBA, "attn_layer_indices": [1]},
-        "jamba": {"num_experts": 4, "attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2,
-                  "expert_layer_offset": 1, "use_mamba_kernels": False, "mamba_d_state": 8},
-        "olmo_hybrid": LINEAR, "minimax": {**LOCAL, "layer_types": ["linear_attention", "full_attention"]},
+        "jamba": {
+            "num_experts": 4,
+            "attn_layer_period": 2,
+            "attn_layer_offset": 1,
+            "expert_layer_period": 2,
+            "expert_layer_offset": 1,
+            "use_mamba_kernels": False,
+            "mamba_d_state": 8,
+        },
+        "olmo_hybrid": LINEAR,
+        "minimax": {**LOCAL, "layer_types": ["linear_attention", "full_attention"]},
         "recurrent_gemma": {"lru_width": 64, "attention_window_size": 4, "block_types": ["recurrent", "attention"]},
         "falcon_h1": {**MAMBA, "mamba_d_ssm": 64, "mamba_n_heads": 4, "lm_head_multiplier": 0.5},
-        "nemotron_h": {"mamba_num_heads": 4, "mamba_head_dim": 16, "n_groups": 1, "ssm_state_size": 16,
-                       "chunk_size": 8},
-        "mamba2": {"num_heads": 8, "head_dim": 16, "n_groups": 1, "state_size": 16, "chunk_size": 8, "expand": 2,
-                   "residual_in_fp32": False},
+        "nemotron_h": {
+            "mamba_num_heads": 4,
+            "mamba_head_dim": 16,
+            "n_groups": 1,
+            "ssm_state_size": 16,
+            "chunk_size": 8,
+        },
+        "mamba2": {
+            "num_heads": 8,
+            "head_dim": 16,
+            "n_groups": 1,
+            "state_size": 16,
+            "chunk_size": 8,
+            "expand": 2,
+            "residual_in_fp32": False,
+        },
         "mamba": {"state_size": 8, "residual_in_fp32": False},
         "falcon_mamba": {"state_size": 8, "residual_in_fp32": False},
-        "deepseek_v2": {**ROUTED, **MLA}, "deepseek_v3": {**ROUTED, **MLA}, "glm4_moe_lite": {**ROUTED, **MLA},
-        "minicpm3": {**MLA, "dim_model_base": 32}, "youtu": MLA, "gpt_oss": {**LOCAL, **WINDOW},
-        "granite_swa": WINDOW, "stablelm": {}, "nemotron": {}, "diffllama": {}, "gemma4_text": MIXED, "doge": {},
+        "deepseek_v2": {**ROUTED, **MLA},
+        "deepseek_v3": {**ROUTED, **MLA},
+        "glm4_moe_lite": {**ROUTED, **MLA},
+        "minicpm3": {**MLA, "dim_model_base": 32},
+        "youtu": MLA,
+        "gpt_oss": {**LOCAL, **WINDOW},
+        "granite_swa": WINDOW,
+        "stablelm": {},
+        "nemotron": {},
+        "diffllama": {},
+        "gemma4_text": MIXED,
+        "doge": {},
         "llama4_text": {**LOCAL, "num_experts_per_tok": 1, "intermediate_size_mlp": 64, "attention_chunk_size": 4},
-        "biogpt": {}, "bitnet": {}, "falcon": {"alibi": False, "head_dim": None},
-        "bloom": {"n_layer": 2, "n_head": 4}, "mpt": {"d_model": 64, "n_heads": 4, "n_layers": 2},
-        "gptj": {**GPT2, "rotary_dim": 8}, "codegen": {**GPT2, "rotary_dim": 8},
+        "biogpt": {},
+        "bitnet": {},
+        "falcon": {"alibi": False, "head_dim": None},
+        "bloom": {"n_layer": 2, "n_head": 4},
+        "mpt": {"d_model": 64, "n_heads": 4, "n_layers": 2},
+        "gptj": {**GPT2, "rotary_dim": 8},
+        "codegen": {**GPT2, "rotary_dim": 8},
         "gpt_neo": {"num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]], "window_size": 4},
         "jetmoe": {**LOCAL, "kv_channels": 16},
     },
-}  # fmt: skip
+}
 ALL = [(path, kind) for path, kinds in KINDS.items() for kind in kinds]
-QUICK = ("llama", "gemma2", "olmo2", "cohere2", "granite", "gpt2", "phi", "hyperclovax", "qwen3_moe", "glm4_moe",
-         "qwen3_5_text", "lfm2", "granitemoehybrid", "recurrent_gemma", "falcon_h1", "minimax", "deepseek_v3",
-         "gpt_oss", "llama4_text", "nemotron", "mamba2")  # fmt: skip
+QUICK = (
+    "llama",
+    "gemma2",
+    "olmo2",
+    "cohere2",
+    "granite",
+    "gpt2",
+    "phi",
+    "hyperclovax",
+    "qwen3_moe",
+    "glm4_moe",
+    "qwen3_5_text",
+    "lfm2",
+    "granitemoehybrid",
+    "recurrent_gemma",
+    "falcon_h1",
+    "minimax",
+    "deepseek_v3",
+    "gpt_oss",
+    "llama4_text",
+    "nemotron",
+    "mamba2",
+)
 
 
 def tiny(kind: str, dtype: torch.dtype = torch.float64, lora: Lora = Lora(rank=4, alpha=8)) -> Policy:  # noqa: B008
@@ -169,8 +305,7 @@ def compare(policy: Policy, whole_groups: bool = False) -> None:
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # of GPT-BigCode's own file
 @pytest.mark.parametrize(
-    ("path", "kind"),
-    [pytest.param(p, k, id=k, marks=[] if k in QUICK else pytest.mark.slow) for p, k in ALL],
+    ("path", "kind"), [pytest.param(p, k, id=k, marks=[] if k in QUICK else pytest.mark.slow) for p, k in ALL]
 )
 def test_every_row_trains_and_samples_as_if_it_were_alone(path: str, kind: str) -> None:
     policy = tiny(kind)
@@ -226,9 +361,13 @@ def test_sinks_are_not_dropped_when_rows_are_packed() -> None:
 
 @pytest.mark.parametrize(
     ("asked", "name"),
-    [({"position_bias": torch.zeros(1)}, "position_bias"), ({"is_causal": False}, "is_causal"), ({"news": 1}, "news"),
-     ({"dropout": 0.1}, "dropout")],
-)  # fmt: skip
+    [
+        ({"position_bias": torch.zeros(1)}, "position_bias"),
+        ({"is_causal": False}, "is_causal"),
+        ({"news": 1}, "news"),
+        ({"dropout": 0.1}, "dropout"),
+    ],
+)
 def test_packed_attention_refuses_what_it_would_ignore(asked: dict[str, Any], name: str) -> None:
     q = torch.randn(1, 2, 5, 8)
     sequences = Sequences.of(torch.tensor([0, 2, 5]), torch.tensor([-1, -1]), "cpu")
@@ -282,7 +421,7 @@ def test_the_start_says_what_has_an_adapter() -> None:
         ("qwen3_moe", {"targets": ("q_proj", "down_proj"), "experts": False}, "down_proj matches no linear layer"),
         ("qwen3_moe", {"dropout": 0.1}, "lora.dropout = 0.1: PEFT has no dropout for an adapter on a parameter"),
     ],
-)  # fmt: skip
+)
 def test_targets_that_cannot_be_honoured_are_refused(kind: str, fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         adapted(kind, **fields)
@@ -308,8 +447,14 @@ def test_an_adapter_over_a_mixture_is_an_ordinary_file_of_peft(tmp_path) -> None
     assert set(targets.adapted(loaded)) == set(targets.adapted(policy.model))
 
 
-@pytest.mark.parametrize("kind", ["lfm2", pytest.param("qwen3_5_text", marks=pytest.mark.slow),
-                                  pytest.param("granitemoehybrid", marks=pytest.mark.slow)])  # fmt: skip
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "lfm2",
+        pytest.param("qwen3_5_text", marks=pytest.mark.slow),
+        pytest.param("granitemoehybrid", marks=pytest.mark.slow),
+    ],
+)
 def test_a_run_over_a_hybrid_samples_and_trains_the_same_policy(kind: str, tmp_path: Path) -> None:
     base: Any = tiny(kind, torch.float32).model.unload()  # type: ignore[operator]
     base.config.architectures = [type(base).__name__]
@@ -317,10 +462,17 @@ def test_a_run_over_a_hybrid_samples_and_trains_the_same_policy(kind: str, tmp_p
     tiny_tokenizer().save_pretrained(tmp_path / "model")
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"prompt": f"{i} and {i * i}"}) + "\n" for i in range(6)))
     cfg = rlft.Config(
-        model=str(tmp_path / "model"), data=rlft.Data(str(tmp_path / "rows.jsonl"), chat="never"),
-        out=str(tmp_path / "run"), steps=2, prompts_per_step=2, sampling=Sampling(group_size=3, max_tokens=6),
-        device="cpu", quantization="none", lora=Lora(rank=4), engine=rlft.Engine(name="eager"),
-    )  # fmt: skip
+        model=str(tmp_path / "model"),
+        data=rlft.Data(str(tmp_path / "rows.jsonl"), chat="never"),
+        out=str(tmp_path / "run"),
+        steps=2,
+        prompts_per_step=2,
+        sampling=Sampling(group_size=3, max_tokens=6),
+        device="cpu",
+        quantization="none",
+        lora=Lora(rank=4),
+        engine=rlft.Engine(name="eager"),
+    )
 
     def different(completions: list[str], **_: Any) -> list[float]:
         return [float(len(set(text)) % 3) for text in completions]
@@ -333,16 +485,39 @@ def test_a_run_over_a_hybrid_samples_and_trains_the_same_policy(kind: str, tmp_p
 
 TEXT = {name: value for name, value in BASE.items() if name != "attention_dropout"}
 SEEN = {
-    "qwen3_5": ({**TEXT, **LINEAR}, {"depth": 1, "hidden_size": 32, "out_hidden_size": 64, "num_heads": 2,
-                                     "intermediate_size": 64}),
-    "gemma3": (TEXT, {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2,
-                      "image_size": 28, "patch_size": 14}),
-    "mistral3": ({**TEXT, "model_type": "mistral"},
-                 {"model_type": "pixtral", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1,
-                  "num_attention_heads": 2, "image_size": 28, "patch_size": 14, "head_dim": 16}),
-    "qwen2_5_vl": ({**TEXT, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}},
-                   {"depth": 1, "hidden_size": 32, "out_hidden_size": 64, "num_heads": 2, "intermediate_size": 64}),
-}  # fmt: skip
+    "qwen3_5": (
+        {**TEXT, **LINEAR},
+        {"depth": 1, "hidden_size": 32, "out_hidden_size": 64, "num_heads": 2, "intermediate_size": 64},
+    ),
+    "gemma3": (
+        TEXT,
+        {
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "image_size": 28,
+            "patch_size": 14,
+        },
+    ),
+    "mistral3": (
+        {**TEXT, "model_type": "mistral"},
+        {
+            "model_type": "pixtral",
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "image_size": 28,
+            "patch_size": 14,
+            "head_dim": 16,
+        },
+    ),
+    "qwen2_5_vl": (
+        {**TEXT, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}},
+        {"depth": 1, "hidden_size": 32, "out_hidden_size": 64, "num_heads": 2, "intermediate_size": 64},
+    ),
+}
 
 
 def with_eyes(kind: str, folder: Path) -> str:

@@ -324,9 +324,12 @@ def test_calls_that_want_something_else_run_transformers_own_forward() -> None:
     plain, fused = pair()
     mask = torch.ones(9, 9, dtype=torch.bool).tril()[None, None].expand(3, 1, 9, 9)
     for inputs in (
-        {"output_hidden_states": True}, {"attention_mask": mask}, {"use_cache": True}, {"is_causal": False},
+        {"output_hidden_states": True},
+        {"attention_mask": mask},
+        {"use_cache": True},
+        {"is_causal": False},
         {kv_cache.name(plain.get_base_model()): transformers.DynamicCache},
-    ):  # fmt: skip
+    ):
         falls_back(plain, fused, None, **inputs)
     got, want = (m(IDS, output_hidden_states=True, use_cache=False).hidden_states for m in (fused, plain))
     assert len(got) == 3 and all(torch.equal(a, b) for a, b in zip(got, want, strict=True))

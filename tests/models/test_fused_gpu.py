@@ -28,9 +28,15 @@ from rlft.types import Batch, PackPlan, Rollout
 quiet = [pytest.mark.filterwarnings(f"ignore::{kind}") for kind in ("DeprecationWarning", "UserWarning")]
 pytestmark = [pytest.mark.gpu, *quiet]
 WIDE = SIZES | {
-    "vocab_size": 1000, "hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 8,
-    "num_key_value_heads": 2, "head_dim": 64, "initializer_range": 0.05, "max_position_embeddings": 4096,
-}  # fmt: skip
+    "vocab_size": 1000,
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "initializer_range": 0.05,
+    "max_position_embeddings": 4096,
+}
 
 
 def model_of(name: str, dtype: torch.dtype, nf4: bool = False, tmp: Any = None, **more: Any) -> PeftModel:
@@ -44,13 +50,18 @@ def model_of(name: str, dtype: torch.dtype, nf4: bool = False, tmp: Any = None, 
     if tmp is not None:
         base.save_pretrained(tmp)
         quantised = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=torch.bfloat16,
-        )  # fmt: skip
+        )
         base = AutoModelForCausalLM.from_pretrained(
-            tmp, quantization_config=quantised if nf4 else None, dtype=torch.bfloat16, device_map={"": 0},
+            tmp,
+            quantization_config=quantised if nf4 else None,
+            dtype=torch.bfloat16,
+            device_map={"": 0},
             attn_implementation="sdpa",
-        )  # fmt: skip
+        )
     else:
         base = base.to(dtype).cuda()
     model = attach_lora(base.eval().requires_grad_(False), Lora(rank=8, alpha=16), seed=1)
@@ -198,9 +209,16 @@ def test_two_passes_under_way_do_not_mix_their_host_memory(level: int) -> None:
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("bonus", [False, True], ids=["", "entropy bonus"])
 def test_the_plan_is_within_5_percent_of_the_measured_peak(name: str, level: int, bonus: bool) -> None:
-    big = {"hidden_size": 1024, "intermediate_size": 3072, "num_attention_heads": 16, "num_key_value_heads": 8,
-           "head_dim": 64 if name == "qwen3" else 128, "num_hidden_layers": 6, "vocab_size": 32000,
-           "max_position_embeddings": 32768}  # fmt: skip
+    big = {
+        "hidden_size": 1024,
+        "intermediate_size": 3072,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        "head_dim": 64 if name == "qwen3" else 128,
+        "num_hidden_layers": 6,
+        "vocab_size": 32000,
+        "max_position_embeddings": 32768,
+    }
     if name == "gemma3":
         big |= {"layer_types": ["sliding_attention", "full_attention"] * 3}
     policy = Policy(model_of(name, torch.bfloat16, **big))
@@ -231,8 +249,15 @@ def test_the_plan_is_within_5_percent_of_the_measured_peak(name: str, level: int
 @pytest.mark.parametrize("shared", [False, True])
 def test_the_chosen_plan_stays_within_its_budget(shared: bool) -> None:
     """Of graphs, which are planned as they are padded, and of launches, where a pass is too large for a graph."""
-    big = {"hidden_size": 1024, "intermediate_size": 3072, "num_attention_heads": 16, "num_key_value_heads": 8,
-           "num_hidden_layers": 6, "vocab_size": 32000, "max_position_embeddings": 32768}  # fmt: skip
+    big = {
+        "hidden_size": 1024,
+        "intermediate_size": 3072,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        "num_hidden_layers": 6,
+        "vocab_size": 32000,
+        "max_position_embeddings": 32768,
+    }
     policy = Policy(model_of("qwen3", torch.bfloat16, **big))
     assert isinstance(policy.fused, FusedDecoder) and fuse(policy.model) is policy.fused
     g = torch.Generator().manual_seed(1)

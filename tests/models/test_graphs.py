@@ -157,9 +157,7 @@ class Capturing:
 @pytest.fixture
 def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention_backends, "choose", lambda *of: "math")
-    fakes = {
-        "CUDAGraph": Fake, "graph": Capturing, "graph_pool_handle": lambda: 1, "memory_reserved": lambda device: 0
-    }  # fmt: skip
+    fakes = {"CUDAGraph": Fake, "graph": Capturing, "graph_pool_handle": lambda: 1, "memory_reserved": lambda device: 0}
     for name, fake in fakes.items():
         monkeypatch.setattr(torch.cuda, name, fake)
 
@@ -201,9 +199,12 @@ def test_passes_of_a_bucket_give_what_launches_give(name: str) -> None:
         return policy.flat.gradient.clone()
 
     shapes = [
-        [(20, [30, 9, 1]), (7, [25, 25])], [(25, [8, 3]), (3, [30, 30, 30])], [(11, [40])], [(2, [5]), (30, [20] * 5)],
+        [(20, [30, 9, 1]), (7, [25, 25])],
+        [(25, [8, 3]), (3, [30, 30, 30])],
+        [(11, [40])],
+        [(2, [5]), (30, [20] * 5)],
         [(24, [17, 30, 2]), (9, [28, 6])],
-    ]  # fmt: skip
+    ]
     for shape in shapes * 2:
         batch = groups_of(shape, g, 61)
         want = gradient(batch, None)

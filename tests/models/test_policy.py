@@ -74,17 +74,28 @@ def own_logits(policy: Policy, ids: torch.Tensor) -> torch.Tensor:
 
 
 OTHERS: dict[str, dict] = {
-    "olmo2": {}, "cohere": {"logit_scale": 0.5}, "granite": {"logits_scaling": 2.0, "residual_multiplier": 0.7},
-}  # fmt: skip
+    "olmo2": {},
+    "cohere": {"logit_scale": 0.5},
+    "granite": {"logits_scaling": 2.0, "residual_multiplier": 0.7},
+}
 
 
 @pytest.mark.parametrize("kind", OTHERS)
 def test_any_other_architecture_trains_on_transformers_own_layers(kind: str) -> None:
     """With our head and packing: packed rows equal transformers' logits one at a time, and every adapter learns."""
     config = AutoConfig.for_model(
-        kind, vocab_size=103, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.1, pad_token_id=0, **OTHERS[kind],
-    )  # fmt: skip
+        kind,
+        vocab_size=103,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        initializer_range=0.1,
+        pad_token_id=0,
+        **OTHERS[kind],
+    )
     torch.manual_seed(0)
     base = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval().requires_grad_(False)
     policy, made = Policy(attach_lora(base, Lora(rank=4, alpha=8), 0)), rollouts(3)
@@ -212,8 +223,17 @@ def test_an_adapter_of_another_base_is_refused(tmp_path) -> None:
     Policy(tiny_model(layers=3)).model.save_pretrained(tmp_path, selected_adapters=["default"])
     with pytest.raises(ConfigError, match="does not fit this base: 14 of its tensors have no place in it and 0"):
         attach_lora(tiny_model().unload(), lora, 0)
-    wide = LlamaForCausalLM(LlamaConfig(vocab_size=103, hidden_size=64, intermediate_size=48, num_hidden_layers=2,
-                                        num_attention_heads=4, num_key_value_heads=2, head_dim=8))  # fmt: skip
+    wide = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=103,
+            hidden_size=64,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=8,
+        )
+    )
     with pytest.raises(ConfigError, match=r"does not fit this base .*size mismatch"):
         attach_lora(wide, lora, 0)
 
@@ -258,8 +278,11 @@ def test_a_step_between_a_forward_and_its_backward_is_an_error(name: Any, fused:
 
 def test_loading_generating_and_training_patch_nothing() -> None:
     """Every public attribute of the libraries is the same object before and after; what changes is registered."""
-    before = {(m.__name__, n): getattr(m, n, None) for m in (torch, torch.nn, torch.nn.functional, transformers, peft)
-              for n in list(vars(m))}  # fmt: skip
+    before = {
+        (m.__name__, n): getattr(m, n, None)
+        for m in (torch, torch.nn, torch.nn.functional, transformers, peft)
+        for n in list(vars(m))
+    }
     implementation = transformers.LlamaForCausalLM.forward
     policy, made = tiny_policy(), rollouts(1)
     the_plan = plan(len(made))
@@ -287,10 +310,14 @@ def test_the_policy_in_bf16_on_a_gpu_agrees_with_fp64_within_twice_what_one_row_
         for name, tensor in gpu.adapter().items():
             tensor.copy_(exact.adapter()[name])
     plain = [
-        gpu.model(torch.tensor([r.prompt.ids + r.completion_ids]).cuda()).logits[0, len(r.prompt.ids) - 1 : -1]
-        .float().log_softmax(-1)[range(len(r.completion_ids)), list(r.completion_ids)].detach().cpu()
+        gpu.model(torch.tensor([r.prompt.ids + r.completion_ids]).cuda())
+        .logits[0, len(r.prompt.ids) - 1 : -1]
+        .float()
+        .log_softmax(-1)[range(len(r.completion_ids)), list(r.completion_ids)]
+        .detach()
+        .cpu()
         for r in made
-    ]  # fmt: skip
+    ]
     (batch,) = pack(made, torch.ones(len(made)), plan(len(made), share=share), count(made, plan(len(made))))
     results = []
     for policy in (exact, gpu):

@@ -37,9 +37,12 @@ from rlft.types import Prompt, Recorded, Rollout
 
 ORIGINAL = 16
 LONGROPE: dict[str, Any] = {
-    "rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [3.0] * 4,
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "short_factor": [1.0] * 4,
+    "long_factor": [3.0] * 4,
     "original_max_position_embeddings": ORIGINAL,
-}  # fmt: skip
+}
 DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
 KINDS = ("phi3", "olmo2")
 """Fused layers and transformers' own."""
@@ -47,12 +50,23 @@ KINDS = ("phi3", "olmo2")
 
 def base_of(kind: str, parameters: dict[str, Any] = LONGROPE, context: int = 64, seed: int = 0, **more: Any) -> Any:
     config = AutoConfig.for_model(
-        kind, vocab_size=103, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, initializer_range=0.2, pad_token_id=0, bos_token_id=1, eos_token_id=2,
-        max_position_embeddings=context, rope_parameters=dict(parameters), **more,
+        kind,
+        vocab_size=103,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.2,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        max_position_embeddings=context,
+        rope_parameters=dict(parameters),
+        **more,
         # Phi-3's config takes its own over that of the parameters.
         **{k: v for k, v in parameters.items() if k == "original_max_position_embeddings"},
-    )  # fmt: skip
+    )
     torch.manual_seed(seed)
     return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval().requires_grad_(False)
 
@@ -258,7 +272,7 @@ def long_model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder)
 
 
-def test_a_run_says_its_factors_and_its_engine_agrees(home: Path, tmp_path: Path, long_model: str, capsys) -> None:  # noqa: F811
+def test_a_run_says_its_factors_and_its_engine_agrees(home: Path, tmp_path: Path, long_model: str, capsys) -> None:
     cfg = grpo(home, tmp_path / "run", model=long_model, steps=1, sampling=Sampling(group_size=4, max_tokens=40))
     train(cfg)
     said = capsys.readouterr().out
@@ -277,13 +291,20 @@ def test_a_run_says_its_factors_and_its_engine_agrees(home: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize("budget", [1, 10_000])
-def test_the_longest_recorded_row_decides_for_all(home: Path, tmp_path: Path, long_model: str, budget: int) -> None:  # noqa: F811
+def test_the_longest_recorded_row_decides_for_all(home: Path, tmp_path: Path, long_model: str, budget: int) -> None:
     """Held-out loss of a run over one long and many short rows: transformers' with the long factors for each."""
     data = [{"prompt": f"say {i}", "completion": "x" * (3 if i else 60)} for i in range(8)]
     (tmp_path / "d.jsonl").write_text("\n".join(map(json.dumps, data)))
     (tmp_path / "held.jsonl").write_text("\n".join(map(json.dumps, [{"prompt": "of 9", "completion": "abc"}] * 2)))
-    cfg = sft(home, tmp_path / "run", model=long_model, steps=1, prompts_per_step=8, data=Data(f"{tmp_path}/d.jsonl"),
-              eval=Eval(rows=2, data=Data(f"{tmp_path}/held.jsonl")))  # fmt: skip
+    cfg = sft(
+        home,
+        tmp_path / "run",
+        model=long_model,
+        steps=1,
+        prompts_per_step=8,
+        data=Data(f"{tmp_path}/d.jsonl"),
+        eval=Eval(rows=2, data=Data(f"{tmp_path}/held.jsonl")),
+    )
     result = train(replace(cfg, packing=replace(cfg.packing, budget=budget)))
     tokenizer, model = tiny_tokenizer(), AutoModelForCausalLM.from_pretrained(long_model)
     chat: Any = [{"role": "user", "content": "of 9"}]
@@ -312,8 +333,10 @@ def hidden_of(model: Any, ids: Tensor, mask: Tensor | None, **more: Any) -> Tens
 def test_a_padded_call_has_transformers_tables_for_it(parameters: dict[str, Any], width: int) -> None:
     """Of the columns of the call, those of padding too: fused layers see the rows without them."""
     kind = "phi3" if parameters is LONGROPE else "llama"
-    plain, fused = (attach_lora(base_of(kind, parameters, context=64 if parameters is LONGROPE else 16), Lora(4), 0)
-                    for _ in range(2))  # fmt: skip
+    plain, fused = (
+        attach_lora(base_of(kind, parameters, context=64 if parameters is LONGROPE else 16), Lora(4), 0)
+        for _ in range(2)
+    )
     assert isinstance(fuse(fused), FusedDecoder)
     ids = torch.randint(3, 103, (3, width), generator=torch.Generator().manual_seed(0))
     right = torch.tensor([[1] * n + [0] * (width - n) for n in (10, 5, 12)])

@@ -37,8 +37,11 @@ def test_a_planned_batch_has_the_same_log_probs_in_every_pass(name: str, shape: 
     policy = Policy(model_of(name, torch.bfloat16, nf4=nf4, tmp=tmp_path))
     fused = policy.fused
     assert fused is not None and fused.graphs is not None
-    layout = {"alone": [(3, [47]), (3, [61])], "shared short": [(40, [90, 83, 76]), (30, [80, 73, 66])],
-              "shared long": [(300, [20, 9, 31]), (200, [80, 1])]}[shape]  # fmt: skip
+    layout = {
+        "alone": [(3, [47]), (3, [61])],
+        "shared short": [(40, [90, 83, 76]), (30, [80, 73, 66])],
+        "shared long": [(300, [20, 9, 31]), (200, [80, 1])],
+    }[shape]
     batch = policy.planned(groups_of(layout, g, 1000))
     assert batch.plan.padded
     old = policy.score(batch)
@@ -63,8 +66,15 @@ def test_a_planned_batch_has_the_same_log_probs_in_every_pass(name: str, shape: 
 @pytest.mark.parametrize("shared", [False, True])
 def test_a_pass_that_is_planned_tightly_keeps_its_bits_when_memory_comes_back(shared: bool) -> None:
     """Other tiles, stores and levels between two passes of one batch."""
-    big = {"hidden_size": 1024, "intermediate_size": 3072, "num_attention_heads": 16, "num_key_value_heads": 8,
-           "num_hidden_layers": 6, "vocab_size": 32000, "max_position_embeddings": 32768}  # fmt: skip
+    big = {
+        "hidden_size": 1024,
+        "intermediate_size": 3072,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        "num_hidden_layers": 6,
+        "vocab_size": 32000,
+        "max_position_embeddings": 32768,
+    }
     policy = Policy(model_of("qwen3", torch.bfloat16, **big))
     fused = policy.fused
     assert fused is not None
@@ -101,12 +111,23 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_run_that_does_not_move_clips_nothing(algo: str, budget: int, home: Path, tmp_path: Path) -> None:
     """Any ratio but 1 is clipped: several mini-batches and passes, launched and captured, and after a restart."""
     cfg = Config(
-        model=str(home / "model"), data=Data(str(home / "prompts.jsonl")), out=str(tmp_path / "run"), dtype="bfloat16",
-        rewards=(Reward(f"{home}/rewards.py:digits"),), steps=3, prompts_per_step=8, device="cuda",
-        quantization="none", sampling=Sampling(group_size=4, max_tokens=12), lora=Lora(rank=4, alpha=8),
-        optim=Optim(lr=0.0, minibatches=2, passes=2), algo=Algo(algo, {"clip_low": 0.0, "clip_high": 0.0}),
-        parity=Parity(probe=False), packing=Packing(budget=budget), engine=Engine("eager"),
-    )  # fmt: skip
+        model=str(home / "model"),
+        data=Data(str(home / "prompts.jsonl")),
+        out=str(tmp_path / "run"),
+        dtype="bfloat16",
+        rewards=(Reward(f"{home}/rewards.py:digits"),),
+        steps=3,
+        prompts_per_step=8,
+        device="cuda",
+        quantization="none",
+        sampling=Sampling(group_size=4, max_tokens=12),
+        lora=Lora(rank=4, alpha=8),
+        optim=Optim(lr=0.0, minibatches=2, passes=2),
+        algo=Algo(algo, {"clip_low": 0.0, "clip_high": 0.0}),
+        parity=Parity(probe=False),
+        packing=Packing(budget=budget),
+        engine=Engine("eager"),
+    )
     train(cfg)
     train(Config(**{**vars(cfg), "steps": 5}), resume=True)
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]

@@ -23,10 +23,18 @@ from rlft.models.fused.decoder import FusedDecoder, fuse
 
 CHECKPOINTING = "gradient checkpointing has no effect"
 COMMON: dict[str, Any] = {
-    "per_device_train_batch_size": 4, "per_device_eval_batch_size": 4, "logging_steps": 1, "report_to": [],
-    "save_strategy": "no", "learning_rate": 1e-2, "use_cpu": True, "disable_tqdm": True, "seed": 1, "bf16": False,
+    "per_device_train_batch_size": 4,
+    "per_device_eval_batch_size": 4,
+    "logging_steps": 1,
+    "report_to": [],
+    "save_strategy": "no",
+    "learning_rate": 1e-2,
+    "use_cpu": True,
+    "disable_tqdm": True,
+    "seed": 1,
+    "bf16": False,
     "gradient_checkpointing": False,
-}  # fmt: skip
+}
 
 
 @pytest.fixture(autouse=True)
@@ -120,10 +128,12 @@ def rows(count: int) -> list[dict[str, list[int]]]:
 def plain_trainer(model: PeftModel, folder: Path, **options: Any) -> Trainer:
     settings = COMMON | {"max_steps": 4, "eval_strategy": "steps", "eval_steps": 2} | options
     return Trainer(
-        model=model, args=TrainingArguments(output_dir=str(folder), **settings),
-        train_dataset=Dataset.from_list(rows(16)), eval_dataset=Dataset.from_list(rows(6)),
+        model=model,
+        args=TrainingArguments(output_dir=str(folder), **settings),
+        train_dataset=Dataset.from_list(rows(16)),
+        eval_dataset=Dataset.from_list(rows(6)),
         data_collator=DataCollatorForSeq2Seq(tiny_tokenizer()),
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.parametrize("options", [{}, {"gradient_accumulation_steps": 2, "max_grad_norm": 0.5}])
@@ -166,9 +176,12 @@ def sft(model: PeftModel, data: list[dict[str, Any]], folder: Path, tokenizer: A
 
     args = SFTConfig(output_dir=str(folder), **(COMMON | {"max_steps": 3, "max_length": 64} | options))
     return SFTTrainer(
-        model=model, args=args, train_dataset=Dataset.from_list(data), eval_dataset=Dataset.from_list(data[:4]),
+        model=model,
+        args=args,
+        train_dataset=Dataset.from_list(data),
+        eval_dataset=Dataset.from_list(data[:4]),
         processing_class=tokenizer or tiny_tokenizer(),
-    )  # fmt: skip
+    )
 
 
 COMPLETIONS = [{"prompt": "ab" * (1 + i % 3), "completion": "xyz" * (1 + i % 5)} for i in range(12)]
@@ -283,9 +296,7 @@ def rollout(prompts: list[str], trainer: Any) -> dict[str, Any]:
     """Recorded completions of unequal length, by the place in the batch."""
     prompt_ids = [tiny_tokenizer()(p)["input_ids"] for p in prompts]
     completions = [[10 + (7 * i + j) % 80 for j in range(2 + 3 * i % 7)] for i in range(len(prompts))]
-    return {
-        "prompt_ids": prompt_ids, "completion_ids": completions, "logprobs": [[-4.5] * len(c) for c in completions],
-    }  # fmt: skip
+    return {"prompt_ids": prompt_ids, "completion_ids": completions, "logprobs": [[-4.5] * len(c) for c in completions]}
 
 
 def reward(completions: list[str], **_: Any) -> list[float]:
@@ -295,14 +306,17 @@ def reward(completions: list[str], **_: Any) -> list[float]:
 def grpo(model: PeftModel, folder: Path, **options: Any) -> Trainer:
     from trl import GRPOConfig, GRPOTrainer
 
-    settings = COMMON | {
-        "max_steps": 3, "num_generations": 4, "max_completion_length": 16, "shuffle_dataset": False,
-    } | options  # fmt: skip
+    settings = (
+        COMMON | {"max_steps": 3, "num_generations": 4, "max_completion_length": 16, "shuffle_dataset": False} | options
+    )
     return GRPOTrainer(
-        model=model, reward_funcs=[reward], args=GRPOConfig(output_dir=str(folder), **settings),
+        model=model,
+        reward_funcs=[reward],
+        args=GRPOConfig(output_dir=str(folder), **settings),
         train_dataset=Dataset.from_list([{"prompt": "ab" * (1 + i)} for i in range(6)]),
-        processing_class=tiny_tokenizer(), rollout_func=rollout,
-    )  # fmt: skip
+        processing_class=tiny_tokenizer(),
+        rollout_func=rollout,
+    )
 
 
 @pytest.mark.parametrize(
@@ -313,7 +327,7 @@ def grpo(model: PeftModel, folder: Path, **options: Any) -> Trainer:
         ({"num_iterations": 2, "max_steps": 4}, 2),
         ({"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2, "loss_type": "grpo"}, 0),
     ],
-)  # fmt: skip
+)
 def test_grpo_on_recorded_completions(options: dict[str, Any], without_grad: int, tmp_path: Path) -> None:
     """beta: log-probs of the adapter "ref" too. Several iterations: old log-probs from a pass without gradient."""
     trainer, calls = both(lambda model: grpo(model, tmp_path, **options))

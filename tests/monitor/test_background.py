@@ -65,10 +65,16 @@ def cfg(tmp_path: Path) -> Config:
     rows = [{"prompt": f"say {i}", "completion": f"it is {i}"} for i in range(9)]
     (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
     return Config(
-        model=str(tmp_path / "model"), data=Data(str(tmp_path / "data.jsonl")), out=str(tmp_path / "run"), steps=3,
-        prompts_per_step=2, lora=Lora(rank=4, alpha=8), parity=Parity(probe=False), checkpoint=Checkpoint(every=1),
+        model=str(tmp_path / "model"),
+        data=Data(str(tmp_path / "data.jsonl")),
+        out=str(tmp_path / "run"),
+        steps=3,
+        prompts_per_step=2,
+        lora=Lora(rank=4, alpha=8),
+        parity=Parity(probe=False),
+        checkpoint=Checkpoint(every=1),
         algo=Algo("sft"),
-    )  # fmt: skip
+    )
 
 
 def test_a_checkpoint_waits_for_the_completions_of_the_steps_before_it(cfg: Config, monkeypatch) -> None:

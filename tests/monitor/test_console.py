@@ -31,11 +31,22 @@ from rlft.monitor.console import (
 from rlft.types import Best
 
 VALUES = {
-    "step": 12.0, "reward": 0.61, "loss": 0.0123, "completions/mean_length": 5.21, "entropy": 0.333,
-    "sampling/sampling_logp_difference/mean": 1.2e-6, "parity/limit": 0.02, "step_time": 6.1, "time/generate": 3.05,
-    "time/train": 2.44, "perf/rollout_tokens_per_s": 154.2, "perf/training_tokens_per_s": 1210.0, "grad_norm": 1.0,
-    "completions/clipped_ratio": 0.1, "frac_reward_zero_std": 0.5,
-}  # fmt: skip
+    "step": 12.0,
+    "reward": 0.61,
+    "loss": 0.0123,
+    "completions/mean_length": 5.21,
+    "entropy": 0.333,
+    "sampling/sampling_logp_difference/mean": 1.2e-6,
+    "parity/limit": 0.02,
+    "step_time": 6.1,
+    "time/generate": 3.05,
+    "time/train": 2.44,
+    "perf/rollout_tokens_per_s": 154.2,
+    "perf/training_tokens_per_s": 1210.0,
+    "grad_norm": 1.0,
+    "completions/clipped_ratio": 0.1,
+    "frac_reward_zero_std": 0.5,
+}
 
 
 def test_a_plain_step_is_one_line_in_a_fixed_order(capsys) -> None:
@@ -92,11 +103,22 @@ def test_trouble_is_said_when_it_begins_and_again_when_it_comes_back(capsys) -> 
 
 
 BEFORE = {
-    "eval/reward": 0.31, "eval/reward_stderr": 0.033, "eval/reward_low": 0.25, "eval/reward_high": 0.38,
-    "eval/rows": 200.0, "eval/completions/mean_length": 9.0, "eval/invalid": 0.0, "eval/rewards/number/mean": 0.31,
-}  # fmt: skip
-AFTER = {**BEFORE, "eval/reward": 0.72, "eval/completions/mean_length": 5.5, "eval/reward_change": 0.41,
-         "eval/reward_change_stderr": 0.04}  # fmt: skip
+    "eval/reward": 0.31,
+    "eval/reward_stderr": 0.033,
+    "eval/reward_low": 0.25,
+    "eval/reward_high": 0.38,
+    "eval/rows": 200.0,
+    "eval/completions/mean_length": 9.0,
+    "eval/invalid": 0.0,
+    "eval/rewards/number/mean": 0.31,
+}
+AFTER = {
+    **BEFORE,
+    "eval/reward": 0.72,
+    "eval/completions/mean_length": 5.5,
+    "eval/reward_change": 0.41,
+    "eval/reward_change_stderr": 0.04,
+}
 
 
 def test_the_end_shows_before_and_after_and_where_things_are(capsys) -> None:

@@ -11,12 +11,28 @@ from rlft.monitor import health
 from rlft.monitor.health import RULES, check
 
 HEALTHY: dict[str, Any] = {
-    "step": 1, "loss": 0.01, "reward": 0.4, "reward_std": 0.4, "frac_reward_zero_std": 0.5, "entropy": 0.35,
-    "completions/clipped_ratio": 0.2, "sampling/sampling_logp_difference/mean": 1e-6, "parity/limit": 0.02,
-    "frac_reward_invalid": 0.0, "skipped_updates": 0.0, "grad_norm": 0.8, "clip_ratio/region_mean": 0.01,
-    "refill/rounds": 2.0, "refill/drawn": 20.0, "refill/kept": 16.0, "refill/short": 0.0, "perf/peak_GiB": 20.0,
-    "time/generate": 6.0, "time/train": 3.0, "step_time": 10.0,
-}  # fmt: skip
+    "step": 1,
+    "loss": 0.01,
+    "reward": 0.4,
+    "reward_std": 0.4,
+    "frac_reward_zero_std": 0.5,
+    "entropy": 0.35,
+    "completions/clipped_ratio": 0.2,
+    "sampling/sampling_logp_difference/mean": 1e-6,
+    "parity/limit": 0.02,
+    "frac_reward_invalid": 0.0,
+    "skipped_updates": 0.0,
+    "grad_norm": 0.8,
+    "clip_ratio/region_mean": 0.01,
+    "refill/rounds": 2.0,
+    "refill/drawn": 20.0,
+    "refill/kept": 16.0,
+    "refill/short": 0.0,
+    "perf/peak_GiB": 20.0,
+    "time/generate": 6.0,
+    "time/train": 3.0,
+    "step_time": 10.0,
+}
 History = list[dict[str, Any]]
 
 

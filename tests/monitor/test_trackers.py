@@ -42,11 +42,17 @@ def home(tmp_path_factory) -> Path:
 
 def config(home: Path, out: Path, **changes: Any) -> Config:
     base = Config(
-        model=str(home / "model"), data=Data(str(home / "prompts.jsonl")), out=str(out),
-        rewards=(Reward(f"{home}/rewards.py:odd"),), steps=2, prompts_per_step=2,
-        sampling=Sampling(group_size=3, max_tokens=4), lora=Lora(rank=4, alpha=8), optim=Optim(lr=1e-2),
+        model=str(home / "model"),
+        data=Data(str(home / "prompts.jsonl")),
+        out=str(out),
+        rewards=(Reward(f"{home}/rewards.py:odd"),),
+        steps=2,
+        prompts_per_step=2,
+        sampling=Sampling(group_size=3, max_tokens=4),
+        lora=Lora(rank=4, alpha=8),
+        optim=Optim(lr=1e-2),
         parity=Parity(probe=False),
-    )  # fmt: skip
+    )
     return replace(base, **changes)
 
 
@@ -69,10 +75,15 @@ def tracked(home: Path, tmp_path_factory) -> Path:
         patch.setenv("WANDB_CONFIG_DIR", str(private / "wandb"))
         out = tmp_path_factory.mktemp("runs") / "first"
         cfg = config(
-            home, out, steps=4, checkpoint=Checkpoint(every=2), eval=Eval(rows=2, every=2),
-            rewards=(Reward(f"{home}/rewards.py:same"),), sampling=Sampling(group_size=3, max_tokens=4),
+            home,
+            out,
+            steps=4,
+            checkpoint=Checkpoint(every=2),
+            eval=Eval(rows=2, every=2),
+            rewards=(Reward(f"{home}/rewards.py:same"),),
+            sampling=Sampling(group_size=3, max_tokens=4),
             track=Track(ALL, project="sums", mode="offline", tags=("tiny",), completions=5),
-        )  # fmt: skip
+        )
         with pytest.raises(KeyboardInterrupt):
             train(cfg, callbacks=[die_at(3)])
         train(cfg, resume=True)

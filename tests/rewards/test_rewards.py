@@ -330,11 +330,19 @@ def test_closing_leaves_no_process_and_no_descriptor(user_file: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "answer", "reward"),
     [
-        ("The answer is 12.", "12", 1.0), ("12, no, 13", "12", 0.0), ("= -5", "-5", 1.0), ("12-7", "7", 1.0),
-        ("costs $1,250.50 now", "1250.5", 1.0), ("3.0", "3", 1.0), ("none", "3", 0.0), ("4", "four", None),
-        ("x2", "2", 0.0), ("1,2", "2", 1.0), ("-3 and 4", "-3", 0.0),
+        ("The answer is 12.", "12", 1.0),
+        ("12, no, 13", "12", 0.0),
+        ("= -5", "-5", 1.0),
+        ("12-7", "7", 1.0),
+        ("costs $1,250.50 now", "1250.5", 1.0),
+        ("3.0", "3", 1.0),
+        ("none", "3", 0.0),
+        ("4", "four", None),
+        ("x2", "2", 0.0),
+        ("1,2", "2", 1.0),
+        ("-3 and 4", "-3", 0.0),
     ],
-)  # fmt: skip
+)
 def test_number_takes_the_last_number_of_the_text(text: str, answer: str, reward: float | None) -> None:
     assert number(completions=[text], answer=[answer]) == [reward]
 

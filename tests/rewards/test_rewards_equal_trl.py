@@ -105,8 +105,24 @@ def maths(completions, solution, **kwargs):
     return rewards
 '''
 
-PLAIN = ["plain", "columns", "nones", "numpy_scalars", "numpy_array", "torch_scalars", "torch_tensor", "bools_and_ints",
-         "generator", "nans", "curriculum", "logs", "judged", "grader", "async_grader", "maths"]  # fmt: skip
+PLAIN = [
+    "plain",
+    "columns",
+    "nones",
+    "numpy_scalars",
+    "numpy_array",
+    "torch_scalars",
+    "torch_tensor",
+    "bools_and_ints",
+    "generator",
+    "nans",
+    "curriculum",
+    "logs",
+    "judged",
+    "grader",
+    "async_grader",
+    "maths",
+]
 
 
 @pytest.fixture(scope="module")
@@ -258,8 +274,10 @@ def test_a_row_that_nothing_applies_to_is_no_reward_in_both_and_said(module: Any
 def test_conversational_rows_give_trls_messages(module: Any, file: Path) -> None:
     data = rows(conversational=True)
     equal(ours([f"{file}:chat"], data)[0], trl_rewards([module.chat], data)[0])
-    equal(ours([lambda prompts, completions, **_: module.chat(prompts, completions)], data)[0],
-          trl_rewards([module.chat], data)[0])  # fmt: skip
+    equal(
+        ours([lambda prompts, completions, **_: module.chat(prompts, completions)], data)[0],
+        trl_rewards([module.chat], data)[0],
+    )
 
 
 def test_trls_own_reward_functions_work_as_they_are() -> None:
@@ -268,9 +286,13 @@ def test_trls_own_reward_functions_work_as_they_are() -> None:
 
     data = rows(conversational=True)
     functions = [
-        r.accuracy_reward, r.reasoning_accuracy_reward, r.think_format_reward, r.get_cosine_scaled_reward(max_len=30),
-        r.get_repetition_penalty_reward(ngram_size=2), r.get_soft_overlong_punishment(40, 30),
-    ]  # fmt: skip
+        r.accuracy_reward,
+        r.reasoning_accuracy_reward,
+        r.think_format_reward,
+        r.get_cosine_scaled_reward(max_len=30),
+        r.get_repetition_penalty_reward(ngram_size=2),
+        r.get_soft_overlong_punishment(40, 30),
+    ]
     theirs, trainer = trl_rewards(functions, data)
     mine, parts, made = ours(functions, data)
     equal(mine, theirs)

@@ -281,9 +281,10 @@ def test_the_probe_measures_noise(pair: Pair) -> None:
 
 def test_log_probs_that_are_not_finite_have_no_weight() -> None:
     output = SimpleNamespace(
-        token_ids=[5, 6, 7], logprobs=SimpleNamespace(logprobs=[-1.0, float("nan"), float("-inf")]),
+        token_ids=[5, 6, 7],
+        logprobs=SimpleNamespace(logprobs=[-1.0, float("nan"), float("-inf")]),
         finish_reason="length",
-    )  # fmt: skip
+    )
     rollout = vllm_requests._rollout(output, "abc", Prompt((1, 2), {}, 0, None), 0, 9, 3)
     assert rollout.completion_mask == (True, False, False)
 
@@ -363,9 +364,17 @@ def test_a_run_trains_with_vllm_and_leaves_the_process_as_it_was(smollm2: Path, 
     data = tmp_path / "rows.jsonl"
     data.write_text("\n".join(json.dumps({"prompt": f"{i} + {i} ="}) for i in range(4)))
     cfg = Config(
-        model=str(smollm2), data=Data(str(data)), out=str(tmp_path / "run"), steps=1, prompts_per_step=2,
-        sampling=SAMPLING, engine=Engine("vllm"), parity=Parity(probe_prompts=2), eval=Eval(rows=1), lora=Lora(rank=4),
-    )  # fmt: skip
+        model=str(smollm2),
+        data=Data(str(data)),
+        out=str(tmp_path / "run"),
+        steps=1,
+        prompts_per_step=2,
+        sampling=SAMPLING,
+        engine=Engine("vllm"),
+        parity=Parity(probe_prompts=2),
+        eval=Eval(rows=1),
+        lora=Lora(rank=4),
+    )
 
     def even(completions: list[Any], **_: Any) -> list[float]:
         return [float(i % 2) for i in range(len(completions))]

@@ -20,14 +20,25 @@ from rlft.rollout.vllm.engine import VllmEngine
 
 pytestmark = [pytest.mark.usefixtures("vllm_visible"), pytest.mark.filterwarnings("ignore")]
 WIDE = SIZES | {
-    "vocab_size": 103, "hidden_size": 128, "intermediate_size": 192, "head_dim": 32, "initializer_range": 0.15,
+    "vocab_size": 103,
+    "hidden_size": 128,
+    "intermediate_size": 192,
+    "head_dim": 32,
+    "initializer_range": 0.15,
     "max_position_embeddings": 512,
-}  # fmt: skip
+}
 OTHERS = {"olmo2": ("olmo2", {}), "gpt_neox": ("gpt_neox", {})}
 """Not among ours: transformers' own layers train them."""
-LONGROPE: dict[str, Any] = {"original_max_position_embeddings": 16, "rope_parameters": {
-    "rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 16, "long_factor": [3.0] * 16,
-    "original_max_position_embeddings": 16}}  # fmt: skip
+LONGROPE: dict[str, Any] = {
+    "original_max_position_embeddings": 16,
+    "rope_parameters": {
+        "rope_type": "longrope",
+        "rope_theta": 1e4,
+        "short_factor": [1.0] * 16,
+        "long_factor": [3.0] * 16,
+        "original_max_position_embeddings": 16,
+    },
+}
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -13,9 +13,16 @@ from rlft.rollout.vllm.memory import GIB, GRAPHS, Sizes, _slots, choose
 
 GPU = torch.device("cuda")
 SIZES = Sizes(
-    linear=13 * GIB, largest=GIB // 4, slots=GIB // 8, per_token=2**17, longest=1024, sequences=256, work=GIB,
-    batched=8192, pending=GIB // 8,
-)  # fmt: skip
+    linear=13 * GIB,
+    largest=GIB // 4,
+    slots=GIB // 8,
+    per_token=2**17,
+    longest=1024,
+    sequences=256,
+    work=GIB,
+    batched=8192,
+    pending=GIB // 8,
+)
 """About Qwen3-8B's: its 256 sequences want 32 GiB."""
 
 
@@ -54,8 +61,14 @@ def test_too_little_memory_says_what_to_lower(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_slots_have_room_for_all_that_a_layer_of_vllms_stands_for() -> None:
-    weights = {f"model.layers.0.{name}.weight": torch.empty(size, device="meta") for name, size in (
-        ("self_attn.q_proj", (64, 32)), ("self_attn.k_proj", (16, 32)), ("mlp.up_proj", (96, 32)), ("norm", (32,)),
-    )}  # fmt: skip
+    weights = {
+        f"model.layers.0.{name}.weight": torch.empty(size, device="meta")
+        for name, size in (
+            ("self_attn.q_proj", (64, 32)),
+            ("self_attn.k_proj", (16, 32)),
+            ("mlp.up_proj", (96, 32)),
+            ("norm", (32,)),
+        )
+    }
     ranks = {"base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight": 24}
     assert _slots(ranks, weights) == (64 + 32 + 16 + 32) * 32

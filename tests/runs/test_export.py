@@ -54,12 +54,23 @@ def make_run(home: Path, name: str, tied: bool = False) -> Path:
     (home / "rewards.py").write_text(
         "def letters(completions, **kwargs):\n    return [sum(c.isalpha() for c in t) / 6 for t in completions]\n"
     )
-    train(Config(
-        model=str(save_base(home / f"{name}-base", tied)), data=Data(str(home / "prompts.jsonl")),
-        out=str(home / name), rewards=(Reward(f"{home}/rewards.py:letters", weight=2.0),), steps=2, prompts_per_step=3,
-        sampling=Sampling(group_size=4, max_tokens=6), lora=Lora(rank=4, alpha=8), optim=Optim(lr=0.05),
-        parity=Parity(probe=False), eval=Eval(rows=4), checkpoint=Checkpoint(every=1), quantization="none",
-    ))  # fmt: skip
+    train(
+        Config(
+            model=str(save_base(home / f"{name}-base", tied)),
+            data=Data(str(home / "prompts.jsonl")),
+            out=str(home / name),
+            rewards=(Reward(f"{home}/rewards.py:letters", weight=2.0),),
+            steps=2,
+            prompts_per_step=3,
+            sampling=Sampling(group_size=4, max_tokens=6),
+            lora=Lora(rank=4, alpha=8),
+            optim=Optim(lr=0.05),
+            parity=Parity(probe=False),
+            eval=Eval(rows=4),
+            checkpoint=Checkpoint(every=1),
+            quantization="none",
+        )
+    )
     return home / name
 
 
@@ -238,8 +249,10 @@ def test_the_adapter_in_plain_peft_has_the_policys_log_probs(run: Path) -> None:
     policy = Policy(attach_lora(load_base(cfg, torch.device("cpu")), lora, seed=0))
     theirs = token_logprobs(with_adapter(run).eval(), TEXTS)
     prompts = [Prompt(tuple(ids[:1]), {}, i) for i, ids in enumerate(TEXTS)]
-    rollouts = [Rollout(p, tuple(ids[1:]), (True,) * (len(ids) - 1), None, "", "stop", 0, 0, 0)
-                for p, ids in zip(prompts, TEXTS, strict=True)]  # fmt: skip
+    rollouts = [
+        Rollout(p, tuple(ids[1:]), (True,) * (len(ids) - 1), None, "", "stop", 0, 0, 0)
+        for p, ids in zip(prompts, TEXTS, strict=True)
+    ]
     plan = PackPlan((True,) * len(TEXTS), "token_mean", 1000, 9, 1.0)
     (batch,) = pack(rollouts, torch.ones(len(TEXTS)), plan, count(rollouts, plan))
     ours, rows = policy.score(batch), (batch.seq_ids[:, None] == torch.arange(len(TEXTS))).T & batch.train_mask
@@ -263,19 +276,28 @@ def test_the_card_of_an_adapter_says_what_the_run_was_and_its_code_runs(
     card = card_of(run / "checkpoints" / "step-000002")
     data = card.data.to_dict()
     assert data == {
-        "license": "mit", "library_name": "peft", "pipeline_tag": "text-generation", "tags": ["rlft", "lora", "grpo"],
-    }  # fmt: skip
+        "license": "mit",
+        "library_name": "peft",
+        "pipeline_tag": "text-generation",
+        "tags": ["rlft", "lora", "grpo"],
+    }
     steps = [row for row in Run(run).metrics() if "loss" in row]
     first, last = (row for row in Run(run).metrics() if "eval/reward" in row)
     assert f"| reward | {steps[0]['reward']:.4g} | {steps[1]['reward']:.4g} |" in card.text
-    cells = ["{:.3f} ({:.3f} to {:.3f})".format(*(row[f"eval/reward{end}"] for end in ("", "_low", "_high")))
-             for row in (first, last)]  # fmt: skip
+    cells = [
+        "{:.3f} ({:.3f} to {:.3f})".format(*(row[f"eval/reward{end}"] for end in ("", "_low", "_high")))
+        for row in (first, last)
+    ]
     assert "|  | before | after 2 steps |" in card.text and f"| reward | {cells[0]} | {cells[1]} |" in card.text
     parts = (
-        "rank 4, alpha 8", "- data: `prompts.jsonl`", "- rewards: `rewards.py:letters` x 2", "- algorithm: grpo:",
-        "2 steps of 3 prompts with 4 completions each", "learning rate 0.05",
+        "rank 4, alpha 8",
+        "- data: `prompts.jsonl`",
+        "- rewards: `rewards.py:letters` x 2",
+        "- algorithm: grpo:",
+        "2 steps of 3 prompts with 4 completions each",
+        "learning rate 0.05",
         f"torch {importlib.metadata.version('torch')}",
-    )  # fmt: skip
+    )
     for part in parts:
         assert part in card.text, part
     assert str(run.parent / "prompts.jsonl") not in card.text

@@ -129,5 +129,7 @@ def test_the_comparison_finds_what_differs(home: Path) -> None:
     (other / "checkpoints" / "step-000006" / "adapter_model.safetensors").write_bytes(b"")
     (other / "rollouts" / "step-000003.parquet").unlink()
     assert [text.split(":")[0] for text in differences(one, other)] == [
-        "metrics.jsonl", "checkpoints/step-000006/adapter_model.safetensors", "rollouts/*",
-    ]  # fmt: skip
+        "metrics.jsonl",
+        "checkpoints/step-000006/adapter_model.safetensors",
+        "rollouts/*",
+    ]

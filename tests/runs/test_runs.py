@@ -71,8 +71,10 @@ def test_metrics_come_back_in_order_with_their_step(tmp_path: Path) -> None:
     run.log(1, {"loss": 0.5})
     run.log(1, {"eval/reward": 0.75})
     assert run.metrics() == [
-        {"step": 0, "eval/reward": None, "eval/rows": 4.0}, {"step": 1, "loss": 0.5}, {"step": 1, "eval/reward": 0.75},
-    ]  # fmt: skip
+        {"step": 0, "eval/reward": None, "eval/rows": 4.0},
+        {"step": 1, "loss": 0.5},
+        {"step": 1, "eval/reward": 0.75},
+    ]
     first = run.first_evaluation()
     assert first.keys() == {"eval/reward", "eval/rows"} and math.isnan(first["eval/reward"])
 
@@ -94,16 +96,44 @@ def test_every_completion_is_written_with_its_rewards(tmp_path: Path) -> None:
     )
     path = run.path / "rollouts" / "step-000012.parquet"
     assert pq.ParquetFile(path).schema_arrow.names == [
-        "step", "row", "group", "sample", "prompt", "completion", "completion_ids", "sampler_logprobs", "logprobs",
-        "pieces", "reward", "rewards/exact", "rewards/note", "advantage", "finish_reason", "tokens", "policy_version",
-    ]  # fmt: skip
+        "step",
+        "row",
+        "group",
+        "sample",
+        "prompt",
+        "completion",
+        "completion_ids",
+        "sampler_logprobs",
+        "logprobs",
+        "pieces",
+        "reward",
+        "rewards/exact",
+        "rewards/note",
+        "advantage",
+        "finish_reason",
+        "tokens",
+        "policy_version",
+    ]
     first, second, third = run.read_rollouts(12)
     assert first == {
-        "step": 12, "row": 8, "group": 0, "sample": 0, "prompt": "2+2?", "completion": "s0", "completion_ids": [7, 2],
-        "sampler_logprobs": [-0.5, -0.25], "logprobs": [-0.625, -0.25],
-        "pieces": ["s", "0"], "reward": 1.0, "rewards/exact": 1.0, "rewards/note": "a", "advantage": 0.5,
-        "finish_reason": "stop", "tokens": 2, "policy_version": 11,
-    }  # fmt: skip
+        "step": 12,
+        "row": 8,
+        "group": 0,
+        "sample": 0,
+        "prompt": "2+2?",
+        "completion": "s0",
+        "completion_ids": [7, 2],
+        "sampler_logprobs": [-0.5, -0.25],
+        "logprobs": [-0.625, -0.25],
+        "pieces": ["s", "0"],
+        "reward": 1.0,
+        "rewards/exact": 1.0,
+        "rewards/note": "a",
+        "advantage": 0.5,
+        "finish_reason": "stop",
+        "tokens": 2,
+        "policy_version": 11,
+    }
     assert (second["group"], second["sample"], second["rewards/note"], second["logprobs"]) == (0, 1, None, None)
     assert third["logprobs"] == [None, -2.0] and third["pieces"] is None
     assert run.read_rollouts(12, groups=1) == [first, second]
@@ -144,8 +174,10 @@ def test_what_lies_past_the_checkpoint_is_set_aside_and_nothing_is_deleted(tmp_p
     lines = (aside / "metrics.jsonl").read_text().splitlines()
     assert lines == ['{"step": 2, "loss": 2.0}', '{"step": 3, "loss": 3.0}', '{"step": 4, "lo']
     assert sorted(p.relative_to(aside).as_posix() for p in aside.rglob("*.parquet")) == [
-        "evaluations/step-000003.parquet", "rollouts/step-000002.parquet", "rollouts/step-000003.parquet",
-    ]  # fmt: skip
+        "evaluations/step-000003.parquet",
+        "rollouts/step-000002.parquet",
+        "rollouts/step-000003.parquet",
+    ]
     run.log(2, {"loss": 9.0})
     assert run.metrics()[-1] == {"step": 2, "loss": 9.0}
     assert run.set_aside(1) == run.path / "set-aside" / "002"

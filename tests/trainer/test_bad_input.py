@@ -76,9 +76,11 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "torn.jsonl").write_text('{"prompt": "a"}\n{"prompt": \n')
     (folder / "rewards.py").write_text(REWARDS)
     for name, constants, loss in (
-        ("needy", "NEEDS_SAMPLER = True", "logprobs.sum()"), ("nan", "", "(logprobs * float('nan')).sum()"),
-        ("huge", "", "torch.empty(2**60).sum()"), ("bug", "", "logprobs[0, 0]"),
-    ):  # fmt: skip
+        ("needy", "NEEDS_SAMPLER = True", "logprobs.sum()"),
+        ("nan", "", "(logprobs * float('nan')).sum()"),
+        ("huge", "", "torch.empty(2**60).sum()"),
+        ("bug", "", "logprobs[0, 0]"),
+    ):
         (folder / f"{name}_loss.py").write_text(LOSS.format(constants=constants, loss=loss))
     return folder
 
@@ -92,73 +94,109 @@ def run(home: Path, out: Path, *flags: str, command: str = "train", data: str = 
 
 
 SAMPLED = {
-    "no dataset": (["--data.path={home}/gone.jsonl"],
-        'data.path = "{home}/gone.jsonl": no such file'),
-    "no hub dataset": (["--data.path=/gone/d"],
-        'data.path = "/gone/d": no such file or folder'),
-    "empty dataset": (["--data.path={home}/empty.jsonl"],
-        'data.path = "{home}/empty.jsonl": the dataset is empty'),
-    "torn dataset": (["--data.path={home}/torn.jsonl"],
-        "{home}/torn.jsonl, line 2: not valid JSON"),
-    "no prompt column": (["--data.path={home}/questions.jsonl"],
-        'the dataset has the columns question, answer; want prompt, .* Map yours with data.columns, for example'),
-    "no mapped column": (["--data.path={home}/questions.jsonl", "--data.columns", "prompt", "problem"],
-        'data.columns: prompt = "problem", but row 0 has no such column; it has question, answer'),
-    "no column for a reward": (["--rewards.0.use={home}/rewards.py:solution"],
-        'asks for solution; the data has answer. Map a column with data.columns, or set rewards.args'),
-    "null prompt": (["--data.path={home}/hole.jsonl"],
-        "row 1: column prompt is missing or null, .*; mend the row or leave it out"),
-    "a number as prompt": (["--data.path={home}/number.jsonl"],
-        "row 0: column prompt is 3: want a string or messages"),
-    "answers of two types": (["--data.path={home}/mixed.jsonl"],
-        r"row 1: column answer is int \(3\), but str in row 0; give all of them one type"),
-    "no answer": (["--data.path={home}/unanswered.jsonl"],
-        "row 1: column answer is missing or null; give every row one, or drop the column"),
-    "long prompt": (["--data.max_prompt_tokens=3", "--data.long_prompts=error"],
-        'row 0: the prompt has 24 tokens, data.max_prompt_tokens is 3; raise it, or set data.long_prompts = "drop"'),
-    "all prompts long": (["--data.max_prompt_tokens=3"],
-        r"every prompt is longer than data.max_prompt_tokens = 3 \(12 rows\): raise it"),
-    "unknown algorithm": (["--algo.name=gprpo"],
-        'algo.name = "gprpo": not in rlft.algos. Did you mean "grpo"\\? Known: apo, .*grpo, gspo, .*sft'),
-    "unknown advantage": (["--algo.advantage=group_nrom"],
-        'algo.advantage = "group_nrom": unknown. Did you mean "group_norm"\\? Known: '),
-    "unknown reward": (["--rewards.0.use=nubmer"],
-        'rewards = "nubmer": not in rlft.rewards. Did you mean "number"\\? Known: exact, '),
-    "rewards too few": (["--rewards.0.use={home}/rewards.py:short"],
-        'reward "short" returned 1 rewards for 6 completions'),
-    "rewards as text": (["--rewards.0.use={home}/rewards.py:words"],
-        """reward "words" returned 'good' for completion 0, want a float or None"""),
-    "no list of rewards": (["--rewards.0.use={home}/rewards.py:single"],
-        'reward "single" returned float, want a list with one float or None per completion'),
-    "infinite rewards": (["--rewards.0.use={home}/rewards.py:endless"],
-        'reward "endless" .*returned inf for completion [0-9]+, want a finite float, None or nan'),
-    "a reward that fails at once": (["--rewards.0.use={home}/rewards.py:raises"],
-        'reward "raises" failed on every completion of its first call: RuntimeError: grader down'),
-    "group of one": (["--sampling.group_size=1"],
-        'sampling.group_size = 1 with algo.advantage = "group_norm": .* set sampling.group_size to 2 or more'),
-    "pairs from an engine": (["--algo.name=dpo"],
-        'algo.name = "dpo": learns from pairs, and the data has prompt, answer; give rows with chosen and rejected'),
-    "nothing recorded": (["--engine.name=replay"],
-        'engine.name = "replay": the data has no column of completions .*; set "eager"'),
-    "LoRA on nothing": (["--lora.targets", "q_prjo"],
-        r"lora.targets = \('q_prjo',\): q_prjo matches no linear layer of the text decoder; it has .* v_proj$"),
-    "LoRA on the head": (["--lora.targets", "lm_head"],
-        "lora.targets = 'lm_head': an adapter on the head or the embedding is not supported"),
-    "no adapter to continue": (["--lora.resume_from=/gone"],
-        'lora.resume_from = "/gone": no PEFT adapter there'),
-    "no model folder": (["--model=/gone/model"],
-        'model = "/gone/model": no such folder'),
-    "a file as model": (["--model={home}/rewards.py"],
-        'model = "{home}/rewards.py": a file; give the folder of a saved model, or a .gguf file'),
-    "greedy training": (["--sampling.temperature=0"],
-        "sampling.temperature = 0.0: above 0 in training"),
-    "a word for a number": (["--optim.lr=fast"],
-        'optim.lr = "fast": want a number'),
-    "a flag without value": (["--steps", "--seed=1"],
-        "--steps: a value is missing; want --steps VALUE, or --steps=VALUE"),
-    "a mistyped flag": (["--optim.lrr=1"],
-        'optim.lrr: unknown setting. Did you mean "lr"\\?'),
-}  # fmt: skip
+    "no dataset": (["--data.path={home}/gone.jsonl"], 'data.path = "{home}/gone.jsonl": no such file'),
+    "no hub dataset": (["--data.path=/gone/d"], 'data.path = "/gone/d": no such file or folder'),
+    "empty dataset": (["--data.path={home}/empty.jsonl"], 'data.path = "{home}/empty.jsonl": the dataset is empty'),
+    "torn dataset": (["--data.path={home}/torn.jsonl"], "{home}/torn.jsonl, line 2: not valid JSON"),
+    "no prompt column": (
+        ["--data.path={home}/questions.jsonl"],
+        "the dataset has the columns question, answer; want prompt, .* Map yours with data.columns, for example",
+    ),
+    "no mapped column": (
+        ["--data.path={home}/questions.jsonl", "--data.columns", "prompt", "problem"],
+        'data.columns: prompt = "problem", but row 0 has no such column; it has question, answer',
+    ),
+    "no column for a reward": (
+        ["--rewards.0.use={home}/rewards.py:solution"],
+        "asks for solution; the data has answer. Map a column with data.columns, or set rewards.args",
+    ),
+    "null prompt": (
+        ["--data.path={home}/hole.jsonl"],
+        "row 1: column prompt is missing or null, .*; mend the row or leave it out",
+    ),
+    "a number as prompt": (["--data.path={home}/number.jsonl"], "row 0: column prompt is 3: want a string or messages"),
+    "answers of two types": (
+        ["--data.path={home}/mixed.jsonl"],
+        r"row 1: column answer is int \(3\), but str in row 0; give all of them one type",
+    ),
+    "no answer": (
+        ["--data.path={home}/unanswered.jsonl"],
+        "row 1: column answer is missing or null; give every row one, or drop the column",
+    ),
+    "long prompt": (
+        ["--data.max_prompt_tokens=3", "--data.long_prompts=error"],
+        'row 0: the prompt has 24 tokens, data.max_prompt_tokens is 3; raise it, or set data.long_prompts = "drop"',
+    ),
+    "all prompts long": (
+        ["--data.max_prompt_tokens=3"],
+        r"every prompt is longer than data.max_prompt_tokens = 3 \(12 rows\): raise it",
+    ),
+    "unknown algorithm": (
+        ["--algo.name=gprpo"],
+        'algo.name = "gprpo": not in rlft.algos. Did you mean "grpo"\\? Known: apo, .*grpo, gspo, .*sft',
+    ),
+    "unknown advantage": (
+        ["--algo.advantage=group_nrom"],
+        'algo.advantage = "group_nrom": unknown. Did you mean "group_norm"\\? Known: ',
+    ),
+    "unknown reward": (
+        ["--rewards.0.use=nubmer"],
+        'rewards = "nubmer": not in rlft.rewards. Did you mean "number"\\? Known: exact, ',
+    ),
+    "rewards too few": (
+        ["--rewards.0.use={home}/rewards.py:short"],
+        'reward "short" returned 1 rewards for 6 completions',
+    ),
+    "rewards as text": (
+        ["--rewards.0.use={home}/rewards.py:words"],
+        """reward "words" returned 'good' for completion 0, want a float or None""",
+    ),
+    "no list of rewards": (
+        ["--rewards.0.use={home}/rewards.py:single"],
+        'reward "single" returned float, want a list with one float or None per completion',
+    ),
+    "infinite rewards": (
+        ["--rewards.0.use={home}/rewards.py:endless"],
+        'reward "endless" .*returned inf for completion [0-9]+, want a finite float, None or nan',
+    ),
+    "a reward that fails at once": (
+        ["--rewards.0.use={home}/rewards.py:raises"],
+        'reward "raises" failed on every completion of its first call: RuntimeError: grader down',
+    ),
+    "group of one": (
+        ["--sampling.group_size=1"],
+        'sampling.group_size = 1 with algo.advantage = "group_norm": .* set sampling.group_size to 2 or more',
+    ),
+    "pairs from an engine": (
+        ["--algo.name=dpo"],
+        'algo.name = "dpo": learns from pairs, and the data has prompt, answer; give rows with chosen and rejected',
+    ),
+    "nothing recorded": (
+        ["--engine.name=replay"],
+        'engine.name = "replay": the data has no column of completions .*; set "eager"',
+    ),
+    "LoRA on nothing": (
+        ["--lora.targets", "q_prjo"],
+        r"lora.targets = \('q_prjo',\): q_prjo matches no linear layer of the text decoder; it has .* v_proj$",
+    ),
+    "LoRA on the head": (
+        ["--lora.targets", "lm_head"],
+        "lora.targets = 'lm_head': an adapter on the head or the embedding is not supported",
+    ),
+    "no adapter to continue": (["--lora.resume_from=/gone"], 'lora.resume_from = "/gone": no PEFT adapter there'),
+    "no model folder": (["--model=/gone/model"], 'model = "/gone/model": no such folder'),
+    "a file as model": (
+        ["--model={home}/rewards.py"],
+        'model = "{home}/rewards.py": a file; give the folder of a saved model, or a .gguf file',
+    ),
+    "greedy training": (["--sampling.temperature=0"], "sampling.temperature = 0.0: above 0 in training"),
+    "a word for a number": (["--optim.lr=fast"], 'optim.lr = "fast": want a number'),
+    "a flag without value": (
+        ["--steps", "--seed=1"],
+        "--steps: a value is missing; want --steps VALUE, or --steps=VALUE",
+    ),
+    "a mistyped flag": (["--optim.lrr=1"], 'optim.lrr: unknown setting. Did you mean "lr"\\?'),
+}
 """Name -> flags, and the message; exit code 2."""
 
 
@@ -180,7 +218,7 @@ RECORDED = {
     "no pairs": ("sft", "dpo", 'algo.name = "dpo": learns from pairs, and the data has prompt, completion; give'),
     "recorded groups of one": ("sft", "grpo", 'algo.advantage = "group_norm": the data has one completion per row'),
     "no sampler log-probs": ("sft", "{home}/needy_loss.py:loss", "needs sampler log-probs, which recorded completions"),
-}  # fmt: skip
+}
 """Name -> data, algorithm, message; exit code 2."""
 
 

@@ -47,10 +47,18 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def config(home: Path, out: Path, kind: str, **changes: Any) -> Config:
     cfg = Config(
-        model=str(home / "model"), data=Data(str(home / f"{kind}.jsonl")), out=str(out), algo=Algo(kind), steps=8,
-        prompts_per_step=2, sampling=Sampling(group_size=3, max_tokens=5), lora=Lora(rank=2, alpha=4),
-        optim=Optim(lr=1e-2), parity=Parity(probe=False), checkpoint=Checkpoint(keep=9),
-    )  # fmt: skip
+        model=str(home / "model"),
+        data=Data(str(home / f"{kind}.jsonl")),
+        out=str(out),
+        algo=Algo(kind),
+        steps=8,
+        prompts_per_step=2,
+        sampling=Sampling(group_size=3, max_tokens=5),
+        lora=Lora(rank=2, alpha=4),
+        optim=Optim(lr=1e-2),
+        parity=Parity(probe=False),
+        checkpoint=Checkpoint(keep=9),
+    )
     return replace(cfg, **changes)
 
 
@@ -218,9 +226,13 @@ def test_a_policy_that_samples_nothing_to_train(home: Path, tmp_path: Path, monk
         assert "of the engine's log-probs are not finite: scored again they are finite" in error(cfg)
         assert steps_of(cfg) == 1
     cut = config(
-        home, tmp_path / "cut", "grpo", overlong=Overlong(drop=True), sampling=Sampling(3, max_tokens=1),
+        home,
+        tmp_path / "cut",
+        "grpo",
+        overlong=Overlong(drop=True),
+        sampling=Sampling(3, max_tokens=1),
         optim=Optim(lr=1e-2, max_skipped=2),
-    )  # fmt: skip
+    )
     assert "were cut at sampling.max_tokens (left out with overlong.drop)" in error(cut)
 
 

@@ -37,7 +37,7 @@ def dropout_of(folder: Path) -> float:
     return json.loads((folder / "adapter_config.json").read_text())["lora_dropout"]
 
 
-def test_grpo_from_an_adapter_with_dropout_runs_without(home: Path, tmp_path: Path, capsys) -> None:  # noqa: F811
+def test_grpo_from_an_adapter_with_dropout_runs_without(home: Path, tmp_path: Path, capsys) -> None:
     """Engine and trainer agree to rounding, the sampler's weights are 1, and the checkpoint has the run's dropout."""
     saved = adapter_with(tmp_path / "adapter", 0.05)
     cfg = grpo(home, tmp_path / "run", steps=1, lora=Lora(rank=4, alpha=8, resume_from=saved), engine=Engine("eager"))
@@ -52,7 +52,7 @@ def test_grpo_from_an_adapter_with_dropout_runs_without(home: Path, tmp_path: Pa
 
 
 @pytest.mark.parametrize("saved", [0.0, 0.3])
-def test_the_dropout_of_the_config_is_that_of_the_training(saved: float, home: Path, tmp_path: Path, capsys) -> None:  # noqa: F811
+def test_the_dropout_of_the_config_is_that_of_the_training(saved: float, home: Path, tmp_path: Path, capsys) -> None:
     """SFT from an adapter that was saved without and with it: the same numbers."""
     ends = []
     for name, d in (("other", saved), ("same", 0.1)):
@@ -67,7 +67,7 @@ def test_the_dropout_of_the_config_is_that_of_the_training(saved: float, home: P
     assert [m["loss"] for m in metrics(none.out)] != losses[0]
 
 
-def test_load_says_that_it_changes_the_dropout(home: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_load_says_that_it_changes_the_dropout(home: Path, tmp_path: Path) -> None:
     saved = adapter_with(tmp_path / "adapter", 0.05)
     with pytest.warns(UserWarning, match=r"^rlft: lora.dropout = 0 from here on; .* was trained with 0.05$"):
         model, _ = rlft.load(str(home / "model"), lora=Lora(rank=4, alpha=8, resume_from=saved))
@@ -83,13 +83,16 @@ def test_load_says_that_it_changes_the_dropout(home: Path, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("ours", "theirs", "message"),
     [
-        ("all-linear", ("q_proj", "v_proj"),
-         r"lora.targets = 'all-linear' is 14 layers of this model \(down_proj, .*v_proj\), but the adapter in .* is on "
-         r"4 \(q_proj, v_proj\): set lora.targets = \['q_proj', 'v_proj'\]"),
+        (
+            "all-linear",
+            ("q_proj", "v_proj"),
+            r"lora.targets = 'all-linear' is 14 layers of this model \(down_proj, .*v_proj\), but the adapter in .* is "
+            r"on 4 \(q_proj, v_proj\): set lora.targets = \['q_proj', 'v_proj'\]",
+        ),
         (("q_proj",), ("q_proj", "v_proj"), r"is 2 layers of this model \(q_proj\), but the adapter in .* is on 4"),
         (("q_proj", "o_proj"), ("q_proj", "v_proj"), r"4 layers of this model \(o_proj, q_proj\).* on 4 \(q_proj, v_p"),
     ],
-)  # fmt: skip
+)
 def test_other_targets_are_refused_and_both_are_named(ours: Any, theirs: Any, message: str, tmp_path: Path) -> None:
     saved = adapter_with(tmp_path / "adapter", targets=theirs)
     with pytest.raises(ConfigError, match=message):
@@ -112,7 +115,7 @@ def told(cfg: Config) -> list[str]:
     return [text for text in problems(cfg) if text.startswith("lora.dropout")]
 
 
-def test_dropout_is_refused_where_the_completions_are_sampled(home: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_dropout_is_refused_where_the_completions_are_sampled(home: Path, tmp_path: Path) -> None:
     cfg = grpo(home, tmp_path / "run", lora=Lora(rank=4, alpha=8, dropout=0.05))
     for engine in ("auto", "eager"):
         (text,) = told(replace(cfg, engine=Engine(engine)))  # type: ignore[arg-type]
@@ -124,7 +127,7 @@ def test_dropout_is_refused_where_the_completions_are_sampled(home: Path, tmp_pa
     assert len(told(sft(home, tmp_path / "run", lora=cfg.lora, engine=Engine("eager")))) == 1
 
 
-def test_dropout_is_refused_where_recorded_completions_have_a_ratio(home: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_dropout_is_refused_where_recorded_completions_have_a_ratio(home: Path, tmp_path: Path) -> None:
     algo = Algo("grpo", {"advantage": "identity"})
     cfg = sft(home, tmp_path / "run", algo=algo, lora=Lora(dropout=0.05), optim=Optim(minibatches=2))
     assert cfg.data == Data(str(home / "sft.jsonl"))
@@ -140,9 +143,18 @@ def test_an_adapter_of_a_mixture_of_experts_is_continued(experts: bool, tmp_path
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.for_model(
-        "qwen3_moe", vocab_size=103, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24,
-    )  # fmt: skip
+        "qwen3_moe",
+        vocab_size=103,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=24,
+    )
 
     def base() -> Any:
         torch.manual_seed(0)

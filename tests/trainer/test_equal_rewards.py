@@ -114,9 +114,10 @@ def estimate(name: str, rewards: torch.Tensor, groups: torch.Tensor, rng: random
     function = getattr(advantages, name)
     weights = torch.tensor([rng.uniform(0.1, 1), rng.uniform(0.1, 1)], dtype=torch.float64)
     given = {
-        "lengths": torch.tensor([rng.randint(1, 50) for _ in rewards]), "weights": weights,
+        "lengths": torch.tensor([rng.randint(1, 50) for _ in rewards]),
+        "weights": weights,
         "parts": torch.stack([rewards.double(), rewards.double() / 3], 1),
-    }  # fmt: skip
+    }
     return function(rewards, groups, **{k: v for k, v in given.items() if k in signature(function).parameters})
 
 

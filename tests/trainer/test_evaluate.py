@@ -54,11 +54,17 @@ def home(tmp_path_factory) -> Path:
 
 def grpo(home: Path, out: Path, **changes: Any) -> Config:
     base = Config(
-        model=str(home / "model"), data=Data(str(home / "prompts.jsonl")), out=str(out),
-        rewards=(Reward(f"{home}/rewards.py:digits"),), steps=4, prompts_per_step=3,
-        sampling=Sampling(group_size=2, max_tokens=6), lora=Lora(rank=4, alpha=8), optim=Optim(lr=1e-2),
+        model=str(home / "model"),
+        data=Data(str(home / "prompts.jsonl")),
+        out=str(out),
+        rewards=(Reward(f"{home}/rewards.py:digits"),),
+        steps=4,
+        prompts_per_step=3,
+        sampling=Sampling(group_size=2, max_tokens=6),
+        lora=Lora(rank=4, alpha=8),
+        optim=Optim(lr=1e-2),
         parity=Parity(probe=False),
-    )  # fmt: skip
+    )
     return replace(base, **changes)
 
 
@@ -258,14 +264,23 @@ def test_training_rows_with_an_evaluated_prompt_are_left_out(home: Path, tmp_pat
     trained = {row["row"] for row in Run(tmp_path / "run").read_rollouts(1)}
     assert trained == set(range(20)) and result.after["eval/rows"] == 6
     with pytest.raises(DataError, match=r"eval.data: every training row has a prompt that is evaluated on"):
-        train(replace(cfg, out=str(tmp_path / "b"), data=Data(f"{home}/others.jsonl"),
-                      eval=Eval(rows=10, data=Data(f"{home}/others.jsonl"))))  # fmt: skip
+        train(
+            replace(
+                cfg,
+                out=str(tmp_path / "b"),
+                data=Data(f"{home}/others.jsonl"),
+                eval=Eval(rows=10, data=Data(f"{home}/others.jsonl")),
+            )
+        )
 
 
 def test_evaluation_rows_that_are_too_long_are_dropped_and_told(home: Path, tmp_path: Path, capsys) -> None:
     """ "say 9" renders to one token less than "say 10"."""
-    short = len(tiny_tokenizer().apply_chat_template([{"role": "user", "content": "say 9"}], tokenize=False,
-                                                     add_generation_prompt=True))  # fmt: skip
+    short = len(
+        tiny_tokenizer().apply_chat_template(
+            [{"role": "user", "content": "say 9"}], tokenize=False, add_generation_prompt=True
+        )
+    )
     tokens = len(tiny_tokenizer().encode("<|im_start|>user\nsay 9<|im_end|>\n<|im_start|>assistant\n"))
     assert tokens < short  # a mark is one token
     held = Data(f"{home}/prompts.jsonl", max_prompt_tokens=tokens)

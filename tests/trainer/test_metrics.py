@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from rlft.runs.lines import append_line, read_lines
 
 from rlft.errors import ConfigError
+from rlft.runs.lines import append_line, read_lines
 from rlft.trainer.metrics import Metrics
 from rlft.types import Stat
 

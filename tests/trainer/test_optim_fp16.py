@@ -116,9 +116,16 @@ def run(out: Path, **changes) -> tuple[list[dict[str, float]], dict[str, Tensor]
         rows = [{"prompt": f"say {i}", "completion": f"it is {i * i}"} for i in range(8)]
         (home / "sft.jsonl").write_text("\n".join(map(json.dumps, rows)))
     cfg = Config(
-        model=str(home / "model"), data=Data(str(home / "sft.jsonl")), out=str(out), algo=Algo("sft"), steps=2,
-        prompts_per_step=2, lora=Lora(rank=4, alpha=8), optim=Optim(lr=1e-2), parity=Parity(probe=False),
-    )  # fmt: skip
+        model=str(home / "model"),
+        data=Data(str(home / "sft.jsonl")),
+        out=str(out),
+        algo=Algo("sft"),
+        steps=2,
+        prompts_per_step=2,
+        lora=Lora(rank=4, alpha=8),
+        optim=Optim(lr=1e-2),
+        parity=Parity(probe=False),
+    )
     cfg = replace(cfg, **changes)
     train(cfg, resume=out.exists())
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]

@@ -41,8 +41,8 @@ OPTIM = Optim(lr=1e-2, minibatches=2, passes=2)
 
 @pytest.mark.parametrize(("method", "at"), [("logprobs", {0}), ("logprobs", {4}), ("logprobs", {9}), ("score", {3})])
 def test_a_step_that_ran_out_of_memory_ends_with_the_same_weights(
-    method: str, at: set[int], home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys  # noqa: F811
-) -> None:  # fmt: skip
+    method: str, at: set[int], home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
     """In the first update, in later ones (old log-probs are of the adapter that the step began with), while scoring."""
     options: dict[str, Any] = {"optim": OPTIM, "steps": 2, "rewards": (Reward(f"{home}/rewards.py:digits"),)}
     train(config(home, tmp_path / "calm", **options))
@@ -58,8 +58,8 @@ def test_a_step_that_ran_out_of_memory_ends_with_the_same_weights(
 
 
 def test_a_policy_that_does_not_move_clips_nothing_after_it_either(
-    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch  # noqa: F811
-) -> None:  # fmt: skip
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     failing(monkeypatch, "logprobs", {5})
     algo = Algo("gspo", {"clip_low": 0.0, "clip_high": 0.0})
     train(config(home, tmp_path / "run", optim=Optim(lr=0.0, minibatches=2, passes=2), algo=algo, steps=1))
@@ -67,8 +67,8 @@ def test_a_policy_that_does_not_move_clips_nothing_after_it_either(
 
 
 def test_running_out_of_memory_twice_in_a_pass_is_an_error_that_says_what_to_lower(
-    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch  # noqa: F811
-) -> None:  # fmt: skip
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     failing(monkeypatch, "logprobs", {2, 3})
     with pytest.raises(TrainError, match=r"out of memory \(CUDA.*The plan of the last pass.*Lower packing.budget") as e:
         train(config(home, tmp_path / "run", optim=OPTIM))

@@ -38,10 +38,18 @@ def home(tmp_path_factory) -> Path:
 
 def run(home: Path, out: Path, algo: str, data: str, temperature: float) -> Config:
     return Config(
-        model=str(home / "model"), data=Data(f"{home}/{data}.jsonl"), out=str(out), steps=2, prompts_per_step=4,
-        algo=Algo(algo), lora=Lora(rank=4, alpha=8), optim=Optim(lr=1e-2), eval=Eval(rows=4), device="cpu",
+        model=str(home / "model"),
+        data=Data(f"{home}/{data}.jsonl"),
+        out=str(out),
+        steps=2,
+        prompts_per_step=4,
+        algo=Algo(algo),
+        lora=Lora(rank=4, alpha=8),
+        optim=Optim(lr=1e-2),
+        eval=Eval(rows=4),
+        device="cpu",
         sampling=Sampling(temperature=temperature),
-    )  # fmt: skip
+    )
 
 
 RUNS = {"sft": "sft", "dpo": "pairs", "orpo": "pairs", "kto": "labels"}

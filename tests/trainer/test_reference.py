@@ -36,10 +36,18 @@ def home(tmp_path_factory) -> Path:
 def dpo(home: Path, out: Path, steps: int) -> Config:
     """Three pairs a step in micro-batches of one or two pairs, other ones in each epoch."""
     return Config(
-        model=str(home / "model"), data=Data(str(home / "pairs.jsonl")), out=str(out), algo=Algo("dpo"), steps=steps,
-        prompts_per_step=3, lora=Lora(rank=4, alpha=8), optim=Optim(lr=1e-2), packing=Packing(budget=110),
-        sampling=Sampling(max_tokens=16), checkpoint=Checkpoint(keep=10),
-    )  # fmt: skip
+        model=str(home / "model"),
+        data=Data(str(home / "pairs.jsonl")),
+        out=str(out),
+        algo=Algo("dpo"),
+        steps=steps,
+        prompts_per_step=3,
+        lora=Lora(rank=4, alpha=8),
+        optim=Optim(lr=1e-2),
+        packing=Packing(budget=110),
+        sampling=Sampling(max_tokens=16),
+        checkpoint=Checkpoint(keep=10),
+    )
 
 
 def logged(out: Path, name: str) -> list[float]:

@@ -97,9 +97,11 @@ def without_adapter(base: Any, made: list[Rollout]) -> Tensor:
         sequences = Sequences.of(batch.cu_seqlens, batch.prefix, CPU)
         hidden = fused.hidden(base.get_input_embeddings()(batch.input_ids), batch.position_ids, sequences)
         logprobs, _ = linear_logprobs(
-            fused.final_norm(hidden[batch.source[rows]]), base.get_output_embeddings().weight, batch.input_ids[rows],
+            fused.final_norm(hidden[batch.source[rows]]),
+            base.get_output_embeddings().weight,
+            batch.input_ids[rows],
             batch.temperature,
-        )  # fmt: skip
+        )
         found |= by_rollout(batch, torch.zeros(len(batch.input_ids)).index_put((rows,), logprobs))
     return torch.cat([found[i] for i in range(len(made))])
 
@@ -208,9 +210,17 @@ def test_50_sft_steps_have_the_losses_of_transformers_and_peft(smollm2_cut: Path
     """`rlft.train` with the settings of examples/sft.toml, two rows a step, on the first four layers of the real model,
     so that it takes seconds. `benchmarks/sft_curve.py` does the same with all thirty."""
     cfg = load_config(ROOT / "examples" / "sft.toml")
-    cfg = replace(cfg, model=str(smollm2_cut), data=Data(str(ROOT / "examples" / "sums_sft.jsonl")),
-                  out=str(tmp_path / "run"), steps=50, prompts_per_step=2, dtype="float32", device="cpu",
-                  quantization="none")  # fmt: skip
+    cfg = replace(
+        cfg,
+        model=str(smollm2_cut),
+        data=Data(str(ROOT / "examples" / "sums_sft.jsonl")),
+        out=str(tmp_path / "run"),
+        steps=50,
+        prompts_per_step=2,
+        dtype="float32",
+        device="cpu",
+        quantization="none",
+    )
     train(cfg)
     ours = [line["loss"] for line in Run.resume(tmp_path / "run").metrics()]
     theirs = curve_of_peft(cfg, 50)

@@ -52,11 +52,18 @@ def home(tmp_path_factory) -> Path:
 
 def grpo(home: Path, out: Path, **changes: Any) -> Config:
     base = Config(
-        model=str(home / "model"), data=Data(str(home / "prompts.jsonl")), out=str(out),
-        rewards=(Reward(f"{home}/rewards.py:digits"),), steps=3, prompts_per_step=3,
-        sampling=Sampling(group_size=4, max_tokens=6), lora=Lora(rank=4, alpha=8), optim=Optim(lr=1e-2),
-        parity=Parity(probe=False), checkpoint=Checkpoint(keep=10),
-    )  # fmt: skip
+        model=str(home / "model"),
+        data=Data(str(home / "prompts.jsonl")),
+        out=str(out),
+        rewards=(Reward(f"{home}/rewards.py:digits"),),
+        steps=3,
+        prompts_per_step=3,
+        sampling=Sampling(group_size=4, max_tokens=6),
+        lora=Lora(rank=4, alpha=8),
+        optim=Optim(lr=1e-2),
+        parity=Parity(probe=False),
+        checkpoint=Checkpoint(keep=10),
+    )
     return replace(base, **changes)
 
 
@@ -82,10 +89,25 @@ def test_grpo_leaves_an_adapter_a_report_and_every_completion(home: Path, tmp_pa
     assert result.steps == 3 and result.report.is_file() and (result.adapter / "adapter_model.safetensors").is_file()
     logged = [m for m in metrics(tmp_path / "run") if "loss" in m]
     assert len(logged) == 3
-    for name in ("reward", "reward_std", "frac_reward_zero_std", "entropy", "grad_norm", "learning_rate", "num_tokens",
-                 "epoch", "completions/mean_length", "completions/clipped_ratio", "rewards/digits/mean", "batch/tokens",
-                 "sampling/sampling_logp_difference/mean", "mismatch/p50", "mismatch/p90", "mismatch/p99",
-                 "clip_ratio/region_mean"):  # fmt: skip
+    for name in (
+        "reward",
+        "reward_std",
+        "frac_reward_zero_std",
+        "entropy",
+        "grad_norm",
+        "learning_rate",
+        "num_tokens",
+        "epoch",
+        "completions/mean_length",
+        "completions/clipped_ratio",
+        "rewards/digits/mean",
+        "batch/tokens",
+        "sampling/sampling_logp_difference/mean",
+        "mismatch/p50",
+        "mismatch/p90",
+        "mismatch/p99",
+        "clip_ratio/region_mean",
+    ):
         assert name in logged[0], name
     assert logged[0]["sampling/sampling_logp_difference/mean"] < 1e-4
     assert len(list((tmp_path / "run" / "rollouts").glob("step-*.parquet"))) == 3
@@ -170,8 +192,13 @@ def test_skipping_zero_advantage_rows_gives_bit_equal_weights_after_three_steps(
     ends = []
     for skip in (True, False):
         packing = Packing(budget=40, skip_zero_advantage=skip)
-        cfg = grpo(home, tmp_path / str(skip), packing=packing, prompts_per_step=8,
-                   sampling=Sampling(group_size=2, max_tokens=20))  # fmt: skip
+        cfg = grpo(
+            home,
+            tmp_path / str(skip),
+            packing=packing,
+            prompts_per_step=8,
+            sampling=Sampling(group_size=2, max_tokens=20),
+        )
         train(
             cfg, rewards=[lambda completions, **kwargs: [float(i < 4 and "1" in t) for i, t in enumerate(completions)]]
         )

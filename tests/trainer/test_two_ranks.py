@@ -27,9 +27,12 @@ GROUPS = torch.arange(3).repeat_interleave(4)
 def advantages(name: str, rows: slice) -> Tensor:
     rewards, parts = REWARDS[rows], torch.stack([REWARDS[rows], REWARDS[rows] ** 2], 1).double()
     return estimator_of(name)(
-        rewards, GROUPS[rows] - GROUPS[rows][0], lengths=torch.arange(1, 13)[rows], parts=parts,
+        rewards,
+        GROUPS[rows] - GROUPS[rows][0],
+        lengths=torch.arange(1, 13)[rows],
+        parts=parts,
         weights=torch.tensor([1.0, 0.5], dtype=torch.float64),
-    )  # fmt: skip
+    )
 
 
 class Gains:

@@ -61,11 +61,19 @@ def home(tmp_path_factory) -> Path:
 
 def config(home: Path, out: Path, **changes: Any) -> Config:
     base = Config(
-        model=str(home / "model"), data=Data(str(home / "prompts.jsonl")), out=str(out),
-        rewards=(Reward(f"{home}/rewards.py:digits"),), steps=2, prompts_per_step=4,
-        sampling=Sampling(group_size=4, max_tokens=6), lora=Lora(rank=4, alpha=8), optim=Optim(lr=1e-2),
-        parity=Parity(probe=False), checkpoint=Checkpoint(keep=10), packing=Packing(budget=60),
-    )  # fmt: skip
+        model=str(home / "model"),
+        data=Data(str(home / "prompts.jsonl")),
+        out=str(out),
+        rewards=(Reward(f"{home}/rewards.py:digits"),),
+        steps=2,
+        prompts_per_step=4,
+        sampling=Sampling(group_size=4, max_tokens=6),
+        lora=Lora(rank=4, alpha=8),
+        optim=Optim(lr=1e-2),
+        parity=Parity(probe=False),
+        checkpoint=Checkpoint(keep=10),
+        packing=Packing(budget=60),
+    )
     return replace(base, **changes)
 
 
@@ -114,10 +122,13 @@ def test_minibatches_of_one_pass_equal_two_steps_of_half_the_prompts(home: Path,
 @pytest.mark.parametrize("correction", ["auto", "bypass"])
 def test_one_step_and_one_more_equal_two_with_updates_and_refill(correction: str, home: Path, tmp_path: Path) -> None:
     make = functools.partial(
-        config, home, algo=Algo("grpo", {"correction": correction, "kl_coef": 0.1}),
-        optim=Optim(lr=1e-2, minibatches=2, passes=2), rewards=(Reward(f"{home}/rewards.py:even"),),
+        config,
+        home,
+        algo=Algo("grpo", {"correction": correction, "kl_coef": 0.1}),
+        optim=Optim(lr=1e-2, minibatches=2, passes=2),
+        rewards=(Reward(f"{home}/rewards.py:even"),),
         refill=Refill(rounds=3),
-    )  # fmt: skip
+    )
     train(make(tmp_path / "two", steps=2))
     train(make(tmp_path / "one", steps=1))
     train(make(tmp_path / "one", steps=2), resume=True)
@@ -220,9 +231,14 @@ def test_the_penalty_is_trls_and_is_added_to_the_reward_but_does_not_decide_what
     assert length(lengths, max_tokens=25, buffer=5) == pytest.approx(want)
 
     cfg = config(
-        home, tmp_path / "run", rewards=(Reward(f"{home}/rewards.py:even"),), refill=Refill(rounds=1), steps=1,
-        overlong=Overlong(penalty_share=0.5), sampling=Sampling(group_size=4, max_tokens=8),
-    )  # fmt: skip
+        home,
+        tmp_path / "run",
+        rewards=(Reward(f"{home}/rewards.py:even"),),
+        refill=Refill(rounds=1),
+        steps=1,
+        overlong=Overlong(penalty_share=0.5),
+        sampling=Sampling(group_size=4, max_tokens=8),
+    )
     train(cfg)
     rows = pq.ParquetFile(tmp_path / "run" / "rollouts" / "step-000001.parquet").read().to_pylist()
     for row in rows:
@@ -301,14 +317,20 @@ def test_the_papers_numbers() -> None:
     assert (gspo.algo.name, gspo.optim.minibatches, gspo.algo.options["clip_low"]) == ("gspo", 4, 3e-4)
     luspo, scale, online = (rlft.preset(name, **common) for name in ("luspo", "scalerl", "online_dpo"))
     assert (luspo.algo.name, luspo.algo.options["aggregation"], luspo.algo.options["clip_high"]) == (
-        "gspo", "sequence_sum", 2.5e-3,
-    )  # fmt: skip
+        "gspo",
+        "sequence_sum",
+        2.5e-3,
+    )
     assert (scale.algo.name, scale.algo.options["aggregation"], scale.curriculum.solved_share) == (
-        "cispo", "prompt_mean", 0.9,
-    )  # fmt: skip
+        "cispo",
+        "prompt_mean",
+        0.9,
+    )
     assert (online.algo.name, online.algo.options["advantage"], online.sampling.group_size) == (
-        "dpo", "best_and_worst", 2,
-    )  # fmt: skip
+        "dpo",
+        "best_and_worst",
+        2,
+    )
 
 
 def test_the_file_wins_over_the_preset_and_the_flag_over_both(file: Path) -> None:
@@ -332,10 +354,16 @@ def test_a_preset_from_python_says_how(home: Path, tmp_path: Path) -> None:
 
 def test_the_trainers_log_probs_are_written_beside_the_rollouts_they_belong_to(home: Path, tmp_path: Path) -> None:
     """With refilled, dropped and split groups: of each rollout that was trained, as before the first update."""
-    train(config(
-        home, tmp_path / "run", rewards=(Reward(f"{home}/rewards.py:even"),), refill=Refill(rounds=4),
-        optim=Optim(lr=1e-2, minibatches=2, passes=2), steps=1,
-    ))  # fmt: skip
+    train(
+        config(
+            home,
+            tmp_path / "run",
+            rewards=(Reward(f"{home}/rewards.py:even"),),
+            refill=Refill(rounds=4),
+            optim=Optim(lr=1e-2, minibatches=2, passes=2),
+            steps=1,
+        )
+    )
     rows = pq.read_table(tmp_path / "run" / "rollouts" / "step-000001.parquet").to_pylist()
     trained = [row for row in rows if row["logprobs"]]
     assert trained and len(trained) < len(rows)

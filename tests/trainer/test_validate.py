@@ -38,9 +38,12 @@ def folder(tmp_path: Path) -> Path:
 
 def config(folder: Path, **table: Any) -> Config:
     base = {
-        "model": "some/model", "data": str(folder / "d.jsonl"), "out": str(folder / "runs" / "a"), "steps": 2,
+        "model": "some/model",
+        "data": str(folder / "d.jsonl"),
+        "out": str(folder / "runs" / "a"),
+        "steps": 2,
         "rewards": [f"{folder}/my_rewards.py:answers"],
-    }  # fmt: skip
+    }
     return from_table(Config, {**base, **table})
 
 

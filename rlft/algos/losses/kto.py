@@ -82,10 +82,13 @@ def mismatched(rollouts: Sequence[Rollout]) -> list[Rollout]:
             other = others[i % len(others)]
             found.append(
                 replace(
-                    rollout, completion_ids=other.completion_ids, completion_mask=other.completion_mask,
-                    sampler_logprobs=other.sampler_logprobs, text=other.text,
+                    rollout,
+                    completion_ids=other.completion_ids,
+                    completion_mask=other.completion_mask,
+                    sampler_logprobs=other.sampler_logprobs,
+                    text=other.text,
                 )
-            )  # fmt: skip
+            )
     return found
 
 

@@ -49,9 +49,10 @@ def loss(logprobs: Tensor, batch: Batch, cfg: Config) -> tuple[Tensor, Stats]:
     log_odds = odds(pairs.chosen.mean) - odds(pairs.rejected.mean)
     ratio = F.logsigmoid(log_odds)
     stats = pairs.stats(cfg.beta * pairs.chosen.mean, cfg.beta * pairs.rejected.mean) | {
-        "nll_loss": Stat.mean(nll, pairs.real), "log_odds_ratio": Stat.mean(ratio, pairs.real),
+        "nll_loss": Stat.mean(nll, pairs.real),
+        "log_odds_ratio": Stat.mean(ratio, pairs.real),
         "log_odds_chosen": Stat.mean(log_odds, pairs.real),
-    }  # fmt: skip
+    }
     return pairs.total(nll - cfg.beta * ratio), stats
 
 

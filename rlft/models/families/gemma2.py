@@ -3,6 +3,10 @@
 from rlft.models.families import Family
 
 FAMILY = Family(
-    "Gemma2Model", attention_norm="post_attention_layernorm", mlp_norm="pre_feedforward_layernorm",
-    down_norm="post_feedforward_layernorm", gemma=True, activation="hidden_activation",
-)  # fmt: skip
+    "Gemma2Model",
+    attention_norm="post_attention_layernorm",
+    mlp_norm="pre_feedforward_layernorm",
+    down_norm="post_feedforward_layernorm",
+    gemma=True,
+    activation="hidden_activation",
+)

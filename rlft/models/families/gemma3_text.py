@@ -3,7 +3,12 @@
 from rlft.models.families import Family
 
 FAMILY = Family(
-    "Gemma3TextModel", attention_norm="post_attention_layernorm", mlp_norm="pre_feedforward_layernorm",
-    down_norm="post_feedforward_layernorm", qk_norm=("self_attn.q_norm", "self_attn.k_norm"), gemma=True,
-    activation="hidden_activation", rope_by_type=True,
-)  # fmt: skip
+    "Gemma3TextModel",
+    attention_norm="post_attention_layernorm",
+    mlp_norm="pre_feedforward_layernorm",
+    down_norm="post_feedforward_layernorm",
+    qk_norm=("self_attn.q_norm", "self_attn.k_norm"),
+    gemma=True,
+    activation="hidden_activation",
+    rope_by_type=True,
+)

@@ -3,6 +3,9 @@
 from rlft.models.families import Family
 
 FAMILY = Family(
-    "Phi3Model", qkv=("self_attn.qkv_proj",), gate_up=("mlp.gate_up_proj",), window="config",
+    "Phi3Model",
+    qkv=("self_attn.qkv_proj",),
+    gate_up=("mlp.gate_up_proj",),
+    window="config",
     dropouts=("attention_dropout", "resid_pdrop"),
-)  # fmt: skip
+)

@@ -116,10 +116,14 @@ class FusedDecoder:
     # ---- packed rows -------------------------------------------------------------------------------------------------
 
     def hidden(
-        self, embedded: Tensor, position_ids: Tensor, sequences: Sequences,
-        gradients: dict[Tensor, Tensor] | None = None, plan: memory.Plan | None = None,
+        self,
+        embedded: Tensor,
+        position_ids: Tensor,
+        sequences: Sequences,
+        gradients: dict[Tensor, Tensor] | None = None,
+        plan: memory.Plan | None = None,
         padded_to: Tensor | None = None,
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         """The residual stream after the last layer, [T, H], before the final norm.
 
         embedded: [T, H]. position_ids: [T]. sequences: which rows attend to which. gradients: parameter -> fp32 buffer
@@ -247,22 +251,35 @@ class FusedDecoder:
         weight = self.norm.weight
         q, kv = first.q_heads * first.head_dim, first.k_heads * first.head_dim
         return memory.Shape(
-            layers=len(self.layers), hidden=first.projections[0].in_features, q=q, kv=kv, q_heads=first.q_heads,
-            intermediate=first.width, vocab=self.decoder.config.vocab_size,  # type: ignore[arg-type,union-attr]
-            dtype=weight.dtype, tails=tuple(b.group.tail for b in bound),  # type: ignore[arg-type]
-            ranks=tuple(b.group.rank for b in bound), qk_norm=first.qk_norm[0] is not None,  # type: ignore[arg-type]
+            layers=len(self.layers),
+            hidden=first.projections[0].in_features,
+            q=q,
+            kv=kv,
+            q_heads=first.q_heads,
+            intermediate=first.width,
+            vocab=self.decoder.config.vocab_size,  # type: ignore[arg-type,union-attr]
+            dtype=weight.dtype,
+            tails=tuple(b.group.tail for b in bound),  # type: ignore[arg-type]
+            ranks=tuple(b.group.rank for b in bound),
+            qk_norm=first.qk_norm[0] is not None,  # type: ignore[arg-type]
             post_norm=first.down_norm is not None,
             attention=backends.choose(weight.device, weight.dtype, first.head_dim, first.attention.softcap),
             entropy_grad=self.entropy_grad,
-        )  # fmt: skip
+        )
 
     # ---- transformers' callers ---------------------------------------------------------------------------------------
 
     def forward(
-        self, input_ids: Tensor | None = None, attention_mask: Any = None, position_ids: Tensor | None = None,
-        past_key_values: Any = None, inputs_embeds: Tensor | None = None, use_cache: bool | None = None,
-        cache: Any = None, **kwargs: Any,
-    ) -> Any:  # fmt: skip
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Any = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        cache: Any = None,
+        **kwargs: Any,
+    ) -> Any:
         """In place of the decoder's own forward, with its arguments, the cache by either name, and its result."""
         if cache is not None and past_key_values is not None:
             raise ValueError("give one of cache and past_key_values")
@@ -274,9 +291,15 @@ class FusedDecoder:
                 warnings.warn(f"rlft: transformers' own layers run here, not the fused ones: {own}", stacklevel=2)
             named: dict[str, Any] = {self._cache_name: cache}
             return type(self.decoder).forward(
-                self.decoder, input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
-                inputs_embeds=inputs_embeds, use_cache=use_cache, **named, **kwargs,
-            )  # fmt: skip
+                self.decoder,
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                inputs_embeds=inputs_embeds,
+                use_cache=use_cache,
+                **named,
+                **kwargs,
+            )
         from transformers.modeling_outputs import BaseModelOutputWithPast
 
         if (input_ids is None) == (inputs_embeds is None):

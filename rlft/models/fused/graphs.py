@@ -137,9 +137,13 @@ class Padded(NamedTuple):
 
     @classmethod
     def of(
-        cls, layers: Sequence[FusedLayer], x: Tensor, tables: dict[str | None, tuple[Tensor, Tensor]],
-        sequences: Sequences, rows: int,
-    ) -> Padded:  # fmt: skip
+        cls,
+        layers: Sequence[FusedLayer],
+        x: Tensor,
+        tables: dict[str | None, tuple[Tensor, Tensor]],
+        sequences: Sequences,
+        rows: int,
+    ) -> Padded:
         """rows: what `padded` gives for T."""
         whole = sequences._replace(bounds=(*sequences.bounds, rows), prefix=(*sequences.prefix, -1))
         windows = dict.fromkeys(layer.attention.window for layer in layers) if max(sequences.prefix) >= 0 else ()
@@ -158,9 +162,15 @@ class _Graph:
     """One bucket with the two graphs over it."""
 
     def __init__(
-        self, layers: Sequence[FusedLayer], store: Store, adapter: str | None, plan: Plan,
-        gradients: dict[Tensor, Tensor], bucket: Bucket, pool: Any,
-    ) -> None:  # fmt: skip
+        self,
+        layers: Sequence[FusedLayer],
+        store: Store,
+        adapter: str | None,
+        plan: Plan,
+        gradients: dict[Tensor, Tensor],
+        bucket: Bucket,
+        pool: Any,
+    ) -> None:
         self.bucket = bucket
         self.dout = torch.zeros_like(bucket.x)
 
@@ -227,9 +237,15 @@ class Graphs:
         self._pool, self._pooled = None, 0
 
     def run(
-        self, layers: Sequence[FusedLayer], store: Store, adapter: str | None, plan: Plan,
-        gradients: dict[Tensor, Tensor], given: Padded, most: float,
-    ) -> Tensor | None:  # fmt: skip
+        self,
+        layers: Sequence[FusedLayer],
+        store: Store,
+        adapter: str | None,
+        plan: Plan,
+        gradients: dict[Tensor, Tensor],
+        given: Padded,
+        most: float,
+    ) -> Tensor | None:
         """The residual stream after the last layer, [T, H]; None, for a launched pass, at the first of a bucket and
         while another pass still waits for its backward. Without grad it is the same graph, without its backward.
 
@@ -268,9 +284,14 @@ class Graphs:
         return _Graphed.apply(self._anchor, graph, token, rows)  # type: ignore[return-value]
 
     def _captured(
-        self, layers: Sequence[FusedLayer], store: Store, adapter: str | None, plan: Plan,
-        gradients: dict[Tensor, Tensor], given: Padded,
-    ) -> _Graph:  # fmt: skip
+        self,
+        layers: Sequence[FusedLayer],
+        store: Store,
+        adapter: str | None,
+        plan: Plan,
+        gradients: dict[Tensor, Tensor],
+        given: Padded,
+    ) -> _Graph:
         """A new graph of a bucket."""
         self._pool = self._pool or torch.cuda.graph_pool_handle()
         # Capturing gives back what the allocator caches, which would hide what the graph takes.

@@ -42,9 +42,10 @@ class FusedLayer:
         self.k_heads = config.num_key_value_heads
         window = {"layer": lambda: attention.sliding_window, "config": lambda: config.sliding_window}
         self.attention = ops.Attention(
-            scale=attention.scaling, window=window.get(family.window, lambda: None)(),
+            scale=attention.scaling,
+            window=window.get(family.window, lambda: None)(),
             softcap=getattr(attention, "attn_logit_softcapping", None),
-        )  # fmt: skip
+        )
         activation = getattr(config, family.activation)
         self.activation = str(ACTIVATIONS.get(activation, activation))
         self.width = self.projections[DOWN].in_features

@@ -201,10 +201,11 @@ def head_work(s: Shape, rows: int, trained: int, how: Setting) -> int:
 def scratch(s: Shape, mode: Mode) -> int:
     """Bytes of the buffers that frozen weights are brought to."""
     groups = [
-        (s.q + 2 * s.kv + s.tails[0]) * (s.hidden + s.tails[0]), (s.hidden + s.tails[1]) * (s.q + s.tails[1]),
+        (s.q + 2 * s.kv + s.tails[0]) * (s.hidden + s.tails[0]),
+        (s.hidden + s.tails[1]) * (s.q + s.tails[1]),
         (2 * s.intermediate + s.tails[2]) * (s.hidden + s.tails[2]),
         (s.hidden + s.tails[3]) * (s.intermediate + s.tails[3]),
-    ]  # fmt: skip
+    ]
     return s.element * {"layer": sum(groups), "group": max(groups), "shadow": s.layers * sum(groups)}[mode]
 
 
@@ -217,9 +218,7 @@ class Setting:
     chunk_bytes: int
 
 
-def evaluate(
-    s: Shape, rows: int, trained: int, mixed: tuple[int, int, int], how: Setting, keys: int = 0
-) -> Plan:  # fmt: skip
+def evaluate(s: Shape, rows: int, trained: int, mixed: tuple[int, int, int], how: Setting, keys: int = 0) -> Plan:
     """The plan of `count` layers at level `lower`, the first ones, and the others at `upper`. mixed: (count, lower,
     upper). keys: as in `forward_work`."""
     count, lower, upper = mixed
@@ -278,9 +277,7 @@ def cost_of(s: Shape, how: Setting | Plan, levels: tuple[int, ...], rows: int, a
 
 
 @cache
-def choose(
-    s: Shape, rows: int, trained: int, budget: float, host: float, keys: int = 0, shadow: bool = True
-) -> Plan:  # fmt: skip
+def choose(s: Shape, rows: int, trained: int, budget: float, host: float, keys: int = 0, shadow: bool = True) -> Plan:
     """The plan that takes least time among those within `budget` bytes on the device and `host` bytes on the host.
 
     Layers are at one of two levels, the first ones at that which keeps less. Where nothing fits, the smallest plan that

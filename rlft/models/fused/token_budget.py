@@ -17,9 +17,7 @@ from typing import NamedTuple
 
 from rlft.models.fused.memory import FLOPS, Shape, capturable, choose, cost_of
 
-BUDGETS = (
-    *range(32768, 16384, -4096), *range(16384, 8192, -2048), *range(8192, 6144, -1024), *range(6144, 4095, -512)
-)  # fmt: skip
+BUDGETS = (*range(32768, 16384, -4096), *range(16384, 8192, -2048), *range(8192, 6144, -1024), *range(6144, 4095, -512))
 """Tokens per micro-batch that are tried, from the most."""
 LAUNCHING = 3.4e-3
 """Seconds of the host for launching a layer's forward and backward at L0: 4.5 ms seen on an H100 machine, by as much

@@ -20,9 +20,13 @@ class Tracker:
 
         self.trackio = trackio
         self.run = trackio.init(
-            project=start.track.project, name=start.name, group=start.track.group, config=start.config,
-            resume="allow" if start.resumed else "never", embed=False,
-        )  # fmt: skip
+            project=start.track.project,
+            name=start.name,
+            group=start.track.group,
+            config=start.config,
+            resume="allow" if start.resumed else "never",
+            embed=False,
+        )
 
     def log(self, step: int, metrics: dict[str, float], tables: dict[str, list[dict]], messages: Any) -> None:
         shown = {name: self.trackio.Table(columns=list(rows[0]), data=rows) for name, rows in tables.items()}  # type: ignore[arg-type]

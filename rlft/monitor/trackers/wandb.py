@@ -54,13 +54,21 @@ class Tracker:
         record.parent.mkdir(exist_ok=True)
         record.write_text(json.dumps({"id": id}) + "\n")
         self.run = wandb.init(
-            project=track.project, entity=track.entity, name=start.name, group=track.group, tags=track.tags or None,
-            id=id, resume="allow", dir=start.folder, config=start.config,
-            mode=None if track.mode == "auto" else track.mode, reinit="create_new",
+            project=track.project,
+            entity=track.entity,
+            name=start.name,
+            group=track.group,
+            tags=track.tags or None,
+            id=id,
+            resume="allow",
+            dir=start.folder,
+            config=start.config,
+            mode=None if track.mode == "auto" else track.mode,
+            reinit="create_new",
             # "off": it would put a wrapper around stdout, which is not ours to patch. Five minutes: never hang at the
             # end; what was not sent by then stays in the folder for `wandb sync`.
             settings=wandb.Settings(console="off", finish_timeout=300),
-        )  # fmt: skip
+        )
         self.link = self.run.url
         self.run.define_metric("train/global_step")
         self.run.define_metric("*", step_metric="train/global_step")

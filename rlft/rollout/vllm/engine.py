@@ -44,9 +44,15 @@ class VllmEngine:
     SAMPLES: bool = True
 
     def __init__(
-        self, policy: Policy, tokenizer: Any, options: Options, longest: int, sequences: int,
-        progress: Callable[[int, int], None] | None = None, note: Callable[[str], None] = lambda _: None,
-    ) -> None:  # fmt: skip
+        self,
+        policy: Policy,
+        tokenizer: Any,
+        options: Options,
+        longest: int,
+        sequences: int,
+        progress: Callable[[int, int], None] | None = None,
+        note: Callable[[str], None] = lambda _: None,
+    ) -> None:
         """longest: tokens of the longest prompt with its completion. sequences: completions that are sampled together,
         for the size of the cache. progress: called with (sequences done, all). note: told how the engine runs.
 
@@ -73,9 +79,7 @@ class VllmEngine:
     def _start(self) -> None:
         options, device = self._options, self._policy.device
         weights = frozen(self._policy.base)
-        self._sizes = Sizes.of(
-            self._policy, weights, self._dtype, self._longest, self._sequences, options.max_seqs
-        )  # fmt: skip
+        self._sizes = Sizes.of(self._policy, weights, self._dtype, self._longest, self._sequences, options.max_seqs)
         self.choice: Choice = choose(self._sizes, options.mode, options.kv_gib, device)
         environment()
         begin = time.perf_counter()
@@ -168,9 +172,10 @@ class VllmEngine:
         slot = 0 if self.choice.mode == "merged" else self._sizes.slots
         refill = self._lender.refill
         return {
-            "cache of the engine": self.choice.kv_bytes, "weights of the engine": refill.bytes if refill else 0,
+            "cache of the engine": self.choice.kv_bytes,
+            "weights of the engine": refill.bytes if refill else 0,
             "adapter of the engine": slot,
-        }  # fmt: skip
+        }
 
     # ---- adapter -----------------------------------------------------------------------------------------------------
 
@@ -333,9 +338,17 @@ class VllmEngine:
         try:
             with quiet():
                 return sample(
-                    self._llm.llm_engine, self._tokenizer, prompts, sampling, self._eos, seed, self._version,
-                    self._policy.device, self._options.deadline, self._progress,
-                )  # fmt: skip
+                    self._llm.llm_engine,
+                    self._tokenizer,
+                    prompts,
+                    sampling,
+                    self._eos,
+                    seed,
+                    self._version,
+                    self._policy.device,
+                    self._options.deadline,
+                    self._progress,
+                )
         except Failed as failure:
             if self._restarted or failure.hangs:
                 raise EngineError(f"vLLM failed while sampling: {failure}") from failure

@@ -205,9 +205,15 @@ class LentMethod(LinearMethodBase):
     """A linear layer without memory, computed from the trainer's weights."""
 
     def create_weights(
-        self, layer: nn.Module, input_size_per_partition: int, output_partition_sizes: list[int], input_size: int,
-        output_size: int, params_dtype: torch.dtype, **extra: Any,
-    ) -> None:  # fmt: skip
+        self,
+        layer: nn.Module,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **extra: Any,
+    ) -> None:
         """vLLM asks a layer's weight for its dtype and device, so there is one, of no elements."""
         layer.register_parameter("weight", nn.Parameter(torch.empty(0, dtype=params_dtype), requires_grad=False))
         layer.rlft_out = sum(output_partition_sizes)  # type: ignore[assignment]
@@ -234,9 +240,15 @@ class LentEmbedding(UnquantizedEmbeddingMethod):
     """Embedding and head over the trainer's tensors."""
 
     def create_weights(
-        self, layer: nn.Module, input_size_per_partition: int, output_partition_sizes: list[int], input_size: int,
-        output_size: int, params_dtype: torch.dtype, **extra: Any,
-    ) -> None:  # fmt: skip
+        self,
+        layer: nn.Module,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **extra: Any,
+    ) -> None:
         layer.register_parameter("weight", nn.Parameter(torch.empty(0, dtype=params_dtype), requires_grad=False))
         layer.rlft_rows = sum(output_partition_sizes)  # type: ignore[assignment]
 

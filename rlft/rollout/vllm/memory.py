@@ -49,9 +49,14 @@ class Sizes:
 
     @classmethod
     def of(
-        cls, policy: Policy, weights: Mapping[str, Weight], dtype: torch.dtype, longest: int, sequences: int,
+        cls,
+        policy: Policy,
+        weights: Mapping[str, Weight],
+        dtype: torch.dtype,
+        longest: int,
+        sequences: int,
         max_seqs: int,
-    ) -> Sizes:  # fmt: skip
+    ) -> Sizes:
         """weights: `lend.frozen` of the base. longest: tokens. sequences: completions of a step."""
         config: Any = policy.base.config.get_text_config()  # type: ignore[operator,union-attr]
         e = dtype.itemsize
@@ -64,11 +69,16 @@ class Sizes:
         adapter = policy.flat.flat.numel()
         slots = _slots({n: a.shape[0] for n, a in policy.adapter().items() if ".lora_A." in n}, weights)
         return cls(
-            linear=linear * e, largest=2 * wide * config.hidden_size * e, slots=(3 * adapter + slots) * e,
-            per_token=2 * config.num_hidden_layers * heads * size * e, longest=longest, sequences=together,
+            linear=linear * e,
+            largest=2 * wide * config.hidden_size * e,
+            slots=(3 * adapter + slots) * e,
+            per_token=2 * config.num_hidden_layers * heads * size * e,
+            longest=longest,
+            sequences=together,
             work=batched * (3 * wide + 6 * config.hidden_size) * e + together * config.vocab_size * 16,
-            batched=batched, pending=2 * adapter * policy.flat.flat.element_size(),
-        )  # fmt: skip
+            batched=batched,
+            pending=2 * adapter * policy.flat.flat.element_size(),
+        )
 
     @property
     def wanted(self) -> int:

@@ -34,19 +34,43 @@ def parameters(sampling: Sampling, ends: set[int], seed: int) -> Any:
     from vllm.sampling_params import RequestOutputKind
 
     return SamplingParams(
-        n=1, temperature=sampling.temperature, top_p=sampling.top_p, top_k=sampling.top_k, min_p=0.0,
-        presence_penalty=0.0, frequency_penalty=0.0, repetition_penalty=1.0, logit_bias=None, bad_words=None,
-        max_tokens=sampling.max_tokens, min_tokens=0, ignore_eos=False, stop=list(sampling.stop),
-        stop_token_ids=sorted(ends | set(sampling.stop_token_ids)), seed=seed, logprobs=0, flat_logprobs=True,
-        detokenize=bool(sampling.stop), skip_special_tokens=True, include_stop_str_in_output=False,
+        n=1,
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        min_p=0.0,
+        presence_penalty=0.0,
+        frequency_penalty=0.0,
+        repetition_penalty=1.0,
+        logit_bias=None,
+        bad_words=None,
+        max_tokens=sampling.max_tokens,
+        min_tokens=0,
+        ignore_eos=False,
+        stop=list(sampling.stop),
+        stop_token_ids=sorted(ends | set(sampling.stop_token_ids)),
+        seed=seed,
+        logprobs=0,
+        flat_logprobs=True,
+        detokenize=bool(sampling.stop),
+        skip_special_tokens=True,
+        include_stop_str_in_output=False,
         output_kind=RequestOutputKind.FINAL_ONLY,
-    )  # fmt: skip
+    )
 
 
 def sample(
-    engine: Any, tokenizer: Any, prompts: Sequence[Prompt], sampling: Sampling, ends: set[int], seed: tuple[int, ...],
-    version: int, device: torch.device, deadline: float, progress: Callable[[int, int], None] | None,
-) -> list[Rollout]:  # fmt: skip
+    engine: Any,
+    tokenizer: Any,
+    prompts: Sequence[Prompt],
+    sampling: Sampling,
+    ends: set[int],
+    seed: tuple[int, ...],
+    version: int,
+    device: torch.device,
+    deadline: float,
+    progress: Callable[[int, int], None] | None,
+) -> list[Rollout]:
     """`sampling.group_size` rollouts per prompt, in order. engine: vLLM's LLMEngine. version: of the
     policy. deadline: seconds. Raises Failed."""
     from vllm.inputs import tokens_input
@@ -71,9 +95,12 @@ def sample(
 
 
 def _run(
-    engine: Any, requests: Sequence[tuple[Any, Any]], device: torch.device, deadline: float,
+    engine: Any,
+    requests: Sequence[tuple[Any, Any]],
+    device: torch.device,
+    deadline: float,
     progress: Callable[[int, int], None] | None,
-) -> list[Any]:  # fmt: skip
+) -> list[Any]:
     """vLLM's outputs in the order of the requests. Raises Failed where it fails or no step ends for too long."""
     done: dict[int, Any] = {}
     beat, errors, stop = [time.monotonic()], [], threading.Event()
@@ -125,7 +152,13 @@ def _rollout(output: Any, text: str, prompt: Prompt, sample: int, seed: int, ver
             f"log-probs"
         )
     return Rollout(
-        prompt=prompt, completion_ids=ids, completion_mask=tuple(math.isfinite(x) for x in logprobs),
-        sampler_logprobs=logprobs, text=text, finish_reason=output.finish_reason, sample_index=sample,
-        policy_version=version, seed=seed,
-    )  # fmt: skip
+        prompt=prompt,
+        completion_ids=ids,
+        completion_mask=tuple(math.isfinite(x) for x in logprobs),
+        sampler_logprobs=logprobs,
+        text=text,
+        finish_reason=output.finish_reason,
+        sample_index=sample,
+        policy_version=version,
+        seed=seed,
+    )

@@ -56,23 +56,37 @@ def model_folder(base: Any, tokenizer: Any) -> str:
 
 
 def arguments(
-    options: Options, choice: Choice, sizes: Sizes, ranks: Mapping[str, int], dtype: torch.dtype, device: torch.device,
+    options: Options,
+    choice: Choice,
+    sizes: Sizes,
+    ranks: Mapping[str, int],
+    dtype: torch.dtype,
+    device: torch.device,
     lender: int,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """What vLLM's LLM is made with. ranks: of the adapter, by module. lender: its number."""
     gpu = device.type == "cuda"
     slots = sorted((module, slot_rank(rank)) for module, rank in ranks.items() if choice.mode != "merged")
     made: dict[str, Any] = {
-        "load_format": "rlft", "model_loader_extra_config": {"lender": lender},
+        "load_format": "rlft",
+        "model_loader_extra_config": {"lender": lender},
         "quantization": "rlft-lent" if choice.mode == "lent" else "rlft-refilled",
-        "dtype": str(dtype).removeprefix("torch."), "max_model_len": sizes.longest, "max_num_seqs": options.max_seqs,
-        "worker_extension_cls": "rlft.rollout.vllm.hooks.WorkerExtension", "kv_cache_memory_bytes": choice.kv_bytes,
-        "max_num_batched_tokens": max(sizes.batched, options.max_seqs), "enforce_eager": not (gpu and options.graphs),
-        "logprobs_mode": "processed_logprobs", "generation_config": "vllm", "enable_prefix_caching": True, "seed": 0,
-        "disable_log_stats": True, "use_tqdm_on_load": sys.stderr.isatty(),
+        "dtype": str(dtype).removeprefix("torch."),
+        "max_model_len": sizes.longest,
+        "max_num_seqs": options.max_seqs,
+        "worker_extension_cls": "rlft.rollout.vllm.hooks.WorkerExtension",
+        "kv_cache_memory_bytes": choice.kv_bytes,
+        "max_num_batched_tokens": max(sizes.batched, options.max_seqs),
+        "enforce_eager": not (gpu and options.graphs),
+        "logprobs_mode": "processed_logprobs",
+        "generation_config": "vllm",
+        "enable_prefix_caching": True,
+        "seed": 0,
+        "disable_log_stats": True,
+        "use_tqdm_on_load": sys.stderr.isatty(),
         # Part of what vLLM looks compiled code up by: our operators are where there are slots, of their shapes.
         "additional_config": {"rlft": hashlib.sha256(str(slots).encode()).hexdigest()},
-    }  # fmt: skip
+    }
     if gpu:
         free, total = torch.cuda.mem_get_info(device)
         # Not used, since the cache has a size of its own, but compared with what is free.
@@ -86,9 +100,10 @@ def _compilation(options: Options) -> dict[str, Any]:
     most = options.max_seqs
     sizes = [1, 2, 4, *range(8, 64, 8), *range(64, 128, 16), *range(128, most + 1, 32)]
     return {
-        "mode": 3, "cudagraph_mode": "FULL_DECODE_ONLY",
+        "mode": 3,
+        "cudagraph_mode": "FULL_DECODE_ONLY",
         "cudagraph_capture_sizes": sorted({s for s in sizes if s <= most} | {most}),
-    }  # fmt: skip
+    }
 
 
 def environment() -> None:
