@@ -108,7 +108,7 @@ TARGETS = [
     Target("rollout_110k", "rollout-110k", "train_GiB", "<=", 80.0),
     *(
         Target("grpo_run", f"grpo-run/{mode}", metric, "<=", value)
-        for mode in ("expanded", "lent", "merged")
+        for mode in ("dequantized", "shared", "merged")
         for metric, value in (("mismatch_sd", 0.05), ("mismatch_outside", 0.075))
     ),
     Target("grpo_step_lognormal", "grpo-step/lognormal", "seconds", "<=", 2.3),

@@ -4,7 +4,7 @@
 
 `ballast24/grpo`: the 20B shape, 4 prompts of 512 tokens x 4 completions of 512, while all but 24 GiB of the card is
 taken. `ballast48-70b/grpo`: the 70B shape, 2 sequences of 2,048 tokens behind one prompt of 512, all but 48 GiB taken,
-`engine.mode` = "lent". `rollout-110k`: the whole 8B shape, one prompt of 102,400 tokens x 2 completions of 7,600, and
+`engine.mode` = "shared". `rollout-110k`: the whole 8B shape, one prompt of 102,400 tokens x 2 completions of 7,600, and
 the training step over the same sequences. Memory is read from the driver, since vLLM's does not go through PyTorch's
 allocator.
 """
@@ -28,7 +28,7 @@ from rollout import prompts_of
 from stacks import tokenizer_of
 from timing import Watch, row
 
-from rlft.algos.algorithm import build as build_algorithm
+from rlft.algos.algorithm import build_algorithm
 from rlft.batch import count, pack
 from rlft.config.run import Algo, Engine, Optim, Sampling
 from rlft.rollout.vllm.engine import VllmEngine
@@ -46,7 +46,7 @@ WORKS: dict[str, dict[str, Any]] = {
         "prompt": 512,
         "completion": 1536,
         "cap": 48,
-        "mode": "lent",
+        "mode": "shared",
     },
     "rollout-110k": {"shape": "8b", "prompts": 1, "group": 2, "prompt": 102_400, "completion": 7_600, "cap": None},
 }
@@ -77,7 +77,7 @@ def measure(work: str) -> list[dict[str, Any]]:
     sampling = Sampling(group_size=how["group"], max_tokens=how["completion"])
     rollouts = watch.phase("generate", lambda: engine.generate(prompts, sampling, (1, 0)), seconds)
     watch.phase("sleep", engine.sleep, seconds)
-    algorithm, optimizer = build_algorithm(Algo("grpo"), 1), Optimizer(policy.flat.flat, Optim(lr=1e-5), 1)
+    algorithm, optimizer = build_algorithm(Algo("grpo"), 1), Optimizer(policy.adapter_params, Optim(lr=1e-5), 1)
     plan = PackPlan((True,) * sequences, "token_mean", longest * how["group"], how["completion"], 1.0)
     advantages = torch.tensor([1.0, -1.0] * (sequences // 2))
     mismatch = Mismatch()

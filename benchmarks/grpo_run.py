@@ -1,6 +1,6 @@
 """A whole GRPO run on one GPU: where each step's time goes, and how far engine and trainer are apart.
 
-    python benchmarks/grpo_run.py --out DIR --commit HASH --model /tmp/smollm2.gguf expanded lent merged eager
+    python benchmarks/grpo_run.py --out DIR --commit HASH --model /tmp/smollm2.gguf dequantized shared merged eager
 
 Additions of two numbers, in NF4, one run per engine in a process of its own; "eager" is the trainer's own modules, the
 others are vLLM's modes. The mismatch is over every trained token of the run, from the rollouts that it wrote: mean and
@@ -110,7 +110,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=48)
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--one", action="store_true", help="run the one engine named, in this process")
-    parser.add_argument("engines", nargs="+", choices=("expanded", "lent", "merged", "eager"))
+    parser.add_argument("engines", nargs="+", choices=("dequantized", "shared", "merged", "eager"))
     args = parser.parse_args()
     if args.one:
         run(args.engines[0], args.model, args.steps, args.tokens, args.out, args.dtype)

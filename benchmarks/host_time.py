@@ -103,7 +103,7 @@ def main() -> None:
     fused = policy.fused
     assert fused is not None
     fused.shape = fused._shape()  # type: ignore[reportPrivateUsage]
-    fused.plan = memory.evaluate(fused.shape, 4096, 4096, (LAYERS, 0, 0), memory.Setting(8192, "layer", 2**28))
+    fused.plan = memory.evaluate(fused.shape, 4096, 4096, (LAYERS, 0, 0), memory.PassOptions(8192, "layer", 2**28))
     sequences = Sequences.of(
         torch.tensor([0, 4, 8, TOKENS], dtype=torch.int32),
         torch.tensor([-1, 0, 0], dtype=torch.int32),

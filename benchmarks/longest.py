@@ -26,7 +26,7 @@ import stacks
 from results_file import arguments, write
 from timing import row
 
-from rlft.algos.algorithm import build as build_algorithm
+from rlft.algos.algorithm import build_algorithm
 from rlft.config.run import Algo, Lora, Optim
 from rlft.models.allocator import segments
 from rlft.models.load import attach_lora
@@ -41,7 +41,7 @@ SHAPES = {"ballast24": ("20b", 24), "sft70b": ("70b", None), "ballast48": ("70b"
 
 def step(policy: Policy, batch: Any, loss: Any) -> dict[str, Any]:
     """Seconds, peak and host memory of one step with its update."""
-    optimizer = Optimizer(policy.flat.flat, Optim(lr=1e-5), 1)
+    optimizer = Optimizer(policy.adapter_params, Optim(lr=1e-5), 1)
     fused = policy.fused
     assert fused is not None
     fused.store.release()  # it is in the plan
@@ -97,7 +97,7 @@ def asleep_engine(policy: Policy, shape: str) -> Any:
     from rlft.config.run import Engine
     from rlft.rollout.vllm.engine import VllmEngine
 
-    options = Engine("vllm", mode="lent", max_seqs=2, graphs=False, kv_gib=2.0)
+    options = Engine("vllm", mode="shared", max_seqs=2, graphs=False, kv_gib=2.0)
     engine = VllmEngine(policy, tokenizer_of(shape), options, 2048, 2, note=lambda text: print(text, flush=True))
     engine.load_adapter(policy.adapter(), 0)
     engine.sleep()

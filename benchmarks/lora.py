@@ -23,7 +23,7 @@ from kernel_timing import copy_of, device_ms, graph_ms, host_ms, to_rows
 from torch import Tensor
 
 from rlft.kernels import lora
-from rlft.kernels.lora_group import FillPlan, LoraGroup, Part
+from rlft.kernels.lora_group import AdapterWriteTables, LoraGroup, Part
 from rlft.kernels.low_rank import GRAD_A, GRAD_B, Launch, gradients_launch
 
 H, M = 4096, 12288
@@ -55,7 +55,7 @@ class Buffers:
 
 def rlft_step(layer: list[Buffers]) -> Callable[[], None]:
     """Forward and backward. Filled again in between: the scratch of W was another layer's then."""
-    plan = FillPlan([n.part for n in layer])
+    plan = AdapterWriteTables([n.part for n in layer])
 
     def step() -> None:
         plan.run()
@@ -144,7 +144,7 @@ def rows() -> list[dict[str, Any]]:
         found += to_rows(f"{work}/host", host_ms(stacks, rounds=5, calls=10), None, {})
         if T == 4096:
             for name, n, s in zip(SHAPES, layer, saved, strict=True):
-                plan = FillPlan([n.part])
+                plan = AdapterWriteTables([n.part])
                 found += to_rows(
                     f"lora/{name}/T{T}-r{rank}-align{align}/forward",
                     device_ms(
@@ -182,7 +182,7 @@ def parts(n: Buffers) -> dict[str, Callable[[], Any]]:
     x, s = n.x.split([group.in_features, group.tail], dim=1)
     dy, ds = n.dy.split([group.out, group.tail], dim=1)
     return {
-        "fill": FillPlan([n.part]).run,
+        "fill": AdapterWriteTables([n.part]).run,
         "S cublas": lambda: torch.mm(x, a.T, out=s),
         "gradients rlft": lambda: gradients_launch(group, dy, x, s, b, ds, n.grad_A, n.grad_B),
         "dS cublas": lambda: torch.mm(dy, b, out=ds),

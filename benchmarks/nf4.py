@@ -21,7 +21,8 @@ import triton.language as tl
 from kernel_timing import copy_of, device_ms, graph_ms, host_ms, sets_for, to_rows
 from torch import Tensor
 
-from rlft.kernels.nf4 import FIELDS, NF4_CODE, DecodePlan, Nf4Weight, _matrix, _scales, decode_reference
+from rlft.kernels.launch import table_entry
+from rlft.kernels.nf4 import FIELDS, NF4_CODE, DecodeTables, Nf4Weight, _scales, decode_reference
 
 LAYER = ((4096, 4096), (1024, 4096), (1024, 4096), (4096, 4096), (12288, 4096), (12288, 4096), (4096, 12288))
 """The seven matrices of a Qwen3-8B layer."""
@@ -82,7 +83,7 @@ def rows() -> list[dict[str, Any]]:
     found = []
     for name, shapes in WORKS.items():
         sets = inputs(shapes)
-        plans = [DecodePlan(*s) for s in sets]
+        plans = [DecodeTables(*s) for s in sets]
         for plan in plans:
             plan.run()
         assert all(torch.equal(o, decode_reference(w, o.dtype)) for w, o in zip(*sets[0], strict=True)), name
@@ -111,7 +112,8 @@ def pair_kernel(
     GATHER: tl.constexpr,
 ):
     """A byte is looked up whole: 256 pairs of fp32 as int64. In-features are multiples of TILE."""
-    row, tile = _matrix(table, tl.program_id(0), COUNT, FIELDS)
+    m, tile = table_entry(table, tl.program_id(0), COUNT, FIELDS)
+    row = table + m * FIELDS
     packed = tl.multiple_of(tl.load(row).to(tl.pointer_type(tl.int32)), 16)
     out = tl.multiple_of(tl.load(row + 5).to(tl.pointer_type(tl.bfloat16)), 16)
     NB: tl.constexpr = TILE // BLOCK
@@ -137,7 +139,7 @@ def pair_kernel(
     tl.store(out + place[:, :, None] + tl.arange(0, 8)[None, None, :], value)
 
 
-def by_pairs(plan: DecodePlan, gather: bool) -> Callable[[], None]:
+def by_pairs(plan: DecodeTables, gather: bool) -> Callable[[], None]:
     code = torch.tensor(NF4_CODE, device="cuda")
     byte = torch.arange(256, device="cuda")
     pairs = torch.stack([code[byte >> 4], code[byte & 15]], 1).contiguous().view(torch.int64)[:, 0].contiguous()
@@ -167,11 +169,11 @@ def sweep() -> list[dict[str, Any]]:
         thunks: dict[str, list[Callable[[], Any]]] = {"copy": [copy_of(size(WORKS[name])) for _ in sets]}
         for tile, warps, gather in itertools.product((1024, 2048, 4096, 8192), (1, 2, 4, 8), (True, False)):
             if 8 <= tile // warps // 32 <= 128:
-                plans = [DecodePlan(*s, tile=tile, warps=warps, gather=gather) for s in sets]
+                plans = [DecodeTables(*s, tile=tile, warps=warps, gather=gather) for s in sets]
                 thunks[f"{tile}-{warps}-{'gather' if gather else 'load'}"] = [p.run for p in plans]
         if name != "qwen3-4b-gate":
             for tile, warps, gather in itertools.product((2048, 4096), (2, 4), (True, False)):
-                plans = [DecodePlan(*s, tile=tile, warps=warps) for s in sets]
+                plans = [DecodeTables(*s, tile=tile, warps=warps) for s in sets]
                 by_pairs(plans[0], gather)()
                 assert torch.equal(sets[0][1][0], decode_reference(sets[0][0][0], torch.bfloat16))
                 thunks[f"{tile}-{warps}-pair-{'gather' if gather else 'load'}"] = [by_pairs(p, gather) for p in plans]

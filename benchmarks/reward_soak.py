@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from rlft.config.run import Reward
-from rlft.rewards.score import build, score
+from rlft.rewards.score import build_rewards, score
 from rlft.types import Prompt, Rollout
 
 FUNCTION = """
@@ -81,7 +81,7 @@ def soak(calls: int, faults: int, seed: int, timeout: float = 0.25) -> dict[str,
         file = Path(folder, "rewards.py")
         file.write_text(f"CHILDREN = {str(children)!r}\n{FUNCTION}")
         began, others = time.monotonic(), set(_children())
-        (function,) = build([Reward(f"{file}:faulty", timeout=timeout, memory_mb=1024)])
+        (function,) = build_rewards([Reward(f"{file}:faulty", timeout=timeout, memory_mb=1024)])
         seen: Counter[str] = Counter()
         wrong: list[str] = []
         before = (0, 0)

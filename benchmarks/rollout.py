@@ -1,10 +1,10 @@
 """Rollouts of vLLM on the trainer's own base: tokens per second, hand-over, memory asleep. Qwen3-8B's shape, LoRA r 16.
 
-    python benchmarks/rollout.py --out DIR --commit HASH --extra expanded -- expanded lent merged bnb
+    python benchmarks/rollout.py --out DIR --commit HASH --extra dequantized -- dequantized shared merged bnb
 
 Random weights in NF4, random prompts of 128 tokens, 256 tokens each (128 where there are 16 sequences), sampler
-log-probs and detokenising on; one engine after the other in one process. "bnb" is the lent mode with bitsandbytes' own
-sequence of operators in its linear layers, one product per matrix.
+log-probs and detokenising on; one engine after the other in one process. "bnb" is the shared mode with bitsandbytes'
+own sequence of operators in its linear layers, one product per matrix.
 
 "prompts cached": the prompts are in vLLM's prefix cache, so that decoding alone is measured. Extra rows of a mode at
 the most sequences: without log-probs and text, and without seeds per request.
@@ -33,18 +33,20 @@ from rlft.config.run import Engine, Sampling
 from rlft.models.fused import memory
 from rlft.models.policy import Policy
 from rlft.rollout.vllm import requests as vllm_requests
-from rlft.rollout.vllm import shared_weights as lend
+from rlft.rollout.vllm import shared_weights
 from rlft.rollout.vllm.engine import VllmEngine
 from rlft.rollout.vllm.start import version
 from rlft.types import Prompt
 
 GIB = 2**30
 PROMPT = 128
-LENT = lend.LentLinear
-MODES = ("expanded", "lent", "merged", "bnb")
+SHARED = shared_weights.SharedLinear
+WORKS = {"dequantized": "expanded", "shared": "lent"}
+"""Names of the modes in results, older than the modes' own."""
+MODES = ("dequantized", "shared", "merged", "bnb")
 
 
-class BnbLinear(lend.LentLinear):
+class BnbLinear(shared_weights.SharedLinear):
     """bitsandbytes' own sequence: a product per matrix, decoded by its kernel."""
 
     quantised: dict[int, Any] = {}  # noqa: RUF012 (address of the packed bytes -> bitsandbytes' parameter)
@@ -94,7 +96,7 @@ def rates(engine: VllmEngine, mode: str, sizes: list[int], extra: bool) -> list[
 
     def add(count: int, runs: dict[str, Callable[[int], int]], repeats: int, note: str = "") -> None:
         for name, values in speeds(runs, repeats).items():
-            rows.append(row(f"rollout-{mode}/{count}", name, "tokens_per_s", values, "tokens/s", note))
+            rows.append(row(f"rollout-{WORKS.get(mode, mode)}/{count}", name, "tokens_per_s", values, "tokens/s", note))
             print(mode, count, name, rows[-1]["value"], rows[-1]["note"], flush=True)
 
     def run(count: int, sampling: Sampling) -> Callable[[int], int]:
@@ -146,8 +148,8 @@ def used() -> float:
 
 
 def handover(engine: VllmEngine, policy: Policy, mode: str, before: float, cycles: int = 8) -> list[dict[str, Any]]:
-    """Sleep, wake (with refill, adapter and read-back) and load_adapter (with read-back), and memory asleep. before:
-    GiB in use on the card before the engine was started."""
+    """Sleep, wake (with weight_copy, adapter and read-back) and load_adapter (with read-back), and memory asleep.
+    before: GiB in use on the card before the engine was started."""
     parts: dict[str, list[float]] = {"sleep": [], "wake": [], "load": []}
     asleep = unused = 0.0
     base = memory.weight_bytes(policy.base)["bytes"] / GIB
@@ -165,12 +167,12 @@ def handover(engine: VllmEngine, policy: Policy, mode: str, before: float, cycle
         asleep = max(asleep, used())
         unused = (torch.cuda.memory_reserved() - torch.cuda.memory_allocated() - memory.unmapped) / GIB
         timed("wake", engine.wake)
-        policy.flat.flat.data.mul_(1.01)
+        policy.adapter_params.data.mul_(1.01)
         timed("load", lambda v=cycle: engine.load_adapter(policy.adapter(), v + 1))
-    work = "handover/8b" if mode == "expanded" else f"handover-{mode}/8b"
+    work = "handover/8b" if mode == "dequantized" else f"handover-{WORKS.get(mode, mode)}/8b"
     rows = [row(work, "rlft", f"{name}_ms", ms, "ms") for name, ms in parts.items()]
     whole = [sum(ms) / 1e3 for ms in zip(*parts.values(), strict=True)]
-    rows.append(row(work, "rlft", "seconds", whole, "s", "sleep + wake + load, refill and read-backs included"))
+    rows.append(row(work, "rlft", "seconds", whole, "s", "sleep + wake + load, weight_copy and read-backs included"))
     note = f"{asleep:.2f} in use on the card while it sleeps"
     rows += [
         row(work, "rlft", "asleep_above_base_GiB", asleep - base, "GiB", f"{note}, less the base's {base:.2f}"),
@@ -183,16 +185,25 @@ def handover(engine: VllmEngine, policy: Policy, mode: str, before: float, cycle
 
 
 def measure(policy: Policy, mode: str, sizes: list[int], extra: bool) -> list[dict[str, Any]]:
-    lend.LentLinear = BnbLinear if mode == "bnb" else LENT  # type: ignore[misc]  # before the hooks take it from there
+    shared_weights.SharedLinear = BnbLinear if mode == "bnb" else SHARED  # type: ignore[misc]  # before the hooks take it from there
     before, begin = used(), time.perf_counter()
-    options = Engine("vllm", mode="lent" if mode == "bnb" else mode, max_seqs=max(sizes))  # type: ignore[arg-type]
+    options = Engine("vllm", mode="shared" if mode == "bnb" else mode, max_seqs=max(sizes))  # type: ignore[arg-type]
     engine = VllmEngine(
         policy, tokenizer_of("8b"), options, PROMPT + 256, max(sizes), note=lambda t: print(t, flush=True)
     )
     start = time.perf_counter() - begin
     engine.load_adapter(policy.adapter(), 0)
     print("start", round(start, 1), "GiB before", round(before, 2), "awake", round(used(), 2), flush=True)
-    rows = [row(f"rollout-{mode}/start", "rlft", "seconds", start, "s", f"vLLM {version()}; its imports included")]
+    rows = [
+        row(
+            f"rollout-{WORKS.get(mode, mode)}/start",
+            "rlft",
+            "seconds",
+            start,
+            "s",
+            f"vLLM {version()}; its imports included",
+        )
+    ]
     rows += rates(engine, mode, sizes, extra)
     if mode != "bnb":
         rows += handover(engine, policy, mode, before)

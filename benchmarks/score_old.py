@@ -23,7 +23,7 @@ from recorded import WORKS, rollouts_of
 from results_file import arguments, write
 from timing import row
 
-from rlft.algos.algorithm import build
+from rlft.algos.algorithm import build_algorithm
 from rlft.batch import count, pack
 from rlft.config.run import Algo, Lora, Optim
 from rlft.models.load import attach_lora
@@ -48,7 +48,10 @@ def minibatches(policy: Policy) -> list[list[Batch]]:
 def measure(stack: str) -> list[dict[str, Any]]:
     """Rows of the step and of its scoring, in seconds by events over warm repeats."""
     policy = Policy(attach_lora(stacks.random_nf4("slab"), Lora(rank=16, alpha=32), seed=1))
-    algorithm, optimizer = build(Algo("grpo"), 2), Optimizer(policy.flat.flat, Optim(lr=1e-9, minibatches=2), 1000)
+    algorithm, optimizer = (
+        build_algorithm(Algo("grpo"), 2),
+        Optimizer(policy.adapter_params, Optim(lr=1e-9, minibatches=2), 1000),
+    )
     parts = minibatches(policy)
     planned = getattr(policy, "planned", lambda batch: batch)
     seconds: dict[str, list[float]] = {"score": [], "step": []}

@@ -6,9 +6,9 @@
 Rows of examples/sums_sft.jsonl, 4 a step, learning rate 2e-4 and the rest as `rlft.config.run.Optim` has it. One PEFT
 model serves both stacks, so both train over the very same frozen bytes: first transformers' own layers run it ("peft":
 a padded batch, transformers' loss from labels), then, from the same starting adapter, fused layers ("rlft": packed into
-one micro-batch, as `packing.budget = "auto"` does; "rlft, split": micro-batches of at most 128 tokens). The peft stack
-runs twice, the second time with the rows of each batch in reverse and 8 more columns of padding: what that changes is
-rounding, the noise to compare with.
+one micro-batch, as `packing.tokens_per_micro_batch = "auto"` does; "rlft, split": micro-batches of at most 128 tokens).
+The peft stack runs twice, the second time with the rows of each batch in reverse and 8 more columns of padding: what
+that changes is rounding, the noise to compare with.
 
 On a CPU weights and activations are fp32, on a GPU bf16 (`dtype = "auto"`). There, reordering shows little of the
 noise: a token's own values round alike wherever it lies. So both stacks run once more on a model that holds the very
@@ -106,7 +106,7 @@ def peft_curve(model: PeftModel, steps: list[list[Prompt]], reordered: bool = Fa
 def rlft_curve(policy: Policy, steps: list[list[Prompt]], budget: int) -> Curve:
     """Loss of each step: what `rlft.trainer.loop.loop` does with recorded completions, without its run folder. budget:
     tokens of a micro-batch."""
-    engine, optimizer = ReplayEngine(), Optimizer(policy.flat.flat, OPTIM, len(steps))
+    engine, optimizer = ReplayEngine(), Optimizer(policy.adapter_params, OPTIM, len(steps))
     engine.load_adapter(policy.adapter(), 0)
     losses = []
     for update, prompts in enumerate(steps):

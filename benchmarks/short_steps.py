@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from results_file import arguments, write
 from timing import row
 
-from rlft.algos.algorithm import build
+from rlft.algos.algorithm import build_algorithm
 from rlft.batch import count, pack
 from rlft.config.run import Algo, Lora, Optim
 from rlft.models.load import Base, attach_lora, load_base
@@ -59,8 +59,8 @@ class Trainer:
         device = torch.device("cuda")
         base = load_base(Base(model, "nf4", "bfloat16", "cuda"), device)
         self.policy = Policy(attach_lora(base, Lora(rank=16), 0))
-        self._algorithm = build(Algo("grpo"), 1)
-        self._optimizer = Optimizer(self.policy.flat.flat, Optim(lr=1e-5), 1000)
+        self._algorithm = build_algorithm(Algo("grpo"), 1)
+        self._optimizer = Optimizer(self.policy.adapter_params, Optim(lr=1e-5), 1000)
 
     def step(self, made: list[Rollout], share: bool) -> float:
         """Seconds."""

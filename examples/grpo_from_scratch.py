@@ -22,12 +22,12 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from rlft.config.files import load as load_config
+from rlft.config.files import load_config
 from rlft.data.prompts import Prompts
 from rlft.models.load import attach_lora, load_base, load_tokenizer
 from rlft.rollout.engine import rollout_seed
 from rlft.trainer.optim import learning_rate
-from rlft.trainer.setup import load_rows
+from rlft.trainer.setup import load_prompts_of
 from rlft.types import Prompt
 
 
@@ -96,7 +96,7 @@ def main() -> None:
     args = parser.parse_args()
     cfg = load_config(Path(args.config))
     tokenizer = load_tokenizer(cfg.model)
-    rows, _ = load_rows(cfg, tokenizer)
+    rows, _ = load_prompts_of(cfg, tokenizer)
     prompts = Prompts(rows, cfg.seed, cfg.data.shuffle)
     model = attach_lora(load_base(cfg, torch.device("cpu")), cfg.lora, cfg.seed)
     trained = [p for p in model.parameters() if p.requires_grad]

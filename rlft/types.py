@@ -182,8 +182,8 @@ class Batch:
     """[T]: entropy of the distribution each trained token was drawn from, in nats, under the policy now; with gradient
     where the loss says ENTROPY_GRAD."""
     plan: Any = None
-    """How every pass over it runs on fused layers (`rlft.models.fused.memory.Plan`), so that two passes round alike;
-    None: each is planned for the memory that is free. Filled by `Policy.planned`."""
+    """How every pass over it runs on fused layers (`rlft.models.fused.memory.MemoryPlan`), so that two passes round
+    alike; None: each is planned for the memory that is free. Filled by `Policy.planned`."""
     prepared: dict[str, float] = field(default_factory=dict)
     """Numbers of the whole update that the loss needs, the same on every rank: what its `prepare` gave and
     State.adapted."""
@@ -213,7 +213,7 @@ class Stat(NamedTuple):
 Stats = dict[str, Stat]
 
 
-class Look(Protocol):
+class StepView(Protocol):
     """What `prepare(look, cfg)` of a loss file may ask about an update before it is made: all that it trains on, and
     the policy that it starts from."""
 

@@ -11,7 +11,7 @@ def upload(tensor: Tensor, device: torch.device | str) -> Tensor:
 
     To a GPU it goes from page-locked memory, in the order of the stream. From ordinary memory the host waits until all
     that is queued there is done, and the GPU then has nothing to do until the host has caught up. A tensor that is in
-    page-locked memory already is read when the stream comes to it: leave it as it is until then.
+    page-locked memory already is read when the stream comes to it: leave it is until then.
     """
     if torch.device(device).type != "cuda" or tensor.device.type != "cpu" or not tensor.numel():
         return tensor.to(device)

@@ -53,7 +53,7 @@ LOSSES: dict[str, tuple[ModuleType, Any]] = {
     "grpo-icepop": (grpo, grpo.Config(correction_weight="token_mask", correction_floor=0.9, correction_cap=1.2)),
     "grpo-sequence-tis": (grpo, grpo.Config(correction_weight="sequence_truncate", correction_cap=1.5)),
     "grpo-sequence-mask": (grpo, grpo.Config(correction_weight="sequence_mask", correction_cap=1.3)),
-    "grpo-gate": (grpo, grpo.Config(gate_low=0.95, gate_high=1.05)),
+    "grpo-gate": (grpo, grpo.Config(sequence_mask_low=0.95, sequence_mask_high=1.05)),
     "grpo-opsm": (grpo, grpo.Config(correction="none", off_policy_limit=0.05)),
     "grpo-entropy": (grpo, grpo.Config(entropy_coef=0.2, entropy_share=0.5)),
     "gspo": (gspo, gspo.Config(clip_low=0.2, clip_high=0.3)),

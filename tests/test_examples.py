@@ -15,15 +15,15 @@ EXAMPLES = sorted((ROOT / "examples").glob("*.toml"))
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
 def test_an_example_runs_two_steps(example: Path, smollm2: Path, tmp_path: Path, monkeypatch) -> None:
-    from rlft.config.files import load
+    from rlft.config.files import load_config
 
     monkeypatch.chdir(ROOT)  # paths in the examples are the repository's
-    cfg, out = load(example), tmp_path / "run"
+    cfg, out = load_config(example), tmp_path / "run"
     flags = ["--prompts_per_step=2", "--sampling.group_size=2", "--sampling.max_tokens=8", "--parity.probe_prompts=2"]
     flags += ["--eval.rows=2"] if cfg.eval.rows else []
     flags += ["--data.args.size=50"] if "size" in cfg.data.args else []
     # Two completions of eight tokens mostly have equal rewards: there is nothing to draw again for.
-    flags += ["--refill.rounds=0", "--refill.by=None"] if cfg.refill.rounds else []
+    flags += ["--dynamic_sampling.rounds=0", "--dynamic_sampling.by=None"] if cfg.dynamic_sampling.rounds else []
     flags += ["--optim.minibatches=2"] if cfg.optim.minibatches > 2 else []
     assert main(["train", str(example), "--model", str(smollm2), "--steps=2", "--out", str(out), *flags]) == 0
     steps = [line for line in map(json.loads, (out / "metrics.jsonl").read_text().splitlines()) if "loss" in line]

@@ -36,7 +36,7 @@ from rlft.errors import RlftError
 from rlft.rollout.eager import SLOT
 from rlft.trainer.loop import loop
 from rlft.trainer.out_of_memory import what_to_lower
-from rlft.trainer.setup import Session, build
+from rlft.trainer.setup import Session, build_session
 from rlft.types import Prompt, Rollout
 
 Inject = Callable[[Session], None]
@@ -71,7 +71,7 @@ def run(cfg: Config, inject: Inject | None = None, right: Callable[[Session, Val
     values: Values = []
     started: list[Session] = []
     try:
-        with what_to_lower(cfg) as sessions, build(cfg, callbacks=[lambda _, v: values.append(v)]) as s:
+        with what_to_lower(cfg) as sessions, build_session(cfg, callbacks=[lambda _, v: values.append(v)]) as s:
             sessions.append(s)
             if inject is not None:
                 inject(s)
@@ -247,7 +247,7 @@ def nan_loss(s: Session) -> None:
 
 def early_update(s: Session) -> None:
     """An update of the optimiser before the backward, with a gradient of ones."""
-    grad = s.policy.flat.flat.grad
+    grad = s.policy.adapter_params.grad
     assert grad is not None
     grad.fill_(1.0)
     s.optimizer.step(s.state.updates, 0)
@@ -316,7 +316,7 @@ def tiles(folder: Path) -> Outcome:
 
 
 def small_batches(folder: Path) -> Config:
-    return config(folder, packing=Packing(budget=128, share_prefix=False))
+    return config(folder, packing=Packing(tokens_per_micro_batch=128, share_prefix=False))
 
 
 RUNS: dict[str, Callable[[Path], Outcome]] = {

@@ -203,7 +203,7 @@ def rlft(shape: str, micro: int, desk: Desk) -> None:
     from stacks import tokenizer_of
 
     from rlft.config.run import Algo, Config, Data, Engine, Lora, Optim, Sampling
-    from rlft.rewards.score import build
+    from rlft.rewards.score import build_rewards
     from rlft.rollout.vllm.engine import VllmEngine
     from rlft.trainer.loop import loop
     from rlft.types import Prompt
@@ -228,7 +228,7 @@ def rlft(shape: str, micro: int, desk: Desk) -> None:
     )
     marked = Marked(engine, desk)
     rows = [Prompt(ids, {}, i) for i, ids in enumerate(prompts_of(shape))]
-    marked.session = session_of(cfg, rows, policy, marked, tokenizer, functions=build([alternate]))
+    marked.session = session_of(cfg, rows, policy, marked, tokenizer, functions=build_rewards([alternate]))
     loop(marked.session)
 
 

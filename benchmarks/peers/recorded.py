@@ -298,7 +298,7 @@ class Replayed:
 
     def _plan(self, question: dict[str, Any], prompts: list[Any]) -> None:
         """Memory, tokens per micro-batch and sharing as the question says; by default as a run has them."""
-        from rlft.trainer.plans import plan_of
+        from rlft.trainer.plans import pack_plan_of
 
         s, allowed = self.session, question.get("peak")
         tokens, share = question.get("tokens") or "auto", question.get("share", True)
@@ -312,7 +312,7 @@ class Replayed:
             rest = torch.cuda.memory_allocated() - self._desk.base
             fused.budget, self._before = None if allowed is None else allowed * GIB - rest, now
         cfg = replace(s.cfg, packing=replace(s.cfg.packing, budget=tokens, share_prefix=share))
-        s.plan = plan_of(cfg, s.algorithm, s.policy, prompts)
+        s.plan = pack_plan_of(cfg, s.algorithm, s.policy, prompts)
 
     def load_adapter(self, tensors: Any, version: int) -> None:
         if not version:
@@ -334,26 +334,26 @@ class Replayed:
 
 
 def session_of(cfg: Any, rows: list[Any], policy: Any, engine: Any, tokenizer: Any, **more: Any) -> Any:
-    """What `rlft.trainer.loop.loop` runs on, wired as by `rlft.trainer.setup.build`, around a policy and an engine that
-    exist.
+    """What `rlft.trainer.loop.loop` runs on, wired as by `rlft.trainer.setup.build_session`, around a policy and an
+    engine that exist.
 
     rows: the prompts. more: `functions` that reward, `callbacks`."""
-    from rlft.algos.algorithm import build
+    from rlft.algos.algorithm import build_algorithm
     from rlft.data.prompts import Prompts
     from rlft.monitor.background import Background
     from rlft.monitor.console import Console
-    from rlft.monitor.token_text import Pieces
+    from rlft.monitor.token_text import TokenText
     from rlft.monitor.tracking import Tracking
     from rlft.rollout.engine import asleep
     from rlft.runs.folder import Run
     from rlft.trainer.optim import Optimizer
-    from rlft.trainer.plans import plan_of
+    from rlft.trainer.plans import pack_plan_of
     from rlft.trainer.reference import Reference
     from rlft.trainer.setup import Session
 
-    algorithm, run, console = build(cfg.algo, 1), Run.create(cfg.out), Console(plain=True)
+    algorithm, run, console = build_algorithm(cfg.algo, 1), Run.create(cfg.out), Console(plain=True)
     with asleep(engine):
-        plan = plan_of(cfg, algorithm, policy, rows if engine.SAMPLES else ())
+        plan = pack_plan_of(cfg, algorithm, policy, rows if engine.SAMPLES else ())
     s = Session(
         cfg=cfg,
         steps=cfg.steps,
@@ -362,17 +362,17 @@ def session_of(cfg: Any, rows: list[Any], policy: Any, engine: Any, tokenizer: A
         engine=engine,
         eval_engine=engine,
         reference=Reference(policy, keep=False),
-        optimizer=Optimizer(policy.flat.flat, cfg.optim, cfg.steps),
+        optimizer=Optimizer(policy.adapter_params, cfg.optim, cfg.steps),
         prompts=Prompts(rows, cfg.seed, shuffle=False),
-        held=[],
-        held_loss=False,
+        eval_prompts=[],
+        eval_loss=False,
         eval_functions=[],
         run=run,
         writer=Background("rlft-writer"),
         console=console,
         identity={},
         plan=plan,
-        pieces=Pieces(tokenizer),
+        pieces=TokenText(tokenizer),
         **{"functions": [], **more},
     )
     s.tracking = Tracking(cfg, run, 0, False, console.note)

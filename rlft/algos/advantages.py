@@ -6,7 +6,7 @@ float32. What is "over the batch" is over the whole step on all ranks.
 
 Invalid rewards are left out of every statistic and get advantage 0, so an incomplete group is compared over the rewards
 it has; with fewer than two there is nothing to compare, and it gets 0. Completions that the loss leaves out for being
-cut (overlong.drop) stay in the statistics. Whatever is equal gets exactly 0, decided by max == min and not by a small
+cut (overlong.mask) stay in the statistics. Whatever is equal gets exactly 0, decided by max == min and not by a small
 std, which float noise would blow up.
 
     group_norm         (R - mean) / (std + 1e-4), unbiased std           GRPO 2402.03300, eps as TRL's

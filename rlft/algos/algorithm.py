@@ -15,7 +15,7 @@ from rlft.config import resolve
 from rlft.config.files import from_table, presets
 from rlft.config.run import Algo
 from rlft.errors import ConfigError
-from rlft.types import Aggregation, Batch, Look, Stats
+from rlft.types import Aggregation, Batch, Stats, StepView
 
 LOSSES = "rlft.algos.losses"
 """The package with one file per loss."""
@@ -68,12 +68,12 @@ class Algorithm:
     ratio), a forward of the trainer before the first update, or the sampler (correction "bypass")."""
     updates: int
     """Optimiser updates per rollout batch."""
-    prepare: Callable[[Look, Any], dict[str, float]] | None
+    prepare: Callable[[StepView, Any], dict[str, float]] | None
     """(look, config) -> numbers of a whole update for `Batch.prepared`, before it is made; None for none."""
     adapt: Callable[[dict[str, float], float, Any], dict[str, float]] | None
     """(State.adapted, mean entropy of the step, config) -> State.adapted of the next step; None for none."""
-    words: str
-    """Ratio, clip, KL and correction in words; the file's own `words(cfg)`, or its settings."""
+    summary: str
+    """Ratio, clip, KL and correction in words; the file's own `summary(cfg)`, or its settings."""
 
 
 def module_of(name: str) -> Any:
@@ -101,7 +101,7 @@ def module_of(name: str) -> Any:
     return found
 
 
-def build(algo: Algo, updates: int = 1) -> Algorithm:
+def build_algorithm(algo: Algo, updates: int = 1) -> Algorithm:
     """The algorithm of a run with `updates` optimiser updates per rollout batch.
 
     Raises ConfigError for an unknown name, setting or estimator, and a correction that does not fit the updates.
@@ -142,7 +142,7 @@ def build(algo: Algo, updates: int = 1) -> Algorithm:
         updates=updates,
         prepare=getattr(module, "prepare", None),
         adapt=getattr(module, "adapt", None),
-        words=module.words(config) if hasattr(module, "words") else str(config),
+        summary=module.summary(config) if hasattr(module, "summary") else str(config),
     )
 
 
@@ -158,7 +158,7 @@ def estimator_of(name: str) -> Callable[..., Tensor]:
     elif name in advantages.ESTIMATORS:
         estimator = getattr(advantages, name)
     else:
-        hint = resolve.near(name, list(advantages.ESTIMATORS))
+        hint = resolve.did_you_mean(name, list(advantages.ESTIMATORS))
         raise ConfigError(
             f'algo.advantage = "{name}": unknown.{hint} Known: {", ".join(advantages.ESTIMATORS)}; or '
             f'"file.py:function"'
@@ -178,7 +178,7 @@ def estimator_of(name: str) -> Callable[..., Tensor]:
 def describe(algorithm: Algorithm) -> list[str]:
     """The five choices (ratio, clip, KL, advantage, aggregation) in words, as printed at the start of a run."""
     aggregation = f"{algorithm.aggregation}, {AGGREGATIONS[algorithm.aggregation]}"
-    lines = [f"{algorithm.name}: {algorithm.words}; advantage {algorithm.advantage_name}; {aggregation}"]
+    lines = [f"{algorithm.name}: {algorithm.summary}; advantage {algorithm.advantage_name}; {aggregation}"]
     if algorithm.updates > 1:
         old = {
             "now": "",

@@ -20,7 +20,7 @@ The default is token_truncate with cap 2; that of TRL 1.16 with vLLM is sequence
 
 Besides the weight, whole sequences can be left out, and these count nothing twice:
 
-    gate_low, gate_high   outside of them lies exp(mean_t log rho)             geometric sequence mask
+    sequence_mask_low, sequence_mask_high   outside of them lies exp(mean_t log rho)             geometric sequence mask
     off_policy_limit      A < 0 and mean_t(sampler - now) is above it          OPSM (DeepSeek-V3.2, 2512.02556)
 
 A token that is masked keeps its place in every denominator: the weights were counted before.
@@ -33,7 +33,7 @@ import math
 import torch
 from torch import Tensor
 
-from rlft.algos.settings import Settings, gates, masks_sequences
+from rlft.algos.settings import Settings, has_sequence_mask, masks_sequences
 from rlft.algos.tokens import CLAMP, Tokens
 from rlft.errors import ConfigError
 from rlft.types import Stat, Stats
@@ -80,9 +80,9 @@ def _weight(cfg: Settings, tokens: Tokens, log_rho: Tensor, rho: Tensor) -> Tens
         weight = rho if kind == "token" else tokens.sum(log_rho).exp()
         within = weight.clamp(cfg.correction_floor, cfg.correction_cap)
         weight = within if bound == "truncate" else torch.where(within == weight, weight, 0)
-    if gates(cfg):
+    if has_sequence_mask(cfg):
         mean = tokens.mean(log_rho).exp()
-        weight = torch.where((mean >= cfg.gate_low) & (mean <= cfg.gate_high), weight, 0)
+        weight = torch.where((mean >= cfg.sequence_mask_low) & (mean <= cfg.sequence_mask_high), weight, 0)
     if cfg.off_policy_limit < math.inf:
         behind = tokens.mean(-tokens.against_sampler().detach())
         weight = torch.where((tokens.advantages < 0) & (behind > cfg.off_policy_limit), 0, weight)
@@ -105,7 +105,7 @@ def _stats(cfg: Settings, tokens: Tokens, rho: Tensor, weight: Tensor) -> Stats:
     }
 
 
-def words(cfg: Settings) -> str:
+def summary(cfg: Settings) -> str:
     """The correction in words, for the start of a run."""
     weighed = f"sampler correction up to {cfg.correction_cap:g}"
     if cfg.correction_weight != "token_truncate" or cfg.correction_floor:
@@ -117,8 +117,8 @@ def words(cfg: Settings) -> str:
         "decoupled": f"decoupled {weighed}",
         "auto": weighed,
     }[cfg.correction]
-    if gates(cfg):
-        said += f", sequences outside [{cfg.gate_low:g}, {cfg.gate_high:g}] left out"
+    if has_sequence_mask(cfg):
+        said += f", sequences outside [{cfg.sequence_mask_low:g}, {cfg.sequence_mask_high:g}] left out"
     if cfg.off_policy_limit < math.inf:
         said += f", bad sequences above {cfg.off_policy_limit:g} nat left out"
     return said

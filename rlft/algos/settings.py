@@ -36,9 +36,9 @@ class Settings:
     """Largest correction weight."""
     correction_floor: float = 0.0
     """Smallest correction weight."""
-    gate_low: float = 0.0
+    sequence_mask_low: float = 0.0
     """Sequences whose geometric mean of trainer / sampler is below this are left out of the loss; 0: none."""
-    gate_high: float = math.inf
+    sequence_mask_high: float = math.inf
     """Sequences whose geometric mean of trainer / sampler is above this are left out of the loss; inf: none."""
     off_policy_limit: float = math.inf
     """Sequences of negative advantage are left out where the mean of sampler - now is above this, in nats; inf: none
@@ -61,7 +61,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         bonus = ("entropy_coef", "entropy_coef_delta", "entropy_coef_max")
-        for name in ("kl_coef", *bonus, "correction_floor", "gate_low"):
+        for name in ("kl_coef", *bonus, "correction_floor", "sequence_mask_low"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ConfigError(f"algo.{name} = {getattr(self, name)}: want 0 or more, and finite")
         if not 0 < self.entropy_share <= 1:
@@ -111,14 +111,14 @@ def entropy_grad(cfg: Settings) -> bool:
     return cfg.entropy_coef > 0 or cfg.entropy_target is not None
 
 
-def gates(cfg: Settings) -> bool:
+def has_sequence_mask(cfg: Settings) -> bool:
     """True when sequences far from the sampler are left out."""
-    return cfg.gate_low > 0 or cfg.gate_high < math.inf
+    return cfg.sequence_mask_low > 0 or cfg.sequence_mask_high < math.inf
 
 
 def masks_sequences(cfg: Settings) -> bool:
     """True when whole sequences may be left out."""
-    return gates(cfg) or cfg.off_policy_limit < math.inf
+    return has_sequence_mask(cfg) or cfg.off_policy_limit < math.inf
 
 
 def _check_correction(cfg: Settings) -> None:
@@ -127,8 +127,11 @@ def _check_correction(cfg: Settings) -> None:
         raise ConfigError(f"algo.correction_cap = {cfg.correction_cap}: want 1 or more")
     if cfg.correction_floor > 1:
         raise ConfigError(f"algo.correction_floor = {cfg.correction_floor}: want 1 or less")
-    if cfg.gate_low > 1 or not cfg.gate_high >= 1:
-        raise ConfigError(f"algo.gate_low = {cfg.gate_low}, algo.gate_high = {cfg.gate_high}: want a band around 1")
+    if cfg.sequence_mask_low > 1 or not cfg.sequence_mask_high >= 1:
+        raise ConfigError(
+            f"algo.sequence_mask_low = {cfg.sequence_mask_low}, algo.sequence_mask_high = {cfg.sequence_mask_high}: "
+            f"want a band around 1"
+        )
     if math.isnan(cfg.off_policy_limit):
         raise ConfigError(f"algo.off_policy_limit = {cfg.off_policy_limit}: want a number of nats")
     weights = ("correction_weight", "correction_cap", "correction_floor")
@@ -142,8 +145,9 @@ def _check_correction(cfg: Settings) -> None:
         raise ConfigError(
             f'algo.{set_[0]} = {getattr(cfg, set_[0])} with algo.correction = "none": there is no weight; leave one out'
         )
-    if cfg.correction == "bypass" and gates(cfg):
+    if cfg.correction == "bypass" and has_sequence_mask(cfg):
         raise ConfigError(
-            f"algo.gate_low = {cfg.gate_low}, algo.gate_high = {cfg.gate_high} with algo.correction = "
-            f'"bypass": old is the sampler, so no sequence is ever outside; set algo.correction = "decoupled"'
+            f"algo.sequence_mask_low = {cfg.sequence_mask_low}, algo.sequence_mask_high = {cfg.sequence_mask_high} "
+            f'with algo.correction = "bypass": old is the sampler, so no sequence is ever outside; set '
+            f'algo.correction = "decoupled"'
         )

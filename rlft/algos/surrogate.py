@@ -16,10 +16,10 @@ from torch import Tensor
 from rlft.algos import corrections, kl
 from rlft.algos.settings import Settings, entropy_grad, needs_reference
 from rlft.algos.tokens import Tokens
-from rlft.types import Batch, Look, Stat, Stats
+from rlft.types import Batch, Stat, Stats, StepView
 
 
-def words(cfg: Settings) -> str:
+def summary(cfg: Settings) -> str:
     """KL, entropy and correction in words, for the start of a run."""
     said = [f"{cfg.kl_coef:g} x KL ({cfg.kl})" if cfg.kl_coef else "no KL"]
     if entropy_grad(cfg):
@@ -27,7 +27,7 @@ def words(cfg: Settings) -> str:
         said.append(f"entropy bonus {cfg.entropy_coef:g}{target}")
     if cfg.entropy_share < 1:
         said.append(f"the {cfg.entropy_share:.0%} of tokens with the highest entropy")
-    return ", ".join([*said, corrections.words(cfg)])
+    return ", ".join([*said, corrections.summary(cfg)])
 
 
 def total(token_loss: Tensor, tokens: Tokens, batch: Batch, cfg: Settings) -> tuple[Tensor, Stats]:
@@ -57,7 +57,7 @@ def total(token_loss: Tensor, tokens: Tokens, batch: Batch, cfg: Settings) -> tu
     return (token_loss * batch.weight).sum(), stats
 
 
-def prepare(look: Look, cfg: Settings) -> dict[str, float]:
+def prepare(look: StepView, cfg: Settings) -> dict[str, float]:
     """The entropy that a token must have for the policy term to act on it, where only a share of them is trained.
 
     Of the update's tokens, by the policy that it starts from: every update trains on that share."""

@@ -26,7 +26,7 @@ from rlft.cli.arguments import EvalArgs, GenerateArgs, MergeArgs, PushArgs, Repo
 from rlft.cli.flags import paragraph, worded
 from rlft.cli.flags import parse as parse_flags
 from rlft.config import files as config_file
-from rlft.config.resolve import near
+from rlft.config.resolve import did_you_mean
 from rlft.config.run import Config
 from rlft.errors import ConfigError, RewardError, RlftError
 
@@ -129,7 +129,7 @@ def _run(argv: list[str]) -> int:
         print(__version__)
         return 0
     if argv[0] not in COMMANDS:
-        hint = near(argv[0], list(COMMANDS))
+        hint = did_you_mean(argv[0], list(COMMANDS))
         raise ConfigError(f'no command "{argv[0]}".{hint} Commands: {", ".join(COMMANDS)}; see rlft --help')
     return COMMANDS[argv[0]].run(argv[1:])
 
@@ -207,7 +207,7 @@ def _eval(args: list[str]) -> int:
     if given.json:
         print(json.dumps({name: value if math.isfinite(value) else None for name, value in values.items()}))
         return 0
-    from rlft.monitor.console import Console, evaluation_rows, luck
+    from rlft.monitor.console import Console, evaluation_rows, selection_note
 
     what = "the base model" if given.base else f"step {values['step']:.0f}"
     several = values.get("eval/samples", 1) > 1
@@ -216,7 +216,7 @@ def _eval(args: list[str]) -> int:
     console = Console()
     console.table(title, evaluation_rows(values))
     if among := values.get("eval/chosen_among"):
-        console.note(luck(int(among)))
+        console.note(selection_note(int(among)))
     return 0
 
 
@@ -233,7 +233,7 @@ def _merge(args: list[str]) -> int:
     from rlft.runs.export import merge
 
     merged = merge(given.run, given.out, given.checkpoint, given.dtype, given.push, given.private)
-    print(f"merged {merged.checkpoint} into {merged.out}\n{merged.words()}")
+    print(f"merged {merged.checkpoint} into {merged.out}\n{merged.summary()}")
     return 0
 
 

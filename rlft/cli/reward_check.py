@@ -17,8 +17,8 @@ from rlft.config import files as config_file
 from rlft.config.run import Config, Data, Reward
 from rlft.data.prompts import check_rows, kind_of
 from rlft.errors import ConfigError, DataError
-from rlft.rewards.parts import Parts
-from rlft.rewards.score import RewardFunction, build, score
+from rlft.rewards.parts import RewardBreakdown
+from rlft.rewards.score import RewardFunction, build_rewards, score
 from rlft.runs.folder import Run
 from rlft.runs.tables import shown_prompt
 from rlft.types import Prompt, Rollout
@@ -45,13 +45,13 @@ def check(
         raise ConfigError(f"--step {step}: a step of which run? Give --run RUN")
     if completion is not None and run is not None:
         raise ConfigError(f'--completion "{completion}" and --run {run}: give one of them')
-    cfg = config_file.load(file) if Path(file).suffix in (".toml", ".yaml", ".yml") else None
+    cfg = config_file.load_config(file) if Path(file).suffix in (".toml", ".yaml", ".yml") else None
     rewards = cfg.rewards if cfg else (Reward(file, timeout=timeout or 30.0),)
     if not rewards:
         raise ConfigError(f"{file}: has no rewards; add rewards = [...], or give file.py:function")
     source = _data(cfg, data, run)
     every = check_rows(source, cfg.seed if cfg else 42)
-    functions = build(rewards)
+    functions = build_rewards(rewards)
     try:
         for function in functions:
             function.timeout = timeout or function.timeout
@@ -79,7 +79,7 @@ def _data(cfg: Config | None, data: str | None, run: Path | None) -> Data:
     if cfg is not None:
         return cfg.data
     if run is not None:
-        return config_file.load(Run.resume(run).config).data
+        return config_file.load_config(Run.resume(run).config).data
     raise ConfigError(
         "give the rows to score: --data PATH (a file, a folder, a hub id, reasoning_gym:TASK) or --run RUN"
     )
@@ -192,7 +192,7 @@ def _messages(row: dict[str, Any], data: Data) -> tuple[dict[str, Any], ...] | N
 # ---- what is shown -----------------------------------------------------------------------------------------------
 
 
-def _table(made: Sequence[Rollout], functions: Sequence[RewardFunction], parts: Parts) -> Any:
+def _table(made: Sequence[Rollout], functions: Sequence[RewardFunction], parts: RewardBreakdown) -> Any:
     """One line per completion."""
     from rich.table import Table
     from rich.text import Text
@@ -210,7 +210,7 @@ def _table(made: Sequence[Rollout], functions: Sequence[RewardFunction], parts: 
     return table
 
 
-def _summary(functions: Sequence[RewardFunction], parts: Parts) -> Any:
+def _summary(functions: Sequence[RewardFunction], parts: RewardBreakdown) -> Any:
     """One line per function."""
     from rich.table import Table
 

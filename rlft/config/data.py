@@ -135,7 +135,7 @@ class Sampling:
 
 
 @dataclass(frozen=True)
-class Refill:
+class DynamicSampling:
     """Dynamic sampling (DAPO): groups of equal rewards teach nothing, so other prompts are drawn in their place."""
 
     rounds: int = 0
@@ -145,9 +145,12 @@ class Refill:
     one that says right or wrong where others shape the reward."""
 
     def __post_init__(self) -> None:
-        require(self.rounds >= 0, "refill.rounds", self.rounds, "0 (off) or more")
+        require(self.rounds >= 0, "dynamic_sampling.rounds", self.rounds, "0 (off) or more")
         require(
-            self.by is None or self.rounds > 0, "refill.by", self.by, "set refill.rounds too, or nothing is refilled"
+            self.by is None or self.rounds > 0,
+            "dynamic_sampling.by",
+            self.by,
+            "set dynamic_sampling.rounds too, or no group is replaced",
         )
 
 
@@ -172,7 +175,7 @@ class Overlong:
 
     penalty_share: float = 0.0
     """Over this last share of max_tokens a penalty grows from 0 to -1, added to the reward; 0 switches it off."""
-    drop: bool = False
+    mask: bool = False
     """Leave completions that were cut at max_tokens out of the loss. Their reward stays in the group's statistics."""
 
     def __post_init__(self) -> None:

@@ -15,8 +15,9 @@ import typing
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from rlft.config.resolve import near
+from rlft.config.resolve import did_you_mean
 from rlft.config.run import Algo, Config, Data, Reward, Source
+from rlft.config.trl_names import RENAMED, RENAMED_VALUES, TRL_NAMES, TRL_NOTES
 from rlft.errors import ConfigError
 
 T = TypeVar("T")
@@ -25,94 +26,9 @@ SHORT = {Data: "path", Source: "path", Reward: "use", Algo: "name"}
 """Sections that may be written as a plain string, and the field it stands for."""
 
 PRESETS = Path(__file__).parent / "presets"
-TRL_NAMES = {
-    "num_generations": "sampling.group_size",
-    "max_completion_length": "sampling.max_tokens",
-    "temperature": "sampling.temperature",
-    "top_p": "sampling.top_p",
-    "top_k": "sampling.top_k",
-    "max_prompt_length": "data.max_prompt_tokens",
-    "dataset_name": "data.path",
-    "dataset_config": "data.subset",
-    "dataset_train_split": "data.split",
-    "shuffle_dataset": "data.shuffle",
-    "num_train_epochs": "data.epochs",
-    "chat_template_kwargs": "data.chat_template_kwargs",
-    "model_name_or_path": "model",
-    "output_dir": "out",
-    "run_name": "track.name",
-    "report_to": "track.use",
-    "max_steps": "steps",
-    "data_seed": "seed",
-    "per_device_train_batch_size": "prompts_per_step",
-    "bf16": "dtype",
-    "fp16": "dtype",
-    "torch_dtype": "dtype",
-    "load_in_4bit": "quantization",
-    "use_vllm": "engine.name",
-    "reward_funcs": "rewards",
-    "reward_weights": "rewards.weight",
-    "learning_rate": "optim.lr",
-    "weight_decay": "optim.weight_decay",
-    "adam_beta1": "optim.betas",
-    "adam_beta2": "optim.betas",
-    "adam_epsilon": "optim.eps",
-    "max_grad_norm": "optim.max_grad_norm",
-    "lr_scheduler_type": "optim.schedule",
-    "warmup_steps": "optim.warmup",
-    "warmup_ratio": "optim.warmup",
-    "lora_r": "lora.rank",
-    "lora_alpha": "lora.alpha",
-    "lora_dropout": "lora.dropout",
-    "use_rslora": "lora.rslora",
-    "lora_target_modules": "lora.targets",
-    "target_modules": "lora.targets",
-    "beta": "algo.kl_coef",
-    "epsilon": "algo.clip_low",
-    "epsilon_high": "algo.clip_high",
-    "scale_rewards": "algo.advantage",
-    "loss_type": "algo.aggregation",
-    "vllm_importance_sampling_cap": "algo.correction_cap",
-    "vllm_importance_sampling_clip_max": "algo.correction_cap",
-    "vllm_importance_sampling_clip_min": "algo.correction_floor",
-    "vllm_importance_sampling_mode": "algo.correction_weight",
-    "off_policy_mask_threshold": "algo.off_policy_limit",
-    "top_entropy_quantile": "algo.entropy_share",
-    "use_adaptive_entropy": "algo.entropy_target",
-    "use_bias_correction_kl": "algo.kl",
-    "multi_objective_aggregation": "algo.advantage",
-    "sapo_temperature_pos": "algo.temperature_pos",
-    "sapo_temperature_neg": "algo.temperature_neg",
-    "simpo_gamma": "algo.gamma",
-    "cpo_alpha": "algo.nll_coef",
-    "rpo_alpha": "algo.nll_coef",
-    "save_steps": "checkpoint.every",
-    "save_total_limit": "checkpoint.keep",
-    "eval_steps": "eval.every",
-    "eval_strategy": "eval.every",
-    "eval_dataset": "eval.data",
-    "num_generations_eval": "eval.samples",
-    "num_iterations": "optim.passes",
-    "mask_truncated_completions": "overlong.drop",
-}
-"""What TRL calls a setting, and what it is here."""
-
-TRL_NOTES = {
-    "importance_sampling_level": 'for ratios of sequences set algo.name = "gspo"',
-    "resume": "use the flag --resume, which goes on from the newest checkpoint in `out`",
-    "resume_from_checkpoint": "use the flag --resume, which goes on from the newest checkpoint in `out`",
-    "logging_steps": "nothing to set: every step is logged",
-    "gradient_accumulation_steps": "nothing to set: packing.budget cuts a step into micro-batches, same gradient",
-    "gradient_checkpointing": "nothing to set: lower packing.budget to save memory",
-    "do_train": "use the command: rlft train, rlft eval",
-    "load_best_model_at_end": "nothing to set: the checkpoint that did best on the held-out rows is kept and named",
-    "metric_for_best_model": "nothing to set: the best has the highest eval/reward, or without rewards the lowest loss",
-    "do_eval": "use the command: rlft train, rlft eval",
-}
-"""TRL's settings that have no counterpart, and what to do instead."""
 
 
-def load(path: str | Path) -> Config:
+def load_config(path: str | Path) -> Config:
     """The config in a .toml, .yaml or .yml file. Raises ConfigError naming the file or the field at fault."""
     return from_table(Config, with_preset(read(path)))
 
@@ -123,7 +39,7 @@ def preset(name: str, **settings: Any) -> Config:
     settings: top-level settings; a section is a dict, for example sampling={"group_size": 16}. Raises ConfigError.
     """
     if name not in presets():
-        raise ConfigError(f'no preset "{name}".{near(name, presets())} Presets: {", ".join(presets())}')
+        raise ConfigError(f'no preset "{name}".{did_you_mean(name, presets())} Presets: {", ".join(presets())}')
     algo = settings.get("algo") or {}
     return from_table(Config, with_preset({**settings, "algo": {**algo, "name": name}}))
 
@@ -211,6 +127,8 @@ def unknown(key: str, where: str, known: list[str]) -> ConfigError:
 
     known: the names that do exist there.
     """
+    if _dot(where, key) in RENAMED:
+        return ConfigError(f"{_dot(where, key)}: is called {RENAMED[_dot(where, key)]} now")
     start = f"{_dot(where, key)}: unknown setting."
     if key in TRL_NAMES and TRL_NAMES[key] != _dot(where, key):
         return ConfigError(f"{start} TRL's {key} is {TRL_NAMES[key]} here")
@@ -219,7 +137,7 @@ def unknown(key: str, where: str, known: list[str]) -> ConfigError:
     moved = [path for path in paths() if path.rpartition(".")[2] == key]
     if moved:
         return ConfigError(f"{start} Did you mean {' or '.join(moved)}?")
-    hint = near(key, known) or near(key, paths()) or f" Known here: {', '.join(known)}"
+    hint = did_you_mean(key, known) or did_you_mean(key, paths()) or f" Known here: {', '.join(known)}"
     return ConfigError(start + hint)
 
 
@@ -260,7 +178,9 @@ def _value(hint: Any, value: Any, where: str) -> Any:
     if origin is Literal:
         if value in args:
             return value
-        close = near(value, [str(a) for a in args]) if isinstance(value, str) else ""
+        if isinstance(value, str) and (where, value) in RENAMED_VALUES:
+            raise mistyped(hint, value, where)
+        close = did_you_mean(value, [str(a) for a in args]) if isinstance(value, str) else ""
         raise ConfigError(f"{where} = {_shown(value)}: want {_want(hint)}{'.' + close if close else ''}")
     if origin is tuple and isinstance(value, list | tuple):
         if len(args) == 2 and args[1] is Ellipsis:
@@ -316,6 +236,8 @@ def _union(hint: Any, value: Any, where: str) -> Any:
 
 def mistyped(hint: Any, value: Any, where: str) -> ConfigError:
     """The error for a value that is not of the type `hint`. where: its dotted name."""
+    if isinstance(value, str) and (where, value) in RENAMED_VALUES:
+        return ConfigError(f'{where} = "{value}": is called "{RENAMED_VALUES[where, value]}" now')
     return ConfigError(f"{where} = {_shown(value)}: want {_want(hint)}")
 
 

@@ -17,7 +17,7 @@ from typing import Any
 from rlft.errors import ConfigError
 
 
-def near(name: str, known: list[str]) -> str:
+def did_you_mean(name: str, known: list[str]) -> str:
     """A hint for a mistyped name: ' Did you mean "x"?', or nothing when nothing is close."""
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     return f' Did you mean "{close[0]}"?' if close else ""
@@ -65,7 +65,7 @@ def container(reference: str, field: str) -> tuple[ModuleType, str]:
     except (ConfigError, ModuleNotFoundError) as error:
         raise ConfigError(f'{field} = "{reference}": {error}') from None
     if not hasattr(module, name):
-        raise ConfigError(f'{field} = "{reference}": {where} has no "{name}".{near(name, dir(module))}')
+        raise ConfigError(f'{field} = "{reference}": {where} has no "{name}".{did_you_mean(name, dir(module))}')
     return module, name
 
 
@@ -80,7 +80,7 @@ def module(name: str, package: str, field: str) -> ModuleType:
     known = names_in(package)
     if name not in known:
         raise ConfigError(
-            f'{field} = "{name}": not in {package}.{near(name, known)} Known: {", ".join(known)}; '
+            f'{field} = "{name}": unknown.{did_you_mean(name, known)} Known: {", ".join(known)}; '
             f'or give "file.py:name" or "package.module:name"'
         )
     return importlib.import_module(f"{package}.{name}")

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from rlft.config.data import Curriculum, Data, Eval, Overlong, Refill, Reward, Sampling, Source, require
+from rlft.config.data import Curriculum, Data, DynamicSampling, Eval, Overlong, Reward, Sampling, Source, require
 from rlft.errors import ConfigError
 
 __all__ = [
@@ -29,7 +29,7 @@ __all__ = [
     "Checkpoint",
     "Curriculum",
     "Overlong",
-    "Refill",
+    "DynamicSampling",
     "Track",
     "require",
 ]
@@ -135,10 +135,10 @@ class Engine:
     """"vllm" samples with vLLM on the trainer's own weights; "eager" with the trainer's own modules; "replay" hands out
     recorded completions. "auto" is replay when the data has recorded completions, else vllm where there is a GPU and
     vLLM is installed, else eager."""
-    mode: Literal["auto", "lent", "expanded", "merged"] = "auto"
-    """How vLLM holds the linear layers. "lent": computes from the trainer's bytes, no memory of its own. "expanded":
-    plain weights that are given back while it sleeps, faster. "merged": those with the adapter added,
-    faster still, and rounded. "auto": expanded where it fits, else lent."""
+    mode: Literal["auto", "shared", "dequantized", "merged"] = "auto"
+    """How vLLM holds the linear layers. "shared": computes from the trainer's bytes, no memory of its own.
+    "dequantized": plain weights that are given back while it sleeps, faster. "merged": those with the adapter added,
+    faster still, and rounded. "auto": dequantized where it fits, else shared."""
     batch_size: int = 64
     """Sequences that the eager engine decodes at a time."""
     max_seqs: int = 256
@@ -166,7 +166,7 @@ class Engine:
 class Packing:
     """How a step is cut into micro-batches."""
 
-    budget: int | Literal["auto"] = "auto"
+    tokens_per_micro_batch: int | Literal["auto"] = "auto"
     """Tokens per micro-batch; "auto" is what takes the least time in the memory that there is, 4,096 to 32,768, and
     4,096 on a CPU."""
     share_prefix: bool = True
@@ -175,8 +175,10 @@ class Packing:
     """Do not run micro-batches in which every advantage is 0, where that cannot change the gradient."""
 
     def __post_init__(self) -> None:
-        good = self.budget == "auto" or (isinstance(self.budget, int) and self.budget >= 1)
-        require(good, "packing.budget", self.budget, 'at least 1 token, or "auto"')
+        good = self.tokens_per_micro_batch == "auto" or (
+            isinstance(self.tokens_per_micro_batch, int) and self.tokens_per_micro_batch >= 1
+        )
+        require(good, "packing.tokens_per_micro_batch", self.tokens_per_micro_batch, 'at least 1 token, or "auto"')
 
 
 @dataclass(frozen=True)
@@ -279,7 +281,7 @@ class Config:
     none on a CPU."""
     algo: Algo = field(default_factory=Algo)
     sampling: Sampling = field(default_factory=Sampling)
-    refill: Refill = field(default_factory=Refill)
+    dynamic_sampling: DynamicSampling = field(default_factory=DynamicSampling)
     curriculum: Curriculum = field(default_factory=Curriculum)
     overlong: Overlong = field(default_factory=Overlong)
     lora: Lora = field(default_factory=Lora)

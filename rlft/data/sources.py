@@ -134,7 +134,7 @@ def _generated(task: str, args: dict[str, Any], seed: int) -> list[dict[str, Any
     except ImportError as error:
         raise DataError(f'data.path = "{GYM}{task}" needs reasoning-gym: pip install "rlft[tasks]"') from error
     if task not in DATASETS:
-        raise DataError(f'data.path = "{GYM}{task}": no such task.{resolve.near(task, sorted(DATASETS))}')
+        raise DataError(f'data.path = "{GYM}{task}": no such task.{resolve.did_you_mean(task, sorted(DATASETS))}')
     try:
         entries = reasoning_gym.create_dataset(task, **{"seed": seed, "size": 1000, **args})
     except (TypeError, ValueError, AssertionError) as error:

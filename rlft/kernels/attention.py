@@ -37,7 +37,7 @@ from torch import Tensor
 
 from rlft.kernels import attention_backends as backends
 from rlft.kernels.copies import Copies, copied, summed
-from rlft.kernels.launch import on_gpu, want
+from rlft.kernels.launch import check_args, on_gpu
 from rlft.kernels.lse_merge import merge
 from rlft.upload import upload
 
@@ -340,18 +340,18 @@ def varlen_attention(
 
     q: [T, Hq, D] float. k, v: [T, Hk, D], same dtype, Hq a multiple of Hk (grouped queries share a key head).
     sequences: see `Sequences.of`. window: keys seen at most, the own one included. softcap: c of c tanh(z / c).
-    backend: "fa4", "fa2", "sdpa" or "plain"; None lets `attention_backends.choose` decide from device, dtype, head size
-    and softcap. Returns [T, Hq, D]. Deterministic but for dQ of the flash attentions, which they add up by atomics.
-    Raises ValueError on shapes, dtypes and devices that do not fit, for a back end that cannot do what is asked, and
-    for shared prefixes on a GPU that do not lie first.
+    backend: "fa4", "fa2", "sdpa" or "plain"; None lets `attention_backends.choose_backend` decide from device, dtype,
+    head size and softcap. Returns [T, Hq, D]. Deterministic but for dQ of the flash attentions, which they add up by
+    atomics. Raises ValueError on shapes, dtypes and devices that do not fit, for a back end that cannot do what is
+    asked, and for shared prefixes on a GPU that do not lie first.
     """
     op = "varlen_attention"
     ok = q.dim() == 3 and k.shape == v.shape and q.shape[0] == k.shape[0] and q.shape[1] % k.shape[1] == 0
     ok = ok and q.dtype == k.dtype == v.dtype and q.shape[2] == k.shape[2] and sequences.bounds[-1] == q.shape[0]
     wanted = f"q [T, Hq, D] and k, v [T, Hk, D] of one dtype, T = {sequences.bounds[-1]}, Hq a multiple of Hk"
-    want(op, ok, wanted, q=q, k=k, v=v)
+    check_args(op, ok, wanted, q=q, k=k, v=v)
     on_gpu(op, q=q, k=k, v=v)
-    backend = backend or backends.choose(q.device, q.dtype, q.shape[2], softcap)
+    backend = backend or backends.choose_backend(q.device, q.dtype, q.shape[2], softcap)
     if backend == "plain" or (backend == "sdpa" and softcap is not None):
         most = max(_totals(sequences), default=0)
         if q.is_cuda and 4 * q.shape[1] * most**2 > PLAIN_LIMIT:

@@ -46,7 +46,7 @@ def fa4_version() -> str | None:
         return None
 
 
-def choose(device: torch.device, dtype: torch.dtype, head_dim: int, softcap: float | None) -> str:
+def choose_backend(device: torch.device, dtype: torch.dtype, head_dim: int, softcap: float | None) -> str:
     """The back end for tensors like these; see benchmarks/attention.py for the measurement behind it.
 
     flash-attn-4 wherever it can run: it was faster than torch's at every length from 512 to 64k. Raises ValueError when

@@ -148,7 +148,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any
             compiled[(*grid, 1, 1)[:3]](*arguments, *named)
 
 
-def want(op: str, ok: bool, wanted: str, **got: Tensor | None) -> None:
+def check_args(op: str, ok: bool, wanted: str, **got: Tensor | None) -> None:
     """Raise ValueError saying what `op` wants and the shapes, dtypes and strides it got, unless `ok`."""
     if not ok:
         shown = ", ".join(

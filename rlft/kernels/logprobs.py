@@ -25,7 +25,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rlft.kernels.launch import jit, launch, on_gpu, power_of_2, tl, want
+from rlft.kernels.launch import check_args, jit, launch, on_gpu, power_of_2, tl
 from rlft.kernels.target_softmax import Rows, entropy_reference, launch_entropy, launch_rows, target_softmax_reference
 
 CHUNK_BYTES = 448 * 2**20
@@ -313,7 +313,7 @@ def linear_logprobs(
     fits = fits and targets.shape == hidden.shape[:1] and targets.dtype == torch.int64
     wanted = "hidden [N, H] and weight [V, H] of one float dtype, targets [N] int64"
     same = hidden.dtype == weight.dtype and hidden.dtype.is_floating_point
-    want(op, fits and same, wanted, hidden=hidden, weight=weight, targets=targets)
+    check_args(op, fits and same, wanted, hidden=hidden, weight=weight, targets=targets)
     on_gpu(op, hidden=hidden, weight=weight, targets=targets)
     if not temperature > 0:
         raise ValueError(f"{op}: temperature = {temperature}: want a number above 0")

@@ -25,8 +25,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from rlft.kernels.launch import as_rows, want
-from rlft.kernels.lora_group import LoraGroup, fill
+from rlft.kernels.launch import as_rows, check_args
+from rlft.kernels.lora_group import LoraGroup, write_adapters
 from rlft.kernels.low_rank import gradients, shrink
 from rlft.kernels.nf4 import Nf4Weight, decode, decode_reference
 
@@ -67,7 +67,7 @@ class Weight(NamedTuple):
     def of(cls, group: LoraGroup, buffer: Tensor) -> Weight:
         """W goes to buffer[:out, :H]. Raises ValueError for a buffer of another shape."""
         Y, H = group.out, group.in_features
-        want("Weight", buffer.shape == group.buffer, f"a buffer {list(group.buffer)}", buffer=buffer)
+        check_args("Weight", buffer.shape == group.buffer, f"a buffer {list(group.buffer)}", buffer=buffer)
         w = buffer[:Y]
         return cls(group, buffer, w[:, H:], buffer[Y:, :H], w.T, w[:, :H].T, buffer[:, :H])
 
@@ -92,7 +92,7 @@ def forward(
     H, tail, columns = group.in_features, group.tail, group.in_features + group.tail
     concatenated = s is None or not tail
     y = (x.shape[0], group.out)
-    want(
+    check_args(
         "lora.forward",
         x.dim() == 2
         and x.shape[1] == (columns if concatenated else H)
@@ -123,7 +123,7 @@ def input_gradient(weight: Weight, dy: Tensor, out: Tensor | None = None) -> Ten
     weight: as in the forward. out: [T, H] to write to, rows of any stride.
     """
     Y, H, tail = weight.group.out, weight.group.in_features, weight.group.tail
-    want(
+    check_args(
         "lora.input_gradient",
         dy.dim() == 2 and dy.shape[1] in (Y, Y + tail) and (out is None or out.shape == (dy.shape[0], H)),
         f"dy [T, {Y + tail}] or [T, {Y}], out [T, {H}]",
@@ -150,7 +150,7 @@ def backward(
     not fit. A layer that has x only after dx calls `gradients_b`, `input_gradient` and `gradients_a` itself.
     """
     group = weight.group
-    want(
+    check_args(
         "lora.backward",
         dy.dim() == 2 and dy.shape[1] == group.out + group.tail,
         f"dy [T, {group.out + group.tail}]",
@@ -215,7 +215,7 @@ def _filled(group: LoraGroup, like: Tensor, adapters: Sequence[Tensor]) -> tuple
     """Fresh b and a of like's dtype."""
     b, a = like.new_empty(group.out, group.tail), like.new_empty(group.tail, group.in_features)
     adapters = [t.detach().contiguous() for t in adapters]
-    fill(group, adapters[: len(adapters) // 2], adapters[len(adapters) // 2 :], b, a)
+    write_adapters(group, adapters[: len(adapters) // 2], adapters[len(adapters) // 2 :], b, a)
     return b, a
 
 
@@ -253,7 +253,7 @@ def lora_linear(
         )
     for weight, a, b in zip(weights, A, B, strict=True):
         dense = weight if isinstance(weight, Tensor) else None
-        want(
+        check_args(
             "lora_linear",
             weight.shape[1] == x.shape[-1]
             and (dense is None or (dense.dtype == x.dtype and not dense.requires_grad))
@@ -266,7 +266,7 @@ def lora_linear(
             B=b,
         )
     group = LoraGroup(x.shape[-1], tuple(w.shape[0] for w in weights), tuple(a.shape[0] for a in A), scales, align=16)
-    want(
+    check_args(
         "lora_linear",
         bias is None or (tuple(bias.shape) == (group.out,) and not bias.requires_grad),
         f"a frozen bias [{group.out}]",

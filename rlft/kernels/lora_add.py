@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from rlft.kernels.launch import KERNEL_DTYPES, jit, launch, on_gpu, power_of_2, tl, want
+from rlft.kernels.launch import KERNEL_DTYPES, check_args, jit, launch, on_gpu, power_of_2, tl
 
 LEAST_RANK = 16
 """Rows of A per projection at least; the rank is a power of two. What an adapter does not fill is zero."""
@@ -122,7 +122,7 @@ def lora_add(y: Tensor, x: Tensor, a: Tensor, b: Tensor, sizes: Sequence[int]) -
     shapes or dtypes that do not fit.
     """
     T, out, count, rank = x.shape[0], sum(sizes), len(sizes), b.shape[1]
-    want(
+    check_args(
         "lora_add",
         x.dim() == 2
         and tuple(y.shape) == (T, out)

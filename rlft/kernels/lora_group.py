@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rlft.kernels.launch import element_type, jit, launch, on_gpu, table_entry, tl, want
+from rlft.kernels.launch import check_args, element_type, jit, launch, on_gpu, table_entry, tl
 from rlft.upload import upload
 
 
@@ -94,7 +94,7 @@ class LoraGroup:
         return tuple(i for i, rank in enumerate(self.ranks) if rank)
 
 
-def fill_reference(group: LoraGroup, A: Sequence[Tensor], B: Sequence[Tensor], b: Tensor, a: Tensor) -> None:
+def write_adapters_reference(group: LoraGroup, A: Sequence[Tensor], B: Sequence[Tensor], b: Tensor, a: Tensor) -> None:
     """Write the adapters where the products want them, in plain PyTorch."""
     b.zero_()
     a.zero_()
@@ -162,7 +162,7 @@ class Part(NamedTuple):
     def check(self) -> None:
         group, A, B, b, a = self
         for i, rank in enumerate(group.ranks):
-            want(
+            check_args(
                 "fill",
                 tuple(A[i].shape) == (rank, group.in_features)
                 and tuple(B[i].shape) == (group.out_features[i], rank)
@@ -173,7 +173,7 @@ class Part(NamedTuple):
                 A=A[i],
                 B=B[i],
             )
-        want(
+        check_args(
             "fill",
             tuple(b.shape) == (group.out, group.tail)
             and tuple(a.shape) == (group.tail, group.in_features)
@@ -185,7 +185,7 @@ class Part(NamedTuple):
         )
 
 
-class FillPlan:
+class AdapterWriteTables:
     """What writes the adapters of several groups, as they are whenever it is `run`: in one launch, where their dtype is
     one. The table of addresses is copied to the device once, so that a CUDA graph can run it; the plan keeps the
     tensors alive and must be made again when one of them moves. Raises ValueError for parts that do not fit."""
@@ -252,7 +252,7 @@ class FillPlan:
             self.launch()
         else:
             for part in self.parts:
-                fill_reference(*part)
+                write_adapters_reference(*part)
 
     def launch(self) -> None:
         """The kernel, on the current stream."""
@@ -260,12 +260,12 @@ class FillPlan:
             each()
 
 
-def fill(group: LoraGroup, A: Sequence[Tensor], B: Sequence[Tensor], b: Tensor, a: Tensor) -> None:
+def write_adapters(group: LoraGroup, A: Sequence[Tensor], B: Sequence[Tensor], b: Tensor, a: Tensor) -> None:
     """Write the adapters where the products want them, once and without a table: by PyTorch, for operands that are new
     each time. Arguments as `Part`, errors as `FillPlan`."""
     part = Part(group, A, B, b, a)
-    FillPlan([part])  # for its checks
-    fill_reference(*part)
+    AdapterWriteTables([part])  # for its checks
+    write_adapters_reference(*part)
 
 
 def three(items: Sequence) -> list:

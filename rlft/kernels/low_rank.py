@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from rlft.kernels.launch import jit, launch, on_gpu, power_of_2, tl, want
+from rlft.kernels.launch import check_args, jit, launch, on_gpu, power_of_2, tl
 from rlft.kernels.lora_group import LoraGroup, three
 
 
@@ -307,7 +307,7 @@ def shrink(group: LoraGroup, x: Tensor, a: Tensor, s: Tensor) -> None:
 
     Unit column strides. Raises ValueError otherwise.
     """
-    want(
+    check_args(
         "shrink",
         x.dim() == 2 and x.shape[1] == group.in_features and tuple(s.shape) == (x.shape[0], group.tail)
         and tuple(a.shape) == (group.tail, group.in_features) and {x.stride(1), s.stride(1), a.stride(1)} == {1}
@@ -322,7 +322,7 @@ def shrink(group: LoraGroup, x: Tensor, a: Tensor, s: Tensor) -> None:
 def gradients_b(group: LoraGroup, dy: Tensor, s: Tensor, b: Tensor, ds: Tensor, grad_B: Sequence[Tensor]) -> None:
     """ds = dy b, and the gradient of B added into the caller's. Arguments and errors as `gradients`."""
     T = dy.shape[0]
-    want(
+    check_args(
         "gradients_b",
         tuple(dy.shape) == (T, group.out) and tuple(ds.shape) == (T, group.tail) and s.shape[0] == T
         and s.shape[1] >= group.rank and tuple(b.shape) == (group.out, group.tail)
@@ -343,7 +343,7 @@ def gradients_b(group: LoraGroup, dy: Tensor, s: Tensor, b: Tensor, ds: Tensor, 
 def gradients_a(group: LoraGroup, ds: Tensor, x: Tensor, grad_A: Sequence[Tensor]) -> None:
     """The gradient of A added into the caller's. Arguments and errors as `gradients`."""
     T = x.shape[0]
-    want(
+    check_args(
         "gradients_a",
         tuple(x.shape) == (T, group.in_features) and tuple(ds.shape) == (T, group.tail) and x.dtype == ds.dtype
         and all(t.stride(1) == 1 or not t.numel() for t in (x, ds)),
@@ -362,7 +362,9 @@ def _check_gradient(op: str, i: int, grad: Tensor, shape: tuple[int, int], like:
     ok = grad.shape == shape and grad.is_contiguous() and grad.device == like.device
     if not ok or (like.is_cuda and grad.dtype != torch.float32):  # before the words are made: 14 times per layer
         wanted = f"a gradient {list(shape)}, contiguous, float32 on a GPU, on {like.device}, for projection {i}"
-        want(op, False, f"{wanted}, not on {grad.device}" if grad.device != like.device else wanted, gradient=grad)
+        check_args(
+            op, False, f"{wanted}, not on {grad.device}" if grad.device != like.device else wanted, gradient=grad
+        )
 
 
 def gradients(

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlft.kernels.launch import element_type, jit, launch, on_gpu, table_entry, tl, want
+from rlft.kernels.launch import check_args, element_type, jit, launch, on_gpu, table_entry, tl
 from rlft.upload import upload
 
 NF4_CODE = (
@@ -95,7 +95,7 @@ class Nf4Weight:
             )
         else:
             ok = ok and not nested and self.nested_absmax is None and self.offset is None
-        want(
+        check_args(
             "Nf4Weight",
             ok,
             f"the packed bytes and scales of a {self.shape[0]}x{self.shape[1]} matrix in blocks of {self.blocksize} "
@@ -270,7 +270,7 @@ def _decode_elements(
     tl.store(out + (element // columns) * tl.load(row + 8) + element % columns, value, mask=live)
 
 
-class DecodePlan:
+class DecodeTables:
     """Which matrices go where, with the table of addresses that the kernel reads.
 
     weights: the matrices. outs: for each a [out, in] tensor, bf16, fp16 or fp32, all of one dtype, rows of any stride;
@@ -291,12 +291,14 @@ class DecodePlan:
     ) -> None:
         if isinstance(outs, Tensor):
             rows = [w.shape[0] for w in weights]
-            want("decode", sum(rows) == outs.shape[0], f"an output of {' + '.join(map(str, rows))} rows", out=outs)
+            check_args(
+                "decode", sum(rows) == outs.shape[0], f"an output of {' + '.join(map(str, rows))} rows", out=outs
+            )
             outs = outs.split(rows)
         if len(weights) != len(outs) or not weights:
             raise ValueError(f"decode: want an output for each matrix, got {len(outs)} for {len(weights)} matrices")
         for weight, out in zip(weights, outs, strict=True):
-            want(
+            check_args(
                 "decode",
                 tuple(out.shape) == weight.shape
                 and out.dtype in DTYPES
@@ -388,4 +390,4 @@ class DecodePlan:
 
 def decode(weights: Sequence[Nf4Weight], outs: Tensor | Sequence[Tensor]) -> None:
     """Decode matrices into `outs` once; arguments and errors as `DecodePlan`, which repeated decoding should keep."""
-    DecodePlan(weights, outs).run()
+    DecodeTables(weights, outs).run()

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from rlft.kernels.launch import KERNEL_DTYPES, jit, launch, on_gpu, power_of_2, tl, want
+from rlft.kernels.launch import KERNEL_DTYPES, check_args, jit, launch, on_gpu, power_of_2, tl
 from rlft.kernels.rms_norm import rms_norm_reference, times_weight
 
 MAX_D = 512
@@ -220,7 +220,7 @@ def qk_rope_forward(
     and k again, they must stay). shape: (rows per program, warps), for benchmarks.
     """
     _check("qk_rope_forward", q, k, cos, sin, positions, q_weight, k_weight)
-    want("qk_rope_forward", _like(q_out, q) and _like(k_out, k), "outputs as q and k, heads adjacent",
+    check_args("qk_rope_forward", _like(q_out, q) and _like(k_out, k), "outputs as q and k, heads adjacent",
          q=q, k=k, q_out=q_out, k_out=k_out)  # fmt: skip
     q_out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if q_out is None else q_out
     k_out = torch.empty(k.shape, dtype=k.dtype, device=k.device) if k_out is None else k_out
@@ -251,7 +251,7 @@ def qk_rope_backward(
     the gradients go, e.g. slices of one dqkv buffer; the caller who owns dq_out and dk_out may pass them here.
     """
     _check("qk_rope_backward", dq_out, dk_out, cos, sin, positions, q_weight, k_weight)
-    want(
+    check_args(
         "qk_rope_backward",
         _like(dq, dq_out) and _like(dk, dk_out) and _like(q, dq_out) and _like(k, dk_out)
         and (q_weight is None or (q is not None and k is not None)),
@@ -300,7 +300,7 @@ def _check(
         ok = ok and (p == t if positions is None else positions.shape == (t,) and not positions.is_floating_point())
         for w in norms:
             ok = ok and w is not None and w.shape == (d,) and w.dtype == q.dtype
-    want(
+    check_args(
         op, ok,
         "q [T, Hq, D], k [T, Hk, D], cos and sin [P, R] with R even, at most D, and P = T without positions, "
         "positions [T] integer, both norm weights [D] or none", **got,
@@ -311,7 +311,7 @@ def _check(
         ok = ok and q.shape[0] * max(q.shape[1], k.shape[1]) < 2**31
         for vector in (positions, *norms):
             ok = ok and (vector is None or vector.is_contiguous())
-        want(
+        check_args(
             op, ok,
             f"heads adjacent in q and k, tables with adjacent columns and equal strides, D at most {MAX_D}, "
             "float32, bfloat16 or float16, T times heads below 2^31", **got,

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from rlft.kernels.launch import KERNEL_DTYPES, as_rows, jit, launch, on_gpu, power_of_2, tl, want
+from rlft.kernels.launch import KERNEL_DTYPES, as_rows, check_args, jit, launch, on_gpu, power_of_2, tl
 
 MAX_H = 16384
 """Longest row: one program holds it in registers."""
@@ -163,7 +163,7 @@ def rms_norm_forward(
     row stride (rows longer than H leave room for LoRA's tail, which is not written). total_out: where x' goes; the
     caller who owns x or delta may pass it here. shape: (rows per program, warps), for benchmarks.
     """
-    want(
+    check_args(
         "rms_norm_forward",
         _fits(x, weight, delta, out, total_out) and (delta is not None or total_out is None),
         f"{WANTED}; total_out only with delta",
@@ -223,7 +223,7 @@ def rms_norm_backward(
     forward. dres: [T, H], gradient that reaches x' past the norm, added to dx. dx_out: where dx goes; the caller who
     owns dy or dres may pass it here. All with adjacent columns and any row stride.
     """
-    want(
+    check_args(
         "rms_norm_backward",
         _fits(x, weight, dy, dres, dx_out) and rstd.shape == x.shape[:1] and rstd.dtype == torch.float32,
         f"{WANTED}; rstd [T] float32",
@@ -300,7 +300,7 @@ class _AddRmsNorm(torch.autograd.Function):
 
 def _check(op: str, x: Tensor, weight: Tensor, delta: Tensor | None = None) -> bool:
     """Whether the kernel runs; raises on a weight that wants a gradient and on shapes that do not fit."""
-    want(
+    check_args(
         op,
         x.dim() > 0
         and weight.shape == x.shape[-1:]

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from rlft.kernels.launch import KERNEL_DTYPES, as_rows, jit, launch, on_gpu, power_of_2, tl, want
+from rlft.kernels.launch import KERNEL_DTYPES, as_rows, check_args, jit, launch, on_gpu, power_of_2, tl
 
 ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh")
 """transformers' names: x sigmoid(x), GELU by erf, GELU by tanh."""
@@ -216,7 +216,7 @@ def _check(op: str, activation: str, gate: Tensor, **others: Tensor | None) -> N
     ok = len(shape) == 2 and dtype in KERNEL_DTYPES and gate.stride(1) == 1
     for other in others.values():
         ok = ok and (other is None or (other.shape == shape and other.dtype == dtype and other.stride(1) == 1))
-    want(op, ok, "[T, M] of one dtype (float32, bfloat16 or float16) with adjacent columns", gate=gate, **others)
+    check_args(op, ok, "[T, M] of one dtype (float32, bfloat16 or float16) with adjacent columns", gate=gate, **others)
 
 
 class _SwiGlu(torch.autograd.Function):
@@ -244,7 +244,7 @@ def swiglu(gate: Tensor, up: Tensor, activation: str = "silu") -> Tensor:
     """
     if activation not in ACTIVATIONS:
         raise ValueError(f"swiglu: activation = {activation!r}: want one of {', '.join(ACTIVATIONS)}")
-    want(
+    check_args(
         "swiglu",
         gate.shape == up.shape and gate.dim() > 0 and gate.dtype == up.dtype,
         "gate and up [..., M] alike",

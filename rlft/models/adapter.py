@@ -41,8 +41,8 @@ class FlatAdapter:
         assert self.parameters, f"no adapter called {name}"
         self.scales = lora_scales(model, name)
         values = torch.cat([p.detach().reshape(-1).to(dtype) for p in self.parameters.values()])
-        self.flat = nn.Parameter(values)
-        self.flat.grad = torch.zeros_like(values)
+        self.values = nn.Parameter(values)
+        self.values.grad = torch.zeros_like(values)
         # In host memory: it is rarely wanted, and where every B was 0 it is the base itself.
         self.start = values.cpu().clone()
         self.fresh = all(not p.any() for n, p in self.parameters.items() if ".lora_B." in n)
@@ -52,8 +52,8 @@ class FlatAdapter:
         self._addresses: list[int] = []
         for parameter in self.parameters.values():
             part = slice(offset, offset + parameter.numel())
-            parameter.data = self.flat.data[part].view(parameter.shape)
-            parameter.grad = self._gradients[parameter] = self.flat.grad[part].view(parameter.shape)
+            parameter.data = self.values.data[part].view(parameter.shape)
+            parameter.grad = self._gradients[parameter] = self.values.grad[part].view(parameter.shape)
             self._addresses.append(parameter.data_ptr())
             offset += parameter.numel()
 
@@ -64,8 +64,8 @@ class FlatAdapter:
     @property
     def gradient(self) -> Tensor:
         """[numel]: the gradient buffer that all `.grad`s are views of."""
-        assert self.flat.grad is not None
-        return self.flat.grad
+        assert self.values.grad is not None
+        return self.values.grad
 
     @property
     def gradients(self) -> dict[Tensor, Tensor]:
@@ -75,7 +75,7 @@ class FlatAdapter:
 
     def not_finite(self) -> list[str]:
         """PEFT names of the tensors that hold a value that is not finite. Waits for the device."""
-        if self.flat.detach().isfinite().all():
+        if self.values.detach().isfinite().all():
             return []
         return [name for name, tensor in self.tensors().items() if not tensor.isfinite().all()]
 
@@ -85,7 +85,7 @@ class FlatAdapter:
 
     def check_views(self) -> None:
         """Assert that parameters and gradients still live in the buffers (nothing replaced them behind our back)."""
-        assert self.flat.data_ptr() == self._addresses[0], "the buffer"
+        assert self.values.data_ptr() == self._addresses[0], "the buffer"
         assert self.gradient.data_ptr() == next(iter(self._gradients.values())).data_ptr(), "the gradients' buffer"
         for (name, p), address in zip(self.parameters.items(), self._addresses, strict=True):
             assert p.data_ptr() == address and p.grad is self._gradients[p], name

@@ -54,7 +54,7 @@ class Base:
 
 
 @dataclass(frozen=True)
-class Plan:
+class BaseInfo:
     """How a base will be loaded."""
 
     where: Location
@@ -117,13 +117,13 @@ def resolve_dtype(cfg: Config | Base, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
-def plan_base(cfg: Config | Base, device: torch.device) -> Plan:
+def describe_base(cfg: Config | Base, device: torch.device) -> BaseInfo:
     """How the base will be loaded: reads its config, and no weights. Raises ConfigError for what cannot be done."""
     where, dtype = locate(cfg.model), resolve_dtype(cfg, device)
     read = None if where.gguf else _read_config(cfg.model, where)
     config, names = (None, None) if read is None else causal(cfg.model, read)
     files = "none" if read is None else quant.stored(read)
-    kept = quant.choose(cfg.model, cfg.quantization, files, device)
+    kept = quant.choose_kind(cfg.model, cfg.quantization, files, device)
     if kept != "none" and dtype == torch.float64:
         raise ConfigError(
             f'dtype = "float64" with weights in {kept}: bitsandbytes has 16 and 32 bits; set dtype = "float32", or '
@@ -132,7 +132,7 @@ def plan_base(cfg: Config | Base, device: torch.device) -> Plan:
     note = None
     if getattr(read, "vision_config", None) is not None:
         note = f"{cfg.model}: the vision tower is left out; images are not supported yet"
-    return Plan(where, dtype, kept, config, files != "none", names, note)
+    return BaseInfo(where, dtype, kept, config, files != "none", names, note)
 
 
 def _read_config(model: str, where: Location) -> Any:
@@ -153,7 +153,7 @@ def load_base(cfg: Config | Base, device: torch.device, note: Callable[[str], No
     Linear layers of the decoder are quantised weight by weight as they are read. Embedding and head have a multiple of
     64 rows in memory, of which the parameter is the view without the last ones (zeros).
     """
-    plan = plan_base(cfg, device)
+    plan = describe_base(cfg, device)
     if plan.note:
         note(plan.note)
     with _explained(cfg.model), _progress(), _quiet(plan.note is not None):
@@ -173,7 +173,7 @@ def load_base(cfg: Config | Base, device: torch.device, note: Callable[[str], No
     return model.eval()
 
 
-def _from_files(model: str, plan: Plan, device: torch.device) -> Any:
+def _from_files(model: str, plan: BaseInfo, device: torch.device) -> Any:
     from transformers import AutoModelForCausalLM
 
     options: dict[str, Any] = {}
@@ -203,7 +203,7 @@ def _from_files(model: str, plan: Plan, device: torch.device) -> Any:
     return made
 
 
-def _from_gguf(name: str, plan: Plan, device: torch.device) -> Any:
+def _from_gguf(name: str, plan: BaseInfo, device: torch.device) -> Any:
     """Dequantised by transformers, and quantised again from memory where that is wanted."""
     from transformers import AutoModelForCausalLM, GgufConfig
 

@@ -49,7 +49,7 @@ class Policy:
         own = f"padded: {why}" if why else f"packed: {fused}"
         self.path = "fused layers" if self.fused else f"transformers' own layers, {own}"
         """Which layers run, how and why, for the start of a run."""
-        self.device = self.flat.flat.device
+        self.device = self.flat.values.device
         self.mixes_rows = mixes_rows(self.base)
         """A row's log-probs depend on what it is packed with, so none are kept for another micro-batch."""
         self._decoder = decoder_of(self.base)
@@ -79,6 +79,11 @@ class Policy:
             for module in self._dropouts:
                 module.eval()
 
+    @property
+    def adapter_params(self) -> nn.Parameter:
+        """[numel]: all parameters of the adapter in one tensor, whose `.grad` is that of all of them."""
+        return self.flat.values
+
     def planned(self, batch: Batch) -> Batch:
         """The batch with how every pass over it runs, chosen for the memory that is free now.
 
@@ -103,8 +108,8 @@ class Policy:
         return self._forward(batch)[1]
 
     def token_budget(self, group: Group = ALONE) -> int:
-        """Tokens per micro-batch that take the least time in the memory that is free (`packing.budget = "auto"`), where
-        rows come in such groups."""
+        """Tokens per micro-batch that take the least time in the memory that is free (`packing.tokens_per_micro_batch =
+        "auto"`), where rows come in such groups."""
         if self.fused is None or self.device.type == "cpu":
             return BUDGETS[-1]
         return token_budget(self.fused.shape, self.fused.available(), memory.host_free(), group)
@@ -167,7 +172,7 @@ class Policy:
         return zeros.index_put((rows,), logprobs), zeros.index_put((rows,), entropy)
 
     def _hidden(
-        self, batch: Batch, trained: Tensor, ids: Tensor, sequences: Sequences, plan: memory.Plan | None
+        self, batch: Batch, trained: Tensor, ids: Tensor, sequences: Sequences, plan: memory.MemoryPlan | None
     ) -> Tensor:
         """The head's input [N, H] where each of `trained` is predicted. batch, trained: in host memory."""
         if not self.packed:
@@ -189,7 +194,7 @@ class Policy:
             with self.model.disable_adapter():
                 yield
             return
-        flat = self.flat.flat.data
+        flat = self.flat.values.data
         now = flat.clone()
         flat.copy_(self.flat.start)
         try:

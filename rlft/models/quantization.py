@@ -29,7 +29,7 @@ def stored(config: Any) -> str:
     return "int8" if told.get("load_in_8bit") else str(told.get("quant_method"))
 
 
-def choose(model: str, wanted: str, files: str, device: torch.device) -> str:
+def choose_kind(model: str, wanted: str, files: str, device: torch.device) -> str:
     """How the weights are kept in memory: "none", "nf4", "fp4" or "int8".
 
     wanted: the setting `quantization`. files: `stored`. Files that are quantised are never dequantised or quantised

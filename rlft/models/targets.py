@@ -26,7 +26,7 @@ MAMBA = "its kernels read the weight past an adapter"
 
 
 @dataclass
-class Found:
+class LinearLayers:
     """Weights of a decoder that an adapter may be on, by their full names."""
 
     linear: list[str] = field(default_factory=list)
@@ -38,9 +38,9 @@ class Found:
     """Output projections of Mamba layers."""
 
 
-def find(base: Any) -> Found:
+def find(base: Any) -> LinearLayers:
     """The weights of a causal language model without an adapter that one can be on."""
-    decoder, found = decoder_of(base), Found()
+    decoder, found = decoder_of(base), LinearLayers()
     (prefix,) = (name for name, module in base.named_modules() if module is decoder)
     # Layers that read an image, and that text skips as a whole (Llama 3.2 Vision).
     idle = tuple(f"layers.{i}." for i in getattr(decoder.config, "cross_attention_layers", None) or ())
@@ -88,7 +88,7 @@ def resolve(base: Any, lora: Lora) -> LoraConfig:
         )
     return LoraConfig(
         r=lora.rank,
-        lora_alpha=lora.alpha,
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]
         target_modules=direct,
         target_parameters=parameters or None,  # type: ignore[arg-type]
         fan_in_fan_out=any(isinstance(base.get_submodule(name), Conv1D) for name in direct),
@@ -99,7 +99,7 @@ def resolve(base: Any, lora: Lora) -> LoraConfig:
     )
 
 
-def _chosen(found: Found, lora: Lora) -> tuple[list[str], list[str]]:
+def _chosen(found: LinearLayers, lora: Lora) -> tuple[list[str], list[str]]:
     """Modules and parameters that `lora.targets` names."""
     if lora.targets == "all-linear":
         return found.linear, list(found.experts) if lora.experts else []
@@ -116,7 +116,7 @@ def _ends(name: str, target: str) -> bool:
     return name == target or name.endswith(f".{target}")
 
 
-def _nothing(target: str, found: Found, lora: Lora) -> str:
+def _nothing(target: str, found: LinearLayers, lora: Lora) -> str:
     """Why a target matches nothing."""
     head = f"lora.targets = {lora.targets!r}: "
     if any(_ends(name, target) for name in found.mamba):

@@ -291,7 +291,7 @@ def evaluation_names(values: Mapping[str, float]) -> list[str]:
     return [n for n in wanted if n in values]
 
 
-def luck(among: int) -> str:
+def selection_note(among: int) -> str:
     """What to know of the results of the best of `among` evaluations on the rows that it was chosen on."""
     return (
         f"chosen as the best of {among} evaluations on these rows: results here are too good, and the interval "

@@ -207,7 +207,7 @@ RULES = [
         "frac_reward_zero_std",
         "{frac_reward_zero_std:.0%} of groups have equal rewards from the start, at a mean of {reward:.3g}, so most "
         "tasks are solved already",
-        "use harder tasks, or set refill.rounds to draw others in their place",
+        "use harder tasks, or set dynamic_sampling.rounds to draw others in their place",
         too_easy,
     ),
     Rule(
@@ -221,16 +221,16 @@ RULES = [
         "few_groups",
         "frac_reward_zero_std",
         "over 80% of groups had equal rewards in the last ten steps, so little of each step teaches",
-        "set refill.rounds to draw other prompts in their place, or use tasks that are solved now and then",
+        "set dynamic_sampling.rounds to draw other prompts in their place, or use tasks that are solved now and then",
         few_groups,
     ),
     Rule(
-        "refill",
-        "refill/short",
-        "after {refill/rounds:.0f} rounds of refilling {refill/short:.0f} groups are still missing: {refill/kept:.0f} "
-        "of {refill/drawn:.0f} drawn had rewards that differ",
-        "raise refill.rounds, or use tasks that are solved now and then but not always",
-        above("refill/short", 0),
+        "dynamic_sampling",
+        "dynamic_sampling/short",
+        "after {dynamic_sampling/rounds:.0f} rounds of dynamic sampling {dynamic_sampling/short:.0f} groups are still "
+        "missing: {dynamic_sampling/kept:.0f} of {dynamic_sampling/drawn:.0f} drawn had rewards that differ",
+        "raise dynamic_sampling.rounds, or use tasks that are solved now and then but not always",
+        above("dynamic_sampling/short", 0),
     ),
     Rule(
         "entropy",
@@ -309,7 +309,7 @@ RULES = [
         "slow_training",
         "time/train",
         "training took {time/train:.3g} of {step_time:.3g} s",
-        "raise packing.budget where memory allows, or lower optim.passes if it is above 1",
+        "raise packing.tokens_per_micro_batch where memory allows, or lower optim.passes if it is above 1",
         takes_most("time/train"),
     ),
     Rule(

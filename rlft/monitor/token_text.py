@@ -17,7 +17,7 @@ BROKEN = "\N{REPLACEMENT CHARACTER}"
 """What tokenizers give for bytes that are not a whole character."""
 
 
-class Pieces(dict[int, str]):
+class TokenText(dict[int, str]):
     """Token ids -> the text of each. As a dict: the tokens met so far."""
 
     def __init__(self, tokenizer: Any) -> None:

@@ -122,7 +122,10 @@ def _optimisation(sampled: bool) -> list[Chart]:
             note="Share of tokens whose ratio left the band; 0 with one update per step.",
         ),
         Chart("KL to the reference", {"k1": "kl"}),
-        Chart("Groups drawn and kept", {"drawn": "refill/drawn", "kept": "refill/kept", "missing": "refill/short"}),
+        Chart(
+            "Groups drawn and kept",
+            {"drawn": "dynamic_sampling/drawn", "kept": "dynamic_sampling/kept", "missing": "dynamic_sampling/short"},
+        ),
     ]
 
 
@@ -220,7 +223,7 @@ def running(values: Sequence[float | None]) -> list[float | None]:
     return pass_(pass_(values, median), mean)
 
 
-def spoken(rows: Rows, algorithm: str) -> dict[str, list[tuple[int, str]]]:
+def described(rows: Rows, algorithm: str) -> dict[str, list[tuple[int, str]]]:
     """Rule -> (step, text) of each time that it spoke. rows: steps and evaluations as they came."""
     told: dict[str, list[tuple[int, str]]] = {}
     for i, row in enumerate(rows):

@@ -63,7 +63,7 @@ def page(runs: Sequence[Run]) -> str:
             section("Evaluation", evaluations(columns), "The last evaluation of each run, and where it began."),
             section("Settings that differ", settings(columns)),
             section("Curves", curves(columns)),
-            section("Health", told(columns)),
+            section("Health", description(columns)),
         ]
     )
     key = "".join(f'<span><i class="c{i % 8}"></i>{text(column.name)}</span>' for i, column in enumerate(columns))
@@ -72,7 +72,7 @@ def page(runs: Sequence[Run]) -> str:
 
 
 def names_of(paths: Sequence[Path]) -> list[str]:
-    """The last part of each path, with as many parts before it as it takes to tell them apart."""
+    """The last part of each path, with as many parts before it takes to tell them apart."""
     parts = [path.resolve().parts for path in paths]
     for depth in range(1, max(map(len, parts)) + 1):
         names = ["/".join(part[-depth:]) for part in parts]
@@ -176,11 +176,11 @@ def overlay(columns: Sequence[Column], chart: charts.Chart, name: str) -> Drawin
     return Drawing(chart.title, lines, chart.log) if lines else None
 
 
-def told(columns: Sequence[Column]) -> str:
+def description(columns: Sequence[Column]) -> str:
     """What the health rules said about each run: when, and the last text."""
     lines = []
     for column in columns:
-        for name, said in charts.spoken(column.rows, algorithm_of(column.config)).items():
+        for name, said in charts.described(column.rows, algorithm_of(column.config)).items():
             at = where(charts.spans([step for step, _ in said]))
             lines.append([column.name, name.replace("_", " "), at, said[-1][1]])
     return table(["run", "rule", "when", "what"], lines) if lines else "<p>Nothing to report about any of them.</p>"

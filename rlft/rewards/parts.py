@@ -64,7 +64,7 @@ class Outcome:
 
 
 @dataclass(frozen=True)
-class Parts:
+class RewardBreakdown:
     """The step's rewards taken apart."""
 
     total: Tensor
@@ -76,14 +76,14 @@ class Parts:
     """By function name."""
 
     @staticmethod
-    def join(rounds: Sequence[Parts]) -> Parts:
+    def join(rounds: Sequence[RewardBreakdown]) -> RewardBreakdown:
         """The parts of several rounds of one step as one. The first ones' outcomes are extended in place."""
         first, *others = rounds
         for other in others:
             for name, outcome in other.outcomes.items():
                 first.outcomes[name].extend(outcome)
         total, answers = (torch.cat(each) for each in zip(*((r.total, r.answers) for r in rounds), strict=True))
-        return Parts(total, answers, first.outcomes)
+        return RewardBreakdown(total, answers, first.outcomes)
 
     def metrics(self) -> dict[str, float]:
         """TRL's reward metrics: over valid rows, before any filtering."""

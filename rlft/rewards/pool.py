@@ -35,7 +35,7 @@ MARK = "RLFT_REWARD_WORKER"
 """Environment variable that a worker hands to everything it starts, by which all of it is found again."""
 
 
-class Place(Protocol):
+class Executor(Protocol):
     """Where a reward function runs."""
 
     apart: bool
@@ -100,7 +100,7 @@ class Loop:
         asyncio.run(until_end())
 
 
-class InThread:
+class InProcess:
     """The caller's thread: for closures and lambdas, which no other process can import. It cannot be stopped; an async
     function can, where it awaits."""
 
@@ -154,7 +154,7 @@ class InThread:
         return self._loop.submit(lambda: result).result() if isinstance(result, Awaitable) else result
 
 
-class InWorker:
+class Subprocess:
     """A process of its own, started once and kept; killed with all it started on a timeout, and then replaced."""
 
     apart = True

@@ -24,8 +24,8 @@ from torch import Tensor
 from rlft.config import resolve
 from rlft.config.run import Reward
 from rlft.errors import RewardError
-from rlft.rewards.parts import OVERLONG, Outcome, Parts
-from rlft.rewards.pool import InThread, InWorker, Loop, Place
+from rlft.rewards.parts import OVERLONG, Outcome, RewardBreakdown
+from rlft.rewards.pool import Executor, InProcess, Loop, Subprocess
 from rlft.rewards.worker import Reply, Signature
 from rlft.types import Rollout
 
@@ -42,7 +42,7 @@ RESTARTS = 60.0
 class RewardFunction:
     """A reward function with its weight, where it runs, and what it takes."""
 
-    def __init__(self, name: str, place: Place, reward: Reward, note: str = "") -> None:
+    def __init__(self, name: str, place: Executor, reward: Reward, note: str = "") -> None:
         """reward: weight, timeout and args; `use` was resolved to `place`."""
         self.name, self.weight, self.timeout, self.args = name, reward.weight, reward.timeout, reward.args
         self.note = note
@@ -138,7 +138,7 @@ class RewardFunction:
         return reply.kind == "ok" or len(rows) == 1
 
 
-def build(rewards: Sequence[Any] | Reward | str | Callable[..., Any]) -> list[RewardFunction]:
+def build_rewards(rewards: Sequence[Any] | Reward | str | Callable[..., Any]) -> list[RewardFunction]:
     """The functions, imported and ready, with names that differ.
 
     rewards: one or several of a name, a function or other callable, and Reward, whose `use` may be the function itself.
@@ -169,7 +169,7 @@ def _make(reward: Reward, loop: Loop) -> RewardFunction:
         if ":" not in use:
             resolve.module(use, BUILTIN, "rewards")
             use = f"{BUILTIN}.{use}:{use}"
-        return RewardFunction(use.rpartition(":")[2], InWorker(use, reward.memory_mb), reward)
+        return RewardFunction(use.rpartition(":")[2], Subprocess(use, reward.memory_mb), reward)
     if isinstance(use, torch.nn.Module) or not callable(use):
         raise RewardError(
             f"rewards: {type(use).__name__} is no reward function; give one, which may call a model: "
@@ -181,14 +181,14 @@ def _make(reward: Reward, loop: Loop) -> RewardFunction:
     name = getattr(plain, "__name__", type(plain).__name__)
     target = _importable(use)
     if target is not None:
-        return RewardFunction(name, InWorker(target, reward.memory_mb), reward)
+        return RewardFunction(name, Subprocess(target, reward.memory_mb), reward)
     if reward.memory_mb is not None:
         raise RewardError(f'reward "{name}": memory_mb needs a process of its own; put it in a file, as file.py:{name}')
     note = (
         f'reward "{name}" can only be called in this process (a closure, a lambda, an object or a function of '
         f"__main__), so it cannot be stopped when it hangs; put it in a file and name it file.py:{name} to change that"
     )
-    return RewardFunction(name, InThread(use, loop), reward, note)
+    return RewardFunction(name, InProcess(use, loop), reward, note)
 
 
 def _importable(function: Callable[..., Any]) -> str | None:
@@ -213,7 +213,7 @@ def _importable(function: Callable[..., Any]) -> str | None:
 
 def score(
     rollouts: Sequence[Rollout], functions: Sequence[RewardFunction], trainer_state: dict[str, Any]
-) -> tuple[Tensor, Parts]:
+) -> tuple[Tensor, RewardBreakdown]:
     """The reward of each rollout, [N] float32, nan where invalid, and its parts.
 
     Without functions: the recorded rewards. A row is invalid when a function failed on it, or when none applies to it,
@@ -223,7 +223,7 @@ def score(
         recorded = [r.recorded_reward for r in rollouts]
         assert None not in recorded, "no reward function and no recorded reward"
         total = torch.tensor(recorded, dtype=torch.float32)
-        return total, Parts(total, total, {})
+        return total, RewardBreakdown(total, total, {})
     columns = columns_of(rollouts)
     constants = {"trainer_state": SimpleNamespace(**trainer_state)}
     for function in functions:
@@ -244,7 +244,7 @@ def score(
         answers.append(math.nan if invalid else sum(applied.values()))
         total.append(math.nan if invalid else sum(applied.values()) + penalty)
     rewards = torch.tensor(total, dtype=torch.float32)
-    return rewards, Parts(rewards, torch.tensor(answers, dtype=torch.float32), outcomes)
+    return rewards, RewardBreakdown(rewards, torch.tensor(answers, dtype=torch.float32), outcomes)
 
 
 def columns_of(rollouts: Sequence[Rollout]) -> dict[str, list[Any]]:

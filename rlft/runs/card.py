@@ -12,7 +12,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from rlft.algos.algorithm import build, describe
+from rlft.algos.algorithm import build_algorithm, describe
 from rlft.config.run import Config, Source
 from rlft.data.sources import FILES
 from rlft.environment import version
@@ -195,7 +195,7 @@ def _algorithm(cfg: Config) -> list[str]:
     if ":" in cfg.algo.name + str(cfg.algo.options.get("advantage", "")):
         options = ", ".join(f"{name} = {value}" for name, value in cfg.algo.options.items())
         return [f"`{Path(cfg.algo.name).name}`" + (f" ({options})" if options else "")]
-    return describe(build(cfg.algo, cfg.optim.updates))
+    return describe(build_algorithm(cfg.algo, cfg.optim.updates))
 
 
 def _held_out(rows: list[dict[str, Any]], step: int) -> list[str]:

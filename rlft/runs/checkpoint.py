@@ -38,7 +38,7 @@ TEMPORARY = ".saving-"
 DISCARDED = ".discarded-"
 
 
-def save(
+def save_checkpoint(
     root: Path,
     state: State,
     tensors: Mapping[str, Tensor],
@@ -103,7 +103,7 @@ def mark_best(root: Path, best: Best | None) -> None:
         ) from error
 
 
-def load(path: Path, identity: Mapping[str, str]) -> tuple[State, dict[str, Tensor], list[str]]:
+def load_checkpoint(path: Path, identity: Mapping[str, str]) -> tuple[State, dict[str, Tensor], list[str]]:
     """State, tensors (on the CPU) and notes to show of a checkpoint that fits `identity`.
 
     A note is one sentence about another library version, rlft version or name of the same base. Raises ConfigError when
@@ -133,7 +133,7 @@ def load(path: Path, identity: Mapping[str, str]) -> tuple[State, dict[str, Tens
     return state, load_bytes(data), _notes(record, identity)
 
 
-def made_from(path: Path) -> dict[str, str]:
+def continued_from(path: Path) -> dict[str, str]:
     """The identity that a checkpoint was saved with. Raises ConfigError when there is none or it is damaged."""
     return dict(_read_state(path)["identity"])
 

@@ -22,7 +22,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from rlft.config.files import load as load_config
+from rlft.config.files import load_config
 from rlft.config.run import Config
 from rlft.errors import ConfigError, ParityError
 from rlft.models.load import attach_lora, fingerprint, load_base, load_tokenizer
@@ -62,7 +62,7 @@ class Merged:
         """Largest `difference` that passes."""
         return FACTOR * self.noise + FLOOR
 
-    def words(self) -> str:
+    def summary(self) -> str:
         """The check in a sentence or two."""
         told = (
             f"Over {self.tokens} tokens the merged log-probs differ from base + adapter in float32 by "
@@ -116,12 +116,12 @@ def merge(
         merged = Merged(out, path, len(exact), difference, noise, shift)
         if not difference <= merged.limit:  # nan too
             raise ParityError(
-                f"{out}: not written: the merged model is not base + adapter. {merged.words()} "
+                f"{out}: not written: the merged model is not base + adapter. {merged.summary()} "
                 + ("Weights beyond float16's range are the usual cause: use bfloat16." if dtype == "float16" else "")
             )
         with _writing(out):
             tokenizer.save_pretrained(temporary)
-            card = merged_card(run, told, _step(path), push or str(out), dtype, merged.words(), link)
+            card = merged_card(run, told, _step(path), push or str(out), dtype, merged.summary(), link)
             (temporary / "README.md").write_text(card, encoding="utf-8")
             temporary.rename(out.absolute())
     finally:

@@ -22,7 +22,7 @@ from rlft.rollout.engine import Engine, asleep
 from rlft.types import Batch, PackPlan, Rollout, State
 
 
-class Parts(Protocol):
+class RunView(Protocol):
     """What the checks look at of a run; `rlft.trainer.setup.Session` has it."""
 
     cfg: Config
@@ -33,7 +33,7 @@ class Parts(Protocol):
     steps: int
 
 
-def check_step(s: Parts, values: Mapping[str, float], rollouts: Sequence[Rollout], ran: Sequence[Batch]) -> None:
+def check_step(s: RunView, values: Mapping[str, float], rollouts: Sequence[Rollout], ran: Sequence[Batch]) -> None:
     """Raise TrainError after a step whose policy is broken.
 
     values: the metrics of the step. rollouts: all that were drawn. ran: the micro-batches that were trained on.
@@ -58,7 +58,7 @@ def check_step(s: Parts, values: Mapping[str, float], rollouts: Sequence[Rollout
         )
 
 
-def check_end(s: Parts, ran: Sequence[Batch]) -> None:
+def check_end(s: RunView, ran: Sequence[Batch]) -> None:
     """Raise TrainError when the policy after the last update is broken, or no update of a whole run was made.
 
     ran: micro-batches of the last step. One of them is run with its gradient, as the next step would do it: no other
@@ -139,7 +139,7 @@ def _fault(policy: Policy, batches: Sequence[Batch]) -> str:
 
 
 def _largest(policy: Policy) -> float:
-    return float(policy.flat.flat.detach().abs().max())
+    return float(policy.adapter_params.detach().abs().max())
 
 
 def _why_untrained(rollouts: Sequence[Rollout]) -> str:
@@ -152,7 +152,7 @@ def _why_untrained(rollouts: Sequence[Rollout]) -> str:
         for number, what in (
             (empty, "are empty"),
             (masked, "have no token that the policy chose with a finite log-prob"),
-            (cut, "were cut at sampling.max_tokens (left out with overlong.drop)"),
+            (cut, "were cut at sampling.max_tokens (left out with overlong.mask)"),
         )
         if number
     ]

@@ -22,7 +22,7 @@ from rlft.types import Rollout
 
 
 @dataclass(frozen=True)
-class Drawn:
+class SampledGroups:
     """Whole groups that were sampled and scored."""
 
     rollouts: list[Rollout]
@@ -35,17 +35,18 @@ class Drawn:
     kept: tuple[bool, ...]
     """One flag per rollout: False for a group that was dropped or is surplus."""
     rounds: int = 0
-    """Rounds of refilling."""
+    """Rounds of replacing."""
 
     def metrics(self, want: int) -> dict[str, float]:
-        """refill/*: rounds, groups drawn, groups kept, and groups missing at the bound. want: groups of a full step."""
+        """dynamic_sampling/*: rounds, groups drawn, groups kept, and groups missing at the bound. want: groups of a
+        full step."""
         groups = group_ids(self.rollouts)
         kept = len(set(groups[torch.tensor(self.kept)].tolist()))
         return {
-            "refill/rounds": float(self.rounds),
-            "refill/drawn": float(len(set(groups.tolist()))),
-            "refill/kept": float(kept),
-            "refill/short": float(want - kept),
+            "dynamic_sampling/rounds": float(self.rounds),
+            "dynamic_sampling/drawn": float(len(set(groups.tolist()))),
+            "dynamic_sampling/kept": float(kept),
+            "dynamic_sampling/short": float(want - kept),
         }
 
 
@@ -60,7 +61,7 @@ def varied(decides: Tensor, groups: Tensor) -> list[int]:
     return found
 
 
-def solved(drawn: Drawn, share: float, threshold: float) -> set[int]:
+def solved(drawn: SampledGroups, share: float, threshold: float) -> set[int]:
     """Rows of the data whose group was solved: at least `share` of its valid values are at least `threshold`."""
     groups, found = group_ids(drawn.rollouts), set()
     for group in dict.fromkeys(groups.tolist()):
@@ -73,11 +74,13 @@ def solved(drawn: Drawn, share: float, threshold: float) -> set[int]:
     return found
 
 
-def refill(first: Drawn, draw: Callable[[int, int], Drawn], want: int, rounds: int) -> Drawn:
+def replace_uninformative(
+    first: SampledGroups, draw: Callable[[int, int], SampledGroups], want: int, rounds: int
+) -> SampledGroups:
     """`first`, and up to `rounds` further draws, until `want` groups are kept; with rounds = 0 just `first`.
 
-    draw: (number of prompts, round from 1) -> Drawn, called one round after the other. Raises TrainError when no group
-    is left after the last round.
+    draw: (number of prompts, round from 1) -> SampledGroups, called one round after the other. Raises TrainError when
+    no group is left after the last round.
     """
     if not rounds:
         return first
@@ -93,16 +96,17 @@ def refill(first: Drawn, draw: Callable[[int, int], Drawn], want: int, rounds: i
         good = varied(all_.decides, group_ids(all_.rollouts))
     if not good:
         raise TrainError(
-            f"dynamic sampling: every one of {drawn} groups has equal rewards after refill.rounds = {rounds} rounds, "
-            f"so there is nothing to learn from; use tasks that are solved now and then, or raise sampling.group_size"
+            f"dynamic sampling: every one of {drawn} groups has equal rewards after "
+            f"dynamic_sampling.rounds = {rounds} rounds, so there is nothing to learn from; use tasks "
+            f"that are solved now and then, or raise sampling.group_size"
         )
-    chosen = set(good[:want])
-    kept = tuple(group in chosen for group in group_ids(all_.rollouts).tolist())
-    return Drawn(all_.rollouts, all_.rewards, all_.decides, all_.parts, kept, done)
+    wanted = set(good[:want])
+    kept = tuple(group in wanted for group in group_ids(all_.rollouts).tolist())
+    return SampledGroups(all_.rollouts, all_.rewards, all_.decides, all_.parts, kept, done)
 
 
-def _joined(a: Drawn, b: Drawn) -> Drawn:
-    return Drawn(
+def _joined(a: SampledGroups, b: SampledGroups) -> SampledGroups:
+    return SampledGroups(
         a.rollouts + b.rollouts,
         torch.cat([a.rewards, b.rewards]),
         torch.cat([a.decides, b.decides]),
@@ -111,13 +115,13 @@ def _joined(a: Drawn, b: Drawn) -> Drawn:
     )
 
 
-def chosen(drawn: Drawn) -> tuple[list[Rollout], Tensor]:
+def kept_rollouts(drawn: SampledGroups) -> tuple[list[Rollout], Tensor]:
     """The kept rollouts and their rewards."""
     rollouts = [r for r, keep in zip(drawn.rollouts, drawn.kept, strict=True) if keep]
     return rollouts, drawn.rewards[torch.tensor(drawn.kept)]
 
 
-def spread_back(drawn: Drawn, values: Sequence[float]) -> list[float]:
+def spread_back(drawn: SampledGroups, values: Sequence[float]) -> list[float]:
     """`values`, one per kept rollout, over all that were drawn: nan for the dropped ones."""
     found = iter(values)
     return [next(found) if keep else math.nan for keep in drawn.kept]

@@ -20,18 +20,18 @@ from rlft.types import Prompt
 INSTALL = "pip install 'rlft[vllm]'"
 
 
-def sampler(cfg: Config, device: torch.device) -> str:
+def sampler_name(cfg: Config, device: torch.device) -> str:
     """ "vllm" or "eager": what samples where completions are not recorded."""
     if cfg.engine.name in ("vllm", "eager"):
         return cfg.engine.name
     return "vllm" if device.type == "cuda" and version("vllm") is not None else "eager"
 
 
-def chosen(cfg: Config, recorded: bool, device: torch.device) -> str:
+def engine_name(cfg: Config, recorded: bool, device: torch.device) -> str:
     """ "vllm", "eager" or "replay": `engine.name`, with "auto" decided. recorded: the data has completions."""
     if cfg.engine.name == "replay" or (cfg.engine.name == "auto" and recorded):
         return "replay"
-    return sampler(cfg, device)
+    return sampler_name(cfg, device)
 
 
 def start(cfg: Config, policy: Policy, tokenizer: Any, console: Console, rows: Sequence[Prompt]) -> Engine:
@@ -39,7 +39,7 @@ def start(cfg: Config, policy: Policy, tokenizer: Any, console: Console, rows: S
 
     Raises ConfigError for prompts that the model's context is too short for, and EngineError where vLLM does not start.
     """
-    if sampler(cfg, policy.device) == "eager":
+    if sampler_name(cfg, policy.device) == "eager":
         if cfg.engine.name == "auto" and policy.device.type == "cuda":
             console.note(f"sampling with the trainer's own modules, since vLLM is not installed: {INSTALL}")
         return EagerEngine(policy, tokenizer, cfg.engine.batch_size, console.generating)
@@ -88,9 +88,9 @@ def longest_sequence(cfg: Config, policy: Policy, rows: Sequence[Prompt], held: 
 
     Where vLLM samples, `engine.max_model_len` is the bound of what is sampled.
     """
-    replay = chosen(cfg, bool(rows[0].recorded), policy.device) == "replay"
+    replay = engine_name(cfg, bool(rows[0].recorded), policy.device) == "replay"
     recorded = [len(p.ids) + len(r.ids) for p in (*rows, *held) for r in p.recorded] if replay else []
     sampled = [*(() if replay else rows), *(held if scored or not replay else ())]
-    if sampled and cfg.engine.max_model_len is not None and sampler(cfg, policy.device) == "vllm":
+    if sampled and cfg.engine.max_model_len is not None and sampler_name(cfg, policy.device) == "vllm":
         return max([cfg.engine.max_model_len, *recorded])
     return max([*recorded, *(len(p.ids) + _completion(cfg) for p in sampled)])

@@ -40,7 +40,7 @@ from rlft.rollout.replay import ReplayEngine
 from rlft.trainer.broken import not_finite
 from rlft.trainer.estimates import Estimate, difference_of, mean_of, pass_at_k
 from rlft.trainer.metrics import Metrics
-from rlft.trainer.prepare import Look, estimator_inputs
+from rlft.trainer.prepare import PackedStep, estimator_inputs
 from rlft.types import PackPlan, Prompt, Rollout, Stat
 
 ROUNDING = 1e-6
@@ -183,7 +183,7 @@ def recorded_loss(policy: Policy, prompts: Sequence[Prompt], algorithm: Algorith
     metrics = Metrics()
     advantages = algorithm.advantage(rewards, group_ids(rollouts), **estimator_inputs(rollouts, parts, {}, plan.keep))
     batches = pack(rollouts, advantages, plan, count(rollouts, plan))
-    look = Look(policy, plan, rollouts, batches)
+    look = PackedStep(policy, plan, rollouts, batches)
     prepared = algorithm.prepare(look, algorithm.config) if algorithm.prepare is not None else {}
     with torch.no_grad():
         for batch in batches:

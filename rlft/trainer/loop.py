@@ -24,16 +24,16 @@ from rlft.batch import group_ids, packing_stats
 from rlft.config.run import Config
 from rlft.errors import EngineError
 from rlft.monitor.console import evaluation_line
-from rlft.rewards.parts import Parts
+from rlft.rewards.parts import RewardBreakdown
 from rlft.rewards.score import check_invalid, score
 from rlft.rollout.engine import asleep
 from rlft.runs.folder import PIECED_GROUPS
 from rlft.trainer import broken, parity
-from rlft.trainer.dynamic_sampling import Drawn, refill, solved, spread_back
+from rlft.trainer.dynamic_sampling import SampledGroups, replace_uninformative, solved, spread_back
 from rlft.trainer.evaluate import change, evaluate, recorded_loss
 from rlft.trainer.metrics import Metrics
 from rlft.trainer.out_of_memory import what_to_lower
-from rlft.trainer.setup import Session, build
+from rlft.trainer.setup import Session, build_session
 from rlft.trainer.step import learn
 from rlft.trainer.step_metrics import Clock, peak_memory, rates, rollout_values, update_values
 from rlft.types import Batch, Rollout, State
@@ -47,8 +47,10 @@ def loop(s: Session) -> None:
     while state.step < s.steps and not s.stop:
         clock, metrics, mismatch = Clock(), Metrics(), parity.Mismatch()
         draw = functools.partial(sample_and_score, s, clock)
-        drawn = refill(draw(cfg.prompts_per_step, 0), draw, cfg.prompts_per_step, cfg.refill.rounds)
-        parts = Parts.join(drawn.parts)
+        drawn = replace_uninformative(
+            draw(cfg.prompts_per_step, 0), draw, cfg.prompts_per_step, cfg.dynamic_sampling.rounds
+        )
+        parts = RewardBreakdown.join(drawn.parts)
 
         with clock("train"), asleep(engine), random_of(cfg.seed, state.step):
             done = learn(s, drawn, parts, metrics, mismatch)
@@ -62,7 +64,7 @@ def loop(s: Session) -> None:
         values = metrics.values() | mismatch.values() | parts.metrics() | rollout_values(drawn.rollouts, drawn.rewards)
         values |= update_values(done.updates, values) | packing_stats(done.packed, done.ran) | clock.values()
         values |= rates(drawn.rollouts, done.ran, cfg.optim.passes, clock)
-        values |= drawn.metrics(cfg.prompts_per_step) if cfg.refill.rounds else {}
+        values |= drawn.metrics(cfg.prompts_per_step) if cfg.dynamic_sampling.rounds else {}
         values |= {
             "epoch": s.prompts.epoch,
             "num_tokens": float(state.num_tokens),
@@ -86,8 +88,9 @@ def loop(s: Session) -> None:
     broken.check_end(s, ran)
 
 
-def sample_and_score(s: Session, clock: Clock, count: int, round_: int) -> Drawn:
-    """`count` prompts of the data, sampled and scored. round_: 0, and 1 onwards when the step is refilled."""
+def sample_and_score(s: Session, clock: Clock, count: int, round_: int) -> SampledGroups:
+    """`count` prompts of the data, sampled and scored. round_: 0, and 1 onwards when groups of the step are
+    replaced."""
     # Far above any prompt's position, so that no two draws of a run share a seed.
     seed = (s.cfg.seed, s.state.step) if round_ == 0 else (s.cfg.seed, s.state.step, 2**31 + round_)
     with clock("generate"):
@@ -96,7 +99,9 @@ def sample_and_score(s: Session, clock: Clock, count: int, round_: int) -> Drawn
     with clock("reward"):
         rewards, parts = score(rollouts, s.functions, trainer_state(s))
         check_invalid(s.state.invalid_history, float(rewards.isnan().float().mean()), parts.faults())
-    drawn = Drawn(rollouts, rewards, parts.deciding(s.cfg.refill.by), [parts], (True,) * len(rollouts))
+    drawn = SampledGroups(
+        rollouts, rewards, parts.deciding(s.cfg.dynamic_sampling.by), [parts], (True,) * len(rollouts)
+    )
     if s.cfg.curriculum.solved_share is not None:
         s.prompts.solved |= solved(drawn, s.cfg.curriculum.solved_share, s.cfg.curriculum.threshold)
     return drawn
@@ -128,7 +133,12 @@ def trainer_state(s: Session) -> dict[str, Any]:
 
 
 def record(
-    s: Session, values: dict[str, float], drawn: Drawn, parts: Parts, advantages: list[float], mismatch: parity.Mismatch
+    s: Session,
+    values: dict[str, float],
+    drawn: SampledGroups,
+    parts: RewardBreakdown,
+    advantages: list[float],
+    mismatch: parity.Mismatch,
 ) -> None:
     """Everything about a finished step into the run folder, onto the console and to the trackers."""
     for fault in parts.faults():
@@ -146,7 +156,7 @@ def record(
 def write_completions(
     s: Session,
     step: int,
-    drawn: Drawn,
+    drawn: SampledGroups,
     columns: dict[str, list[Any]],
     advantages: list[float],
     mismatch: parity.Mismatch,
@@ -166,13 +176,13 @@ def write_completions(
 
 def measure(s: Session) -> dict[str, float]:
     """Evaluate the adapter in training on the held-out rows, and log it at the current step."""
-    if not s.held:
+    if not s.eval_prompts:
         return {}
     step, found = s.state.step, None
-    values = recorded_loss(s.policy, s.held, s.algorithm, s.plan) if s.held_loss else {}
+    values = recorded_loss(s.policy, s.eval_prompts, s.algorithm, s.plan) if s.eval_loss else {}
     if s.eval_functions:
         s.eval_engine.load_adapter(s.policy.adapter(), version=step)
-        found = evaluate(s.eval_engine, s.held, s.cfg, s.eval_functions, trainer_state(s))
+        found = evaluate(s.eval_engine, s.eval_prompts, s.cfg, s.eval_functions, trainer_state(s))
         values |= found.metrics | change(s.run.first_rewards(), found.by_row(), s.cfg.eval)
     if found is not None:
         # At once, since the next evaluation reads the first; before the log, so that a run that is killed in between
@@ -249,7 +259,7 @@ def train(
     checkpoint in `cfg.out`. callbacks: called with (state, metrics) after each step. Raises RlftError for everything a
     user can cause; the run folder keeps what was done until then.
     """
-    with what_to_lower(cfg) as sessions, build(cfg, rewards, resume, callbacks) as s:
+    with what_to_lower(cfg) as sessions, build_session(cfg, rewards, resume, callbacks) as s:
         sessions.append(s)
         before = s.first_evaluation or measure(s)
         with stop_on_interrupt(s):

@@ -14,7 +14,7 @@ from rlft.errors import TrainError
 T = TypeVar("T")
 
 
-def answered(run: Callable[[], T], lower: Callable[[], str], note: Callable[[str], None]) -> T:
+def with_advice(run: Callable[[], T], lower: Callable[[], str], note: Callable[[str], None]) -> T:
     """The result of `run`; when the GPU's memory is exhausted, of a second try after `lower`.
 
     lower: gives memory back and returns what was done, for `note`. A second out-of-memory error is raised.
@@ -43,12 +43,12 @@ def what_to_lower(cfg: Config) -> Iterator[list[Any]]:
         known = isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in text
         if not known:
             raise
-        tokens, planned = cfg.packing.budget, ""
+        tokens, planned = cfg.packing.tokens_per_micro_batch, ""
         for s in sessions:
             tokens, ran = s.plan.budget, s.policy.fused.ran if s.policy.fused else None
             planned = f" The plan of the last pass was {ran.peak / 2**30:.2f} GiB: {ran}." if ran else ""
         stop = TrainError(
-            f"out of memory ({text}).{planned} Lower packing.budget ({tokens} tokens per micro-batch) for training, "
+            f"out of memory ({text}).{planned} Lower packing.tokens_per_micro_batch ({tokens} tokens) for training, "
             f"engine.batch_size ({cfg.engine.batch_size} sequences) for sampling, or sampling.max_tokens "
             f"({cfg.sampling.max_tokens}); where the model itself does not fit, take a smaller one, or another dtype"
         )

@@ -288,7 +288,7 @@ def probe(
     length explains, or the engine does not follow the random adapter; TrainError when log-probs are not finite.
     """
     parts = [(some, sampling) for some in (prompts, long) if some]
-    flat = policy.flat.flat.data
+    flat = policy.adapter_params.data
     kept = flat.clone()
     most = Limit.of(CEILING, 5.0)
     try:

@@ -17,10 +17,10 @@ TYPICAL = 1024
 """Tokens that completions are taken to have where they may have more."""
 
 
-def plan_of(cfg: Config, algorithm: Algorithm, policy: Policy, sampled: Sequence[Prompt] = ()) -> PackPlan:
+def pack_plan_of(cfg: Config, algorithm: Algorithm, policy: Policy, sampled: Sequence[Prompt] = ()) -> PackPlan:
     """How updates are packed; `keep` is left empty. The fused layers are told how long a full micro-batch is, and
     whether there is an entropy bonus. sampled: prompts that groups of completions are drawn for."""
-    budget, group = cfg.packing.budget, ALONE
+    budget, group = cfg.packing.tokens_per_micro_batch, ALONE
     if policy.fused is not None:
         policy.fused.expect(algorithm.entropy_grad)
     if budget == "auto":
@@ -44,8 +44,8 @@ def plan_of(cfg: Config, algorithm: Algorithm, policy: Policy, sampled: Sequence
 def memory_plan(policy: Policy, cfg: Config, engine: Engine, tokens: int) -> dict[str, int]:
     """Bytes on the device of what the training keeps from step to step, of what the engine takes on top while it is
     awake, and of a full micro-batch at its peak. tokens: of a full micro-batch."""
-    adapter = policy.flat.flat.numel() * policy.flat.flat.element_size()
-    moments = 2 * policy.flat.flat.numel() if cfg.optim.name == "adamw_8bit" else 2 * adapter
+    adapter = policy.adapter_params.numel() * policy.adapter_params.element_size()
+    moments = 2 * policy.adapter_params.numel() if cfg.optim.name == "adamw_8bit" else 2 * adapter
     return {
         "base": weight_bytes(policy.base)["bytes"],
         "adapter": adapter,
@@ -56,7 +56,7 @@ def memory_plan(policy: Policy, cfg: Config, engine: Engine, tokens: int) -> dic
     }
 
 
-def pass_words(policy: Policy, tokens: int) -> str:
+def pass_summary(policy: Policy, tokens: int) -> str:
     """How a full micro-batch runs, and what it takes."""
     if policy.fused is None:
         return f"micro-batches of {tokens} tokens, not planned"

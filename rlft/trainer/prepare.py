@@ -17,13 +17,13 @@ from rlft.algos.kl import difference, k3
 from rlft.batch import count, pack, segment_sum
 from rlft.dist import gather_tensor, sum_tensor
 from rlft.models.policy import Policy
-from rlft.rewards.parts import Parts
+from rlft.rewards.parts import RewardBreakdown
 from rlft.types import Batch, PackPlan, Rollout, Stat, Stats
 
 
 @dataclass(frozen=True)
-class Look:
-    """What `prepare` of a loss file may ask about an update; `rlft.types.Look` is the contract."""
+class PackedStep:
+    """What `prepare` of a loss file may ask about an update; `rlft.types.StepView` is the contract."""
 
     policy: Policy
     plan: PackPlan
@@ -88,7 +88,7 @@ def kl_in_reward(
 
 
 def estimator_inputs(
-    rollouts: Sequence[Rollout], parts: Parts, weights: dict[str, float], kept: Sequence[bool]
+    rollouts: Sequence[Rollout], parts: RewardBreakdown, weights: dict[str, float], kept: Sequence[bool]
 ) -> dict[str, Tensor]:
     """What estimators may ask for by name: lengths [N] int64, parts [N, K] and weights [K] float64, of kept rollouts.
 

@@ -8,27 +8,27 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from rlft.algos.algorithm import build as build_algorithm
-from rlft.config.files import load as load_config
+from rlft.algos.algorithm import build_algorithm
+from rlft.config.files import load_config
 from rlft.config.run import Config, Sampling
 from rlft.data.prompts import encode_prompt
 from rlft.errors import ConfigError
 from rlft.models.load import load_tokenizer
 from rlft.models.policy import Policy
 from rlft.monitor.console import Console
-from rlft.rewards.score import build as build_rewards
+from rlft.rewards.score import build_rewards
 from rlft.rollout.eager import EagerEngine
 from rlft.rollout.engine import Engine
 from rlft.runs import checkpoint
 from rlft.runs.folder import Run
 from rlft.trainer.engines import longest_sequence, start
 from rlft.trainer.evaluate import evaluate, measures_loss, recorded_loss
-from rlft.trainer.plans import plan_of
-from rlft.trainer.setup import identity_of, load_policy, load_rows
+from rlft.trainer.plans import pack_plan_of
+from rlft.trainer.setup import identity_of, load_policy, load_prompts_of
 
 
 @dataclass(frozen=True)
-class Finished:
+class OpenedRun:
     """A run with one of its adapters loaded."""
 
     cfg: Config
@@ -41,7 +41,7 @@ class Finished:
 
 
 @contextlib.contextmanager
-def open_run(out: Path, which: str = "latest") -> Iterator[Finished]:
+def open_run(out: Path, which: str = "latest") -> Iterator[OpenedRun]:
     """The run in the folder `out`. which: "latest", "best", a step ("12"), or "base" for the model without an adapter.
 
     Raises ConfigError when the folder holds no run, or not that checkpoint, or one of another base.
@@ -49,7 +49,7 @@ def open_run(out: Path, which: str = "latest") -> Iterator[Finished]:
     run = Run.resume(str(out))
     path = None if which == "base" else run.checkpoint(which)
     saved = path or (run.latest_checkpoint() if run.has_checkpoint() else None)
-    long = saved is not None and checkpoint.made_from(saved).get("rope") == "long factors"
+    long = saved is not None and checkpoint.continued_from(saved).get("rope") == "long factors"
     cfg = load_config(run.config)
     tokenizer = load_tokenizer(cfg.model)
     step = 0
@@ -58,15 +58,15 @@ def open_run(out: Path, which: str = "latest") -> Iterator[Finished]:
         policy = load_policy(replace(cfg, lora=replace(cfg.lora, resume_from=None)))
     else:
         policy = load_policy(cfg)
-        state, tensors, _ = checkpoint.load(path, identity_of(cfg, policy))
-        policy.flat.flat.data.copy_(tensors["adapter"])
+        state, tensors, _ = checkpoint.load_checkpoint(path, identity_of(cfg, policy))
+        policy.adapter_params.data.copy_(tensors["adapter"])
         policy.flat.start.copy_(tensors["adapter_start"])
         step = state.step
-    yield Finished(cfg, policy, tokenizer, step, long)
+    yield OpenedRun(cfg, policy, tokenizer, step, long)
 
 
 @contextlib.contextmanager
-def _sampling(run: Finished, engine: Engine) -> Iterator[Engine]:
+def _sampling(run: OpenedRun, engine: Engine) -> Iterator[Engine]:
     """The engine with the run's adapter; closed afterwards."""
     try:
         engine.load_adapter(run.policy.adapter(), version=run.step)
@@ -91,14 +91,14 @@ def evaluate_run(
             raise ConfigError(f"{out}: the run has no [eval] rows; set eval.rows and eval.rewards in its config.toml")
         if rows is not None and not 1 <= rows <= cfg.eval.rows:
             raise ConfigError(f"--rows {rows}: the run holds out {cfg.eval.rows} rows (eval.rows); give 1 to that many")
-        prompts, held = load_rows(cfg, run.tokenizer)
+        prompts, held = load_prompts_of(cfg, run.tokenizer)
         cfg = replace(cfg, eval=replace(cfg.eval, **changes))
         scored = bool((cfg.eval.rewards or cfg.rewards) if rewards is None else rewards)
         run.policy.fix_rope(longest_sequence(cfg, run.policy, prompts, held, scored), run.long)
         held, values = held[:rows], {}
         if cfg.engine.name in ("auto", "replay") and measures_loss(prompts, held):
             algorithm = build_algorithm(cfg.algo, cfg.optim.updates)
-            values = recorded_loss(run.policy, held, algorithm, plan_of(cfg, algorithm, run.policy))
+            values = recorded_loss(run.policy, held, algorithm, pack_plan_of(cfg, algorithm, run.policy))
         functions = build_rewards((cfg.eval.rewards or cfg.rewards) if rewards is None else rewards)
         if not functions and not values:
             raise ConfigError(

@@ -32,7 +32,7 @@ def check(policy: Policy) -> float:
     """Largest relative difference between the policy's log-probs and transformers' own; the adapter is restored bit for
     bit and no global random state is used. Raises ConfigError, naming the path, where it is more than rounding, and
     TrainError where transformers' own log-probs are not finite."""
-    flat = policy.flat.flat.data
+    flat = policy.adapter_params.data
     kept = flat.clone()
     rollouts = _rollouts(policy)
     try:

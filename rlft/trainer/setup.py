@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 
 from rlft import __version__
-from rlft.algos.algorithm import Algorithm, describe
-from rlft.algos.algorithm import build as build_algorithm
+from rlft.algos.algorithm import Algorithm, build_algorithm, describe
 from rlft.config.files import to_toml
 from rlft.config.run import Config, Reward
 from rlft.data.prompts import Prompts, digest, hold_out, load_prompts, without
@@ -38,13 +37,12 @@ from rlft.models.load import (
 from rlft.models.policy import Policy
 from rlft.monitor.background import Background
 from rlft.monitor.console import Console
-from rlft.monitor.token_text import Pieces
+from rlft.monitor.token_text import TokenText
 from rlft.monitor.tracking import Tracking
 from rlft.rewards.builtin.length import length
 from rlft.rewards.parts import OVERLONG
-from rlft.rewards.pool import InThread
-from rlft.rewards.score import RewardFunction
-from rlft.rewards.score import build as build_rewards
+from rlft.rewards.pool import InProcess
+from rlft.rewards.score import RewardFunction, build_rewards
 from rlft.rollout.engine import Engine, asleep, undeclared_end
 from rlft.rollout.replay import ReplayEngine
 from rlft.runs import checkpoint
@@ -54,7 +52,7 @@ from rlft.trainer import engines, parity
 from rlft.trainer.agreement import agree
 from rlft.trainer.evaluate import measures_loss
 from rlft.trainer.optim import Optimizer
-from rlft.trainer.plans import memory_plan, pass_words, plan_of
+from rlft.trainer.plans import memory_plan, pack_plan_of, pass_summary
 from rlft.trainer.reference import Reference
 from rlft.trainer.selfcheck import check as check_path
 from rlft.trainer.validate import problems
@@ -76,9 +74,9 @@ class Session:
     reference: Reference
     optimizer: Optimizer
     prompts: Prompts
-    held: list[Prompt]
+    eval_prompts: list[Prompt]
     """Rows that are only evaluated on."""
-    held_loss: bool
+    eval_loss: bool
     """Their recorded completions have the loss that is trained, so it is measured on them."""
     functions: list[RewardFunction]
     eval_functions: list[RewardFunction]
@@ -90,7 +88,7 @@ class Session:
     """What a checkpoint must have been made from to be resumed here."""
     plan: PackPlan
     """How updates are packed; `keep` is filled per step."""
-    pieces: Pieces
+    pieces: TokenText
     tracking: Tracking = field(init=False)
     """Started last, when the step that the run begins at is known."""
     state: State = field(default_factory=State)
@@ -115,7 +113,7 @@ class Session:
             f"earlier checkpoint"
         )
         # No random state: every draw is seeded by (seed, step, ...).
-        tensors = {"adapter": self.policy.flat.flat.detach(), "adapter_start": self.policy.flat.start}
+        tensors = {"adapter": self.policy.adapter_params.detach(), "adapter_start": self.policy.flat.start}
         tensors |= {f"optim.{name}": value for name, value in self.optimizer.tensors().items()}
         tensors |= {f"reference.{name}": value for name, value in self.reference.tensors().items()}
         model, final = self.policy.model, self.run.checkpoints / f"step-{self.state.step:06d}"
@@ -125,7 +123,7 @@ class Session:
             model.save_pretrained(str(folder), selected_adapters=["default"], save_embedding_layers=False)
             self.write_card(folder, final)
 
-        return checkpoint.save(
+        return checkpoint.save_checkpoint(
             self.run.checkpoints,
             self.state,
             tensors,
@@ -144,9 +142,9 @@ class Session:
     def restore(self, path: Path) -> None:
         """Put back a checkpoint: adapter, optimiser, step and data cursor. Raises ConfigError when it does not fit."""
         here = self.state.data
-        self.state, tensors, notes = checkpoint.load(path, self.identity)
+        self.state, tensors, notes = checkpoint.load_checkpoint(path, self.identity)
         if self.state.data != here:
-            if self.held and self.cfg.eval.data is None:
+            if self.eval_prompts and self.cfg.eval.data is None:
                 raise ConfigError(
                     f"{path}: its run had other training rows, so rows held out now may have been trained on; resume "
                     f"with the data, seed and eval.rows it was made with, or give eval.data"
@@ -155,7 +153,7 @@ class Session:
                 "the training rows are not those of the checkpoint; the data cursor goes on among the new ones"
             )
             self.state.data, self.state.solved = here, []
-        self.policy.flat.flat.data.copy_(tensors["adapter"])
+        self.policy.adapter_params.data.copy_(tensors["adapter"])
         self.policy.flat.start.copy_(tensors["adapter_start"])
         self.optimizer.load_tensors(_under("optim.", tensors))
         self.reference.load_tensors(_under("reference.", tensors))
@@ -182,7 +180,7 @@ def _check(cfg: Config, resume: bool, callables: bool) -> None:
 
 
 @contextlib.contextmanager
-def build(
+def build_session(
     cfg: Config,
     rewards: Sequence[Any] | None = None,
     resume: bool = False,
@@ -201,7 +199,7 @@ def build(
         algorithm = build_algorithm(cfg.algo, cfg.optim.updates)
         console.note("\n".join([*untested(), f"loading {cfg.model}"]))
         tokenizer = load_tokenizer(cfg.model)
-        rows, held = load_rows(cfg, tokenizer, console.note)
+        rows, held = load_prompts_of(cfg, tokenizer, console.note)
         prompts = Prompts(rows, cfg.seed, cfg.data.shuffle)
         functions, eval_functions = _functions(cfg, rewards)
         _close_later(stack, [*functions, *eval_functions])
@@ -218,9 +216,9 @@ def build(
         with asleep(eval_engine):
             check_path(policy)
             # What a pass may take is what is free now.
-            plan = plan_of(cfg, algorithm, policy, rows if engine.SAMPLES else ())
-            kept, passes = memory_plan(policy, cfg, eval_engine, plan.budget), pass_words(policy, plan.budget)
-        optimizer = Optimizer(policy.flat.flat, cfg.optim, steps * cfg.optim.updates, fp16, views)
+            plan = pack_plan_of(cfg, algorithm, policy, rows if engine.SAMPLES else ())
+            kept, passes = memory_plan(policy, cfg, eval_engine, plan.budget), pass_summary(policy, plan.budget)
+        optimizer = Optimizer(policy.adapter_params, cfg.optim, steps * cfg.optim.updates, fp16, views)
         reference = Reference(policy, keep=steps * cfg.prompts_per_step > len(rows) and not policy.mixes_rows)
         eval_loss = bool(held) and not engine.SAMPLES and measures_loss(rows, held)
         s = Session(
@@ -233,8 +231,8 @@ def build(
             reference=reference,
             optimizer=optimizer,
             prompts=prompts,
-            held=held,
-            held_loss=eval_loss,
+            eval_prompts=held,
+            eval_loss=eval_loss,
             functions=functions,
             eval_functions=eval_functions,
             run=run,
@@ -242,7 +240,7 @@ def build(
             console=console,
             identity=identity_of(cfg, policy),
             plan=plan,
-            pieces=Pieces(tokenizer),
+            pieces=TokenText(tokenizer),
             state=State(data=digest(rows)),
             callbacks=callbacks,
         )
@@ -277,7 +275,7 @@ def _resume(s: Session) -> None:
     s.console.note(f"{s.run.path} holds no checkpoint yet, so the run starts again from step 0{lost}")
 
 
-def load_rows(
+def load_prompts_of(
     cfg: Config, tokenizer: Any, note: Callable[[str], None] = lambda _: None
 ) -> tuple[list[Prompt], list[Prompt]]:
     """The prompts to train on and the held-out ones. note: told about prompts that were dropped."""
@@ -310,9 +308,10 @@ def _functions(cfg: Config, rewards: Sequence[Any] | None) -> tuple[list[RewardF
     the evaluation, of which the penalty is no part: it is about sampling.max_tokens."""
     functions = build_rewards(cfg.rewards if rewards is None else rewards)
     names = [function.name for function in functions]
-    if cfg.refill.by is not None and cfg.refill.by not in names:
+    if cfg.dynamic_sampling.by is not None and cfg.dynamic_sampling.by not in names:
         raise ConfigError(
-            f'refill.by = "{cfg.refill.by}": no reward function of that name; there are {", ".join(names)}'
+            f'dynamic_sampling.by = "{cfg.dynamic_sampling.by}": no reward function of that name; '
+            f"there are {', '.join(names)}"
         )
     if cfg.overlong.penalty_share:
         if OVERLONG in names:
@@ -322,7 +321,7 @@ def _functions(cfg: Config, rewards: Sequence[Any] | None) -> tuple[list[RewardF
             )
         longest = cfg.sampling.max_tokens
         args = {"max_tokens": longest, "buffer": max(1, round(cfg.overlong.penalty_share * longest))}
-        functions.append(RewardFunction(OVERLONG, InThread(length), Reward(OVERLONG, args=args)))
+        functions.append(RewardFunction(OVERLONG, InProcess(length), Reward(OVERLONG, args=args)))
         functions[-1].open()
     own = [f for f in functions if f.name != OVERLONG]
     return functions, build_rewards(cfg.eval.rewards) if cfg.eval.rewards else own
@@ -341,7 +340,7 @@ def _engines(
     completions and the evaluation samples. scored: evaluations have reward functions. Fixes the
     policy's rotary tables first, which all share."""
     policy.fix_rope(engines.longest_sequence(cfg, policy, rows, held, scored))
-    if engines.chosen(cfg, bool(rows[0].recorded), policy.device) != "replay":
+    if engines.engine_name(cfg, bool(rows[0].recorded), policy.device) != "replay":
         engine = engines.start(cfg, policy, tokenizer, console, [*rows, *held])
         return engine, engine
     assert rows[0].recorded, "validate refuses this"
@@ -373,12 +372,12 @@ def _title(s: Session, passes: str) -> list[str]:
     dtype = str(resolve_dtype(cfg, policy.device)).removeprefix("torch.")
     weights = weight_bytes(policy.base)
     total = weights["parameters"]
-    trained = policy.flat.flat.numel()
+    trained = policy.adapter_params.numel()
     return [
         f"{cfg.model}: {total / 1e6:.0f} M parameters in {dtype} on {policy.device.type}, "
         f"LoRA rank {cfg.lora.rank} ({trained / 1e6:.1f} M trained)",
-        f"{len(s.prompts.rows)} prompts, {len(s.held)} held out; {s.steps} steps of {cfg.prompts_per_step} prompts "
-        f"x {cfg.sampling.group_size if s.engine.SAMPLES else 'recorded'} completions",
+        f"{len(s.prompts.rows)} prompts, {len(s.eval_prompts)} held out; {s.steps} steps of {cfg.prompts_per_step} "
+        f"prompts x {cfg.sampling.group_size if s.engine.SAMPLES else 'recorded'} completions",
         policy.path,
         targets.describe(policy.model),
         *([MIXED] if policy.mixes_rows else []),

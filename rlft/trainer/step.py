@@ -11,19 +11,19 @@ from torch import Tensor
 
 from rlft.batch import count, group_ids, pack
 from rlft.dist import sum_counts, sum_tensor
-from rlft.rewards.parts import Parts
+from rlft.rewards.parts import RewardBreakdown
 from rlft.trainer import parity
-from rlft.trainer.dynamic_sampling import Drawn, chosen
+from rlft.trainer.dynamic_sampling import SampledGroups, kept_rollouts
 from rlft.trainer.metrics import Metrics
 from rlft.trainer.optim import Update
-from rlft.trainer.out_of_memory import answered
-from rlft.trainer.prepare import Look, estimator_inputs, kl_in_reward
+from rlft.trainer.out_of_memory import with_advice
+from rlft.trainer.prepare import PackedStep, estimator_inputs, kl_in_reward
 from rlft.trainer.setup import Session
 from rlft.trainer.step_metrics import batch_stats
 from rlft.types import Batch, Rollout, Stats
 
 
-class Learned(NamedTuple):
+class StepResult(NamedTuple):
     """What the training of one step did."""
 
     advantages: Tensor
@@ -35,15 +35,17 @@ class Learned(NamedTuple):
     updates: list[Update]
 
 
-def learn(s: Session, drawn: Drawn, parts: Parts, metrics: Metrics, mismatch: parity.Mismatch) -> Learned:
+def learn(
+    s: Session, drawn: SampledGroups, parts: RewardBreakdown, metrics: Metrics, mismatch: parity.Mismatch
+) -> StepResult:
     """Advantages, micro-batches and updates of one step, while the engine sleeps.
 
     metrics, mismatch: filled. Each part answers one out-of-memory error. Raises ParityError before the first update
     where engine and trainer disagree.
     """
     cfg, policy, algorithm = s.cfg, s.policy, s.algorithm
-    rollouts, rewards = chosen(drawn)
-    retried = functools.partial(answered, lower=policy.lower, note=s.console.note)
+    rollouts, rewards = kept_rollouts(drawn)
+    retried = functools.partial(with_advice, lower=policy.lower, note=s.console.note)
     shaped, known = retried(lambda: kl_in_reward(policy, algorithm, s.plan, rollouts, rewards))
     metrics.add(known)
     inputs = estimator_inputs(rollouts, parts, {f.name: f.weight for f in s.functions}, drawn.kept)
@@ -57,7 +59,7 @@ def learn(s: Session, drawn: Drawn, parts: Parts, metrics: Metrics, mismatch: pa
         assert batch.old_logprobs is not None
         mismatch.add(batch.old_logprobs, batch)
     updates = train_on(s, rollouts, packed, ran, metrics, mismatch)
-    return Learned(advantages, list(chain(*packed)), list(chain(*ran)), updates)
+    return StepResult(advantages, list(chain(*packed)), list(chain(*ran)), updates)
 
 
 def minibatches(s: Session, rollouts: list[Rollout], rewards: Tensor, advantages: Tensor) -> list[list[Batch]]:
@@ -69,7 +71,7 @@ def minibatches(s: Session, rollouts: list[Rollout], rewards: Tensor, advantages
     for part in range(parts):
         rows = ((groups * parts) // total == part).nonzero().flatten().tolist()
         some = [rollouts[row] for row in rows]
-        cut = [r.finish_reason == "length" and s.cfg.overlong.drop for r in some]
+        cut = [r.finish_reason == "length" and s.cfg.overlong.mask for r in some]
         keep = tuple(not invalid and not c for invalid, c in zip(rewards[rows].isnan().tolist(), cut, strict=True))
         plan = replace(s.plan, keep=keep)
         made = pack(some, advantages[rows], plan, sum_counts(count(some, plan)))
@@ -84,7 +86,7 @@ def prepared(s: Session, rollouts: list[Rollout], batches: list[Batch]) -> dict[
     if s.algorithm.prepare is None:
         return {}
     rows = sorted(row for batch in batches for row in batch.rows)
-    look = Look(s.policy, s.plan, [rollouts[row] for row in rows], batches)
+    look = PackedStep(s.policy, s.plan, [rollouts[row] for row in rows], batches)
     return s.state.adapted | s.algorithm.prepare(look, s.algorithm.config)
 
 
@@ -116,7 +118,7 @@ def train_on(
     policy, state, algorithm = s.policy, s.state, s.algorithm
     queue, whole = ran * s.cfg.optim.passes, packed * s.cfg.optim.passes
     # On the host: it is read only where memory is exhausted between two updates.
-    start = policy.flat.flat.detach().to("cpu", copy=True) if algorithm.old == "trainer" else None
+    start = policy.adapter_params.detach().to("cpu", copy=True) if algorithm.old == "trainer" else None
     done, total = 0, sum(map(len, queue))
     updates: list[Update] = []
 
@@ -131,7 +133,7 @@ def train_on(
         return forward_backward(s, queue[len(updates)], numbers, done, total)
 
     while len(updates) < len(queue):
-        passes = answered(attempt, lower, s.console.note)
+        passes = with_advice(attempt, lower, s.console.note)
         done += len(passes)
         for logprobs, batch, stats in passes:
             metrics.add(stats)
@@ -169,7 +171,7 @@ def forward_backward(
 
 def planned_again(s: Session, parts: list[list[Batch]], start: Tensor) -> list[list[Batch]]:
     """Micro-batches with new plans, and with old log-probs of the adapter `start` [numel] computed by these."""
-    flat = s.policy.flat.flat.data
+    flat = s.policy.adapter_params.data
     now = flat.clone()
     flat.copy_(start)
     try:

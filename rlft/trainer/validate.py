@@ -13,19 +13,18 @@ from typing import Any
 import torch
 
 from rlft.algos.advantages import WITHIN_GROUPS
-from rlft.algos.algorithm import Algorithm
-from rlft.algos.algorithm import build as build_algorithm
+from rlft.algos.algorithm import Algorithm, build_algorithm
 from rlft.config import resolve
 from rlft.config.run import Config, Data, Reward
 from rlft.data.prompts import check_rows, kind_of
 from rlft.environment import version_problems
 from rlft.errors import ConfigError, RlftError
-from rlft.models.load import locate, plan_base, resolve_device
+from rlft.models.load import describe_base, locate, resolve_device
 from rlft.monitor import tracking
 from rlft.rewards.score import BUILTIN, OURS
 from rlft.rewards.worker import Signature, signature
 from rlft.runs.folder import Run, resumable
-from rlft.trainer.engines import chosen
+from rlft.trainer.engines import engine_name
 
 RECORDED = ("completion", "text", "messages", "chosen")
 """Columns that bring completions with the data."""
@@ -89,7 +88,7 @@ def _model(cfg: Config, device: torch.device | None) -> Iterator[str]:
     elif device is not None and (where.gguf or Path(where.path).is_dir()):
         # Of a model of the hub that is seen when it is loaded.
         try:
-            plan_base(cfg, device)
+            describe_base(cfg, device)
         except ConfigError as error:
             yield str(error)
     folder = cfg.lora.resume_from
@@ -113,14 +112,14 @@ def _out(out: Path, resume: bool) -> Iterator[str]:
 
 def _vllm(cfg: Config, rows: list[dict[str, Any]], device: torch.device | None) -> Iterator[str]:
     """What vLLM cannot do, where it is what samples."""
-    if device is None or chosen(cfg, any(name in rows[0] for name in RECORDED), device) != "vllm":
+    if device is None or engine_name(cfg, any(name in rows[0] for name in RECORDED), device) != "vllm":
         return
     if cfg.quantization == "int8":
         yield 'quantization = "int8": vLLM takes NF4 and plain weights; set "nf4" or "none", or engine.name = "eager"'
     if cfg.dtype == "float64":
         yield 'dtype = "float64": vLLM has 16 and 32 bits; set another dtype, or engine.name = "eager"'
-    if device.type == "cpu" and cfg.engine.mode not in ("auto", "lent"):
-        yield f'engine.mode = "{cfg.engine.mode}": on a CPU vLLM has no memory that sleeps; set "lent" or "auto"'
+    if device.type == "cpu" and cfg.engine.mode not in ("auto", "shared"):
+        yield f'engine.mode = "{cfg.engine.mode}": on a CPU vLLM has no memory that sleeps; set "shared" or "auto"'
 
 
 def _engine(cfg: Config, algorithm: Algorithm | None, rows: list[dict[str, Any]], callables: bool) -> Iterator[str]:
@@ -142,23 +141,24 @@ def _engine(cfg: Config, algorithm: Algorithm | None, rows: list[dict[str, Any]]
             )
         if algorithm is not None and algorithm.needs_sampler:
             yield f'algo.name = "{cfg.algo.name}": needs sampler log-probs, which recorded completions lack'
-        if cfg.refill.rounds:
-            yield f"refill.rounds = {cfg.refill.rounds}: recorded completions are not drawn again; set it to 0"
+        if cfg.dynamic_sampling.rounds:
+            rounds = cfg.dynamic_sampling.rounds
+            yield f"dynamic_sampling.rounds = {rounds}: recorded completions are not drawn again; set it to 0"
         if cfg.curriculum.solved_share is not None:
             yield "curriculum: recorded completions are not solved or unsolved; leave the section out"
-        if cfg.overlong.penalty_share or cfg.overlong.drop:
+        if cfg.overlong.penalty_share or cfg.overlong.mask:
             yield "overlong: recorded completions were not cut at sampling.max_tokens; leave the section out"
         return
     if not (cfg.rewards or callables):
         yield 'rewards is empty: completions are sampled, so name a reward function, for example rewards = ["number"]'
-    if cfg.refill.rounds and cfg.sampling.group_size == 1:
+    if cfg.dynamic_sampling.rounds and cfg.sampling.group_size == 1:
         yield (
-            f"refill.rounds = {cfg.refill.rounds} with sampling.group_size = 1: the rewards of a group of one never "
-            f"differ; set sampling.group_size to 2 or more"
+            f"dynamic_sampling.rounds = {cfg.dynamic_sampling.rounds} with sampling.group_size = 1: the rewards of a "
+            f"group of one never differ; set sampling.group_size to 2 or more"
         )
-    by = cfg.refill.by
+    by = cfg.dynamic_sampling.by
     if by is not None and not callables and by not in [str(r.use).rpartition(":")[2] for r in cfg.rewards]:
-        yield f'refill.by = "{by}": no reward of that name; there are {", ".join(r.use for r in cfg.rewards)}'
+        yield f'dynamic_sampling.by = "{by}": no reward of that name; there are {", ".join(r.use for r in cfg.rewards)}'
     if cfg.sampling.group_size == 1 and baseline in WITHIN_GROUPS:
         yield (
             f'sampling.group_size = 1 with algo.advantage = "{baseline}": a group of one has advantage 0, so nothing '
@@ -191,8 +191,8 @@ def _pairs(cfg: Config, algorithm: Algorithm, row: dict[str, Any], pairs: bool) 
             f"chosen and rejected (map yours with data.columns), or make pairs of sampled completions with "
             f'algo.advantage = "best_and_worst" and rewards'
         )
-    if algorithm.whole_groups and cfg.overlong.drop:
-        yield f'overlong.drop = true: algo.name = "{cfg.algo.name}" would be left with half a pair; set it to false'
+    if algorithm.whole_groups and cfg.overlong.mask:
+        yield f'overlong.mask = true: algo.name = "{cfg.algo.name}" would be left with half a pair; set it to false'
     if kind_of(row) == "label" and algorithm.advantage_name == "identity" and not algorithm.needs_reference:
         yield (
             f'algo.name = "{cfg.algo.name}": rows whose label is false would be unlearned without bound; use '

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from rlft.algos import advantages as adv
 from rlft.algos import kl, surrogate
-from rlft.algos.algorithm import build, describe
+from rlft.algos.algorithm import build_algorithm, describe
 from rlft.algos.losses import grpo, sft
 from rlft.config.run import Algo
 from rlft.errors import ConfigError
@@ -127,12 +127,15 @@ def test_the_kl_term_is_added_with_its_factor_and_logged_as_k1_and_k3() -> None:
 
 
 def test_grpo_builds_with_its_traits_following_its_numbers() -> None:
-    plain, with_kl = build(Algo("grpo")), build(Algo("grpo", {"kl_coef": 0.1, "aggregation": "constant"}))
+    plain, with_kl = (
+        build_algorithm(Algo("grpo")),
+        build_algorithm(Algo("grpo", {"kl_coef": 0.1, "aggregation": "constant"})),
+    )
     assert (plain.needs_reference, plain.zero_adv_zero_grad, plain.aggregation) == (False, True, "token_mean")
     assert (with_kl.needs_reference, with_kl.zero_adv_zero_grad, with_kl.aggregation) == (True, False, "constant")
     rewards, groups = torch.tensor([1.0, 0.0, 2.0]), torch.tensor([0, 0, 0])
     assert torch.equal(plain.advantage(rewards, groups, lengths=groups), adv.group_norm(rewards, groups))
-    assert (plain.advantage_name, build(Algo("sft")).advantage_name) == ("group_norm", "identity")
+    assert (plain.advantage_name, build_algorithm(Algo("sft")).advantage_name) == ("group_norm", "identity")
     assert plain.loss is grpo.loss and plain.config == grpo.Config(correction="single")
 
 
@@ -148,7 +151,7 @@ def test_grpo_builds_with_its_traits_following_its_numbers() -> None:
     ],
 )
 def test_the_correction_follows_the_number_of_updates(updates: int, correction: str, becomes: str, old: str) -> None:
-    made = build(Algo("grpo", {"correction": correction}), updates)
+    made = build_algorithm(Algo("grpo", {"correction": correction}), updates)
     assert (made.config.correction, made.old, made.needs_sampler) == (becomes, old, correction == "bypass")
 
 
@@ -156,15 +159,15 @@ def test_a_correction_that_would_be_wrong_or_twice_is_refused() -> None:
     with pytest.raises(
         ConfigError, match=r'algo.correction = "single" with 4 updates per rollout batch: .*"decoupled"'
     ):
-        build(Algo("grpo", {"correction": "single"}), 4)
+        build_algorithm(Algo("grpo", {"correction": "single"}), 4)
     with pytest.raises(ConfigError, match=r'algo.correction = "bypass": the noise of the sampler is wider'):
-        build(Algo("gspo", {"correction": "bypass"}), 4)
+        build_algorithm(Algo("gspo", {"correction": "bypass"}), 4)
     with pytest.raises(
         ConfigError, match=r'algo.correction = "decoupled" weighs tokens apart: set algo.form = "token"'
     ):
-        build(Algo("gspo", {"correction": "decoupled", "form": "sequence"}), 4)
-    assert build(Algo("gspo", {"form": "sequence"}), 4).config.correction == "none"
-    assert build(Algo("sft"), 4).old == "now" and build(Algo("dpo"), 4).old == "now"
+        build_algorithm(Algo("gspo", {"correction": "decoupled", "form": "sequence"}), 4)
+    assert build_algorithm(Algo("gspo", {"form": "sequence"}), 4).config.correction == "none"
+    assert build_algorithm(Algo("sft"), 4).old == "now" and build_algorithm(Algo("dpo"), 4).old == "now"
 
 
 @pytest.mark.parametrize(
@@ -178,12 +181,17 @@ def test_a_correction_that_would_be_wrong_or_twice_is_refused() -> None:
         ),
         ("grpo", {"correction": "bypass", "correction_cap": 5.0}, 4, "algo.correction_cap = 5.0 .* correct twice"),
         ("grpo", {"correction": "none", "correction_floor": 0.5}, 1, "correction_floor = 0.5 .* there is no weight"),
-        ("grpo", {"correction": "bypass", "gate_high": 1.1}, 1, "gate_high = 1.1 .* no sequence is ever outside"),
+        (
+            "grpo",
+            {"correction": "bypass", "sequence_mask_high": 1.1},
+            1,
+            "sequence_mask_high = 1.1 .* no sequence is ever outside",
+        ),
         ("dppo", {"correction": "single"}, 1, "the ratio of dppo is against the sampler by itself, .* count twice"),
         ("topr", {"correction": "decoupled"}, 4, "the ratio of topr is against the sampler by itself"),
         ("vespo", {"correction": "bypass"}, 1, "the ratio of vespo is against the sampler by itself"),
         ("reinforce", {"correction": "decoupled"}, 4, 'algo.correction = "decoupled": this loss has no ratio'),
-        ("grpo", {"gate_low": 1.5}, 1, "algo.gate_low = 1.5, .*: want a band around 1"),
+        ("grpo", {"sequence_mask_low": 1.5}, 1, "algo.sequence_mask_low = 1.5, .*: want a band around 1"),
         ("grpo", {"kl": "reward", "kl_coef": 0.1, "advantage": "gdpo"}, 1, "the KL taken off their sum would be lost"),
         ("grpo", {"delta": 1.1}, 1, r"algo.delta = 1.1: want above 1 \+ clip_high = 1.2"),
     ],
@@ -192,15 +200,18 @@ def test_what_corrects_twice_or_not_at_all_is_refused(
     name: str, options: dict[str, Any], updates: int, message: str
 ) -> None:
     with pytest.raises(ConfigError, match=message):
-        build(Algo(name, options), updates)
+        build_algorithm(Algo(name, options), updates)
 
 
 def test_losses_against_the_sampler_need_it_and_take_old_from_nowhere() -> None:
     for name in ("dppo", "topr", "vespo"):
-        made = build(Algo(name), 4)
+        made = build_algorithm(Algo(name), 4)
         assert (made.config.correction, made.old, made.needs_sampler) == ("none", "now", True)
-    assert build(Algo("reinforce"), 4).config.correction == "single"  # its weight is of the policy now
-    assert build(Algo("grpo", {"off_policy_limit": 0.5})).needs_sampler and not build(Algo("grpo")).needs_sampler
+    assert build_algorithm(Algo("reinforce"), 4).config.correction == "single"  # its weight is of the policy now
+    assert (
+        build_algorithm(Algo("grpo", {"off_policy_limit": 0.5})).needs_sampler
+        and not build_algorithm(Algo("grpo")).needs_sampler
+    )
 
 
 def weights_of(log_rho: list[list[float]], advantages: list[float], **settings: Any) -> list[list[float]]:
@@ -237,8 +248,10 @@ def test_every_correction_by_hand() -> None:
     )
     assert weights_of(log, good, correction_weight="sequence_mask", correction_cap=1.5) == approx([[1.2] * 2, [0] * 2])
     # Geometric means: sqrt(1.2) = 1.095 and sqrt(1.8) = 1.342.
-    assert weights_of(log, good, gate_high=1.2) == approx([[0.4, 2.0], [0, 0]])
-    assert weights_of(log, good, gate_low=0.99, gate_high=1.01, correction="none") == approx([[0, 0], [0, 0]])
+    assert weights_of(log, good, sequence_mask_high=1.2) == approx([[0.4, 2.0], [0, 0]])
+    assert weights_of(log, good, sequence_mask_low=0.99, sequence_mask_high=1.01, correction="none") == approx(
+        [[0, 0], [0, 0]]
+    )
     # OPSM: sampler - now is -log rho; the mean of the first is -0.091, of the second -0.294.
     assert weights_of(log, mixed, off_policy_limit=-0.2, correction="none") == approx([[0, 0], [1, 1]])
     assert weights_of(log, [1.0, -1.0], off_policy_limit=-0.2, correction="none") == approx([[1, 1], [1, 1]])
@@ -284,15 +297,15 @@ def test_delta_bounds_the_ratio_of_a_bad_token() -> None:
 
 
 def test_a_run_prints_its_five_choices() -> None:
-    assert describe(build(Algo("grpo", {"kl_coef": 0.01, "clip_high": 0.28, "advantage": "group_mean"}))) == [
+    assert describe(build_algorithm(Algo("grpo", {"kl_coef": 0.01, "clip_high": 0.28, "advantage": "group_mean"}))) == [
         "grpo: ratio per token, clipped to [0.8, 1.28], 0.01 x KL (k3_ratio), sampler correction up to 2; "
         "advantage group_mean; token_mean, mean over all tokens of the step",
         "one update per rollout batch: the ratio is exactly 1, so clipping never acts",
     ]
-    assert describe(build(Algo("gspo"), 4))[1] == (
+    assert describe(build_algorithm(Algo("gspo"), 4))[1] == (
         "4 updates per rollout batch; old log-probs from a forward of the trainer before the first"
     )
-    assert describe(build(Algo("sft"))) == [
+    assert describe(build_algorithm(Algo("sft"))) == [
         "sft: no ratio, no clip, no KL; advantage identity; token_mean, mean over all tokens of the step"
     ]
 
@@ -303,23 +316,25 @@ def test_a_loss_and_an_advantage_can_be_files_of_the_user(tmp_path: Path) -> Non
         Path(sft.__file__).read_text() + "\n\ndef twice(rewards, group_ids):\n    return 2 * rewards\n"
         "\n\ndef total(rewards, group_ids):\n    return rewards.sum()\n"
     )
-    mine = build(Algo(f"{file}:loss", {"aggregation": "prompt_mean"}))
+    mine = build_algorithm(Algo(f"{file}:loss", {"aggregation": "prompt_mean"}))
     assert mine.aggregation == "prompt_mean" and mine.zero_adv_zero_grad
-    doubled = build(Algo("grpo", {"advantage": f"{file}:twice"})).advantage
+    doubled = build_algorithm(Algo("grpo", {"advantage": f"{file}:twice"})).advantage
     assert doubled(torch.tensor([1.5]), torch.tensor([0])).tolist() == [3]
     with pytest.raises(ConfigError, match=r"my_loss.py:total\": want a tensor of shape \[2\], got shape \[\]"):
-        build(Algo("grpo", {"advantage": f"{file}:total"})).advantage(torch.ones(2), torch.zeros(2, dtype=torch.int64))
+        build_algorithm(Algo("grpo", {"advantage": f"{file}:total"})).advantage(
+            torch.ones(2), torch.zeros(2, dtype=torch.int64)
+        )
     bad = tmp_path / "bad.py"
     bad.write_text("ADVANTAGE = 'identity'\ndef loss(logprobs, batch, cfg): ...\n")
     with pytest.raises(ConfigError, match=r"not an algorithm, it lacks Config, AGGREGATION, RATIO, NEEDS_REFERENCE"):
-        build(Algo(f"{bad}:loss"))
+        build_algorithm(Algo(f"{bad}:loss"))
 
 
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("gprpo", {}, r'algo.name = "gprpo": not in rlft.algos. Did you mean "grpo"\? Known: .*grpo.*sft'),
-        ("kl", {}, r'algo.name = "kl": not in rlft.algos.* Known: .*grpo.*sft'),
+        ("gprpo", {}, r'algo.name = "gprpo": unknown. Did you mean "grpo"\? Known: .*grpo.*sft'),
+        ("kl", {}, r'algo.name = "kl": unknown.* Known: .*grpo.*sft'),
         ("grpo", {"advantage": "group_norms"}, r'algo.advantage = "group_norms": unknown. Did you mean "group_norm"\?'),
         ("grpo", {"clip_hi": 0.3}, "algo.clip_hi: unknown setting. Did you mean .*clip_high"),
         ("grpo", {"clip_low": 1.0}, "algo.clip_low = 1.0: want below 1, the ratio is never negative"),
@@ -331,7 +346,7 @@ def test_a_loss_and_an_advantage_can_be_files_of_the_user(tmp_path: Path) -> Non
 )
 def test_wrong_settings_name_the_field_and_what_is_wanted(name: str, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        build(Algo(name, options))
+        build_algorithm(Algo(name, options))
 
 
 def test_settings_made_in_python_are_checked_too() -> None:

@@ -83,7 +83,7 @@ def config(
         optim=Optim(lr=1e-2),
         parity=Parity(probe=False),
         checkpoint=Checkpoint(keep=10),
-        packing=Packing(budget=40),
+        packing=Packing(tokens_per_micro_batch=40),
     )
     return replace(base, **changes)
 
@@ -116,7 +116,7 @@ def test_entropy_kl_in_the_reward_and_masks_run_and_resume_exactly(home: Path, t
         "entropy_target": 9.0,
         "entropy_share": 0.5,
         "correction_weight": "sequence_mask",
-        "gate_high": 1.5,
+        "sequence_mask_high": 1.5,
         "off_policy_limit": 0.5,
         "advantage": "batch_std",
     }
@@ -227,7 +227,7 @@ def test_prepare_sees_each_update_as_it_starts(minibatches: int, passes: int, ho
         optim=optim,
         prompts_per_step=4,
         steps=3,
-        packing=Packing(budget=1000),
+        packing=Packing(tokens_per_micro_batch=1000),
     )
     line = ran(cfg)[-1]
     assert line["batch/micro_batches"] == minibatches

@@ -22,7 +22,7 @@ from rlft.algos import advantages as adv
 from rlft.algos.losses import cispo, gmpo, grpo, gspo, rloo, sapo, sft, vespo
 from rlft.batch import count, pack
 from rlft.trainer.metrics import Metrics
-from rlft.trainer.prepare import Look
+from rlft.trainer.prepare import PackedStep
 from rlft.types import Aggregation, Batch, PackPlan, Prompt, Rollout
 
 GRPO, RLOO = ("trainer.grpo_trainer", "GRPOTrainer"), ("trainer.rloo_trainer", "RLOOTrainer")
@@ -356,7 +356,7 @@ def test_entropy_bonus_and_quantile_mask_equal_trl() -> None:
     batches, cells = packed(values, "token_mean")
     at = dict(zip(map(id, batches), cells, strict=True))
     policy = SimpleNamespace(entropy=lambda batch: entropy.flatten()[at[id(batch)]])
-    floor = Look(policy, PackPlan((), "token_mean", 1, 1, 1.0), [], batches).entropy_quantile(0.8)  # type: ignore[arg-type]
+    floor = PackedStep(policy, PackPlan((), "token_mean", 1, 1, 1.0), [], batches).entropy_quantile(0.8)  # type: ignore[arg-type]
     for share, coef in ((0.2, 0.0), (1.0, 0.3)):
         a, b = (x.clone().requires_grad_() for x in (now, now))
         e, f = (x.clone().requires_grad_() for x in (entropy, entropy))

@@ -16,7 +16,7 @@ from rlft import environment
 from rlft.algos.losses import grpo
 from rlft.cli import main as cli
 from rlft.cli.main import main, parse
-from rlft.config.files import load, to_toml
+from rlft.config.files import load_config, to_toml
 from rlft.config.run import Algo, Reward
 from rlft.environment import outside_window, release, version_problems, window
 from rlft.errors import ConfigError, EngineError, ParityError, RewardError, RlftError
@@ -47,7 +47,7 @@ def test_without_flags_the_config_is_the_files_with_the_algorithms_settings_writ
     # What is None by default and by value is left out, since TOML has no null.
     written = {k: v for k, v in vars(grpo.Config(clip_high=0.28)).items() if v is not None}
     assert cfg.algo == Algo("grpo", written) and {"advantage", "clip_low", "kl", "correction_cap"} <= written.keys()
-    assert to_toml(cfg).split("[algo]")[0] == to_toml(load(run_file)).split("[algo]")[0]
+    assert to_toml(cfg).split("[algo]")[0] == to_toml(load_config(run_file)).split("[algo]")[0]
     assert resume is False
 
 

@@ -12,7 +12,8 @@ from typing import Any, Literal
 import pytest
 
 from rlft.config import files as config_file
-from rlft.config.files import from_table, load, to_toml
+from rlft.config import trl_names
+from rlft.config.files import from_table, load_config, to_toml
 from rlft.config.run import Algo, Checkpoint, Config, Data, Eval, Lora, Optim, Reward, Sampling, Source
 from rlft.errors import ConfigError
 
@@ -61,7 +62,7 @@ def test_a_toml_file_becomes_the_config_it_says(tmp_path: Path) -> None:
         rewards = ["exact"]
         """,
     )
-    assert load(path) == Config(
+    assert load_config(path) == Config(
         model="Qwen/Qwen3-0.6B",
         data=Data(path="d.jsonl", columns={"prompt": "question"}),
         out="runs/a",
@@ -82,7 +83,7 @@ def test_a_list_of_reward_tables_and_plain_strings_are_the_same_rewards() -> Non
 
 def test_yaml_reads_a_number_that_its_parser_takes_for_a_string(tmp_path: Path) -> None:
     text = "model: m\ndata: d.jsonl\nout: o\nsteps: 2\noptim: {lr: 1e-6, eps: 1e-9}\nlora: {alpha: 8}\n"
-    cfg = load(write(tmp_path, "run.yaml", text))
+    cfg = load_config(write(tmp_path, "run.yaml", text))
     assert (cfg.optim.lr, cfg.optim.eps, cfg.lora.alpha) == (1e-6, 1e-9, 8.0)
     assert type(cfg.lora.alpha) is float
 
@@ -107,9 +108,13 @@ def test_what_is_written_reads_back_equal(tmp_path: Path) -> None:
         checkpoint=Checkpoint(every=2),
     )
     text = to_toml(cfg)
-    assert load(write(tmp_path, "config.toml", text)) == cfg
+    assert load_config(write(tmp_path, "config.toml", text)) == cfg
     # Every value is in the file, those that were never set too.
-    assert tomllib.loads(text)["packing"] == {"budget": "auto", "share_prefix": True, "skip_zero_advantage": True}
+    assert tomllib.loads(text)["packing"] == {
+        "tokens_per_micro_batch": "auto",
+        "share_prefix": True,
+        "skip_zero_advantage": True,
+    }
 
 
 def test_a_config_with_defaults_only_reads_back_equal() -> None:
@@ -169,12 +174,12 @@ def test_every_name_that_the_trl_table_gives_exists() -> None:
 
     files = [module_of(name) for name in names_in(LOSSES)]
     ours = {*config_file.paths(), *(f"algo.{f.name}" for file in files for f in dataclasses.fields(file.Config))}
-    assert set(config_file.TRL_NAMES.values()) <= ours
+    assert set(trl_names.TRL_NAMES.values()) <= ours
 
 
 def test_no_setting_of_ours_is_refused_as_a_name_of_trl() -> None:
     top = {f.name for f in dataclasses.fields(Config)}
-    assert not top & {*config_file.TRL_NAMES, *config_file.TRL_NOTES}
+    assert not top & {*trl_names.TRL_NAMES, *trl_names.TRL_NOTES}
 
 
 @pytest.mark.parametrize(
@@ -254,15 +259,15 @@ def test_steps_or_epochs_must_be_given() -> None:
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"gone\.toml: cannot be read: No such file or directory$"):
-        load(tmp_path / "gone.toml")
+        load_config(tmp_path / "gone.toml")
     with pytest.raises(ConfigError, match=r"run\.json: a config file ends in \.toml, \.yaml or \.yml$"):
-        load(write(tmp_path, "run.json", "{}"))
+        load_config(write(tmp_path, "run.json", "{}"))
     with pytest.raises(ConfigError, match=r"bad\.toml: not valid TOML: .*line 2"):
-        load(write(tmp_path, "bad.toml", 'model = "m"\nsteps = = 3\n'))
+        load_config(write(tmp_path, "bad.toml", 'model = "m"\nsteps = = 3\n'))
     with pytest.raises(ConfigError, match=r"(?s)bad\.yaml: not valid YAML: .*line 2"):
-        load(write(tmp_path, "bad.yaml", "model: m\nsteps: [3\n"))
+        load_config(write(tmp_path, "bad.yaml", "model: m\nsteps: [3\n"))
     with pytest.raises(ConfigError, match=r"list\.yaml: want settings at the top"):
-        load(write(tmp_path, "list.yaml", "- model\n"))
+        load_config(write(tmp_path, "list.yaml", "- model\n"))
 
 
 @dataclass(frozen=True)

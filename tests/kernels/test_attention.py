@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rlft.kernels.attention import Sequences, varlen_attention, varlen_attention_reference
-from rlft.kernels.attention_backends import Spans, choose
+from rlft.kernels.attention_backends import Spans, choose_backend
 from rlft.kernels.attention_backends import forward as run_forward
 from rlft.kernels.lse_merge import launch_merge, merge, merge_reference
 
@@ -152,7 +152,7 @@ def test_a_back_end_that_cannot_do_it_says_so() -> None:
         run_forward("fa2", q, k, v, spans, 1.0, 5.0)
     with pytest.raises(ValueError, match='"fa3": want "fa4" or "fa2"'):
         run_forward("fa3", q, k, v, spans, 1.0, None)
-    assert choose(torch.device("cpu"), torch.bfloat16, 128, None) == "sdpa"
+    assert choose_backend(torch.device("cpu"), torch.bfloat16, 128, None) == "sdpa"
 
 
 def gpu_backends() -> list[str]:

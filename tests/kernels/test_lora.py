@@ -10,9 +10,9 @@ from torch import Tensor
 
 from rlft.kernels import lora
 from rlft.kernels.lora import lora_linear, lora_reference
-from rlft.kernels.lora_group import FillPlan, LoraGroup, Part, fill
+from rlft.kernels.lora_group import AdapterWriteTables, LoraGroup, Part, write_adapters
 from rlft.kernels.low_rank import gradients_a, gradients_b
-from rlft.kernels.nf4 import DecodePlan, Nf4Weight, decode_reference
+from rlft.kernels.nf4 import DecodeTables, Nf4Weight, decode_reference
 
 # q, k, v of which k has no adapter; gate, up; one alone of odd width and rank; nothing adapted at all.
 GROUPS = [
@@ -42,7 +42,7 @@ class Layer:
         self.rows_x, self.rows_dy = (F.pad(t, (0, group.tail), value=nan) for t in (self.x, self.dy))
         self.weight = lora.Weight.of(group, self.x.new_full(group.buffer, nan))
         self.weight.buffer[: group.out, :H] = torch.cat(self.weights)
-        fill(group, self.A, self.B, self.weight.b, self.weight.a)
+        write_adapters(group, self.A, self.B, self.weight.b, self.weight.a)
 
     def plain(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
         """y, dx, gradients of A and of B by autograd through the reference in `dtype`."""
@@ -268,9 +268,9 @@ def test_gpu_decode_fill_forward_backward_in_one_graph() -> None:
     group = LoraGroup(1024, (1024, 256, 256), (16, 16, 16), (2.0, 2.0, 2.0))
     layer = Layer(group, 300, torch.bfloat16, "cuda")
     weights = [nf4((o, 1024), "cuda") for o in group.out_features]
-    plan = DecodePlan(weights, layer.weight.buffer[: group.out, :1024])
+    plan = DecodeTables(weights, layer.weight.buffer[: group.out, :1024])
     layer.weights = [decode_reference(w, torch.bfloat16) for w in weights]
-    adapter = FillPlan([Part(group, layer.A, layer.B, layer.weight.b, layer.weight.a)])
+    adapter = AdapterWriteTables([Part(group, layer.A, layer.B, layer.weight.b, layer.weight.a)])
     grad_A, grad_B = ([torch.zeros_like(t, dtype=torch.float32) for t in ts] for ts in (layer.A, layer.B))
 
     def step() -> tuple[Tensor, Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rlft.kernels.lora_group import FillPlan, LoraGroup, Part, fill, fill_reference
+from rlft.kernels.lora_group import AdapterWriteTables, LoraGroup, Part, write_adapters, write_adapters_reference
 
 
 def test_columns_and_rows_by_hand() -> None:
@@ -27,7 +27,7 @@ def test_fill_by_kernel_and_reference(ranks, dtype) -> None:
     A = [torch.randn(r, 72, dtype=dtype) for r in ranks]
     B = [torch.randn(o, r, dtype=dtype) for o, r in zip(outs, ranks, strict=True)]
     results = []
-    for write in (fill, lambda *given: FillPlan([Part(*given)]).launch(), fill_reference):
+    for write in (write_adapters, lambda *given: AdapterWriteTables([Part(*given)]).launch(), write_adapters_reference):
         # Views of one buffer, as beside and below a weight.
         weight = torch.full((group.out + group.tail, 72 + group.tail), float("nan"), dtype=torch.float16)
         b, a = weight[: group.out, 72:], weight[group.out :, :72]
@@ -54,11 +54,11 @@ def test_bad_input_says_what_it_wants() -> None:
     group = LoraGroup(64, (8,), (4,), (1.0,))
     A, B, b, a = [torch.zeros(4, 64)], [torch.zeros(8, 4)], torch.zeros(8, 64), torch.zeros(64, 64)
     with pytest.raises(ValueError, match=r"A \[4, 64\].*projection 0; got A \(5, 64\)"):
-        fill(group, [torch.zeros(5, 64)], B, b, a)
+        write_adapters(group, [torch.zeros(5, 64)], B, b, a)
     with pytest.raises(ValueError, match="contiguous"):
-        fill(group, A, [torch.zeros(4, 8).T], b, a)
+        write_adapters(group, A, [torch.zeros(4, 8).T], b, a)
     with pytest.raises(ValueError, match=r"b \[8, 64\]"):
-        fill(group, A, B, torch.zeros(8, 16), a)
+        write_adapters(group, A, B, torch.zeros(8, 16), a)
 
 
 @pytest.mark.gpu
@@ -67,7 +67,7 @@ def test_gpu_fill_is_the_reference_in_bf16() -> None:
     A = [torch.randn(r, 4096, device="cuda") for r in group.ranks]
     B = [torch.randn(o, r, device="cuda") for o, r in zip(group.out_features, group.ranks, strict=True)]
     pairs = []
-    for write in (lambda *given: FillPlan([Part(*given)]).run(), fill_reference):
+    for write in (lambda *given: AdapterWriteTables([Part(*given)]).run(), write_adapters_reference):
         weight = torch.full((6144 + 64, 4096 + 64), float("nan"), dtype=torch.bfloat16, device="cuda")
         pairs.append((weight[:6144, 4096:], weight[6144:, :4096]))
         write(group, A, B, *pairs[-1])
@@ -99,11 +99,11 @@ def parts_of_a_layer(device: str) -> list[tuple[Part, Part]]:
 def test_a_layer_is_filled_by_one_plan(device: str) -> None:
     """Bit for bit what the groups one by one in PyTorch give, and again when the adapter has changed."""
     pairs = parts_of_a_layer(device)
-    plan = FillPlan([part for part, _ in pairs])
+    plan = AdapterWriteTables([part for part, _ in pairs])
     for _ in range(2):
         plan.launch()
         for part, want in pairs:
-            fill_reference(*want)
+            write_adapters_reference(*want)
             assert torch.equal(part.b, want.b) and torch.equal(part.a, want.a)
             for t in (*part.A, *part.B):
                 t.mul_(2)

@@ -7,7 +7,7 @@ import torch
 from kernel_rule import unread
 from torch import Tensor
 
-from rlft.kernels.lora_group import LoraGroup, fill_reference
+from rlft.kernels.lora_group import LoraGroup, write_adapters_reference
 from rlft.kernels.low_rank import gradients, gradients_a_reference, gradients_b_reference, gradients_launch, shrink
 
 # q, k, v with one width each, k not adapted; gate, up of one width; one alone of odd width and odd rank.
@@ -33,7 +33,7 @@ class Inputs:
         A = [randn(r, H) / H**0.5 for r in group.ranks]
         B = [randn(o, r) for o, r in zip(group.out_features, group.ranks, strict=True)]
         self.b, self.a = torch.empty(group.out, tail, dtype=dtype), torch.empty(tail, H, dtype=dtype)
-        fill_reference(group, A, B, self.b, self.a)
+        write_adapters_reference(group, A, B, self.b, self.a)
         x, dy = randn(T, H), randn(T, group.out)
         if hard:
             # Sums over T that cancel: the second half is minus the first, but for one row.

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlft.kernels.nf4 import BLOCKSIZES, DecodePlan, Nf4Weight, decode, decode_reference
+from rlft.kernels.nf4 import BLOCKSIZES, DecodeTables, Nf4Weight, decode, decode_reference
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # In the interpreter a cast to bf16 truncates; on a GPU it rounds.
@@ -93,7 +93,7 @@ def test_kernel_on_every_byte_and_scale(dtype) -> None:
     # numpy warns where fp16 overflows.
     weight = every_byte(special=(0.0, 1e-40, 1e-8, 65504.0))
     out = torch.empty(256, 64, dtype=dtype)
-    DecodePlan([weight], [out]).launch()
+    DecodeTables([weight], [out]).launch()
     assert same_bits(out, decode_reference(weight, dtype))
 
 
@@ -101,7 +101,7 @@ def test_an_all_zero_block_is_minus_zero() -> None:
     """bitsandbytes' GPU quantiser gives such a block index 0, value -1, and scale 0."""
     weight = Nf4Weight(torch.zeros(64, dtype=torch.uint8), torch.tensor([0.0, 1.0]), (2, 64))
     out = torch.empty(2, 64)
-    DecodePlan([weight], [out]).launch()
+    DecodeTables([weight], [out]).launch()
     assert torch.signbit(out[0]).all() and (out[0] == 0).all() and (out[1] == -1).all()
     assert same_bits(out, decode_reference(weight, torch.float32))
 
@@ -116,7 +116,7 @@ def test_kernel_has_the_reference_bits(shape, nested, gather) -> None:
         weight = made(shape, blocksize, nested)
         buffer = torch.full((shape[0], shape[1] + 8), 7.0, dtype=dtype)
         out = buffer[:, : shape[1]]
-        DecodePlan([weight], [out], gather=gather).launch()
+        DecodeTables([weight], [out], gather=gather).launch()
         assert same_bits(out, decode_reference(weight, dtype)) and (buffer[:, shape[1] :] == 7).all(), (
             blocksize,
             dtype,
@@ -127,7 +127,7 @@ def test_matrices_of_a_layer_share_a_launch() -> None:
     """q, k, v side by side in one buffer with a tail behind each row; each has its own offset and scales."""
     weights = [made((n, 96), seed=n) for n in (50, 10, 20)]
     buffer = torch.full((80, 96 + 16), 7.0)
-    plan = DecodePlan(weights, buffer[:, :96])
+    plan = DecodeTables(weights, buffer[:, :96])
     assert len(plan.launches) == 1
     plan.launch()
     assert same_bits(buffer[:, :96], torch.cat([decode_reference(w, torch.float32) for w in weights]))
@@ -137,7 +137,7 @@ def test_matrices_of_a_layer_share_a_launch() -> None:
 def test_unlike_matrices_take_a_launch_each() -> None:
     weights = [made((8, 64)), made((8, 64), nested=False), made((8, 64), 128), made((8, 20)), made((4, 64), seed=1)]
     outs = [torch.empty(w.shape, dtype=torch.float16) for w in weights]
-    plan = DecodePlan(weights, outs)
+    plan = DecodeTables(weights, outs)
     assert len(plan.launches) == 4
     plan.launch()
     assert all(same_bits(o, decode_reference(w, torch.float16)) for w, o in zip(weights, outs, strict=True))
@@ -149,7 +149,7 @@ def test_any_stride_and_address() -> None:
     for columns, start in ((67, 0), (72, 1), (72, 8)):
         buffer = torch.full((6, columns), 7.0)
         out = buffer[:, start : start + 64] if start < 8 else buffer[:, 8:]
-        DecodePlan([weight], [out]).launch()
+        DecodeTables([weight], [out]).launch()
         assert same_bits(out, decode_reference(weight, torch.float32))
         assert int((buffer == 7).sum()) == 6 * (columns - 64)
 
@@ -223,7 +223,7 @@ def test_gpu_bits(dtype, gather) -> None:
         for blocksize, nested in itertools.product(BLOCKSIZES, (False, True)):
             weight = made(shape, blocksize, nested, "cuda")
             out = torch.full(shape, 7.0, dtype=dtype, device="cuda")
-            DecodePlan([weight], [out], gather=gather).run()
+            DecodeTables([weight], [out], gather=gather).run()
             assert same_bits(out, decode_reference(weight, dtype)), (shape, blocksize, nested)
     weight = every_byte("cuda")
     out = torch.empty(256, 64, dtype=dtype, device="cuda")
@@ -247,7 +247,7 @@ def test_gpu_bits_of_bitsandbytes(nested) -> None:
         weights.append(Nf4Weight.from_bnb(data))
     for dtype in DTYPES:
         buffers = [torch.full((o, i + 64), 7.0, dtype=dtype, device="cuda") for o, i in shapes]
-        plan = DecodePlan(weights, [b[:, :-64] for b in buffers])
+        plan = DecodeTables(weights, [b[:, :-64] for b in buffers])
         assert len(plan.launches) == 1
         plan.run()
         for (data, state), buffer in zip(packed, buffers, strict=True):
@@ -275,7 +275,7 @@ def test_gpu_graph_and_side_stream() -> None:
     weights = [made((512, 1024), device="cuda", seed=i) for i in range(3)]
     out = torch.zeros(1536, 1024, dtype=torch.bfloat16, device="cuda")
     want = torch.cat([decode_reference(w, torch.bfloat16) for w in weights])
-    plan = DecodePlan(weights, out)
+    plan = DecodeTables(weights, out)
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):
         torch.cuda._sleep(100_000_000)

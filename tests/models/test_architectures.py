@@ -258,7 +258,7 @@ def tiny(kind: str, dtype: torch.dtype = torch.float64, lora: Lora = Lora(rank=4
         if parameter.dim() < 2 or not parameter.any():
             parameter.data.add_(0.1 * torch.randn(parameter.shape, generator=generator, dtype=dtype))
     policy = Policy(attach_lora(base, lora, 0), dtype=dtype)
-    policy.flat.flat.data.add_(0.05 * torch.randn(policy.flat.flat.shape, generator=generator, dtype=dtype))
+    policy.adapter_params.data.add_(0.05 * torch.randn(policy.adapter_params.shape, generator=generator, dtype=dtype))
     return policy
 
 
@@ -328,11 +328,11 @@ def test_a_hybrid_that_is_packed_is_stopped_at_the_start() -> None:
     """Fault injection: its state would run from one sequence into the next."""
     policy = tiny("lfm2")
     policy.packed = True
-    before = policy.flat.flat.clone()
+    before = policy.adapter_params.clone()
     random = torch.get_rng_state()
     with pytest.raises(ConfigError, match=r"two sequences side by side, run by .transformers.*padded: conv"):
         selfcheck.check(policy)
-    assert torch.equal(policy.flat.flat, before), "bit for bit"
+    assert torch.equal(policy.adapter_params, before), "bit for bit"
     assert torch.equal(torch.get_rng_state(), random)
 
 
@@ -340,9 +340,9 @@ def test_a_hybrid_that_is_packed_is_stopped_at_the_start() -> None:
 @pytest.mark.parametrize("kind", ["llama", "olmo2", "qwen3_5_text", "gpt_oss"])
 def test_rounding_does_not_stop_a_run(kind: str, dtype: torch.dtype) -> None:
     policy = tiny(kind, dtype)
-    before = policy.flat.flat.clone()
+    before = policy.adapter_params.clone()
     assert selfcheck.check(policy) < (0.05 if dtype == torch.bfloat16 else 1e-4)
-    assert torch.equal(policy.flat.flat, before)
+    assert torch.equal(policy.adapter_params, before)
 
 
 def test_a_policy_that_is_not_finite_is_stopped_at_the_start() -> None:

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from rlft.config.run import Lora
 from rlft.models.fused.decoder import FusedDecoder, fuse
 from rlft.models.fused.layer_steps import LEVELS
-from rlft.models.fused.memory import Plan
+from rlft.models.fused.memory import MemoryPlan
 from rlft.models.load import attach_lora
 
 SIZES: dict[str, Any] = {
@@ -118,7 +118,7 @@ def fused(model: PeftModel, level: int | None = None, mode: Any = "layer") -> Fu
     decoder = fuse(model)
     assert isinstance(decoder, FusedDecoder), decoder
     if level is not None:
-        decoder.plan = Plan((level,) * len(decoder.layers), 64, mode, 2**20, 0, 0, 0)
+        decoder.plan = MemoryPlan((level,) * len(decoder.layers), 64, mode, 2**20, 0, 0, 0)
     return decoder
 
 

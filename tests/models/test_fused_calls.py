@@ -24,10 +24,10 @@ from tiny import tiny_model
 from torch import Tensor
 
 from rlft.config.run import Lora
-from rlft.kernels.lora_group import FillPlan, fill_reference
+from rlft.kernels.lora_group import AdapterWriteTables, write_adapters_reference
 from rlft.models import kv_cache
 from rlft.models.fused.decoder import FusedDecoder, fuse
-from rlft.models.fused.memory import Plan
+from rlft.models.fused.memory import MemoryPlan
 
 OWN = "transformers' own layers run here, not the fused ones: "
 
@@ -98,7 +98,7 @@ def test_weights_stay_where_they_are_while_the_adapter_is_off(mode: Any) -> None
     plain, model = pair()
     fused: FusedDecoder = fuse(model)  # type: ignore[assignment]
     layers = len(fused.layers)
-    fused.plan = Plan((0,) * layers, 64, mode, 2**20, 0, 0, 0)
+    fused.plan = MemoryPlan((0,) * layers, 64, mode, 2**20, 0, 0, 0)
 
     def places() -> tuple[int, list[int]]:
         return fused.store.version, [b.data_ptr() for held in fused.store._brought.values() for b in held.buffers]
@@ -200,20 +200,20 @@ def test_two_adapters_at_once_and_adapters_by_row() -> None:
 def test_an_adapter_that_moves_is_read_where_it_is(kernel: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """What fills the weights' buffers holds addresses: kept for the last two adapters that were used."""
     if kernel:
-        monkeypatch.setattr(FillPlan, "run", FillPlan.launch)
+        monkeypatch.setattr(AdapterWriteTables, "run", AdapterWriteTables.launch)
     _, model = pair()
     model.add_adapter("other", model.peft_config["default"])
     fused: Any = fuse(model)
     layer, like = fused.layers[0], torch.empty(0)
     mine, theirs = (layer.bind(name)[0].A[0] for name in ("default", "other"))
 
-    def filled(name: str) -> FillPlan:
+    def filled(name: str) -> AdapterWriteTables:
         bound = layer.bind(name)
         weights = fused.store.weights(0, layer.projections, bound, like)
         for i, b in enumerate(bound):
             got = (weights(i).b, weights(i).a)
             want = [torch.empty_like(t) for t in got]
-            fill_reference(b.group, b.A, b.B, *want)
+            write_adapters_reference(b.group, b.A, b.B, *want)
             assert all(torch.equal(*pair) for pair in zip(got, want, strict=True))
         return fused.store.fills[0]
 

@@ -14,7 +14,7 @@ from test_graphs import grouped, groups_of
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
-from rlft.algos.algorithm import Algorithm, build
+from rlft.algos.algorithm import Algorithm, build_algorithm
 from rlft.batch import count, pack
 from rlft.config.run import Algo, Lora
 from rlft.models.fused import memory
@@ -170,7 +170,7 @@ def test_graphs_give_what_launches_give(nf4: bool, tmp_path: Any) -> None:
         want = gradient_of(policy, batch)
         policy.fused.graphs = graphs
         assert float((made - want).norm() / want.norm()) < 5e-3
-        policy.flat.flat.data.add_(torch.randn_like(policy.flat.flat) * 1e-3)
+        policy.adapter_params.data.add_(torch.randn_like(policy.adapter_params) * 1e-3)
     assert len(graphs._graphs) == 2, "buckets are used again"
     assert graphs.bytes > 0
     first, second = batch_of([60, 50], g), batch_of([30, 80], g)
@@ -191,7 +191,7 @@ def test_two_passes_under_way_do_not_mix_their_host_memory(level: int) -> None:
     g = torch.Generator().manual_seed(6)
     policy = Policy(model_of("qwen3", torch.bfloat16))
     assert policy.fused is not None
-    policy.fused.graphs, policy.fused.plan = None, memory.Plan((level,) * 2, 64, "layer", 2**20, 0, 0, 0)
+    policy.fused.graphs, policy.fused.plan = None, memory.MemoryPlan((level,) * 2, 64, "layer", 2**20, 0, 0, 0)
     batches = [batch_of([60, 50], g), batch_of([30, 80], g), batch_of([200], g)]
     want = sum(gradient_of(policy, b) for b in batches)
     policy.flat.zero_grad()
@@ -227,7 +227,7 @@ def test_the_plan_is_within_5_percent_of_the_measured_peak(name: str, level: int
     decoder.graphs = None
     batch = batch_of([9000, 7000], torch.Generator().manual_seed(1))
     rows = int(batch.cu_seqlens[-1])
-    how = memory.Setting(4096, "layer", memory.CHUNK_BYTES)
+    how = memory.PassOptions(4096, "layer", memory.CHUNK_BYTES)
     decoder.expect(entropy_grad=bonus)
     decoder.plan = memory.evaluate(decoder.shape, rows, rows - 6, (6, level, level), how)
     gradient_of(policy, batch)
@@ -304,7 +304,7 @@ def logprobs_and_gradient(
 @pytest.mark.parametrize("name", ["qwen3", "gemma3"])
 def test_shared_prefixes_are_as_near_to_fp64_as_rows_alone(name: str, algo: str) -> None:
     """Whole groups, in packed micro-batches: prompts longer and shorter than what continues them."""
-    g, algorithm = torch.Generator().manual_seed(8), build(Algo(algo), 1)
+    g, algorithm = torch.Generator().manual_seed(8), build_algorithm(Algo(algo), 1)
     group = 2 if algo == "dpo" else 4
     groups = [(200, [9, 70, 33, 150]), (30, [120, 64, 1, 90]), (129, [128, 128, 5, 17])]
     sampler = None if algo == "dpo" else -6.5
@@ -358,7 +358,7 @@ def test_graphs_outlive_passes_without_the_adapter(nf4: bool, store: Any, tmp_pa
     policy = Policy(model_of("qwen3", torch.bfloat16, nf4=nf4, tmp=tmp_path))
     assert isinstance(policy.fused, FusedDecoder) and policy.fused.graphs is not None
     graphs, batch = policy.fused.graphs, batch_of([60, 50], g)
-    policy.fused.plan = memory.Plan((0, 0), 8192, store, 2**20, 0, 0, 0)
+    policy.fused.plan = memory.MemoryPlan((0, 0), 8192, store, 2**20, 0, 0, 0)
     policy.fused.graphs = None
     want = gradient_of(policy, batch)
     policy.fused.graphs = graphs

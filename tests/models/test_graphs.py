@@ -156,7 +156,7 @@ class Capturing:
 
 @pytest.fixture
 def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention_backends, "choose", lambda *of: "math")
+    monkeypatch.setattr(attention_backends, "choose_backend", lambda *of: "math")
     fakes = {"CUDAGraph": Fake, "graph": Capturing, "graph_pool_handle": lambda: 1, "memory_reserved": lambda device: 0}
     for name, fake in fakes.items():
         monkeypatch.setattr(torch.cuda, name, fake)
@@ -211,7 +211,9 @@ def test_passes_of_a_bucket_give_what_launches_give(name: str) -> None:
         for _ in range(2):  # the first pass of a bucket is launched
             made = gradient(batch, kept)
             assert float((made - want).norm()) < 1e-12 * float(want.norm())
-        policy.flat.flat.data.add_(torch.randn(policy.flat.flat.shape, generator=g, dtype=torch.float64) * 1e-3)
+        policy.adapter_params.data.add_(
+            torch.randn(policy.adapter_params.shape, generator=g, dtype=torch.float64) * 1e-3
+        )
     assert 1 < len(kept._graphs) < len(shapes), "buckets are used again"
 
 
@@ -242,7 +244,7 @@ def test_weights_that_move_between_a_forward_and_its_backward_are_not_read(launc
 
 def test_a_step_between_a_forward_and_its_backward_is_an_error(launched) -> None:
     policy, kept, loss_of = launched
-    optimizer = Optimizer(policy.flat.flat, Optim(), 1, views=policy.flat.parameters.values())
+    optimizer = Optimizer(policy.adapter_params, Optim(), 1, views=policy.flat.parameters.values())
     loss = loss_of()
     assert kept._graphs
     optimizer.step(0, 0)

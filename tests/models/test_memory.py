@@ -11,10 +11,10 @@ from rlft.models.fused.memory import (
     CHUNK_BYTES,
     GIB,
     TILES,
-    Setting,
-    Shape,
+    DecoderShape,
+    PassOptions,
     backward_work,
-    choose,
+    choose_plan,
     evaluate,
     exposed,
     forward_work,
@@ -25,7 +25,7 @@ from rlft.models.fused.memory import (
     weight_bytes,
 )
 
-QWEN3_8B = Shape(
+QWEN3_8B = DecoderShape(
     layers=36,
     hidden=4096,
     q=4096,
@@ -56,29 +56,29 @@ def test_bytes_per_token_are_those_of_the_arithmetic() -> None:
 @pytest.mark.parametrize("budget", [1.0, 3.0, 12.0, 70.0])
 @pytest.mark.parametrize("host", [0.0, 8.0, 100.0])
 def test_a_plan_is_within_both_budgets_or_the_smallest_there_is(rows: int, budget: float, host: float) -> None:
-    plan = choose(QWEN3_8B, rows, rows, budget * GIB, host * GIB)
+    plan = choose_plan(QWEN3_8B, rows, rows, budget * GIB, host * GIB)
     assert plan.host <= host * GIB and len(set(plan.levels)) <= 2
     if plan.peak > budget * GIB:
         assert (plan.tile, plan.store) == (TILES[-1], "group") and set(plan.levels) <= {3, 5}
-    more = choose(QWEN3_8B, rows, rows, 2 * budget * GIB, host * GIB)
+    more = choose_plan(QWEN3_8B, rows, rows, 2 * budget * GIB, host * GIB)
     assert more.peak <= 2 * budget * GIB or plan.peak > budget * GIB
 
 
 def test_what_a_plan_gives_up_first() -> None:
     """With room for everything the base is decoded once and nothing is done again; then decoding, then levels."""
-    easy = choose(QWEN3_8B, 2048, 2048, 70 * GIB, 100 * GIB)
+    easy = choose_plan(QWEN3_8B, 2048, 2048, 70 * GIB, 100 * GIB)
     assert (set(easy.levels), easy.store, easy.tile) == ({0}, "shadow", TILES[0])
-    tighter = choose(QWEN3_8B, 2048, 2048, 8 * GIB, 100 * GIB)
+    tighter = choose_plan(QWEN3_8B, 2048, 2048, 8 * GIB, 100 * GIB)
     assert (set(tighter.levels), tighter.store) == ({0}, "layer")
-    tight = choose(QWEN3_8B, 8192, 8192, 8 * GIB, 100 * GIB)
+    tight = choose_plan(QWEN3_8B, 8192, 8192, 8 * GIB, 100 * GIB)
     assert 4 in tight.levels and tight.levels[-1] == 0, "the last layers keep most"
-    assert set(choose(QWEN3_8B, 8192, 8192, 8 * GIB, 0.0).levels) <= {0, 1, 2, 3}, "no host memory, no L4 or L5"
-    longest = choose(QWEN3_8B, 400_000, 400_000, 68 * GIB, 112 * GIB)
+    assert set(choose_plan(QWEN3_8B, 8192, 8192, 8 * GIB, 0.0).levels) <= {0, 1, 2, 3}, "no host memory, no L4 or L5"
+    longest = choose_plan(QWEN3_8B, 400_000, 400_000, 68 * GIB, 112 * GIB)
     assert longest.peak <= 68 * GIB and 5 in longest.levels
 
 
 def test_the_head_takes_the_scratch_for_its_chunk() -> None:
-    own, shared = (head_work(QWEN3_8B, 8192, 8192, Setting(8192, s, CHUNK_BYTES)) for s in ("shadow", "layer"))
+    own, shared = (head_work(QWEN3_8B, 8192, 8192, PassOptions(8192, s, CHUNK_BYTES)) for s in ("shadow", "layer"))
     assert own - shared == 512 * (151936 + 4096) * 4, "the logits of 512 rows and their product with the head"
 
 
@@ -86,19 +86,19 @@ def test_an_entropy_bonus_is_in_the_plan() -> None:
     """Its jacobian beside that of the log-prob, [trained, H] of the activations' type, and nothing else."""
     bonus = replace(QWEN3_8B, entropy_grad=True)
     for store in ("shadow", "layer", "group"):
-        how = Setting(8192, store, CHUNK_BYTES)
+        how = PassOptions(8192, store, CHUNK_BYTES)
         assert head_work(bonus, 8192, 5000, how) - head_work(QWEN3_8B, 8192, 5000, how) == 2 * 4096 * 5000
     rows, tight = 32768, 0.0
     small = replace(QWEN3_8B, layers=2)  # where the head is the peak
-    plain = choose(small, rows, rows, 100 * GIB, tight)
-    assert choose(replace(small, entropy_grad=True), rows, rows, 100 * GIB, tight).peak > plain.peak
+    plain = choose_plan(small, rows, rows, 100 * GIB, tight)
+    assert choose_plan(replace(small, entropy_grad=True), rows, rows, 100 * GIB, tight).peak > plain.peak
     for shape in (small, replace(small, entropy_grad=True)):
-        assert choose(shape, rows, rows, plain.peak, tight).peak <= plain.peak
-    assert choose(replace(small, entropy_grad=True), rows, rows, plain.peak, tight) != plain
+        assert choose_plan(shape, rows, rows, plain.peak, tight).peak <= plain.peak
+    assert choose_plan(replace(small, entropy_grad=True), rows, rows, plain.peak, tight) != plain
 
 
 def test_a_plan_says_what_it_does() -> None:
-    plan = choose(QWEN3_8B, 262_144, 262_144, 68 * GIB, 112 * GIB)
+    plan = choose_plan(QWEN3_8B, 262_144, 262_144, 68 * GIB, 112 * GIB)
     for part in (" at L", "GiB kept", "at work", "tiles of", "on the host"):
         assert part in str(plan)
 
@@ -122,13 +122,13 @@ def test_copied_keys_are_in_the_plan() -> None:
                 shape, rows, TILES[-1], level, keys
             )
             assert more == keys * each
-        plain, copied = (choose(shape, rows, rows, 3.0 * GIB, 100 * GIB, k) for k in (0, keys))
+        plain, copied = (choose_plan(shape, rows, rows, 3.0 * GIB, 100 * GIB, k) for k in (0, keys))
         assert plain.peak <= 3.0 * GIB and copied.peak <= 3.0 * GIB and copied.saved < plain.saved
 
 
 def test_copies_back_from_the_host_are_in_the_plan_of_the_layers_above() -> None:
     """Most at L4 and one at L0: two layers come back while it runs, beside all that it has kept."""
-    rows, how = 8192, Setting(TILES[-1], "layer", CHUNK_BYTES)
+    rows, how = 8192, PassOptions(TILES[-1], "layer", CHUNK_BYTES)
     plan = evaluate(QWEN3_8B, rows, 1, (35, 4, 0), how)
     above = rows * (2 * on_host(QWEN3_8B, 4) + saved(QWEN3_8B, 0) + 35 * saved(QWEN3_8B, 4))
     assert plan.peak >= above + backward_work(QWEN3_8B, rows, how.tile, 0) + scratch(QWEN3_8B, "layer")
@@ -139,7 +139,7 @@ def test_copies_to_the_host_cost_time_where_the_products_beside_them_are_shorter
     assert exposed(QWEN3_8B, 4) == exposed(QWEN3_8B, 5) == 0 and exposed(QWEN3_8B, 0) == 0
     narrow = replace(QWEN3_8B, hidden=1024, q=1024, intermediate=3072, q_heads=8)
     assert exposed(narrow, 5) == 0 < exposed(narrow, 4)
-    kept = choose(narrow, 32768, 32768, 4 * GIB, 100 * GIB)
+    kept = choose_plan(narrow, 32768, 32768, 4 * GIB, 100 * GIB)
     assert 4 not in kept.levels, str(kept)
 
 

@@ -100,7 +100,7 @@ def test_any_other_architecture_trains_on_transformers_own_layers(kind: str) -> 
     base = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval().requires_grad_(False)
     policy, made = Policy(attach_lora(base, Lora(rank=4, alpha=8), 0)), rollouts(3)
     assert policy.path == f'transformers\' own layers, packed: no fused layer for the architecture "{kind}"'
-    policy.flat.flat.data.add_(0.05)
+    policy.adapter_params.data.add_(0.05)
     got = scores(policy, made, plan(len(made), 40, True, temperature=0.7))
     for index, rollout in enumerate(made):
         want = alone(policy, rollout, 0.7)
@@ -118,9 +118,9 @@ def test_tensors_that_left_the_buffers_are_seen(moved: str) -> None:
     flat.check_views()
     last = list(flat.parameters.values())[-1]
     if moved == "flat":
-        flat.flat.data = flat.flat.data.clone()
+        flat.values.data = flat.values.data.clone()
     elif moved == "its gradient":
-        flat.flat.grad = flat.gradient.clone()
+        flat.values.grad = flat.gradient.clone()
     elif moved == "a parameter":
         last.data = last.data.clone()
     else:
@@ -185,12 +185,12 @@ def test_the_reference_of_a_new_adapter_is_the_base_and_scoring_it_changes_nothi
     base = policy.score(batch)
     for tensor in policy.adapter().values():
         tensor.add_(0.1)
-    before = policy.flat.flat.detach().clone()
+    before = policy.adapter_params.detach().clone()
     with policy.model.disable_adapter():
         off = policy.score(batch)
     assert torch.equal(policy.score(batch, weights="reference"), base) and torch.allclose(base, off, atol=1e-12)
     assert not torch.allclose(policy.score(batch), base, atol=1e-3)
-    assert torch.equal(policy.flat.flat, before)
+    assert torch.equal(policy.adapter_params, before)
 
 
 def test_the_reference_of_a_continued_adapter_is_its_start(tmp_path) -> None:
@@ -203,7 +203,7 @@ def test_the_reference_of_a_continued_adapter_is_its_start(tmp_path) -> None:
     (batch,) = pack(made, torch.ones(len(made)), the_plan, count(made, the_plan))
     start = first.score(batch)
     assert not policy.flat.fresh
-    policy.flat.flat.data.mul_(0.5)
+    policy.adapter_params.data.mul_(0.5)
     assert torch.equal(policy.score(batch, weights="reference"), start)
     assert not torch.allclose(policy.score(batch), start, atol=1e-3)
 
@@ -259,7 +259,7 @@ def test_a_step_between_a_forward_and_its_backward_is_an_error(name: Any, fused:
     assert (policy.fused is not None) == fused
     the_plan = plan(len(made))
     (batch,) = pack(made, torch.ones(len(made)), the_plan, count(made, the_plan))
-    optimizer = Optimizer(policy.flat.flat, Optim(name=name, lr=0.1), 10, views=policy.flat.parameters.values())
+    optimizer = Optimizer(policy.adapter_params, Optim(name=name, lr=0.1), 10, views=policy.flat.parameters.values())
 
     def backward(between: Callable[[], object]) -> torch.Tensor:
         logprobs = policy.logprobs(batch)[0]

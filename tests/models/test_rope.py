@@ -73,7 +73,7 @@ def base_of(kind: str, parameters: dict[str, Any] = LONGROPE, context: int = 64,
 
 def policy_of(kind: str, dtype: torch.dtype = torch.float64, **options: Any) -> Policy:
     policy = Policy(attach_lora(base_of(kind, **options).to(dtype), Lora(rank=4, alpha=8), 0), dtype=dtype)
-    policy.flat.flat.data.add_(0.02)
+    policy.adapter_params.data.add_(0.02)
     return policy
 
 
@@ -237,10 +237,10 @@ def test_the_longest_sequence_of_a_run() -> None:
 
 
 def test_vllm_is_started_with_a_length_that_gives_it_the_trainers_factors(monkeypatch: pytest.MonkeyPatch) -> None:
-    import rlft.rollout.vllm
+    from rlft.rollout.vllm import engine
 
     started: list[int] = []
-    monkeypatch.setattr(rlft.rollout.vllm.engine, "VllmEngine", lambda *a: started.append(a[3]))
+    monkeypatch.setattr(engine, "VllmEngine", lambda *a: started.append(a[3]))
     policy = policy_of("phi3", torch.float32)
 
     class Silent:
@@ -280,7 +280,7 @@ def test_a_run_says_its_factors_and_its_engine_agrees(home: Path, tmp_path: Path
     (values,) = [v for v in metrics(tmp_path / "run") if "loss" in v]
     assert values["sampling/sampling_logp_difference/max"] < 1e-4
     # Sampled from in a call of few tokens, the adapter has the factors it was trained with.
-    assert checkpoint.made_from(tmp_path / "run/checkpoints/step-000001")["rope"] == "long factors"
+    assert checkpoint.continued_from(tmp_path / "run/checkpoints/step-000001")["rope"] == "long factors"
     with open_run(tmp_path / "run") as run, open_run(tmp_path / "run", "base") as untrained:
         assert run.long and untrained.long
     assert isinstance(generate_from_run(tmp_path / "run", "say 3", max_tokens=3), str)
@@ -305,7 +305,7 @@ def test_the_longest_recorded_row_decides_for_all(home: Path, tmp_path: Path, lo
         data=Data(f"{tmp_path}/d.jsonl"),
         eval=Eval(rows=2, data=Data(f"{tmp_path}/held.jsonl")),
     )
-    result = train(replace(cfg, packing=replace(cfg.packing, budget=budget)))
+    result = train(replace(cfg, packing=replace(cfg.packing, tokens_per_micro_batch=budget)))
     tokenizer, model = tiny_tokenizer(), AutoModelForCausalLM.from_pretrained(long_model)
     chat: Any = [{"role": "user", "content": "of 9"}]
     prompt = tokenizer.encode(tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True))

@@ -125,7 +125,7 @@ def test_a_run_that_does_not_move_clips_nothing(algo: str, budget: int, home: Pa
         optim=Optim(lr=0.0, minibatches=2, passes=2),
         algo=Algo(algo, {"clip_low": 0.0, "clip_high": 0.0}),
         parity=Parity(probe=False),
-        packing=Packing(budget=budget),
+        packing=Packing(tokens_per_micro_batch=budget),
         engine=Engine("eager"),
     )
     train(cfg)

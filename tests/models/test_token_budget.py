@@ -14,12 +14,12 @@ from test_families import fused, model_of
 from test_memory import QWEN3_8B
 from tiny import tiny_policy
 
-from rlft.algos.algorithm import build
+from rlft.algos.algorithm import build_algorithm
 from rlft.batch import count, pack
 from rlft.config.run import Algo, Config, Data, Packing, Sampling
-from rlft.models.fused.memory import CAPTURED, GIB, choose, scratch
+from rlft.models.fused.memory import CAPTURED, GIB, choose_plan, scratch
 from rlft.models.fused.token_budget import ALONE, BUDGETS, Group, token_budget
-from rlft.trainer.plans import plan_of
+from rlft.trainer.plans import pack_plan_of
 from rlft.types import PackPlan, Prompt, Rollout
 
 
@@ -27,7 +27,7 @@ def test_tokens_per_micro_batch() -> None:
     assert token_budget(QWEN3_8B, 150 * GIB, 0.0) == BUDGETS[0]
     assert token_budget(QWEN3_8B, 0.0, 0.0) == BUDGETS[-1]
     some = token_budget(QWEN3_8B, 60 * GIB, 0.0)
-    assert BUDGETS[-1] < some < BUDGETS[0] and not any(choose(QWEN3_8B, some, some, 60 * GIB, 0.0).levels)
+    assert BUDGETS[-1] < some < BUDGETS[0] and not any(choose_plan(QWEN3_8B, some, some, 60 * GIB, 0.0).levels)
 
 
 def test_tight_memory_has_few_tokens_rather_than_levels() -> None:
@@ -35,7 +35,7 @@ def test_tight_memory_has_few_tokens_rather_than_levels() -> None:
     benchmarks/results/recorded_tight_gpu_2026-11-27.json."""
     for shape, gib, want in ((replace(QWEN3_8B, layers=8), 3.4, (4096, 0)), (QWEN3_8B, 14.0, (4608, 1))):
         some = token_budget(shape, gib * GIB, 100 * GIB)
-        levels = choose(shape, some, some, gib * GIB, 100 * GIB).levels
+        levels = choose_plan(shape, some, some, gib * GIB, 100 * GIB).levels
         assert (some, sum(level > 0 for level in levels)) == want
 
 
@@ -43,7 +43,7 @@ def test_passes_that_graphs_can_run_have_no_launches_to_wait_for() -> None:
     small = replace(QWEN3_8B, layers=30, hidden=576, q=576, kv=192, q_heads=9, intermediate=1536, vocab=49152)
     for gib in (16, 22, 60):
         tokens = token_budget(small, gib * GIB, 100 * GIB)
-        plan = choose(small, tokens, tokens, gib * GIB, 100 * GIB)
+        plan = choose_plan(small, tokens, tokens, gib * GIB, 100 * GIB)
         # More would be launched, and wait for the host.
         assert not any(plan.levels) and plan.peak - scratch(small, plan.store) <= CAPTURED * gib * GIB
         assert tokens == BUDGETS[0] if gib == 60 else BUDGETS[-1] < tokens < BUDGETS[0]
@@ -100,11 +100,13 @@ def test_a_run_tells_of_its_groups_and_the_layers_of_its_micro_batches() -> None
     prompts = [Prompt((5,) * n, {}, n) for n in (10, 300, 7000)]
     cfg = Config("m", Data("d"), "out", steps=1, sampling=Sampling(group_size=4, max_tokens=8192))
     for algo, sampled in (("grpo", prompts), ("grpo", ()), ("dpo", prompts)):
-        assert plan_of(cfg, build(Algo(algo), 1), policy, sampled).budget == policy.fused.full == 5120
+        assert pack_plan_of(cfg, build_algorithm(Algo(algo), 1), policy, sampled).budget == policy.fused.full == 5120
     assert told == [Group(300, 4 * 1024), ALONE, ALONE]
-    fixed = plan_of(replace(cfg, packing=Packing(budget=99)), build(Algo("grpo"), 1), policy, prompts)
+    fixed = pack_plan_of(
+        replace(cfg, packing=Packing(tokens_per_micro_batch=99)), build_algorithm(Algo("grpo"), 1), policy, prompts
+    )
     assert fixed.budget == policy.fused.full == 99 and len(told) == 3
-    plan_of(cfg, build(Algo("grpo", {"entropy_coef": 0.01}), 1), policy, prompts)
+    pack_plan_of(cfg, build_algorithm(Algo("grpo", {"entropy_coef": 0.01}), 1), policy, prompts)
     assert bonus == [False] * 4 + [True]
 
 

@@ -7,7 +7,7 @@ from tiny import tiny_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from rlft.monitor.token_text import Pieces
+from rlft.monitor.token_text import TokenText
 from rlft.types import Prompt, Rollout
 
 BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -25,19 +25,19 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 def test_pieces_join_to_the_text(text: str) -> None:
     tokenizer = byte_tokenizer()
     ids = tokenizer.encode(text)
-    pieces = Pieces(tokenizer)(ids)
+    pieces = TokenText(tokenizer)(ids)
     assert len(pieces) == len(ids) and "".join(pieces) == text
 
 
 def test_the_parts_of_a_character_are_shown_on_its_first() -> None:
     tokenizer = byte_tokenizer()
-    assert Pieces(tokenizer)(tokenizer.encode("aé!")) == ["a", "é", "", "!"]
+    assert TokenText(tokenizer)(tokenizer.encode("aé!")) == ["a", "é", "", "!"]
 
 
 def test_bytes_that_are_no_character_are_shown_as_such() -> None:
     tokenizer = byte_tokenizer()
     half = tokenizer.encode("🙂")[:2]
-    assert set(Pieces(tokenizer)([*half, *tokenizer.encode("a")])) == {"\N{REPLACEMENT CHARACTER}", "", "a"}
+    assert set(TokenText(tokenizer)([*half, *tokenizer.encode("a")])) == {"\N{REPLACEMENT CHARACTER}", "", "a"}
 
 
 def test_a_token_keeps_the_space_before_it() -> None:
@@ -45,11 +45,11 @@ def test_a_token_keeps_the_space_before_it() -> None:
     made = Tokenizer(models.WordLevel({"▁a": 0, "▁b": 1, "?": 2}, unk_token="?"))
     made.decoder = decoders.Metaspace()  # type: ignore[assignment]
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, unk_token="?")
-    assert Pieces(tokenizer)([0, 1, 0]) == [" a", " b", " a"]
+    assert TokenText(tokenizer)([0, 1, 0]) == [" a", " b", " a"]
 
 
 def test_only_the_first_groups_are_decoded() -> None:
     tokenizer = tiny_tokenizer()
     ids = tuple(tokenizer.encode("ab"))
     rollouts = [Rollout(Prompt((1,), {}, i), ids, (True,) * 2, None, "ab", "stop", 0, 0, 0) for i in range(3)]
-    assert Pieces(tokenizer).first_groups(rollouts, [0, 1, 2], 2) == [["a", "b"], ["a", "b"], None]
+    assert TokenText(tokenizer).first_groups(rollouts, [0, 1, 2], 2) == [["a", "b"], ["a", "b"], None]

@@ -19,7 +19,7 @@ from test_rewards import rollouts
 from rlft.config import resolve
 from rlft.config.run import Reward
 from rlft.errors import RewardError
-from rlft.rewards.score import RewardFunction, build, score
+from rlft.rewards.score import RewardFunction, build_rewards, score
 
 USER_FILE = """
 import asyncio, functools, os, subprocess, sys, time
@@ -122,7 +122,7 @@ def make(user_file: Path):
         made = [
             Reward(f"{user_file}:{use}", **{"timeout": 5.0, **options}) if isinstance(use, str) else use for use in uses
         ]
-        opened.extend(build(made))
+        opened.extend(build_rewards(made))
         return opened[-len(uses) :]
 
     yield open_
@@ -238,7 +238,7 @@ def test_one_function_a_weight_for_a_function_and_names_that_differ(make) -> Non
     def level2(completions: list[str], **_: Any) -> list[float]:
         return [1.0] * len(completions)
 
-    (one,) = build(level2)
+    (one,) = build_rewards(level2)
     assert values([one]) == [1.0] * 3
     functions = make(level2, Reward(level2, weight=0.5), level2, functools.partial(level2))  # type: ignore[arg-type]
     assert [f.name for f in functions] == ["level2", "level2_2", "level2_3", "level2_4"]

@@ -54,10 +54,10 @@ def counted(completions, **kwargs):
     return [1.0 if "a" in text else 0.0 for text in completions]
 """,
     """
-from rlft.rewards.score import build, score
+from rlft.rewards.score import build_rewards, score
 from rlft.types import Prompt, Rollout
 made = [Rollout(Prompt((1,), {"prompt": "p"}, i), (1,), (True,), None, "ab" * i, "stop", 0, 0, 0) for i in range(3)]
-functions = build([judged, counted])
+functions = build_rewards([judged, counted])
 print("score", score(made, functions, {})[0].tolist())
 for f in functions: f.close()
 """,

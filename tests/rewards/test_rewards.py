@@ -20,7 +20,7 @@ from rlft.rewards.builtin.exact import exact
 from rlft.rewards.builtin.format import format as has_format
 from rlft.rewards.builtin.length import length
 from rlft.rewards.builtin.number import number
-from rlft.rewards.score import RewardFunction, build, check_invalid, score
+from rlft.rewards.score import RewardFunction, build_rewards, check_invalid, score
 from rlft.types import Prompt, Rollout
 
 USER_FILE = """
@@ -99,7 +99,7 @@ def make(user_file: Path):
 
     def open_(use: Any, **options: Any) -> RewardFunction:
         reward = Reward(f"{user_file}:{use}", **{"timeout": 5.0, **options}) if isinstance(use, str) else use
-        opened.extend(build([reward]))
+        opened.extend(build_rewards([reward]))
         return opened[-1]
 
     yield open_
@@ -151,12 +151,14 @@ def test_none_is_left_out_of_the_sum_and_a_row_without_any_reward_is_invalid(mak
 
 
 def test_weights_scale_and_names_differ(make, user_file: Path) -> None:
-    functions = build([Reward(f"{user_file}:pid", weight=0.0), Reward(f"{user_file}:slow_but_async", weight=0.25)])
+    functions = build_rewards(
+        [Reward(f"{user_file}:pid", weight=0.0), Reward(f"{user_file}:slow_but_async", weight=0.25)]
+    )
     functions += [make("slow_but_async")]
     assert score(rollouts(1), functions[:2], {})[0].tolist() == [0.5]
     for function in functions[:2]:
         function.close()
-    twice = build([Reward(f"{user_file}:count"), Reward(f"{user_file}:count")])
+    twice = build_rewards([Reward(f"{user_file}:count"), Reward(f"{user_file}:count")])
     assert [f.name for f in twice] == ["count", "count_2"]
     for function in twice:
         function.close()
@@ -279,11 +281,11 @@ def test_an_argument_it_does_not_take_is_an_error(make) -> None:
 def test_what_cannot_be_imported_is_named(make, tmp_path: Path) -> None:
     (tmp_path / "broken.py").write_text("import nothing_like_this\n")
     with pytest.raises(RewardError, match=r"(?s)broken.py:f. cannot be imported.*nothing_like_this"):
-        build([Reward(f"{tmp_path}/broken.py:f")])
+        build_rewards([Reward(f"{tmp_path}/broken.py:f")])
     with pytest.raises(RewardError, match=r'has no "cuont".*Did you mean "count"'):
         make("cuont")
     with pytest.raises(ConfigError, match=r'rewards = "nubmer".*Did you mean "number"'):
-        build(["nubmer"])
+        build_rewards(["nubmer"])
 
 
 def test_too_many_invalid_rewards_stop_the_run_as_a_guard() -> None:
@@ -305,7 +307,7 @@ def test_too_many_invalid_rewards_stop_the_run_as_a_guard() -> None:
 def test_a_worker_loads_no_torch_and_no_numpy_and_dies_with_its_pipe(user_file: Path) -> None:
     code = "import rlft.rewards.worker, sys; print([m for m in ('torch', 'numpy', 'transformers') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
-    (function,) = build([Reward(f"{user_file}:pid")])
+    (function,) = build_rewards([Reward(f"{user_file}:pid")])
     pid = int(values(function)[0])
     os.close(function._place._to)  # the parent's end of the pipe, as when the parent is gone
     function._place._to = os.open(os.devnull, os.O_WRONLY)
@@ -317,7 +319,7 @@ def test_a_worker_loads_no_torch_and_no_numpy_and_dies_with_its_pipe(user_file: 
 def test_closing_leaves_no_process_and_no_descriptor(user_file: Path) -> None:
     before = len(os.listdir("/proc/self/fd"))
     for _ in range(3):
-        (function,) = build([Reward(f"{user_file}:pid")])
+        (function,) = build_rewards([Reward(f"{user_file}:pid")])
         pid = int(values(function)[0])
         function.close()
         assert not Path(f"/proc/{pid}").exists()
@@ -356,7 +358,7 @@ def test_exact_format_and_length_by_hand() -> None:
 
 
 def test_built_ins_by_name_and_reasoning_gyms_own_score() -> None:
-    functions = build(["number", "reasoning_gym"])
+    functions = build_rewards(["number", "reasoning_gym"])
     made = rollouts(texts=["7", "8"], task=["chain_sum"] * 2, metadata=[{}] * 2)
     made = [Rollout(Prompt((5,), r.prompt.row | {"answer": "7"}, 0), *list(vars(r).values())[1:]) for r in made]
     _, parts = score(made, functions, {})

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from rlft.config.run import Reward
-from rlft.rewards.score import RewardFunction, build, score
+from rlft.rewards.score import RewardFunction, build_rewards, score
 from rlft.types import Prompt, Rollout
 
 TEXTS = ["The answer is \\boxed{\\frac{1}{2}}", "so 4", "<think>hm</think> $\\frac{3}{4}$", "", "7 7 7 7 7 7 7 7 7 7"]
@@ -186,7 +186,7 @@ def rollouts(data: list[dict[str, Any]]) -> list[Rollout]:
 
 def ours(rewards: list[Any], data: list[dict[str, Any]]) -> tuple[torch.Tensor, Any, list[RewardFunction]]:
     """rlft's [rows, functions], the parts, and the functions."""
-    functions = build(rewards)
+    functions = build_rewards(rewards)
     try:
         _, parts = score(rollouts(data), functions, STATE)
     finally:
@@ -251,7 +251,7 @@ def test_the_sum_mean_and_spread_are_trls(module: Any, file: Path) -> None:
     names, weights = ["plain", "nones", "nans"], [0.5, 2.0, -1.0]
     per_function, _ = trl_rewards([getattr(module, name) for name in names], rows())
     total = (per_function * torch.tensor(weights)).nansum(dim=1)
-    functions = build([Reward(f"{file}:{name}", weight=w) for name, w in zip(names, weights, strict=True)])
+    functions = build_rewards([Reward(f"{file}:{name}", weight=w) for name, w in zip(names, weights, strict=True)])
     mine, parts = score(rollouts(rows()), functions, STATE)
     for function in functions:
         function.close()

@@ -94,7 +94,7 @@ def test_a_changed_adapter_changes_log_probs_and_the_same_one_does_not() -> None
     first = generate(engine)
     engine.load_adapter(policy.adapter(), version=0)
     assert generate(engine) == first  # loading the same adapter twice does not scale it twice
-    policy.flat.flat.data.mul_(1.5)
+    policy.adapter_params.data.mul_(1.5)
     assert generate(engine) == first  # the engine has its own copy
     engine.load_adapter(policy.adapter(), version=1)
     assert [r.sampler_logprobs for r in generate(engine)] != [r.sampler_logprobs for r in first]
@@ -218,7 +218,7 @@ def test_an_adapter_stale_by_one_stops_at_the_hand_over() -> None:
 
     policy, engine = broken(late)
     engine.load_adapter(policy.adapter(), version=0)
-    policy.flat.flat.data.add_(1e-3)
+    policy.adapter_params.data.add_(1e-3)
     with pytest.raises(EngineError, match=r"policy version 1 .* differs by up to 0.001"):
         engine.load_adapter(policy.adapter(), version=1)
 
@@ -251,9 +251,9 @@ def test_an_adapter_that_changed_during_sleep_stops_at_wake() -> None:
 
 def test_the_probe_measures_noise_and_restores_adapter_and_random_state() -> None:
     policy, engine = make("eager")
-    before, rng = policy.flat.flat.detach().clone(), torch.get_rng_state()
+    before, rng = policy.adapter_params.detach().clone(), torch.get_rng_state()
     found = parity.probe(policy, engine, prompts(6), replace(SAMPLING, group_size=1), 1, PLAN)
-    assert torch.equal(policy.flat.flat, before) and torch.equal(torch.get_rng_state(), rng)
+    assert torch.equal(policy.adapter_params, before) and torch.equal(torch.get_rng_state(), rng)
     assert found.shift >= 0.5 and 0 < found.noise < 1e-5 and found.tokens > 30
     assert parity.limit(found, ParityConfig()).step == 0.02  # five times almost nothing is kept at the floor
 

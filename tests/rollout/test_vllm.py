@@ -27,7 +27,7 @@ from rlft.models.policy import Policy
 from rlft.rollout.vllm import requests as vllm_requests
 from rlft.rollout.vllm import start as vllm_start
 from rlft.rollout.vllm.engine import VllmEngine
-from rlft.rollout.vllm.shared_weights import LentLinear
+from rlft.rollout.vllm.shared_weights import SharedLinear
 from rlft.trainer import parity
 from rlft.trainer.loop import train
 from rlft.types import PackPlan, Prompt, Rollout
@@ -172,12 +172,12 @@ def test_the_operators_are_compiled_whole_and_alike_in_all_layers(vllm_visible: 
     def layer(adapted: bool) -> nn.Module:
         made = nn.Module()
         made.rlft_out = 6  # type: ignore[assignment]
-        lender = hooks.Lender({}, {"m": 4} if adapted else {}, merged=False)
-        lender.weights = {"m.weight": weight}
-        lender._lend(made, LentLinear([weight], None))
-        lender._give_slot(made, ["m.weight"], [6], weight)
+        provider = hooks.WeightProvider({}, {"m": 4} if adapted else {}, merged=False)
+        provider.weights = {"m.weight": weight}
+        provider._lend(made, SharedLinear([weight], None))
+        provider._give_slot(made, ["m.weight"], [6], weight)
         if adapted:
-            lender.put({"m": (torch.ones(4, 8), torch.ones(6, 4))})
+            provider.put({"m": (torch.ones(4, 8), torch.ones(6, 4))})
         return made
 
     def backend(graph: Any, inputs: Any) -> Any:
@@ -188,7 +188,7 @@ def test_the_operators_are_compiled_whole_and_alike_in_all_layers(vllm_visible: 
     for one in layers:
         torch.compiler.reset()
         x = torch.randn(3, 8)
-        got = torch.compile(lambda m, x: hooks.LentMethod().apply(m, x), backend=backend, fullgraph=True)(one, x)
+        got = torch.compile(lambda m, x: hooks.SharedMethod().apply(m, x), backend=backend, fullgraph=True)(one, x)
         update = 4 * x.sum(1, keepdim=True) if one is not layers[2] else 0
         assert torch.allclose(got, x @ weight.T + update, atol=1e-5)
     assert graphs[0] == graphs[1] != graphs[2]
@@ -232,7 +232,7 @@ def test_a_withheld_and_a_stale_adapter_stop_at_the_hand_over(pair: Pair, monkey
 
     monkeypatch.setattr(engine, "_write", late)
     engine.load_adapter(policy.adapter(), version=6)
-    policy.flat.flat.data.add_(1e-3)
+    policy.adapter_params.data.add_(1e-3)
     with pytest.raises(EngineError, match=r"policy version 7 the engine does not hold the trainer's adapter"):
         engine.load_adapter(policy.adapter(), version=7)
 
@@ -249,7 +249,7 @@ def test_a_doubled_scaling_stops_at_the_hand_over_even_while_b_is_zero(pair: Pai
 
 def test_what_lies_beside_the_adapter_in_its_slots_is_found(pair: Pair) -> None:
     policy, engine = pair
-    _, a, _ = next(iter(engine._lender.slots()))
+    _, a, _ = next(iter(engine._provider.slots()))
     assert a.shape[0] == 16  # for an adapter of rank 4
     a[9] = 1.0
     with pytest.raises(EngineError, match="holds something beside the adapter"):
@@ -258,11 +258,11 @@ def test_what_lies_beside_the_adapter_in_its_slots_is_found(pair: Pair) -> None:
 
 
 def test_an_adapter_where_vllm_has_no_linear_layer_is_refused(vllm_visible: None) -> None:
-    from rlft.rollout.vllm.hooks import Lender
+    from rlft.rollout.vllm.hooks import WeightProvider
 
     model = torch.nn.Sequential(torch.nn.LayerNorm(4, bias=False))
     with pytest.raises(EngineError, match=r"a part at 0, which is no linear layer of vLLM's \(1 in all\)"):
-        Lender({"0.weight": torch.ones(4)}, {"0": 4}, merged=False).give(model)
+        WeightProvider({"0.weight": torch.ones(4)}, {"0": 4}, merged=False).give(model)
 
 
 def test_a_wrong_temperature_is_stopped_by_the_gate_and_named(pair: Pair) -> None:
@@ -338,8 +338,8 @@ def test_the_probe_finds_an_altered_byte_of_the_base(pair: Pair) -> None:
     policy, engine = pair
     one = replace(SAMPLING, group_size=1)
     (model,) = engine._llm.collective_rpc("get_model")
-    lent = next(m.rlft_lent for m in model.modules() if isinstance(getattr(m, "rlft_lent", None), LentLinear))
-    before, weight = lent._weights, lent._weights[0]
+    shared = next(m.rlft_shared for m in model.modules() if isinstance(getattr(m, "rlft_shared", None), SharedLinear))
+    before, weight = shared._weights, shared._weights[0]
     if isinstance(weight, torch.Tensor):
         changed: Any = weight.clone()
         changed[3].view(torch.uint8)[7] ^= 64  # the highest bit of an exponent
@@ -349,12 +349,12 @@ def test_the_probe_finds_an_altered_byte_of_the_base(pair: Pair) -> None:
         scales.view(torch.uint8)[3] ^= 64
         changed = replace(weight, nested_absmax=scales)
     try:
-        lent._weights, lent._decode = (changed, *before[1:]), None
+        shared._weights, shared._decode = (changed, *before[1:]), None
         # The bit makes an exponent so large that most of what follows is not finite, or not.
         with pytest.raises((ParityError, TrainError), match=r"base itself differs|engine or trainer are not finite"):
             parity.probe(policy, engine, prompts(policy), one, 1, PLAN)
     finally:
-        lent._weights, lent._decode = before, None
+        shared._weights, shared._decode = before, None
 
 
 # ---- a run -------------------------------------------------------------------------------------------------------
@@ -381,7 +381,7 @@ def test_a_run_trains_with_vllm_and_leaves_the_process_as_it_was(smollm2: Path, 
 
     train(cfg, rewards=[even])
     shown = capsys.readouterr().out
-    assert "(V1 model runner) up in" in shown and "lent weights (nothing sleeps on a CPU)" in shown
+    assert "(V1 model runner) up in" in shown and "shared weights (nothing sleeps on a CPU)" in shown
     logged = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     (step,) = [m for m in logged if "loss" in m]
     assert step["sampling/sampling_logp_difference/mean"] < 1e-4 and step["sampling/nonfinite_logprobs"] == 0

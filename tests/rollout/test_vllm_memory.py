@@ -9,10 +9,10 @@ import torch
 
 from rlft.errors import EngineError
 from rlft.models.fused import memory
-from rlft.rollout.vllm.memory import GIB, GRAPHS, Sizes, _slots, choose
+from rlft.rollout.vllm.memory import GIB, GRAPHS, EngineMemory, _slots, choose_mode
 
 GPU = torch.device("cuda")
-SIZES = Sizes(
+SIZES = EngineMemory(
     linear=13 * GIB,
     largest=GIB // 4,
     slots=GIB // 8,
@@ -32,32 +32,34 @@ def free(monkeypatch: pytest.MonkeyPatch, gib: float) -> None:
 
 def test_expanded_where_it_fits_beside_the_cache_else_lent(monkeypatch: pytest.MonkeyPatch) -> None:
     free(monkeypatch, 70)
-    roomy = choose(SIZES, "auto", None, GPU)
-    assert (roomy.mode, roomy.kv_bytes) == ("expanded", SIZES.wanted)
+    roomy = choose_mode(SIZES, "auto", None, GPU)
+    assert (roomy.mode, roomy.kv_bytes) == ("dequantized", SIZES.wanted)
     free(monkeypatch, 20)
-    tight = choose(SIZES, "auto", None, GPU)
-    assert tight.mode == "lent" and "13.00 GiB of plain weights would not fit" in str(tight)
-    assert choose(SIZES, "auto", 2.0, GPU).mode == "expanded"  # a cache of 2 GiB was asked for
+    tight = choose_mode(SIZES, "auto", None, GPU)
+    assert tight.mode == "shared" and "13.00 GiB of plain weights would not fit" in str(tight)
+    assert choose_mode(SIZES, "auto", 2.0, GPU).mode == "dequantized"  # a cache of 2 GiB was asked for
 
 
 @pytest.mark.parametrize("gib", [18.0, 18.03, 18.1])
 def test_a_cache_that_memory_limits_is_rounded_so_that_what_was_compiled_fits_again(monkeypatch, gib: float) -> None:
     free(monkeypatch, gib)
     left = gib * GIB - SIZES.pending - SIZES.slots - SIZES.work - GRAPHS - SIZES.largest
-    kv = choose(SIZES, "lent", None, GPU).kv_bytes
+    kv = choose_mode(SIZES, "shared", None, GPU).kv_bytes
     assert kv == 15.5 * GIB and 0 <= left - kv < GIB / 4
 
 
 def test_a_step_of_one_sequence_has_a_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     free(monkeypatch, 70)
     one = replace(SIZES, sequences=1)
-    assert choose(one, "expanded", None, GPU).kv_bytes == one.least > one.wanted
+    assert choose_mode(one, "dequantized", None, GPU).kv_bytes == one.least > one.wanted
 
 
 def test_too_little_memory_says_what_to_lower(monkeypatch: pytest.MonkeyPatch) -> None:
     free(monkeypatch, 10)
-    with pytest.raises(EngineError, match=r"expanded weights leave -5.\d+ GiB .* it is to have 0.25 .*engine.kv_gib"):
-        choose(SIZES, "expanded", None, GPU)
+    with pytest.raises(
+        EngineError, match=r"dequantized weights leave -5.\d+ GiB .* it is to have 0.25 .*engine.kv_gib"
+    ):
+        choose_mode(SIZES, "dequantized", None, GPU)
 
 
 def test_slots_have_room_for_all_that_a_layer_of_vllms_stands_for() -> None:

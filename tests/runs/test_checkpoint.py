@@ -33,15 +33,17 @@ def tensors(value: float = 1.0) -> dict[str, Tensor]:
 
 
 def save(root: Path, step: int, keep: int = 2, identity: dict[str, str] = IDENTITY) -> Path:
-    return checkpoint.save(root, State(step=step, updates=step), tensors(step), identity, write_adapter, keep)
+    return checkpoint.save_checkpoint(
+        root, State(step=step, updates=step), tensors(step), identity, write_adapter, keep
+    )
 
 
 def test_state_and_tensors_come_back_bit_for_bit(tmp_path: Path) -> None:
     state = State(step=12, updates=24, consumed=96, num_tokens=1000, skipped_updates=1, invalid_history=[0.0, 0.1])
-    path = checkpoint.save(tmp_path / "c", state, tensors(0.1), IDENTITY, write_adapter, keep=2)
+    path = checkpoint.save_checkpoint(tmp_path / "c", state, tensors(0.1), IDENTITY, write_adapter, keep=2)
     assert path == tmp_path / "c" / "step-000012"
     assert sorted(p.name for p in path.iterdir()) == ["adapter_model.safetensors", "state.json", "trainer.safetensors"]
-    back, found, notes = checkpoint.load(path, IDENTITY)
+    back, found, notes = checkpoint.load_checkpoint(path, IDENTITY)
     assert back == state and notes == [] and found.keys() == tensors().keys()
     for name, tensor in tensors(0.1).items():
         assert torch.equal(found[name], tensor) and found[name].dtype == tensor.dtype, name
@@ -109,7 +111,7 @@ def test_a_kill_during_a_save_leaves_a_checkpoint_usable(tmp_path: Path, where: 
     named = sorted(p.name for p in tmp_path.glob("step-*"))
     assert named == [f"step-{newest:06d}"]
     assert [p for p in tmp_path.iterdir() if p.name.startswith(".")], "the kill came too late to test anything"
-    state, found, _ = checkpoint.load(tmp_path / named[-1], IDENTITY)
+    state, found, _ = checkpoint.load_checkpoint(tmp_path / named[-1], IDENTITY)
     assert state.step == newest and torch.equal(found["adapter"], torch.full((3,), float(newest)))
     # The resumed run comes to the same step again, over what the kill left.
     save(tmp_path, newest + 1, keep=1)
@@ -122,11 +124,11 @@ def test_another_base_or_adapter_shape_is_refused_with_both_values(tmp_path: Pat
         r"does not fit this run: base of the checkpoint is 'f00d' \(model 'm'\), here it is 'beef' \(model 'other'\); "
     )
     with pytest.raises(ConfigError, match=want + r".* --out"):
-        checkpoint.load(path, {**IDENTITY, "base": "beef", "model": "other"})
+        checkpoint.load_checkpoint(path, {**IDENTITY, "base": "beef", "model": "other"})
     with pytest.raises(ConfigError, match=r"lora of the checkpoint is 'rank 4'.* here it is 'rank 8'"):
-        checkpoint.load(path, {**IDENTITY, "lora": "rank 8"})
+        checkpoint.load_checkpoint(path, {**IDENTITY, "lora": "rank 8"})
     with pytest.raises(ConfigError, match="extra of the checkpoint is None"):
-        checkpoint.load(path, {**IDENTITY, "extra": "x"})
+        checkpoint.load_checkpoint(path, {**IDENTITY, "extra": "x"})
 
 
 def change(path: Path, **changes: object) -> None:
@@ -140,13 +142,13 @@ def test_another_format_is_refused(tmp_path: Path) -> None:
     with pytest.raises(
         ConfigError, match=r"in format 2, and this rlft reads format 1; use the rlft that wrote it \(0.1.0\)"
     ):
-        checkpoint.load(path, IDENTITY)
+        checkpoint.load_checkpoint(path, IDENTITY)
 
 
 def test_other_versions_and_another_name_of_the_same_base_are_notes(tmp_path: Path) -> None:
     path = save(tmp_path, 1)
     change(path, versions={"torch": "1.0", "transformers": None, "peft": checkpoint._versions()["peft"]})
-    _, _, notes = checkpoint.load(path, {**IDENTITY, "model": "moved", "rlft": "0.2.0"})
+    _, _, notes = checkpoint.load_checkpoint(path, {**IDENTITY, "model": "moved", "rlft": "0.2.0"})
     now = checkpoint._versions()
     tail = "results may differ in the last bits"
     assert notes == [
@@ -159,7 +161,7 @@ def test_other_versions_and_another_name_of_the_same_base_are_notes(tmp_path: Pa
 
 def test_no_checkpoint_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"step-000001: no checkpoint there"):
-        checkpoint.load(tmp_path / "step-000001", IDENTITY)
+        checkpoint.load_checkpoint(tmp_path / "step-000001", IDENTITY)
 
 
 @pytest.mark.parametrize(
@@ -178,7 +180,7 @@ def test_a_damaged_checkpoint_is_named(tmp_path: Path, file: str, data: bytes | 
     if data is not None:
         (path / file).write_bytes(data)
     with pytest.raises(ConfigError, match=rf"step-000001: damaged checkpoint: .*{why}.*; remove that folder"):
-        checkpoint.load(path, IDENTITY)
+        checkpoint.load_checkpoint(path, IDENTITY)
 
 
 def test_one_flipped_bit_is_found(tmp_path: Path) -> None:
@@ -187,21 +189,21 @@ def test_one_flipped_bit_is_found(tmp_path: Path) -> None:
     data[-1] ^= 1
     path.write_bytes(data)
     with pytest.raises(ConfigError, match="not what was written"):
-        checkpoint.load(path.parent, IDENTITY)
+        checkpoint.load_checkpoint(path.parent, IDENTITY)
 
 
 def test_truncated_tensors_are_found(tmp_path: Path) -> None:
     path = save(tmp_path, 1) / "trainer.safetensors"
     path.write_bytes(path.read_bytes()[:-8])
     with pytest.raises(ConfigError, match=r"step-000001: damaged checkpoint: .*not what was written; remove that fold"):
-        checkpoint.load(path.parent, IDENTITY)
+        checkpoint.load_checkpoint(path.parent, IDENTITY)
 
 
 def test_a_state_with_unknown_fields_is_damaged(tmp_path: Path) -> None:
     path = save(tmp_path, 1)
     change(path, state={"step": 1, "stpe": 2})
     with pytest.raises(ConfigError, match=r"damaged checkpoint: .*stpe"):
-        checkpoint.load(path, IDENTITY)
+        checkpoint.load_checkpoint(path, IDENTITY)
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:

@@ -21,8 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from rlft.batch import count, pack
 from rlft.cli.main import main
-from rlft.config.files import load as load_config
-from rlft.config.files import to_toml
+from rlft.config.files import load_config, to_toml
 from rlft.config.run import Checkpoint, Config, Data, Eval, Lora, Optim, Parity, Reward, Sampling
 from rlft.errors import ConfigError, ParityError
 from rlft.models.load import attach_lora, load_base
@@ -228,8 +227,8 @@ def test_an_adapter_that_is_not_finite_is_refused(damaged: Path, tmp_path: Path)
 def test_an_adapter_smaller_than_rounding_is_told_of() -> None:
     merged = export.Merged(Path("o"), Path("c"), 9, difference=0.011, noise=0.01, shift=0.002)
     assert merged.difference <= merged.limit == pytest.approx(0.031)
-    assert "less than rounding" in merged.words() and "--dtype float32" in merged.words()
-    assert "less than rounding" not in replace(merged, shift=0.2).words()
+    assert "less than rounding" in merged.summary() and "--dtype float32" in merged.summary()
+    assert "less than rounding" not in replace(merged, shift=0.2).summary()
 
 
 def test_without_completions_the_check_reads_sentences(run: Path, tmp_path: Path) -> None:
@@ -312,7 +311,7 @@ def test_the_card_of_a_checkpoint_knows_nothing_of_later_steps(run: Path) -> Non
 def test_the_card_of_a_merged_model_and_its_code(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     merged = merge(run, tmp_path / "out", link="https://wandb.ai/a/b/runs/c")
     card = card_of(tmp_path / "out")
-    assert card.data.to_dict()["library_name"] == "transformers" and merged.words() in card.text
+    assert card.data.to_dict()["library_name"] == "transformers" and merged.summary() in card.text
     assert "- every step: https://wandb.ai/a/b/runs/c" in card.text and "peft import" not in card.text
     assert isinstance(run_code(card, capsys), str)
 

@@ -96,7 +96,7 @@ EXITS = {
         1,
         "out of memory",
     ),
-    "setting": (["--algo.name=gprpo"], 2, 'error: algo.name = "gprpo": not in rlft.algos'),
+    "setting": (["--algo.name=gprpo"], 2, 'error: algo.name = "gprpo": unknown'),
     "guard": (
         ["--parity.no_probe", "--rewards.0.use={home}/loss.py:none"],
         3,

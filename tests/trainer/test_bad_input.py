@@ -45,7 +45,7 @@ REWARDS = """
 def good(completions, **columns): return [float(len(text) % 3) for text in completions]
 def same(completions, **columns): return [1.0] * len(completions)
 def short(completions, **columns): return [1.0]
-def words(completions, **columns): return ["good"] * len(completions)
+def summary(completions, **columns): return ["good"] * len(completions)
 def single(completions, **columns): return 1.0
 def endless(completions, **columns): return [float("inf")] * len(completions)
 def raises(completions, **columns): raise RuntimeError("grader down")
@@ -133,7 +133,7 @@ SAMPLED = {
     ),
     "unknown algorithm": (
         ["--algo.name=gprpo"],
-        'algo.name = "gprpo": not in rlft.algos. Did you mean "grpo"\\? Known: apo, .*grpo, gspo, .*sft',
+        'algo.name = "gprpo": unknown. Did you mean "grpo"\\? Known: apo, .*grpo, gspo, .*sft',
     ),
     "unknown advantage": (
         ["--algo.advantage=group_nrom"],
@@ -141,7 +141,7 @@ SAMPLED = {
     ),
     "unknown reward": (
         ["--rewards.0.use=nubmer"],
-        'rewards = "nubmer": not in rlft.rewards. Did you mean "number"\\? Known: exact, ',
+        'rewards = "nubmer": unknown. Did you mean "number"\\? Known: exact, ',
     ),
     "rewards too few": (
         ["--rewards.0.use={home}/rewards.py:short"],
@@ -149,7 +149,7 @@ SAMPLED = {
     ),
     "rewards as text": (
         ["--rewards.0.use={home}/rewards.py:words"],
-        """reward "words" returned 'good' for completion 0, want a float or None""",
+        """reward "summary" returned 'good' for completion 0, want a float or None""",
     ),
     "no list of rewards": (
         ["--rewards.0.use={home}/rewards.py:single"],
@@ -314,7 +314,11 @@ def test_gradients_that_are_not_finite_are_skipped_counted_and_stop_after_five(h
 def test_out_of_memory_says_what_to_lower(home: Path, tmp_path: Path, capsys) -> None:
     assert run(home, tmp_path / "run", "--algo.name={home}/huge_loss.py:loss", data="sft.jsonl") == 1
     shown = capsys.readouterr().err
-    for name in ("packing.budget (4096 tokens", "engine.batch_size (64 sequences)", "sampling.max_tokens (4)"):
+    for name in (
+        "packing.tokens_per_micro_batch (4096 tokens",
+        "engine.batch_size (64 sequences)",
+        "sampling.max_tokens (4)",
+    ):
         assert name in shown
 
 

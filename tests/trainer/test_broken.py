@@ -109,7 +109,7 @@ def policy(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 def test_an_adapter_that_a_callback_set_to_nan(kind: str, home: Path, tmp_path: Path, policy: dict[str, Any]) -> None:
     def spoil(state: Any, values: Any) -> None:
         if state.step == 2:
-            policy["policy"].flat.flat.data[5] = math.nan
+            policy["policy"].flat.values.data[5] = math.nan
 
     cfg = config(home, tmp_path / "run", kind)
     assert "lora_A.weight for one" in error(cfg, [spoil]) and steps_of(cfg) <= 3
@@ -229,11 +229,11 @@ def test_a_policy_that_samples_nothing_to_train(home: Path, tmp_path: Path, monk
         home,
         tmp_path / "cut",
         "grpo",
-        overlong=Overlong(drop=True),
+        overlong=Overlong(mask=True),
         sampling=Sampling(3, max_tokens=1),
         optim=Optim(lr=1e-2, max_skipped=2),
     )
-    assert "were cut at sampling.max_tokens (left out with overlong.drop)" in error(cut)
+    assert "were cut at sampling.max_tokens (left out with overlong.mask)" in error(cut)
 
 
 def test_one_sequence_in_twelve_stops_a_run(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

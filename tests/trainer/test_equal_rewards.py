@@ -12,10 +12,10 @@ from rlft.algos import advantages
 from rlft.batch import group_ids
 from rlft.config.run import Reward
 from rlft.rewards.builtin.length import length
-from rlft.rewards.parts import OVERLONG, Parts
-from rlft.rewards.pool import InThread
+from rlft.rewards.parts import OVERLONG, RewardBreakdown
+from rlft.rewards.pool import InProcess
 from rlft.rewards.score import RewardFunction, score
-from rlft.trainer.dynamic_sampling import Drawn, solved, varied
+from rlft.trainer.dynamic_sampling import SampledGroups, solved, varied
 from rlft.types import Prompt, Rollout
 
 NAN = math.nan
@@ -29,23 +29,25 @@ def completions(lengths: list[int], prompt: int = 0) -> list[Rollout]:
     ]
 
 
-def scored(rollouts: list[Rollout], values: dict[str, tuple[float, list[float | None]]], buffer: int = 0) -> Parts:
+def scored(
+    rollouts: list[Rollout], values: dict[str, tuple[float, list[float | None]]], buffer: int = 0
+) -> RewardBreakdown:
     """What `score` makes of functions that return these values. values: name -> (weight, one value per rollout).
     buffer: of an overlong penalty at 40 tokens, 0 for none."""
     functions = [
-        RewardFunction(name, InThread(lambda completions, own=own, **_: own), Reward(name, weight=weight))
+        RewardFunction(name, InProcess(lambda completions, own=own, **_: own), Reward(name, weight=weight))
         for name, (weight, own) in values.items()
     ]
     if buffer:
         args = {"max_tokens": 40, "buffer": buffer}
-        functions.append(RewardFunction(OVERLONG, InThread(length), Reward(OVERLONG, args=args)))
+        functions.append(RewardFunction(OVERLONG, InProcess(length), Reward(OVERLONG, args=args)))
     for function in functions:
         function.open()
     return score(rollouts, functions, {})[1]
 
 
-def decided(rollouts: list[Rollout], parts: Parts) -> Drawn:
-    return Drawn(rollouts, parts.total, parts.deciding(None), [parts], (True,) * len(rollouts))
+def decided(rollouts: list[Rollout], parts: RewardBreakdown) -> SampledGroups:
+    return SampledGroups(rollouts, parts.total, parts.deciding(None), [parts], (True,) * len(rollouts))
 
 
 def test_a_penalty_for_length_leaves_equal_answers_equal() -> None:
@@ -89,7 +91,7 @@ def test_a_share_of_completions_is_the_number_that_a_config_says(n: int) -> None
     rollouts = completions([1] * n)
     for good in range(n + 1):
         values = torch.tensor([1.0] * good + [0.0] * (n - good))
-        drawn = Drawn(rollouts, values, values, [], (True,) * n)
+        drawn = SampledGroups(rollouts, values, values, [], (True,) * n)
         assert bool(solved(drawn, good / n, 1.0)) and not solved(drawn, math.nextafter(good / n, 2), 1.0)
 
 
@@ -102,7 +104,7 @@ def test_a_penalty_alone_is_no_reward() -> None:
 
 def test_rounds_are_joined_with_their_answers() -> None:
     some, more = (scored(completions([40]), {"a": (1.0, [v])}, buffer=10) for v in (0.1, 0.7))
-    joined = Parts.join([some, more])
+    joined = RewardBreakdown.join([some, more])
     assert joined.deciding(None).tolist() == torch.tensor([0.1, 0.7]).tolist()
     assert joined.deciding("a").tolist() == joined.deciding(None).tolist()
 

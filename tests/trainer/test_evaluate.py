@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from tiny import tiny_model, tiny_tokenizer
 
 from rlft.cli.main import main
-from rlft.config.run import Algo, Checkpoint, Config, Data, Eval, Lora, Optim, Parity, Refill, Reward, Sampling
+from rlft.config.run import Algo, Checkpoint, Config, Data, DynamicSampling, Eval, Lora, Optim, Parity, Reward, Sampling
 from rlft.errors import ConfigError, DataError
 from rlft.runs.folder import Run
 from rlft.trainer.evaluate import averages, change, sampling_of
@@ -168,7 +168,15 @@ def run(home: Path, tmp_path_factory) -> tuple[Result, Path]:
     out = tmp_path_factory.mktemp("runs") / "run"
     rewards = (Reward(f"{home}/rewards.py:vowel"), Reward(f"{home}/rewards.py:digits", weight=0.5))
     own = Eval(rows=6, every=2, samples=4, temperature=1.0, rewards=rewards)
-    cfg = grpo(home, out, prompts_per_step=9, eval=own, steps=4, refill=Refill(rounds=2), rewards=rewards[:1])
+    cfg = grpo(
+        home,
+        out,
+        prompts_per_step=9,
+        eval=own,
+        steps=4,
+        dynamic_sampling=DynamicSampling(rounds=2),
+        rewards=rewards[:1],
+    )
     train(cfg)
     return train(replace(cfg, steps=8), resume=True), out
 

@@ -16,7 +16,7 @@ from rlft.config.run import Algo, Optim, Reward
 from rlft.errors import TrainError
 from rlft.models.policy import Policy
 from rlft.trainer.loop import train
-from rlft.trainer.out_of_memory import answered
+from rlft.trainer.out_of_memory import with_advice
 
 FULL = "CUDA out of memory. Tried to allocate 1.50 GiB."
 
@@ -70,7 +70,9 @@ def test_running_out_of_memory_twice_in_a_pass_is_an_error_that_says_what_to_low
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     failing(monkeypatch, "logprobs", {2, 3})
-    with pytest.raises(TrainError, match=r"out of memory \(CUDA.*The plan of the last pass.*Lower packing.budget") as e:
+    with pytest.raises(
+        TrainError, match=r"out of memory \(CUDA.*The plan of the last pass.*Lower packing.tokens_per_micro_batch"
+    ) as e:
         train(config(home, tmp_path / "run", optim=OPTIM))
     assert e.value.exit_code == 1
 
@@ -99,4 +101,4 @@ def test_nothing_of_the_failed_pass_is_held_while_memory_is_given_back() -> None
         return "less"
 
     said: list[str] = []
-    assert answered(run, lower, said.append) == "done with 1" and said == [f"out of memory ({FULL}): less"]
+    assert with_advice(run, lower, said.append) == "done with 1" and said == [f"out of memory ({FULL}): less"]

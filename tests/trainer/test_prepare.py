@@ -11,13 +11,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlft.algos.algorithm import build
+from rlft.algos.algorithm import build_algorithm
 from rlft.algos.losses import kto
 from rlft.config.run import Algo
 from rlft.errors import ConfigError
 from rlft.models.policy import Policy
-from rlft.rewards.parts import Outcome, Parts
-from rlft.trainer.prepare import Look, estimator_inputs, kl_in_reward
+from rlft.rewards.parts import Outcome, RewardBreakdown
+from rlft.trainer.prepare import PackedStep, estimator_inputs, kl_in_reward
 from rlft.types import Batch, PackPlan, Prompt, Rollout
 
 PLAN = PackPlan((), "token_mean", 7, 4, 1.0)
@@ -50,7 +50,7 @@ def test_kl_in_the_reward_has_the_gradient_of_the_kl_of_whole_sequences() -> Non
     policy, coef = Table(), 0.3
     every = list(itertools.product(range(3), repeat=2))
     rollouts = [completion(ids, sample=i) for i, ids in enumerate(every)]
-    algorithm = build(Algo("reinforce", {"kl": "reward", "kl_coef": coef}))
+    algorithm = build_algorithm(Algo("reinforce", {"kl": "reward", "kl_coef": coef}))
     rewards, stats = kl_in_reward(cast(Policy, policy), algorithm, PLAN, rollouts, torch.zeros(9))
     logs = torch.stack([policy.logprob(ids) for ids in every])
     reinforce = -(logs.detach().exp() * rewards.double() * logs).sum()
@@ -69,8 +69,8 @@ def test_kl_elsewhere_leaves_rewards_alone_and_invalid_ones_stay_invalid() -> No
     policy, rollouts = cast(Policy, Table()), [completion((0,)), completion((1,), sample=1)]
     rewards = torch.tensor([1.0, float("nan")])
     for options in ({"kl_coef": 0.1}, {"kl": "reward"}):
-        assert kl_in_reward(policy, build(Algo("grpo", options)), PLAN, rollouts, rewards) == (rewards, {})
-    algorithm = build(Algo("grpo", {"kl": "reward", "kl_coef": 0.1}))
+        assert kl_in_reward(policy, build_algorithm(Algo("grpo", options)), PLAN, rollouts, rewards) == (rewards, {})
+    algorithm = build_algorithm(Algo("grpo", {"kl": "reward", "kl_coef": 0.1}))
     assert not algorithm.needs_reference and algorithm.zero_adv_zero_grad
     made, _ = kl_in_reward(policy, algorithm, PLAN, rollouts, rewards)
     assert made[1].isnan() and made[0] != 1
@@ -82,11 +82,11 @@ def test_kto_compares_with_completions_of_other_prompts() -> None:
     assert [r.completion_ids for r in other] == [(2,), (2,), (2, 0), (0,)]
     assert [r.prompt.index for r in other] == [0, 0, 1, 2] and all(len(r.completion_mask) for r in other)
     policy = Table()
-    gains = Look(cast(Policy, policy), PLAN, rollouts, []).log_ratios(other)
+    gains = PackedStep(cast(Policy, policy), PLAN, rollouts, []).log_ratios(other)
     for gain, r in zip(gains, other, strict=True):
         ref = sum(policy.ref[a, b] for a, b in itertools.pairwise((1, *r.completion_ids)))
         assert gain.item() == pytest.approx((policy.logprob(r.completion_ids) - ref).item())
-    z0 = kto.prepare(Look(cast(Policy, policy), PLAN, rollouts, []), kto.Config())["z0"]
+    z0 = kto.prepare(PackedStep(cast(Policy, policy), PLAN, rollouts, []), kto.Config())["z0"]
     assert z0 == pytest.approx(max(0.0, gains.mean().item()))
     with pytest.raises(ConfigError, match="an update of one prompt: kto compares"):
         kto.mismatched(rollouts[:2])
@@ -94,7 +94,7 @@ def test_kto_compares_with_completions_of_other_prompts() -> None:
 
 def test_estimators_get_lengths_and_parts_of_the_kept_rollouts() -> None:
     outcomes = {"a": Outcome([1.0, 2.0, 3.0], [False] * 3), "b": Outcome([0.0] * 3, [False] * 3)}
-    parts = Parts(torch.zeros(3), torch.zeros(3), outcomes)
+    parts = RewardBreakdown(torch.zeros(3), torch.zeros(3), outcomes)
     made = estimator_inputs([completion((0, 1)), completion((2,))], parts, {"a": 1.0, "b": 0.5}, (True, False, True))
     assert made["lengths"].tolist() == [2, 1] and made["weights"].tolist() == [1, 0.5]
     assert made["parts"].tolist() == [[1, 0], [3, 0]]
@@ -105,5 +105,5 @@ def test_the_quantile_of_entropies_is_torchs() -> None:
     batches: Any = [SimpleNamespace(train_mask=torch.ones(20, dtype=torch.bool), at=i) for i in (0, 20)]
     policy: Any = SimpleNamespace(entropy=lambda batch: entropies[batch.at : batch.at + 20])
     for share in (0.0, 0.3, 0.8, 1.0):
-        got = Look(policy, PLAN, [], batches).entropy_quantile(share)
+        got = PackedStep(policy, PLAN, [], batches).entropy_quantile(share)
         assert got == pytest.approx(entropies.quantile(share).item())

@@ -15,7 +15,7 @@ import recorded_step
 import stacks
 
 from rlft import batch
-from rlft.algos.algorithm import build
+from rlft.algos.algorithm import build_algorithm
 from rlft.config.run import Algo, Lora
 from rlft.models.load import attach_lora
 from rlft.models.policy import Policy
@@ -52,7 +52,7 @@ def test_prefixes_packing_and_padding_leave_the_gradient_alone(work: str, algo: 
 
     torch.manual_seed(0)
     base = Qwen3ForCausalLM(stacks.config_of("tiny")).eval().requires_grad_(False)
-    policy, algorithm, found = Policy(attach_lora(base, Lora(rank=4, alpha=8), 0)), build(Algo(algo)), []
+    policy, algorithm, found = Policy(attach_lora(base, Lora(rank=4, alpha=8), 0)), build_algorithm(Algo(algo)), []
     for share, budget, padded in ((True, 4096, False), (False, 4096, False), (False, 1, False), (False, 2080, True)):
         rollouts = recorded.rollouts_of(WORKS[work], "tiny", padded)
         rewards = torch.tensor([r.recorded_reward for r in rollouts])

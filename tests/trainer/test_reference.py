@@ -44,7 +44,7 @@ def dpo(home: Path, out: Path, steps: int) -> Config:
         prompts_per_step=3,
         lora=Lora(rank=4, alpha=8),
         optim=Optim(lr=1e-2),
-        packing=Packing(budget=110),
+        packing=Packing(tokens_per_micro_batch=110),
         sampling=Sampling(max_tokens=16),
         checkpoint=Checkpoint(keep=10),
     )
@@ -129,11 +129,11 @@ def batches(rollouts: list[Rollout], budget: int, temperature: float = 1.0, shar
 
 def test_the_values_are_the_references_in_every_packing_and_stay_when_the_adapter_moves() -> None:
     policy = tiny_policy(torch.float64, trained=0.3)
-    policy.flat.start.copy_(policy.flat.flat.data)
+    policy.flat.start.copy_(policy.adapter_params.data)
     rollouts = [*pair(0, (4, 2)), *pair(1, (1, 5)), *pair(2, (3, 0))]
     reference = Reference(policy, keep=True)
     for budget, share, moved in ((1000, True, 0.0), (9, True, 0.5), (16, False, 1.0)):
-        policy.flat.flat.data += moved
+        policy.adapter_params.data += moved
         for batch in batches(rollouts, budget, share=share):
             got = reference.fill(batch).ref_logprobs
             want = policy.score(batch, weights="reference")

@@ -14,7 +14,7 @@ from sums import ROOT, sums
 from torch import Tensor
 
 from rlft.batch import count, pack
-from rlft.config.files import load as load_config
+from rlft.config.files import load_config
 from rlft.config.run import Config, Data, Lora, Sampling
 from rlft.data.prompts import Prompts, encode_prompt, load_prompts
 from rlft.kernels.attention import Sequences

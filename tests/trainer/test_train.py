@@ -191,7 +191,7 @@ def test_skipping_zero_advantage_rows_gives_bit_equal_weights_after_three_steps(
     """A reward that is 1 for most groups: most rows have zero advantage. Skipped or run, the weights are the same."""
     ends = []
     for skip in (True, False):
-        packing = Packing(budget=40, skip_zero_advantage=skip)
+        packing = Packing(tokens_per_micro_batch=40, skip_zero_advantage=skip)
         cfg = grpo(
             home,
             tmp_path / str(skip),
@@ -389,7 +389,7 @@ def test_out_of_memory_says_what_to_lower(home: Path, tmp_path: Path) -> None:
         "def loss(logprobs, batch, cfg):\n"
         "    return torch.empty(2**60).sum(), {}\n"
     )
-    with pytest.raises(TrainError, match=r"out of memory .*Lower packing.budget \(4096") as caught:
+    with pytest.raises(TrainError, match=r"out of memory .*Lower packing.tokens_per_micro_batch \(4096") as caught:
         train(sft(home, tmp_path / "run", algo=Algo(f"{tmp_path}/big_loss.py:loss")))
     assert caught.value.exit_code == 1
 

@@ -17,7 +17,7 @@ from rlft.algos.advantages import ESTIMATORS
 from rlft.algos.algorithm import estimator_of
 from rlft.algos.losses import kto
 from rlft.batch import count, group_ids
-from rlft.trainer.prepare import Look
+from rlft.trainer.prepare import PackedStep
 from rlft.types import PackPlan, Rollout
 
 REWARDS = torch.tensor([1.0, 0.0, 0.3, float("nan"), 2.0, 2.0, 0.5, 0.0, 0.7, 0.7, 0.7, 0.7])
@@ -52,7 +52,7 @@ class Gains:
 def quantile(rows: slice) -> float:
     batches = batches_of(step()[rows])
     policy: Any = SimpleNamespace(entropy=lambda batch: (batch.input_ids * 0.37).sin().abs())
-    return Look(policy, PackPlan((), "token_mean", 1, 1, 1.0), [], batches).entropy_quantile(0.8)
+    return PackedStep(policy, PackPlan((), "token_mean", 1, 1, 1.0), [], batches).entropy_quantile(0.8)
 
 
 def results(rank: int | None) -> dict[str, Any]:

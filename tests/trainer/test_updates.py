@@ -17,18 +17,18 @@ from tiny import tiny_model, tiny_tokenizer
 
 import rlft
 from rlft.cli.main import parse
-from rlft.config.files import load, presets, to_toml
+from rlft.config.files import load_config, presets, to_toml
 from rlft.config.run import (
     Algo,
     Checkpoint,
     Config,
     Data,
+    DynamicSampling,
     Lora,
     Optim,
     Overlong,
     Packing,
     Parity,
-    Refill,
     Reward,
     Sampling,
 )
@@ -72,7 +72,7 @@ def config(home: Path, out: Path, **changes: Any) -> Config:
         optim=Optim(lr=1e-2),
         parity=Parity(probe=False),
         checkpoint=Checkpoint(keep=10),
-        packing=Packing(budget=60),
+        packing=Packing(tokens_per_micro_batch=60),
     )
     return replace(base, **changes)
 
@@ -127,14 +127,14 @@ def test_one_step_and_one_more_equal_two_with_updates_and_refill(correction: str
         algo=Algo("grpo", {"correction": correction, "kl_coef": 0.1}),
         optim=Optim(lr=1e-2, minibatches=2, passes=2),
         rewards=(Reward(f"{home}/rewards.py:even"),),
-        refill=Refill(rounds=3),
+        dynamic_sampling=DynamicSampling(rounds=3),
     )
     train(make(tmp_path / "two", steps=2))
     train(make(tmp_path / "one", steps=1))
     train(make(tmp_path / "one", steps=2), resume=True)
     assert torch.equal(adapter(tmp_path / "two", 2), adapter(tmp_path / "one", 2))
     assert metrics(tmp_path / "two") == metrics(tmp_path / "one")
-    assert metrics(tmp_path / "two")[0]["refill/rounds"] > 0
+    assert metrics(tmp_path / "two")[0]["dynamic_sampling/rounds"] > 0
 
 
 def count_scores(monkeypatch: pytest.MonkeyPatch) -> list[str]:
@@ -159,7 +159,16 @@ def test_old_log_probs_are_computed_once_for_decoupled_and_never_for_bypass_or_o
     for correction, optim in cases.items():
         seen.clear()
         algo = Algo("grpo", {"correction": correction})
-        train(config(home, tmp_path / correction, optim=optim, algo=algo, steps=1, packing=Packing(budget=500)))
+        train(
+            config(
+                home,
+                tmp_path / correction,
+                optim=optim,
+                algo=algo,
+                steps=1,
+                packing=Packing(tokens_per_micro_batch=500),
+            )
+        )
         run = metrics(tmp_path / correction)[0]["batch/micro_batches"]
         assert run >= optim.minibatches
         assert seen == ["policy"] * int(run if correction == "decoupled" else 0), correction
@@ -188,27 +197,35 @@ def test_more_minibatches_than_prompts_is_refused(home: Path, tmp_path: Path) ->
 
 def test_a_refilled_step_trains_on_varied_groups_and_keeps_every_completion(home: Path, tmp_path: Path) -> None:
     """Odd prompts give every completion the same reward, so their groups are dropped and others drawn."""
-    cfg = config(home, tmp_path / "run", rewards=(Reward(f"{home}/rewards.py:even"),), refill=Refill(rounds=4))
+    cfg = config(
+        home, tmp_path / "run", rewards=(Reward(f"{home}/rewards.py:even"),), dynamic_sampling=DynamicSampling(rounds=4)
+    )
     train(cfg)
     for logged in metrics(tmp_path / "run"):
-        assert logged["refill/kept"] + logged["refill/short"] == 4 and logged["refill/drawn"] > 4
+        assert (
+            logged["dynamic_sampling/kept"] + logged["dynamic_sampling/short"] == 4
+            and logged["dynamic_sampling/drawn"] > 4
+        )
         assert 0 < logged["frac_reward_zero_std"] < 1  # before filtering
         rows = pq.ParquetFile(tmp_path / "run" / "rollouts" / f"step-{logged['step']:06d}.parquet").read().to_pylist()
-        assert len(rows) == 4 * logged["refill/drawn"]
+        assert len(rows) == 4 * logged["dynamic_sampling/drawn"]
         trained = [row for row in rows if row["advantage"] is not None]
-        assert len(trained) == 4 * logged["refill/kept"]
+        assert len(trained) == 4 * logged["dynamic_sampling/kept"]
         assert all(int(row["prompt"].split()[-1]) % 2 == 0 for row in trained)
         texts = {}
         for row in rows:
             texts.setdefault(row["prompt"], []).append(row["completion"])
         assert all(len(set(group)) > 1 for group in texts.values()), "no two rollouts share a random stream"
     state = json.loads((tmp_path / "run" / "checkpoints" / "step-000002" / "state.json").read_text())["state"]
-    assert state["consumed"] == sum(m["refill/drawn"] for m in metrics(tmp_path / "run"))
+    assert state["consumed"] == sum(m["dynamic_sampling/drawn"] for m in metrics(tmp_path / "run"))
 
 
 def test_only_equal_groups_end_the_run_with_what_to_do(home: Path, tmp_path: Path) -> None:
-    with pytest.raises(TrainError, match=r"every one of 12 groups has equal rewards after refill.rounds = 2"):
-        train(config(home, tmp_path / "run", refill=Refill(rounds=2)), rewards=[lambda completions, **k: [1.0] * 16])
+    with pytest.raises(TrainError, match=r"every one of 12 groups has equal rewards after dynamic_sampling.rounds = 2"):
+        train(
+            config(home, tmp_path / "run", dynamic_sampling=DynamicSampling(rounds=2)),
+            rewards=[lambda completions, **k: [1.0] * 16],
+        )
 
 
 def test_a_broken_reward_is_not_drawn_for_again_and_again(home: Path, tmp_path: Path) -> None:
@@ -218,7 +235,7 @@ def test_a_broken_reward_is_not_drawn_for_again_and_again(home: Path, tmp_path: 
         return [float(i) for i in range(len(completions))]
 
     with pytest.raises(RewardError, match="every reward of this step is invalid"):
-        train(config(home, tmp_path / "run", refill=Refill(rounds=9)), rewards=[broken])
+        train(config(home, tmp_path / "run", dynamic_sampling=DynamicSampling(rounds=9)), rewards=[broken])
 
 
 def test_the_penalty_is_trls_and_is_added_to_the_reward_but_does_not_decide_what_is_kept(
@@ -234,7 +251,7 @@ def test_the_penalty_is_trls_and_is_added_to_the_reward_but_does_not_decide_what
         home,
         tmp_path / "run",
         rewards=(Reward(f"{home}/rewards.py:even"),),
-        refill=Refill(rounds=1),
+        dynamic_sampling=DynamicSampling(rounds=1),
         steps=1,
         overlong=Overlong(penalty_share=0.5),
         sampling=Sampling(group_size=4, max_tokens=8),
@@ -253,7 +270,7 @@ def test_cut_completions_can_be_left_out_of_the_loss(home: Path, tmp_path: Path)
     short = Sampling(group_size=4, max_tokens=3)
     train(config(home, tmp_path / "in", sampling=short, steps=1))
     with pytest.raises(TrainError, match="of the 16 completions of the last one 16 were cut"):
-        train(config(home, tmp_path / "out", sampling=short, steps=1, overlong=Overlong(drop=True)))
+        train(config(home, tmp_path / "out", sampling=short, steps=1, overlong=Overlong(mask=True)))
     inside, outside = (metrics(tmp_path / run)[0] for run in ("in", "out"))
     assert inside["completions/clipped_ratio"] == outside["completions/clipped_ratio"] > 0.8
     assert inside["batch/tokens"] > outside["batch/tokens"] and inside["reward"] == outside["reward"]
@@ -262,9 +279,12 @@ def test_cut_completions_can_be_left_out_of_the_loss(home: Path, tmp_path: Path)
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"refill": Refill(rounds=2, by="digit")}, 'refill.by = "digit": no reward of that name; there are .*digits'),
         (
-            {"refill": Refill(rounds=2), "sampling": Sampling(group_size=1)},
+            {"dynamic_sampling": DynamicSampling(rounds=2, by="digit")},
+            'dynamic_sampling.by = "digit": no reward of that name; there are .*digits',
+        ),
+        (
+            {"dynamic_sampling": DynamicSampling(rounds=2), "sampling": Sampling(group_size=1)},
             "the rewards of a group of one never differ",
         ),
     ],
@@ -281,9 +301,9 @@ def test_validate_names_what_cannot_be_refilled(
 def test_settings_of_sampling_are_refused_for_recorded_completions(home: Path, tmp_path: Path) -> None:
     (home / "one.jsonl").write_text(json.dumps({"prompt": "a", "completion": "b"}))
     cfg = config(home, tmp_path / "run", data=Data(str(home / "one.jsonl")), rewards=(), algo=Algo("sft"))
-    cfg = replace(cfg, refill=Refill(rounds=1), overlong=Overlong(drop=True), prompts_per_step=1)
+    cfg = replace(cfg, dynamic_sampling=DynamicSampling(rounds=1), overlong=Overlong(mask=True), prompts_per_step=1)
     found = "\n".join(problems(cfg))
-    assert "refill.rounds = 1: recorded completions are not drawn again" in found
+    assert "dynamic_sampling.rounds = 1: recorded completions are not drawn again" in found
     assert "overlong: recorded completions were not cut" in found
 
 
@@ -300,10 +320,10 @@ def file(home: Path, tmp_path: Path) -> Iterator[Path]:
 @pytest.mark.parametrize("name", presets())
 def test_a_preset_is_a_whole_config_and_reads_back_from_what_a_run_saves(name: str, file: Path, tmp_path: Path) -> None:
     file.write_text(file.read_text() + f'[algo]\nname = "{name}"\n')
-    cfg = load(file)
+    cfg = load_config(file)
     saved = tmp_path / "config.toml"
     saved.write_text(to_toml(cfg))
-    assert load(saved) == cfg
+    assert load_config(saved) == cfg
     assert rlft.preset(name, model="m", data=cfg.data.path, steps=1, out="o", rewards=["number"]) == cfg
     assert not [text for text in problems(cfg) if "algo" in text or "optim" in text]
 
@@ -312,7 +332,7 @@ def test_the_papers_numbers() -> None:
     common = {"model": "m", "data": "d", "steps": 1, "out": "o"}
     dapo, dr, gspo = (rlft.preset(name, **common) for name in ("dapo", "dr_grpo", "gspo"))
     assert (dapo.algo.name, dapo.algo.options["clip_high"], dapo.optim.minibatches) == ("grpo", 0.28, 16)
-    assert dapo.refill.rounds == 10 and dapo.overlong.penalty_share == 0.2
+    assert dapo.dynamic_sampling.rounds == 10 and dapo.overlong.penalty_share == 0.2
     assert (dr.algo.options["advantage"], dr.algo.options["aggregation"]) == ("group_mean", "constant")
     assert (gspo.algo.name, gspo.optim.minibatches, gspo.algo.options["clip_low"]) == ("gspo", 4, 3e-4)
     luspo, scale, online = (rlft.preset(name, **common) for name in ("luspo", "scalerl", "online_dpo"))
@@ -335,9 +355,9 @@ def test_the_papers_numbers() -> None:
 
 def test_the_file_wins_over_the_preset_and_the_flag_over_both(file: Path) -> None:
     file.write_text(file.read_text() + '[algo]\nname = "dapo"\nclip_high = 0.3\n[optim]\nlr = 3e-6\n')
-    cfg, _ = parse("train", [str(file), "--optim.minibatches=2", "--refill.rounds", "4"])
+    cfg, _ = parse("train", [str(file), "--optim.minibatches=2", "--dynamic_sampling.rounds", "4"])
     assert (cfg.algo.options["clip_high"], cfg.algo.options["clip_low"]) == (0.3, 0.2)
-    assert (cfg.optim.lr, cfg.optim.minibatches, cfg.refill.rounds) == (3e-6, 2, 4)
+    assert (cfg.optim.lr, cfg.optim.minibatches, cfg.dynamic_sampling.rounds) == (3e-6, 2, 4)
 
 
 def test_a_flag_can_name_a_preset(file: Path) -> None:
@@ -359,7 +379,7 @@ def test_the_trainers_log_probs_are_written_beside_the_rollouts_they_belong_to(h
             home,
             tmp_path / "run",
             rewards=(Reward(f"{home}/rewards.py:even"),),
-            refill=Refill(rounds=4),
+            dynamic_sampling=DynamicSampling(rounds=4),
             optim=Optim(lr=1e-2, minibatches=2, passes=2),
             steps=1,
         )

@@ -44,7 +44,7 @@ class Config(Settings):
             raise ConfigError(f'algo.variant = "{self.variant}": want "zero" or "down"')
 
 
-def words(cfg: Config) -> str:
+def summary(cfg: Config) -> str:
     """Ratio, clip, KL and correction in words, for the start of a run."""
     return f"log-ratio per sequence against the reference ({cfg.variant}), no clip, beta {cfg.beta:g}, mean over pairs"
 

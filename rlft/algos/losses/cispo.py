@@ -45,9 +45,9 @@ class Config(settings.Settings):
             raise ConfigError(f"algo.clip_max = {self.clip_max}: want 1 or more, the largest ratio itself")
 
 
-def words(cfg: Config) -> str:
+def summary(cfg: Config) -> str:
     """Ratio, clip, KL and correction in words, for the start of a run."""
-    return f"ratio per token as a weight up to {cfg.clip_max:g}, {surrogate.words(cfg)}"
+    return f"ratio per token as a weight up to {cfg.clip_max:g}, {surrogate.summary(cfg)}"
 
 
 def loss(logprobs: Tensor, batch: Batch, cfg: Config) -> tuple[Tensor, Stats]:

@@ -46,7 +46,7 @@ class Config(Settings):
         check_smoothing(self.label_smoothing)
 
 
-def words(cfg: Config) -> str:
+def summary(cfg: Config) -> str:
     """Ratio, clip, KL and correction in words, for the start of a run."""
     nll = f"{cfg.nll_coef:g} x NLL of the chosen side"
     return f"log-probs without a reference, beta {cfg.beta:g}, {nll}, mean over pairs"

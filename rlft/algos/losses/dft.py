@@ -31,7 +31,7 @@ class Config(sft.Config):
     """Settings of [algo] for dft."""
 
 
-def words(cfg: Config) -> str:
+def summary(cfg: Config) -> str:
     """Ratio, clip, KL and correction in words, for the start of a run."""
     return "no ratio, no clip, no KL, each token by its probability"
 

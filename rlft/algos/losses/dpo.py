@@ -41,7 +41,7 @@ class Config(Settings):
         check_smoothing(self.label_smoothing)
 
 
-def words(cfg: Config) -> str:
+def summary(cfg: Config) -> str:
     """Ratio, clip, KL and correction in words, for the start of a run."""
     return f"log-ratio per sequence against the reference, no clip, beta {cfg.beta:g}, mean over pairs"
 

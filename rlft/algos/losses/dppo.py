@@ -65,11 +65,11 @@ class Config(settings.Settings):
             raise ConfigError(f"algo.cap = {self.cap}: want 1 or more")
 
 
-def words(cfg: Config) -> str:
+def summary(cfg: Config) -> str:
     """Ratio, clip, KL and correction in words, for the start of a run."""
     return (
         f"ratio per token against the sampler up to {cfg.cap:g}, dropped beyond a {cfg.divergence.upper()} of "
-        f"{cfg.limit_low:g} / {cfg.limit_high:g}, {surrogate.words(cfg)}"
+        f"{cfg.limit_low:g} / {cfg.limit_high:g}, {surrogate.summary(cfg)}"
     )
 
 

@@ -44,7 +44,7 @@ class Config(Settings):
             raise ConfigError(f"algo.label_smoothing = {self.label_smoothing}: want above 0, the loss has its log")
 
 
-def words(cfg: Config) -> str:
+def summary(cfg: Config) -> str:
     """Ratio, clip, KL and correction in words, for the start of a run."""
     return f"log-ratio per sequence against the reference, reverse KL to the labels, beta {cfg.beta:g}, mean over pairs"
 

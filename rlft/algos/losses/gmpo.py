@@ -51,11 +51,11 @@ class Config(settings.Settings):
                 raise ConfigError(f"algo.{name} = {getattr(self, name)}: want 0 to 20 nats")
 
 
-def words(cfg: Config) -> str:
+def summary(cfg: Config) -> str:
     """Ratio, clip, KL and correction in words, for the start of a run."""
     return (
         f"geometric mean of token ratios, log-ratios clipped to [{-cfg.clip_low:g}, {cfg.clip_high:g}], "
-        f"{surrogate.words(cfg)}"
+        f"{surrogate.summary(cfg)}"
     )
 
 

@@ -71,10 +71,10 @@ class Config(settings.Settings):
             object.__setattr__(self, "correction", "none")
 
 
-def words(cfg: Config) -> str:
+def summary(cfg: Config) -> str:
     """Ratio, clip, KL and correction in words, for the start of a run."""
     band = f"[{1 - cfg.clip_low:g}, {1 + cfg.clip_high:g}]"
-    return f"ratio per sequence ({cfg.form} form), clipped to {band}, {surrogate.words(cfg)}"
+    return f"ratio per sequence ({cfg.form} form), clipped to {band}, {surrogate.summary(cfg)}"
 
 
 def loss(logprobs: Tensor, batch: Batch, cfg: Config) -> tuple[Tensor, Stats]:

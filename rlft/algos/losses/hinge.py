@@ -31,7 +31,7 @@ class Config(Settings):
     """Settings of [algo] for hinge."""
 
 
-def words(cfg: Config) -> str:
+def summary(cfg: Config) -> str:
     """Ratio, clip, KL and correction in words, for the start of a run."""
     return f"log-ratio per sequence against the reference in a hinge, beta {cfg.beta:g}, mean over pairs"
 

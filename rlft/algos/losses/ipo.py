@@ -43,7 +43,7 @@ class Config(Settings):
             raise ConfigError(f'algo.length = "{self.length}": want "mean" or "sum"')
 
 
-def words(cfg: Config) -> str:
+def summary(cfg: Config) -> str:
     """Ratio, clip, KL and correction in words, for the start of a run."""
     return f"{cfg.length} log-ratio per sequence against the reference, no clip, beta {cfg.beta:g}, mean over pairs"
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from rlft.algos.pairs import CLAMP, check_above_zero
 from rlft.batch import group_ids, segment_sum
 from rlft.errors import ConfigError
-from rlft.types import Aggregation, Batch, Look, Rollout, Stat, Stats
+from rlft.types import Aggregation, Batch, Rollout, Stat, Stats, StepView
 
 ADVANTAGE = "identity"
 AGGREGATION: Aggregation = "sequence_mean"
@@ -56,7 +56,7 @@ class Config:
         )
 
 
-def words(cfg: Config) -> str:
+def summary(cfg: Config) -> str:
     """Ratio, clip, KL and correction in words, for the start of a run."""
     return f"log-ratio per sequence against the reference and z0, no clip, beta {cfg.beta:g}"
 
@@ -92,7 +92,7 @@ def mismatched(rollouts: Sequence[Rollout]) -> list[Rollout]:
     return found
 
 
-def prepare(look: Look, cfg: Config) -> dict[str, float]:
+def prepare(look: StepView, cfg: Config) -> dict[str, float]:
     """z0 of the update, by the policy that it starts from."""
     gains = look.log_ratios(mismatched(look.rollouts)) if look.rollouts else torch.zeros(0, dtype=torch.float64)
     total, count = look.sum(torch.stack([gains.sum(), torch.tensor(float(len(gains)), dtype=torch.float64)])).tolist()

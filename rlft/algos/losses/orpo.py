@@ -37,7 +37,7 @@ class Config(Settings):
     """Factor of the odds-ratio term (lambda in the paper)."""
 
 
-def words(cfg: Config) -> str:
+def summary(cfg: Config) -> str:
     """Ratio, clip, KL and correction in words, for the start of a run."""
     return f"odds ratio without a reference, {cfg.beta:g} x, NLL of the chosen side, mean over pairs"
 

@@ -39,9 +39,9 @@ class Config(settings.Settings):
     """How token losses become one number: token_mean, sequence_mean, constant, sequence_sum, prompt_mean."""
 
 
-def words(cfg: Config) -> str:
+def summary(cfg: Config) -> str:
     """Ratio, clip, KL and correction in words, for the start of a run."""
-    return f"no ratio, no clip, {surrogate.words(cfg)}"
+    return f"no ratio, no clip, {surrogate.summary(cfg)}"
 
 
 def loss(logprobs: Tensor, batch: Batch, cfg: Config) -> tuple[Tensor, Stats]:

@@ -52,11 +52,11 @@ class Config(settings.Settings):
         settings.check_clip(self.clip_low, self.clip_high)
 
 
-def words(cfg: Config) -> str:
+def summary(cfg: Config) -> str:
     """Ratio, clip, KL and correction in words, for the start of a run."""
     return (
         f"ratio per sequence (product), clipped to [{1 - cfg.clip_low:g}, {1 + cfg.clip_high:g}], "
-        f"{surrogate.words(cfg)}"
+        f"{surrogate.summary(cfg)}"
     )
 
 

@@ -39,7 +39,7 @@ class Config(Settings):
         check_smoothing(self.label_smoothing)
 
 
-def words(cfg: Config) -> str:
+def summary(cfg: Config) -> str:
     """Ratio, clip, KL and correction in words, for the start of a run."""
     wrong = f"{cfg.label_smoothing:g} of labels wrong"
     return f"log-ratio per sequence against the reference, no clip, beta {cfg.beta:g}, {wrong}"

@@ -40,7 +40,7 @@ class Config(Settings):
         check_above_zero(nll_coef=self.nll_coef)
 
 
-def words(cfg: Config) -> str:
+def summary(cfg: Config) -> str:
     """Ratio, clip, KL and correction in words, for the start of a run."""
     return f"log-ratio per sequence against the reference, beta {cfg.beta:g}, {cfg.nll_coef:g} x NLL of the chosen side"
 

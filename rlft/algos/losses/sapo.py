@@ -50,10 +50,10 @@ class Config(settings.Settings):
                 raise ConfigError(f"algo.{name} = {getattr(self, name)}: want a number above 0")
 
 
-def words(cfg: Config) -> str:
+def summary(cfg: Config) -> str:
     """Ratio, clip, KL and correction in words, for the start of a run."""
     gate = f"tau {cfg.temperature_pos:g} and {cfg.temperature_neg:g}"
-    return f"ratio per token in a soft gate, {gate}, {surrogate.words(cfg)}"
+    return f"ratio per token in a soft gate, {gate}, {surrogate.summary(cfg)}"
 
 
 def loss(logprobs: Tensor, batch: Batch, cfg: Config) -> tuple[Tensor, Stats]:

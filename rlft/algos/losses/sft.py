@@ -40,7 +40,7 @@ class Config:
             raise ConfigError(f'algo.aggregation = "{self.aggregation}": want one of {", ".join(known)}')
 
 
-def words(cfg: Config) -> str:
+def summary(cfg: Config) -> str:
     """Ratio, clip, KL and correction in words, for the start of a run."""
     return "no ratio, no clip, no KL"
 

@@ -42,7 +42,7 @@ class Config(Settings):
             raise ConfigError(f"algo.gamma = {self.gamma}: want 0 or more, and finite")
 
 
-def words(cfg: Config) -> str:
+def summary(cfg: Config) -> str:
     """Ratio, clip, KL and correction in words, for the start of a run."""
     return f"mean log-probs without a reference, beta {cfg.beta:g}, margin {cfg.gamma:g}, mean over pairs"
 

@@ -31,7 +31,7 @@ class Config(Settings):
     """Settings of [algo] for sppo."""
 
 
-def words(cfg: Config) -> str:
+def summary(cfg: Config) -> str:
     """Ratio, clip, KL and correction in words, for the start of a run."""
     return f"squared log-ratio per sequence against the reference, beta {cfg.beta:g}, mean over pairs"
 

@@ -55,10 +55,10 @@ class Config(settings.Settings):
             raise ConfigError(f'algo.level = "{self.level}": want "sequence" or "token"')
 
 
-def words(cfg: Config) -> str:
+def summary(cfg: Config) -> str:
     """Ratio, clip, KL and correction in words, for the start of a run."""
     return (
-        f"{cfg.level} ratio against the sampler within [0, 1] where the advantage is negative, {surrogate.words(cfg)}"
+        f"{cfg.level} ratio against the sampler within [0, 1] where the advantage is negative, {surrogate.summary(cfg)}"
     )
 
 

@@ -56,9 +56,9 @@ class Config(settings.Settings):
                 raise ConfigError(f"algo.{name} = {getattr(self, name)}: want a number above 0")
 
 
-def words(cfg: Config) -> str:
+def summary(cfg: Config) -> str:
     """Ratio, clip, KL and correction in words, for the start of a run."""
-    return f"sequence ratio (product) against the sampler in a gamma-shaped weight, {surrogate.words(cfg)}"
+    return f"sequence ratio (product) against the sampler in a gamma-shaped weight, {surrogate.summary(cfg)}"
 
 
 def loss(logprobs: Tensor, batch: Batch, cfg: Config) -> tuple[Tensor, Stats]:

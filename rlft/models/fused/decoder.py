@@ -48,7 +48,7 @@ class FusedDecoder:
     def __init__(self, model: PeftModel, decoder: nn.Module, family: Family) -> None:
         """Raises ValueError, saying why, for a decoder that fused layers cannot run."""
         self.model, self.decoder, self.family = model, decoder, family
-        self.plan: memory.Plan | None = None
+        self.plan: memory.MemoryPlan | None = None
         """How every pass runs; None: chosen for each by what memory is free."""
         self.budget: float | None = None
         """Bytes that a pass may take on the device; None: what is free."""
@@ -68,7 +68,7 @@ class FusedDecoder:
     def _begin(self) -> None:
         self._cache_name = kv_cache.name(self.decoder)
         self.store, self.offload = Store(), Offload()
-        self.ran: memory.Plan | None = None
+        self.ran: memory.MemoryPlan | None = None
         """The plan of the last pass."""
         self._told: set[str] = set()
         self._parts: list[nn.Module] = []
@@ -121,7 +121,7 @@ class FusedDecoder:
         position_ids: Tensor,
         sequences: Sequences,
         gradients: dict[Tensor, Tensor] | None = None,
-        plan: memory.Plan | None = None,
+        plan: memory.MemoryPlan | None = None,
         padded_to: Tensor | None = None,
     ) -> Tensor:
         """The residual stream after the last layer, [T, H], before the final norm.
@@ -164,7 +164,7 @@ class FusedDecoder:
         """The norm before the head; with gradient."""
         return rms_norm.rms_norm(hidden, *self.norm)
 
-    def plan_pass(self, rows: int, trained: int, sequences: Sequences) -> memory.Plan:
+    def plan_pass(self, rows: int, trained: int, sequences: Sequences) -> memory.MemoryPlan:
         """How a pass over packed rows runs in the memory that is free now.
 
         rows: tokens, of which `trained` reach the head. It is padded where a CUDA graph may run it; whether one does
@@ -180,7 +180,7 @@ class FusedDecoder:
 
     def plan_for(
         self, rows: int, trained: int | None = None, keys: int = 0, budget: float | None = None
-    ) -> memory.Plan:
+    ) -> memory.MemoryPlan:
         """How a pass over so many rows runs, of which `trained` (None: all) reach the head. keys: those that are copied
         for sequences behind shared prefixes. budget: bytes; None: `available`."""
         if self.plan is not None:
@@ -192,10 +192,10 @@ class FusedDecoder:
         sizes = ((rows, step), (rows if trained is None else trained, step), (keys, KEYS))
         rows, trained, keys = (-(-size // each) * each for size, each in sizes)
         budget = self.available() if budget is None else budget
-        plan = memory.choose(self.shape, rows, trained, budget, host, keys)
+        plan = memory.choose_plan(self.shape, rows, trained, budget, host, keys)
         shadowed = plan.store == "shadow" and rows < self.full
-        if shadowed and memory.choose(self.shape, self.full, self.full, budget, host).store != "shadow":
-            return memory.choose(self.shape, rows, trained, budget, host, keys, shadow=False)
+        if shadowed and memory.choose_plan(self.shape, self.full, self.full, budget, host).store != "shadow":
+            return memory.choose_plan(self.shape, rows, trained, budget, host, keys, shadow=False)
         return plan
 
     def expect(self, entropy_grad: bool) -> None:
@@ -244,26 +244,26 @@ class FusedDecoder:
             tables[kind] = (cos[0, :rows], sin[0, :rows])
         return tables
 
-    def _shape(self) -> memory.Shape:
+    def _shape(self) -> memory.DecoderShape:
         """Sizes for the memory plan."""
         first = self.layers[0]
         bound = first.bind(self.adapter())
         weight = self.norm.weight
         q, kv = first.q_heads * first.head_dim, first.k_heads * first.head_dim
-        return memory.Shape(
+        return memory.DecoderShape(
             layers=len(self.layers),
             hidden=first.projections[0].in_features,
             q=q,
             kv=kv,
             q_heads=first.q_heads,
             intermediate=first.width,
-            vocab=self.decoder.config.vocab_size,  # type: ignore[arg-type,union-attr]
+            vocab=self.decoder.config.vocab_size,  # type: ignore[union-attr]
             dtype=weight.dtype,
             tails=tuple(b.group.tail for b in bound),  # type: ignore[arg-type]
-            ranks=tuple(b.group.rank for b in bound),
-            qk_norm=first.qk_norm[0] is not None,  # type: ignore[arg-type]
+            ranks=tuple(b.group.rank for b in bound),  # type: ignore[arg-type]
+            qk_norm=first.qk_norm[0] is not None,
             post_norm=first.down_norm is not None,
-            attention=backends.choose(weight.device, weight.dtype, first.head_dim, first.attention.softcap),
+            attention=backends.choose_backend(weight.device, weight.dtype, first.head_dim, first.attention.softcap),
             entropy_grad=self.entropy_grad,
         )
 

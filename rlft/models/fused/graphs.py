@@ -28,7 +28,7 @@ from rlft.models.fused.layer import Forward, check_versions, versions
 from rlft.models.fused.layer_backward import Backward
 from rlft.models.fused.layer_modules import FusedLayer
 from rlft.models.fused.layer_steps import Kept, Pass
-from rlft.models.fused.memory import Plan, Shape
+from rlft.models.fused.memory import DecoderShape, MemoryPlan
 from rlft.models.fused.projection import Store
 from rlft.models.fused.token_budget import LAUNCHING, device_seconds
 
@@ -43,7 +43,7 @@ GRAPHS = 16
 """Graphs that are kept at most; the one unused for longest goes first."""
 
 
-def short(shape: Shape, rows: int, keys: int) -> bool:
+def short(shape: DecoderShape, rows: int, keys: int) -> bool:
     """Whether a pass is held up by its launches, padded as it would be, and copies no more than it may. keys: as
     `copied_keys` counts them."""
     return keys <= COPIED * rows and 0 < device_seconds(shape, padded(rows)) < LAUNCHING
@@ -166,7 +166,7 @@ class _Graph:
         layers: Sequence[FusedLayer],
         store: Store,
         adapter: str | None,
-        plan: Plan,
+        plan: MemoryPlan,
         gradients: dict[Tensor, Tensor],
         bucket: Bucket,
         pool: Any,
@@ -241,7 +241,7 @@ class Graphs:
         layers: Sequence[FusedLayer],
         store: Store,
         adapter: str | None,
-        plan: Plan,
+        plan: MemoryPlan,
         gradients: dict[Tensor, Tensor],
         given: Padded,
         most: float,
@@ -288,7 +288,7 @@ class Graphs:
         layers: Sequence[FusedLayer],
         store: Store,
         adapter: str | None,
-        plan: Plan,
+        plan: MemoryPlan,
         gradients: dict[Tensor, Tensor],
         given: Padded,
     ) -> _Graph:

@@ -37,7 +37,7 @@ GIB = 2**30
 
 
 @dataclass(frozen=True)
-class Shape:
+class DecoderShape:
     """Sizes of a decoder: of the largest layer where they differ."""
 
     layers: int
@@ -90,7 +90,7 @@ class Shape:
 
 
 @dataclass(frozen=True)
-class Plan:
+class MemoryPlan:
     """What a pass keeps, and how it runs."""
 
     levels: tuple[int, ...]
@@ -122,7 +122,7 @@ class Plan:
         )
 
 
-def saved(s: Shape, level: int) -> int:
+def saved(s: DecoderShape, level: int) -> int:
     """Device bytes per row that a layer keeps at `level`."""
     e = s.element
     x, s_down, attention = e * s.hidden, e * s.ranks[3], e * s.q + s.lse
@@ -130,13 +130,13 @@ def saved(s: Shape, level: int) -> int:
     return s_down + (x + attention + qkv + mlp, x + attention + qkv, x + attention, x, 0, 0)[level]
 
 
-def on_host(s: Shape, level: int) -> int:
+def on_host(s: DecoderShape, level: int) -> int:
     """Host bytes per row of a layer at `level`."""
     x, attention = s.element * s.hidden, s.element * s.q + s.lse
     return (0, 0, 0, 0, x + attention, x)[level]
 
 
-def forward_work(s: Shape, rows: int, tile: int, level: int, keys: int = 0) -> int:
+def forward_work(s: DecoderShape, rows: int, tile: int, level: int, keys: int = 0) -> int:
     """Bytes of a layer's forward beyond its input and what it keeps at `level`. keys: that are copied for sequences
     behind shared prefixes."""
     e, t = s.element, min(rows, tile)
@@ -153,7 +153,7 @@ def forward_work(s: Shape, rows: int, tile: int, level: int, keys: int = 0) -> i
     return rows * x + max(attention, rows * (attended + e * s.hidden) + t * mlp)
 
 
-def backward_work(s: Shape, rows: int, tile: int, level: int, keys: int = 0) -> int:
+def backward_work(s: DecoderShape, rows: int, tile: int, level: int, keys: int = 0) -> int:
     """Bytes of a layer's backward beyond what it kept at `level`. keys: as in `forward_work`."""
     e, t = s.element, min(rows, tile)
     H, T = e * s.hidden, e * s.tails[1]
@@ -180,7 +180,7 @@ def backward_work(s: Shape, rows: int, tile: int, level: int, keys: int = 0) -> 
     return rows * (back + gradients) + max(mlp, attention, inputs)
 
 
-def head_work(s: Shape, rows: int, trained: int, how: Setting) -> int:
+def head_work(s: DecoderShape, rows: int, trained: int, how: PassOptions) -> int:
     """Bytes from the last layer's output to the log-probs: rows of the decoder, of which `trained` reach the head. A
     chunk's buffers are laid into the scratch of the weights as far as they fit. An entropy bonus takes no further
     chunk."""
@@ -198,7 +198,7 @@ def head_work(s: Shape, rows: int, trained: int, how: Setting) -> int:
     return e * s.hidden * (rows + (2 + jacobians) * trained + chunk) + new
 
 
-def scratch(s: Shape, mode: Mode) -> int:
+def scratch(s: DecoderShape, mode: Mode) -> int:
     """Bytes of the buffers that frozen weights are brought to."""
     groups = [
         (s.q + 2 * s.kv + s.tails[0]) * (s.hidden + s.tails[0]),
@@ -210,7 +210,7 @@ def scratch(s: Shape, mode: Mode) -> int:
 
 
 @dataclass(frozen=True)
-class Setting:
+class PassOptions:
     """A way to run, before its levels are chosen."""
 
     tile: int
@@ -218,7 +218,9 @@ class Setting:
     chunk_bytes: int
 
 
-def evaluate(s: Shape, rows: int, trained: int, mixed: tuple[int, int, int], how: Setting, keys: int = 0) -> Plan:
+def evaluate(
+    s: DecoderShape, rows: int, trained: int, mixed: tuple[int, int, int], how: PassOptions, keys: int = 0
+) -> MemoryPlan:
     """The plan of `count` layers at level `lower`, the first ones, and the others at `upper`. mixed: (count, lower,
     upper). keys: as in `forward_work`."""
     count, lower, upper = mixed
@@ -238,17 +240,17 @@ def evaluate(s: Shape, rows: int, trained: int, mixed: tuple[int, int, int], how
         highest = max(highest, own + kept + coming + backward_work(s, rows, how.tile, upper, keys))
     work = highest - all_
     host = rows * sum(on_host(s, level) for level in levels)
-    return Plan(levels, how.tile, how.store, how.chunk_bytes, all_, work, host)
+    return MemoryPlan(levels, how.tile, how.store, how.chunk_bytes, all_, work, host)
 
 
-def _settings(shadow: bool = True) -> Iterator[Setting]:
+def _settings(shadow: bool = True) -> Iterator[PassOptions]:
     """From the fastest to the smallest. shadow: whether that store may be used."""
     for store in ("shadow", "layer") if shadow else ("layer",):
         for tile in TILES:
-            yield Setting(tile, store, CHUNK_BYTES)
+            yield PassOptions(tile, store, CHUNK_BYTES)
     for store in ("layer", "group"):
         for tile in TILES[2:]:
-            yield Setting(tile, store, CHUNK_BYTES // 2)
+            yield PassOptions(tile, store, CHUNK_BYTES // 2)
 
 
 LEVEL_COST = (0.0, 10.0, 12.0, 20.0, 12.5, 20.5)
@@ -259,7 +261,7 @@ HOST_BANDWIDTH = 50e9
 """Bytes per second to or from registered host memory: 55 GB/s on an H200's machine."""
 
 
-def exposed(s: Shape, level: int) -> float:
+def exposed(s: DecoderShape, level: int) -> float:
     """Percent of a layer's time that its copies to and from the host take beyond the products beside them.
 
     A copy to the host runs beside one layer's forward, a copy back beside one layer's backward.
@@ -268,7 +270,9 @@ def exposed(s: Shape, level: int) -> float:
     return 100 * (max(0.0, copy - forward) + max(0.0, copy - 2 * forward)) / (3 * forward)
 
 
-def cost_of(s: Shape, how: Setting | Plan, levels: tuple[int, ...], rows: int, again: float = 1.0) -> float:
+def cost_of(
+    s: DecoderShape, how: PassOptions | MemoryPlan, levels: tuple[int, ...], rows: int, again: float = 1.0
+) -> float:
     """Percent of a step's time that a plan costs, roughly: half a tile one; decoding takes as long for few rows as for
     many. again: what the levels' costs are multiplied by."""
     decode = {"shadow": 0, "layer": 16384, "group": 3 * 16384}[how.store] / max(1, rows)
@@ -277,7 +281,9 @@ def cost_of(s: Shape, how: Setting | Plan, levels: tuple[int, ...], rows: int, a
 
 
 @cache
-def choose(s: Shape, rows: int, trained: int, budget: float, host: float, keys: int = 0, shadow: bool = True) -> Plan:
+def choose_plan(
+    s: DecoderShape, rows: int, trained: int, budget: float, host: float, keys: int = 0, shadow: bool = True
+) -> MemoryPlan:
     """The plan that takes least time among those within `budget` bytes on the device and `host` bytes on the host.
 
     Layers are at one of two levels, the first ones at that which keeps less. Where nothing fits, the smallest plan that
@@ -285,12 +291,12 @@ def choose(s: Shape, rows: int, trained: int, budget: float, host: float, keys: 
     store may be used.
     """
     order = (0, 1, 2, 4, 3, 5) if host > 0 else (0, 1, 2, 3)
-    best: tuple[float, Plan] | None = None
+    best: tuple[float, MemoryPlan] | None = None
     for how in _settings(shadow):
         if best is not None and cost_of(s, how, (0,), rows) >= best[0]:
             continue  # as fast as this there is one already
 
-        def peak(level: int, how: Setting = how) -> int:
+        def peak(level: int, how: PassOptions = how) -> int:
             return evaluate(s, rows, trained, (s.layers, level, level), how, keys).peak
 
         fits = {level for level in order if peak(level) <= budget}
@@ -301,7 +307,7 @@ def choose(s: Shape, rows: int, trained: int, budget: float, host: float, keys: 
             if best is not None and cost_of(s, how, (upper,), rows) >= best[0]:
                 continue
 
-            def plan(n: int, lower: int = lower, upper: int = upper, how: Setting = how) -> Plan:
+            def plan(n: int, lower: int = lower, upper: int = upper, how: PassOptions = how) -> MemoryPlan:
                 return evaluate(s, rows, trained, (n, lower, upper), how, keys)
 
             n = bisect.bisect_left(range(s.layers + 1), True, key=lambda n: plan(n).peak <= budget)
@@ -324,7 +330,7 @@ CAPTURED = 0.25
 """Share of the memory that CUDA graphs may hold, and a pass in one may take without the weights' buffers."""
 
 
-def capturable(s: Shape, plan: Plan, device_bytes: float) -> bool:
+def capturable(s: DecoderShape, plan: MemoryPlan, device_bytes: float) -> bool:
     """Whether a CUDA graph may run a plan: nothing goes to the host, no buffer is brought anew within a layer, and its
     memory, which the graph keeps, is little beside that of launched passes."""
     own = plan.peak - scratch(s, plan.store)

@@ -48,7 +48,7 @@ class Arena:
         if int(code) != 0:
             raise TrainError(
                 f"{size / 2**30:.1f} GiB of host memory could not be registered for offloading (CUDA error "
-                f"{int(code)}): lower packing.budget, or give the machine more memory"
+                f"{int(code)}): lower packing.tokens_per_micro_batch, or give the machine more memory"
             )
 
     def view(self, offset: int, like: Tensor) -> Tensor:

@@ -131,7 +131,7 @@ class Attention(NamedTuple):
 
     def backend(self, q: Tensor) -> str:
         """Which back end runs; "sdpa" and "plain" keep no lse and run again in the backward."""
-        return backends.choose(q.device, q.dtype, q.shape[-1], self.softcap)
+        return backends.choose_backend(q.device, q.dtype, q.shape[-1], self.softcap)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, sequences: Sequences) -> Saved:
         """out [T, Hq, D] and lse [Hq, T]; lse is empty where the back end gives none."""

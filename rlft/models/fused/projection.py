@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from rlft.kernels import lora
-from rlft.kernels.lora_group import FillPlan, LoraGroup, Part
-from rlft.kernels.nf4 import DecodePlan, Nf4Weight
+from rlft.kernels.lora_group import AdapterWriteTables, LoraGroup, Part
+from rlft.kernels.nf4 import DecodeTables, Nf4Weight
 
 Mode = Literal["layer", "group", "shadow"]
 """Where the layers' weights are brought to, see `Store`."""
@@ -98,7 +98,7 @@ def _readable(module: Any) -> Tensor | Nf4Weight:
     return weight.detach()
 
 
-class _Bring:
+class _LayerWeights:
     """Writes the frozen weights of projections into buffers; what the decoder needs is made once."""
 
     def __init__(self, projections: Sequence[Projection], bound: Sequence[Bound], buffers: Sequence[Tensor]) -> None:
@@ -114,8 +114,8 @@ class _Bring:
                 else:
                     self._plain.append((place, weight))
         self._frozen = [(p.out, p.in_features) for p in projections]
-        self._plan = DecodePlan(packed, places) if packed else None
-        self._fills: dict[tuple, FillPlan] = {}
+        self._plan = DecodeTables(packed, places) if packed else None
+        self._fills: dict[tuple, AdapterWriteTables] = {}
         """What fills in an adapter, for the last ones that were used, the last one last."""
 
     def run(self) -> None:
@@ -141,7 +141,7 @@ class _Bring:
         return made
 
     @property
-    def filled(self) -> FillPlan | None:
+    def filled(self) -> AdapterWriteTables | None:
         """What filled in the last adapter."""
         return next(reversed(self._fills.values()), None)
 
@@ -154,7 +154,7 @@ class _Bring:
         plan = self._fills.pop(key, None)
         if plan is None:
             pairs = zip(bound, weights, strict=True)
-            plan = FillPlan([Part(*b, w.b, w.a) for b, w in pairs if b.group.tail])
+            plan = AdapterWriteTables([Part(*b, w.b, w.a) for b, w in pairs if b.group.tail])
         self._fills[key] = plan
         if len(self._fills) > ADAPTERS:
             del self._fills[next(iter(self._fills))]
@@ -173,7 +173,7 @@ class Store:
         self.version = 0
         """Goes up when buffers move."""
         self._memory: Tensor | None = None
-        self._brought: dict[tuple, _Bring] = {}
+        self._brought: dict[tuple, _LayerWeights] = {}
 
     @property
     def bytes(self) -> int:
@@ -182,7 +182,7 @@ class Store:
         return sum(t.numel() * t.element_size() for t in kept if t is not None)
 
     @property
-    def fills(self) -> list[FillPlan | None]:
+    def fills(self) -> list[AdapterWriteTables | None]:
         """What fills in the adapter of now: a CUDA graph that was captured reads their tables, and keeps them."""
         return [kept.filled for kept in self._brought.values()]
 
@@ -235,7 +235,7 @@ class Store:
             memory = like.new_empty(sum(sizes)) if self.mode == "shadow" else self._shared(largest, like)
             parts = memory[: sum(sizes)].split(sizes)
             buffers = [p.view(group.buffer) for p, group in zip(parts, groups, strict=True)]
-            kept = self._brought[key] = _Bring(projections[part], bound[part], buffers)
+            kept = self._brought[key] = _LayerWeights(projections[part], bound[part], buffers)
             weights = kept.weights(groups, like.dtype)
             assert weights is not None
             if self.mode == "shadow":

@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-from rlft.models.fused.memory import FLOPS, Shape, capturable, choose, cost_of
+from rlft.models.fused.memory import FLOPS, DecoderShape, capturable, choose_plan, cost_of
 
 BUDGETS = (*range(32768, 16384, -4096), *range(16384, 8192, -2048), *range(8192, 6144, -1024), *range(6144, 4095, -512))
 """Tokens per micro-batch that are tried, from the most."""
@@ -33,12 +33,12 @@ SHORT = 1.5
 of an 8B model (recorded_tight): 20 and 14% of it where every layer does."""
 
 
-def device_seconds(s: Shape, rows: int) -> float:
+def device_seconds(s: DecoderShape, rows: int) -> float:
     """Of the products of a layer's forward and backward at L0."""
     return 4 * s.weights * rows / FLOPS
 
 
-def head_seconds(s: Shape, trained: int) -> float:
+def head_seconds(s: DecoderShape, trained: int) -> float:
     """Of the head's two products."""
     return 4 * s.hidden * s.vocab * trained / FLOPS
 
@@ -60,12 +60,12 @@ ALONE = Group(0, 1)
 """Rows that share nothing."""
 
 
-def token_budget(s: Shape, device_bytes: float, host_bytes: float, group: Group = ALONE) -> int:
+def token_budget(s: DecoderShape, device_bytes: float, host_bytes: float, group: Group = ALONE) -> int:
     """Tokens per micro-batch that take the least time per completion's token, the most among equals; the least of
     `BUDGETS` where none fits. group: a typical one, where its completions may be in several micro-batches."""
 
     def seconds(rows: int) -> float:
-        plan = choose(s, rows, rows, device_bytes, host_bytes)
+        plan = choose_plan(s, rows, rows, device_bytes, host_bytes)
         if plan.peak > device_bytes:
             return math.inf
         cost = cost_of(s, plan, plan.levels, rows, SHORT) / 100

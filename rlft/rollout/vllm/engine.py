@@ -1,9 +1,9 @@
 """vLLM in the trainer's process, on the trainer's own base.
 
-Modes: "lent", linear layers are computed from the trainer's weights where they lie; "expanded", vLLM has plain weights
-in memory of its own, given back while it sleeps and written again from the trainer's at each wake; "merged", the same
-with the adapter added to them and no LoRA kernels. Embeddings, head and norms are the trainer's tensors in all three.
-The adapter is handed over in memory and read back.
+Modes: "shared", linear layers are computed from the trainer's weights where they lie; "dequantized", vLLM has plain
+weights in memory of its own, given back while it sleeps and written again from the trainer's at each wake; "merged",
+the same with the adapter added to them and no LoRA kernels. Embeddings, head and norms are the trainer's tensors in all
+three. The adapter is handed over in memory and read back.
 
 Everything that reaches into vLLM is in `rlft.rollout.vllm.hooks`, requests are in `vllm_requests`; here are adapter,
 memory and the first guard.
@@ -28,7 +28,7 @@ from rlft.models.fused import memory
 from rlft.models.policy import Policy
 from rlft.rollout.engine import check_names, check_read_back, eos_ids
 from rlft.rollout.vllm import start as vllm_start
-from rlft.rollout.vllm.memory import Choice, Sizes, choose
+from rlft.rollout.vllm.memory import EngineMemory, EngineMode, choose_mode
 from rlft.rollout.vllm.requests import Failed, sample
 from rlft.rollout.vllm.shared_weights import frozen, module_of
 from rlft.rollout.vllm.start import arguments, defaults_restored, environment, model_folder, quiet
@@ -79,8 +79,10 @@ class VllmEngine:
     def _start(self) -> None:
         options, device = self._options, self._policy.device
         weights = frozen(self._policy.base)
-        self._sizes = Sizes.of(self._policy, weights, self._dtype, self._longest, self._sequences, options.max_seqs)
-        self.choice: Choice = choose(self._sizes, options.mode, options.kv_gib, device)
+        self._sizes = EngineMemory.of(
+            self._policy, weights, self._dtype, self._longest, self._sequences, options.max_seqs
+        )
+        self.choice: EngineMode = choose_mode(self._sizes, options.mode, options.kv_gib, device)
         environment()
         begin = time.perf_counter()
         with quiet(), defaults_restored(), segments(growing=False):
@@ -88,9 +90,9 @@ class VllmEngine:
 
             from rlft.rollout.vllm import hooks
 
-            self._lender = hooks.Lender(weights, self._ranks, self.choice.mode == "merged")
+            self._provider = hooks.WeightProvider(weights, self._ranks, self.choice.mode == "merged")
             number = next(NUMBERS)
-            hooks.Lender.waiting[number] = self._lender
+            hooks.WeightProvider.waiting[number] = self._provider
             try:
                 self._llm: Any = LLM(
                     model_folder(self._policy.base, self._tokenizer),
@@ -107,7 +109,7 @@ class VllmEngine:
                     f'VLLM_LOGGING_LEVEL=DEBUG to see why, or set engine.name = "eager"'
                 ) from error
             finally:
-                del hooks.Lender.waiting[number]
+                del hooks.WeightProvider.waiting[number]
         # Architectures that vLLM runs on transformers' own classes get a wrapper for its compiler around those, and it
         # looks for this on every instance, the trainer's too.
         self._policy.base.get_decoder().do_not_compile = True  # type: ignore[operator,union-attr]
@@ -148,7 +150,7 @@ class VllmEngine:
         from rlft.rollout.vllm import hooks
 
         gpu = self._policy.device.type == "cuda"
-        self._lender.forget()
+        self._provider.forget()
         try:
             if gpu and self._asleep and hooks.frees_itself():
                 # Such a version unmaps all of its memory in the shutdown, once.
@@ -170,10 +172,10 @@ class VllmEngine:
     def memory(self) -> dict[str, int]:
         """The cache, weights of its own, and the adapter's slots with the copy that fills them."""
         slot = 0 if self.choice.mode == "merged" else self._sizes.slots
-        refill = self._lender.refill
+        weight_copy = self._provider.weight_copy
         return {
             "cache of the engine": self.choice.kv_bytes,
-            "weights of the engine": refill.bytes if refill else 0,
+            "weights of the engine": weight_copy.bytes if weight_copy else 0,
             "adapter of the engine": slot,
         }
 
@@ -208,24 +210,24 @@ class VllmEngine:
 
     def _refill(self) -> None:
         """The trainer's weights into the engine's own memory."""
-        assert self._lender.refill is not None
-        self._lender.refill.run()
+        assert self._provider.weight_copy is not None
+        self._provider.weight_copy.run()
 
     def _fill(self) -> None:
         """The held adapter into the engine: its slots, or, merged, the weights themselves."""
         if self.choice.mode == "merged":
             self._refill()
-            assert self._lender.refill is not None
-            self._lender.refill.merge({f"{module}.weight": pair for module, pair in self._held.items()})
+            assert self._provider.weight_copy is not None
+            self._provider.weight_copy.merge({f"{module}.weight": pair for module, pair in self._held.items()})
         else:
-            self._lender.put(self._held)
+            self._provider.put(self._held)
 
     def _check(self, want: Mapping[str, tuple[Tensor, Tensor]], version: int) -> None:
         """The first guard: what the engine's kernels will read is `want`, which was scaled as the trainer does."""
         if self.choice.mode == "merged":
-            assert self._lender.refill is not None
+            assert self._provider.weight_copy is not None
             pairs = {f"{module}.weight": pair for module, pair in want.items()}
-            if (wrong := self._lender.refill.differs(pairs)) is not None:
+            if (wrong := self._provider.weight_copy.differs(pairs)) is not None:
                 raise EngineError(
                     f"after loading policy version {version} the engine does not hold the trainer's adapter: {wrong} "
                     f"is not the base with the adapter added. It would sample from another policy than the one that is "
@@ -233,7 +235,7 @@ class VllmEngine:
                 )
             return
         given, held, rest = {}, {}, []
-        for module, slot_a, slot_b in self._lender.slots():
+        for module, slot_a, slot_b in self._provider.slots():
             rank = 0
             if module in want:
                 a, b = want[module]
@@ -259,7 +261,7 @@ class VllmEngine:
             from rlft.rollout.vllm import hooks
 
             before = torch.cuda.mem_get_info(self._policy.device)[0]
-            # 2: nothing is kept, since all of it is written again. What is lent lies outside of vLLM's memory.
+            # 2: nothing is kept, since all of it is written again. Shared weights lie outside of vLLM's memory.
             try:
                 self._llm.sleep(level=2)
             except AssertionError as error:

@@ -3,7 +3,8 @@
 | hook | what rlft does there |
 | --- | --- |
 | register_model_loader("rlft") | hands over the trainer's weights in place of files |
-| register_quantization_config("rlft-lent", "rlft-refilled") | linear layers that compute from the trainer's weights, or
+| register_quantization_config("rlft-shared", "rlft-dequantized") | linear layers that compute from the trainer's
+weights, or
   whose memory we fill; embeddings and heads without memory of their own |
 | worker_extension_cls | says which model runner runs |
 | register_oot("ApplyRotaryEmb") | beside flash-attn-4 only: vLLM's own class, whose start does not end with what
@@ -12,8 +13,8 @@
 Each of them ran on vLLM 0.23 with model runner V2 on a GPU, all but the last on 0.32 with V1 on a CPU, and on nothing
 else; `TESTED_ON_GPU` and `TESTED_ON_CPU` say so, and an engine of another version or runner calls itself untested.
 
-vLLM's own LoRA is not used: our linear layers add the adapter themselves (`lend.Slot`), in fixed order and in two
-launches, and what they read is ours to write and to read back. Internals that are used: CuMemAllocator's
+vLLM's own LoRA is not used: our linear layers add the adapter themselves (`shared_weights.Slot`), in fixed order and in
+two launches, and what they read is ours to write and to read back. Internals that are used: CuMemAllocator's
 allocator_and_pools and pointer_to_data, to count and to close; the platform's _global_graph_pool, to close.
 
 Imported only by an engine that starts (rlft.rollout.vllm.engine): importing it imports vLLM and registers the hooks.
@@ -43,25 +44,25 @@ from vllm.platforms import current_platform
 from rlft.errors import EngineError
 from rlft.kernels.launch import as_rows
 from rlft.kernels.lora_add import lora_add
-from rlft.rollout.vllm import shared_weights as lend
-from rlft.rollout.vllm.shared_weights import Refill, Slot, Weight, padded, partners
+from rlft.rollout.vllm import shared_weights
+from rlft.rollout.vllm.shared_weights import Slot, Weight, WeightCopy, padded, partners
 
 TESTED_ON_GPU = {("0.23", "V2")}
 TESTED_ON_CPU = {("0.32", "V1")}
 """vLLM's minor version and its model runner."""
 
 
-class Lender:
+class WeightProvider:
     """One engine's share of the trainer's weights."""
 
-    waiting: "dict[int, Lender]" = {}  # noqa: RUF012 (shared on purpose: vLLM makes the loader, and a config cannot hold tensors)
-    """Number in the load config -> the lender of the engine that is starting."""
+    waiting: "dict[int, WeightProvider]" = {}  # noqa: RUF012 (shared on purpose: vLLM makes the loader, and a config cannot hold tensors)
+    """Number in the load config -> the provider of the engine that is starting."""
 
     def __init__(self, weights: Mapping[str, Weight], ranks: Mapping[str, int], merged: bool) -> None:
         """ranks: of the adapter, by the trainer's modules. merged: into the weights, so that there are no slots."""
         self.weights, self._ranks, self._merged = weights, ranks, merged
         self._slots: list[Slot] = []
-        self.refill: Refill | None = None
+        self.weight_copy: WeightCopy | None = None
         """What lies in the engine's own memory; known when vLLM has loaded the model, and written after that."""
 
     def give(self, model: nn.Module) -> None:
@@ -76,11 +77,11 @@ class Lender:
             weights = [self.weights[part] for part in found[name]]
             rows = [int(w.shape[0]) for w in weights]
             method = getattr(module, "quant_method", None)
-            if isinstance(method, LentMethod | RefilledMethod) and name.endswith(".weight"):
+            if isinstance(method, SharedMethod | DequantizedMethod) and name.endswith(".weight"):
                 homeless -= {part.removesuffix(".weight") for part in found[name]}
                 self._give_slot(module, found[name], rows, parameter)
-            if isinstance(method, LentMethod) and name.endswith(".weight"):
-                self._lend(module, lend.LentLinear(weights, scratch))
+            if isinstance(method, SharedMethod) and name.endswith(".weight"):
+                self._share(module, shared_weights.SharedLinear(weights, scratch))
             elif isinstance(module, LinearBase):
                 places |= zip(found[name], parameter.data.split(rows), strict=True)
             else:
@@ -90,11 +91,11 @@ class Lender:
                 f"the adapter has a part at {min(homeless)}, which is no linear layer of vLLM's ({len(homeless)} in "
                 f"all): leave it out of lora.targets"
             )
-        self.refill = Refill(places, self.weights)
+        self.weight_copy = WeightCopy(places, self.weights)
 
-    def _lend(self, module: nn.Module, linear: lend.LentLinear) -> None:
-        number = next(LENT_NUMBERS)
-        LENT[number] = module.rlft_lent = linear  # type: ignore[assignment]
+    def _share(self, module: nn.Module, linear: shared_weights.SharedLinear) -> None:
+        number = next(SHARED_NUMBERS)
+        SHARED[number] = module.rlft_shared = linear  # type: ignore[assignment]
         module.register_buffer("rlft_number", torch.tensor(number, device="cpu"), persistent=False)
 
     def _give_slot(self, module: nn.Module, names: list[str], rows: list[int], parameter: Tensor) -> None:
@@ -111,11 +112,11 @@ class Lender:
 
     def forget(self) -> None:
         """Refer to nothing of the engine any more."""
-        self.refill, self._slots = None, []
+        self.weight_copy, self._slots = None, []
 
     def put(self, adapter: Mapping[str, tuple[Tensor, Tensor]]) -> None:
         """Write the adapter into its slots. adapter: module -> A [r, in], B [out, r], scaled, in the engine's dtype."""
-        lend.put(self._slots, adapter)
+        shared_weights.put(self._slots, adapter)
 
     def slots(self) -> Iterator[tuple[str, Tensor, Tensor]]:
         """(module, A, B) as the kernels read them, with the ranks that are not used."""
@@ -123,12 +124,12 @@ class Lender:
             yield from slot
 
     def _scratch(self, modules: dict[str, nn.Module], found: dict[str, list[str]]) -> Tensor | None:
-        """Room for the largest lent linear layer, in the memory that sleeps."""
+        """Room for the largest shared linear layer, in the memory that sleeps."""
         most = 0
         for name, parts in found.items():
             module, weights = modules[name.rpartition(".")[0]], [self.weights[part] for part in parts]
-            lent = isinstance(getattr(module, "quant_method", None), LentMethod) and name.endswith(".weight")
-            if lent and not all(isinstance(w, Tensor) for w in weights):
+            shared = isinstance(getattr(module, "quant_method", None), SharedMethod) and name.endswith(".weight")
+            if shared and not all(isinstance(w, Tensor) for w in weights):
                 most = max(most, sum(w.shape[0] * w.shape[1] for w in weights))
         like = next(iter(modules[""].parameters()))
         return torch.empty(most, dtype=like.dtype, device=like.device) if most else None
@@ -137,7 +138,9 @@ class Lender:
         """The trainer's tensor itself, for an embedding, head or norm."""
         (weight,) = weights if len(weights) == 1 else (None,)
         if not isinstance(weight, Tensor):
-            raise EngineError(f"{name}: wants one plain weight of the trainer's; this architecture cannot be lent")
+            raise EngineError(
+                f"{name}: wants one plain weight of the trainer's; this architecture cannot share its weights"
+            )
         if weight.dtype != parameter.dtype:
             raise EngineError(
                 f"{name}: {weight.dtype} in the trainer and {parameter.dtype} in vLLM; load the model in one dtype"
@@ -146,39 +149,39 @@ class Lender:
         if view is None or (view.shape != parameter.shape and parameter.numel()):
             raise EngineError(
                 f"{name}: {tuple(weight.shape)} in the trainer, {tuple(parameter.shape) or rows} in vLLM: this "
-                f'architecture cannot be lent; set engine.name = "eager"'
+                f'architecture cannot share its weights; set engine.name = "eager"'
             )
         return view
 
 
 @register_model_loader("rlft")
 class Loader(BaseModelLoader):
-    """Loads nothing: the lender of the engine gives the trainer's weights."""
+    """Loads nothing: the provider of the engine gives the trainer's weights."""
 
     def download_model(self, model_config: Any) -> None:
         """Nothing to download."""
 
     def load_weights(self, model: nn.Module, model_config: Any) -> None:
         """Called by vLLM with the empty model, before anything is compiled or captured."""
-        Lender.waiting[self.load_config.model_loader_extra_config["lender"]].give(model)
+        WeightProvider.waiting[self.load_config.model_loader_extra_config["provider"]].give(model)
 
 
-LENT: weakref.WeakValueDictionary[int, lend.LentLinear] = weakref.WeakValueDictionary()
-LENT_NUMBERS = itertools.count()
-"""Lent linear layers by number, which compiled code has as a tensor: what is the same in all layers is compiled once,
+SHARED: weakref.WeakValueDictionary[int, shared_weights.SharedLinear] = weakref.WeakValueDictionary()
+SHARED_NUMBERS = itertools.count()
+"""Shared linear layers by number, which compiled code has as a tensor: what is the same in all layers is compiled once,
 and a layer's name would make each different."""
 
 
 # Both operators are opaque to torch.compile, which must not look at our tables.
 
 
-@torch.library.custom_op("rlft::lent_linear", mutates_args=())
-def lent_linear(x: Tensor, number: Tensor, out: int) -> Tensor:
-    """x W^T of the lent linear layer with this number (on the CPU)."""
-    return LENT[int(number)](x)
+@torch.library.custom_op("rlft::shared_linear", mutates_args=())
+def shared_linear(x: Tensor, number: Tensor, out: int) -> Tensor:
+    """x W^T of the shared linear layer with this number (on the CPU)."""
+    return SHARED[int(number)](x)
 
 
-@lent_linear.register_fake
+@shared_linear.register_fake
 def _(x: Tensor, number: Tensor, out: int) -> Tensor:
     return x.new_empty(*x.shape[:-1], out)
 
@@ -201,7 +204,7 @@ def with_adapter(layer: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     return y
 
 
-class LentMethod(LinearMethodBase):
+class SharedMethod(LinearMethodBase):
     """A linear layer without memory, computed from the trainer's weights."""
 
     def create_weights(
@@ -222,11 +225,11 @@ class LentMethod(LinearMethodBase):
         """Nothing: the weights stay the trainer's."""
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        y = with_adapter(layer, x, lent_linear(x, layer.rlft_number, layer.rlft_out))
+        y = with_adapter(layer, x, shared_linear(x, layer.rlft_number, layer.rlft_out))
         return y if bias is None else y + bias
 
 
-class RefilledMethod(UnquantizedLinearMethod):
+class DequantizedMethod(UnquantizedLinearMethod):
     """A plain linear layer of vLLM in memory that rlft fills, again after each wake."""
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -236,7 +239,7 @@ class RefilledMethod(UnquantizedLinearMethod):
         """Nothing is repacked: it is filled in place."""
 
 
-class LentEmbedding(UnquantizedEmbeddingMethod):
+class SharedEmbedding(UnquantizedEmbeddingMethod):
     """Embedding and head over the trainer's tensors."""
 
     def create_weights(
@@ -279,14 +282,14 @@ if find_spec("flash_attn") is not None and find_spec("flash_attn.ops") is None:
                     raise
 
 
-class _Given(QuantizationConfig):
+class _WeightConfig(QuantizationConfig):
     """Which of our methods a layer gets."""
 
-    lent: bool
+    shared: bool
 
     @classmethod
     def get_name(cls) -> Any:
-        return "rlft-lent" if cls.lent else "rlft-refilled"
+        return "rlft-shared" if cls.shared else "rlft-dequantized"
 
     def get_supported_act_dtypes(self) -> list[torch.dtype]:
         return [torch.bfloat16, torch.float16, torch.float32]
@@ -300,27 +303,27 @@ class _Given(QuantizationConfig):
         return []
 
     @classmethod
-    def from_config(cls, config: dict[str, Any]) -> "_Given":
+    def from_config(cls, config: dict[str, Any]) -> "_WeightConfig":
         return cls()
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> Any:
         if isinstance(layer, LinearBase):
-            return LentMethod() if self.lent else RefilledMethod()
-        return LentEmbedding() if isinstance(layer, VocabParallelEmbedding) else None
+            return SharedMethod() if self.shared else DequantizedMethod()
+        return SharedEmbedding() if isinstance(layer, VocabParallelEmbedding) else None
 
 
-@register_quantization_config("rlft-lent")
-class Lent(_Given):
+@register_quantization_config("rlft-shared")
+class SharedConfig(_WeightConfig):
     """Linear layers computed from the trainer's bytes."""
 
-    lent = True
+    shared = True
 
 
-@register_quantization_config("rlft-refilled")
-class Refilled(_Given):
+@register_quantization_config("rlft-dequantized")
+class DequantizedConfig(_WeightConfig):
     """Linear layers in memory of vLLM's, filled from the trainer's bytes."""
 
-    lent = False
+    shared = False
 
 
 def frees_itself() -> bool:

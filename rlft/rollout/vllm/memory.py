@@ -26,13 +26,13 @@ seen on an H100."""
 
 
 @dataclass(frozen=True)
-class Sizes:
+class EngineMemory:
     """What decides how much the engine takes."""
 
     linear: int
-    """Bytes of all linear layers in the engine's dtype: what expanded and merged weights take."""
+    """Bytes of all linear layers in the engine's dtype: what dequantized and merged weights take."""
     largest: int
-    """Bytes of the largest group of them that is decoded at a time: what lent weights take."""
+    """Bytes of the largest group of them that is decoded at a time: what shared weights take."""
     slots: int
     """Bytes of the adapter's slots, and of its copies: what fills them, the one before, what they are compared with."""
     per_token: int
@@ -56,8 +56,8 @@ class Sizes:
         longest: int,
         sequences: int,
         max_seqs: int,
-    ) -> Sizes:
-        """weights: `lend.frozen` of the base. longest: tokens. sequences: completions of a step."""
+    ) -> EngineMemory:
+        """weights: `shared_weights.frozen` of the base. longest: tokens. sequences: completions of a step."""
         config: Any = policy.base.config.get_text_config()  # type: ignore[operator,union-attr]
         e = dtype.itemsize
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
@@ -66,7 +66,7 @@ class Sizes:
         matrices = [w for w in weights.values() if len(w.shape) == 2 and w.shape[0] != config.vocab_size]
         linear = sum(w.shape[0] * w.shape[1] for w in matrices)
         together, batched = min(sequences, max_seqs), min(BATCHED, max(longest * max_seqs, 1024))
-        adapter = policy.flat.flat.numel()
+        adapter = policy.adapter_params.numel()
         slots = _slots({n: a.shape[0] for n, a in policy.adapter().items() if ".lora_A." in n}, weights)
         return cls(
             linear=linear * e,
@@ -77,7 +77,7 @@ class Sizes:
             sequences=together,
             work=batched * (3 * wide + 6 * config.hidden_size) * e + together * config.vocab_size * 16,
             batched=batched,
-            pending=2 * adapter * policy.flat.flat.element_size(),
+            pending=2 * adapter * policy.adapter_params.element_size(),
         )
 
     @property
@@ -92,10 +92,10 @@ class Sizes:
 
 
 @dataclass(frozen=True)
-class Choice:
+class EngineMode:
     """How the engine runs, and why."""
 
-    mode: Literal["lent", "expanded", "merged"]
+    mode: Literal["shared", "dequantized", "merged"]
     kv_bytes: int
     why: str
 
@@ -103,7 +103,7 @@ class Choice:
         return f"{self.mode} weights ({self.why}), {self.kv_bytes / GIB:.2f} GiB of cache"
 
 
-def choose(sizes: Sizes, mode: str, kv_gib: float | None, device: torch.device) -> Choice:
+def choose_mode(sizes: EngineMemory, mode: str, kv_gib: float | None, device: torch.device) -> EngineMode:
     """The mode and the size of the cache for what is free on the device now.
 
     mode: "auto" or one of the three. kv_gib: size of the cache, None to choose it. Raises EngineError when not even
@@ -111,19 +111,21 @@ def choose(sizes: Sizes, mode: str, kv_gib: float | None, device: torch.device) 
     """
     if device.type != "cuda":
         # Nothing sleeps on a CPU, so weights of its own would be there twice at all times.
-        if mode not in ("auto", "lent"):
-            raise EngineError(f'engine.mode = "{mode}": on a CPU vLLM has no memory that sleeps; set "lent" or "auto"')
+        if mode not in ("auto", "shared"):
+            raise EngineError(
+                f'engine.mode = "{mode}": on a CPU vLLM has no memory that sleeps; set "shared" or "auto"'
+            )
         kv = int(kv_gib * GIB) if kv_gib is not None else min(sizes.wanted, 4 * GIB)
-        return Choice("lent", max(kv, sizes.least), "nothing sleeps on a CPU")
+        return EngineMode("shared", max(kv, sizes.least), "nothing sleeps on a CPU")
     room = int(memory.free(device)) - sizes.pending - sizes.slots - sizes.work - GRAPHS
-    left = {"lent": room - sizes.largest, "expanded": room - sizes.linear, "merged": room - sizes.linear}
+    left = {"shared": room - sizes.largest, "dequantized": room - sizes.linear, "merged": room - sizes.linear}
     asked = None if kv_gib is None else int(kv_gib * GIB)
     if mode == "auto":
         # A quarter of the step's sequences at a time keeps decoding busy; below that the cache is worth more.
         enough = asked if asked is not None else max(sizes.least, sizes.wanted // 4)
-        mode = "expanded" if left["expanded"] >= enough else "lent"
+        mode = "dequantized" if left["dequantized"] >= enough else "shared"
         own = f"{sizes.linear / GIB:.2f} GiB of plain weights"
-        why = f"{own} fit beside the cache while it is awake" if mode == "expanded" else f"{own} would not fit"
+        why = f"{own} fit beside the cache while it is awake" if mode == "dequantized" else f"{own} would not fit"
     else:
         why = "engine.mode"
     # Rounded down, since vLLM compiles anew for another size of the cache, and what is free is never twice the same.
@@ -134,9 +136,9 @@ def choose(sizes: Sizes, mode: str, kv_gib: float | None, device: torch.device) 
             f"{mode} weights leave {left[mode] / GIB:.2f} GiB for vLLM's cache, and it is to have "
             f"{max(kv, sizes.least) / GIB:.2f} (one sequence of {sizes.longest} tokens takes "
             f"{sizes.least / 2 / GIB:.2f}): lower engine.kv_gib, "
-            f'sampling.max_tokens or engine.max_seqs, or set engine.mode = "lent"'
+            f'sampling.max_tokens or engine.max_seqs, or set engine.mode = "shared"'
         )
-    return Choice(mode, kv, why)  # type: ignore[arg-type]
+    return EngineMode(mode, kv, why)  # type: ignore[arg-type]
 
 
 def _slots(ranks: Mapping[str, int], weights: Mapping[str, Weight]) -> int:

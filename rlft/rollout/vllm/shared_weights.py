@@ -1,9 +1,10 @@
-"""The trainer's frozen weights in an engine that groups and names linear layers its own way: lent, expanded, merged.
+"""The trainer's frozen weights in an engine that groups and names linear layers its own way: shared, dequantized,
+merged.
 
 An engine's parameter is made of one of the trainer's weights, or of several one below the other (qkv_proj of q_proj,
-k_proj and v_proj). `partners` finds them by name. `LentLinear` computes from the trainer's own bytes; `Refill` writes
-them, decoded, into memory of the engine, and adds an adapter to them where that is merged; `Slot` has the adapter of a
-linear layer where it is not.
+k_proj and v_proj). `partners` finds them by name. `SharedLinear` computes from the trainer's own bytes; `WeightCopy`
+writes them, decoded, into memory of the engine, and adds an adapter to them where that is merged; `Slot` has the
+adapter of a linear layer where it is not.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch.nn import functional
 from rlft.errors import EngineError
 from rlft.kernels.launch import power_of_2
 from rlft.kernels.lora_add import LEAST_RANK
-from rlft.kernels.nf4 import DecodePlan, Nf4Weight
+from rlft.kernels.nf4 import DecodeTables, Nf4Weight
 
 Weight = Tensor | Nf4Weight
 PER_LAUNCH = 7
@@ -28,7 +29,7 @@ PER_LAUNCH = 7
 def frozen(base: nn.Module) -> dict[str, Weight]:
     """transformers' name -> frozen weight, without the adapters and PEFT's wrappers. Tied weights come under each name.
 
-    Raises EngineError for weights in a form that no engine is lent (LLM.int8).
+    Raises EngineError for weights in a form that no engine can share (LLM.int8).
     """
     found: dict[str, Weight] = {}
     for name, parameter in base.named_parameters(remove_duplicate=False):
@@ -68,14 +69,14 @@ def partners(
             looked = f", nor {', '.join(parts)}" if parts else ""
             raise EngineError(
                 f"vLLM's model has a parameter {name}, and the trainer's has none of that name{looked}: this "
-                f'architecture cannot be lent; set engine.name = "eager"'
+                f'architecture cannot share its weights; set engine.name = "eager"'
             )
     used = {id(weights[part]) for parts in found.values() for part in parts}
     left = [name for name, weight in weights.items() if id(weight) not in used and not _same(weight, used, weights)]
     if left:
         raise EngineError(
             f"the trainer's model has a weight {left[0]} that vLLM's has no place for ({len(left)} in all): this "
-            f'architecture cannot be lent; set engine.name = "eager"'
+            f'architecture cannot share its weights; set engine.name = "eager"'
         )
     return found
 
@@ -137,7 +138,7 @@ def slot_rank(rank: int) -> int:
     return max(LEAST_RANK, power_of_2(rank))
 
 
-class LentLinear:
+class SharedLinear:
     """x W^T from the trainer's weights, which lie where they lie: NF4 is decoded into a buffer that all share."""
 
     def __init__(self, weights: Sequence[Weight], scratch: Tensor | None) -> None:
@@ -145,7 +146,7 @@ class LentLinear:
         self._weights = tuple(weights)
         self._scratch = scratch
         self.out = sum(w.shape[0] for w in weights)
-        self._decode: Refill | None = None
+        self._decode: WeightCopy | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out]."""
@@ -168,18 +169,20 @@ class LentLinear:
         if self._decode is None:
             places = matrix.split([w.shape[0] for w in self._weights])
             names = [str(i) for i in range(len(places))]
-            self._decode = Refill(dict(zip(names, places, strict=True)), dict(zip(names, self._weights, strict=True)))
+            self._decode = WeightCopy(
+                dict(zip(names, places, strict=True)), dict(zip(names, self._weights, strict=True))
+            )
         self._decode.run()
         return matrix
 
 
-class Refill:
+class WeightCopy:
     """Memory of the engine that is written from the trainer's weights: once at the start, and after each wake."""
 
     def __init__(self, places: Mapping[str, Tensor], weights: Mapping[str, Weight]) -> None:
         """places: name of a weight -> where in the engine it goes, of the weight's shape."""
         self._places, self._weights = dict(places), {name: weights[name] for name in places}
-        self._plans: list[DecodePlan] | None = None
+        self._plans: list[DecodeTables] | None = None
 
     @property
     def bytes(self) -> int:
@@ -198,10 +201,10 @@ class Refill:
             if isinstance(weight, Tensor):
                 self._places[name].copy_(weight)
 
-    def _planned(self) -> list[DecodePlan]:
+    def _planned(self) -> list[DecodeTables]:
         packed = [(w, self._places[name]) for name, w in self._weights.items() if isinstance(w, Nf4Weight)]
         chunks = [packed[i : i + PER_LAUNCH] for i in range(0, len(packed), PER_LAUNCH)]
-        return [DecodePlan([w for w, _ in chunk], [p for _, p in chunk]) for chunk in chunks]
+        return [DecodeTables([w for w, _ in chunk], [p for _, p in chunk]) for chunk in chunks]
 
     def merge(self, adapter: Mapping[str, tuple[Tensor, Tensor]]) -> None:
         """Add an adapter to freshly written weights. adapter: name of a weight -> A [r, in], B [out, r], scaled."""
@@ -213,7 +216,7 @@ class Refill:
         found = []
         for name, place in self._places.items():
             want = torch.empty_like(place)
-            Refill({name: want}, self._weights).run()
+            WeightCopy({name: want}, self._weights).run()
             if name in adapter:
                 a, b = adapter[name]
                 want.addmm_(b, a)

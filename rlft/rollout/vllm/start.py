@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from rlft.config.run import Engine as Options
-from rlft.rollout.vllm.memory import Choice, Sizes
+from rlft.rollout.vllm.memory import EngineMemory, EngineMode
 from rlft.rollout.vllm.shared_weights import slot_rank
 
 
@@ -57,20 +57,20 @@ def model_folder(base: Any, tokenizer: Any) -> str:
 
 def arguments(
     options: Options,
-    choice: Choice,
-    sizes: Sizes,
+    choice: EngineMode,
+    sizes: EngineMemory,
     ranks: Mapping[str, int],
     dtype: torch.dtype,
     device: torch.device,
-    lender: int,
+    provider: int,
 ) -> dict[str, Any]:
-    """What vLLM's LLM is made with. ranks: of the adapter, by module. lender: its number."""
+    """What vLLM's LLM is made with. ranks: of the adapter, by module. provider: its number."""
     gpu = device.type == "cuda"
     slots = sorted((module, slot_rank(rank)) for module, rank in ranks.items() if choice.mode != "merged")
     made: dict[str, Any] = {
         "load_format": "rlft",
-        "model_loader_extra_config": {"lender": lender},
-        "quantization": "rlft-lent" if choice.mode == "lent" else "rlft-refilled",
+        "model_loader_extra_config": {"provider": provider},
+        "quantization": "rlft-shared" if choice.mode == "shared" else "rlft-dequantized",
         "dtype": str(dtype).removeprefix("torch."),
         "max_model_len": sizes.longest,
         "max_num_seqs": options.max_seqs,
