@@ -30,7 +30,8 @@ from timing import Watch, row
 
 from rlft.algos.algorithm import build_algorithm
 from rlft.batch import count, pack
-from rlft.config.run import Algo, Engine, Optim, Sampling
+from rlft.config.data import Sampling
+from rlft.config.run import Algo, Engine, Optim
 from rlft.rollout.vllm.engine import VllmEngine
 from rlft.trainer.optim import Optimizer
 from rlft.trainer.parity import Mismatch

@@ -39,7 +39,8 @@ from torch import Tensor
 from rlft import report
 from rlft.algos.losses import grpo
 from rlft.batch import count, pack, packing_stats
-from rlft.config.run import Config, Data, Track
+from rlft.config.data import Data
+from rlft.config.run import Config, Track
 from rlft.models.load import load_tokenizer
 from rlft.monitor import health
 from rlft.monitor.background import Background

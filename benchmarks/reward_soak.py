@@ -19,7 +19,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from rlft.config.run import Reward
+from rlft.config.data import Reward
 from rlft.rewards.score import build_rewards, score
 from rlft.types import Prompt, Rollout
 

@@ -29,7 +29,8 @@ from results_file import arguments, write
 from stacks import tokenizer_of
 from timing import row
 
-from rlft.config.run import Engine, Sampling
+from rlft.config.data import Sampling
+from rlft.config.run import Engine
 from rlft.models.fused import memory
 from rlft.models.policy import Policy
 from rlft.rollout.vllm import requests as vllm_requests

@@ -34,7 +34,8 @@ from torch import Tensor
 
 from rlft.algos.losses import sft
 from rlft.batch import count, pack
-from rlft.config.run import Data, Lora, Optim, Sampling
+from rlft.config.data import Data, Sampling
+from rlft.config.run import Lora, Optim
 from rlft.data.prompts import Prompts, encode_prompt
 from rlft.kernels.nf4 import Nf4Weight, decode
 from rlft.models.adapter import lora_parameters

@@ -22,7 +22,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from rlft.config.files import load_config
+from rlft.config.run import Config
 from rlft.data.prompts import Prompts
 from rlft.models.load import attach_lora, load_base, load_tokenizer
 from rlft.rollout.engine import rollout_seed
@@ -94,7 +94,7 @@ def main() -> None:
     parser.add_argument("--config", default=str(Path(__file__).parent / "sums.toml"))
     parser.add_argument("--steps", type=int, default=3)
     args = parser.parse_args()
-    cfg = load_config(Path(args.config))
+    cfg = Config.load(Path(args.config))
     tokenizer = load_tokenizer(cfg.model)
     rows, _ = load_prompts_of(cfg, tokenizer)
     prompts = Prompts(rows, cfg.seed, cfg.data.shuffle)

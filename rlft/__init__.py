@@ -1,8 +1,8 @@
 """rlft: reinforcement-learning-first post-training of language models.
 
 >>> import rlft
->>> cfg = rlft.Config(model=..., data=rlft.Data("train.jsonl"), out="runs/a", steps=100)
->>> rlft.train(cfg, rewards=[my_reward])
+>>> cfg = rlft.Config(model="Qwen/Qwen3-0.6B", data="train.jsonl", rewards=["number"], steps=100, out="runs/first")
+>>> result = rlft.train(cfg)  # doctest: +SKIP
 
 The names below are loaded when they are first used: `import rlft` imports no torch, touches no GPU, patches nothing.
 """
@@ -12,24 +12,60 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+if TYPE_CHECKING:
+    from rlft.config.data import Curriculum as Curriculum
+    from rlft.config.data import Data as Data
+    from rlft.config.data import DynamicSampling as DynamicSampling
+    from rlft.config.data import Eval as Eval
+    from rlft.config.data import Overlong as Overlong
+    from rlft.config.data import Reward as Reward
+    from rlft.config.data import Sampling as Sampling
+    from rlft.config.data import Source as Source
+    from rlft.config.run import Algo as Algo
+    from rlft.config.run import Checkpoint as Checkpoint
+    from rlft.config.run import Config as Config
+    from rlft.config.run import Engine as Engine
+    from rlft.config.run import Lora as Lora
+    from rlft.config.run import Optim as Optim
+    from rlft.config.run import Packing as Packing
+    from rlft.config.run import Parity as Parity
+    from rlft.config.run import Track as Track
+    from rlft.config.run import preset as preset
+    from rlft.errors import ConfigError as ConfigError
+    from rlft.errors import DataError as DataError
+    from rlft.errors import EngineError as EngineError
+    from rlft.errors import ParityError as ParityError
+    from rlft.errors import RewardError as RewardError
+    from rlft.errors import RlftError as RlftError
+    from rlft.errors import TrainError as TrainError
+    from rlft.models.load import load as load
+    from rlft.trainer.loop import Result as Result
+    from rlft.trainer.loop import train as train
+    from rlft.types import Batch as Batch
+    from rlft.types import PackPlan as PackPlan
+    from rlft.types import Prompt as Prompt
+    from rlft.types import Rollout as Rollout
+    from rlft.types import Stat as Stat
+    from rlft.types import State as State
+
 __version__ = "0.1.0"
 
-_NAMES = {
-    "config.run": "Config Source Data Reward Algo Sampling Lora Optim Engine Packing Parity Eval Checkpoint Track",
-    "types": "Prompt Rollout Batch PackPlan Stat State",
-    "errors": "RlftError ConfigError DataError RewardError EngineError ParityError TrainError",
-    "config.files": "preset",
-    "models.load": "load",
-    "trainer.loop": "train",
+_MODULES = {
+    "trainer.loop": ("train", "Result"),
+    "models.load": ("load",),
+    "config.run": ("Config", "preset", "Algo", "Lora", "Optim", "Engine", "Packing", "Parity", "Checkpoint", "Track"),
+    "config.data": ("Data", "Source", "Reward", "Sampling", "DynamicSampling", "Curriculum", "Overlong", "Eval"),
+    "types": ("Prompt", "Rollout", "Batch", "PackPlan", "Stat", "State"),
+    "errors": ("RlftError", "ConfigError", "DataError", "RewardError", "EngineError", "ParityError", "TrainError"),
 }
-_WHERE = {name: module for module, names in _NAMES.items() for name in names.split()}
+_WHERE = {name: module for module, names in _MODULES.items() for name in names}
 
-__all__ = ["__version__", *sorted(_WHERE)]
-
-if TYPE_CHECKING:
-    from rlft.config.files import preset as preset
-    from rlft.models.load import load as load
-    from rlft.trainer.loop import train as train
+__all__ = [
+    "__version__", "train", "Result", "load", "Config", "preset", "Algo", "Lora", "Optim", "Engine", "Packing",
+    "Parity", "Checkpoint", "Track", "Data", "Source", "Reward", "Sampling", "DynamicSampling", "Curriculum",
+    "Overlong", "Eval", "Prompt", "Rollout", "Batch", "PackPlan", "Stat", "State", "RlftError", "ConfigError",
+    "DataError", "RewardError", "EngineError", "ParityError", "TrainError",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

@@ -15,10 +15,10 @@ EXAMPLES = sorted((ROOT / "examples").glob("*.toml"))
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
 def test_an_example_runs_two_steps(example: Path, smollm2: Path, tmp_path: Path, monkeypatch) -> None:
-    from rlft.config.files import load_config
+    from rlft.config.run import Config
 
     monkeypatch.chdir(ROOT)  # paths in the examples are the repository's
-    cfg, out = load_config(example), tmp_path / "run"
+    cfg, out = Config.load(example), tmp_path / "run"
     flags = ["--prompts_per_step=2", "--sampling.group_size=2", "--sampling.max_tokens=8", "--parity.probe_prompts=2"]
     flags += ["--eval.rows=2"] if cfg.eval.rows else []
     flags += ["--data.args.size=50"] if "size" in cfg.data.args else []

@@ -170,10 +170,12 @@ def test_importing_what_needs_no_model_loads_nothing_heavy(module: str) -> None:
     assert not modules_after(f"import {module}") & HEAVY
 
 
-def test_import_rlft_takes_less_than_a_second_beyond_python_itself() -> None:
-    code = "import time; t = time.perf_counter(); import rlft; rlft.Config; print(time.perf_counter() - t)"
+@pytest.mark.parametrize(("code", "seconds"), [("import rlft", 0.3), ("import rlft; rlft.Config", 1.0)])
+def test_importing_rlft_is_quick(code: str, seconds: float) -> None:
+    """In seconds of the processor: other work on the machine does not count."""
+    code = f"import time; t = time.process_time(); {code}; print(time.process_time() - t)"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT.parent)
-    assert float(run.stdout) < 1
+    assert float(run.stdout) < seconds
 
 
 def test_training_code_adds_less_than_a_second_to_its_libraries() -> None:
@@ -181,7 +183,7 @@ def test_training_code_adds_less_than_a_second_to_its_libraries() -> None:
     code = (
         "import torch, transformers, peft, rich, tyro, time\n"
         "from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig\n"
-        "t = time.perf_counter(); import rlft.trainer.loop; print(time.perf_counter() - t)"
+        "t = time.process_time(); import rlft.trainer.loop; print(time.process_time() - t)"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT.parent)
     assert float(run.stdout) < 1

@@ -31,7 +31,8 @@ from material import (
 )
 from torch import Tensor
 
-from rlft.config.run import Algo, Config, Data, Engine, Lora, Optim, Packing, Reward, Sampling
+from rlft.config.data import Data, Reward, Sampling
+from rlft.config.run import Algo, Config, Engine, Lora, Optim, Packing
 from rlft.errors import RlftError
 from rlft.rollout.eager import SLOT
 from rlft.trainer.loop import loop

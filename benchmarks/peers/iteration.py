@@ -202,7 +202,8 @@ def rlft(shape: str, micro: int, desk: Desk) -> None:
     from recorded import session_of
     from stacks import tokenizer_of
 
-    from rlft.config.run import Algo, Config, Data, Engine, Lora, Optim, Sampling
+    from rlft.config.data import Data, Sampling
+    from rlft.config.run import Algo, Config, Engine, Lora, Optim
     from rlft.rewards.score import build_rewards
     from rlft.rollout.vllm.engine import VllmEngine
     from rlft.trainer.loop import loop

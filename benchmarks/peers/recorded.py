@@ -380,7 +380,8 @@ def session_of(cfg: Any, rows: list[Any], policy: Any, engine: Any, tokenizer: A
 
 
 def rlft(kind: str, shape: str, desk: Desk) -> None:
-    from rlft.config.run import Algo, Config, Data, Lora, Optim, Sampling
+    from rlft.config.data import Data, Sampling
+    from rlft.config.run import Algo, Config, Lora, Optim
     from rlft.models.load import attach_lora, load_base
     from rlft.models.policy import Policy
     from rlft.trainer.loop import loop

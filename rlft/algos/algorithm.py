@@ -12,8 +12,9 @@ from torch import Tensor
 
 from rlft.algos import advantages, corrections
 from rlft.config import resolve
-from rlft.config.files import from_table, presets
+from rlft.config.files import presets
 from rlft.config.run import Algo
+from rlft.config.section import options_of
 from rlft.errors import ConfigError
 from rlft.types import Aggregation, Batch, Stats, StepView
 
@@ -107,7 +108,7 @@ def build_algorithm(algo: Algo, updates: int = 1) -> Algorithm:
     Raises ConfigError for an unknown name, setting or estimator, and a correction that does not fit the updates.
     """
     module = module_of(algo.name)
-    config = from_table(module.Config, algo.options, "algo")
+    config = options_of(module.Config, algo.options, "algo")
     correction = getattr(config, "correction", None)
     if correction is not None:
         correction = corrections.resolve(correction, updates, bool(module.RATIO))

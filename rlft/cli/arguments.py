@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
+import textwrap
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -26,19 +28,19 @@ class EvalArgs(RunArgs):
     base: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """The model without an adapter instead: what the run began with."""
     rows: int | None = None
-    """Use only the first so many rows."""
+    """Use only the first N rows; all of them without it."""
     samples: int | None = None
-    """Completions per row, for pass@k; None: the run's eval.samples."""
+    """Completions per row, for pass@k; without it the run's eval.samples."""
     temperature: float | None = None
-    """Sampling temperature, 0 for greedy; None: the run's eval.temperature."""
+    """Sampling temperature, 0 for greedy; without it the run's eval.temperature."""
     top_p: float | None = None
-    """Nucleus sampling; None: the run's eval.top_p."""
+    """Nucleus sampling; without it the run's eval.top_p."""
     top_k: int | None = None
-    """Sample among the k most likely tokens; None: the run's eval.top_k."""
+    """Sample among the k most likely tokens; without it the run's eval.top_k."""
     max_tokens: int | None = None
-    """Longest completion; None: the run's."""
+    """Longest completion; without it the run's."""
     threshold: float | None = None
-    """A completion with at least this reward counts as solved; None: the run's eval.threshold."""
+    """A completion with at least this reward counts as solved; without it the run's eval.threshold."""
     json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Print one JSON object with every number instead of the table."""
 
@@ -50,9 +52,9 @@ class GenerateArgs(RunArgs):
     prompt: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PROMPT")]
     """What to say to the model."""
     max_tokens: int | None = None
-    """Longest completion; None: the run's sampling.max_tokens."""
+    """Longest completion; without it the run's sampling.max_tokens."""
     temperature: float | None = None
-    """Softmax temperature, 0 for greedy; None: the run's sampling.temperature."""
+    """Softmax temperature, 0 for greedy; without it the run's sampling.temperature."""
     checkpoint: Annotated[str, tyro.conf.arg(metavar="latest|best|STEP")] = "latest"
     """Which checkpoint: the newest, the one that did best on the held-out rows, or one by its step."""
 
@@ -68,17 +70,17 @@ class RewardCheckArgs:
     file: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FILE")]
     """A config (.toml, .yaml), or one reward as `rewards` names it: "number", "my_rewards.py:correct"."""
     data: str | None = None
-    """Dataset to take rows from; None: the config's, or that of --run."""
+    """Dataset to take rows from; without it the config's, or that of --run."""
     rows: int = 8
-    """Take the first so many rows, or completions of --run."""
+    """Take the first N rows, or completions of --run."""
     run: Path | None = None
     """Score the completions of this run folder instead of those recorded with the data."""
     step: int | None = None
-    """Which step of --run; None: the last one."""
+    """Which step of --run; without it the last one."""
     completion: str | None = None
-    """Column to score as the completion, for example answer. None: what the kind of rows has."""
+    """Column to score as the completion, for example answer; without it what the kind of rows has."""
     timeout: float | None = None
-    """Seconds a call may take; None: the config's, or 30."""
+    """Seconds a call may take; without it the config's, or 30."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,4 +118,10 @@ class ReportArgs:
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN [RUN ...]")]
     """Folders of runs."""
     out: Path | None = None
-    """Where to write; None: report.html in the run's folder, comparison.html here for several."""
+    """Where to write; without it report.html in the run's folder, comparison.html here for several."""
+
+
+def paragraph(text: str) -> str:
+    """The text as wide as the terminal, indented: tyro wraps everything but descriptions, and keeps such lines."""
+    width = min(120, shutil.get_terminal_size().columns)
+    return textwrap.fill(text, width, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False)

@@ -1,296 +1,189 @@
-"""The config as command-line flags: `rlft train run.toml --optim.lr=1e-5`.
+"""The settings of a config as command-line flags: `rlft train run.toml --optim.lr=1e-5`.
 
-Flags are the fields of the config dataclasses with the file's values as defaults, parsed and shown by tyro; `algo.name`
-is read first, so that [algo] has the flags and the help of that algorithm. A flag that does not exist, or whose value
-is of another type, is told in the words that a file gets (`rlft.config.files`).
+A flag sets what a line of the file would, so both are checked together, with the same sentences. tyro prints the help:
+every setting with its docstring and the file's value.
 """
 
 from __future__ import annotations
 
-import ast
 import dataclasses
-import functools
-import inspect
-import itertools
-import operator
-import shutil
-import textwrap
-import types
+import tomllib
 import typing
-from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from collections.abc import Iterator
+from typing import Annotated, Any
 
 import tyro
+from pydantic import TypeAdapter
 
-from rlft.config import files as config_file
+from rlft.cli.arguments import paragraph
+from rlft.config.files import merged, read, to_table, with_preset
 from rlft.config.run import Algo, Config
+from rlft.config.section import options_of, plain, unknown
 from rlft.errors import ConfigError
 
-A = TypeVar("A")
-
-WORDS = {int: "N", float: "X", str: "TEXT", Path: "PATH"}
-"""What stands for a value in the help."""
+HELP = ("-h", "--help")
+ALGO = "The algorithm; the other flags of this section are its own."
+RESUME = "Go on from the newest checkpoint in `out`."
 
 
 def parse(command: str, args: list[str], about: str) -> tuple[Config, bool]:
     """The config of `rlft COMMAND FILE --flags ...`, and whether --resume was given. about: what the command does.
 
-    Raises ConfigError for what is wrong in file or flags; tyro exits by itself on --help (0) and a malformed flag (2).
+    Raises ConfigError for everything that is wrong in file and flags. --help prints and raises SystemExit(0).
     """
     file, flags = (args[0], args[1:]) if args and not args[0].startswith("-") else (None, args)
-    if file is None and not {"-h", "--help"} & set(flags):
+    show_help = bool(set(HELP) & set(flags))
+    if file is None and not show_help:
         raise ConfigError(f"the config file comes first: rlft {command} FILE [--section.field value ...]")
-    table = config_file.read(file) if file else {}
+    table = read(file) if file else {}
     if "resume" in table:
-        raise config_file.unknown("resume", "", [])
-    name = _given(flags, "--algo.name")
-    if name in config_file.presets():
-        # The flag lays the preset under the file, whose own algorithm it takes the place of.
-        table = {**table, "algo": {**config_file.section(Algo, table.get("algo", {}), "algo").options, "name": name}}
-        flags = _without(flags, "--algo.name")
-        name = None
-    table = config_file.with_preset(table)
-    algo = config_file.section(Algo, table.get("algo", {}), "algo")
-    name = name or algo.name
-    made = _flags_type(name)
-    check(flags, made)
-    shown = config_file.from_table(made, {**table, "algo": {**algo.options, "name": name}})
-    parsed = tyro.cli(
-        type(shown),
-        default=shown,
-        args=flags,
-        prog=f"rlft {command} {file or 'FILE'}",
-        use_underscores=True,
-        description=_description(file, about),
-        config=(tyro.conf.AvoidSubcommands,),
-    )
-    final = config_file.to_table(parsed)
-    resume = final.pop("resume")
-    return config_file.from_table(Config, final), resume
+        raise ConfigError(unknown("resume", "", []))
+    resume = "--resume" in flags
+    changes = table_of([flag for flag in flags if flag not in ("--resume", *HELP)], table)
+    for name in changes:  # a section that the file has as a plain text
+        if isinstance(changes[name], dict) and isinstance(table.get(name), str):
+            table = {**table, name: {getattr(plain(_hint(name)), "SHORT", ""): table[name]}}
+    settings = with_preset(merged(changes, table))
+    if show_help:
+        _print_help(command, file, settings, about)
+    cfg = Config(**settings)
+    from rlft.algos.algorithm import module_of  # imports torch: what is wrong above is said without that wait
+
+    # Every setting of the algorithm is written out, as those of the other sections are.
+    options = options_of(module_of(cfg.algo.name).Config, cfg.algo.options, "algo", known=("name",))
+    return dataclasses.replace(cfg, algo=Algo(cfg.algo.name, to_table(options))), resume
 
 
-def _description(file: str | None, about: str) -> str:
-    values = f"the values shown are those of {file}, or the defaults" if file else "the values shown are the defaults"
-    more = f"Every setting of the file is a flag too: --section.field value, or --section.field=value; {values}."
-    return paragraph(f"{about} {more}")
+# ---- flags to a table --------------------------------------------------------------------------------------------
 
 
-def paragraph(text: str) -> str:
-    """The text as wide as the terminal, indented: tyro wraps everything but descriptions, and keeps such lines."""
-    width = min(120, shutil.get_terminal_size().columns)
-    return textwrap.fill(text, width, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False)
+def table_of(flags: list[str], table: dict[str, Any]) -> dict[str, Any]:
+    """The nested dict that flags stand for: "--optim.lr=1e-5" is {"optim": {"lr": 1e-5}}.
 
-
-def _given(flags: list[str], name: str) -> str | None:
-    """The last value given for a flag, as "--flag=value" or "--flag value"."""
-    values = [f.partition("=")[2] for f in flags if f.startswith(f"{name}=")]
-    values += [value for f, value in itertools.pairwise(flags) if f == name]
-    return values[-1] if values else None
-
-
-def _without(flags: list[str], name: str) -> list[str]:
-    """The flags without `name`, given as "--flag=value" or "--flag value"."""
-    kept, skip = [], False
-    for flag in flags:
-        if not skip and flag != name and not flag.startswith(f"{name}="):
-            kept.append(flag)
-        skip = not skip and flag == name
-    return kept
-
-
-# ---- what is wrong with a flag -----------------------------------------------------------------------------------
-
-
-def check(flags: list[str], cls: type) -> None:
-    """Raise ConfigError for a flag that no field of the dataclass `cls` has, or whose value is of another type.
-
-    What has no name in `cls` (arguments of a task, the settings of one reward among several) is left to tyro.
+    table: the file's, whose lists of tables can be changed by number ("--rewards.0.timeout 5"). Raises ConfigError for
+    what is no flag, and for a flag without a value.
     """
-    known = _hints(cls)
-    for i, flag in enumerate(flags):
-        if not flag.startswith("--") or flag == "--help":
-            continue
-        name, equals, value = flag.removeprefix("--").partition("=")
-        path = name.replace("-", "_")
-        where, _, key = path.rpartition(".")
-        if f"{where}.{key}".lstrip(".").replace("no_", "", 1) in known and key.startswith("no_"):
-            continue
-        if path in known:
-            following = flags[i + 1] if i + 1 < len(flags) else "--"
-            if not equals and following.startswith("--") and known[path] is not bool:
-                raise ConfigError(f"{flag}: a value is missing; want {flag} VALUE, or {flag}=VALUE")
-            _check_value(known[path], value if equals else following, path)
-        elif not any(_open(hint) and path.startswith(f"{p}.") for p, hint in known.items()):
-            here = [p.rpartition(".")[2] for p in known if p.rpartition(".")[0] == where]
-            raise config_file.unknown(key, where, here)
+    changes: dict[str, Any] = {}
+    for name, values in _groups(flags):
+        *sections, key = name.split(".")
+        hint = _hint(name)
+        if hint is None and key.startswith("no_") and plain(_hint(".".join([*sections, key[3:]]))) is bool:
+            key, values = key[3:], ["false"]
+            hint = bool
+        if not values and plain(hint) is not bool:
+            raise ConfigError(f"--{name}: a value is missing; want --{name} VALUE, or --{name}=VALUE")
+        into = _section(changes, table, sections, name)
+        into[key] = _value(hint, values)
+    return changes
 
 
-def _hints(cls: type, where: str = "") -> dict[str, Any]:
-    """Dotted name -> type of every field that has one name: {"model": str, "optim.lr": float, ...}."""
-    found: dict[str, Any] = {}
-    for name, hint in typing.get_type_hints(cls).items():
-        path = f"{where}.{name}".lstrip(".")
-        inner = isinstance(hint, type) and dataclasses.is_dataclass(hint)
-        found |= _hints(hint, path) if inner else {path: hint}
-    return found
+def _section(changes: dict[str, Any], table: dict[str, Any], sections: list[str], name: str) -> dict[str, Any]:
+    """The table of `changes` that a flag goes into, made where it is missing; a numbered one begins as the file's."""
+    into: Any = changes
+    for depth, section in enumerate(sections):
+        following = sections[depth + 1] if depth + 1 < len(sections) else ""
+        table = table.get(section, {}) if isinstance(table, dict) else {}
+        if section.isdigit():
+            if int(section) >= len(into):
+                raise ConfigError(f"--{name}: there are {len(into)} of them, numbered from 0")
+            short = getattr(plain(typing.get_args(plain(_hint(".".join(sections[:depth]))))[0]), "SHORT", "")
+            into[int(section)] = {short: value} if isinstance(value := into[int(section)], str) else {**value}
+            into = into[int(section)]
+        elif following.isdigit():
+            into = into.setdefault(section, [*table] if isinstance(table, list) else [])
+        else:
+            into = into.setdefault(section, {})
+    return into
 
 
-def _open(hint: Any) -> bool:
-    """True for a field whose flags depend on its value: a table, or tables in a list or in place of None."""
-    inner = typing.get_args(hint)
-    return typing.get_origin(hint) is dict or any(dataclasses.is_dataclass(t) for t in inner)
+def _groups(flags: list[str]) -> Iterator[tuple[str, list[str]]]:
+    """(name, values) of each flag, given as "--name=value" or "--name value ..."."""
+    current: tuple[str, list[str]] | None = None
+    for flag in flags:
+        if flag.startswith("--") and len(flag) > 2:
+            if current:
+                yield current
+            name, equals, value = flag[2:].partition("=")
+            current = (name.replace("-", "_"), [value] if equals else [])
+        elif current is None:
+            raise ConfigError(f"{flag}: want --section.field value after the config file")
+        else:
+            current[1].append(flag)
+    if current:
+        yield current
 
 
-def _check_value(hint: Any, text: str, path: str) -> None:
-    kinds = [t for t in _members(hint) if t is not type(None)]
-    if len(kinds) != 1 or (len(kinds) < len(_members(hint)) and text == "None"):
-        return
-    kind = kinds[0]
+def _hint(name: str) -> Any:
+    """The type of the setting with this dotted name; None where there is none, or its name depends on a value."""
+    hint: Any = Config
+    for part in name.split("."):
+        if not dataclasses.is_dataclass(plain(hint)):
+            return None
+        hint = typing.get_type_hints(plain(hint), include_extras=True).get(part)
+    return hint
+
+
+def _value(hint: Any, values: list[str]) -> Any:
+    """What the texts after a flag stand for, as a file would hold it; what is no TOML stays text."""
+    kind = typing.get_origin(plain(hint)) or plain(hint)
+    if not values:
+        return True
+    if kind is tuple or kind is list or (len(values) > 1 and kind is not dict):
+        items = [_scalar(str in _members(hint), value) for value in values]
+        return items if len(values) > 1 or not values[0].startswith("[") else _toml(values[0])
+    if kind is dict and len(values) > 1:
+        return dict(zip(values[::2], [_toml(value) for value in values[1::2]], strict=False))
+    return _scalar(plain(hint) is str, values[0])
+
+
+def _scalar(text: bool, value: str) -> Any:
+    return None if value == "None" else value if text else _toml(value)
+
+
+def _members(hint: Any) -> list[Any]:
+    """The type and the types within it."""
+    return [plain(hint), *(member for arg in typing.get_args(plain(hint)) for member in _members(arg))]
+
+
+def _toml(value: str) -> Any:
+    """The value as TOML reads it ("1e-5", "true", "[1, 2]"); the text itself where it is no TOML."""
     try:
-        right = kind not in (int, float) or kind(text) is not None
+        return tomllib.loads(f"value = {value}")["value"]
     except ValueError:
-        right = False
-    if typing.get_origin(kind) is Literal:
-        right = text in map(str, typing.get_args(kind))
-    if not right:
-        raise config_file.mistyped(hint, text, path)
+        return value
 
 
-def _members(hint: Any) -> tuple[Any, ...]:
-    return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+# ---- help --------------------------------------------------------------------------------------------------------
 
 
-# ---- the dataclasses that tyro shows -----------------------------------------------------------------------------
-
-
-def _flags_type(algorithm: str) -> type:
-    """A Config for the command line: unchecked, with `resume`, and with the algorithm's own settings under `algo`."""
+def _print_help(command: str, file: str | None, settings: dict[str, Any], about: str) -> None:
+    """Print every setting as a flag, with its docstring and its value in `settings`."""
     from rlft.algos.algorithm import module_of
 
-    options = _unchecked(module_of(algorithm).Config)
-    name = Annotated[
-        str, tyro.conf.arg(help="The algorithm; the other flags of this section are its own.", metavar="NAME")
+    algo = settings.get("algo", {})
+    name = algo if isinstance(algo, str) else algo.get("name", "grpo")
+    options = {key: value for key, value in algo.items() if key != "name"} if isinstance(algo, dict) else {}
+    algorithm = dataclasses.make_dataclass(
+        "Algo", [("name", Annotated[str, tyro.conf.arg(help=ALGO)], name)], bases=(module_of(name).Config,), frozen=True
+    )
+    fields: list[tuple[str, Any, Any]] = [
+        ("resume", Annotated[bool, tyro.conf.arg(help=RESUME), tyro.conf.FlagCreatePairsOff], False)
     ]
-    # The fields of the last base come first.
-    head = dataclasses.make_dataclass("Head", [("name", name, dataclasses.field(default=algorithm))], frozen=True)
-    algo = _extended(options, [], head)
-    about = "Go on from the newest checkpoint in `out`."
-    resume = Annotated[bool, tyro.conf.arg(help=about, help_behavior_hint=""), tyro.conf.FlagCreatePairsOff]
-    return _extended(_unchecked(Config), [("algo", algo, None), ("resume", resume, False)])
-
-
-def _extended(cls: type, fields: list[tuple[str, Any, Any]], *bases: type) -> type:
-    """A subclass of the dataclass `cls` (and `bases`) with these (name, type, default) fields; its help stays."""
-    added = [(name, hint, dataclasses.field(default=default)) for name, hint, default in fields]
-    same = {"__doc__": cls.__doc__}
-    return dataclasses.make_dataclass(cls.__name__, added, bases=(cls, *bases), frozen=True, namespace=same)
-
-
-def _unchecked(hint: Any) -> Any:
-    """The type `hint` with every dataclass in it replaced by a subclass that accepts any value.
-
-    A file may lack what a flag gives, so checks come after both are merged; a missing field becomes a required flag.
-    """
-    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
-        hints, docs = typing.get_type_hints(hint), field_docs(hint)
-        # Each type is made once: tyro wants a default to be an instance of the very class its field names.
-        types_of = {f.name: _unchecked(hints[f.name]) for f in dataclasses.fields(hint)}
-        fields = [
-            (f.name, _shown(types_of[f.name], docs.get(f.name)), _default(f, types_of[f.name]))
-            for f in dataclasses.fields(hint)
-        ]
-        made = {"__post_init__": lambda self: None, "__doc__": hint.__doc__}
-        return dataclasses.make_dataclass(hint.__name__, fields, bases=(hint,), frozen=True, namespace=made)
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        return functools.reduce(operator.or_, (_unchecked(a) for a in args))
-    if origin is None or origin is Literal:
-        return hint
-    return origin[tuple(_unchecked(a) for a in args)]
-
-
-def _default(field: dataclasses.Field[Any], hint: Any) -> Any:
-    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
-        return dataclasses.field(default_factory=hint)
-    if field.default_factory is not dataclasses.MISSING:
-        return dataclasses.field(default_factory=field.default_factory)
-    return dataclasses.field(default=tyro.MISSING if field.default is dataclasses.MISSING else field.default)
-
-
-# ---- what the help says ------------------------------------------------------------------------------------------
-
-
-def worded(cls: type[A]) -> type[A]:
-    """The dataclass with the words of this help for its fields; it makes instances of a subclass of `cls`.
-
-    For the flags of a command: what is None or False there was not given, which the help need not say.
-    """
-    hints, docs = typing.get_type_hints(cls, include_extras=True), field_docs(cls)
-    fields = [
-        (
-            f.name,
-            _shown(
-                hints[f.name],
-                docs.get(f.name, "").replace("; None: ", "; without it ").replace("None: ", "Without it: "),
-                given=True,
-            ),
-            _default(f, hints[f.name]),
-        )
-        for f in dataclasses.fields(cls)  # type: ignore[arg-type]
-    ]
-    same = {"__doc__": cls.__doc__}
-    return dataclasses.make_dataclass(cls.__name__, fields, bases=(cls,), frozen=True, namespace=same)
-
-
-def _shown(hint: Any, doc: str | None, given: bool = False) -> Any:
-    """The type with its words for the help; one that has no flag of its own is as it was. given: as in `worded`."""
-    plain, *extra = typing.get_args(hint) if typing.get_origin(hint) is Annotated else (hint,)
-    word = _word(plain)
-    if word is None or (extra and not given) or tyro.conf.Positional in extra:
-        return hint
-
-    def default(text: str) -> str:
-        return "" if given and text in ("None", "False") else f"(default: {text.strip(chr(39)) or 'none'})"
-
-    named = next((x.metavar for x in extra if getattr(x, "metavar", None)), None)
-    word = named or (word.removesuffix("|None") if given else word) or None
-    marks = tuple(x for x in extra if not hasattr(x, "metavar"))
-    return Annotated[(plain, *marks, tyro.conf.arg(help=doc, metavar=word, help_behavior_hint=default))]
-
-
-def _word(hint: Any) -> str | None:
-    """What stands for a value: "N", "X|None", "TEXT ..."; "" where tyro's own word is good, None for a section."""
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin is Literal:
-        text = ",".join(map(str, args))
-        return f"{{{text}}}" if "," in text else text
-    if origin in (typing.Union, types.UnionType):
-        words = [_word(a) for a in args if a is not type(None)]
-        if None in words:
-            return None
-        return "|".join([w for w in words if w] + ["None"] * (type(None) in args))
-    if origin is dict and args == (str, str):
-        return "NAME TEXT ..."
-    if origin is tuple and Ellipsis in args:
-        word = _word(args[0])
-        return None if word is None else f"{word} ..."
-    if origin is tuple:
-        return " ".join(_word(a) or "" for a in args)
-    return "" if hint is bool else WORDS.get(hint)
-
-
-def field_docs(cls: type) -> dict[str, str]:
-    """Field -> the docstring under it, on one line; without those of a class whose source is not at hand."""
-    found: dict[str, str] = {}
-    for base in reversed(cls.__mro__):
-        if not dataclasses.is_dataclass(base):
-            continue
-        try:
-            (tree,) = ast.parse(textwrap.dedent(inspect.getsource(base))).body
-        except (OSError, TypeError):
-            continue
-        assert isinstance(tree, ast.ClassDef)
-        for field, doc in itertools.pairwise(tree.body):
-            if isinstance(field, ast.AnnAssign) and isinstance(doc, ast.Expr) and isinstance(doc.value, ast.Constant):
-                found[ast.unparse(field.target)] = " ".join(str(doc.value.value).split())
-    return found
+    for field, hint in typing.get_type_hints(Config, include_extras=True).items():
+        value = settings.get(field, tyro.MISSING if field in ("model", "data", "out") else getattr(Config, field, None))
+        if field == "algo":
+            hint, value = algorithm, algorithm(**options)
+        elif field in settings or dataclasses.is_dataclass(plain(hint)):
+            value = TypeAdapter(hint).validate_python(settings.get(field, {} if field != "data" else {"path": "?"}))
+        description = Config.__pydantic_fields__[field].description  # type: ignore[attr-defined]
+        fields.append((field, Annotated[hint, tyro.conf.arg(help=description)], dataclasses.field(default=value)))
+    values = f"the values shown are those of {file}, or the defaults" if file else "the values shown are the defaults"
+    more = f"Every setting of the file is a flag too: --section.field value, or --section.field=value; {values}."
+    tyro.cli(
+        dataclasses.make_dataclass("Flags", fields, frozen=True),
+        args=["--help"],
+        prog=f"rlft {command} {file or 'FILE'}",
+        use_underscores=True,
+        description=paragraph(f"{about} {more}"),
+        config=(tyro.conf.AvoidSubcommands, tyro.conf.DisallowNone),
+    )

@@ -18,19 +18,13 @@ import textwrap
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import tyro
-
-from rlft.cli.arguments import EvalArgs, GenerateArgs, MergeArgs, PushArgs, ReportArgs, RewardCheckArgs
-from rlft.cli.flags import paragraph, worded
-from rlft.cli.flags import parse as parse_flags
-from rlft.config import files as config_file
 from rlft.config.resolve import did_you_mean
-from rlft.config.run import Config
 from rlft.errors import ConfigError, RewardError, RlftError
 
-A = TypeVar("A")
+if TYPE_CHECKING:
+    from rlft.config.run import Config
 
 HELP = ("-h", "--help")
 UNWRITABLE = (errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EROFS)
@@ -151,12 +145,21 @@ def unexpected(error: Exception) -> str:
 def parse(command: str, args: list[str]) -> tuple[Config, bool]:
     """The config of `rlft COMMAND FILE --flags ...`, and whether --resume was given. Errors as
     `rlft.cli.flags.parse`."""
-    return parse_flags(command, args, COMMANDS[command].about)
+    from rlft.cli import flags
+
+    return flags.parse(command, args, COMMANDS[command].about)
 
 
-def _parsed(cls: type[A], command: str, args: list[str]) -> A:
-    about = paragraph(COMMANDS[command].about)
-    return tyro.cli(worded(cls), args=args, prog=f"rlft {command}", use_underscores=True, description=about)
+def _parsed(kind: str, command: str, args: list[str]) -> Any:
+    """The arguments of a command. kind: their class in rlft.cli.arguments."""
+    import tyro
+
+    from rlft.cli import arguments
+
+    options = (tyro.conf.DisallowNone,)
+    about = arguments.paragraph(COMMANDS[command].about)
+    cls = getattr(arguments, kind)
+    return tyro.cli(cls, args=args, prog=f"rlft {command}", use_underscores=True, description=about, config=options)
 
 
 def _train(args: list[str]) -> int:
@@ -169,6 +172,7 @@ def _train(args: list[str]) -> int:
 def _validate(args: list[str]) -> int:
     try:
         cfg, resume = parse("validate", args)
+        from rlft.config.files import to_toml
         from rlft.trainer.validate import problems
 
         found = problems(cfg, resume=resume)
@@ -176,14 +180,14 @@ def _validate(args: list[str]) -> int:
         found = str(error).splitlines()
     else:
         if not found:
-            print(config_file.to_toml(cfg) + "\n# no problem found")
+            print(to_toml(cfg) + "\n# no problem found")
             return 0
     print(f"{len(found)} problem{'s' if len(found) > 1 else ''}:", *(f"  {text}" for text in found), sep="\n")
     return ConfigError.exit_code
 
 
 def _reward_check(args: list[str]) -> int:
-    given = _parsed(RewardCheckArgs, "reward-check", args)
+    given = _parsed("RewardCheckArgs", "reward-check", args)
     from rich.console import Console
 
     from rlft.cli.reward_check import check
@@ -195,7 +199,7 @@ def _reward_check(args: list[str]) -> int:
 
 
 def _eval(args: list[str]) -> int:
-    given = _parsed(EvalArgs, "eval", args)
+    given = _parsed("EvalArgs", "eval", args)
     if given.base and given.checkpoint != "latest":
         raise ConfigError(f"--base and --checkpoint {given.checkpoint}: give one of them")
     from rlft.trainer.reopen import evaluate_run
@@ -221,7 +225,7 @@ def _eval(args: list[str]) -> int:
 
 
 def _generate(args: list[str]) -> int:
-    given = _parsed(GenerateArgs, "generate", args)
+    given = _parsed("GenerateArgs", "generate", args)
     from rlft.trainer.reopen import generate_from_run
 
     print(generate_from_run(given.run, given.prompt, given.max_tokens, given.temperature, given.checkpoint))
@@ -229,7 +233,7 @@ def _generate(args: list[str]) -> int:
 
 
 def _merge(args: list[str]) -> int:
-    given = _parsed(MergeArgs, "merge", args)
+    given = _parsed("MergeArgs", "merge", args)
     from rlft.runs.export import merge
 
     merged = merge(given.run, given.out, given.checkpoint, given.dtype, given.push, given.private)
@@ -238,7 +242,7 @@ def _merge(args: list[str]) -> int:
 
 
 def _push(args: list[str]) -> int:
-    given = _parsed(PushArgs, "push", args)
+    given = _parsed("PushArgs", "push", args)
     from rlft.runs.export import push_adapter
 
     print(push_adapter(given.run, given.repo, given.checkpoint, given.private))
@@ -247,7 +251,7 @@ def _push(args: list[str]) -> int:
 
 def _report(args: list[str]) -> int:
     """Write the page of a run, or of several compared."""
-    given = _parsed(ReportArgs, "report", args)
+    given = _parsed("ReportArgs", "report", args)
     if not given.runs:
         raise ConfigError("rlft report RUN [RUN ...]: give the folder of a run")
     for run in given.runs:
@@ -264,6 +268,8 @@ def _report(args: list[str]) -> int:
 
 def _env(args: list[str]) -> int:
     if set(args) & {*HELP}:
+        from rlft.cli.arguments import paragraph
+
         print(f"usage: rlft env\n\n{paragraph(COMMANDS['env'].about)}")
         return 0
     if args:

@@ -13,8 +13,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from rlft.config import files as config_file
-from rlft.config.run import Config, Data, Reward
+from rlft.config.data import Data, Reward
+from rlft.config.run import Config
 from rlft.data.prompts import check_rows, kind_of
 from rlft.errors import ConfigError, DataError
 from rlft.rewards.parts import RewardBreakdown
@@ -45,7 +45,7 @@ def check(
         raise ConfigError(f"--step {step}: a step of which run? Give --run RUN")
     if completion is not None and run is not None:
         raise ConfigError(f'--completion "{completion}" and --run {run}: give one of them')
-    cfg = config_file.load_config(file) if Path(file).suffix in (".toml", ".yaml", ".yml") else None
+    cfg = Config.load(file) if Path(file).suffix in (".toml", ".yaml", ".yml") else None
     rewards = cfg.rewards if cfg else (Reward(file, timeout=timeout or 30.0),)
     if not rewards:
         raise ConfigError(f"{file}: has no rewards; add rewards = [...], or give file.py:function")
@@ -79,7 +79,7 @@ def _data(cfg: Config | None, data: str | None, run: Path | None) -> Data:
     if cfg is not None:
         return cfg.data
     if run is not None:
-        return config_file.load_config(Run.resume(run).config).data
+        return Config.load(Run.resume(run).config).data
     raise ConfigError(
         "give the rows to score: --data PATH (a file, a folder, a hub id, reasoning_gym:TASK) or --run RUN"
     )

@@ -1,29 +1,22 @@
-"""The sections of a config about what goes in and what is measured: datasets, rewards, sampling, evaluation.
-
-`rlft.config.run` holds the other sections and puts them together; import all of them from there.
-"""
+"""The sections of a config about what goes in and what is measured: datasets, rewards, sampling, evaluation."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import field
+from typing import Annotated, Any, Literal
 
-from rlft.errors import ConfigError
+from annotated_types import Ge, Gt, Interval, MinLen
 
-
-def require(ok: bool, name: str, value: object, want: str) -> None:
-    """Raise ConfigError naming the field, its value and what is wanted, unless `ok`."""
-    if not ok:
-        raise ConfigError(f"{name} = {value!r}: {want}")
+from rlft.config.section import refuse, section
 
 
-@dataclass(frozen=True)
+@section("data.sources", short="path")
 class Source:
     """One dataset of a mixture (`data.sources`)."""
 
     path: str
     """File, `datasets` folder, hub id, or "reasoning_gym:TASK"."""
-    weight: float = 1.0
+    weight: Annotated[float, Gt(0)] = 1.0
     """Share of this source in the mixture, relative to the other weights."""
     split: str = "train"
     """Split of a hub dataset or `datasets` folder."""
@@ -32,11 +25,8 @@ class Source:
     args: dict[str, Any] = field(default_factory=dict)
     """Arguments of a reasoning-gym task (its config fields, and `size` and `seed`)."""
 
-    def __post_init__(self) -> None:
-        require(self.weight > 0, "data.sources.weight", self.weight, "a weight is above 0")
 
-
-@dataclass(frozen=True)
+@section("data", short="path")
 class Data:
     """Where the prompts come from and how a row becomes one."""
 
@@ -62,175 +52,158 @@ class Data:
     """Arguments handed to the chat template, for example {enable_thinking = false}."""
     shuffle: bool = True
     """Visit rows in an order drawn from `seed`, another one each epoch."""
-    epochs: float | None = None
+    epochs: Annotated[float, Gt(0)] | None = None
     """Passes over the data; give this or `steps`."""
-    max_prompt_tokens: int | None = None
+    max_prompt_tokens: Annotated[int, Ge(1)] | None = None
     """Longer prompts are dropped and counted, or an error (`long_prompts`). None: no limit."""
     long_prompts: Literal["drop", "error"] = "drop"
     """What happens to a prompt longer than `max_prompt_tokens`."""
 
     def __post_init__(self) -> None:
-        require(bool(self.path) != bool(self.sources), "data.path", self.path, "give either data.path or data.sources")
-        require(self.epochs is None or self.epochs > 0, "data.epochs", self.epochs, "a number above 0")
-        limit = self.max_prompt_tokens
-        require(limit is None or limit >= 1, "data.max_prompt_tokens", limit, "at least 1, or leave it out")
+        refuse(
+            bool(self.path) == bool(self.sources), f"data.path = {self.path!r}: give either data.path or data.sources"
+        )
 
 
-@dataclass(frozen=True)
+@section("rewards", short="use")
 class Reward:
     """One reward function."""
 
-    use: str
+    use: Any
     """A name in rlft.rewards ("number"), "file.py:function" or "package.module:function". In the rewards given to
     `rlft.train` from Python it may be the function itself."""
     weight: float = 1.0
     """Factor of this reward in the sum."""
-    timeout: float = 30.0
+    timeout: Annotated[float, Gt(0)] = 30.0
     """Seconds one call may take; then its process is killed and the rows it was scoring are invalid."""
-    memory_mb: int | None = None
+    memory_mb: Annotated[int, Ge(64)] | None = None
     """Address space the worker may use, in MiB; None for no limit."""
     args: dict[str, Any] = field(default_factory=dict)
     """Keyword arguments passed to the function besides the columns."""
 
     def __post_init__(self) -> None:
-        require(self.timeout > 0, "rewards.timeout", self.timeout, "seconds above 0")
-        require(self.memory_mb is None or self.memory_mb >= 64, "rewards.memory_mb", self.memory_mb, "at least 64 MiB")
+        refuse(
+            not self.use or not (isinstance(self.use, str) or callable(self.use)),
+            f"rewards.use = {self.use!r}: want the name of a reward function, or from Python the function",
+        )
 
 
-@dataclass(frozen=True)
+@section("sampling")
 class Sampling:
     """How completions are drawn."""
 
-    group_size: int = 8
+    group_size: Annotated[int, Ge(1)] = 8
     """Completions per prompt (G)."""
-    max_tokens: int = 1024
+    max_tokens: Annotated[int, Ge(1)] = 1024
     """Longest completion, in tokens; longer ones are cut and reported as clipped."""
-    temperature: float = 1.0
+    temperature: Annotated[float, Interval(ge=0, lt=100)] = 1.0
     """Softmax temperature of sampled completions; the trainer divides its logits by it too. Recorded completions are
     trained at 1. 0 (greedy) only in evaluation."""
-    top_p: float = 1.0
+    top_p: Annotated[float, Interval(gt=0, le=1)] = 1.0
     """Nucleus sampling: evaluation only, since it changes the distribution that is sampled from."""
-    top_k: int = 0
+    top_k: Annotated[int, Ge(0)] = 0
     """Sample among the k most likely tokens, 0 for all: evaluation only."""
     stop_token_ids: tuple[int, ...] = ()
     """Token ids that end a completion, besides the model's own EOS."""
-    stop: tuple[str, ...] = ()
+    stop: tuple[Annotated[str, MinLen(1)], ...] = ()
     """Strings that end a completion; its text ends before one, its tokens with it."""
-
-    def __post_init__(self) -> None:
-        require(all(self.stop), "sampling.stop", list(self.stop), "strings that are not empty")
-        require(self.group_size >= 1, "sampling.group_size", self.group_size, "at least 1")
-        require(self.max_tokens >= 1, "sampling.max_tokens", self.max_tokens, "at least 1")
-        require(0 <= self.temperature < 100, "sampling.temperature", self.temperature, "between 0 and 100")
-        require(0 < self.top_p <= 1, "sampling.top_p", self.top_p, "above 0, at most 1")
-        require(self.top_k >= 0, "sampling.top_k", self.top_k, "0 (all) or more")
 
     def check_for_training(self) -> None:
         """Raise ConfigError for what would make the sampler's log-probs another distribution than the trainer's."""
-        want = "above 0 in training: the policy gradient is that of a sampled token; greedy decoding belongs in [eval]"
-        require(self.temperature > 0, "sampling.temperature", self.temperature, want)
         why = "in training every token must be reachable, or log-probs are of another distribution; allowed in [eval]"
-        require(self.top_p == 1, "sampling.top_p", self.top_p, why)
-        require(self.top_k == 0, "sampling.top_k", self.top_k, why)
+        refuse(
+            self.temperature == 0,
+            "sampling.temperature = 0: want above 0 in training, where the policy gradient is that of a sampled token; "
+            "greedy decoding belongs in [eval]",
+        )
+        refuse(self.top_p != 1, f"sampling.top_p = {self.top_p}: {why}")
+        refuse(self.top_k != 0, f"sampling.top_k = {self.top_k}: {why}")
 
 
-@dataclass(frozen=True)
+@section("dynamic_sampling")
 class DynamicSampling:
     """Dynamic sampling (DAPO): groups of equal rewards teach nothing, so other prompts are drawn in their place."""
 
-    rounds: int = 0
+    rounds: Annotated[int, Ge(0)] = 0
     """Rounds of drawing at most; then the step trains on the groups there are. 0 switches it off."""
     by: str | None = None
     """Reward function whose values must differ within a group; None: the reward without the overlong penalty. Name the
     one that says right or wrong where others shape the reward."""
 
     def __post_init__(self) -> None:
-        require(self.rounds >= 0, "dynamic_sampling.rounds", self.rounds, "0 (off) or more")
-        require(
-            self.by is None or self.rounds > 0,
-            "dynamic_sampling.by",
-            self.by,
-            "set dynamic_sampling.rounds too, or no group is replaced",
+        refuse(
+            self.by is not None and not self.rounds,
+            f"dynamic_sampling.by = {self.by!r}: set dynamic_sampling.rounds too, or no group is replaced",
         )
 
 
-@dataclass(frozen=True)
+@section("curriculum")
 class Curriculum:
     """Which prompts are drawn, by how often they were solved."""
 
-    solved_share: float | None = None
+    solved_share: Annotated[float, Interval(gt=0, le=1)] | None = None
     """A prompt is not drawn again once at least this share of its group was solved (ScaleRL: 0.9); None: all are."""
     threshold: float = 1.0
     """A completion with at least this reward, without the overlong penalty, counts as solved."""
 
-    def __post_init__(self) -> None:
-        share = self.solved_share
-        why = "above 0, at most 1; leave it out to draw every prompt"
-        require(share is None or 0 < share <= 1, "curriculum.solved_share", share, why)
 
-
-@dataclass(frozen=True)
+@section("overlong")
 class Overlong:
     """Completions that come near `sampling.max_tokens` (DAPO)."""
 
-    penalty_share: float = 0.0
+    penalty_share: Annotated[float, Interval(ge=0, le=1)] = 0.0
     """Over this last share of max_tokens a penalty grows from 0 to -1, added to the reward; 0 switches it off."""
     mask: bool = False
     """Leave completions that were cut at max_tokens out of the loss. Their reward stays in the group's statistics."""
 
-    def __post_init__(self) -> None:
-        require(0 <= self.penalty_share <= 1, "overlong.penalty_share", self.penalty_share, "0 (off) to 1")
 
-
-@dataclass(frozen=True)
+@section("eval")
 class Eval:
     """Measuring on rows that are never trained on."""
 
-    rows: int = 0
+    rows: Annotated[int, Ge(0)] = 0
     """Held-out rows; 0 switches evaluation off. Without `data` they are set aside from the training data."""
     data: Data | None = None
     """Another dataset to evaluate on; its first `rows` rows are used, and training rows with the same prompt are left
     out."""
-    every: int = 0
+    every: Annotated[int, Ge(0)] = 0
     """Evaluate every this many steps, and save where the result is the best so far; 0: only before the first step and
     after the last."""
     rewards: tuple[Reward, ...] = ()
     """Reward functions of the evaluation; none: those of the run."""
-    samples: int = 1
+    samples: Annotated[int, Ge(1)] = 1
     """Completions per row; with one, decoding is greedy unless `temperature` says otherwise."""
     pass_at: tuple[int, ...] = ()
     """The k of pass@k; none: 1, 2, 4, 8, ... up to `samples`."""
     threshold: float = 1.0
     """A completion with at least this reward (the weighted sum) counts as solved in pass@k."""
-    temperature: float = 0.0
+    temperature: Annotated[float, Interval(ge=0, lt=100)] = 0.0
     """Sampling temperature of the evaluation; 0 is greedy."""
-    max_tokens: int | None = None
+    max_tokens: Annotated[int, Ge(1)] | None = None
     """Longest completion; None: `sampling.max_tokens`."""
-    top_p: float = 1.0
+    top_p: Annotated[float, Interval(gt=0, le=1)] = 1.0
     """Nucleus sampling in the evaluation."""
-    top_k: int = 0
+    top_k: Annotated[int, Ge(0)] = 0
     """Sample among the k most likely tokens in the evaluation, 0 for all."""
     stop_token_ids: tuple[int, ...] | None = None
     """Token ids that end a completion, besides the model's own EOS; None: `sampling.stop_token_ids`."""
 
     def __post_init__(self) -> None:
-        require(self.rows >= 0, "eval.rows", self.rows, "0 or more")
-        require(self.every >= 0, "eval.every", self.every, "0 or more")
-        require(not (self.every and not self.rows), "eval.every", self.every, "nothing to evaluate on: set eval.rows")
-        require(not (self.data and not self.rows), "eval.rows", self.rows, "say how many rows of eval.data to use")
-        require(self.samples >= 1, "eval.samples", self.samples, "at least 1")
-        greedy = self.temperature == 0 and self.samples > 1
-        require(not greedy, "eval.samples", self.samples, "greedy samples are all equal: set eval.temperature above 0")
-        fits = all(1 <= k <= self.samples for k in self.pass_at)
-        require(fits, "eval.pass_at", self.pass_at, f"each from 1 to eval.samples = {self.samples}")
-        require(0 <= self.temperature < 100, "eval.temperature", self.temperature, "between 0 and 100")
-        limit = self.max_tokens
-        require(limit is None or limit >= 1, "eval.max_tokens", limit, "at least 1, or leave it out")
-        require(0 < self.top_p <= 1, "eval.top_p", self.top_p, "above 0, at most 1")
-        require(self.top_k >= 0, "eval.top_k", self.top_k, "0 (all) or more")
-        truncated = self.temperature == 0 and (self.top_p < 1 or self.top_k)
-        why = "greedy decoding takes the most likely token, whatever top_p and top_k say: set a temperature above 0"
-        require(not truncated, "eval.temperature", self.temperature, why)
+        refuse(bool(self.every) and not self.rows, f"eval.every = {self.every}: nothing to evaluate on: set eval.rows")
+        refuse(bool(self.data) and not self.rows, "eval.rows = 0: say how many rows of eval.data to use")
+        refuse(
+            self.temperature == 0 and self.samples > 1,
+            f"eval.samples = {self.samples}: greedy samples are all equal: set eval.temperature above 0",
+        )
+        refuse(
+            any(not 1 <= k <= self.samples for k in self.pass_at),
+            f"eval.pass_at = {self.pass_at}: each from 1 to eval.samples = {self.samples}",
+        )
+        refuse(
+            self.temperature == 0 and (self.top_p < 1 or self.top_k > 0),
+            "eval.temperature = 0: greedy decoding takes the most likely token, whatever top_p and top_k say: set a "
+            "temperature above 0",
+        )
 
     def ks(self) -> tuple[int, ...]:
         """The k of pass@k."""

@@ -1,90 +1,136 @@
-"""What other libraries, and earlier versions of rlft, call a setting."""
+"""What TRL calls a setting, what version 0.1 of rlft called it, and what it is here, value included."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+
+class Ours(NamedTuple):
+    """A setting of ours that does what one of TRL's does."""
+
+    ours: str
+    """Its dotted name."""
+    values: Mapping[Any, Any] = {}
+    """TRL's value -> ours, where they differ: a text is written as it stands."""
+    note: str = ""
+    """How the value translates where a table cannot say it."""
+
+    def sentence(self, name: str, value: Any) -> str:
+        """What the error for TRL's `name` = `value` says after "unknown setting."."""
+        key = value.lower() if isinstance(value, str) else value
+        if isinstance(key, str | bool) and key in self.values:
+            return f"TRL's {name} = {json.dumps(value)} is {self.values[key]} here"
+        return f"TRL's {name} is {self.ours} here{': ' if self.note else ''}{self.note}"
+
+
+_ADVANTAGE = {
+    True: 'algo.advantage = "group_norm"', "group": 'algo.advantage = "group_norm"',
+    "batch": 'algo.advantage = "batch_std"', False: 'algo.advantage = "group_mean"',
+    "none": 'algo.advantage = "group_mean"',
+}  # fmt: skip
+_LOSS_TYPE = {
+    "grpo": 'algo.aggregation = "sequence_mean"', "dapo": 'algo.aggregation = "token_mean"',
+    "bnpo": 'algo.aggregation = "token_mean"', "dr_grpo": 'algo.name = "dr_grpo"', "luspo": 'algo.name = "luspo"',
+    "cispo": 'algo.name = "cispo"', "sapo": 'algo.name = "sapo"', "vespo": 'algo.name = "vespo"',
+    "sigmoid": 'algo.name = "dpo"', "hinge": 'algo.name = "hinge"', "ipo": 'algo.name = "ipo"',
+    "exo_pair": 'algo.name = "exo"', "nca_pair": 'algo.name = "nca"', "robust": 'algo.name = "robust_dpo"',
+    "sppo_hard": 'algo.name = "sppo"', "apo_zero": 'algo.name = "apo"', "apo_down": 'algo.name = "apo"',
+    "nll": 'algo.name = "sft"', "dft": 'algo.name = "dft"', "kto": 'algo.name = "kto"',
+}  # fmt: skip
+_STEPS = "a number of steps here"
+
 TRL_NAMES = {
-    "num_generations": "sampling.group_size",
-    "max_completion_length": "sampling.max_tokens",
-    "temperature": "sampling.temperature",
-    "top_p": "sampling.top_p",
-    "top_k": "sampling.top_k",
-    "max_prompt_length": "data.max_prompt_tokens",
-    "dataset_name": "data.path",
-    "dataset_config": "data.subset",
-    "dataset_train_split": "data.split",
-    "shuffle_dataset": "data.shuffle",
-    "num_train_epochs": "data.epochs",
-    "chat_template_kwargs": "data.chat_template_kwargs",
-    "model_name_or_path": "model",
-    "output_dir": "out",
-    "run_name": "track.name",
-    "report_to": "track.use",
-    "max_steps": "steps",
-    "data_seed": "seed",
-    "per_device_train_batch_size": "prompts_per_step",
-    "bf16": "dtype",
-    "fp16": "dtype",
-    "torch_dtype": "dtype",
-    "load_in_4bit": "quantization",
-    "use_vllm": "engine.name",
-    "reward_funcs": "rewards",
-    "reward_weights": "rewards.weight",
-    "learning_rate": "optim.lr",
-    "weight_decay": "optim.weight_decay",
-    "adam_beta1": "optim.betas",
-    "adam_beta2": "optim.betas",
-    "adam_epsilon": "optim.eps",
-    "max_grad_norm": "optim.max_grad_norm",
-    "lr_scheduler_type": "optim.schedule",
-    "warmup_steps": "optim.warmup",
-    "warmup_ratio": "optim.warmup",
-    "lora_r": "lora.rank",
-    "lora_alpha": "lora.alpha",
-    "lora_dropout": "lora.dropout",
-    "use_rslora": "lora.rslora",
-    "lora_target_modules": "lora.targets",
-    "target_modules": "lora.targets",
-    "beta": "algo.kl_coef",
-    "epsilon": "algo.clip_low",
-    "epsilon_high": "algo.clip_high",
-    "scale_rewards": "algo.advantage",
-    "loss_type": "algo.aggregation",
-    "vllm_importance_sampling_cap": "algo.correction_cap",
-    "vllm_importance_sampling_clip_max": "algo.correction_cap",
-    "vllm_importance_sampling_clip_min": "algo.correction_floor",
-    "vllm_importance_sampling_mode": "algo.correction_weight",
-    "off_policy_mask_threshold": "algo.off_policy_limit",
-    "top_entropy_quantile": "algo.entropy_share",
-    "use_adaptive_entropy": "algo.entropy_target",
-    "use_bias_correction_kl": "algo.kl",
-    "multi_objective_aggregation": "algo.advantage",
-    "sapo_temperature_pos": "algo.temperature_pos",
-    "sapo_temperature_neg": "algo.temperature_neg",
-    "simpo_gamma": "algo.gamma",
-    "cpo_alpha": "algo.nll_coef",
-    "rpo_alpha": "algo.nll_coef",
-    "save_steps": "checkpoint.every",
-    "save_total_limit": "checkpoint.keep",
-    "eval_steps": "eval.every",
-    "eval_strategy": "eval.every",
-    "eval_dataset": "eval.data",
-    "num_generations_eval": "eval.samples",
-    "num_iterations": "optim.passes",
-    "mask_truncated_completions": "overlong.mask",
+    "adam_beta1": Ours("optim.betas", note="the first of the two"),
+    "adam_beta2": Ours("optim.betas", note="the second of the two"),
+    "adam_epsilon": Ours("optim.eps"),
+    "beta": Ours("algo.kl_coef"),
+    "bf16": Ours("dtype", {True: 'dtype = "bfloat16"', False: 'dtype = "float32"'}),
+    "chat_template_kwargs": Ours("data.chat_template_kwargs"),
+    "cpo_alpha": Ours("algo.nll_coef"),
+    "data_seed": Ours("seed"),
+    "dataset_config": Ours("data.subset"),
+    "dataset_name": Ours("data.path"),
+    "dataset_train_split": Ours("data.split"),
+    "epsilon": Ours("algo.clip_low", note="clip_high does not follow it, set both"),
+    "epsilon_high": Ours("algo.clip_high"),
+    "eval_dataset": Ours("eval.data"),
+    "eval_steps": Ours("eval.every", note=_STEPS),
+    "eval_strategy": Ours("eval.every", {"no": "eval.every = 0"}, _STEPS),
+    "fp16": Ours("dtype", {True: 'dtype = "float16"', False: 'dtype = "float32"'}),
+    "learning_rate": Ours("optim.lr"),
+    "load_in_4bit": Ours("quantization", {True: 'quantization = "nf4"', False: 'quantization = "none"'}),
+    "load_in_8bit": Ours("quantization", {True: 'quantization = "int8"', False: 'quantization = "none"'}),
+    "lora_alpha": Ours("lora.alpha"),
+    "lora_dropout": Ours("lora.dropout"),
+    "lora_r": Ours("lora.rank"),
+    "lora_target_modules": Ours("lora.targets"),
+    "loss_type": Ours("algo.aggregation", _LOSS_TYPE),
+    "lr_scheduler_type": Ours("optim.schedule", {"constant_with_warmup": 'optim.schedule = "constant" with warmup'}),
+    "mask_truncated_completions": Ours("overlong.mask"),
+    "max_completion_length": Ours("sampling.max_tokens"),
+    "max_grad_norm": Ours("optim.max_grad_norm"),
+    "max_prompt_length": Ours("data.max_prompt_tokens"),
+    "max_steps": Ours("steps"),
+    "model_name_or_path": Ours("model"),
+    "multi_objective_aggregation": Ours(
+        "algo.advantage",
+        {"sum_then_normalize": 'algo.advantage = "group_norm"', "normalize_then_sum": 'algo.advantage = "gdpo"'},
+    ),
+    "num_generations": Ours("sampling.group_size"),
+    "num_generations_eval": Ours("eval.samples"),
+    "num_iterations": Ours("optim.passes"),
+    "num_train_epochs": Ours("data.epochs"),
+    "off_policy_mask_threshold": Ours("algo.off_policy_limit"),
+    "output_dir": Ours("out"),
+    "per_device_train_batch_size": Ours(
+        "prompts_per_step",
+        note="TRL's counts completions, ours prompts: theirs x devices x gradient_accumulation_steps / num_generations",
+    ),
+    "report_to": Ours("track.use", {"none": "track.use = []"}, "a list of trackers"),
+    "reward_funcs": Ours("rewards"),
+    "reward_weights": Ours("rewards.weight", note="one weight in each table of rewards"),
+    "rpo_alpha": Ours("algo.nll_coef"),
+    "run_name": Ours("track.name"),
+    "sapo_temperature_neg": Ours("algo.temperature_neg"),
+    "sapo_temperature_pos": Ours("algo.temperature_pos"),
+    "save_steps": Ours("checkpoint.every", note=_STEPS),
+    "save_total_limit": Ours("checkpoint.keep"),
+    "scale_rewards": Ours("algo.advantage", _ADVANTAGE),
+    "shuffle_dataset": Ours("data.shuffle"),
+    "simpo_gamma": Ours("algo.gamma"),
+    "target_modules": Ours("lora.targets"),
+    "temperature": Ours("sampling.temperature"),
+    "top_entropy_quantile": Ours("algo.entropy_share", note="the same share"),
+    "top_k": Ours("sampling.top_k"),
+    "top_p": Ours("sampling.top_p"),
+    "torch_dtype": Ours("dtype"),
+    "use_adaptive_entropy": Ours("algo.entropy_target", note="the entropy that is aimed at, in nats"),
+    "use_bias_correction_kl": Ours("algo.kl", {True: 'algo.kl = "k3_ratio"', False: 'algo.kl = "forward"'}),
+    "use_rslora": Ours("lora.rslora"),
+    "use_vllm": Ours("engine.name", {True: 'engine.name = "vllm"', False: 'engine.name = "eager"'}),
+    "vllm_importance_sampling_cap": Ours("algo.correction_cap"),
+    "vllm_importance_sampling_clip_max": Ours("algo.correction_cap"),
+    "vllm_importance_sampling_clip_min": Ours("algo.correction_floor"),
+    "vllm_importance_sampling_mode": Ours("algo.correction_weight"),
+    "warmup_ratio": Ours("optim.warmup", note="a share of all updates there, a number of updates here"),
+    "warmup_steps": Ours("optim.warmup", note="a number of updates"),
+    "weight_decay": Ours("optim.weight_decay"),
 }
-"""What TRL calls a setting, and what it is here."""
+"""TRL's setting -> ours."""
 
 TRL_NOTES = {
-    "importance_sampling_level": 'for ratios of sequences set algo.name = "gspo"',
-    "resume": "use the flag --resume, which goes on from the newest checkpoint in `out`",
-    "resume_from_checkpoint": "use the flag --resume, which goes on from the newest checkpoint in `out`",
-    "logging_steps": "nothing to set: every step is logged",
+    "do_eval": "use the command: rlft train, rlft eval",
+    "do_train": "use the command: rlft train, rlft eval",
     "gradient_accumulation_steps": "nothing to set: packing.tokens_per_micro_batch cuts a step into parts",
     "gradient_checkpointing": "nothing to set: lower packing.tokens_per_micro_batch to save memory",
-    "do_train": "use the command: rlft train, rlft eval",
+    "importance_sampling_level": 'for ratios of sequences set algo.name = "gspo"',
     "load_best_model_at_end": "nothing to set: the checkpoint that did best on the held-out rows is kept and named",
+    "logging_steps": "nothing to set: every step is logged",
     "metric_for_best_model": "nothing to set: the best has the highest eval/reward, or without rewards the lowest loss",
-    "do_eval": "use the command: rlft train, rlft eval",
+    "resume": "use the flag --resume, which goes on from the newest checkpoint in `out`",
+    "resume_from_checkpoint": "use the flag --resume, which goes on from the newest checkpoint in `out`",
 }
 """TRL's settings that have no counterpart, and what to do instead."""
 
@@ -96,5 +142,6 @@ RENAMED = {
     "algo.gate_high": "algo.sequence_mask_high",
 }
 """Settings of version 0.1 that have another name now."""
+
 RENAMED_VALUES = {("engine.mode", "lent"): "shared", ("engine.mode", "expanded"): "dequantized"}
 """(setting, value) of version 0.1 -> the value's name now."""

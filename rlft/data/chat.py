@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-from rlft.config.run import Data
+from rlft.config.data import Data
 from rlft.errors import DataError
 from rlft.types import Recorded
 

@@ -29,7 +29,7 @@ from typing import Any
 
 import numpy as np
 
-from rlft.config.run import Data
+from rlft.config.data import Data
 from rlft.data.chat import ids_of, marked, marks_generation, render, said, turn_is_open, turns
 from rlft.data.sources import load_rows
 from rlft.errors import DataError, TrainError

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from rlft.config import resolve
-from rlft.config.run import Data, Source
+from rlft.config.data import Data, Source
 from rlft.errors import DataError
 
 GYM = "reasoning_gym:"

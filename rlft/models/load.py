@@ -21,7 +21,8 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from rlft.config.run import Config, Lora, require
+from rlft.config.run import Config, Lora
+from rlft.config.section import refuse
 from rlft.errors import ConfigError
 from rlft.models import quantization as quant
 from rlft.models import targets
@@ -47,10 +48,9 @@ class Base:
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
     def __post_init__(self) -> None:
-        require(self.device in DEVICES, "device", self.device, f"one of {', '.join(DEVICES)}")
-        require(self.dtype in DTYPES, "dtype", self.dtype, f"one of {', '.join(DTYPES)}")
-        kinds = QUANTIZATIONS
-        require(self.quantization in kinds, "quantization", self.quantization, f"one of {', '.join(kinds)}")
+        for name, choices in (("device", DEVICES), ("dtype", DTYPES), ("quantization", QUANTIZATIONS)):
+            value = getattr(self, name)
+            refuse(value not in choices, f"{name} = {value!r}: one of {', '.join(choices)}")
 
 
 @dataclass(frozen=True)

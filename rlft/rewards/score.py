@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from rlft.config import resolve
-from rlft.config.run import Reward
+from rlft.config.data import Reward
 from rlft.errors import RewardError
 from rlft.rewards.parts import OVERLONG, Outcome, RewardBreakdown
 from rlft.rewards.pool import Executor, InProcess, Loop, Subprocess

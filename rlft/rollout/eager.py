@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from rlft.config.run import Sampling
+from rlft.config.data import Sampling
 from rlft.errors import EngineError
 from rlft.models import kv_cache
 from rlft.models.adapter import lora_parameters, lora_scales

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rlft.config.run import Sampling
+from rlft.config.data import Sampling
 from rlft.data.chat import end_id
 from rlft.errors import EngineError, TrainError
 from rlft.types import Prompt, Rollout

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from rlft.config.run import Sampling
+from rlft.config.data import Sampling
 from rlft.errors import EngineError
 from rlft.types import Prompt, Rollout
 

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from rlft.algos.algorithm import build_algorithm, describe
-from rlft.config.run import Config, Source
+from rlft.config.data import Source
+from rlft.config.run import Config
 from rlft.data.sources import FILES
 from rlft.environment import version
 from rlft.models.load import locate

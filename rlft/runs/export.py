@@ -22,7 +22,6 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from rlft.config.files import load_config
 from rlft.config.run import Config
 from rlft.errors import ConfigError, ParityError
 from rlft.models.load import attach_lora, fingerprint, load_base, load_tokenizer
@@ -98,7 +97,7 @@ def merge(
     _check_free(out)
     if push:
         check_hub(push)
-    told = load_config(run.config)
+    told = Config.load(run.config)
     cfg = _unquantised(told, path)
     tokenizer = load_tokenizer(cfg.model)
     texts = check_texts(run, tokenizer)
@@ -250,7 +249,7 @@ def push_adapter(
     run = Run.resume(run_folder)
     path = run.checkpoint(which)
     check_hub(repo)
-    card = adapter_card(run, load_config(run.config), _step(path), repo, link)
+    card = adapter_card(run, Config.load(run.config), _step(path), repo, link)
     files = [path / name for name in ADAPTER_FILES]
     return upload(repo, files, private, {"README.md": card}, f"the adapter is in {path}")
 

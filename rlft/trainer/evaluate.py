@@ -31,7 +31,8 @@ import torch
 
 from rlft.algos.algorithm import Algorithm
 from rlft.batch import count, group_ids, pack
-from rlft.config.run import Config, Eval, Sampling
+from rlft.config.data import Eval, Sampling
+from rlft.config.run import Config
 from rlft.errors import TrainError
 from rlft.models.policy import Policy
 from rlft.rewards.score import RewardFunction, score

@@ -21,7 +21,8 @@ import torch
 
 from rlft import report
 from rlft.batch import group_ids, packing_stats
-from rlft.config.run import Config
+from rlft.config.data import Reward
+from rlft.config.run import Config, config_from
 from rlft.errors import EngineError
 from rlft.monitor.console import evaluation_line
 from rlft.rewards.parts import RewardBreakdown
@@ -248,17 +249,20 @@ def stop_on_interrupt(s: Session) -> Iterator[None]:
 
 
 def train(
-    cfg: Config,
-    rewards: Sequence[Any] | None = None,
+    cfg: Config | str | Path,
+    rewards: Sequence[str | Reward | Callable[..., Any]] | None = None,
     resume: bool = False,
     callbacks: Sequence[Callable[[State, dict[str, float]], None]] = (),
+    **settings: Any,
 ) -> Result:
-    """Train a run from its config; also callable as `rlft.train(cfg)`.
+    """Train a run from its config, an `rlft.Config` or the path of a TOML or YAML file.
 
-    rewards: reward functions (callables or rlft.Reward) in place of `cfg.rewards`. resume: go on from the newest
-    checkpoint in `cfg.out`. callbacks: called with (state, metrics) after each step. Raises RlftError for everything a
+    rewards: reward functions in place of the config's. resume: go on from the newest checkpoint in the config's `out`.
+    callbacks: called with (state, metrics) after each step. settings: take the place of the config's; a section is a
+    dict, for example `rlft.train("run.toml", steps=3, sampling={"max_tokens": 64})`. Raises RlftError for everything a
     user can cause; the run folder keeps what was done until then.
     """
+    cfg = config_from(cfg, settings)
     with what_to_lower(cfg) as sessions, build_session(cfg, rewards, resume, callbacks) as s:
         sessions.append(s)
         before = s.first_evaluation or measure(s)

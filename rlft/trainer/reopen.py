@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from rlft.algos.algorithm import build_algorithm
-from rlft.config.files import load_config
-from rlft.config.run import Config, Sampling
+from rlft.config.data import Sampling
+from rlft.config.run import Config
 from rlft.data.prompts import encode_prompt
 from rlft.errors import ConfigError
 from rlft.models.load import load_tokenizer
@@ -50,7 +50,7 @@ def open_run(out: Path, which: str = "latest") -> Iterator[OpenedRun]:
     path = None if which == "base" else run.checkpoint(which)
     saved = path or (run.latest_checkpoint() if run.has_checkpoint() else None)
     long = saved is not None and checkpoint.continued_from(saved).get("rope") == "long factors"
-    cfg = load_config(run.config)
+    cfg = Config.load(run.config)
     tokenizer = load_tokenizer(cfg.model)
     step = 0
     if path is None:

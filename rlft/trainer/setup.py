@@ -17,8 +17,9 @@ from torch import Tensor
 
 from rlft import __version__
 from rlft.algos.algorithm import Algorithm, build_algorithm, describe
+from rlft.config.data import Reward
 from rlft.config.files import to_toml
-from rlft.config.run import Config, Reward
+from rlft.config.run import Config
 from rlft.data.prompts import Prompts, digest, hold_out, load_prompts, without
 from rlft.environment import untested
 from rlft.errors import ConfigError, DataError, TrainError

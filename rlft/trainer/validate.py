@@ -15,7 +15,8 @@ import torch
 from rlft.algos.advantages import WITHIN_GROUPS
 from rlft.algos.algorithm import Algorithm, build_algorithm
 from rlft.config import resolve
-from rlft.config.run import Config, Data, Reward
+from rlft.config.data import Data, Reward
+from rlft.config.run import Config
 from rlft.data.prompts import check_rows, kind_of
 from rlft.environment import version_problems
 from rlft.errors import ConfigError, RlftError

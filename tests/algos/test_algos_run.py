@@ -13,20 +13,8 @@ from losses import LOSSES
 from safetensors.torch import load_file
 from tiny import tiny_model, tiny_tokenizer
 
-from rlft.config.run import (
-    Algo,
-    Checkpoint,
-    Config,
-    Curriculum,
-    Data,
-    Eval,
-    Lora,
-    Optim,
-    Packing,
-    Parity,
-    Reward,
-    Sampling,
-)
+from rlft.config.data import Curriculum, Data, Eval, Reward, Sampling
+from rlft.config.run import Algo, Checkpoint, Config, Lora, Optim, Packing, Parity
 from rlft.errors import ConfigError, TrainError
 from rlft.trainer.loop import train
 from rlft.trainer.validate import problems

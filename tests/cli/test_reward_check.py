@@ -9,7 +9,7 @@ import pytest
 from tiny import tiny_model, tiny_tokenizer
 
 from rlft.cli.main import main
-from rlft.config.files import load_config
+from rlft.config.run import Config
 from rlft.rewards.score import build_rewards, score
 from rlft.runs.folder import Run
 from rlft.runs.tables import shown_prompt
@@ -166,7 +166,7 @@ def test_what_is_missing_is_named(args: list[str], said: str | None, run: Run, c
 
 
 def test_it_scores_as_training_does(run: Run, capsys) -> None:
-    cfg = load_config("run.toml")
+    cfg = Config.load("run.toml")
     functions = build_rewards(cfg.rewards)
     saved = run.read_rollouts(2)
     made = [

@@ -13,15 +13,17 @@ import pytest
 
 from rlft.config import files as config_file
 from rlft.config import trl_names
-from rlft.config.files import from_table, load_config, to_toml
-from rlft.config.run import Algo, Checkpoint, Config, Data, Eval, Lora, Optim, Reward, Sampling, Source
+from rlft.config.data import Data, Eval, Reward, Sampling, Source
+from rlft.config.files import to_toml
+from rlft.config.run import Algo, Checkpoint, Config, Lora, Optim
+from rlft.config.section import options_of, paths
 from rlft.errors import ConfigError
 
 RUN: dict[str, Any] = {"model": "m", "data": "d.jsonl", "out": "runs/a", "steps": 3}
 
 
 def config(**table: Any) -> Config:
-    return from_table(Config, {**RUN, **table})
+    return Config(**{**RUN, **table})
 
 
 def assert_refused(match: str, **table: Any) -> None:
@@ -62,7 +64,7 @@ def test_a_toml_file_becomes_the_config_it_says(tmp_path: Path) -> None:
         rewards = ["exact"]
         """,
     )
-    assert load_config(path) == Config(
+    assert Config.load(path) == Config(
         model="Qwen/Qwen3-0.6B",
         data=Data(path="d.jsonl", columns={"prompt": "question"}),
         out="runs/a",
@@ -83,7 +85,7 @@ def test_a_list_of_reward_tables_and_plain_strings_are_the_same_rewards() -> Non
 
 def test_yaml_reads_a_number_that_its_parser_takes_for_a_string(tmp_path: Path) -> None:
     text = "model: m\ndata: d.jsonl\nout: o\nsteps: 2\noptim: {lr: 1e-6, eps: 1e-9}\nlora: {alpha: 8}\n"
-    cfg = load_config(write(tmp_path, "run.yaml", text))
+    cfg = Config.load(write(tmp_path, "run.yaml", text))
     assert (cfg.optim.lr, cfg.optim.eps, cfg.lora.alpha) == (1e-6, 1e-9, 8.0)
     assert type(cfg.lora.alpha) is float
 
@@ -108,7 +110,7 @@ def test_what_is_written_reads_back_equal(tmp_path: Path) -> None:
         checkpoint=Checkpoint(every=2),
     )
     text = to_toml(cfg)
-    assert load_config(write(tmp_path, "config.toml", text)) == cfg
+    assert Config.load(write(tmp_path, "config.toml", text)) == cfg
     # Every value is in the file, those that were never set too.
     assert tomllib.loads(text)["packing"] == {
         "tokens_per_micro_batch": "auto",
@@ -118,7 +120,7 @@ def test_what_is_written_reads_back_equal(tmp_path: Path) -> None:
 
 
 def test_a_config_with_defaults_only_reads_back_equal() -> None:
-    assert from_table(Config, tomllib.loads(to_toml(config()))) == config()
+    assert Config(**tomllib.loads(to_toml(config()))) == config()
 
 
 def test_a_value_that_toml_cannot_hold_is_refused_by_name() -> None:
@@ -165,7 +167,9 @@ def test_a_trl_name_in_a_section_gives_ours() -> None:
 
 
 def test_a_trl_setting_without_a_counterpart_says_what_to_do_instead() -> None:
-    assert_refused("report_to: unknown setting. TRL's report_to is track.use here", report_to="wandb")
+    assert_refused(
+        "report_to: unknown setting. TRL's report_to is track.use here: a list of trackers", report_to="wandb"
+    )
 
 
 def test_every_name_that_the_trl_table_gives_exists() -> None:
@@ -173,8 +177,8 @@ def test_every_name_that_the_trl_table_gives_exists() -> None:
     from rlft.config.resolve import names_in
 
     files = [module_of(name) for name in names_in(LOSSES)]
-    ours = {*config_file.paths(), *(f"algo.{f.name}" for file in files for f in dataclasses.fields(file.Config))}
-    assert set(trl_names.TRL_NAMES.values()) <= ours
+    ours = {*paths(), *(f"algo.{f.name}" for file in files for f in dataclasses.fields(file.Config))}
+    assert {each.ours for each in trl_names.TRL_NAMES.values()} <= ours
 
 
 def test_no_setting_of_ours_is_refused_as_a_name_of_trl() -> None:
@@ -214,12 +218,12 @@ def test_a_wrong_type_names_field_value_and_what_is_wanted(message: str, table: 
 
 def test_all_faults_of_a_file_are_told_at_once() -> None:
     with pytest.raises(ConfigError) as error:
-        from_table(Config, {"model": "m", "out": "o", "stepz": 3, "optim": {"lr": "x", "name": 1}, "lora": {"rank": 0}})
+        Config(**{"model": "m", "out": "o", "stepz": 3, "optim": {"lr": "x", "name": 1}, "lora": {"rank": 0}})
     assert str(error.value).splitlines() == [
         'stepz: unknown setting. Did you mean "steps"?',
         'optim.lr = "x": want a number',
         'optim.name = 1: want "adamw" or "adamw_8bit"',
-        "lora.rank = 0: at least 1",
+        "lora.rank = 0: want at least 1",
         "data is missing: it has no default",
     ]
 
@@ -229,10 +233,10 @@ def test_all_faults_of_a_file_are_told_at_once() -> None:
     [
         ("steps = 3 and data.epochs = 1.0: give exactly one of them", {"data": {"path": "d", "epochs": 1}}),
         ("data.path = '': give either data.path or data.sources", {"data": {}}),
-        ("sampling.group_size = 0: at least 1", {"sampling": {"group_size": 0}}),
+        ("sampling.group_size = 0: want at least 1", {"sampling": {"group_size": 0}}),
         (
-            "sampling.temperature = 0.0: above 0 in training: the policy gradient is that of a sampled token; greedy "
-            "decoding belongs in [eval]",
+            "sampling.temperature = 0: want above 0 in training, where the policy gradient is that of a sampled token; "
+            "greedy decoding belongs in [eval]",
             {"sampling": {"temperature": 0}},
         ),
         (
@@ -254,20 +258,20 @@ def test_a_value_that_cannot_be_meant_is_refused_by_its_section(message: str, ta
 def test_steps_or_epochs_must_be_given() -> None:
     table = {k: v for k, v in RUN.items() if k != "steps"}
     with pytest.raises(ConfigError, match=r"^steps = None and data\.epochs = None: give exactly one of them$"):
-        from_table(Config, table)
+        Config(**table)
 
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"gone\.toml: cannot be read: No such file or directory$"):
-        load_config(tmp_path / "gone.toml")
+        Config.load(tmp_path / "gone.toml")
     with pytest.raises(ConfigError, match=r"run\.json: a config file ends in \.toml, \.yaml or \.yml$"):
-        load_config(write(tmp_path, "run.json", "{}"))
+        Config.load(write(tmp_path, "run.json", "{}"))
     with pytest.raises(ConfigError, match=r"bad\.toml: not valid TOML: .*line 2"):
-        load_config(write(tmp_path, "bad.toml", 'model = "m"\nsteps = = 3\n'))
+        Config.load(write(tmp_path, "bad.toml", 'model = "m"\nsteps = = 3\n'))
     with pytest.raises(ConfigError, match=r"(?s)bad\.yaml: not valid YAML: .*line 2"):
-        load_config(write(tmp_path, "bad.yaml", "model: m\nsteps: [3\n"))
+        Config.load(write(tmp_path, "bad.yaml", "model: m\nsteps: [3\n"))
     with pytest.raises(ConfigError, match=r"list\.yaml: want settings at the top"):
-        load_config(write(tmp_path, "list.yaml", "- model\n"))
+        Config.load(write(tmp_path, "list.yaml", "- model\n"))
 
 
 @dataclass(frozen=True)
@@ -283,12 +287,12 @@ class Loss:
 
 
 def test_any_frozen_dataclass_is_built_in_the_same_way() -> None:
-    assert from_table(Loss, {"cap": "1e1"}, "algo") == Loss("k2", 10.0)
-    assert from_table(Loss, {"cap": None}, "algo") == Loss("k2", None)
+    assert options_of(Loss, {"cap": "1e1"}, "algo") == Loss("k2", 10.0)
+    assert options_of(Loss, {"cap": None}, "algo") == Loss("k2", None)
     with pytest.raises(ConfigError, match=r'^algo\.kl = "k4": want "k2" or "k3"$'):
-        from_table(Loss, {"kl": "k4"}, "algo")
+        options_of(Loss, {"kl": "k4"}, "algo")
     with pytest.raises(ConfigError, match=r"^algo\.cap = 0\.5: want 1 or more$"):
-        from_table(Loss, {"cap": 0.5}, "algo")
+        options_of(Loss, {"cap": 0.5}, "algo")
 
 
 def test_none_where_it_is_not_the_default_survives_the_table() -> None:

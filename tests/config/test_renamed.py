@@ -6,8 +6,8 @@ import pytest
 
 from rlft.algos.algorithm import build_algorithm
 from rlft.cli.main import parse
-from rlft.config.files import from_table, paths
 from rlft.config.run import Algo, Config
+from rlft.config.section import paths
 from rlft.config.trl_names import RENAMED, RENAMED_VALUES
 from rlft.errors import ConfigError
 
@@ -21,7 +21,7 @@ def test_an_old_name_is_refused_with_the_new_one(old: str, new: str) -> None:
         if section == "algo":
             build_algorithm(Algo("grpo", {field: 0.5}))
         else:
-            from_table(Config, {**BASE, **({section: {field: 1}} if section else {field: {"rounds": 1}})})
+            Config(**{**BASE, **({section: {field: 1}} if section else {field: {"rounds": 1}})})
     assert section == "algo" or new in {*paths(), *(path.partition(".")[0] for path in paths())}
 
 
@@ -30,7 +30,7 @@ def test_an_old_value_is_refused_with_the_new_one(setting: tuple[str, str], new:
     path, value = setting
     section, _, field = path.partition(".")
     with pytest.raises(ConfigError, match=f'{path} = "{value}": is called "{new}" now'):
-        from_table(Config, {**BASE, section: {field: value}})
+        Config(**{**BASE, section: {field: value}})
     file = tmp_path / "run.toml"
     file.write_text('model = "m"\ndata = "d.jsonl"\nout = "o"\nsteps = 1\n')
     with pytest.raises(ConfigError, match=f'{path} = "{value}": is called "{new}" now'):

@@ -10,7 +10,7 @@ import pytest
 from tiny import tiny_tokenizer
 from tokenizers.processors import TemplateProcessing
 
-from rlft.config.run import Data
+from rlft.config.data import Data
 from rlft.data.prompts import Prompts, check_rows, encode_prompt, hold_out, load_prompts
 from rlft.errors import DataError
 from rlft.models.load import load_tokenizer

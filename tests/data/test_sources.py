@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from rlft.config.run import Data, Source
+from rlft.config.data import Data, Source
 from rlft.data.sources import load_rows
 from rlft.errors import DataError
 

@@ -12,7 +12,8 @@ from tiny import CHATML, prompts, tiny_model, tiny_policy
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from rlft.config.run import Algo, Config, Data, Eval, Lora, Optim, Sampling
+from rlft.config.data import Data, Eval, Sampling
+from rlft.config.run import Algo, Config, Lora, Optim
 from rlft.data.chat import end_id, turn_end
 from rlft.data.prompts import encode_prompt
 from rlft.rollout.eager import EagerEngine

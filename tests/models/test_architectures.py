@@ -21,7 +21,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 
 import rlft
 from rlft.batch import count, pack
-from rlft.config.run import Lora, Sampling
+from rlft.config.data import Sampling
+from rlft.config.run import Lora
 from rlft.errors import ConfigError, TrainError
 from rlft.kernels.attention import Sequences
 from rlft.models import padded, targets

@@ -22,7 +22,8 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from rlft.batch import count, pack
-from rlft.config.run import Config, Data, Engine, Eval, Lora, Sampling
+from rlft.config.data import Data, Eval, Sampling
+from rlft.config.run import Config, Engine, Lora
 from rlft.errors import ConfigError
 from rlft.models import rope
 from rlft.models.fused.decoder import FusedDecoder, fuse

@@ -13,7 +13,8 @@ from test_graphs import groups_of
 from tiny import tiny_model, tiny_tokenizer
 from torch import Tensor
 
-from rlft.config.run import Algo, Config, Data, Engine, Lora, Optim, Packing, Parity, Reward, Sampling
+from rlft.config.data import Data, Reward, Sampling
+from rlft.config.run import Algo, Config, Engine, Lora, Optim, Packing, Parity
 from rlft.models.policy import Policy
 from rlft.trainer.loop import train
 from rlft.types import Batch

@@ -16,7 +16,8 @@ from tiny import tiny_policy
 
 from rlft.algos.algorithm import build_algorithm
 from rlft.batch import count, pack
-from rlft.config.run import Algo, Config, Data, Packing, Sampling
+from rlft.config.data import Data, Sampling
+from rlft.config.run import Algo, Config, Packing
 from rlft.models.fused.memory import CAPTURED, GIB, choose_plan, scratch
 from rlft.models.fused.token_budget import ALONE, BUDGETS, Group, token_budget
 from rlft.trainer.plans import pack_plan_of

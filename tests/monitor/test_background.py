@@ -12,7 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 from tiny import tiny_model, tiny_tokenizer
 
-from rlft.config.run import Algo, Checkpoint, Config, Data, Lora, Parity
+from rlft.config.data import Data
+from rlft.config.run import Algo, Checkpoint, Config, Lora, Parity
 from rlft.errors import ConfigError
 from rlft.monitor.background import PENDING, Background
 from rlft.trainer.loop import train

@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 from tiny import tiny_model, tiny_tokenizer
 
-from rlft.config.files import from_table
-from rlft.config.run import Checkpoint, Config, Data, Eval, Lora, Optim, Parity, Reward, Sampling, Track
+from rlft.config.data import Data, Eval, Reward, Sampling
+from rlft.config.run import Checkpoint, Config, Lora, Optim, Parity, Track
 from rlft.errors import ConfigError
 from rlft.monitor.trackers import tensorboard
 from rlft.trainer.loop import train
@@ -285,7 +285,7 @@ def test_a_tracker_that_cannot_start_stops_the_run_before_its_folder_counts_as_o
 
 
 def refused(home: Path, tmp_path: Path, **track: Any) -> str:
-    found = problems(config(home, tmp_path / "run", track=from_table(Track, track, "track")))
+    found = problems(config(home, tmp_path / "run", track=Track(**track)))
     assert len(found) == 1, found
     return found[0]
 

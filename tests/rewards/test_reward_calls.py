@@ -17,7 +17,7 @@ import torch
 from test_rewards import rollouts
 
 from rlft.config import resolve
-from rlft.config.run import Reward
+from rlft.config.data import Reward
 from rlft.errors import RewardError
 from rlft.rewards.score import RewardFunction, build_rewards, score
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from rlft.config.run import Reward
+from rlft.config.data import Reward
 from rlft.errors import ConfigError, RewardError
 from rlft.rewards.builtin.exact import exact
 from rlft.rewards.builtin.format import format as has_format

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-from rlft.config.run import Reward
+from rlft.config.data import Reward
 from rlft.rewards.score import RewardFunction, build_rewards, score
 from rlft.types import Prompt, Rollout
 

@@ -10,8 +10,8 @@ import torch
 from tiny import prompts, tiny_policy, tiny_tokenizer
 
 from rlft.batch import count, pack
+from rlft.config.data import Sampling
 from rlft.config.run import Parity as ParityConfig
-from rlft.config.run import Sampling
 from rlft.errors import ConfigError, EngineError, ParityError
 from rlft.rollout.eager import EagerEngine
 from rlft.rollout.replay import ReplayEngine

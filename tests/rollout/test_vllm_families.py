@@ -12,7 +12,8 @@ from test_families import FAMILIES, SIZES
 from tiny import prompts, tiny_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from rlft.config.run import Engine, Lora, Sampling
+from rlft.config.data import Sampling
+from rlft.config.run import Engine, Lora
 from rlft.errors import EngineError
 from rlft.models.load import attach_lora, pad_rows
 from rlft.models.policy import Policy

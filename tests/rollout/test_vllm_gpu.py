@@ -17,7 +17,8 @@ import pytest
 import torch
 from test_engines import mismatch_of
 
-from rlft.config.run import Data, Engine, Lora, Sampling
+from rlft.config.data import Data, Sampling
+from rlft.config.run import Engine, Lora
 from rlft.data.prompts import encode_prompt
 from rlft.errors import EngineError, ParityError
 from rlft.models.load import Base, attach_lora, load_base, load_tokenizer

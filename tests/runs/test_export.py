@@ -21,8 +21,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from rlft.batch import count, pack
 from rlft.cli.main import main
-from rlft.config.files import load_config, to_toml
-from rlft.config.run import Checkpoint, Config, Data, Eval, Lora, Optim, Parity, Reward, Sampling
+from rlft.config.data import Data, Eval, Reward, Sampling
+from rlft.config.files import to_toml
+from rlft.config.run import Checkpoint, Config, Lora, Optim, Parity
 from rlft.errors import ConfigError, ParityError
 from rlft.models.load import attach_lora, load_base
 from rlft.models.policy import Policy
@@ -172,7 +173,7 @@ def test_a_base_that_changed_since_the_run_is_refused(damaged: Path, tmp_path: P
     other.save_pretrained(tmp_path / "other")
     tiny_tokenizer().save_pretrained(tmp_path / "other")
     config = damaged / "config.toml"
-    config.write_text(to_toml(replace(load_config(config), model=str(tmp_path / "other"))))
+    config.write_text(to_toml(replace(Config.load(config), model=str(tmp_path / "other"))))
     with pytest.raises(ConfigError, match=r"not the base that .*step-000002 was trained on, whose fingerprint is"):
         merge(damaged, tmp_path / "out")
 
@@ -242,7 +243,7 @@ def test_without_completions_the_check_reads_sentences(run: Path, tmp_path: Path
 
 
 def test_the_adapter_in_plain_peft_has_the_policys_log_probs(run: Path) -> None:
-    cfg = load_config(run / "config.toml")
+    cfg = Config.load(run / "config.toml")
     folder = run / "checkpoints" / "step-000002"
     lora = replace(cfg.lora, resume_from=str(folder))
     policy = Policy(attach_lora(load_base(cfg, torch.device("cpu")), lora, seed=0))

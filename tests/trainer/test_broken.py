@@ -14,7 +14,8 @@ from tiny import tiny_model, tiny_tokenizer
 
 import rlft
 from rlft.algos.losses import dpo, grpo, sft
-from rlft.config.run import Algo, Checkpoint, Config, Data, Eval, Lora, Optim, Overlong, Parity, Sampling
+from rlft.config.data import Data, Eval, Overlong, Sampling
+from rlft.config.run import Algo, Checkpoint, Config, Lora, Optim, Parity
 from rlft.errors import ParityError, RlftError, TrainError
 from rlft.rollout.eager import EagerEngine
 from rlft.trainer import setup as session

@@ -15,7 +15,8 @@ from test_train import grpo, home, metrics, sft  # noqa: F401
 from tiny import tiny_model
 
 import rlft
-from rlft.config.run import Algo, Config, Data, Engine, Lora, Optim
+from rlft.config.data import Data
+from rlft.config.run import Algo, Config, Engine, Lora, Optim
 from rlft.errors import ConfigError
 from rlft.models.load import attach_lora, changed_dropout
 from rlft.trainer.loop import train

@@ -11,7 +11,8 @@ import torch
 from tiny import prompts, tiny_policy, tiny_tokenizer
 
 from rlft.batch import count, pack
-from rlft.config.run import Parity, Sampling
+from rlft.config.data import Sampling
+from rlft.config.run import Parity
 from rlft.errors import ParityError
 from rlft.rollout.eager import EagerEngine
 from rlft.trainer import parity

@@ -10,7 +10,7 @@ import torch
 
 from rlft.algos import advantages
 from rlft.batch import group_ids
-from rlft.config.run import Reward
+from rlft.config.data import Reward
 from rlft.rewards.builtin.length import length
 from rlft.rewards.parts import OVERLONG, RewardBreakdown
 from rlft.rewards.pool import InProcess

@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from tiny import tiny_model, tiny_tokenizer
 
 from rlft.cli.main import main
-from rlft.config.run import Algo, Checkpoint, Config, Data, DynamicSampling, Eval, Lora, Optim, Parity, Reward, Sampling
+from rlft.config.data import Data, DynamicSampling, Eval, Reward, Sampling
+from rlft.config.run import Algo, Checkpoint, Config, Lora, Optim, Parity
 from rlft.errors import ConfigError, DataError
 from rlft.runs.folder import Run
 from rlft.trainer.evaluate import averages, change, sampling_of
@@ -145,7 +146,7 @@ def test_the_evaluation_has_its_own_sampling_and_every_field_is_said() -> None:
         ({"data": Data("d.jsonl")}, "eval.rows = 0: say how many rows of eval.data to use"),
         ({"rows": 1, "samples": 4, "temperature": 1.0, "pass_at": (8,)}, "eval.pass_at = (8,): each from 1 to"),
         ({"rows": 1, "top_p": 0.9}, "eval.temperature = 0.0: greedy decoding takes the most likely token"),
-        ({"rows": 1, "max_tokens": 0}, "eval.max_tokens = 0: at least 1"),
+        ({"rows": 1, "max_tokens": 0}, "eval.max_tokens = 0: want at least 1"),
     ],
 )
 def test_settings_that_cannot_be_honoured_are_refused(fields: dict[str, Any], message: str) -> None:

@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from tiny import tiny_model, tiny_tokenizer
 from torch import Tensor, nn
 
-from rlft.config.run import Algo, Config, Data, Lora, Optim, Parity
+from rlft.config.data import Data
+from rlft.config.run import Algo, Config, Lora, Optim, Parity
 from rlft.errors import TrainError
 from rlft.trainer.loop import train
 from rlft.trainer.optim import LossScale, Optimizer

@@ -12,7 +12,8 @@ import pytest
 import torch
 from test_updates import adapter, config, home, metrics  # noqa: F401  (home is a fixture)
 
-from rlft.config.run import Algo, Optim, Reward
+from rlft.config.data import Reward
+from rlft.config.run import Algo, Optim
 from rlft.errors import TrainError
 from rlft.models.policy import Policy
 from rlft.trainer.loop import train

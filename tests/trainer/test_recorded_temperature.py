@@ -11,7 +11,8 @@ import torch
 from tiny import prompts, tiny_model, tiny_policy, tiny_tokenizer
 
 from rlft.batch import count, group_ids, pack
-from rlft.config.run import Algo, Config, Data, Eval, Lora, Optim, Sampling
+from rlft.config.data import Data, Eval, Sampling
+from rlft.config.run import Algo, Config, Lora, Optim
 from rlft.rollout.replay import ReplayEngine
 from rlft.trainer.loop import train
 from rlft.trainer.reopen import evaluate_run

@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from tiny import tiny_model, tiny_policy, tiny_tokenizer
 
 from rlft.batch import count, pack
-from rlft.config.run import Algo, Checkpoint, Config, Data, Lora, Optim, Packing, Sampling
+from rlft.config.data import Data, Sampling
+from rlft.config.run import Algo, Checkpoint, Config, Lora, Optim, Packing
 from rlft.models.policy import Policy
 from rlft.trainer import setup as session
 from rlft.trainer.loop import train

@@ -14,8 +14,8 @@ from sums import ROOT, sums
 from torch import Tensor
 
 from rlft.batch import count, pack
-from rlft.config.files import load_config
-from rlft.config.run import Config, Data, Lora, Sampling
+from rlft.config.data import Data, Sampling
+from rlft.config.run import Config, Lora
 from rlft.data.prompts import Prompts, encode_prompt, load_prompts
 from rlft.kernels.attention import Sequences
 from rlft.kernels.logprobs import linear_logprobs
@@ -209,7 +209,7 @@ def curve_of_peft(cfg: Config, steps: int) -> list[float]:
 def test_50_sft_steps_have_the_losses_of_transformers_and_peft(smollm2_cut: Path, tmp_path: Path) -> None:
     """`rlft.train` with the settings of examples/sft.toml, two rows a step, on the first four layers of the real model,
     so that it takes seconds. `benchmarks/sft_curve.py` does the same with all thirty."""
-    cfg = load_config(ROOT / "examples" / "sft.toml")
+    cfg = Config.load(ROOT / "examples" / "sft.toml")
     cfg = replace(
         cfg,
         model=str(smollm2_cut),

@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 from tiny import SPECIAL, tiny_model, tiny_tokenizer
 
 import rlft
-from rlft.config.run import Algo, Checkpoint, Config, Data, Eval, Lora, Optim, Packing, Parity, Reward, Sampling
+from rlft.config.data import Data, Eval, Reward, Sampling
+from rlft.config.run import Algo, Checkpoint, Config, Lora, Optim, Packing, Parity
 from rlft.errors import ConfigError, EngineError, ParityError, RewardError, TrainError
 from rlft.rollout.eager import EagerEngine
 from rlft.runs.folder import Run

@@ -17,21 +17,9 @@ from tiny import tiny_model, tiny_tokenizer
 
 import rlft
 from rlft.cli.main import parse
-from rlft.config.files import load_config, presets, to_toml
-from rlft.config.run import (
-    Algo,
-    Checkpoint,
-    Config,
-    Data,
-    DynamicSampling,
-    Lora,
-    Optim,
-    Overlong,
-    Packing,
-    Parity,
-    Reward,
-    Sampling,
-)
+from rlft.config.data import Data, DynamicSampling, Overlong, Reward, Sampling
+from rlft.config.files import presets, to_toml
+from rlft.config.run import Algo, Checkpoint, Config, Lora, Optim, Packing, Parity
 from rlft.errors import ConfigError, ParityError, RewardError, TrainError
 from rlft.models.policy import Policy
 from rlft.rewards.builtin.length import length
@@ -320,10 +308,10 @@ def file(home: Path, tmp_path: Path) -> Iterator[Path]:
 @pytest.mark.parametrize("name", presets())
 def test_a_preset_is_a_whole_config_and_reads_back_from_what_a_run_saves(name: str, file: Path, tmp_path: Path) -> None:
     file.write_text(file.read_text() + f'[algo]\nname = "{name}"\n')
-    cfg = load_config(file)
+    cfg = Config.load(file)
     saved = tmp_path / "config.toml"
     saved.write_text(to_toml(cfg))
-    assert load_config(saved) == cfg
+    assert Config.load(saved) == cfg
     assert rlft.preset(name, model="m", data=cfg.data.path, steps=1, out="o", rewards=["number"]) == cfg
     assert not [text for text in problems(cfg) if "algo" in text or "optim" in text]
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from rlft.cli.main import main
-from rlft.config.files import from_table, to_toml
+from rlft.config.files import to_toml
 from rlft.config.run import Config
 from rlft.trainer.validate import problems
 
@@ -44,7 +44,7 @@ def config(folder: Path, **table: Any) -> Config:
         "steps": 2,
         "rewards": [f"{folder}/my_rewards.py:answers"],
     }
-    return from_table(Config, {**base, **table})
+    return Config(**{**base, **table})
 
 
 def test_a_sound_run_has_no_problem(folder: Path) -> None:

@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlft.config.data import Sampling
 from rlft.config.run import Engine as Options
-from rlft.config.run import Sampling
 from rlft.errors import EngineError
 from rlft.models.allocator import segments
 from rlft.models.fused import memory

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from rlft.config.run import Sampling
+from rlft.config.data import Sampling
 from rlft.rollout.engine import rollout_seed
 from rlft.types import Prompt, Rollout
 
