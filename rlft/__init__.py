@@ -1,8 +1,8 @@
 """rlft: reinforcement-learning-first post-training of language models.
 
 >>> import rlft
->>> cfg = rlft.Config(model=..., data=rlft.Data("train.jsonl"), out="runs/a", steps=100)
->>> rlft.train(cfg, rewards=[my_reward])
+>>> cfg = rlft.Config(model="Qwen/Qwen3-0.6B", data=rlft.Data("train.jsonl"), out="runs/a", steps=100)
+>>> rlft.train(cfg, rewards=[my_reward])  # doctest: +SKIP
 
 The names below are loaded when they are first used: `import rlft` imports no torch, touches no GPU, patches nothing.
 """
