@@ -1,4 +1,4 @@
-"""The newest results file of each benchmark beside the targets of DESIGN 16 and 9: what falls short, and by how much.
+"""The newest results file of each benchmark beside the targets below: what falls short, and by how much.
 
 python benchmarks/check.py      # exit code 1 when something falls short; benchmarks not yet made are listed
 """

@@ -1,6 +1,6 @@
 """q/k norm and rotary embedding at 32 + 8 heads of 128: ours beside Liger-Kernel and torch.compile.
 
-    python benchmarks/qk_rope.py             rows as JSON lines (DESIGN 16)
+    python benchmarks/qk_rope.py             rows as JSON lines
     python benchmarks/qk_rope.py --sweep     launch parameters, best first
 
 Works: `qk_rope` is Qwen3's norm and rotation (Liger: two norms, then its rotation in place), `rope` the rotation alone

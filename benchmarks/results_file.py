@@ -1,4 +1,4 @@
-"""Results files: benchmarks/results/NAME_DEVICE_DATE.json, one shape for every benchmark (DESIGN 16)."""
+"""Results files: benchmarks/results/NAME_DEVICE_DATE.json, one shape for every benchmark."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """RMSNorm, alone and with the residual, at H 4096: ours beside Liger-Kernel and torch.compile.
 
-    python benchmarks/rms_norm.py             rows as JSON lines (DESIGN 16)
+    python benchmarks/rms_norm.py             rows as JSON lines
     python benchmarks/rms_norm.py --sweep     launch parameters, best first
 
 Bytes of a row in bf16: forward 4 H, with the residual 8 H; backward 6 H, with the residual 8 H.

@@ -2,8 +2,8 @@
 
     python benchmarks/slab_breakdown.py --out DIR --commit HASH 2048 8192 32768
 
-Floors are those of reference/kernels.md 1: products at 787 TFLOP/s, attention at 600 forward and 480 backward, memory
-at 3.03 TB/s; the base is not decoded where it lies decoded in memory.
+Floors: products at 787 TFLOP/s, attention at 600 forward and 480 backward, memory at 3.03 TB/s; the base
+is not decoded where it lies decoded in memory.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """SwiGLU at M 12288: ours beside Liger-Kernel and torch.compile.
 
-    python benchmarks/swiglu.py             rows as JSON lines (DESIGN 16)
+    python benchmarks/swiglu.py             rows as JSON lines
     python benchmarks/swiglu.py --sweep     launch parameters, best first
 
 Bytes of an element in bf16: forward 6; backward 10 without h (reads dh, gate, up; writes dgate, dup). Stack "rlft-raw"

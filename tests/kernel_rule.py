@@ -1,4 +1,4 @@
-"""The kernels' accuracy rule (DESIGN 17), and the two runs that every kernel must survive on a GPU."""
+"""The kernels' accuracy rule, and the two runs that every kernel must survive on a GPU."""
 
 from __future__ import annotations
 

@@ -86,7 +86,7 @@ def load(
     model in evaluation mode whose adapter is in float32 and is all that has a gradient; its decoder runs fused layers
     under transformers' Trainer and TRL's too (`rlft.models.fused.decoder`). Raises ConfigError.
 
-    >>> model, tokenizer = rlft.load("Qwen/Qwen3-8B", lora=rlft.Lora(rank=16))
+    >>> model, tokenizer = rlft.load("Qwen/Qwen3-8B", lora=rlft.Lora(rank=16))  # doctest: +SKIP
     """
     base = Base(model, quantization, dtype, device)
     tokenizer = load_tokenizer(model)

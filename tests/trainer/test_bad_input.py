@@ -1,5 +1,6 @@
-"""Bad input through the command line (DESIGN 13): for each a message with field, value and what to do, and an exit
-code. What needs a full disk is in test_full_disk.py; what one module refuses is tested with that module too."""
+"""Bad input through the command line: for each a message with field, value and what to do, and an exit code.
+
+What needs a full disk is in test_full_disk.py; what one module refuses is tested with that module too."""
 
 from __future__ import annotations
 
