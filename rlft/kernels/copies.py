@@ -5,8 +5,7 @@
 The copies use PyTorch's gather, which runs at the speed of a copy. Its scatter is slower and adds with atomics in the
 dtype of the rows. Here the copies of each row are listed beforehand, so that one program sums them in fp32 and rounds
 once: two runs are bitwise equal. A row without copies gets 0. Bytes of the sum: 2 C per copy of a row of C 2-byte
-elements, and 2 C per row. x [T, ...] are the
-rows, d [N, ...] the gradients of the copies.
+elements, and 2 C per row. x [T, ...] are the rows, d [N, ...] the gradients of the copies.
 """
 
 from __future__ import annotations

@@ -40,7 +40,7 @@ def lora_reference(
     scales: Sequence[float],
     bias: Tensor | None = None,
 ) -> Tensor:
-    """Compute y [T, sum of out] = x W^T + scale (x A^T) B^T per projection, side by side, differentiable by autograd."""
+    """Compute y [T, sum of out] = x W^T + scale (x A^T) B^T per projection, side by side; differentiable."""
     parts = [
         x @ weight.T + scale * ((x @ a.T) @ b.T) for weight, a, b, scale in zip(weights, A, B, scales, strict=True)
     ]

@@ -1,12 +1,12 @@
 """Describe the shape of a LoRA group, and write its adapters in the layout that the matrix products read.
 
-A group is one to three projections of the same input x [T, H], for example q, k, v. Their A's are stacked to a [tail,
-H]; their B's form blocks of b [out, tail], times scale = alpha / r, with zeros up to `tail` columns:
+A group is one to three projections of the same input x [T, H], for example q, k, v. Their A's are stacked to a
+[tail, H]; their B's form blocks of b [out, tail], times scale = alpha / r, with zeros up to `tail` columns:
 
     b[rows of i, columns of i] = scale_i B_i,    a[columns of i] = A_i
 
-The scale is applied only here (`rlft.kernels.low_rank.gradients` accounts for it in B's gradient). A buffer [out +
-tail, H + tail] that holds W in its upper left has room for b (upper right) and a (lower left).
+The scale is applied only here (`rlft.kernels.low_rank.gradients` accounts for it in B's gradient). A buffer
+[out + tail, H + tail] that holds W in its upper left has room for b (upper right) and a (lower left).
 
 Bytes: reads A and B, writes (out + H) * tail elements, once per use of a scratch weight; the groups of a decoder layer
 take one launch. In the kernel: m a row of the table, e, r, c, k indices of elements, rows, columns, columns of the
@@ -31,9 +31,9 @@ from rlft.upload import upload
 class LoraGroup:
     """One to three projections that read the same input.
 
-    in_features: H. out_features, ranks, scales: per projection; rank 0 is a projection without adapter; scale is alpha
-    / r (or alpha / sqrt(r)). align: the width of the tail is rounded up to this; 64 keeps rows of 16-bit elements at
-    128 bytes. Raises ValueError on lengths and signs that do not fit.
+    in_features: H. out_features, ranks, scales: per projection; rank 0 is a projection without adapter; scale is
+    alpha / r (or alpha / sqrt(r)). align: the width of the tail is rounded up to this; 64 keeps rows of 16-bit elements
+    at 128 bytes. Raises ValueError on lengths and signs that do not fit.
     """
 
     in_features: int

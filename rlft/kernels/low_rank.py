@@ -175,7 +175,7 @@ def _fold_both(
     FIRST: tl.constexpr, K: tl.constexpr, RANK: tl.constexpr, MOST: tl.constexpr, TAIL: tl.constexpr,
     P_STRIDE: tl.constexpr, BT: tl.constexpr, BR: tl.constexpr, SPLITS_BLOCK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Sum the partial results of `_columns` for dS and dB in one launch: first programs over rows, then over elements."""
+    """Sum the partial results of `_columns` for dS and dB in one launch: programs over rows, then over elements."""
     pid = tl.program_id(0)
     programs = (T + BT - 1) // BT * ((TAIL + BR - 1) // BR)
     if pid < programs:
@@ -204,7 +204,7 @@ def _tiles(spans: tuple[tuple[int, int, int, int], ...], wide: bool, how: Launch
 
     spans: (first column of z, width, first column of v, rank) per projection. wide: elements have 32 bits.
     """
-    column, width, v_column, rank = (tuple(span) for span in zip(*spans, strict=True))
+    column, width, v_col, rank = (tuple(span) for span in zip(*spans, strict=True))
     # Without tensor cores, 32-bit elements, a block of 64 columns spills registers.
     rank_block = max(16, min(16 if wide else 64, power_of_2(max(rank))))
     rank_blocks = -(-max(rank) // rank_block)
@@ -213,7 +213,7 @@ def _tiles(spans: tuple[tuple[int, int, int, int], ...], wide: bool, how: Launch
     first = (0, *itertools.accumulate(-(-size // columns) for size in width))
     base = (0, *itertools.accumulate(size * ranks for size, ranks in zip(width, rank, strict=True)))
     constants = {
-        "COUNT": len(spans), "FIRST": first, "COLUMN": column, "WIDTH": width, "K": v_column, "RANK": rank, "BASE": base,
+        "COUNT": len(spans), "FIRST": first, "COLUMN": column, "WIDTH": width, "K": v_col, "RANK": rank, "BASE": base,
         "P_STRIDE": rank_block * rank_blocks, "BT": how.rows, "BC": columns, "BR": rank_block,
         "num_warps": how.warps, "num_stages": how.stages,
     }  # fmt: skip
