@@ -201,11 +201,11 @@ def _forward_chunk(
         launch_jacobian(product, picked, softmax, factor, by_entropy)
 
 
-def _jacobian(found: Rows, weight: Tensor, targets: Tensor, factor: float) -> Tensor:
+def _jacobian(softmax: Rows, weight: Tensor, targets: Tensor, factor: float) -> Tensor:
     """Compute factor (own W_t - others E W), [rows, H], on a CPU."""
-    assert found.weights is not None
-    product = _over_vocabulary(found.weights, weight).mul_(found.others[:, None])
-    return (weight[targets] * found.own[:, None]).sub_(product).mul_(factor)
+    assert softmax.weights is not None
+    product = _over_vocabulary(softmax.weights, weight).mul_(softmax.others[:, None])
+    return (weight[targets] * softmax.own[:, None]).sub_(product).mul_(factor)
 
 
 class _LinearLogprobs(torch.autograd.Function):
@@ -293,12 +293,12 @@ def _head_gradient(
     return (total * (options[2] / options[0])).to(weight.dtype)
 
 
-def _logit_gradient(found: Rows, targets: Tensor, upstream: Tensor) -> Tensor:
+def _logit_gradient(softmax: Rows, targets: Tensor, upstream: Tensor) -> Tensor:
     """Write the gradient with respect to y, [rows, V], over the weights: upstream (own at the target, -others E
     elsewhere)."""
-    assert found.weights is not None
-    dz = found.weights.mul_((-found.others * upstream)[:, None])
-    return dz.scatter_(1, targets[:, None], (found.own * upstream)[:, None])
+    assert softmax.weights is not None
+    dz = softmax.weights.mul_((-softmax.others * upstream)[:, None])
+    return dz.scatter_(1, targets[:, None], (softmax.own * upstream)[:, None])
 
 
 def linear_logprobs(

@@ -166,7 +166,7 @@ def _rows_kernel(
     FAR: tl.constexpr,
     STORE: tl.constexpr,
 ):
-    """Compute the sums of e and e d and the maximum of d of one split of a row; write e f for the second product."""
+    """Compute, for one split of a row, the sums of e and e d and the maximum of d; write e f."""
     pid = tl.program_id(0)
     row, split = (pid // splits).to(tl.int64), pid % splits
     t = tl.load(targets + row)
@@ -360,29 +360,29 @@ def launch_entropy(
 def _launch_weights(
     z: Tensor,
     targets: Tensor,
-    found: Rows,
+    result: Rows,
     temperature: float,
     softcap: float | None,
     scale: float,
     block: int,
     entropy: bool,
 ) -> None:
-    """Launch `_weights_kernel`, which overwrites weights, others and with `entropy` own of `found`."""
+    """Launch `_weights_kernel`, which overwrites weights, others and, with `entropy`, own of `result`."""
     rows, vocab = z.shape
-    assert found.weights is not None
+    assert result.weights is not None
     splits = -(-vocab // block)
     launch(
         _weights_kernel,
         (rows * splits,),
         z,
         targets,
-        found.weights,
-        found.sums,
-        found.own,
-        found.others,
+        result.weights,
+        result.sums,
+        result.own,
+        result.others,
         vocab,
         z.stride(0),
-        found.weights.stride(0),
+        result.weights.stride(0),
         splits,
         scale,
         softcap or 1.0,

@@ -93,7 +93,7 @@ def cast_plain(model: Any, dtype: torch.dtype) -> None:
     """Cast the plain weights of a quantized checkpoint to the run's dtype; transformers 5.24 leaves them in that of the
     files.
 
-    What transformers keeps in float32 beside 16 bits (`_keep_in_fp32_modules`) is float32 here too.
+    What transformers keeps in float32 in a 16-bit model (`_keep_in_fp32_modules`) is float32 here too.
     """
     fp32_parts = set(model._keep_in_fp32_modules_strict or ()) if dtype in (torch.float16, torch.bfloat16) else set()
     fp32_parts |= set(model._keep_in_fp32_modules or ()) if dtype == torch.float16 else set()

@@ -69,9 +69,9 @@ def _router(module: nn.Module, leaf: str, parent: nn.Module) -> bool:
     """Return whether a module is a router of a mixture of experts."""
     if "router" in type(module).__name__.lower() or "TopkGate" in type(module).__name__:
         return True
-    beside = hasattr(parent, "experts") or "gating" in type(parent).__name__.lower()
+    in_experts_block = hasattr(parent, "experts") or "gating" in type(parent).__name__.lower()
     return isinstance(module, nn.Linear) and (
-        (beside and leaf in ("gate", "router")) or "router" in type(parent).__name__.lower()
+        (in_experts_block and leaf in ("gate", "router")) or "router" in type(parent).__name__.lower()
     )
 
 

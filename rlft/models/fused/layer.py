@@ -71,39 +71,39 @@ def check_versions(before: list[tuple[Tensor, int]], where: str) -> None:
 class Forward(Steps):
     """The forward of one layer."""
 
-    def __call__(self, x: Tensor, kept: Kept) -> Tensor:
-        """Return the layer's output, [T, H], and fill `kept` as far as the level of the layer says."""
+    def __call__(self, x: Tensor, saved: Kept) -> Tensor:
+        """Return the layer's output, [T, H], and fill `saved` as far as the level of the layer says."""
         level = self.run.levels[self.layer.index]
         T, qkv_group = x.shape[0], self.bound[QKV].group
         s_qkv = x.new_empty(T, qkv_group.rank) if level in (0, 1) else None
         qkv = self.qkv(x, s_qkv)
         attention = self.attend(qkv)
-        kept.s_down = x.new_empty(T, self.bound[DOWN].group.rank)
+        saved.s_down = x.new_empty(T, self.bound[DOWN].group.rank)
         if level in (0, 1):
-            kept.qkv, kept.s_qkv = qkv, s_qkv
+            saved.qkv, saved.s_qkv = qkv, s_qkv
         if level in (0, 1, 2, 4):
-            kept.attention = attention
+            saved.attention = attention
         if level == 0:
             gate_up = self.bound[GATE_UP].group
-            kept.mid, kept.gate_up = torch.empty_like(x), x.new_empty(T, gate_up.out + gate_up.tail)
+            saved.mid, saved.gate_up = torch.empty_like(x), x.new_empty(T, gate_up.out + gate_up.tail)
         del qkv
-        return self._mlp(x, attention.out.flatten(1), kept)
+        return self._mlp(x, attention.out.flatten(1), saved)
 
-    def _mlp(self, x: Tensor, attended: Tensor, kept: Kept) -> Tensor:
+    def _mlp(self, x: Tensor, attended: Tensor, saved: Kept) -> Tensor:
         out, group = torch.empty_like(x), self.bound[GATE_UP].group
         for rows in tiles(x.shape[0], self.run.tile):
             o, _ = self.out(attended[rows])
-            mid = out[rows] if kept.mid is None else kept.mid[rows]
+            mid = out[rows] if saved.mid is None else saved.mid[rows]
             n, _ = self.mid(x[rows], o, mid)
             del o
-            gate_up = x.new_empty(n.shape[0], group.out) if kept.gate_up is None else kept.gate_up[rows]
+            gate_up = x.new_empty(n.shape[0], group.out) if saved.gate_up is None else saved.gate_up[rows]
             self.project(GATE_UP, n, out=gate_up[:, : group.out])
             del n
             h = self.hidden(gate_up)
             del gate_up
             self._down(h, mid, out[rows])
-            if kept.s_down is not None:
-                kept.s_down[rows].copy_(h[:, self.layer.width :][:, : kept.s_down.shape[1]])
+            if saved.s_down is not None:
+                saved.s_down[rows].copy_(h[:, self.layer.width :][:, : saved.s_down.shape[1]])
         return out
 
     def _down(self, h: Tensor, mid: Tensor, out: Tensor) -> None:
@@ -121,17 +121,17 @@ class _Layer(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, layer, run, bound, *parameters):  # type: ignore[override]
         level = run.levels[layer.index]
-        kept = Kept(x=None)
-        out = Forward(layer, run, bound, x)(x, kept)
+        saved = Kept(x=None)
+        out = Forward(layer, run, bound, x)(x, saved)
         if level in (4, 5):
             assert run.offload is not None
-            run.stored[layer.index] = run.offload.put(layer.index, x, kept.attention)
-            kept.attention = None
+            run.stored[layer.index] = run.offload.put(layer.index, x, saved.attention)
+            saved.attention = None
         else:
             if run.offload is not None:
                 run.offload.settle()
             ctx.save_for_backward(x)
-        ctx.kept, ctx.rest = kept, (layer, run, bound)
+        ctx.kept, ctx.rest = saved, (layer, run, bound)
         ctx.versions = versions(adapter_tensors(bound))
         return out
 
@@ -139,8 +139,8 @@ class _Layer(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dout):  # type: ignore[override]
         layer, run, bound = ctx.rest
-        kept, ctx.kept = ctx.kept, None
-        if kept is None:
+        saved, ctx.kept = ctx.kept, None
+        if saved is None:
             raise RuntimeError(
                 f"layer {layer.index}: backward ran before, and turned what it had kept into gradients in place; run "
                 f"the forward again"
@@ -149,10 +149,10 @@ class _Layer(torch.autograd.Function):
         if run.stored:
             run.offload.ahead(run.stored, layer.index, dout.device)
         if run.levels[layer.index] in (4, 5):
-            kept.x, kept.attention = run.offload.get(run.stored, layer.index)
+            saved.x, saved.attention = run.offload.get(run.stored, layer.index)
         else:
-            (kept.x,) = ctx.saved_tensors
-        work = Backward(layer, run, bound, kept.x)
-        dx = work(dout, kept, ctx.needs_input_grad[0])
+            (saved.x,) = ctx.saved_tensors
+        work = Backward(layer, run, bound, saved.x)
+        dx = work(dout, saved, ctx.needs_input_grad[0])
         parameters = len(ctx.needs_input_grad) - 4
         return dx, None, None, None, *work.grads.returned[:parameters]

@@ -69,18 +69,18 @@ class Backward(Steps):
         super().__init__(*args)
         self.grads = Gradients.of(self.bound, self.run.gradients, args[3])
 
-    def __call__(self, dout: Tensor, kept: Kept, input_gradient: bool) -> Tensor | None:
+    def __call__(self, dout: Tensor, saved: Kept, input_gradient: bool) -> Tensor | None:
         """Return dx [T, H], whose rows may have a stride; None without `input_gradient`."""
-        x, qkv, s_qkv = kept.x, kept.qkv, kept.s_qkv
+        x, qkv, s_qkv = saved.x, saved.qkv, saved.s_qkv
         assert x is not None
         group = self.bound[QKV].group
-        if kept.attention is None:
+        if saved.attention is None:
             s_qkv = x.new_empty(x.shape[0], group.rank)
             qkv = self.qkv(x, s_qkv)
-            kept.attention = self.attend(qkv)
-        attention = kept.attention
-        dmid, dattended = self._mlp(dout, x, attention.out.flatten(1), kept)
-        kept.mid = kept.gate_up = kept.s_down = None
+            saved.attention = self.attend(qkv)
+        attention = saved.attention
+        dmid, dattended = self._mlp(dout, x, attention.out.flatten(1), saved)
+        saved.mid = saved.gate_up = saved.s_down = None
         rotated = None
         if qkv is None:
             s_qkv = x.new_empty(x.shape[0], group.rank)
@@ -89,7 +89,7 @@ class Backward(Steps):
         assert s_qkv is not None
         self._attention(dattended, qkv, rotated, attention)
         del dattended, attention, rotated
-        kept.attention = kept.qkv = None
+        saved.attention = saved.qkv = None
         return self._inputs(qkv, s_qkv, x, dmid, input_gradient)
 
     def _gradient_b(self, i: int, dy: Tensor, s: Tensor) -> Tensor:
@@ -116,7 +116,7 @@ class Backward(Steps):
             shrink(group, x, self.weights(i).a, s)
         return s
 
-    def _mlp(self, dout: Tensor, x: Tensor, attended: Tensor, kept: Kept) -> tuple[Tensor, Tensor]:
+    def _mlp(self, dout: Tensor, x: Tensor, attended: Tensor, saved: Kept) -> tuple[Tensor, Tensor]:
         """Return the gradients of mid [T, H + tail] and of attention's output [T, Hq D]: from the layer's output down
         to o."""
         T, H = x.shape
@@ -125,16 +125,16 @@ class Backward(Steps):
         for rows in tiles(T, self.run.tile):
             s_out = None
             raw = None
-            if kept.mid is None or self.layer.attention_norm is not None:
+            if saved.mid is None or self.layer.attention_norm is not None:
                 raw, s_out = self.out(attended[rows])
-            if kept.mid is None:
+            if saved.mid is None:
                 assert raw is not None
                 mid = torch.empty_like(raw) if self.layer.attention_norm is not None else raw
                 n, rstd = self.mid(x[rows], raw, mid)
             else:
-                mid = kept.mid[rows]
+                mid = saved.mid[rows]
                 n, rstd = self.normed(mid, self.layer.mlp_norm, GATE_UP)
-            dn = self._gated(dout[rows], n, kept, rows)
+            dn = self._gated(dout[rows], n, saved, rows)
             ops.norm_backward(dn, mid, self.layer.mlp_norm, rstd, dout[rows], dmid[rows, :H])
             del dn, n, mid
             do = self._through_norm(dmid[rows], raw, self.layer.attention_norm, OUT)
@@ -145,22 +145,22 @@ class Backward(Steps):
             self._gradient_a(OUT, ds, attended[rows])
         return dmid, dattended
 
-    def _gated(self, dout: Tensor, n: Tensor, kept: Kept, rows: slice) -> Tensor:
+    def _gated(self, dout: Tensor, n: Tensor, saved: Kept, rows: slice) -> Tensor:
         """Return the gradient of the MLP norm's output, from the layer's output: down, gate and up, for the rows of a
         tile."""
         H, group = dout.shape[1], self.bound[GATE_UP].group
-        if kept.gate_up is None:
+        if saved.gate_up is None:
             gate_up = n.new_empty(n.shape[0], group.out + group.tail)
             self.project(GATE_UP, n, out=gate_up[:, : group.out])
             s = n[:, H:]
         else:
-            gate_up, s = kept.gate_up[rows], self._recompute_s(GATE_UP, n[:, :H])
-        assert kept.s_down is not None
+            gate_up, s = saved.gate_up[rows], self._recompute_s(GATE_UP, n[:, :H])
+        assert saved.s_down is not None
         if self.layer.down_norm is None:
             dy = self._with_tail(dout, DOWN)
         else:
             dy = self._through_norm(dout, self.project(DOWN, self.hidden(gate_up)), self.layer.down_norm, DOWN)
-        ds = self._gradient_b(DOWN, dy, kept.s_down[rows])
+        ds = self._gradient_b(DOWN, dy, saved.s_down[rows])
         dh = self._dx(DOWN, dy)
         ops.gate_backward(dh, *self.gates(gate_up), self.layer.activation)
         self._gradient_a(DOWN, ds, dh)
