@@ -111,7 +111,7 @@ class Steps:
         return self.project(OUT, attended, s=s), s
 
     def mid(self, x: Tensor, o: Tensor, total: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return the MLP norm's output with its tail, and 1 / rms; write x + o into `total`."""
+        """Return the MLP norm's output with its tail, and 1 / rms; write mid = x + [norm](o) into `total`."""
         norm = self.layer.attention_norm
         if norm is not None:
             raw, o = o, torch.empty_like(o)
