@@ -1,28 +1,33 @@
 """Causal attention over packed sequences of unequal length, optionally behind a prefix that several of them share.
 
-For a query at position i of sequence s, with scores z_j = scale * q_i . k_j over the keys j it may see,
+For a query at position i of sequence s, with scores z_j = scale * q_i . k_j over the keys j that it attends to,
 
-    out_i = sum_j softmax(z)_j v_j        keys seen: all of prefix[s] (if any), and rows 0..i of s itself;
+    out_i = sum_j softmax(z)_j v_j        keys j: all of prefix[s] (if any), and rows 0..i of s itself;
                                           with a window w only the last w of them
     lse_i = log sum_j exp(z_j)
 
     dv_j = sum_i p_ij dout_i,   dp_ij = dout_i . v_j,   dz_ij = p_ij (dp_ij - dout_i . out_i),
     dq_i = scale sum_j dz_ij k_j,   dk_j = scale sum_i dz_ij q_i.
 
-A shared prefix is stored once; its keys collect the gradient of every sequence that continues it. Running the G
-completions of a prompt of P tokens, R each, costs P + G R tokens instead of G (P + R) (DESIGN 10). On a GPU there are
-two ways to do it with an attention for plain sequences:
+A shared prefix is stored once; its keys accumulate the gradient of every sequence that continues it. Running the G
+completions of a prompt of P tokens, R each, costs P + G R tokens instead of G (P + R). On a GPU it is built in one of
+two ways from an attention for plain sequences:
 
-    copies      every continuation gets a copy of its prefix's keys and values in front of its own, and one causal call
-                does the rest; their gradients are added up. For prefixes that are short beside their continuations.
-    two calls   each sequence over itself, causal, and all continuations of a prefix, side by side, over the prefix, not
-                causal; merged by lse. A backward needs p_ij = exp(z_ij - lse_i) and dout_i . out_i only, so handing the
-                *merged* out and lse to the backward of both calls makes its gradients exact. Nothing is copied, but a
-                backward runs in parallel over the keys and has few of them when the prefix is short.
+    copies      Every continuation gets a copy of its prefix's keys and values in front of its keys, and one causal call
+                does the rest; the gradients of the copies are summed. For prefixes that are short compared with their
+                continuations.
+    two calls   One causal call runs each sequence over itself, and a second, non-causal one runs all continuations of a
+                prefix, side by side, over the prefix; the results are merged by lse. A backward needs only
+                p_ij = exp(z_ij - lse_i) and dout_i . out_i, so passing the *merged* out and lse to the backward of both
+                calls makes its gradients exact. Nothing is copied, but a backward is parallel over the keys and has few
+                of them if the prefix is short.
 
-`varlen_attention_reference` writes the formula out and is the truth for the tests. On a CPU, and in fp32, PyTorch's
+`varlen_attention_reference` is the formula written out, the reference for tests. On a CPU, and in fp32, PyTorch's
 scaled_dot_product_attention runs per sequence: nothing is padded and no [T, T] mask exists. Bytes moved per sequence:
-q, k, v and out once; on a CPU a copy of the prefix's k and v for each continuation.
+q, k, v and out once; on a CPU also a copy of the prefix's k and v for each continuation.
+
+Names: S sequences, s one of them or the `Sequences`, T rows, Hq query heads, Hk key heads, D head size, p the index of
+a sequence's prefix (-1: none), n a number of keys, a, b, c bounds of rows or keys.
 """
 
 from __future__ import annotations
@@ -42,20 +47,20 @@ from rlft.kernels.lse_merge import merge
 from rlft.upload import upload
 
 COPIED = 1.0
-"""Copies of prefixes are made where they hold at most this many times the rows of the continuations: see
+"""Prefixes are copied if the copies have at most this many times the rows of the continuations. Measured by
 benchmarks/attention.py."""
 PLAIN_LIMIT = 4 * 2**30
-"""Bytes of fp32 scores that plain attention with a softcap may hold for one sequence: 8,192 tokens at 16 heads."""
+"""Most bytes of fp32 scores of one sequence in plain attention with a softcap: 8,192 tokens with 16 heads."""
 
 
 class Shared(NamedTuple):
-    """The second call of shared prefixes: rows `first` to `last` (all continuations) over rows 0 to `keys`."""
+    """The second call for shared prefixes: rows `first` to `last` (all continuations) over rows 0 to `keys`."""
 
     first: int
     last: int
     keys: int
     cu_q: Tensor
-    """[prefixes + 1] int32, from `first`: the continuations of each prefix are one block of queries."""
+    """[prefixes + 1] int32, counted from `first`: the continuations of each prefix are one block of queries."""
     cu_k: Tensor
     """[prefixes + 1] int32."""
     max_q: int
@@ -63,42 +68,43 @@ class Shared(NamedTuple):
 
 
 class Sequences(NamedTuple):
-    """Which rows attend to which, known on the host, so that no launch waits for the GPU."""
+    """Which rows attend to which; known on the host, so that no launch waits for the GPU."""
 
     bounds: tuple[int, ...]
     """S + 1 row bounds."""
     prefix: tuple[int, ...]
-    """For each sequence, the one it continues; -1 for none. A prefix has no prefix itself."""
+    """For each sequence, the index of the sequence it continues; -1 for none. A prefix has no prefix itself."""
     cu_seqlens: Tensor
-    """[S+1] int32 on the device of the rows: `bounds`."""
+    """`bounds` as [S+1] int32, on the device of the rows."""
     max_seqlen: int
     shared: Shared | None
-    """None without shared prefixes, and where the order of the rows does not allow the second call."""
+    """None without shared prefixes, and if the order of the rows does not allow the second call."""
     copies: bool
-    """Copies of prefixes instead of a second call."""
+    """Whether prefixes are copied, instead of a second call."""
     keys: dict[int | None, Keys | None]
-    """Window -> the copies it takes: made at the first call and kept, for all layers and for a CUDA graph's capture."""
+    """Window -> copies of keys; built by the first call and reused by all layers and by a captured CUDA graph."""
 
     @classmethod
     def of(
         cls, cu_seqlens: Tensor, prefix: Tensor, device: torch.device | str | None = None, copies: bool | None = None
     ) -> Sequences:
-        """From [S+1] and [S] int32 tensors, best on the CPU: they are read by the host.
+        """Build from [S+1] and [S] int32 tensors, preferably on the CPU, since the host reads them.
 
-        device: of the rows. copies: how shared prefixes are run on a GPU; None decides by their lengths.
+        device: of the rows. copies: whether prefixes are copied on a GPU; None: decided by their lengths.
         """
-        bounds, before = tuple(cu_seqlens.tolist()), tuple(prefix.tolist())
+        bounds, parents = tuple(cu_seqlens.tolist()), tuple(prefix.tolist())
         device = cu_seqlens.device if device is None else torch.device(device)
         lengths = [b - a for a, b in pairwise(bounds)]
         if copies is None:
-            continued = [(lengths[p], lengths[i]) for i, p in enumerate(before) if p >= 0]
+            continued = [(lengths[p], lengths[i]) for i, p in enumerate(parents) if p >= 0]
             copies = bool(continued) and sum(p for p, _ in continued) <= COPIED * sum(n for _, n in continued)
-        shared = None if copies else _shared(bounds, before, device)
-        return cls(bounds, before, upload(cu_seqlens, device), max(lengths, default=0), shared, copies, {})
+        shared = None if copies else _shared(bounds, parents, device)
+        return cls(bounds, parents, upload(cu_seqlens, device), max(lengths, default=0), shared, copies, {})
 
 
 def _shared(bounds: tuple[int, ...], prefix: tuple[int, ...], device: torch.device) -> Shared | None:
-    """The second call, where prefixes come first and their continuations follow in the same order, as in `pack`."""
+    """Build the second call if all prefixes come first and their continuations follow in the same order, as `pack`
+    does."""
     order = [p for p in prefix if p >= 0]
     heads = list(dict.fromkeys(order))
     count = len(heads)
@@ -114,7 +120,7 @@ def _shared(bounds: tuple[int, ...], prefix: tuple[int, ...], device: torch.devi
 
 
 def visible(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:
-    """[queries, keys] bool: which keys each query sees, the queries being the last `queries` positions of the keys."""
+    """Return a [queries, keys] mask of the keys that each query attends to; the queries are the last positions."""
     ends = torch.arange(keys - queries, keys, device=device)[:, None]
     positions = torch.arange(keys, device=device)[None, :]
     mask = positions <= ends
@@ -131,20 +137,20 @@ def varlen_attention_reference(
     window: int | None = None,
     softcap: float | None = None,
 ) -> Tensor:
-    """The formula of this file, one sequence at a time. Arguments and result as `varlen_attention`."""
+    """Compute the formula of this file, one sequence at a time. Arguments and result as `varlen_attention`."""
     bounds, out = cu_seqlens.tolist(), torch.zeros_like(q)
     groups = q.shape[1] // k.shape[1]
     for s, p in enumerate(prefix.tolist()):
         rows = list(range(bounds[s], bounds[s + 1]))
-        seen = (list(range(bounds[p], bounds[p + 1])) if p >= 0 else []) + rows
+        visible_rows = (list(range(bounds[p], bounds[p + 1])) if p >= 0 else []) + rows
         if not rows:
             continue
-        keys = k[seen].repeat_interleave(groups, dim=1)
-        values = v[seen].repeat_interleave(groups, dim=1)
+        keys = k[visible_rows].repeat_interleave(groups, dim=1)
+        values = v[visible_rows].repeat_interleave(groups, dim=1)
         scores = torch.einsum("ihd,jhd->hij", q[rows], keys) * scale
         if softcap is not None:
             scores = softcap * torch.tanh(scores / softcap)
-        scores = scores.masked_fill(~visible(len(rows), len(seen), window, q.device), float("-inf"))
+        scores = scores.masked_fill(~visible(len(rows), len(visible_rows), window, q.device), float("-inf"))
         out = out.index_copy(
             0, torch.tensor(rows, device=q.device), torch.einsum("hij,jhd->ihd", scores.softmax(-1), values)
         )
@@ -173,7 +179,7 @@ def attention_forward(
     window: int | None = None,
     softcap: float | None = None,
 ) -> Saved:
-    """out and lse by a back end of `attention_backends`. Arguments as `varlen_attention`; no autograd."""
+    """Compute out and lse by a back end of `attention_backends`. Arguments as `varlen_attention`; no autograd."""
     s = sequences
     keys = Keys.of(s, window)
     cu_k, max_k = (s.cu_seqlens, s.max_seqlen) if keys is None else (keys.cu_k, keys.max_k)
@@ -199,7 +205,7 @@ def attention_backward(
     window: int | None = None,
     softcap: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk, dv of `attention_forward`."""
+    """Compute dq, dk, dv of `attention_forward`."""
     s = sequences
     out, lse = saved
     keys = Keys.of(s, window)
@@ -231,40 +237,44 @@ def attention_backward(
 
 
 def _totals(s: Sequences) -> list[int]:
-    """Keys that the last row of each sequence sees."""
+    """Return the number of keys that the last row of each sequence attends to."""
     lengths = [b - a for a, b in pairwise(s.bounds)]
     return [lengths[i] + (lengths[p] if p >= 0 else 0) for i, p in enumerate(s.prefix)]
 
 
 def _second(shared: Shared) -> backends.Spans:
+    """Return the spans of the second call."""
     return backends.Spans(shared.cu_q, shared.cu_k, shared.max_q, shared.max_k, causal=False, window=None)
 
 
 class Keys(NamedTuple):
-    """Keys for each sequence: a copy of what it sees of its prefix, and its own. Also the only way where a window cuts
-    a prefix, since each continuation then sees another part of it."""
+    """Keys of each sequence as copies: the visible part of its prefix, then its rows.
+
+    This is the only way if a window cuts a prefix, since each continuation then attends to another part of it.
+    """
 
     copies: Copies
-    """Of rows of k and of v."""
+    """Copies of rows of k and of v."""
     cu_k: Tensor
     """[S+1] int32: the keys of sequence s are copies cu_k[s] to cu_k[s+1]."""
     max_k: int
 
     @classmethod
     def of(cls, s: Sequences, window: int | None) -> Keys | None:
-        """None where a second call does it."""
+        """Return the keys for a window, cached in `s`; None if a second call is used instead."""
         if window not in s.keys:
             s.keys[window] = cls._wanted(s, window)
         return s.keys[window]
 
     @classmethod
     def _wanted(cls, s: Sequences, window: int | None) -> Keys | None:
+        """Build the keys if copies are used or the window cuts a prefix; else None."""
         cut = window is not None and any(p >= 0 and n > window for p, n in zip(s.prefix, _totals(s), strict=True))
         return cls.made(*cls.seen(s, window), s.bounds[-1], s.cu_seqlens.device) if cut or s.copies else None
 
     @classmethod
     def seen(cls, s: Sequences, window: int | None) -> tuple[np.ndarray, list[int]]:
-        """The rows that each sequence sees, one sequence after the other, and the sequences' bounds among them."""
+        """Return the rows that each sequence attends to, concatenated, and the bounds of the sequences among them."""
         rows, bounds = [], [0]
         for i, p in enumerate(s.prefix):
             a, b = (s.bounds[p], s.bounds[p + 1]) if p >= 0 else (0, 0)
@@ -275,12 +285,14 @@ class Keys(NamedTuple):
 
     @classmethod
     def made(cls, index: np.ndarray, bounds: list[int], rows: int, device: torch.device) -> Keys:
-        """From `seen`, of so many rows."""
+        """Build from the result of `seen`. rows: number of rows that are copied from."""
         cu_k = upload(torch.tensor(bounds, dtype=torch.int32), device)
         return cls(Copies.of(index, rows, device), cu_k, max(b - a for a, b in pairwise(bounds)))
 
 
 class _Attention(torch.autograd.Function):
+    """Autograd for the flash attentions."""
+
     @staticmethod
     def forward(ctx, q, k, v, sequences, scale, backend, window, softcap):  # type: ignore[override]
         saved = attention_forward(q, k, v, sequences, scale, backend, window, softcap)
@@ -299,6 +311,7 @@ class _Attention(torch.autograd.Function):
 
 
 def _per_sequence(q: Tensor, k: Tensor, v: Tensor, s: Sequences, scale: float, window: int | None) -> Tensor:
+    """Run scaled_dot_product_attention for one sequence after the other."""
     lengths = [b - a for a, b in pairwise(s.bounds)]
     # One split, so that backward concatenates once instead of adding S gradients of size [T, ...].
     queries, keys, values = q.split(lengths), k.split(lengths), v.split(lengths)
@@ -310,7 +323,7 @@ def _per_sequence(q: Tensor, k: Tensor, v: Tensor, s: Sequences, scale: float, w
             continue
         if p >= 0:
             ks, vs = torch.cat([keys[p], ks]), torch.cat([values[p], vs])
-        # is_causal aligns queries with the first keys; behind a prefix or in a window the mask must say it.
+        # is_causal aligns queries with the first keys; behind a prefix or with a window an explicit mask is needed.
         causal = p < 0 and (window is None or window >= lengths[i])
         mask = None if causal else visible(qs.shape[0], ks.shape[0], window, q.device)
         out = F.scaled_dot_product_attention(
@@ -336,14 +349,14 @@ def varlen_attention(
     softcap: float | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """Causal attention of S packed sequences.
+    """Compute causal attention of S packed sequences.
 
-    q: [T, Hq, D] float. k, v: [T, Hk, D], same dtype, Hq a multiple of Hk (grouped queries share a key head).
-    sequences: see `Sequences.of`. window: keys seen at most, the own one included. softcap: c of c tanh(z / c).
-    backend: "fa4", "fa2", "sdpa" or "plain"; None lets `attention_backends.choose_backend` decide from device, dtype,
-    head size and softcap. Returns [T, Hq, D]. Deterministic but for dQ of the flash attentions, which they add up by
-    atomics. Raises ValueError on shapes, dtypes and devices that do not fit, for a back end that cannot do what is
-    asked, and for shared prefixes on a GPU that do not lie first.
+    q: [T, Hq, D] float. k, v: [T, Hk, D], same dtype, Hq a multiple of Hk (grouped-query attention). sequences: see
+    `Sequences.of`. window: most keys that a query attends to, its own included. softcap: c of c tanh(z / c). backend:
+    "fa4", "fa2", "sdpa" or "plain"; None: `attention_backends.choose_backend` chooses by device, dtype, head size and
+    softcap. Returns [T, Hq, D]. Deterministic except for dQ of the flash attentions, which use atomic additions. Raises
+    ValueError on shapes, dtypes and devices that do not fit, for a back end that does not support the arguments, and on
+    a GPU for shared prefixes that do not come first.
     """
     op = "varlen_attention"
     ok = q.dim() == 3 and k.shape == v.shape and q.shape[0] == k.shape[0] and q.shape[1] % k.shape[1] == 0
@@ -353,11 +366,11 @@ def varlen_attention(
     on_gpu(op, q=q, k=k, v=v)
     backend = backend or backends.choose_backend(q.device, q.dtype, q.shape[2], softcap)
     if backend == "plain" or (backend == "sdpa" and softcap is not None):
-        most = max(_totals(sequences), default=0)
-        if q.is_cuda and 4 * q.shape[1] * most**2 > PLAIN_LIMIT:
+        tokens = max(_totals(sequences), default=0)
+        if q.is_cuda and 4 * q.shape[1] * tokens**2 > PLAIN_LIMIT:
             raise ValueError(
-                f"{op}: softcap = {softcap} without flash-attn-4 holds {4 * q.shape[1] * most**2 / 2**30:.1f} GiB of "
-                f"scores for a sequence of {most} tokens (limit {PLAIN_LIMIT / 2**30:.0f}): pip install flash-attn-4"
+                f"{op}: softcap = {softcap} without flash-attn-4 holds {4 * q.shape[1] * tokens**2 / 2**30:.1f} GiB of "
+                f"scores for a sequence of {tokens} tokens (limit {PLAIN_LIMIT / 2**30:.0f}): pip install flash-attn-4"
             )
         cu, prefix = torch.tensor(sequences.bounds), torch.tensor(sequences.prefix)
         return varlen_attention_reference(q, k, v, cu, prefix, scale, window, softcap)

@@ -1,12 +1,13 @@
-"""The attentions of other projects that `attention.py` is built on, each by its raw forward and backward.
+"""The attention implementations that `attention.py` is built on, each as a raw forward and backward.
 
     fa4     flash-attn-4 (flash_attn.cute), on Hopper and newer; its raw functions are private, so one version is tested
-    fa2     torch's own flash attention (`aten::_flash_attention_forward`), any GPU from Ampere on
+    fa2     torch's flash attention (`aten::_flash_attention_forward`), on any GPU from Ampere on
     sdpa    torch's scaled_dot_product_attention per sequence: CPUs, and fp32 anywhere (in attention.py)
     plain   scores in memory, one sequence at a time: a softcap on a GPU without flash-attn-4 (in attention.py)
-    math    fa2's contract written out in PyTorch, for tests of the two-call scheme without a GPU
+    math    the interface of fa2 in plain PyTorch, for tests of the two-call scheme without a GPU
 
-All take q [Tq, Hq, D], k, v [Tk, Hk, D] and give out [Tq, Hq, D] and lse [Hq, Tq] fp32 over packed spans.
+All take q [Tq, Hq, D], k, v [Tk, Hk, D] and return out [Tq, Hq, D] and lse [Hq, Tq] fp32 over packed spans. In the
+formulae: queries a to b over keys c to d, z scores, p their softmax.
 """
 
 from __future__ import annotations
@@ -21,25 +22,25 @@ from torch import Tensor
 
 FA4_TESTED = "4.0.0b36"
 FA4_HEADS = (64, 96, 128)
-"""Head sizes that flash-attn-4 was run with here."""
+"""Head sizes with which flash-attn-4 was tested."""
 
 
 class Spans(NamedTuple):
-    """Which queries see which keys: block s of the queries sees block s of the keys."""
+    """Which queries attend to which keys: block s of the queries to block s of the keys."""
 
     cu_q: Tensor
     cu_k: Tensor
     max_q: int
     max_k: int
     causal: bool
-    """Query i of n sees keys up to i + (keys - n): aligned at the end."""
+    """Query i of n attends to keys up to i + (keys - n): aligned at the end."""
     window: int | None
-    """Keys seen at most, the last one included; None for all."""
+    """Most keys that a query attends to, its own included; None: all."""
 
 
 @functools.cache
 def fa4_version() -> str | None:
-    """The installed version of flash-attn-4, None without it."""
+    """Return the installed version of flash-attn-4; None if it is not installed."""
     try:
         return version("flash-attn-4")
     except PackageNotFoundError:
@@ -47,19 +48,19 @@ def fa4_version() -> str | None:
 
 
 def choose_backend(device: torch.device, dtype: torch.dtype, head_dim: int, softcap: float | None) -> str:
-    """The back end for tensors like these; see benchmarks/attention.py for the measurement behind it.
+    """Choose the back end for tensors of this kind, as measured by benchmarks/attention.py.
 
-    flash-attn-4 wherever it can run: it was faster than torch's at every length from 512 to 64k. Raises ValueError when
-    another version of it is installed than the one that was tested.
+    flash-attn-4 is used where it can run: it was faster than torch's at every length from 512 to 64k. Raises ValueError
+    if a version of it other than the tested one is installed.
     """
     if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
         return "sdpa"
     hopper = torch.cuda.get_device_capability(device)[0] >= 9
-    found = fa4_version()
-    if hopper and head_dim in FA4_HEADS and found is not None:
-        if found != FA4_TESTED:
+    installed = fa4_version()
+    if hopper and head_dim in FA4_HEADS and installed is not None:
+        if installed != FA4_TESTED:
             raise ValueError(
-                f"flash-attn-4 {found} is installed and {FA4_TESTED} is tested: pip install "
+                f"flash-attn-4 {installed} is installed and {FA4_TESTED} is tested: pip install "
                 f"flash-attn-4=={FA4_TESTED}, or uninstall it to use torch's flash attention"
             )
         return "fa4"
@@ -69,7 +70,7 @@ def choose_backend(device: torch.device, dtype: torch.dtype, head_dim: int, soft
 def forward(
     backend: str, q: Tensor, k: Tensor, v: Tensor, spans: Spans, scale: float, softcap: float | None
 ) -> tuple[Tensor, Tensor]:
-    """out and lse. Raises ValueError for a softcap that the back end cannot do, and an unknown back end."""
+    """Compute out and lse. Raises ValueError for an unknown back end and for a softcap that it does not support."""
     if backend == "fa4":
         from flash_attn.cute.interface import _flash_attn_fwd  # pyright: ignore[reportMissingImports]
 
@@ -127,7 +128,7 @@ def backward(
     scale: float,
     softcap: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk, dv, from any out and lse that include the keys of `spans` (see attention.py)."""
+    """Compute dq, dk, dv from any out and lse that include the keys of `spans` (see attention.py)."""
     if backend == "fa4":
         from flash_attn.cute.interface import _flash_attn_bwd  # pyright: ignore[reportMissingImports]
 
@@ -193,28 +194,28 @@ def _fa2_window(spans: Spans) -> tuple[int, int]:
 
 
 def _scores(q: Tensor, k: Tensor, spans: Spans, scale: float, lse: Tensor | None = None):
-    """For each block: query rows, key rows, and p [H, nq, nk] under `lse` (or its own)."""
+    """Yield, per block: query rows, key rows, p [H, nq, nk] under `lse` (None: the lse of the block), and that lse."""
     bounds = list(zip(spans.cu_q.tolist(), spans.cu_k.tolist(), strict=True))
     for (a, c), (b, d) in pairwise(bounds):
         keys = k[c:d].repeat_interleave(q.shape[1] // k.shape[1], dim=1)
         z = torch.einsum("ihd,jhd->hij", q[a:b], keys) * scale
         ends = torch.arange(d - c - (b - a), d - c)[:, None]
-        at = torch.arange(d - c)[None, :]
+        positions = torch.arange(d - c)[None, :]
         hidden = torch.zeros(b - a, d - c, dtype=torch.bool)
         if spans.causal:
-            hidden |= at > ends
+            hidden |= positions > ends
         if spans.window is not None:
-            hidden |= at <= ends - spans.window
+            hidden |= positions <= ends - spans.window
         z = z.masked_fill(hidden, float("-inf"))
-        own = z.logsumexp(-1) if lse is None else lse[:, a:b]
-        yield slice(a, b), slice(c, d), torch.where(z == float("-inf"), 0, (z - own[..., None]).exp()), own
+        block_lse = z.logsumexp(-1) if lse is None else lse[:, a:b]
+        yield slice(a, b), slice(c, d), torch.where(z == float("-inf"), 0, (z - block_lse[..., None]).exp()), block_lse
 
 
 def _math_forward(q: Tensor, k: Tensor, v: Tensor, spans: Spans, scale: float) -> tuple[Tensor, Tensor]:
     out, lse = torch.zeros_like(q), q.new_full((q.shape[1], q.shape[0]), float("-inf"))
-    for rows, keys, p, own in _scores(q, k, spans, scale):
+    for rows, keys, p, block_lse in _scores(q, k, spans, scale):
         values = v[keys].repeat_interleave(q.shape[1] // v.shape[1], dim=1)
-        out[rows], lse[:, rows] = torch.einsum("hij,jhd->ihd", p, values), own
+        out[rows], lse[:, rows] = torch.einsum("hij,jhd->ihd", p, values), block_lse
     return out, lse
 
 
@@ -225,7 +226,7 @@ def _math_backward(
     groups = q.shape[1] // k.shape[1]
     delta = (dout * out).sum(-1).T  # [H, Tq]
     for rows, keys, p, _ in _scores(q, k, spans, scale, lse):
-        wide_k, wide_v = (x[keys].repeat_interleave(groups, dim=1) for x in (k, v))
+        wide_k, wide_v = (tensor[keys].repeat_interleave(groups, dim=1) for tensor in (k, v))
         dp = torch.einsum("ihd,jhd->hij", dout[rows], wide_v)
         dz = p * (dp - delta[:, rows, None]) * scale
         dq[rows] += torch.einsum("hij,jhd->ihd", dz, wide_k)

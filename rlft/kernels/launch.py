@@ -1,7 +1,8 @@
-"""What every kernel file needs around its launches: which path the tensors take, and its checks at the public edge.
+"""Shared code of the kernel files: launch on the device of the tensors, and checks of arguments.
 
-The device decides and nothing else: CUDA tensors take the Triton kernel, CPU tensors the PyTorch reference. With
-TRITON_INTERPRET=1 (set before triton is imported) the tests call the launchers themselves on CPU tensors.
+Only the device decides: CUDA tensors use the Triton kernel, CPU tensors the PyTorch reference. With TRITON_INTERPRET=1
+(set before triton is imported) the tests call the launchers on CPU tensors. n: a positive number; m: the index of a row
+of a table.
 """
 
 from __future__ import annotations
@@ -17,37 +18,41 @@ import torch
 from torch import Tensor
 
 VARYING = ("T", "N", "T_share", "SPLITS", "head_1", "head_2")
-"""Arguments of kernels that change with the number of tokens, and stand where no load is made wider for them."""
+"""Kernel arguments that change with the number of tokens and on which no load depends for its vector width."""
 
 if TYPE_CHECKING or importlib.util.find_spec("triton") is not None:
     import triton
     import triton.language as tl
 
     def jit(function: Callable[..., Any]) -> Any:
-        """triton.jit; the function itself where there is no Triton (macOS, Windows), whose tensors are on the CPU.
+        """Compile with triton.jit; return the function itself if there is no Triton (macOS, Windows).
 
-        Triton compiles a kernel anew for integers that are 1 or multiples of 16, unless told not to: a run's first
-        micro-batch of a multiple of 16 tokens would wait seconds for all kernels.
+        Triton recompiles a kernel for integers that are 1 or multiples of 16 unless they are excluded, as `VARYING` is:
+        the first micro-batch with a multiple of 16 tokens would wait seconds for all kernels.
         """
         parameters = inspect.signature(function).parameters.values()
-        varying = [p.name for p in parameters if p.name in VARYING and p.annotation is p.empty]
+        varying = [
+            parameter.name
+            for parameter in parameters
+            if parameter.name in VARYING and parameter.annotation is parameter.empty
+        ]
         return triton.jit(do_not_specialize=varying)(function)
 else:
     tl: Any = None
 
     def jit(function: Callable[..., Any]) -> Any:
-        """The function itself: nothing launches it here."""
+        """Return the function itself: without Triton nothing launches it."""
         return function
 
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-"""What the elementwise kernels read and write; inside they compute in float32."""
+"""Dtypes that the elementwise kernels read and write; they compute in float32."""
 
 
 def on_gpu(op: str, **tensors: Tensor | None) -> bool:
-    """True when all tensors are on one CUDA device, False when all are on the CPU.
+    """Return True if all tensors are on one CUDA device, False if all are on the CPU.
 
-    op: name of the public function, for the error. Raises ValueError naming the devices when they are mixed.
+    op: name of the public function, for the error. Raises ValueError with the devices if they differ.
     """
     first = None
     for tensor in tensors.values():
@@ -55,9 +60,10 @@ def on_gpu(op: str, **tensors: Tensor | None) -> bool:
             continue
         first = tensor.device if first is None else first
         if tensor.device != first:
-            devices = {name: t.device for name, t in tensors.items() if t is not None}
+            devices = {name: value.device for name, value in tensors.items() if value is not None}
             raise ValueError(
-                f"{op}: all tensors must be on one device, got {', '.join(f'{n} on {d}' for n, d in devices.items())}"
+                f"{op}: all tensors must be on one device, got "
+                f"{', '.join(f'{name} on {device}' for name, device in devices.items())}"
             )
     assert first is not None
     return first.type == "cuda"
@@ -65,14 +71,16 @@ def on_gpu(op: str, **tensors: Tensor | None) -> bool:
 
 @cache
 def element_type(dtype: torch.dtype) -> Any:
-    """Triton's name of a floating-point dtype."""
+    """Return Triton's name of a floating-point dtype."""
     return getattr(tl, str(dtype).removeprefix("torch."))
 
 
 @jit
 def table_entry(table, pid, COUNT: tl.constexpr, FIELDS: tl.constexpr):
-    """Which of the COUNT rows of a table program `pid` works on, and the program's number within it. The last of a
-    row's FIELDS int64 is its first program."""
+    """Return m, the row of a table that program `pid` works on, and the program's index within it.
+
+    The table has COUNT rows of FIELDS int64; the last field of a row is its first program.
+    """
     m = 0
     for i in tl.static_range(1, COUNT):  # type: ignore[reportGeneralTypeIssues]
         m += (pid >= tl.load(table + i * FIELDS + FIELDS - 1).to(tl.int32)).to(tl.int32)
@@ -84,44 +92,49 @@ _HERE = nullcontext()
 
 @cache
 def _devices() -> int:
+    """Return the number of CUDA devices."""
     return torch.cuda.device_count()
 
 
 def _on_device(tensor: Tensor) -> AbstractContextManager[Any]:
-    """Triton launches on the current device: make it the tensor's, where it is not already. Asks nothing where there is
-    one device: it is called dozens of times per layer."""
+    """Return a context with the device of `tensor` as the current one, on which Triton launches.
+
+    With one device nothing is queried, since this runs dozens of times per layer.
+    """
     if not tensor.is_cuda or _devices() == 1 or tensor.device.index == torch.cuda.current_device():
         return _HERE
     return torch.cuda.device(tensor.device)
 
 
 class _Forms:
-    """What a kernel was compiled to, for each kind of call there was."""
+    """The compiled variants of a kernel, by kind of call."""
 
     def __init__(self, kernel: Any) -> None:
-        self.kernel = kernel  # held, so that no other one gets its id
-        self.varying = tuple(i for i, p in enumerate(kernel.params) if p.do_not_specialize)
+        self.kernel = kernel  # referenced, so that its id is not reused
+        self.varying = tuple(i for i, parameter in enumerate(kernel.params) if parameter.do_not_specialize)
         self.found: dict[tuple, tuple[Any, tuple]] = {}
-        """Kind of call -> the compiled kernel, and the values of what was given by name."""
+        """Kind of call -> compiled kernel, and the values of the keyword arguments."""
 
 
 _forms: dict[int, _Forms] = {}
-"""Of the kernels, by their ids: Triton's own hash of one takes microseconds."""
+"""By id of the kernel, since hashing a Triton kernel takes microseconds."""
 ALIGNMENT = 64
-"""Bytes. Triton compiles a kernel anew for addresses that are not multiples of 16; a finer rule would be met too."""
+"""In bytes. Triton recompiles for addresses that are not multiples of 16; this is finer, to be safe."""
 PLAIN = {float, bool, str, type(None)}
 """Types of arguments that are neither tensors nor integers."""
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
-    """`kernel[grid](*arguments, **constants)` on the device of the first argument, a tensor, and the current stream.
+    """Run `kernel[grid](*arguments, **constants)` on the device of the first argument, a tensor, and the current
+    stream.
 
-    arguments: in the kernel's order. constants: what it has behind them, and num_warps and the like.
-    Triton looks at every argument and constant to find what it has compiled, 33 times per layer, which the host was
-    held up by (benchmarks/host_time.py). A call like an earlier one goes straight to what that was compiled to, as
-    Triton's tutorial on the fused softmax launches. Like: what Triton goes by, and finer, so that no rule of its own is
-    needed here: the device, all types, each tensor's dtype and address modulo 64, and all numbers as they are but those
-    of `VARYING`, whose values Triton is told not to look at.
+    arguments: in the kernel's order. constants: its remaining parameters, num_warps and the like.
+
+    Triton inspects every argument and constant to find the compiled kernel, 33 times per layer, which made passes wait
+    for the host (benchmarks/host_time.py). Here a call of a known kind starts its compiled kernel directly, as in
+    Triton's tutorial on fused softmax. The kind is at least as fine as Triton's specialization, so that its rules need
+    not be repeated: device, all types, each tensor's dtype and address modulo 64, and all numbers except those of
+    `VARYING`, whose values Triton does not specialize on.
     """
     with _on_device(arguments[0]):
         forms = _forms.get(id(kernel))
@@ -130,41 +143,45 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any
                 kernel[grid](*arguments, **constants)
                 return
             forms = _forms[id(kernel)] = _Forms(kernel)
-        # Of the types only integers stand for themselves: 1, 1.0 and True are equal.
-        like = [
-            a if (kind := a.__class__) is int else (kind, a) if kind in PLAIN else (a.dtype, a.data_ptr() % ALIGNMENT)
-            for a in arguments
+        # Only integers stand for themselves; other values need their type, since 1, 1.0 and True are equal.
+        kind = [
+            argument
+            if (argument_type := argument.__class__) is int
+            else (argument_type, argument)
+            if argument_type in PLAIN
+            else (argument.dtype, argument.data_ptr() % ALIGNMENT)
+            for argument in arguments
         ]
         for i in forms.varying:
-            like[i] = arguments[i] >> 31
-        key = (arguments[0].get_device(), *like, *constants.items(), *map(type, constants.values()))
-        found = forms.found.get(key)
-        if found is None:
+            kind[i] = arguments[i] >> 31
+        key = (arguments[0].get_device(), *kind, *constants.items(), *map(type, constants.values()))
+        variant = forms.found.get(key)
+        if variant is None:
             compiled = kernel[grid](*arguments, **constants)
-            named = tuple(constants[name] for name in kernel.arg_names[len(arguments) :])
-            forms.found[key] = (compiled, named)
+            values = tuple(constants[name] for name in kernel.arg_names[len(arguments) :])
+            forms.found[key] = (compiled, values)
         else:
-            compiled, named = found
-            compiled[(*grid, 1, 1)[:3]](*arguments, *named)
+            compiled, values = variant
+            compiled[(*grid, 1, 1)[:3]](*arguments, *values)
 
 
 def check_args(op: str, ok: bool, wanted: str, **got: Tensor | None) -> None:
-    """Raise ValueError saying what `op` wants and the shapes, dtypes and strides it got, unless `ok`."""
+    """Raise ValueError with what `op` expects and the shapes, dtypes and strides it got, unless `ok`."""
     if not ok:
         shown = ", ".join(
-            f"{name} {tuple(t.shape)} {str(t.dtype).removeprefix('torch.')} strides {t.stride()}"
-            for name, t in got.items()
-            if t is not None
+            f"{name} {tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')} strides {tensor.stride()}"
+            for name, tensor in got.items()
+            if tensor is not None
         )
         raise ValueError(f"{op}: want {wanted}; got {shown}")
 
 
 def as_rows(tensor: Tensor) -> Tensor:
-    """[..., H] as [T, H] with adjacent columns, copied only where its strides make that necessary."""
+    """View [..., H] as [T, H] with adjacent columns; copy only if its strides require it."""
     rows = tensor.flatten(0, -2) if tensor.dim() > 1 else tensor[None]
     return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
 def power_of_2(n: int) -> int:
-    """The smallest power of two that is at least n."""
+    """Return the smallest power of two that is at least n."""
     return 1 << (n - 1).bit_length()

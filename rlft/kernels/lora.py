@@ -1,19 +1,20 @@
 """Linear projections of a frozen weight with LoRA: y = x W^T + scale (x A^T) B^T, for a group that shares x.
 
-By K-concatenation the update costs no extra pass over y or dx: with S = x A^T in the tail columns of x's own rows, and
-scale B and A behind and below W in its buffer (`rlft.kernels.lora_group`), forward and backward are one product each,
+By K-concatenation the update takes no extra pass over y or dx: with S = x A^T in the tail columns of x's own rows, and
+b = scale B and a = A behind and below W in its buffer (`rlft.kernels.lora_group`), forward and backward are one product
+each,
 
-    y  = [x, S] [W, sB]^T                                  K = H + tail
-    dx = [dY, dS] [W ; A],   dS = dY sB                    K = out + tail
+    y  = [x, S] [W, b]^T                                   K = H + tail
+    dx = [dY, dS] [W ; a],   dS = dY b                     K = out + tail
     dB = scale dY^T S,   dA = dS^T x
 
-accumulated in fp32 by cuBLAS, so the update is added before the one rounding. Producers of x and dY therefore write
-rows with `tail` free columns, and W is decoded with a row stride of H + tail. `forward` and `backward` work on such
-buffers and are for layers that own theirs; without a tail on dY, dx takes a second product. `lora_linear` stands alone
-in autograd, takes x and W as they are and adds the update to y by a second product.
+accumulated in fp32 by cuBLAS, so the update is added before the result is rounded. Producers of x and dY therefore
+write rows with `tail` free columns, and W is decoded with a row stride of H + tail. `forward` and `backward` use such
+buffers and are for layers that own theirs; without a tail on dY, dx takes a second product. `lora_linear` is a
+standalone autograd function that takes x and W as they are and adds the update to y by a second product.
 
-Source: reference/kernels.md 4. Bytes beyond the frozen projection per token and element size e: forward reads x once
-more (e H), backward reads dY and x once more (e (out + H)).
+Bytes beyond the frozen projection per token, with element size e: forward reads x once more (e H), backward reads dY
+and x once more (e (out + H)). T tokens, H input columns, Y output columns, r rank.
 """
 
 from __future__ import annotations
@@ -39,37 +40,43 @@ def lora_reference(
     scales: Sequence[float],
     bias: Tensor | None = None,
 ) -> Tensor:
-    """[T, sum of out]: y = x W^T + scale (x A^T) B^T per projection, side by side. Differentiable by autograd."""
-    parts = [x @ w.T + scale * ((x @ a.T) @ b.T) for w, a, b, scale in zip(weights, A, B, scales, strict=True)]
+    """Compute y [T, sum of out] = x W^T + scale (x A^T) B^T per projection, side by side; differentiable."""
+    parts = [
+        x @ weight.T + scale * ((x @ a.T) @ b.T) for weight, a, b, scale in zip(weights, A, B, scales, strict=True)
+    ]
     y = torch.cat(parts, dim=1)
     return y if bias is None else y + bias
 
 
 class Weight(NamedTuple):
-    """A group's weight buffer, and the parts of it that products read: views, made once, since they would take as much
-    of the host's time as launching the products."""
+    """A group's weight buffer, and the views of it that matrix products read.
+
+    The views are created once, since creating them takes as much host time as launching the products.
+    """
 
     group: LoraGroup
     buffer: Tensor
     """[out + tail, H + tail]"""
     b: Tensor
-    """[out, tail], which `fill` writes."""
+    """[out, tail], written by `AdapterWriteTables`."""
     a: Tensor
     """[tail, H], likewise."""
     extended: Tensor
-    """[H + tail, out]: what [x, S] is multiplied by."""
+    """[H + tail, out]: the factor of [x, S]."""
     plain: Tensor
-    """[H, out]: what x is multiplied by."""
+    """[H, out]: the factor of x."""
     stacked: Tensor
-    """[out + tail, H]: what [dY, dS] is multiplied by."""
+    """[out + tail, H]: the factor of [dY, dS]."""
 
     @classmethod
     def of(cls, group: LoraGroup, buffer: Tensor) -> Weight:
-        """W goes to buffer[:out, :H]. Raises ValueError for a buffer of another shape."""
+        """Build the views; W belongs into buffer[:out, :H]. Raises ValueError for a buffer of another shape."""
         Y, H = group.out, group.in_features
         check_args("Weight", buffer.shape == group.buffer, f"a buffer {list(group.buffer)}", buffer=buffer)
-        w = buffer[:Y]
-        return cls(group, buffer, w[:, H:], buffer[Y:, :H], w.T, w[:, :H].T, buffer[:, :H])
+        weight_rows = buffer[:Y]
+        return cls(
+            group, buffer, weight_rows[:, H:], buffer[Y:, :H], weight_rows.T, weight_rows[:, :H].T, buffer[:, :H]
+        )
 
 
 def forward(
@@ -81,12 +88,12 @@ def forward(
     s: Tensor | None = None,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """y [T, out], and S = x A^T.
+    """Compute y [T, out], and S = x A^T.
 
-    weight: decoded and filled. x: [T, H + tail], the tail is overwritten with S; or [T, H] with s: [T, tail],
-    overwritten with S, which costs another pass over y. bias: [out] or None. residual: [T, out] or None, added before
-    the one rounding. out: [T, out] to write to, rows of any stride; may be residual. adapter=False is the plain product
-    of x and W, bit for bit, and leaves tail and s alone. Raises ValueError on shapes that do not fit.
+    weight: decoded, with the adapter written. x: [T, H + tail], whose tail is overwritten with S; or [T, H] with s: [T,
+    tail], overwritten with S, which takes another pass over y. bias: [out] or None. residual: [T, out] or None, added
+    before y is rounded. out: [T, out] to write to, rows of any stride; may be residual. adapter=False is the plain
+    product of x and W, bitwise, and leaves tail and s unchanged. Raises ValueError on shapes that do not fit.
     """
     group = weight.group
     H, tail, columns = group.in_features, group.tail, group.in_features + group.tail
@@ -107,20 +114,20 @@ def forward(
     )
     if adapter and tail:
         shrink(group, x[:, :H], weight.a, x[:, H:] if s is None else s)
-    w = weight.extended
+    matrix = weight.extended
     if not adapter or not concatenated:
-        x, w = x[:, :H] if tail else x, weight.plain
+        x, matrix = x[:, :H] if tail else x, weight.plain
     if bias is not None and residual is not None:
-        y = _product(x, w, residual, out).add_(bias)
+        y = _product(x, matrix, residual, out).add_(bias)
     else:
-        y = _product(x, w, bias if residual is None else residual, out)
+        y = _product(x, matrix, bias if residual is None else residual, out)
     return y.addmm_(s, weight.b.T) if adapter and not concatenated and s is not None else y
 
 
 def input_gradient(weight: Weight, dy: Tensor, out: Tensor | None = None) -> Tensor:
-    """dx [T, H] of dy [T, out + tail], whose tail holds dS of `low_rank.gradients_b`; without a tail that of W alone.
+    """Compute dx [T, H] from dy [T, out + tail], whose tail holds dS of `low_rank.gradients_b`.
 
-    weight: as in the forward. out: [T, H] to write to, rows of any stride.
+    weight: as in the forward. dy: without a tail, only W contributes. out: [T, H] to write to, rows of any stride.
     """
     Y, H, tail = weight.group.out, weight.group.in_features, weight.group.tail
     check_args(
@@ -142,12 +149,12 @@ def backward(
     grad_B: Sequence[Tensor],
     out: Tensor | None = None,
 ) -> Tensor:
-    """dx [T, H]; the gradients of A and B are added to the caller's.
+    """Compute dx [T, H], and add the gradients of A and B to the caller's.
 
-    weight: that of the forward, or decoded and filled again. dy: [T, out + tail], the tail is overwritten with dS.
-    x: [T, H]. s: [T, tail] of the forward. grad_A, grad_B: as `rlft.kernels.low_rank.gradients`. out:
-    [T, H] to write to, rows of any stride. Nothing that was saved is overwritten. Raises ValueError on shapes that do
-    not fit. A layer that has x only after dx calls `gradients_b`, `input_gradient` and `gradients_a` itself.
+    weight: that of the forward, or decoded and written again. dy: [T, out + tail], whose tail is overwritten with dS.
+    x: [T, H]. s: [T, tail] of the forward. grad_A, grad_B: as `rlft.kernels.low_rank.gradients`. out: [T, H] to write
+    to, rows of any stride. Saved tensors are not overwritten. Raises ValueError on shapes that do not fit. A layer that
+    has x only after dx calls `gradients_b`, `input_gradient` and `gradients_a` instead.
     """
     group = weight.group
     check_args(
@@ -161,17 +168,17 @@ def backward(
     return input_gradient(weight, dy, out)
 
 
-def _product(x: Tensor, w: Tensor, start: Tensor | None, out: Tensor | None) -> Tensor:
-    """start + x w, where start is a bias, a whole [T, out] (in place where it is out), or nothing."""
+def _product(x: Tensor, matrix: Tensor, start: Tensor | None, out: Tensor | None) -> Tensor:
+    """Compute start + x matrix; start is a bias, a [T, out] tensor (in place if it is out), or None."""
     if out is not None and start is out:
-        return out.addmm_(x, w)
+        return out.addmm_(x, matrix)
     if out is None:
-        return torch.mm(x, w) if start is None else torch.addmm(start, x, w)
-    return torch.mm(x, w, out=out) if start is None else torch.addmm(start, x, w, out=out)
+        return torch.mm(x, matrix) if start is None else torch.addmm(start, x, matrix)
+    return torch.mm(x, matrix, out=out) if start is None else torch.addmm(start, x, matrix, out=out)
 
 
 class _LoraLinear(torch.autograd.Function):
-    """Saves x, S, A and B; decodes and fills again in backward."""
+    """Saves x, S, A and B; decodes the weight and writes the adapter again in the backward."""
 
     @staticmethod
     def forward(ctx, x, group, weights, bias, *adapters):  # type: ignore[override]
@@ -198,7 +205,7 @@ class _LoraLinear(torch.autograd.Function):
         b, a = _filled(group, rows, adapters)
         ds = dy.new_empty(dy.shape[0], group.tail)
         wide = torch.promote_types(rows.dtype, torch.float32)
-        grads = [torch.zeros_like(t, dtype=wide, memory_format=torch.contiguous_format) for t in adapters]
+        grads = [torch.zeros_like(tensor, dtype=wide, memory_format=torch.contiguous_format) for tensor in adapters]
         if group.tail:
             gradients(group, dy, rows, s, b, ds, grads[: len(grads) // 2], grads[len(grads) // 2 :])
         dx = None
@@ -208,43 +215,44 @@ class _LoraLinear(torch.autograd.Function):
                 dx = part @ weight if dx is None else dx.addmm_(part, weight)
             assert dx is not None
             dx = (dx.addmm_(ds, a) if group.tail else dx).view(ctx.shape)
-        return dx, None, None, None, *(g.to(t.dtype) for g, t in zip(grads, adapters, strict=True))
+        return dx, None, None, None, *(grad.to(tensor.dtype) for grad, tensor in zip(grads, adapters, strict=True))
 
 
 def _filled(group: LoraGroup, like: Tensor, adapters: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Fresh b and a of like's dtype."""
+    """Return new b and a in the dtype of `like`."""
     b, a = like.new_empty(group.out, group.tail), like.new_empty(group.tail, group.in_features)
-    adapters = [t.detach().contiguous() for t in adapters]
+    adapters = [tensor.detach().contiguous() for tensor in adapters]
     write_adapters(group, adapters[: len(adapters) // 2], adapters[len(adapters) // 2 :], b, a)
     return b, a
 
 
 def _dense(weights: Sequence[Tensor | Nf4Weight], like: Tensor) -> list[Tensor]:
-    """The weights as tensors of like's dtype; NF4 ones are decoded into fresh memory, in one launch."""
-    packed = [w for w in weights if isinstance(w, Nf4Weight)]
+    """Return the weights as tensors in the dtype of `like`; NF4 weights are decoded into new memory, in one launch."""
+    packed = [weight for weight in weights if isinstance(weight, Nf4Weight)]
     # Only the reference decodes to float64.
     if like.dtype == torch.float64:
-        decoded = iter([decode_reference(w, like.dtype) for w in packed])
+        decoded = iter([decode_reference(weight, like.dtype) for weight in packed])
     else:
-        outs = [like.new_empty(w.shape) for w in packed]
+        outs = [like.new_empty(weight.shape) for weight in packed]
         if packed:
             decode(packed, outs)
         decoded = iter(outs)
-    return [next(decoded) if isinstance(w, Nf4Weight) else w for w in weights]
+    return [next(decoded) if isinstance(weight, Nf4Weight) else weight for weight in weights]
 
 
 def lora_linear(
     x: Tensor, weights: Any, A: Any, B: Any, scale: float | Sequence[float], bias: Tensor | None = None
 ) -> Tensor:
-    """y [..., sum of out] = x W^T + scale (x A^T) B^T + bias for one projection or for up to three of the same x.
+    """Compute y = x W^T + scale (x A^T) B^T + bias for one projection, or for up to three of the same x.
 
-    x: [..., H]. weights: a frozen [out, H] tensor of x's dtype or an `Nf4Weight`, or a sequence of them; y holds their
-    outputs side by side. A: [r, H], B: [out, r], any float dtype, a tensor or a sequence as the weights; any rank.
-    scale: alpha / r, one or per projection. bias: [sum of out], frozen. Gradients go to x, A and B, accumulated in
-    float32 for 16-bit x. Raises ValueError on shapes and dtypes that do not fit and on a weight that wants a gradient.
+    x: [..., H]. weights: a frozen [out, H] tensor of x's dtype or an `Nf4Weight`, or a sequence of them; their outputs
+    are side by side in y [..., sum of out]. A: [r, H], B: [out, r], any float dtype, a tensor or a sequence like the
+    weights; any rank. scale: alpha / r, one or per projection. bias: [sum of out], frozen. Gradients go to x, A and B,
+    accumulated in float32 for 16-bit x. Raises ValueError on shapes and dtypes that do not fit and on a weight that
+    requires a gradient.
     """
     weights = [weights] if isinstance(weights, Tensor | Nf4Weight) else list(weights)
-    A, B = ([t] if isinstance(t, Tensor) else list(t) for t in (A, B))
+    A, B = ([side] if isinstance(side, Tensor) else list(side) for side in (A, B))
     scales = tuple(scale) if isinstance(scale, Sequence) else (float(scale),) * len(weights)
     if not len(weights) == len(A) == len(B) == len(scales):
         raise ValueError(
@@ -265,7 +273,9 @@ def lora_linear(
             A=a,
             B=b,
         )
-    group = LoraGroup(x.shape[-1], tuple(w.shape[0] for w in weights), tuple(a.shape[0] for a in A), scales, align=16)
+    group = LoraGroup(
+        x.shape[-1], tuple(weight.shape[0] for weight in weights), tuple(a.shape[0] for a in A), scales, align=16
+    )
     check_args(
         "lora_linear",
         bias is None or (tuple(bias.shape) == (group.out,) and not bias.requires_grad),

@@ -1,11 +1,13 @@
-"""y += (x A^T) B^T of one adapter, in place, for decoding: few rows, thin operands, projections side by side.
+"""Compute y += (x A^T) B^T of one adapter, in place, for decoding: few rows, projections side by side.
 
-For projections that share x, with A one below the other, a [n r, K], and their B below each other, b [out, r], scaled
-already. x A^T has too few tiles to fill a GPU, so K is split into parts, whose sums are kept in fp32 and added in fixed
-order by the kernel that multiplies with B: two launches, no atomics, two runs are equal bit for bit. No gradient.
+For projections that share x, with a [n r, K] their A stacked, and b [out, r] their B stacked, already scaled. x A^T has
+too few tiles to fill a GPU, so K is split into parts, whose sums p are stored in fp32 and added in fixed order by the
+kernel that multiplies with B: two launches, no atomics, two runs are bitwise equal. There is no gradient.
 
-Bytes per row and element size e: e (K + 2 out), and 8 n r per part of K; A and B once. Source: the sums in two kernels
-as in `rlft.kernels.low_rank`; the formula is LoRA's (arXiv 2106.09685).
+Bytes per row, with element size e: e (K + 2 out), and 8 n r per part of K; A and B once. Source: the sums in two
+kernels as in `rlft.kernels.low_rank`; the formula is LoRA's (arXiv 2106.09685).
+
+Names: T rows, n projections, r ranks, t, k, c, r indices of rows, columns of x, columns of y and ranks, s = x A^T.
 """
 
 from __future__ import annotations
@@ -19,19 +21,19 @@ from torch import Tensor
 from rlft.kernels.launch import KERNEL_DTYPES, check_args, jit, launch, on_gpu, power_of_2, tl
 
 LEAST_RANK = 16
-"""Rows of A per projection at least; the rank is a power of two. What an adapter does not fill is zero."""
+"""Least rank; ranks are powers of two, and an adapter of lower rank is padded with zeros."""
 COLUMNS = 128
 """Columns of y per program."""
 LEAST_SHARE, MOST_PARTS, PROGRAMS = 256, 32, 128
-"""Columns of x per part at least, parts at most, programs that parts are made for."""
+"""Least columns of x per part, most parts, and the number of programs that splitting aims at."""
 
 
 def lora_add_reference(y: Tensor, x: Tensor, a: Tensor, b: Tensor, sizes: Sequence[int]) -> None:
-    """`lora_add` in plain PyTorch."""
+    """Compute `lora_add` in plain PyTorch."""
     rank = b.shape[1]
-    thin = (x @ a.T).split(rank, dim=1)
-    for place, s, matrix in zip(y.split(list(sizes), dim=1), thin, b.split(list(sizes)), strict=True):
-        place.addmm_(s, matrix.T)
+    parts = (x @ a.T).split(rank, dim=1)
+    for columns, s, matrix in zip(y.split(list(sizes), dim=1), parts, b.split(list(sizes)), strict=True):
+        columns.addmm_(s, matrix.T)
 
 
 @jit
@@ -49,7 +51,7 @@ def _shrink(
     BR: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """p [parts, T, RANKS] = x a^T over each part's share of the columns."""
+    """Compute p [parts, T, RANKS] = x a^T over each part's share of the columns."""
     part = tl.program_id(0)
     t = tl.program_id(1).to(tl.int64) * BT + tl.arange(0, BT)
     r = tl.program_id(2) * BR + tl.arange(0, BR)
@@ -85,7 +87,7 @@ def _expand(
     BR: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """y [T, out] += (sum of p over its parts) b^T. Tuples hold, per projection, its first tile, column and width."""
+    """Compute y [T, out] += (sum of p over its parts) b^T. Tuples hold first tile, column and width per projection."""
     tile = tl.program_id(0)
     first, column, width, k0 = 0, 0, WIDTH[0], 0
     for i in tl.static_range(1, COUNT):  # type: ignore[reportGeneralTypeIssues]
@@ -116,10 +118,10 @@ def _expand(
 
 
 def lora_add(y: Tensor, x: Tensor, a: Tensor, b: Tensor, sizes: Sequence[int]) -> None:
-    """y [T, sum of sizes] += x a_i^T b_i^T for each projection i, side by side; x [T, K], rows of any stride.
+    """Compute y [T, sum of sizes] += x a_i^T b_i^T for each projection i, side by side.
 
-    a: [n r, K], b: [sum of sizes, r], contiguous, of x's dtype, r a power of two of at least 16. Raises ValueError on
-    shapes or dtypes that do not fit.
+    x: [T, K], rows of any stride. a: [n r, K], b: [sum of sizes, r], contiguous, of x's dtype, r a power of two of at
+    least 16. Raises ValueError on shapes or dtypes that do not fit.
     """
     T, out, count, rank = x.shape[0], sum(sizes), len(sizes), b.shape[1]
     check_args(
@@ -148,20 +150,20 @@ def lora_add(y: Tensor, x: Tensor, a: Tensor, b: Tensor, sizes: Sequence[int]) -
 
 
 def lora_add_kernel(y: Tensor, x: Tensor, a: Tensor, b: Tensor, sizes: Sequence[int]) -> None:
-    """The launches of `lora_add`."""
+    """Launch the kernels of `lora_add`."""
     (T, K), (ranks, rank) = x.shape, (a.shape[0], b.shape[1])
     if not T:
         return
     BT = 16 if T <= 64 else 32 if T <= 1024 else 64
     BR = min(64, power_of_2(ranks))
     tiles = -(-T // BT) * -(-ranks // BR)
-    most = max(1, min(MOST_PARTS, -(-K // LEAST_SHARE), PROGRAMS // tiles))
-    parts = 1 << (most.bit_length() - 1)
+    most_parts = max(1, min(MOST_PARTS, -(-K // LEAST_SHARE), PROGRAMS // tiles))
+    parts = 1 << (most_parts.bit_length() - 1)
     BK = 128 if x.element_size() == 2 else 64
     share = -(-K // (parts * BK)) * BK
     first = (0, *itertools.accumulate(-(-size // COLUMNS) for size in sizes))
     column = (0, *itertools.accumulate(sizes))
-    # bf16 products of the interpreter are wrong, so there everything is widened.
+    # The interpreter's bf16 products are wrong, so operands are cast to fp32 there.
     wide = not x.is_cuda
     p = torch.empty(parts, T, ranks, dtype=torch.float32, device=x.device)
     launch(

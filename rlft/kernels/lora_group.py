@@ -1,15 +1,16 @@
-"""The shape of a LoRA group, and its adapters written where the matrix products want them.
+"""Describe the shape of a LoRA group, and write its adapters in the layout that the matrix products read.
 
-A group is one to three projections of the same input x [T, H], for example q, k, v. Their A's are stacked to
-a [tail, H]; their B's stand in block form in b [out, tail], times scale = alpha / r, zero up to `tail` columns:
+A group is one to three projections of the same input x [T, H], for example q, k, v. Their A's are stacked to a
+[tail, H]; their B's form blocks of b [out, tail], times scale = alpha / r, with zeros up to `tail` columns:
 
     b[rows of i, columns of i] = scale_i B_i,    a[columns of i] = A_i
 
-This is the only place where the scale is applied (`rlft.kernels.low_rank.gradients` takes it back for B's gradient).
-A buffer [out + tail, H + tail] that holds W in its upper left has room for b (upper right) and a (lower left).
+The scale is applied only here (`rlft.kernels.low_rank.gradients` accounts for it in B's gradient). A buffer
+[out + tail, H + tail] that holds W in its upper left has room for b (upper right) and a (lower left).
 
 Bytes: reads A and B, writes (out + H) * tail elements, once per use of a scratch weight; the groups of a decoder layer
-in one launch.
+take one launch. In the kernel: m a row of the table, e, r, c, k indices of elements, rows, columns, columns of the
+source.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ class LoraGroup:
     """One to three projections that read the same input.
 
     in_features: H. out_features, ranks, scales: per projection; rank 0 is a projection without adapter; scale is
-    alpha / r (or alpha / sqrt(r)). align: the tail's width is rounded up to this; 64 keeps rows of 16-bit elements at
-    128 bytes. Raises ValueError on lengths and signs that do not fit.
+    alpha / r (or alpha / sqrt(r)). align: the width of the tail is rounded up to this; 64 keeps rows of 16-bit elements
+    at 128 bytes. Raises ValueError on lengths and signs that do not fit.
     """
 
     in_features: int
@@ -53,7 +54,7 @@ class LoraGroup:
             )
 
     def __hash__(self) -> int:
-        # What is kept per group is looked up many times per layer; the fields' hash anew takes as long as an operation.
+        # Caches by group are read many times per layer; hashing the fields each time takes as long as an operation.
         return self._hash
 
     @cached_property
@@ -81,21 +82,21 @@ class LoraGroup:
         return self.out + self.tail, self.in_features + self.tail
 
     def rows(self, i: int) -> slice:
-        """Columns of Y and rows of W that are projection i's."""
+        """Return the columns of Y, and rows of W, of projection i."""
         return slice(sum(self.out_features[:i]), sum(self.out_features[: i + 1]))
 
     def columns(self, i: int) -> slice:
-        """Columns of S, dS and the tail that are projection i's."""
+        """Return the columns of S, dS and the tail of projection i."""
         return slice(sum(self.ranks[:i]), sum(self.ranks[: i + 1]))
 
     @cached_property
     def adapted(self) -> tuple[int, ...]:
-        """Projections with an adapter."""
+        """Indices of the projections with an adapter."""
         return tuple(i for i, rank in enumerate(self.ranks) if rank)
 
 
 def write_adapters_reference(group: LoraGroup, A: Sequence[Tensor], B: Sequence[Tensor], b: Tensor, a: Tensor) -> None:
-    """Write the adapters where the products want them, in plain PyTorch."""
+    """Write the adapters into b and a in plain PyTorch."""
     b.zero_()
     a.zero_()
     for i in group.adapted:
@@ -105,12 +106,12 @@ def write_adapters_reference(group: LoraGroup, A: Sequence[Tensor], B: Sequence[
         a[group.columns(i)] = A[i].to(a.dtype)
 
 
-# The table has a row of FIELDS int64 per block that is written: 0 source, 1 target (addresses), 2 elements, 3 columns,
-# 4 the first column with something of the source in it, 5 columns of the source (0: all zeros), 6 row stride of the
-# target, 7 first program.
+# The table has a row of FIELDS int64 per block to write: 0 source, 1 target (addresses), 2 elements, 3 columns,
+# 4 first column that the source fills, 5 columns of the source (0: all zeros), 6 row stride of the target, 7 first
+# program.
 FIELDS = 8
 BLOCK = 1024
-"""Elements of a program."""
+"""Elements per program."""
 
 
 @jit
@@ -124,8 +125,10 @@ def _fill(
     ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Each block of the table, times its scale, zero beside the source's columns. ALIGNED: addresses are multiples of
-    16, and all numbers but the first program of 8."""
+    """Write the blocks of the table times their scales, with zeros beside the columns of the source.
+
+    ALIGNED: addresses are multiples of 16, and all numbers except the first program multiples of 8.
+    """
     m, part = table_entry(table, tl.program_id(0), COUNT, FIELDS)
     row = table + m * FIELDS
     source = tl.load(row).to(tl.pointer_type(SOURCE))  # type: ignore[reportArgumentType]
@@ -147,11 +150,11 @@ def _fill(
 
 
 class Part(NamedTuple):
-    """The adapters of a group, and where the products want them."""
+    """The adapters of a group, and the tensors they are written into."""
 
     group: LoraGroup
     A: Sequence[Tensor]
-    """Per projection [r_i, H], contiguous, of any float dtype (masters or shadow)."""
+    """Per projection [r_i, H], contiguous, of any float dtype."""
     B: Sequence[Tensor]
     """Per projection [out_i, r_i], likewise. The product with the scale is rounded once."""
     b: Tensor
@@ -160,6 +163,7 @@ class Part(NamedTuple):
     """[tail, H], likewise, of b's dtype."""
 
     def check(self) -> None:
+        """Raise ValueError for shapes, dtypes and strides that do not fit."""
         group, A, B, b, a = self
         for i, rank in enumerate(group.ranks):
             check_args(
@@ -178,7 +182,7 @@ class Part(NamedTuple):
             tuple(b.shape) == (group.out, group.tail)
             and tuple(a.shape) == (group.tail, group.in_features)
             and a.dtype == b.dtype
-            and all(t.stride(1) == 1 or not t.numel() for t in (a, b)),
+            and all(tensor.stride(1) == 1 or not tensor.numel() for tensor in (a, b)),
             f"b [{group.out}, {group.tail}] and a [{group.tail}, {group.in_features}] of one dtype, unit column stride",
             b=b,
             a=a,
@@ -186,51 +190,56 @@ class Part(NamedTuple):
 
 
 class AdapterWriteTables:
-    """What writes the adapters of several groups, as they are whenever it is `run`: in one launch, where their dtype is
-    one. The table of addresses is copied to the device once, so that a CUDA graph can run it; the plan keeps the
-    tensors alive and must be made again when one of them moves. Raises ValueError for parts that do not fit."""
+    """Writes the current values of the adapters of several groups, in one launch if their dtypes are equal.
+
+    The table of addresses is copied to the device once, so that a CUDA graph can capture `run`. This object keeps the
+    tensors alive and must be rebuilt if one of them moves. Raises ValueError for parts that do not fit.
+    """
 
     def __init__(self, parts: Sequence[Part]) -> None:
         self.parts = [part for part in parts if part.group.tail]
         for part in parts:
             part.check()
         tensors = {}
-        for n, (group, A, B, b, a) in enumerate(self.parts):
-            of = f" of part {n}" if len(parts) > 1 else ""
-            tensors |= {f"b{of}": b, f"a{of}": a}
-            tensors |= {f"{name}{i}{of}": ts[i] for name, ts in (("A", A), ("B", B)) for i in group.adapted}
+        for index, (group, A, B, b, a) in enumerate(self.parts):
+            suffix = f" of part {index}" if len(parts) > 1 else ""
+            tensors |= {f"b{suffix}": b, f"a{suffix}": a}
+            tensors |= {f"{name}{i}{suffix}": side[i] for name, side in (("A", A), ("B", B)) for i in group.adapted}
         self.gpu = bool(self.parts) and on_gpu("fill", **tensors)
 
     @cached_property
     def _launches(self) -> list[Callable[[], None]]:
-        """For each pair of dtypes."""
+        """One launch per pair of source and target dtypes."""
         rows: dict[tuple[torch.dtype, torch.dtype], list[tuple[list[int], float]]] = {}
         for group, A, B, b, a in self.parts:
-            some = A[group.adapted[0]].dtype
+            default_dtype = A[group.adapted[0]].dtype
             for i, (rank, scale) in enumerate(zip(group.ranks, group.scales, strict=True)):
-                place, first = b[group.rows(i)], group.columns(i).start
-                source, dtype = (B[i].data_ptr(), B[i].dtype) if rank else (0, some)
-                block = [source, place.data_ptr(), place.numel(), group.tail, first, rank, b.stride(0)]
+                target, first = b[group.rows(i)], group.columns(i).start
+                source, dtype = (B[i].data_ptr(), B[i].dtype) if rank else (0, default_dtype)
+                block = [source, target.data_ptr(), target.numel(), group.tail, first, rank, b.stride(0)]
                 rows.setdefault((dtype, b.dtype), []).append((block, float(scale)))
                 if rank:
-                    place = a[group.columns(i)]
-                    block = [A[i].data_ptr(), place.data_ptr(), place.numel(), a.shape[1], 0, a.shape[1], a.stride(0)]
+                    target = a[group.columns(i)]
+                    block = [A[i].data_ptr(), target.data_ptr(), target.numel(), a.shape[1], 0, a.shape[1], a.stride(0)]
                     rows.setdefault((A[i].dtype, a.dtype), []).append((block, 1.0))
             if group.rank < group.tail:
-                place = a[group.rank :]
-                block = [0, place.data_ptr(), place.numel(), a.shape[1], 0, 0, a.stride(0)]
-                rows.setdefault((some, a.dtype), []).append((block, 1.0))
+                target = a[group.rank :]
+                block = [0, target.data_ptr(), target.numel(), a.shape[1], 0, 0, a.stride(0)]
+                rows.setdefault((default_dtype, a.dtype), []).append((block, 1.0))
         return [self._launch(*dtypes, blocks) for dtypes, blocks in rows.items()]
 
     def _launch(
         self, source: torch.dtype, target: torch.dtype, blocks: list[tuple[list[int], float]]
     ) -> Callable[[], None]:
+        """Prepare the launch for blocks of one pair of dtypes."""
         device = self.parts[0].b.device
         table, programs = [], 0
         for block, _ in blocks:
             table.append([*block, programs])
             programs += -(-block[2] // BLOCK)
-        aligned = all(n % (16 if field < 2 else 8) == 0 for block, _ in blocks for field, n in enumerate(block))
+        aligned = all(
+            number % (16 if field < 2 else 8) == 0 for block, _ in blocks for field, number in enumerate(block)
+        )
         scales = torch.tensor([scale for _, scale in blocks], dtype=torch.float32)
         return partial(
             launch,
@@ -247,7 +256,7 @@ class AdapterWriteTables:
         )
 
     def run(self) -> None:
-        """Write them."""
+        """Write the adapters."""
         if self.gpu:
             self.launch()
         else:
@@ -255,19 +264,21 @@ class AdapterWriteTables:
                 write_adapters_reference(*part)
 
     def launch(self) -> None:
-        """The kernel, on the current stream."""
-        for each in self._launches:
-            each()
+        """Launch the kernels on the current stream."""
+        for launch_one in self._launches:
+            launch_one()
 
 
 def write_adapters(group: LoraGroup, A: Sequence[Tensor], B: Sequence[Tensor], b: Tensor, a: Tensor) -> None:
-    """Write the adapters where the products want them, once and without a table: by PyTorch, for operands that are new
-    each time. Arguments as `Part`, errors as `FillPlan`."""
+    """Write the adapters once, by PyTorch and without a table, for operands that change with every call.
+
+    Arguments as `Part`, errors as `AdapterWriteTables`.
+    """
     part = Part(group, A, B, b, a)
     AdapterWriteTables([part])  # for its checks
     write_adapters_reference(*part)
 
 
 def three(items: Sequence) -> list:
-    """Padded to three by repeating the last: kernels take as many pointers as a group can have projections."""
+    """Pad to three items by repeating the last: kernels take as many pointers as a group can have projections."""
     return [items[min(i, len(items) - 1)] for i in range(3)]

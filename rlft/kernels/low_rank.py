@@ -1,16 +1,19 @@
-"""The thin products of LoRA: x and dY times something of rank r, each reading its wide operand once.
+"""The thin products of LoRA: x and dY times a factor of rank r, each reading its wide operand once.
 
-For a group of projections (`rlft.kernels.lora_group`: b [out, tail] holds scale_i B_i in block form, a [tail, H] A):
+For a group of projections (`rlft.kernels.lora_group`: b [out, tail] holds scale_i B_i in blocks, a [tail, H] A):
 
     shrink     S = x a^T                                 [T, tail], one product of cuBLAS
     gradients  dS = dY b,   dB_i += scale_i dY_i^T S_i,   dA_i += dS_i^T x
 
-`gradients` makes dS and dB in one pass over dY, up to rank 32. dB and dA sum over T and have too few output tiles to
+`gradients` computes dS and dB in one pass over dY, up to rank 32. dB and dA sum over T and have too few output tiles to
 fill a GPU: T is split, each part writes fp32 partial sums, and a second kernel adds them in fixed order (no atomics:
-two runs are equal bit for bit) into the caller's gradients.
+two runs are bitwise equal) into the caller's gradients.
 
-Sources: split at S and one pass over dY, LoRAFusion (arXiv 2510.00206); the rest reference/kernels.md 4.
-Bytes per token and element size e: shrink reads e H, gradients e (out + H), each once, plus the partial sums.
+Source: the split at S and the single pass over dY follow LoRAFusion (arXiv 2510.00206). Bytes per token, with element
+size e: shrink reads e H, gradients e (out + H), each once, plus the partial sums.
+
+Names in kernels: z the wide operand, u, v thin ones, q, p partial sums (of a gradient; of dS), t, c, r indices of rows,
+columns, ranks; constants K, P as in `_columns`; s a split.
 """
 
 from __future__ import annotations
@@ -28,7 +31,7 @@ from rlft.kernels.lora_group import LoraGroup, three
 
 
 class Launch(NamedTuple):
-    """Tile [rows of T, columns], programs wanted at least (T or the columns are split for them), warps, stages."""
+    """Tile [rows of T, columns], least number of programs (T or the columns are split to reach it), warps, stages."""
 
     rows: int
     columns: int
@@ -39,17 +42,17 @@ class Launch(NamedTuple):
 
 GRAD_B = Launch(32, 256, 264, 4, 3)
 GRAD_A = Launch(32, 128, 132, 4, 4)
-"""Of the two passes, for 16-bit elements (32-bit ones take half the columns), from a sweep on an H100."""
+"""For the two passes with 16-bit elements (32-bit ones take half the columns). The fastest of a sweep on an H100."""
 MAX_SPLITS = 16
 FUSED_RANK = 32
-"""dS comes from the pass for dB up to this rank. Its partial sums are written and read again: 4 rank / columns of dY's
-bytes, a quarter at rank 16. Beyond, cuBLAS reads dY once more."""
+"""Up to this rank the pass for dB also computes dS. Its partial sums are written and read again: 4 rank / columns of
+dY's bytes, a quarter at rank 16. Above, cuBLAS reads dY once more."""
 
 
 def gradients_b_reference(
     group: LoraGroup, dy: Tensor, s: Tensor, b: Tensor, ds: Tensor, grad_B: Sequence[Tensor]
 ) -> None:
-    """`gradients_b` in plain PyTorch."""
+    """Compute `gradients_b` in plain PyTorch."""
     ds.copy_(dy @ b)
     for i in group.adapted:
         wide = grad_B[i].dtype
@@ -57,7 +60,7 @@ def gradients_b_reference(
 
 
 def gradients_a_reference(group: LoraGroup, ds: Tensor, x: Tensor, grad_A: Sequence[Tensor]) -> None:
-    """`gradients_a` in plain PyTorch."""
+    """Compute `gradients_a` in plain PyTorch."""
     for i in group.adapted:
         wide = grad_A[i].dtype
         grad_A[i].add_(ds[:, group.columns(i)].to(wide).T @ x.to(wide))
@@ -74,7 +77,7 @@ def _columns(
     P: tl.constexpr, P_STRIDE: tl.constexpr, TRANSPOSED: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr,
     BR: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """One pass over a share of T rows of z: q[split] = z^T v, and with P also p[tile] = z u of those rows.
+    """Pass once over a share of T rows of z: q[split] = z^T v, and with P also p[tile] = z u of those rows.
 
     For dB, z is dY, v is S, u is b: q holds the dB_i [WIDTH, RANK] one after the other, p [tiles, T, P_STRIDE] the dS
     of each tile's columns. For dA, TRANSPOSED, z is x, v is dS: q holds dA [RANK, WIDTH].
@@ -123,7 +126,7 @@ def _sum_tiles(
     pid, p, out, out_stride, T, COUNT: tl.constexpr, FIRST: tl.constexpr, K: tl.constexpr, RANK: tl.constexpr,
     MOST: tl.constexpr, TAIL: tl.constexpr, P_STRIDE: tl.constexpr, BT: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
-    """out [T, TAIL] = sum over a projection's tiles of p [tiles, T, P_STRIDE]; zero in columns of no projection."""
+    """Compute out [T, TAIL] = sum of p [tiles, T, P_STRIDE] over the tiles of a projection; other columns are zero."""
     blocks: tl.constexpr = (TAIL + BR - 1) // BR
     t = (pid // blocks).to(tl.int64) * BT + tl.arange(0, BT)
     k = pid % blocks * BR + tl.arange(0, BR)
@@ -148,7 +151,7 @@ def _sum_splits(
     pid, q, g0, g1, g2, end0, end1, size, scale0, scale1, scale2, SPLITS, SPLITS_BLOCK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """g += scale * sum over splits of q [SPLITS, size]; elements up to end0 belong to g0, up to end1 to g1."""
+    """Compute g += scale * sum over splits of q [SPLITS, size]; elements up to end0 belong to g0, up to end1 to g1."""
     e = pid * BLOCK + tl.arange(0, BLOCK)
     s = tl.arange(0, SPLITS_BLOCK)
     live = (s < SPLITS)[:, None] & (e < size)[None, :]
@@ -162,6 +165,7 @@ def _sum_splits(
 def _fold(
     q, g0, g1, g2, end0, end1, size, scale0, scale1, scale2, SPLITS, SPLITS_BLOCK: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
+    """Sum the splits in one launch."""
     _sum_splits(tl.program_id(0), q, g0, g1, g2, end0, end1, size, scale0, scale1, scale2, SPLITS, SPLITS_BLOCK, BLOCK)
 
 
@@ -171,7 +175,7 @@ def _fold_both(
     FIRST: tl.constexpr, K: tl.constexpr, RANK: tl.constexpr, MOST: tl.constexpr, TAIL: tl.constexpr,
     P_STRIDE: tl.constexpr, BT: tl.constexpr, BR: tl.constexpr, SPLITS_BLOCK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """What `_columns` left for dS and for dB, in one launch: first the programs over rows, then those over elements."""
+    """Sum the partial results of `_columns` for dS and dB in one launch: programs over rows, then over elements."""
     pid = tl.program_id(0)
     programs = (T + BT - 1) // BT * ((TAIL + BR - 1) // BR)
     if pid < programs:
@@ -183,7 +187,7 @@ def _fold_both(
 
 
 class _Tiles(NamedTuple):
-    """How `_columns` runs over the columns, and its constants."""
+    """How `_columns` tiles the columns, and its constants."""
 
     rank_block: int
     rank_blocks: int
@@ -191,22 +195,25 @@ class _Tiles(NamedTuple):
     base: tuple[int, ...]
     constants: dict[str, Any]
     folding: dict[str, Any]
-    """Constants of `_sum_tiles`, but for those of its output."""
+    """Constants of `_sum_tiles`, except those of its output."""
 
 
 @cache
 def _tiles(spans: tuple[tuple[int, int, int, int], ...], wide: bool, how: Launch) -> _Tiles:
-    """spans: (first column of z, width, first column of v, rank) per projection. wide: elements of 32 bits."""
-    column, width, k, rank = (tuple(span) for span in zip(*spans, strict=True))
+    """Choose the tiles.
+
+    spans: (first column of z, width, first column of v, rank) per projection. wide: elements have 32 bits.
+    """
+    column, width, v_col, rank = (tuple(span) for span in zip(*spans, strict=True))
     # Without tensor cores, 32-bit elements, a block of 64 columns spills registers.
     rank_block = max(16, min(16 if wide else 64, power_of_2(max(rank))))
     rank_blocks = -(-max(rank) // rank_block)
     # 8,192 accumulators at most: 64 registers of a thread in 4 warps.
     columns = min(how.columns, 8192 // rank_block) // (2 if wide else 1)
-    first = (0, *itertools.accumulate(-(-w // columns) for w in width))
-    base = (0, *itertools.accumulate(w * r for w, r in zip(width, rank, strict=True)))
+    first = (0, *itertools.accumulate(-(-size // columns) for size in width))
+    base = (0, *itertools.accumulate(size * ranks for size, ranks in zip(width, rank, strict=True)))
     constants = {
-        "COUNT": len(spans), "FIRST": first, "COLUMN": column, "WIDTH": width, "K": k, "RANK": rank, "BASE": base,
+        "COUNT": len(spans), "FIRST": first, "COLUMN": column, "WIDTH": width, "K": v_col, "RANK": rank, "BASE": base,
         "P_STRIDE": rank_block * rank_blocks, "BT": how.rows, "BC": columns, "BR": rank_block,
         "num_warps": how.warps, "num_stages": how.stages,
     }  # fmt: skip
@@ -219,7 +226,7 @@ def _column_pass(
     z: Tensor, v: Tensor, u: Tensor | None, spans: tuple[tuple[int, int, int, int], ...], transposed: bool,
     how: Launch,
 ) -> tuple[Tensor, Tensor | None, _Tiles]:  # fmt: skip
-    """One launch of `_columns`: q [splits, sum of width * rank], p [tiles, T, ranks] with u, and how it ran.
+    """Launch `_columns`; return q [splits, sum of width * rank], p [tiles, T, ranks] (None without u), and the tiles.
 
     spans: as `_tiles`.
     """
@@ -240,25 +247,25 @@ def _column_pass(
 
 
 ELEMENTS = 256
-"""Of q, per program."""
+"""Elements of q per program."""
 
 
 def _sums(q: Tensor, grads: Sequence[Tensor], scales: Sequence[float]) -> tuple[int, tuple, dict[str, int]]:
-    """Programs, arguments and constants of `_sum_splits`: grads[i] += scales[i] * its elements of q."""
-    ends = list(itertools.accumulate(g.numel() for g in grads))
-    arguments = (q, *three(grads), *three(ends)[:2], q.shape[1], *three([float(s) for s in scales]), q.shape[0])
+    """Return programs, arguments and constants of `_sum_splits`: grads[i] += scales[i] * its elements of q."""
+    ends = list(itertools.accumulate(grad.numel() for grad in grads))
+    arguments = (q, *three(grads), *three(ends)[:2], q.shape[1], *three([float(scale) for scale in scales]), q.shape[0])
     return -(-q.shape[1] // ELEMENTS), arguments, {"SPLITS_BLOCK": power_of_2(q.shape[0]), "BLOCK": ELEMENTS}
 
 
 def _add(q: Tensor, grads: Sequence[Tensor], scales: Sequence[float]) -> None:
-    """`_sum_splits` in a launch of its own."""
+    """Run `_sum_splits` as a separate launch."""
     programs, arguments, constants = _sums(q, grads, scales)
     launch(_fold, (programs,), *arguments, **constants)
 
 
 @cache
 def _spans(group: LoraGroup) -> tuple[tuple[int, int, int, int], ...]:
-    """Those of dB."""
+    """Return the spans of dB."""
     return tuple(
         (group.rows(i).start, group.out_features[i], group.columns(i).start, group.ranks[i]) for i in group.adapted
     )
@@ -268,7 +275,7 @@ def gradients_b_launch(
     group: LoraGroup, dy: Tensor, s: Tensor, b: Tensor, ds: Tensor, grad_B: Sequence[Tensor],
     how: Launch = GRAD_B, fused_rank: int = FUSED_RANK,
 ) -> None:  # fmt: skip
-    """`gradients_b` by the kernels."""
+    """Compute `gradients_b` by the kernels."""
     fused = max(group.ranks) <= fused_rank
     q, p, tiles = _column_pass(dy, s, b if fused else None, _spans(group), False, how)
     grads, scales = [grad_B[i] for i in group.adapted], [group.scales[i] for i in group.adapted]
@@ -287,7 +294,7 @@ def gradients_b_launch(
 
 
 def gradients_a_launch(group: LoraGroup, ds: Tensor, x: Tensor, grad_A: Sequence[Tensor], how: Launch = GRAD_A) -> None:
-    """`gradients_a` by the kernels."""
+    """Compute `gradients_a` by the kernels."""
     q, _, _ = _column_pass(x, ds, None, ((0, group.in_features, 0, group.rank),), True, how)
     _add(q, [grad_A[i] for i in group.adapted], [1.0 for _ in group.adapted])
 
@@ -297,15 +304,16 @@ def gradients_launch(
     grad_A: Sequence[Tensor], grad_B: Sequence[Tensor], launch_B: Launch = GRAD_B, launch_A: Launch = GRAD_A,
     fused_rank: int = FUSED_RANK,
 ) -> None:  # fmt: skip
-    """`gradients` by the kernels."""
+    """Compute `gradients` by the kernels."""
     gradients_b_launch(group, dy, s, b, ds, grad_B, launch_B, fused_rank)
     gradients_a_launch(group, ds, x, grad_A, launch_A)
 
 
 def shrink(group: LoraGroup, x: Tensor, a: Tensor, s: Tensor) -> None:
-    """s = x a^T: x [T, H], a [tail, H] from `fill`, s [T, tail] (for example the tail of x's own rows), overwritten.
+    """Compute s = x a^T.
 
-    Unit column strides. Raises ValueError otherwise.
+    x: [T, H]. a: [tail, H], from `AdapterWriteTables`. s: [T, tail] (for example the tail of x), overwritten. Raises
+    ValueError unless all have unit column stride.
     """
     check_args(
         "shrink",
@@ -315,19 +323,19 @@ def shrink(group: LoraGroup, x: Tensor, a: Tensor, s: Tensor) -> None:
         f"x [T, {group.in_features}], a [{group.tail}, {group.in_features}], s [T, {group.tail}] of one dtype, rows of "
         f"unit column stride", x=x, a=a, s=s,
     )  # fmt: skip
-    # cuBLAS reads x at 1.5 TB/s here (H100, T 4k, 48 columns); a kernel of ours was a third slower.
+    # Measured on an H100 with T = 4k and 48 columns: cuBLAS reads x at 1.5 TB/s, a Triton kernel was a third slower.
     torch.mm(x, a.T, out=s)
 
 
 def gradients_b(group: LoraGroup, dy: Tensor, s: Tensor, b: Tensor, ds: Tensor, grad_B: Sequence[Tensor]) -> None:
-    """ds = dy b, and the gradient of B added into the caller's. Arguments and errors as `gradients`."""
+    """Compute ds = dy b, and add the gradient of B to the caller's. Arguments and errors as `gradients`."""
     T = dy.shape[0]
     check_args(
         "gradients_b",
         tuple(dy.shape) == (T, group.out) and tuple(ds.shape) == (T, group.tail) and s.shape[0] == T
         and s.shape[1] >= group.rank and tuple(b.shape) == (group.out, group.tail)
         and dy.dtype == s.dtype == ds.dtype == b.dtype
-        and all(t.stride(1) == 1 or not t.numel() for t in (dy, s, ds, b)),
+        and all(tensor.stride(1) == 1 or not tensor.numel() for tensor in (dy, s, ds, b)),
         f"dy [T, {group.out}], ds [T, {group.tail}], s [T, {group.rank} or more], b [{group.out}, {group.tail}] of one "
         f"dtype, rows of unit column stride", dy=dy, s=s, ds=ds, b=b,
     )  # fmt: skip
@@ -341,12 +349,12 @@ def gradients_b(group: LoraGroup, dy: Tensor, s: Tensor, b: Tensor, ds: Tensor, 
 
 
 def gradients_a(group: LoraGroup, ds: Tensor, x: Tensor, grad_A: Sequence[Tensor]) -> None:
-    """The gradient of A added into the caller's. Arguments and errors as `gradients`."""
+    """Add the gradient of A to the caller's. Arguments and errors as `gradients`."""
     T = x.shape[0]
     check_args(
         "gradients_a",
         tuple(x.shape) == (T, group.in_features) and tuple(ds.shape) == (T, group.tail) and x.dtype == ds.dtype
-        and all(t.stride(1) == 1 or not t.numel() for t in (x, ds)),
+        and all(tensor.stride(1) == 1 or not tensor.numel() for tensor in (x, ds)),
         f"x [T, {group.in_features}] and ds [T, {group.tail}] of one dtype, rows of unit column stride", x=x, ds=ds,
     )  # fmt: skip
     for i in group.adapted:
@@ -359,8 +367,11 @@ def gradients_a(group: LoraGroup, ds: Tensor, x: Tensor, grad_A: Sequence[Tensor
 
 
 def _check_gradient(op: str, i: int, grad: Tensor, shape: tuple[int, int], like: Tensor) -> None:
+    """Raise ValueError for a gradient buffer that does not fit."""
     ok = grad.shape == shape and grad.is_contiguous() and grad.device == like.device
-    if not ok or (like.is_cuda and grad.dtype != torch.float32):  # before the words are made: 14 times per layer
+    if not ok or (
+        like.is_cuda and grad.dtype != torch.float32
+    ):  # builds the message only on failure, since this runs 14 times per layer
         wanted = f"a gradient {list(shape)}, contiguous, float32 on a GPU, on {like.device}, for projection {i}"
         check_args(
             op, False, f"{wanted}, not on {grad.device}" if grad.device != like.device else wanted, gradient=grad
@@ -371,11 +382,11 @@ def gradients(
     group: LoraGroup, dy: Tensor, x: Tensor, s: Tensor, b: Tensor, ds: Tensor,
     grad_A: Sequence[Tensor], grad_B: Sequence[Tensor],
 ) -> None:  # fmt: skip
-    """ds = dy b, and the gradients of A and B added into the caller's.
+    """Compute ds = dy b, and add the gradients of A and B to the caller's.
 
-    dy: [T, out]. x: [T, H]. s: [T, rank or more] from the forward. b: [out, tail] from `fill`. ds: [T, tail],
-    overwritten (for example the tail of dy's own rows). grad_A: per projection [r_i, H], grad_B: [out_i, r_i],
-    contiguous (views of a flat buffer are), float32 on a GPU. Raises ValueError otherwise.
+    dy: [T, out]. x: [T, H]. s: [T, rank or more] from the forward. b: [out, tail] from `AdapterWriteTables`. ds: [T,
+    tail], overwritten (for example the tail of dy). grad_A: per projection [r_i, H], grad_B: [out_i, r_i], contiguous
+    (views of a flat buffer are), float32 on a GPU. Raises ValueError otherwise.
     """
     gradients_b(group, dy, s, b, ds, grad_B)
     gradients_a(group, ds, x, grad_A)

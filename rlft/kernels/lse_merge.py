@@ -1,8 +1,12 @@
-"""Two attentions of the same queries over different keys become one over all of them.
+"""Merge two attentions of the same queries over different keys into one over all keys.
 
-    lse = log(exp(lse_1) + exp(lse_2)),    out = exp(lse_1 - lse) out_1 + exp(lse_2 - lse) out_2
+    lse = log(exp(lse_1) + exp(lse_2)),    out = a out_1 + b out_2,   a = exp(lse_1 - lse),   b = exp(lse_2 - lse)
 
-An attention over no key has lse = -inf and adds nothing. Bytes per token: out_1 and out_2 read, out written, once.
+An attention over no key has lse = -inf and contributes nothing. Bytes per token: out_1 and out_2 read, out written,
+once.
+
+Shapes: T tokens, H heads, D head size. In the kernel a and b are the two lse, x and y their exponentials relative to
+the larger one.
 """
 
 from __future__ import annotations
@@ -14,7 +18,7 @@ from rlft.kernels.launch import jit, launch, on_gpu, power_of_2, tl
 
 
 def merge_reference(out_1: Tensor, lse_1: Tensor, out_2: Tensor, lse_2: Tensor) -> tuple[Tensor, Tensor]:
-    """out [T, H, D] and lse [H, T] of both; arguments likewise."""
+    """Return out [T, H, D] and lse [H, T] of both attentions, whose arguments have the same shapes."""
     lse = torch.logaddexp(lse_1, lse_2)
     a, b = (torch.where(x == float("-inf"), 0, (x - lse).exp()).T[..., None] for x in (lse_1, lse_2))
     return (a * out_1 + b * out_2).to(out_1.dtype), lse
@@ -22,12 +26,12 @@ def merge_reference(out_1: Tensor, lse_1: Tensor, out_2: Tensor, lse_2: Tensor) 
 
 @jit
 def _merge_kernel(out_1, lse_1, out_2, lse_2, H, D, row_1, row_2, head_1, head_2, BLOCK: tl.constexpr):
-    """One token of one head; out_1 and lse_1 are overwritten."""
+    """Merge one token of one head; out_1 and lse_1 are overwritten."""
     pid = tl.program_id(0)
     token, head = (pid // H).to(tl.int64), pid % H
     a, b = tl.load(lse_1 + head * head_1 + token), tl.load(lse_2 + head * head_2 + token)
     top = tl.maximum(a, b)
-    # No key on either side: the exponents below would be -inf - -inf.
+    # If neither side has a key, the exponents below would be -inf - -inf.
     safe = tl.where(top == float("-inf"), 0.0, top)
     x, y = tl.exp(a - safe), tl.exp(b - safe)
     total = tl.where(x + y == 0, 1.0, x + y)
@@ -41,7 +45,7 @@ def _merge_kernel(out_1, lse_1, out_2, lse_2, H, D, row_1, row_2, head_1, head_2
 
 
 def launch_merge(out_1: Tensor, lse_1: Tensor, out_2: Tensor, lse_2: Tensor) -> None:
-    """`merge` by the kernel. out: [T, H, D] with D contiguous and heads side by side; lse: [H, T], T contiguous."""
+    """Run `merge` by the kernel. out: [T, H, D] with D contiguous and heads adjacent; lse: [H, T], T contiguous."""
     tokens, heads, dim = out_1.shape
     if tokens:
         launch(

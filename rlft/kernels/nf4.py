@@ -1,17 +1,17 @@
-"""NF4 weights as bitsandbytes stores them, decoded to bf16, fp16 or fp32: several matrices in one launch.
+"""Decode NF4 weights as bitsandbytes stores them to bf16, fp16 or fp32: several matrices in one launch.
 
-A weight W [out, in] is flattened row by row and cut into blocks of 64 (32 to 4,096) elements, wherever its rows end.
+A weight W [out, in] is flattened row by row and cut into blocks of 64 (32 to 4,096) elements, regardless of row ends.
 Byte j holds element 2j in its high nibble and 2j+1 in its low one; a nibble is an index into 16 values of [-1, 1].
 
     w_e = round(code[nibble_e] * s_b),   b = e // blocksize
     s_b = absmax_b                                               plain
     s_b = (nested_code[absmax_b] * nested_absmax_(b // 256)) + offset        nested: absmax is itself 8-bit
 
-The nested scale is rounded after the product and again after the sum, as bitsandbytes' two kernels do, so no fused
-multiply-add here: results are equal to bitsandbytes' dequantize_4bit bit for bit. An all-zero block decodes to -0.
+The nested scale is rounded after the product and again after the sum, as in bitsandbytes' two kernels, so no fused
+multiply-add is used: results are bitwise equal to bitsandbytes' dequantize_4bit. An all-zero block decodes to -0.
 
-There is no backward: the base is frozen. Source: bitsandbytes 0.50.2, functional.py and csrc.
-Bytes per element: reads 0.5 + 1/64 + 4/16384, writes 2 (bf16).
+There is no backward, since the base is frozen. Source: bitsandbytes 0.50.2, functional.py and csrc. Bytes per element:
+reads 0.5 + 1/64 + 4/16384, writes 2 (bf16). In the kernels: m the index of a matrix, q a quantized absmax, r a row.
 """
 
 from __future__ import annotations
@@ -45,25 +45,25 @@ NF4_CODE = (
     0.7229568362236023,
     1.0,
 )
-"""The 16 values. bitsandbytes has them compiled in and ignores a checkpoint's quant_map, so this file does too."""
+"""The 16 values. Like bitsandbytes, which has them compiled in, this file ignores a checkpoint's quant_map."""
 
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 FIELDS = 10
-"""int64 per matrix in a plan's table; `_scales` and the kernels say which."""
+"""int64 per matrix in a table; the comment above `_scales` lists them."""
 
 TILE, WARPS, GATHER = 1024, 1, True
-"""Elements and warps per program; whether the 16 values are looked up by tl.gather (one warp exchanges registers) or by
-loads. The fastest of a sweep on an H100: 2,535 GB/s for a Qwen3-8B layer, where 4,096 and 4 gave 1,130."""
+"""Elements and warps per program; whether the 16 values are looked up by tl.gather (within a warp's registers) or by
+loads. The fastest of a sweep on an H100: 2,535 GB/s for a Qwen3-8B layer, against 1,130 with 4,096 and 4."""
 
 
 @dataclass(frozen=True, eq=False)
 class Nf4Weight:
-    """A view of one quantised matrix: the tensors are bitsandbytes' own, nothing is copied.
+    """A view of one quantized matrix; the tensors are those of bitsandbytes, nothing is copied.
 
-    packed: uint8 [ceil(out * in / 2)]. absmax: per block, float32, or uint8 when nested. shape: (out, in).
-    nested_code: float32 [256], nested_absmax: float32 [ceil(blocks / nested_blocksize)], offset: float32 scalar; all
-    three or none. Raises ValueError on sizes and dtypes that do not fit.
+    packed: uint8 [ceil(out * in / 2)]. absmax: per block, float32, or uint8 if nested. shape: (out, in). nested_code:
+    float32 [256], nested_absmax: float32 [ceil(blocks / nested_blocksize)], offset: float32 scalar; all three or none.
+    Raises ValueError on sizes and dtypes that do not fit.
     """
 
     packed: Tensor
@@ -90,8 +90,8 @@ class Nf4Weight:
             tensors = (self.nested_code, self.nested_absmax, self.offset)
             sizes = (256, -(-blocks // self.nested_blocksize), 1)
             ok = ok and all(
-                t.dtype == torch.float32 and t.is_contiguous() and t.numel() == n
-                for t, n in zip(tensors, sizes, strict=True)
+                tensor.dtype == torch.float32 and tensor.is_contiguous() and tensor.numel() == size
+                for tensor, size in zip(tensors, sizes, strict=True)
             )
         else:
             ok = ok and not nested and self.nested_absmax is None and self.offset is None
@@ -109,14 +109,14 @@ class Nf4Weight:
 
     @property
     def numel(self) -> int:
-        """Elements of the decoded matrix."""
+        """Number of elements of the decoded matrix."""
         return self.shape[0] * self.shape[1]
 
     @classmethod
     def from_bnb(cls, weight: Any) -> Nf4Weight:
-        """View of a bitsandbytes Params4bit (the `weight` of a Linear4bit), whatever its quant_storage dtype.
+        """View a bitsandbytes Params4bit (the `weight` of a Linear4bit), whatever its quant_storage dtype.
 
-        Raises ValueError where it is not quantised yet, is not NF4, or lies in bitsandbytes' repacked CPU layout.
+        Raises ValueError if it is not quantized yet, is not NF4, or has bitsandbytes' repacked CPU layout.
         """
         state = getattr(weight, "quant_state", None)
         if state is None:
@@ -142,14 +142,14 @@ class Nf4Weight:
             blocksize=state.blocksize,
             nested_code=nested.code if nested else None,
             nested_absmax=nested.absmax.reshape(-1) if nested else None,
-            # Under torch.set_default_dtype(bfloat16) a checkpoint's offset is loaded as bf16; bitsandbytes adds that.
+            # Under torch.set_default_dtype(bfloat16) a checkpoint's offset is loaded as bf16; bitsandbytes uses that.
             offset=state.offset.float().reshape(1) if nested else None,
             nested_blocksize=nested.blocksize if nested else 256,
         )
 
 
 def scales_reference(weight: Nf4Weight) -> Tensor:
-    """float32 [blocks]: s_b of this file."""
+    """Compute s_b of this file, float32 [blocks]."""
     if weight.nested_code is None or weight.nested_absmax is None or weight.offset is None:
         return weight.absmax
     nested = weight.nested_absmax.repeat_interleave(weight.nested_blocksize)[: weight.absmax.numel()]
@@ -157,7 +157,7 @@ def scales_reference(weight: Nf4Weight) -> Tensor:
 
 
 def decode_reference(weight: Nf4Weight, dtype: torch.dtype) -> Tensor:
-    """The formula of this file: [out, in] in `dtype`, equal to bitsandbytes' dequantize_4bit bit for bit."""
+    """Compute the formula of this file: [out, in] in `dtype`, bitwise equal to bitsandbytes' dequantize_4bit."""
     pairs = torch.tensor([[NF4_CODE[b >> 4], NF4_CODE[b & 15]] for b in range(256)], device=weight.packed.device)
     values = torch.nn.functional.embedding(weight.packed.int(), pairs).reshape(-1)[: weight.numel]
     scales = scales_reference(weight)
@@ -174,7 +174,7 @@ def decode_reference(weight: Nf4Weight, dtype: torch.dtype) -> Tensor:
 
 @jit
 def _scales(row, block, live, NESTED: tl.constexpr):
-    """s_b of the blocks. NESTED: the nested block size, 0 for plain."""
+    """Load s_b of the blocks. NESTED: the nested block size, 0 for plain."""
     absmax = tl.load(row + 1)
     if NESTED:
         q = tl.load(absmax.to(tl.pointer_type(tl.uint8)) + block, mask=live, other=0).to(tl.int32)
@@ -198,7 +198,8 @@ def _decode_words(
     GATHER: tl.constexpr,
     OUT: tl.constexpr,
 ):
-    """TILE elements as 32-bit words of eight, which a thread loads by four and stores by 16 bytes.
+    """Decode TILE elements, packed by eight into 32-bit integers; a thread loads four of these and stores 16 bytes at
+    once.
 
     In-features and row stride are multiples of 8, addresses of 16. ONE_ROW: TILE divides every in-features.
     """
@@ -256,7 +257,7 @@ def _decode_elements(
     TILE: tl.constexpr,
     OUT: tl.constexpr,
 ):
-    """TILE elements one by one: any in-features, stride and alignment, at a fraction of the speed."""
+    """Decode TILE elements one by one: any in-features, stride and alignment, at a fraction of the speed."""
     m, tile = table_entry(table, tl.program_id(0), COUNT, FIELDS)
     row = table + m * FIELDS
     packed = tl.load(row).to(tl.pointer_type(tl.uint8))
@@ -271,14 +272,14 @@ def _decode_elements(
 
 
 class DecodeTables:
-    """Which matrices go where, with the table of addresses that the kernel reads.
+    """The matrices to decode, their outputs, and the table of addresses that the kernel reads.
 
     weights: the matrices. outs: for each a [out, in] tensor, bf16, fp16 or fp32, all of one dtype, rows of any stride;
-    or one [sum of out, in] tensor that they fill from top to bottom. Build the plan once per set of buffers (it copies
-    a table to the device) and `run` it as often as needed: that copies nothing, so it can be captured in a CUDA graph.
-    The plan keeps the tensors alive and must be rebuilt when one of them moves.
-    Matrices of one block size, nested alike, with in-features and strides that are multiples of 8, share a launch:
-    the seven of a decoder layer are one. Raises ValueError on shapes, dtypes or devices that do not fit.
+    or one [sum of out, in] tensor that they fill from top to bottom. Build this object once per set of buffers (it
+    copies a table to the device) and `run` it as often as needed: that copies nothing, so a CUDA graph can capture it.
+    The object keeps the tensors alive and must be rebuilt if one of them moves. Matrices of one block size, all nested
+    or all plain, with in-features and strides that are multiples of 8, share a launch: the seven of a decoder layer
+    take one. Raises ValueError on shapes, dtypes or devices that do not fit.
     """
 
     def __init__(
@@ -290,7 +291,7 @@ class DecodeTables:
         gather: bool = GATHER,
     ) -> None:
         if isinstance(outs, Tensor):
-            rows = [w.shape[0] for w in weights]
+            rows = [weight.shape[0] for weight in weights]
             check_args(
                 "decode", sum(rows) == outs.shape[0], f"an output of {' + '.join(map(str, rows))} rows", out=outs
             )
@@ -309,53 +310,57 @@ class DecodeTables:
                 first=outs[0],
             )
         self.weights, self.outs = tuple(weights), tuple(outs)
-        self.gpu = on_gpu("decode", **{f"weight {i}": w.packed for i, w in enumerate(weights)}, out=outs[0])
+        self.gpu = on_gpu("decode", **{f"weight {i}": weight.packed for i, weight in enumerate(weights)}, out=outs[0])
         self.tile, self.warps, self.gather = tile, warps, gather
         device = outs[0].device
         self.code = upload(torch.tensor(NF4_CODE, dtype=torch.float32), device)
         if self.gpu:
-            _ = self.launches  # tables are copied now: the first run may be captured
+            _ = self.launches  # copies the tables now, since a graph may capture the first run
 
     def _in_words(self, i: int) -> bool:
-        """Whether `_decode_words` can do matrix i."""
+        """Return whether `_decode_words` supports matrix i."""
         out, packed = self.outs[i], self.weights[i].packed
         aligned = packed.data_ptr() % 16 == 0 and out.data_ptr() % 16 == 0
         return aligned and out.shape[1] % 8 == 0 and out.stride(0) % 8 == 0
 
     @cached_property
     def launches(self) -> list[Callable[[], None]]:
-        """For each kind of matrix."""
-        alike: dict[tuple[int, int, bool], list[int]] = {}
+        """One launch per kind of matrix."""
+        groups: dict[tuple[int, int, bool], list[int]] = {}
         for i, weight in enumerate(self.weights):
             nested = weight.nested_blocksize if weight.nested_code is not None else 0
             if weight.numel:
-                alike.setdefault((weight.blocksize, nested, self._in_words(i)), []).append(i)
-        return [self._launch(*kind, members) for kind, members in alike.items()]
+                groups.setdefault((weight.blocksize, nested, self._in_words(i)), []).append(i)
+        return [self._launch(*kind, members) for kind, members in groups.items()]
 
     def _launch(self, blocksize: int, nested: int, words: bool, members: list[int]) -> Callable[[], None]:
-        # One by one, 8 elements per thread are as many as fit its registers.
+        # Without words, a thread has registers for 8 elements.
+        """Prepare the launch for matrices of one kind."""
         tile = max(self.tile, blocksize) if words else 1024
         rows, programs = [], 0
         for i in members:
-            w, out = self.weights[i], self.outs[i]
-            scales = [t.data_ptr() if t is not None else 0 for t in (w.nested_code, w.nested_absmax, w.offset)]
+            weight, out = self.weights[i], self.outs[i]
+            scales = [
+                tensor.data_ptr() if tensor is not None else 0
+                for tensor in (weight.nested_code, weight.nested_absmax, weight.offset)
+            ]
             rows.append(
                 [
-                    w.packed.data_ptr(),
-                    w.absmax.data_ptr(),
+                    weight.packed.data_ptr(),
+                    weight.absmax.data_ptr(),
                     *scales,
                     out.data_ptr(),
-                    w.numel,
-                    w.shape[1],
+                    weight.numel,
+                    weight.shape[1],
                     out.stride(0),
                     programs,
                 ]
             )
-            programs += -(-w.numel // tile)
-        more: dict[str, Any] = {}
+            programs += -(-weight.numel // tile)
+        options: dict[str, Any] = {}
         if words:
             one_row = all(self.weights[i].shape[1] % tile == 0 for i in members)
-            more = {"ONE_ROW": one_row, "GATHER": self.gather}
+            options = {"ONE_ROW": one_row, "GATHER": self.gather}
         # enable_fp_fusion=False: a fused multiply-add in the nested scale would round once instead of twice.
         return partial(
             launch,
@@ -371,7 +376,7 @@ class DecodeTables:
             OUT=element_type(self.outs[0].dtype),
             num_warps=self.warps,
             enable_fp_fusion=False,
-            **more,
+            **options,
         )
 
     def run(self) -> None:
@@ -383,11 +388,12 @@ class DecodeTables:
                 out.copy_(decode_reference(weight, out.dtype))
 
     def launch(self) -> None:
-        """The Triton kernels, on the current stream."""
-        for each in self.launches:
-            each()
+        """Launch the Triton kernels on the current stream."""
+        for launch_one in self.launches:
+            launch_one()
 
 
 def decode(weights: Sequence[Nf4Weight], outs: Tensor | Sequence[Tensor]) -> None:
-    """Decode matrices into `outs` once; arguments and errors as `DecodePlan`, which repeated decoding should keep."""
+    """Decode matrices into `outs` once. Arguments and errors as `DecodeTables`, which callers that repeat it should
+    keep."""
     DecodeTables(weights, outs).run()

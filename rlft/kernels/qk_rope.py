@@ -1,6 +1,6 @@
-"""Rotary position embedding of queries and keys in one pass, behind a per-head RMSNorm where the family has one.
+"""Rotary position embedding of queries and keys in one pass, after a per-head RMSNorm in families that have one.
 
-Per head vector x [D], with rotation over its first R <= D entries, half = R / 2, i < half:
+Per head vector x [D], with rotation of its first R <= D entries, half = R / 2, i < half:
 
     n = norm(x)  (Qwen3, Gemma3: RMSNorm over D with a weight for q and one for k, as in rms_norm.py; else n = x)
     out_i        = n_i cos_i - n_(i+half) sin_i
@@ -9,16 +9,18 @@ Per head vector x [D], with rotation over its first R <= D entries, half = R / 2
     dn_i = dout_i cos_i + dout_(i+half) sin_i,   dn_(i+half) = dout_(i+half) cos_i - dout_i sin_i
     dx = rstd (g - x rstd mean(x rstd g)) with g = dn w  (without a norm dx = dn)
 
-This is transformers' half-split convention; its cos and sin repeat their first half, and only that is read. Scaled
-tables (YaRN, Llama 3) need nothing here: the attention factor is a factor of cos and sin.
+This is transformers' half-split convention; its cos and sin repeat their first half, and only that half is read. Scaled
+tables (YaRN, Llama 3) need no special case: the attention factor is included in cos and sin.
 
-Numerics: the norm has transformers' roundings; the rotation is fp32 inside with one rounding, where transformers
-rounds both products and the sum. Against float64 in bf16 (8 heads of 128, positions to 32k, CPU) that is a relative
-error of 1.7e-3 against 2.3e-3, and 29% of the entries differ in the last bit. vLLM computes this too: its compiled
-native path fuses the rotation in fp32 (0.23, no `emulate_precision_casts`), and its newer CUDA kernel does by hand.
+Numerics: the norm rounds as in transformers; the rotation is fp32 inside with one rounding, whereas transformers rounds
+both products and the sum. Measured against float64 in bf16 (8 heads of 128, positions to 32k, CPU): a relative error of
+1.7e-3 against 2.3e-3, and 29% of the entries differ in the last bit. vLLM computes this as well: its compiled native
+path fuses the rotation in fp32 (0.23, no `emulate_precision_casts`), and so does its newer CUDA kernel.
 
-Nothing is saved but q and k before the norm (without a norm nothing at all): the backward has the whole head in
-registers and takes rstd again. Bytes per token of a 2-byte dtype: 4 (Hq + Hk) D each way, backward with norm 6.
+Only q and k before the norm are saved (without a norm nothing): the backward has the whole head in registers and
+computes rstd again. Bytes per token of a 2-byte dtype: 4 (Hq + Hk) D each way, backward with norm 6.
+
+T or t tokens, d head size D, r rotated entries R, p or P lines of the tables, w a norm's weight.
 """
 
 from __future__ import annotations
@@ -40,7 +42,7 @@ def qk_rope_reference(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None = None,
     q_weight: Tensor | None = None, k_weight: Tensor | None = None, eps: float = 1e-6, gemma: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The formula in plain PyTorch, differentiable by autograd. Arguments and results as `qk_rope`."""
+    """Compute the formula in plain PyTorch, differentiable by autograd. Arguments and results as `qk_rope`."""
     if positions is not None:
         cos, sin = cos[positions], sin[positions]
     outs = []
@@ -49,15 +51,15 @@ def qk_rope_reference(
         n = (x if weight is None else rms_norm_reference(x, weight, eps, gemma)).to(wide)
         rotated, passed = n[..., : cos.shape[-1]], n[..., cos.shape[-1] :]
         first, second = rotated.chunk(2, dim=-1)
-        turned = torch.cat([-second, first], dim=-1)
-        rotated = rotated * cos.to(wide)[:, None] + turned * sin.to(wide)[:, None]
+        swapped = torch.cat([-second, first], dim=-1)
+        rotated = rotated * cos.to(wide)[:, None] + swapped * sin.to(wide)[:, None]
         outs.append(torch.cat([rotated, passed], dim=-1).to(x.dtype))
     return outs[0], outs[1]
 
 
 @jit
 def _table(cos_ptr, sin_ptr, pos_ptr, token, live, stride_table, cols, HALF: tl.constexpr):
-    """cos and sin [ROWS, BLOCK] in fp32 for each row's token."""
+    """Load cos and sin [ROWS, BLOCK] in fp32 for each row's token."""
     line = token.to(tl.int64)
     if pos_ptr is not None:
         line = tl.load(pos_ptr + token, mask=live, other=0).to(tl.int64)
@@ -73,7 +75,7 @@ def _forward_heads(
     HEADS: tl.constexpr, D: tl.constexpr, R: tl.constexpr,
     BLOCK: tl.constexpr, TAIL: tl.constexpr, ROWS: tl.constexpr, GEMMA: tl.constexpr,
 ):  # fmt: skip
-    """ROWS head vectors of q or of k; a row is one head of one token."""
+    """Process ROWS head vectors of q or of k; a row is one head of one token."""
     HALF: tl.constexpr = R // 2
     row = program * ROWS + tl.arange(0, ROWS)
     live = row < T * HEADS
@@ -115,6 +117,7 @@ def _backward_heads(
     HEADS: tl.constexpr, D: tl.constexpr, R: tl.constexpr,
     BLOCK: tl.constexpr, TAIL: tl.constexpr, ROWS: tl.constexpr, GEMMA: tl.constexpr,
 ):  # fmt: skip
+    """Process ROWS head vectors of dq or of dk, as `_forward_heads`."""
     HALF: tl.constexpr = R // 2
     row = program * ROWS + tl.arange(0, ROWS)
     live = row < T * HEADS
@@ -147,7 +150,7 @@ def _backward_heads(
             squares += tl.sum(n3 * n3, axis=1)
             along += tl.sum(n3 * g3, axis=1)
         rstd = tl.rsqrt(squares * (1.0 / D) + eps)
-        # n is x here, so the mean of (x rstd) g is rstd times the mean of x g.
+        # n holds x here, so the mean of (x rstd) g is rstd times the mean of x g.
         along = (rstd * rstd * along * (1.0 / D))[:, None]
         rstd = rstd[:, None]
         g1 = rstd * (g1 - n1 * along)
@@ -168,7 +171,7 @@ def forward_kernel(
     HQ: tl.constexpr, HK: tl.constexpr, D: tl.constexpr, R: tl.constexpr,
     BLOCK: tl.constexpr, TAIL: tl.constexpr, ROWS: tl.constexpr, GEMMA: tl.constexpr,
 ):  # fmt: skip
-    """The first cdiv(T HQ, ROWS) programs take the queries, the others the keys."""
+    """Run the forward: the first cdiv(T HQ, ROWS) programs process queries, the others keys."""
     program = tl.program_id(0)
     of_q = tl.cdiv(T * HQ, ROWS)
     if program < of_q:
@@ -186,6 +189,7 @@ def backward_kernel(
     HQ: tl.constexpr, HK: tl.constexpr, D: tl.constexpr, R: tl.constexpr,
     BLOCK: tl.constexpr, TAIL: tl.constexpr, ROWS: tl.constexpr, GEMMA: tl.constexpr,
 ):  # fmt: skip
+    """Run the backward, with programs as in `forward_kernel`."""
     program = tl.program_id(0)
     of_q = tl.cdiv(T * HQ, ROWS)
     if program < of_q:
@@ -198,12 +202,14 @@ def backward_kernel(
 
 @cache
 def launch_shape(d: int, r: int) -> tuple[int, int, int, int]:
-    """(BLOCK, TAIL, rows per program, warps) for heads of d with r rotated: 2,048 entries a program,
-    8 a thread, the fastest of a sweep on an H100."""
+    """Return (BLOCK, TAIL, rows per program, warps) for heads of d with r rotated entries.
+
+    2,048 entries per program and 8 per thread were the fastest of a sweep on an H100.
+    """
     block, tail = power_of_2(r // 2), power_of_2(max(1, d - r))
     rows = max(4, 2048 // power_of_2(d))
-    # No more threads than entries of the smallest tile: a copy of an entry in another warp could be read after the
-    # first one was overwritten in place.
+    # No more threads than entries of the smallest tile: otherwise another warp holds a copy of an entry and may read it
+    # after it was overwritten in place.
     smallest = rows * (min(block, tail) if r < d else block)
     return block, tail, rows, max(1, min(8, smallest // 32))
 
@@ -213,11 +219,11 @@ def qk_rope_forward(
     q_weight: Tensor | None = None, k_weight: Tensor | None = None, eps: float = 1e-6, gemma: bool = False, *,
     q_out: Tensor | None = None, k_out: Tensor | None = None, shape: tuple[int, int] | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Launch the forward. Returns q [T, Hq, D] and k [T, Hk, D], normalised and rotated.
+    """Launch the forward. Returns q [T, Hq, D] and k [T, Hk, D], normalized and rotated.
 
     q, k: as `qk_rope`; heads adjacent, any row stride: both may be slices of one qkv buffer. q_out, k_out: where the
-    results go, laid out alike; the caller who owns q and k may pass them (before a backward with a norm, which reads q
-    and k again, they must stay). shape: (rows per program, warps), for benchmarks.
+    results are written, with the same layout; a caller that owns q and k may pass them (but a backward with a norm
+    reads q and k again). shape: (rows per program, warps), for benchmarks.
     """
     _check("qk_rope_forward", q, k, cos, sin, positions, q_weight, k_weight)
     check_args("qk_rope_forward", _like(q_out, q) and _like(k_out, k), "outputs as q and k, heads adjacent",
@@ -248,7 +254,7 @@ def qk_rope_backward(
     """Launch the backward. Returns dq [T, Hq, D] and dk [T, Hk, D].
 
     dq_out, dk_out: gradients of the forward's results. q, k: what the forward read; None without a norm. dq, dk: where
-    the gradients go, e.g. slices of one dqkv buffer; the caller who owns dq_out and dk_out may pass them here.
+    the gradients are written, e.g. slices of one dqkv buffer; a caller that owns dq_out and dk_out may pass them here.
     """
     _check("qk_rope_backward", dq_out, dk_out, cos, sin, positions, q_weight, k_weight)
     check_args(
@@ -258,7 +264,7 @@ def qk_rope_backward(
         "dq, q as dq_out and dk, k as dk_out, heads adjacent; q and k where there is a norm",
         dq_out=dq_out, dk_out=dk_out, q=q, k=k, dq=dq, dk=dk,
     )  # fmt: skip
-    # Without a norm the kernel has no use for q and k: the gradients stand in for their strides.
+    # Without a norm the kernel does not read q and k; the gradients serve as placeholders with strides.
     x_q, x_k = (dq_out, dk_out) if q is None or k is None else (q, k)
     dq = torch.empty(dq_out.shape, dtype=dq_out.dtype, device=dq_out.device) if dq is None else dq
     dk = torch.empty(dk_out.shape, dtype=dk_out.dtype, device=dk_out.device) if dk is None else dk
@@ -278,11 +284,12 @@ def qk_rope_backward(
 
 
 def _adjacent(x: Tensor) -> bool:
-    """The entries of a head, and the heads of a row, one after the other."""
+    """Return whether the entries of a head, and the heads of a row, are adjacent."""
     return x.stride(2) == 1 and (x.stride(1) == x.shape[2] or x.shape[1] == 1)
 
 
 def _like(tensor: Tensor | None, other: Tensor) -> bool:
+    """Return whether `tensor` is None or has the shape and dtype of `other`, with adjacent heads."""
     return tensor is None or (tensor.shape == other.shape and tensor.dtype == other.dtype and _adjacent(tensor))
 
 
@@ -290,7 +297,7 @@ def _check(
     op: str, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None,
     q_weight: Tensor | None, k_weight: Tensor | None, kernel: bool = True,
 ) -> None:  # fmt: skip
-    """What both directions and the public function want of their inputs; `kernel` adds strides and limits."""
+    """Check the inputs of both directions and of the public function; `kernel` adds strides and limits."""
     got = {"q": q, "k": k, "cos": cos, "sin": sin, "positions": positions, "q_weight": q_weight, "k_weight": k_weight}
     norms = () if q_weight is None and k_weight is None else (q_weight, k_weight)
     ok = q.dim() == 3 and k.dim() == 3 and cos.dim() == 2 and cos.shape == sin.shape and q.dtype == k.dtype
@@ -319,6 +326,7 @@ def _check(
 
 
 def _heads(x: Tensor) -> Tensor:
+    """Return x with adjacent heads, copied if necessary."""
     return x if _adjacent(x) else x.contiguous()
 
 
@@ -327,8 +335,8 @@ class _QkRope(torch.autograd.Function):
     def forward(ctx, q, k, cos, sin, positions, q_weight, k_weight, eps, gemma):  # type: ignore[override]
         q, k = _heads(q), _heads(k)
         q_out, k_out = qk_rope_forward(q, k, cos, sin, positions, q_weight, k_weight, eps, gemma)
-        kept = (None, None) if q_weight is None else (q, k)
-        ctx.save_for_backward(*kept, cos, sin, positions, q_weight, k_weight)
+        saved = (None, None) if q_weight is None else (q, k)
+        ctx.save_for_backward(*saved, cos, sin, positions, q_weight, k_weight)
         ctx.norm = eps, gemma
         return q_out, k_out
 
@@ -343,15 +351,16 @@ def qk_rope(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None = None,
     q_weight: Tensor | None = None, k_weight: Tensor | None = None, eps: float = 1e-6, gemma: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Norm (where weights are given) and rotary embedding of queries and keys, with gradients to both.
+    """Apply norm (if weights are given) and rotary embedding to queries and keys, with gradients to both.
 
-    q: [T, Hq, D], k: [T, Hk, D], float32, bfloat16 or float16; slices of a qkv buffer are taken as they are.
-    cos, sin: [P, R] float, R even and at most D, the second half of the columns repeating the first, as transformers'
-    rotary embeddings give them (attention factor included). positions: [T] integer below P, each row's line of the
-    tables (on a GPU not checked); None: row t of the tables belongs to row t of q, P = T. q_weight, k_weight: [D] in
-    q's dtype, frozen, or None for families without that norm. eps, gemma: as in `rms_norm`.
+    q: [T, Hq, D], k: [T, Hk, D], float32, bfloat16 or float16; slices of a qkv buffer are not copied. cos, sin: [P, R]
+    float, R even and at most D, the second half of the columns repeating the first, as transformers' rotary embeddings
+    return them (attention factor included). positions: [T] integer below P, the line of the tables for each row (not
+    checked on a GPU); None: row t of the tables belongs to row t of q, P = T. q_weight, k_weight: [D] in q's dtype,
+    frozen, or None for families without that norm. eps, gemma: as in `rms_norm`.
+
     Returns q [T, Hq, D] and k [T, Hk, D]. Raises ValueError on shapes, dtypes or devices that do not fit, and on a
-    weight that wants a gradient.
+    weight that requires a gradient.
     """
     _check("qk_rope", q, k, cos, sin, positions, q_weight, k_weight, kernel=False)
     if q_weight is not None and k_weight is not None and (q_weight.requires_grad or k_weight.requires_grad):

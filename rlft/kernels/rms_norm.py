@@ -7,12 +7,12 @@
 
     g = dy w  (Gemma: dy (1 + w)),   dx = rstd (g - n mean(n g)) + dx'
 
-The weight is frozen and gets no gradient: no second pass over rows. The roundings of the forward are those of
-transformers' LlamaRMSNorm and Gemma3RMSNorm; the backward is fp32 with one rounding at the end. dx' is the gradient
-that reaches x' by the residual stream, added in the same kernel; the result is the gradient of x and of delta.
+The weight is frozen and gets no gradient, which would take a second pass over rows. The forward rounds as transformers'
+LlamaRMSNorm and Gemma3RMSNorm do; the backward is fp32 with one rounding at the end. dx' is the gradient that reaches
+x' through the residual stream, added in the same kernel; the result is the gradient of x and of delta.
 
-Bytes per row of H in a 2-byte dtype: forward 4 H, with the residual 8 H; backward 6 H, with the residual 8 H; rstd is
-4 bytes. One program holds whole rows in registers, so each element is read once.
+Bytes per row of H in a 2-byte dtype: forward 4 H, with the residual 8 H; backward 6 H, with the residual 8 H; rstd is 4
+bytes. One program holds whole rows in registers, so each element is read once. T or t rows, h their length H.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ WANTED = f"[T, H] of one dtype with adjacent columns, H at most {MAX_H}, weight 
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float, gemma: bool = False) -> Tensor:
-    """The formula in plain PyTorch, differentiable by autograd; float64 stays float64. Arguments as `rms_norm`."""
+    """Compute the formula in plain PyTorch, differentiable; float64 stays float64. Arguments as `rms_norm`."""
     wide = torch.promote_types(x.dtype, torch.float32)
     n = x.to(wide)
     n = n * torch.rsqrt(n.pow(2).mean(-1, keepdim=True) + eps)
@@ -43,14 +43,14 @@ def rms_norm_reference(x: Tensor, weight: Tensor, eps: float, gemma: bool = Fals
 def add_rms_norm_reference(
     x: Tensor, delta: Tensor, weight: Tensor, eps: float, gemma: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """(y, x') in plain PyTorch. Arguments as `add_rms_norm`."""
+    """Compute (y, x') in plain PyTorch. Arguments as `add_rms_norm`."""
     total = x + delta
     return rms_norm_reference(total, weight, eps, gemma), total
 
 
 @jit
 def times_weight(n, w, out_ptr, GEMMA: tl.constexpr):
-    """n w with the roundings of the model family; n and w are fp32, the result is not yet rounded."""
+    """Compute n w with the roundings of the model family; n and w are fp32, the result is not yet rounded."""
     if GEMMA:
         return n * (1.0 + w)
     return n.to(out_ptr.dtype.element_ty).to(tl.float32) * w
@@ -83,7 +83,7 @@ def forward_kernel(
     x = tl.load(x_ptr + rows[:, None] * stride_x + cols, mask=mask, other=0.0).to(tl.float32)
     if delta_ptr is not None:
         x += tl.load(delta_ptr + rows[:, None] * stride_delta + cols, mask=mask, other=0.0).to(tl.float32)
-        # The norm sees x' as the residual stream keeps it: rounded.
+        # The norm reads x' rounded, as the residual stream stores it.
         x = x.to(total_ptr.dtype.element_ty).to(tl.float32)
         tl.store(total_ptr + rows[:, None] * stride_total + cols, x, mask=mask)
     rstd = tl.rsqrt(tl.sum(x * x, axis=1) * (1.0 / H) + eps)
@@ -129,14 +129,14 @@ def backward_kernel(
 
 @cache
 def launch_shape(h: int) -> tuple[int, int]:
-    """(rows per program, warps) for rows of h: 16 elements a thread, and short rows share a program."""
+    """Return (rows per program, warps) for rows of h: 16 elements per thread, short rows share a program."""
     block = power_of_2(h)
     rows = max(1, 2048 // block)
     return rows, min(16, max(1, rows * block // 512))
 
 
 def _fits(x: Tensor, weight: Tensor, *others: Tensor | None) -> bool:
-    """What WANTED says. This runs before every launch, so it is written out."""
+    """Check what WANTED describes. Written out in full, since it runs before every launch."""
     shape, dtype = x.shape, x.dtype
     if len(shape) != 2 or shape[1] > MAX_H or dtype not in KERNEL_DTYPES or x.stride(1) != 1:
         return False
@@ -159,9 +159,9 @@ def rms_norm_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Launch the forward. Returns y [T, H], rstd [T] float32 and x' [T, H] (x itself without delta).
 
-    x, delta: [T, H], columns adjacent, any row stride. weight: [H], the same dtype. out: where y goes, [T, H] with any
-    row stride (rows longer than H leave room for LoRA's tail, which is not written). total_out: where x' goes; the
-    caller who owns x or delta may pass it here. shape: (rows per program, warps), for benchmarks.
+    x, delta: [T, H], columns adjacent, any row stride. weight: [H], the same dtype. out: where y is written, [T, H]
+    with any row stride (rows longer than H leave room for LoRA's tail, which is not written). total_out: where x' is
+    written; a caller that owns x or delta may pass it here. shape: (rows per program, warps), for benchmarks.
     """
     check_args(
         "rms_norm_forward",
@@ -219,9 +219,9 @@ def rms_norm_backward(
 ) -> Tensor:
     """Launch the backward. Returns dx [T, H].
 
-    dy: [T, H], gradient of y. x: [T, H], what the norm read (x' after a residual addition). rstd: [T] float32 from the
-    forward. dres: [T, H], gradient that reaches x' past the norm, added to dx. dx_out: where dx goes; the caller who
-    owns dy or dres may pass it here. All with adjacent columns and any row stride.
+    dy: [T, H], gradient of y. x: [T, H], input of the norm (x' after a residual addition). rstd: [T] float32 from the
+    forward. dres: [T, H], gradient of x' that bypasses the norm, added to dx. dx_out: where dx is written; a caller
+    that owns dy or dres may pass it here. All have adjacent columns and any row stride.
     """
     check_args(
         "rms_norm_backward",
@@ -299,7 +299,8 @@ class _AddRmsNorm(torch.autograd.Function):
 
 
 def _check(op: str, x: Tensor, weight: Tensor, delta: Tensor | None = None) -> bool:
-    """Whether the kernel runs; raises on a weight that wants a gradient and on shapes that do not fit."""
+    """Return whether the kernel runs; raise ValueError on shapes that do not fit and on a weight that requires a
+    gradient."""
     check_args(
         op,
         x.dim() > 0
@@ -318,11 +319,11 @@ def _check(op: str, x: Tensor, weight: Tensor, delta: Tensor | None = None) -> b
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, gemma: bool = False) -> Tensor:
-    """RMSNorm over the last dimension, with gradient to x.
+    """Compute RMSNorm over the last dimension, with gradient to x.
 
-    x: [..., H] float32, bfloat16 or float16. weight: [H], the same dtype, frozen. gemma: multiply by 1 + weight in
-    fp32 before the rounding. Returns [..., H] in x's dtype.
-    Raises ValueError on shapes, dtypes or devices that do not fit, and on a weight that wants a gradient.
+    x: [..., H] float32, bfloat16 or float16. weight: [H], the same dtype, frozen. gemma: multiply by 1 + weight in fp32
+    before rounding. Returns [..., H] in x's dtype. Raises ValueError on shapes, dtypes or devices that do not fit, and
+    on a weight that requires a gradient.
     """
     if _check("rms_norm", x, weight):
         return _RmsNorm.apply(x, weight, eps, gemma)  # type: ignore[return-value]
@@ -330,7 +331,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, gemma: bool = False) -> Tens
 
 
 def add_rms_norm(x: Tensor, delta: Tensor, weight: Tensor, eps: float, gemma: bool = False) -> tuple[Tensor, Tensor]:
-    """RMSNorm of x + delta, and the sum itself for the residual stream, in one pass; gradients to x and delta.
+    """Compute RMSNorm of x + delta, and the sum for the residual stream, in one pass, with gradients to x and delta.
 
     x, delta: [..., H], one dtype. The rest as `rms_norm`. Returns (y, x + delta), both [..., H].
     """

@@ -6,10 +6,12 @@
     dup = dh round(act(gate)),   dgate = dh up act'(gate)
     silu' = s (1 + g (1 - s)),   gelu' = Phi + g phi,   gelu_tanh' = s + 2 g s (1 - s) z'  with s = s(2 z)
 
-act is fp32 and rounded to the input's dtype before the product, as transformers' act_fn(gate) * up. The backward gives
-h again, dgate and dup, so that h need not be kept for the down projection's LoRA; dgate is fp32 with one rounding.
+act is fp32 and rounded to the input's dtype before the product, as in transformers' act_fn(gate) * up. The backward
+recomputes h along with dgate and dup, so that h need not be saved for the down projection's LoRA; dgate is fp32 with
+one rounding.
 
-Bytes per element of a 2-byte dtype: forward 6, backward 12 (reads dh, gate, up; writes h, dgate, dup).
+Bytes per element of a 2-byte dtype: forward 6, backward 12 (reads dh, gate, up; writes h, dgate, dup). T or t rows, M
+or m columns.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh")
 
 
 def swiglu_reference(gate: Tensor, up: Tensor, activation: str = "silu") -> Tensor:
-    """The formula in plain PyTorch, differentiable by autograd. Arguments as `swiglu`."""
+    """Compute the formula in plain PyTorch, differentiable by autograd. Arguments as `swiglu`."""
     if activation == "silu":
         return F.silu(gate) * up
     return F.gelu(gate, approximate="tanh" if activation == "gelu_pytorch_tanh" else "none") * up
@@ -36,7 +38,7 @@ def swiglu_reference(gate: Tensor, up: Tensor, activation: str = "silu") -> Tens
 
 @jit
 def _activation(g, ACT: tl.constexpr):
-    """act(g) and its slope, in fp32; what the caller does not use is not computed."""
+    """Compute act(g) and its derivative in fp32; what the caller does not use is not computed."""
     if ACT == "silu":
         s = 1.0 / (1.0 + tl.exp(-g))
         return g * s, s * (1.0 + g * (1.0 - s))
@@ -114,7 +116,10 @@ def backward_kernel(
 
 @cache
 def launch_shape(m: int) -> tuple[int, int, int]:
-    """(columns, rows, warps) of a program for rows of m: 512 elements, 4 a thread, the fastest in a sweep on H100."""
+    """Return (columns, rows, warps) of a program for rows of m columns.
+
+    512 elements per program and 4 per thread were the fastest of a sweep on an H100.
+    """
     block = min(512, power_of_2(m))
     rows = 512 // block
     return block, rows, 4
@@ -131,8 +136,8 @@ def swiglu_forward(
     """Launch the forward. Returns h [T, M].
 
     gate, up: [T, M], one dtype, columns adjacent, any row stride: two tensors or the halves of one [T, 2 M]. out: where
-    h goes, [T, M] with any row stride (rows longer than M leave room for LoRA's tail, which is not written); the caller
-    who owns gate or up may pass it here. shape: (columns, rows, warps) of a program, for benchmarks.
+    h is written, [T, M] with any row stride (rows longer than M leave room for LoRA's tail, which is not written); a
+    caller that owns gate or up may pass it here. shape: (columns, rows, warps) of a program, for benchmarks.
     """
     _check("swiglu_forward", activation, gate=gate, up=up, out=out)
     h = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device) if out is None else out
@@ -171,10 +176,10 @@ def swiglu_backward(
     dup: Tensor | None = None,
     shape: tuple[int, int, int] | None = None,
 ) -> tuple[Tensor | None, Tensor, Tensor]:
-    """Launch the backward. Returns h (None where keep_h is False), dgate and dup, each [T, M].
+    """Launch the backward. Returns h (None if keep_h is False), dgate and dup, each [T, M].
 
-    dh, gate, up: [T, M] as in the forward. h_out, dgate, dup: where the results go; the caller who owns dh, gate and
-    up may pass them here, one for each (every element is read before it is written).
+    dh, gate, up: [T, M] as in the forward. h_out, dgate, dup: where the results are written; a caller that owns dh,
+    gate and up may pass them here, one for each (every element is read before it is written).
     """
     _check("swiglu_backward", activation, gate=gate, up=up, dh=dh, h_out=h_out, dgate=dgate, dup=dup)
     h = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device) if h_out is None and keep_h else h_out
@@ -210,6 +215,7 @@ def swiglu_backward(
 
 
 def _check(op: str, activation: str, gate: Tensor, **others: Tensor | None) -> None:
+    """Raise ValueError for an unknown activation and tensors that do not fit."""
     if activation not in ACTIVATIONS:
         raise ValueError(f"{op}: activation = {activation!r}: want one of {', '.join(ACTIVATIONS)}")
     shape, dtype = gate.shape, gate.dtype
@@ -236,11 +242,11 @@ class _SwiGlu(torch.autograd.Function):
 
 
 def swiglu(gate: Tensor, up: Tensor, activation: str = "silu") -> Tensor:
-    """act(gate) * up, with gradients to both.
+    """Compute act(gate) * up, with gradients to both.
 
-    gate, up: [..., M] float32, bfloat16 or float16, one dtype; the halves of one [..., 2 M] are taken as they are.
-    activation: "silu", "gelu" or "gelu_pytorch_tanh". Returns [..., M] in their dtype.
-    Raises ValueError on an unknown activation and on shapes, dtypes or devices that do not fit.
+    gate, up: [..., M] float32, bfloat16 or float16, one dtype; the halves of one [..., 2 M] are not copied. activation:
+    "silu", "gelu" or "gelu_pytorch_tanh". Returns [..., M] in their dtype. Raises ValueError on an unknown activation
+    and on shapes, dtypes or devices that do not fit.
     """
     if activation not in ACTIVATIONS:
         raise ValueError(f"swiglu: activation = {activation!r}: want one of {', '.join(ACTIVATIONS)}")

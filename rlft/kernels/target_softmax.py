@@ -1,4 +1,4 @@
-"""Rows of logits -> log-prob of each row's target, entropy, and the weights of the second product of the head.
+"""Compute log-prob of the target, entropy, and the weights of the head's second product, from rows of logits.
 
 With z the logits (softcap c: z <- c tanh(z / c)), y = scale z / temperature, p = softmax(y), t the target,
 f = 1 (softcap: 1 - (z / c)^2), d_v = y_v - y_t and e_v = exp(d_v):
@@ -10,13 +10,17 @@ f = 1 (softcap: 1 - (z / c)^2), d_v = y_v - y_t and e_v = exp(d_v):
 The target is left out of every sum, so nothing cancels for p_t near 1, the common case in RL: subtracting a bf16 p_t
 from the one-hot would round 1 - p_t to 0.
 
-One kernel reads the logits once and writes e f in the dtype of the head: bf16 has the exponent of fp32, so e needs no
-maximum first. Only where a logit lies more than 16 above the target's is the row done again with its maximum, by the
-kernel that adds up the row's parts. Bytes per logit: 4 read, 2 written; nothing written without grad.
+One kernel reads the logits once and writes e f in the dtype of the head: bf16 has the exponent range of fp32, so e
+needs no maximum first. Only if a logit exceeds the target's by more than 16 is the row recomputed relative to its
+maximum, by the kernel that adds up the parts of a row. Bytes per logit: 4 read, 2 written; nothing is written without
+grad.
 
-fp16 has no such exponent: what is below 6e-8 is 0, and a tail of 150,000 times 1e-8 is 0.15% of the probability. Its
-weights are written by a kernel of their own, relative to the row's largest, for 4 more bytes read. That kernel also
-writes the weights of the entropy's jacobian, over those of the log-prob's: an entropy bonus needs no further chunk.
+fp16 has a smaller range: values below 6e-8 are 0, and a tail of 150,000 times 1e-8 is 0.15% of the probability. A
+separate kernel writes its weights, relative to the row's largest, for 4 more bytes read. That kernel also writes the
+weights of the entropy's Jacobian, over those of the log-prob's: an entropy bonus needs no further chunk.
+
+V is the vocabulary; in code, own_e is e of the target, base the maximum that exponentials are relative to,
+q = p (log p + entropy), u = 1 + s, h the tanh, w a weight.
 """
 
 from __future__ import annotations
@@ -30,18 +34,18 @@ from torch import Tensor
 from rlft.kernels.launch import jit, launch, power_of_2, tl
 
 BLOCK = 4096
-"""Columns that one program of the row kernel takes."""
+"""Columns per program of the row kernel."""
 FAR = 16.0
-"""A sum of exponentials relative to 0 whose largest is exp(m) is off by m roundings in its logarithm, and the entropy's
-jacobian with it."""
+"""Largest d for which exponentials are not relative to the maximum m: the logarithm of such a sum has an error of m
+roundings, and so does the entropy's Jacobian."""
 HALF = 2.0**15
 """Largest weight of a row in fp16, whose largest number is 65,504."""
 LEAST_ENTROPY = 2.0**-12
-"""Entropies below it are taken for it where weights are scaled by them: FAR leaves errors of 1e-6."""
+"""Smaller entropies count as this where weights are scaled by them, since FAR allows errors of 1e-6."""
 
 
 class Rows(NamedTuple):
-    """What rows of logits come to: everything that results and gradients need."""
+    """Per row of logits, everything that results and gradients need."""
 
     logprob: Tensor
     """[rows]."""
@@ -50,13 +54,13 @@ class Rows(NamedTuple):
     own: Tensor
     """[rows]: d logprob / d y_t = (1 - p_t) f_t."""
     others: Tensor
-    """[rows]: factor that makes -d logprob / d y_v = p_v f_v of `weights`."""
+    """[rows]: factor on `weights` that yields -d logprob / d y_v = p_v f_v."""
     weights: Tensor | None
-    """[rows, V] in the dtype of the head: a multiple of e_v f_v per row, 0 at the target; None where no gradient is
-    wanted."""
+    """[rows, V] in the dtype of the head: a multiple of e_v f_v per row, 0 at the target; None if no gradient is
+    needed."""
     sums: Tensor
-    """[rows, 3]: the maximum m of d without the target; log sum_v exp(d_v - b); sum_v p_v d_v - b. b = m where m is
-    above FAR (in PyTorch: above 0), else 0."""
+    """[rows, 3]: the maximum m of d without the target; log sum_v exp(d_v - b); sum_v p_v d_v - b. b = m if m is above
+    FAR (in PyTorch: above 0), else 0."""
 
 
 # ---- in PyTorch --------------------------------------------------------------------------------------------------
@@ -65,7 +69,7 @@ class Rows(NamedTuple):
 def _capped_reference(
     z: Tensor, temperature: float, softcap: float | None, scale: float
 ) -> tuple[Tensor, Tensor | None]:
-    """y in place of z, and its slope f, [rows, V]; None for 1."""
+    """Compute y in place of z, and its slope f, [rows, V]; None for a slope of 1."""
     y, slope = z.mul_(scale), None
     if softcap is not None:
         y = y.div_(softcap).tanh_()
@@ -77,33 +81,36 @@ def _capped_reference(
 def target_softmax_reference(
     z: Tensor, targets: Tensor, temperature: float, softcap: float | None, scale: float, store: bool
 ) -> Rows:
-    """The arithmetic of the kernels. z: [rows, V], h W^T, overwritten. Holds one more [rows, V], two with a softcap."""
+    """Compute what the kernels compute, in PyTorch.
+
+    z: [rows, V], h W^T, overwritten. Allocates one more [rows, V], two with a softcap.
+    """
     rows = targets[:, None]
     y, slope = _capped_reference(z, temperature, softcap, scale)
     d = y.sub_(y.gather(1, rows)).scatter_(1, rows, float("-inf"))
     top = d.amax(1)
-    base = top.clamp(min=0)  # of all, the target's 0 included
+    base = top.clamp(min=0)  # maximum of d including the target's 0
     d -= base[:, None]
     e, own_e = d.exp(), (-base).exp()
     total = e.sum(1)
     # e is 0 where d = -inf, and 0 * -inf is nan.
     dot = torch.einsum("nv,nv->n", e, d.clamp_(min=torch.finfo(d.dtype).min)) - own_e * base
-    everything = total + own_e
-    log_sum = torch.where(base == 0, torch.log1p(total), everything.log())
-    own, mean = total / everything, dot / everything
+    denominator = total + own_e
+    log_sum = torch.where(base == 0, torch.log1p(total), denominator.log())
+    own, mean = total / denominator, dot / denominator
     if slope is not None:
         own = own * slope.gather(1, rows).squeeze(1)
         e *= slope
     sums = torch.stack([top, log_sum, mean], 1)
-    return Rows(-base - log_sum, log_sum - mean, own, 1 / everything, e if store else None, sums)
+    return Rows(-base - log_sum, log_sum - mean, own, 1 / denominator, e if store else None, sums)
 
 
 def entropy_reference(
     z: Tensor, targets: Tensor, found: Rows, temperature: float, softcap: float | None, scale: float
 ) -> Rows:
-    """The rows with own, others and weights of the entropy: d entropy / d y_t, and what makes -d entropy / d y_v.
+    """Replace own, others and weights by those of the entropy: d entropy / d y_t and the factors of -d entropy / d y_v.
 
-    z: [rows, V], h W^T, overwritten by the weights. found: of `target_softmax_reference`. Memory as there.
+    z: [rows, V], h W^T, overwritten by the weights. found: from `target_softmax_reference`. Memory as there.
     """
     rows, (top, log_sum, mean) = targets[:, None], found.sums.unbind(1)
     y, slope = _capped_reference(z, temperature, softcap, scale)
@@ -123,7 +130,7 @@ def entropy_reference(
 
 @jit
 def _capped(z, cap, CAPPED: tl.constexpr):
-    """Softcap and its slope; tanh by the exponential, exact to 1e-7."""
+    """Compute softcap and slope, with tanh by the exponential, exact to 1e-7."""
     slope = 1.0
     if CAPPED:
         a = tl.exp(-2 * tl.abs(z / cap))
@@ -135,9 +142,9 @@ def _capped(z, cap, CAPPED: tl.constexpr):
 
 @jit
 def _differences(z, columns, t, y_t, V, scale, cap, cold, CAPPED: tl.constexpr):
-    """d = y - y_t of some columns of a row at z, -inf at the target and beyond the row; and the softcap's slope."""
+    """Compute d = y - y_t of some columns of row z, -inf at the target and beyond the row, and the softcap's slope."""
     y, slope = _capped(tl.load(z + columns, mask=columns < V, other=0.0) * scale, cap, CAPPED)
-    # The mask comes after the scaling: a negative scale would turn -inf round.
+    # The mask comes after the scaling, since a negative scale would flip the sign of -inf.
     return tl.where((columns < V) & (columns != t), (y - y_t) * cold, float("-inf")), slope
 
 
@@ -159,7 +166,7 @@ def _rows_kernel(
     FAR: tl.constexpr,
     STORE: tl.constexpr,
 ):
-    """One split of one row: sum of e, sum of e d and max of d, with d = y - y_t; e f for the second product."""
+    """Compute, for one split of a row, the sums of e and e d and the maximum of d; write e f."""
     pid = tl.program_id(0)
     row, split = (pid // splits).to(tl.int64), pid % splits
     t = tl.load(targets + row)
@@ -167,7 +174,7 @@ def _rows_kernel(
     y_t, _ = _capped(z_t * scale, cap, CAPPED)
     columns = split * BLOCK + tl.arange(0, BLOCK)
     d, slope = _differences(z + row * z_stride, columns, t, y_t, V, scale, cap, cold, CAPPED)
-    # Beyond FAR the row is done again. Not a minimum, which would make a number of nan.
+    # Beyond FAR the row is recomputed. Not tl.minimum, which would turn nan into a number.
     e = tl.exp(tl.where(d > FAR, FAR, d))
     out = parts + (row * splits + split) * 3
     tl.store(out, tl.sum(e))
@@ -201,7 +208,7 @@ def _finish_kernel(
     STORE: tl.constexpr,
     SPLITS: tl.constexpr,
 ):
-    """Add up the splits of one row; a row whose target lies far below its maximum is done again with the maximum."""
+    """Add up the splits of one row; recompute a row whose target is far below its maximum relative to that maximum."""
     row = tl.program_id(0).to(tl.int64)
     s = tl.arange(0, SPLITS)
     at = parts + (row * splits + s) * 3
@@ -227,7 +234,7 @@ def _finish_kernel(
     # log1p(total) without cancellation: u - 1 is exact, so log(u) x / (u - 1) corrects the rounding of u = 1 + x.
     u = 1.0 + total
     small = tl.where(u == 1.0, total, tl.log(u) * total / tl.where(u == 1.0, 1.0, u - 1.0))
-    # The entropy of such a row is relative to its maximum: log_sum and dot would cancel.
+    # The entropy of such a row uses sums relative to its maximum: otherwise log_sum and dot would cancel.
     base = tl.where(top > FAR, top, 0.0)
     log_sum = tl.where(top > FAR, tl.log(everything), small)
     mean = (dot - own_e * base) / everything
@@ -262,8 +269,10 @@ def _weights_kernel(
     LARGEST: tl.constexpr,
     LEAST: tl.constexpr,
 ):
-    """One split of one row: weights relative to the row's largest, LARGEST at most, and the factor that undoes it. With
-    ENTROPY those of the entropy's jacobian, and what multiplies the target's row of the head."""
+    """Write weights of one split of a row, scaled to at most LARGEST, and the factor that undoes the scaling.
+
+    With ENTROPY these are the weights of the entropy's Jacobian, and the factor of the target's row of the head.
+    """
     pid = tl.program_id(0)
     row, split = (pid // splits).to(tl.int64), pid % splits
     t = tl.load(targets + row)
@@ -275,7 +284,7 @@ def _weights_kernel(
     d, slope = _differences(z + row * z_stride, columns, t, y_t, V, scale, cap, cold, CAPPED)
     if ENTROPY:
         mean = tl.load(sums + row * 3 + 2)
-        # No |p (log p + entropy)| is above twice the entropy, since they add up to that at most.
+        # |p (log p + entropy)| is at most twice the entropy, since that bounds their sum.
         entropy = tl.maximum(log_sum - mean, LEAST)
         unit = 0.5 * LARGEST / entropy
         p = tl.exp(d - base - log_sum)
@@ -285,7 +294,7 @@ def _weights_kernel(
             tl.store(own + row, tl.exp(-base - log_sum) * (base + mean) * slope_t)
             tl.store(others + row, 1.0 / unit)
     else:
-        # A row without another column has no maximum.
+        # A row of only the target has no maximum.
         top = tl.where(top == float("-inf"), 0.0, top)
         w = tl.exp(d - top) * LARGEST
         if split == 0:
@@ -303,8 +312,11 @@ def launch_rows(
     scale: float,
     block: int = BLOCK,
 ) -> Rows:
-    """`target_softmax_reference` by the kernels. z: [rows, V] fp32, any row stride. into: four [rows], contiguous,
-    where log-probs, entropies, `own` and `others` go. weights: [rows, V], written."""
+    """Compute `target_softmax_reference` by the kernels.
+
+    z: [rows, V] fp32, any row stride. into: four contiguous [rows] tensors for log-probs, entropies, `own` and
+    `others`. weights: [rows, V], overwritten.
+    """
     rows, vocab = z.shape
     splits = -(-vocab // block)
     parts = torch.empty(rows, splits, 3, dtype=torch.float32, device=z.device)
@@ -328,17 +340,19 @@ def launch_rows(
         SPLITS=power_of_2(splits),
         num_warps=4,
     )
-    found = Rows(into[0], into[1], into[2], into[3], weights, sums)
+    result = Rows(into[0], into[1], into[2], into[3], weights, sums)
     if half:
-        _launch_weights(z, targets, found, temperature, softcap, scale, block, entropy=False)
-    return found
+        _launch_weights(z, targets, result, temperature, softcap, scale, block, entropy=False)
+    return result
 
 
 def launch_entropy(
     z: Tensor, targets: Tensor, found: Rows, temperature: float, softcap: float | None, scale: float, block: int = BLOCK
 ) -> Rows:
-    """`entropy_reference` by the kernels, over weights, own and others of `found`, which `launch_rows` gave for this z;
-    z stays as it is."""
+    """Compute `entropy_reference` by the kernels, over weights, own and others of `found`; z is unchanged.
+
+    found: from `launch_rows` for this z.
+    """
     _launch_weights(z, targets, found, temperature, softcap, scale, block, entropy=True)
     return found
 
@@ -346,28 +360,29 @@ def launch_entropy(
 def _launch_weights(
     z: Tensor,
     targets: Tensor,
-    found: Rows,
+    result: Rows,
     temperature: float,
     softcap: float | None,
     scale: float,
     block: int,
     entropy: bool,
 ) -> None:
+    """Launch `_weights_kernel`, which overwrites weights, others and, with `entropy`, own of `result`."""
     rows, vocab = z.shape
-    assert found.weights is not None
+    assert result.weights is not None
     splits = -(-vocab // block)
     launch(
         _weights_kernel,
         (rows * splits,),
         z,
         targets,
-        found.weights,
-        found.sums,
-        found.own,
-        found.others,
+        result.weights,
+        result.sums,
+        result.own,
+        result.others,
         vocab,
         z.stride(0),
-        found.weights.stride(0),
+        result.weights.stride(0),
         splits,
         scale,
         softcap or 1.0,

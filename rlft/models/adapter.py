@@ -1,6 +1,6 @@
-"""The adapter's tensors as views of one flat fp32 buffer, and their gradients as views of another.
+"""Hold the adapter's tensors as views of one flat fp32 buffer, and their gradients as views of another.
 
-One buffer means one optimiser kernel, one norm, one copy to save and one tensor to sum over ranks. The views stay
+One buffer means one optimizer kernel, one norm, one copy to save and one tensor to reduce over ranks. The views remain
 ordinary PEFT parameters: autograd adds into `.grad` in place, and `save_pretrained` writes them.
 """
 
@@ -12,18 +12,22 @@ from torch import Tensor, nn
 
 
 def peft_name(parameter: str, adapter: str) -> str:
-    """Name of an adapter tensor in a PEFT file: the parameter's name without the adapter's."""
+    """Return the name of an adapter tensor in a PEFT file: the parameter's name without that of the adapter."""
     return parameter.replace(f".{adapter}.", ".")
 
 
 def lora_parameters(model: nn.Module, adapter: str) -> dict[str, nn.Parameter]:
-    """PEFT name -> parameter of one adapter, in the order of the modules."""
+    """Map PEFT name -> parameter of one adapter, in the order of the modules."""
     marks = (f".lora_A.{adapter}.", f".lora_B.{adapter}.")
-    return {peft_name(n, adapter): p for n, p in model.named_parameters() if any(m in n for m in marks)}
+    return {
+        peft_name(parameter_name, adapter): parameter
+        for parameter_name, parameter in model.named_parameters()
+        if any(mark in parameter_name for mark in marks)
+    }
 
 
 def lora_scales(model: nn.Module, adapter: str) -> dict[str, float]:
-    """PEFT name of each lora_B -> alpha / rank as the module applies it."""
+    """Map the PEFT name of each lora_B -> the scale that the module applies, alpha / rank."""
     scales = {}
     for name, module in model.named_modules():
         scaling = getattr(module, "scaling", None)
@@ -33,20 +37,20 @@ def lora_scales(model: nn.Module, adapter: str) -> dict[str, float]:
 
 
 class FlatAdapter:
-    """The trained adapter: `flat` [numel] fp32 with `flat.grad`, and `start`, the values it had at first."""
+    """The trained adapter: `values` [numel] fp32 with its gradient, and `start`, the initial values."""
 
     def __init__(self, model: PeftModel, name: str = "default", dtype: torch.dtype = torch.float32) -> None:
         """Move the adapter's parameters into the flat buffer. dtype: fp32, or fp64 in tests."""
         self.parameters = lora_parameters(model, name)
         assert self.parameters, f"no adapter called {name}"
         self.scales = lora_scales(model, name)
-        values = torch.cat([p.detach().reshape(-1).to(dtype) for p in self.parameters.values()])
+        values = torch.cat([parameter.detach().reshape(-1).to(dtype) for parameter in self.parameters.values()])
         self.values = nn.Parameter(values)
         self.values.grad = torch.zeros_like(values)
-        # In host memory: it is rarely wanted, and where every B was 0 it is the base itself.
+        # In host memory, since it is rarely needed: not at all if every B was 0, as the start is then the base.
         self.start = values.cpu().clone()
-        self.fresh = all(not p.any() for n, p in self.parameters.items() if ".lora_B." in n)
-        """True when every B was 0 at first, so that the starting policy is the base itself."""
+        self.fresh = all(not matrix.any() for key, matrix in self.parameters.items() if ".lora_B." in key)
+        """Whether every B was 0 initially, so that the starting policy is the base."""
         offset = 0
         self._gradients: dict[Tensor, Tensor] = {}
         self._addresses: list[int] = []
@@ -58,12 +62,12 @@ class FlatAdapter:
             offset += parameter.numel()
 
     def tensors(self) -> dict[str, Tensor]:
-        """PEFT name -> the live tensor (a view: it changes with the next update)."""
-        return {name: p.detach() for name, p in self.parameters.items()}
+        """Map PEFT name -> live tensor (a view, which changes with the next update)."""
+        return {name: parameter.detach() for name, parameter in self.parameters.items()}
 
     @property
     def gradient(self) -> Tensor:
-        """[numel]: the gradient buffer that all `.grad`s are views of."""
+        """The gradient buffer [numel], of which all `.grad`s are views."""
         assert self.values.grad is not None
         return self.values.grad
 
@@ -74,18 +78,18 @@ class FlatAdapter:
         return self._gradients
 
     def not_finite(self) -> list[str]:
-        """PEFT names of the tensors that hold a value that is not finite. Waits for the device."""
+        """Return the PEFT names of tensors with a value that is not finite. Synchronizes with the device."""
         if self.values.detach().isfinite().all():
             return []
         return [name for name, tensor in self.tensors().items() if not tensor.isfinite().all()]
 
     def zero_grad(self) -> None:
-        """Set all gradients to 0, keeping them views of the buffer."""
+        """Set all gradients to 0, as views of the buffer."""
         self.gradient.zero_()
 
     def check_views(self) -> None:
-        """Assert that parameters and gradients still live in the buffers (nothing replaced them behind our back)."""
+        """Assert that parameters and gradients are still views of the buffers and were not replaced."""
         assert self.values.data_ptr() == self._addresses[0], "the buffer"
         assert self.gradient.data_ptr() == next(iter(self._gradients.values())).data_ptr(), "the gradients' buffer"
-        for (name, p), address in zip(self.parameters.items(), self._addresses, strict=True):
-            assert p.data_ptr() == address and p.grad is self._gradients[p], name
+        for (name, parameter), address in zip(self.parameters.items(), self._addresses, strict=True):
+            assert parameter.data_ptr() == address and parameter.grad is self._gradients[parameter], name

@@ -1,9 +1,9 @@
-"""PyTorch's allocator with segments that grow, so that what is planned fits although it comes in pieces.
+"""Switch PyTorch's CUDA allocator to expandable segments, which avoid fragmentation.
 
-A plan counts bytes. PyTorch's allocator takes segments of fixed size from the driver, and a tensor that fits in no free
-piece of them needs another one: a 70B shape of 8,192 tokens had 9 GiB in such pieces and ran out of memory. Segments
-that grow map free pages to where they are needed. vLLM's memory that sleeps cannot be made of them, so they are off
-while vLLM allocates it.
+A memory plan counts bytes. By default the allocator takes segments of fixed size from the driver, and a tensor that
+fits in no free block of them needs a new segment: a 70B shape with 8,192 tokens had 9 GiB in such blocks and ran out of
+memory. Expandable segments map free pages where they are needed. vLLM's memory for sleep mode cannot use them, so they
+are off while vLLM allocates it.
 """
 
 from __future__ import annotations
@@ -18,27 +18,28 @@ VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 
 
 def set_by_user() -> bool:
-    """Whether the environment says how segments are made; it is left as it is then."""
+    """Return whether the environment configures segments; the setting is not changed then."""
     return any("expandable_segments" in os.environ.get(name, "") for name in VARIABLES)
 
 
-_growing = False
-"""What this process is set to now; PyTorch does not tell."""
+_expandable = False
+"""Whether expandable segments are on in this process; PyTorch has no way to query it."""
 
 
-def _apply(growing: bool) -> None:
+def _apply(expandable: bool) -> None:
+    """Configure the allocator, unless the user did."""
     if torch.cuda.is_available() and not set_by_user():
-        torch._C._accelerator_setAllocatorSettings(f"expandable_segments:{growing}")
+        torch._C._accelerator_setAllocatorSettings(f"expandable_segments:{expandable}")
 
 
 @contextlib.contextmanager
 def segments(growing: bool) -> Iterator[None]:
-    """Segments that grow, or of fixed size, for what is allocated in the block; as it was before after it."""
-    global _growing
-    before, _growing = _growing, growing
+    """Allocate with expandable segments (or of fixed size) in the block; restore the setting afterwards."""
+    global _expandable
+    before, _expandable = _expandable, growing
     _apply(growing)
     try:
         yield
     finally:
-        _growing = before
+        _expandable = before
         _apply(before)

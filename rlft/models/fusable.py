@@ -1,4 +1,4 @@
-"""Whether fused layers can run a decoder's modules and adapters as they are, and if not, why."""
+"""Check whether fused layers can run a decoder's modules and adapters as they are, and if not, why."""
 
 from __future__ import annotations
 
@@ -15,53 +15,58 @@ from rlft.models.fused.layer_modules import FusedLayer
 
 
 def adapted(layers: Sequence[FusedLayer]) -> Iterator[Any]:
-    """The linear modules that PEFT has wrapped."""
-    return (m for layer in layers for p in layer.projections for m in p.modules if hasattr(m, "lora_A"))
+    """Yield the linear modules that PEFT has wrapped."""
+    return (
+        module
+        for layer in layers
+        for projection in layer.projections
+        for module in projection.modules
+        if hasattr(module, "lora_A")
+    )
 
 
 def adapter_problem(layers: Sequence[FusedLayer]) -> str | None:
-    """What about the adapters of now the fused layers cannot do, in words."""
-    seen: set[tuple] = set()
-    for m in adapted(layers):
-        if m.merged_adapters:
+    """Return what the fused layers do not support in the current adapters; None if they support all."""
+    active_sets: set[tuple] = set()
+    for module in adapted(layers):
+        if module.merged_adapters:
             return "an adapter is merged into the base"
-        if m._disable_adapters:
-            seen.add(())
+        if module._disable_adapters:
+            active_sets.add(())
             continue
-        active = m.active_adapters
-        seen.add(tuple(active))
+        active = module.active_adapters
+        active_sets.add(tuple(active))
         if not active:
             continue
         if len(active) > 1:
             return f"{len(active)} adapters are active at once"
-        if active[0] in m.lora_variant:
+        if active[0] in module.lora_variant:
             return "the adapter is a variant of LoRA (DoRA or the like)"
-        if m.lora_bias.get(active[0], False):
+        if module.lora_bias.get(active[0], False):
             return "the adapter has biases"
-        if active[0] in m.lora_dropout and getattr(m.lora_dropout[active[0]], "p", 0) > 0:
-            return f"lora dropout is {m.lora_dropout[active[0]].p}"
-    return "different adapters are active in different layers" if len(seen) > 1 else None
+        if active[0] in module.lora_dropout and getattr(module.lora_dropout[active[0]], "p", 0) > 0:
+            return f"lora dropout is {module.lora_dropout[active[0]].p}"
+    return "different adapters are active in different layers" if len(active_sets) > 1 else None
 
 
 def hooked(parts: Sequence[nn.Module]) -> str | None:
-    """Which module has a hook or a `forward` of somebody's, which fused layers would not call, in words."""
+    """Return which module has a hook or a replaced `forward`, which fused layers would not call; None if none has."""
     for part in parts:
         name = type(part).__name__
         if "forward" in vars(part):
             return f"the forward of a {name} was replaced"
         for hooks in (part._forward_hooks, part._forward_pre_hooks, part._backward_hooks, part._backward_pre_hooks):
-            # transformers' own stay after the first call that asked for hidden states, and do nothing in other calls.
-            if any(getattr(h, "__module__", "") != "transformers.utils.output_capturing" for h in hooks.values()):
+            # Hooks of transformers remain after the first call for hidden states and do nothing in other calls.
+            if any(getattr(hook, "__module__", "") != "transformers.utils.output_capturing" for hook in hooks.values()):
                 return f"a {name} has a hook"
     return None
 
 
 def parts_of(decoder: nn.Module, family: Family) -> Iterator[nn.Module]:
-    """The modules that fused layers run in place of: layers, blocks, projections, norms."""
-    f = family
-    norms = (f.input_norm, f.mlp_norm, f.attention_norm, f.down_norm, *(f.qk_norm or ()))
-    names = [n for n in (*f.qkv, f.out, *f.gate_up, f.down, *norms) if n is not None]
-    blocks = sorted({n.rpartition(".")[0] for n in names} - {""})
+    """Yield the modules that fused layers replace: layers, blocks, projections, norms."""
+    norms = (family.input_norm, family.mlp_norm, family.attention_norm, family.down_norm, *(family.qk_norm or ()))
+    names = [path for path in (*family.qkv, family.out, *family.gate_up, family.down, *norms) if path is not None]
+    blocks = sorted({path.rpartition(".")[0] for path in names} - {""})
     for layer in decoder.layers:  # type: ignore[union-attr]
         yield layer
         for name in (*blocks, *names):
@@ -70,14 +75,19 @@ def parts_of(decoder: nn.Module, family: Family) -> Iterator[nn.Module]:
 
 
 def state_of(part: nn.Module) -> Iterator[tuple]:
-    """Place, type and version of a frozen module's tensors, and whether they are trained."""
-    for p in getattr(part, "base_layer", part)._parameters.values():  # type: ignore[union-attr]
-        if p is not None:
-            yield p.data_ptr(), p.dtype, 0 if p.is_inference() else p._version, p.requires_grad
+    """Yield address, dtype, version and `requires_grad` of a module's tensors."""
+    for parameter in getattr(part, "base_layer", part)._parameters.values():  # type: ignore[union-attr]
+        if parameter is not None:
+            yield (
+                parameter.data_ptr(),
+                parameter.dtype,
+                0 if parameter.is_inference() else parameter._version,
+                parameter.requires_grad,
+            )
 
 
 def unfit(layers: Sequence[FusedLayer], config: Any, family: Family) -> str | None:
-    """Why these layers cannot be run by the kernels, in words."""
+    """Return why the kernels cannot run these layers; None if they can."""
     for name in family.dropouts:
         if getattr(config, name, 0):
             return f"{name} is {getattr(config, name)}"

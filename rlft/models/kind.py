@@ -1,4 +1,4 @@
-"""Whether a config of transformers is of a causal language model, and how to load it: its class, text alone or not."""
+"""Decide whether a config of transformers is of a causal language model, and which config to load."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from rlft.errors import ConfigError
 TEXT_PARTS = {
     "mistral3": {r"^(model\.)?language_model\.lm_head": "lm_head", r"^(model\.)?language_model\.(model\.)?": "model."}
 }
-"""Vision-language models that transformers loads with their vision tower only -> names of files to names of the text
-model, which is a causal language model of its own."""
+"""Names in the files -> names in the text model, for vision-language models that transformers loads only with their
+vision tower. Their text model is itself a causal language model."""
 
 
 def causal(model: str, config: Any) -> tuple[Any, dict[str, str] | None]:
-    """The config to load, and how names in the files become names of the model (None: transformers knows).
+    """Return the config to load, and patterns that map names in the files to names of the model (None: not needed).
 
-    model: the setting. Raises ConfigError for what does not continue text, in words that say what it is.
+    model: the setting. Raises ConfigError, with the kind of the model, for one that does not continue text.
     """
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
@@ -33,7 +33,7 @@ def causal(model: str, config: Any) -> tuple[Any, dict[str, str] | None]:
             f'model = "{model}": {", ".join(named) or type(config).__name__} is a vision-language model, which is not '
             f"supported yet; give a model of text alone"
         )
-    # BERT and its like have a causal class of transformers too, and files that were not trained for it.
+    # BERT and similar models also have a causal class in transformers, but their files were not trained for it.
     fits = bool(known & named) or any(name.endswith("ForCausalLM") for name in named)
     fits = fits or (composite and any(name.endswith("ForConditionalGeneration") for name in named))
     if not (known and fits):
@@ -45,16 +45,17 @@ def causal(model: str, config: Any) -> tuple[Any, dict[str, str] | None]:
 
 
 def _classes(config: Any) -> set[str]:
+    """Return the names of the causal classes of a config."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
-    found: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), ())  # type: ignore[arg-type]
-    return {made.__name__ for made in (found if isinstance(found, tuple) else (found,))}
+    classes: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), ())  # type: ignore[arg-type]
+    return {model_class.__name__ for model_class in (classes if isinstance(classes, tuple) else (classes,))}
 
 
 def attention_of(config: Any) -> str:
-    """transformers' attention to load with: "sdpa", or "eager" for the few classes that have no other."""
+    """Return the attention implementation to load with: "sdpa", or "eager" for the few classes without it."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
-    found: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), ())  # type: ignore[arg-type]
-    classes = found if isinstance(found, tuple) else (found,)
-    return "sdpa" if all(getattr(made, "_supports_sdpa", False) for made in classes) else "eager"
+    mapped: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), ())  # type: ignore[arg-type]
+    classes = mapped if isinstance(mapped, tuple) else (mapped,)
+    return "sdpa" if all(getattr(model_class, "_supports_sdpa", False) for model_class in classes) else "eager"

@@ -1,7 +1,7 @@
-"""A model by name as a PEFT model: `load`, and its two halves `load_base` and `attach_lora`.
+"""Load a model by name as a PEFT model: `load`, and its two halves `load_base` and `attach_lora`.
 
-transformers, bitsandbytes and PEFT hold the model: names, files, quantiser, adapter format. What comes back is an
-ordinary PEFT model whose adapter is called "default"; `generate`, `save_pretrained` and `disable_adapter` work.
+transformers, bitsandbytes and PEFT provide the model, files, quantizer and adapter format. The result is an ordinary
+PEFT model whose adapter is called "default"; `generate`, `save_pretrained` and `disable_adapter` work.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ DEVICES = ("auto", "cpu", "cuda")
 DTYPES = ("auto", "float64", "float32", "bfloat16", "float16")
 QUANTIZATIONS = ("auto", "none", "nf4", "int8")
 ROWS = 64
-"""Embedding and head are allocated with a multiple of so many rows, which engines want, and seen without the rest."""
+"""Embedding and head are allocated with a multiple of this number of rows; parameters are views without the padding."""
 
 
 @dataclass(frozen=True)
 class Base:
-    """What decides how a base is loaded; a `Config` has the same settings, and says what they mean."""
+    """The settings that determine how a base is loaded; `Config` has the same settings and documents them."""
 
     model: str
     quantization: Literal["auto", "none", "nf4", "int8"] = "auto"
@@ -59,17 +59,17 @@ class BaseInfo:
 
     where: Location
     dtype: torch.dtype
-    """Of the weights that are not quantised, of activations and products."""
+    """Dtype of the weights that are not quantized, of activations and of products."""
     kept: str
-    """How the linear layers of the decoder are kept: "none", "nf4", "fp4" or "int8"."""
+    """How the linear layers of the decoder are quantized: "none", "nf4", "fp4" or "int8"."""
     config: Any
     """transformers' config of the model; None for a .gguf file, whose header is read with the file."""
     quantised: bool
-    """True when the files are quantised already."""
+    """Whether the files are quantized already."""
     names: dict[str, str] | None = None
-    """Patterns of names in the files -> names of the model, where transformers does not know them."""
+    """Patterns of names in the files -> names of the model, if transformers does not know them."""
     note: str | None = None
-    """What of the files is not loaded."""
+    """What is not loaded from the files, as a sentence."""
 
 
 def load(
@@ -80,19 +80,19 @@ def load(
     device: Literal["auto", "cpu", "cuda"] = "auto",
     seed: int = 42,
 ) -> tuple[PeftModel, Any]:
-    """A model with a LoRA adapter called "default", ready to train, and its tokenizer.
+    """Load a model with a LoRA adapter called "default", ready to train, and its tokenizer.
 
-    model, quantization, dtype, device: as in `Config`. seed: of the new adapter's A. The model is an ordinary PEFT
-    model in evaluation mode whose adapter is in float32 and is all that has a gradient; its decoder runs fused layers
-    under transformers' Trainer and TRL's too (`rlft.models.fused.decoder`). Raises ConfigError.
+    model, quantization, dtype, device: as in `Config`. seed: for A of the new adapter. The result is an ordinary PEFT
+    model in evaluation mode; only its adapter, in float32, requires gradients. Trainers of transformers and TRL run its
+    fused layers too (`rlft.models.fused.decoder`). Raises ConfigError.
 
     >>> model, tokenizer = rlft.load("Qwen/Qwen3-8B", lora=rlft.Lora(rank=16))  # doctest: +SKIP
     """
     base = Base(model, quantization, dtype, device)
     tokenizer = load_tokenizer(model)
     peft_model = attach_lora(load_base(base, resolve_device(base)), lora, seed)
-    if (said := changed_dropout(lora)) is not None:
-        warnings.warn(f"rlft: {said}", stacklevel=2)
+    if (message := changed_dropout(lora)) is not None:
+        warnings.warn(f"rlft: {message}", stacklevel=2)
     fused = fuse(peft_model)
     if isinstance(fused, str):
         warnings.warn(f"rlft: transformers' own layers run here, not the fused ones: {fused}", stacklevel=2)
@@ -100,7 +100,7 @@ def load(
 
 
 def resolve_device(cfg: Config | Base) -> torch.device:
-    """The device of the run. Raises ConfigError when a GPU is asked for and there is none."""
+    """Return the device of the run. Raises ConfigError if a GPU is requested and there is none."""
     if cfg.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError('device = "cuda": this machine shows PyTorch no GPU; set device = "cpu" or see `rlft env`')
     gpu = cfg.device == "cuda" or (cfg.device == "auto" and torch.cuda.is_available())
@@ -108,8 +108,8 @@ def resolve_device(cfg: Config | Base) -> torch.device:
 
 
 def resolve_dtype(cfg: Config | Base, device: torch.device) -> torch.dtype:
-    """Type of frozen weights and activations. Unless the run says otherwise: bfloat16 on a GPU that computes in it,
-    float16 on older ones, float32 on a CPU."""
+    """Return the dtype of frozen weights and activations. By default: bfloat16 on a GPU that supports it, float16 on
+    older ones, float32 on a CPU."""
     if cfg.dtype != "auto":
         return getattr(torch, cfg.dtype)
     if device.type != "cuda":
@@ -118,28 +118,29 @@ def resolve_dtype(cfg: Config | Base, device: torch.device) -> torch.dtype:
 
 
 def describe_base(cfg: Config | Base, device: torch.device) -> BaseInfo:
-    """How the base will be loaded: reads its config, and no weights. Raises ConfigError for what cannot be done."""
-    where, dtype = locate(cfg.model), resolve_dtype(cfg, device)
-    read = None if where.gguf else _read_config(cfg.model, where)
-    config, names = (None, None) if read is None else causal(cfg.model, read)
-    files = "none" if read is None else quant.stored(read)
-    kept = quant.choose_kind(cfg.model, cfg.quantization, files, device)
-    if kept != "none" and dtype == torch.float64:
+    """Return how the base will be loaded, from its config alone. Raises ConfigError for what is not supported."""
+    location, dtype = locate(cfg.model), resolve_dtype(cfg, device)
+    file_config = None if location.gguf else _read_config(cfg.model, location)
+    config, names = (None, None) if file_config is None else causal(cfg.model, file_config)
+    files = "none" if file_config is None else quant.stored(file_config)
+    kind = quant.choose_kind(cfg.model, cfg.quantization, files, device)
+    if kind != "none" and dtype == torch.float64:
         raise ConfigError(
-            f'dtype = "float64" with weights in {kept}: bitsandbytes has 16 and 32 bits; set dtype = "float32", or '
+            f'dtype = "float64" with weights in {kind}: bitsandbytes has 16 and 32 bits; set dtype = "float32", or '
             f'quantization = "none" with a plain model'
         )
     note = None
-    if getattr(read, "vision_config", None) is not None:
+    if getattr(file_config, "vision_config", None) is not None:
         note = f"{cfg.model}: the vision tower is left out; images are not supported yet"
-    return BaseInfo(where, dtype, kept, config, files != "none", names, note)
+    return BaseInfo(location, dtype, kind, config, files != "none", names, note)
 
 
 def _read_config(model: str, where: Location) -> Any:
+    """Read the config of a model."""
     from transformers import AutoConfig
 
     with _explained(model):
-        # False: code from the hub is not run, and transformers does not stop to ask.
+        # False: code from the hub is not run, and transformers does not prompt for it.
         return AutoConfig.from_pretrained(where.path, trust_remote_code=False)
 
 
@@ -148,10 +149,10 @@ def _warn(text: str) -> None:
 
 
 def load_base(cfg: Config | Base, device: torch.device, note: Callable[[str], None] = _warn) -> nn.Module:
-    """The frozen model without an adapter, in evaluation mode on `device`. note: told what of the files is left out.
+    """Load the frozen model without an adapter, in evaluation mode on `device`.
 
-    Linear layers of the decoder are quantised weight by weight as they are read. Embedding and head have a multiple of
-    64 rows in memory, of which the parameter is the view without the last ones (zeros).
+    note: called with what is not loaded from the files. Linear layers of the decoder are quantized while they are read.
+    Embedding and head have a multiple of 64 rows in memory; the parameter is a view without the last ones (zeros).
     """
     plan = describe_base(cfg, device)
     if plan.note:
@@ -191,33 +192,33 @@ def _from_files(model: str, plan: BaseInfo, device: torch.device) -> Any:
         output_loading_info=True,
         **options,
     )
-    made, told = loaded
-    missing = sorted(told["missing_keys"])
+    base, info = loaded
+    missing = sorted(info["missing_keys"])
     if missing:
         raise ConfigError(
-            f'model = "{model}": its files lack {len(missing)} weights of {type(made).__name__}, {missing[0]} for one; '
+            f'model = "{model}": its files lack {len(missing)} weights of {type(base).__name__}, {missing[0]} for one; '
             f"give the folder of a whole model"
         )
     if plan.quantised:
-        quant.cast_plain(made, plan.dtype)
-    return made
+        quant.cast_plain(base, plan.dtype)
+    return base
 
 
 def _from_gguf(name: str, plan: BaseInfo, device: torch.device) -> Any:
-    """Dequantised by transformers, and quantised again from memory where that is wanted."""
+    """Load a .gguf file dequantized by transformers, and quantize it again if the settings ask for it."""
     from transformers import AutoModelForCausalLM, GgufConfig
 
-    gguf, first = plan.where.gguf, device if plan.kept == "none" else torch.device("cpu")
+    gguf, first_device = plan.where.gguf, device if plan.kept == "none" else torch.device("cpu")
     model: Any = AutoModelForCausalLM.from_pretrained(
         plan.where.path,
         gguf_file=gguf,
         quantization_config=GgufConfig(dequantize=True, gguf_file=gguf),
         dtype=plan.dtype,
         attn_implementation="sdpa",
-        device_map={"": first},
+        device_map={"": first_device},
     )
     if hasattr(model.config, "quantization_config"):
-        # Dequantised: what is left of the file's own quantisation would make PEFT and save_pretrained mistake it.
+        # The weights are dequantized; a leftover quantization config would mislead PEFT and save_pretrained.
         delattr(model.config, "quantization_config")
     if plan.kept != "none":
         generation = model.generation_config
@@ -231,14 +232,13 @@ def _from_gguf(name: str, plan: BaseInfo, device: torch.device) -> Any:
             quantization_config=quant.recipe(plan.kept, plan.dtype),
         )
         model.generation_config = generation
-    # PEFT writes this into adapter_config.json as the base: a name that rlft finds again, not this machine's path.
+    # PEFT writes this into adapter_config.json as the base: the name works elsewhere, a local path would not.
     model.name_or_path = name
     return model
 
 
 def pad_rows(*weights: nn.Parameter) -> None:
-    """Move weights [V, H] into memory of zeros with a multiple of ROWS rows, of which they become the first V. Tied
-    weights are one parameter and stay so."""
+    """Move weights [V, H] into zeroed memory with a multiple of ROWS rows; tied weights remain tied."""
     for weight in {id(weight): weight for weight in weights}.values():
         rows, width = weight.shape
         if rows % ROWS:
@@ -249,7 +249,7 @@ def pad_rows(*weights: nn.Parameter) -> None:
 
 @contextlib.contextmanager
 def _explained(model: str) -> Iterator[None]:
-    """What transformers says of files that it cannot load, as a ConfigError."""
+    """Turn the errors of transformers for files that it cannot load into ConfigErrors."""
     try:
         yield
     except OSError as error:
@@ -257,15 +257,15 @@ def _explained(model: str) -> Iterator[None]:
     except ConfigError:
         raise
     except (ValueError, ImportError, SafetensorError) as error:
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ConfigError(
-            f'model = "{model}": transformers cannot load it ({first}); check its files, or give another model'
+            f'model = "{model}": transformers cannot load it ({first_line}); check its files, or give another model'
         ) from error
 
 
 @contextlib.contextmanager
 def _quiet(on: bool) -> Iterator[None]:
-    """Without transformers' table of weights that are left out, where they are meant to be."""
+    """Suppress transformers' table of unused weights where they are left out on purpose."""
     from transformers.utils import logging
 
     before = logging.get_verbosity()
@@ -279,7 +279,7 @@ def _quiet(on: bool) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _progress() -> Iterator[None]:
-    """transformers' own bar where stderr is a terminal, and nothing where a log would fill with it."""
+    """Show transformers' progress bar if stderr is a terminal; otherwise a log would fill with it."""
     from transformers.utils.logging import set_tqdm_hook
 
     if sys.stderr.isatty():
@@ -293,9 +293,9 @@ def _progress() -> Iterator[None]:
 
 
 def attach_lora(base: nn.Module, lora: Lora, seed: int) -> PeftModel:
-    """The base with a LoRA adapter called "default": new (B = 0, A from `seed`) or continued from `lora.resume_from`.
+    """Attach a LoRA adapter called "default": new (B = 0, A from `seed`) or continued from `lora.resume_from`.
 
-    Raises ConfigError when a target matches no layer and when a continued adapter does not fit the base.
+    Raises ConfigError if a target matches no layer, and if a continued adapter does not fit the base.
     """
     if lora.resume_from:
         return _continue_adapter(base, lora)
@@ -303,7 +303,7 @@ def attach_lora(base: nn.Module, lora: Lora, seed: int) -> PeftModel:
     wanted = copy.deepcopy(config)
     with torch.random.fork_rng(), _peft_wraps():
         torch.manual_seed(seed)
-        # eval: PEFT's new modules start in training mode, which would leave dropout on while sampling.
+        # eval: PEFT's new modules start in training mode, which would enable dropout during sampling.
         model = get_peft_model(base, config).eval()  # type: ignore[arg-type]
     targets.check_attached(model, wanted)
     return model
@@ -311,14 +311,14 @@ def attach_lora(base: nn.Module, lora: Lora, seed: int) -> PeftModel:
 
 @contextlib.contextmanager
 def _peft_wraps() -> Iterator[None]:
-    """Without what PEFT (0.21) and transformers (5.24) say to each other while PEFT wraps a model: PEFT asks for an
-    attribute by the name that transformers is giving up. A user of rlft can change nothing about it."""
+    """Suppress a warning that a user cannot act on: PEFT 0.21 reads an attribute that transformers 5.24 deprecates."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
         yield
 
 
 def _continue_adapter(base: nn.Module, lora: Lora) -> PeftModel:
+    """Load the adapter of `lora.resume_from`."""
     folder = str(lora.resume_from)
     try:
         saved = PeftConfig.from_pretrained(folder)
@@ -337,30 +337,30 @@ def _continue_adapter(base: nn.Module, lora: Lora) -> PeftModel:
             raise ConfigError(
                 f"lora.{field} = {ours}, but the adapter in {folder} has {theirs}: set lora.{field} = {theirs}"
             )
-    # How it is trained from here on, no property of its weights: `changed_dropout` says it.
+    # Dropout affects training from here on, not the saved weights; `changed_dropout` reports a change.
     saved.lora_dropout = lora.dropout
     wanted = targets.resolve(base, lora)
     try:
         with _peft_wraps():
-            # PEFT only warns of tensors that find no place or are not in the file; both are errors below.
+            # PEFT only warns of unexpected and missing tensors; both are errors below.
             warnings.filterwarnings("ignore", message="Found missing adapter keys")
             model = PeftModel.from_pretrained(base, folder, is_trainable=True, config=saved).eval()  # type: ignore[arg-type]
     except (RuntimeError, ValueError) as error:
         detail = " ".join(str(error).split())[:300]
         raise ConfigError(f'lora.resume_from = "{folder}": the adapter does not fit this base ({detail})') from error
     with safe_open(Path(folder) / "adapter_model.safetensors", "pt") as file:
-        stored, there = set(file.keys()), set(lora_parameters(model, "default"))
-    if stored != there:
+        stored, slots = set(file.keys()), set(lora_parameters(model, "default"))
+    if stored != slots:
         raise ConfigError(
-            f'lora.resume_from = "{folder}": the adapter does not fit this base: {len(stored - there)} of its tensors '
-            f"have no place in it and {len(there - stored)} of the base's are missing, {min(stored ^ there)} for one"
+            f'lora.resume_from = "{folder}": the adapter does not fit this base: {len(stored - slots)} of its tensors '
+            f"have no place in it and {len(slots - stored)} of the base's are missing, {min(stored ^ slots)} for one"
         )
     _check_targets(model, lora, wanted)
     return model
 
 
 def changed_dropout(lora: Lora) -> str | None:
-    """One line where the adapter of `lora.resume_from` was saved with another dropout; None where it was not."""
+    """Return a sentence if the adapter of `lora.resume_from` was saved with another dropout; else None."""
     if lora.resume_from is None:
         return None
     saved: Any = PeftConfig.from_pretrained(lora.resume_from)
@@ -373,23 +373,23 @@ def changed_dropout(lora: Lora) -> str | None:
 
 
 def _check_targets(model: PeftModel, lora: Lora, wanted: LoraConfig) -> None:
-    """Raise ConfigError where a continued adapter is on other weights than a new one would be. wanted: of `resolve`."""
-    asked, have = targets.compared(model, wanted)
-    if have == asked:
+    """Raise ConfigError if a continued adapter is on other weights than a new one would be. wanted: from `resolve`."""
+    requested, attached = targets.compared(model, wanted)
+    if attached == requested:
         return
-    ends = [sorted({n.removesuffix(".weight").rpartition(".")[2] for n in names}) for names in (asked, have)]
+    leaves = [
+        sorted({name.removesuffix(".weight").rpartition(".")[2] for name in names}) for names in (requested, attached)
+    ]
     raise ConfigError(
-        f"lora.targets = {lora.targets!r} is {len(asked)} layers of this model ({', '.join(ends[0])}), but the "
-        f"adapter in {lora.resume_from} is on {len(have)} ({', '.join(ends[1])}): set "
-        f"lora.targets = {ends[1]}, or continue an adapter that is on the same layers"
+        f"lora.targets = {lora.targets!r} is {len(requested)} layers of this model ({', '.join(leaves[0])}), but the "
+        f"adapter in {lora.resume_from} is on {len(attached)} ({', '.join(leaves[1])}): set "
+        f"lora.targets = {leaves[1]}, or continue an adapter that is on the same layers"
     )
 
 
 def fingerprint(model: nn.Module, dtype: torch.dtype | None = None) -> str:
-    """16 hex digits that change with the base: names, shapes and the first 64 values of every frozen tensor.
-
-    dtype: take the floating ones as if the base had been loaded in it.
-    """
+    """Return 16 hex digits that identify the base: hash of names, shapes and first 64 values of every frozen tensor.
+    dtype: cast floating-point values to it first, as if the base were loaded in it."""
     digest = hashlib.sha256()
     for name, tensor in model.state_dict().items():
         if "lora_" not in name:

@@ -1,5 +1,7 @@
-"""Where a model string points: hub id, folder, .gguf file, or an installed package that holds one .gguf; and the
-tokenizer there."""
+"""Find the model that a string names, and its tokenizer.
+
+The string is a hub id, a folder, a .gguf file, or an installed package that contains one .gguf file.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,7 @@ from rlft.errors import ConfigError
 
 @dataclass(frozen=True)
 class Location:
-    """Where `from_pretrained` finds a model."""
+    """The arguments by which `from_pretrained` finds a model."""
 
     path: str
     """Hub id or folder."""
@@ -22,7 +24,7 @@ class Location:
 
 
 def locate(model: str) -> Location:
-    """The place a model string stands for. Raises ConfigError for a missing file and an ambiguous package."""
+    """Return the location that a model string names. Raises ConfigError for a missing file and an ambiguous package."""
     path = Path(model).expanduser()
     if path.suffix == ".gguf":
         if not path.is_file():
@@ -50,20 +52,20 @@ def locate(model: str) -> Location:
 
 
 def load_tokenizer(model: str) -> Any:
-    """The model's tokenizer. Raises ConfigError when the model cannot be found."""
+    """Load the model's tokenizer. Raises ConfigError if the model is not found."""
     from transformers import AutoTokenizer
 
-    where = locate(model)
+    location = locate(model)
     try:
-        return AutoTokenizer.from_pretrained(where.path, **({"gguf_file": where.gguf} if where.gguf else {}))
+        return AutoTokenizer.from_pretrained(location.path, **({"gguf_file": location.gguf} if location.gguf else {}))
     except OSError as error:
         raise not_found(model, error) from error
 
 
 def not_found(model: str, error: Exception) -> ConfigError:
-    """What is said when neither this machine nor the hub has the model."""
-    first = str(error).strip().splitlines()[0]
+    """Build the error for a model that neither this machine nor the hub has."""
+    first_line = str(error).strip().splitlines()[0]
     return ConfigError(
         f'model = "{model}": not a folder, a .gguf file or an installed package, and the hub did not have it or could '
-        f"not be reached ({first}). Check the name and the network, or give a local folder."
+        f"not be reached ({first_line}). Check the name and the network, or give a local folder."
     )

@@ -1,7 +1,8 @@
-"""The first way to run a packed batch through transformers' own decoder: one row, our attention keeps sequences apart.
+"""Run a packed batch through transformers' own decoder as one row; rlft's attention keeps the sequences apart.
 
-Registered in transformers' AttentionInterface. For decoders in which nothing but attention mixes tokens
-(`rlft.models.structure.unpackable`).
+The attention is registered in transformers' AttentionInterface. This works for decoders in which only attention mixes
+tokens (`rlft.models.structure.unpackable`). Shapes: T packed tokens, N states, Hq query heads, D head size, H hidden
+size.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from rlft.errors import ConfigError
 from rlft.kernels.attention import Sequences, varlen_attention
 
 PACKED = "rlft_packed"
-"""Our name in transformers' AttentionInterface."""
+"""Name of rlft's attention in transformers' AttentionInterface."""
 HARMLESS = frozenset(
     {
         "position_ids",
@@ -33,11 +34,11 @@ HARMLESS = frozenset(
         "max_length_k",
     }
 )
-"""Keyword arguments that change nothing about causal attention over sequences that are said elsewhere."""
+"""Keyword arguments that do not change causal attention, given `sequences`."""
 
 
 def register() -> None:
-    """Make our attention known to transformers under its name."""
+    """Register rlft's attention with transformers."""
     from transformers import AttentionInterface
 
     AttentionInterface.register(PACKED, packed_attention)
@@ -57,9 +58,10 @@ def packed_attention(
     is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention interface over our packed attention. query: [1, Hq, T, D]; returns [1, T, Hq, D].
+    """Implement transformers' attention interface by rlft's packed attention.
 
-    Raises ConfigError for every argument that it would have to ignore, by name.
+    query: [1, Hq, T, D]. Returns [1, T, Hq, D] and None. Raises ConfigError, with its name, for every argument that
+    would have to be ignored.
     """
     name = type(module).__name__
     if sequences is None:
@@ -67,16 +69,16 @@ def packed_attention(
             f"{name} does not hand its keyword arguments to the attention function, so its sequences "
             f"cannot be packed: this architecture is not supported"
         )
-    asked = {
+    unsupported = {
         "attention_mask": attention_mask,
         "is_causal": True if is_causal is False else None,
         "dropout": dropout or None,
         **{key: value for key, value in kwargs.items() if key not in HARMLESS},
     }
-    for key_name, given in asked.items():
-        if given is not None:
+    for argument, setting in unsupported.items():
+        if setting is not None:
             raise ConfigError(
-                f"{name} calls its attention with {key_name}, which packed rows do not honour: this architecture is "
+                f"{name} calls its attention with {argument}, which packed rows do not honour: this architecture is "
                 f"not supported packed"
             )
     out = varlen_attention(
@@ -92,7 +94,7 @@ def packed_attention(
 
 
 def hidden(decoder: Any, ids: Tensor, positions: Tensor, sequences: Sequences, rows: Tensor) -> Tensor:
-    """The head's input [N, H] at `rows` of a packed batch. ids, positions: [T] int64."""
+    """Return the head's input [N, H] at `rows` of a packed batch. ids, positions: [T] int64."""
     with _attention(decoder.config):
         states = decoder(input_ids=ids[None], position_ids=positions[None], use_cache=False, sequences=sequences)
     return states.last_hidden_state[0][rows]
@@ -100,7 +102,7 @@ def hidden(decoder: Any, ids: Tensor, positions: Tensor, sequences: Sequences, r
 
 @contextmanager
 def _attention(config: Any) -> Iterator[None]:
-    """Our attention for the span of one packed forward; `generate` and everybody else keep transformers' own."""
+    """Use rlft's attention during one packed forward; `generate` and other callers keep transformers' own."""
     before = config._attn_implementation
     config._attn_implementation = PACKED
     try:

@@ -1,8 +1,10 @@
-"""The second way to run a packed batch through transformers' own decoder: a row per sequence, padded on the right.
+"""Run a packed batch through transformers' own decoder with one row per sequence, padded on the right.
 
-For decoders that keep a state along the row, or whose attention `packed_attention` cannot reproduce. A sequence behind
-a shared prompt gets the prompt's tokens in front. Rows of like lengths run together; what a row's padding computes is
-seen by no token before it, since everything here is causal.
+This serves decoders that keep a state along the row, or whose attention `packed_attention` cannot reproduce. A sequence
+behind a shared prompt gets a copy of the prompt's tokens in front. Rows of similar length run together; no token before
+the padding sees it, since all these decoders are causal.
+
+Shapes: N selected states, R rows and L columns of a block, H hidden size.
 """
 
 from __future__ import annotations
@@ -22,82 +24,90 @@ WASTE = 0.25
 
 @dataclass(frozen=True)
 class Rows:
-    """A batch as padded rows: one [R, L] block of ids per forward, longest rows first, and where the results lie."""
+    """A batch as padded rows: one [R, L] block of ids per forward, longest rows first, and the positions of the
+    results."""
 
     blocks: tuple[Tensor, ...]
-    """[R, L] int64 on the device; 0 where a row is padded."""
+    """[R, L] int64 on the device; 0 at padding."""
     picks: tuple[Tensor, ...]
-    """Per block: where in its R * L positions the wanted states are, int64 on the device."""
+    """Per block, int64 on the device: indices of the selected states among its R * L positions."""
     order: Tensor
-    """[N] int64: place of each wanted state among those of all blocks, one block after the other."""
+    """[N] int64: index of each selected state among those of all blocks, concatenated."""
 
     @staticmethod
     def of(batch: Batch, tokens: Tensor, device: torch.device) -> Rows:
-        """The rows of a batch in host memory. tokens: [N] int64, the tokens whose predicting states are wanted; each
-        has a token before it. Nothing here waits for the device; two uploads however many sequences there are."""
+        """Build the rows of a batch in host memory.
+
+        tokens: [N] int64, the tokens whose predicting states are selected; each has a token before it. Does not wait
+        for the device; it takes two uploads however many sequences there are.
+        """
         bounds, prefix = batch.cu_seqlens.long(), batch.prefix.long()
-        own, behind = bounds.diff(), prefix >= 0
-        # A prompt that is shared has no row: it runs in front of each of its continuations.
-        used = torch.ones(len(prefix), dtype=torch.bool)
-        used[prefix[behind]] = False
-        front = torch.where(behind, own[prefix.clamp(min=0)], 0)
-        rows = used.nonzero().squeeze(1)
-        lengths, by_length = (own + front)[rows].sort(descending=True, stable=True)
+        own_lengths, behind = bounds.diff(), prefix >= 0
+        # A shared prompt has no row: it runs in front of each of its continuations.
+        has_row = torch.ones(len(prefix), dtype=torch.bool)
+        has_row[prefix[behind]] = False
+        prefix_lengths = torch.where(behind, own_lengths[prefix.clamp(min=0)], 0)
+        rows = has_row.nonzero().squeeze(1)
+        lengths, by_length = (own_lengths + prefix_lengths)[rows].sort(descending=True, stable=True)
         rows = rows[by_length]
-        line = torch.zeros(len(prefix), dtype=torch.int64).index_put((rows,), torch.arange(len(rows)))
+        row_of_sequence = torch.zeros(len(prefix), dtype=torch.int64).index_put((rows,), torch.arange(len(rows)))
         sizes = blocks_of(lengths.tolist())
         counts = torch.tensor([count for count, _ in sizes], dtype=torch.int64)
         widths = torch.tensor([width for _, width in sizes], dtype=torch.int64)
         block = torch.arange(len(sizes)).repeat_interleave(counts)  # of each row
         starts = widths[block].cumsum(0) - widths[block]  # of each row among the positions of all blocks
         ids = torch.zeros(int((counts * widths).sum()), dtype=torch.int64)
-        for first, length, at in (
-            (bounds[:-1][prefix.clamp(min=0)[rows]], front[rows], starts),
-            (bounds[:-1][rows], own[rows], starts + front[rows]),
+        for sources, length, positions in (
+            (bounds[:-1][prefix.clamp(min=0)[rows]], prefix_lengths[rows], starts),
+            (bounds[:-1][rows], own_lengths[rows], starts + prefix_lengths[rows]),
         ):
             offsets = _ranges(length)
-            ids[at.repeat_interleave(length) + offsets] = batch.input_ids[first.repeat_interleave(length) + offsets]
-        of_row = line[batch.seq_ids[tokens]]
-        places = starts[of_row] + batch.position_ids[tokens] - 1
-        ordered, order = block[of_row].sort(stable=True)
-        ends = torch.bincount(ordered, minlength=len(sizes)).tolist()
+            ids[positions.repeat_interleave(length) + offsets] = batch.input_ids[
+                sources.repeat_interleave(length) + offsets
+            ]
+        token_rows = row_of_sequence[batch.seq_ids[tokens]]
+        indices = starts[token_rows] + batch.position_ids[tokens] - 1
+        ordered, order = block[token_rows].sort(stable=True)
+        picks_per_block = torch.bincount(ordered, minlength=len(sizes)).tolist()
         offset = (counts * widths).cumsum(0) - counts * widths
-        places = (places - offset[block[of_row]])[order]
-        back = torch.empty_like(order).index_put((order,), torch.arange(len(order)))
-        sent = upload(torch.cat([places, back]), device)
+        indices = (indices - offset[block[token_rows]])[order]
+        inverse = torch.empty_like(order).index_put((order,), torch.arange(len(order)))
+        uploaded = upload(torch.cat([indices, inverse]), device)
         blocks = upload(ids, device).split((counts * widths).tolist())
         return Rows(
-            tuple(b.view(count, width) for b, (count, width) in zip(blocks, sizes, strict=True)),
-            sent[: len(places)].split(ends),
-            sent[len(places) :],
+            tuple(block_ids.view(count, width) for block_ids, (count, width) in zip(blocks, sizes, strict=True)),
+            uploaded[: len(indices)].split(picks_per_block),
+            uploaded[len(indices) :],
         )
 
     def hidden(self, decoder: Any) -> Tensor:
-        """The head's input [N, H] at the wanted states, in the order in which they were asked for."""
-        found = []
+        """Return the head's input [N, H] at the selected states, in the order of `tokens`."""
+        selected = []
         for ids, pick in zip(self.blocks, self.picks, strict=True):
             if not pick.numel():
                 continue
             states = decoder(input_ids=ids, use_cache=False).last_hidden_state
-            found.append(states.flatten(0, 1).index_select(0, pick))
-        return torch.cat(found).index_select(0, self.order)
+            selected.append(states.flatten(0, 1).index_select(0, pick))
+        return torch.cat(selected).index_select(0, self.order)
 
 
 def blocks_of(lengths: list[int]) -> list[tuple[int, int]]:
-    """(rows, width) of each forward over rows of these lengths, which are sorted downwards: as few forwards as have at
-    most WASTE of padding each."""
-    made, at = [], 0
-    while at < len(lengths):
-        width, tokens, count = lengths[at], 0, 0
-        while at + count < len(lengths) and tokens + lengths[at + count] >= (1 - WASTE) * width * (count + 1):
-            tokens += lengths[at + count]
+    """Return (rows, width) of each forward over rows of these lengths, which are sorted in descending order.
+
+    There are as few forwards as possible with at most WASTE of padding each.
+    """
+    blocks, start = [], 0
+    while start < len(lengths):
+        width, tokens, count = lengths[start], 0, 0
+        while start + count < len(lengths) and tokens + lengths[start + count] >= (1 - WASTE) * width * (count + 1):
+            tokens += lengths[start + count]
             count += 1
-        made.append((count, width))
-        at += count
-    return made
+        blocks.append((count, width))
+        start += count
+    return blocks
 
 
 def _ranges(lengths: Tensor) -> Tensor:
-    """0 to n - 1 for each n of `lengths`, one after the other."""
+    """Concatenate 0 to n - 1 for each n of `lengths`."""
     ends = lengths.cumsum(0)
     return torch.arange(int(ends[-1]) if len(ends) else 0) - (ends - lengths).repeat_interleave(lengths)

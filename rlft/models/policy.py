@@ -1,8 +1,11 @@
-"""The policy: log-probabilities of a packed batch under the base with the adapter, and under the reference.
+"""Compute log-probs of a packed batch under the policy (base with adapter) and under the reference.
 
-Fused layers run the packed rows (`rlft.models.fused.decoder`), or, for an architecture without them, transformers' own
-decoder does: packed with our attention (`rlft.models.packed`) where nothing but attention mixes tokens, and otherwise a
-padded row per sequence (`rlft.models.padded`). Our head turns the states that predict a trained token into log-probs.
+Fused layers run the packed rows (`rlft.models.fused.decoder`). For an architecture without them, transformers' own
+decoder runs: packed with rlft's attention (`rlft.models.packed`) if only attention mixes tokens, and otherwise with one
+padded row per sequence (`rlft.models.padded`). rlft's head turns the states that predict a trained token into
+log-probs.
+
+Shapes: T packed tokens, N trained tokens, H hidden size.
 """
 
 from __future__ import annotations
@@ -32,42 +35,52 @@ from rlft.upload import upload
 
 
 class Policy:
-    """A PEFT model seen as a policy. `adapter()` is what training changes, `base` what it does not."""
+    """A PEFT model as a policy. `adapter()` is what training changes, `base` what it does not."""
 
     def __init__(self, model: PeftModel, dtype: torch.dtype = torch.float32) -> None:
-        """dtype: type of the adapter's master copy (fp32; fp64 in tests of exact laws)."""
+        """Fuse the decoder and flatten the adapter.
+
+        dtype: of the adapter's master copy (fp32; fp64 in exactness tests).
+        """
         packed.register()
         self.model = model
         self.flat = FlatAdapter(model, dtype=dtype)
         fused = fuse(model)
         self.fused = fused if isinstance(fused, FusedDecoder) else None
-        """The fused decoder; None where transformers' own layers run."""
+        """The fused decoder; None if transformers' own layers run."""
         self.base: nn.Module = model.get_base_model()
-        why = None if self.fused else unpackable(self.base)
-        self.packed = why is None
-        """Whether sequences share a row, behind a common prompt too; else each has a padded row with its prompt."""
-        own = f"padded: {why}" if why else f"packed: {fused}"
-        self.path = "fused layers" if self.fused else f"transformers' own layers, {own}"
-        """Which layers run, how and why, for the start of a run."""
+        problem = None if self.fused else unpackable(self.base)
+        self.packed = problem is None
+        """Whether sequences share a row, also behind a common prompt; else each has a padded row that includes its
+        prompt."""
+        batching = f"padded: {problem}" if problem else f"packed: {fused}"
+        self.path = "fused layers" if self.fused else f"transformers' own layers, {batching}"
+        """Which layers run, how and why; logged at the start of a run."""
         self.device = self.flat.values.device
         self.mixes_rows = mixes_rows(self.base)
-        """A row's log-probs depend on what it is packed with, so none are kept for another micro-batch."""
+        """Whether a row's log-probs depend on what it is packed with, so that they cannot be reused for another
+        micro-batch."""
         self._decoder = decoder_of(self.base)
         self.rope: rope.Regime | None = None
-        """The longrope factors that `fix_rope` has set; None: the model has none."""
+        """The longrope factors that `fix_rope` has set; None if the model has none."""
         self._same_tables = rope.limit(self._decoder)
         head: nn.Linear = self.base.get_output_embeddings()  # type: ignore[operator]
         self._head, self._bias = head_matrix(head), head.bias is not None
         text = self.base.config.get_text_config()  # type: ignore[union-attr,operator]
         self._softcap, self._logit_scale = softcap_of(text), scale_of(text)
-        self._dropouts = [m for n, m in model.named_modules() if ".lora_dropout." in n and isinstance(m, nn.Dropout)]
+        self._dropouts = [
+            module
+            for module_name, module in model.named_modules()
+            if ".lora_dropout." in module_name and isinstance(module, nn.Dropout)
+        ]
 
     def logprobs(self, batch: Batch, entropy_grad: bool = False) -> tuple[Tensor, Tensor]:
-        """Log-prob of every trained token, with gradient to the adapter, and entropy of its distribution, without.
+        """Return the log-prob of every trained token, with gradient to the adapter, and the entropy of its
+        distribution, without.
 
-        Both [T] in max(fp32, model dtype), 0 where `batch.train_mask` is False. entropy_grad: a gradient for the
-        entropy too, for one more product with the head and a second jacobian, which is in the memory plan of every
-        pass from the first such call on.
+        Both are [T] in max(fp32, model dtype), 0 where `batch.train_mask` is False. entropy_grad: the entropy has a
+        gradient too, which takes one more product with the head and a second Jacobian; from the first such call on, the
+        memory plan of every pass includes it.
         """
         if self.fused is not None and entropy_grad:
             self.fused.expect(entropy_grad=True)
@@ -81,14 +94,14 @@ class Policy:
 
     @property
     def adapter_params(self) -> nn.Parameter:
-        """[numel]: all parameters of the adapter in one tensor, whose `.grad` is that of all of them."""
+        """All parameters of the adapter in one tensor [numel], whose `.grad` holds all their gradients."""
         return self.flat.values
 
     def planned(self, batch: Batch) -> Batch:
-        """The batch with how every pass over it runs, chosen for the memory that is free now.
+        """Return the batch with a plan for every pass over it, chosen for the memory that is free now.
 
-        `score` and `logprobs` of such a batch give the same bits while the adapter stays the same, whatever else takes
-        or gives back memory in between.
+        `score` and `logprobs` of such a batch give bitwise equal results while the adapter stays the same, whatever
+        else allocates or frees memory in between.
         """
         if self.fused is None:
             return batch
@@ -96,26 +109,29 @@ class Policy:
         return replace(batch, plan=self.fused.plan_pass(len(batch.input_ids), int(batch.train_mask.sum()), sequences))
 
     def score(self, batch: Batch, weights: Literal["policy", "reference"] = "policy") -> Tensor:
-        """Log-probs [T] without gradient. "reference": the adapter that training started from (the base, if new)."""
-        # transformers and PyTorch choose other kernels where there is no gradient. Ours do not.
+        """Return log-probs [T] without gradient. "reference": under the adapter that training started from (the base,
+        if new)."""
+        # transformers and PyTorch choose other kernels without gradient; the fused layers do not.
         graph = torch.set_grad_enabled(self.fused is None and weights == "policy")
         with graph, self._reference() if weights == "reference" else nullcontext():
             return self._forward(batch)[0].detach()
 
     @torch.no_grad()
     def entropy(self, batch: Batch) -> Tensor:
-        """Entropy [T] of each trained token's distribution, in nats, without gradient; 0 elsewhere."""
+        """Return the entropy [T] of each trained token's distribution, in nats, without gradient; 0 elsewhere."""
         return self._forward(batch)[1]
 
     def token_budget(self, group: Group = ALONE) -> int:
-        """Tokens per micro-batch that take the least time in the memory that is free (`packing.tokens_per_micro_batch =
-        "auto"`), where rows come in such groups."""
+        """Return the tokens per micro-batch that take the least time within the memory that is free now.
+
+        Used for `packing.tokens_per_micro_batch = "auto"`. group: a typical group of rows.
+        """
         if self.fused is None or self.device.type == "cpu":
             return BUDGETS[-1]
         return token_budget(self.fused.shape, self.fused.available(), memory.host_free(), group)
 
     def lower(self) -> str:
-        """Give memory back and plan later passes with less of it, after an out-of-memory error; says what was done."""
+        """Free memory and plan later passes with less, after an out-of-memory error; return a description."""
         if self.fused is not None:
             self.fused.lower()
         gc.collect()
@@ -126,31 +142,32 @@ class Policy:
         return f"planned again with {1 - self.fused.margin:.0%} of the memory that is free"
 
     def fix_rope(self, longest: int, long: bool = False) -> None:
-        """Give all sequences one rotary table, whatever they are packed with: `rlft.models.rope.fix`."""
+        """Use one rotary table for all sequences, whatever they are packed with; see `rlft.models.rope.fix`."""
         self.rope = rope.fix(self._decoder, longest, long)
         self._same_tables = rope.limit(self._decoder)
 
     def check_length(self, tokens: int) -> None:
-        """Assert that the rotary tables of a call with sequences up to so many tokens are those of any other call."""
-        most = self._same_tables
-        assert most is None or tokens <= most, f"{tokens} tokens, and rotary tables were fixed for {most}: fix_rope"
+        """Assert that calls with sequences of up to `tokens` tokens all have the same rotary tables."""
+        limit = self._same_tables
+        assert limit is None or tokens <= limit, f"{tokens} tokens, and rotary tables were fixed for {limit}: fix_rope"
 
     def adapter(self) -> dict[str, Tensor]:
-        """PEFT name -> live tensor of the adapter, without alpha / rank (`scales` has that)."""
+        """Map PEFT name -> live tensor of the adapter, without the scale alpha / rank (see `scales`)."""
         return self.flat.tensors()
 
     @property
     def scales(self) -> dict[str, float]:
-        """PEFT name of each lora_B -> the factor its product is scaled by."""
+        """PEFT name of each lora_B -> factor on its product."""
         return self.flat.scales
 
     def _forward(self, batch: Batch, entropy_grad: bool = False) -> tuple[Tensor, Tensor]:
+        """Return log-prob and entropy, [T] each, of every trained token."""
         if self._same_tables is not None:
             self.check_length(int(batch.position_ids.max()) + 1)
-        # From the batch as it came, on the CPU where pack made it: nothing has to wait for the GPU.
+        # From the batch on the CPU, as packing returns it: nothing has to wait for the GPU.
         sequences = Sequences.of(batch.cu_seqlens, batch.prefix, self.device)
         trained = batch.train_mask.nonzero().squeeze(1)
-        ids, rows = (upload(t, self.device) for t in (batch.input_ids, trained))
+        ids, rows = (upload(tensor, self.device) for tensor in (batch.input_ids, trained))
         plan = batch.plan
         if self.fused is not None and plan is None:
             plan = self.fused.plan_pass(len(ids), len(rows), sequences)
@@ -174,30 +191,33 @@ class Policy:
     def _hidden(
         self, batch: Batch, trained: Tensor, ids: Tensor, sequences: Sequences, plan: memory.MemoryPlan | None
     ) -> Tensor:
-        """The head's input [N, H] where each of `trained` is predicted. batch, trained: in host memory."""
+        """Return the head's input [N, H] where each of `trained` is predicted. batch, trained: in host memory."""
         if not self.packed:
             states = padded.Rows.of(batch, trained, self.device).hidden(self._decoder).to(self._head.dtype)
             return with_one(states, self._head.shape[1]) if self._bias else states
-        positions, rows = (upload(t, self.device) for t in (batch.position_ids, batch.source[trained]))
+        positions, rows = (upload(tensor, self.device) for tensor in (batch.position_ids, batch.source[trained]))
         if self.fused is None:
             states = packed.hidden(self._decoder, ids, positions, sequences, rows)
             return with_one(states, self._head.shape[1]) if self._bias else states
         embedded = self._decoder.get_input_embeddings()(ids)
         hidden = self.fused.hidden(embedded, positions, sequences, self.flat.gradients, plan)
-        # A norm is of one row: only the rows that are asked for need it.
+        # The norm acts on each row alone, so only the selected rows need it.
         return self.fused.final_norm(hidden[rows])
 
     @contextmanager
     def _reference(self) -> Iterator[None]:
-        """The starting adapter for the current one, restored bit for bit; the adapter off where that is the base."""
+        """Run the block with the starting adapter, and restore the current one bitwise.
+
+        If the start was the base, the adapter is switched off instead.
+        """
         if self.flat.fresh:
             with self.model.disable_adapter():
                 yield
             return
         flat = self.flat.values.data
-        now = flat.clone()
+        current = flat.clone()
         flat.copy_(self.flat.start)
         try:
             yield
         finally:
-            flat.copy_(now)
+            flat.copy_(current)

@@ -1,5 +1,7 @@
-"""How the frozen weights are kept: what the files have, what is asked for, whether the two go together, and what
-bitsandbytes has to be told."""
+"""Choose how the frozen weights are quantized, and configure bitsandbytes for it.
+
+This covers how the files store them, what the settings ask for, and whether the two are compatible.
+"""
 
 from __future__ import annotations
 
@@ -14,26 +16,28 @@ from rlft import environment
 from rlft.errors import ConfigError
 
 BITSANDBYTES = ("nf4", "fp4", "int8")
-"""What bitsandbytes keeps weights in; of these we make nf4 and int8 ourselves."""
+"""Quantizations of bitsandbytes; rlft itself quantizes to nf4 and int8 only."""
 
 
 def stored(config: Any) -> str:
-    """How a model's files keep its weights: "none", "nf4", "fp4", "int8", or the name of another quantiser. config: of
-    transformers, as read from config.json."""
-    found = getattr(config, "quantization_config", None)
-    if found is None:
+    """Return how a model's files store its weights: "none", "nf4", "fp4", "int8", or the name of another quantizer.
+
+    config: of transformers, as read from config.json.
+    """
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is None:
         return "none"
-    told = found if isinstance(found, dict) else found.to_dict()
-    if told.get("load_in_4bit"):
-        return told.get("bnb_4bit_quant_type", "fp4")
-    return "int8" if told.get("load_in_8bit") else str(told.get("quant_method"))
+    options = quantization if isinstance(quantization, dict) else quantization.to_dict()
+    if options.get("load_in_4bit"):
+        return options.get("bnb_4bit_quant_type", "fp4")
+    return "int8" if options.get("load_in_8bit") else str(options.get("quant_method"))
 
 
 def choose_kind(model: str, wanted: str, files: str, device: torch.device) -> str:
-    """How the weights are kept in memory: "none", "nf4", "fp4" or "int8".
+    """Choose how the weights are held in memory: "none", "nf4", "fp4" or "int8".
 
-    wanted: the setting `quantization`. files: `stored`. Files that are quantised are never dequantised or quantised
-    again. Raises ConfigError where that is not what was wanted, and when bitsandbytes is needed and not there.
+    wanted: the setting `quantization`. files: from `stored`. Quantized files are never dequantized or quantized again.
+    Raises ConfigError if that contradicts the setting, and if bitsandbytes is needed and not installed.
     """
     if files not in ("none", *BITSANDBYTES):
         raise ConfigError(
@@ -46,20 +50,23 @@ def choose_kind(model: str, wanted: str, files: str, device: torch.device) -> st
             f'= "auto" to take them as they are, or give the plain model'
         )
     if files != "none":
-        kept = files
+        kind = files
     elif wanted == "auto":
-        kept = "nf4" if device.type == "cuda" else "none"
+        kind = "nf4" if device.type == "cuda" else "none"
     else:
-        kept = wanted
-    if kept != "none":
+        kind = wanted
+    if kind != "none":
         for problem in environment.version_problems(("bitsandbytes",)):
             if problem.startswith("bitsandbytes "):
                 raise ConfigError(problem)
-    return kept
+    return kind
 
 
 def recipe(kept: str, dtype: torch.dtype) -> Any:
-    """transformers' settings for quantising to "nf4" (scales in 8 bits too) or "int8". dtype: of the products."""
+    """Return transformers' settings for quantizing to "nf4" (with 8-bit scales) or "int8".
+
+    dtype: of the matrix products.
+    """
     from transformers import BitsAndBytesConfig
 
     if kept == "int8":
@@ -70,8 +77,11 @@ def recipe(kept: str, dtype: torch.dtype) -> Any:
 
 
 def compute_in(config: Any, dtype: torch.dtype) -> None:
-    """Have a quantised checkpoint's products computed in the run's type: its config names the one it was made with,
-    which a card may not have (bfloat16 on a T4), and which would round a float32 run."""
+    """Set the dtype of the matrix products of a quantized checkpoint to that of the run.
+
+    The checkpoint's config names the dtype that it was quantized with, which a GPU may not support (bfloat16 on a T4)
+    and which would round a float32 run.
+    """
     name = str(dtype).removeprefix("torch.")
     if isinstance(config.quantization_config, dict):
         config.quantization_config["bnb_4bit_compute_dtype"] = name
@@ -80,59 +90,67 @@ def compute_in(config: Any, dtype: torch.dtype) -> None:
 
 
 def cast_plain(model: Any, dtype: torch.dtype) -> None:
-    """Give the plain weights of a quantised checkpoint the run's dtype; transformers 5.24 leaves them in the files'.
+    """Cast the plain weights of a quantized checkpoint to the run's dtype; transformers 5.24 leaves them in that of the
+    files.
 
-    What transformers keeps in float32 beside 16 bits (`_keep_in_fp32_modules`) is float32 here too.
+    What transformers keeps in float32 in a 16-bit model (`_keep_in_fp32_modules`) is float32 here too.
     """
-    kept = set(model._keep_in_fp32_modules_strict or ()) if dtype in (torch.float16, torch.bfloat16) else set()
-    kept |= set(model._keep_in_fp32_modules or ()) if dtype == torch.float16 else set()
+    fp32_parts = set(model._keep_in_fp32_modules_strict or ()) if dtype in (torch.float16, torch.bfloat16) else set()
+    fp32_parts |= set(model._keep_in_fp32_modules or ()) if dtype == torch.float16 else set()
     saved = model.state_dict().keys()
     buffers = ((name, buffer) for name, buffer in model.named_buffers() if name in saved)
     for name, tensor in (*model.named_parameters(), *buffers):
-        # A quantised weight may lie in storage of a floating type; it is known by its state.
+        # A quantized weight may be stored in a floating dtype; its quantization state identifies it.
         if tensor.is_floating_point() and not hasattr(tensor, "quant_state") and not hasattr(tensor, "SCB"):
-            in_fp32 = any(fnmatch(name, f"*{part}*") for part in kept)
+            in_fp32 = any(fnmatch(name, f"*{part}*") for part in fp32_parts)
             tensor.data = tensor.data.to(torch.float32 if in_fp32 else dtype)
 
 
 def settle(name: str, model: nn.Module, device: torch.device) -> None:
-    """Keep bitsandbytes from rewriting weights, and from repeating itself. name: the setting `model`. Raises
-    ConfigError for layers whose products it gets wrong on a CPU."""
+    """Keep bitsandbytes from rewriting weights and from repeating a warning.
+
+    name: the setting `model`. Raises ConfigError for layers whose products it computes wrongly on a CPU.
+    """
     from bitsandbytes.nn import Linear4bit  # pyright: ignore[reportPrivateImportUsage]
 
     for layer, module in model.named_modules():
         if isinstance(module, Linear4bit):
             weight: Any = module.weight
             block = weight.quant_state.blocksize
-            # Its CPU kernel takes the scales as if every row began a block, and reads beyond them (0.50.2).
+            # Its CPU kernel indexes the scales as if every row began a block, and reads out of bounds (0.50.2).
             if device.type == "cpu" and module.in_features % block:
                 raise ConfigError(
                     f'device = "cpu" with 4-bit weights of model = "{name}": {layer} has {module.in_features} inputs, '
                     f"and bitsandbytes computes on a CPU only with a multiple of {block}; use a GPU, or the plain "
                     f'model with quantization = "none"'
                 )
-            # On a CPU with AVX512-BF16 a forward in eval mode would lay the weight out anew, with scales rounded to
-            # bf16, for good; the product over that layout is in bf16 and has no gradient, so the adapters of all
-            # layers before it would stop learning without a word.
+            # On a CPU with AVX512-BF16 a forward in eval mode would convert the weight permanently to a layout with
+            # scales rounded to bf16. The product over that layout is in bf16 and has no gradient, so the adapters of
+            # all earlier layers would silently stop learning.
             module.support_avx512bf16_for_cpu = False
-    # At every product it warns that it multiplies in fp16, which is what LLM.int8 is. Once is enough.
+    # It warns at every product that it multiplies in fp16, as LLM.int8 always does. Once is enough.
     logger = logging.getLogger("bitsandbytes.autograd._functions")
-    if not any(isinstance(f, Once) for f in logger.filters):
+    if not any(isinstance(log_filter, Once) for log_filter in logger.filters):
         logger.addFilter(Once())
 
 
 def check_share(name: str, kept: str, model: Any) -> None:
-    """Raise ConfigError when most of a decoder that was to be quantised is not: bitsandbytes takes nn.Linear only, and
-    neither experts in one tensor nor a model's own linear layers. name: the setting `model`."""
+    """Raise ConfigError if less than half of a decoder that should be quantized is.
+
+    bitsandbytes quantizes nn.Linear only: neither experts in one tensor nor other classes of linear layers. name: the
+    setting `model`.
+    """
     from bitsandbytes.nn import Linear4bit, Linear8bitLt  # pyright: ignore[reportPrivateImportUsage]
 
-    linear = [m for m in model.modules() if isinstance(m, Linear4bit | Linear8bitLt)]
-    quantised = sum(m.in_features * m.out_features for m in linear)
+    linear = [module for module in model.modules() if isinstance(module, Linear4bit | Linear8bitLt)]
+    quantised = sum(module.in_features * module.out_features for module in linear)
     vocabulary = (model.get_input_embeddings().weight, model.get_output_embeddings().weight)
     plain = sum(
-        p.numel()
-        for p in model.parameters()
-        if p.is_floating_point() and p.ndim > 1 and all(p is not v for v in vocabulary)
+        parameter.numel()
+        for parameter in model.parameters()
+        if parameter.is_floating_point()
+        and parameter.ndim > 1
+        and all(parameter is not weight for weight in vocabulary)
     )
     share = quantised / (quantised + plain)
     if share < 0.5:
@@ -143,21 +161,22 @@ def check_share(name: str, kept: str, model: Any) -> None:
 
 
 def mixes_rows(model: nn.Module) -> bool:
-    """Whether a row's log-probs depend on the rows it is packed with.
+    """Return whether a row's log-probs depend on the rows it is packed with.
 
-    LLM.int8 leaves a column out of its 8 bits, for all rows of a product, where one of them is above its threshold."""
-    return any(getattr(getattr(m, "state", None), "threshold", 0.0) > 0 for m in model.modules())
+    LLM.int8 multiplies a column in fp16, for all rows of a product, if one of them exceeds its threshold.
+    """
+    return any(getattr(getattr(module, "state", None), "threshold", 0.0) > 0 for module in model.modules())
 
 
 class Once(logging.Filter):
-    """Lets a message through the first time."""
+    """A logging filter that passes each message only once."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._said: set[str] = set()
+        self._seen: set[str] = set()
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """True for a message that has not been seen."""
-        new = record.getMessage() not in self._said
-        self._said.add(record.getMessage())
+        """Return True for a message that was not seen before."""
+        new = record.getMessage() not in self._seen
+        self._seen.add(record.getMessage())
         return new

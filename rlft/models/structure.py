@@ -1,7 +1,7 @@
-"""What can be read off a model of transformers: its text decoder, and whether sequences can be packed into one row.
+"""Inspect a model of transformers: find its text decoder, and whether sequences can be packed into one row.
 
-Only attention can keep the sequences of a packed row apart (`packed_attention`). Whatever else mixes tokens runs from
-one sequence into the next: a convolution, a recurrent state, a mask that the model builds itself.
+Only attention can keep the sequences of a packed row apart (`packed_attention`). Anything else that mixes tokens
+carries over from one sequence into the next: a convolution, a recurrent state, a mask that the model builds itself.
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ from torch import nn
 STATEFUL = re.compile(
     r"(?i:conv(?!1D$)|mamba|recurrent|linear_?attention|delta_?net|rwkv|lightning|rglru|hyena|a_log)|S[Ss][Mm](?![a-z])"
 )
-"""Layer types, classes and parameters of what keeps a state along the row. transformers' Conv1D is a linear layer."""
+"""Names of layer types, classes and parameters that keep a state along the row. transformers' Conv1D is a linear layer.
+"""
 ATTENTION = re.compile(r"(Self)?Attention$")
-"""Classes of attention modules."""
+"""Class names of attention modules."""
 PACKED_LAYERS = ("full_attention", "sliding_attention", "attention")
-"""Types of layers whose attention is causal, in a window at most."""
+"""Types of layers with plain causal attention, full or in a window."""
 KNOWN = frozenset(
     {
         "q_proj",
@@ -47,20 +48,20 @@ KNOWN = frozenset(
         "rotary_fn",
     }
 )
-"""Children and parameters of attention modules whose results `packed_attention` is known to reproduce."""
+"""Children and parameters of attention modules that `packed_attention` is known to reproduce."""
 
 
 def decoder_of(base: Any) -> Any:
-    """The text decoder of a causal language model: what turns ids into the head's input."""
+    """Return the text decoder of a causal language model, which turns ids into the head's input."""
     decoder = base.get_decoder()
-    # transformers looks under the name of `base_model_prefix`, and some text models are called otherwise (Llama 4).
+    # transformers looks up the attribute `base_model_prefix`, which some text models lack (Llama 4).
     return base.model if decoder is base and isinstance(getattr(base, "model", None), nn.Module) else decoder
 
 
 def unpackable(base: Any) -> str | None:
-    """Why sequences cannot be packed into one row of the model, in words; None where they can.
+    """Return why sequences cannot be packed into one row of the model; None if they can.
 
-    What is not known to be plain causal attention counts as unpackable.
+    Whatever is not known to be plain causal attention counts as unpackable.
     """
     decoder = decoder_of(base)
     config = decoder.config
@@ -69,8 +70,8 @@ def unpackable(base: Any) -> str | None:
         if STATEFUL.search(kind):
             return f"{kind.replace('_', ' ')} keeps a state along the row"
     for name, module in decoder.named_modules():
-        parameters = (n for n, _ in module.named_parameters(recurse=False))
-        if name and any(STATEFUL.search(n) for n in (type(module).__name__, *parameters)):
+        parameters = (parameter for parameter, _ in module.named_parameters(recurse=False))
+        if name and any(STATEFUL.search(label) for label in (type(module).__name__, *parameters)):
             return f"{type(module).__name__} keeps a state along the row"
     for kind in kinds:
         if kind not in PACKED_LAYERS:
@@ -81,57 +82,62 @@ def unpackable(base: Any) -> str | None:
     if not isinstance(layers, nn.ModuleList):
         return f"the layers of {type(decoder).__name__} are not known"
     for layer in layers:
-        why = _unknown_attention(layer, config)
-        if why is not None:
-            return why
+        problem = _unknown_attention(layer, config)
+        if problem is not None:
+            return problem
     return None
 
 
 def _unknown_attention(layer: nn.Module, config: Any) -> str | None:
-    """What about the attention of a decoder layer `packed_attention` may not reproduce, in words."""
-    found = [m for m in layer.modules() if ATTENTION.search(type(m).__name__)]
-    if len(found) != 1:
-        return f"{type(layer).__name__} has {len(found)} attention modules"
-    (attention,) = found
+    """Return why `packed_attention` may not reproduce the attention of a decoder layer; None if it does."""
+    matches = [child for child in layer.modules() if ATTENTION.search(type(child).__name__)]
+    if len(matches) != 1:
+        return f"{type(layer).__name__} has {len(matches)} attention modules"
+    (attention,) = matches
     for module in (layer, attention):
-        if not _hands_on(module):
+        if not _forwards_kwargs(module):
             return f"{type(module).__name__} does not hand its keyword arguments on to transformers' AttentionInterface"
-    if "sinks" in _own(attention):
+    if "sinks" in _members(attention):
         return f"{type(attention).__name__} has sinks"
     if hasattr(attention, "kv_lora_rank"):
         return f"{type(attention).__name__} has keys and values of different widths (MLA)"
-    unknown = sorted(set(_own(attention)) - KNOWN)
+    unknown = sorted(set(_members(attention)) - KNOWN)
     if unknown:
         return f"{type(attention).__name__} has {unknown[0]}, which packed rows do not know"
-    k, v = getattr(attention, "k_proj", None), getattr(attention, "v_proj", None)
-    if k is not None and v is not None and k.out_features != v.out_features:
-        return f"keys of {k.out_features} and values of {v.out_features} features"
+    key_projection, value_projection = getattr(attention, "k_proj", None), getattr(attention, "v_proj", None)
+    if (
+        key_projection is not None
+        and value_projection is not None
+        and key_projection.out_features != value_projection.out_features
+    ):
+        return f"keys of {key_projection.out_features} and values of {value_projection.out_features} features"
     expected = _window_of(attention, config)
-    # Without one of its own an attention module reads the config's, where it hands one on.
-    reads = "sliding_window=" in inspect.getsource(inspect.unwrap(type(attention).forward))
-    window = getattr(attention, "sliding_window", expected if reads else None)
+    # An attention module without the attribute reads the config's, if its forward passes a window on.
+    reads_config = "sliding_window=" in inspect.getsource(inspect.unwrap(type(attention).forward))
+    window = getattr(attention, "sliding_window", expected if reads_config else None)
     if expected != (window if getattr(attention, "is_sliding", True) else None):
         return f"{type(attention).__name__} has the window {window}, its config says {expected}"
     return None
 
 
-def _hands_on(module: nn.Module) -> bool:
-    """Whether the source of a module's forward hands its keyword arguments on."""
+def _forwards_kwargs(module: nn.Module) -> bool:
+    """Return whether the forward of a module passes its keyword arguments on, by its source."""
     try:
         source = inspect.getsource(inspect.unwrap(type(module).forward))
     except (OSError, TypeError):
         return False
-    # Once where they are taken, once where they are given.
+    # Once in the signature, once in a call.
     return source.count("**kwargs") > 1
 
 
-def _own(module: nn.Module) -> Iterator[str]:
+def _members(module: nn.Module) -> Iterator[str]:
+    """Yield the names of direct children and parameters."""
     yield from (name for name, _ in module.named_children())
     yield from (name for name, _ in module.named_parameters(recurse=False))
 
 
 def _window_of(attention: Any, config: Any) -> int | None:
-    """The window that the config gives an attention module."""
+    """Return the window that the config gives an attention module."""
     kinds = getattr(config, "layer_types", None)
     sliding = kinds is None or kinds[attention.layer_idx] == "sliding_attention"
     return getattr(config, "sliding_window", None) if sliding else None

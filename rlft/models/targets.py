@@ -1,9 +1,11 @@
-"""Which weights of the text decoder get an adapter: `lora.targets` resolved by us, for PEFT to attach.
+"""Resolve `lora.targets` to the weights of the text decoder that get an adapter, for PEFT to attach.
 
-"all-linear" is every linear layer of the decoder but routers and the scalar gates of shared experts, and the experts
-that a layer keeps in one tensor (`lora.experts`). The head, vision towers and projectors lie outside of the decoder.
-PEFT's own "all-linear" means other layers for a mixture of experts: it rewrites the names of some
-(`convert_peft_config_for_transformers`), so that shared experts and dense layers get nothing and the router does.
+"all-linear" is every linear layer of the decoder except routers and the scalar gates of shared experts, plus experts
+that a layer holds in one tensor (`lora.experts`). Head, vision towers and projectors are outside the decoder. PEFT's
+own "all-linear" differs for a mixture of experts: it renames some targets (`convert_peft_config_for_transformers`), so
+that shared experts and dense layers get no adapter and the router does.
+
+In shapes, E is the number of experts.
 """
 
 from __future__ import annotations
@@ -22,27 +24,27 @@ from rlft.errors import ConfigError
 from rlft.models.structure import decoder_of
 
 MAMBA = "its kernels read the weight past an adapter"
-"""PEFT's reason against an adapter on a Mamba layer's out_proj."""
+"""Why PEFT refuses an adapter on a Mamba layer's out_proj."""
 
 
 @dataclass
 class LinearLayers:
-    """Weights of a decoder that an adapter may be on, by their full names."""
+    """Full names of the weights of a decoder that may have an adapter."""
 
     linear: list[str] = field(default_factory=list)
-    """Modules."""
+    """Names of modules."""
     experts: dict[str, int] = field(default_factory=dict)
-    """Parameters [E, in, out] or [E, out, in] of fused experts -> E."""
+    """Names of parameters [E, in, out] or [E, out, in] of fused experts -> E."""
     routers: list[str] = field(default_factory=list)
     mamba: list[str] = field(default_factory=list)
     """Output projections of Mamba layers."""
 
 
 def find(base: Any) -> LinearLayers:
-    """The weights of a causal language model without an adapter that one can be on."""
-    decoder, found = decoder_of(base), LinearLayers()
+    """Find the weights of a causal language model, without an adapter, that may have one."""
+    decoder, layers = decoder_of(base), LinearLayers()
     (prefix,) = (name for name, module in base.named_modules() if module is decoder)
-    # Layers that read an image, and that text skips as a whole (Llama 3.2 Vision).
+    # Layers that read an image; text skips them as a whole (Llama 3.2 Vision).
     idle = tuple(f"layers.{i}." for i in getattr(decoder.config, "cross_attention_layers", None) or ())
     for name, module in decoder.named_modules():
         if name.startswith(idle):
@@ -50,36 +52,40 @@ def find(base: Any) -> LinearLayers:
         full, leaf = f"{prefix}.{name}", name.rpartition(".")[2]
         parent = decoder.get_submodule(name.rpartition(".")[0]) if name else decoder
         if _router(module, leaf, parent):
-            found.routers.append(full)
+            layers.routers.append(full)
         elif leaf == "out_proj" and "mamba" in f"{name}{type(parent).__name__}".lower():
-            found.mamba.append(full)
+            layers.mamba.append(full)
         elif isinstance(module, nn.Linear | Conv1D):
             if not (leaf.endswith("_gate") and module.weight.shape[0] == 1 and hasattr(parent, "experts")):
-                found.linear.append(full)
+                layers.linear.append(full)
         elif "expert" in type(module).__name__.lower():
             for parameter, weight in module.named_parameters(recurse=False):
                 if weight.dim() == 3:
-                    found.experts[f"{full}.{parameter}"] = weight.shape[0]
-    return found
+                    layers.experts[f"{full}.{parameter}"] = weight.shape[0]
+    return layers
 
 
 def _router(module: nn.Module, leaf: str, parent: nn.Module) -> bool:
+    """Return whether a module is a router of a mixture of experts."""
     if "router" in type(module).__name__.lower() or "TopkGate" in type(module).__name__:
         return True
-    beside = hasattr(parent, "experts") or "gating" in type(parent).__name__.lower()
+    in_experts_block = hasattr(parent, "experts") or "gating" in type(parent).__name__.lower()
     return isinstance(module, nn.Linear) and (
-        (beside and leaf in ("gate", "router")) or "router" in type(parent).__name__.lower()
+        (in_experts_block and leaf in ("gate", "router")) or "router" in type(parent).__name__.lower()
     )
 
 
 def resolve(base: Any, lora: Lora) -> LoraConfig:
-    """PEFT's settings for a new adapter. Raises ConfigError for a target that matches nothing, a fused expert's half,
-    and dropout on what PEFT adapts by its parameter."""
-    found = find(base)
-    modules, parameters = _chosen(found, lora)
-    rewritten = _rewritten(base, found.linear)
-    direct = [name for name in modules if name not in rewritten]
-    # PEFT would move these names on to the experts; as parameters it leaves them alone.
+    """Return PEFT's settings for a new adapter.
+
+    Raises ConfigError for a target that matches nothing, for one half of a fused expert, and for dropout on what PEFT
+    adapts as a parameter.
+    """
+    layers = find(base)
+    modules, parameters = _select(layers, lora)
+    rewritten = _rewritten(base, layers.linear)
+    plain_modules = [name for name in modules if name not in rewritten]
+    # PEFT would redirect these names to the experts; as parameters it keeps them.
     parameters = [*parameters, *(f"{name}.weight" for name in modules if name in rewritten)]
     if parameters and lora.dropout:
         raise ConfigError(
@@ -89,9 +95,9 @@ def resolve(base: Any, lora: Lora) -> LoraConfig:
     return LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,  # type: ignore[arg-type]
-        target_modules=direct,
+        target_modules=plain_modules,
         target_parameters=parameters or None,  # type: ignore[arg-type]
-        fan_in_fan_out=any(isinstance(base.get_submodule(name), Conv1D) for name in direct),
+        fan_in_fan_out=any(isinstance(base.get_submodule(name), Conv1D) for name in plain_modules),
         lora_dropout=lora.dropout,
         use_rslora=lora.rslora,
         bias="none",
@@ -99,64 +105,71 @@ def resolve(base: Any, lora: Lora) -> LoraConfig:
     )
 
 
-def _chosen(found: LinearLayers, lora: Lora) -> tuple[list[str], list[str]]:
-    """Modules and parameters that `lora.targets` names."""
+def _select(layers: LinearLayers, lora: Lora) -> tuple[list[str], list[str]]:
+    """Return the modules and parameters that `lora.targets` names."""
     if lora.targets == "all-linear":
-        return found.linear, list(found.experts) if lora.experts else []
-    everything = (*found.linear, *(found.experts if lora.experts else ()))
+        return layers.linear, list(layers.experts) if lora.experts else []
+    candidates = (*layers.linear, *(layers.experts if lora.experts else ()))
     for target in lora.targets:
-        if not any(_ends(name, target) for name in everything):
-            raise ConfigError(_nothing(target, found, lora))
-    modules = [name for name in found.linear if any(_ends(name, t) for t in lora.targets)]
-    parameters = [name for name in found.experts if lora.experts and any(_ends(name, t) for t in lora.targets)]
+        if not any(_ends(name, target) for name in candidates):
+            raise ConfigError(_no_match(target, layers, lora))
+    modules = [name for name in layers.linear if any(_ends(name, target) for target in lora.targets)]
+    parameters = [
+        name for name in layers.experts if lora.experts and any(_ends(name, target) for target in lora.targets)
+    ]
     return modules, parameters
 
 
 def _ends(name: str, target: str) -> bool:
+    """Return whether `target` is `name` or its last components."""
     return name == target or name.endswith(f".{target}")
 
 
-def _nothing(target: str, found: LinearLayers, lora: Lora) -> str:
-    """Why a target matches nothing."""
+def _no_match(target: str, layers: LinearLayers, lora: Lora) -> str:
+    """Return the message for a target that matches nothing."""
     head = f"lora.targets = {lora.targets!r}: "
-    if any(_ends(name, target) for name in found.mamba):
+    if any(_ends(name, target) for name in layers.mamba):
         return f"{head}{target} is the output of a Mamba layer: {MAMBA}"
-    if any(_ends(name, target) for name in found.routers):
+    if any(_ends(name, target) for name in layers.routers):
         return f"{head}{target} is a router, which is not trained"
-    names = found.linear if not lora.experts else [*found.linear, *found.experts]
+    names = layers.linear if not lora.experts else [*layers.linear, *layers.experts]
     leaves = sorted({name.rpartition(".")[2] for name in names})
     return f"{head}{target} matches no linear layer of the text decoder; it has {', '.join(leaves)}"
 
 
 def _rewritten(base: Any, modules: Iterable[str]) -> set[str]:
-    """Those of the modules that PEFT would take for something else."""
+    """Return those of the modules whose names PEFT would replace."""
     from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 
-    # All of them, since it refuses one half of what it fuses.
-    asked = set(modules)
-    config = LoraConfig(target_modules=list(asked))
+    # All at once, since PEFT refuses one half of what it fuses.
+    requested = set(modules)
+    config = LoraConfig(target_modules=list(requested))
     convert_peft_config_for_transformers(config, model=base, conversions=None)
-    return asked - set(config.target_modules or ())
+    return requested - set(config.target_modules or ())
 
 
 def compared(model: PeftModel, wanted: LoraConfig) -> tuple[set[str], set[str]]:
-    """Full names of the weights that were to have an adapter, and of those that have one. wanted: of `resolve`."""
-    asked = {*(wanted.target_modules or ()), *(wanted.target_parameters or ())}
-    return asked, {f"{name}.weight" if f"{name}.weight" in asked else name for name in adapted(model)}
+    """Return the full names of the weights that should have an adapter, and of those that have one. wanted: from
+    `resolve`."""
+    requested = {*(wanted.target_modules or ()), *(wanted.target_parameters or ())}
+    return requested, {f"{name}.weight" if f"{name}.weight" in requested else name for name in adapted(model)}
 
 
 def check_attached(model: PeftModel, wanted: LoraConfig) -> None:
-    """Raise ConfigError unless exactly what was asked for has an adapter. wanted: of `resolve`, before PEFT had it."""
-    asked, have = compared(model, wanted)
-    if have != asked:
+    """Raise ConfigError unless exactly the requested weights have an adapter.
+
+    wanted: from `resolve`, copied before PEFT changes it.
+    """
+    requested, attached = compared(model, wanted)
+    if attached != requested:
         raise ConfigError(
-            f"lora.targets: PEFT left out {len(asked - have)} of the {len(asked)} weights to adapt and took "
-            f"{len(have - asked)} others, {min(have ^ asked)} for one; name other lora.targets"
+            f"lora.targets: PEFT left out {len(requested - attached)} of the {len(requested)} weights to adapt and "
+            f"took {len(attached - requested)} others, {min(attached ^ requested)} for one; name other lora.targets"
         )
 
 
 def adapted(model: PeftModel) -> Iterator[str]:
-    """Full names in the base of the modules, and of the parameters of fused experts, that have an adapter."""
+    """Yield the full names, in the base, of modules and of parameters of fused experts that have an adapter."""
     for name, module in model.get_base_model().named_modules():
         if "default" in getattr(module, "lora_A", ()):
             parameter = getattr(module, "parameter_name", "weight")
@@ -165,22 +178,30 @@ def adapted(model: PeftModel) -> Iterator[str]:
 
 
 def describe(model: PeftModel) -> str:
-    """What has an adapter, by kind and count, and what of the decoder has none, for the start of a run."""
-    found, names = find(model.get_base_model()), list(adapted(model))
-    experts = {name.replace(".base_layer", ""): count for name, count in found.experts.items()}
-    plain = Counter(_kind(n) for n in names if n not in experts and ".shared_expert" not in n)
-    counts = [(" ".join(kind for kind in plain if plain[kind] == n), str(n)) for n in dict.fromkeys(plain.values())]
-    shared = len({n.rpartition(".")[0] for n in names if ".shared_expert" in n})
-    fused = {n.rpartition(".")[0] for n in names if n in experts}
-    counts += [("shared experts", str(shared))] if shared else []
-    counts += [("experts", f"{len(fused)} x {max(experts[n] for n in names if n in experts)}")] if fused else []
-    left = [
-        "not the experts" if experts and not fused else "",
-        "not the router" if set(found.routers) - set(names) else "",
-        f"not Mamba's out_proj, since {MAMBA}" if set(found.mamba) - set(names) else "",
+    """Describe by kind and count what has an adapter, and what of the decoder has none, for the log of a run."""
+    layers, names = find(model.get_base_model()), list(adapted(model))
+    experts = {name.replace(".base_layer", ""): count for name, count in layers.experts.items()}
+    plain = Counter(_kind(name) for name in names if name not in experts and ".shared_expert" not in name)
+    counts = [
+        (" ".join(kind for kind in plain if plain[kind] == count), str(count))
+        for count in dict.fromkeys(plain.values())
     ]
-    return ", ".join([f"adapters: {', '.join(f'{kind} ({n})' for kind, n in counts)}", *filter(None, left)])
+    shared = len({name.rpartition(".")[0] for name in names if ".shared_expert" in name})
+    fused = {name.rpartition(".")[0] for name in names if name in experts}
+    counts += [("shared experts", str(shared))] if shared else []
+    counts += (
+        [("experts", f"{len(fused)} x {max(experts[name] for name in names if name in experts)}")] if fused else []
+    )
+    exceptions = [
+        "not the experts" if experts and not fused else "",
+        "not the router" if set(layers.routers) - set(names) else "",
+        f"not Mamba's out_proj, since {MAMBA}" if set(layers.mamba) - set(names) else "",
+    ]
+    return ", ".join(
+        [f"adapters: {', '.join(f'{kind} ({count})' for kind, count in counts)}", *filter(None, exceptions)]
+    )
 
 
 def _kind(name: str) -> str:
+    """Return the last component of a name, without "_proj"."""
     return name.rpartition(".")[2].removesuffix("_proj")

@@ -1,10 +1,12 @@
-"""The decoder of a PEFT model run by fused layers: what our policy calls, and what transformers' own calls reach.
+"""Run the decoder of a PEFT model by fused layers, for rlft's policy and for transformers' own callers.
 
-`fuse` looks whether every layer can be run by `rlft.models.fused.layer` and, where it can, replaces `forward` on the
-decoder *instance*. Trainer and TRL then run fused layers too: a padded batch is unpadded once at the entry and padded
-again at the exit. Calls that want something else (a cache, a 4-D mask, hidden states of layers) run transformers' own
-forward. Modules that were replaced, moved, cast or written to since are looked at again, so that no call runs on old
-tensors.
+Shapes: T packed rows (tokens), H hidden size, R rotary columns.
+
+`fuse` checks whether `rlft.models.fused.layer` can run every layer and, if so, replaces `forward` on the decoder
+*instance*. Trainer and TRL then run fused layers too: a padded batch is unpadded once at the entry and padded again at
+the exit. Calls that need something else (a KV cache, a 4-D mask, hidden states per layer) run transformers' own
+forward. Every call compares the modules with those of the last check, so that modules that were replaced, moved, cast
+or written to are never run on outdated tensors.
 """
 
 from __future__ import annotations
@@ -33,85 +35,88 @@ from rlft.models.fused.projection import Store, adapter_tensors
 from rlft.models.fused.unpad import unpadded
 
 STEP = 64 * 2**20
-"""Bytes that budgets are rounded to."""
+"""Memory budgets are rounded down to a multiple of this number of bytes."""
 MARGIN = 0.05
-"""For what the allocator loses between blocks."""
+"""Share of the free memory that is left unused, for fragmentation in the allocator."""
 LOWER = 0.1
 """By how much the margin grows after an out-of-memory error."""
 KEYS = 1024
-"""What numbers of copied keys are rounded to."""
+"""Numbers of copied keys are rounded up to a multiple of this."""
 
 
 class FusedDecoder:
-    """Fused layers over a decoder's modules. `hidden` is for packed rows, `forward` for transformers' callers."""
+    """Fused layers over a decoder's modules: `hidden` for packed rows, `forward` for transformers' callers."""
 
     def __init__(self, model: PeftModel, decoder: nn.Module, family: Family) -> None:
-        """Raises ValueError, saying why, for a decoder that fused layers cannot run."""
+        """Check the modules of `decoder` and take their tensors.
+
+        Raises ValueError, with the reason, for a decoder that fused layers cannot run.
+        """
         self.model, self.decoder, self.family = model, decoder, family
         self.plan: memory.MemoryPlan | None = None
-        """How every pass runs; None: chosen for each by what memory is free."""
+        """The plan of every pass; None: chosen for each pass from the free memory."""
         self.budget: float | None = None
         """Bytes that a pass may take on the device; None: what is free."""
         self.margin = MARGIN
-        """Share of that memory which is left unused."""
+        """Share of that memory that is left unused."""
         self.full = 0
-        """Rows of a full micro-batch; 0: not known. Shorter passes have no shadow of the weights where it has none:
-        bringing and giving back one in every step would take as long, and CUDA graphs over it would be captured
-        anew."""
+        """Rows of a full micro-batch; 0: not known. A shorter pass uses a shadow store of the weights only if a full
+        one does: allocating and releasing it in every step would cost the time it saves, and CUDA graphs would have to
+        be captured again."""
         self.entropy_grad = False
-        """Plans have room for the second jacobian of an entropy bonus; set by `expect`."""
-        self._begin()
-        why = self._look()
-        if why is not None:
-            raise ValueError(why)
+        """Whether plans have room for the second Jacobian of an entropy bonus; set by `expect`."""
+        self._reset()
+        problem = self._check_modules()
+        if problem is not None:
+            raise ValueError(problem)
 
-    def _begin(self) -> None:
+    def _reset(self) -> None:
         self._cache_name = kv_cache.name(self.decoder)
         self.store, self.offload = Store(), Offload()
         self.ran: memory.MemoryPlan | None = None
         """The plan of the last pass."""
-        self._told: set[str] = set()
+        self._warned: set[str] = set()
         self._parts: list[nn.Module] = []
-        self._held: list[tuple] = []
-        self._why: str | None = None
+        self._states: list[tuple] = []
+        self._problem: str | None = None
 
-    def _look(self) -> str | None:
-        """Take the decoder's modules as they are now; says in words why they cannot be run."""
+    def _check_modules(self) -> str | None:
+        """Take the decoder's modules as they are now and return why they cannot be run, or None."""
         parts = list(parts_of(self.decoder, self.family))
-        held = [state for part in parts for state in state_of(part)]
-        if parts == self._parts and held == self._held:
-            return self._why
-        self._parts, self._held = parts, held
+        states = [state for part in parts for state in state_of(part)]
+        if parts == self._parts and states == self._states:
+            return self._problem
+        self._parts, self._states = parts, states
         self.store.release()
         self.graphs: Graphs | None = None
-        """CUDA graphs of short passes; None: never."""
-        config, last = self.decoder.config, self.decoder.norm
+        """CUDA graphs of short passes; None: passes are always launched kernel by kernel."""
+        config, final_norm = self.decoder.config, self.decoder.norm
         try:
-            self.layers = [FusedLayer(m, i, self.family, config) for i, m in enumerate(self.decoder.layers)]  # type: ignore[arg-type]
-            self._why = unfit(self.layers, config, self.family)
+            self.layers = [FusedLayer(module, i, self.family, config) for i, module in enumerate(self.decoder.layers)]  # type: ignore[arg-type]
+            self._problem = unfit(self.layers, config, self.family)
         except ValueError as error:
-            self._why = str(error)
-        if self._why is None and any(trained for *_, trained in held):
-            self._why = "weights of the base are trained"
-        if self._why is None:
-            self.norm = norm_of(last, self.family.gemma)
+            self._problem = str(error)
+        if self._problem is None and any(trained for *_, trained in states):
+            self._problem = "weights of the base are trained"
+        if self._problem is None:
+            self.norm = norm_of(final_norm, self.family.gemma)
             self.shape = self._shape()
             if self.norm.weight.is_cuda and self.shape.attention in ("fa4", "fa2"):
                 self.graphs = Graphs()
-        return self._why
+        return self._problem
 
     def problem(self) -> str | None:
-        """Why the fused layers cannot run the modules and adapters of now, in words; None: they can."""
-        return self._look() or hooked(self._parts) or adapter_problem(self.layers)
+        """Return why the fused layers cannot run the current modules and adapters; None if they can."""
+        return self._check_modules() or hooked(self._parts) or adapter_problem(self.layers)
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy of a model (deepcopy, pickle) has modules of its own, which it looks at when it first runs.
+        # A copy of a model (deepcopy, pickle) has other modules, which are checked when it first runs.
         names = ("model", "decoder", "family", "plan", "budget", "margin", "full", "entropy_grad")
         return {name: getattr(self, name) for name in names}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        self._begin()
+        self._reset()
 
     # ---- packed rows -------------------------------------------------------------------------------------------------
 
@@ -124,15 +129,16 @@ class FusedDecoder:
         plan: memory.MemoryPlan | None = None,
         padded_to: Tensor | None = None,
     ) -> Tensor:
-        """The residual stream after the last layer, [T, H], before the final norm.
+        """Compute the residual stream after the last layer, [T, H], before the final norm.
 
         embedded: [T, H]. position_ids: [T]. sequences: which rows attend to which. gradients: parameter -> fp32 buffer
-        that the backward adds its gradient to; without it autograd gets them. plan: from `plan_pass`; None: one for
-        what memory is free. Two passes of one plan give the same bits, with gradient and without. padded_to: positions
-        of the padded call that the rows are of, which decide rotary tables as in transformers.
+        that the backward adds its gradient to; without it autograd returns the gradients. plan: from `plan_pass`; None:
+        one for the memory that is free. Two passes with the same plan give bitwise equal results, with gradient and
+        without. padded_to: positions of the padded call that the rows come from; they determine the rotary tables, as
+        in transformers.
         """
         if torch.is_inference_mode_enabled():
-            # Buffers made in inference mode could not be written to outside it.
+            # Buffers allocated in inference mode could not be written to outside it.
             with torch.inference_mode(False), torch.no_grad():
                 return self.hidden(embedded, position_ids, sequences, gradients, plan, padded_to)
         if plan is None:
@@ -141,34 +147,36 @@ class FusedDecoder:
         self.ran = plan
         self.store.use(plan.store)
         tables, adapter, rows = self._tables(embedded, position_ids, padded_to), self.adapter(), embedded.shape[0]
-        x = embedded
+        hidden = embedded
         if plan.padded:
-            given = Padded.of(self.layers, embedded, tables, sequences, plan.padded)
+            batch = Padded.of(self.layers, embedded, tables, sequences, plan.padded)
             if self.graphs is not None and gradients and self._trains(adapter, gradients):
-                most = memory.CAPTURED * (self.available() + self.graphs.bytes)
-                hidden = self.graphs.run(self.layers, self.store, adapter, plan, gradients, given, most)
-                if hidden is not None:
-                    return hidden
-            bucket = given.launched()
-            x, tables, sequences = bucket.x, bucket.tables, bucket.sequences
+                limit = memory.CAPTURED * (self.available() + self.graphs.bytes)
+                result = self.graphs.run(self.layers, self.store, adapter, plan, gradients, batch, limit)
+                if result is not None:
+                    return result
+            bucket = batch.launched()
+            hidden, tables, sequences = bucket.x, bucket.tables, bucket.sequences
         if self.graphs is not None and plan.peak > self.available():
             self.graphs.clear()
-        keep = torch.is_grad_enabled()
-        run = Pass(sequences, tables, self.store, adapter, plan.levels, plan.tile, keep, gradients, self.offload)
+        with_backward = torch.is_grad_enabled()
+        run = Pass(
+            sequences, tables, self.store, adapter, plan.levels, plan.tile, with_backward, gradients, self.offload
+        )
         for layer in self.layers:
-            x = run_layer(layer, x, run)
+            hidden = run_layer(layer, hidden, run)
         self.offload.settle()
-        return x[:rows]
+        return hidden[:rows]
 
     def final_norm(self, hidden: Tensor) -> Tensor:
-        """The norm before the head; with gradient."""
+        """Apply the norm before the head, with gradient."""
         return rms_norm.rms_norm(hidden, *self.norm)
 
     def plan_pass(self, rows: int, trained: int, sequences: Sequences) -> memory.MemoryPlan:
-        """How a pass over packed rows runs in the memory that is free now.
+        """Choose how a pass over packed rows runs in the memory that is free now.
 
-        rows: tokens, of which `trained` reach the head. It is padded where a CUDA graph may run it; whether one does
-        changes no bit.
+        rows: tokens, of which `trained` reach the head. They are padded where a CUDA graph may run the pass; whether
+        one does changes no bit of the result.
         """
         keys, budget = copied_keys(sequences, rows), self.available()
         if self.graphs is not None and short(self.shape, rows, keys):
@@ -181,16 +189,19 @@ class FusedDecoder:
     def plan_for(
         self, rows: int, trained: int | None = None, keys: int = 0, budget: float | None = None
     ) -> memory.MemoryPlan:
-        """How a pass over so many rows runs, of which `trained` (None: all) reach the head. keys: those that are copied
-        for sequences behind shared prefixes. budget: bytes; None: `available`."""
+        """Choose how a pass over `rows` rows runs, of which `trained` (None: all) reach the head.
+
+        keys: keys that are copied for sequences behind shared prefixes. budget: bytes; None: `available`.
+        """
         if self.plan is not None:
             return self.plan
         device = self.norm.weight.device
         host = memory.host_free() if device.type == "cuda" else 0.0
-        # Rounded up by 3% at most (64 rows of few), so that plans are found again: a new one takes milliseconds.
+        # Rounded up by at most 3% (to 64 rows for short passes), so that cached plans are reused: choosing one takes
+        # milliseconds.
         step = max(64, 1 << max(0, rows.bit_length() - 6))
         sizes = ((rows, step), (rows if trained is None else trained, step), (keys, KEYS))
-        rows, trained, keys = (-(-size // each) * each for size, each in sizes)
+        rows, trained, keys = (-(-size // multiple) * multiple for size, multiple in sizes)
         budget = self.available() if budget is None else budget
         plan = memory.choose_plan(self.shape, rows, trained, budget, host, keys)
         shadowed = plan.store == "shadow" and rows < self.full
@@ -199,68 +210,72 @@ class FusedDecoder:
         return plan
 
     def expect(self, entropy_grad: bool) -> None:
-        """Plan for a loss with an entropy bonus, or without one: all passes alike, so that log-probs without gradient
-        come from the same plan as those with."""
+        """Set whether plans make room for a loss with an entropy bonus.
+
+        All passes get the same plan, so that log-probs without gradient are bitwise those with gradient.
+        """
         if entropy_grad != self.entropy_grad:
             self.entropy_grad = entropy_grad
             self.shape = replace(self.shape, entropy_grad=entropy_grad)
 
     def available(self) -> float:
-        """Bytes that a pass may take on the device now."""
+        """Return the bytes that a pass may take on the device now."""
         device = self.norm.weight.device
         budget = memory.free(device) + self.store.bytes if self.budget is None else self.budget
         budget -= self.graphs.bytes if self.graphs is not None else 0
-        # In steps, so that plans are found again.
+        # In steps, so that cached plans are reused.
         return budget * (1 - self.margin) // STEP * STEP
 
     def lower(self) -> None:
-        """Plan with less memory from now on, and give back graphs and the weights' buffers: a pass ran out of it."""
+        """Plan with less memory after an out-of-memory error, and free CUDA graphs and weight buffers."""
         self.margin = min(0.9, self.margin + LOWER)
         if self.graphs is not None:
             self.graphs.clear()
         self.store.release()
 
     def adapter(self) -> str | None:
-        """Name of the adapter that is active now; None when adapters are off. Asserts what `_own_reason` checks."""
+        """Return the name of the active adapter; None when adapters are off. Assumes that `problem` returned None."""
         module = next(adapted(self.layers), None)
         active = () if module is None or module.disable_adapters else module.active_adapters
         return active[0] if active else None
 
     def _trains(self, adapter: str | None, gradients: dict[Tensor, Tensor]) -> bool:
-        """Whether the gradients are those of the adapter that is active."""
-        tensors = (t for layer in self.layers for t in adapter_tensors(layer.bind(adapter)))
+        """Return whether `gradients` are those of the active adapter."""
+        tensors = (tensor for layer in self.layers for tensor in adapter_tensors(layer.bind(adapter)))
         return next(tensors, None) in gradients
 
     def _tables(
         self, embedded: Tensor, position_ids: Tensor, padded_to: Tensor | None
     ) -> dict[str | None, tuple[Tensor, Tensor]]:
+        """Return the rotary tables (cos, sin), [T, R] each, per type of layer."""
         rotary: Any = self.decoder.rotary_emb
         tables, rows = {}, position_ids.shape[0]
         if padded_to is not None and rope.limit(rotary) is not None:
+            # Dynamic and long RoPE choose their frequencies by the largest position of the call.
             position_ids = torch.cat([position_ids, padded_to.max()[None]])
-        for kind in {layer.type for layer in self.layers}:
-            more = () if kind is None else (kind,)
-            cos, sin = rotary(embedded[None], position_ids[None], *more)
-            tables[kind] = (cos[0, :rows], sin[0, :rows])
+        for layer_type in {layer.type for layer in self.layers}:
+            arguments = () if layer_type is None else (layer_type,)
+            cos, sin = rotary(embedded[None], position_ids[None], *arguments)
+            tables[layer_type] = (cos[0, :rows], sin[0, :rows])
         return tables
 
     def _shape(self) -> memory.DecoderShape:
-        """Sizes for the memory plan."""
+        """Return the sizes that the memory plan is computed from."""
         first = self.layers[0]
         bound = first.bind(self.adapter())
         weight = self.norm.weight
-        q, kv = first.q_heads * first.head_dim, first.k_heads * first.head_dim
+        q_columns, kv_columns = first.q_heads * first.head_dim, first.k_heads * first.head_dim
         return memory.DecoderShape(
             layers=len(self.layers),
             hidden=first.projections[0].in_features,
-            q=q,
-            kv=kv,
+            q=q_columns,
+            kv=kv_columns,
             q_heads=first.q_heads,
             intermediate=first.width,
             vocab=self.decoder.config.vocab_size,  # type: ignore[union-attr]
             dtype=weight.dtype,
-            tails=tuple(b.group.tail for b in bound),  # type: ignore[arg-type]
-            ranks=tuple(b.group.rank for b in bound),  # type: ignore[arg-type]
+            tails=tuple(projection.group.tail for projection in bound),  # type: ignore[arg-type]
+            ranks=tuple(projection.group.rank for projection in bound),  # type: ignore[arg-type]
             qk_norm=first.qk_norm[0] is not None,
             post_norm=first.down_norm is not None,
             attention=backends.choose_backend(weight.device, weight.dtype, first.head_dim, first.attention.softcap),
@@ -280,15 +295,15 @@ class FusedDecoder:
         cache: Any = None,
         **kwargs: Any,
     ) -> Any:
-        """In place of the decoder's own forward, with its arguments, the cache by either name, and its result."""
+        """Replace the decoder's own forward: same arguments (the cache by either name), same result."""
         if cache is not None and past_key_values is not None:
             raise ValueError("give one of cache and past_key_values")
         cache = past_key_values if cache is None else cache
-        own = self._own_reason(attention_mask, cache, use_cache, kwargs)
-        if own is not None:
-            if own and own not in self._told:
-                self._told.add(own)
-                warnings.warn(f"rlft: transformers' own layers run here, not the fused ones: {own}", stacklevel=2)
+        fallback = self._fallback_reason(attention_mask, cache, use_cache, kwargs)
+        if fallback is not None:
+            if fallback and fallback not in self._warned:
+                self._warned.add(fallback)
+                warnings.warn(f"rlft: transformers' own layers run here, not the fused ones: {fallback}", stacklevel=2)
             named: dict[str, Any] = {self._cache_name: cache}
             return type(self.decoder).forward(
                 self.decoder,
@@ -304,8 +319,8 @@ class FusedDecoder:
 
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
-        if getattr(self.decoder, "gradient_checkpointing", False) and "checkpointing" not in self._told:
-            self._told.add("checkpointing")
+        if getattr(self.decoder, "gradient_checkpointing", False) and "checkpointing" not in self._warned:
+            self._warned.add("checkpointing")
             warnings.warn(
                 "rlft: gradient checkpointing has no effect, fused layers decide themselves what they keep",
                 stacklevel=2,
@@ -313,18 +328,19 @@ class FusedDecoder:
         embed: Any = self.decoder.get_input_embeddings()  # type: ignore[operator]
         embedded = embed(input_ids) if inputs_embeds is None else inputs_embeds
         rows, places, sequences, positions = unpadded(embedded, attention_mask, position_ids)
-        every = position_ids
-        if every is None and places is not None:
-            every = torch.arange(embedded.shape[1], device=embedded.device)
-        hidden = self.final_norm(self.hidden(rows, positions, sequences, padded_to=every))
+        padded_positions = position_ids
+        if padded_positions is None and places is not None:
+            padded_positions = torch.arange(embedded.shape[1], device=embedded.device)
+        hidden = self.final_norm(self.hidden(rows, positions, sequences, padded_to=padded_positions))
         if places is not None:
             hidden = hidden.new_zeros(embedded.shape[0] * embedded.shape[1], embedded.shape[2]).index_copy(
                 0, places, hidden
             )
         return BaseModelOutputWithPast(last_hidden_state=hidden.view(embedded.shape))  # type: ignore[arg-type]
 
-    def _own_reason(self, mask: Any, cache: Any, use_cache: bool | None, kwargs: dict[str, Any]) -> str | None:
-        """Why transformers' own forward runs: "" for calls that ask for it, words for settings, None to run fused."""
+    def _fallback_reason(self, mask: Any, cache: Any, use_cache: bool | None, kwargs: dict[str, Any]) -> str | None:
+        """Return why transformers' own forward runs: "" if the call asks for it, a text for a setting; None: run fused
+        layers."""
         wants_cache = self.decoder.config.use_cache if use_cache is None else use_cache  # type: ignore[union-attr]
         if cache is not None or (wants_cache and not torch.is_grad_enabled()) or (use_cache and wants_cache):
             return ""
@@ -338,9 +354,9 @@ class FusedDecoder:
                 return ""
         if kwargs.get("return_dict", getattr(config, "return_dict", True)) is False:
             return ""
-        why = self.problem()
-        if why is not None:
-            return why
+        problem = self.problem()
+        if problem is not None:
+            return problem
         device, dtype = self.norm.weight.device.type, self.norm.weight.dtype
         if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) != dtype:
             return f"autocast to {torch.get_autocast_dtype(device)} over weights of {dtype}"
@@ -348,13 +364,13 @@ class FusedDecoder:
 
 
 def fuse(model: PeftModel) -> FusedDecoder | str:
-    """Run the decoder of `model` by fused layers from now on; or say in words why its own layers stay."""
+    """Run the decoder of `model` by fused layers from now on, or return why its own layers stay."""
     base: Any = model.get_base_model()
     decoder = base.get_decoder()
-    already = getattr(vars(decoder).get("forward"), "__self__", None)
-    if isinstance(already, FusedDecoder):
-        already.model = model
-        return already.problem() or already
+    existing = getattr(vars(decoder).get("forward"), "__self__", None)
+    if isinstance(existing, FusedDecoder):
+        existing.model = model
+        return existing.problem() or existing
     family = families.find(decoder.config.model_type)
     if family is None:
         return f'no fused layer for the architecture "{decoder.config.model_type}"'
@@ -365,8 +381,8 @@ def fuse(model: PeftModel) -> FusedDecoder | str:
         fused = FusedDecoder(model, decoder, family)
     except ValueError as error:
         return str(error)
-    why = fused.problem()
-    if why is not None:
-        return why
+    problem = fused.problem()
+    if problem is not None:
+        return problem
     decoder.forward = fused.forward
     return fused

@@ -1,6 +1,6 @@
-"""One decoder layer as one autograd Function that decides itself what it keeps for its backward.
+"""One decoder layer as one autograd Function that decides itself what it saves for its backward.
 
-    level   kept on the device                                          done again in the backward
+    level   saved on the device                                         recomputed in the backward
     L0      x, qkv, attention out + lse, mid, gate and up               norms, rotary, h
     L1      x, qkv, attention out + lse                                 + o, gate, up
     L2      x, attention out + lse                                      + q, k, v
@@ -8,14 +8,17 @@
     L4      nothing: x, attention out + lse in host memory              as L2
     L5      nothing: x in host memory                                   as L3
 
-The down projection is not done again: its backward needs only S = h A^T, 2 rank bytes per token, which every level
-keeps (a norm behind it, as in Gemma, needs its output; there it is done again). Everything but attention runs in tiles
-of rows, forward and backward, so that gate, up and h of all tokens never exist above L0: nothing outside a tile is
-needed for its part of the backward, and no forward runs a third time for it. Buffers are written in place where the
-layer owns them: gate and up become their gradients, dh becomes h, qkv becomes dqkv, d mid becomes dx. So a second
-backward raises.
+Shapes and names: T rows, H hidden size, r rank; x [T, H] the layer's input, o the output projection, mid [T, H] the
+residual stream after attention, n a norm's output, h [T, I] = act(gate) * up, S = x A^T of an adapter (A, B).
 
-Gradients of A and B are accumulated over the tiles in fp32: into the caller's buffers (`Pass.gradients`), and then the
+The down projection is never recomputed: its backward needs only S = h A^T, 2 r bytes per token, which every level saves
+(a norm behind it, as in Gemma, needs its output; it is recomputed there). Everything but attention runs in tiles of
+rows, forward and backward, so that gate, up and h of all tokens never exist at once above L0: the backward of a tile
+needs nothing of other tiles, and no forward is run a third time. Buffers that the layer owns are overwritten: gate and
+up become their gradients, dh becomes h, qkv becomes dqkv, d mid becomes dx. A second backward therefore raises
+RuntimeError.
+
+Gradients of A and B are accumulated over the tiles in fp32: into the caller's buffers (`Pass.gradients`), and the
 Function returns None for them, or into new ones, which it returns as any other gradient.
 """
 
@@ -35,28 +38,30 @@ from rlft.models.fused.projection import adapter_tensors
 
 
 def run_layer(layer: FusedLayer, x: Tensor, run: Pass) -> Tensor:
-    """x [T, H] after the layer, with gradient to x and to the adapter where `run.keep`."""
+    """Run the layer on x [T, H], with gradient to x and to the adapter where `run.keep`."""
     bound = layer.bind(run.adapter)
     if not run.keep:
-        # With what a backward would need, which is dropped: the same buffers, so that both round alike.
+        # Fill what a backward would need and drop it: with the same buffers both cases round alike.
         return Forward(layer, run, bound, x)(x, Kept(x))
     parameters = adapter_tensors(bound)
-    # One is enough for autograd where their gradients go into the caller's buffers, and every one takes the host time.
-    given = parameters if run.gradients is None else [p for p in parameters if p.requires_grad][:1]
-    return _Layer.apply(x, layer, run, bound, *given)  # type: ignore[return-value]
+    # Where gradients go into the caller's buffers, one parameter is enough for autograd, and each takes host time.
+    inputs = (
+        parameters if run.gradients is None else [parameter for parameter in parameters if parameter.requires_grad][:1]
+    )
+    return _Layer.apply(x, layer, run, bound, *inputs)  # type: ignore[return-value]
 
 
 def versions(adapter: Iterable[Tensor]) -> list[tuple[Tensor, int]]:
-    """What `check_versions` compares: each tensor with the number of its in-place changes until now."""
-    return [(p, p._version) for p in adapter]
+    """Return each tensor with its count of in-place changes, which `check_versions` compares."""
+    return [(tensor, tensor._version) for tensor in adapter]
 
 
 def check_versions(before: list[tuple[Tensor, int]], where: str) -> None:
     """Raise RuntimeError where an adapter's tensor was modified in place since `versions`.
 
-    Seen are autograd's in-place operations, and steps of `rlft.trainer.optim`, which raises the versions itself.
+    In-place operations of autograd are detected, and steps of `rlft.trainer.optim`, which raises the versions itself.
     """
-    if any(p._version != version for p, version in before):
+    if any(tensor._version != version for tensor, version in before):
         raise RuntimeError(
             f"{where}: the adapter was modified in place between forward and backward, whose gradients would mix the "
             f"two; run the forward again"
@@ -64,43 +69,45 @@ def check_versions(before: list[tuple[Tensor, int]], where: str) -> None:
 
 
 class Forward(Steps):
-    def __call__(self, x: Tensor, kept: Kept) -> Tensor:
-        """The layer's output; fills `kept` as far as its level says."""
+    """The forward of one layer."""
+
+    def __call__(self, x: Tensor, saved: Kept) -> Tensor:
+        """Return the layer's output, [T, H], and fill `saved` as far as the level of the layer says."""
         level = self.run.levels[self.layer.index]
         T, qkv_group = x.shape[0], self.bound[QKV].group
         s_qkv = x.new_empty(T, qkv_group.rank) if level in (0, 1) else None
         qkv = self.qkv(x, s_qkv)
         attention = self.attend(qkv)
-        kept.s_down = x.new_empty(T, self.bound[DOWN].group.rank)
+        saved.s_down = x.new_empty(T, self.bound[DOWN].group.rank)
         if level in (0, 1):
-            kept.qkv, kept.s_qkv = qkv, s_qkv
+            saved.qkv, saved.s_qkv = qkv, s_qkv
         if level in (0, 1, 2, 4):
-            kept.attention = attention
+            saved.attention = attention
         if level == 0:
             gate_up = self.bound[GATE_UP].group
-            kept.mid, kept.gate_up = torch.empty_like(x), x.new_empty(T, gate_up.out + gate_up.tail)
+            saved.mid, saved.gate_up = torch.empty_like(x), x.new_empty(T, gate_up.out + gate_up.tail)
         del qkv
-        return self._mlp(x, attention.out.flatten(1), kept)
+        return self._mlp(x, attention.out.flatten(1), saved)
 
-    def _mlp(self, x: Tensor, attended: Tensor, kept: Kept) -> Tensor:
+    def _mlp(self, x: Tensor, attended: Tensor, saved: Kept) -> Tensor:
         out, group = torch.empty_like(x), self.bound[GATE_UP].group
         for rows in tiles(x.shape[0], self.run.tile):
             o, _ = self.out(attended[rows])
-            mid = out[rows] if kept.mid is None else kept.mid[rows]
+            mid = out[rows] if saved.mid is None else saved.mid[rows]
             n, _ = self.mid(x[rows], o, mid)
             del o
-            gate_up = x.new_empty(n.shape[0], group.out) if kept.gate_up is None else kept.gate_up[rows]
+            gate_up = x.new_empty(n.shape[0], group.out) if saved.gate_up is None else saved.gate_up[rows]
             self.project(GATE_UP, n, out=gate_up[:, : group.out])
             del n
             h = self.hidden(gate_up)
             del gate_up
             self._down(h, mid, out[rows])
-            if kept.s_down is not None:
-                kept.s_down[rows].copy_(h[:, self.layer.width :][:, : kept.s_down.shape[1]])
+            if saved.s_down is not None:
+                saved.s_down[rows].copy_(h[:, self.layer.width :][:, : saved.s_down.shape[1]])
         return out
 
     def _down(self, h: Tensor, mid: Tensor, out: Tensor) -> None:
-        """out = mid + the down projection, which may be in place."""
+        """Write out = mid + down projection of h; `out` may be `mid`."""
         norm = self.layer.down_norm
         if norm is None:
             self.project(DOWN, h, residual=out if mid.data_ptr() == out.data_ptr() else mid, out=out)
@@ -114,17 +121,17 @@ class _Layer(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, layer, run, bound, *parameters):  # type: ignore[override]
         level = run.levels[layer.index]
-        kept = Kept(x=None)
-        out = Forward(layer, run, bound, x)(x, kept)
+        saved = Kept(x=None)
+        out = Forward(layer, run, bound, x)(x, saved)
         if level in (4, 5):
             assert run.offload is not None
-            run.stored[layer.index] = run.offload.put(layer.index, x, kept.attention)
-            kept.attention = None
+            run.stored[layer.index] = run.offload.put(layer.index, x, saved.attention)
+            saved.attention = None
         else:
             if run.offload is not None:
                 run.offload.settle()
             ctx.save_for_backward(x)
-        ctx.kept, ctx.rest = kept, (layer, run, bound)
+        ctx.kept, ctx.rest = saved, (layer, run, bound)
         ctx.versions = versions(adapter_tensors(bound))
         return out
 
@@ -132,8 +139,8 @@ class _Layer(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dout):  # type: ignore[override]
         layer, run, bound = ctx.rest
-        kept, ctx.kept = ctx.kept, None
-        if kept is None:
+        saved, ctx.kept = ctx.kept, None
+        if saved is None:
             raise RuntimeError(
                 f"layer {layer.index}: backward ran before, and turned what it had kept into gradients in place; run "
                 f"the forward again"
@@ -142,10 +149,10 @@ class _Layer(torch.autograd.Function):
         if run.stored:
             run.offload.ahead(run.stored, layer.index, dout.device)
         if run.levels[layer.index] in (4, 5):
-            kept.x, kept.attention = run.offload.get(run.stored, layer.index)
+            saved.x, saved.attention = run.offload.get(run.stored, layer.index)
         else:
-            (kept.x,) = ctx.saved_tensors
-        work = Backward(layer, run, bound, kept.x)
-        dx = work(dout, kept, ctx.needs_input_grad[0])
-        given = len(ctx.needs_input_grad) - 4
-        return dx, None, None, None, *work.grads.returned[:given]
+            (saved.x,) = ctx.saved_tensors
+        work = Backward(layer, run, bound, saved.x)
+        dx = work(dout, saved, ctx.needs_input_grad[0])
+        parameters = len(ctx.needs_input_grad) - 4
+        return dx, None, None, None, *work.grads.returned[:parameters]

@@ -1,4 +1,9 @@
-"""The backward of a decoder layer, from whatever its level kept; see `rlft.models.fused.layer`."""
+"""The backward of a decoder layer, from whatever its level saved; see `rlft.models.fused.layer`.
+
+Names: T rows, H hidden size, D head size, Hq query heads; A [r, in] and B [out, r] of an adapter, S = x A^T, dS its
+gradient; x the input of the layer or of a norm, n a norm's output, q, k, v of attention. "Tail": the columns behind a
+projection's output that hold S or dS.
+"""
 
 from __future__ import annotations
 
@@ -24,52 +29,58 @@ class Gradients:
 
     A: list[list[Tensor]] = field(default_factory=list)
     B: list[list[Tensor]] = field(default_factory=list)
-    _own: list[tuple[Tensor | None, torch.dtype]] = field(default_factory=list)
+    _outputs: list[tuple[Tensor | None, torch.dtype]] = field(default_factory=list)
 
     @classmethod
     def of(cls, bound: Sequence[Bound], buffers: dict[Tensor, Tensor] | None, like: Tensor) -> Gradients:
-        """like: activations, whose device and dtype decide those of new ones."""
-        made = cls()
-        # One launch zeroes them all.
-        size = sum(t.numel() for b in bound for t in (*b.A, *b.B)) if buffers is None else 0
+        """Return buffers for the gradients of the adapters in `bound`.
+
+        buffers: the caller's, by parameter; None: new ones of at least fp32. like: activations, which give device and
+        dtype of new ones.
+        """
+        result = cls()
+        # One allocation, so that one launch zeroes all gradients.
+        size = sum(tensor.numel() for adapter in bound for tensor in (*adapter.A, *adapter.B)) if buffers is None else 0
         flat = like.new_zeros(size, dtype=torch.promote_types(like.dtype, torch.float32))
         offset = 0
-        for b in bound:
-            for side, tensors in ((made.A, b.A), (made.B, b.B)):
+        for adapter in bound:
+            for side, tensors in ((result.A, adapter.A), (result.B, adapter.B)):
                 side.append([])
-                for t in tensors:
+                for tensor in tensors:
                     if buffers is not None:
-                        side[-1].append(buffers[t] if t.numel() else t)
+                        side[-1].append(buffers[tensor] if tensor.numel() else tensor)
                     else:
-                        side[-1].append(flat[offset : offset + t.numel()].view(t.shape))
-                        offset += t.numel()
-                    if t.numel():
-                        made._own.append((None if buffers is not None else side[-1][-1], t.dtype))
-        return made
+                        side[-1].append(flat[offset : offset + tensor.numel()].view(tensor.shape))
+                        offset += tensor.numel()
+                    if tensor.numel():
+                        result._outputs.append((None if buffers is not None else side[-1][-1], tensor.dtype))
+        return result
 
     @property
     def returned(self) -> list[Tensor | None]:
-        """One per tensor of `adapter_tensors`, in its dtype; None where it went into the caller's buffer."""
-        return [None if g is None else g.to(dtype) for g, dtype in self._own]
+        """One gradient per tensor of `adapter_tensors`, in its dtype; None where it went into the caller's buffer."""
+        return [None if gradient is None else gradient.to(dtype) for gradient, dtype in self._outputs]
 
 
 class Backward(Steps):
+    """The backward of one layer."""
+
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self.grads = Gradients.of(self.bound, self.run.gradients, args[3])
 
-    def __call__(self, dout: Tensor, kept: Kept, input_gradient: bool) -> Tensor | None:
-        """dx [T, H], whose rows may have a stride."""
-        x, qkv, s_qkv = kept.x, kept.qkv, kept.s_qkv
+    def __call__(self, dout: Tensor, saved: Kept, input_gradient: bool) -> Tensor | None:
+        """Return dx [T, H], whose rows may have a stride; None without `input_gradient`."""
+        x, qkv, s_qkv = saved.x, saved.qkv, saved.s_qkv
         assert x is not None
         group = self.bound[QKV].group
-        if kept.attention is None:
+        if saved.attention is None:
             s_qkv = x.new_empty(x.shape[0], group.rank)
             qkv = self.qkv(x, s_qkv)
-            kept.attention = self.attend(qkv)
-        attention = kept.attention
-        dmid, dattended = self._mlp(dout, x, attention.out.flatten(1), kept)
-        kept.mid = kept.gate_up = kept.s_down = None
+            saved.attention = self.attend(qkv)
+        attention = saved.attention
+        dmid, dattended = self._mlp(dout, x, attention.out.flatten(1), saved)
+        saved.mid = saved.gate_up = saved.s_down = None
         rotated = None
         if qkv is None:
             s_qkv = x.new_empty(x.shape[0], group.rank)
@@ -78,91 +89,95 @@ class Backward(Steps):
         assert s_qkv is not None
         self._attention(dattended, qkv, rotated, attention)
         del dattended, attention, rotated
-        kept.attention = kept.qkv = None
+        saved.attention = saved.qkv = None
         return self._inputs(qkv, s_qkv, x, dmid, input_gradient)
 
-    def _b(self, i: int, dy: Tensor, s: Tensor) -> Tensor:
-        """The gradient of B of projection i, and dS into the tail of dy, which is returned."""
+    def _gradient_b(self, i: int, dy: Tensor, s: Tensor) -> Tensor:
+        """Add the gradient of B of projection i and write dS into the tail of dy; return that tail."""
         group = self.bound[i].group
         if group.tail:
             gradients_b(group, dy[:, : group.out], s, self.weights(i).b, dy[:, group.out :], self.grads.B[i])
         return dy[:, group.out :]
 
     def _dx(self, i: int, dy: Tensor, out: Tensor | None = None) -> Tensor:
+        """Return the gradient of the input of projection i."""
         return lora.input_gradient(self.weights(i), dy, out)
 
-    def _a(self, i: int, ds: Tensor, x: Tensor) -> None:
+    def _gradient_a(self, i: int, ds: Tensor, x: Tensor) -> None:
+        """Add the gradient of A of projection i."""
         if self.bound[i].group.tail:
             gradients_a(self.bound[i].group, ds, x, self.grads.A[i])
 
-    def _s(self, i: int, x: Tensor) -> Tensor:
-        """S of rows x [t, H], again."""
+    def _recompute_s(self, i: int, x: Tensor) -> Tensor:
+        """Compute S of rows x [t, H] again."""
         group = self.bound[i].group
         s = x.new_empty(x.shape[0], group.tail)
         if group.tail:
             shrink(group, x, self.weights(i).a, s)
         return s
 
-    def _mlp(self, dout: Tensor, x: Tensor, attended: Tensor, kept: Kept) -> tuple[Tensor, Tensor]:
-        """Gradients of mid [T, H + tail] and of the attention's output [T, Hq D]: from the output down to o."""
+    def _mlp(self, dout: Tensor, x: Tensor, attended: Tensor, saved: Kept) -> tuple[Tensor, Tensor]:
+        """Return the gradients of mid [T, H + tail] and of attention's output [T, Hq D]: from the layer's output down
+        to o."""
         T, H = x.shape
         dmid = x.new_empty(T, H + self.bound[OUT].group.tail)
         dattended = torch.empty_like(attended)
         for rows in tiles(T, self.run.tile):
             s_out = None
             raw = None
-            if kept.mid is None or self.layer.attention_norm is not None:
+            if saved.mid is None or self.layer.attention_norm is not None:
                 raw, s_out = self.out(attended[rows])
-            if kept.mid is None:
+            if saved.mid is None:
                 assert raw is not None
                 mid = torch.empty_like(raw) if self.layer.attention_norm is not None else raw
                 n, rstd = self.mid(x[rows], raw, mid)
             else:
-                mid = kept.mid[rows]
+                mid = saved.mid[rows]
                 n, rstd = self.normed(mid, self.layer.mlp_norm, GATE_UP)
-            dn = self._gated(dout[rows], n, kept, rows)
+            dn = self._gated(dout[rows], n, saved, rows)
             ops.norm_backward(dn, mid, self.layer.mlp_norm, rstd, dout[rows], dmid[rows, :H])
             del dn, n, mid
             do = self._through_norm(dmid[rows], raw, self.layer.attention_norm, OUT)
             del raw
-            s = self._s(OUT, attended[rows]) if s_out is None else s_out
-            ds = self._b(OUT, do, s)
+            s = self._recompute_s(OUT, attended[rows]) if s_out is None else s_out
+            ds = self._gradient_b(OUT, do, s)
             self._dx(OUT, do, dattended[rows])
-            self._a(OUT, ds, attended[rows])
+            self._gradient_a(OUT, ds, attended[rows])
         return dmid, dattended
 
-    def _gated(self, dout: Tensor, n: Tensor, kept: Kept, rows: slice) -> Tensor:
-        """The gradient of n2, from the output's: down, gate and up, for rows of a tile."""
+    def _gated(self, dout: Tensor, n: Tensor, saved: Kept, rows: slice) -> Tensor:
+        """Return the gradient of the MLP norm's output, from the layer's output: down, gate and up, for the rows of a
+        tile."""
         H, group = dout.shape[1], self.bound[GATE_UP].group
-        if kept.gate_up is None:
+        if saved.gate_up is None:
             gate_up = n.new_empty(n.shape[0], group.out + group.tail)
             self.project(GATE_UP, n, out=gate_up[:, : group.out])
             s = n[:, H:]
         else:
-            gate_up, s = kept.gate_up[rows], self._s(GATE_UP, n[:, :H])
-        assert kept.s_down is not None
+            gate_up, s = saved.gate_up[rows], self._recompute_s(GATE_UP, n[:, :H])
+        assert saved.s_down is not None
         if self.layer.down_norm is None:
             dy = self._with_tail(dout, DOWN)
         else:
             dy = self._through_norm(dout, self.project(DOWN, self.hidden(gate_up)), self.layer.down_norm, DOWN)
-        ds = self._b(DOWN, dy, kept.s_down[rows])
+        ds = self._gradient_b(DOWN, dy, saved.s_down[rows])
         dh = self._dx(DOWN, dy)
         ops.gate_backward(dh, *self.gates(gate_up), self.layer.activation)
-        self._a(DOWN, ds, dh)
+        self._gradient_a(DOWN, ds, dh)
         del dh, dy
-        ds = self._b(GATE_UP, gate_up, s)
+        ds = self._gradient_b(GATE_UP, gate_up, s)
         dn = self._dx(GATE_UP, gate_up)
-        self._a(GATE_UP, ds, n[:, :H])
+        self._gradient_a(GATE_UP, ds, n[:, :H])
         return dn
 
     def _with_tail(self, dy: Tensor, i: int) -> Tensor:
-        """dy with room for dS behind its rows, where it has none."""
+        """Return a copy of dy with room for dS behind its rows."""
         wide = dy.new_empty(dy.shape[0], self.bound[i].group.out + self.bound[i].group.tail)
         wide[:, : dy.shape[1]].copy_(dy)
         return wide
 
     def _through_norm(self, dy: Tensor, x: Tensor | None, norm: ops.Norm | None, i: int) -> Tensor:
-        """The gradient of what a norm behind projection i read (x), with a tail; dy itself without a norm."""
+        """Return the gradient of the input x of a norm behind projection i, with a tail; dy itself without a norm."""
         if norm is None:
             return dy
         assert x is not None
@@ -173,7 +188,7 @@ class Backward(Steps):
         return dx
 
     def _attention(self, dattended: Tensor, qkv: Tensor, rotated: Any, saved: Saved) -> None:
-        """qkv becomes its own gradient."""
+        """Overwrite qkv with its gradient."""
         q, k, v = self.layer.heads(qkv)
         if rotated is None:
             rotated = self.rope.forward(q, k) if self.rope.q is not None else (q, k)
@@ -183,13 +198,13 @@ class Backward(Steps):
         v.copy_(dv)
 
     def _inputs(self, dqkv: Tensor, s: Tensor, x: Tensor, dmid: Tensor, input_gradient: bool) -> Tensor | None:
-        """dx, in place of dmid."""
+        """Write dx over dmid and return it; None without `input_gradient`."""
         H = x.shape[1]
         for rows in tiles(x.shape[0], self.run.tile):
             n, rstd = self.normed(x[rows], self.layer.input_norm, QKV)
-            ds = self._b(QKV, dqkv[rows], s[rows])
-            self._a(QKV, ds, n[:, :H])
+            ds = self._gradient_b(QKV, dqkv[rows], s[rows])
+            self._gradient_a(QKV, ds, n[:, :H])
             if input_gradient:
-                into = dmid[rows, :H]
-                ops.norm_backward(self._dx(QKV, dqkv[rows]), x[rows], self.layer.input_norm, rstd, into, into)
+                target = dmid[rows, :H]
+                ops.norm_backward(self._dx(QKV, dqkv[rows]), x[rows], self.layer.input_norm, rstd, target, target)
         return dmid[:, :H] if input_gradient else None

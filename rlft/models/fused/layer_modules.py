@@ -1,4 +1,7 @@
-"""A decoder layer of transformers as the kernels take it: projections, norms, constants; no weights of its own."""
+"""Describe a decoder layer of transformers to the kernels: its projections, norms and constants.
+
+Shapes: T rows, Hq query heads, Hk key heads, D head size.
+"""
 
 from __future__ import annotations
 
@@ -11,16 +14,19 @@ from rlft.models.fused import ops
 from rlft.models.fused.projection import Bound, Projection
 
 QKV, OUT, GATE_UP, DOWN = range(4)
-"""Projections of a layer."""
+"""Indices of a layer's projections."""
 ACTIVATIONS = {"swish": "silu", "gelu_new": "gelu_pytorch_tanh"}
-"""Names of transformers for what the kernel calls otherwise."""
+"""Names of activations in transformers -> names in `rlft.kernels.swiglu`, where they differ."""
 
 
 class FusedLayer:
-    """A decoder layer of transformers with its modules' tensors; holds no weights of its own."""
+    """A decoder layer of transformers, as views of its modules' tensors."""
 
     def __init__(self, module: nn.Module, index: int, family: Family, config: Any) -> None:
-        """Raises ValueError for weights that no kernel reads."""
+        """Read projections, norms and constants from the modules.
+
+        Raises ValueError for weights that no kernel reads.
+        """
         get = module.get_submodule
         self.index = index
         self.projections = tuple(
@@ -51,17 +57,19 @@ class FusedLayer:
         self.width = self.projections[DOWN].in_features
 
     def bind(self, adapter: str | None) -> tuple[Bound, ...]:
-        """Each projection's adapter."""
-        return tuple(p.bind(adapter) for p in self.projections)
+        """Look up the adapter of each projection."""
+        return tuple(projection.bind(adapter) for projection in self.projections)
 
     def heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Views q [T, Hq, D], k and v [T, Hk, D] of a qkv buffer."""
-        d, q, k = self.head_dim, self.q_heads, self.k_heads
-        parts = qkv[:, : (q + 2 * k) * d].split([q * d, k * d, k * d], dim=1)
-        return tuple(p.unflatten(1, (-1, d)) for p in parts)  # type: ignore[return-value]
+        """Return views q [T, Hq, D], k and v [T, Hk, D] of a qkv buffer."""
+        head_dim, q_heads, k_heads = self.head_dim, self.q_heads, self.k_heads
+        parts = qkv[:, : (q_heads + 2 * k_heads) * head_dim].split(
+            [q_heads * head_dim, k_heads * head_dim, k_heads * head_dim], dim=1
+        )
+        return tuple(part.unflatten(1, (-1, head_dim)) for part in parts)  # type: ignore[return-value]
 
 
 def norm_of(module: Any, gemma: bool) -> ops.Norm:
-    """One of transformers' RMSNorms, whose families differ in what they call epsilon."""
+    """Describe an RMSNorm of transformers; families differ in the name of its epsilon."""
     eps = module.variance_epsilon if hasattr(module, "variance_epsilon") else module.eps
     return ops.Norm(module.weight.detach(), eps, gemma)

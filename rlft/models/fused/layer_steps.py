@@ -1,4 +1,9 @@
-"""The steps of a decoder layer that its forward and its backward both take, in tiles of rows, and what they share."""
+"""The steps that the forward and the backward of a decoder layer share, in tiles of rows.
+
+Names and shapes: T rows, H hidden size, R rotary columns, I width of the MLP, Y columns of qkv; x the residual stream,
+n a norm's output, q, k, v of attention, o the output projection, h = act(gate) * up; S or s = x A^T of an adapter.
+"Tail": columns behind a projection's output that hold S.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +25,7 @@ LEVELS = range(6)
 
 @dataclass
 class Pass:
-    """What all layers of one forward and its backward share."""
+    """Everything that the layers of one forward and its backward share."""
 
     sequences: Sequences
     tables: dict[str | None, tuple[Tensor, Tensor]]
@@ -29,21 +34,21 @@ class Pass:
     adapter: str | None
     """Name of the PEFT adapter; None: the base alone."""
     levels: Sequence[int]
-    """Of each layer."""
+    """The level of each layer, see `rlft.models.fused.layer`."""
     tile: int
-    """Rows that run at a time, attention excepted."""
+    """Rows that run at a time, except in attention."""
     keep: bool
-    """Whether there will be a backward."""
+    """Whether a backward will follow."""
     gradients: dict[Tensor, Tensor] | None = None
     """Parameter -> fp32 buffer that its gradient is added to; None: returned to autograd."""
     offload: Offload | None = None
     stored: dict[int, Stored] = field(default_factory=dict)
-    """Layer -> what L4 and L5 put away."""
+    """Layer -> what L4 and L5 moved to the host."""
 
 
 @dataclass
 class Kept:
-    """What a layer's backward starts from; fields are None where they are made again. Rows of T tokens."""
+    """What the backward of a layer starts from, for T rows. Fields are None where they are recomputed."""
 
     x: Tensor | None
     attention: Saved | None = None
@@ -58,7 +63,7 @@ class Kept:
 
 
 def tiles(count: int, size: int) -> Iterator[slice]:
-    """Slices of at most `size` rows, as even as multiples of 64 allow."""
+    """Yield slices of at most `size` rows, as even as multiples of 64 allow."""
     parts = max(1, -(-count // size))
     step = min(size, max(64, -(-count // (64 * parts)) * 64))
     for start in range(0, count, step):
@@ -66,7 +71,7 @@ def tiles(count: int, size: int) -> Iterator[slice]:
 
 
 class Steps:
-    """What forward and backward of one layer do alike."""
+    """Computations that the forward and the backward of one layer share."""
 
     def __init__(self, layer: FusedLayer, run: Pass, bound: Sequence[Bound], x: Tensor) -> None:
         self.layer, self.run, self.bound = layer, run, bound
@@ -74,38 +79,39 @@ class Steps:
         self.rope = ops.Rope(*run.tables[layer.type], *layer.qk_norm)
 
     def normed(self, x: Tensor, norm: ops.Norm, i: int, **residual: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Rows of the norm with room for S of projection i behind them, and 1 / rms."""
+        """Return the norm's output, with room for S of projection i behind each row, and 1 / rms."""
         n = x.new_empty(x.shape[0], x.shape[1] + self.bound[i].group.tail)
         return n, ops.norm_forward(x, norm, n[:, : x.shape[1]], **residual)
 
     def project(self, i: int, x: Tensor, **options: Tensor | None) -> Tensor:
+        """Run projection i on x, adapter and bias included."""
         bias = self.layer.projections[i].bias
         return lora.forward(self.weights(i), x, bias, **options)  # type: ignore[arg-type]
 
     def qkv(self, x: Tensor, s: Tensor | None) -> Tensor:
-        """[T, Y + tail] of all rows; s: [T, rank] that S is copied to."""
+        """Return qkv [T, Y + tail] of all rows. s: [T, rank] that S is copied to."""
         group = self.bound[QKV].group
-        made = x.new_empty(x.shape[0], group.out + group.tail)
+        out = x.new_empty(x.shape[0], group.out + group.tail)
         for rows in tiles(x.shape[0], self.run.tile):
             n, _ = self.normed(x[rows], self.layer.input_norm, QKV)
-            self.project(QKV, n, out=made[rows, : group.out])
+            self.project(QKV, n, out=out[rows, : group.out])
             if s is not None:
                 s[rows].copy_(n[:, group.in_features : group.in_features + group.rank])
-        return made
+        return out
 
     def attend(self, qkv: Tensor) -> Saved:
-        """Attention of a fresh qkv; without norms q and k are rotated in place."""
+        """Run attention on a new qkv; in families without norms of q and k these are rotated in place."""
         q, k, v = self.layer.heads(qkv)
         q, k = self.rope.forward(q, k)
         return self.layer.attention.forward(q, k, v, self.run.sequences)
 
     def out(self, attended: Tensor) -> tuple[Tensor, Tensor]:
-        """The o projection of rows of attention's output, and its S."""
+        """Return the o projection of rows of attention's output, and its S."""
         s = attended.new_empty(attended.shape[0], self.bound[OUT].group.tail)
         return self.project(OUT, attended, s=s), s
 
     def mid(self, x: Tensor, o: Tensor, total: Tensor) -> tuple[Tensor, Tensor | None]:
-        """n2 with its tail, and 1 / rms; total = mid."""
+        """Return the MLP norm's output with its tail, and 1 / rms; write mid = x + [norm](o) into `total`."""
         norm = self.layer.attention_norm
         if norm is not None:
             raw, o = o, torch.empty_like(o)
@@ -113,12 +119,12 @@ class Steps:
         return self.normed(x, self.layer.mlp_norm, GATE_UP, delta=o, total=total)
 
     def gates(self, gate_up: Tensor) -> tuple[Tensor, Tensor]:
-        """Views of gate and up."""
+        """Return views of gate and up."""
         width = self.layer.width
         return gate_up[:, :width], gate_up[:, width : 2 * width]
 
     def hidden(self, gate_up: Tensor) -> Tensor:
-        """h with room for S of the down projection."""
+        """Return h with room for S of the down projection."""
         h = gate_up.new_empty(gate_up.shape[0], self.layer.width + self.bound[DOWN].group.tail)
         ops.gate_forward(*self.gates(gate_up), self.layer.activation, h[:, : self.layer.width])
         return h

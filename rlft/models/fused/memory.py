@@ -1,16 +1,19 @@
-"""How many bytes a training pass takes, by closed formulae, and what each layer keeps within a budget.
+"""Estimate the memory of a training pass by closed formulae, and choose what each layer saves within a budget.
 
-Every buffer of `rlft.models.fused.layer` and of the head is counted where it is alive. With T rows, tiles of t rows:
+Every buffer of `rlft.models.fused.layer` and of the head is counted while it exists. With T rows, tiles of t rows:
 
-    saved     per layer and level: what lies between forward and backward
-    forward   of the layer in progress, beyond what it keeps
-    backward  of the layer in progress, beyond what it kept
-    head      gathered rows, their norm and jacobian (two with an entropy bonus), one chunk of logits
-    scratch   where the frozen weights are decoded to
+    saved     per layer and level: what exists between forward and backward
+    forward   of the layer in progress, beyond what it saves
+    backward  of the layer in progress, beyond what it saved
+    head      gathered rows, their norm and Jacobian (two with an entropy bonus), one chunk of logits
+    scratch   what the frozen weights are decoded or copied into
 
-The peak is the largest of: all saved + forward, all saved + head, and per layer, saved up to it + backward. Layers keep
-less from the last to the first, since the last is needed first. The base, the adapter and its optimiser are there
-before and after and are not in it.
+The peak is the largest of: all saved + forward, all saved + head, and per layer, saved up to it + backward. Early
+layers save less than late ones, since the backward frees the last layer first. The base, the adapter and its optimizer
+exist before and after a pass and are not counted.
+
+In the formulae: s sizes of the decoder, e bytes of an activation, x [T, H] the input of a layer, n a norm's output, T
+and t rows and rows of a tile, H bytes of a row of the residual stream, q columns of q.
 """
 
 from __future__ import annotations
@@ -32,13 +35,13 @@ from rlft.models.fused.offload import AHEAD, BEHIND
 from rlft.models.fused.projection import Mode
 
 TILES = (8192, 4096, 2048, 1024)
-"""Rows that a layer runs at a time outside attention."""
+"""Rows that a layer runs at a time, except in attention."""
 GIB = 2**30
 
 
 @dataclass(frozen=True)
 class DecoderShape:
-    """Sizes of a decoder: of the largest layer where they differ."""
+    """Sizes of a decoder: those of the largest layer where layers differ."""
 
     layers: int
     hidden: int
@@ -50,18 +53,18 @@ class DecoderShape:
     intermediate: int
     vocab: int
     dtype: torch.dtype
-    """Of activations."""
+    """Dtype of activations."""
     tails: tuple[int, int, int, int]
-    """Columns behind qkv, o, gate_up, down."""
+    """Columns behind qkv, o, gate_up, down that hold the low-rank product S."""
     ranks: tuple[int, int, int, int]
     qk_norm: bool
-    """q and k have norms, so their rotated form is a tensor of its own."""
+    """q and k have norms, so that their rotated form is a separate tensor."""
     post_norm: bool
-    """Norms behind attention and MLP."""
+    """There are norms behind attention and MLP."""
     attention: str
-    """Back end of the attention."""
+    """Name of the attention back end."""
     entropy_grad: bool = False
-    """The loss has an entropy bonus, so the head keeps a second jacobian."""
+    """The loss has an entropy bonus, so that the head holds a second Jacobian."""
 
     @property
     def element(self) -> int:
@@ -85,45 +88,45 @@ class DecoderShape:
 
     @property
     def lse(self) -> int:
-        """Bytes of lse per row."""
+        """Bytes of the log-sum-exp per row."""
         return 4 * self.q_heads if self.attention in ("fa4", "fa2") else 0
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """What a pass keeps, and how it runs."""
+    """What a pass saves, and how it runs."""
 
     levels: tuple[int, ...]
     tile: int
     store: Mode
-    """Of `rlft.models.fused.projection.Store`."""
+    """Mode of `rlft.models.fused.projection.Store`."""
     chunk_bytes: int
-    """Of the head."""
+    """Bytes of one chunk of logits in the head."""
     saved: int
-    """Bytes between forward and backward, in the layers."""
+    """Bytes on the device between forward and backward, in the layers."""
     work: int
     """Bytes at the peak beyond `saved`, scratch included."""
     host: int
     """Bytes in host memory."""
     padded: int = 0
-    """Rows that a pass is padded to, so that a CUDA graph may run it; 0: not padded."""
+    """Rows that a pass is padded to for a CUDA graph; 0: not padded."""
 
     @property
     def peak(self) -> int:
-        """Bytes on the device at the highest point."""
+        """Bytes on the device at the peak."""
         return self.saved + self.work
 
     def __str__(self) -> str:
         counts = [(level, self.levels.count(level)) for level in sorted(set(self.levels))]
-        kept = ", ".join(f"{n} at L{level}" for level, n in counts)
+        levels = ", ".join(f"{count} at L{level}" for level, count in counts)
         host = f", {self.host / GIB:.2f} GiB on the host" if self.host else ""
         return (
-            f"{kept}; {self.saved / GIB:.2f} GiB kept, {self.work / GIB:.2f} at work, tiles of {self.tile} rows{host}"
+            f"{levels}; {self.saved / GIB:.2f} GiB kept, {self.work / GIB:.2f} at work, tiles of {self.tile} rows{host}"
         )
 
 
 def saved(s: DecoderShape, level: int) -> int:
-    """Device bytes per row that a layer keeps at `level`."""
+    """Return the device bytes per row that a layer saves at `level`."""
     e = s.element
     x, s_down, attention = e * s.hidden, e * s.ranks[3], e * s.q + s.lse
     qkv, mlp = e * (s.qkv + s.ranks[0]), e * (s.hidden + s.gate_up)
@@ -131,14 +134,14 @@ def saved(s: DecoderShape, level: int) -> int:
 
 
 def on_host(s: DecoderShape, level: int) -> int:
-    """Host bytes per row of a layer at `level`."""
+    """Return the host bytes per row of a layer at `level`."""
     x, attention = s.element * s.hidden, s.element * s.q + s.lse
     return (0, 0, 0, 0, x + attention, x)[level]
 
 
 def forward_work(s: DecoderShape, rows: int, tile: int, level: int, keys: int = 0) -> int:
-    """Bytes of a layer's forward beyond its input and what it keeps at `level`. keys: that are copied for sequences
-    behind shared prefixes."""
+    """Return the bytes of a layer's forward beyond its input and what it saves at `level`. keys: keys that are copied
+    for sequences behind shared prefixes."""
     e, t = s.element, min(rows, tile)
     qkv = 0 if level in (0, 1) else e * s.qkv
     rotated = e * (s.q + s.kv) if s.qk_norm else 0
@@ -147,43 +150,44 @@ def forward_work(s: DecoderShape, rows: int, tile: int, level: int, keys: int = 
     gates = 0 if level == 0 else e * 2 * s.intermediate
     post = e * 2 * s.hidden if s.post_norm else 0
     mlp = max(e * s.hidden + n, gates + max(n, e * (s.intermediate + s.tails[3])) + post)
-    # x of the layers that keep none is still there while they run, and what is on its way to the host.
+    # Layers that do not save x still hold it while they run, and copies to the host are in flight.
     x = e * s.hidden + BEHIND * on_host(s, level) if level in (4, 5) else 0
     attention = rows * (qkv + rotated + attended) + keys * 2 * e * s.kv
     return rows * x + max(attention, rows * (attended + e * s.hidden) + t * mlp)
 
 
 def backward_work(s: DecoderShape, rows: int, tile: int, level: int, keys: int = 0) -> int:
-    """Bytes of a layer's backward beyond what it kept at `level`. keys: as in `forward_work`."""
+    """Return the bytes of a layer's backward beyond what it saved at `level`. keys: as in `forward_work`."""
     e, t = s.element, min(rows, tile)
     H, T = e * s.hidden, e * s.tails[1]
-    back = (H if level in (4, 5) else 0) + (0 if level in (0, 1, 2) else e * s.q + s.lse)
-    # Layers whose copies back from the host are on their way.
-    back += min(AHEAD, s.layers - 1) * on_host(s, level)
+    restored = (H if level in (4, 5) else 0) + (0 if level in (0, 1, 2) else e * s.q + s.lse)
+    # Layers whose copies back from the host are in flight.
+    restored += min(AHEAD, s.layers - 1) * on_host(s, level)
     qkv = 0 if level in (0, 1) else e * (s.qkv + s.ranks[0])
     gradients = H + H + T  # of the output and of mid
     # The MLP, tile by tile.
     mid, gate_up = (0, 0) if level == 0 else (H + T, e * s.gate_up)
     n, post = H + e * s.tails[2], (e * (s.intermediate + 3 * s.hidden) if s.post_norm else 0)
-    partial = 4 * 16 * -(-2 * s.intermediate // 256) if s.ranks[2] else 0
-    tiled = n + mid + gate_up + post + max(H + e * (s.tails[3] + s.intermediate), H + partial)
+    partial_sums = 4 * 16 * -(-2 * s.intermediate // 256) if s.ranks[2] else 0
+    tiled = n + mid + gate_up + post + max(H + e * (s.tails[3] + s.intermediate), H + partial_sums)
     mlp = rows * (e * s.q + (qkv if level in (3, 5) else 0)) + t * tiled
-    # Attention: rotated q and k, dq, dk, dv, and the back end's own sums; mid, gate and up are gone.
+    # Attention: rotated q and k, dq, dk, dv, and the back end's accumulators; mid, gate and up are freed.
     rotated = e * (s.q + s.kv) if s.qk_norm else 0
-    own = {"fa4": 4 * (s.q + 2 * s.q_heads), "fa2": 4 * (s.q + s.q_heads)}
-    of_keys = {"fa4": 8 * s.kv, "fa2": 2 * e * s.q * (s.q > s.kv)}.get(s.attention, 0)
-    gone = e * (s.hidden + s.gate_up + s.ranks[3]) if level == 0 else 0
-    attention = rows * (e * s.q + qkv + rotated + e * (s.q + 2 * s.kv) + own.get(s.attention, 4 * e * s.q) - gone)
-    # Copied keys and values, and their gradients beside those of the rows.
-    attention += keys * (4 * e * s.kv + of_keys) if keys else rows * of_keys
-    inputs = rows * (qkv - gone) + t * (n + H)
-    return rows * (back + gradients) + max(mlp, attention, inputs)
+    accumulators = {"fa4": 4 * (s.q + 2 * s.q_heads), "fa2": 4 * (s.q + s.q_heads)}
+    key_accumulators = {"fa4": 8 * s.kv, "fa2": 2 * e * s.q * (s.q > s.kv)}.get(s.attention, 0)
+    freed = e * (s.hidden + s.gate_up + s.ranks[3]) if level == 0 else 0
+    attention = rows * (
+        e * s.q + qkv + rotated + e * (s.q + 2 * s.kv) + accumulators.get(s.attention, 4 * e * s.q) - freed
+    )
+    # Copied keys and values, and their gradients in addition to those of the rows.
+    attention += keys * (4 * e * s.kv + key_accumulators) if keys else rows * key_accumulators
+    inputs = rows * (qkv - freed) + t * (n + H)
+    return rows * (restored + gradients) + max(mlp, attention, inputs)
 
 
 def head_work(s: DecoderShape, rows: int, trained: int, how: PassOptions) -> int:
-    """Bytes from the last layer's output to the log-probs: rows of the decoder, of which `trained` reach the head. A
-    chunk's buffers are laid into the scratch of the weights as far as they fit. An entropy bonus takes no further
-    chunk."""
+    """Return the bytes from the last layer's output to the log-probs of `trained` of the decoder's `rows`. A chunk's
+    buffers use the scratch of the weights as far as they fit. An entropy bonus needs no further chunk."""
     e, wide = s.element, max(4, s.element)
     chunk = min(chunk_rows(s.vocab, s.dtype, how.chunk_bytes), max(1, trained))
     columns = -(-s.vocab // 64) * 64
@@ -199,7 +203,7 @@ def head_work(s: DecoderShape, rows: int, trained: int, how: PassOptions) -> int
 
 
 def scratch(s: DecoderShape, mode: Mode) -> int:
-    """Bytes of the buffers that frozen weights are brought to."""
+    """Return the bytes of the buffers that hold the frozen weights in the dtype of activations."""
     groups = [
         (s.q + 2 * s.kv + s.tails[0]) * (s.hidden + s.tails[0]),
         (s.hidden + s.tails[1]) * (s.q + s.tails[1]),
@@ -211,7 +215,7 @@ def scratch(s: DecoderShape, mode: Mode) -> int:
 
 @dataclass(frozen=True)
 class PassOptions:
-    """A way to run, before its levels are chosen."""
+    """How a pass runs, apart from the levels of its layers."""
 
     tile: int
     store: Mode
@@ -221,30 +225,30 @@ class PassOptions:
 def evaluate(
     s: DecoderShape, rows: int, trained: int, mixed: tuple[int, int, int], how: PassOptions, keys: int = 0
 ) -> MemoryPlan:
-    """The plan of `count` layers at level `lower`, the first ones, and the others at `upper`. mixed: (count, lower,
+    """Return the plan with the first `count` layers at level `lower` and the others at `upper`. mixed: (count, lower,
     upper). keys: as in `forward_work`."""
     count, lower, upper = mixed
     levels = (lower,) * count + (upper,) * (s.layers - count)
-    low, all_ = rows * count * saved(s, lower), rows * sum(saved(s, level) for level in levels)
-    own = scratch(s, how.store)
-    highest = all_ + head_work(s, rows, trained, how) + own
-    for level, kept, there in ((lower, low, count), (upper, all_, s.layers - count)):
-        if there:
-            highest = max(highest, own + kept + backward_work(s, rows, how.tile, level, keys))
-            highest = max(highest, own + kept + forward_work(s, rows, how.tile, level, keys))
-    # The layers right above those on the host run while copies back are on their way; where they are on the host
-    # themselves, `backward_work` has as many copies.
-    for above in range(0 if on_host(s, upper) else min(AHEAD, s.layers - count)):
-        kept = low + rows * (above + 1) * saved(s, upper)
-        coming = rows * min(AHEAD - above, count) * on_host(s, lower)
-        highest = max(highest, own + kept + coming + backward_work(s, rows, how.tile, upper, keys))
-    work = highest - all_
+    saved_below, saved_total = rows * count * saved(s, lower), rows * sum(saved(s, level) for level in levels)
+    weights = scratch(s, how.store)
+    highest = saved_total + head_work(s, rows, trained, how) + weights
+    for level, saved_here, layers in ((lower, saved_below, count), (upper, saved_total, s.layers - count)):
+        if layers:
+            highest = max(highest, weights + saved_here + backward_work(s, rows, how.tile, level, keys))
+            highest = max(highest, weights + saved_here + forward_work(s, rows, how.tile, level, keys))
+    # The layers right above those on the host run while copies back are in flight; where these layers are on the host
+    # too, `backward_work` counts as many copies.
+    for distance in range(0 if on_host(s, upper) else min(AHEAD, s.layers - count)):
+        saved_here = saved_below + rows * (distance + 1) * saved(s, upper)
+        in_flight = rows * min(AHEAD - distance, count) * on_host(s, lower)
+        highest = max(highest, weights + saved_here + in_flight + backward_work(s, rows, how.tile, upper, keys))
+    work = highest - saved_total
     host = rows * sum(on_host(s, level) for level in levels)
-    return MemoryPlan(levels, how.tile, how.store, how.chunk_bytes, all_, work, host)
+    return MemoryPlan(levels, how.tile, how.store, how.chunk_bytes, saved_total, work, host)
 
 
 def _settings(shadow: bool = True) -> Iterator[PassOptions]:
-    """From the fastest to the smallest. shadow: whether that store may be used."""
+    """Yield the options from the fastest to the smallest. shadow: whether the shadow store may be used."""
     for store in ("shadow", "layer") if shadow else ("layer",):
         for tile in TILES:
             yield PassOptions(tile, store, CHUNK_BYTES)
@@ -254,18 +258,16 @@ def _settings(shadow: bool = True) -> Iterator[PassOptions]:
 
 
 LEVEL_COST = (0.0, 10.0, 12.0, 20.0, 12.5, 20.5)
-"""Percent of a step's time that a layer at each level costs, roughly, where copies to and from the host are hidden."""
+"""Approximate cost of a level, in percent of a step's time, where copies to and from the host are hidden."""
 FLOPS = 600e12
-"""Speed of matrix products, per second."""
+"""Assumed speed of matrix products, in FLOP per second."""
 HOST_BANDWIDTH = 50e9
-"""Bytes per second to or from registered host memory: 55 GB/s on an H200's machine."""
+"""Assumed bytes per second to or from registered host memory. Measured on an H200 machine: 55 GB/s."""
 
 
 def exposed(s: DecoderShape, level: int) -> float:
-    """Percent of a layer's time that its copies to and from the host take beyond the products beside them.
-
-    A copy to the host runs beside one layer's forward, a copy back beside one layer's backward.
-    """
+    """Return the time of a layer's host copies that matrix products do not hide, in percent of the layer's time. A copy
+    to the host overlaps one layer's forward, a copy back one layer's backward."""
     copy, forward = on_host(s, level) / HOST_BANDWIDTH, 2 * s.weights / FLOPS
     return 100 * (max(0.0, copy - forward) + max(0.0, copy - 2 * forward)) / (3 * forward)
 
@@ -273,28 +275,28 @@ def exposed(s: DecoderShape, level: int) -> float:
 def cost_of(
     s: DecoderShape, how: PassOptions | MemoryPlan, levels: tuple[int, ...], rows: int, again: float = 1.0
 ) -> float:
-    """Percent of a step's time that a plan costs, roughly: half a tile one; decoding takes as long for few rows as for
-    many. again: what the levels' costs are multiplied by."""
+    """Return the approximate cost of a plan, in percent of a step's time. Halving the tile costs one percent; decoding
+    takes as long for few rows as for many. again: factor on the costs of the levels."""
     decode = {"shadow": 0, "layer": 16384, "group": 3 * 16384}[how.store] / max(1, rows)
-    kept = sum(again * LEVEL_COST[level] + exposed(s, level) for level in levels) / len(levels)
-    return kept + TILES.index(how.tile) + decode + (how.chunk_bytes < CHUNK_BYTES)
+    level_cost = sum(again * LEVEL_COST[level] + exposed(s, level) for level in levels) / len(levels)
+    return level_cost + TILES.index(how.tile) + decode + (how.chunk_bytes < CHUNK_BYTES)
 
 
 @cache
 def choose_plan(
     s: DecoderShape, rows: int, trained: int, budget: float, host: float, keys: int = 0, shadow: bool = True
 ) -> MemoryPlan:
-    """The plan that takes least time among those within `budget` bytes on the device and `host` bytes on the host.
+    """Choose the fastest plan within `budget` bytes on the device and `host` bytes on the host.
 
-    Layers are at one of two levels, the first ones at that which keeps less. Where nothing fits, the smallest plan that
-    the host has room for; its peak is above the budget then. keys: as in `forward_work`. shadow: whether that
-    store may be used.
+    Layers are at one of two levels, the first ones at the level that saves less. If no plan fits, the smallest plan
+    that the host has room for is returned; its peak is above the budget. keys: as in `forward_work`. shadow: whether
+    the shadow store may be used.
     """
     order = (0, 1, 2, 4, 3, 5) if host > 0 else (0, 1, 2, 3)
     best: tuple[float, MemoryPlan] | None = None
     for how in _settings(shadow):
         if best is not None and cost_of(s, how, (0,), rows) >= best[0]:
-            continue  # as fast as this there is one already
+            continue  # a plan at least as fast exists
 
         def peak(level: int, how: PassOptions = how) -> int:
             return evaluate(s, rows, trained, (s.layers, level, level), how, keys).peak
@@ -303,42 +305,42 @@ def choose_plan(
         for upper, lower in combinations(order, 2):
             if lower not in fits:
                 continue
-            # No plan of this pair is faster than one that keeps what `upper` keeps in every layer.
+            # No plan of this pair is faster than `upper` in every layer.
             if best is not None and cost_of(s, how, (upper,), rows) >= best[0]:
                 continue
 
-            def plan(n: int, lower: int = lower, upper: int = upper, how: PassOptions = how) -> MemoryPlan:
-                return evaluate(s, rows, trained, (n, lower, upper), how, keys)
+            def plan(count: int, lower: int = lower, upper: int = upper, how: PassOptions = how) -> MemoryPlan:
+                return evaluate(s, rows, trained, (count, lower, upper), how, keys)
 
-            n = bisect.bisect_left(range(s.layers + 1), True, key=lambda n: plan(n).peak <= budget)
-            if n > s.layers or (found := plan(n)).host > host:
+            count = bisect.bisect_left(range(s.layers + 1), True, key=lambda count: plan(count).peak <= budget)
+            if count > s.layers or (candidate := plan(count)).host > host:
                 continue
-            cost = cost_of(s, how, found.levels, rows)
+            cost = cost_of(s, how, candidate.levels, rows)
             if best is None or cost < best[0]:
-                best = (cost, found)
-            if n == 0:
-                # Any further pair begins with the same level, or with one that keeps less.
+                best = (cost, candidate)
+            if count == 0:
+                # Every further pair has the same upper level, or one that saves less.
                 break
     if best is not None:
         return best[1]
     *_, smallest = _settings()
-    away = int(host // max(1, rows * on_host(s, 5)))
-    return evaluate(s, rows, trained, (min(s.layers, away), 5, 3), smallest, keys)
+    offloaded = int(host // max(1, rows * on_host(s, 5)))
+    return evaluate(s, rows, trained, (min(s.layers, offloaded), 5, 3), smallest, keys)
 
 
 CAPTURED = 0.25
-"""Share of the memory that CUDA graphs may hold, and a pass in one may take without the weights' buffers."""
+"""Share of the memory that CUDA graphs may hold, and that a pass in a graph may take, weight buffers excluded."""
 
 
 def capturable(s: DecoderShape, plan: MemoryPlan, device_bytes: float) -> bool:
-    """Whether a CUDA graph may run a plan: nothing goes to the host, no buffer is brought anew within a layer, and its
-    memory, which the graph keeps, is little beside that of launched passes."""
-    own = plan.peak - scratch(s, plan.store)
-    return max(plan.levels) < 4 and plan.store != "group" and own <= CAPTURED * device_bytes
+    """Return whether a CUDA graph may run a plan. Nothing may go to the host, no weight buffer may be refilled within a
+    layer, and the memory of the graph, which stays allocated, must be small beside that of launched passes."""
+    graph_bytes = plan.peak - scratch(s, plan.store)
+    return max(plan.levels) < 4 and plan.store != "group" and graph_bytes <= CAPTURED * device_bytes
 
 
 def weight_bytes(model: nn.Module) -> dict[str, int]:
-    """Bytes and number of the frozen weights of a model: {"bytes", "parameters"}; 4-bit ones with their scales."""
+    """Count the frozen weights of a model: {"bytes", "parameters"}, 4-bit weights with their scales."""
     size = count = 0
     for name, weight in model.named_parameters():
         if "lora_" in name:
@@ -353,7 +355,7 @@ def weight_bytes(model: nn.Module) -> dict[str, int]:
 
 
 def _meminfo(field: str) -> float:
-    """Bytes that Linux reports; infinite elsewhere."""
+    """Read a field of /proc/meminfo, in bytes; infinite on systems without it."""
     try:
         with open("/proc/meminfo", encoding="ascii") as file:
             return next(int(line.split()[1]) * 1024.0 for line in file if line.startswith(field))
@@ -362,13 +364,13 @@ def _meminfo(field: str) -> float:
 
 
 unmapped = 0
-"""Bytes that PyTorch counts as reserved and that no memory is behind. Kept up to date by the vLLM engine, whose pools
-have such."""
+"""Bytes that PyTorch counts as reserved without memory behind them. The vLLM engine, whose memory pools can be
+unmapped, keeps this up to date."""
 
 
 def free(device: torch.device) -> float:
-    """Bytes that a pass may take now: what the driver has free and what PyTorch holds unused; on a CPU, half of what
-    the system has available."""
+    """Return the bytes that a pass may take now: what the driver has free and PyTorch reserves without using it; on a
+    CPU, half of what the system has available."""
     if device.type != "cuda":
         return _meminfo("MemAvailable") / 2
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device) - unmapped
@@ -377,8 +379,8 @@ def free(device: torch.device) -> float:
 
 @cache
 def host_free() -> float:
-    """Bytes of host memory that may be used for offloading: the limit of this process's group, less 16 GiB. Read once,
-    since every pass asks."""
+    """Return the bytes of host memory for offloading: this process's cgroup limit less 16 GiB. Read once, since every
+    pass asks."""
     limit = float("inf")
     for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         try:
@@ -387,5 +389,5 @@ def host_free() -> float:
         except OSError:
             continue
         limit = min(limit, float("inf") if text == "max" else float(text))
-    # Processes of one run on this machine share it.
+    # The processes of one run on this machine share the memory.
     return max(0.0, min(limit, _meminfo("MemTotal")) - 16 * GIB) / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

@@ -1,13 +1,13 @@
-"""What levels L4 and L5 keep in host memory: an arena per layer, copies on two streams beside the compute's.
+"""Hold what levels L4 and L5 save in host memory: one arena per layer, copies on two side streams.
 
-A copy to the host has the time of the next layer's forward; its tensors are freed, in the order of the main stream,
-once that has waited for it. A copy back is started two layers before its backward. All device memory is the main
-stream's, so a plan can count it: `record_stream` frees a tensor when the host sees that the copy is done, after it has
-launched many more layers.
+A copy to the host overlaps the next layer's forward; its tensors are freed in the order of the main stream, once that
+stream has waited for the copy. A copy back starts two layers before its backward. All device memory belongs to the main
+stream, so that a plan can count it: `record_stream` would free a tensor only when the host notices that the copy is
+complete, after it has launched many more layers.
 
-Arenas are ordinary pages registered with CUDA (cudaHostRegister): PyTorch's pinned allocator rounds every block up to a
-power of two. They are made at the first use and kept for later steps of at most their size. On a CPU nothing is moved;
-the tensors are handed back as they were.
+Arenas are ordinary pages registered with CUDA (cudaHostRegister), since PyTorch's pinned allocator rounds every block
+up to a power of two. They are allocated at the first use and reused by later steps of at most their size. On a CPU
+nothing is copied; the same tensors are returned. x: the input of a layer, [T, H].
 """
 
 from __future__ import annotations
@@ -25,25 +25,28 @@ from rlft.errors import TrainError
 from rlft.kernels.attention import Saved
 
 AHEAD = 2
-"""Layers whose copies back are on their way while one runs."""
+"""Number of further layers whose copies back are in flight while one layer runs."""
 BEHIND = 1
-"""Layers whose copies to the host are on their way while the forward of one runs."""
+"""Number of layers whose copies to the host are in flight while the forward of one layer runs."""
 
 
 class Arena:
-    """Registered host memory that tensors are laid into one after the other; `close` unregisters it."""
+    """Registered host memory in which tensors lie one after the other; `close` unregisters it."""
 
     def __init__(self, size: int) -> None:
-        """size: bytes. Raises TrainError when the system refuses to register them."""
+        """Allocate and register `size` bytes.
+
+        Raises TrainError when the system refuses to register them.
+        """
         self.size = size
         self._map = mmap.mmap(-1, size)
         if hasattr(mmap, "MADV_HUGEPAGE"):
             self._map.madvise(mmap.MADV_HUGEPAGE)
-        # Pages are made by all threads here, and by one where they are registered: 1.7 instead of 2.5 s for 6 GiB.
+        # Writing zeros populates the pages with all threads, registering with one: 1.7 instead of 2.5 s for 6 GiB.
         self.bytes = torch.frombuffer(self._map, dtype=torch.uint8).zero_()
         runtime: Any = torch.cuda.cudart()
         code = runtime.cudaHostRegister(self.bytes.data_ptr(), size, 0)
-        # An address that is still registered could not be registered again when the system reuses it.
+        # When the system reuses an address that is still registered, it could not be registered again.
         self.close = weakref.finalize(self, runtime.cudaHostUnregister, self.bytes.data_ptr())
         if int(code) != 0:
             raise TrainError(
@@ -52,34 +55,35 @@ class Arena:
             )
 
     def view(self, offset: int, like: Tensor) -> Tensor:
-        """A tensor of like's shape and dtype at `offset` bytes."""
+        """Return a tensor of the shape and dtype of `like` at `offset` bytes."""
         count = like.numel() * like.element_size()
         return self.bytes[offset : offset + count].view(like.dtype).view(like.shape)
 
 
 @dataclass
 class Stored:
-    """One layer's tensors of one pass: in an arena, and on the device while they are needed."""
+    """The tensors of one layer in one pass: in an arena, and on the device while they are needed."""
 
     host: list[Tensor]
     arena: Arena | None
     written: torch.cuda.Event | None
     device: list[Tensor] | None = None
-    """What is copied to the host, until that is done; then what was copied back."""
+    """What is being copied to the host, until that is complete; later what was copied back."""
     ready: torch.cuda.Event | None = None
-    """The copy back is done; None before it is started."""
+    """Event after the copy back; None before it is started."""
     coming: list[torch.cuda.Event] = field(default_factory=list)
-    """`ready` until somebody has waited for it."""
+    """Contains `ready` until a stream has waited for it."""
 
 
 class Offload:
-    """Keeps tensors of layers between forward and backward. Several passes may be under way: each has its records."""
+    """Holds tensors of layers in host memory between forward and backward. Several passes may be in progress, each with
+    its records."""
 
     def __init__(self) -> None:
         self._free: dict[int, list[Arena]] = {}
         self._streams: dict[tuple[str, torch.device], torch.cuda.Stream] = {}
         self._leaving: list[Stored] = []
-        """Those that are on their way to the host, oldest first."""
+        """Records whose copies to the host are in flight, oldest first."""
         self.bytes = 0
         """Host memory of all arenas."""
 
@@ -89,10 +93,10 @@ class Offload:
         if not x.is_cuda:
             return Stored([], None, None, tensors)
         self.settle(BEHIND - 1)
-        arena = self._arena(layer, sum(_padded(t) for t in tensors))
+        arena = self._arena(layer, sum(_padded(tensor) for tensor in tensors))
         stream = self._stream("out", x.device)
         stream.wait_stream(torch.cuda.current_stream(x.device))
-        # An arena that is used again may still be read from.
+        # A copy back may still read from a reused arena.
         stream.wait_stream(self._stream("in", x.device))
         host, offset = [], 0
         with torch.cuda.stream(stream):
@@ -104,28 +108,36 @@ class Offload:
             event.record(stream)
         stored = Stored(host, arena, event, tensors)
         self._leaving.append(stored)
-        weakref.finalize(stored, _dropped, arena, self._free[layer], stored.coming, x.device)
+        weakref.finalize(stored, _free_arena, arena, self._free[layer], stored.coming, x.device)
         return stored
 
     def settle(self, most: int = 0) -> None:
-        """Free what was copied to the host, but for the last `most` layers' tensors, as soon as it has arrived."""
+        """Free the device tensors that were copied to the host, except those of the last `most` layers.
+
+        The main stream waits for the copies.
+        """
         while len(self._leaving) > most:
             stored = self._leaving.pop(0)
             assert stored.device is not None and stored.written is not None
-            # Whatever the memory is used for next runs on this stream, after the copy.
+            # The next use of the memory is on this stream, hence after the copy.
             torch.cuda.current_stream(stored.device[0].device).wait_event(stored.written)
             stored.device = None
 
     def ahead(self, records: dict[int, Stored], layer: int, device: torch.device) -> None:
-        """Start the copies back of a layer and of those that run their backwards after it, whatever itself has kept.
-        records: of the pass."""
+        """Start the copies back of a layer and of the `AHEAD` layers whose backwards follow.
+
+        records: of the pass; layers without a record are skipped.
+        """
         self.settle()
         for index in range(layer, layer - AHEAD - 1, -1):
             if index in records:
                 self._fetch(records[index], device)
 
     def get(self, records: dict[int, Stored], layer: int) -> tuple[Tensor, Saved | None]:
-        """x, and out and lse where they were put, on the device, after `ahead`; drops the layer's record."""
+        """Return x, and attention's out and lse if they were stored, on the device; remove the layer's record.
+
+        Call `ahead` before.
+        """
         stored = records.pop(layer)
         assert stored.device is not None
         if stored.ready is not None:
@@ -135,11 +147,12 @@ class Offload:
         return x, Saved(*rest) if rest else None
 
     def _fetch(self, stored: Stored, device: torch.device) -> None:
+        """Start the copy back of a record, unless it was started before."""
         if stored.ready is not None or stored.written is None:
             return
-        stored.device = [torch.empty(t.shape, dtype=t.dtype, device=device) for t in stored.host]
+        stored.device = [torch.empty(saved.shape, dtype=saved.dtype, device=device) for saved in stored.host]
         stream = self._stream("in", device)
-        # The main stream may still read what the memory held before.
+        # The main stream may still read the previous contents of the memory.
         stream.wait_stream(torch.cuda.current_stream(device))
         stream.wait_event(stored.written)
         with torch.cuda.stream(stream):
@@ -150,7 +163,7 @@ class Offload:
         stored.coming.append(stored.ready)
 
     def _arena(self, layer: int, size: int) -> Arena:
-        """One of the layer's that no pass is using, or a new one; one that is too small is given back."""
+        """Return an arena of the layer that no pass uses, or a new one; release those that are too small."""
         free = self._free.setdefault(layer, [])
         while free:
             arena = free.pop()
@@ -168,14 +181,17 @@ class Offload:
         return self._streams[name, device]
 
 
-def _dropped(arena: Arena, free: list[Arena], coming: list[torch.cuda.Event], device: torch.device) -> None:
-    """Make an arena free for another pass. A backward that failed has not waited for what was on its way back: its
-    memory must not be used before that is there."""
+def _free_arena(arena: Arena, free: list[Arena], coming: list[torch.cuda.Event], device: torch.device) -> None:
+    """Make an arena available to another pass.
+
+    A backward that failed has not waited for its copies back; their device memory must not be reused before they are
+    complete.
+    """
     for event in coming:
         torch.cuda.current_stream(device).wait_event(event)
     free.append(arena)
 
 
 def _padded(tensor: Tensor) -> int:
-    """Bytes in an arena: every tensor starts at a page."""
+    """Return the bytes of a tensor in an arena, where every tensor starts at a page."""
     return math.ceil(tensor.numel() * tensor.element_size() / mmap.PAGESIZE) * mmap.PAGESIZE

@@ -1,7 +1,10 @@
-"""A decoder layer's operations without autograd: raw forward and raw backward, into buffers of the caller's.
+"""The operations of a decoder layer without autograd: forward and backward write into buffers of the caller.
 
-On a GPU these are the kernels' launches. On a CPU (and for float64, which only tests use) the forward is the kernel
-file's reference, and the backward runs PyTorch's autograd over that reference again: slower, and exact in every dtype.
+Shapes: T rows, H hidden size, M width of the MLP, R rotary columns, Hq query heads, Hk key heads, D head size; x is the
+input of an operation, h = act(gate) * up, q, k, v those of attention.
+
+On a GPU these launch kernels. On a CPU (and for float64, which only tests use) the forward is the reference in the
+kernel's file, and the backward runs PyTorch's autograd over that reference: slower, and exact in every dtype.
 """
 
 from __future__ import annotations
@@ -27,26 +30,27 @@ class Norm(NamedTuple):
     gemma: bool = False
 
 
-def _kernel(x: Tensor) -> bool:
+def _uses_kernel(x: Tensor) -> bool:
+    """Return whether the kernels run this tensor."""
     return x.is_cuda and x.dtype != torch.float64
 
 
 def _gradients(function: Callable[..., Tensor], inputs: Sequence[Tensor], upstream: Tensor) -> tuple[Tensor, ...]:
-    """Gradients of `function(*inputs)` by PyTorch."""
+    """Return the gradients of `function(*inputs)` by autograd."""
     with torch.enable_grad():
         leaves = [x.detach().requires_grad_() for x in inputs]
-        # Without rows nothing may depend on a leaf.
+        # With zero rows the output may depend on no leaf.
         return torch.autograd.grad(function(*leaves), leaves, upstream, allow_unused=True, materialize_grads=True)
 
 
 def norm_forward(
     x: Tensor, norm: Norm, out: Tensor, delta: Tensor | None = None, total: Tensor | None = None
 ) -> Tensor | None:
-    """out = norm(x), or with delta: total = x + delta, out = norm(total). All [T, H], rows of any stride.
+    """Compute out = norm(x), or with delta: total = x + delta, out = norm(total). All are [T, H], rows of any stride.
 
-    Returns 1 / rms [T], which `norm_backward` takes back; None on a CPU.
+    Returns 1 / rms [T], which `norm_backward` takes; None on a CPU.
     """
-    if _kernel(x):
+    if _uses_kernel(x):
         return rms_norm_forward(x, norm.weight, norm.eps, norm.gemma, delta=delta, out=out, total_out=total)[1]
     if delta is not None:
         assert total is not None
@@ -58,16 +62,16 @@ def norm_forward(
 def norm_backward(
     dy: Tensor, x: Tensor, norm: Norm, rstd: Tensor | None, residual: Tensor | None, out: Tensor
 ) -> Tensor:
-    """out = gradient of x (what the norm read), plus `residual`, which may be `out`."""
-    if _kernel(x):
+    """Compute out = gradient of x, the norm's input, plus `residual`, which may be `out`."""
+    if _uses_kernel(x):
         assert rstd is not None
         return rms_norm_backward(dy, x, norm.weight, rstd, norm.gemma, dres=residual, dx_out=out)
-    (dx,) = _gradients(lambda t: rms_norm_reference(t, norm.weight, norm.eps, norm.gemma), (x,), dy)
+    (dx,) = _gradients(lambda value: rms_norm_reference(value, norm.weight, norm.eps, norm.gemma), (x,), dy)
     return out.copy_(dx if residual is None else dx + residual)
 
 
 class Rope(NamedTuple):
-    """Rotary tables [T, R], a line per row, and the norms of q and k where the family has them."""
+    """Rotary tables [T, R], one line per row, and the norms of q and k in families that have them."""
 
     cos: Tensor
     sin: Tensor
@@ -75,51 +79,51 @@ class Rope(NamedTuple):
     k: Norm | None
 
     def options(self) -> dict:
-        """As the kernels take the norms."""
+        """Return the keyword arguments of the kernels for the norms."""
         if self.q is None or self.k is None:
             return {}
         assert (self.q.eps, self.q.gemma) == (self.k.eps, self.k.gemma)
         return {"q_weight": self.q.weight, "k_weight": self.k.weight, "eps": self.q.eps, "gemma": self.q.gemma}
 
     def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        """Rotated q [T, Hq, D] and k [T, Hk, D]: in place without norms, else in new memory."""
+        """Return rotated q [T, Hq, D] and k [T, Hk, D]: in place without norms, else in new memory."""
         places = (q, k) if self.q is None else (q.new_empty(q.shape), k.new_empty(k.shape))
-        if _kernel(q):
+        if _uses_kernel(q):
             return qk_rope_forward(q, k, self.cos, self.sin, **self.options(), q_out=places[0], k_out=places[1])
-        made = qk_rope_reference(q, k, self.cos, self.sin, **self.options())
-        return places[0].copy_(made[0]), places[1].copy_(made[1])
+        rotated = qk_rope_reference(q, k, self.cos, self.sin, **self.options())
+        return places[0].copy_(rotated[0]), places[1].copy_(rotated[1])
 
     def backward(self, dq: Tensor, dk: Tensor, q: Tensor, k: Tensor) -> None:
-        """The gradients of what the forward read, written over q and k; without norms these are not read."""
-        if _kernel(dq):
-            kept = (q, k) if self.q is not None else (None, None)
-            qk_rope_backward(dq, dk, *kept, self.cos, self.sin, **self.options(), dq=q, dk=k)
+        """Write the gradients of the forward's inputs over q and k; without norms q and k are not read."""
+        if _uses_kernel(dq):
+            inputs = (q, k) if self.q is not None else (None, None)
+            qk_rope_backward(dq, dk, *inputs, self.cos, self.sin, **self.options(), dq=q, dk=k)
             return
 
-        def joined(a: Tensor, b: Tensor) -> Tensor:
-            return torch.cat(qk_rope_reference(a, b, self.cos, self.sin, **self.options()), dim=1)
+        def rotate(q_leaf: Tensor, k_leaf: Tensor) -> Tensor:
+            return torch.cat(qk_rope_reference(q_leaf, k_leaf, self.cos, self.sin, **self.options()), dim=1)
 
-        for into, value in zip((q, k), _gradients(joined, (q, k), torch.cat([dq, dk], dim=1)), strict=True):
-            into.copy_(value)
+        for target, value in zip((q, k), _gradients(rotate, (q, k), torch.cat([dq, dk], dim=1)), strict=True):
+            target.copy_(value)
 
 
 def gate_forward(gate: Tensor, up: Tensor, activation: str, out: Tensor) -> None:
-    """out = act(gate) * up, [T, M] each, rows of any stride."""
-    if _kernel(gate):
+    """Compute out = act(gate) * up, [T, M] each, rows of any stride."""
+    if _uses_kernel(gate):
         swiglu_forward(gate, up, activation, out=out)
     else:
         out.copy_(swiglu_reference(gate, up, activation))
 
 
 def gate_backward(dh: Tensor, gate: Tensor, up: Tensor, activation: str) -> None:
-    """In place: dh becomes h, gate and up become their gradients."""
-    if _kernel(dh):
+    """In place: turn dh into h, and gate and up into their gradients."""
+    if _uses_kernel(dh):
         swiglu_backward(dh, gate, up, activation, h_out=dh, dgate=gate, dup=up)
         return
     h = swiglu_reference(gate, up, activation)
-    grads = _gradients(lambda g, u: swiglu_reference(g, u, activation), (gate, up), dh)
-    for into, value in zip((dh, gate, up), (h, *grads), strict=True):
-        into.copy_(value)
+    grads = _gradients(lambda gate_leaf, up_leaf: swiglu_reference(gate_leaf, up_leaf, activation), (gate, up), dh)
+    for target, value in zip((dh, gate, up), (h, *grads), strict=True):
+        target.copy_(value)
 
 
 class Attention(NamedTuple):
@@ -130,11 +134,11 @@ class Attention(NamedTuple):
     softcap: float | None
 
     def backend(self, q: Tensor) -> str:
-        """Which back end runs; "sdpa" and "plain" keep no lse and run again in the backward."""
+        """Return the back end; "sdpa" and "plain" return no lse and run their forward again in the backward."""
         return backends.choose_backend(q.device, q.dtype, q.shape[-1], self.softcap)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, sequences: Sequences) -> Saved:
-        """out [T, Hq, D] and lse [Hq, T]; lse is empty where the back end gives none."""
+        """Return out [T, Hq, D] and lse [Hq, T]; lse is empty if the back end returns none."""
         backend = self.backend(q)
         if backend in ("fa4", "fa2"):
             return attention_forward(q, k, v, sequences, self.scale, backend, self.window, self.softcap)
@@ -144,13 +148,13 @@ class Attention(NamedTuple):
     def backward(
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, saved: Saved, sequences: Sequences
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """dq, dk, dv."""
+        """Return dq, dk, dv."""
         backend = self.backend(q)
         if backend in ("fa4", "fa2"):
             return attention_backward(dout, q, k, v, saved, sequences, self.scale, backend, self.window, self.softcap)
 
-        def again(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
-            return varlen_attention(a, b, c, sequences, self.scale, self.window, self.softcap, backend)
+        def recompute(q_leaf: Tensor, k_leaf: Tensor, v_leaf: Tensor) -> Tensor:
+            return varlen_attention(q_leaf, k_leaf, v_leaf, sequences, self.scale, self.window, self.softcap, backend)
 
-        dq, dk, dv = _gradients(again, (q, k, v), dout)
+        dq, dk, dv = _gradients(recompute, (q, k, v), dout)
         return dq, dk, dv

@@ -1,8 +1,10 @@
-"""The frozen weights and adapters of a decoder layer's linear modules, grouped by what they read.
+"""The frozen weights and adapters of a decoder layer's linear modules, grouped by their input.
 
-A `Projection` is one to three linear modules of the same input (q, k, v; o; gate, up; down), as transformers and PEFT
-hold them; `bind` looks up an adapter in them. A `Store` writes the frozen weights and that adapter into buffers of
-`rlft.kernels.lora`'s layout: decoded from NF4, or copied.
+A `Projection` is one to three linear modules with the same input (q, k, v; o; gate, up; down), as transformers and PEFT
+hold them; `bind` looks up an adapter in them. A `Store` writes the frozen weights and that adapter into buffers with
+the layout of `rlft.kernels.lora`: decoded from NF4, or copied.
+
+A [r, H] and B [out, r] are the matrices of an adapter, r its rank, H the input size.
 """
 
 from __future__ import annotations
@@ -19,75 +21,85 @@ from rlft.kernels.lora_group import AdapterWriteTables, LoraGroup, Part
 from rlft.kernels.nf4 import DecodeTables, Nf4Weight
 
 Mode = Literal["layer", "group", "shadow"]
-"""Where the layers' weights are brought to, see `Store`."""
+"""Where the weights of the layers are written, see `Store`."""
 
 
 ADAPTERS = 2
-"""Adapters whose tables are kept for a layer: a policy's and its reference's come in turn."""
+"""Adapters whose tables are cached per layer: those of a policy and of its reference alternate."""
 
 
 class Bound(NamedTuple):
-    """The adapter of a projection as it is now."""
+    """The adapter of a projection."""
 
     group: LoraGroup
     A: tuple[Tensor, ...]
-    """Per module [r, H]; an empty [0, H] where the module has no adapter."""
+    """Per module [r, H]; an empty [0, H] if the module has no adapter."""
     B: tuple[Tensor, ...]
 
 
 def adapter_tensors(bound: Sequence[Bound]) -> list[Tensor]:
-    """Those of all modules that have an adapter, per projection A before B."""
-    return [t for b in bound for ts in (b.A, b.B) for t in ts if t.numel()]
+    """Return the tensors of all modules that have an adapter, per projection A before B."""
+    return [
+        tensor for projection in bound for side in (projection.A, projection.B) for tensor in side if tensor.numel()
+    ]
 
 
 class Projection:
     """Linear modules that read the same input; their outputs lie side by side."""
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
-        """modules: nn.Linear, bitsandbytes' Linear4bit, or PEFT's wrapper of one.
+        """Read the modules' weights and biases.
 
-        Raises ValueError, saying why, for weights in a form that no kernel reads.
+        modules: nn.Linear, bitsandbytes' Linear4bit, or PEFT's wrapper of one. Raises ValueError, with the reason, for
+        weights in a form that no kernel reads.
         """
         self.modules = tuple(modules)
-        bases: list[Any] = [getattr(m, "base_layer", m) for m in modules]
-        self.weights = tuple(_readable(m) for m in bases)
-        self.out_features = tuple(int(w.shape[0]) for w in self.weights)
+        bases: list[Any] = [getattr(module, "base_layer", module) for module in modules]
+        self.weights = tuple(_kernel_weight(module) for module in bases)
+        self.out_features = tuple(int(weight.shape[0]) for weight in self.weights)
         self.in_features = int(self.weights[0].shape[1])
         self.out = sum(self.out_features)
-        self.bias = _joined([m.bias for m in bases], self.out_features)
-        self._none = [(torch.empty(0, self.in_features), torch.empty(n, 0)) for n in self.out_features]
-        """A and B of a module without an adapter."""
+        self.bias = _concatenate_biases([module.bias for module in bases], self.out_features)
+        self._empty = [(torch.empty(0, self.in_features), torch.empty(width, 0)) for width in self.out_features]
+        """Empty A and B, for a module without an adapter."""
         self._bound: tuple[tuple, Bound] | None = None
 
     def bind(self, adapter: str | None) -> Bound:
-        """The adapter called `adapter` (None: no adapter) with its shapes and scales."""
+        """Return the adapter called `adapter` (None: no adapter) with its shapes and scales."""
         A, B, scales = [], [], []
-        for module, (none_a, none_b) in zip(self.modules, self._none, strict=True):
+        for module, (empty_a, empty_b) in zip(self.modules, self._empty, strict=True):
             if adapter is not None and adapter in getattr(module, "lora_A", ()):
                 A.append(module.lora_A[adapter].weight)  # type: ignore[index]
                 B.append(module.lora_B[adapter].weight)  # type: ignore[index]
                 scales.append(float(module.scaling[adapter]))  # type: ignore[index]
             else:
-                A.append(none_a)
-                B.append(none_b)
+                A.append(empty_a)
+                B.append(empty_b)
                 scales.append(1.0)
-        key = (*(id(t) for t in (*A, *B)), *scales)
+        key = (*(id(tensor) for tensor in (*A, *B)), *scales)
         if self._bound is None or self._bound[0] != key:
-            group = LoraGroup(self.in_features, self.out_features, tuple(a.shape[0] for a in A), tuple(scales))
+            group = LoraGroup(
+                self.in_features, self.out_features, tuple(matrix.shape[0] for matrix in A), tuple(scales)
+            )
             self._bound = (key, Bound(group, tuple(A), tuple(B)))
         return self._bound[1]
 
 
-def _joined(biases: Sequence[Tensor | None], widths: Sequence[int]) -> Tensor | None:
-    """The biases one after the other, zeros where a module has none; None when none has one."""
-    some = next((b for b in biases if b is not None), None)
-    if some is None:
+def _concatenate_biases(biases: Sequence[Tensor | None], widths: Sequence[int]) -> Tensor | None:
+    """Concatenate the biases, with zeros for modules without one; None if no module has one."""
+    like = next((bias for bias in biases if bias is not None), None)
+    if like is None:
         return None
-    return torch.cat([some.new_zeros(n) if b is None else b.detach() for b, n in zip(biases, widths, strict=True)])
+    return torch.cat(
+        [like.new_zeros(width) if bias is None else bias.detach() for bias, width in zip(biases, widths, strict=True)]
+    )
 
 
-def _readable(module: Any) -> Tensor | Nf4Weight:
-    """A linear module's weight as our kernels read it. Raises ValueError, saying why, where they cannot."""
+def _kernel_weight(module: Any) -> Tensor | Nf4Weight:
+    """Return a linear module's weight in a form that the kernels read.
+
+    Raises ValueError, with the reason, if there is none.
+    """
     weight = getattr(module, "weight", None)
     if not isinstance(weight, Tensor):
         raise ValueError(f"{type(module).__name__} has no weight")
@@ -99,154 +111,169 @@ def _readable(module: Any) -> Tensor | Nf4Weight:
 
 
 class _LayerWeights:
-    """Writes the frozen weights of projections into buffers; what the decoder needs is made once."""
+    """Writes the frozen weights of projections into buffers; tables for the decoding kernel are built once."""
 
     def __init__(self, projections: Sequence[Projection], bound: Sequence[Bound], buffers: Sequence[Tensor]) -> None:
         self.buffers = tuple(buffers)
         self._weights: dict[tuple[LoraGroup, ...], tuple[lora.Weight, ...]] = {}
         packed, places, self._plain = [], [], []
-        for projection, b, buffer in zip(projections, bound, buffers, strict=True):
+        for projection, adapter, buffer in zip(projections, bound, buffers, strict=True):
             for i, weight in enumerate(projection.weights):
-                place = buffer[b.group.rows(i), : projection.in_features]
+                place = buffer[adapter.group.rows(i), : projection.in_features]
                 if isinstance(weight, Nf4Weight):
                     packed.append(weight)
                     places.append(place)
                 else:
                     self._plain.append((place, weight))
-        self._frozen = [(p.out, p.in_features) for p in projections]
+        self._frozen = [(projection.out, projection.in_features) for projection in projections]
         self._plan = DecodeTables(packed, places) if packed else None
-        self._fills: dict[tuple, AdapterWriteTables] = {}
-        """What fills in an adapter, for the last ones that were used, the last one last."""
+        self._adapter_writes: dict[tuple, AdapterWriteTables] = {}
+        """Tables for writing an adapter, for the last adapters used, most recent last."""
 
     def run(self) -> None:
+        """Decode or copy the frozen weights into the buffers."""
         if self._plan is not None:
             self._plan.run()
         for place, weight in self._plain:
             place.copy_(weight)
 
     def weights(self, groups: tuple[LoraGroup, ...], dtype: torch.dtype) -> tuple[lora.Weight, ...] | None:
-        """The buffers; without an adapter, parts of them: what a CUDA graph reads stays where it is when the adapter is
-        off in between. None where they do not fit."""
+        """Return the buffers as weights; None if they do not fit.
+
+        With the adapter off these are slices of the same buffers, so that the addresses a CUDA graph reads stay valid.
+        """
         if self.buffers[0].dtype != dtype:
             return None
-        made = self._weights.get(groups)
-        if made is None:
-            found = list(zip(groups, self.buffers, self._frozen, strict=True))
-            if any(group.buffer not in (tuple(buffer.shape), own) for group, buffer, own in found):
+        weights = self._weights.get(groups)
+        if weights is None:
+            layouts = list(zip(groups, self.buffers, self._frozen, strict=True))
+            if any(group.buffer not in (tuple(buffer.shape), frozen) for group, buffer, frozen in layouts):
                 return None
-            parts = ((group, buffer[: group.buffer[0], : group.buffer[1]]) for group, buffer, _ in found)
-            made = self._weights[groups] = tuple(lora.Weight.of(*part) for part in parts)
-            if len(self._weights) > ADAPTERS + 1:  # and none
+            parts = ((group, buffer[: group.buffer[0], : group.buffer[1]]) for group, buffer, _ in layouts)
+            weights = self._weights[groups] = tuple(lora.Weight.of(*part) for part in parts)
+            if len(self._weights) > ADAPTERS + 1:  # the one without an adapter
                 del self._weights[next(iter(self._weights))]
-        return made
+        return weights
 
     @property
     def filled(self) -> AdapterWriteTables | None:
-        """What filled in the last adapter."""
-        return next(reversed(self._fills.values()), None)
+        """The tables of the last adapter that was written."""
+        return next(reversed(self._adapter_writes.values()), None)
 
     def fill(self, bound: Sequence[Bound], weights: Sequence[lora.Weight]) -> None:
-        """Write the adapter, as it is now, behind the weights; nothing where it is off."""
+        """Write the current values of the adapter behind the weights; do nothing when it is off."""
         tensors = adapter_tensors(bound)
         if not tensors:
             return
-        key = (*((t.data_ptr(), id(t), t.dtype) for t in tensors), *(b.group for b in bound))
-        plan = self._fills.pop(key, None)
+        key = (
+            *((tensor.data_ptr(), id(tensor), tensor.dtype) for tensor in tensors),
+            *(adapter.group for adapter in bound),
+        )
+        plan = self._adapter_writes.pop(key, None)
         if plan is None:
             pairs = zip(bound, weights, strict=True)
-            plan = AdapterWriteTables([Part(*b, w.b, w.a) for b, w in pairs if b.group.tail])
-        self._fills[key] = plan
-        if len(self._fills) > ADAPTERS:
-            del self._fills[next(iter(self._fills))]
+            plan = AdapterWriteTables(
+                [Part(*adapter, weight.b, weight.a) for adapter, weight in pairs if adapter.group.tail]
+            )
+        self._adapter_writes[key] = plan
+        if len(self._adapter_writes) > ADAPTERS:
+            del self._adapter_writes[next(iter(self._adapter_writes))]
         plan.run()
 
 
 class Store:
-    """Where the layers' weights are brought to.
+    """Device buffers that hold the layers' weights in the dtype of activations.
 
-    mode: "layer", one set of buffers that every layer's weights are brought to in turn, all at once; "group", one
-    buffer for one projection at a time, the least memory; "shadow", buffers of its own for each layer, brought once.
+    mode: "layer", one set of buffers into which every layer's weights are written in turn, all at once; "group", one
+    buffer for one projection at a time, the least memory; "shadow", separate buffers for each layer, written once.
     """
 
     def __init__(self, mode: Mode = "layer") -> None:
         self.mode = mode
         self.version = 0
-        """Goes up when buffers move."""
+        """Increases when buffers move."""
         self._memory: Tensor | None = None
         self._brought: dict[tuple, _LayerWeights] = {}
 
     @property
     def bytes(self) -> int:
-        """Memory that is held."""
-        kept = [self._memory] if self.mode != "shadow" else [b for k in self._brought.values() for b in k.buffers]
-        return sum(t.numel() * t.element_size() for t in kept if t is not None)
+        """Bytes of the buffers."""
+        tensors = (
+            [self._memory]
+            if self.mode != "shadow"
+            else [buffer for weights in self._brought.values() for buffer in weights.buffers]
+        )
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
 
     @property
     def fills(self) -> list[AdapterWriteTables | None]:
-        """What fills in the adapter of now: a CUDA graph that was captured reads their tables, and keeps them."""
-        return [kept.filled for kept in self._brought.values()]
+        """Tables for writing the current adapter. A captured CUDA graph reads them and must hold references to them."""
+        return [weights.filled for weights in self._brought.values()]
 
     def use(self, mode: Mode) -> None:
-        """Change the mode; what was held for another one is given back."""
+        """Change the mode; buffers of another mode are freed."""
         if mode != self.mode:
             self.release()
             self.mode = mode
 
     def release(self) -> None:
-        """Give all buffers back."""
+        """Free all buffers."""
         self.version += 1
         self._memory, self._brought = None, {}
 
     def weights(
         self, layer: int, projections: Sequence[Projection], bound: Sequence[Bound], like: Tensor
     ) -> Callable[[int], lora.Weight]:
-        """Projection i, with weights and adapter in its buffer; in mode "group" until another one is asked for."""
+        """Return a function from i to projection i, with weights and adapter in its buffer.
+
+        In mode "group" a result is valid until the next projection is requested.
+        """
         if self.mode != "group":
-            return self._bring((layer,), slice(None), projections, bound, like).__getitem__
-        held: dict[int, lora.Weight] = {}
+            return self._load((layer,), slice(None), projections, bound, like).__getitem__
+        cached: dict[int, lora.Weight] = {}
 
-        def one(i: int) -> lora.Weight:
-            # A backward asks for the same one several times in a row.
-            if i not in held:
-                held.clear()
-                held[i] = self._bring((layer, i), slice(i, i + 1), projections, bound, like)[0]
-            return held[i]
+        def weight(i: int) -> lora.Weight:
+            # A backward requests the same projection several times in a row.
+            if i not in cached:
+                cached.clear()
+                cached[i] = self._load((layer, i), slice(i, i + 1), projections, bound, like)[0]
+            return cached[i]
 
-        return one
+        return weight
 
     @property
     def scratch(self) -> Tensor | None:
-        """Memory that nobody reads between two layers, for others to use until then; None where there is none."""
+        """Memory that is unused between two layers and may be borrowed there; None if there is none."""
         return self._memory
 
-    def _bring(
+    def _load(
         self, key: tuple, part: slice, projections: Sequence[Projection], bound: Sequence[Bound], like: Tensor
     ) -> tuple[lora.Weight, ...]:
-        """A part of a layer's projections."""
-        groups = tuple(b.group for b in bound[part])
-        kept = self._brought.get(key)
-        weights = None if kept is None else kept.weights(groups, like.dtype)
-        if kept is None or weights is None:
-            self.version += kept is not None
-            every = [math.prod(b.group.buffer) for b in bound]
+        """Write a part of a layer's projections into buffers and return them."""
+        groups = tuple(adapter.group for adapter in bound[part])
+        written = self._brought.get(key)
+        weights = None if written is None else written.weights(groups, like.dtype)
+        if written is None or weights is None:
+            self.version += written is not None
+            every = [math.prod(adapter.group.buffer) for adapter in bound]
             sizes = every[part]
-            # What all share has room for what is brought after these.
+            # Shared memory needs room for the projections that are written later.
             largest = max(every) if self.mode == "group" else sum(every)
             memory = like.new_empty(sum(sizes)) if self.mode == "shadow" else self._shared(largest, like)
             parts = memory[: sum(sizes)].split(sizes)
-            buffers = [p.view(group.buffer) for p, group in zip(parts, groups, strict=True)]
-            kept = self._brought[key] = _LayerWeights(projections[part], bound[part], buffers)
-            weights = kept.weights(groups, like.dtype)
+            buffers = [memory_part.view(group.buffer) for memory_part, group in zip(parts, groups, strict=True)]
+            written = self._brought[key] = _LayerWeights(projections[part], bound[part], buffers)
+            weights = written.weights(groups, like.dtype)
             assert weights is not None
             if self.mode == "shadow":
-                kept.run()
+                written.run()
         if self.mode != "shadow":
-            kept.run()
-        kept.fill(bound[part], weights)
+            written.run()
+        written.fill(bound[part], weights)
         return weights
 
     def _shared(self, size: int, like: Tensor) -> Tensor:
-        """The memory that all layers share, made larger where a layer needs it."""
+        """Return the memory that all layers share, enlarged if it is too small."""
         if self._memory is None or self._memory.numel() < size or self._memory.dtype != like.dtype:
             self.release()
             self._memory = like.new_empty(size)

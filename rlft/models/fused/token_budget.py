@@ -1,13 +1,13 @@
-"""How many tokens a micro-batch should have: those that take the least time within the memory that there is.
+"""Choose how many tokens a micro-batch should have: the number that takes the least time within the memory.
 
-A micro-batch takes what the GPU works, or what the host needs to launch it where that is more:
+A micro-batch takes the time of the GPU's work, or of the host's launches where that is longer:
 
-    products of the layers, what runs beside them, what levels run again and decoding, and the head;
+    matrix products of the layers, the work around them, recomputation and decoding, and the head;
     layers * LAUNCHING_MORE, unless a CUDA graph runs it.
 
-Few tokens wait for their launches, decode the weights more often and repeat prompts that completions elsewhere share;
-many keep less for the backward. The constants are for comparing sizes with each other, not for saying how long a step
-takes.
+With few tokens, launches dominate, weights are decoded more often, and prompts are repeated whose completions are in
+several micro-batches; with many, less is saved for the backward. The constants serve to compare sizes with each other,
+not to predict the time of a step. s: sizes of the decoder.
 """
 
 from __future__ import annotations
@@ -18,42 +18,42 @@ from typing import NamedTuple
 from rlft.models.fused.memory import FLOPS, DecoderShape, capturable, choose_plan, cost_of
 
 BUDGETS = (*range(32768, 16384, -4096), *range(16384, 8192, -2048), *range(8192, 6144, -1024), *range(6144, 4095, -512))
-"""Tokens per micro-batch that are tried, from the most."""
+"""Tokens per micro-batch that are compared, largest first."""
 LAUNCHING = 3.4e-3
-"""Seconds of the host for launching a layer's forward and backward at L0: 4.5 ms seen on an H100 machine, by as much
-less as benchmarks/host_time.py has found since."""
+"""Seconds of host time to launch a layer's forward and backward at L0. Measured by benchmarks/host_time.py on an H100
+machine."""
 LAUNCHING_MORE = 5.9e-3
-"""The same with shared prompts and weights that are decoded anew, at most: what a step of 56 micro-batches of 1,024
-tokens, which waits for its launches, takes for each layer of each, head and loss included (recorded_tight, de06613)."""
+"""Upper bound of the same with shared prompts and weights that are decoded every time. Measured (recorded_tight): time
+per layer of a step of 56 micro-batches of 1,024 tokens, which is bound by launches; head and loss included."""
 BESIDE = 1.35
-"""Time of a layer over that of its products, for sequences whose attention is little of it (recorded_tight)."""
+"""Time of a layer over that of its matrix products, for sequences with little attention. Measured (recorded_tight)."""
 SHORT = 1.5
-"""How much more the levels cost of such sequences' time than of the 32,768 tokens that their costs are from. L4 runs
-74% of a layer's forward products again (all but down), L1 52% (gate, up), and the layers' products are half of a step
-of an 8B model (recorded_tight): 20 and 14% of it where every layer does."""
+"""Factor on the costs of levels for short sequences, since `LEVEL_COST` was measured at 32,768 tokens. L4 recomputes
+74% of a layer's forward products (all but down), L1 52% (gate, up), and the layers' products are half of a step of an
+8B model (recorded_tight): 20 and 14% of the step if every layer does."""
 
 
 def device_seconds(s: DecoderShape, rows: int) -> float:
-    """Of the products of a layer's forward and backward at L0."""
+    """Return the time of the matrix products of a layer's forward and backward at L0."""
     return 4 * s.weights * rows / FLOPS
 
 
 def head_seconds(s: DecoderShape, trained: int) -> float:
-    """Of the head's two products."""
+    """Return the time of the head's two matrix products."""
     return 4 * s.hidden * s.vocab * trained / FLOPS
 
 
 class Group(NamedTuple):
-    """Tokens of a prompt and of all its completions. Micro-batches that hold a part of them each repeat the prompt."""
+    """Tokens of a prompt and of all its completions. Every micro-batch with a part of them repeats the prompt."""
 
     prompt: int
     completions: int
 
     def useful(self, rows: int) -> float:
-        """Share of the completions in micro-batches of `rows` tokens."""
-        held = min(rows, self.prompt + self.completions)
-        # Where a prompt is longer than a micro-batch each row runs alone, whatever the budget is.
-        return max(1 - self.prompt / held, 1 / 16)
+        """Return the share of completion tokens in micro-batches of `rows` tokens."""
+        tokens = min(rows, self.prompt + self.completions)
+        # If a prompt is longer than a micro-batch, each row runs alone, whatever the budget is.
+        return max(1 - self.prompt / tokens, 1 / 16)
 
 
 ALONE = Group(0, 1)
@@ -61,8 +61,11 @@ ALONE = Group(0, 1)
 
 
 def token_budget(s: DecoderShape, device_bytes: float, host_bytes: float, group: Group = ALONE) -> int:
-    """Tokens per micro-batch that take the least time per completion's token, the most among equals; the least of
-    `BUDGETS` where none fits. group: a typical one, where its completions may be in several micro-batches."""
+    """Return the tokens per micro-batch that take the least time per completion token, the most among equals.
+
+    Returns the least of `BUDGETS` if none fits. group: a typical group, if its completions may be in several
+    micro-batches.
+    """
 
     def seconds(rows: int) -> float:
         plan = choose_plan(s, rows, rows, device_bytes, host_bytes)
@@ -72,9 +75,9 @@ def token_budget(s: DecoderShape, device_bytes: float, host_bytes: float, group:
         device = device_seconds(s, rows)
         captured = device < LAUNCHING and capturable(s, plan, device_bytes)
         busy = s.layers * BESIDE * device * (1 + cost) + head_seconds(s, rows)
-        took = max(busy, 0.0 if captured else s.layers * LAUNCHING_MORE)
-        # To three digits, so that equal ones are equal.
-        return float(f"{took / (rows * group.useful(rows)):.3g}")
+        elapsed = max(busy, 0.0 if captured else s.layers * LAUNCHING_MORE)
+        # Rounded to three digits, so that nearly equal times count as equal.
+        return float(f"{elapsed / (rows * group.useful(rows)):.3g}")
 
     best = min(BUDGETS, key=seconds)
     return best if seconds(best) < math.inf else BUDGETS[-1]

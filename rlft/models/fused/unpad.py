@@ -1,4 +1,7 @@
-"""A padded batch as packed rows."""
+"""Turn a padded batch into packed rows.
+
+Shapes: B sequences, S padded length, H hidden size, T rows that are not padding.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +14,10 @@ from rlft.kernels.attention import Sequences
 def unpadded(
     embedded: Tensor, mask: Tensor | None, position_ids: Tensor | None
 ) -> tuple[Tensor, Tensor | None, Sequences, Tensor]:
-    """Packed rows of a padded batch [B, S, H]: rows [T, H], their places in [B S] (None: all), sequences, positions.
+    """Return packed rows [T, H] of a padded batch [B, S, H], their indices in [B S] (None: all), sequences, positions.
 
-    mask: [B, S], 0 where there is padding, on either side; None: none, and then a row whose positions do not go on by 1
-    is several sequences, as transformers has it.
+    mask: [B, S], 0 at padding, on either side; None: no padding, and a row whose positions do not increase by 1 is
+    split into several sequences, as in transformers.
     """
     B, S, H = embedded.shape
     if position_ids is None:
