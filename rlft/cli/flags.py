@@ -10,7 +10,7 @@ import dataclasses
 import tomllib
 import typing
 from collections.abc import Iterator
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 from pydantic import TypeAdapter
@@ -128,8 +128,11 @@ def _value(hint: Any, values: list[str]) -> Any:
     kind = typing.get_origin(plain(hint)) or plain(hint)
     if not values:
         return True
-    if kind is tuple or kind is list or (len(values) > 1 and kind is not dict):
-        items = [_scalar(str in _members(hint), value) for value in values]
+    members = _members(hint)
+    choices = [str(choice) for member in members if typing.get_origin(member) is Literal for choice in member.__args__]
+    is_list = any((typing.get_origin(member) or member) in (tuple, list) for member in members)
+    if (is_list and values[0] not in (*choices, "None")) or (len(values) > 1 and kind is not dict):
+        items = [_scalar(str in members, value) for value in values]
         return items if len(values) > 1 or not values[0].startswith("[") else _toml(values[0])
     if kind is dict and len(values) > 1:
         return dict(zip(values[::2], [_toml(value) for value in values[1::2]], strict=False))

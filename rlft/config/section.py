@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import itertools
 import json
+import math
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -97,7 +98,7 @@ def strict(hint: Any) -> Any:
     if origin in (typing.Union, types.UnionType):
         return functools.reduce(lambda a, b: a | b, (strict(arg) for arg in args))  # type: ignore[operator]
     if origin in (tuple, list, dict) and args:
-        return origin[tuple(arg if arg is Ellipsis else strict(arg) for arg in args)]
+        return origin[tuple(arg if arg is Ellipsis else strict(arg) for arg in args)]  # type: ignore[index]
     return hint
 
 
@@ -138,10 +139,10 @@ def options_of(cls: type[T], table: dict[str, Any], where: str, known: Sequence[
             problems.append(unknown(name, where, [*known, *names], value))
             continue
         try:
-            # Settings of losses may be infinite: a bound that never acts.
             values[name] = TypeAdapter(strict(hints[name])).validate_python(value)
         except ValidationError:
-            if value in (float("inf"), float("-inf")) and float in (hints[name], *typing.get_args(hints[name])):
+            # A bound that never acts is infinite; whether that makes sense is for the loss to say.
+            if isinstance(value, float) and not math.isfinite(value):
                 values[name] = value
             else:
                 problems.append(mistyped(hints[name], value, path))
@@ -164,8 +165,9 @@ def sentences(error: ValidationError, cls: type, name: str, settings: Mapping[st
         if kind == "missing" and loc and isinstance(loc[-1], int):  # a tuple that is too short
             loc, kind = loc[:-1], "too_few"
         path, hint = _place(cls, name, loc)
-        if kind == "value_error" and isinstance(problem["ctx"]["error"], ConfigError):
-            text, own = str(problem["ctx"]["error"]), SECTIONS.get(plain(hint), path)
+        refusal = problem.get("ctx", {}).get("error")
+        if isinstance(refusal, ConfigError):
+            text, own = str(refusal), SECTIONS.get(plain(hint), path)
             texts.setdefault(path, text if own == path else text.replace(f"{own}.", f"{path}."))
         elif kind == "unexpected_keyword_argument":
             where, _, key = path.rpartition(".")

@@ -220,7 +220,7 @@ def test_an_error_stops_the_thread_that_draws() -> None:
 SCRIPT = """
 import time, sys
 from pathlib import Path
-from rlft.console import Console
+from rlft.monitor.console import Console
 values = {VALUES}
 with Console() as console:
     assert not console.plain

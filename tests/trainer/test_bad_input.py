@@ -46,7 +46,7 @@ REWARDS = """
 def good(completions, **columns): return [float(len(text) % 3) for text in completions]
 def same(completions, **columns): return [1.0] * len(completions)
 def short(completions, **columns): return [1.0]
-def summary(completions, **columns): return ["good"] * len(completions)
+def words(completions, **columns): return ["good"] * len(completions)
 def single(completions, **columns): return 1.0
 def endless(completions, **columns): return [float("inf")] * len(completions)
 def raises(completions, **columns): raise RuntimeError("grader down")
@@ -58,8 +58,8 @@ def later(completions, trainer_state, **columns):
 """
 LOSS = """
 import torch
-from rlft.algos.sft import *
-from rlft.algos.sft import Config
+from rlft.algos.losses.sft import *
+from rlft.algos.losses.sft import Config
 {constants}
 def loss(logprobs, batch, cfg):
     return {loss}, {{}}
@@ -150,7 +150,7 @@ SAMPLED = {
     ),
     "rewards as text": (
         ["--rewards.0.use={home}/rewards.py:words"],
-        """reward "summary" returned 'good' for completion 0, want a float or None""",
+        """reward "words" returned 'good' for completion 0, want a float or None""",
     ),
     "no list of rewards": (
         ["--rewards.0.use={home}/rewards.py:single"],
@@ -190,7 +190,7 @@ SAMPLED = {
         ["--model={home}/rewards.py"],
         'model = "{home}/rewards.py": a file; give the folder of a saved model, or a .gguf file',
     ),
-    "greedy training": (["--sampling.temperature=0"], "sampling.temperature = 0.0: above 0 in training"),
+    "greedy training": (["--sampling.temperature=0"], "sampling.temperature = 0: want above 0 in training"),
     "a word for a number": (["--optim.lr=fast"], 'optim.lr = "fast": want a number'),
     "a flag without value": (
         ["--steps", "--seed=1"],
