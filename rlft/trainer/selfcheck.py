@@ -2,7 +2,7 @@
 
 Two random sequences of 24 and 17 tokens with a common prompt are scored under a random adapter, once packed side by
 side and once behind a shared prefix. The reference is transformers' own forward of each row alone, without packing,
-padding or fused layers. Differences are measured relative to the spread of the log-probs, which makes the rounding error
+padding or fused layers. Differences are measured relative to the spread of the log-probs, so that rounding is
 comparable between models.
 """
 
@@ -62,8 +62,8 @@ def check(policy: Policy) -> float:
         if not difference <= limit:
             raise ConfigError(
                 f"model: {type(policy.base).__name__} does not train exactly here: two sequences {layout}, run by "
-                f'"{policy.path}", have log-probs that differ from transformers\' own, a row at a time, by {difference:.2g} '
-                f"of their spread (limit {limit:.2g}); give another model, and report this one"
+                f'"{policy.path}", have log-probs that differ from transformers\' own, a row at a time, by '
+                f"{difference:.2g} of their spread (limit {limit:.2g}); give another model, and report this one"
             )
     return max(differences.values())
 
