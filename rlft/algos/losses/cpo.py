@@ -47,13 +47,13 @@ class Config(Settings):
 
 
 def summary(cfg: Config) -> str:
-    """Ratio, clip, KL and correction in words, for the start of a run."""
+    """Describe ratio, clip, KL and correction in one line, for the start of a run."""
     nll = f"{cfg.nll_coef:g} x NLL of the chosen side"
     return f"log-probs without a reference, beta {cfg.beta:g}, {nll}, mean over pairs"
 
 
 def loss(logprobs: Tensor, batch: Batch, cfg: Config) -> tuple[Tensor, Stats]:
-    """The weighted sum of this file's formula, and TRL's reward metrics. logprobs: [T] with gradient."""
+    """Return the weighted sum of the formula above, and TRL's reward metrics. logprobs: [T] with gradient."""
     pairs = read(logprobs, batch)
     nll = -pairs.chosen.mean
     logit, e = cfg.beta * (pairs.chosen.now - pairs.rejected.now), cfg.label_smoothing

@@ -32,12 +32,12 @@ class Config(sft.Config):
 
 
 def summary(cfg: Config) -> str:
-    """Ratio, clip, KL and correction in words, for the start of a run."""
+    """Describe ratio, clip, KL and correction in one line, for the start of a run."""
     return "no ratio, no clip, no KL, each token by its probability"
 
 
 def loss(logprobs: Tensor, batch: Batch, cfg: Config) -> tuple[Tensor, Stats]:
-    """The weighted sum of this file's formula. logprobs: [T] with gradient."""
+    """Return the weighted sum of the formula above. logprobs: [T] with gradient."""
     used = batch.train_mask & (batch.weight != 0)
     now = torch.where(used, logprobs, 0)
     return (-(batch.advantages * now.detach().exp() * now) * batch.weight).sum(), {}

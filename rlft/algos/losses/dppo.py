@@ -66,7 +66,7 @@ class Config(settings.Settings):
 
 
 def summary(cfg: Config) -> str:
-    """Ratio, clip, KL and correction in words, for the start of a run."""
+    """Describe ratio, clip, KL and correction in one line, for the start of a run."""
     return (
         f"ratio per token against the sampler up to {cfg.cap:g}, dropped beyond a {cfg.divergence.upper()} of "
         f"{cfg.limit_low:g} / {cfg.limit_high:g}, {surrogate.summary(cfg)}"
@@ -74,7 +74,7 @@ def summary(cfg: Config) -> str:
 
 
 def loss(logprobs: Tensor, batch: Batch, cfg: Config) -> tuple[Tensor, Stats]:
-    """The weighted sum of this file's formula, and its metrics. logprobs: [T] with gradient."""
+    """Return the weighted sum of the formula above, and its metrics. logprobs: [T] with gradient."""
     tokens = read(logprobs, batch)
     now, sampler, a = tokens.now.detach(), tokens.sampler, tokens.advantages
     p, q = now.exp(), sampler.exp()

@@ -38,7 +38,7 @@ class Config(settings.Settings):
     """Settings of [algo] for gmpo."""
 
     aggregation: Aggregation = AGGREGATION
-    """How token losses become one number; the paper's is sequence_mean."""
+    """How token losses are reduced to one number; the paper's is sequence_mean."""
     clip_low: float = 0.4
     """A token's log-ratio counts down to -clip_low where its advantage is negative, in nats."""
     clip_high: float = 0.4
@@ -52,7 +52,7 @@ class Config(settings.Settings):
 
 
 def summary(cfg: Config) -> str:
-    """Ratio, clip, KL and correction in words, for the start of a run."""
+    """Describe ratio, clip, KL and correction in one line, for the start of a run."""
     return (
         f"geometric mean of token ratios, log-ratios clipped to [{-cfg.clip_low:g}, {cfg.clip_high:g}], "
         f"{surrogate.summary(cfg)}"
@@ -60,7 +60,7 @@ def summary(cfg: Config) -> str:
 
 
 def loss(logprobs: Tensor, batch: Batch, cfg: Config) -> tuple[Tensor, Stats]:
-    """The weighted sum of this file's formula, and its metrics. logprobs: [T] with gradient."""
+    """Return the weighted sum of the formula above, and its metrics. logprobs: [T] with gradient."""
     tokens = read(logprobs, batch)
     d, a = tokens.log_ratio(), tokens.advantages
     c = torch.where(a > 0, d.clamp(max=cfg.clip_high), d.clamp(min=-cfg.clip_low))

@@ -44,9 +44,9 @@ class Config(settings.Settings):
     """Settings of [algo] for grpo."""
 
     clip_low: float = 0.2
-    """The ratio counts down to 1 - clip_low."""
+    """The ratio is clipped at 1 - clip_low."""
     clip_high: float = 0.2
-    """The ratio counts up to 1 + clip_high."""
+    """The ratio is clipped at 1 + clip_high."""
     delta: float | None = None
     """Largest ratio at all, which bounds tokens of negative advantage; above 1 + clip_high. None: no bound."""
 
@@ -61,13 +61,13 @@ class Config(settings.Settings):
 
 
 def summary(cfg: Config) -> str:
-    """Ratio, clip, KL and correction in words, for the start of a run."""
+    """Describe ratio, clip, KL and correction in one line, for the start of a run."""
     band = f"[{1 - cfg.clip_low:g}, {1 + cfg.clip_high:g}]" + (f" and {cfg.delta:g}" if cfg.delta else "")
     return f"ratio per token, clipped to {band}, {surrogate.summary(cfg)}"
 
 
 def loss(logprobs: Tensor, batch: Batch, cfg: Config) -> tuple[Tensor, Stats]:
-    """The weighted sum of this file's formula, and TRL's metrics. logprobs: [T] with gradient."""
+    """Return the weighted sum of the formula above, and TRL's metrics. logprobs: [T] with gradient."""
     tokens = read(logprobs, batch)
     r, a = tokens.log_ratio().exp(), tokens.advantages
     bounded = r if cfg.delta is None else r.clamp(max=cfg.delta)

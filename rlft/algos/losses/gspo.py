@@ -44,13 +44,13 @@ class Config(settings.Settings):
     """Settings of [algo] for gspo."""
 
     aggregation: Aggregation = AGGREGATION
-    """How token losses become one number; token_mean would weigh sequences by their length."""
+    """How token losses are reduced to one number; token_mean would weigh sequences by their length."""
     form: Literal["token", "sequence"] = "token"
     """Which of the two forms of the ratio; they differ only once tokens are corrected or weighted apart."""
     clip_low: float = 3e-4
-    """The ratio counts down to 1 - clip_low."""
+    """The ratio is clipped at 1 - clip_low."""
     clip_high: float = 4e-4
-    """The ratio counts up to 1 + clip_high."""
+    """The ratio is clipped at 1 + clip_high."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -72,13 +72,13 @@ class Config(settings.Settings):
 
 
 def summary(cfg: Config) -> str:
-    """Ratio, clip, KL and correction in words, for the start of a run."""
+    """Describe ratio, clip, KL and correction in one line, for the start of a run."""
     band = f"[{1 - cfg.clip_low:g}, {1 + cfg.clip_high:g}]"
     return f"ratio per sequence ({cfg.form} form), clipped to {band}, {surrogate.summary(cfg)}"
 
 
 def loss(logprobs: Tensor, batch: Batch, cfg: Config) -> tuple[Tensor, Stats]:
-    """The weighted sum of this file's formula, and TRL's metrics. logprobs: [T] with gradient."""
+    """Return the weighted sum of the formula above, and TRL's metrics. logprobs: [T] with gradient."""
     tokens = read(logprobs, batch)
     s, a = tokens.mean(tokens.now - tokens.old).exp(), tokens.advantages
     r = s if cfg.form == "sequence" else s.detach() * (tokens.now - tokens.now.detach()).exp()

@@ -57,7 +57,7 @@ class Config:
 
 
 def summary(cfg: Config) -> str:
-    """Ratio, clip, KL and correction in words, for the start of a run."""
+    """Describe ratio, clip, KL and correction in one line, for the start of a run."""
     return f"log-ratio per sequence against the reference and z0, no clip, beta {cfg.beta:g}"
 
 
@@ -100,7 +100,7 @@ def prepare(look: StepView, cfg: Config) -> dict[str, float]:
 
 
 def loss(logprobs: Tensor, batch: Batch, cfg: Config) -> tuple[Tensor, Stats]:
-    """The weighted sum of this file's formula, and TRL's metrics. logprobs: [T] with gradient."""
+    """Return the weighted sum of the formula above, and TRL's metrics. logprobs: [T] with gradient."""
     assert batch.ref_logprobs is not None
     z0 = batch.prepared["z0"]
     used = batch.train_mask & (batch.weight != 0)

@@ -38,12 +38,12 @@ class Config(Settings):
 
 
 def summary(cfg: Config) -> str:
-    """Ratio, clip, KL and correction in words, for the start of a run."""
+    """Describe ratio, clip, KL and correction in one line, for the start of a run."""
     return f"odds ratio without a reference, {cfg.beta:g} x, NLL of the chosen side, mean over pairs"
 
 
 def loss(logprobs: Tensor, batch: Batch, cfg: Config) -> tuple[Tensor, Stats]:
-    """The weighted sum of this file's formula, and TRL's reward metrics. logprobs: [T] with gradient."""
+    """Return the weighted sum of the formula above, and TRL's reward metrics. logprobs: [T] with gradient."""
     pairs = read(logprobs, batch)
     nll = -pairs.chosen.mean
     log_odds = odds(pairs.chosen.mean) - odds(pairs.rejected.mean)

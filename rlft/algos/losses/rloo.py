@@ -39,13 +39,13 @@ class Config(settings.Settings):
     advantage: str = ADVANTAGE
     """Estimator: a name in rlft.algos.advantages, or "file.py:function"."""
     aggregation: Aggregation = AGGREGATION
-    """How token losses become one number; each token has its share of the sequence's loss times its length."""
+    """How token losses are reduced to one number; each token has its share of the sequence's loss times its length."""
     kl: settings.Penalty = "reward"
     """Estimator of the KL term, or "reward" to take k1 off the reward: see rlft.algos.kl."""
     clip_low: float = 0.2
-    """The ratio counts down to 1 - clip_low."""
+    """The ratio is clipped at 1 - clip_low."""
     clip_high: float = 0.2
-    """The ratio counts up to 1 + clip_high."""
+    """The ratio is clipped at 1 + clip_high."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -53,7 +53,7 @@ class Config(settings.Settings):
 
 
 def summary(cfg: Config) -> str:
-    """Ratio, clip, KL and correction in words, for the start of a run."""
+    """Describe ratio, clip, KL and correction in one line, for the start of a run."""
     return (
         f"ratio per sequence (product), clipped to [{1 - cfg.clip_low:g}, {1 + cfg.clip_high:g}], "
         f"{surrogate.summary(cfg)}"
@@ -61,7 +61,7 @@ def summary(cfg: Config) -> str:
 
 
 def loss(logprobs: Tensor, batch: Batch, cfg: Config) -> tuple[Tensor, Stats]:
-    """The weighted sum of this file's formula, and its metrics. logprobs: [T] with gradient."""
+    """Return the weighted sum of the formula above, and its metrics. logprobs: [T] with gradient."""
     tokens = read(logprobs, batch)
     s, a, now = tokens.sum(tokens.now - tokens.old).detach().exp(), tokens.advantages, tokens.now
     low, high = (s < 1 - cfg.clip_low) & (a < 0), (s > 1 + cfg.clip_high) & (a > 0)

@@ -32,7 +32,7 @@ class Config:
     """Settings of [algo] for sft."""
 
     aggregation: Aggregation = AGGREGATION
-    """How token losses become one number: token_mean, sequence_mean, constant, sequence_sum, prompt_mean."""
+    """How token losses are reduced to one number: token_mean, sequence_mean, constant, sequence_sum, prompt_mean."""
 
     def __post_init__(self) -> None:
         known = get_args(Aggregation)
@@ -41,11 +41,11 @@ class Config:
 
 
 def summary(cfg: Config) -> str:
-    """Ratio, clip, KL and correction in words, for the start of a run."""
+    """Describe ratio, clip, KL and correction in one line, for the start of a run."""
     return "no ratio, no clip, no KL"
 
 
 def loss(logprobs: Tensor, batch: Batch, cfg: Config) -> tuple[Tensor, Stats]:
-    """The weighted sum of this file's formula. logprobs: [T] with gradient."""
+    """Return the weighted sum of the formula above. logprobs: [T] with gradient."""
     used = batch.train_mask & (batch.weight != 0)
     return (-(batch.advantages * torch.where(used, logprobs, 0)) * batch.weight).sum(), {}

@@ -43,12 +43,12 @@ class Config(Settings):
 
 
 def summary(cfg: Config) -> str:
-    """Ratio, clip, KL and correction in words, for the start of a run."""
+    """Describe ratio, clip, KL and correction in one line, for the start of a run."""
     return f"mean log-probs without a reference, beta {cfg.beta:g}, margin {cfg.gamma:g}, mean over pairs"
 
 
 def loss(logprobs: Tensor, batch: Batch, cfg: Config) -> tuple[Tensor, Stats]:
-    """The weighted sum of this file's formula, and TRL's reward metrics. logprobs: [T] with gradient."""
+    """Return the weighted sum of the formula above, and TRL's reward metrics. logprobs: [T] with gradient."""
     pairs = read(logprobs, batch)
     value = -F.logsigmoid(cfg.beta * (pairs.chosen.mean - pairs.rejected.mean) - cfg.gamma)
     return pairs.total(value), pairs.stats(cfg.beta * pairs.chosen.mean, cfg.beta * pairs.rejected.mean)

@@ -42,7 +42,7 @@ class Config(settings.Settings):
     advantage: str = ADVANTAGE
     """Estimator: a name in rlft.algos.advantages, or "file.py:function"."""
     aggregation: Aggregation = AGGREGATION
-    """How token losses become one number: token_mean, sequence_mean, constant, sequence_sum, prompt_mean."""
+    """How token losses are reduced to one number: token_mean, sequence_mean, constant, sequence_sum, prompt_mean."""
     correction: settings.Correction = "none"
     """Only "none": the ratio is against the sampler by itself, and a correction would count twice."""
     level: Literal["sequence", "token"] = "sequence"
@@ -56,14 +56,14 @@ class Config(settings.Settings):
 
 
 def summary(cfg: Config) -> str:
-    """Ratio, clip, KL and correction in words, for the start of a run."""
+    """Describe ratio, clip, KL and correction in one line, for the start of a run."""
     return (
         f"{cfg.level} ratio against the sampler within [0, 1] where the advantage is negative, {surrogate.summary(cfg)}"
     )
 
 
 def loss(logprobs: Tensor, batch: Batch, cfg: Config) -> tuple[Tensor, Stats]:
-    """The weighted sum of this file's formula, and its metrics. logprobs: [T] with gradient."""
+    """Return the weighted sum of the formula above, and its metrics. logprobs: [T] with gradient."""
     tokens = read(logprobs, batch)
     d, a = tokens.against_sampler().detach(), tokens.advantages
     w = (tokens.sum(d) if cfg.level == "sequence" else d).exp().clamp(max=1)
