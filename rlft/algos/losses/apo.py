@@ -1,13 +1,13 @@
-"""Anchored preference optimisation (APO, 2408.06266): each side is pushed in a direction of its own.
+"""Anchored preference optimisation (APO, 2408.06266): controls the direction of each side separately.
 
     variant = "zero":  1 - sigmoid(beta g_w) + sigmoid(beta g_l)
     variant = "down":  sigmoid(beta g_w) + 1 - sigmoid(beta D)
 
-"zero" moves the chosen side up and the rejected one down: for data better than the policy. "down" moves both down, the
+"zero" raises the chosen side and lowers the rejected one: for data better than the policy. "down" lowers both, the
 rejected one more: for data worse than the policy.
 g = log-ratio of a side against the reference, D = g_w - g_l.
-The five choices: log-ratio per sequence against the reference; no clip; the KL is implied by beta; advantage = the
-recorded reward, +1 and -1; mean over pairs.
+The five choices: log-ratio per sequence against the reference; no clip; KL implied by beta; advantage = recorded reward
+(+1, -1); mean over pairs.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Config(Settings):
     """Settings of [algo] for apo."""
 
     variant: Literal["zero", "down"] = "zero"
-    """Which of the two."""
+    """Variant of the loss."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,11 +1,11 @@
-"""Clipped importance-sampling weights (CISPO, MiniMax-M1, 2506.13585): no token loses its gradient, only its weight.
+"""Clipped importance-sampling weights (CISPO, MiniMax-M1, 2506.13585): clips the weight of a token, never its gradient.
 
     loss_t = -sg(min(r_t, clip_max)) A now_t,    r_t = exp(now - old)
 
-The five choices: ratio per token, as a weight without gradient; at most clip_max, an absolute ratio as TRL's (verl and
-slime count from 1); no KL; advantage (reward - group mean) / (group std + 1e-4); mean over all tokens of the step. The
-paper's mean is over the tokens of a prompt: aggregation "prompt_mean", as in ScaleRL (2510.13786, preset `scalerl`).
-With one update r = 1, and the correction for the sampler is the weight.
+The five choices: ratio per token, as a weight without gradient; at most clip_max, an absolute ratio as in TRL (verl and
+slime measure from 1); no KL; advantage (reward - group mean) / (group std + 1e-4); mean over all tokens of the step.
+The paper's mean is over the tokens of a prompt: aggregation "prompt_mean", as in ScaleRL (2510.13786, preset
+`scalerl`). With one update r = 1, and the correction for the sampler is the weight.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Hinge loss on the DPO margin (SLiC, 2305.10425; with the reference as in 2309.06657): nothing beyond a margin of 1.
+"""Hinge loss on the DPO margin (SLiC, 2305.10425; with the reference as in 2309.06657): no loss beyond a margin of 1.
 
     loss = max(0, 1 - beta D),    D as in `dpo`
 
-The five choices: log-ratio per sequence against the reference; no clip; the KL is implied by beta; advantage = the
-recorded reward, +1 and -1; mean over pairs.
+The five choices: log-ratio per sequence against the reference; no clip; KL implied by beta; advantage = recorded reward
+(+1, -1); mean over pairs.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""Noise contrastive alignment (NCA, 2402.05369) on pairs: the chosen side is to keep its own likelihood too.
+"""Noise contrastive alignment (NCA, 2402.05369) on pairs: also keeps the likelihood of the chosen side up.
 
     loss = -log sigmoid(beta g_w) - log sigmoid(-beta g_w) / 2 - log sigmoid(-beta g_l) / 2
 
-g = log-ratio of a side against the reference. DPO may lower both sides as long as their distance grows; this does not.
-The five choices: log-ratio per sequence against the reference; no clip; the KL is implied by beta; advantage = the
-recorded reward, +1 and -1; mean over pairs.
+g = log-ratio of a side against the reference. DPO may lower both sides as long as their margin grows; this loss does
+not. The five choices: log-ratio per sequence against the reference; no clip; KL implied by beta; advantage = recorded
+reward (+1, -1); mean over pairs.
 """
 
 from __future__ import annotations

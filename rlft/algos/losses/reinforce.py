@@ -3,8 +3,8 @@
     loss_t = -A now_t
 
 The five choices: no ratio; no clip; no KL; advantage reward - mean of the others; mean over sequences of the sum over
-tokens, which is the gradient of the expected reward. With several updates the weight for the sampler is of the policy
-now, so it covers what the updates moved, up to correction_cap. Presets: `max_rl`, `opo`.
+tokens, which is the gradient of the expected reward. With several updates the sampler correction is computed from the
+current policy, so it also corrects for earlier updates of the step, up to correction_cap. Presets: `max_rl`, `opo`.
 """
 
 from __future__ import annotations

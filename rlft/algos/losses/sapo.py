@@ -2,9 +2,9 @@
 
     loss_t = -(4 / tau) sigmoid(tau (r_t - 1)) A,    r_t = exp(now - old),    tau by the sign of A
 
-The five choices: ratio per token; no hard clip, the gradient fades with the distance from 1, sooner for A <= 0; no KL;
+The five choices: ratio per token; no hard clip, the gradient decays with the distance from 1, faster for A <= 0; no KL;
 advantage (reward - group mean) / (group std + 1e-4); mean over sequences of the mean over tokens. At r = 1 the gradient
-is REINFORCE's and the value -2 A / tau, not -A.
+is that of REINFORCE, but the value is -2 A / tau, not -A.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Config(settings.Settings):
     temperature_pos: float = 1.0
     """tau for tokens of positive advantage; larger is narrower."""
     temperature_neg: float = 1.05
-    """tau for the others."""
+    """tau for tokens of other advantages."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

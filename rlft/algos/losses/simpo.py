@@ -1,9 +1,8 @@
-"""SimPO (2405.14734): the margin of mean log-probs above a target, without a reference.
+"""SimPO (2405.14734): a logistic loss on the margin of mean log-probs above a target, without a reference.
 
     loss = -log sigmoid( beta (m_w - m_l) - gamma ),    m = mean log-prob of a side's tokens
 
-The five choices: no ratio; no clip; no KL and no reference; advantage = the recorded reward, +1 and -1; mean over
-pairs.
+The five choices: no ratio; no clip; no KL and no reference; advantage = recorded reward (+1, -1); mean over pairs.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ class Config(Settings):
     beta: float = 2.0
     """Factor of the margin of mean log-probs."""
     gamma: float = 1.0
-    """Margin to reach, in the units of beta times mean log-probs; 0.3 to 0.6 of beta."""
+    """Target margin, in units of beta times mean log-probs; usually 0.3 to 0.6 of beta."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,10 +1,10 @@
-"""Self-play preference optimisation (SPPO, 2405.00675) with hard labels: each side is pulled to a number of its own.
+"""Self-play preference optimisation (SPPO, 2405.00675) with hard labels: pulls each side to a separate target.
 
     loss = (g_w - 1 / (2 beta))^2 + (g_l + 1 / (2 beta))^2,    g = log-ratio of a side against the reference
 
 The paper's 1 / beta is eta, and its win rates are 1 and 0 here, as in TRL's "sppo_hard".
-The five choices: log-ratio per sequence against the reference; no clip; the KL is implied by beta; advantage = the
-recorded reward, +1 and -1; mean over pairs.
+The five choices: log-ratio per sequence against the reference; no clip; KL implied by beta; advantage = recorded reward
+(+1, -1); mean over pairs.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ q_proj, k_proj and v_proj). `partners` matches them by name. `SharedLinear` comp
 place; `WeightCopy` dequantizes them into memory of the engine, and merges an adapter in mode "merged"; `Slot` has the
 adapter of a linear layer in the other modes.
 
-Legend: x activations, W a weight, A [r, in] and B [out, r] the adapter's matrices, V vocabulary, H hidden size.
+Legend: x activations, w and W a weight, A [r, in] and B [out, r] the adapter's matrices, V vocabulary, H hidden size.
 """
 
 from __future__ import annotations
