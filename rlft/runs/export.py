@@ -208,8 +208,8 @@ def _merge(cfg: Config, run_config: Config, checkpoint: Path, texts: list[list[i
     difference = _mean(exact, token_logprobs(merged, texts))
     if not difference <= FLOOR:
         raise ParityError(
-            f"{checkpoint}: not merged: in float32 the merged log-probs differ from base + adapter by {difference:.3g} nat "
-            f"on average, and at most {FLOOR:g} is rounding"
+            f"{checkpoint}: not merged: in float32 the merged log-probs differ from base + adapter by "
+            f"{difference:.3g} nat on average, and at most {FLOOR:g} is rounding"
         )
     return exact, shift, merged
 
@@ -240,8 +240,8 @@ def _check_base(model: PeftModel, run_config: Config, checkpoint: Path) -> None:
     plain = run_config.quantization == "none" or (run_config.quantization == "auto" and run_config.device == "cpu")
     if expected not in fingerprints and plain:
         raise ConfigError(
-            f'model = "{run_config.model}": not the base that {checkpoint} was trained on, whose fingerprint is {expected} '
-            f"(here {fingerprints[0]}); put that model back"
+            f'model = "{run_config.model}": not the base that {checkpoint} was trained on, whose fingerprint is '
+            f"{expected} (here {fingerprints[0]}); put that model back"
         )
 
 

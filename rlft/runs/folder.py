@@ -308,7 +308,14 @@ class Run:
     def _evaluations(self) -> Iterator[tuple[int, dict[str, float]]]:
         for row in self.metrics():
             if any(name.startswith("eval/") for name in row):
-                yield row["step"], {k: math.nan if v is None else v for k, v in row.items() if k.startswith("eval/")}
+                yield (
+                    row["step"],
+                    {
+                        name: math.nan if value is None else value
+                        for name, value in row.items()
+                        if name.startswith("eval/")
+                    },
+                )
 
     def first_rewards(self) -> dict[int, list[float]]:
         """Return dataset row -> rewards of its completions (nan: invalid) in the first evaluation; {} without one."""
