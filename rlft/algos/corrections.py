@@ -43,11 +43,12 @@ FACTOR = ("auto", "single", "decoupled")
 
 
 def resolve(choice: str, updates: int, ratio: bool = True) -> str:
-    """The correction of a run with `updates` updates per rollout batch: "auto" is "single" for one, else "decoupled".
+    """Resolve "auto" and check the correction of a run with `updates` updates per rollout batch.
 
-    ratio: whether the loss has a ratio against old. Without one its weight is against the sampler at every update,
-    which is "single". Raises ConfigError for "single" with several updates of a ratio, which would be of the wrong
-    policy, and for what needs a ratio that the loss has not.
+    "auto" is "single" for one update, else "decoupled". ratio: whether the loss has a ratio against old. Without one
+    the weight is recomputed against the sampler at every update, which is "single". Raises ConfigError for "single"
+    with a ratio and several updates, since old would then be the wrong policy, and for a correction that needs a ratio
+    the loss does not have.
     """
     if not ratio:
         if choice in ("decoupled", "bypass"):

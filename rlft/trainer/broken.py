@@ -89,7 +89,7 @@ def check_end(run: RunView, ran: Sequence[Batch]) -> None:
 
 
 def unsampled(rollouts: Sequence[Rollout], plan: PackPlan) -> list[Batch]:
-    """Pack micro-batches that train every completion token, whatever the engine's log-probs were."""
+    """Pack micro-batches that train every completion token, even where the engine's log-probs are not finite."""
     unmasked = [
         replace(rollout, sampler_logprobs=None, completion_mask=(True,) * len(rollout.completion_ids))
         for rollout in rollouts

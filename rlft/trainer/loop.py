@@ -260,7 +260,7 @@ def stop_on_interrupt(session: Session) -> Iterator[None]:
     try:
         for number in (signal.SIGINT, signal.SIGTERM):
             before[number] = signal.signal(number, first)
-    except ValueError:  # not the main thread: signals are the caller's business
+    except ValueError:  # only the main thread can set signal handlers
         yield
         return
     try:

@@ -58,7 +58,10 @@ class Mismatch:
         self._batches: list[tuple[Tensor, Batch]] = []
 
     def add(self, logprobs: Tensor, batch: Batch) -> None:
-        """Add a micro-batch. logprobs: [T], the trainer's, any dtype. Without sampler log-probs they are only saved."""
+        """Add a micro-batch.
+
+        logprobs: [T], the trainer's, any dtype. Without sampler log-probs they are only stored.
+        """
         self._batches.append((logprobs.detach(), batch))
         if batch.sampler_logprobs is None:
             return
@@ -134,8 +137,7 @@ class Mismatch:
 
     @property
     def per_sequence(self) -> tuple[Tensor, Tensor]:
-        """Compared tokens [S] and mean of min(|d|, 1 nat) [S], float64, of this rank's sequences with any such
-        token."""
+        """Compared tokens and mean of min(|d|, 1 nat), each [S] float64, of this rank's sequences with such tokens."""
         self._flush()
         return self._per_sequence[0], self._per_sequence[1] / self._per_sequence[0]
 

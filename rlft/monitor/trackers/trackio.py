@@ -29,10 +29,8 @@ class Tracker:
         )
 
     def log(self, step: int, metrics: dict[str, float], tables: dict[str, list[dict]], messages: Any) -> None:
-        completion_tables = {
-            name: self.trackio.Table(columns=list(rows[0]), data=rows) for name, rows in tables.items()
-        }  # type: ignore[arg-type]
-        self.run.log({**metrics, **completion_tables}, step=step)
+        panels = {name: self.trackio.Table(columns=list(rows[0]), data=rows) for name, rows in tables.items()}  # type: ignore[arg-type]
+        self.run.log({**metrics, **panels}, step=step)
         for message in messages:
             self.run.alert(title=message.name, text=message.text, step=step)
 
