@@ -316,8 +316,7 @@ def _truncate(logits: Tensor, top_k: int, top_p: float) -> Tensor:
     if top_p < 1:
         sorted_logits, order = logits.sort(dim=-1, descending=True)
         probabilities = sorted_logits.softmax(-1)
-        outside = (
-            probabilities.cumsum(-1) - probabilities >= top_p
-        )  # a token stays while the mass before it is below top_p
+        # A token stays while the mass before it is below top_p.
+        outside = probabilities.cumsum(-1) - probabilities >= top_p
         logits = logits.masked_fill(torch.zeros_like(outside).scatter(1, order, outside), float("-inf"))
     return logits

@@ -84,9 +84,8 @@ def loss(logprobs: Tensor, batch: Batch, cfg: Config) -> tuple[Tensor, Stats]:
     weight = tokens.against_sampler().detach().exp().clamp(max=cfg.cap)
     token_loss = torch.where(low | high, 0, -weight * a * tokens.now)
     value, stats = surrogate.total(token_loss, tokens, batch, cfg)
-    return value, stats | surrogate.clip_stats(
-        low, high, tokens._replace(fresh=False)
-    )  # the ratio is against the sampler, not against old
+    # fresh=False, since the ratio is against the sampler and not against old.
+    return value, stats | surrogate.clip_stats(low, high, tokens._replace(fresh=False))
 
 
 def two_way_kl(now: Tensor, sampler: Tensor) -> Tensor:
