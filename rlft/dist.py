@@ -1,6 +1,6 @@
-"""What crosses ranks: counts, statistics, and one flat gradient buffer, all summed exactly. A no-op when alone.
+"""Sum counts, statistics and the flat gradient buffer over ranks; no-ops in a single process.
 
-No DistributedDataParallel: it averages, and every loss here is already divided by the counts of the whole update.
+DistributedDataParallel is not used: it averages, and every loss is already divided by the counts of the whole update.
 """
 
 from __future__ import annotations
@@ -13,27 +13,27 @@ from rlft.types import Counts
 
 
 def is_alone() -> bool:
-    """True without a process group, or in one of a single rank (vLLM in this process makes one)."""
+    """Return True without a process group, or in one of a single rank (vLLM creates one in this process)."""
     distributed = torch.distributed
     return not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1)
 
 
 def sum_tensor(tensor: Tensor) -> Tensor:
-    """`tensor` summed over ranks, in place."""
+    """Sum `tensor` over ranks, in place."""
     if not is_alone():
         torch.distributed.all_reduce(tensor)
     return tensor
 
 
 def max_tensor(tensor: Tensor) -> Tensor:
-    """The largest of `tensor` over ranks, elementwise, in place."""
+    """Take the elementwise maximum of `tensor` over ranks, in place."""
     if not is_alone():
         torch.distributed.all_reduce(tensor, op=torch.distributed.ReduceOp.MAX)
     return tensor
 
 
 def gather_tensor(tensor: Tensor) -> Tensor:
-    """The one-dimensional tensors of all ranks, one behind the other."""
+    """Concatenate the one-dimensional tensors of all ranks."""
     if is_alone():
         return tensor
     sizes: list[int] = [0] * torch.distributed.get_world_size()
@@ -45,5 +45,5 @@ def gather_tensor(tensor: Tensor) -> Tensor:
 
 
 def sum_counts(counts: Counts) -> Counts:
-    """The counts of the update over all ranks: what every weight is divided by."""
-    return Counts(*(int(n) for n in sum_tensor(torch.tensor(counts, dtype=torch.int64))))
+    """Sum the counts of an update over all ranks."""
+    return Counts(*(int(number) for number in sum_tensor(torch.tensor(counts, dtype=torch.int64))))

@@ -1,14 +1,14 @@
-"""Every error a user can meet.
+"""The errors that rlft raises on purpose.
 
 RlftError
 ├── ConfigError (also ValueError)   a setting is wrong, unknown, or cannot be honoured here        exit code 2
 ├── DataError (also ValueError)     a dataset, row, chat template or recorded completion is wrong   exit code 2
 ├── RewardError                     a reward function is wrong, or too many of its calls failed     exit code 2 or 3
-├── EngineError                     the rollout engine failed or does not hold the adapter it must  exit code 1
+├── EngineError                     the rollout engine failed or does not hold the right adapter    exit code 1
 ├── ParityError                     engine and trainer disagree about log-probabilities             exit code 3
 └── TrainError                      the step itself went wrong: non-finite gradients, out of memory exit code 3
 
-A message names the field, the value it had, and what to do. What only a bug of ours can cause is an `assert`.
+A message names the field, its value, and what to do. Conditions that only a bug in rlft can violate are asserted.
 """
 
 

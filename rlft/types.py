@@ -1,17 +1,17 @@
-"""The records that flow through a step, the shapes they have, and the one alignment rule.
+"""The data types of a training step, with their shapes and the alignment of per-token arrays.
 
-Letters used for shapes in every file: T tokens of a packed micro-batch, S sequences in it, N rollouts of a step,
-P prompts of a step, G rollouts per prompt, V vocabulary, H hidden size.
+Shape letters used in every file: T tokens of a packed micro-batch, S sequences in it, N rollouts of a step, P prompts
+of a step, G rollouts per prompt, L tokens of a completion or sequence, V vocabulary, H hidden size.
 
-Alignment. Index t of every per-token array describes `input_ids[t]`, and
-`logprobs[t] = log p(input_ids[t] | the tokens before it)`. The hidden state that predicts token t lies in another row,
-`source[t]` (the row before it, or the last row of a shared prompt). The shift happens inside `Policy`, nowhere else.
+Alignment: index t of every per-token array describes `input_ids[t]`, and
+`logprobs[t] = log p(input_ids[t] | the tokens before it)`. The hidden state that predicts token t is in row `source[t]`
+(the previous row, or the last row of a shared prefix). The shift happens only inside `Policy`.
 
-Four log-probabilities, never confused: `sampler_logprobs` (the engine's, when it sampled), `old_logprobs` (the
-trainer's before the first of several updates), `logprobs` (the trainer's now, with gradient), `ref_logprobs` (adapter
-off, or the adapter that training started from).
+There are four kinds of log-probs: `sampler_logprobs` (the engine's, at sampling), `old_logprobs` (the trainer's before
+the first of several updates), `logprobs` (the trainer's current ones, with gradient) and `ref_logprobs` (adapter off,
+or the adapter that training started from).
 
-Tokens in, tokens out: text is decoded for rewards and never encoded again.
+Token ids are never round-tripped: text is decoded for rewards and never encoded again.
 """
 
 from __future__ import annotations
@@ -32,24 +32,24 @@ Aggregation = Literal["token_mean", "sequence_mean", "constant", "sequence_sum",
 
 
 class Recorded(NamedTuple):
-    """A completion that came with the data instead of from an engine (SFT, DPO, debugging)."""
+    """A completion recorded in the data instead of sampled by an engine (SFT, DPO, debugging)."""
 
     ids: tuple[int, ...]
-    """Token ids after the prompt's, the end of the turn or EOS included."""
+    """Token ids after the prompt, including the end of turn or EOS."""
     mask: tuple[bool, ...]
     """True where the token is to be trained on (an assistant's turn), same length as `ids`."""
     reward: float
-    """1 for SFT; +1 and -1 for the chosen and the rejected side of a pair."""
+    """1 for SFT; +1 and -1 for the chosen and rejected side of a pair."""
     text: str
-    """The completion as a reader would see it."""
+    """The decoded completion."""
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """Tokens to continue, and the dataset row they came from."""
+    """Prompt tokens and the dataset row they come from."""
 
     ids: tuple[int, ...]
-    """Token ids, chat template applied. Empty only for plain-text SFT rows, whose text is all completion."""
+    """Token ids, chat template applied. Empty only for plain-text SFT rows, which are all completion."""
     row: dict[str, Any]
     """The dataset row after column mapping. Every column but `prompt` and `completion` reaches the rewards."""
     index: int
@@ -57,22 +57,22 @@ class Prompt:
     messages: tuple[dict[str, Any], ...] | None = None
     """The conversation for a chat prompt; None for a plain string. Rewards then get message lists."""
     recorded: tuple[Recorded, ...] = ()
-    """Completions recorded with the row; empty when an engine is to sample them."""
+    """Completions recorded with the row; empty when an engine samples them."""
 
 
 @dataclass(frozen=True)
 class Rollout:
-    """One completion of a prompt, with everything that was known when it was made."""
+    """One completion of a prompt, with how it was sampled."""
 
     prompt: Prompt
     completion_ids: tuple[int, ...]
     completion_mask: tuple[bool, ...]
-    """True where the policy chose the token; False for tool output and other inserted tokens, and where the sampler's
-    log-prob is not finite: those are not trained on."""
+    """True where the policy chose the token. False, so not trained on, for tool output and other inserted tokens, and
+    where the sampler's log-prob is not finite."""
     sampler_logprobs: tuple[float, ...] | None
-    """Log-probability of each token under the distribution it was drawn from; None for recorded completions."""
+    """Log-prob of each token under the distribution it was sampled from; None for recorded completions."""
     text: str
-    """The completion decoded, special tokens skipped. Only rewards and people read it."""
+    """The decoded completion without special tokens, used only by rewards and displays."""
     finish_reason: FinishReason
     """"stop": ended by EOS or a stop token. "length": cut at `sampling.max_tokens`."""
     sample_index: int
@@ -80,19 +80,19 @@ class Rollout:
     policy_version: int
     """The step whose adapter sampled this (-1 for recorded completions)."""
     seed: int
-    """Seed of this rollout's own random stream."""
+    """Seed of this rollout's random stream."""
     recorded_reward: float | None = None
-    """Reward that came with the data: what `score` returns where there are no reward functions."""
+    """Reward recorded in the data, which `score` returns where there are no reward functions."""
 
     @cached_property
     def trained(self) -> np.ndarray:
-        """Which completion tokens are trained, [L] bool: chosen by the policy, with a finite sampler log-prob.
+        """Mask of the trained completion tokens, [L] bool: chosen by the policy, with a finite sampler log-prob.
 
-        The first token of a text without a prompt has nothing before it to be predicted from, so it is not.
+        The first token of a text without a prompt is never trained, since nothing precedes it to predict it from.
         """
         length, sampler = len(self.completion_ids), self.sampler_logprobs
         assert len(self.completion_mask) == length, "completion_mask and completion_ids differ in length"
-        # A byte per flag: np.fromiter takes three times as long over bools.
+        # One byte per flag: np.fromiter takes three times as long for bools.
         mask = np.frombuffer(bytearray(self.completion_mask), bool)
         if sampler is not None:
             assert len(sampler) == length, "sampler_logprobs and completion_ids differ in length"
@@ -105,18 +105,18 @@ class Rollout:
 
 @dataclass(frozen=True)
 class PackPlan:
-    """What `count` and `pack` need to know about an update besides its rollouts."""
+    """Settings of an update for `count` and `pack`."""
 
     keep: tuple[bool, ...]
-    """One flag per rollout. False (invalid reward, filtered, dropped group): out of the counts and of the batches."""
+    """One flag per rollout. False (invalid reward, filtered, dropped group) excludes it from counts and batches."""
     aggregation: Aggregation
-    """How per-token losses become one number; see `rlft.batch.pack`."""
+    """How per-token losses are reduced to one number; see `rlft.batch.pack`."""
     budget: int
-    """Tokens per micro-batch. A single sequence longer than this gets a micro-batch of its own."""
+    """Tokens per micro-batch. A single longer sequence gets a separate micro-batch."""
     max_len: int
     """Longest completion allowed; the denominator of the "constant" aggregation."""
     temperature: float
-    """Of sampled completions: the trainer divides its logits by it too. Recorded ones are trained at 1, see `pack`."""
+    """Sampling temperature, by which the trainer also divides its logits. Recorded completions use 1, see `pack`."""
     whole_groups: bool = False
     """Keep every group in one micro-batch (pair losses)."""
     share_prefix: bool = True
@@ -124,7 +124,7 @@ class PackPlan:
 
 
 class Counts(NamedTuple):
-    """What one optimiser update averages over: summed over all micro-batches and ranks before the first forward."""
+    """Denominators of one optimiser update, summed over all micro-batches and ranks before the first forward."""
 
     tokens: int
     sequences: int
@@ -133,10 +133,10 @@ class Counts(NamedTuple):
 
 @dataclass(frozen=True)
 class Batch:
-    """One packed micro-batch: T tokens of S sequences, side by side, no padding.
+    """One packed micro-batch: T tokens of S sequences, concatenated without padding.
 
-    With shared prompts some sequences are prefixes: they hold a prompt, train nothing, and have group_id -1 and
-    seq_weight 0; the sequences that continue one name it in `prefix`.
+    With shared prompts some sequences are prefixes. A prefix holds a prompt, trains nothing, and has group_id -1 and
+    seq_weight 0; the sequences that continue it refer to it in `prefix`.
     """
 
     input_ids: Tensor
@@ -148,13 +148,13 @@ class Batch:
     seq_ids: Tensor
     """[T] int64: the sequence each token belongs to."""
     source: Tensor
-    """[T] int64: row whose hidden state predicts this token; -1 for the first token of a sequence with no prefix."""
+    """[T] int64: row whose hidden state predicts this token; -1 for the first token of a sequence without prefix."""
     prefix: Tensor
     """[S] int32: sequence whose keys and values this one also attends to; -1 for none."""
     train_mask: Tensor
-    """[T] bool: tokens with a log-probability: chosen by the policy, with a finite sampler log-prob."""
+    """[T] bool: trained tokens, chosen by the policy and with a finite sampler log-prob."""
     weight: Tensor
-    """[T] float32: weight of a per-token loss; 0 outside `train_mask`. Nothing else divides, anywhere."""
+    """[T] float32: weight of a per-token loss; 0 outside `train_mask`. It includes all normalisation."""
     seq_weight: Tensor
     """[S] float32: weight of a per-sequence loss; the sum of the sequence's token weights."""
     advantages: Tensor
@@ -164,10 +164,10 @@ class Batch:
     group_weight: Tensor
     """[groups] float32: 1 / groups of the update, for losses over whole groups."""
     temperature: float
-    """Divides the logits: the plan's for sampled completions, 1 for recorded ones."""
+    """Divisor of the logits: the plan's for sampled completions, 1 for recorded ones."""
     max_seqlen: int
     max_prefix: int
-    """Longest shared prefix, 0 for none. With max_seqlen a host int, so that no kernel launch waits for the GPU."""
+    """Longest shared prefix, 0 for none. Like max_seqlen a host int, so that no kernel launch waits for the GPU."""
     zero_advantage: bool
     """True when every advantage is exactly 0: the loop may skip this micro-batch."""
     rows: tuple[int, ...]
@@ -175,27 +175,27 @@ class Batch:
     sampler_logprobs: Tensor | None = None
     """[T] float32; None when no engine sampled these tokens."""
     old_logprobs: Tensor | None = None
-    """[T] float32; None with one update per rollout batch, where old is now without gradient."""
+    """[T] float32; None with one update per rollout batch, where old log-probs are the detached current ones."""
     ref_logprobs: Tensor | None = None
     """[T] float32; None unless the loss needs a reference."""
     entropy: Tensor | None = None
-    """[T]: entropy of the distribution each trained token was drawn from, in nats, under the policy now; with gradient
-    where the loss says ENTROPY_GRAD."""
+    """[T]: entropy in nats of the current policy's distribution for each trained token; with gradient where the loss
+    sets ENTROPY_GRAD."""
     plan: Any = None
-    """How every pass over it runs on fused layers (`rlft.models.fused.memory.MemoryPlan`), so that two passes round
-    alike; None: each is planned for the memory that is free. Filled by `Policy.planned`."""
+    """The `rlft.models.fused.memory.MemoryPlan` of every pass over it, so that two passes round alike. None: each pass
+    is planned for the free memory. Set by `Policy.planned`."""
     prepared: dict[str, float] = field(default_factory=dict)
-    """Numbers of the whole update that the loss needs, the same on every rank: what its `prepare` gave and
+    """Numbers of the whole update that the loss needs, the same on every rank: the result of its `prepare` and
     State.adapted."""
 
     def to(self, device: torch.device | str) -> Batch:
-        """The same batch with every tensor on `device`."""
+        """Return the batch with every tensor on `device`."""
         tensors = {name: upload(value, device) for name, value in vars(self).items() if isinstance(value, Tensor)}
         return replace(self, **tensors)
 
 
 class Stat(NamedTuple):
-    """A number that adds up over micro-batches and ranks: `how` says in which way."""
+    """A number that is merged over micro-batches and ranks as `how` defines."""
 
     how: Literal["mean", "sum", "min", "max"]
     value: Tensor | float
@@ -205,8 +205,8 @@ class Stat(NamedTuple):
 
     @staticmethod
     def mean(values: Tensor, mask: Tensor) -> Stat:
-        """Mean of `values` where `mask` (same shape, bool) holds."""
-        # where, not a product: a NaN outside the mask must not reach the sum.
+        """Return the mean of `values` where `mask` (same shape, bool) is True."""
+        # where, not a product, so that a NaN outside the mask does not reach the sum.
         return Stat("mean", torch.where(mask, values.detach(), 0).sum(), mask.sum())
 
 
@@ -214,29 +214,28 @@ Stats = dict[str, Stat]
 
 
 class StepView(Protocol):
-    """What `prepare(look, cfg)` of a loss file may ask about an update before it is made: all that it trains on, and
-    the policy that it starts from."""
+    """The first argument of `prepare` of a loss file: an update's data and initial policy, before the update runs."""
 
     @property
     def rollouts(self) -> Sequence[Rollout]:
-        """Those of the update that are in the loss, on this rank."""
+        """Rollouts of the update that are in the loss, on this rank."""
         ...
 
     def entropy_quantile(self, share: float) -> float:
-        """Entropy that `share` of the update's trained tokens stay below, over all ranks, in nats."""
+        """Return the `share` quantile of the entropy of the update's trained tokens over all ranks, in nats."""
         ...
 
     def log_ratios(self, rollouts: Sequence[Rollout]) -> Tensor:
-        """log of policy over reference of each completion given its prompt, [N] float64: the sum over its tokens."""
+        """Return log(policy / reference) of each completion, [N] float64, summed over its tokens."""
         ...
 
     def sum(self, values: Tensor) -> Tensor:
-        """`values` summed over ranks."""
+        """Return `values` summed over ranks."""
         ...
 
 
 class Best(NamedTuple):
-    """The best evaluation so far, of those whose checkpoint is there."""
+    """The best evaluation so far among those whose checkpoint exists."""
 
     step: int
     metric: str
@@ -246,25 +245,25 @@ class Best(NamedTuple):
 
 @dataclass
 class State:
-    """Where a run is: what a checkpoint restores besides tensors."""
+    """Progress of a run: the part of a checkpoint that is not tensors."""
 
     step: int = 0
-    """Steps done; also the policy version of the adapter in training, and `train/global_step`."""
+    """Completed steps; also the policy version of the current adapter, and `train/global_step`."""
     updates: int = 0
-    """Optimiser updates done; drives the learning-rate schedule."""
+    """Completed optimiser updates; drives the learning-rate schedule."""
     consumed: int = 0
-    """Prompts consumed from the dataset: the data cursor."""
+    """Prompts taken from the dataset so far: the data cursor."""
     num_tokens: int = 0
     """Tokens trained or sampled so far (TRL's `num_tokens`)."""
     skipped_updates: int = 0
-    """Updates skipped in a row because loss or gradient was not finite."""
+    """Consecutive updates skipped because loss or gradient was not finite."""
     untrained: int = 0
-    """Steps in a row in which no token could be trained."""
+    """Consecutive steps in which no token could be trained."""
     invalid_history: list[float] = field(default_factory=list)
     """Share of invalid rewards in each of the last five steps."""
     solved: list[int] = field(default_factory=list)
-    """Rows of the data that are not drawn again because they were solved (`curriculum`)."""
+    """Data rows that are not sampled again because they are solved (`curriculum`)."""
     adapted: dict[str, float] = field(default_factory=dict)
-    """Numbers that the loss file's `adapt` changes from step to step."""
+    """Numbers that `adapt` of the loss file changes from step to step."""
     data: str = ""
-    """Digest of the training rows: what `consumed` counts in, and what held-out rows must not be among."""
+    """Digest of the training rows, to detect changed data at resume."""

@@ -1,4 +1,4 @@
-"""Tensors from the host to a device, without a wait."""
+"""Copy tensors from the host to a device without synchronising."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from torch import Tensor
 
 
 def upload(tensor: Tensor, device: torch.device | str) -> Tensor:
-    """The tensor on `device`.
+    """Return the tensor on `device`.
 
-    To a GPU it goes from page-locked memory, in the order of the stream. From ordinary memory the host waits until all
-    that is queued there is done, and the GPU then has nothing to do until the host has caught up. A tensor that is in
-    page-locked memory already is read when the stream comes to it: leave it is until then.
+    A copy to a GPU goes through page-locked memory, in stream order. From pageable memory the host would wait for all
+    queued work, after which the GPU idles until the host has caught up. A tensor that is already page-locked is read
+    when the stream reaches the copy: do not modify it before.
     """
     if torch.device(device).type != "cuda" or tensor.device.type != "cpu" or not tensor.numel():
         return tensor.to(device)

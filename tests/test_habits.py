@@ -24,9 +24,6 @@ DATE = r"\d{4}-\d{2}-\d{2}"
 HISTORY = ("CHANGELOG.md", "benchmarks/results/")
 """Records of what was. They may name documents that are gone."""
 
-UNCHECKED = ["rlft/"]
-"""Folders that may still name documents that are gone. Empty this list, then delete it."""
-
 OF_OTHERS = {"README.md", "SKILL.md", "AGENTS.md"}
 """Names that stand for a file of a user or of the hub, such as a model card."""
 
@@ -112,7 +109,7 @@ def test_every_document_that_is_named_exists() -> None:
     names = {Path(path).name for path in files} | OF_OTHERS
     dead = []
     for path in files:
-        if path.startswith((*HISTORY, *UNCHECKED)) or path == "tests/test_habits.py":
+        if path.startswith(HISTORY) or path == "tests/test_habits.py":
             continue
         try:
             text = (ROOT / path).read_text(encoding="utf-8")

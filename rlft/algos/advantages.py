@@ -1,13 +1,15 @@
-"""What an estimator makes of rewards: how much better a completion was than its group, or than the batch.
+"""Advantage estimators: how much better a completion is than its group, or than the batch.
 
-Every estimator takes rewards [N] (float, nan = invalid) and group_ids [N] int64, asks by name for what else it needs
-(lengths [N], trained tokens; parts [N, K], each reward function's values, and weights [K]), and returns advantages [N]
-float32. What is "over the batch" is over the whole step on all ranks.
+Every estimator takes rewards [N] (float, nan = invalid) and group_ids [N] int64, optional keyword arguments (lengths
+[N], trained tokens; parts [N, K], each reward function's values, and weights [K]), and returns advantages [N] float32.
+"Over the batch" means over the whole step on all ranks.
 
-Invalid rewards are left out of every statistic and get advantage 0, so an incomplete group is compared over the rewards
-it has; with fewer than two there is nothing to compare, and it gets 0. Completions that the loss leaves out for being
-cut (overlong.mask) stay in the statistics. Whatever is equal gets exactly 0, decided by max == min and not by a small
-std, which float noise would blow up.
+Invalid rewards are excluded from all statistics and get advantage 0. An incomplete group is compared over its valid
+rewards, and gets 0 with fewer than two of them. Truncated completions that the loss masks (overlong.mask) stay in the
+statistics. Groups of equal rewards get exactly 0, decided by max == min, since dividing by a tiny std would amplify
+float noise.
+
+Legend: g the statistics of each rollout's group.
 
     group_norm         (R - mean) / (std + 1e-4), unbiased std           GRPO 2402.03300, eps as TRL's
     group_mean         R - mean                                          Dr. GRPO 2503.20783
@@ -45,11 +47,11 @@ ESTIMATORS = (
     "reinforce_plus_plus",
     "reinforce_plus_plus_baseline",
 )
-"""The functions of this file that are estimators."""
+"""Names of the estimators in this file."""
 WITHIN_GROUPS = tuple(name for name in ESTIMATORS if name not in ("identity", "reinforce_plus_plus"))
-"""Those that compare the completions of a prompt with each other: a group of one has advantage 0."""
+"""Estimators that compare the completions of a prompt, so that a group of one has advantage 0."""
 EPS = 1e-4
-"""Added to a std, as TRL does."""
+"""Added to a std, as in TRL."""
 
 
 class Groups(NamedTuple):
@@ -60,11 +62,11 @@ class Groups(NamedTuple):
     std: Tensor
     """Unbiased; 0 for a group of one."""
     equal: Tensor
-    """bool: all valid rewards of the group are equal, or the own one is invalid."""
+    """bool: all valid rewards of the group are equal, or this rollout's is invalid."""
 
 
 def group_statistics(rewards: Tensor, group_ids: Tensor) -> Groups:
-    """Size, mean, std and equality of the valid rewards of each rollout's group."""
+    """Compute size, mean, std and equality of the valid rewards of each rollout's group."""
     valid = ~rewards.isnan()
     values = torch.where(valid, rewards, 0).double()
     size = _per_group(valid.double(), group_ids)
@@ -82,13 +84,13 @@ def _groups(group_ids: Tensor) -> int:
 
 
 def _per_group(values: Tensor, group_ids: Tensor) -> Tensor:
-    """Sum over each rollout's group, [N]."""
+    """Sum `values` over each rollout's group, [N]."""
     sums = torch.zeros(_groups(group_ids), dtype=torch.float64).index_add(0, group_ids, values)
     return sums[group_ids]
 
 
 def group_mean(rewards: Tensor, group_ids: Tensor) -> Tensor:
-    """Reward minus the mean of its group.
+    """Return the reward minus the mean of its group.
 
     >>> group_mean(torch.tensor([1.0, 0.0, 1.0]), torch.tensor([0, 0, 1]))
     tensor([ 0.5000, -0.5000,  0.0000])
@@ -98,7 +100,7 @@ def group_mean(rewards: Tensor, group_ids: Tensor) -> Tensor:
 
 
 def group_norm(rewards: Tensor, group_ids: Tensor) -> Tensor:
-    """Reward minus the mean of its group, over the group's unbiased std + 1e-4.
+    """Return the reward minus the mean of its group, divided by the group's unbiased std + 1e-4.
 
     >>> group_norm(torch.tensor([1.0, 0.0]), torch.tensor([0, 0]))
     tensor([ 0.7070, -0.7070])
@@ -108,7 +110,7 @@ def group_norm(rewards: Tensor, group_ids: Tensor) -> Tensor:
 
 
 def leave_one_out(rewards: Tensor, group_ids: Tensor) -> Tensor:
-    """Reward minus the mean of the others of its group, G / (G - 1) times `group_mean`.
+    """Return the reward minus the mean of the others in its group, G / (G - 1) times `group_mean`.
 
     >>> leave_one_out(torch.tensor([1.0, 0.0, 0.0]), torch.tensor([0, 0, 0]))
     tensor([ 1.0000, -0.5000, -0.5000])
@@ -118,16 +120,16 @@ def leave_one_out(rewards: Tensor, group_ids: Tensor) -> Tensor:
 
 
 def batch_std(rewards: Tensor, group_ids: Tensor) -> Tensor:
-    """Reward minus the mean of its group, over the unbiased std of all rewards of the batch + 1e-4."""
+    """Return the reward minus its group's mean, divided by the unbiased std of all rewards of the batch + 1e-4."""
     g = group_statistics(rewards, group_ids)
     _, std = _mean_and_std(rewards.double(), (~rewards.isnan()).double(), unbiased=True)
     return torch.where(g.equal, 0, (rewards - g.mean) / (std + EPS)).float()
 
 
 def max_rl(rewards: Tensor, group_ids: Tensor) -> Tensor:
-    """(reward - mean) / mean of its group: maximum likelihood of success. A group of mean 0 gets 0.
+    """Return (reward - mean) / mean of its group, which maximises the likelihood of success.
 
-    Raises RewardError for a negative reward, whose group could have any mean.
+    A group of mean 0 gets 0. Raises RewardError for a negative reward, with which the mean could have any sign.
 
     >>> max_rl(torch.tensor([1.0, 0.0, 0.0, 0.0]), torch.tensor([0, 0, 0, 0]))
     tensor([ 3., -1., -1., -1.])
@@ -143,7 +145,7 @@ def max_rl(rewards: Tensor, group_ids: Tensor) -> Tensor:
 
 
 def opo(rewards: Tensor, group_ids: Tensor, lengths: Tensor) -> Tensor:
-    """Reward minus the mean of its group weighted by length, the baseline of least variance for tokens of equal weight.
+    """Return the reward minus its group's length-weighted mean, the baseline of least variance for equal token weights.
 
     >>> opo(torch.tensor([1.0, 0.0]), torch.tensor([0, 0]), torch.tensor([3, 1]))
     tensor([ 0.2500, -0.7500])
@@ -156,48 +158,50 @@ def opo(rewards: Tensor, group_ids: Tensor, lengths: Tensor) -> Tensor:
 
 
 def gdpo(rewards: Tensor, group_ids: Tensor, parts: Tensor, weights: Tensor) -> Tensor:
-    """Each reward function's values normalised within their group, summed with their weights, over the batch's std."""
+    """Normalise each reward function within its group, sum with the weights, and divide by the batch's std."""
     valid = ~rewards.isnan()
-    # Rewards are fp32: what two values differ by below that is no difference between completions.
+    # Rewards are fp32: differences below that precision are rounding.
     values = torch.where(valid[:, None], parts.float().double(), torch.nan)
     each = [group_norm(values[:, k], group_ids).double() * weights[k] for k in range(values.shape[1])]
     total = torch.stack(each, 1).sum(1) if each else torch.zeros(len(rewards), dtype=torch.float64)
-    # Its mean is 0: each function's values sum to 0 over their group.
+    # The mean is 0, since each function's values sum to 0 over their group.
     _, std = _mean_and_std(total, valid.double(), unbiased=True)
     return torch.where(valid, total / (std + EPS), 0).float()
 
 
 def reinforce_plus_plus(rewards: Tensor, group_ids: Tensor, lengths: Tensor) -> Tensor:
-    """(reward - mean) / std, both over all trained tokens of the batch."""
-    return _whitened(rewards.double(), ~rewards.isnan(), lengths)
+    """Return (reward - mean) / std, both over all trained tokens of the batch."""
+    return _whiten(rewards.double(), ~rewards.isnan(), lengths)
 
 
 def reinforce_plus_plus_baseline(rewards: Tensor, group_ids: Tensor, lengths: Tensor) -> Tensor:
-    """`group_mean` whitened over all trained tokens of the batch. A group of equal rewards is in the statistics as 0
-    and stays 0, where the paper's would get the negative mean of the others."""
+    """Return `group_mean` whitened over all trained tokens of the batch.
+
+    A group of equal rewards enters the statistics as 0 and stays 0; in the paper it gets the negative mean.
+    """
     g = group_statistics(rewards, group_ids)
-    whitened = _whitened(torch.where(g.equal, 0, rewards - g.mean), ~rewards.isnan(), lengths)
-    return torch.where(g.equal, 0, whitened)
+    advantages = _whiten(torch.where(g.equal, 0, rewards - g.mean), ~rewards.isnan(), lengths)
+    return torch.where(g.equal, 0, advantages)
 
 
 def best_and_worst(rewards: Tensor, group_ids: Tensor) -> Tensor:
-    """+1 for the first best and -1 for the first worst of each group, 0 for the others and for equal groups.
+    """Return +1 for the first best and -1 for the first worst of each group, 0 for the others and for equal groups.
 
     >>> best_and_worst(torch.tensor([0.5, 1.0, 0.0, 1.0]), torch.tensor([0, 0, 0, 0]))
     tensor([ 0.,  1., -1.,  0.])
     """
-    made = torch.zeros(len(rewards))
+    advantages = torch.zeros(len(rewards))
     equal = group_statistics(rewards, group_ids).equal
     for group in set(group_ids.tolist()):
         rows = ((group_ids == group) & ~equal).nonzero().flatten()
         if len(rows):
-            made[rows[rewards[rows].argmax()]] = 1.0
-            made[rows[rewards[rows].argmin()]] = -1.0
-    return made
+            advantages[rows[rewards[rows].argmax()]] = 1.0
+            advantages[rows[rewards[rows].argmin()]] = -1.0
+    return advantages
 
 
 def identity(rewards: Tensor, group_ids: Tensor) -> Tensor:
-    """The reward itself: SFT (reward 1), DPO (+1, -1), plain REINFORCE.
+    """Return the reward itself: SFT (reward 1), DPO (+1, -1), plain REINFORCE.
 
     >>> identity(torch.tensor([1.0, float("nan")]), torch.tensor([0, 0]))
     tensor([1., 0.])
@@ -206,8 +210,10 @@ def identity(rewards: Tensor, group_ids: Tensor) -> Tensor:
 
 
 def _mean_and_std(values: Tensor, weight: Tensor, unbiased: bool = False) -> tuple[Tensor, Tensor]:
-    """Of `values` [N] float64 over all ranks, each counted `weight` times; 0-dim. nan where the weight is 0 is left
-    out."""
+    """Return mean and std (0-dim) of `values` [N] float64 over all ranks, each counted `weight` times.
+
+    Values of weight 0 may be nan and are ignored.
+    """
     values = torch.where(weight > 0, values, 0)
     count, sum_ = sum_tensor(torch.stack([weight.sum(), (weight * values).sum()]))
     mean = sum_ / count.clamp(min=1)
@@ -215,8 +221,8 @@ def _mean_and_std(values: Tensor, weight: Tensor, unbiased: bool = False) -> tup
     return mean, (squares / (count - int(unbiased)).clamp(min=1)).sqrt()
 
 
-def _whitened(values: Tensor, valid: Tensor, lengths: Tensor) -> Tensor:
-    """Over all trained tokens of the batch: (value - mean) / std, and exactly 0 where all values are equal."""
+def _whiten(values: Tensor, valid: Tensor, lengths: Tensor) -> Tensor:
+    """Return (value - mean) / std over all trained tokens of the batch; exactly 0 where all values are equal."""
     ends = torch.where(valid, torch.stack([values, -values]), -torch.inf)
     high, low = max_tensor(torch.cat([ends, torch.full((2, 1), -torch.inf, dtype=torch.float64)], 1).amax(1))
     if high <= -low:
@@ -226,7 +232,7 @@ def _whitened(values: Tensor, valid: Tensor, lengths: Tensor) -> Tensor:
 
 
 def reward_std(rewards: Tensor) -> float:
-    """TRL's `reward_std`: unbiased std of all valid rewards of the step, 0 for one, nan when none is valid."""
+    """Return TRL's `reward_std`: unbiased std of all valid rewards of the step; 0 for one, nan for none."""
     valid = rewards[~rewards.isnan()].double()
     if not len(valid):
         return float("nan")
@@ -234,8 +240,10 @@ def reward_std(rewards: Tensor) -> float:
 
 
 def frac_zero_std(rewards: Tensor, group_ids: Tensor) -> float:
-    """TRL's `frac_reward_zero_std`: share of groups whose valid rewards are all equal, so that nothing is learnt from
-    them. Groups without a valid reward are left out; nan when there is no other."""
+    """Return TRL's `frac_reward_zero_std`: share of groups whose valid rewards are all equal.
+
+    Groups without a valid reward are excluded; nan when no group has one.
+    """
     valid: dict[int, set[float]] = {}
     for group, reward in zip(group_ids.tolist(), rewards.tolist(), strict=True):
         if reward == reward:  # not nan

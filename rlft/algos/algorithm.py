@@ -1,4 +1,4 @@
-"""From `[algo]` to what the loop calls: the loss, its settings, its advantage estimator, and what it needs."""
+"""Resolve `[algo]` to an Algorithm: the loss, its settings, its advantage estimator, and its requirements."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ AGGREGATIONS = {
     "sequence_sum": "mean over sequences of the sum over tokens",
     "prompt_mean": "mean over prompts of the mean over tokens",
 }
-"""Each aggregation in words."""
+"""Description of each aggregation."""
 
 
 @dataclass(frozen=True)
 class Algorithm:
-    """A loss with its settings filled in."""
+    """A loss with its settings."""
 
     name: str
     config: Any
@@ -53,57 +53,57 @@ class Algorithm:
     loss: Callable[[Tensor, Batch, Any], tuple[Tensor, Stats]]
     advantage_name: str
     advantage: Callable[..., Tensor]
-    """(rewards [N], group_ids [N], and by name what `rlft.algos.advantages` lists) -> advantages [N]."""
+    """(rewards [N], group_ids [N], keyword arguments of `rlft.algos.advantages`) -> advantages [N]."""
     aggregation: Aggregation
     needs_reference: bool
-    """The loop fills `ref_logprobs` before the loss."""
+    """The loop sets `ref_logprobs` before the loss."""
     whole_groups: bool
     """All rollouts of a group must be in one micro-batch."""
     needs_sampler: bool
-    """The loss cannot do without sampler log-probs."""
+    """The loss requires sampler log-probs."""
     zero_adv_zero_grad: bool
     """A micro-batch of zero advantage has exactly zero gradient and may be skipped."""
     entropy_grad: bool
     old: Literal["now", "trainer", "sampler"]
-    """Where old log-probs come from: `logprobs` without gradient (one update per rollout batch, or a loss without a
-    ratio), a forward of the trainer before the first update, or the sampler (correction "bypass")."""
+    """Source of old log-probs: detached `logprobs` (one update per rollout batch, or a loss without a ratio), a forward
+    of the trainer before the first update, or the sampler (correction "bypass")."""
     updates: int
     """Optimiser updates per rollout batch."""
     prepare: Callable[[StepView, Any], dict[str, float]] | None
-    """(look, config) -> numbers of a whole update for `Batch.prepared`, before it is made; None for none."""
+    """(view, config) -> numbers of a whole update for `Batch.prepared`, called before the update; None if not used."""
     adapt: Callable[[dict[str, float], float, Any], dict[str, float]] | None
-    """(State.adapted, mean entropy of the step, config) -> State.adapted of the next step; None for none."""
+    """(State.adapted, mean entropy of the step, config) -> State.adapted of the next step; None if not used."""
     summary: str
-    """Ratio, clip, KL and correction in words; the file's own `summary(cfg)`, or its settings."""
+    """Description of ratio, clip, KL and correction from the file's `summary(cfg)`, or else its settings."""
 
 
 def module_of(name: str) -> Any:
-    """The loss file (or object with the same attributes) that `algo.name` stands for.
+    """Return the loss file (or object with the same attributes) that `algo.name` names.
 
     Raises ConfigError listing the known names, or the attributes that are missing.
     """
     if ":" in name:
         module, attribute_name = resolve.container(name, "algo.name")
-        found = getattr(module, attribute_name)
-        if isinstance(found, FunctionType) and not hasattr(found, "Config"):
-            found = module  # "my_loss.py:loss" stands for the file
+        loss_file = getattr(module, attribute_name)
+        if isinstance(loss_file, FunctionType) and not hasattr(loss_file, "Config"):
+            loss_file = module  # "my_loss.py:loss" names the file
     elif name in presets() and name not in resolve.names_in(LOSSES):
         raise ConfigError(
             f'algo.name = "{name}": a preset, which a config file or a flag can name; from Python: '
             f'rlft.preset("{name}", model=..., data=..., ...)'
         )
     else:
-        found = resolve.module(name, LOSSES, "algo.name")
-    missing = [attribute for attribute in REQUIRED if not hasattr(found, attribute)]
+        loss_file = resolve.module(name, LOSSES, "algo.name")
+    missing = [attribute for attribute in REQUIRED if not hasattr(loss_file, attribute)]
     if missing:
         raise ConfigError(
             f'algo.name = "{name}": not an algorithm, it lacks {", ".join(missing)} (see rlft/algos/losses/sft.py)'
         )
-    return found
+    return loss_file
 
 
 def build_algorithm(algo: Algo, updates: int = 1) -> Algorithm:
-    """The algorithm of a run with `updates` optimiser updates per rollout batch.
+    """Build the algorithm of a run with `updates` optimiser updates per rollout batch.
 
     Raises ConfigError for an unknown name, setting or estimator, and a correction that does not fit the updates.
     """
@@ -148,9 +148,9 @@ def build_algorithm(algo: Algo, updates: int = 1) -> Algorithm:
 
 
 def estimator_of(name: str) -> Callable[..., Tensor]:
-    """The estimator that `algo.advantage` names, called with everything and handing on what it takes.
+    """Return the estimator that `algo.advantage` names, wrapped to drop the keyword arguments it does not take.
 
-    Raises ConfigError for an unknown name, and, when called, for one of the user's that gives no number per rollout.
+    Raises ConfigError for an unknown name and, when called, for a user's estimator that returns a wrong shape.
     """
     if ":" in name:
         estimator = resolve.attribute(name, "algo.advantage")
@@ -164,20 +164,20 @@ def estimator_of(name: str) -> Callable[..., Tensor]:
             f'algo.advantage = "{name}": unknown.{hint} Known: {", ".join(advantages.ESTIMATORS)}; or '
             f'"file.py:function"'
         )
-    takes = set(inspect.signature(estimator).parameters)
+    accepted = set(inspect.signature(estimator).parameters)
 
-    def advantage(rewards: Tensor, group_ids: Tensor, **more: Tensor) -> Tensor:
-        made = estimator(rewards, group_ids, **{key: value for key, value in more.items() if key in takes})
-        if not isinstance(made, Tensor) or made.shape != rewards.shape:
-            got = f"shape {list(made.shape)}" if isinstance(made, Tensor) else type(made).__name__
+    def advantage(rewards: Tensor, group_ids: Tensor, **inputs: Tensor) -> Tensor:
+        result = estimator(rewards, group_ids, **{key: value for key, value in inputs.items() if key in accepted})
+        if not isinstance(result, Tensor) or result.shape != rewards.shape:
+            got = f"shape {list(result.shape)}" if isinstance(result, Tensor) else type(result).__name__
             raise ConfigError(f'algo.advantage = "{name}": want a tensor of shape {list(rewards.shape)}, got {got}')
-        return made.float()
+        return result.float()
 
     return advantage
 
 
 def describe(algorithm: Algorithm) -> list[str]:
-    """The five choices (ratio, clip, KL, advantage, aggregation) in words, as printed at the start of a run."""
+    """Describe the five choices (ratio, clip, KL, advantage, aggregation), as printed at the start of a run."""
     aggregation = f"{algorithm.aggregation}, {AGGREGATIONS[algorithm.aggregation]}"
     lines = [f"{algorithm.name}: {algorithm.summary}; advantage {algorithm.advantage_name}; {aggregation}"]
     if algorithm.updates > 1:

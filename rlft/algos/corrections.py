@@ -1,29 +1,29 @@
-"""Correction for the sampler: the engine's log-probs are not exactly the trainer's.
+"""Importance weights that correct for the difference between the sampler's and the trainer's log-probs.
 
-rho = exp(old - sampler), where old is the trainer's log-prob before the first update of the step. How `correction` says
-what old is, so that no difference is counted twice:
+rho = exp(old - sampler), where old is the trainer's log-prob before the first update of the step. `correction` selects
+how old is defined, such that no difference is corrected twice:
 
     single      one update per rollout batch: old = sg(now), so r = 1; the policy term of a token is multiplied by a
-                weight made of rho (first-order: unbiased only where the sequences' ratios are)
+                weight computed from rho (a first-order correction, unless the weight is that of the whole sequence)
     decoupled   several updates: old comes from a forward of the trainer before the first, the loss's ratio is
                 r = exp(now - old), and the same weight corrects for the sampler (2110.00641)
-    bypass      old is the sampler's own log-prob, so the ratio w = exp(now - sampler) corrects by itself and no weight
-                may follow: that would correct twice
+    bypass      old is the sampler's log-prob, so the ratio w = exp(now - sampler) already corrects; an additional
+                weight would correct twice
     none        no weight
 
-`correction_weight` says what the weight is, R = rho of the token or exp(sum_t log rho) of its sequence:
+`correction_weight` selects the weight from R, which is rho of the token or exp(sum_t log rho) of its sequence:
 
-    token_truncate, sequence_truncate   R within [floor, cap]                  TIS (Yao et al. 2025), cap 2
+    token_truncate, sequence_truncate   R clamped to [floor, cap]              TIS (Yao et al. 2025), cap 2
     token_mask, sequence_mask           R where floor <= R <= cap, else 0      MIS [0.5, 2], IcePop (2510.18855) to 5
 
 The default is token_truncate with cap 2; that of TRL 1.16 with vLLM is sequence_mask with cap 3.
 
-Besides the weight, whole sequences can be left out, and these count nothing twice:
+In addition, whole sequences can be masked:
 
-    sequence_mask_low, sequence_mask_high   outside of them lies exp(mean_t log rho)             geometric sequence mask
-    off_policy_limit      A < 0 and mean_t(sampler - now) is above it          OPSM (DeepSeek-V3.2, 2512.02556)
+    sequence_mask_low, sequence_mask_high   where exp(mean_t log rho) is outside these bounds    geometric sequence mask
+    off_policy_limit                        where A < 0 and mean_t(sampler - now) is above it    OPSM (2512.02556)
 
-A token that is masked keeps its place in every denominator: the weights were counted before.
+A masked token still counts in every denominator, since the weights of `rlft.batch.pack` are computed before.
 """
 
 from __future__ import annotations
@@ -39,15 +39,16 @@ from rlft.errors import ConfigError
 from rlft.types import Stat, Stats
 
 FACTOR = ("auto", "single", "decoupled")
-"""Those that multiply a token by a weight."""
+"""Corrections that multiply the policy term by a weight."""
 
 
 def resolve(choice: str, updates: int, ratio: bool = True) -> str:
-    """The correction of a run with `updates` updates per rollout batch: "auto" is "single" for one, else "decoupled".
+    """Resolve "auto" and check the correction of a run with `updates` updates per rollout batch.
 
-    ratio: whether the loss has a ratio against old. Without one its weight is against the sampler at every update,
-    which is "single". Raises ConfigError for "single" with several updates of a ratio, which would be of the wrong
-    policy, and for what needs a ratio that the loss has not.
+    "auto" is "single" for one update, else "decoupled". ratio: whether the loss has a ratio against old. Without one
+    the weight is recomputed against the sampler at every update, which is "single". Raises ConfigError for "single"
+    with a ratio and several updates, since old would then be the wrong policy, and for a correction that needs a ratio
+    the loss does not have.
     """
     if not ratio:
         if choice in ("decoupled", "bypass"):
@@ -66,7 +67,7 @@ def resolve(choice: str, updates: int, ratio: bool = True) -> str:
 
 
 def weigh(cfg: Settings, tokens: Tokens) -> tuple[Tensor, Stats]:
-    """What the policy term of each token is multiplied by, [T] without gradient, and what is logged about it."""
+    """Return the weight of each token's policy term, [T] without gradient, and its metrics."""
     log_rho = (tokens.old - tokens.sampler).clamp(-CLAMP, CLAMP)
     rho = log_rho.exp()
     weight = _weight(cfg, tokens, log_rho, rho)
@@ -90,15 +91,17 @@ def _weight(cfg: Settings, tokens: Tokens, log_rho: Tensor, rho: Tensor) -> Tens
 
 
 def _stats(cfg: Settings, tokens: Tokens, rho: Tensor, weight: Tensor) -> Stats:
-    """TRL's metrics of rho, before any bound (nothing where old is the sampler itself and the loss's own ratio says
-    it), and the share of tokens that are masked."""
-    found: Stats = {}
+    """Return TRL's metrics of rho before clamping, and the share of masked tokens.
+
+    With "bypass" the metrics of rho are omitted, since old is the sampler and rho is 1.
+    """
+    stats: Stats = {}
     if masks_sequences(cfg) or cfg.correction_weight.endswith("mask"):
-        found["sampling/masked_ratio"] = Stat.mean((weight == 0).float(), tokens.used)
+        stats["sampling/masked_ratio"] = Stat.mean((weight == 0).float(), tokens.used)
     if cfg.correction == "bypass":
-        return found
+        return stats
     name = "sampling/importance_sampling_ratio"
-    return found | {
+    return stats | {
         f"{name}/mean": Stat.mean(rho, tokens.used),
         f"{name}/min": Stat("min", torch.where(tokens.used, rho, math.inf).min()),
         f"{name}/max": Stat("max", torch.where(tokens.used, rho, 0).max()),
@@ -106,19 +109,19 @@ def _stats(cfg: Settings, tokens: Tokens, rho: Tensor, weight: Tensor) -> Stats:
 
 
 def summary(cfg: Settings) -> str:
-    """The correction in words, for the start of a run."""
-    weighed = f"sampler correction up to {cfg.correction_cap:g}"
+    """Describe the correction in one line, for the start of a run."""
+    weighted = f"sampler correction up to {cfg.correction_cap:g}"
     if cfg.correction_weight != "token_truncate" or cfg.correction_floor:
-        weighed = f"sampler correction {cfg.correction_weight} [{cfg.correction_floor:g}, {cfg.correction_cap:g}]"
-    said = {
+        weighted = f"sampler correction {cfg.correction_weight} [{cfg.correction_floor:g}, {cfg.correction_cap:g}]"
+    text = {
         "none": "no correction",
         "bypass": "ratio against the sampler (bypass)",
-        "single": weighed,
-        "decoupled": f"decoupled {weighed}",
-        "auto": weighed,
+        "single": weighted,
+        "decoupled": f"decoupled {weighted}",
+        "auto": weighted,
     }[cfg.correction]
     if has_sequence_mask(cfg):
-        said += f", sequences outside [{cfg.sequence_mask_low:g}, {cfg.sequence_mask_high:g}] left out"
+        text += f", sequences outside [{cfg.sequence_mask_low:g}, {cfg.sequence_mask_high:g}] left out"
     if cfg.off_policy_limit < math.inf:
-        said += f", bad sequences above {cfg.off_policy_limit:g} nat left out"
-    return said
+        text += f", bad sequences above {cfg.off_policy_limit:g} nat left out"
+    return text

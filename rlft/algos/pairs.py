@@ -1,8 +1,8 @@
-"""The two sides of each pair of a micro-batch, as the preference losses read them.
+"""View of a micro-batch for the preference losses: the two sides of each pair.
 
 A group is a pair: its rows with advantage > 0 are the chosen side, those with advantage < 0 the rejected one. Both
-sides come in one packed forward, their prompt shared. A group with neither (equal rewards in online training) is no
-pair: it adds nothing and stays in the denominator.
+sides are in one packed forward and share their prompt. A group with neither (equal rewards in online training) is not a
+pair: it adds nothing to the loss, but counts in the denominator.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from rlft.errors import ConfigError
 from rlft.types import Batch, Stat, Stats
 
 CLAMP = 20.0
-"""Of a token's log-ratio to the reference: what is further off is a fault, and must not make the step infinite."""
+"""Bound of a token's log-ratio to the reference: larger values are faults and must not make the loss infinite."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Settings of [algo] that every loss over pairs has."""
+    """Settings of [algo] common to all losses over pairs."""
 
     advantage: str = "identity"
-    """"identity" for recorded pairs; "best_and_worst" makes a pair of each sampled group (online)."""
+    """"identity" for recorded pairs; "best_and_worst" for a pair from each sampled group (online)."""
     beta: float = 0.1
-    """How strongly the margin counts: small values let the policy move further from the reference."""
+    """Factor of the margin: small values let the policy move further from the reference."""
 
     def __post_init__(self) -> None:
         check_above_zero(beta=self.beta)
@@ -39,43 +39,43 @@ class Side(NamedTuple):
     """One side of every pair, all [pairs]; 0 where the side is empty."""
 
     now: Tensor
-    """Sum of the log-probs of its trained tokens, with gradient."""
+    """Sum of log-probs over the trained tokens, with gradient."""
     gain: Tensor
     """Sum of logprob - ref_logprob, with gradient; `now` itself without reference log-probs."""
     tokens: Tensor
-    """Its trained tokens, at least 1."""
+    """Number of trained tokens, at least 1."""
 
     @property
     def mean(self) -> Tensor:
-        """Mean log-prob of its tokens."""
+        """Mean log-prob per token."""
         return self.now / self.tokens
 
 
 class Pairs(NamedTuple):
-    """Every pair of a micro-batch."""
+    """All pairs of a micro-batch."""
 
     chosen: Side
     rejected: Side
     real: Tensor
-    """[pairs] bool: one side is better than the other."""
+    """[pairs] bool: whether the group is a pair."""
     weight: Tensor
     """[pairs]: 1 / pairs of the update."""
 
     @property
     def margin(self) -> Tensor:
-        """D = gain of the chosen side - gain of the rejected one, [pairs]."""
+        """D = gain of the chosen side - gain of the rejected side, [pairs]."""
         return self.chosen.gain - self.rejected.gain
 
     def total(self, loss: Tensor) -> Tensor:
-        """The weighted sum of a loss per pair [pairs]."""
+        """Return the weighted sum of a loss per pair [pairs]."""
         return (torch.where(self.real, loss, 0) * self.weight).sum()
 
     def gain_stats(self, beta: float) -> Stats:
-        """`stats` where the implicit reward of a side is beta times its gain."""
+        """Return `stats` with beta times the gain as the implicit reward of a side."""
         return self.stats(beta * self.chosen.gain, beta * self.rejected.gain)
 
     def stats(self, chosen: Tensor, rejected: Tensor) -> Stats:
-        """TRL's metrics of pairs. chosen, rejected: [pairs], the implicit rewards of the two sides."""
+        """Return TRL's metrics of pairs. chosen, rejected: [pairs], the implicit rewards of the two sides."""
         margin = (chosen - rejected).detach()
         values = {
             "rewards/chosen": chosen,
@@ -89,21 +89,21 @@ class Pairs(NamedTuple):
 
 
 def read(logprobs: Tensor, batch: Batch) -> Pairs:
-    """The pairs of a micro-batch that holds whole groups. logprobs: [T] with gradient."""
-    # A token of weight 0 may hold nan or inf: it is replaced before any arithmetic, so that no 0 * inf can follow.
+    """Build the pairs of a micro-batch of whole groups. logprobs: [T] with gradient."""
+    # Tokens of weight 0 may be nan or inf. They are replaced before any arithmetic, so that 0 * inf cannot occur.
     used = batch.train_mask & (batch.weight != 0)
     now = torch.where(used, logprobs, 0)
     gain = now
     if batch.ref_logprobs is not None:
         gain = (now - torch.where(used, batch.ref_logprobs, 0)).clamp(-CLAMP, CLAMP)
-    # A prefix belongs to no pair and has no trained token, so it may be put into any group.
+    # A prefix is in no pair and has no trained tokens, so any group id will do.
     group = batch.group_ids.clamp(min=0)[batch.seq_ids]
     count = len(batch.group_weight)
 
-    def side(of: Tensor) -> Side:
-        parts = (segment_sum(torch.where(of, x, 0), group, count) for x in (now, gain, of.to(now.dtype)))
-        total, gained, tokens = parts
-        return Side(total, gained, tokens.clamp(min=1))
+    def side(mask: Tensor) -> Side:
+        parts = (segment_sum(torch.where(mask, values, 0), group, count) for values in (now, gain, mask.to(now.dtype)))
+        total, gain_sum, tokens = parts
+        return Side(total, gain_sum, tokens.clamp(min=1))
 
     better, worse = used & (batch.advantages > 0), used & (batch.advantages < 0)
     real = segment_sum((better | worse).to(now.dtype), group, count) > 0
@@ -111,7 +111,7 @@ def read(logprobs: Tensor, batch: Batch) -> Pairs:
 
 
 def check_above_zero(**numbers: float) -> None:
-    """Raise ConfigError for a setting of [algo] that is not above 0, or not finite."""
+    """Raise ConfigError unless every given setting of [algo] is above 0 and finite."""
     for name, value in numbers.items():
         if not 0 < value < math.inf:
             raise ConfigError(f"algo.{name} = {value}: want a number above 0")

@@ -1,6 +1,6 @@
-"""The settings that every policy loss has, and what a loss needs because of them.
+"""The settings common to all policy losses, and the requirements that follow from them.
 
-A loss file's `Config` adds its own numbers to `Settings`; the constants that depend on a number are functions here.
+The `Config` of a loss file extends `Settings`. Constants of a loss file that depend on a setting are functions here.
 """
 
 from __future__ import annotations
@@ -19,45 +19,45 @@ Penalty = Literal["k2", "k3_ratio", "k1_ratio", "forward", "reward"]
 
 @dataclass(frozen=True)
 class Settings:
-    """Settings of [algo] that every policy loss has."""
+    """Settings of [algo] common to all policy losses."""
 
     advantage: str = "group_norm"
     """Estimator: a name in rlft.algos.advantages ("group_norm", "group_mean", "leave_one_out", ...), or
     "file.py:function"."""
     aggregation: Aggregation = "token_mean"
-    """How token losses become one number: token_mean, sequence_mean, constant, sequence_sum, prompt_mean."""
+    """How token losses are reduced to one number: token_mean, sequence_mean, constant, sequence_sum, prompt_mean."""
     correction: Correction = "auto"
     """Correction for the sampler: see rlft.algos.corrections. "auto" is "single" with one update per rollout batch and
     "decoupled" with several."""
     correction_weight: Weight = "token_truncate"
-    """What the weight is made of, the token's ratio or its sequence's; outside [correction_floor, correction_cap] it is
+    """Whether the weight is the ratio of the token or of its sequence. Outside [correction_floor, correction_cap] it is
     set to the bound (truncate) or to 0 (mask)."""
     correction_cap: float = 2.0
     """Largest correction weight."""
     correction_floor: float = 0.0
     """Smallest correction weight."""
     sequence_mask_low: float = 0.0
-    """Sequences whose geometric mean of trainer / sampler is below this are left out of the loss; 0: none."""
+    """Sequences whose geometric mean of trainer / sampler is below this are masked; 0: none."""
     sequence_mask_high: float = math.inf
-    """Sequences whose geometric mean of trainer / sampler is above this are left out of the loss; inf: none."""
+    """Sequences whose geometric mean of trainer / sampler is above this are masked; inf: none."""
     off_policy_limit: float = math.inf
-    """Sequences of negative advantage are left out where the mean of sampler - now is above this, in nats; inf: none
+    """Sequences of negative advantage are masked where the mean of sampler - now is above this, in nats; inf: none
     (off-policy sequence masking of DeepSeek-V3.2)."""
     kl_coef: float = 0.0
     """Factor of the KL term; 0 skips the reference forward."""
     kl: Penalty = "k3_ratio"
-    """Estimator of the KL term, or "reward" to take k1 off the reward: see rlft.algos.kl."""
+    """Estimator of the KL term, or "reward" to subtract k1 from the reward: see rlft.algos.kl."""
     entropy_coef: float = 0.0
-    """Factor of the entropy bonus; its first value where `entropy_target` is set."""
+    """Factor of the entropy bonus; the initial value if `entropy_target` is set."""
     entropy_target: float | None = None
-    """Adaptive entropy (2505.22312): the bonus acts only after a step whose mean entropy, in nats, was at most this,
-    and its factor grows after such a step and falls after the others. None: the factor stays."""
+    """Adaptive entropy (2505.22312): the bonus is active only after a step whose mean entropy, in nats, was at most
+    this. Its factor grows after such steps and falls after the others. None: the factor is constant."""
     entropy_coef_delta: float = 0.005
-    """How much the factor changes by."""
+    """Change of the factor per step."""
     entropy_coef_max: float = 1.0
     """Largest factor; the smallest is 0."""
     entropy_share: float = 1.0
-    """Share of an update's tokens, those of highest entropy, that the policy term acts on (2506.01939)."""
+    """Share of an update's tokens, those of highest entropy, in the policy term (2506.01939)."""
 
     def __post_init__(self) -> None:
         bonus = ("entropy_coef", "entropy_coef_delta", "entropy_coef_max")
@@ -66,15 +66,15 @@ class Settings:
                 raise ConfigError(f"algo.{name} = {getattr(self, name)}: want 0 or more, and finite")
         if not 0 < self.entropy_share <= 1:
             raise ConfigError(f"algo.entropy_share = {self.entropy_share}: want above 0, at most 1 (every token)")
-        known = {"aggregation": Aggregation, "kl": Penalty, "correction": Correction, "correction_weight": Weight}
-        for name, names in known.items():
+        literals = {"aggregation": Aggregation, "kl": Penalty, "correction": Correction, "correction_weight": Weight}
+        for name, names in literals.items():
             if getattr(self, name) not in get_args(names):
                 raise ConfigError(f'algo.{name} = "{getattr(self, name)}": want one of {", ".join(get_args(names))}')
         _check_correction(self)
 
 
 def check_clip(low: float, high: float) -> None:
-    """Raise ConfigError unless [1 - low, 1 + high] is a band of ratios around 1."""
+    """Raise ConfigError unless [1 - low, 1 + high] is a valid range of ratios around 1."""
     for name, value in (("clip_low", low), ("clip_high", high)):
         if not 0 <= value < math.inf:
             raise ConfigError(f"algo.{name} = {value}: want 0 or more, and finite")
@@ -83,7 +83,7 @@ def check_clip(low: float, high: float) -> None:
 
 
 def check_against_sampler(cfg: Settings, name: str) -> None:
-    """Raise ConfigError when the loss `name`, whose own ratio is against the sampler, is corrected once more."""
+    """Raise ConfigError when a loss whose ratio is against the sampler has a correction too. name: of the loss."""
     if cfg.correction != "none":
         raise ConfigError(
             f'algo.correction = "{cfg.correction}": the ratio of {name} is against the sampler by itself, so a '
@@ -92,37 +92,37 @@ def check_against_sampler(cfg: Settings, name: str) -> None:
 
 
 def needs_reference(cfg: Settings) -> bool:
-    """A constant of the loss file that depends on a number: true with a KL term in the loss."""
+    """Return True with a KL term in the loss."""
     return cfg.kl_coef > 0 and cfg.kl != "reward"
 
 
 def needs_sampler(cfg: Settings) -> bool:
-    """With "bypass" the ratio is against the sampler's log-probs, and a mask of sequences compares with them."""
+    """Return True when the ratio (correction "bypass") or a sequence mask uses the sampler's log-probs."""
     return cfg.correction == "bypass" or masks_sequences(cfg)
 
 
 def zero_adv_zero_grad(cfg: Settings) -> bool:
-    """A token of zero advantage has no gradient, unless a KL term or an entropy bonus gives it one."""
+    """Return True when tokens of zero advantage have no gradient: without a KL term and an entropy bonus."""
     return not needs_reference(cfg) and not entropy_grad(cfg)
 
 
 def entropy_grad(cfg: Settings) -> bool:
-    """The bonus wants a gradient through the entropy."""
+    """Return True when an entropy bonus needs the gradient of the entropy."""
     return cfg.entropy_coef > 0 or cfg.entropy_target is not None
 
 
 def has_sequence_mask(cfg: Settings) -> bool:
-    """True when sequences far from the sampler are left out."""
+    """Return True when sequences far from the sampler are masked."""
     return cfg.sequence_mask_low > 0 or cfg.sequence_mask_high < math.inf
 
 
 def masks_sequences(cfg: Settings) -> bool:
-    """True when whole sequences may be left out."""
+    """Return True when whole sequences may be masked."""
     return has_sequence_mask(cfg) or cfg.off_policy_limit < math.inf
 
 
 def _check_correction(cfg: Settings) -> None:
-    """Raise ConfigError for a band that holds no 1, and for settings that would correct twice or not at all."""
+    """Raise ConfigError for a range without 1, and for settings that would correct twice or have no effect."""
     if not cfg.correction_cap >= 1:
         raise ConfigError(f"algo.correction_cap = {cfg.correction_cap}: want 1 or more")
     if cfg.correction_floor > 1:
@@ -135,15 +135,16 @@ def _check_correction(cfg: Settings) -> None:
     if math.isnan(cfg.off_policy_limit):
         raise ConfigError(f"algo.off_policy_limit = {cfg.off_policy_limit}: want a number of nats")
     weights = ("correction_weight", "correction_cap", "correction_floor")
-    set_ = [name for name in weights if getattr(cfg, name) != getattr(type(cfg), name)]
-    if set_ and cfg.correction == "bypass":
+    changed = [name for name in weights if getattr(cfg, name) != getattr(type(cfg), name)]
+    if changed and cfg.correction == "bypass":
         raise ConfigError(
-            f'algo.{set_[0]} = {getattr(cfg, set_[0])} with algo.correction = "bypass": the ratio is against the '
+            f'algo.{changed[0]} = {getattr(cfg, changed[0])} with algo.correction = "bypass": the ratio is against the '
             f'sampler, so a weight would correct twice; leave it out, or set algo.correction = "decoupled"'
         )
-    if set_ and cfg.correction == "none":
+    if changed and cfg.correction == "none":
         raise ConfigError(
-            f'algo.{set_[0]} = {getattr(cfg, set_[0])} with algo.correction = "none": there is no weight; leave one out'
+            f'algo.{changed[0]} = {getattr(cfg, changed[0])} with algo.correction = "none": there is no weight; '
+            f"leave one out"
         )
     if cfg.correction == "bypass" and has_sequence_mask(cfg):
         raise ConfigError(

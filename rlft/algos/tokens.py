@@ -1,4 +1,4 @@
-"""A micro-batch as the policy losses read it: log-probs without a NaN, and sums over each token's sequence."""
+"""View of a micro-batch for the policy losses: log-probs without NaN, and sums over each token's sequence."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from rlft.batch import segment_sum
 from rlft.types import Batch
 
 CLAMP = 20.0
-"""Of log-ratios: exp(89) overflows fp32, and one wild token must not make a step NaN."""
+"""Bound of log-ratios: exp(89) overflows fp32, and one outlier token must not make a step NaN."""
 
 
 class Tokens(NamedTuple):
-    """A micro-batch as a policy loss reads it: all [T], 0 where nothing is trained."""
+    """The tokens of a micro-batch: all tensors [T], 0 where nothing is trained."""
 
     used: Tensor
-    """bool: trained tokens of a weight other than 0."""
+    """bool: trained tokens with nonzero weight."""
     now: Tensor
-    """With gradient."""
+    """Current log-probs, with gradient."""
     old: Tensor
     sampler: Tensor
     """`old` where no engine sampled the tokens."""
@@ -30,38 +30,38 @@ class Tokens(NamedTuple):
     sequences: int
     """S."""
     fresh: bool
-    """old is now: one update per rollout batch, so that every ratio against old is exactly 1."""
+    """True when old is now (one update per rollout batch), so that every ratio against old is exactly 1."""
 
     def log_ratio(self) -> Tensor:
-        """now - old, with gradient, within +-20."""
+        """Return now - old, with gradient, clamped to +-20."""
         return (self.now - self.old).clamp(-CLAMP, CLAMP)
 
     def against_sampler(self) -> Tensor:
-        """now - sampler, with gradient, within +-20."""
+        """Return now - sampler, with gradient, clamped to +-20."""
         return (self.now - self.sampler).clamp(-CLAMP, CLAMP)
 
     def sum(self, values: Tensor) -> Tensor:
-        """Sum of `values` [T] over the token's sequence, [T], within +-20."""
+        """Sum `values` [T] over each token's sequence, [T], clamped to +-20."""
         return segment_sum(values, self.seq_ids, self.sequences).clamp(-CLAMP, CLAMP)[self.seq_ids]
 
     def mean(self, values: Tensor) -> Tensor:
-        """Mean of `values` [T] over the used tokens of the token's sequence, [T], within +-20."""
+        """Average `values` [T] over the used tokens of each token's sequence, [T], clamped to +-20."""
         total = segment_sum(values, self.seq_ids, self.sequences) / self._lengths()
         return total.clamp(-CLAMP, CLAMP)[self.seq_ids]
 
     def per_token(self) -> Tensor:
-        """1 / length of the token's sequence, [T]."""
+        """Return 1 / length of each token's sequence, [T]."""
         return 1 / self._lengths()[self.seq_ids]
 
     def _lengths(self) -> Tensor:
-        """[S]: used tokens of each sequence, at least 1."""
+        """Return the number of used tokens of each sequence, at least 1: [S]."""
         return segment_sum(self.used.to(self.now.dtype), self.seq_ids, self.sequences).clamp(min=1)
 
 
 def read(logprobs: Tensor, batch: Batch) -> Tokens:
-    """The log-probs of a micro-batch. logprobs: [T] with gradient.
+    """Build the token view of a micro-batch. logprobs: [T] with gradient.
 
-    A token of weight 0 may hold nan or inf: it is replaced before any arithmetic, so that no 0 * inf can follow.
+    Tokens of weight 0 may be nan or inf. They are replaced before any arithmetic, so that 0 * inf cannot occur.
     """
     used = batch.train_mask & (batch.weight != 0)
     now = torch.where(used, logprobs, 0)

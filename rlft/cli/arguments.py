@@ -85,7 +85,7 @@ class RewardCheckArgs:
 
 @dataclasses.dataclass(frozen=True)
 class MergeArgs(RunArgs):
-    """Merge the adapter of a run into its base, as a model of its own whose log-probs are checked."""
+    """Merge the adapter of a run into its base, as a standalone model whose log-probs are checked."""
 
     out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
     """Folder for the model; it must not exist, or be empty."""

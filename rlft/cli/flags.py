@@ -47,7 +47,7 @@ def parse(command: str, args: list[str], about: str) -> tuple[Config, bool]:
     if show_help:
         _print_help(command, file, settings, about)
     cfg = Config(**settings)
-    from rlft.algos.algorithm import module_of  # imports torch: what is wrong above is said without that wait
+    from rlft.algos.algorithm import module_of  # imports torch, which no error above waits for
 
     # Every setting of the algorithm is written out, as those of the other sections are.
     options = options_of(module_of(cfg.algo.name).Config, cfg.algo.options, "algo", known=("name",))

@@ -100,7 +100,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _cannot_write(error: OSError) -> None:
-    """A full disk, or a reader that went away, where rlft has no message of its own: mostly its own output."""
+    """A full disk, or a reader that went away, where rlft has no message, mostly for what it prints."""
     if error.filename is None:
         # What is still to be flushed when the interpreter ends goes nowhere.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

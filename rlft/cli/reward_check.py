@@ -127,7 +127,7 @@ def _rollout(prompt: Prompt, text: str, sample: int, tokenizer: Any) -> Rollout:
 
 def _tokenizer(cfg: Config | None, functions: Sequence[RewardFunction]) -> Any:
     """The config's tokenizer when a function names completion_ids, else None: then they are empty."""
-    asks = [f.name for f in functions if "completion_ids" in f.names]
+    asks = [function.name for function in functions if "completion_ids" in function.names]
     if not asks:
         return None
     if cfg is None:
@@ -202,9 +202,10 @@ def _table(made: Sequence[Rollout], functions: Sequence[RewardFunction], parts: 
         table.add_column(function.name, justify="right", no_wrap=True)
     table.add_column("total", justify="right", no_wrap=True)
     for row, rollout in enumerate(made):
-        cells = [_value(parts.outcomes[f.name].values[row], parts.outcomes[f.name].invalid[row]) for f in functions]
+        outcomes = [parts.outcomes[function.name] for function in functions]
+        cells = [_value(outcome.values[row], outcome.invalid[row]) for outcome in outcomes]
         total = parts.total[row].item()
-        invalid = any(parts.outcomes[f.name].invalid[row] for f in functions)
+        invalid = any(outcome.invalid[row] for outcome in outcomes)
         shown = [Text(_short(_prompt(rollout.prompt))), Text(_short(rollout.text))]
         table.add_row(*shown, *cells, _value(total, invalid))
     return table
@@ -219,8 +220,8 @@ def _summary(functions: Sequence[RewardFunction], parts: RewardBreakdown) -> Any
         table.add_column(name, justify="right")
     for function in functions:
         outcome = parts.outcomes[function.name]
-        values = [v for v in outcome.values if not math.isnan(v)]
-        none = sum(math.isnan(v) and not bad for v, bad in zip(outcome.values, outcome.invalid, strict=True))
+        values = [value for value in outcome.values if not math.isnan(value)]
+        none = sum(math.isnan(value) and not bad for value, bad in zip(outcome.values, outcome.invalid, strict=True))
         table.add_row(
             function.name,
             f"{function.weight:g}",

@@ -27,7 +27,11 @@ def names_in(package: str) -> list[str]:
     """Names of the public modules of a package, sorted."""
     spec = importlib.util.find_spec(package)
     assert spec is not None and spec.submodule_search_locations is not None, package
-    return sorted(m.name for m in pkgutil.iter_modules(spec.submodule_search_locations) if not m.name.startswith("_"))
+    return sorted(
+        module.name
+        for module in pkgutil.iter_modules(spec.submodule_search_locations)
+        if not module.name.startswith("_")
+    )
 
 
 def load_file(path: Path) -> ModuleType:
@@ -39,7 +43,7 @@ def load_file(path: Path) -> ModuleType:
     path = path.expanduser().resolve()
     if not path.is_file():
         raise ConfigError(f"no file {path}")
-    # A name of its own: a user's "random.py" must not become the standard library's.
+    # A separate name: a user's "random.py" must not become the standard library's.
     name = f"rlft_file_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None

@@ -39,7 +39,7 @@ class Lora:
     alpha: Annotated[float, Gt(0)] = 32.0
     """The update is scaled by alpha / rank (or alpha / sqrt(rank) with `rslora`)."""
     targets: Annotated[tuple[str, ...], MinLen(1)] | Literal["all-linear"] = "all-linear"
-    """Linear layers of the text decoder that get an adapter, by the end of their name; "all-linear" is all of them but
+    """Linear layers of the text decoder that get an adapter, by the end of their name. "all-linear": all of them but
     routers and the outputs of Mamba layers, and never the head."""
     experts: bool = True
     """Fused experts of a mixture get an adapter too, one for each expert, where `targets` names them."""
@@ -83,7 +83,7 @@ class Optim:
     minibatches: Annotated[int, Ge(1)] = 1
     """Parts that the prompts of a step are split into, with one optimiser update for each."""
     passes: Annotated[int, Ge(1)] = 1
-    """Times the rollouts of a step are gone through (PPO's epochs)."""
+    """Passes over the rollouts of a step (PPO's epochs)."""
     max_skipped: Annotated[int, Ge(1)] = 5
     """Updates with a non-finite gradient are skipped; after this many in a row the run stops. In float16 each skip
     halves the loss scale, and the run does not stop before that is 1."""
@@ -99,12 +99,12 @@ class Engine:
     """What samples."""
 
     name: Literal["auto", "vllm", "eager", "replay"] = "auto"
-    """"vllm" samples with vLLM on the trainer's own weights; "eager" with the trainer's own modules; "replay" hands out
+    """"vllm" samples with vLLM on the trainer's own weights; "eager" with the trainer's own modules; "replay" returns
     recorded completions. "auto" is replay when the data has recorded completions, else vllm where there is a GPU and
     vLLM is installed, else eager."""
     mode: Literal["auto", "shared", "dequantized", "merged"] = "auto"
-    """How vLLM holds the linear layers. "shared": computes from the trainer's bytes, no memory of its own.
-    "dequantized": plain weights that are given back while it sleeps, faster. "merged": those with the adapter added,
+    """How vLLM holds the linear layers. "shared": computed from the trainer's weights in place, without memory for
+    weights. "dequantized": 16-bit copies, freed while vLLM sleeps; faster. "merged": copies with the adapter added in;
     faster still, and rounded. "auto": dequantized where it fits, else shared."""
     batch_size: Annotated[int, Ge(1)] = 64
     """Sequences that the eager engine decodes at a time."""
@@ -168,7 +168,7 @@ class Track:
     """Where metrics and completions go besides the run's folder, which has all of them in any case."""
 
     use: tuple[str, ...] = ()
-    """Trackers: "wandb", "trackio", "tensorboard", or a class of your own, "file.py:Class" (CONTRIBUTING.md)."""
+    """Trackers: "wandb", "trackio", "tensorboard", or your class, "file.py:Class" (CONTRIBUTING.md)."""
     project: Annotated[str, MinLen(1)] = "rlft"
     """Project that the run is listed under (W&B, Trackio)."""
     name: str | None = None
@@ -180,8 +180,8 @@ class Track:
     entity: str | None = None
     """User or team that owns the project (W&B only); None: your default one."""
     mode: Literal["auto", "online", "offline"] = "auto"
-    """"offline" writes W&B's files into the run's folder, to be sent later with `wandb sync`; "auto" is what WANDB_MODE
-    or `wandb offline` say, and online where they say nothing (W&B only)."""
+    """"offline" writes W&B's files into the run's folder, to be sent later with `wandb sync` (W&B only). "auto" is what
+    WANDB_MODE or `wandb offline` say, and online where they say nothing."""
     completions: Annotated[int, Ge(0)] = 16
     """Completions of each step, and of each evaluation, that go to the trackers as a table; 0: none."""
 
@@ -216,7 +216,7 @@ class Config:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """"auto" is the GPU where there is one."""
     dtype: Literal["auto", "float64", "float32", "bfloat16", "float16"] = "auto"
-    """Type of the frozen weights and activations; "auto" is bfloat16 on a GPU that computes in it, float16 on
+    """Type of the frozen weights and activations. "auto" is bfloat16 on a GPU that computes in it, float16 on
     older ones, and float32 on a CPU. "float64" is for exact comparisons."""
     quantization: Literal["auto", "none", "nf4", "int8"] = "auto"
     """How the frozen linear layers are kept: "nf4" in 4 bits, "int8" in 8 (LLM.int8, where a row depends a little on
@@ -288,7 +288,7 @@ class Config:
 
 
 def config_from(cfg: Config | str | Path, settings: Mapping[str, Any]) -> Config:
-    """A config, or the one in a file, with `settings` in place of its own; a section may be a dict of what changes."""
+    """A config, or the one in a file, with some settings replaced. settings: a section may be a dict of what changes."""
     if isinstance(cfg, str | Path):
         return Config.load(cfg, **settings)
     kind = type(cfg).__name__

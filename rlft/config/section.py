@@ -25,7 +25,7 @@ from rlft.config.resolve import did_you_mean
 from rlft.config.trl_names import RENAMED, RENAMED_VALUES, TRL_NAMES, TRL_NOTES
 from rlft.errors import ConfigError
 
-T = TypeVar("T")
+Section = TypeVar("Section")
 LARGEST = 2**53
 """Bound of every whole number: a float still holds it exactly."""
 BOUNDS = {
@@ -35,7 +35,7 @@ BOUNDS = {
     Lt: ("lt", "below {}"),
     MinLen: ("min_length", "not empty"),
 }
-"""Bound -> its attribute, and how it is said."""
+"""Bound -> its attribute, and how a sentence names it."""
 LIMITS = ("greater_than", "less_than", "too_short", "string_too_short")
 """What pydantic's errors about bounds begin with."""
 SECTIONS: dict[type, str] = {}
@@ -45,14 +45,14 @@ SECTIONS: dict[type, str] = {}
 @dataclass_transform(frozen_default=True)
 def section(
     name: str, short: str = "", rest: str = "", prepare: Callable[[dict[str, Any]], dict[str, Any]] | None = None
-) -> Callable[[type[T]], type[T]]:
+) -> Callable[[type[Section]], type[Section]]:
     """Make a class with annotated fields the section `name` of a config.
 
     short: the field that a plain text in place of the section stands for. rest: the field, a dict, that takes settings
     which are no fields. prepare: what is done to the settings before they are checked.
     """
 
-    def make(cls: type[T]) -> type[T]:
+    def make(cls: type[Section]) -> type[Section]:
         cls.SHORT, cls.REST = short, rest  # type: ignore[attr-defined]
         hints = typing.get_type_hints(cls, include_extras=True)
         cls.__annotations__ = {field: strict(hint) for field, hint in hints.items() if _origin(hint) is not ClassVar}
@@ -123,7 +123,7 @@ def _gathered(cls: Any, value: Any) -> Any:
     )
 
 
-def options_of(cls: type[T], table: dict[str, Any], where: str, known: Sequence[str] = ()) -> T:
+def options_of(cls: type[Section], table: dict[str, Any], where: str, known: Sequence[str] = ()) -> Section:
     """The settings `cls` of an algorithm, a plain frozen dataclass, from a table. where: the table's name in a config.
 
     known: further names for the hint at a mistyped one. Raises ConfigError for unknown names and mistyped values, all
@@ -276,7 +276,9 @@ def bounds(hint: Any) -> str:
         return ""
     inner, *marks = typing.get_args(hint)
     marks = [mark for outer in marks for mark in (outer if isinstance(outer, typing.Iterable) else (outer,))]
-    texts = [BOUNDS[type(m)][1].format(getattr(m, BOUNDS[type(m)][0])) for m in marks if type(m) in BOUNDS]
+    texts = [
+        BOUNDS[type(mark)][1].format(getattr(mark, BOUNDS[type(mark)][0])) for mark in marks if type(mark) in BOUNDS
+    ]
     return ", ".join([text for text in (bounds(inner), *texts) if text and str(LARGEST) not in text]) or words(inner)
 
 

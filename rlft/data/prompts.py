@@ -1,22 +1,22 @@
-"""Rows -> Prompt: token ids with the chat template applied exactly once, and the completions recorded with the row.
+"""Convert dataset rows to Prompts: token ids with the chat template applied exactly once, and recorded completions.
 
-Kinds of rows, told apart by their columns as in TRL:
+Kinds of rows, distinguished by their columns as in TRL:
 
     prompt                         a string or messages; every other column goes to the rewards
     prompt, completion             supervised: train on the completion
-    prompt, completion, label      the same, good (true, reward 1) or bad (false, reward -1): KTO
+    prompt, completion, label      completion labelled good (true, reward 1) or bad (false, reward -1): KTO
     messages                       supervised: train on every assistant turn (rlft.data.chat)
-    text                           supervised: train on every token that has one before it
-    chosen, rejected [, prompt]    pairs; without a prompt it is what both sides begin with
+    text                           supervised: train on every token except the first
+    chosen, rejected [, prompt]    pairs; the prompt defaults to the common prefix of both sides
 
 A string prompt becomes one user turn where the tokenizer has a chat template (`data.chat = "never"`: encoded as it is).
-Prompt and completion are encoded apart and put side by side, so that what is trained is what an engine would have
-sampled after the prompt. In a chat a completion ends as the template ends a turn (<|im_end|>, <end_of_turn>), which is
-not always tokenizer.eos_token. Plain text ends with EOS, and so does a completion outside of a chat, or in one whose
-turns end with no token.
+Prompt and completion are encoded separately and concatenated, so that the trained tokens are those an engine would
+sample after the prompt. In a chat a completion ends with the template's end of turn (<|im_end|>, <end_of_turn>), which
+is not always tokenizer.eos_token. Plain text ends with EOS, and so does a completion outside a chat, or in a chat whose
+turns end without a token.
 
-Faults of templates are invisible to the comparison of engine and trainer, which see the same tokens; so they are errors
-here: a prompt that was rendered before, two BOS, a template that opens no assistant turn.
+Faults of templates do not show in the parity check, since engine and trainer see the same tokens. They are therefore
+errors here: a prompt that is already rendered, two BOS tokens, a template that opens no assistant turn.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ KINDS: dict[str, tuple[str, ...]] = {
     "text": ("text",),
     "prompt": ("prompt",),
 }
-"""Kind of row -> the columns that make it; the first that fits."""
+"""Kind of row -> its required columns; the first match counts."""
 ROLES = ("system", "user", "assistant", "tool", "developer")
 
 
 def kind_of(row: dict[str, Any]) -> str:
-    """Which of KINDS a row is. Raises DataError naming the columns it has."""
+    """Return the kind of a row, a key of KINDS. Raises DataError naming the columns it has."""
     for kind, columns in KINDS.items():
         if all(column in row for column in columns):
             return kind
@@ -62,7 +62,7 @@ def kind_of(row: dict[str, Any]) -> str:
 
 
 def check_rows(data: Data, seed: int) -> list[dict[str, Any]]:
-    """The rows of a dataset, each checked as far as that needs no tokenizer. Raises DataError naming row and column."""
+    """Load the rows of a dataset and check them without a tokenizer. Raises DataError naming row and column."""
     rows = load_rows(data, seed)
     kind = kind_of(rows[0])
     answer_type: type | None = None
@@ -115,17 +115,17 @@ def _check_text(value: Any, row: int, column: str, messages_only: bool) -> None:
 
 @dataclass(frozen=True)
 class Loaded:
-    """What `load_prompts` found."""
+    """Result of `load_prompts`."""
 
     prompts: list[Prompt]
     dropped: int
-    """Rows left out because their prompt is longer than `data.max_prompt_tokens`."""
+    """Number of rows dropped because their prompt is longer than `data.max_prompt_tokens`."""
 
 
 def load_prompts(data: Data, tokenizer: Any, seed: int) -> Loaded:
-    """All prompts of a dataset, in its order. seed: the run's, for generated tasks and mixtures.
+    """Load all prompts of a dataset, in order. seed: the run's, for generated tasks and mixtures.
 
-    Raises DataError for everything wrong with a row, and when every prompt is too long.
+    Raises DataError for any fault of a row, and when every prompt is too long.
     """
     prompts, dropped = [], 0
     for index, row in enumerate(check_rows(data, seed)):
@@ -147,7 +147,7 @@ def load_prompts(data: Data, tokenizer: Any, seed: int) -> Loaded:
 
 
 def encode_prompt(row: dict[str, Any], index: int, data: Data, tokenizer: Any) -> Prompt:
-    """One row as a Prompt. Raises DataError naming the row."""
+    """Convert one row to a Prompt. Raises DataError naming the row."""
     kind = kind_of(row)
     try:
         if kind == "text":
@@ -171,19 +171,19 @@ def encode_prompt(row: dict[str, Any], index: int, data: Data, tokenizer: Any) -
 
 
 def _prompt(row: dict[str, Any], index: int, data: Data, tokenizer: Any) -> Prompt:
-    given = row["prompt"]
+    prompt = row["prompt"]
     chat = bool(tokenizer.chat_template) and data.chat == "auto"
-    if isinstance(given, str):
+    if isinstance(prompt, str):
         if not chat:
             if data.system:
                 raise DataError("data.system needs a chat template, and this tokenizer has none or data.chat is never")
-            return Prompt(_encoded(given, tokenizer), row, index)
-        _check_not_rendered(given, tokenizer)
-        messages: list[dict[str, Any]] = [{"role": "user", "content": given}]
+            return Prompt(_encoded(prompt, tokenizer), row, index)
+        _check_not_rendered(prompt, tokenizer)
+        messages: list[dict[str, Any]] = [{"role": "user", "content": prompt}]
     else:
         if not tokenizer.chat_template:
             raise DataError("the prompt is messages, but the tokenizer has no chat template; give strings")
-        messages = list(given)
+        messages = list(prompt)
         if messages[-1]["role"] == "assistant":
             raise DataError("the prompt ends with an assistant message; end it with the user's, or use completion")
         for message in messages:
@@ -204,7 +204,7 @@ def _prompt(row: dict[str, Any], index: int, data: Data, tokenizer: Any) -> Prom
 
 
 def _encoded(text: str, tokenizer: Any) -> tuple[int, ...]:
-    """Token ids of a text outside of a chat template. Raises DataError where the tokenizer adds a second BOS."""
+    """Encode a text without a chat template. Raises DataError when the tokenizer adds a second BOS."""
     ids = tuple(tokenizer.encode(text))
     if _two_bos(ids, tokenizer):
         raise DataError(
@@ -219,8 +219,12 @@ def _two_bos(ids: tuple[int, ...], tokenizer: Any) -> bool:
 
 
 def _check_not_rendered(text: str, tokenizer: Any) -> None:
-    """Raise DataError when a message holds the template's own marks: it was rendered before."""
-    marks = [t for t in tokenizer.all_special_tokens if len(t) > 3 and t in tokenizer.chat_template and t in text]
+    """Raise DataError when a message contains special tokens of the template, as a rendered prompt does."""
+    marks = [
+        token
+        for token in tokenizer.all_special_tokens
+        if len(token) > 3 and token in tokenizer.chat_template and token in text
+    ]
     if marks:
         raise DataError(
             f"the prompt contains {marks[0]}, a mark of the chat template: it was rendered already and would be put "
@@ -244,7 +248,7 @@ def _conversation(row: dict[str, Any], index: int, data: Data, tokenizer: Any) -
         raise DataError("the row is messages, but the tokenizer has no chat template")
     if data.system and messages[0]["role"] != "system":
         messages = [{"role": "system", "content": data.system}, *messages]
-    first = next((i for i, m in enumerate(messages) if m["role"] == "assistant"), None)
+    first = next((i for i, message in enumerate(messages) if message["role"] == "assistant"), None)
     if not first:
         raise DataError("messages need an assistant message after at least one other")
     if marks_generation(tokenizer):
@@ -259,108 +263,108 @@ def _conversation(row: dict[str, Any], index: int, data: Data, tokenizer: Any) -
 def _text(row: dict[str, Any], index: int, tokenizer: Any) -> Prompt:
     ids = _encoded(row["text"], tokenizer)
     ids += () if ids and ids[-1] == tokenizer.eos_token_id else (tokenizer.eos_token_id,)
-    mask = (False, *(True,) * (len(ids) - 1))  # nothing comes before the first token to predict it
+    mask = (False, *(True,) * (len(ids) - 1))  # nothing precedes the first token to predict it from
     return Prompt((), row, index, None, (Recorded(ids, mask, 1.0, row["text"]),))
 
 
 def _implicit_prompt(row: dict[str, Any]) -> dict[str, Any]:
-    """prompt, chosen and rejected from two sides that begin alike: messages by message, strings up to a space."""
+    """Split the common prefix of two sides off as the prompt: whole messages, or a string up to a space."""
     chosen, rejected = row["chosen"], row["rejected"]
     if chosen == rejected:
         raise DataError("chosen and rejected are the same")
-    shared = 0
-    while shared < min(len(chosen), len(rejected)) and chosen[shared] == rejected[shared]:
-        shared += 1
+    prefix = 0
+    while prefix < min(len(chosen), len(rejected)) and chosen[prefix] == rejected[prefix]:
+        prefix += 1
     if isinstance(chosen, str):
-        shared = chosen.rfind(" ", 0, shared) + 1  # a word that only begins alike belongs to the completions
-    if not shared or shared == len(chosen) or shared == len(rejected):
+        prefix = chosen.rfind(" ", 0, prefix) + 1  # a word that is only partly equal belongs to the completions
+    if not prefix or prefix == len(chosen) or prefix == len(rejected):
         raise DataError("chosen and rejected must begin alike and then differ, or come with a prompt column")
-    return {"prompt": chosen[:shared], "chosen": chosen[shared:], "rejected": rejected[shared:]}
+    return {"prompt": chosen[:prefix], "chosen": chosen[prefix:], "rejected": rejected[prefix:]}
 
 
 # ---- order -------------------------------------------------------------------------------------------------------
 
 
 class Prompts:
-    """The order in which prompts are consumed. `consumed`, the data cursor, and `solved` are its whole state."""
+    """Iterates over the prompts. Its state is `consumed`, the data cursor, and `solved`."""
 
     def __init__(self, rows: list[Prompt], seed: int, shuffle: bool = True) -> None:
-        """shuffle: visit the rows in an order drawn from (seed, epoch), another one each epoch."""
+        """Start at the first prompt. shuffle: permute the rows of each epoch by (seed, epoch)."""
         assert rows
         self.rows, self.consumed = rows, 0
         self.solved: set[int] = set()
-        """Row numbers of prompts that are passed over."""
+        """Row numbers of prompts to skip."""
         self._seed, self._shuffle = seed, shuffle
         self._order: tuple[int, Sequence[int]] = (-1, ())
 
-    def take(self, n: int) -> list[Prompt]:
-        """The next n prompts that are not solved, going on into the next epoch where one ends.
+    def take(self, count: int) -> list[Prompt]:
+        """Return the next `count` prompts that are not solved, continuing into the next epoch.
 
-        Raises TrainError when every one is.
+        Raises TrainError when all prompts are solved.
         """
         if all(row.index in self.solved for row in self.rows):
             raise TrainError(
                 f"curriculum.solved_share: all {len(self.rows)} prompts are solved, so there is nothing left to draw; "
                 f"the last checkpoint is the result, or give harder data"
             )
-        taken: list[Prompt] = []
-        while len(taken) < n:
-            epoch, at = divmod(self.consumed, len(self.rows))
-            row = self.rows[self._order_of(epoch)[at]]
+        prompts: list[Prompt] = []
+        while len(prompts) < count:
+            epoch, place = divmod(self.consumed, len(self.rows))
+            row = self.rows[self._order_of(epoch)[place]]
             self.consumed += 1
-            taken += [row] if row.index not in self.solved else []
-        return taken
+            prompts += [row] if row.index not in self.solved else []
+        return prompts
 
     @property
     def epoch(self) -> float:
-        """Passes over the data so far."""
+        """Number of passes over the data so far."""
         return self.consumed / len(self.rows)
 
     def steps(self, prompts_per_step: int, epochs: float) -> int:
-        """Steps that see every row `epochs` times; the last one may go on into the next epoch."""
+        """Return the number of steps that use every row `epochs` times; the last may continue into the next epoch."""
         return max(1, math.ceil(round(epochs * len(self.rows), 6) / prompts_per_step))
 
     def _order_of(self, epoch: int) -> Sequence[int]:
         if self._order[0] != epoch:
             rng = np.random.default_rng([self._seed, epoch])
-            n = len(self.rows)
-            self._order = (epoch, rng.permutation(n).tolist() if self._shuffle else range(n))
+            count = len(self.rows)
+            self._order = (epoch, rng.permutation(count).tolist() if self._shuffle else range(count))
         return self._order[1]
 
 
 def hold_out(prompts: list[Prompt], rows: int, seed: int) -> tuple[list[Prompt], list[Prompt]]:
-    """`rows` distinct prompts drawn by the seed, and the rest without any prompt equal to one of those: (rest, held).
+    """Hold out `rows` distinct prompts chosen by the seed. Returns (rest, held-out); the rest has no equal prompts.
 
     Raises DataError when there are not enough distinct prompts, or nothing would be left to train on.
     """
     order = np.random.default_rng([seed, 2]).permutation(len(prompts))
-    # Recorded rows may share an empty prompt (plain text): what they record then tells them apart.
-    held: dict[tuple[Any, ...], Prompt] = {}
+    # Recorded rows may share an empty prompt (plain text); they are then distinguished by their completions.
+    by_key: dict[tuple[Any, ...], Prompt] = {}
     for i in order:
-        if len(held) == rows:
+        if len(by_key) == rows:
             break
-        held.setdefault(_key(prompts[i]), prompts[i])
-    rest = without(prompts, list(held.values()))
-    if len(held) < rows or not rest:
-        distinct = len({_key(p) for p in prompts})
+        by_key.setdefault(_key(prompts[i]), prompts[i])
+    rest = without(prompts, list(by_key.values()))
+    if len(by_key) < rows or not rest:
+        distinct = len({_key(prompt) for prompt in prompts})
         raise DataError(
             f"eval.rows = {rows}: the data has {distinct} distinct prompts, and some must be left to train on; lower "
             f"eval.rows or give eval.data"
         )
-    return rest, list(held.values())
+    return rest, list(by_key.values())
 
 
 def without(prompts: list[Prompt], held: Sequence[Prompt]) -> list[Prompt]:
-    """The prompts that equal none of `held`, token by token."""
-    keys = {_key(p) for p in held}
-    return [p for p in prompts if _key(p) not in keys]
+    """Return the prompts that are not equal, token by token, to any of `held`."""
+    keys = {_key(prompt) for prompt in held}
+    return [prompt for prompt in prompts if _key(prompt) not in keys]
 
 
 def digest(prompts: Sequence[Prompt]) -> str:
-    """16 hex digits that change with any token of the prompts and what they record, and with their order."""
+    """Return 16 hex digits that depend on all tokens of the prompts and recorded completions, and on their order."""
     whole = hashlib.blake2b(digest_size=8)
     for prompt in prompts:
-        for ids in (prompt.ids, *(recorded.ids for recorded in prompt.recorded)):
+        for ids in (prompt.ids, *(completion.ids for completion in prompt.recorded)):
             whole.update(np.array([len(ids), *ids], dtype=np.int64).tobytes())
     return whole.hexdigest()
 

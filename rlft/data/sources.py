@@ -1,7 +1,7 @@
-"""A dataset by name -> its rows, as dicts with our column names. No tokenizer, no model.
+"""Load the rows of a dataset as dicts with rlft's column names, without a tokenizer or a model.
 
-A file, a `datasets` folder, a hub id or a reasoning-gym task; a mixture of them; a user's function over raw rows; and
-the column mapping, in that order.
+A source is a file, a `datasets` folder, a hub id or a reasoning-gym task. Sources are mixed, then the user's template
+function is applied to raw rows, then the columns are mapped.
 """
 
 from __future__ import annotations
@@ -21,24 +21,26 @@ FILES = (".jsonl", ".json", ".parquet", ".csv")
 
 
 def load_rows(data: Data, seed: int) -> list[dict[str, Any]]:
-    """All rows, templated and mapped. seed: the run's, for generated tasks and mixtures.
+    """Load all rows, with template and column mapping applied. seed: the run's, for generated tasks and mixtures.
 
     Raises DataError for a dataset that is missing, empty or unreadable, and for a column that is not there; ConfigError
     for a template that cannot be found.
     """
     if data.sources:
-        rows = _mixture([_rows_of(s, seed) for s in data.sources], [s.weight for s in data.sources], seed)
+        rows = _mixture(
+            [_rows_of(source, seed) for source in data.sources], [source.weight for source in data.sources], seed
+        )
     else:
         rows = _rows_of(Source(data.path, split=data.split, subset=data.subset, args=data.args), seed)
     if data.template:
-        rows = _templated(rows, data.template)
-    return [_mapped(row, data.columns, i) for i, row in enumerate(rows)]
+        rows = _apply_template(rows, data.template)
+    return [_rename(row, data.columns, i) for i, row in enumerate(rows)]
 
 
 def _rows_of(source: Source, seed: int) -> list[dict[str, Any]]:
     path = Path(source.path).expanduser()
     if source.path.startswith(GYM):
-        rows = _generated(source.path.removeprefix(GYM), source.args, seed)
+        rows = _generate(source.path.removeprefix(GYM), source.args, seed)
     elif source.args:
         raise DataError(f'data.args = {source.args}: only "{GYM}TASK" takes arguments, not data.path = "{source.path}"')
     elif path.suffix in FILES:
@@ -83,7 +85,7 @@ def _text(path: Path) -> str:
 
 def _json_lines(path: Path) -> list[dict[str, Any]]:
     rows = []
-    # Not splitlines: a string in a row may hold a line separator of Unicode's.
+    # Not splitlines: a string in a row may contain a Unicode line separator.
     for number, line in enumerate(_text(path).split("\n"), start=1):
         if not line.strip():
             continue
@@ -98,27 +100,27 @@ def _json_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def _dataset_rows(source: Source, path: Path) -> list[dict[str, Any]]:
-    """A folder written by `datasets` or a hub id."""
+    """Load a folder written by `datasets`, or a hub id."""
     import datasets
 
     if path.is_dir():
         try:
-            found = datasets.load_from_disk(str(path))
+            dataset = datasets.load_from_disk(str(path))
         except (FileNotFoundError, ValueError) as error:
             raise DataError(
                 f'data.path = "{path}": not a folder written by datasets.save_to_disk ({error}); give a file '
                 f"({', '.join(FILES)}) in it"
             ) from error
-        if isinstance(found, datasets.DatasetDict):
-            if source.split not in found:
-                raise DataError(f'data.split = "{source.split}": {path} has {", ".join(sorted(map(str, found)))}')
-            found = found[source.split]
-        return [dict(row) for row in found]  # type: ignore[arg-type]
+        if isinstance(dataset, datasets.DatasetDict):
+            if source.split not in dataset:
+                raise DataError(f'data.split = "{source.split}": {path} has {", ".join(sorted(map(str, dataset)))}')
+            dataset = dataset[source.split]
+        return [dict(row) for row in dataset]  # type: ignore[arg-type]
     if source.path.startswith((".", "/", "~")) or source.path.count("/") > 1:
         raise DataError(f'data.path = "{source.path}": no such file or folder')
     try:
         return [dict(row) for row in datasets.load_dataset(source.path, source.subset, split=source.split)]  # type: ignore[arg-type]
-    except Exception as error:  # datasets raises what its many back ends raise; the user needs one sentence
+    except Exception as error:  # datasets propagates any error of its back ends
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise DataError(
             f'data.path = "{source.path}": no such file here, and the hub did not give it ({first}). Check the name, '
@@ -126,8 +128,8 @@ def _dataset_rows(source: Source, path: Path) -> list[dict[str, Any]]:
         ) from error
 
 
-def _generated(task: str, args: dict[str, Any], seed: int) -> list[dict[str, Any]]:
-    """Rows of a reasoning-gym task: prompt, answer, task, metadata. Seeded, offline."""
+def _generate(task: str, args: dict[str, Any], seed: int) -> list[dict[str, Any]]:
+    """Generate rows of a reasoning-gym task, offline and seeded: prompt, answer, task, metadata."""
     try:
         import reasoning_gym
         from reasoning_gym.factory import DATASETS
@@ -139,44 +141,49 @@ def _generated(task: str, args: dict[str, Any], seed: int) -> list[dict[str, Any
         entries = reasoning_gym.create_dataset(task, **{"seed": seed, "size": 1000, **args})
     except (TypeError, ValueError, AssertionError) as error:
         raise DataError(f"data.args = {args}: {task} does not take them: {error}") from error
-    return [{"prompt": e["question"], "answer": e["answer"], "task": task, "metadata": e["metadata"]} for e in entries]
+    return [
+        {"prompt": entry["question"], "answer": entry["answer"], "task": task, "metadata": entry["metadata"]}
+        for entry in entries
+    ]
 
 
 def _mixture(parts: list[list[dict[str, Any]]], weights: list[float], seed: int) -> list[dict[str, Any]]:
-    """The parts mixed in the asked shares, no row twice: as many rows as the scarcest part allows.
+    """Mix the parts in the given shares, without repeating rows; the scarcest part limits the number of rows.
 
-    With shares w and sizes n the mix has m = min(n_i / w_i) rows, w_i m of part i drawn without repetition, in an order
-    drawn from the seed.
+    With shares w_i and sizes n_i the mixture has m = min(n_i / w_i) rows, w_i m of them sampled from part i without
+    replacement, in an order determined by the seed.
     """
-    shares = [w / sum(weights) for w in weights]
+    shares = [weight / sum(weights) for weight in weights]
     total = min(len(rows) / share for rows, share in zip(parts, shares, strict=True))
     rng = np.random.default_rng([seed, 1])
-    mixed = []
+    mixture = []
     for rows, share in zip(parts, shares, strict=True):
-        chosen = rng.permutation(len(rows))[: round(share * total)]
-        mixed += [rows[i] for i in sorted(chosen)]
-    if not mixed:
+        selection = rng.permutation(len(rows))[: round(share * total)]
+        mixture += [rows[i] for i in sorted(selection)]
+    if not mixture:
         raise DataError("data.sources: the mixture is empty; the smallest source has too few rows for its weight")
-    return [mixed[i] for i in rng.permutation(len(mixed))]
+    return [mixture[i] for i in rng.permutation(len(mixture))]
 
 
-def _templated(rows: list[dict[str, Any]], template: str) -> list[dict[str, Any]]:
+def _apply_template(rows: list[dict[str, Any]], template: str) -> list[dict[str, Any]]:
     function = resolve.attribute(template, "data.template")
-    made = []
+    new_rows = []
     for i, row in enumerate(rows):
         new = function(row)
         if not isinstance(new, dict):
             raise DataError(f'data.template = "{template}": row {i} gave {type(new).__name__}, want a dict of columns')
-        made.append(new)
-    return made
+        new_rows.append(new)
+    return new_rows
 
 
-def _mapped(row: dict[str, Any], columns: dict[str, str], index: int) -> dict[str, Any]:
-    """`row` with our names: columns = {ours: theirs}."""
+def _rename(row: dict[str, Any], columns: dict[str, str], index: int) -> dict[str, Any]:
+    """Rename the columns of a row: columns = {ours: theirs}."""
     for ours, theirs in columns.items():
         if theirs not in row:
             raise DataError(
                 f'data.columns: {ours} = "{theirs}", but row {index} has no such column; it has {", ".join(row)}'
             )
-    renamed = {ours: row[theirs] for ours, theirs in columns.items()}
-    return {k: v for k, v in row.items() if k not in columns.values() and k not in columns} | renamed
+    mapping = {ours: row[theirs] for ours, theirs in columns.items()}
+    return {
+        name: value for name, value in row.items() if name not in columns.values() and name not in columns
+    } | mapping

@@ -1,7 +1,7 @@
-"""One thread that writes while the loop goes on: completions to disk, steps to trackers.
+"""A background thread for writes: completions to disk, steps to trackers.
 
-A step hands over a call and does not wait for it. What was handed over is done in order; `flush` waits for all of it,
-and the loop does so before each checkpoint, so that a killed run has everything up to the step it goes on from.
+A step submits a call and does not wait for it. Calls run in order. `flush` waits for all of them, and the loop does so
+before each checkpoint, so that a killed run has all data up to the step it resumes from.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from collections.abc import Callable
 from types import TracebackType
 
 PENDING = 64
-"""Calls that may wait; a step's completions are kept in memory until they are written."""
+"""Largest number of pending calls; a step's completions stay in memory until they are written."""
 
 
 class Background:
-    """Calls done one after another on a thread of their own, which ends with the process."""
+    """Runs calls one after another on a daemon thread."""
 
     def __init__(self, name: str) -> None:
         self._calls: queue.Queue[Callable[[], None] | None] = queue.Queue(PENDING)
@@ -30,7 +30,7 @@ class Background:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        """Everything handed over is done; what a call raised is raised, unless another error is on its way out."""
+        """Flush and stop. An error of a call is raised, unless another exception is already propagating."""
         try:
             self.flush()
         except Exception:
@@ -43,19 +43,18 @@ class Background:
         while (call := self._calls.get()) is not None:
             try:
                 call()
-            except BaseException as error:  # a thread has nobody to raise to: `raise_error` hands it to the loop
+            except BaseException as error:  # raised in the loop by `raise_error`
                 self._error = self._error or error
             finally:
                 self._calls.task_done()
 
     def submit(self, call: Callable[[], None]) -> None:
-        """Have `call` done after those before it. Waits only when `PENDING` are waiting. Raises what an earlier call
-        raised, once."""
+        """Queue a call. Blocks only when `PENDING` calls are queued. Raises the error of an earlier call, once."""
         self.raise_error()
         self._calls.put(call)
 
     def offer(self, call: Callable[[], None]) -> bool:
-        """`submit` that never waits: False, and `call` is not done, when `PENDING` are waiting."""
+        """Queue a call without blocking. Returns False, without queueing it, when `PENDING` calls are queued."""
         self.raise_error()
         try:
             self._calls.put_nowait(call)
@@ -64,29 +63,29 @@ class Background:
         return True
 
     def flush(self, seconds: float | None = None) -> bool:
-        """Wait until everything handed over is done; False when that took longer than `seconds`. Raises as `submit`."""
+        """Wait for all queued calls. Returns False after `seconds`. Raises the error of a call, like `submit`."""
         end = None if seconds is None else time.monotonic() + seconds
         with self._calls.all_tasks_done:
             while self._calls.unfinished_tasks:
-                left = None if end is None else end - time.monotonic()
-                if left is not None and left <= 0:
+                remaining = None if end is None else end - time.monotonic()
+                if remaining is not None and remaining <= 0:
                     return False
-                self._calls.all_tasks_done.wait(left)
+                self._calls.all_tasks_done.wait(remaining)
         self.raise_error()
         return True
 
     def raise_error(self) -> None:
-        """Raise what a call raised since this was last asked."""
+        """Raise the first error of a call since the last check."""
         error, self._error = self._error, None
         if error is not None:
             raise error
 
     def stop(self) -> None:
-        """End the thread after what was handed over; nothing may be handed over afterwards.
+        """Stop the thread after the queued calls; nothing may be queued afterwards.
 
-        Waits a second at most: a thread that hangs in a call holds up nothing. One that only waits must be gone before
-        the interpreter is: killed then, inside a library in C++, it would take the process down with SIGABRT.
+        Waits at most a second, so that a hanging call does not block the exit. An idle thread must have ended before
+        the interpreter exits: killed inside a C++ library, it would abort the process with SIGABRT.
         """
-        with contextlib.suppress(queue.Full):  # it hangs in a call
+        with contextlib.suppress(queue.Full):  # the thread hangs in a call
             self._calls.put_nowait(None)
         self._thread.join(1.0)

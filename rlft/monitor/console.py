@@ -1,7 +1,7 @@
-"""What a run shows while it runs: a live view where stdout is a terminal, one plain line per step where it is not.
+"""Show the progress of a run: a live view where stdout is a terminal, else one plain line per step.
 
-The live view is redrawn in place twice a second by a thread of rich; everything else here only sets what it draws. The
-cursor is never hidden and no alternate screen is used, so that even `kill -9` leaves the terminal as it was.
+A thread of rich redraws the live view in place twice a second; the methods here only update the data it draws. The
+cursor is never hidden and no alternate screen is used, so that even `kill -9` leaves the terminal usable.
 """
 
 from __future__ import annotations
@@ -33,22 +33,25 @@ ROWS: list[tuple[str, str, Callable[[float], str]]] = [
     ("clipped", "completions/clipped_ratio", "{:.0%}".format),
     ("gradient", "grad_norm", "{:.3g}".format),
 ]
-"""Name, metric and format of the rows of the live view, each with its course over the last steps."""
+"""Name, metric and format of the rows of the live view, each with a sparkline of the last steps."""
 
 
 class Console:
-    """The run's display. A context manager: `close` is called on the way out, whatever happened."""
+    """The display of a run, a context manager that closes it."""
 
     def __init__(self, plain: bool | None = None, terminal: Terminal | None = None) -> None:
-        """plain: lines instead of the live view; None decides by whether stdout is a terminal. terminal: for tests."""
+        """Set up the display.
+
+        plain: lines instead of the live view; None: unless stdout is a terminal. terminal: for tests.
+        """
         self._out = terminal or Terminal(highlight=False)
-        # The file is asked and not rich, for which FORCE_COLOR in a CI makes a terminal of any file.
+        # Asks the file and not rich, which treats any file as a terminal under FORCE_COLOR, as in a CI.
         live = self._out.file.isatty() and not self._out.is_dumb_terminal
         self.plain = not live if plain is None else plain
         self._live: Live | None = None
         self._history: list[dict[str, float]] = []
         self._rows: list[dict[str, float]] = []
-        self._told: set[str] = set()
+        self._active_rules: set[str] = set()
         self._warnings: list[health.Message] = []
         self._title: list[str] = []
         self._phase: tuple[str, int, int] = ("", 0, 0)
@@ -64,65 +67,73 @@ class Console:
         self.close()
 
     def start(self, title_lines: Sequence[str], steps: int, done: int = 0, algorithm: str = "") -> None:
-        """Print what is about to run and begin the view. steps: of the whole run; done: those a resume begins after;
-        algorithm: `algo.name`, since some health rules are not for all."""
+        """Print the title and open the view.
+
+        steps: of the whole run. done: completed steps of a resumed run. algorithm: `algo.name`, since some health rules
+        do not apply to all algorithms.
+        """
         for line in title_lines:
             self._print(line)
         self._steps, self._done, self._began, self._algorithm = steps, done, time.monotonic(), algorithm
         self._open()
 
     def progress(self, what: str, done: int, total: int) -> None:
-        """Within a step (or before the first): `done` of `total` in the phase `what`. Plain lines leave it out."""
+        """Update the progress within a step: `done` of `total` in the phase `what`. Not shown in plain lines."""
         self._phase = (what, done, total)
         self._open()
 
     def generating(self, done: int, total: int) -> None:
-        """`progress` of the phase "generating", in the form engines call it."""
+        """Update the progress of the phase "generating"; the callback of engines."""
         self.progress("generating", done, total)
 
     def step(self, values: Mapping[str, float], sample: str | None) -> list[health.Message]:
-        """A step is done. values: its metrics and `step`; sample: the text of one completion, to look at. Returns the
-        health messages that it printed, those that begin at this step."""
+        """Show a finished step and return the health messages that are new at this step, which it also prints.
+
+        values: the step's metrics and `step`. sample: the text of one completion to show.
+        """
         self._done = int(values["step"])
         self._history = [*self._history, dict(values)][-health.WINDOW :]
         self._rows = [*self._rows, dict(values)][-health.WINDOW :]
         self._sample = sample or ""
         self._phase = ("", 0, 0)
         if self.plain:
-            self._print(plain_line(values, self._steps, self._left()))
+            self._print(plain_line(values, self._steps, self._seconds_left()))
         self._warnings = health.check(self._rows, self._algorithm)
-        # Said when it begins, not at each step that it lasts.
-        new = [message for message in self._warnings if message.name not in self._told]
+        # A message is printed when it first applies, not at every step.
+        new = [message for message in self._warnings if message.name not in self._active_rules]
         self._warn(new)
-        self._told = {message.name for message in self._warnings}
+        self._active_rules = {message.name for message in self._warnings}
         return new
 
     def evaluation(self, step: int, values: Mapping[str, float]) -> list[health.Message]:
-        """An evaluation after `step` is done: say, and return, what the health rules see in it. values: its eval/*
-        metrics."""
+        """Check an evaluation after `step` with the health rules; print and return the messages.
+
+        values: its eval/* metrics.
+        """
         self._rows = [*self._rows, {"step": float(step), **values}][-health.WINDOW :]
-        found = health.check(self._rows, self._algorithm)
-        self._warnings = [*self._warnings, *found]
-        self._warn(found)
-        return found
+        messages = health.check(self._rows, self._algorithm)
+        self._warnings = [*self._warnings, *messages]
+        self._warn(messages)
+        return messages
 
     def _warn(self, messages: Sequence[health.Message]) -> None:
         for _, text in messages:
             self._print(f"! step {self._done}: {text}", "yellow")
 
     def note(self, text: str) -> None:
-        """One line that stays."""
+        """Print a permanent line."""
         self._print(text)
 
     def table(self, title: str, rows: Sequence[Sequence[str]]) -> None:
-        """A small table that stays. rows: the first one is the header."""
+        """Print a small permanent table. rows: the first one is the header."""
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
         self._print(title, "bold")
-        for n, row in enumerate(rows):
+        for number, row in enumerate(rows):
             cells = [
-                cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+                cell.ljust(width) if i == 0 else cell.rjust(width)
+                for i, (cell, width) in enumerate(zip(row, widths, strict=True))
             ]
-            self._print("  " + "  ".join(cells).rstrip(), "dim" if n == 0 else "")
+            self._print("  " + "  ".join(cells).rstrip(), "dim" if number == 0 else "")
 
     def finish(
         self,
@@ -133,28 +144,31 @@ class Console:
         again: str,
         best: Best | None = None,
     ) -> None:
-        """Close the view and say what came out: held-out metrics before and after (either may be empty), the adapter's
-        folder, the report, and the command that samples from the result. best: named where it beats the last."""
+        """Close the view and print the results of the run.
+
+        These are held-out metrics before and after (either may be empty), the adapter's folder, the report, and the
+        command that samples from the result. best: mentioned if it is better than the last evaluation.
+        """
         self.close()
-        both = {**before, **after}
-        names = evaluation_names(both)
+        metrics = {**before, **after}
+        names = evaluation_names(metrics)
         if names:
             head = ("", "before", "after", *(("change",) if before and after else ()))
             rows = [
-                (label(both, name), with_error(before, name), with_error(after, name), changed(before, after, name))
+                (label(metrics, name), with_error(before, name), with_error(after, name), changed(before, after, name))
                 for name in names
             ]
             count = max(before.get("eval/rows", 0), after.get("eval/rows", 0))
             self.table(f"held-out rows: {count:.0f}", [head, *(row[: len(head)] for row in rows)])
         if best is not None and after.get(best.metric) != best.value:
-            told = f"step {best.step} did best ({best.metric} {best.value:.3f}): choose it with --checkpoint best"
-            told += "; being the best on these rows it looks too good on them"
-            self._print(f"{'checkpoints:':<16}{told}")
+            text = f"step {best.step} did best ({best.metric} {best.value:.3f}): choose it with --checkpoint best"
+            text += "; being the best on these rows it looks too good on them"
+            self._print(f"{'checkpoints:':<16}{text}")
         for name, value in (("adapter", str(adapter)), ("report", str(report)), ("sample from it", again)):
             self._print(f"{name + ':':<16}{value}")
 
     def close(self) -> None:
-        """Stop the live view, leaving its last state on the screen. May be called twice."""
+        """Stop the live view and leave its last state on the screen. May be called twice."""
         self._closed = True
         live, self._live = self._live, None
         if live is not None:
@@ -171,15 +185,15 @@ class Console:
 
     def _print(self, text: str, style: str = "") -> None:
         if self.plain:
-            # An ASCII-only stdout must not stop a run over a "±".
+            # A "±" must not stop a run whose stdout is ASCII-only.
             encoding = getattr(self._out.file, "encoding", None) or "utf-8"
             print(clean(text).encode(encoding, "replace").decode(encoding), file=self._out.file, flush=True)
         else:
-            # Without a view below, a long path stays one line that can be copied; with one, every line must be counted.
+            # Without a live view, a long path stays on one line for copying; with one, rich must count every line.
             self._out.print(Text(clean(text), style), soft_wrap=self._live is None)
 
-    def _left(self) -> float | None:
-        """Seconds to the end of the run, from the time of the last steps; None before the first."""
+    def _seconds_left(self) -> float | None:
+        """Estimate the seconds to the end of the run from the last steps; None before the first."""
         times = health.finite(self._history[-10:], "step_time")
         return sum(times) / len(times) * (self._steps - self._done) if times else None
 
@@ -193,8 +207,8 @@ class Console:
         return Padding(Group(*parts), (1, 0, 0, 0))
 
     def _bar(self) -> RenderableType:
-        left = self._left()
-        ends = f", {duration(left)} left" if left is not None else ""
+        remaining = self._seconds_left()
+        remaining_text = f", {duration(remaining)} left" if remaining is not None else ""
         what, done, total = self._phase
         phase = f"{what} {done}/{total}" if what else ""
         if not self._steps:
@@ -203,7 +217,7 @@ class Console:
         grid.add_row(
             Text(f"step {self._done}/{self._steps}", "bold"),
             ProgressBar(max(1, self._steps), self._done, width=24),
-            Text(f"{duration(time.monotonic() - self._began)}{ends}"),
+            Text(f"{duration(time.monotonic() - self._began)}{remaining_text}"),
             Text(phase, "cyan"),
         )
         return grid
@@ -220,10 +234,10 @@ class Console:
 
 
 def plain_line(values: Mapping[str, float], steps: int, left: float | None) -> str:
-    """One line about a step: what was logged, in a fixed order."""
+    """Return one line about a step: its metrics in a fixed order."""
     step = int(values["step"])
     parts = [f"step {step:>{len(str(steps))}}/{steps}"]
-    forms = {
+    formats = {
         "reward": "reward {:.3f}",
         "loss": "loss {:.4f}",
         "completions/mean_length": "len {:.1f}",
@@ -233,17 +247,19 @@ def plain_line(values: Mapping[str, float], steps: int, left: float | None) -> s
         "perf/rollout_tokens_per_s": "sample {:.0f} tok/s",
         "perf/training_tokens_per_s": "train {:.0f} tok/s",
     }
-    parts += [form.format(values[name]) for name, form in forms.items() if name in values]
+    parts += [template.format(values[name]) for name, template in formats.items() if name in values]
     if left is not None and step < steps:
         parts.append(f"{duration(left)} left")
     return "  ".join(parts)
 
 
 def time_line(values: Mapping[str, float]) -> Text:
-    """Seconds of the newest step, their split over its phases, and the rates."""
+    """Return the seconds of the newest step, their split over the phases, and the token rates."""
     parts = [f"{values['step_time']:.1f} s"] if "step_time" in values else []
-    total = values.get("step_time") or sum(values.get(f"time/{p}", 0.0) for p in PHASES)
-    parts += [f"{p} {values[f'time/{p}'] / total:.0%}" for p in PHASES if total and f"time/{p}" in values]
+    total = values.get("step_time") or sum(values.get(f"time/{phase}", 0.0) for phase in PHASES)
+    parts += [
+        f"{phase} {values[f'time/{phase}'] / total:.0%}" for phase in PHASES if total and f"time/{phase}" in values
+    ]
     for name, rate in (("sample", "perf/rollout_tokens_per_s"), ("train", "perf/training_tokens_per_s")):
         if rate in values:
             parts.append(f"{name} {values[rate]:,.0f} tok/s")
@@ -251,48 +267,58 @@ def time_line(values: Mapping[str, float]) -> Text:
 
 
 def spark(values: Sequence[float]) -> str:
-    """A line of block characters, lowest to highest of the values; "" for fewer than two."""
+    """Return a sparkline of block characters, scaled to the range of the values; "" for fewer than two."""
     if len(values) < 2:
         return ""
     low, high = min(values), max(values)
     scale = (len(SHADES) - 1) / (high - low) if high > low else 0.0
-    return "".join(SHADES[round((v - low) * scale)] for v in values[-40:])
+    return "".join(SHADES[round((value - low) * scale)] for value in values[-40:])
 
 
 def duration(seconds: float) -> str:
-    """75 -> "1:15", 3675 -> "1:01:15"."""
+    """Format seconds: 75 -> "1:15", 3675 -> "1:01:15"."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 def clean(text: str) -> str:
-    """Text without the control characters that could move the cursor or colour the terminal."""
-    return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
+    """Replace control characters, which could move the cursor or colour the terminal."""
+    return "".join(
+        character if character.isprintable() or character in "\n\t" else "\N{REPLACEMENT CHARACTER}"
+        for character in text
+    )
 
 
 def shorten(text: str, lines: int) -> str:
-    """The first lines of a completion, at most 600 characters."""
-    kept = clean(text)[:600].splitlines()[:lines]
-    whole = "\n".join(kept)
-    return whole if len(whole) >= len(text.rstrip("\n")) else whole + " ..."
+    """Return the first lines of a completion, at most 600 characters."""
+    first_lines = clean(text)[:600].splitlines()[:lines]
+    result = "\n".join(first_lines)
+    return result if len(result) >= len(text.rstrip("\n")) else result + " ..."
 
 
 def evaluation_names(values: Mapping[str, float]) -> list[str]:
-    """The eval/* metrics worth a row: reward, pass@K, loss, rewards' parts if there are several, lengths, and invalid
-    rewards if any. pass@1 is left out where it is the reward."""
-    passes = [n for n in values if n.startswith("eval/pass@") and n.removeprefix("eval/pass@").isdigit()]
-    passes = [n for n in passes if n != "eval/pass@1" or not math.isclose(values[n], values.get("eval/reward", -1))]
+    """Return the eval/* metrics to show, in order.
+
+    These are reward, pass@K, loss, the parts of the reward if there are several, lengths, and invalid rewards if any.
+    pass@1 is omitted where it equals the reward.
+    """
+    passes = [name for name in values if name.startswith("eval/pass@") and name.removeprefix("eval/pass@").isdigit()]
+    passes = [
+        name
+        for name in passes
+        if name != "eval/pass@1" or not math.isclose(values[name], values.get("eval/reward", -1))
+    ]
     loss = ["eval/loss", "eval/perplexity", "eval/rewards/accuracies", "eval/rewards/margins"]
-    parts = [n for n in values if n.startswith("eval/rewards/") and n.endswith("/mean")]
-    lengths = [n for n in values if n.startswith("eval/completions/")]
+    parts = [name for name in values if name.startswith("eval/rewards/") and name.endswith("/mean")]
+    lengths = [name for name in values if name.startswith("eval/completions/")]
     invalid = ["eval/invalid"] if values.get("eval/invalid") else []
-    wanted = ["eval/reward", *passes, *loss, *(parts if len(parts) > 1 else []), *lengths, *invalid]
-    return [n for n in wanted if n in values]
+    names = ["eval/reward", *passes, *loss, *(parts if len(parts) > 1 else []), *lengths, *invalid]
+    return [name for name in names if name in values]
 
 
 def selection_note(among: int) -> str:
-    """What to know of the results of the best of `among` evaluations on the rows that it was chosen on."""
+    """Return the warning that the best of `among` evaluations is biased on the rows it was chosen on."""
     return (
         f"chosen as the best of {among} evaluations on these rows: results here are too good, and the interval "
         f"does not know it; report other rows (eval.data), or the last checkpoint"
@@ -300,7 +326,7 @@ def selection_note(among: int) -> str:
 
 
 def evaluation_rows(values: Mapping[str, float]) -> list[tuple[str, str, str, str]]:
-    """The table of one evaluation, its header first: name, value, standard error, 95% interval."""
+    """Return the table of one evaluation with its header: name, value, standard error, 95% interval."""
     rows = [("", "value", "stderr", "95% interval")]
     for name in evaluation_names(values):
         error, low, high = (values.get(f"{name}_{end}") for end in ("stderr", "low", "high"))
@@ -310,37 +336,37 @@ def evaluation_rows(values: Mapping[str, float]) -> list[tuple[str, str, str, st
 
 
 def evaluation_line(values: Mapping[str, float], step: int) -> str:
-    """One line about an evaluation after `step`: the results, each with its change since the first."""
-    names = [n for n in evaluation_names(values) if not n.startswith(("eval/completions/", "eval/rewards/"))]
-    told = [
-        f"{label(values, n)} {with_error(values, n)}"
-        + (f" ({signed(values, f'{n}_change')} since the first)" if f"{n}_change" in values else "")
-        for n in names
+    """Return one line about an evaluation after `step`: the results with their change since the first evaluation."""
+    names = [name for name in evaluation_names(values) if not name.startswith(("eval/completions/", "eval/rewards/"))]
+    results = [
+        f"{label(values, name)} {with_error(values, name)}"
+        + (f" ({signed(values, f'{name}_change')} since the first)" if f"{name}_change" in values else "")
+        for name in names
     ]
-    return f"held-out rows ({values['eval/rows']:.0f}) after step {step}: {', '.join(told)}"
+    return f"held-out rows ({values['eval/rows']:.0f}) after step {step}: {', '.join(results)}"
 
 
 def label(values: Mapping[str, float], name: str) -> str:
-    """A metric's name in a table; the mean over several samples of a row is called what it is."""
+    """Return a metric's name for a table, with avg@K for the mean over several samples of a row."""
     samples = values.get("eval/samples", 1)
     several = f" (avg@{samples:.0f})" if name == "eval/reward" and samples > 1 else ""
     return name.removeprefix("eval/") + several
 
 
 def changed(before: Mapping[str, float], after: Mapping[str, float], name: str) -> str:
-    """The change of a metric as text: paired by row with its error where that was measured, else the difference."""
+    """Return the change of a metric as text: paired by row with its error if measured, else the difference."""
     if f"{name}_change" in after:
         return signed(after, f"{name}_change")
     return f"{after[name] - before[name]:+.3f}" if name in before and name in after else "-"
 
 
 def signed(values: Mapping[str, float], name: str) -> str:
-    """`with_error` with a sign."""
+    """Return `with_error` with a sign."""
     return ("+" if values[name] >= 0 else "") + with_error(values, name)
 
 
 def with_error(values: Mapping[str, float], name: str) -> str:
-    """A metric as text, with its standard error where there is one; "-" where it was not measured."""
+    """Return a metric as text, with its standard error if there is one; "-" if it was not measured."""
     if name not in values:
         return "-"
     error = values.get(f"{name}_stderr")

@@ -1,8 +1,8 @@
-"""What a run's numbers say about its health, in plain words with the number and the remedy. The rules are data.
+"""Health rules: check the metrics of a run, and report problems with the number and the remedy.
 
-A history is the list of metrics of a run, newest last: one dict per step or evaluation, as `Run.metrics()` gives it. A
-number that was not finite is nan, inf or (read back from JSON) None. A reward that does not move is no alarm: hard
-tasks start slowly. The limits are those that other libraries publish for healthy runs, or say themselves.
+A history is the list of metrics of a run, newest last: one dict per step or evaluation, as returned by `Run.metrics()`.
+A number that was not finite is nan, inf or (read from JSON) None. A reward that does not move is not reported, since
+hard tasks start slowly. Limits are based on values that other libraries publish for healthy runs.
 """
 
 from __future__ import annotations
@@ -16,132 +16,138 @@ from typing import Any, NamedTuple
 
 History = Sequence[Mapping[str, Any]]
 WINDOW = 200
-"""Rows of the history that rules look at, at most."""
+"""Largest number of history rows that rules use."""
 MISMATCH = "sampling/sampling_logp_difference/mean"
 FIRST = 10
-"""Steps that are the start of a run."""
+"""Number of steps that count as the start of a run."""
 
 
 class Message(NamedTuple):
-    """One thing to tell the user."""
+    """A health message."""
 
     name: str
-    """The rule it comes from: the same trouble has the same name at every step."""
+    """Name of the rule."""
     text: str
 
 
 @dataclass(frozen=True)
 class Rule:
-    """`condition(history)` holds -> "sentence: advice", with metrics of the newest step filled in by name."""
+    """A rule: if `condition(history)` is true, report "sentence: advice", formatted with the newest metrics."""
 
     name: str
     metric: str
-    """The metric that it is about: the report marks the curve of it."""
+    """The metric that the rule is about, whose curve the report marks."""
     sentence: str
     advice: str
     condition: Callable[[History], bool]
     not_for: str | None = None
-    """Algorithm for which the numbers mean something else."""
+    """Algorithm to which the rule does not apply."""
 
 
 def finite(history: History, name: str) -> list[float]:
-    """The finite values of a metric, oldest first."""
-    found = (row.get(name) for row in history)
-    return [float(v) for v in found if v is not None and math.isfinite(v)]
+    """Return the finite values of a metric, oldest first."""
+    values = (row.get(name) for row in history)
+    return [float(value) for value in values if value is not None and math.isfinite(value)]
 
 
 def newest(history: History, name: str) -> float | None:
-    """The metric at the newest step; None where it was not logged or not finite."""
+    """Return the metric at the newest step; None if not logged or not finite."""
     value = history[-1].get(name) if history else None
     return float(value) if value is not None and math.isfinite(value) else None
 
 
 def at_least(name: str, limit: float) -> Callable[[History], bool]:
-    """The newest value is `limit` or more."""
+    """Return the condition that the newest value is `limit` or more."""
     return lambda history: (value := newest(history, name)) is not None and value >= limit
 
 
 def above(name: str, limit: float) -> Callable[[History], bool]:
-    """The newest value is more than `limit`."""
+    """Return the condition that the newest value is above `limit`."""
     return lambda history: (value := newest(history, name)) is not None and value > limit
 
 
 def below(name: str, limit: float) -> Callable[[History], bool]:
-    """The newest value is less than `limit`."""
+    """Return the condition that the newest value is below `limit`."""
     return lambda history: (value := newest(history, name)) is not None and value < limit
 
 
 def at_start(history: History) -> bool:
-    """The newest row is one of the first steps."""
+    """Return True when the newest row is one of the first steps."""
     return (newest(history, "step") or math.inf) <= FIRST
 
 
 def truncated_at_start(history: History) -> bool:
-    """In the third to tenth step more than half of all completions so far were cut, and of the newest 30% at least;
-    from 90% on it is `truncation`."""
+    """Return True when more than half of all completions in the first steps were truncated.
+
+    Applies to the third to tenth step, if at least 30% of the newest completions were truncated; from 90% on the rule
+    `truncation` applies.
+    """
     shares, now = finite(history, "completions/clipped_ratio"), newest(history, "completions/clipped_ratio")
     return at_start(history) and now is not None and len(shares) >= 3 and mean(shares) > 0.5 and 0.3 <= now < 0.9
 
 
 def too_hard(history: History) -> bool:
-    """No completion of the last ten steps or more had another reward than 0."""
+    """Return True when all rewards of at least the last ten steps are 0."""
     rewards, spread = finite(history, "reward"), finite(history, "reward_std")
     nothing = len(rewards) >= FIRST and not any(rewards) and not any(spread)
     return nothing and newest(history, "reward") == 0
 
 
 def equal_rewards(history: History) -> bool:
-    """No group's rewards differ, and nothing but a KL term moves the weights.
+    """Return True when all groups have equal rewards and nothing but a KL term moves the weights.
 
-    A run with one completion per prompt (SFT, REINFORCE) has equal groups at every step and learns all the same.
+    A run with one completion per prompt (SFT, REINFORCE) has equal groups at every step and still learns.
     """
     learns = newest(history, "grad_norm") != 0 and newest(history, "kl") is None
     return newest(history, "frac_reward_zero_std") == 1 and not learns and not too_hard(history)
 
 
 def equal_share(history: History, rows: int) -> float:
-    """Mean share of groups with equal rewards over the last `rows` steps; 0 before there are as many, and where every
-    group of the newest step is equal, which is another rule's or one completion per prompt."""
+    """Return the mean share of groups with equal rewards over the last `rows` steps; 0 with fewer steps.
+
+    Also 0 if all groups of the newest step are equal, which another rule covers, or which is normal with one completion
+    per prompt.
+    """
     shares, now = finite(history, "frac_reward_zero_std")[-rows:], newest(history, "frac_reward_zero_std")
     return mean(shares) if len(shares) == rows and now is not None and now < 1 else 0.0
 
 
 def too_easy(history: History) -> bool:
-    """From the start more than 80% of groups have equal rewards, and not because they are all 0."""
+    """Return True when from the start over 80% of groups have equal rewards, and these are mostly high."""
     return at_start(history) and equal_share(history, 5) > 0.8 and mean(finite(history, "reward")) > 0.5
 
 
 def few_groups(history: History) -> bool:
-    """After the start, over ten steps, more than 80% of groups have equal rewards."""
+    """Return True when after the start, over ten steps, over 80% of groups have equal rewards."""
     return not at_start(history) and equal_share(history, 10) > 0.8
 
 
 def mismatch_is_high(history: History) -> bool:
-    """The mean mismatch is above half of what stops the run."""
+    """Return True when the mean mismatch is above half of the limit that stops the run."""
     size, limit = newest(history, MISMATCH), newest(history, "parity/limit")
     return size is not None and limit is not None and size > 0.5 * limit
 
 
 def skipped(history: History) -> bool:
-    """An update was skipped, and not by fp16's search for its loss scale, which skips some at the start."""
+    """Return True when an update was skipped, except while fp16 searches for its loss scale."""
     return bool(newest(history, "skipped_updates")) and (newest(history, "loss_scale") or 1.0) <= 1.0
 
 
 def not_finite(history: History) -> bool:
-    """Loss or gradient norm was logged and is no number, and yet the update was taken."""
+    """Return True when loss or gradient norm is not finite although the update was not skipped."""
     row = history[-1] if history else {}
     bad = any(name in row and newest(history, name) is None for name in ("loss", "grad_norm"))
     return bad and not newest(history, "skipped_updates")
 
 
 def gradient_explodes(history: History) -> bool:
-    """The gradient norm is above 1 and ten times the median of the steps before, of which there are at least five."""
+    """Return True when the gradient norm is above 1 and ten times the median of at least five earlier steps."""
     now, before = newest(history, "grad_norm"), finite(history[:-1], "grad_norm")
     return now is not None and len(before) >= 5 and now > 1 and now > 10 * median(before)
 
 
 def takes_most(phase: str) -> Callable[[History], bool]:
-    """The phase takes more than nine tenths of each of the last five steps, in a run that samples."""
+    """Return the condition that a phase takes over 90% of each of the last five steps, in a run that samples."""
 
     def condition(history: History) -> bool:
         if newest(history, MISMATCH) is None or newest(history, phase) is None:
@@ -153,19 +159,25 @@ def takes_most(phase: str) -> Callable[[History], bool]:
 
 
 def memory_grows(history: History) -> bool:
-    """Over at least 30 steps in five equal parts, the peak of each part is 1% above that of the part before, and the
-    last is 10% above the first."""
+    """Return True when peak memory keeps growing.
+
+    Over at least 30 steps in five equal parts, the peak of each part is 1% above that of the previous part, and that of
+    the last part is 10% above the first.
+    """
     peaks = finite(history, "perf/peak_GiB")
     if newest(history, "perf/peak_GiB") is None or len(peaks) < 30:
         return False
     part = len(peaks) // 5
     tops = [max(peaks[len(peaks) - (5 - i) * part :][:part]) for i in range(5)]
-    return tops[4] > 1.1 * tops[0] and all(b > 1.01 * a for a, b in pairwise(tops))
+    return tops[4] > 1.1 * tops[0] and all(later > 1.01 * earlier for earlier, later in pairwise(tops))
 
 
 def eval_falls(history: History) -> bool:
-    """The held-out reward is two standard errors below an earlier one, and the training reward fell by less than a
-    quarter of that, if at all."""
+    """Return True when the held-out reward falls and the training reward does not.
+
+    The held-out reward is two standard errors below an earlier one, and the training reward fell by less than a quarter
+    of that, if at all.
+    """
     now = newest(history, "eval/reward")
     before = [(row["eval/reward"], i) for i, row in enumerate(history[:-1]) if finite([row], "eval/reward")]
     if now is None or not before:
@@ -252,7 +264,7 @@ RULES = [
         "the ratio of {clip_ratio/region_mean:.0%} of tokens is clipped, so their gradient is lost",
         "lower optim.lr, or take fewer updates per step (optim.minibatches, optim.passes)",
         above("clip_ratio/region_mean", 0.1),
-        not_for="gspo",  # its band is so narrow that clipping many sequences is what it does
+        not_for="gspo",  # its clip range is so narrow that many sequences are clipped by design
     ),
     Rule(
         "invalid_rewards",
@@ -323,18 +335,18 @@ RULES = [
 
 
 class _Numbers(dict[str, float]):
-    """The metrics of a row as numbers; a metric that is missing or null reads as nan."""
+    """The metrics of a row as numbers, with nan for missing ones."""
 
     def __missing__(self, name: str) -> float:
         return math.nan
 
 
 def check(history: History, algorithm: str = "") -> list[Message]:
-    """What is wrong at the newest row of `history`; [] when nothing is. algorithm: `algo.name` of the run."""
+    """Return the health messages for the newest row of `history`. algorithm: `algo.name` of the run."""
     recent = history[-WINDOW:]
     if not recent:
         return []
-    numbers = _Numbers({k: v for k, v in recent[-1].items() if isinstance(v, int | float)})
+    numbers = _Numbers({name: value for name, value in recent[-1].items() if isinstance(value, int | float)})
     return [
         Message(rule.name, f"{rule.sentence}: {rule.advice}".format_map(numbers))
         for rule in RULES

@@ -1,7 +1,7 @@
-"""All trackers of a run: checked before it, started, told of each step, finished.
+"""Manage the trackers of a run: check and start them, log each step to them, and finish them.
 
-The loop hands a step over and does not wait: each tracker works on a thread of its own. One that fails or falls behind
-is noted, once when it begins and with a count at the end, and the run goes on; metrics.jsonl and rollouts/ have it all.
+Each tracker runs on a separate thread, so the loop does not wait for it. If one fails or falls behind, this is reported
+once and with a count at the end, and the run continues; metrics.jsonl and rollouts/ have all data.
 """
 
 from __future__ import annotations
@@ -24,40 +24,44 @@ from rlft.runs.tables import shown_prompt
 from rlft.types import Rollout
 
 LINGER = 60.0
-"""Seconds that the end of a run waits for a tracker to take what it was given."""
+"""Seconds to wait at the end of a run for a tracker to process its queue."""
 
 
 def problems(track: Track) -> Iterator[str]:
-    """What keeps the trackers from starting: unknown names, missing packages, no login. No network, no prompt."""
+    """Yield reasons why trackers cannot start: unknown names, missing packages, no login. Uses no network or prompt."""
     for name in track.use:
         try:
             if ":" in name:
-                _own(name)
+                _user_tracker(name)
                 continue
             module = resolve.module(name, "rlft.monitor.trackers", "track.use")
         except RlftError as error:
             yield str(error)
             continue
-        have = version(module.PACKAGE)
-        if have is None:
+        installed = version(module.PACKAGE)
+        if installed is None:
             yield f"track.use = \"{name}\": {module.PACKAGE} is not installed: pip install 'rlft[{name}]'"
-        elif release(have) < release(module.SINCE):
+        elif release(installed) < release(module.SINCE):
             yield (
-                f'track.use = "{name}": {module.PACKAGE} {have} is too old: pip install -U '
+                f'track.use = "{name}": {module.PACKAGE} {installed} is too old: pip install -U '
                 f"'{module.PACKAGE}>={module.SINCE}'"
             )
-        elif hasattr(module, "problem") and (found := module.problem(track)):
-            yield found
+        elif hasattr(module, "problem") and (message := module.problem(track)):
+            yield message
 
 
-def _own(name: str) -> Any:
-    """A user's tracker class. Raises ConfigError when it lacks a method; what its file raises passes through."""
-    made = resolve.attribute(name, "track.use")
-    missing = [method for method in ("log", "finish") if not callable(getattr(made, method, None))]
-    if not isinstance(made, type) or missing:
-        what = f"no class but {type(made).__name__}" if not isinstance(made, type) else f"lacks {' and '.join(missing)}"
-        raise ConfigError(f'track.use = "{name}": {what}; see rlft/trackers/__init__.py for what a tracker is')
-    return made
+def _user_tracker(name: str) -> Any:
+    """Return a user's tracker class. Raises ConfigError when it lacks a method; errors of its file propagate."""
+    tracker_class = resolve.attribute(name, "track.use")
+    missing = [method for method in ("log", "finish") if not callable(getattr(tracker_class, method, None))]
+    if not isinstance(tracker_class, type) or missing:
+        what = (
+            f"no class but {type(tracker_class).__name__}"
+            if not isinstance(tracker_class, type)
+            else f"lacks {' and '.join(missing)}"
+        )
+        raise ConfigError(f'track.use = "{name}": {what}; see rlft/monitor/trackers/__init__.py for what a tracker is')
+    return tracker_class
 
 
 @dataclass
@@ -71,19 +75,21 @@ class _Tracker:
 
 
 class Tracking:
-    """The trackers of a run. A context manager: they are finished on the way out, whatever happened."""
+    """The trackers of a run, as a context manager that finishes them."""
 
     def __init__(self, cfg: Config, run: Run, step: int, resumed: bool, note: Callable[[str], None]) -> None:
-        """Start them. step: steps done. note: told what goes wrong. Raises ConfigError when one cannot be started."""
+        """Start the trackers. step: completed steps. note: called with messages. Raises ConfigError on failure."""
         self._rows, self._note = cfg.track.completions, note
         self._trackers: list[_Tracker] = []
         name = cfg.track.name or run.path.resolve().name
         start = Start(run.path.resolve(), name, to_table(cfg), cfg.track, step, resumed, run.lines_logged())
         for use in cfg.track.use:
-            make = _own(use) if ":" in use else resolve.module(use, "rlft.monitor.trackers", "track.use").Tracker
+            make = (
+                _user_tracker(use) if ":" in use else resolve.module(use, "rlft.monitor.trackers", "track.use").Tracker
+            )
             try:
                 self._trackers.append(_Tracker(use, make(start), Background(f"rlft-{use}")))
-            except Exception as error:  # a tracker may raise anything: no network, a full disk, a wrong key
+            except Exception as error:  # a tracker may raise anything
                 self._finish(ok=False)
                 hint = '; or set track.mode = "offline"' if use == "wandb" and cfg.track.mode != "offline" else ""
                 raise ConfigError(
@@ -99,8 +105,8 @@ class Tracking:
 
     @property
     def link(self) -> str | None:
-        """The run's page at the first tracker that has one."""
-        links = (getattr(t.tracker, "link", None) for t in self._trackers)
+        """URL of the run at the first tracker that has one."""
+        links = (getattr(tracker.tracker, "link", None) for tracker in self._trackers)
         return next((link for link in links if link), None)
 
     def log(
@@ -112,60 +118,66 @@ class Tracking:
         scores: Mapping[str, Sequence[Any]],
         messages: Sequence[Any] = (),
     ) -> None:
-        """Hand a step, or an evaluation after it, to every tracker.
+        """Log a step, or an evaluation after it, to every tracker.
 
-        values: as logged to metrics.jsonl. name: of the table of `completions`, of which the first `track.completions`
-        go. scores: further columns, as long as `completions`. messages: health messages that are new.
+        values: as in metrics.jsonl. name: of the table of `completions`, of which the first `track.completions` are
+        logged. scores: further columns, as long as `completions`. messages: new health messages.
         """
         if not self._trackers:
             return
-        metrics = {k if k.startswith("eval/") else f"train/{k}": v for k, v in values.items()}
+        metrics = {
+            metric if metric.startswith("eval/") else f"train/{metric}": value for metric, value in values.items()
+        }
         rows = table(step, completions[: self._rows], scores)
         tables = {name: rows} if rows else {}
-        for t in self._trackers:
-            t.calls += 1
-            if not t.background.offer(lambda t=t: self._call(t, step, metrics, tables, messages)):
-                self._failed(t, "it has fallen behind")
+        for tracker in self._trackers:
+            tracker.calls += 1
+            if not tracker.background.offer(
+                lambda tracker=tracker: self._call(tracker, step, metrics, tables, messages)
+            ):
+                self._failed(tracker, "it has fallen behind")
 
-    def _call(self, t: _Tracker, *arguments: Any) -> None:
+    def _call(self, tracker: _Tracker, *arguments: Any) -> None:
         try:
-            t.tracker.log(*arguments)
-        except Exception as error:  # a tracker may raise anything, and none of it is worth a run
-            self._failed(t, f"{type(error).__name__}: {error}")
+            tracker.tracker.log(*arguments)
+        except Exception as error:  # a tracker may raise anything, and must not stop the run
+            self._failed(tracker, f"{type(error).__name__}: {error}")
 
-    def _failed(self, t: _Tracker, error: str) -> None:
-        t.missed += 1
-        if t.missed == 1:
-            t.error = error
-            self._note(f'tracker "{t.name}" failed: {error}; the run goes on, and metrics.jsonl has everything')
+    def _failed(self, tracker: _Tracker, error: str) -> None:
+        tracker.missed += 1
+        if tracker.missed == 1:
+            tracker.error = error
+            self._note(f'tracker "{tracker.name}" failed: {error}; the run goes on, and metrics.jsonl has everything')
 
     def _finish(self, ok: bool) -> None:
         trackers, self._trackers = self._trackers, []
-        for t in trackers:
-            if not t.background.flush(LINGER):
-                self._note(f'tracker "{t.name}" is still busy after {LINGER:.0f} s and is left behind')
+        for tracker in trackers:
+            if not tracker.background.flush(LINGER):
+                self._note(f'tracker "{tracker.name}" is still busy after {LINGER:.0f} s and is left behind')
                 continue
-            t.background.stop()
+            tracker.background.stop()
             try:
-                t.tracker.finish(ok)
+                tracker.tracker.finish(ok)
             except Exception as error:  # as in `_call`
-                self._note(f'tracker "{t.name}" could not be finished: {type(error).__name__}: {error}')
-            if t.missed:
-                self._note(f'tracker "{t.name}" missed {t.missed} of {t.calls} rows ({t.error})')
+                self._note(f'tracker "{tracker.name}" could not be finished: {type(error).__name__}: {error}')
+            if tracker.missed:
+                self._note(
+                    f'tracker "{tracker.name}" missed {tracker.missed} of {tracker.calls} rows ({tracker.error})'
+                )
 
 
 def table(step: int, rollouts: Sequence[Rollout], scores: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
-    """One dict per completion: step, prompt, completion, the scores (None where not a number), how it ended."""
+    """Return one dict per completion: step, prompt, completion, scores (None if nan), tokens, finish reason."""
     return [
         {
             "step": step,
-            "prompt": shown_prompt(r.prompt),
-            "completion": r.text,
+            "prompt": shown_prompt(rollout.prompt),
+            "completion": rollout.text,
             **{name: _cell(values[i]) for name, values in scores.items()},
-            "tokens": len(r.completion_ids),
-            "finish_reason": r.finish_reason,
+            "tokens": len(rollout.completion_ids),
+            "finish_reason": rollout.finish_reason,
         }
-        for i, r in enumerate(rollouts)
+        for i, rollout in enumerate(rollouts)
     ]
 
 

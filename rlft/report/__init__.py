@@ -1,8 +1,8 @@
-"""One HTML file about a run, or about several compared, from their folders: no network, no library, no account.
+"""Write a self-contained HTML report of a run, or a comparison of several runs, from their folders.
 
-Curves are SVG drawn here; the script in the page moves a cursor over them, chooses the step whose completions are shown
-and shades their tokens. Everything that came from a model or a dataset is escaped; the page's policy forbids it any
-request, and any style or script but the two files beside this one.
+Curves are SVG generated here. The script in the page moves a cursor over them, selects the step whose completions are
+shown, and shades their tokens. All text from a model or a dataset is escaped, and the page's content security policy
+forbids requests and any style or script except the two files in this package.
 """
 
 from rlft.report.comparison import write as compare

@@ -1,7 +1,7 @@
-"""Which curves a run has, from its metrics; long runs thinned, noisy ones with a running median, health marked on them.
+"""Choose the charts of a run from its metrics, with binning, running medians and health marks.
 
-A chart names metrics; what a run did not log is left out, and what no chart names gets a small chart of its own at the
-end, so that nothing logged is out of sight.
+A chart lists metrics. Metrics that a run did not log are omitted, and logged metrics that are in no chart get a
+separate small chart at the end, so that everything logged is shown.
 """
 
 from __future__ import annotations
@@ -16,56 +16,61 @@ from rlft.monitor import health
 from rlft.report.curves import Drawing, Line, Mark
 
 MOST_POINTS = 300
-"""Points of a curve: the steps of a longer run are drawn as means of two, three, ... with a band of their extremes."""
+"""Largest number of points per curve: longer runs are drawn as means of bins, with a band of the extremes."""
 SMOOTH_FROM = 60
-"""Points from which on a running median is drawn over a curve: unlike a mean it does not spread a spike."""
+"""Smallest number of points for a running median, which unlike a mean does not spread a spike."""
 MOST_OTHERS = 40
 ERRORS = ("_low", "_high", "_stderr", "_change")
-"""Endings of the numbers that belong to another eval/* metric."""
+"""Suffixes of numbers that belong to another eval/* metric."""
 PHASES = ("generate", "reward", "train", "sync", "idle")
 Rows = Sequence[Mapping[str, Any]]
 
 
 class Chart(NamedTuple):
-    """One card with curves, by the names of their metrics."""
+    """A chart, defined by the names of its metrics."""
 
     title: str
     lines: Mapping[str, str]
     """Legend -> metric."""
     spread: str = ""
-    """Metric drawn as a band of plus and minus its value around the first line."""
+    """Metric whose value is drawn as a band of plus and minus around the first line."""
     edges: tuple[str, str] = ("", "")
-    """Metrics of the lower and upper edge of the first line's band."""
+    """Metrics of the lower and upper edge of the band of the first line."""
     log: bool = False
     stacked: bool = False
     note: str = ""
 
 
 def charts(steps: Rows, evaluations: Rows) -> dict[str, list[Chart]]:
-    """Heading -> its charts. `drawings` leaves out those without data."""
+    """Return heading -> charts. `drawings` omits those without data."""
     names = {name for row in steps for name in row}
-    sampled = health.MISMATCH in names
+    is_sampled = health.MISMATCH in names
     return {
-        "Learning": _learning(names, evaluations, sampled),
-        "Optimisation": _optimisation(sampled),
-        "Engine against trainer": _agreement(sampled),
+        "Learning": _learning(names, evaluations, is_sampled),
+        "Optimisation": _optimisation(is_sampled),
+        "Engine against trainer": _agreement(is_sampled),
         "Time and memory": _resources(),
     }
 
 
-def _learning(names: set[str], evaluations: Rows, sampled: bool) -> list[Chart]:
-    means = sorted(n for n in names if n.startswith("rewards/") and n.endswith("/mean"))
-    parts = {n.removeprefix("rewards/").removesuffix("/mean"): n for n in means}
-    scored = sampled or bool(means)  # recorded completions bring rewards that say nothing: 1, or 1 and -1
-    tried = {n for row in evaluations for n in row if n.startswith(("eval/pass@", "eval/avg@"))}
-    passed = sorted((n for n in tried if not n.endswith(ERRORS)), key=lambda n: (len(n), n))
+def _learning(names: set[str], evaluations: Rows, is_sampled: bool) -> list[Chart]:
+    means = sorted(name for name in names if name.startswith("rewards/") and name.endswith("/mean"))
+    parts = {name.removeprefix("rewards/").removesuffix("/mean"): name for name in means}
+    has_rewards = is_sampled or bool(means)  # the rewards of recorded completions (1, or 1 and -1) carry no information
+    variants = {name for row in evaluations for name in row if name.startswith(("eval/pass@", "eval/avg@"))}
+    pass_names = sorted((name for name in variants if not name.endswith(ERRORS)), key=lambda name: (len(name), name))
     eval_edges = next(
-        ((f"{n}_low", f"{n}_high") for n in ["eval/reward"] if any(f"{n}_low" in row for row in evaluations)), ("", "")
+        (
+            (f"{name}_low", f"{name}_high")
+            for name in ["eval/reward"]
+            if any(f"{name}_low" in row for row in evaluations)
+        ),
+        ("", ""),
     )
     return [
         Chart(
             "Reward",
-            {"mean": "reward"} if scored else {},
+            {"mean": "reward"} if has_rewards else {},
             spread="reward_std",
             note="Band: plus and minus one standard deviation over completions.",
         ),
@@ -77,7 +82,7 @@ def _learning(names: set[str], evaluations: Rows, sampled: bool) -> list[Chart]:
             note="Band: 95% interval." if eval_edges[0] else "Band: plus and minus one standard error.",
         ),
         Chart("Held-out loss", {"loss": "eval/loss"}),
-        Chart("Held-out, by number of tries", {n.removeprefix("eval/"): n for n in passed}),
+        Chart("Held-out, by number of tries", {name.removeprefix("eval/"): name for name in pass_names}),
         Chart("Reward by function", parts if len(parts) > 1 else {}),
         Chart(
             "Implicit rewards",
@@ -97,20 +102,20 @@ def _learning(names: set[str], evaluations: Rows, sampled: bool) -> list[Chart]:
                 "groups of equal rewards": "frac_reward_zero_std",
                 "invalid rewards": "frac_reward_invalid",
             }
-            if scored
+            if has_rewards
             else {},
         ),
         Chart("Entropy, nat per token", {"mean": "entropy"}),
     ]
 
 
-def _optimisation(sampled: bool) -> list[Chart]:
+def _optimisation(is_sampled: bool) -> list[Chart]:
     return [
         Chart(
             "Loss",
             {"loss": "loss"},
             note="A policy gradient's loss does not fall as the policy learns: near 0 is usual. Look at the reward."
-            if sampled
+            if is_sampled
             else "",
         ),
         Chart("Gradient norm", {"before clipping": "grad_norm"}),
@@ -129,7 +134,7 @@ def _optimisation(sampled: bool) -> list[Chart]:
     ]
 
 
-def _agreement(sampled: bool) -> list[Chart]:
+def _agreement(is_sampled: bool) -> list[Chart]:
     return [
         Chart(
             "Mismatch, nat per token",
@@ -141,7 +146,7 @@ def _agreement(sampled: bool) -> list[Chart]:
                 "max": "sampling/sampling_logp_difference/max",
                 "limit of the mean": "parity/limit",
             }
-            if sampled
+            if is_sampled
             else {},
             log=True,
             note="Size of the difference of trainer and sampler log-probs.",
@@ -159,92 +164,110 @@ def _resources() -> list[Chart]:
 
 
 def others(rows: Rows, shown: Iterable[Chart]) -> list[Chart]:
-    """A chart for each metric that is in none of `shown`. rows: steps and evaluations."""
-    used = {"step", "epoch", "num_tokens", "step_time", "eval/rows", "eval/samples"}
-    used |= {n for chart in shown if chart.lines for n in (*chart.lines.values(), chart.spread, *chart.edges)}
-    names = sorted({n for row in rows for n in row} - used)
-    return [Chart(name, {"": name}) for name in names if not name.endswith(ERRORS)][:MOST_OTHERS]
+    """Return a chart for each metric that is not in `shown`. rows: steps and evaluations."""
+    covered = {"step", "epoch", "num_tokens", "step_time", "eval/rows", "eval/samples"}
+    covered |= {name for chart in shown if chart.lines for name in (*chart.lines.values(), chart.spread, *chart.edges)}
+    remaining = sorted({name for row in rows for name in row} - covered)
+    return [Chart(metric, {"": metric}) for metric in remaining if not metric.endswith(ERRORS)][:MOST_OTHERS]
 
 
-def drawings(rows: Rows, chosen: Iterable[Chart], marks: Mapping[str, Sequence[Mark]]) -> list[Drawing]:
-    """What there is to draw of these charts. rows: steps and evaluations; marks: metric -> what was said about it."""
-    made = []
-    for chart in chosen:
-        own = {row_id: row for row_id, row in enumerate(rows) if any(n in row for n in chart.lines.values())}
-        binned = bins(list(own.values()))
-        lines = [line for i, item in enumerate(chart.lines.items()) if (line := series(binned, chart, i, *item))]
+def drawings(rows: Rows, selected: Iterable[Chart], marks: Mapping[str, Sequence[Mark]]) -> list[Drawing]:
+    """Build the drawings of charts that have data. rows: steps and evaluations. marks: metric -> health marks."""
+    result = []
+    for chart in selected:
+        with_data = {
+            row_id: row for row_id, row in enumerate(rows) if any(name in row for name in chart.lines.values())
+        }
+        row_bins = bins(list(with_data.values()))
+        lines = [line for i, item in enumerate(chart.lines.items()) if (line := series(row_bins, chart, i, *item))]
         if lines:
             names = {*chart.lines.values(), chart.spread, *chart.edges}
-            said = [m for name in names for m in marks.get(name, ())]
-            every = len(binned[-1]) if binned else 1
-            made.append(Drawing(chart.title, lines, chart.log, chart.stacked, said, chart.note, every))
-    return made
+            entries = [entry for name in names for entry in marks.get(name, ())]
+            every = len(row_bins[-1]) if row_bins else 1
+            result.append(Drawing(chart.title, lines, chart.log, chart.stacked, entries, chart.note, every))
+    return result
 
 
 def bins(rows: Rows) -> list[Rows]:
-    """The rows in at most MOST_POINTS runs of equal length, counted from the end: the newest row is always in."""
+    """Split the rows into at most MOST_POINTS bins of equal size, counted from the end to include the newest row."""
     size = math.ceil(len(rows) / MOST_POINTS) or 1
     return [rows[max(0, end - size) : end] for end in range(len(rows), 0, -size)][::-1]
 
 
-def series(binned: Sequence[Rows], chart: Chart, i: int, legend: str, name: str) -> Line | None:
-    """The i-th line of a chart; None without a number to draw (a positive one on a log axis)."""
-    found = [health.finite(rows, name) for rows in binned]
-    if not any(v > 0 or not chart.log for values in found for v in values):
+def series(row_bins: Sequence[Rows], chart: Chart, i: int, legend: str, name: str) -> Line | None:
+    """Build the i-th line of a chart; None without a value to draw (a positive one on a log axis)."""
+    values_by_bin = [health.finite(rows, name) for rows in row_bins]
+    if not any(numbers > 0 or not chart.log for values in values_by_bin for numbers in values):
         return None
-    values = [mean(v) if v else None for v in found]
+    values = [mean(numbers) if numbers else None for numbers in values_by_bin]
     low: Sequence[float | None] = ()
     high: Sequence[float | None] = ()
     if i == 0 and chart.spread:
-        spread = [mean(v) if (v := health.finite(rows, chart.spread)) else None for rows in binned]
+        spread = [mean(numbers) if (numbers := health.finite(rows, chart.spread)) else None for rows in row_bins]
         pairs = list(zip(values, spread, strict=True))
-        low, high = ([None if v is None or d is None else v + sign * d for v, d in pairs] for sign in (-1, 1))
+        low, high = (
+            [
+                None if numbers is None or deviation is None else numbers + sign * deviation
+                for numbers, deviation in pairs
+            ]
+            for sign in (-1, 1)
+        )
     elif i == 0 and chart.edges[0]:
-        low, high = ([mean(v) if (v := health.finite(rows, n)) else None for rows in binned] for n in chart.edges)
-    elif len(binned[-1]) > 1 and not chart.stacked:
-        low, high = ([pick(v) if v else None for v in found] for pick in (min, max))
+        low, high = (
+            [mean(numbers) if (numbers := health.finite(rows, edge)) else None for rows in row_bins]
+            for edge in chart.edges
+        )
+    elif len(row_bins[-1]) > 1 and not chart.stacked:
+        low, high = ([pick(numbers) if numbers else None for numbers in values_by_bin] for pick in (min, max))
     smooth: Sequence[float | None] = ()
-    if len(binned) >= SMOOTH_FROM and not chart.stacked and not chart.log:
+    if len(row_bins) >= SMOOTH_FROM and not chart.stacked and not chart.log:
         smooth = running(values)
-        if i == 0 and (chart.spread or chart.edges[0]):  # but extremes stay what they were
+        if i == 0 and (chart.spread or chart.edges[0]):  # extremes are not smoothed
             low, high = running(low), running(high)
-    newest = health.newest(binned[-1], name)
-    return Line(legend, [int(rows[-1]["step"]) for rows in binned], values, newest, low, high, smooth, i)
+    newest = health.newest(row_bins[-1], name)
+    return Line(legend, [int(rows[-1]["step"]) for rows in row_bins], values, newest, low, high, smooth, i)
 
 
 def running(values: Sequence[float | None]) -> list[float | None]:
-    """Median of a 25th of the values around each, smoothed once more by their mean; None where a value is missing."""
+    """Return the running median over a 25th of the values, smoothed by a running mean; None at missing values."""
     reach = max(1, len(values) // 50)
 
-    def pass_(of: Sequence[float | None], middle: Callable[[list[float]], float]) -> list[float | None]:
-        near = ([v for v in of[max(0, i - reach) : i + reach + 1] if v is not None] for i in range(len(of)))
-        return [None if value is None else middle(v) for value, v in zip(of, near, strict=True)]
+    def pass_(numbers: Sequence[float | None], middle: Callable[[list[float]], float]) -> list[float | None]:
+        windows = (
+            [window for window in numbers[max(0, i - reach) : i + reach + 1] if window is not None]
+            for i in range(len(numbers))
+        )
+        return [None if value is None else middle(window) for value, window in zip(numbers, windows, strict=True)]
 
     return pass_(pass_(values, median), mean)
 
 
 def described(rows: Rows, algorithm: str) -> dict[str, list[tuple[int, str]]]:
-    """Rule -> (step, text) of each time that it spoke. rows: steps and evaluations as they came."""
-    told: dict[str, list[tuple[int, str]]] = {}
+    """Return rule -> (step, text) of each of its messages. rows: steps and evaluations in order."""
+    messages: dict[str, list[tuple[int, str]]] = {}
     for i, row in enumerate(rows):
         for name, message in health.check(rows[max(0, i + 1 - health.WINDOW) : i + 1], algorithm):
-            told.setdefault(name, []).append((int(row["step"]), message))
-    return told
+            messages.setdefault(name, []).append((int(row["step"]), message))
+    return messages
 
 
 def spans(steps: Sequence[int], gap: int = 1) -> list[tuple[int, int]]:
-    """[1, 2, 3, 7] -> [(1, 3), (7, 7)]. gap: steps that are at most so far apart are one span."""
-    starts = [0, *(i for i, (a, b) in enumerate(pairwise(steps), start=1) if b > a + gap)]
-    return [(steps[a], steps[b - 1]) for a, b in zip(starts, [*starts[1:], len(steps)], strict=True)] if steps else []
+    """Group steps into spans: [1, 2, 3, 7] -> [(1, 3), (7, 7)]. gap: largest distance within a span."""
+    starts = [0, *(i for i, (left, right) in enumerate(pairwise(steps), start=1) if right > left + gap)]
+    return (
+        [(steps[left], steps[right - 1]) for left, right in zip(starts, [*starts[1:], len(steps)], strict=True)]
+        if steps
+        else []
+    )
 
 
-def marks(told: Mapping[str, Sequence[tuple[int, str]]], steps: int) -> dict[str, list[Mark]]:
-    """Metric -> what the rules about it said. steps: of the run; what is closer than a 150th of it is one mark."""
-    found: dict[str, list[Mark]] = {}
+def marks(messages: Mapping[str, Sequence[tuple[int, str]]], steps: int) -> dict[str, list[Mark]]:
+    """Return metric -> health marks. steps: of the run; messages closer than a 150th of it become one mark."""
+    by_metric: dict[str, list[Mark]] = {}
     for rule in health.RULES:
-        said = told.get(rule.name, ())
-        for first, last in spans([step for step, _ in said], max(1, steps // 150)):
-            message = next(text for step, text in said if step == first)
+        entries = messages.get(rule.name, ())
+        for first, last in spans([step for step, _ in entries], max(1, steps // 150)):
+            message = next(text for step, text in entries if step == first)
             where = f"step {first}" if first == last else f"steps {first} to {last}"
-            found.setdefault(rule.metric, []).append(Mark(first, last, f"{where}: {message}"))
-    return found
+            by_metric.setdefault(rule.metric, []).append(Mark(first, last, f"{where}: {message}"))
+    return by_metric

@@ -1,4 +1,4 @@
-"""The page of several runs: final numbers, evaluations, the settings that differ, and curves over each other."""
+"""The comparison of several runs: final numbers, evaluations, differing settings, and overlaid curves."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from rlft.report.page import (
 from rlft.runs.folder import Run
 
 LAST = 10
-"""Steps at the end of a run that its final numbers are means over: one step alone is noise."""
+"""Number of last steps over which the final numbers are averaged, since a single step is noisy."""
 SECTIONS = ("Final numbers", "Evaluation", "Settings that differ", "Curves", "Health")
 Rows = Sequence[Mapping[str, Any]]
 
 
 class Column(NamedTuple):
-    """One of the runs."""
+    """The data of one run."""
 
     name: str
     config: dict[str, Any]
@@ -41,9 +41,9 @@ class Column(NamedTuple):
 
 
 def write(folders: Sequence[Path], out: Path) -> Path:
-    """Write the page that compares the runs in these folders to `out`; returns its path.
+    """Write the comparison of the runs in these folders to `out`, and return its path.
 
-    Raises ConfigError when a folder holds no run.
+    Raises ConfigError when a folder has no run.
     """
     runs = [Run.resume(folder) for folder in folders]
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -51,7 +51,7 @@ def write(folders: Sequence[Path], out: Path) -> Path:
 
 
 def page(runs: Sequence[Run]) -> str:
-    """The whole page as text."""
+    """Return the HTML of the page."""
     columns = [
         Column(name, config_of(run), rows, *parts_of(rows))
         for name, run in zip(names_of([run.path for run in runs]), runs, strict=True)
@@ -72,24 +72,24 @@ def page(runs: Sequence[Run]) -> str:
 
 
 def names_of(paths: Sequence[Path]) -> list[str]:
-    """The last part of each path, with as many parts before it takes to tell them apart."""
+    """Return the last part of each path, with as many parent parts as needed to make them distinct."""
     parts = [path.resolve().parts for path in paths]
     for depth in range(1, max(map(len, parts)) + 1):
         names = ["/".join(part[-depth:]) for part in parts]
         if len(set(names)) == len(names):
             return names
-    return names  # the same folder twice
+    return names  # the same folder occurs twice
 
 
 def final(columns: Sequence[Column]) -> str:
-    """A line per number, a column per run."""
+    """Return a table of final numbers with a column per run."""
 
     def lately(name: str) -> Callable[[Column], str]:
-        return lambda c: number(mean(values)) if (values := health.finite(c.steps, name)[-LAST:]) else "-"
+        return lambda column: number(mean(values)) if (values := health.finite(column.steps, name)[-LAST:]) else "-"
 
     lines: dict[str, Callable[[Column], str]] = {
-        "algorithm": lambda c: algorithm_of(c.config) or "-",
-        "steps": lambda c: f"{len(c.steps):,}",
+        "algorithm": lambda column: algorithm_of(column.config) or "-",
+        "steps": lambda column: f"{len(column.steps):,}",
         "reward": lately("reward"),
         "loss": lately("loss"),
         "completion length, tokens": lately("completions/mean_length"),
@@ -100,87 +100,98 @@ def final(columns: Sequence[Column]) -> str:
         "clipped ratios": lately("clip_ratio/region_mean"),
         "KL to the reference": lately("kl"),
         "pairs in the right order": lately("rewards/accuracies"),
-        "mismatch, nat, worst step": lambda c: number(
-            max(health.finite(c.steps, health.MISMATCH), default=None), ".2g"
+        "mismatch, nat, worst step": lambda column: number(
+            max(health.finite(column.steps, health.MISMATCH), default=None), ".2g"
         ),
         "seconds per step": lately("step_time"),
-        "time in steps": lambda c: duration(sum(s)) if (s := health.finite(c.steps, "step_time")) else "-",
+        "time in steps": lambda column: (
+            duration(sum(seconds)) if (seconds := health.finite(column.steps, "step_time")) else "-"
+        ),
         "sampling, tokens per second": lately("perf/rollout_tokens_per_s"),
         "training, tokens per second": lately("perf/training_tokens_per_s"),
-        "tokens": lambda c: number(max(health.finite(c.steps, "num_tokens"), default=None), ",.0f"),
-        "peak memory, GiB": lambda c: number(max(health.finite(c.steps, "perf/peak_GiB"), default=None), ".3g"),
+        "tokens": lambda column: number(max(health.finite(column.steps, "num_tokens"), default=None), ",.0f"),
+        "peak memory, GiB": lambda column: number(
+            max(health.finite(column.steps, "perf/peak_GiB"), default=None), ".3g"
+        ),
     }
-    made = [[name, *map(of, columns)] for name, of in lines.items()]
-    return table(["", *(c.name for c in columns)], [line for line in made if set(line[1:]) != {"-"}])
+    table_lines = [[name, *map(value_of, columns)] for name, value_of in lines.items()]
+    return table(["", *(column.name for column in columns)], [line for line in table_lines if set(line[1:]) != {"-"}])
 
 
 def evaluations(columns: Sequence[Column]) -> str:
-    """A line per eval/* metric: the first and the last value of each run."""
-    names = evaluation_names([row for c in columns for row in c.evaluations])
+    """Return a table with a line per eval/* metric: the first and the last value of each run."""
+    names = evaluation_names([row for column in columns for row in column.evaluations])
 
     def cell(column: Column, name: str) -> str:
-        measured = [row for row in column.evaluations if row.get(name) is not None]
-        if not measured:
+        rows = [row for row in column.evaluations if row.get(name) is not None]
+        if not rows:
             return "-"
-        last = with_error(measured[-1], name)
-        return f"{number(measured[0][name])} → {last}" if len(measured) > 1 else last
+        last = with_error(rows[-1], name)
+        return f"{number(rows[0][name])} → {last}" if len(rows) > 1 else last
 
-    lines = [[name.removeprefix("eval/"), *(cell(c, name) for c in columns)] for name in names]
-    after = ["after step", *(str(c.evaluations[-1]["step"]) if c.evaluations else "-" for c in columns)]
-    return table(["", *(c.name for c in columns)], [after, *lines]) if names else ""
+    lines = [[name.removeprefix("eval/"), *(cell(column, name) for column in columns)] for name in names]
+    after = ["after step", *(str(column.evaluations[-1]["step"]) if column.evaluations else "-" for column in columns)]
+    return table(["", *(column.name for column in columns)], [after, *lines]) if names else ""
 
 
 def settings(columns: Sequence[Column]) -> str:
-    """The settings that are not the same in all runs; their folders of course are not."""
-    flat = [{k: v for k, v in flatten(c.config).items() if k != "out"} for c in columns]
-    names = dict.fromkeys(name for settings in flat for name in settings)
-    differ = [n for n in names if len({settings.get(n, "-") for settings in flat}) > 1]
+    """Return a table of the settings that differ between runs, except the run folder."""
+    flattened = [{key: value for key, value in flatten(column.config).items() if key != "out"} for column in columns]
+    names = dict.fromkeys(name for run_settings in flattened for name in run_settings)
+    differ = [name for name in names if len({run_settings.get(name, "-") for run_settings in flattened}) > 1]
     if not differ:
         return "<p>None: every setting is the same.</p>"
-    return table(["", *(c.name for c in columns)], [[n, *(s.get(n, "-") for s in flat)] for n in differ])
+    return table(
+        ["", *(column.name for column in columns)],
+        [[name, *(run_settings.get(name, "-") for run_settings in flattened)] for name in differ],
+    )
 
 
 def flatten(config: Mapping[str, Any], before: str = "") -> dict[str, str]:
-    """{"optim": {"lr": 1e-5}} -> {"optim.lr": "1e-05"}."""
-    found: dict[str, str] = {}
+    """Flatten nested settings: {"optim": {"lr": 1e-5}} -> {"optim.lr": "1e-05"}."""
+    flat_settings: dict[str, str] = {}
     for key, value in config.items():
-        found |= flatten(value, f"{before}{key}.") if isinstance(value, Mapping) else {f"{before}{key}": str(value)}
-    return found
+        flat_settings |= (
+            flatten(value, f"{before}{key}.") if isinstance(value, Mapping) else {f"{before}{key}": str(value)}
+        )
+    return flat_settings
 
 
 def curves(columns: Sequence[Column]) -> str:
-    """A chart per metric, with a line per run."""
-    known = charts.charts([row for c in columns for row in c.steps], [row for c in columns for row in c.evaluations])
+    """Return a chart per metric, with a line per run."""
+    by_heading = charts.charts(
+        [row for column in columns for row in column.steps], [row for column in columns for row in column.evaluations]
+    )
     out = []
-    for title, chosen in known.items():
-        drawn = []
-        for chart in chosen:
+    for title, selected in by_heading.items():
+        figures = []
+        for chart in selected:
             for legend, name in chart.lines.items():
                 if name == "parity/limit":
-                    continue  # a setting, not a course
+                    continue  # a setting, not a measured curve
                 heading = chart.title if len(chart.lines) == 1 else f"{chart.title}: {legend}"
-                if made := overlay(columns, charts.Chart(heading, {legend: name}, log=chart.log), name):
-                    drawn.append(made)
-        out.append(grid(title, drawn))
+                if drawing := overlay(columns, charts.Chart(heading, {legend: name}, log=chart.log), name):
+                    figures.append(drawing)
+        out.append(grid(title, figures))
     return "".join(out)
 
 
 def overlay(columns: Sequence[Column], chart: charts.Chart, name: str) -> Drawing | None:
-    """The curves of one metric; None where no run has it."""
+    """Return the curves of one metric; None if no run has it."""
     lines = []
     for i, column in enumerate(columns):
-        binned = charts.bins([row for row in column.rows if name in row])
-        line = charts.series(binned, chart, 0, column.name, name) if binned else None
+        row_bins = charts.bins([row for row in column.rows if name in row])
+        line = charts.series(row_bins, chart, 0, column.name, name) if row_bins else None
         if line:
             lines.append(line._replace(low=(), high=(), colour=i))
     return Drawing(chart.title, lines, chart.log) if lines else None
 
 
 def description(columns: Sequence[Column]) -> str:
-    """What the health rules said about each run: when, and the last text."""
+    """Return a table of health messages of each run: steps and last text."""
     lines = []
     for column in columns:
-        for name, said in charts.described(column.rows, algorithm_of(column.config)).items():
-            at = where(charts.spans([step for step, _ in said]))
-            lines.append([column.name, name.replace("_", " "), at, said[-1][1]])
+        for name, messages in charts.described(column.rows, algorithm_of(column.config)).items():
+            steps_text = where(charts.spans([step for step, _ in messages]))
+            lines.append([column.name, name.replace("_", " "), steps_text, messages[-1][1]])
     return table(["run", "rule", "when", "what"], lines) if lines else "<p>Nothing to report about any of them.</p>"

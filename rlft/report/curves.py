@@ -1,7 +1,9 @@
-"""Curves as SVG: axes, lines, bands, stacks, and marks on the time axis.
+"""Draw curves as SVG: axes, lines, bands, stacks, and marks on the time axis.
 
-Drawn here and not by a library, so that the page needs none. Colours are classes: the page's style has them for light
-and dark.
+Generated without a library, so that the page needs none. Colours are CSS classes, defined in the page's style for light
+and dark mode.
+
+Legend: x and y map a step and a value to SVG coordinates.
 """
 
 from __future__ import annotations
@@ -14,21 +16,21 @@ from typing import NamedTuple
 from rlft.report.markup import number, text
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 380, 190, 48, 10, 14, 24
-"""Of a chart and its margins, in SVG units."""
+"""Size of a chart and its margins, in SVG units."""
 COLOURS = 8
-"""Series colours in report.css."""
+"""Number of series colours in report.css."""
 Values = Sequence[float | None]
 Axis = Callable[[float], float]
 
 
 class Line(NamedTuple):
-    """One series over steps. Missing values are None."""
+    """One series over steps, with None for missing values."""
 
     legend: str
     steps: Sequence[int]
     values: Values
     newest: float | None = None
-    """What the legend shows until the cursor is somewhere."""
+    """Value in the legend while there is no cursor."""
     low: Values = ()
     """Lower edge of a band, as long as `values`; () for none."""
     high: Values = ()
@@ -38,7 +40,7 @@ class Line(NamedTuple):
 
 
 class Mark(NamedTuple):
-    """Something that was said about steps `first` to `last`."""
+    """A health message about steps `first` to `last`."""
 
     first: int
     last: int
@@ -46,29 +48,29 @@ class Mark(NamedTuple):
 
 
 class Drawing(NamedTuple):
-    """One card with curves."""
+    """A chart to draw."""
 
     title: str
     lines: Sequence[Line]
     log: bool = False
     stacked: bool = False
-    """Areas on top of each other instead of lines; every line has the same steps."""
+    """Stacked areas instead of lines; all lines have the same steps."""
     marks: Sequence[Mark] = ()
     note: str = ""
-    """How to read it, in a sentence."""
+    """A sentence on how to read the chart."""
     every: int = 1
-    """Steps behind each point."""
+    """Number of steps per point."""
 
 
 def figure(drawing: Drawing) -> str:
-    """A card: title, legend with the newest values, SVG, and the data that the script reads."""
+    """Return a figure: title, legend with the newest values, SVG, and data for the script."""
     steps: list[Sequence[int]] = []
     for line in drawing.lines:
         if line.steps not in steps:
             steps.append(line.steps)
-    lines = [[steps.index(line.steps), [short(v) for v in line.values]] for line in drawing.lines]
+    lines = [[steps.index(line.steps), [short(value) for value in line.values]] for line in drawing.lines]
     data = json.dumps(
-        {"steps": [list(s) for s in steps], "lines": lines, "every": drawing.every}, separators=(",", ":")
+        {"steps": [list(group) for group in steps], "lines": lines, "every": drawing.every}, separators=(",", ":")
     )
     legends = "".join(
         f'<span><i class="c{line.colour % COLOURS}"></i>{text(line.legend)} <b>{number(line.newest)}</b></span>'
@@ -80,12 +82,12 @@ def figure(drawing: Drawing) -> str:
 
 
 def short(value: float | None) -> float | None:
-    """Six digits: what a cursor can show, at half the bytes."""
+    """Round to six digits, which suffices for the cursor and halves the size."""
     return None if value is None else float(f"{value:.6g}")
 
 
 def svg(drawing: Drawing) -> str:
-    """The drawing: grid, axis labels, marks, then areas or bands and lines."""
+    """Return the SVG: grid, axis labels, marks, then areas or bands and lines."""
     start = min(line.steps[0] for line in drawing.lines)
     end = max(line.steps[-1] for line in drawing.lines)
     first, last = start - 0.5, end + 0.5
@@ -103,21 +105,22 @@ def svg(drawing: Drawing) -> str:
         return round(HEIGHT - BOTTOM - up * (HEIGHT - TOP - BOTTOM), 1)
 
     out = [
-        f'<line class="tick" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(t)}" y2="{y(t)}"/>'
-        f'<text x="{LEFT - 6}" y="{y(t) + 4}" text-anchor="end">{tick(t)}</text>'
-        for t in ticks
+        f'<line class="tick" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(level)}" y2="{y(level)}"/>'
+        f'<text x="{LEFT - 6}" y="{y(level) + 4}" text-anchor="end">{tick(level)}</text>'
+        for level in ticks
     ]
-    whole = sorted({round(t) for t in nice_ticks(start, end) if first <= t <= last})
+    whole = sorted({round(level) for level in nice_ticks(start, end) if first <= level <= last})
     out += [
-        f'<text x="{min(x(t), WIDTH - 1 - 3.3 * len(tick(t)))}" y="{HEIGHT - 8}" text-anchor="middle">{tick(t)}</text>'
-        for t in whole
+        f'<text x="{min(x(level), WIDTH - 1 - 3.3 * len(tick(level)))}" y="{HEIGHT - 8}" text-anchor="middle">'
+        f"{tick(level)}</text>"
+        for level in whole
     ]
     if drawing.stacked:
         out += stack(drawing.lines, x, y)
     else:
         out += [part for line in drawing.lines for part in band(line, x, y)]
         out += [part for line in drawing.lines for part in curve(line, x, y, drawing.log)]
-    out += [mark(m, x) for m in drawing.marks]
+    out += [mark(entry, x) for entry in drawing.marks]
     cursor = f'<line class="cursor" x1="-9" x2="-9" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>'
     name = f'viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{text(drawing.title)}"'
     span = f'data-first="{first}" data-last="{last}" data-left="{LEFT / WIDTH}" data-right="{1 - RIGHT / WIDTH}"'
@@ -125,22 +128,23 @@ def svg(drawing: Drawing) -> str:
 
 
 def limits(drawing: Drawing) -> tuple[float, float]:
-    """Lowest and highest value to show, never equal."""
+    """Return the lowest and the highest value to show, never equal."""
     if drawing.stacked:
         return 0.0, max(
-            sum(v or 0.0 for v in at) for at in zip(*(line.values for line in drawing.lines), strict=True)
+            sum(value or 0.0 for value in column)
+            for column in zip(*(line.values for line in drawing.lines), strict=True)
         ) or 1.0
     values = [
-        v
+        value
         for line in drawing.lines
         for part in (line.values, line.low, line.high)
-        for v in part
-        if v is not None and (v > 0 or not drawing.log)
+        for value in part
+        if value is not None and (value > 0 or not drawing.log)
     ]
     low, high = min(values), max(values)
     if drawing.log:
         return low, max(high, low * 10)
-    # A length or a share is read against 0; a loss around 0.002 is not.
+    # The axis of a length or a share starts at 0; that of a loss around 0.002 does not.
     low = 0.0 if 0 < low < 0.6 * high else low
     if low == high == 0:
         return 0.0, 1.0  # a share or a count that stays at 0
@@ -148,7 +152,7 @@ def limits(drawing: Drawing) -> tuple[float, float]:
 
 
 def runs_of(points: Sequence[tuple[float, ...] | None]) -> list[list[tuple[float, ...]]]:
-    """The points in pieces without a gap."""
+    """Split the points at gaps."""
     pieces: list[list[tuple[float, ...]]] = [[]]
     for point in points:
         if point is None:
@@ -159,82 +163,84 @@ def runs_of(points: Sequence[tuple[float, ...] | None]) -> list[list[tuple[float
 
 
 def curve(line: Line, x: Axis, y: Axis, log: bool) -> list[str]:
-    """A polyline, broken where a value is missing, with dots when there are few; thin under its running median."""
+    """Draw a polyline, broken at missing values, with dots if there are few; thin under a running median."""
     colour = line.colour % COLOURS
 
     def points(values: Values) -> list[tuple[float, ...] | None]:
         return [
-            (x(s), y(v)) if v is not None and (v > 0 or not log) else None
-            for s, v in zip(line.steps, values, strict=True)
+            (x(step), y(value)) if value is not None and (value > 0 or not log) else None
+            for step, value in zip(line.steps, values, strict=True)
         ]
 
     pieces = runs_of(points(line.values))
     thin = " thin" if line.smooth else ""
     out = [polyline(piece, f"l{colour}{thin}") for piece in pieces if len(piece) > 1]
-    # A value between two gaps would be invisible as a line.
-    dots = [p for piece in pieces if len(line.values) <= 30 or len(piece) == 1 for p in piece]
-    out += [f'<circle class="c{colour}" cx="{a}" cy="{b}" r="2.5"/>' for a, b in dots]
+    # A single value between two gaps would not be visible as a line.
+    dots = [point for piece in pieces if len(line.values) <= 30 or len(piece) == 1 for point in piece]
+    out += [f'<circle class="c{colour}" cx="{left}" cy="{top}" r="2.5"/>' for left, top in dots]
     return out + [polyline(piece, f"l{colour}") for piece in runs_of(points(line.smooth or [None] * len(line.steps)))]
 
 
 def polyline(piece: Sequence[tuple[float, ...]], kind: str) -> str:
-    """A line through points."""
-    return f'<polyline class="{kind}" points="{" ".join(f"{a},{b}" for a, b in piece)}"/>'
+    """Draw a line through points."""
+    return f'<polyline class="{kind}" points="{" ".join(f"{left},{top}" for left, top in piece)}"/>'
 
 
 def band(line: Line, x: Axis, y: Axis) -> list[str]:
-    """The area between `low` and `high`, in pieces where they are missing."""
+    """Draw the area between `low` and `high`, split at missing values."""
     edges = zip(line.steps, line.low, line.high, strict=False)
-    pieces = runs_of([None if a is None or b is None else (x(s), y(a), y(b)) for s, a, b in edges])
+    pieces = runs_of([None if low is None or high is None else (x(step), y(low), y(high)) for step, low, high in edges])
     return [
-        area([(p[0], p[1], p[2]) for p in piece], f"band c{line.colour % COLOURS}")
+        area([(point[0], point[1], point[2]) for point in piece], f"band c{line.colour % COLOURS}")
         for piece in pieces
         if len(piece) > 1
     ]
 
 
 def area(edge: Sequence[tuple[float, float, float]], kind: str) -> str:
-    """A polygon from points (x, lower y, upper y)."""
+    """Draw a polygon from points (x, lower y, upper y)."""
     corners = [(x, low) for x, low, _ in edge] + [(x, high) for x, _, high in reversed(edge)]
-    return f'<polygon class="{kind}" points="{" ".join(f"{a},{b}" for a, b in corners)}"/>'
+    return f'<polygon class="{kind}" points="{" ".join(f"{left},{top}" for left, top in corners)}"/>'
 
 
 def stack(lines: Sequence[Line], x: Axis, y: Axis) -> list[str]:
-    """The series on top of each other: a bar per step, or areas where bars would be too thin to see."""
+    """Draw stacked series: a bar per step, or areas where bars would be too thin."""
     steps, below = lines[0].steps, [0.0] * len(lines[0].steps)
     width = 0.8 * (x(1) - x(0))
     out = []
     for line in lines:
-        above = [b + (v or 0.0) for b, v in zip(below, line.values, strict=True)]
+        above = [base + (value or 0.0) for base, value in zip(below, line.values, strict=True)]
         colour = f"c{line.colour % COLOURS}"
         if len(steps) > 60:
-            out.append(area([(x(s), y(b), y(a)) for s, b, a in zip(steps, below, above, strict=True)], colour))
+            out.append(
+                area([(x(step), y(base), y(top)) for step, base, top in zip(steps, below, above, strict=True)], colour)
+            )
         else:
             out += [
-                f'<rect class="{colour}" x="{x(s) - width / 2:.1f}" y="{y(a)}" width="{width:.1f}" '
-                f'height="{y(b) - y(a):.1f}"/>'
-                for s, b, a in zip(steps, below, above, strict=True)
-                if a > b
+                f'<rect class="{colour}" x="{x(step) - width / 2:.1f}" y="{y(top)}" width="{width:.1f}" '
+                f'height="{y(base) - y(top):.1f}"/>'
+                for step, base, top in zip(steps, below, above, strict=True)
+                if top > base
             ]
         below = above
     return out
 
 
-def mark(m: Mark, x: Axis) -> str:
-    """A bar above the plot and a faint column through it, with its text on hover."""
-    left, right = x(m.first - 0.5), x(m.last + 0.5)
+def mark(entry: Mark, x: Axis) -> str:
+    """Draw a bar above the plot and a faint column through it, with the text on hover."""
+    left, right = x(entry.first - 0.5), x(entry.last + 0.5)
     middle = (left + right) / 2
     width = max(right - left, 1.0)
     place = f'x="{middle - width / 2:.1f}" y="{TOP}" width="{width:.1f}" height="{HEIGHT - TOP - BOTTOM}"'
     column = f'<rect class="column" {place}/>'
-    # Wide enough to be found by a finger.
+    # Wide enough for touch.
     flag = max(width, 7.0)
     flag = f'<rect class="flag" x="{middle - flag / 2:.1f}" y="{TOP - 9}" width="{flag:.1f}" height="7" rx="2"/>'
-    return f'<g class="mark"><title>{text(m.text)}</title>{column}{flag}</g>'
+    return f'<g class="mark"><title>{text(entry.text)}</title>{column}{flag}</g>'
 
 
 def tick(value: float) -> str:
-    """The label of a tick, at most six characters: there is no room for more."""
+    """Return the label of a tick, at most six characters."""
     for size, unit in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
         if abs(value) >= size:
             return f"{value / (1e3 if unit == 'k' else size):.4g}{unit}"
@@ -245,18 +251,18 @@ def tick(value: float) -> str:
 
 
 def nice_ticks(low: float, high: float) -> list[float]:
-    """Three to seven round numbers that cover [low, high]."""
+    """Return three to seven round numbers that cover [low, high]."""
     if high <= low:
         return [low]
     rough = (high - low) / 4
     power = 10.0 ** math.floor(math.log10(rough))
-    size = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= rough * 0.999)
+    size = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= rough * 0.999)
     start = math.floor(low / size + 1e-9)
     return [round(i * size, 12) for i in range(start, math.ceil(high / size - 1e-9) + 1)]
 
 
 def log_ticks(low: float, high: float) -> list[float]:
-    """Powers of ten that cover [low, high], at most seven."""
+    """Return at most seven powers of ten that cover [low, high]."""
     start, end = math.floor(math.log10(low) + 1e-9), math.ceil(math.log10(high) - 1e-9)
     every = max(1, math.ceil((end - start) / 6))
     return [10.0**i for i in range(start, end + every, every)]

@@ -1,8 +1,8 @@
-"""Where reward functions run: a sticky worker process each, killable with all it started, or the caller's main thread.
+"""Executors of reward functions: a persistent worker process per function, or the caller's thread.
 
-Both have the same methods: `open() -> Signature`, then `start(columns, constants, rows, timeout)` and `finish() ->
-Reply` for each call, and `close()`. Between start and finish a worker (and an async function in this process) is
-working, so calls of several functions overlap.
+Both implement `Executor`: `open() -> Signature`, then `start(columns, constants, rows, timeout)` and `finish() ->
+Reply` for each call, and `close()`. A worker process can be killed together with all its descendants. Workers, and
+async functions in this process, run between start and finish, so calls of several functions overlap.
 """
 
 from __future__ import annotations
@@ -28,39 +28,42 @@ from rlft.errors import RewardError
 from rlft.rewards.worker import HEADER, MAGIC, Call, Reply, Signature, encode, settle, signature
 
 START_SECONDS = 60.0
-"""Time a worker has to import the user's file: it may load a grader of its own."""
+"""Time limit for a worker to import the user's file, which may load a grader model."""
 TRANSFER_SECONDS = 10.0
-"""Time a reply may take to arrive once it has begun to: the function itself has returned by then."""
+"""Time limit for the transfer of a reply, counted from its first bytes."""
 MARK = "RLFT_REWARD_WORKER"
-"""Environment variable that a worker hands to everything it starts, by which all of it is found again."""
+"""Environment variable that a worker's descendants inherit, by which they are found and killed."""
 
 
 class Executor(Protocol):
-    """Where a reward function runs."""
+    """Runs a reward function."""
 
     apart: bool
-    """True in a process of its own."""
+    """True when the function runs in a separate process."""
 
     def open(self) -> Signature:
-        """Make the function ready. Raises RewardError when it cannot be imported."""
+        """Import the function and return its signature. Raises RewardError when it cannot be imported."""
         ...
 
     def start(self, columns: dict[str, list[Any]], constants: dict[str, Any], rows: int, timeout: float) -> None:
-        """Begin a call on a batch of `rows`. Raises RewardError for what cannot be sent to another process."""
+        """Start a call on a batch of `rows`. Raises RewardError for arguments that cannot be sent to a process."""
         ...
 
     def finish(self) -> Reply:
-        """What came of the call; every fault is a Reply."""
+        """Wait for the call and return its Reply, which also reports all faults."""
         ...
 
     def close(self) -> None:
-        """End it, with a call that was begun. May be called twice."""
+        """Stop the executor and any running call. May be called twice."""
         ...
 
 
 class Loop:
-    """An event loop in a thread of its own, for async functions called in this process: they run side by side, share
-    what is bound to a loop, and do not mind a notebook's own. Runs from the first use until `close`."""
+    """An event loop in a separate thread, for async functions called in this process.
+
+    The functions run concurrently, can share objects bound to the loop, and do not conflict with the loop of a
+    notebook. The loop runs from the first use until `close`.
+    """
 
     def __init__(self) -> None:
         self._loop: Any = None
@@ -68,7 +71,7 @@ class Loop:
         self._thread: threading.Thread | None = None
 
     def submit(self, begin: Callable[[], Awaitable[Any]]) -> concurrent.futures.Future[Any]:
-        """Call `begin` on the loop and await what it gives."""
+        """Call `begin` on the loop and await its result."""
         import asyncio
 
         if self._thread is None:
@@ -83,7 +86,7 @@ class Loop:
         return asyncio.run_coroutine_threadsafe(run(), self._loop)
 
     def close(self) -> None:
-        """Cancel what runs and end the thread."""
+        """Cancel the running tasks and stop the thread."""
         thread, self._thread = self._thread, None
         if thread is not None:
             self._loop.call_soon_threadsafe(self._end.set)
@@ -101,13 +104,15 @@ class Loop:
 
 
 class InProcess:
-    """The caller's thread: for closures and lambdas, which no other process can import. It cannot be stopped; an async
-    function can, where it awaits."""
+    """Runs a function in the caller's thread, for closures and lambdas, which no other process can import.
+
+    A call cannot be stopped, except an async one where it awaits.
+    """
 
     apart = False
 
     def __init__(self, function: Callable[..., Any], loop: Loop | None = None) -> None:
-        """loop: where it is awaited if it is async, shared with others; None: one of its own."""
+        """Wrap `function`. loop: event loop for an async function, shared with others; None creates a new one."""
         plain = function
         while isinstance(plain, functools.partial):
             plain = plain.func
@@ -118,14 +123,14 @@ class InProcess:
         self._timeout = self._began = 0.0
 
     def open(self) -> Signature:
-        """As Place."""
+        """See `Executor.open`."""
         try:
             return signature(self._function)
         except (TypeError, ValueError) as error:
             raise RewardError(f"reward {self._function!r}: cannot be called: {error}") from error
 
     def start(self, columns: dict[str, list[Any]], constants: dict[str, Any], rows: int, timeout: float) -> None:
-        """As Place; without async it only runs in `finish`."""
+        """See `Executor.start`. A function that is not async runs in `finish`."""
         self._call, self._timeout, self._began = (
             Call(self._function, columns, constants, rows),
             timeout,
@@ -134,44 +139,44 @@ class InProcess:
         self._future = self._loop.submit(self._call.begin) if self._is_async else None
 
     def finish(self) -> Reply:
-        """As Place."""
+        """See `Executor.finish`."""
         assert self._call is not None
         call, future, self._call, self._future = self._call, self._future, None, None
         if future is None:
-            return call.reply(lambda: self._settled(call.begin()))
-        left = max(0.0, self._began + self._timeout - time.monotonic())
-        if not concurrent.futures.wait([future], left).done:
+            return call.reply(lambda: self._resolve(call.begin()))
+        remaining = max(0.0, self._began + self._timeout - time.monotonic())
+        if not concurrent.futures.wait([future], remaining).done:
             future.cancel()
             return _timed_out(self._timeout, self._began)
         return call.reply(future.result)._replace(seconds=time.monotonic() - self._began)
 
     def close(self) -> None:
-        """End the event loop, if one was started."""
+        """Stop the event loop, if one was started."""
         self._loop.close()
 
-    def _settled(self, result: Any) -> Any:
+    def _resolve(self, result: Any) -> Any:
         # A lambda may return the coroutine of an async function.
         return self._loop.submit(lambda: result).result() if isinstance(result, Awaitable) else result
 
 
 class Subprocess:
-    """A process of its own, started once and kept; killed with all it started on a timeout, and then replaced."""
+    """Runs a function in a persistent process, which is killed with its descendants on a timeout and then replaced."""
 
     apart = True
 
     def __init__(self, target: str, memory_mb: int | None = None) -> None:
-        """target: "file.py:function" or "package.module:function"."""
+        """Set up the executor. target: "file.py:function" or "package.module:function"."""
         self._target, self._memory_mb = target, memory_mb
         self._mark = f"{MARK}={uuid.uuid4().hex}"
         self._process: subprocess.Popen[bytes] | None = None
         self._to = self._from = self._life = -1
         self._timeout = self._began = 0.0
         self._fault: Reply | None = None
-        """What went wrong in `start`, to be told by `finish`."""
+        """Fault of `start`, to be returned by `finish`."""
         self._busy = False
 
     def open(self) -> Signature:
-        """As Place: start the process and import the function."""
+        """See `Executor.open`: start the process and import the function."""
         self._start_process()
         outside = os.environ.get("PYTHONPATH")
         message = {"target": self._target, "memory_mb": self._memory_mb, "pythonpath": outside}
@@ -184,12 +189,12 @@ class Subprocess:
         raise RewardError(f'reward "{self._target}" cannot be imported: {reply.text}')
 
     def start(self, columns: dict[str, list[Any]], constants: dict[str, Any], rows: int, timeout: float) -> None:
-        """As Place. A process that died or hung before is started again first."""
+        """See `Executor.start`. A process that died or hung before is restarted first."""
         if self._busy:
-            self.close()  # the reply of a call that nobody finished would be taken for this one's
+            self.close()  # otherwise the reply of an unfinished call would be taken for the reply of this one
         try:
             data = encode({"columns": columns, "constants": constants, "rows": rows})
-        except Exception as error:  # pickle passes on whatever an object in a column raises
+        except Exception as error:  # pickle propagates any exception of an object in a column
             raise RewardError(
                 f'reward "{self._target}": a column or argument cannot be sent to its process ({error!r:.200}); leave '
                 f"it out of its parameters, or make it of plain numbers, strings, lists and dicts"
@@ -204,22 +209,22 @@ class Subprocess:
         self._fault = self._fault or self._send(data)
 
     def finish(self) -> Any:
-        """As Place; a Signature after `open`."""
+        """See `Executor.finish`. Returns a Signature after `open`."""
         reply = self._fault or self._receive()
         self._busy = False
         if isinstance(reply, Reply) and reply.kind in ("timeout", "died"):
             process = self._process
             self.close()
             if process is not None and not reply.text:
-                reply = reply._replace(text=f"its process ended ({_ending(process.returncode)})")
+                reply = reply._replace(text=f"its process ended ({_exit_text(process.returncode)})")
         return reply
 
     def close(self) -> None:
-        """Kill the process and everything it started."""
+        """Kill the process and its descendants."""
         process, self._process, self._busy = self._process, None, False
         if process is None:
             return
-        # The group first and the wait after: until it is waited for, its number cannot become another process's.
+        # Kill the group before waiting: until the process is reaped, its pid cannot be reused.
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         _kill_marked(self._mark.encode())
@@ -239,18 +244,22 @@ class Subprocess:
                 stdin=subprocess.DEVNULL,
                 pass_fds=(child_read, child_write),
                 start_new_session=True,
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(p or os.getcwd() for p in sys.path), name: value},
+                env={
+                    **os.environ,
+                    "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path),
+                    name: value,
+                },
             )
         finally:
             os.close(child_read)
             os.close(child_write)
         for fd in (self._to, self._from):
             os.set_blocking(fd, False)
-        # Linux: tells of its end even while something it forked holds the pipes open.
+        # Linux: signals the end of the process even while a forked child keeps the pipes open.
         self._life = os.pidfd_open(self._process.pid) if hasattr(os, "pidfd_open") else -1
 
     def _send(self, data: bytes) -> Reply | None:
-        """Write a message until the deadline; returns the fault, if any."""
+        """Write a message before the deadline and return the fault, if any."""
         rest, deadline = memoryview(data), self._began + self._timeout
         while rest:
             ready = _wait(self._to, select.POLLOUT, self._life, deadline)
@@ -266,7 +275,7 @@ class Subprocess:
         return None
 
     def _receive(self) -> Any:
-        """The next message, or a Reply saying why there is none."""
+        """Return the next message, or a Reply with the reason why there is none."""
         deadline = self._began + self._timeout
         data, size = bytearray(), HEADER.size
         while len(data) < size:
@@ -283,52 +292,52 @@ class Subprocess:
             if len(data) == HEADER.size == size:
                 magic, length = HEADER.unpack(data)
                 if magic != MAGIC:
-                    return self._garbage(f"it begins with {bytes(data)!r}")
+                    return self._invalid_message(f"it begins with {bytes(data)!r}")
                 size += length
                 deadline = max(deadline, time.monotonic() + TRANSFER_SECONDS)
         try:
             reply = pickle.loads(data[HEADER.size :])
-        except Exception as error:  # a damaged pickle raises whatever its bytes happen to mean
-            return self._garbage(repr(error))
-        return reply if isinstance(reply, Reply | Signature) else self._garbage(f"{reply!r:.60}")
+        except Exception as error:  # a damaged pickle can raise any exception
+            return self._invalid_message(repr(error))
+        return reply if isinstance(reply, Reply | Signature) else self._invalid_message(f"{reply!r:.60}")
 
-    def _garbage(self, what: str) -> Reply:
+    def _invalid_message(self, what: str) -> Reply:
         return Reply("died", [], f"its process sent garbage ({what})", seconds=time.monotonic() - self._began)
 
 
 def _wait(fd: int, event: int, life: int, deadline: float) -> bool | None:
-    """True when the pipe is ready, False when it is not and the process has ended, None at the deadline.
+    """Return True when the pipe is ready, False when the process has ended instead, and None at the deadline.
 
-    poll and not select, which cannot watch descriptors above 1023.
+    Uses poll, since select cannot watch descriptors above 1023.
     """
     poll = select.poll()
     poll.register(fd, event)
     if life >= 0:
         poll.register(life, select.POLLIN)
-    found = dict(poll.poll(max(0.0, deadline - time.monotonic()) * 1000))
-    return None if not found else fd in found
+    events = dict(poll.poll(max(0.0, deadline - time.monotonic()) * 1000))
+    return None if not events else fd in events
 
 
 def _timed_out(timeout: float, began: float) -> Reply:
     return Reply("timeout", [], f"took longer than {timeout:g} s", seconds=time.monotonic() - began)
 
 
-def _ending(code: int | None) -> str:
+def _exit_text(code: int | None) -> str:
     assert code is not None
     return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
 
 
 def _kill_marked(mark: bytes) -> None:
-    """Linux: kill every process that has `mark` in the environment it was started with.
+    """Kill every process that has `mark` in its initial environment (Linux only).
 
-    It finds what left the worker's group or session, and what outlived its parent. Not found: a process that was given
-    another environment, or that belongs to another user.
+    This includes processes that left the worker's group or session and orphans. It does not include processes started
+    with another environment, or those of another user.
     """
-    for _ in range(20):  # what is found may just be starting another one
-        found = [int(path.name) for path in Path("/proc").glob("[0-9]*") if _has(path / "environ", mark)]
-        if not found:
+    for _ in range(20):  # a process may fork while the others are killed
+        pids = [int(path.name) for path in Path("/proc").glob("[0-9]*") if _has(path / "environ", mark)]
+        if not pids:
             return
-        for pid in found:
+        for pid in pids:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(pid, signal.SIGKILL)
         time.sleep(0.005)
@@ -337,5 +346,5 @@ def _kill_marked(mark: bytes) -> None:
 def _has(environ: Path, mark: bytes) -> bool:
     try:
         return mark in environ.read_bytes()
-    except OSError:  # gone, a kernel thread's, or another user's
+    except OSError:  # ended, a kernel thread, or of another user
         return False

@@ -1,9 +1,9 @@
-"""Rollouts -> rewards: one call per function per step, faults narrowed down to the rows that cause them.
+"""Score rollouts: one call per reward function and step, with faults bisected to the rows that cause them.
 
-A reward is what the functions returned, weighted and summed. None or nan means "not applicable". A row on which a
-function raised, hung or died is *invalid*: its reward is nan, it is left out of the step and counted, never scored 0.
-A failed batch is halved until only the guilty rows are left, within a deadline for the step. Functions that live in
-processes of their own, and async ones, work at the same time.
+A reward is the weighted sum of the functions' results. None or nan means "not applicable". A row on which a function
+raised, hung or died is *invalid*: its reward is nan, and it is excluded from the step and counted, never scored 0. A
+failed batch is bisected down to the rows at fault, within a deadline for the step. Functions in separate processes and
+async functions run concurrently.
 """
 
 from __future__ import annotations
@@ -30,63 +30,63 @@ from rlft.rewards.worker import Reply, Signature
 from rlft.types import Rollout
 
 BUILTIN = "rlft.rewards.builtin"
-"""The package with one file per reward that is named without a file."""
+"""Package with one file per built-in reward."""
 OURS = ("prompt", "completion", "completion_ids")
-"""Columns that are not passed on, as in TRL: rewards get prompts, completions and completion_ids instead."""
+"""Columns that are not passed to rewards, as in TRL: these get prompts, completions and completion_ids instead."""
 DEADLINE = 4
-"""A function may take this many times its timeout in one step, bisection included."""
+"""Deadline of a function per step, in multiples of its timeout, including bisection."""
 RESTARTS = 60.0
-"""Seconds of a step that may go into starting a function's process again; a file may take long to import."""
+"""Seconds per step for restarting a function's process, since a file may take long to import."""
 
 
 class RewardFunction:
-    """A reward function with its weight, where it runs, and what it takes."""
+    """A reward function with its weight, executor and signature."""
 
     def __init__(self, name: str, place: Executor, reward: Reward, note: str = "") -> None:
-        """reward: weight, timeout and args; `use` was resolved to `place`."""
+        """Set up the function. reward: weight, timeout and args; its `use` is resolved to `place`."""
         self.name, self.weight, self.timeout, self.args = name, reward.weight, reward.timeout, reward.args
         self.note = note
-        """Said once at the start of a run; empty where there is nothing to say."""
+        """Message for the start of a run; may be empty."""
         self._place = place
         self._signature: Signature | None = None
         self._proven = False
-        """True after its first good call: what goes wrong from then on is the fault of rows, not of the function."""
+        """True after the first successful call: later faults are attributed to rows, not to the function."""
 
     def open(self) -> None:
-        """Import it. Raises RewardError when that fails."""
+        """Import the function. Raises RewardError when that fails."""
         self._signature = self._place.open()
 
     def close(self) -> None:
-        """End its process."""
+        """Stop the executor."""
         self._place.close()
 
     def check(self, columns: dict[str, list[Any]]) -> None:
-        """Raise RewardError when it wants an argument that nothing provides, or does not take one from its args."""
+        """Raise RewardError for a required argument that nothing provides, or for args the function does not take."""
         assert self._signature is not None
-        unused = [name for name in self.args if not self._signature.takes(name)]
-        if unused:
-            raise RewardError(f'reward "{self.name}" takes no argument {unused[0]}, which its args give')
-        given = {*columns, *self.args, "trainer_state", "log_metric", "log_extra"}
-        missing = [name for name in self._signature.required if name not in given]
+        rejected = [name for name in self.args if not self._signature.takes(name)]
+        if rejected:
+            raise RewardError(f'reward "{self.name}" takes no argument {rejected[0]}, which its args give')
+        available = {*columns, *self.args, "trainer_state", "log_metric", "log_extra"}
+        missing = [name for name in self._signature.required if name not in available]
         if missing:
             raise RewardError(
                 f'reward "{self.name}" wants the argument {missing[0]}, and the dataset has no such column; it gets '
-                f"{', '.join(sorted(given))}. Map columns with data.columns, or set it in the reward's args"
+                f"{', '.join(sorted(available))}. Map columns with data.columns, or set it in the reward's args"
             )
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The arguments it names."""
+        """Names of the function's parameters."""
         assert self._signature is not None
         return self._signature.names
 
     @property
     def apart(self) -> bool:
-        """True when it runs in a process of its own."""
+        """True when the function runs in a separate process."""
         return self._place.apart
 
     def start(self, columns: dict[str, list[Any]], constants: dict[str, Any]) -> None:
-        """Begin the call on all rows of `columns`; `finish` gives what came of it."""
+        """Start the call on all rows of `columns`; `finish` returns the result."""
         assert self._signature is not None
         self._rows = len(columns["completions"])
         self._columns = {name: values for name, values in columns.items() if self._signature.takes(name)}
@@ -96,37 +96,37 @@ class RewardFunction:
             self._place.start(self._columns, self._constants, self._rows, self.timeout)
 
     def finish(self) -> Outcome:
-        """Rewards of all rows. Raises RewardError where the function itself is at fault."""
+        """Return the rewards of all rows. Raises RewardError when the function itself is at fault."""
         outcome = Outcome([math.nan] * self._rows, [False] * self._rows)
         if not self._rows:
             return outcome
-        every = list(range(self._rows))
+        all_rows = list(range(self._rows))
         reply = self._place.finish()
-        left, restarts = DEADLINE * self.timeout - reply.seconds, RESTARTS
-        failed = deque([every] if not self._took(every, reply, outcome) else [])
-        # Level by level: a half that is good is not kept waiting for what the other one costs.
-        while failed:
-            rows = failed.popleft()
+        remaining, restarts = DEADLINE * self.timeout - reply.seconds, RESTARTS
+        queue = deque([all_rows] if not self._store(all_rows, reply, outcome) else [])
+        # Breadth first, so that a good half is not delayed by the cost of the other half.
+        while queue:
+            rows = queue.popleft()
             for half in (rows[: len(rows) // 2], rows[len(rows) // 2 :]) if len(rows) > 1 else ():
-                if min(left, restarts) <= 0:
+                if min(remaining, restarts) <= 0:
                     spent = f"{DEADLINE} x {self.timeout:g} s, and {RESTARTS:g} s to start its process again"
                     outcome.fail(half, f"no time left: a step allows {spent}")
                     continue
-                began = time.monotonic()
-                some = {name: [values[row] for row in half] for name, values in self._columns.items()}
-                self._place.start(some, self._constants, len(half), min(self.timeout, left))
+                start = time.monotonic()
+                subset = {name: [values[row] for row in half] for name, values in self._columns.items()}
+                self._place.start(subset, self._constants, len(half), min(self.timeout, remaining))
                 reply = self._place.finish()
-                if not self._took(half, reply, outcome):
-                    failed.append(half)
-                left -= reply.seconds
-                restarts -= time.monotonic() - began - reply.seconds
+                if not self._store(half, reply, outcome):
+                    queue.append(half)
+                remaining -= reply.seconds
+                restarts -= time.monotonic() - start - reply.seconds
         if all(outcome.invalid) and not self._proven:
             raise RewardError(f'reward "{self.name}" failed on every completion of its first call: {outcome.fault}')
         self._proven = self._proven or not all(outcome.invalid)
         return outcome
 
-    def _took(self, rows: list[int], reply: Reply, outcome: Outcome) -> bool:
-        """True when the call was good, or was of a single row, which then is invalid."""
+    def _store(self, rows: list[int], reply: Reply, outcome: Outcome) -> bool:
+        """Store the result of a call. Returns True when it succeeded or had a single row, which is then invalid."""
         outcome.calls += 1
         outcome.seconds += reply.seconds
         if reply.kind == "bad" and not self._proven:
@@ -139,10 +139,10 @@ class RewardFunction:
 
 
 def build_rewards(rewards: Sequence[Any] | Reward | str | Callable[..., Any]) -> list[RewardFunction]:
-    """The functions, imported and ready, with names that differ.
+    """Build the reward functions, imported and with distinct names.
 
-    rewards: one or several of a name, a function or other callable, and Reward, whose `use` may be the function itself.
-    Raises RewardError and ConfigError for what is not there or cannot be called; what was started until then is closed.
+    rewards: one or several names, callables or Reward objects, whose `use` may be a callable. Raises RewardError and
+    ConfigError for functions that do not exist or cannot be called, after closing those already started.
     """
     if isinstance(rewards, Reward | str) or callable(rewards):
         rewards = [rewards]
@@ -151,9 +151,9 @@ def build_rewards(rewards: Sequence[Any] | Reward | str | Callable[..., Any]) ->
     try:
         for reward in rewards:
             function = _make(reward if isinstance(reward, Reward) else Reward(reward), loop)
-            taken = [f.name for f in functions]
+            used_names = [other.name for other in functions]
             names = itertools.chain([function.name], (f"{function.name}_{i}" for i in itertools.count(2)))
-            function.name = next(name for name in names if name not in taken)
+            function.name = next(name for name in names if name not in used_names)
             functions.append(function)
             function.open()
     except BaseException:
@@ -192,85 +192,92 @@ def _make(reward: Reward, loop: Loop) -> RewardFunction:
 
 
 def _importable(function: Callable[..., Any]) -> str | None:
-    """ "module:name" when importing that gives this very function in another process too; None otherwise."""
-    name, qualified = str(getattr(function, "__module__", "")), str(getattr(function, "__qualname__", ""))
+    """Return "module:name" if another process can import this very function by it; None otherwise."""
+    name, qualname = str(getattr(function, "__module__", "")), str(getattr(function, "__qualname__", ""))
     module = sys.modules.get(name)
-    if module is None or name == "__main__" or not qualified.isidentifier():
+    if module is None or name == "__main__" or not qualname.isidentifier():
         return None
-    if getattr(module, qualified, None) is not function:
+    if getattr(module, qualname, None) is not function:
         return None
-    # What is loaded says nothing: a file may have been loaded under a name that no import finds.
+    # sys.modules is not enough: a file may have been loaded under a name that cannot be imported.
     path, origin = None, None
     parts = name.split(".")
     for i in range(len(parts)):
-        found = (finder.find_spec(".".join(parts[: i + 1]), path) for finder in sys.meta_path)
-        spec = next((spec for spec in found if spec is not None), None)
+        specs = (finder.find_spec(".".join(parts[: i + 1]), path) for finder in sys.meta_path)
+        spec = next((spec for spec in specs if spec is not None), None)
         if spec is None:
             return None
         path, origin = spec.submodule_search_locations, spec.origin
-    return f"{name}:{qualified}" if origin == getattr(module, "__file__", None) else None
+    return f"{name}:{qualname}" if origin == getattr(module, "__file__", None) else None
 
 
 def score(
     rollouts: Sequence[Rollout], functions: Sequence[RewardFunction], trainer_state: dict[str, Any]
 ) -> tuple[Tensor, RewardBreakdown]:
-    """The reward of each rollout, [N] float32, nan where invalid, and its parts.
+    """Compute the reward of each rollout, [N] float32, nan where invalid, and its breakdown.
 
-    Without functions: the recorded rewards. A row is invalid when a function failed on it, or when none applies to it,
-    the overlong penalty left aside. Raises RewardError for a function that is itself at fault.
+    Without functions these are the recorded rewards. A row is invalid when a function failed on it, or when no function
+    except the overlong penalty applies to it. Raises RewardError for a function that is itself at fault.
     """
     if not functions:
-        recorded = [r.recorded_reward for r in rollouts]
-        assert None not in recorded, "no reward function and no recorded reward"
-        total = torch.tensor(recorded, dtype=torch.float32)
+        recorded_rewards = [rollout.recorded_reward for rollout in rollouts]
+        assert None not in recorded_rewards, "no reward function and no recorded reward"
+        total = torch.tensor(recorded_rewards, dtype=torch.float32)
         return total, RewardBreakdown(total, total, {})
     columns = columns_of(rollouts)
     constants = {"trainer_state": SimpleNamespace(**trainer_state)}
     for function in functions:
         function.check(columns)
-    # Those elsewhere are started first and waited for last: a slow one does not add to the others.
-    apart, here = [f for f in functions if f.apart], [f for f in functions if not f.apart]
+    # Functions in other processes are started first and waited for last, so that they overlap with those here.
+    apart, here = [each for each in functions if each.apart], [each for each in functions if not each.apart]
     for function in (*apart, *here):
         function.start(columns, constants)
-    finished = {function.name: function.finish() for function in (*here, *apart)}
-    outcomes = {function.name: finished[function.name] for function in functions}
+    by_name = {function.name: function.finish() for function in (*here, *apart)}
+    outcomes = {function.name: by_name[function.name] for function in functions}
     total, answers = [], []
     for row in range(len(rollouts)):
-        found = {f.name: f.weight * outcomes[f.name].values[row] for f in functions}
-        applied = {name: value for name, value in found.items() if not math.isnan(value)}
-        penalty = applied.pop(OVERLONG, 0.0)
-        # A penalty alone is no reward: there is nothing that it could be taken off.
-        invalid = not applied or any(outcomes[f.name].invalid[row] for f in functions)
-        answers.append(math.nan if invalid else sum(applied.values()))
-        total.append(math.nan if invalid else sum(applied.values()) + penalty)
+        weighted = {each.name: each.weight * outcomes[each.name].values[row] for each in functions}
+        applicable = {name: value for name, value in weighted.items() if not math.isnan(value)}
+        penalty = applicable.pop(OVERLONG, 0.0)
+        # A penalty alone is not a reward, since there is nothing to subtract it from.
+        invalid = not applicable or any(outcomes[each.name].invalid[row] for each in functions)
+        answers.append(math.nan if invalid else sum(applicable.values()))
+        total.append(math.nan if invalid else sum(applicable.values()) + penalty)
     rewards = torch.tensor(total, dtype=torch.float32)
     return rewards, RewardBreakdown(rewards, torch.tensor(answers, dtype=torch.float32), outcomes)
 
 
 def columns_of(rollouts: Sequence[Rollout]) -> dict[str, list[Any]]:
-    """What reward functions are called with, per completion: TRL's prompts, completions, completion_ids, and every
-    other dataset column. A row whose prompt was messages gets message lists, one whose prompt was a string strings."""
-    names = {name for r in rollouts for name in r.prompt.row if name not in OURS}
-    columns: dict[str, list[Any]] = {name: [r.prompt.row.get(name) for r in rollouts] for name in sorted(names)}
-    columns["prompts"] = [_prompt(r) for r in rollouts]
+    """Return the arguments of reward functions, per completion.
+
+    These are TRL's prompts, completions and completion_ids, and every other dataset column. Prompts and completions are
+    message lists for a row whose prompt is messages, and strings otherwise.
+    """
+    names = {name for rollout in rollouts for name in rollout.prompt.row if name not in OURS}
+    columns: dict[str, list[Any]] = {
+        name: [rollout.prompt.row.get(name) for rollout in rollouts] for name in sorted(names)
+    }
+    columns["prompts"] = [_prompt(rollout) for rollout in rollouts]
     columns["completions"] = [
-        [{"role": "assistant", "content": r.text}] if isinstance(_prompt(r), list) else r.text for r in rollouts
+        [{"role": "assistant", "content": rollout.text}] if isinstance(_prompt(rollout), list) else rollout.text
+        for rollout in rollouts
     ]
-    columns["completion_ids"] = [list(r.completion_ids) for r in rollouts]
+    columns["completion_ids"] = [list(rollout.completion_ids) for rollout in rollouts]
     return columns
 
 
 def _prompt(rollout: Rollout) -> Any:
-    given = rollout.prompt.row.get("prompt")
-    if given is None:
-        return [dict(m) for m in rollout.prompt.messages or ()]
-    return given
+    prompt = rollout.prompt.row.get("prompt")
+    if prompt is None:
+        return [dict(message) for message in rollout.prompt.messages or ()]
+    return prompt
 
 
 def check_invalid(history: list[float], share: float, faults: Sequence[str] = ()) -> None:
-    """Note the share of invalid rewards of a step in `history` (the last five are kept), and stop where it is too much.
+    """Append the share of invalid rewards of a step to `history` (the last five steps), and stop if it is too high.
 
-    Raises RewardError (exit code 3) when every reward of the step is invalid, or more than half of five steps'.
+    Raises RewardError (exit code 3) when all rewards of the step, or more than half of the last five steps', are
+    invalid.
     """
     history.append(share)
     del history[:-5]

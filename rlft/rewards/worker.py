@@ -1,9 +1,9 @@
-"""The process a reward function runs in: `python -m rlft.rewards.worker READ_FD WRITE_FD`.
+"""The worker process of a reward function: `python -m rlft.rewards.worker READ_FD WRITE_FD`.
 
-Its main thread runs the function, so that SIGALRM timeouts inside it work; module state, caches and the event loop of
-async functions live as long as the process. It speaks length-prefixed pickles over two pipes of its own; what the user
-prints goes to stderr. Only the standard library, `rlft.config.resolve` and the user's file are imported: no torch, no
-start-up time, no GPU.
+The main thread runs the function, so that SIGALRM timeouts inside it work. Module state, caches and the event loop of
+async functions live as long as the process. Messages are length-prefixed pickles over two pipes; the user's prints go
+to stderr. Only the standard library, `rlft.config.resolve` and the user's file are imported, without torch, so that the
+process starts fast and uses no GPU.
 
     parent -> worker   {"target", "memory_mb", "pythonpath"}, then one {"columns", "constants", "rows"} per call
     worker -> parent   a Signature, then a Reply to each call
@@ -30,47 +30,47 @@ from rlft.errors import ConfigError
 
 HEADER = struct.Struct("!4sQ")
 MAGIC = b"rlft"
-"""Begins every message: what else a function writes into the pipes is seen to be no message."""
+"""First bytes of every message, to detect other output in the pipes."""
 
 
 class Reply(NamedTuple):
-    """What came of a call."""
+    """Result of a call."""
 
     kind: str
-    """"ok"; "raised": the function raised; "bad": it returned something that is no list of rewards; "import": its file
-    cannot be imported; and from the parent's side "timeout" and "died"."""
+    """"ok"; "raised": the function raised; "bad": it returned something other than a list of rewards; "import": its
+    file cannot be imported; and, set by the parent, "timeout" and "died"."""
     values: list[float | None]
     """One per completion, None where not applicable; empty unless "ok"."""
     text: str = ""
-    """What went wrong, for a person."""
+    """Description of the fault."""
     metrics: dict[str, list[float]] | None = None
-    """log_metric's values by name."""
+    """Values of log_metric by name."""
     extras: dict[str, list[Any]] | None = None
-    """log_extra's columns by name: numbers, strings and None."""
+    """Columns of log_extra by name: numbers, strings and None."""
     seconds: float = 0.0
     """Time the call took."""
 
 
 class Signature(NamedTuple):
-    """Which keyword arguments a function takes."""
+    """The keyword arguments that a function takes."""
 
     names: tuple[str, ...]
-    """Those it names."""
+    """Named parameters."""
     required: tuple[str, ...]
-    """Those without a default."""
+    """Named parameters without a default."""
     takes_all: bool
     """True with **kwargs."""
 
     def takes(self, name: str) -> bool:
-        """True when it may be called with this keyword."""
+        """Return True when the function accepts this keyword."""
         return self.takes_all or name in self.names
 
 
 def signature(function: Callable[..., Any]) -> Signature:
-    """What may and must be passed by keyword.
+    """Return the keyword arguments that `function` takes and requires.
 
-    A decorator that hands its **kwargs on takes what the decorated function takes too. Raises TypeError or ValueError
-    for what cannot be called with keywords, with the reason.
+    A decorator with **kwargs also takes the arguments of the decorated function. Raises TypeError or ValueError, with
+    the reason, for objects that cannot be called with keywords.
     """
     if not callable(function):
         raise TypeError(f"not a function but {type(function).__name__}")
@@ -80,44 +80,48 @@ def signature(function: Callable[..., Any]) -> Signature:
             f"give that"
         )
     names, required, takes_all = [], [], False
-    for p in inspect.signature(function, follow_wrapped=False).parameters.values():
-        if p.kind is p.VAR_KEYWORD:
+    for parameter in inspect.signature(function, follow_wrapped=False).parameters.values():
+        if parameter.kind is parameter.VAR_KEYWORD:
             takes_all = True
-        elif p.kind is p.POSITIONAL_ONLY:
-            raise ValueError(f"parameter {p.name} is positional-only; rewards are called with keywords")
-        elif p.kind is not p.VAR_POSITIONAL:
-            names.append(p.name)
-            if p.default is p.empty:
-                required.append(p.name)
-    wrapped = getattr(function, "__wrapped__", None)
-    if takes_all and wrapped is not None:
-        inner = signature(wrapped)
+        elif parameter.kind is parameter.POSITIONAL_ONLY:
+            raise ValueError(f"parameter {parameter.name} is positional-only; rewards are called with keywords")
+        elif parameter.kind is not parameter.VAR_POSITIONAL:
+            names.append(parameter.name)
+            if parameter.default is parameter.empty:
+                required.append(parameter.name)
+    decorated = getattr(function, "__wrapped__", None)
+    if takes_all and decorated is not None:
+        inner = signature(decorated)
         return Signature((*names, *inner.names), tuple(required), inner.takes_all)
     return Signature(tuple(names), tuple(required), takes_all)
 
 
 class Call:
-    """One call of a function on a batch: what it is given, what it logs, and what came of it."""
+    """One call of a function on a batch: its arguments, its logs and its result."""
 
     def __init__(
         self, function: Callable[..., Any], columns: dict[str, list[Any]], constants: dict[str, Any], rows: int
     ) -> None:
-        """columns: per completion, all `rows` long. constants: passed as they are. Of these and log_metric and
-        log_extra it gets those it takes."""
+        """Select the arguments that `function` takes from columns, constants, log_metric and log_extra.
+
+        columns: per completion, all `rows` long. constants: passed unchanged.
+        """
         self._function, self._rows = function, rows
         self._metrics: dict[str, list[float]] = {}
         self._extras: dict[str, list[Any]] = {}
-        given = {**columns, **constants, "log_metric": self._log_metric, "log_extra": self._log_extra}
-        taken = signature(function)
-        self._given = {name: value for name, value in given.items() if taken.takes(name)}
+        available = {**columns, **constants, "log_metric": self._log_metric, "log_extra": self._log_extra}
+        accepted = signature(function)
+        self._arguments = {name: value for name, value in available.items() if accepted.takes(name)}
 
     def begin(self) -> Any:
-        """Call it: the rewards, or for an async function what is to be awaited."""
-        return self._function(**self._given)
+        """Call the function and return the rewards, or an awaitable for an async function."""
+        return self._function(**self._arguments)
 
     def reply(self, result: Callable[[], Any]) -> Reply:
-        """Call `result` for the function's rewards and look at them; what it raises (but KeyboardInterrupt) becomes a
-        Reply."""
+        """Call `result` for the function's rewards and check them.
+
+        Any exception except KeyboardInterrupt becomes a Reply.
+        """
         start = time.monotonic()
         try:
             items = result()
@@ -129,7 +133,7 @@ class Call:
             lines = traceback.format_exception(error)
             reply = Reply("raised", [], f"{type(error).__name__}: {error}\n{''.join(lines[-3:])}".rstrip())
         else:
-            reply = self._checked(items)
+            reply = self._check(items)
         return reply._replace(seconds=time.monotonic() - start)
 
     def _log_metric(self, name: str, value: Any) -> None:
@@ -138,8 +142,8 @@ class Call:
     def _log_extra(self, column: str, values: Any) -> None:
         self._extras.setdefault(str(column), []).extend(_plain(value) for value in values)
 
-    def _checked(self, items: Any) -> Reply:
-        """The rewards as floats and None, or a "bad" reply saying what is wrong with them."""
+    def _check(self, items: Any) -> Reply:
+        """Return an "ok" reply with the rewards as floats and None, or a "bad" reply with the reason."""
         if not isinstance(items, list):
             what = f"returned {type(items).__name__}, want a list with one float or None per completion"
             return Reply("bad", [], what)
@@ -160,11 +164,11 @@ class Call:
 
 
 LARGEST = 3e38
-"""Beyond this a reward is infinite in float32, and one infinite reward makes its whole group's advantages nan."""
+"""Largest magnitude of a reward: beyond it float32 is infinite, and a group's advantages become nan."""
 
 
 def _number(item: Any) -> Any:
-    """A reward as float or None; `...` for what is no number. numpy and torch scalars hold theirs in item()."""
+    """Return a reward as float or None; `...` if it is not a number. numpy and torch scalars are read by item()."""
     with contextlib.suppress(TypeError, ValueError, RuntimeError, OverflowError):
         item = item.item() if hasattr(item, "item") else item
         if item is None:
@@ -175,24 +179,24 @@ def _number(item: Any) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """A logged value as what any process can read: a number, a string or None."""
+    """Convert a logged value to a number, a string or None, which any process can unpickle."""
     number = _number(value)
     return value if isinstance(value, str) else str(value) if number is ... else number
 
 
 def encode(message: Any) -> bytes:
-    """A message as bytes on a pipe."""
+    """Encode a message for a pipe."""
     data = pickle.dumps(message, protocol=pickle.HIGHEST_PROTOCOL)
     return HEADER.pack(MAGIC, len(data)) + data
 
 
 def _read(fd: int) -> bytes:
-    """The next message, pickled; exits when the other end is gone."""
+    """Return the bytes of the next message; exit when the other end is closed."""
 
-    def exactly(n: int) -> bytes:
+    def exactly(count: int) -> bytes:
         data = b""
-        while len(data) < n:
-            part = os.read(fd, min(n - len(data), 2**20))
+        while len(data) < count:
+            part = os.read(fd, min(count - len(data), 2**20))
             if not part:
                 os._exit(0)
             data += part
@@ -215,8 +219,11 @@ def _limit_memory(megabytes: int | None) -> None:
 
 
 def _prepare_process() -> None:
-    """Linux: be killed when the parent is, even by kill -9 and in the middle of a call; and be the first to go, with
-    what the function starts, when the machine runs out of memory, instead of the run."""
+    """Tie this process to its parent (Linux only).
+
+    It is killed when the parent dies, even by kill -9 and in the middle of a call. With its descendants it is also the
+    first choice of the out-of-memory killer, so that the run itself survives.
+    """
     if sys.platform == "linux":
         import ctypes
 
@@ -227,13 +234,13 @@ def _prepare_process() -> None:
 
 
 class _Loop:
-    """The event loop of async functions, one for the life of the process: clients they keep are bound to it."""
+    """The event loop of async functions, one per process, since their clients are bound to it."""
 
     def __init__(self) -> None:
         self._runner: Any = None
 
     def settled(self, result: Any) -> Any:
-        """`result`, awaited where it has to be."""
+        """Return `result`, awaited if it is awaitable."""
         if not inspect.isawaitable(result):
             return result
         if self._runner is None:
@@ -244,17 +251,17 @@ class _Loop:
 
 
 async def settle(awaitable: Awaitable[Any]) -> Any:
-    """Any awaitable as the coroutine that asyncio wants."""
+    """Wrap any awaitable as a coroutine, as asyncio requires."""
     return await awaitable
 
 
 def _import(target: str) -> Any:
-    """The function, or a Reply saying why there is none."""
+    """Return the function, or a Reply with the reason why it cannot be imported."""
     try:
         function = resolve.attribute(target, "rewards")
     except ConfigError as error:
         return Reply("import", [], str(error))
-    except BaseException as error:  # the user's file may raise anything, SystemExit included
+    except BaseException as error:  # the user's file may raise anything, including SystemExit
         return Reply("import", [], "".join(traceback.format_exception(error)[-3:]).rstrip())
     try:
         signature(function)
@@ -268,7 +275,7 @@ def main(read_fd: int, write_fd: int) -> None:
     _prepare_process()
     os.dup2(2, 1)
     start = pickle.loads(_read(read_fd))
-    # sys.path came by this variable; a Python that the user's function starts must not get ours.
+    # The parent passed its sys.path in this variable; Python processes of the user's function must not inherit it.
     os.environ.pop("PYTHONPATH", None)
     if start["pythonpath"] is not None:
         os.environ["PYTHONPATH"] = start["pythonpath"]
@@ -282,18 +289,18 @@ def main(read_fd: int, write_fd: int) -> None:
         data = _read(read_fd)
         try:
             request = pickle.loads(data)
-        except Exception as error:  # a class of a column that cannot be imported here, and raises what it likes
+        except Exception as error:  # a class in a column may not be importable here and may raise anything
             _write(write_fd, Reply("raised", [], f"its process cannot read the columns: {error!r}"))
             continue
         call = Call(function, request["columns"], request["constants"], request["rows"])
         reply = call.reply(lambda call=call: loop.settled(call.begin()))
         if os.getpid() != pid:
-            os._exit(1)  # a process that the function forked and let return: only the worker answers
+            os._exit(1)  # a fork that returned from the function: only the worker itself may reply
         _write(write_fd, reply)
 
 
 if __name__ == "__main__":
-    # Under its own name, not as __main__: the parent must be able to unpickle what this module's classes make.
+    # Imported by name instead of __main__, so that the parent can unpickle instances of this module's classes.
     from rlft.rewards import worker
 
     worker.main(int(sys.argv[1]), int(sys.argv[2]))

@@ -1,13 +1,13 @@
-"""Batched sampling with a KV cache on the policy's own modules: the engine of a CPU, and the one others are held to.
+"""Batched sampling with a KV cache on the policy's own modules: the default engine on a CPU, and the test reference.
 
-The base weights are the trainer's; the adapter is a second PEFT adapter ("engine") with its own tensors, filled by
-`load_adapter` and switched to for the span of `generate`. Each prompt is prefilled once and its cache repeated for the
-G completions; rows that end leave the batch. A cache that cannot be repeated (a recurrent state has no such operation)
-is filled by the G rows themselves, and ended rows stay until all have ended; a model without a cache that transformers
-hands out runs whole rows for every token. Prompts of unlike lengths share a batch where padding is known to be safe.
+The base weights are the trainer's. The adapter is a second PEFT adapter ("engine") with its own tensors, filled by
+`load_adapter` and active only during `generate`. Each prompt is prefilled once, its cache is repeated for the G
+completions, and finished rows leave the batch. Where the cache cannot be repeated (recurrent state), each of the G rows
+prefills the prompt, and finished rows stay until all have finished. Where transformers returns no cache, each token
+recomputes whole rows. Prompts of different lengths share a batch where padding is known to be safe.
 
-Every rollout has a random stream of its own: one uniform number per token, turned into a token through the cumulative
-distribution. So a completion depends on its seed and not on what else is in the batch (up to the rounding of matrix
+Every rollout has its own random stream with one uniform number per token, mapped to a token through the cumulative
+distribution. A completion therefore depends on its seed and not on the rest of the batch (up to the rounding of matrix
 products of another size).
 """
 
@@ -39,7 +39,7 @@ SLOT = "engine"
 
 @dataclass
 class _Row:
-    """One completion in the making."""
+    """The state of one completion during generation."""
 
     prompt: Prompt
     slot: int
@@ -50,26 +50,31 @@ class _Row:
     logprobs: list[float] = field(default_factory=list)
     finished: bool = False
     text: str | None = None
-    """Up to a stop string; None: all of it."""
+    """Text up to a stop string; None without one."""
 
     def live(self, sampling: Sampling) -> bool:
-        """True while it goes on."""
+        """Return True until the completion is finished."""
         return not self.finished and len(self.ids) < sampling.max_tokens
 
 
 class EagerEngine:
-    """Samples on the policy's modules with its own copy of the adapter."""
+    """Sample with the policy's modules and a separate copy of the adapter."""
 
     SAMPLES: bool = True
 
     def __init__(self, policy: Policy, tokenizer: Any, batch_size: int = 64, progress: Any = None) -> None:
-        """batch_size: sequences decoded at a time. progress: called with (sequences done, all) while generating."""
+        """Add the engine's adapter to the model.
+
+        batch_size: sequences decoded at a time. progress: called with (finished sequences, all) during generation.
+        """
         self._policy, self._model, self._device = policy, policy.model, policy.device
         self._tokenizer, self._batch_size, self._progress = tokenizer, batch_size, progress
         self._scales = dict(policy.scales)
         self._model.add_adapter(SLOT, self._model.peft_config["default"])
-        self._slots: dict[str, Tensor] = {n: p.detach() for n, p in lora_parameters(self._model, SLOT).items()}
-        # PEFT made the new adapter trainable and in training mode; the trainer's is the only one that is.
+        self._slots: dict[str, Tensor] = {
+            name: parameter.detach() for name, parameter in lora_parameters(self._model, SLOT).items()
+        }
+        # PEFT makes the new adapter trainable and puts it in training mode; only the trainer's adapter may be so.
         self._model.eval()
         for parameter in lora_parameters(self._model, SLOT).values():
             parameter.requires_grad_(False)
@@ -79,56 +84,60 @@ class EagerEngine:
         self._digest = ""
         self._pads = policy.packed and self._pads_safely()
         self._cache: str | None = None
-        """What its cache can do, when that is known: "select" rows, only "append" to them, or "none" there is."""
+        """What the KV cache supports: "select" rows, only "append" tokens, or "none" for no cache. None: not known
+        yet."""
 
     @property
     def memory(self) -> dict[str, int]:
-        """Its adapter; the cache comes on top while it generates."""
-        return {"adapter of the engine": sum(t.numel() * t.element_size() for t in self._slots.values())}
+        """Bytes of the engine's adapter; the KV cache is added during generation."""
+        return {"adapter of the engine": sum(tensor.numel() * tensor.element_size() for tensor in self._slots.values())}
 
     @torch.no_grad()
     def _pads_safely(self) -> bool:
-        """Whether a row that is padded on the left gives finite logits. What attends to nothing is nan in some
-        attentions, and reaches the row's own tokens in the next layer as 0 * nan."""
+        """Return whether a left-padded row gives finite logits.
+
+        In some attention implementations a position that attends to nothing becomes nan, which reaches the row's real
+        tokens in the next layer as 0 * nan.
+        """
         ids, mask = torch.ones(2, 6, dtype=torch.long), torch.ones(2, 6, dtype=torch.long)
         mask[1, :3] = 0
         logits = self._step(ids, mask, (mask.cumsum(1) - 1).clamp(min=0), None).logits
         return bool(logits[:, -1].isfinite().all())
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling, seed: tuple[int, ...]) -> list[Rollout]:
-        """As the protocol; greedy at temperature 0, where the log-prob of the only possible token is 0."""
+        """See `Engine.generate`. Temperature 0 is greedy, with log-prob 0 for the chosen token."""
         if self._version is None:
             raise EngineError("generate before load_adapter: the engine has no adapter")
-        self._policy.check_length(max((len(p.ids) for p in prompts), default=0) + sampling.max_tokens)
+        self._policy.check_length(max((len(prompt.ids) for prompt in prompts), default=0) + sampling.max_tokens)
         stops = self._eos | set(sampling.stop_token_ids)
         rows = []
         for slot, prompt in enumerate(prompts):
             for sample in range(sampling.group_size):
-                own = rollout_seed(seed, slot, sample)
-                uniforms = np.random.Generator(np.random.PCG64(own)).random(sampling.max_tokens)
-                rows.append(_Row(prompt, slot, sample, own, uniforms))
+                row_seed = rollout_seed(seed, slot, sample)
+                uniforms = np.random.Generator(np.random.PCG64(row_seed)).random(sampling.max_tokens)
+                rows.append(_Row(prompt, slot, sample, row_seed, uniforms))
         with self._switched(), torch.inference_mode():
-            done = 0
+            count = 0
             for batch in self._batches(rows):
                 complete = self._rerun if self._cache == "none" else self._complete
                 complete(batch, sampling, stops)
-                done += len(batch)
+                count += len(batch)
                 if self._progress is not None:
-                    self._progress(done, len(rows))
+                    self._progress(count, len(rows))
         return [self._rollout(row) for row in rows]
 
     def load_adapter(self, named_tensors: Mapping[str, Tensor], version: int) -> None:
-        """As the protocol: copy, then read back and compare."""
+        """See `Engine.load_adapter`: copy, then read back and compare."""
         check_names(named_tensors, self._slots)
         self._write(named_tensors)
         check_read_back(named_tensors, self._slots, self._scales, lora_scales(self._model, SLOT), version)
         self._version, self._digest = version, self._slots_digest()
 
     def sleep(self) -> None:
-        """Nothing to give back: the cache lives only inside `generate`."""
+        """Do nothing: the KV cache exists only inside `generate`."""
 
     def wake(self) -> None:
-        """Check that the adapter is the one that was loaded."""
+        """Check that the adapter is unchanged since it was loaded."""
         if self._version is not None and self._slots_digest() != self._digest:
             raise EngineError(f"the engine's adapter changed while it slept (policy version {self._version})")
 
@@ -149,7 +158,7 @@ class EagerEngine:
 
     @contextmanager
     def _switched(self) -> Iterator[None]:
-        """The engine's adapter active; the trainer's active and trainable again afterwards."""
+        """Activate the engine's adapter; afterwards the trainer's is active and trainable again."""
         self._model.set_adapter(SLOT, inference_mode=True)
         try:
             yield
@@ -157,29 +166,29 @@ class EagerEngine:
             self._model.set_adapter("default")
 
     def _batches(self, rows: list[_Row]) -> Iterator[list[_Row]]:
-        """Rows that are decoded together: neighbours; of equally long prompts, unless they may be padded."""
+        """Split the rows into decoding batches: neighbours, with prompts of equal length unless padding is safe."""
         for row in rows:
             if not row.prompt.ids:
                 raise EngineError(f"row {row.prompt.index} has an empty prompt: there is nothing to continue")
         self._cache = self._cache or self._cache_kind(rows[0].prompt.ids[:1])
-        mixed = self._pads and self._cache == "select"
-        alike = (lambda row: 0) if mixed else (lambda row: len(row.prompt.ids))
-        for _, group in itertools.groupby(sorted(rows, key=alike), alike):
-            some = list(group)
-            yield from (some[at : at + self._batch_size] for at in range(0, len(some), self._batch_size))
+        pads = self._pads and self._cache == "select"
+        key = (lambda row: 0) if pads else (lambda row: len(row.prompt.ids))
+        for _, group in itertools.groupby(sorted(rows, key=key), key):
+            members = list(group)
+            yield from (members[start : start + self._batch_size] for start in range(0, len(members), self._batch_size))
 
     def _cache_kind(self, ids: Sequence[int]) -> str:
-        """What can be done with the cache that the model makes of a few ids."""
+        """Return what the cache supports (`_cache`), from running the model on a few ids."""
         out = self._model(input_ids=torch.tensor([ids], device=self._device), use_cache=True)
         cache = getattr(out, self._cache_name, None)
         if cache is None:
             return "none"
-        # Sub-classes and layers with a state of their own inherit an operation that does not know of it.
-        plain = type(cache) is DynamicCache and not any(hasattr(c, "update_conv_state") for c in cache.layers)
-        return "select" if plain and all(hasattr(c, "batch_select_indices") for c in cache.layers) else "append"
+        # Subclasses and layers with additional state inherit an operation that ignores this state.
+        plain = type(cache) is DynamicCache and not any(hasattr(layer, "update_conv_state") for layer in cache.layers)
+        return "select" if plain and all(hasattr(layer, "batch_select_indices") for layer in cache.layers) else "append"
 
     def _complete(self, rows: list[_Row], sampling: Sampling, stops: set[int]) -> None:
-        """Fill `ids` and `logprobs` of the rows, decoding all of them together. Rows of one prompt are neighbours."""
+        """Fill `ids` and `logprobs` of the rows in one decoding batch. Rows of one prompt must be adjacent."""
         select = self._cache == "select"
         heads = [i for i, row in enumerate(rows) if i == 0 or rows[i - 1].slot != row.slot or not select]
         longest = max(len(rows[i].prompt.ids) for i in heads)
@@ -187,34 +196,39 @@ class EagerEngine:
         mask = torch.zeros(len(heads), longest, dtype=torch.long)
         for line, i in enumerate(heads):
             prompt = rows[i].prompt.ids
-            # Left padding: all rows then write their next token into the same column of the cache.
+            # Left padding, so that all rows write their next token to the same column of the cache.
             ids[line, longest - len(prompt) :] = torch.tensor(prompt)
             mask[line, longest - len(prompt) :] = 1
         positions = (mask.cumsum(1) - 1).clamp(min=0)
         out = self._step(ids, mask, positions, None)
         cache, logits = getattr(out, self._cache_name), out.logits[:, -1]
         if select:
-            line_of = torch.tensor([sum(h <= i for h in heads) - 1 for i in range(len(rows))])
+            line_of = torch.tensor([sum(head <= i for head in heads) - 1 for i in range(len(rows))])
             logits = logits[line_of.to(self._device)]
             cache.batch_select_indices(line_of.to(self._device))
             mask, positions = mask[line_of], positions[line_of]
         positions, live = positions[:, -1], rows
         while True:
-            # Rows that have ended and stay are given a token, so that the batch keeps its shape; they record nothing.
+            # Finished rows that stay get a dummy token, so that the batch keeps its shape; it is not recorded.
             tokens = self._advance(logits, live, sampling, stops)
             keep = [i for i, row in enumerate(live) if row.live(sampling)]
             if not keep:
                 return
             if select and len(keep) < len(live):
-                kept = torch.tensor(keep)
-                live, mask, positions, tokens = [live[i] for i in keep], mask[kept], positions[kept], tokens[kept]
-                cache.batch_select_indices(kept.to(self._device))
+                indices = torch.tensor(keep)
+                live, mask, positions, tokens = (
+                    [live[i] for i in keep],
+                    mask[indices],
+                    positions[indices],
+                    tokens[indices],
+                )
+                cache.batch_select_indices(indices.to(self._device))
             mask = torch.cat([mask, torch.ones(len(live), 1, dtype=torch.long)], dim=1)
             positions = positions + 1
             logits = self._step(tokens[:, None], mask, positions[:, None], cache).logits[:, -1]
 
     def _step(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: Any) -> Any:
-        """The model's output for the next columns of the rows. All but the cache in host memory."""
+        """Run the model on the next columns of the rows. All arguments but the cache are in host memory."""
         return self._model(
             input_ids=ids.to(self._device),
             attention_mask=mask.to(self._device),
@@ -225,58 +239,58 @@ class EagerEngine:
         )
 
     def _rerun(self, rows: list[_Row], sampling: Sampling, stops: set[int]) -> None:
-        """Fill `ids` and `logprobs` of the rows without a cache: each token runs whole rows, padded on the right."""
+        """Fill `ids` and `logprobs` of the rows without a cache: each token recomputes whole, right-padded rows."""
         live = rows
         while live:
-            ended = torch.tensor([len(row.prompt.ids) + len(row.ids) for row in live]) - 1
-            ids = torch.zeros(len(live), int(ended.max()) + 1, dtype=torch.long)
+            last = torch.tensor([len(row.prompt.ids) + len(row.ids) for row in live]) - 1
+            ids = torch.zeros(len(live), int(last.max()) + 1, dtype=torch.long)
             for line, row in enumerate(live):
-                ids[line, : ended[line] + 1] = torch.tensor([*row.prompt.ids, *row.ids])
+                ids[line, : last[line] + 1] = torch.tensor([*row.prompt.ids, *row.ids])
             logits = self._model(input_ids=ids.to(self._device), use_cache=False).logits
-            self._advance(logits[torch.arange(len(live)), ended], live, sampling, stops)
+            self._advance(logits[torch.arange(len(live)), last], live, sampling, stops)
             live = [row for row in live if row.live(sampling)]
 
     def _advance(self, logits: Tensor, rows: list[_Row], sampling: Sampling, stops: set[int]) -> Tensor:
-        """Draw the next token of each row that goes on, and see whether it ends there; 0 for the others."""
-        on = [i for i, row in enumerate(rows) if row.live(sampling)]
+        """Sample the next token of each unfinished row and mark the row if it ends there; 0 for the others."""
+        indices = [i for i, row in enumerate(rows) if row.live(sampling)]
         tokens = torch.zeros(len(rows), dtype=torch.long)
-        going = [rows[i] for i in on]
-        tokens[on] = self._draw(logits if len(on) == len(rows) else logits[on], going, sampling)
-        for row, token in zip(going, tokens[on].tolist(), strict=True):
+        unfinished = [rows[i] for i in indices]
+        tokens[indices] = self._draw(logits if len(indices) == len(rows) else logits[indices], unfinished, sampling)
+        for row, token in zip(unfinished, tokens[indices].tolist(), strict=True):
             row.finished = token in stops or self._stopped(row, sampling.stop)
         return tokens
 
     def _draw(self, logits: Tensor, rows: list[_Row], sampling: Sampling) -> Tensor:
-        """Draw the next token of each row, append it with its log-prob, and return the tokens [rows] on the CPU.
+        """Sample the next token of each row, append it with its log-prob, and return the tokens [rows] on the CPU.
 
         logits: [rows, V] in the model's dtype; probabilities are computed in at least fp32.
         """
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if sampling.temperature == 0:
             best, tokens = logits.max(-1)
-            drawn = torch.where(best.isfinite(), 0.0, torch.nan)
+            logprobs = torch.where(best.isfinite(), 0.0, torch.nan)
         else:
             log_p = _truncate(logits / sampling.temperature, sampling.top_k, sampling.top_p).log_softmax(-1)
             cumulative = log_p.double().exp().cumsum(-1)
             uniform = torch.tensor([row.uniforms[len(row.ids)] for row in rows], device=logits.device)
-            # right=True: the first token whose cumulative probability is above u, which always has p > 0.
+            # right=True gives the first token whose cumulative probability is above u; its probability is never 0.
             tokens = torch.searchsorted(cumulative, (uniform * cumulative[:, -1])[:, None], right=True)
             tokens = tokens.clamp(max=logits.shape[1] - 1)
-            drawn = log_p.gather(1, tokens).squeeze(1)
+            logprobs = log_p.gather(1, tokens).squeeze(1)
             tokens = tokens.squeeze(1)
-        for row, token, logprob in zip(rows, tokens.tolist(), drawn.tolist(), strict=True):
+        for row, token, logprob in zip(rows, tokens.tolist(), logprobs.tolist(), strict=True):
             row.ids.append(token)
             row.logprobs.append(logprob)
         return tokens.cpu()
 
     def _stopped(self, row: _Row, stop: Sequence[str]) -> bool:
-        """Whether the row's text holds a stop string; the text then ends before it, the tokens with it."""
+        """Return whether the row's text contains a stop string, and cut the text before it; the tokens include it."""
         if not stop:
             return False
         text = self._tokenizer.decode(row.ids, skip_special_tokens=True)
-        found = [text.index(s) for s in stop if s in text]
-        row.text = text[: min(found)] if found else None
-        return bool(found)
+        starts = [text.index(string) for string in stop if string in text]
+        row.text = text[: min(starts)] if starts else None
+        return bool(starts)
 
     def _rollout(self, row: _Row) -> Rollout:
         assert self._version is not None
@@ -295,13 +309,14 @@ class EagerEngine:
 
 
 def _truncate(logits: Tensor, top_k: int, top_p: float) -> Tensor:
-    """Logits [rows, V] with everything outside the top k tokens and the top-p nucleus at -inf."""
+    """Set the logits [rows, V] outside the top k tokens and the top-p nucleus to -inf."""
     if top_k:
         kth = logits.topk(min(top_k, logits.shape[-1]), dim=-1).values[:, -1:]
         logits = logits.masked_fill(logits < kth, float("-inf"))
     if top_p < 1:
-        ordered, order = logits.sort(dim=-1, descending=True)
-        p = ordered.softmax(-1)
-        outside = p.cumsum(-1) - p >= top_p  # a token stays while the mass before it is below top_p
+        sorted_logits, order = logits.sort(dim=-1, descending=True)
+        probabilities = sorted_logits.softmax(-1)
+        # A token stays while the mass before it is below top_p.
+        outside = probabilities.cumsum(-1) - probabilities >= top_p
         logits = logits.masked_fill(torch.zeros_like(outside).scatter(1, order, outside), float("-inf"))
     return logits

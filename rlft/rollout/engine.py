@@ -1,8 +1,8 @@
-"""The protocol of a rollout engine: five methods, one contract test over all of them (tests/rollout/test_engines.py).
+"""The protocol of a rollout engine; tests/rollout/test_engines.py tests all implementations against it.
 
-An engine owns a copy of the adapter, never the trainer's live tensors: what it samples from changes only by
-`load_adapter`. It keeps the order of the prompts, G completions each, and every Rollout says which policy version made
-it. After each load and wake it reads its adapter back and compares (`check_read_back`).
+An engine owns a copy of the adapter, never the trainer's live tensors, so its policy changes only in `load_adapter`. It
+returns G completions per prompt in the order of the prompts, and every Rollout records the policy version it was
+sampled with. After each load and wake the engine reads its adapter back and compares it (`check_read_back`).
 """
 
 from __future__ import annotations
@@ -23,18 +23,19 @@ from rlft.types import Prompt, Rollout
 
 
 class Engine(Protocol):
-    """Anything that turns prompts into rollouts."""
+    """An engine that turns prompts into rollouts."""
 
     SAMPLES: bool
-    """True when it samples and returns sampler log-probs; False when it replays recorded completions."""
+    """True for an engine that samples and returns sampler log-probs; False for one that replays recorded
+    completions."""
 
     @property
     def memory(self) -> dict[str, int]:
-        """Bytes on the device that it takes while it is awake, by what they are."""
+        """Bytes of device memory in use while awake, by purpose."""
         ...
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling, seed: tuple[int, ...]) -> list[Rollout]:
-        """`sampling.group_size` rollouts per prompt, in the order of the prompts.
+        """Sample `sampling.group_size` rollouts per prompt, in the order of the prompts.
 
         seed: (run seed, step) or longer; the same seed gives the same rollouts on the same machine.
         Raises EngineError before an adapter was loaded, and when the engine fails.
@@ -42,18 +43,18 @@ class Engine(Protocol):
         ...
 
     def load_adapter(self, named_tensors: Mapping[str, Tensor], version: int) -> None:
-        """Copy the adapter (PEFT names, without alpha / rank) and sample from it from now on.
+        """Copy the adapter (PEFT names, without alpha / rank) and sample with it from now on.
 
         Raises EngineError for a missing or unknown name, a wrong shape, and when the read-back differs.
         """
         ...
 
     def sleep(self) -> None:
-        """Give back the memory that only generation needs."""
+        """Free the memory that only generation needs."""
         ...
 
     def wake(self) -> None:
-        """Take it again; the adapter is there as before, or EngineError."""
+        """Allocate the memory again. Raises EngineError when the adapter has changed."""
         ...
 
     def close(self) -> None:
@@ -63,7 +64,7 @@ class Engine(Protocol):
 
 @contextmanager
 def asleep(engine: Engine) -> Iterator[None]:
-    """The engine sleeps inside the block, also when the block fails."""
+    """Let the engine sleep inside the block, and wake it even when the block fails."""
     engine.sleep()
     try:
         yield
@@ -72,31 +73,35 @@ def asleep(engine: Engine) -> Iterator[None]:
 
 
 def rollout_seed(seed: tuple[int, ...], slot: int, sample: int) -> int:
-    """Seed of one rollout: 63 bits from (run seed, step, position of the prompt in the step, sample).
+    """Return the seed of one rollout: 63 bits from (run seed, step, position of the prompt in the step, sample).
 
-    The position and not the dataset row: a row that comes twice in a step must not give the same completions twice.
+    The position is used rather than the dataset row, because a row that occurs twice in a step must not give the same
+    completions twice.
     """
     entropy = [value % 2**32 for value in (*seed, slot, sample)]
     return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 def eos_ids(tokenizer: Any, base: Any) -> set[int]:
-    """Token ids that end a completion: those of tokenizer, config and generation config, and the chat template's end of
-    turn, which a base model with a template added to its tokenizer names nowhere else."""
+    """Return the token ids that end a completion.
+
+    These are the EOS ids of tokenizer, config and generation config, and the chat template's end of turn, which a base
+    model with a template added to its tokenizer declares nowhere else.
+    """
     end = end_id(tokenizer)
     return _declared(tokenizer, base) | (set() if end is None else {end})
 
 
 def _declared(tokenizer: Any, base: Any) -> set[int]:
-    found: set[int] = set()
+    ids: set[int] = set()
     for owner in (tokenizer, base.config, base.generation_config):
         value = getattr(owner, "eos_token_id", None)
-        found |= {value} if isinstance(value, int) else set(value or ())
-    return found
+        ids |= {value} if isinstance(value, int) else set(value or ())
+    return ids
 
 
 def undeclared_end(tokenizer: Any, base: Any) -> str:
-    """One line where the template's end of turn is an end in no file of the model, for whoever serves it; else ""."""
+    """Return a note for whoever serves the model if no file of it declares the template's end of turn; else ""."""
     end = end_id(tokenizer)
     if end is None or end in _declared(tokenizer, base):
         return ""
@@ -107,13 +112,13 @@ def undeclared_end(tokenizer: Any, base: Any) -> str:
     )
 
 
-def check_names(given: Mapping[str, Tensor], slots: Mapping[str, Tensor]) -> None:
-    """Raise EngineError unless `given` has exactly the engine's names and shapes: nothing is dropped silently."""
-    missing, unknown = sorted(slots.keys() - given.keys()), sorted(given.keys() - slots.keys())
+def check_names(adapter: Mapping[str, Tensor], slots: Mapping[str, Tensor]) -> None:
+    """Raise EngineError unless `adapter` has exactly the engine's names and shapes."""
+    missing, unknown = sorted(slots.keys() - adapter.keys()), sorted(adapter.keys() - slots.keys())
     if missing or unknown:
         what = f"misses {missing[0]}" if missing else f"has {unknown[0]}, which the engine does not know"
         raise EngineError(f"adapter handed to the engine {what} ({len(missing)} missing, {len(unknown)} unknown)")
-    for name, tensor in given.items():
+    for name, tensor in adapter.items():
         if tensor.shape != slots[name].shape:
             raise EngineError(
                 f"adapter tensor {name}: {tuple(tensor.shape)}, the engine has {tuple(slots[name].shape)}"
@@ -127,9 +132,9 @@ def check_read_back(
     slot_scales: Mapping[str, float],
     version: int,
 ) -> None:
-    """Raise EngineError unless the engine holds `given` exactly, after the cast to its dtype, with the same scales.
+    """Raise EngineError unless `slots` equal `given` exactly, after the cast to the engine's dtype, with equal scales.
 
-    This is the first guard of agreement: it sees a stale, missing or doubled adapter even while B = 0.
+    This check detects a stale, missing or doubly applied adapter even while B = 0, when log-probs would agree.
     """
     for name, scale in given_scales.items():
         if slot_scales.get(name) != scale:
@@ -137,14 +142,14 @@ def check_read_back(
                 f"after loading policy version {version} the engine scales {name} by {slot_scales.get(name)}, the "
                 f"trainer by {scale}: alpha / rank must be applied exactly once"
             )
-    # One answer for all of them: each would make the host wait for the GPU. What is equal differs by exactly 0.
-    wants = {name: t.to(dtype=slots[name].dtype, device=slots[name].device) for name, t in given.items()}
-    held = [slots[name] for name in wants]
-    difference = torch._foreach_sub(held, list(wants.values()))  # type: ignore[attr-defined]
+    # One result for all tensors, since each would make the host wait for the GPU. Equal values differ by exactly 0.
+    expected = {name: tensor.to(dtype=slots[name].dtype, device=slots[name].device) for name, tensor in given.items()}
+    actual = [slots[name] for name in expected]
+    difference = torch._foreach_sub(actual, list(expected.values()))  # type: ignore[attr-defined]
     worst = torch.stack(torch._foreach_norm(difference, math.inf))  # type: ignore[attr-defined]
     wrong = (worst != 0).nonzero().flatten().tolist()
     if wrong:
-        name = list(wants)[wrong[0]]
+        name = list(expected)[wrong[0]]
         if not given[name].isfinite().all():
             raise TrainError(
                 f"the adapter of policy version {version} is not finite: {name} for one. An update has set it, or a "

@@ -1,4 +1,4 @@
-"""Recorded completions in place of sampling: SFT, DPO, and debugging a loss on fixed data."""
+"""An engine that replays recorded completions, for SFT, DPO and debugging a loss on fixed data."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from rlft.types import Prompt, Rollout
 
 
 class ReplayEngine:
-    """Hands out `Prompt.recorded`, in order. It has no sampler log-probs and no use for an adapter."""
+    """Return `Prompt.recorded` in order, without sampler log-probs. The adapter is ignored."""
 
     SAMPLES: bool = False
 
     @property
     def memory(self) -> dict[str, int]:
-        """Nothing."""
+        """Empty: it uses no device memory."""
         return {}
 
     def __init__(self) -> None:
         self._version: int | None = None
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling, seed: tuple[int, ...]) -> list[Rollout]:
-        """Every recorded completion of every prompt; `sampling` and `seed` have nothing to decide.
+        """Return every recorded completion of every prompt; `sampling` and `seed` are ignored.
 
-        Raises EngineError for a prompt without recorded completions and before an adapter was loaded.
+        Raises EngineError for a prompt without recorded completions, and before an adapter was loaded.
         """
         if self._version is None:
             raise EngineError("generate before load_adapter: the engine has no adapter")
@@ -53,16 +53,16 @@ class ReplayEngine:
         return rollouts
 
     def load_adapter(self, named_tensors: Mapping[str, Tensor], version: int) -> None:
-        """Note the version; recorded completions do not depend on it."""
+        """Store the version; recorded completions do not depend on the adapter."""
         if not named_tensors:
             raise EngineError("an empty adapter was handed to the engine")
         self._version = version
 
     def sleep(self) -> None:
-        """Nothing to give back."""
+        """Do nothing: there is no memory to free."""
 
     def wake(self) -> None:
-        """Nothing to take."""
+        """Do nothing."""
 
     def close(self) -> None:
-        """Nothing to free."""
+        """Do nothing."""

@@ -1,7 +1,7 @@
-"""The README.md of an adapter or a merged model: what it was made from, how, what was measured, and how to load it.
+"""Write the model card (README.md) of an adapter or a merged model: training, measurements, and how to load it.
 
-Every number comes from the run's config and metrics.jsonl; what is not known is left out. The YAML block on top is the
-hub's (library_name, base_model, tags, license).
+Every number comes from the run's config and metrics.jsonl; unknown ones are omitted. The YAML block at the top is for
+the hub (library_name, base_model, tags, license).
 """
 
 from __future__ import annotations
@@ -21,17 +21,20 @@ from rlft.models.load import locate
 from rlft.runs.folder import Run
 
 METRICS = ("loss", "rewards/accuracies", "rewards/margins", "entropy", "mean_token_accuracy")
-"""Shown with their first and last value, where the run has them."""
+"""Metrics shown with their first and last value, where the run has them."""
 SAMPLED = ("reward", "completions/mean_length", "completions/clipped_ratio")
-"""The same, where completions were sampled and not recorded."""
+"""Further such metrics, where completions were sampled."""
 MEASURED = ("eval/loss", "eval/perplexity")
-"""Of the held-out rows; besides these, everything that has a standard error."""
+"""Metrics of held-out rows, besides all those with a standard error."""
 LICENCE = ("license", "license_name", "license_link")
-"""What the hub calls a licence in a card's YAML block."""
+"""Fields of the hub's YAML block for the licence."""
 
 
 def adapter_card(run: Run, cfg: Config, step: int, where: str, link: str | None = None) -> str:
-    """The card of the adapter after `step`. where: folder or hub id it is loaded from. link: the run in a tracker."""
+    """Return the card of the adapter after `step`.
+
+    where: folder or hub id to load it from. link: the run in a tracker.
+    """
     lines = [
         f"A LoRA adapter for {_base_words(cfg)}, rank {cfg.lora.rank}, alpha {cfg.lora.alpha:g}, trained with rlft.",
         "",
@@ -43,7 +46,7 @@ def adapter_card(run: Run, cfg: Config, step: int, where: str, link: str | None 
 
 
 def merged_card(run: Run, cfg: Config, step: int, where: str, dtype: str, check: str, link: str | None = None) -> str:
-    """The card of the model that the adapter after `step` was merged into. check: what comparing log-probs found."""
+    """Return the card of the merged model of `step`. check: result of the comparison of log-probs."""
     lines = [
         f"{_base_words(cfg)} with a LoRA adapter (rank {cfg.lora.rank}, alpha {cfg.lora.alpha:g}) trained with rlft "
         f"and merged in: W + scale B A in float32, rounded once to {dtype}. {check}",
@@ -59,18 +62,18 @@ def _card(cfg: Config, block: dict[str, str], tags: tuple[str, ...], run: Run, l
     import yaml
 
     hub = {"base_model": cfg.model} if on_hub(cfg.model) else {}
-    if not hub:  # the relation means nothing without the base's hub id
+    if not hub:  # the relation is meaningless without the base's hub id
         block = {name: value for name, value in block.items() if name != "base_model_relation"}
     algorithm = [] if ":" in cfg.algo.name else [cfg.algo.name]
     sources = [source.path for source in _sources(cfg) if on_hub(source.path)]
-    shown: dict[str, Any] = {**licence(cfg.model), **hub, **block, "pipeline_tag": "text-generation"}
-    shown |= {"tags": ["rlft", *tags, *algorithm], **({"datasets": sources} if sources else {})}
-    front = yaml.safe_dump(shown, sort_keys=False, allow_unicode=True)
+    fields: dict[str, Any] = {**licence(cfg.model), **hub, **block, "pipeline_tag": "text-generation"}
+    fields |= {"tags": ["rlft", *tags, *algorithm], **({"datasets": sources} if sources else {})}
+    front = yaml.safe_dump(fields, sort_keys=False, allow_unicode=True)
     return "\n".join(["---", front.rstrip(), "---", f"# {run.path.resolve().name}", "", *lines]) + "\n"
 
 
 def on_hub(name: str) -> bool:
-    """True for what can only be a hub id: "owner/name", and nothing of that name here."""
+    """Return True for a hub id: "owner/name" that is not a local path."""
     owner, slash, rest = name.partition("/")
     plain = bool(slash and owner and rest) and "/" not in rest and not name.startswith((".", "~"))
     return plain and not Path(name).exists() and Path(name).suffix not in (".gguf", *FILES)
@@ -78,7 +81,7 @@ def on_hub(name: str) -> bool:
 
 @functools.lru_cache(maxsize=4)  # a card is written with every checkpoint, and a .gguf file takes seconds to read
 def licence(model: str) -> dict[str, Any]:
-    """The base's licence as the hub writes it, from its card or its .gguf file as far as they lie here; or empty."""
+    """Return the licence fields of the base from its local card or .gguf file; empty if there is none."""
     where = locate(model)
     if where.gguf:
         from gguf import GGUFReader
@@ -89,15 +92,15 @@ def licence(model: str) -> dict[str, Any]:
 
     readme = Path(where.path) / "README.md"
     if not Path(where.path).is_dir():
-        cached = try_to_load_from_cache(where.path, "README.md") if on_hub(model) else None
-        readme = Path(cached) if isinstance(cached, str) else readme
+        cached_card = try_to_load_from_cache(where.path, "README.md") if on_hub(model) else None
+        readme = Path(cached_card) if isinstance(cached_card, str) else readme
     if not readme.is_file():
         return {}
     try:
-        told = ModelCard(readme.read_text(encoding="utf-8"), ignore_metadata_errors=True).data.to_dict()
-    except ValueError:  # a README of someone else's whose block cannot be read tells nothing
+        data = ModelCard(readme.read_text(encoding="utf-8"), ignore_metadata_errors=True).data.to_dict()
+    except ValueError:  # a third-party README whose block cannot be parsed
         return {}
-    return {name: told[name] for name in LICENCE if told.get(name)}
+    return {name: data[name] for name in LICENCE if data.get(name)}
 
 
 def _base_words(cfg: Config) -> str:
@@ -110,7 +113,7 @@ def _sources(cfg: Config) -> list[Source]:
 
 
 def _code(cfg: Config, where: str, merged: bool) -> list[str]:
-    """Python that loads the model and samples from it, prompted as it was in training."""
+    """Return Python code that loads the model and samples from it with the prompt format of training."""
     place, base = locate(cfg.model), f'"{cfg.model}"'
     lines, folder = ["```python"], ""
     if place.gguf and not merged:
@@ -152,47 +155,49 @@ def _code(cfg: Config, where: str, merged: bool) -> list[str]:
 
 def _training(run: Run, cfg: Config, step: int, link: str | None) -> list[str]:
     rows = [row for row in run.metrics() if row.get("step", math.inf) <= step]
-    trained = [row for row in rows if "loss" in row]
+    train_rows = [row for row in rows if "loss" in row]
     made_with = [f"{name} {version(name) or 'from a checkout'}" for name in ("rlft", "torch", "transformers", "peft")]
-    completions = f" with {cfg.sampling.group_size} completions each" if _sampled(trained) else ""
+    completions = f" with {cfg.sampling.group_size} completions each" if _sampled(train_rows) else ""
     return [
         "",
         "## Training",
         f"- data: {', '.join(map(_data_words, _sources(cfg)))}",
-        *_rewards(cfg, trained),
+        *_rewards(cfg, train_rows),
         *(f"- algorithm: {line}" if not i else f"  {line}" for i, line in enumerate(_algorithm(cfg))),
         f"- {step} steps of {cfg.prompts_per_step} prompts{completions}, learning rate {cfg.optim.lr:g}",
-        *([f"- {trained[-1]['num_tokens']:,.0f} tokens"] if trained and trained[-1].get("num_tokens") else []),
+        *([f"- {train_rows[-1]['num_tokens']:,.0f} tokens"] if train_rows and train_rows[-1].get("num_tokens") else []),
         *([f"- every step: {link}"] if link else []),
         f"- {', '.join(made_with)}",
         *_held_out(rows, step),
-        *_first_and_last(trained),
+        *_first_and_last(train_rows),
     ]
 
 
-def _sampled(trained: list[dict[str, Any]]) -> bool:
-    return bool(trained) and "sampling/sampling_logp_difference/mean" in trained[-1]
+def _sampled(train_rows: list[dict[str, Any]]) -> bool:
+    return bool(train_rows) and "sampling/sampling_logp_difference/mean" in train_rows[-1]
 
 
 def _data_words(source: Source) -> str:
-    # A path on somebody's disk says nothing to a reader, and is nobody's business.
+    # A local path is useless to a reader and private.
     local = Path(source.path).is_absolute() or source.path.startswith((".", "~"))
     return f"`{Path(source.path).name if local else source.path}`"
 
 
-def _rewards(cfg: Config, trained: list[dict[str, Any]]) -> list[str]:
-    named = [f"`{Path(r.use).name}`" + (f" x {r.weight:g}" if r.weight != 1 else "") for r in cfg.rewards]
-    if not named and trained:  # given from Python: the metrics have their names
-        named = [
+def _rewards(cfg: Config, train_rows: list[dict[str, Any]]) -> list[str]:
+    names = [
+        f"`{Path(reward.use).name}`" + (f" x {reward.weight:g}" if reward.weight != 1 else "") for reward in cfg.rewards
+    ]
+    if not names and train_rows:  # rewards from Python: take their names from the metrics
+        names = [
             f"`{parts[1]}`"
-            for key in trained[-1]
+            for key in train_rows[-1]
             if (parts := key.split("/"))[0] == "rewards" and len(parts) == 3 and parts[2] == "mean"
         ]
-    return [f"- rewards: {', '.join(named)}"] if named else []
+    return [f"- rewards: {', '.join(names)}"] if names else []
 
 
 def _algorithm(cfg: Config) -> list[str]:
-    """The algorithm in words. A loss from the user's own file is not imported for a card: it may be gone by now."""
+    """Describe the algorithm. A loss in a user's file is not imported for a card, since the file may be gone."""
     if ":" in cfg.algo.name + str(cfg.algo.options.get("advantage", "")):
         options = ", ".join(f"{name} = {value}" for name, value in cfg.algo.options.items())
         return [f"`{Path(cfg.algo.name).name}`" + (f" ({options})" if options else "")]
@@ -200,18 +205,18 @@ def _algorithm(cfg: Config) -> list[str]:
 
 
 def _held_out(rows: list[dict[str, Any]], step: int) -> list[str]:
-    """Evaluations before the first step and after the last, each mean with its 95% interval."""
+    """List the evaluations before the first and after the last step, each mean with its 95% interval."""
     evaluations = {row["step"]: row for row in rows if any(name.startswith("eval/") for name in row)}
-    shown = {at: evaluations[at] for at in (0, step) if at in evaluations}
-    if not shown:
+    selected = {at: evaluations[at] for at in (0, step) if at in evaluations}
+    if not selected:
         return []
-    first, titles = shown[min(shown)], {0: "before", step: f"after {step} steps"}
-    names = [n for n in first if n.startswith("eval/") and (f"{n}_stderr" in first or n in MEASURED)]
+    first, titles = selected[min(selected)], {0: "before", step: f"after {step} steps"}
+    names = [name for name in first if name.startswith("eval/") and (f"{name}_stderr" in first or name in MEASURED)]
     head = f"{first['eval/rows']:.0f} rows that were not trained on; means, with 95% intervals where there are any."
-    tried = sum(at > 0 for at in evaluations)
-    if tried > 1:
+    count = sum(at > 0 for at in evaluations)
+    if count > 1:
         head += (
-            f" {tried} checkpoints of the run were evaluated on them; one that was chosen by that looks too good here."
+            f" {count} checkpoints of the run were evaluated on them; one that was chosen by that looks too good here."
         )
     return [
         "",
@@ -219,8 +224,8 @@ def _held_out(rows: list[dict[str, Any]], step: int) -> list[str]:
         head,
         "",
         *_table(
-            ["", *(titles[at] for at in shown)],
-            [[n.removeprefix("eval/"), *(_interval(row, n) for row in shown.values())] for n in names],
+            ["", *(titles[at] for at in selected)],
+            [[name.removeprefix("eval/"), *(_interval(row, name) for row in selected.values())] for name in names],
         ),
     ]
 
@@ -234,19 +239,19 @@ def _interval(row: dict[str, Any], name: str) -> str:
     return f"{mean:.3f}" + (f" ± {1.96 * error:.3f}" if error is not None else "")
 
 
-def _first_and_last(trained: list[dict[str, Any]]) -> list[str]:
-    if not trained:
+def _first_and_last(train_rows: list[dict[str, Any]]) -> list[str]:
+    if not train_rows:
         return []
-    first, last = trained[0], trained[-1]
-    wanted = (*SAMPLED, *METRICS) if _sampled(trained) else METRICS
-    names = [n for n in wanted if first.get(n) is not None and last.get(n) is not None]
+    first, last = train_rows[0], train_rows[-1]
+    candidates = (*SAMPLED, *METRICS) if _sampled(train_rows) else METRICS
+    names = [name for name in candidates if first.get(name) is not None and last.get(name) is not None]
     return [
         "",
         "## In training",
         "",
         *_table(
             ["metric", f"step {first['step']}", f"step {last['step']}"],
-            [[n, f"{first[n]:.4g}", f"{last[n]:.4g}"] for n in names],
+            [[name, f"{first[name]:.4g}", f"{last[name]:.4g}"] for name in names],
         ),
     ]
 

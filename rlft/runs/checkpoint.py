@@ -1,12 +1,13 @@
-"""Checkpoints: one folder per saved step, which exists whole or not at all.
+"""Write and read checkpoints: one folder per saved step, written atomically.
 
     step-000012/
-      adapter_config.json, adapter_model.safetensors   the PEFT adapter: transformers and vLLM load the folder as it is
-      trainer.safetensors                              every tensor a resume needs: adapter in fp32, moments, RNG
-      state.json                                       rlft.types.State, what it was made from, versions, a digest
-    best.json                                          the step that did best on the held-out rows; its folder is kept
+      adapter_config.json, adapter_model.safetensors   the PEFT adapter: transformers and vLLM can load the folder
+      trainer.safetensors                              every tensor that a resume needs: adapter in fp32, moments
+      state.json                                       rlft.types.State, the identity, versions, a digest
+    best.json                                          the best step on the held-out rows; its folder is kept
 
-It is written under a temporary name, forced to disk, and renamed: a kill at any moment leaves the last one usable.
+A checkpoint is written under a temporary name, synced to disk and renamed, so that a kill at any moment leaves the
+previous one usable.
 """
 
 from __future__ import annotations
@@ -29,11 +30,11 @@ from rlft.errors import ConfigError
 from rlft.types import Best, State
 
 FORMAT = 1
-"""Layout of the folder. Raised when an older rlft could not read a new checkpoint, or the other way round."""
+"""Version of the folder layout, incremented when old and new rlft cannot read each other's checkpoints."""
 LIBRARIES = ("torch", "transformers", "peft")
 NOTED = ("model", "rlft", "rope")
-"""Parts of the identity that may differ: a base can move to another folder, the layout has a number of its own, and
-longrope factors follow the longest sequence."""
+"""Parts of the identity that may differ and are only reported: a base can move to another folder, the layout has
+FORMAT, and longrope factors follow the longest sequence."""
 TEMPORARY = ".saving-"
 DISCARDED = ".discarded-"
 
@@ -47,12 +48,12 @@ def save_checkpoint(
     keep: int,
     best: Best | None = None,
 ) -> Path:
-    """Write root/step-000012, then remove the oldest beyond `keep` and what killed saves left. Returns the folder.
+    """Write root/step-000012, then remove the oldest beyond `keep` and the remains of killed saves.
 
-    tensors: any names, dtypes and shapes, no two sharing storage. identity: what they fit, name -> text. write_adapter:
-    called with the folder to write the PEFT adapter into. best: the evaluation that did best so far, this step's
-    included; its checkpoint stays, however old. A step that was saved before is left as it is: it can only hold the
-    same state. Raises ConfigError when the folder cannot be written.
+    Returns the folder. tensors: any names, dtypes and shapes, no two sharing storage. identity: properties of the run
+    that the tensors belong to. write_adapter: called with the folder to write the PEFT adapter to. best: the best
+    evaluation so far, including this step's; its checkpoint is always kept. A step that is already saved is not
+    rewritten, since its state is the same. Raises ConfigError when the folder cannot be written.
     """
     assert keep >= 1, keep
     final = root / _name(state.step)
@@ -70,12 +71,12 @@ def save_checkpoint(
             temporary.rename(final)
             _sync(root)
         mark_best(root, best)
-        for old in _saved(root)[:-keep]:
+        for old in _checkpoints(root)[:-keep]:
             if best is None or old.name != _name(best.step):
-                # Renamed first: a kill while files are removed must not leave half a checkpoint under its name.
+                # Renamed first, so that a kill during removal does not leave a partial checkpoint under its name.
                 old.rename(root / f"{DISCARDED}{old.name}")
         _clean(root)
-    except (OSError, SafetensorError) as error:  # PEFT writes with safetensors, which has an error of its own
+    except (OSError, SafetensorError) as error:  # PEFT writes with safetensors, which raises SafetensorError
         why = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else str(error)
         raise ConfigError(
             f"{final}: the checkpoint could not be written: {why}; make room there, then go on with --resume"
@@ -84,9 +85,10 @@ def save_checkpoint(
 
 
 def mark_best(root: Path, best: Best | None) -> None:
-    """Write root/best.json for whoever looks there: {"checkpoint": "step-000012", "metric": "eval/reward", "value": 1}.
+    """Write root/best.json: {"checkpoint": "step-000012", "metric": "eval/reward", "value": 1}.
 
-    Without one it is removed. rlft itself asks `Run.best`. Raises ConfigError when it cannot be written.
+    It is removed if `best` is None. The file is for users; rlft itself uses `Run.best`. Raises ConfigError when it
+    cannot be written.
     """
     path = root / "best.json"
     try:
@@ -104,10 +106,10 @@ def mark_best(root: Path, best: Best | None) -> None:
 
 
 def load_checkpoint(path: Path, identity: Mapping[str, str]) -> tuple[State, dict[str, Tensor], list[str]]:
-    """State, tensors (on the CPU) and notes to show of a checkpoint that fits `identity`.
+    """Load state, tensors (on the CPU) and notes of a checkpoint that fits `identity`.
 
-    A note is one sentence about another library version, rlft version or name of the same base. Raises ConfigError when
-    there is no checkpoint, when it is damaged, in another format, or made from another base or adapter shape.
+    A note is a message about a different library version, rlft version or name of the same base. Raises ConfigError
+    when there is no checkpoint, when it is damaged, in another format, or made from another base or adapter shape.
     """
     from safetensors.torch import load as load_bytes
 
@@ -117,12 +119,12 @@ def load_checkpoint(path: Path, identity: Mapping[str, str]) -> tuple[State, dic
             f"{path}: a checkpoint in format {record.get('format')}, and this rlft reads format {FORMAT}; use the rlft "
             f"that wrote it ({_text(record, 'identity', 'rlft')})"
         )
-    theirs = record["identity"]
-    for name in sorted({*identity, *theirs} - {*NOTED}):
-        if identity.get(name) != theirs.get(name):
+    saved = record["identity"]
+    for name in sorted({*identity, *saved} - {*NOTED}):
+        if identity.get(name) != saved.get(name):
             raise ConfigError(
-                f"{path}: does not fit this run: {name} of the checkpoint is {theirs.get(name)!r} "
-                f"(model {theirs.get('model')!r}), here it is {identity.get(name)!r} (model "
+                f"{path}: does not fit this run: {name} of the checkpoint is {saved.get(name)!r} "
+                f"(model {saved.get('model')!r}), here it is {identity.get(name)!r} (model "
                 f"{identity.get('model')!r}); resume with the settings it was made with, or start in another folder "
                 f"with --out"
             )
@@ -134,7 +136,7 @@ def load_checkpoint(path: Path, identity: Mapping[str, str]) -> tuple[State, dic
 
 
 def continued_from(path: Path) -> dict[str, str]:
-    """The identity that a checkpoint was saved with. Raises ConfigError when there is none or it is damaged."""
+    """Return the identity of a checkpoint. Raises ConfigError when there is no checkpoint or it is damaged."""
     return dict(_read_state(path)["identity"])
 
 
@@ -184,8 +186,8 @@ def _notes(record: Mapping[str, Any], identity: Mapping[str, str]) -> list[str]:
     ]
     for name in NOTED:
         if _text(record, "identity", name) != identity.get(name, "unknown"):
-            theirs = _text(record, "identity", name)
-            notes.append(f"{name} of the checkpoint is {theirs}, here it is {identity.get(name, 'unknown')}")
+            saved = _text(record, "identity", name)
+            notes.append(f"{name} of the checkpoint is {saved}, here it is {identity.get(name, 'unknown')}")
     return notes
 
 
@@ -205,21 +207,23 @@ def _name(step: int) -> str:
     return f"step-{step:06d}"
 
 
-def _saved(root: Path) -> list[Path]:
-    """Complete checkpoints, oldest first."""
-    found = [(int(m[1]), path) for path in root.iterdir() if (m := re.fullmatch(r"step-(\d+)", path.name))]
-    return [path for _, path in sorted(found)]
+def _checkpoints(root: Path) -> list[Path]:
+    """Return the complete checkpoints, oldest first."""
+    checkpoints = [
+        (int(match[1]), path) for path in root.iterdir() if (match := re.fullmatch(r"step-(\d+)", path.name))
+    ]
+    return [path for _, path in sorted(checkpoints)]
 
 
 def _clean(root: Path) -> None:
-    """Remove what saves that were killed left behind."""
+    """Remove the remains of killed saves."""
     for path in root.iterdir():
         if path.name.startswith((TEMPORARY, DISCARDED)):
             shutil.rmtree(path)
 
 
 def _sync(path: Path) -> None:
-    """Force a file's bytes, or a folder's entries, to disk."""
+    """Sync a file's bytes, or a folder's entries, to disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

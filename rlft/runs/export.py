@@ -1,11 +1,11 @@
-"""What leaves a run: its adapter merged into a model of its own (`rlft merge`), or pushed to the hub (`rlft push`).
+"""Export the adapter of a run: merged into a standalone model (`rlft merge`), or pushed to the hub (`rlft push`).
 
-The base is loaded as its files have it, never as a 4-bit copy: a run may have trained on one, but what is rounded twice
-is another model. W + scale B A is computed in fp32 and rounded once. Three checks follow: the sum in fp32 has the
-log-probs of base + adapter; the files, loaded with plain transformers, are the rounded sum bit for bit; and their
-log-probs are not further away than rounding explains.
+The base is loaded from its own files, never as a 4-bit copy: a run may have trained on one, but rounding twice would
+give another model. W + scale B A is computed in fp32 and rounded once. Three checks follow: the fp32 sum has the
+log-probs of base + adapter; the written files, loaded with plain transformers, equal the rounded sum bit for bit; and
+their log-probs differ by no more than rounding explains.
 
-Everything runs on the CPU. Memory: 4 bytes per parameter of the base, with one layer's product beside it.
+Everything runs on the CPU, with 4 bytes of memory per parameter of the base plus one layer's product.
 """
 
 from __future__ import annotations
@@ -35,16 +35,16 @@ SENTENCES = (
     "def add(a, b):\n    return a + b",
     "Seven plus eight is fifteen.",
 )
-"""What the check reads when the run has no completions."""
+"""Texts for the check when the run has no completions."""
 FACTOR = 3.0
-"""The files may be this many times as far from base + adapter in fp32 as base + adapter rounded to the same type is."""
+"""Largest difference of the merged model from fp32, in multiples of that of base + adapter in the same dtype."""
 FLOOR = 1e-3
-"""Nats that two orders of the same sums in fp32 may differ by, on average."""
+"""Mean difference in nats that another summation order in fp32 may cause."""
 
 
 @dataclass(frozen=True)
 class Merged:
-    """What `merge` wrote and what it found. Means of |difference of log-prob| over `tokens`, in nats."""
+    """Result of `merge`. Differences are means of |difference of log-prob| over `tokens`, in nats."""
 
     out: Path
     checkpoint: Path
@@ -52,9 +52,9 @@ class Merged:
     difference: float
     """Between the written model and base + adapter in fp32."""
     noise: float
-    """Between base + adapter in the type asked for and in fp32: what rounding alone does."""
+    """Between base + adapter in the requested dtype and in fp32: the effect of rounding alone."""
     shift: float
-    """Between base + adapter and the base, in fp32: what the adapter does."""
+    """Between base + adapter and the base, in fp32: the effect of the adapter."""
 
     @property
     def limit(self) -> float:
@@ -62,17 +62,17 @@ class Merged:
         return FACTOR * self.noise + FLOOR
 
     def summary(self) -> str:
-        """The check in a sentence or two."""
-        told = (
+        """Describe the check in one or two sentences."""
+        text = (
             f"Over {self.tokens} tokens the merged log-probs differ from base + adapter in float32 by "
             f"{self.difference:.2g} nat on average, limit {self.limit:.2g}; the adapter moves them by {self.shift:.2g}."
         )
         if self.shift < self.noise:
-            told += (
+            text += (
                 " That is less than rounding to this type does to the model, so much of the training may be lost in "
                 "it: keep the adapter beside the base, or merge with --dtype float32."
             )
-        return told
+        return text
 
 
 def merge(
@@ -84,11 +84,11 @@ def merge(
     private: bool = False,
     link: str | None = None,
 ) -> Merged:
-    """Write base + adapter of a run as a model of its own: config, weights, tokenizer, README.md.
+    """Write base + adapter of a run as a standalone model: config, weights, tokenizer, README.md.
 
     which: "latest", "best" or the step of a checkpoint. dtype: of the written weights. push: hub id to upload `out` to.
-    link: the run in a tracker, for the README. Raises ConfigError for what a user can mend, before the long work where
-    that is possible, and ParityError when the written model is not base + adapter; then `out` is not there.
+    link: the run in a tracker, for the README. Raises ConfigError for what a user can fix, before the long work if
+    possible, and ParityError when the written model is not base + adapter; `out` is then not created.
     """
     if dtype not in DTYPES:
         raise ConfigError(f'dtype = "{dtype}": want one of {", ".join(DTYPES)}')
@@ -97,37 +97,37 @@ def merge(
     _check_free(out)
     if push:
         check_hub(push)
-    told = Config.load(run.config)
-    cfg = _unquantised(told, path)
+    run_config = Config.load(run.config)
+    cfg = _unquantised(run_config, path)
     tokenizer = load_tokenizer(cfg.model)
     texts = check_texts(run, tokenizer)
     temporary = out.absolute().with_name(f".merging-{out.name}")
-    shutil.rmtree(temporary, ignore_errors=True)  # of a merge that was killed
+    shutil.rmtree(temporary, ignore_errors=True)  # left by a merge that was killed
     try:
         with _writing(out):
             temporary.mkdir(parents=True)
-        exact, shift, model = _merge(cfg, told, path, texts)
+        exact, shift, model = _merge(cfg, run_config, path, texts)
         with _writing(out):
             model.to(getattr(torch, dtype)).save_pretrained(temporary)
         difference = _read_back(model, temporary, texts, exact)
         del model
         noise = 0.0 if dtype == "float32" else _mean(exact, token_logprobs(_load(replace(cfg, dtype=dtype)), texts))
-        merged = Merged(out, path, len(exact), difference, noise, shift)
-        if not difference <= merged.limit:  # nan too
+        result = Merged(out, path, len(exact), difference, noise, shift)
+        if not difference <= result.limit:  # nan too
             raise ParityError(
-                f"{out}: not written: the merged model is not base + adapter. {merged.summary()} "
+                f"{out}: not written: the merged model is not base + adapter. {result.summary()} "
                 + ("Weights beyond float16's range are the usual cause: use bfloat16." if dtype == "float16" else "")
             )
         with _writing(out):
             tokenizer.save_pretrained(temporary)
-            card = merged_card(run, told, _step(path), push or str(out), dtype, merged.summary(), link)
+            card = merged_card(run, run_config, _step(path), push or str(out), dtype, result.summary(), link)
             (temporary / "README.md").write_text(card, encoding="utf-8")
             temporary.rename(out.absolute())
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     if push:
         upload(push, sorted(out.iterdir()), private, {}, f"the merged model is in {out}")
-    return merged
+    return result
 
 
 @contextlib.contextmanager
@@ -153,37 +153,37 @@ def _check_free(out: Path) -> None:
 
 
 def _unquantised(cfg: Config, checkpoint: Path) -> Config:
-    """The run's config, for loading base and adapter as their files have them ("auto" on a CPU), on the CPU."""
+    """Return the run's config, changed to load base and adapter unquantised ("auto" on a CPU) on the CPU."""
     lora = replace(cfg.lora, resume_from=str(checkpoint))
     return replace(cfg, lora=lora, quantization="auto", device="cpu", dtype="float32")
 
 
 def check_texts(run: Run, tokenizer: Any) -> list[list[int]]:
-    """Token ids to compare log-probs on: eight of the run's last completions with their prompts, or SENTENCES."""
+    """Return token ids for the check: eight of the run's last completions with their prompts, or SENTENCES."""
     steps = run.rollout_steps()
     rows = run.read_rollouts(steps[-1]) if steps else []
     rows.sort(key=lambda row: (row["sample"], row["group"]))
-    made = [tokenizer.encode(row["prompt"])[-64:] + list(row["completion_ids"])[:64] for row in rows]
-    return [ids for ids in made if len(ids) > 1][:8] or [tokenizer.encode(text) for text in SENTENCES]
+    sequences = [tokenizer.encode(row["prompt"])[-64:] + list(row["completion_ids"])[:64] for row in rows]
+    return [ids for ids in sequences if len(ids) > 1][:8] or [tokenizer.encode(text) for text in SENTENCES]
 
 
 @torch.no_grad()
 def token_logprobs(model: nn.Module, texts: Sequence[Sequence[int]]) -> Tensor:
-    """Log-prob of every token but each text's first, by the model's own forward: [tokens] fp32."""
-    found = []
+    """Return the log-prob of every token except each text's first, from the model's own forward: [tokens] fp32."""
+    logprobs = []
     for ids in texts:
         row = torch.tensor([ids])
         logits = model(input_ids=row).logits[0, :-1].float()
-        found.append(logits.log_softmax(-1).gather(1, row[0, 1:, None]).squeeze(1))
-    return torch.cat(found)
+        logprobs.append(logits.log_softmax(-1).gather(1, row[0, 1:, None]).squeeze(1))
+    return torch.cat(logprobs)
 
 
-def _mean(a: Tensor, b: Tensor) -> float:
-    return float((a - b).abs().mean())
+def _mean(first: Tensor, second: Tensor) -> float:
+    return float((first - second).abs().mean())
 
 
 def _load(cfg: Config) -> PeftModel:
-    """Base and adapter in `cfg.dtype`. Raises ConfigError when the base's own files are quantised."""
+    """Load base and adapter in `cfg.dtype`. Raises ConfigError when the base's own files are quantised."""
     base = load_base(cfg, torch.device("cpu"))
     if hasattr(base.config, "quantization_config"):
         raise ConfigError(
@@ -193,49 +193,54 @@ def _load(cfg: Config) -> PeftModel:
     return attach_lora(base, cfg.lora, cfg.seed)
 
 
-def _merge(cfg: Config, told: Config, checkpoint: Path, texts: list[list[int]]) -> tuple[Tensor, float, Any]:
-    """Log-probs of base + adapter in fp32, how far they are from the base's, and the merged model, in fp32."""
+def _merge(cfg: Config, run_config: Config, checkpoint: Path, texts: list[list[int]]) -> tuple[Tensor, float, Any]:
+    """Merge in fp32. Returns the log-probs of base + adapter, their mean difference from the base, and the model."""
     model = _load(cfg)
-    _check_base(model, told, checkpoint)
+    _check_base(model, run_config, checkpoint)
     exact = token_logprobs(model, texts)
     with model.disable_adapter():
         shift = _mean(exact, token_logprobs(model, texts))
     try:
         merged = model.merge_and_unload(safe_merge=True)
-    except ValueError as error:  # what PEFT raises for weights that are not finite
+    except ValueError as error:  # PEFT raises it for weights that are not finite
         raise ConfigError(f"{checkpoint}: the adapter cannot be merged: {error}") from error
-    found = _mean(exact, token_logprobs(merged, texts))
-    if not found <= FLOOR:
+    difference = _mean(exact, token_logprobs(merged, texts))
+    if not difference <= FLOOR:
         raise ParityError(
-            f"{checkpoint}: not merged: in float32 the merged log-probs differ from base + adapter by {found:.3g} nat "
-            f"on average, and at most {FLOOR:g} is rounding"
+            f"{checkpoint}: not merged: in float32 the merged log-probs differ from base + adapter by "
+            f"{difference:.3g} nat on average, and at most {FLOOR:g} is rounding"
         )
     return exact, shift, merged
 
 
 def _read_back(model: Any, folder: Path, texts: list[list[int]], exact: Tensor) -> float:
-    """Load what was written, check that it is `model` bit for bit, and return its mean |difference| to `exact`."""
+    """Load the written files, check that they equal `model` bit for bit, and return the mean |difference| to
+    `exact`."""
     from transformers import AutoModelForCausalLM
 
     written = AutoModelForCausalLM.from_pretrained(folder, dtype=model.dtype)
-    theirs = written.state_dict()
-    wrong = [n for n, t in model.state_dict().items() if n not in theirs or not t.equal(theirs[n].to(t.dtype))]
+    read = written.state_dict()
+    wrong = [
+        name
+        for name, tensor in model.state_dict().items()
+        if name not in read or not tensor.equal(read[name].to(tensor.dtype))
+    ]
     if wrong:
         raise ParityError(f"not merged: {len(wrong)} tensors read back are not what was written, {wrong[0]} for one")
     return _mean(exact, token_logprobs(written, texts))
 
 
-def _check_base(model: PeftModel, told: Config, checkpoint: Path) -> None:
-    """Raise ConfigError when the base is not the run's, as far as its fingerprint can tell. told: the run's config."""
-    theirs = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))["identity"]["base"]
+def _check_base(model: PeftModel, run_config: Config, checkpoint: Path) -> None:
+    """Raise ConfigError when the fingerprint shows that the base is not the run's."""
+    expected = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))["identity"]["base"]
     types = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-    ours = [fingerprint(model.get_base_model(), dtype) for dtype in types]
-    # A quantised run's fingerprint is that of its packed bytes, which only bitsandbytes where it ran can make again.
-    plain = told.quantization == "none" or (told.quantization == "auto" and told.device == "cpu")
-    if theirs not in ours and plain:
+    fingerprints = [fingerprint(model.get_base_model(), dtype) for dtype in types]
+    # The fingerprint of a quantised run is that of its packed bytes, which cannot be recomputed here.
+    plain = run_config.quantization == "none" or (run_config.quantization == "auto" and run_config.device == "cpu")
+    if expected not in fingerprints and plain:
         raise ConfigError(
-            f'model = "{told.model}": not the base that {checkpoint} was trained on, whose fingerprint is {theirs} '
-            f"(here {ours[0]}); put that model back"
+            f'model = "{run_config.model}": not the base that {checkpoint} was trained on, whose fingerprint is '
+            f"{expected} (here {fingerprints[0]}); put that model back"
         )
 
 
@@ -245,7 +250,7 @@ def _check_base(model: PeftModel, told: Config, checkpoint: Path) -> None:
 def push_adapter(
     run_folder: str | Path, repo: str, which: str = "latest", private: bool = False, link: str | None = None
 ) -> str:
-    """Upload a run's adapter and its card to the hub; returns the address. Raises ConfigError when that cannot be."""
+    """Upload a run's adapter and its card to the hub, and return the URL. Raises ConfigError on failure."""
     run = Run.resume(run_folder)
     path = run.checkpoint(which)
     check_hub(repo)
@@ -255,7 +260,7 @@ def push_adapter(
 
 
 def check_hub(repo: str) -> None:
-    """Raise ConfigError unless `repo` is a hub id, there is a token, and the hub knows whose it is."""
+    """Raise ConfigError unless `repo` is a hub id and there is a valid token."""
     from huggingface_hub import HfApi, get_token
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
@@ -271,21 +276,24 @@ def check_hub(repo: str) -> None:
 
 
 def upload(repo: str, files: list[Path], private: bool, texts: dict[str, str], kept: str) -> str:
-    """One commit of files and texts to a hub repository, which is made if missing; returns its address."""
+    """Commit files and texts to a hub repository, created if missing, and return its URL.
+
+    kept: end of the error message, which says where the files are.
+    """
     from huggingface_hub import CommitOperationAdd, HfApi
 
-    added = [CommitOperationAdd(file.name, file) for file in files]
-    added += [CommitOperationAdd(name, text.encode()) for name, text in texts.items()]
+    operations = [CommitOperationAdd(file.name, file) for file in files]
+    operations += [CommitOperationAdd(name, text.encode()) for name, text in texts.items()]
     with _hub_errors(repo, kept):
         api = HfApi()
-        address = str(api.create_repo(repo, private=private, exist_ok=True))
-        api.create_commit(repo, added, commit_message="From rlft")
-    return address
+        url = str(api.create_repo(repo, private=private, exist_ok=True))
+        api.create_commit(repo, operations, commit_message="From rlft")
+    return url
 
 
 @contextlib.contextmanager
 def _hub_errors(repo: str, kept: str) -> Iterator[None]:
-    # HTTPError is that of the HTTP client the hub's library uses; a refused connection is one, and no OSError.
+    # A refused connection is an HTTPError of the hub library's HTTP client, and not an OSError.
     from huggingface_hub.errors import HTTPError  # pyright: ignore[reportPrivateImportUsage]
 
     try:

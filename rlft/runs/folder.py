@@ -1,16 +1,16 @@
-"""The folder of a run: what lies where, how it is written so that a kill leaves it readable, what a resume sets aside.
+"""The run folder: its layout, atomic writes, and what a resume sets aside.
 
-    config.toml                      every setting, as resolved
+    config.toml                      all settings, resolved
     metrics.jsonl                    one JSON object per step or evaluation, with its `step`
     rollouts/step-000012.parquet     every completion of step 12 with its rewards
     evaluations/step-000012.parquet  every held-out completion of an evaluation after step 12
     checkpoints/step-000012/         PEFT adapter and trainer state (rlft.runs.checkpoint)
-    checkpoints/best.json            which of them did best on the held-out rows
-    set-aside/001/                   what lay past the checkpoint at the first resume, and so on; never deleted
-    plan.json                        bytes of what the training keeps in memory
+    checkpoints/best.json            the best of them on the held-out rows
+    set-aside/001/                   data past the checkpoint at the first resume (002: second, ...); never deleted
+    plan.json                        bytes that training keeps in memory, by purpose
     report.html                      rlft.report
 
-Step 12 is the twelfth: its rollouts are of policy version 11.
+Step 12 is the twelfth step; its rollouts have policy version 11.
 """
 
 from __future__ import annotations
@@ -30,37 +30,36 @@ from rlft.runs.tables import read_table, rollout_table
 from rlft.types import Best, Rollout
 
 PIECED_GROUPS = 4
-"""Groups of each step whose tokens are kept as text too: those that the report shows."""
+"""Number of groups per step whose tokens are also saved as text, for the report."""
 TEXTS = ("prompt", "completion", "pieces.list.element", "finish_reason")
-"""Columns of a rollouts file whose values repeat."""
+"""Columns of a rollouts file with repeated values, which are dictionary-encoded."""
 STEP = re.compile(r"step-(\d+)(\.parquet)?")
 
 
 def reason(error: OSError) -> str:
-    """What the system said, without what a library made of it."""
+    """Return the message of the operating system, without additions of a library."""
     return os.strerror(error.errno) if error.errno else str(error)
 
 
 def step_of(path: Path) -> int | None:
-    """The step that a file or folder is named after; None for any other name, such as a temporary one."""
-    found = STEP.fullmatch(path.name)
-    return int(found[1]) if found else None
+    """Return the step in the name of a file or folder; None for any other name, such as a temporary one."""
+    match = STEP.fullmatch(path.name)
+    return int(match[1]) if match else None
 
 
 def _steps_in(folder: Path) -> dict[int, Path]:
-    """Step -> file or folder, in order of steps."""
-    found = [(step, path) for path in folder.glob("step-*") if (step := step_of(path)) is not None]
-    return dict(sorted(found))
+    """Return step -> file or folder, in order of steps."""
+    entries = [(step, path) for path in folder.glob("step-*") if (step := step_of(path)) is not None]
+    return dict(sorted(entries))
 
 
 def resumable(out: Path) -> bool:
-    """True for a folder that holds a run, and for one with temporary files at most: what a start leaves that was killed
-    while loading."""
+    """Return True for a folder with a run, or with at most temporary files, as a start killed while loading leaves."""
     return Run(out).exists() or (out.is_dir() and all(path.name.startswith(".") for path in out.iterdir()))
 
 
 class Run:
-    """A run folder. `create` and `resume` make one; paths are attributes."""
+    """A run folder, opened by `create` or `resume`, with its paths as attributes."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -73,9 +72,9 @@ class Run:
 
     @classmethod
     def create(cls, out: str | Path) -> Run:
-        """A folder for a new run, made if missing. It counts as a run once `write_config` was called.
+        """Create the folder of a new run, if missing. It counts as a run once `write_config` was called.
 
-        Raises ConfigError when `out` holds a run already, is no folder, or cannot be written to.
+        Raises ConfigError when `out` already has a run, is not a folder, or is not writable.
         """
         run = cls(Path(out).expanduser())
         with run.writing("in it", "or"):
@@ -93,9 +92,9 @@ class Run:
 
     @classmethod
     def resume(cls, out: str | Path, empty: bool = False) -> Run:
-        """The folder of a run that was started before. empty: an empty folder counts too (see `resumable`).
+        """Open the folder of an existing run. empty: accept an empty folder too (see `resumable`).
 
-        Raises ConfigError when there is none in `out`.
+        Raises ConfigError when `out` has no run.
         """
         run = cls(Path(out).expanduser())
         if not (resumable(run.path) if empty else run.exists()):
@@ -103,12 +102,12 @@ class Run:
         return run
 
     def exists(self) -> bool:
-        """True when the folder holds a run, in any state."""
+        """Return True when the folder has a run, in any state."""
         return any(path.exists() for path in (self.config, self.metrics_file, self.checkpoints))
 
     @contextlib.contextmanager
     def writing(self, what: str, then: str = "then go on with --resume; or") -> Iterator[None]:
-        """What the system refuses inside (full, read-only, no permission) becomes a ConfigError naming `what`."""
+        """Turn an OSError inside the block (disk full, read-only, no permission) into a ConfigError naming `what`."""
         try:
             yield
         except OSError as error:
@@ -126,7 +125,7 @@ class Run:
             self.metrics_file.touch()
 
     def write_plan(self, plan: Mapping[str, int]) -> None:
-        """Write plan.json: bytes of each thing that the training keeps in memory, by its name."""
+        """Write plan.json: bytes that training keeps in memory, by purpose."""
         with self.writing("plan.json"):
             replace_file(self.plan_file, json.dumps(plan, indent=2).encode())
 
@@ -147,15 +146,16 @@ class Run:
     ) -> None:
         """Write every completion of a step. All sequences are as long as `rollouts`; nan is written as null.
 
-        parts: what each reward function returned and logged, by its name. logprobs: index of a rollout -> the trainer's
-        log-probs [L] float of its sequence, whose end is the completion; rollouts that were not run are left out.
+        parts: results and logs of each reward function, by name. logprobs: index of a rollout -> the trainer's
+        log-probs [L] float of its sequence, which ends with the completion; rollouts that were not run are missing.
         pieces: the text of each token. Columns: step, row (of the dataset), group, sample, prompt, completion,
         completion_ids, sampler_logprobs and logprobs (float32), pieces, reward, rewards/NAME for each part, advantage,
         finish_reason, tokens, policy_version.
         """
-        known = logprobs or {}
+        by_rollout = logprobs or {}
         trainer = [
-            known[i][-n:] if (n := len(r.completion_ids)) and i in known else None for i, r in enumerate(rollouts)
+            by_rollout[i][-length:] if (length := len(rollout.completion_ids)) and i in by_rollout else None
+            for i, rollout in enumerate(rollouts)
         ]
         self._write(
             self.rollouts,
@@ -170,7 +170,7 @@ class Run:
         )
 
     def write_evaluation(self, step: int, rollouts: Sequence[Rollout], rewards: Sequence[float]) -> None:
-        """Write every held-out completion of an evaluation after `step`, with the same columns less the parts."""
+        """Write every held-out completion of an evaluation after `step`, with the same columns except the parts."""
         self._write(self.evaluations, step, rollouts, {"reward": rewards})
 
     def _write(
@@ -189,48 +189,53 @@ class Run:
             folder.mkdir(exist_ok=True)
             path = folder / f"step-{step:06d}.parquet"
             temporary = path.with_name(f".{path.name}.tmp")
-            # A dictionary of log-probs, which hardly ever repeat, would take three quarters of the time.
+            # Dictionary encoding of log-probs, which hardly ever repeat, would take three quarters of the time.
             pq.write_table(table, temporary, use_dictionary=[*TEXTS])  # type: ignore[arg-type]
-            # A reader, or a run that is killed here, never meets half a file under the real name.
+            # Renamed at the end, so that a partial file never has the final name.
             temporary.rename(path)
 
     def set_aside(self, step: int) -> Path | None:
-        """Move metrics, rollouts and evaluations past `step` into set-aside/001 (002, ...), so that a run resumed at
-        `step` writes them anew.
+        """Move metrics, rollouts and evaluations past `step` to set-aside/001 (002, ...), for a run resumed at `step`.
 
-        Returns that folder, None when there was nothing to move. A line torn by a kill or a full disk is moved too.
+        Returns that folder, or None when there was nothing to move. A truncated last line (kill, full disk) is moved
+        too.
         """
         data = self.metrics_file.read_bytes() if self.metrics_file.exists() else b""
         lines = data.splitlines()
         steps = [(parse_line(line) or {}).get("step", math.inf) for line in lines]
         if lines and not data.endswith(b"\n"):
-            steps[-1] = math.inf  # torn, though what is there may read as a whole object
-        past = [line for line, s in zip(lines, steps, strict=True) if s > step]
-        files = [p for d in (self.rollouts, self.evaluations) for s, p in _steps_in(d).items() if s > step]
+            steps[-1] = math.inf  # truncated, even if it parses as an object
+        past = [line for line, line_step in zip(lines, steps, strict=True) if line_step > step]
+        files = [
+            path
+            for folder in (self.rollouts, self.evaluations)
+            for line_step, path in _steps_in(folder).items()
+            if line_step > step
+        ]
         if not past and not files:
             return None
         with self.writing("set-aside"):
-            number = 1 + max((int(p.name) for p in (self.path / "set-aside").glob("[0-9]*")), default=0)
+            number = 1 + max((int(path.name) for path in (self.path / "set-aside").glob("[0-9]*")), default=0)
             aside = self.path / "set-aside" / f"{number:03d}"
             aside.mkdir(parents=True)
             for path in files:
                 (aside / path.parent.name).mkdir(exist_ok=True)
                 path.rename(aside / path.parent.name / path.name)
             if past:
-                # First the copy, then the original without it: a kill in between loses nothing.
+                # Copy first, then shorten the original, so that a kill in between loses nothing.
                 replace_file(aside / self.metrics_file.name, b"".join(line + b"\n" for line in past))
-                kept = (line for line, s in zip(lines, steps, strict=True) if s <= step)
-                replace_file(self.metrics_file, b"".join(line + b"\n" for line in kept))
+                remaining = (line for line, line_step in zip(lines, steps, strict=True) if line_step <= step)
+                replace_file(self.metrics_file, b"".join(line + b"\n" for line in remaining))
         return aside
 
     # ---- reading ----
 
     def has_checkpoint(self) -> bool:
-        """True when a step was saved."""
+        """Return True when there is a checkpoint."""
         return bool(_steps_in(self.checkpoints))
 
     def latest_checkpoint(self) -> Path:
-        """Folder of the newest checkpoint. Raises ConfigError when there is none."""
+        """Return the folder of the newest checkpoint. Raises ConfigError when there is none."""
         if not self.has_checkpoint():
             raise ConfigError(
                 f'out = "{self.path}": holds no checkpoint yet; let the run go on with rlft train FILE --resume, and '
@@ -239,101 +244,109 @@ class Run:
         return list(_steps_in(self.checkpoints).values())[-1]
 
     def checkpoint(self, which: str = "latest") -> Path:
-        """Folder of the checkpoint called "latest", "best" (on the held-out rows) or by its step, "12".
+        """Return the folder of a checkpoint: "latest", "best" (on the held-out rows) or a step, "12".
 
-        Raises ConfigError naming the checkpoints that there are.
+        Raises ConfigError naming the existing checkpoints.
         """
         if which == "latest":
             return self.latest_checkpoint()
-        saved = _steps_in(self.checkpoints)
+        checkpoints = _steps_in(self.checkpoints)
         best = self.best() if which == "best" else None
         if best is None and which == "best":
             raise ConfigError(
                 f'--checkpoint best: no checkpoint of {self.path} was evaluated; choose "latest" or a step of '
-                f"{', '.join(map(str, saved)) or '(none)'}, and set eval.rows and eval.every in the next run"
+                f"{', '.join(map(str, checkpoints)) or '(none)'}, and set eval.rows and eval.every in the next run"
             )
         step = best.step if best is not None else int(which) if which.isdigit() else -1
-        if step not in saved:
+        if step not in checkpoints:
             raise ConfigError(
                 f'--checkpoint {which}: {self.path} has no such checkpoint; give "latest", "best" or a step of '
-                f"{', '.join(map(str, saved)) or '(none)'}"
+                f"{', '.join(map(str, checkpoints)) or '(none)'}"
             )
-        return saved[step]
+        return checkpoints[step]
 
     def best(self, also: int | None = None) -> Best | None:
-        """The best evaluation among the steps with a checkpoint and `also`, one about to be saved; the first of equals.
+        """Return the best evaluation among the steps with a checkpoint and `also`, a step about to be saved.
 
-        Read from metrics.jsonl, so that what a resume sets aside cannot be the best. None when there is none.
+        The first of equals wins; None without one. Read from metrics.jsonl, so that data set aside by a resume does not
+        count.
         """
-        saved = {*_steps_in(self.checkpoints), also}
-        rows = [row for row in self.metrics() if row.get("step") in saved]
+        steps = {*_steps_in(self.checkpoints), also}
+        rows = [row for row in self.metrics() if row.get("step") in steps]
         for metric, sign in (("eval/reward", 1), ("eval/loss", -1)):
-            found = [(row["step"], row[metric]) for row in rows if row.get(metric) is not None]
-            if found:
-                step, value = max(found, key=lambda pair: sign * pair[1])
+            candidates = [(row["step"], row[metric]) for row in rows if row.get(metric) is not None]
+            if candidates:
+                step, value = max(candidates, key=lambda pair: sign * pair[1])
                 return Best(step, metric, value)
         return None
 
     def chosen_among(self) -> int:
-        """Evaluations of trained steps that `best` is the best of, those whose checkpoint is gone included; 0 for none.
+        """Return how many evaluations of trained steps `best` was chosen from, including those of removed checkpoints.
 
-        From 2 on its result on these rows is better in expectation than on others, and no interval knows of it.
+        From 2 on, the result of the best is biased upwards on these rows, and its interval does not account for that.
         """
         best = self.best()
         return 0 if best is None else sum(row.get(best.metric) is not None for row in self.metrics() if row["step"])
 
     def metrics(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl, oldest first; null for what was not finite."""
+        """Return the lines of metrics.jsonl, oldest first, with null for non-finite numbers."""
         return read_lines(self.metrics_file)
 
     def lines_logged(self) -> int:
-        """Lines of metrics that were ever written in this folder, those set aside and torn ones included."""
+        """Return the number of metrics lines ever written, including those set aside and truncated ones."""
         files = [self.metrics_file, *(self.path / "set-aside").glob("*/metrics.jsonl")]
         return sum(len(file.read_bytes().splitlines()) for file in files if file.exists())
 
     def first_evaluation(self) -> dict[str, float]:
-        """The eval/* metrics of the run's first evaluation, nan for what was not finite; empty without one."""
+        """Return the eval/* metrics of the run's first evaluation, nan where not finite; empty without one."""
         return next(self._evaluations(), (0, {}))[1]
 
     def evaluation(self, step: int) -> dict[str, float]:
-        """The eval/* metrics of the evaluation after `step`, nan for what was not finite; empty without one."""
+        """Return the eval/* metrics of the evaluation after `step`, nan where not finite; empty without one."""
         return next((values for at, values in self._evaluations() if at == step), {})
 
     def _evaluations(self) -> Iterator[tuple[int, dict[str, float]]]:
         for row in self.metrics():
             if any(name.startswith("eval/") for name in row):
-                yield row["step"], {k: math.nan if v is None else v for k, v in row.items() if k.startswith("eval/")}
+                yield (
+                    row["step"],
+                    {
+                        name: math.nan if value is None else value
+                        for name, value in row.items()
+                        if name.startswith("eval/")
+                    },
+                )
 
     def first_rewards(self) -> dict[int, list[float]]:
-        """Row of the dataset -> rewards of its completions (nan: invalid) in the first evaluation; {} without one."""
+        """Return dataset row -> rewards of its completions (nan: invalid) in the first evaluation; {} without one."""
         rows: dict[int, list[float]] = {}
         for record in self.read_evaluation(steps[0]) if (steps := self.evaluation_steps()) else []:
             rows.setdefault(record["row"], []).append(math.nan if record["reward"] is None else record["reward"])
         return rows
 
     def rollout_steps(self) -> list[int]:
-        """Steps whose rollouts are kept, in order."""
+        """Return the steps with saved rollouts, in order."""
         return list(_steps_in(self.rollouts))
 
     def evaluation_steps(self) -> list[int]:
-        """Steps after which an evaluation was written, in order."""
+        """Return the steps with a saved evaluation, in order."""
         return list(_steps_in(self.evaluations))
 
     def read_rollouts(self, step: int, groups: int | None = None) -> list[dict[str, Any]]:
-        """What `write_rollouts` wrote for a step: one dict per completion, of the first `groups` groups if given."""
+        """Read the rollouts of a step: one dict per completion, of the first `groups` groups if given."""
         return read_table(self.rollouts / f"step-{step:06d}.parquet", groups)
 
     def plan(self) -> dict[str, int]:
-        """What `write_plan` wrote; empty for a run without it."""
+        """Read plan.json; empty for a run without it."""
         return json.loads(self.plan_file.read_text()) if self.plan_file.exists() else {}
 
     def read_evaluation(self, step: int) -> list[dict[str, Any]]:
-        """What `write_evaluation` wrote for a step: one dict per completion."""
+        """Read the evaluation of a step: one dict per completion."""
         return read_table(self.evaluations / f"step-{step:06d}.parquet")
 
 
 def replace_file(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all."""
+    """Write a file atomically."""
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_bytes(data)
     temporary.replace(path)

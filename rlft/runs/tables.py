@@ -1,4 +1,4 @@
-"""Rollouts as Arrow tables."""
+"""Convert rollouts to Arrow tables and read them back."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from rlft.types import Prompt, Rollout
 
 
 def read_table(path: Path, groups: int | None = None) -> list[dict[str, Any]]:
-    """The rows of a file of rollouts. groups: only those of the first so many groups."""
+    """Read the rows of a rollouts file. groups: read only this many of the first groups."""
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
-    # One file: read_table on a path would also look for partitions in the folder names.
+    # ParquetFile reads one file; read_table on a path would also look for partitions in the folder names.
     table = pq.ParquetFile(path).read()
     return (table if groups is None else table.filter(pc.field("group") < groups)).to_pylist()
 
 
 def shown_prompt(prompt: Prompt) -> str:
-    """The prompt as its row has it: the text, or the messages as JSON."""
+    """Return the prompt of a row as text, with messages as JSON."""
     text = prompt.row.get("prompt")
     if isinstance(text, str):
         return text
@@ -39,31 +39,31 @@ def rollout_table(
     scores: Mapping[str, Sequence[Any]],
     tokens: Mapping[str, Sequence[Any]],
 ) -> Any:
-    """The Arrow table of a step. pa: pyarrow. tokens: the columns of an entry per token that are no rollout's own."""
+    """Build the Arrow table of a step. pa: pyarrow. tokens: per-token columns besides those of the rollouts."""
     integers = pa.int64()
     columns = {
         "step": pa.array([step] * len(rollouts), integers),
-        "row": pa.array([r.prompt.index for r in rollouts], integers),
+        "row": pa.array([rollout.prompt.index for rollout in rollouts], integers),
         "group": pa.array(group_ids(rollouts).tolist(), integers),
-        "sample": pa.array([r.sample_index for r in rollouts], integers),
-        "prompt": pa.array([shown_prompt(r.prompt) for r in rollouts], pa.string()),
-        "completion": pa.array([r.text for r in rollouts], pa.string()),
-        "completion_ids": pa.array([r.completion_ids for r in rollouts], pa.list_(integers)),
-        "sampler_logprobs": _floats(pa, [r.sampler_logprobs for r in rollouts]),
+        "sample": pa.array([rollout.sample_index for rollout in rollouts], integers),
+        "prompt": pa.array([shown_prompt(rollout.prompt) for rollout in rollouts], pa.string()),
+        "completion": pa.array([rollout.text for rollout in rollouts], pa.string()),
+        "completion_ids": pa.array([rollout.completion_ids for rollout in rollouts], pa.list_(integers)),
+        "sampler_logprobs": _floats(pa, [rollout.sampler_logprobs for rollout in rollouts]),
         **{
             name: pa.array(rows, pa.list_(pa.string())) if name == "pieces" else _floats(pa, rows)
             for name, rows in tokens.items()
         },
         **{name: _scores(pa, name, values, len(rollouts)) for name, values in scores.items()},
-        "finish_reason": pa.array([r.finish_reason for r in rollouts], pa.string()),
-        "tokens": pa.array([len(r.completion_ids) for r in rollouts], integers),
-        "policy_version": pa.array([r.policy_version for r in rollouts], integers),
+        "finish_reason": pa.array([rollout.finish_reason for rollout in rollouts], pa.string()),
+        "tokens": pa.array([len(rollout.completion_ids) for rollout in rollouts], integers),
+        "policy_version": pa.array([rollout.policy_version for rollout in rollouts], integers),
     }
     return pa.table(columns)
 
 
 def _floats(pa: Any, rows: Sequence[Any]) -> Any:
-    """A column of lists of float32 from sequences and tensors; null for None, nan within a list is null too."""
+    """Build a column of float32 lists from sequences and tensors; null for None, and for nan within a list."""
     ends = np.cumsum([0, *(0 if row is None else len(row) for row in rows)], dtype=np.int32)
     flat = [np.asarray(row, dtype=np.float32) for row in rows if row is not None]
     values = pa.array(np.concatenate(flat) if flat else np.empty(0, np.float32), pa.float32(), from_pandas=True)
@@ -72,8 +72,10 @@ def _floats(pa: Any, rows: Sequence[Any]) -> Any:
 
 
 def _scores(pa: Any, name: str, values: Sequence[Any], rows: int) -> Any:
-    """A column of numbers, null for nan; of text when a value is neither number nor None."""
+    """Build a column of numbers, null for nan; of text when a value is neither a number nor None."""
     assert len(values) == rows, f"{name}: {len(values)} values for {rows} rollouts"
-    if all(v is None or isinstance(v, int | float) for v in values):
-        return pa.array([None if v is None or math.isnan(v) else float(v) for v in values], pa.float64())
-    return pa.array([None if v is None else str(v) for v in values], pa.string())
+    if all(value is None or isinstance(value, int | float) for value in values):
+        return pa.array(
+            [None if value is None or math.isnan(value) else float(value) for value in values], pa.float64()
+        )
+    return pa.array([None if value is None else str(value) for value in values], pa.string())

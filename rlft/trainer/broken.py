@@ -1,9 +1,9 @@
-"""A policy that is broken ends the run, with the sentence that fits: values that are not finite, or nothing to train.
+"""Stop the run when the policy is broken: its log-probs are not finite, or there is nothing to train on.
 
-Every micro-batch counts its log-probs and entropies that are not finite (`step_metrics.batch_stats`); the counts are
-read with the step's other metrics, so looking makes no wait for a GPU. What is at fault is found out only once there is
-something to say: the adapter, the base's weights, an overflow in the base's dtype, or an adapter that has grown.
-Gradients that are not finite while log-probs are: `rlft.trainer.optim`. Rewards: `rlft.rewards.score`.
+Every micro-batch counts its log-probs and entropies that are not finite (`step_metrics.batch_stats`). The counts are
+read with the step's other metrics, so the check adds no GPU synchronisation. The cause (adapter, base weights, overflow
+in the base's dtype, an adapter that has grown too large) is searched for only when the check fails. For gradients that
+are not finite see `rlft.trainer.optim`, for rewards `rlft.rewards.score`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from rlft.types import Batch, PackPlan, Rollout, State
 
 
 class RunView(Protocol):
-    """What the checks look at of a run; `rlft.trainer.setup.Session` has it."""
+    """The parts of a run that the checks read; `rlft.trainer.setup.Session` provides them."""
 
     cfg: Config
     policy: Policy
@@ -33,47 +33,47 @@ class RunView(Protocol):
     steps: int
 
 
-def check_step(s: RunView, values: Mapping[str, float], rollouts: Sequence[Rollout], ran: Sequence[Batch]) -> None:
+def check_step(run: RunView, values: Mapping[str, float], rollouts: Sequence[Rollout], ran: Sequence[Batch]) -> None:
     """Raise TrainError after a step whose policy is broken.
 
-    values: the metrics of the step. rollouts: all that were drawn. ran: the micro-batches that were trained on.
+    values: the metrics of the step. rollouts: all sampled ones. ran: the micro-batches that were trained on.
     """
-    state = s.state
+    state = run.state
     if values.get("nonfinite_logprobs"):
-        with asleep(s.engine):
-            count_ = f"{values['nonfinite_logprobs']:.0f} of the policy's log-probs"
-            raise not_finite(s.policy, ran, f"step {state.step}: {count_}")
-    tokens = sum(len(r.completion_ids) for r in rollouts)
+        with asleep(run.engine):
+            subject = f"{values['nonfinite_logprobs']:.0f} of the policy's log-probs"
+            raise not_finite(run.policy, ran, f"step {state.step}: {subject}")
+    tokens = sum(len(rollout.completion_ids) for rollout in rollouts)
     if tokens and values.get("sampling/nonfinite_logprobs") == tokens:
-        # The trainer has not looked at them, since such tokens are not trained.
-        with asleep(s.engine):
+        # The trainer has not scored them, since such tokens are not trained.
+        with asleep(run.engine):
             which = f"step {state.step}: all {tokens} of the engine's log-probs"
-            raise not_finite(s.policy, unsampled(rollouts, s.plan), which)
+            raise not_finite(run.policy, unsampled(rollouts, run.plan), which)
     state.untrained = 0 if ran else state.untrained + 1
-    # A run of fewer steps has to train something too.
-    if state.untrained >= min(s.cfg.optim.max_skipped, s.steps):
+    # A run of fewer steps must train on something too.
+    if state.untrained >= min(run.cfg.optim.max_skipped, run.steps):
         raise TrainError(
             f"no token could be trained in {state.untrained} steps in a row: {_why_untrained(rollouts)}. Read the "
-            f"completions: prompts, chat template or sampling.max_tokens ({s.cfg.sampling.max_tokens}) may not fit"
+            f"completions: prompts, chat template or sampling.max_tokens ({run.cfg.sampling.max_tokens}) may not fit"
         )
 
 
-def check_end(s: RunView, ran: Sequence[Batch]) -> None:
+def check_end(run: RunView, ran: Sequence[Batch]) -> None:
     """Raise TrainError when the policy after the last update is broken, or no update of a whole run was made.
 
-    ran: micro-batches of the last step. One of them is run with its gradient, as the next step would do it: no other
-    step looks at what the last update left behind.
+    ran: micro-batches of the last step. One of them is run forward and backward as in a further step, since no later
+    step would check the result of the last update.
     """
-    state, lr = s.state, s.cfg.optim.lr
-    if state.step == s.steps and state.updates and state.skipped_updates >= state.updates:
+    state, lr = run.state, run.cfg.optim.lr
+    if state.step == run.steps and state.updates and state.skipped_updates >= state.updates:
         raise TrainError(
             f"all {state.updates} updates of the run had a non-finite gradient and were skipped, so nothing was "
             f'trained: lower optim.lr ({lr}), set dtype = "float32", or (float16) train for more steps'
         )
     if not ran:
         return
-    policy, batch = s.policy, ran[0]
-    with asleep(s.engine), torch.random.fork_rng():
+    policy, batch = run.policy, ran[0]
+    with asleep(run.engine), torch.random.fork_rng():
         logprobs, _ = policy.logprobs(batch)
         if not logprobs.isfinite().all():
             raise not_finite(policy, [batch], "after the last update the policy's log-probs")
@@ -89,22 +89,25 @@ def check_end(s: RunView, ran: Sequence[Batch]) -> None:
 
 
 def unsampled(rollouts: Sequence[Rollout], plan: PackPlan) -> list[Batch]:
-    """Micro-batches with every token of the completions, whatever the engine's log-probs were."""
-    shown = [replace(r, sampler_logprobs=None, completion_mask=(True,) * len(r.completion_ids)) for r in rollouts]
-    plan = replace(plan, keep=(True,) * len(shown), whole_groups=False)
-    return pack(shown, torch.zeros(len(shown)), plan, count(shown, plan))
+    """Pack micro-batches that train every completion token, even where the engine's log-probs are not finite."""
+    unmasked = [
+        replace(rollout, sampler_logprobs=None, completion_mask=(True,) * len(rollout.completion_ids))
+        for rollout in rollouts
+    ]
+    plan = replace(plan, keep=(True,) * len(unmasked), whole_groups=False)
+    return pack(unmasked, torch.zeros(len(unmasked)), plan, count(unmasked, plan))
 
 
 def not_finite(policy: Policy, batches: Sequence[Batch], which: str) -> TrainError:
-    """The error for log-probs that are not finite, with what is at fault.
+    """Return the error for log-probs that are not finite, naming the cause.
 
-    batches: where they were seen. which: the beginning of the sentence.
+    batches: micro-batches that have such log-probs. which: the beginning of the message.
     """
     return TrainError(f"{which} are not finite: {_fault(policy, batches)}")
 
 
 def _fault(policy: Policy, batches: Sequence[Batch]) -> str:
-    """What is at fault: adapter, base, dtype or learning rate."""
+    """Describe the cause: adapter, base, dtype or learning rate."""
     wrong = policy.flat.not_finite()
     if wrong:
         return (
@@ -118,14 +121,14 @@ def _fault(policy: Policy, batches: Sequence[Batch]) -> str:
             "machine is at fault; go on from the last checkpoint"
         )
     with policy.model.disable_adapter():
-        alone = policy.score(batch).isfinite().all()
-    if alone:
+        base_is_finite = policy.score(batch).isfinite().all()
+    if base_is_finite:
         return (
             f"the base alone gives finite ones, so the adapter has grown until the pass overflows (largest value "
             f"{_largest(policy):.3g}). Lower optim.lr and start again, or go on from an earlier checkpoint"
         )
-    weights = {n: p for n, p in policy.base.named_parameters() if p.is_floating_point()}
-    wrong = [name.replace(".base_layer", "") for name, p in weights.items() if not p.isfinite().all()]
+    weights = {name: parameter for name, parameter in policy.base.named_parameters() if parameter.is_floating_point()}
+    wrong = [name.replace(".base_layer", "") for name, parameter in weights.items() if not parameter.isfinite().all()]
     if wrong:
         return (
             f"{len(wrong)} of the base's weights hold values that are not finite, {wrong[0]} for one. The model's "
@@ -143,17 +146,17 @@ def _largest(policy: Policy) -> float:
 
 
 def _why_untrained(rollouts: Sequence[Rollout]) -> str:
-    """Why nothing of the rollouts of a step was trained, in numbers."""
-    empty = sum(not r.completion_ids for r in rollouts)
-    masked = sum(bool(r.completion_ids) and not r.trained.any() for r in rollouts)
-    cut = sum(r.finish_reason == "length" and bool(r.trained.any()) for r in rollouts)
-    found = [
+    """Describe in numbers why no rollout of a step was trained."""
+    empty = sum(not rollout.completion_ids for rollout in rollouts)
+    untrainable = sum(bool(rollout.completion_ids) and not rollout.trained.any() for rollout in rollouts)
+    truncated = sum(rollout.finish_reason == "length" and bool(rollout.trained.any()) for rollout in rollouts)
+    reasons = [
         f"{number} {what}"
         for number, what in (
             (empty, "are empty"),
-            (masked, "have no token that the policy chose with a finite log-prob"),
-            (cut, "were cut at sampling.max_tokens (left out with overlong.mask)"),
+            (untrainable, "have no token that the policy chose with a finite log-prob"),
+            (truncated, "were cut at sampling.max_tokens (left out with overlong.mask)"),
         )
         if number
     ]
-    return f"of the {len(rollouts)} completions of the last one {', '.join(found) or 'none has a valid reward'}"
+    return f"of the {len(rollouts)} completions of the last one {', '.join(reasons) or 'none has a valid reward'}"

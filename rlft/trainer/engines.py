@@ -1,4 +1,4 @@
-"""Which engine a run samples with, and that engine, started."""
+"""Choose and start the engine that a run samples with."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ INSTALL = "pip install 'rlft[vllm]'"
 
 
 def sampler_name(cfg: Config, device: torch.device) -> str:
-    """ "vllm" or "eager": what samples where completions are not recorded."""
+    """Return the engine that samples, "vllm" or "eager", where completions are not recorded."""
     if cfg.engine.name in ("vllm", "eager"):
         return cfg.engine.name
     return "vllm" if device.type == "cuda" and version("vllm") is not None else "eager"
 
 
 def engine_name(cfg: Config, recorded: bool, device: torch.device) -> str:
-    """ "vllm", "eager" or "replay": `engine.name`, with "auto" decided. recorded: the data has completions."""
+    """Return "vllm", "eager" or "replay": `engine.name` with "auto" resolved. recorded: the data has completions."""
     if cfg.engine.name == "replay" or (cfg.engine.name == "auto" and recorded):
         return "replay"
     return sampler_name(cfg, device)
 
 
 def start(cfg: Config, policy: Policy, tokenizer: Any, console: Console, rows: Sequence[Prompt]) -> Engine:
-    """The engine that samples. rows: every prompt that it will be given, for the length of the longest.
+    """Start the engine that samples. rows: every prompt it will sample from, for the length of the longest.
 
-    Raises ConfigError for prompts that the model's context is too short for, and EngineError where vLLM does not start.
+    Raises ConfigError for prompts too long for the model's context, and EngineError when vLLM does not start.
     """
     if sampler_name(cfg, policy.device) == "eager":
         if cfg.engine.name == "auto" and policy.device.type == "cuda":
@@ -53,7 +53,7 @@ def start(cfg: Config, policy: Policy, tokenizer: Any, console: Console, rows: S
 
 
 def longest_of(cfg: Config, policy: Policy, rows: Sequence[Prompt]) -> int:
-    """Tokens of the longest prompt with the longest completion. Raises ConfigError where that is beyond the model."""
+    """Return the tokens of the longest prompt plus completion. Raises ConfigError above the model's context."""
     completion, prompt = _completion(cfg), max(len(row.ids) for row in rows)
     base: Any = policy.base
     context = getattr(base.config.get_text_config(), "max_position_embeddings", None)
@@ -66,12 +66,15 @@ def longest_of(cfg: Config, policy: Policy, rows: Sequence[Prompt]) -> int:
 
 
 def _completion(cfg: Config) -> int:
-    """Tokens of the longest completion that is sampled."""
+    """Return the largest number of tokens of a sampled completion."""
     return max(cfg.sampling.max_tokens, sampling_of(cfg).max_tokens if cfg.eval.rows else 0)
 
 
 def _max_model_len(cfg: Config, policy: Policy, rows: Sequence[Prompt]) -> int:
-    """vLLM's max_model_len, by which it chooses longrope's factors: those of the policy, or a ConfigError."""
+    """Return vLLM's max_model_len, chosen so that vLLM uses the policy's longrope factors.
+
+    Raises ConfigError when `engine.max_model_len` rules that out.
+    """
     longest, rope = cfg.engine.max_model_len or longest_of(cfg, policy, rows), policy.rope
     if rope is None or rope.factors == "short factors" or longest > rope.original:
         return longest
@@ -84,13 +87,18 @@ def _max_model_len(cfg: Config, policy: Policy, rows: Sequence[Prompt]) -> int:
 
 
 def longest_sequence(cfg: Config, policy: Policy, rows: Sequence[Prompt], held: Sequence[Prompt], scored: bool) -> int:
-    """Tokens of the longest sequence that a run can have. scored: the evaluation has reward functions, so it samples.
+    """Return the tokens of the longest sequence that a run can have.
 
-    Where vLLM samples, `engine.max_model_len` is the bound of what is sampled.
+    held: held-out prompts. scored: the evaluation has reward functions, so it samples. Where vLLM samples,
+    `engine.max_model_len` bounds the sampled sequences.
     """
     replay = engine_name(cfg, bool(rows[0].recorded), policy.device) == "replay"
-    recorded = [len(p.ids) + len(r.ids) for p in (*rows, *held) for r in p.recorded] if replay else []
-    sampled = [*(() if replay else rows), *(held if scored or not replay else ())]
-    if sampled and cfg.engine.max_model_len is not None and sampler_name(cfg, policy.device) == "vllm":
-        return max([cfg.engine.max_model_len, *recorded])
-    return max([*recorded, *(len(p.ids) + _completion(cfg) for p in sampled)])
+    recorded_lengths = (
+        [len(prompt.ids) + len(completion.ids) for prompt in (*rows, *held) for completion in prompt.recorded]
+        if replay
+        else []
+    )
+    sampled_prompts = [*(() if replay else rows), *(held if scored or not replay else ())]
+    if sampled_prompts and cfg.engine.max_model_len is not None and sampler_name(cfg, policy.device) == "vllm":
+        return max([cfg.engine.max_model_len, *recorded_lengths])
+    return max([*recorded_lengths, *(len(prompt.ids) + _completion(cfg) for prompt in sampled_prompts)])

@@ -1,23 +1,23 @@
-"""Held-out rows measured: the rewards of sampled completions, and the loss of recorded ones.
+"""Evaluate on held-out rows: rewards of sampled completions, and the loss of recorded ones.
 
-The names, as logged, printed and reported (NAME is eval/reward or one of eval/pass@K):
+Metric names, as logged, printed and reported (NAME is eval/reward or one of eval/pass@K):
 
     eval/reward                    mean over rows of the mean reward of a row's completions: avg@k, k = eval.samples
     eval/pass@K                    mean over rows of the chance that one of K completions is solved (unbiased)
     NAME_stderr, _low, _high       standard error over rows; 95% interval (Wilson for 0/1 rows, else bootstrap)
-    NAME_change                    difference to the run's first evaluation, over the rows that both have
-    NAME_change_stderr, _low, _high  of that difference, paired by row (bootstrap)
-    eval/rows, eval/samples        held-out rows; completions sampled of each (absent when only the loss is measured)
-    eval/chosen_among              `rlft eval --checkpoint best`: evaluations on these rows that it is the best of
-    eval/invalid                   completions without a valid reward: left out of all the above
-    eval/rewards/FUNCTION/mean, /std, /invalid     each reward function apart
-    eval/completions/mean_length, /clipped_ratio   tokens; share cut at eval.max_tokens, scored as they are
-    eval/loss                      recorded rows: the run's own loss, as in training but without dropout
-    eval/perplexity                exp of the mean negative log-prob of recorded tokens (a pair: of its chosen side)
-    eval/...                       what the loss logs itself: eval/rewards/accuracies, eval/rewards/margins, ... for dpo
+    NAME_change                    difference from the run's first evaluation, over the rows in both
+    NAME_change_stderr, _low, _high  the same for that difference, paired by row (bootstrap)
+    eval/rows, eval/samples        held-out rows; completions sampled per row (absent when only the loss is measured)
+    eval/chosen_among              `rlft eval --checkpoint best`: number of evaluations it is the best of
+    eval/invalid                   completions without a valid reward, excluded from all the above
+    eval/rewards/FUNCTION/mean, /std, /invalid     per reward function
+    eval/completions/mean_length, /clipped_ratio   tokens; share truncated at eval.max_tokens (scored as is)
+    eval/loss                      recorded rows: the training loss, without dropout
+    eval/perplexity                exp of the mean negative log-prob of recorded tokens (of the chosen side of a pair)
+    eval/...                       metrics of the loss: eval/rewards/accuracies, eval/rewards/margins, ... for dpo
 
-A completion is solved when its reward is at least `eval.threshold`. A row with fewer than K valid rewards is left out
-of pass@K. Standard errors and bootstrap intervals need two rows; with one they are not there.
+A completion is solved when its reward is at least `eval.threshold`. A row with fewer than K valid rewards is excluded
+from pass@K. Standard errors and bootstrap intervals need two rows and are absent with one.
 """
 
 from __future__ import annotations
@@ -45,12 +45,12 @@ from rlft.trainer.prepare import PackedStep, estimator_inputs
 from rlft.types import PackPlan, Prompt, Rollout, Stat
 
 ROUNDING = 1e-6
-"""Rewards are fp32: a sum of weights that should reach the threshold may miss it by this, relative."""
+"""Relative tolerance of the threshold: a float32 sum of weights may just miss it."""
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What sampling on held-out rows gave."""
+    """Result of sampling on held-out rows."""
 
     metrics: dict[str, float]
     rollouts: list[Rollout]
@@ -60,19 +60,19 @@ class Evaluation:
     """One line per reward function that failed on some completions."""
 
     def by_row(self) -> dict[int, list[float]]:
-        """Row number in the dataset -> the rewards of its completions."""
+        """Return row number in the dataset -> rewards of its completions."""
         rows: dict[int, list[float]] = {}
         for rollout, reward in zip(self.rollouts, self.rewards, strict=True):
             rows.setdefault(rollout.prompt.index, []).append(reward)
         return rows
 
     def graded(self) -> bool:
-        """True when some reward is neither 0 nor 1, so that "solved" is a matter of the threshold."""
+        """Return True when some reward is neither 0 nor 1, so that "solved" depends on the threshold."""
         return any(reward not in (0.0, 1.0) for reward in self.rewards if not math.isnan(reward))
 
 
 def sampling_of(cfg: Config) -> Sampling:
-    """How the evaluation decodes: greedy with one sample per row unless [eval] says otherwise."""
+    """Return how the evaluation decodes: greedy with one sample per row unless [eval] sets otherwise."""
     stops = cfg.sampling.stop_token_ids if cfg.eval.stop_token_ids is None else cfg.eval.stop_token_ids
     return Sampling(
         group_size=cfg.eval.samples,
@@ -94,55 +94,56 @@ def evaluate(
 ) -> Evaluation:
     """Sample `eval.samples` completions of every prompt and score them.
 
-    The seed depends on the run's only, so two evaluations differ by the adapter alone. Raises TrainError when most of
-    the engine's log-probs are not finite: what was sampled from is no distribution.
+    The seed depends only on the run's seed, so two evaluations differ by the adapter alone. Raises TrainError when most
+    of the engine's log-probs are not finite, since the completions are then meaningless.
     """
     rollouts = engine.generate(prompts, sampling_of(cfg), seed=(cfg.seed, 2**31 + 1))
-    logprobs = [x for r in rollouts for x in r.sampler_logprobs or ()]
-    broken = sum(not math.isfinite(x) for x in logprobs)
+    logprobs = [logprob for rollout in rollouts for logprob in rollout.sampler_logprobs or ()]
+    broken = sum(not math.isfinite(logprob) for logprob in logprobs)
     if 2 * broken > len(logprobs):
         raise TrainError(
             f"{broken} of {len(logprobs)} log-probs of the engine are not finite on held-out rows, so its completions "
             f'mean nothing: check the weights of model = "{cfg.model}" and of the adapter, and dtype = "{cfg.dtype}"'
         )
     rewards, parts = score(rollouts, functions, trainer_state)
-    found = Evaluation({}, rollouts, rewards.tolist(), parts.faults())
-    lengths = [len(r.completion_ids) for r in rollouts]
+    evaluation = Evaluation({}, rollouts, rewards.tolist(), parts.faults())
+    lengths = [len(rollout.completion_ids) for rollout in rollouts]
     metrics = {
         "eval/rows": float(len(prompts)),
         "eval/samples": float(cfg.eval.samples),
-        "eval/invalid": float(sum(map(math.isnan, found.rewards))),
+        "eval/invalid": float(sum(map(math.isnan, evaluation.rewards))),
         "eval/completions/mean_length": sum(lengths) / len(lengths),
-        "eval/completions/clipped_ratio": sum(r.finish_reason == "length" for r in rollouts) / len(rollouts),
+        "eval/completions/clipped_ratio": sum(rollout.finish_reason == "length" for rollout in rollouts)
+        / len(rollouts),
     }
     metrics |= {f"eval/{name}": value for name, value in parts.metrics().items() if name.startswith("rewards/")}
-    return replace(found, metrics=averages(list(found.by_row().values()), cfg.eval) | metrics)
+    return replace(evaluation, metrics=averages(list(evaluation.by_row().values()), cfg.eval) | metrics)
 
 
 def averages(rows: Sequence[Sequence[float]], cfg: Eval) -> dict[str, float]:
-    """eval/reward and eval/pass@K with their errors, from the rewards of each row (nan: invalid)."""
+    """Return eval/reward and eval/pass@K with their errors, from the rewards of each row (nan: invalid)."""
     values = [_results(row, cfg) for row in rows]
-    found: dict[str, float] = {"eval/reward": math.nan}  # there even when every reward is invalid
+    metrics: dict[str, float] = {"eval/reward": math.nan}  # there even when every reward is invalid
     for name in _names(cfg):
         of_rows = [row[name] for row in values if name in row]
         if of_rows:
-            found |= _named(name, mean_of(of_rows))
-    return found
+            metrics |= _named(name, mean_of(of_rows))
+    return metrics
 
 
 def change(before: Mapping[int, Sequence[float]], now: Mapping[int, Sequence[float]], cfg: Eval) -> dict[str, float]:
-    """NAME_change of every result that two evaluations share: now - before of each row that both have.
+    """Return NAME_change of every result that two evaluations share: now - before, paired by row.
 
-    Paired, because the rows differ from each other far more than one row before and after: the error of the difference
-    is that of the rows' own differences.
+    Paired because rows differ from each other far more than one row changes between evaluations, so the error of the
+    change is that of the per-row differences.
     """
     pairs = [(_results(before[row], cfg), _results(now[row], cfg)) for row in now if row in before]
-    found: dict[str, float] = {}
+    metrics: dict[str, float] = {}
     for name in _names(cfg):
-        differences = [b[name] - a[name] for a, b in pairs if name in a and name in b]
+        differences = [new[name] - old[name] for old, new in pairs if name in old and name in new]
         if differences:
-            found |= _named(f"{name}_change", difference_of(differences))
-    return found
+            metrics |= _named(f"{name}_change", difference_of(differences))
+    return metrics
 
 
 def _names(cfg: Eval) -> list[str]:
@@ -150,31 +151,36 @@ def _names(cfg: Eval) -> list[str]:
 
 
 def _results(rewards: Sequence[float], cfg: Eval) -> dict[str, float]:
-    """Mean reward and pass@K of one row, as far as its valid rewards suffice."""
+    """Return the mean reward and pass@K of one row, as far as its valid rewards suffice."""
     valid = [reward for reward in rewards if not math.isnan(reward)]
     if not valid:
         return {}
-    enough = cfg.threshold - ROUNDING * max(1.0, abs(cfg.threshold))
-    solved = sum(reward >= enough for reward in valid)
-    passes = {f"eval/pass@{k}": pass_at_k(len(valid), solved, k) for k in cfg.ks() if k <= len(valid)}
+    threshold = cfg.threshold - ROUNDING * max(1.0, abs(cfg.threshold))
+    successes = sum(reward >= threshold for reward in valid)
+    passes = {f"eval/pass@{k}": pass_at_k(len(valid), successes, k) for k in cfg.ks() if k <= len(valid)}
     return {"eval/reward": sum(valid) / len(valid), **passes}
 
 
-def _named(name: str, found: Estimate) -> dict[str, float]:
-    values = {name: found.mean, f"{name}_stderr": found.stderr, f"{name}_low": found.low, f"{name}_high": found.high}
+def _named(name: str, estimate: Estimate) -> dict[str, float]:
+    values = {
+        name: estimate.mean,
+        f"{name}_stderr": estimate.stderr,
+        f"{name}_low": estimate.low,
+        f"{name}_high": estimate.high,
+    }
     return {key: value for key, value in values.items() if not math.isnan(value)}
 
 
 def measures_loss(prompts: Sequence[Prompt], held: Sequence[Prompt]) -> bool:
-    """True when the held-out rows record as many completions as the training rows: the same loss fits them."""
-    return bool(prompts[0].recorded) and all(len(p.recorded) == len(prompts[0].recorded) for p in held)
+    """Return True when held-out rows record as many completions as training rows, so the same loss applies."""
+    return bool(prompts[0].recorded) and all(len(prompt.recorded) == len(prompts[0].recorded) for prompt in held)
 
 
 def recorded_loss(policy: Policy, prompts: Sequence[Prompt], algorithm: Algorithm, plan: PackPlan) -> dict[str, float]:
-    """The algorithm's loss over the recorded completions of held-out rows, as one update over all of them would have
-    it, and what it logs; no gradient, no dropout.
+    """Compute the algorithm's loss and its metrics over the recorded completions of held-out rows.
 
-    Raises TrainError when one of the policy's log-probs is not finite.
+    The loss is that of a single update over all rows, without gradient and dropout. Raises TrainError when one of the
+    policy's log-probs is not finite.
     """
     engine = ReplayEngine()
     engine.load_adapter(policy.adapter(), version=0)
@@ -184,8 +190,8 @@ def recorded_loss(policy: Policy, prompts: Sequence[Prompt], algorithm: Algorith
     metrics = Metrics()
     advantages = algorithm.advantage(rewards, group_ids(rollouts), **estimator_inputs(rollouts, parts, {}, plan.keep))
     batches = pack(rollouts, advantages, plan, count(rollouts, plan))
-    look = PackedStep(policy, plan, rollouts, batches)
-    prepared = algorithm.prepare(look, algorithm.config) if algorithm.prepare is not None else {}
+    view = PackedStep(policy, plan, rollouts, batches)
+    prepared = algorithm.prepare(view, algorithm.config) if algorithm.prepare is not None else {}
     with torch.no_grad():
         for batch in batches:
             batch = replace(batch, prepared=prepared)
@@ -198,12 +204,12 @@ def recorded_loss(policy: Policy, prompts: Sequence[Prompt], algorithm: Algorith
             if algorithm.old == "trainer":
                 batch = replace(batch, old_logprobs=logprobs)
             loss, stats = algorithm.loss(logprobs, batch, algorithm.config)
-            likely = batch.train_mask & (batch.advantages > 0)
-            nll, bad = Stat.mean(-logprobs, likely), Stat("sum", (~logprobs.isfinite()).sum())
-            metrics.add({"loss": Stat("sum", loss), **stats, "nll": nll, "bad": bad})
+            positive = batch.train_mask & (batch.advantages > 0)
+            nll, nonfinite = Stat.mean(-logprobs, positive), Stat("sum", (~logprobs.isfinite()).sum())
+            metrics.add({"loss": Stat("sum", loss), **stats, "nll": nll, "bad": nonfinite})
     values = metrics.values()
-    if bad := values.pop("bad", 0.0):
-        raise not_finite(policy, batches, f"{bad:.0f} of the policy's log-probs of held-out completions")
+    if nonfinite := values.pop("bad", 0.0):
+        raise not_finite(policy, batches, f"{nonfinite:.0f} of the policy's log-probs of held-out completions")
     nll = values.pop("nll", math.nan)
     values["perplexity"] = math.exp(nll) if nll < 700 else math.inf
     return {"eval/rows": float(len(prompts)), **{f"eval/{name}": value for name, value in values.items()}}

@@ -1,7 +1,7 @@
-"""THE loop: sample, score, estimate advantages, train on packed micro-batches, hand the adapter over, repeat.
+"""The training loop: sample, score, estimate advantages, train on packed micro-batches, sync the adapter, repeat.
 
-GRPO, SFT and every later algorithm run through `loop`: they differ by config and data, and nothing in it asks for an
-algorithm's name or an engine's type. `rlft.trainer.setup` wires what it runs on.
+Every algorithm, from GRPO to SFT, runs through `loop`. Algorithms differ by config and data only; the loop never
+branches on an algorithm's name or an engine's type. `rlft.trainer.setup` builds the session it runs on.
 """
 
 from __future__ import annotations
@@ -40,169 +40,191 @@ from rlft.trainer.step_metrics import Clock, peak_memory, rates, rollout_values,
 from rlft.types import Batch, Rollout, State
 
 
-def loop(s: Session) -> None:
-    """Train until `s.steps` steps are done or `s.stop` is set. One pass of the body is one step."""
-    cfg, state, policy, engine, algorithm = s.cfg, s.state, s.policy, s.engine, s.algorithm
+def loop(session: Session) -> None:
+    """Train until `session.steps` steps are done or `session.stop` is set. Each iteration is one step."""
+    cfg, state, policy, engine, algorithm = (
+        session.cfg,
+        session.state,
+        session.policy,
+        session.engine,
+        session.algorithm,
+    )
     engine.load_adapter(policy.adapter(), version=state.step)
-    ran: list[Batch] = []
-    while state.step < s.steps and not s.stop:
+    batches: list[Batch] = []
+    while state.step < session.steps and not session.stop:
         clock, metrics, mismatch = Clock(), Metrics(), parity.Mismatch()
-        draw = functools.partial(sample_and_score, s, clock)
-        drawn = replace_uninformative(
-            draw(cfg.prompts_per_step, 0), draw, cfg.prompts_per_step, cfg.dynamic_sampling.rounds
+        draw_sample = functools.partial(sample_and_score, session, clock)
+        sample = replace_uninformative(
+            draw_sample(cfg.prompts_per_step, 0), draw_sample, cfg.prompts_per_step, cfg.dynamic_sampling.rounds
         )
-        parts = RewardBreakdown.join(drawn.parts)
+        parts = RewardBreakdown.join(sample.parts)
 
         with clock("train"), asleep(engine), random_of(cfg.seed, state.step):
-            done = learn(s, drawn, parts, metrics, mismatch)
+            result = learn(session, sample, parts, metrics, mismatch)
 
         state.step += 1
-        state.consumed, state.solved = s.prompts.consumed, sorted(s.prompts.solved)
-        state.num_tokens += sum(len(r.prompt.ids) + len(r.completion_ids) for r in drawn.rollouts)
+        state.consumed, state.solved = session.prompts.consumed, sorted(session.prompts.solved)
+        state.num_tokens += sum(len(rollout.prompt.ids) + len(rollout.completion_ids) for rollout in sample.rollouts)
         with clock("sync"):
             engine.load_adapter(policy.adapter(), version=state.step)
 
-        values = metrics.values() | mismatch.values() | parts.metrics() | rollout_values(drawn.rollouts, drawn.rewards)
-        values |= update_values(done.updates, values) | packing_stats(done.packed, done.ran) | clock.values()
-        values |= rates(drawn.rollouts, done.ran, cfg.optim.passes, clock)
-        values |= drawn.metrics(cfg.prompts_per_step) if cfg.dynamic_sampling.rounds else {}
+        values = (
+            metrics.values() | mismatch.values() | parts.metrics() | rollout_values(sample.rollouts, sample.rewards)
+        )
+        values |= update_values(result.updates, values) | packing_stats(result.packed, result.ran) | clock.values()
+        values |= rates(sample.rollouts, result.ran, cfg.optim.passes, clock)
+        values |= sample.metrics(cfg.prompts_per_step) if cfg.dynamic_sampling.rounds else {}
         values |= {
-            "epoch": s.prompts.epoch,
+            "epoch": session.prompts.epoch,
             "num_tokens": float(state.num_tokens),
-            "parity/limit": s.limit.step,
+            "parity/limit": session.limit.step,
             "skipped_updates": float(state.skipped_updates),
         }
         values |= {"curriculum/solved": float(len(state.solved))} if cfg.curriculum.solved_share is not None else {}
-        values |= s.optimizer.metrics() | peak_memory(policy.device)
+        values |= session.optimizer.metrics() | peak_memory(policy.device)
         if algorithm.adapt is not None:
             values |= state.adapted
             state.adapted = algorithm.adapt(state.adapted, values.get("entropy", math.nan), algorithm.config)
-        record(s, values, drawn, parts, spread_back(drawn, done.advantages.tolist()), mismatch)
-        ran = done.ran
-        broken.check_step(s, values, drawn.rollouts, ran)
-        if cfg.eval.every and state.step % cfg.eval.every == 0 and state.step < s.steps:
-            measure(s)
-            if (best := s.run.best(also=state.step)) is not None and best.step == state.step:
-                s.save()
-        if cfg.checkpoint.every and state.step % cfg.checkpoint.every == 0 and state.step < s.steps:
-            s.save()
-    broken.check_end(s, ran)
+        record(session, values, sample, parts, spread_back(sample, result.advantages.tolist()), mismatch)
+        batches = result.ran
+        broken.check_step(session, values, sample.rollouts, batches)
+        if cfg.eval.every and state.step % cfg.eval.every == 0 and state.step < session.steps:
+            measure(session)
+            if (best := session.run.best(also=state.step)) is not None and best.step == state.step:
+                session.save()
+        if cfg.checkpoint.every and state.step % cfg.checkpoint.every == 0 and state.step < session.steps:
+            session.save()
+    broken.check_end(session, batches)
 
 
-def sample_and_score(s: Session, clock: Clock, count: int, round_: int) -> SampledGroups:
-    """`count` prompts of the data, sampled and scored. round_: 0, and 1 onwards when groups of the step are
-    replaced."""
-    # Far above any prompt's position, so that no two draws of a run share a seed.
-    seed = (s.cfg.seed, s.state.step) if round_ == 0 else (s.cfg.seed, s.state.step, 2**31 + round_)
-    with clock("generate"):
-        rollouts = s.engine.generate(s.prompts.take(count), s.cfg.sampling, seed)
-        check_versions(rollouts, s.state.step)
-    with clock("reward"):
-        rewards, parts = score(rollouts, s.functions, trainer_state(s))
-        check_invalid(s.state.invalid_history, float(rewards.isnan().float().mean()), parts.faults())
-    drawn = SampledGroups(
-        rollouts, rewards, parts.deciding(s.cfg.dynamic_sampling.by), [parts], (True,) * len(rollouts)
+def sample_and_score(session: Session, clock: Clock, count: int, round_: int) -> SampledGroups:
+    """Take `count` prompts from the data, sample completions and score them.
+
+    round_: 0 for the first sample of the step, 1 onwards when dynamic sampling replaces groups.
+    """
+    # The third number is far above any prompt's position, so that no two samples of a run share a seed.
+    seed = (
+        (session.cfg.seed, session.state.step)
+        if round_ == 0
+        else (session.cfg.seed, session.state.step, 2**31 + round_)
     )
-    if s.cfg.curriculum.solved_share is not None:
-        s.prompts.solved |= solved(drawn, s.cfg.curriculum.solved_share, s.cfg.curriculum.threshold)
-    return drawn
+    with clock("generate"):
+        rollouts = session.engine.generate(session.prompts.take(count), session.cfg.sampling, seed)
+        check_versions(rollouts, session.state.step)
+    with clock("reward"):
+        rewards, parts = score(rollouts, session.functions, trainer_state(session))
+        check_invalid(session.state.invalid_history, float(rewards.isnan().float().mean()), parts.faults())
+    sample = SampledGroups(
+        rollouts, rewards, parts.deciding(session.cfg.dynamic_sampling.by), [parts], (True,) * len(rollouts)
+    )
+    if session.cfg.curriculum.solved_share is not None:
+        session.prompts.solved |= solved(sample, session.cfg.curriculum.solved_share, session.cfg.curriculum.threshold)
+    return sample
 
 
 @contextlib.contextmanager
 def random_of(seed: int, step: int) -> Iterator[None]:
-    """PyTorch's random state (LoRA dropout) from (seed, step), so that a resumed step draws the same."""
+    """Seed PyTorch (used by LoRA dropout) from (seed, step), so that a resumed step gives the same numbers."""
     with torch.random.fork_rng():
         torch.manual_seed(int(np.random.SeedSequence([seed % 2**32, step]).generate_state(1)[0]))
         yield
 
 
 def check_versions(rollouts: list[Rollout], step: int) -> None:
-    """Raise EngineError when a rollout was sampled with another adapter than this step's."""
-    stale = sorted({r.policy_version for r in rollouts} - {step})
+    """Raise EngineError when a rollout was sampled with an adapter other than this step's."""
+    stale = sorted({rollout.policy_version for rollout in rollouts} - {step})
     if stale:
         raise EngineError(f"rollouts of policy version {stale} in step {step}: the engine's adapter is stale")
 
 
-def trainer_state(s: Session) -> dict[str, Any]:
-    """The snapshot that reward functions get as `trainer_state`; names as in transformers' TrainerState."""
+def trainer_state(session: Session) -> dict[str, Any]:
+    """Return the `trainer_state` argument of reward functions, with the names of transformers' TrainerState."""
     return {
-        "global_step": s.state.step,
-        "max_steps": s.steps,
-        "epoch": s.prompts.epoch,
-        "num_input_tokens_seen": s.state.num_tokens,
+        "global_step": session.state.step,
+        "max_steps": session.steps,
+        "epoch": session.prompts.epoch,
+        "num_input_tokens_seen": session.state.num_tokens,
     }
 
 
 def record(
-    s: Session,
+    session: Session,
     values: dict[str, float],
-    drawn: SampledGroups,
+    sample: SampledGroups,
     parts: RewardBreakdown,
     advantages: list[float],
     mismatch: parity.Mismatch,
 ) -> None:
-    """Everything about a finished step into the run folder, onto the console and to the trackers."""
+    """Report a finished step to the run folder, the console, the trackers and the callbacks."""
     for fault in parts.faults():
-        s.console.note(fault)
-    step, columns = s.state.step, parts.columns()
-    s.run.log(step, values)
-    s.writer.submit(lambda: write_completions(s, step, drawn, columns, advantages, mismatch))
-    messages = s.console.step(values | {"step": float(step)}, drawn.rollouts[0].text)
-    scores = {"reward": drawn.rewards.tolist(), **{f"rewards/{name}": v for name, v in columns.items()}}
-    s.tracking.log(step, values, "completions", drawn.rollouts, scores | {"advantage": advantages}, messages)
-    for callback in s.callbacks:
-        callback(s.state, values)
+        session.console.note(fault)
+    step, columns = session.state.step, parts.columns()
+    session.run.log(step, values)
+    session.writer.submit(lambda: write_completions(session, step, sample, columns, advantages, mismatch))
+    messages = session.console.step(values | {"step": float(step)}, sample.rollouts[0].text)
+    scores = {"reward": sample.rewards.tolist(), **{f"rewards/{name}": column for name, column in columns.items()}}
+    session.tracking.log(step, values, "completions", sample.rollouts, scores | {"advantage": advantages}, messages)
+    for callback in session.callbacks:
+        callback(session.state, values)
 
 
 def write_completions(
-    s: Session,
+    session: Session,
     step: int,
-    drawn: SampledGroups,
+    sample: SampledGroups,
     columns: dict[str, list[Any]],
     advantages: list[float],
     mismatch: parity.Mismatch,
 ) -> None:
-    """The completions of a step into their file, on the writing thread: nothing given may change any more."""
-    kept = [i for i, keep in enumerate(drawn.kept) if keep]
-    s.run.write_rollouts(
+    """Write the completions of a step to their file. Runs on the writer thread, so the arguments must not change."""
+    kept_rows = [i for i, is_kept in enumerate(sample.kept) if is_kept]
+    session.run.write_rollouts(
         step,
-        drawn.rollouts,
-        drawn.rewards.tolist(),
+        sample.rollouts,
+        sample.rewards.tolist(),
         columns,
         advantages,
-        {kept[row]: values for row, values in mismatch.logprobs.items()},
-        s.pieces.first_groups(drawn.rollouts, group_ids(drawn.rollouts).tolist(), PIECED_GROUPS),
+        {kept_rows[row]: values for row, values in mismatch.logprobs.items()},
+        session.pieces.first_groups(sample.rollouts, group_ids(sample.rollouts).tolist(), PIECED_GROUPS),
     )
 
 
-def measure(s: Session) -> dict[str, float]:
-    """Evaluate the adapter in training on the held-out rows, and log it at the current step."""
-    if not s.eval_prompts:
+def measure(session: Session) -> dict[str, float]:
+    """Evaluate the current adapter on the held-out rows, log the results at the current step and return them."""
+    if not session.eval_prompts:
         return {}
-    step, found = s.state.step, None
-    values = recorded_loss(s.policy, s.eval_prompts, s.algorithm, s.plan) if s.eval_loss else {}
-    if s.eval_functions:
-        s.eval_engine.load_adapter(s.policy.adapter(), version=step)
-        found = evaluate(s.eval_engine, s.eval_prompts, s.cfg, s.eval_functions, trainer_state(s))
-        values |= found.metrics | change(s.run.first_rewards(), found.by_row(), s.cfg.eval)
-    if found is not None:
-        # At once, since the next evaluation reads the first; before the log, so that a run that is killed in between
-        # has not been evaluated, and a resumed one does it again.
-        s.run.write_evaluation(step, found.rollouts, found.rewards)
-        for fault in found.faults:
-            s.console.note(fault)
-        if found.graded() and not step:
-            s.console.note(f"held-out rewards are not all 0 or 1: solved means at least {s.cfg.eval.threshold:g}")
-    s.run.log(step, values)
-    shown = (found.rollouts, {"reward": found.rewards}) if found is not None else ((), {})
-    s.console.note(evaluation_line(values, step))
-    s.tracking.log(step, values, "eval/completions", *shown, s.console.evaluation(step, values))
+    step, evaluation = session.state.step, None
+    values = (
+        recorded_loss(session.policy, session.eval_prompts, session.algorithm, session.plan)
+        if session.eval_loss
+        else {}
+    )
+    if session.eval_functions:
+        session.eval_engine.load_adapter(session.policy.adapter(), version=step)
+        evaluation = evaluate(
+            session.eval_engine, session.eval_prompts, session.cfg, session.eval_functions, trainer_state(session)
+        )
+        values |= evaluation.metrics | change(session.run.first_rewards(), evaluation.by_row(), session.cfg.eval)
+    if evaluation is not None:
+        # Written now, since the next evaluation reads the first one. Written before the log, so that a run killed in
+        # between counts as not evaluated, and the resumed run evaluates again.
+        session.run.write_evaluation(step, evaluation.rollouts, evaluation.rewards)
+        for fault in evaluation.faults:
+            session.console.note(fault)
+        if evaluation.graded() and not step:
+            session.console.note(
+                f"held-out rewards are not all 0 or 1: solved means at least {session.cfg.eval.threshold:g}"
+            )
+    session.run.log(step, values)
+    completions = (evaluation.rollouts, {"reward": evaluation.rewards}) if evaluation is not None else ((), {})
+    session.console.note(evaluation_line(values, step))
+    session.tracking.log(step, values, "eval/completions", *completions, session.console.evaluation(step, values))
     return values
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a finished run left behind."""
+    """The result of a finished run."""
 
     out: Path
     steps: int
@@ -212,16 +234,16 @@ class Result:
     before: dict[str, float]
     """Evaluation before the first step; empty without [eval]."""
     after: dict[str, float]
-    """Evaluation after the last step, with the change since the first as eval/reward_change and so on; empty when
+    """Evaluation after the last step, with the change since the first one (eval/reward_change, ...); empty when
     interrupted."""
     best: Path | None
-    """Folder of the checkpoint that did best on the held-out rows; None when none was evaluated."""
+    """Folder of the checkpoint with the best result on the held-out rows; None when none was evaluated."""
     interrupted: bool
 
 
 @contextlib.contextmanager
-def stop_on_interrupt(s: Session) -> Iterator[None]:
-    """The first Ctrl-C, or a scheduler's SIGTERM, lets the step finish and be saved; the second one stops at once."""
+def stop_on_interrupt(session: Session) -> Iterator[None]:
+    """Stop after the current step at the first Ctrl-C or SIGTERM and save; a second signal stops at once."""
     before: dict[int, Any] = {}
 
     def restore() -> None:
@@ -229,17 +251,17 @@ def stop_on_interrupt(s: Session) -> Iterator[None]:
             signal.signal(number, handler)
 
     def first(number: int, _frame: FrameType | None) -> None:
-        s.stop = True
+        session.stop = True
         restore()
         what = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
-        # A line that was being printed when the signal came cannot be interrupted by another one; the run stops anyway.
+        # Printing is not reentrant: when the signal interrupts a print, the note is dropped; the run stops anyway.
         with contextlib.suppress(RuntimeError):
-            s.console.note(f"stopping after this step and saving; {what} again stops at once and loses it")
+            session.console.note(f"stopping after this step and saving; {what} again stops at once and loses it")
 
     try:
         for number in (signal.SIGINT, signal.SIGTERM):
             before[number] = signal.signal(number, first)
-    except ValueError:  # not the main thread: the caller has the signals
+    except ValueError:  # only the main thread can set signal handlers
         yield
         return
     try:
@@ -260,23 +282,25 @@ def train(
     rewards: reward functions in place of the config's. resume: go on from the newest checkpoint in the config's `out`.
     callbacks: called with (state, metrics) after each step. settings: take the place of the config's; a section is a
     dict, for example `rlft.train("run.toml", steps=3, sampling={"max_tokens": 64})`. Raises RlftError for everything a
-    user can cause; the run folder keeps what was done until then.
+    user can cause; the run folder keeps everything written before it.
     """
     cfg = config_from(cfg, settings)
-    with what_to_lower(cfg) as sessions, build_session(cfg, rewards, resume, callbacks) as s:
-        sessions.append(s)
-        before = s.first_evaluation or measure(s)
-        with stop_on_interrupt(s):
-            loop(s)
-            path = s.save()
-        # After the save, so that nothing is lost by stopping it; a run that was stopped after it is not measured twice.
-        after = {} if s.stop else s.run.evaluation(s.state.step) or measure(s)
-        s.save()  # by now it is known which checkpoint is the best
-        s.write_card(path, path)  # and how it did on the held-out rows
-        page = report.write(s.run.path)
-        again, best = f'rlft generate {s.run.path} "your prompt"', s.run.best()
-        s.console.finish(before, after, adapter=path, report=page, again=again, best=best)
-        if s.stop:
-            s.console.note(f"stopped after step {s.state.step} of {s.steps}; the same command with --resume goes on")
-        better = None if best is None else s.run.checkpoint(str(best.step))
-        return Result(s.run.path, s.state.step, path, page, before, after, better, s.stop)
+    with what_to_lower(cfg) as sessions, build_session(cfg, rewards, resume, callbacks) as session:
+        sessions.append(session)
+        before = session.first_evaluation or measure(session)
+        with stop_on_interrupt(session):
+            loop(session)
+            path = session.save()
+        # Evaluated after the save, so that an interrupt loses nothing. A result already in the run folder is reused.
+        after = {} if session.stop else session.run.evaluation(session.state.step) or measure(session)
+        session.save()  # again, now that the best checkpoint is known
+        session.write_card(path, path)  # again, with the results on the held-out rows
+        page = report.write(session.run.path)
+        again, best = f'rlft generate {session.run.path} "your prompt"', session.run.best()
+        session.console.finish(before, after, adapter=path, report=page, again=again, best=best)
+        if session.stop:
+            session.console.note(
+                f"stopped after step {session.state.step} of {session.steps}; the same command with --resume goes on"
+            )
+        better = None if best is None else session.run.checkpoint(str(best.step))
+        return Result(session.run.path, session.state.step, path, page, before, after, better, session.stop)

@@ -1,7 +1,7 @@
-"""The optimiser over the adapter's one flat buffer: clip, Adam, schedule, and what happens to a non-finite gradient.
+"""The optimiser over the adapter's flat buffer: clipping, AdamW, schedule, and skipping of non-finite gradients.
 
-AdamW is PyTorch's (fused) or bitsandbytes' (8-bit moments); one buffer makes each of them one kernel. The norm is the
-one value of an update that is waited for (bitsandbytes waits once more, after its kernel).
+AdamW is PyTorch's fused one or bitsandbytes' with 8-bit moments. With one flat buffer, each is a single kernel. Reading
+the gradient norm is the only GPU synchronisation of an update (bitsandbytes adds one after its kernel).
 
 In float16 small gradients would round to 0, so the loss is multiplied by a power of two and the gradient divided by it.
 """
@@ -21,35 +21,35 @@ from rlft.errors import ConfigError, TrainError
 
 @dataclass(frozen=True)
 class Update:
-    """What one optimiser update did."""
+    """Result of one optimiser update."""
 
     grad_norm: float
     """Global norm before clipping."""
     learning_rate: float
     skipped: bool
-    """True when the gradient was not finite: weights and moments are as before."""
+    """True when the gradient was not finite: weights and moments are unchanged."""
 
 
 def learning_rate(cfg: Optim, update: int, total: int) -> float:
-    """Learning rate of update 0, 1, ...: linear warm-up over `cfg.warmup` updates, then the schedule to `total`.
+    """Return the learning rate of update 0, 1, ...: linear warm-up over `cfg.warmup`, then the schedule to `total`.
 
-    As transformers' `get_{constant,linear,cosine}_schedule_with_warmup`, with two differences. In the warm-up update u
-    has what theirs has at u + 1: their first update has rate 0, which here would throw away a batch of rollouts. From
-    update `total` on the rate stays at its end; their cosine rises again.
+    Follows transformers' `get_{constant,linear,cosine}_schedule_with_warmup`, with two differences. During warm-up,
+    update u has the rate that transformers gives to u + 1: its first update has rate 0, which would waste a batch of
+    rollouts. From update `total` on the rate stays at its final value, whereas the cosine of transformers rises again.
     """
     if update < cfg.warmup:
         return cfg.lr * (update + 1) / cfg.warmup
     if cfg.schedule == "constant":
         return cfg.lr
-    done = min(1.0, (update - cfg.warmup) / max(1, total - cfg.warmup))
-    return cfg.lr * (1 - done if cfg.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done)))
+    progress = min(1.0, (update - cfg.warmup) / max(1, total - cfg.warmup))
+    return cfg.lr * (1 - progress if cfg.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress)))
 
 
 class LossScale:
     """The factor of a float16 run: halved after a non-finite gradient, doubled after 2,000 finite ones in a row.
 
-    The rule of torch.amp.GradScaler, which keeps its state on the GPU and looks at every gradient for itself; 1 is the
-    lowest, since a gradient that overflows unscaled needs something else than a smaller factor.
+    This is the rule of torch.amp.GradScaler, which keeps its state on the GPU and checks every gradient by itself. The
+    minimum is 1: a smaller factor does not help a gradient that overflows unscaled.
     """
 
     def __init__(self) -> None:
@@ -58,7 +58,7 @@ class LossScale:
         """Finite gradients in a row since the last change."""
 
     def update(self, finite: bool) -> None:
-        """Go on to the factor of the next update."""
+        """Set the factor of the next update."""
         self.good += 1
         if not finite:
             self.value, self.good = max(1.0, self.value / 2), 0
@@ -72,9 +72,12 @@ class Optimizer:
     def __init__(
         self, flat: nn.Parameter, cfg: Optim, total: int, fp16: bool = False, views: Iterable[Tensor] = ()
     ) -> None:
-        """total: updates of the whole run, for the schedule. fp16: the model computes in float16, so scale the loss.
-        views: tensors in the memory of `flat` with versions of their own, which go up with each step, so that a
-        backward whose forward came before the step is an error."""
+        """Create the optimiser over `flat`.
+
+        total: updates of the whole run, for the schedule. fp16: the model computes in float16, so scale the loss.
+        views: tensors that share the memory of `flat` but have separate version counters. Each step increments these,
+        so that a backward whose forward ran before the step is an error.
+        """
         self._flat, self._cfg, self._total, self._views = flat, cfg, total, tuple(views)
         self._scale = LossScale() if fp16 else None
         options = {"lr": cfg.lr, "betas": cfg.betas, "eps": cfg.eps, "weight_decay": cfg.weight_decay}
@@ -86,20 +89,21 @@ class Optimizer:
             self._adam = torch.optim.AdamW([flat], fused=True, **options)
 
     def scaled(self, loss: Tensor) -> Tensor:
-        """The loss to call `backward` on: times the loss scale in float16, the loss itself otherwise.
+        """Return the loss to call `backward` on: multiplied by the loss scale in float16, unchanged otherwise.
 
-        The factor changes in `step` only, so all micro-batches of an update, on all ranks, have the same.
+        The factor changes in `step` only, so it is the same for all micro-batches of an update, on all ranks.
         """
         return loss if self._scale is None else loss * self._scale.value
 
     def step(self, update: int, skipped_before: int) -> Update:
-        """Clip and apply the gradient of the `scaled` losses in `flat.grad`. skipped_before: updates skipped in a row.
+        """Clip and apply the gradient of the `scaled` losses in `flat.grad`.
 
-        Clipped to the global norm `max_grad_norm`, as torch.nn.utils.clip_grad_norm_ but for the 1e-6 which that adds
-        to the norm. A gradient of 0 (a part of a step whose completions are all invalid or left out) is an update too:
-        weight decay and Adam's momentum move the weights, as in TRL. A non-finite gradient changes nothing but the loss
-        scale. Raises TrainError when it makes `max_skipped` skipped in a row, or all of a shorter run; in float16
-        not before the loss scale is 1, since until then the scale may be what is wrong.
+        skipped_before: consecutive updates skipped before this one. The gradient is clipped to the global norm
+        `max_grad_norm`, as torch.nn.utils.clip_grad_norm_ does, except for the 1e-6 it adds. A gradient of 0
+        (all completions invalid or masked) still counts as an update: weight decay and Adam's momentum move the
+        weights, as in TRL. A non-finite gradient changes only the loss scale. Raises TrainError when `max_skipped`
+        consecutive updates, or all of a shorter run, were skipped; in float16 only once the loss scale is down to 1,
+        since a larger scale may itself be the cause.
         """
         grad = self._flat.grad
         assert grad is not None
@@ -126,22 +130,22 @@ class Optimizer:
         return Update(norm, rate, skipped=False)
 
     def metrics(self) -> dict[str, float]:
-        """loss_scale of the next update in a float16 run; empty otherwise."""
+        """Return the loss_scale of the next update in a float16 run; empty otherwise."""
         return {} if self._scale is None else {"loss_scale": self._scale.value}
 
     def tensors(self) -> dict[str, Tensor]:
-        """All that a resumed run needs, by name: moments and Adam's step after the first update, the loss scale."""
-        # Not of `state_dict`: there bitsandbytes puts its tensors into a dictionary of their own. Its step is an int.
-        found = {name: torch.as_tensor(value) for name, value in self._adam.state.get(self._flat, {}).items()}
+        """Return the state to save, by name: moments and Adam's step (after the first update), and the loss scale."""
+        # Not from `state_dict`, where bitsandbytes nests its tensors in another dictionary. Its step is an int.
+        tensors = {name: torch.as_tensor(value) for name, value in self._adam.state.get(self._flat, {}).items()}
         if self._scale is not None:
-            found |= {"loss_scale": torch.tensor(self._scale.value, dtype=torch.float64)}
-            found |= {"loss_scale_good": torch.tensor(self._scale.good)}
-        return found
+            tensors |= {"loss_scale": torch.tensor(self._scale.value, dtype=torch.float64)}
+            tensors |= {"loss_scale_good": torch.tensor(self._scale.good)}
+        return tensors
 
     def load_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """Put back what `tensors` gave; a loss scale only where this run has one.
+        """Restore the result of `tensors`; the loss scale only where this run has one.
 
-        Raises ConfigError when they are the other optimiser's.
+        Raises ConfigError when the tensors belong to the other optimiser.
         """
         moments = dict(tensors)
         scale, good = moments.pop("loss_scale", None), moments.pop("loss_scale_good", None)
@@ -150,12 +154,12 @@ class Optimizer:
         if not moments:
             self._adam.state.clear()
             return
-        theirs = "adamw_8bit" if "state1" in moments else "adamw"
-        if theirs != self._cfg.name:
+        saved_name = "adamw_8bit" if "state1" in moments else "adamw"
+        if saved_name != self._cfg.name:
             raise ConfigError(
-                f'optim.name = "{self._cfg.name}": the checkpoint has the moments of "{theirs}"; resume with '
-                f'optim.name = "{theirs}", or start in another folder with --out'
+                f'optim.name = "{self._cfg.name}": the checkpoint has the moments of "{saved_name}"; resume with '
+                f'optim.name = "{saved_name}", or start in another folder with --out'
             )
-        eight_bit = theirs == "adamw_8bit"
-        values = {n: int(v) if eight_bit and n == "step" else v for n, v in moments.items()}
+        eight_bit = saved_name == "adamw_8bit"
+        values = {name: int(value) if eight_bit and name == "step" else value for name, value in moments.items()}
         self._adam.load_state_dict(self._adam.state_dict() | {"state": {0: values}})

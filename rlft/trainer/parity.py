@@ -1,15 +1,15 @@
-"""Do engine and trainer agree about the probabilities of the same tokens? A probe at the start, a gate at every step.
+"""Compare the log-probs of engine and trainer for the same tokens: a probe at the start, a gate at every step.
 
-d = logprob (trainer) - sampler logprob (engine), over trained tokens, in nats. Reported: mean and p99 of |d|, its
-maximum, the share of tokens whose ratio exp(d) lies outside [0.9, 1.1], and the k3 estimate of KL(sampler : trainer),
+d = logprob (trainer) - sampler logprob (engine), over trained tokens, in nats. Reported are mean, percentiles and
+maximum of |d|, the share of tokens whose ratio exp(d) is outside [0.9, 1.1], the k3 estimate of KL(sampler : trainer),
 exp(d) - 1 - d, and the effective sample size of the ratios w = exp(d) as a share, (sum w)^2 / (N sum w^2). Percentiles
 come from a fixed log-spaced histogram, because histograms add over micro-batches and ranks.
 
-The probe measures this model's noise on this machine with a random adapter that moves log-probs by half a nat, adapter
-on and off; the gate stops the run when a step's mean is well above it, or the mean of one sequence is further off than
-its length explains (`rlft.trainer.disagreement`). (The third guard, reading the adapter back from the engine, is in the
-engines.) Template faults are invisible here, since both sides see the same tokens: data.py finds
-those.
+The probe measures the noise of this model on this machine, with the adapter off and with a random adapter that moves
+log-probs by half a nat. The gate stops the run when the mean of a step is well above that noise, or when the mean of
+one sequence is beyond what its length explains (`rlft.trainer.disagreement`). The engines add another guard, reading
+the adapter back. Faults of the chat template are invisible here, since both sides see the same tokens; `rlft.data`
+checks those.
 """
 
 from __future__ import annotations
@@ -37,15 +37,17 @@ LOW, HIGH = -0.10536051565782628, 0.0953101798043249
 
 
 def bins_(size: Tensor) -> Tensor:
-    """The bin of each |d|, int64: `torch.bucketize(size, EDGES)` but for rounding at an edge, in a tenth of its time.
-    nan is in the last one."""
+    """Return the bin of each |d|, int64; nan is in the last one.
+
+    Equals `torch.bucketize(size, EDGES)` except for rounding at an edge, in a tenth of its time.
+    """
     at = size.float().log10_().add_(7).mul_(20).ceil_()
     # fmin takes the number where the other one is nan.
     return torch.fmin(at, torch.tensor(float(len(EDGES)))).clamp_(min=0).long()
 
 
 class Mismatch:
-    """|trainer - engine| over the trained tokens of a step, as sums that add over micro-batches and ranks."""
+    """Statistics of |trainer - engine| over the trained tokens of a step, which add over micro-batches and ranks."""
 
     def __init__(self) -> None:
         self._sums = torch.zeros(7 + len(EDGES) + 1, dtype=torch.float64)
@@ -53,30 +55,33 @@ class Mismatch:
         self._largest = 0.0
         self._count = 0
         self._per_sequence = torch.zeros(2, 0, dtype=torch.float64)
-        self._seen: list[tuple[Tensor, Batch]] = []
+        self._batches: list[tuple[Tensor, Batch]] = []
 
     def add(self, logprobs: Tensor, batch: Batch) -> None:
-        """Add a micro-batch. logprobs: [T], the trainer's, any dtype. Without sampler log-probs they are only kept."""
-        self._seen.append((logprobs.detach(), batch))
+        """Add a micro-batch.
+
+        logprobs: [T], the trainer's, any dtype. Without sampler log-probs they are only stored.
+        """
+        self._batches.append((logprobs.detach(), batch))
         if batch.sampler_logprobs is None:
             return
-        # Added up when first asked: micro-batches are many, and each sum has a start-up cost and, on a GPU, waits.
+        # Summed on first access: each sum has a start-up cost and a GPU wait, and there are many micro-batches.
         self._waiting.append((logprobs.detach(), batch.sampler_logprobs, batch.train_mask, batch.seq_ids + self._count))
         self._count += len(batch.prefix)
 
-    def _add_up(self) -> None:
+    def _flush(self) -> None:
         if not self._waiting:
             return
         device = self._waiting[0][0].device
-        now, sampler, rows, ids = (torch.cat([w[i].to(device) for w in self._waiting]) for i in range(4))
+        now, sampler, rows, ids = (torch.cat([entry[i].to(device) for entry in self._waiting]) for i in range(4))
         self._waiting = []
         d, ids = (now - sampler).masked_select(rows).double().cpu(), ids.masked_select(rows).cpu()
-        good = d.isfinite()
-        if not good.all():
-            d, ids = d[good], ids[good]  # rlft.trainer.broken stops the run for the others
+        finite = d.isfinite()
+        if not finite.all():
+            d, ids = d[finite], ids[finite]  # rlft.trainer.broken stops the run for the others
         if not d.numel():
             return
-        # In place: most of the time would go into fresh memory.
+        # In place, because allocating new memory would take most of the time.
         outside = (d < LOW).sum() + (d > HIGH).sum()
         rho = d.clamp(-20, 20).exp_()
         weights = [rho.sum(), rho.dot(rho)]
@@ -86,36 +91,38 @@ class Mismatch:
         self._sums[:7] += torch.stack(sums)
         self._largest = max(self._largest, float(size.max()))
         self._sums[7:] += torch.bincount(bins_(size), minlength=len(EDGES) + 1).double()
-        _, own = torch.unique_consecutive(ids, return_inverse=True)
-        found = torch.stack([torch.bincount(own).double(), torch.bincount(own, size.clamp(max=CAP))])
-        self._per_sequence = torch.cat([self._per_sequence, found], 1)
+        _, sequence = torch.unique_consecutive(ids, return_inverse=True)
+        totals = torch.stack([torch.bincount(sequence).double(), torch.bincount(sequence, size.clamp(max=CAP))])
+        self._per_sequence = torch.cat([self._per_sequence, totals], 1)
 
     @property
     def sums(self) -> Tensor:
-        """Tokens, sum of |d|, tokens outside, sums of k3, w, w^2 and d^2, then the histogram: one tensor to sum over
-        ranks, in place."""
-        self._add_up()
+        """One tensor to sum over ranks in place.
+
+        It has tokens, sum of |d|, tokens outside, sums of k3, w, w^2 and d^2, then the histogram.
+        """
+        self._flush()
         return self._sums
 
     @property
     def largest(self) -> float:
         """Largest |d|; 0 over no token."""
-        self._add_up()
+        self._flush()
         return self._largest
 
     @property
     def logprobs(self) -> dict[int, Tensor]:
-        """Rollout (an index of `batch.rows`) -> the trainer's log-probs of its sequence [L], nan where not trained."""
-        found: dict[int, Tensor] = {}
-        for logprobs, batch in self._seen:
-            known = torch.where(batch.train_mask.cpu(), logprobs.cpu(), torch.nan)
-            parts = zip(known.split(batch.cu_seqlens.diff().tolist()), batch.group_ids.tolist(), strict=True)
-            found |= zip(batch.rows, [values for values, group in parts if group >= 0], strict=True)
-        return found
+        """Rollout (index as in `batch.rows`) -> the trainer's log-probs of its sequence [L], nan where not trained."""
+        by_row: dict[int, Tensor] = {}
+        for logprobs, batch in self._batches:
+            values = torch.where(batch.train_mask.cpu(), logprobs.cpu(), torch.nan)
+            parts = zip(values.split(batch.cu_seqlens.diff().tolist()), batch.group_ids.tolist(), strict=True)
+            by_row |= zip(batch.rows, [trained for trained, group in parts if group >= 0], strict=True)
+        return by_row
 
     @property
     def tokens(self) -> int:
-        """Tokens compared."""
+        """Number of compared tokens."""
         return int(self.sums[0])
 
     @property
@@ -130,28 +137,32 @@ class Mismatch:
 
     @property
     def per_sequence(self) -> tuple[Tensor, Tensor]:
-        """[S] tokens compared and [S] mean of min(|d|, 1 nat), float64, of this rank's sequences that have any."""
-        self._add_up()
+        """Compared tokens and mean of min(|d|, 1 nat), each [S] float64, of this rank's sequences with such tokens."""
+        self._flush()
         return self._per_sequence[0], self._per_sequence[1] / self._per_sequence[0]
 
     def excess(self, limit: Limit) -> float:
-        """The furthest that a sequence of any rank is above what its length allows; negative when none is."""
+        """Return the largest excess of a sequence over its limit, over all ranks; negative when none is above."""
         tokens, means = self.per_sequence
         above = (means - limit.allowed(tokens)).amax(0, keepdim=True) if len(tokens) else torch.tensor([-math.inf])
         return float(max_tensor(above.double()))
 
     def sequences(self) -> list[Compared]:
-        """Every sequence of this rank with its differences, for when something is wrong: the costly look."""
-        return [s for s in sequences([x for x in self._seen if x[1].sampler_logprobs is not None]) if len(s.trained)]
+        """Return every compared sequence of this rank. Slow; for diagnosis only."""
+        return [
+            sequence
+            for sequence in sequences([entry for entry in self._batches if entry[1].sampler_logprobs is not None])
+            if len(sequence.trained)
+        ]
 
     def percentile(self, share: float) -> float:
-        """Upper edge of the bin in which `share` of the tokens is reached."""
+        """Return the upper edge of the bin in which `share` of the tokens is reached."""
         cumulative = self.sums[7:].cumsum(0)
         bin_ = int(torch.searchsorted(cumulative, share * cumulative[-1]))
         return min(float(EDGES[min(bin_, len(EDGES) - 1)]), self.largest)
 
     def values(self) -> dict[str, float]:
-        """The metrics of a step; empty without sampler log-probs."""
+        """Return the metrics of a step; empty without sampler log-probs."""
         if not self.tokens:
             return {}
         return {
@@ -169,22 +180,22 @@ class Mismatch:
 CEILING = 0.2
 """Largest mean |d| at the start, in nats."""
 SHIFT = 0.5
-"""Mean change of log-probs that the random adapter of the probe should make, in nats."""
+"""Mean change of log-probs that the random adapter of the probe should cause, in nats."""
 
 
 @dataclass(frozen=True)
 class Probe:
-    """What the probe measured, in nats."""
+    """Result of the probe, in nats."""
 
     off: float
     """Mean |d| with the adapter's B at 0."""
     on: float
     """Mean |d| with the random adapter."""
     shift: float
-    """Mean |change of log-prob| that the random adapter makes: 0.5 or more, but for small random models."""
+    """Mean |change of log-prob| by the random adapter: 0.5 or more, except for small random models."""
     tokens: int
     worst: float = 0.0
-    """Largest mean |d| of a sequence less what its length explains; 0 where none is left."""
+    """Largest mean |d| of a sequence less what its length explains; at least 0."""
     sd: float = 0.0
     """Standard deviation of |d| over tokens."""
 
@@ -195,7 +206,7 @@ class Probe:
 
     @property
     def weaker(self) -> str:
-        """A line for where no adapter of the probe moved log-probs far enough; empty otherwise."""
+        """Note for when no adapter of the probe moved log-probs far enough; empty otherwise."""
         if self.shift >= SHIFT:
             return ""
         return (
@@ -205,11 +216,11 @@ class Probe:
 
 
 def _most(shift: float, off: float) -> float:
-    """Largest mean |d| with a random adapter of that shift: well below what a missing adapter makes."""
+    """Return the limit of mean |d| under a random adapter of that shift, well below that of a missing adapter."""
     return min(CEILING, max(0.4 * shift, 3 * off))
 
 
-def _batches(rollouts: Sequence[Rollout], plan: PackPlan) -> list[Batch]:
+def _pack(rollouts: Sequence[Rollout], plan: PackPlan) -> list[Batch]:
     rollouts = list(rollouts)
     plan = replace(plan, keep=(True,) * len(rollouts), whole_groups=False)
     return pack(rollouts, torch.ones(len(rollouts)), plan, count(rollouts, plan))
@@ -227,47 +238,54 @@ def _compare(
     for i, (prompts, sampling) in enumerate(parts):
         rollouts += engine.generate(prompts, sampling, seed=(seed, 2**31 + i, -version))
     mismatch = Mismatch()
-    with asleep(engine):  # scoring has the memory that it gives back
-        batches = _batches(rollouts, plan)
+    with asleep(engine):  # scoring uses the memory that the engine frees
+        batches = _pack(rollouts, plan)
         for batch in batches:
             mismatch.add(policy.score(batch), batch)
-        compared = sum(int(batch.train_mask.sum()) for batch in batches)
-        if mismatch.tokens < compared or not compared:
-            asked = sum(len(r.completion_ids) for r in rollouts)
-            if not asked:
+        scored = sum(int(batch.train_mask.sum()) for batch in batches)
+        if mismatch.tokens < scored or not scored:
+            sampled = sum(len(rollout.completion_ids) for rollout in rollouts)
+            if not sampled:
                 raise ParityError("at the start every completion of the engine is empty: stop tokens or prompts")
-            bad = f"at the start {asked - mismatch.tokens} of {asked} log-probs of engine or trainer"
-            raise not_finite(policy, unsampled(rollouts, plan), bad)
+            subject = f"at the start {sampled - mismatch.tokens} of {sampled} log-probs of engine or trainer"
+            raise not_finite(policy, unsampled(rollouts, plan), subject)
     return mismatch, rollouts
 
 
 def _random_adapter(policy: Any, rollouts: list[Rollout], plan: PackPlan, seed: int) -> float:
-    """Fill B with noise that moves the log-probs of `rollouts` by at least 0.5 nat, or as far as it can; returns the
-    shift."""
-    batches = _batches(rollouts, plan)
-    before = [policy.score(b) for b in batches]
+    """Fill B with noise that moves the log-probs of `rollouts` by 0.5 nat or, failing that, as far as possible.
+
+    Returns the shift.
+    """
+    batches = _pack(rollouts, plan)
+    before = [policy.score(batch) for batch in batches]
     generator = torch.Generator().manual_seed(seed)
-    noise = {n: torch.randn(t.shape, generator=generator) for n, t in policy.adapter().items() if ".lora_B." in n}
+    noise = {
+        name: torch.randn(tensor.shape, generator=generator)
+        for name, tensor in policy.adapter().items()
+        if ".lora_B." in name
+    }
 
     def shift_of(size: float) -> float:
         for name, values in noise.items():
             policy.adapter()[name].copy_(values * size)
-        moved = [
-            (policy.score(b) - old)[b.train_mask.to(old.device)].abs() for b, old in zip(batches, before, strict=True)
+        changes = [
+            (policy.score(batch) - logprobs)[batch.train_mask.to(logprobs.device)].abs()
+            for batch, logprobs in zip(batches, before, strict=True)
         ]
-        return float(torch.cat(moved).mean())
+        return float(torch.cat(changes).mean())
 
-    best, at, size = 0.0, 0.0, 0.01
+    best, best_size, size = 0.0, 0.0, 0.01
     for _ in range(12):
         shift = shift_of(size)
         if math.isfinite(shift) and shift > best:
-            best, at = shift, size
+            best, best_size = shift, size
         if best >= SHIFT:
             return best
         size *= 2
     if not best:
         raise ParityError(f"no adapter of size {size / 2:.3g} moves log-probs at all: the trainer does not apply it")
-    return shift_of(at)
+    return shift_of(best_size)
 
 
 def probe(
@@ -281,15 +299,16 @@ def probe(
 ) -> Probe:
     """Compare engine and trainer on `prompts` with the adapter off (B = 0) and with a random adapter.
 
-    The trainer's adapter is restored bit for bit and no global random state is used; the caller loads the adapter into
-    the engine again. sampling: rlft.config.run.Sampling with group_size 1. plan: budget, temperature and max_len are
-    used. long: further prompts, generated in a call of their own: an engine that pads would pad all to the longest.
-    Raises ParityError when the two disagree by more than 0.2 nat in the mean, or in one sequence by more than its
-    length explains, or the engine does not follow the random adapter; TrainError when log-probs are not finite.
+    The trainer's adapter is restored bit for bit, and no global random state is used; the caller must load the adapter
+    into the engine again. sampling: rlft.config.run.Sampling with group_size 1. plan: its budget, temperature and
+    max_len are used. long: further prompts, generated in a separate call, since an engine that pads would pad all to
+    the longest. Raises ParityError when the two disagree by more than 0.2 nat in the mean, or in one sequence by more
+    than its length explains, or when the engine does not follow the random adapter; TrainError when log-probs are not
+    finite.
     """
-    parts = [(some, sampling) for some in (prompts, long) if some]
+    parts = [(subset, sampling) for subset in (prompts, long) if subset]
     flat = policy.adapter_params.data
-    kept = flat.clone()
+    saved = flat.clone()
     most = Limit.of(CEILING, 5.0)
     try:
         for name, tensor in policy.adapter().items():
@@ -314,34 +333,34 @@ def probe(
         with asleep(engine):
             _check_sequences(on, most, policy.score, rollouts, "at the start, with a random adapter, ")
     finally:
-        flat.copy_(kept)
+        flat.copy_(saved)
     sd, noise = max(off.sd, on.sd), max(off.mean, on.mean)
     short = Limit(0.0, 0.0, max(noise, 1e-12), max(sd, SPREAD * noise))
     worst = max(0.0, off.excess(short), on.excess(short))
     return Probe(off.mean, on.mean, shift, off.tokens + on.tokens, worst, sd)
 
 
-def limit(found: Probe | None, cfg: Any) -> Limit:
-    """How far apart engine and trainer may be. cfg: rlft.config.run.Parity."""
-    if found is None:
+def limit(result: Probe | None, cfg: Any) -> Limit:
+    """Return how far engine and trainer may disagree. result: of the probe, if it ran. cfg: rlft.config.run.Parity."""
+    if result is None:
         return Limit.of(cfg.ceiling, cfg.factor)
-    step = min(max(cfg.factor * found.noise, cfg.floor), cfg.ceiling)
-    return Limit.of(step, cfg.factor, found.worst, found.sd, cfg.ceiling)
+    step = min(max(cfg.factor * result.noise, cfg.floor), cfg.ceiling)
+    return Limit.of(step, cfg.factor, result.worst, result.sd, cfg.ceiling)
 
 
 WORST = 8
-"""Sequences at most that are looked at for what fits."""
+"""Largest number of sequences used for the diagnosis."""
 
 
 def gate(mismatch: Mismatch, most: Limit, score: Score, rollouts: Sequence[Rollout]) -> None:
     """Stop before the update when engine and trainer disagree. No-op without sampler log-probs.
 
-    most: from `limit`. score: Policy.score, called only to say what fits the numbers. rollouts: those of the step, as
-    `Batch.rows` counts them. Raises ParityError for the mean over the step and for a single sequence, on every rank.
+    most: from `limit`. score: Policy.score, called only for the diagnosis. rollouts: those that `Batch.rows` indexes.
+    Raises ParityError on every rank, for the mean over the step or for a single sequence.
     """
     if mismatch.tokens and mismatch.mean > most.step:
         every = mismatch.sequences()
-        worst = sorted(every, key=lambda s: -float(s.trained.mean()))[:WORST]
+        worst = sorted(every, key=lambda sequence: -float(sequence.trained.mean()))[:WORST]
         raise ParityError(
             f"engine and trainer disagree: mean |log-prob difference| {mismatch.mean:.3g} nat over {mismatch.tokens} "
             f"tokens, limit {most.step:.3g} (p99 {mismatch.percentile(0.99):.3g}, max {mismatch.largest:.3g}). "
@@ -351,12 +370,14 @@ def gate(mismatch: Mismatch, most: Limit, score: Score, rollouts: Sequence[Rollo
 
 
 def _check_sequences(mismatch: Mismatch, most: Limit, score: Score, rollouts: Sequence[Rollout], when: str) -> None:
-    """Raise ParityError when a sequence is further off than its length explains. when: for the message."""
+    """Raise ParityError when a sequence differs by more than its length explains. when: start of the message."""
     if not mismatch.tokens or mismatch.excess(most) <= 0:
         return
     every = mismatch.sequences()
-    lengths = torch.tensor([len(s.trained) for s in every])
-    above = torch.tensor([float(s.trained.clamp(max=CAP).mean()) for s in every]).double() - most.allowed(lengths)
+    lengths = torch.tensor([len(sequence.trained) for sequence in every])
+    above = torch.tensor([float(sequence.trained.clamp(max=CAP).mean()) for sequence in every]).double() - most.allowed(
+        lengths
+    )
     bad = [every[i] for i in above.argsort(descending=True).tolist() if above[i] > 0]
     if not bad:
         raise ParityError(f"{when}engine and trainer disagree about a sequence of another rank. No update was made.")

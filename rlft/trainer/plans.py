@@ -1,4 +1,4 @@
-"""How a micro-batch is packed, and what it and the rest of a run take of the device's memory."""
+"""Plan how micro-batches are packed, and how much device memory they and the rest of a run need."""
 
 from __future__ import annotations
 
@@ -14,18 +14,21 @@ from rlft.rollout.engine import Engine
 from rlft.types import PackPlan, Prompt
 
 TYPICAL = 1024
-"""Tokens that completions are taken to have where they may have more."""
+"""Expected tokens per completion where `sampling.max_tokens` allows more."""
 
 
 def pack_plan_of(cfg: Config, algorithm: Algorithm, policy: Policy, sampled: Sequence[Prompt] = ()) -> PackPlan:
-    """How updates are packed; `keep` is left empty. The fused layers are told how long a full micro-batch is, and
-    whether there is an entropy bonus. sampled: prompts that groups of completions are drawn for."""
+    """Plan how updates are packed, with `keep` left empty.
+
+    Also sets the size of a full micro-batch, and whether there is an entropy bonus, in the fused layers. sampled:
+    prompts for which groups of completions are sampled.
+    """
     budget, group = cfg.packing.tokens_per_micro_batch, ALONE
     if policy.fused is not None:
         policy.fused.expect(algorithm.entropy_grad)
     if budget == "auto":
         if sampled and cfg.packing.share_prefix and policy.packed and not algorithm.whole_groups:
-            prompt = int(statistics.median(len(p.ids) for p in sampled))
+            prompt = int(statistics.median(len(row.ids) for row in sampled))
             group = Group(prompt, cfg.sampling.group_size * min(cfg.sampling.max_tokens, TYPICAL))
         budget = policy.token_budget(group)
     if policy.fused is not None:
@@ -42,8 +45,11 @@ def pack_plan_of(cfg: Config, algorithm: Algorithm, policy: Policy, sampled: Seq
 
 
 def memory_plan(policy: Policy, cfg: Config, engine: Engine, tokens: int) -> dict[str, int]:
-    """Bytes on the device of what the training keeps from step to step, of what the engine takes on top while it is
-    awake, and of a full micro-batch at its peak. tokens: of a full micro-batch."""
+    """Return bytes of device memory by purpose.
+
+    These are what training keeps from step to step, what the engine adds while awake, and the peak of a full
+    micro-batch of `tokens` tokens.
+    """
     adapter = policy.adapter_params.numel() * policy.adapter_params.element_size()
     moments = 2 * policy.adapter_params.numel() if cfg.optim.name == "adamw_8bit" else 2 * adapter
     return {
@@ -57,7 +63,7 @@ def memory_plan(policy: Policy, cfg: Config, engine: Engine, tokens: int) -> dic
 
 
 def pass_summary(policy: Policy, tokens: int) -> str:
-    """How a full micro-batch runs, and what it takes."""
+    """Describe how a full micro-batch runs and how much memory it takes."""
     if policy.fused is None:
         return f"micro-batches of {tokens} tokens, not planned"
     plan = policy.fused.plan_for(tokens)

@@ -1,10 +1,10 @@
 """Reference log-probs of recorded completions, computed once per row instead of once per step.
 
 The reference (the base, or the adapter that training started from) never changes, and neither does a recorded
-completion: in the second epoch its reference log-probs are those of the first (TRL's `precompute_ref_log_probs`,
-without a pass before the first step). They are kept on the CPU, 4 bytes per trained token, and saved with every
-checkpoint: computed again in another packing they could differ in the last bits, and a resumed run would not equal a
-whole one.
+completion, so its reference log-probs are the same in every epoch. They are cached when first needed, unlike TRL's
+`precompute_ref_log_probs`, which runs a pass before the first step. The cache is on the CPU, 4 bytes per trained token,
+and is saved with every checkpoint: recomputed in another packing, log-probs could differ in the last bits, and a
+resumed run would not equal an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -22,71 +22,74 @@ from rlft.types import Batch
 
 
 class Reference:
-    """Fills `Batch.ref_logprobs`."""
+    """Compute and cache `Batch.ref_logprobs`."""
 
     def __init__(self, policy: Policy, keep: bool) -> None:
-        """keep: hold what was computed for recorded completions. False for a run that sees no row twice (lengthened
-        past its first epoch when it is resumed, such a run equals a whole one up to the last bits), and for a policy
-        whose rows depend on their micro-batch: there both sides of a log-ratio must come from the same one."""
+        """Create an empty cache.
+
+        keep: cache the log-probs of recorded completions. False for a run that sees no row twice; resumed for more than
+        one epoch, such a run equals an uninterrupted one up to the last bits. Also False for a policy whose log-probs
+        depend on the other rows of a micro-batch, where both sides of a log-ratio must come from the same micro-batch.
+        """
         self._policy = policy
         self._keep = keep
-        self._known: dict[int, Tensor] = {}
-        """Key of a completion -> [trained tokens], on the CPU."""
+        self._cache: dict[int, Tensor] = {}
+        """Key of a completion -> its log-probs [trained tokens], on the CPU."""
 
     def fill(self, batch: Batch) -> Batch:
-        """The batch with `ref_logprobs` [T], 0 where `train_mask` is False.
+        """Return the batch with `ref_logprobs` [T], 0 where `train_mask` is False.
 
-        A forward is run when the completions were sampled, or one of them was not seen before. They are on the policy's
-        device then, unless they are kept: the host waits for none of the micro-batches.
+        Runs a forward when the completions were sampled, or when one of them is not in the cache. Without caching the
+        result stays on the policy's device, so that the host does not wait for the GPU.
         """
         if not self._keep or batch.sampler_logprobs is not None:
             return replace(batch, ref_logprobs=self._policy.score(batch, weights="reference"))
         keys = _keys(batch)
-        if any(key not in self._known for key in keys):
-            self._learn(keys, batch)
-        values = torch.cat([self._known[key] for key in keys]).to(batch.train_mask.device)
+        if any(key not in self._cache for key in keys):
+            self._add(keys, batch)
+        values = torch.cat([self._cache[key] for key in keys]).to(batch.train_mask.device)
         filled = values.new_zeros(len(batch.input_ids)).index_put((batch.train_mask.nonzero().squeeze(1),), values)
         return replace(batch, ref_logprobs=filled)
 
-    def _learn(self, keys: list[int], batch: Batch) -> None:
-        """Score the batch, and keep what was not known: a row has the value it got first for the whole run."""
-        scored = self._policy.score(batch, weights="reference").cpu()[batch.train_mask.cpu()]
+    def _add(self, keys: list[int], batch: Batch) -> None:
+        """Score the batch and cache new rows. The first value of a row is used for the whole run."""
+        logprobs = self._policy.score(batch, weights="reference").cpu()[batch.train_mask.cpu()]
         tokens = torch.bincount(batch.seq_ids[batch.train_mask], minlength=len(batch.prefix))
-        # Trained tokens lie in the order of the sequences.
-        own = tokens[batch.group_ids >= 0].tolist()
-        for key, values in zip(keys, scored.split(own), strict=True):
-            self._known.setdefault(key, values.clone())
+        # Trained tokens are in the order of the sequences; prefixes (group -1) have none.
+        lengths = tokens[batch.group_ids >= 0].tolist()
+        for key, values in zip(keys, logprobs.split(lengths), strict=True):
+            self._cache.setdefault(key, values.clone())
 
     def tensors(self) -> dict[str, Tensor]:
-        """What a checkpoint keeps: `keys` and `tokens` [rows] int64, `logprobs` [sum of tokens]; or nothing."""
-        if not self._known:
+        """Return the tensors to save: `keys` and `tokens` [rows] int64, `logprobs` [sum of tokens]; maybe empty."""
+        if not self._cache:
             return {}
         return {
-            "keys": torch.tensor(list(self._known)),
-            "tokens": torch.tensor([len(values) for values in self._known.values()]),
-            "logprobs": torch.cat(list(self._known.values())),
+            "keys": torch.tensor(list(self._cache)),
+            "tokens": torch.tensor([len(values) for values in self._cache.values()]),
+            "logprobs": torch.cat(list(self._cache.values())),
         }
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Put back what `tensors` gave."""
+        """Restore the result of `tensors`."""
         if tensors:
             values = tensors["logprobs"].split(tensors["tokens"].tolist())
-            self._known = dict(zip(tensors["keys"].tolist(), values, strict=True))
+            self._cache = dict(zip(tensors["keys"].tolist(), values, strict=True))
 
 
 def _keys(batch: Batch) -> list[int]:
-    """For each sequence that is no prefix, 63 bits of all that its log-probs depend on besides the weights.
+    """Return a 63-bit hash per sequence (prefixes excluded) of all that its log-probs depend on besides the weights.
 
-    Not the number of its row: data may be edited before a run is resumed.
+    The row number would not do, because data may be edited before a run is resumed.
     """
     bounds, ids, mask = batch.cu_seqlens.tolist(), batch.input_ids.cpu().numpy(), batch.train_mask.cpu().numpy()
     keys = []
-    for s, (prefix, group) in enumerate(zip(batch.prefix.tolist(), batch.group_ids.tolist(), strict=True)):
+    for sequence, (prefix, group) in enumerate(zip(batch.prefix.tolist(), batch.group_ids.tolist(), strict=True)):
         if group < 0:
             continue
         digest = hashlib.blake2b(repr(batch.temperature).encode(), digest_size=8)
-        # Prompt and completion make the same key whether the prompt is shared or not.
-        parts = [slice(bounds[i], bounds[i + 1]) for i in (prefix, s) if i >= 0]
+        # The key is the same whether the prompt is a shared prefix or not.
+        parts = [slice(bounds[i], bounds[i + 1]) for i in (prefix, sequence) if i >= 0]
         for values in (ids, mask):
             digest.update(np.concatenate([values[part] for part in parts]).tobytes())
         keys.append(int.from_bytes(digest.digest(), "little") >> 1)

@@ -1,4 +1,4 @@
-"""A run brought back from its folder: evaluated again, or sampled from, with the adapter of one of its checkpoints."""
+"""Open a run from its folder with the adapter of a checkpoint, to evaluate it or to sample from it."""
 
 from __future__ import annotations
 
@@ -35,26 +35,27 @@ class OpenedRun:
     policy: Policy
     tokenizer: Any
     step: int
-    """Steps the adapter was trained for; 0 for the base."""
+    """Steps that the adapter was trained for; 0 for the base."""
     long: bool
-    """Whether the run has longrope's long factors."""
+    """Whether the run uses longrope's long factors."""
 
 
 @contextlib.contextmanager
 def open_run(out: Path, which: str = "latest") -> Iterator[OpenedRun]:
-    """The run in the folder `out`. which: "latest", "best", a step ("12"), or "base" for the model without an adapter.
+    """Open the run in the folder `out`.
 
-    Raises ConfigError when the folder holds no run, or not that checkpoint, or one of another base.
+    which: "latest", "best", a step ("12"), or "base" for the model without an adapter. Raises ConfigError when the
+    folder has no run or no such checkpoint, or when the checkpoint belongs to another base.
     """
     run = Run.resume(str(out))
     path = None if which == "base" else run.checkpoint(which)
-    saved = path or (run.latest_checkpoint() if run.has_checkpoint() else None)
-    long = saved is not None and checkpoint.continued_from(saved).get("rope") == "long factors"
+    rope_source = path or (run.latest_checkpoint() if run.has_checkpoint() else None)
+    long = rope_source is not None and checkpoint.continued_from(rope_source).get("rope") == "long factors"
     cfg = Config.load(run.config)
     tokenizer = load_tokenizer(cfg.model)
     step = 0
     if path is None:
-        # A new adapter adds exactly nothing.
+        # A new adapter leaves the base unchanged.
         policy = load_policy(replace(cfg, lora=replace(cfg.lora, resume_from=None)))
     else:
         policy = load_policy(cfg)
@@ -67,7 +68,7 @@ def open_run(out: Path, which: str = "latest") -> Iterator[OpenedRun]:
 
 @contextlib.contextmanager
 def _sampling(run: OpenedRun, engine: Engine) -> Iterator[Engine]:
-    """The engine with the run's adapter; closed afterwards."""
+    """Load the run's adapter into the engine, and close the engine afterwards."""
     try:
         engine.load_adapter(run.policy.adapter(), version=run.step)
         yield engine
@@ -80,10 +81,10 @@ def evaluate_run(
 ) -> dict[str, float]:
     """Evaluate a run on its held-out rows: `eval/*` as during training (rlft.trainer.evaluate), and `step`.
 
-    which: as `open_run`. rows: only the first so many. rewards: in place of the run's. changes: other values for fields
-    of [eval] (samples, temperature, max_tokens, ...). "best" also has eval/chosen_among, the evaluations that it is the
-    best of, from 2 on: what the choice had of luck is in its results. Nothing is written into the run's folder. Raises
-    ConfigError when the run has no held-out rows or nothing to score them with.
+    which: see `open_run`. rows: evaluate only this many of the first rows. rewards: in place of the run's. changes: new
+    values for fields of [eval] (samples, temperature, max_tokens, ...). "best" also returns eval/chosen_among, the
+    number of evaluations it was chosen from, if more than one: the choice biases the result upwards. Nothing is written
+    to the run's folder. Raises ConfigError when the run has no held-out rows or nothing to score them with.
     """
     with open_run(out, which) as run:
         cfg = run.cfg
@@ -93,8 +94,8 @@ def evaluate_run(
             raise ConfigError(f"--rows {rows}: the run holds out {cfg.eval.rows} rows (eval.rows); give 1 to that many")
         prompts, held = load_prompts_of(cfg, run.tokenizer)
         cfg = replace(cfg, eval=replace(cfg.eval, **changes))
-        scored = bool((cfg.eval.rewards or cfg.rewards) if rewards is None else rewards)
-        run.policy.fix_rope(longest_sequence(cfg, run.policy, prompts, held, scored), run.long)
+        has_rewards = bool((cfg.eval.rewards or cfg.rewards) if rewards is None else rewards)
+        run.policy.fix_rope(longest_sequence(cfg, run.policy, prompts, held, has_rewards), run.long)
         held, values = held[:rows], {}
         if cfg.engine.name in ("auto", "replay") and measures_loss(prompts, held):
             algorithm = build_algorithm(cfg.algo, cfg.optim.updates)
@@ -107,23 +108,27 @@ def evaluate_run(
         try:
             if functions:
                 with Console() as console:
-                    started = start(cfg, run.policy, run.tokenizer, console, held)
-                    with _sampling(run, started) as engine:
+                    sampler = start(cfg, run.policy, run.tokenizer, console, held)
+                    with _sampling(run, sampler) as engine:
                         values |= evaluate(engine, held, cfg, functions, {"global_step": run.step}).metrics
         finally:
             for function in functions:
                 function.close()
-        among = Run.resume(str(out)).chosen_among() if which == "best" else 0
-        return {"step": float(run.step), **values, **({"eval/chosen_among": float(among)} if among > 1 else {})}
+        candidates = Run.resume(str(out)).chosen_among() if which == "best" else 0
+        return {
+            "step": float(run.step),
+            **values,
+            **({"eval/chosen_among": float(candidates)} if candidates > 1 else {}),
+        }
 
 
 def generate_from_run(
     out: Path, prompt: str, max_tokens: int | None = None, temperature: float | None = None, which: str = "latest"
 ) -> str:
-    """One completion of a prompt by a checkpoint of a run (`open_run`), prompted as its data was."""
+    """Sample one completion of `prompt` from a run, with the prompt format of its data. which: see `open_run`."""
     with open_run(out, which) as run:
         cfg = run.cfg
-        made = encode_prompt({"prompt": prompt}, 0, cfg.data, run.tokenizer)
+        row = encode_prompt({"prompt": prompt}, 0, cfg.data, run.tokenizer)
         sampling = Sampling(
             group_size=1,
             max_tokens=max_tokens or cfg.sampling.max_tokens,
@@ -131,7 +136,7 @@ def generate_from_run(
             stop_token_ids=cfg.sampling.stop_token_ids,
             stop=cfg.sampling.stop,
         )
-        run.policy.fix_rope(len(made.ids) + sampling.max_tokens, run.long)
-        # One completion is there before vLLM has started.
+        run.policy.fix_rope(len(row.ids) + sampling.max_tokens, run.long)
+        # One completion takes less time than starting vLLM.
         with _sampling(run, EagerEngine(run.policy, run.tokenizer)) as engine:
-            return engine.generate([made], sampling, seed=(cfg.seed, 0))[0].text
+            return engine.generate([row], sampling, seed=(cfg.seed, 0))[0].text

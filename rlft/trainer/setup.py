@@ -1,7 +1,7 @@
-"""What a run is made of, wired from its config: the one place that knows which parts exist.
+"""Build a training session from a config. This is the only module that knows all the parts of a run.
 
-`build` checks everything first (the same path as `rlft validate`), then loads, resumes, and measures how far engine and
-trainer are apart. `rlft.trainer.reopen` brings a run back for `rlft eval` and `rlft generate`.
+`build_session` validates first (as `rlft validate` does), then loads the model, resumes if asked, and measures how far
+engine and trainer disagree. `rlft.trainer.reopen` opens a finished run for `rlft eval` and `rlft generate`.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ from rlft.types import PackPlan, Prompt, State
 
 @dataclass
 class Session:
-    """Everything a run is made of."""
+    """All parts of a run."""
 
     cfg: Config
     steps: int
@@ -71,14 +71,14 @@ class Session:
     policy: Policy
     engine: Engine
     eval_engine: Engine
-    """Samples for the evaluation: `engine` itself, unless that replays recorded completions."""
+    """Engine that samples for the evaluation: `engine` itself, unless that replays recorded completions."""
     reference: Reference
     optimizer: Optimizer
     prompts: Prompts
     eval_prompts: list[Prompt]
-    """Rows that are only evaluated on."""
+    """Held-out rows."""
     eval_loss: bool
-    """Their recorded completions have the loss that is trained, so it is measured on them."""
+    """Whether the training loss is also measured on the recorded completions of the held-out rows."""
     functions: list[RewardFunction]
     eval_functions: list[RewardFunction]
     run: Run
@@ -86,41 +86,41 @@ class Session:
     """Writes completions while the loop goes on."""
     console: Console
     identity: dict[str, str]
-    """What a checkpoint must have been made from to be resumed here."""
+    """Properties that a checkpoint must share with this run to be resumed."""
     plan: PackPlan
     """How updates are packed; `keep` is filled per step."""
     pieces: TokenText
     tracking: Tracking = field(init=False)
-    """Started last, when the step that the run begins at is known."""
+    """Started last, once the first step is known."""
     state: State = field(default_factory=State)
     limit: parity.Limit = field(init=False)
-    """How far engine and trainer may be apart."""
+    """How far engine and trainer may disagree."""
     first_evaluation: dict[str, float] = field(default_factory=dict)
-    """The evaluation before the first step, read back when a run is resumed."""
+    """The evaluation before the first step, read from the run folder when a run is resumed."""
     callbacks: Sequence[Callable[..., None]] = ()
     stop: bool = False
-    """Set by the first Ctrl-C: the step in flight is finished and saved."""
+    """Set by the first Ctrl-C: the current step is finished and saved."""
 
     def check_adapter(self, origin: str) -> None:
-        """Raise TrainError when the adapter is not finite. origin: where its values are from, and what to do."""
+        """Raise TrainError when the adapter is not finite. origin: where its values came from, and what to do."""
         if wrong := self.policy.flat.not_finite():
             raise TrainError(f"{len(wrong)} of the adapter's tensors are not finite, {wrong[0]} for one: {origin}")
 
     def save(self) -> Path:
-        """Write a checkpoint of the state now, after the completions of every step until then; returns its folder."""
+        """Write all pending completions, then a checkpoint of the current state; return the checkpoint's folder."""
         self.writer.flush()
         self.check_adapter(
             f"nothing was saved. An update has set them (optim.lr = {self.cfg.optim.lr}), or a callback; go on from an "
             f"earlier checkpoint"
         )
-        # No random state: every draw is seeded by (seed, step, ...).
+        # No random state is saved: every random number is seeded by (seed, step, ...).
         tensors = {"adapter": self.policy.adapter_params.detach(), "adapter_start": self.policy.flat.start}
         tensors |= {f"optim.{name}": value for name, value in self.optimizer.tensors().items()}
         tensors |= {f"reference.{name}": value for name, value in self.reference.tensors().items()}
         model, final = self.policy.model, self.run.checkpoints / f"step-{self.state.step:06d}"
 
         def write_adapter(folder: Path) -> None:
-            # The embedding is never trained; without the flag PEFT looks for the base's config to find that out.
+            # The embedding is never trained; without the flag PEFT looks up the base's config to find out.
             model.save_pretrained(str(folder), selected_adapters=["default"], save_embedding_layers=False)
             self.write_card(folder, final)
 
@@ -135,13 +135,13 @@ class Session:
         )
 
     def write_card(self, folder: Path, final: Path) -> None:
-        """The model card of the adapter, in place of PEFT's own, a form to be filled in. final: where it will be."""
+        """Replace the model card template that PEFT wrote with our own. final: the checkpoint's final folder."""
         card = adapter_card(self.run, self.cfg, self.state.step, str(final), self.tracking.link)
         with self.run.writing(f"{final.name}/README.md"):
             replace_file(folder / "README.md", card.encode())
 
     def restore(self, path: Path) -> None:
-        """Put back a checkpoint: adapter, optimiser, step and data cursor. Raises ConfigError when it does not fit."""
+        """Restore adapter, optimiser, step and data cursor from a checkpoint. Raises ConfigError if it does not fit."""
         here = self.state.data
         self.state, tensors, notes = checkpoint.load_checkpoint(path, self.identity)
         if self.state.data != here:
@@ -166,17 +166,17 @@ class Session:
 
 
 def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Those whose name begins with `prefix`, named without it."""
+    """Return the tensors whose name begins with `prefix`, named without it."""
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
 def _check(cfg: Config, resume: bool, callables: bool) -> None:
-    found = problems(cfg, resume=resume, callables=callables)
-    if len(found) == 1:
-        raise ConfigError(found[0])
-    if found:
+    faults = problems(cfg, resume=resume, callables=callables)
+    if len(faults) == 1:
+        raise ConfigError(faults[0])
+    if faults:
         raise ConfigError(
-            "\n".join([f"{len(found)} problems:", *(f"  {i + 1}. {text}" for i, text in enumerate(found))])
+            "\n".join([f"{len(faults)} problems:", *(f"  {i + 1}. {text}" for i, text in enumerate(faults))])
         )
 
 
@@ -187,9 +187,9 @@ def build_session(
     resume: bool = False,
     callbacks: Sequence[Callable[..., None]] = (),
 ) -> Iterator[Session]:
-    """Wire a run, resumed from its newest checkpoint if asked; closes what it opened.
+    """Build the session of a run, resumed from its newest checkpoint if asked, and close its resources at the end.
 
-    rewards: callables or rlft.Reward in place of `cfg.rewards`. Raises RlftError for everything a user can cause.
+    rewards: callables or rlft.Reward in place of `cfg.rewards`. Raises RlftError for every error a user can cause.
     """
     _check(cfg, resume, callables=rewards is not None)
     with contextlib.ExitStack() as stack:
@@ -200,14 +200,14 @@ def build_session(
         algorithm = build_algorithm(cfg.algo, cfg.optim.updates)
         console.note("\n".join([*untested(), f"loading {cfg.model}"]))
         tokenizer = load_tokenizer(cfg.model)
-        rows, held = load_prompts_of(cfg, tokenizer, console.note)
+        rows, eval_prompts = load_prompts_of(cfg, tokenizer, console.note)
         prompts = Prompts(rows, cfg.seed, cfg.data.shuffle)
         functions, eval_functions = _functions(cfg, rewards)
         _close_later(stack, [*functions, *eval_functions])
         for note in {function.note: None for function in [*functions, *eval_functions] if function.note}:
             console.note(note)
         policy = load_policy(cfg, console.note)
-        engine, eval_engine = _engines(cfg, policy, tokenizer, console, rows, held, bool(eval_functions))
+        engine, eval_engine = _engines(cfg, policy, tokenizer, console, rows, eval_prompts, bool(eval_functions))
         for line in _starting(cfg, engine, undeclared_end(tokenizer, policy.base)):
             console.note(line)
         _close_later(stack, [engine, eval_engine])
@@ -216,13 +216,13 @@ def build_session(
         fp16, views = resolve_dtype(cfg, policy.device) == torch.float16, policy.flat.parameters.values()
         with asleep(eval_engine):
             check_path(policy)
-            # What a pass may take is what is free now.
+            # Planned here, because a pass may use the memory that is free now.
             plan = pack_plan_of(cfg, algorithm, policy, rows if engine.SAMPLES else ())
-            kept, passes = memory_plan(policy, cfg, eval_engine, plan.budget), pass_summary(policy, plan.budget)
+            memory, passes = memory_plan(policy, cfg, eval_engine, plan.budget), pass_summary(policy, plan.budget)
         optimizer = Optimizer(policy.adapter_params, cfg.optim, steps * cfg.optim.updates, fp16, views)
         reference = Reference(policy, keep=steps * cfg.prompts_per_step > len(rows) and not policy.mixes_rows)
-        eval_loss = bool(held) and not engine.SAMPLES and measures_loss(rows, held)
-        s = Session(
+        eval_loss = bool(eval_prompts) and not engine.SAMPLES and measures_loss(rows, eval_prompts)
+        session = Session(
             cfg=cfg,
             steps=steps,
             algorithm=algorithm,
@@ -232,7 +232,7 @@ def build_session(
             reference=reference,
             optimizer=optimizer,
             prompts=prompts,
-            eval_prompts=held,
+            eval_prompts=eval_prompts,
             eval_loss=eval_loss,
             functions=functions,
             eval_functions=eval_functions,
@@ -246,67 +246,69 @@ def build_session(
             callbacks=callbacks,
         )
         if resume:
-            _resume(s)
-        s.check_adapter(
+            _resume(session)
+        session.check_adapter(
             f'they come from lora.resume_from = "{cfg.lora.resume_from}", or from the checkpoint; train another'
         )
-        # Before the folder counts as a run: a tracker that cannot start leaves nothing in the way.
-        s.tracking = stack.enter_context(Tracking(cfg, run, s.state.step, resume, console.note))
+        # Before the config is written, which makes the folder a run: a tracker that fails leaves no run behind.
+        session.tracking = stack.enter_context(Tracking(cfg, run, session.state.step, resume, console.note))
         run.write_config(to_toml(cfg))
-        run.write_plan(kept)
-        console.start(_title(s, passes), steps, s.state.step, cfg.algo.name)
-        s.limit = agree(cfg, policy, engine, rows, plan, console.note)
-        yield s
+        run.write_plan(memory)
+        console.start(_title(session, passes), steps, session.state.step, cfg.algo.name)
+        session.limit = agree(cfg, policy, engine, rows, plan, console.note)
+        yield session
 
 
-def _close_later(stack: contextlib.ExitStack, opened: Sequence[Any]) -> None:
-    """Close each object when the run ends; one may be given several times."""
-    for each in {id(x): x for x in opened}.values():
-        stack.callback(each.close)
+def _close_later(stack: contextlib.ExitStack, resources: Sequence[Any]) -> None:
+    """Close each object when the run ends. The same object may be listed several times."""
+    for resource in {id(resource): resource for resource in resources}.values():
+        stack.callback(resource.close)
 
 
-def _resume(s: Session) -> None:
-    """Go on from the newest checkpoint, or from the start where a run was stopped before it had saved one."""
-    if s.run.has_checkpoint():
-        s.restore(s.run.latest_checkpoint())
-        s.first_evaluation = s.run.first_evaluation()
+def _resume(session: Session) -> None:
+    """Continue from the newest checkpoint, or start again where the run stopped before saving one."""
+    if session.run.has_checkpoint():
+        session.restore(session.run.latest_checkpoint())
+        session.first_evaluation = session.run.first_evaluation()
         return
-    aside = s.run.set_aside(-1)
+    aside = session.run.set_aside(-1)
     lost = f"; what it had done is in {aside}" if aside else ""
-    s.console.note(f"{s.run.path} holds no checkpoint yet, so the run starts again from step 0{lost}")
+    session.console.note(f"{session.run.path} holds no checkpoint yet, so the run starts again from step 0{lost}")
 
 
 def load_prompts_of(
     cfg: Config, tokenizer: Any, note: Callable[[str], None] = lambda _: None
 ) -> tuple[list[Prompt], list[Prompt]]:
-    """The prompts to train on and the held-out ones. note: told about prompts that were dropped."""
-    loaded = load_prompts(cfg.data, tokenizer, cfg.seed)
-    if loaded.dropped:
-        note(f"{loaded.dropped} prompts longer than data.max_prompt_tokens = {cfg.data.max_prompt_tokens} dropped")
+    """Load the training prompts and the held-out prompts. note: called with messages about dropped prompts."""
+    data = load_prompts(cfg.data, tokenizer, cfg.seed)
+    if data.dropped:
+        note(f"{data.dropped} prompts longer than data.max_prompt_tokens = {cfg.data.max_prompt_tokens} dropped")
     if not cfg.eval.rows:
-        return loaded.prompts, []
+        return data.prompts, []
     if cfg.eval.data is None:
-        return hold_out(loaded.prompts, cfg.eval.rows, cfg.seed)
-    held = load_prompts(cfg.eval.data, tokenizer, cfg.seed)
-    if held.dropped:
+        return hold_out(data.prompts, cfg.eval.rows, cfg.seed)
+    evals = load_prompts(cfg.eval.data, tokenizer, cfg.seed)
+    if evals.dropped:
         limit = cfg.eval.data.max_prompt_tokens
-        note(f"{held.dropped} prompts longer than eval.data.max_prompt_tokens = {limit} dropped")
-    if len(held.prompts) < cfg.eval.rows:
-        raise DataError(f"eval.rows = {cfg.eval.rows}: eval.data has {len(held.prompts)} usable rows; lower eval.rows")
-    chosen = held.prompts[: cfg.eval.rows]
-    rest = without(loaded.prompts, chosen)
+        note(f"{evals.dropped} prompts longer than eval.data.max_prompt_tokens = {limit} dropped")
+    if len(evals.prompts) < cfg.eval.rows:
+        raise DataError(f"eval.rows = {cfg.eval.rows}: eval.data has {len(evals.prompts)} usable rows; lower eval.rows")
+    eval_prompts = evals.prompts[: cfg.eval.rows]
+    rest = without(data.prompts, eval_prompts)
     if not rest:
         raise DataError(
             "eval.data: every training row has a prompt that is evaluated on; give other rows to one of them"
         )
-    if len(rest) < len(loaded.prompts):
-        note(f"{len(loaded.prompts) - len(rest)} training rows with a prompt of eval.data left out")
-    return rest, chosen
+    if len(rest) < len(data.prompts):
+        note(f"{len(data.prompts) - len(rest)} training rows with a prompt of eval.data left out")
+    return rest, eval_prompts
 
 
 def _functions(cfg: Config, rewards: Sequence[Any] | None) -> tuple[list[RewardFunction], list[RewardFunction]]:
-    """The reward functions of the training (the user's, and the overlong penalty where it is switched on) and those of
-    the evaluation, of which the penalty is no part: it is about sampling.max_tokens."""
+    """Build the reward functions of training and of evaluation.
+
+    Only training has the overlong penalty, if switched on: the penalty depends on `sampling.max_tokens`.
+    """
     functions = build_rewards(cfg.rewards if rewards is None else rewards)
     names = [function.name for function in functions]
     if cfg.dynamic_sampling.by is not None and cfg.dynamic_sampling.by not in names:
@@ -324,33 +326,34 @@ def _functions(cfg: Config, rewards: Sequence[Any] | None) -> tuple[list[RewardF
         args = {"max_tokens": longest, "buffer": max(1, round(cfg.overlong.penalty_share * longest))}
         functions.append(RewardFunction(OVERLONG, InProcess(length), Reward(OVERLONG, args=args)))
         functions[-1].open()
-    own = [f for f in functions if f.name != OVERLONG]
-    return functions, build_rewards(cfg.eval.rewards) if cfg.eval.rewards else own
+    without_penalty = [function for function in functions if function.name != OVERLONG]
+    return functions, build_rewards(cfg.eval.rewards) if cfg.eval.rewards else without_penalty
 
 
 def load_policy(cfg: Config, note: Callable[[str], None] = lambda _: None) -> Policy:
-    """The model of a run as a policy with its starting adapter. note: told what of its files is left out."""
+    """Load the base and attach the initial adapter. note: called with messages about files that are ignored."""
     base = load_base(cfg, resolve_device(cfg), note)
     return Policy(attach_lora(base, cfg.lora, cfg.seed))
 
 
 def _engines(
-    cfg: Config, policy: Policy, tokenizer: Any, console: Console, rows: list[Prompt], held: list[Prompt], scored: bool
+    cfg: Config, policy: Policy, tokenizer: Any, console: Console, rows: list[Prompt], evals: list[Prompt], scores: bool
 ) -> tuple[Engine, Engine]:
-    """What the training samples with and what the evaluation does: the same, unless the training has recorded
-    completions and the evaluation samples. scored: evaluations have reward functions. Fixes the
-    policy's rotary tables first, which all share."""
-    policy.fix_rope(engines.longest_sequence(cfg, policy, rows, held, scored))
+    """Start the engines of training and evaluation: the same one, unless training replays recorded completions.
+
+    evals: held-out prompts. scores: evaluations have reward functions, so they sample. Fixes the rotary tables first.
+    """
+    policy.fix_rope(engines.longest_sequence(cfg, policy, rows, evals, scores))
     if engines.engine_name(cfg, bool(rows[0].recorded), policy.device) != "replay":
-        engine = engines.start(cfg, policy, tokenizer, console, [*rows, *held])
+        engine = engines.start(cfg, policy, tokenizer, console, [*rows, *evals])
         return engine, engine
     assert rows[0].recorded, "validate refuses this"
     engine = ReplayEngine()
-    return engine, engines.start(cfg, policy, tokenizer, console, held) if scored and held else engine
+    return engine, engines.start(cfg, policy, tokenizer, console, evals) if scores and evals else engine
 
 
 def identity_of(cfg: Config, policy: Policy) -> dict[str, str]:
-    """What a checkpoint must have been made from to fit."""
+    """Return the properties that a checkpoint must share with this run to be resumed."""
     lora = cfg.lora
     return {
         "model": cfg.model,
@@ -365,32 +368,33 @@ MIXED = (
     "int8: LLM.int8 finds its outlier columns over all rows of a micro-batch, so a row's log-probs depend a little on "
     'what it is packed with; quantization = "nf4" or "none" has no such dependence'
 )
-"""What a run over 8-bit weights says at its start."""
+"""Note shown at the start of a run over 8-bit weights."""
 
 
-def _title(s: Session, passes: str) -> list[str]:
-    cfg, policy = s.cfg, s.policy
+def _title(session: Session, passes: str) -> list[str]:
+    """Return the lines shown at the start of a run. passes: from `pass_summary`."""
+    cfg, policy, rows, evals = session.cfg, session.policy, len(session.prompts.rows), len(session.eval_prompts)
     dtype = str(resolve_dtype(cfg, policy.device)).removeprefix("torch.")
     weights = weight_bytes(policy.base)
     total = weights["parameters"]
-    trained = policy.adapter_params.numel()
+    trainable = policy.adapter_params.numel()
     return [
         f"{cfg.model}: {total / 1e6:.0f} M parameters in {dtype} on {policy.device.type}, "
-        f"LoRA rank {cfg.lora.rank} ({trained / 1e6:.1f} M trained)",
-        f"{len(s.prompts.rows)} prompts, {len(s.eval_prompts)} held out; {s.steps} steps of {cfg.prompts_per_step} "
-        f"prompts x {cfg.sampling.group_size if s.engine.SAMPLES else 'recorded'} completions",
+        f"LoRA rank {cfg.lora.rank} ({trainable / 1e6:.1f} M trained)",
+        f"{rows} prompts, {evals} held out; {session.steps} steps of {cfg.prompts_per_step} "
+        f"prompts x {cfg.sampling.group_size if session.engine.SAMPLES else 'recorded'} completions",
         policy.path,
         targets.describe(policy.model),
         *([MIXED] if policy.mixes_rows else []),
         *(line for line in (policy.rope and str(policy.rope), changed_dropout(cfg.lora)) if line),
         f"memory: {weights['bytes'] / 2**30:.2f} GiB of weights; {passes}",
-        *describe(s.algorithm),
-        f"run folder: {s.run.path}",
+        *describe(session.algorithm),
+        f"run folder: {session.run.path}",
     ]
 
 
 def _starting(cfg: Config, engine: Engine, end: str) -> list[str]:
-    """What is said once about settings and files that mean less than a reader may think. end: `undeclared_end`."""
-    hot = not engine.SAMPLES and cfg.sampling.temperature != 1
-    said = f"sampling.temperature = {cfg.sampling.temperature:g}: recorded completions are trained at temperature 1"
-    return [*([said] if hot else []), *([end] if end else [])]
+    """Return notes about settings and files that have less effect than a reader may expect. end: `undeclared_end`."""
+    ignores_temperature = not engine.SAMPLES and cfg.sampling.temperature != 1
+    message = f"sampling.temperature = {cfg.sampling.temperature:g}: recorded completions are trained at temperature 1"
+    return [*([message] if ignores_temperature else []), *([end] if end else [])]

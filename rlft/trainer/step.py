@@ -1,4 +1,4 @@
-"""What a step does while the engine sleeps: advantages, packed micro-batches, old log-probs, and the updates."""
+"""The training part of a step, run while the engine sleeps: advantages, micro-batches, old log-probs, updates."""
 
 from __future__ import annotations
 
@@ -24,116 +24,123 @@ from rlft.types import Batch, Rollout, Stats
 
 
 class StepResult(NamedTuple):
-    """What the training of one step did."""
+    """Result of training on one step."""
 
     advantages: Tensor
-    """[N] of the rollouts that were kept."""
+    """[N], of the rollouts kept by dynamic sampling."""
     packed: list[Batch]
     """All micro-batches of the step."""
     ran: list[Batch]
-    """Those that were run in each pass."""
+    """The micro-batches that were run in each pass."""
     updates: list[Update]
 
 
 def learn(
-    s: Session, drawn: SampledGroups, parts: RewardBreakdown, metrics: Metrics, mismatch: parity.Mismatch
+    session: Session, sample: SampledGroups, parts: RewardBreakdown, metrics: Metrics, mismatch: parity.Mismatch
 ) -> StepResult:
-    """Advantages, micro-batches and updates of one step, while the engine sleeps.
+    """Train on one step: estimate advantages, pack micro-batches and run the updates.
 
-    metrics, mismatch: filled. Each part answers one out-of-memory error. Raises ParityError before the first update
-    where engine and trainer disagree.
+    metrics, mismatch: filled in place. Each part retries once when out of memory. Raises ParityError before the first
+    update when engine and trainer disagree.
     """
-    cfg, policy, algorithm = s.cfg, s.policy, s.algorithm
-    rollouts, rewards = kept_rollouts(drawn)
-    retried = functools.partial(with_advice, lower=policy.lower, note=s.console.note)
-    shaped, known = retried(lambda: kl_in_reward(policy, algorithm, s.plan, rollouts, rewards))
-    metrics.add(known)
-    inputs = estimator_inputs(rollouts, parts, {f.name: f.weight for f in s.functions}, drawn.kept)
-    advantages = algorithm.advantage(shaped, group_ids(rollouts), **inputs)
-    packed = minibatches(s, rollouts, rewards, advantages)
+    cfg, policy, algorithm = session.cfg, session.policy, session.algorithm
+    rollouts, rewards = kept_rollouts(sample)
+    retry = functools.partial(with_advice, lower=policy.lower, note=session.console.note)
+    shaped_rewards, kl_stats = retry(lambda: kl_in_reward(policy, algorithm, session.plan, rollouts, rewards))
+    metrics.add(kl_stats)
+    inputs = estimator_inputs(
+        rollouts, parts, {function.name: function.weight for function in session.functions}, sample.kept
+    )
+    advantages = algorithm.advantage(shaped_rewards, group_ids(rollouts), **inputs)
+    packed = minibatches(session, rollouts, rewards, advantages)
     skip = cfg.packing.skip_zero_advantage and algorithm.zero_adv_zero_grad
-    some = [to_run(part, skip) for part in packed]
-    # The same batches for old and now: packed otherwise, their difference would be noise of the kernels.
-    ran = retried(lambda: [[filled(s, batch) for batch in part] for part in some])
-    for batch in chain(*ran) if algorithm.old == "trainer" else ():
+    runnable = [to_run(part, skip) for part in packed]
+    # Old and new log-probs come from the same batches: another packing would add kernel noise to their ratio.
+    batches = retry(lambda: [[filled(session, batch) for batch in part] for part in runnable])
+    for batch in chain(*batches) if algorithm.old == "trainer" else ():
         assert batch.old_logprobs is not None
         mismatch.add(batch.old_logprobs, batch)
-    updates = train_on(s, rollouts, packed, ran, metrics, mismatch)
-    return StepResult(advantages, list(chain(*packed)), list(chain(*ran)), updates)
+    updates = train_on(session, rollouts, packed, batches, metrics, mismatch)
+    return StepResult(advantages, list(chain(*packed)), list(chain(*batches)), updates)
 
 
-def minibatches(s: Session, rollouts: list[Rollout], rewards: Tensor, advantages: Tensor) -> list[list[Batch]]:
-    """The packed micro-batches of each update: the step's groups in `optim.minibatches` parts, as even as possible."""
+def minibatches(session: Session, rollouts: list[Rollout], rewards: Tensor, advantages: Tensor) -> list[list[Batch]]:
+    """Split the step's groups evenly into `optim.minibatches` updates, and pack each one's micro-batches."""
     groups = group_ids(rollouts)
     total = int(groups[-1]) + 1
-    parts = min(s.cfg.optim.minibatches, total)
+    parts = min(session.cfg.optim.minibatches, total)
     packed = []
     for part in range(parts):
         rows = ((groups * parts) // total == part).nonzero().flatten().tolist()
-        some = [rollouts[row] for row in rows]
-        cut = [r.finish_reason == "length" and s.cfg.overlong.mask for r in some]
-        keep = tuple(not invalid and not c for invalid, c in zip(rewards[rows].isnan().tolist(), cut, strict=True))
-        plan = replace(s.plan, keep=keep)
-        made = pack(some, advantages[rows], plan, sum_counts(count(some, plan)))
-        # Which rollouts of the step they are, and not of the part.
-        packed.append([replace(batch, rows=tuple(rows[row] for row in batch.rows)) for batch in made])
+        part_rollouts = [rollouts[row] for row in rows]
+        truncated = [rollout.finish_reason == "length" and session.cfg.overlong.mask for rollout in part_rollouts]
+        keep = tuple(
+            not invalid and not is_cut
+            for invalid, is_cut in zip(rewards[rows].isnan().tolist(), truncated, strict=True)
+        )
+        plan = replace(session.plan, keep=keep)
+        batches = pack(part_rollouts, advantages[rows], plan, sum_counts(count(part_rollouts, plan)))
+        # `rows` counts the rollouts of the step, not those of the part.
+        packed.append([replace(batch, rows=tuple(rows[row] for row in batch.rows)) for batch in batches])
     return packed
 
 
-def prepared(s: Session, rollouts: list[Rollout], batches: list[Batch]) -> dict[str, float]:
-    """`Batch.prepared` of an update: what the loss needs to know about everything that the update trains on, of the
-    policy that it starts from. batches: its micro-batches, those that are not run too."""
-    if s.algorithm.prepare is None:
+def prepared(session: Session, rollouts: list[Rollout], batches: list[Batch]) -> dict[str, float]:
+    """Return `Batch.prepared` of an update: numbers the loss needs from the whole update, under its initial policy.
+
+    batches: all micro-batches of the update, including those that are not run.
+    """
+    if session.algorithm.prepare is None:
         return {}
     rows = sorted(row for batch in batches for row in batch.rows)
-    look = PackedStep(s.policy, s.plan, [rollouts[row] for row in rows], batches)
-    return s.state.adapted | s.algorithm.prepare(look, s.algorithm.config)
+    view = PackedStep(session.policy, session.plan, [rollouts[row] for row in rows], batches)
+    return session.state.adapted | session.algorithm.prepare(view, session.algorithm.config)
 
 
-def filled(s: Session, batch: Batch) -> Batch:
-    """The batch with the other policies' log-probs that the loss wants, before the first update of the step."""
-    if s.algorithm.needs_reference:
-        batch = s.reference.fill(batch)
-    if s.algorithm.old == "sampler":
+def filled(session: Session, batch: Batch) -> Batch:
+    """Add the reference and old log-probs that the loss needs. Called before the first update of the step."""
+    if session.algorithm.needs_reference:
+        batch = session.reference.fill(batch)
+    if session.algorithm.old == "sampler":
         return replace(batch, old_logprobs=batch.sampler_logprobs)
-    if s.algorithm.old == "trainer":
-        # Planned once, so that now is the same computation as old: ratios of a policy that does not move are 1.
-        batch = s.policy.planned(batch)
-        return replace(batch, old_logprobs=s.policy.score(batch))
+    if session.algorithm.old == "trainer":
+        # Planned once, so that old and new run the same computation: with an unchanged policy all ratios are 1.
+        batch = session.policy.planned(batch)
+        return replace(batch, old_logprobs=session.policy.score(batch))
     return batch
 
 
 def train_on(
-    s: Session,
+    session: Session,
     rollouts: list[Rollout],
     packed: list[list[Batch]],
     ran: list[list[Batch]],
     metrics: Metrics,
     mismatch: parity.Mismatch,
 ) -> list[Update]:
-    """The updates of a step, one for each of the lists of micro-batches and pass over them.
+    """Run the updates of a step: one per list of micro-batches and pass.
 
-    rollouts: those of the step. packed: all micro-batches of each update; ran: those that are run.
+    rollouts: all of the step. packed: all micro-batches of each update. ran: the micro-batches to run.
     """
-    policy, state, algorithm = s.policy, s.state, s.algorithm
-    queue, whole = ran * s.cfg.optim.passes, packed * s.cfg.optim.passes
-    # On the host: it is read only where memory is exhausted between two updates.
+    policy, state, algorithm = session.policy, session.state, session.algorithm
+    queue, whole = ran * session.cfg.optim.passes, packed * session.cfg.optim.passes
+    # Saved on the host, since it is read only when memory runs out between two updates.
     start = policy.adapter_params.detach().to("cpu", copy=True) if algorithm.old == "trainer" else None
     done, total = 0, sum(map(len, queue))
     updates: list[Update] = []
 
     def lower() -> str:
-        said = policy.lower()
+        message = policy.lower()
         if start is not None:
-            queue[len(updates) :] = planned_again(s, queue[len(updates) :], start)
-        return said
+            queue[len(updates) :] = planned_again(session, queue[len(updates) :], start)
+        return message
 
     def attempt() -> list[tuple[Tensor, Batch, Stats]]:
-        numbers = prepared(s, rollouts, whole[len(updates)])
-        return forward_backward(s, queue[len(updates)], numbers, done, total)
+        numbers = prepared(session, rollouts, whole[len(updates)])
+        return forward_backward(session, queue[len(updates)], numbers, done, total)
 
     while len(updates) < len(queue):
-        passes = with_advice(attempt, lower, s.console.note)
+        passes = with_advice(attempt, lower, session.console.note)
         done += len(passes)
         for logprobs, batch, stats in passes:
             metrics.add(stats)
@@ -142,53 +149,54 @@ def train_on(
         sum_tensor(policy.flat.gradient)
         if not updates:
             sum_tensor(mismatch.sums)
-            parity.gate(mismatch, s.limit, policy.score, rollouts)
-        updates.append(s.optimizer.step(state.updates, state.skipped_updates))
+            parity.gate(mismatch, session.limit, policy.score, rollouts)
+        updates.append(session.optimizer.step(state.updates, state.skipped_updates))
         state.updates += 1
         state.skipped_updates = state.skipped_updates + 1 if updates[-1].skipped else 0
     return updates
 
 
 def forward_backward(
-    s: Session, part: list[Batch], numbers: dict[str, float], done: int, total: int
+    session: Session, part: list[Batch], numbers: dict[str, float], done: int, total: int
 ) -> list[tuple[Tensor, Batch, Stats]]:
-    """The gradient of an update into the adapter's buffer. Returns each micro-batch with its log-probs [T] and numbers.
+    """Accumulate the gradient of an update in the adapter's buffer.
 
-    numbers: `prepared`. done, total: micro-batches of the step before these, and all, for the progress bar.
+    Returns (log-probs [T], batch, stats) of each micro-batch. numbers: from `prepared`. done, total: micro-batches of
+    the step run so far, and in all, for the progress bar.
     """
-    policy, algorithm = s.policy, s.algorithm
+    policy, algorithm = session.policy, session.algorithm
     policy.flat.zero_grad()
     passes: list[tuple[Tensor, Batch, Stats]] = []
     for batch in part:
-        s.console.progress("training", done + len(passes), total)
+        session.console.progress("training", done + len(passes), total)
         logprobs, entropy = policy.logprobs(batch, algorithm.entropy_grad)
-        here = replace(batch.to(policy.device), entropy=entropy, prepared=numbers)
-        loss, stats = algorithm.loss(logprobs, here, algorithm.config)
-        s.optimizer.scaled(loss).backward()
-        passes.append((logprobs.detach(), batch, {**stats, **batch_stats(loss, logprobs, entropy, here)}))
+        filled_batch = replace(batch.to(policy.device), entropy=entropy, prepared=numbers)
+        loss, stats = algorithm.loss(logprobs, filled_batch, algorithm.config)
+        session.optimizer.scaled(loss).backward()
+        passes.append((logprobs.detach(), batch, {**stats, **batch_stats(loss, logprobs, entropy, filled_batch)}))
     return passes
 
 
-def planned_again(s: Session, parts: list[list[Batch]], start: Tensor) -> list[list[Batch]]:
-    """Micro-batches with new plans, and with old log-probs of the adapter `start` [numel] computed by these."""
-    flat = s.policy.adapter_params.data
-    now = flat.clone()
+def planned_again(session: Session, parts: list[list[Batch]], start: Tensor) -> list[list[Batch]]:
+    """Plan the micro-batches again, and recompute their old log-probs under the adapter `start` [numel]."""
+    flat = session.policy.adapter_params.data
+    current = flat.clone()
     flat.copy_(start)
     try:
-        return [[filled(s, replace(batch, plan=None)) for batch in part] for part in parts]
+        return [[filled(session, replace(batch, plan=None)) for batch in part] for part in parts]
     finally:
-        flat.copy_(now)
+        flat.copy_(current)
 
 
 def to_run(batches: list[Batch], skip: bool) -> list[Batch]:
-    """The micro-batches to run: without those of zero advantage when they cannot change the gradient.
+    """Select the micro-batches to run, without those of zero advantage when they cannot change the gradient.
 
-    They come last, so leaving them out changes no other. Some are run all the same until 256 trained tokens are, so
-    that entropy, mismatch and the parity gate always have something to look at.
+    Those come last, so leaving them out changes no other micro-batch. They are still run until 256 trained tokens are
+    reached, so that entropy, mismatch and the parity gate always have data.
     """
-    chosen, tokens = [], 0
+    selected, tokens = [], 0
     for batch in batches:
         if not (skip and batch.zero_advantage) or tokens < 256:
-            chosen.append(batch)
+            selected.append(batch)
             tokens += int(batch.train_mask.sum())
-    return chosen
+    return selected

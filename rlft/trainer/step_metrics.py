@@ -1,4 +1,4 @@
-"""The numbers of one step under TRL's names: lengths, rewards' spread, times, tokens per second."""
+"""Compute the metrics of one step under TRL's names: lengths, reward spread, times, tokens per second."""
 
 from __future__ import annotations
 
@@ -32,15 +32,20 @@ class Clock:
         self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - before
 
     def values(self) -> dict[str, float]:
-        """time/* metrics, step_time from the start of the step to now, and time/idle, which no phase took."""
+        """Return time/PHASE, step_time (from the start of the step to now) and time/idle (outside all phases)."""
         total = time.perf_counter() - self.start
         idle = max(0.0, total - sum(self.seconds.values()))
-        return {f"time/{k}": v for k, v in self.seconds.items()} | {"time/idle": idle, "step_time": total}
+        return {f"time/{phase}": seconds for phase, seconds in self.seconds.items()} | {
+            "time/idle": idle,
+            "step_time": total,
+        }
 
 
 def peak_memory(device: torch.device) -> dict[str, float]:
-    """perf/peak_GiB: on a GPU the most that PyTorch held there since the last call; on a CPU the most that the process
-    has held since it began. Empty where the system does not tell."""
+    """Return perf/peak_GiB, or nothing where the system does not report it.
+
+    On a GPU this is PyTorch's peak since the last call, on a CPU the peak of the process since its start.
+    """
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -54,9 +59,9 @@ def peak_memory(device: torch.device) -> dict[str, float]:
 
 
 def batch_stats(loss: Tensor, logprobs: Tensor, entropy: Tensor, batch: Batch) -> Stats:
-    """Loss and entropy of a micro-batch, and how many tokens have a log-prob or an entropy that is not finite.
+    """Return loss and entropy of a micro-batch, and the number of tokens where log-prob or entropy is not finite.
 
-    logprobs, entropy: [T], 0 where nothing is trained. The loss adds up: its weights hold the division.
+    logprobs, entropy: [T], 0 where nothing is trained. The loss is a sum: its weights include the normalisation.
     """
     broken = (~(logprobs.detach() + entropy.detach()).isfinite()).sum()
     return {
@@ -67,27 +72,34 @@ def batch_stats(loss: Tensor, logprobs: Tensor, entropy: Tensor, batch: Batch) -
 
 
 def update_values(updates: Sequence[Update], values: dict[str, float]) -> dict[str, float]:
-    """Loss and gradient norm as means over the updates of a step, and the last learning rate. values: the step's
-    metrics, whose loss is the sum over its updates."""
-    found = {"grad_norm": sum(u.grad_norm for u in updates) / len(updates), "learning_rate": updates[-1].learning_rate}
-    return found | ({"loss": values["loss"] / len(updates)} if "loss" in values else {})
+    """Return means of loss and gradient norm over the updates of a step, and the last learning rate.
+
+    values: the step's metrics, whose loss is the sum over its updates.
+    """
+    averages = {
+        "grad_norm": sum(update.grad_norm for update in updates) / len(updates),
+        "learning_rate": updates[-1].learning_rate,
+    }
+    return averages | ({"loss": values["loss"] / len(updates)} if "loss" in values else {})
 
 
 def rollout_values(rollouts: Sequence[Rollout], rewards: Tensor) -> dict[str, float]:
-    """completions/* (lengths in tokens; "terminated" are those that were not cut), and the shares of groups with equal
-    rewards and of invalid rewards. rewards: [N], nan where invalid."""
-    lengths = [len(r.completion_ids) for r in rollouts]
-    ended = [len(r.completion_ids) for r in rollouts if r.finish_reason == "stop"]
-    values = {"completions/clipped_ratio": 1 - len(ended) / len(lengths)}
-    for name, of in (("", lengths), ("terminated_", ended or [0])):
+    """Return completions/*, and the shares of groups with equal rewards and of invalid rewards.
+
+    Lengths are in tokens; "terminated" completions are those not truncated. rewards: [N], nan where invalid.
+    """
+    lengths = [len(rollout.completion_ids) for rollout in rollouts]
+    terminated = [len(rollout.completion_ids) for rollout in rollouts if rollout.finish_reason == "stop"]
+    values = {"completions/clipped_ratio": 1 - len(terminated) / len(lengths)}
+    for name, some_lengths in (("", lengths), ("terminated_", terminated or [0])):
         values |= {
-            f"completions/mean_{name}length": sum(of) / len(of),
-            f"completions/min_{name}length": float(min(of)),
-            f"completions/max_{name}length": float(max(of)),
+            f"completions/mean_{name}length": sum(some_lengths) / len(some_lengths),
+            f"completions/min_{name}length": float(min(some_lengths)),
+            f"completions/max_{name}length": float(max(some_lengths)),
         }
-    if any(r.sampler_logprobs is not None for r in rollouts):
-        # Their tokens have weight 0 (rlft.types.Rollout).
-        broken = sum(not math.isfinite(x) for r in rollouts for x in r.sampler_logprobs or ())
+    if any(rollout.sampler_logprobs is not None for rollout in rollouts):
+        # Such tokens have weight 0 (rlft.types.Rollout).
+        broken = sum(not math.isfinite(logprob) for rollout in rollouts for logprob in rollout.sampler_logprobs or ())
         values["sampling/nonfinite_logprobs"] = float(broken)
     return values | {
         "frac_reward_zero_std": frac_zero_std(rewards, group_ids(rollouts)),
@@ -96,10 +108,11 @@ def rollout_values(rollouts: Sequence[Rollout], rewards: Tensor) -> dict[str, fl
 
 
 def rates(rollouts: Sequence[Rollout], ran: Sequence[Batch], passes: int, clock: Clock) -> dict[str, float]:
-    """Tokens per second: completion tokens over the time of generation (none for recorded ones), tokens run in all
-    passes over the time of training."""
-    values = {"perf/training_tokens_per_s": passes * sum(len(b.input_ids) for b in ran) / clock.seconds["train"]}
+    """Return tokens per second of generation (sampled completions only) and of training (tokens of all passes)."""
+    values = {
+        "perf/training_tokens_per_s": passes * sum(len(batch.input_ids) for batch in ran) / clock.seconds["train"]
+    }
     if rollouts[0].sampler_logprobs is not None:
-        sampled = sum(len(r.completion_ids) for r in rollouts)
-        values["perf/rollout_tokens_per_s"] = sampled / clock.seconds["generate"]
+        tokens = sum(len(rollout.completion_ids) for rollout in rollouts)
+        values["perf/rollout_tokens_per_s"] = tokens / clock.seconds["generate"]
     return values

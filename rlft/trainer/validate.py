@@ -1,6 +1,6 @@
-"""Every problem of a run that can be found without loading its model: `rlft validate`, and the start of `rlft train`.
+"""Find every problem of a run that shows without loading its model, for `rlft validate` and `rlft train`.
 
-Each check yields sentences instead of raising at the first, so that a user mends a config in one go.
+Each check yields messages instead of raising the first one, so that a user can fix a config in one pass.
 """
 
 from __future__ import annotations
@@ -28,45 +28,45 @@ from rlft.runs.folder import Run, resumable
 from rlft.trainer.engines import engine_name
 
 RECORDED = ("completion", "text", "messages", "chosen")
-"""Columns that bring completions with the data."""
+"""Columns that contain recorded completions."""
 GIVEN = ("prompts", "completions", "completion_ids", "trainer_state", "log_metric", "log_extra")
-"""What every reward function may ask for besides the dataset's columns."""
+"""Arguments that every reward function may take besides the dataset's columns."""
 
 
 def problems(cfg: Config, resume: bool = False, callables: bool = False) -> list[str]:
-    """All problems found, each one sentence naming the field, its value and what to do; empty when there is none.
+    """Return all problems, one sentence each that names the field, its value and the remedy.
 
     resume: the run folder must hold a run instead of being free. callables: reward functions were given from Python in
     place of `cfg.rewards`. Reads the dataset and imports reward files and the algorithm; loads no model.
     """
-    found = version_problems(_needed(cfg))
-    device = _caught(found, lambda: resolve_device(cfg))
-    found += _model(cfg, device)
-    found += _out(Path(cfg.out).expanduser(), resume)
-    algorithm = _caught(found, lambda: build_algorithm(cfg.algo, cfg.optim.updates))
-    rows = _caught(found, lambda: check_rows(cfg.data, cfg.seed))
+    messages = version_problems(_needed(cfg))
+    device = _collect(messages, lambda: resolve_device(cfg))
+    messages += _model(cfg, device)
+    messages += _out(Path(cfg.out).expanduser(), resume)
+    algorithm = _collect(messages, lambda: build_algorithm(cfg.algo, cfg.optim.updates))
+    rows = _collect(messages, lambda: check_rows(cfg.data, cfg.seed))
     held = rows
     if cfg.eval.rows and cfg.eval.data is not None:
-        held = _caught(found, lambda: check_rows(cfg.eval.data or Data(), cfg.seed))
+        held = _collect(messages, lambda: check_rows(cfg.eval.data or Data(), cfg.seed))
     if rows is not None:
-        found += _engine(cfg, algorithm, rows, callables)
-        found += _vllm(cfg, rows, device)
-        found += _held_out(cfg, rows, held)
+        messages += _engine(cfg, algorithm, rows, callables)
+        messages += _vllm(cfg, rows, device)
+        messages += _held_out(cfg, rows, held)
         if cfg.eval.rows and held:
-            found += _measured(cfg, kind_of(rows[0]), kind_of(held[0]), callables)
-    found += _rewards("rewards", cfg.rewards, rows)
-    found += _rewards("eval.rewards", cfg.eval.rewards, held)
-    found += tracking.problems(cfg.track)
-    # One fault may show in two checks.
-    return list(dict.fromkeys(found))
+            messages += _measured(cfg, kind_of(rows[0]), kind_of(held[0]), callables)
+    messages += _rewards("rewards", cfg.rewards, rows)
+    messages += _rewards("eval.rewards", cfg.eval.rewards, held)
+    messages += tracking.problems(cfg.track)
+    # Two checks may report the same fault.
+    return list(dict.fromkeys(messages))
 
 
-def _caught(found: list[str], check: Callable[[], Any]) -> Any:
-    """What `check` returns, or None and its error added to `found`."""
+def _collect(messages: list[str], check: Callable[[], Any]) -> Any:
+    """Return the result of `check`; on RlftError append its message to `messages` and return None."""
     try:
         return check()
     except RlftError as error:
-        found.append(str(error))
+        messages.append(str(error))
         return None
 
 
@@ -83,11 +83,11 @@ def _model(cfg: Config, device: torch.device | None) -> Iterator[str]:
     except ConfigError as error:
         yield str(error)
         return
-    # A hub id has at most one slash and is no path; whether the hub has it is seen when it is loaded.
+    # A hub id has at most one slash and is no path; whether the hub has it shows at loading.
     if where.path == name and (name.startswith((".", "/", "~")) or name.count("/") > 1) and not Path(name).exists():
         yield f'model = "{name}": no such folder'
     elif device is not None and (where.gguf or Path(where.path).is_dir()):
-        # Of a model of the hub that is seen when it is loaded.
+        # A model of the hub is checked when it is loaded.
         try:
             describe_base(cfg, device)
         except ConfigError as error:
@@ -105,14 +105,14 @@ def _out(out: Path, resume: bool) -> Iterator[str]:
     if out.exists() and not out.is_dir():
         yield f'out = "{out}": is a file; give a folder'
         return
-    # The folder is made by the run, so what counts is the nearest one that exists.
-    nearest = next(p for p in (out, *out.absolute().parents) if p.exists())
+    # The run creates the folder, so the nearest existing parent must be writable.
+    nearest = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
         yield f'out = "{out}": {nearest} cannot be written to; give another folder'
 
 
 def _vllm(cfg: Config, rows: list[dict[str, Any]], device: torch.device | None) -> Iterator[str]:
-    """What vLLM cannot do, where it is what samples."""
+    """Yield what vLLM does not support, where it is the engine that samples."""
     if device is None or engine_name(cfg, any(name in rows[0] for name in RECORDED), device) != "vllm":
         return
     if cfg.quantization == "int8":
@@ -124,7 +124,7 @@ def _vllm(cfg: Config, rows: list[dict[str, Any]], device: torch.device | None) 
 
 
 def _engine(cfg: Config, algorithm: Algorithm | None, rows: list[dict[str, Any]], callables: bool) -> Iterator[str]:
-    """Engine, algorithm, group and rewards, as far as the kind of data decides what they must be."""
+    """Check engine, algorithm, group size and rewards against the kind of data."""
     recorded = any(name in rows[0] for name in RECORDED)
     engine = cfg.engine.name if cfg.engine.name != "auto" else ("replay" if recorded else "eager")
     baseline = algorithm is not None and algorithm.advantage_name
@@ -158,8 +158,11 @@ def _engine(cfg: Config, algorithm: Algorithm | None, rows: list[dict[str, Any]]
             f"group of one never differ; set sampling.group_size to 2 or more"
         )
     by = cfg.dynamic_sampling.by
-    if by is not None and not callables and by not in [str(r.use).rpartition(":")[2] for r in cfg.rewards]:
-        yield f'dynamic_sampling.by = "{by}": no reward of that name; there are {", ".join(r.use for r in cfg.rewards)}'
+    if by is not None and not callables and by not in [str(reward.use).rpartition(":")[2] for reward in cfg.rewards]:
+        yield (
+            f'dynamic_sampling.by = "{by}": no reward of that name; '
+            f"there are {', '.join(reward.use for reward in cfg.rewards)}"
+        )
     if cfg.sampling.group_size == 1 and baseline in WITHIN_GROUPS:
         yield (
             f'sampling.group_size = 1 with algo.advantage = "{baseline}": a group of one has advantage 0, so nothing '
@@ -168,7 +171,7 @@ def _engine(cfg: Config, algorithm: Algorithm | None, rows: list[dict[str, Any]]
 
 
 def _dropout(cfg: Config, algorithm: Algorithm, engine: str) -> Iterator[str]:
-    """LoRA dropout where log-probs under it would be compared with log-probs without it."""
+    """Reject LoRA dropout where log-probs with dropout would be compared with log-probs without."""
     if not cfg.lora.dropout:
         return
     if engine != "replay":
@@ -185,7 +188,7 @@ def _dropout(cfg: Config, algorithm: Algorithm, engine: str) -> Iterator[str]:
 
 
 def _pairs(cfg: Config, algorithm: Algorithm, row: dict[str, Any], pairs: bool) -> Iterator[str]:
-    """What a loss over pairs, and rows that say good or bad, must have."""
+    """Check what losses over pairs and labelled rows require."""
     if algorithm.whole_groups and algorithm.advantage_name == "identity" and not pairs:
         yield (
             f'algo.name = "{cfg.algo.name}": learns from pairs, and the data has {", ".join(row)}; give rows with '
@@ -207,16 +210,16 @@ def _pairs(cfg: Config, algorithm: Algorithm, row: dict[str, Any], pairs: bool) 
 
 
 def _held_out(cfg: Config, rows: list[dict[str, Any]], held: list[dict[str, Any]] | None) -> Iterator[str]:
-    wanted = cfg.eval.rows
+    count = cfg.eval.rows
     if cfg.eval.data is not None:
-        if held is not None and len(held) < wanted:
-            yield f"eval.rows = {wanted}: eval.data has {len(held)} rows; lower eval.rows"
-    elif wanted >= len(rows):
-        yield f"eval.rows = {wanted}: the data has {len(rows)} rows and some must be left to train on; lower eval.rows"
+        if held is not None and len(held) < count:
+            yield f"eval.rows = {count}: eval.data has {len(held)} rows; lower eval.rows"
+    elif count >= len(rows):
+        yield f"eval.rows = {count}: the data has {len(rows)} rows and some must be left to train on; lower eval.rows"
 
 
 def _measured(cfg: Config, kind: str, held: str, callables: bool) -> Iterator[str]:
-    """What is there to measure on held-out rows. kind, held: kinds of the training and of the held-out rows."""
+    """Check that held-out rows can be measured. kind, held: kinds of the training rows and the held-out rows."""
     pairs = "preference"
     loss = "prompt" not in (kind, held) and (kind == pairs) == (held == pairs) and cfg.engine.name != "eager"
     rewards = bool(cfg.eval.rewards or cfg.rewards or callables)
@@ -242,16 +245,16 @@ def _rewards(field: str, rewards: tuple[Reward, ...], rows: list[dict[str, Any]]
         except ConfigError as error:
             yield str(error)
             continue
-        except (Exception, SystemExit) as error:  # a user's own file may do anything while it is imported
+        except (Exception, SystemExit) as error:  # a user's file may raise anything when it is imported
             yield f'{field} = "{reward.use}": importing it raised {type(error).__name__}: {error}'
             continue
         try:
-            taken = signature(function)
+            arguments = signature(function)
         except (TypeError, ValueError) as error:
             yield f'{field} = "{reward.use}": {error}'
             continue
         if rows is not None:
-            yield from _columns(field, reward, taken, rows[0])
+            yield from _columns(field, reward, arguments, rows[0])
 
 
 def _function(field: str, use: str) -> Any:
@@ -260,17 +263,17 @@ def _function(field: str, use: str) -> Any:
     return getattr(resolve.module(use, BUILTIN, field), use)
 
 
-def _columns(field: str, reward: Reward, taken: Signature, row: dict[str, Any]) -> Iterator[str]:
-    """Arguments that nothing can fill, that the function does not take, or that have two meanings."""
+def _columns(field: str, reward: Reward, arguments: Signature, row: dict[str, Any]) -> Iterator[str]:
+    """Yield arguments that nothing provides, arguments the function does not take, and ambiguous names."""
     have = [name for name in row if name not in OURS]
-    missing = [name for name in taken.required if name not in (*GIVEN, *reward.args, *have)]
+    missing = [name for name in arguments.required if name not in (*GIVEN, *reward.args, *have)]
     if missing:
         yield (
             f'{field} = "{reward.use}": asks for {", ".join(missing)}; the data has '
             f"{', '.join(have) or 'no column besides the prompt'}. Map a column with data.columns, or set rewards.args"
         )
     for name in reward.args:
-        if not taken.takes(name):
+        if not arguments.takes(name):
             yield f'{field} = "{reward.use}": rewards.args has {name}, which is no argument of the function'
     for name in have:
         if name in GIVEN:

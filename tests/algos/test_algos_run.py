@@ -187,8 +187,8 @@ def test_kto_wants_two_prompts_in_an_update(minibatches: int, home: Path, tmp_pa
 
 LOOKS = """
 import torch
-from rlft.algos.losses.kto import ADVANTAGE, AGGREGATION, ENTROPY_GRAD, NEEDS_REFERENCE, NEEDS_SAMPLER, RATIO, WHOLE_GROUPS
-from rlft.algos.losses.kto import ZERO_ADV_ZERO_GRAD, Config
+from rlft.algos.losses.kto import ADVANTAGE, AGGREGATION, ENTROPY_GRAD, NEEDS_REFERENCE, NEEDS_SAMPLER, RATIO
+from rlft.algos.losses.kto import WHOLE_GROUPS, ZERO_ADV_ZERO_GRAD, Config
 from rlft.types import Stat
 def prepare(look, cfg):
     return {"floor": look.entropy_quantile(0.5), "gain": float(look.log_ratios(look.rollouts).sum())}

@@ -122,7 +122,7 @@ def test_help_of_train_is_a_manual_with_the_algorithms_settings(
         main(["train", run_file, "--help"])
     text = re.sub(r"[│\s]+", " ", capsys.readouterr().out)  # lines and boxes are as wide as the terminal
     assert exit_.value.code == 0
-    clip = "The ratio counts up to 1 + clip_high. (default: 0.28)"
+    clip = "The ratio is clipped at 1 + clip_high. (default: 0.28)"
     for expected in ("--algo.clip_high", clip, "--resume", "--optim.lr", "Learning rate after warm-up."):
         assert expected in text
 

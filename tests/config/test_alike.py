@@ -95,16 +95,23 @@ def test_the_default_of_a_setting_passes_its_own_check(path: str) -> None:
     ("make", "expected"),
     [
         (lambda m: Config(**RUN, step=3), 'step: unknown setting. Did you mean "steps"?'),
-        (lambda m: m["sampling"](num_generations=4), "sampling.num_generations: unknown setting. TRL's num_generations "
-         "is sampling.group_size here"),
+        (
+            lambda m: m["sampling"](num_generations=4),
+            "sampling.num_generations: unknown setting. TRL's num_generations is sampling.group_size here",
+        ),
         (lambda m: m["optim"](lr="fast"), 'optim.lr = "fast": want a number'),
-        (lambda m: Config("m", "d", "o", steps=1, loss_type="dapo"), "loss_type: unknown setting. TRL's loss_type = "
-         '"dapo" is algo.aggregation = "token_mean" here'),
-        (lambda m: Config("m", "d", "o", steps=1, warmup_ratio=0.1), "warmup_ratio: unknown setting. TRL's "
-         "warmup_ratio is optim.warmup here: a share of all updates there, a number of updates here"),
+        (
+            lambda m: Config("m", "d", "o", steps=1, loss_type="dapo"),
+            'loss_type: unknown setting. TRL\'s loss_type = "dapo" is algo.aggregation = "token_mean" here',
+        ),
+        (
+            lambda m: Config("m", "d", "o", steps=1, warmup_ratio=0.1),
+            "warmup_ratio: unknown setting. TRL's "
+            "warmup_ratio is optim.warmup here: a share of all updates there, a number of updates here",
+        ),
         (lambda m: Config("m", 3, "o", steps=1), "data = 3: want a string (path) or a table with path, split, "),
     ],
-)  # fmt: skip
+)
 def test_python_callers_get_our_sentences(make: Any, expected: str) -> None:
     assert sentence(lambda: make({name: cls for cls, name in SECTIONS.items()})).startswith(expected)
 

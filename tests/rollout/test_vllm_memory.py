@@ -56,9 +56,7 @@ def test_a_step_of_one_sequence_has_a_cache(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_too_little_memory_says_what_to_lower(monkeypatch: pytest.MonkeyPatch) -> None:
     free(monkeypatch, 10)
-    with pytest.raises(
-        EngineError, match=r"dequantized weights leave -5.\d+ GiB .* it is to have 0.25 .*engine.kv_gib"
-    ):
+    with pytest.raises(EngineError, match=r"dequantized weights leave -5.\d+ GiB .* which needs 0.25 .*engine.kv_gib"):
         choose_mode(SIZES, "dequantized", None, GPU)
 
 

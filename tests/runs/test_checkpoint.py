@@ -76,7 +76,7 @@ def test_a_save_that_was_killed_while_removing_the_old_one_is_finished_by_the_ne
 SCRIPT = """
 import os, signal, sys, torch
 from pathlib import Path
-from rlft import checkpoint
+from rlft.runs import checkpoint
 from rlft.types import State
 
 root, where = Path(sys.argv[1]), sys.argv[2]
@@ -88,7 +88,7 @@ def adapter(folder):
     if where == "in write_adapter":
         die()
 
-checkpoint.save(root, State(step=1), {"adapter": torch.ones(3)}, identity, lambda folder: None, keep=1)
+checkpoint.save_checkpoint(root, State(step=1), {"adapter": torch.ones(3)}, identity, lambda folder: None, keep=1)
 if where == "between files":
     # The process dies when it comes to write the second of its own files.
     write_text = Path.write_text
@@ -97,7 +97,7 @@ if where == "before the rename":
     Path.rename = die
 if where == "removing the old one":
     checkpoint.shutil.rmtree = lambda path: ((path / "state.json").unlink(), die())
-checkpoint.save(root, State(step=2), {"adapter": torch.full((3,), 2.0)}, identity, adapter, keep=1)
+checkpoint.save_checkpoint(root, State(step=2), {"adapter": torch.full((3,), 2.0)}, identity, adapter, keep=1)
 """
 
 

@@ -1,13 +1,13 @@
-"""Anchored preference optimisation (APO, 2408.06266): each side is pushed in a direction of its own.
+"""Anchored preference optimisation (APO, 2408.06266): controls the direction of each side separately.
 
     variant = "zero":  1 - sigmoid(beta g_w) + sigmoid(beta g_l)
     variant = "down":  sigmoid(beta g_w) + 1 - sigmoid(beta D)
 
-"zero" moves the chosen side up and the rejected one down: for data better than the policy. "down" moves both down, the
+"zero" raises the chosen side and lowers the rejected one: for data better than the policy. "down" lowers both, the
 rejected one more: for data worse than the policy.
 g = log-ratio of a side against the reference, D = g_w - g_l.
-The five choices: log-ratio per sequence against the reference; no clip; the KL is implied by beta; advantage = the
-recorded reward, +1 and -1; mean over pairs.
+The five choices: log-ratio per sequence against the reference; no clip; KL implied by beta; advantage = recorded reward
+(+1, -1); mean over pairs.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Config(Settings):
     """Settings of [algo] for apo."""
 
     variant: Literal["zero", "down"] = "zero"
-    """Which of the two."""
+    """Variant of the loss."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -45,12 +45,12 @@ class Config(Settings):
 
 
 def summary(cfg: Config) -> str:
-    """Ratio, clip, KL and correction in words, for the start of a run."""
+    """Describe ratio, clip, KL and correction in one line, for the start of a run."""
     return f"log-ratio per sequence against the reference ({cfg.variant}), no clip, beta {cfg.beta:g}, mean over pairs"
 
 
 def loss(logprobs: Tensor, batch: Batch, cfg: Config) -> tuple[Tensor, Stats]:
-    """The weighted sum of this file's formula, and TRL's reward metrics. logprobs: [T] with gradient."""
+    """Return the weighted sum of the formula above, and TRL's reward metrics. logprobs: [T] with gradient."""
     assert batch.ref_logprobs is not None
     pairs = read(logprobs, batch)
     better, worse = cfg.beta * pairs.chosen.gain, cfg.beta * pairs.rejected.gain

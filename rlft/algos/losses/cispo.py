@@ -1,11 +1,11 @@
-"""Clipped importance-sampling weights (CISPO, MiniMax-M1, 2506.13585): no token loses its gradient, only its weight.
+"""Clipped importance-sampling weights (CISPO, MiniMax-M1, 2506.13585): clips the weight of a token, never its gradient.
 
     loss_t = -sg(min(r_t, clip_max)) A now_t,    r_t = exp(now - old)
 
-The five choices: ratio per token, as a weight without gradient; at most clip_max, an absolute ratio as TRL's (verl and
-slime count from 1); no KL; advantage (reward - group mean) / (group std + 1e-4); mean over all tokens of the step. The
-paper's mean is over the tokens of a prompt: aggregation "prompt_mean", as in ScaleRL (2510.13786, preset `scalerl`).
-With one update r = 1, and the correction for the sampler is the weight.
+The five choices: ratio per token, as a weight without gradient; at most clip_max, an absolute ratio as in TRL (verl and
+slime measure from 1); no KL; advantage (reward - group mean) / (group std + 1e-4); mean over all tokens of the step.
+The paper's mean is over the tokens of a prompt: aggregation "prompt_mean", as in ScaleRL (2510.13786, preset
+`scalerl`). With one update r = 1, and the correction for the sampler is the weight.
 """
 
 from __future__ import annotations
@@ -46,12 +46,12 @@ class Config(settings.Settings):
 
 
 def summary(cfg: Config) -> str:
-    """Ratio, clip, KL and correction in words, for the start of a run."""
+    """Describe ratio, clip, KL and correction in one line, for the start of a run."""
     return f"ratio per token as a weight up to {cfg.clip_max:g}, {surrogate.summary(cfg)}"
 
 
 def loss(logprobs: Tensor, batch: Batch, cfg: Config) -> tuple[Tensor, Stats]:
-    """The weighted sum of this file's formula, and its metrics. logprobs: [T] with gradient."""
+    """Return the weighted sum of the formula above, and its metrics. logprobs: [T] with gradient."""
     tokens = read(logprobs, batch)
     r = tokens.log_ratio().detach().exp()
     token_loss = -r.clamp(max=cfg.clip_max) * tokens.advantages * tokens.now

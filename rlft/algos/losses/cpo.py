@@ -1,12 +1,13 @@
-"""Contrastive preference optimisation (CPO, 2401.08417): DPO without a reference, kept in place by the likelihood.
+"""Contrastive preference optimisation (CPO, 2401.08417): DPO without a reference, regularised by the likelihood.
 
     d = now_w - now_l, sums over the sides
     loss = -(1 - e) log sigmoid(beta d) - e log sigmoid(-beta d) + nll_coef NLL_w,    NLL_w = -mean over the chosen side
 
-NLL_w is averaged over pairs, each chosen side alike. TRL 1.16's is a mean over the chosen tokens of a micro-batch: long
-sides count more there, and the split of a step matters.
-The five choices: no ratio; no clip; no KL and no reference; advantage = the recorded reward, +1 and -1; mean over
-pairs.
+NLL_w is averaged over pairs, so every chosen side has equal weight. TRL 1.16 averages over the chosen tokens of a
+micro-batch, so long sides have more weight there, and the result depends on the split into micro-batches.
+
+Legend: w the chosen side, l the rejected one, e = label_smoothing, d the margin.
+The five choices: no ratio; no clip; no KL and no reference; advantage = recorded reward (+1, -1); mean over pairs.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ class Config(Settings):
     beta: float = 0.1
     """Factor of the margin of log-probs."""
     label_smoothing: float = 0.0
-    """Share of pairs whose label may be wrong."""
+    """Assumed share of wrong labels."""
     nll_coef: float = 1.0
     """Factor of the negative log-likelihood of the chosen side."""
 
@@ -47,13 +48,13 @@ class Config(Settings):
 
 
 def summary(cfg: Config) -> str:
-    """Ratio, clip, KL and correction in words, for the start of a run."""
+    """Describe ratio, clip, KL and correction in one line, for the start of a run."""
     nll = f"{cfg.nll_coef:g} x NLL of the chosen side"
     return f"log-probs without a reference, beta {cfg.beta:g}, {nll}, mean over pairs"
 
 
 def loss(logprobs: Tensor, batch: Batch, cfg: Config) -> tuple[Tensor, Stats]:
-    """The weighted sum of this file's formula, and TRL's reward metrics. logprobs: [T] with gradient."""
+    """Return the weighted sum of the formula above, and TRL's reward metrics. logprobs: [T] with gradient."""
     pairs = read(logprobs, batch)
     nll = -pairs.chosen.mean
     logit, e = cfg.beta * (pairs.chosen.now - pairs.rejected.now), cfg.label_smoothing

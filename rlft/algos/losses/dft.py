@@ -1,9 +1,9 @@
-"""Dynamic fine-tuning (DFT, 2508.05629): supervised fine-tuning whose tokens count by their own probability.
+"""Dynamic fine-tuning (DFT, 2508.05629): supervised fine-tuning with tokens weighted by their probability.
 
     loss = sum_t weight_t ( -A sg(p_t) logprob_t ),    p_t = exp(logprob_t), A = 1
 
-Without the factor, a supervised gradient is a policy gradient whose reward is 1 / p: unlikely tokens dominate it. The
-five choices: no ratio, no clip, no KL, advantage = the recorded reward (1), mean over all trained tokens of the step.
+Without the factor, the supervised gradient is a policy gradient with reward 1 / p, dominated by unlikely tokens.
+The five choices: no ratio, no clip, no KL, advantage = recorded reward (1), mean over all trained tokens of the step.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ class Config(sft.Config):
 
 
 def summary(cfg: Config) -> str:
-    """Ratio, clip, KL and correction in words, for the start of a run."""
+    """Describe ratio, clip, KL and correction in one line, for the start of a run."""
     return "no ratio, no clip, no KL, each token by its probability"
 
 
 def loss(logprobs: Tensor, batch: Batch, cfg: Config) -> tuple[Tensor, Stats]:
-    """The weighted sum of this file's formula. logprobs: [T] with gradient."""
+    """Return the weighted sum of the formula above. logprobs: [T] with gradient."""
     used = batch.train_mask & (batch.weight != 0)
     now = torch.where(used, logprobs, 0)
     return (-(batch.advantages * now.detach().exp() * now) * batch.weight).sum(), {}

@@ -4,9 +4,9 @@
     loss = -(1 - e) log sigmoid(beta D) - e log sigmoid(-beta D),    e = label_smoothing (cDPO)
 
 With a new adapter D = 0 and the first loss is ln 2 = 0.69315. The reference is the base, or the adapter that training
-started from. Online DPO (2402.04792) is this on the best and the worst of each sampled group: preset `online_dpo`.
-The five choices: log-ratio per sequence against the reference; no clip; the KL is implied by beta; advantage = the
-recorded reward, +1 and -1; mean over pairs.
+started from. Online DPO (2402.04792) uses this loss on the best and worst completion of each sampled group: preset
+`online_dpo`. The five choices: log-ratio per sequence against the reference; no clip; KL implied by beta; advantage =
+recorded reward (+1, -1); mean over pairs.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Config(Settings):
     """Settings of [algo] for dpo."""
 
     label_smoothing: float = 0.0
-    """Share of pairs whose label may be wrong."""
+    """Assumed share of wrong labels."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -42,12 +42,12 @@ class Config(Settings):
 
 
 def summary(cfg: Config) -> str:
-    """Ratio, clip, KL and correction in words, for the start of a run."""
+    """Describe ratio, clip, KL and correction in one line, for the start of a run."""
     return f"log-ratio per sequence against the reference, no clip, beta {cfg.beta:g}, mean over pairs"
 
 
 def loss(logprobs: Tensor, batch: Batch, cfg: Config) -> tuple[Tensor, Stats]:
-    """The weighted sum of this file's formula, and TRL's reward metrics. logprobs: [T] with gradient."""
+    """Return the weighted sum of the formula above, and TRL's reward metrics. logprobs: [T] with gradient."""
     assert batch.ref_logprobs is not None
     pairs = read(logprobs, batch)
     logit, e = cfg.beta * pairs.margin, cfg.label_smoothing

@@ -1,4 +1,4 @@
-"""DPPO (2602.04879): a trust region in probability, not in ratio: a token is dropped once it has moved too far.
+"""DPPO (2602.04879): a trust region in probability instead of ratio, which masks tokens that moved too far.
 
     loss_t = -sg(min(w_t, cap)) A now_t M_t,    w_t = exp(now_t - sampler_t)
     M_t = 0 where p has moved from q in the direction of A by more than a limit, else 1;  p = exp(now), q = exp(sampler)
@@ -6,8 +6,9 @@
     divergence = "tv":  |p - q|
     divergence = "kl":  q log(q / p) + (1 - q) log((1 - q) / (1 - p))
 
-Both are of the sampled token against all others, so rare tokens, whose ratios are wild, are not cut off. A KL is at
-least twice the square of the TV, so a limit of 0.08 on "kl" keeps the TV within 0.2. The five choices: ratio per token
+Both compare the sampled token with all others together, so rare tokens with extreme ratios are not masked. The KL is at
+least twice the square of the TV, so a limit of 0.08 on "kl" keeps the TV within 0.2.
+The five choices: ratio per token
 against the sampler, as a weight up to 20; mask by divergence; no KL term; advantage (reward - group mean) / (group std
 + 1e-4); mean over all tokens of the step.
 """
@@ -43,9 +44,9 @@ class Config(settings.Settings):
     """Settings of [algo] for dppo."""
 
     correction: settings.Correction = "none"
-    """Only "none": the ratio is against the sampler by itself, and a correction would count twice."""
+    """Only "none": the ratio is already against the sampler, so a correction would count twice."""
     divergence: Literal["tv", "kl"] = "tv"
-    """How far a token's probability has moved: total variation, or KL of the two-way choice."""
+    """Measure of the change of a token's probability: total variation, or KL of the binary choice."""
     limit_low: float = 0.2
     """Largest divergence of a token of negative advantage that became less likely."""
     limit_high: float = 0.2
@@ -66,7 +67,7 @@ class Config(settings.Settings):
 
 
 def summary(cfg: Config) -> str:
-    """Ratio, clip, KL and correction in words, for the start of a run."""
+    """Describe ratio, clip, KL and correction in one line, for the start of a run."""
     return (
         f"ratio per token against the sampler up to {cfg.cap:g}, dropped beyond a {cfg.divergence.upper()} of "
         f"{cfg.limit_low:g} / {cfg.limit_high:g}, {surrogate.summary(cfg)}"
@@ -74,20 +75,21 @@ def summary(cfg: Config) -> str:
 
 
 def loss(logprobs: Tensor, batch: Batch, cfg: Config) -> tuple[Tensor, Stats]:
-    """The weighted sum of this file's formula, and its metrics. logprobs: [T] with gradient."""
+    """Return the weighted sum of the formula above, and its metrics. logprobs: [T] with gradient."""
     tokens = read(logprobs, batch)
     now, sampler, a = tokens.now.detach(), tokens.sampler, tokens.advantages
     p, q = now.exp(), sampler.exp()
-    far = (p - q).abs() if cfg.divergence == "tv" else two_way_kl(now, sampler)
-    low, high = (a < 0) & (p < q) & (far > cfg.limit_low), (a > 0) & (p > q) & (far > cfg.limit_high)
-    w = tokens.against_sampler().detach().exp().clamp(max=cfg.cap)
-    token_loss = torch.where(low | high, 0, -w * a * tokens.now)
+    divergence = (p - q).abs() if cfg.divergence == "tv" else two_way_kl(now, sampler)
+    low, high = (a < 0) & (p < q) & (divergence > cfg.limit_low), (a > 0) & (p > q) & (divergence > cfg.limit_high)
+    weight = tokens.against_sampler().detach().exp().clamp(max=cfg.cap)
+    token_loss = torch.where(low | high, 0, -weight * a * tokens.now)
     value, stats = surrogate.total(token_loss, tokens, batch, cfg)
-    return value, stats | surrogate.clip_stats(low, high, tokens._replace(fresh=False))  # of the sampler, not of old
+    # fresh=False, since the ratio is against the sampler and not against old.
+    return value, stats | surrogate.clip_stats(low, high, tokens._replace(fresh=False))
 
 
 def two_way_kl(now: Tensor, sampler: Tensor) -> Tensor:
-    """KL(sampler : now) of "this token or another", in nats. Both log-probs, any shape, at most 0."""
-    # log(1 - p) as log(-expm1(log p)), which does not cancel for p near 1; at p = 1 it stops at what fp32 tells apart.
-    others = [torch.log(-torch.expm1(x.clamp(max=-1e-7))) for x in (now, sampler)]
+    """Return KL(sampler : now) of the binary choice "this token or another", in nats. Log-probs of any shape."""
+    # log(1 - p) is computed as log(-expm1(log p)), which does not cancel near p = 1; clamped below p = 1.
+    others = [torch.log(-torch.expm1(logprob.clamp(max=-1e-7))) for logprob in (now, sampler)]
     return sampler.exp() * (sampler - now) - torch.expm1(sampler) * (others[1] - others[0])

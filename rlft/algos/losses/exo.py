@@ -1,11 +1,11 @@
-"""Efficient exact optimisation (EXO, 2402.00856) on pairs: the reverse KL to the labels, where DPO takes the forward
-one.
+"""Efficient exact optimisation (EXO, 2402.00856) on pairs: DPO with the reverse KL to the labels instead of the forward
+KL.
 
     q = sigmoid(beta D),    D as in `dpo`,    e = label_smoothing
     loss = q ( log q - log(1 - e) ) + (1 - q) ( log(1 - q) - log e )
 
-The five choices: log-ratio per sequence against the reference; no clip; the KL is implied by beta; advantage = the
-recorded reward, +1 and -1; mean over pairs.
+The five choices: log-ratio per sequence against the reference; no clip; KL implied by beta; advantage = recorded reward
+(+1, -1); mean over pairs.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Config(Settings):
     """Settings of [algo] for exo."""
 
     label_smoothing: float = 1e-3
-    """Share of pairs whose label may be wrong."""
+    """Assumed share of wrong labels."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -45,12 +45,12 @@ class Config(Settings):
 
 
 def summary(cfg: Config) -> str:
-    """Ratio, clip, KL and correction in words, for the start of a run."""
+    """Describe ratio, clip, KL and correction in one line, for the start of a run."""
     return f"log-ratio per sequence against the reference, reverse KL to the labels, beta {cfg.beta:g}, mean over pairs"
 
 
 def loss(logprobs: Tensor, batch: Batch, cfg: Config) -> tuple[Tensor, Stats]:
-    """The weighted sum of this file's formula, and TRL's reward metrics. logprobs: [T] with gradient."""
+    """Return the weighted sum of the formula above, and TRL's reward metrics. logprobs: [T] with gradient."""
     assert batch.ref_logprobs is not None
     pairs = read(logprobs, batch)
     logit, e = cfg.beta * pairs.margin, cfg.label_smoothing

@@ -4,9 +4,9 @@
     g_i = exp( mean_t c_t )
     loss_t = -r_t A,    r_t = sg(g_i) (1 + c_t - sg(c_t))
 
-A sequence's mean of loss_t has the value -g_i A and its gradient; the form per token lets tokens be corrected apart.
-The five choices: ratio per sequence; clip of each token's log-ratio, so a clipped token has no gradient; no KL;
-advantage (reward - group mean) / (group std + 1e-4); mean over sequences.
+The mean of loss_t over a sequence has the value and gradient of -g_i A; the per-token form allows a correction per
+token. The five choices: ratio per sequence; clip of each token's log-ratio, which removes a clipped token's gradient;
+no KL; advantage (reward - group mean) / (group std + 1e-4); mean over sequences.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ class Config(settings.Settings):
     """Settings of [algo] for gmpo."""
 
     aggregation: Aggregation = AGGREGATION
-    """How token losses become one number; the paper's is sequence_mean."""
+    """How token losses are reduced to one number; sequence_mean in the paper."""
     clip_low: float = 0.4
-    """A token's log-ratio counts down to -clip_low where its advantage is negative, in nats."""
+    """Lower clip of a token's log-ratio is -clip_low where the advantage is negative, in nats."""
     clip_high: float = 0.4
-    """A token's log-ratio counts up to clip_high where its advantage is positive, in nats."""
+    """Upper clip of a token's log-ratio where the advantage is positive, in nats."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -52,7 +52,7 @@ class Config(settings.Settings):
 
 
 def summary(cfg: Config) -> str:
-    """Ratio, clip, KL and correction in words, for the start of a run."""
+    """Describe ratio, clip, KL and correction in one line, for the start of a run."""
     return (
         f"geometric mean of token ratios, log-ratios clipped to [{-cfg.clip_low:g}, {cfg.clip_high:g}], "
         f"{surrogate.summary(cfg)}"
@@ -60,12 +60,12 @@ def summary(cfg: Config) -> str:
 
 
 def loss(logprobs: Tensor, batch: Batch, cfg: Config) -> tuple[Tensor, Stats]:
-    """The weighted sum of this file's formula, and its metrics. logprobs: [T] with gradient."""
+    """Return the weighted sum of the formula above, and its metrics. logprobs: [T] with gradient."""
     tokens = read(logprobs, batch)
-    d, a = tokens.log_ratio(), tokens.advantages
-    c = torch.where(a > 0, d.clamp(max=cfg.clip_high), d.clamp(min=-cfg.clip_low))
-    g = tokens.mean(torch.where(tokens.used, c, 0)).detach().exp()
-    token_loss = -g * (1 + c - c.detach()) * a
-    low, high = (d < -cfg.clip_low) & (a < 0), (d > cfg.clip_high) & (a > 0)
+    log_ratio, a = tokens.log_ratio(), tokens.advantages
+    clipped = torch.where(a > 0, log_ratio.clamp(max=cfg.clip_high), log_ratio.clamp(min=-cfg.clip_low))
+    mean_ratio = tokens.mean(torch.where(tokens.used, clipped, 0)).detach().exp()
+    token_loss = -mean_ratio * (1 + clipped - clipped.detach()) * a
+    low, high = (log_ratio < -cfg.clip_low) & (a < 0), (log_ratio > cfg.clip_high) & (a > 0)
     value, stats = surrogate.total(token_loss, tokens, batch, cfg)
     return value, stats | surrogate.clip_stats(low, high, tokens)

@@ -1,18 +1,18 @@
-"""Group relative policy optimisation (GRPO, 2402.03300) in the form TRL runs by default (DAPO, 2503.14476).
+"""Group relative policy optimisation (GRPO, 2402.03300) in the default form of TRL (DAPO, 2503.14476).
 
     loss_t = -min(r_t A, clip(r_t, 1 - clip_low, 1 + clip_high) A),    r_t = exp(now - old)
-    delta: r_t is at most delta, which bounds the loss where A < 0 (dual clip 1912.09729; two-sided 2505.07291)
+    delta: upper bound of r_t, which bounds the loss where A < 0 (dual clip 1912.09729; two-sided 2505.07291)
 
 The five choices: ratio per token; clip [1 - 0.2, 1 + 0.2]; no KL; advantage (reward - group mean) / (group std + 1e-4);
 mean over all tokens of the step (TRL's "dapo" and "bnpo", with the counts of the whole step in both). With one update
-per rollout batch old = sg(now), so r = 1, clipping never acts and the gradient is REINFORCE's. Presets: `dapo`
+per rollout batch old = sg(now), so r = 1, clipping never acts and the gradient is that of REINFORCE. Presets: `dapo`
 (clip_high 0.28, dynamic sampling, overlong penalty, 16 updates), `dr_grpo` (2503.20783: advantage "group_mean",
 aggregation "constant").
 
-The sampler's correction differs from TRL 1.16's default. Here a token weighs rho, at most 2 (correction_weight
-"token_truncate"). There, with vLLM, a sequence weighs the product of its tokens' rho, and 0 where that is above 3:
-correction_weight "sequence_mask" with correction_cap 3. A token whose sampler log-prob is not finite is left out here,
-and trained with weight 1 there.
+The sampler correction differs from the default of TRL 1.16. Here a token has the weight rho, at most 2
+(correction_weight "token_truncate"). In TRL with vLLM a sequence has the product of its tokens' rho as weight, and 0
+where that is above 3: correction_weight "sequence_mask" with correction_cap 3. A token whose sampler log-prob is not
+finite is masked here, and trained with weight 1 in TRL.
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ class Config(settings.Settings):
     """Settings of [algo] for grpo."""
 
     clip_low: float = 0.2
-    """The ratio counts down to 1 - clip_low."""
+    """The ratio is clipped at 1 - clip_low."""
     clip_high: float = 0.2
-    """The ratio counts up to 1 + clip_high."""
+    """The ratio is clipped at 1 + clip_high."""
     delta: float | None = None
-    """Largest ratio at all, which bounds tokens of negative advantage; above 1 + clip_high. None: no bound."""
+    """Upper bound of the ratio, which bounds tokens of negative advantage; above 1 + clip_high. None: no bound."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -61,17 +61,17 @@ class Config(settings.Settings):
 
 
 def summary(cfg: Config) -> str:
-    """Ratio, clip, KL and correction in words, for the start of a run."""
+    """Describe ratio, clip, KL and correction in one line, for the start of a run."""
     band = f"[{1 - cfg.clip_low:g}, {1 + cfg.clip_high:g}]" + (f" and {cfg.delta:g}" if cfg.delta else "")
     return f"ratio per token, clipped to {band}, {surrogate.summary(cfg)}"
 
 
 def loss(logprobs: Tensor, batch: Batch, cfg: Config) -> tuple[Tensor, Stats]:
-    """The weighted sum of this file's formula, and TRL's metrics. logprobs: [T] with gradient."""
+    """Return the weighted sum of the formula above, and TRL's metrics. logprobs: [T] with gradient."""
     tokens = read(logprobs, batch)
     r, a = tokens.log_ratio().exp(), tokens.advantages
-    bounded = r if cfg.delta is None else r.clamp(max=cfg.delta)
-    token_loss = -torch.min(bounded * a, r.clamp(1 - cfg.clip_low, 1 + cfg.clip_high) * a)
+    bounded_r = r if cfg.delta is None else r.clamp(max=cfg.delta)
+    token_loss = -torch.min(bounded_r * a, r.clamp(1 - cfg.clip_low, 1 + cfg.clip_high) * a)
     low, high = (r < 1 - cfg.clip_low) & (a < 0), (r > 1 + cfg.clip_high) & (a > 0)
     value, stats = surrogate.total(token_loss, tokens, batch, cfg)
     return value, stats | surrogate.clip_stats(low, high, tokens)

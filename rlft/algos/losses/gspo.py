@@ -1,16 +1,16 @@
-"""Group sequence policy optimisation (GSPO, 2507.18071): one ratio per sequence, the geometric mean of its tokens'.
+"""Group sequence policy optimisation (GSPO, 2507.18071): one ratio per sequence, the geometric mean over its tokens.
 
     s_i = exp( mean_t (now_t - old_t) )
     loss_t = -min(r_t A, clip(r_t, 1 - clip_low, 1 + clip_high) A)
 
     form = "sequence":  r_t = s_i
     form = "token":     r_t = sg(s_i) exp(now_t - sg(now_t)), equal in value and gradient while A is the same for all
-                        tokens of a sequence, and open to a correction of each token for the sampler
+                        tokens of a sequence; allows a sampler correction per token
 
 The five choices: ratio per sequence; clip [1 - 3e-4, 1 + 4e-4]; no KL; advantage (reward - group mean) / (group std +
-1e-4); mean over sequences of the mean over tokens. The band is so narrow that `old` must be the trainer's own. With one
-update per rollout batch s = 1 and clipping never acts; the paper takes four, and so does the preset `gspo`, which is
-what this name stands for in a config file. LUSPO (2602.05261) multiplies a sequence's loss by its length, which is
+1e-4); mean over sequences of the mean over tokens. The clip range is so narrow that `old` must be the trainer's. With
+one update per rollout batch s = 1 and clipping never acts; the paper uses four updates, as does the preset `gspo`,
+which this name selects in a config file. LUSPO (2602.05261) multiplies a sequence's loss by its length, which is
 aggregation "sequence_sum" here: preset `luspo`.
 """
 
@@ -44,13 +44,13 @@ class Config(settings.Settings):
     """Settings of [algo] for gspo."""
 
     aggregation: Aggregation = AGGREGATION
-    """How token losses become one number; token_mean would weigh sequences by their length."""
+    """How token losses are reduced to one number; token_mean would weight sequences by their length."""
     form: Literal["token", "sequence"] = "token"
-    """Which of the two forms of the ratio; they differ only once tokens are corrected or weighted apart."""
+    """Form of the ratio; the two differ only when tokens are corrected or weighted individually."""
     clip_low: float = 3e-4
-    """The ratio counts down to 1 - clip_low."""
+    """The ratio is clipped at 1 - clip_low."""
     clip_high: float = 4e-4
-    """The ratio counts up to 1 + clip_high."""
+    """The ratio is clipped at 1 + clip_high."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -72,17 +72,17 @@ class Config(settings.Settings):
 
 
 def summary(cfg: Config) -> str:
-    """Ratio, clip, KL and correction in words, for the start of a run."""
+    """Describe ratio, clip, KL and correction in one line, for the start of a run."""
     band = f"[{1 - cfg.clip_low:g}, {1 + cfg.clip_high:g}]"
     return f"ratio per sequence ({cfg.form} form), clipped to {band}, {surrogate.summary(cfg)}"
 
 
 def loss(logprobs: Tensor, batch: Batch, cfg: Config) -> tuple[Tensor, Stats]:
-    """The weighted sum of this file's formula, and TRL's metrics. logprobs: [T] with gradient."""
+    """Return the weighted sum of the formula above, and TRL's metrics. logprobs: [T] with gradient."""
     tokens = read(logprobs, batch)
     s, a = tokens.mean(tokens.now - tokens.old).exp(), tokens.advantages
-    r = s if cfg.form == "sequence" else s.detach() * (tokens.now - tokens.now.detach()).exp()
-    token_loss = -torch.min(r * a, r.clamp(1 - cfg.clip_low, 1 + cfg.clip_high) * a)
+    ratio = s if cfg.form == "sequence" else s.detach() * (tokens.now - tokens.now.detach()).exp()
+    token_loss = -torch.min(ratio * a, ratio.clamp(1 - cfg.clip_low, 1 + cfg.clip_high) * a)
     low, high = (s < 1 - cfg.clip_low) & (a < 0), (s > 1 + cfg.clip_high) & (a > 0)
     value, stats = surrogate.total(token_loss, tokens, batch, cfg)
     return value, stats | surrogate.clip_stats(low, high, tokens)

@@ -1,9 +1,9 @@
-"""Hinge loss on the DPO margin (SLiC, 2305.10425; with the reference as in 2309.06657): nothing beyond a margin of 1.
+"""Hinge loss on the DPO margin (SLiC, 2305.10425; with the reference as in 2309.06657): no loss beyond a margin of 1.
 
     loss = max(0, 1 - beta D),    D as in `dpo`
 
-The five choices: log-ratio per sequence against the reference; no clip; the KL is implied by beta; advantage = the
-recorded reward, +1 and -1; mean over pairs.
+The five choices: log-ratio per sequence against the reference; no clip; KL implied by beta; advantage = recorded reward
+(+1, -1); mean over pairs.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ class Config(Settings):
 
 
 def summary(cfg: Config) -> str:
-    """Ratio, clip, KL and correction in words, for the start of a run."""
+    """Describe ratio, clip, KL and correction in one line, for the start of a run."""
     return f"log-ratio per sequence against the reference in a hinge, beta {cfg.beta:g}, mean over pairs"
 
 
 def loss(logprobs: Tensor, batch: Batch, cfg: Config) -> tuple[Tensor, Stats]:
-    """The weighted sum of this file's formula, and TRL's reward metrics. logprobs: [T] with gradient."""
+    """Return the weighted sum of the formula above, and TRL's reward metrics. logprobs: [T] with gradient."""
     assert batch.ref_logprobs is not None
     pairs = read(logprobs, batch)
     value = F.relu(1 - cfg.beta * pairs.margin)

@@ -1,12 +1,12 @@
-"""Identity preference optimisation (IPO, 2310.12036): the margin is pulled to a number instead of to infinity.
+"""Identity preference optimisation (IPO, 2310.12036): pulls the margin to a finite target.
 
     loss = (D - 1 / (2 beta))^2
 
-    length = "mean": D is the difference of the sides' mean log-ratios, as in TRL (whose authors asked the paper's)
-    length = "sum":  of their sums, as the paper writes it; beta then means another thing
+    length = "mean": D is the difference of the sides' mean log-ratios, as in TRL (confirmed by the authors of the
+    paper) length = "sum":  D is the difference of their sums, as written in the paper; beta then has another scale
 
-The five choices: log-ratio per sequence against the reference; no clip; the KL is implied by beta; advantage = the
-recorded reward, +1 and -1; mean over pairs.
+The five choices: log-ratio per sequence against the reference; no clip; KL implied by beta; advantage = recorded reward
+(+1, -1); mean over pairs.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Config(Settings):
     """Settings of [algo] for ipo."""
 
     length: Literal["mean", "sum"] = "mean"
-    """Whether a side counts by the mean over its tokens or by their sum."""
+    """Whether the log-ratio of a side is the mean or the sum over its tokens."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -44,12 +44,12 @@ class Config(Settings):
 
 
 def summary(cfg: Config) -> str:
-    """Ratio, clip, KL and correction in words, for the start of a run."""
+    """Describe ratio, clip, KL and correction in one line, for the start of a run."""
     return f"{cfg.length} log-ratio per sequence against the reference, no clip, beta {cfg.beta:g}, mean over pairs"
 
 
 def loss(logprobs: Tensor, batch: Batch, cfg: Config) -> tuple[Tensor, Stats]:
-    """The weighted sum of this file's formula, and TRL's reward metrics. logprobs: [T] with gradient."""
+    """Return the weighted sum of the formula above, and TRL's reward metrics. logprobs: [T] with gradient."""
     assert batch.ref_logprobs is not None
     pairs = read(logprobs, batch)
     sides = (pairs.chosen, pairs.rejected)

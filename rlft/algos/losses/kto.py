@@ -1,17 +1,17 @@
-"""Kahneman-Tversky optimisation (KTO, 2402.01306): completions that are good or bad by themselves, no pairs.
+"""Kahneman-Tversky optimisation (KTO, 2402.01306): a loss on completions labelled good or bad, without pairs.
 
     g = logprob - ref_logprob summed over the completion
     loss of a desirable completion   = desirable_weight   (1 - sigmoid(beta (g - z0)))
     loss of an undesirable one       = undesirable_weight (1 - sigmoid(beta (z0 - g)))
-    z0 = max(0, mean of g over completions put behind another row's prompt), of the update on all ranks, no gradient
+    z0 = max(0, mean of g over completions paired with another row's prompt), per update over all ranks, no gradient
 
-z0 estimates the KL of the policy from the reference, which a gain is measured against: of the policy now, as in the
-paper, so it is taken again before every update of a step (`optim.minibatches`, `optim.passes`), from all that the
-update trains on. TRL 1.16 takes that of each micro-batch (over ranks), which is noisier and depends on its size. The
-sign of the advantage says which completion is good: recorded rewards +1 and -1 (pairs, or rows with a column `label`),
-or sampled ones. Keep desirable_weight x good rows / (undesirable_weight x bad rows) within 1 and 4/3.
-The five choices: log-ratio per sequence against the reference; no clip; the KL is in z0; advantage = the reward's sign;
-mean over sequences.
+z0 estimates the KL of the current policy from the reference, as in the paper. It is recomputed before every update of a
+step (`optim.minibatches`, `optim.passes`), over all completions of the update. TRL 1.16 computes it per micro-batch
+(over ranks), which is noisier and depends on the size of a micro-batch. The sign of the advantage marks a completion as
+good or bad: recorded rewards +1 and -1 (pairs, or rows with a column `label`), or rewards of sampled completions. Keep
+desirable_weight x good rows / (undesirable_weight x bad rows) between 1 and 4/3.
+The five choices: log-ratio per sequence against the reference; no clip; KL in z0; advantage = sign of the reward; mean
+over sequences.
 """
 
 from __future__ import annotations
@@ -42,9 +42,10 @@ class Config:
     """Settings of [algo] for kto."""
 
     advantage: str = ADVANTAGE
-    """Estimator whose sign says which completion is good: "identity" for recorded labels, "group_mean" for rewards."""
+    """Estimator whose sign marks a completion as good or bad: "identity" for recorded labels, "group_mean" for
+    rewards."""
     beta: float = 0.1
-    """How strongly a gain counts: small values let the policy move further from the reference."""
+    """Factor of the gain: small values let the policy move further from the reference."""
     desirable_weight: float = 1.0
     """Factor of the good completions."""
     undesirable_weight: float = 1.0
@@ -57,30 +58,30 @@ class Config:
 
 
 def summary(cfg: Config) -> str:
-    """Ratio, clip, KL and correction in words, for the start of a run."""
+    """Describe ratio, clip, KL and correction in one line, for the start of a run."""
     return f"log-ratio per sequence against the reference and z0, no clip, beta {cfg.beta:g}"
 
 
 def mismatched(rollouts: Sequence[Rollout]) -> list[Rollout]:
-    """Each prompt with a completion of the next group, so that nothing relates the two.
+    """Pair each prompt with a completion of the next group, so that the two are unrelated.
 
-    Raises ConfigError when there is one group only.
+    Raises ConfigError when there is only one group.
     """
     groups = group_ids(rollouts).tolist()
-    of: dict[int, list[Rollout]] = {}
+    by_group: dict[int, list[Rollout]] = {}
     for group, rollout in zip(groups, rollouts, strict=True):
-        of.setdefault(group, []).append(rollout)
-    if len(of) == 1:
+        by_group.setdefault(group, []).append(rollout)
+    if len(by_group) == 1:
         raise ConfigError(
             "an update of one prompt: kto compares completions with those behind another row's prompt; set "
             "prompts_per_step to at least twice optim.minibatches, and eval.rows to 2 or more"
         )
-    found = []
-    for group, members in of.items():
-        others = of[(group + 1) % len(of)]
+    pairs = []
+    for group, members in by_group.items():
+        others = by_group[(group + 1) % len(by_group)]
         for i, rollout in enumerate(members):
             other = others[i % len(others)]
-            found.append(
+            pairs.append(
                 replace(
                     rollout,
                     completion_ids=other.completion_ids,
@@ -89,18 +90,18 @@ def mismatched(rollouts: Sequence[Rollout]) -> list[Rollout]:
                     text=other.text,
                 )
             )
-    return found
+    return pairs
 
 
 def prepare(look: StepView, cfg: Config) -> dict[str, float]:
-    """z0 of the update, by the policy that it starts from."""
+    """Return z0 of the update under its initial policy."""
     gains = look.log_ratios(mismatched(look.rollouts)) if look.rollouts else torch.zeros(0, dtype=torch.float64)
     total, count = look.sum(torch.stack([gains.sum(), torch.tensor(float(len(gains)), dtype=torch.float64)])).tolist()
     return {"z0": max(0.0, total / max(1.0, count))}
 
 
 def loss(logprobs: Tensor, batch: Batch, cfg: Config) -> tuple[Tensor, Stats]:
-    """The weighted sum of this file's formula, and TRL's metrics. logprobs: [T] with gradient."""
+    """Return the weighted sum of the formula above, and TRL's metrics. logprobs: [T] with gradient."""
     assert batch.ref_logprobs is not None
     z0 = batch.prepared["z0"]
     used = batch.train_mask & (batch.weight != 0)
@@ -116,5 +117,5 @@ def loss(logprobs: Tensor, batch: Batch, cfg: Config) -> tuple[Tensor, Stats]:
     stats = {"kl": Stat("mean", z0)}
     for name, rows in (("chosen", good), ("rejected", bad)):
         stats |= {f"rewards/{name}": Stat.mean(cfg.beta * g, rows), f"logps/{name}": Stat.mean(total, rows)}
-    # The weights of a sequence's tokens add up to its own: 1 / sequences under the mean over sequences.
+    # The token weights of a sequence sum to its weight: 1 / sequences under the mean over sequences.
     return (value[batch.seq_ids] * batch.weight).sum(), stats

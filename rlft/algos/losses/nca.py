@@ -1,10 +1,10 @@
-"""Noise contrastive alignment (NCA, 2402.05369) on pairs: the chosen side is to keep its own likelihood too.
+"""Noise contrastive alignment (NCA, 2402.05369) on pairs: also keeps the likelihood of the chosen side up.
 
     loss = -log sigmoid(beta g_w) - log sigmoid(-beta g_w) / 2 - log sigmoid(-beta g_l) / 2
 
-g = log-ratio of a side against the reference. DPO may lower both sides as long as their distance grows; this does not.
-The five choices: log-ratio per sequence against the reference; no clip; the KL is implied by beta; advantage = the
-recorded reward, +1 and -1; mean over pairs.
+g = log-ratio of a side against the reference. DPO may lower both sides as long as their margin grows; this loss does
+not. The five choices: log-ratio per sequence against the reference; no clip; KL implied by beta; advantage = recorded
+reward (+1, -1); mean over pairs.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ class Config(Settings):
 
 
 def summary(cfg: Config) -> str:
-    """Ratio, clip, KL and correction in words, for the start of a run."""
+    """Describe ratio, clip, KL and correction in one line, for the start of a run."""
     return f"log-ratio per sequence against the reference, each side by itself, beta {cfg.beta:g}, mean over pairs"
 
 
 def loss(logprobs: Tensor, batch: Batch, cfg: Config) -> tuple[Tensor, Stats]:
-    """The weighted sum of this file's formula, and TRL's reward metrics. logprobs: [T] with gradient."""
+    """Return the weighted sum of the formula above, and TRL's reward metrics. logprobs: [T] with gradient."""
     assert batch.ref_logprobs is not None
     pairs = read(logprobs, batch)
     better, worse = cfg.beta * pairs.chosen.gain, cfg.beta * pairs.rejected.gain

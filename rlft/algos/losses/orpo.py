@@ -1,12 +1,12 @@
-"""ORPO (2403.07691): supervised loss on the chosen side with an odds ratio against the rejected one, no reference.
+"""ORPO (2403.07691): supervised loss on the chosen side plus an odds ratio against the rejected side, without a
+reference.
 
     a = mean log-prob of a side's tokens,    o = a - log(1 - e^a)
     loss = NLL_w - beta log sigmoid(o_w - o_l),    NLL_w = -a_w
 
-NLL_w is over the completion. TRL 1.16's is over prompt and completion, which also trains the model to ask the question,
-and is a mean over all tokens of a micro-batch, so that it depends on how a step is split.
-The five choices: no ratio; no clip; no KL and no reference; advantage = the recorded reward, +1 and -1; mean over
-pairs.
+NLL_w is over the completion. In TRL 1.16 it is over prompt and completion, which also trains the model on the question,
+and is a mean over all tokens of a micro-batch, so it depends on the split into micro-batches.
+The five choices: no ratio; no clip; no KL and no reference; advantage = recorded reward (+1, -1); mean over pairs.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ class Config(Settings):
 
 
 def summary(cfg: Config) -> str:
-    """Ratio, clip, KL and correction in words, for the start of a run."""
+    """Describe ratio, clip, KL and correction in one line, for the start of a run."""
     return f"odds ratio without a reference, {cfg.beta:g} x, NLL of the chosen side, mean over pairs"
 
 
 def loss(logprobs: Tensor, batch: Batch, cfg: Config) -> tuple[Tensor, Stats]:
-    """The weighted sum of this file's formula, and TRL's reward metrics. logprobs: [T] with gradient."""
+    """Return the weighted sum of the formula above, and TRL's reward metrics. logprobs: [T] with gradient."""
     pairs = read(logprobs, batch)
     nll = -pairs.chosen.mean
     log_odds = odds(pairs.chosen.mean) - odds(pairs.rejected.mean)
@@ -57,7 +57,9 @@ def loss(logprobs: Tensor, batch: Batch, cfg: Config) -> tuple[Tensor, Stats]:
 
 
 def odds(a: Tensor) -> Tensor:
-    """log(p / (1 - p)) of a log-prob a <= 0, any shape. log(1 - e^a) is log(-expm1(a)), which does not cancel near
-    0."""
+    """Return log(p / (1 - p)) of a log-prob a <= 0, any shape.
+
+    log(1 - e^a) is computed as log(-expm1(a)), which does not cancel near a = 0.
+    """
     a = a.clamp(max=-1e-6)  # at p = 1 the odds are infinite
     return a - (-a.expm1()).log()

@@ -3,8 +3,8 @@
     loss_t = -A now_t
 
 The five choices: no ratio; no clip; no KL; advantage reward - mean of the others; mean over sequences of the sum over
-tokens, which is the gradient of the expected reward. With several updates the weight for the sampler is of the policy
-now, so it covers what the updates moved, up to correction_cap. Presets: `max_rl`, `opo`.
+tokens, which is the gradient of the expected reward. With several updates the sampler correction is computed from the
+current policy, so it also corrects for earlier updates of the step, up to correction_cap. Presets: `max_rl`, `opo`.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ class Config(settings.Settings):
     advantage: str = ADVANTAGE
     """Estimator: a name in rlft.algos.advantages, or "file.py:function"."""
     aggregation: Aggregation = AGGREGATION
-    """How token losses become one number: token_mean, sequence_mean, constant, sequence_sum, prompt_mean."""
+    """How token losses are reduced to one number: token_mean, sequence_mean, constant, sequence_sum, prompt_mean."""
 
 
 def summary(cfg: Config) -> str:
-    """Ratio, clip, KL and correction in words, for the start of a run."""
+    """Describe ratio, clip, KL and correction in one line, for the start of a run."""
     return f"no ratio, no clip, {surrogate.summary(cfg)}"
 
 
 def loss(logprobs: Tensor, batch: Batch, cfg: Config) -> tuple[Tensor, Stats]:
-    """The weighted sum of this file's formula, and its metrics. logprobs: [T] with gradient."""
+    """Return the weighted sum of the formula above, and its metrics. logprobs: [T] with gradient."""
     tokens = read(logprobs, batch)
     return surrogate.total(-tokens.advantages * tokens.now, tokens, batch, cfg)

@@ -1,12 +1,12 @@
-"""REINFORCE leave-one-out (RLOO, 2402.14740) with the clipped ratio of whole completions, as TRL's RLOO trainer has it.
+"""REINFORCE leave-one-out (RLOO, 2402.14740) with the clipped ratio of whole completions, as in TRL's RLOO trainer.
 
     s_i = exp( sum_t (now_t - old_t) )
     loss of a sequence = -min(s_i A, clip(s_i, 1 - clip_low, 1 + clip_high) A)
 
-The five choices: ratio per sequence, the product of its tokens'; clip [1 - 0.2, 1 + 0.2]; KL, where there is one, taken
-off the reward (kl = "reward"); advantage reward - mean of the others; mean over sequences. With one update s = 1 and
-the gradient is REINFORCE's. A product over a thousand tokens leaves the band at the first update: `reinforce` has no
-ratio.
+The five choices: ratio per sequence, the product over its tokens; clip [1 - 0.2, 1 + 0.2]; KL, if any, subtracted from
+the reward (kl = "reward"); advantage reward - mean of the others in the group; mean over sequences. With one update s =
+1 and the gradient is that of REINFORCE. A product over a thousand tokens is outside the clip range after the first
+update; `reinforce` has no ratio.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ class Config(settings.Settings):
     advantage: str = ADVANTAGE
     """Estimator: a name in rlft.algos.advantages, or "file.py:function"."""
     aggregation: Aggregation = AGGREGATION
-    """How token losses become one number; each token has its share of the sequence's loss times its length."""
+    """How token losses are reduced to one number; each token has an equal share of the sequence's loss."""
     kl: settings.Penalty = "reward"
-    """Estimator of the KL term, or "reward" to take k1 off the reward: see rlft.algos.kl."""
+    """Estimator of the KL term, or "reward" to subtract k1 from the reward: see rlft.algos.kl."""
     clip_low: float = 0.2
-    """The ratio counts down to 1 - clip_low."""
+    """The ratio is clipped at 1 - clip_low."""
     clip_high: float = 0.2
-    """The ratio counts up to 1 + clip_high."""
+    """The ratio is clipped at 1 + clip_high."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -53,7 +53,7 @@ class Config(settings.Settings):
 
 
 def summary(cfg: Config) -> str:
-    """Ratio, clip, KL and correction in words, for the start of a run."""
+    """Describe ratio, clip, KL and correction in one line, for the start of a run."""
     return (
         f"ratio per sequence (product), clipped to [{1 - cfg.clip_low:g}, {1 + cfg.clip_high:g}], "
         f"{surrogate.summary(cfg)}"
@@ -61,11 +61,11 @@ def summary(cfg: Config) -> str:
 
 
 def loss(logprobs: Tensor, batch: Batch, cfg: Config) -> tuple[Tensor, Stats]:
-    """The weighted sum of this file's formula, and its metrics. logprobs: [T] with gradient."""
+    """Return the weighted sum of the formula above, and its metrics. logprobs: [T] with gradient."""
     tokens = read(logprobs, batch)
     s, a, now = tokens.sum(tokens.now - tokens.old).detach().exp(), tokens.advantages, tokens.now
     low, high = (s < 1 - cfg.clip_low) & (a < 0), (s > 1 + cfg.clip_high) & (a > 0)
-    # Per token, so that the weights apply: their sum has the value s A and the gradient s A sum_t grad now_t.
+    # Per token, so that the token weights apply: the sum has the value s A and the gradient s A sum_t grad now_t.
     value_of = s.clamp(1 - cfg.clip_low, 1 + cfg.clip_high).where(low | high, s) * tokens.per_token()
     token_loss = -(value_of + torch.where(low | high, 0, s * (now - now.detach()))) * a
     value, stats = surrogate.total(token_loss, tokens, batch, cfg)

@@ -1,10 +1,10 @@
-"""Robust DPO (2403.00409): DPO's loss without the bias of labels that are wrong with a known probability e.
+"""Robust DPO (2403.00409): an unbiased DPO loss for labels that are wrong with a known probability e.
 
     loss = ( -(1 - e) log sigmoid(beta D) + e log sigmoid(-beta D) ) / (1 - 2 e)
 
-D as in `dpo`; in the mean over flipped labels this is DPO's loss on the true ones.
-The five choices: log-ratio per sequence against the reference; no clip; the KL is implied by beta; advantage = the
-recorded reward, +1 and -1; mean over pairs.
+D as in `dpo`. The expectation over flipped labels is DPO's loss on the true labels.
+The five choices: log-ratio per sequence against the reference; no clip; KL implied by beta; advantage = recorded reward
+(+1, -1); mean over pairs.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Config(Settings):
     """Settings of [algo] for robust_dpo."""
 
     label_smoothing: float = 0.1
-    """Share of pairs whose label is wrong."""
+    """Known share of wrong labels."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -40,13 +40,13 @@ class Config(Settings):
 
 
 def summary(cfg: Config) -> str:
-    """Ratio, clip, KL and correction in words, for the start of a run."""
+    """Describe ratio, clip, KL and correction in one line, for the start of a run."""
     wrong = f"{cfg.label_smoothing:g} of labels wrong"
     return f"log-ratio per sequence against the reference, no clip, beta {cfg.beta:g}, {wrong}"
 
 
 def loss(logprobs: Tensor, batch: Batch, cfg: Config) -> tuple[Tensor, Stats]:
-    """The weighted sum of this file's formula, and TRL's reward metrics. logprobs: [T] with gradient."""
+    """Return the weighted sum of the formula above, and TRL's reward metrics. logprobs: [T] with gradient."""
     assert batch.ref_logprobs is not None
     pairs = read(logprobs, batch)
     logit, e = cfg.beta * pairs.margin, cfg.label_smoothing

@@ -1,11 +1,11 @@
-"""RPO (2404.19733): DPO's loss and the chosen side's negative log-likelihood.
+"""RPO (2404.19733): DPO's loss plus the negative log-likelihood of the chosen side.
 
     loss = -log sigmoid(beta D) + nll_coef NLL_w,    D as in `dpo`, NLL_w = -mean over the chosen side's tokens
 
-NLL_w is averaged over pairs, each chosen side alike. TRL 1.16's ("sigmoid" + "sft") is a mean over the chosen
-tokens of a micro-batch: long sides count more there, and the split of a step matters.
-The five choices: log-ratio per sequence against the reference; no clip; the KL is implied by beta; advantage = the
-recorded reward, +1 and -1; mean over pairs.
+NLL_w is averaged over pairs, so every chosen side has equal weight. TRL 1.16 ("sigmoid" + "sft") averages over the
+chosen tokens of a micro-batch, so long sides have more weight there, and the result depends on the split.
+The five choices: log-ratio per sequence against the reference; no clip; KL implied by beta; advantage = recorded reward
+(+1, -1); mean over pairs.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ class Config(Settings):
 
 
 def summary(cfg: Config) -> str:
-    """Ratio, clip, KL and correction in words, for the start of a run."""
+    """Describe ratio, clip, KL and correction in one line, for the start of a run."""
     return f"log-ratio per sequence against the reference, beta {cfg.beta:g}, {cfg.nll_coef:g} x NLL of the chosen side"
 
 
 def loss(logprobs: Tensor, batch: Batch, cfg: Config) -> tuple[Tensor, Stats]:
-    """The weighted sum of this file's formula, and TRL's reward metrics. logprobs: [T] with gradient."""
+    """Return the weighted sum of the formula above, and TRL's reward metrics. logprobs: [T] with gradient."""
     assert batch.ref_logprobs is not None
     pairs = read(logprobs, batch)
     nll = -pairs.chosen.mean

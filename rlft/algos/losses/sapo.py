@@ -2,9 +2,9 @@
 
     loss_t = -(4 / tau) sigmoid(tau (r_t - 1)) A,    r_t = exp(now - old),    tau by the sign of A
 
-The five choices: ratio per token; no hard clip, the gradient fades with the distance from 1, sooner for A <= 0; no KL;
+The five choices: ratio per token; no hard clip, the gradient decays with the distance from 1, faster for A <= 0; no KL;
 advantage (reward - group mean) / (group std + 1e-4); mean over sequences of the mean over tokens. At r = 1 the gradient
-is REINFORCE's and the value -2 A / tau, not -A.
+is that of REINFORCE, but the value is -2 A / tau, not -A.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ class Config(settings.Settings):
     """Settings of [algo] for sapo."""
 
     aggregation: Aggregation = AGGREGATION
-    """How token losses become one number: token_mean, sequence_mean, constant, sequence_sum, prompt_mean."""
+    """How token losses are reduced to one number: token_mean, sequence_mean, constant, sequence_sum, prompt_mean."""
     temperature_pos: float = 1.0
     """tau for tokens of positive advantage; larger is narrower."""
     temperature_neg: float = 1.05
-    """tau for the others."""
+    """tau for tokens of other advantages."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -51,13 +51,13 @@ class Config(settings.Settings):
 
 
 def summary(cfg: Config) -> str:
-    """Ratio, clip, KL and correction in words, for the start of a run."""
+    """Describe ratio, clip, KL and correction in one line, for the start of a run."""
     gate = f"tau {cfg.temperature_pos:g} and {cfg.temperature_neg:g}"
     return f"ratio per token in a soft gate, {gate}, {surrogate.summary(cfg)}"
 
 
 def loss(logprobs: Tensor, batch: Batch, cfg: Config) -> tuple[Tensor, Stats]:
-    """The weighted sum of this file's formula, and its metrics. logprobs: [T] with gradient."""
+    """Return the weighted sum of the formula above, and its metrics. logprobs: [T] with gradient."""
     tokens = read(logprobs, batch)
     r, a = tokens.log_ratio().exp(), tokens.advantages
     tau = torch.where(a > 0, cfg.temperature_pos, cfg.temperature_neg).to(r.dtype)

@@ -1,9 +1,8 @@
-"""SimPO (2405.14734): the margin of mean log-probs above a target, without a reference.
+"""SimPO (2405.14734): a logistic loss on the margin of mean log-probs above a target, without a reference.
 
     loss = -log sigmoid( beta (m_w - m_l) - gamma ),    m = mean log-prob of a side's tokens
 
-The five choices: no ratio; no clip; no KL and no reference; advantage = the recorded reward, +1 and -1; mean over
-pairs.
+The five choices: no ratio; no clip; no KL and no reference; advantage = recorded reward (+1, -1); mean over pairs.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ class Config(Settings):
     beta: float = 2.0
     """Factor of the margin of mean log-probs."""
     gamma: float = 1.0
-    """Margin to reach, in the units of beta times mean log-probs; 0.3 to 0.6 of beta."""
+    """Target margin, in units of beta times mean log-probs; usually 0.3 to 0.6 of beta."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -43,12 +42,12 @@ class Config(Settings):
 
 
 def summary(cfg: Config) -> str:
-    """Ratio, clip, KL and correction in words, for the start of a run."""
+    """Describe ratio, clip, KL and correction in one line, for the start of a run."""
     return f"mean log-probs without a reference, beta {cfg.beta:g}, margin {cfg.gamma:g}, mean over pairs"
 
 
 def loss(logprobs: Tensor, batch: Batch, cfg: Config) -> tuple[Tensor, Stats]:
-    """The weighted sum of this file's formula, and TRL's reward metrics. logprobs: [T] with gradient."""
+    """Return the weighted sum of the formula above, and TRL's reward metrics. logprobs: [T] with gradient."""
     pairs = read(logprobs, batch)
     value = -F.logsigmoid(cfg.beta * (pairs.chosen.mean - pairs.rejected.mean) - cfg.gamma)
     return pairs.total(value), pairs.stats(cfg.beta * pairs.chosen.mean, cfg.beta * pairs.rejected.mean)

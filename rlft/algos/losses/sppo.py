@@ -1,10 +1,10 @@
-"""Self-play preference optimisation (SPPO, 2405.00675) with hard labels: each side is pulled to a number of its own.
+"""Self-play preference optimisation (SPPO, 2405.00675) with hard labels: pulls each side to a separate target.
 
     loss = (g_w - 1 / (2 beta))^2 + (g_l + 1 / (2 beta))^2,    g = log-ratio of a side against the reference
 
 The paper's 1 / beta is eta, and its win rates are 1 and 0 here, as in TRL's "sppo_hard".
-The five choices: log-ratio per sequence against the reference; no clip; the KL is implied by beta; advantage = the
-recorded reward, +1 and -1; mean over pairs.
+The five choices: log-ratio per sequence against the reference; no clip; KL implied by beta; advantage = recorded reward
+(+1, -1); mean over pairs.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ class Config(Settings):
 
 
 def summary(cfg: Config) -> str:
-    """Ratio, clip, KL and correction in words, for the start of a run."""
+    """Describe ratio, clip, KL and correction in one line, for the start of a run."""
     return f"squared log-ratio per sequence against the reference, beta {cfg.beta:g}, mean over pairs"
 
 
 def loss(logprobs: Tensor, batch: Batch, cfg: Config) -> tuple[Tensor, Stats]:
-    """The weighted sum of this file's formula, and TRL's reward metrics. logprobs: [T] with gradient."""
+    """Return the weighted sum of the formula above, and TRL's reward metrics. logprobs: [T] with gradient."""
     assert batch.ref_logprobs is not None
     pairs = read(logprobs, batch)
     target = 0.5 / cfg.beta

@@ -1,12 +1,12 @@
-"""Tapered off-policy REINFORCE (TOPR, 2503.14286): good completions in full, bad ones by how likely they still are.
+"""Tapered off-policy REINFORCE (TOPR, 2503.14286): full weight for good completions, ratio weight for bad ones.
 
     loss_t = -A now_t                      where A >= 0
     loss_t = -sg(min(w, 1)) A now_t        where A < 0
 
     level = "sequence":  w = exp( sum_t (now_t - sampler_t) )       level = "token":  w_t = exp(now_t - sampler_t)
 
-The five choices: ratio against the sampler, of a sequence as in the paper, or of a token; weight within [0, 1] on the
-bad side; no KL; advantage reward - group mean (the paper's rewards are +1 and -1); mean over sequences of the sum over
+The five choices: ratio against the sampler, of a sequence as in the paper, or of a token; weight within [0, 1] where
+A < 0; no KL; advantage reward - group mean (the paper's rewards are +1 and -1); mean over sequences of the sum over
 tokens.
 """
 
@@ -42,11 +42,11 @@ class Config(settings.Settings):
     advantage: str = ADVANTAGE
     """Estimator: a name in rlft.algos.advantages, or "file.py:function"."""
     aggregation: Aggregation = AGGREGATION
-    """How token losses become one number: token_mean, sequence_mean, constant, sequence_sum, prompt_mean."""
+    """How token losses are reduced to one number: token_mean, sequence_mean, constant, sequence_sum, prompt_mean."""
     correction: settings.Correction = "none"
-    """Only "none": the ratio is against the sampler by itself, and a correction would count twice."""
+    """Only "none": the ratio is already against the sampler, so a correction would count twice."""
     level: Literal["sequence", "token"] = "sequence"
-    """What the weight of the bad side is made of."""
+    """Whether the weight for A < 0 is the ratio of the sequence or of the token."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -56,15 +56,15 @@ class Config(settings.Settings):
 
 
 def summary(cfg: Config) -> str:
-    """Ratio, clip, KL and correction in words, for the start of a run."""
+    """Describe ratio, clip, KL and correction in one line, for the start of a run."""
     return (
         f"{cfg.level} ratio against the sampler within [0, 1] where the advantage is negative, {surrogate.summary(cfg)}"
     )
 
 
 def loss(logprobs: Tensor, batch: Batch, cfg: Config) -> tuple[Tensor, Stats]:
-    """The weighted sum of this file's formula, and its metrics. logprobs: [T] with gradient."""
+    """Return the weighted sum of the formula above, and its metrics. logprobs: [T] with gradient."""
     tokens = read(logprobs, batch)
-    d, a = tokens.against_sampler().detach(), tokens.advantages
-    w = (tokens.sum(d) if cfg.level == "sequence" else d).exp().clamp(max=1)
+    log_ratio, a = tokens.against_sampler().detach(), tokens.advantages
+    w = (tokens.sum(log_ratio) if cfg.level == "sequence" else log_ratio).exp().clamp(max=1)
     return surrogate.total(-torch.where(a >= 0, 1, w) * a * tokens.now, tokens, batch, cfg)

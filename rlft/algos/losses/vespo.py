@@ -1,9 +1,10 @@
-"""VESPO (2602.10693): each sequence weighed by a gamma-shaped function of its whole ratio against the sampler.
+"""VESPO (2602.10693): weights each sequence by a gamma-shaped function of its ratio against the sampler.
 
     W = exp( sum_t (now_t - sampler_t) ),    phi = e^l W^k e^(-l W)
     loss_t = -sg(phi) A now_t,               k, l = 2, 3 where A >= 0, else 3, 2
 
-phi(1) = 1, so on-policy the gradient is REINFORCE's, and it falls to 0 on both sides.
+phi(1) = 1, so on-policy the gradient is that of REINFORCE; phi falls to 0 on both sides.
+a is the advantage A, k the power and l the decay.
 The five choices: ratio per sequence (product) against the sampler; no clip; no KL; advantage (reward - group mean) /
 (group std + 1e-4); mean over all tokens of the step.
 """
@@ -38,7 +39,7 @@ class Config(settings.Settings):
     """Settings of [algo] for vespo."""
 
     correction: settings.Correction = "none"
-    """Only "none": the ratio is against the sampler by itself, and a correction would count twice."""
+    """Only "none": the ratio is already against the sampler, so a correction would count twice."""
     k_pos: float = 2.0
     """Power of W where the advantage is 0 or more."""
     lambda_pos: float = 3.0
@@ -57,12 +58,12 @@ class Config(settings.Settings):
 
 
 def summary(cfg: Config) -> str:
-    """Ratio, clip, KL and correction in words, for the start of a run."""
+    """Describe ratio, clip, KL and correction in one line, for the start of a run."""
     return f"sequence ratio (product) against the sampler in a gamma-shaped weight, {surrogate.summary(cfg)}"
 
 
 def loss(logprobs: Tensor, batch: Batch, cfg: Config) -> tuple[Tensor, Stats]:
-    """The weighted sum of this file's formula, and its metrics. logprobs: [T] with gradient."""
+    """Return the weighted sum of the formula above, and its metrics. logprobs: [T] with gradient."""
     tokens = read(logprobs, batch)
     a = tokens.advantages
     log_w = tokens.sum(tokens.against_sampler().detach())

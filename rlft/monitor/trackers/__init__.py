@@ -1,17 +1,17 @@
-"""Trackers: one file each, found by its name in `track.use`; "file.py:Class" is one of your own.
+"""Trackers: one file each, selected by name in `track.use`; "file.py:Class" selects a user's tracker.
 
-A tracker is a class made with a `Start`, with two methods:
+A tracker is a class that is constructed with a `Start` and has two methods:
 
     log(step, metrics, tables, messages)
-        Called once per step and per evaluation, on a thread of the tracker's own, in order. step: int, as in
-        metrics.jsonl. metrics: dict of floats under the names that transformers' callbacks give ("train/reward",
+        Called once per step and per evaluation, in order, on a thread of this tracker. step: int, as in
+        metrics.jsonl. metrics: dict of floats named as by transformers' callbacks ("train/reward",
         "eval/reward"), nan where not finite. tables: name -> list of dicts with the same keys, one per completion.
         messages: new health messages, with `.name` and `.text`.
     finish(ok)
         Called at the end, on the main thread. ok: False when the run ended in an error.
 
-An attribute `link`, if there is one, is the run's page (a URL, or None); it goes into the model card. What a tracker
-raises is noted on the console and the run goes on: metrics.jsonl has everything.
+An optional attribute `link` is the URL of the run, or None; it is used in the model card. Errors of a tracker are
+reported on the console, and the run continues: metrics.jsonl has all data.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Start:
-    """What a tracker is started with."""
+    """Arguments of a tracker."""
 
     folder: Path
-    """The run's folder; what a tracker keeps for itself goes into a folder of its own in it."""
+    """The run folder. A tracker may store files in a subfolder of it."""
     name: str
     """Name of the run."""
     config: dict[str, Any]
-    """Every setting, nested as in config.toml."""
+    """All settings, nested as in config.toml."""
     track: Any
     """The [track] section (rlft.config.run.Track)."""
     step: int
-    """Steps done: 0, or those of the checkpoint that the run goes on from."""
+    """Completed steps: 0, or those of the checkpoint that the run resumes from."""
     resumed: bool
-    """True when the run was started before, so that its record goes on instead of a new one."""
+    """True for a resumed run, which continues its record instead of starting a new one."""
     lines: int
-    """Lines of metrics that were logged before, those past the checkpoint included."""
+    """Number of metrics lines logged before, including those past the checkpoint."""

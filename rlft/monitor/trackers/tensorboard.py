@@ -1,7 +1,7 @@
-"""TensorBoard: event files in the run's folder, shown by `tensorboard --logdir RUN/tensorboard`.
+"""TensorBoard: event files in the run folder, shown by `tensorboard --logdir RUN/tensorboard`.
 
-A resumed run purges the numbers that were logged past the checkpoint, so the curves go on as if it had never stopped;
-texts (completions) of those steps are shown twice.
+A resumed run purges the numbers logged past the checkpoint, so the curves continue without a break; texts (completions)
+of those steps are shown twice.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ PACKAGE, SINCE = "tensorboard", "2.0"
 
 
 class Tracker:
-    """One run."""
+    """The TensorBoard tracker of one run."""
 
     def __init__(self, start: Start) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -30,7 +30,7 @@ class Tracker:
         for name, rows in tables.items():
             self.writer.add_text(name, markdown(rows), step)
         if messages:
-            self.writer.add_text("health", "\n\n".join(f"**{m.name}** {m.text}" for m in messages), step)
+            self.writer.add_text("health", "\n\n".join(f"**{item.name}** {item.text}" for item in messages), step)
         self.writer.flush()
 
     def finish(self, ok: bool) -> None:
@@ -38,7 +38,7 @@ class Tracker:
 
 
 def markdown(rows: list[dict]) -> str:
-    """A table in Markdown; a cell is one line, so line breaks and bars are escaped."""
-    lines = [list(rows[0]), ["---"] * len(rows[0]), *([str(v) for v in row.values()] for row in rows)]
+    """Return a table in Markdown, with line breaks and bars in cells escaped."""
+    lines = [list(rows[0]), ["---"] * len(rows[0]), *([str(value) for value in row.values()] for row in rows)]
     cells = ([cell.replace("|", "\\|").replace("\n", "<br>") for cell in line] for line in lines)
     return "\n".join(f"| {' | '.join(line)} |" for line in cells)

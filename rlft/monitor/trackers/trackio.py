@@ -1,6 +1,6 @@
 """Trackio: a local database (TRACKIO_DIR, or Hugging Face's cache), shown by `trackio show`; no account needed.
 
-A resumed run goes on under the same name; steps past the checkpoint are logged again at the same step.
+A resumed run continues under the same name; steps past the checkpoint are logged again with the same step number.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ PACKAGE, SINCE = "trackio", "0.40"
 
 
 class Tracker:
-    """One run."""
+    """The Trackio tracker of one run."""
 
     def __init__(self, start: Start) -> None:
         import trackio
@@ -29,8 +29,8 @@ class Tracker:
         )
 
     def log(self, step: int, metrics: dict[str, float], tables: dict[str, list[dict]], messages: Any) -> None:
-        shown = {name: self.trackio.Table(columns=list(rows[0]), data=rows) for name, rows in tables.items()}  # type: ignore[arg-type]
-        self.run.log({**metrics, **shown}, step=step)
+        panels = {name: self.trackio.Table(columns=list(rows[0]), data=rows) for name, rows in tables.items()}  # type: ignore[arg-type]
+        self.run.log({**metrics, **panels}, step=step)
         for message in messages:
             self.run.alert(title=message.name, text=message.text, step=step)
 

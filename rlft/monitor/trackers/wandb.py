@@ -1,13 +1,13 @@
 """Weights & Biases, online or offline, one row per line of metrics.jsonl.
 
-`train/global_step` is the x-axis of every chart. A resumed run goes on under the same id, kept in wandb/rlft.json.
-Steps past the checkpoint are then logged again, and their charts show both: W&B drops rows whose own `_step` is not
-above the last, so rows are numbered on from all that were ever logged (W&B's rewinding would cut them off, but is a
-preview, online only, and cannot be used with a step metric). Offline each start writes a file of its own, marked as
-resuming the same id, which `wandb sync RUN/wandb/offline-*` sends in order.
+`train/global_step` is the x-axis of every chart. A resumed run continues under the same id, stored in wandb/rlft.json.
+Steps past the checkpoint are then logged again, and the charts show both. W&B drops rows whose `_step` is not above the
+last one, so row numbers continue after all rows ever logged. (W&B's rewind would remove the old rows, but it is a
+preview, online only, and does not work with a step metric.) Offline, each start writes a separate file that resumes the
+same id; `wandb sync RUN/wandb/offline-*` uploads them in order.
 
-The completions of each step are a table of their own under one key: the panel shows the newest and the query
-`runs.history.concat["completions"]` all of them. (An incremental table would show its last 100 parts only.)
+The completions of each step are a separate table under one key: the panel shows the newest, and the query
+`runs.history.concat["completions"]` all of them. (An incremental table would show only its last 100 parts.)
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ PACKAGE, SINCE = "wandb", "0.31"
 
 
 def problem(track: Any) -> str:
-    """Why an online run could not start, "" when it could. wandb itself would wait for someone to type a key."""
+    """Return why an online run cannot start, or "". wandb itself would wait for a key to be typed."""
     import wandb
 
     mode = wandb.setup().settings.mode
@@ -42,15 +42,15 @@ def problem(track: Any) -> str:
 
 
 class Tracker:
-    """One run."""
+    """The W&B tracker of one run."""
 
     def __init__(self, start: Start) -> None:
         import wandb
 
         self.wandb, track = wandb, start.track
         record = start.folder / "wandb" / "rlft.json"
-        known = start.resumed and record.exists()
-        id = json.loads(record.read_text())["id"] if known else secrets.token_hex(4)
+        has_id = start.resumed and record.exists()
+        id = json.loads(record.read_text())["id"] if has_id else secrets.token_hex(4)
         record.parent.mkdir(exist_ok=True)
         record.write_text(json.dumps({"id": id}) + "\n")
         self.run = wandb.init(
@@ -65,8 +65,8 @@ class Tracker:
             config=start.config,
             mode=None if track.mode == "auto" else track.mode,
             reinit="create_new",
-            # "off": it would put a wrapper around stdout, which is not ours to patch. Five minutes: never hang at the
-            # end; what was not sent by then stays in the folder for `wandb sync`.
+            # console: "off", since wandb would wrap stdout. finish_timeout: five minutes, so that the end never hangs;
+            # unsent data stays in the folder for `wandb sync`.
             settings=wandb.Settings(console="off", finish_timeout=300),
         )
         self.link = self.run.url
@@ -78,14 +78,14 @@ class Tracker:
     def log(self, step: int, metrics: dict[str, float], tables: dict[str, list[dict]], messages: Any) -> None:
         row: dict[str, Any] = {"train/global_step": step, **metrics}
         for name, rows in tables.items():
-            data = [list(r.values()) for r in rows]
+            data = [list(entry.values()) for entry in rows]
             row[name] = self.wandb.Table(columns=list(rows[0]), data=data, allow_mixed_types=True)
         for message in messages:
             self.health.append([step, message.name, message.text])
             self.run.alert(title=message.name, text=f"step {step}: {message.text}", level="WARN")
         if messages:
             row["health"] = self.wandb.Table(columns=["step", "name", "text"], data=self.health)
-        # With a step of ours, wandb would hold the row back until the next one; a kill must not lose it.
+        # Without commit=True, wandb would hold the row back until the next step, and a kill would lose it.
         self.run.log(row, step=self.row, commit=True)
         self.row += 1
 

@@ -1,4 +1,4 @@
-"""1 when the completion, stripped, is the answer."""
+"""Reward 1 when the stripped completion equals the answer."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from typing import Any
 
 
 def text_of(completion: Any) -> str:
-    """The text of a completion: itself, or the content of its last message."""
+    """Return the text of a completion: the string itself, or the content of its last message."""
     return completion if isinstance(completion, str) else str(completion[-1]["content"])
 
 
 def exact(completions: list[Any], answer: list[Any], **_: Any) -> list[float]:
-    """1.0 where the stripped text equals the stripped answer, else 0.0."""
-    return [float(text_of(c).strip() == str(a).strip()) for c, a in zip(completions, answer, strict=True)]
+    """Return 1.0 where the stripped text equals the stripped answer, else 0.0."""
+    return [float(text_of(item).strip() == str(right).strip()) for item, right in zip(completions, answer, strict=True)]

@@ -6,7 +6,7 @@ from typing import Any
 
 
 def length(completion_ids: list[list[int]], max_tokens: int, buffer: int, **_: Any) -> list[float]:
-    """0.0 up to max_tokens - buffer tokens, falling linearly to -1.0 at max_tokens, -1.0 beyond.
+    """Return 0.0 up to max_tokens - buffer tokens, falling linearly to -1.0 at max_tokens, -1.0 beyond.
 
     max_tokens, buffer: from the reward's args, for example args = {max_tokens = 1024, buffer = 256}.
     """

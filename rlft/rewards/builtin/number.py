@@ -1,4 +1,4 @@
-"""1 when the last number in the completion is the answer."""
+"""Reward 1 when the last number in the completion equals the answer."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ NUMBER = re.compile(r"(?<![\w.])[-−]?\$?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?")
 
 
 def last_number(text: str) -> Decimal | None:
-    """The last number in a text; None without one."""
-    found = NUMBER.findall(text)
-    return _parsed(found[-1]) if found else None
+    """Return the last number in a text; None without one."""
+    numbers = NUMBER.findall(text)
+    return _parse(numbers[-1]) if numbers else None
 
 
-def _parsed(text: str) -> Decimal | None:
+def _parse(text: str) -> Decimal | None:
     try:
         return Decimal(text.strip().replace("−", "-").replace("$", "").replace(",", ""))
     except InvalidOperation:
@@ -26,9 +26,10 @@ def _parsed(text: str) -> Decimal | None:
 
 
 def number(completions: list[Any], answer: list[Any], **_: Any) -> list[float | None]:
-    """1.0 where the last number in the text equals the answer, else 0.0; None where the answer is no number."""
+    """Return 1.0 where the last number in the text equals the answer, else 0.0; None where the answer is not a
+    number."""
     rewards: list[float | None] = []
     for completion, right in zip(completions, answer, strict=True):
-        wanted = _parsed(str(right))
-        rewards.append(None if wanted is None else float(last_number(text_of(completion)) == wanted))
+        expected = _parse(str(right))
+        rewards.append(None if expected is None else float(last_number(text_of(completion)) == expected))
     return rewards

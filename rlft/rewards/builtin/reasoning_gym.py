@@ -1,4 +1,4 @@
-"""reasoning-gym's own score of an answer, between 0 and 1, for rows of "reasoning_gym:TASK"."""
+"""Score answers with reasoning-gym, between 0 and 1, for rows of "reasoning_gym:TASK"."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def _scorer(task: str) -> Any:
 def reasoning_gym(
     completions: list[Any], answer: list[Any], task: list[str], metadata: list[dict[str, Any]], **_: Any
 ) -> list[float]:
-    """The task's score of the stripped text; tasks differ in how much they forgive around the answer."""
+    """Return the task's score of the stripped text; tasks differ in how strictly they parse the answer."""
     rewards = []
     for completion, right, name, extra in zip(completions, answer, task, metadata, strict=True):
         entry = {"question": "", "answer": right, "metadata": extra}

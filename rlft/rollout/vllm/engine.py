@@ -1,12 +1,12 @@
-"""vLLM in the trainer's process, on the trainer's own base.
+"""Sample with vLLM in the trainer's process, on the trainer's base weights.
 
-Modes: "shared", linear layers are computed from the trainer's weights where they lie; "dequantized", vLLM has plain
-weights in memory of its own, given back while it sleeps and written again from the trainer's at each wake; "merged",
-the same with the adapter added to them and no LoRA kernels. Embeddings, head and norms are the trainer's tensors in all
-three. The adapter is handed over in memory and read back.
+In mode "shared", linear layers compute directly from the trainer's weights. In mode "dequantized", vLLM has separate
+plain weights, which are freed while it sleeps and copied from the trainer's at each wake. Mode "merged" is the same
+with the adapter added to those weights and no LoRA kernels. Embeddings, head and norms are the trainer's tensors in all
+three. The adapter is copied in memory and read back.
 
-Everything that reaches into vLLM is in `rlft.rollout.vllm.hooks`, requests are in `vllm_requests`; here are adapter,
-memory and the first guard.
+This module handles the adapter, the memory and the read-back check. `rlft.rollout.vllm.hooks` has everything that
+depends on vLLM's internals, `rlft.rollout.vllm.requests` the requests.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ from rlft.rollout.vllm.start import arguments, defaults_restored, environment, m
 from rlft.types import Prompt, Rollout
 
 NUMBERS = itertools.count(1)
-"""Of the engines of this process."""
+"""Numbers of the engines of this process."""
 
 
 class VllmEngine:
-    """Samples with vLLM; the protocol of `rlft.rollout.engine`."""
+    """Sample with vLLM; implements `rlft.rollout.engine.Engine`."""
 
     SAMPLES: bool = True
 
@@ -53,25 +53,26 @@ class VllmEngine:
         progress: Callable[[int, int], None] | None = None,
         note: Callable[[str], None] = lambda _: None,
     ) -> None:
-        """longest: tokens of the longest prompt with its completion. sequences: completions that are sampled together,
-        for the size of the cache. progress: called with (sequences done, all). note: told how the engine runs.
+        """Start vLLM, which takes from 10 seconds to minutes, since it compiles and captures graphs.
 
-        Takes from 10 seconds to minutes, since vLLM compiles and captures graphs. Raises EngineError.
+        longest: tokens of the longest prompt plus completion. sequences: completions sampled together, for the size of
+        the KV cache. progress: called with (finished sequences, all). note: called with a summary of how the engine
+        runs. Raises EngineError.
         """
         self._policy, self._tokenizer, self._options = policy, tokenizer, options
         self._longest, self._sequences = longest, sequences
         self._progress, self._note = progress, note
         self._scales = dict(policy.scales)
-        self._shapes = {name: tuple(t.shape) for name, t in policy.adapter().items()}
+        self._shapes = {name: tuple(tensor.shape) for name, tensor in policy.adapter().items()}
         self._ranks = {module_of(name): shape[0] for name, shape in self._shapes.items() if ".lora_A." in name}
         self._eos = eos_ids(tokenizer, policy.base)
         self._dtype: torch.dtype = policy.base.get_input_embeddings().weight.dtype  # type: ignore[operator,union-attr]
         self._held: dict[str, tuple[Tensor, Tensor]] = {}
-        """Module -> A and scaled B of the adapter that was loaded last, in the engine's dtype."""
+        """Module -> A and scaled B of the last loaded adapter, in the engine's dtype."""
         self._version, self._restarted = None, False
         self._asleep = False
         self._freed = 0
-        """Bytes that the last sleep gave back, which the wake takes again."""
+        """Bytes that the last sleep freed and the next wake allocates again."""
         self._start()
 
     # ---- start and end -----------------------------------------------------------------------------------------------
@@ -110,21 +111,21 @@ class VllmEngine:
                 ) from error
             finally:
                 del hooks.WeightProvider.waiting[number]
-        # Architectures that vLLM runs on transformers' own classes get a wrapper for its compiler around those, and it
-        # looks for this on every instance, the trainer's too.
+        # For architectures that vLLM runs on transformers' own classes it wraps these classes for its compiler, and the
+        # wrapper reads this attribute on every instance, including the trainer's.
         self._policy.base.get_decoder().do_not_compile = True  # type: ignore[operator,union-attr]
         (self.runner,) = self._llm.collective_rpc("rlft_runner")
         self._check_rope()
         self._refill()
         tested = hooks.TESTED_ON_GPU if device.type == "cuda" else hooks.TESTED_ON_CPU
-        known = (vllm_start.minor(), self.runner) in tested
+        is_tested = (vllm_start.minor(), self.runner) in tested
         self._note(
-            f"vLLM {vllm_start.version()} ({self.runner} model runner{'' if known else ', untested with rlft'}) up in "
-            f"{time.perf_counter() - begin:.0f} s: {self.choice}"
+            f"vLLM {vllm_start.version()} ({self.runner} model runner{'' if is_tested else ', untested with rlft'}) "
+            f"up in {time.perf_counter() - begin:.0f} s: {self.choice}"
         )
 
     def _check_rope(self) -> None:
-        """Raise EngineError where vLLM has other longrope factors than the trainer."""
+        """Raise EngineError when vLLM uses other longrope factors than the trainer."""
         rope = self._policy.rope
         if rope is None:
             return
@@ -143,7 +144,7 @@ class VllmEngine:
         )
 
     def close(self) -> None:
-        """Stop vLLM and give its memory back."""
+        """Stop vLLM and free its memory."""
         llm, self._version, self._held = self.__dict__.pop("_llm", None), None, {}
         if llm is None:
             return
@@ -153,13 +154,13 @@ class VllmEngine:
         self._provider.forget()
         try:
             if gpu and self._asleep and hooks.frees_itself():
-                # Such a version unmaps all of its memory in the shutdown, once.
+                # Such a version unmaps all its memory in the shutdown, and must not find it unmapped already.
                 torch.cuda.empty_cache()
                 llm.wake_up()
                 self._asleep = False
             with quiet():
                 llm.llm_engine.engine_core.shutdown()
-        except Exception as error:  # an error that led here must not be hidden by this one
+        except Exception as error:  # must not hide the error that led to the close
             self._note(f"vLLM did not shut down cleanly ({type(error).__name__}: {error})")
         del llm
         gc.collect()
@@ -170,7 +171,7 @@ class VllmEngine:
 
     @property
     def memory(self) -> dict[str, int]:
-        """The cache, weights of its own, and the adapter's slots with the copy that fills them."""
+        """Bytes of the KV cache, the engine's own weights, and the adapter slots with their source copy."""
         slot = 0 if self.choice.mode == "merged" else self._sizes.slots
         weight_copy = self._provider.weight_copy
         return {
@@ -182,8 +183,8 @@ class VllmEngine:
     # ---- adapter -----------------------------------------------------------------------------------------------------
 
     def load_adapter(self, named_tensors: Mapping[str, Tensor], version: int) -> None:
-        """As the protocol: copy, then read back and compare."""
-        check_names(named_tensors, {n: torch.empty(s, device="meta") for n, s in self._shapes.items()})
+        """See `Engine.load_adapter`: copy, then read back and compare."""
+        check_names(named_tensors, {name: torch.empty(shape, device="meta") for name, shape in self._shapes.items()})
         if self._asleep:
             raise EngineError("load_adapter while the engine sleeps: its slots have no memory; wake it first")
         self._version = None
@@ -194,14 +195,14 @@ class VllmEngine:
     def _scaled(
         self, named_tensors: Mapping[str, Tensor], scales: Mapping[str, float]
     ) -> dict[str, tuple[Tensor, Tensor]]:
-        """Module -> A and scale * B, in the engine's dtype: the scale is applied here, once, and nowhere else."""
+        """Return module -> (A, scale * B) in the engine's dtype. This is the only place that applies the scale."""
         names = [name for name in named_tensors if ".lora_B." in name]
-        a = [named_tensors[name.replace(".lora_B.", ".lora_A.")] for name in names]
-        b = [named_tensors[name] for name in names]
-        made = [torch.empty_like(t, dtype=self._dtype) for t in a + b]
-        scaled = torch._foreach_mul(b, [scales[name] for name in names])  # type: ignore[attr-defined]
-        torch._foreach_copy_(made, [*a, *scaled])  # type: ignore[attr-defined]
-        pairs = zip(made[: len(a)], made[len(a) :], strict=True)
+        a_matrices = [named_tensors[name.replace(".lora_B.", ".lora_A.")] for name in names]
+        b_matrices = [named_tensors[name] for name in names]
+        tensors = [torch.empty_like(tensor, dtype=self._dtype) for tensor in a_matrices + b_matrices]
+        scaled_b = torch._foreach_mul(b_matrices, [scales[name] for name in names])  # type: ignore[attr-defined]
+        torch._foreach_copy_(tensors, [*a_matrices, *scaled_b])  # type: ignore[attr-defined]
+        pairs = zip(tensors[: len(a_matrices)], tensors[len(a_matrices) :], strict=True)
         return {module_of(name): pair for name, pair in zip(names, pairs, strict=True)}
 
     def _write(self, named_tensors: Mapping[str, Tensor]) -> None:
@@ -209,12 +210,12 @@ class VllmEngine:
         self._fill()
 
     def _refill(self) -> None:
-        """The trainer's weights into the engine's own memory."""
+        """Copy the trainer's weights to the engine's own memory."""
         assert self._provider.weight_copy is not None
         self._provider.weight_copy.run()
 
     def _fill(self) -> None:
-        """The held adapter into the engine: its slots, or, merged, the weights themselves."""
+        """Write the last loaded adapter to the engine's slots or, in mode "merged", into its weights."""
         if self.choice.mode == "merged":
             self._refill()
             assert self._provider.weight_copy is not None
@@ -223,7 +224,7 @@ class VllmEngine:
             self._provider.put(self._held)
 
     def _check(self, want: Mapping[str, tuple[Tensor, Tensor]], version: int) -> None:
-        """The first guard: what the engine's kernels will read is `want`, which was scaled as the trainer does."""
+        """Check that the engine's kernels read exactly `want`, an adapter scaled as the trainer scales it."""
         if self.choice.mode == "merged":
             assert self._provider.weight_copy is not None
             pairs = {f"{module}.weight": pair for module, pair in want.items()}
@@ -234,17 +235,17 @@ class VllmEngine:
                     f"trained."
                 )
             return
-        given, held, rest = {}, {}, []
+        expected, actual, paddings = {}, {}, []
         for module, slot_a, slot_b in self._provider.slots():
             rank = 0
             if module in want:
-                a, b = want[module]
-                rank = len(a)
-                given |= {f"{module}.lora_A.weight": a, f"{module}.lora_B.weight": b}
-                held |= {f"{module}.lora_A.weight": slot_a[:rank], f"{module}.lora_B.weight": slot_b[:, :rank]}
-            rest += [beside for beside in (slot_a[rank:], slot_b[:, rank:]) if beside.numel()]
-        check_read_back(given, held, self._policy.scales, self._scales, version)
-        if rest and bool(torch.stack([beside.any() for beside in rest]).any()):
+                matrix_a, matrix_b = want[module]
+                rank = len(matrix_a)
+                expected |= {f"{module}.lora_A.weight": matrix_a, f"{module}.lora_B.weight": matrix_b}
+                actual |= {f"{module}.lora_A.weight": slot_a[:rank], f"{module}.lora_B.weight": slot_b[:, :rank]}
+            paddings += [padding for padding in (slot_a[rank:], slot_b[:, rank:]) if padding.numel()]
+        check_read_back(expected, actual, self._policy.scales, self._scales, version)
+        if paddings and bool(torch.stack([padding.any() for padding in paddings]).any()):
             raise EngineError(
                 f"after loading policy version {version} the engine holds something beside the adapter: this is a "
                 f'fault of rlft or of vLLM {vllm_start.version()}; set engine.name = "eager", and report it'
@@ -253,7 +254,7 @@ class VllmEngine:
     # ---- sleep and wake ----------------------------------------------------------------------------------------------
 
     def sleep(self) -> None:
-        """Give back the cache, the engine's own weights and the slots (on a GPU; on a CPU vLLM keeps them)."""
+        """Free the KV cache, the engine's own weights and the slots on a GPU; on a CPU vLLM keeps them."""
         if self._asleep:
             return
         self._asleep = True
@@ -261,11 +262,11 @@ class VllmEngine:
             from rlft.rollout.vllm import hooks
 
             before = torch.cuda.mem_get_info(self._policy.device)[0]
-            # 2: nothing is kept, since all of it is written again. Shared weights lie outside of vLLM's memory.
+            # Level 2 discards everything, since all of it is written again. Shared weights are not in vLLM's memory.
             try:
                 self._llm.sleep(level=2)
             except AssertionError as error:
-                # vLLM compares what is free on the whole card before and after.
+                # vLLM compares the free memory of the whole card before and after.
                 if "increased" not in str(error):
                     raise
                 raise EngineError(
@@ -276,7 +277,7 @@ class VllmEngine:
             memory.unmapped = hooks.unmapped()
 
     def wake(self) -> None:
-        """Take it again, write weights and adapter, and read the adapter back."""
+        """Allocate the memory again, write weights and adapter, and read the adapter back."""
         if not self._asleep:
             return
         if self._policy.device.type == "cuda":
@@ -297,11 +298,13 @@ class VllmEngine:
                 ) from error
 
     def _make_room(self) -> None:
-        """Give blocks that PyTorch caches back to the driver, then the trainer's graphs and buffers where it takes
-        that. Raises EngineError when there is still too little."""
+        """Free PyTorch's cached blocks and, if needed, the trainer's CUDA graphs and buffers.
+
+        Raises EngineError when there is still too little memory.
+        """
         device, fused = self._policy.device, self._policy.fused
         torch.cuda.empty_cache()
-        # vLLM takes what it gave back; a little is for its own blocks.
+        # vLLM allocates what it freed, plus a little for its block sizes.
         want = self._freed + 64 * 2**20
         if torch.cuda.mem_get_info(device)[0] < want and fused is not None:
             if fused.graphs is not None:
@@ -319,7 +322,7 @@ class VllmEngine:
     # ---- sampling ----------------------------------------------------------------------------------------------------
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling, seed: tuple[int, ...]) -> list[Rollout]:
-        """As the protocol. Starts the engine anew once if vLLM fails; raises EngineError the second time."""
+        """See `Engine.generate`. If vLLM fails, restart it once; raise EngineError the second time."""
         if self._version is None:
             raise EngineError("generate before load_adapter: the engine has no adapter")
         self.wake()
@@ -332,9 +335,9 @@ class VllmEngine:
                     f"engine was started for {self._longest} together: set engine.max_model_len, or drop long prompts "
                     f"with data.max_prompt_tokens"
                 )
-        # What vLLM's cache holds of earlier generations was computed with another adapter, or is gone in sleep; and a
-        # prompt that is found there is rounded otherwise than one that is computed, so that with an empty one the same
-        # seed gives the same rollouts. The completions of a prompt share it all the same.
+        # Cached prefixes of earlier generations were computed with another adapter, or were discarded in sleep. A
+        # cached prompt is also rounded differently from a computed one, so an empty cache is needed for the same seed
+        # to give the same rollouts. The completions of a prompt still share its prefix.
         if not self._llm.reset_prefix_cache():
             raise EngineError("vLLM does not empty its cache: requests of an earlier generation have not ended")
         try:
@@ -360,13 +363,13 @@ class VllmEngine:
         return self.generate(prompts, sampling, seed)
 
     def _restart(self) -> None:
-        """A new engine with the adapter that was loaded last."""
-        version, held = self._version, self._held
+        """Start a new engine with the last loaded adapter."""
+        version, adapter = self._version, self._held
         self.close()
         self._asleep = False
         self._start()
-        self._held = held
+        self._held = adapter
         self._fill()
         assert version is not None
-        self._check(held, version)
+        self._check(adapter, version)
         self._version = version

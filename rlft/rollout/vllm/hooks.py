@@ -1,26 +1,26 @@
-"""Everything that reaches into vLLM, through hooks that it offers.
+"""Everything that depends on vLLM's internals, through extension points that vLLM offers.
 
-| hook | what rlft does there |
+| extension point | use in rlft |
 | --- | --- |
-| register_model_loader("rlft") | hands over the trainer's weights in place of files |
-| register_quantization_config("rlft-shared", "rlft-dequantized") | linear layers that compute from the trainer's
-weights, or
-  whose memory we fill; embeddings and heads without memory of their own |
-| worker_extension_cls | says which model runner runs |
-| register_oot("ApplyRotaryEmb") | beside flash-attn-4 only: vLLM's own class, whose start does not end with what
-  flash-attn-4 lacks |
+| register_model_loader("rlft") | gives the trainer's weights to vLLM instead of files |
+| register_quantization_config("rlft-shared", "rlft-dequantized") | linear layers that compute from the
+  trainer's weights, or whose memory we fill; embeddings and heads without separate memory |
+| worker_extension_cls | returns which model runner is active |
+| register_oot("ApplyRotaryEmb") | only with flash-attn-4: vLLM's own class, without the import that fails there |
 
-Each of them ran on vLLM 0.23 with model runner V2 on a GPU, all but the last on 0.32 with V1 on a CPU, and on nothing
-else; `TESTED_ON_GPU` and `TESTED_ON_CPU` say so, and an engine of another version or runner calls itself untested.
+All of them were tested on vLLM 0.23 with model runner V2 on a GPU, and all but the last on 0.32 with V1 on a CPU
+(`TESTED_ON_GPU`, `TESTED_ON_CPU`). An engine of another version or runner reports itself as untested.
 
 vLLM's own LoRA is not used: our linear layers add the adapter themselves (`shared_weights.Slot`), in fixed order and in
-two launches, and what they read is ours to write and to read back. Internals that are used: CuMemAllocator's
-allocator_and_pools and pointer_to_data, to count and to close; the platform's _global_graph_pool, to close.
+two launches, and rlft writes and reads back the memory they use. Private attributes in use: allocator_and_pools and
+pointer_to_data of CuMemAllocator, to count and free memory; _global_graph_pool of the platform, at close.
 
-Imported only by an engine that starts (rlft.rollout.vllm.engine): importing it imports vLLM and registers the hooks.
+Imported only when an engine starts (rlft.rollout.vllm.engine), since it imports vLLM and registers the hooks.
+
+Legend: x activations [..., in], y outputs [..., out], W a weight, a and b the adapter's A [r, in] and B [out, r].
 """
 
-# No postponed annotations: torch reads those of the operator.
+# No postponed annotations here, because torch reads those of the custom operators at run time.
 
 import itertools
 import weakref
@@ -49,46 +49,49 @@ from rlft.rollout.vllm.shared_weights import Slot, Weight, WeightCopy, padded, p
 
 TESTED_ON_GPU = {("0.23", "V2")}
 TESTED_ON_CPU = {("0.32", "V1")}
-"""vLLM's minor version and its model runner."""
+"""Tested pairs of vLLM's minor version and model runner."""
 
 
 class WeightProvider:
-    """One engine's share of the trainer's weights."""
+    """Give the trainer's weights and adapter to one engine."""
 
     waiting: "dict[int, WeightProvider]" = {}  # noqa: RUF012 (shared on purpose: vLLM makes the loader, and a config cannot hold tensors)
-    """Number in the load config -> the provider of the engine that is starting."""
+    """Number in the load config -> provider of an engine that is starting."""
 
     def __init__(self, weights: Mapping[str, Weight], ranks: Mapping[str, int], merged: bool) -> None:
-        """ranks: of the adapter, by the trainer's modules. merged: into the weights, so that there are no slots."""
+        """Hold the weights.
+
+        ranks: of the adapter, by the trainer's modules. merged: merge it, so that no slots exist.
+        """
         self.weights, self._ranks, self._merged = weights, ranks, merged
         self._slots: list[Slot] = []
         self.weight_copy: WeightCopy | None = None
-        """What lies in the engine's own memory; known when vLLM has loaded the model, and written after that."""
+        """Copy of weights to the engine's own memory; set once vLLM has loaded the model, and run after that."""
 
     def give(self, model: nn.Module) -> None:
-        """Put the weights into vLLM's empty model. Raises EngineError where one has no place or no partner."""
+        """Put the weights into vLLM's empty model. Raises EngineError for a weight without a counterpart."""
         modules = dict(model.named_modules())
         parameters = dict(model.named_parameters())
-        found = partners(parameters, getattr(model, "packed_modules_mapping", {}), self.weights)
+        matches = partners(parameters, getattr(model, "packed_modules_mapping", {}), self.weights)
         places: dict[str, Tensor] = {}
-        scratch, homeless = self._scratch(modules, found), set(self._ranks)
+        scratch, unplaced = self._scratch(modules, matches), set(self._ranks)
         for name, parameter in parameters.items():
             module = modules[name.rpartition(".")[0]]
-            weights = [self.weights[part] for part in found[name]]
-            rows = [int(w.shape[0]) for w in weights]
+            weights = [self.weights[part] for part in matches[name]]
+            rows = [int(weight.shape[0]) for weight in weights]
             method = getattr(module, "quant_method", None)
             if isinstance(method, SharedMethod | DequantizedMethod) and name.endswith(".weight"):
-                homeless -= {part.removesuffix(".weight") for part in found[name]}
-                self._give_slot(module, found[name], rows, parameter)
+                unplaced -= {part.removesuffix(".weight") for part in matches[name]}
+                self._give_slot(module, matches[name], rows, parameter)
             if isinstance(method, SharedMethod) and name.endswith(".weight"):
                 self._share(module, shared_weights.SharedLinear(weights, scratch))
             elif isinstance(module, LinearBase):
-                places |= zip(found[name], parameter.data.split(rows), strict=True)
+                places |= zip(matches[name], parameter.data.split(rows), strict=True)
             else:
                 parameter.data = self._whole(name, weights, getattr(module, "rlft_rows", parameter.shape[0]), parameter)
-        if homeless:
+        if unplaced:
             raise EngineError(
-                f"the adapter has a part at {min(homeless)}, which is no linear layer of vLLM's ({len(homeless)} in "
+                f"the adapter has a part at {min(unplaced)}, which is no linear layer of vLLM's ({len(unplaced)} in "
                 f"all): leave it out of lora.targets"
             )
         self.weight_copy = WeightCopy(places, self.weights)
@@ -99,9 +102,9 @@ class WeightProvider:
         module.register_buffer("rlft_number", torch.tensor(number, device="cpu"), persistent=False)
 
     def _give_slot(self, module: nn.Module, names: list[str], rows: list[int], parameter: Tensor) -> None:
-        """Room for the adapter, in memory that sleeps."""
+        """Allocate the adapter's slot, in memory that is freed during sleep."""
         modules = [name.removesuffix(".weight") for name in names]
-        ranks = [self._ranks[m] for m in modules if m in self._ranks]
+        ranks = [self._ranks[name] for name in modules if name in self._ranks]
         if ranks and not self._merged:
             columns = int(self.weights[names[0]].shape[1])
             slot = Slot(modules, rows, columns, max(ranks), parameter)
@@ -111,31 +114,34 @@ class WeightProvider:
             self._slots.append(slot)
 
     def forget(self) -> None:
-        """Refer to nothing of the engine any more."""
+        """Drop all references to the engine's memory."""
         self.weight_copy, self._slots = None, []
 
     def put(self, adapter: Mapping[str, tuple[Tensor, Tensor]]) -> None:
-        """Write the adapter into its slots. adapter: module -> A [r, in], B [out, r], scaled, in the engine's dtype."""
+        """Write the adapter into its slots.
+
+        adapter: module -> (A [r, in], B [out, r]), scaled, in the engine's dtype.
+        """
         shared_weights.put(self._slots, adapter)
 
     def slots(self) -> Iterator[tuple[str, Tensor, Tensor]]:
-        """(module, A, B) as the kernels read them, with the ranks that are not used."""
+        """Yield (module, A, B) as the kernels read them, including unused ranks."""
         for slot in self._slots:
             yield from slot
 
-    def _scratch(self, modules: dict[str, nn.Module], found: dict[str, list[str]]) -> Tensor | None:
-        """Room for the largest shared linear layer, in the memory that sleeps."""
-        most = 0
-        for name, parts in found.items():
+    def _scratch(self, modules: dict[str, nn.Module], matches: dict[str, list[str]]) -> Tensor | None:
+        """Allocate a buffer for the largest shared linear layer, in memory that is freed during sleep."""
+        size = 0
+        for name, parts in matches.items():
             module, weights = modules[name.rpartition(".")[0]], [self.weights[part] for part in parts]
-            shared = isinstance(getattr(module, "quant_method", None), SharedMethod) and name.endswith(".weight")
-            if shared and not all(isinstance(w, Tensor) for w in weights):
-                most = max(most, sum(w.shape[0] * w.shape[1] for w in weights))
+            is_shared = isinstance(getattr(module, "quant_method", None), SharedMethod) and name.endswith(".weight")
+            if is_shared and not all(isinstance(weight, Tensor) for weight in weights):
+                size = max(size, sum(weight.shape[0] * weight.shape[1] for weight in weights))
         like = next(iter(modules[""].parameters()))
-        return torch.empty(most, dtype=like.dtype, device=like.device) if most else None
+        return torch.empty(size, dtype=like.dtype, device=like.device) if size else None
 
     def _whole(self, name: str, weights: list[Weight], rows: int, parameter: nn.Parameter) -> Tensor:
-        """The trainer's tensor itself, for an embedding, head or norm."""
+        """Return the trainer's tensor itself, for an embedding, head or norm."""
         (weight,) = weights if len(weights) == 1 else (None,)
         if not isinstance(weight, Tensor):
             raise EngineError(
@@ -156,28 +162,28 @@ class WeightProvider:
 
 @register_model_loader("rlft")
 class Loader(BaseModelLoader):
-    """Loads nothing: the provider of the engine gives the trainer's weights."""
+    """Load no files: the engine's WeightProvider gives the trainer's weights."""
 
     def download_model(self, model_config: Any) -> None:
-        """Nothing to download."""
+        """Do nothing."""
 
     def load_weights(self, model: nn.Module, model_config: Any) -> None:
-        """Called by vLLM with the empty model, before anything is compiled or captured."""
+        """Give the weights to the empty model. Called by vLLM before anything is compiled or captured."""
         WeightProvider.waiting[self.load_config.model_loader_extra_config["provider"]].give(model)
 
 
 SHARED: weakref.WeakValueDictionary[int, shared_weights.SharedLinear] = weakref.WeakValueDictionary()
 SHARED_NUMBERS = itertools.count()
-"""Shared linear layers by number, which compiled code has as a tensor: what is the same in all layers is compiled once,
-and a layer's name would make each different."""
+"""Shared linear layers by number. Compiled code has the number as a tensor, so that equal layers are compiled once; a
+layer's name would make each of them different."""
 
 
-# Both operators are opaque to torch.compile, which must not look at our tables.
+# Both operators are opaque to torch.compile, which must not trace our tables.
 
 
 @torch.library.custom_op("rlft::shared_linear", mutates_args=())
 def shared_linear(x: Tensor, number: Tensor, out: int) -> Tensor:
-    """x W^T of the shared linear layer with this number (on the CPU)."""
+    """Compute x W^T of the shared linear layer with this number (a CPU tensor)."""
     return SHARED[int(number)](x)
 
 
@@ -188,7 +194,7 @@ def _(x: Tensor, number: Tensor, out: int) -> Tensor:
 
 @torch.library.custom_op("rlft::add_adapter", mutates_args=("y",))
 def add_adapter(y: Tensor, x: Tensor, a: Tensor, b: Tensor, sizes: list[int]) -> None:
-    """The adapter's part of a linear layer for x [..., in], added to y [..., out] in place: `lora_add`."""
+    """Add the adapter's output for x [..., in] to y [..., out] in place, with `lora_add`."""
     lora_add(y.view(-1, y.shape[-1]), as_rows(x), a, b, sizes)
 
 
@@ -198,14 +204,14 @@ def _(y: Tensor, x: Tensor, a: Tensor, b: Tensor, sizes: list[int]) -> None:
 
 
 def with_adapter(layer: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    """y [..., out], to which the layer's adapter for x [..., in] is added where it has one."""
+    """Add the output of the layer's adapter, if any, for x [..., in] to y [..., out]."""
     if hasattr(layer, "rlft_a"):
         add_adapter(y, x, layer.rlft_a, layer.rlft_b, layer.rlft_sizes)
     return y
 
 
 class SharedMethod(LinearMethodBase):
-    """A linear layer without memory, computed from the trainer's weights."""
+    """A linear layer without memory that computes from the trainer's weights."""
 
     def create_weights(
         self,
@@ -217,12 +223,12 @@ class SharedMethod(LinearMethodBase):
         params_dtype: torch.dtype,
         **extra: Any,
     ) -> None:
-        """vLLM asks a layer's weight for its dtype and device, so there is one, of no elements."""
+        """Register an empty weight, since vLLM reads dtype and device from it."""
         layer.register_parameter("weight", nn.Parameter(torch.empty(0, dtype=params_dtype), requires_grad=False))
         layer.rlft_out = sum(output_partition_sizes)  # type: ignore[assignment]
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
-        """Nothing: the weights stay the trainer's."""
+        """Do nothing: the weights stay the trainer's."""
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         y = with_adapter(layer, x, shared_linear(x, layer.rlft_number, layer.rlft_out))
@@ -236,11 +242,11 @@ class DequantizedMethod(UnquantizedLinearMethod):
         return with_adapter(layer, x, super().apply(layer, x, bias))
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
-        """Nothing is repacked: it is filled in place."""
+        """Do nothing: vLLM must not repack memory that is filled in place."""
 
 
 class SharedEmbedding(UnquantizedEmbeddingMethod):
-    """Embedding and head over the trainer's tensors."""
+    """Embedding and head that use the trainer's tensors."""
 
     def create_weights(
         self,
@@ -256,10 +262,10 @@ class SharedEmbedding(UnquantizedEmbeddingMethod):
         layer.rlft_rows = sum(output_partition_sizes)  # type: ignore[assignment]
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
-        """Nothing: on a CPU vLLM would make a packed copy."""
+        """Do nothing: on a CPU vLLM would make a packed copy."""
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """Logits, on a GPU in fp32 as the trainer's: in bf16 one of 30 would be off by up to 0.06."""
+        """Compute logits, on a GPU in fp32 as in the trainer: in bf16 a logit of 30 is off by up to 0.06."""
         weight: Any = layer.weight
         if not x.is_cuda or x.dtype == torch.float32:
             return functional.linear(x, weight, bias)
@@ -271,8 +277,11 @@ if find_spec("flash_attn") is not None and find_spec("flash_attn.ops") is None:
 
     @ApplyRotaryEmb.register_oot
     class Rotary(ApplyRotaryEmb):
-        """vLLM's own, beside flash-attn-4. 0.23 takes any package flash_attn for flash-attn 2, imports a function of it
-        last of all, for AMD's cards, and would not start."""
+        """vLLM's own class, usable with flash-attn-4.
+
+        vLLM 0.23 assumes that any package flash_attn is flash-attn 2 and imports an AMD function from it at the end of
+        `__init__`, which fails with flash-attn-4.
+        """
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             try:
@@ -283,7 +292,7 @@ if find_spec("flash_attn") is not None and find_spec("flash_attn.ops") is None:
 
 
 class _WeightConfig(QuantizationConfig):
-    """Which of our methods a layer gets."""
+    """Choose the method of rlft for each layer."""
 
     shared: bool
 
@@ -314,34 +323,35 @@ class _WeightConfig(QuantizationConfig):
 
 @register_quantization_config("rlft-shared")
 class SharedConfig(_WeightConfig):
-    """Linear layers computed from the trainer's bytes."""
+    """Linear layers that compute from the trainer's weights."""
 
     shared = True
 
 
 @register_quantization_config("rlft-dequantized")
 class DequantizedConfig(_WeightConfig):
-    """Linear layers in memory of vLLM's, filled from the trainer's bytes."""
+    """Linear layers in vLLM's memory, filled from the trainer's weights."""
 
     shared = False
 
 
 def frees_itself() -> bool:
-    """Whether this version of vLLM gives the memory of an engine back in its shutdown; 0.23 does not."""
+    """Return whether this version of vLLM frees an engine's memory in its shutdown; 0.23 does not."""
     return hasattr(CuMemAllocator, "release_pools")
 
 
 def release_pools(asleep: bool) -> None:
-    """Give back the memory of an engine that has been shut down, so that the process can start another one. asleep: it
-    slept, so that nothing of it is mapped.
+    """Free the memory of an engine that has been shut down, so that the process can start another one.
 
-    Later versions of vLLM do most of this in their shutdown. In 0.23 much of the model is still referred to then (by
-    vLLM's hook in torch._dynamo and what that keeps), and vLLM has one allocator per process, which takes a new engine
-    only when it holds nothing. So the old one sleeps for good: its memory is unmapped, and its tensors, which nothing
-    runs on, keep their addresses. The pools are kept, since PyTorch would hand the allocator segments that it knows no
-    more.
+    asleep: the engine was asleep, so none of its memory is mapped.
+
+    Later versions of vLLM do most of this in their shutdown. In 0.23 much of the model is still referenced then (by
+    vLLM's hook in torch._dynamo), and vLLM has one allocator per process, which accepts a new engine only when it is
+    empty. The old engine is therefore put to sleep for good: its memory is unmapped, and its unused tensors keep their
+    addresses. The pools must stay alive, since otherwise PyTorch would return segments that the allocator has
+    forgotten.
     """
-    # The pool of its graphs is gone with the last of them, and the next engine would capture into it.
+    # The CUDA graph pool is destroyed with the last graph, and the next engine must not capture into it.
     type(current_platform)._global_graph_pool = None
     if frees_itself():
         return
@@ -351,28 +361,28 @@ def release_pools(asleep: bool) -> None:
         allocator.sleep(())
     allocator.pointer_to_data.clear()
     for tag in [tag for tag in allocator.allocator_and_pools if not tag.startswith("closed")]:
-        kept = allocator.allocator_and_pools.pop(tag)
-        allocator.allocator_and_pools[f"closed {id(kept)}"] = kept
+        pool = allocator.allocator_and_pools.pop(tag)
+        allocator.allocator_and_pools[f"closed {id(pool)}"] = pool
 
 
 def unmapped() -> int:
-    """Bytes that PyTorch counts as reserved and unused and that no memory is behind: what vLLM's pools gave back."""
+    """Return the bytes that PyTorch counts as reserved but vLLM's pools have unmapped."""
     if frees_itself():
         return 0
     allocator = CuMemAllocator.get_instance()
     segments = [segment for pool, _ in allocator.allocator_and_pools.values() for segment in pool.snapshot()]
-    gone = [s for s in segments if s["address"] not in allocator.pointer_to_data]
-    return sum(s["total_size"] - s["allocated_size"] for s in gone)
+    missing = [segment for segment in segments if segment["address"] not in allocator.pointer_to_data]
+    return sum(segment["total_size"] - segment["allocated_size"] for segment in missing)
 
 
 class WorkerExtension:
-    """What vLLM's worker gets, called through `LLM.collective_rpc`."""
+    """Methods added to vLLM's worker, called through `LLM.collective_rpc`."""
 
     def rlft_long_rope(self) -> list[bool]:
-        """Whether the model's rotary modules with longrope take the long factors; empty where they do not say it."""
-        found = {getattr(m, "use_long_rope", None) for m in self.get_model().modules()}  # type: ignore[attr-defined]
-        return sorted(bool(long) for long in found - {None})
+        """Return the distinct values of use_long_rope over the rotary modules; empty where none has it."""
+        values = {getattr(module, "use_long_rope", None) for module in self.get_model().modules()}  # type: ignore[attr-defined]
+        return sorted(bool(long) for long in values - {None})
 
     def rlft_runner(self) -> str:
-        """ "V1" or "V2": the model runner that runs."""
+        """Return the active model runner, "V1" or "V2"."""
         return "V2" if getattr(self, "use_v2_model_runner", False) else "V1"

@@ -1,4 +1,4 @@
-"""A step's requests to vLLM and what comes back: sampling parameters, the loop that runs them, rollouts."""
+"""Send a step's requests to vLLM: sampling parameters, the loop that runs them, and the resulting rollouts."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from rlft.types import Prompt, Rollout
 
 
 class Failed(Exception):
-    """vLLM failed; `hangs`: and holds a thread that cannot be ended."""
+    """vLLM failed. hangs: it also occupies a thread that cannot be stopped."""
 
     def __init__(self, text: str, hangs: bool = False) -> None:
         super().__init__(text)
@@ -25,10 +25,10 @@ class Failed(Exception):
 
 
 def parameters(sampling: Sampling, ends: set[int], seed: int) -> Any:
-    """vLLM's SamplingParams of one completion. ends: token ids that end it, besides the sampling's.
+    """Return vLLM's SamplingParams of one completion. ends: token ids that end it, besides those of `sampling`.
 
-    Every field that shapes the distribution is said, so that no default of a model or of vLLM counts. vLLM decodes text
-    token by token; it is asked to only where it must look for a stop string.
+    Every field that affects the distribution is set, so that no default of the model or of vLLM applies. vLLM
+    detokenizes token by token, which is enabled only where it must look for a stop string.
     """
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
@@ -71,26 +71,34 @@ def sample(
     deadline: float,
     progress: Callable[[int, int], None] | None,
 ) -> list[Rollout]:
-    """`sampling.group_size` rollouts per prompt, in order. engine: vLLM's LLMEngine. version: of the
-    policy. deadline: seconds. Raises Failed."""
+    """Sample `sampling.group_size` rollouts per prompt, in order.
+
+    engine: vLLM's LLMEngine. version: of the policy. deadline: seconds without a finished step. Raises Failed.
+    """
     from vllm.inputs import tokens_input
 
-    made = []
+    samples = []
     for slot, prompt in enumerate(prompts):
         for i in range(sampling.group_size):
-            made.append((prompt, i, rollout_seed(seed, slot, i)))
-    requests = [(tokens_input(list(p.ids)), parameters(sampling, ends, own)) for p, _, own in made]
-    # On a CPU vLLM compiles one comparison (ranks of tokens): it took 18 s of the first call and wants a C++ compiler.
+            samples.append((prompt, i, rollout_seed(seed, slot, i)))
+    requests = [
+        (tokens_input(list(prompt.ids)), parameters(sampling, ends, seed_of_sample))
+        for prompt, _, seed_of_sample in samples
+    ]
+    # On a CPU vLLM compiles the computation of token ranks, which takes 18 s at the first call and needs a C++
+    # compiler.
     with torch.compiler.set_stance("force_eager") if device.type == "cpu" else nullcontext():
         outputs = _run(engine, requests, device, deadline, progress)
     completions = [output.outputs[0] for output in outputs]
     if sampling.stop:
-        texts = [c.text for c in completions]
+        texts = [completion.text for completion in completions]
     else:
-        texts = tokenizer.batch_decode([list(c.token_ids) for c in completions], skip_special_tokens=True)
+        texts = tokenizer.batch_decode(
+            [list(completion.token_ids) for completion in completions], skip_special_tokens=True
+        )
     return [
-        _rollout(completion, text, prompt, i, own, version)
-        for completion, text, (prompt, i, own) in zip(completions, texts, made, strict=True)
+        _rollout(completion, text, prompt, i, seed_of_sample, version)
+        for completion, text, (prompt, i, seed_of_sample) in zip(completions, texts, samples, strict=True)
     ]
 
 
@@ -101,9 +109,9 @@ def _run(
     deadline: float,
     progress: Callable[[int, int], None] | None,
 ) -> list[Any]:
-    """vLLM's outputs in the order of the requests. Raises Failed where it fails or no step ends for too long."""
-    done: dict[int, Any] = {}
-    beat, errors, stop = [time.monotonic()], [], threading.Event()
+    """Return vLLM's outputs in the order of the requests. Raises Failed on an error or after the deadline."""
+    outputs: dict[int, Any] = {}
+    last_step, errors, stop = [time.monotonic()], [], threading.Event()
 
     def work() -> None:
         try:
@@ -114,23 +122,23 @@ def _run(
             while engine.has_unfinished_requests() and not stop.is_set():
                 for output in engine.step():
                     if output.finished:
-                        done[int(output.request_id)] = output
-                beat[0] = time.monotonic()
-        except Exception as error:  # handed to the caller below, which says what it was
+                        outputs[int(output.request_id)] = output
+                last_step[0] = time.monotonic()
+        except Exception as error:  # raised below, in the caller's thread
             errors.append(error)
 
-    # In a thread of its own, since nothing interrupts a step that never returns.
+    # In a separate thread, since a step that never returns cannot be interrupted.
     thread = threading.Thread(target=work, name="rlft-vllm", daemon=True)
     thread.start()
     try:
         while thread.is_alive():
             thread.join(0.05)
             if progress is not None:
-                progress(len(done), len(requests))
-            if thread.is_alive() and time.monotonic() - beat[0] > deadline:
+                progress(len(outputs), len(requests))
+            if thread.is_alive() and time.monotonic() - last_step[0] > deadline:
                 raise Failed(f"no step ended for {deadline:g} s (engine.deadline)", hangs=True)
     except BaseException:
-        # vLLM keeps what it is not told to drop; a thread that hangs has the engine for good.
+        # vLLM keeps requests until they are aborted. A thread that hangs still uses the engine, so it is left alone.
         stop.set()
         thread.join(1.0)
         if not thread.is_alive():
@@ -138,14 +146,14 @@ def _run(
         raise
     if errors:
         raise Failed(f"{type(errors[0]).__name__}: {errors[0]}") from errors[0]
-    missing = [i for i in range(len(requests)) if i not in done]
+    missing = [i for i in range(len(requests)) if i not in outputs]
     if missing:
         raise Failed(f"{len(missing)} of {len(requests)} requests came back without an end")
-    return [done[i] for i in range(len(requests))]
+    return [outputs[i] for i in range(len(requests))]
 
 
 def _rollout(output: Any, text: str, prompt: Prompt, sample: int, seed: int, version: int) -> Rollout:
-    ids, logprobs = tuple(output.token_ids), tuple(float(x) for x in output.logprobs.logprobs)
+    ids, logprobs = tuple(output.token_ids), tuple(float(value) for value in output.logprobs.logprobs)
     if output.finish_reason not in ("stop", "length") or len(ids) != len(logprobs):
         raise Failed(
             f"row {prompt.index}: finish reason {output.finish_reason!r}, {len(ids)} tokens and {len(logprobs)} "
@@ -154,7 +162,7 @@ def _rollout(output: Any, text: str, prompt: Prompt, sample: int, seed: int, ver
     return Rollout(
         prompt=prompt,
         completion_ids=ids,
-        completion_mask=tuple(math.isfinite(x) for x in logprobs),
+        completion_mask=tuple(math.isfinite(value) for value in logprobs),
         sampler_logprobs=logprobs,
         text=text,
         finish_reason=output.finish_reason,

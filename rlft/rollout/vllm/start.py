@@ -1,4 +1,4 @@
-"""Starting vLLM: what it is made with, the folder it reads, and leaving this process as it was."""
+"""Start vLLM: its arguments, the model folder it reads, and restoring the global state of this process."""
 
 from __future__ import annotations
 
@@ -21,20 +21,23 @@ from rlft.rollout.vllm.shared_weights import slot_rank
 
 
 def version() -> str:
-    """vLLM's version."""
+    """Return vLLM's version."""
     import vllm
 
     return vllm.__version__
 
 
 def minor() -> str:
-    """ "0.23" of 0.23.0."""
+    """Return vLLM's minor version, such as "0.23" for 0.23.0."""
     return ".".join(version().split(".")[:2])
 
 
 def model_folder(base: Any, tokenizer: Any) -> str:
-    """A folder with the model's config and tokenizer: vLLM takes a folder or a hub name. It stays, under a name made
-    from what is in it, since vLLM finds what it compiled earlier by this name among others."""
+    """Return a folder with the model's config and tokenizer, since vLLM takes a folder or a hub name.
+
+    The folder is kept and is named by a digest of its contents, because the name is part of the key of vLLM's compile
+    cache.
+    """
     from vllm import envs
 
     config = type(base.config).from_dict(base.config.to_dict())
@@ -43,15 +46,15 @@ def model_folder(base: Any, tokenizer: Any) -> str:
     config.architectures = [type(base).__name__]
     root = Path(envs.VLLM_CACHE_ROOT) / "rlft"
     root.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=root) as made:
-        config.save_pretrained(made)
-        tokenizer.save_pretrained(made)
+    with tempfile.TemporaryDirectory(dir=root) as temporary:
+        config.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
         digest = hashlib.sha256()
-        for file in sorted(path for path in Path(made).rglob("*") if path.is_file()):
-            digest.update(str(file.relative_to(made)).encode() + b"\0" + file.read_bytes())
+        for file in sorted(path for path in Path(temporary).rglob("*") if path.is_file()):
+            digest.update(str(file.relative_to(temporary)).encode() + b"\0" + file.read_bytes())
         folder = root / digest.hexdigest()[:16]
         if not folder.exists():
-            shutil.copytree(made, folder, dirs_exist_ok=True)
+            shutil.copytree(temporary, folder, dirs_exist_ok=True)
     return str(folder)
 
 
@@ -64,10 +67,10 @@ def arguments(
     device: torch.device,
     provider: int,
 ) -> dict[str, Any]:
-    """What vLLM's LLM is made with. ranks: of the adapter, by module. provider: its number."""
+    """Return the arguments of vLLM's LLM. ranks: of the adapter, by module. provider: number of the WeightProvider."""
     gpu = device.type == "cuda"
     slots = sorted((module, slot_rank(rank)) for module, rank in ranks.items() if choice.mode != "merged")
-    made: dict[str, Any] = {
+    values: dict[str, Any] = {
         "load_format": "rlft",
         "model_loader_extra_config": {"provider": provider},
         "quantization": "rlft-shared" if choice.mode == "shared" else "rlft-dequantized",
@@ -84,30 +87,31 @@ def arguments(
         "seed": 0,
         "disable_log_stats": True,
         "use_tqdm_on_load": sys.stderr.isatty(),
-        # Part of what vLLM looks compiled code up by: our operators are where there are slots, of their shapes.
+        # Part of the key of vLLM's compile cache, since compiled code contains our operators with the shapes of the
+        # slots.
         "additional_config": {"rlft": hashlib.sha256(str(slots).encode()).hexdigest()},
     }
     if gpu:
         free, total = torch.cuda.mem_get_info(device)
-        # Not used, since the cache has a size of its own, but compared with what is free.
-        made |= {"gpu_memory_utilization": 0.5 * free / total, "enable_sleep_mode": True}
-        made |= {"compilation_config": _compilation(options)} if options.graphs else {}
-    return made
+        # Unused, because the cache size is explicit, but vLLM compares it with the free memory.
+        values |= {"gpu_memory_utilization": 0.5 * free / total, "enable_sleep_mode": True}
+        values |= {"compilation_config": _compilation(options)} if options.graphs else {}
+    return values
 
 
 def _compilation(options: Options) -> dict[str, Any]:
-    """vLLM's compile with graphs of decoding steps."""
+    """Return vLLM's compilation config, with CUDA graphs of decoding steps."""
     most = options.max_seqs
     sizes = [1, 2, 4, *range(8, 64, 8), *range(64, 128, 16), *range(128, most + 1, 32)]
     return {
         "mode": 3,
         "cudagraph_mode": "FULL_DECODE_ONLY",
-        "cudagraph_capture_sizes": sorted({s for s in sizes if s <= most} | {most}),
+        "cudagraph_capture_sizes": sorted({size for size in sizes if size <= most} | {most}),
     }
 
 
 def environment() -> None:
-    """What vLLM reads when it is imported: in this process, and silent unless asked otherwise."""
+    """Set the environment that vLLM reads at import: run in this process, and log errors only unless set otherwise."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
@@ -115,7 +119,7 @@ def environment() -> None:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Warnings of vLLM and what it imports stay out of the run's output; its errors are raised."""
+    """Suppress warnings of vLLM and its imports; errors are still raised."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
@@ -123,8 +127,10 @@ def quiet() -> Iterator[None]:
 
 @contextlib.contextmanager
 def defaults_restored() -> Iterator[None]:
-    """PyTorch's global settings and random state as they were: vLLM sets them for itself while it starts. (Its CPU
-    build replaces `torch.set_num_threads`, too.)"""
+    """Restore PyTorch's global settings and random state, which vLLM changes while it starts.
+
+    Its CPU build also replaces `torch.set_num_threads`.
+    """
     threads, precision, grad = torch.get_num_threads(), torch.get_float32_matmul_precision(), torch.is_grad_enabled()
     dtype, set_num_threads = torch.get_default_dtype(), torch.set_num_threads
     with torch.random.fork_rng():
