@@ -16,7 +16,7 @@ import torch
 from timing import interleaved, row
 
 from rlft.kernels.attention import Keys, Sequences
-from rlft.kernels.copies import Copies, copied, summed
+from rlft.kernels.copies import Copies, gather_copies, sum_copies
 
 GROUPS, EACH, PROMPT, COMPLETION = 8, 8, 256, 1024
 
@@ -34,9 +34,9 @@ def rows() -> list[dict[str, Any]]:
     bytes_ = {"forward": 4 * d.numel(), "backward": 2 * d.numel() + 2 * keys.numel()}
     same = {name: torch.empty(size // 4, device="cuda", dtype=torch.bfloat16) for name, size in bytes_.items()}
     calls = {
-        "forward": {"rlft": lambda: copied(keys, copies), "copy": lambda: same["forward"].clone()},
+        "forward": {"rlft": lambda: gather_copies(keys, copies), "copy": lambda: same["forward"].clone()},
         "backward": {
-            "rlft": lambda: summed(d, copies),
+            "rlft": lambda: sum_copies(d, copies),
             "torch": lambda: torch.zeros_like(keys).index_add_(0, copies.index, d),
             "copy": lambda: same["backward"].clone(),
         },

@@ -149,7 +149,7 @@ def _units(part: list[_Row], plan: PackPlan, room: int) -> list[list[_Row]]:
     return [[part[i] for i in sorted(bin_)] for bin_ in bins]
 
 
-def _filled(parts: list[list[_Row]], plan: PackPlan, room: int) -> tuple[list[list[list[_Row]]], int]:
+def _fill(parts: list[list[_Row]], plan: PackPlan, room: int) -> tuple[list[list[list[_Row]]], int]:
     """Return the units of each micro-batch of at most `room` tokens, and the total number of tokens."""
     units = [unit for part in parts for unit in _units(part, plan, room)]
     sizes = [_tokens(unit, plan) for unit in units]
@@ -166,13 +166,13 @@ def _even(parts: list[list[_Row]], plan: PackPlan) -> list[list[list[_Row]]]:
     Uses the smallest room that needs no more micro-batches and repeats no prompt more often. Equal sizes lower the peak
     memory, and a short last micro-batch would have another length in every step, for which CUDA graphs are captured.
     """
-    best, tokens = _filled(parts, plan, plan.budget)
+    best, tokens = _fill(parts, plan, plan.budget)
     if not 1 < len(best) <= EVEN:
         return best
     low, high = plan.budget // 2, plan.budget
     while high - low > max(1, plan.budget // 64):
         room = (low + high) // 2
-        batches, total = _filled(parts, plan, room)
+        batches, total = _fill(parts, plan, room)
         if len(batches) <= len(best) and total <= tokens:
             best, high = batches, room
         else:

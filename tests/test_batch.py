@@ -10,7 +10,7 @@ from typing import get_args
 import pytest
 import torch
 
-from rlft.batch import _filled, _parts, _rows, _tokens, count, group_ids, pack, packing_stats, segment_sum
+from rlft.batch import _fill, _parts, _rows, _tokens, count, group_ids, pack, packing_stats, segment_sum
 from rlft.errors import TrainError
 from rlft.types import Aggregation, Batch, Counts, PackPlan, Prompt, Rollout
 
@@ -208,7 +208,7 @@ def test_micro_batches_are_even_without_more_of_them_or_of_prompts(budget: int, 
         the_plan = plan(20, budget=budget, share_prefix=share)
         rows = _rows(made, [1.0] * 20, the_plan, count(made, the_plan))
         parts = [part for g in range(5) for part in _parts(rows[4 * g : 4 * g + 4], the_plan)]
-        greedy, tokens = _filled(parts, the_plan, budget)
+        greedy, tokens = _fill(parts, the_plan, budget)
         sizes = [len(b.input_ids) for b in packed(made, the_plan)]
         assert len(sizes) <= len(greedy) and sum(sizes) <= tokens
         longest = max(sum(_tokens(unit, the_plan) for unit in units) for units in greedy)

@@ -288,7 +288,8 @@ class Config:
 
 
 def config_from(cfg: Config | str | Path, settings: Mapping[str, Any]) -> Config:
-    """A config, or the one in a file, with some settings replaced. settings: a section may be a dict of what changes."""
+    """A config, or the one in a file, with some settings replaced. settings: a section may be a dict of what
+    changes."""
     if isinstance(cfg, str | Path):
         return Config.load(cfg, **settings)
     kind = type(cfg).__name__

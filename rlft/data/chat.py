@@ -103,7 +103,7 @@ def end_id(tokenizer: Any) -> int | None:
     return None if end is None else tokenizer.convert_tokens_to_ids(end.token)
 
 
-def turns(
+def encode_turns(
     before: str, history: list[dict[str, Any]], rest: list[dict[str, Any]], reward: float, data: Data, tokenizer: Any
 ) -> Recorded:
     """Encode the messages `rest` after the text `before`; assistant turns are trained, including their end of turn.
@@ -150,7 +150,9 @@ def _append(ids: list[int], mask: list[bool], encoded: str, longer: str, train: 
     return ids + list(new), mask + [train] * len(new)
 
 
-def said(completion: str, history: Sequence[dict[str, Any]] | None, data: Data, tokenizer: Any) -> tuple[int, ...]:
+def encode_completion(
+    completion: str, history: Sequence[dict[str, Any]] | None, data: Data, tokenizer: Any
+) -> tuple[int, ...]:
     """Encode a string completion with its end: the end of turn in a chat, EOS elsewhere.
 
     history: the messages before it, None without a chat template. The string is used unchanged, whatever the template
@@ -171,7 +173,7 @@ def marks_generation(tokenizer: Any) -> bool:
     return re.search(r"\{%-?\s*generation\s*-?%\}", tokenizer.chat_template or "") is not None
 
 
-def marked(messages: Sequence[dict[str, Any]], data: Data, tokenizer: Any) -> tuple[tuple[int, ...], Recorded]:
+def encode_marked(messages: Sequence[dict[str, Any]], data: Data, tokenizer: Any) -> tuple[tuple[int, ...], Recorded]:
     """Return the ids before the first token that the template marks as the assistant's, and the rest with its mask.
 
     Marked white space after the end of a turn is not trained. Raises DataError when the template marks no token, or

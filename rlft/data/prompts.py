@@ -30,7 +30,15 @@ from typing import Any
 import numpy as np
 
 from rlft.config.data import Data
-from rlft.data.chat import ids_of, marked, marks_generation, render, said, turn_is_open, turns
+from rlft.data.chat import (
+    encode_completion,
+    encode_marked,
+    encode_turns,
+    ids_of,
+    marks_generation,
+    render,
+    turn_is_open,
+)
 from rlft.data.sources import load_rows
 from rlft.errors import DataError, TrainError
 from rlft.types import Prompt, Recorded
@@ -114,7 +122,7 @@ def _check_text(value: Any, row: int, column: str, messages_only: bool) -> None:
 
 
 @dataclass(frozen=True)
-class Loaded:
+class LoadedPrompts:
     """Result of `load_prompts`."""
 
     prompts: list[Prompt]
@@ -122,7 +130,7 @@ class Loaded:
     """Number of rows dropped because their prompt is longer than `data.max_prompt_tokens`."""
 
 
-def load_prompts(data: Data, tokenizer: Any, seed: int) -> Loaded:
+def load_prompts(data: Data, tokenizer: Any, seed: int) -> LoadedPrompts:
     """Load all prompts of a dataset, in order. seed: the run's, for generated tasks and mixtures.
 
     Raises DataError for any fault of a row, and when every prompt is too long.
@@ -143,7 +151,7 @@ def load_prompts(data: Data, tokenizer: Any, seed: int) -> Loaded:
         raise DataError(
             f"every prompt is longer than data.max_prompt_tokens = {data.max_prompt_tokens} ({dropped} rows): raise it"
         )
-    return Loaded(prompts, dropped)
+    return LoadedPrompts(prompts, dropped)
 
 
 def encode_prompt(row: dict[str, Any], index: int, data: Data, tokenizer: Any) -> Prompt:
@@ -234,12 +242,12 @@ def _check_not_rendered(text: str, tokenizer: Any) -> None:
 
 def _recorded(prompt: Prompt, completion: Any, reward: float, data: Data, tokenizer: Any) -> Recorded:
     if isinstance(completion, str):
-        ids = said(completion, prompt.messages, data, tokenizer)
+        ids = encode_completion(completion, prompt.messages, data, tokenizer)
         return Recorded(ids, (True,) * len(ids), reward, completion)
     if prompt.messages is None:
         raise DataError("the completion is messages but the prompt is a string that is not put into a chat template")
     before = render(prompt.messages, data, tokenizer, open_turn=True)
-    return turns(before, [*prompt.messages], list(completion), reward, data, tokenizer)
+    return encode_turns(before, [*prompt.messages], list(completion), reward, data, tokenizer)
 
 
 def _conversation(row: dict[str, Any], index: int, data: Data, tokenizer: Any) -> Prompt:
@@ -252,11 +260,11 @@ def _conversation(row: dict[str, Any], index: int, data: Data, tokenizer: Any) -
     if not first:
         raise DataError("messages need an assistant message after at least one other")
     if marks_generation(tokenizer):
-        prompt, recorded = marked(messages, data, tokenizer)
+        prompt, recorded = encode_marked(messages, data, tokenizer)
         return Prompt(prompt, row, index, tuple(messages[:first]), (recorded,))
     history = messages[:first]
     before = render(history, data, tokenizer, open_turn=True)
-    recorded = turns(before, history, messages[first:], 1.0, data, tokenizer)
+    recorded = encode_turns(before, history, messages[first:], 1.0, data, tokenizer)
     return Prompt(ids_of(before, tokenizer), row, index, tuple(history), (recorded,))
 
 
@@ -344,7 +352,7 @@ def hold_out(prompts: list[Prompt], rows: int, seed: int) -> tuple[list[Prompt],
         if len(by_key) == rows:
             break
         by_key.setdefault(_key(prompts[i]), prompts[i])
-    rest = without(prompts, list(by_key.values()))
+    rest = exclude_prompts(prompts, list(by_key.values()))
     if len(by_key) < rows or not rest:
         distinct = len({_key(prompt) for prompt in prompts})
         raise DataError(
@@ -354,7 +362,7 @@ def hold_out(prompts: list[Prompt], rows: int, seed: int) -> tuple[list[Prompt],
     return rest, list(by_key.values())
 
 
-def without(prompts: list[Prompt], held: Sequence[Prompt]) -> list[Prompt]:
+def exclude_prompts(prompts: list[Prompt], held: Sequence[Prompt]) -> list[Prompt]:
     """Return the prompts that are not equal, token by token, to any of `held`."""
     keys = {_key(prompt) for prompt in held}
     return [prompt for prompt in prompts if _key(prompt) not in keys]

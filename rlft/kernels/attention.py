@@ -41,7 +41,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rlft.kernels import attention_backends as backends
-from rlft.kernels.copies import Copies, copied, summed
+from rlft.kernels.copies import Copies, gather_copies, sum_copies
 from rlft.kernels.launch import check_args, on_gpu
 from rlft.kernels.lse_merge import merge
 from rlft.upload import upload
@@ -184,7 +184,7 @@ def attention_forward(
     keys = Keys.of(s, window)
     cu_k, max_k = (s.cu_seqlens, s.max_seqlen) if keys is None else (keys.cu_k, keys.max_k)
     spans = backends.Spans(s.cu_seqlens, cu_k, s.max_seqlen, max_k, causal=True, window=window)
-    k_seen, v_seen = (k, v) if keys is None else (copied(k, keys.copies), copied(v, keys.copies))
+    k_seen, v_seen = (k, v) if keys is None else (gather_copies(k, keys.copies), gather_copies(v, keys.copies))
     out, lse = backends.forward(backend, q, k_seen, v_seen, spans, scale, softcap)
     if s.shared is not None and keys is None:
         a, b, c = s.shared.first, s.shared.last, s.shared.keys
@@ -212,9 +212,9 @@ def attention_backward(
     cu_k, max_k = (s.cu_seqlens, s.max_seqlen) if keys is None else (keys.cu_k, keys.max_k)
     spans = backends.Spans(s.cu_seqlens, cu_k, s.max_seqlen, max_k, causal=True, window=window)
     if keys is not None:
-        k_seen, v_seen = copied(k, keys.copies), copied(v, keys.copies)
+        k_seen, v_seen = gather_copies(k, keys.copies), gather_copies(v, keys.copies)
         dq, dk, dv = backends.backward(backend, dout, q, k_seen, v_seen, out, lse, spans, scale, softcap)
-        return dq, summed(dk, keys.copies), summed(dv, keys.copies)
+        return dq, sum_copies(dk, keys.copies), sum_copies(dv, keys.copies)
     dq, dk, dv = backends.backward(backend, dout, q, k, v, out, lse, spans, scale, softcap)
     if s.shared is not None:
         a, b, c = s.shared.first, s.shared.last, s.shared.keys

@@ -95,7 +95,7 @@ def launch_summed(d: Tensor, copies: Copies) -> Tensor:
     return out
 
 
-def copied(x: Tensor, copies: Copies) -> Tensor:
+def gather_copies(x: Tensor, copies: Copies) -> Tensor:
     """Gather the copies [N, ...] from the rows x [T, ...].
 
     Rows of x may have a stride. Raises ValueError for tensors on different devices.
@@ -104,6 +104,6 @@ def copied(x: Tensor, copies: Copies) -> Tensor:
     return x[copies.index]
 
 
-def summed(d: Tensor, copies: Copies) -> Tensor:
+def sum_copies(d: Tensor, copies: Copies) -> Tensor:
     """Sum gradients d of the copies [N, ...] to gradients of the rows [T, ...]."""
     return launch_summed(d, copies) if on_gpu("summed", d=d, index=copies.index) else summed_reference(d, copies)

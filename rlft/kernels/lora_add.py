@@ -20,7 +20,7 @@ from torch import Tensor
 
 from rlft.kernels.launch import KERNEL_DTYPES, check_args, jit, launch, on_gpu, power_of_2, tl
 
-LEAST_RANK = 16
+MIN_RANK = 16
 """Least rank; ranks are powers of two, and an adapter of lower rank is padded with zeros."""
 COLUMNS = 128
 """Columns of y per program."""
@@ -130,7 +130,7 @@ def lora_add(y: Tensor, x: Tensor, a: Tensor, b: Tensor, sizes: Sequence[int]) -
         and tuple(y.shape) == (T, out)
         and tuple(a.shape) == (count * rank, x.shape[1])
         and tuple(b.shape) == (out, rank)
-        and rank >= LEAST_RANK
+        and rank >= MIN_RANK
         and rank == power_of_2(rank)
         and x.dtype in KERNEL_DTYPES
         and {y.dtype, a.dtype, b.dtype} == {x.dtype}

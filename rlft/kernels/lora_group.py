@@ -279,6 +279,6 @@ def write_adapters(group: LoraGroup, A: Sequence[Tensor], B: Sequence[Tensor], b
     write_adapters_reference(*part)
 
 
-def three(items: Sequence) -> list:
+def pad_to_three(items: Sequence) -> list:
     """Pad to three items by repeating the last: kernels take as many pointers as a group can have projections."""
     return [items[min(i, len(items) - 1)] for i in range(3)]

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from rlft.kernels.launch import check_args, jit, launch, on_gpu, power_of_2, tl
-from rlft.kernels.lora_group import LoraGroup, three
+from rlft.kernels.lora_group import LoraGroup, pad_to_three
 
 
 class Launch(NamedTuple):
@@ -253,7 +253,14 @@ ELEMENTS = 256
 def _sums(q: Tensor, grads: Sequence[Tensor], scales: Sequence[float]) -> tuple[int, tuple, dict[str, int]]:
     """Return programs, arguments and constants of `_sum_splits`: grads[i] += scales[i] * its elements of q."""
     ends = list(itertools.accumulate(grad.numel() for grad in grads))
-    arguments = (q, *three(grads), *three(ends)[:2], q.shape[1], *three([float(scale) for scale in scales]), q.shape[0])
+    arguments = (
+        q,
+        *pad_to_three(grads),
+        *pad_to_three(ends)[:2],
+        q.shape[1],
+        *pad_to_three([float(scale) for scale in scales]),
+        q.shape[0],
+    )
     return -(-q.shape[1] // ELEMENTS), arguments, {"SPLITS_BLOCK": power_of_2(q.shape[0]), "BLOCK": ELEMENTS}
 
 

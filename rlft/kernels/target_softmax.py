@@ -38,9 +38,9 @@ BLOCK = 4096
 FAR = 16.0
 """Largest d for which exponentials are not relative to the maximum m: the logarithm of such a sum has an error of m
 roundings, and so does the entropy's Jacobian."""
-HALF = 2.0**15
+MAX_FP16_WEIGHT = 2.0**15
 """Largest weight of a row in fp16, whose largest number is 65,504."""
-LEAST_ENTROPY = 2.0**-12
+MIN_ENTROPY = 2.0**-12
 """Smaller entropies count as this where weights are scaled by them, since FAR allows errors of 1e-6."""
 
 
@@ -391,7 +391,7 @@ def _launch_weights(
         CAPPED=softcap is not None,
         FAR=FAR,
         ENTROPY=entropy,
-        LARGEST=HALF,
-        LEAST=LEAST_ENTROPY,
+        LARGEST=MAX_FP16_WEIGHT,
+        LEAST=MIN_ENTROPY,
         num_warps=8,
     )

@@ -49,7 +49,7 @@ def adapter_problem(layers: Sequence[FusedLayer]) -> str | None:
     return "different adapters are active in different layers" if len(active_sets) > 1 else None
 
 
-def hooked(parts: Sequence[nn.Module]) -> str | None:
+def hook_problem(parts: Sequence[nn.Module]) -> str | None:
     """Return which module has a hook or a replaced `forward`, which fused layers would not call; None if none has."""
     for part in parts:
         name = type(part).__name__
@@ -86,7 +86,7 @@ def state_of(part: nn.Module) -> Iterator[tuple]:
             )
 
 
-def unfit(layers: Sequence[FusedLayer], config: Any, family: Family) -> str | None:
+def layers_problem(layers: Sequence[FusedLayer], config: Any, family: Family) -> str | None:
     """Return why the kernels cannot run these layers; None if they can."""
     for name in family.dropouts:
         if getattr(config, name, 0):

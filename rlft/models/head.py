@@ -26,7 +26,7 @@ def head_matrix(head: nn.Linear) -> Tensor:
     return widened
 
 
-def with_one(hidden: Tensor, columns: int) -> Tensor:
+def append_ones(hidden: Tensor, columns: int) -> Tensor:
     """Append a column of ones and columns of zeros to states [N, H]: [N, columns]."""
     extra = torch.zeros(hidden.shape[0], columns - hidden.shape[1], dtype=hidden.dtype, device=hidden.device)
     extra[:, 0] = 1

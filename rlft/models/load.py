@@ -29,7 +29,7 @@ from rlft.models import targets
 from rlft.models.adapter import lora_parameters
 from rlft.models.fused.decoder import fuse
 from rlft.models.kind import attention_of, causal
-from rlft.models.locate import Location, load_tokenizer, locate, not_found
+from rlft.models.locate import Location, load_tokenizer, locate, not_found_error
 
 DEVICES = ("auto", "cpu", "cuda")
 DTYPES = ("auto", "float64", "float32", "bfloat16", "float16")
@@ -160,7 +160,7 @@ def load_base(cfg: Config | Base, device: torch.device, note: Callable[[str], No
     with _explained(cfg.model), _progress(), _quiet(plan.note is not None):
         model = _from_gguf(cfg.model, plan, device) if plan.where.gguf else _from_files(cfg.model, plan, device)
     if plan.kept != "none":
-        quant.settle(cfg.model, model, device)
+        quant.configure_bitsandbytes(cfg.model, model, device)
     head = model.get_output_embeddings()
     if not head.weight.is_floating_point():
         raise ConfigError(
@@ -181,7 +181,7 @@ def _from_files(model: str, plan: BaseInfo, device: torch.device) -> Any:
     if plan.quantised:
         quant.compute_in(plan.config, plan.dtype)
     elif plan.kept != "none":
-        options["quantization_config"] = quant.recipe(plan.kept, plan.dtype)
+        options["quantization_config"] = quant.quantization_config(plan.kept, plan.dtype)
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         plan.where.path,
         config=plan.config,
@@ -229,7 +229,7 @@ def _from_gguf(name: str, plan: BaseInfo, device: torch.device) -> Any:
             dtype=plan.dtype,
             attn_implementation="sdpa",
             device_map={"": device},
-            quantization_config=quant.recipe(plan.kept, plan.dtype),
+            quantization_config=quant.quantization_config(plan.kept, plan.dtype),
         )
         model.generation_config = generation
     # PEFT writes this into adapter_config.json as the base: the name works elsewhere, a local path would not.
@@ -253,7 +253,7 @@ def _explained(model: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise not_found(model, error) from error
+        raise not_found_error(model, error) from error
     except ConfigError:
         raise
     except (ValueError, ImportError, SafetensorError) as error:
@@ -374,7 +374,7 @@ def changed_dropout(lora: Lora) -> str | None:
 
 def _check_targets(model: PeftModel, lora: Lora, wanted: LoraConfig) -> None:
     """Raise ConfigError if a continued adapter is on other weights than a new one would be. wanted: from `resolve`."""
-    requested, attached = targets.compared(model, wanted)
+    requested, attached = targets.requested_and_attached(model, wanted)
     if attached == requested:
         return
     leaves = [

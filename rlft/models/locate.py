@@ -59,10 +59,10 @@ def load_tokenizer(model: str) -> Any:
     try:
         return AutoTokenizer.from_pretrained(location.path, **({"gguf_file": location.gguf} if location.gguf else {}))
     except OSError as error:
-        raise not_found(model, error) from error
+        raise not_found_error(model, error) from error
 
 
-def not_found(model: str, error: Exception) -> ConfigError:
+def not_found_error(model: str, error: Exception) -> ConfigError:
     """Build the error for a model that neither this machine nor the hub has."""
     first_line = str(error).strip().splitlines()[0]
     return ConfigError(

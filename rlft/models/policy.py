@@ -27,7 +27,7 @@ from rlft.models.adapter import FlatAdapter
 from rlft.models.fused import memory
 from rlft.models.fused.decoder import FusedDecoder, fuse
 from rlft.models.fused.token_budget import ALONE, BUDGETS, Group, token_budget
-from rlft.models.head import head_matrix, scale_of, softcap_of, with_one
+from rlft.models.head import append_ones, head_matrix, scale_of, softcap_of
 from rlft.models.quantization import mixes_rows
 from rlft.models.structure import decoder_of, unpackable
 from rlft.types import Batch
@@ -194,11 +194,11 @@ class Policy:
         """Return the head's input [N, H] where each of `trained` is predicted. batch, trained: in host memory."""
         if not self.packed:
             states = padded.Rows.of(batch, trained, self.device).hidden(self._decoder).to(self._head.dtype)
-            return with_one(states, self._head.shape[1]) if self._bias else states
+            return append_ones(states, self._head.shape[1]) if self._bias else states
         positions, rows = (upload(tensor, self.device) for tensor in (batch.position_ids, batch.source[trained]))
         if self.fused is None:
             states = packed.hidden(self._decoder, ids, positions, sequences, rows)
-            return with_one(states, self._head.shape[1]) if self._bias else states
+            return append_ones(states, self._head.shape[1]) if self._bias else states
         embedded = self._decoder.get_input_embeddings()(ids)
         hidden = self.fused.hidden(embedded, positions, sequences, self.flat.gradients, plan)
         # The norm acts on each row alone, so only the selected rows need it.

@@ -62,7 +62,7 @@ def choose_kind(model: str, wanted: str, files: str, device: torch.device) -> st
     return kind
 
 
-def recipe(kept: str, dtype: torch.dtype) -> Any:
+def quantization_config(kept: str, dtype: torch.dtype) -> Any:
     """Return transformers' settings for quantizing to "nf4" (with 8-bit scales) or "int8".
 
     dtype: of the matrix products.
@@ -106,7 +106,7 @@ def cast_plain(model: Any, dtype: torch.dtype) -> None:
             tensor.data = tensor.data.to(torch.float32 if in_fp32 else dtype)
 
 
-def settle(name: str, model: nn.Module, device: torch.device) -> None:
+def configure_bitsandbytes(name: str, model: nn.Module, device: torch.device) -> None:
     """Keep bitsandbytes from rewriting weights and from repeating a warning.
 
     name: the setting `model`. Raises ConfigError for layers whose products it computes wrongly on a CPU.
@@ -130,8 +130,8 @@ def settle(name: str, model: nn.Module, device: torch.device) -> None:
             module.support_avx512bf16_for_cpu = False
     # It warns at every product that it multiplies in fp16, as LLM.int8 always does. Once is enough.
     logger = logging.getLogger("bitsandbytes.autograd._functions")
-    if not any(isinstance(log_filter, Once) for log_filter in logger.filters):
-        logger.addFilter(Once())
+    if not any(isinstance(log_filter, OncePerMessage) for log_filter in logger.filters):
+        logger.addFilter(OncePerMessage())
 
 
 def check_share(name: str, kept: str, model: Any) -> None:
@@ -168,7 +168,7 @@ def mixes_rows(model: nn.Module) -> bool:
     return any(getattr(getattr(module, "state", None), "threshold", 0.0) > 0 for module in model.modules())
 
 
-class Once(logging.Filter):
+class OncePerMessage(logging.Filter):
     """A logging filter that passes each message only once."""
 
     def __init__(self) -> None:

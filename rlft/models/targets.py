@@ -148,7 +148,7 @@ def _rewritten(base: Any, modules: Iterable[str]) -> set[str]:
     return requested - set(config.target_modules or ())
 
 
-def compared(model: PeftModel, wanted: LoraConfig) -> tuple[set[str], set[str]]:
+def requested_and_attached(model: PeftModel, wanted: LoraConfig) -> tuple[set[str], set[str]]:
     """Return the full names of the weights that should have an adapter, and of those that have one. wanted: from
     `resolve`."""
     requested = {*(wanted.target_modules or ()), *(wanted.target_parameters or ())}
@@ -160,7 +160,7 @@ def check_attached(model: PeftModel, wanted: LoraConfig) -> None:
 
     wanted: from `resolve`, copied before PEFT changes it.
     """
-    requested, attached = compared(model, wanted)
+    requested, attached = requested_and_attached(model, wanted)
     if attached != requested:
         raise ConfigError(
             f"lora.targets: PEFT left out {len(requested - attached)} of the {len(requested)} weights to adapt and "

@@ -242,7 +242,7 @@ def running(values: Sequence[float | None]) -> list[float | None]:
     return pass_(pass_(values, median), mean)
 
 
-def described(rows: Rows, algorithm: str) -> dict[str, list[tuple[int, str]]]:
+def health_messages(rows: Rows, algorithm: str) -> dict[str, list[tuple[int, str]]]:
     """Return rule -> (step, text) of each of its messages. rows: steps and evaluations in order."""
     messages: dict[str, list[tuple[int, str]]] = {}
     for i, row in enumerate(rows):

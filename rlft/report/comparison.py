@@ -191,7 +191,7 @@ def description(columns: Sequence[Column]) -> str:
     """Return a table of health messages of each run: steps and last text."""
     lines = []
     for column in columns:
-        for name, messages in charts.described(column.rows, algorithm_of(column.config)).items():
+        for name, messages in charts.health_messages(column.rows, algorithm_of(column.config)).items():
             steps_text = where(charts.spans([step for step, _ in messages]))
             lines.append([column.name, name.replace("_", " "), steps_text, messages[-1][1]])
     return table(["run", "rule", "when", "what"], lines) if lines else "<p>Nothing to report about any of them.</p>"

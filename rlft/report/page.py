@@ -48,7 +48,7 @@ def page(run: Run) -> str:
     rows = run.metrics()
     steps, evaluations = parts_of(rows)
     config = config_of(run)
-    messages = charts.described(rows, algorithm_of(config))
+    messages = charts.health_messages(rows, algorithm_of(config))
     toml = run.config.read_text(encoding="utf-8") if run.config.exists() else ""
     body = "\n".join(
         [

@@ -66,7 +66,7 @@ class Limit:
 
 
 @dataclass(frozen=True)
-class Compared:
+class ComparedSequence:
     """One sequence with its log-prob differences between engine and trainer."""
 
     row: int
@@ -84,7 +84,7 @@ class Compared:
         return self.d[~self.d.isnan()].abs()
 
 
-def sequences(seen: Sequence[tuple[Tensor, Batch]]) -> list[Compared]:
+def sequences(seen: Sequence[tuple[Tensor, Batch]]) -> list[ComparedSequence]:
     """Split the micro-batches into sequences. seen: (trainer's log-probs [T], micro-batch) pairs."""
     compared = []
     for logprobs, batch in seen:
@@ -95,7 +95,7 @@ def sequences(seen: Sequence[tuple[Tensor, Batch]]) -> list[Compared]:
         parts = zip(d.split(sizes), batch.position_ids.cpu().split(sizes), batch.group_ids.tolist(), strict=True)
         real = [(differences, positions) for differences, positions, group in parts if group >= 0]
         compared += [
-            Compared(row, batch, differences, positions)
+            ComparedSequence(row, batch, differences, positions)
             for row, (differences, positions) in zip(batch.rows, real, strict=True)
         ]
     return compared
@@ -104,7 +104,9 @@ def sequences(seen: Sequence[tuple[Tensor, Batch]]) -> list[Compared]:
 Score = Callable[[Batch], Tensor]
 
 
-def cause(worst: Sequence[Compared], every: Sequence[Compared], score: Score, rollouts: Sequence[Rollout]) -> str:
+def cause(
+    worst: Sequence[ComparedSequence], every: Sequence[ComparedSequence], score: Score, rollouts: Sequence[Rollout]
+) -> str:
     """Describe the likely cause: dropout, packing, temperature, positions, token ids or numerics.
 
     worst: a few of the sequences beyond the limit. every: all sequences of the step. score: Policy.score.
@@ -149,7 +151,7 @@ def cause(worst: Sequence[Compared], every: Sequence[Compared], score: Score, ro
     return "Numerics fit the numbers: another dtype, a stale adapter, or kernels that round differently."
 
 
-def position(every: Sequence[Compared]) -> tuple[int, float, float] | None:
+def position(every: Sequence[ComparedSequence]) -> tuple[int, float, float] | None:
     """Find the position p from which tokens disagree, as (p, mean |d| before p, mean |d| from p on), or None.
 
     Most tokens from p on must disagree, in two sequences, or in one that also has eight good tokens before p: a
@@ -184,7 +186,7 @@ def _alone(rollout: Rollout, temperature: float) -> list[Batch]:
     return pack([rollout], torch.ones(1), plan, count([rollout], plan))
 
 
-def _mean_difference(compared: Sequence[Compared], rows: set[int] | None) -> float:
+def _mean_difference(compared: Sequence[ComparedSequence], rows: set[int] | None) -> float:
     """Return mean |d| over the tokens of the sequences in `rows` (None: all); infinite over no token."""
     values = torch.cat([sequence.trained for sequence in compared if rows is None or sequence.row in rows])
     return float(values.mean()) if len(values) else math.inf

@@ -41,7 +41,7 @@ def pass_at_k(samples: int, successes: int, k: int) -> float:
     return 1 - math.comb(samples - successes, k) / math.comb(samples, k)
 
 
-def mean_of(rows: Sequence[float]) -> Estimate:
+def estimate_mean(rows: Sequence[float]) -> Estimate:
     """Return mean, standard error and 95% interval of one value per row.
 
     The interval is Wilson's where every value is 0 or 1 (it stays within [0, 1] and holds for few rows and at 0% or
@@ -50,10 +50,10 @@ def mean_of(rows: Sequence[float]) -> Estimate:
     if rows and all(value in (0.0, 1.0) for value in rows):
         low, high = wilson(sum(rows), len(rows))
         return _estimate(rows, low, high)
-    return difference_of(rows)
+    return estimate_difference(rows)
 
 
-def difference_of(rows: Sequence[float]) -> Estimate:
+def estimate_difference(rows: Sequence[float]) -> Estimate:
     """Return mean, standard error and bootstrap 95% interval of one difference per row."""
     return _estimate(rows, *bootstrap(rows))
 

@@ -39,7 +39,7 @@ from rlft.rewards.score import RewardFunction, score
 from rlft.rollout.engine import Engine
 from rlft.rollout.replay import ReplayEngine
 from rlft.trainer.broken import not_finite
-from rlft.trainer.estimates import Estimate, difference_of, mean_of, pass_at_k
+from rlft.trainer.estimates import Estimate, estimate_difference, estimate_mean, pass_at_k
 from rlft.trainer.metrics import Metrics
 from rlft.trainer.prepare import PackedStep, estimator_inputs
 from rlft.types import PackPlan, Prompt, Rollout, Stat
@@ -127,7 +127,7 @@ def averages(rows: Sequence[Sequence[float]], cfg: Eval) -> dict[str, float]:
     for name in _names(cfg):
         of_rows = [row[name] for row in values if name in row]
         if of_rows:
-            metrics |= _named(name, mean_of(of_rows))
+            metrics |= _named(name, estimate_mean(of_rows))
     return metrics
 
 
@@ -142,7 +142,7 @@ def change(before: Mapping[int, Sequence[float]], now: Mapping[int, Sequence[flo
     for name in _names(cfg):
         differences = [new[name] - old[name] for old, new in pairs if name in old and name in new]
         if differences:
-            metrics |= _named(f"{name}_change", difference_of(differences))
+            metrics |= _named(f"{name}_change", estimate_difference(differences))
     return metrics
 
 

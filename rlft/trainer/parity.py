@@ -27,7 +27,7 @@ from rlft.dist import max_tensor
 from rlft.errors import ParityError
 from rlft.rollout.engine import asleep
 from rlft.trainer.broken import not_finite, unsampled
-from rlft.trainer.disagreement import CAP, SPREAD, Compared, Limit, Score, cause, sequences
+from rlft.trainer.disagreement import CAP, SPREAD, ComparedSequence, Limit, Score, cause, sequences
 from rlft.types import Batch, PackPlan, Prompt, Rollout
 
 EDGES = torch.logspace(-7, 2, 181, dtype=torch.float64)
@@ -147,7 +147,7 @@ class Mismatch:
         above = (means - limit.allowed(tokens)).amax(0, keepdim=True) if len(tokens) else torch.tensor([-math.inf])
         return float(max_tensor(above.double()))
 
-    def sequences(self) -> list[Compared]:
+    def sequences(self) -> list[ComparedSequence]:
         """Return every compared sequence of this rank. Slow; for diagnosis only."""
         return [
             sequence

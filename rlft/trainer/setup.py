@@ -20,7 +20,7 @@ from rlft.algos.algorithm import Algorithm, build_algorithm, describe
 from rlft.config.data import Reward
 from rlft.config.files import to_toml
 from rlft.config.run import Config
-from rlft.data.prompts import Prompts, digest, hold_out, load_prompts, without
+from rlft.data.prompts import Prompts, digest, exclude_prompts, hold_out, load_prompts
 from rlft.environment import untested
 from rlft.errors import ConfigError, DataError, TrainError
 from rlft.models import targets
@@ -294,7 +294,7 @@ def load_prompts_of(
     if len(evals.prompts) < cfg.eval.rows:
         raise DataError(f"eval.rows = {cfg.eval.rows}: eval.data has {len(evals.prompts)} usable rows; lower eval.rows")
     eval_prompts = evals.prompts[: cfg.eval.rows]
-    rest = without(data.prompts, eval_prompts)
+    rest = exclude_prompts(data.prompts, eval_prompts)
     if not rest:
         raise DataError(
             "eval.data: every training row has a prompt that is evaluated on; give other rows to one of them"

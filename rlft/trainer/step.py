@@ -56,7 +56,7 @@ def learn(
     skip = cfg.packing.skip_zero_advantage and algorithm.zero_adv_zero_grad
     runnable = [to_run(part, skip) for part in packed]
     # Old and new log-probs come from the same batches: another packing would add kernel noise to their ratio.
-    batches = retry(lambda: [[filled(session, batch) for batch in part] for part in runnable])
+    batches = retry(lambda: [[add_other_logprobs(session, batch) for batch in part] for part in runnable])
     for batch in chain(*batches) if algorithm.old == "trainer" else ():
         assert batch.old_logprobs is not None
         mismatch.add(batch.old_logprobs, batch)
@@ -85,7 +85,7 @@ def minibatches(session: Session, rollouts: list[Rollout], rewards: Tensor, adva
     return packed
 
 
-def prepared(session: Session, rollouts: list[Rollout], batches: list[Batch]) -> dict[str, float]:
+def prepare_update(session: Session, rollouts: list[Rollout], batches: list[Batch]) -> dict[str, float]:
     """Return `Batch.prepared` of an update: numbers the loss needs from the whole update, under its initial policy.
 
     batches: all micro-batches of the update, including those that are not run.
@@ -97,7 +97,7 @@ def prepared(session: Session, rollouts: list[Rollout], batches: list[Batch]) ->
     return session.state.adapted | session.algorithm.prepare(view, session.algorithm.config)
 
 
-def filled(session: Session, batch: Batch) -> Batch:
+def add_other_logprobs(session: Session, batch: Batch) -> Batch:
     """Add the reference and old log-probs that the loss needs. Called before the first update of the step."""
     if session.algorithm.needs_reference:
         batch = session.reference.fill(batch)
@@ -132,11 +132,11 @@ def train_on(
     def lower() -> str:
         message = policy.lower()
         if start is not None:
-            queue[len(updates) :] = planned_again(session, queue[len(updates) :], start)
+            queue[len(updates) :] = replan(session, queue[len(updates) :], start)
         return message
 
     def attempt() -> list[tuple[Tensor, Batch, Stats]]:
-        numbers = prepared(session, rollouts, whole[len(updates)])
+        numbers = prepare_update(session, rollouts, whole[len(updates)])
         return forward_backward(session, queue[len(updates)], numbers, done, total)
 
     while len(updates) < len(queue):
@@ -177,13 +177,13 @@ def forward_backward(
     return passes
 
 
-def planned_again(session: Session, parts: list[list[Batch]], start: Tensor) -> list[list[Batch]]:
+def replan(session: Session, parts: list[list[Batch]], start: Tensor) -> list[list[Batch]]:
     """Plan the micro-batches again, and recompute their old log-probs under the adapter `start` [numel]."""
     flat = session.policy.adapter_params.data
     current = flat.clone()
     flat.copy_(start)
     try:
-        return [[filled(session, replace(batch, plan=None)) for batch in part] for part in parts]
+        return [[add_other_logprobs(session, replace(batch, plan=None)) for batch in part] for part in parts]
     finally:
         flat.copy_(current)
 

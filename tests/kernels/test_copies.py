@@ -7,7 +7,7 @@ import pytest
 import torch
 from kernel_rule import DEVICE, DTYPES, assert_rule, assert_survives_stream_and_graph
 
-from rlft.kernels.copies import Copies, copied, launch_summed, summed, summed_reference
+from rlft.kernels.copies import Copies, gather_copies, launch_summed, sum_copies, summed_reference
 
 INDICES = {
     "none": ([], 3),
@@ -40,8 +40,8 @@ def test_the_sum_is_the_gradient_of_the_copies() -> None:
         copies, rows = made(case, "cpu")
         x = torch.randn(rows, 2, 3, dtype=torch.float64, requires_grad=True)
         d = torch.randn(copies.index.numel(), 2, 3, dtype=torch.float64)
-        (want,) = torch.autograd.grad(copied(x, copies), x, d)
-        assert torch.allclose(summed(d, copies), want)
+        (want,) = torch.autograd.grad(gather_copies(x, copies), x, d)
+        assert torch.allclose(sum_copies(d, copies), want)
 
 
 def test_copies_of_a_row_are_listed_in_order() -> None:
@@ -63,9 +63,9 @@ def test_large_shapes_streams_and_graphs() -> None:
     copies = Copies.of(np.concatenate(index), int(bounds[-1]), torch.device("cuda"))
     qkv = torch.randn(int(bounds[-1]), 48, 128, device="cuda", dtype=torch.bfloat16)
     d = torch.randn(copies.index.numel(), 8, 128, device="cuda", dtype=torch.bfloat16)
-    assert_rule("sum", summed(d, copies), summed_reference(d, copies), summed_reference(d.double(), copies), 2)
-    assert_survives_stream_and_graph(lambda: (copied(qkv[:, 32:40], copies), summed(d, copies)))
+    assert_rule("sum", sum_copies(d, copies), summed_reference(d, copies), summed_reference(d.double(), copies), 2)
+    assert_survives_stream_and_graph(lambda: (gather_copies(qkv[:, 32:40], copies), sum_copies(d, copies)))
     wide = torch.zeros(2**20 + 1, 2, 1024, device="cuda", dtype=torch.bfloat16)
     wide[-1] = 1
     last = Copies.of(np.array([2**20, 2**20]), 2**20 + 1, torch.device("cuda"))
-    assert copied(wide, last).sum() == 4096 and summed(copied(wide, last), last)[-1].sum() == 4096
+    assert gather_copies(wide, last).sum() == 4096 and sum_copies(gather_copies(wide, last), last)[-1].sum() == 4096

@@ -21,7 +21,7 @@ import pytest
 pytest.importorskip("triton", reason="Triton is for Linux on x86_64")
 
 from rlft.kernels.launch import VARYING
-from rlft.kernels.target_softmax import FAR, HALF, LEAST_ENTROPY
+from rlft.kernels.target_softmax import FAR, MAX_FP16_WEIGHT, MIN_ENTROPY
 
 ARCHITECTURES = (80, 86, 89, 90)
 SHARED_MEMORY = 99 * 1024
@@ -214,7 +214,7 @@ CASES = [
         head(
             "_weights_kernel",
             "*fp32 *fp32 ",
-            {"CAPPED": entropy, "ENTROPY": entropy, "LARGEST": HALF, "LEAST": LEAST_ENTROPY},
+            {"CAPPED": entropy, "ENTROPY": entropy, "LARGEST": MAX_FP16_WEIGHT, "LEAST": MIN_ENTROPY},
             8,
         )
         for entropy in (False, True)

@@ -22,7 +22,7 @@ from rlft.batch import count, pack
 from rlft.config.run import Optim
 from rlft.kernels import attention_backends
 from rlft.kernels.attention import Keys, Sequences, varlen_attention, varlen_attention_reference
-from rlft.kernels.copies import Copies, copied, launch_summed, summed_reference
+from rlft.kernels.copies import Copies, gather_copies, launch_summed, summed_reference
 from rlft.models.fused import graphs
 from rlft.models.policy import Policy
 from rlft.trainer.optim import Optimizer
@@ -42,13 +42,13 @@ def drawn(draw: random.Random) -> Sequences:
 
 
 def filled(s: Sequences) -> Sequences:
-    return s._replace(bounds=(*s.bounds, graphs.padded(s.bounds[-1])), prefix=(*s.prefix, -1))
+    return s._replace(bounds=(*s.bounds, graphs.round_up(s.bounds[-1])), prefix=(*s.prefix, -1))
 
 
 @pytest.mark.parametrize("seed", range(40))
 def test_a_bucket_has_room_for_its_pass_and_for_the_sequence_that_fills_it(seed: int) -> None:
     s = drawn(random.Random(seed))
-    T, rows, shared = s.bounds[-1], graphs.padded(s.bounds[-1]), max(s.prefix) >= 0
+    T, rows, shared = s.bounds[-1], graphs.round_up(s.bounds[-1]), max(s.prefix) >= 0
     seen = {window: Keys.seen(filled(s), window) for window in ((None, 100) if shared else ())}
     size = graphs._bucket(filled(s), rows, seen)
     lengths = [b - a for a, b in itertools.pairwise((*s.bounds, rows))]
@@ -62,7 +62,7 @@ def test_a_bucket_has_room_for_its_pass_and_for_the_sequence_that_fills_it(seed:
         # The pass's own keys as without a bucket, and behind them the rest, which sees itself.
         assert (index[: want.size] == want).all() and index[want.size :].tolist() == list(range(T, rows))
         assert bounds == [*before, want.size + rows - T]
-        assert graphs.room(graphs.copied_keys(s, rows), rows) >= place, "what the memory plan counts"
+        assert graphs.key_capacity(graphs.count_keys(s, rows), rows) >= place, "what the memory plan counts"
 
 
 def garbage(rows: int, keys: int, device: str) -> Any:
@@ -119,15 +119,15 @@ def test_kernels_read_no_more_of_the_buffers_than_was_filled() -> None:
         static, number = graph.keys[None].copies, fresh.index.numel()
         x, d = (torch.randn(n, 1, 4, generator=g).to(DEVICE) for n in (rows, 5 * rows))
         d[number:] = math.nan
-        assert torch.equal(copied(x, static)[:number], x[fresh.index])
+        assert torch.equal(gather_copies(x, static)[:number], x[fresh.index])
         assert torch.allclose(launch_summed(d, static), summed_reference(d[:number], fresh), atol=1e-5)
 
 
 def test_rows_are_padded_by_a_quarter_at_most_where_they_are_many() -> None:
     for rows in (*range(1, 3000, 7), 32_767, 32_769):
-        padded = graphs.padded(rows)
+        padded = graphs.round_up(rows)
         assert rows <= padded < rows + max(graphs.ROWS, rows / 4 + 1)
-    assert len({graphs.padded(rows) for rows in range(16_384, 32_768)}) <= 5
+    assert len({graphs.round_up(rows) for rows in range(16_384, 32_768)}) <= 5
 
 
 class Fake:

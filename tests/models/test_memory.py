@@ -16,7 +16,7 @@ from rlft.models.fused.memory import (
     backward_work,
     choose_plan,
     evaluate,
-    exposed,
+    exposed_copy_seconds,
     forward_work,
     head_work,
     on_host,
@@ -136,9 +136,12 @@ def test_copies_back_from_the_host_are_in_the_plan_of_the_layers_above() -> None
 
 def test_copies_to_the_host_cost_time_where_the_products_beside_them_are_shorter() -> None:
     """An 8B layer runs 0.64 us per token forward and has 16.5 KB to move, 0.33 us; a narrow one has no such time."""
-    assert exposed(QWEN3_8B, 4) == exposed(QWEN3_8B, 5) == 0 and exposed(QWEN3_8B, 0) == 0
+    assert (
+        exposed_copy_seconds(QWEN3_8B, 4) == exposed_copy_seconds(QWEN3_8B, 5) == 0
+        and exposed_copy_seconds(QWEN3_8B, 0) == 0
+    )
     narrow = replace(QWEN3_8B, hidden=1024, q=1024, intermediate=3072, q_heads=8)
-    assert exposed(narrow, 5) == 0 < exposed(narrow, 4)
+    assert exposed_copy_seconds(narrow, 5) == 0 < exposed_copy_seconds(narrow, 4)
     kept = choose_plan(narrow, 32768, 32768, 4 * GIB, 100 * GIB)
     assert 4 not in kept.levels, str(kept)
 

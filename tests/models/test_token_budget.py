@@ -18,7 +18,7 @@ from rlft.algos.algorithm import build_algorithm
 from rlft.batch import count, pack
 from rlft.config.data import Data, Sampling
 from rlft.config.run import Algo, Config, Packing
-from rlft.models.fused.memory import CAPTURED, GIB, choose_plan, scratch
+from rlft.models.fused.memory import GIB, GRAPH_MEMORY_SHARE, choose_plan, scratch
 from rlft.models.fused.token_budget import ALONE, BUDGETS, Group, token_budget
 from rlft.trainer.plans import pack_plan_of
 from rlft.types import PackPlan, Prompt, Rollout
@@ -46,7 +46,7 @@ def test_passes_that_graphs_can_run_have_no_launches_to_wait_for() -> None:
         tokens = token_budget(small, gib * GIB, 100 * GIB)
         plan = choose_plan(small, tokens, tokens, gib * GIB, 100 * GIB)
         # More would be launched, and wait for the host.
-        assert not any(plan.levels) and plan.peak - scratch(small, plan.store) <= CAPTURED * gib * GIB
+        assert not any(plan.levels) and plan.peak - scratch(small, plan.store) <= GRAPH_MEMORY_SHARE * gib * GIB
         assert tokens == BUDGETS[0] if gib == 60 else BUDGETS[-1] < tokens < BUDGETS[0]
     assert token_budget(small, 2 * GIB, 100 * GIB) == BUDGETS[0], "where none can be captured, many wait least"
 

@@ -8,7 +8,7 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from rlft.trainer.estimates import Z, bootstrap, difference_of, mean_of, pass_at_k, wilson
+from rlft.trainer.estimates import Z, bootstrap, estimate_difference, estimate_mean, pass_at_k, wilson
 
 
 def test_pass_at_k_is_the_share_of_choices_that_hold_a_success() -> None:
@@ -43,7 +43,7 @@ def test_wilsons_interval_has_the_published_values_and_stays_within_0_and_1() ->
 
 def test_shares_take_wilsons_interval_and_other_means_the_bootstraps() -> None:
     zeros_and_ones, others = [1.0] * 30 + [0.0] * 70, [0.5] * 30 + [0.1] * 70
-    share, mean = mean_of(zeros_and_ones), mean_of(others)
+    share, mean = estimate_mean(zeros_and_ones), estimate_mean(others)
     assert (share.low, share.high) == wilson(30, 100) and share.mean == pytest.approx(0.3)
     assert (mean.low, mean.high) == bootstrap(others)
     # Standard errors by hand: the sample standard deviation over sqrt(rows).
@@ -53,18 +53,18 @@ def test_shares_take_wilsons_interval_and_other_means_the_bootstraps() -> None:
 
 def test_the_bootstrap_is_repeatable_and_near_the_normal_interval_where_that_holds() -> None:
     rows = np.random.default_rng(3).normal(2.0, 1.0, 400).tolist()
-    found = mean_of(rows)
-    assert mean_of(rows) == found
+    found = estimate_mean(rows)
+    assert estimate_mean(rows) == found
     assert found.low == pytest.approx(found.mean - Z * found.stderr, abs=0.1 * found.stderr * Z)
     assert found.high == pytest.approx(found.mean + Z * found.stderr, abs=0.1 * found.stderr * Z)
 
 
 def test_differences_never_take_wilsons_interval() -> None:
-    found = difference_of([1.0, 0.0, 1.0, 0.0, 1.0, 1.0])
+    found = estimate_difference([1.0, 0.0, 1.0, 0.0, 1.0, 1.0])
     assert (found.low, found.high) == bootstrap([1.0, 0.0, 1.0, 0.0, 1.0, 1.0])
-    assert difference_of([0.0, 0.0]) == (0.0, 0.0, 0.0, 0.0)
+    assert estimate_difference([0.0, 0.0]) == (0.0, 0.0, 0.0, 0.0)
 
 
 def test_too_few_rows_have_no_error() -> None:
-    one, none = mean_of([0.5]), mean_of([])
+    one, none = estimate_mean([0.5]), estimate_mean([])
     assert one.mean == 0.5 and all(map(math.isnan, one[1:])) and all(map(math.isnan, none))

@@ -24,11 +24,11 @@ from rlft.kernels import rms_norm
 from rlft.kernels.attention import Sequences
 from rlft.models import families, kv_cache, rope
 from rlft.models.families import Family
-from rlft.models.fusable import adapted, adapter_problem, hooked, parts_of, state_of, unfit
+from rlft.models.fusable import adapted, adapter_problem, hook_problem, layers_problem, parts_of, state_of
 from rlft.models.fused import memory
-from rlft.models.fused.graphs import Graphs, Padded, copied_keys, padded, room, short
+from rlft.models.fused.graphs import Graphs, Padded, count_keys, key_capacity, launch_bound, round_up
 from rlft.models.fused.layer import run_layer
-from rlft.models.fused.layer_modules import FusedLayer, norm_of
+from rlft.models.fused.layer_modules import FusedLayer, describe_norm
 from rlft.models.fused.layer_steps import Pass
 from rlft.models.fused.offload import Offload
 from rlft.models.fused.projection import Store, adapter_tensors
@@ -93,13 +93,13 @@ class FusedDecoder:
         config, final_norm = self.decoder.config, self.decoder.norm
         try:
             self.layers = [FusedLayer(module, i, self.family, config) for i, module in enumerate(self.decoder.layers)]  # type: ignore[arg-type]
-            self._problem = unfit(self.layers, config, self.family)
+            self._problem = layers_problem(self.layers, config, self.family)
         except ValueError as error:
             self._problem = str(error)
         if self._problem is None and any(trained for *_, trained in states):
             self._problem = "weights of the base are trained"
         if self._problem is None:
-            self.norm = norm_of(final_norm, self.family.gemma)
+            self.norm = describe_norm(final_norm, self.family.gemma)
             self.shape = self._shape()
             if self.norm.weight.is_cuda and self.shape.attention in ("fa4", "fa2"):
                 self.graphs = Graphs()
@@ -107,7 +107,7 @@ class FusedDecoder:
 
     def problem(self) -> str | None:
         """Return why the fused layers cannot run the current modules and adapters; None if they can."""
-        return self._check_modules() or hooked(self._parts) or adapter_problem(self.layers)
+        return self._check_modules() or hook_problem(self._parts) or adapter_problem(self.layers)
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy of a model (deepcopy, pickle) has other modules, which are checked when it first runs.
@@ -143,7 +143,7 @@ class FusedDecoder:
                 return self.hidden(embedded, position_ids, sequences, gradients, plan, padded_to)
         if plan is None:
             rows = embedded.shape[0]
-            plan = self.plan_for(rows, None, copied_keys(sequences, rows) if sequences.copies else 0)
+            plan = self.plan_for(rows, None, count_keys(sequences, rows) if sequences.copies else 0)
         self.ran = plan
         self.store.use(plan.store)
         tables, adapter, rows = self._tables(embedded, position_ids, padded_to), self.adapter(), embedded.shape[0]
@@ -151,7 +151,7 @@ class FusedDecoder:
         if plan.padded:
             batch = Padded.of(self.layers, embedded, tables, sequences, plan.padded)
             if self.graphs is not None and gradients and self._trains(adapter, gradients):
-                limit = memory.CAPTURED * (self.available() + self.graphs.bytes)
+                limit = memory.GRAPH_MEMORY_SHARE * (self.available() + self.graphs.bytes)
                 result = self.graphs.run(self.layers, self.store, adapter, plan, gradients, batch, limit)
                 if result is not None:
                     return result
@@ -178,10 +178,10 @@ class FusedDecoder:
         rows: tokens, of which `trained` reach the head. They are padded where a CUDA graph may run the pass; whether
         one does changes no bit of the result.
         """
-        keys, budget = copied_keys(sequences, rows), self.available()
-        if self.graphs is not None and short(self.shape, rows, keys):
-            bucket = padded(rows)
-            plan = self.plan_for(bucket, trained, room(keys, bucket), budget)
+        keys, budget = count_keys(sequences, rows), self.available()
+        if self.graphs is not None and launch_bound(self.shape, rows, keys):
+            bucket = round_up(rows)
+            plan = self.plan_for(bucket, trained, key_capacity(keys, bucket), budget)
             if memory.capturable(self.shape, plan, budget + self.graphs.bytes):
                 return replace(plan, padded=bucket)
         return self.plan_for(rows, trained, keys if sequences.copies else 0, budget)

@@ -30,10 +30,10 @@ from rlft.kernels.launch import power_of_2
 from rlft.models.fused.layer import Forward, check_versions, versions
 from rlft.models.fused.layer_backward import Backward
 from rlft.models.fused.layer_modules import FusedLayer
-from rlft.models.fused.layer_steps import Kept, Pass
+from rlft.models.fused.layer_steps import Pass, SavedActivations
 from rlft.models.fused.memory import DecoderShape, MemoryPlan
 from rlft.models.fused.projection import Store
-from rlft.models.fused.token_budget import LAUNCHING, device_seconds
+from rlft.models.fused.token_budget import LAUNCH_SECONDS, device_seconds
 
 ROWS = 256
 """Rows are padded to a multiple of this, and large counts more coarsely (`padded`): the changing lengths of steps then
@@ -46,28 +46,28 @@ GRAPHS = 16
 """Maximum number of graphs; the least recently used one is dropped first."""
 
 
-def short(shape: DecoderShape, rows: int, keys: int) -> bool:
+def launch_bound(shape: DecoderShape, rows: int, keys: int) -> bool:
     """Return whether launches bound the time of a pass and it copies few enough keys.
 
     rows: before padding. keys: as `copied_keys` counts them.
     """
-    return keys <= COPIED * rows and 0 < device_seconds(shape, padded(rows)) < LAUNCHING
+    return keys <= COPIED * rows and 0 < device_seconds(shape, round_up(rows)) < LAUNCH_SECONDS
 
 
-def padded(count: int, least: int = ROWS) -> int:
+def round_up(count: int, least: int = ROWS) -> int:
     """Round a count (by default of rows) up to a multiple of `least`, and of a quarter of a power of two."""
     step = max(least, 1 << max(0, count.bit_length() - 3))
     return -(-count // step) * step
 
 
-def copied_keys(sequences: Sequences, rows: int) -> int:
+def count_keys(sequences: Sequences, rows: int) -> int:
     """Count the keys of all sequences, with a copy of a shared prefix for each; 0 if no prefix is shared."""
     bounds = sequences.bounds
     shared = sum(bounds[parent + 1] - bounds[parent] for parent in sequences.prefix if parent >= 0)
     return rows + shared if shared else 0
 
 
-def room(keys: int, rows: int) -> int:
+def key_capacity(keys: int, rows: int) -> int:
     """Return the number of keys that a bucket of `rows` rows has room for: a multiple of half the rows."""
     half = rows // 2
     return -(-keys // half) * half
@@ -184,12 +184,12 @@ class _Graph:
 
         def run(buffers: dict[Tensor, Tensor]) -> tuple[Callable[[], Tensor], Callable[[], None]]:
             pass_ = Pass(bucket.sequences, bucket.tables, store, adapter, plan.levels, plan.tile, True, buffers)  # type: ignore[arg-type]
-            saved: list[Kept] = []
+            saved: list[SavedActivations] = []
 
             def forward() -> Tensor:
                 x = bucket.x
                 for layer in layers:
-                    saved.append(Kept(x))
+                    saved.append(SavedActivations(x))
                     x = Forward(layer, pass_, layer.bind(adapter), x)(x, saved[-1])
                 return x
 
@@ -360,6 +360,6 @@ def _bucket(sequences: Sequences, rows: int, keys_by_window: dict[int | None, tu
     keys = []
     for window, (index, bounds) in keys_by_window.items():
         longest_keys = max(end - start for start, end in pairwise(bounds))
-        keys.append((window, room(index.size, rows), power_of_2(longest_keys)))
+        keys.append((window, key_capacity(index.size, rows), power_of_2(longest_keys)))
     longest = min(rows, max(ROWS, power_of_2(longest)))
-    return _Size(rows, padded(len(sequences.prefix), SEQUENCES), longest, tuple(keys))
+    return _Size(rows, round_up(len(sequences.prefix), SEQUENCES), longest, tuple(keys))

@@ -33,7 +33,7 @@ from torch.autograd.function import once_differentiable
 from rlft.models.fused import ops
 from rlft.models.fused.layer_backward import Backward
 from rlft.models.fused.layer_modules import DOWN, GATE_UP, QKV, FusedLayer
-from rlft.models.fused.layer_steps import Kept, Pass, Steps, tiles
+from rlft.models.fused.layer_steps import Pass, SavedActivations, Steps, tiles
 from rlft.models.fused.projection import adapter_tensors
 
 
@@ -42,7 +42,7 @@ def run_layer(layer: FusedLayer, x: Tensor, run: Pass) -> Tensor:
     bound = layer.bind(run.adapter)
     if not run.keep:
         # Fill what a backward would need and drop it: with the same buffers both cases round alike.
-        return Forward(layer, run, bound, x)(x, Kept(x))
+        return Forward(layer, run, bound, x)(x, SavedActivations(x))
     parameters = adapter_tensors(bound)
     # Where gradients go into the caller's buffers, one parameter is enough for autograd, and each takes host time.
     inputs = (
@@ -71,7 +71,7 @@ def check_versions(before: list[tuple[Tensor, int]], where: str) -> None:
 class Forward(Steps):
     """The forward of one layer."""
 
-    def __call__(self, x: Tensor, saved: Kept) -> Tensor:
+    def __call__(self, x: Tensor, saved: SavedActivations) -> Tensor:
         """Return the layer's output, [T, H], and fill `saved` as far as the level of the layer says."""
         level = self.run.levels[self.layer.index]
         T, qkv_group = x.shape[0], self.bound[QKV].group
@@ -89,7 +89,7 @@ class Forward(Steps):
         del qkv
         return self._mlp(x, attention.out.flatten(1), saved)
 
-    def _mlp(self, x: Tensor, attended: Tensor, saved: Kept) -> Tensor:
+    def _mlp(self, x: Tensor, attended: Tensor, saved: SavedActivations) -> Tensor:
         out, group = torch.empty_like(x), self.bound[GATE_UP].group
         for rows in tiles(x.shape[0], self.run.tile):
             o, _ = self.out(attended[rows])
@@ -121,7 +121,7 @@ class _Layer(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, layer, run, bound, *parameters):  # type: ignore[override]
         level = run.levels[layer.index]
-        saved = Kept(x=None)
+        saved = SavedActivations(x=None)
         out = Forward(layer, run, bound, x)(x, saved)
         if level in (4, 5):
             assert run.offload is not None

@@ -19,7 +19,7 @@ from rlft.kernels.attention import Saved
 from rlft.kernels.low_rank import gradients_a, gradients_b, shrink
 from rlft.models.fused import ops
 from rlft.models.fused.layer_modules import DOWN, GATE_UP, OUT, QKV
-from rlft.models.fused.layer_steps import Kept, Steps, tiles
+from rlft.models.fused.layer_steps import SavedActivations, Steps, tiles
 from rlft.models.fused.projection import Bound
 
 
@@ -69,7 +69,7 @@ class Backward(Steps):
         super().__init__(*args)
         self.grads = Gradients.of(self.bound, self.run.gradients, args[3])
 
-    def __call__(self, dout: Tensor, saved: Kept, input_gradient: bool) -> Tensor | None:
+    def __call__(self, dout: Tensor, saved: SavedActivations, input_gradient: bool) -> Tensor | None:
         """Return dx [T, H], whose rows may have a stride; None without `input_gradient`."""
         x, qkv, s_qkv = saved.x, saved.qkv, saved.s_qkv
         assert x is not None
@@ -116,7 +116,7 @@ class Backward(Steps):
             shrink(group, x, self.weights(i).a, s)
         return s
 
-    def _mlp(self, dout: Tensor, x: Tensor, attended: Tensor, saved: Kept) -> tuple[Tensor, Tensor]:
+    def _mlp(self, dout: Tensor, x: Tensor, attended: Tensor, saved: SavedActivations) -> tuple[Tensor, Tensor]:
         """Return the gradients of mid [T, H + tail] and of attention's output [T, Hq D]: from the layer's output down
         to o."""
         T, H = x.shape
@@ -145,7 +145,7 @@ class Backward(Steps):
             self._gradient_a(OUT, ds, attended[rows])
         return dmid, dattended
 
-    def _gated(self, dout: Tensor, n: Tensor, saved: Kept, rows: slice) -> Tensor:
+    def _gated(self, dout: Tensor, n: Tensor, saved: SavedActivations, rows: slice) -> Tensor:
         """Return the gradient of the MLP norm's output, from the layer's output: down, gate and up, for the rows of a
         tile."""
         H, group = dout.shape[1], self.bound[GATE_UP].group

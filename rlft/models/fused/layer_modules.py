@@ -35,7 +35,7 @@ class FusedLayer:
         )
 
         def norm(name: str) -> ops.Norm:
-            return norm_of(get(name), family.gemma)
+            return describe_norm(get(name), family.gemma)
 
         self.input_norm, self.mlp_norm = norm(family.input_norm), norm(family.mlp_norm)
         self.attention_norm = norm(family.attention_norm) if family.attention_norm else None
@@ -69,7 +69,7 @@ class FusedLayer:
         return tuple(part.unflatten(1, (-1, head_dim)) for part in parts)  # type: ignore[return-value]
 
 
-def norm_of(module: Any, gemma: bool) -> ops.Norm:
+def describe_norm(module: Any, gemma: bool) -> ops.Norm:
     """Describe an RMSNorm of transformers; families differ in the name of its epsilon."""
     eps = module.variance_epsilon if hasattr(module, "variance_epsilon") else module.eps
     return ops.Norm(module.weight.detach(), eps, gemma)

@@ -47,7 +47,7 @@ class Pass:
 
 
 @dataclass
-class Kept:
+class SavedActivations:
     """What the backward of a layer starts from, for T rows. Fields are None where they are recomputed."""
 
     x: Tensor | None

@@ -265,7 +265,7 @@ HOST_BANDWIDTH = 50e9
 """Assumed bytes per second to or from registered host memory. Measured on an H200 machine: 55 GB/s."""
 
 
-def exposed(s: DecoderShape, level: int) -> float:
+def exposed_copy_seconds(s: DecoderShape, level: int) -> float:
     """Return the time of a layer's host copies that matrix products do not hide, in percent of the layer's time. A copy
     to the host overlaps one layer's forward, a copy back one layer's backward."""
     copy, forward = on_host(s, level) / HOST_BANDWIDTH, 2 * s.weights / FLOPS
@@ -278,7 +278,7 @@ def cost_of(
     """Return the approximate cost of a plan, in percent of a step's time. Halving the tile costs one percent; decoding
     takes as long for few rows as for many. again: factor on the costs of the levels."""
     decode = {"shadow": 0, "layer": 16384, "group": 3 * 16384}[how.store] / max(1, rows)
-    level_cost = sum(again * LEVEL_COST[level] + exposed(s, level) for level in levels) / len(levels)
+    level_cost = sum(again * LEVEL_COST[level] + exposed_copy_seconds(s, level) for level in levels) / len(levels)
     return level_cost + TILES.index(how.tile) + decode + (how.chunk_bytes < CHUNK_BYTES)
 
 
@@ -328,7 +328,7 @@ def choose_plan(
     return evaluate(s, rows, trained, (min(s.layers, offloaded), 5, 3), smallest, keys)
 
 
-CAPTURED = 0.25
+GRAPH_MEMORY_SHARE = 0.25
 """Share of the memory that CUDA graphs may hold, and that a pass in a graph may take, weight buffers excluded."""
 
 
@@ -336,7 +336,7 @@ def capturable(s: DecoderShape, plan: MemoryPlan, device_bytes: float) -> bool:
     """Return whether a CUDA graph may run a plan. Nothing may go to the host, no weight buffer may be refilled within a
     layer, and the memory of the graph, which stays allocated, must be small beside that of launched passes."""
     graph_bytes = plan.peak - scratch(s, plan.store)
-    return max(plan.levels) < 4 and plan.store != "group" and graph_bytes <= CAPTURED * device_bytes
+    return max(plan.levels) < 4 and plan.store != "group" and graph_bytes <= GRAPH_MEMORY_SHARE * device_bytes
 
 
 def weight_bytes(model: nn.Module) -> dict[str, int]:

@@ -19,15 +19,15 @@ from rlft.models.fused.memory import FLOPS, DecoderShape, capturable, choose_pla
 
 BUDGETS = (*range(32768, 16384, -4096), *range(16384, 8192, -2048), *range(8192, 6144, -1024), *range(6144, 4095, -512))
 """Tokens per micro-batch that are compared, largest first."""
-LAUNCHING = 3.4e-3
+LAUNCH_SECONDS = 3.4e-3
 """Seconds of host time to launch a layer's forward and backward at L0. Measured by benchmarks/host_time.py on an H100
 machine."""
-LAUNCHING_MORE = 5.9e-3
+LAUNCH_SECONDS_MAX = 5.9e-3
 """Upper bound of the same with shared prompts and weights that are decoded every time. Measured (recorded_tight): time
 per layer of a step of 56 micro-batches of 1,024 tokens, which is bound by launches; head and loss included."""
-BESIDE = 1.35
+LAYER_OVERHEAD = 1.35
 """Time of a layer over that of its matrix products, for sequences with little attention. Measured (recorded_tight)."""
-SHORT = 1.5
+SHORT_SEQUENCE_FACTOR = 1.5
 """Factor on the costs of levels for short sequences, since `LEVEL_COST` was measured at 32,768 tokens. L4 recomputes
 74% of a layer's forward products (all but down), L1 52% (gate, up), and the layers' products are half of a step of an
 8B model (recorded_tight): 20 and 14% of the step if every layer does."""
@@ -71,11 +71,11 @@ def token_budget(s: DecoderShape, device_bytes: float, host_bytes: float, group:
         plan = choose_plan(s, rows, rows, device_bytes, host_bytes)
         if plan.peak > device_bytes:
             return math.inf
-        cost = cost_of(s, plan, plan.levels, rows, SHORT) / 100
+        cost = cost_of(s, plan, plan.levels, rows, SHORT_SEQUENCE_FACTOR) / 100
         device = device_seconds(s, rows)
-        captured = device < LAUNCHING and capturable(s, plan, device_bytes)
-        busy = s.layers * BESIDE * device * (1 + cost) + head_seconds(s, rows)
-        elapsed = max(busy, 0.0 if captured else s.layers * LAUNCHING_MORE)
+        captured = device < LAUNCH_SECONDS and capturable(s, plan, device_bytes)
+        busy = s.layers * LAYER_OVERHEAD * device * (1 + cost) + head_seconds(s, rows)
+        elapsed = max(busy, 0.0 if captured else s.layers * LAUNCH_SECONDS_MAX)
         # Rounded to three digits, so that nearly equal times count as equal.
         return float(f"{elapsed / (rows * group.useful(rows)):.3g}")
 

@@ -29,8 +29,8 @@ from rlft.models.policy import Policy
 from rlft.rollout.engine import check_names, check_read_back, eos_ids
 from rlft.rollout.vllm import start as vllm_start
 from rlft.rollout.vllm.memory import EngineMemory, EngineMode, choose_mode
-from rlft.rollout.vllm.requests import Failed, sample
-from rlft.rollout.vllm.shared_weights import frozen, module_of
+from rlft.rollout.vllm.requests import VllmFailed, sample
+from rlft.rollout.vllm.shared_weights import frozen_weights, module_of
 from rlft.rollout.vllm.start import arguments, defaults_restored, environment, model_folder, quiet
 from rlft.types import Prompt, Rollout
 
@@ -79,7 +79,7 @@ class VllmEngine:
 
     def _start(self) -> None:
         options, device = self._options, self._policy.device
-        weights = frozen(self._policy.base)
+        weights = frozen_weights(self._policy.base)
         self._sizes = EngineMemory.of(
             self._policy, weights, self._dtype, self._longest, self._sequences, options.max_seqs
         )
@@ -354,7 +354,7 @@ class VllmEngine:
                     self._options.deadline,
                     self._progress,
                 )
-        except Failed as failure:
+        except VllmFailed as failure:
             if self._restarted or failure.hangs:
                 raise EngineError(f"vLLM failed while sampling: {failure}") from failure
             self._restarted = True

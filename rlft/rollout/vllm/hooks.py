@@ -45,7 +45,7 @@ from rlft.errors import EngineError
 from rlft.kernels.launch import as_rows
 from rlft.kernels.lora_add import lora_add
 from rlft.rollout.vllm import shared_weights
-from rlft.rollout.vllm.shared_weights import Slot, Weight, WeightCopy, padded, partners
+from rlft.rollout.vllm.shared_weights import Slot, Weight, WeightCopy, padded_view, partners
 
 TESTED_ON_GPU = {("0.23", "V2")}
 TESTED_ON_CPU = {("0.32", "V1")}
@@ -151,7 +151,7 @@ class WeightProvider:
             raise EngineError(
                 f"{name}: {weight.dtype} in the trainer and {parameter.dtype} in vLLM; load the model in one dtype"
             )
-        view = padded(weight, rows)
+        view = padded_view(weight, rows)
         if view is None or (view.shape != parameter.shape and parameter.numel()):
             raise EngineError(
                 f"{name}: {tuple(weight.shape)} in the trainer, {tuple(parameter.shape) or rows} in vLLM: this "

@@ -57,7 +57,7 @@ class EngineMemory:
         sequences: int,
         max_seqs: int,
     ) -> EngineMemory:
-        """Compute the sizes. weights: `shared_weights.frozen` of the base. sequences: completions of a step."""
+        """Compute the sizes. weights: `shared_weights.frozen_weights` of the base. sequences: completions of a step."""
         config: Any = policy.base.config.get_text_config()  # type: ignore[operator,union-attr]
         item = dtype.itemsize
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads

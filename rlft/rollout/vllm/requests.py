@@ -16,7 +16,7 @@ from rlft.rollout.engine import rollout_seed
 from rlft.types import Prompt, Rollout
 
 
-class Failed(Exception):
+class VllmFailed(Exception):
     """vLLM failed. hangs: it also occupies a thread that cannot be stopped."""
 
     def __init__(self, text: str, hangs: bool = False) -> None:
@@ -136,7 +136,7 @@ def _run(
             if progress is not None:
                 progress(len(outputs), len(requests))
             if thread.is_alive() and time.monotonic() - last_step[0] > deadline:
-                raise Failed(f"no step ended for {deadline:g} s (engine.deadline)", hangs=True)
+                raise VllmFailed(f"no step ended for {deadline:g} s (engine.deadline)", hangs=True)
     except BaseException:
         # vLLM keeps requests until they are aborted. A thread that hangs still uses the engine, so it is left alone.
         stop.set()
@@ -145,17 +145,17 @@ def _run(
             engine.abort_request([str(i) for i in range(len(requests))])
         raise
     if errors:
-        raise Failed(f"{type(errors[0]).__name__}: {errors[0]}") from errors[0]
+        raise VllmFailed(f"{type(errors[0]).__name__}: {errors[0]}") from errors[0]
     missing = [i for i in range(len(requests)) if i not in outputs]
     if missing:
-        raise Failed(f"{len(missing)} of {len(requests)} requests came back without an end")
+        raise VllmFailed(f"{len(missing)} of {len(requests)} requests came back without an end")
     return [outputs[i] for i in range(len(requests))]
 
 
 def _rollout(output: Any, text: str, prompt: Prompt, sample: int, seed: int, version: int) -> Rollout:
     ids, logprobs = tuple(output.token_ids), tuple(float(value) for value in output.logprobs.logprobs)
     if output.finish_reason not in ("stop", "length") or len(ids) != len(logprobs):
-        raise Failed(
+        raise VllmFailed(
             f"row {prompt.index}: finish reason {output.finish_reason!r}, {len(ids)} tokens and {len(logprobs)} "
             f"log-probs"
         )

@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from rlft.errors import EngineError
 from rlft.kernels.launch import power_of_2
-from rlft.kernels.lora_add import LEAST_RANK
+from rlft.kernels.lora_add import MIN_RANK
 from rlft.kernels.nf4 import DecodeTables, Nf4Weight
 
 Weight = Tensor | Nf4Weight
@@ -27,7 +27,7 @@ PER_LAUNCH = 7
 """Matrices dequantized by one launch: those of a decoder layer."""
 
 
-def frozen(base: nn.Module) -> dict[str, Weight]:
+def frozen_weights(base: nn.Module) -> dict[str, Weight]:
     """Return transformers' name -> frozen weight, without adapters and PEFT's wrappers.
 
     Tied weights appear under each of their names. Raises EngineError for weights in a form that no engine can share
@@ -93,7 +93,7 @@ def _same(weight: Weight, used: set[int], weights: Mapping[str, Weight]) -> bool
     )
 
 
-def padded(weight: Tensor, rows: int) -> Tensor | None:
+def padded_view(weight: Tensor, rows: int) -> Tensor | None:
     """Return the weight [V, H] as a view [rows, H] that includes the rows after it in memory; None if there are
     none."""
     if weight.shape[0] == rows:
@@ -144,7 +144,7 @@ def module_of(name: str) -> str:
 
 def slot_rank(rank: int) -> int:
     """Return the rank of an adapter's slot: a power of two, as the kernel requires."""
-    return max(LEAST_RANK, power_of_2(rank))
+    return max(MIN_RANK, power_of_2(rank))
 
 
 class SharedLinear:
