@@ -98,7 +98,7 @@ TARGETS = [
         for w in ("handover", "handover-lent", "handover-merged")
         for metric, value in (("seconds", 0.5), ("asleep_above_base_GiB", 1.2), ("asleep_above_trainer_GiB", 1.2))
     ),
-    # Merged weights are written anew at each hand-over.
+    # Merged weights are written again at each hand-over.
     *(Target("rollout", f"{w}/8b", "load_ms", "<=", 50.0) for w in ("handover", "handover-lent")),
     # With the ballast 24 GiB of the card are left, the driver's part included.
     *(

@@ -4,7 +4,7 @@
     python benchmarks/faults.py --stacks rlft trl unsloth --unsloth PATHS --out DIR --commit HASH
     python benchmarks/faults.py --table                                              # the table of the README
 
-Each fault of each stack runs in a process of its own with a time limit, so that a crash or a hang is a result. The
+Each fault of each stack runs in a separate process with a time limit, so that a crash or a hang is a result. The
 models are small and random (`injected/material.py`); the faults themselves are in `injected/rlft_faults.py` and
 `injected/trl_faults.py`, whose trainers run Unsloth's models too. `--unsloth` is put before PYTHONPATH for Unsloth.
 Steps count from 1, 0 is before the first; most faults come in step 3 of 6. "finished" is a run that ended with exit

@@ -2,7 +2,7 @@
 
     python benchmarks/grpo_run.py --out DIR --commit HASH --model /tmp/smollm2.gguf dequantized shared merged eager
 
-Additions of two numbers, in NF4, one run per engine in a process of its own; "eager" is the trainer's own modules, the
+Additions of two numbers, in NF4, one run per engine in a separate process; "eager" is the trainer's own modules, the
 others are vLLM's modes. The mismatch is over every trained token of the run, from the rollouts that it wrote: mean and
 standard deviation of the log-prob difference (trainer - engine), 99th percentile of its size, share of tokens whose
 ratio lies outside [0.9, 1.1].

@@ -79,7 +79,7 @@ class Process(Protocol):
 
 
 def launch(args: list[str], marks: Path) -> Process:
-    """`rlft ARGS...` in a process of its own, as a user starts it; what it prints is added to marks/output."""
+    """`rlft ARGS...` in a separate process, as a user starts it; what it prints is added to marks/output."""
     env = {**os.environ, "KILL_SOAK_MARKS": str(marks), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     with (marks / "output").open("ab") as output:
         command = [sys.executable, "-m", "rlft", *args]
@@ -87,7 +87,7 @@ def launch(args: list[str], marks: Path) -> Process:
 
 
 class Run:
-    """One run in a folder of its own, with the marks that its rewards leave."""
+    """One run in a separate folder, with the marks that its rewards leave."""
 
     def __init__(self, home: Path, name: str, start: Callable[[list[str], Path], Process] = launch) -> None:
         """home: from `make_home`. start: how to start `rlft`."""

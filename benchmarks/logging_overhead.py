@@ -9,10 +9,10 @@ interpreter's lock stands for it, as waiting for a GPU is.
 
 Four figures per part. `loop_ms`: wall time in the loop's thread after the wait, median over the steps: what the loop
 waits on this machine, whatever else ran on it. `loop_cpu_ms`: processor time of that thread, median; nothing here
-blocks, so it is what the loop waits on a machine of its own. The wait leaves the caches cold, which a real loop, busy
-launching kernels through the same PyTorch, does less: `hot_cpu_ms` is the same with step after step, and the truth lies
-between. `cpu_ms`: processor time of all threads and of the trackers' helper processes, mean; what it has above
-`loop_cpu_ms` is spent while the GPU works. PyTorch runs on one thread.
+blocks, so it is what the loop waits on a machine with nothing else running. The wait leaves the caches cold, which a
+real loop, busy launching kernels through the same PyTorch, does less: `hot_cpu_ms` is the same with step after step,
+and the truth lies between. `cpu_ms`: processor time of all threads and of the trackers' helper processes, mean; what it
+has above `loop_cpu_ms` is spent while the GPU works. PyTorch runs on one thread.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ class Watched:
         return mismatch.values()
 
     def session(self, use: tuple[str, ...], live: bool) -> Any:
-        """What `rlft.trainer.loop.record` needs of a session, in a run folder of its own."""
+        """What `rlft.trainer.loop.record` needs of a session, in a separate run folder."""
         self.count += 1
         run = Run.create(self.folder / f"run{self.count}")
         run.write_config("")

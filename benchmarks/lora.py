@@ -239,7 +239,7 @@ def sweep() -> list[dict[str, Any]]:
         n = Buffers(group, 4096)
         read = {"copy of x": copy_of(2 * 4096 * group.in_features), "copy of dy": copy_of(2 * 4096 * group.out)}
         found += to_rows(f"lora-parts/{name}", device_ms(parts(n) | read, rounds=15), None, {})
-        # o is between qkv and down, and every geometry compiles anew.
+        # o is between qkv and down, and every geometry compiles again.
         for kernel, candidates in launches(n).items() if name != "o" else ():
             measured = to_rows(f"lora-sweep/{name}/{kernel}", device_ms(candidates, rounds=15), None, {})
             found += sorted(measured, key=lambda r: r["value"])

@@ -3,7 +3,7 @@
     python benchmarks/reward_soak.py            # about a minute on two busy cores
 
 Each call scores four completions. In a call with a fault one of them raises, hangs, ends its process, forks a process
-into a session of its own and dies, allocates past its memory limit, or puts garbage where the rewards belong. That
+into a new session and dies, allocates past its memory limit, or puts garbage where the rewards belong. That
 row must come back invalid with the right fault, the other three with their rewards; at the end no process may be left
 and the caller's memory and descriptors must be where they were. tests/rewards/test_reward_soak.py runs the same
 function.

@@ -1,4 +1,4 @@
-"""The demo's rows: reasoning-gym's additions in the words of its chain_sum task."""
+"""The demo's rows: reasoning-gym's additions with the wording of its chain_sum task."""
 
 from __future__ import annotations
 

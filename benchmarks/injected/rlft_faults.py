@@ -227,7 +227,7 @@ def nan_adapter(s: Session) -> None:
 
 
 def moved_out(s: Session) -> None:
-    """A tensor of the adapter has memory of its own, so that what runs on the buffers would be stale."""
+    """A tensor of the adapter has separate memory, so that what runs on the buffers would be stale."""
     parameter = list(s.policy.flat.parameters.values())[-1]
     parameter.data = parameter.data.clone()
 

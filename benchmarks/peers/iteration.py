@@ -4,7 +4,7 @@
     python benchmarks/peers/iteration.py --out DIR --commit HASH --stacks rlft --add DIR/grpo_iteration_8b_gpu_DATE.json
 
 Qwen3-8B's shape with random weights and LoRA r 16, 32 prompts of 256 tokens, 8 completions of 512 each (rlft's may end
-earlier, at an EOS: one token in 150,000). One stack after the other, each in a process of its own; loading and vLLM's
+earlier, at an EOS: one token in 150,000). One stack after the other, each in a separate process; loading and vLLM's
 start are not measured, nor is the first iteration.
 
     trl    GRPOTrainer over a bf16 base, gradient checkpointing, vLLM in sleep mode beside it. Phases: "sync", its

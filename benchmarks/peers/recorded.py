@@ -7,7 +7,7 @@
     unsloth       the trainers of "trl" with Unsloth's model, Unsloth imported first
     unsloth-rows  no trainer: Unsloth's model with its loss from labels, one row after the other, and AdamW; what its
                   GRPO step could come down to without padding
-    rlft          rlft.trainer.loop.loop over an engine that hands out the recorded rollouts
+    rlft          rlft.trainer.loop.loop over an engine that returns the recorded rollouts
 
 What is measured begins when the rollouts are handed over (the return of `rollout_func`, or of `engine.generate`) and
 ends with the optimiser step. In it: padding or packing, rewards (recorded, a list), advantages, reference log-probs,
@@ -273,7 +273,7 @@ def rollouts_of(work: Work, shape: str, padded: bool = False) -> list[Any]:
 
 
 class Replayed:
-    """An engine that waits at the desk, sets how the step is to run, and hands out the recorded rollouts."""
+    """An engine that waits at the desk, sets how the step is to run, and returns the recorded rollouts."""
 
     SAMPLES = True
     memory: dict[str, int] = {}  # noqa: RUF012 (nobody writes to it)

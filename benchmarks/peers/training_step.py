@@ -1,4 +1,4 @@
-"""One training step of several stacks side by side: each in a process of its own, steps interleaved on one GPU.
+"""One training step of several stacks side by side: each in a separate process, steps interleaved on one GPU.
 
     python benchmarks/peers/training_step.py --out DIR --commit HASH slab small
 
@@ -63,7 +63,7 @@ def worker(stack: str, shape: str, nf4: bool) -> None:
             policy = getattr(step, "policy", None)
             plan = ""
             if policy is not None and policy.fused is not None:
-                # What graphs hold lies in a pool of their own, which the allocator's peak does not count.
+                # What graphs hold lies in a separate pool, which the allocator's peak does not count.
                 extra = policy.fused.graphs.bytes if policy.fused.graphs is not None else 0
                 plan = f"{policy.fused.ran}, {policy.fused.ran.store}, {policy.fused.shape.attention}"
             peak = (torch.cuda.max_memory_allocated() - base + extra) / GIB

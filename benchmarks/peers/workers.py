@@ -1,4 +1,4 @@
-"""Stacks in processes of their own: a question is a line of JSON, its answer a line of JSON behind an "@".
+"""Stacks in separate processes: a question is a line of JSON, its answer a line of JSON behind an "@".
 
 `Worker` is the side that asks. `Desk` is the side of a stack whose training loop is not ours: the loop waits at the
 desk for its next step, and what lies between `start` and `stop` is measured.
@@ -23,7 +23,7 @@ GIB = 2**30
 
 
 class Worker:
-    """A stack in a process of its own."""
+    """A stack in a separate process."""
 
     def __init__(self, stack: str, arguments: list[str], path: str = "") -> None:
         """arguments: of Python. path: put before PYTHONPATH."""

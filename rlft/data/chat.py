@@ -187,7 +187,7 @@ def encode_marked(messages: Sequence[dict[str, Any]], data: Data, tokenizer: Any
     if not first:
         raise DataError(
             "the chat template marks no assistant token after a prompt ({% generation %} is there, and is around "
-            "nothing or everything); mend the template, or take the marks out"
+            "nothing or everything); fix the template, or take the marks out"
         )
     first_answer = next(i for i, message in enumerate(messages) if message["role"] == "assistant")
     end = turn_end(messages[:first_answer], data, tokenizer)

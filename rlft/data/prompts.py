@@ -78,7 +78,7 @@ def check_rows(data: Data, seed: int) -> list[dict[str, Any]]:
         missing = [column for column in KINDS[kind] if row.get(column) is None]
         if missing:
             raise DataError(
-                f"row {i}: column {missing[0]} is missing or null, but row 0 has {', '.join(KINDS[kind])}; mend the "
+                f"row {i}: column {missing[0]} is missing or null, but row 0 has {', '.join(KINDS[kind])}; fix the "
                 f"row or leave it out"
             )
         if kind == "label" and not isinstance(row["label"], bool):

@@ -270,7 +270,7 @@ RULES = [
         "invalid_rewards",
         "frac_reward_invalid",
         "{frac_reward_invalid:.0%} of rewards are invalid: a reward function failed, or none applies",
-        "see rewards/*/invalid for which, and raise its timeout or mend it",
+        "see rewards/*/invalid for which, and raise its timeout or fix it",
         above("frac_reward_invalid", 0.05),
     ),
     Rule(

@@ -183,7 +183,7 @@ def _make(reward: Reward, loop: Loop) -> RewardFunction:
     if target is not None:
         return RewardFunction(name, Subprocess(target, reward.memory_mb), reward)
     if reward.memory_mb is not None:
-        raise RewardError(f'reward "{name}": memory_mb needs a process of its own; put it in a file, as file.py:{name}')
+        raise RewardError(f'reward "{name}": memory_mb needs a separate process; put it in a file, as file.py:{name}')
     note = (
         f'reward "{name}" can only be called in this process (a closure, a lambda, an object or a function of '
         f"__main__), so it cannot be stopped when it hangs; put it in a file and name it file.py:{name} to change that"

@@ -108,7 +108,7 @@ def undeclared_end(tokenizer: Any, base: Any) -> str:
     token = tokenizer.convert_ids_to_tokens(end)
     return (
         f"the chat template ends a turn with {token}, which is an end neither in the tokenizer nor in the model's "
-        f"configuration: rlft stops there; what serves the model elsewhere must be told (stop_token_ids = [{end}])"
+        f"configuration: rlft stops there; set it where the model is served (stop_token_ids = [{end}])"
     )
 
 

@@ -43,5 +43,5 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     if objects and objects[-1] is None:
         objects.pop()
     if None in objects:
-        raise ConfigError(f"{path}: line {objects.index(None) + 1} is not a JSON object: mend or remove the line")
+        raise ConfigError(f"{path}: line {objects.index(None) + 1} is not a JSON object: fix or remove the line")
     return [values for values in objects if values is not None]

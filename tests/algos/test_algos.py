@@ -24,7 +24,7 @@ NAN = float("nan")
 
 
 def tokens(advantages: list[float], **fields: Tensor | None) -> Batch:
-    """One sequence of trained tokens, each of weight 1, with an advantage of its own."""
+    """One sequence of trained tokens, each of weight 1, with a separate advantage."""
     n = len(advantages)
     prompt = Prompt((0,), {}, 0)
     made = [Rollout(prompt, (1,) * n, (True,) * n, None, "", "stop", 0, 0, 0)]

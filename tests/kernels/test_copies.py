@@ -48,7 +48,7 @@ def test_copies_of_a_row_are_listed_in_order() -> None:
     copies, rows = made("rows without a copy, out of order", "cpu")
     lists = [copies.order[copies.starts[t] : copies.starts[t + 1]].tolist() for t in range(rows)]
     assert lists == [[], [], [1, 2, 5], [], [4], [], [], [], [], [0, 3], []]
-    # Triton compiles a kernel anew for an address that is no multiple of 16.
+    # Triton compiles a kernel again for an address that is no multiple of 16.
     assert (copies.order.data_ptr() - copies.starts.data_ptr()) % 16 == 0
 
 

@@ -237,7 +237,7 @@ CASES = [
 
 
 def compile_all(architectures: list[int]) -> list[dict]:
-    """Compile CASES; runs in a process of its own, because with TRITON_INTERPRET=1 there is nothing to compile."""
+    """Compile CASES; runs in a separate process, because with TRITON_INTERPRET=1 there is nothing to compile."""
     import importlib
 
     import triton

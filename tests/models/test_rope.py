@@ -200,7 +200,7 @@ def test_dynamic_rope_is_exact_up_to_the_context_and_refused_beyond() -> None:
 
 
 def test_a_rotary_module_that_goes_on_choosing_by_call_is_refused() -> None:
-    """Phi-3.5-MoE has a scale of its own for long calls."""
+    """Phi-3.5-MoE has another scale for long calls."""
     parameters = LONGROPE | {"short_mscale": 1.1, "long_mscale": 1.4}
     base = base_of("phimoe", parameters=parameters, num_local_experts=2)
     with pytest.raises(ConfigError, match="rope_type 'longrope' of PhimoeRotaryEmbedding: beyond 16 tokens"):

@@ -252,7 +252,7 @@ def test_what_is_no_reward_function_is_said(make, user_file: Path) -> None:
         make(resolve.attribute(f"{user_file}:Grader", "x"))
     with pytest.raises(RewardError, match="Linear is no reward function; give one, which may call a model"):
         make(torch.nn.Linear(1, 1))
-    with pytest.raises(RewardError, match='"reward": memory_mb needs a process of its own'):
+    with pytest.raises(RewardError, match='"reward": memory_mb needs a separate process'):
 
         def reward(completions: list[str]) -> list[float]:
             return []

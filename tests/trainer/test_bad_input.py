@@ -113,7 +113,7 @@ SAMPLED = {
     ),
     "null prompt": (
         ["--data.path={home}/hole.jsonl"],
-        "row 1: column prompt is missing or null, .*; mend the row or leave it out",
+        "row 1: column prompt is missing or null, .*; fix the row or leave it out",
     ),
     "a number as prompt": (["--data.path={home}/number.jsonl"], "row 0: column prompt is 3: want a string or messages"),
     "answers of two types": (

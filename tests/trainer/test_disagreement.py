@@ -96,7 +96,7 @@ def test_one_sequence_of_twenty_is_stopped_and_named() -> None:
     wanted = rf"about 1 of 20 sequences, most about sample {sample} of row {row} of the data: .* 2 nat over its {n} "
     with pytest.raises(ParityError, match=wanted + ".*Token ids or weights fit"):
         parity.gate(found, most, policy.score, rollouts)
-    # In micro-batches of their own the sums are the same.
+    # In separate micro-batches the sums are the same.
     apart = parity.Mismatch()
     for rollout in rollouts:
         plan = replace(PLAN, keep=(True,))

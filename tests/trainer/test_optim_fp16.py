@@ -99,7 +99,7 @@ def test_scale_and_count_are_restored() -> None:
     two.load_tensors(kept)
     assert (float(kept["loss_scale"]), int(kept["loss_scale_good"])) == (2**15, 2)
     assert two.tensors().keys() == kept.keys() and all(torch.equal(two.tensors()[n], kept[n]) for n in kept)
-    # From float16 to float32 and back: the moments stay, the scale starts anew.
+    # From float16 to float32 and back: the moments stay, the scale starts again.
     three = Optimizer(flat, Optim(), total=9)
     three.load_tensors(kept)
     assert three.tensors().keys() == {"step", "exp_avg", "exp_avg_sq"}

@@ -271,7 +271,7 @@ class VllmEngine:
                     raise
                 raise EngineError(
                     f"vLLM did not go to sleep ({error}): another process took memory of this card at that moment; "
-                    f"give the run a card of its own and go on with --resume"
+                    f"give the run a card by itself and go on with --resume"
                 ) from error
             self._freed = torch.cuda.mem_get_info(self._policy.device)[0] - before
             memory.unmapped = hooks.unmapped()
