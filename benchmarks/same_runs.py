@@ -138,6 +138,7 @@ def merged_rows(path: Path) -> dict[str, list[Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--before", type=Path, required=True)
+    parser.add_argument("--name", default="same_runs", help="of the results file")
     parser.add_argument("works", nargs="*", default=list(WORKS))
     args = parser.parse_args()
     before = args.before.resolve()
@@ -168,7 +169,7 @@ def main() -> None:
                 | {"note": f"{commit.strip()} and {commit_now()}: {note}"}
             )
     if args.works == list(WORKS):
-        print(write("same_runs", rows))
+        print(write(args.name, rows))
 
 
 if __name__ == "__main__":
