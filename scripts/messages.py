@@ -77,7 +77,7 @@ def _hole(node: ast.expr) -> str:
 def messages(path: Path) -> Iterator[tuple[str, int, str]]:
     """(exception, exit code, message) of one file, in its order."""
     for function in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if not isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef) or function.name == "require":
+        if not isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef) or function.name == "refuse":
             continue
         words: Words = {}
         codes: dict[str, int] = {}
@@ -114,14 +114,17 @@ def _message(node: ast.AST, file: str, words: Words) -> tuple[str, str] | None:
     """(exception, message) of a node that makes one."""
     if isinstance(node, ast.Yield) and file in SENTENCES and isinstance(node.value, ast.Constant | ast.JoinedStr):
         return "ConfigError", template(node.value, words)
+    if isinstance(node, ast.Return) and file == "section.py" and isinstance(node.value, ast.JoinedStr):
+        sentence = template(node.value, words)
+        return ("ConfigError", sentence) if ": " in sentence else None
     if not isinstance(node, ast.Call) or not node.args:
         return None
     called, args = ast.unparse(node.func), node.args
     if called in CODES and isinstance(args[0], ast.Constant | ast.JoinedStr | ast.BinOp):
         return called, template(args[0], words)
-    if called == "require" and len(args) == 4:
-        return "ConfigError", f"{template(args[1], words)} = {{value}}: {template(args[3], words)}"
-    if called == "found.append" and file in SENTENCES and isinstance(args[0], ast.JoinedStr):
+    if called == "refuse" and isinstance(args[1], ast.Constant | ast.JoinedStr):
+        return "ConfigError", template(args[1], words)
+    if called.endswith(".append") and file in SENTENCES and isinstance(args[0], ast.JoinedStr):
         return "ConfigError", template(args[0], words)
     if called == "Reply" and template(args[0], words) == "bad":
         return "RewardError", f'reward "{{name}}" {template(args[2], words)}'

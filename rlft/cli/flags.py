@@ -70,6 +70,9 @@ def table_of(flags: list[str], table: dict[str, Any]) -> dict[str, Any]:
         if hint is None and key.startswith("no_") and plain(_hint(".".join([*sections, key[3:]]))) is bool:
             key, values = key[3:], ["false"]
             hint = bool
+        section = plain(_hint(".".join(sections))) if sections else Config
+        if hint is None and not values and dataclasses.is_dataclass(section):
+            raise ConfigError(unknown(key, ".".join(sections), [field.name for field in dataclasses.fields(section)]))
         if not values and plain(hint) is not bool:
             raise ConfigError(f"--{name}: a value is missing; want --{name} VALUE, or --{name}=VALUE")
         into = _section(changes, table, sections, name)

@@ -103,6 +103,13 @@ def test_a_flag_with_trls_name_gives_ours(run_file: str) -> None:
         parse("train", [run_file, "--lr", "1"])
 
 
+def test_a_flag_that_does_not_exist_is_unknown_before_its_value_is_missed(run_file: str) -> None:
+    with pytest.raises(ConfigError, match=r"^optim\.lrr: unknown setting\. Did you mean \"lr\"\?$"):
+        parse("train", [run_file, "--optim.lrr"])
+    with pytest.raises(ConfigError, match=r"^--optim\.lr: a value is missing"):
+        parse("train", [run_file, "--optim.lr"])
+
+
 def test_resume_is_a_flag_and_no_setting(tmp_path: Path) -> None:
     path = tmp_path / "run.toml"
     path.write_text("resume = true\n" + RUN)
