@@ -19,7 +19,7 @@ def test_a_message_is_found_however_it_is_made(tmp_path: Path) -> None:
     path.write_text(
         "def f(cfg):\n"
         "    why = f'above {cfg.floor}'\n"
-        "    require(cfg.x > 0, 'a.x', cfg.x, why)\n"
+        "    refuse(cfg.x < 0, f'a.x = {cfg.x}: {why}')\n"
         "    if cfg.y: raise ConfigError(f'a.y = {cfg.y!r}: ' f'known: {\", \".join(known)}')\n"
         '    yield f\'{field} is {"old" if cfg.y else "new"}\'\n'
         "    error = TrainError('stop')\n"
@@ -29,7 +29,7 @@ def test_a_message_is_found_however_it_is_made(tmp_path: Path) -> None:
         "    return DataError(f'row {i}: {_shown(value)}')\n"
     )
     assert list(messages(path)) == [
-        ("ConfigError", 2, "a.x = {value}: above {floor}"),
+        ("ConfigError", 2, "a.x = {x}: above {floor}"),
         ("ConfigError", 2, "a.y = {y}: known: {known, ...}"),
         ("ConfigError", 2, "{field} is [old | new]"),
         ("TrainError", 1, "stop"),
