@@ -73,10 +73,10 @@ WRITES: dict[str, tuple[Any, str, int | str, str]] = {
     "metrics": (Run, "log", 4, 'out = "{out}": cannot write metrics.jsonl: No space left on device'),
     "rollouts": (Run, "write_rollouts", 3, 'out = "{out}": cannot write rollouts/step-000003.parquet: No space left'),
     "evaluation": (Run, "write_evaluation", 2, 'out = "{out}": cannot write evaluations/step-000001.parquet: No spa'),
-    "checkpoint": (checkpoint, "save", "step 2", "{out}/checkpoints/step-000002: " + SAVED),
+    "checkpoint": (checkpoint, "save_checkpoint", "step 2", "{out}/checkpoints/step-000002: " + SAVED),
     "the tensors of a checkpoint": (checkpoint, "_write_state", "step 2", "/step-000002: " + SAVED),
     "the adapter of a checkpoint": (PeftModel, "save_pretrained", 2, "/step-000002: " + SAVED),
-    "the last checkpoint": (checkpoint, "save", "step 3", "{out}/checkpoints/step-000003: " + SAVED),
+    "the last checkpoint": (checkpoint, "save_checkpoint", "step 3", "{out}/checkpoints/step-000003: " + SAVED),
     "report": (
         "rlft.report",
         "write",
