@@ -90,7 +90,7 @@ class Found:
     def rows(self, work: str, tokens: int) -> Rows:
         if not self.seconds:
             return [row(work, self.stack, "failed", 1.0, "", self.error[:400])]
-        over = "" if self.eval_prompts else f"; ABOVE the {self.limit:.2f} GiB that it was to be held to"
+        over = "" if self.held else f"; ABOVE the {self.limit:.2f} GiB that it was to be held to"
         failed = f"; failed later: {self.error[:200]}" if self.error else ""
         where = f"above the loaded model with its adapter, {self.base:.2f} GiB{over}"
         real = "real tokens, a prompt counted with each of its completions"

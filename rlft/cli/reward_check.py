@@ -67,7 +67,7 @@ def check(
             function.close()
     show(_table(made, functions, parts))
     show(_summary(functions, parts))
-    for note in [*(f.note for f in functions if f.note), *parts.faults()]:
+    for note in [*(function.note for function in functions if function.note), *parts.faults()]:
         show(note)
     return not any(any(outcome.invalid) for outcome in parts.outcomes.values())
 

@@ -74,7 +74,8 @@ def test_a_wrong_value_gets_the_same_sentence_from_everywhere(path: str, tmp_pat
     if section and section != "data":
         assert sentence(lambda: classes[section](**{field: value})) == expected
     kind = plain(hint_of(path))
-    if kind not in (bool, str) and typing.get_origin(kind) is not tuple and str not in typing.get_args(kind):
+    # A flag of a list or a text takes any word as an item.
+    if kind not in (bool, str) and "tuple" not in str(kind) and str not in typing.get_args(kind):
         assert sentence(lambda: parse("train", [str(plain_file), f"--{path}={json.dumps(value)}"])) == expected
 
 

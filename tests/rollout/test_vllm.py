@@ -177,7 +177,7 @@ def test_the_operators_are_compiled_whole_and_alike_in_all_layers(vllm_visible: 
         made.rlft_out = 6  # type: ignore[assignment]
         provider = hooks.WeightProvider({}, {"m": 4} if adapted else {}, merged=False)
         provider.weights = {"m.weight": weight}
-        provider._lend(made, SharedLinear([weight], None))
+        provider._share(made, SharedLinear([weight], None))
         provider._give_slot(made, ["m.weight"], [6], weight)
         if adapted:
             provider.put({"m": (torch.ones(4, 8), torch.ones(6, 4))})

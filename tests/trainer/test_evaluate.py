@@ -145,7 +145,7 @@ def test_the_evaluation_has_its_own_sampling_and_every_field_is_said() -> None:
         ({"rows": 0, "every": 5}, "eval.every = 5: nothing to evaluate on: set eval.rows"),
         ({"data": Data("d.jsonl")}, "eval.rows = 0: say how many rows of eval.data to use"),
         ({"rows": 1, "samples": 4, "temperature": 1.0, "pass_at": (8,)}, "eval.pass_at = (8,): each from 1 to"),
-        ({"rows": 1, "top_p": 0.9}, "eval.temperature = 0.0: greedy decoding takes the most likely token"),
+        ({"rows": 1, "top_p": 0.9}, "eval.temperature = 0: greedy decoding takes the most likely token"),
         ({"rows": 1, "max_tokens": 0}, "eval.max_tokens = 0: want at least 1"),
     ],
 )
