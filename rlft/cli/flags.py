@@ -13,12 +13,11 @@ from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 import tyro
-from pydantic import TypeAdapter
 
 from rlft.cli.arguments import paragraph
-from rlft.config.files import merged, read, to_table, with_preset
-from rlft.config.run import Algo, Config
-from rlft.config.section import options_of, plain, unknown
+from rlft.config.files import read, to_table, with_preset
+from rlft.config.run import Algo, Config, overlaid
+from rlft.config.section import from_short, options_of, plain, unknown
 from rlft.errors import ConfigError
 
 HELP = ("-h", "--help")
@@ -40,12 +39,9 @@ def parse(command: str, args: list[str], about: str) -> tuple[Config, bool]:
         raise ConfigError(unknown("resume", "", []))
     resume = "--resume" in flags
     changes = table_of([flag for flag in flags if flag not in ("--resume", *HELP)], table)
-    for name in changes:  # a section that the file has as a plain text
-        if isinstance(changes[name], dict) and isinstance(table.get(name), str):
-            table = {**table, name: {getattr(plain(_hint(name)), "SHORT", ""): table[name]}}
-    settings = with_preset(merged(changes, table))
+    settings = overlaid(changes, table)
     if show_help:
-        _print_help(command, file, settings, about)
+        _print_help(command, file, with_preset(settings), about)
     cfg = Config(**settings)
     from rlft.algos.algorithm import module_of  # imports torch, which no error above waits for
 
@@ -89,8 +85,8 @@ def _section(changes: dict[str, Any], table: dict[str, Any], sections: list[str]
         if section.isdigit():
             if int(section) >= len(into):
                 raise ConfigError(f"--{name}: there are {len(into)} of them, numbered from 0")
-            short = getattr(plain(typing.get_args(plain(_hint(".".join(sections[:depth]))))[0]), "SHORT", "")
-            into[int(section)] = {short: value} if isinstance(value := into[int(section)], str) else {**value}
+            item = plain(typing.get_args(plain(_hint(".".join(sections[:depth]))))[0])
+            into[int(section)] = {**from_short(item, into[int(section)])}
             into = into[int(section)]
         elif following.isdigit():
             into = into.setdefault(section, [*table] if isinstance(table, list) else [])
@@ -175,12 +171,16 @@ def _print_help(command: str, file: str | None, settings: dict[str, Any], about:
     fields: list[tuple[str, Any, Any]] = [
         ("resume", Annotated[bool, tyro.conf.arg(help=RESUME), tyro.conf.FlagCreatePairsOff], False)
     ]
+    # What a file must have and this one lacks stands in for the checks, and is shown as required or without a value.
+    data = settings.get("data", "?")
+    counted = "steps" in settings or (isinstance(data, dict) and "epochs" in data)
+    cfg = Config(**{"model": "?", "out": "?", **settings, "data": data} | ({} if counted else {"steps": 1}))
     for field, hint in typing.get_type_hints(Config, include_extras=True).items():
-        value = settings.get(field, tyro.MISSING if field in ("model", "data", "out") else getattr(Config, field, None))
+        value = getattr(cfg, field)
         if field == "algo":
-            hint, value = algorithm, algorithm(**options)
-        elif field in settings or dataclasses.is_dataclass(plain(hint)):
-            value = TypeAdapter(hint).validate_python(settings.get(field, {} if field != "data" else {"path": "?"}))
+            hint, value = algorithm, options_of(algorithm, options, "algo", known=("name",))
+        elif field not in settings and field in ("model", "out", "steps"):
+            value = None if field == "steps" else tyro.MISSING
         description = Config.__pydantic_fields__[field].description  # type: ignore[attr-defined]
         fields.append((field, Annotated[hint, tyro.conf.arg(help=description)], dataclasses.field(default=value)))
     values = f"the values shown are those of {file}, or the defaults" if file else "the values shown are the defaults"

@@ -29,7 +29,7 @@ def with_preset(table: dict[str, Any]) -> dict[str, Any]:
     """
     algo = table.get("algo") or {}
     name = algo if isinstance(algo, str) else algo.get("name") if isinstance(algo, dict) else None
-    if name not in presets():
+    if not name or name not in presets():
         return table
     under = read(PRESETS / f"{name}.toml")
     for section in under:

@@ -9,14 +9,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import field, is_dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
 from annotated_types import Ge, Gt, Interval, MinLen
 
 from rlft.config.data import Curriculum, Data, DynamicSampling, Eval, Overlong, Reward, Sampling
 from rlft.config.files import merged, presets, read, with_preset
 from rlft.config.resolve import did_you_mean
-from rlft.config.section import refuse, section
+from rlft.config.section import from_short, refuse, section
 from rlft.errors import ConfigError
 
 
@@ -284,7 +284,17 @@ class Config:
 
         Raises ConfigError naming the file, or every setting at fault.
         """
-        return cls(**merged(settings, read(path)))
+        return cls(**overlaid(settings, read(path)))
+
+
+def overlaid(settings: Mapping[str, Any], table: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings laid over a table. A section that the table has as a plain text keeps what that stands for."""
+    hints = get_type_hints(Config)
+    texts = [
+        name for name, value in table.items() if isinstance(value, str) and isinstance(settings.get(name), Mapping)
+    ]
+    whole = {name: from_short(hints[name], table[name]) for name in texts if name in hints}
+    return merged(dict(settings), {**table, **whole})
 
 
 def config_from(cfg: Config | str | Path, settings: Mapping[str, Any]) -> Config:
@@ -308,4 +318,4 @@ def preset(name: str, **settings: Any) -> Config:
     """
     if name not in presets():
         raise ConfigError(f'no preset "{name}".{did_you_mean(name, presets())} Presets: {", ".join(presets())}')
-    return Config(**merged({"algo": {"name": name}}, settings))
+    return Config(**overlaid({"algo": {"name": name}}, settings))

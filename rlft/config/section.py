@@ -27,7 +27,7 @@ from rlft.errors import ConfigError
 
 Section = TypeVar("Section")
 LARGEST = 2**53
-"""Bound of every whole number: a float still holds it exactly."""
+"""Bound of every whole number: a float still holds it exactly. No sentence mentions it."""
 BOUNDS = {
     Ge: ("ge", "at least {}"),
     Gt: ("gt", "above {}"),
@@ -90,7 +90,7 @@ def strict(hint: Any) -> Any:
     if hint is bool:
         return Annotated[bool, Strict()]
     if hint in SECTIONS and hint.SHORT:
-        return Annotated[hint, BeforeValidator(functools.partial(_from_short, hint))]
+        return Annotated[hint, BeforeValidator(functools.partial(from_short, hint))]
     origin, args = _origin(hint), typing.get_args(hint)
     if origin is Annotated:
         inner = strict(args[0])
@@ -108,7 +108,8 @@ def _not_bool(value: Any) -> Any:
     return value
 
 
-def _from_short(cls: Any, value: Any) -> Any:
+def from_short(cls: Any, value: Any) -> Any:
+    """The table that a plain text in place of the section `cls` stands for; anything else as it is."""
     return {cls.SHORT: value} if isinstance(value, str) else _gathered(cls, value)
 
 
@@ -257,7 +258,7 @@ def mistyped(hint: Any, value: Any, path: str, bounds_only: bool = False) -> str
     """The sentence for a value that is not of the type `hint`, or outside of its bounds."""
     if isinstance(value, str) and (path, value) in RENAMED_VALUES:
         return f'{path} = "{value}": is called "{RENAMED_VALUES[path, value]}" now'
-    want = bounds(hint) if bounds_only else words(hint)
+    want = (bounds(hint) if bounds_only else "") or words(hint)
     known = [str(arg) for arg in typing.get_args(plain(hint))] if _origin(plain(hint)) is Literal else []
     close = did_you_mean(value, known) if isinstance(value, str) else ""
     return f"{path} = {shown(value)}: want {want}{'.' + close if close else ''}"
@@ -277,9 +278,11 @@ def bounds(hint: Any) -> str:
     inner, *marks = typing.get_args(hint)
     marks = [mark for outer in marks for mark in (outer if isinstance(outer, typing.Iterable) else (outer,))]
     texts = [
-        BOUNDS[type(mark)][1].format(getattr(mark, BOUNDS[type(mark)][0])) for mark in marks if type(mark) in BOUNDS
+        BOUNDS[type(mark)][1].format(getattr(mark, BOUNDS[type(mark)][0]))
+        for mark in marks
+        if type(mark) in BOUNDS and mark != Le(LARGEST)
     ]
-    return ", ".join([text for text in (bounds(inner), *texts) if text and str(LARGEST) not in text]) or words(inner)
+    return ", ".join(text for text in (bounds(inner), *texts) if text)
 
 
 def words(hint: Any) -> str:

@@ -141,6 +141,16 @@ def test_help_without_a_file_shows_what_is_required(capsys: pytest.CaptureFixtur
     assert capsys.readouterr().out.count("(required)") == 2
 
 
+@pytest.mark.parametrize("line", ['optim = {lr = "fast"}', "algo = {clip_hgih = 0.3}"])
+def test_help_of_a_file_with_a_fault_names_the_fault(line: str, tmp_path: Path) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text('model = "m"\ndata = "d"\nout = "o"\nsteps = 1\n' + line)
+    with pytest.raises(
+        ConfigError, match=r"^(optim\.lr = \"fast\": want a number|algo\.clip_hgih: unknown setting\. )"
+    ):
+        parse("train", [str(path), "--help"])
+
+
 def test_rlft_help_is_fast_and_loads_no_torch() -> None:
     code = (
         "import sys, time; t = time.process_time(); from rlft.cli.main import main; assert main(['--help']) == 0\n"

@@ -126,3 +126,17 @@ def test_short_forms_are_taken_everywhere(tmp_path: Path) -> None:
     file.write_text(tomli_w.dumps({**table, "optim": {"lr": "1e-5"}}))
     assert Config.load(file) == cfg
     assert Config(**RUN, algo={"name": "grpo", "clip_high": 0.28}).algo.options == {"clip_high": 0.28}
+
+
+def test_a_change_of_a_section_keeps_what_a_plain_text_there_stands_for(tmp_path: Path) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text('model = "m"\ndata = "rows.jsonl"\nout = "o"\nalgo = "cispo"\n')
+    cfg = Config.load(file, data={"epochs": 2}, algo={"clip_max": 4.0})
+    assert (cfg.data.path, cfg.data.epochs, cfg.algo.name, cfg.algo.options) == (
+        "rows.jsonl",
+        2.0,
+        "cispo",
+        {"clip_max": 4.0},
+    )
+    by_flags, _ = parse("train", [str(file), "--data.epochs=2", "--algo.clip_max=4.0"])
+    assert (by_flags.data, by_flags.algo.name, by_flags.algo.options["clip_max"]) == (cfg.data, "cispo", 4.0)
