@@ -174,7 +174,8 @@ def _print_help(command: str, file: str | None, settings: dict[str, Any], about:
     # What a file must have and this one lacks stands in for the checks, and is shown as required or without a value.
     data = settings.get("data", "?")
     counted = "steps" in settings or (isinstance(data, dict) and "epochs" in data)
-    cfg = Config(**{"model": "?", "out": "?", **settings, "data": data} | ({} if counted else {"steps": 1}))
+    complete: dict[str, Any] = {"model": "?", "out": "?", **settings, "data": data}
+    cfg = Config(**complete if counted else {**complete, "steps": 1})
     for field, hint in typing.get_type_hints(Config, include_extras=True).items():
         value = getattr(cfg, field)
         if field == "algo":

@@ -129,7 +129,7 @@ class Bucket:
 
 
 class Padded(NamedTuple):
-    """The inputs of a pass that is to be copied into a bucket."""
+    """The inputs of a pass, to copy into a bucket."""
 
     x: Tensor
     """[T, H]."""
