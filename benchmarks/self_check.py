@@ -1,0 +1,50 @@
+"""What the self-check of a start costs, and how far rounding alone takes it on shapes of real models.
+
+    python benchmarks/self_check.py --out DIR --commit HASH 8b lfm2
+
+Random NF4 weights. "first" compiles kernels, which the run's first step would compile otherwise; "again" is the same
+check once more.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parent / "peers"))
+
+import stacks
+from longest import policy_of
+from results_file import arguments, write
+from timing import row
+
+from rlft.trainer.selfcheck import LEAST, ROUNDINGS, check
+
+
+def measure(shape: str) -> list[dict[str, Any]]:
+    """Rows of two checks of a shape: seconds and the largest difference, in units of the log-probs' spread."""
+    policy = policy_of(shape)
+    rows = []
+    for when in ("first", "again"):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        difference = check(policy)
+        seconds = time.perf_counter() - start
+        rows.append(row(f"self-check/{shape}", "rlft", f"{when}_seconds", seconds, "s", f"path: {policy.path}"))
+    limit = max(LEAST, ROUNDINGS * torch.finfo(policy.base.dtype).eps)  # type: ignore[arg-type]
+    rows.append(row(f"self-check/{shape}", "rlft", "difference", difference, "spread", f"limit {limit:.3g}"))
+    for r in rows:
+        print(r["work"], r["metric"], r["value"], r["note"], flush=True)
+    return rows
+
+
+if __name__ == "__main__":
+    parser = arguments(__doc__)
+    parser.add_argument("shapes", nargs="+", choices=stacks.SHAPES)
+    args = parser.parse_args()
+    print(write("self_check", [r for shape in args.shapes for r in measure(shape)], args.out, args.commit))
