@@ -311,7 +311,7 @@ class Replayed:
             # Gradient and moments are there already; what a pass may take comes on top.
             rest = torch.cuda.memory_allocated() - self._desk.base
             fused.budget, self._before = None if allowed is None else allowed * GIB - rest, now
-        cfg = replace(s.cfg, packing=replace(s.cfg.packing, budget=tokens, share_prefix=share))
+        cfg = replace(s.cfg, packing=replace(s.cfg.packing, tokens_per_micro_batch=tokens, share_prefix=share))
         s.plan = pack_plan_of(cfg, s.algorithm, s.policy, prompts)
 
     def load_adapter(self, tensors: Any, version: int) -> None:
@@ -349,6 +349,7 @@ def session_of(cfg: Any, rows: list[Any], policy: Any, engine: Any, tokenizer: A
     from rlft.trainer.optim import Optimizer
     from rlft.trainer.plans import pack_plan_of
     from rlft.trainer.reference import Reference
+    from rlft.trainer.disagreement import Limit
     from rlft.trainer.setup import Session
 
     algorithm, run, console = build_algorithm(cfg.algo, 1), Run.create(cfg.out), Console(plain=True)
@@ -375,6 +376,8 @@ def session_of(cfg: Any, rows: list[Any], policy: Any, engine: Any, tokenizer: A
         pieces=TokenText(tokenizer),
         **{"functions": [], **more},
     )
+    # The recorded log-probs are those of a uniform sampler, so engine and trainer are meant to disagree.
+    s.limit = Limit.of(1e6, cfg.parity.factor)
     s.tracking = Tracking(cfg, run, 0, False, console.note)
     return s
 
