@@ -88,7 +88,7 @@ def measure(work: str) -> list[dict[str, Any]]:
         for batch in pack(rollouts, advantages, plan, count(rollouts, plan)):
             logprobs, _ = policy.logprobs(batch)
             mismatch.add(logprobs, batch)
-            algorithm.loss(logprobs, batch.to(policy.device), algorithm.config)[0].backward()
+            algorithm.loss(logprobs, batch.to(policy.device))[0].backward()
         assert not optimizer.step(0, 0).skipped
 
     watch.phase("train", train, seconds)

@@ -37,7 +37,7 @@ from rich.console import Console as Terminal
 from torch import Tensor
 
 from rlft import report
-from rlft.algos.losses import grpo
+from rlft.algos.losses.grpo import Grpo
 from rlft.batch import count, pack, packing_stats
 from rlft.config.data import Data
 from rlft.config.run import Config, Track
@@ -92,7 +92,7 @@ class Watched:
         return Rollout(prompt, ids, (True,) * TOKENS, logprobs, text, "stop", sample, 0, 0)
 
     def statistics(self, logprobs: Tensor, batch: Batch) -> dict[str, Any]:
-        loss, stats = grpo.loss(logprobs, batch, grpo.Config())
+        loss, stats = Grpo()(logprobs, batch)
         return {**stats, **batch_stats(loss, logprobs, -logprobs, batch)}
 
     # ---- the parts ----

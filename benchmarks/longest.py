@@ -115,7 +115,7 @@ def measure(work: str, tokens: int, policy: Policy) -> list[dict[str, Any]]:
         batch, kept = stacks.batch_of(sequences, 1024, [1.0, -1.0], sampled=True), int(ASLEEP * GIB)
 
         def loss(logprobs: torch.Tensor, batch: Any) -> torch.Tensor:
-            return algorithm.loss(logprobs, batch, algorithm.config)[0]
+            return algorithm.loss(logprobs, batch)[0]
     else:
         batch, kept, loss = stacks.batch_of([torch.randint(10, vocab, (tokens,)).tolist()]), 0, sft
     aside = torch.empty(kept, dtype=torch.uint8, device="cuda")

@@ -65,7 +65,7 @@ def measure(stack: str) -> list[dict[str, Any]]:
             for batch in part:
                 logprobs, entropy = policy.logprobs(batch)
                 here = replace(batch.to("cuda"), entropy=entropy)
-                algorithm.loss(logprobs, here, algorithm.config)[0].backward()
+                algorithm.loss(logprobs, here)[0].backward()
             assert not optimizer.step(0, 0).skipped
         marks[2].record()
         torch.cuda.synchronize()

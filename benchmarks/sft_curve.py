@@ -32,7 +32,7 @@ from peft import PeftModel
 from results_file import arguments, write
 from torch import Tensor
 
-from rlft.algos.losses import sft
+from rlft.algos.losses.sft import Sft
 from rlft.batch import count, pack
 from rlft.config.data import Data, Sampling
 from rlft.config.run import Lora, Optim
@@ -112,12 +112,12 @@ def rlft_curve(policy: Policy, steps: list[list[Prompt]], budget: int) -> Curve:
     losses = []
     for update, prompts in enumerate(steps):
         rollouts = engine.generate(prompts, Sampling(), (SEED, update))
-        plan = PackPlan((True,) * len(rollouts), sft.AGGREGATION, budget, 1, 1.0)
+        plan = PackPlan((True,) * len(rollouts), Sft.aggregation, budget, 1, 1.0)
         policy.flat.zero_grad()
         total = 0.0
         for packed in pack(rollouts, torch.ones(len(rollouts)), plan, count(rollouts, plan)):
             logprobs, _ = policy.logprobs(packed)
-            loss, _ = sft.loss(logprobs, packed.to(policy.device), sft.Config())
+            loss, _ = Sft()(logprobs, packed.to(policy.device))
             optimizer.scaled(loss).backward()
             total += loss.item()
         done = optimizer.step(update, 0)

@@ -72,7 +72,7 @@ class Trainer:
         for batch in pack(made, advantages, plan, count(made, plan)):
             logprobs, _ = self.policy.logprobs(batch)
             mismatch.add(logprobs, batch)
-            self._algorithm.loss(logprobs, batch.to("cuda"), self._algorithm.config)[0].backward()
+            self._algorithm.loss(logprobs, batch.to("cuda"))[0].backward()
         self._optimizer.step(0, 0)
         torch.cuda.synchronize()
         return time.perf_counter() - begin

@@ -16,7 +16,7 @@ Token ids are never round-tripped: text is decoded for rewards and never encoded
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal, NamedTuple, Protocol
@@ -132,6 +132,20 @@ class Counts(NamedTuple):
 
 
 @dataclass(frozen=True)
+class StepInputs:
+    """Numbers of a whole update that a loss needs beside its micro-batch, made by its `prepare`."""
+
+    z0: float | None = None
+    """Mean log-ratio to the reference of mismatched completions, in nats, at least 0 (kto)."""
+    entropy_floor: float | None = None
+    """Smallest entropy of a token in the policy term, in nats; None: every token is in it."""
+    entropy_coef: float | None = None
+    """Factor of the entropy bonus in this update; None: the one in the settings."""
+    extra: Mapping[str, float] = field(default_factory=dict)
+    """Numbers of a user's loss, by names of its choice."""
+
+
+@dataclass(frozen=True)
 class Batch:
     """One packed micro-batch: T tokens of S sequences, concatenated without padding.
 
@@ -180,13 +194,12 @@ class Batch:
     """[T] float32; None unless the loss needs a reference."""
     entropy: Tensor | None = None
     """[T]: entropy in nats of the current policy's distribution for each trained token; with gradient where the loss
-    sets ENTROPY_GRAD."""
+    has `entropy_grad`."""
     plan: Any = None
     """The `rlft.models.fused.memory.MemoryPlan` of every pass over it, so that two passes round alike. None: each pass
     is planned for the free memory. Set by `Policy.planned`."""
-    prepared: dict[str, float] = field(default_factory=dict)
-    """Numbers of the whole update that the loss needs, the same on every rank: the result of its `prepare` and
-    State.adapted."""
+    inputs: StepInputs = StepInputs()
+    """Numbers of the whole update that the loss needs, from its `prepare`; the same on every rank."""
 
     def to(self, device: torch.device | str) -> Batch:
         """Return the batch with every tensor on `device`."""
@@ -214,11 +227,16 @@ Stats = dict[str, Stat]
 
 
 class StepView(Protocol):
-    """The first argument of `prepare` of a loss file: an update's data and initial policy, before the update runs."""
+    """The argument of a loss's `prepare`: an update's data and initial policy, before the update runs."""
 
     @property
     def rollouts(self) -> Sequence[Rollout]:
         """Rollouts of the update that are in the loss, on this rank."""
+        ...
+
+    @property
+    def adapted(self) -> Mapping[str, float]:
+        """The numbers of the loss's `adapt` after the last step, State.adapted; empty in an evaluation."""
         ...
 
     def entropy_quantile(self, share: float) -> float:
@@ -264,6 +282,6 @@ class State:
     solved: list[int] = field(default_factory=list)
     """Data rows that are not sampled again because they are solved (`curriculum`)."""
     adapted: dict[str, float] = field(default_factory=dict)
-    """Numbers that `adapt` of the loss file changes from step to step."""
+    """Numbers that `adapt` of the loss changes from step to step."""
     data: str = ""
     """Digest of the training rows, to detect changed data at resume."""

@@ -236,14 +236,15 @@ def nan_loss(s: Session) -> None:
     """The loss of the first micro-batch of step `AT` is nan."""
     loss, seen = s.algorithm.loss, []
 
-    def wrapped(logprobs: Tensor, batch: Any, cfg: Any) -> Any:
-        value, stats = loss(logprobs, batch, cfg)
-        if now(s) == AT and not seen:
-            seen.append(1)
-            value = value * float("nan")
-        return value, stats
+    class Wrapped(type(loss)):
+        def __call__(self, logprobs: Tensor, batch: Any) -> Any:
+            value, stats = loss(logprobs, batch)
+            if now(s) == AT and not seen:
+                seen.append(1)
+                value = value * float("nan")
+            return value, stats
 
-    s.algorithm = replace(s.algorithm, loss=wrapped)
+    s.algorithm = replace(s.algorithm, loss=Wrapped(**vars(loss)))
 
 
 def early_update(s: Session) -> None:

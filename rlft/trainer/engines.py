@@ -56,7 +56,10 @@ def longest_of(cfg: Config, policy: Policy, rows: Sequence[Prompt]) -> int:
     """Return the tokens of the longest prompt plus completion. Raises ConfigError above the model's context."""
     completion, prompt = _completion(cfg), max(len(row.ids) for row in rows)
     base: Any = policy.base
-    context = getattr(base.config.get_text_config(), "max_position_embeddings", None)
+    try:
+        context = base.config.get_text_config().max_position_embeddings
+    except AttributeError:  # the model has no bound
+        context = None
     if context is not None and prompt + completion > context:
         raise ConfigError(
             f"sampling.max_tokens = {completion}: with the longest prompt, {prompt} tokens, that is more than the "

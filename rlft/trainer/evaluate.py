@@ -191,19 +191,19 @@ def recorded_loss(policy: Policy, prompts: Sequence[Prompt], algorithm: Algorith
     advantages = algorithm.advantage(rewards, group_ids(rollouts), **estimator_inputs(rollouts, parts, {}, plan.keep))
     batches = pack(rollouts, advantages, plan, count(rollouts, plan))
     view = PackedStep(policy, plan, rollouts, batches)
-    prepared = algorithm.prepare(view, algorithm.config) if algorithm.prepare is not None else {}
+    inputs = algorithm.loss.prepare(view)
     with torch.no_grad():
         for batch in batches:
-            batch = replace(batch, prepared=prepared)
-            if algorithm.needs_reference:
+            batch = replace(batch, inputs=inputs)
+            if algorithm.loss.needs_reference:
                 batch = replace(batch, ref_logprobs=policy.score(batch, weights="reference"))
             logprobs, entropy = policy.score(batch), None
-            if "entropy_floor" in prepared or algorithm.entropy_grad:
+            if inputs.entropy_floor is not None or algorithm.loss.entropy_grad:
                 entropy = policy.entropy(batch)
             batch = replace(batch.to(policy.device), entropy=entropy)
             if algorithm.old == "trainer":
                 batch = replace(batch, old_logprobs=logprobs)
-            loss, stats = algorithm.loss(logprobs, batch, algorithm.config)
+            loss, stats = algorithm.loss(logprobs, batch)
             positive = batch.train_mask & (batch.advantages > 0)
             nll, nonfinite = Stat.mean(-logprobs, positive), Stat("sum", (~logprobs.isfinite()).sum())
             metrics.add({"loss": Stat("sum", loss), **stats, "nll": nll, "bad": nonfinite})

@@ -82,9 +82,8 @@ def loop(session: Session) -> None:
         }
         values |= {"curriculum/solved": float(len(state.solved))} if cfg.curriculum.solved_share is not None else {}
         values |= session.optimizer.metrics() | peak_memory(policy.device)
-        if algorithm.adapt is not None:
-            values |= state.adapted
-            state.adapted = algorithm.adapt(state.adapted, values.get("entropy", math.nan), algorithm.config)
+        values |= state.adapted
+        state.adapted = algorithm.loss.adapt(state.adapted, values.get("entropy", math.nan))
         record(session, values, sample, parts, spread_back(sample, result.advantages.tolist()), mismatch)
         batches = result.ran
         broken.check_step(session, values, sample.rollouts, batches)

@@ -25,9 +25,9 @@ def pack_plan_of(cfg: Config, algorithm: Algorithm, policy: Policy, sampled: Seq
     """
     budget, group = cfg.packing.tokens_per_micro_batch, ALONE
     if policy.fused is not None:
-        policy.fused.expect(algorithm.entropy_grad)
+        policy.fused.expect(algorithm.loss.entropy_grad)
     if budget == "auto":
-        if sampled and cfg.packing.share_prefix and policy.packed and not algorithm.whole_groups:
+        if sampled and cfg.packing.share_prefix and policy.packed and not algorithm.loss.whole_groups:
             prompt = int(statistics.median(len(row.ids) for row in sampled))
             group = Group(prompt, cfg.sampling.group_size * min(cfg.sampling.max_tokens, TYPICAL))
         budget = policy.token_budget(group)
@@ -39,7 +39,7 @@ def pack_plan_of(cfg: Config, algorithm: Algorithm, policy: Policy, sampled: Seq
         budget=budget,
         max_len=cfg.sampling.max_tokens,
         temperature=cfg.sampling.temperature,
-        whole_groups=algorithm.whole_groups,
+        whole_groups=algorithm.loss.whole_groups,
         share_prefix=cfg.packing.share_prefix and policy.packed,
     )
 

@@ -1,13 +1,13 @@
 """Compute numbers over a whole step or update before it runs, in passes without gradient.
 
 Per step: the KL in the reward, before advantages are estimated. Per update, under its initial policy: what `prepare` of
-a loss file asks for (an entropy quantile, the baseline of KTO).
+a loss asks for (an entropy quantile, the baseline of KTO).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ from rlft.types import Batch, PackPlan, Rollout, Stat, Stats
 
 @dataclass(frozen=True)
 class PackedStep:
-    """Implementation of `rlft.types.StepView`: what `prepare` of a loss file may ask about an update."""
+    """Implementation of `rlft.types.StepView`: what `prepare` of a loss may ask about an update."""
 
     policy: Policy
     plan: PackPlan
@@ -31,6 +31,8 @@ class PackedStep:
     """Rollouts of the update that are in the loss."""
     batches: Sequence[Batch]
     """All micro-batches of the update, including those that are not run."""
+    adapted: Mapping[str, float] = field(default_factory=dict)
+    """The numbers of the loss's `adapt` after the last step; empty in an evaluation."""
 
     def entropy_quantile(self, share: float) -> float:
         """Return the interpolated `share` quantile of the entropy of trained tokens over all ranks, in nats."""
@@ -75,8 +77,8 @@ def kl_in_reward(
 
     Returns the rewards and the stats of the KL per token. rewards: [N]; nan stays nan.
     """
-    cfg = algorithm.config
-    if getattr(cfg, "kl", None) != "reward" or not cfg.kl_coef:
+    kl_coef = algorithm.loss.kl_in_reward
+    if not kl_coef:
         return rewards, {}
     k1 = torch.zeros(len(rollouts), dtype=torch.float64)
     sums = torch.zeros(3, dtype=torch.float64)
@@ -86,7 +88,7 @@ def kl_in_reward(
         differences = differences[batch.train_mask]
         sums += torch.stack([differences.sum(), k3(differences).sum(), torch.tensor(float(len(differences)))])
     stats = {"kl": Stat("mean", sums[1], sums[2]), "kl/k1": Stat("mean", sums[0], sums[2])}
-    return (rewards.double() - cfg.kl_coef * k1).float(), stats
+    return (rewards.double() - kl_coef * k1).float(), stats
 
 
 def estimator_inputs(

@@ -211,7 +211,7 @@ def build_session(
         for line in _starting(cfg, engine, undeclared_end(tokenizer, policy.base)):
             console.note(line)
         _close_later(stack, [engine, eval_engine])
-        assert engine.SAMPLES or not algorithm.needs_sampler, "validate refuses this"
+        assert engine.SAMPLES or not algorithm.loss.needs_sampler, "validate refuses this"
         steps = cfg.steps or prompts.steps(cfg.prompts_per_step, cfg.data.epochs or 1.0)
         fp16, views = resolve_dtype(cfg, policy.device) == torch.float16, policy.flat.parameters.values()
         with asleep(eval_engine):

@@ -20,7 +20,7 @@ from rlft.trainer.out_of_memory import with_advice
 from rlft.trainer.prepare import PackedStep, estimator_inputs, kl_in_reward
 from rlft.trainer.setup import Session
 from rlft.trainer.step_metrics import batch_stats
-from rlft.types import Batch, Rollout, Stats
+from rlft.types import Batch, Rollout, Stats, StepInputs
 
 
 class StepResult(NamedTuple):
@@ -53,7 +53,7 @@ def learn(
     )
     advantages = algorithm.advantage(shaped_rewards, group_ids(rollouts), **inputs)
     packed = minibatches(session, rollouts, rewards, advantages)
-    skip = cfg.packing.skip_zero_advantage and algorithm.zero_adv_zero_grad
+    skip = cfg.packing.skip_zero_advantage and algorithm.loss.zero_adv_zero_grad
     runnable = [to_run(part, skip) for part in packed]
     # Old and new log-probs come from the same batches: another packing would add kernel noise to their ratio.
     batches = retry(lambda: [[add_other_logprobs(session, batch) for batch in part] for part in runnable])
@@ -85,21 +85,19 @@ def minibatches(session: Session, rollouts: list[Rollout], rewards: Tensor, adva
     return packed
 
 
-def prepare_update(session: Session, rollouts: list[Rollout], batches: list[Batch]) -> dict[str, float]:
-    """Return `Batch.prepared` of an update: numbers the loss needs from the whole update, under its initial policy.
+def prepare_update(session: Session, rollouts: list[Rollout], batches: list[Batch]) -> StepInputs:
+    """Return `Batch.inputs` of an update: numbers the loss needs from the whole update, under its initial policy.
 
     batches: all micro-batches of the update, including those that are not run.
     """
-    if session.algorithm.prepare is None:
-        return {}
     rows = sorted(row for batch in batches for row in batch.rows)
-    view = PackedStep(session.policy, session.plan, [rollouts[row] for row in rows], batches)
-    return session.state.adapted | session.algorithm.prepare(view, session.algorithm.config)
+    view = PackedStep(session.policy, session.plan, [rollouts[row] for row in rows], batches, session.state.adapted)
+    return session.algorithm.loss.prepare(view)
 
 
 def add_other_logprobs(session: Session, batch: Batch) -> Batch:
     """Add the reference and old log-probs that the loss needs. Called before the first update of the step."""
-    if session.algorithm.needs_reference:
+    if session.algorithm.loss.needs_reference:
         batch = session.reference.fill(batch)
     if session.algorithm.old == "sampler":
         return replace(batch, old_logprobs=batch.sampler_logprobs)
@@ -136,8 +134,8 @@ def train_on(
         return message
 
     def attempt() -> list[tuple[Tensor, Batch, Stats]]:
-        numbers = prepare_update(session, rollouts, whole[len(updates)])
-        return forward_backward(session, queue[len(updates)], numbers, done, total)
+        inputs = prepare_update(session, rollouts, whole[len(updates)])
+        return forward_backward(session, queue[len(updates)], inputs, done, total)
 
     while len(updates) < len(queue):
         passes = with_advice(attempt, lower, session.console.note)
@@ -157,21 +155,21 @@ def train_on(
 
 
 def forward_backward(
-    session: Session, part: list[Batch], numbers: dict[str, float], done: int, total: int
+    session: Session, part: list[Batch], inputs: StepInputs, done: int, total: int
 ) -> list[tuple[Tensor, Batch, Stats]]:
     """Accumulate the gradient of an update in the adapter's buffer.
 
-    Returns (log-probs [T], batch, stats) of each micro-batch. numbers: from `prepared`. done, total: micro-batches of
-    the step run so far, and in all, for the progress bar.
+    Returns (log-probs [T], batch, stats) of each micro-batch. inputs: from `prepare_update`. done, total: micro-batches
+    of the step run so far, and in all, for the progress bar.
     """
     policy, algorithm = session.policy, session.algorithm
     policy.flat.zero_grad()
     passes: list[tuple[Tensor, Batch, Stats]] = []
     for batch in part:
         session.console.progress("training", done + len(passes), total)
-        logprobs, entropy = policy.logprobs(batch, algorithm.entropy_grad)
-        filled_batch = replace(batch.to(policy.device), entropy=entropy, prepared=numbers)
-        loss, stats = algorithm.loss(logprobs, filled_batch, algorithm.config)
+        logprobs, entropy = policy.logprobs(batch, algorithm.loss.entropy_grad)
+        filled_batch = replace(batch.to(policy.device), entropy=entropy, inputs=inputs)
+        loss, stats = algorithm.loss(logprobs, filled_batch)
         session.optimizer.scaled(loss).backward()
         passes.append((logprobs.detach(), batch, {**stats, **batch_stats(loss, logprobs, entropy, filled_batch)}))
     return passes

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from losses import LOSSES
+from losses import LOSSES, file_of
 from safetensors.torch import load_file
 from tiny import tiny_model, tiny_tokenizer
 
@@ -19,8 +19,8 @@ from rlft.errors import ConfigError, TrainError
 from rlft.trainer.loop import train
 from rlft.trainer.validate import problems
 
-FILES = sorted({module.__name__.rpartition(".")[2] for module, _ in LOSSES.values()})
-PAIRED = sorted({module.__name__.rpartition(".")[2] for module, _ in LOSSES.values() if module.WHOLE_GROUPS})
+FILES = sorted({file_of(loss) for loss in LOSSES.values()})
+PAIRED = sorted({file_of(loss) for loss in LOSSES.values() if loss.whole_groups})
 CLIP = {"clip_ratio/low_mean", "clip_ratio/low_min", "clip_ratio/high_mean", "clip_ratio/high_max"}
 PAIR = {"rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected"}
 NAMES = {
@@ -187,18 +187,22 @@ def test_kto_wants_two_prompts_in_an_update(minibatches: int, home: Path, tmp_pa
 
 LOOKS = """
 import torch
-from rlft.algos.losses.kto import ADVANTAGE, AGGREGATION, ENTROPY_GRAD, NEEDS_REFERENCE, NEEDS_SAMPLER, RATIO
-from rlft.algos.losses.kto import WHOLE_GROUPS, ZERO_ADV_ZERO_GRAD, Config
-from rlft.types import Stat
-def prepare(look, cfg):
-    return {"floor": look.entropy_quantile(0.5), "gain": float(look.log_ratios(look.rollouts).sum())}
-def loss(logprobs, batch, cfg):
-    used = batch.train_mask
-    gain = torch.where(used, logprobs.detach().double() - batch.ref_logprobs.double(), 0).sum()
-    above = (batch.entropy.detach() > batch.prepared["floor"])[used].double().mean()
-    stats = {"off": Stat("mean", abs(gain - batch.prepared["gain"])), "moved": Stat("mean", abs(gain)),
-             "uneven": Stat("mean", abs(above - 0.5) * used.sum())}
-    return -(batch.weight * torch.where(used, logprobs, 0)).sum(), stats
+from dataclasses import dataclass
+from rlft.algos.loss import Loss
+from rlft.types import Stat, StepInputs
+@dataclass(frozen=True)
+class Looks(Loss):
+    aggregation, needs_reference, zero_adv_zero_grad = "sequence_mean", True, True
+    def prepare(self, view):
+        gain = float(view.log_ratios(view.rollouts).sum())
+        return StepInputs(extra={"floor": view.entropy_quantile(0.5), "gain": gain})
+    def __call__(self, logprobs, batch):
+        used, inputs = batch.train_mask, batch.inputs.extra
+        gain = torch.where(used, logprobs.detach().double() - batch.ref_logprobs.double(), 0).sum()
+        above = (batch.entropy.detach() > inputs["floor"])[used].double().mean()
+        stats = {"off": Stat("mean", abs(gain - inputs["gain"])), "moved": Stat("mean", abs(gain)),
+                 "uneven": Stat("mean", abs(above - 0.5) * used.sum())}
+        return -(batch.weight * torch.where(used, logprobs, 0)).sum(), stats
 """
 
 
@@ -211,7 +215,7 @@ def test_prepare_sees_each_update_as_it_starts(minibatches: int, passes: int, ho
         home,
         tmp_path / "run",
         "sft",
-        algo=Algo(f"{home}/looks.py:loss"),
+        algo=Algo(f"{home}/looks.py"),
         optim=optim,
         prompts_per_step=4,
         steps=3,

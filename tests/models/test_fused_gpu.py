@@ -282,7 +282,9 @@ def logprobs_and_gradient(
     policy: Policy, algorithm: Algorithm, rollouts: list[Rollout], budget: int, share: bool
 ) -> tuple[Tensor, Tensor]:
     """Log-probs of all completions and the adapter's gradient, in float64 on the CPU."""
-    plan = PackPlan((True,) * len(rollouts), algorithm.aggregation, budget, 512, 1.0, algorithm.whole_groups, share)
+    plan = PackPlan(
+        (True,) * len(rollouts), algorithm.aggregation, budget, 512, 1.0, algorithm.loss.whole_groups, share
+    )
     advantages = torch.tensor([1.0, -1.0] * (len(rollouts) // 2))
     found: list[Tensor] = [torch.empty(0)] * len(rollouts)
     policy.flat.zero_grad()
@@ -291,7 +293,7 @@ def logprobs_and_gradient(
         logprobs, _ = policy.logprobs(part)
         reference = part.train_mask * -7.0
         there = replace(part, ref_logprobs=reference).to(policy.device)
-        algorithm.loss(logprobs, there, algorithm.config)[0].backward()
+        algorithm.loss(logprobs, there)[0].backward()
         own = part.group_ids[part.seq_ids] >= 0
         values = logprobs.detach().double().cpu()
         sequences = part.seq_ids[own].unique().tolist()

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from rlft.algos.algorithm import build_algorithm
-from rlft.algos.losses import kto
+from rlft.algos.losses.kto import Kto, mismatched
 from rlft.config.run import Algo
 from rlft.errors import ConfigError
 from rlft.models.policy import Policy
@@ -71,14 +71,14 @@ def test_kl_elsewhere_leaves_rewards_alone_and_invalid_ones_stay_invalid() -> No
     for options in ({"kl_coef": 0.1}, {"kl": "reward"}):
         assert kl_in_reward(policy, build_algorithm(Algo("grpo", options)), PLAN, rollouts, rewards) == (rewards, {})
     algorithm = build_algorithm(Algo("grpo", {"kl": "reward", "kl_coef": 0.1}))
-    assert not algorithm.needs_reference and algorithm.zero_adv_zero_grad
+    assert not algorithm.loss.needs_reference and algorithm.loss.zero_adv_zero_grad
     made, _ = kl_in_reward(policy, algorithm, PLAN, rollouts, rewards)
     assert made[1].isnan() and made[0] != 1
 
 
 def test_kto_compares_with_completions_of_other_prompts() -> None:
     rollouts = [completion((0,), 0, 0), completion((1, 1), 0, 1), completion((2,), 1), completion((2, 0), 2)]
-    other = kto.mismatched(rollouts)
+    other = mismatched(rollouts)
     assert [r.completion_ids for r in other] == [(2,), (2,), (2, 0), (0,)]
     assert [r.prompt.index for r in other] == [0, 0, 1, 2] and all(len(r.completion_mask) for r in other)
     policy = Table()
@@ -86,10 +86,10 @@ def test_kto_compares_with_completions_of_other_prompts() -> None:
     for gain, r in zip(gains, other, strict=True):
         ref = sum(policy.ref[a, b] for a, b in itertools.pairwise((1, *r.completion_ids)))
         assert gain.item() == pytest.approx((policy.logprob(r.completion_ids) - ref).item())
-    z0 = kto.prepare(PackedStep(cast(Policy, policy), PLAN, rollouts, []), kto.Config())["z0"]
+    z0 = Kto().prepare(PackedStep(cast(Policy, policy), PLAN, rollouts, [])).z0
     assert z0 == pytest.approx(max(0.0, gains.mean().item()))
     with pytest.raises(ConfigError, match="an update of one prompt: kto compares"):
-        kto.mismatched(rollouts[:2])
+        mismatched(rollouts[:2])
 
 
 def test_estimators_get_lengths_and_parts_of_the_kept_rollouts() -> None:

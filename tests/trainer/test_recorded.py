@@ -60,7 +60,7 @@ def test_prefixes_packing_and_padding_leave_the_gradient_alone(work: str, algo: 
         advantages = algorithm.advantage(rewards, batch.group_ids(rollouts))
         policy.flat.zero_grad()
         for part in batch.pack(rollouts, advantages, plan, batch.count(rollouts, plan)):
-            algorithm.loss(policy.logprobs(part)[0], part, algorithm.config)[0].backward()
+            algorithm.loss(policy.logprobs(part)[0], part)[0].backward()
         found.append(policy.flat.gradient.clone())
     assert found[0].norm() > 1e-3
     assert all((other - found[0]).norm() < 1e-5 * found[0].norm() for other in found[1:])

@@ -371,12 +371,14 @@ def test_a_grader_that_breaks_mid_run_stops_it_instead_of_scoring_zero(home: Pat
 
 def test_non_finite_gradients_are_skipped_counted_and_stop_the_run(home: Path, tmp_path: Path) -> None:
     (tmp_path / "nan_loss.py").write_text(
-        "from rlft.algos.losses.sft import *\n"
-        "from rlft.algos.losses.sft import Config\n"
-        "def loss(logprobs, batch, cfg):\n"
-        "    return (logprobs * float('nan')).sum(), {}\n"
+        "from dataclasses import dataclass\n"
+        "from rlft.algos.loss import Loss\n"
+        "@dataclass(frozen=True)\n"
+        "class Nan(Loss):\n"
+        "    def __call__(self, logprobs, batch):\n"
+        "        return (logprobs * float('nan')).sum(), {}\n"
     )
-    cfg = sft(home, tmp_path / "run", algo=Algo(f"{tmp_path}/nan_loss.py:loss"), optim=Optim(max_skipped=3), steps=9)
+    cfg = sft(home, tmp_path / "run", algo=Algo(f"{tmp_path}/nan_loss.py"), optim=Optim(max_skipped=3), steps=9)
     with pytest.raises(TrainError, match="3 updates in a row had a non-finite gradient"):
         train(cfg)
     assert [m["skipped_updates"] for m in metrics(tmp_path / "run")] == [1.0, 2.0]
@@ -384,14 +386,16 @@ def test_non_finite_gradients_are_skipped_counted_and_stop_the_run(home: Path, t
 
 def test_out_of_memory_says_what_to_lower(home: Path, tmp_path: Path) -> None:
     (tmp_path / "big_loss.py").write_text(
+        "from dataclasses import dataclass\n"
         "import torch\n"
-        "from rlft.algos.losses.sft import *\n"
-        "from rlft.algos.losses.sft import Config\n"
-        "def loss(logprobs, batch, cfg):\n"
-        "    return torch.empty(2**60).sum(), {}\n"
+        "from rlft.algos.loss import Loss\n"
+        "@dataclass(frozen=True)\n"
+        "class Big(Loss):\n"
+        "    def __call__(self, logprobs, batch):\n"
+        "        return torch.empty(2**60).sum(), {}\n"
     )
     with pytest.raises(TrainError, match=r"out of memory .*Lower packing.tokens_per_micro_batch \(4096") as caught:
-        train(sft(home, tmp_path / "run", algo=Algo(f"{tmp_path}/big_loss.py:loss")))
+        train(sft(home, tmp_path / "run", algo=Algo(f"{tmp_path}/big_loss.py")))
     assert caught.value.exit_code == 1
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from rlft import dist
 from rlft.algos.advantages import ESTIMATORS
 from rlft.algos.algorithm import estimator_of
-from rlft.algos.losses import kto
+from rlft.algos.losses.kto import Kto, mismatched
 from rlft.batch import count, group_ids
 from rlft.trainer.prepare import PackedStep
 from rlft.types import PackPlan, Rollout
@@ -36,7 +36,7 @@ def advantages(name: str, rows: slice) -> Tensor:
 
 
 class Gains:
-    """What `kto.prepare` asks for: log-ratios that depend on prompt and completion."""
+    """What `Kto.prepare` asks for: log-ratios that depend on prompt and completion."""
 
     def __init__(self, rollouts: list[Rollout]) -> None:
         self.rollouts = rollouts
@@ -79,9 +79,9 @@ def results(rank: int | None) -> dict[str, Any]:
     assert len(set(group_ids(made).tolist())) == 4
     # Each rank goes round its own groups: what is summed and counted over both is all that z0 needs.
     look = Gains(made if rank is None else made[half])
-    gains = kto.mismatched(look.rollouts)
+    gains = mismatched(look.rollouts)
     found["gains"] = look.log_ratios(gains)
-    found["z0"] = kto.prepare(look, kto.Config())["z0"]
+    found["z0"] = Kto().prepare(look).z0
     return found
 
 
