@@ -1,6 +1,8 @@
 """GRPO with a squared penalty in place of the clip (SPO, 2401.16025): `algo.name = "examples/my_loss.py"`.
 
     loss_t = -r_t A + |A| (r_t - 1)^2 / (2 width),    r_t = exp(now - old)
+
+Settings common to all policy losses, their correction, KL and entropy terms are those of `PolicyLoss`.
 """
 
 from __future__ import annotations

@@ -244,6 +244,6 @@ def test_the_example_of_a_users_loss_trains_from_a_config(home: Path, tmp_path: 
         main(["train", str(file), "--help"])
     assert "--algo.width" in capsys.readouterr().out
     assert main(["train", str(file), "--algo.width=0"]) == 2
-    assert "algo.width = 0: want a number above 0" in capsys.readouterr().err
+    assert "algo.width = 0.0: want a number above 0" in capsys.readouterr().err
     assert main(["train", str(file), "--algo.with=1"]) == 2
     assert "algo.with: unknown setting. Did you mean" in capsys.readouterr().err
