@@ -140,7 +140,7 @@ class StepInputs:
     entropy_floor: float | None = None
     """Smallest entropy of a token in the policy term, in nats; None: every token is in it."""
     entropy_coef: float | None = None
-    """Factor of the entropy bonus in this update; None: the one in the settings."""
+    """Factor of the entropy bonus in this update; None: as the settings have it."""
     extra: Mapping[str, float] = field(default_factory=dict)
     """Numbers of a user's loss, by names of its choice."""
 

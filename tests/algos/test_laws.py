@@ -14,6 +14,9 @@ from losses import LOSSES, PAIRS, POLICY, Toy, batches_of, file_of, filled_step,
 
 from rlft.algos import algorithm
 from rlft.algos.advantages import ESTIMATORS
+from rlft.algos.loss import Loss
+from rlft.algos.pair_loss import PairLoss
+from rlft.algos.policy_loss import PolicyLoss
 from rlft.batch import count
 from rlft.config import resolve
 from rlft.config.files import presets
@@ -28,6 +31,11 @@ def test_every_file_of_the_folder_is_under_the_laws() -> None:
     for loss in LOSSES.values():
         text = " ".join((inspect.getdoc(inspect.getmodule(loss)) or "").split())
         assert "The five choices:" in text, file_of(loss)
+
+
+def test_no_loss_extends_another_loss() -> None:
+    for loss in LOSSES.values():
+        assert type(loss).__bases__ in ((Loss,), (PolicyLoss,), (PairLoss,)), file_of(loss)
 
 
 def test_the_page_of_algorithms_has_every_loss_estimator_and_preset() -> None:

@@ -132,8 +132,8 @@ def test_sampled_completions_need_a_reward_unless_functions_come_from_python(fol
 
 def test_a_loss_that_needs_sampler_log_probs_refuses_recorded_completions(folder: Path) -> None:
     (folder / "needy.py").write_text(
-        "from dataclasses import dataclass\nfrom rlft.algos.losses.sft import Sft\n@dataclass(frozen=True)\n"
-        "class Needy(Sft):\n    needs_sampler = True\n"
+        "from dataclasses import dataclass\nfrom rlft.algos.loss import Loss\n@dataclass(frozen=True)\n"
+        "class Needy(Loss):\n    needs_sampler = True\n    def __call__(self, logprobs, batch): ...\n"
     )
     (folder / "sft.jsonl").write_text('{"prompt": "a", "completion": "b"}\n' * 3)
     cfg = config(folder, data=str(folder / "sft.jsonl"), rewards=[], algo=f"{folder}/needy.py")
