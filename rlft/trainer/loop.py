@@ -69,7 +69,10 @@ def loop(session: Session) -> None:
             engine.load_adapter(policy.adapter(), version=state.step)
 
         values = (
-            metrics.values() | mismatch.values() | parts.metrics() | rollout_values(sample.rollouts, sample.rewards)
+            metrics.reduce().values()
+            | mismatch.values()
+            | parts.metrics()
+            | rollout_values(sample.rollouts, sample.rewards)
         )
         values |= update_values(result.updates, values) | packing_stats(result.packed, result.ran) | clock.values()
         values |= rates(sample.rollouts, result.ran, cfg.optim.passes, clock)

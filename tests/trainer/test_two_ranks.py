@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
+import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,8 +18,9 @@ from rlft.algos.advantages import ESTIMATORS
 from rlft.algos.algorithm import estimator_of
 from rlft.algos.losses import kto
 from rlft.batch import count, group_ids
+from rlft.trainer.metrics import Metrics
 from rlft.trainer.prepare import PackedStep
-from rlft.types import PackPlan, Rollout
+from rlft.types import PackPlan, Rollout, Stat, Stats
 
 REWARDS = torch.tensor([1.0, 0.0, 0.3, float("nan"), 2.0, 2.0, 0.5, 0.0, 0.7, 0.7, 0.7, 0.7])
 GROUPS = torch.arange(3).repeat_interleave(4)
@@ -55,6 +57,32 @@ def quantile(rows: slice) -> float:
     return PackedStep(policy, PackPlan((), "token_mean", 1, 1, 1.0), [], batches).entropy_quantile(0.8)
 
 
+def micro_batches() -> list[Stats]:
+    """Four micro-batches, of which each rank has two: only the second rank's have "kl", and one of them has a nan."""
+    values = torch.tensor([[0.1, 0.7, 2.5], [-1.0, 3.0, 0.3], [0.2, 0.2, 9.0], [4.0, -7.0, 1.1]])
+    masks = torch.tensor([[1, 1, 0], [0, 0, 0], [1, 1, 1], [0, 1, 0]]).bool()
+    made = [
+        {
+            "entropy": Stat.mean(row, mask),
+            "loss": Stat("sum", row.double().sum()),
+            "low": Stat("min", row.min()),
+            "high": Stat("max", row.max()),
+            "broken": Stat("max", math.nan if i == 2 else 1.0),
+            "nothing": Stat.mean(row, mask & False),
+        }
+        for i, (row, mask) in enumerate(zip(values, masks, strict=True))
+    ]
+    made[2]["kl"] = Stat("mean", 0.5, 4.0)
+    return made
+
+
+def metrics_of(micro: list[Stats]) -> dict[str, float]:
+    metrics = Metrics()
+    for stats in micro:
+        metrics.add(stats)
+    return metrics.reduce().values()
+
+
 def results(rank: int | None) -> dict[str, Any]:
     """Of one rank, half of the rows; of None, all of them in one process."""
     toy, found = Toy(), {}
@@ -81,6 +109,7 @@ def results(rank: int | None) -> dict[str, Any]:
     look = Gains(made if rank is None else made[half])
     gains = kto.mismatched(look.rollouts)
     found["gains"] = look.log_ratios(gains)
+    found["metrics"] = metrics_of(micro_batches()[slice(None) if rank is None else slice(2 * rank, 2 * rank + 2)])
     found["z0"] = kto.prepare(look, kto.Config())["z0"]
     return found
 
@@ -106,5 +135,15 @@ def test_two_ranks_give_what_one_process_gives(tmp_path: Path) -> None:
     for name in set(ESTIMATORS) - {"max_rl"}:
         assert (torch.cat([first[name], second[name]]) - alone[name]).abs().max() < 1e-6, name
     assert first["entropy_floor"] == second["entropy_floor"] == alone["entropy_floor"] > 0
+    assert repr(first["metrics"]) == repr(second["metrics"])  # as text, since nan is not nan
+    assert first["metrics"] == pytest.approx(alone["metrics"], rel=1e-15, nan_ok=True)
+    assert {name: round(value, 6) for name, value in first["metrics"].items() if name != "broken"} == {
+        "entropy": 0.533333,  # (0.1 + 0.7 + 0.2 + 0.2 + 9 - 7) / 6: the mean of the ranks' means would be 0.5
+        "loss": 13.1,
+        "low": -7.0,
+        "high": 9.0,
+        "kl": 0.125,
+    }
+    assert math.isnan(first["metrics"]["broken"])
     gains = torch.cat([first["gains"], second["gains"]])
     assert first["z0"] == second["z0"] == pytest.approx(float(gains.mean())) and first["z0"] > 0
