@@ -130,6 +130,7 @@ class Watched:
         return SimpleNamespace(
             run=run,
             console=console,
+            health=health.HealthMonitor("grpo"),
             tracking=tracking,
             state=state,
             callbacks=(),

@@ -342,14 +342,15 @@ def session_of(cfg: Any, rows: list[Any], policy: Any, engine: Any, tokenizer: A
     from rlft.data.prompts import Prompts
     from rlft.monitor.background import Background
     from rlft.monitor.console import Console
+    from rlft.monitor.health import HealthMonitor
     from rlft.monitor.token_text import TokenText
     from rlft.monitor.tracking import Tracking
     from rlft.rollout.engine import asleep
     from rlft.runs.folder import Run
+    from rlft.trainer.disagreement import Limit
     from rlft.trainer.optim import Optimizer
     from rlft.trainer.plans import pack_plan_of
     from rlft.trainer.reference import Reference
-    from rlft.trainer.disagreement import Limit
     from rlft.trainer.setup import Session
 
     algorithm, run, console = build_algorithm(cfg.algo, 1), Run.create(cfg.out), Console(plain=True)
@@ -371,6 +372,7 @@ def session_of(cfg: Any, rows: list[Any], policy: Any, engine: Any, tokenizer: A
         run=run,
         writer=Background("rlft-writer"),
         console=console,
+        health=HealthMonitor(cfg.algo.name),
         identity={},
         plan=plan,
         pieces=TokenText(tokenizer),

@@ -11,18 +11,9 @@ from rlft.monitor import health
 from rlft.report import charts
 from rlft.report.curves import Drawing
 from rlft.report.markup import document, navigation, number, section, table, text
-from rlft.report.page import (
-    algorithm_of,
-    config_of,
-    duration,
-    evaluation_names,
-    grid,
-    parts_of,
-    where,
-    with_error,
-    write_page,
-)
+from rlft.report.page import algorithm_of, config_of, grid, parts_of, where, write_page
 from rlft.runs.folder import Run
+from rlft.runs.formats import duration, evaluation_names, with_error
 
 LAST = 10
 """Number of last steps over which the final numbers are averaged, since a single step is noisy."""
@@ -126,7 +117,7 @@ def evaluations(columns: Sequence[Column]) -> str:
         rows = [row for row in column.evaluations if row.get(name) is not None]
         if not rows:
             return "-"
-        last = with_error(rows[-1], name)
+        last = with_error(rows[-1], name, interval=True)
         return f"{number(rows[0][name])} → {last}" if len(rows) > 1 else last
 
     lines = [[name.removeprefix("eval/"), *(cell(column, name) for column in columns)] for name in names]

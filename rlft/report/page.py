@@ -14,6 +14,7 @@ from rlft.report.completions import held_out, samples, spread_out
 from rlft.report.curves import Drawing, Mark, figure
 from rlft.report.markup import document, navigation, number, section, table, text, tiles
 from rlft.runs.folder import Run, reason
+from rlft.runs.formats import change, duration, evaluation_names, with_error
 
 MOST_EVALUATIONS = 6
 """Largest number of columns in the evaluation table."""
@@ -121,38 +122,6 @@ def ends(values: Sequence[float]) -> str:
     return f"{values[0]:.3f} → {values[-1]:.3f}" if len(values) > 1 else f"{values[0]:.3f}"
 
 
-def duration(seconds: float) -> str:
-    """Format seconds: 18 -> "18 s", 600 -> "10.0 min", 7200 -> "2.0 h"."""
-    if seconds < 60:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.1f} min" if seconds < 3600 else f"{seconds / 3600:.1f} h"
-
-
-def with_error(row: Mapping[str, Any], name: str, form: str = ".3f") -> str:
-    """Format a metric with its interval or standard error, if any; "-" if it was not measured.
-
-    form: format of the metric and of the ends of its interval.
-    """
-    low, high, error = (row.get(name + ending) for ending in ("_low", "_high", "_stderr"))
-    if low is not None and high is not None:
-        return f"{number(row.get(name), form)}\n{low:{form}} to {high:{form}}"
-    return f"{number(row.get(name), form)} ± {error:.3f}" if error is not None else number(row.get(name))
-
-
-def evaluation_names(evaluations: Rows) -> list[str]:
-    """Return the eval/* metrics that get a line, most important first."""
-    names = {name for row in evaluations for name in row if name.startswith("eval/")}
-    names = {name for name in names if not name.endswith((*charts.ERRORS, "/std", "/seconds", "/invalid"))}
-    if any(row.get("eval/invalid") for row in evaluations):
-        names.add("eval/invalid")
-    first = ("eval/reward", "eval/loss", "eval/avg@", "eval/pass@", "eval/rewards/")
-
-    def place(name: str) -> tuple[int, int, str]:
-        return next((i for i, prefix in enumerate(first) if name.startswith(prefix)), len(first)), len(name), name
-
-    return sorted(names, key=place)
-
-
 def evaluation_table(evaluations: Rows) -> str:
     """Return a table with a line per eval/* metric, a column per evaluation, and the change from first to last.
 
@@ -163,12 +132,10 @@ def evaluation_table(evaluations: Rows) -> str:
     selected = [evaluations[i] for i in spread_out(range(len(evaluations)), MOST_EVALUATIONS)]
     lines = []
     for name in evaluation_names(selected):
-        first, last = selected[0].get(name), selected[-1].get(name)
-        change = f"{last - first:+.3g}" if first is not None and last is not None else "-"
-        if f"{name}_change" in selected[-1]:
-            change = with_error(selected[-1], f"{name}_change", "+.3f")
-        cells = [with_error(row, name) for row in selected]
-        lines.append([name.removeprefix("eval/"), *cells, *([change] if len(selected) > 1 else [])])
+        cells = [with_error(row, name, interval=True) for row in selected]
+        if len(selected) > 1:
+            cells.append(change(selected[0], selected[-1], name, interval=True))
+        lines.append([name.removeprefix("eval/"), *cells])
     head = ["", *(f"after step {row['step']}" for row in selected), *(["change"] if len(selected) > 1 else [])]
     return table(head, lines)
 

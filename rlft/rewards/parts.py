@@ -14,6 +14,8 @@ from rlft.rewards.worker import Reply
 
 OVERLONG = "overlong"
 """Name of the penalty that overlong.penalty_share adds to the reward."""
+CUSTOM = "custom/"
+"""Prefix of the metrics that reward functions log. No metric of rlft has it, so that none can be replaced."""
 
 
 @dataclass
@@ -88,12 +90,15 @@ class RewardBreakdown:
         return RewardBreakdown(total, answers, first.outcomes)
 
     def metrics(self) -> dict[str, float]:
-        """Return TRL's reward metrics, over valid rows before any filtering."""
+        """Return TRL's reward metrics, over valid rows before any filtering, and custom/NAME for log_metric(NAME).
+
+        A custom metric is the mean of all values logged under the name in the step, by whichever function.
+        """
         by_name: dict[str, list[float]] = {}
         for outcome in self.outcomes.values():
             for name, numbers in outcome.metrics.items():
                 by_name.setdefault(name, []).extend(numbers)
-        values = {name: sum(numbers) / len(numbers) for name, numbers in by_name.items()}
+        values = {f"{CUSTOM}{name}": sum(numbers) / len(numbers) for name, numbers in by_name.items()}
         values |= {"reward": _mean(self.total), "reward_std": _std(self.total)}
         for name, outcome in self.outcomes.items():
             rewards = torch.tensor(outcome.values, dtype=torch.float64)
@@ -114,10 +119,11 @@ class RewardBreakdown:
         return self.answers if by is None else torch.tensor(self.outcomes[by].values, dtype=torch.float32)
 
     def columns(self) -> dict[str, list[Any]]:
-        """Return the columns for the rollouts file: each function's rewards, and the columns it logged."""
+        """Return the columns for the rollouts file: each function's rewards, and FUNCTION/NAME for log_extra(NAME)."""
         columns: dict[str, list[Any]] = {name: outcome.values for name, outcome in self.outcomes.items()}
         for name, outcome in self.outcomes.items():
-            columns |= {f"{name}/{column}": values for column, values in outcome.extras.items()}
+            for column, values in outcome.extras.items():
+                columns.setdefault(f"{name}/{column}", values)  # the rewards of a function named "a/b" stay
         return columns
 
     def faults(self) -> list[str]:

@@ -132,7 +132,8 @@ class Run:
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Append the metrics of a step, or of an evaluation after it, to metrics.jsonl."""
         with self.writing("metrics.jsonl"):
-            append_line(self.metrics_file, {"step": step, **values})
+            # Given twice: first in the line, and not replaced by a metric of that name, which a user's loss may return.
+            append_line(self.metrics_file, {"step": step} | dict(values) | {"step": step})
 
     def write_rollouts(
         self,

@@ -24,7 +24,6 @@ from rlft.batch import group_ids, packing_stats
 from rlft.config.data import Reward
 from rlft.config.run import Config, config_from
 from rlft.errors import EngineError
-from rlft.monitor.console import evaluation_line
 from rlft.rewards.parts import RewardBreakdown
 from rlft.rewards.score import check_invalid, score
 from rlft.rollout.engine import asleep
@@ -164,11 +163,12 @@ def record(
     step, columns = session.state.step, parts.columns()
     session.run.log(step, values)
     session.writer.submit(lambda: write_completions(session, step, sample, columns, advantages, mismatch))
-    messages = session.console.step(values | {"step": float(step)}, sample.rollouts[0].text)
+    new = session.health.step(step, values)
+    session.console.step(values | {"step": float(step)}, sample.rollouts[0].text, new, session.health.active)
     scores = {"reward": sample.rewards.tolist(), **{f"rewards/{name}": column for name, column in columns.items()}}
-    session.tracking.log(step, values, "completions", sample.rollouts, scores | {"advantage": advantages}, messages)
+    session.tracking.log(step, values, "completions", sample.rollouts, scores | {"advantage": advantages}, new)
     for callback in session.callbacks:
-        callback(session.state, values)
+        callback(session.state, dict(values))  # a copy: what a callback puts into it is no metric of ours
 
 
 def write_completions(
@@ -220,8 +220,9 @@ def measure(session: Session) -> dict[str, float]:
             )
     session.run.log(step, values)
     completions = (evaluation.rollouts, {"reward": evaluation.rewards}) if evaluation is not None else ((), {})
-    session.console.note(evaluation_line(values, step))
-    session.tracking.log(step, values, "eval/completions", *completions, session.console.evaluation(step, values))
+    new = session.health.evaluation(step, values)
+    session.console.evaluation(step, values, new, session.health.active)
+    session.tracking.log(step, values, "eval/completions", *completions, new)
     return values
 
 

@@ -38,6 +38,7 @@ from rlft.models.load import (
 from rlft.models.policy import Policy
 from rlft.monitor.background import Background
 from rlft.monitor.console import Console
+from rlft.monitor.health import HealthMonitor
 from rlft.monitor.token_text import TokenText
 from rlft.monitor.tracking import Tracking
 from rlft.rewards.builtin.length import length
@@ -85,6 +86,7 @@ class Session:
     writer: Background
     """Writes completions while the loop goes on."""
     console: Console
+    health: HealthMonitor
     identity: dict[str, str]
     """Properties that a checkpoint must share with this run to be resumed."""
     plan: PackPlan
@@ -239,6 +241,7 @@ def build_session(
             run=run,
             writer=writer,
             console=console,
+            health=HealthMonitor(cfg.algo.name),
             identity=identity_of(cfg, policy),
             plan=plan,
             pieces=TokenText(tokenizer),
@@ -254,7 +257,7 @@ def build_session(
         session.tracking = stack.enter_context(Tracking(cfg, run, session.state.step, resume, console.note))
         run.write_config(to_toml(cfg))
         run.write_plan(memory)
-        console.start(_title(session, passes), steps, session.state.step, cfg.algo.name)
+        console.start(_title(session, passes), steps, session.state.step)
         session.limit = agree(cfg, policy, engine, rows, plan, console.note)
         yield session
 
@@ -376,11 +379,9 @@ def _title(session: Session, passes: str) -> list[str]:
     cfg, policy, rows, evals = session.cfg, session.policy, len(session.prompts.rows), len(session.eval_prompts)
     dtype = str(resolve_dtype(cfg, policy.device)).removeprefix("torch.")
     weights = weight_bytes(policy.base)
-    total = weights["parameters"]
-    trainable = policy.adapter_params.numel()
     return [
-        f"{cfg.model}: {total / 1e6:.0f} M parameters in {dtype} on {policy.device.type}, "
-        f"LoRA rank {cfg.lora.rank} ({trainable / 1e6:.1f} M trained)",
+        f"{cfg.model}: {weights['parameters'] / 1e6:.0f} M parameters in {dtype} on {policy.device.type}, "
+        f"LoRA rank {cfg.lora.rank} ({policy.adapter_params.numel() / 1e6:.1f} M trained)",
         f"{rows} prompts, {evals} held out; {session.steps} steps of {cfg.prompts_per_step} "
         f"prompts x {cfg.sampling.group_size if session.engine.SAMPLES else 'recorded'} completions",
         policy.path,
@@ -395,6 +396,5 @@ def _title(session: Session, passes: str) -> list[str]:
 
 def _starting(cfg: Config, engine: Engine, end: str) -> list[str]:
     """Return notes about settings and files that have less effect than a reader may expect. end: `undeclared_end`."""
-    ignores_temperature = not engine.SAMPLES and cfg.sampling.temperature != 1
     message = f"sampling.temperature = {cfg.sampling.temperature:g}: recorded completions are trained at temperature 1"
-    return [*([message] if ignores_temperature else []), *([end] if end else [])]
+    return [*([message] if not engine.SAMPLES and cfg.sampling.temperature != 1 else []), *([end] if end else [])]

@@ -187,7 +187,7 @@ def test_a_conversational_row_gives_message_lists(make) -> None:
 
 def test_metrics_and_columns_that_a_function_logs(make) -> None:
     _, parts = score(rollouts(2), [make("logs")], {})
-    assert parts.metrics()["longest"] == 6.0 and parts.columns()["logs/upper"] == ["TEXT 0", "TEXT 1"]
+    assert parts.metrics()["custom/longest"] == 6.0 and parts.columns()["logs/upper"] == ["TEXT 0", "TEXT 1"]
 
 
 def test_a_callable_class_and_a_closure_run_here_with_a_note(make) -> None:

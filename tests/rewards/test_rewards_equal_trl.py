@@ -237,7 +237,7 @@ def test_the_same_functions_called_here_give_trls_rewards(module: Any, by_trl: A
 def test_what_is_logged_is_trls(in_workers: Any, by_trl: Any) -> None:
     metrics = in_workers[1].metrics()
     for name, values in by_trl[1]._pending_metrics.items():
-        assert metrics[name] == pytest.approx(sum(values) / len(values)), name
+        assert metrics[f"custom/{name}"] == pytest.approx(sum(values) / len(values)), name
     columns = in_workers[1].columns()
     for name, values in by_trl[1]._pending_extra_logs.items():
         assert columns[f"logs/{name}"] == values, name
