@@ -130,7 +130,7 @@ def mismatch_is_high(history: History) -> bool:
     return size is not None and limit is not None and size > 0.5 * limit
 
 
-def skipped(history: History) -> bool:
+def update_skipped(history: History) -> bool:
     """Return True when an update was skipped, except while fp16 searches for its loss scale."""
     return bool(newest(history, "skipped_updates")) and (newest(history, "loss_scale") or 1.0) <= 1.0
 
@@ -287,7 +287,7 @@ RULES = [
         "grad_norm",
         "the gradient was not finite and the update was skipped ({skipped_updates:.0f} in a row)",
         "lower optim.lr, or look for extreme rewards",
-        skipped,
+        update_skipped,
     ),
     Rule(
         "not_finite",

@@ -163,7 +163,7 @@ def _resources() -> list[Chart]:
     ]
 
 
-def others(rows: Rows, shown: Iterable[Chart]) -> list[Chart]:
+def other_charts(rows: Rows, shown: Iterable[Chart]) -> list[Chart]:
     """Return a chart for each metric that is not in `shown`, at most MOST_OTHERS. rows: steps and evaluations."""
     covered = {"step", "epoch", "num_tokens", "step_time", "eval/rows", "eval/samples"}
     covered |= {name for chart in shown if chart.lines for name in (*chart.lines.values(), chart.spread, *chart.edges)}
@@ -224,14 +224,14 @@ def series(row_bins: Sequence[Rows], chart: Chart, i: int, legend: str, name: st
         low, high = ([pick(numbers) if numbers else None for numbers in values_by_bin] for pick in (min, max))
     smooth: Sequence[float | None] = ()
     if len(row_bins) >= SMOOTH_FROM and not chart.stacked and not chart.log:
-        smooth = running(values)
+        smooth = running_median(values)
         if i == 0 and (chart.spread or chart.edges[0]):  # extremes are not smoothed
-            low, high = running(low), running(high)
+            low, high = running_median(low), running_median(high)
     newest = health.newest(row_bins[-1], name)
     return Line(legend, [int(rows[-1]["step"]) for rows in row_bins], values, newest, low, high, smooth, i)
 
 
-def running(values: Sequence[float | None]) -> list[float | None]:
+def running_median(values: Sequence[float | None]) -> list[float | None]:
     """Return the running median over a 25th of the values, smoothed by a running mean; None at missing values."""
     reach = max(1, len(values) // 50)
 

@@ -88,12 +88,12 @@ def passage(value: str) -> str:
         # A text that only starts like JSON is shown unchanged.
         with contextlib.suppress(ValueError, TypeError, KeyError):
             turns = [(str(message["role"]), str(message["content"])) for message in json.loads(value)]
-            content_html = "\n".join(f"<i>{text(role)}</i> {cut(content)}" for role, content in turns)
+            content_html = "\n".join(f"<i>{text(role)}</i> {truncate(content)}" for role, content in turns)
             return f'<div class="passage">{content_html or "<i>empty</i>"}</div>'
-    return f'<div class="passage">{cut(value) or "<i>empty</i>"}</div>'
+    return f'<div class="passage">{truncate(value) or "<i>empty</i>"}</div>'
 
 
-def cut(value: str) -> str:
+def truncate(value: str) -> str:
     """Return the first MOST_TEXT characters, escaped, and the number of remaining ones."""
     more = f" <i>... {len(value) - MOST_TEXT:,} more characters</i>" if len(value) > MOST_TEXT else ""
     return text(value[:MOST_TEXT]) + more

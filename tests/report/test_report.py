@@ -220,7 +220,7 @@ def test_the_curves_hold_what_metrics_jsonl_holds(whole: Run) -> None:
     found = Page(report.write(whole.path)).curves()
     known = charts.charts(*page.parts_of(whole.metrics()))
     drawn = [chart for chosen in known.values() for chart in chosen]
-    drawn += charts.others(whole.metrics(), drawn)
+    drawn += charts.other_charts(whole.metrics(), drawn)
     seen = set()
     for chart in drawn:
         rows = [row for row in whole.metrics() if any(n in row for n in chart.lines.values())]
@@ -371,8 +371,8 @@ def test_completions_keep_to_their_budget(run: Run, monkeypatch: pytest.MonkeyPa
 
 
 def test_many_steps_are_thinned_evenly_with_both_ends() -> None:
-    assert completions.spread_out(range(1, 101), 4) == [1, 34, 67, 100]
-    assert completions.spread_out([5, 6], 4) == [5, 6]
+    assert completions.evenly_spaced(range(1, 101), 4) == [1, 34, 67, 100]
+    assert completions.evenly_spaced([5, 6], 4) == [5, 6]
 
 
 # ---- several runs ----
@@ -421,9 +421,12 @@ def drawn(values: list[float | None], first: int = 1, **options: Any) -> str:
 
 
 def test_steps_are_named_in_spans() -> None:
-    assert page.where(charts.spans([1, 2, 3, 7])) == "steps 1-3, 7" and page.where(charts.spans([4])) == "step 4"
+    assert (
+        page.step_ranges(charts.spans([1, 2, 3, 7])) == "steps 1-3, 7"
+        and page.step_ranges(charts.spans([4])) == "step 4"
+    )
     assert charts.spans([1, 4, 9], gap=3) == [(1, 4), (9, 9)] and charts.spans([]) == []
-    assert page.where([(n, n) for n in range(9)]).endswith("5 and 3 more times")
+    assert page.step_ranges([(n, n) for n in range(9)]).endswith("5 and 3 more times")
 
 
 def test_a_point_lies_where_its_value_says() -> None:
@@ -500,8 +503,8 @@ def test_a_long_run_is_thinned_keeps_its_newest_step_and_shows_its_extremes() ->
 
 
 def test_a_running_median_is_not_moved_by_a_spike() -> None:
-    assert charts.running([1.0] * 100 + [50.0] + [1.0] * 100) == [1.0] * 201
-    assert charts.running([1.0, None, 3.0, 5.0]) == [1.0, None, 4.0, 4.0]
+    assert charts.running_median([1.0] * 100 + [50.0] + [1.0] * 100) == [1.0] * 201
+    assert charts.running_median([1.0, None, 3.0, 5.0]) == [1.0, None, 4.0, 4.0]
 
 
 def test_numbers_are_short() -> None:

@@ -257,3 +257,11 @@ def test_the_rewards_of_the_first_evaluation_come_back_by_row(tmp_path: Path) ->
     run.write_evaluation(2, rows, [0.0, 0.0, 0.0])
     first = run.first_rewards()
     assert first.keys() == {8, 3} and first[3] == [0.5] and first[8][0] == 1.0 and math.isnan(first[8][1])
+
+
+def test_a_metric_named_step_does_not_replace_the_step(tmp_path: Path) -> None:
+    """As a user's own loss may return; a resume goes by the step."""
+    run = Run.create(tmp_path / "run")
+    run.log(3, {"loss": 1.0, "step": 1e9})
+    assert run.metrics() == [{"step": 3, "loss": 1.0}]
+    assert run.metrics_file.read_text() == '{"step": 3, "loss": 1.0}\n'

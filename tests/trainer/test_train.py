@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 from dataclasses import replace
@@ -174,13 +175,20 @@ def test_gspo_runs_through_the_same_loop_with_grpos_rollouts(home: Path, tmp_pat
 
 def test_reward_functions_and_callbacks_from_python(home: Path, tmp_path: Path) -> None:
     seen: list[tuple[int, float]] = []
+
+    def overwrite(_: Any, values: dict[str, float]) -> None:
+        values.update(dict.fromkeys(values, math.nan) | {"custom": 1.0, "nonfinite_logprobs": 1e9})
+
     prefer = "x"  # a closure: runs in this process
     result = train(
         grpo(home, tmp_path / "run", rewards=(), steps=2),
         rewards=[lambda completions, **kwargs: [float(text.count(prefer)) for text in completions]],
-        callbacks=[lambda state, values: seen.append((state.step, values["reward"]))],
+        callbacks=[overwrite, lambda state, values: seen.append((state.step, values["reward"]))],
     )
-    assert result.steps == 2 and [step for step, _ in seen] == [1, 2]
+    assert result.steps == 2
+    # A callback has a copy: what it writes reaches no other callback, no check and no file.
+    assert seen == [(row["step"], row["reward"]) for row in metrics(tmp_path / "run")]
+    assert "custom" not in metrics(tmp_path / "run")[0]
 
 
 def test_epochs_decide_the_steps(home: Path, tmp_path: Path) -> None:
