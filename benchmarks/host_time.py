@@ -91,6 +91,7 @@ def main() -> None:
     from rlft.config.run import Lora
     from rlft.kernels.attention import Sequences
     from rlft.models.fused import memory
+    from rlft.models.fused.levels import L0
     from rlft.models.load import Base, attach_lora, load_base
     from rlft.models.policy import Policy
 
@@ -103,7 +104,7 @@ def main() -> None:
     fused = policy.fused
     assert fused is not None
     fused.shape = fused._shape()  # type: ignore[reportPrivateUsage]
-    fused.plan = memory.evaluate(fused.shape, 4096, 4096, (LAYERS, 0, 0), memory.PassOptions(8192, "layer", 2**28))
+    fused.plan = memory.evaluate(fused.shape, 4096, 4096, (LAYERS, L0, L0), memory.PassOptions(8192, "layer", 2**28))
     sequences = Sequences.of(
         torch.tensor([0, 4, 8, TOKENS], dtype=torch.int32),
         torch.tensor([-1, 0, 0], dtype=torch.int32),

@@ -27,6 +27,7 @@ from rlft.config.run import Lora
 from rlft.kernels.lora_group import AdapterWriteTables, write_adapters_reference
 from rlft.models import kv_cache
 from rlft.models.fused.decoder import FusedDecoder, fuse
+from rlft.models.fused.levels import L0
 from rlft.models.fused.memory import MemoryPlan
 
 OWN = "transformers' own layers run here, not the fused ones: "
@@ -98,7 +99,7 @@ def test_weights_stay_where_they_are_while_the_adapter_is_off(mode: Any) -> None
     plain, model = pair()
     fused: FusedDecoder = fuse(model)  # type: ignore[assignment]
     layers = len(fused.layers)
-    fused.plan = MemoryPlan((0,) * layers, 64, mode, 2**20, 0, 0, 0)
+    fused.plan = MemoryPlan((L0,) * layers, 64, mode, 2**20, 0, 0, 0)
 
     def places() -> tuple[int, list[int]]:
         return fused.store.version, [b.data_ptr() for held in fused.store._brought.values() for b in held.buffers]

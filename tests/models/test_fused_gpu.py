@@ -19,7 +19,7 @@ from rlft.batch import count, pack
 from rlft.config.run import Algo, Lora
 from rlft.models.fused import memory
 from rlft.models.fused.decoder import FusedDecoder, fuse
-from rlft.models.fused.layer_steps import LEVELS
+from rlft.models.fused.levels import L0, L4, L5, LEVELS, Level
 from rlft.models.load import attach_lora
 from rlft.models.policy import Policy
 from rlft.types import Batch, PackPlan, Rollout
@@ -129,9 +129,9 @@ def test_nf4_equals_its_own_decoded_weights(tmp_path: Any) -> None:
 
 @pytest.mark.parametrize("mode", ["layer", "group", "shadow"])
 @pytest.mark.parametrize("level", LEVELS)
-def test_levels_agree_within_rounding(level: int, mode: str) -> None:
+def test_levels_agree_within_rounding(level: Level, mode: str) -> None:
     runs = []
-    for at, where in ((0, "layer"), (level, mode)):
+    for at, where in ((L0, "layer"), (level, mode)):
         model = model_of("qwen3", torch.bfloat16)
         fused(model, at, where)
         runs.append(run(model, *data(torch.bfloat16)))
@@ -186,8 +186,8 @@ def test_graphs_give_what_launches_give(nf4: bool, tmp_path: Any) -> None:
         loss.backward()
 
 
-@pytest.mark.parametrize("level", [4, 5])
-def test_two_passes_under_way_do_not_mix_their_host_memory(level: int) -> None:
+@pytest.mark.parametrize("level", [L4, L5])
+def test_two_passes_under_way_do_not_mix_their_host_memory(level: Level) -> None:
     g = torch.Generator().manual_seed(6)
     policy = Policy(model_of("qwen3", torch.bfloat16))
     assert policy.fused is not None
@@ -208,7 +208,7 @@ def test_two_passes_under_way_do_not_mix_their_host_memory(level: int) -> None:
 @pytest.mark.parametrize("name", ["qwen3", "gemma3"])
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("bonus", [False, True], ids=["", "entropy bonus"])
-def test_the_plan_is_within_5_percent_of_the_measured_peak(name: str, level: int, bonus: bool) -> None:
+def test_the_plan_is_within_5_percent_of_the_measured_peak(name: str, level: Level, bonus: bool) -> None:
     big = {
         "hidden_size": 1024,
         "intermediate_size": 3072,
@@ -358,7 +358,7 @@ def test_graphs_outlive_passes_without_the_adapter(nf4: bool, store: Any, tmp_pa
     policy = Policy(model_of("qwen3", torch.bfloat16, nf4=nf4, tmp=tmp_path))
     assert isinstance(policy.fused, FusedDecoder) and policy.fused.graphs is not None
     graphs, batch = policy.fused.graphs, batch_of([60, 50], g)
-    policy.fused.plan = memory.MemoryPlan((0, 0), 8192, store, 2**20, 0, 0, 0)
+    policy.fused.plan = memory.MemoryPlan((L0, L0), 8192, store, 2**20, 0, 0, 0)
     policy.fused.graphs = None
     want = gradient_of(policy, batch)
     policy.fused.graphs = graphs
