@@ -305,9 +305,7 @@ class Replayed:
         fused, now = s.policy.fused, (allowed, tokens, share, question.get("padded", False))
         if fused is not None and DEVICE == "cuda" and now != self._before:
             # Graphs of other micro-batches would take memory from these.
-            fused.store.release()
-            if fused.graphs is not None:
-                fused.graphs.clear()
+            fused.release()
             # Gradient and moments are there already; what a pass may take comes on top.
             rest = torch.cuda.memory_allocated() - self._desk.base
             fused.budget, self._before = None if allowed is None else allowed * GIB - rest, now

@@ -24,6 +24,7 @@ from rlft.kernels.attention import Sequences
 from rlft.kernels.logprobs import CHUNK_BYTES, linear_logprobs
 from rlft.models import packed, padded, rope
 from rlft.models.adapter import FlatAdapter
+from rlft.models.device_memory import DeviceMemory, host_free
 from rlft.models.fused import memory
 from rlft.models.fused.decoder import FusedDecoder, fuse
 from rlft.models.fused.token_budget import ALONE, BUDGETS, Group, token_budget
@@ -37,15 +38,20 @@ from rlft.upload import upload
 class Policy:
     """A PEFT model as a policy. `adapter()` is what training changes, `base` what it does not."""
 
-    def __init__(self, model: PeftModel, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self, model: PeftModel, dtype: torch.dtype = torch.float32, device_memory: DeviceMemory | None = None
+    ) -> None:
         """Fuse the decoder and flatten the adapter.
 
-        dtype: of the adapter's master copy (fp32; fp64 in exactness tests).
+        dtype: of the adapter's master copy (fp32; fp64 in exactness tests). device_memory: what the plans of passes are
+        chosen from, and what an engine reports to; None: the object of the model's device.
         """
         packed.register()
         self.model = model
         self.flat = FlatAdapter(model, dtype=dtype)
-        fused = fuse(model)
+        self.device = self.flat.values.device
+        self.device_memory = device_memory or DeviceMemory.of(self.device)
+        fused = fuse(model, self.device_memory)
         self.fused = fused if isinstance(fused, FusedDecoder) else None
         """The fused decoder; None if transformers' own layers run."""
         self.base: nn.Module = model.get_base_model()
@@ -56,7 +62,6 @@ class Policy:
         batching = f"padded: {problem}" if problem else f"packed: {fused}"
         self.path = "fused layers" if self.fused else f"transformers' own layers, {batching}"
         """Which layers run, how and why; logged at the start of a run."""
-        self.device = self.flat.values.device
         self.mixes_rows = mixes_rows(self.base)
         """Whether a row's log-probs depend on what it is packed with, so that they cannot be reused for another
         micro-batch."""
@@ -128,17 +133,25 @@ class Policy:
         """
         if self.fused is None or self.device.type == "cpu":
             return BUDGETS[-1]
-        return token_budget(self.fused.shape, self.fused.available(), memory.host_free(), group)
+        return token_budget(self.fused.shape, self.fused.available(), host_free(), group)
 
-    def lower(self) -> str:
-        """Free memory and plan later passes with less, after an out-of-memory error; return a description."""
+    def release_memory(self) -> None:
+        """Free what passes leave allocated: CUDA graphs, weight buffers, and blocks that PyTorch has cached.
+
+        The next pass allocates it again. Call it between passes, with no backward due.
+        """
         if self.fused is not None:
-            self.fused.lower()
+            self.fused.release()
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+
+    def lower(self) -> str:
+        """Free memory and plan later passes with less, after an out-of-memory error; return a description."""
+        self.release_memory()
         if self.fused is None:
             return "tried once more without what PyTorch had cached"
+        self.fused.raise_margin()
         return f"planned again with {1 - self.fused.margin:.0%} of the memory that is free"
 
     def fix_rope(self, longest: int, long: bool = False) -> None:

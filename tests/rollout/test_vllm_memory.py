@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from rlft.errors import EngineError
-from rlft.models.fused import memory
+from rlft.models.device_memory import DeviceMemory
 from rlft.rollout.vllm.memory import GIB, GRAPHS, EngineMemory, _slots, choose_mode
 
-GPU = torch.device("cuda")
+GPU = DeviceMemory(torch.device("cuda"))
 SIZES = EngineMemory(
     linear=13 * GIB,
     largest=GIB // 4,
@@ -27,7 +27,7 @@ SIZES = EngineMemory(
 
 
 def free(monkeypatch: pytest.MonkeyPatch, gib: float) -> None:
-    monkeypatch.setattr(memory, "free", lambda device: gib * GIB)
+    monkeypatch.setattr(GPU, "free", lambda: gib * GIB)
 
 
 def test_expanded_where_it_fits_beside_the_cache_else_lent(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,6 +23,7 @@ from rlft.kernels import attention_backends as backends
 from rlft.kernels import rms_norm
 from rlft.kernels.attention import Sequences
 from rlft.models import families, kv_cache, rope
+from rlft.models.device_memory import DeviceMemory, host_free
 from rlft.models.families import Family
 from rlft.models.fusable import adapted, adapter_problem, hook_problem, layers_problem, parts_of, state_of
 from rlft.models.fused import memory
@@ -47,16 +48,20 @@ KEYS = 1024
 class FusedDecoder:
     """Fused layers over a decoder's modules: `hidden` for packed rows, `forward` for transformers' callers."""
 
-    def __init__(self, model: PeftModel, decoder: nn.Module, family: Family) -> None:
+    def __init__(
+        self, model: PeftModel, decoder: nn.Module, family: Family, device_memory: DeviceMemory | None = None
+    ) -> None:
         """Check the modules of `decoder` and take their tensors.
 
-        Raises ValueError, with the reason, for a decoder that fused layers cannot run.
+        device_memory: as the attribute. Raises ValueError, with the reason, for a decoder that fused layers cannot run.
         """
         self.model, self.decoder, self.family = model, decoder, family
         self.plan: memory.MemoryPlan | None = None
         """The plan of every pass; None: chosen for each pass from the free memory."""
         self.budget: float | None = None
         """Bytes that a pass may take on the device; None: what is free."""
+        self.device_memory = device_memory
+        """Says what is free; None: the object of the device that the decoder is on."""
         self.margin = MARGIN
         """Share of that memory that is left unused."""
         self.full = 0
@@ -115,7 +120,7 @@ class FusedDecoder:
         return {name: getattr(self, name) for name in names}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
+        vars(self).update(state, device_memory=None)
         self._reset()
 
     # ---- packed rows -------------------------------------------------------------------------------------------------
@@ -196,7 +201,7 @@ class FusedDecoder:
         if self.plan is not None:
             return self.plan
         device = self.norm.weight.device
-        host = memory.host_free() if device.type == "cuda" else 0.0
+        host = host_free() if device.type == "cuda" else 0.0
         # Rounded up by at most 3% (to 64 rows for short passes), so that cached plans are reused: choosing one takes
         # milliseconds.
         step = max(64, 1 << max(0, rows.bit_length() - 6))
@@ -220,15 +225,19 @@ class FusedDecoder:
 
     def available(self) -> float:
         """Return the bytes that a pass may take on the device now."""
-        device = self.norm.weight.device
-        budget = memory.free(device) + self.store.bytes if self.budget is None else self.budget
+        device_memory = self.device_memory or DeviceMemory.of(self.norm.weight.device)
+        budget = device_memory.free() + self.store.bytes if self.budget is None else self.budget
         budget -= self.graphs.bytes if self.graphs is not None else 0
         # In steps, so that cached plans are reused.
         return budget * (1 - self.margin) // STEP * STEP
 
-    def lower(self) -> None:
-        """Plan with less memory after an out-of-memory error, and free CUDA graphs and weight buffers."""
+    def raise_margin(self) -> None:
+        """Plan with less memory from now on, after an out-of-memory error."""
         self.margin = min(0.9, self.margin + LOWER)
+
+    def release(self) -> None:
+        """Free CUDA graphs and weight buffers, which the next pass allocates again. No backward may be due: that of a
+        graph would raise RuntimeError."""
         if self.graphs is not None:
             self.graphs.clear()
         self.store.release()
@@ -363,13 +372,15 @@ class FusedDecoder:
         return None
 
 
-def fuse(model: PeftModel) -> FusedDecoder | str:
-    """Run the decoder of `model` by fused layers from now on, or return why its own layers stay."""
+def fuse(model: PeftModel, device_memory: DeviceMemory | None = None) -> FusedDecoder | str:
+    """Run the decoder of `model` by fused layers from now on, or return why its own layers stay. device_memory: as of
+    `FusedDecoder`."""
     base: Any = model.get_base_model()
     decoder = base.get_decoder()
     existing = getattr(vars(decoder).get("forward"), "__self__", None)
     if isinstance(existing, FusedDecoder):
         existing.model = model
+        existing.device_memory = device_memory or existing.device_memory
         return existing.problem() or existing
     family = families.find(decoder.config.model_type)
     if family is None:
@@ -378,7 +389,7 @@ def fuse(model: PeftModel) -> FusedDecoder | str:
     if not known or not kv_cache.name(decoder):
         return f"{type(decoder).__module__}.{type(decoder).__name__} is not transformers' {family.decoder}"
     try:
-        fused = FusedDecoder(model, decoder, family)
+        fused = FusedDecoder(model, decoder, family, device_memory)
     except ValueError as error:
         return str(error)
     problem = fused.problem()

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import bisect
 import math
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -98,6 +97,7 @@ class MemoryPlan:
     """What a pass saves, and how it runs."""
 
     levels: tuple[Level, ...]
+    """The level of each layer."""
     tile: int
     store: Mode
     """Mode of `rlft.models.fused.projection.Store`."""
@@ -359,42 +359,3 @@ def weight_bytes(model: nn.Module) -> dict[str, int]:
             size += state.absmax.numel() * state.absmax.element_size()
             size += state.state2.absmax.numel() * state.state2.absmax.element_size() if state.nested else 0
     return {"bytes": size, "parameters": count}
-
-
-def _meminfo(field: str) -> float:
-    """Read a field of /proc/meminfo, in bytes; infinite on systems without it."""
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            return next(int(line.split()[1]) * 1024.0 for line in file if line.startswith(field))
-    except OSError:
-        return float("inf")
-
-
-unmapped = 0
-"""Bytes that PyTorch counts as reserved without memory behind them. The vLLM engine, whose memory pools can be
-unmapped, keeps this up to date."""
-
-
-def free(device: torch.device) -> float:
-    """Return the bytes that a pass may take now: what the driver has free and PyTorch reserves without using it; on a
-    CPU, half of what the system has available."""
-    if device.type != "cuda":
-        return _meminfo("MemAvailable") / 2
-    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device) - unmapped
-    return torch.cuda.mem_get_info(device)[0] + unused
-
-
-@cache
-def host_free() -> float:
-    """Return the bytes of host memory for offloading: this process's cgroup limit less 16 GiB. Read once, since every
-    pass asks."""
-    limit = float("inf")
-    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        try:
-            with open(path, encoding="ascii") as file:
-                text = file.read().strip()
-        except OSError:
-            continue
-        limit = min(limit, float("inf") if text == "max" else float(text))
-    # The processes of one run on this machine share the memory.
-    return max(0.0, min(limit, _meminfo("MemTotal")) - 16 * GIB) / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

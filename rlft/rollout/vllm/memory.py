@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 
 from rlft.errors import EngineError
-from rlft.models.fused import memory
+from rlft.models.device_memory import DeviceMemory
 from rlft.models.policy import Policy
 from rlft.rollout.vllm.shared_weights import Weight, module_of, slot_rank
 
@@ -107,13 +107,13 @@ class EngineMode:
         return f"{self.mode} weights ({self.why}), {self.kv_bytes / GIB:.2f} GiB of cache"
 
 
-def choose_mode(sizes: EngineMemory, mode: str, kv_gib: float | None, device: torch.device) -> EngineMode:
+def choose_mode(sizes: EngineMemory, mode: str, kv_gib: float | None, device_memory: DeviceMemory) -> EngineMode:
     """Choose the mode and the size of the KV cache from the free memory of the device.
 
     mode: "auto" or one of the three modes. kv_gib: size of the cache, None to choose it. Raises EngineError when not
     even one sequence fits.
     """
-    if device.type != "cuda":
+    if device_memory.device.type != "cuda":
         # On a CPU nothing sleeps, so separate weights would be in memory twice at all times.
         if mode not in ("auto", "shared"):
             raise EngineError(
@@ -121,7 +121,7 @@ def choose_mode(sizes: EngineMemory, mode: str, kv_gib: float | None, device: to
             )
         kv = int(kv_gib * GIB) if kv_gib is not None else min(sizes.wanted, 4 * GIB)
         return EngineMode("shared", max(kv, sizes.least), "nothing sleeps on a CPU")
-    room = int(memory.free(device)) - sizes.pending - sizes.slots - sizes.work - GRAPHS
+    room = int(device_memory.free()) - sizes.pending - sizes.slots - sizes.work - GRAPHS
     available = {"shared": room - sizes.largest, "dequantized": room - sizes.linear, "merged": room - sizes.linear}
     requested = None if kv_gib is None else int(kv_gib * GIB)
     if mode == "auto":
