@@ -92,7 +92,7 @@ def measure(work: str) -> list[dict[str, Any]]:
         assert not optimizer.step(0, 0).skipped
 
     watch.phase("train", train, seconds)
-    ran = str(policy.fused.ran) if policy.fused else "not planned"
+    ran = str(policy.fused.last_plan) if policy.fused else "not planned"
     watch.phase("wake", engine.wake, seconds)
     watch.phase("load", lambda: engine.load_adapter(policy.adapter(), 1), seconds)
     base = 0.0 if how["cap"] is None else ballast.numel() / GIB

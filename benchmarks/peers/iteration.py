@@ -191,7 +191,9 @@ class Marked:
             fused = self.session.policy.fused
             how = f"NF4 base; {getattr(self._engine, 'choice', '')}"
             note = f"{how}; micro-batches of {self.session.plan.budget} tokens"
-            self._phases.end(self._desk, self._tokens, f"{note}; training: {fused.ran if fused else 'not planned'}")
+            self._phases.end(
+                self._desk, self._tokens, f"{note}; training: {fused.last_plan if fused else 'not planned'}"
+            )
 
     def close(self) -> None:
         self._engine.close()

@@ -318,7 +318,11 @@ class Replayed:
         s = self.session
         fused = s.policy.fused
         graphs = fused.graphs.bytes if fused is not None and fused.graphs is not None else 0
-        how = f"{fused.ran}, {fused.ran.store}, {fused.shape.attention}" if fused is not None else "not planned"
+        how = (
+            f"{fused.last_plan}, {fused.last_plan.store}, {fused.shape.attention}"
+            if fused is not None
+            else "not planned"
+        )
         self._desk.stop(graphs, note=f"micro-batches of {s.plan.budget} tokens; {how}")
 
     def sleep(self) -> None:

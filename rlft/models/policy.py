@@ -26,7 +26,7 @@ from rlft.models import packed, padded, rope
 from rlft.models.adapter import FlatAdapter
 from rlft.models.device_memory import DeviceMemory, host_free
 from rlft.models.fused import memory
-from rlft.models.fused.decoder import FusedDecoder, fuse
+from rlft.models.fused.decoder import FusedDecoder, PassRecord, fuse
 from rlft.models.fused.token_budget import ALONE, BUDGETS, Group, token_budget
 from rlft.models.head import append_ones, head_matrix, scale_of, softcap_of
 from rlft.models.quantization import mixes_rows
@@ -135,6 +135,11 @@ class Policy:
             return BUDGETS[-1]
         return token_budget(self.fused.shape, self.fused.available(), host_free(), group)
 
+    def set_micro_batch(self, tokens: int) -> None:
+        """Set the tokens of a full micro-batch, by which the plans of shorter ones choose where weights are held."""
+        if self.fused is not None:
+            self.fused.set_micro_batch(tokens)
+
     def release_memory(self) -> None:
         """Free what passes leave allocated: CUDA graphs, weight buffers, and blocks that PyTorch has cached.
 
@@ -184,9 +189,8 @@ class Policy:
         plan = batch.plan
         if self.fused is not None and plan is None:
             plan = self.fused.plan_pass(len(ids), len(rows), sequences)
-        hidden = self._hidden(batch, trained, ids, sequences, plan)
-        chunk_bytes = CHUNK_BYTES if plan is None else plan.chunk_bytes
-        workspace = None if self.fused is None else self.fused.store.scratch
+        hidden, record = self._hidden(batch, trained, ids, sequences, plan)
+        chunk_bytes, workspace = (CHUNK_BYTES, None) if record is None else (record.plan.chunk_bytes, record.workspace)
         logprobs, entropy = linear_logprobs(
             hidden,
             self._head,
@@ -203,19 +207,22 @@ class Policy:
 
     def _hidden(
         self, batch: Batch, trained: Tensor, ids: Tensor, sequences: Sequences, plan: memory.MemoryPlan | None
-    ) -> Tensor:
-        """Return the head's input [N, H] where each of `trained` is predicted. batch, trained: in host memory."""
+    ) -> tuple[Tensor, PassRecord | None]:
+        """Return the head's input [N, H] where each of `trained` is predicted; also how fused layers ran, if they did.
+
+        batch, trained: in host memory.
+        """
         if not self.packed:
             states = padded.Rows.of(batch, trained, self.device).hidden(self._decoder).to(self._head.dtype)
-            return append_ones(states, self._head.shape[1]) if self._bias else states
+            return (append_ones(states, self._head.shape[1]) if self._bias else states), None
         positions, rows = (upload(tensor, self.device) for tensor in (batch.position_ids, batch.source[trained]))
         if self.fused is None:
             states = packed.hidden(self._decoder, ids, positions, sequences, rows)
-            return append_ones(states, self._head.shape[1]) if self._bias else states
+            return (append_ones(states, self._head.shape[1]) if self._bias else states), None
         embedded = self._decoder.get_input_embeddings()(ids)
-        hidden = self.fused.hidden(embedded, positions, sequences, self.flat.gradients, plan)
+        hidden, record = self.fused.hidden(embedded, positions, sequences, self.flat.gradients, plan)
         # The norm acts on each row alone, so only the selected rows need it.
-        return self.fused.final_norm(hidden[rows])
+        return self.fused.final_norm(hidden[rows]), record
 
     @contextmanager
     def _reference(self) -> Iterator[None]:

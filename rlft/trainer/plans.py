@@ -31,8 +31,7 @@ def pack_plan_of(cfg: Config, algorithm: Algorithm, policy: Policy, sampled: Seq
             prompt = int(statistics.median(len(row.ids) for row in sampled))
             group = Group(prompt, cfg.sampling.group_size * min(cfg.sampling.max_tokens, TYPICAL))
         budget = policy.token_budget(group)
-    if policy.fused is not None:
-        policy.fused.full = budget
+    policy.set_micro_batch(budget)
     return PackPlan(
         keep=(),
         aggregation=algorithm.aggregation,

@@ -144,7 +144,7 @@ def test_a_family_equals_transformers(name: str, dtype: torch.dtype, padding: st
     model = model_of(name, dtype)
     decoder = fused(model)
     got = run(model, *data)
-    assert decoder.ran is not None and decoder.ran.levels == (L0, L0)
+    assert decoder.last_plan is not None and decoder.last_plan.levels == (L0, L0)
     close(got, want, 1e-6 if dtype == torch.float64 else 2e-5)
 
 

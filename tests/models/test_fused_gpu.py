@@ -102,7 +102,7 @@ def test_bf16_is_as_near_to_fp64_as_transformers(name: str) -> None:
     model = model_of(name, torch.bfloat16)
     decoder = fused(model)
     ours = error(run(model, ids, mask, upstream.bfloat16()), truth)
-    assert decoder.ran is not None
+    assert decoder.last_plan is not None
     for kind, value in ours.items():
         # 1.5 times in norm: stricter than the kernels' rule, loose enough for the noise of one draw.
         assert value <= 1.5 * plain[kind], f"{kind}: {value:.2e} against transformers' {plain[kind]:.2e}"
@@ -272,7 +272,7 @@ def test_the_chosen_plan_stays_within_its_budget(shared: bool) -> None:
         before = torch.cuda.memory_allocated() - policy.fused.store.bytes
         gradient_of(policy, batch)
         measured = (torch.cuda.max_memory_allocated() - before + graphs) / 2**30
-        assert measured <= budget, (budget, measured, graphs / 2**30, str(policy.fused.ran))
+        assert measured <= budget, (budget, measured, graphs / 2**30, str(policy.fused.last_plan))
         assert (graphs > 0) == (budget == 16.0)
         if policy.fused.graphs is not None:
             policy.fused.graphs.clear()

@@ -82,11 +82,11 @@ def test_short_passes_have_the_weights_where_full_ones_have_them(gib: int) -> No
     full = token_budget(QWEN3_8B, budget, 0.0)
     short = full // 4
     assert [decoder.plan_for(rows, budget=budget).store for rows in (full, short)] == ["layer", "shadow"]
-    decoder.full = full
+    decoder.set_micro_batch(full)
     assert [decoder.plan_for(rows, budget=budget).store for rows in (full, short)] == ["layer", "layer"]
-    decoder.full = short
+    decoder.set_micro_batch(short)
     assert decoder.plan_for(short, budget=budget).store == "shadow", "as many rows as they have at most"
-    decoder.full = token_budget(QWEN3_8B, 60 * GIB, 0.0)
+    decoder.set_micro_batch(token_budget(QWEN3_8B, 60 * GIB, 0.0))
     assert decoder.plan_for(short, budget=60 * GIB).store == "shadow"
 
 
@@ -98,16 +98,18 @@ def test_a_run_tells_of_its_groups_and_the_layers_of_its_micro_batches() -> None
         return 5120
 
     bonus: list[bool] = []
-    policy: Any = SimpleNamespace(token_budget=budget, packed=True, fused=SimpleNamespace(full=0, expect=bonus.append))
+    full: list[int] = []
+    policy: Any = SimpleNamespace(token_budget=budget, packed=True, fused=SimpleNamespace(expect=bonus.append))
+    policy.set_micro_batch = full.append
     prompts = [Prompt((5,) * n, {}, n) for n in (10, 300, 7000)]
     cfg = Config("m", Data("d"), "out", steps=1, sampling=Sampling(group_size=4, max_tokens=8192))
     for algo, sampled in (("grpo", prompts), ("grpo", ()), ("dpo", prompts)):
-        assert pack_plan_of(cfg, build_algorithm(Algo(algo), 1), policy, sampled).budget == policy.fused.full == 5120
+        assert pack_plan_of(cfg, build_algorithm(Algo(algo), 1), policy, sampled).budget == full[-1] == 5120
     assert told == [Group(300, 4 * 1024), ALONE, ALONE]
     fixed = pack_plan_of(
         replace(cfg, packing=Packing(tokens_per_micro_batch=99)), build_algorithm(Algo("grpo"), 1), policy, prompts
     )
-    assert fixed.budget == policy.fused.full == 99 and len(told) == 3
+    assert fixed.budget == full[-1] == 99 and len(told) == 3
     pack_plan_of(cfg, build_algorithm(Algo("grpo", {"entropy_coef": 0.01}), 1), policy, prompts)
     assert bonus == [False] * 4 + [True]
 

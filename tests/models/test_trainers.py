@@ -228,7 +228,7 @@ def test_trls_defaults_of_autocast_and_checkpointing(tmp_path: Path) -> None:
     assert isinstance(fused, FusedDecoder)
     with pytest.warns(UserWarning, match=r"autocast to torch.bfloat16 over weights of torch.float32") as said:
         sft(model, COMPLETIONS, tmp_path, **defaults).train()
-    assert fused.ran is None
+    assert fused.last_plan is None
     assert sum("rlft:" in str(w.message) for w in said) == 1
 
     curves = []

@@ -95,7 +95,7 @@ def without_adapter(base: Any, made: list[Rollout]) -> Tensor:
     for batch in batches(made):
         rows = batch.train_mask.nonzero()[:, 0]
         sequences = Sequences.of(batch.cu_seqlens, batch.prefix, CPU)
-        hidden = fused.hidden(base.get_input_embeddings()(batch.input_ids), batch.position_ids, sequences)
+        hidden, _ = fused.hidden(base.get_input_embeddings()(batch.input_ids), batch.position_ids, sequences)
         logprobs, _ = linear_logprobs(
             fused.final_norm(hidden[batch.source[rows]]),
             base.get_output_embeddings().weight,
