@@ -102,7 +102,7 @@ def test_weights_stay_where_they_are_while_the_adapter_is_off(mode: Any) -> None
     fused.plan = MemoryPlan((L0,) * layers, 64, mode, 2**20, 0, 0, 0)
 
     def places() -> tuple[int, list[int]]:
-        return fused.store.version, [b.data_ptr() for held in fused.store._brought.values() for b in held.buffers]
+        return fused.store.version, [b.data_ptr() for held in fused.store._layer_weights.values() for b in held.buffers]
 
     with torch.no_grad():
         with model.disable_adapter():
@@ -216,7 +216,7 @@ def test_an_adapter_that_moves_is_read_where_it_is(kernel: bool, monkeypatch: py
             want = [torch.empty_like(t) for t in got]
             write_adapters_reference(b.group, b.A, b.B, *want)
             assert all(torch.equal(*pair) for pair in zip(got, want, strict=True))
-        return fused.store.fills[0]
+        return fused.store.write_tables[0]
 
     first, second = filled("default"), filled("other")
     version = fused.store.version

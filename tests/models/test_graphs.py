@@ -236,7 +236,7 @@ def test_weights_that_move_between_a_forward_and_its_backward_are_not_read(launc
     policy, kept, loss_of = launched
     loss = loss_of()
     (graph,) = kept._graphs.values()
-    assert all(plan is not None for plan in graph.fills), "what it reads lives as long as it"
+    assert all(plan is not None for plan in graph.write_tables), "what it reads lives as long as it"
     policy.fused.store.release()
     with pytest.raises(RuntimeError, match="another pass moved the weights' buffers"):
         loss.backward()

@@ -124,7 +124,7 @@ class _Layer(torch.autograd.Function):
             if run.offload is not None:
                 run.offload.settle()
             ctx.save_for_backward(x)
-        ctx.kept, ctx.rest = saved, (layer, run, bound)
+        ctx.activations, ctx.rest = saved, (layer, run, bound)
         ctx.versions = versions(adapter_tensors(bound))
         return out
 
@@ -132,7 +132,7 @@ class _Layer(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dout):  # type: ignore[override]
         layer, run, bound = ctx.rest
-        saved, ctx.kept = ctx.kept, None
+        saved, ctx.activations = ctx.activations, None
         if saved is None:
             raise RuntimeError(
                 f"layer {layer.index}: backward ran before, and turned what it had kept into gradients in place; run "
