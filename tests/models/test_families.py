@@ -150,7 +150,7 @@ def test_a_family_equals_transformers(name: str, dtype: torch.dtype, padding: st
 
 @torch.no_grad()
 def test_one_projection_at_a_time_is_brought_once_for_several_uses_in_a_row() -> None:
-    decoder = fused(model_of("qwen3", torch.float32), 0, "group")
+    decoder = fused(model_of("qwen3", torch.float32), L0, "group")
     decoder.store.use("group")
     layer, like = decoder.layers[0], torch.empty(0)
     weights = decoder.store.weights(0, layer.projections, layer.bind("default"), like)

@@ -52,7 +52,7 @@ class Calls:
         self.all = self.fused = self.without_grad = 0
         hidden = fused.hidden
 
-        def counted(*args: Any, **options: Any) -> Tensor:
+        def counted(*args: Any, **options: Any) -> Any:
             self.fused += 1
             self.without_grad += not torch.is_grad_enabled()
             return hidden(*args, **options)
