@@ -348,10 +348,10 @@ def session_of(cfg: Any, rows: list[Any], policy: Any, engine: Any, tokenizer: A
     from rlft.monitor.tracking import Tracking
     from rlft.rollout.engine import asleep
     from rlft.runs.folder import Run
+    from rlft.trainer.disagreement import Limit
     from rlft.trainer.optim import Optimizer
     from rlft.trainer.plans import pack_plan_of
     from rlft.trainer.reference import Reference
-    from rlft.trainer.disagreement import Limit
     from rlft.trainer.setup import Session
 
     algorithm, run, console = build_algorithm(cfg.algo, 1), Run.create(cfg.out), Console(plain=True)
