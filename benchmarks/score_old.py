@@ -24,7 +24,7 @@ from results_file import arguments, write
 from timing import row
 
 from rlft.algos.algorithm import build_algorithm
-from rlft.batch import count, pack
+from rlft.batch import count, groups_of, pack
 from rlft.config.run import Algo, Lora, Optim
 from rlft.models.load import attach_lora
 from rlft.models.policy import Policy
@@ -39,9 +39,9 @@ def minibatches(policy: Policy) -> list[list[Batch]]:
     rollouts, parts = rollouts_of(WORKS[WORK], "slab"), []
     half = len(rollouts) // 2
     for some in (rollouts[:half], rollouts[half:]):
-        plan = PackPlan((True,) * half, "token_mean", policy.token_budget(), 32_768, 1.0)
-        advantages = torch.tensor([1.0 - 2.0 * r.recorded_reward for r in some])
-        parts.append(pack(some, advantages, plan, count(some, plan)))
+        plan = PackPlan("token_mean", policy.token_budget(), 32_768, 1.0)
+        groups = groups_of(some, [1.0 - 2.0 * rollout.recorded_reward for rollout in some])
+        parts.append(pack(groups, plan, count(groups)))
     return parts
 
 
@@ -65,7 +65,7 @@ def measure(stack: str) -> list[dict[str, Any]]:
             for batch in part:
                 logprobs, entropy = policy.logprobs(batch)
                 here = replace(batch.to("cuda"), entropy=entropy)
-                algorithm.loss(logprobs, here, algorithm.config)[0].backward()
+                algorithm.loss(logprobs, here)[0].backward()
             assert not optimizer.step(0, 0).skipped
         marks[2].record()
         torch.cuda.synchronize()

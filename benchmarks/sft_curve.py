@@ -32,8 +32,8 @@ from peft import PeftModel
 from results_file import arguments, write
 from torch import Tensor
 
-from rlft.algos.losses import sft
-from rlft.batch import count, pack
+from rlft.algos.losses.sft import Sft
+from rlft.batch import count, groups_of, pack
 from rlft.config.data import Data, Sampling
 from rlft.config.run import Lora, Optim
 from rlft.data.prompts import Prompts, encode_prompt
@@ -112,12 +112,13 @@ def rlft_curve(policy: Policy, steps: list[list[Prompt]], budget: int) -> Curve:
     losses = []
     for update, prompts in enumerate(steps):
         rollouts = engine.generate(prompts, Sampling(), (SEED, update))
-        plan = PackPlan((True,) * len(rollouts), sft.AGGREGATION, budget, 1, 1.0)
+        plan = PackPlan(Sft.aggregation, budget, 1, 1.0)
+        groups = groups_of(rollouts, [1.0] * len(rollouts))
         policy.flat.zero_grad()
         total = 0.0
-        for packed in pack(rollouts, torch.ones(len(rollouts)), plan, count(rollouts, plan)):
+        for packed in pack(groups, plan, count(groups)):
             logprobs, _ = policy.logprobs(packed)
-            loss, _ = sft.loss(logprobs, packed.to(policy.device), sft.Config())
+            loss, _ = Sft()(logprobs, packed.to(policy.device))
             optimizer.scaled(loss).backward()
             total += loss.item()
         done = optimizer.step(update, 0)

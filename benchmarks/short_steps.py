@@ -25,7 +25,7 @@ from results_file import arguments, write
 from timing import row
 
 from rlft.algos.algorithm import build_algorithm
-from rlft.batch import count, pack
+from rlft.batch import count, groups_of, pack
 from rlft.config.run import Algo, Lora, Optim
 from rlft.models.load import Base, attach_lora, load_base
 from rlft.models.policy import Policy
@@ -66,13 +66,13 @@ class Trainer:
         """Seconds."""
         torch.cuda.synchronize()
         begin = time.perf_counter()
-        plan = PackPlan((True,) * len(made), "token_mean", self.policy.token_budget(), 512, 1.0, share_prefix=share)
-        advantages, mismatch = torch.tensor([1.0, -1.0] * (len(made) // 2)), Mismatch()
+        plan = PackPlan("token_mean", self.policy.token_budget(), 512, 1.0, share_prefix=share)
+        groups, mismatch = groups_of(made, [1.0, -1.0] * (len(made) // 2)), Mismatch()
         self.policy.flat.zero_grad()
-        for batch in pack(made, advantages, plan, count(made, plan)):
+        for batch in pack(groups, plan, count(groups)):
             logprobs, _ = self.policy.logprobs(batch)
             mismatch.add(logprobs, batch)
-            self._algorithm.loss(logprobs, batch.to("cuda"), self._algorithm.config)[0].backward()
+            self._algorithm.loss(logprobs, batch.to("cuda"))[0].backward()
         self._optimizer.step(0, 0)
         torch.cuda.synchronize()
         return time.perf_counter() - begin

@@ -65,7 +65,7 @@ def rows(T: int, step: Any) -> list[dict[str, Any]]:
     with profile(activities=[ProfilerActivity.CUDA]) as p:
         step(ids)
         torch.cuda.synchronize()
-    plan = step.policy.fused.ran
+    plan = step.policy.fused.last_plan
     return parts(f"slab/{T}", times, p, str(plan), floors(T, T * T / 2, T, plan.store == "shadow"))
 
 

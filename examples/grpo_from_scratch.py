@@ -3,8 +3,9 @@
     python examples/grpo_from_scratch.py --steps 3
 
 Only the data (rows, chat template, order) comes from rlft; sampling, reward, advantage, loss and update are here, in
-plain PyTorch. It prints the same losses as the library's loop (tests/trainer/test_from_scratch.py holds the first three
-to 1e-4, in float64), because it draws the same random numbers.
+plain PyTorch, under the names and in the order of `rlft.trainer.loop.loop`. It prints the same losses as the library's
+loop (tests/trainer/test_from_scratch.py holds the first three to 1e-4, in float64), because it draws the same random
+numbers.
 
 The five choices: token-level ratio, clip 0.2 (inert with one update per batch, where the ratio is 1), no KL, advantage
 (reward - group mean) / (group std + 1e-4), mean over all tokens of the step. One factor more corrects for the sampler:
@@ -15,7 +16,9 @@ from __future__ import annotations
 
 import argparse
 import re
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,6 +32,18 @@ from rlft.rollout.engine import rollout_seed
 from rlft.trainer.optim import learning_rate
 from rlft.trainer.setup import load_prompts_of
 from rlft.types import Prompt
+
+
+@dataclass
+class Group:
+    """The completions of one prompt, with their rewards and advantages [G]."""
+
+    prompt: Prompt
+    ids: list[list[int]]
+    sampler: list[list[float]]
+    """Log-prob of every token under the distribution it was drawn from."""
+    rewards: Tensor
+    advantages: Tensor = field(default_factory=lambda: torch.empty(0))
 
 
 @torch.inference_mode()
@@ -62,31 +77,65 @@ def last_number_is(text: str, answer: str) -> float:
     return float(bool(numbers) and int(numbers[-1]) == int(answer))
 
 
-def group_advantages(rewards: Tensor) -> Tensor:
+def sample_and_score(model: PeftModel, tokenizer: Any, cfg: Config, step: int, slot: int, prompt: Prompt) -> Group:
+    """A group of completions of a prompt, the `slot`-th of the step, with their rewards."""
+    seeds = [rollout_seed((cfg.seed, step), slot, g) for g in range(cfg.sampling.group_size)]
+    ids, sampler = sample(model, prompt, seeds, cfg.sampling.max_tokens, tokenizer.eos_token_id)
+    texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
+    rewards = torch.tensor([last_number_is(text, prompt.row["answer"]) for text in texts])
+    return Group(prompt, ids, sampler, rewards)
+
+
+def advantages(groups: list[Group]) -> None:
     """(reward - mean) / (std + 1e-4) within a group; exactly 0 when all rewards are equal."""
-    if rewards.max() == rewards.min():
-        return torch.zeros_like(rewards)
-    return (rewards - rewards.mean()) / (rewards.std() + 1e-4)
+    for group in groups:
+        r = group.rewards
+        equal = r.max() == r.min()
+        group.advantages = torch.zeros_like(r) if equal else (r - r.mean()) / (r.std() + 1e-4)
 
 
-def group_loss(
-    model: PeftModel, prompt: Prompt, ids: list[list[int]], sampler: list[list[float]], advantages: Tensor, tokens: int
-) -> Tensor:
+def group_loss(model: PeftModel, group: Group, tokens: int) -> Tensor:
     """Sum of the group's token losses over the tokens of the whole step: sums of groups are then the step's mean."""
-    longest = max(len(row) for row in ids)
+    longest = max(len(row) for row in group.ids)
     pad = lambda rows, value: torch.tensor([list(row) + [value] * (longest - len(row)) for row in rows])  # noqa: E731
-    completion, mask = pad(ids, 0), pad([[1] * len(row) for row in ids], 0).bool()  # (G, L)
-    prompt_ids = torch.tensor([prompt.ids]).expand(len(ids), -1)
+    completion, mask = pad(group.ids, 0), pad([[1] * len(row) for row in group.ids], 0).bool()  # (G, L)
+    prompt_ids = torch.tensor([group.prompt.ids]).expand(len(group.ids), -1)
     # Padding is on the right and attention is causal, so no real token sees it.
     logits = model(input_ids=torch.cat([prompt_ids, completion], 1)).logits
-    predicting = logits[:, len(prompt.ids) - 1 : -1]  # the row before each completion token
+    predicting = logits[:, len(group.prompt.ids) - 1 : -1]  # the row before each completion token
     logprobs = predicting.log_softmax(-1).gather(2, completion[..., None]).squeeze(2)
     now = logprobs.detach()
-    rho = (now - pad(sampler, 0.0)).exp().clamp(max=2.0)  # sampler correction, no gradient
+    rho = (now - pad(group.sampler, 0.0)).exp().clamp(max=2.0)  # sampler correction, no gradient
     ratio = (logprobs - now).exp()  # 1, with the gradient of the log-prob
-    a = advantages[:, None]
+    a = group.advantages[:, None]
     loss = -torch.min(ratio * a, ratio.clamp(0.8, 1.2) * a) * rho
     return loss[mask].sum() / tokens
+
+
+def losses(model: PeftModel, groups: list[Group]) -> float:
+    """Forward and backward of every group; the loss of the step."""
+    tokens, total = sum(len(row) for group in groups for row in group.ids), 0.0
+    for group in groups:
+        if group.advantages.any():  # a group of equal rewards has no gradient; its tokens still count
+            loss = group_loss(model, group, tokens)
+            loss.backward()
+            total += loss.item()
+    return total
+
+
+def update(optimizer: torch.optim.Optimizer, cfg: Config, step: int) -> None:
+    """Clip the gradient and apply it at the learning rate of the step."""
+    torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], cfg.optim.max_grad_norm)
+    optimizer.param_groups[0]["lr"] = learning_rate(cfg.optim, step, cfg.steps)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def record(step: int, groups: list[Group], loss: float) -> None:
+    """Print the step."""
+    reward = torch.cat([group.rewards for group in groups]).mean().item()
+    tokens = sum(len(row) for group in groups for row in group.ids)
+    print(f"step {step + 1}  loss {loss:.6f}  reward {reward:.3f}  tokens {tokens}", flush=True)
 
 
 def main() -> None:
@@ -101,31 +150,16 @@ def main() -> None:
     model = attach_lora(load_base(cfg, torch.device("cpu")), cfg.lora, cfg.seed)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=cfg.optim.lr, betas=cfg.optim.betas, weight_decay=cfg.optim.weight_decay)
-    group_size, eos = cfg.sampling.group_size, tokenizer.eos_token_id
 
     for step in range(args.steps):
-        groups = []
-        for slot, prompt in enumerate(prompts.take(cfg.prompts_per_step)):
-            seeds = [rollout_seed((cfg.seed, step), slot, g) for g in range(group_size)]
-            ids, sampler = sample(model, prompt, seeds, cfg.sampling.max_tokens, eos)
-            texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
-            rewards = torch.tensor([last_number_is(text, prompt.row["answer"]) for text in texts])
-            groups.append((prompt, ids, sampler, rewards))
-        tokens = sum(len(row) for _, ids, _, _ in groups for row in ids)
-
-        step_loss = 0.0
-        for prompt, ids, sampler, rewards in groups:
-            advantages = group_advantages(rewards)
-            if advantages.any():  # a group of equal rewards has no gradient; its tokens still count
-                loss = group_loss(model, prompt, ids, sampler, advantages, tokens)
-                loss.backward()
-                step_loss += loss.item()
-        torch.nn.utils.clip_grad_norm_(trained, cfg.optim.max_grad_norm)
-        optimizer.param_groups[0]["lr"] = learning_rate(cfg.optim, step, cfg.steps)
-        optimizer.step()
-        optimizer.zero_grad()
-        reward = torch.cat([rewards for *_, rewards in groups]).mean().item()
-        print(f"step {step + 1}  loss {step_loss:.6f}  reward {reward:.3f}  tokens {tokens}", flush=True)
+        groups = [
+            sample_and_score(model, tokenizer, cfg, step, slot, prompt)
+            for slot, prompt in enumerate(prompts.take(cfg.prompts_per_step))
+        ]
+        advantages(groups)
+        loss = losses(model, groups)
+        update(optimizer, cfg, step)
+        record(step, groups, loss)
 
 
 if __name__ == "__main__":

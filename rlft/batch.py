@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import accumulate, chain, groupby
 from typing import NamedTuple
 
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from rlft.errors import TrainError
-from rlft.types import Batch, Counts, PackPlan, Rollout
+from rlft.types import Batch, Counts, Group, PackPlan, Rollout, Sample
 
 
 def group_ids(rollouts: Sequence[Rollout]) -> Tensor:
@@ -40,40 +41,59 @@ def group_ids(rollouts: Sequence[Rollout]) -> Tensor:
     return torch.tensor(ids, dtype=torch.int64)
 
 
-def count(rollouts: Sequence[Rollout], plan: PackPlan) -> Counts:
-    """Count the trained tokens, sequences and groups of the rollouts that `plan.keep` keeps.
+def groups_of(rollouts: Sequence[Rollout], advantages: Sequence[float] | None = None) -> list[Group]:
+    """Wrap rollouts in samples and groups, as `group_ids` divides them. advantages: one per rollout, by default nan."""
+    values = [math.nan] * len(rollouts) if advantages is None else advantages
+    groups: list[Group] = []
+    for rollout, group, advantage in zip(rollouts, group_ids(rollouts).tolist(), values, strict=True):
+        if group == len(groups):
+            groups.append(Group([]))
+        groups[group].samples.append(Sample(rollout, advantage=advantage))
+    return groups
+
+
+def samples_of(groups: Sequence[Group]) -> list[Sample]:
+    """Return the samples of all groups in order."""
+    return [sample for group in groups for sample in group.samples]
+
+
+def count(groups: Sequence[Group]) -> Counts:
+    """Count the trained tokens, sequences and groups of the samples that are kept.
 
     Rows of zero advantage and tokens masked by a correction count; tool output and tokens whose sampler log-prob is not
     finite do not. An empty completion is a sequence without tokens.
     """
-    assert len(plan.keep) == len(rollouts), "plan.keep needs one flag per rollout"
-    groups = group_ids(rollouts).tolist()
-    indices = [i for i, is_kept in enumerate(plan.keep) if is_kept]
-    tokens = sum(int(rollouts[i].trained.sum()) for i in indices)
-    return Counts(tokens, len(indices), len({groups[i] for i in indices}))
+    kept = [sample for sample in samples_of(groups) if sample.kept]
+    tokens = sum(int(sample.rollout.trained.sum()) for sample in kept)
+    return Counts(tokens, len(kept), sum(any(sample.kept for sample in group.samples) for group in groups))
 
 
 class _Row(NamedTuple):
-    """A rollout to be packed."""
+    """A sample to be packed."""
 
-    index: int
-    """Its index in the rollouts."""
-    rollout: Rollout
+    sample: Sample
     group: int
     mask: np.ndarray
     """`Rollout.trained`."""
     tokens: int
     """Number of trained tokens."""
-    advantage: float
     weight: float
     """Weight of each trained token."""
 
+    @property
+    def rollout(self) -> Rollout:
+        return self.sample.rollout
 
-def pack(rollouts: Sequence[Rollout], advantages: Tensor, plan: PackPlan, counts: Counts) -> list[Batch]:
-    """Pack the rollouts of an update into micro-batches of at most `plan.budget` tokens.
+    @property
+    def advantage(self) -> float:
+        return self.sample.advantage
 
-    rollouts: N, the completions of a prompt adjacent. advantages: [N] float. counts: of the whole update, over all its
-    micro-batches and ranks. A trained token of a sequence with L trained tokens has the weight
+
+def pack(groups: Sequence[Group], plan: PackPlan, counts: Counts) -> list[Batch]:
+    """Pack the kept samples of an update into micro-batches of at most `plan.budget` tokens.
+
+    counts: of the whole update, over all its micro-batches and ranks. A trained token of a sequence with L trained
+    tokens has the weight
 
         token_mean      1 / tokens                            equal weight per token (DAPO)
         sequence_mean   1 / (sequences * L)                   equal weight per sequence (GRPO)
@@ -90,7 +110,7 @@ def pack(rollouts: Sequence[Rollout], advantages: Tensor, plan: PackPlan, counts
     have temperature 1, since they were not sampled at `plan.temperature`. Raises TrainError when the advantage of a
     kept rollout is not finite.
     """
-    rows = _rows(rollouts, advantages.tolist(), plan, counts)
+    rows = _rows(groups, plan, counts)
     kinds = {row.rollout.sampler_logprobs is not None for row in rows}
     assert len(kinds) <= 1, "either every rollout of an update has sampler log-probs or none has"
     nonzero, zeros = [], []
@@ -100,33 +120,37 @@ def pack(rollouts: Sequence[Rollout], advantages: Tensor, plan: PackPlan, counts
     return [_batch(units, plan, counts) for parts in (nonzero, zeros) for units in _even(parts, plan)]
 
 
-def _rows(rollouts: Sequence[Rollout], advantages: list[float], plan: PackPlan, counts: Counts) -> list[_Row]:
-    """Return the kept rollouts in order, with the weight of their tokens."""
-    assert len(plan.keep) == len(rollouts) == len(advantages), "one keep flag and one advantage per rollout"
-    groups = group_ids(rollouts).tolist()
-    masks = [rollout.trained for rollout in rollouts]
-    tokens = [int(mask.sum()) for mask in masks]
-    group_tokens: dict[int, int] = {}
-    for group, row_tokens, is_kept in zip(groups, tokens, plan.keep, strict=True):
-        group_tokens[group] = group_tokens.get(group, 0) + row_tokens * is_kept
+def pack_all(rollouts: Sequence[Rollout], plan: PackPlan) -> list[Batch]:
+    """Pack rollouts for scoring alone: all of them are kept, and groups may be split.
+
+    Their samples are new, with an advantage of 0, and in the order of `rollouts` within a group.
+    """
+    groups = groups_of(rollouts, [0.0] * len(rollouts))
+    return pack(groups, replace(plan, whole_groups=False), count(groups))
+
+
+def _rows(groups: Sequence[Group], plan: PackPlan, counts: Counts) -> list[_Row]:
+    """Return the kept samples in order, with the weight of their tokens."""
     rows = []
-    for i, rollout in enumerate(rollouts):
-        if not plan.keep[i]:
-            continue
-        if not math.isfinite(advantages[i]):
-            raise TrainError(
-                f"the advantage of rollout {i} (row {rollout.prompt.index} of the data) is {advantages[i]}: "
-                f"rewards and algo.advantage must give finite numbers"
-            )
-        divisor = {
-            "token_mean": counts.tokens,
-            "sequence_mean": counts.sequences * tokens[i],
-            "constant": counts.sequences * plan.max_len,
-            "sequence_sum": counts.sequences,
-            "prompt_mean": counts.groups * group_tokens[groups[i]],
-        }[plan.aggregation]
-        weight = 1 / divisor if tokens[i] else 0.0
-        rows.append(_Row(i, rollout, groups[i], masks[i], tokens[i], advantages[i], weight))
+    for number, group in enumerate(groups):
+        kept = [sample for sample in group.samples if sample.kept]
+        masks = [sample.rollout.trained for sample in kept]
+        tokens = [int(mask.sum()) for mask in masks]
+        group_tokens = sum(tokens)
+        for sample, mask, row_tokens in zip(kept, masks, tokens, strict=True):
+            if not math.isfinite(sample.advantage):
+                raise TrainError(
+                    f"the advantage of sample {sample.rollout.sample_index} of row {group.prompt.index} of the data is "
+                    f"{sample.advantage}: rewards and algo.advantage must give finite numbers"
+                )
+            divisor = {
+                "token_mean": counts.tokens,
+                "sequence_mean": counts.sequences * row_tokens,
+                "constant": counts.sequences * plan.max_len,
+                "sequence_sum": counts.sequences,
+                "prompt_mean": counts.groups * group_tokens,
+            }[plan.aggregation]
+            rows.append(_Row(sample, number, mask, row_tokens, 1 / divisor if row_tokens else 0.0))
     return rows
 
 
@@ -290,7 +314,7 @@ def _batch(units: list[list[_Row]], plan: PackPlan, counts: Counts) -> Batch:
         max_seqlen=max(lengths),
         max_prefix=max((lengths[sequence.prefix] for sequence in sequences if sequence.prefix >= 0), default=0),
         zero_advantage=not any(row.advantage for row in rows),
-        rows=tuple(row.index for row in rows),
+        samples=tuple(row.sample for row in rows),
         sampler_logprobs=sampler,
     )
 
@@ -313,7 +337,7 @@ def packing_stats(batches: Sequence[Batch], ran: Sequence[Batch]) -> dict[str, f
         lengths = [end - start for start, end in itertools.pairwise(batch.cu_seqlens.tolist())]
         rows = zip(lengths, batch.prefix.tolist(), batch.group_ids.tolist(), strict=True)
         full += [length + (lengths[prefix] if prefix >= 0 else 0) for length, prefix, group in rows if group >= 0]
-    total = sum(len(batch.rows) for batch in batches)
+    total = sum(len(batch.samples) for batch in batches)
     return {
         "batch/tokens": float(tokens),
         "batch/micro_batches": float(len(ran)),

@@ -5,11 +5,15 @@ DistributedDataParallel is not used: it averages, and every loss is already divi
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import torch
 import torch.distributed
 from torch import Tensor
 
 from rlft.types import Counts
+
+Value = TypeVar("Value")
 
 
 def is_alone() -> bool:
@@ -32,12 +36,20 @@ def max_tensor(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def gather_objects(value: Value) -> list[Value]:
+    """Return the value of every rank, in the order of ranks. The values are pickled."""
+    if is_alone():
+        return [value]
+    values = [value] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(values, value)
+    return values
+
+
 def gather_tensor(tensor: Tensor) -> Tensor:
     """Concatenate the one-dimensional tensors of all ranks."""
     if is_alone():
         return tensor
-    sizes: list[int] = [0] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(sizes, len(tensor))
+    sizes = gather_objects(len(tensor))
     whole = tensor.new_zeros(sum(sizes))
     start = sum(sizes[: torch.distributed.get_rank()])
     whole[start : start + len(tensor)] = tensor

@@ -16,8 +16,10 @@ Token ids are never round-tripped: text is decoded for rewards and never encoded
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from enum import StrEnum
 from functools import cached_property
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -27,8 +29,33 @@ from torch import Tensor
 
 from rlft.upload import upload
 
-FinishReason = Literal["stop", "length"]
 Aggregation = Literal["token_mean", "sequence_mean", "constant", "sequence_sum", "prompt_mean"]
+
+
+class FinishReason(StrEnum):
+    """Why a completion ended."""
+
+    STOP = "stop"
+    """By EOS or a stop token."""
+    LENGTH = "length"
+    """Cut at `sampling.max_tokens`."""
+    DONE = "done"
+    """The environment ended the episode."""
+    TURNS = "turns"
+    """Cut at the largest number of turns."""
+    TIME = "time"
+    """Cut at a time limit."""
+
+
+class LeftOut(StrEnum):
+    """Why a sample is not trained on."""
+
+    INVALID = "invalid"
+    """It has no valid reward."""
+    TRUNCATED = "truncated"
+    """It was cut, and `overlong.mask` is set."""
+    FILTERED = "filtered"
+    """Dynamic sampling dropped its group."""
 
 
 class Recorded(NamedTuple):
@@ -74,7 +101,6 @@ class Rollout:
     text: str
     """The decoded completion without special tokens, used only by rewards and displays."""
     finish_reason: FinishReason
-    """"stop": ended by EOS or a stop token. "length": cut at `sampling.max_tokens`."""
     sample_index: int
     """Position in the group, 0 to G-1."""
     policy_version: int
@@ -83,6 +109,11 @@ class Rollout:
     """Seed of this rollout's random stream."""
     recorded_reward: float | None = None
     """Reward recorded in the data, which `score` returns where there are no reward functions."""
+
+    @property
+    def truncated(self) -> bool:
+        """Whether a limit cut the completion, instead of the policy or the environment ending it."""
+        return self.finish_reason in (FinishReason.LENGTH, FinishReason.TURNS, FinishReason.TIME)
 
     @cached_property
     def trained(self) -> np.ndarray:
@@ -103,12 +134,59 @@ class Rollout:
         return mask
 
 
+class Outcome(NamedTuple):
+    """What one reward function made of one completion."""
+
+    value: float
+    """nan where not applicable or invalid."""
+    invalid: bool
+    """True when the function failed on it."""
+    extras: dict[str, Any]
+    """What the function logged about it: column -> value."""
+
+
+@dataclass(eq=False)
+class Sample:
+    """A rollout with everything that a step learns about it, each field set once."""
+
+    rollout: Rollout
+    reward: float = math.nan
+    """Sum of the reward functions, or the recorded reward; nan where invalid."""
+    answer: float = math.nan
+    """The reward without the overlong penalty. Summed by itself, since subtracting the penalty from `reward` leaves a
+    rounding error, by which equal answers would differ."""
+    outcomes: dict[str, Outcome] = field(default_factory=dict)
+    """By name of the reward function."""
+    advantage: float = math.nan
+    """nan until it is estimated, and for a group that dynamic sampling dropped."""
+    left_out: LeftOut | None = None
+    """Why it is not trained on; None for a sample that is."""
+    logprobs: Tensor | None = None
+    """[tokens of its packed sequence] float32, on the CPU: the trainer's log-probs before the first update of the step,
+    nan where not trained; None for a sample that was not run."""
+
+    @property
+    def kept(self) -> bool:
+        """Whether it counts and is trained on."""
+        return self.left_out is None
+
+
+@dataclass(eq=False)
+class Group:
+    """The samples of one prompt."""
+
+    samples: list[Sample]
+
+    @property
+    def prompt(self) -> Prompt:
+        """The prompt that all samples of the group continue."""
+        return self.samples[0].rollout.prompt
+
+
 @dataclass(frozen=True)
 class PackPlan:
-    """Settings of an update for `count` and `pack`."""
+    """Settings of an update for `pack`."""
 
-    keep: tuple[bool, ...]
-    """One flag per rollout. False (invalid reward, filtered, dropped group) excludes it from counts and batches."""
     aggregation: Aggregation
     """How per-token losses are reduced to one number; see `rlft.batch.pack`."""
     budget: int
@@ -129,6 +207,20 @@ class Counts(NamedTuple):
     tokens: int
     sequences: int
     groups: int
+
+
+@dataclass(frozen=True)
+class StepInputs:
+    """Numbers of a whole update that a loss needs beside its micro-batch, made by its `prepare`."""
+
+    z0: float | None = None
+    """Mean log-ratio to the reference of mismatched completions, in nats, at least 0 (kto)."""
+    entropy_floor: float | None = None
+    """Smallest entropy of a token in the policy term, in nats; None: every token is in it."""
+    entropy_coef: float | None = None
+    """Factor of the entropy bonus in this update; None: as the settings have it."""
+    extra: Mapping[str, float] = field(default_factory=dict)
+    """Numbers of a user's loss, by names of its choice."""
 
 
 @dataclass(frozen=True)
@@ -170,8 +262,8 @@ class Batch:
     """Longest shared prefix, 0 for none. Like max_seqlen a host int, so that no kernel launch waits for the GPU."""
     zero_advantage: bool
     """True when every advantage is exactly 0: the loop may skip this micro-batch."""
-    rows: tuple[int, ...]
-    """For each sequence that is not a prefix, in order: its index in the rollouts given to `pack`."""
+    samples: tuple[Sample, ...]
+    """The sample of each sequence that is not a prefix, in order."""
     sampler_logprobs: Tensor | None = None
     """[T] float32; None when no engine sampled these tokens."""
     old_logprobs: Tensor | None = None
@@ -180,13 +272,12 @@ class Batch:
     """[T] float32; None unless the loss needs a reference."""
     entropy: Tensor | None = None
     """[T]: entropy in nats of the current policy's distribution for each trained token; with gradient where the loss
-    sets ENTROPY_GRAD."""
+    has `entropy_grad`."""
     plan: Any = None
     """The `rlft.models.fused.memory.MemoryPlan` of every pass over it, so that two passes round alike. None: each pass
     is planned for the free memory. Set by `Policy.planned`."""
-    prepared: dict[str, float] = field(default_factory=dict)
-    """Numbers of the whole update that the loss needs, the same on every rank: the result of its `prepare` and
-    State.adapted."""
+    inputs: StepInputs = StepInputs()
+    """Numbers of the whole update that the loss needs, from its `prepare`; the same on every rank."""
 
     def to(self, device: torch.device | str) -> Batch:
         """Return the batch with every tensor on `device`."""
@@ -214,11 +305,16 @@ Stats = dict[str, Stat]
 
 
 class StepView(Protocol):
-    """The first argument of `prepare` of a loss file: an update's data and initial policy, before the update runs."""
+    """The argument of a loss's `prepare`: an update's data and initial policy, before the update runs."""
 
     @property
     def rollouts(self) -> Sequence[Rollout]:
         """Rollouts of the update that are in the loss, on this rank."""
+        ...
+
+    @property
+    def adapted(self) -> Mapping[str, float]:
+        """The numbers of the loss's `adapt` after the last step, State.adapted; empty in an evaluation."""
         ...
 
     def entropy_quantile(self, share: float) -> float:
@@ -264,6 +360,6 @@ class State:
     solved: list[int] = field(default_factory=list)
     """Data rows that are not sampled again because they are solved (`curriculum`)."""
     adapted: dict[str, float] = field(default_factory=dict)
-    """Numbers that `adapt` of the loss file changes from step to step."""
+    """Numbers that `adapt` of the loss changes from step to step."""
     data: str = ""
     """Digest of the training rows, to detect changed data at resume."""

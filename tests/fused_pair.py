@@ -44,8 +44,8 @@ def pair(**options: Any) -> tuple[Any, Any]:
 def ran(model: Any, call: Callable[[], Any]) -> tuple[Any, bool]:
     """The result of a call, and whether fused layers ran in it."""
     fused = vars(model.get_base_model().get_decoder())["forward"].__self__
-    fused.ran = None
-    return call(), fused.ran is not None
+    fused._last_plan = None
+    return call(), fused.last_plan is not None
 
 
 def logits(model: Any, **inputs: Any) -> Tensor:

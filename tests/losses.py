@@ -4,93 +4,96 @@ from __future__ import annotations
 
 import functools
 from dataclasses import replace
-from types import ModuleType
-from typing import Any
 
+import records
 import torch
 from torch import Tensor
 
-from rlft.algos.losses import (
-    apo,
-    cispo,
-    cpo,
-    dft,
-    dpo,
-    dppo,
-    exo,
-    gmpo,
-    grpo,
-    gspo,
-    hinge,
-    ipo,
-    kto,
-    nca,
-    orpo,
-    reinforce,
-    rloo,
-    robust_dpo,
-    rpo,
-    sapo,
-    sft,
-    simpo,
-    sppo,
-    topr,
-    vespo,
-)
-from rlft.batch import count, pack
-from rlft.types import Aggregation, Batch, Counts, PackPlan, Prompt, Rollout
+from rlft.algos.loss import Loss
+from rlft.algos.losses.apo import Apo
+from rlft.algos.losses.cispo import Cispo
+from rlft.algos.losses.cpo import Cpo
+from rlft.algos.losses.dft import Dft
+from rlft.algos.losses.dpo import Dpo
+from rlft.algos.losses.dppo import Dppo
+from rlft.algos.losses.exo import Exo
+from rlft.algos.losses.gmpo import Gmpo
+from rlft.algos.losses.grpo import Grpo
+from rlft.algos.losses.gspo import Gspo
+from rlft.algos.losses.hinge import Hinge
+from rlft.algos.losses.ipo import Ipo
+from rlft.algos.losses.kto import Kto
+from rlft.algos.losses.nca import Nca
+from rlft.algos.losses.orpo import Orpo
+from rlft.algos.losses.reinforce import Reinforce
+from rlft.algos.losses.rloo import Rloo
+from rlft.algos.losses.robust_dpo import RobustDpo
+from rlft.algos.losses.rpo import Rpo
+from rlft.algos.losses.sapo import Sapo
+from rlft.algos.losses.sft import Sft
+from rlft.algos.losses.simpo import Simpo
+from rlft.algos.losses.sppo import Sppo
+from rlft.algos.losses.topr import Topr
+from rlft.algos.losses.vespo import Vespo
+from rlft.algos.policy_loss import PolicyLoss
+from rlft.types import Aggregation, Batch, Counts, PackPlan, Prompt, Rollout, StepInputs
 
 VOCAB = 7
-LOSSES: dict[str, tuple[ModuleType, Any]] = {
-    "grpo": (grpo, grpo.Config()),
-    "grpo-uncorrected": (grpo, grpo.Config(correction="none")),
-    "grpo-kl": (grpo, grpo.Config(kl_coef=0.3, clip_high=0.28)),
-    "grpo-k1": (grpo, grpo.Config(kl_coef=0.3, kl="k1_ratio", delta=1.5)),
-    "grpo-k2": (grpo, grpo.Config(kl_coef=0.3, kl="k2", correction="none")),
-    "grpo-forward": (grpo, grpo.Config(kl_coef=0.3, kl="forward", correction_cap=1.1)),
-    "grpo-decoupled": (grpo, grpo.Config(clip_high=0.28, correction="decoupled")),
-    "grpo-bypass": (grpo, grpo.Config(clip_high=0.28, correction="bypass")),
-    "grpo-icepop": (grpo, grpo.Config(correction_weight="token_mask", correction_floor=0.9, correction_cap=1.2)),
-    "grpo-sequence-tis": (grpo, grpo.Config(correction_weight="sequence_truncate", correction_cap=1.5)),
-    "grpo-sequence-mask": (grpo, grpo.Config(correction_weight="sequence_mask", correction_cap=1.3)),
-    "grpo-gate": (grpo, grpo.Config(sequence_mask_low=0.95, sequence_mask_high=1.05)),
-    "grpo-opsm": (grpo, grpo.Config(correction="none", off_policy_limit=0.05)),
-    "grpo-entropy": (grpo, grpo.Config(entropy_coef=0.2, entropy_share=0.5)),
-    "gspo": (gspo, gspo.Config(clip_low=0.2, clip_high=0.3)),
-    "gspo-uncorrected": (gspo, gspo.Config(clip_low=0.2, clip_high=0.3, correction="none", kl_coef=0.1)),
-    "gspo-sequence": (gspo, gspo.Config(clip_low=0.2, clip_high=0.3, form="sequence")),
-    "cispo": (cispo, cispo.Config(clip_max=1.2)),
-    "sapo": (sapo, sapo.Config()),
-    "gmpo": (gmpo, gmpo.Config(clip_low=0.2, clip_high=0.2)),
-    "rloo": (rloo, rloo.Config()),
-    "reinforce": (reinforce, reinforce.Config()),
-    "dppo": (dppo, dppo.Config(limit_low=0.03, limit_high=0.03)),
-    "dppo-kl": (dppo, dppo.Config(divergence="kl", limit_low=0.003, limit_high=0.003)),
-    "topr": (topr, topr.Config()),
-    "topr-token": (topr, topr.Config(level="token")),
-    "vespo": (vespo, vespo.Config()),
-    "sft": (sft, sft.Config()),
-    "dft": (dft, dft.Config()),
-    "dpo": (dpo, dpo.Config()),
-    "cdpo": (dpo, dpo.Config(label_smoothing=0.2)),
-    "robust_dpo": (robust_dpo, robust_dpo.Config(label_smoothing=0.2)),
-    "ipo": (ipo, ipo.Config()),
-    "ipo-sum": (ipo, ipo.Config(length="sum")),
-    "exo": (exo, exo.Config()),
-    "nca": (nca, nca.Config()),
-    "sppo": (sppo, sppo.Config()),
-    "hinge": (hinge, hinge.Config()),
-    "apo-zero": (apo, apo.Config()),
-    "apo-down": (apo, apo.Config(variant="down")),
-    "rpo": (rpo, rpo.Config(nll_coef=0.5)),
-    "simpo": (simpo, simpo.Config()),
-    "cpo": (cpo, cpo.Config(label_smoothing=0.1)),
-    "orpo": (orpo, orpo.Config()),
-    "kto": (kto, kto.Config(desirable_weight=1.2)),
+LOSSES: dict[str, Loss] = {
+    "grpo": Grpo(),
+    "grpo-uncorrected": Grpo(correction="none"),
+    "grpo-kl": Grpo(kl_coef=0.3, clip_high=0.28),
+    "grpo-k1": Grpo(kl_coef=0.3, kl="k1_ratio", delta=1.5),
+    "grpo-k2": Grpo(kl_coef=0.3, kl="k2", correction="none"),
+    "grpo-forward": Grpo(kl_coef=0.3, kl="forward", correction_cap=1.1),
+    "grpo-decoupled": Grpo(clip_high=0.28, correction="decoupled"),
+    "grpo-bypass": Grpo(clip_high=0.28, correction="bypass"),
+    "grpo-icepop": Grpo(correction_weight="token_mask", correction_floor=0.9, correction_cap=1.2),
+    "grpo-sequence-tis": Grpo(correction_weight="sequence_truncate", correction_cap=1.5),
+    "grpo-sequence-mask": Grpo(correction_weight="sequence_mask", correction_cap=1.3),
+    "grpo-gate": Grpo(sequence_mask_low=0.95, sequence_mask_high=1.05),
+    "grpo-opsm": Grpo(correction="none", off_policy_limit=0.05),
+    "grpo-entropy": Grpo(entropy_coef=0.2, entropy_share=0.5),
+    "gspo": Gspo(clip_low=0.2, clip_high=0.3),
+    "gspo-uncorrected": Gspo(clip_low=0.2, clip_high=0.3, correction="none", kl_coef=0.1),
+    "gspo-sequence": Gspo(clip_low=0.2, clip_high=0.3, form="sequence"),
+    "cispo": Cispo(clip_max=1.2),
+    "sapo": Sapo(),
+    "gmpo": Gmpo(clip_low=0.2, clip_high=0.2),
+    "rloo": Rloo(),
+    "reinforce": Reinforce(),
+    "dppo": Dppo(limit_low=0.03, limit_high=0.03),
+    "dppo-kl": Dppo(divergence="kl", limit_low=0.003, limit_high=0.003),
+    "topr": Topr(),
+    "topr-token": Topr(level="token"),
+    "vespo": Vespo(),
+    "sft": Sft(),
+    "dft": Dft(),
+    "dpo": Dpo(),
+    "cdpo": Dpo(label_smoothing=0.2),
+    "robust_dpo": RobustDpo(label_smoothing=0.2),
+    "ipo": Ipo(),
+    "ipo-sum": Ipo(length="sum"),
+    "exo": Exo(),
+    "nca": Nca(),
+    "sppo": Sppo(),
+    "hinge": Hinge(),
+    "apo-zero": Apo(),
+    "apo-down": Apo(variant="down"),
+    "rpo": Rpo(nll_coef=0.5),
+    "simpo": Simpo(),
+    "cpo": Cpo(label_smoothing=0.1),
+    "orpo": Orpo(),
+    "kto": Kto(desirable_weight=1.2),
 }
-PAIRS = tuple(name for name, (module, _) in LOSSES.items() if module.WHOLE_GROUPS)
+PAIRS = tuple(name for name, loss in LOSSES.items() if loss.whole_groups)
 """Losses over whole groups: here of two rows, the second of which is the better one."""
-POLICY = tuple(name for name, (_, cfg) in LOSSES.items() if hasattr(cfg, "correction"))
+POLICY = {name: loss for name, loss in LOSSES.items() if isinstance(loss, PolicyLoss)}
+
+
+def file_of(loss: Loss) -> str:
+    """The file of a loss, which is its name in a config: "grpo"."""
+    return type(loss).__module__.rpartition(".")[2]
 
 
 class Toy:
@@ -121,14 +124,13 @@ class Toy:
                 old_logprobs=before if old else None,
                 sampler_logprobs=before + noise if sampler else None,
                 ref_logprobs=self.logprobs(batch, -0.8),
-                prepared={"z0": 0.1, "entropy_floor": 1.3},
+                inputs=StepInputs(z0=0.1, entropy_floor=1.3),
             )
 
     def loss(self, batch: Batch, name: str) -> Tensor:
         """The loss `name` of a filled batch, with gradient to the weights."""
-        module, cfg = LOSSES[name]
         now, entropy = self.both(batch)
-        return module.loss(now, replace(batch, entropy=entropy), cfg)[0]
+        return LOSSES[name](now, replace(batch, entropy=entropy))[0]
 
     def gradient(self, batches: list[Batch], name: str) -> tuple[float, Tensor]:
         """Loss summed over filled micro-batches, and the flat gradient."""
@@ -158,9 +160,9 @@ def batches_of(
     whole_groups: bool = False,
     counts: Counts | None = None,
 ) -> list[Batch]:
-    plan = PackPlan((True,) * len(made), aggregation, budget, 6, 1.0, whole_groups, share)
+    plan = PackPlan(aggregation, budget, 6, 1.0, whole_groups, share)
     values = torch.linspace(-1, 1.5, len(made)) if values is None else values
-    return pack(made, values, plan, counts or count(made, plan))
+    return records.packed(made, plan, values, counts=counts)
 
 
 def rows_of(pair: bool) -> tuple[list[Rollout], Tensor]:

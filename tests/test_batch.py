@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 import random
-from dataclasses import replace
 from typing import get_args
 
 import pytest
+import records
 import torch
 
-from rlft.batch import _fill, _parts, _rows, _tokens, count, group_ids, pack, packing_stats, segment_sum
+from rlft.batch import _fill, _parts, _rows, _tokens, count, group_ids, packing_stats, segment_sum
 from rlft.errors import TrainError
 from rlft.types import Aggregation, Batch, Counts, PackPlan, Prompt, Rollout
 
@@ -32,11 +32,11 @@ def rollout(
 
 
 def plan(n: int, aggregation: Aggregation = "token_mean", budget: int = 1000, **options: bool) -> PackPlan:
-    return PackPlan((True,) * n, aggregation, budget, max_len=10, temperature=1.0, **options)
+    return PackPlan(aggregation, budget, max_len=10, temperature=1.0, **options)
 
 
 def packed(made: list[Rollout], the_plan: PackPlan, advantages: list[float] | None = None) -> list[Batch]:
-    return pack(made, torch.tensor(advantages or [1.0] * len(made)), the_plan, count(made, the_plan))
+    return records.packed(made, the_plan, torch.tensor(advantages or [1.0] * len(made)))
 
 
 def ragged() -> list[Rollout]:
@@ -69,10 +69,10 @@ def test_trained_tokens_are_those_the_policy_chose_with_a_finite_sampler_log_pro
 
 def test_counts_hold_zero_advantage_rows_and_empty_completions_but_no_dropped_rows() -> None:
     made = ragged()
-    assert count(made, plan(6)) == Counts(tokens=1 + 2 + 2 + 3 + 0 + 2, sequences=6, groups=2)
-    keep = replace(plan(6), keep=(True, False, True, False, False, False))
-    assert count(made, keep) == Counts(tokens=3, sequences=2, groups=1)
-    assert count([], plan(0)) == Counts(0, 0, 0)
+    assert count(records.groups(made)) == Counts(tokens=1 + 2 + 2 + 3 + 0 + 2, sequences=6, groups=2)
+    keep = (True, False, True, False, False, False)
+    assert count(records.groups(made, keep=keep)) == Counts(tokens=3, sequences=2, groups=1)
+    assert count([]) == Counts(0, 0, 0)
 
 
 # One group with 1 and 3 tokens, one with 2: 6 tokens, 3 sequences, 2 groups, max_len 10.
@@ -92,7 +92,7 @@ def test_each_aggregation_is_a_fixed_weight_per_token(aggregation: Aggregation, 
     (batch,) = packed(made, plan(3, aggregation, share_prefix=share))
     own = [s for s in range(len(batch.prefix)) if batch.group_ids[s] >= 0]
     found = {}
-    for s, row in zip(own, batch.rows, strict=True):
+    for s, row in zip(own, records.rows(batch, made), strict=True):
         weights = batch.weight[(batch.seq_ids == s) & batch.train_mask].tolist()
         assert weights == pytest.approx([WEIGHTS[aggregation][row]] * len(made[row].completion_ids))
         assert batch.seq_weight[s].item() == pytest.approx(sum(weights))
@@ -105,22 +105,23 @@ def test_each_aggregation_is_a_fixed_weight_per_token(aggregation: Aggregation, 
 
 def test_weights_come_from_the_counts_of_the_whole_update_not_of_this_call() -> None:
     made = [rollout(tokens=2)]
-    (batch,) = pack(made, torch.ones(1), plan(1), Counts(tokens=8, sequences=4, groups=2))
+    (batch,) = records.packed(made, plan(1), counts=Counts(tokens=8, sequences=4, groups=2))
     assert batch.weight.tolist() == [0, 0, 0, 0.125, 0.125]
     assert batch.seq_weight.tolist() == [0.25] and batch.group_weight.tolist() == [0.5]
 
 
 def test_a_row_that_is_not_kept_is_in_no_batch_and_does_not_weigh_on_its_group() -> None:
     made = [rollout(0, 0, 2), rollout(0, 1, 5)]
-    the_plan = replace(plan(2, "prompt_mean"), keep=(True, False))
-    (batch,) = packed(made, the_plan, [1.0, NAN])  # nobody asks for the advantage of a dropped row
-    assert batch.rows == (0,)
+    (batch,) = records.packed(
+        made, plan(2, "prompt_mean"), [1.0, NAN], (True, False)
+    )  # nobody asks for the advantage of a dropped row
+    assert records.rows(batch, made) == (0,)
     assert batch.weight[batch.train_mask].tolist() == [0.5, 0.5]
 
 
 def test_only_trained_tokens_of_kept_rows_divide_a_mean_over_sequences() -> None:
     made = [rollout(0, 0, 3, mask=(True, False, True)), rollout(0, 1, 5), rollout(0, 2, 1)]
-    (batch,) = packed(made, replace(plan(3, "sequence_mean"), keep=(True, False, True)))
+    (batch,) = records.packed(made, plan(3, "sequence_mean"), keep=(True, False, True))
     # Two sequences, the first with two trained tokens: 1 / (2 * 2), and 1 / 2.
     assert sorted(batch.weight[batch.train_mask].tolist()) == [0.25, 0.25, 0.5]
 
@@ -148,7 +149,7 @@ def test_with_sharing_the_prompt_runs_once_and_completions_continue_it() -> None
     assert batch.source.tolist() == [-1, 0, 1, 2, 3, 2]
     assert batch.prefix.tolist() == [-1, 0, 0] and batch.group_ids.tolist() == [-1, 0, 0]
     assert batch.sampler_logprobs is not None and batch.sampler_logprobs.tolist() == [0, 0, 0, -1, -2, -3]
-    assert (batch.rows, batch.max_seqlen, batch.max_prefix) == ((0, 1), 3, 3)
+    assert (records.rows(batch, made), batch.max_seqlen, batch.max_prefix) == ((0, 1), 3, 3)
 
 
 def test_a_prompt_with_one_completion_or_without_tokens_is_not_shared() -> None:
@@ -184,19 +185,26 @@ def test_every_trained_token_has_a_source_and_no_untrained_one_leaks_a_number() 
 def test_each_trained_row_is_in_one_micro_batch_within_the_budget(budget: int, share: bool) -> None:
     made = ragged()
     batches = packed(made, plan(6, share_prefix=share, budget=budget))
-    assert sorted(row for b in batches for row in b.rows) == [0, 1, 2, 3, 5]  # 4 is empty: counted, not run
+    assert sorted(row for b in batches for row in records.rows(b, made)) == [
+        0,
+        1,
+        2,
+        3,
+        5,
+    ]  # 4 is empty: counted, not run
     for batch in batches:
-        assert len(batch.input_ids) <= budget or len(batch.rows) == 1
+        assert len(batch.input_ids) <= budget or len(records.rows(batch, made)) == 1
         assert batch.cu_seqlens[-1] == len(batch.input_ids)
     assert sum(b.weight.double().sum().item() for b in batches) == pytest.approx(1)  # a mean over all tokens
     again = packed(made, plan(6, share_prefix=share, budget=budget))
-    assert [b.rows for b in again] == [b.rows for b in batches]
+    assert [records.rows(b, made) for b in again] == [records.rows(b, made) for b in batches]
 
 
 def test_micro_batches_are_filled_longest_first() -> None:
     # With the prompt of 3: 5, 9, 4, 6 tokens into 10, three micro-batches, for which 9 are enough. 9 | 6 | 5, 4.
     made = [rollout(i, 0, tokens) for i, tokens in enumerate((2, 6, 1, 3))]
-    assert [b.rows for b in packed(made, plan(4, budget=10, share_prefix=False))] == [(1,), (3,), (0, 2)]
+    batches = packed(made, plan(4, budget=10, share_prefix=False))
+    assert [records.rows(b, made) for b in batches] == [(1,), (3,), (0, 2)]
 
 
 @pytest.mark.parametrize("share", [True, False])
@@ -206,7 +214,7 @@ def test_micro_batches_are_even_without_more_of_them_or_of_prompts(budget: int, 
     for _ in range(30):
         made = [rollout(g, s, draw.randint(1, 60), prompt_tokens=9) for g in range(5) for s in range(4)]
         the_plan = plan(20, budget=budget, share_prefix=share)
-        rows = _rows(made, [1.0] * 20, the_plan, count(made, the_plan))
+        rows = _rows(records.groups(made), the_plan, count(records.groups(made)))
         parts = [part for g in range(5) for part in _parts(rows[4 * g : 4 * g + 4], the_plan)]
         greedy, tokens = _fill(parts, the_plan, budget)
         sizes = [len(b.input_ids) for b in packed(made, the_plan)]
@@ -227,7 +235,7 @@ def test_a_group_over_the_budget_is_split_and_each_part_repeats_the_prompt() -> 
     made = [rollout(0, s, 4) for s in range(4)]
     # 3 + 4 + 4 = 11 fit, a third completion does not.
     first, second = packed(made, plan(4, budget=11))
-    assert (first.rows, second.rows) == ((0, 1), (2, 3))
+    assert (records.rows(first, made), records.rows(second, made)) == ((0, 1), (2, 3))
     assert first.input_ids[:3].tolist() == second.input_ids[:3].tolist() == [100, 101, 102]
     assert first.prefix.tolist() == second.prefix.tolist() == [-1, 0, 0]
     assert second.group_ids.tolist() == [-1, 0, 0]
@@ -241,11 +249,10 @@ def test_rows_of_zero_advantage_come_last_on_their_own_and_leaving_them_out_chan
             batches = packed(made, plan(9, budget=budget, share_prefix=share), advantages)
             flags = [b.zero_advantage for b in batches]
             assert flags == sorted(flags) and any(flags) and not all(flags)
-            zeros = sorted(row for b in batches if b.zero_advantage for row in b.rows)
+            zeros = sorted(row for b in batches if b.zero_advantage for row in records.rows(b, made))
             assert zeros == [1, 3, 4, 5, 8]
-            counts = count(made, plan(9))
-            kept = replace(plan(9, budget=budget, share_prefix=share), keep=tuple(a != 0 for a in advantages))
-            alone = pack(made, torch.tensor(advantages), kept, counts)
+            counts, keep = count(records.groups(made)), [advantage != 0 for advantage in advantages]
+            alone = records.packed(made, plan(9, budget=budget, share_prefix=share), advantages, keep, counts)
             for with_zeros, without in zip(batches, alone, strict=False):
                 assert torch.equal(with_zeros.input_ids, without.input_ids)
                 assert torch.equal(with_zeros.weight, without.weight)
@@ -257,8 +264,8 @@ def test_whole_groups_stay_together_even_above_the_budget(share: bool) -> None:
     made = [rollout(0, 0, 3), rollout(0, 1, 0), rollout(1, 0, 2), rollout(1, 1, 2)]
     first, second = packed(made, plan(4, budget=4, whole_groups=True, share_prefix=share), [1.0, 0.0, 0.0, 0.0])
     # The empty side of a pair is there: the loss needs both.
-    assert first.rows == (0, 1) and not first.zero_advantage
-    assert second.rows == (2, 3) and second.zero_advantage
+    assert records.rows(first, made) == (0, 1) and not first.zero_advantage
+    assert records.rows(second, made) == (2, 3) and second.zero_advantage
     own = first.cu_seqlens.diff()[first.group_ids >= 0].tolist()
     assert own == ([3, 0] if share else [6, 3])
     assert first.group_weight.tolist() == [0.5]
@@ -269,13 +276,13 @@ def test_a_group_of_empty_completions_is_counted_and_not_run() -> None:
     made = [rollout(0, 0, 0), rollout(0, 1, 0), rollout(1, 0, 2)]
     for options in ({}, {"whole_groups": True}, {"share_prefix": False}):
         (batch,) = packed(made, plan(3, "sequence_mean", **options))
-        assert batch.rows == (2,)
+        assert records.rows(batch, made) == (2,)
         assert batch.weight[batch.train_mask].tolist() == pytest.approx([1 / 6, 1 / 6])
     assert packed(made[:2], plan(2)) == [] and packed([], plan(0)) == []
 
 
 def test_an_advantage_that_is_not_finite_stops_the_step_with_its_row() -> None:
-    with pytest.raises(TrainError, match=r"the advantage of rollout 1 \(row 5 of the data\) is nan: rewards and"):
+    with pytest.raises(TrainError, match=r"the advantage of sample 0 of row 5 of the data is nan: rewards and"):
         packed([rollout(4), rollout(5)], plan(2), [1.0, NAN])
 
 

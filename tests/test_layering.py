@@ -31,10 +31,6 @@ LINE = [
 """Packages and root modules of rlft along the journey of a row of data; each imports only what stands before its
 line."""
 
-LONG_FUNCTIONS = {("loop", "loop"): 120, ("setup", "build_session"): 80}
-"""Functions that may be longer than 60 lines."""
-
-
 PLACE = {name: place for place, names in enumerate(LINE) for name in names.split()}
 
 
@@ -139,8 +135,7 @@ def test_files_and_functions_stay_short(path: Path) -> None:
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             length = (node.end_lineno or 0) - node.lineno + 1
-            limit = LONG_FUNCTIONS.get((path.stem, node.name), 60)
-            assert length <= limit, f"{path.name}: {node.name} has {length} lines, at most {limit}"
+            assert length <= 60, f"{path.name}: {node.name} has {length} lines, at most 60"
 
 
 def test_no_file_is_a_drawer_for_odds_and_ends() -> None:

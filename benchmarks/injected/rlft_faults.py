@@ -37,7 +37,8 @@ from rlft.errors import RlftError
 from rlft.rollout.eager import SLOT
 from rlft.trainer.loop import loop
 from rlft.trainer.out_of_memory import what_to_lower
-from rlft.trainer.setup import Session, build_session
+from rlft.trainer.session import Session
+from rlft.trainer.setup import build_session
 from rlft.types import Prompt, Rollout
 
 Inject = Callable[[Session], None]
@@ -78,8 +79,14 @@ def run(cfg: Config, inject: Inject | None = None, right: Callable[[Session, Val
                 inject(s)
             started.append(s)
             loop(s)
-            said = right(s, values) if right else "adapter finite" if finite(s.policy.model) else "adapter NOT finite"
-            return Outcome("finished", s.state.step, f"trains on; {said}")
+            said = (
+                right(s, values)
+                if right
+                else "adapter finite"
+                if finite(s.trainer.policy.model)
+                else "adapter NOT finite"
+            )
+            return Outcome("finished", s.trainer.state.step, f"trains on; {said}")
     except (RlftError, RuntimeError, AssertionError, ValueError) as error:
         raise_ours(error)
         # What looks at a whole step does so after it was logged.
@@ -91,7 +98,7 @@ def run(cfg: Config, inject: Inject | None = None, right: Callable[[Session, Val
 
 def now(s: Session) -> int:
     """The step in flight, from 1."""
-    return s.state.step + 1
+    return s.trainer.state.step + 1
 
 
 # ---- the sampler ---------------------------------------------------------------------------------------------------
@@ -101,13 +108,13 @@ def sampling_within(enter: Callable[[Session], Any]) -> Inject:
     """Completions are sampled inside of a context."""
 
     def inject(s: Session) -> None:
-        generate = s.engine.generate
+        generate = s.sampler.engine.generate
 
         def wrapped(prompts: Sequence[Prompt], sampling: Sampling, seed: tuple[int, ...]) -> list[Rollout]:
             with enter(s):
                 return generate(prompts, sampling, seed)
 
-        s.engine.generate = wrapped  # type: ignore[method-assign]
+        s.sampler.engine.generate = wrapped  # type: ignore[method-assign]
 
     return inject
 
@@ -116,27 +123,27 @@ def sampled(change: Callable[[list[Rollout]], list[Rollout]], since: int = AT) -
     """The rollouts of every step from `since` on are changed."""
 
     def inject(s: Session) -> None:
-        generate = s.engine.generate
+        generate = s.sampler.engine.generate
 
         def wrapped(prompts: Sequence[Prompt], sampling: Sampling, seed: tuple[int, ...]) -> list[Rollout]:
             rollouts = generate(prompts, sampling, seed)
             return change(rollouts) if now(s) >= since else rollouts
 
-        s.engine.generate = wrapped  # type: ignore[method-assign]
+        s.sampler.engine.generate = wrapped  # type: ignore[method-assign]
 
     return inject
 
 
 def stale_write(s: Session) -> None:
     """The engine's writing of the adapter does nothing from the end of step `AT` - 1 on."""
-    engine: Any = s.engine
+    engine: Any = s.sampler.engine
     write = engine._write
     engine._write = lambda tensors: write(tensors) if now(s) < AT else None
 
 
 def stale_blind(s: Session) -> None:
     """The engine says that it holds the new adapter, without a look: only its log-probs tell."""
-    engine: Any = s.engine
+    engine: Any = s.sampler.engine
     load = engine.load_adapter
 
     def wrapped(tensors: Mapping[str, Tensor], version: int) -> None:
@@ -149,15 +156,15 @@ def stale_blind(s: Session) -> None:
 
 def temperature(s: Session) -> None:
     """The engine samples at 0.6 whatever it is asked for."""
-    generate = s.engine.generate
-    s.engine.generate = lambda prompts, sampling, seed: generate(  # type: ignore[method-assign]
+    generate = s.sampler.engine.generate
+    s.sampler.engine.generate = lambda prompts, sampling, seed: generate(  # type: ignore[method-assign]
         prompts, replace(sampling, temperature=0.6), seed
     )
 
 
 def scale(s: Session) -> None:
     """alpha / rank twice in the engine's adapter, from the start."""
-    for layer in lora_layers(s.policy.model, SLOT):
+    for layer in lora_layers(s.trainer.policy.model, SLOT):
         layer.scaling[SLOT] **= 2
 
 
@@ -172,7 +179,7 @@ def few_off_under_the_ceiling(s: Session) -> None:
     """With the largest limit that a run can have, as on noisy hardware: the mean over tokens is half of it."""
     from rlft.trainer import parity
 
-    s.limit = parity.limit(None, s.cfg.parity)
+    object.__setattr__(s.trainer, "limit", parity.limit(None, s.trainer.cfg.parity))
     sampled(few_off)(s)
 
 
@@ -188,7 +195,7 @@ def after_update(change: Inject) -> Inject:
     """`change` after the optimiser's update of step `AT`."""
 
     def inject(s: Session) -> None:
-        step = s.optimizer.step
+        step = s.trainer.optimizer.step
 
         def wrapped(update: int, skipped: int) -> Any:
             done = step(update, skipped)
@@ -196,7 +203,7 @@ def after_update(change: Inject) -> Inject:
                 change(s)
             return done
 
-        s.optimizer.step = wrapped  # type: ignore[method-assign]
+        s.trainer.optimizer.step = wrapped  # type: ignore[method-assign]
 
     return inject
 
@@ -205,20 +212,20 @@ def between(change: Inject) -> Inject:
     """`change` between the forward and the backward of step `AT`."""
 
     def inject(s: Session) -> None:
-        scaled = s.optimizer.scaled
+        scaled = s.trainer.optimizer.scaled
 
         def wrapped(loss: Tensor) -> Tensor:
             if now(s) == AT:
                 change(s)
             return scaled(loss)
 
-        s.optimizer.scaled = wrapped  # type: ignore[method-assign]
+        s.trainer.optimizer.scaled = wrapped  # type: ignore[method-assign]
 
     return inject
 
 
 def last_b(s: Session) -> Tensor:
-    return [t for n, t in s.policy.adapter().items() if ".lora_B." in n][-1]
+    return [t for n, t in s.trainer.policy.adapter().items() if ".lora_B." in n][-1]
 
 
 def nan_adapter(s: Session) -> None:
@@ -228,30 +235,31 @@ def nan_adapter(s: Session) -> None:
 
 def moved_out(s: Session) -> None:
     """A tensor of the adapter has separate memory, so that what runs on the buffers would be stale."""
-    parameter = list(s.policy.flat.parameters.values())[-1]
+    parameter = list(s.trainer.policy.flat.parameters.values())[-1]
     parameter.data = parameter.data.clone()
 
 
 def nan_loss(s: Session) -> None:
     """The loss of the first micro-batch of step `AT` is nan."""
-    loss, seen = s.algorithm.loss, []
+    loss, seen = s.trainer.algorithm.loss, []
 
-    def wrapped(logprobs: Tensor, batch: Any, cfg: Any) -> Any:
-        value, stats = loss(logprobs, batch, cfg)
-        if now(s) == AT and not seen:
-            seen.append(1)
-            value = value * float("nan")
-        return value, stats
+    class Wrapped(type(loss)):
+        def __call__(self, logprobs: Tensor, batch: Any) -> Any:
+            value, stats = loss(logprobs, batch)
+            if now(s) == AT and not seen:
+                seen.append(1)
+                value = value * float("nan")
+            return value, stats
 
-    s.algorithm = replace(s.algorithm, loss=wrapped)
+    object.__setattr__(s.trainer, "algorithm", replace(s.trainer.algorithm, loss=Wrapped(**vars(loss))))
 
 
 def early_update(s: Session) -> None:
     """An update of the optimiser before the backward, with a gradient of ones."""
-    grad = s.policy.adapter_params.grad
+    grad = s.trainer.policy.adapter_params.grad
     assert grad is not None
     grad.fill_(1.0)
-    s.optimizer.step(s.state.updates, 0)
+    s.trainer.optimizer.step(s.trainer.state.updates, 0)
     grad.zero_()
 
 
@@ -259,20 +267,20 @@ def packed(s: Session) -> None:
     """The packed path where the policy has chosen another one, with the check that every start makes."""
     from rlft.trainer.selfcheck import check
 
-    s.policy.packed = True
-    s.policy.path = "transformers' own layers, packed (forced)"
-    check(s.policy)
+    s.trainer.policy.packed = True
+    s.trainer.policy.path = "transformers' own layers, packed (forced)"
+    check(s.trainer.policy)
 
 
 def other_tile(s: Session) -> None:
     """Old log-probs by tiles of another size than those that are trained."""
-    score = s.policy.score
+    score = s.trainer.policy.score
 
     def wrapped(batch: Any, weights: Any = "policy") -> Tensor:
         plan = batch.plan and replace(batch.plan, tile=max(16, batch.plan.tile // 2), padded=0)
         return score(replace(batch, plan=plan), weights)
 
-    s.policy.score = wrapped  # type: ignore[method-assign]
+    s.trainer.policy.score = wrapped  # type: ignore[method-assign]
 
 
 # ---- what runs that end say ------------------------------------------------------------------------------------------
@@ -281,7 +289,7 @@ def other_tile(s: Session) -> None:
 def moved(s: Session, values: Values) -> str:
     """Whether the run that was hurt in step `AT` went on."""
     skipped = sum(v.get("skipped_updates", 0) > 0 for v in values)
-    state = "adapter finite" if finite(s.policy.model) else "adapter NOT finite"
+    state = "adapter finite" if finite(s.trainer.policy.model) else "adapter NOT finite"
     return f"{skipped} updates skipped and counted, {state}"
 
 
@@ -326,9 +334,9 @@ RUNS: dict[str, Callable[[Path], Outcome]] = {
     "stale_adapter_unseen": lambda f: run(config(home(f)), stale_blind),
     "scaled_twice": lambda f: run(config(home(f)), scale),
     "sampler_temperature": lambda f: run(config(home(f)), temperature),
-    "sampler_weight": lambda f: run(config(home(f)), sampling_within(lambda s: wrong_weight(s.policy.model))),
+    "sampler_weight": lambda f: run(config(home(f)), sampling_within(lambda s: wrong_weight(s.trainer.policy.model))),
     "few_sequences_off": lambda f: run(config(home(f)), few_off_under_the_ceiling),
-    "no_sinks": lambda f: run(config(home(f, "gpt_oss")), sampling_within(lambda s: no_sinks(s.policy.model))),
+    "no_sinks": lambda f: run(config(home(f, "gpt_oss")), sampling_within(lambda s: no_sinks(s.trainer.policy.model))),
     "two_bos": lambda f: run(config(with_two_bos(f))),
     "rendered_twice": lambda f: run(config(rendered_twice(f), data=Data(str(f / "prompts.jsonl")))),
     "packed_hybrid": lambda f: run(config(home(f, "lfm2"), True), packed),

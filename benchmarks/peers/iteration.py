@@ -188,10 +188,12 @@ class Marked:
         self._phases.enter("sync")
         self._engine.load_adapter(tensors, version)
         if version:
-            fused = self.session.policy.fused
+            fused = self.session.trainer.policy.fused
             how = f"NF4 base; {getattr(self._engine, 'choice', '')}"
-            note = f"{how}; micro-batches of {self.session.plan.budget} tokens"
-            self._phases.end(self._desk, self._tokens, f"{note}; training: {fused.ran if fused else 'not planned'}")
+            note = f"{how}; micro-batches of {self.session.trainer.plan.budget} tokens"
+            self._phases.end(
+                self._desk, self._tokens, f"{note}; training: {fused.last_plan if fused else 'not planned'}"
+            )
 
     def close(self) -> None:
         self._engine.close()

@@ -290,9 +290,9 @@ class Replayed:
         name, padded = question["work"], question.get("padded", False)
         if (name, padded) not in self._rollouts:
             self._rollouts = {(name, padded): rollouts_of(WORKS[name], self._shape, padded)}
-        found = [replace(r, policy_version=self.session.state.step) for r in self._rollouts[name, padded]]
+        found = [replace(r, policy_version=self.session.trainer.state.step) for r in self._rollouts[name, padded]]
         self._plan(question, [r.prompt for r in found] if WORKS[name].kind == "grpo" else [])
-        self.session.writer.flush()  # the step before is written while a real engine samples
+        self.session.recorder.writer.flush()  # the step before is written while a real engine samples
         self._desk.start()
         return found
 
@@ -300,27 +300,30 @@ class Replayed:
         """Memory, tokens per micro-batch and sharing as the question says; by default as a run has them."""
         from rlft.trainer.plans import pack_plan_of
 
-        s, allowed = self.session, question.get("peak")
+        s, allowed = self.session.trainer, question.get("peak")
         tokens, share = question.get("tokens") or "auto", question.get("share", True)
         fused, now = s.policy.fused, (allowed, tokens, share, question.get("padded", False))
         if fused is not None and DEVICE == "cuda" and now != self._before:
             # Graphs of other micro-batches would take memory from these.
-            fused.store.release()
-            if fused.graphs is not None:
-                fused.graphs.clear()
+            fused.release()
             # Gradient and moments are there already; what a pass may take comes on top.
             rest = torch.cuda.memory_allocated() - self._desk.base
             fused.budget, self._before = None if allowed is None else allowed * GIB - rest, now
         cfg = replace(s.cfg, packing=replace(s.cfg.packing, tokens_per_micro_batch=tokens, share_prefix=share))
-        s.plan = pack_plan_of(cfg, s.algorithm, s.policy, prompts)
+        # The plan of a run never changes; here every question has another one.
+        object.__setattr__(s, "plan", pack_plan_of(cfg, s.algorithm, s.policy, prompts))
 
     def load_adapter(self, tensors: Any, version: int) -> None:
         if not version:
             return
-        s = self.session
+        s = self.session.trainer
         fused = s.policy.fused
         graphs = fused.graphs.bytes if fused is not None and fused.graphs is not None else 0
-        how = f"{fused.ran}, {fused.ran.store}, {fused.shape.attention}" if fused is not None else "not planned"
+        how = (
+            f"{fused.last_plan}, {fused.last_plan.store}, {fused.shape.attention}"
+            if fused is not None
+            else "not planned"
+        )
         self._desk.stop(graphs, note=f"micro-batches of {s.plan.budget} tokens; {how}")
 
     def sleep(self) -> None:
@@ -342,44 +345,39 @@ def session_of(cfg: Any, rows: list[Any], policy: Any, engine: Any, tokenizer: A
     from rlft.data.prompts import Prompts
     from rlft.monitor.background import Background
     from rlft.monitor.console import Console
+    from rlft.monitor.health import HealthMonitor
     from rlft.monitor.token_text import TokenText
     from rlft.monitor.tracking import Tracking
     from rlft.rollout.engine import asleep
     from rlft.runs.folder import Run
+    from rlft.trainer.disagreement import Limit
     from rlft.trainer.optim import Optimizer
     from rlft.trainer.plans import pack_plan_of
     from rlft.trainer.reference import Reference
-    from rlft.trainer.disagreement import Limit
-    from rlft.trainer.setup import Session
+    from rlft.trainer.session import Recorder, Sampler, Session, Trainer
+    from rlft.types import State
 
     algorithm, run, console = build_algorithm(cfg.algo, 1), Run.create(cfg.out), Console(plain=True)
     with asleep(engine):
         plan = pack_plan_of(cfg, algorithm, policy, rows if engine.SAMPLES else ())
-    s = Session(
+    prompts, functions = Prompts(rows, cfg.seed, shuffle=False), more.get("functions", [])
+    sampler = Sampler(engine, engine, prompts, [], False, functions, [])
+    trainer = Trainer(
         cfg=cfg,
         steps=cfg.steps,
-        algorithm=algorithm,
         policy=policy,
-        engine=engine,
-        eval_engine=engine,
-        reference=Reference(policy, keep=False),
+        algorithm=algorithm,
         optimizer=Optimizer(policy.adapter_params, cfg.optim, cfg.steps),
-        prompts=Prompts(rows, cfg.seed, shuffle=False),
-        eval_prompts=[],
-        eval_loss=False,
-        eval_functions=[],
-        run=run,
-        writer=Background("rlft-writer"),
-        console=console,
-        identity={},
+        reference=Reference(policy, keep=False),
         plan=plan,
-        pieces=TokenText(tokenizer),
-        **{"functions": [], **more},
+        # The recorded log-probs are those of a uniform sampler, so engine and trainer are meant to disagree.
+        limit=Limit.of(1e6, cfg.parity.factor),
+        state=State(),
+        identity={},
     )
-    # The recorded log-probs are those of a uniform sampler, so engine and trainer are meant to disagree.
-    s.limit = Limit.of(1e6, cfg.parity.factor)
-    s.tracking = Tracking(cfg, run, 0, False, console.note)
-    return s
+    tracking, health = Tracking(cfg, run, 0, False, console.note), HealthMonitor(cfg.algo.name)
+    writer, callbacks = Background("rlft-writer"), more.get("callbacks", ())
+    return Session(sampler, trainer, Recorder(run, writer, console, health, tracking, TokenText(tokenizer), callbacks))
 
 
 def rlft(kind: str, shape: str, desk: Desk) -> None:

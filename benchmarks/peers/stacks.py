@@ -292,7 +292,7 @@ def batch_of(
 ) -> Any:
     """One packed micro-batch of sequences whose first `prompt` tokens are not trained. sampled: they come with the
     log-probs of a sampler that drew tokens evenly."""
-    from rlft.batch import count, pack
+    from rlft.batch import count, groups_of, pack
     from rlft.types import PackPlan, Prompt, Rollout
 
     rollouts = []
@@ -303,9 +303,9 @@ def batch_of(
             Rollout(Prompt(tuple(ids[:prompt]), {}, 0), answer, (True,) * len(answer), sampler, "", "stop", i, 0, 0)
         )
     tokens = sum(map(len, sequences))
-    plan = PackPlan((True,) * len(rollouts), "token_mean", tokens, tokens, 1.0)
-    made = advantages or [1.0] * len(rollouts)
-    (batch,) = pack(rollouts, torch.tensor(made), plan, count(rollouts, plan))
+    plan = PackPlan("token_mean", tokens, tokens, 1.0)
+    groups = groups_of(rollouts, advantages or [1.0] * len(rollouts))
+    (batch,) = pack(groups, plan, count(groups))
     return batch
 
 

@@ -65,7 +65,7 @@ def worker(stack: str, shape: str, nf4: bool) -> None:
             if policy is not None and policy.fused is not None:
                 # What graphs hold lies in a separate pool, which the allocator's peak does not count.
                 extra = policy.fused.graphs.bytes if policy.fused.graphs is not None else 0
-                plan = f"{policy.fused.ran}, {policy.fused.ran.store}, {policy.fused.shape.attention}"
+                plan = f"{policy.fused.last_plan}, {policy.fused.last_plan.store}, {policy.fused.shape.attention}"
             peak = (torch.cuda.max_memory_allocated() - base + extra) / GIB
             answer: dict[str, Any] = {"ms": ms, "peak": peak, "plan": plan, "model": base / GIB}
         except torch.OutOfMemoryError:

@@ -26,6 +26,7 @@ Legend: g the statistics of each rollout's group.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -34,22 +35,6 @@ from torch import Tensor
 from rlft.dist import max_tensor, sum_tensor
 from rlft.errors import RewardError
 
-ESTIMATORS = (
-    "batch_std",
-    "best_and_worst",
-    "gdpo",
-    "group_mean",
-    "group_norm",
-    "identity",
-    "leave_one_out",
-    "max_rl",
-    "opo",
-    "reinforce_plus_plus",
-    "reinforce_plus_plus_baseline",
-)
-"""Names of the estimators in this file."""
-WITHIN_GROUPS = tuple(name for name in ESTIMATORS if name not in ("identity", "reinforce_plus_plus"))
-"""Estimators that compare the completions of a prompt, so that a group of one has advantage 0."""
 EPS = 1e-4
 """Added to a std, as in TRL."""
 
@@ -249,3 +234,21 @@ def frac_zero_std(rewards: Tensor, group_ids: Tensor) -> float:
         if reward == reward:  # not nan
             valid.setdefault(group, set()).add(reward)
     return sum(len(values) == 1 for values in valid.values()) / len(valid) if valid else float("nan")
+
+
+ESTIMATORS: dict[str, Callable[..., Tensor]] = {
+    "batch_std": batch_std,
+    "best_and_worst": best_and_worst,
+    "gdpo": gdpo,
+    "group_mean": group_mean,
+    "group_norm": group_norm,
+    "identity": identity,
+    "leave_one_out": leave_one_out,
+    "max_rl": max_rl,
+    "opo": opo,
+    "reinforce_plus_plus": reinforce_plus_plus,
+    "reinforce_plus_plus_baseline": reinforce_plus_plus_baseline,
+}
+"""Name -> estimator in this file."""
+WITHIN_GROUPS = tuple(name for name in ESTIMATORS if name not in ("identity", "reinforce_plus_plus"))
+"""Estimators that compare the completions of a prompt, so that a group of one has advantage 0."""

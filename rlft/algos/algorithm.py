@@ -1,37 +1,27 @@
-"""Resolve `[algo]` to an Algorithm: the loss, its settings, its advantage estimator, and its requirements."""
+"""Resolve `[algo]` to an Algorithm: the loss with its settings, its advantage estimator, and where old comes from."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from types import FunctionType
+from types import ModuleType
 from typing import Any, Literal
 
 from torch import Tensor
 
 from rlft.algos import advantages, corrections
+from rlft.algos.loss import Loss
+from rlft.algos.policy_loss import PolicyLoss
 from rlft.config import resolve
 from rlft.config.files import presets
 from rlft.config.run import Algo
 from rlft.config.section import options_of
 from rlft.errors import ConfigError
-from rlft.types import Aggregation, Batch, Stats, StepView
+from rlft.types import Aggregation
 
 LOSSES = "rlft.algos.losses"
 """The package with one file per loss."""
-REQUIRED = (
-    "Config",
-    "loss",
-    "ADVANTAGE",
-    "AGGREGATION",
-    "RATIO",
-    "NEEDS_REFERENCE",
-    "WHOLE_GROUPS",
-    "NEEDS_SAMPLER",
-    "ZERO_ADV_ZERO_GRAD",
-    "ENTROPY_GRAD",
-)
 
 AGGREGATIONS = {
     "token_mean": "mean over all tokens of the step",
@@ -45,61 +35,74 @@ AGGREGATIONS = {
 
 @dataclass(frozen=True)
 class Algorithm:
-    """A loss with its settings."""
+    """A loss with its settings, and what follows from the run's updates per rollout batch."""
 
     name: str
-    config: Any
-    """An instance of the loss file's Config."""
-    loss: Callable[[Tensor, Batch, Any], tuple[Tensor, Stats]]
+    """`algo.name`."""
+    loss: Loss
+    """(logprobs [T] with gradient, micro-batch) -> (0-dim, metrics); its traits say what the loop has to set."""
     advantage_name: str
     advantage: Callable[..., Tensor]
     """(rewards [N], group_ids [N], keyword arguments of `rlft.algos.advantages`) -> advantages [N]."""
     aggregation: Aggregation
-    needs_reference: bool
-    """The loop sets `ref_logprobs` before the loss."""
-    whole_groups: bool
-    """All rollouts of a group must be in one micro-batch."""
-    needs_sampler: bool
-    """The loss requires sampler log-probs."""
-    zero_adv_zero_grad: bool
-    """A micro-batch of zero advantage has exactly zero gradient and may be skipped."""
-    entropy_grad: bool
     old: Literal["now", "trainer", "sampler"]
     """Source of old log-probs: detached `logprobs` (one update per rollout batch, or a loss without a ratio), a forward
     of the trainer before the first update, or the sampler (correction "bypass")."""
     updates: int
     """Optimiser updates per rollout batch."""
-    prepare: Callable[[StepView, Any], dict[str, float]] | None
-    """(view, config) -> numbers of a whole update for `Batch.prepared`, called before the update; None if not used."""
-    adapt: Callable[[dict[str, float], float, Any], dict[str, float]] | None
-    """(State.adapted, mean entropy of the step, config) -> State.adapted of the next step; None if not used."""
-    summary: str
-    """Description of ratio, clip, KL and correction from the file's `summary(cfg)`, or else its settings."""
 
 
-def module_of(name: str) -> Any:
-    """Return the loss file (or object with the same attributes) that `algo.name` names.
+def loss_class(name: str) -> type[Loss]:
+    """Return the loss that `algo.name` names: a built-in one, "file.py", "file.py:Class" or "package.module:Class".
 
-    Raises ConfigError listing the known names, or the attributes that are missing.
+    Raises ConfigError listing the known names, or saying what the file lacks.
     """
     if ":" in name:
-        module, attribute_name = resolve.container(name, "algo.name")
-        loss_file = getattr(module, attribute_name)
-        if isinstance(loss_file, FunctionType) and not hasattr(loss_file, "Config"):
-            loss_file = module  # "my_loss.py:loss" names the file
-    elif name in presets() and name not in resolve.names_in(LOSSES):
+        return _checked(resolve.attribute(name, "algo.name"), name)
+    if resolve.names_user_code(name):
+        return _only_loss(resolve.user_module(name, "algo.name"), name)
+    if name in presets() and name not in resolve.names_in(LOSSES):
         raise ConfigError(
             f'algo.name = "{name}": a preset, which a config file or a flag can name; from Python: '
             f'rlft.preset("{name}", model=..., data=..., ...)'
         )
-    else:
-        loss_file = resolve.module(name, LOSSES, "algo.name")
-    missing = [attribute for attribute in REQUIRED if not hasattr(loss_file, attribute)]
-    if missing:
+    return _only_loss(resolve.module(name, LOSSES, "algo.name"), name)
+
+
+def _only_loss(module: ModuleType, name: str) -> type[Loss]:
+    """Return the one loss that is defined in a file. Raises ConfigError for none or several."""
+    classes = {key: value for key, value in vars(module).items() if isinstance(value, type) and issubclass(value, Loss)}
+    # What the file imports is not its own.
+    own = [key for key, cls in classes.items() if (cls.__module__, cls.__name__) == (module.__name__, key)]
+    if not own:
         raise ConfigError(
-            f'algo.name = "{name}": not an algorithm, it lacks {", ".join(missing)} (see rlft/algos/losses/sft.py)'
+            f'algo.name = "{name}": defines no loss; write a frozen dataclass that extends Loss, PolicyLoss or '
+            f"PairLoss, as in rlft/algos/losses/reinforce.py"
         )
-    return loss_file
+    if len(own) > 1:
+        raise ConfigError(f'algo.name = "{name}": defines {", ".join(own)}; write which one, "{name}:{own[0]}"')
+    return _checked(classes[own[0]], name)
+
+
+def _checked(loss: Any, name: str) -> type[Loss]:
+    """Return `loss` if it is the class of a loss. Raises ConfigError for anything else, and where parts are missing."""
+    where, _, attribute = name.rpartition(":")
+    if not isinstance(loss, type) or not issubclass(loss, Loss):
+        file = f'"{where}" or "{where}:Class"' if where.endswith(".py") else f'"{where}:Class"'
+        raise ConfigError(
+            f'algo.name = "{name}": {attribute} is no loss; a loss is a frozen dataclass that extends Loss, PolicyLoss '
+            f"or PairLoss, as in rlft/algos/losses/reinforce.py; write {file}"
+        )
+    if missing := sorted(loss.__abstractmethods__):
+        raise ConfigError(
+            f'algo.name = "{name}": {loss.__name__} lacks {", ".join(missing)}, as in rlft/algos/losses/reinforce.py'
+        )
+    if "__dataclass_fields__" not in vars(loss):
+        raise ConfigError(
+            f'algo.name = "{name}": {loss.__name__} is no dataclass, so it would have no settings; write '
+            f"@dataclass(frozen=True) above it"
+        )
+    return loss
 
 
 def build_algorithm(algo: Algo, updates: int = 1) -> Algorithm:
@@ -107,43 +110,26 @@ def build_algorithm(algo: Algo, updates: int = 1) -> Algorithm:
 
     Raises ConfigError for an unknown name, setting or estimator, and a correction that does not fit the updates.
     """
-    module = module_of(algo.name)
-    config = options_of(module.Config, algo.options, "algo")
-    correction = getattr(config, "correction", None)
-    if correction is not None:
-        correction = corrections.resolve(correction, updates, bool(module.RATIO))
-        config = replace(config, correction=correction)
-    name = getattr(config, "advantage", module.ADVANTAGE)
-    if name == "gdpo" and getattr(config, "kl", "") == "reward" and config.kl_coef:
+    loss = options_of(loss_class(algo.name), algo.options, "algo")
+    old: Literal["now", "trainer", "sampler"] = "trainer" if updates > 1 and loss.has_ratio else "now"
+    if isinstance(loss, PolicyLoss):
+        loss = replace(loss, correction=corrections.resolve(loss.correction, updates, loss.has_ratio))
+        old = "sampler" if loss.correction == "bypass" else old
+    if loss.advantage == "gdpo" and loss.kl_in_reward:
         raise ConfigError(
             'algo.kl = "reward" with algo.advantage = "gdpo": that estimator takes each reward function by itself, so '
             'the KL taken off their sum would be lost; set algo.kl = "k3_ratio"'
         )
-    aggregation = getattr(config, "aggregation", module.AGGREGATION)
-    if aggregation not in AGGREGATIONS:
-        raise ConfigError(f'algo.aggregation = "{aggregation}": want one of {", ".join(AGGREGATIONS)}')
-
-    def trait(constant: str) -> bool:
-        value = getattr(module, constant)
-        return bool(value(config)) if callable(value) else bool(value)
-
+    if loss.aggregation not in AGGREGATIONS:
+        raise ConfigError(f'algo.aggregation = "{loss.aggregation}": want one of {", ".join(AGGREGATIONS)}')
     return Algorithm(
         name=algo.name,
-        config=config,
-        loss=module.loss,
-        advantage_name=name,
-        advantage=estimator_of(name),
-        aggregation=aggregation,
-        needs_reference=trait("NEEDS_REFERENCE"),
-        whole_groups=trait("WHOLE_GROUPS"),
-        needs_sampler=trait("NEEDS_SAMPLER"),
-        zero_adv_zero_grad=trait("ZERO_ADV_ZERO_GRAD"),
-        entropy_grad=trait("ENTROPY_GRAD"),
-        old="sampler" if correction == "bypass" else "trainer" if updates > 1 and trait("RATIO") else "now",
+        loss=loss,
+        advantage_name=loss.advantage,
+        advantage=estimator_of(loss.advantage),
+        aggregation=loss.aggregation,
+        old=old,
         updates=updates,
-        prepare=getattr(module, "prepare", None),
-        adapt=getattr(module, "adapt", None),
-        summary=module.summary(config) if hasattr(module, "summary") else str(config),
     )
 
 
@@ -157,7 +143,7 @@ def estimator_of(name: str) -> Callable[..., Tensor]:
         if not callable(estimator):
             raise ConfigError(f'algo.advantage = "{name}": not a function of (rewards, group_ids)')
     elif name in advantages.ESTIMATORS:
-        estimator = getattr(advantages, name)
+        estimator = advantages.ESTIMATORS[name]
     else:
         hint = resolve.did_you_mean(name, list(advantages.ESTIMATORS))
         raise ConfigError(
@@ -179,7 +165,7 @@ def estimator_of(name: str) -> Callable[..., Tensor]:
 def describe(algorithm: Algorithm) -> list[str]:
     """Describe the five choices (ratio, clip, KL, advantage, aggregation), as printed at the start of a run."""
     aggregation = f"{algorithm.aggregation}, {AGGREGATIONS[algorithm.aggregation]}"
-    lines = [f"{algorithm.name}: {algorithm.summary}; advantage {algorithm.advantage_name}; {aggregation}"]
+    lines = [f"{algorithm.name}: {algorithm.loss.summary()}; advantage {algorithm.advantage_name}; {aggregation}"]
     if algorithm.updates > 1:
         old = {
             "now": "",
@@ -187,6 +173,6 @@ def describe(algorithm: Algorithm) -> list[str]:
             "sampler": "; old log-probs are the sampler's",
         }[algorithm.old]
         lines.append(f"{algorithm.updates} updates per rollout batch{old}")
-    elif algorithm.old == "now" and hasattr(algorithm.config, "clip_low"):
+    elif algorithm.old == "now" and algorithm.loss.has_clip:
         lines.append("one update per rollout batch: the ratio is exactly 1, so clipping never acts")
     return lines

@@ -29,28 +29,31 @@ A masked token still counts in every denominator, since the weights of `rlft.bat
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from rlft.algos.settings import Settings, has_sequence_mask, masks_sequences
 from rlft.algos.tokens import CLAMP, Tokens
 from rlft.errors import ConfigError
 from rlft.types import Stat, Stats
 
+Correction = Literal["auto", "single", "decoupled", "bypass", "none"]
+Weight = Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
 FACTOR = ("auto", "single", "decoupled")
 """Corrections that multiply the policy term by a weight."""
 
 
-def resolve(choice: str, updates: int, ratio: bool = True) -> str:
+def resolve(choice: Correction, updates: int, has_ratio: bool = True) -> Correction:
     """Resolve "auto" and check the correction of a run with `updates` updates per rollout batch.
 
-    "auto" is "single" for one update, else "decoupled". ratio: whether the loss has a ratio against old. Without one
-    the weight is recomputed against the sampler at every update, which is "single". Raises ConfigError for "single"
+    "auto" is "single" for one update, else "decoupled". has_ratio: whether the loss has a ratio against old. Without
+    one the weight is recomputed against the sampler at every update, which is "single". Raises ConfigError for "single"
     with a ratio and several updates, since old would then be the wrong policy, and for a correction that needs a ratio
     the loss does not have.
     """
-    if not ratio:
+    if not has_ratio:
         if choice in ("decoupled", "bypass"):
             raise ConfigError(
                 f'algo.correction = "{choice}": this loss has no ratio against old log-probs; set "single" or "none"'
@@ -66,62 +69,82 @@ def resolve(choice: str, updates: int, ratio: bool = True) -> str:
     return choice
 
 
-def weigh(cfg: Settings, tokens: Tokens) -> tuple[Tensor, Stats]:
-    """Return the weight of each token's policy term, [T] without gradient, and its metrics."""
-    log_rho = (tokens.old - tokens.sampler).clamp(-CLAMP, CLAMP)
-    rho = log_rho.exp()
-    weight = _weight(cfg, tokens, log_rho, rho)
-    return weight, _stats(cfg, tokens, rho, weight)
+@dataclass(frozen=True)
+class SamplerCorrection:
+    """The settings of a policy loss that correct for the sampler."""
 
+    correction: Correction
+    weight: Weight
+    cap: float
+    floor: float
+    sequence_mask_low: float
+    sequence_mask_high: float
+    off_policy_limit: float
+    """In nats."""
 
-def _weight(cfg: Settings, tokens: Tokens, log_rho: Tensor, rho: Tensor) -> Tensor:
-    weight = torch.ones_like(rho)
-    if cfg.correction in FACTOR:
-        kind, _, bound = cfg.correction_weight.partition("_")
-        weight = rho if kind == "token" else tokens.sum(log_rho).exp()
-        within = weight.clamp(cfg.correction_floor, cfg.correction_cap)
-        weight = within if bound == "truncate" else torch.where(within == weight, weight, 0)
-    if has_sequence_mask(cfg):
-        mean = tokens.mean(log_rho).exp()
-        weight = torch.where((mean >= cfg.sequence_mask_low) & (mean <= cfg.sequence_mask_high), weight, 0)
-    if cfg.off_policy_limit < math.inf:
-        behind = tokens.mean(-tokens.against_sampler().detach())
-        weight = torch.where((tokens.advantages < 0) & (behind > cfg.off_policy_limit), 0, weight)
-    return weight
+    @property
+    def has_sequence_mask(self) -> bool:
+        """Whether sequences far from the sampler are masked."""
+        return self.sequence_mask_low > 0 or self.sequence_mask_high < math.inf
 
+    @property
+    def masks_sequences(self) -> bool:
+        """Whether whole sequences may be masked."""
+        return self.has_sequence_mask or self.off_policy_limit < math.inf
 
-def _stats(cfg: Settings, tokens: Tokens, rho: Tensor, weight: Tensor) -> Stats:
-    """Return TRL's metrics of rho before clamping, and the share of masked tokens.
+    def weigh(self, tokens: Tokens) -> tuple[Tensor, Stats]:
+        """Return the weight of each token's policy term, [T] without gradient, and its metrics."""
+        log_rho = (tokens.old - tokens.sampler).clamp(-CLAMP, CLAMP)
+        rho = log_rho.exp()
+        weight = self._weight(tokens, log_rho, rho)
+        return weight, self._stats(tokens, rho, weight)
 
-    With "bypass" the metrics of rho are omitted, since old is the sampler and rho is 1.
-    """
-    stats: Stats = {}
-    if masks_sequences(cfg) or cfg.correction_weight.endswith("mask"):
-        stats["sampling/masked_ratio"] = Stat.mean((weight == 0).float(), tokens.used)
-    if cfg.correction == "bypass":
-        return stats
-    name = "sampling/importance_sampling_ratio"
-    return stats | {
-        f"{name}/mean": Stat.mean(rho, tokens.used),
-        f"{name}/min": Stat("min", torch.where(tokens.used, rho, math.inf).min()),
-        f"{name}/max": Stat("max", torch.where(tokens.used, rho, 0).max()),
-    }
+    def _weight(self, tokens: Tokens, log_rho: Tensor, rho: Tensor) -> Tensor:
+        weight = torch.ones_like(rho)
+        if self.correction in FACTOR:
+            kind, _, bound = self.weight.partition("_")
+            weight = rho if kind == "token" else tokens.sum(log_rho).exp()
+            within = weight.clamp(self.floor, self.cap)
+            weight = within if bound == "truncate" else torch.where(within == weight, weight, 0)
+        if self.has_sequence_mask:
+            mean = tokens.mean(log_rho).exp()
+            weight = torch.where((mean >= self.sequence_mask_low) & (mean <= self.sequence_mask_high), weight, 0)
+        if self.off_policy_limit < math.inf:
+            behind = tokens.mean(-tokens.against_sampler().detach())
+            weight = torch.where((tokens.advantages < 0) & (behind > self.off_policy_limit), 0, weight)
+        return weight
 
+    def _stats(self, tokens: Tokens, rho: Tensor, weight: Tensor) -> Stats:
+        """Return TRL's metrics of rho before clamping, and the share of masked tokens.
 
-def summary(cfg: Settings) -> str:
-    """Describe the correction in one line, for the start of a run."""
-    weighted = f"sampler correction up to {cfg.correction_cap:g}"
-    if cfg.correction_weight != "token_truncate" or cfg.correction_floor:
-        weighted = f"sampler correction {cfg.correction_weight} [{cfg.correction_floor:g}, {cfg.correction_cap:g}]"
-    text = {
-        "none": "no correction",
-        "bypass": "ratio against the sampler (bypass)",
-        "single": weighted,
-        "decoupled": f"decoupled {weighted}",
-        "auto": weighted,
-    }[cfg.correction]
-    if has_sequence_mask(cfg):
-        text += f", sequences outside [{cfg.sequence_mask_low:g}, {cfg.sequence_mask_high:g}] left out"
-    if cfg.off_policy_limit < math.inf:
-        text += f", bad sequences above {cfg.off_policy_limit:g} nat left out"
-    return text
+        With "bypass" the metrics of rho are omitted, since old is the sampler and rho is 1.
+        """
+        stats: Stats = {}
+        if self.masks_sequences or self.weight.endswith("mask"):
+            stats["sampling/masked_ratio"] = Stat.mean((weight == 0).float(), tokens.used)
+        if self.correction == "bypass":
+            return stats
+        name = "sampling/importance_sampling_ratio"
+        return stats | {
+            f"{name}/mean": Stat.mean(rho, tokens.used),
+            f"{name}/min": Stat("min", torch.where(tokens.used, rho, math.inf).min()),
+            f"{name}/max": Stat("max", torch.where(tokens.used, rho, 0).max()),
+        }
+
+    def summary(self) -> str:
+        """Describe the correction in one line, for the start of a run."""
+        weighted = f"sampler correction up to {self.cap:g}"
+        if self.weight != "token_truncate" or self.floor:
+            weighted = f"sampler correction {self.weight} [{self.floor:g}, {self.cap:g}]"
+        text = {
+            "none": "no correction",
+            "bypass": "ratio against the sampler (bypass)",
+            "single": weighted,
+            "decoupled": f"decoupled {weighted}",
+            "auto": weighted,
+        }[self.correction]
+        if self.has_sequence_mask:
+            text += f", sequences outside [{self.sequence_mask_low:g}, {self.sequence_mask_high:g}] left out"
+        if self.off_policy_limit < math.inf:
+            text += f", bad sequences above {self.off_policy_limit:g} nat left out"
+        return text

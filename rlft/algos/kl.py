@@ -13,9 +13,12 @@ Sources: Schulman, "Approximating KL Divergence"; arXiv 2510.01555; arXiv 2512.2
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
+Penalty = Literal["k2", "k3_ratio", "k1_ratio", "forward", "reward"]
 IN_LOSS = ("k2", "k3_ratio", "k1_ratio", "forward")
 CLAMP = 20.0
 """Bound of d: exp(20) is far from overflow, and the clamp is wide enough not to cut off the gradient in practice."""

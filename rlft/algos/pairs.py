@@ -7,32 +7,16 @@ pair: it adds nothing to the loss, but counts in the denominator.
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from rlft.batch import segment_sum
-from rlft.errors import ConfigError
 from rlft.types import Batch, Stat, Stats
 
 CLAMP = 20.0
 """Bound of a token's log-ratio to the reference: larger values are faults and must not make the loss infinite."""
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Settings of [algo] common to all losses over pairs."""
-
-    advantage: str = "identity"
-    """"identity" for recorded pairs; "best_and_worst" for a pair from each sampled group (online)."""
-    beta: float = 0.1
-    """Factor of the margin: small values let the policy move further from the reference."""
-
-    def __post_init__(self) -> None:
-        check_above_zero(beta=self.beta)
 
 
 class Side(NamedTuple):
@@ -108,16 +92,3 @@ def read(logprobs: Tensor, batch: Batch) -> Pairs:
     better, worse = used & (batch.advantages > 0), used & (batch.advantages < 0)
     real = segment_sum((better | worse).to(now.dtype), group, count) > 0
     return Pairs(side(better), side(worse), real, batch.group_weight)
-
-
-def check_above_zero(**numbers: float) -> None:
-    """Raise ConfigError unless every given setting of [algo] is above 0 and finite."""
-    for name, value in numbers.items():
-        if not 0 < value < math.inf:
-            raise ConfigError(f"algo.{name} = {value}: want a number above 0")
-
-
-def check_smoothing(value: float) -> None:
-    """Raise ConfigError unless `value` is a share of labels that may be wrong."""
-    if not 0 <= value < 0.5:
-        raise ConfigError(f"algo.label_smoothing = {value}: want 0 or more, below 0.5 (the share of wrong labels)")

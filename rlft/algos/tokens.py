@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from rlft.batch import segment_sum
-from rlft.types import Batch
+from rlft.types import Batch, Stat, Stats
 
 CLAMP = 20.0
 """Bound of log-ratios: exp(89) overflows fp32, and one outlier token must not make a step NaN."""
@@ -52,6 +52,24 @@ class Tokens(NamedTuple):
     def per_token(self) -> Tensor:
         """Return 1 / length of each token's sequence, [T]."""
         return 1 / self._lengths()[self.seq_ids]
+
+    def clip_stats(self, low: Tensor, high: Tensor) -> Stats:
+        """Return TRL's clip metrics of a ratio against old. low, high: [T] bool, tokens clipped on either side."""
+        if self.fresh:
+            # Every ratio is 1 and nothing is clipped, so the per-micro-batch computation is skipped.
+            zero, count = torch.zeros((), device=self.now.device), self.used.sum()
+            means = {f"clip_ratio/{name}_mean": Stat("mean", zero, count) for name in ("low", "high", "region")}
+            return means | {"clip_ratio/low_min": Stat("min", zero), "clip_ratio/high_max": Stat("max", zero)}
+        used, stats = self.used, {}
+        for name, clipped in (("low", low), ("high", high), ("region", low | high)):
+            stats[f"clip_ratio/{name}_mean"] = Stat.mean(clipped.float(), used)
+        shares = [
+            torch.where(used, self.mean((flags & used).to(self.now.dtype)), empty)
+            for flags, empty in ((low, 1.0), (high, 0.0))
+        ]
+        stats["clip_ratio/low_min"] = Stat("min", shares[0].min())
+        stats["clip_ratio/high_max"] = Stat("max", shares[1].max())
+        return stats
 
     def _lengths(self) -> Tensor:
         """Return the number of used tokens of each sequence, at least 1: [S]."""

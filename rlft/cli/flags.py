@@ -43,10 +43,10 @@ def parse(command: str, args: list[str], about: str) -> tuple[Config, bool]:
     if show_help:
         _print_help(command, file, with_preset(settings), about)
     cfg = Config(**settings)
-    from rlft.algos.algorithm import module_of  # imports torch, which no error above waits for
+    from rlft.algos.algorithm import loss_class  # imports torch, which no error above waits for
 
     # Every setting of the algorithm is written out, as those of the other sections are.
-    options = options_of(module_of(cfg.algo.name).Config, cfg.algo.options, "algo", known=("name",))
+    options = options_of(loss_class(cfg.algo.name), cfg.algo.options, "algo", known=("name",))
     return dataclasses.replace(cfg, algo=Algo(cfg.algo.name, to_table(options))), resume
 
 
@@ -160,13 +160,13 @@ def _toml(value: str) -> Any:
 
 def _print_help(command: str, file: str | None, settings: dict[str, Any], about: str) -> None:
     """Print every setting as a flag, with its docstring and its value in `settings`."""
-    from rlft.algos.algorithm import module_of
+    from rlft.algos.algorithm import loss_class
 
     algo = settings.get("algo", {})
     name = algo if isinstance(algo, str) else algo.get("name", "grpo")
     options = {key: value for key, value in algo.items() if key != "name"} if isinstance(algo, dict) else {}
     algorithm = dataclasses.make_dataclass(
-        "Algo", [("name", Annotated[str, tyro.conf.arg(help=ALGO)], name)], bases=(module_of(name).Config,), frozen=True
+        "Algo", [("name", Annotated[str, tyro.conf.arg(help=ALGO)], name)], bases=(loss_class(name),), frozen=True
     )
     fields: list[tuple[str, Any, Any]] = [
         ("resume", Annotated[bool, tyro.conf.arg(help=RESUME), tyro.conf.FlagCreatePairsOff], False)

@@ -21,7 +21,7 @@ from rlft.rewards.parts import RewardBreakdown
 from rlft.rewards.score import RewardFunction, build_rewards, score
 from rlft.runs.folder import Run
 from rlft.runs.tables import shown_prompt
-from rlft.types import Prompt, Rollout
+from rlft.types import FinishReason, Prompt, Rollout
 
 
 def check(
@@ -122,7 +122,7 @@ def _last(value: Any) -> str:
 
 def _rollout(prompt: Prompt, text: str, sample: int, tokenizer: Any) -> Rollout:
     ids = tuple(tokenizer.encode(text, add_special_tokens=False)) if tokenizer else ()
-    return Rollout(prompt, ids, (True,) * len(ids), None, text, "stop", sample, -1, 0)
+    return Rollout(prompt, ids, (True,) * len(ids), None, text, FinishReason.STOP, sample, -1, 0)
 
 
 def _tokenizer(cfg: Config | None, functions: Sequence[RewardFunction]) -> Any:
@@ -170,7 +170,7 @@ def _sampled(
                 (True,) * len(ids),
                 None,
                 saved["completion"],
-                saved["finish_reason"],
+                FinishReason(saved["finish_reason"]),
                 saved["sample"],
                 saved["policy_version"],
                 0,

@@ -56,26 +56,34 @@ def load_file(path: Path) -> ModuleType:
     return module
 
 
-def container(reference: str, field: str) -> tuple[ModuleType, str]:
-    """The module that "file.py:name" or "package.module:name" points into, and the name.
+def names_user_code(name: str) -> bool:
+    """Whether a name stands for something of the user: "file.py", "file.py:name" or "package.module:name"."""
+    return ":" in name or name.endswith(".py")
+
+
+def user_module(reference: str, field: str) -> ModuleType:
+    """The module that "file.py", or "file.py:name" or "package.module:name" before the colon, stands for.
+
+    `field` is the setting it was given in, for the error. Raises ConfigError when file or module is missing.
+    """
+    where = reference.rpartition(":")[0] or reference
+    try:
+        return load_file(Path(where)) if where.endswith(".py") else importlib.import_module(where)
+    except (ConfigError, ModuleNotFoundError) as error:
+        raise ConfigError(f'{field} = "{reference}": {error}') from None
+
+
+def attribute(reference: str, field: str) -> Any:
+    """The object that "file.py:name" or "package.module:name" stands for.
 
     `field` is the setting it was given in, for the error. Raises ConfigError when file, module or name is missing.
     """
     where, _, name = reference.rpartition(":")
     if not where:
         raise ConfigError(f'{field} = "{reference}": want "file.py:name" or "package.module:name"')
-    try:
-        module = load_file(Path(where)) if where.endswith(".py") else importlib.import_module(where)
-    except (ConfigError, ModuleNotFoundError) as error:
-        raise ConfigError(f'{field} = "{reference}": {error}') from None
+    module = user_module(reference, field)
     if not hasattr(module, name):
         raise ConfigError(f'{field} = "{reference}": {where} has no "{name}".{did_you_mean(name, dir(module))}')
-    return module, name
-
-
-def attribute(reference: str, field: str) -> Any:
-    """The object that "file.py:name" or "package.module:name" stands for. Arguments and errors as `container`."""
-    module, name = container(reference, field)
     return getattr(module, name)
 
 

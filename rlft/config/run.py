@@ -25,9 +25,10 @@ class Algo:
     """The algorithm: a name and that algorithm's own settings."""
 
     name: str = "grpo"
-    """A file in rlft.algos ("grpo", "sft"), or "file.py:module_like" or "package.module:attr"."""
+    """A file in rlft.algos.losses ("grpo", "sft"), or your own loss: "file.py", "file.py:Class" or
+    "package.module:Class"."""
     options: dict[str, Any] = field(default_factory=dict)
-    """The rest of the [algo] table; checked by the algorithm's own Config."""
+    """The rest of the [algo] table; checked by the loss itself."""
 
 
 @section("lora")

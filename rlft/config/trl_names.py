@@ -31,14 +31,27 @@ _ADVANTAGE = {
     "none": 'algo.advantage = "group_mean"',
 }  # fmt: skip
 _LOSS_TYPE = {
-    "grpo": 'algo.aggregation = "sequence_mean"', "dapo": 'algo.aggregation = "token_mean"',
-    "bnpo": 'algo.aggregation = "token_mean"', "dr_grpo": 'algo.name = "dr_grpo"', "luspo": 'algo.name = "luspo"',
-    "cispo": 'algo.name = "cispo"', "sapo": 'algo.name = "sapo"', "vespo": 'algo.name = "vespo"',
-    "sigmoid": 'algo.name = "dpo"', "hinge": 'algo.name = "hinge"', "ipo": 'algo.name = "ipo"',
-    "exo_pair": 'algo.name = "exo"', "nca_pair": 'algo.name = "nca"', "robust": 'algo.name = "robust_dpo"',
-    "sppo_hard": 'algo.name = "sppo"', "apo_zero": 'algo.name = "apo"', "apo_down": 'algo.name = "apo"',
-    "nll": 'algo.name = "sft"', "dft": 'algo.name = "dft"', "kto": 'algo.name = "kto"',
-}  # fmt: skip
+    "grpo": 'algo.aggregation = "sequence_mean"',
+    "dapo": 'algo.aggregation = "token_mean"',
+    "bnpo": 'algo.aggregation = "token_mean"',
+    "dr_grpo": 'algo.name = "dr_grpo"',
+    "luspo": 'algo.name = "luspo"',
+    "cispo": 'algo.name = "cispo"',
+    "sapo": 'algo.name = "sapo"',
+    "vespo": 'algo.name = "vespo"',
+    "sigmoid": 'algo.name = "dpo"',
+    "hinge": 'algo.name = "hinge"',
+    "ipo": 'algo.name = "ipo"',
+    "exo_pair": 'algo.name = "exo"',
+    "nca_pair": 'algo.name = "nca"',
+    "robust": 'algo.name = "robust_dpo"',
+    "sppo_hard": 'algo.name = "sppo"',
+    "apo_zero": 'algo.name = "apo"',
+    "apo_down": 'algo.name = "apo"',
+    "nll": 'algo.name = "sft"',
+    "dft": 'algo.name = "dft"',
+    "kto": 'algo.name = "kto"',
+}
 _STEPS = "a number of steps here"
 
 TRL_NAMES = {

@@ -130,13 +130,14 @@ class LoadedPrompts:
     """Number of rows dropped because their prompt is longer than `data.max_prompt_tokens`."""
 
 
-def load_prompts(data: Data, tokenizer: Any, seed: int) -> LoadedPrompts:
-    """Load all prompts of a dataset, in order. seed: the run's, for generated tasks and mixtures.
+def load_prompts(data: Data, tokenizer: Any, seed: int, rows: Sequence[dict[str, Any]] | None = None) -> LoadedPrompts:
+    """Load all prompts of a dataset, in order.
 
-    Raises DataError for any fault of a row, and when every prompt is too long.
+    seed: the run's, for generated tasks and mixtures. rows: the result of `check_rows`, if it was called before. Raises
+    DataError for any fault of a row, and when every prompt is too long.
     """
     prompts, dropped = [], 0
-    for index, row in enumerate(check_rows(data, seed)):
+    for index, row in enumerate(check_rows(data, seed) if rows is None else rows):
         prompt = encode_prompt(row, index, data, tokenizer)
         if data.max_prompt_tokens is not None and len(prompt.ids) > data.max_prompt_tokens:
             if data.long_prompts == "error":

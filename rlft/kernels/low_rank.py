@@ -237,11 +237,12 @@ def _column_pass(
     share = -(-T // (splits * how.rows)) * how.rows
     q = z.new_empty(splits, base[-1], dtype=torch.float32)
     p = z.new_empty(first[-1], T, rank_block * rank_blocks, dtype=torch.float32) if u is not None else None
+    # Without u the kernel reads neither u nor p; other tensors stand for them.
+    factor, stride, sums = (v, 0, q) if u is None or p is None else (u, u.stride(0), p)
     launch(
         _columns, (first[-1], splits, rank_blocks),
-        z, z.stride(0), v, v.stride(0), v if u is None else u, 0 if u is None else u.stride(0), q,
-        q if p is None else p, T, share, base[-1], P=u is not None, TRANSPOSED=transposed, WIDE=not z.is_cuda,
-        **constants,
+        z, z.stride(0), v, v.stride(0), factor, stride, q, sums, T, share, base[-1],
+        P=u is not None, TRANSPOSED=transposed, WIDE=not z.is_cuda, **constants,
     )  # fmt: skip
     return q, p, tiles
 

@@ -26,6 +26,7 @@ T or t tokens, d head size D, r rotated entries R, p or P lines of the tables, w
 from __future__ import annotations
 
 from functools import cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -70,6 +71,21 @@ def _table(cos_ptr, sin_ptr, pos_ptr, token, live, stride_table, cols, HALF: tl.
 
 
 @jit
+def _places(row, T, HEADS: tl.constexpr, D: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr):
+    """Return where head vectors are: token, first column and whether it exists, of each row; columns of the first half
+    and of the entries that pass, and the masks of both."""
+    HALF: tl.constexpr = R // 2
+    live = row < T * HEADS
+    token = row // HEADS
+    head = (row % HEADS) * D
+    cols = tl.arange(0, BLOCK)[None, :]
+    tail = R + tl.arange(0, TAIL)[None, :]
+    mask = live[:, None] & (cols < HALF)
+    tail_mask = live[:, None] & (tail < D)
+    return token, head, live, cols, tail, mask, tail_mask
+
+
+@jit
 def _forward_heads(
     program, x_ptr, w_ptr, out_ptr, cos_ptr, sin_ptr, pos_ptr, T, stride_x, stride_out, stride_table, eps,
     HEADS: tl.constexpr, D: tl.constexpr, R: tl.constexpr,
@@ -78,13 +94,7 @@ def _forward_heads(
     """Process ROWS head vectors of q or of k; a row is one head of one token."""
     HALF: tl.constexpr = R // 2
     row = program * ROWS + tl.arange(0, ROWS)
-    live = row < T * HEADS
-    token = row // HEADS
-    head = (row % HEADS) * D
-    cols = tl.arange(0, BLOCK)[None, :]
-    tail = R + tl.arange(0, TAIL)[None, :]
-    mask = live[:, None] & (cols < HALF)
-    tail_mask = live[:, None] & (tail < D)
+    token, head, live, cols, tail, mask, tail_mask = _places(row, T, HEADS, D, R, BLOCK, TAIL)
     x = x_ptr + (token.to(tl.int64) * stride_x + head)[:, None]
     n1 = tl.load(x + cols, mask=mask, other=0.0).to(tl.float32)
     n2 = tl.load(x + HALF + cols, mask=mask, other=0.0).to(tl.float32)
@@ -120,13 +130,7 @@ def _backward_heads(
     """Process ROWS head vectors of dq or of dk, as `_forward_heads`."""
     HALF: tl.constexpr = R // 2
     row = program * ROWS + tl.arange(0, ROWS)
-    live = row < T * HEADS
-    token = row // HEADS
-    head = (row % HEADS) * D
-    cols = tl.arange(0, BLOCK)[None, :]
-    tail = R + tl.arange(0, TAIL)[None, :]
-    mask = live[:, None] & (cols < HALF)
-    tail_mask = live[:, None] & (tail < D)
+    token, head, live, cols, tail, mask, tail_mask = _places(row, T, HEADS, D, R, BLOCK, TAIL)
     dout = dout_ptr + (token.to(tl.int64) * stride_dout + head)[:, None]
     d1 = tl.load(dout + cols, mask=mask, other=0.0).to(tl.float32)
     d2 = tl.load(dout + HALF + cols, mask=mask, other=0.0).to(tl.float32)
@@ -176,10 +180,12 @@ def forward_kernel(
     of_q = tl.cdiv(T * HQ, ROWS)
     if program < of_q:
         _forward_heads(program, q_ptr, qw_ptr, q_out_ptr, cos_ptr, sin_ptr, pos_ptr,
-                       T, stride_q, stride_q_out, stride_table, eps, HQ, D, R, BLOCK, TAIL, ROWS, GEMMA)  # fmt: skip
+                       T, stride_q, stride_q_out, stride_table, eps,
+                       HEADS=HQ, D=D, R=R, BLOCK=BLOCK, TAIL=TAIL, ROWS=ROWS, GEMMA=GEMMA)  # fmt: skip
     else:
         _forward_heads(program - of_q, k_ptr, kw_ptr, k_out_ptr, cos_ptr, sin_ptr, pos_ptr,
-                       T, stride_k, stride_k_out, stride_table, eps, HK, D, R, BLOCK, TAIL, ROWS, GEMMA)  # fmt: skip
+                       T, stride_k, stride_k_out, stride_table, eps,
+                       HEADS=HK, D=D, R=R, BLOCK=BLOCK, TAIL=TAIL, ROWS=ROWS, GEMMA=GEMMA)  # fmt: skip
 
 
 @jit
@@ -193,11 +199,13 @@ def backward_kernel(
     program = tl.program_id(0)
     of_q = tl.cdiv(T * HQ, ROWS)
     if program < of_q:
-        _backward_heads(program, dq_out_ptr, q_ptr, qw_ptr, dq_ptr, cos_ptr, sin_ptr, pos_ptr, T, stride_dq_out,
-                        stride_q, stride_dq, stride_table, eps, HQ, D, R, BLOCK, TAIL, ROWS, GEMMA)  # fmt: skip
+        _backward_heads(program, dq_out_ptr, q_ptr, qw_ptr, dq_ptr, cos_ptr, sin_ptr, pos_ptr,
+                        T, stride_dq_out, stride_q, stride_dq, stride_table, eps,
+                        HEADS=HQ, D=D, R=R, BLOCK=BLOCK, TAIL=TAIL, ROWS=ROWS, GEMMA=GEMMA)  # fmt: skip
     else:
-        _backward_heads(program - of_q, dk_out_ptr, k_ptr, kw_ptr, dk_ptr, cos_ptr, sin_ptr, pos_ptr, T, stride_dk_out,
-                        stride_k, stride_dk, stride_table, eps, HK, D, R, BLOCK, TAIL, ROWS, GEMMA)  # fmt: skip
+        _backward_heads(program - of_q, dk_out_ptr, k_ptr, kw_ptr, dk_ptr, cos_ptr, sin_ptr, pos_ptr,
+                        T, stride_dk_out, stride_k, stride_dk, stride_table, eps,
+                        HEADS=HK, D=D, R=R, BLOCK=BLOCK, TAIL=TAIL, ROWS=ROWS, GEMMA=GEMMA)  # fmt: skip
 
 
 @cache
@@ -212,6 +220,31 @@ def launch_shape(d: int, r: int) -> tuple[int, int, int, int]:
     # after it was overwritten in place.
     smallest = rows * (min(block, tail) if r < d else block)
     return block, tail, rows, max(1, min(8, smallest // 32))
+
+
+class _Pair(NamedTuple):
+    """Queries and keys that a kernel reads or writes: [T, Hq, D] and [T, Hk, D]."""
+
+    q: Tensor
+    k: Tensor
+
+    @property
+    def strides(self) -> tuple[int, int]:
+        """Elements from one row to the next."""
+        return self.q.stride(0), self.k.stride(0)
+
+    def launch(self, r: int, gemma: bool, shape: tuple[int, int] | None) -> tuple[int, dict[str, Any]]:
+        """Return the number of programs, and the kernels' constants by name.
+
+        shape: (rows per program, warps); None: those of `launch_shape`.
+        """
+        t, hq, d = self.q.shape
+        hk = self.k.shape[1]
+        block, tail, rows, warps = launch_shape(d, r)
+        if shape is not None:
+            rows, warps = shape
+        constants = {"HQ": hq, "HK": hk, "D": d, "R": r, "BLOCK": block, "TAIL": tail, "ROWS": rows, "GEMMA": gemma}
+        return -(-t * hq // rows) + -(-t * hk // rows), {**constants, "num_warps": warps}
 
 
 def qk_rope_forward(
@@ -230,17 +263,12 @@ def qk_rope_forward(
          q=q, k=k, q_out=q_out, k_out=k_out)  # fmt: skip
     q_out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if q_out is None else q_out
     k_out = torch.empty(k.shape, dtype=k.dtype, device=k.device) if k_out is None else k_out
-    t, hq, d = q.shape
-    hk, r = k.shape[1], cos.shape[1]
-    block, tail, rows, warps = launch_shape(d, r)
-    if shape is not None:
-        rows, warps = shape
-    programs = -(-t * hq // rows) + -(-t * hk // rows)
+    x, out = _Pair(q, k), _Pair(q_out, k_out)
+    programs, constants = x.launch(cos.shape[1], gemma, shape)
     if programs:
         launch(
-            forward_kernel, (programs,), q, k, q_weight, k_weight, q_out, k_out, cos, sin, positions,
-            t, q.stride(0), k.stride(0), q_out.stride(0), k_out.stride(0), cos.stride(0), eps,
-            hq, hk, d, r, block, tail, rows, gemma, num_warps=warps,
+            forward_kernel, (programs,), *x, q_weight, k_weight, *out, cos, sin, positions,
+            q.shape[0], *x.strides, *out.strides, cos.stride(0), eps, **constants,
         )  # fmt: skip
     return q_out, k_out
 
@@ -265,20 +293,16 @@ def qk_rope_backward(
         dq_out=dq_out, dk_out=dk_out, q=q, k=k, dq=dq, dk=dk,
     )  # fmt: skip
     # Without a norm the kernel does not read q and k; the gradients serve as placeholders with strides.
-    x_q, x_k = (dq_out, dk_out) if q is None or k is None else (q, k)
+    dout = _Pair(dq_out, dk_out)
+    x = dout if q is None or k is None else _Pair(q, k)
     dq = torch.empty(dq_out.shape, dtype=dq_out.dtype, device=dq_out.device) if dq is None else dq
     dk = torch.empty(dk_out.shape, dtype=dk_out.dtype, device=dk_out.device) if dk is None else dk
-    t, hq, d = dq_out.shape
-    hk, r = dk_out.shape[1], cos.shape[1]
-    block, tail, rows, warps = launch_shape(d, r)
-    if shape is not None:
-        rows, warps = shape
-    programs = -(-t * hq // rows) + -(-t * hk // rows)
+    dx = _Pair(dq, dk)
+    programs, constants = dout.launch(cos.shape[1], gemma, shape)
     if programs:
         launch(
-            backward_kernel, (programs,), dq_out, dk_out, x_q, x_k, q_weight, k_weight, dq, dk, cos, sin, positions,
-            t, dq_out.stride(0), dk_out.stride(0), x_q.stride(0), x_k.stride(0), dq.stride(0), dk.stride(0),
-            cos.stride(0), eps, hq, hk, d, r, block, tail, rows, gemma, num_warps=warps,
+            backward_kernel, (programs,), *dout, *x, q_weight, k_weight, *dx, cos, sin, positions,
+            dq_out.shape[0], *dout.strides, *x.strides, *dx.strides, cos.stride(0), eps, **constants,
         )  # fmt: skip
     return dq, dk
 

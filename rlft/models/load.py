@@ -57,14 +57,14 @@ class Base:
 class BaseInfo:
     """How a base will be loaded."""
 
-    where: Location
+    location: Location
     dtype: torch.dtype
     """Dtype of the weights that are not quantized, of activations and of products."""
-    kept: str
+    quantization: str
     """How the linear layers of the decoder are quantized: "none", "nf4", "fp4" or "int8"."""
     config: Any
     """transformers' config of the model; None for a .gguf file, whose header is read with the file."""
-    quantised: bool
+    quantized: bool
     """Whether the files are quantized already."""
     names: dict[str, str] | None = None
     """Patterns of names in the files -> names of the model, if transformers does not know them."""
@@ -158,8 +158,8 @@ def load_base(cfg: Config | Base, device: torch.device, note: Callable[[str], No
     if plan.note:
         note(plan.note)
     with _explained(cfg.model), _progress(), _quiet(plan.note is not None):
-        model = _from_gguf(cfg.model, plan, device) if plan.where.gguf else _from_files(cfg.model, plan, device)
-    if plan.kept != "none":
+        model = _from_gguf(cfg.model, plan, device) if plan.location.gguf else _from_files(cfg.model, plan, device)
+    if plan.quantization != "none":
         quant.configure_bitsandbytes(cfg.model, model, device)
     head = model.get_output_embeddings()
     if not head.weight.is_floating_point():
@@ -167,8 +167,8 @@ def load_base(cfg: Config | Base, device: torch.device, note: Callable[[str], No
             f'model = "{cfg.model}": its files have a quantised head, and log-probs are computed with a plain one; '
             f'give files whose quantization_config skips "lm_head"'
         )
-    if plan.kept != "none" and not plan.quantised:
-        quant.check_share(cfg.model, plan.kept, model)
+    if plan.quantization != "none" and not plan.quantized:
+        quant.check_share(cfg.model, plan.quantization, model)
     pad_rows(model.get_input_embeddings().weight, head.weight)
     model.requires_grad_(False)
     return model.eval()
@@ -178,12 +178,12 @@ def _from_files(model: str, plan: BaseInfo, device: torch.device) -> Any:
     from transformers import AutoModelForCausalLM
 
     options: dict[str, Any] = {}
-    if plan.quantised:
+    if plan.quantized:
         quant.compute_in(plan.config, plan.dtype)
-    elif plan.kept != "none":
-        options["quantization_config"] = quant.quantization_config(plan.kept, plan.dtype)
+    elif plan.quantization != "none":
+        options["quantization_config"] = quant.quantization_config(plan.quantization, plan.dtype)
     loaded: Any = AutoModelForCausalLM.from_pretrained(
-        plan.where.path,
+        plan.location.path,
         config=plan.config,
         dtype=plan.dtype,
         attn_implementation=attention_of(plan.config),
@@ -199,7 +199,7 @@ def _from_files(model: str, plan: BaseInfo, device: torch.device) -> Any:
             f'model = "{model}": its files lack {len(missing)} weights of {type(base).__name__}, {missing[0]} for one; '
             f"give the folder of a whole model"
         )
-    if plan.quantised:
+    if plan.quantized:
         quant.cast_plain(base, plan.dtype)
     return base
 
@@ -208,9 +208,9 @@ def _from_gguf(name: str, plan: BaseInfo, device: torch.device) -> Any:
     """Load a .gguf file dequantized by transformers, and quantize it again if the settings ask for it."""
     from transformers import AutoModelForCausalLM, GgufConfig
 
-    gguf, first_device = plan.where.gguf, device if plan.kept == "none" else torch.device("cpu")
+    gguf, first_device = plan.location.gguf, device if plan.quantization == "none" else torch.device("cpu")
     model: Any = AutoModelForCausalLM.from_pretrained(
-        plan.where.path,
+        plan.location.path,
         gguf_file=gguf,
         quantization_config=GgufConfig(dequantize=True, gguf_file=gguf),
         dtype=plan.dtype,
@@ -220,7 +220,7 @@ def _from_gguf(name: str, plan: BaseInfo, device: torch.device) -> Any:
     if hasattr(model.config, "quantization_config"):
         # The weights are dequantized; a leftover quantization config would mislead PEFT and save_pretrained.
         delattr(model.config, "quantization_config")
-    if plan.kept != "none":
+    if plan.quantization != "none":
         generation = model.generation_config
         model = type(model).from_pretrained(
             None,
@@ -229,7 +229,7 @@ def _from_gguf(name: str, plan: BaseInfo, device: torch.device) -> Any:
             dtype=plan.dtype,
             attn_implementation="sdpa",
             device_map={"": device},
-            quantization_config=quant.quantization_config(plan.kept, plan.dtype),
+            quantization_config=quant.quantization_config(plan.quantization, plan.dtype),
         )
         model.generation_config = generation
     # PEFT writes this into adapter_config.json as the base: the name works elsewhere, a local path would not.

@@ -24,8 +24,9 @@ from rlft.kernels.attention import Sequences
 from rlft.kernels.logprobs import CHUNK_BYTES, linear_logprobs
 from rlft.models import packed, padded, rope
 from rlft.models.adapter import FlatAdapter
+from rlft.models.device_memory import DeviceMemory, host_free
 from rlft.models.fused import memory
-from rlft.models.fused.decoder import FusedDecoder, fuse
+from rlft.models.fused.decoder import FusedDecoder, PassRecord, fuse
 from rlft.models.fused.token_budget import ALONE, BUDGETS, Group, token_budget
 from rlft.models.head import append_ones, head_matrix, scale_of, softcap_of
 from rlft.models.quantization import mixes_rows
@@ -37,15 +38,20 @@ from rlft.upload import upload
 class Policy:
     """A PEFT model as a policy. `adapter()` is what training changes, `base` what it does not."""
 
-    def __init__(self, model: PeftModel, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self, model: PeftModel, dtype: torch.dtype = torch.float32, device_memory: DeviceMemory | None = None
+    ) -> None:
         """Fuse the decoder and flatten the adapter.
 
-        dtype: of the adapter's master copy (fp32; fp64 in exactness tests).
+        dtype: of the adapter's master copy (fp32; fp64 in exactness tests). device_memory: what the plans of passes are
+        chosen from, and what an engine reports to; None: the object of the model's device.
         """
         packed.register()
         self.model = model
         self.flat = FlatAdapter(model, dtype=dtype)
-        fused = fuse(model)
+        self.device = self.flat.values.device
+        self.device_memory = device_memory or DeviceMemory.of(self.device)
+        fused = fuse(model, self.device_memory)
         self.fused = fused if isinstance(fused, FusedDecoder) else None
         """The fused decoder; None if transformers' own layers run."""
         self.base: nn.Module = model.get_base_model()
@@ -56,7 +62,6 @@ class Policy:
         batching = f"padded: {problem}" if problem else f"packed: {fused}"
         self.path = "fused layers" if self.fused else f"transformers' own layers, {batching}"
         """Which layers run, how and why; logged at the start of a run."""
-        self.device = self.flat.values.device
         self.mixes_rows = mixes_rows(self.base)
         """Whether a row's log-probs depend on what it is packed with, so that they cannot be reused for another
         micro-batch."""
@@ -128,17 +133,30 @@ class Policy:
         """
         if self.fused is None or self.device.type == "cpu":
             return BUDGETS[-1]
-        return token_budget(self.fused.shape, self.fused.available(), memory.host_free(), group)
+        return token_budget(self.fused.shape, self.fused.available(), host_free(), group)
 
-    def lower(self) -> str:
-        """Free memory and plan later passes with less, after an out-of-memory error; return a description."""
+    def set_micro_batch(self, tokens: int) -> None:
+        """Set the tokens of a full micro-batch, by which the plans of shorter ones choose where weights are held."""
         if self.fused is not None:
-            self.fused.lower()
+            self.fused.set_micro_batch(tokens)
+
+    def release_memory(self) -> None:
+        """Free what passes leave allocated: CUDA graphs, weight buffers, and blocks that PyTorch has cached.
+
+        The next pass allocates it again. Call it between passes, with no backward due.
+        """
+        if self.fused is not None:
+            self.fused.release()
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+
+    def lower(self) -> str:
+        """Free memory and plan later passes with less, after an out-of-memory error; return a description."""
+        self.release_memory()
         if self.fused is None:
             return "tried once more without what PyTorch had cached"
+        self.fused.raise_margin()
         return f"planned again with {1 - self.fused.margin:.0%} of the memory that is free"
 
     def fix_rope(self, longest: int, long: bool = False) -> None:
@@ -171,9 +189,8 @@ class Policy:
         plan = batch.plan
         if self.fused is not None and plan is None:
             plan = self.fused.plan_pass(len(ids), len(rows), sequences)
-        hidden = self._hidden(batch, trained, ids, sequences, plan)
-        chunk_bytes = CHUNK_BYTES if plan is None else plan.chunk_bytes
-        workspace = None if self.fused is None else self.fused.store.scratch
+        hidden, record = self._hidden(batch, trained, ids, sequences, plan)
+        chunk_bytes, workspace = (CHUNK_BYTES, None) if record is None else (record.plan.chunk_bytes, record.workspace)
         logprobs, entropy = linear_logprobs(
             hidden,
             self._head,
@@ -190,19 +207,22 @@ class Policy:
 
     def _hidden(
         self, batch: Batch, trained: Tensor, ids: Tensor, sequences: Sequences, plan: memory.MemoryPlan | None
-    ) -> Tensor:
-        """Return the head's input [N, H] where each of `trained` is predicted. batch, trained: in host memory."""
+    ) -> tuple[Tensor, PassRecord | None]:
+        """Return the head's input [N, H] where each of `trained` is predicted; also how fused layers ran, if they did.
+
+        batch, trained: in host memory.
+        """
         if not self.packed:
             states = padded.Rows.of(batch, trained, self.device).hidden(self._decoder).to(self._head.dtype)
-            return append_ones(states, self._head.shape[1]) if self._bias else states
+            return (append_ones(states, self._head.shape[1]) if self._bias else states), None
         positions, rows = (upload(tensor, self.device) for tensor in (batch.position_ids, batch.source[trained]))
         if self.fused is None:
             states = packed.hidden(self._decoder, ids, positions, sequences, rows)
-            return append_ones(states, self._head.shape[1]) if self._bias else states
+            return (append_ones(states, self._head.shape[1]) if self._bias else states), None
         embedded = self._decoder.get_input_embeddings()(ids)
-        hidden = self.fused.hidden(embedded, positions, sequences, self.flat.gradients, plan)
+        hidden, record = self.fused.hidden(embedded, positions, sequences, self.flat.gradients, plan)
         # The norm acts on each row alone, so only the selected rows need it.
-        return self.fused.final_norm(hidden[rows])
+        return self.fused.final_norm(hidden[rows]), record
 
     @contextmanager
     def _reference(self) -> Iterator[None]:

@@ -6,7 +6,6 @@ cursor is never hidden and no alternate screen is used, so that even `kill -9` l
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rlft.monitor import health
+from rlft.runs.formats import change, duration, evaluation_names, visible, with_error
 from rlft.types import Best
 
 SHADES = "▁▂▃▄▅▆▇█"
@@ -50,12 +50,10 @@ class Console:
         self.plain = not live if plain is None else plain
         self._live: Live | None = None
         self._history: list[dict[str, float]] = []
-        self._rows: list[dict[str, float]] = []
-        self._active_rules: set[str] = set()
-        self._warnings: list[health.Message] = []
+        self._warnings: Sequence[health.Message] = ()
         self._title: list[str] = []
         self._phase: tuple[str, int, int] = ("", 0, 0)
-        self._sample = self._algorithm = ""
+        self._sample = ""
         self._steps = self._done = 0
         self._began = time.monotonic()
         self._closed = False
@@ -66,15 +64,11 @@ class Console:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self.close()
 
-    def start(self, title_lines: Sequence[str], steps: int, done: int = 0, algorithm: str = "") -> None:
-        """Print the title and open the view.
-
-        steps: of the whole run. done: completed steps of a resumed run. algorithm: `algo.name`, since some health rules
-        do not apply to all algorithms.
-        """
+    def start(self, title_lines: Sequence[str], steps: int, done: int = 0) -> None:
+        """Print the title and open the view. steps: of the whole run. done: completed steps of a resumed run."""
         for line in title_lines:
             self._print(line)
-        self._steps, self._done, self._began, self._algorithm = steps, done, time.monotonic(), algorithm
+        self._steps, self._done, self._began = steps, done, time.monotonic()
         self._open()
 
     def progress(self, what: str, done: int, total: int) -> None:
@@ -86,39 +80,41 @@ class Console:
         """Update the progress of the phase "generating"; the callback of engines."""
         self.progress("generating", done, total)
 
-    def step(self, values: Mapping[str, float], sample: str | None) -> list[health.Message]:
-        """Show a finished step and return the health messages that are new at this step, which it also prints.
+    def step(
+        self,
+        values: Mapping[str, float],
+        sample: str | None,
+        new: Sequence[health.Message] = (),
+        active: Sequence[health.Message] = (),
+    ) -> None:
+        """Show a finished step.
 
-        values: the step's metrics and `step`. sample: the text of one completion to show.
+        values: the step's metrics and `step`. sample: the text of one completion to show. new: health messages to
+        print. active: health messages that apply now, for the live view.
         """
         self._done = int(values["step"])
         self._history = [*self._history, dict(values)][-health.WINDOW :]
-        self._rows = [*self._rows, dict(values)][-health.WINDOW :]
-        self._sample = sample or ""
+        self._sample, self._warnings = sample or "", tuple(active)
         self._phase = ("", 0, 0)
         if self.plain:
             self._print(plain_line(values, self._steps, self._seconds_left()))
-        self._warnings = health.check(self._rows, self._algorithm)
-        # A message is printed when it first applies, not at every step.
-        new = [message for message in self._warnings if message.name not in self._active_rules]
-        self._warn(new)
-        self._active_rules = {message.name for message in self._warnings}
-        return new
+        self._warn(self._done, new)
 
-    def evaluation(self, step: int, values: Mapping[str, float]) -> list[health.Message]:
-        """Check an evaluation after `step` with the health rules; print and return the messages.
+    def evaluation(
+        self,
+        step: int,
+        values: Mapping[str, float],
+        new: Sequence[health.Message] = (),
+        active: Sequence[health.Message] = (),
+    ) -> None:
+        """Show an evaluation after `step` in one line. values: its eval/* metrics. new, active: as in `step`."""
+        self._warnings = tuple(active)
+        self._print(evaluation_line(values, step))
+        self._warn(step, new)
 
-        values: its eval/* metrics.
-        """
-        self._rows = [*self._rows, {"step": float(step), **values}][-health.WINDOW :]
-        messages = health.check(self._rows, self._algorithm)
-        self._warnings = [*self._warnings, *messages]
-        self._warn(messages)
-        return messages
-
-    def _warn(self, messages: Sequence[health.Message]) -> None:
-        for _, text in messages:
-            self._print(f"! step {self._done}: {text}", "yellow")
+    def _warn(self, step: int, messages: Sequence[health.Message]) -> None:
+        for message in messages:
+            self._print(f"! step {step}: {message.text}", "yellow")
 
     def note(self, text: str) -> None:
         """Print a permanent line."""
@@ -151,11 +147,11 @@ class Console:
         """
         self.close()
         metrics = {**before, **after}
-        names = evaluation_names(metrics)
+        names = evaluation_names([metrics], short=True)
         if names:
             head = ("", "before", "after", *(("change",) if before and after else ()))
             rows = [
-                (label(metrics, name), with_error(before, name), with_error(after, name), changed(before, after, name))
+                (label(metrics, name), with_error(before, name), with_error(after, name), change(before, after, name))
                 for name in names
             ]
             count = max(before.get("eval/rows", 0), after.get("eval/rows", 0))
@@ -187,10 +183,10 @@ class Console:
         if self.plain:
             # A "±" must not stop a run whose stdout is ASCII-only.
             encoding = getattr(self._out.file, "encoding", None) or "utf-8"
-            print(clean(text).encode(encoding, "replace").decode(encoding), file=self._out.file, flush=True)
+            print(visible(text).encode(encoding, "replace").decode(encoding), file=self._out.file, flush=True)
         else:
             # Without a live view, a long path stays on one line for copying; with one, rich must count every line.
-            self._out.print(Text(clean(text), style), soft_wrap=self._live is None)
+            self._out.print(Text(visible(text), style), soft_wrap=self._live is None)
 
     def _seconds_left(self) -> float | None:
         """Estimate the seconds to the end of the run from the last steps; None before the first."""
@@ -201,14 +197,14 @@ class Console:
         parts: list[RenderableType] = [self._bar()]
         if self._history:
             parts += [self._numbers(self._history), time_line(self._history[-1])]
-        parts += [Text(f"! {text}", "yellow") for _, text in self._warnings]
+        parts += [Text(f"! {message.text}", "yellow") for message in self._warnings]
         if self._sample:
             parts.append(Padding(Text(shorten(self._sample, 6), "dim"), (0, 0, 0, 2)))
         return Padding(Group(*parts), (1, 0, 0, 0))
 
     def _bar(self) -> RenderableType:
         remaining = self._seconds_left()
-        remaining_text = f", {duration(remaining)} left" if remaining is not None else ""
+        remaining_text = f", {clock(remaining)} left" if remaining is not None else ""
         what, done, total = self._phase
         phase = f"{what} {done}/{total}" if what else ""
         if not self._steps:
@@ -217,7 +213,7 @@ class Console:
         grid.add_row(
             Text(f"step {self._done}/{self._steps}", "bold"),
             ProgressBar(max(1, self._steps), self._done, width=24),
-            Text(f"{duration(time.monotonic() - self._began)}{remaining_text}"),
+            Text(f"{clock(time.monotonic() - self._began)}{remaining_text}"),
             Text(phase, "cyan"),
         )
         return grid
@@ -275,46 +271,21 @@ def spark(values: Sequence[float]) -> str:
     return "".join(SHADES[round((value - low) * scale)] for value in values[-40:])
 
 
-def duration(seconds: float) -> str:
-    """Format seconds: 75 -> "1:15", 3675 -> "1:01:15"."""
+def clock(seconds: float) -> str:
+    """Format seconds as a clock: 75 -> "1:15", 3675 -> "1:01:15".
+
+    Only for the live view, which is redrawn twice a second: "10.0 min" would stand still for six seconds.
+    """
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
-def clean(text: str) -> str:
-    """Replace control characters, which could move the cursor or colour the terminal."""
-    return "".join(
-        character if character.isprintable() or character in "\n\t" else "\N{REPLACEMENT CHARACTER}"
-        for character in text
-    )
-
-
 def shorten(text: str, lines: int) -> str:
     """Return the first lines of a completion, at most 600 characters."""
-    first_lines = clean(text)[:600].splitlines()[:lines]
+    first_lines = visible(text)[:600].splitlines()[:lines]
     result = "\n".join(first_lines)
     return result if len(result) >= len(text.rstrip("\n")) else result + " ..."
-
-
-def evaluation_names(values: Mapping[str, float]) -> list[str]:
-    """Return the eval/* metrics to show, in order.
-
-    These are reward, pass@K, loss, the parts of the reward if there are several, lengths, and invalid rewards if any.
-    pass@1 is omitted where it equals the reward.
-    """
-    passes = [name for name in values if name.startswith("eval/pass@") and name.removeprefix("eval/pass@").isdigit()]
-    passes = [
-        name
-        for name in passes
-        if name != "eval/pass@1" or not math.isclose(values[name], values.get("eval/reward", -1))
-    ]
-    loss = ["eval/loss", "eval/perplexity", "eval/rewards/accuracies", "eval/rewards/margins"]
-    parts = [name for name in values if name.startswith("eval/rewards/") and name.endswith("/mean")]
-    lengths = [name for name in values if name.startswith("eval/completions/")]
-    invalid = ["eval/invalid"] if values.get("eval/invalid") else []
-    names = ["eval/reward", *passes, *loss, *(parts if len(parts) > 1 else []), *lengths, *invalid]
-    return [name for name in names if name in values]
 
 
 def selection_note(among: int) -> str:
@@ -328,7 +299,7 @@ def selection_note(among: int) -> str:
 def evaluation_rows(values: Mapping[str, float]) -> list[tuple[str, str, str, str]]:
     """Return the table of one evaluation with its header: name, value, standard error, 95% interval."""
     rows = [("", "value", "stderr", "95% interval")]
-    for name in evaluation_names(values):
+    for name in evaluation_names([values], short=True):
         error, low, high = (values.get(f"{name}_{end}") for end in ("stderr", "low", "high"))
         interval = f"{low:.3f} to {high:.3f}" if low is not None and high is not None else ""
         rows.append((label(values, name), f"{values[name]:.3f}", "" if error is None else f"{error:.3f}", interval))
@@ -337,10 +308,14 @@ def evaluation_rows(values: Mapping[str, float]) -> list[tuple[str, str, str, st
 
 def evaluation_line(values: Mapping[str, float], step: int) -> str:
     """Return one line about an evaluation after `step`: the results with their change since the first evaluation."""
-    names = [name for name in evaluation_names(values) if not name.startswith(("eval/completions/", "eval/rewards/"))]
+    names = [
+        name
+        for name in evaluation_names([values], short=True)
+        if not name.startswith(("eval/completions/", "eval/rewards/"))
+    ]
     results = [
         f"{label(values, name)} {with_error(values, name)}"
-        + (f" ({signed(values, f'{name}_change')} since the first)" if f"{name}_change" in values else "")
+        + (f" ({change({}, values, name)} since the first)" if f"{name}_change" in values else "")
         for name in names
     ]
     return f"held-out rows ({values['eval/rows']:.0f}) after step {step}: {', '.join(results)}"
@@ -351,23 +326,3 @@ def label(values: Mapping[str, float], name: str) -> str:
     samples = values.get("eval/samples", 1)
     several = f" (avg@{samples:.0f})" if name == "eval/reward" and samples > 1 else ""
     return name.removeprefix("eval/") + several
-
-
-def changed(before: Mapping[str, float], after: Mapping[str, float], name: str) -> str:
-    """Return the change of a metric as text: paired by row with its error if measured, else the difference."""
-    if f"{name}_change" in after:
-        return signed(after, f"{name}_change")
-    return f"{after[name] - before[name]:+.3f}" if name in before and name in after else "-"
-
-
-def signed(values: Mapping[str, float], name: str) -> str:
-    """Return `with_error` with a sign."""
-    return ("+" if values[name] >= 0 else "") + with_error(values, name)
-
-
-def with_error(values: Mapping[str, float], name: str) -> str:
-    """Return a metric as text, with its standard error if there is one; "-" if it was not measured."""
-    if name not in values:
-        return "-"
-    error = values.get(f"{name}_stderr")
-    return f"{values[name]:.3f}" + (f" ± {error:.3f}" if error is not None else "")

@@ -3,6 +3,8 @@
 A history is the list of metrics of a run, newest last: one dict per step or evaluation, as returned by `Run.metrics()`.
 A number that was not finite is nan, inf or (read from JSON) None. A reward that does not move is not reported, since
 hard tasks start slowly. Limits are based on values that other libraries publish for healthy runs.
+
+The loop has a `HealthMonitor` check each step and evaluation, and passes its messages to the console and the trackers.
 """
 
 from __future__ import annotations
@@ -128,7 +130,7 @@ def mismatch_is_high(history: History) -> bool:
     return size is not None and limit is not None and size > 0.5 * limit
 
 
-def skipped(history: History) -> bool:
+def update_skipped(history: History) -> bool:
     """Return True when an update was skipped, except while fp16 searches for its loss scale."""
     return bool(newest(history, "skipped_updates")) and (newest(history, "loss_scale") or 1.0) <= 1.0
 
@@ -285,7 +287,7 @@ RULES = [
         "grad_norm",
         "the gradient was not finite and the update was skipped ({skipped_updates:.0f} in a row)",
         "lower optim.lr, or look for extreme rewards",
-        skipped,
+        update_skipped,
     ),
     Rule(
         "not_finite",
@@ -352,3 +354,36 @@ def check(history: History, algorithm: str = "") -> list[Message]:
         for rule in RULES
         if rule.not_for != algorithm and rule.condition(recent)
     ]
+
+
+class HealthMonitor:
+    """The health rules over a run, as it goes: the loop calls `step` and `evaluation` and passes the messages on."""
+
+    def __init__(self, algorithm: str = "") -> None:
+        """Start with an empty history, also for a resumed run. algorithm: `algo.name`, which some rules are not for."""
+        self.active: list[Message] = []
+        """Messages that apply now: those of the newest step and of an evaluation after it."""
+        self._algorithm = algorithm
+        self._rows: list[Mapping[str, Any]] = []
+        self._at_last_step: set[str] = set()
+        """Names of the rules that applied at the newest step."""
+
+    def step(self, step: int, values: Mapping[str, float]) -> list[Message]:
+        """Check a finished step. Returns the messages of rules that did not apply at the step before.
+
+        values: the step's metrics, as in metrics.jsonl.
+        """
+        self.active = self._check(step, values)
+        new = [message for message in self.active if message.name not in self._at_last_step]
+        self._at_last_step = {message.name for message in self.active}
+        return new
+
+    def evaluation(self, step: int, values: Mapping[str, float]) -> list[Message]:
+        """Check an evaluation after `step` and return its messages. values: its eval/* metrics."""
+        messages = self._check(step, values)
+        self.active = [*self.active, *messages]
+        return messages
+
+    def _check(self, step: int, values: Mapping[str, float]) -> list[Message]:
+        self._rows = [*self._rows, {**values, "step": float(step)}][-WINDOW:]
+        return check(self._rows, self._algorithm)

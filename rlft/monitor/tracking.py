@@ -23,7 +23,7 @@ from rlft.runs.folder import Run
 from rlft.runs.tables import shown_prompt
 from rlft.types import Rollout
 
-LINGER = 60.0
+FINISH_SECONDS = 60.0
 """Seconds to wait at the end of a run for a tracker to process its queue."""
 
 
@@ -135,15 +135,15 @@ class Tracking:
             if not tracker.background.offer(
                 lambda tracker=tracker: self._call(tracker, step, metrics, tables, messages)
             ):
-                self._failed(tracker, "it has fallen behind")
+                self._note_failure(tracker, "it has fallen behind")
 
     def _call(self, tracker: _Tracker, *arguments: Any) -> None:
         try:
             tracker.tracker.log(*arguments)
         except Exception as error:  # a tracker may raise anything, and must not stop the run
-            self._failed(tracker, f"{type(error).__name__}: {error}")
+            self._note_failure(tracker, f"{type(error).__name__}: {error}")
 
-    def _failed(self, tracker: _Tracker, error: str) -> None:
+    def _note_failure(self, tracker: _Tracker, error: str) -> None:
         tracker.missed += 1
         if tracker.missed == 1:
             tracker.error = error
@@ -152,8 +152,8 @@ class Tracking:
     def _finish(self, ok: bool) -> None:
         trackers, self._trackers = self._trackers, []
         for tracker in trackers:
-            if not tracker.background.flush(LINGER):
-                self._note(f'tracker "{tracker.name}" is still busy after {LINGER:.0f} s and is left behind')
+            if not tracker.background.flush(FINISH_SECONDS):
+                self._note(f'tracker "{tracker.name}" is still busy after {FINISH_SECONDS:.0f} s and is left behind')
                 continue
             tracker.background.stop()
             try:

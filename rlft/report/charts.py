@@ -14,14 +14,14 @@ from typing import Any, NamedTuple
 
 from rlft.monitor import health
 from rlft.report.curves import Drawing, Line, Mark
+from rlft.rewards.parts import CUSTOM
+from rlft.runs.formats import ERRORS
 
 MOST_POINTS = 300
 """Largest number of points per curve: longer runs are drawn as means of bins, with a band of the extremes."""
 SMOOTH_FROM = 60
 """Smallest number of points for a running median, which unlike a mean does not spread a spike."""
 MOST_OTHERS = 40
-ERRORS = ("_low", "_high", "_stderr", "_change")
-"""Suffixes of numbers that belong to another eval/* metric."""
 PHASES = ("generate", "reward", "train", "sync", "idle")
 Rows = Sequence[Mapping[str, Any]]
 
@@ -163,12 +163,15 @@ def _resources() -> list[Chart]:
     ]
 
 
-def others(rows: Rows, shown: Iterable[Chart]) -> list[Chart]:
-    """Return a chart for each metric that is not in `shown`. rows: steps and evaluations."""
+def other_charts(rows: Rows, shown: Iterable[Chart]) -> list[Chart]:
+    """Return a chart for each metric that is not in `shown`, at most MOST_OTHERS. rows: steps and evaluations."""
     covered = {"step", "epoch", "num_tokens", "step_time", "eval/rows", "eval/samples"}
     covered |= {name for chart in shown if chart.lines for name in (*chart.lines.values(), chart.spread, *chart.edges)}
-    remaining = sorted({name for row in rows for name in row} - covered)
-    return [Chart(metric, {"": metric}) for metric in remaining if not metric.endswith(ERRORS)][:MOST_OTHERS]
+    remaining = {name for row in rows for name in row} - covered
+    remaining = {name for name in remaining if name.startswith(CUSTOM) or not name.endswith(ERRORS)}
+    # A reward function may log any number of names, so these come last.
+    in_order = sorted(remaining, key=lambda name: (name.startswith(CUSTOM), name))
+    return [Chart(metric, {"": metric}) for metric in in_order][:MOST_OTHERS]
 
 
 def drawings(rows: Rows, selected: Iterable[Chart], marks: Mapping[str, Sequence[Mark]]) -> list[Drawing]:
@@ -221,14 +224,14 @@ def series(row_bins: Sequence[Rows], chart: Chart, i: int, legend: str, name: st
         low, high = ([pick(numbers) if numbers else None for numbers in values_by_bin] for pick in (min, max))
     smooth: Sequence[float | None] = ()
     if len(row_bins) >= SMOOTH_FROM and not chart.stacked and not chart.log:
-        smooth = running(values)
+        smooth = running_median(values)
         if i == 0 and (chart.spread or chart.edges[0]):  # extremes are not smoothed
-            low, high = running(low), running(high)
+            low, high = running_median(low), running_median(high)
     newest = health.newest(row_bins[-1], name)
     return Line(legend, [int(rows[-1]["step"]) for rows in row_bins], values, newest, low, high, smooth, i)
 
 
-def running(values: Sequence[float | None]) -> list[float | None]:
+def running_median(values: Sequence[float | None]) -> list[float | None]:
     """Return the running median over a 25th of the values, smoothed by a running mean; None at missing values."""
     reach = max(1, len(values) // 50)
 

@@ -11,18 +11,9 @@ from rlft.monitor import health
 from rlft.report import charts
 from rlft.report.curves import Drawing
 from rlft.report.markup import document, navigation, number, section, table, text
-from rlft.report.page import (
-    algorithm_of,
-    config_of,
-    duration,
-    evaluation_names,
-    grid,
-    parts_of,
-    where,
-    with_error,
-    write_page,
-)
+from rlft.report.page import algorithm_of, config_of, grid, parts_of, step_ranges, write_page
 from rlft.runs.folder import Run
+from rlft.runs.formats import duration, evaluation_names, with_error
 
 LAST = 10
 """Number of last steps over which the final numbers are averaged, since a single step is noisy."""
@@ -59,11 +50,13 @@ def page(runs: Sequence[Run]) -> str:
     ]
     body = "\n".join(
         [
-            section("Final numbers", final(columns), f"Means over the last {LAST} steps where a step has the number."),
+            section(
+                "Final numbers", final_table(columns), f"Means over the last {LAST} steps where a step has the number."
+            ),
             section("Evaluation", evaluations(columns), "The last evaluation of each run, and where it began."),
             section("Settings that differ", settings(columns)),
             section("Curves", curves(columns)),
-            section("Health", description(columns)),
+            section("Health", health_table(columns)),
         ]
     )
     key = "".join(f'<span><i class="c{i % 8}"></i>{text(column.name)}</span>' for i, column in enumerate(columns))
@@ -81,34 +74,34 @@ def names_of(paths: Sequence[Path]) -> list[str]:
     return names  # the same folder occurs twice
 
 
-def final(columns: Sequence[Column]) -> str:
+def final_table(columns: Sequence[Column]) -> str:
     """Return a table of final numbers with a column per run."""
 
-    def lately(name: str) -> Callable[[Column], str]:
+    def recent_mean(name: str) -> Callable[[Column], str]:
         return lambda column: number(mean(values)) if (values := health.finite(column.steps, name)[-LAST:]) else "-"
 
     lines: dict[str, Callable[[Column], str]] = {
         "algorithm": lambda column: algorithm_of(column.config) or "-",
         "steps": lambda column: f"{len(column.steps):,}",
-        "reward": lately("reward"),
-        "loss": lately("loss"),
-        "completion length, tokens": lately("completions/mean_length"),
-        "cut at max_tokens": lately("completions/clipped_ratio"),
-        "groups of equal rewards": lately("frac_reward_zero_std"),
-        "entropy, nat": lately("entropy"),
-        "gradient norm": lately("grad_norm"),
-        "clipped ratios": lately("clip_ratio/region_mean"),
-        "KL to the reference": lately("kl"),
-        "pairs in the right order": lately("rewards/accuracies"),
+        "reward": recent_mean("reward"),
+        "loss": recent_mean("loss"),
+        "completion length, tokens": recent_mean("completions/mean_length"),
+        "cut at max_tokens": recent_mean("completions/clipped_ratio"),
+        "groups of equal rewards": recent_mean("frac_reward_zero_std"),
+        "entropy, nat": recent_mean("entropy"),
+        "gradient norm": recent_mean("grad_norm"),
+        "clipped ratios": recent_mean("clip_ratio/region_mean"),
+        "KL to the reference": recent_mean("kl"),
+        "pairs in the right order": recent_mean("rewards/accuracies"),
         "mismatch, nat, worst step": lambda column: number(
             max(health.finite(column.steps, health.MISMATCH), default=None), ".2g"
         ),
-        "seconds per step": lately("step_time"),
+        "seconds per step": recent_mean("step_time"),
         "time in steps": lambda column: (
             duration(sum(seconds)) if (seconds := health.finite(column.steps, "step_time")) else "-"
         ),
-        "sampling, tokens per second": lately("perf/rollout_tokens_per_s"),
-        "training, tokens per second": lately("perf/training_tokens_per_s"),
+        "sampling, tokens per second": recent_mean("perf/rollout_tokens_per_s"),
+        "training, tokens per second": recent_mean("perf/training_tokens_per_s"),
         "tokens": lambda column: number(max(health.finite(column.steps, "num_tokens"), default=None), ",.0f"),
         "peak memory, GiB": lambda column: number(
             max(health.finite(column.steps, "perf/peak_GiB"), default=None), ".3g"
@@ -126,7 +119,7 @@ def evaluations(columns: Sequence[Column]) -> str:
         rows = [row for row in column.evaluations if row.get(name) is not None]
         if not rows:
             return "-"
-        last = with_error(rows[-1], name)
+        last = with_error(rows[-1], name, interval=True)
         return f"{number(rows[0][name])} → {last}" if len(rows) > 1 else last
 
     lines = [[name.removeprefix("eval/"), *(cell(column, name) for column in columns)] for name in names]
@@ -187,11 +180,11 @@ def overlay(columns: Sequence[Column], chart: charts.Chart, name: str) -> Drawin
     return Drawing(chart.title, lines, chart.log) if lines else None
 
 
-def description(columns: Sequence[Column]) -> str:
+def health_table(columns: Sequence[Column]) -> str:
     """Return a table of health messages of each run: steps and last text."""
     lines = []
     for column in columns:
         for name, messages in charts.health_messages(column.rows, algorithm_of(column.config)).items():
-            steps_text = where(charts.spans([step for step, _ in messages]))
+            steps_text = step_ranges(charts.spans([step for step, _ in messages]))
             lines.append([column.name, name.replace("_", " "), steps_text, messages[-1][1]])
     return table(["run", "rule", "when", "what"], lines) if lines else "<p>Nothing to report about any of them.</p>"

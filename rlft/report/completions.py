@@ -32,11 +32,11 @@ Rows = Sequence[Mapping[str, Any]]
 
 def samples(run: Run) -> str:
     """Return the first groups of selected steps, with a control to choose the step."""
-    steps = spread_out(run.rollout_steps(), MOST_STEPS)
+    steps = evenly_spaced(run.rollout_steps(), MOST_STEPS)
     if not steps:
         return ""
     newest = step_block(run.read_rollouts(steps[-1], PIECED_GROUPS))
-    steps = spread_out(steps, max(2, BUDGET // max(1, len(newest))))
+    steps = evenly_spaced(steps, max(2, BUDGET // max(1, len(newest))))
     blocks = [step_block(run.read_rollouts(step, PIECED_GROUPS)) for step in steps[:-1]] + [newest]
     pages = [
         f'<div class="step" data-step="{step}"{"" if step == steps[-1] else " hidden"}>{block}</div>'
@@ -82,7 +82,7 @@ def switch(kinds: Sequence[str]) -> str:
     return f'<p class="shades"><span>Shade tokens by</span>{labels}{scales}</p>'
 
 
-def spread_out(steps: Sequence[int], most: int) -> list[int]:
+def evenly_spaced(steps: Sequence[int], most: int) -> list[int]:
     """Select at most `most` of the steps, evenly spaced and including the first and the last."""
     if len(steps) <= most:
         return list(steps)
@@ -156,7 +156,7 @@ def completion(row: Mapping[str, Any]) -> str:
     )
 
 
-def held_out(run: Run) -> str:
+def held_out_completions(run: Run) -> str:
     """Return the first held-out rows with their completions at the first and the last evaluation."""
     steps = run.evaluation_steps()
     if len(steps) < 2:

@@ -151,7 +151,7 @@ def limits(drawing: Drawing) -> tuple[float, float]:
     return (low, high) if high > low else (low - 0.5 * abs(low), high + 0.5 * abs(high))
 
 
-def runs_of(points: Sequence[tuple[float, ...] | None]) -> list[list[tuple[float, ...]]]:
+def split_at_gaps(points: Sequence[tuple[float, ...] | None]) -> list[list[tuple[float, ...]]]:
     """Split the points at gaps."""
     pieces: list[list[tuple[float, ...]]] = [[]]
     for point in points:
@@ -172,13 +172,15 @@ def curve(line: Line, x: Axis, y: Axis, log: bool) -> list[str]:
             for step, value in zip(line.steps, values, strict=True)
         ]
 
-    pieces = runs_of(points(line.values))
+    pieces = split_at_gaps(points(line.values))
     thin = " thin" if line.smooth else ""
     out = [polyline(piece, f"l{colour}{thin}") for piece in pieces if len(piece) > 1]
     # A single value between two gaps would not be visible as a line.
     dots = [point for piece in pieces if len(line.values) <= 30 or len(piece) == 1 for point in piece]
     out += [f'<circle class="c{colour}" cx="{left}" cy="{top}" r="2.5"/>' for left, top in dots]
-    return out + [polyline(piece, f"l{colour}") for piece in runs_of(points(line.smooth or [None] * len(line.steps)))]
+    return out + [
+        polyline(piece, f"l{colour}") for piece in split_at_gaps(points(line.smooth or [None] * len(line.steps)))
+    ]
 
 
 def polyline(piece: Sequence[tuple[float, ...]], kind: str) -> str:
@@ -189,7 +191,9 @@ def polyline(piece: Sequence[tuple[float, ...]], kind: str) -> str:
 def band(line: Line, x: Axis, y: Axis) -> list[str]:
     """Draw the area between `low` and `high`, split at missing values."""
     edges = zip(line.steps, line.low, line.high, strict=False)
-    pieces = runs_of([None if low is None or high is None else (x(step), y(low), y(high)) for step, low, high in edges])
+    pieces = split_at_gaps(
+        [None if low is None or high is None else (x(step), y(low), y(high)) for step, low, high in edges]
+    )
     return [
         area([(point[0], point[1], point[2]) for point in piece], f"band c{line.colour % COLOURS}")
         for piece in pieces

@@ -7,10 +7,11 @@ import contextlib
 import hashlib
 import html
 import json
-import math
 from collections.abc import Sequence
 from importlib import resources
 from typing import Any
+
+from rlft.runs.formats import number, visible
 
 MOST_TEXT = 3000
 """Largest number of characters shown of a prompt or completion."""
@@ -35,22 +36,6 @@ PAGE = """<!doctype html>
 def text(value: object) -> str:
     """Escape a value for an HTML element or attribute, with control characters replaced."""
     return html.escape(visible(str(value)))
-
-
-def visible(value: str) -> str:
-    """Replace control characters, except line ends and tabs, by the replacement character."""
-    return "".join(
-        character if character.isprintable() or character in "\n\t" else "\N{REPLACEMENT CHARACTER}"
-        for character in value
-    )
-
-
-def number(value: Any, form: str = ".4g") -> str:
-    """Format a number; "-" for None and non-finite values."""
-    if value is None or not math.isfinite(value):
-        return "-"
-    # Avoids "1.235e+06" for 1234567.
-    return f"{value:,.0f}" if abs(value) >= 1000 and form.endswith("g") else format(value, form)
 
 
 def score(value: Any) -> str:
@@ -103,12 +88,12 @@ def passage(value: str) -> str:
         # A text that only starts like JSON is shown unchanged.
         with contextlib.suppress(ValueError, TypeError, KeyError):
             turns = [(str(message["role"]), str(message["content"])) for message in json.loads(value)]
-            content_html = "\n".join(f"<i>{text(role)}</i> {cut(content)}" for role, content in turns)
+            content_html = "\n".join(f"<i>{text(role)}</i> {truncate(content)}" for role, content in turns)
             return f'<div class="passage">{content_html or "<i>empty</i>"}</div>'
-    return f'<div class="passage">{cut(value) or "<i>empty</i>"}</div>'
+    return f'<div class="passage">{truncate(value) or "<i>empty</i>"}</div>'
 
 
-def cut(value: str) -> str:
+def truncate(value: str) -> str:
     """Return the first MOST_TEXT characters, escaped, and the number of remaining ones."""
     more = f" <i>... {len(value) - MOST_TEXT:,} more characters</i>" if len(value) > MOST_TEXT else ""
     return text(value[:MOST_TEXT]) + more

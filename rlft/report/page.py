@@ -10,10 +10,11 @@ from typing import Any
 from rlft.errors import ConfigError
 from rlft.monitor import health
 from rlft.report import charts
-from rlft.report.completions import held_out, samples, spread_out
+from rlft.report.completions import evenly_spaced, held_out_completions, samples
 from rlft.report.curves import Drawing, Mark, figure
 from rlft.report.markup import document, navigation, number, section, table, text, tiles
 from rlft.runs.folder import Run, reason
+from rlft.runs.formats import change, duration, evaluation_names, with_error
 
 MOST_EVALUATIONS = 6
 """Largest number of columns in the evaluation table."""
@@ -57,7 +58,9 @@ def page(run: Run) -> str:
             section("Curves", curves(rows, charts.marks(messages, len(steps)))),
             section("Memory", memory(run.plan(), steps)),
             section(
-                "Held-out completions", held_out(run), "The first held-out rows at the first and the last evaluation."
+                "Held-out completions",
+                held_out_completions(run),
+                "The first held-out rows at the first and the last evaluation.",
             ),
             section("Completions", samples(run)),
             section(
@@ -102,10 +105,12 @@ def header(run: Run, config: Mapping[str, Any], steps: Rows, evaluations: Rows, 
         about.append(f"{config['prompts_per_step']} prompts{group} per step")
     cards = [("steps", f"{len(steps):,}", f"of {config['steps']:,}" if config.get("steps") else "")]
     if values := health.finite(evaluations, "eval/reward"):
-        cards.append(("held-out reward", ends(values), f"{number(evaluations[-1].get('eval/rows'), '.0f')} rows"))
+        cards.append(
+            ("held-out reward", first_and_last(values), f"{number(evaluations[-1].get('eval/rows'), '.0f')} rows")
+        )
     name, metric = ("training reward", "reward") if mismatches else ("loss", "loss")  # a recorded reward never changes
     if values := health.finite(steps, metric):
-        cards.append((name, ends(values), "first and last step" if len(values) > 1 else "first step"))
+        cards.append((name, first_and_last(values), "first and last step" if len(values) > 1 else "first step"))
     if mismatches:
         cards.append(("mismatch", f"{max(mismatches):.1e}", "nat per token, worst step"))
     if values := health.finite(steps, "step_time"):
@@ -116,41 +121,9 @@ def header(run: Run, config: Mapping[str, Any], steps: Rows, evaluations: Rows, 
     return f"<header><h1>{text(run.path.resolve().name)}</h1><p>{line}</p>{links}{tiles(cards)}</header>"
 
 
-def ends(values: Sequence[float]) -> str:
+def first_and_last(values: Sequence[float]) -> str:
     """Format the first and the last value."""
     return f"{values[0]:.3f} → {values[-1]:.3f}" if len(values) > 1 else f"{values[0]:.3f}"
-
-
-def duration(seconds: float) -> str:
-    """Format seconds: 18 -> "18 s", 600 -> "10.0 min", 7200 -> "2.0 h"."""
-    if seconds < 60:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.1f} min" if seconds < 3600 else f"{seconds / 3600:.1f} h"
-
-
-def with_error(row: Mapping[str, Any], name: str, form: str = ".3f") -> str:
-    """Format a metric with its interval or standard error, if any; "-" if it was not measured.
-
-    form: format of the metric and of the ends of its interval.
-    """
-    low, high, error = (row.get(name + ending) for ending in ("_low", "_high", "_stderr"))
-    if low is not None and high is not None:
-        return f"{number(row.get(name), form)}\n{low:{form}} to {high:{form}}"
-    return f"{number(row.get(name), form)} ± {error:.3f}" if error is not None else number(row.get(name))
-
-
-def evaluation_names(evaluations: Rows) -> list[str]:
-    """Return the eval/* metrics that get a line, most important first."""
-    names = {name for row in evaluations for name in row if name.startswith("eval/")}
-    names = {name for name in names if not name.endswith((*charts.ERRORS, "/std", "/seconds", "/invalid"))}
-    if any(row.get("eval/invalid") for row in evaluations):
-        names.add("eval/invalid")
-    first = ("eval/reward", "eval/loss", "eval/avg@", "eval/pass@", "eval/rewards/")
-
-    def place(name: str) -> tuple[int, int, str]:
-        return next((i for i, prefix in enumerate(first) if name.startswith(prefix)), len(first)), len(name), name
-
-    return sorted(names, key=place)
 
 
 def evaluation_table(evaluations: Rows) -> str:
@@ -160,15 +133,13 @@ def evaluation_table(evaluations: Rows) -> str:
     """
     if not evaluations:
         return ""
-    selected = [evaluations[i] for i in spread_out(range(len(evaluations)), MOST_EVALUATIONS)]
+    selected = [evaluations[i] for i in evenly_spaced(range(len(evaluations)), MOST_EVALUATIONS)]
     lines = []
     for name in evaluation_names(selected):
-        first, last = selected[0].get(name), selected[-1].get(name)
-        change = f"{last - first:+.3g}" if first is not None and last is not None else "-"
-        if f"{name}_change" in selected[-1]:
-            change = with_error(selected[-1], f"{name}_change", "+.3f")
-        cells = [with_error(row, name) for row in selected]
-        lines.append([name.removeprefix("eval/"), *cells, *([change] if len(selected) > 1 else [])])
+        cells = [with_error(row, name, interval=True) for row in selected]
+        if len(selected) > 1:
+            cells.append(change(selected[0], selected[-1], name, interval=True))
+        lines.append([name.removeprefix("eval/"), *cells])
     head = ["", *(f"after step {row['step']}" for row in selected), *(["change"] if len(selected) > 1 else [])]
     return table(head, lines)
 
@@ -188,20 +159,20 @@ def health_list(messages: Mapping[str, Sequence[tuple[int, str]]], steps: Rows) 
         step_numbers = [step for step, _ in entries]
         strip = timeline(
             [
-                Mark(start, end, where([(start, end)]))
+                Mark(start, end, step_ranges([(start, end)]))
                 for start, end in charts.spans(step_numbers, max(1, len(steps) // 150))
             ],
             first,
             last,
         )
         items.append(
-            f"<li><b>{text(name.replace('_', ' '))}</b> <span>{text(where(charts.spans(step_numbers)))}</span>"
+            f"<li><b>{text(name.replace('_', ' '))}</b> <span>{text(step_ranges(charts.spans(step_numbers)))}</span>"
             f"<p>{text(entries[-1][1])}</p>{strip}</li>"
         )
     return f'<ul class="health">{"".join(items)}</ul>'
 
 
-def where(spans: Sequence[tuple[int, int]]) -> str:
+def step_ranges(spans: Sequence[tuple[int, int]]) -> str:
     """Format spans of steps: [(1, 3), (7, 7)] -> "steps 1-3, 7"; long lists are truncated."""
     listing = ", ".join(str(start) if start == end else f"{start}-{end}" for start, end in spans[:6])
     more = f" and {len(spans) - 6} more times" if len(spans) > 6 else ""
@@ -229,7 +200,7 @@ def curves(rows: Rows, marks: Mapping[str, Sequence[Mark]]) -> str:
     by_heading = charts.charts(steps, evaluations)
     out = [grid(title, charts.drawings(rows, selected, marks)) for title, selected in by_heading.items()]
     rest = charts.drawings(
-        rows, charts.others(rows, [chart for selected in by_heading.values() for chart in selected]), marks
+        rows, charts.other_charts(rows, [chart for selected in by_heading.values() for chart in selected]), marks
     )
     if rest:
         out.append(f"<details><summary>{len(rest)} more metrics</summary>{grid('', rest)}</details>")

@@ -1,4 +1,4 @@
-"""Results of the reward functions in a step: values, faults and logs, as metrics and as columns of the rollouts."""
+"""Results of the reward functions in a step: values, faults and logs, as metrics and as outcomes of samples."""
 
 from __future__ import annotations
 
@@ -11,13 +11,16 @@ import torch
 from torch import Tensor
 
 from rlft.rewards.worker import Reply
+from rlft.types import Outcome, Sample
 
 OVERLONG = "overlong"
 """Name of the penalty that overlong.penalty_share adds to the reward."""
+CUSTOM = "custom/"
+"""Prefix of the metrics that reward functions log. No metric of rlft has it, so that none can be replaced."""
 
 
 @dataclass
-class Outcome:
+class FunctionScores:
     """Result of one reward function for a step."""
 
     values: list[float]
@@ -49,7 +52,11 @@ class Outcome:
         for row in rows:
             self.invalid[row] = True
 
-    def extend(self, other: Outcome) -> None:
+    def outcome(self, row: int) -> Outcome:
+        """Return the result for one row."""
+        return Outcome(self.values[row], self.invalid[row], {name: column[row] for name, column in self.extras.items()})
+
+    def extend(self, other: FunctionScores) -> None:
         """Append the rows of another round."""
         rows, other_rows = len(self.values), len(other.values)
         self.values, self.invalid = self.values + other.values, self.invalid + other.invalid
@@ -72,7 +79,7 @@ class RewardBreakdown:
     answers: Tensor
     """[N] float32: the rewards without the overlong penalty. Summed from the functions' values, since subtracting the
     penalty from `total` leaves a rounding error, by which equal answers would differ."""
-    outcomes: dict[str, Outcome]
+    outcomes: dict[str, FunctionScores]
     """By function name."""
 
     @staticmethod
@@ -88,12 +95,15 @@ class RewardBreakdown:
         return RewardBreakdown(total, answers, first.outcomes)
 
     def metrics(self) -> dict[str, float]:
-        """Return TRL's reward metrics, over valid rows before any filtering."""
+        """Return TRL's reward metrics, over valid rows before any filtering, and custom/NAME for log_metric(NAME).
+
+        A custom metric is the mean of all values logged under the name in the step, by whichever function.
+        """
         by_name: dict[str, list[float]] = {}
         for outcome in self.outcomes.values():
             for name, numbers in outcome.metrics.items():
                 by_name.setdefault(name, []).extend(numbers)
-        values = {name: sum(numbers) / len(numbers) for name, numbers in by_name.items()}
+        values = {f"{CUSTOM}{name}": sum(numbers) / len(numbers) for name, numbers in by_name.items()}
         values |= {"reward": _mean(self.total), "reward_std": _std(self.total)}
         for name, outcome in self.outcomes.items():
             rewards = torch.tensor(outcome.values, dtype=torch.float64)
@@ -105,20 +115,12 @@ class RewardBreakdown:
             }
         return values
 
-    def deciding(self, by: str | None) -> Tensor:
-        """Return the values [N] float32 that must differ within a group under dynamic sampling; nan where invalid.
-
-        These are the values of the function `by`, or the rewards without the overlong penalty, which distinguishes
-        lengths and not answers.
-        """
-        return self.answers if by is None else torch.tensor(self.outcomes[by].values, dtype=torch.float32)
-
-    def columns(self) -> dict[str, list[Any]]:
-        """Return the columns for the rollouts file: each function's rewards, and the columns it logged."""
-        columns: dict[str, list[Any]] = {name: outcome.values for name, outcome in self.outcomes.items()}
-        for name, outcome in self.outcomes.items():
-            columns |= {f"{name}/{column}": values for column, values in outcome.extras.items()}
-        return columns
+    def store(self, samples: Sequence[Sample]) -> None:
+        """Set reward, answer and outcomes of the samples that were scored, in the same order."""
+        totals, answers = self.total.tolist(), self.answers.tolist()
+        for row, sample in enumerate(samples):
+            sample.reward, sample.answer = totals[row], answers[row]
+            sample.outcomes = {name: scores.outcome(row) for name, scores in self.outcomes.items()}
 
     def faults(self) -> list[str]:
         """Return one line per function that failed on some rows, and one for rows to which no function applied."""
@@ -138,6 +140,18 @@ class RewardBreakdown:
                 f"no reward function applied to {unscored} of {len(row_failed)} completions (None), which are left out"
             )
         return lines
+
+
+def reward_columns(samples: Sequence[Sample]) -> dict[str, list[Any]]:
+    """Return the columns of the rollouts file: each function's rewards, and the columns it logged (None where not)."""
+    functions = list(samples[0].outcomes)
+    columns: dict[str, list[Any]] = {name: [sample.outcomes[name].value for sample in samples] for name in functions}
+    for name in functions:
+        extras = [sample.outcomes[name].extras for sample in samples]
+        for column in dict.fromkeys(column for logged in extras for column in logged):
+            # The rewards of a function named "a/b" stay.
+            columns.setdefault(f"{name}/{column}", [logged.get(column) for logged in extras])
+    return columns
 
 
 def _mean(values: Tensor) -> float:

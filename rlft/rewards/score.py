@@ -24,10 +24,10 @@ from torch import Tensor
 from rlft.config import resolve
 from rlft.config.data import Reward
 from rlft.errors import RewardError
-from rlft.rewards.parts import OVERLONG, Outcome, RewardBreakdown
+from rlft.rewards.parts import OVERLONG, FunctionScores, RewardBreakdown
 from rlft.rewards.pool import Executor, InProcess, Loop, Subprocess
 from rlft.rewards.worker import Reply, Signature
-from rlft.types import Rollout
+from rlft.types import Rollout, Sample
 
 BUILTIN = "rlft.rewards.builtin"
 """Package with one file per built-in reward."""
@@ -95,9 +95,9 @@ class RewardFunction:
         if self._rows:
             self._place.start(self._columns, self._constants, self._rows, self.timeout)
 
-    def finish(self) -> Outcome:
+    def finish(self) -> FunctionScores:
         """Return the rewards of all rows. Raises RewardError when the function itself is at fault."""
-        outcome = Outcome([math.nan] * self._rows, [False] * self._rows)
+        outcome = FunctionScores([math.nan] * self._rows, [False] * self._rows)
         if not self._rows:
             return outcome
         all_rows = list(range(self._rows))
@@ -125,7 +125,7 @@ class RewardFunction:
         self._proven = self._proven or not all(outcome.invalid)
         return outcome
 
-    def _store(self, rows: list[int], reply: Reply, outcome: Outcome) -> bool:
+    def _store(self, rows: list[int], reply: Reply, outcome: FunctionScores) -> bool:
         """Store the result of a call. Returns True when it succeeded or had a single row, which is then invalid."""
         outcome.calls += 1
         outcome.seconds += reply.seconds
@@ -209,6 +209,15 @@ def _importable(function: Callable[..., Any]) -> str | None:
             return None
         path, origin = spec.submodule_search_locations, spec.origin
     return f"{name}:{qualname}" if origin == getattr(module, "__file__", None) else None
+
+
+def score_samples(
+    samples: Sequence[Sample], functions: Sequence[RewardFunction], trainer_state: dict[str, Any]
+) -> RewardBreakdown:
+    """Set reward, answer and outcomes of the samples, and return the breakdown by function. Raises as `score`."""
+    _, parts = score([sample.rollout for sample in samples], functions, trainer_state)
+    parts.store(samples)
+    return parts
 
 
 def score(

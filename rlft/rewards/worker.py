@@ -137,10 +137,10 @@ class Call:
         return reply._replace(seconds=time.monotonic() - start)
 
     def _log_metric(self, name: str, value: Any) -> None:
-        self._metrics.setdefault(str(name), []).append(float(value))
+        self._metrics.setdefault(one_line(name), []).append(float(value))
 
     def _log_extra(self, column: str, values: Any) -> None:
-        self._extras.setdefault(str(column), []).extend(_plain(value) for value in values)
+        self._extras.setdefault(one_line(column), []).extend(_plain(value) for value in values)
 
     def _check(self, items: Any) -> Reply:
         """Return an "ok" reply with the rewards as floats and None, or a "bad" reply with the reason."""
@@ -157,6 +157,9 @@ class Call:
             if number is not None and abs(number) > LARGEST:
                 return Reply("bad", [], f"returned {number:g} for completion {i}, want a finite float, None or nan")
             values.append(number)
+        for what, names in (("log_metric", self._metrics), ("log_extra", self._extras)):
+            if any(not name.strip() for name in names):
+                return Reply("bad", [], f"called {what} with an empty name; give it one")
         for name, column in self._extras.items():
             if len(column) != self._rows:
                 return Reply("bad", [], f"log_extra({name!r}) got {len(column)} values for {self._rows} completions")
@@ -176,6 +179,14 @@ def _number(item: Any) -> Any:
         if isinstance(item, bool | int | float | Decimal | Fraction):
             return float(item)
     return ...
+
+
+def one_line(name: Any) -> str:
+    """Return the name of a metric or column with the replacement character for those that do not print.
+
+    Line ends, NUL and halves of surrogate pairs cannot be written everywhere, and the name is the same everywhere.
+    """
+    return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in str(name))
 
 
 def _plain(value: Any) -> Any:

@@ -31,7 +31,7 @@ from rlft.models import kv_cache
 from rlft.models.adapter import lora_parameters, lora_scales
 from rlft.models.policy import Policy
 from rlft.rollout.engine import check_names, check_read_back, eos_ids, rollout_seed
-from rlft.types import Prompt, Rollout
+from rlft.types import FinishReason, Prompt, Rollout
 
 SLOT = "engine"
 """Name of the engine's adapter in the PEFT model."""
@@ -301,7 +301,7 @@ class EagerEngine:
             completion_mask=(True,) * len(row.ids),
             sampler_logprobs=tuple(row.logprobs),
             text=text,
-            finish_reason="stop" if row.finished else "length",
+            finish_reason=FinishReason.STOP if row.finished else FinishReason.LENGTH,
             sample_index=row.sample,
             policy_version=self._version,
             seed=row.seed,

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from rlft.config.data import Sampling
 from rlft.errors import EngineError
-from rlft.types import Prompt, Rollout
+from rlft.types import FinishReason, Prompt, Rollout
 
 
 class ReplayEngine:
@@ -43,7 +43,7 @@ class ReplayEngine:
                         completion_mask=recorded.mask,
                         sampler_logprobs=None,
                         text=recorded.text,
-                        finish_reason="stop",
+                        finish_reason=FinishReason.STOP,
                         sample_index=sample,
                         policy_version=self._version,
                         seed=0,

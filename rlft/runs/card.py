@@ -14,6 +14,7 @@ from typing import Any
 
 from rlft.algos.algorithm import build_algorithm, describe
 from rlft.config.data import Source
+from rlft.config.resolve import names_user_code
 from rlft.config.run import Config
 from rlft.data.sources import FILES
 from rlft.environment import version
@@ -64,7 +65,7 @@ def _card(cfg: Config, block: dict[str, str], tags: tuple[str, ...], run: Run, l
     hub = {"base_model": cfg.model} if on_hub(cfg.model) else {}
     if not hub:  # the relation is meaningless without the base's hub id
         block = {name: value for name, value in block.items() if name != "base_model_relation"}
-    algorithm = [] if ":" in cfg.algo.name else [cfg.algo.name]
+    algorithm = [] if names_user_code(cfg.algo.name) else [cfg.algo.name]
     sources = [source.path for source in _sources(cfg) if on_hub(source.path)]
     fields: dict[str, Any] = {**licence(cfg.model), **hub, **block, "pipeline_tag": "text-generation"}
     fields |= {"tags": ["rlft", *tags, *algorithm], **({"datasets": sources} if sources else {})}
@@ -198,7 +199,7 @@ def _rewards(cfg: Config, train_rows: list[dict[str, Any]]) -> list[str]:
 
 def _algorithm(cfg: Config) -> list[str]:
     """Describe the algorithm. A loss in a user's file is not imported for a card, since the file may be gone."""
-    if ":" in cfg.algo.name + str(cfg.algo.options.get("advantage", "")):
+    if names_user_code(cfg.algo.name) or ":" in str(cfg.algo.options.get("advantage", "")):
         options = ", ".join(f"{name} = {value}" for name, value in cfg.algo.options.items())
         return [f"`{Path(cfg.algo.name).name}`" + (f" ({options})" if options else "")]
     return describe(build_algorithm(cfg.algo, cfg.optim.updates))

@@ -25,9 +25,10 @@ from pathlib import Path
 from typing import Any
 
 from rlft.errors import ConfigError
+from rlft.rewards.parts import reward_columns
 from rlft.runs.lines import append_line, parse_line, read_lines
 from rlft.runs.tables import read_table, rollout_table
-from rlft.types import Best, Rollout
+from rlft.types import Best, Sample
 
 PIECED_GROUPS = 4
 """Number of groups per step whose tokens are also saved as text, for the report."""
@@ -132,59 +133,44 @@ class Run:
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Append the metrics of a step, or of an evaluation after it, to metrics.jsonl."""
         with self.writing("metrics.jsonl"):
-            append_line(self.metrics_file, {"step": step, **values})
+            # Given twice: first in the line, and not replaced by a metric of that name, which a user's loss may return.
+            append_line(self.metrics_file, {"step": step} | dict(values) | {"step": step})
 
-    def write_rollouts(
-        self,
-        step: int,
-        rollouts: Sequence[Rollout],
-        rewards: Sequence[float],
-        parts: Mapping[str, Sequence[Any]],
-        advantages: Sequence[float],
-        logprobs: Mapping[int, Any] | None = None,
-        pieces: Sequence[list[str] | None] = (),
-    ) -> None:
-        """Write every completion of a step. All sequences are as long as `rollouts`; nan is written as null.
+    def write_rollouts(self, step: int, samples: Sequence[Sample], pieces: Sequence[list[str] | None] = ()) -> None:
+        """Write every completion of a step; nan is written as null.
 
-        parts: results and logs of each reward function, by name. logprobs: index of a rollout -> the trainer's
-        log-probs [L] float of its sequence, which ends with the completion; rollouts that were not run are missing.
-        pieces: the text of each token. Columns: step, row (of the dataset), group, sample, prompt, completion,
-        completion_ids, sampler_logprobs and logprobs (float32), pieces, reward, rewards/NAME for each part, advantage,
-        finish_reason, tokens, policy_version.
+        pieces: the text of each token, per sample. Columns: step, row (of the dataset), group, sample, prompt,
+        completion, completion_ids, sampler_logprobs and logprobs (float32), pieces, reward, rewards/NAME for each
+        function and what it logged, advantage, finish_reason, tokens, policy_version.
         """
-        by_rollout = logprobs or {}
-        trainer = [
-            by_rollout[i][-length:] if (length := len(rollout.completion_ids)) and i in by_rollout else None
-            for i, rollout in enumerate(rollouts)
-        ]
-        self._write(
-            self.rollouts,
-            step,
-            rollouts,
-            {
-                "reward": rewards,
-                **{f"rewards/{name}": values for name, values in parts.items()},
-                "advantage": advantages,
-            },
-            {"logprobs": trainer, "pieces": list(pieces) or [None] * len(rollouts)},
-        )
+        outcomes = reward_columns(samples) if samples else {}
+        scores = {
+            "reward": [sample.reward for sample in samples],
+            **{f"rewards/{name}": values for name, values in outcomes.items()},
+            "advantage": [sample.advantage for sample in samples],
+        }
+        tokens = {
+            "logprobs": [_completion_logprobs(sample) for sample in samples],
+            "pieces": list(pieces) or [None] * len(samples),
+        }
+        self._write(self.rollouts, step, samples, scores, tokens)
 
-    def write_evaluation(self, step: int, rollouts: Sequence[Rollout], rewards: Sequence[float]) -> None:
-        """Write every held-out completion of an evaluation after `step`, with the same columns except the parts."""
-        self._write(self.evaluations, step, rollouts, {"reward": rewards})
+    def write_evaluation(self, step: int, samples: Sequence[Sample]) -> None:
+        """Write every held-out completion of an evaluation after `step`: rollouts and rewards."""
+        self._write(self.evaluations, step, samples, {"reward": [sample.reward for sample in samples]}, {})
 
     def _write(
         self,
         folder: Path,
         step: int,
-        rollouts: Sequence[Rollout],
+        samples: Sequence[Sample],
         scores: Mapping[str, Sequence[Any]],
-        tokens: Mapping[str, Sequence[Any]] | None = None,
+        tokens: Mapping[str, Sequence[Any]],
     ) -> None:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        table = rollout_table(pa, step, rollouts, scores, tokens or {})
+        table = rollout_table(pa, step, [sample.rollout for sample in samples], scores, tokens)
         with self.writing(f"{folder.name}/step-{step:06d}.parquet"):
             folder.mkdir(exist_ok=True)
             path = folder / f"step-{step:06d}.parquet"
@@ -343,6 +329,12 @@ class Run:
     def read_evaluation(self, step: int) -> list[dict[str, Any]]:
         """Read the evaluation of a step: one dict per completion."""
         return read_table(self.evaluations / f"step-{step:06d}.parquet")
+
+
+def _completion_logprobs(sample: Sample) -> Any:
+    """Return the trainer's log-probs of the completion; None for one that is empty or was not run."""
+    length = len(sample.rollout.completion_ids)
+    return None if sample.logprobs is None or not length else sample.logprobs[-length:]
 
 
 def replace_file(path: Path, data: bytes) -> None:

@@ -10,70 +10,61 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Protocol
 
 import torch
 
-from rlft.batch import count, pack
-from rlft.config.run import Config
+from rlft.batch import pack_all
 from rlft.errors import TrainError
 from rlft.models.policy import Policy
 from rlft.rollout.engine import Engine, asleep
-from rlft.types import Batch, PackPlan, Rollout, State
+from rlft.trainer.session import Trainer
+from rlft.types import Batch, PackPlan, Rollout
 
 
-class RunView(Protocol):
-    """The parts of a run that the checks read; `rlft.trainer.setup.Session` provides them."""
-
-    cfg: Config
-    policy: Policy
-    engine: Engine
-    state: State
-    plan: PackPlan
-    steps: int
-
-
-def check_step(run: RunView, values: Mapping[str, float], rollouts: Sequence[Rollout], ran: Sequence[Batch]) -> None:
+def check_step(
+    trainer: Trainer, engine: Engine, values: Mapping[str, float], rollouts: Sequence[Rollout], ran: Sequence[Batch]
+) -> None:
     """Raise TrainError after a step whose policy is broken.
 
     values: the metrics of the step. rollouts: all sampled ones. ran: the micro-batches that were trained on.
     """
-    state = run.state
+    state = trainer.state
     if values.get("nonfinite_logprobs"):
-        with asleep(run.engine):
+        with asleep(engine):
             subject = f"{values['nonfinite_logprobs']:.0f} of the policy's log-probs"
-            raise not_finite(run.policy, ran, f"step {state.step}: {subject}")
+            raise not_finite(trainer.policy, ran, f"step {state.step}: {subject}")
     tokens = sum(len(rollout.completion_ids) for rollout in rollouts)
     if tokens and values.get("sampling/nonfinite_logprobs") == tokens:
         # The trainer has not scored them, since such tokens are not trained.
-        with asleep(run.engine):
+        with asleep(engine):
             which = f"step {state.step}: all {tokens} of the engine's log-probs"
-            raise not_finite(run.policy, unsampled(rollouts, run.plan), which)
+            raise not_finite(trainer.policy, unsampled(rollouts, trainer.plan), which)
+    max_tokens = trainer.cfg.sampling.max_tokens
     state.untrained = 0 if ran else state.untrained + 1
     # A run of fewer steps must train on something too.
-    if state.untrained >= min(run.cfg.optim.max_skipped, run.steps):
+    if state.untrained >= min(trainer.cfg.optim.max_skipped, trainer.steps):
         raise TrainError(
             f"no token could be trained in {state.untrained} steps in a row: {_why_untrained(rollouts)}. Read the "
-            f"completions: prompts, chat template or sampling.max_tokens ({run.cfg.sampling.max_tokens}) may not fit"
+            f"completions: prompts, chat template or sampling.max_tokens ({max_tokens}) may not fit"
         )
 
 
-def check_end(run: RunView, ran: Sequence[Batch]) -> None:
+def check_end(trainer: Trainer, engine: Engine, ran: Sequence[Batch]) -> None:
     """Raise TrainError when the policy after the last update is broken, or no update of a whole run was made.
 
     ran: micro-batches of the last step. One of them is run forward and backward as in a further step, since no later
     step would check the result of the last update.
     """
-    state, lr = run.state, run.cfg.optim.lr
-    if state.step == run.steps and state.updates and state.skipped_updates >= state.updates:
+    state, lr = trainer.state, trainer.cfg.optim.lr
+    if state.step == trainer.steps and state.updates and state.skipped_updates >= state.updates:
         raise TrainError(
             f"all {state.updates} updates of the run had a non-finite gradient and were skipped, so nothing was "
             f'trained: lower optim.lr ({lr}), set dtype = "float32", or (float16) train for more steps'
         )
     if not ran:
         return
-    policy, batch = run.policy, ran[0]
-    with asleep(run.engine), torch.random.fork_rng():
+    policy, batch = trainer.policy, ran[0]
+    with asleep(engine), torch.random.fork_rng():
         logprobs, _ = policy.logprobs(batch)
         if not logprobs.isfinite().all():
             raise not_finite(policy, [batch], "after the last update the policy's log-probs")
@@ -94,8 +85,7 @@ def unsampled(rollouts: Sequence[Rollout], plan: PackPlan) -> list[Batch]:
         replace(rollout, sampler_logprobs=None, completion_mask=(True,) * len(rollout.completion_ids))
         for rollout in rollouts
     ]
-    plan = replace(plan, keep=(True,) * len(unmasked), whole_groups=False)
-    return pack(unmasked, torch.zeros(len(unmasked)), plan, count(unmasked, plan))
+    return pack_all(unmasked, plan)
 
 
 def not_finite(policy: Policy, batches: Sequence[Batch], which: str) -> TrainError:
@@ -149,7 +139,7 @@ def _why_untrained(rollouts: Sequence[Rollout]) -> str:
     """Describe in numbers why no rollout of a step was trained."""
     empty = sum(not rollout.completion_ids for rollout in rollouts)
     untrainable = sum(bool(rollout.completion_ids) and not rollout.trained.any() for rollout in rollouts)
-    truncated = sum(rollout.finish_reason == "length" and bool(rollout.trained.any()) for rollout in rollouts)
+    truncated = sum(rollout.truncated and bool(rollout.trained.any()) for rollout in rollouts)
     reasons = [
         f"{number} {what}"
         for number, what in (

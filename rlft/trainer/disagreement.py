@@ -23,7 +23,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from rlft.batch import count, pack
+from rlft.batch import pack_all
 from rlft.types import Batch, PackPlan, Rollout
 
 CAP = 1.0
@@ -69,8 +69,7 @@ class Limit:
 class ComparedSequence:
     """One sequence with its log-prob differences between engine and trainer."""
 
-    row: int
-    """Index of its rollout in the step."""
+    rollout: Rollout
     batch: Batch
     """Micro-batch it was run in."""
     d: Tensor
@@ -95,8 +94,8 @@ def sequences(seen: Sequence[tuple[Tensor, Batch]]) -> list[ComparedSequence]:
         parts = zip(d.split(sizes), batch.position_ids.cpu().split(sizes), batch.group_ids.tolist(), strict=True)
         real = [(differences, positions) for differences, positions, group in parts if group >= 0]
         compared += [
-            ComparedSequence(row, batch, differences, positions)
-            for row, (differences, positions) in zip(batch.rows, real, strict=True)
+            ComparedSequence(sample.rollout, batch, differences, positions)
+            for sample, (differences, positions) in zip(batch.samples, real, strict=True)
         ]
     return compared
 
@@ -104,9 +103,7 @@ def sequences(seen: Sequence[tuple[Tensor, Batch]]) -> list[ComparedSequence]:
 Score = Callable[[Batch], Tensor]
 
 
-def cause(
-    worst: Sequence[ComparedSequence], every: Sequence[ComparedSequence], score: Score, rollouts: Sequence[Rollout]
-) -> str:
+def cause(worst: Sequence[ComparedSequence], every: Sequence[ComparedSequence], score: Score) -> str:
     """Describe the likely cause: dropout, packing, temperature, positions, token ids or numerics.
 
     worst: a few of the sequences beyond the limit. every: all sequences of the step. score: Policy.score.
@@ -114,7 +111,7 @@ def cause(
     mean = float(torch.cat([sequence.trained for sequence in worst]).mean())
     batches = {id(sequence.batch): sequence.batch for sequence in worst}
     rescored = _mean_difference(
-        sequences([(score(batch), batch) for batch in batches.values()]), {sequence.row for sequence in worst}
+        sequences([(score(batch), batch) for batch in batches.values()]), [sequence.rollout for sequence in worst]
     )
     if rescored < 0.3 * mean:
         return (
@@ -122,7 +119,7 @@ def cause(
             f"or a pass that computes otherwise with a gradient than without, fits the numbers."
         )
     temperature = worst[0].batch.temperature
-    single_batches = [batch for sequence in worst for batch in _alone(rollouts[sequence.row], temperature)]
+    single_batches = [batch for sequence in worst for batch in _alone(sequence.rollout, temperature)]
     alone = _mean_difference(sequences([(score(batch), batch) for batch in single_batches]), None)
     if alone < 0.3 * mean:
         return (
@@ -182,11 +179,13 @@ def position(every: Sequence[ComparedSequence]) -> tuple[int, float, float] | No
 def _alone(rollout: Rollout, temperature: float) -> list[Batch]:
     """Pack the rollout alone into a micro-batch."""
     length = len(rollout.prompt.ids) + len(rollout.completion_ids)
-    plan = PackPlan((True,), "token_mean", length, length, temperature, share_prefix=False)
-    return pack([rollout], torch.ones(1), plan, count([rollout], plan))
+    return pack_all([rollout], PackPlan("token_mean", length, length, temperature, share_prefix=False))
 
 
-def _mean_difference(compared: Sequence[ComparedSequence], rows: set[int] | None) -> float:
-    """Return mean |d| over the tokens of the sequences in `rows` (None: all); infinite over no token."""
-    values = torch.cat([sequence.trained for sequence in compared if rows is None or sequence.row in rows])
+def _mean_difference(compared: Sequence[ComparedSequence], rollouts: Sequence[Rollout] | None) -> float:
+    """Return mean |d| over the tokens of these rollouts (None: all); infinite over no token."""
+    wanted = {id(rollout) for rollout in rollouts or ()}
+    values = torch.cat(
+        [sequence.trained for sequence in compared if rollouts is None or id(sequence.rollout) in wanted]
+    )
     return float(values.mean()) if len(values) else math.inf

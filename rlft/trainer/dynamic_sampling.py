@@ -10,120 +10,99 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
 
-from rlft.batch import group_ids
 from rlft.errors import TrainError
-from rlft.types import Rollout
+from rlft.types import Group, LeftOut, Sample
 
 
-@dataclass(frozen=True)
-class SampledGroups:
-    """Complete groups of rollouts with their scores."""
+def deciding(sample: Sample, by: str | None) -> float:
+    """Return the value that must differ within a group for it to be kept, as float32; nan where invalid.
 
-    rollouts: list[Rollout]
-    rewards: Tensor
-    """[N] float32, nan where invalid."""
-    decides: Tensor
-    """[N] float: the values that must differ within a group for it to be kept; nan where invalid."""
-    parts: list[Any]
-    """The reward breakdown of each round (rlft.rewards.parts.RewardBreakdown)."""
-    kept: tuple[bool, ...]
-    """One flag per rollout: False for a group that was dropped or was surplus."""
-    rounds: int = 0
-    """Replacement rounds that were run."""
-
-    def metrics(self, want: int) -> dict[str, float]:
-        """Return dynamic_sampling/*: rounds, groups sampled, groups kept, and groups missing after the last round.
-
-        want: groups of a full step.
-        """
-        groups = group_ids(self.rollouts)
-        count = len(set(groups[torch.tensor(self.kept)].tolist()))
-        return {
-            "dynamic_sampling/rounds": float(self.rounds),
-            "dynamic_sampling/drawn": float(len(set(groups.tolist()))),
-            "dynamic_sampling/kept": float(count),
-            "dynamic_sampling/short": float(want - count),
-        }
+    It is the value of the reward function `by`, or the reward without the overlong penalty, which distinguishes lengths
+    and not answers.
+    """
+    return _float32(sample.answer if by is None else sample.outcomes[by].value)
 
 
-def varied(decides: Tensor, groups: Tensor) -> list[int]:
-    """Return the groups in which two values differ, in order. decides: [N], nan = invalid. groups: [N] int64."""
-    informative = []
-    for group in dict.fromkeys(groups.tolist()):
-        values = decides[groups == group]
-        values = values[~values.isnan()]
-        if len(values) and values.max() != values.min():
-            informative.append(group)
-    return informative
+def _float32(value: float) -> float:
+    """Round to float32, in which sums that are equal on paper are equal: 0.1 + 0.7 and 0.8."""
+    return float(np.float32(value))
 
 
-def solved(sample: SampledGroups, share: float, threshold: float) -> set[int]:
+def _valid(group: Group, by: str | None) -> list[float]:
+    values = [deciding(sample, by) for sample in group.samples]
+    return [value for value in values if not math.isnan(value)]
+
+
+def is_informative(group: Group, by: str | None = None) -> bool:
+    """Return True when two valid rewards of the group differ. by: as in `deciding`."""
+    values = _valid(group, by)
+    return bool(values) and max(values) != min(values)
+
+
+def solved(groups: Sequence[Group], share: float, threshold: float, by: str | None = None) -> set[int]:
     """Return the data rows whose group is solved: at least `share` of its valid values are at least `threshold`."""
-    groups, indices = group_ids(sample.rollouts), set()
-    for group in dict.fromkeys(groups.tolist()):
-        rows = groups == group
-        values = sample.decides[rows]
-        values = values[~values.isnan()]
+    rows = set()
+    for group in groups:
+        values = _valid(group, by)
         # A single division, so that 7 of 10 equals the 0.7 of a config exactly.
-        if len(values) and int((values >= threshold).sum()) / len(values) >= share:
-            indices.add(sample.rollouts[int(rows.nonzero()[0])].prompt.index)
-    return indices
+        if values and sum(value >= _float32(threshold) for value in values) / len(values) >= share:
+            rows.add(group.prompt.index)
+    return rows
 
 
 def replace_uninformative(
-    first: SampledGroups, draw: Callable[[int, int], SampledGroups], want: int, rounds: int
-) -> SampledGroups:
-    """Sample up to `rounds` more times until `want` groups are kept; with rounds = 0 return `first`.
+    draw: Callable[[int, int], list[Group]], want: int, rounds: int, by: str | None = None
+) -> tuple[list[Group], int]:
+    """Sample `want` groups, and up to `rounds` more times until as many are informative; leave out the others.
 
-    draw: (number of prompts, round from 1) -> SampledGroups, called once per round. Raises TrainError when no group is
-    left after the last round.
+    Returns all groups that were sampled, those left out included, and the number of rounds after the first sample. With
+    rounds = 0 nothing is left out. draw: (number of prompts, round from 0) -> scored groups, called once per round.
+    Raises TrainError when no group is left after the last round.
     """
+    groups = draw(want, 0)
     if not rounds:
-        return first
-    sample = first
-    informative = varied(first.decides, group_ids(first.rollouts))
-    round_, sampled = 0, want
+        return groups, 0
+    groups, round_, sampled = list(groups), 0, want
+    informative = [group for group in groups if is_informative(group, by)]
     while len(informative) < want and round_ < rounds:
         round_ += 1
         missing = want - len(informative)
         request = want if not informative else min(want, math.ceil(missing * sampled / len(informative)))
         sampled += request
-        sample = _join(sample, draw(request, round_))
-        informative = varied(sample.decides, group_ids(sample.rollouts))
+        more = draw(request, round_)
+        groups += more
+        informative += [group for group in more if is_informative(group, by)]
     if not informative:
         raise TrainError(
             f"dynamic sampling: every one of {sampled} groups has equal rewards after "
             f"dynamic_sampling.rounds = {rounds} rounds, so there is nothing to learn from; use tasks "
             f"that are solved now and then, or raise sampling.group_size"
         )
-    selected = set(informative[:want])
-    flags = tuple(group in selected for group in group_ids(sample.rollouts).tolist())
-    return SampledGroups(sample.rollouts, sample.rewards, sample.decides, sample.parts, flags, round_)
+    selected = {id(group) for group in informative[:want]}
+    for group in groups:
+        if id(group) not in selected:
+            for sample in group.samples:
+                sample.left_out = LeftOut.FILTERED
+    return groups, round_
 
 
-def _join(first: SampledGroups, second: SampledGroups) -> SampledGroups:
-    return SampledGroups(
-        first.rollouts + second.rollouts,
-        torch.cat([first.rewards, second.rewards]),
-        torch.cat([first.decides, second.decides]),
-        first.parts + second.parts,
-        first.kept + second.kept,
-    )
+def kept_groups(groups: Sequence[Group]) -> list[Group]:
+    """Return the groups that dynamic sampling has not dropped."""
+    return [group for group in groups if group.samples[0].left_out != LeftOut.FILTERED]
 
 
-def kept_rollouts(sample: SampledGroups) -> tuple[list[Rollout], Tensor]:
-    """Return the kept rollouts and their rewards."""
-    rollouts = [rollout for rollout, is_kept in zip(sample.rollouts, sample.kept, strict=True) if is_kept]
-    return rollouts, sample.rewards[torch.tensor(sample.kept)]
+def metrics(groups: Sequence[Group], rounds: int, want: int) -> dict[str, float]:
+    """Return dynamic_sampling/*: rounds, groups sampled, groups kept, and groups missing after the last round.
 
-
-def spread_back(sample: SampledGroups, values: Sequence[float]) -> list[float]:
-    """Spread `values`, one per kept rollout, over all rollouts of the sample, with nan for the dropped ones."""
-    remaining = iter(values)
-    return [next(remaining) if is_kept else math.nan for is_kept in sample.kept]
+    want: groups of a full step.
+    """
+    kept = len(kept_groups(groups))
+    return {
+        "dynamic_sampling/rounds": float(rounds),
+        "dynamic_sampling/drawn": float(len(groups)),
+        "dynamic_sampling/kept": float(kept),
+        "dynamic_sampling/short": float(want - kept),
+    }

@@ -55,14 +55,22 @@ def start(cfg: Config, policy: Policy, tokenizer: Any, console: Console, rows: S
 def longest_of(cfg: Config, policy: Policy, rows: Sequence[Prompt]) -> int:
     """Return the tokens of the longest prompt plus completion. Raises ConfigError above the model's context."""
     completion, prompt = _completion(cfg), max(len(row.ids) for row in rows)
-    base: Any = policy.base
-    context = getattr(base.config.get_text_config(), "max_position_embeddings", None)
+    context = _context(policy)
     if context is not None and prompt + completion > context:
         raise ConfigError(
             f"sampling.max_tokens = {completion}: with the longest prompt, {prompt} tokens, that is more than the "
             f"model's context of {context}; lower it, or drop long prompts with data.max_prompt_tokens"
         )
     return prompt + completion
+
+
+def _context(policy: Policy) -> int | None:
+    """Return the largest number of tokens of the model's context; None where its config names none."""
+    base: Any = policy.base
+    try:
+        return base.config.get_text_config().max_position_embeddings
+    except AttributeError:
+        return None
 
 
 def _completion(cfg: Config) -> int:

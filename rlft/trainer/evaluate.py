@@ -30,19 +30,20 @@ from typing import Any
 import torch
 
 from rlft.algos.algorithm import Algorithm
-from rlft.batch import count, group_ids, pack
+from rlft.batch import count, groups_of, pack, samples_of
 from rlft.config.data import Eval, Sampling
 from rlft.config.run import Config
 from rlft.errors import TrainError
 from rlft.models.policy import Policy
-from rlft.rewards.score import RewardFunction, score
+from rlft.rewards.score import RewardFunction, score_samples
 from rlft.rollout.engine import Engine
 from rlft.rollout.replay import ReplayEngine
 from rlft.trainer.broken import not_finite
 from rlft.trainer.estimates import Estimate, estimate_difference, estimate_mean, pass_at_k
 from rlft.trainer.metrics import Metrics
-from rlft.trainer.prepare import PackedStep, estimator_inputs
-from rlft.types import PackPlan, Prompt, Rollout, Stat
+from rlft.trainer.prepare import assign_advantages
+from rlft.trainer.step import MiniBatch, batch_loss, step_inputs
+from rlft.types import PackPlan, Prompt, Sample, Stat
 
 ROUNDING = 1e-6
 """Relative tolerance of the threshold: a float32 sum of weights may just miss it."""
@@ -53,22 +54,21 @@ class Evaluation:
     """Result of sampling on held-out rows."""
 
     metrics: dict[str, float]
-    rollouts: list[Rollout]
-    rewards: list[float]
-    """One per rollout, nan where invalid."""
+    samples: list[Sample]
     faults: list[str]
     """One line per reward function that failed on some completions."""
 
     def by_row(self) -> dict[int, list[float]]:
         """Return row number in the dataset -> rewards of its completions."""
         rows: dict[int, list[float]] = {}
-        for rollout, reward in zip(self.rollouts, self.rewards, strict=True):
-            rows.setdefault(rollout.prompt.index, []).append(reward)
+        for sample in self.samples:
+            rows.setdefault(sample.rollout.prompt.index, []).append(sample.reward)
         return rows
 
     def graded(self) -> bool:
         """Return True when some reward is neither 0 nor 1, so that "solved" depends on the threshold."""
-        return any(reward not in (0.0, 1.0) for reward in self.rewards if not math.isnan(reward))
+        rewards = [sample.reward for sample in self.samples]
+        return any(reward not in (0.0, 1.0) for reward in rewards if not math.isnan(reward))
 
 
 def sampling_of(cfg: Config) -> Sampling:
@@ -105,18 +105,18 @@ def evaluate(
             f"{broken} of {len(logprobs)} log-probs of the engine are not finite on held-out rows, so its completions "
             f'mean nothing: check the weights of model = "{cfg.model}" and of the adapter, and dtype = "{cfg.dtype}"'
         )
-    rewards, parts = score(rollouts, functions, trainer_state)
-    evaluation = Evaluation({}, rollouts, rewards.tolist(), parts.faults())
+    samples = samples_of(groups_of(rollouts))
+    parts = score_samples(samples, functions, trainer_state)
     lengths = [len(rollout.completion_ids) for rollout in rollouts]
     metrics = {
         "eval/rows": float(len(prompts)),
         "eval/samples": float(cfg.eval.samples),
-        "eval/invalid": float(sum(map(math.isnan, evaluation.rewards))),
+        "eval/invalid": float(sum(math.isnan(sample.reward) for sample in samples)),
         "eval/completions/mean_length": sum(lengths) / len(lengths),
-        "eval/completions/clipped_ratio": sum(rollout.finish_reason == "length" for rollout in rollouts)
-        / len(rollouts),
+        "eval/completions/clipped_ratio": sum(rollout.truncated for rollout in rollouts) / len(rollouts),
     }
     metrics |= {f"eval/{name}": value for name, value in parts.metrics().items() if name.startswith("rewards/")}
+    evaluation = Evaluation(metrics, samples, parts.faults())
     return replace(evaluation, metrics=averages(list(evaluation.by_row().values()), cfg.eval) | metrics)
 
 
@@ -184,27 +184,23 @@ def recorded_loss(policy: Policy, prompts: Sequence[Prompt], algorithm: Algorith
     """
     engine = ReplayEngine()
     engine.load_adapter(policy.adapter(), version=0)
-    rollouts = engine.generate(prompts, Sampling(), seed=(0,))
-    rewards, parts = score(rollouts, (), {})
-    plan = replace(plan, keep=(True,) * len(rollouts))
+    groups = groups_of(engine.generate(prompts, Sampling(), seed=(0,)))
+    score_samples(samples_of(groups), (), {})
+    assign_advantages(policy, algorithm, plan, groups, {})
+    batches = pack(groups, plan, count(groups))
+    inputs = step_inputs(policy, algorithm, plan, MiniBatch(groups, batches, batches), {})
     metrics = Metrics()
-    advantages = algorithm.advantage(rewards, group_ids(rollouts), **estimator_inputs(rollouts, parts, {}, plan.keep))
-    batches = pack(rollouts, advantages, plan, count(rollouts, plan))
-    view = PackedStep(policy, plan, rollouts, batches)
-    prepared = algorithm.prepare(view, algorithm.config) if algorithm.prepare is not None else {}
     with torch.no_grad():
         for batch in batches:
-            batch = replace(batch, prepared=prepared)
-            if algorithm.needs_reference:
+            if algorithm.loss.needs_reference:
                 batch = replace(batch, ref_logprobs=policy.score(batch, weights="reference"))
             logprobs, entropy = policy.score(batch), None
-            if "entropy_floor" in prepared or algorithm.entropy_grad:
+            if inputs.entropy_floor is not None or algorithm.loss.entropy_grad:
                 entropy = policy.entropy(batch)
-            batch = replace(batch.to(policy.device), entropy=entropy)
             if algorithm.old == "trainer":
                 batch = replace(batch, old_logprobs=logprobs)
-            loss, stats = algorithm.loss(logprobs, batch, algorithm.config)
-            positive = batch.train_mask & (batch.advantages > 0)
+            loss, stats, here = batch_loss(policy, algorithm, batch, logprobs, entropy, inputs)
+            positive = here.train_mask & (here.advantages > 0)
             nll, nonfinite = Stat.mean(-logprobs, positive), Stat("sum", (~logprobs.isfinite()).sum())
             metrics.add({"loss": Stat("sum", loss), **stats, "nll": nll, "bad": nonfinite})
     values = metrics.values()

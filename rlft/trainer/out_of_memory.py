@@ -45,7 +45,8 @@ def what_to_lower(cfg: Config) -> Iterator[list[Any]]:
             raise
         tokens, plan_text = cfg.packing.tokens_per_micro_batch, ""
         for session in sessions:
-            tokens, plan = session.plan.budget, session.policy.fused.ran if session.policy.fused else None
+            policy = session.trainer.policy
+            tokens, plan = session.trainer.plan.budget, policy.fused.last_plan if policy.fused else None
             plan_text = f" The plan of the last pass was {plan.peak / 2**30:.2f} GiB: {plan}." if plan else ""
         stop = TrainError(
             f"out of memory ({text}).{plan_text} Lower packing.tokens_per_micro_batch ({tokens} tokens) for training, "

@@ -16,13 +16,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rlft.batch import count, pack
+from rlft.batch import pack_all
 from rlft.dist import max_tensor
 from rlft.errors import ParityError
 from rlft.rollout.engine import asleep
@@ -110,15 +110,14 @@ class Mismatch:
         self._flush()
         return self._largest
 
-    @property
-    def logprobs(self) -> dict[int, Tensor]:
-        """Rollout (index as in `batch.rows`) -> the trainer's log-probs of its sequence [L], nan where not trained."""
-        by_row: dict[int, Tensor] = {}
+    def store_logprobs(self) -> None:
+        """Set `Sample.logprobs` of every sample that was run. Waits for the GPU."""
         for logprobs, batch in self._batches:
             values = torch.where(batch.train_mask.cpu(), logprobs.cpu(), torch.nan)
             parts = zip(values.split(batch.cu_seqlens.diff().tolist()), batch.group_ids.tolist(), strict=True)
-            by_row |= zip(batch.rows, [trained for trained, group in parts if group >= 0], strict=True)
-        return by_row
+            trained = [sequence for sequence, group in parts if group >= 0]
+            for sample, sequence in zip(batch.samples, trained, strict=True):
+                sample.logprobs = sequence
 
     @property
     def tokens(self) -> int:
@@ -220,12 +219,6 @@ def _most(shift: float, off: float) -> float:
     return min(CEILING, max(0.4 * shift, 3 * off))
 
 
-def _pack(rollouts: Sequence[Rollout], plan: PackPlan) -> list[Batch]:
-    rollouts = list(rollouts)
-    plan = replace(plan, keep=(True,) * len(rollouts), whole_groups=False)
-    return pack(rollouts, torch.ones(len(rollouts)), plan, count(rollouts, plan))
-
-
 Parts = Sequence[tuple[Sequence[Prompt], Any]]
 """Prompts and the rlft.config.run.Sampling to draw their completions with."""
 
@@ -239,7 +232,7 @@ def _compare(
         rollouts += engine.generate(prompts, sampling, seed=(seed, 2**31 + i, -version))
     mismatch = Mismatch()
     with asleep(engine):  # scoring uses the memory that the engine frees
-        batches = _pack(rollouts, plan)
+        batches = pack_all(rollouts, plan)
         for batch in batches:
             mismatch.add(policy.score(batch), batch)
         scored = sum(int(batch.train_mask.sum()) for batch in batches)
@@ -257,7 +250,7 @@ def _random_adapter(policy: Any, rollouts: list[Rollout], plan: PackPlan, seed: 
 
     Returns the shift.
     """
-    batches = _pack(rollouts, plan)
+    batches = pack_all(rollouts, plan)
     before = [policy.score(batch) for batch in batches]
     generator = torch.Generator().manual_seed(seed)
     noise = {
@@ -321,7 +314,7 @@ def probe(
                 f"itself differs: dtype, weights, or token ids."
             )
         with asleep(engine):
-            _check_sequences(off, most, policy.score, rollouts, "at the start, on the base, ")
+            _check_sequences(off, most, policy.score, "at the start, on the base, ")
             shift = _random_adapter(policy, rollouts[:2], plan, seed)
         on, rollouts = _compare(policy, engine, parts, seed, plan, version=-2)
         if not on.mean <= _most(shift, off.mean):
@@ -331,7 +324,7 @@ def probe(
                 f"engine does not apply the adapter as the trainer does."
             )
         with asleep(engine):
-            _check_sequences(on, most, policy.score, rollouts, "at the start, with a random adapter, ")
+            _check_sequences(on, most, policy.score, "at the start, with a random adapter, ")
     finally:
         flat.copy_(saved)
     sd, noise = max(off.sd, on.sd), max(off.mean, on.mean)
@@ -352,11 +345,11 @@ WORST = 8
 """Largest number of sequences used for the diagnosis."""
 
 
-def gate(mismatch: Mismatch, most: Limit, score: Score, rollouts: Sequence[Rollout]) -> None:
+def gate(mismatch: Mismatch, most: Limit, score: Score) -> None:
     """Stop before the update when engine and trainer disagree. No-op without sampler log-probs.
 
-    most: from `limit`. score: Policy.score, called only for the diagnosis. rollouts: those that `Batch.rows` indexes.
-    Raises ParityError on every rank, for the mean over the step or for a single sequence.
+    most: from `limit`. score: Policy.score, called only for the diagnosis. Raises ParityError on every rank, for the
+    mean over the step or for a single sequence.
     """
     if mismatch.tokens and mismatch.mean > most.step:
         every = mismatch.sequences()
@@ -364,12 +357,12 @@ def gate(mismatch: Mismatch, most: Limit, score: Score, rollouts: Sequence[Rollo
         raise ParityError(
             f"engine and trainer disagree: mean |log-prob difference| {mismatch.mean:.3g} nat over {mismatch.tokens} "
             f"tokens, limit {most.step:.3g} (p99 {mismatch.percentile(0.99):.3g}, max {mismatch.largest:.3g}). "
-            f"{cause(worst, every, score, rollouts) if worst else ''} No update was made."
+            f"{cause(worst, every, score) if worst else ''} No update was made."
         )
-    _check_sequences(mismatch, most, score, rollouts, "")
+    _check_sequences(mismatch, most, score, "")
 
 
-def _check_sequences(mismatch: Mismatch, most: Limit, score: Score, rollouts: Sequence[Rollout], when: str) -> None:
+def _check_sequences(mismatch: Mismatch, most: Limit, score: Score, when: str) -> None:
     """Raise ParityError when a sequence differs by more than its length explains. when: start of the message."""
     if not mismatch.tokens or mismatch.excess(most) <= 0:
         return
@@ -382,11 +375,11 @@ def _check_sequences(mismatch: Mismatch, most: Limit, score: Score, rollouts: Se
     if not bad:
         raise ParityError(f"{when}engine and trainer disagree about a sequence of another rank. No update was made.")
     first, size = bad[0], bad[0].trained
-    rollout = rollouts[first.row]
+    rollout = first.rollout
     raise ParityError(
         f"{when}engine and trainer disagree about {len(bad)} of {len(every)} sequences, most about sample "
         f"{rollout.sample_index} of row {rollout.prompt.index} of the data: mean |log-prob difference| "
         f"{float(size.mean()):.3g} nat over its {len(size)} trained tokens (prompt of {len(rollout.prompt.ids)}), "
         f"limit {float(most.allowed(lengths.new_tensor([len(size)]))):.3g} for that length; the mean of all is "
-        f"{mismatch.mean:.3g}. {cause(bad[:WORST], every, score, rollouts)} No update was made."
+        f"{mismatch.mean:.3g}. {cause(bad[:WORST], every, score)} No update was made."
     )

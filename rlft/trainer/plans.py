@@ -18,28 +18,26 @@ TYPICAL = 1024
 
 
 def pack_plan_of(cfg: Config, algorithm: Algorithm, policy: Policy, sampled: Sequence[Prompt] = ()) -> PackPlan:
-    """Plan how updates are packed, with `keep` left empty.
+    """Plan how updates are packed.
 
     Also sets the size of a full micro-batch, and whether there is an entropy bonus, in the fused layers. sampled:
     prompts for which groups of completions are sampled.
     """
     budget, group = cfg.packing.tokens_per_micro_batch, ALONE
     if policy.fused is not None:
-        policy.fused.expect(algorithm.entropy_grad)
+        policy.fused.expect(algorithm.loss.entropy_grad)
     if budget == "auto":
-        if sampled and cfg.packing.share_prefix and policy.packed and not algorithm.whole_groups:
+        if sampled and cfg.packing.share_prefix and policy.packed and not algorithm.loss.whole_groups:
             prompt = int(statistics.median(len(row.ids) for row in sampled))
             group = Group(prompt, cfg.sampling.group_size * min(cfg.sampling.max_tokens, TYPICAL))
         budget = policy.token_budget(group)
-    if policy.fused is not None:
-        policy.fused.full = budget
+    policy.set_micro_batch(budget)
     return PackPlan(
-        keep=(),
         aggregation=algorithm.aggregation,
         budget=budget,
         max_len=cfg.sampling.max_tokens,
         temperature=cfg.sampling.temperature,
-        whole_groups=algorithm.whole_groups,
+        whole_groups=algorithm.loss.whole_groups,
         share_prefix=cfg.packing.share_prefix and policy.packed,
     )
 

@@ -6,24 +6,23 @@ a loss file asks for (an entropy quantile, the baseline of KTO).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from rlft.algos.algorithm import Algorithm
 from rlft.algos.kl import difference, k3
-from rlft.batch import count, pack, segment_sum
+from rlft.batch import count, groups_of, pack, samples_of, segment_sum
 from rlft.dist import gather_tensor, sum_tensor
 from rlft.models.policy import Policy
-from rlft.rewards.parts import RewardBreakdown
-from rlft.types import Batch, PackPlan, Rollout, Stat, Stats
+from rlft.types import Batch, Group, PackPlan, Rollout, Sample, Stat, Stats
 
 
 @dataclass(frozen=True)
 class PackedStep:
-    """Implementation of `rlft.types.StepView`: what `prepare` of a loss file may ask about an update."""
+    """Implementation of `rlft.types.StepView`: what `prepare` of a loss may ask about an update."""
 
     policy: Policy
     plan: PackPlan
@@ -31,6 +30,8 @@ class PackedStep:
     """Rollouts of the update that are in the loss."""
     batches: Sequence[Batch]
     """All micro-batches of the update, including those that are not run."""
+    adapted: Mapping[str, float] = field(default_factory=dict)
+    """The numbers of the loss's `adapt` after the last step; empty in an evaluation."""
 
     def entropy_quantile(self, share: float) -> float:
         """Return the interpolated `share` quantile of the entropy of trained tokens over all ranks, in nats."""
@@ -45,61 +46,79 @@ class PackedStep:
 
     def log_ratios(self, rollouts: Sequence[Rollout]) -> Tensor:
         """Return log(policy / reference) of each completion, [N] float64, summed over its tokens."""
-        ratios = torch.zeros(len(rollouts), dtype=torch.float64)
-        for batch in _packed(rollouts, self.plan):
-            differences = self.policy.score(batch) - self.policy.score(batch, weights="reference")
-            _into(ratios, differences, batch)
-        return ratios
+
+        def difference_of(batch: Batch) -> Tensor:
+            return self.policy.score(batch) - self.policy.score(batch, weights="reference")
+
+        return per_completion(rollouts, self.plan, difference_of)
 
     def sum(self, values: Tensor) -> Tensor:
         """Return `values` summed over ranks."""
         return sum_tensor(values)
 
 
-def _packed(rollouts: Sequence[Rollout], plan: PackPlan) -> list[Batch]:
-    plan = replace(plan, keep=(True,) * len(rollouts), whole_groups=False)
-    return pack(rollouts, torch.zeros(len(rollouts)), plan, count(rollouts, plan))
-
-
-def _into(sums: Tensor, values: Tensor, batch: Batch) -> None:
-    """Sum `values` [T] over the trained tokens of each rollout, and write the sum to its row of `sums` [N]."""
-    values = torch.where(batch.train_mask, values.double().cpu(), 0)
-    segment_sums = segment_sum(values, batch.seq_ids, len(batch.prefix))
-    sums[list(batch.rows)] = segment_sums[batch.group_ids >= 0]
+def per_completion(rollouts: Sequence[Rollout], plan: PackPlan, values_of: Callable[[Batch], Tensor]) -> Tensor:
+    """Sum a value per token over each completion's trained tokens, [N] float64. values_of: micro-batch -> [T]."""
+    groups = groups_of(rollouts, [0.0] * len(rollouts))
+    sums = {id(sample): 0.0 for sample in samples_of(groups)}
+    plan = replace(plan, whole_groups=False)
+    for batch in pack(groups, plan, count(groups)):
+        values = torch.where(batch.train_mask, values_of(batch).double().cpu(), 0)
+        of_sequences = segment_sum(values, batch.seq_ids, len(batch.prefix))[batch.group_ids >= 0]
+        sums |= zip(map(id, batch.samples), of_sequences.tolist(), strict=True)
+    return torch.tensor(list(sums.values()), dtype=torch.float64)
 
 
 def kl_in_reward(
-    policy: Policy, algorithm: Algorithm, plan: PackPlan, rollouts: Sequence[Rollout], rewards: Tensor
+    policy: Policy, algorithm: Algorithm, plan: PackPlan, samples: Sequence[Sample]
 ) -> tuple[Tensor, Stats]:
-    """Subtract kl_coef times the sum of k1 over each completion from its reward, if `kl = "reward"`.
+    """Return the rewards less kl_coef times the sum of k1 over each completion, if `kl = "reward"`.
 
-    Returns the rewards and the stats of the KL per token. rewards: [N]; nan stays nan.
+    Returns [N] float32, nan where invalid, and the stats of the KL per token.
     """
-    cfg = algorithm.config
-    if getattr(cfg, "kl", None) != "reward" or not cfg.kl_coef:
+    rewards = torch.tensor([sample.reward for sample in samples], dtype=torch.float32)
+    kl_coef = algorithm.loss.kl_in_reward
+    if not kl_coef:
         return rewards, {}
-    k1 = torch.zeros(len(rollouts), dtype=torch.float64)
     sums = torch.zeros(3, dtype=torch.float64)
-    for batch in _packed(rollouts, plan):
+
+    def k1_of(batch: Batch) -> Tensor:
         differences = difference(policy.score(batch), policy.score(batch, weights="reference")).double().cpu()
-        _into(k1, differences, batch)
-        differences = differences[batch.train_mask]
-        sums += torch.stack([differences.sum(), k3(differences).sum(), torch.tensor(float(len(differences)))])
+        trained = differences[batch.train_mask]
+        sums.add_(torch.stack([trained.sum(), k3(trained).sum(), torch.tensor(float(len(trained)))]))
+        return differences
+
+    k1 = per_completion([sample.rollout for sample in samples], plan, k1_of)
     stats = {"kl": Stat("mean", sums[1], sums[2]), "kl/k1": Stat("mean", sums[0], sums[2])}
-    return (rewards.double() - cfg.kl_coef * k1).float(), stats
+    return (rewards.double() - kl_coef * k1).float(), stats
 
 
-def estimator_inputs(
-    rollouts: Sequence[Rollout], parts: RewardBreakdown, weights: dict[str, float], kept: Sequence[bool]
-) -> dict[str, Tensor]:
+def estimator_inputs(samples: Sequence[Sample], weights: dict[str, float]) -> dict[str, Tensor]:
     """Return the optional arguments of estimators: lengths [N] int64, parts [N, K] and weights [K] float64.
 
-    rollouts: the kept ones. weights: of each reward function. kept: one flag per rollout in `parts`.
+    weights: of each reward function.
     """
-    rows = torch.tensor(kept)
-    columns = [torch.tensor(parts.outcomes[name].values, dtype=torch.float64)[rows] for name in weights]
+    columns = [
+        torch.tensor([sample.outcomes[name].value for sample in samples], dtype=torch.float64) for name in weights
+    ]
     return {
-        "lengths": torch.tensor([int(rollout.trained.sum()) for rollout in rollouts]),
-        "parts": torch.stack(columns, 1) if columns else torch.zeros(len(rollouts), 0, dtype=torch.float64),
+        "lengths": torch.tensor([int(sample.rollout.trained.sum()) for sample in samples]),
+        "parts": torch.stack(columns, 1) if columns else torch.zeros(len(samples), 0, dtype=torch.float64),
         "weights": torch.tensor(list(weights.values()), dtype=torch.float64),
     }
+
+
+def assign_advantages(
+    policy: Policy, algorithm: Algorithm, plan: PackPlan, groups: Sequence[Group], weights: dict[str, float]
+) -> Stats:
+    """Estimate the advantage of every sample, and return the stats of a KL in the reward.
+
+    weights: of each reward function. Raises RewardError and ConfigError as the estimator does.
+    """
+    samples = samples_of(groups)
+    rewards, stats = kl_in_reward(policy, algorithm, plan, samples)
+    group_ids = torch.tensor([i for i, group in enumerate(groups) for _ in group.samples], dtype=torch.int64)
+    advantages = algorithm.advantage(rewards, group_ids, **estimator_inputs(samples, weights))
+    for sample, advantage in zip(samples, advantages.tolist(), strict=True):
+        sample.advantage = advantage
+    return stats

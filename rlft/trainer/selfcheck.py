@@ -11,11 +11,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rlft.batch import count, pack
+from rlft.batch import pack_all
 from rlft.errors import ConfigError
 from rlft.models.policy import Policy
 from rlft.trainer.broken import not_finite
-from rlft.types import Batch, PackPlan, Prompt, Rollout
+from rlft.types import Batch, FinishReason, PackPlan, Prompt, Rollout
 
 PROMPT, LENGTHS = 9, (24, 17)
 """Tokens of the common prompt, and of the two whole sequences."""
@@ -77,14 +77,15 @@ def _rollouts(policy: Policy) -> list[Rollout]:
     rollouts = []
     for sample, (row, length) in enumerate(zip(ids, LENGTHS, strict=True)):
         completion = tuple(row[PROMPT:length])
-        rollouts.append(Rollout(prompt, completion, (True,) * len(completion), None, "", "stop", sample, 0, sample))
+        rollouts.append(
+            Rollout(prompt, completion, (True,) * len(completion), None, "", FinishReason.STOP, sample, 0, sample)
+        )
     return rollouts
 
 
 def _batches(rollouts: list[Rollout], share: bool) -> list[Batch]:
     """Pack the sequences into one micro-batch."""
-    plan = PackPlan((True,) * len(rollouts), "token_mean", sum(LENGTHS), max(LENGTHS), 1.0, share_prefix=share)
-    return pack(rollouts, torch.ones(len(rollouts)), plan, count(rollouts, plan))
+    return pack_all(rollouts, PackPlan("token_mean", sum(LENGTHS), max(LENGTHS), 1.0, share_prefix=share))
 
 
 def _scored(policy: Policy, rollouts: list[Rollout], share: bool) -> list[Tensor]:
@@ -92,11 +93,11 @@ def _scored(policy: Policy, rollouts: list[Rollout], share: bool) -> list[Tensor
     (batch,) = _batches(rollouts, share)
     logprobs = policy.score(batch).cpu().double()
     sequences = [sequence for sequence, group in enumerate(batch.group_ids.tolist()) if group >= 0]
-    by_row = {
-        row: logprobs[(batch.seq_ids == sequence) & batch.train_mask]
-        for sequence, row in zip(sequences, batch.rows, strict=True)
+    by_rollout = {
+        id(sample.rollout): logprobs[(batch.seq_ids == sequence) & batch.train_mask]
+        for sequence, sample in zip(sequences, batch.samples, strict=True)
     }
-    return [by_row[i] for i in range(len(rollouts))]
+    return [by_rollout[id(rollout)] for rollout in rollouts]
 
 
 @torch.no_grad()

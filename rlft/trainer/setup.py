@@ -8,21 +8,18 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from rlft import __version__
-from rlft.algos.algorithm import Algorithm, build_algorithm, describe
+from rlft.algos.algorithm import Algorithm, describe
 from rlft.config.data import Reward
 from rlft.config.files import to_toml
 from rlft.config.run import Config
 from rlft.data.prompts import Prompts, digest, exclude_prompts, hold_out, load_prompts
 from rlft.environment import untested
-from rlft.errors import ConfigError, DataError, TrainError
+from rlft.errors import ConfigError, DataError
 from rlft.models import targets
 from rlft.models.allocator import segments
 from rlft.models.fused.memory import weight_bytes
@@ -38,6 +35,7 @@ from rlft.models.load import (
 from rlft.models.policy import Policy
 from rlft.monitor.background import Background
 from rlft.monitor.console import Console
+from rlft.monitor.health import HealthMonitor
 from rlft.monitor.token_text import TokenText
 from rlft.monitor.tracking import Tracking
 from rlft.rewards.builtin.length import length
@@ -46,138 +44,34 @@ from rlft.rewards.pool import InProcess
 from rlft.rewards.score import RewardFunction, build_rewards
 from rlft.rollout.engine import Engine, asleep, undeclared_end
 from rlft.rollout.replay import ReplayEngine
-from rlft.runs import checkpoint
-from rlft.runs.card import adapter_card
-from rlft.runs.folder import Run, replace_file
-from rlft.trainer import engines, parity
+from rlft.runs.folder import Run
+from rlft.trainer import engines
 from rlft.trainer.agreement import agree
 from rlft.trainer.evaluate import measures_loss
 from rlft.trainer.optim import Optimizer
 from rlft.trainer.plans import memory_plan, pack_plan_of, pass_summary
 from rlft.trainer.reference import Reference
+from rlft.trainer.saving import resume as resumed
 from rlft.trainer.selfcheck import check as check_path
-from rlft.trainer.validate import problems
-from rlft.types import PackPlan, Prompt, State
+from rlft.trainer.session import Recorder, Sampler, Session, Trainer, check_adapter
+from rlft.trainer.validate import Checked, check
+from rlft.types import Prompt, State
 
 
-@dataclass
-class Session:
-    """All parts of a run."""
-
-    cfg: Config
-    steps: int
-    """Rollout batches of the whole run, from `steps` or `data.epochs`."""
-    algorithm: Algorithm
-    policy: Policy
-    engine: Engine
-    eval_engine: Engine
-    """Engine that samples for the evaluation: `engine` itself, unless that replays recorded completions."""
-    reference: Reference
-    optimizer: Optimizer
-    prompts: Prompts
-    eval_prompts: list[Prompt]
-    """Held-out rows."""
-    eval_loss: bool
-    """Whether the training loss is also measured on the recorded completions of the held-out rows."""
-    functions: list[RewardFunction]
-    eval_functions: list[RewardFunction]
-    run: Run
-    writer: Background
-    """Writes completions while the loop goes on."""
-    console: Console
-    identity: dict[str, str]
-    """Properties that a checkpoint must share with this run to be resumed."""
-    plan: PackPlan
-    """How updates are packed; `keep` is filled per step."""
-    pieces: TokenText
-    tracking: Tracking = field(init=False)
-    """Started last, once the first step is known."""
-    state: State = field(default_factory=State)
-    limit: parity.Limit = field(init=False)
-    """How far engine and trainer may disagree."""
-    first_evaluation: dict[str, float] = field(default_factory=dict)
-    """The evaluation before the first step, read from the run folder when a run is resumed."""
-    callbacks: Sequence[Callable[..., None]] = ()
-    stop: bool = False
-    """Set by the first Ctrl-C: the current step is finished and saved."""
-
-    def check_adapter(self, origin: str) -> None:
-        """Raise TrainError when the adapter is not finite. origin: where its values came from, and what to do."""
-        if wrong := self.policy.flat.not_finite():
-            raise TrainError(f"{len(wrong)} of the adapter's tensors are not finite, {wrong[0]} for one: {origin}")
-
-    def save(self) -> Path:
-        """Write all pending completions, then a checkpoint of the current state; return the checkpoint's folder."""
-        self.writer.flush()
-        self.check_adapter(
-            f"nothing was saved. An update has set them (optim.lr = {self.cfg.optim.lr}), or a callback; go on from an "
-            f"earlier checkpoint"
-        )
-        # No random state is saved: every random number is seeded by (seed, step, ...).
-        tensors = {"adapter": self.policy.adapter_params.detach(), "adapter_start": self.policy.flat.start}
-        tensors |= {f"optim.{name}": value for name, value in self.optimizer.tensors().items()}
-        tensors |= {f"reference.{name}": value for name, value in self.reference.tensors().items()}
-        model, final = self.policy.model, self.run.checkpoints / f"step-{self.state.step:06d}"
-
-        def write_adapter(folder: Path) -> None:
-            # The embedding is never trained; without the flag PEFT looks up the base's config to find out.
-            model.save_pretrained(str(folder), selected_adapters=["default"], save_embedding_layers=False)
-            self.write_card(folder, final)
-
-        return checkpoint.save_checkpoint(
-            self.run.checkpoints,
-            self.state,
-            tensors,
-            self.identity,
-            write_adapter,
-            self.cfg.checkpoint.keep,
-            self.run.best(also=self.state.step),
-        )
-
-    def write_card(self, folder: Path, final: Path) -> None:
-        """Replace the model card template that PEFT wrote with our own. final: the checkpoint's final folder."""
-        card = adapter_card(self.run, self.cfg, self.state.step, str(final), self.tracking.link)
-        with self.run.writing(f"{final.name}/README.md"):
-            replace_file(folder / "README.md", card.encode())
-
-    def restore(self, path: Path) -> None:
-        """Restore adapter, optimiser, step and data cursor from a checkpoint. Raises ConfigError if it does not fit."""
-        here = self.state.data
-        self.state, tensors, notes = checkpoint.load_checkpoint(path, self.identity)
-        if self.state.data != here:
-            if self.eval_prompts and self.cfg.eval.data is None:
-                raise ConfigError(
-                    f"{path}: its run had other training rows, so rows held out now may have been trained on; resume "
-                    f"with the data, seed and eval.rows it was made with, or give eval.data"
-                )
-            notes.append(
-                "the training rows are not those of the checkpoint; the data cursor goes on among the new ones"
-            )
-            self.state.data, self.state.solved = here, []
-        self.policy.adapter_params.data.copy_(tensors["adapter"])
-        self.policy.flat.start.copy_(tensors["adapter_start"])
-        self.optimizer.load_tensors(_under("optim.", tensors))
-        self.reference.load_tensors(_under("reference.", tensors))
-        self.prompts.consumed, self.prompts.solved = self.state.consumed, set(self.state.solved)
-        self.run.set_aside(self.state.step)
-        checkpoint.mark_best(self.run.checkpoints, self.run.best())
-        for note in notes:
-            self.console.note(note)
-
-
-def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors whose name begins with `prefix`, named without it."""
-    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-
-
-def _check(cfg: Config, resume: bool, callables: bool) -> None:
-    faults = problems(cfg, resume=resume, callables=callables)
+def _check(cfg: Config, resume: bool, callables: bool) -> Checked:
+    """Check the config, and raise ConfigError with all of its problems."""
+    checked = check(cfg, resume=resume, callables=callables)
+    faults = checked.problems
     if len(faults) == 1:
         raise ConfigError(faults[0])
     if faults:
         raise ConfigError(
             "\n".join([f"{len(faults)} problems:", *(f"  {i + 1}. {text}" for i, text in enumerate(faults))])
         )
+    return checked
+
+
+RESUMED = 'they come from lora.resume_from = "{}", or from the checkpoint; train another'
 
 
 @contextlib.contextmanager
@@ -191,16 +85,17 @@ def build_session(
 
     rewards: callables or rlft.Reward in place of `cfg.rewards`. Raises RlftError for every error a user can cause.
     """
-    _check(cfg, resume, callables=rewards is not None)
+    checked = _check(cfg, resume, callables=rewards is not None)
+    assert checked.algorithm is not None and checked.rows is not None, "a problem otherwise"
+    algorithm = checked.algorithm
     with contextlib.ExitStack() as stack:
         console = stack.enter_context(Console())
         stack.enter_context(segments(growing=True))
         run = Run.resume(cfg.out, empty=True) if resume else Run.create(cfg.out)
         writer = stack.enter_context(Background("rlft-writer"))
-        algorithm = build_algorithm(cfg.algo, cfg.optim.updates)
         console.note("\n".join([*untested(), f"loading {cfg.model}"]))
         tokenizer = load_tokenizer(cfg.model)
-        rows, eval_prompts = load_prompts_of(cfg, tokenizer, console.note)
+        rows, eval_prompts = load_prompts_of(cfg, tokenizer, console.note, checked)
         prompts = Prompts(rows, cfg.seed, cfg.data.shuffle)
         functions, eval_functions = _functions(cfg, rewards)
         _close_later(stack, [*functions, *eval_functions])
@@ -211,7 +106,7 @@ def build_session(
         for line in _starting(cfg, engine, undeclared_end(tokenizer, policy.base)):
             console.note(line)
         _close_later(stack, [engine, eval_engine])
-        assert engine.SAMPLES or not algorithm.needs_sampler, "validate refuses this"
+        assert engine.SAMPLES or not algorithm.loss.needs_sampler, "validate refuses this"
         steps = cfg.steps or prompts.steps(cfg.prompts_per_step, cfg.data.epochs or 1.0)
         fp16, views = resolve_dtype(cfg, policy.device) == torch.float16, policy.flat.parameters.values()
         with asleep(eval_engine):
@@ -219,44 +114,26 @@ def build_session(
             # Planned here, because a pass may use the memory that is free now.
             plan = pack_plan_of(cfg, algorithm, policy, rows if engine.SAMPLES else ())
             memory, passes = memory_plan(policy, cfg, eval_engine, plan.budget), pass_summary(policy, plan.budget)
+        eval_loss = bool(eval_prompts) and not engine.SAMPLES and measures_loss(rows, eval_prompts)
+        sampler = Sampler(engine, eval_engine, prompts, eval_prompts, eval_loss, functions, eval_functions)
         optimizer = Optimizer(policy.adapter_params, cfg.optim, steps * cfg.optim.updates, fp16, views)
         reference = Reference(policy, keep=steps * cfg.prompts_per_step > len(rows) and not policy.mixes_rows)
-        eval_loss = bool(eval_prompts) and not engine.SAMPLES and measures_loss(rows, eval_prompts)
-        session = Session(
-            cfg=cfg,
-            steps=steps,
-            algorithm=algorithm,
-            policy=policy,
-            engine=engine,
-            eval_engine=eval_engine,
-            reference=reference,
-            optimizer=optimizer,
-            prompts=prompts,
-            eval_prompts=eval_prompts,
-            eval_loss=eval_loss,
-            functions=functions,
-            eval_functions=eval_functions,
-            run=run,
-            writer=writer,
-            console=console,
-            identity=identity_of(cfg, policy),
-            plan=plan,
-            pieces=TokenText(tokenizer),
-            state=State(data=digest(rows)),
-            callbacks=callbacks,
-        )
+        identity, state = identity_of(cfg, policy), State(data=digest(rows))
         if resume:
-            _resume(session)
-        session.check_adapter(
-            f'they come from lora.resume_from = "{cfg.lora.resume_from}", or from the checkpoint; train another'
-        )
+            state = resumed(
+                run, cfg, state.data, identity, policy, optimizer, reference, prompts, bool(eval_prompts), console.note
+            )
+        check_adapter(policy, RESUMED.format(cfg.lora.resume_from))
         # Before the config is written, which makes the folder a run: a tracker that fails leaves no run behind.
-        session.tracking = stack.enter_context(Tracking(cfg, run, session.state.step, resume, console.note))
+        tracking = stack.enter_context(Tracking(cfg, run, state.step, resume, console.note))
         run.write_config(to_toml(cfg))
         run.write_plan(memory)
-        console.start(_title(session, passes), steps, session.state.step, cfg.algo.name)
-        session.limit = agree(cfg, policy, engine, rows, plan, console.note)
-        yield session
+        console.start(_title(cfg, policy, algorithm, sampler, steps, run, passes), steps, state.step)
+        limit = agree(cfg, policy, engine, rows, plan, console.note)
+        trainer = Trainer(cfg, steps, policy, algorithm, optimizer, reference, plan, limit, state, identity)
+        health = HealthMonitor(cfg.algo.name)
+        recorder = Recorder(run, writer, console, health, tracking, TokenText(tokenizer), callbacks)
+        yield Session(sampler, trainer, recorder)
 
 
 def _close_later(stack: contextlib.ExitStack, resources: Sequence[Any]) -> None:
@@ -265,29 +142,21 @@ def _close_later(stack: contextlib.ExitStack, resources: Sequence[Any]) -> None:
         stack.callback(resource.close)
 
 
-def _resume(session: Session) -> None:
-    """Continue from the newest checkpoint, or start again where the run stopped before saving one."""
-    if session.run.has_checkpoint():
-        session.restore(session.run.latest_checkpoint())
-        session.first_evaluation = session.run.first_evaluation()
-        return
-    aside = session.run.set_aside(-1)
-    lost = f"; what it had done is in {aside}" if aside else ""
-    session.console.note(f"{session.run.path} holds no checkpoint yet, so the run starts again from step 0{lost}")
-
-
 def load_prompts_of(
-    cfg: Config, tokenizer: Any, note: Callable[[str], None] = lambda _: None
+    cfg: Config, tokenizer: Any, note: Callable[[str], None] = lambda _: None, checked: Checked | None = None
 ) -> tuple[list[Prompt], list[Prompt]]:
-    """Load the training prompts and the held-out prompts. note: called with messages about dropped prompts."""
-    data = load_prompts(cfg.data, tokenizer, cfg.seed)
+    """Load the training prompts and the held-out prompts.
+
+    note: called with messages about dropped prompts. checked: has the rows, where they were read before.
+    """
+    data = load_prompts(cfg.data, tokenizer, cfg.seed, checked and checked.rows)
     if data.dropped:
         note(f"{data.dropped} prompts longer than data.max_prompt_tokens = {cfg.data.max_prompt_tokens} dropped")
     if not cfg.eval.rows:
         return data.prompts, []
     if cfg.eval.data is None:
         return hold_out(data.prompts, cfg.eval.rows, cfg.seed)
-    evals = load_prompts(cfg.eval.data, tokenizer, cfg.seed)
+    evals = load_prompts(cfg.eval.data, tokenizer, cfg.seed, checked and checked.held)
     if evals.dropped:
         limit = cfg.eval.data.max_prompt_tokens
         note(f"{evals.dropped} prompts longer than eval.data.max_prompt_tokens = {limit} dropped")
@@ -371,30 +240,29 @@ MIXED = (
 """Note shown at the start of a run over 8-bit weights."""
 
 
-def _title(session: Session, passes: str) -> list[str]:
+def _title(
+    cfg: Config, policy: Policy, algorithm: Algorithm, sampler: Sampler, steps: int, run: Run, passes: str
+) -> list[str]:
     """Return the lines shown at the start of a run. passes: from `pass_summary`."""
-    cfg, policy, rows, evals = session.cfg, session.policy, len(session.prompts.rows), len(session.eval_prompts)
+    rows, evals = len(sampler.prompts.rows), len(sampler.eval_prompts)
     dtype = str(resolve_dtype(cfg, policy.device)).removeprefix("torch.")
     weights = weight_bytes(policy.base)
-    total = weights["parameters"]
-    trainable = policy.adapter_params.numel()
     return [
-        f"{cfg.model}: {total / 1e6:.0f} M parameters in {dtype} on {policy.device.type}, "
-        f"LoRA rank {cfg.lora.rank} ({trainable / 1e6:.1f} M trained)",
-        f"{rows} prompts, {evals} held out; {session.steps} steps of {cfg.prompts_per_step} "
-        f"prompts x {cfg.sampling.group_size if session.engine.SAMPLES else 'recorded'} completions",
+        f"{cfg.model}: {weights['parameters'] / 1e6:.0f} M parameters in {dtype} on {policy.device.type}, "
+        f"LoRA rank {cfg.lora.rank} ({policy.adapter_params.numel() / 1e6:.1f} M trained)",
+        f"{rows} prompts, {evals} held out; {steps} steps of {cfg.prompts_per_step} "
+        f"prompts x {cfg.sampling.group_size if sampler.engine.SAMPLES else 'recorded'} completions",
         policy.path,
         targets.describe(policy.model),
         *([MIXED] if policy.mixes_rows else []),
         *(line for line in (policy.rope and str(policy.rope), changed_dropout(cfg.lora)) if line),
         f"memory: {weights['bytes'] / 2**30:.2f} GiB of weights; {passes}",
-        *describe(session.algorithm),
-        f"run folder: {session.run.path}",
+        *describe(algorithm),
+        f"run folder: {run.path}",
     ]
 
 
 def _starting(cfg: Config, engine: Engine, end: str) -> list[str]:
     """Return notes about settings and files that have less effect than a reader may expect. end: `undeclared_end`."""
-    ignores_temperature = not engine.SAMPLES and cfg.sampling.temperature != 1
     message = f"sampling.temperature = {cfg.sampling.temperature:g}: recorded completions are trained at temperature 1"
-    return [*([message] if ignores_temperature else []), *([end] if end else [])]
+    return [*([message] if not engine.SAMPLES and cfg.sampling.temperature != 1 else []), *([end] if end else [])]

@@ -1,191 +1,109 @@
-"""The training part of a step, run while the engine sleeps: advantages, micro-batches, old log-probs, updates."""
+"""The training part of a step, run while the engine sleeps: advantages, micro-batches, losses, updates.
+
+A step is one object. `sample` and `score` fill its groups, `pack_minibatches` packs the kept ones, `losses` and
+`update` run once per mini-batch and pass. The evaluation uses the same functions without gradient.
+"""
 
 from __future__ import annotations
 
 import functools
-from dataclasses import replace
-from itertools import chain
-from typing import NamedTuple
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
-from rlft.batch import count, group_ids, pack
+from rlft.algos.algorithm import Algorithm
+from rlft.batch import count, pack, samples_of
 from rlft.dist import sum_counts, sum_tensor
+from rlft.models.policy import Policy
 from rlft.rewards.parts import RewardBreakdown
 from rlft.trainer import parity
-from rlft.trainer.dynamic_sampling import SampledGroups, kept_rollouts
 from rlft.trainer.metrics import Metrics
 from rlft.trainer.optim import Update
 from rlft.trainer.out_of_memory import with_advice
-from rlft.trainer.prepare import PackedStep, estimator_inputs, kl_in_reward
-from rlft.trainer.setup import Session
-from rlft.trainer.step_metrics import batch_stats
-from rlft.types import Batch, Rollout, Stats
+from rlft.trainer.prepare import PackedStep, assign_advantages
+from rlft.trainer.session import Recorder, Trainer
+from rlft.trainer.step_metrics import Clock, batch_stats
+from rlft.types import Batch, Group, LeftOut, PackPlan, Sample, Stats, StepInputs
 
 
-class StepResult(NamedTuple):
-    """Result of training on one step."""
+@dataclass(eq=False)
+class MiniBatch:
+    """The groups of one optimiser update, packed into micro-batches."""
 
-    advantages: Tensor
-    """[N], of the rollouts kept by dynamic sampling."""
-    packed: list[Batch]
-    """All micro-batches of the step."""
-    ran: list[Batch]
-    """The micro-batches that were run in each pass."""
-    updates: list[Update]
-
-
-def learn(
-    session: Session, sample: SampledGroups, parts: RewardBreakdown, metrics: Metrics, mismatch: parity.Mismatch
-) -> StepResult:
-    """Train on one step: estimate advantages, pack micro-batches and run the updates.
-
-    metrics, mismatch: filled in place. Each part retries once when out of memory. Raises ParityError before the first
-    update when engine and trainer disagree.
-    """
-    cfg, policy, algorithm = session.cfg, session.policy, session.algorithm
-    rollouts, rewards = kept_rollouts(sample)
-    retry = functools.partial(with_advice, lower=policy.lower, note=session.console.note)
-    shaped_rewards, kl_stats = retry(lambda: kl_in_reward(policy, algorithm, session.plan, rollouts, rewards))
-    metrics.add(kl_stats)
-    inputs = estimator_inputs(
-        rollouts, parts, {function.name: function.weight for function in session.functions}, sample.kept
-    )
-    advantages = algorithm.advantage(shaped_rewards, group_ids(rollouts), **inputs)
-    packed = minibatches(session, rollouts, rewards, advantages)
-    skip = cfg.packing.skip_zero_advantage and algorithm.zero_adv_zero_grad
-    runnable = [to_run(part, skip) for part in packed]
-    # Old and new log-probs come from the same batches: another packing would add kernel noise to their ratio.
-    batches = retry(lambda: [[add_other_logprobs(session, batch) for batch in part] for part in runnable])
-    for batch in chain(*batches) if algorithm.old == "trainer" else ():
-        assert batch.old_logprobs is not None
-        mismatch.add(batch.old_logprobs, batch)
-    updates = train_on(session, rollouts, packed, batches, metrics, mismatch)
-    return StepResult(advantages, list(chain(*packed)), list(chain(*batches)), updates)
+    groups: list[Group]
+    batches: list[Batch]
+    """All micro-batches."""
+    runnable: list[Batch]
+    """The micro-batches that are run, with the reference and old log-probs that the loss needs."""
 
 
-def minibatches(session: Session, rollouts: list[Rollout], rewards: Tensor, advantages: Tensor) -> list[list[Batch]]:
-    """Split the step's groups evenly into `optim.minibatches` updates, and pack each one's micro-batches."""
-    groups = group_ids(rollouts)
-    total = int(groups[-1]) + 1
-    parts = min(session.cfg.optim.minibatches, total)
-    packed = []
+@dataclass(eq=False)
+class Step:
+    """One step of training, filled as it goes on."""
+
+    groups: list[Group] = field(default_factory=list)
+    """All sampled groups, those that dynamic sampling dropped included."""
+    breakdown: RewardBreakdown | None = None
+    """Rewards by function, over all rounds of sampling."""
+    rounds: int = 0
+    """Rounds of dynamic sampling after the first sample."""
+    minibatches: list[MiniBatch] = field(default_factory=list)
+    updates: list[Update] = field(default_factory=list)
+    clock: Clock = field(default_factory=Clock)
+    metrics: Metrics = field(default_factory=Metrics)
+    mismatch: parity.Mismatch = field(default_factory=parity.Mismatch)
+    passes_run: int = 0
+    """Micro-batches run so far, over all mini-batches and passes."""
+    start: Tensor | None = None
+    """[numel] on the host: the adapter before the first update, for old log-probs that are computed again when memory
+    runs out between two updates; None where the trainer computes no old log-probs."""
+
+    @property
+    def samples(self) -> list[Sample]:
+        """The samples of all groups."""
+        return samples_of(self.groups)
+
+    @property
+    def packed(self) -> list[Batch]:
+        """All micro-batches."""
+        return [batch for minibatch in self.minibatches for batch in minibatch.batches]
+
+    @property
+    def ran(self) -> list[Batch]:
+        """The micro-batches that are run in each pass."""
+        return [batch for minibatch in self.minibatches for batch in minibatch.runnable]
+
+
+def advantages(
+    trainer: Trainer, recorder: Recorder, step: Step, groups: Sequence[Group], weights: dict[str, float]
+) -> None:
+    """Estimate the advantages of the groups. weights: of each reward function."""
+    policy, algorithm, plan = trainer.policy, trainer.algorithm, trainer.plan
+    run = functools.partial(assign_advantages, policy, algorithm, plan, groups, weights)
+    step.metrics.add(with_advice(run, policy.lower, recorder.console.note))
+
+
+def leave_out(groups: Sequence[Group], mask_truncated: bool) -> None:
+    """Leave out samples without a valid reward and, with `overlong.mask`, truncated ones."""
+    for sample in samples_of(groups):
+        if sample.reward != sample.reward:
+            sample.left_out = LeftOut.INVALID
+        elif mask_truncated and sample.rollout.truncated:
+            sample.left_out = LeftOut.TRUNCATED
+
+
+def pack_minibatches(trainer: Trainer, groups: Sequence[Group]) -> list[MiniBatch]:
+    """Split the groups evenly into `optim.minibatches` updates, and pack each one's micro-batches."""
+    leave_out(groups, trainer.cfg.overlong.mask)
+    parts = min(trainer.cfg.optim.minibatches, len(groups))
+    skip = trainer.cfg.packing.skip_zero_advantage and trainer.algorithm.loss.zero_adv_zero_grad
+    minibatches = []
     for part in range(parts):
-        rows = ((groups * parts) // total == part).nonzero().flatten().tolist()
-        part_rollouts = [rollouts[row] for row in rows]
-        truncated = [rollout.finish_reason == "length" and session.cfg.overlong.mask for rollout in part_rollouts]
-        keep = tuple(
-            not invalid and not is_cut
-            for invalid, is_cut in zip(rewards[rows].isnan().tolist(), truncated, strict=True)
-        )
-        plan = replace(session.plan, keep=keep)
-        batches = pack(part_rollouts, advantages[rows], plan, sum_counts(count(part_rollouts, plan)))
-        # `rows` counts the rollouts of the step, not those of the part.
-        packed.append([replace(batch, rows=tuple(rows[row] for row in batch.rows)) for batch in batches])
-    return packed
-
-
-def prepare_update(session: Session, rollouts: list[Rollout], batches: list[Batch]) -> dict[str, float]:
-    """Return `Batch.prepared` of an update: numbers the loss needs from the whole update, under its initial policy.
-
-    batches: all micro-batches of the update, including those that are not run.
-    """
-    if session.algorithm.prepare is None:
-        return {}
-    rows = sorted(row for batch in batches for row in batch.rows)
-    view = PackedStep(session.policy, session.plan, [rollouts[row] for row in rows], batches)
-    return session.state.adapted | session.algorithm.prepare(view, session.algorithm.config)
-
-
-def add_other_logprobs(session: Session, batch: Batch) -> Batch:
-    """Add the reference and old log-probs that the loss needs. Called before the first update of the step."""
-    if session.algorithm.needs_reference:
-        batch = session.reference.fill(batch)
-    if session.algorithm.old == "sampler":
-        return replace(batch, old_logprobs=batch.sampler_logprobs)
-    if session.algorithm.old == "trainer":
-        # Planned once, so that old and new run the same computation: with an unchanged policy all ratios are 1.
-        batch = session.policy.planned(batch)
-        return replace(batch, old_logprobs=session.policy.score(batch))
-    return batch
-
-
-def train_on(
-    session: Session,
-    rollouts: list[Rollout],
-    packed: list[list[Batch]],
-    ran: list[list[Batch]],
-    metrics: Metrics,
-    mismatch: parity.Mismatch,
-) -> list[Update]:
-    """Run the updates of a step: one per list of micro-batches and pass.
-
-    rollouts: all of the step. packed: all micro-batches of each update. ran: the micro-batches to run.
-    """
-    policy, state, algorithm = session.policy, session.state, session.algorithm
-    queue, whole = ran * session.cfg.optim.passes, packed * session.cfg.optim.passes
-    # Saved on the host, since it is read only when memory runs out between two updates.
-    start = policy.adapter_params.detach().to("cpu", copy=True) if algorithm.old == "trainer" else None
-    done, total = 0, sum(map(len, queue))
-    updates: list[Update] = []
-
-    def lower() -> str:
-        message = policy.lower()
-        if start is not None:
-            queue[len(updates) :] = replan(session, queue[len(updates) :], start)
-        return message
-
-    def attempt() -> list[tuple[Tensor, Batch, Stats]]:
-        numbers = prepare_update(session, rollouts, whole[len(updates)])
-        return forward_backward(session, queue[len(updates)], numbers, done, total)
-
-    while len(updates) < len(queue):
-        passes = with_advice(attempt, lower, session.console.note)
-        done += len(passes)
-        for logprobs, batch, stats in passes:
-            metrics.add(stats)
-            if not updates and algorithm.old != "trainer":
-                mismatch.add(logprobs, batch)
-        sum_tensor(policy.flat.gradient)
-        if not updates:
-            sum_tensor(mismatch.sums)
-            parity.gate(mismatch, session.limit, policy.score, rollouts)
-        updates.append(session.optimizer.step(state.updates, state.skipped_updates))
-        state.updates += 1
-        state.skipped_updates = state.skipped_updates + 1 if updates[-1].skipped else 0
-    return updates
-
-
-def forward_backward(
-    session: Session, part: list[Batch], numbers: dict[str, float], done: int, total: int
-) -> list[tuple[Tensor, Batch, Stats]]:
-    """Accumulate the gradient of an update in the adapter's buffer.
-
-    Returns (log-probs [T], batch, stats) of each micro-batch. numbers: from `prepared`. done, total: micro-batches of
-    the step run so far, and in all, for the progress bar.
-    """
-    policy, algorithm = session.policy, session.algorithm
-    policy.flat.zero_grad()
-    passes: list[tuple[Tensor, Batch, Stats]] = []
-    for batch in part:
-        session.console.progress("training", done + len(passes), total)
-        logprobs, entropy = policy.logprobs(batch, algorithm.entropy_grad)
-        filled_batch = replace(batch.to(policy.device), entropy=entropy, prepared=numbers)
-        loss, stats = algorithm.loss(logprobs, filled_batch, algorithm.config)
-        session.optimizer.scaled(loss).backward()
-        passes.append((logprobs.detach(), batch, {**stats, **batch_stats(loss, logprobs, entropy, filled_batch)}))
-    return passes
-
-
-def replan(session: Session, parts: list[list[Batch]], start: Tensor) -> list[list[Batch]]:
-    """Plan the micro-batches again, and recompute their old log-probs under the adapter `start` [numel]."""
-    flat = session.policy.adapter_params.data
-    current = flat.clone()
-    flat.copy_(start)
-    try:
-        return [[add_other_logprobs(session, replace(batch, plan=None)) for batch in part] for part in parts]
-    finally:
-        flat.copy_(current)
+        own = [group for i, group in enumerate(groups) if (i * parts) // len(groups) == part]
+        batches = pack(own, trainer.plan, sum_counts(count(own)))
+        minibatches.append(MiniBatch(own, batches, to_run(batches, skip)))
+    return minibatches
 
 
 def to_run(batches: list[Batch], skip: bool) -> list[Batch]:
@@ -200,3 +118,123 @@ def to_run(batches: list[Batch], skip: bool) -> list[Batch]:
             selected.append(batch)
             tokens += int(batch.train_mask.sum())
     return selected
+
+
+def score_batches(trainer: Trainer, recorder: Recorder, step: Step) -> None:
+    """Add the reference and old log-probs of every micro-batch. Called before the first update of the step."""
+    # Old and new log-probs come from the same batches: another packing would add kernel noise to their ratio.
+    parts = [minibatch.runnable for minibatch in step.minibatches]
+    run = functools.partial(with_other_logprobs, trainer, parts)
+    scored = with_advice(run, trainer.policy.lower, recorder.console.note)
+    for minibatch, batches in zip(step.minibatches, scored, strict=True):
+        minibatch.runnable = batches
+    if trainer.algorithm.old != "trainer":
+        return
+    for batch in step.ran:
+        assert batch.old_logprobs is not None
+        step.mismatch.add(batch.old_logprobs, batch)
+    # Saved on the host, since it is read only when memory runs out between two updates.
+    step.start = trainer.policy.adapter_params.detach().to("cpu", copy=True)
+
+
+def with_other_logprobs(trainer: Trainer, parts: Sequence[Sequence[Batch]]) -> list[list[Batch]]:
+    """Return the micro-batches of each update with the reference and old log-probs that the loss needs."""
+    return [[_with_other_logprobs(trainer, batch) for batch in part] for part in parts]
+
+
+def _with_other_logprobs(trainer: Trainer, batch: Batch) -> Batch:
+    if trainer.algorithm.loss.needs_reference:
+        batch = trainer.reference.fill(batch)
+    if trainer.algorithm.old == "sampler":
+        return replace(batch, old_logprobs=batch.sampler_logprobs)
+    if trainer.algorithm.old == "trainer":
+        # Planned once, so that old and new run the same computation: with an unchanged policy all ratios are 1.
+        batch = trainer.policy.planned(batch)
+        return replace(batch, old_logprobs=trainer.policy.score(batch))
+    return batch
+
+
+def step_inputs(
+    policy: Policy, algorithm: Algorithm, plan: PackPlan, minibatch: MiniBatch, adapted: dict[str, float]
+) -> StepInputs:
+    """Return `Batch.inputs` of an update: numbers the loss needs from the whole update, under its initial policy."""
+    packed = {id(sample) for batch in minibatch.batches for sample in batch.samples}
+    rollouts = [sample.rollout for sample in samples_of(minibatch.groups) if id(sample) in packed]
+    return algorithm.loss.prepare(PackedStep(policy, plan, rollouts, minibatch.batches, adapted))
+
+
+def losses(trainer: Trainer, recorder: Recorder, step: Step, minibatch: MiniBatch) -> None:
+    """Accumulate the gradient of an update in the adapter's buffer, and its statistics in the step.
+
+    When memory runs out, the whole update is run again with a smaller plan.
+    """
+
+    def lower() -> str:
+        message = trainer.policy.lower()
+        if step.start is not None:
+            _score_again(trainer, step, step.start)
+        return message
+
+    passes = with_advice(lambda: _forward_backward(trainer, recorder, step, minibatch), lower, recorder.console.note)
+    step.passes_run += len(passes)
+    for logprobs, batch, stats in passes:
+        step.metrics.add(stats)
+        if not step.updates and trainer.algorithm.old != "trainer":
+            step.mismatch.add(logprobs, batch)
+
+
+def _forward_backward(
+    trainer: Trainer, recorder: Recorder, step: Step, minibatch: MiniBatch
+) -> list[tuple[Tensor, Batch, Stats]]:
+    """Run every micro-batch forward and backward; return (log-probs [T], batch, stats) of each."""
+    policy, algorithm = trainer.policy, trainer.algorithm
+    inputs = step_inputs(policy, algorithm, trainer.plan, minibatch, trainer.state.adapted)
+    policy.flat.zero_grad()
+    total = len(step.ran) * trainer.cfg.optim.passes
+    passes: list[tuple[Tensor, Batch, Stats]] = []
+    for batch in minibatch.runnable:
+        recorder.console.progress("training", step.passes_run + len(passes), total)
+        logprobs, entropy = policy.logprobs(batch, algorithm.loss.entropy_grad)
+        loss, stats, here = batch_loss(policy, algorithm, batch, logprobs, entropy, inputs)
+        trainer.optimizer.scaled(loss).backward()
+        passes.append((logprobs.detach(), batch, {**stats, **batch_stats(loss, logprobs, entropy, here)}))
+    return passes
+
+
+def batch_loss(
+    policy: Policy, algorithm: Algorithm, batch: Batch, logprobs: Tensor, entropy: Tensor | None, inputs: StepInputs
+) -> tuple[Tensor, Stats, Batch]:
+    """Return the loss of a micro-batch, its metrics, and the batch on the policy's device.
+
+    logprobs, entropy: [T], of the current policy. inputs: from `step_inputs`.
+    """
+    here = replace(batch.to(policy.device), entropy=entropy, inputs=inputs)
+    return *algorithm.loss(logprobs, here), here
+
+
+def _score_again(trainer: Trainer, step: Step, start: Tensor) -> None:
+    """Plan all micro-batches again, and compute their old log-probs under the adapter `start` [numel]."""
+    flat = trainer.policy.adapter_params.data
+    current = flat.clone()
+    flat.copy_(start)
+    try:
+        for minibatch in step.minibatches:
+            unplanned = [replace(batch, plan=None) for batch in minibatch.runnable]
+            (minibatch.runnable,) = with_other_logprobs(trainer, [unplanned])
+    finally:
+        flat.copy_(current)
+
+
+def update(trainer: Trainer, step: Step) -> None:
+    """Sum the gradient over ranks, compare engine and trainer before the first update, and apply the update.
+
+    Raises ParityError when engine and trainer disagree.
+    """
+    policy, state = trainer.policy, trainer.state
+    sum_tensor(policy.flat.gradient)
+    if not step.updates:
+        sum_tensor(step.mismatch.sums)
+        parity.gate(step.mismatch, trainer.limit, policy.score)
+    step.updates.append(trainer.optimizer.step(state.updates, state.skipped_updates))
+    state.updates += 1
+    state.skipped_updates = state.skipped_updates + 1 if step.updates[-1].skipped else 0

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from rlft.algos.advantages import frac_zero_std
-from rlft.batch import group_ids
+from rlft.batch import samples_of
 from rlft.trainer.optim import Update
-from rlft.types import Batch, Rollout, Stat, Stats
+from rlft.types import Batch, Group, Rollout, Stat, Stats
 
 
 class Clock:
@@ -83,13 +83,17 @@ def update_values(updates: Sequence[Update], values: dict[str, float]) -> dict[s
     return averages | ({"loss": values["loss"] / len(updates)} if "loss" in values else {})
 
 
-def rollout_values(rollouts: Sequence[Rollout], rewards: Tensor) -> dict[str, float]:
+def rollout_values(groups: Sequence[Group]) -> dict[str, float]:
     """Return completions/*, and the shares of groups with equal rewards and of invalid rewards.
 
-    Lengths are in tokens; "terminated" completions are those not truncated. rewards: [N], nan where invalid.
+    Lengths are in tokens; "terminated" completions are those not truncated.
     """
+    samples = samples_of(groups)
+    rollouts = [sample.rollout for sample in samples]
+    rewards = torch.tensor([sample.reward for sample in samples], dtype=torch.float32)
+    group_ids = torch.tensor([i for i, group in enumerate(groups) for _ in group.samples], dtype=torch.int64)
     lengths = [len(rollout.completion_ids) for rollout in rollouts]
-    terminated = [len(rollout.completion_ids) for rollout in rollouts if rollout.finish_reason == "stop"]
+    terminated = [len(rollout.completion_ids) for rollout in rollouts if not rollout.truncated]
     values = {"completions/clipped_ratio": 1 - len(terminated) / len(lengths)}
     for name, some_lengths in (("", lengths), ("terminated_", terminated or [0])):
         values |= {
@@ -102,7 +106,7 @@ def rollout_values(rollouts: Sequence[Rollout], rewards: Tensor) -> dict[str, fl
         broken = sum(not math.isfinite(logprob) for rollout in rollouts for logprob in rollout.sampler_logprobs or ())
         values["sampling/nonfinite_logprobs"] = float(broken)
     return values | {
-        "frac_reward_zero_std": frac_zero_std(rewards, group_ids(rollouts)),
+        "frac_reward_zero_std": frac_zero_std(rewards, group_ids),
         "frac_reward_invalid": sum(map(math.isnan, rewards.tolist())) / len(lengths),
     }
 

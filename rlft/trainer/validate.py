@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +34,27 @@ GIVEN = ("prompts", "completions", "completion_ids", "trainer_state", "log_metri
 """Arguments that every reward function may take besides the dataset's columns."""
 
 
+@dataclass(frozen=True)
+class Checked:
+    """What a check of a config has found and built."""
+
+    problems: list[str]
+    """One sentence each that names the field, its value and the remedy."""
+    algorithm: Algorithm | None
+    """None where it could not be built."""
+    rows: list[dict[str, Any]] | None
+    """The rows of the training data; None where they could not be read."""
+    held: list[dict[str, Any]] | None
+    """The rows of `eval.data`, or else those of the training data."""
+
+
 def problems(cfg: Config, resume: bool = False, callables: bool = False) -> list[str]:
-    """Return all problems, one sentence each that names the field, its value and the remedy.
+    """Return all problems of a config, see `check`."""
+    return check(cfg, resume, callables).problems
+
+
+def check(cfg: Config, resume: bool = False, callables: bool = False) -> Checked:
+    """Find all problems of a config; a start goes on with what was built and read here.
 
     resume: the run folder must hold a run instead of being free. callables: reward functions were given from Python in
     place of `cfg.rewards`. Reads the dataset and imports reward files and the algorithm; loads no model.
@@ -58,7 +78,7 @@ def problems(cfg: Config, resume: bool = False, callables: bool = False) -> list
     messages += _rewards("eval.rewards", cfg.eval.rewards, held)
     messages += tracking.problems(cfg.track)
     # Two checks may report the same fault.
-    return list(dict.fromkeys(messages))
+    return Checked(list(dict.fromkeys(messages)), algorithm, rows, held)
 
 
 def _collect(messages: list[str], check: Callable[[], Any]) -> Any:
@@ -140,7 +160,7 @@ def _engine(cfg: Config, algorithm: Algorithm | None, rows: list[dict[str, Any]]
                 f'algo.advantage = "{baseline}": the data has one completion per row, and a group of one has advantage '
                 f'0, so nothing is learned; set algo.name = "sft", or engine.name = "eager" to sample completions'
             )
-        if algorithm is not None and algorithm.needs_sampler:
+        if algorithm is not None and algorithm.loss.needs_sampler:
             yield f'algo.name = "{cfg.algo.name}": needs sampler log-probs, which recorded completions lack'
         if cfg.dynamic_sampling.rounds:
             rounds = cfg.dynamic_sampling.rounds
@@ -189,15 +209,15 @@ def _dropout(cfg: Config, algorithm: Algorithm, engine: str) -> Iterator[str]:
 
 def _pairs(cfg: Config, algorithm: Algorithm, row: dict[str, Any], pairs: bool) -> Iterator[str]:
     """Check what losses over pairs and labelled rows require."""
-    if algorithm.whole_groups and algorithm.advantage_name == "identity" and not pairs:
+    if algorithm.loss.whole_groups and algorithm.advantage_name == "identity" and not pairs:
         yield (
             f'algo.name = "{cfg.algo.name}": learns from pairs, and the data has {", ".join(row)}; give rows with '
             f"chosen and rejected (map yours with data.columns), or make pairs of sampled completions with "
             f'algo.advantage = "best_and_worst" and rewards'
         )
-    if algorithm.whole_groups and cfg.overlong.mask:
+    if algorithm.loss.whole_groups and cfg.overlong.mask:
         yield f'overlong.mask = true: algo.name = "{cfg.algo.name}" would be left with half a pair; set it to false'
-    if kind_of(row) == "label" and algorithm.advantage_name == "identity" and not algorithm.needs_reference:
+    if kind_of(row) == "label" and algorithm.advantage_name == "identity" and not algorithm.loss.needs_reference:
         yield (
             f'algo.name = "{cfg.algo.name}": rows whose label is false would be unlearned without bound; use '
             f'algo.name = "kto", or leave the column label out'
@@ -260,7 +280,7 @@ def _rewards(field: str, rewards: tuple[Reward, ...], rows: list[dict[str, Any]]
 def _function(field: str, use: str) -> Any:
     if ":" in use:
         return resolve.attribute(use, field)
-    return getattr(resolve.module(use, BUILTIN, field), use)
+    return vars(resolve.module(use, BUILTIN, field))[use]
 
 
 def _columns(field: str, reward: Reward, arguments: Signature, row: dict[str, Any]) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -13,12 +14,13 @@ from losses import batches_of
 from torch import Tensor
 
 from rlft.algos import advantages as adv
-from rlft.algos import kl, surrogate
+from rlft.algos import kl
 from rlft.algos.algorithm import build_algorithm, describe
-from rlft.algos.losses import grpo, sft
+from rlft.algos.losses.grpo import Grpo
+from rlft.algos.losses.sft import Sft
 from rlft.config.run import Algo
 from rlft.errors import ConfigError
-from rlft.types import Batch, Prompt, Rollout, Stat
+from rlft.types import Batch, Prompt, Rollout, Stat, StepInputs
 
 NAN = float("nan")
 
@@ -37,7 +39,7 @@ def tokens(advantages: list[float], **fields: Tensor | None) -> Batch:
 def grpo_of(logprobs: list[float], batch: Batch, **settings: Any) -> tuple[float, list[float], dict[str, Stat]]:
     """Loss, gradient per completion token, stats."""
     now = torch.tensor([0.0, *logprobs], requires_grad=True)
-    value, stats = grpo.loss(now, batch, grpo.Config(**settings))
+    value, stats = Grpo(**settings)(now, batch)
     value.backward()
     assert now.grad is not None
     return value.item(), now.grad[1:].tolist(), stats
@@ -131,12 +133,16 @@ def test_grpo_builds_with_its_traits_following_its_numbers() -> None:
         build_algorithm(Algo("grpo")),
         build_algorithm(Algo("grpo", {"kl_coef": 0.1, "aggregation": "constant"})),
     )
-    assert (plain.needs_reference, plain.zero_adv_zero_grad, plain.aggregation) == (False, True, "token_mean")
-    assert (with_kl.needs_reference, with_kl.zero_adv_zero_grad, with_kl.aggregation) == (True, False, "constant")
+    assert (plain.loss.needs_reference, plain.loss.zero_adv_zero_grad, plain.aggregation) == (False, True, "token_mean")
+    assert (with_kl.loss.needs_reference, with_kl.loss.zero_adv_zero_grad, with_kl.aggregation) == (
+        True,
+        False,
+        "constant",
+    )
     rewards, groups = torch.tensor([1.0, 0.0, 2.0]), torch.tensor([0, 0, 0])
     assert torch.equal(plain.advantage(rewards, groups, lengths=groups), adv.group_norm(rewards, groups))
     assert (plain.advantage_name, build_algorithm(Algo("sft")).advantage_name) == ("group_norm", "identity")
-    assert plain.loss is grpo.loss and plain.config == grpo.Config(correction="single")
+    assert plain.loss == Grpo(correction="single")
 
 
 @pytest.mark.parametrize(
@@ -152,7 +158,7 @@ def test_grpo_builds_with_its_traits_following_its_numbers() -> None:
 )
 def test_the_correction_follows_the_number_of_updates(updates: int, correction: str, becomes: str, old: str) -> None:
     made = build_algorithm(Algo("grpo", {"correction": correction}), updates)
-    assert (made.config.correction, made.old, made.needs_sampler) == (becomes, old, correction == "bypass")
+    assert (made.loss.correction, made.old, made.loss.needs_sampler) == (becomes, old, correction == "bypass")
 
 
 def test_a_correction_that_would_be_wrong_or_twice_is_refused() -> None:
@@ -166,7 +172,7 @@ def test_a_correction_that_would_be_wrong_or_twice_is_refused() -> None:
         ConfigError, match=r'algo.correction = "decoupled" weighs tokens apart: set algo.form = "token"'
     ):
         build_algorithm(Algo("gspo", {"correction": "decoupled", "form": "sequence"}), 4)
-    assert build_algorithm(Algo("gspo", {"form": "sequence"}), 4).config.correction == "none"
+    assert build_algorithm(Algo("gspo", {"form": "sequence"}), 4).loss.correction == "none"
     assert build_algorithm(Algo("sft"), 4).old == "now" and build_algorithm(Algo("dpo"), 4).old == "now"
 
 
@@ -206,11 +212,11 @@ def test_what_corrects_twice_or_not_at_all_is_refused(
 def test_losses_against_the_sampler_need_it_and_take_old_from_nowhere() -> None:
     for name in ("dppo", "topr", "vespo"):
         made = build_algorithm(Algo(name), 4)
-        assert (made.config.correction, made.old, made.needs_sampler) == ("none", "now", True)
-    assert build_algorithm(Algo("reinforce"), 4).config.correction == "single"  # its weight is of the policy now
+        assert (made.loss.correction, made.old, made.loss.needs_sampler) == ("none", "now", True)
+    assert build_algorithm(Algo("reinforce"), 4).loss.correction == "single"  # its weight is of the policy now
     assert (
-        build_algorithm(Algo("grpo", {"off_policy_limit": 0.5})).needs_sampler
-        and not build_algorithm(Algo("grpo")).needs_sampler
+        build_algorithm(Algo("grpo", {"off_policy_limit": 0.5})).loss.needs_sampler
+        and not build_algorithm(Algo("grpo")).loss.needs_sampler
     )
 
 
@@ -224,7 +230,7 @@ def weights_of(log_rho: list[list[float]], advantages: list[float], **settings: 
     flat = torch.tensor([value for row in log_rho for value in row])
     sampler = torch.zeros(len(batch.input_ids)).index_put((batch.train_mask,), -1.0 - flat)
     now = torch.where(batch.train_mask, -1.0, 0.0).requires_grad_()
-    value, stats = grpo.loss(now, replace(batch, sampler_logprobs=sampler), grpo.Config(**settings))
+    value, stats = Grpo(**settings)(now, replace(batch, sampler_logprobs=sampler))
     value.backward()
     assert now.grad is not None
     found = (-now.grad * len(made) / torch.where(batch.train_mask, batch.advantages, 1))[batch.train_mask]
@@ -268,25 +274,25 @@ def test_bypass_has_the_samplers_ratio_and_no_factor_besides() -> None:
 
 
 def test_entropy_bonus_and_mask_by_hand() -> None:
-    batch = replace(tokens([1, 1, 1]), entropy=torch.tensor([0.0, 0.5, 1.0, 2.0]), prepared={"entropy_floor": 1.0})
+    batch = replace(tokens([1, 1, 1]), entropy=torch.tensor([0.0, 0.5, 1.0, 2.0]), inputs=StepInputs(entropy_floor=1.0))
     value, grad, _ = grpo_of([-1.0] * 3, batch, entropy_share=0.6)
     assert value == pytest.approx(-2) and grad == pytest.approx([0, -1, -1])
     value, _, stats = grpo_of([-1.0] * 3, batch, entropy_coef=0.1)
     assert value == pytest.approx(-3 - 0.35) and stats["policy_loss"].value == pytest.approx(-3)
     adaptive = {"entropy_coef": 0.1, "entropy_target": 0.5}
     assert grpo_of([-1.0] * 3, batch, **adaptive)[0] == pytest.approx(-3)  # before the first step nothing is known
-    after = replace(batch, prepared={"entropy_coef_now": 0.2})
+    after = replace(batch, inputs=StepInputs(entropy_coef=0.2))
     assert grpo_of([-1.0] * 3, after, **adaptive)[0] == pytest.approx(-3 - 0.7)
 
 
 def test_adaptive_entropy_follows_trls_rule() -> None:
     """The factor grows after a step at or below the target, falls after the others, and acts only after the former."""
-    cfg = grpo.Config(entropy_coef=0.01, entropy_target=0.5, entropy_coef_delta=0.004, entropy_coef_max=0.016)
+    loss = Grpo(entropy_coef=0.01, entropy_target=0.5, entropy_coef_delta=0.004, entropy_coef_max=0.016)
     state: dict[str, float] = {}
     for entropy, coef, now in ((0.4, 0.014, 0.014), (0.5, 0.016, 0.016), (0.9, 0.012, 0.0), (0.3, 0.016, 0.016)):
-        state = surrogate.adapt(state, entropy, cfg)
+        state = loss.adapt(state, entropy)
         assert state == pytest.approx({"entropy_coef": coef, "entropy_coef_now": now})
-    assert surrogate.adapt({}, 0.4, grpo.Config()) == {}
+    assert Grpo().adapt({}, 0.4) == {}
 
 
 def test_delta_bounds_the_ratio_of_a_bad_token() -> None:
@@ -313,21 +319,65 @@ def test_a_run_prints_its_five_choices() -> None:
 def test_a_loss_and_an_advantage_can_be_files_of_the_user(tmp_path: Path) -> None:
     file = tmp_path / "my_loss.py"
     file.write_text(
-        Path(sft.__file__).read_text() + "\n\ndef twice(rewards, group_ids):\n    return 2 * rewards\n"
+        Path(inspect.getfile(Sft)).read_text() + "\n\ndef twice(rewards, group_ids):\n    return 2 * rewards\n"
         "\n\ndef total(rewards, group_ids):\n    return rewards.sum()\n"
     )
-    mine = build_algorithm(Algo(f"{file}:loss", {"aggregation": "prompt_mean"}))
-    assert mine.aggregation == "prompt_mean" and mine.zero_adv_zero_grad
+    mine = build_algorithm(Algo(f"{file}", {"aggregation": "prompt_mean"}))
+    assert mine.aggregation == "prompt_mean" and mine.loss.zero_adv_zero_grad
     doubled = build_algorithm(Algo("grpo", {"advantage": f"{file}:twice"})).advantage
     assert doubled(torch.tensor([1.5]), torch.tensor([0])).tolist() == [3]
     with pytest.raises(ConfigError, match=r"my_loss.py:total\": want a tensor of shape \[2\], got shape \[\]"):
         build_algorithm(Algo("grpo", {"advantage": f"{file}:total"})).advantage(
             torch.ones(2), torch.zeros(2, dtype=torch.int64)
         )
-    bad = tmp_path / "bad.py"
-    bad.write_text("ADVANTAGE = 'identity'\ndef loss(logprobs, batch, cfg): ...\n")
-    with pytest.raises(ConfigError, match=r"not an algorithm, it lacks Config, AGGREGATION, RATIO, NEEDS_REFERENCE"):
-        build_algorithm(Algo(f"{bad}:loss"))
+
+
+MINE = """
+from dataclasses import dataclass
+from rlft.algos.loss import Loss
+from rlft.algos.losses.sft import Sft
+@dataclass(frozen=True)
+class One(Loss):
+    def __call__(self, logprobs, batch):
+        return (logprobs * batch.weight).sum(), {}
+Alias = One
+"""
+
+
+@pytest.mark.parametrize("name", ["mine.py", "mine.py:One", "mine.py:Alias", "mine:One", "rlft.algos.losses.sft:Sft"])
+def test_a_loss_is_named_by_its_file_its_class_or_its_module(name: str, tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "mine.py").write_text(MINE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    made = build_algorithm(Algo(name))
+    assert type(made.loss).__name__ == ("Sft" if name.endswith("Sft") else "One")
+    assert (made.advantage_name, made.aggregation, made.old) == ("identity", "token_mean", "now")
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        (
+            "a.py",
+            "from rlft.algos.losses.sft import Sft",
+            '"a.py": defines no loss; write a frozen dataclass that extends',
+        ),
+        ("a.py", MINE + "class Two(One): ...", '"a.py": defines One, Two; write which one, "a.py:One"$'),
+        ("a.py", MINE.replace("@dataclass(frozen=True)\n", ""), "One is no dataclass, .* write @dataclass"),
+        ("a.py", MINE.replace("__call__", "call"), "One lacks __call__, as in"),
+        ("a.py:loss", "def loss(logprobs, batch, cfg): ...", 'loss is no loss; .* write "a.py" or "a.py:Class"$'),
+        ("a.py:One", "", '"a.py:One": a.py has no "One"'),
+        ("b.py", "", '"b.py": no file .*b.py'),
+        ("no.module:One", "", "No module named 'no'"),
+    ],
+)
+def test_a_file_without_exactly_one_loss_is_refused(
+    name: str, text: str, message: str, tmp_path: Path, monkeypatch
+) -> None:
+    (tmp_path / "a.py").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=message):
+        build_algorithm(Algo(name))
 
 
 @pytest.mark.parametrize(
@@ -351,6 +401,6 @@ def test_wrong_settings_name_the_field_and_what_is_wanted(name: str, options: di
 
 def test_settings_made_in_python_are_checked_too() -> None:
     with pytest.raises(ConfigError, match=r'algo.kl = "k3": want one of k2, k3_ratio, k1_ratio, forward'):
-        grpo.Config(kl="k3")  # type: ignore[arg-type]
+        Grpo(kl="k3")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match=r'algo.aggregation = "mean": want one of token_mean, sequence_mean'):
-        sft.Config(aggregation="mean")  # type: ignore[arg-type]
+        Sft(aggregation="mean")  # type: ignore[arg-type]

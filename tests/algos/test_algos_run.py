@@ -9,18 +9,21 @@ from typing import Any
 
 import pytest
 import torch
-from losses import LOSSES
+from losses import LOSSES, file_of
 from safetensors.torch import load_file
 from tiny import tiny_model, tiny_tokenizer
 
+from rlft.cli.main import main
 from rlft.config.data import Curriculum, Data, Eval, Reward, Sampling
+from rlft.config.files import to_toml
 from rlft.config.run import Algo, Checkpoint, Config, Lora, Optim, Packing, Parity
 from rlft.errors import ConfigError, TrainError
 from rlft.trainer.loop import train
 from rlft.trainer.validate import problems
 
-FILES = sorted({module.__name__.rpartition(".")[2] for module, _ in LOSSES.values()})
-PAIRED = sorted({module.__name__.rpartition(".")[2] for module, _ in LOSSES.values() if module.WHOLE_GROUPS})
+ROOT = Path(__file__).parents[2]
+FILES = sorted({file_of(loss) for loss in LOSSES.values()})
+PAIRED = sorted({file_of(loss) for loss in LOSSES.values() if loss.whole_groups})
 CLIP = {"clip_ratio/low_mean", "clip_ratio/low_min", "clip_ratio/high_mean", "clip_ratio/high_max"}
 PAIR = {"rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected"}
 NAMES = {
@@ -187,18 +190,22 @@ def test_kto_wants_two_prompts_in_an_update(minibatches: int, home: Path, tmp_pa
 
 LOOKS = """
 import torch
-from rlft.algos.losses.kto import ADVANTAGE, AGGREGATION, ENTROPY_GRAD, NEEDS_REFERENCE, NEEDS_SAMPLER, RATIO
-from rlft.algos.losses.kto import WHOLE_GROUPS, ZERO_ADV_ZERO_GRAD, Config
-from rlft.types import Stat
-def prepare(look, cfg):
-    return {"floor": look.entropy_quantile(0.5), "gain": float(look.log_ratios(look.rollouts).sum())}
-def loss(logprobs, batch, cfg):
-    used = batch.train_mask
-    gain = torch.where(used, logprobs.detach().double() - batch.ref_logprobs.double(), 0).sum()
-    above = (batch.entropy.detach() > batch.prepared["floor"])[used].double().mean()
-    stats = {"off": Stat("mean", abs(gain - batch.prepared["gain"])), "moved": Stat("mean", abs(gain)),
-             "uneven": Stat("mean", abs(above - 0.5) * used.sum())}
-    return -(batch.weight * torch.where(used, logprobs, 0)).sum(), stats
+from dataclasses import dataclass
+from rlft.algos.loss import Loss
+from rlft.types import Stat, StepInputs
+@dataclass(frozen=True)
+class Looks(Loss):
+    aggregation, needs_reference, zero_adv_zero_grad = "sequence_mean", True, True
+    def prepare(self, view):
+        gain = float(view.log_ratios(view.rollouts).sum())
+        return StepInputs(extra={"floor": view.entropy_quantile(0.5), "gain": gain})
+    def __call__(self, logprobs, batch):
+        used, inputs = batch.train_mask, batch.inputs.extra
+        gain = torch.where(used, logprobs.detach().double() - batch.ref_logprobs.double(), 0).sum()
+        above = (batch.entropy.detach() > inputs["floor"])[used].double().mean()
+        stats = {"off": Stat("mean", abs(gain - inputs["gain"])), "moved": Stat("mean", abs(gain)),
+                 "uneven": Stat("mean", abs(above - 0.5) * used.sum())}
+        return -(batch.weight * torch.where(used, logprobs, 0)).sum(), stats
 """
 
 
@@ -211,7 +218,7 @@ def test_prepare_sees_each_update_as_it_starts(minibatches: int, passes: int, ho
         home,
         tmp_path / "run",
         "sft",
-        algo=Algo(f"{home}/looks.py:loss"),
+        algo=Algo(f"{home}/looks.py"),
         optim=optim,
         prompts_per_step=4,
         steps=3,
@@ -220,3 +227,23 @@ def test_prepare_sees_each_update_as_it_starts(minibatches: int, passes: int, ho
     line = ran(cfg)[-1]
     assert line["batch/micro_batches"] == minibatches
     assert line["moved"] > 0.1 and line["off"] < 1e-4 * line["moved"] and line["uneven"] <= 1
+
+
+def test_the_example_of_a_users_loss_trains_from_a_config(home: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    """Two updates per step, so that its ratio acts; a flag sets its setting, and a resume reads both from the run."""
+    monkeypatch.chdir(ROOT)
+    cfg = config(home, tmp_path / "run", algo=Algo("examples/my_loss.py"), optim=Optim(lr=1e-2, passes=2))
+    file = tmp_path / "run.toml"
+    file.write_text(to_toml(cfg))
+    assert main(["train", str(file), "--algo.width=0.1", "--steps=1"]) == 0
+    assert "examples/my_loss.py: ratio per token, squared penalty of width 0.1, no KL" in capsys.readouterr().out
+    assert main(["train", str(tmp_path / "run" / "config.toml"), "--steps=2", "--resume"]) == 0
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2] and all(line["loss"] is not None for line in lines)
+    with pytest.raises(SystemExit):
+        main(["train", str(file), "--help"])
+    assert "--algo.width" in capsys.readouterr().out
+    assert main(["train", str(file), "--algo.width=0"]) == 2
+    assert "algo.width = 0.0: want a number above 0" in capsys.readouterr().err
+    assert main(["train", str(file), "--algo.with=1"]) == 2
+    assert "algo.with: unknown setting. Did you mean" in capsys.readouterr().err

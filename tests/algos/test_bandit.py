@@ -6,16 +6,17 @@ from __future__ import annotations
 import functools
 import itertools
 from dataclasses import replace
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
-from losses import LOSSES, POLICY, batches_of
+from losses import LOSSES, POLICY, batches_of, file_of
 from torch import Tensor
 
 from rlft.algos.algorithm import estimator_of
-from rlft.types import Batch, Prompt, Rollout
+from rlft.algos.loss import Loss
+from rlft.algos.policy_loss import PolicyLoss
+from rlft.types import Batch, Prompt, Rollout, StepInputs
 
 ACTIONS = 4
 PAYS: dict[str, dict[tuple[int, ...], float]] = {
@@ -23,10 +24,8 @@ PAYS: dict[str, dict[tuple[int, ...], float]] = {
     # A second choice of 0 pays a little after any first one; only 1 then 3 pays in full.
     "two states": {(a, b): 1.0 if (a, b) == (1, 3) else 0.4 * (b == 0) for a in range(ACTIONS) for b in range(ACTIONS)},
 }
-FILES = {module.__name__.rpartition(".")[2]: module for module, _ in LOSSES.values()}
-POLICIES = [LOSSES[name][0] for name in POLICY]
-SAMPLED = {name: module for name, module in FILES.items() if module in POLICIES}
-RECORDED = {name: module for name, module in FILES.items() if name not in SAMPLED}
+SAMPLED = {file_of(loss): type(loss) for loss in POLICY.values()}
+RECORDED = {file_of(loss): type(loss) for loss in LOSSES.values() if file_of(loss) not in SAMPLED}
 
 
 class Table:
@@ -75,7 +74,9 @@ def frame(aggregation: Any, groups: int, size: int, length: int, whole: bool = F
 
 def filled(batch: Batch, actions: Tensor, advantages: Tensor) -> Batch:
     """The batch with these completions [N, length] and advantages [N]."""
-    order, (n, length) = list(batch.rows), actions.shape
+    n, length = actions.shape
+    size = n // len(batch.group_weight)
+    order = [sample.rollout.prompt.index * size + sample.rollout.sample_index for sample in batch.samples]
     ids, value = batch.input_ids.clone(), torch.zeros(len(batch.input_ids))
     ids[batch.train_mask] = actions[order].flatten()
     value[batch.train_mask] = advantages[order].float().repeat_interleave(length)
@@ -83,20 +84,20 @@ def filled(batch: Batch, actions: Tensor, advantages: Tensor) -> Batch:
     return replace(batch, input_ids=ids, advantages=value)
 
 
-def trained(module: ModuleType, task: str, sign: float) -> Table:
+def trained(cls: type[PolicyLoss], task: str, sign: float) -> Table:
     """60 rollout batches of two updates each: the second one is off its sampler."""
-    table, g, cfg = Table(), torch.Generator().manual_seed(0), module.Config()
-    estimator, pays = estimator_of(cfg.advantage), PAYS[task]
+    table, g, loss = Table(), torch.Generator().manual_seed(0), cls()
+    estimator, pays = estimator_of(loss.advantage), PAYS[task]
     length, group_ids = len(next(iter(pays))), torch.arange(4).repeat_interleave(16)
     for _ in range(60):
         actions = table.sample(64, length, g)
         rewards = torch.tensor([pays[tuple(row)] for row in actions.tolist()])
         advantages = sign * estimator(rewards, group_ids, lengths=torch.full((64,), length))
-        batch = filled(frame(cfg.aggregation, 4, 16, length), actions, advantages)
+        batch = filled(frame(loss.aggregation, 4, 16, length), actions, advantages)
         now = table.logprobs(batch).detach()
-        batch = replace(batch, old_logprobs=now if module.RATIO else None, sampler_logprobs=now)
+        batch = replace(batch, old_logprobs=now if loss.has_ratio else None, sampler_logprobs=now)
         for _ in range(2):
-            table.update(module.loss(table.logprobs(batch), batch, cfg)[0])
+            table.update(loss(table.logprobs(batch), batch)[0])
     return table
 
 
@@ -108,20 +109,20 @@ def test_a_policy_loss_reaches_the_optimum_and_its_opposite_does_not(name: str, 
     assert trained(SAMPLED[name], task, -1).value(PAYS[task]) < start
 
 
-def fitted(module: ModuleType, task: str, sign: float) -> Table:
+def fitted(cls: type[Loss], task: str, sign: float) -> Table:
     """Recorded completions: the best one is chosen or good; every other one is rejected or bad, or left out."""
-    table, cfg, pays = Table(), module.Config(), PAYS[task]
+    table, loss, pays = Table(), cls(), PAYS[task]
     best, length = max(pays, key=lambda row: pays[row]), len(next(iter(pays)))
     others = [row for row in pays if row != best]
-    single = not module.WHOLE_GROUPS and not module.NEEDS_REFERENCE  # supervised: only the good side
+    single = not loss.whole_groups and not loss.needs_reference  # supervised: only the good side
     rows = [best] * len(others) if single else [row for other in others for row in (best, other)]
     advantages = sign * torch.tensor([1.0 if row == best else -1.0 for row in rows])
     shape = (len(rows), 1) if single else (len(others), 2)
-    batch = filled(frame(module.AGGREGATION, *shape, length, module.WHOLE_GROUPS), torch.tensor(rows), advantages)
-    if module.NEEDS_REFERENCE:
-        batch = replace(batch, ref_logprobs=table.logprobs(batch).detach(), prepared={"z0": 0.0})
+    batch = filled(frame(loss.aggregation, *shape, length, loss.whole_groups), torch.tensor(rows), advantages)
+    if loss.needs_reference:
+        batch = replace(batch, ref_logprobs=table.logprobs(batch).detach(), inputs=StepInputs(z0=0.0))
     for _ in range(100):
-        table.update(module.loss(table.logprobs(batch), batch, cfg)[0])
+        table.update(loss(table.logprobs(batch), batch)[0])
     return table
 
 

@@ -7,11 +7,11 @@ from collections import defaultdict
 from dataclasses import replace
 
 import pytest
+import records
 import torch
 from torch import Tensor
 
-from rlft.algos.losses import dpo
-from rlft.batch import count, pack
+from rlft.algos.losses.dpo import Dpo
 from rlft.errors import ConfigError
 from rlft.types import Batch, PackPlan, Prompt, Rollout
 
@@ -32,12 +32,12 @@ def pairs() -> list[Rollout]:
 def packed(now: Tensor, ref: Tensor, budget: int = 25, share: bool = True) -> list[tuple[Batch, Tensor]]:
     """Micro-batches with reference log-probs from `ref` [8, 7], and which cell of that grid each token is."""
     made = pairs()
-    plan = PackPlan((True,) * len(made), dpo.AGGREGATION, budget, LONGEST, 1.0, whole_groups=True, share_prefix=share)
+    plan = PackPlan(Dpo.aggregation, budget, LONGEST, 1.0, whole_groups=True, share_prefix=share)
     found = []
-    for batch in pack(made, torch.tensor([1.0, -1.0] * len(LENGTHS)), plan, count(made, plan)):
+    for batch in records.packed(made, plan, torch.tensor([1.0, -1.0] * len(LENGTHS))):
         own = [s for s in range(len(batch.prefix)) if batch.group_ids[s] >= 0]
         cells = torch.zeros(len(batch.input_ids), dtype=torch.long)
-        for s, row in zip(own, batch.rows, strict=True):
+        for s, row in zip(own, records.rows(batch, made), strict=True):
             mine = ((batch.seq_ids == s) & batch.train_mask).nonzero().squeeze(1)
             cells[mine] = row * LONGEST + torch.arange(len(mine))
         found.append((replace(batch, ref_logprobs=ref.flatten()[cells]), cells))
@@ -53,7 +53,7 @@ def grids() -> tuple[Tensor, Tensor]:
 def total(now: Tensor, ref: Tensor, budget: int = 25, share: bool = True) -> tuple[Tensor, dict[str, float]]:
     value, sums = torch.zeros((), dtype=torch.float64), defaultdict(lambda: [0.0, 0.0])
     for batch, cells in packed(now, ref, budget, share):
-        loss, stats = dpo.loss(now.flatten()[cells], batch, dpo.Config(beta=0.3))
+        loss, stats = Dpo(beta=0.3)(now.flatten()[cells], batch)
         value = value + loss
         for name, stat in stats.items():
             sums[name][0] += float(stat.value)
@@ -73,7 +73,7 @@ def test_swapping_the_sides_turns_the_margin_round() -> None:
     turned = torch.zeros((), dtype=torch.float64)
     for batch, cells in packed(now, ref):
         swapped = replace(batch, advantages=-batch.advantages)
-        turned = turned + dpo.loss(now.flatten()[cells], swapped, dpo.Config(beta=0.3))[0]
+        turned = turned + Dpo(beta=0.3)(now.flatten()[cells], swapped)[0]
     assert turned.item() - value.item() == pytest.approx(stats["rewards/margins"], abs=1e-12)
 
 
@@ -97,7 +97,7 @@ def test_a_wild_log_ratio_and_a_token_of_weight_zero_leave_the_gradient_finite()
         row = batch.train_mask.nonzero()[0]
         batch = replace(batch, weight=batch.weight.index_fill(0, row, 0.0), ref_logprobs=batch.ref_logprobs + 1e4)
         leaf = now.flatten()[cells].index_fill(0, row, float("nan")).requires_grad_()
-        value, stats = dpo.loss(leaf, batch, dpo.Config())
+        value, stats = Dpo()(leaf, batch)
         value.backward()
         assert value.isfinite() and leaf.grad is not None and leaf.grad.isfinite().all() and leaf.grad[row] == 0
         assert all(math.isfinite(float(s.value)) for s in stats.values())
@@ -106,14 +106,14 @@ def test_a_wild_log_ratio_and_a_token_of_weight_zero_leave_the_gradient_finite()
 def test_an_empty_side_adds_nothing_to_the_margin() -> None:
     prompt = Prompt((1, 2), {}, 0)
     made = [Rollout(prompt, (5,) * n, (True,) * n, None, "", "stop", s, -1, 0) for s, n in enumerate((2, 0))]
-    plan = PackPlan((True, True), "sequence_sum", 100, 5, 1.0, whole_groups=True)
-    (batch,) = pack(made, torch.tensor([1.0, -1.0]), plan, count(made, plan))
+    plan = PackPlan("sequence_sum", 100, 5, 1.0, whole_groups=True)
+    (batch,) = records.packed(made, plan, torch.tensor([1.0, -1.0]))
     now = torch.where(batch.train_mask, -1.0, 0.0)
     batch = replace(batch, ref_logprobs=torch.where(batch.train_mask, -1.5, 0.0))
-    value, _ = dpo.loss(now, batch, dpo.Config(beta=1.0))  # D = 2 * 0.5
+    value, _ = Dpo(beta=1.0)(now, batch)  # D = 2 * 0.5
     assert value.item() == pytest.approx(math.log(1 + math.exp(-1)))
 
 
 def test_beta_must_be_above_zero() -> None:
     with pytest.raises(ConfigError, match=r"algo.beta = 0: want a number above 0"):
-        dpo.Config(beta=0)
+        Dpo(beta=0)

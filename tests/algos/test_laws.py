@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
 import pytest
+import records
 import torch
-from losses import LOSSES, PAIRS, POLICY, Toy, batches_of, filled_step, rows_of, step
+from losses import LOSSES, PAIRS, POLICY, Toy, batches_of, file_of, filled_step, rows_of, step
 
 from rlft.algos import algorithm
 from rlft.algos.advantages import ESTIMATORS
+from rlft.algos.loss import Loss
+from rlft.algos.pair_loss import PairLoss
+from rlft.algos.policy_loss import PolicyLoss
 from rlft.batch import count
 from rlft.config import resolve
 from rlft.config.files import presets
@@ -23,15 +28,20 @@ TOY = Toy()
 
 def test_every_file_of_the_folder_is_under_the_laws() -> None:
     files = set(resolve.names_in(algorithm.LOSSES))
-    assert files == {module.__name__.rpartition(".")[2] for module, _ in LOSSES.values()}
-    for module, _ in LOSSES.values():
-        text = " ".join((module.__doc__ or "").split())
-        assert "The five choices:" in text, module.__name__
+    assert files == {file_of(loss) for loss in LOSSES.values()}
+    for loss in LOSSES.values():
+        text = " ".join((inspect.getdoc(inspect.getmodule(loss)) or "").split())
+        assert "The five choices:" in text, file_of(loss)
+
+
+def test_no_loss_extends_another_loss() -> None:
+    for loss in LOSSES.values():
+        assert type(loss).__bases__ in ((Loss,), (PolicyLoss,), (PairLoss,)), file_of(loss)
 
 
 def test_the_page_of_algorithms_has_every_loss_estimator_and_preset() -> None:
     page = (Path(__file__).parents[2] / "docs" / "algorithms.md").read_text()
-    names = {module.__name__.rpartition(".")[2] for module, _ in LOSSES.values()} | set(ESTIMATORS) | set(presets())
+    names = {file_of(loss) for loss in LOSSES.values()} | set(ESTIMATORS) | set(presets())
     assert [name for name in sorted(names) if f"`{name}`" not in page] == []
 
 
@@ -59,7 +69,7 @@ def test_the_order_of_groups_changes_nothing(name: str) -> None:
     assert (TOY.gradient(first, name)[1] - TOY.gradient(second, name)[1]).abs().max() < 1e-12
 
 
-PLAIN = [name for name in POLICY if not LOSSES[name][1].kl_coef and "entropy" not in name]
+PLAIN = [name for name, loss in POLICY.items() if not loss.kl_coef and "entropy" not in name]
 """Losses that claim REINFORCE's gradient where policy, old and sampler are one."""
 
 
@@ -79,7 +89,6 @@ def test_the_on_policy_gradient_is_that_of_reinforce(name: str) -> None:
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("name", LOSSES)
 def test_a_token_of_weight_zero_may_hold_anything(name: str, bad: float) -> None:
-    module, cfg = LOSSES[name]
     (batch,) = filled_step(name in PAIRS)
     out = batch.seq_ids == int(batch.seq_ids[batch.train_mask][0])
     batch = replace(batch, weight=torch.where(out, 0, batch.weight))
@@ -89,7 +98,7 @@ def test_a_token_of_weight_zero_may_hold_anything(name: str, bad: float) -> None
     grads = []
     for logprobs, fields in ((now, {}), (torch.where(out, bad, now), spoiled)):
         leaf = logprobs.clone().requires_grad_()
-        value, stats = module.loss(leaf, replace(batch, entropy=entropy, **fields), cfg)
+        value, stats = LOSSES[name](leaf, replace(batch, entropy=entropy, **fields))
         value.backward()
         assert value.isfinite() and leaf.grad is not None and leaf.grad.isfinite().all()
         assert all(math.isfinite(stat.value) for stat in stats.values())
@@ -103,13 +112,15 @@ def test_weight_zero_equals_the_row_removed(name: str) -> None:
     """The counts stay those of the whole step: what is left out keeps its place in the denominator."""
     pair = name in PAIRS
     made, values = rows_of(pair)
-    plan = PackPlan((True,) * 8, "sequence_mean", 1000, 6, 1.0, pair)
+    plan = PackPlan("sequence_mean", 1000, 6, 1.0, pair)
     gone = (0, 1) if pair else (0,)
     rest = [i for i in range(8) if i not in gone]
-    less = batches_of([made[i] for i in rest], plan.aggregation, 1000, True, values[rest], pair, count(made, plan))
+    less = batches_of(
+        [made[i] for i in rest], plan.aggregation, 1000, True, values[rest], pair, count(records.groups(made))
+    )
     (whole,) = filled_step(pair, "sequence_mean")
     own = [s for s in range(len(whole.prefix)) if whole.group_ids[s] >= 0]
-    out = torch.isin(whole.seq_ids, torch.tensor([own[whole.rows.index(row)] for row in gone]))
+    out = torch.isin(whole.seq_ids, torch.tensor([own[records.rows(whole, made).index(row)] for row in gone]))
     masked = replace(whole, weight=torch.where(out, 0, whole.weight))
     removed = [TOY.filled(batch) for batch in less]
     assert (TOY.gradient([masked], name)[1] - TOY.gradient(removed, name)[1]).abs().max() < 1e-12
@@ -120,12 +131,11 @@ def test_weight_zero_equals_the_row_removed(name: str) -> None:
 @pytest.mark.parametrize("name", LOSSES)
 def test_wild_log_ratios_leave_loss_and_gradient_finite(name: str, which: str, size: float) -> None:
     """size: added to those log-probs; an infinite one is taken off, for tokens that another policy gives no chance."""
-    module, cfg = LOSSES[name]
     (batch,) = filled_step(name in PAIRS)
     wild = getattr(batch, which) + (size if math.isfinite(size) else -size)
     now, entropy = (x.float().detach() for x in TOY.both(batch))
     now.requires_grad_()
-    value, stats = module.loss(now, replace(batch, entropy=entropy, **{which: wild.float()}), cfg)
+    value, stats = LOSSES[name](now, replace(batch, entropy=entropy, **{which: wild.float()}))
     value.backward()
     assert value.isfinite() and now.grad is not None and now.grad.isfinite().all()
     assert all(math.isfinite(stat.value) for stat in stats.values())
@@ -142,10 +152,9 @@ def one_token(advantage: float, ratio: float) -> Batch:
 @pytest.mark.parametrize("advantage", [1.0, -1.0])
 @pytest.mark.parametrize("name", ["grpo", "grpo-bypass", "gspo", "gspo-sequence", "gmpo", "rloo", "dppo", "dppo-kl"])
 def test_the_clipped_side_has_zero_gradient_and_the_other_has_not(name: str, advantage: float) -> None:
-    module, cfg = LOSSES[name]
     for ratio in (1.6, 0.6):
         now = torch.tensor([0.0, -1.0], requires_grad=True)
-        value, stats = module.loss(now, one_token(advantage, ratio), cfg)
+        value, stats = LOSSES[name](now, one_token(advantage, ratio))
         value.backward()
         assert now.grad is not None
         clipped = (ratio > 1) == (advantage > 0)
@@ -156,9 +165,7 @@ def test_the_clipped_side_has_zero_gradient_and_the_other_has_not(name: str, adv
 
 def test_a_batch_of_zero_advantage_has_exactly_zero_gradient_where_the_loss_says_so() -> None:
     for name in LOSSES.keys() - set(PAIRS):  # a pair of zero advantages has no better side
-        module, cfg = LOSSES[name]
-        flag = module.ZERO_ADV_ZERO_GRAD
-        says = flag(cfg) if callable(flag) else flag
+        says = LOSSES[name].zero_adv_zero_grad
         batches = [TOY.filled(batch) for batch in batches_of(step(), values=torch.zeros(8))]
         assert bool((TOY.gradient(batches, name)[1] == 0).all()) == says, name
 
@@ -169,7 +176,8 @@ def test_a_group_without_a_better_side_is_no_pair() -> None:
     tied = torch.where(torch.arange(8) < 2, 0.0, values)
     for name in PAIRS:
         whole = [TOY.filled(b) for b in batches_of(made, "sequence_sum", values=tied, whole_groups=True)]
-        plan = PackPlan((True,) * 8, "sequence_sum", 1000, 6, 1.0, True)
-        less = batches_of(made[2:], "sequence_sum", values=values[2:], whole_groups=True, counts=count(made, plan))
+        less = batches_of(
+            made[2:], "sequence_sum", values=values[2:], whole_groups=True, counts=count(records.groups(made))
+        )
         got, want = TOY.gradient(whole, name), TOY.gradient([TOY.filled(b) for b in less], name)
         assert got[0] == pytest.approx(want[0], abs=1e-12) and (got[1] - want[1]).abs().max() < 1e-12

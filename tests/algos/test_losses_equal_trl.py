@@ -10,20 +10,28 @@ import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import records
 import torch
 from torch import Tensor
 from trl_code import run_block, trl
 
 from rlft.algos import advantages as adv
-from rlft.algos.losses import cispo, gmpo, grpo, gspo, rloo, sapo, sft, vespo
-from rlft.batch import count, pack
+from rlft.algos.loss import Loss
+from rlft.algos.losses.cispo import Cispo
+from rlft.algos.losses.gmpo import Gmpo
+from rlft.algos.losses.grpo import Grpo
+from rlft.algos.losses.gspo import Gspo
+from rlft.algos.losses.rloo import Rloo
+from rlft.algos.losses.sapo import Sapo
+from rlft.algos.losses.sft import Sft
+from rlft.algos.losses.vespo import Vespo
 from rlft.trainer.metrics import Metrics
 from rlft.trainer.prepare import PackedStep
-from rlft.types import Aggregation, Batch, PackPlan, Prompt, Rollout
+from rlft.types import Aggregation, Batch, PackPlan, Prompt, Rollout, StepInputs
 
 GRPO, RLOO = ("trainer.grpo_trainer", "GRPOTrainer"), ("trainer.rloo_trainer", "RLOOTrainer")
 LENGTHS = (5, 2, 7, 1, 0, 4, 3, 6)
@@ -71,11 +79,11 @@ def step() -> list[Rollout]:
 def packed(values: dict[str, Tensor], aggregation: Aggregation) -> tuple[list[Batch], list[Tensor]]:
     """Micro-batches with the log-probs of `values` ([8, 7] each), and the cells of that grid that each token is."""
     made = step()
-    plan = PackPlan((True,) * len(made), aggregation, 16, MAX_LEN, 1.0)
+    plan = PackPlan(aggregation, 16, MAX_LEN, 1.0)
     batches, cells = [], []
-    for batch in pack(made, ADVANTAGES, plan, count(made, plan)):
+    for batch in records.packed(made, plan, ADVANTAGES):
         own = [s for s in range(len(batch.prefix)) if batch.group_ids[s] >= 0]
-        row = torch.tensor([batch.rows[own.index(s)] if s in own else 0 for s in batch.seq_ids.tolist()])
+        row = torch.tensor([records.rows(batch, made)[own.index(s)] if s in own else 0 for s in batch.seq_ids.tolist()])
         cell = row * max(LENGTHS) + (batch.position_ids - 3).clamp(min=0)
         batches.append(replace(batch, **{name: grid.flatten()[cell].detach() for name, grid in values.items()}))
         cells.append(cell)
@@ -138,22 +146,23 @@ def trl_loss(
 
 
 def our_loss(
-    module: ModuleType,
-    cfg: Any,
+    loss: Loss,
     now: Tensor,
     values: dict[str, Tensor],
     aggregation: Aggregation,
     entropy: Tensor | None = None,
-    **prepared: float,
+    **inputs: float,
 ) -> tuple[Tensor, dict[str, float]]:
     """Our loss over several micro-batches, and what it logs."""
     total, metrics = torch.zeros((), dtype=torch.float64), Metrics()
     batches, cells = packed(values, aggregation)
     assert len(batches) > 1
     for batch, cell in zip(batches, cells, strict=True):
-        batch = replace(batch, entropy=None if entropy is None else entropy.flatten()[cell], prepared=prepared)
-        loss, stats = module.loss(now.flatten()[cell], batch, cfg)
-        total = total + loss
+        batch = replace(
+            batch, entropy=None if entropy is None else entropy.flatten()[cell], inputs=StepInputs(**inputs)
+        )
+        value, stats = loss(now.flatten()[cell], batch)
+        total = total + value
         metrics.add(stats)
     return total, metrics.values()
 
@@ -203,14 +212,14 @@ def test_grpo_equals_trl(
         values["old_logprobs"] = values["sampler_logprobs"] = now + 0.6 * (values["old_logprobs"] - now)
     elif correction == "none":
         values["sampler_logprobs"] = values["old_logprobs"]
-    cfg = grpo.Config(clip_high=0.28, kl_coef=beta, kl=kind, correction=correction)
+    cfg = Grpo(clip_high=0.28, kl_coef=beta, kl=kind, correction=correction)
     args = SimpleNamespace(**{**ARGS, "use_bias_correction_kl": bias})
     a, b = now.clone().requires_grad_(), now.clone().requires_grad_()
     theirs = trl_loss(b, values, loss_type, beta=beta, args=args)
     if correction == "none":
         values["sampler_logprobs"] = values["old_logprobs"] - 0.7
     assert min(theirs[1][name][0] for name in CLIP[:3]) > 0
-    same(our_loss(grpo, cfg, a, values, aggregation), theirs, a, b, [*CLIP, *(["kl"] if beta and not bias else [])])
+    same(our_loss(cfg, a, values, aggregation), theirs, a, b, [*CLIP, *(["kl"] if beta and not bias else [])])
 
 
 @pytest.mark.parametrize("delta", [1.3, 1.4])
@@ -220,8 +229,8 @@ def test_two_sided_clipping_equals_trls(delta: float) -> None:
     theirs = trl_loss(b, values, "dapo", args=SimpleNamespace(**{**ARGS, "delta": delta}))
     without = trl_loss(now, values, "dapo")[0]
     assert abs(theirs[0].item() - without.item()) > 1e-3
-    cfg = grpo.Config(clip_high=0.28, delta=delta, correction="decoupled")
-    same(our_loss(grpo, cfg, a, values, "token_mean"), theirs, a, b)
+    cfg = Grpo(clip_high=0.28, delta=delta, correction="decoupled")
+    same(our_loss(cfg, a, values, "token_mean"), theirs, a, b)
 
 
 def drifting() -> tuple[Tensor, dict[str, Tensor]]:
@@ -241,9 +250,7 @@ def test_gspo_and_luspo_equal_trls_sequence_level(loss_type: str, aggregation: A
     values["sampler_logprobs"] = values["old_logprobs"]
     a, b = now.clone().requires_grad_(), now.clone().requires_grad_()
     theirs = trl_loss(b, values, loss_type, importance_sampling_level="sequence")
-    ours = our_loss(
-        gspo, gspo.Config(clip_low=0.2, clip_high=0.28, form=form, correction="none"), a, values, aggregation
-    )
+    ours = our_loss(Gspo(clip_low=0.2, clip_high=0.28, form=form, correction="none"), a, values, aggregation)
     for metrics in ({k: [v] for k, v in ours[1].items()}, theirs[1]):
         assert min(metrics["clip_ratio/low_mean"][0], metrics["clip_ratio/high_mean"][0]) > 0
     same(ours, theirs, a, b)
@@ -254,8 +261,8 @@ def test_cispo_equals_trl() -> None:
     a, b = now.clone().requires_grad_(), now.clone().requires_grad_()
     theirs = trl_loss(b, values, "cispo", epsilon_high=1.2)
     assert 0 < theirs[1]["cispo_clip_ratio"][0] < 1
-    cfg = cispo.Config(clip_max=1.2, correction="decoupled")
-    same(our_loss(cispo, cfg, a, values, "token_mean"), theirs, a, b, ["cispo_clip_ratio"])
+    cfg = Cispo(clip_max=1.2, correction="decoupled")
+    same(our_loss(cfg, a, values, "token_mean"), theirs, a, b, ["cispo_clip_ratio"])
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.2])
@@ -264,8 +271,8 @@ def test_sapo_equals_trl(beta: float) -> None:
     a, b = now.clone().requires_grad_(), now.clone().requires_grad_()
     args = {"sapo_temperature_pos": 1.0, "sapo_temperature_neg": 1.3, "use_bias_correction_kl": True}
     theirs = trl_loss(b, values, "sapo", beta=beta, args=SimpleNamespace(**{**ARGS, **args}))
-    cfg = sapo.Config(temperature_neg=1.3, kl_coef=beta, correction="decoupled")
-    same(our_loss(sapo, cfg, a, values, "sequence_mean"), theirs, a, b)
+    cfg = Sapo(temperature_neg=1.3, kl_coef=beta, correction="decoupled")
+    same(our_loss(cfg, a, values, "sequence_mean"), theirs, a, b)
 
 
 def test_vespo_equals_trl() -> None:
@@ -274,16 +281,16 @@ def test_vespo_equals_trl() -> None:
     a, b = now.clone().requires_grad_(), now.clone().requires_grad_()
     names = {"vespo_k_pos": 2.0, "vespo_lambda_pos": 3.0, "vespo_k_neg": 3.0, "vespo_lambda_neg": 2.0}
     theirs = trl_loss(b, values, "vespo", cap=math.inf, args=SimpleNamespace(**{**ARGS, **names}))
-    same(our_loss(vespo, vespo.Config(), a, values, "token_mean"), theirs, a, b)
+    same(our_loss(Vespo(), a, values, "token_mean"), theirs, a, b)
 
 
 def test_gmpo_equals_trl() -> None:
     now, values = grids()
     a, b = now.clone().requires_grad_(), now.clone().requires_grad_()
     theirs = trl_loss(b, values, "gmpo", where=("experimental.gmpo.gmpo_trainer", "GMPOTrainer"), epsilon_high=0.28)
-    cfg = gmpo.Config(clip_low=0.2, clip_high=0.28, correction="none")
+    cfg = Gmpo(clip_low=0.2, clip_high=0.28, correction="none")
     assert min(theirs[1][name][0] for name in CLIP[:3]) > 0
-    ours = our_loss(gmpo, cfg, a, values, "sequence_mean")
+    ours = our_loss(cfg, a, values, "sequence_mean")
     # An empty completion has ratio 1 there, a constant -A / N in the value; here no token has it.
     same((ours[0] - ADVANTAGES[4] / len(LENGTHS), ours[1]), theirs, a, b, CLIP)
 
@@ -294,7 +301,7 @@ def test_rloo_equals_trl() -> None:
     a, b = now.clone().requires_grad_(), now.clone().requires_grad_()
     theirs = trl_loss(b, values, "rloo", where=RLOO)
     assert theirs[1]["clip_ratio/low_mean"][0] > 0 and 0 < theirs[1]["clip_ratio/high_mean"][0] < 1
-    ours = our_loss(rloo, rloo.Config(clip_high=0.28, correction="none"), a, values, "sequence_sum")
+    ours = our_loss(Rloo(clip_high=0.28, correction="none"), a, values, "sequence_sum")
     same((ours[0] - ADVANTAGES[4] / len(LENGTHS), ours[1]), theirs, a, b)  # as above
 
 
@@ -302,9 +309,7 @@ def test_off_policy_sequence_masking_equals_trl() -> None:
     now, values = grids()
     a, b = now.clone().requires_grad_(), now.clone().requires_grad_()
     theirs = trl_loss(b, values, "dapo", off_policy_mask_threshold=0.02)
-    ours = our_loss(
-        grpo, grpo.Config(clip_high=0.28, correction="decoupled", off_policy_limit=0.02), a, values, "token_mean"
-    )
+    ours = our_loss(Grpo(clip_high=0.28, correction="decoupled", off_policy_limit=0.02), a, values, "token_mean")
     assert 0 < ours[1]["sampling/masked_ratio"] < 0.6
     same(ours, theirs, a, b)
 
@@ -343,10 +348,10 @@ def test_the_correction_weights_equal_trls(mode: Any, low: float | None, high: f
     assert weight[(mask * tool).bool()].unique().numel() > 3
     a, b = now.clone().requires_grad_(), now.clone().requires_grad_()
     theirs = trl_loss(b, values, "dapo", weight=weight)
-    cfg = grpo.Config(
+    cfg = Grpo(
         clip_high=0.28, correction="decoupled", correction_weight=mode, correction_floor=low or 0.0, correction_cap=high
     )
-    same(our_loss(grpo, cfg, a, values, "token_mean"), theirs, a, b)
+    same(our_loss(cfg, a, values, "token_mean"), theirs, a, b)
 
 
 def test_entropy_bonus_and_quantile_mask_equal_trl() -> None:
@@ -356,21 +361,15 @@ def test_entropy_bonus_and_quantile_mask_equal_trl() -> None:
     batches, cells = packed(values, "token_mean")
     at = dict(zip(map(id, batches), cells, strict=True))
     policy = SimpleNamespace(entropy=lambda batch: entropy.flatten()[at[id(batch)]])
-    floor = PackedStep(policy, PackPlan((), "token_mean", 1, 1, 1.0), [], batches).entropy_quantile(0.8)  # type: ignore[arg-type]
+    floor = PackedStep(policy, PackPlan("token_mean", 1, 1, 1.0), [], batches).entropy_quantile(0.8)  # type: ignore[arg-type]
     for share, coef in ((0.2, 0.0), (1.0, 0.3)):
         a, b = (x.clone().requires_grad_() for x in (now, now))
         e, f = (x.clone().requires_grad_() for x in (entropy, entropy))
         theirs = trl_loss(
             b, values, "dapo", entropy=f, top_entropy_quantile=share, _entropy_bonus_enabled=coef > 0, entropy_coef=coef
         )
-        cfg = grpo.Config(clip_high=0.28, correction="decoupled", entropy_coef=coef, entropy_share=share)
-        same(
-            our_loss(grpo, cfg, a, values, "token_mean", e, entropy_floor=floor),
-            theirs,
-            a,
-            b,
-            ["policy_loss"] * bool(coef),
-        )
+        cfg = Grpo(clip_high=0.28, correction="decoupled", entropy_coef=coef, entropy_share=share)
+        same(our_loss(cfg, a, values, "token_mean", e, entropy_floor=floor), theirs, a, b, ["policy_loss"] * bool(coef))
         if coef:
             assert e.grad is not None and f.grad is not None
             assert (e.grad - f.grad).abs().max() < 1e-6 < f.grad.abs().max()
@@ -406,12 +405,12 @@ def test_sft_equals_transformers_cross_entropy() -> None:
     want.backward()
 
     ours = logits.clone().requires_grad_()
-    plan = PackPlan((True,) * 3, "token_mean", 12, 7, 1.0)
+    plan = PackPlan("token_mean", 12, 7, 1.0)
     total = torch.zeros((), dtype=torch.float64)
-    for batch in pack(made, adv.identity(torch.ones(3), torch.arange(3)), plan, count(made, plan)):
-        row = torch.tensor(batch.rows)[batch.seq_ids]
+    for batch in records.packed(made, plan, adv.identity(torch.ones(3), torch.arange(3))):
+        row = torch.tensor(records.rows(batch, made))[batch.seq_ids]
         log_p = ours[row, (batch.position_ids - 1).clamp(min=0)].log_softmax(-1)
-        total = total + sft.loss(log_p.gather(1, batch.input_ids[:, None]).squeeze(1), batch, sft.Config())[0]
+        total = total + Sft()(log_p.gather(1, batch.input_ids[:, None]).squeeze(1), batch)[0]
     total.backward()
     assert ours.grad is not None and theirs.grad is not None
     assert total.item() == pytest.approx(want.item(), abs=1e-12)

@@ -7,18 +7,33 @@ import inspect
 import textwrap
 from collections import defaultdict
 from dataclasses import replace
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import records
 import torch
 from torch import Tensor
 from trl_code import trl
 
-from rlft.algos.losses import apo, cpo, dft, dpo, exo, grpo, hinge, ipo, kto, nca, orpo, robust_dpo, rpo, simpo, sppo
-from rlft.batch import count, pack
+from rlft.algos.loss import Loss
+from rlft.algos.losses.apo import Apo
+from rlft.algos.losses.cpo import Cpo
+from rlft.algos.losses.dft import Dft
+from rlft.algos.losses.dpo import Dpo
+from rlft.algos.losses.exo import Exo
+from rlft.algos.losses.grpo import Grpo
+from rlft.algos.losses.hinge import Hinge
+from rlft.algos.losses.ipo import Ipo
+from rlft.algos.losses.kto import Kto
+from rlft.algos.losses.nca import Nca
+from rlft.algos.losses.orpo import Orpo
+from rlft.algos.losses.robust_dpo import RobustDpo
+from rlft.algos.losses.rpo import Rpo
+from rlft.algos.losses.simpo import Simpo
+from rlft.algos.losses.sppo import Sppo
 from rlft.trainer.metrics import Metrics
-from rlft.types import Aggregation, Batch, PackPlan, Prompt, Rollout
+from rlft.types import Aggregation, Batch, PackPlan, Prompt, Rollout, StepInputs
 
 CPO = ("experimental.cpo.cpo_trainer", "CPOTrainer")
 LENGTHS = ((5, 2), (5, 7), (5, 4), (5, 6))
@@ -38,12 +53,12 @@ def packed(values: dict[str, Tensor], whole: bool, aggregation: Aggregation) -> 
         for p, lengths in enumerate(LENGTHS)
         for s, n in enumerate(lengths)
     ]
-    plan = PackPlan((True,) * len(made), aggregation, 25, LONGEST, 1.0, whole_groups=whole)
+    plan = PackPlan(aggregation, 25, LONGEST, 1.0, whole_groups=whole)
     found = []
-    for batch in pack(made, torch.tensor([1.0, -1.0] * PAIRS), plan, count(made, plan)):
+    for batch in records.packed(made, plan, torch.tensor([1.0, -1.0] * PAIRS)):
         own = [s for s in range(len(batch.prefix)) if batch.group_ids[s] >= 0]
         cells = torch.zeros(len(batch.input_ids), dtype=torch.long)
-        for s, row in zip(own, batch.rows, strict=True):
+        for s, row in zip(own, records.rows(batch, made), strict=True):
             mine = ((batch.seq_ids == s) & batch.train_mask).nonzero().squeeze(1)
             cells[mine] = row * LONGEST + torch.arange(len(mine))
         found.append((replace(batch, **{name: grid.flatten()[cells] for name, grid in values.items()}), cells))
@@ -57,14 +72,14 @@ def grids() -> tuple[Tensor, Tensor]:
     return now, now + (torch.rand(now.shape, generator=g, dtype=torch.float64) - 0.5) * 2
 
 
-def ours(module: ModuleType, cfg: Any, now: Tensor, ref: Tensor, **prepared: float) -> tuple[Tensor, dict[str, float]]:
+def ours(loss: Loss, now: Tensor, ref: Tensor, **inputs: float) -> tuple[Tensor, dict[str, float]]:
     total, metrics = torch.zeros((), dtype=torch.float64), Metrics()
-    values = {"ref_logprobs": ref} if module.NEEDS_REFERENCE else {}
-    batches = packed(values, module.WHOLE_GROUPS, module.AGGREGATION)
+    values = {"ref_logprobs": ref} if loss.needs_reference else {}
+    batches = packed(values, loss.whole_groups, loss.aggregation)
     assert len(batches) > 1
     for batch, cells in batches:
-        loss, stats = module.loss(now.flatten()[cells], replace(batch, prepared=prepared), cfg)
-        total = total + loss
+        value, stats = loss(now.flatten()[cells], replace(batch, inputs=StepInputs(**inputs)))
+        total = total + value
         metrics.add(stats)
     return total, metrics.values()
 
@@ -127,25 +142,25 @@ def dpo_of(kinds: list[str], weights: list[float], now: Tensor, ref: Tensor, **s
 
 
 @pytest.mark.parametrize(
-    ("module", "cfg", "kinds", "weights"),
+    ("loss", "kinds", "weights"),
     [
-        (dpo, dpo.Config(beta=0.3), ["sigmoid"], [1.0]),
-        (ipo, ipo.Config(beta=0.3), ["ipo"], [1.0]),
-        (robust_dpo, robust_dpo.Config(beta=0.3, label_smoothing=0.2), ["robust"], [1.0]),
-        (hinge, hinge.Config(beta=0.3), ["hinge"], [1.0]),
-        (apo, apo.Config(beta=0.3), ["apo_zero"], [1.0]),
-        (apo, apo.Config(beta=0.3, variant="down"), ["apo_down"], [1.0]),
-        (exo, exo.Config(beta=0.3, label_smoothing=0.2), ["exo_pair"], [1.0]),
-        (nca, nca.Config(beta=0.3), ["nca_pair"], [1.0]),
-        (sppo, sppo.Config(beta=0.3), ["sppo_hard"], [1.0]),
-        (rpo, rpo.Config(beta=0.3, nll_coef=0.7), ["sigmoid", "sft"], [1.0, 0.7]),
+        (Dpo(beta=0.3), ["sigmoid"], [1.0]),
+        (Ipo(beta=0.3), ["ipo"], [1.0]),
+        (RobustDpo(beta=0.3, label_smoothing=0.2), ["robust"], [1.0]),
+        (Hinge(beta=0.3), ["hinge"], [1.0]),
+        (Apo(beta=0.3), ["apo_zero"], [1.0]),
+        (Apo(beta=0.3, variant="down"), ["apo_down"], [1.0]),
+        (Exo(beta=0.3, label_smoothing=0.2), ["exo_pair"], [1.0]),
+        (Nca(beta=0.3), ["nca_pair"], [1.0]),
+        (Sppo(beta=0.3), ["sppo_hard"], [1.0]),
+        (Rpo(beta=0.3, nll_coef=0.7), ["sigmoid", "sft"], [1.0, 0.7]),
     ],
 )
-def test_losses_with_a_reference_equal_trls_dpo(module: ModuleType, cfg: Any, kinds: list[str], weights: Any) -> None:
+def test_losses_with_a_reference_equal_trls_dpo(loss: Loss, kinds: list[str], weights: Any) -> None:
     now, ref = grids()
     a, b = now.clone().requires_grad_(), now.clone().requires_grad_()
-    smoothing = getattr(cfg, "label_smoothing", 0.0)
-    got = ours(module, cfg, a, ref)
+    smoothing = getattr(loss, "label_smoothing", 0.0)
+    got = ours(loss, a, ref)
     assert 0 < got[1]["rewards/accuracies"] < 1
     check(got, dpo_of(kinds, weights, b, ref, label_smoothing=smoothing), a, b, 6)
 
@@ -170,31 +185,29 @@ def free_of(module: str, owner: str, now: Tensor, average: bool, **settings: Any
 
 
 @pytest.mark.parametrize(
-    ("module", "cfg", "where", "average", "settings"),
+    ("loss", "where", "average", "settings"),
     [
         (
-            cpo,
-            cpo.Config(beta=0.3, label_smoothing=0.1, nll_coef=0.6),
+            Cpo(beta=0.3, label_smoothing=0.1, nll_coef=0.6),
             CPO,
             False,
             {"loss_type": "sigmoid", "beta": 0.3, "label_smoothing": 0.1, "cpo_alpha": 0.6},
         ),
         (
-            simpo,
-            simpo.Config(beta=2.0, gamma=0.7),
+            Simpo(beta=2.0, gamma=0.7),
             CPO,
             True,
             {"loss_type": "simpo", "beta": 2.0, "simpo_gamma": 0.7, "cpo_alpha": 0.0},
         ),
-        (orpo, orpo.Config(beta=0.4), ("experimental.orpo.orpo_trainer", "ORPOTrainer"), True, {"beta": 0.4}),
+        (Orpo(beta=0.4), ("experimental.orpo.orpo_trainer", "ORPOTrainer"), True, {"beta": 0.4}),
     ],
 )
 def test_losses_without_a_reference_equal_trls(
-    module: ModuleType, cfg: Any, where: tuple[str, str], average: bool, settings: dict[str, Any]
+    loss: Loss, where: tuple[str, str], average: bool, settings: dict[str, Any]
 ) -> None:
     now, ref = grids()
     a, b = now.clone().requires_grad_(), now.clone().requires_grad_()
-    got, want = ours(module, cfg, a, ref), free_of(*where, b, average, **settings)
+    got, want = ours(loss, a, ref), free_of(*where, b, average, **settings)
     if average:  # TRL logs the means as logps there, ours are sums for every loss
         want[1].pop("logps/chosen"), want[1].pop("logps/rejected")
     check(got, want, a, b, 4)
@@ -246,15 +259,15 @@ def test_the_nll_differs_from_trls_as_the_docstrings_say(name: str) -> None:
         for i, (p, c) in enumerate(rows)
         for s in (0, 1)
     ]
-    plan = PackPlan((True,) * 4, "sequence_sum", 1000, longest, 1.0, whole_groups=True)
-    (packed_,) = pack(made, torch.tensor([1.0, -1.0] * 2), plan, count(made, plan))
+    plan = PackPlan("sequence_sum", 1000, longest, 1.0, whole_groups=True)
+    (packed_,) = records.packed(made, plan, torch.tensor([1.0, -1.0] * 2))
     logprobs = torch.zeros(len(packed_.input_ids), dtype=torch.float64)
     own = [s for s in range(len(packed_.prefix)) if packed_.group_ids[s] >= 0]
-    for s, row in zip(own, packed_.rows, strict=True):
+    for s, row in zip(own, records.rows(packed_, made), strict=True):
         logprobs[(packed_.seq_ids == s) & packed_.train_mask] = completions[row // 2]
-    module, cfg = {"orpo": (orpo, orpo.Config()), "cpo": (cpo, cpo.Config())}[name]
+    loss: Loss = {"orpo": Orpo(), "cpo": Cpo()}[name]
     metrics = Metrics()
-    metrics.add(module.loss(logprobs, packed_, cfg)[1])  # type: ignore[arg-type]
+    metrics.add(loss(logprobs, packed_)[1])
     assert metrics.values()["nll_loss"] == pytest.approx(ours_.item(), abs=1e-6)
 
 
@@ -262,7 +275,7 @@ def test_trls_correction_for_the_sampler_is_by_default_what_the_docs_say() -> No
     fields = trl("trainer.grpo_config", "GRPOConfig").__dataclass_fields__
     found = {name: fields[f"vllm_importance_sampling_{name}"].default for name in ("mode", "clip_max", "clip_min")}
     assert found == {"mode": "sequence_mask", "clip_max": 3.0, "clip_min": None}
-    ours_ = grpo.Config()
+    ours_ = Grpo()
     assert (ours_.correction_weight, ours_.correction_cap, ours_.correction_floor) == ("token_truncate", 2.0, 0.0)
 
 
@@ -299,7 +312,7 @@ def test_kto_equals_trl(z0: float) -> None:
     }
     outputs = outputs_of(b, MASK)
     want = trl("trainer.kto_trainer", "KTOTrainer")._compute_loss(stand_in, lambda **_: outputs, inputs, False)
-    got = ours(kto, kto.Config(beta=0.3, desirable_weight=1.1, undesirable_weight=0.9), a, ref, z0=z0)
+    got = ours(Kto(beta=0.3, desirable_weight=1.1, undesirable_weight=0.9), a, ref, z0=z0)
     check(got, (want, metrics["train"]), a, b, 5)
 
 
@@ -321,7 +334,7 @@ def test_dft_equals_trl() -> None:
     total = torch.zeros((), dtype=torch.float64)
     for batch, cells in packed({}, False, "token_mean"):
         batch = replace(batch, advantages=batch.advantages.abs())
-        total = total + dft.loss(a.flatten()[cells], batch, dft.Config())[0]
+        total = total + Dft()(a.flatten()[cells], batch)[0]
     check((total, {}), (want, {}), a, b, 0)
 
 

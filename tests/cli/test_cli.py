@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from rlft import environment
-from rlft.algos.losses import grpo
+from rlft.algos.losses.grpo import Grpo
 from rlft.cli import main as cli
 from rlft.cli.main import main, parse
 from rlft.config.data import Reward
@@ -46,7 +46,7 @@ def run_file(tmp_path: Path) -> str:
 def test_without_flags_the_config_is_the_files_with_the_algorithms_settings_written_out(run_file: str) -> None:
     cfg, resume = parse("train", [run_file])
     # What is None by default and by value is left out, since TOML has no null.
-    written = {k: v for k, v in vars(grpo.Config(clip_high=0.28)).items() if v is not None}
+    written = {k: v for k, v in vars(Grpo(clip_high=0.28)).items() if v is not None}
     assert cfg.algo == Algo("grpo", written) and {"advantage", "clip_low", "kl", "correction_cap"} <= written.keys()
     assert to_toml(cfg).split("[algo]")[0] == to_toml(Config.load(run_file)).split("[algo]")[0]
     assert resume is False

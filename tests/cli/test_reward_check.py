@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import records
 from tiny import tiny_model, tiny_tokenizer
 
 from rlft.cli.main import main
@@ -122,7 +123,7 @@ def run(home: Path) -> Run:
             prompt = Prompt((1,), row, i, ({"role": "user", "content": f"say {i}"},))
             ids = tuple(range(step + i))
             made.append(Rollout(prompt, ids, (True,) * len(ids), None, f"step {step}: {2 * i}", "stop", 0, step - 1, 0))
-        run.write_rollouts(step, made, [0.0] * 3, {}, [0.0] * 3)
+        run.write_rollouts(step, records.samples(made, [0.0] * 3, {}, [0.0] * 3))
     return run
 
 
@@ -141,7 +142,9 @@ def test_a_runs_conversations_find_their_rows_with_the_system_message(home: Path
     assert "Be short." in shown_prompt(prompt)
     run = Run.create(home / "run")
     run.write_config(CONFIG)
-    run.write_rollouts(1, [Rollout(prompt, (1,), (True,), None, "7", "stop", 0, 0, 0)], [0.0], {}, [0.0])
+    run.write_rollouts(
+        1, records.samples([Rollout(prompt, (1,), (True,), None, "7", "stop", 0, 0, 0)], [0.0], {}, [0.0])
+    )
     code, lines, _ = check(capsys, "my_rewards.py:turns", "--run", "run")
     assert code == 0 and lines[1][-1] == "2"
 

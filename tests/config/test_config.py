@@ -173,11 +173,11 @@ def test_a_trl_setting_without_a_counterpart_says_what_to_do_instead() -> None:
 
 
 def test_every_name_that_the_trl_table_gives_exists() -> None:
-    from rlft.algos.algorithm import LOSSES, module_of
+    from rlft.algos.algorithm import LOSSES, loss_class
     from rlft.config.resolve import names_in
 
-    files = [module_of(name) for name in names_in(LOSSES)]
-    ours = {*paths(), *(f"algo.{f.name}" for file in files for f in dataclasses.fields(file.Config))}
+    losses = [loss_class(name) for name in names_in(LOSSES)]
+    ours = {*paths(), *(f"algo.{f.name}" for loss in losses for f in dataclasses.fields(loss))}
     assert {each.ours for each in trl_names.TRL_NAMES.values()} <= ours
 
 

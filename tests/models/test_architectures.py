@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import records
 import torch
 from peft import PeftModel
 from test_policy import plan, rollouts
@@ -20,7 +21,6 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 import rlft
-from rlft.batch import count, pack
 from rlft.config.data import Sampling
 from rlft.config.run import Lora
 from rlft.errors import ConfigError, TrainError
@@ -293,10 +293,10 @@ def compare(policy: Policy, whole_groups: bool = False) -> None:
     for share in (False, True):
         the_plan = replace(plan(len(made), 40, share), whole_groups=whole_groups)
         policy.flat.zero_grad()
-        for batch in pack(made, weights, the_plan, count(made, the_plan)):
+        for batch in records.packed(made, the_plan, weights):
             logprobs, _ = policy.logprobs(batch)
             own = [s for s in range(len(batch.prefix)) if batch.group_ids[s] >= 0]
-            for s, row in zip(own, batch.rows, strict=True):
+            for s, row in zip(own, records.rows(batch, made), strict=True):
                 mine = logprobs[(batch.seq_ids == s) & batch.train_mask]
                 assert torch.allclose(mine.detach(), wanted[row].detach(), atol=small, rtol=0), (share, row)
             (logprobs * batch.advantages).sum().backward()

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from rlft.config.run import Lora
 from rlft.models.fused.decoder import FusedDecoder, fuse
-from rlft.models.fused.layer_steps import LEVELS
+from rlft.models.fused.levels import L0, L2, LEVELS, Level
 from rlft.models.fused.memory import MemoryPlan
 from rlft.models.load import attach_lora
 
@@ -113,7 +113,7 @@ def batch(padding: str, dtype: torch.dtype) -> tuple[Tensor, Tensor | None, Tens
     return ids, None if padding == "none" else mask, torch.randn(3, 11, 32, generator=g, dtype=torch.float64).to(dtype)
 
 
-def fused(model: PeftModel, level: int | None = None, mode: Any = "layer") -> FusedDecoder:
+def fused(model: PeftModel, level: Level | None = None, mode: Any = "layer") -> FusedDecoder:
     """level: of all layers, with tiles of 64 rows."""
     decoder = fuse(model)
     assert isinstance(decoder, FusedDecoder), decoder
@@ -144,13 +144,13 @@ def test_a_family_equals_transformers(name: str, dtype: torch.dtype, padding: st
     model = model_of(name, dtype)
     decoder = fused(model)
     got = run(model, *data)
-    assert decoder.ran is not None and decoder.ran.levels == (0, 0)
+    assert decoder.last_plan is not None and decoder.last_plan.levels == (L0, L0)
     close(got, want, 1e-6 if dtype == torch.float64 else 2e-5)
 
 
 @torch.no_grad()
 def test_one_projection_at_a_time_is_brought_once_for_several_uses_in_a_row() -> None:
-    decoder = fused(model_of("qwen3", torch.float32), 0, "group")
+    decoder = fused(model_of("qwen3", torch.float32), L0, "group")
     decoder.store.use("group")
     layer, like = decoder.layers[0], torch.empty(0)
     weights = decoder.store.weights(0, layer.projections, layer.bind("default"), like)
@@ -162,7 +162,7 @@ def test_one_projection_at_a_time_is_brought_once_for_several_uses_in_a_row() ->
     assert first.any() and torch.equal(weights(0).buffer[:rows], first), "brought again after another one"
 
 
-MODES = [("qwen3", level, mode) for mode in ("group", "shadow") for level in (0, 2)]
+MODES = [("qwen3", level, mode) for mode in ("group", "shadow") for level in (L0, L2)]
 
 
 # Tiles of 64 rows cut the 91 rows in two; smaller ones do not exist.
@@ -170,11 +170,11 @@ MODES = [("qwen3", level, mode) for mode in ("group", "shadow") for level in (0,
     ("name", "level", "mode"),
     [(name, level, "layer") for name in ("llama with biases", "qwen3", "gemma3") for level in LEVELS] + MODES,
 )
-def test_every_level_is_the_same_bit_for_bit(name: str, level: int, mode: str) -> None:
+def test_every_level_is_the_same_bit_for_bit(name: str, level: Level, mode: str) -> None:
     """On a CPU all levels do the same operations on the same rows, only at other times."""
     ids, upstream = torch.randint(3, 61, (7, 13)), torch.randn(7, 13, 32)
     runs = []
-    for at, where in ((0, "layer"), (level, mode)):
+    for at, where in ((L0, "layer"), (level, mode)):
         model = model_of(name, torch.float32)
         fused(model, at, where)
         runs.append(run(model, ids, None, upstream))

@@ -27,6 +27,7 @@ from rlft.config.run import Lora
 from rlft.kernels.lora_group import AdapterWriteTables, write_adapters_reference
 from rlft.models import kv_cache
 from rlft.models.fused.decoder import FusedDecoder, fuse
+from rlft.models.fused.levels import L0
 from rlft.models.fused.memory import MemoryPlan
 
 OWN = "transformers' own layers run here, not the fused ones: "
@@ -98,10 +99,10 @@ def test_weights_stay_where_they_are_while_the_adapter_is_off(mode: Any) -> None
     plain, model = pair()
     fused: FusedDecoder = fuse(model)  # type: ignore[assignment]
     layers = len(fused.layers)
-    fused.plan = MemoryPlan((0,) * layers, 64, mode, 2**20, 0, 0, 0)
+    fused.plan = MemoryPlan((L0,) * layers, 64, mode, 2**20, 0, 0, 0)
 
     def places() -> tuple[int, list[int]]:
-        return fused.store.version, [b.data_ptr() for held in fused.store._brought.values() for b in held.buffers]
+        return fused.store.version, [b.data_ptr() for held in fused.store._layer_weights.values() for b in held.buffers]
 
     with torch.no_grad():
         with model.disable_adapter():
@@ -215,7 +216,7 @@ def test_an_adapter_that_moves_is_read_where_it_is(kernel: bool, monkeypatch: py
             want = [torch.empty_like(t) for t in got]
             write_adapters_reference(b.group, b.A, b.B, *want)
             assert all(torch.equal(*pair) for pair in zip(got, want, strict=True))
-        return fused.store.fills[0]
+        return fused.store.write_tables[0]
 
     first, second = filled("default"), filled("other")
     version = fused.store.version

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import records
 import torch
 from peft import PeftModel
 from test_families import FAMILIES, SIZES, fused, run
@@ -15,11 +16,10 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
 from rlft.algos.algorithm import Algorithm, build_algorithm
-from rlft.batch import count, pack
 from rlft.config.run import Algo, Lora
 from rlft.models.fused import memory
 from rlft.models.fused.decoder import FusedDecoder, fuse
-from rlft.models.fused.layer_steps import LEVELS
+from rlft.models.fused.levels import L0, L4, L5, LEVELS, Level
 from rlft.models.load import attach_lora
 from rlft.models.policy import Policy
 from rlft.types import Batch, PackPlan, Rollout
@@ -102,7 +102,7 @@ def test_bf16_is_as_near_to_fp64_as_transformers(name: str) -> None:
     model = model_of(name, torch.bfloat16)
     decoder = fused(model)
     ours = error(run(model, ids, mask, upstream.bfloat16()), truth)
-    assert decoder.ran is not None
+    assert decoder.last_plan is not None
     for kind, value in ours.items():
         # 1.5 times in norm: stricter than the kernels' rule, loose enough for the noise of one draw.
         assert value <= 1.5 * plain[kind], f"{kind}: {value:.2e} against transformers' {plain[kind]:.2e}"
@@ -129,9 +129,9 @@ def test_nf4_equals_its_own_decoded_weights(tmp_path: Any) -> None:
 
 @pytest.mark.parametrize("mode", ["layer", "group", "shadow"])
 @pytest.mark.parametrize("level", LEVELS)
-def test_levels_agree_within_rounding(level: int, mode: str) -> None:
+def test_levels_agree_within_rounding(level: Level, mode: str) -> None:
     runs = []
-    for at, where in ((0, "layer"), (level, mode)):
+    for at, where in ((L0, "layer"), (level, mode)):
         model = model_of("qwen3", torch.bfloat16)
         fused(model, at, where)
         runs.append(run(model, *data(torch.bfloat16)))
@@ -186,8 +186,8 @@ def test_graphs_give_what_launches_give(nf4: bool, tmp_path: Any) -> None:
         loss.backward()
 
 
-@pytest.mark.parametrize("level", [4, 5])
-def test_two_passes_under_way_do_not_mix_their_host_memory(level: int) -> None:
+@pytest.mark.parametrize("level", [L4, L5])
+def test_two_passes_under_way_do_not_mix_their_host_memory(level: Level) -> None:
     g = torch.Generator().manual_seed(6)
     policy = Policy(model_of("qwen3", torch.bfloat16))
     assert policy.fused is not None
@@ -208,7 +208,7 @@ def test_two_passes_under_way_do_not_mix_their_host_memory(level: int) -> None:
 @pytest.mark.parametrize("name", ["qwen3", "gemma3"])
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("bonus", [False, True], ids=["", "entropy bonus"])
-def test_the_plan_is_within_5_percent_of_the_measured_peak(name: str, level: int, bonus: bool) -> None:
+def test_the_plan_is_within_5_percent_of_the_measured_peak(name: str, level: Level, bonus: bool) -> None:
     big = {
         "hidden_size": 1024,
         "intermediate_size": 3072,
@@ -272,7 +272,7 @@ def test_the_chosen_plan_stays_within_its_budget(shared: bool) -> None:
         before = torch.cuda.memory_allocated() - policy.fused.store.bytes
         gradient_of(policy, batch)
         measured = (torch.cuda.max_memory_allocated() - before + graphs) / 2**30
-        assert measured <= budget, (budget, measured, graphs / 2**30, str(policy.fused.ran))
+        assert measured <= budget, (budget, measured, graphs / 2**30, str(policy.fused.last_plan))
         assert (graphs > 0) == (budget == 16.0)
         if policy.fused.graphs is not None:
             policy.fused.graphs.clear()
@@ -282,20 +282,20 @@ def logprobs_and_gradient(
     policy: Policy, algorithm: Algorithm, rollouts: list[Rollout], budget: int, share: bool
 ) -> tuple[Tensor, Tensor]:
     """Log-probs of all completions and the adapter's gradient, in float64 on the CPU."""
-    plan = PackPlan((True,) * len(rollouts), algorithm.aggregation, budget, 512, 1.0, algorithm.whole_groups, share)
+    plan = PackPlan(algorithm.aggregation, budget, 512, 1.0, algorithm.loss.whole_groups, share)
     advantages = torch.tensor([1.0, -1.0] * (len(rollouts) // 2))
     found: list[Tensor] = [torch.empty(0)] * len(rollouts)
     policy.flat.zero_grad()
-    for part in pack(rollouts, advantages, plan, count(rollouts, plan)):
+    for part in records.packed(rollouts, plan, advantages):
         assert bool((part.prefix >= 0).any()) == share
         logprobs, _ = policy.logprobs(part)
         reference = part.train_mask * -7.0
         there = replace(part, ref_logprobs=reference).to(policy.device)
-        algorithm.loss(logprobs, there, algorithm.config)[0].backward()
+        algorithm.loss(logprobs, there)[0].backward()
         own = part.group_ids[part.seq_ids] >= 0
         values = logprobs.detach().double().cpu()
         sequences = part.seq_ids[own].unique().tolist()
-        for row, sequence in zip(part.rows, sequences, strict=True):
+        for row, sequence in zip(records.rows(part, rollouts), sequences, strict=True):
             found[row] = values[(part.seq_ids == sequence) & part.train_mask]
     return torch.cat(found), policy.flat.gradient.double().cpu()
 
@@ -358,7 +358,7 @@ def test_graphs_outlive_passes_without_the_adapter(nf4: bool, store: Any, tmp_pa
     policy = Policy(model_of("qwen3", torch.bfloat16, nf4=nf4, tmp=tmp_path))
     assert isinstance(policy.fused, FusedDecoder) and policy.fused.graphs is not None
     graphs, batch = policy.fused.graphs, batch_of([60, 50], g)
-    policy.fused.plan = memory.MemoryPlan((0, 0), 8192, store, 2**20, 0, 0, 0)
+    policy.fused.plan = memory.MemoryPlan((L0, L0), 8192, store, 2**20, 0, 0, 0)
     policy.fused.graphs = None
     want = gradient_of(policy, batch)
     policy.fused.graphs = graphs

@@ -13,6 +13,7 @@ import torch
 from fused_pair import IDS, MASK, gradients, logits, model_of, near, one_thread, pair, ran, same  # noqa: F401
 from torch import Tensor
 
+from rlft.models.fused.levels import L0, L4
 from rlft.models.fused.memory import MemoryPlan
 from rlft.models.fused.offload import Offload
 
@@ -82,7 +83,7 @@ def test_layers_above_those_on_the_host_start_the_copies_back(monkeypatch: pytes
     """Or the first of them would wait for its own; they are the first layers, and run their backwards last."""
     plain, fused = pair()
     decoder = fused.get_base_model().model.forward.__self__
-    decoder.plan = MemoryPlan((4, 0), 64, "layer", 2**20, 0, 0, 0)
+    decoder.plan = MemoryPlan((L4, L0), 64, "layer", 2**20, 0, 0, 0)
     asked: list[tuple[int, list[int]]] = []
     monkeypatch.setattr(Offload, "ahead", lambda self, records, layer, device: asked.append((layer, list(records))))
     near(gradients(fused), gradients(plain))

@@ -13,12 +13,12 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import records
 import torch
 from kernel_rule import DEVICE
 from test_families import model_of
 from torch import Tensor
 
-from rlft.batch import count, pack
 from rlft.config.run import Optim
 from rlft.kernels import attention_backends
 from rlft.kernels.attention import Keys, Sequences, varlen_attention, varlen_attention_reference
@@ -179,8 +179,8 @@ def grouped(
 def groups_of(groups: list[tuple[int, list[int]]], g: torch.Generator, vocab: int) -> Batch:
     """`grouped`, in one micro-batch."""
     rollouts = grouped(groups, g, vocab)
-    plan = PackPlan((True,) * len(rollouts), "token_mean", 10**6, 10**4, 1.0)
-    (batch,) = pack(rollouts, torch.ones(len(rollouts)), plan, count(rollouts, plan))
+    plan = PackPlan("token_mean", 10**6, 10**4, 1.0)
+    (batch,) = records.packed(rollouts, plan)
     return batch
 
 
@@ -236,7 +236,7 @@ def test_weights_that_move_between_a_forward_and_its_backward_are_not_read(launc
     policy, kept, loss_of = launched
     loss = loss_of()
     (graph,) = kept._graphs.values()
-    assert all(plan is not None for plan in graph.fills), "what it reads lives as long as it"
+    assert all(plan is not None for plan in graph.write_tables), "what it reads lives as long as it"
     policy.fused.store.release()
     with pytest.raises(RuntimeError, match="another pass moved the weights' buffers"):
         loss.backward()

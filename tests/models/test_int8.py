@@ -7,12 +7,12 @@ import math
 from pathlib import Path
 
 import pytest
+import records
 import torch
 from checkpoints import base_of
 from test_reference import dpo, logged
 from tiny import tiny_model, tiny_tokenizer
 
-from rlft.batch import count, pack
 from rlft.config.run import Lora
 from rlft.models.load import attach_lora
 from rlft.models.policy import Policy
@@ -37,9 +37,9 @@ def home(tmp_path_factory) -> Path:
 
 def packed(policy: Policy, rollouts: list[Rollout]) -> torch.Tensor:
     """Log-probs of the first of them, among the others."""
-    plan = PackPlan((True,) * len(rollouts), "token_mean", 9999, 64, 1.0)
-    (batch,) = pack(rollouts, torch.ones(len(rollouts)), plan, count(rollouts, plan))
-    first = [s for s in range(len(batch.prefix)) if batch.group_ids[s] >= 0][batch.rows.index(0)]
+    plan = PackPlan("token_mean", 9999, 64, 1.0)
+    (batch,) = records.packed(rollouts, plan)
+    first = [s for s in range(len(batch.prefix)) if batch.group_ids[s] >= 0][records.rows(batch, rollouts).index(0)]
     return policy.score(batch)[batch.train_mask & (batch.seq_ids == first)]
 
 

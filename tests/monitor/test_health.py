@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from rlft.monitor import health
-from rlft.monitor.health import RULES, check
+from rlft.monitor.health import RULES, HealthMonitor, check
 
 HEALTHY: dict[str, Any] = {
     "step": 1,
@@ -214,3 +214,41 @@ def test_an_evaluation_an_empty_history_and_missing_metrics_say_nothing() -> Non
 def test_trouble_further_back_than_the_window_is_forgotten() -> None:
     old = [{**HEALTHY, "grad_norm": 0.001}] * 500
     assert check(old + [{**HEALTHY, "grad_norm": 5.0}] * (health.WINDOW + 1)) == []
+
+
+def test_a_message_is_new_when_its_trouble_begins_and_again_when_it_comes_back() -> None:
+    monitor = HealthMonitor()
+    shares = {1: 0.1, 2: 0.97, 3: 0.98, 4: 0.1, 5: 0.95}
+    new = {step: monitor.step(step, {**HEALTHY, "completions/clipped_ratio": share}) for step, share in shares.items()}
+    assert {step: [message.text for message in messages] for step, messages in new.items() if messages} == {
+        2: ["97% of completions hit max_tokens: raise sampling.max_tokens"],
+        5: ["95% of completions hit max_tokens: raise sampling.max_tokens"],
+    }
+
+
+def test_what_applies_now_is_that_of_the_newest_step_and_of_an_evaluation_after_it() -> None:
+    monitor = HealthMonitor()
+    assert monitor.evaluation(0, {"eval/reward": 0.5, "eval/reward_stderr": 0.01}) == []
+    for step in range(1, 7):
+        monitor.step(step, {**HEALTHY, "reward": 0.1 * step, "completions/clipped_ratio": 0.97})
+    assert [message.name for message in monitor.active] == ["truncation"]
+    fell = monitor.evaluation(6, {"eval/reward": 0.3, "eval/reward_stderr": 0.01})
+    assert [message.name for message in fell] == ["eval_falls"] and fell[0].text.startswith(
+        "the held-out reward fell to 0"
+    )
+    assert [message.name for message in monitor.active] == ["truncation", "eval_falls"]
+    assert monitor.step(7, {**HEALTHY, "completions/clipped_ratio": 0.97}) == []  # not new: the evaluation is no step
+    assert [message.name for message in monitor.active] == ["truncation"]
+
+
+def test_the_monitor_knows_the_algorithm_and_numbers_the_steps_itself() -> None:
+    row = {**HEALTHY, "clip_ratio/region_mean": 0.5}
+    assert [len(HealthMonitor(algorithm).step(1, row)) for algorithm in ("grpo", "gspo")] == [1, 0]
+    assert HealthMonitor().step(12, {"completions/clipped_ratio": 0.5, "step": 1.0}) == []
+
+
+def test_the_monitor_keeps_no_more_rows_than_the_rules_use() -> None:
+    monitor = HealthMonitor()
+    for step in range(1, health.WINDOW + 50):
+        monitor.step(step, HEALTHY)
+    assert len(monitor._rows) == health.WINDOW and monitor._rows[-1]["step"] == health.WINDOW + 49

@@ -19,6 +19,7 @@ from rlft.config.data import Data, Eval, Reward, Sampling
 from rlft.config.run import Checkpoint, Config, Lora, Optim, Parity, Track
 from rlft.errors import ConfigError
 from rlft.monitor.trackers import tensorboard
+from rlft.runs.folder import Run
 from rlft.trainer.loop import train
 from rlft.trainer.validate import problems
 
@@ -247,6 +248,84 @@ class Half:
 def own(tmp_path: Path) -> str:
     (tmp_path / "mine.py").write_text(OWN)
     return f"{tmp_path}/mine.py:Mine"
+
+
+LOGS = """
+NAMES = ["step", "loss", "reward", "num_tokens", "eval/reward", "train/global_step", "global_step", "a\\nb\\0c"]
+def logs(completions, log_metric, log_extra, **kwargs):
+    for name in NAMES:
+        log_metric(name, 1e9)
+        log_extra(name, ["x"] * len(completions))
+    log_metric("infinite", float("inf"))
+    for i in range(MANY):
+        log_metric(f"many/{i}", i)
+    return [float(len(text) % 2) for text in completions]
+def quiet(completions, **kwargs):
+    return [float(len(text) % 2) for text in completions]
+"""
+EVERY = """
+import json
+class Mine:
+    def __init__(self, start): self.file = start.folder / "all.jsonl"
+    def log(self, step, metrics, tables, messages):
+        with self.file.open("a") as file: file.write(json.dumps([step, metrics]) + "\\n")
+    def finish(self, ok): pass
+"""
+
+
+def test_a_reward_that_logs_under_our_names_changes_no_number_of_ours(home: Path, tmp_path: Path) -> None:
+    """Against the same run without logs; resumed, evaluated and in the report."""
+    (tmp_path / "rewards.py").write_text(LOGS.replace("MANY", "3000"))
+    (tmp_path / "tracker.py").write_text(EVERY)
+    timed = ("time/", "perf/", "step_time")
+    ours: dict[str, list[dict[str, Any]]] = {}
+    for name in ("quiet", "logs"):
+        cfg = config(
+            home,
+            tmp_path / name,
+            steps=2,
+            checkpoint=Checkpoint(every=1),
+            eval=Eval(rows=2, every=1),
+            rewards=(Reward(f"{tmp_path}/rewards.py:{name}"),),
+            track=Track((f"{tmp_path}/tracker.py:Mine",)),
+        )
+        with pytest.raises(KeyboardInterrupt):
+            train(cfg, callbacks=[lambda _, values: values.clear(), die_at(2)])
+        result = train(cfg, resume=True)
+        assert result.after and result.best is not None
+        assert [row["step"] for row in metrics(tmp_path / name)] == [0, 1, 1, 2, 2, 2]  # the last was set aside
+        ours[name] = [
+            {k.replace(name, "f"): v for k, v in row.items() if not k.startswith(("custom/", *timed))}
+            for row in metrics(tmp_path / name)
+        ]
+    assert ours["logs"] == ours["quiet"]
+    row = next(row for row in metrics(tmp_path / "logs") if "loss" in row)
+    custom = {k: v for k, v in row.items() if k.startswith("custom/")}
+    names = (
+        "step",
+        "loss",
+        "reward",
+        "num_tokens",
+        "eval/reward",
+        "train/global_step",
+        "global_step",
+        "a\ufffdb\ufffdc",
+    )
+    assert {k: v for k, v in custom.items() if "many" not in k} == {
+        **{f"custom/{name}": 1e9 for name in names},
+        "custom/infinite": None,
+    }
+    assert len(custom) == 3000 + 9 and custom["custom/many/2999"] == 2999
+    tracked = [json.loads(line)[1] for line in (tmp_path / "logs" / "all.jsonl").read_text().splitlines()]
+    assert {k.removeprefix("train/"): v for k, v in tracked[1].items() if "/custom/" in k and "infinite" not in k} == {
+        k: v for k, v in custom.items() if "infinite" not in k
+    }
+    read = Run.resume(tmp_path / "logs").read_rollouts(2)
+    assert {f"rewards/logs/{name}" for name in names} <= read[0].keys() and read[0]["rewards/logs/reward"] == "x"
+    page, quiet = ((tmp_path / name / "report.html").read_text() for name in ("logs", "quiet"))
+    titles = [part.split("</h4>")[0].replace("quiet", "logs") for part in quiet.split("<figcaption><h4>")[1:]]
+    assert len(titles) > 20 and all(f"<h4>{title}</h4>" in page for title in titles)
+    assert "<h4>custom/eval/reward</h4>" in page and page.count("<h4>") <= len(titles) + 40
 
 
 def lines(out: Path) -> list[Any]:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import records
 import torch
 
 from rlft import report
@@ -148,17 +149,18 @@ def whole(run: Run) -> Run:
             "eval/pass@4_high": 0.6,
         },
     )
-    run.write_evaluation(0, rollouts(1, ["was five"]), [0.0])
+    run.write_evaluation(0, records.samples(rollouts(1, ["was five"]), [0.0]))
     for step in (1, 2, 3):
         run.log(step, values(step, entropy=0.004 if step == 3 else 0.33))
         rewards = [0.0, 1.0, 0.5]
         texts = [f"worst {step}", f"best {step}", f"middle {step}"]
         run.write_rollouts(
-            step, rollouts(step, texts), rewards, {"number": rewards, "format": [1.0] * 3}, [-1.0, 1.0, 0.0]
+            step,
+            records.samples(rollouts(step, texts), rewards, {"number": rewards, "format": [1.0] * 3}, [-1.0, 1.0, 0.0]),
         )
     change = {"eval/pass@4_change": 0.25, "eval/pass@4_change_low": 0.125, "eval/pass@4_change_high": 0.375}
     run.log(3, {"eval/reward": 0.72, "eval/reward_stderr": 0.031, "eval/rows": 200.0, "eval/pass@4": 0.75, **change})
-    run.write_evaluation(3, rollouts(4, ["is seven"]), [1.0])
+    run.write_evaluation(3, records.samples(rollouts(4, ["is seven"]), [1.0]))
     return run
 
 
@@ -220,7 +222,7 @@ def test_the_curves_hold_what_metrics_jsonl_holds(whole: Run) -> None:
     found = Page(report.write(whole.path)).curves()
     known = charts.charts(*page.parts_of(whole.metrics()))
     drawn = [chart for chosen in known.values() for chart in chosen]
-    drawn += charts.others(whole.metrics(), drawn)
+    drawn += charts.other_charts(whole.metrics(), drawn)
     seen = set()
     for chart in drawn:
         rows = [row for row in whole.metrics() if any(n in row for n in chart.lines.values())]
@@ -282,7 +284,7 @@ def test_recorded_completions_have_a_loss_and_no_reward_to_look_at(run: Run) -> 
             },
         )
     recorded = [replace(r, sampler_logprobs=None) for r in rollouts(1, ["abc"])]
-    run.write_rollouts(2, recorded, [1.0], {}, [1.0], {0: torch.zeros(3) - 1}, [["a", "b", "c"]])
+    run.write_rollouts(2, records.samples(recorded, [1.0], {}, [1.0], {0: torch.zeros(3) - 1}), [["a", "b", "c"]])
     shown = Page(report.write(run.path))
     assert "grpo · 2 prompts per step" in shown.words and "loss 3.000 → 1.500" in shown.words
     assert "training reward" not in shown.words and "Reward" not in shown.curves() and "reward" in shown.curves()
@@ -298,10 +300,12 @@ def test_what_a_model_wrote_never_becomes_markup(run: Run) -> None:
     run.log(1, values(1, **{"rewards/<i>/mean": 1.0, "<b>/x": 1.0}))
     pieces = [EVIL, '"><u>', "\x00"]
     run.write_rollouts(
-        1, rollouts(1, [EVIL]), [1.0], {"number": [1.0], "<s>": ["<s>"]}, [0.0], {0: torch.zeros(3)}, [pieces]
+        1,
+        records.samples(rollouts(1, [EVIL]), [1.0], {"number": [1.0], "<s>": ["<s>"]}, [0.0], {0: torch.zeros(3)}),
+        [pieces],
     )
-    run.write_evaluation(0, rollouts(1, [EVIL], prompt=EVIL), [0.0])
-    run.write_evaluation(1, rollouts(1, [EVIL], prompt=EVIL), [0.0])
+    run.write_evaluation(0, records.samples(rollouts(1, [EVIL], prompt=EVIL), [0.0]))
+    run.write_evaluation(1, records.samples(rollouts(1, [EVIL], prompt=EVIL), [0.0]))
     shown = Page(report.write(run.path))
     assert '</div><script>alert(1)</script><img src=x onerror="a"> & \ufffd[31m\ufffd' in shown.words
     assert '\ufffd"><u>\ufffd' in shown.words
@@ -333,7 +337,9 @@ def test_messages_are_shown_under_their_roles_and_long_texts_are_cut() -> None:
 
 
 def test_an_invalid_reward_is_ranked_last_and_shown_as_a_dash(run: Run) -> None:
-    run.write_rollouts(1, rollouts(1, ["a", "b", "c"], "length"), [math.nan, 0.0, -2.0], {}, [0.0, 1.0, -1.0])
+    run.write_rollouts(
+        1, records.samples(rollouts(1, ["a", "b", "c"], "length"), [math.nan, 0.0, -2.0], {}, [0.0, 1.0, -1.0])
+    )
     block = completions.step_block(run.read_rollouts(1))
     assert block.index(">b<") < block.index(">c<") < block.index(">a<")
     assert '<b>-</b><span>advantage 0</span><span>3 tokens <i class="cut">cut</i></span>' in block
@@ -341,7 +347,7 @@ def test_an_invalid_reward_is_ranked_last_and_shown_as_a_dash(run: Run) -> None:
 
 def test_of_a_large_group_the_best_and_the_worst_are_shown(run: Run) -> None:
     rewards = [float(n) for n in range(11)]
-    run.write_rollouts(1, rollouts(1, [f"t{n}" for n in range(11)]), rewards, {}, rewards)
+    run.write_rollouts(1, records.samples(rollouts(1, [f"t{n}" for n in range(11)]), rewards, {}, rewards))
     block = completions.step_block(run.read_rollouts(1))
     assert [n for n in range(11) if f">t{n}<" in block] == [0, 1, 2, 3, 7, 8, 9, 10] and "3 between these" in block
 
@@ -349,21 +355,21 @@ def test_of_a_large_group_the_best_and_the_worst_are_shown(run: Run) -> None:
 def test_tokens_carry_length_difference_and_log_prob(run: Run) -> None:
     """Trainer -0.48, none, -0.7 and sampler -0.5: +0.02 and -0.2 nat. The emoji is two UTF-16 units."""
     logprobs = {0: torch.tensor([0.0, -0.48, math.nan, -0.7])}
-    run.write_rollouts(1, rollouts(1, ["a🙂"]), [1.0], {}, [0.0], logprobs, [["a", "🙂", "<end>"]])
+    run.write_rollouts(1, records.samples(rollouts(1, ["a🙂"]), [1.0], {}, [0.0], logprobs), [["a", "🙂", "<end>"]])
     block = completions.step_block(run.read_rollouts(1))
     assert 'data-seen="1" data-n="1,2,5" data-d="200,,-2000" data-p="-480,,-700"><span>a🙂&lt;end&gt;</span>' in block
 
 
 def test_of_a_long_completion_only_whole_tokens_of_the_shown_text_are_there(run: Run) -> None:
     pieces = ["x" * (MOST_TEXT - 1), "yz", "w"]
-    run.write_rollouts(1, rollouts(1, ["text"]), [1.0], {}, [0.0], {0: torch.zeros(3)}, [pieces])
+    run.write_rollouts(1, records.samples(rollouts(1, ["text"]), [1.0], {}, [0.0], {0: torch.zeros(3)}), [pieces])
     block = completions.step_block(run.read_rollouts(1))
     assert f'data-n="{MOST_TEXT - 1}"' in block and "2 more tokens" in block and "yz" not in block
 
 
 def test_completions_keep_to_their_budget(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     for step in range(1, 31):
-        run.write_rollouts(step, rollouts(step, ["w " * 500]), [1.0], {}, [0.0])
+        run.write_rollouts(step, records.samples(rollouts(step, ["w " * 500]), [1.0], {}, [0.0]))
     assert completions.samples(run).count("data-step") == 30
     monkeypatch.setattr(completions, "BUDGET", 5000)
     made = completions.samples(run)
@@ -371,8 +377,8 @@ def test_completions_keep_to_their_budget(run: Run, monkeypatch: pytest.MonkeyPa
 
 
 def test_many_steps_are_thinned_evenly_with_both_ends() -> None:
-    assert completions.spread_out(range(1, 101), 4) == [1, 34, 67, 100]
-    assert completions.spread_out([5, 6], 4) == [5, 6]
+    assert completions.evenly_spaced(range(1, 101), 4) == [1, 34, 67, 100]
+    assert completions.evenly_spaced([5, 6], 4) == [5, 6]
 
 
 # ---- several runs ----
@@ -421,9 +427,12 @@ def drawn(values: list[float | None], first: int = 1, **options: Any) -> str:
 
 
 def test_steps_are_named_in_spans() -> None:
-    assert page.where(charts.spans([1, 2, 3, 7])) == "steps 1-3, 7" and page.where(charts.spans([4])) == "step 4"
+    assert (
+        page.step_ranges(charts.spans([1, 2, 3, 7])) == "steps 1-3, 7"
+        and page.step_ranges(charts.spans([4])) == "step 4"
+    )
     assert charts.spans([1, 4, 9], gap=3) == [(1, 4), (9, 9)] and charts.spans([]) == []
-    assert page.where([(n, n) for n in range(9)]).endswith("5 and 3 more times")
+    assert page.step_ranges([(n, n) for n in range(9)]).endswith("5 and 3 more times")
 
 
 def test_a_point_lies_where_its_value_says() -> None:
@@ -500,8 +509,8 @@ def test_a_long_run_is_thinned_keeps_its_newest_step_and_shows_its_extremes() ->
 
 
 def test_a_running_median_is_not_moved_by_a_spike() -> None:
-    assert charts.running([1.0] * 100 + [50.0] + [1.0] * 100) == [1.0] * 201
-    assert charts.running([1.0, None, 3.0, 5.0]) == [1.0, None, 4.0, 4.0]
+    assert charts.running_median([1.0] * 100 + [50.0] + [1.0] * 100) == [1.0] * 201
+    assert charts.running_median([1.0, None, 3.0, 5.0]) == [1.0, None, 4.0, 4.0]
 
 
 def test_numbers_are_short() -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import records
 import torch
 from test_rewards import rollouts
 
@@ -208,8 +209,8 @@ def test_starting_again_costs_a_function_nothing_of_its_time(make, tmp_path: Pat
 def test_what_a_failed_call_logged_is_discarded_and_the_halves_are_put_together(make) -> None:
     _, parts = score(rollouts(4), make("breaks_on_1"), {})
     # Calls: 4 rows and the first two fail; rows 2 and 3, then row 0 are good, row 1 alone is not.
-    assert parts.metrics()["seen"] == (2 + 1) / 2
-    assert parts.columns()["breaks_on_1/upper"] == ["TEXT 0", None, "TEXT 2", "TEXT 3"]
+    assert parts.metrics()["custom/seen"] == (2 + 1) / 2
+    assert records.columns(parts)["breaks_on_1/upper"] == ["TEXT 0", None, "TEXT 2", "TEXT 3"]
     assert parts.outcomes["breaks_on_1"].calls == 5
 
 
@@ -223,7 +224,55 @@ def test_a_metric_that_two_functions_log_is_the_mean_over_both_and_ours_stay(mak
         return reward
 
     _, parts = score(rollouts(2), make(logging(1.0), logging(4.0)), {})
-    assert parts.metrics()["shared"] == 2.5 and parts.metrics()["reward"] == 2.0
+    metrics = parts.metrics()
+    assert metrics["custom/shared"] == 2.5 and metrics["custom/reward"] == 99 and metrics["reward"] == 2.0
+
+
+NAMES = ["step", "loss", "reward", "eval/reward", "train/global_step", "rewards/f/mean", "custom/x"]
+NAMES += ["a\nb\0c", "half \ud83d"]  # which cannot be written everywhere
+
+
+def logs_under(name: Any, value: Any = 7.0) -> Any:
+    def f(completions: list[str], log_metric: Any, log_extra: Any, **_: Any) -> list[float]:
+        log_metric(name, value)
+        log_extra(name, [value] * len(completions))
+        return [1.0] * len(completions)
+
+    return f
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_logged_name_stays_as_it_is_under_a_prefix_and_replaces_no_number_of_ours(name: str, make) -> None:
+    def quiet(completions: list[str], **_: Any) -> list[float]:
+        return [1.0] * len(completions)
+
+    quiet.__name__ = "f"
+    ours, parts = (score(rollouts(2), make(function), {})[1] for function in (quiet, logs_under(name)))
+    shown = name.replace("\n", "\ufffd").replace("\0", "\ufffd").replace("\ud83d", "\ufffd")
+    timed = "time/reward/f"
+    logged = parts.metrics() | {timed: 0.0}
+    assert logged == ours.metrics() | {timed: 0.0, f"custom/{shown}": 7.0}
+    assert records.columns(parts) == records.columns(ours) | {f"f/{shown}": [7.0, 7.0]}
+
+
+@pytest.mark.parametrize("name", ["", "  "])
+def test_an_empty_name_is_refused_at_the_first_call(name: str, make) -> None:
+    with pytest.raises(RewardError, match='reward "f" called log_metric with an empty name; give it one'):
+        score(rollouts(2), make(logs_under(name)), {})
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, 1e308])
+def test_values_that_are_not_finite_are_logged_and_change_no_reward(value: float, make) -> None:
+    rewards, parts = score(rollouts(2), make(logs_under("x", value), logs_under("x", value)), {})
+    assert not math.isfinite(parts.metrics()["custom/x"])  # the sum of 1e308 and 1e308 is infinite too
+    assert rewards.tolist() == [2.0, 2.0] and parts.metrics()["reward"] == 2.0
+
+
+def test_a_logged_column_does_not_replace_the_rewards_of_a_function_whose_name_looks_like_it(make) -> None:
+    first, second = logs_under("b"), logs_under("x")
+    first.__name__, second.__name__ = "a", "a/b"
+    _, parts = score(rollouts(2), make(first, second), {})
+    assert records.columns(parts) == {"a": [1.0] * 2, "a/b": [1.0] * 2, "a/b/x": [7.0] * 2}
 
 
 # ---- what may be given and returned ------------------------------------------------------------------------------

@@ -98,7 +98,7 @@ def test_a_script_without_a_guard_trains_and_is_not_run_again(home: Path) -> Non
     for name in ("short", "judged", "digits", "soft_overlong_punishment_reward"):
         assert first[f"rewards/{name}/invalid"] == 0.0 and first[f"rewards/{name}/mean"] is not None, name
     assert first["rewards/<lambda>/mean"] is None
-    assert first["pid"] == second["pid"]  # one worker for the whole run
+    assert first["custom/pid"] == second["custom/pid"]  # one worker for the whole run
     assert 'reward "short" can only be called in this process' in run.stdout
     assert 'reward "digits" can only' not in run.stdout
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import records
 import torch
 
 from rlft.config.data import Reward
@@ -187,7 +188,7 @@ def test_a_conversational_row_gives_message_lists(make) -> None:
 
 def test_metrics_and_columns_that_a_function_logs(make) -> None:
     _, parts = score(rollouts(2), [make("logs")], {})
-    assert parts.metrics()["longest"] == 6.0 and parts.columns()["logs/upper"] == ["TEXT 0", "TEXT 1"]
+    assert parts.metrics()["custom/longest"] == 6.0 and records.columns(parts)["logs/upper"] == ["TEXT 0", "TEXT 1"]
 
 
 def test_a_callable_class_and_a_closure_run_here_with_a_note(make) -> None:
@@ -362,7 +363,7 @@ def test_built_ins_by_name_and_reasoning_gyms_own_score() -> None:
     made = rollouts(texts=["7", "8"], task=["chain_sum"] * 2, metadata=[{}] * 2)
     made = [Rollout(Prompt((5,), r.prompt.row | {"answer": "7"}, 0), *list(vars(r).values())[1:]) for r in made]
     _, parts = score(made, functions, {})
-    assert parts.columns()["number"] == [1.0, 0.0]
-    assert parts.columns()["reasoning_gym"][0] == 1.0 > parts.columns()["reasoning_gym"][1]
+    assert records.columns(parts)["number"] == [1.0, 0.0]
+    assert records.columns(parts)["reasoning_gym"][0] == 1.0 > records.columns(parts)["reasoning_gym"][1]
     for function in functions:
         function.close()

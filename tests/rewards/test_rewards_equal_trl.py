@@ -15,6 +15,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import records
 import torch
 
 from rlft.config.data import Reward
@@ -237,8 +238,8 @@ def test_the_same_functions_called_here_give_trls_rewards(module: Any, by_trl: A
 def test_what_is_logged_is_trls(in_workers: Any, by_trl: Any) -> None:
     metrics = in_workers[1].metrics()
     for name, values in by_trl[1]._pending_metrics.items():
-        assert metrics[name] == pytest.approx(sum(values) / len(values)), name
-    columns = in_workers[1].columns()
+        assert metrics[f"custom/{name}"] == pytest.approx(sum(values) / len(values)), name
+    columns = records.columns(in_workers[1])
     for name, values in by_trl[1]._pending_extra_logs.items():
         assert columns[f"logs/{name}"] == values, name
     assert set(by_trl[1]._pending_metrics) == {"longest", "shortest"} and len(columns["logs/first"]) == len(TEXTS)
@@ -299,7 +300,10 @@ def test_trls_own_reward_functions_work_as_they_are() -> None:
     assert [f.name for f in made] == trainer.reward_func_names
     assert [f.apart for f in made] == [True, True, True, False, False, False]
     equal(ours(["trl.rewards:accuracy_reward", "trl.rewards:think_format_reward"], data)[0], theirs[:, [0, 2]])
-    assert parts.columns()["accuracy_reward/gold_parsed"] == trainer._pending_extra_logs["gold_parsed"][: len(TEXTS)]
+    assert (
+        records.columns(parts)["accuracy_reward/gold_parsed"]
+        == trainer._pending_extra_logs["gold_parsed"][: len(TEXTS)]
+    )
 
 
 def test_partials_are_named_and_scored_as_by_trl(module: Any) -> None:

@@ -6,10 +6,10 @@ import math
 from dataclasses import replace
 
 import pytest
+import records
 import torch
 from tiny import prompts, tiny_policy, tiny_tokenizer
 
-from rlft.batch import count, pack
 from rlft.config.data import Sampling
 from rlft.config.run import Parity as ParityConfig
 from rlft.errors import ConfigError, EngineError, ParityError
@@ -19,7 +19,7 @@ from rlft.trainer import parity
 from rlft.types import PackPlan
 
 SAMPLING = Sampling(group_size=3, max_tokens=6)
-PLAN = PackPlan((), "token_mean", 1000, 6, 1.0)
+PLAN = PackPlan("token_mean", 1000, 6, 1.0)
 LIMIT = parity.Limit.of(0.02, 5.0)
 
 
@@ -35,8 +35,8 @@ def generate(engine, version: int = 0, seed: tuple[int, ...] = (1, 0), count: in
 
 def mismatch_of(policy, rollouts, temperature: float = 1.0) -> parity.Mismatch:
     found = parity.Mismatch()
-    plan = replace(PLAN, keep=(True,) * len(rollouts), temperature=temperature)
-    for batch in pack(rollouts, torch.ones(len(rollouts)), plan, count(rollouts, plan)):
+    plan = replace(PLAN, temperature=temperature)
+    for batch in records.packed(rollouts, plan):
         found.add(policy.score(batch), batch)
     return found
 
@@ -279,18 +279,18 @@ def test_a_wrong_temperature_is_stopped_by_the_gate_and_named() -> None:
     rollouts = generate(engine, sampling=replace(SAMPLING, temperature=0.7))
     found = mismatch_of(policy, rollouts)
     with pytest.raises(ParityError, match=r"Temperature fits the numbers: at 0.7 .* sampling.temperature is 1"):
-        parity.gate(found, LIMIT, policy.score, rollouts)
+        parity.gate(found, LIMIT, policy.score)
 
 
 def test_the_gate_is_silent_below_its_limit_and_without_sampler_log_probs() -> None:
     policy, engine = make("eager")
     engine.load_adapter(policy.adapter(), version=0)
-    parity.gate(mismatch_of(policy, generate(engine)), LIMIT, policy.score, generate(engine))
+    parity.gate(mismatch_of(policy, generate(engine)), LIMIT, policy.score)
     policy, engine = make("replay")
     engine.load_adapter(policy.adapter(), version=0)
     found = mismatch_of(policy, generate(engine))
     assert found.tokens == 0 and found.values() == {}
-    parity.gate(found, LIMIT, policy.score, [])
+    parity.gate(found, LIMIT, policy.score)
 
 
 def test_mismatch_arithmetic() -> None:
@@ -298,8 +298,8 @@ def test_mismatch_arithmetic() -> None:
     policy, engine = make("eager")
     engine.load_adapter(policy.adapter(), version=0)
     rollouts = [replace(r, sampler_logprobs=(-1.0,) * len(r.completion_ids)) for r in generate(engine, count=1)[:1]]
-    plan = replace(PLAN, keep=(True,))
-    (batch,) = pack(rollouts, torch.ones(1), plan, count(rollouts, plan))
+    plan = PLAN
+    (batch,) = records.packed(rollouts, plan)
     d = torch.zeros(batch.input_ids.shape)
     rows = batch.train_mask.nonzero().squeeze(1)[:3]
     batch = replace(batch, train_mask=torch.zeros_like(batch.train_mask).index_fill(0, rows, True))
@@ -314,7 +314,9 @@ def test_mismatch_arithmetic() -> None:
     assert values["mismatch/k3"] == pytest.approx((math.exp(0.2) - 1.2 + math.exp(-0.2) - 0.8) / 3, rel=1e-5)
     assert values["sampling/sampling_logp_difference/max"] == pytest.approx(0.2, rel=1e-6)
     assert values["mismatch/p50"] == values["mismatch/p90"] == values["mismatch/p99"]  # two of three in one bin
-    assert found.percentile(0.3) == pytest.approx(1e-7) and found.logprobs.keys() == {0}
+    assert found.percentile(0.3) == pytest.approx(1e-7)
+    found.store_logprobs()
+    assert all(sample.logprobs is not None for sample in batch.samples)
     assert 0.2 <= values["mismatch/p99"] * 1.0000001 <= 0.2 * 1.13
 
 

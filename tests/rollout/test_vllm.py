@@ -38,7 +38,7 @@ from rlft.types import PackPlan, Prompt, Rollout
 # vLLM and what it imports warn of much; pytest would raise that in its threads too.
 pytestmark = [pytest.mark.usefixtures("vllm_visible"), pytest.mark.filterwarnings("ignore")]
 SAMPLING = Sampling(group_size=2, max_tokens=4)
-PLAN = PackPlan((), "token_mean", 1000, 4, 1.0)
+PLAN = PackPlan("token_mean", 1000, 4, 1.0)
 BEFORE = (torch.set_num_threads, torch.get_num_threads(), torch.get_default_dtype(), torch.is_grad_enabled())
 Pair = tuple[Policy, VllmEngine]
 
@@ -272,7 +272,7 @@ def test_a_wrong_temperature_is_stopped_by_the_gate_and_named(pair: Pair) -> Non
     policy, _ = pair
     rollouts = generate(pair, temperature=0.6)
     with pytest.raises(ParityError, match=r"Temperature fits the numbers: at 0.6 .* sampling.temperature is 1"):
-        parity.gate(mismatch_of(policy, rollouts), parity.Limit.of(0.02, 5.0), policy.score, rollouts)
+        parity.gate(mismatch_of(policy, rollouts), parity.Limit.of(0.02, 5.0), policy.score)
 
 
 def test_the_probe_measures_noise(pair: Pair) -> None:

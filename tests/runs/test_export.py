@@ -12,6 +12,7 @@ from typing import Any
 
 import huggingface_hub
 import pytest
+import records
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraModel
@@ -19,7 +20,6 @@ from safetensors.torch import load_file, save_file
 from tiny import tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-from rlft.batch import count, pack
 from rlft.cli.main import main
 from rlft.config.data import Data, Eval, Reward, Sampling
 from rlft.config.files import to_toml
@@ -253,10 +253,10 @@ def test_the_adapter_in_plain_peft_has_the_policys_log_probs(run: Path) -> None:
         Rollout(p, tuple(ids[1:]), (True,) * (len(ids) - 1), None, "", "stop", 0, 0, 0)
         for p, ids in zip(prompts, TEXTS, strict=True)
     ]
-    plan = PackPlan((True,) * len(TEXTS), "token_mean", 1000, 9, 1.0)
-    (batch,) = pack(rollouts, torch.ones(len(TEXTS)), plan, count(rollouts, plan))
+    plan = PackPlan("token_mean", 1000, 9, 1.0)
+    (batch,) = records.packed(rollouts, plan)
     ours, rows = policy.score(batch), (batch.seq_ids[:, None] == torch.arange(len(TEXTS))).T & batch.train_mask
-    ordered = [ours[rows[batch.rows.index(i)]] for i in range(len(TEXTS))]
+    ordered = [ours[rows[records.rows(batch, rollouts).index(i)]] for i in range(len(TEXTS))]
     assert (torch.cat(ordered) - theirs).abs().max() < 1e-5
     assert json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] == cfg.model
 

@@ -91,11 +91,7 @@ def test_sigterm_finishes_the_step_saves_and_exits_with_130_and_the_run_goes_on_
 
 EXITS = {
     "done": ([], 0, "sample from it:"),
-    "engine": (
-        ["--algo.name=sft", "--data.path={home}/sft.jsonl", "--algo.name={home}/loss.py:loss"],
-        1,
-        "out of memory",
-    ),
+    "engine": (["--algo.name=sft", "--data.path={home}/sft.jsonl", "--algo.name={home}/loss.py"], 1, "out of memory"),
     "setting": (["--algo.name=gprpo"], 2, 'error: algo.name = "gprpo": unknown'),
     "guard": (
         ["--parity.no_probe", "--rewards.0.use={home}/loss.py:none"],
@@ -109,10 +105,12 @@ EXITS = {
 def test_the_exit_code_of_a_real_process(name: str, home: Path) -> None:
     (home / "sft.jsonl").write_text('{"prompt": "a", "completion": "b"}\n' * 8)
     (home / "loss.py").write_text(
+        "from dataclasses import dataclass\n"
         "import torch\n"
-        "from rlft.algos.losses.sft import *\n"
-        "from rlft.algos.losses.sft import Config\n"
-        "def loss(logprobs, batch, cfg): return torch.empty(2**60).sum(), {}\n"
+        "from rlft.algos.loss import Loss\n"
+        "@dataclass(frozen=True)\n"
+        "class Huge(Loss):\n"
+        "    def __call__(self, logprobs, batch): return torch.empty(2**60).sum(), {}\n"
         "def none(completions, **columns): return [None] * len(completions)\n"
     )
     flags, code, message = EXITS[name]

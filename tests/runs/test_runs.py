@@ -9,6 +9,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+import records
 import torch
 
 from rlft.errors import ConfigError
@@ -92,7 +93,9 @@ def test_every_completion_is_written_with_its_rewards(tmp_path: Path) -> None:
     # The second rollout was not run; of the third, whose prompt's tokens come first, the first token was not trained.
     logprobs = {0: torch.tensor([-0.625, -0.25]), 2: torch.tensor([0.0, 0.0, math.nan, -2.0])}
     run.write_rollouts(
-        12, rows, [1.0, 0.0, math.nan], parts, [0.5, -0.5, 0.0], logprobs, [["s", "0"], ["s", "1"], None]
+        12,
+        records.samples(rows, [1.0, 0.0, math.nan], parts, [0.5, -0.5, 0.0], logprobs),
+        [["s", "0"], ["s", "1"], None],
     )
     path = run.path / "rollouts" / "step-000012.parquet"
     assert pq.ParquetFile(path).schema_arrow.names == [
@@ -145,8 +148,8 @@ def test_every_completion_is_written_with_its_rewards(tmp_path: Path) -> None:
 
 def test_a_step_without_parts_and_an_evaluation_can_be_written(tmp_path: Path) -> None:
     run = started(tmp_path)
-    run.write_rollouts(1, [], [], {}, [])
-    run.write_evaluation(0, [rollout(TEXT, 0)], [0.5])
+    run.write_rollouts(1, records.samples([], [], {}, []))
+    run.write_evaluation(0, records.samples([rollout(TEXT, 0)], [0.5]))
     assert run.read_rollouts(1) == [] and run.rollout_steps() == [1] and run.evaluation_steps() == [0]
     assert run.read_evaluation(0)[0]["reward"] == 0.5
 
@@ -164,8 +167,8 @@ def test_what_lies_past_the_checkpoint_is_set_aside_and_nothing_is_deleted(tmp_p
     run = started(tmp_path)
     for step in (1, 2, 3):
         run.log(step, {"loss": float(step)})
-        run.write_rollouts(step, [rollout(TEXT, 0)], [1.0], {}, [0.0])
-    run.write_evaluation(3, [rollout(TEXT, 0)], [0.5])
+        run.write_rollouts(step, records.samples([rollout(TEXT, 0)], [1.0], {}, [0.0]))
+    run.write_evaluation(3, records.samples([rollout(TEXT, 0)], [0.5]))
     with run.metrics_file.open("a") as file:
         file.write('{"step": 4, "lo')  # killed here
     aside = run.set_aside(1)
@@ -253,7 +256,15 @@ def test_the_rewards_of_the_first_evaluation_come_back_by_row(tmp_path: Path) ->
     run = started(tmp_path)
     assert run.first_rewards() == {}
     rows = [rollout(TEXT, 0), rollout(TEXT, 1), rollout(CHAT, 0)]
-    run.write_evaluation(0, rows, [1.0, math.nan, 0.5])
-    run.write_evaluation(2, rows, [0.0, 0.0, 0.0])
+    run.write_evaluation(0, records.samples(rows, [1.0, math.nan, 0.5]))
+    run.write_evaluation(2, records.samples(rows, [0.0, 0.0, 0.0]))
     first = run.first_rewards()
     assert first.keys() == {8, 3} and first[3] == [0.5] and first[8][0] == 1.0 and math.isnan(first[8][1])
+
+
+def test_a_metric_named_step_does_not_replace_the_step(tmp_path: Path) -> None:
+    """As a user's own loss may return; a resume goes by the step."""
+    run = Run.create(tmp_path / "run")
+    run.log(3, {"loss": 1.0, "step": 1e9})
+    assert run.metrics() == [{"step": 3, "loss": 1.0}]
+    assert run.metrics_file.read_text() == '{"step": 3, "loss": 1.0}\n'

@@ -57,12 +57,14 @@ def later(completions, trainer_state, **columns):
     return good(completions)
 """
 LOSS = """
+from dataclasses import dataclass
 import torch
-from rlft.algos.losses.sft import *
-from rlft.algos.losses.sft import Config
-{constants}
-def loss(logprobs, batch, cfg):
-    return {loss}, {{}}
+from rlft.algos.loss import Loss
+@dataclass(frozen=True)
+class Mine(Loss):
+    needs_sampler = {needs_sampler}
+    def __call__(self, logprobs, batch):
+        return {loss}, {{}}
 """
 
 
@@ -76,13 +78,13 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "torn.jsonl").write_text('{"prompt": "a"}\n{"prompt": \n')
     (folder / "rewards.py").write_text(REWARDS)
-    for name, constants, loss in (
-        ("needy", "NEEDS_SAMPLER = True", "logprobs.sum()"),
-        ("nan", "", "(logprobs * float('nan')).sum()"),
-        ("huge", "", "torch.empty(2**60).sum()"),
-        ("bug", "", "logprobs[0, 0]"),
+    for name, needs_sampler, loss in (
+        ("needy", True, "logprobs.sum()"),
+        ("nan", False, "(logprobs * float('nan')).sum()"),
+        ("huge", False, "torch.empty(2**60).sum()"),
+        ("bug", False, "logprobs[0, 0]"),
     ):
-        (folder / f"{name}_loss.py").write_text(LOSS.format(constants=constants, loss=loss))
+        (folder / f"{name}_loss.py").write_text(LOSS.format(needs_sampler=needs_sampler, loss=loss))
     return folder
 
 
@@ -218,7 +220,7 @@ RECORDED = {
     "a pair of text and messages": ("unlike", "dpo", "row 0: chosen and rejected must both be strings or both be"),
     "no pairs": ("sft", "dpo", 'algo.name = "dpo": learns from pairs, and the data has prompt, completion; give'),
     "recorded groups of one": ("sft", "grpo", 'algo.advantage = "group_norm": the data has one completion per row'),
-    "no sampler log-probs": ("sft", "{home}/needy_loss.py:loss", "needs sampler log-probs, which recorded completions"),
+    "no sampler log-probs": ("sft", "{home}/needy_loss.py", "needs sampler log-probs, which recorded completions"),
 }
 """Name -> data, algorithm, message; exit code 2."""
 
@@ -306,14 +308,14 @@ def test_rewards_that_are_all_invalid_stop_the_run(home: Path, tmp_path: Path, c
 
 
 def test_gradients_that_are_not_finite_are_skipped_counted_and_stop_after_five(home, tmp_path, capsys) -> None:
-    assert run(home, tmp_path / "run", "--algo.name={home}/nan_loss.py:loss", data="sft.jsonl") == 3
+    assert run(home, tmp_path / "run", "--algo.name={home}/nan_loss.py", data="sft.jsonl") == 3
     assert "error: 5 updates in a row had a non-finite gradient (norm nan): lower optim.lr" in capsys.readouterr().err
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["skipped_updates"] for line in lines] == [1, 2, 3, 4]
 
 
 def test_out_of_memory_says_what_to_lower(home: Path, tmp_path: Path, capsys) -> None:
-    assert run(home, tmp_path / "run", "--algo.name={home}/huge_loss.py:loss", data="sft.jsonl") == 1
+    assert run(home, tmp_path / "run", "--algo.name={home}/huge_loss.py", data="sft.jsonl") == 1
     shown = capsys.readouterr().err
     for name in (
         "packing.tokens_per_micro_batch (4096 tokens",
@@ -324,7 +326,7 @@ def test_out_of_memory_says_what_to_lower(home: Path, tmp_path: Path, capsys) ->
 
 
 def test_what_nobody_expected_is_a_short_traceback_and_whose_file_it_came_from(home, tmp_path, capsys) -> None:
-    assert run(home, tmp_path / "run", "--algo.name={home}/bug_loss.py:loss", data="sft.jsonl") == 1
+    assert run(home, tmp_path / "run", "--algo.name={home}/bug_loss.py", data="sft.jsonl") == 1
     lines = capsys.readouterr().err.splitlines()
     assert lines[-1] == f"It was raised in {home}/bug_loss.py, which is not a file of rlft: look there first."
     assert lines[-2].startswith("error: IndexError: too many indices")

@@ -13,7 +13,9 @@ import torch
 from tiny import tiny_model, tiny_tokenizer
 
 import rlft
-from rlft.algos.losses import dpo, grpo, sft
+from rlft.algos.losses.dpo import Dpo
+from rlft.algos.losses.grpo import Grpo
+from rlft.algos.losses.sft import Sft
 from rlft.config.data import Data, Eval, Overlong, Sampling
 from rlft.config.run import Algo, Checkpoint, Config, Lora, Optim, Parity
 from rlft.errors import ParityError, RlftError, TrainError
@@ -21,7 +23,7 @@ from rlft.rollout.eager import EagerEngine
 from rlft.trainer import setup as session
 
 KINDS = ("sft", "dpo", "grpo")
-LOSSES = {"sft": sft, "dpo": dpo, "grpo": grpo}
+LOSSES = {"sft": Sft, "dpo": Dpo, "grpo": Grpo}
 
 
 @pytest.fixture(scope="module")
@@ -175,24 +177,24 @@ def test_a_policy_that_explodes(kind: str, steps: int, home: Path, tmp_path: Pat
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_loss_of_nan(kind: str, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Once: skipped and counted. Always: stopped after five in a row, or by the end of a shorter run."""
-    module, calls = LOSSES[kind], [0]
-    loss = module.loss
+    kind_of_loss, calls = LOSSES[kind], [0]
+    loss = kind_of_loss.__call__
 
-    def once(logprobs: Any, batch: Any, cfg: Any) -> Any:
+    def once(self: Any, logprobs: Any, batch: Any) -> Any:
         calls[0] += 1
-        value, stats = loss(logprobs, batch, cfg)
+        value, stats = loss(self, logprobs, batch)
         return (value * math.nan if calls[0] == 2 else value), stats
 
-    monkeypatch.setattr(module, "loss", once)
+    monkeypatch.setattr(kind_of_loss, "__call__", once)
     assert run(config(home, tmp_path / "once", kind, steps=4)) == 4
     lines = [json.loads(x) for x in (tmp_path / "once" / "metrics.jsonl").read_text().splitlines()]
     assert sum(line.get("skipped_updates", 0) > 0 for line in lines) == 1
 
-    def always(logprobs: Any, batch: Any, cfg: Any) -> Any:
-        value, stats = loss(logprobs, batch, cfg)
+    def always(self: Any, logprobs: Any, batch: Any) -> Any:
+        value, stats = loss(self, logprobs, batch)
         return value * math.nan, stats
 
-    monkeypatch.setattr(module, "loss", always)
+    monkeypatch.setattr(kind_of_loss, "__call__", always)
     assert "5 updates in a row had a non-finite gradient" in error(config(home, tmp_path / "always", kind))
     assert "3 updates in a row" in error(config(home, tmp_path / "short", kind, steps=3))
     # In float16 the loss scale may be at fault until it is 1, but a run that never made an update did not train.

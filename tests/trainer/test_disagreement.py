@@ -7,10 +7,10 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import records
 import torch
 from tiny import prompts, tiny_policy, tiny_tokenizer
 
-from rlft.batch import count, pack
 from rlft.config.data import Sampling
 from rlft.config.run import Parity
 from rlft.errors import ParityError
@@ -20,7 +20,7 @@ from rlft.trainer.agreement import long_prompts
 from rlft.trainer.disagreement import CAP
 from rlft.types import Batch, PackPlan, Prompt, Rollout
 
-PLAN = PackPlan((), "token_mean", 1000, 24, 1.0)
+PLAN = PackPlan("token_mean", 1000, 24, 1.0)
 MEAN, SD, P99, OUTSIDE = 0.0373, 0.0507, 0.229, 0.091
 """Of |d| on an H100 (benchmarks/results/grpo_run); a ratio outside of [0.9, 1.1] is about |d| > 0.1."""
 
@@ -69,8 +69,8 @@ def sampled(count_: int = 10, max_tokens: int = 24):
 
 
 def mismatch_of(rollouts: list[Rollout], score) -> parity.Mismatch:
-    found, plan = parity.Mismatch(), replace(PLAN, keep=(True,) * len(rollouts))
-    for batch in pack(rollouts, torch.ones(len(rollouts)), plan, count(rollouts, plan)):
+    found, plan = parity.Mismatch(), PLAN
+    for batch in records.packed(rollouts, plan):
         found.add(score(batch), batch)
     return found
 
@@ -95,12 +95,12 @@ def test_one_sequence_of_twenty_is_stopped_and_named() -> None:
     row, sample, n = rollouts[at].prompt.index, rollouts[at].sample_index, len(rollouts[at].completion_ids)
     wanted = rf"about 1 of 20 sequences, most about sample {sample} of row {row} of the data: .* 2 nat over its {n} "
     with pytest.raises(ParityError, match=wanted + ".*Token ids or weights fit"):
-        parity.gate(found, most, policy.score, rollouts)
+        parity.gate(found, most, policy.score)
     # In separate micro-batches the sums are the same.
     apart = parity.Mismatch()
     for rollout in rollouts:
-        plan = replace(PLAN, keep=(True,))
-        for batch in pack([rollout], torch.ones(1), plan, count([rollout], plan)):
+        plan = PLAN
+        for batch in records.packed([rollout], plan):
             apart.add(policy.score(batch), batch)
     assert apart.excess(most) == pytest.approx(found.excess(most), abs=1e-4) and apart.tokens == found.tokens
 
@@ -110,21 +110,21 @@ def test_a_fault_beyond_a_position_is_said() -> None:
     rollouts = [shifted(r, 2.0, max(0, 20 - len(r.prompt.ids))) for r in rollouts]
     assert sum(len(r.prompt.ids) + len(r.completion_ids) > 24 for r in rollouts) >= 2
     with pytest.raises(ParityError, match=r"Positions fit the numbers: tokens before position 20 are .*sliding window"):
-        parity.gate(mismatch_of(rollouts, policy.score), parity.Limit.of(0.02, 5.0), policy.score, rollouts)
+        parity.gate(mismatch_of(rollouts, policy.score), parity.Limit.of(0.02, 5.0), policy.score)
 
 
 def test_what_packing_and_dropout_do_is_not_called_temperature() -> None:
     policy, rollouts = sampled()
 
     def packed(batch: Batch):
-        return policy.score(batch) + (2.0 if len(batch.rows) > 1 else 0.0)
+        return policy.score(batch) + (2.0 if len(batch.samples) > 1 else 0.0)
 
     most = parity.Limit.of(0.02, 5.0)
     with pytest.raises(ParityError, match="Packing fits the numbers"):
-        parity.gate(mismatch_of(rollouts, packed), most, packed, rollouts)
+        parity.gate(mismatch_of(rollouts, packed), most, packed)
     noisy = mismatch_of(rollouts, lambda batch: policy.score(batch) * 1.3)  # as at a lower temperature
     with pytest.raises(ParityError, match=r"lora.dropout, or a pass that computes otherwise with a gradient"):
-        parity.gate(noisy, most, policy.score, rollouts)
+        parity.gate(noisy, most, policy.score)
 
 
 def test_the_probe_has_long_prompts_in_bounded_room() -> None:

@@ -2,99 +2,97 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
-import torch
 
 from rlft.errors import TrainError
-from rlft.trainer.dynamic_sampling import SampledGroups, kept_rollouts, replace_uninformative, spread_back, varied
-from rlft.types import Prompt, Rollout
+from rlft.trainer.dynamic_sampling import is_informative, kept_groups, metrics, replace_uninformative
+from rlft.types import FinishReason, Group, Outcome, Prompt, Rollout, Sample
 
 NAN = float("nan")
 
 
-def drawn(groups: list[list[float]], first: int = 0) -> SampledGroups:
-    """One group per list of rewards; prompts are numbered from `first`."""
+def group(rewards: list[float], index: int = 0) -> Group:
     rollouts = [
-        Rollout(Prompt((1,), {}, first + g), (2,), (True,), None, "", "stop", i, 0, 0)
-        for g, rewards in enumerate(groups)
+        Rollout(Prompt((1,), {}, index), (2,), (True,), None, "", FinishReason.STOP, i, 0, 0)
         for i in range(len(rewards))
     ]
-    values = torch.tensor([reward for rewards in groups for reward in rewards])
-    return SampledGroups(rollouts, values, values, [first], (True,) * len(rollouts))
+    return Group([Sample(r, reward, reward) for r, reward in zip(rollouts, rewards, strict=True)])
 
 
 class Source:
-    """Draws from a list of groups, and notes what it was asked for."""
+    """Draws the groups of the first round, and then from a list of further ones; notes what it was asked for."""
 
-    def __init__(self, groups: list[list[float]]) -> None:
-        self.groups, self.asked, self.at = groups, [], 100
+    def __init__(self, first: list[Group], more: list[list[float]]) -> None:
+        self.first, self.more, self.asked, self.at = first, more, [], 100
 
-    def __call__(self, count: int, round_: int) -> SampledGroups:
+    def __call__(self, count: int, round_: int) -> list[Group]:
+        if round_ == 0:
+            return self.first
         self.asked.append((count, round_))
-        taken, self.groups = self.groups[:count], self.groups[count:]
+        taken, self.more = self.more[:count], self.more[count:]
         self.at += count
-        return drawn(taken, self.at - count)
+        return [group(rewards, self.at - count + i) for i, rewards in enumerate(taken)]
+
+
+def drawn(rewards: list[list[float]], more: list[list[float]]) -> Source:
+    return Source([group(values, i) for i, values in enumerate(rewards)], more)
 
 
 GOOD, EQUAL = [0.0, 1.0], [1.0, 1.0]
 
 
-def kept(d: SampledGroups) -> list[int]:
-    return list(dict.fromkeys(r.prompt.index for r in kept_rollouts(d)[0]))
+def kept(groups: list[Group]) -> list[int]:
+    return [group.prompt.index for group in kept_groups(groups)]
 
 
 def test_a_full_step_is_not_refilled_and_rounds_0_keeps_everything() -> None:
-    source = Source([])
-    assert kept(replace_uninformative(drawn([GOOD] * 3), source, 3, 5)) == [0, 1, 2]
-    off = replace_uninformative(drawn([EQUAL] * 3), source, 3, 0)
-    assert kept(off) == [0, 1, 2] and source.asked == []
+    source = drawn([GOOD] * 3, [])
+    assert kept(replace_uninformative(source, 3, 5)[0]) == [0, 1, 2]
+    source = drawn([EQUAL] * 3, [])
+    assert kept(replace_uninformative(source, 3, 0)[0]) == [0, 1, 2] and source.asked == []
 
 
 def test_kept_groups_stay_in_the_order_drawn_and_the_surplus_is_dropped() -> None:
-    source = Source([EQUAL, GOOD, GOOD, GOOD])
-    end = replace_uninformative(drawn([GOOD, EQUAL, GOOD, EQUAL]), source, 4, 5)
+    source = drawn([GOOD, EQUAL, GOOD, EQUAL], [EQUAL, GOOD, GOOD, GOOD])
+    groups, rounds = replace_uninformative(source, 4, 5)
     # Half of four were kept and two are missing: four are asked for. The last good one is surplus.
-    assert source.asked == [(4, 1)] and kept(end) == [0, 2, 101, 102]
-    assert end.metrics(4) == {
+    assert source.asked == [(4, 1)] and kept(groups) == [0, 2, 101, 102]
+    assert metrics(groups, rounds, 4) == {
         "dynamic_sampling/rounds": 1,
         "dynamic_sampling/drawn": 8,
         "dynamic_sampling/kept": 4,
         "dynamic_sampling/short": 0,
     }
-    assert end.parts == [0, 100]
+    assert [group.prompt.index for group in groups] == [0, 1, 2, 3, 100, 101, 102, 103]
+    assert all(sample.kept == (group.prompt.index in (0, 2, 101, 102)) for group in groups for sample in group.samples)
 
 
 def test_the_bound_is_kept_and_the_step_takes_what_there_is() -> None:
-    source = Source([EQUAL] * 20)
-    end = replace_uninformative(drawn([GOOD, EQUAL, EQUAL]), source, 3, 2)
-    assert [round_ for _, round_ in source.asked] == [1, 2] and kept(end) == [0]
-    assert end.metrics(3)["dynamic_sampling/short"] == 2 and end.metrics(3)["dynamic_sampling/rounds"] == 2
+    source = drawn([GOOD, EQUAL, EQUAL], [EQUAL] * 20)
+    groups, rounds = replace_uninformative(source, 3, 2)
+    assert [round_ for _, round_ in source.asked] == [1, 2] and kept(groups) == [0]
+    assert metrics(groups, rounds, 3)["dynamic_sampling/short"] == 2 and rounds == 2
 
 
 def test_an_error_only_when_no_group_is_left() -> None:
     with pytest.raises(
         TrainError, match=r"every one of 9 groups has equal rewards after dynamic_sampling.rounds = 2 rounds"
     ):
-        replace_uninformative(drawn([EQUAL] * 3), Source([EQUAL] * 6), 3, 2)
+        replace_uninformative(drawn([EQUAL] * 3, [EQUAL] * 6), 3, 2)
 
 
 def test_zero_variance_is_max_equals_min_over_the_valid_values() -> None:
     # 0.1 three times has a std of 1e-17 in floating point; one valid value alone never varies.
-    values = torch.tensor([0.1, 0.1, 0.1, NAN, 0.0, 1.0, NAN, NAN, 0.3, 0.3 + 1e-6], dtype=torch.float64)
-    groups = torch.tensor([0, 0, 0, 1, 1, 1, 2, 2, 3, 3])
-    assert varied(values, groups) == [1, 3]
+    values = [[0.1, 0.1, 0.1], [NAN, 0.0, 1.0], [NAN, NAN], [0.3, 0.3 + 1e-6]]
+    assert [is_informative(group(rewards)) for rewards in values] == [False, True, False, True]
 
 
 def test_another_value_than_the_reward_may_decide() -> None:
-    first = drawn([[0.0, 1.0], [0.2, 0.3]])
-    first = SampledGroups(first.rollouts, first.rewards, torch.tensor([1.0, 1.0, 0.0, 1.0]), [0], first.kept)
-    end = replace_uninformative(first, Source([EQUAL] * 9), 2, 1)
-    assert kept(end) == [1] and kept_rollouts(end)[1].tolist() == pytest.approx([0.2, 0.3])
-
-
-def test_values_of_kept_rows_are_spread_back_over_all() -> None:
-    end = replace_uninformative(drawn([EQUAL, GOOD]), Source([EQUAL] * 9), 2, 1)
-    back = spread_back(end, [1.0, 2.0])
-    assert [math.isnan(v) for v in back[:2]] == [True, True] and back[2:4] == [1.0, 2.0] and len(back) == len(end.kept)
+    source = drawn([[0.0, 1.0], [0.2, 0.3]], [EQUAL] * 9)
+    for made, values in zip(source.first, ([1.0, 1.0], [0.0, 1.0]), strict=True):
+        for sample, value in zip(made.samples, values, strict=True):
+            sample.outcomes = {"correct": Outcome(value, False, {})}
+    groups, _ = replace_uninformative(source, 2, 0, "correct")
+    assert [is_informative(made, "correct") for made in groups] == [False, True]
+    with pytest.raises(KeyError):  # those of the second round have no such outcome
+        replace_uninformative(source, 2, 1, "correct")

@@ -6,17 +6,17 @@ import math
 import random
 
 import pytest
+import records
 import torch
 
 from rlft.algos import advantages
-from rlft.batch import group_ids
 from rlft.config.data import Reward
 from rlft.rewards.builtin.length import length
 from rlft.rewards.parts import OVERLONG, RewardBreakdown
 from rlft.rewards.pool import InProcess
 from rlft.rewards.score import RewardFunction, score
-from rlft.trainer.dynamic_sampling import SampledGroups, solved, varied
-from rlft.types import Prompt, Rollout
+from rlft.trainer.dynamic_sampling import deciding, is_informative, solved
+from rlft.types import Group, Prompt, Rollout
 
 NAN = math.nan
 DRAWS = 200
@@ -46,8 +46,14 @@ def scored(
     return score(rollouts, functions, {})[1]
 
 
-def decided(rollouts: list[Rollout], parts: RewardBreakdown) -> SampledGroups:
-    return SampledGroups(rollouts, parts.total, parts.deciding(None), [parts], (True,) * len(rollouts))
+def group_of(rollouts: list[Rollout], parts: RewardBreakdown) -> Group:
+    (group,) = records.groups(rollouts)
+    parts.store(group.samples)
+    return group
+
+
+def decides(group: Group) -> list[float]:
+    return [deciding(sample, None) for sample in group.samples]
 
 
 def test_a_penalty_for_length_leaves_equal_answers_equal() -> None:
@@ -60,13 +66,13 @@ def test_a_penalty_for_length_leaves_equal_answers_equal() -> None:
             for name in ("a", "b", "c")
         }
         rollouts = completions(lengths)
-        drawn, plain = (decided(rollouts, scored(rollouts, values, b)) for b in (buffer, 0))
-        assert drawn.decides.tolist() == plain.decides.tolist() == [plain.rewards[0].item()] * 8
-        assert varied(drawn.decides, group_ids(rollouts)) == []
+        drawn, plain = (group_of(rollouts, scored(rollouts, values, b)) for b in (buffer, 0))
+        assert decides(drawn) == decides(plain) == [plain.samples[0].reward] * 8
+        assert not is_informative(drawn)
         # What the reward is, is what solves it.
         threshold = sum(weight * own[0] for weight, own in values.values())  # type: ignore[operator]
-        assert solved(drawn, 1.0, threshold) == {0}
-        assert drawn.rewards.tolist() == pytest.approx(
+        assert solved([drawn], 1.0, threshold) == {0}
+        assert [sample.reward for sample in drawn.samples] == pytest.approx(
             [threshold - min(1.0, max(0.0, (n - 40 + buffer) / buffer)) for n in lengths], abs=1e-6
         )
 
@@ -75,7 +81,7 @@ def test_answers_that_differ_stay_different_under_a_penalty() -> None:
     """Rewards of 1 with the penalty -1 and of 0 without one are equal in total and no equal answers."""
     rollouts = completions([40, 1])
     parts = scored(rollouts, {"a": (1.0, [1.0, 0.0])}, buffer=10)
-    assert parts.total.tolist() == [0.0, 0.0] and varied(parts.deciding(None), group_ids(rollouts)) == [0]
+    assert parts.total.tolist() == [0.0, 0.0] and is_informative(group_of(rollouts, parts))
 
 
 @pytest.mark.parametrize("values", [(0.1, 0.2), (0.7, 0.1), (0.1, 0.7, 0.05)])
@@ -83,7 +89,7 @@ def test_sums_that_are_equal_on_paper_solve_the_threshold_that_they_are_on_paper
     """0.1 + 0.7 is 0.7999999999999999 in float64."""
     rollouts = completions([5, 40])
     parts = scored(rollouts, {f"f{i}": (1.0, [value] * 2) for i, value in enumerate(values)}, buffer=20)
-    assert solved(decided(rollouts, parts), 1.0, round(sum(values), 6)) == {0}
+    assert solved([group_of(rollouts, parts)], 1.0, round(sum(values), 6)) == {0}
 
 
 @pytest.mark.parametrize("n", range(1, 33))
@@ -91,22 +97,22 @@ def test_a_share_of_completions_is_the_number_that_a_config_says(n: int) -> None
     rollouts = completions([1] * n)
     for good in range(n + 1):
         values = torch.tensor([1.0] * good + [0.0] * (n - good))
-        drawn = SampledGroups(rollouts, values, values, [], (True,) * n)
+        drawn = [group_of(rollouts, RewardBreakdown(values, values, {}))]
         assert bool(solved(drawn, good / n, 1.0)) and not solved(drawn, math.nextafter(good / n, 2), 1.0)
 
 
 def test_a_penalty_alone_is_no_reward() -> None:
     rollouts = completions([40, 5])
     parts = scored(rollouts, {"a": (1.0, [None, 0.5])}, buffer=10)
-    assert math.isnan(parts.total[0]) and math.isnan(parts.deciding(None)[0]) and parts.total[1] == 0.5
+    assert math.isnan(parts.total[0]) and math.isnan(decides(group_of(rollouts, parts))[0]) and parts.total[1] == 0.5
     assert parts.faults() == ["no reward function applied to 1 of 2 completions (None), which are left out"]
 
 
 def test_rounds_are_joined_with_their_answers() -> None:
     some, more = (scored(completions([40]), {"a": (1.0, [v])}, buffer=10) for v in (0.1, 0.7))
     joined = RewardBreakdown.join([some, more])
-    assert joined.deciding(None).tolist() == torch.tensor([0.1, 0.7]).tolist()
-    assert joined.deciding("a").tolist() == joined.deciding(None).tolist()
+    assert joined.answers.tolist() == torch.tensor([0.1, 0.7]).tolist()
+    assert joined.outcomes["a"].values == [0.1, 0.7]
 
 
 def estimate(name: str, rewards: torch.Tensor, groups: torch.Tensor, rng: random.Random) -> torch.Tensor:
@@ -150,7 +156,8 @@ def test_a_group_that_differs_in_the_last_bit_is_no_equal_group() -> None:
     low = torch.tensor([0.1])
     rewards = torch.cat([low, low, torch.nextafter(low, torch.ones(1))])
     groups = torch.zeros(3, dtype=torch.long)
-    assert varied(rewards, groups) == [0] and advantages.group_norm(rewards, groups).abs().min() > 0
+    drawn = group_of(completions([1] * 3), RewardBreakdown(rewards, rewards, {}))
+    assert is_informative(drawn) and advantages.group_norm(rewards, groups).abs().min() > 0
     assert advantages.frac_zero_std(rewards, groups) == 0
 
 

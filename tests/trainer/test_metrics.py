@@ -20,7 +20,9 @@ def test_a_mean_is_over_the_whole_step_and_no_mean_of_means() -> None:
     m.add({"entropy": Stat.mean(torch.tensor([1.0, 2.0, 9.0]), torch.tensor([True, True, False]))})
     m.add({"entropy": Stat.mean(torch.tensor([6.0]), torch.tensor([True]))})
     assert m.values() == {"entropy": 3.0}  # (1 + 2 + 6) / 3; the mean of the two means would be 3.75
-    assert m.stats["entropy"] == Stat("mean", 9.0, 3.0)
+    assert m.sums() == {"entropy": Stat("mean", 9.0, 3.0)}
+    m.add({"entropy": Stat("mean", 3.0, 1.0)})
+    assert m.sums() == {"entropy": Stat("mean", 12.0, 4.0)} and m.reduce() is m  # nothing to merge in one process
 
 
 def test_sums_and_extremes_over_tensors_and_floats() -> None:
@@ -50,7 +52,7 @@ def test_numbers_are_kept_without_graph_and_apart_from_the_callers() -> None:
     m.add({"loss": Stat("sum", value)})
     with torch.no_grad():
         value += 100
-    assert m.stats["loss"] == Stat("sum", 2.0) and m.values() == {"loss": 2.0}
+    assert m.sums()["loss"] == Stat("sum", 2.0) and m.values() == {"loss": 2.0}
 
 
 def test_a_sum_past_what_float32_can_count_is_exact() -> None:
@@ -58,6 +60,33 @@ def test_a_sum_past_what_float32_can_count_is_exact() -> None:
     m.add({"n": Stat("sum", torch.tensor(2.0**24))})
     m.add({"n": Stat("sum", torch.tensor(1.0))})
     assert m.values()["n"] == 2**24 + 1  # float32 cannot hold it
+
+
+def test_numbers_of_several_dtypes_find_their_way_back_to_their_names() -> None:
+    m = Metrics()
+    for k in range(3):
+        m.add(
+            {
+                "a": Stat("mean", torch.tensor(1.0 + k), torch.tensor(2)),
+                "b": Stat("sum", torch.tensor(10.0 + k, dtype=torch.float64)),
+                **({"c": Stat("max", torch.tensor(k))} if k != 1 else {}),
+                "d": Stat("mean", 5.0, torch.tensor(4)),
+            }
+        )
+    assert m.sums() == {
+        "a": Stat("mean", 6.0, 6.0),
+        "b": Stat("sum", 33.0, 3.0),
+        "c": Stat("max", 2.0, 2.0),
+        "d": Stat("mean", 15.0, 12.0),
+    }
+
+
+def test_one_name_cannot_be_merged_in_two_ways() -> None:
+    m = Metrics()
+    m.add({"x": Stat("sum", 1.0)})
+    m.add({"x": Stat("mean", 1.0)})
+    with pytest.raises(AssertionError, match="x is a sum and a mean"):
+        m.sums()
 
 
 def test_what_is_not_finite_is_valid_json(tmp_path: Path) -> None:

@@ -8,19 +8,19 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
+import records
 import torch
 from torch import Tensor
 
 from rlft.algos.algorithm import build_algorithm
-from rlft.algos.losses import kto
+from rlft.algos.losses.kto import Kto, mismatched
 from rlft.config.run import Algo
 from rlft.errors import ConfigError
 from rlft.models.policy import Policy
-from rlft.rewards.parts import Outcome, RewardBreakdown
 from rlft.trainer.prepare import PackedStep, estimator_inputs, kl_in_reward
 from rlft.types import Batch, PackPlan, Prompt, Rollout
 
-PLAN = PackPlan((), "token_mean", 7, 4, 1.0)
+PLAN = PackPlan("token_mean", 7, 4, 1.0)
 
 
 def completion(ids: tuple[int, ...], prompt: int = 0, sample: int = 0) -> Rollout:
@@ -51,7 +51,7 @@ def test_kl_in_the_reward_has_the_gradient_of_the_kl_of_whole_sequences() -> Non
     every = list(itertools.product(range(3), repeat=2))
     rollouts = [completion(ids, sample=i) for i, ids in enumerate(every)]
     algorithm = build_algorithm(Algo("reinforce", {"kl": "reward", "kl_coef": coef}))
-    rewards, stats = kl_in_reward(cast(Policy, policy), algorithm, PLAN, rollouts, torch.zeros(9))
+    rewards, stats = kl_in_reward(cast(Policy, policy), algorithm, PLAN, records.samples(rollouts, [0.0] * 9))
     logs = torch.stack([policy.logprob(ids) for ids in every])
     reinforce = -(logs.detach().exp() * rewards.double() * logs).sum()
     got = torch.autograd.grad(reinforce, policy.theta, retain_graph=True)[0]
@@ -67,18 +67,19 @@ def test_kl_in_the_reward_has_the_gradient_of_the_kl_of_whole_sequences() -> Non
 
 def test_kl_elsewhere_leaves_rewards_alone_and_invalid_ones_stay_invalid() -> None:
     policy, rollouts = cast(Policy, Table()), [completion((0,)), completion((1,), sample=1)]
-    rewards = torch.tensor([1.0, float("nan")])
+    samples = records.samples(rollouts, [1.0, float("nan")])
     for options in ({"kl_coef": 0.1}, {"kl": "reward"}):
-        assert kl_in_reward(policy, build_algorithm(Algo("grpo", options)), PLAN, rollouts, rewards) == (rewards, {})
+        same, stats = kl_in_reward(policy, build_algorithm(Algo("grpo", options)), PLAN, samples)
+        assert same[0] == 1 and same[1].isnan() and stats == {}
     algorithm = build_algorithm(Algo("grpo", {"kl": "reward", "kl_coef": 0.1}))
-    assert not algorithm.needs_reference and algorithm.zero_adv_zero_grad
-    made, _ = kl_in_reward(policy, algorithm, PLAN, rollouts, rewards)
+    assert not algorithm.loss.needs_reference and algorithm.loss.zero_adv_zero_grad
+    made, _ = kl_in_reward(policy, algorithm, PLAN, samples)
     assert made[1].isnan() and made[0] != 1
 
 
 def test_kto_compares_with_completions_of_other_prompts() -> None:
     rollouts = [completion((0,), 0, 0), completion((1, 1), 0, 1), completion((2,), 1), completion((2, 0), 2)]
-    other = kto.mismatched(rollouts)
+    other = mismatched(rollouts)
     assert [r.completion_ids for r in other] == [(2,), (2,), (2, 0), (0,)]
     assert [r.prompt.index for r in other] == [0, 0, 1, 2] and all(len(r.completion_mask) for r in other)
     policy = Table()
@@ -86,16 +87,16 @@ def test_kto_compares_with_completions_of_other_prompts() -> None:
     for gain, r in zip(gains, other, strict=True):
         ref = sum(policy.ref[a, b] for a, b in itertools.pairwise((1, *r.completion_ids)))
         assert gain.item() == pytest.approx((policy.logprob(r.completion_ids) - ref).item())
-    z0 = kto.prepare(PackedStep(cast(Policy, policy), PLAN, rollouts, []), kto.Config())["z0"]
+    z0 = Kto().prepare(PackedStep(cast(Policy, policy), PLAN, rollouts, [])).z0
     assert z0 == pytest.approx(max(0.0, gains.mean().item()))
     with pytest.raises(ConfigError, match="an update of one prompt: kto compares"):
-        kto.mismatched(rollouts[:2])
+        mismatched(rollouts[:2])
 
 
 def test_estimators_get_lengths_and_parts_of_the_kept_rollouts() -> None:
-    outcomes = {"a": Outcome([1.0, 2.0, 3.0], [False] * 3), "b": Outcome([0.0] * 3, [False] * 3)}
-    parts = RewardBreakdown(torch.zeros(3), torch.zeros(3), outcomes)
-    made = estimator_inputs([completion((0, 1)), completion((2,))], parts, {"a": 1.0, "b": 0.5}, (True, False, True))
+    parts = {"a": [1.0, 3.0], "b": [0.0, 0.0]}
+    samples = records.samples([completion((0, 1)), completion((2,))], [1.0, 3.0], parts)
+    made = estimator_inputs(samples, {"a": 1.0, "b": 0.5})
     assert made["lengths"].tolist() == [2, 1] and made["weights"].tolist() == [1, 0.5]
     assert made["parts"].tolist() == [[1, 0], [3, 0]]
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import records
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks" / "peers"))
@@ -56,11 +57,11 @@ def test_prefixes_packing_and_padding_leave_the_gradient_alone(work: str, algo: 
     for share, budget, padded in ((True, 4096, False), (False, 4096, False), (False, 1, False), (False, 2080, True)):
         rollouts = recorded.rollouts_of(WORKS[work], "tiny", padded)
         rewards = torch.tensor([r.recorded_reward for r in rollouts])
-        plan = PackPlan((True,) * len(rollouts), algorithm.aggregation, budget, 512, 1.0, share_prefix=share)
+        plan = PackPlan(algorithm.aggregation, budget, 512, 1.0, share_prefix=share)
         advantages = algorithm.advantage(rewards, batch.group_ids(rollouts))
         policy.flat.zero_grad()
-        for part in batch.pack(rollouts, advantages, plan, batch.count(rollouts, plan)):
-            algorithm.loss(policy.logprobs(part)[0], part, algorithm.config)[0].backward()
+        for part in records.packed(rollouts, plan, advantages):
+            algorithm.loss(policy.logprobs(part)[0], part)[0].backward()
         found.append(policy.flat.gradient.clone())
     assert found[0].norm() > 1e-3
     assert all((other - found[0]).norm() < 1e-5 * found[0].norm() for other in found[1:])

@@ -7,10 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import records
 import torch
 from tiny import prompts, tiny_model, tiny_policy, tiny_tokenizer
 
-from rlft.batch import count, group_ids, pack
+from rlft.batch import group_ids
 from rlft.config.data import Data, Eval, Sampling
 from rlft.config.run import Algo, Config, Lora, Optim
 from rlft.rollout.replay import ReplayEngine
@@ -78,8 +79,8 @@ def test_packed_by_anyone_a_recorded_row_is_at_1_and_a_sampled_one_at_the_plans(
     engine.load_adapter(policy.adapter(), 0)
     recorded = engine.generate(prompts(3, recorded=True), Sampling(), (0, 0))
     sampled = [replace(r, sampler_logprobs=(-1.0,) * len(r.completion_ids)) for r in recorded]
-    plan = PackPlan((True,) * 3, "token_mean", 1000, 16, 0.6)
-    packed = [pack(r, torch.ones(3), plan, count(r, plan)) for r in (recorded, sampled)]
+    plan = PackPlan("token_mean", 1000, 16, 0.6)
+    packed = [records.packed(r, plan) for r in (recorded, sampled)]
     assert [batch.temperature for batches in packed for batch in batches] == [1.0, 0.6]
     assert (group_ids(recorded) == group_ids(sampled)).all()
     for batches, temperature in zip(packed, (1.0, 0.6), strict=True):
@@ -88,5 +89,5 @@ def test_packed_by_anyone_a_recorded_row_is_at_1_and_a_sampled_one_at_the_plans(
         log_p = (policy.model(ids).logits[0].detach() / temperature).log_softmax(-1)
         first = len(row.prompt.ids)
         want = [float(log_p[t - 1, ids[0, t]]) for t in range(first, ids.shape[1])]
-        own = (batch.seq_ids == batch.rows.index(1)) & batch.train_mask
+        own = (batch.seq_ids == records.rows(batch, recorded).index(1)) & batch.train_mask
         assert policy.score(batch)[own].tolist() == pytest.approx(want, abs=1e-6)

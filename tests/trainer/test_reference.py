@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import records
 import torch
 from safetensors.torch import load_file
 from tiny import tiny_model, tiny_policy, tiny_tokenizer
 
-from rlft.batch import count, pack
 from rlft.config.data import Data, Sampling
 from rlft.config.run import Algo, Checkpoint, Config, Lora, Optim, Packing
 from rlft.models.policy import Policy
@@ -124,8 +124,8 @@ def pair(index: int, lengths: tuple[int, int], recorded: bool = True) -> list[Ro
 
 
 def batches(rollouts: list[Rollout], budget: int, temperature: float = 1.0, share: bool = True) -> list[Batch]:
-    plan = PackPlan((True,) * len(rollouts), "sequence_sum", budget, 9, temperature, True, share)
-    return pack(rollouts, torch.tensor([r.recorded_reward for r in rollouts]), plan, count(rollouts, plan))
+    plan = PackPlan("sequence_sum", budget, 9, temperature, True, share)
+    return records.packed(rollouts, plan, torch.tensor([r.recorded_reward for r in rollouts]))
 
 
 def test_the_values_are_the_references_in_every_packing_and_stay_when_the_adapter_moves() -> None:

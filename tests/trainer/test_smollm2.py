@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import records
 import torch
 from peft import PeftModel
 from sums import ROOT, sums
 from torch import Tensor
 
-from rlft.batch import count, pack
 from rlft.config.data import Data, Sampling
 from rlft.config.run import Config, Lora
 from rlft.data.prompts import Prompts, encode_prompt, load_prompts
@@ -54,21 +54,24 @@ def chats(model: Path) -> list[Rollout]:
 
 
 def batches(made: list[Rollout], budget: int = 10_000, share: bool = True) -> list[Batch]:
-    plan = PackPlan((True,) * len(made), "token_mean", budget, 100, 1.0, share_prefix=share)
-    return pack(made, torch.ones(len(made)), plan, count(made, plan))
+    plan = PackPlan("token_mean", budget, 100, 1.0, share_prefix=share)
+    return records.packed(made, plan)
 
 
-def by_rollout(batch: Batch, values: Tensor) -> dict[int, Tensor]:
+def by_rollout(batch: Batch, values: Tensor, made: list[Rollout]) -> dict[int, Tensor]:
     """Rollout -> the values [T] of its completion."""
     own = [s for s in range(len(batch.prefix)) if batch.group_ids[s] >= 0]
-    return {row: values[(batch.seq_ids == s) & batch.train_mask] for s, row in zip(own, batch.rows, strict=True)}
+    return {
+        row: values[(batch.seq_ids == s) & batch.train_mask]
+        for s, row in zip(own, records.rows(batch, made), strict=True)
+    }
 
 
 def scores(policy: Policy, made: list[Rollout], weights: Any = "policy", **packing: Any) -> Tensor:
     """Our log-probs of all completions, in the order of the rollouts."""
     found: dict[int, Tensor] = {}
     for batch in batches(made, **packing):
-        found |= by_rollout(batch, policy.score(batch, weights))
+        found |= by_rollout(batch, policy.score(batch, weights), made)
     return torch.cat([found[i] for i in range(len(made))])
 
 
@@ -95,14 +98,14 @@ def without_adapter(base: Any, made: list[Rollout]) -> Tensor:
     for batch in batches(made):
         rows = batch.train_mask.nonzero()[:, 0]
         sequences = Sequences.of(batch.cu_seqlens, batch.prefix, CPU)
-        hidden = fused.hidden(base.get_input_embeddings()(batch.input_ids), batch.position_ids, sequences)
+        hidden, _ = fused.hidden(base.get_input_embeddings()(batch.input_ids), batch.position_ids, sequences)
         logprobs, _ = linear_logprobs(
             fused.final_norm(hidden[batch.source[rows]]),
             base.get_output_embeddings().weight,
             batch.input_ids[rows],
             batch.temperature,
         )
-        found |= by_rollout(batch, torch.zeros(len(batch.input_ids)).index_put((rows,), logprobs))
+        found |= by_rollout(batch, torch.zeros(len(batch.input_ids)).index_put((rows,), logprobs), made)
     return torch.cat([found[i] for i in range(len(made))])
 
 
@@ -239,8 +242,8 @@ def test_the_trainer_agrees_with_the_engine_to_1e_4_nat_in_fp32(smollm2: Path, t
     engine.load_adapter(policy.adapter(), version=0)
     prompts = load_prompts(cfg.data, tokenizer, 0).prompts[:6]
     rollouts = engine.generate(prompts, Sampling(group_size=4, max_tokens=24), (0, 0))
-    plan = PackPlan((True,) * len(rollouts), "token_mean", 400, 24, 1.0)
+    plan = PackPlan("token_mean", 400, 24, 1.0)
     found = parity.Mismatch()
-    for batch in pack(rollouts, torch.ones(len(rollouts)), plan, count(rollouts, plan)):
+    for batch in records.packed(rollouts, plan):
         found.add(policy.score(batch), batch)
     assert found.tokens > 200 and found.mean < 1e-4 and found.values()["mismatch/outside"] == 0

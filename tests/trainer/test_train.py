@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 from dataclasses import replace
@@ -17,9 +18,11 @@ from tiny import SPECIAL, tiny_model, tiny_tokenizer
 import rlft
 from rlft.config.data import Data, Eval, Reward, Sampling
 from rlft.config.run import Algo, Checkpoint, Config, Lora, Optim, Packing, Parity
+from rlft.data import prompts
 from rlft.errors import ConfigError, EngineError, ParityError, RewardError, TrainError
 from rlft.rollout.eager import EagerEngine
 from rlft.runs.folder import Run
+from rlft.trainer import validate
 from rlft.trainer.loop import train
 from rlft.trainer.reopen import evaluate_run, generate_from_run
 
@@ -174,18 +177,38 @@ def test_gspo_runs_through_the_same_loop_with_grpos_rollouts(home: Path, tmp_pat
 
 def test_reward_functions_and_callbacks_from_python(home: Path, tmp_path: Path) -> None:
     seen: list[tuple[int, float]] = []
+
+    def overwrite(_: Any, values: dict[str, float]) -> None:
+        values.update(dict.fromkeys(values, math.nan) | {"custom": 1.0, "nonfinite_logprobs": 1e9})
+
     prefer = "x"  # a closure: runs in this process
     result = train(
         grpo(home, tmp_path / "run", rewards=(), steps=2),
         rewards=[lambda completions, **kwargs: [float(text.count(prefer)) for text in completions]],
-        callbacks=[lambda state, values: seen.append((state.step, values["reward"]))],
+        callbacks=[overwrite, lambda state, values: seen.append((state.step, values["reward"]))],
     )
-    assert result.steps == 2 and [step for step, _ in seen] == [1, 2]
+    assert result.steps == 2
+    # A callback has a copy: what it writes reaches no other callback, no check and no file.
+    assert seen == [(row["step"], row["reward"]) for row in metrics(tmp_path / "run")]
+    assert "custom" not in metrics(tmp_path / "run")[0]
 
 
 def test_epochs_decide_the_steps(home: Path, tmp_path: Path) -> None:
     cfg = sft(home, tmp_path / "run", steps=None, data=Data(str(home / "sft.jsonl"), epochs=0.5))
     assert train(cfg).steps == 4  # 24 rows, 3 per step
+
+
+def test_a_start_reads_the_data_and_builds_the_algorithm_once(home: Path, tmp_path: Path, monkeypatch) -> None:
+    calls: list[str] = []
+
+    def counted(module: Any, name: str) -> None:
+        function = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *args, **options: (calls.append(name), function(*args, **options))[1])
+
+    for module, name in ((prompts, "load_rows"), (validate, "build_algorithm")):
+        counted(module, name)
+    train(grpo(home, tmp_path / "run", steps=1))
+    assert sorted(calls) == ["build_algorithm", "load_rows"]
 
 
 def test_skipping_zero_advantage_rows_gives_bit_equal_weights_after_three_steps(home: Path, tmp_path: Path) -> None:
@@ -371,12 +394,14 @@ def test_a_grader_that_breaks_mid_run_stops_it_instead_of_scoring_zero(home: Pat
 
 def test_non_finite_gradients_are_skipped_counted_and_stop_the_run(home: Path, tmp_path: Path) -> None:
     (tmp_path / "nan_loss.py").write_text(
-        "from rlft.algos.losses.sft import *\n"
-        "from rlft.algos.losses.sft import Config\n"
-        "def loss(logprobs, batch, cfg):\n"
-        "    return (logprobs * float('nan')).sum(), {}\n"
+        "from dataclasses import dataclass\n"
+        "from rlft.algos.loss import Loss\n"
+        "@dataclass(frozen=True)\n"
+        "class Nan(Loss):\n"
+        "    def __call__(self, logprobs, batch):\n"
+        "        return (logprobs * float('nan')).sum(), {}\n"
     )
-    cfg = sft(home, tmp_path / "run", algo=Algo(f"{tmp_path}/nan_loss.py:loss"), optim=Optim(max_skipped=3), steps=9)
+    cfg = sft(home, tmp_path / "run", algo=Algo(f"{tmp_path}/nan_loss.py"), optim=Optim(max_skipped=3), steps=9)
     with pytest.raises(TrainError, match="3 updates in a row had a non-finite gradient"):
         train(cfg)
     assert [m["skipped_updates"] for m in metrics(tmp_path / "run")] == [1.0, 2.0]
@@ -384,14 +409,16 @@ def test_non_finite_gradients_are_skipped_counted_and_stop_the_run(home: Path, t
 
 def test_out_of_memory_says_what_to_lower(home: Path, tmp_path: Path) -> None:
     (tmp_path / "big_loss.py").write_text(
+        "from dataclasses import dataclass\n"
         "import torch\n"
-        "from rlft.algos.losses.sft import *\n"
-        "from rlft.algos.losses.sft import Config\n"
-        "def loss(logprobs, batch, cfg):\n"
-        "    return torch.empty(2**60).sum(), {}\n"
+        "from rlft.algos.loss import Loss\n"
+        "@dataclass(frozen=True)\n"
+        "class Big(Loss):\n"
+        "    def __call__(self, logprobs, batch):\n"
+        "        return torch.empty(2**60).sum(), {}\n"
     )
     with pytest.raises(TrainError, match=r"out of memory .*Lower packing.tokens_per_micro_batch \(4096") as caught:
-        train(sft(home, tmp_path / "run", algo=Algo(f"{tmp_path}/big_loss.py:loss")))
+        train(sft(home, tmp_path / "run", algo=Algo(f"{tmp_path}/big_loss.py")))
     assert caught.value.exit_code == 1
 
 

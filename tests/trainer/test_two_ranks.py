@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import faulthandler
+import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import records
 import torch
 from losses import LOSSES, PAIRS, Toy, batches_of, filled_step, rows_of, step
 from torch import Tensor
@@ -15,10 +17,11 @@ from torch import Tensor
 from rlft import dist
 from rlft.algos.advantages import ESTIMATORS
 from rlft.algos.algorithm import estimator_of
-from rlft.algos.losses import kto
+from rlft.algos.losses.kto import Kto, mismatched
 from rlft.batch import count, group_ids
+from rlft.trainer.metrics import Metrics
 from rlft.trainer.prepare import PackedStep
-from rlft.types import PackPlan, Rollout
+from rlft.types import PackPlan, Rollout, Stat, Stats
 
 REWARDS = torch.tensor([1.0, 0.0, 0.3, float("nan"), 2.0, 2.0, 0.5, 0.0, 0.7, 0.7, 0.7, 0.7])
 GROUPS = torch.arange(3).repeat_interleave(4)
@@ -36,7 +39,7 @@ def advantages(name: str, rows: slice) -> Tensor:
 
 
 class Gains:
-    """What `kto.prepare` asks for: log-ratios that depend on prompt and completion."""
+    """What `Kto.prepare` asks for: log-ratios that depend on prompt and completion."""
 
     def __init__(self, rollouts: list[Rollout]) -> None:
         self.rollouts = rollouts
@@ -52,7 +55,33 @@ class Gains:
 def quantile(rows: slice) -> float:
     batches = batches_of(step()[rows])
     policy: Any = SimpleNamespace(entropy=lambda batch: (batch.input_ids * 0.37).sin().abs())
-    return PackedStep(policy, PackPlan((), "token_mean", 1, 1, 1.0), [], batches).entropy_quantile(0.8)
+    return PackedStep(policy, PackPlan("token_mean", 1, 1, 1.0), [], batches).entropy_quantile(0.8)
+
+
+def micro_batches() -> list[Stats]:
+    """Four micro-batches, of which each rank has two: only the second rank's have "kl", and one of them has a nan."""
+    values = torch.tensor([[0.1, 0.7, 2.5], [-1.0, 3.0, 0.3], [0.2, 0.2, 9.0], [4.0, -7.0, 1.1]])
+    masks = torch.tensor([[1, 1, 0], [0, 0, 0], [1, 1, 1], [0, 1, 0]]).bool()
+    made = [
+        {
+            "entropy": Stat.mean(row, mask),
+            "loss": Stat("sum", row.double().sum()),
+            "low": Stat("min", row.min()),
+            "high": Stat("max", row.max()),
+            "broken": Stat("max", math.nan if i == 2 else 1.0),
+            "nothing": Stat.mean(row, mask & False),
+        }
+        for i, (row, mask) in enumerate(zip(values, masks, strict=True))
+    ]
+    made[2]["kl"] = Stat("mean", 0.5, 4.0)
+    return made
+
+
+def metrics_of(micro: list[Stats]) -> dict[str, float]:
+    metrics = Metrics()
+    for stats in micro:
+        metrics.add(stats)
+    return metrics.reduce().values()
 
 
 def results(rank: int | None) -> dict[str, Any]:
@@ -65,9 +94,8 @@ def results(rank: int | None) -> dict[str, Any]:
         if rank is None:
             batches = filled_step(pair)
         else:
-            plan = PackPlan((True,) * 4, "token_mean", 1000, 6, 1.0, pair)
-            counts = dist.sum_counts(count(made[rows], plan))
-            assert counts == count(made, PackPlan((True,) * 8, "token_mean", 1000, 6, 1.0, pair))
+            counts = dist.sum_counts(count(records.groups(made[rows])))
+            assert counts == count(records.groups(made))
             own = batches_of(made[rows], "token_mean", 9, True, values[rows], pair, counts)
             batches = [toy.filled(batch) for batch in own]
         found[name] = dist.sum_tensor(toy.gradient(batches, name)[1])
@@ -79,9 +107,10 @@ def results(rank: int | None) -> dict[str, Any]:
     assert len(set(group_ids(made).tolist())) == 4
     # Each rank goes round its own groups: what is summed and counted over both is all that z0 needs.
     look = Gains(made if rank is None else made[half])
-    gains = kto.mismatched(look.rollouts)
+    gains = mismatched(look.rollouts)
     found["gains"] = look.log_ratios(gains)
-    found["z0"] = kto.prepare(look, kto.Config())["z0"]
+    found["metrics"] = metrics_of(micro_batches()[slice(None) if rank is None else slice(2 * rank, 2 * rank + 2)])
+    found["z0"] = Kto().prepare(look).z0
     return found
 
 
@@ -106,5 +135,15 @@ def test_two_ranks_give_what_one_process_gives(tmp_path: Path) -> None:
     for name in set(ESTIMATORS) - {"max_rl"}:
         assert (torch.cat([first[name], second[name]]) - alone[name]).abs().max() < 1e-6, name
     assert first["entropy_floor"] == second["entropy_floor"] == alone["entropy_floor"] > 0
+    assert repr(first["metrics"]) == repr(second["metrics"])  # as text, since nan is not nan
+    assert first["metrics"] == pytest.approx(alone["metrics"], rel=1e-15, nan_ok=True)
+    assert {name: round(value, 6) for name, value in first["metrics"].items() if name != "broken"} == {
+        "entropy": 0.533333,  # (0.1 + 0.7 + 0.2 + 0.2 + 9 - 7) / 6: the mean of the ranks' means would be 0.5
+        "loss": 13.1,
+        "low": -7.0,
+        "high": 9.0,
+        "kl": 0.125,
+    }
+    assert math.isnan(first["metrics"]["broken"])
     gains = torch.cat([first["gains"], second["gains"]])
     assert first["z0"] == second["z0"] == pytest.approx(float(gains.mean())) and first["z0"] > 0

@@ -132,10 +132,11 @@ def test_sampled_completions_need_a_reward_unless_functions_come_from_python(fol
 
 def test_a_loss_that_needs_sampler_log_probs_refuses_recorded_completions(folder: Path) -> None:
     (folder / "needy.py").write_text(
-        "from rlft.algos.losses.sft import *\nfrom rlft.algos.losses.sft import Config\nNEEDS_SAMPLER = True"
+        "from dataclasses import dataclass\nfrom rlft.algos.loss import Loss\n@dataclass(frozen=True)\n"
+        "class Needy(Loss):\n    needs_sampler = True\n    def __call__(self, logprobs, batch): ...\n"
     )
     (folder / "sft.jsonl").write_text('{"prompt": "a", "completion": "b"}\n' * 3)
-    cfg = config(folder, data=str(folder / "sft.jsonl"), rewards=[], algo=f"{folder}/needy.py:loss")
+    cfg = config(folder, data=str(folder / "sft.jsonl"), rewards=[], algo=f"{folder}/needy.py")
     assert one(cfg).endswith("needs sampler log-probs, which recorded completions lack")
 
 

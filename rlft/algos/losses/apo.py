@@ -17,23 +17,15 @@ from typing import Literal
 
 from torch import Tensor
 
-from rlft.algos.pairs import Settings, read
+from rlft.algos.pair_loss import PairLoss
+from rlft.algos.pairs import Pairs
 from rlft.errors import ConfigError
-from rlft.types import Aggregation, Batch, Stats
-
-ADVANTAGE = "identity"
-AGGREGATION: Aggregation = "sequence_sum"
-RATIO = False
-NEEDS_REFERENCE = True
-WHOLE_GROUPS = True
-NEEDS_SAMPLER = False
-ZERO_ADV_ZERO_GRAD = False
-ENTROPY_GRAD = False
+from rlft.types import Stats
 
 
 @dataclass(frozen=True)
-class Config(Settings):
-    """Settings of [algo] for apo."""
+class Apo(PairLoss):
+    """Anchored preference optimisation of pairs."""
 
     variant: Literal["zero", "down"] = "zero"
     """Variant of the loss."""
@@ -43,17 +35,12 @@ class Config(Settings):
         if self.variant not in ("zero", "down"):
             raise ConfigError(f'algo.variant = "{self.variant}": want "zero" or "down"')
 
+    def summary(self) -> str:
+        ratio = f"log-ratio per sequence against the reference ({self.variant})"
+        return f"{ratio}, no clip, beta {self.beta:g}, mean over pairs"
 
-def summary(cfg: Config) -> str:
-    """Describe ratio, clip, KL and correction in one line, for the start of a run."""
-    return f"log-ratio per sequence against the reference ({cfg.variant}), no clip, beta {cfg.beta:g}, mean over pairs"
-
-
-def loss(logprobs: Tensor, batch: Batch, cfg: Config) -> tuple[Tensor, Stats]:
-    """Return the weighted sum of the formula above, and TRL's reward metrics. logprobs: [T] with gradient."""
-    assert batch.ref_logprobs is not None
-    pairs = read(logprobs, batch)
-    better, worse = cfg.beta * pairs.chosen.gain, cfg.beta * pairs.rejected.gain
-    zero = 1 - better.sigmoid() + worse.sigmoid()
-    value = zero if cfg.variant == "zero" else better.sigmoid() + 1 - (better - worse).sigmoid()
-    return pairs.total(value), pairs.gain_stats(cfg.beta)
+    def pair_loss(self, pairs: Pairs) -> tuple[Tensor, Stats]:
+        better, worse = self.beta * pairs.chosen.gain, self.beta * pairs.rejected.gain
+        zero = 1 - better.sigmoid() + worse.sigmoid()
+        value = zero if self.variant == "zero" else better.sigmoid() + 1 - (better - worse).sigmoid()
+        return value, pairs.gain_stats(self.beta)

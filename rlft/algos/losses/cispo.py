@@ -15,26 +15,15 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from rlft.algos import settings, surrogate
-from rlft.algos.tokens import read
+from rlft.algos.policy_loss import PolicyLoss
+from rlft.algos.tokens import Tokens
 from rlft.errors import ConfigError
-from rlft.types import Aggregation, Batch, Stat, Stats
-
-ADVANTAGE = "group_norm"
-AGGREGATION: Aggregation = "token_mean"
-RATIO = True
-NEEDS_REFERENCE = settings.needs_reference
-WHOLE_GROUPS = False
-NEEDS_SAMPLER = settings.needs_sampler
-ZERO_ADV_ZERO_GRAD = settings.zero_adv_zero_grad
-ENTROPY_GRAD = settings.entropy_grad
-prepare = surrogate.prepare
-adapt = surrogate.adapt
+from rlft.types import Stat, Stats
 
 
 @dataclass(frozen=True)
-class Config(settings.Settings):
-    """Settings of [algo] for cispo."""
+class Cispo(PolicyLoss):
+    """The policy gradient with clipped ratios as weights."""
 
     clip_max: float = 5.0
     """Largest weight of a token, an absolute ratio."""
@@ -44,17 +33,11 @@ class Config(settings.Settings):
         if not 1 <= self.clip_max < math.inf:
             raise ConfigError(f"algo.clip_max = {self.clip_max}: want 1 or more, the largest ratio itself")
 
+    def summary(self) -> str:
+        return f"ratio per token as a weight up to {self.clip_max:g}, {self.common_summary()}"
 
-def summary(cfg: Config) -> str:
-    """Describe ratio, clip, KL and correction in one line, for the start of a run."""
-    return f"ratio per token as a weight up to {cfg.clip_max:g}, {surrogate.summary(cfg)}"
-
-
-def loss(logprobs: Tensor, batch: Batch, cfg: Config) -> tuple[Tensor, Stats]:
-    """Return the weighted sum of the formula above, and its metrics. logprobs: [T] with gradient."""
-    tokens = read(logprobs, batch)
-    r = tokens.log_ratio().detach().exp()
-    token_loss = -r.clamp(max=cfg.clip_max) * tokens.advantages * tokens.now
-    value, stats = surrogate.total(token_loss, tokens, batch, cfg)
-    clipped = (r > cfg.clip_max) & (tokens.advantages > 0)
-    return value, stats | {"cispo_clip_ratio": Stat.mean(clipped.float(), tokens.used)}
+    def token_loss(self, tokens: Tokens) -> tuple[Tensor, Stats]:
+        r = tokens.log_ratio().detach().exp()
+        token_loss = -r.clamp(max=self.clip_max) * tokens.advantages * tokens.now
+        clipped = (r > self.clip_max) & (tokens.advantages > 0)
+        return token_loss, {"cispo_clip_ratio": Stat.mean(clipped.float(), tokens.used)}

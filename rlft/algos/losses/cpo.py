@@ -13,26 +13,22 @@ The five choices: no ratio; no clip; no KL and no reference; advantage = recorde
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor
 
-from rlft.algos.pairs import Settings, check_above_zero, check_smoothing, read
-from rlft.types import Aggregation, Batch, Stat, Stats
-
-ADVANTAGE = "identity"
-AGGREGATION: Aggregation = "sequence_sum"
-RATIO = False
-NEEDS_REFERENCE = False
-WHOLE_GROUPS = True
-NEEDS_SAMPLER = False
-ZERO_ADV_ZERO_GRAD = False
-ENTROPY_GRAD = False
+from rlft.algos.checks import check_above_zero, check_smoothing
+from rlft.algos.pair_loss import PairLoss
+from rlft.algos.pairs import Pairs
+from rlft.types import Stat, Stats
 
 
 @dataclass(frozen=True)
-class Config(Settings):
-    """Settings of [algo] for cpo."""
+class Cpo(PairLoss):
+    """Contrastive preference optimisation of pairs."""
+
+    needs_reference: ClassVar[bool] = False
 
     beta: float = 0.1
     """Factor of the margin of log-probs."""
@@ -46,18 +42,13 @@ class Config(Settings):
         check_above_zero(nll_coef=self.nll_coef)
         check_smoothing(self.label_smoothing)
 
+    def summary(self) -> str:
+        nll = f"{self.nll_coef:g} x NLL of the chosen side"
+        return f"log-probs without a reference, beta {self.beta:g}, {nll}, mean over pairs"
 
-def summary(cfg: Config) -> str:
-    """Describe ratio, clip, KL and correction in one line, for the start of a run."""
-    nll = f"{cfg.nll_coef:g} x NLL of the chosen side"
-    return f"log-probs without a reference, beta {cfg.beta:g}, {nll}, mean over pairs"
-
-
-def loss(logprobs: Tensor, batch: Batch, cfg: Config) -> tuple[Tensor, Stats]:
-    """Return the weighted sum of the formula above, and TRL's reward metrics. logprobs: [T] with gradient."""
-    pairs = read(logprobs, batch)
-    nll = -pairs.chosen.mean
-    logit, e = cfg.beta * (pairs.chosen.now - pairs.rejected.now), cfg.label_smoothing
-    value = -(1 - e) * F.logsigmoid(logit) - e * F.logsigmoid(-logit) + cfg.nll_coef * nll
-    stats = pairs.stats(cfg.beta * pairs.chosen.now, cfg.beta * pairs.rejected.now)
-    return pairs.total(value), stats | {"nll_loss": Stat.mean(nll, pairs.real)}
+    def pair_loss(self, pairs: Pairs) -> tuple[Tensor, Stats]:
+        nll = -pairs.chosen.mean
+        logit, e = self.beta * (pairs.chosen.now - pairs.rejected.now), self.label_smoothing
+        value = -(1 - e) * F.logsigmoid(logit) - e * F.logsigmoid(-logit) + self.nll_coef * nll
+        stats = pairs.stats(self.beta * pairs.chosen.now, self.beta * pairs.rejected.now)
+        return value, stats | {"nll_loss": Stat.mean(nll, pairs.real)}

@@ -9,35 +9,32 @@ The five choices: no ratio, no clip, no KL, advantage = recorded reward (1), mea
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from rlft.algos.losses import sft
+from rlft.algos.checks import check_choice
+from rlft.algos.loss import Loss
 from rlft.types import Aggregation, Batch, Stats
-
-ADVANTAGE = "identity"
-AGGREGATION: Aggregation = "token_mean"
-RATIO = False
-NEEDS_REFERENCE = False
-WHOLE_GROUPS = False
-NEEDS_SAMPLER = False
-ZERO_ADV_ZERO_GRAD = True
-ENTROPY_GRAD = False
 
 
 @dataclass(frozen=True)
-class Config(sft.Config):
-    """Settings of [algo] for dft."""
+class Dft(Loss):
+    """Supervised fine-tuning, each token weighted by its probability."""
 
+    zero_adv_zero_grad: ClassVar[bool] = True
 
-def summary(cfg: Config) -> str:
-    """Describe ratio, clip, KL and correction in one line, for the start of a run."""
-    return "no ratio, no clip, no KL, each token by its probability"
+    aggregation: Aggregation = "token_mean"
+    """How token losses are reduced to one number: token_mean, sequence_mean, constant, sequence_sum, prompt_mean."""
 
+    def __post_init__(self) -> None:
+        check_choice(Aggregation, aggregation=self.aggregation)
 
-def loss(logprobs: Tensor, batch: Batch, cfg: Config) -> tuple[Tensor, Stats]:
-    """Return the weighted sum of the formula above. logprobs: [T] with gradient."""
-    used = batch.train_mask & (batch.weight != 0)
-    now = torch.where(used, logprobs, 0)
-    return (-(batch.advantages * now.detach().exp() * now) * batch.weight).sum(), {}
+    def summary(self) -> str:
+        return "no ratio, no clip, no KL, each token by its probability"
+
+    def __call__(self, logprobs: Tensor, batch: Batch) -> tuple[Tensor, Stats]:
+        used = batch.train_mask & (batch.weight != 0)
+        now = torch.where(used, logprobs, 0)
+        return (-(batch.advantages * now.detach().exp() * now) * batch.weight).sum(), {}

@@ -8,42 +8,35 @@
 
 Both compare the sampled token with all others together, so rare tokens with extreme ratios are not masked. The KL is at
 least twice the square of the TV, so a limit of 0.08 on "kl" keeps the TV within 0.2.
-The five choices: ratio per token
-against the sampler, as a weight up to 20; mask by divergence; no KL term; advantage (reward - group mean) / (group std
-+ 1e-4); mean over all tokens of the step.
+The five choices: ratio per token against the sampler, as a weight up to 20; mask by divergence; no KL term; advantage
+(reward - group mean) / (group std + 1e-4); mean over all tokens of the step.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from rlft.algos import settings, surrogate
-from rlft.algos.tokens import read
+from rlft.algos.checks import check_above_zero
+from rlft.algos.corrections import Correction
+from rlft.algos.policy_loss import PolicyLoss
+from rlft.algos.tokens import Tokens
 from rlft.errors import ConfigError
-from rlft.types import Aggregation, Batch, Stats
-
-ADVANTAGE = "group_norm"
-AGGREGATION: Aggregation = "token_mean"
-RATIO = False
-NEEDS_REFERENCE = settings.needs_reference
-WHOLE_GROUPS = False
-NEEDS_SAMPLER = True
-ZERO_ADV_ZERO_GRAD = settings.zero_adv_zero_grad
-ENTROPY_GRAD = settings.entropy_grad
-prepare = surrogate.prepare
-adapt = surrogate.adapt
+from rlft.types import Stats
 
 
 @dataclass(frozen=True)
-class Config(settings.Settings):
-    """Settings of [algo] for dppo."""
+class Dppo(PolicyLoss):
+    """The policy gradient within a trust region of probabilities."""
 
-    correction: settings.Correction = "none"
+    has_ratio: ClassVar[bool] = False
+    against_sampler: ClassVar[bool] = True
+
+    correction: Correction = "none"
     """Only "none": the ratio is already against the sampler, so a correction would count twice."""
     divergence: Literal["tv", "kl"] = "tv"
     """Measure of the change of a token's probability: total variation, or KL of the binary choice."""
@@ -56,36 +49,28 @@ class Config(settings.Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        settings.check_against_sampler(self, "dppo")
         if self.divergence not in ("tv", "kl"):
             raise ConfigError(f'algo.divergence = "{self.divergence}": want "tv" or "kl"')
-        for name in ("limit_low", "limit_high"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ConfigError(f"algo.{name} = {getattr(self, name)}: want a number above 0")
+        check_above_zero(limit_low=self.limit_low, limit_high=self.limit_high)
         if not 1 <= self.cap < math.inf:
             raise ConfigError(f"algo.cap = {self.cap}: want 1 or more")
 
+    def summary(self) -> str:
+        return (
+            f"ratio per token against the sampler up to {self.cap:g}, dropped beyond a {self.divergence.upper()} of "
+            f"{self.limit_low:g} / {self.limit_high:g}, {self.common_summary()}"
+        )
 
-def summary(cfg: Config) -> str:
-    """Describe ratio, clip, KL and correction in one line, for the start of a run."""
-    return (
-        f"ratio per token against the sampler up to {cfg.cap:g}, dropped beyond a {cfg.divergence.upper()} of "
-        f"{cfg.limit_low:g} / {cfg.limit_high:g}, {surrogate.summary(cfg)}"
-    )
-
-
-def loss(logprobs: Tensor, batch: Batch, cfg: Config) -> tuple[Tensor, Stats]:
-    """Return the weighted sum of the formula above, and its metrics. logprobs: [T] with gradient."""
-    tokens = read(logprobs, batch)
-    now, sampler, a = tokens.now.detach(), tokens.sampler, tokens.advantages
-    p, q = now.exp(), sampler.exp()
-    divergence = (p - q).abs() if cfg.divergence == "tv" else two_way_kl(now, sampler)
-    low, high = (a < 0) & (p < q) & (divergence > cfg.limit_low), (a > 0) & (p > q) & (divergence > cfg.limit_high)
-    weight = tokens.against_sampler().detach().exp().clamp(max=cfg.cap)
-    token_loss = torch.where(low | high, 0, -weight * a * tokens.now)
-    value, stats = surrogate.total(token_loss, tokens, batch, cfg)
-    # fresh=False, since the ratio is against the sampler and not against old.
-    return value, stats | surrogate.clip_stats(low, high, tokens._replace(fresh=False))
+    def token_loss(self, tokens: Tokens) -> tuple[Tensor, Stats]:
+        now, sampler, a = tokens.now.detach(), tokens.sampler, tokens.advantages
+        p, q = now.exp(), sampler.exp()
+        divergence = (p - q).abs() if self.divergence == "tv" else two_way_kl(now, sampler)
+        low = (a < 0) & (p < q) & (divergence > self.limit_low)
+        high = (a > 0) & (p > q) & (divergence > self.limit_high)
+        weight = tokens.against_sampler().detach().exp().clamp(max=self.cap)
+        token_loss = torch.where(low | high, 0, -weight * a * tokens.now)
+        # fresh=False, since the ratio is against the sampler and not against old.
+        return token_loss, tokens._replace(fresh=False).clip_stats(low, high)
 
 
 def two_way_kl(now: Tensor, sampler: Tensor) -> Tensor:

@@ -16,23 +16,16 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor
 
-from rlft.algos.pairs import Settings, check_smoothing, read
+from rlft.algos.checks import check_smoothing
+from rlft.algos.pair_loss import PairLoss
+from rlft.algos.pairs import Pairs
 from rlft.errors import ConfigError
-from rlft.types import Aggregation, Batch, Stats
-
-ADVANTAGE = "identity"
-AGGREGATION: Aggregation = "sequence_sum"
-RATIO = False
-NEEDS_REFERENCE = True
-WHOLE_GROUPS = True
-NEEDS_SAMPLER = False
-ZERO_ADV_ZERO_GRAD = False
-ENTROPY_GRAD = False
+from rlft.types import Stats
 
 
 @dataclass(frozen=True)
-class Config(Settings):
-    """Settings of [algo] for exo."""
+class Exo(PairLoss):
+    """Efficient exact optimisation of pairs."""
 
     label_smoothing: float = 1e-3
     """Assumed share of wrong labels."""
@@ -43,17 +36,12 @@ class Config(Settings):
         if not self.label_smoothing:
             raise ConfigError(f"algo.label_smoothing = {self.label_smoothing}: want above 0, the loss has its log")
 
+    def summary(self) -> str:
+        ratio = "log-ratio per sequence against the reference"
+        return f"{ratio}, reverse KL to the labels, beta {self.beta:g}, mean over pairs"
 
-def summary(cfg: Config) -> str:
-    """Describe ratio, clip, KL and correction in one line, for the start of a run."""
-    return f"log-ratio per sequence against the reference, reverse KL to the labels, beta {cfg.beta:g}, mean over pairs"
-
-
-def loss(logprobs: Tensor, batch: Batch, cfg: Config) -> tuple[Tensor, Stats]:
-    """Return the weighted sum of the formula above, and TRL's reward metrics. logprobs: [T] with gradient."""
-    assert batch.ref_logprobs is not None
-    pairs = read(logprobs, batch)
-    logit, e = cfg.beta * pairs.margin, cfg.label_smoothing
-    better, worse = F.logsigmoid(logit), F.logsigmoid(-logit)
-    value = better.exp() * (better - math.log1p(-e)) + worse.exp() * (worse - math.log(e))
-    return pairs.total(value), pairs.gain_stats(cfg.beta)
+    def pair_loss(self, pairs: Pairs) -> tuple[Tensor, Stats]:
+        logit, e = self.beta * pairs.margin, self.label_smoothing
+        better, worse = F.logsigmoid(logit), F.logsigmoid(-logit)
+        value = better.exp() * (better - math.log1p(-e)) + worse.exp() * (worse - math.log(e))
+        return value, pairs.gain_stats(self.beta)

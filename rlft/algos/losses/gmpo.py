@@ -12,32 +12,24 @@ no KL; advantage (reward - group mean) / (group std + 1e-4); mean over sequences
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from rlft.algos import settings, surrogate
-from rlft.algos.tokens import read
+from rlft.algos.policy_loss import PolicyLoss
+from rlft.algos.tokens import Tokens
 from rlft.errors import ConfigError
-from rlft.types import Aggregation, Batch, Stats
-
-ADVANTAGE = "group_norm"
-AGGREGATION: Aggregation = "sequence_mean"
-RATIO = True
-NEEDS_REFERENCE = settings.needs_reference
-WHOLE_GROUPS = False
-NEEDS_SAMPLER = settings.needs_sampler
-ZERO_ADV_ZERO_GRAD = settings.zero_adv_zero_grad
-ENTROPY_GRAD = settings.entropy_grad
-prepare = surrogate.prepare
-adapt = surrogate.adapt
+from rlft.types import Aggregation, Stats
 
 
 @dataclass(frozen=True)
-class Config(settings.Settings):
-    """Settings of [algo] for gmpo."""
+class Gmpo(PolicyLoss):
+    """The policy gradient with the geometric mean of clipped token ratios."""
 
-    aggregation: Aggregation = AGGREGATION
+    has_clip: ClassVar[bool] = True
+
+    aggregation: Aggregation = "sequence_mean"
     """How token losses are reduced to one number; sequence_mean in the paper."""
     clip_low: float = 0.4
     """Lower clip of a token's log-ratio is -clip_low where the advantage is negative, in nats."""
@@ -46,26 +38,20 @@ class Config(settings.Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("clip_low", "clip_high"):
-            if not 0 <= getattr(self, name) <= 20:
-                raise ConfigError(f"algo.{name} = {getattr(self, name)}: want 0 to 20 nats")
+        for name, value in (("clip_low", self.clip_low), ("clip_high", self.clip_high)):
+            if not 0 <= value <= 20:
+                raise ConfigError(f"algo.{name} = {value}: want 0 to 20 nats")
 
+    def summary(self) -> str:
+        return (
+            f"geometric mean of token ratios, log-ratios clipped to [{-self.clip_low:g}, {self.clip_high:g}], "
+            f"{self.common_summary()}"
+        )
 
-def summary(cfg: Config) -> str:
-    """Describe ratio, clip, KL and correction in one line, for the start of a run."""
-    return (
-        f"geometric mean of token ratios, log-ratios clipped to [{-cfg.clip_low:g}, {cfg.clip_high:g}], "
-        f"{surrogate.summary(cfg)}"
-    )
-
-
-def loss(logprobs: Tensor, batch: Batch, cfg: Config) -> tuple[Tensor, Stats]:
-    """Return the weighted sum of the formula above, and its metrics. logprobs: [T] with gradient."""
-    tokens = read(logprobs, batch)
-    log_ratio, a = tokens.log_ratio(), tokens.advantages
-    clipped = torch.where(a > 0, log_ratio.clamp(max=cfg.clip_high), log_ratio.clamp(min=-cfg.clip_low))
-    mean_ratio = tokens.mean(torch.where(tokens.used, clipped, 0)).detach().exp()
-    token_loss = -mean_ratio * (1 + clipped - clipped.detach()) * a
-    low, high = (log_ratio < -cfg.clip_low) & (a < 0), (log_ratio > cfg.clip_high) & (a > 0)
-    value, stats = surrogate.total(token_loss, tokens, batch, cfg)
-    return value, stats | surrogate.clip_stats(low, high, tokens)
+    def token_loss(self, tokens: Tokens) -> tuple[Tensor, Stats]:
+        log_ratio, a = tokens.log_ratio(), tokens.advantages
+        clipped = torch.where(a > 0, log_ratio.clamp(max=self.clip_high), log_ratio.clamp(min=-self.clip_low))
+        mean_ratio = tokens.mean(torch.where(tokens.used, clipped, 0)).detach().exp()
+        token_loss = -mean_ratio * (1 + clipped - clipped.detach()) * a
+        low, high = (log_ratio < -self.clip_low) & (a < 0), (log_ratio > self.clip_high) & (a > 0)
+        return token_loss, tokens.clip_stats(low, high)

@@ -18,30 +18,23 @@ finite is masked here, and trained with weight 1 in TRL.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from rlft.algos import settings, surrogate
-from rlft.algos.tokens import read
+from rlft.algos.checks import check_clip
+from rlft.algos.policy_loss import PolicyLoss
+from rlft.algos.tokens import Tokens
 from rlft.errors import ConfigError
-from rlft.types import Aggregation, Batch, Stats
-
-ADVANTAGE = "group_norm"
-AGGREGATION: Aggregation = "token_mean"
-RATIO = True
-NEEDS_REFERENCE = settings.needs_reference
-WHOLE_GROUPS = False
-NEEDS_SAMPLER = settings.needs_sampler
-ZERO_ADV_ZERO_GRAD = settings.zero_adv_zero_grad
-ENTROPY_GRAD = settings.entropy_grad
-prepare = surrogate.prepare
-adapt = surrogate.adapt
+from rlft.types import Stats
 
 
 @dataclass(frozen=True)
-class Config(settings.Settings):
-    """Settings of [algo] for grpo."""
+class Grpo(PolicyLoss):
+    """The policy gradient with a clipped ratio per token."""
+
+    has_clip: ClassVar[bool] = True
 
     clip_low: float = 0.2
     """The ratio is clipped at 1 - clip_low."""
@@ -52,26 +45,20 @@ class Config(settings.Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        settings.check_clip(self.clip_low, self.clip_high)
+        check_clip(self.clip_low, self.clip_high)
         if self.delta is not None and not self.delta > 1 + self.clip_high:
             raise ConfigError(
                 f"algo.delta = {self.delta}: want above 1 + clip_high = {1 + self.clip_high:g}; it bounds the ratio "
                 f"itself (dual clip's c), not its distance from 1"
             )
 
+    def summary(self) -> str:
+        band = f"[{1 - self.clip_low:g}, {1 + self.clip_high:g}]" + (f" and {self.delta:g}" if self.delta else "")
+        return f"ratio per token, clipped to {band}, {self.common_summary()}"
 
-def summary(cfg: Config) -> str:
-    """Describe ratio, clip, KL and correction in one line, for the start of a run."""
-    band = f"[{1 - cfg.clip_low:g}, {1 + cfg.clip_high:g}]" + (f" and {cfg.delta:g}" if cfg.delta else "")
-    return f"ratio per token, clipped to {band}, {surrogate.summary(cfg)}"
-
-
-def loss(logprobs: Tensor, batch: Batch, cfg: Config) -> tuple[Tensor, Stats]:
-    """Return the weighted sum of the formula above, and TRL's metrics. logprobs: [T] with gradient."""
-    tokens = read(logprobs, batch)
-    r, a = tokens.log_ratio().exp(), tokens.advantages
-    bounded_r = r if cfg.delta is None else r.clamp(max=cfg.delta)
-    token_loss = -torch.min(bounded_r * a, r.clamp(1 - cfg.clip_low, 1 + cfg.clip_high) * a)
-    low, high = (r < 1 - cfg.clip_low) & (a < 0), (r > 1 + cfg.clip_high) & (a > 0)
-    value, stats = surrogate.total(token_loss, tokens, batch, cfg)
-    return value, stats | surrogate.clip_stats(low, high, tokens)
+    def token_loss(self, tokens: Tokens) -> tuple[Tensor, Stats]:
+        r, a = tokens.log_ratio().exp(), tokens.advantages
+        bounded_r = r if self.delta is None else r.clamp(max=self.delta)
+        token_loss = -torch.min(bounded_r * a, r.clamp(1 - self.clip_low, 1 + self.clip_high) * a)
+        low, high = (r < 1 - self.clip_low) & (a < 0), (r > 1 + self.clip_high) & (a > 0)
+        return token_loss, tokens.clip_stats(low, high)

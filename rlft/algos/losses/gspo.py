@@ -17,33 +17,25 @@ aggregation "sequence_sum" here: preset `luspo`.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from rlft.algos import settings, surrogate
-from rlft.algos.tokens import read
+from rlft.algos.checks import check_clip
+from rlft.algos.policy_loss import PolicyLoss
+from rlft.algos.tokens import Tokens
 from rlft.errors import ConfigError
-from rlft.types import Aggregation, Batch, Stats
-
-ADVANTAGE = "group_norm"
-AGGREGATION: Aggregation = "sequence_mean"
-RATIO = True
-NEEDS_REFERENCE = settings.needs_reference
-WHOLE_GROUPS = False
-NEEDS_SAMPLER = settings.needs_sampler
-ZERO_ADV_ZERO_GRAD = settings.zero_adv_zero_grad
-ENTROPY_GRAD = settings.entropy_grad
-prepare = surrogate.prepare
-adapt = surrogate.adapt
+from rlft.types import Aggregation, Stats
 
 
 @dataclass(frozen=True)
-class Config(settings.Settings):
-    """Settings of [algo] for gspo."""
+class Gspo(PolicyLoss):
+    """The policy gradient with a clipped ratio per sequence."""
 
-    aggregation: Aggregation = AGGREGATION
+    has_clip: ClassVar[bool] = True
+
+    aggregation: Aggregation = "sequence_mean"
     """How token losses are reduced to one number; token_mean would weight sequences by their length."""
     form: Literal["token", "sequence"] = "token"
     """Form of the ratio; the two differ only when tokens are corrected or weighted individually."""
@@ -54,7 +46,7 @@ class Config(settings.Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        settings.check_clip(self.clip_low, self.clip_high)
+        check_clip(self.clip_low, self.clip_high)
         if self.correction == "bypass":
             raise ConfigError(
                 f'algo.correction = "bypass": the noise of the sampler is wider than the clip [1 - {self.clip_low:g}, '
@@ -70,19 +62,13 @@ class Config(settings.Settings):
                 )
             object.__setattr__(self, "correction", "none")
 
+    def summary(self) -> str:
+        band = f"[{1 - self.clip_low:g}, {1 + self.clip_high:g}]"
+        return f"ratio per sequence ({self.form} form), clipped to {band}, {self.common_summary()}"
 
-def summary(cfg: Config) -> str:
-    """Describe ratio, clip, KL and correction in one line, for the start of a run."""
-    band = f"[{1 - cfg.clip_low:g}, {1 + cfg.clip_high:g}]"
-    return f"ratio per sequence ({cfg.form} form), clipped to {band}, {surrogate.summary(cfg)}"
-
-
-def loss(logprobs: Tensor, batch: Batch, cfg: Config) -> tuple[Tensor, Stats]:
-    """Return the weighted sum of the formula above, and TRL's metrics. logprobs: [T] with gradient."""
-    tokens = read(logprobs, batch)
-    s, a = tokens.mean(tokens.now - tokens.old).exp(), tokens.advantages
-    ratio = s if cfg.form == "sequence" else s.detach() * (tokens.now - tokens.now.detach()).exp()
-    token_loss = -torch.min(ratio * a, ratio.clamp(1 - cfg.clip_low, 1 + cfg.clip_high) * a)
-    low, high = (s < 1 - cfg.clip_low) & (a < 0), (s > 1 + cfg.clip_high) & (a > 0)
-    value, stats = surrogate.total(token_loss, tokens, batch, cfg)
-    return value, stats | surrogate.clip_stats(low, high, tokens)
+    def token_loss(self, tokens: Tokens) -> tuple[Tensor, Stats]:
+        s, a = tokens.mean(tokens.now - tokens.old).exp(), tokens.advantages
+        ratio = s if self.form == "sequence" else s.detach() * (tokens.now - tokens.now.detach()).exp()
+        token_loss = -torch.min(ratio * a, ratio.clamp(1 - self.clip_low, 1 + self.clip_high) * a)
+        low, high = (s < 1 - self.clip_low) & (a < 0), (s > 1 + self.clip_high) & (a > 0)
+        return token_loss, tokens.clip_stats(low, high)

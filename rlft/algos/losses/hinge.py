@@ -13,32 +13,18 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor
 
-from rlft.algos.pairs import Settings, read
-from rlft.types import Aggregation, Batch, Stats
-
-ADVANTAGE = "identity"
-AGGREGATION: Aggregation = "sequence_sum"
-RATIO = False
-NEEDS_REFERENCE = True
-WHOLE_GROUPS = True
-NEEDS_SAMPLER = False
-ZERO_ADV_ZERO_GRAD = False
-ENTROPY_GRAD = False
+from rlft.algos.pair_loss import PairLoss
+from rlft.algos.pairs import Pairs
+from rlft.types import Stats
 
 
 @dataclass(frozen=True)
-class Config(Settings):
-    """Settings of [algo] for hinge."""
+class Hinge(PairLoss):
+    """The hinge loss of pairs."""
 
+    def summary(self) -> str:
+        return f"log-ratio per sequence against the reference in a hinge, beta {self.beta:g}, mean over pairs"
 
-def summary(cfg: Config) -> str:
-    """Describe ratio, clip, KL and correction in one line, for the start of a run."""
-    return f"log-ratio per sequence against the reference in a hinge, beta {cfg.beta:g}, mean over pairs"
-
-
-def loss(logprobs: Tensor, batch: Batch, cfg: Config) -> tuple[Tensor, Stats]:
-    """Return the weighted sum of the formula above, and TRL's reward metrics. logprobs: [T] with gradient."""
-    assert batch.ref_logprobs is not None
-    pairs = read(logprobs, batch)
-    value = F.relu(1 - cfg.beta * pairs.margin)
-    return pairs.total(value), pairs.gain_stats(cfg.beta)
+    def pair_loss(self, pairs: Pairs) -> tuple[Tensor, Stats]:
+        value = F.relu(1 - self.beta * pairs.margin)
+        return value, pairs.gain_stats(self.beta)

@@ -2,8 +2,8 @@
 
     loss = (D - 1 / (2 beta))^2
 
-    length = "mean": D is the difference of the sides' mean log-ratios, as in TRL (confirmed by the authors of the
-    paper) length = "sum":  D is the difference of their sums, as written in the paper; beta then has another scale
+    length = "mean": D is the difference of the sides' mean log-ratios, as in TRL (confirmed by the paper's authors)
+    length = "sum":  D is the difference of their sums, as written in the paper; beta then has another scale
 
 The five choices: log-ratio per sequence against the reference; no clip; KL implied by beta; advantage = recorded reward
 (+1, -1); mean over pairs.
@@ -16,23 +16,15 @@ from typing import Literal
 
 from torch import Tensor
 
-from rlft.algos.pairs import Settings, read
+from rlft.algos.pair_loss import PairLoss
+from rlft.algos.pairs import Pairs
 from rlft.errors import ConfigError
-from rlft.types import Aggregation, Batch, Stats
-
-ADVANTAGE = "identity"
-AGGREGATION: Aggregation = "sequence_sum"
-RATIO = False
-NEEDS_REFERENCE = True
-WHOLE_GROUPS = True
-NEEDS_SAMPLER = False
-ZERO_ADV_ZERO_GRAD = False
-ENTROPY_GRAD = False
+from rlft.types import Stats
 
 
 @dataclass(frozen=True)
-class Config(Settings):
-    """Settings of [algo] for ipo."""
+class Ipo(PairLoss):
+    """Identity preference optimisation of pairs."""
 
     length: Literal["mean", "sum"] = "mean"
     """Whether the log-ratio of a side is the mean or the sum over its tokens."""
@@ -42,17 +34,13 @@ class Config(Settings):
         if self.length not in ("mean", "sum"):
             raise ConfigError(f'algo.length = "{self.length}": want "mean" or "sum"')
 
+    def summary(self) -> str:
+        return (
+            f"{self.length} log-ratio per sequence against the reference, no clip, beta {self.beta:g}, mean over pairs"
+        )
 
-def summary(cfg: Config) -> str:
-    """Describe ratio, clip, KL and correction in one line, for the start of a run."""
-    return f"{cfg.length} log-ratio per sequence against the reference, no clip, beta {cfg.beta:g}, mean over pairs"
-
-
-def loss(logprobs: Tensor, batch: Batch, cfg: Config) -> tuple[Tensor, Stats]:
-    """Return the weighted sum of the formula above, and TRL's reward metrics. logprobs: [T] with gradient."""
-    assert batch.ref_logprobs is not None
-    pairs = read(logprobs, batch)
-    sides = (pairs.chosen, pairs.rejected)
-    gains = [side.gain / side.tokens if cfg.length == "mean" else side.gain for side in sides]
-    value = (gains[0] - gains[1] - 1 / (2 * cfg.beta)) ** 2
-    return pairs.total(value), pairs.gain_stats(cfg.beta)
+    def pair_loss(self, pairs: Pairs) -> tuple[Tensor, Stats]:
+        sides = (pairs.chosen, pairs.rejected)
+        gains = [side.gain / side.tokens if self.length == "mean" else side.gain for side in sides]
+        value = (gains[0] - gains[1] - 1 / (2 * self.beta)) ** 2
+        return value, pairs.gain_stats(self.beta)

@@ -18,30 +18,28 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from rlft.algos.pairs import CLAMP, check_above_zero
+from rlft.algos.checks import check_above_zero
+from rlft.algos.loss import Loss
+from rlft.algos.pairs import CLAMP
 from rlft.batch import group_ids, segment_sum
 from rlft.errors import ConfigError
-from rlft.types import Aggregation, Batch, Rollout, Stat, Stats, StepView
-
-ADVANTAGE = "identity"
-AGGREGATION: Aggregation = "sequence_mean"
-RATIO = False
-NEEDS_REFERENCE = True
-WHOLE_GROUPS = False
-NEEDS_SAMPLER = False
-ZERO_ADV_ZERO_GRAD = True
-ENTROPY_GRAD = False
+from rlft.types import Aggregation, Batch, Rollout, Stat, Stats, StepInputs, StepView
 
 
 @dataclass(frozen=True)
-class Config:
-    """Settings of [algo] for kto."""
+class Kto(Loss):
+    """Kahneman-Tversky optimisation of single completions."""
 
-    advantage: str = ADVANTAGE
+    aggregation: ClassVar[Aggregation] = "sequence_mean"
+    needs_reference: ClassVar[bool] = True
+    zero_adv_zero_grad: ClassVar[bool] = True
+
+    advantage: str = "identity"
     """Estimator whose sign marks a completion as good or bad: "identity" for recorded labels, "group_mean" for
     rewards."""
     beta: float = 0.1
@@ -56,10 +54,34 @@ class Config:
             beta=self.beta, desirable_weight=self.desirable_weight, undesirable_weight=self.undesirable_weight
         )
 
+    def summary(self) -> str:
+        return f"log-ratio per sequence against the reference and z0, no clip, beta {self.beta:g}"
 
-def summary(cfg: Config) -> str:
-    """Describe ratio, clip, KL and correction in one line, for the start of a run."""
-    return f"log-ratio per sequence against the reference and z0, no clip, beta {cfg.beta:g}"
+    def prepare(self, view: StepView) -> StepInputs:
+        """Return z0 of the update under its initial policy."""
+        gains = view.log_ratios(mismatched(view.rollouts)) if view.rollouts else torch.zeros(0, dtype=torch.float64)
+        count = torch.tensor(float(len(gains)), dtype=torch.float64)
+        total, count = view.sum(torch.stack([gains.sum(), count])).tolist()
+        return StepInputs(z0=max(0.0, total / max(1.0, count)))
+
+    def __call__(self, logprobs: Tensor, batch: Batch) -> tuple[Tensor, Stats]:
+        z0 = batch.inputs.z0
+        assert batch.ref_logprobs is not None and z0 is not None
+        used = batch.train_mask & (batch.weight != 0)
+        now = torch.where(used, logprobs, 0)
+        gain = (now - torch.where(used, batch.ref_logprobs, 0)).clamp(-CLAMP, CLAMP)
+        sequences = len(batch.prefix)
+        g = segment_sum(gain, batch.seq_ids, sequences)
+        side = segment_sum(torch.where(used, batch.advantages, 0), batch.seq_ids, sequences).sign()
+        good, bad = side > 0, side < 0
+        value = torch.where(good, self.desirable_weight * (1 - torch.sigmoid(self.beta * (g - z0))), 0)
+        value = value + torch.where(bad, self.undesirable_weight * (1 - torch.sigmoid(self.beta * (z0 - g))), 0)
+        total = segment_sum(now.detach(), batch.seq_ids, sequences)
+        stats = {"kl": Stat("mean", z0)}
+        for name, rows in (("chosen", good), ("rejected", bad)):
+            stats |= {f"rewards/{name}": Stat.mean(self.beta * g, rows), f"logps/{name}": Stat.mean(total, rows)}
+        # The token weights of a sequence sum to its weight: 1 / sequences under the mean over sequences.
+        return (value[batch.seq_ids] * batch.weight).sum(), stats
 
 
 def mismatched(rollouts: Sequence[Rollout]) -> list[Rollout]:
@@ -91,31 +113,3 @@ def mismatched(rollouts: Sequence[Rollout]) -> list[Rollout]:
                 )
             )
     return pairs
-
-
-def prepare(look: StepView, cfg: Config) -> dict[str, float]:
-    """Return z0 of the update under its initial policy."""
-    gains = look.log_ratios(mismatched(look.rollouts)) if look.rollouts else torch.zeros(0, dtype=torch.float64)
-    total, count = look.sum(torch.stack([gains.sum(), torch.tensor(float(len(gains)), dtype=torch.float64)])).tolist()
-    return {"z0": max(0.0, total / max(1.0, count))}
-
-
-def loss(logprobs: Tensor, batch: Batch, cfg: Config) -> tuple[Tensor, Stats]:
-    """Return the weighted sum of the formula above, and TRL's metrics. logprobs: [T] with gradient."""
-    assert batch.ref_logprobs is not None
-    z0 = batch.prepared["z0"]
-    used = batch.train_mask & (batch.weight != 0)
-    now = torch.where(used, logprobs, 0)
-    gain = (now - torch.where(used, batch.ref_logprobs, 0)).clamp(-CLAMP, CLAMP)
-    sequences = len(batch.prefix)
-    g = segment_sum(gain, batch.seq_ids, sequences)
-    side = segment_sum(torch.where(used, batch.advantages, 0), batch.seq_ids, sequences).sign()
-    good, bad = side > 0, side < 0
-    value = torch.where(good, cfg.desirable_weight * (1 - torch.sigmoid(cfg.beta * (g - z0))), 0)
-    value = value + torch.where(bad, cfg.undesirable_weight * (1 - torch.sigmoid(cfg.beta * (z0 - g))), 0)
-    total = segment_sum(now.detach(), batch.seq_ids, sequences)
-    stats = {"kl": Stat("mean", z0)}
-    for name, rows in (("chosen", good), ("rejected", bad)):
-        stats |= {f"rewards/{name}": Stat.mean(cfg.beta * g, rows), f"logps/{name}": Stat.mean(total, rows)}
-    # The token weights of a sequence sum to its weight: 1 / sequences under the mean over sequences.
-    return (value[batch.seq_ids] * batch.weight).sum(), stats

@@ -12,48 +12,38 @@ The five choices: no ratio; no clip; no KL and no reference; advantage = recorde
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor
 
-from rlft.algos.pairs import Settings, read
-from rlft.types import Aggregation, Batch, Stat, Stats
-
-ADVANTAGE = "identity"
-AGGREGATION: Aggregation = "sequence_sum"
-RATIO = False
-NEEDS_REFERENCE = False
-WHOLE_GROUPS = True
-NEEDS_SAMPLER = False
-ZERO_ADV_ZERO_GRAD = False
-ENTROPY_GRAD = False
+from rlft.algos.pair_loss import PairLoss
+from rlft.algos.pairs import Pairs
+from rlft.types import Stat, Stats
 
 
 @dataclass(frozen=True)
-class Config(Settings):
-    """Settings of [algo] for orpo."""
+class Orpo(PairLoss):
+    """Odds-ratio preference optimisation of pairs."""
+
+    needs_reference: ClassVar[bool] = False
 
     beta: float = 0.1
     """Factor of the odds-ratio term (lambda in the paper)."""
 
+    def summary(self) -> str:
+        return f"odds ratio without a reference, {self.beta:g} x, NLL of the chosen side, mean over pairs"
 
-def summary(cfg: Config) -> str:
-    """Describe ratio, clip, KL and correction in one line, for the start of a run."""
-    return f"odds ratio without a reference, {cfg.beta:g} x, NLL of the chosen side, mean over pairs"
-
-
-def loss(logprobs: Tensor, batch: Batch, cfg: Config) -> tuple[Tensor, Stats]:
-    """Return the weighted sum of the formula above, and TRL's reward metrics. logprobs: [T] with gradient."""
-    pairs = read(logprobs, batch)
-    nll = -pairs.chosen.mean
-    log_odds = odds(pairs.chosen.mean) - odds(pairs.rejected.mean)
-    ratio = F.logsigmoid(log_odds)
-    stats = pairs.stats(cfg.beta * pairs.chosen.mean, cfg.beta * pairs.rejected.mean) | {
-        "nll_loss": Stat.mean(nll, pairs.real),
-        "log_odds_ratio": Stat.mean(ratio, pairs.real),
-        "log_odds_chosen": Stat.mean(log_odds, pairs.real),
-    }
-    return pairs.total(nll - cfg.beta * ratio), stats
+    def pair_loss(self, pairs: Pairs) -> tuple[Tensor, Stats]:
+        nll = -pairs.chosen.mean
+        log_odds = odds(pairs.chosen.mean) - odds(pairs.rejected.mean)
+        ratio = F.logsigmoid(log_odds)
+        stats = pairs.stats(self.beta * pairs.chosen.mean, self.beta * pairs.rejected.mean) | {
+            "nll_loss": Stat.mean(nll, pairs.real),
+            "log_odds_ratio": Stat.mean(ratio, pairs.real),
+            "log_odds_chosen": Stat.mean(log_odds, pairs.real),
+        }
+        return nll - self.beta * ratio, stats
 
 
 def odds(a: Tensor) -> Tensor:

@@ -10,41 +10,28 @@ current policy, so it also corrects for earlier updates of the step, up to corre
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
-from rlft.algos import settings, surrogate
-from rlft.algos.tokens import read
-from rlft.types import Aggregation, Batch, Stats
-
-ADVANTAGE = "leave_one_out"
-AGGREGATION: Aggregation = "sequence_sum"
-RATIO = False
-NEEDS_REFERENCE = settings.needs_reference
-WHOLE_GROUPS = False
-NEEDS_SAMPLER = settings.needs_sampler
-ZERO_ADV_ZERO_GRAD = settings.zero_adv_zero_grad
-ENTROPY_GRAD = settings.entropy_grad
-prepare = surrogate.prepare
-adapt = surrogate.adapt
+from rlft.algos.policy_loss import PolicyLoss
+from rlft.algos.tokens import Tokens
+from rlft.types import Aggregation, Stats
 
 
 @dataclass(frozen=True)
-class Config(settings.Settings):
-    """Settings of [algo] for reinforce."""
+class Reinforce(PolicyLoss):
+    """The plain policy gradient."""
 
-    advantage: str = ADVANTAGE
+    has_ratio: ClassVar[bool] = False
+
+    advantage: str = "leave_one_out"
     """Estimator: a name in rlft.algos.advantages, or "file.py:function"."""
-    aggregation: Aggregation = AGGREGATION
+    aggregation: Aggregation = "sequence_sum"
     """How token losses are reduced to one number: token_mean, sequence_mean, constant, sequence_sum, prompt_mean."""
 
+    def summary(self) -> str:
+        return f"no ratio, no clip, {self.common_summary()}"
 
-def summary(cfg: Config) -> str:
-    """Describe ratio, clip, KL and correction in one line, for the start of a run."""
-    return f"no ratio, no clip, {surrogate.summary(cfg)}"
-
-
-def loss(logprobs: Tensor, batch: Batch, cfg: Config) -> tuple[Tensor, Stats]:
-    """Return the weighted sum of the formula above, and its metrics. logprobs: [T] with gradient."""
-    tokens = read(logprobs, batch)
-    return surrogate.total(-tokens.advantages * tokens.now, tokens, batch, cfg)
+    def token_loss(self, tokens: Tokens) -> tuple[Tensor, Stats]:
+        return -tokens.advantages * tokens.now, {}

@@ -12,35 +12,29 @@ update; `reinforce` has no ratio.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from rlft.algos import settings, surrogate
-from rlft.algos.tokens import read
-from rlft.types import Aggregation, Batch, Stats
-
-ADVANTAGE = "leave_one_out"
-AGGREGATION: Aggregation = "sequence_sum"
-RATIO = True
-NEEDS_REFERENCE = settings.needs_reference
-WHOLE_GROUPS = False
-NEEDS_SAMPLER = settings.needs_sampler
-ZERO_ADV_ZERO_GRAD = settings.zero_adv_zero_grad
-ENTROPY_GRAD = settings.entropy_grad
-prepare = surrogate.prepare
-adapt = surrogate.adapt
+from rlft.algos.checks import check_clip
+from rlft.algos.kl import Penalty
+from rlft.algos.policy_loss import PolicyLoss
+from rlft.algos.tokens import Tokens
+from rlft.types import Aggregation, Stats
 
 
 @dataclass(frozen=True)
-class Config(settings.Settings):
-    """Settings of [algo] for rloo."""
+class Rloo(PolicyLoss):
+    """The policy gradient with a clipped ratio per completion."""
 
-    advantage: str = ADVANTAGE
+    has_clip: ClassVar[bool] = True
+
+    advantage: str = "leave_one_out"
     """Estimator: a name in rlft.algos.advantages, or "file.py:function"."""
-    aggregation: Aggregation = AGGREGATION
+    aggregation: Aggregation = "sequence_sum"
     """How token losses are reduced to one number; each token has an equal share of the sequence's loss."""
-    kl: settings.Penalty = "reward"
+    kl: Penalty = "reward"
     """Estimator of the KL term, or "reward" to subtract k1 from the reward: see rlft.algos.kl."""
     clip_low: float = 0.2
     """The ratio is clipped at 1 - clip_low."""
@@ -49,24 +43,18 @@ class Config(settings.Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        settings.check_clip(self.clip_low, self.clip_high)
+        check_clip(self.clip_low, self.clip_high)
 
+    def summary(self) -> str:
+        return (
+            f"ratio per sequence (product), clipped to [{1 - self.clip_low:g}, {1 + self.clip_high:g}], "
+            f"{self.common_summary()}"
+        )
 
-def summary(cfg: Config) -> str:
-    """Describe ratio, clip, KL and correction in one line, for the start of a run."""
-    return (
-        f"ratio per sequence (product), clipped to [{1 - cfg.clip_low:g}, {1 + cfg.clip_high:g}], "
-        f"{surrogate.summary(cfg)}"
-    )
-
-
-def loss(logprobs: Tensor, batch: Batch, cfg: Config) -> tuple[Tensor, Stats]:
-    """Return the weighted sum of the formula above, and its metrics. logprobs: [T] with gradient."""
-    tokens = read(logprobs, batch)
-    s, a, now = tokens.sum(tokens.now - tokens.old).detach().exp(), tokens.advantages, tokens.now
-    low, high = (s < 1 - cfg.clip_low) & (a < 0), (s > 1 + cfg.clip_high) & (a > 0)
-    # Per token, so that the token weights apply: the sum has the value s A and the gradient s A sum_t grad now_t.
-    value_of = s.clamp(1 - cfg.clip_low, 1 + cfg.clip_high).where(low | high, s) * tokens.per_token()
-    token_loss = -(value_of + torch.where(low | high, 0, s * (now - now.detach()))) * a
-    value, stats = surrogate.total(token_loss, tokens, batch, cfg)
-    return value, stats | surrogate.clip_stats(low, high, tokens)
+    def token_loss(self, tokens: Tokens) -> tuple[Tensor, Stats]:
+        s, a, now = tokens.sum(tokens.now - tokens.old).detach().exp(), tokens.advantages, tokens.now
+        low, high = (s < 1 - self.clip_low) & (a < 0), (s > 1 + self.clip_high) & (a > 0)
+        # Per token, so that the token weights apply: the sum has the value s A and the gradient s A sum_t grad now_t.
+        value_of = s.clamp(1 - self.clip_low, 1 + self.clip_high).where(low | high, s) * tokens.per_token()
+        token_loss = -(value_of + torch.where(low | high, 0, s * (now - now.detach()))) * a
+        return token_loss, tokens.clip_stats(low, high)

@@ -14,22 +14,15 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor
 
-from rlft.algos.pairs import Settings, check_smoothing, read
-from rlft.types import Aggregation, Batch, Stats
-
-ADVANTAGE = "identity"
-AGGREGATION: Aggregation = "sequence_sum"
-RATIO = False
-NEEDS_REFERENCE = True
-WHOLE_GROUPS = True
-NEEDS_SAMPLER = False
-ZERO_ADV_ZERO_GRAD = False
-ENTROPY_GRAD = False
+from rlft.algos.checks import check_smoothing
+from rlft.algos.pair_loss import PairLoss
+from rlft.algos.pairs import Pairs
+from rlft.types import Stats
 
 
 @dataclass(frozen=True)
-class Config(Settings):
-    """Settings of [algo] for robust_dpo."""
+class RobustDpo(PairLoss):
+    """Direct preference optimisation of pairs with wrong labels."""
 
     label_smoothing: float = 0.1
     """Known share of wrong labels."""
@@ -38,17 +31,11 @@ class Config(Settings):
         super().__post_init__()
         check_smoothing(self.label_smoothing)
 
+    def summary(self) -> str:
+        wrong = f"{self.label_smoothing:g} of labels wrong"
+        return f"log-ratio per sequence against the reference, no clip, beta {self.beta:g}, {wrong}"
 
-def summary(cfg: Config) -> str:
-    """Describe ratio, clip, KL and correction in one line, for the start of a run."""
-    wrong = f"{cfg.label_smoothing:g} of labels wrong"
-    return f"log-ratio per sequence against the reference, no clip, beta {cfg.beta:g}, {wrong}"
-
-
-def loss(logprobs: Tensor, batch: Batch, cfg: Config) -> tuple[Tensor, Stats]:
-    """Return the weighted sum of the formula above, and TRL's reward metrics. logprobs: [T] with gradient."""
-    assert batch.ref_logprobs is not None
-    pairs = read(logprobs, batch)
-    logit, e = cfg.beta * pairs.margin, cfg.label_smoothing
-    value = (-(1 - e) * F.logsigmoid(logit) + e * F.logsigmoid(-logit)) / (1 - 2 * e)
-    return pairs.total(value), pairs.gain_stats(cfg.beta)
+    def pair_loss(self, pairs: Pairs) -> tuple[Tensor, Stats]:
+        logit, e = self.beta * pairs.margin, self.label_smoothing
+        value = (-(1 - e) * F.logsigmoid(logit) + e * F.logsigmoid(-logit)) / (1 - 2 * e)
+        return value, pairs.gain_stats(self.beta)

@@ -15,22 +15,15 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor
 
-from rlft.algos.pairs import Settings, check_above_zero, read
-from rlft.types import Aggregation, Batch, Stat, Stats
-
-ADVANTAGE = "identity"
-AGGREGATION: Aggregation = "sequence_sum"
-RATIO = False
-NEEDS_REFERENCE = True
-WHOLE_GROUPS = True
-NEEDS_SAMPLER = False
-ZERO_ADV_ZERO_GRAD = False
-ENTROPY_GRAD = False
+from rlft.algos.checks import check_above_zero
+from rlft.algos.pair_loss import PairLoss
+from rlft.algos.pairs import Pairs
+from rlft.types import Stat, Stats
 
 
 @dataclass(frozen=True)
-class Config(Settings):
-    """Settings of [algo] for rpo."""
+class Rpo(PairLoss):
+    """Direct preference optimisation of pairs with a likelihood term."""
 
     nll_coef: float = 1.0
     """Factor of the negative log-likelihood of the chosen side."""
@@ -39,16 +32,11 @@ class Config(Settings):
         super().__post_init__()
         check_above_zero(nll_coef=self.nll_coef)
 
+    def summary(self) -> str:
+        nll = f"{self.nll_coef:g} x NLL of the chosen side"
+        return f"log-ratio per sequence against the reference, beta {self.beta:g}, {nll}"
 
-def summary(cfg: Config) -> str:
-    """Describe ratio, clip, KL and correction in one line, for the start of a run."""
-    return f"log-ratio per sequence against the reference, beta {cfg.beta:g}, {cfg.nll_coef:g} x NLL of the chosen side"
-
-
-def loss(logprobs: Tensor, batch: Batch, cfg: Config) -> tuple[Tensor, Stats]:
-    """Return the weighted sum of the formula above, and TRL's reward metrics. logprobs: [T] with gradient."""
-    assert batch.ref_logprobs is not None
-    pairs = read(logprobs, batch)
-    nll = -pairs.chosen.mean
-    value = -F.logsigmoid(cfg.beta * pairs.margin) + cfg.nll_coef * nll
-    return pairs.total(value), pairs.gain_stats(cfg.beta) | {"nll_loss": Stat.mean(nll, pairs.real)}
+    def pair_loss(self, pairs: Pairs) -> tuple[Tensor, Stats]:
+        nll = -pairs.chosen.mean
+        value = -F.logsigmoid(self.beta * pairs.margin) + self.nll_coef * nll
+        return value, pairs.gain_stats(self.beta) | {"nll_loss": Stat.mean(nll, pairs.real)}

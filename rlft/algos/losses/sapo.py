@@ -9,34 +9,22 @@ is that of REINFORCE, but the value is -2 A / tau, not -A.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from rlft.algos import settings, surrogate
-from rlft.algos.tokens import read
-from rlft.errors import ConfigError
-from rlft.types import Aggregation, Batch, Stats
-
-ADVANTAGE = "group_norm"
-AGGREGATION: Aggregation = "sequence_mean"
-RATIO = True
-NEEDS_REFERENCE = settings.needs_reference
-WHOLE_GROUPS = False
-NEEDS_SAMPLER = settings.needs_sampler
-ZERO_ADV_ZERO_GRAD = settings.zero_adv_zero_grad
-ENTROPY_GRAD = settings.entropy_grad
-prepare = surrogate.prepare
-adapt = surrogate.adapt
+from rlft.algos.checks import check_above_zero
+from rlft.algos.policy_loss import PolicyLoss
+from rlft.algos.tokens import Tokens
+from rlft.types import Aggregation, Stats
 
 
 @dataclass(frozen=True)
-class Config(settings.Settings):
-    """Settings of [algo] for sapo."""
+class Sapo(PolicyLoss):
+    """The policy gradient with a sigmoid gate."""
 
-    aggregation: Aggregation = AGGREGATION
+    aggregation: Aggregation = "sequence_mean"
     """How token losses are reduced to one number: token_mean, sequence_mean, constant, sequence_sum, prompt_mean."""
     temperature_pos: float = 1.0
     """tau for tokens of positive advantage; larger is narrower."""
@@ -45,21 +33,14 @@ class Config(settings.Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("temperature_pos", "temperature_neg"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ConfigError(f"algo.{name} = {getattr(self, name)}: want a number above 0")
+        check_above_zero(temperature_pos=self.temperature_pos, temperature_neg=self.temperature_neg)
 
+    def summary(self) -> str:
+        gate = f"tau {self.temperature_pos:g} and {self.temperature_neg:g}"
+        return f"ratio per token in a soft gate, {gate}, {self.common_summary()}"
 
-def summary(cfg: Config) -> str:
-    """Describe ratio, clip, KL and correction in one line, for the start of a run."""
-    gate = f"tau {cfg.temperature_pos:g} and {cfg.temperature_neg:g}"
-    return f"ratio per token in a soft gate, {gate}, {surrogate.summary(cfg)}"
-
-
-def loss(logprobs: Tensor, batch: Batch, cfg: Config) -> tuple[Tensor, Stats]:
-    """Return the weighted sum of the formula above, and its metrics. logprobs: [T] with gradient."""
-    tokens = read(logprobs, batch)
-    r, a = tokens.log_ratio().exp(), tokens.advantages
-    tau = torch.where(a > 0, cfg.temperature_pos, cfg.temperature_neg).to(r.dtype)
-    token_loss = -torch.sigmoid(tau * (r - 1)) * 4 / tau * a
-    return surrogate.total(token_loss, tokens, batch, cfg)
+    def token_loss(self, tokens: Tokens) -> tuple[Tensor, Stats]:
+        r, a = tokens.log_ratio().exp(), tokens.advantages
+        tau = torch.where(a > 0, self.temperature_pos, self.temperature_neg).to(r.dtype)
+        token_loss = -torch.sigmoid(tau * (r - 1)) * 4 / tau * a
+        return token_loss, {}

@@ -9,43 +9,31 @@ step. Value and gradient equal those of the cross-entropy of the completion toke
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import get_args
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from rlft.errors import ConfigError
+from rlft.algos.checks import check_choice
+from rlft.algos.loss import Loss
 from rlft.types import Aggregation, Batch, Stats
-
-ADVANTAGE = "identity"
-AGGREGATION: Aggregation = "token_mean"
-RATIO = False
-NEEDS_REFERENCE = False
-WHOLE_GROUPS = False
-NEEDS_SAMPLER = False
-ZERO_ADV_ZERO_GRAD = True
-ENTROPY_GRAD = False
 
 
 @dataclass(frozen=True)
-class Config:
-    """Settings of [algo] for sft."""
+class Sft(Loss):
+    """The log-likelihood of recorded completions."""
 
-    aggregation: Aggregation = AGGREGATION
+    zero_adv_zero_grad: ClassVar[bool] = True
+
+    aggregation: Aggregation = "token_mean"
     """How token losses are reduced to one number: token_mean, sequence_mean, constant, sequence_sum, prompt_mean."""
 
     def __post_init__(self) -> None:
-        choices = get_args(Aggregation)
-        if self.aggregation not in choices:
-            raise ConfigError(f'algo.aggregation = "{self.aggregation}": want one of {", ".join(choices)}')
+        check_choice(Aggregation, aggregation=self.aggregation)
 
+    def summary(self) -> str:
+        return "no ratio, no clip, no KL"
 
-def summary(cfg: Config) -> str:
-    """Describe ratio, clip, KL and correction in one line, for the start of a run."""
-    return "no ratio, no clip, no KL"
-
-
-def loss(logprobs: Tensor, batch: Batch, cfg: Config) -> tuple[Tensor, Stats]:
-    """Return the weighted sum of the formula above. logprobs: [T] with gradient."""
-    used = batch.train_mask & (batch.weight != 0)
-    return (-(batch.advantages * torch.where(used, logprobs, 0)) * batch.weight).sum(), {}
+    def __call__(self, logprobs: Tensor, batch: Batch) -> tuple[Tensor, Stats]:
+        used = batch.train_mask & (batch.weight != 0)
+        return (-(batch.advantages * torch.where(used, logprobs, 0)) * batch.weight).sum(), {}

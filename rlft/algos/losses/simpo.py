@@ -8,27 +8,22 @@ The five choices: no ratio; no clip; no KL and no reference; advantage = recorde
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor
 
-from rlft.algos.pairs import Settings, read
-from rlft.errors import ConfigError
-from rlft.types import Aggregation, Batch, Stats
-
-ADVANTAGE = "identity"
-AGGREGATION: Aggregation = "sequence_sum"
-RATIO = False
-NEEDS_REFERENCE = False
-WHOLE_GROUPS = True
-NEEDS_SAMPLER = False
-ZERO_ADV_ZERO_GRAD = False
-ENTROPY_GRAD = False
+from rlft.algos.checks import check_zero_or_more
+from rlft.algos.pair_loss import PairLoss
+from rlft.algos.pairs import Pairs
+from rlft.types import Stats
 
 
 @dataclass(frozen=True)
-class Config(Settings):
-    """Settings of [algo] for simpo."""
+class Simpo(PairLoss):
+    """Preference optimisation of pairs by mean log-probs."""
+
+    needs_reference: ClassVar[bool] = False
 
     beta: float = 2.0
     """Factor of the margin of mean log-probs."""
@@ -37,17 +32,11 @@ class Config(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.gamma < float("inf"):
-            raise ConfigError(f"algo.gamma = {self.gamma}: want 0 or more, and finite")
+        check_zero_or_more(gamma=self.gamma)
 
+    def summary(self) -> str:
+        return f"mean log-probs without a reference, beta {self.beta:g}, margin {self.gamma:g}, mean over pairs"
 
-def summary(cfg: Config) -> str:
-    """Describe ratio, clip, KL and correction in one line, for the start of a run."""
-    return f"mean log-probs without a reference, beta {cfg.beta:g}, margin {cfg.gamma:g}, mean over pairs"
-
-
-def loss(logprobs: Tensor, batch: Batch, cfg: Config) -> tuple[Tensor, Stats]:
-    """Return the weighted sum of the formula above, and TRL's reward metrics. logprobs: [T] with gradient."""
-    pairs = read(logprobs, batch)
-    value = -F.logsigmoid(cfg.beta * (pairs.chosen.mean - pairs.rejected.mean) - cfg.gamma)
-    return pairs.total(value), pairs.stats(cfg.beta * pairs.chosen.mean, cfg.beta * pairs.rejected.mean)
+    def pair_loss(self, pairs: Pairs) -> tuple[Tensor, Stats]:
+        value = -F.logsigmoid(self.beta * (pairs.chosen.mean - pairs.rejected.mean) - self.gamma)
+        return value, pairs.stats(self.beta * pairs.chosen.mean, self.beta * pairs.rejected.mean)

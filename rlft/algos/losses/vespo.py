@@ -11,34 +11,27 @@ The five choices: ratio per sequence (product) against the sampler; no clip; no 
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from rlft.algos import settings, surrogate
-from rlft.algos.tokens import read
-from rlft.errors import ConfigError
-from rlft.types import Aggregation, Batch, Stat, Stats
-
-ADVANTAGE = "group_norm"
-AGGREGATION: Aggregation = "token_mean"
-RATIO = False
-NEEDS_REFERENCE = settings.needs_reference
-WHOLE_GROUPS = False
-NEEDS_SAMPLER = True
-ZERO_ADV_ZERO_GRAD = settings.zero_adv_zero_grad
-ENTROPY_GRAD = settings.entropy_grad
-prepare = surrogate.prepare
-adapt = surrogate.adapt
+from rlft.algos.checks import check_above_zero
+from rlft.algos.corrections import Correction
+from rlft.algos.policy_loss import PolicyLoss
+from rlft.algos.tokens import Tokens
+from rlft.types import Stat, Stats
 
 
 @dataclass(frozen=True)
-class Config(settings.Settings):
-    """Settings of [algo] for vespo."""
+class Vespo(PolicyLoss):
+    """The policy gradient with a gamma-shaped weight of each sequence."""
 
-    correction: settings.Correction = "none"
+    has_ratio: ClassVar[bool] = False
+    against_sampler: ClassVar[bool] = True
+
+    correction: Correction = "none"
     """Only "none": the ratio is already against the sampler, so a correction would count twice."""
     k_pos: float = 2.0
     """Power of W where the advantage is 0 or more."""
@@ -51,24 +44,16 @@ class Config(settings.Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        settings.check_against_sampler(self, "vespo")
-        for name in ("k_pos", "lambda_pos", "k_neg", "lambda_neg"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ConfigError(f"algo.{name} = {getattr(self, name)}: want a number above 0")
+        check_above_zero(k_pos=self.k_pos, lambda_pos=self.lambda_pos, k_neg=self.k_neg, lambda_neg=self.lambda_neg)
 
+    def summary(self) -> str:
+        return f"sequence ratio (product) against the sampler in a gamma-shaped weight, {self.common_summary()}"
 
-def summary(cfg: Config) -> str:
-    """Describe ratio, clip, KL and correction in one line, for the start of a run."""
-    return f"sequence ratio (product) against the sampler in a gamma-shaped weight, {surrogate.summary(cfg)}"
-
-
-def loss(logprobs: Tensor, batch: Batch, cfg: Config) -> tuple[Tensor, Stats]:
-    """Return the weighted sum of the formula above, and its metrics. logprobs: [T] with gradient."""
-    tokens = read(logprobs, batch)
-    a = tokens.advantages
-    log_w = tokens.sum(tokens.against_sampler().detach())
-    k = torch.where(a >= 0, cfg.k_pos, cfg.k_neg).to(log_w.dtype)
-    lambda_ = torch.where(a >= 0, cfg.lambda_pos, cfg.lambda_neg).to(log_w.dtype)
-    phi = (lambda_ + k * log_w - lambda_ * log_w.exp()).exp()
-    value, stats = surrogate.total(-phi * a * tokens.now, tokens, batch, cfg)
-    return value, stats | {"vespo/phi_seq_mean": Stat.mean(phi, tokens.used)}
+    def token_loss(self, tokens: Tokens) -> tuple[Tensor, Stats]:
+        a = tokens.advantages
+        log_w = tokens.sum(tokens.against_sampler().detach())
+        k = torch.where(a >= 0, self.k_pos, self.k_neg).to(log_w.dtype)
+        lambda_ = torch.where(a >= 0, self.lambda_pos, self.lambda_neg).to(log_w.dtype)
+        phi = (lambda_ + k * log_w - lambda_ * log_w.exp()).exp()
+        token_loss = -phi * a * tokens.now
+        return token_loss, {"vespo/phi_seq_mean": Stat.mean(phi, tokens.used)}

@@ -13,22 +13,22 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from rlft.kernels import attention_backends as backends
 from rlft.kernels import rms_norm
 from rlft.kernels.attention import Sequences
 from rlft.models import families, kv_cache, rope
+from rlft.models.device_memory import DeviceMemory, host_free
 from rlft.models.families import Family
 from rlft.models.fusable import adapted, adapter_problem, hook_problem, layers_problem, parts_of, state_of
 from rlft.models.fused import memory
 from rlft.models.fused.graphs import Graphs, Padded, count_keys, key_capacity, launch_bound, round_up
 from rlft.models.fused.layer import run_layer
-from rlft.models.fused.layer_modules import FusedLayer, describe_norm
+from rlft.models.fused.layer_modules import FusedLayer, describe_norm, describe_shape
 from rlft.models.fused.layer_steps import Pass
 from rlft.models.fused.offload import Offload
 from rlft.models.fused.projection import Store, adapter_tensors
@@ -44,25 +44,35 @@ KEYS = 1024
 """Numbers of copied keys are rounded up to a multiple of this."""
 
 
+class PassRecord(NamedTuple):
+    """How a pass over the layers ran, for what runs after it."""
+
+    plan: memory.MemoryPlan
+    workspace: Tensor | None
+    """Memory of the weight buffers, flat, which may be overwritten until the next layer runs; None: there is none."""
+
+
 class FusedDecoder:
     """Fused layers over a decoder's modules: `hidden` for packed rows, `forward` for transformers' callers."""
 
-    def __init__(self, model: PeftModel, decoder: nn.Module, family: Family) -> None:
+    def __init__(
+        self, model: PeftModel, decoder: nn.Module, family: Family, device_memory: DeviceMemory | None = None
+    ) -> None:
         """Check the modules of `decoder` and take their tensors.
 
-        Raises ValueError, with the reason, for a decoder that fused layers cannot run.
+        device_memory: as the attribute. Raises ValueError, with the reason, for a decoder that fused layers cannot run.
         """
         self.model, self.decoder, self.family = model, decoder, family
         self.plan: memory.MemoryPlan | None = None
         """The plan of every pass; None: chosen for each pass from the free memory."""
         self.budget: float | None = None
         """Bytes that a pass may take on the device; None: what is free."""
+        self.device_memory = device_memory
+        """Says what is free; None: the object of the device that the decoder is on."""
         self.margin = MARGIN
         """Share of that memory that is left unused."""
-        self.full = 0
-        """Rows of a full micro-batch; 0: not known. A shorter pass uses a shadow store of the weights only if a full
-        one does: allocating and releasing it in every step would cost the time it saves, and CUDA graphs would have to
-        be captured again."""
+        self._micro_batch = 0
+        """Rows of a full micro-batch, see `set_micro_batch`; 0: not known."""
         self.entropy_grad = False
         """Whether plans have room for the second Jacobian of an entropy bonus; set by `expect`."""
         self._reset()
@@ -73,8 +83,7 @@ class FusedDecoder:
     def _reset(self) -> None:
         self._cache_name = kv_cache.name(self.decoder)
         self.store, self.offload = Store(), Offload()
-        self.ran: memory.MemoryPlan | None = None
-        """The plan of the last pass."""
+        self._last_plan: memory.MemoryPlan | None = None
         self._warned: set[str] = set()
         self._parts: list[nn.Module] = []
         self._states: list[tuple] = []
@@ -111,11 +120,11 @@ class FusedDecoder:
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy of a model (deepcopy, pickle) has other modules, which are checked when it first runs.
-        names = ("model", "decoder", "family", "plan", "budget", "margin", "full", "entropy_grad")
+        names = ("model", "decoder", "family", "plan", "budget", "margin", "_micro_batch", "entropy_grad")
         return {name: getattr(self, name) for name in names}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
+        vars(self).update(state, device_memory=None)
         self._reset()
 
     # ---- packed rows -------------------------------------------------------------------------------------------------
@@ -128,8 +137,8 @@ class FusedDecoder:
         gradients: dict[Tensor, Tensor] | None = None,
         plan: memory.MemoryPlan | None = None,
         padded_to: Tensor | None = None,
-    ) -> Tensor:
-        """Compute the residual stream after the last layer, [T, H], before the final norm.
+    ) -> tuple[Tensor, PassRecord]:
+        """Return the residual stream after the last layer, [T, H], before the final norm, and how the pass ran.
 
         embedded: [T, H]. position_ids: [T]. sequences: which rows attend to which. gradients: parameter -> fp32 buffer
         that the backward adds its gradient to; without it autograd returns the gradients. plan: from `plan_pass`; None:
@@ -144,7 +153,7 @@ class FusedDecoder:
         if plan is None:
             rows = embedded.shape[0]
             plan = self.plan_for(rows, None, count_keys(sequences, rows) if sequences.copies else 0)
-        self.ran = plan
+        self._last_plan = plan
         self.store.use(plan.store)
         tables, adapter, rows = self._tables(embedded, position_ids, padded_to), self.adapter(), embedded.shape[0]
         hidden = embedded
@@ -154,7 +163,7 @@ class FusedDecoder:
                 limit = memory.GRAPH_MEMORY_SHARE * (self.available() + self.graphs.bytes)
                 result = self.graphs.run(self.layers, self.store, adapter, plan, gradients, batch, limit)
                 if result is not None:
-                    return result
+                    return result, PassRecord(plan, self.store.scratch)
             bucket = batch.launched()
             hidden, tables, sequences = bucket.x, bucket.tables, bucket.sequences
         if self.graphs is not None and plan.peak > self.available():
@@ -166,7 +175,12 @@ class FusedDecoder:
         for layer in self.layers:
             hidden = run_layer(layer, hidden, run)
         self.offload.settle()
-        return hidden[:rows]
+        return hidden[:rows], PassRecord(plan, self.store.scratch)
+
+    @property
+    def last_plan(self) -> memory.MemoryPlan | None:
+        """The plan of the last pass, one that ran out of memory included; None before the first."""
+        return self._last_plan
 
     def final_norm(self, hidden: Tensor) -> Tensor:
         """Apply the norm before the head, with gradient."""
@@ -196,7 +210,7 @@ class FusedDecoder:
         if self.plan is not None:
             return self.plan
         device = self.norm.weight.device
-        host = memory.host_free() if device.type == "cuda" else 0.0
+        host = host_free() if device.type == "cuda" else 0.0
         # Rounded up by at most 3% (to 64 rows for short passes), so that cached plans are reused: choosing one takes
         # milliseconds.
         step = max(64, 1 << max(0, rows.bit_length() - 6))
@@ -204,10 +218,19 @@ class FusedDecoder:
         rows, trained, keys = (-(-size // multiple) * multiple for size, multiple in sizes)
         budget = self.available() if budget is None else budget
         plan = memory.choose_plan(self.shape, rows, trained, budget, host, keys)
-        shadowed = plan.store == "shadow" and rows < self.full
-        if shadowed and memory.choose_plan(self.shape, self.full, self.full, budget, host).store != "shadow":
+        full = self._micro_batch
+        shadowed = plan.store == "shadow" and rows < full
+        if shadowed and memory.choose_plan(self.shape, full, full, budget, host).store != "shadow":
             return memory.choose_plan(self.shape, rows, trained, budget, host, keys, shadow=False)
         return plan
+
+    def set_micro_batch(self, rows: int) -> None:
+        """Set the rows of a full micro-batch; 0: not known.
+
+        A shorter pass has a shadow store of the weights only if a full one has: allocating and releasing it in every
+        step would cost the time it saves, and CUDA graphs would have to be captured again.
+        """
+        self._micro_batch = rows
 
     def expect(self, entropy_grad: bool) -> None:
         """Set whether plans make room for a loss with an entropy bonus.
@@ -220,15 +243,19 @@ class FusedDecoder:
 
     def available(self) -> float:
         """Return the bytes that a pass may take on the device now."""
-        device = self.norm.weight.device
-        budget = memory.free(device) + self.store.bytes if self.budget is None else self.budget
+        device_memory = self.device_memory or DeviceMemory.of(self.norm.weight.device)
+        budget = device_memory.free() + self.store.bytes if self.budget is None else self.budget
         budget -= self.graphs.bytes if self.graphs is not None else 0
         # In steps, so that cached plans are reused.
         return budget * (1 - self.margin) // STEP * STEP
 
-    def lower(self) -> None:
-        """Plan with less memory after an out-of-memory error, and free CUDA graphs and weight buffers."""
+    def raise_margin(self) -> None:
+        """Plan with less memory from now on, after an out-of-memory error."""
         self.margin = min(0.9, self.margin + LOWER)
+
+    def release(self) -> None:
+        """Free CUDA graphs and weight buffers, which the next pass allocates again. No backward may be due: that of a
+        graph would raise RuntimeError."""
         if self.graphs is not None:
             self.graphs.clear()
         self.store.release()
@@ -261,26 +288,8 @@ class FusedDecoder:
 
     def _shape(self) -> memory.DecoderShape:
         """Return the sizes that the memory plan is computed from."""
-        first = self.layers[0]
-        bound = first.bind(self.adapter())
-        weight = self.norm.weight
-        q_columns, kv_columns = first.q_heads * first.head_dim, first.k_heads * first.head_dim
-        return memory.DecoderShape(
-            layers=len(self.layers),
-            hidden=first.projections[0].in_features,
-            q=q_columns,
-            kv=kv_columns,
-            q_heads=first.q_heads,
-            intermediate=first.width,
-            vocab=self.decoder.config.vocab_size,  # type: ignore[union-attr]
-            dtype=weight.dtype,
-            tails=tuple(projection.group.tail for projection in bound),  # type: ignore[arg-type]
-            ranks=tuple(projection.group.rank for projection in bound),  # type: ignore[arg-type]
-            qk_norm=first.qk_norm[0] is not None,
-            post_norm=first.down_norm is not None,
-            attention=backends.choose_backend(weight.device, weight.dtype, first.head_dim, first.attention.softcap),
-            entropy_grad=self.entropy_grad,
-        )
+        vocab = self.decoder.config.vocab_size  # type: ignore[union-attr]
+        return describe_shape(self.layers, self.adapter(), vocab, self.norm.weight, self.entropy_grad)  # type: ignore[arg-type]
 
     # ---- transformers' callers ---------------------------------------------------------------------------------------
 
@@ -331,7 +340,7 @@ class FusedDecoder:
         padded_positions = position_ids
         if padded_positions is None and places is not None:
             padded_positions = torch.arange(embedded.shape[1], device=embedded.device)
-        hidden = self.final_norm(self.hidden(rows, positions, sequences, padded_to=padded_positions))
+        hidden = self.final_norm(self.hidden(rows, positions, sequences, padded_to=padded_positions)[0])
         if places is not None:
             hidden = hidden.new_zeros(embedded.shape[0] * embedded.shape[1], embedded.shape[2]).index_copy(
                 0, places, hidden
@@ -363,13 +372,15 @@ class FusedDecoder:
         return None
 
 
-def fuse(model: PeftModel) -> FusedDecoder | str:
-    """Run the decoder of `model` by fused layers from now on, or return why its own layers stay."""
+def fuse(model: PeftModel, device_memory: DeviceMemory | None = None) -> FusedDecoder | str:
+    """Run the decoder of `model` by fused layers from now on, or return why its own layers stay. device_memory: as of
+    `FusedDecoder`."""
     base: Any = model.get_base_model()
     decoder = base.get_decoder()
     existing = getattr(vars(decoder).get("forward"), "__self__", None)
     if isinstance(existing, FusedDecoder):
         existing.model = model
+        existing.device_memory = device_memory or existing.device_memory
         return existing.problem() or existing
     family = families.find(decoder.config.model_type)
     if family is None:
@@ -378,7 +389,7 @@ def fuse(model: PeftModel) -> FusedDecoder | str:
     if not known or not kv_cache.name(decoder):
         return f"{type(decoder).__module__}.{type(decoder).__name__} is not transformers' {family.decoder}"
     try:
-        fused = FusedDecoder(model, decoder, family)
+        fused = FusedDecoder(model, decoder, family, device_memory)
     except ValueError as error:
         return str(error)
     problem = fused.problem()

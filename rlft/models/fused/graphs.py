@@ -197,7 +197,7 @@ class _Graph:
                 dout: Tensor | None = self.dout
                 for layer in reversed(layers):
                     layer_saved = saved.pop()
-                    assert dout is not None
+                    assert dout is not None and layer_saved.x is not None
                     dout = Backward(layer, pass_, layer.bind(adapter), layer_saved.x)(
                         dout, layer_saved, layer.index > 0
                     )
@@ -218,7 +218,7 @@ class _Graph:
             self.out = forward()
         with torch.cuda.graph(self.backward_graph, pool=pool):
             backward()
-        self.store, self.version, self.fills = store, store.version, store.fills
+        self.store, self.version, self.write_tables = store, store.version, store.write_tables
         self.adapter = tuple(gradients)
 
 

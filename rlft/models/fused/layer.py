@@ -1,12 +1,6 @@
 """One decoder layer as one autograd Function that decides itself what it saves for its backward.
 
-    level   saved on the device                                         recomputed in the backward
-    L0      x, qkv, attention out + lse, mid, gate and up               norms, rotary, h
-    L1      x, qkv, attention out + lse                                 + o, gate, up
-    L2      x, attention out + lse                                      + q, k, v
-    L3      x                                                           + attention
-    L4      nothing: x, attention out + lse in host memory              as L2
-    L5      nothing: x in host memory                                   as L3
+What that is depends on the layer's level, a row of the table in `rlft.models.fused.levels`.
 
 Shapes and names: T rows, H hidden size, r rank; x [T, H] the layer's input, o the output projection, mid [T, H] the
 residual stream after attention, n a norm's output, h [T, I] = act(gate) * up, S = x A^T of an adapter (A, B).
@@ -75,15 +69,15 @@ class Forward(Steps):
         """Return the layer's output, [T, H], and fill `saved` as far as the level of the layer says."""
         level = self.run.levels[self.layer.index]
         T, qkv_group = x.shape[0], self.bound[QKV].group
-        s_qkv = x.new_empty(T, qkv_group.rank) if level in (0, 1) else None
+        s_qkv = x.new_empty(T, qkv_group.rank) if level.keep_qkv else None
         qkv = self.qkv(x, s_qkv)
         attention = self.attend(qkv)
         saved.s_down = x.new_empty(T, self.bound[DOWN].group.rank)
-        if level in (0, 1):
+        if level.keep_qkv:
             saved.qkv, saved.s_qkv = qkv, s_qkv
-        if level in (0, 1, 2, 4):
+        if level.keep_attention:
             saved.attention = attention
-        if level == 0:
+        if level.keep_mlp:
             gate_up = self.bound[GATE_UP].group
             saved.mid, saved.gate_up = torch.empty_like(x), x.new_empty(T, gate_up.out + gate_up.tail)
         del qkv
@@ -120,10 +114,9 @@ class Forward(Steps):
 class _Layer(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, layer, run, bound, *parameters):  # type: ignore[override]
-        level = run.levels[layer.index]
         saved = SavedActivations(x=None)
         out = Forward(layer, run, bound, x)(x, saved)
-        if level in (4, 5):
+        if run.levels[layer.index].on_host:
             assert run.offload is not None
             run.stored[layer.index] = run.offload.put(layer.index, x, saved.attention)
             saved.attention = None
@@ -131,7 +124,7 @@ class _Layer(torch.autograd.Function):
             if run.offload is not None:
                 run.offload.settle()
             ctx.save_for_backward(x)
-        ctx.kept, ctx.rest = saved, (layer, run, bound)
+        ctx.activations, ctx.rest = saved, (layer, run, bound)
         ctx.versions = versions(adapter_tensors(bound))
         return out
 
@@ -139,7 +132,7 @@ class _Layer(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dout):  # type: ignore[override]
         layer, run, bound = ctx.rest
-        saved, ctx.kept = ctx.kept, None
+        saved, ctx.activations = ctx.activations, None
         if saved is None:
             raise RuntimeError(
                 f"layer {layer.index}: backward ran before, and turned what it had kept into gradients in place; run "
@@ -148,7 +141,7 @@ class _Layer(torch.autograd.Function):
         check_versions(ctx.versions, f"layer {layer.index}")
         if run.stored:
             run.offload.ahead(run.stored, layer.index, dout.device)
-        if run.levels[layer.index] in (4, 5):
+        if run.levels[layer.index].on_host:
             saved.x, saved.attention = run.offload.get(run.stored, layer.index)
         else:
             (saved.x,) = ctx.saved_tensors

@@ -18,8 +18,8 @@ from rlft.kernels import lora
 from rlft.kernels.attention import Saved
 from rlft.kernels.low_rank import gradients_a, gradients_b, shrink
 from rlft.models.fused import ops
-from rlft.models.fused.layer_modules import DOWN, GATE_UP, OUT, QKV
-from rlft.models.fused.layer_steps import SavedActivations, Steps, tiles
+from rlft.models.fused.layer_modules import DOWN, GATE_UP, OUT, QKV, FusedLayer
+from rlft.models.fused.layer_steps import Pass, SavedActivations, Steps, tiles
 from rlft.models.fused.projection import Bound
 
 
@@ -65,9 +65,9 @@ class Gradients:
 class Backward(Steps):
     """The backward of one layer."""
 
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
-        self.grads = Gradients.of(self.bound, self.run.gradients, args[3])
+    def __init__(self, layer: FusedLayer, run: Pass, bound: Sequence[Bound], x: Tensor) -> None:
+        super().__init__(layer, run, bound, x)
+        self.grads = Gradients.of(bound, run.gradients, x)
 
     def __call__(self, dout: Tensor, saved: SavedActivations, input_gradient: bool) -> Tensor | None:
         """Return dx [T, H], whose rows may have a stride; None without `input_gradient`."""

@@ -5,12 +5,15 @@ Shapes: T rows, Hq query heads, Hk key heads, D head size.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
+from rlft.kernels import attention_backends as backends
 from rlft.models.families import Family
 from rlft.models.fused import ops
+from rlft.models.fused.memory import DecoderShape
 from rlft.models.fused.projection import Bound, Projection
 
 QKV, OUT, GATE_UP, DOWN = range(4)
@@ -73,3 +76,30 @@ def describe_norm(module: Any, gemma: bool) -> ops.Norm:
     """Describe an RMSNorm of transformers; families differ in the name of its epsilon."""
     eps = module.variance_epsilon if hasattr(module, "variance_epsilon") else module.eps
     return ops.Norm(module.weight.detach(), eps, gemma)
+
+
+def describe_shape(
+    layers: Sequence[FusedLayer], adapter: str | None, vocab: int, weight: Tensor, entropy_grad: bool
+) -> DecoderShape:
+    """Return the sizes that the memory plan is computed from.
+
+    adapter: name of the active one; None: adapters are off. weight: of a norm, which gives device and dtype.
+    """
+    first = layers[0]
+    bound = first.bind(adapter)
+    return DecoderShape(
+        layers=len(layers),
+        hidden=first.projections[0].in_features,
+        q=first.q_heads * first.head_dim,
+        kv=first.k_heads * first.head_dim,
+        q_heads=first.q_heads,
+        intermediate=first.width,
+        vocab=vocab,
+        dtype=weight.dtype,
+        tails=tuple(projection.group.tail for projection in bound),  # type: ignore[arg-type]
+        ranks=tuple(projection.group.rank for projection in bound),  # type: ignore[arg-type]
+        qk_norm=first.qk_norm[0] is not None,
+        post_norm=first.down_norm is not None,
+        attention=backends.choose_backend(weight.device, weight.dtype, first.head_dim, first.attention.softcap),
+        entropy_grad=entropy_grad,
+    )

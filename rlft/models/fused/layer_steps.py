@@ -17,10 +17,9 @@ from rlft.kernels import lora
 from rlft.kernels.attention import Saved, Sequences
 from rlft.models.fused import ops
 from rlft.models.fused.layer_modules import DOWN, GATE_UP, OUT, QKV, FusedLayer
+from rlft.models.fused.levels import Level
 from rlft.models.fused.offload import Offload, Stored
 from rlft.models.fused.projection import Bound, Store
-
-LEVELS = range(6)
 
 
 @dataclass
@@ -33,8 +32,8 @@ class Pass:
     store: Store
     adapter: str | None
     """Name of the PEFT adapter; None: the base alone."""
-    levels: Sequence[int]
-    """The level of each layer, see `rlft.models.fused.layer`."""
+    levels: Sequence[Level]
+    """The level of each layer."""
     tile: int
     """Rows that run at a time, except in attention."""
     keep: bool
@@ -43,7 +42,7 @@ class Pass:
     """Parameter -> fp32 buffer that its gradient is added to; None: returned to autograd."""
     offload: Offload | None = None
     stored: dict[int, Stored] = field(default_factory=dict)
-    """Layer -> what L4 and L5 moved to the host."""
+    """Layer -> what it moved to the host."""
 
 
 @dataclass

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import bisect
 import math
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -31,6 +30,7 @@ import torch
 from torch import nn
 
 from rlft.kernels.logprobs import CHUNK_BYTES, chunk_rows
+from rlft.models.fused.levels import L0, L3, L5, LEVELS, Level
 from rlft.models.fused.offload import AHEAD, BEHIND
 from rlft.models.fused.projection import Mode
 
@@ -96,7 +96,8 @@ class DecoderShape:
 class MemoryPlan:
     """What a pass saves, and how it runs."""
 
-    levels: tuple[int, ...]
+    levels: tuple[Level, ...]
+    """The level of each layer."""
     tile: int
     store: Mode
     """Mode of `rlft.models.fused.projection.Store`."""
@@ -118,64 +119,69 @@ class MemoryPlan:
 
     def __str__(self) -> str:
         counts = [(level, self.levels.count(level)) for level in sorted(set(self.levels))]
-        levels = ", ".join(f"{count} at L{level}" for level, count in counts)
+        levels = ", ".join(f"{count} at {level}" for level, count in counts)
         host = f", {self.host / GIB:.2f} GiB on the host" if self.host else ""
         return (
             f"{levels}; {self.saved / GIB:.2f} GiB kept, {self.work / GIB:.2f} at work, tiles of {self.tile} rows{host}"
         )
 
 
-def saved(s: DecoderShape, level: int) -> int:
+def _movable(s: DecoderShape, level: Level) -> int:
+    """Return the bytes per row of x and of attention's results, which a level keeps on the device or on the host."""
+    return s.element * s.hidden + (s.element * s.q + s.lse if level.keep_attention else 0)
+
+
+def saved(s: DecoderShape, level: Level) -> int:
     """Return the device bytes per row that a layer saves at `level`."""
     e = s.element
-    x, s_down, attention = e * s.hidden, e * s.ranks[3], e * s.q + s.lse
-    qkv, mlp = e * (s.qkv + s.ranks[0]), e * (s.hidden + s.gate_up)
-    return s_down + (x + attention + qkv + mlp, x + attention + qkv, x + attention, x, 0, 0)[level]
+    s_down, movable = e * s.ranks[3], 0 if level.on_host else _movable(s, level)
+    qkv = e * (s.qkv + s.ranks[0]) if level.keep_qkv else 0
+    mlp = e * (s.hidden + s.gate_up) if level.keep_mlp else 0
+    return s_down + movable + qkv + mlp
 
 
-def on_host(s: DecoderShape, level: int) -> int:
+def host_bytes(s: DecoderShape, level: Level) -> int:
     """Return the host bytes per row of a layer at `level`."""
-    x, attention = s.element * s.hidden, s.element * s.q + s.lse
-    return (0, 0, 0, 0, x + attention, x)[level]
+    return _movable(s, level) if level.on_host else 0
 
 
-def forward_work(s: DecoderShape, rows: int, tile: int, level: int, keys: int = 0) -> int:
+def forward_work(s: DecoderShape, rows: int, tile: int, level: Level, keys: int = 0) -> int:
     """Return the bytes of a layer's forward beyond its input and what it saves at `level`. keys: keys that are copied
     for sequences behind shared prefixes."""
     e, t = s.element, min(rows, tile)
-    qkv = 0 if level in (0, 1) else e * s.qkv
+    qkv = 0 if level.keep_qkv else e * s.qkv
     rotated = e * (s.q + s.kv) if s.qk_norm else 0
-    attended = 0 if level in (0, 1, 2) else e * s.q + s.lse
+    attended = 0 if level.attention_on_device else e * s.q + s.lse
     n = e * (s.hidden + max(s.tails))
-    gates = 0 if level == 0 else e * 2 * s.intermediate
+    gates = 0 if level.keep_mlp else e * 2 * s.intermediate
     post = e * 2 * s.hidden if s.post_norm else 0
     mlp = max(e * s.hidden + n, gates + max(n, e * (s.intermediate + s.tails[3])) + post)
     # Layers that do not save x still hold it while they run, and copies to the host are in flight.
-    x = e * s.hidden + BEHIND * on_host(s, level) if level in (4, 5) else 0
+    x = e * s.hidden + BEHIND * host_bytes(s, level) if level.on_host else 0
     attention = rows * (qkv + rotated + attended) + keys * 2 * e * s.kv
     return rows * x + max(attention, rows * (attended + e * s.hidden) + t * mlp)
 
 
-def backward_work(s: DecoderShape, rows: int, tile: int, level: int, keys: int = 0) -> int:
+def backward_work(s: DecoderShape, rows: int, tile: int, level: Level, keys: int = 0) -> int:
     """Return the bytes of a layer's backward beyond what it saved at `level`. keys: as in `forward_work`."""
     e, t = s.element, min(rows, tile)
     H, T = e * s.hidden, e * s.tails[1]
-    restored = (H if level in (4, 5) else 0) + (0 if level in (0, 1, 2) else e * s.q + s.lse)
+    restored = (H if level.on_host else 0) + (0 if level.attention_on_device else e * s.q + s.lse)
     # Layers whose copies back from the host are in flight.
-    restored += min(AHEAD, s.layers - 1) * on_host(s, level)
-    qkv = 0 if level in (0, 1) else e * (s.qkv + s.ranks[0])
+    restored += min(AHEAD, s.layers - 1) * host_bytes(s, level)
+    qkv = 0 if level.keep_qkv else e * (s.qkv + s.ranks[0])
     gradients = H + H + T  # of the output and of mid
     # The MLP, tile by tile.
-    mid, gate_up = (0, 0) if level == 0 else (H + T, e * s.gate_up)
+    mid, gate_up = (0, 0) if level.keep_mlp else (H + T, e * s.gate_up)
     n, post = H + e * s.tails[2], (e * (s.intermediate + 3 * s.hidden) if s.post_norm else 0)
     partial_sums = 4 * 16 * -(-2 * s.intermediate // 256) if s.ranks[2] else 0
     tiled = n + mid + gate_up + post + max(H + e * (s.tails[3] + s.intermediate), H + partial_sums)
-    mlp = rows * (e * s.q + (qkv if level in (3, 5) else 0)) + t * tiled
+    mlp = rows * (e * s.q + (0 if level.keep_attention else qkv)) + t * tiled
     # Attention: rotated q and k, dq, dk, dv, and the back end's accumulators; mid, gate and up are freed.
     rotated = e * (s.q + s.kv) if s.qk_norm else 0
     accumulators = {"fa4": 4 * (s.q + 2 * s.q_heads), "fa2": 4 * (s.q + s.q_heads)}
     key_accumulators = {"fa4": 8 * s.kv, "fa2": 2 * e * s.q * (s.q > s.kv)}.get(s.attention, 0)
-    freed = e * (s.hidden + s.gate_up + s.ranks[3]) if level == 0 else 0
+    freed = e * (s.hidden + s.gate_up + s.ranks[3]) if level.keep_mlp else 0
     attention = rows * (
         e * s.q + qkv + rotated + e * (s.q + 2 * s.kv) + accumulators.get(s.attention, 4 * e * s.q) - freed
     )
@@ -223,13 +229,14 @@ class PassOptions:
 
 
 def evaluate(
-    s: DecoderShape, rows: int, trained: int, mixed: tuple[int, int, int], how: PassOptions, keys: int = 0
+    s: DecoderShape, rows: int, trained: int, mixed: tuple[int, Level, Level], how: PassOptions, keys: int = 0
 ) -> MemoryPlan:
     """Return the plan with the first `count` layers at level `lower` and the others at `upper`. mixed: (count, lower,
     upper). keys: as in `forward_work`."""
     count, lower, upper = mixed
     levels = (lower,) * count + (upper,) * (s.layers - count)
-    saved_below, saved_total = rows * count * saved(s, lower), rows * sum(saved(s, level) for level in levels)
+    saved_below = rows * count * saved(s, lower)
+    saved_total = saved_below + rows * (s.layers - count) * saved(s, upper)
     weights = scratch(s, how.store)
     highest = saved_total + head_work(s, rows, trained, how) + weights
     for level, saved_here, layers in ((lower, saved_below, count), (upper, saved_total, s.layers - count)):
@@ -238,12 +245,12 @@ def evaluate(
             highest = max(highest, weights + saved_here + forward_work(s, rows, how.tile, level, keys))
     # The layers right above those on the host run while copies back are in flight; where these layers are on the host
     # too, `backward_work` counts as many copies.
-    for distance in range(0 if on_host(s, upper) else min(AHEAD, s.layers - count)):
+    for distance in range(0 if upper.on_host else min(AHEAD, s.layers - count)):
         saved_here = saved_below + rows * (distance + 1) * saved(s, upper)
-        in_flight = rows * min(AHEAD - distance, count) * on_host(s, lower)
+        in_flight = rows * min(AHEAD - distance, count) * host_bytes(s, lower)
         highest = max(highest, weights + saved_here + in_flight + backward_work(s, rows, how.tile, upper, keys))
     work = highest - saved_total
-    host = rows * sum(on_host(s, level) for level in levels)
+    host = rows * (count * host_bytes(s, lower) + (s.layers - count) * host_bytes(s, upper))
     return MemoryPlan(levels, how.tile, how.store, how.chunk_bytes, saved_total, work, host)
 
 
@@ -257,28 +264,26 @@ def _settings(shadow: bool = True) -> Iterator[PassOptions]:
             yield PassOptions(tile, store, CHUNK_BYTES // 2)
 
 
-LEVEL_COST = (0.0, 10.0, 12.0, 20.0, 12.5, 20.5)
-"""Approximate cost of a level, in percent of a step's time, where copies to and from the host are hidden."""
 FLOPS = 600e12
 """Assumed speed of matrix products, in FLOP per second."""
 HOST_BANDWIDTH = 50e9
 """Assumed bytes per second to or from registered host memory. Measured on an H200 machine: 55 GB/s."""
 
 
-def exposed_copy_seconds(s: DecoderShape, level: int) -> float:
+def exposed_copy_seconds(s: DecoderShape, level: Level) -> float:
     """Return the time of a layer's host copies that matrix products do not hide, in percent of the layer's time. A copy
     to the host overlaps one layer's forward, a copy back one layer's backward."""
-    copy, forward = on_host(s, level) / HOST_BANDWIDTH, 2 * s.weights / FLOPS
+    copy, forward = host_bytes(s, level) / HOST_BANDWIDTH, 2 * s.weights / FLOPS
     return 100 * (max(0.0, copy - forward) + max(0.0, copy - 2 * forward)) / (3 * forward)
 
 
 def cost_of(
-    s: DecoderShape, how: PassOptions | MemoryPlan, levels: tuple[int, ...], rows: int, again: float = 1.0
+    s: DecoderShape, how: PassOptions | MemoryPlan, levels: tuple[Level, ...], rows: int, again: float = 1.0
 ) -> float:
     """Return the approximate cost of a plan, in percent of a step's time. Halving the tile costs one percent; decoding
     takes as long for few rows as for many. again: factor on the costs of the levels."""
     decode = {"shadow": 0, "layer": 16384, "group": 3 * 16384}[how.store] / max(1, rows)
-    level_cost = sum(again * LEVEL_COST[level] + exposed_copy_seconds(s, level) for level in levels) / len(levels)
+    level_cost = sum(again * level.cost + exposed_copy_seconds(s, level) for level in levels) / len(levels)
     return level_cost + TILES.index(how.tile) + decode + (how.chunk_bytes < CHUNK_BYTES)
 
 
@@ -292,13 +297,14 @@ def choose_plan(
     that the host has room for is returned; its peak is above the budget. keys: as in `forward_work`. shadow: whether
     the shadow store may be used.
     """
-    order = (0, 1, 2, 4, 3, 5) if host > 0 else (0, 1, 2, 3)
+    # From the fastest to the one that saves least.
+    order = [level for level in sorted(LEVELS, key=lambda level: level.cost) if host > 0 or not level.on_host]
     best: tuple[float, MemoryPlan] | None = None
     for how in _settings(shadow):
-        if best is not None and cost_of(s, how, (0,), rows) >= best[0]:
+        if best is not None and cost_of(s, how, (L0,), rows) >= best[0]:
             continue  # a plan at least as fast exists
 
-        def peak(level: int, how: PassOptions = how) -> int:
+        def peak(level: Level, how: PassOptions = how) -> int:
             return evaluate(s, rows, trained, (s.layers, level, level), how, keys).peak
 
         fits = {level for level in order if peak(level) <= budget}
@@ -309,7 +315,7 @@ def choose_plan(
             if best is not None and cost_of(s, how, (upper,), rows) >= best[0]:
                 continue
 
-            def plan(count: int, lower: int = lower, upper: int = upper, how: PassOptions = how) -> MemoryPlan:
+            def plan(count: int, lower: Level = lower, upper: Level = upper, how: PassOptions = how) -> MemoryPlan:
                 return evaluate(s, rows, trained, (count, lower, upper), how, keys)
 
             count = bisect.bisect_left(range(s.layers + 1), True, key=lambda count: plan(count).peak <= budget)
@@ -324,8 +330,8 @@ def choose_plan(
     if best is not None:
         return best[1]
     *_, smallest = _settings()
-    offloaded = int(host // max(1, rows * on_host(s, 5)))
-    return evaluate(s, rows, trained, (min(s.layers, offloaded), 5, 3), smallest, keys)
+    offloaded = int(host // max(1, rows * host_bytes(s, L5)))
+    return evaluate(s, rows, trained, (min(s.layers, offloaded), L5, L3), smallest, keys)
 
 
 GRAPH_MEMORY_SHARE = 0.25
@@ -336,7 +342,8 @@ def capturable(s: DecoderShape, plan: MemoryPlan, device_bytes: float) -> bool:
     """Return whether a CUDA graph may run a plan. Nothing may go to the host, no weight buffer may be refilled within a
     layer, and the memory of the graph, which stays allocated, must be small beside that of launched passes."""
     graph_bytes = plan.peak - scratch(s, plan.store)
-    return max(plan.levels) < 4 and plan.store != "group" and graph_bytes <= GRAPH_MEMORY_SHARE * device_bytes
+    offloads = any(level.on_host for level in plan.levels)
+    return not offloads and plan.store != "group" and graph_bytes <= GRAPH_MEMORY_SHARE * device_bytes
 
 
 def weight_bytes(model: nn.Module) -> dict[str, int]:
@@ -352,42 +359,3 @@ def weight_bytes(model: nn.Module) -> dict[str, int]:
             size += state.absmax.numel() * state.absmax.element_size()
             size += state.state2.absmax.numel() * state.state2.absmax.element_size() if state.nested else 0
     return {"bytes": size, "parameters": count}
-
-
-def _meminfo(field: str) -> float:
-    """Read a field of /proc/meminfo, in bytes; infinite on systems without it."""
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            return next(int(line.split()[1]) * 1024.0 for line in file if line.startswith(field))
-    except OSError:
-        return float("inf")
-
-
-unmapped = 0
-"""Bytes that PyTorch counts as reserved without memory behind them. The vLLM engine, whose memory pools can be
-unmapped, keeps this up to date."""
-
-
-def free(device: torch.device) -> float:
-    """Return the bytes that a pass may take now: what the driver has free and PyTorch reserves without using it; on a
-    CPU, half of what the system has available."""
-    if device.type != "cuda":
-        return _meminfo("MemAvailable") / 2
-    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device) - unmapped
-    return torch.cuda.mem_get_info(device)[0] + unused
-
-
-@cache
-def host_free() -> float:
-    """Return the bytes of host memory for offloading: this process's cgroup limit less 16 GiB. Read once, since every
-    pass asks."""
-    limit = float("inf")
-    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        try:
-            with open(path, encoding="ascii") as file:
-                text = file.read().strip()
-        except OSError:
-            continue
-        limit = min(limit, float("inf") if text == "max" else float(text))
-    # The processes of one run on this machine share the memory.
-    return max(0.0, min(limit, _meminfo("MemTotal")) - 16 * GIB) / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

@@ -1,4 +1,4 @@
-"""Hold what levels L4 and L5 save in host memory: one arena per layer, copies on two side streams.
+"""Hold what layers at the levels L4 and L5 keep in host memory: one arena per layer, copies on two side streams.
 
 A copy to the host overlaps the next layer's forward; its tensors are freed in the order of the main stream, once that
 stream has waited for the copy. A copy back starts two layers before its backward. All device memory belongs to the main

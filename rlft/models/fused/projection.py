@@ -156,7 +156,7 @@ class _LayerWeights:
         return weights
 
     @property
-    def filled(self) -> AdapterWriteTables | None:
+    def write_tables(self) -> AdapterWriteTables | None:
         """The tables of the last adapter that was written."""
         return next(reversed(self._adapter_writes.values()), None)
 
@@ -193,7 +193,7 @@ class Store:
         self.version = 0
         """Increases when buffers move."""
         self._memory: Tensor | None = None
-        self._brought: dict[tuple, _LayerWeights] = {}
+        self._layer_weights: dict[tuple, _LayerWeights] = {}
 
     @property
     def bytes(self) -> int:
@@ -201,14 +201,14 @@ class Store:
         tensors = (
             [self._memory]
             if self.mode != "shadow"
-            else [buffer for weights in self._brought.values() for buffer in weights.buffers]
+            else [buffer for weights in self._layer_weights.values() for buffer in weights.buffers]
         )
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
 
     @property
-    def fills(self) -> list[AdapterWriteTables | None]:
+    def write_tables(self) -> list[AdapterWriteTables | None]:
         """Tables for writing the current adapter. A captured CUDA graph reads them and must hold references to them."""
-        return [weights.filled for weights in self._brought.values()]
+        return [weights.write_tables for weights in self._layer_weights.values()]
 
     def use(self, mode: Mode) -> None:
         """Change the mode; buffers of another mode are freed."""
@@ -219,7 +219,7 @@ class Store:
     def release(self) -> None:
         """Free all buffers."""
         self.version += 1
-        self._memory, self._brought = None, {}
+        self._memory, self._layer_weights = None, {}
 
     def weights(
         self, layer: int, projections: Sequence[Projection], bound: Sequence[Bound], like: Tensor
@@ -251,7 +251,7 @@ class Store:
     ) -> tuple[lora.Weight, ...]:
         """Write a part of a layer's projections into buffers and return them."""
         groups = tuple(adapter.group for adapter in bound[part])
-        written = self._brought.get(key)
+        written = self._layer_weights.get(key)
         weights = None if written is None else written.weights(groups, like.dtype)
         if written is None or weights is None:
             self.version += written is not None
@@ -262,7 +262,7 @@ class Store:
             memory = like.new_empty(sum(sizes)) if self.mode == "shadow" else self._shared(largest, like)
             parts = memory[: sum(sizes)].split(sizes)
             buffers = [memory_part.view(group.buffer) for memory_part, group in zip(parts, groups, strict=True)]
-            written = self._brought[key] = _LayerWeights(projections[part], bound[part], buffers)
+            written = self._layer_weights[key] = _LayerWeights(projections[part], bound[part], buffers)
             weights = written.weights(groups, like.dtype)
             assert weights is not None
             if self.mode == "shadow":

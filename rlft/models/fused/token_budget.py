@@ -28,7 +28,7 @@ per layer of a step of 56 micro-batches of 1,024 tokens, which is bound by launc
 LAYER_OVERHEAD = 1.35
 """Time of a layer over that of its matrix products, for sequences with little attention. Measured (recorded_tight)."""
 SHORT_SEQUENCE_FACTOR = 1.5
-"""Factor on the costs of levels for short sequences, since `LEVEL_COST` was measured at 32,768 tokens. L4 recomputes
+"""Factor on the costs of levels for short sequences, since `Level.cost` was measured at 32,768 tokens. L4 recomputes
 74% of a layer's forward products (all but down), L1 52% (gate, up), and the layers' products are half of a step of an
 8B model (recorded_tight): 20 and 14% of the step if every layer does."""
 

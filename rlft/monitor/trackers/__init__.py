@@ -5,8 +5,8 @@ A tracker is a class that is constructed with a `Start` and has two methods:
     log(step, metrics, tables, messages)
         Called once per step and per evaluation, in order, on a thread of this tracker. step: int, as in
         metrics.jsonl. metrics: dict of floats named as by transformers' callbacks ("train/reward",
-        "eval/reward"), nan where not finite. tables: name -> list of dicts with the same keys, one per completion.
-        messages: new health messages, with `.name` and `.text`.
+        "eval/reward"), nan where not finite; log_metric("x", ...) of a reward is "train/custom/x". tables: name -> list
+        of dicts with the same keys, one per completion. messages: new health messages, with `.name` and `.text`.
     finish(ok)
         Called at the end, on the main thread. ok: False when the run ended in an error.
 

@@ -24,7 +24,6 @@ from rlft.config.data import Sampling
 from rlft.config.run import Engine as Options
 from rlft.errors import EngineError
 from rlft.models.allocator import segments
-from rlft.models.fused import memory
 from rlft.models.policy import Policy
 from rlft.rollout.engine import check_names, check_read_back, eos_ids
 from rlft.rollout.vllm import start as vllm_start
@@ -83,7 +82,7 @@ class VllmEngine:
         self._sizes = EngineMemory.of(
             self._policy, weights, self._dtype, self._longest, self._sequences, options.max_seqs
         )
-        self.choice: EngineMode = choose_mode(self._sizes, options.mode, options.kv_gib, device)
+        self.choice: EngineMode = choose_mode(self._sizes, options.mode, options.kv_gib, self._policy.device_memory)
         environment()
         begin = time.perf_counter()
         with quiet(), defaults_restored(), segments(growing=False):
@@ -166,7 +165,7 @@ class VllmEngine:
         gc.collect()
         if gpu:
             hooks.release_pools(self._asleep)
-            memory.unmapped = hooks.unmapped()
+            self._policy.device_memory.report_unmapped(hooks.unmapped())
             torch.cuda.empty_cache()
 
     @property
@@ -274,7 +273,7 @@ class VllmEngine:
                     f"give the run a card by itself and go on with --resume"
                 ) from error
             self._freed = torch.cuda.mem_get_info(self._policy.device)[0] - before
-            memory.unmapped = hooks.unmapped()
+            self._policy.device_memory.report_unmapped(hooks.unmapped())
 
     def wake(self) -> None:
         """Allocate the memory again, write weights and adapter, and read the adapter back."""
@@ -298,20 +297,16 @@ class VllmEngine:
                 ) from error
 
     def _make_room(self) -> None:
-        """Free PyTorch's cached blocks and, if needed, the trainer's CUDA graphs and buffers.
+        """Free PyTorch's cached blocks and, if needed, what the trainer's passes leave allocated.
 
         Raises EngineError when there is still too little memory.
         """
-        device, fused = self._policy.device, self._policy.fused
+        device = self._policy.device
         torch.cuda.empty_cache()
         # vLLM allocates what it freed, plus a little for its block sizes.
         want = self._freed + 64 * 2**20
-        if torch.cuda.mem_get_info(device)[0] < want and fused is not None:
-            if fused.graphs is not None:
-                fused.graphs.clear()
-            fused.store.release()
-            gc.collect()
-            torch.cuda.empty_cache()
+        if torch.cuda.mem_get_info(device)[0] < want:
+            self._policy.release_memory()
         free = torch.cuda.mem_get_info(device)[0]
         if free < self._freed:
             raise EngineError(

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 
 from rlft.errors import EngineError
-from rlft.models.fused import memory
+from rlft.models.device_memory import DeviceMemory
 from rlft.models.policy import Policy
 from rlft.rollout.vllm.shared_weights import Weight, module_of, slot_rank
 
@@ -85,12 +85,12 @@ class EngineMemory:
         )
 
     @property
-    def wanted(self) -> int:
+    def full_cache(self) -> int:
         """Bytes of a KV cache in which every sequence fits completely."""
         return self.sequences * -(-self.longest // BLOCK) * BLOCK * self.per_token
 
     @property
-    def least(self) -> int:
+    def min_cache(self) -> int:
         """Smallest size of the KV cache in bytes, for one sequence; vLLM does not start with less."""
         return 2 * -(-self.longest // BLOCK) * BLOCK * self.per_token
 
@@ -107,26 +107,26 @@ class EngineMode:
         return f"{self.mode} weights ({self.why}), {self.kv_bytes / GIB:.2f} GiB of cache"
 
 
-def choose_mode(sizes: EngineMemory, mode: str, kv_gib: float | None, device: torch.device) -> EngineMode:
+def choose_mode(sizes: EngineMemory, mode: str, kv_gib: float | None, device_memory: DeviceMemory) -> EngineMode:
     """Choose the mode and the size of the KV cache from the free memory of the device.
 
     mode: "auto" or one of the three modes. kv_gib: size of the cache, None to choose it. Raises EngineError when not
     even one sequence fits.
     """
-    if device.type != "cuda":
+    if device_memory.device.type != "cuda":
         # On a CPU nothing sleeps, so separate weights would be in memory twice at all times.
         if mode not in ("auto", "shared"):
             raise EngineError(
                 f'engine.mode = "{mode}": on a CPU vLLM has no memory that sleeps; set "shared" or "auto"'
             )
-        kv = int(kv_gib * GIB) if kv_gib is not None else min(sizes.wanted, 4 * GIB)
-        return EngineMode("shared", max(kv, sizes.least), "nothing sleeps on a CPU")
-    room = int(memory.free(device)) - sizes.pending - sizes.slots - sizes.work - GRAPHS
+        kv = int(kv_gib * GIB) if kv_gib is not None else min(sizes.full_cache, 4 * GIB)
+        return EngineMode("shared", max(kv, sizes.min_cache), "nothing sleeps on a CPU")
+    room = int(device_memory.free()) - sizes.pending - sizes.slots - sizes.work - GRAPHS
     available = {"shared": room - sizes.largest, "dequantized": room - sizes.linear, "merged": room - sizes.linear}
     requested = None if kv_gib is None else int(kv_gib * GIB)
     if mode == "auto":
         # A quarter of the step's sequences at a time keeps decoding busy; below that, more cache is worth more.
-        enough = requested if requested is not None else max(sizes.least, sizes.wanted // 4)
+        enough = requested if requested is not None else max(sizes.min_cache, sizes.full_cache // 4)
         mode = "dequantized" if available["dequantized"] >= enough else "shared"
         weights_text = f"{sizes.linear / GIB:.2f} GiB of plain weights"
         why = (
@@ -137,13 +137,13 @@ def choose_mode(sizes: EngineMemory, mode: str, kv_gib: float | None, device: to
     else:
         why = "engine.mode"
     # Rounded down, since vLLM recompiles for another cache size, and the free memory varies between runs.
-    target = max(sizes.wanted, sizes.least)
-    kv = min(target, max(available[mode] // STEP * STEP, sizes.least)) if requested is None else requested
-    if kv < sizes.least or kv > available[mode]:
+    target = max(sizes.full_cache, sizes.min_cache)
+    kv = min(target, max(available[mode] // STEP * STEP, sizes.min_cache)) if requested is None else requested
+    if kv < sizes.min_cache or kv > available[mode]:
         raise EngineError(
             f"{mode} weights leave {available[mode] / GIB:.2f} GiB for vLLM's cache, which needs "
-            f"{max(kv, sizes.least) / GIB:.2f} (one sequence of {sizes.longest} tokens takes "
-            f"{sizes.least / 2 / GIB:.2f}): lower engine.kv_gib, "
+            f"{max(kv, sizes.min_cache) / GIB:.2f} (one sequence of {sizes.longest} tokens takes "
+            f"{sizes.min_cache / 2 / GIB:.2f}): lower engine.kv_gib, "
             f'sampling.max_tokens or engine.max_seqs, or set engine.mode = "shared"'
         )
     return EngineMode(mode, kv, why)  # type: ignore[arg-type]

@@ -13,7 +13,7 @@ import torch
 
 from rlft.config.data import Sampling
 from rlft.rollout.engine import rollout_seed
-from rlft.types import Prompt, Rollout
+from rlft.types import FinishReason, Prompt, Rollout
 
 
 class VllmFailed(Exception):
@@ -165,7 +165,7 @@ def _rollout(output: Any, text: str, prompt: Prompt, sample: int, seed: int, ver
         completion_mask=tuple(math.isfinite(value) for value in logprobs),
         sampler_logprobs=logprobs,
         text=text,
-        finish_reason=output.finish_reason,
+        finish_reason=FinishReason(output.finish_reason),
         sample_index=sample,
         policy_version=version,
         seed=seed,

@@ -1,0 +1,98 @@
+"""Report steps and evaluations to the run folder, the console, the trackers and the callbacks."""
+
+from __future__ import annotations
+
+from rlft.batch import group_ids, packing_stats
+from rlft.rewards.parts import reward_columns
+from rlft.runs.folder import PIECED_GROUPS
+from rlft.trainer import dynamic_sampling
+from rlft.trainer.evaluate import change, evaluate, recorded_loss
+from rlft.trainer.sample import trainer_state
+from rlft.trainer.session import Recorder, Sampler, Session, Trainer
+from rlft.trainer.step import Step
+from rlft.trainer.step_metrics import peak_memory, rates, rollout_values, update_values
+
+
+def step_values(sampler: Sampler, trainer: Trainer, step: Step) -> dict[str, float]:
+    """Return the metrics of a step whose updates are done."""
+    cfg, state, samples = trainer.cfg, trainer.state, step.samples
+    assert step.breakdown is not None
+    values = (
+        step.metrics.reduce().values() | step.mismatch.values() | step.breakdown.metrics() | rollout_values(step.groups)
+    )
+    values |= update_values(step.updates, values) | packing_stats(step.packed, step.ran) | step.clock.values()
+    values |= rates([sample.rollout for sample in samples], step.ran, cfg.optim.passes, step.clock)
+    if cfg.dynamic_sampling.rounds:
+        values |= dynamic_sampling.metrics(step.groups, step.rounds, cfg.prompts_per_step)
+    values |= {
+        "epoch": sampler.prompts.epoch,
+        "num_tokens": float(state.num_tokens),
+        "parity/limit": trainer.limit.step,
+        "skipped_updates": float(state.skipped_updates),
+    }
+    values |= {"curriculum/solved": float(len(state.solved))} if cfg.curriculum.solved_share is not None else {}
+    return values | trainer.optimizer.metrics() | peak_memory(trainer.policy.device)
+
+
+def record(session: Session, step: Step, values: dict[str, float]) -> None:
+    """Report a finished step. values: its metrics."""
+    _, trainer, recorder = session
+    number, samples = trainer.state.step, step.samples
+    assert step.breakdown is not None
+    for fault in step.breakdown.faults():
+        recorder.console.note(fault)
+    recorder.run.log(number, values)
+    recorder.writer.submit(lambda: write_completions(recorder, number, step))
+    new = recorder.health.step(number, values)
+    recorder.console.step(values | {"step": float(number)}, samples[0].rollout.text, new, recorder.health.active)
+    scores = {
+        "reward": [sample.reward for sample in samples],
+        **{f"rewards/{name}": column for name, column in reward_columns(samples).items()},
+        "advantage": [sample.advantage for sample in samples],
+    }
+    rollouts = [sample.rollout for sample in samples]
+    recorder.tracking.log(number, values, "completions", rollouts, scores, new)
+    for callback in recorder.callbacks:
+        callback(trainer.state, dict(values))  # a copy: what a callback puts into it is no metric of ours
+
+
+def write_completions(recorder: Recorder, number: int, step: Step) -> None:
+    """Write the completions of step `number` to their file. Runs on the writer thread, after the step has ended."""
+    step.mismatch.store_logprobs()
+    rollouts = [sample.rollout for sample in step.samples]
+    pieces = recorder.pieces.first_groups(rollouts, group_ids(rollouts).tolist(), PIECED_GROUPS)
+    recorder.run.write_rollouts(number, step.samples, pieces)
+
+
+def measure(session: Session) -> dict[str, float]:
+    """Evaluate the current adapter on the held-out rows, log the results at the current step and return them."""
+    sampler, trainer, recorder = session
+    if not sampler.eval_prompts:
+        return {}
+    cfg, step, evaluation = trainer.cfg, trainer.state.step, None
+    values = (
+        recorded_loss(trainer.policy, sampler.eval_prompts, trainer.algorithm, trainer.plan)
+        if sampler.eval_loss
+        else {}
+    )
+    if sampler.eval_functions:
+        sampler.eval_engine.load_adapter(trainer.policy.adapter(), version=step)
+        state = trainer_state(sampler, trainer)
+        evaluation = evaluate(sampler.eval_engine, sampler.eval_prompts, cfg, sampler.eval_functions, state)
+        values |= evaluation.metrics | change(recorder.run.first_rewards(), evaluation.by_row(), cfg.eval)
+    if evaluation is not None:
+        # Written now, since the next evaluation reads the first one. Written before the log, so that a run killed in
+        # between counts as not evaluated, and the resumed run evaluates again.
+        recorder.run.write_evaluation(step, evaluation.samples)
+        for fault in evaluation.faults:
+            recorder.console.note(fault)
+        if evaluation.graded() and not step:
+            recorder.console.note(f"held-out rewards are not all 0 or 1: solved means at least {cfg.eval.threshold:g}")
+    recorder.run.log(step, values)
+    samples = evaluation.samples if evaluation is not None else []
+    scores = {"reward": [sample.reward for sample in samples]} if evaluation is not None else {}
+    new = recorder.health.evaluation(step, values)
+    recorder.console.evaluation(step, values, new, recorder.health.active)
+    rollouts = [sample.rollout for sample in samples]
+    recorder.tracking.log(step, values, "eval/completions", rollouts, scores, new)
+    return values

@@ -1,0 +1,109 @@
+"""Save a run to a checkpoint and restore it: adapter, optimiser, reference log-probs, progress."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from torch import Tensor
+
+from rlft.config.run import Config
+from rlft.data.prompts import Prompts
+from rlft.errors import ConfigError
+from rlft.models.policy import Policy
+from rlft.runs import checkpoint
+from rlft.runs.card import adapter_card
+from rlft.runs.folder import Run, replace_file
+from rlft.trainer.optim import Optimizer
+from rlft.trainer.reference import Reference
+from rlft.trainer.session import Recorder, Session, check_adapter
+from rlft.types import State
+
+
+def save(session: Session) -> Path:
+    """Write all pending completions, then a checkpoint of the current state; return the checkpoint's folder."""
+    _, trainer, recorder = session
+    policy, state, run = trainer.policy, trainer.state, recorder.run
+    recorder.writer.flush()
+    check_adapter(
+        policy,
+        f"nothing was saved. An update has set them (optim.lr = {trainer.cfg.optim.lr}), or a callback; go on from an "
+        f"earlier checkpoint",
+    )
+    # No random state is saved: every random number is seeded by (seed, step, ...).
+    tensors = {"adapter": policy.adapter_params.detach(), "adapter_start": policy.flat.start}
+    tensors |= {f"optim.{name}": value for name, value in trainer.optimizer.tensors().items()}
+    tensors |= {f"reference.{name}": value for name, value in trainer.reference.tensors().items()}
+    final = run.checkpoints / f"step-{state.step:06d}"
+
+    def write_adapter(folder: Path) -> None:
+        # The embedding is never trained; without the flag PEFT looks up the base's config to find out.
+        policy.model.save_pretrained(str(folder), selected_adapters=["default"], save_embedding_layers=False)
+        write_card(recorder, trainer.cfg, state.step, folder, final)
+
+    return checkpoint.save_checkpoint(
+        run.checkpoints,
+        state,
+        tensors,
+        trainer.identity,
+        write_adapter,
+        trainer.cfg.checkpoint.keep,
+        run.best(also=state.step),
+    )
+
+
+def write_card(recorder: Recorder, cfg: Config, step: int, folder: Path, final: Path) -> None:
+    """Replace the model card template that PEFT wrote with our own. final: the checkpoint's final folder."""
+    card = adapter_card(recorder.run, cfg, step, str(final), recorder.tracking.link)
+    with recorder.run.writing(f"{final.name}/README.md"):
+        replace_file(folder / "README.md", card.encode())
+
+
+def resume(
+    run: Run,
+    cfg: Config,
+    data: str,
+    identity: dict[str, str],
+    policy: Policy,
+    optimizer: Optimizer,
+    reference: Reference,
+    prompts: Prompts,
+    held_out: bool,
+    note: Callable[[str], None],
+) -> State:
+    """Continue from the newest checkpoint, or start again where the run stopped before saving one.
+
+    data: digest of the training rows. held_out: whether rows are evaluated on. Restores adapter, optimiser, reference
+    log-probs and data cursor in place, and returns the progress. Raises ConfigError if the checkpoint does not fit.
+    """
+    if not run.has_checkpoint():
+        aside = run.set_aside(-1)
+        lost = f"; what it had done is in {aside}" if aside else ""
+        note(f"{run.path} holds no checkpoint yet, so the run starts again from step 0{lost}")
+        return State(data=data)
+    path = run.latest_checkpoint()
+    state, tensors, notes = checkpoint.load_checkpoint(path, identity)
+    if state.data != data:
+        if held_out and cfg.eval.data is None:
+            raise ConfigError(
+                f"{path}: its run had other training rows, so rows held out now may have been trained on; resume "
+                f"with the data, seed and eval.rows it was made with, or give eval.data"
+            )
+        notes.append("the training rows are not those of the checkpoint; the data cursor goes on among the new ones")
+        state = replace(state, data=data, solved=[])
+    policy.adapter_params.data.copy_(tensors["adapter"])
+    policy.flat.start.copy_(tensors["adapter_start"])
+    optimizer.load_tensors(_under("optim.", tensors))
+    reference.load_tensors(_under("reference.", tensors))
+    prompts.consumed, prompts.solved = state.consumed, set(state.solved)
+    run.set_aside(state.step)
+    checkpoint.mark_best(run.checkpoints, run.best())
+    for text in notes:
+        note(text)
+    return state
+
+
+def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors whose name begins with `prefix`, named without it."""
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
