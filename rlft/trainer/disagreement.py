@@ -104,7 +104,7 @@ Score = Callable[[Batch], Tensor]
 
 
 def cause(worst: Sequence[ComparedSequence], every: Sequence[ComparedSequence], score: Score) -> str:
-    """Describe the likely cause: dropout, packing, temperature, positions, token ids or numerics.
+    """Describe the likely cause: the pass itself, packing, temperature, positions, token ids or numerics.
 
     worst: a few of the sequences beyond the limit. every: all sequences of the step. score: Policy.score.
     """
@@ -115,8 +115,8 @@ def cause(worst: Sequence[ComparedSequence], every: Sequence[ComparedSequence], 
     )
     if rescored < 0.3 * mean:
         return (
-            f"Scored again, without dropout and gradient, the same tokens are {rescored:.3g} nat away: lora.dropout, "
-            f"or a pass that computes otherwise with a gradient than without, fits the numbers."
+            f"Scored again, without gradient, the same tokens are {rescored:.3g} nat away: a pass that computes "
+            f"otherwise with a gradient than without fits the numbers."
         )
     temperature = worst[0].batch.temperature
     single_batches = [batch for sequence in worst for batch in _alone(sequence.rollout, temperature)]
