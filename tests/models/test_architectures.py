@@ -25,7 +25,7 @@ from rlft.config.data import Sampling
 from rlft.config.run import Lora
 from rlft.errors import ConfigError, TrainError
 from rlft.kernels.attention import Sequences
-from rlft.models import padded, targets
+from rlft.models import families, padded, targets
 from rlft.models.kind import attention_of
 from rlft.models.load import Base, attach_lora, load_base
 from rlft.models.packed import packed_attention
@@ -92,8 +92,9 @@ MAMBA = {
 }
 GPT2 = {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64}
 
+# A type with a file in rlft/models/families runs fused layers, wherever its row stands.
 KINDS: dict[str, dict[str, dict[str, Any]]] = {
-    "fused": {
+    "packed": {
         "llama": {},
         "mistral": WINDOW,
         "qwen2": {},
@@ -101,8 +102,6 @@ KINDS: dict[str, dict[str, dict[str, Any]]] = {
         "gemma2": MIXED,
         "gemma3_text": MIXED,
         "phi3": WINDOW,
-    },
-    "packed": {
         "smollm3": {"no_rope_layers": [1, 0]},
         "olmo": {"clip_qkv": 2.0},
         "olmo2": {},
@@ -216,7 +215,7 @@ KINDS: dict[str, dict[str, dict[str, Any]]] = {
         "jetmoe": {**LOCAL, "kv_channels": 16},
     },
 }
-ALL = [(path, kind) for path, kinds in KINDS.items() for kind in kinds]
+ALL = [("fused" if families.find(kind) else path, kind) for path, kinds in KINDS.items() for kind in kinds]
 QUICK = (
     "llama",
     "gemma2",

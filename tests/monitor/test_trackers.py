@@ -3,6 +3,8 @@ what each of them wrote is read back."""
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import sqlite3
@@ -85,9 +87,12 @@ def tracked(home: Path, tmp_path_factory) -> Path:
             sampling=Sampling(group_size=3, max_tokens=4),
             track=Track(ALL, project="sums", mode="offline", tags=("tiny",), completions=5),
         )
-        with pytest.raises(KeyboardInterrupt):
-            train(cfg, callbacks=[die_at(3)])
-        train(cfg, resume=True)
+        with contextlib.redirect_stdout(io.StringIO()) as said:
+            with pytest.raises(KeyboardInterrupt):
+                train(cfg, callbacks=[die_at(3)])
+            train(cfg, resume=True)
+        # A tracker that fails is only a message: the run goes on.
+        assert "step 4/4" in said.getvalue() and 'tracker "' not in said.getvalue()
         return out
 
 
@@ -384,7 +389,8 @@ def test_wandb_without_a_login_is_refused_at_once_instead_of_waiting_for_a_key(
 def test_unknown_trackers_and_missing_packages_say_what_to_do(
     home: Path, own: str, tmp_path: Path, monkeypatch
 ) -> None:
-    assert 'Did you mean "wandb"? Known: tensorboard, trackio, wandb' in refused(home, tmp_path, use=["wandbb"])
+    known = ", ".join(sorted(ALL))
+    assert f'Did you mean "wandb"? Known: {known};' in refused(home, tmp_path, use=["wandbb"])
     assert "Half" in (said := refused(home, tmp_path, use=[own.replace("Mine", "Half")])) and "lacks finish" in said
     monkeypatch.setattr("rlft.monitor.tracking.version", lambda package: None)
     said = refused(home, tmp_path, use=["trackio"])

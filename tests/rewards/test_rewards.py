@@ -15,13 +15,11 @@ import pytest
 import records
 import torch
 
+from rlft.config import resolve
 from rlft.config.data import Reward
 from rlft.errors import ConfigError, RewardError
-from rlft.rewards.builtin.exact import exact
-from rlft.rewards.builtin.format import format as has_format
-from rlft.rewards.builtin.length import length
 from rlft.rewards.builtin.number import number
-from rlft.rewards.score import RewardFunction, build_rewards, check_invalid, score
+from rlft.rewards.score import BUILTIN, RewardFunction, build_rewards, check_invalid, score
 from rlft.types import Prompt, Rollout
 
 USER_FILE = """
@@ -350,12 +348,28 @@ def test_number_takes_the_last_number_of_the_text(text: str, answer: str, reward
     assert number(completions=[text], answer=[answer]) == [reward]
 
 
-def test_exact_format_and_length_by_hand() -> None:
-    assert exact(completions=[" 5\n", "5."], answer=["5", 5]) == [1.0, 0.0]
-    assert exact(completions=[[{"role": "assistant", "content": "5"}]], answer=["5"]) == [1.0]
-    assert has_format(completions=["<a>x\ny</a>", "<a>x"], pattern="<a>.*</a>") == [1.0, 0.0]
-    ids = [[0] * n for n in (60, 80, 90, 100, 120)]
-    assert length(completion_ids=ids, max_tokens=100, buffer=20) == [0.0, 0.0, -0.5, -1.0, -1.0]
+BUILTINS: list[tuple[str, dict[str, Any], list[float | None]]] = [
+    ("exact", {"completions": [" 5\n", "5."], "answer": ["5", 5]}, [1.0, 0.0]),
+    ("exact", {"completions": [[{"role": "assistant", "content": "5"}]], "answer": ["5"]}, [1.0]),
+    ("format", {"completions": ["<a>x\ny</a>", "<a>x"], "pattern": "<a>.*</a>"}, [1.0, 0.0]),
+    (
+        "length",
+        {"completion_ids": [[0] * n for n in (60, 80, 90, 100, 120)], "max_tokens": 100, "buffer": 20},
+        [0.0, 0.0, -0.5, -1.0, -1.0],
+    ),
+    ("number", {"completions": ["so 5"], "answer": ["5"]}, [1.0]),
+    ("reasoning_gym", {"completions": ["7"], "answer": ["7"], "task": ["chain_sum"], "metadata": [{}]}, [1.0]),
+]
+"""Every built-in: its name, arguments and rewards."""
+
+
+@pytest.mark.parametrize(("name", "arguments", "rewards"), BUILTINS)
+def test_built_ins_by_hand(name: str, arguments: dict[str, Any], rewards: list[float | None]) -> None:
+    assert getattr(resolve.module(name, BUILTIN, "rewards"), name)(**arguments) == rewards
+
+
+def test_every_built_in_has_a_row() -> None:
+    assert {name for name, _, _ in BUILTINS} == set(resolve.names_in(BUILTIN))
 
 
 def test_built_ins_by_name_and_reasoning_gyms_own_score() -> None:

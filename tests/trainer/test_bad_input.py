@@ -136,7 +136,7 @@ SAMPLED = {
     ),
     "unknown algorithm": (
         ["--algo.name=gprpo"],
-        'algo.name = "gprpo": unknown. Did you mean "grpo"\\? Known: apo, .*grpo, gspo, .*sft',
+        'algo.name = "gprpo": unknown. Did you mean "grpo"\\? Known: .*grpo, .*sft',
     ),
     "unknown advantage": (
         ["--algo.advantage=group_nrom"],
@@ -144,7 +144,7 @@ SAMPLED = {
     ),
     "unknown reward": (
         ["--rewards.0.use=nubmer"],
-        'rewards = "nubmer": unknown. Did you mean "number"\\? Known: exact, ',
+        'rewards = "nubmer": unknown. Did you mean "number"\\? Known: .*exact, ',
     ),
     "rewards too few": (
         ["--rewards.0.use={home}/rewards.py:short"],

@@ -66,7 +66,7 @@ def test_all_problems_are_found_at_once(folder: Path) -> None:
         f'lora.resume_from = "{folder}/nowhere": no PEFT adapter there (adapter_config.json is missing)',
         'algo.name = "gpro": unknown. Did you mean ',
         "eval.rows = 4: the data has 4 rows and some must be left to train on; lower eval.rows",
-        'rewards = "numbr": unknown. Did you mean "number"? Known: exact, format, length, number, reason',
+        'rewards = "numbr": unknown. Did you mean "number"? Known: ',
         f'rewards = "{folder}/my_rewards.py:missing": {folder}/my_rewards.py has no "missing".',
     ]
     assert len(found) == len(starts), found
