@@ -101,13 +101,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--before", type=Path, required=True)
     args = parser.parse_args()
-    commit = subprocess.run(
-        ["git", "-C", str(args.before), "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
-    ).stdout.strip()
     rows = []
-    for stack, checkout, note in (("before", args.before, commit), ("rlft", ROOT, commit_now())):
+    for stack, checkout in (("before", args.before), ("rlft", ROOT)):
         for name, value in measured(checkout).items():
-            rows.append(row("crossings/grpo-step", stack, name, float(value), "", f"commit {note}"))
+            rows.append(row("crossings/grpo-step", stack, name, float(value), "", f"commit {commit_now(checkout)}"))
             print(stack, name, value, flush=True)
     print(write("crossings", rows))
 

@@ -47,9 +47,9 @@ def versions() -> dict[str, str]:
     return found | {"python": platform.python_version()}
 
 
-def commit_now() -> str:
-    """The commit of this checkout, with "+changes" where rlft/ has others."""
-    run = functools.partial(subprocess.run, capture_output=True, text=True, check=True)
+def commit_now(checkout: Path | None = None) -> str:
+    """The commit of a checkout, with "+changes" where rlft/ has others; None: of the current folder."""
+    run = functools.partial(subprocess.run, cwd=checkout, capture_output=True, text=True, check=True)
     dirty = run(["git", "status", "--porcelain", "rlft"]).stdout
     return run(["git", "rev-parse", "--short", "HEAD"]).stdout.strip() + ("+changes" if dirty else "")
 

@@ -142,7 +142,7 @@ def main() -> None:
     parser.add_argument("works", nargs="*", default=list(WORKS))
     args = parser.parse_args()
     before = args.before.resolve()
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=before, capture_output=True, text=True).stdout
+    commit = commit_now(before)
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         home = Path(folder)
@@ -166,7 +166,7 @@ def main() -> None:
                     "value": int(not unequal),
                     "unit": "yes or no",
                 }
-                | {"note": f"{commit.strip()} and {commit_now()}: {note}"}
+                | {"note": f"{commit} and {commit_now()}: {note}"}
             )
     if args.works == list(WORKS):
         print(write(args.name, rows))

@@ -23,7 +23,7 @@ from longest import policy_of
 from results_file import arguments, write
 from timing import row
 
-from rlft.trainer.selfcheck import LEAST, ROUNDINGS, check
+from rlft.trainer.selfcheck import check, limit_of
 
 
 def measure(shape: str) -> list[dict[str, Any]]:
@@ -38,8 +38,8 @@ def measure(shape: str) -> list[dict[str, Any]]:
         difference = check(policy)
         seconds = time.perf_counter() - start
         rows.append(row(f"self-check/{shape}", "rlft", f"{when}_seconds", seconds, "s", f"path: {policy.path}"))
-    limit = max(LEAST, ROUNDINGS * torch.finfo(policy.base.dtype).eps)  # type: ignore[arg-type]
-    rows.append(row(f"self-check/{shape}", "rlft", "difference", difference, "spread", f"limit {limit:.3g}"))
+    note = f"limit {limit_of(policy):.3g}"
+    rows.append(row(f"self-check/{shape}", "rlft", "difference", difference, "spread", note))
     for r in rows:
         print(r["work"], r["metric"], r["value"], r["note"], flush=True)
     return rows

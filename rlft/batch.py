@@ -57,6 +57,11 @@ def samples_of(groups: Sequence[Group]) -> list[Sample]:
     return [sample for group in groups for sample in group.samples]
 
 
+def group_numbers(groups: Sequence[Group]) -> Tensor:
+    """Return the group of each sample: [N] int64, numbered from 0."""
+    return torch.tensor([i for i, group in enumerate(groups) for _ in group.samples], dtype=torch.int64)
+
+
 def count(groups: Sequence[Group]) -> Counts:
     """Count the trained tokens, sequences and groups of the samples that are kept.
 

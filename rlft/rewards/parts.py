@@ -142,9 +142,19 @@ class RewardBreakdown:
         return lines
 
 
+def score_columns(samples: Sequence[Sample]) -> dict[str, list[Any]]:
+    """Return reward, rewards/NAME of each function with what it logged, and advantage: one value per sample."""
+    outcomes = reward_columns(samples)
+    return {
+        "reward": [sample.reward for sample in samples],
+        **{f"rewards/{name}": values for name, values in outcomes.items()},
+        "advantage": [sample.advantage for sample in samples],
+    }
+
+
 def reward_columns(samples: Sequence[Sample]) -> dict[str, list[Any]]:
-    """Return the columns of the rollouts file: each function's rewards, and the columns it logged (None where not)."""
-    functions = list(samples[0].outcomes)
+    """Return the rewards of each function by its name, and the columns it logged (None where it did not)."""
+    functions = list(samples[0].outcomes) if samples else []
     columns: dict[str, list[Any]] = {name: [sample.outcomes[name].value for sample in samples] for name in functions}
     for name in functions:
         extras = [sample.outcomes[name].extras for sample in samples]

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from rlft.errors import ConfigError
-from rlft.rewards.parts import reward_columns
+from rlft.rewards.parts import score_columns
 from rlft.runs.lines import append_line, parse_line, read_lines
 from rlft.runs.tables import read_table, rollout_table
 from rlft.types import Best, Sample
@@ -143,17 +143,11 @@ class Run:
         completion, completion_ids, sampler_logprobs and logprobs (float32), pieces, reward, rewards/NAME for each
         function and what it logged, advantage, finish_reason, tokens, policy_version.
         """
-        outcomes = reward_columns(samples) if samples else {}
-        scores = {
-            "reward": [sample.reward for sample in samples],
-            **{f"rewards/{name}": values for name, values in outcomes.items()},
-            "advantage": [sample.advantage for sample in samples],
-        }
         tokens = {
             "logprobs": [_completion_logprobs(sample) for sample in samples],
             "pieces": list(pieces) or [None] * len(samples),
         }
-        self._write(self.rollouts, step, samples, scores, tokens)
+        self._write(self.rollouts, step, samples, score_columns(samples), tokens)
 
     def write_evaluation(self, step: int, samples: Sequence[Sample]) -> None:
         """Write every held-out completion of an evaluation after `step`: rollouts and rewards."""

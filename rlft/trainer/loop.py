@@ -66,7 +66,7 @@ def loop(session: Session, stop: threading.Event | None = None) -> None:
         values = step_values(sampler, trainer, step)
         adapt(trainer, values)
         record(session, step, values)
-        broken.check_step(trainer, engine, values, [sample.rollout for sample in step.samples], step.ran)
+        broken.check_step(trainer, engine, values, step.rollouts, step.ran)
         evaluate_and_save(session)
     broken.check_end(trainer, engine, step.ran)
 
@@ -75,8 +75,7 @@ def advance(state: State, prompts: Prompts, step: Step) -> None:
     """Count a step whose updates are done."""
     state.step += 1
     state.consumed, state.solved = prompts.consumed, sorted(prompts.solved)
-    rollouts = [sample.rollout for sample in step.samples]
-    state.num_tokens += sum(len(rollout.prompt.ids) + len(rollout.completion_ids) for rollout in rollouts)
+    state.num_tokens += sum(len(rollout.prompt.ids) + len(rollout.completion_ids) for rollout in step.rollouts)
 
 
 def adapt(trainer: Trainer, values: dict[str, float]) -> None:

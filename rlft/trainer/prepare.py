@@ -7,14 +7,14 @@ a loss file asks for (an entropy quantile, the baseline of KTO).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from rlft.algos.algorithm import Algorithm
 from rlft.algos.kl import difference, k3
-from rlft.batch import count, groups_of, pack, samples_of, segment_sum
+from rlft.batch import group_numbers, pack_all, samples_of, segment_sum
 from rlft.dist import gather_tensor, sum_tensor
 from rlft.models.policy import Policy
 from rlft.types import Batch, Group, PackPlan, Rollout, Sample, Stat, Stats
@@ -59,14 +59,12 @@ class PackedStep:
 
 def per_completion(rollouts: Sequence[Rollout], plan: PackPlan, values_of: Callable[[Batch], Tensor]) -> Tensor:
     """Sum a value per token over each completion's trained tokens, [N] float64. values_of: micro-batch -> [T]."""
-    groups = groups_of(rollouts, [0.0] * len(rollouts))
-    sums = {id(sample): 0.0 for sample in samples_of(groups)}
-    plan = replace(plan, whole_groups=False)
-    for batch in pack(groups, plan, count(groups)):
+    sums = {id(rollout): 0.0 for rollout in rollouts}
+    for batch in pack_all(rollouts, plan):
         values = torch.where(batch.train_mask, values_of(batch).double().cpu(), 0)
         of_sequences = segment_sum(values, batch.seq_ids, len(batch.prefix))[batch.group_ids >= 0]
-        sums |= zip(map(id, batch.samples), of_sequences.tolist(), strict=True)
-    return torch.tensor(list(sums.values()), dtype=torch.float64)
+        sums |= zip((id(sample.rollout) for sample in batch.samples), of_sequences.tolist(), strict=True)
+    return torch.tensor([sums[id(rollout)] for rollout in rollouts], dtype=torch.float64)
 
 
 def kl_in_reward(
@@ -117,8 +115,7 @@ def assign_advantages(
     """
     samples = samples_of(groups)
     rewards, stats = kl_in_reward(policy, algorithm, plan, samples)
-    group_ids = torch.tensor([i for i, group in enumerate(groups) for _ in group.samples], dtype=torch.int64)
-    advantages = algorithm.advantage(rewards, group_ids, **estimator_inputs(samples, weights))
+    advantages = algorithm.advantage(rewards, group_numbers(groups), **estimator_inputs(samples, weights))
     for sample, advantage in zip(samples, advantages.tolist(), strict=True):
         sample.advantage = advantage
     return stats

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from rlft.batch import group_ids, packing_stats
-from rlft.rewards.parts import reward_columns
+from rlft.batch import group_numbers, packing_stats
+from rlft.rewards.parts import score_columns
 from rlft.runs.folder import PIECED_GROUPS
 from rlft.trainer import dynamic_sampling
 from rlft.trainer.evaluate import change, evaluate, recorded_loss
@@ -15,13 +15,13 @@ from rlft.trainer.step_metrics import peak_memory, rates, rollout_values, update
 
 def step_values(sampler: Sampler, trainer: Trainer, step: Step) -> dict[str, float]:
     """Return the metrics of a step whose updates are done."""
-    cfg, state, samples = trainer.cfg, trainer.state, step.samples
+    cfg, state = trainer.cfg, trainer.state
     assert step.breakdown is not None
     values = (
         step.metrics.reduce().values() | step.mismatch.values() | step.breakdown.metrics() | rollout_values(step.groups)
     )
     values |= update_values(step.updates, values) | packing_stats(step.packed, step.ran) | step.clock.values()
-    values |= rates([sample.rollout for sample in samples], step.ran, cfg.optim.passes, step.clock)
+    values |= rates(step.rollouts, step.ran, cfg.optim.passes, step.clock)
     if cfg.dynamic_sampling.rounds:
         values |= dynamic_sampling.metrics(step.groups, step.rounds, cfg.prompts_per_step)
     values |= {
@@ -45,13 +45,7 @@ def record(session: Session, step: Step, values: dict[str, float]) -> None:
     recorder.writer.submit(lambda: write_completions(recorder, number, step))
     new = recorder.health.step(number, values)
     recorder.console.step(values | {"step": float(number)}, samples[0].rollout.text, new, recorder.health.active)
-    scores = {
-        "reward": [sample.reward for sample in samples],
-        **{f"rewards/{name}": column for name, column in reward_columns(samples).items()},
-        "advantage": [sample.advantage for sample in samples],
-    }
-    rollouts = [sample.rollout for sample in samples]
-    recorder.tracking.log(number, values, "completions", rollouts, scores, new)
+    recorder.tracking.log(number, values, "completions", step.rollouts, score_columns(samples), new)
     for callback in recorder.callbacks:
         callback(trainer.state, dict(values))  # a copy: what a callback puts into it is no metric of ours
 
@@ -59,8 +53,7 @@ def record(session: Session, step: Step, values: dict[str, float]) -> None:
 def write_completions(recorder: Recorder, number: int, step: Step) -> None:
     """Write the completions of step `number` to their file. Runs on the writer thread, after the step has ended."""
     step.mismatch.store_logprobs()
-    rollouts = [sample.rollout for sample in step.samples]
-    pieces = recorder.pieces.first_groups(rollouts, group_ids(rollouts).tolist(), PIECED_GROUPS)
+    pieces = recorder.pieces.first_groups(step.rollouts, group_numbers(step.groups).tolist(), PIECED_GROUPS)
     recorder.run.write_rollouts(number, step.samples, pieces)
 
 

@@ -41,8 +41,8 @@ def score(sampler: Sampler, trainer: Trainer, step: Step, groups: Sequence[Group
     cfg, samples = trainer.cfg, samples_of(groups)
     with step.clock("reward"):
         breakdown = score_samples(samples, sampler.functions, trainer_state(sampler, trainer))
-        share = float(breakdown.total.isnan().float().mean())
-        check_invalid(trainer.state.invalid_history, share, breakdown.faults())
+        invalid = float(breakdown.total.isnan().float().mean())
+        check_invalid(trainer.state.invalid_history, invalid, breakdown.faults())
     step.breakdown = breakdown if step.breakdown is None else RewardBreakdown.join([step.breakdown, breakdown])
     if cfg.curriculum.solved_share is not None:
         by, share, threshold = cfg.dynamic_sampling.by, cfg.curriculum.solved_share, cfg.curriculum.threshold

@@ -56,8 +56,7 @@ def check(policy: Policy) -> float:
         }
     finally:
         flat.copy_(saved)
-    limit = max(LEAST, ROUNDINGS * torch.finfo(policy.base.dtype).eps)  # type: ignore[arg-type]
-    limit = max(limit, MIXED) if policy.mixes_rows else limit
+    limit = limit_of(policy)
     for layout, difference in differences.items():
         if not difference <= limit:
             raise ConfigError(
@@ -66,6 +65,12 @@ def check(policy: Policy) -> float:
                 f"{difference:.2g} of their spread (limit {limit:.2g}); give another model, and report this one"
             )
     return max(differences.values())
+
+
+def limit_of(policy: Policy) -> float:
+    """Return the largest relative difference that rounding explains."""
+    limit = max(LEAST, ROUNDINGS * torch.finfo(policy.base.dtype).eps)  # type: ignore[arg-type]
+    return max(limit, MIXED) if policy.mixes_rows else limit
 
 
 def _rollouts(policy: Policy) -> list[Rollout]:

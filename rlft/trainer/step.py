@@ -1,6 +1,6 @@
 """The training part of a step, run while the engine sleeps: advantages, micro-batches, losses, updates.
 
-A step is one object. `sample` and `score` fill its groups, `pack_minibatches` packs the kept ones, `losses` and
+A step is one object. `sample_and_score` fills its groups, `pack_minibatches` packs the kept ones, `losses` and
 `update` run once per mini-batch and pass. The evaluation uses the same functions without gradient.
 """
 
@@ -24,7 +24,7 @@ from rlft.trainer.out_of_memory import with_advice
 from rlft.trainer.prepare import PackedStep, assign_advantages
 from rlft.trainer.session import Recorder, Trainer
 from rlft.trainer.step_metrics import Clock, batch_stats
-from rlft.types import Batch, Group, LeftOut, PackPlan, Sample, Stats, StepInputs
+from rlft.types import Batch, Group, LeftOut, PackPlan, Rollout, Sample, Stats, StepInputs
 
 
 @dataclass(eq=False)
@@ -63,6 +63,11 @@ class Step:
     def samples(self) -> list[Sample]:
         """The samples of all groups."""
         return samples_of(self.groups)
+
+    @property
+    def rollouts(self) -> list[Rollout]:
+        """The rollouts of all groups."""
+        return [sample.rollout for sample in self.samples]
 
     @property
     def packed(self) -> list[Batch]:
@@ -124,8 +129,11 @@ def score_batches(trainer: Trainer, recorder: Recorder, step: Step) -> None:
     """Add the reference and old log-probs of every micro-batch. Called before the first update of the step."""
     # Old and new log-probs come from the same batches: another packing would add kernel noise to their ratio.
     parts = [minibatch.runnable for minibatch in step.minibatches]
-    run = functools.partial(with_other_logprobs, trainer, parts)
-    scored = with_advice(run, trainer.policy.lower, recorder.console.note)
+    scored = with_advice(
+        lambda: [[with_other_logprobs(trainer, batch) for batch in part] for part in parts],
+        trainer.policy.lower,
+        recorder.console.note,
+    )
     for minibatch, batches in zip(step.minibatches, scored, strict=True):
         minibatch.runnable = batches
     if trainer.algorithm.old != "trainer":
@@ -137,12 +145,8 @@ def score_batches(trainer: Trainer, recorder: Recorder, step: Step) -> None:
     step.start = trainer.policy.adapter_params.detach().to("cpu", copy=True)
 
 
-def with_other_logprobs(trainer: Trainer, parts: Sequence[Sequence[Batch]]) -> list[list[Batch]]:
-    """Return the micro-batches of each update with the reference and old log-probs that the loss needs."""
-    return [[_with_other_logprobs(trainer, batch) for batch in part] for part in parts]
-
-
-def _with_other_logprobs(trainer: Trainer, batch: Batch) -> Batch:
+def with_other_logprobs(trainer: Trainer, batch: Batch) -> Batch:
+    """Return the micro-batch with the reference and old log-probs that the loss needs."""
     if trainer.algorithm.loss.needs_reference:
         batch = trainer.reference.fill(batch)
     if trainer.algorithm.old == "sampler":
@@ -219,8 +223,9 @@ def _score_again(trainer: Trainer, step: Step, start: Tensor) -> None:
     flat.copy_(start)
     try:
         for minibatch in step.minibatches:
-            unplanned = [replace(batch, plan=None) for batch in minibatch.runnable]
-            (minibatch.runnable,) = with_other_logprobs(trainer, [unplanned])
+            minibatch.runnable = [
+                with_other_logprobs(trainer, replace(batch, plan=None)) for batch in minibatch.runnable
+            ]
     finally:
         flat.copy_(current)
 

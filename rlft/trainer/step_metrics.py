@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from rlft.algos.advantages import frac_zero_std
-from rlft.batch import samples_of
+from rlft.batch import group_numbers, samples_of
 from rlft.trainer.optim import Update
 from rlft.types import Batch, Group, Rollout, Stat, Stats
 
@@ -91,7 +91,6 @@ def rollout_values(groups: Sequence[Group]) -> dict[str, float]:
     samples = samples_of(groups)
     rollouts = [sample.rollout for sample in samples]
     rewards = torch.tensor([sample.reward for sample in samples], dtype=torch.float32)
-    group_ids = torch.tensor([i for i, group in enumerate(groups) for _ in group.samples], dtype=torch.int64)
     lengths = [len(rollout.completion_ids) for rollout in rollouts]
     terminated = [len(rollout.completion_ids) for rollout in rollouts if not rollout.truncated]
     values = {"completions/clipped_ratio": 1 - len(terminated) / len(lengths)}
@@ -106,7 +105,7 @@ def rollout_values(groups: Sequence[Group]) -> dict[str, float]:
         broken = sum(not math.isfinite(logprob) for rollout in rollouts for logprob in rollout.sampler_logprobs or ())
         values["sampling/nonfinite_logprobs"] = float(broken)
     return values | {
-        "frac_reward_zero_std": frac_zero_std(rewards, group_ids),
+        "frac_reward_zero_std": frac_zero_std(rewards, group_numbers(groups)),
         "frac_reward_invalid": sum(map(math.isnan, rewards.tolist())) / len(lengths),
     }
 
