@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Interval, MinLen
 
-from rlft.config.section import refuse, section
+from rlft.config.section import INFINITE, refuse, section
 
 
 @section("data.sources", short="path")
@@ -74,10 +74,20 @@ class Reward:
     `rlft.train` from Python it may be the function itself."""
     weight: float = 1.0
     """Factor of this reward in the sum."""
-    timeout: Annotated[float, Gt(0)] = 30.0
-    """Seconds one call may take; then its process is killed and the rows it was scoring are invalid."""
+    timeout: Annotated[float, Gt(0), INFINITE] = 30.0
+    """Seconds one call may take, inf for no limit; then its process is killed and the rows it was scoring are
+    invalid."""
     memory_mb: Annotated[int, Ge(64)] | None = None
-    """Address space the worker may use, in MiB; None for no limit."""
+    """Address space each process of the worker may use, in MiB; None for no limit."""
+    file_mb: Annotated[int, Ge(1)] | None = 16384
+    """Largest file the worker may write, in MiB; None for no limit."""
+    env: tuple[str, ...] = ()
+    """Environment variables the worker gets although they look like secrets, such as ["OPENAI_API_KEY"]."""
+    network: bool = True
+    """false: the worker has no network (Linux with namespaces; elsewhere an error)."""
+    batch: Literal["step", "group", "any"] | None = None
+    """What one call gets. "step": all completions of the step. "group": those of one prompt, while others are still
+    sampled. "any": any of them, for a function that scores each by itself. None: "any" for built-ins, else "step"."""
     args: dict[str, Any] = field(default_factory=dict)
     """Keyword arguments passed to the function besides the columns."""
 

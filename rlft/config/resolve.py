@@ -17,9 +17,12 @@ from typing import Any
 from rlft.errors import ConfigError
 
 
-def did_you_mean(name: str, known: list[str]) -> str:
-    """A hint for a mistyped name: ' Did you mean "x"?', or nothing when nothing is close."""
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+def did_you_mean(name: str, known: list[str], cutoff: float = 0.6) -> str:
+    """A hint for a mistyped name: ' Did you mean "x"?', or nothing when nothing is close.
+
+    cutoff: from 0 for any name to 1 for the same name.
+    """
+    close = difflib.get_close_matches(name, known, n=1, cutoff=cutoff)
     return f' Did you mean "{close[0]}"?' if close else ""
 
 

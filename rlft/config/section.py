@@ -2,7 +2,8 @@
 
 A value is checked alike whether it comes from a TOML or YAML file, a flag or Python. Beyond pydantic's rules: a number
 is never taken from true or false, a whole number never from a text or a fraction, a text never from a number, and no
-number is infinite or NaN. A number may be written as text, since YAML reads `1e-6` as one.
+number is NaN, or infinite where its field does not say `INFINITE`. A number may be written as text, since YAML reads
+`1e-6` as one.
 """
 
 from __future__ import annotations
@@ -38,6 +39,8 @@ BOUNDS = {
 """Bound -> its attribute, and how a sentence names it."""
 LIMITS = ("greater_than", "less_than", "too_short", "string_too_short")
 """What pydantic's errors about bounds begin with."""
+INFINITE = AllowInfNan(True)
+"""Mark of a float that may be infinite, with a bound that NaN does not meet."""
 SECTIONS: dict[type, str] = {}
 """Section class -> its name in a config, such as "optim"."""
 
@@ -92,6 +95,9 @@ def strict(hint: Any) -> Any:
     if hint in SECTIONS and hint.SHORT:
         return Annotated[hint, BeforeValidator(functools.partial(from_short, hint))]
     origin, args = _origin(hint), typing.get_args(hint)
+    if origin is Annotated and INFINITE in args[1:]:
+        marks = [mark for mark in args[1:] if mark != INFINITE]
+        return Annotated[(float, BeforeValidator(_not_bool), *marks)]
     if origin is Annotated:
         inner = strict(args[0])
         return Annotated[(inner, *args[1:])]

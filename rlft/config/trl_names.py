@@ -158,3 +158,14 @@ RENAMED = {
 
 RENAMED_VALUES = {("engine.mode", "lent"): "shared", ("engine.mode", "expanded"): "dequantized"}
 """(setting, value) of version 0.1 -> the value's name now."""
+
+TRL_REWARDS = {
+    "accuracy_reward": 'TRL\'s accuracy_reward is "math" here; "number" and "exact" compare numbers and texts',
+    "reasoning_accuracy_reward": 'TRL\'s reasoning_accuracy_reward is "math" here, which reads what follows </think>',
+    "think_format_reward": 'TRL\'s think_format_reward is "format" here, with args = {pattern = "<think>.*</think>.*"}',
+    "get_soft_overlong_punishment": 'TRL\'s get_soft_overlong_punishment is overlong.penalty_share, or "length"',
+    "get_repetition_penalty_reward": 'TRL\'s get_repetition_penalty_reward is "repetition" here',
+    "get_cosine_scaled_reward": "rlft has no cosine-scaled reward; TRL's is an object that a script can give to "
+    "rlft.train(cfg, rewards=[...])",
+}
+"""TRL's name of a reward function -> what does it here."""

@@ -39,6 +39,8 @@ class Sampler:
     """Whether the training loss is also measured on the recorded completions of the held-out rows."""
     functions: list[RewardFunction]
     eval_functions: list[RewardFunction]
+    progress: Callable[[str, int, int], None] | None = None
+    """Called with what a step waits for, and how much of it is done."""
 
     @property
     def reward_weights(self) -> dict[str, float]:

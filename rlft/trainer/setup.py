@@ -97,10 +97,8 @@ def build_session(
         tokenizer = load_tokenizer(cfg.model)
         rows, eval_prompts = load_prompts_of(cfg, tokenizer, console.note, checked)
         prompts = Prompts(rows, cfg.seed, cfg.data.shuffle)
-        functions, eval_functions = _functions(cfg, rewards)
+        functions, eval_functions = _functions(cfg, rewards, console.note)
         _close_later(stack, [*functions, *eval_functions])
-        for note in {function.note: None for function in [*functions, *eval_functions] if function.note}:
-            console.note(note)
         policy = load_policy(cfg, console.note)
         engine, eval_engine = _engines(cfg, policy, tokenizer, console, rows, eval_prompts, bool(eval_functions))
         for line in _starting(cfg, engine, undeclared_end(tokenizer, policy.base)):
@@ -115,7 +113,9 @@ def build_session(
             plan = pack_plan_of(cfg, algorithm, policy, rows if engine.SAMPLES else ())
             memory, passes = memory_plan(policy, cfg, eval_engine, plan.budget), pass_summary(policy, plan.budget)
         eval_loss = bool(eval_prompts) and not engine.SAMPLES and measures_loss(rows, eval_prompts)
-        sampler = Sampler(engine, eval_engine, prompts, eval_prompts, eval_loss, functions, eval_functions)
+        sampler = Sampler(
+            engine, eval_engine, prompts, eval_prompts, eval_loss, functions, eval_functions, console.progress
+        )
         optimizer = Optimizer(policy.adapter_params, cfg.optim, steps * cfg.optim.updates, fp16, views)
         reference = Reference(policy, keep=steps * cfg.prompts_per_step > len(rows) and not policy.mixes_rows)
         identity, state = identity_of(cfg, policy), State(data=digest(rows))
@@ -173,8 +173,10 @@ def load_prompts_of(
     return rest, eval_prompts
 
 
-def _functions(cfg: Config, rewards: Sequence[Any] | None) -> tuple[list[RewardFunction], list[RewardFunction]]:
-    """Build the reward functions of training and of evaluation.
+def _functions(
+    cfg: Config, rewards: Sequence[Any] | None, note: Callable[[str], None]
+) -> tuple[list[RewardFunction], list[RewardFunction]]:
+    """Build the reward functions of training and of evaluation. note: called with what is to be known about them.
 
     Only training has the overlong penalty, if switched on: the penalty depends on `sampling.max_tokens`.
     """
@@ -196,7 +198,10 @@ def _functions(cfg: Config, rewards: Sequence[Any] | None) -> tuple[list[RewardF
         functions.append(RewardFunction(OVERLONG, InProcess(length), Reward(OVERLONG, args=args)))
         functions[-1].open()
     without_penalty = [function for function in functions if function.name != OVERLONG]
-    return functions, build_rewards(cfg.eval.rewards) if cfg.eval.rewards else without_penalty
+    eval_functions = build_rewards(cfg.eval.rewards) if cfg.eval.rewards else without_penalty
+    for text in {function.note: None for function in [*functions, *eval_functions] if function.note}:
+        note(text)
+    return functions, eval_functions
 
 
 def load_policy(cfg: Config, note: Callable[[str], None] = lambda _: None) -> Policy:

@@ -23,8 +23,10 @@ from rlft.environment import version_problems
 from rlft.errors import ConfigError, RlftError
 from rlft.models.load import describe_base, locate, resolve_device
 from rlft.monitor import tracking
-from rlft.rewards.score import BUILTIN, OURS
-from rlft.rewards.worker import Signature, signature
+from rlft.rewards.build import builtin
+from rlft.rewards.call import signature
+from rlft.rewards.overlap import OURS
+from rlft.rewards.protocol import Signature
 from rlft.runs.folder import Run, resumable
 from rlft.trainer.engines import engine_name
 
@@ -280,17 +282,19 @@ def _rewards(field: str, rewards: tuple[Reward, ...], rows: list[dict[str, Any]]
 def _function(field: str, use: str) -> Any:
     if ":" in use:
         return resolve.attribute(use, field)
-    return vars(resolve.module(use, BUILTIN, field))[use]
+    return vars(builtin(use, field))[use]
 
 
 def _columns(field: str, reward: Reward, arguments: Signature, row: dict[str, Any]) -> Iterator[str]:
     """Yield arguments that nothing provides, arguments the function does not take, and ambiguous names."""
     have = [name for name in row if name not in OURS]
-    missing = [name for name in arguments.required if name not in (*GIVEN, *reward.args, *have)]
+    given = [*GIVEN, *reward.args, *have]
+    missing = [name for name in arguments.required if name not in given]
     if missing:
         yield (
             f'{field} = "{reward.use}": asks for {", ".join(missing)}; the data has '
-            f"{', '.join(have) or 'no column besides the prompt'}. Map a column with data.columns, or set rewards.args"
+            f"{', '.join(have) or 'no column besides the prompt'}.{resolve.did_you_mean(missing[0], given, 0.8)} Every "
+            f"function may take {', '.join(GIVEN)}. Map a column with data.columns, or set rewards.args"
         )
     for name in reward.args:
         if not arguments.takes(name):
