@@ -9,7 +9,7 @@ import inspect
 import itertools
 import re
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from decimal import Decimal
 from fractions import Fraction
 from typing import Any
@@ -140,6 +140,18 @@ def number(item: Any) -> Any:
     except (TypeError, ValueError, RuntimeError, OverflowError):
         pass  # an array of several numbers, a signalling nan, an int beyond a float
     return ...
+
+
+class Ended(Exception):
+    """An async function raised SystemExit or KeyboardInterrupt, which would end the loop of all functions."""
+
+
+async def settle(awaitable: Awaitable[Any]) -> Any:
+    """Await a reward; an exception that ends a loop becomes one that does not."""
+    try:
+        return await awaitable
+    except (SystemExit, KeyboardInterrupt) as error:
+        raise Ended(f"{type(error).__name__}: {error}") from error
 
 
 def one_line(name: Any) -> str:

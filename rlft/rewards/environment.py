@@ -29,7 +29,7 @@ ENDINGS = (
 PARTS = ("PASS", "PW", "PWD", "AUTH", "PAT", "DSN", "COOKIE", "COOKIES", "CREDS", "PRIVATE", "SIGNATURE")
 """Words that are secret only as a whole part of a longer name: DB_PWD, not PWD."""
 VALUES = re.compile(
-    r"\w+://[^/\s:@]*:[^/\s@]+@|-----BEGIN |"
+    r"\w+://[^/\s:@]*:[^/\s@]+@|-----BEGIN|"
     r"(hf_|sk-|sk_live_|rk_live_|gh[pousr]_|github_pat_|glpat-|xox[abeprs]-|AKIA|ASIA|AIza|ya29\.|npm_|pypi-|dckr_pat_)\w"
 )
 """What a value begins with that is a secret under any name."""

@@ -9,27 +9,23 @@ import threading
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from rlft.rewards.worker import settle
+from rlft.rewards.call import settle
 
 LIVELY = 1.0
 """Seconds within which a loop must answer after a timeout, or it is taken for blocked."""
-
-
-class Ended(Exception):
-    """A task raised SystemExit or KeyboardInterrupt, which would end the loop of all functions."""
 
 
 class Loop:
     """An event loop in a separate thread, for async functions called in this process.
 
     The functions run concurrently, can share objects bound to the loop, and do not conflict with the loop of a
-    notebook. The loop runs from the first use until `close`. A loop that a function ended or blocks is replaced.
+    notebook. The loop runs from the first use until `close`. A loop that a function blocks is replaced.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._end: asyncio.Event | None = None
+        self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
 
     def submit(self, begin: Callable[[], Awaitable[Any]]) -> concurrent.futures.Future[Any]:
@@ -56,6 +52,7 @@ class Loop:
             answered = threading.Event()
             loop.call_soon_threadsafe(answered.set)
             if not answered.wait(LIVELY):
+                self._stop(loop)
                 self._thread = None
 
     def close(self) -> None:
@@ -63,31 +60,25 @@ class Loop:
         with self._lock:
             thread, self._thread = self._thread, None
             if thread is not None and thread.is_alive():
-                assert self._loop is not None and self._end is not None
-                self._loop.call_soon_threadsafe(self._end.set)
+                assert self._loop is not None
+                self._stop(self._loop)
                 thread.join(1.0)  # a coroutine that blocks its loop cannot be stopped; it dies with the process
 
+    def _stop(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._stopping.set()
+        loop.call_soon_threadsafe(loop.stop)
+
     def _serve(self, ready: threading.Event) -> None:
-        async def until_end() -> None:
-            end = asyncio.Event()
-            loop = asyncio.get_running_loop()
-            loop.set_task_factory(_task)
-            self._loop, self._end = loop, end
-            ready.set()
-            await end.wait()
-
-        # Either comes from a callback of the loop. Its calls are cancelled, which makes them faults.
-        with contextlib.suppress(SystemExit, KeyboardInterrupt):
-            asyncio.run(until_end())
-
-
-def _task(loop: asyncio.AbstractEventLoop, coroutine: Any, **options: Any) -> asyncio.Task[Any]:
-    """Make a task that hands on SystemExit and KeyboardInterrupt as an exception that does not end the loop."""
-
-    async def guarded() -> Any:
-        try:
-            return await coroutine
-        except (SystemExit, KeyboardInterrupt) as error:
-            raise Ended(f"{type(error).__name__}: {error}") from error
-
-    return asyncio.Task(guarded(), loop=loop, **options)
+        loop, stopping = asyncio.new_event_loop(), threading.Event()
+        self._loop, self._stopping = loop, stopping
+        loop.call_soon(ready.set)
+        while not stopping.is_set():
+            # Either comes from a task or a callback of a function, and stops the loop for a moment.
+            with contextlib.suppress(SystemExit, KeyboardInterrupt):
+                loop.run_forever()
+        for task in asyncio.all_tasks(loop):
+            task.cancel()
+            with contextlib.suppress(BaseException):  # whatever a task of a user raises when it is cancelled
+                loop.run_until_complete(task)
+        loop.run_until_complete(loop.shutdown_asyncgens())
+        loop.close()

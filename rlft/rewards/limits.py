@@ -13,7 +13,10 @@ import signal
 import struct
 import sys
 
-PR_SET_PDEATHSIG, PR_SET_NO_NEW_PRIVS, PR_SET_CHILD_SUBREAPER = 1, 38, 36
+PR_SET_PDEATHSIG, PR_CAPBSET_DROP, PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 1, 24, 36, 38
+CAPABILITY_VERSION = 0x20080522
+CAPABILITIES = (16, 17, 19, 21, 22, 38, 39)
+"""SYS_MODULE, SYS_RAWIO, SYS_PTRACE, SYS_ADMIN, SYS_BOOT, PERFMON, BPF."""
 CLONE_NEWUSER, CLONE_NEWNET = 0x10000000, 0x40000000
 LANDLOCK_CREATE_RULESET, LANDLOCK_RESTRICT_SELF = 444, 446
 """Numbers of system calls, equal on every architecture."""
@@ -62,7 +65,7 @@ def leave_network() -> None:
     if sys.platform != "linux":
         raise OSError("only Linux has network namespaces")
     libc = ctypes.CDLL(None, use_errno=True)
-    user, group = os.geteuid(), os.getegid()
+    user, group = os.geteuid(), os.getegid()  # as they are outside
     if libc.unshare(CLONE_NEWUSER | CLONE_NEWNET):
         first = ctypes.get_errno()
         if libc.unshare(CLONE_NEWNET):  # root may leave it without a user namespace
@@ -73,17 +76,39 @@ def leave_network() -> None:
             file.write(text)
 
 
+def give_up_root() -> None:
+    """Give up what lets root look into other processes and change the kernel; root of a container has little of it."""
+    libc = ctypes.CDLL(None)
+    header = struct.pack("=Ii", CAPABILITY_VERSION, 0)
+    data = ctypes.create_string_buffer(24)  # effective, permitted, inheritable: bits 0 to 31, then 32 to 63
+    if libc.capget(header, data):
+        return
+    sets = list(struct.unpack("=6I", data.raw))
+    for capability in CAPABILITIES:
+        libc.prctl(PR_CAPBSET_DROP, capability, 0, 0, 0)
+        half, bit = divmod(capability, 32)
+        for i in range(3):
+            sets[3 * half + i] &= ~(1 << bit)
+    libc.capset(header, struct.pack("=6I", *sets))
+
+
+def domain_version() -> int:
+    """Return the version of Landlock in this kernel, below 1 without it."""
+    libc = ctypes.CDLL(None)
+    return libc.syscall(LANDLOCK_CREATE_RULESET, None, ctypes.c_size_t(0), LANDLOCK_VERSION)
+
+
 def leave_others_alone() -> None:
     """Keep this process and all it starts from signals to, and from memory and environment of, any other process.
 
     The kernel does it by a Landlock domain (Linux 5.13; signals since 6.12). Without one nothing is changed.
     """
-    libc = ctypes.CDLL(None)
-    version = libc.syscall(LANDLOCK_CREATE_RULESET, None, ctypes.c_size_t(0), LANDLOCK_VERSION)
+    libc, version = ctypes.CDLL(None), domain_version()
     if version < 1:
         return
     # struct landlock_ruleset_attr: rights over files, rights over the network, scopes; older kernels know the first.
-    attributes = struct.pack("=QQQ", MAKE_BLOCK_DEVICE, 0, SCOPE_SIGNAL) if version >= 6 else struct.pack("=Q", 1 << 11)
+    rights = [MAKE_BLOCK_DEVICE, 0, SCOPE_SIGNAL] if version >= 6 else [MAKE_BLOCK_DEVICE]
+    attributes = struct.pack(f"={len(rights)}Q", *rights)
     ruleset = libc.syscall(LANDLOCK_CREATE_RULESET, attributes, ctypes.c_size_t(len(attributes)), 0)
     if ruleset < 0:
         return

@@ -113,13 +113,11 @@ class InProcess:
         call, future, self._call = self._call, self._future, None
         if future is None:
             return call.reply(lambda: self._resolve(call.begin()), passes=(KeyboardInterrupt,))
-        deadline = self._began + self._timeout
-        while not future.done() and (remaining := deadline - time.monotonic()) > 0:
-            concurrent.futures.wait([future], min(remaining, LONGEST_WAIT))
-        if not future.done():
+        if not _done(future, self._began + self._timeout):
             future.cancel()
+            reply = _timed_out(self._timeout, self._began)
             self._loop.replace_if_blocked()
-            return _timed_out(self._timeout, self._began)
+            return reply
         return call.reply(future.result, passes=(KeyboardInterrupt,))._replace(seconds=time.monotonic() - self._began)
 
     def interrupt(self) -> None:
@@ -132,8 +130,21 @@ class InProcess:
         self._loop.close()
 
     def _resolve(self, result: Any) -> Any:
-        # A lambda may return the coroutine of an async function.
-        return self._loop.submit(lambda: result).result() if isinstance(result, Awaitable) else result
+        if not isinstance(result, Awaitable):
+            return result
+        future = self._loop.submit(lambda: result)  # a lambda may return the coroutine of an async function
+        if not _done(future, self._began + self._timeout):
+            future.cancel()
+            self._loop.replace_if_blocked()
+            raise TimeoutError(f"took longer than {self._timeout:g} s")
+        return future.result()
+
+
+def _done(future: concurrent.futures.Future[Any], deadline: float) -> bool:
+    """Wait for a future until the deadline on the monotonic clock, and return whether it is done."""
+    while not future.done() and (remaining := deadline - time.monotonic()) > 0:
+        concurrent.futures.wait([future], min(remaining, LONGEST_WAIT))
+    return future.done()
 
 
 FIXED = frozenset({str, int, float, bool, type(None), bytes, complex})

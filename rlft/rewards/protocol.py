@@ -104,7 +104,7 @@ def reply_message(call: str, reply: Reply) -> bytes:
             f"logged {len(data) / 2**20:.0f} MiB with log_metric and log_extra, and a call may return "
             f"{LARGEST_REPLY / 2**20:.0f} MiB; log less"
         )
-        data = json.dumps({"call": call, "reply": Reply("raised", [], text)}).encode()
+        data = json.dumps({"call": call, "reply": Reply("raised", [], text, {}, {})}).encode()
     return framed(data)
 
 

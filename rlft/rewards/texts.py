@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from typing import Any
 
 LONGEST = 3000
@@ -74,7 +74,7 @@ def _hint(said: str, completions: Any) -> str:
     return MESSAGES if isinstance(first, list) and NEED_STRINGS.search(said) else ""
 
 
-def withheld_hint(text: str, names: Mapping[str, Any] | tuple[str, ...]) -> str:
+def withheld_hint(text: str, names: Sequence[str]) -> str:
     """Return a hint at the environment variables that a fault mentions and that the worker was not given."""
     found = [name for name in names if re.search(rf"(?<!\w){re.escape(name)}(?!\w)", text)]
     if not found:

@@ -9,18 +9,18 @@ supervisor).
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import os
 import pickle
 import sys
 import traceback
-from collections.abc import Awaitable
 from typing import Any
 
 from rlft.config import resolve
 from rlft.errors import ConfigError
 from rlft.rewards import limits
-from rlft.rewards.call import Call, signature
+from rlft.rewards.call import Call, settle, signature
 from rlft.rewards.protocol import HEADER, TOKEN, Reply, Start, reply_message, signature_message
 from rlft.rewards.supervisor import supervise
 from rlft.rewards.texts import described, fault, printable, withheld_hint
@@ -52,22 +52,23 @@ class _Loop:
     """The event loop of async functions, one per process, since their clients are bound to it."""
 
     def __init__(self) -> None:
-        self._runner: Any = None
+        self._loop: Any = None
 
     def settled(self, result: Any) -> Any:
         """Return `result`, awaited if it is awaitable."""
         if not inspect.isawaitable(result):
             return result
-        if self._runner is None:
+        if self._loop is None:
             import asyncio
 
-            self._runner = asyncio.Runner()
-        return self._runner.run(settle(result))
-
-
-async def settle(awaitable: Awaitable[Any]) -> Any:
-    """Wrap any awaitable as a coroutine, as asyncio requires."""
-    return await awaitable
+            self._loop = asyncio.new_event_loop()
+            asyncio.set_event_loop(self._loop)
+        task = self._loop.create_task(settle(result))
+        while not task.done():
+            # Either comes from another task or a callback, and stops the loop for a moment.
+            with contextlib.suppress(SystemExit, KeyboardInterrupt):
+                self._loop.run_until_complete(task)
+        return task.result()
 
 
 def _prepare(start: Start) -> Reply | None:
@@ -83,6 +84,7 @@ def _prepare(start: Start) -> Reply | None:
             return Reply("import", [], text)
     if sys.platform == "linux":
         limits.die_with_parent()
+        limits.give_up_root()
         limits.leave_others_alone()
     limits.resources(start.memory_mb, start.file_mb)
     return None
