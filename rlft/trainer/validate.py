@@ -293,8 +293,8 @@ def _columns(field: str, reward: Reward, arguments: Signature, row: dict[str, An
     if missing:
         yield (
             f'{field} = "{reward.use}": asks for {", ".join(missing)}; the data has '
-            f"{', '.join(have) or 'no column besides the prompt'}.{resolve.did_you_mean(missing[0], given, 0.8)} Every "
-            f"function may take {', '.join(GIVEN)}. Map a column with data.columns, or set rewards.args"
+            f"{', '.join(have) or 'no column besides the prompt'}.{resolve.did_you_mean(missing[0], given, 0.8)} Map a "
+            f"column with data.columns, or set rewards.args; every function may take {', '.join(GIVEN)}"
         )
     for name in reward.args:
         if not arguments.takes(name):

@@ -209,7 +209,11 @@ def test_no_setting_of_ours_is_refused_as_a_name_of_trl() -> None:
         ("data.columns.prompt = 3: want a string", {"data": {"path": "d", "columns": {"prompt": 3}}}),
         ("data.args = 3: want a table", {"data": {"path": "d", "args": 3}}),
         ("rewards[1].use is missing: it has no default", {"rewards": ["number", {"weight": 2.0}]}),
-        ("rewards[0] = 3: want a string (use) or a table with use, weight, timeout, memory_mb, args", {"rewards": [3]}),
+        (
+            "rewards[0] = 3: want a string (use) or a table with use, weight, timeout, memory_mb, file_mb, env, "
+            "network, batch, args",
+            {"rewards": [3]},
+        ),
     ],
 )
 def test_a_wrong_type_names_field_value_and_what_is_wanted(message: str, table: dict[str, Any]) -> None:

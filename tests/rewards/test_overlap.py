@@ -19,7 +19,7 @@ from rlft.rewards.overlap import Scoring, groups_by_prompt
 from rlft.rewards.parts import FunctionScores
 from rlft.rewards.score import RewardFunction, build_rewards, score
 from rlft.rollout.engine import Groups
-from rlft.types import Prompt, Rollout
+from rlft.types import FinishReason, Prompt, Rollout
 
 SOURCE = r"""
 import os, time
@@ -79,7 +79,7 @@ def sampled(groups: int, size: int, texts: Sequence[str] | None = None, **row: A
         prompt = Prompt((1,), {"prompt": f"p{i}"} | {name: values[i] for name, values in row.items()}, i)
         for j in range(size):
             text = f"c{i}s{j}" if texts is None else texts[i * size + j]
-            made.append(Rollout(prompt, (1, 2), (True, True), None, text, "stop", j, 0, 0))
+            made.append(Rollout(prompt, (1, 2), (True, True), None, text, FinishReason.STOP, j, 0, 0))
     return made
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from rlft.config.data import Reward
 from rlft.rewards.score import build_rewards, score
-from rlft.types import Prompt, Rollout
+from rlft.types import FinishReason, Prompt, Rollout
 
 
 def changes_all(completions: list[Any], trainer_state: Any, **columns: Any) -> list[float]:
@@ -50,7 +50,9 @@ def made(conversational: bool) -> list[Rollout]:
             "pair": ([1], "x"),
         }
         prompt = Prompt((1,), row, i, tuple(chat))
-        found += [Rollout(prompt, (1, 2), (True, True), None, f"text {i}", "stop", j, 0, 0) for j in range(2)]
+        found += [
+            Rollout(prompt, (1, 2), (True, True), None, f"text {i}", FinishReason.STOP, j, 0, 0) for j in range(2)
+        ]
     return found
 
 

@@ -14,7 +14,7 @@ from rlft.config.data import Reward
 from rlft.config.trl_names import TRL_REWARDS
 from rlft.errors import ConfigError, RewardError
 from rlft.rewards.score import build_rewards, check_invalid, score
-from rlft.types import Prompt, Rollout
+from rlft.types import FinishReason, Prompt, Rollout
 
 
 def raised(function: Any, made: list[Rollout] | None = None) -> str:
@@ -26,7 +26,9 @@ def raised(function: Any, made: list[Rollout] | None = None) -> str:
 
 def conversational() -> list[Rollout]:
     chat = [{"role": "user", "content": "hi"}]
-    return [Rollout(Prompt((1,), {"prompt": chat}, 0, tuple(chat)), (1,), (True,), None, "text", "stop", 0, 0, 0)]
+    return [
+        Rollout(Prompt((1,), {"prompt": chat}, 0, tuple(chat)), (1,), (True,), None, "text", FinishReason.STOP, 0, 0, 0)
+    ]
 
 
 def test_nan_for_every_row_is_called_nan() -> None:
@@ -75,8 +77,9 @@ def test_a_function_that_wants_strings_is_told_that_it_got_messages(i: int) -> N
 
 
 def test_no_hint_where_the_fault_is_another() -> None:
-    assert "here, because" not in raised(lambda completions, **_: [][0])
-    assert "here, because" not in raised(lambda completions, **_: len(7))  # type: ignore[arg-type]
+    for function in (lambda completions, **_: [][0], lambda completions, **_: len(7)):  # type: ignore[arg-type]
+        said = raised(function)
+        assert "here, because" not in said
 
 
 def test_a_file_without_a_function_lists_its_functions_without_running_it(tmp_path: Path) -> None:

@@ -299,7 +299,7 @@ def test_equal_rewards_are_a_warning_and_the_step_is_taken(home: Path, tmp_path:
 def test_rewards_that_are_all_invalid_stop_the_run(home: Path, tmp_path: Path, capsys) -> None:
     assert run(home, tmp_path / "none", "--rewards.0.use={home}/rewards.py:none") == 3
     wanted = (
-        "every reward of this step is invalid, so there is nothing to learn from. no reward function applied to 6 of 6"
+        "every reward of this step is invalid, so there is nothing to learn from: no reward function applied to 6 of 6"
     )
     assert wanted in capsys.readouterr().err
     assert run(home, tmp_path / "later", "--rewards.0.use={home}/rewards.py:later", "--checkpoint.every=1") == 3

@@ -149,7 +149,8 @@ def test_a_reward_that_asks_for_a_column_that_is_not_there_says_which_there_are(
     use = f"{folder}/my_rewards.py:wants_solution"
     assert one(config(folder, rewards=[{"use": use, "args": {"strict": True}}])) == (
         f'rewards = "{use}": asks for solution; the data has answer, level. Map a column with data.columns, or set '
-        f"rewards.args"
+        f"rewards.args; every function may take prompts, completions, completion_ids, trainer_state, log_metric, "
+        f"log_extra"
     )
 
 
