@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import pickle
-import secrets
 import struct
 from typing import Any, NamedTuple
 
@@ -83,7 +83,7 @@ def framed(data: bytes) -> bytes:
 
 def token() -> str:
     """Return the token of a call, which its answer repeats."""
-    return secrets.token_hex(TOKEN // 2)
+    return os.urandom(TOKEN // 2).hex()
 
 
 def request(call: str, message: Any) -> bytes:
