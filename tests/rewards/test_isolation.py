@@ -151,12 +151,16 @@ def test_whatever_a_worker_started_ends_with_it(name: str, place: Place) -> None
 
 
 RUN = """
-import sys
+import os, sys, time
 sys.path[:0] = sys.argv[1].split(":")
 from test_rewards import rollouts
 from rlft.config.data import Reward
 from rlft.rewards.score import build_rewards, score
-score(rollouts(4), build_rewards([Reward(sys.argv[2], timeout=100)]), {})
+functions = build_rewards([Reward(sys.argv[2], timeout=100)])
+if (child := os.fork()) == 0:  # it holds the pipes of the workers open
+    time.sleep(100)
+print(child, flush=True)
+score(rollouts(4), functions, {})
 """
 
 
@@ -164,7 +168,10 @@ score(rollouts(4), build_rewards([Reward(sys.argv[2], timeout=100)]), {})
 @pytest.mark.parametrize("name", ["forked_twice", "empty_environment", "family"])
 def test_whatever_a_worker_started_ends_with_a_killed_run(name: str, place: Place) -> None:
     paths = os.pathsep.join(map(str, (ROOT, ROOT / "tests", ROOT / "tests" / "rewards")))
-    run = subprocess.Popen([sys.executable, "-c", RUN, paths, f"{place.file}:{name}"])
+    command = [sys.executable, "-c", RUN, paths, f"{place.file}:{name}"]
+    run = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert run.stdout is not None
+    forked = int(run.stdout.readline())
     want = 16 if name == "family" else 1
     for _ in range(1200):
         if place.noted() >= want:
@@ -173,11 +180,15 @@ def test_whatever_a_worker_started_ends_with_a_killed_run(name: str, place: Plac
     assert len(place.alive()) >= want
     run.kill()
     run.wait()
-    for _ in range(100):
-        if not place.alive():
-            return
-        time.sleep(0.05)
-    pytest.fail(f"{place.alive()} are still running")
+    run.stdout.close()
+    try:
+        for _ in range(100):
+            if not place.alive():
+                return
+            time.sleep(0.05)
+        pytest.fail(f"{place.alive()} are still running")
+    finally:
+        os.kill(forked, signal.SIGKILL)
 
 
 # ---- the environment ---------------------------------------------------------------------------------------------
