@@ -79,8 +79,8 @@ class Reward:
     invalid."""
     memory_mb: Annotated[int, Ge(64)] | None = None
     """Address space each process of the worker may use, in MiB; None for no limit."""
-    file_mb: Annotated[int, Ge(1)] | None = 16384
-    """Largest file the worker may write, in MiB; None for no limit."""
+    file_mb: Annotated[int, Ge(1)] = 16384
+    """Largest file the worker may write, in MiB."""
     env: tuple[str, ...] = ()
     """Environment variables the worker gets although they look like secrets, such as ["OPENAI_API_KEY"]."""
     network: bool = True

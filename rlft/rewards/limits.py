@@ -23,6 +23,8 @@ LANDLOCK_CREATE_RULESET, LANDLOCK_RESTRICT_SELF = 444, 446
 LANDLOCK_VERSION = 1
 MAKE_BLOCK_DEVICE = 1 << 11
 """A right over files that no reward needs: a domain has to give up at least one."""
+LARGEST_LIMIT = 2**62
+"""Bytes; the system takes 64 bits with a sign."""
 SCOPE_SIGNAL = 1 << 1
 
 
@@ -38,13 +40,13 @@ def no_core_dumps() -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
-def resources(memory_mb: int | None, file_mb: int | None) -> None:
-    """Limit the address space of each process, and the size of each file that is written. None: no limit."""
+def resources(memory_mb: int | None, file_mb: int) -> None:
+    """Limit the address space of each process (None: not), and the size of each file that is written."""
     import resource
 
     for limit, megabytes in ((resource.RLIMIT_AS, memory_mb), (resource.RLIMIT_FSIZE, file_mb)):
         if megabytes is not None:
-            size = megabytes * 2**20
+            size = min(megabytes * 2**20, LARGEST_LIMIT)
             hard = resource.getrlimit(limit)[1]
             size = size if hard == resource.RLIM_INFINITY else min(size, hard)
             resource.setrlimit(limit, (size, size))

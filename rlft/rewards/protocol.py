@@ -72,7 +72,7 @@ class Start(NamedTuple):
     withheld: tuple[str, ...]
     """Environment variables of the run that the worker does not have."""
     memory_mb: int | None
-    file_mb: int | None
+    file_mb: int
     network: bool
 
 

@@ -244,6 +244,7 @@ def test_a_worker_dumps_no_core_and_writes_no_file_larger_than_its_limit(place: 
     with pytest.raises(RewardError, match=r"OSError: \[Errno 27\] File too large"):
         values(place.make("writes", file_mb=1))
     assert values(place.make("writes", file_mb=3)) == [1.0] * 4
+    assert values(place.make("writes", file_mb=2**53, memory_mb=2**53)) == [1.0] * 4
 
 
 @LINUX

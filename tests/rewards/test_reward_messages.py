@@ -11,6 +11,8 @@ import pytest
 from test_rewards import rollouts
 
 from rlft.config.data import Reward
+from rlft.config.files import to_toml
+from rlft.config.run import Config
 from rlft.config.trl_names import TRL_REWARDS
 from rlft.errors import ConfigError, RewardError
 from rlft.rewards.score import build_rewards, check_invalid, score
@@ -109,3 +111,11 @@ def test_a_timeout_may_be_infinite_and_never_nan_or_negative() -> None:
             Reward("number", timeout=wrong)
     with pytest.raises(ConfigError, match=r"rewards.weight = inf"):
         Reward("number", weight=math.inf)
+
+
+def test_a_config_with_all_settings_of_a_reward_is_read_as_it_was_written(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"timeout": math.inf, "memory_mb": 100, "file_mb": 5, "env": ("A_KEY",)}
+    reward = Reward("number", 0.5, network=False, batch="group", args={"a": 1}, **settings)
+    cfg = Config(model="m", data="d.jsonl", out="o", steps=1, rewards=(reward,))  # type: ignore[arg-type]
+    (tmp_path / "run.toml").write_text(to_toml(cfg))
+    assert Config.load(tmp_path / "run.toml").rewards == (reward,)
