@@ -27,6 +27,7 @@ from rlft.rewards.build import builtin
 from rlft.rewards.call import signature
 from rlft.rewards.overlap import OURS
 from rlft.rewards.protocol import Signature
+from rlft.rewards.texts import LONGEST, described, type_name
 from rlft.runs.folder import Run, resumable
 from rlft.trainer.engines import engine_name
 
@@ -267,8 +268,11 @@ def _rewards(field: str, rewards: tuple[Reward, ...], rows: list[dict[str, Any]]
         except ConfigError as error:
             yield str(error)
             continue
-        except (Exception, SystemExit) as error:  # a user's file may raise anything when it is imported
-            yield f'{field} = "{reward.use}": importing it raised {type(error).__name__}: {error}'
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # a user's file may raise anything when it is imported
+            said = f"{type_name(error)}: {described(error, str, LONGEST)}"
+            yield f'{field} = "{reward.use}": importing it raised {said}'
             continue
         try:
             arguments = signature(function)

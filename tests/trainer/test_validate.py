@@ -154,6 +154,15 @@ def test_a_reward_that_asks_for_a_column_that_is_not_there_says_which_there_are(
     )
 
 
+def test_what_a_reward_file_raises_is_shown_without_its_escapes_and_even_where_its_text_raises(folder: Path) -> None:
+    (folder / "silent.py").write_text(
+        "class Silent(BaseException):\n    def __str__(self): raise KeyError('no text')\nraise Silent\n"
+    )
+    (folder / "colours.py").write_text("raise ValueError('\\x1b[2J')\n")
+    for name, said in (("silent", "Silent: <Silent whose str raises>"), ("colours", r"ValueError: \x1b[2J")):
+        assert one(config(folder, rewards=[f"{folder}/{name}.py:f"])).endswith(f"importing it raised {said}")
+
+
 def test_a_reward_that_is_no_function_or_cannot_be_imported_is_named(folder: Path) -> None:
     use = f"{folder}/my_rewards.py:NOT_A_FUNCTION"
     assert one(config(folder, rewards=[use])) == f'rewards = "{use}": not a function but int'
