@@ -15,9 +15,10 @@ from typing import Any
 
 from rlft.config.data import Data, Reward
 from rlft.config.run import Config
-from rlft.data.prompts import check_rows, kind_of
+from rlft.data.prompts import check_rows, encode_prompt, kind_of
 from rlft.errors import ConfigError, DataError
 from rlft.rewards.parts import RewardBreakdown
+from rlft.rewards.rows import open_ends, pass_opened
 from rlft.rewards.score import RewardFunction, build_rewards, score
 from rlft.runs.folder import Run
 from rlft.runs.tables import shown_prompt
@@ -56,6 +57,7 @@ def check(
         for function in functions:
             function.timeout = timeout or function.timeout
         if run is not None:
+            _pass_opened(functions, Run.resume(run), every, source)
             made, state = _sampled(Run.resume(run), step, every, source, rows)
         else:
             found = [pair for i, row in enumerate(every[:rows]) for pair in _recorded(row, i, completion)]
@@ -138,6 +140,17 @@ def _tokenizer(cfg: Config | None, functions: Sequence[RewardFunction]) -> Any:
     from rlft.models.load import load_tokenizer
 
     return load_tokenizer(cfg.model)
+
+
+def _pass_opened(functions: Sequence[RewardFunction], run: Run, rows: list[dict[str, Any]], data: Data) -> None:
+    """Give functions with the parameter `opened` the tag that the prompts of the run end with, as training did."""
+    if any("opened" in function.names for function in functions):
+        from rlft.models.load import load_tokenizer
+
+        tokenizer = load_tokenizer(Config.load(run.config).model)
+        pass_opened(
+            functions, open_ends([encode_prompt(row, i, data, tokenizer) for i, row in enumerate(rows[:8])], tokenizer)
+        )
 
 
 def _sampled(

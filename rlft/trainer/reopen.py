@@ -16,6 +16,7 @@ from rlft.errors import ConfigError
 from rlft.models.load import load_tokenizer
 from rlft.models.policy import Policy
 from rlft.monitor.console import Console
+from rlft.rewards.rows import open_ends, pass_opened
 from rlft.rewards.score import build_rewards
 from rlft.rollout.eager import EagerEngine
 from rlft.rollout.engine import Engine
@@ -101,6 +102,7 @@ def evaluate_run(
             algorithm = build_algorithm(cfg.algo, cfg.optim.updates)
             values = recorded_loss(run.policy, held, algorithm, pack_plan_of(cfg, algorithm, run.policy))
         functions = build_rewards((cfg.eval.rewards or cfg.rewards) if rewards is None else rewards)
+        pass_opened(functions, open_ends(held, run.tokenizer))
         if not functions and not values:
             raise ConfigError(
                 f"{out}: its rewards were given from Python; name them as eval.rewards in its config.toml"

@@ -41,6 +41,7 @@ from rlft.monitor.tracking import Tracking
 from rlft.rewards.builtin.length import length
 from rlft.rewards.parts import OVERLONG
 from rlft.rewards.pool import InProcess
+from rlft.rewards.rows import open_ends, pass_opened
 from rlft.rewards.score import RewardFunction, build_rewards
 from rlft.rollout.engine import Engine, asleep, undeclared_end
 from rlft.rollout.replay import ReplayEngine
@@ -99,7 +100,8 @@ def build_session(
         prompts = Prompts(rows, cfg.seed, cfg.data.shuffle)
         functions, eval_functions = _functions(cfg, rewards)
         _close_later(stack, [*functions, *eval_functions])
-        for note in {function.note: None for function in [*functions, *eval_functions] if function.note}:
+        opened = pass_opened([*functions, *eval_functions], open_ends(rows, tokenizer))
+        for note in {note: None for note in [*(each.note for each in [*functions, *eval_functions]), opened] if note}:
             console.note(note)
         policy = load_policy(cfg, console.note)
         engine, eval_engine = _engines(cfg, policy, tokenizer, console, rows, eval_prompts, bool(eval_functions))

@@ -338,7 +338,6 @@ def test_closing_leaves_no_process_and_no_descriptor(user_file: Path) -> None:
         ("costs $1,250.50 now", "1250.5", 1.0),
         ("3.0", "3", 1.0),
         ("none", "3", 0.0),
-        ("4", "four", None),
         ("x2", "2", 0.0),
         ("1,2", "2", 1.0),
         ("-3 and 4", "-3", 0.0),
@@ -358,6 +357,8 @@ BUILTINS: list[tuple[str, dict[str, Any], list[float | None]]] = [
         [0.0, 0.0, -0.5, -1.0, -1.0],
     ),
     ("number", {"completions": ["so 5"], "answer": ["5"]}, [1.0]),
+    ("repetition", {"completion_ids": [[1, 2, 1, 2, 1]], "ngram": 2}, [-0.5]),
+    ("tags", {"completions": ["<think>1</think>"]}, [0.5]),
     ("reasoning_gym", {"completions": ["7"], "answer": ["7"], "task": ["chain_sum"], "metadata": [{}]}, [1.0]),
 ]
 """Every built-in: its name, arguments and rewards."""
