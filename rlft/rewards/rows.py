@@ -1,15 +1,17 @@
 """What built-in rewards need of the dataset and of the prompts, found before a model is loaded or a step is taken.
 
 A built-in whose file has `check_row(row, args)` is asked about the dataset's rows, so that an answer it cannot use is
-named by its row at the start. A reward function with a parameter `opened` gets the tag that the chat template opens at
-the end of every prompt, "<think>\\n" for example, since completions go on inside of it.
+named by its row at the start. NEEDS in its file names a module and the extra of rlft that installs it. A reward
+function with a parameter `opened` gets the tag that the chat template opens at the end of every prompt, "<think>\\n"
+for example, since completions go on inside of it.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from rlft.config import resolve
@@ -24,13 +26,19 @@ OPEN_TAG = re.compile(r"<\w+>\s*\Z")
 """A tag at the end of a prompt that the completion has to close."""
 
 
-def unusable_rows(reward: Reward, rows: Iterable[dict[str, Any]]) -> str:
-    """Return '"NAME": row 3: ...' for the first row that a built-in cannot use, with their number; "" without one."""
-    check = (
-        getattr(resolve.module(reward.use, BUILTIN, "rewards"), "check_row", None) if ":" not in reward.use else None
-    )
-    if check is None:
-        return ""
+def builtin_problems(reward: Reward, rows: Iterable[dict[str, Any]]) -> Iterator[str]:
+    """Yield a package that a built-in needs and that is missing, and the first row that it cannot use."""
+    if ":" in reward.use:
+        return
+    file = resolve.module(reward.use, BUILTIN, "rewards")
+    needed, extra = getattr(file, "NEEDS", ("rlft", ""))
+    if importlib.util.find_spec(needed) is None:
+        yield f'"{reward.use}": needs {needed}, which is not installed: pip install "rlft[{extra}]"'
+    if hasattr(file, "check_row"):
+        yield from _unusable(file.check_row, reward, rows)
+
+
+def _unusable(check: Callable[..., None], reward: Reward, rows: Iterable[dict[str, Any]]) -> Iterator[str]:
     first, bad, count = "", 0, 0
     for i, row in enumerate(itertools.islice(rows, CHECKED)):
         count += 1
@@ -38,7 +46,8 @@ def unusable_rows(reward: Reward, rows: Iterable[dict[str, Any]]) -> str:
             check(row, reward.args)
         except DataError as error:
             first, bad = first or f"row {i}: {error}", bad + 1
-    return f'"{reward.use}": {first} ({bad} of the first {count} rows)' if first else ""
+    if first:
+        yield f'"{reward.use}": {first} ({bad} of the first {count} rows)'
 
 
 def open_ends(prompts: Sequence[Prompt], tokenizer: Any) -> list[str]:

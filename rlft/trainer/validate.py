@@ -23,7 +23,7 @@ from rlft.environment import version_problems
 from rlft.errors import ConfigError, RlftError
 from rlft.models.load import describe_base, locate, resolve_device
 from rlft.monitor import tracking
-from rlft.rewards.rows import unusable_rows
+from rlft.rewards.rows import builtin_problems
 from rlft.rewards.score import BUILTIN, OURS
 from rlft.rewards.worker import Signature, signature
 from rlft.runs.folder import Run, resumable
@@ -276,9 +276,7 @@ def _rewards(field: str, rewards: tuple[Reward, ...], rows: list[dict[str, Any]]
             continue
         if rows is not None:
             yield from _columns(field, reward, arguments, rows[0])
-            unusable = unusable_rows(reward, rows)
-            if unusable:
-                yield f"{field} = {unusable}"
+            yield from (f"{field} = {problem}" for problem in builtin_problems(reward, rows))
 
 
 def _function(field: str, use: str) -> Any:

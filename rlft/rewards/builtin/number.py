@@ -6,10 +6,10 @@ Both are read as datasets and models write them:
     1,250.50   $5   50%   3/4   \\frac{3}{4}   1 1/2   6e23
 
 A completion's number is the one at its last marker (`####`, `\\boxed{}`, `<answer>`, "answer is"), and without a
-marker its last number. An answer is an int, a float or a text that is one number, alone or at a marker; GSM8K's column of
-solutions with `#### 72` at the end is read as it is. Values are compared exactly, 3/4 and 0.75 are equal. A percent sign
-on one side alone is a unit or a factor: 50% equals 50%, 50 and 0.5. Thousands are separated by commas, decimals by a
-point. Units and anything else besides numbers need `math`.
+marker its last number. An answer is an int, a float or a text that is one number, alone or at a marker; GSM8K's
+column of solutions with `#### 72` at the end is read as it is. Values are compared exactly, 3/4 and 0.75 are equal. A
+percent sign on one side alone is a unit or a factor: 50% equals 50%, 50 and 0.5. Thousands are separated by commas,
+decimals by a point. Units and anything else besides numbers need `math`.
 """
 
 from __future__ import annotations

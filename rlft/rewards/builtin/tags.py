@@ -1,8 +1,8 @@
 """Reward the tags around reasoning and answer, `<think>...</think> <answer>...</answer>`, softly or strictly.
 
-Soft: each opening and each closing tag that occurs exactly once earns its share of 1, so that a model that rarely writes
-the whole form sees a difference between its completions. Strict: 1 for the whole form and 0 for anything else, as the
-format reward of DeepSeek-R1 (2501.12948).
+Soft: each opening and each closing tag that occurs exactly once earns its share of 1, so that a model that rarely
+writes the whole form sees a difference between its completions. Strict: 1 for the whole form and 0 for anything else,
+as the format reward of DeepSeek-R1 (2501.12948).
 
     [[rewards]]
     use = "tags"
