@@ -126,9 +126,9 @@ def test_soft_tags_earn_shares_and_strict_tags_all_or_nothing() -> None:
     texts = [whole, "<answer>4</answer>", "4", f"{whole}<think>", f"{whole} done", "<answer>4</answer><think>a</think>"]
     assert tags(completions=texts) == [1.0, 0.5, 0.0, 0.75, 1.0, 1.0]
     assert tags(completions=texts, strict=True) == [1.0, 0.0, 0.0, 0.0, 0.0, 0.0]
-    assert tags(completions=["<a.b>1</a.b>", "<axb>1</axb>"], tags=["a.b"], strict=True) == [1.0, 0.0]
+    assert tags(completions=["<a.b>1</a.b>", "<axb>1</axb>"], elements=["a.b"], strict=True) == [1.0, 0.0]
     with pytest.raises(ValueError, match="want a list of names"):
-        tags(completions=["x"], tags="think")
+        tags(completions=["x"], elements="think")
 
 
 def test_repetition_is_minus_the_share_of_repeated_n_grams() -> None:

@@ -7,7 +7,7 @@ as the format reward of DeepSeek-R1 (2501.12948).
     [[rewards]]
     use = "tags"
     weight = 0.2
-    args = { tags = ["think", "answer"], strict = true }
+    args = { elements = ["think", "answer"], strict = true }
 """
 
 from __future__ import annotations
@@ -20,11 +20,15 @@ from rlft.rewards.builtin.exact import text_of
 
 
 def tags(
-    completions: list[Any], tags: Sequence[str] = ("think", "answer"), strict: bool = False, opened: str = "", **_: Any
+    completions: list[Any],
+    elements: Sequence[str] = ("think", "answer"),
+    strict: bool = False,
+    opened: str = "",
+    **_: Any,
 ) -> list[float]:
     """Return the share of tags that occur exactly once; strict: 1.0 for the form alone, else 0.0.
 
-    tags: their names, in order. In the strict form each element stands once, in this order, with nothing but white
+    elements: their names, in order. In the strict form each element stands once, in this order, with nothing but white
     space around it. opened: the tag that the chat template opens at the end of the prompt, such as "<think>\\n", which
     the completion therefore lacks; a run sets it from its prompts.
 
@@ -33,14 +37,16 @@ def tags(
     >>> tags(completions=["4</think> <answer>4</answer>"], strict=True, opened="<think>")
     [1.0]
     """
-    if not tags or isinstance(tags, str):
-        raise ValueError(f'tags = {tags!r}: want a list of names, for example ["think", "answer"]')
+    if not elements or isinstance(elements, str) or not all(isinstance(name, str) for name in elements):
+        raise ValueError(f'elements = {elements!r}: want a list of names, for example ["think", "answer"]')
     texts = [opened + text_of(item) for item in completions]
-    marks = [mark for name in tags for mark in (f"<{name}>", f"</{name}>")]
+    marks = [mark for name in elements for mark in (f"<{name}>", f"</{name}>")]
     once = [sum(text.count(mark) == 1 for mark in marks) for text in texts]
     if not strict:
         return [count / len(marks) for count in once]
-    form = re.compile(r"\s*" + "".join(f"<{re.escape(name)}>.*</{re.escape(name)}>\\s*" for name in tags), re.DOTALL)
+    form = re.compile(
+        r"\s*" + "".join(f"<{re.escape(name)}>.*</{re.escape(name)}>\\s*" for name in elements), re.DOTALL
+    )
     return [
         float(count == len(marks) and form.fullmatch(text) is not None) for count, text in zip(once, texts, strict=True)
     ]
