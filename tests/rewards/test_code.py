@@ -17,7 +17,7 @@ from rlft.config.data import Reward
 from rlft.errors import DataError
 from rlft.rewards.builtin import code as code_file
 from rlft.rewards.builtin.code import check_row, code
-from rlft.rewards.programs import contain
+from rlft.rewards.programs import contain, processes
 from rlft.rewards.programs.launcher import Launcher, Request
 from rlft.rewards.score import build_rewards, score
 from rlft.types import FinishReason, Prompt, Rollout
@@ -158,7 +158,7 @@ def canary(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_hostile_program_is_contained_in_time_and_leaves_nothing(name: str, canary: Path, monkeypatch) -> None:
     monkeypatch.setenv("CANARY", "CANARY")
-    before = set(contain.descendants(os.getpid()))
+    before = set(processes.descendants(os.getpid()))
     with socket.create_server(("127.0.0.1", 0)) as server:
         threading.Thread(target=_serve, args=(server,), daemon=True).start()
         head = f"{HELP}CANARY, PORT = {str(canary)!r}, {server.getsockname()[1]}\n"
@@ -168,7 +168,7 @@ def test_a_hostile_program_is_contained_in_time_and_leaves_nothing(name: str, ca
         server.shutdown(socket.SHUT_RDWR)
     assert value == 0.0
     assert taken < 15
-    assert set(contain.descendants(os.getpid())) == before
+    assert set(processes.descendants(os.getpid())) == before
     assert [path.name for path in canary.iterdir()] == ["answer"] and (canary / "answer").read_text() == "4"
     assert not list(Path("/tmp").glob("rlft-program-*"))
 
@@ -202,26 +202,75 @@ def test_a_program_that_takes_its_launcher_with_it_fails_and_the_next_one_runs(m
     assert code([fenced("bad"), fenced(DOUBLE)], tests=tests, workers=1) == [0.0, 1.0]
 
 
-def test_without_namespaces_and_landlock_the_limits_hold(monkeypatch) -> None:
-    """As on a system that allows neither. As root, the program then runs as another user, who must reach Python."""
-    system = contain.System(False, 0, ())
+def run_within(system: contain.System, texts: list[str], as_root: bool = True) -> list[contain.Ended]:
+    """Run programs in a process that is what a launcher is, on a system that allows only `system`."""
     limits = contain.Limits(seconds=2, memory_mb=256)
-    if os.getuid() == 0:
-        monkeypatch.setattr(contain.os, "getuid", lambda: 1)
+    end, write = os.pipe()
     pid = os.fork()
     if pid == 0:
-        contain.kernel.adopt_orphans()
         try:
-            outcomes = []
-            for text in ("while True: pass", DETACH + "        time.sleep(1000)", "print(4)", "while True: print(4)"):
+            contain.kernel.adopt_orphans()
+            contain.kernel.allow_inspection(False)
+            if not as_root:
+                contain.os.getuid = lambda: 1  # type: ignore[assignment]
+            ended = []
+            for text in texts:
                 stdin = os.open("/dev/null", os.O_RDONLY)
-                running = contain.start(["program.py"], {"program.py": HELP + text}, stdin, limits, system)
-                outcomes.append(contain.supervise([running], limits).outcome)
-                assert contain.descendants(os.getpid()) == []
-            os._exit(0 if outcomes == ["seconds", "exit", "exit", "output"] else 1)
-        except BaseException:
-            os._exit(2)
-    assert os.waitpid(pid, 0)[1] == 0
+                running = contain.start(["program.py"], {"program.py": text}, stdin, limits, system)
+                ended.append(contain.supervise([running], limits, system))
+                assert processes.descendants(os.getpid()) == []
+            os.write(write, json.dumps([[*each[:2], each[2][:9], ""] for each in ended]).encode())
+        finally:
+            os._exit(0)
+    os.close(write)
+    with open(end) as file:
+        text = file.read()
+    os.waitpid(pid, 0)
+    return [contain.Ended(*each) for each in json.loads(text)]
+
+
+def readable() -> tuple[str, ...]:
+    with Launcher(contain.Limits(seconds=2, memory_mb=256)) as launcher:
+        return launcher.system.readable
+
+
+def test_hostile_programs_where_nothing_can_be_mounted(canary: Path, monkeypatch) -> None:
+    """As in a reward's worker, which is under Landlock."""
+    monkeypatch.setenv("CANARY", "CANARY")
+    system = contain.System(True, False, contain.kernel.landlock_version(), readable())
+    head = f"{HELP}CANARY, PORT = {str(canary)!r}, 1\n"
+    ended = run_within(system, [head + text for text in HOSTILE.values()])
+    assert [name for name, each in zip(HOSTILE, ended, strict=True) if each[:3] == ("exit", 0, "4\n")] == []
+    assert dict(zip(HOSTILE, ended, strict=True))["many files"].outcome == "files"
+    assert [path.name for path in canary.iterdir()] == ["answer"]
+    assert not list(Path("/tmp").glob("rlft-program-*"))
+
+
+def test_without_namespaces_and_landlock_the_limits_hold() -> None:
+    """As on a system that allows neither. As root, a program would run as another user, who may not reach Python."""
+    texts = ["while True: pass", DETACH + "        time.sleep(1000)", "print(4)", "while True: print('4' * 10000)"]
+    ended = run_within(contain.System(False, False, 0, ()), [HELP + text for text in texts], as_root=False)
+    assert [each.outcome for each in ended] == ["seconds", "exit", "exit", "output"]
+
+
+def test_a_killed_launcher_leaves_no_process_and_its_folder_to_the_next_one() -> None:
+    before = set(processes.descendants(os.getpid()))
+    launcher = Launcher(contain.Limits(seconds=60, memory_mb=256))
+    thread = threading.Thread(target=launcher.run, args=(Request(f"{HELP}{DETACH}        pass\ntime.sleep(60)"),))
+    thread.start()
+    while len(set(processes.descendants(os.getpid())) - before) < 3 or not list(Path("/tmp").glob("rlft-program-*")):
+        time.sleep(0.01)
+    started = set(processes.descendants(os.getpid())) - before
+    launcher._process.kill()
+    thread.join()
+    deadline = time.monotonic() + 5
+    while any(Path(f"/proc/{pid}").exists() for pid in started) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not [pid for pid in started if Path(f"/proc/{pid}").exists()]
+    (folder,) = Path("/tmp").glob("rlft-program-*")
+    os.utime(folder, (0, 0))
+    Launcher(contain.Limits(seconds=2, memory_mb=256)).close()
+    assert not list(Path("/tmp").glob("rlft-program-*"))
 
 
 def test_what_the_system_or_the_limits_do_not_allow_is_a_fault_and_never_0() -> None:
@@ -238,7 +287,7 @@ def test_full_isolation_is_refused_where_the_system_lacks_it(monkeypatch, capfd)
 
     def without(self: Launcher, limits: contain.Limits) -> None:
         start(self, limits)
-        self.system = contain.System(False, 7, ())
+        self.system = contain.System(False, False, 7, ())
 
     monkeypatch.setattr(Launcher, "__init__", without)
     monkeypatch.setattr(code_file, "_tried", set())

@@ -8,6 +8,7 @@ process that adopts orphans and does nothing else, so everything below it belong
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import re
 import resource
@@ -23,11 +24,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
-from rlft.rewards.programs import kernel
+from rlft.rewards.programs import kernel, processes
 
+PREFIX = "rlft-program-"
+"""Of the names of programs' folders."""
+YOUNG = 60.0
+"""Seconds after which a folder without a lock is abandoned."""
 TICK = 0.02
 """Seconds between two looks at the processes of a program."""
-SWEEP_SECONDS = 10.0
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 """The whole environment of a program: a numerical library must not start a thread per core."""
 READABLE = ("/usr", "/lib", "/lib64", "/bin", "/etc/ld.so.cache", "/etc/localtime")
@@ -49,7 +53,7 @@ class Limits:
     processes: int = 16
     """Processes at a time, threads not counted."""
     file_mb: int = 16
-    """Largest file; with namespaces also the sum of all files."""
+    """Largest file, and the sum of all files."""
     files: int = 64
     """Open descriptors of each process."""
     output_kb: int = 1024
@@ -60,6 +64,9 @@ class System(NamedTuple):
     """What the system allows besides rlimits, and where its Python lies."""
 
     namespaces: bool
+    """Of users, processes, network and IPC."""
+    mounts: bool
+    """Within them, which a process under Landlock may not do: a reward's worker is such a process."""
     landlock: int
     """Version of its interface; 0 for none."""
     readable: tuple[str, ...]
@@ -72,6 +79,8 @@ class Running:
 
     keeper: int
     folder: str
+    lock: int
+    """Descriptor that holds a lock on the folder, which the kernel releases with this process."""
     status: int
     """Descriptor on which the keeper writes the program's wait status."""
     out: int
@@ -88,7 +97,7 @@ class Ended(NamedTuple):
     """How a program ended."""
 
     outcome: str
-    """"exit", "signal", or the limit it went over: "seconds", "memory", "processes", "output"."""
+    """"exit", "signal", or the limit it went over: "seconds", "memory", "processes", "files", "output"."""
     code: int
     """Exit code or signal; 0 for a limit."""
     stdout: str
@@ -100,17 +109,17 @@ def probe(readable: Sequence[str]) -> System:
     """Find out what the system allows, in a child process. readable: folders of the interpreter and its packages."""
     pid = os.fork()
     if pid == 0:
+        allowed = 0
         try:
             kernel.allow_inspection(True)
             kernel.enter_namespaces()
-            child = os.fork()
-            if child == 0:
-                kernel.mount_memory(tempfile.gettempdir(), 1)
-                os._exit(0)
-            os._exit(os.waitpid(child, 0)[1] != 0)
-        except BaseException:
-            os._exit(1)
-    return System(os.waitpid(pid, 0)[1] == 0, kernel.landlock_version(), tuple(readable))
+            allowed = 1
+            kernel.mount_memory(tempfile.gettempdir(), 1)
+            allowed = 2
+        finally:
+            os._exit(allowed)
+    allowed = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    return System(allowed >= 1, allowed >= 2, kernel.landlock_version(), tuple(readable))
 
 
 def start(
@@ -126,7 +135,9 @@ def start(
     command: arguments of the Python interpreter. files: texts by name, written into the folder first. stdin: descriptor
     of its input. channel: a further descriptor, 3 in the program.
     """
-    folder = tempfile.mkdtemp(prefix="rlft-program-")
+    folder = tempfile.mkdtemp(prefix=PREFIX)
+    lock = os.open(folder, os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
     status, status_write = os.pipe()
     out, out_write = os.pipe()
     err, err_write = os.pipe()
@@ -135,13 +146,13 @@ def start(
         try:
             _keep(command, files, folder, (stdin, out_write, err_write, channel), status_write, limits, system)
         except BaseException as error:
-            os.write(status_write, STATUS.pack(FAILED) + str(error).encode())
+            os.write(status_write, STATUS.pack(FAILED) + f"{error}\n".encode())
         os._exit(1)
     for fd in (status_write, out_write, err_write):
         os.close(fd)
     for fd in (status, out, err):
         os.set_blocking(fd, False)
-    return Running(keeper, folder, status, out, err)
+    return Running(keeper, folder, lock, status, out, err)
 
 
 def _keep(
@@ -164,7 +175,7 @@ def _keep(
     if pid == 0:
         try:
             kernel.die_with_parent()
-            if system.namespaces:
+            if system.mounts:
                 kernel.mount_memory(folder, limits.file_mb)
                 if os.path.isdir("/run") and not any(path.startswith("/run/") for path in (folder, *system.readable)):
                     kernel.mount_memory("/run", 1)  # sockets of services lie here
@@ -172,7 +183,7 @@ def _keep(
                 Path(folder, name).write_text(text, encoding="utf-8", errors="surrogatepass")
             _become(command, folder, descriptors, status, limits, system)
         except BaseException as error:
-            os.write(status, STATUS.pack(FAILED) + str(error).encode())
+            os.write(status, STATUS.pack(FAILED) + f"{error}\n".encode())
         os._exit(127)
     # A socket that the keeper held open would hide the end of the program from the tests.
     os.closerange(3, status)
@@ -222,7 +233,7 @@ def _limit(limits: Limits, system: System) -> None:
     memory, seconds = limits.memory_mb * 2**20, int(limits.seconds) + 1
     # Counted over the whole user, but from Linux 5.14 on within a namespace of users.
     release = tuple(int(part) for part in re.findall(r"\d+", os.uname().release)[:2])
-    others = 0 if system.namespaces and release >= (5, 14) else _processes_of_user()
+    others = 0 if system.namespaces and release >= (5, 14) else processes.count_of_user()
     for what, value in (
         (resource.RLIMIT_CORE, 0),
         (resource.RLIMIT_CPU, seconds),
@@ -236,21 +247,13 @@ def _limit(limits: Limits, system: System) -> None:
         resource.setrlimit(what, (value, value))
 
 
-def _processes_of_user() -> int:
-    count = 0
-    for path in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            count += len(os.listdir(path / "task")) if path.stat().st_uid == os.getuid() else 0
-    return count
-
-
-def supervise(programs: Sequence[Running], limits: Limits) -> Ended:
+def supervise(programs: Sequence[Running], limits: Limits, system: System) -> Ended:
     """Wait until the first of the programs ends or one goes over a limit, then kill them all.
 
     Raises OSError when one of them could not be started, and TimeoutError when one cannot be killed.
     """
     first, deadline = programs[0], time.monotonic() + limits.seconds
-    outcome, code = "", 0
+    outcome, code, looked = "", 0, 0.0
     pipes = {fd: (program, name) for program in programs for fd, name in _pipes(program)}
     poll = select.poll()
     for fd in pipes:
@@ -270,8 +273,8 @@ def supervise(programs: Sequence[Running], limits: Limits) -> Ended:
             outcome, code = _outcome(first.ended)
         elif time.monotonic() > deadline:
             outcome = "seconds"
-        else:
-            outcome = _over(limits, len(programs)) if not ready or len(ready) < 2 else ""
+        elif time.monotonic() > looked + TICK:
+            outcome, looked = _over(limits, programs, system), time.monotonic()
     sweep(programs)
     for program in programs:
         if program.failed:
@@ -298,7 +301,7 @@ def _read(program: Running, fd: int, name: str) -> bool:
         if name == "status":
             (status,) = STATUS.unpack_from(data)
             if status == FAILED:
-                program.failed = data[STATUS.size :].decode("utf-8", "replace")
+                program.failed = data[STATUS.size :].partition(b"\n")[0].decode("utf-8", "replace")
             elif program.ended is None:
                 program.ended = status
         elif name == "stdout":
@@ -313,61 +316,50 @@ def _outcome(status: int) -> tuple[str, int]:
     return ("exit", code) if code >= 0 else ("signal", -code)
 
 
-def _over(limits: Limits, programs: int) -> str:
+def _over(limits: Limits, programs: Sequence[Running], system: System) -> str:
     """Return the limit that the processes below this one exceed; "" for none."""
-    pids = descendants(os.getpid())
-    if len(pids) - 2 * programs > limits.processes:
+    pids = processes.descendants(os.getpid())
+    if len(pids) - 2 * len(programs) > limits.processes:
         return "processes"
+    if not system.mounts and any(_size(program.folder) > limits.file_mb * 2**20 for program in programs):
+        return "files"
     pages = 0
     for pid in pids:
         with contextlib.suppress(OSError):
             pages += int(Path(f"/proc/{pid}/statm").read_text().split()[1])
-    return "memory" if pages * resource.getpagesize() > (limits.memory_mb * programs + 128) * 2**20 else ""
+    return "memory" if pages * resource.getpagesize() > (limits.memory_mb * len(programs) + 128) * 2**20 else ""
 
 
-def descendants(root: int) -> list[int]:
-    """Return the pids of every process below `root`."""
-    parents: dict[int, list[int]] = {}
-    for name in os.listdir("/proc"):
-        if name.isdigit():
+def _size(folder: str) -> int:
+    """Return the bytes of all files below a folder."""
+    total = 0
+    for path, _, names in os.walk(folder):
+        for name in names:
             with contextlib.suppress(OSError):
-                text = Path("/proc", name, "stat").read_text(errors="replace")
-                parents.setdefault(int(text.rpartition(")")[2].split()[1]), []).append(int(name))
-    found, queue = [], [root]
-    while queue:
-        children = parents.get(queue.pop(), [])
-        found += children
-        queue += children
-    return found
+                total += os.lstat(os.path.join(path, name)).st_size
+    return total
 
 
 def sweep(programs: Sequence[Running]) -> None:
-    """Kill every process below this one, wait for it, and delete the programs' folders.
-
-    All are stopped before one is killed: a process that forks as fast as it is killed would never be caught otherwise.
-    """
+    """Kill every process below this one, and delete the programs' folders."""
     for program in programs:
         with contextlib.suppress(ProcessLookupError):
             os.kill(program.keeper, signal.SIGKILL)
-    deadline = time.monotonic() + SWEEP_SECONDS
-    while True:
-        pids, stopped = descendants(os.getpid()), set()
-        while set(pids) - stopped and time.monotonic() < deadline:
-            for pid in set(pids) - stopped:
-                with contextlib.suppress(ProcessLookupError, PermissionError):
-                    os.kill(pid, signal.SIGSTOP)
-            stopped |= set(pids)
-            pids = descendants(os.getpid())
-        for pid in pids:
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.kill(pid, signal.SIGKILL)
-        try:
-            while os.waitpid(-1, os.WNOHANG)[0]:
-                pass
-        except ChildProcessError:
-            break
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"{len(pids)} processes of a program could not be killed in {SWEEP_SECONDS:g} s")
-        time.sleep(0.001)
+    processes.kill_all_below()
     for program in programs:
         shutil.rmtree(program.folder, ignore_errors=True)
+        os.close(program.lock)
+
+
+def delete_abandoned() -> None:
+    """Delete the folders of programs whose launcher was killed."""
+    for path in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
+        with contextlib.suppress(OSError):  # in use, of another user, or deleted by another launcher
+            if time.time() - path.stat().st_mtime < YOUNG:
+                continue  # its launcher may not hold the lock yet
+            lock = os.open(path, os.O_RDONLY)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(path, ignore_errors=True)
+            finally:
+                os.close(lock)

@@ -18,12 +18,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rlft.rewards.programs import contain, kernel
+from rlft.rewards.programs import contain, kernel, processes
 from rlft.rewards.programs.contain import Ended, Limits, System
 from rlft.rewards.programs.remote import PASSED
 
 ROOT = Path(__file__).parents[3]
-SLACK = contain.SWEEP_SECONDS + 10.0
+SLACK = processes.SWEEP_SECONDS + 10.0
 """Seconds that a launcher may take beyond a program's time."""
 START_SECONDS = 60.0
 
@@ -126,6 +126,7 @@ def main() -> None:
     kernel.die_with_parent()
     kernel.adopt_orphans()
     kernel.allow_inspection(False)
+    contain.delete_abandoned()
     system = contain.probe(sys.argv[2:])
     _write(system)
     for line in sys.stdin:
@@ -149,7 +150,7 @@ def _run(request: Request, limits: Limits, system: System) -> Ended:
         os.lseek(stdin, 0, os.SEEK_SET)
         if request.tests is None:
             files = {"program.py": request.program}
-            return contain.supervise([contain.start(["program.py"], files, stdin, limits, system)], limits)
+            return contain.supervise([contain.start(["program.py"], files, stdin, limits, system)], limits, system)
         remote = str(Path(__file__).with_name("remote.py"))
         theirs, ours = socket.socketpair()
         with theirs, ours:
@@ -157,7 +158,7 @@ def _run(request: Request, limits: Limits, system: System) -> Ended:
             tests = contain.start([remote, "tests"], files, stdin, limits, system, ours.fileno())
             files = {"program.py": request.program}
             program = contain.start([remote, "program"], files, stdin, limits, system, theirs.fileno())
-        return contain.supervise([tests, program], limits)
+        return contain.supervise([tests, program], limits, system)
 
 
 def passed(ended: Ended | None) -> bool:
