@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
 import pytest
 from tiny import CHATML, tiny_model, tiny_tokenizer
 
+from rlft.config import resolve
 from rlft.config.data import Data, Reward, Sampling
 from rlft.config.run import Config, Lora, Parity
 from rlft.errors import DataError
@@ -18,8 +21,10 @@ from rlft.rewards.builtin.exact import exact
 from rlft.rewards.builtin.number import number, read
 from rlft.rewards.builtin.repetition import repetition
 from rlft.rewards.builtin.tags import tags
+from rlft.rewards.programs.cases import COLUMNS
 from rlft.rewards.rows import pass_opened
-from rlft.rewards.score import build_rewards
+from rlft.rewards.score import BUILTIN, build_rewards
+from rlft.rewards.worker import signature
 from rlft.runs.folder import Run
 from rlft.trainer.loop import train
 from rlft.trainer.validate import problems
@@ -203,3 +208,20 @@ def test_prompts_that_differ_in_their_last_tag_are_reported_and_change_nothing()
         assert function.args == {"opened": "<think>\n"}
     finally:
         function.close()
+
+
+def test_the_page_of_rewards_names_every_built_in_and_its_arguments_and_its_toml_is_read() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "rewards.md").read_text(encoding="utf-8")
+    table = {line.split("`")[1]: line for line in text.splitlines() if line.startswith("| `")}
+    assert set(table) == set(resolve.names_in(BUILTIN))
+    given = {"prompts", "completions", "completion_ids", "log_metric", "log_extra", "answer", "task", "metadata"}
+    columns = {*COLUMNS, "inputs", "outputs", "entry_point", "test_setup_code"}
+    for name, line in table.items():
+        arguments = signature(vars(resolve.module(name, BUILTIN, "rewards"))[name]).names
+        assert set(re.findall(r"`(\w+)`", line.split("|")[4])) == set(arguments) - given - columns, name
+    blocks = re.findall(r"```toml\n(.*?)```", text, re.DOTALL)
+    assert len(blocks) == 4
+    for block in blocks:
+        for reward in tomllib.loads(block)["rewards"]:
+            if isinstance(reward, dict):
+                Reward(**{name: value for name, value in reward.items() if name != "env"})

@@ -117,6 +117,14 @@ def test_all_or_nothing_and_rows_without_tests() -> None:
     assert code([fenced(DOUBLE)] * 2, tests=[tests, None], all_or_nothing=True) == [0.0, None]
 
 
+def test_data_without_a_column_of_tests_says_which_there_may_be() -> None:
+    with pytest.raises(DataError, match="no column of tests: name one tests, test_cases, "):
+        code([fenced(DOUBLE)])
+    with pytest.raises(DataError, match="no column of tests"):
+        check_row({"answer": "4"}, {})
+    check_row({"tests": None}, {})
+
+
 @pytest.mark.parametrize(
     "tests",
     [

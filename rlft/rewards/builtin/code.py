@@ -35,7 +35,7 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -87,6 +87,7 @@ def code(
         "test_setup_code": test_setup_code,
     }
     given = {name: values for name, values in columns.items() if values is not None}
+    _check_columns(given)
     cases = [read_cases({name: values[i] for name, values in given.items()}) for i in range(len(completions))]
     programs = [_program(text_of(completion)) for completion in completions]
     results = _score(programs, cases, Limits(seconds, memory_mb), all_or_nothing, workers, isolation)
@@ -97,9 +98,13 @@ def code(
 
 def check_row(row: dict[str, Any], args: dict[str, Any]) -> None:
     """Raise DataError for a row of the dataset whose tests cannot be read."""
-    if not any(name in row for name in (*COLUMNS, "inputs")):
-        raise DataError(f"no column of tests: name one {', '.join(COLUMNS)}, or inputs and outputs, with data.columns")
+    _check_columns(row)
     read_cases(row)
+
+
+def _check_columns(names: Iterable[str]) -> None:
+    if not {*COLUMNS, "inputs"} & {*names}:
+        raise DataError(f"no column of tests: name one {', '.join(COLUMNS)}, or inputs and outputs, with data.columns")
 
 
 def _score(
