@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+import time
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,8 @@ from rlft.trainer.validate import problems
         (r"1{,}250", 1250),
         (r"1\,250", 1250),
         (r"\boxed{72", 72),
+        ("<answer>8", 8),
+        ("####\n7", None),
         ("3/0", None),
         ("9" * 5000, None),
         (r"\boxed{none} of the 3", None),
@@ -62,6 +65,15 @@ from rlft.trainer.validate import problems
 def test_number_reads_the_shapes_that_models_write(text: str, value: float | None) -> None:
     found = read(text)
     assert (found and float(found.value)) == value
+
+
+@pytest.mark.parametrize(
+    "part", ["<answer>", "\\boxed{", "#### ", "answer is ", "1/", "1,", "1 ", "5e", "-", "\\frac{1", "\\text{"]
+)
+def test_number_reads_a_long_text_of_one_part_in_time(part: str) -> None:
+    start = time.process_time()
+    read(part * (60_000 // len(part)))
+    assert time.process_time() - start < 2
 
 
 @pytest.mark.parametrize(

@@ -31,11 +31,11 @@ NUMBER = re.compile(
 )
 """A decimal number with or without thousands commas and exponent, or a fraction. In "12-7" the 7 is positive."""
 MARKER = re.compile(
-    r"""\#\#\#\#(?P<line>[^\n]*)
-        |<answer>(?P<tag>.*?)</answer>
+    r"""(?P<hash>\#\#\#\#)(?P<line>[^\n]*)
+        |(?P<tag><answer>)
         |(?P<boxed>\\boxed\s*\{)
         |\banswer(?:\s+is|\s*[:=])[\s*:$"'`(]*""",
-    re.VERBOSE | re.DOTALL | re.IGNORECASE,
+    re.VERBOSE | re.IGNORECASE,
 )
 """What stands before a final answer."""
 GOES_ON = re.compile(r"\s*[-−+*/×^=]\s*\d")
@@ -110,17 +110,20 @@ def _answer(answer: Any, strict: bool) -> Number | None:
 
 def _marked(text: str) -> str | None:
     """Return what stands at the last marker of a text."""
-    region = None
+    last = None
     for marker in MARKER.finditer(text):
-        if marker["boxed"]:
-            region = _braces(text, marker.end())
-        elif marker["line"] is not None or marker["tag"] is not None:
-            region = marker["line"] if marker["tag"] is None else marker["tag"]
+        if any(marker.groups()):
+            last = marker
         else:
             direct = NUMBER.match(text, marker.end())
-            if direct and not GOES_ON.match(text, direct.end()):
-                region = direct[0]
-    return region
+            last = direct if direct and not GOES_ON.match(text, direct.end()) else last
+    if last is None:
+        return None
+    if last.re is NUMBER:
+        return last[0]
+    if last["boxed"]:
+        return _braces(text, last.end())
+    return text[last.end() :].partition("</answer>")[0] if last["tag"] else last["line"]
 
 
 def _braces(text: str, start: int) -> str:
