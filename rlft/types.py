@@ -345,6 +345,8 @@ class State:
 
     step: int = 0
     """Completed steps; also the policy version of the current adapter, and `train/global_step`."""
+    steps: int = 0
+    """Steps of the whole run."""
     updates: int = 0
     """Completed optimiser updates; drives the learning-rate schedule."""
     consumed: int = 0

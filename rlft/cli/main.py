@@ -11,6 +11,7 @@ import json
 import logging
 import math
 import os
+import shlex
 import shutil
 import signal
 import sys
@@ -84,19 +85,25 @@ def main(argv: list[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except RlftError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {error}", *_notes(error), sep="\n", file=sys.stderr)
         return error.exit_code
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        print("interrupted", *_notes(error), sep="\n", file=sys.stderr)
         return 130
     except Exception as error:
+        notes = _notes(error)
         if isinstance(error, OSError) and error.errno in UNWRITABLE:
             _cannot_write(error)
         else:
-            print(unexpected(error), file=sys.stderr)
+            print(unexpected(error), *notes, sep="\n", file=sys.stderr)
         return 1
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def _notes(error: BaseException) -> list[str]:
+    """Take the notes off an exception: what a run has saved, and how to go on, which is printed last."""
+    return error.__dict__.pop("__notes__", [])
 
 
 def _cannot_write(error: OSError) -> None:
@@ -164,9 +171,17 @@ def _parsed(kind: str, command: str, args: list[str]) -> Any:
 
 def _train(args: list[str]) -> int:
     cfg, resume = parse("train", args)
-    from rlft.trainer.loop import train
+    from rlft.trainer.ending import Ways
+    from rlft.trainer.loop import run
 
-    return 130 if train(cfg, resume=resume).interrupted else 0
+    typed = [arg for arg in args if arg != "--resume"]
+
+    def resume_with(out: Path) -> str:
+        numbered = [] if out == Path(cfg.out).expanduser() else ["--out", str(out)]
+        return shlex.join(["rlft", "train", *typed, *numbered, "--resume"])
+
+    ways = Ways(resume_with, shlex.join(["rlft", "train", *typed]))
+    return 130 if run(cfg, resume=resume, ways=ways).interrupted else 0
 
 
 def _validate(args: list[str]) -> int:

@@ -159,9 +159,13 @@ class Checkpoint:
     """What is saved, and when."""
 
     every: Annotated[int, Ge(0)] = 0
-    """Save every this many steps; 0: only at the end and when interrupted."""
+    """Save every this many steps; 0: by `minutes`, and at the end however the run ends."""
+    minutes: Annotated[float, Ge(0)] = 10.0
+    """Save after a step when the last checkpoint is this many minutes old, so that a killed run loses no more; 0: do
+    not save by time."""
     keep: Annotated[int, Ge(1)] = 2
-    """Checkpoints kept; older ones are removed after a new one is complete."""
+    """Checkpoints kept; older ones are removed after a new one is complete. With `every`, those of its multiples, and
+    the newest; the best on held-out rows is kept too."""
 
 
 @section("track")
@@ -224,6 +228,9 @@ class Config:
     what it is packed with), "none" as `dtype`. Files that bitsandbytes has quantised are taken as they are and want
     "auto" or what they are in; else "auto" is nf4 on a GPU, for a .gguf file too (dequantised, then quantised), and
     none on a CPU."""
+    if_exists: Literal["refuse", "resume", "overwrite", "number"] = "refuse"
+    """What to do where `out` holds a run with a finished step: "resume" goes on with it, "overwrite" removes it,
+    "number" takes the next free folder: runs/first-2, runs/first-3, ..."""
     algo: Algo = field(default_factory=Algo)
     sampling: Sampling = field(default_factory=Sampling)
     dynamic_sampling: DynamicSampling = field(default_factory=DynamicSampling)
@@ -252,6 +259,7 @@ class Config:
             device: Literal["auto", "cpu", "cuda"] = "auto",
             dtype: Literal["auto", "float64", "float32", "bfloat16", "float16"] = "auto",
             quantization: Literal["auto", "none", "nf4", "int8"] = "auto",
+            if_exists: Literal["refuse", "resume", "overwrite", "number"] = "refuse",
             algo: str | Algo | Mapping[str, Any] = ...,
             sampling: Sampling | Mapping[str, Any] = ...,
             dynamic_sampling: DynamicSampling | Mapping[str, Any] = ...,

@@ -97,6 +97,7 @@ TRL_NAMES = {
     "num_train_epochs": Ours("data.epochs"),
     "off_policy_mask_threshold": Ours("algo.off_policy_limit"),
     "output_dir": Ours("out"),
+    "overwrite_output_dir": Ours("if_exists", {True: 'if_exists = "overwrite"'}),
     "per_device_train_batch_size": Ours(
         "prompts_per_step",
         note="TRL's counts completions, ours prompts: theirs x devices x gradient_accumulation_steps / num_generations",

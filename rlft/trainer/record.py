@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from rlft.batch import group_numbers, packing_stats
+from rlft.errors import RlftError, TrainError
 from rlft.rewards.parts import score_columns
 from rlft.runs.folder import PIECED_GROUPS
+from rlft.runs.tables import Unreadable
 from rlft.trainer import dynamic_sampling
 from rlft.trainer.evaluate import change, evaluate, recorded_loss
 from rlft.trainer.sample import trainer_state
@@ -46,8 +48,24 @@ def record(session: Session, step: Step, values: dict[str, float]) -> None:
     new = recorder.health.step(number, values)
     recorder.console.step(values | {"step": float(number)}, samples[0].rollout.text, new, recorder.health.active)
     recorder.tracking.log(number, values, "completions", step.rollouts, score_columns(samples), new)
+
+
+def call_back(session: Session, values: dict[str, float]) -> None:
+    """Call the user's callbacks after a step. Raises TrainError (exit code 2) naming the one that raised."""
+    _, trainer, recorder = session
     for callback in recorder.callbacks:
-        callback(trainer.state, dict(values))  # a copy: what a callback puts into it is no metric of ours
+        try:
+            callback(trainer.state, dict(values))  # a copy: what a callback puts into it is no metric of ours
+        except RlftError:
+            raise
+        except Exception as error:
+            name = getattr(callback, "__name__", type(callback).__name__)
+            fault = TrainError(
+                f"callback {name} raised at step {trainer.state.step}: {type(error).__name__}: {error}; mend it or "
+                f"leave it out"
+            )
+            fault.exit_code = 2
+            raise fault from error
 
 
 def write_completions(recorder: Recorder, number: int, step: Step) -> None:
@@ -72,7 +90,7 @@ def measure(session: Session) -> dict[str, float]:
         sampler.eval_engine.load_adapter(trainer.policy.adapter(), version=step)
         state = trainer_state(sampler, trainer)
         evaluation = evaluate(sampler.eval_engine, sampler.eval_prompts, cfg, sampler.eval_functions, state)
-        values |= evaluation.metrics | change(recorder.run.first_rewards(), evaluation.by_row(), cfg.eval)
+        values |= evaluation.metrics | change(_first_rewards(recorder), evaluation.by_row(), cfg.eval)
     if evaluation is not None:
         # Written now, since the next evaluation reads the first one. Written before the log, so that a run killed in
         # between counts as not evaluated, and the resumed run evaluates again.
@@ -89,3 +107,12 @@ def measure(session: Session) -> dict[str, float]:
     rollouts = [sample.rollout for sample in samples]
     recorder.tracking.log(step, values, "eval/completions", rollouts, scores, new)
     return values
+
+
+def _first_rewards(recorder: Recorder) -> dict[int, list[float]]:
+    """Return the rewards of the first evaluation; {}, with a note, where its file is damaged."""
+    try:
+        return recorder.run.first_rewards()
+    except Unreadable as error:
+        recorder.console.note(f"{error}; the change since the first evaluation is not measured")
+        return {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from rlft.algos.algorithm import Algorithm
 from rlft.config.run import Config
@@ -21,6 +21,7 @@ from rlft.rollout.engine import Engine
 from rlft.runs.folder import Run
 from rlft.trainer.disagreement import Limit
 from rlft.trainer.optim import Optimizer
+from rlft.trainer.progress import Progress
 from rlft.trainer.reference import Reference
 from rlft.types import PackPlan, Prompt, State
 
@@ -64,6 +65,8 @@ class Trainer:
     state: State
     identity: dict[str, str]
     """Properties that a checkpoint must share with this run to be resumed."""
+    progress: Progress
+    """What the last completed step left, while the next one runs."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,8 @@ class Recorder:
     health: HealthMonitor
     tracking: Tracking
     pieces: TokenText
+    tokenizer: Any
+    """Of transformers; saved with every checkpoint."""
     callbacks: Sequence[Callable[..., None]] = ()
 
 

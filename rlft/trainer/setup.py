@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -44,12 +46,14 @@ from rlft.rewards.pool import InProcess
 from rlft.rewards.score import RewardFunction, build_rewards
 from rlft.rollout.engine import Engine, asleep, undeclared_end
 from rlft.rollout.replay import ReplayEngine
+from rlft.runs.claim import Claim, claim
 from rlft.runs.folder import Run
 from rlft.trainer import engines
 from rlft.trainer.agreement import agree
 from rlft.trainer.evaluate import measures_loss
 from rlft.trainer.optim import Optimizer
 from rlft.trainer.plans import memory_plan, pack_plan_of, pass_summary
+from rlft.trainer.progress import Progress
 from rlft.trainer.reference import Reference
 from rlft.trainer.saving import resume as resumed
 from rlft.trainer.selfcheck import check as check_path
@@ -83,17 +87,33 @@ def build_session(
 ) -> Iterator[Session]:
     """Build the session of a run, resumed from its newest checkpoint if asked, and close its resources at the end.
 
-    rewards: callables or rlft.Reward in place of `cfg.rewards`. Raises RlftError for every error a user can cause.
+    rewards: callables or rlft.Reward in place of `cfg.rewards`. The run folder is claimed first and released last.
+    Raises RlftError for every error a user can cause.
     """
-    checked = _check(cfg, resume, callables=rewards is not None)
+    with claim(cfg.out, resume, cfg.if_exists) as claimed:
+        if claimed.run.path != Path(cfg.out).expanduser():
+            cfg = replace(cfg, out=str(claimed.run.path))  # numbered
+        checked = _check(cfg, claimed.resumed, callables=rewards is not None)
+        with _built(cfg, claimed, checked, rewards, callbacks) as session:
+            yield session
+
+
+@contextlib.contextmanager
+def _built(
+    cfg: Config,
+    claimed: Claim,
+    checked: Checked,
+    rewards: Sequence[Any] | None,
+    callbacks: Sequence[Callable[..., None]],
+) -> Iterator[Session]:
+    """Build the session of a checked config in a claimed folder."""
     assert checked.algorithm is not None and checked.rows is not None, "a problem otherwise"
-    algorithm = checked.algorithm
+    run, algorithm = claimed.run, checked.algorithm
     with contextlib.ExitStack() as stack:
         console = stack.enter_context(Console())
         stack.enter_context(segments(growing=True))
-        run = Run.resume(cfg.out, empty=True) if resume else Run.create(cfg.out)
         writer = stack.enter_context(Background("rlft-writer"))
-        console.note("\n".join([*untested(), f"loading {cfg.model}"]))
+        console.note("\n".join([*claimed.notes, *untested(), f"loading {cfg.model}"]))
         tokenizer = load_tokenizer(cfg.model)
         rows, eval_prompts = load_prompts_of(cfg, tokenizer, console.note, checked)
         prompts = Prompts(rows, cfg.seed, cfg.data.shuffle)
@@ -118,21 +138,21 @@ def build_session(
         sampler = Sampler(engine, eval_engine, prompts, eval_prompts, eval_loss, functions, eval_functions)
         optimizer = Optimizer(policy.adapter_params, cfg.optim, steps * cfg.optim.updates, fp16, views)
         reference = Reference(policy, keep=steps * cfg.prompts_per_step > len(rows) and not policy.mixes_rows)
-        identity, state = identity_of(cfg, policy), State(data=digest(rows))
-        if resume:
-            state = resumed(
-                run, cfg, state.data, identity, policy, optimizer, reference, prompts, bool(eval_prompts), console.note
-            )
+        identity, state = identity_of(cfg, policy), State(steps=steps, data=digest(rows))
+        progress = Progress(state, policy, optimizer, reference, prompts)
+        if claimed.resumed:
+            resumed(run, cfg, progress, identity, bool(eval_prompts), console.note)
         check_adapter(policy, RESUMED.format(cfg.lora.resume_from))
+        claimed.make_room()
         # Before the config is written, which makes the folder a run: a tracker that fails leaves no run behind.
-        tracking = stack.enter_context(Tracking(cfg, run, state.step, resume, console.note))
+        tracking = stack.enter_context(Tracking(cfg, run, state.step, claimed.resumed, console.note))
         run.write_config(to_toml(cfg))
         run.write_plan(memory)
         console.start(_title(cfg, policy, algorithm, sampler, steps, run, passes), steps, state.step)
         limit = agree(cfg, policy, engine, rows, plan, console.note)
-        trainer = Trainer(cfg, steps, policy, algorithm, optimizer, reference, plan, limit, state, identity)
+        trainer = Trainer(cfg, steps, policy, algorithm, optimizer, reference, plan, limit, state, identity, progress)
         health = HealthMonitor(cfg.algo.name)
-        recorder = Recorder(run, writer, console, health, tracking, TokenText(tokenizer), callbacks)
+        recorder = Recorder(run, writer, console, health, tracking, TokenText(tokenizer), tokenizer, callbacks)
         yield Session(sampler, trainer, recorder)
 
 

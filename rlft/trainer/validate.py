@@ -25,7 +25,8 @@ from rlft.models.load import describe_base, locate, resolve_device
 from rlft.monitor import tracking
 from rlft.rewards.score import BUILTIN, OURS
 from rlft.rewards.worker import Signature, signature
-from rlft.runs.folder import Run, resumable
+from rlft.runs.claim import decide
+from rlft.runs.folder import Run
 from rlft.trainer.engines import engine_name
 
 RECORDED = ("completion", "text", "messages", "chosen")
@@ -62,7 +63,7 @@ def check(cfg: Config, resume: bool = False, callables: bool = False) -> Checked
     messages = version_problems(_needed(cfg))
     device = _collect(messages, lambda: resolve_device(cfg))
     messages += _model(cfg, device)
-    messages += _out(Path(cfg.out).expanduser(), resume)
+    messages += _out(cfg, resume)
     algorithm = _collect(messages, lambda: build_algorithm(cfg.algo, cfg.optim.updates))
     rows = _collect(messages, lambda: check_rows(cfg.data, cfg.seed))
     held = rows
@@ -117,14 +118,15 @@ def _model(cfg: Config, device: torch.device | None) -> Iterator[str]:
         yield f'lora.resume_from = "{folder}": no PEFT adapter there (adapter_config.json is missing)'
 
 
-def _out(out: Path, resume: bool) -> Iterator[str]:
-    if resume and not resumable(out):
-        yield f'out = "{out}": holds no run to resume; leave out --resume, or give the folder of a run'
-    elif Run(out).exists() and not resume:
-        yield f'out = "{out}": already holds a run; go on with --resume, or give another folder with --out'
+def _out(cfg: Config, resume: bool) -> Iterator[str]:
+    out = Path(cfg.out).expanduser()
     if out.exists() and not out.is_dir():
         yield f'out = "{out}": is a file; give a folder'
         return
+    try:
+        decide(Run(out), resume, cfg.if_exists)
+    except ConfigError as error:
+        yield str(error)
     # The run creates the folder, so the nearest existing parent must be writable.
     nearest = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):

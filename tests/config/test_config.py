@@ -138,7 +138,7 @@ def test_an_unknown_key_names_its_nearest_neighbour() -> None:
 
 
 def test_a_key_like_nothing_lists_what_is_known() -> None:
-    assert_refused("checkpoint.zzz: unknown setting. Known here: every, keep", checkpoint={"zzz": 1})
+    assert_refused("checkpoint.zzz: unknown setting. Known here: every, minutes, keep", checkpoint={"zzz": 1})
 
 
 def test_a_key_outside_its_section_says_where_it_belongs() -> None:
@@ -205,7 +205,7 @@ def test_no_setting_of_ours_is_refused_as_a_name_of_trl() -> None:
             'optim.name = "adamw_8bits": want "adamw" or "adamw_8bit". Did you mean "adamw_8bit"?',
             {"optim": {"name": "adamw_8bits"}},
         ),
-        ("checkpoint = 3: want a table with every, keep", {"checkpoint": 3}),
+        ("checkpoint = 3: want a table with every, minutes, keep", {"checkpoint": 3}),
         ("data.columns.prompt = 3: want a string", {"data": {"path": "d", "columns": {"prompt": 3}}}),
         ("data.args = 3: want a table", {"data": {"path": "d", "args": 3}}),
         ("rewards[1].use is missing: it has no default", {"rewards": ["number", {"weight": 2.0}]}),
