@@ -20,6 +20,7 @@ import torch
 
 from rlft import report
 from rlft.monitor.console import Console
+from rlft.runs.claim import find
 from rlft.trainer.saving import save
 from rlft.trainer.session import Session
 
@@ -151,12 +152,13 @@ def rescue(session: Session, ways: Ways) -> str:
         saved += f"{', ' if saved else ''}the report is {report.write(run.path)}"
     except Exception as fault:
         faults.append(f"the report could not be written: {_brief(fault)}")
-    if run.has_checkpoint():
-        newest = "" if saved.startswith("step") else f"the newest checkpoint is {run.latest_checkpoint()}"
-        way = f"Go on with: {ways.resume(run.path)}"
-    else:
-        newest = "" if trainer.state.step else "no step was finished, so there is nothing to resume"
-        way = f"Start again with: {ways.start}"
+    newest = ""
+    if not trainer.state.step:
+        newest = "no step was finished"
+    elif not saved.startswith("step") and run.has_checkpoint():
+        newest = f"the newest checkpoint is {run.latest_checkpoint()}"
+    fresh = find(run) == "unstarted"
+    way = f"Start again with: {ways.start}" if fresh else f"Go on with: {ways.resume(run.path)}"
     told = "; ".join(text for text in (*faults, saved, newest) if text)
     return f"{told[0].upper()}{told[1:]}. {way}"
 

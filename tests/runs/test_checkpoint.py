@@ -200,14 +200,7 @@ def test_a_damaged_checkpoint_is_named(tmp_path: Path, file: str, data: bytes | 
         checkpoint.load_checkpoint(path, IDENTITY)
 
 
-EDITS = {
-    "step": 99,
-    "updates": -1,
-    "consumed": "x",
-    "invalid_history": None,
-    "solved": [1],
-    "new": 1,
-}
+EDITS = {"step": 99, "updates": -1, "consumed": "x", "invalid_history": None, "solved": [1], "new": 1}
 """Field of the state -> a value that somebody has put there."""
 
 
@@ -217,7 +210,7 @@ def test_an_edited_state_is_a_damaged_checkpoint(tmp_path: Path, name: str) -> N
     record = json.loads((path / "state.json").read_text())
     record["state"][name] = EDITS[name]
     (path / "state.json").write_text(json.dumps(record))
-    with pytest.raises(ConfigError, match="step-000001: damaged checkpoint: state.json is not what was written"):
+    with pytest.raises(ConfigError, match=r"step-000001: damaged checkpoint: state.json is not what was written"):
         checkpoint.load_checkpoint(path, IDENTITY)
 
 

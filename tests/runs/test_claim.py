@@ -69,11 +69,7 @@ def test_a_second_writer_is_refused_with_process_and_host_until_the_first_is_kil
 
 
 def test_a_second_writer_in_the_same_process_is_refused(tmp_path: Path) -> None:
-    with (
-        claim(tmp_path / "run"),
-        pytest.raises(ConfigError, match=held_by(os.getpid())),
-        claim(tmp_path / "run"),
-    ):
+    with claim(tmp_path / "run"), pytest.raises(ConfigError, match=held_by(os.getpid())), claim(tmp_path / "run"):
         pass
 
 
@@ -141,9 +137,9 @@ def test_a_start_that_fails_leaves_no_folder_and_no_lock(tmp_path: Path) -> None
 
 def test_an_out_that_is_a_file_or_refused_by_the_system_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
-    with pytest.raises(ConfigError, match=r'out = ".*/file": cannot write in it: File exists; .* with --out'):
-        with claim(tmp_path / "file"):
-            pass
+    told = r'out = ".*/file": cannot write in it: File exists; .* with --out'
+    with pytest.raises(ConfigError, match=told), claim(tmp_path / "file"):
+        pass
     with pytest.raises(ConfigError, match=r'out = "/proc/rlft": cannot write in it'), claim("/proc/rlft"):
         pass
 
@@ -174,9 +170,9 @@ def test_what_a_start_does(tmp_path: Path, found: str, resume: bool, if_exists: 
 
 
 def test_a_folder_that_holds_a_run_and_one_that_holds_none_are_named(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r'out = ".*run": already holds a run; go on with --resume, .* "number"'):
-        with claim(made(tmp_path / "run", steps=1)):
-            pass
+    told = r'out = ".*run": already holds a run; go on with --resume, .* "number"'
+    with pytest.raises(ConfigError, match=told), claim(made(tmp_path / "run", steps=1)):
+        pass
     with pytest.raises(ConfigError, match="holds no run to resume"), claim(tmp_path / "new", resume=True):
         pass
     assert not (tmp_path / "new").exists()
@@ -201,9 +197,9 @@ def test_what_is_not_ours_is_never_written_over(tmp_path: Path, name: str, if_ex
     for file, text in FOREIGN[name].items():
         (tmp_path / "run" / file).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "run" / file).write_text(text)
-    with pytest.raises(ConfigError, match=r"holds .* that no run of rlft wrote; give another folder with --out"):
-        with claim(tmp_path / "run", if_exists=if_exists):
-            pass
+    told = r"holds .* that no run of rlft wrote; give another folder with --out"
+    with pytest.raises(ConfigError, match=told), claim(tmp_path / "run", if_exists=if_exists):
+        pass
     assert all((tmp_path / "run" / file).read_text() == text for file, text in FOREIGN[name].items())
 
 
@@ -246,10 +242,7 @@ def test_a_number_is_that_of_the_first_folder_without_a_run_or_writer(tmp_path: 
         assert claimed.run.path == tmp_path / "first"
     made(tmp_path / "first", steps=1)
     made(tmp_path / "first-3", steps=1)
-    with (
-        claim(tmp_path / "first", if_exists="number") as one,
-        claim(tmp_path / "first", if_exists="number") as other,
-    ):
+    with claim(tmp_path / "first", if_exists="number") as one, claim(tmp_path / "first", if_exists="number") as other:
         assert [one.run.path.name, other.run.path.name] == ["first-2", "first-4"]
 
 

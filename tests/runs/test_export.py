@@ -28,7 +28,7 @@ from rlft.errors import ConfigError, ParityError
 from rlft.models.load import attach_lora, load_base
 from rlft.models.policy import Policy
 from rlft.runs import card as model_card
-from rlft.runs import export
+from rlft.runs import checkpoint, export
 from rlft.runs.export import merge, token_logprobs
 from rlft.runs.folder import Run
 from rlft.trainer.loop import train
@@ -216,11 +216,20 @@ def test_weights_beyond_the_range_of_the_type_are_an_error(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_adapter_that_is_not_finite_is_refused(damaged: Path, tmp_path: Path) -> None:
+def test_an_adapter_that_is_not_finite_is_refused(damaged: Path, tmp_path: Path, monkeypatch) -> None:
     file = damaged / "checkpoints" / "step-000002" / "adapter_model.safetensors"
     tensors = load_file(file)
     tensors[min(tensors)][0, 0] = math.nan
     save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(
+        ConfigError, match=r"step-000002: damaged checkpoint: adapter_model.safetensors is not what was"
+    ):
+        merge(damaged, tmp_path / "out")
+    with pytest.raises(
+        ConfigError, match=r"step-000002: damaged checkpoint: adapter_model.safetensors is not what was"
+    ):
+        export.push_adapter(damaged, "me/mine")
+    monkeypatch.setattr(checkpoint, "check", lambda path: {})
     with pytest.raises(ConfigError, match=r"step-000002: the adapter cannot be merged"):
         merge(damaged, tmp_path / "out")
 

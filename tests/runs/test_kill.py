@@ -34,6 +34,8 @@ class Fork:
     def __init__(self, args: list[str], marks: Path) -> None:
         self._process = SERVER.Process(target=command, args=(args, str(marks)))
         self._process.start()
+        assert self._process.pid is not None
+        self.pid = self._process.pid
 
     def poll(self) -> int | None:
         return self._process.exitcode
