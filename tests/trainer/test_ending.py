@@ -49,9 +49,6 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "def digits(completions, **columns):\n"
         "    return [sum(c.isdigit() for c in text) / max(1, len(text)) for text in completions]\n"
         "held = digits\n"
-        "def breaks(completions, trainer_state, **columns):\n"
-        "    if trainer_state.global_step == 2: raise RuntimeError('the grader is down')\n"
-        "    return digits(completions)\n"
     )
     assert run(folder, folder / "whole") == 0
     return folder
@@ -143,13 +140,17 @@ def test_a_step_that_fails_leaves_the_one_before_it_and_a_resume_ends_equal(
 
 
 def test_a_reward_that_breaks_leaves_a_checkpoint_and_the_line_that_goes_on(home: Path, tmp_path: Path, capfd) -> None:
-    out = tmp_path / "run"
-    assert run(home, out, f"--rewards.0.use={home}/rewards.py:breaks") == 3
+    out, file = tmp_path / "run", tmp_path / "grader.py"
+    good = (home / "rewards.py").read_text().split("held")[0]
+    broken = "    if trainer_state.global_step == 2: raise RuntimeError('the grader is down')\n"
+    file.write_text(good.replace("**columns):\n", f"trainer_state, **columns):\n{broken}"))
+    assert run(home, out, f"--rewards.0.use={file}:digits") == 3
     shown = capfd.readouterr().err
     assert "the grader is down" in shown
     assert f"Step 2 of 3 is saved in {out}" in shown.splitlines()[-1]
-    assert f"--rewards.0.use={home}/rewards.py:breaks --resume" in shown.splitlines()[-1]
-    assert run(home, out, "--resume") == 0
+    assert f"--rewards.0.use={file}:digits --resume" in shown.splitlines()[-1]
+    file.write_text(good)
+    assert run(home, out, f"--rewards.0.use={file}:digits", "--resume") == 0
     assert differences(home / "whole", out) == []
 
 
