@@ -313,12 +313,16 @@ def test_sighup_that_nohup_ignores_stays_ignored(home: Path, tmp_path: Path) -> 
 
 def test_a_terminal_that_is_closed_ends_the_run_with_a_checkpoint_and_a_report(home: Path, tmp_path: Path) -> None:
     out, (controller, terminal) = tmp_path / "run", pty.openpty()
+    flags = [*SETTINGS, "--steps=400", "--eval.rows=0", "--eval.every=0"]
     process = subprocess.Popen(
-        [sys.executable, "-c", HANGUP, "train", str(file_of(home, out)), *SETTINGS, "--steps=400", "--eval.rows=0",
-         "--eval.every=0"],
-        stdin=terminal, stdout=terminal, stderr=terminal, start_new_session=True, cwd=ROOT,
+        [sys.executable, "-c", HANGUP, "train", str(file_of(home, out)), *flags],
+        stdin=terminal,
+        stdout=terminal,
+        stderr=terminal,
+        start_new_session=True,
+        cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    )
     os.close(terminal)
     os.set_blocking(controller, False)
     while not (out / "metrics.jsonl").exists() or not (out / "metrics.jsonl").read_text():
