@@ -89,8 +89,8 @@ def run(cfg: Config, inject: Inject | None = None, right: Callable[[Session, Val
             return Outcome("finished", s.trainer.state.step, f"trains on; {said}")
     except (RlftError, RuntimeError, AssertionError, ValueError) as error:
         raise_ours(error)
-        # What looks at a whole step does so after it was logged.
-        looked = any(f.name in ("check_step", "check_end") for f in traceback.extract_tb(error.__traceback__))
+        # The check of the last update comes after the callbacks of the last step, all others before those of their step.
+        looked = any(f.name == "check_end" for f in traceback.extract_tb(error.__traceback__))
         step = len(values) + (not looked) if started else 0
         code = error.exit_code if isinstance(error, RlftError) else 1
         return Outcome("stopped_at_step", step, f"{short(error)}; exit code {code}")

@@ -193,7 +193,7 @@ def _write_state(folder: Path, state: State, tensors: Mapping[str, Tensor], iden
 
 def _read_state(path: Path) -> dict[str, Any]:
     """Read state.json as it was written. Raises ConfigError."""
-    if not path.is_dir():
+    if not path.exists():
         raise ConfigError(f"{path}: no checkpoint there")
     data = _damaged_if(path, OSError, lambda: (path / STATE).read_bytes())
     record = _damaged_if(path, (ValueError, RecursionError), lambda: json.loads(data))

@@ -18,8 +18,8 @@ from typing import Literal
 
 from rlft.errors import ConfigError
 from rlft.runs import lock
-from rlft.runs.disk import make_folder
-from rlft.runs.folder import Run
+from rlft.runs.disk import make_folder, reason
+from rlft.runs.folder import Run, place
 from rlft.runs.lines import parse_line
 
 Found = Literal["nothing", "unstarted", "started", "foreign"]
@@ -60,7 +60,7 @@ def claim(out: str | Path, resume: bool = False, if_exists: str = "refuse") -> I
     empty is removed again, where this call has made it. Raises ConfigError when another process writes the folder, when
     it cannot be written, and for what `decide` refuses.
     """
-    out = Path(out).expanduser()
+    out = place(out)
     candidates = numbered(out) if if_exists == "number" and not resume else iter([out])
     for path in candidates:
         run, new = Run(path), not path.exists()
@@ -111,6 +111,7 @@ def _notes(run: Run, action: Action, missing: str) -> list[str]:
 def numbered(out: Path) -> Iterator[Path]:
     """Yield runs/first, runs/first-2, runs/first-3, ..."""
     yield out
+    out = out if out.name not in ("", "..") else out.resolve()
     for number in itertools.count(2):
         yield out.with_name(f"{out.name}-{number}")
 
@@ -120,7 +121,12 @@ def decide(run: Run, resume: bool, if_exists: str) -> Action | None:
 
     Raises ConfigError when the folder must not be written, or has no run to resume.
     """
-    found = find(run)
+    try:
+        found = find(run)
+    except OSError as error:
+        raise ConfigError(
+            f'out = "{run.path}": cannot be read: {reason(error)}; make it readable, or give another folder with --out'
+        ) from error
     if found == "foreign":
         raise ConfigError(
             f'out = "{run.path}": holds {_foreign(run)} that no run of rlft wrote; give another folder with --out'

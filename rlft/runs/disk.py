@@ -59,4 +59,6 @@ def remedy(error: OSError) -> str:
         return "put the folder back (it was moved or removed)"
     if error.errno in FORBIDDEN:
         return "make it writable"
-    return "mend the disk or the network it is on"
+    if error.errno == errno.EIO:
+        return "check the disk, or the network it is on"
+    return "see what is in the way there"

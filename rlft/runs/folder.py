@@ -59,6 +59,18 @@ def _steps_in(folder: Path) -> dict[int, Path]:
     return dict(sorted(entries))
 
 
+def place(out: str | Path) -> Path:
+    """Return the path of a run folder. Raises ConfigError for one that the system does not take."""
+    try:
+        path = Path(out).expanduser()
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            path.lstat()
+    except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: ~nobody; ValueError: a null character
+        why = reason(error) if isinstance(error, OSError) else error
+        raise ConfigError(f'out = "{out}": {why}; give another folder with --out') from error
+    return path
+
+
 @dataclass(frozen=True)
 class Aside:
     """What `Run.set_aside` has moved."""
@@ -67,6 +79,11 @@ class Aside:
     """The folder that it is in."""
     damaged: list[int]
     """Numbers of lines of metrics.jsonl that could not be read, from 1; a truncated last one is none of them."""
+
+
+def is_evaluation(row: Mapping[str, Any]) -> bool:
+    """Return True for a row of metrics that is an evaluation, and False for one that is a step."""
+    return any(name.startswith("eval/") for name in row)
 
 
 class Run:
@@ -87,7 +104,7 @@ class Run:
     @classmethod
     def create(cls, out: str | Path) -> Run:
         """Create the folder of a new run, if missing. It counts as a run once `write_config` was called."""
-        run = cls(Path(out).expanduser())
+        run = cls(place(out))
         with run.writing("in it", "or"):
             make_folder(run.path)
         return run
@@ -95,7 +112,7 @@ class Run:
     @classmethod
     def resume(cls, out: str | Path) -> Run:
         """Open the folder of an existing run to read it. Raises ConfigError when `out` has no run."""
-        run = cls(Path(out).expanduser())
+        run = cls(place(out))
         if not run.exists():
             raise ConfigError(f'out = "{out}": holds no run; give the folder of a run')
         return run
@@ -314,7 +331,7 @@ class Run:
 
     def _evaluations(self) -> Iterator[tuple[int, dict[str, float]]]:
         for row in self.metrics():
-            if any(name.startswith("eval/") for name in row):
+            if is_evaluation(row):
                 yield (
                     row["step"],
                     {

@@ -25,10 +25,11 @@ from rlft.config.data import Reward
 from rlft.config.files import to_toml
 from rlft.config.run import Checkpoint, Config, config_from
 from rlft.data.prompts import Prompts
+from rlft.errors import ConfigError
 from rlft.monitor.console import Console
 from rlft.rollout.engine import asleep
 from rlft.runs import checkpoint
-from rlft.runs.folder import Run, step_of
+from rlft.runs.folder import Run, place, step_of
 from rlft.trainer import broken
 from rlft.trainer.dynamic_sampling import kept_groups, replace_uninformative
 from rlft.trainer.ending import FROM_PYTHON, Ways, interrupted_by_signals, saved_on_the_way_out, stop_on_signals
@@ -230,14 +231,17 @@ def finished(cfg: Config) -> Result | None:
 
     Loads nothing. A run of `data.epochs` counts as finished where its settings are those it was trained with.
     """
-    run = Run(Path(cfg.out).expanduser())
+    run = Run(place(cfg.out))
     if not run.has_checkpoint() or not all(path.is_file() for path in (run.report, run.metrics_file, run.config)):
         return None
     path = run.latest_checkpoint()
     step, record = step_of(path), checkpoint.check(path)
     steps = cfg.steps or (record["state"]["steps"] if run.config.read_bytes() == to_toml(cfg).encode() else None)
-    after = run.evaluation(step or 0)
     newest = max(file.stat().st_mtime_ns for file in (run.metrics_file, path))
+    try:
+        after = run.evaluation(step or 0)
+    except ConfigError:  # a damaged line, which the resume sets aside
+        return None
     if step != steps or (cfg.eval.rows and not after) or run.report.stat().st_mtime_ns < newest:
         return None
     with Console() as console:

@@ -13,7 +13,7 @@ from rlft.errors import ConfigError
 from rlft.runs import checkpoint
 from rlft.runs.card import adapter_card
 from rlft.runs.disk import replace_file
-from rlft.runs.folder import Run
+from rlft.runs.folder import Run, is_evaluation
 from rlft.trainer.progress import Progress
 from rlft.trainer.session import Recorder, Session, check_adapter
 
@@ -99,7 +99,11 @@ def resume(
     aside = run.set_aside(state.step)
     if aside and aside.damaged:
         lines = ", ".join(map(str, aside.damaged))
-        notes.append(f"metrics.jsonl: unreadable lines ({lines}) are set aside in {aside.path}; their numbers are lost")
+        notes.append(f"metrics.jsonl: unreadable lines ({lines}) are set aside in {aside.path}")
+    if missing := state.step - len({row["step"] for row in run.metrics() if row["step"] and not is_evaluation(row)}):
+        notes.append(
+            f"metrics.jsonl has no row of {missing} of the {state.step} finished steps: their numbers are lost"
+        )
     checkpoint.mark_best(run.checkpoints, run.best())
     for text in notes:
         note(text)

@@ -26,7 +26,7 @@ from rlft.monitor import tracking
 from rlft.rewards.score import BUILTIN, OURS
 from rlft.rewards.worker import Signature, signature
 from rlft.runs.claim import decide
-from rlft.runs.folder import Run
+from rlft.runs.folder import Run, place
 from rlft.trainer.engines import engine_name
 
 RECORDED = ("completion", "text", "messages", "chosen")
@@ -119,7 +119,11 @@ def _model(cfg: Config, device: torch.device | None) -> Iterator[str]:
 
 
 def _out(cfg: Config, resume: bool) -> Iterator[str]:
-    out = Path(cfg.out).expanduser()
+    try:
+        out = place(cfg.out)
+    except ConfigError as error:
+        yield str(error)
+        return
     if out.exists() and not out.is_dir():
         yield f'out = "{out}": is a file; give a folder'
         return

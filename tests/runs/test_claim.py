@@ -145,6 +145,20 @@ def test_an_out_that_is_a_file_or_refused_by_the_system_is_named(tmp_path: Path)
 
 
 @pytest.mark.parametrize(
+    ("out", "why"), [("~nobody-here/x", "home directory"), ("x" * 300, "File name too long"), ("a\0b", "null")]
+)
+def test_a_path_that_the_system_does_not_take_is_named(out: str, why: str) -> None:
+    with pytest.raises(ConfigError, match=f'out = ".*": .*{why}.*; give another folder with --out'), claim(out):
+        pass
+
+
+def test_the_working_directory_can_be_numbered(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(made(tmp_path / "first", steps=1))
+    with claim(".", if_exists="number") as claimed:
+        assert claimed.run.path == tmp_path / "first-2"
+
+
+@pytest.mark.parametrize(
     ("found", "resume", "if_exists", "action"),
     [
         ("nothing", False, "refuse", "start"),

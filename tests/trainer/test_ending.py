@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 from kill_soak import RUN, differences, make_home
 
 from rlft.cli.main import main
+from rlft.config.data import Eval
 from rlft.config.run import Checkpoint, Config
 from rlft.errors import ConfigError, DataError, TrainError
 from rlft.rollout.eager import EagerEngine
@@ -151,7 +152,8 @@ def test_a_reward_that_breaks_leaves_a_checkpoint_and_the_line_that_goes_on(home
     assert f"--rewards.0.use={file}:digits --resume" in shown.splitlines()[-1]
     file.write_text(good)
     assert run(home, out, f"--rewards.0.use={file}:digits", "--resume") == 0
-    assert differences(home / "whole", out) == []
+    # The card names the file of the reward.
+    assert [text for text in differences(home / "whole", out) if not text.endswith("README.md")] == []
 
 
 def test_before_a_step_is_finished_the_same_command_starts_again(
@@ -195,7 +197,7 @@ def test_an_exception_of_ours_in_a_callback_passes_as_it_is(home: Path, tmp_path
     def stop(state: Any, values: dict[str, float]) -> None:
         raise TrainError("enough")
 
-    with pytest.raises(TrainError, match=r"^enough$"):
+    with pytest.raises(TrainError, match=r"^enough"):
         train(config(home, tmp_path / "run"), callbacks=[stop])
 
 
@@ -216,20 +218,21 @@ def test_a_broken_step_that_is_tried_again_and_again_removes_no_checkpoint(
     home: Path, tmp_path: Path, monkeypatch
 ) -> None:
     out = tmp_path / "run"
-    assert run(home, out, "--steps=2", "--checkpoint.every=1") == 0
+    flags = ("--checkpoint.every=1", "--checkpoint.keep=2")
+    assert run(home, out, "--steps=2", *flags) == 0
     for _ in range(3):
         with monkeypatch.context() as patch:
             at_call(broken, "check_step", 1, patch, lambda: TrainError("broken"))
-            assert run(home, out, "--checkpoint.every=1", "--resume") == 3
+            assert run(home, out, *flags, "--resume") == 3
     assert sorted(path.name for path in (out / "checkpoints").glob("step-*")) == ["step-000001", "step-000002"]
 
 
 def test_a_checkpoint_is_saved_by_time(home: Path, tmp_path: Path) -> None:
     seen: list[list[int]] = []
-    cfg = config(home, tmp_path / "run", checkpoint=Checkpoint(minutes=1e-9, keep=9))
+    cfg = config(home, tmp_path / "run", eval=Eval(), checkpoint=Checkpoint(minutes=1e-9, keep=9))
     train(cfg, callbacks=[lambda state, _: seen.append(steps(tmp_path / "run"))])
     assert seen == [[], [1], [1, 2]]
-    train(config(home, tmp_path / "other", checkpoint=Checkpoint(minutes=0, keep=9)))
+    train(config(home, tmp_path / "other", eval=Eval(), checkpoint=Checkpoint(minutes=0, keep=9)))
     assert steps(tmp_path / "other") == [3]
 
 
@@ -244,13 +247,13 @@ def test_a_finished_run_has_nothing_to_do_and_nothing_is_loaded(
     first = train(cfg)
     monkeypatch.setattr(loop, "build_session", None)
     capsys.readouterr()
-    for again in (train(cfg, resume=True), train(replace(cfg, if_exists="resume"))):
-        assert again == first
+    for again in (lambda: train(cfg, resume=True), lambda: train(replace(cfg, if_exists="resume"))):
+        assert again() == first
         assert capsys.readouterr().out == f"{tmp_path}/run: nothing to do: step 3 of 3; raise steps to train on\n"
 
 
 def test_a_run_of_epochs_has_nothing_to_do_too(home: Path, tmp_path: Path, monkeypatch, capsys) -> None:
-    cfg = config(home, tmp_path / "run", eval=replace(config(home, tmp_path / "run").eval, rows=0, every=0))
+    cfg = config(home, tmp_path / "run", eval=Eval())
     cfg = replace(cfg, steps=None, data=replace(cfg.data, epochs=0.2))
     train(cfg)
     monkeypatch.setattr(loop, "build_session", None)

@@ -14,6 +14,8 @@ import torch
 from rlft.cli.main import main
 from rlft.config.files import to_toml
 from rlft.config.run import Config
+from rlft.runs.claim import TWICE
+from rlft.runs.folder import Run
 from rlft.trainer.validate import problems
 
 REWARDS = """
@@ -84,10 +86,13 @@ def test_a_run_folder_is_used_once(folder: Path) -> None:
     cfg = config(folder)
     Path(cfg.out).mkdir(parents=True)
     assert problems(cfg) == [], "an empty folder is free"
-    (Path(cfg.out) / "config.toml").write_text("")
-    assert one(cfg) == (
-        f'out = "{cfg.out}": already holds a run; go on with --resume, or give another folder with --out'
-    )
+    run = Run.create(cfg.out)
+    run.write_config(to_toml(cfg))
+    assert problems(cfg) == [], "no step of the run is finished"
+    run.log(1, {"loss": 1.0})
+    assert one(cfg) == f'out = "{cfg.out}": already holds a run; {TWICE}'
+    for if_exists in ("resume", "overwrite", "number"):
+        assert problems(dataclasses.replace(cfg, if_exists=if_exists)) == []
     assert problems(cfg, resume=True) == []
 
 
