@@ -302,7 +302,7 @@ COMMANDS = {
         "Train the run that FILE (.toml or .yaml) describes. Any setting can be changed by a flag, for example "
         "--optim.lr=1e-5 or --sampling.group_size 16; `rlft train FILE --help` lists them all with FILE's values. "
         "--resume goes on from the newest checkpoint in the run's folder. Ctrl-C, or SIGTERM, finishes the step and "
-        "saves it; a second one stops at once.",
+        "saves it; a second one stops at once, with the step before saved. The last line says how to go on.",
     ),
     "validate": Command(
         _validate,

@@ -219,7 +219,7 @@ def test_what_is_not_ours_is_never_written_over(tmp_path: Path, name: str, if_ex
 
 def test_an_overwritten_run_goes_when_room_is_made_and_what_is_not_of_the_run_stays(tmp_path: Path) -> None:
     path = made(tmp_path / "run", steps=2)
-    (path / "notes.md").write_text("mine")
+    (path / "notes.txt").write_text("mine")
     (path / "checkpoints" / "step-000002").mkdir(parents=True)
     before = sorted(file.name for file in path.iterdir())
     with claim(path, if_exists="overwrite") as claimed:
@@ -227,7 +227,7 @@ def test_an_overwritten_run_goes_when_room_is_made_and_what_is_not_of_the_run_st
     assert sorted(file.name for file in path.iterdir()) == before  # a start that fails removes nothing
     with claim(path, if_exists="overwrite") as claimed:
         claimed.make_room()
-    assert [file.name for file in path.iterdir()] == ["notes.md"]
+    assert [file.name for file in path.iterdir()] == ["notes.txt"]
 
 
 def test_an_overwrite_that_was_killed_is_finished_by_the_next(tmp_path: Path, monkeypatch) -> None:
