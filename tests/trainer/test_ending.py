@@ -269,7 +269,7 @@ def test_a_run_that_has_gone_further_is_not_called_done(home: Path, tmp_path: Pa
 
 
 def test_an_existing_run_is_overwritten_or_numbered_when_asked_to(home: Path, tmp_path: Path) -> None:
-    cfg = config(home, tmp_path / "run", steps=1)
+    cfg = config(home, tmp_path / "run", steps=1, eval=Eval())
     train(cfg)
     assert train(replace(cfg, if_exists="number")).out == tmp_path / "run-2"
     assert Config.load(tmp_path / "run-2" / "config.toml").out == str(tmp_path / "run-2")
