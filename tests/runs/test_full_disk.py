@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import re
 import subprocess
@@ -127,10 +128,14 @@ def test_a_disk_that_turns_read_only_is_named_at_the_start_and_in_the_middle(hom
     def remount(mode: str) -> None:
         subprocess.run(["mount", "-o", f"remount,{mode}", disk], check=True)
 
+    def refuse() -> None:
+        raise OSError(errno.EROFS, "")
+
     out = disk / "run"
     with monkeypatch.context() as patch:
-        at_call(Run, "log", 3, lambda: remount("ro"), patch)
+        at_call("rlft.runs.folder", "append_line", 3, refuse, patch)
         assert run(home, out) == 2
+    remount("ro")  # not earlier: a file system with an open file, the lock, does not turn read-only on request
     shown = capsys.readouterr().err
     assert f'error: out = "{out}": cannot write metrics.jsonl: Read-only file system; make it writable, then' in shown
     assert run(home, out, "--resume") == 2
