@@ -18,7 +18,7 @@ import textwrap
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 
 from rlft.config.resolve import did_you_mean
 from rlft.errors import ConfigError, RewardError, RlftError
@@ -84,7 +84,7 @@ def main(argv: list[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except RlftError as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}", sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -93,10 +93,21 @@ def main(argv: list[str] | None = None) -> int:
         if isinstance(error, OSError) and error.errno in UNWRITABLE:
             _cannot_write(error)
         else:
-            print(unexpected(error), file=sys.stderr)
+            say(unexpected(error), sys.stderr)
         return 1
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def say(text: str, file: TextIO | None = None) -> None:
+    """Print what may hold a text of the user, of a model or of a file, with nothing in it that steers the terminal.
+
+    file: stdout without it. Everything that a command prints goes through here or through `rlft.monitor.console`.
+    """
+    from rlft.runs.formats import printed
+
+    stream: TextIO = file or sys.stdout
+    print(printed(text, stream), file=stream)
 
 
 def _cannot_write(error: OSError) -> None:
@@ -105,7 +116,7 @@ def _cannot_write(error: OSError) -> None:
         # What is still to be flushed when the interpreter ends goes nowhere.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     if error.errno != errno.EPIPE:  # `rlft env | head -1`: the reader has what it wanted
-        print(f"error: {error.filename or 'the output'} cannot be written: {error.strerror}", file=sys.stderr)
+        say(f"error: {error.filename or 'the output'} cannot be written: {error.strerror}", sys.stderr)
 
 
 def _interrupt(_signal: int, _frame: object) -> None:
@@ -180,9 +191,9 @@ def _validate(args: list[str]) -> int:
         found = str(error).splitlines()
     else:
         if not found:
-            print(to_toml(cfg) + "\n# no problem found")
+            say(to_toml(cfg) + "\n# no problem found")
             return 0
-    print(f"{len(found)} problem{'s' if len(found) > 1 else ''}:", *(f"  {text}" for text in found), sep="\n")
+    say("\n".join([f"{len(found)} problem{'s' if len(found) > 1 else ''}:", *(f"  {text}" for text in found)]))
     return ConfigError.exit_code
 
 
@@ -193,8 +204,8 @@ def _reward_check(args: list[str]) -> int:
     from rlft.cli.reward_check import check
 
     # Messages of functions are printed as they are: no markup, no colours, no words cut in two.
-    show = Console(markup=False, highlight=False, emoji=False, soft_wrap=True).print
-    good = check(show=show, **vars(given))
+    console = Console(markup=False, highlight=False, emoji=False, soft_wrap=True)
+    good = check(show=lambda shown: say(shown) if isinstance(shown, str) else console.print(shown), **vars(given))
     return 0 if good else RewardError.exit_code
 
 
@@ -228,7 +239,7 @@ def _generate(args: list[str]) -> int:
     given = _parsed("GenerateArgs", "generate", args)
     from rlft.trainer.reopen import generate_from_run
 
-    print(generate_from_run(given.run, given.prompt, given.max_tokens, given.temperature, given.checkpoint))
+    say(generate_from_run(given.run, given.prompt, given.max_tokens, given.temperature, given.checkpoint))
     return 0
 
 
@@ -237,7 +248,7 @@ def _merge(args: list[str]) -> int:
     from rlft.runs.export import merge
 
     merged = merge(given.run, given.out, given.checkpoint, given.dtype, given.push, given.private)
-    print(f"merged {merged.checkpoint} into {merged.out}\n{merged.summary()}")
+    say(f"merged {merged.checkpoint} into {merged.out}\n{merged.summary()}")
     return 0
 
 
@@ -245,7 +256,7 @@ def _push(args: list[str]) -> int:
     given = _parsed("PushArgs", "push", args)
     from rlft.runs.export import push_adapter
 
-    print(push_adapter(given.run, given.repo, given.checkpoint, given.private))
+    say(push_adapter(given.run, given.repo, given.checkpoint, given.private))
     return 0
 
 
@@ -260,9 +271,9 @@ def _report(args: list[str]) -> int:
     from rlft import report
 
     if len(given.runs) == 1:
-        print(report.write(given.runs[0], given.out))
+        say(str(report.write(given.runs[0], given.out)))
     else:
-        print(report.compare(given.runs, given.out or Path("comparison.html")))
+        say(str(report.compare(given.runs, given.out or Path("comparison.html"))))
     return 0
 
 

@@ -20,6 +20,7 @@ from rlft.errors import ConfigError, DataError
 from rlft.rewards.parts import RewardBreakdown
 from rlft.rewards.score import RewardFunction, build_rewards, score
 from rlft.runs.folder import Run
+from rlft.runs.formats import visible
 from rlft.runs.tables import shown_prompt
 from rlft.types import FinishReason, Prompt, Rollout
 
@@ -247,5 +248,5 @@ def _prompt(prompt: Prompt) -> str:
 
 def _short(text: str, width: int = 32) -> str:
     """On one line, the middle left out where it is long: what is judged is mostly at the end."""
-    line, half = " ".join(text.split()), width // 2 - 1
+    line, half = visible(" ".join(text.split())), width // 2 - 1
     return line if len(line) <= width else f"{line[:half].rstrip()}…{line[-half:].lstrip()}"

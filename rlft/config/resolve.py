@@ -14,6 +14,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from rlft.config.paths import user_path
 from rlft.errors import ConfigError
 
 
@@ -34,13 +35,13 @@ def names_in(package: str) -> list[str]:
     )
 
 
-def load_file(path: Path) -> ModuleType:
-    """Import a Python file by its path.
+def load_file(path: Path, field: str = "file") -> ModuleType:
+    """Import a Python file by its path. field: the setting it is from, for the error.
 
     The file's folder goes on sys.path first, so that it can import its neighbours as it would when run as a script.
     Raises ConfigError when there is no such file; what the file itself raises passes through.
     """
-    path = path.expanduser().resolve()
+    path = user_path(path, field).resolve()
     if not path.is_file():
         raise ConfigError(f"no file {path}")
     # A separate name: a user's "random.py" must not become the standard library's.
@@ -68,7 +69,11 @@ def user_module(reference: str, field: str) -> ModuleType:
     """
     where = reference.rpartition(":")[0] or reference
     try:
-        return load_file(Path(where)) if where.endswith(".py") else importlib.import_module(where)
+        if where.endswith(".py"):
+            return load_file(Path(where), field)
+        if not all(part.isidentifier() for part in where.split(".")):
+            raise ConfigError(f'"{where}" is the name of no module')
+        return importlib.import_module(where)
     except (ConfigError, ModuleNotFoundError) as error:
         raise ConfigError(f'{field} = "{reference}": {error}') from None
 

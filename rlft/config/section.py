@@ -21,6 +21,7 @@ import pydantic
 from annotated_types import Ge, Gt, Le, Lt, MinLen
 from pydantic import AllowInfNan, BeforeValidator, ConfigDict, Strict, TypeAdapter, ValidationError
 
+from rlft.config import secrets
 from rlft.config.resolve import did_you_mean
 from rlft.config.trl_names import RENAMED, RENAMED_VALUES, TRL_NAMES, TRL_NOTES
 from rlft.errors import ConfigError
@@ -69,6 +70,7 @@ def section(
                 raise ConfigError("\n".join(sentences(error, checked, name, settings))) from None
 
         checked.__init__ = __init__  # type: ignore[method-assign]
+        checked.__repr__ = _repr  # type: ignore[method-assign]
         SECTIONS[checked] = name
         return checked  # type: ignore[return-value]
 
@@ -79,6 +81,13 @@ def refuse(wrong: bool, sentence: str) -> None:
     """Raise ConfigError with `sentence` where something is wrong: for checks that need more than one field."""
     if wrong:
         raise ConfigError(sentence)
+
+
+def _repr(section: Any) -> str:
+    """What dataclasses make, with secrets masked."""
+    values = {field.name: getattr(section, field.name) for field in dataclasses.fields(section)}
+    texts = [f"{name}={secrets.masked(value, name)!r}" for name, value in values.items()]
+    return f"{type(section).__qualname__}({', '.join(texts)})"
 
 
 def strict(hint: Any) -> Any:
@@ -261,7 +270,9 @@ def mistyped(hint: Any, value: Any, path: str, bounds_only: bool = False) -> str
     want = (bounds(hint) if bounds_only else "") or words(hint)
     known = [str(arg) for arg in typing.get_args(plain(hint))] if _origin(plain(hint)) is Literal else []
     close = did_you_mean(value, known) if isinstance(value, str) else ""
-    return f"{path} = {shown(value)}: want {want}{'.' + close if close else ''}"
+    return (
+        f"{path} = {shown(secrets.masked(value, path.rpartition('.')[2]))}: want {want}{'.' + close if close else ''}"
+    )
 
 
 def bounds(hint: Any) -> str:

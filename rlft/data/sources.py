@@ -14,6 +14,7 @@ import numpy as np
 
 from rlft.config import resolve
 from rlft.config.data import Data, Source
+from rlft.config.paths import user_path
 from rlft.errors import DataError
 
 GYM = "reasoning_gym:"
@@ -38,7 +39,7 @@ def load_rows(data: Data, seed: int) -> list[dict[str, Any]]:
 
 
 def _rows_of(source: Source, seed: int) -> list[dict[str, Any]]:
-    path = Path(source.path).expanduser()
+    path = user_path(source.path, "data.path")
     if source.path.startswith(GYM):
         rows = _generate(source.path.removeprefix(GYM), source.args, seed)
     elif source.args:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
-from rlft.config import resolve
+from rlft.config import resolve, secrets
 from rlft.config.files import to_table
 from rlft.config.run import Config, Track
 from rlft.environment import release, version
@@ -82,7 +82,9 @@ class Tracking:
         self._rows, self._note = cfg.track.completions, note
         self._trackers: list[_Tracker] = []
         name = cfg.track.name or run.path.resolve().name
-        start = Start(run.path.resolve(), name, to_table(cfg), cfg.track, step, resumed, run.lines_logged())
+        start = Start(
+            run.path.resolve(), name, secrets.masked(to_table(cfg)), cfg.track, step, resumed, run.lines_logged()
+        )
         for use in cfg.track.use:
             make = (
                 _user_tracker(use) if ":" in use else resolve.module(use, "rlft.monitor.trackers", "track.use").Tracker

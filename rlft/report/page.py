@@ -7,6 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import tomli_w
+
+from rlft.config import secrets
 from rlft.errors import ConfigError
 from rlft.monitor import health
 from rlft.report import charts
@@ -50,7 +53,7 @@ def page(run: Run) -> str:
     steps, evaluations = parts_of(rows)
     config = config_of(run)
     messages = charts.health_messages(rows, algorithm_of(config))
-    toml = run.config.read_text(encoding="utf-8") if run.config.exists() else ""
+    toml = tomli_w.dumps(config)
     body = "\n".join(
         [
             section("Health", health_list(messages, steps)),
@@ -80,9 +83,9 @@ def parts_of(rows: Rows) -> tuple[list[Mapping[str, Any]], list[Mapping[str, Any
 
 
 def config_of(run: Run) -> dict[str, Any]:
-    """Return the run's settings; empty without a readable config.toml."""
+    """Return the run's settings, secrets masked; empty without a readable config.toml."""
     try:
-        return tomllib.loads(run.config.read_text(encoding="utf-8")) if run.config.exists() else {}
+        return secrets.masked(tomllib.loads(run.config.read_text(encoding="utf-8")) if run.config.exists() else {})
     except tomllib.TOMLDecodeError:
         return {}
 

@@ -21,9 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlft.config import resolve
+from rlft.config import resolve, secrets
 from rlft.config.data import Reward
-from rlft.errors import RewardError
+from rlft.errors import ConfigError, RewardError
 from rlft.rewards.parts import OVERLONG, FunctionScores, RewardBreakdown
 from rlft.rewards.pool import Executor, InProcess, Loop, Subprocess
 from rlft.rewards.worker import Reply, Signature
@@ -43,10 +43,17 @@ class RewardFunction:
     """A reward function with its weight, executor and signature."""
 
     def __init__(self, name: str, place: Executor, reward: Reward, note: str = "") -> None:
-        """Set up the function. reward: weight, timeout and args; its `use` is resolved to `place`."""
+        """Set up the function. reward: weight, timeout and args; its `use` is resolved to `place`.
+
+        Raises ConfigError for args whose secrets cannot be used.
+        """
         self.name, self.weight, self.timeout, self.args = name, reward.weight, reward.timeout, reward.args
         self.note = note
         """Message for the start of a run; may be empty."""
+        self._where = f'args of reward "{name}"'
+        for problem in secrets.problems(self.args, self._where):
+            raise ConfigError(problem)
+        self._secrets: list[str] = []
         self._place = place
         self._signature: Signature | None = None
         self._proven = False
@@ -90,7 +97,8 @@ class RewardFunction:
         assert self._signature is not None
         self._rows = len(columns["completions"])
         self._columns = {name: values for name, values in columns.items() if self._signature.takes(name)}
-        constants = {**constants, **self.args}
+        # Read here, so that the function gets what a reference stands for and no file does.
+        constants, self._secrets = {**constants, **secrets.resolved(self.args, self._where)}, secrets.values(self.args)
         self._constants = {name: value for name, value in constants.items() if self._signature.takes(name)}
         if self._rows:
             self._place.start(self._columns, self._constants, self._rows, self.timeout)
@@ -127,6 +135,7 @@ class RewardFunction:
 
     def _store(self, rows: list[int], reply: Reply, outcome: FunctionScores) -> bool:
         """Store the result of a call. Returns True when it succeeded or had a single row, which is then invalid."""
+        reply = _without(reply, self._secrets)
         outcome.calls += 1
         outcome.seconds += reply.seconds
         if reply.kind == "bad" and not self._proven:
@@ -136,6 +145,17 @@ class RewardFunction:
         elif len(rows) == 1:
             outcome.fail(rows, reply.text)
         return reply.kind == "ok" or len(rows) == 1
+
+
+def _without(reply: Reply, hide: list[str]) -> Reply:
+    """Return a reply whose texts, of the fault and in extras, have the secrets masked."""
+    if not hide:
+        return reply
+    extras = {
+        name: [secrets.hidden(item, hide) if isinstance(item, str) else item for item in column]
+        for name, column in (reply.extras or {}).items()
+    }
+    return reply._replace(text=secrets.hidden(reply.text, hide), extras=extras)
 
 
 def build_rewards(rewards: Sequence[Any] | Reward | str | Callable[..., Any]) -> list[RewardFunction]:

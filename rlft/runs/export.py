@@ -22,6 +22,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
+from rlft.config.paths import user_path
 from rlft.config.run import Config
 from rlft.errors import ConfigError, ParityError
 from rlft.models.load import attach_lora, fingerprint, load_base, load_tokenizer
@@ -92,7 +93,7 @@ def merge(
     """
     if dtype not in DTYPES:
         raise ConfigError(f'dtype = "{dtype}": want one of {", ".join(DTYPES)}')
-    run, out = Run.resume(run_folder), Path(out).expanduser()
+    run, out = Run.resume(run_folder), user_path(out, "out")
     path = run.checkpoint(which)
     _check_free(out)
     if push:

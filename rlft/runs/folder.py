@@ -24,6 +24,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rlft.config.paths import user_path
 from rlft.errors import ConfigError
 from rlft.rewards.parts import score_columns
 from rlft.runs.lines import append_line, parse_line, read_lines
@@ -77,7 +78,7 @@ class Run:
 
         Raises ConfigError when `out` already has a run, is not a folder, or is not writable.
         """
-        run = cls(Path(out).expanduser())
+        run = cls(user_path(out, "out"))
         with run.writing("in it", "or"):
             if run.exists():
                 raise ConfigError(
@@ -97,7 +98,7 @@ class Run:
 
         Raises ConfigError when `out` has no run.
         """
-        run = cls(Path(out).expanduser())
+        run = cls(user_path(out, "out"))
         if not (resumable(run.path) if empty else run.exists()):
             raise ConfigError(f'out = "{out}": holds no run; give the folder of a run')
         return run

@@ -22,16 +22,9 @@ from rlft.environment import untested
 from rlft.errors import ConfigError, DataError
 from rlft.models import targets
 from rlft.models.allocator import segments
+from rlft.models.continued import changed_dropout
 from rlft.models.fused.memory import weight_bytes
-from rlft.models.load import (
-    attach_lora,
-    changed_dropout,
-    fingerprint,
-    load_base,
-    load_tokenizer,
-    resolve_device,
-    resolve_dtype,
-)
+from rlft.models.load import attach_lora, fingerprint, load_base, load_tokenizer, resolve_device, resolve_dtype
 from rlft.models.policy import Policy
 from rlft.monitor.background import Background
 from rlft.monitor.console import Console

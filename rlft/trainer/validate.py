@@ -15,12 +15,14 @@ import torch
 
 from rlft.algos.advantages import WITHIN_GROUPS
 from rlft.algos.algorithm import Algorithm, build_algorithm
-from rlft.config import resolve
+from rlft.config import resolve, secrets
 from rlft.config.data import Data, Reward
+from rlft.config.paths import user_path
 from rlft.config.run import Config
 from rlft.data.prompts import check_rows, kind_of
 from rlft.environment import version_problems
 from rlft.errors import ConfigError, RlftError
+from rlft.models.continued import read_adapter_config
 from rlft.models.load import describe_base, locate, resolve_device
 from rlft.monitor import tracking
 from rlft.rewards.score import BUILTIN, OURS
@@ -62,7 +64,8 @@ def check(cfg: Config, resume: bool = False, callables: bool = False) -> Checked
     messages = version_problems(_needed(cfg))
     device = _collect(messages, lambda: resolve_device(cfg))
     messages += _model(cfg, device)
-    messages += _out(Path(cfg.out).expanduser(), resume)
+    out = _collect(messages, lambda: user_path(cfg.out, "out"))
+    messages += _out(out, resume) if out is not None else []
     algorithm = _collect(messages, lambda: build_algorithm(cfg.algo, cfg.optim.updates))
     rows = _collect(messages, lambda: check_rows(cfg.data, cfg.seed))
     held = rows
@@ -113,8 +116,11 @@ def _model(cfg: Config, device: torch.device | None) -> Iterator[str]:
         except ConfigError as error:
             yield str(error)
     folder = cfg.lora.resume_from
-    if folder and not (Path(folder).expanduser() / "adapter_config.json").is_file():
-        yield f'lora.resume_from = "{folder}": no PEFT adapter there (adapter_config.json is missing)'
+    if folder is not None:
+        try:
+            read_adapter_config(folder)
+        except ConfigError as error:
+            yield str(error)
 
 
 def _out(out: Path, resume: bool) -> Iterator[str]:
@@ -256,7 +262,8 @@ def _measured(cfg: Config, kind: str, held: str, callables: bool) -> Iterator[st
 
 
 def _rewards(field: str, rewards: tuple[Reward, ...], rows: list[dict[str, Any]] | None) -> Iterator[str]:
-    for reward in rewards:
+    for number, reward in enumerate(rewards):
+        yield from secrets.problems(reward.args, f"{field}[{number}].args")
         if not isinstance(reward.use, str):
             yield f"{field}: a config holds names of functions; give functions to rlft.train(cfg, rewards=[...])"
             continue

@@ -30,7 +30,7 @@ class Start:
     name: str
     """Name of the run."""
     config: dict[str, Any]
-    """All settings, nested as in config.toml."""
+    """All settings, nested as in config.toml, secrets masked."""
     track: Any
     """The [track] section (rlft.config.run.Track)."""
     step: int
