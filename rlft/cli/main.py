@@ -181,19 +181,27 @@ def _train(args: list[str]) -> int:
 
 
 def _validate(args: list[str]) -> int:
+    notes: list[str] = []
     try:
         cfg, resume = parse("validate", args)
         from rlft.config.files import to_toml
-        from rlft.trainer.validate import problems
+        from rlft.runs.trust import code
+        from rlft.trainer.advice import advice
+        from rlft.trainer.validate import check
 
-        found = problems(cfg, resume=resume)
+        checked = check(cfg, resume=resume)
+        ran = [*code(cfg), *(f'track.use = "{name}"' for name in cfg.track.use if ":" in name)]
+        notes = [f"note: {text}" for text in advice(cfg, checked.rows)]
+        notes += [f"the code that it names was imported to check it: {', '.join(ran)}"] if ran else []
+        found = checked.problems
     except ConfigError as error:
         found = str(error).splitlines()
     else:
         if not found:
-            say(to_toml(cfg) + "\n# no problem found")
+            say("\n".join([to_toml(cfg), *(f"# {text}" for text in notes), "# no problem found"]))
             return 0
-    say("\n".join([f"{len(found)} problem{'s' if len(found) > 1 else ''}:", *(f"  {text}" for text in found)]))
+    count = f"{len(found)} problem{'s' if len(found) > 1 else ''}:"
+    say("\n".join([count, *(f"  {text}" for text in found), *notes]))
     return ConfigError.exit_code
 
 
@@ -218,7 +226,7 @@ def _eval(args: list[str]) -> int:
     which = "base" if given.base else given.checkpoint
     fields = ("samples", "temperature", "top_p", "top_k", "max_tokens", "threshold")
     changes = {name: value for name in fields if (value := getattr(given, name)) is not None}
-    values = evaluate_run(given.run, which, given.rows, **changes)
+    values = evaluate_run(given.run, which, given.rows, trusted=given.trust, **changes)
     if given.json:
         print(json.dumps({name: value if math.isfinite(value) else None for name, value in values.items()}))
         return 0
@@ -304,7 +312,8 @@ COMMANDS = {
         _validate,
         "FILE [--section.field value ...]",
         "Check everything that can be checked without loading the model, and print every problem, or the resolved "
-        "config.",
+        "config. To see what functions take, it imports the code that FILE names: rewards, data.template, algo.name "
+        "and track.use. Do not validate a file of somebody whose code you would not run.",
     ),
     "reward-check": Command(
         _reward_check,
@@ -315,7 +324,7 @@ COMMANDS = {
     ),
     "eval": Command(
         _eval,
-        "RUN [--checkpoint latest|best|STEP] [--base] [--rows N] [--samples K] [--json]",
+        "RUN [--checkpoint latest|best|STEP] [--base] [--rows N] [--samples K] [--trust] [--json]",
         "Score a checkpoint of the run folder RUN (or its base model) on the rows that the run held out: mean reward, "
         "pass@k with K samples per row, loss of recorded rows, with standard errors and 95% intervals. Nothing is "
         "written into RUN.",

@@ -22,6 +22,7 @@ from rlft.rewards.score import RewardFunction, build_rewards, score
 from rlft.runs.folder import Run
 from rlft.runs.formats import visible
 from rlft.runs.tables import shown_prompt
+from rlft.runs.trust import check as check_trust
 from rlft.types import FinishReason, Prompt, Rollout
 
 
@@ -34,13 +35,15 @@ def check(
     step: int | None = None,
     completion: str | None = None,
     timeout: float | None = None,
+    trust: bool = False,
 ) -> bool:
     """Score a few completions and show a table of them; True when every function went well on every one.
 
     file: a config (.toml, .yaml), whose rewards and data are used, or one reward as `rewards` in a config names it.
     show: prints a rich table or a line. data: a dataset in place of the config's. run, step: score what that run
     sampled in that step (None: its last). completion: the column to score as the completion. timeout: seconds a call
-    may take. Raises RlftError for what is missing, and for a function that fails on everything.
+    may take. trust: run the template that the config of `run` names although the folder is not the user's own. Raises
+    RlftError for what is missing, and for a function that fails on everything.
     """
     if step is not None and run is None:
         raise ConfigError(f"--step {step}: a step of which run? Give --run RUN")
@@ -50,7 +53,7 @@ def check(
     rewards = cfg.rewards if cfg else (Reward(file, timeout=timeout or 30.0),)
     if not rewards:
         raise ConfigError(f"{file}: has no rewards; add rewards = [...], or give file.py:function")
-    source = _data(cfg, data, run)
+    source = _data(cfg, data, run, trust)
     every = check_rows(source, cfg.seed if cfg else 42)
     functions = build_rewards(rewards)
     try:
@@ -73,14 +76,17 @@ def check(
     return not any(any(outcome.invalid) for outcome in parts.outcomes.values())
 
 
-def _data(cfg: Config | None, data: str | None, run: Path | None) -> Data:
+def _data(cfg: Config | None, data: str | None, run: Path | None, trust: bool) -> Data:
     if data is not None:
         # Columns and template of the config go on holding.
         return Data(data) if cfg is None else replace(cfg.data, path=data, sources=())
     if cfg is not None:
         return cfg.data
     if run is not None:
-        return Config.load(Run.resume(run).config).data
+        folder = Run.resume(run)
+        theirs = Config.load(folder.config)
+        check_trust(folder, theirs, trust, rewards=False)
+        return theirs.data
     raise ConfigError(
         "give the rows to score: --data PATH (a file, a folder, a hub id, reasoning_gym:TASK) or --run RUN"
     )

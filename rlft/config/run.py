@@ -170,8 +170,8 @@ class Track:
 
     use: tuple[str, ...] = ()
     """Trackers: "wandb", "trackio", "tensorboard", or your class, "file.py:Class" (CONTRIBUTING.md)."""
-    project: Annotated[str, MinLen(1)] = "rlft"
-    """Project that the run is listed under (W&B, Trackio)."""
+    project: Annotated[str, MinLen(1)] | None = None
+    """Project that the run is listed under (W&B, Trackio); None: what WANDB_PROJECT says (W&B), else "rlft"."""
     name: str | None = None
     """Name of the run in its project; None: the name of the run's folder."""
     group: str | None = None
@@ -214,6 +214,9 @@ class Config:
     """Prompts of one step; each gets `sampling.group_size` completions."""
     seed: int = 42
     """Seed of everything random: data order, adapter, sampling."""
+    share: bool = False
+    """Let other users of the machine read the folder `out`, as far as the umask allows; without it the folder, which
+    holds prompts and completions, is created for its owner alone."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """"auto" is the GPU where there is one."""
     dtype: Literal["auto", "float64", "float32", "bfloat16", "float16"] = "auto"
@@ -249,6 +252,7 @@ class Config:
             steps: int | None = None,
             prompts_per_step: int = 16,
             seed: int = 42,
+            share: bool = False,
             device: Literal["auto", "cpu", "cuda"] = "auto",
             dtype: Literal["auto", "float64", "float32", "bfloat16", "float16"] = "auto",
             quantization: Literal["auto", "none", "nf4", "int8"] = "auto",

@@ -137,6 +137,12 @@ def advice(value: Any, where: str) -> list[str]:
     ]
 
 
+def reaches_out(value: Any) -> bool:
+    """Return True for a value with a reference to the environment or a URL: its user may send something away."""
+    texts = [part for _, part in _leaves(value, "") if isinstance(part, str)]
+    return any(REFERENCE.fullmatch(text) or "://" in text for text in texts)
+
+
 def values(value: Any) -> list[str]:
     """Return the secrets in a value as texts, those of the environment too, longest first; for `hidden`."""
     found = set()

@@ -9,6 +9,7 @@
     set-aside/001/                   data past the checkpoint at the first resume (002: second, ...); never deleted
     plan.json                        bytes that training keeps in memory, by purpose
     report.html                      rlft.report
+    .signature                       of config.toml, by the user who made the run (rlft.runs.trust)
 
 Step 12 is the twelfth step; its rollouts have policy version 11.
 """
@@ -73,8 +74,10 @@ class Run:
         self.checkpoints = path / "checkpoints"
 
     @classmethod
-    def create(cls, out: str | Path) -> Run:
+    def create(cls, out: str | Path, share: bool = False) -> Run:
         """Create the folder of a new run, if missing. It counts as a run once `write_config` was called.
+
+        share: a folder that is created can be read by other users, as far as the umask allows.
 
         Raises ConfigError when `out` already has a run, is not a folder, or is not writable.
         """
@@ -84,7 +87,7 @@ class Run:
                 raise ConfigError(
                     f'out = "{out}": already holds a run; go on with --resume, or give another folder with --out'
                 )
-            run.path.mkdir(parents=True, exist_ok=True)
+            run.path.mkdir(parents=True, exist_ok=True, mode=0o777 if share else 0o700)
             probe = run.path / f".write-test-{os.getpid()}"
             try:
                 probe.write_bytes(b"\n")

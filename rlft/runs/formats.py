@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import unicodedata
 from collections.abc import Mapping, Sequence
-from typing import Any, TextIO
+from typing import IO, Any
 
 ERRORS = ("_low", "_high", "_stderr", "_change")
 """Suffixes of numbers that belong to another eval/* metric."""
@@ -48,7 +48,7 @@ def visible(text: str) -> str:
     )
 
 
-def printed(text: str, file: TextIO) -> str:
+def printed(text: str, file: IO[str]) -> str:
     """Return a text as it may be printed to a file, which is mostly a terminal: `visible`, in the file's encoding."""
     encoding = getattr(file, "encoding", None) or "utf-8"
     # A "±" must not stop a run whose stdout is ASCII-only.

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rlft.algos.algorithm import build_algorithm
+from rlft.config import secrets
 from rlft.config.data import Sampling
 from rlft.config.run import Config
 from rlft.data.prompts import encode_prompt
@@ -19,7 +20,7 @@ from rlft.monitor.console import Console
 from rlft.rewards.score import build_rewards
 from rlft.rollout.eager import EagerEngine
 from rlft.rollout.engine import Engine
-from rlft.runs import checkpoint
+from rlft.runs import checkpoint, trust
 from rlft.runs.folder import Run
 from rlft.trainer.engines import longest_sequence, start
 from rlft.trainer.evaluate import evaluate, measures_loss, recorded_loss
@@ -76,16 +77,36 @@ def _sampling(run: OpenedRun, engine: Engine) -> Iterator[Engine]:
         engine.close()
 
 
+def _check_code(out: Path, allowed: bool, rewards: bool) -> None:
+    """Raise ConfigError, before a model is loaded, for code that may not run and for secrets that are missing.
+
+    allowed: the user trusts the folder. rewards: those of the run are used.
+    """
+    folder = Run.resume(str(out))
+    cfg = Config.load(folder.config)
+    trust.check(folder, cfg, allowed, rewards)
+    for reward in (cfg.eval.rewards or cfg.rewards) if rewards else ():
+        for problem in secrets.problems(reward.args, f'{folder.config}: args of "{reward.use}"'):
+            raise ConfigError(problem)
+
+
 def evaluate_run(
-    out: Path, which: str = "latest", rows: int | None = None, rewards: Sequence[Any] | None = None, **changes: Any
+    out: Path,
+    which: str = "latest",
+    rows: int | None = None,
+    rewards: Sequence[Any] | None = None,
+    trusted: bool = False,
+    **changes: Any,
 ) -> dict[str, float]:
     """Evaluate a run on its held-out rows: `eval/*` as during training (rlft.trainer.evaluate), and `step`.
 
-    which: see `open_run`. rows: evaluate only this many of the first rows. rewards: in place of the run's. changes: new
-    values for fields of [eval] (samples, temperature, max_tokens, ...). "best" also returns eval/chosen_among, the
+    which: see `open_run`. rows: evaluate only this many of the first rows. rewards: in place of the run's. trusted: run
+    the code that config.toml names even where the folder is not the user's own (`rlft.runs.trust`). changes: new values
+    for fields of [eval] (samples, temperature, max_tokens, ...). "best" also returns eval/chosen_among, the
     number of evaluations it was chosen from, if more than one: the choice biases the result upwards. Nothing is written
     to the run's folder. Raises ConfigError when the run has no held-out rows or nothing to score them with.
     """
+    _check_code(out, trusted, rewards is None)
     with open_run(out, which) as run:
         cfg = run.cfg
         if not cfg.eval.rows:

@@ -37,8 +37,10 @@ from rlft.rewards.pool import InProcess
 from rlft.rewards.score import RewardFunction, build_rewards
 from rlft.rollout.engine import Engine, asleep, undeclared_end
 from rlft.rollout.replay import ReplayEngine
+from rlft.runs import trust
 from rlft.runs.folder import Run
 from rlft.trainer import engines
+from rlft.trainer.advice import advice
 from rlft.trainer.agreement import agree
 from rlft.trainer.evaluate import measures_loss
 from rlft.trainer.optim import Optimizer
@@ -84,9 +86,9 @@ def build_session(
     with contextlib.ExitStack() as stack:
         console = stack.enter_context(Console())
         stack.enter_context(segments(growing=True))
-        run = Run.resume(cfg.out, empty=True) if resume else Run.create(cfg.out)
+        run = Run.resume(cfg.out, empty=True) if resume else Run.create(cfg.out, cfg.share)
         writer = stack.enter_context(Background("rlft-writer"))
-        console.note("\n".join([*untested(), f"loading {cfg.model}"]))
+        console.note("\n".join([*untested(), *advice(cfg, checked.rows, run.path), f"loading {cfg.model}"]))
         tokenizer = load_tokenizer(cfg.model)
         rows, eval_prompts = load_prompts_of(cfg, tokenizer, console.note, checked)
         prompts = Prompts(rows, cfg.seed, cfg.data.shuffle)
@@ -120,6 +122,7 @@ def build_session(
         # Before the config is written, which makes the folder a run: a tracker that fails leaves no run behind.
         tracking = stack.enter_context(Tracking(cfg, run, state.step, resume, console.note))
         run.write_config(to_toml(cfg))
+        trust.sign(run)
         run.write_plan(memory)
         console.start(_title(cfg, policy, algorithm, sampler, steps, run, passes), steps, state.step)
         limit = agree(cfg, policy, engine, rows, plan, console.note)

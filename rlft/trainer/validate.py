@@ -17,6 +17,7 @@ from rlft.algos.advantages import WITHIN_GROUPS
 from rlft.algos.algorithm import Algorithm, build_algorithm
 from rlft.config import resolve, secrets
 from rlft.config.data import Data, Reward
+from rlft.config.files import to_toml
 from rlft.config.paths import user_path
 from rlft.config.run import Config
 from rlft.data.prompts import check_rows, kind_of
@@ -80,6 +81,8 @@ def check(cfg: Config, resume: bool = False, callables: bool = False) -> Checked
     messages += _rewards("rewards", cfg.rewards, rows)
     messages += _rewards("eval.rewards", cfg.eval.rewards, held)
     messages += tracking.problems(cfg.track)
+    # A value that no file can hold would stop the run when it writes its config, after the model was loaded.
+    _collect(messages, lambda: to_toml(cfg))
     # Two checks may report the same fault.
     return Checked(list(dict.fromkeys(messages)), algorithm, rows, held)
 
