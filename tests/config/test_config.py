@@ -12,7 +12,7 @@ from typing import Any, Literal
 import pytest
 
 from rlft.config import files as config_file
-from rlft.config import trl_names
+from rlft.config import section, trl_names
 from rlft.config.data import Data, Eval, Reward, Sampling, Source
 from rlft.config.files import to_toml
 from rlft.config.run import Algo, Checkpoint, Config, Lora, Optim
@@ -298,3 +298,14 @@ def test_any_frozen_dataclass_is_built_in_the_same_way() -> None:
 def test_none_where_it_is_not_the_default_survives_the_table() -> None:
     assert config_file.to_table(Loss(cap=None)) == {"kl": "k2", "cap": None}
     assert "subset" not in config_file.to_table(Data(path="d"))
+
+
+def test_every_setting_that_trl_adds_to_the_trainer_has_a_hint() -> None:
+    from transformers import TrainingArguments
+    from trl import DPOConfig, GRPOConfig, SFTConfig
+
+    base = {field.name for field in dataclasses.fields(TrainingArguments)}
+    theirs = {field.name for cls in (GRPOConfig, DPOConfig, SFTConfig) for field in dataclasses.fields(cls)} - base
+    ours = {path.rpartition(".")[2] for path in paths()} | {field.name for field in dataclasses.fields(Config)}
+    hints = {name: section.unknown(name, "", [], 1) for name in theirs - ours}
+    assert [name for name, hint in hints.items() if "Known here" in hint or "Did you mean" in hint] == []
