@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Interval, MinLen
 
-from rlft.config.section import refuse, section
+from rlft.config.section import refuse, refuse_all, section
 
 
 @section("data.sources", short="path")
@@ -103,7 +103,7 @@ class Sampling:
     """Nucleus sampling: evaluation only, since it changes the distribution that is sampled from."""
     top_k: Annotated[int, Ge(0)] = 0
     """Sample among the k most likely tokens, 0 for all: evaluation only."""
-    stop_token_ids: tuple[int, ...] = ()
+    stop_token_ids: tuple[Annotated[int, Ge(0)], ...] = ()
     """Token ids that end a completion, besides the model's own EOS."""
     stop: tuple[Annotated[str, MinLen(1)], ...] = ()
     """Strings that end a completion; its text ends before one, its tokens with it."""
@@ -111,13 +111,15 @@ class Sampling:
     def check_for_training(self) -> None:
         """Raise ConfigError for what would make the sampler's log-probs another distribution than the trainer's."""
         why = "in training every token must be reachable, or log-probs are of another distribution; allowed in [eval]"
-        refuse(
-            self.temperature == 0,
-            "sampling.temperature = 0: want above 0 in training, where the policy gradient is that of a sampled token; "
-            "greedy decoding belongs in [eval]",
+        refuse_all(
+            (
+                self.temperature == 0,
+                "sampling.temperature = 0: want above 0 in training, where the policy gradient is that of a sampled "
+                "token; greedy decoding belongs in [eval]",
+            ),
+            (self.top_p != 1, f"sampling.top_p = {self.top_p}: {why}"),
+            (self.top_k != 0, f"sampling.top_k = {self.top_k}: {why}"),
         )
-        refuse(self.top_p != 1, f"sampling.top_p = {self.top_p}: {why}")
-        refuse(self.top_k != 0, f"sampling.top_k = {self.top_k}: {why}")
 
 
 @section("dynamic_sampling")
@@ -185,24 +187,26 @@ class Eval:
     """Nucleus sampling in the evaluation."""
     top_k: Annotated[int, Ge(0)] = 0
     """Sample among the k most likely tokens in the evaluation, 0 for all."""
-    stop_token_ids: tuple[int, ...] | None = None
+    stop_token_ids: tuple[Annotated[int, Ge(0)], ...] | None = None
     """Token ids that end a completion, besides the model's own EOS; None: `sampling.stop_token_ids`."""
 
     def __post_init__(self) -> None:
-        refuse(bool(self.every) and not self.rows, f"eval.every = {self.every}: nothing to evaluate on: set eval.rows")
-        refuse(bool(self.data) and not self.rows, "eval.rows = 0: say how many rows of eval.data to use")
-        refuse(
-            self.temperature == 0 and self.samples > 1,
-            f"eval.samples = {self.samples}: greedy samples are all equal: set eval.temperature above 0",
-        )
-        refuse(
-            any(not 1 <= k <= self.samples for k in self.pass_at),
-            f"eval.pass_at = {self.pass_at}: each from 1 to eval.samples = {self.samples}",
-        )
-        refuse(
-            self.temperature == 0 and (self.top_p < 1 or self.top_k > 0),
-            "eval.temperature = 0: greedy decoding takes the most likely token, whatever top_p and top_k say: set a "
-            "temperature above 0",
+        refuse_all(
+            (bool(self.every) and not self.rows, f"eval.every = {self.every}: nothing to evaluate on: set eval.rows"),
+            (bool(self.data) and not self.rows, "eval.rows = 0: say how many rows of eval.data to use"),
+            (
+                self.temperature == 0 and self.samples > 1,
+                f"eval.samples = {self.samples}: greedy samples are all equal: set eval.temperature above 0",
+            ),
+            (
+                any(not 1 <= k <= self.samples for k in self.pass_at),
+                f"eval.pass_at = {self.pass_at}: each from 1 to eval.samples = {self.samples}",
+            ),
+            (
+                self.temperature == 0 and (self.top_p < 1 or self.top_k > 0),
+                "eval.temperature = 0: greedy decoding takes the most likely token, whatever top_p and top_k say: set "
+                "a temperature above 0",
+            ),
         )
 
     def ks(self) -> tuple[int, ...]:

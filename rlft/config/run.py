@@ -16,7 +16,7 @@ from annotated_types import Ge, Gt, Interval, MinLen
 from rlft.config.data import Curriculum, Data, DynamicSampling, Eval, Overlong, Reward, Sampling
 from rlft.config.files import merged, presets, read, with_preset
 from rlft.config.resolve import did_you_mean
-from rlft.config.section import from_short, refuse, section
+from rlft.config.section import from_short, refuse, refuse_all, section
 from rlft.errors import ConfigError
 
 
@@ -35,7 +35,7 @@ class Algo:
 class Lora:
     """The adapter that is trained."""
 
-    rank: Annotated[int, Ge(1)] = 16
+    rank: Annotated[int, Interval(ge=1, le=2**16)] = 16
     """Rank of the update of each linear layer."""
     alpha: Annotated[float, Gt(0)] = 32.0
     """The update is scaled by alpha / rank (or alpha / sqrt(rank) with `rslora`)."""
@@ -272,16 +272,17 @@ class Config:
         ) -> None: ...
 
     def __post_init__(self) -> None:
-        refuse(
-            (self.steps is None) == (self.data.epochs is None),
-            f"steps = {self.steps} and data.epochs = {self.data.epochs}: give exactly one of them",
+        refuse_all(
+            (
+                (self.steps is None) == (self.data.epochs is None),
+                f"steps = {self.steps} and data.epochs = {self.data.epochs}: give exactly one of them",
+            ),
+            (
+                self.optim.minibatches > self.prompts_per_step,
+                f"optim.minibatches = {self.optim.minibatches} and prompts_per_step = {self.prompts_per_step}"
+                f": a mini-batch has at least one prompt; lower the first or raise the second",
+            ),
         )
-        refuse(
-            self.optim.minibatches > self.prompts_per_step,
-            f"optim.minibatches = {self.optim.minibatches} and prompts_per_step = {self.prompts_per_step}"
-            f": a mini-batch has at least one prompt; lower the first or raise the second",
-        )
-        self.sampling.check_for_training()
 
     @classmethod
     def load(cls, path: str | Path, **settings: Any) -> Config:

@@ -90,6 +90,11 @@ def _repr(section: Any) -> str:
     return f"{type(section).__qualname__}({', '.join(texts)})"
 
 
+def refuse_all(*checks: tuple[bool, str]) -> None:
+    """Raise ConfigError with the sentences of all checks that found something wrong, a line each."""
+    refuse(any(wrong for wrong, _ in checks), "\n".join(sentence for wrong, sentence in checks if wrong))
+
+
 def strict(hint: Any) -> Any:
     """The type `hint` with the rules of the module docstring, and the short form where it is a section."""
     if hint is float:
@@ -127,6 +132,8 @@ def _gathered(cls: Any, value: Any) -> Any:
     if not cls.REST or not isinstance(value, dict):
         return value
     known = [field.name for field in dataclasses.fields(cls)]
+    if not isinstance(value.get(cls.REST, {}), dict):
+        return value  # which is refused
     more = {key: part for key, part in value.items() if key not in known}
     return {key: part for key, part in value.items() if key in known} | (
         {cls.REST: {**value.get(cls.REST, {}), **more}} if more else {}
@@ -152,7 +159,7 @@ def options_of(cls: type[Section], table: dict[str, Any], where: str, known: Seq
             values[name] = TypeAdapter(strict(hints[name])).validate_python(value)
         except ValidationError:
             # A bound that never acts is infinite; whether that makes sense is for the loss to say.
-            if isinstance(value, float) and not math.isfinite(value):
+            if isinstance(value, float) and math.isinf(value):
                 values[name] = value
             else:
                 problems.append(mistyped(hints[name], value, path))

@@ -62,7 +62,7 @@ def check(cfg: Config, resume: bool = False, callables: bool = False) -> Checked
     resume: the run folder must hold a run instead of being free. callables: reward functions were given from Python in
     place of `cfg.rewards`. Reads the dataset and imports reward files and the algorithm; loads no model.
     """
-    messages = version_problems(_needed(cfg))
+    messages = [*version_problems(_needed(cfg)), *_training(cfg)]
     device = _collect(messages, lambda: resolve_device(cfg))
     messages += _model(cfg, device)
     out = _collect(messages, lambda: user_path(cfg.out, "out"))
@@ -85,6 +85,15 @@ def check(cfg: Config, resume: bool = False, callables: bool = False) -> Checked
     _collect(messages, lambda: to_toml(cfg))
     # Two checks may report the same fault.
     return Checked(list(dict.fromkeys(messages)), algorithm, rows, held)
+
+
+def _training(cfg: Config) -> list[str]:
+    """Return what sampling in training may not have. Not checked by Config, so that what else is wrong is told too."""
+    try:
+        cfg.sampling.check_for_training()
+    except ConfigError as error:
+        return str(error).splitlines()
+    return []
 
 
 def _collect(messages: list[str], check: Callable[[], Any]) -> Any:

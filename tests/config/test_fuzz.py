@@ -8,7 +8,7 @@ from collections import Counter
 from typing import Any, Literal
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from rlft.algos.algorithm import build_algorithm
@@ -76,6 +76,7 @@ def test_a_config_is_refused_by_name_or_survives_its_file(tmp_path_factory: pyte
 
     @settings(BOUNDED, max_examples=300)
     @given(table=tables(Config))
+    @example(table={"algo": {"options": None, "x": 1}})
     def run(table: dict[str, Any]) -> None:
         try:
             cfg = Config(**{**WHOLE, **table})

@@ -204,7 +204,23 @@ def test_validate_prints_the_resolved_config_or_the_problems(folder: Path, capsy
     assert text.endswith("# no problem found\n")
     path.write_text(to_toml(dataclasses.replace(config(folder), model=f"{folder}/gone")))
     assert main(["validate", str(path), "--sampling.group_size=1"]) == 2
-    head, model, group = capsys.readouterr().out.splitlines()
+    head, model, group, *notes = capsys.readouterr().out.splitlines()
+    assert "so a step draws each of them more than once" in notes[0]
+    assert notes[1].startswith("the code that it names was imported to check it: rewards = ")
     assert head == "2 problems:"
     assert model == f'  model = "{folder}/gone": no such folder'
     assert group.startswith("  sampling.group_size = 1 with algo.advantage")
+
+
+def test_faults_of_different_kinds_are_told_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One that Config could find, one in the data, one in the rewards, and one that no file can hold."""
+    file = tmp_path / "a.toml"
+    file.write_text(
+        f'model = "{tmp_path}/m"\ndata = "{tmp_path}/d.jsonl"\nrewards = ["numbr"]\nsteps = 1\nout = "{tmp_path}/o"\n'
+        "sampling = { temperature = 0, top_k = 3 }\n"
+    )
+    assert main(["validate", str(file)]) == 2
+    out = capsys.readouterr().out
+    assert out.startswith("5 problems:")
+    for text in ('m": no such', "d.jsonl", "numbr", "temperature = 0", "top_k = 3"):
+        assert text in out
