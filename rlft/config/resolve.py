@@ -5,6 +5,7 @@ A thing of ours is found by its file's name, so adding one is adding a file: no 
 
 from __future__ import annotations
 
+import ast
 import difflib
 import importlib
 import importlib.util
@@ -15,6 +16,7 @@ from types import ModuleType
 from typing import Any
 
 from rlft.config.paths import user_path
+from rlft.config.trl_names import TRL_REWARDS
 from rlft.errors import ConfigError
 
 
@@ -92,9 +94,24 @@ def attribute(reference: str, field: str) -> Any:
     return getattr(module, name)
 
 
+def _functions_of(path: Path, name: str) -> str:
+    """Say what to write for a function of a Python file, which is read and not run."""
+    try:
+        tree = ast.parse(path.read_bytes())
+    except (OSError, ValueError, SyntaxError):
+        return f'Give "{name}:function"'
+    kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+    names = [node.name for node in tree.body if isinstance(node, kinds) and not node.name.startswith("_")]
+    return f'It has {", ".join(names[:8])}; give "{name}:{names[0]}"' if names else "It has none"
+
+
 def module(name: str, package: str, field: str) -> ModuleType:
     """The module `package.name`, for a built-in named by its file. Raises ConfigError listing the known names."""
     known = names_in(package)
+    if name in TRL_REWARDS and name not in known:
+        raise ConfigError(f'{field} = "{name}": TRL\'s; here it is {TRL_REWARDS[name]}')
+    if name.endswith(".py") and (path := user_path(name, field)).is_file():
+        raise ConfigError(f'{field} = "{name}": which function of it? {_functions_of(path, name)}')
     if name not in known:
         raise ConfigError(
             f'{field} = "{name}": unknown.{did_you_mean(name, known)} Known: {", ".join(known)}; '

@@ -248,7 +248,7 @@ class Config:
             model: str,
             data: str | Data | Mapping[str, Any],
             out: str,
-            rewards: Sequence[str | Reward | Mapping[str, Any]] = (),
+            rewards: str | Sequence[str | Reward | Mapping[str, Any]] = (),
             steps: int | None = None,
             prompts_per_step: int = 16,
             seed: int = 42,

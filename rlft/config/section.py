@@ -12,6 +12,7 @@ import functools
 import itertools
 import json
 import math
+import re
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -63,11 +64,13 @@ def section(
 
         @functools.wraps(validate)
         def __init__(self: Any, *args: Any, **settings: Any) -> None:
+            given = settings
             try:
                 settings = prepare(settings) if prepare else settings
                 validate(self, *args, **_gathered(checked, settings))
             except ValidationError as error:
-                raise ConfigError("\n".join(sentences(error, checked, name, settings))) from None
+                lines = sentences(error, checked, name, settings)
+                raise ConfigError("\n".join(_with_origin(line, given, settings) for line in lines)) from None
 
         checked.__init__ = __init__  # type: ignore[method-assign]
         checked.__repr__ = _repr  # type: ignore[method-assign]
@@ -81,6 +84,23 @@ def refuse(wrong: bool, sentence: str) -> None:
     """Raise ConfigError with `sentence` where something is wrong: for checks that need more than one field."""
     if wrong:
         raise ConfigError(sentence)
+
+
+def _with_origin(line: str, given: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
+    """A sentence, and which of the settings it names were not given but come from a preset."""
+    if settings is given:
+        return line
+    added = set(_names(settings, "")) - set(_names(given, ""))
+    named = [name for name in re.findall(r"([a-z_]+(?:\.[a-z_]+)*) = ", line) if name in added]
+    return f"{line} ({', '.join(named)}: set by the preset)" if named else line
+
+
+def _names(table: Mapping[str, Any], where: str) -> Iterator[str]:
+    """Dotted names of the settings of nested tables."""
+    for key, value in table.items():
+        yield dotted(where, key)
+        if isinstance(value, Mapping):
+            yield from _names(value, dotted(where, key))
 
 
 def _repr(section: Any) -> str:
@@ -111,9 +131,16 @@ def strict(hint: Any) -> Any:
         return Annotated[(inner, *args[1:])]
     if origin in (typing.Union, types.UnionType):
         return functools.reduce(lambda a, b: a | b, (strict(arg) for arg in args))  # type: ignore[operator]
+    if origin is tuple and args[1:] == (Ellipsis,) and (plain(args[0]) is str or getattr(args[0], "SHORT", "")):
+        return Annotated[tuple[strict(args[0]), ...], BeforeValidator(_as_list)]  # type: ignore[misc]
     if origin in (tuple, list, dict) and args:
         return origin[tuple(arg if arg is Ellipsis else strict(arg) for arg in args)]  # type: ignore[index]
     return hint
+
+
+def _as_list(value: Any) -> Any:
+    """One text, or one table, in place of a list of them."""
+    return [value] if isinstance(value, str | Mapping) else value
 
 
 def _not_bool(value: Any) -> Any:

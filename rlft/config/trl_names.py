@@ -6,6 +6,9 @@ import json
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+OTHERS = {"r": "PEFT", "gpu_memory_utilization": "vLLM", "fast_inference": "Unsloth"}
+"""Names that are not TRL's -> whose they are."""
+
 
 class Ours(NamedTuple):
     """A setting of ours that does what one of TRL's does."""
@@ -19,10 +22,10 @@ class Ours(NamedTuple):
 
     def sentence(self, name: str, value: Any) -> str:
         """What the error for TRL's `name` = `value` says after "unknown setting."."""
-        key = value.lower() if isinstance(value, str) else value
+        key, theirs = value.lower() if isinstance(value, str) else value, f"{OTHERS.get(name, 'TRL')}'s {name}"
         if isinstance(key, str | bool) and key in self.values:
-            return f"TRL's {name} = {json.dumps(value)} is {self.values[key]} here"
-        return f"TRL's {name} is {self.ours} here{': ' if self.note else ''}{self.note}"
+            return f"{theirs} = {json.dumps(value)} is {self.values[key]} here"
+        return f"{theirs} is {self.ours} here{': ' if self.note else ''}{self.note}"
 
 
 _ADVANTAGE = {
@@ -53,7 +56,7 @@ _LOSS_TYPE = {
     "kto": 'algo.name = "kto"',
 }
 _STEPS = "a number of steps here"
-_CACHE = "GiB of vLLM's cache here, not a share of the card"
+_CACHE = "GiB of vLLM's cache, not a share of the card"
 
 TRL_NAMES = {
     "adam_beta1": Ours("optim.betas", note="the first of the two"),
@@ -219,6 +222,14 @@ _SAME_NOTE = {
     ),
 }
 TRL_NOTES |= {name: note for note, names in _SAME_NOTE.items() for name in names.split()}
+
+TRL_REWARDS = {
+    "accuracy_reward": 'the built-in "number", or "exact"',
+    "reasoning_accuracy_reward": 'the built-in "number", or "exact"',
+    "think_format_reward": 'the built-in "format"',
+    "get_soft_overlong_punishment": "overlong.penalty_share",
+}
+"""TRL's reward functions -> what does the same here."""
 
 RENAMED = {
     "refill": "dynamic_sampling",

@@ -238,13 +238,13 @@ class Run:
         best = self.best() if which == "best" else None
         if best is None and which == "best":
             raise ConfigError(
-                f'--checkpoint best: no checkpoint of {self.path} was evaluated; choose "latest" or a step of '
+                f'--checkpoint best: no checkpoint of {self.path} was evaluated; choose "latest" or one of its steps: '
                 f"{', '.join(map(str, checkpoints)) or '(none)'}, and set eval.rows and eval.every in the next run"
             )
         step = best.step if best is not None else int(which) if which.isdigit() else -1
         if step not in checkpoints:
             raise ConfigError(
-                f'--checkpoint {which}: {self.path} has no such checkpoint; give "latest", "best" or a step of '
+                f'--checkpoint {which}: {self.path} has no such checkpoint; give "latest", "best" or one of its steps: '
                 f"{', '.join(map(str, checkpoints)) or '(none)'}"
             )
         return checkpoints[step]

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import pytest
 
 from rlft.config import files as config_file
-from rlft.config import section, trl_names
+from rlft.config import resolve, section, trl_names
 from rlft.config.data import Data, Eval, Reward, Sampling, Source
 from rlft.config.files import to_toml
 from rlft.config.run import Algo, Checkpoint, Config, Lora, Optim
@@ -200,7 +200,7 @@ def test_no_setting_of_ours_is_refused_as_a_name_of_trl() -> None:
         ("optim.betas[1] = false: want a number", {"optim": {"betas": [0.9, False]}}),
         ("sampling.stop_token_ids = 3: want a list, each item a whole number", {"sampling": {"stop_token_ids": 3}}),
         ("lora.targets[1] = 2: want a string", {"lora": {"targets": ["q_proj", 2]}}),
-        ('lora.targets = "q_proj": want a list, each item a string or "all-linear"', {"lora": {"targets": "q_proj"}}),
+        ('lora.targets = 3: want a list, each item a string or "all-linear"', {"lora": {"targets": 3}}),
         (
             'optim.name = "adamw_8bits": want "adamw" or "adamw_8bit". Did you mean "adamw_8bit"?',
             {"optim": {"name": "adamw_8bits"}},
@@ -299,3 +299,39 @@ def test_every_setting_that_trl_adds_to_the_trainer_has_a_hint() -> None:
     ours = {path.rpartition(".")[2] for path in paths()} | {field.name for field in dataclasses.fields(Config)}
     hints = {name: section.unknown(name, "", [], 1) for name in theirs - ours}
     assert [name for name, hint in hints.items() if "Known here" in hint or "Did you mean" in hint] == []
+
+
+def test_one_text_stands_for_a_list_of_one() -> None:
+    lists = {"rewards": "number", "track": {"use": "wandb"}, "lora": {"targets": "q_proj"}, "sampling": {"stop": "x"}}
+    cfg = Config(**{**RUN, **lists})
+    assert (cfg.rewards, cfg.track.use) == ((Reward("number"),), ("wandb",))
+    assert (cfg.lora.targets, cfg.sampling.stop) == (("q_proj",), ("x",))
+    assert Config(**{**RUN, "rewards": {"use": "number", "weight": 2}}).rewards == (Reward("number", weight=2.0),)
+    assert Config(**RUN).lora.targets == "all-linear"
+
+
+def test_what_a_preset_sets_is_not_taken_for_a_setting_of_the_user() -> None:
+    told = "lower the first or raise the second (optim.minibatches: set by the preset)"
+    with pytest.raises(ConfigError, match=re.escape(told)):
+        Config(**{**RUN, "algo": "dapo", "prompts_per_step": 4})
+    with pytest.raises(ConfigError, match=r"raise the second$"):
+        Config(**{**RUN, "algo": "dapo", "prompts_per_step": 4, "optim": {"minibatches": 5}})
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("accuracy_reward", 'TRL\'s; here it is the built-in "number", or "exact"'),
+        ("mine.py", 'which function of it? It has first, Second; give "mine.py:first"'),
+        ("torn.py", 'which function of it? Give "torn.py:function"'),
+        ("gone.py", "unknown"),
+    ],
+)
+def test_a_reward_that_is_no_name_says_what_to_write(
+    name: str, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("mine.py").write_text("import nothing\ndef first(): pass\nclass Second: pass\ndef _third(): pass\n")
+    Path("torn.py").write_text("def (")
+    with pytest.raises(ConfigError, match=re.escape(told)):
+        resolve.module(name, "rlft.rewards.builtin", "rewards")

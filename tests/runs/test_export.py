@@ -154,7 +154,10 @@ def test_an_earlier_checkpoint_into_float32_from_the_command_line(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"which": "7"}, r'--checkpoint 7: .* has no such checkpoint; give "latest", "best" or a step of 1, 2$'),
+        (
+            {"which": "7"},
+            r'--checkpoint 7: .* has no such checkpoint; give "latest", "best" or one of its steps: 1, 2$',
+        ),
         ({"dtype": "int8"}, r'dtype = "int8": want one of bfloat16, float16, float32'),
         ({"out": "rewards.py"}, r"is there already and not an empty folder; give another one"),
         ({"out": "run"}, r"is there already and not an empty folder; give another one"),

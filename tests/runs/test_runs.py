@@ -248,7 +248,9 @@ def test_a_checkpoint_is_chosen_by_name(tmp_path: Path) -> None:
     chosen = {which: run.checkpoint(which).name for which in ("latest", "best", "2")}
     assert chosen == {"latest": "step-000012", "best": "step-000004", "2": "step-000002"}
     for wrong in ("3", "-2", "newest"):
-        with pytest.raises(ConfigError, match=rf'--checkpoint {wrong}: .* "latest", "best" or a step of 2, 4, 12'):
+        with pytest.raises(
+            ConfigError, match=rf'--checkpoint {wrong}: .* "latest", "best" or one of its steps: 2, 4, 12'
+        ):
             run.checkpoint(wrong)
 
 

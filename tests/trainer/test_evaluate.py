@@ -241,7 +241,10 @@ def test_the_command_prints_a_table_or_json(run: tuple[Result, Path], capsys) ->
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--checkpoint", "5"], '--checkpoint 5: {out} has no such checkpoint; give "latest", "best" or a step of '),
+        (
+            ["--checkpoint", "5"],
+            '--checkpoint 5: {out} has no such checkpoint; give "latest", "best" or one of its steps: ',
+        ),
         (["--rows", "7"], "--rows 7: the run holds out 6 rows (eval.rows); give 1 to that many"),
         (["--base", "--checkpoint", "best"], "--base and --checkpoint best: give one of them"),
         (["--temperature", "0"], "eval.samples = 4: greedy samples are all equal"),
