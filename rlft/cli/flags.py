@@ -15,10 +15,12 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from rlft.cli.arguments import paragraph
+from rlft.config import secrets
 from rlft.config.files import read, to_table, with_preset
 from rlft.config.run import Algo, Config, overlaid
 from rlft.config.section import from_short, options_of, plain, unknown
 from rlft.errors import ConfigError
+from rlft.runs.formats import visible
 
 HELP = ("-h", "--help")
 ALGO = "The algorithm; the other flags of this section are its own."
@@ -41,7 +43,7 @@ def parse(command: str, args: list[str], about: str) -> tuple[Config, bool]:
     changes = table_of([flag for flag in flags if flag not in ("--resume", *HELP)], table)
     settings = overlaid(changes, table)
     if show_help:
-        _print_help(command, file, with_preset(settings), about)
+        _print_help(command, file, _harmless(secrets.masked(with_preset(settings))), about)
     cfg = Config(**settings)
     from rlft.algos.algorithm import loss_class  # imports torch, which no error above waits for
 
@@ -151,11 +153,20 @@ def _toml(value: str) -> Any:
     """The value as TOML reads it ("1e-5", "true", "[1, 2]"); the text itself where it is no TOML."""
     try:
         return tomllib.loads(f"value = {value}")["value"]
-    except ValueError:
+    except (ValueError, RecursionError):
         return value
 
 
 # ---- help --------------------------------------------------------------------------------------------------------
+
+
+def _harmless(value: Any) -> Any:
+    """Settings of a file as they may be printed: no text in them steers the terminal."""
+    if isinstance(value, dict):
+        return {_harmless(key): _harmless(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_harmless(part) for part in value]
+    return visible(value) if isinstance(value, str) else value
 
 
 def _print_help(command: str, file: str | None, settings: dict[str, Any], about: str) -> None:

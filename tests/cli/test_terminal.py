@@ -50,6 +50,22 @@ def test_the_settings_that_validate_prints(tmp_path: Path, capsys: pytest.Captur
     assert harmless(capsys.readouterr().out)
 
 
+def test_the_help_of_a_file_with_its_values(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "a.toml"
+    use = '[{ use = "number", args = { api_key = "sk-live-1" } }]'
+    file.write_text(f'model = {json.dumps(STEERING[:-1])}\ndata = "d"\nout = "o"\nsteps = 1\nrewards = {use}\n')
+    with pytest.raises(SystemExit):
+        main(["train", str(file), "--help"])
+    out = capsys.readouterr().out
+    assert "title" in out and harmless(out.replace("\x1b[0m", "")) and "sk-live-1" not in out and "***" in out
+
+
+def test_a_flag_that_is_nested_too_deeply(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a.toml").write_text('model = "m"\ndata = "d"\nout = "o"\nsteps = 1\n')
+    assert main(["validate", str(tmp_path / "a.toml"), "--seed", "[" * 5000]) == 2
+    assert "seed = " in capsys.readouterr().out
+
+
 def test_completions_and_faults_of_reward_check(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "d.jsonl").write_text(json.dumps({"prompt": STEERING[:-1], "completion": STEERING[:-1]}) + "\n")
     (tmp_path / "r.py").write_text(
