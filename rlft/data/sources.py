@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from rlft.config import resolve
+from rlft.config import resolve, secrets
 from rlft.config.data import Data, Source
 from rlft.config.paths import user_path
 from rlft.errors import DataError
@@ -43,7 +43,10 @@ def _rows_of(source: Source, seed: int) -> list[dict[str, Any]]:
     if source.path.startswith(GYM):
         rows = _generate(source.path.removeprefix(GYM), source.args, seed)
     elif source.args:
-        raise DataError(f'data.args = {source.args}: only "{GYM}TASK" takes arguments, not data.path = "{source.path}"')
+        raise DataError(
+            f'data.args = {secrets.masked(source.args)}: only "{GYM}TASK" takes arguments, not data.path = '
+            f'"{source.path}"'
+        )
     elif path.suffix in FILES:
         rows = _file_rows(path)
     else:
