@@ -215,7 +215,7 @@ class Config:
     seed: int = 42
     """Seed of everything random: data order, adapter, sampling."""
     share: bool = False
-    """Let other users of the machine read the folder `out`, as far as the umask allows; without it the folder, which
+    """Let other users of the machine read the folder `out`, as far as the umask allows. Without it the folder, which
     holds prompts and completions, is created for its owner alone."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """"auto" is the GPU where there is one."""

@@ -1,4 +1,7 @@
-"""Continue a PEFT adapter: read its files, which may be anybody's, and attach it to the base it fits."""
+"""Continue a PEFT adapter: read its files, which may be anybody's, and attach it to the base it fits.
+
+Names of fields are PEFT's: r is the rank.
+"""
 
 from __future__ import annotations
 

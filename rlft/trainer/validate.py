@@ -88,7 +88,7 @@ def check(cfg: Config, resume: bool = False, callables: bool = False) -> Checked
 
 
 def _training(cfg: Config) -> list[str]:
-    """Return what sampling in training may not have. Not checked by Config, so that what else is wrong is told too."""
+    """Return what sampling in training may not have. `Config` does not check it, so that every fault shows at once."""
     try:
         cfg.sampling.check_for_training()
     except ConfigError as error:
