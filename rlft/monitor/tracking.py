@@ -92,7 +92,7 @@ class Tracking:
             try:
                 self._trackers.append(_Tracker(use, make(start), Background(f"rlft-{use}")))
                 if project := getattr(self._trackers[-1].tracker, "project", None):
-                    note(f'tracker "{use}": project "{project}"')
+                    note(f'{use}: project "{project}"')
             except Exception as error:  # a tracker may raise anything
                 self._finish(ok=False)
                 hint = '; or set track.mode = "offline"' if use == "wandb" and cfg.track.mode != "offline" else ""

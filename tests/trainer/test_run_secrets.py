@@ -56,7 +56,7 @@ def test_a_key_is_in_no_file_and_on_no_screen(
     assert main(["train", "a.toml"]) == 0
     shown = "".join(capsys.readouterr())
     assert KEY not in shown and ("looks like a secret" in shown) == (value == KEY)
-    assert 'tracker "wandb": project "mine"' in shown and 'tracker "tensorboard": project' not in shown
+    assert 'wandb: project "mine"' in shown and "tensorboard: project" not in shown
     assert having(home / "a") == [] and (home / "a").stat().st_mode & 0o077 == 0
     assert ('api_key = "***"' in Path("a/config.toml").read_text()) == (value == KEY)
     # What was masked is asked for before a model is loaded; a reference is resolved again.
