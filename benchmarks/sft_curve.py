@@ -36,7 +36,8 @@ from rlft.algos.losses.sft import Sft
 from rlft.batch import count, groups_of, pack
 from rlft.config.data import Data, Sampling
 from rlft.config.run import Lora, Optim
-from rlft.data.prompts import Prompts, encode_prompt
+from rlft.data.encode import encode_prompt
+from rlft.data.prompts import Prompts
 from rlft.kernels.nf4 import Nf4Weight, decode
 from rlft.models.adapter import lora_parameters
 from rlft.models.load import Base, attach_lora, fingerprint, load_base, load_tokenizer

@@ -15,7 +15,8 @@ from typing import Any
 
 from rlft.config.data import Data, Reward
 from rlft.config.run import Config
-from rlft.data.prompts import check_rows, kind_of
+from rlft.data.kinds import kind_of
+from rlft.data.prompts import check_rows
 from rlft.errors import ConfigError, DataError
 from rlft.rewards.parts import RewardBreakdown
 from rlft.rewards.score import RewardFunction, build_rewards, score

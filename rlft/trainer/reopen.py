@@ -11,7 +11,7 @@ from typing import Any
 from rlft.algos.algorithm import build_algorithm
 from rlft.config.data import Sampling
 from rlft.config.run import Config
-from rlft.data.prompts import encode_prompt
+from rlft.data.encode import encode_prompt
 from rlft.errors import ConfigError
 from rlft.models.load import load_tokenizer
 from rlft.models.policy import Policy

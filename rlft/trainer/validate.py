@@ -18,7 +18,8 @@ from rlft.algos.algorithm import Algorithm, build_algorithm
 from rlft.config import resolve
 from rlft.config.data import Data, Reward
 from rlft.config.run import Config
-from rlft.data.prompts import check_rows, kind_of
+from rlft.data.kinds import kind_of
+from rlft.data.prompts import check_rows
 from rlft.environment import version_problems
 from rlft.errors import ConfigError, RlftError
 from rlft.models.load import describe_base, locate, resolve_device

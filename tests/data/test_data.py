@@ -11,7 +11,8 @@ from tiny import tiny_tokenizer
 from tokenizers.processors import TemplateProcessing
 
 from rlft.config.data import Data
-from rlft.data.prompts import Prompts, check_rows, encode_prompt, hold_out, load_prompts
+from rlft.data.encode import encode_prompt
+from rlft.data.prompts import Prompts, check_rows, hold_out, load_prompts
 from rlft.errors import DataError
 from rlft.models.load import load_tokenizer
 from rlft.types import Prompt

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from rlft.config.data import Data, Eval, Sampling
 from rlft.config.run import Algo, Config, Lora, Optim
 from rlft.data.chat import end_id, turn_end
-from rlft.data.prompts import encode_prompt
+from rlft.data.encode import encode_prompt
 from rlft.rollout.eager import EagerEngine
 from rlft.rollout.engine import eos_ids, undeclared_end
 from rlft.trainer.loop import train

@@ -23,7 +23,7 @@ from test_engines import mismatch_of
 
 from rlft.config.data import Data, Eval, Sampling
 from rlft.config.run import Config, Engine, Lora, Parity
-from rlft.data.prompts import encode_prompt
+from rlft.data.encode import encode_prompt
 from rlft.errors import EngineError, ParityError, TrainError
 from rlft.models.load import Base, attach_lora, load_base, load_tokenizer
 from rlft.models.policy import Policy

@@ -19,7 +19,7 @@ from test_engines import mismatch_of
 
 from rlft.config.data import Data, Sampling
 from rlft.config.run import Engine, Lora
-from rlft.data.prompts import encode_prompt
+from rlft.data.encode import encode_prompt
 from rlft.errors import EngineError, ParityError
 from rlft.models.load import Base, attach_lora, load_base, load_tokenizer
 from rlft.models.policy import Policy

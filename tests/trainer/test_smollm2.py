@@ -16,7 +16,8 @@ from torch import Tensor
 
 from rlft.config.data import Data, Sampling
 from rlft.config.run import Config, Lora
-from rlft.data.prompts import Prompts, encode_prompt, load_prompts
+from rlft.data.encode import encode_prompt
+from rlft.data.prompts import Prompts, load_prompts
 from rlft.kernels.attention import Sequences
 from rlft.kernels.logprobs import linear_logprobs
 from rlft.models import families
