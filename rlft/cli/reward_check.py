@@ -13,15 +13,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from rlft.algos.algorithm import build_algorithm
 from rlft.config.data import Data, Reward
 from rlft.config.run import Config
-from rlft.data.kinds import kind_of
+from rlft.data.encode import Encoder
+from rlft.data.kinds import IDS
 from rlft.data.prompts import check_rows
 from rlft.errors import ConfigError, DataError
+from rlft.models.locate import load_tokenizer, locate
 from rlft.rewards.parts import RewardBreakdown
 from rlft.rewards.score import RewardFunction, build_rewards, score
 from rlft.runs.folder import Run
 from rlft.runs.tables import shown_prompt
+from rlft.trainer.validate import purpose_of
 from rlft.types import FinishReason, Prompt, Rollout
 
 
@@ -51,7 +55,8 @@ def check(
     if not rewards:
         raise ConfigError(f"{file}: has no rewards; add rewards = [...], or give file.py:function")
     source = _data(cfg, data, run)
-    every = check_rows(source, cfg.seed if cfg else 42)
+    purpose = purpose_of(cfg, build_algorithm(cfg.algo, cfg.optim.updates)) if cfg else ""
+    every = check_rows(source, cfg.seed if cfg else 42, purpose)
     functions = build_rewards(rewards)
     try:
         for function in functions:
@@ -59,8 +64,12 @@ def check(
         if run is not None:
             made, state = _sampled(Run.resume(run), step, every, source, rows)
         else:
-            found = [pair for i, row in enumerate(every[:rows]) for pair in _recorded(row, i, completion)]
             tokenizer, state = _tokenizer(cfg, functions), 0
+            encoder = None if tokenizer is None else Encoder(source, tokenizer, every.kind)
+            asked = [
+                Prompt((), row, i) if encoder is None else encoder.encode(row, i) for i, row in enumerate(every[:rows])
+            ]
+            found = [pair for prompt in asked for pair in _recorded(prompt, every.kind, completion)]
             made = [_rollout(prompt, text, i, tokenizer) for i, (prompt, text) in enumerate(found)]
         _, parts = score(made, functions, {"global_step": state, "max_steps": (cfg and cfg.steps) or 0, "epoch": 0.0})
     finally:
@@ -89,18 +98,22 @@ def _data(cfg: Config | None, data: str | None, run: Path | None) -> Data:
 # ---- what is scored ----------------------------------------------------------------------------------------------
 
 
-def _recorded(row: dict[str, Any], index: int, column: str | None) -> list[tuple[Prompt, str]]:
+def _recorded(prompt: Prompt, kind: str, column: str | None) -> list[tuple[Prompt, str]]:
     """The completions that came with a row and their prompt: two for a pair. Raises DataError when there is none."""
-    kind = kind_of(row)
-    prompt = Prompt((), row, index, None if isinstance(row.get("prompt"), str) else tuple(row.get("prompt") or ()))
+    row, index = prompt.row, prompt.index
+    if prompt.messages is None and isinstance(row.get("prompt"), list):
+        prompt = replace(prompt, messages=tuple(row["prompt"]))
     if column is not None:
         if row.get(column) is None:
             raise DataError(f'--completion "{column}": row {index} has no such column; it has {", ".join(row)}')
         found = [row[column]]
+    elif kind in IDS:
+        found = [recorded.text for recorded in prompt.recorded]
     elif kind == "messages":
         turns = [i for i, message in enumerate(row["messages"]) if message["role"] == "assistant"]
         if not turns:
             raise DataError(f"row {index}: messages has no assistant message to score")
+        row = {name: value for name, value in row.items() if name != "prompt"}
         prompt = Prompt((), row, index, tuple(row["messages"][: turns[-1]]))
         found = [row["messages"][turns[-1] :][:1]]
     else:
@@ -127,17 +140,20 @@ def _rollout(prompt: Prompt, text: str, sample: int, tokenizer: Any) -> Rollout:
 
 
 def _tokenizer(cfg: Config | None, functions: Sequence[RewardFunction]) -> Any:
-    """The config's tokenizer when a function names completion_ids, else None: then they are empty."""
+    """The tokenizer of the config's model, where a function names completion_ids or the model is on this machine.
+
+    None otherwise: completion_ids are then empty, and what the chat template refuses does not show.
+    """
     asks = [function.name for function in functions if "completion_ids" in function.names]
-    if not asks:
+    where = locate(cfg.model) if cfg is not None else None
+    here = where is not None and where.gguf is None and Path(where.path).is_dir()  # a .gguf file takes long to read
+    if not asks and not here:
         return None
     if cfg is None:
         raise ConfigError(
             f'reward "{asks[0]}" wants completion_ids, which need a tokenizer: give a config whose `model` has it, or '
             f"--run RUN, whose completions have theirs"
         )
-    from rlft.models.load import load_tokenizer
-
     return load_tokenizer(cfg.model)
 
 

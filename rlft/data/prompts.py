@@ -4,26 +4,42 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from rlft.config.data import Data
-from rlft.data.encode import encode_prompt
-from rlft.data.kinds import check_row, kind_of
+from rlft.data.encode import Encoder
+from rlft.data.kinds import Purpose
+from rlft.data.limits import NO_LIMITS, Limits
+from rlft.data.reader import Reader
 from rlft.data.sources import load_rows
 from rlft.errors import DataError, TrainError
 from rlft.types import Prompt
 
+BATCH = 1024
+"""Rows that are encoded with one call of the tokenizer."""
 
-def check_rows(data: Data, seed: int) -> list[dict[str, Any]]:
-    """Load the rows of a dataset and check them without a tokenizer. Raises DataError naming row and column."""
-    rows = load_rows(data, seed)
-    kind = kind_of(rows[0])
-    for i, row in enumerate(rows):
-        check_row(row, i, kind)
+
+class Rows(list[dict[str, Any]]):
+    """The rows of a dataset, read by a `Reader`."""
+
+    def __init__(self, rows: Iterable[dict[str, Any]], reader: Reader) -> None:
+        """rows: all that the reader has read."""
+        super().__init__(rows)
+        assert reader.kind is not None, "an empty dataset is refused"
+        self.kind, self.notes = reader.kind, reader.notes()
+
+
+def check_rows(data: Data, seed: int, purpose: Purpose = "") -> Rows:
+    """Load the rows of a dataset and read them without a tokenizer. Raises DataError naming row and column.
+
+    purpose: what the algorithm does with the rows.
+    """
+    reader = Reader(data, purpose)
+    rows = Rows([reader.read(row, i) for i, row in enumerate(load_rows(data, seed))], reader)
     if "answer" in rows[0]:
         _check_answers(rows)
     return rows
@@ -50,17 +66,22 @@ class LoadedPrompts:
     prompts: list[Prompt]
     dropped: int
     """Number of rows dropped because their prompt is longer than `data.max_prompt_tokens`."""
+    notes: list[str]
+    """What the start of a run says about the rows."""
 
 
-def load_prompts(data: Data, tokenizer: Any, seed: int, rows: Sequence[dict[str, Any]] | None = None) -> LoadedPrompts:
+def load_prompts(
+    data: Data, tokenizer: Any, seed: int, rows: Rows | None = None, limits: Limits = NO_LIMITS
+) -> LoadedPrompts:
     """Load all prompts of a dataset, in order.
 
-    seed: the run's, for generated tasks and mixtures. rows: the result of `check_rows`, if it was called before. Raises
-    DataError for any fault of a row, and when every prompt is too long.
+    seed: the run's, for generated tasks and mixtures. rows: the result of `check_rows`, if it was called before.
+    limits: what the model takes. Raises DataError for any fault of a row, and when every prompt is too long.
     """
+    rows = check_rows(data, seed) if rows is None else rows
+    encoder = Encoder(data, tokenizer, rows.kind, limits)
     prompts, dropped = [], 0
-    for index, row in enumerate(check_rows(data, seed) if rows is None else rows):
-        prompt = encode_prompt(row, index, data, tokenizer)
+    for index, prompt in enumerate(_encoded(encoder, rows)):
         if data.max_prompt_tokens is not None and len(prompt.ids) > data.max_prompt_tokens:
             if data.long_prompts == "error":
                 raise DataError(
@@ -74,7 +95,16 @@ def load_prompts(data: Data, tokenizer: Any, seed: int, rows: Sequence[dict[str,
         raise DataError(
             f"every prompt is longer than data.max_prompt_tokens = {data.max_prompt_tokens} ({dropped} rows): raise it"
         )
-    return LoadedPrompts(prompts, dropped)
+    return LoadedPrompts(prompts, dropped, [*rows.notes, *encoder.notes()])
+
+
+def _encoded(encoder: Encoder, rows: Sequence[dict[str, Any]]) -> Iterator[Prompt]:
+    """Encode the rows in batches. Raises the DataError of the first row at fault."""
+    for start in range(0, len(rows), BATCH):
+        for result in encoder.encode_many(rows[start : start + BATCH], start):
+            if isinstance(result, DataError):
+                raise result
+            yield result
 
 
 class Prompts:

@@ -276,10 +276,11 @@ def columns_of(rollouts: Sequence[Rollout]) -> dict[str, list[Any]]:
 
 
 def _prompt(rollout: Rollout) -> Any:
-    prompt = rollout.prompt.row.get("prompt")
-    if prompt is None:
-        return [dict(message) for message in rollout.prompt.messages or ()]
-    return prompt
+    """Return what the model was asked: the string of the row, or the messages as they were rendered."""
+    prompt, messages = rollout.prompt.row.get("prompt"), rollout.prompt.messages
+    if isinstance(prompt, str):
+        return prompt
+    return "" if messages is None else [dict(message) for message in messages]
 
 
 def check_invalid(history: list[float], share: float, faults: Sequence[str] = ()) -> None:

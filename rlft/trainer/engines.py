@@ -15,6 +15,7 @@ from rlft.monitor.console import Console
 from rlft.rollout.eager import EagerEngine
 from rlft.rollout.engine import Engine
 from rlft.trainer.evaluate import sampling_of
+from rlft.trainer.limits import context_of
 from rlft.types import Prompt
 
 INSTALL = "pip install 'rlft[vllm]'"
@@ -39,6 +40,7 @@ def start(cfg: Config, policy: Policy, tokenizer: Any, console: Console, rows: S
 
     Raises ConfigError for prompts too long for the model's context, and EngineError when vLLM does not start.
     """
+    longest = _max_model_len(cfg, policy, rows)
     if sampler_name(cfg, policy.device) == "eager":
         if cfg.engine.name == "auto" and policy.device.type == "cuda":
             console.note(f"sampling with the trainer's own modules, since vLLM is not installed: {INSTALL}")
@@ -47,7 +49,6 @@ def start(cfg: Config, policy: Policy, tokenizer: Any, console: Console, rows: S
 
     graphs = cfg.engine.graphs and policy.device.type == "cuda"
     console.note("starting vLLM" + (": it compiles and captures graphs, for minutes the first time" if graphs else ""))
-    longest = _max_model_len(cfg, policy, rows)
     sequences = cfg.prompts_per_step * cfg.sampling.group_size
     return VllmEngine(policy, tokenizer, cfg.engine, longest, sequences, console.generating, console.note)
 
@@ -55,22 +56,13 @@ def start(cfg: Config, policy: Policy, tokenizer: Any, console: Console, rows: S
 def longest_of(cfg: Config, policy: Policy, rows: Sequence[Prompt]) -> int:
     """Return the tokens of the longest prompt plus completion. Raises ConfigError above the model's context."""
     completion, prompt = _completion(cfg), max(len(row.ids) for row in rows)
-    context = _context(policy)
+    context = context_of(policy.base.config)
     if context is not None and prompt + completion > context:
         raise ConfigError(
             f"sampling.max_tokens = {completion}: with the longest prompt, {prompt} tokens, that is more than the "
             f"model's context of {context}; lower it, or drop long prompts with data.max_prompt_tokens"
         )
     return prompt + completion
-
-
-def _context(policy: Policy) -> int | None:
-    """Return the largest number of tokens of the model's context; None where its config names none."""
-    base: Any = policy.base
-    try:
-        return base.config.get_text_config().max_position_embeddings
-    except AttributeError:
-        return None
 
 
 def _completion(cfg: Config) -> int:

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 
 from rlft import __version__
-from rlft.algos.algorithm import Algorithm, describe
+from rlft.algos.algorithm import Algorithm, build_algorithm, describe
 from rlft.config.data import Reward
 from rlft.config.files import to_toml
 from rlft.config.run import Config
-from rlft.data.prompts import Prompts, digest, exclude_prompts, hold_out, load_prompts
+from rlft.data.prompts import Prompts, check_rows, digest, exclude_prompts, hold_out, load_prompts
 from rlft.environment import untested
 from rlft.errors import ConfigError, DataError
 from rlft.models import targets
@@ -48,13 +48,14 @@ from rlft.runs.folder import Run
 from rlft.trainer import engines
 from rlft.trainer.agreement import agree
 from rlft.trainer.evaluate import measures_loss
+from rlft.trainer.limits import check_loaded, limits_of_files
 from rlft.trainer.optim import Optimizer
 from rlft.trainer.plans import memory_plan, pack_plan_of, pass_summary
 from rlft.trainer.reference import Reference
 from rlft.trainer.saving import resume as resumed
 from rlft.trainer.selfcheck import check as check_path
 from rlft.trainer.session import Recorder, Sampler, Session, Trainer, check_adapter
-from rlft.trainer.validate import Checked, check
+from rlft.trainer.validate import Checked, check, purpose_of
 from rlft.types import Prompt, State
 
 
@@ -102,6 +103,7 @@ def build_session(
         for note in {function.note: None for function in [*functions, *eval_functions] if function.note}:
             console.note(note)
         policy = load_policy(cfg, console.note)
+        check_loaded(policy.base.config, [*rows, *eval_prompts])
         engine, eval_engine = _engines(cfg, policy, tokenizer, console, rows, eval_prompts, bool(eval_functions))
         for line in _starting(cfg, engine, undeclared_end(tokenizer, policy.base)):
             console.note(line)
@@ -149,14 +151,21 @@ def load_prompts_of(
 
     note: called with messages about dropped prompts. checked: has the rows, where they were read before.
     """
-    data = load_prompts(cfg.data, tokenizer, cfg.seed, checked and checked.rows)
+    limits, purpose = limits_of_files(cfg), purpose_of(cfg, build_algorithm(cfg.algo, cfg.optim.updates))
+    rows = checked.rows if checked else check_rows(cfg.data, cfg.seed, purpose)
+    data = load_prompts(cfg.data, tokenizer, cfg.seed, rows, limits)
+    for line in data.notes:
+        note(line)
     if data.dropped:
         note(f"{data.dropped} prompts longer than data.max_prompt_tokens = {cfg.data.max_prompt_tokens} dropped")
     if not cfg.eval.rows:
         return data.prompts, []
     if cfg.eval.data is None:
         return hold_out(data.prompts, cfg.eval.rows, cfg.seed)
-    evals = load_prompts(cfg.eval.data, tokenizer, cfg.seed, checked and checked.held)
+    held = checked.held if checked else check_rows(cfg.eval.data, cfg.seed, purpose)
+    evals = load_prompts(cfg.eval.data, tokenizer, cfg.seed, held, limits)
+    for line in evals.notes:
+        note(line.replace("data:", "eval.data:", 1))
     if evals.dropped:
         limit = cfg.eval.data.max_prompt_tokens
         note(f"{evals.dropped} prompts longer than eval.data.max_prompt_tokens = {limit} dropped")

@@ -18,19 +18,18 @@ from rlft.algos.algorithm import Algorithm, build_algorithm
 from rlft.config import resolve
 from rlft.config.data import Data, Reward
 from rlft.config.run import Config
-from rlft.data.kinds import kind_of
-from rlft.data.prompts import check_rows
+from rlft.data.kinds import PAIRS, SAMPLED, Purpose
+from rlft.data.prompts import Rows, check_rows, load_prompts
 from rlft.environment import version_problems
 from rlft.errors import ConfigError, RlftError
-from rlft.models.load import describe_base, locate, resolve_device
+from rlft.models.load import describe_base, load_tokenizer, locate, resolve_device
 from rlft.monitor import tracking
 from rlft.rewards.score import BUILTIN, OURS
 from rlft.rewards.worker import Signature, signature
 from rlft.runs.folder import Run, resumable
 from rlft.trainer.engines import engine_name
+from rlft.trainer.limits import limits_of_files
 
-RECORDED = ("completion", "text", "messages", "chosen")
-"""Columns that contain recorded completions."""
 GIVEN = ("prompts", "completions", "completion_ids", "trainer_state", "log_metric", "log_extra")
 """Arguments that every reward function may take besides the dataset's columns."""
 
@@ -43,15 +42,16 @@ class Checked:
     """One sentence each that names the field, its value and the remedy."""
     algorithm: Algorithm | None
     """None where it could not be built."""
-    rows: list[dict[str, Any]] | None
+    rows: Rows | None
     """The rows of the training data; None where they could not be read."""
-    held: list[dict[str, Any]] | None
+    held: Rows | None
     """The rows of `eval.data`, or else those of the training data."""
 
 
 def problems(cfg: Config, resume: bool = False, callables: bool = False) -> list[str]:
-    """Return all problems of a config, see `check`."""
-    return check(cfg, resume, callables).problems
+    """Return all problems of a config, see `check`; also those that the rows have with the tokenizer of the model."""
+    checked = check(cfg, resume, callables)
+    return checked.problems or list(dict.fromkeys(_encoding(cfg, checked)))
 
 
 def check(cfg: Config, resume: bool = False, callables: bool = False) -> Checked:
@@ -65,21 +65,50 @@ def check(cfg: Config, resume: bool = False, callables: bool = False) -> Checked
     messages += _model(cfg, device)
     messages += _out(Path(cfg.out).expanduser(), resume)
     algorithm = _collect(messages, lambda: build_algorithm(cfg.algo, cfg.optim.updates))
-    rows = _collect(messages, lambda: check_rows(cfg.data, cfg.seed))
+    purpose = purpose_of(cfg, algorithm)
+    rows: Rows | None = _collect(messages, lambda: check_rows(cfg.data, cfg.seed, purpose))
     held = rows
     if cfg.eval.rows and cfg.eval.data is not None:
-        held = _collect(messages, lambda: check_rows(cfg.eval.data or Data(), cfg.seed))
+        held = _collect(messages, lambda: check_rows(cfg.eval.data or Data(), cfg.seed, purpose))
     if rows is not None:
         messages += _engine(cfg, algorithm, rows, callables)
         messages += _vllm(cfg, rows, device)
         messages += _held_out(cfg, rows, held)
-        if cfg.eval.rows and held:
-            messages += _measured(cfg, kind_of(rows[0]), kind_of(held[0]), callables)
+        if cfg.eval.rows and held is not None:
+            messages += _measured(cfg, rows.kind, held.kind, callables)
     messages += _rewards("rewards", cfg.rewards, rows)
     messages += _rewards("eval.rewards", cfg.eval.rewards, held)
     messages += tracking.problems(cfg.track)
     # Two checks may report the same fault.
     return Checked(list(dict.fromkeys(messages)), algorithm, rows, held)
+
+
+def purpose_of(cfg: Config, algorithm: Algorithm | None) -> Purpose:
+    """Return what a run does with its rows: sample completions, or train on recorded ones."""
+    if algorithm is None:
+        return ""
+    if cfg.engine.name in ("eager", "vllm"):
+        return "sampling"
+    if algorithm.loss.whole_groups and algorithm.advantage_name in ("identity", "best_and_worst"):
+        return "pairs"
+    if algorithm.advantage_name == "identity":
+        return "supervised"
+    return "sampling" if cfg.engine.name == "auto" else ""
+
+
+def _encoding(cfg: Config, checked: Checked) -> Iterator[str]:
+    """Encode all rows with the tokenizer of a model that is on this machine, and yield what is wrong with them."""
+    where = locate(cfg.model)
+    if checked.rows is None or not Path(where.path).is_dir():
+        return
+    messages: list[str] = []
+    tokenizer = _collect(messages, lambda: load_tokenizer(cfg.model))
+    limits = _collect(messages, lambda: limits_of_files(cfg))
+    if tokenizer is not None and limits is not None:
+        _collect(messages, lambda: load_prompts(cfg.data, tokenizer, cfg.seed, checked.rows, limits))
+        if (held := cfg.eval.data) is not None and checked.held is not None:
+            _collect(messages, lambda: load_prompts(held, tokenizer, cfg.seed, checked.held, limits))
+    yield from messages
 
 
 def _collect(messages: list[str], check: Callable[[], Any]) -> Any:
@@ -132,9 +161,9 @@ def _out(out: Path, resume: bool) -> Iterator[str]:
         yield f'out = "{out}": {nearest} cannot be written to; give another folder'
 
 
-def _vllm(cfg: Config, rows: list[dict[str, Any]], device: torch.device | None) -> Iterator[str]:
+def _vllm(cfg: Config, rows: Rows, device: torch.device | None) -> Iterator[str]:
     """Yield what vLLM does not support, where it is the engine that samples."""
-    if device is None or engine_name(cfg, any(name in rows[0] for name in RECORDED), device) != "vllm":
+    if device is None or engine_name(cfg, rows.kind not in SAMPLED, device) != "vllm":
         return
     if cfg.quantization == "int8":
         yield 'quantization = "int8": vLLM takes NF4 and plain weights; set "nf4" or "none", or engine.name = "eager"'
@@ -144,18 +173,17 @@ def _vllm(cfg: Config, rows: list[dict[str, Any]], device: torch.device | None) 
         yield f'engine.mode = "{cfg.engine.mode}": on a CPU vLLM has no memory that sleeps; set "shared" or "auto"'
 
 
-def _engine(cfg: Config, algorithm: Algorithm | None, rows: list[dict[str, Any]], callables: bool) -> Iterator[str]:
+def _engine(cfg: Config, algorithm: Algorithm | None, rows: Rows, callables: bool) -> Iterator[str]:
     """Check engine, algorithm, group size and rewards against the kind of data."""
-    recorded = any(name in rows[0] for name in RECORDED)
+    recorded, pairs = rows.kind not in SAMPLED, rows.kind in PAIRS
     engine = cfg.engine.name if cfg.engine.name != "auto" else ("replay" if recorded else "eager")
     baseline = algorithm is not None and algorithm.advantage_name
-    pairs = "chosen" in rows[0] and "rejected" in rows[0]
     if algorithm is not None:
-        yield from _pairs(cfg, algorithm, rows[0], pairs)
+        yield from _pairs(cfg, algorithm, rows)
         yield from _dropout(cfg, algorithm, engine)
     if engine == "replay":
         if not recorded:
-            yield f'engine.name = "replay": the data has no column of completions ({", ".join(RECORDED)}); set "eager"'
+            yield 'engine.name = "replay": the data has prompts without completions (docs/data.md); set "eager"'
         elif baseline in WITHIN_GROUPS and not pairs:
             yield (
                 f'algo.advantage = "{baseline}": the data has one completion per row, and a group of one has advantage '
@@ -208,17 +236,17 @@ def _dropout(cfg: Config, algorithm: Algorithm, engine: str) -> Iterator[str]:
         )
 
 
-def _pairs(cfg: Config, algorithm: Algorithm, row: dict[str, Any], pairs: bool) -> Iterator[str]:
+def _pairs(cfg: Config, algorithm: Algorithm, rows: Rows) -> Iterator[str]:
     """Check what losses over pairs and labelled rows require."""
-    if algorithm.loss.whole_groups and algorithm.advantage_name == "identity" and not pairs:
+    if algorithm.loss.whole_groups and algorithm.advantage_name == "identity" and rows.kind not in PAIRS:
         yield (
-            f'algo.name = "{cfg.algo.name}": learns from pairs, and the data has {", ".join(row)}; give rows with '
+            f'algo.name = "{cfg.algo.name}": learns from pairs, and the data has {", ".join(rows[0])}; give rows with '
             f"chosen and rejected (map yours with data.columns), or make pairs of sampled completions with "
             f'algo.advantage = "best_and_worst" and rewards'
         )
     if algorithm.loss.whole_groups and cfg.overlong.mask:
         yield f'overlong.mask = true: algo.name = "{cfg.algo.name}" would be left with half a pair; set it to false'
-    if kind_of(row) == "label" and algorithm.advantage_name == "identity" and not algorithm.loss.needs_reference:
+    if rows.kind == "label" and algorithm.advantage_name == "identity" and not algorithm.loss.needs_reference:
         yield (
             f'algo.name = "{cfg.algo.name}": rows whose label is false would be unlearned without bound; use '
             f'algo.name = "kto", or leave the column label out'
@@ -230,7 +258,7 @@ def _pairs(cfg: Config, algorithm: Algorithm, row: dict[str, Any], pairs: bool) 
         )
 
 
-def _held_out(cfg: Config, rows: list[dict[str, Any]], held: list[dict[str, Any]] | None) -> Iterator[str]:
+def _held_out(cfg: Config, rows: Rows, held: Rows | None) -> Iterator[str]:
     count = cfg.eval.rows
     if cfg.eval.data is not None:
         if held is not None and len(held) < count:
@@ -241,8 +269,7 @@ def _held_out(cfg: Config, rows: list[dict[str, Any]], held: list[dict[str, Any]
 
 def _measured(cfg: Config, kind: str, held: str, callables: bool) -> Iterator[str]:
     """Check that held-out rows can be measured. kind, held: kinds of the training rows and the held-out rows."""
-    pairs = "preference"
-    loss = "prompt" not in (kind, held) and (kind == pairs) == (held == pairs) and cfg.engine.name != "eager"
+    loss = not {kind, held} & set(SAMPLED) and (kind in PAIRS) == (held in PAIRS) and cfg.engine.name != "eager"
     rewards = bool(cfg.eval.rewards or cfg.rewards or callables)
     if not (rewards or loss):
         yield (
@@ -256,7 +283,7 @@ def _measured(cfg: Config, kind: str, held: str, callables: bool) -> Iterator[st
         )
 
 
-def _rewards(field: str, rewards: tuple[Reward, ...], rows: list[dict[str, Any]] | None) -> Iterator[str]:
+def _rewards(field: str, rewards: tuple[Reward, ...], rows: Rows | None) -> Iterator[str]:
     for reward in rewards:
         if not isinstance(reward.use, str):
             yield f"{field}: a config holds names of functions; give functions to rlft.train(cfg, rewards=[...])"

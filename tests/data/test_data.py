@@ -107,9 +107,11 @@ def test_a_plain_text_with_the_bos_that_the_tokenizer_adds_is_an_error(row: dict
     assert ids[0] == 0 and ids[1] != 0
 
 
-def test_a_prompt_that_ends_with_the_assistant_is_an_error() -> None:
-    with pytest.raises(DataError, match="ends with an assistant message"):
-        one({"prompt": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]})
+def test_a_prompt_that_ends_with_the_assistant_is_continued() -> None:
+    prefilled = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "Let me"}]
+    prompt = one({"prompt": prefilled, "completion": " see"})
+    assert text(prompt.ids) == f"{USER}Let me" and trained(prompt) == [" see<|im_end|>"]
+    assert prompt.messages == tuple(prefilled)
 
 
 def test_a_system_prompt_without_a_template_is_an_error() -> None:
@@ -160,7 +162,9 @@ def test_a_template_that_marks_the_assistant_is_asked_and_may_rewrite_earlier_tu
     tokenizer.chat_template = MARKED.replace("{% generation %}", "{% generation %}{% endgeneration %}", 1).replace(
         "{% endgeneration %}{{ '\n' }}", "{{ '\n' }}"
     )
-    with pytest.raises(DataError, match="row 0: the chat template marks no assistant token after a prompt"):
+    with pytest.raises(
+        DataError, match="row 0, column messages: the chat template marks no assistant token after a prompt"
+    ):
         one({"messages": [{"role": r, "content": c} for r, c in turns]}, tokenizer)
 
 
