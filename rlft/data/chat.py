@@ -98,7 +98,7 @@ def _check_shown(message: dict[str, Any], opened: str, after: str) -> None:
     if tag is not None and not after.startswith(opened) and after.startswith(opened[: tag.start()]):
         raise DataError(
             f"the chat template opens the assistant's turn with {tag[1]} and does not show it in an answer, so what is "
-            f"sampled and what is shown differ; train on prompt + completion rows instead",
+            f"sampled and what is shown differ; give the answer as a string completion (prompt + completion)",
             reason="template",
         )
 

@@ -122,7 +122,10 @@ class Drafter:
                 raise DataError(
                     "the prompt ends with a call of a tool, which cannot be continued; add the tool's answer"
                 )
-            self._note("data: prompts end with an assistant message, which the completions continue")
+            self._note(
+                "data: prompts end with an assistant message, which the completions continue; cut it off where it is "
+                "an answer and not the beginning of one"
+            )
             return self.template.render(asked.messages, asked.tools, resume_turn=True)
         text = asked.rendered or self.template.render(asked.messages, asked.tools, open_turn=True)
         if self.kind == "prompt" and (tag := self._opened_with(asked, text)):
@@ -175,10 +178,6 @@ class Drafter:
         if not self.template.source:
             raise DataError("the row is messages, but the tokenizer has no chat template")
         messages = self._with_system(row["messages"], row)
-        for key in self.template.unread_keys(messages):
-            self._note(
-                f"data: the chat template does not read the key {key} of messages, so it does not reach the model"
-            )
         first = next((i for i, message in enumerate(messages) if message["role"] == "assistant"), None)
         if not first:
             raise DataError("messages need an assistant message after at least one other")

@@ -51,7 +51,9 @@ class Encoder:
 
     def notes(self) -> list[str]:
         """Return what the start of a run says about the rows encoded so far."""
-        return list(self._drafter.notes)
+        unread = self._drafter.template.unread
+        keys = f"data: the chat template does not read the key {', '.join(unread)} of messages, so the model does not"
+        return [*self._drafter.notes, *([keys] if unread else [])]
 
     def encode(self, row: dict[str, Any], index: int) -> Prompt:
         """Encode one row. Raises DataError naming row and column."""

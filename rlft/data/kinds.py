@@ -95,8 +95,10 @@ def check_row(row: dict[str, Any], kind: str) -> None:
             f"column label is {row['label']!r:.80}: want true or false, for a good or a bad completion; "
             f"rename the column by data.columns if it means something else"
         )
-    for column in KINDS[kind] if kind not in IDS else ():
-        value = row[column]
+    for column in ("prompt", *KINDS[kind]) if kind not in IDS else ():
+        value = row.get(column)
+        if column == "prompt" and (value is None or column not in columns_of(kind)):
+            continue
         if column == "label" or (value and isinstance(value, str) and column != "messages"):
             continue
         if value == "":

@@ -50,6 +50,13 @@ def messages_of(value: Any) -> list[dict[str, Any]]:
     return [_message(entry, i) for i, entry in enumerate(value)]
 
 
+def parsed_messages(value: Any) -> Any:
+    """Return the messages that a JSON text holds, as a CSV file has them; any other value unchanged."""
+    if not isinstance(value, str) or not value.lstrip().startswith("[{"):
+        return value
+    return _parsed(value, "it is no JSON")
+
+
 def is_messages(value: Any) -> bool:
     """Return True for a value that looks like messages: a list of dicts."""
     return isinstance(value, list | tuple) and bool(value) and isinstance(value[0], dict)
@@ -117,12 +124,13 @@ def _of_sharegpt(message: dict[str, Any], place: int) -> dict[str, Any]:
     if speaker not in SPEAKERS:
         raise DataError(f'message {place} is from = "{speaker}": known are {", ".join(SPEAKERS)}')
     if speaker in ("function_call", "tool_call"):
-        calls = _parsed(said, f"message {place}: {speaker} is no JSON") if isinstance(said, str) else said
-        return {**message, "role": "assistant", "tool_calls": _as_list(calls)}
+        return {**message, "role": "assistant", "tool_calls": _as_list(said)}
     return {**message, "role": SPEAKERS[speaker], **({} if said is None else {"content": said})}
 
 
 def _as_list(calls: Any) -> list[Any]:
+    if isinstance(calls, str):
+        calls = _parsed(calls, "tool_calls is no JSON")
     return list(calls) if isinstance(calls, list | tuple) else [calls]
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from rlft.config.data import Data
 from rlft.data.formats import convert, is_foreign, split_completion, split_pair
 from rlft.data.kinds import IDS, KINDS, Purpose, check_row, columns_of, kind_of
-from rlft.data.messages import is_messages, messages_of, tools_of
+from rlft.data.messages import is_messages, messages_of, parsed_messages, tools_of
 from rlft.data.tokens import check_ids
 from rlft.errors import DataError
 
@@ -27,6 +27,7 @@ class Reader:
         self._purpose: Purpose = purpose
         self._formats: dict[str, None] = {}
         self._unread: list[str] = []
+        self._read_columns: set[str] = set()
         self._system = False
 
     def decide(self, row: dict[str, Any]) -> str:
@@ -53,7 +54,7 @@ class Reader:
             self._system = isinstance(row.get("system"), str) and kind not in (*IDS, "text")
             if is_foreign(row):
                 name = "ShareGPT"
-            self.kind = kind
+            self.kind, self._read_columns = kind, columns_of(kind)
         if name is not None:
             self._formats[name] = None
         kind = self.kind
@@ -74,9 +75,11 @@ class Reader:
         changed: dict[str, Any] = {}
         for column in CONVERSATIONS:
             value = row.get(column)
-            if value is not None and not isinstance(value, str) and column in columns_of(kind) and is_messages(value):
+            if column in self._read_columns and (column == "messages" or is_messages(value)):
                 try:
-                    changed[column] = messages_of(value)
+                    value = parsed_messages(value)
+                    if is_messages(value):
+                        changed[column] = messages_of(value)
                 except DataError as error:
                     raise DataError(f"column {column}: {error}", reason=error.reason) from None
         if row.get("tools") is not None and kind != "text":
@@ -96,8 +99,8 @@ class Reader:
         if self._unread:
             one = len(self._unread) == 1
             notes.append(
-                f"data: rows are read by {' + '.join(KINDS[self.kind])}; the column{'' if one else 's'} "
-                f"{', '.join(self._unread)} {'is' if one else 'are'} not (data.columns decides otherwise)"
+                f"data: rows are read as {' + '.join(KINDS[self.kind])}; the column{'' if one else 's'} "
+                f"{', '.join(self._unread)} {'is' if one else 'are'} not read (data.columns chooses what is)"
             )
         if self._system:
             notes.append(

@@ -14,7 +14,7 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 from rlft.config.data import Data
-from rlft.data.messages import UNTRAINED, plain
+from rlft.data.messages import plain
 from rlft.errors import DataError
 
 Messages = Sequence[dict[str, Any]]
@@ -25,6 +25,10 @@ PROBE = "rlft-content"
 PROBE_KEY = "rlft-argument"
 TAG = re.compile(r"(<[^<>\s]+>|\[[^\[\]\s]+\])\s*$")
 """A tag at the end of a text, such as <think>."""
+
+
+USUAL = ("role", "content", "tool_calls", "tool_call_id", "name", "id")
+"""Keys of messages that a template may leave out without a loss that anyone needs to be told of."""
 
 
 class TurnEnd(NamedTuple):
@@ -55,6 +59,8 @@ class ChatTemplate:
         self.tokenizer = tokenizer
         self.source = template_text(tokenizer)
         """Text of the template, "" without one."""
+        self.unread: dict[str, None] = {}
+        """Keys of messages, found so far, that the text of the template does not mention."""
         self._kwargs = data.chat_template_kwargs
         self._ends: dict[tuple[str, ...], TurnEnd | None] = {}
         self._opening: dict[tuple[Any, ...], str | None] = {}
@@ -101,10 +107,11 @@ class ChatTemplate:
         """Return the messages in the form that this template writes correctly, without marks."""
         if self._in_parts is None:
             self._in_parts = self._wants_parts()
-        if not self._in_parts and all(len(message) == 2 for message in messages):
+        if not self._in_parts and all(len(message) == 2 and "content" in message for message in messages):
             return list(messages)
         shaped = []
         for message in plain(list(messages)):
+            self.unread.update((key, None) for key in message if key not in USUAL and key not in self.source)
             if "tool_calls" in message:
                 message = self._shaped_call(message)
             if self._in_parts and isinstance(message.get("content"), str):
@@ -115,11 +122,15 @@ class ChatTemplate:
     # ---- errors ----------------------------------------------------------------------------------------------------
 
     def _refusal(self, error: Exception, messages: Messages, tools: Tools) -> DataError:
-        words = (str(error).strip() or type(error).__name__).splitlines()[0]
+        name, words = type(error).__name__, str(error).strip().partition("\n")[0]
         if isinstance(error, RecursionError):
             words = "nested too deeply"
-        elif type(error).__module__.partition(".")[0] != "jinja2":
-            words = f"{type(error).__name__}: {words}"
+        elif type(error).__module__.partition(".")[0] != "jinja2" or not words:
+            words = f"{name}: {words}" if words else name
+        if name == "TemplateSyntaxError":
+            return DataError(
+                f"the chat template has a syntax error ({words:.300}); mend it in the tokenizer", reason="template"
+            )
         return DataError(
             f"the chat template refuses the conversation ({words:.300}){self._advice(messages, tools)}",
             reason="template",
@@ -273,12 +284,6 @@ class ChatTemplate:
     def marks_generation(self) -> bool:
         """Return True when the template itself marks the assistant's tokens, with {% generation %}."""
         return re.search(r"\{%-?\s*generation\s*-?%\}", self.source) is not None
-
-    def unread_keys(self, messages: Messages) -> list[str]:
-        """Return keys of the messages that the text of the template does not mention."""
-        usual = ("role", "content", "tool_calls", "tool_call_id", "name", "id", UNTRAINED)
-        keys = {key for message in messages for key in message if key not in usual}
-        return sorted(key for key in keys if key not in self.source)
 
 
 def template_text(tokenizer: Any) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from rlft.config.run import Config
-from rlft.data.limits import NO_LIMITS, Limits, check_length
+from rlft.data.limits import NO_LIMITS, Limits, check_ids, check_length
 from rlft.errors import DataError
 from rlft.models.load import describe_base, resolve_device
 from rlft.types import Prompt
@@ -44,13 +44,16 @@ def limits_of_files(cfg: Config) -> Limits:
     return NO_LIMITS if config is None else limits_of(config)
 
 
-def check_loaded(config: Any, prompts: Sequence[Prompt]) -> None:
-    """Hold encoded rows against the context of a loaded model. Raises DataError naming the row."""
-    context = context_of(config)
-    if context is None:
+def check_loaded(cfg: Config, config: Any, prompts: Sequence[Prompt]) -> None:
+    """Hold encoded rows against a loaded model of whose files nothing was known. Raises DataError naming the row."""
+    if limits_of_files(cfg) != NO_LIMITS:
         return
+    context, vocabulary = limits_of(config)
     for prompt in prompts:
         try:
-            check_length(prompt, context)
+            if context is not None:
+                check_length(prompt, context)
+            if vocabulary is not None:
+                check_ids(prompt, vocabulary, lambda _: None)
         except DataError as error:
             raise DataError(f"row {prompt.index}: {error}", reason=error.reason) from None

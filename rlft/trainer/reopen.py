@@ -23,6 +23,7 @@ from rlft.runs import checkpoint
 from rlft.runs.folder import Run
 from rlft.trainer.engines import longest_sequence, start
 from rlft.trainer.evaluate import evaluate, measures_loss, recorded_loss
+from rlft.trainer.limits import context_of
 from rlft.trainer.plans import pack_plan_of
 from rlft.trainer.setup import identity_of, load_policy, load_prompts_of
 
@@ -136,7 +137,13 @@ def generate_from_run(
             stop_token_ids=cfg.sampling.stop_token_ids,
             stop=cfg.sampling.stop,
         )
-        run.policy.fix_rope(len(row.ids) + sampling.max_tokens, run.long)
+        context, total = context_of(run.policy.base.config), len(row.ids) + sampling.max_tokens
+        if context is not None and total > context:
+            raise ConfigError(
+                f"--max-tokens {sampling.max_tokens}: with the prompt, {len(row.ids)} tokens, that is more than the "
+                f"model's context of {context}; lower it"
+            )
+        run.policy.fix_rope(total, run.long)
         # One completion takes less time than starting vLLM.
         with _sampling(run, EagerEngine(run.policy, run.tokenizer)) as engine:
             return engine.generate([row], sampling, seed=(cfg.seed, 0))[0].text

@@ -103,7 +103,7 @@ def build_session(
         for note in {function.note: None for function in [*functions, *eval_functions] if function.note}:
             console.note(note)
         policy = load_policy(cfg, console.note)
-        check_loaded(policy.base.config, [*rows, *eval_prompts])
+        check_loaded(cfg, policy.base.config, [*rows, *eval_prompts])
         engine, eval_engine = _engines(cfg, policy, tokenizer, console, rows, eval_prompts, bool(eval_functions))
         for line in _starting(cfg, engine, undeclared_end(tokenizer, policy.base)):
             console.note(line)

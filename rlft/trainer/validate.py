@@ -246,7 +246,13 @@ def _pairs(cfg: Config, algorithm: Algorithm, rows: Rows) -> Iterator[str]:
         )
     if algorithm.loss.whole_groups and cfg.overlong.mask:
         yield f'overlong.mask = true: algo.name = "{cfg.algo.name}" would be left with half a pair; set it to false'
-    if rows.kind == "label" and algorithm.advantage_name == "identity" and not algorithm.loss.needs_reference:
+    supervised = algorithm.advantage_name == "identity" and not algorithm.loss.needs_reference
+    if rows.kind in PAIRS and supervised and not algorithm.loss.whole_groups:
+        yield (
+            f'algo.name = "{cfg.algo.name}": the rejected side of pairs would be unlearned without bound; use '
+            f'algo.name = "dpo", or train on the chosen side with data.columns (completion = "chosen", beside a prompt)'
+        )
+    if rows.kind == "label" and supervised:
         yield (
             f'algo.name = "{cfg.algo.name}": rows whose label is false would be unlearned without bound; use '
             f'algo.name = "kto", or leave the column label out'
