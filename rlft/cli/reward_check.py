@@ -17,7 +17,7 @@ from rlft.algos.algorithm import build_algorithm
 from rlft.config.data import Data, Reward
 from rlft.config.run import Config
 from rlft.data.encode import Encoder
-from rlft.data.kinds import IDS
+from rlft.data.kinds import IDS, SAMPLED
 from rlft.data.prompts import check_rows
 from rlft.errors import ConfigError, DataError
 from rlft.models.locate import load_tokenizer, locate
@@ -64,6 +64,12 @@ def check(
         if run is not None:
             made, state = _sampled(Run.resume(run), step, every, source, rows)
         else:
+            if completion is None and every.kind in SAMPLED:
+                raise DataError(
+                    f"the rows have no completion to score, only {', '.join(every[0])}. Give --run RUN for what an "
+                    f"earlier run sampled, or --completion COLUMN to score a column as if it were one, for example "
+                    f"--completion answer"
+                )
             tokenizer, state = _tokenizer(cfg, functions), 0
             encoder = None if tokenizer is None else Encoder(source, tokenizer, every.kind)
             asked = [
@@ -99,7 +105,7 @@ def _data(cfg: Config | None, data: str | None, run: Path | None) -> Data:
 
 
 def _recorded(prompt: Prompt, kind: str, column: str | None) -> list[tuple[Prompt, str]]:
-    """The completions that came with a row and their prompt: two for a pair. Raises DataError when there is none."""
+    """The completions that came with a row and their prompt: two for a pair. Raises DataError for a missing column."""
     row, index = prompt.row, prompt.index
     if prompt.messages is None and isinstance(row.get("prompt"), list):
         prompt = replace(prompt, messages=tuple(row["prompt"]))
@@ -119,12 +125,7 @@ def _recorded(prompt: Prompt, kind: str, column: str | None) -> list[tuple[Promp
     else:
         one = ("completion",)
         columns = {"completion": one, "label": one, "preference": ("chosen", "rejected"), "text": ("text",)}
-        found = [row[name] for name in columns.get(kind, ())]
-    if not found:
-        raise DataError(
-            f"the rows have no completion to score, only {', '.join(row)}. Give --run RUN for what an earlier run "
-            f"sampled, or --completion COLUMN to score a column as if it were one, for example --completion answer"
-        )
+        found = [row[name] for name in columns[kind]]
     return [(prompt, value if isinstance(value, str) else _last(value)) for value in found]
 
 

@@ -144,7 +144,7 @@ class Drafter:
         return self._tags[opening]
 
     def draft(self, row: dict[str, Any], asked: Asked | None = None) -> Draft:
-        """Draft one row. asked: its prompt, where it was found before."""
+        """Draft one row. asked: its prompt, where it is known already."""
         if self.kind == "text":
             side = Side((Piece(row["text"], True),), 1.0, row["text"], not self._has_end(row["text"]))
             return Draft(without_prompt(row), None, None, True, (side,), ("text", "text"))

@@ -45,7 +45,7 @@ class Encoder:
         self._data = data
         self._marked = kind == "messages" and self._drafter.template.marks_generation()
         self._bos, self._eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-        # Ids up to the vocabulary as shared objects: an int of its own takes 28 bytes, a reference 8.
+        # Ids up to the vocabulary as shared objects: a separate int takes 28 bytes, a reference 8.
         self._ints = list(range(len(tokenizer)))
         self._checks_ids = limits.vocabulary is not None and (kind in IDS or len(tokenizer) > limits.vocabulary)
 
@@ -129,7 +129,7 @@ class Encoder:
     def _ids(self, text: str, special: bool, column: str) -> tuple[int, ...]:
         try:
             return self._shared(self.tokenizer.encode(text, add_special_tokens=special))
-        except Exception as error:  # tokenizers have errors of their own
+        except Exception as error:  # each tokenizer raises other errors
             raise named(encoding_fault(text, error), column) from error
 
     def _shared(self, ids: Sequence[int]) -> tuple[int, ...]:

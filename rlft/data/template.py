@@ -28,7 +28,7 @@ TAG = re.compile(r"(<[^<>\s]+>|\[[^\[\]\s]+\])\s*$")
 
 
 USUAL = ("role", "content", "tool_calls", "tool_call_id", "name", "id")
-"""Keys of messages that a template may leave out without a loss that anyone needs to be told of."""
+"""Keys of messages that a template may leave out without a note."""
 
 
 class TurnEnd(NamedTuple):
@@ -74,7 +74,7 @@ class ChatTemplate:
         """Encode a text without adding special tokens. Raises DataError for text that is no Unicode."""
         try:
             return tuple(self.tokenizer.encode(text, add_special_tokens=False))
-        except Exception as error:  # tokenizers have errors of their own
+        except Exception as error:  # each tokenizer raises other errors
             raise encoding_fault(text, error) from error
 
     def render(

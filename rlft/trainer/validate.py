@@ -183,7 +183,10 @@ def _engine(cfg: Config, algorithm: Algorithm | None, rows: Rows, callables: boo
         yield from _dropout(cfg, algorithm, engine)
     if engine == "replay":
         if not recorded:
-            yield 'engine.name = "replay": the data has prompts without completions (docs/data.md); set "eager"'
+            yield (
+                'engine.name = "replay": the data has no column of completions (completion, text, messages, chosen); '
+                'set "eager"'
+            )
         elif baseline in WITHIN_GROUPS and not pairs:
             yield (
                 f'algo.advantage = "{baseline}": the data has one completion per row, and a group of one has advantage '
