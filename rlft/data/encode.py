@@ -7,7 +7,9 @@ texts of many rows are encoded in one call.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from threading import Lock
 from typing import Any
 
 from rlft.config.data import Data
@@ -23,7 +25,10 @@ from rlft.data.tokens import SIDES, mask_of, split_ids
 from rlft.errors import DataError
 from rlft.types import Prompt, Recorded
 
-Coded = dict[tuple[str, bool], tuple[int, ...]]
+PART = 256
+"""Rows that are encoded together, while the next ones are drafted."""
+
+Coded = dict[tuple[str, bool], Sequence[int]]
 """(text, with special tokens) -> its ids."""
 
 
@@ -41,6 +46,8 @@ class Encoder:
     def __init__(self, data: Data, tokenizer: Any, kind: str, limits: Limits = NO_LIMITS) -> None:
         """kind: the reader's. limits: what the model takes, which every row is held against."""
         self.tokenizer, self.kind, self.limits = tokenizer, kind, limits
+        # A fast tokenizer may be changed by a call (truncation, padding), and refuses that during another call.
+        self._lock = Lock()
         self._drafter = Drafter(data, tokenizer, kind)
         self._data = data
         self._marked = kind == "messages" and self._drafter.template.marks_generation()
@@ -72,27 +79,49 @@ class Encoder:
 
     def encode_many(self, rows: Sequence[dict[str, Any]], start: int) -> list[Prompt | DataError]:
         """Encode rows, numbered from `start`, with an error in place of a row that is at fault. Same as `encode`."""
-        drafts = self._drafts(rows)
+        results: list[Prompt | DataError] = []
+        # The tokenizer works outside of the interpreter lock, so that the next rows are drafted meanwhile.
+        with ThreadPoolExecutor(1, "rlft-encode") as aside:
+            waiting: list[tuple[int, list[Draft | None], Future[Coded]]] = []
+            for place in range(0, len(rows), PART):
+                drafts = self._drafts(rows[place : place + PART])
+                waiting.append((place, drafts, aside.submit(self._coded, drafts)))
+                if len(waiting) > 1:
+                    results += self._results(rows, start, *waiting.pop(0))
+            for part in waiting:
+                results += self._results(rows, start, *part)
+        return results
+
+    def _coded(self, drafts: Sequence[Draft | None]) -> Coded:
+        """Encode the texts of drafted rows; without those that have to be encoded one by one."""
         coded: Coded = {}
         wanted = {(text, special): None for draft in drafts if draft for text, special, _ in draft.texts()}
         for special in (False, True):
             texts = [text for text, needs in wanted if needs is special]
-            for text, ids in zip(texts, encode_texts(self.tokenizer, texts, special), strict=False):
-                coded[text, special] = self._shared(ids)
-        results: list[Prompt | DataError] = []
-        for index, (row, draft) in enumerate(zip(rows, drafts, strict=True), start):
-            try:
-                if draft is None or any((text, special) not in coded for text, special, _ in draft.texts()):
-                    results.append(self.encode(row, index))
-                else:
-                    results.append(self._finished(draft, coded, index))
-            except DataError as error:
-                results.append(error)
-        return results
+            with self._lock:
+                ids = encode_texts(self.tokenizer, texts, special)
+            coded |= zip([(text, special) for text in texts], ids, strict=False)
+        return coded
 
-    def _finished(self, draft: Draft, coded: Coded, index: int) -> Prompt:
+    def _results(
+        self, rows: Sequence[dict[str, Any]], start: int, place: int, drafts: list[Draft | None], coded: Future[Coded]
+    ) -> Iterator[Prompt | DataError]:
+        """Yield the prompts of the rows from `place` on, which were drafted and encoded together."""
+        known = coded.result()
+        for i, draft in enumerate(drafts, place):
+            try:
+                yield self._finished(draft, known, start + i) or self.encode(rows[i], start + i)
+            except DataError as error:
+                yield error
+
+    def _finished(self, draft: Draft | None, coded: Coded, index: int) -> Prompt | None:
+        """Return the prompt of a drafted row; None where a text of it has to be encoded by itself."""
+        if draft is None:
+            return None
         try:
             return self._checked(self._assemble(draft, coded, index))
+        except KeyError:
+            return None
         except DataError as error:
             raise _in_row(error, index) from None
 
@@ -126,9 +155,10 @@ class Encoder:
 
     # ---- ids -------------------------------------------------------------------------------------------------------
 
-    def _ids(self, text: str, special: bool, column: str) -> tuple[int, ...]:
+    def _ids(self, text: str, special: bool, column: str) -> Sequence[int]:
         try:
-            return self._shared(self.tokenizer.encode(text, add_special_tokens=special))
+            with self._lock:
+                return self.tokenizer.encode(text, add_special_tokens=special)
         except Exception as error:  # each tokenizer raises other errors
             raise named(encoding_fault(text, error), column) from error
 
@@ -140,7 +170,7 @@ class Encoder:
 
     def _assemble(self, draft: Draft, coded: Coded, index: int) -> Prompt:
         """Put the ids of a drafted row together."""
-        ids = () if draft.prompt is None else coded[draft.prompt, draft.special]
+        ids = () if draft.prompt is None else self._shared(coded[draft.prompt, draft.special])
         self._check_bos(ids, "the text" if draft.special else "the rendered prompt", draft.special)
         if not draft.sides:
             return Prompt(ids, draft.row, index, draft.messages)
@@ -170,7 +200,7 @@ class Encoder:
             ids, mask = [*ids, eos], [*mask, True]
         if alone:
             mask[0] = False  # nothing precedes the first token to predict it from
-        return Recorded(tuple(ids), tuple(mask), side.reward, side.text)
+        return Recorded(self._shared(ids), tuple(mask), side.reward, side.text)
 
     def _of_ids(self, row: dict[str, Any], index: int) -> Prompt:
         """Encode a row that is token ids already. Its prompt is decoded for rewards."""
