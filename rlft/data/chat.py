@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from rlft.config.data import Data
 from rlft.data.messages import UNTRAINED
-from rlft.data.template import TAG, ChatTemplate, Messages, Tools, TurnEnd
+from rlft.data.template import TAG, ChatTemplate, Messages, Tools, TurnEnd, encoding_fault
 from rlft.errors import DataError
 from rlft.types import Recorded
 
@@ -137,11 +137,19 @@ def encode_marked(
     Marked white space after the end of a turn is not trained, nor is a turn with `UNTRAINED`. Raises DataError when the
     template marks no token, or marks the first one.
     """
-    template.render(messages, tools)  # raises what the template refuses
+    text = template.render(messages, tools)  # raises what the template refuses
     given = {} if tools is None else {"tools": list(tools)}
-    encoding = template.tokenizer.apply_chat_template(
-        template.shaped(messages), tokenize=True, return_dict=True, return_assistant_tokens_mask=True, **given, **kwargs
-    )
+    try:
+        encoding = template.tokenizer.apply_chat_template(
+            template.shaped(messages),
+            tokenize=True,
+            return_dict=True,
+            return_assistant_tokens_mask=True,
+            **given,
+            **kwargs,
+        )
+    except Exception as error:  # each tokenizer raises other errors
+        raise encoding_fault(text, error) from error
     ids, mask = tuple(encoding["input_ids"]), [bool(flag) for flag in encoding["assistant_masks"]]
     first = mask.index(True) if True in mask else 0
     if not first:

@@ -98,6 +98,13 @@ def test_half_a_character_is_named(row: dict[str, Any], column: str) -> None:
             DataError, match=rf"^row 7, column {column}: the text holds half of a character at position"
         ):
             encode(row, tiny_tokenizer(), **options)  # type: ignore[arg-type]
+    marking = tiny_tokenizer()
+    marking.chat_template = CHATML.replace(
+        "m['content'] + '<|im_end|>'", "'' }}{% generation %}{{ m['content'] + '<|im_end|>' }}{% endgeneration %}{{ ''"
+    )
+    if "messages" in row:
+        with pytest.raises(DataError, match=f"^row 7, column {column}: the text holds half of a character"):
+            encode(row, marking)
     fine = {"text": "ab", "other": "\ud83d"}
     assert encode(fine, tiny_tokenizer()).row["other"] == "\ud83d", "columns that are not tokens may hold anything"
 
