@@ -16,7 +16,7 @@ from typing import Any
 from rlft.config.data import Data, Reward
 from rlft.config.run import Config
 from rlft.data.kinds import kind_of
-from rlft.data.prompts import check_rows
+from rlft.data.usable import Rows, check_rows
 from rlft.errors import ConfigError, DataError
 from rlft.rewards.parts import RewardBreakdown
 from rlft.rewards.score import RewardFunction, build_rewards, score
@@ -141,9 +141,7 @@ def _tokenizer(cfg: Config | None, functions: Sequence[RewardFunction]) -> Any:
     return load_tokenizer(cfg.model)
 
 
-def _sampled(
-    run: Run, step: int | None, rows: list[dict[str, Any]], data: Data, wanted: int
-) -> tuple[list[Rollout], int]:
+def _sampled(run: Run, step: int | None, rows: Rows, data: Data, wanted: int) -> tuple[list[Rollout], int]:
     """The first completions of a step of a run, each with the row of the dataset it was sampled for; and the step."""
     steps = run.rollout_steps()
     if not steps:

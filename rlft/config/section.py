@@ -14,7 +14,7 @@ import json
 import math
 import types
 import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, dataclass_transform
 
 import pydantic
@@ -44,16 +44,21 @@ SECTIONS: dict[type, str] = {}
 
 @dataclass_transform(frozen_default=True)
 def section(
-    name: str, short: str = "", rest: str = "", prepare: Callable[[dict[str, Any]], dict[str, Any]] | None = None
+    name: str,
+    short: str = "",
+    rest: str = "",
+    rows: str = "",
+    prepare: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
 ) -> Callable[[type[Section]], type[Section]]:
     """Make a class with annotated fields the section `name` of a config.
 
     short: the field that a plain text in place of the section stands for. rest: the field, a dict, that takes settings
-    which are no fields. prepare: what is done to the settings before they are checked.
+    which are no fields. rows: the field that a list or another object with rows in place of the section stands for.
+    prepare: what is done to the settings before they are checked.
     """
 
     def make(cls: type[Section]) -> type[Section]:
-        cls.SHORT, cls.REST = short, rest  # type: ignore[attr-defined]
+        cls.SHORT, cls.REST, cls.ROWS = short, rest, rows  # type: ignore[attr-defined]
         hints = typing.get_type_hints(cls, include_extras=True)
         cls.__annotations__ = {field: strict(hint) for field, hint in hints.items() if _origin(hint) is not ClassVar}
         options = ConfigDict(extra="forbid", use_attribute_docstrings=True)
@@ -109,8 +114,17 @@ def _not_bool(value: Any) -> Any:
 
 
 def from_short(cls: Any, value: Any) -> Any:
-    """The table that a plain text in place of the section `cls` stands for; anything else as it is."""
+    """The table that a plain text, or an object with rows, in place of the section `cls` stands for; else the value."""
+    if cls.ROWS and holds_rows(value) and not isinstance(value, cls):
+        return {cls.ROWS: value}
     return {cls.SHORT: value} if isinstance(value, str) else _gathered(cls, value)
+
+
+def holds_rows(value: Any) -> bool:
+    """Whether a value may be rows of a dataset: a list, a table or an iterable, and no table of settings."""
+    if isinstance(value, str | bytes) or type(value) is dict:
+        return False
+    return isinstance(value, Iterable) or hasattr(value, "__arrow_c_stream__")
 
 
 def _gathered(cls: Any, value: Any) -> Any:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from rlft.config.run import Config
+from rlft.data.table import table_of
 from rlft.environment import version
 from rlft.errors import ConfigError
 from rlft.models.policy import Policy
@@ -54,7 +55,7 @@ def start(cfg: Config, policy: Policy, tokenizer: Any, console: Console, rows: S
 
 def longest_of(cfg: Config, policy: Policy, rows: Sequence[Prompt]) -> int:
     """Return the tokens of the longest prompt plus completion. Raises ConfigError above the model's context."""
-    completion, prompt = _completion(cfg), max(len(row.ids) for row in rows)
+    completion, prompt = _completion(cfg), int(table_of(rows).lengths().max())
     context = _context(policy)
     if context is not None and prompt + completion > context:
         raise ConfigError(
@@ -101,12 +102,10 @@ def longest_sequence(cfg: Config, policy: Policy, rows: Sequence[Prompt], held: 
     `engine.max_model_len` bounds the sampled sequences.
     """
     replay = engine_name(cfg, bool(rows[0].recorded), policy.device) == "replay"
-    recorded_lengths = (
-        [len(prompt.ids) + len(completion.ids) for prompt in (*rows, *held) for completion in prompt.recorded]
-        if replay
-        else []
-    )
-    sampled_prompts = [*(() if replay else rows), *(held if scored or not replay else ())]
-    if sampled_prompts and cfg.engine.max_model_len is not None and sampler_name(cfg, policy.device) == "vllm":
+    parts = [table_of(prompts) for prompts in (rows, held) if len(prompts)]
+    recorded_lengths = [int(part.longest().max()) for part in parts] if replay else []
+    sampled = [part for part, samples in ((rows, not replay), (held, scored or not replay)) if samples and len(part)]
+    prompts = [int(table_of(part).lengths().max()) for part in sampled]
+    if prompts and cfg.engine.max_model_len is not None and sampler_name(cfg, policy.device) == "vllm":
         return max([cfg.engine.max_model_len, *recorded_lengths])
-    return max([*recorded_lengths, *(len(prompt.ids) + _completion(cfg) for prompt in sampled_prompts)])
+    return max([*recorded_lengths, *(length + _completion(cfg) for length in prompts)])

@@ -167,8 +167,9 @@ def train(
 
     rewards: reward functions in place of the config's. resume: go on from the newest checkpoint in the config's `out`.
     callbacks: called with (state, metrics) after each step. settings: take the place of the config's; a section is a
-    dict, for example `rlft.train("run.toml", steps=3, sampling={"max_tokens": 64})`. Raises RlftError for everything a
-    user can cause; the run folder keeps everything written before it.
+    dict, for example `rlft.train("run.toml", steps=3, sampling={"max_tokens": 64})`, and `data` may be rows (see
+    `rlft.Data.rows`). Raises RlftError for everything a user can cause; the run folder keeps everything written before
+    it.
     """
     cfg = config_from(cfg, settings)
     with what_to_lower(cfg) as sessions, build_session(cfg, rewards, resume, callbacks) as session:

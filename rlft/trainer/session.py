@@ -33,7 +33,7 @@ class Sampler:
     eval_engine: Engine
     """Engine that samples for the evaluation: `engine` itself, unless that replays recorded completions."""
     prompts: Prompts
-    eval_prompts: list[Prompt]
+    eval_prompts: Sequence[Prompt]
     """Held-out rows."""
     eval_loss: bool
     """Whether the training loss is also measured on the recorded completions of the held-out rows."""

@@ -8,16 +8,20 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from rlft import __version__
 from rlft.algos.algorithm import Algorithm, describe
-from rlft.config.data import Reward
+from rlft.config.data import Data, Reward
 from rlft.config.files import to_toml
 from rlft.config.run import Config
-from rlft.data.prompts import Prompts, digest, exclude_prompts, hold_out, load_prompts
+from rlft.data import given
+from rlft.data.prompts import Prompts, exclude_prompts, hold_out, load_prompts
+from rlft.data.table import PromptTable
+from rlft.data.usable import Rows
 from rlft.environment import untested
 from rlft.errors import ConfigError, DataError
 from rlft.models import targets
@@ -55,7 +59,7 @@ from rlft.trainer.saving import resume as resumed
 from rlft.trainer.selfcheck import check as check_path
 from rlft.trainer.session import Recorder, Sampler, Session, Trainer, check_adapter
 from rlft.trainer.validate import Checked, check
-from rlft.types import Prompt, State
+from rlft.types import State
 
 
 def _check(cfg: Config, resume: bool, callables: bool) -> Checked:
@@ -95,7 +99,8 @@ def build_session(
         writer = stack.enter_context(Background("rlft-writer"))
         console.note("\n".join([*untested(), f"loading {cfg.model}"]))
         tokenizer = load_tokenizer(cfg.model)
-        rows, eval_prompts = load_prompts_of(cfg, tokenizer, console.note, checked)
+        cfg = copy_rows(cfg, run)
+        rows, eval_prompts = load_prompts_of(cfg, tokenizer, console.note, checked, run)
         prompts = Prompts(rows, cfg.seed, cfg.data.shuffle)
         functions, eval_functions = _functions(cfg, rewards)
         _close_later(stack, [*functions, *eval_functions])
@@ -118,7 +123,7 @@ def build_session(
         sampler = Sampler(engine, eval_engine, prompts, eval_prompts, eval_loss, functions, eval_functions)
         optimizer = Optimizer(policy.adapter_params, cfg.optim, steps * cfg.optim.updates, fp16, views)
         reference = Reference(policy, keep=steps * cfg.prompts_per_step > len(rows) and not policy.mixes_rows)
-        identity, state = identity_of(cfg, policy), State(data=digest(rows))
+        identity, state = identity_of(cfg, policy), State(data=rows.digest())
         if resume:
             state = resumed(
                 run, cfg, state.data, identity, policy, optimizer, reference, prompts, bool(eval_prompts), console.note
@@ -142,35 +147,57 @@ def _close_later(stack: contextlib.ExitStack, resources: Sequence[Any]) -> None:
         stack.callback(resource.close)
 
 
+def copy_rows(cfg: Config, run: Run) -> Config:
+    """Copy rows that were given from Python into the run folder, and return the config that names the copies."""
+    data, evals = cfg.data, cfg.eval.data
+    with run.writing("the rows given as data"):
+        if data.rows is not None:
+            cfg = replace(cfg, data=given.copied(data, run.path, "data"))
+        if evals is not None and evals.rows is not None:
+            cfg = replace(cfg, eval=replace(cfg.eval, data=given.copied(evals, run.path, "eval-data")))
+    return cfg
+
+
 def load_prompts_of(
-    cfg: Config, tokenizer: Any, note: Callable[[str], None] = lambda _: None, checked: Checked | None = None
-) -> tuple[list[Prompt], list[Prompt]]:
+    cfg: Config,
+    tokenizer: Any,
+    note: Callable[[str], None] = lambda _: None,
+    checked: Checked | None = None,
+    run: Run | None = None,
+) -> tuple[PromptTable, PromptTable]:
     """Load the training prompts and the held-out prompts.
 
-    note: called with messages about dropped prompts. checked: has the rows, where they were read before.
+    note: called with messages about rows that are left out. checked: has the rows, where they were read before. run:
+    gets a file of the rows that are left out.
     """
-    data = load_prompts(cfg.data, tokenizer, cfg.seed, checked and checked.rows)
-    if data.dropped:
-        note(f"{data.dropped} prompts longer than data.max_prompt_tokens = {cfg.data.max_prompt_tokens} dropped")
+
+    def load(name: str, data: Data, rows: Rows | None) -> PromptTable:
+        loaded = load_prompts(data, tokenizer, cfg.seed, rows)
+        if loaded.drops:
+            file = f"{'' if name == 'data' else 'eval-'}dropped.jsonl"
+            note(f"{loaded.drops.note(name)}{f'; see {run.path / file}' if run else ''}")
+            if run is not None:
+                with run.writing(file):
+                    loaded.drops.write(run.path / file)
+        return loaded.prompts
+
+    data = load("data", cfg.data, checked and checked.rows)
     if not cfg.eval.rows:
-        return data.prompts, []
+        return data, data[:0]
     if cfg.eval.data is None:
-        return hold_out(data.prompts, cfg.eval.rows, cfg.seed)
-    evals = load_prompts(cfg.eval.data, tokenizer, cfg.seed, checked and checked.held)
-    if evals.dropped:
-        limit = cfg.eval.data.max_prompt_tokens
-        note(f"{evals.dropped} prompts longer than eval.data.max_prompt_tokens = {limit} dropped")
-    if len(evals.prompts) < cfg.eval.rows:
-        raise DataError(f"eval.rows = {cfg.eval.rows}: eval.data has {len(evals.prompts)} usable rows; lower eval.rows")
-    eval_prompts = evals.prompts[: cfg.eval.rows]
-    rest = exclude_prompts(data.prompts, eval_prompts)
+        return hold_out(data, cfg.eval.rows, cfg.seed)
+    evals = load("eval.data", cfg.eval.data, checked and checked.held)
+    if len(evals) < cfg.eval.rows:
+        raise DataError(f"eval.rows = {cfg.eval.rows}: eval.data has {len(evals)} usable rows; lower eval.rows")
+    evals = evals[: cfg.eval.rows]
+    rest = exclude_prompts(data, evals)
     if not rest:
         raise DataError(
             "eval.data: every training row has a prompt that is evaluated on; give other rows to one of them"
         )
-    if len(rest) < len(data.prompts):
-        note(f"{len(data.prompts) - len(rest)} training rows with a prompt of eval.data left out")
-    return rest, eval_prompts
+    if len(rest) < len(data):
+        note(f"{len(data) - len(rest)} training rows with a prompt of eval.data left out")
+    return rest, evals
 
 
 def _functions(cfg: Config, rewards: Sequence[Any] | None) -> tuple[list[RewardFunction], list[RewardFunction]]:
@@ -206,7 +233,7 @@ def load_policy(cfg: Config, note: Callable[[str], None] = lambda _: None) -> Po
 
 
 def _engines(
-    cfg: Config, policy: Policy, tokenizer: Any, console: Console, rows: list[Prompt], evals: list[Prompt], scores: bool
+    cfg: Config, policy: Policy, tokenizer: Any, console: Console, rows: PromptTable, evals: PromptTable, scores: bool
 ) -> tuple[Engine, Engine]:
     """Start the engines of training and evaluation: the same one, unless training replays recorded completions.
 
@@ -214,7 +241,7 @@ def _engines(
     """
     policy.fix_rope(engines.longest_sequence(cfg, policy, rows, evals, scores))
     if engines.engine_name(cfg, bool(rows[0].recorded), policy.device) != "replay":
-        engine = engines.start(cfg, policy, tokenizer, console, [*rows, *evals])
+        engine = engines.start(cfg, policy, tokenizer, console, [rows.longest_prompt(), *evals])
         return engine, engine
     assert rows[0].recorded, "validate refuses this"
     engine = ReplayEngine()

@@ -6,7 +6,7 @@ Each check yields messages instead of raising the first one, so that a user can 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from rlft.config import resolve
 from rlft.config.data import Data, Reward
 from rlft.config.run import Config
 from rlft.data.kinds import kind_of
-from rlft.data.prompts import check_rows
+from rlft.data.usable import Rows, check_rows
 from rlft.environment import version_problems
 from rlft.errors import ConfigError, RlftError
 from rlft.models.load import describe_base, locate, resolve_device
@@ -43,9 +43,9 @@ class Checked:
     """One sentence each that names the field, its value and the remedy."""
     algorithm: Algorithm | None
     """None where it could not be built."""
-    rows: list[dict[str, Any]] | None
+    rows: Rows | None
     """The rows of the training data; None where they could not be read."""
-    held: list[dict[str, Any]] | None
+    held: Rows | None
     """The rows of `eval.data`, or else those of the training data."""
 
 
@@ -132,7 +132,7 @@ def _out(out: Path, resume: bool) -> Iterator[str]:
         yield f'out = "{out}": {nearest} cannot be written to; give another folder'
 
 
-def _vllm(cfg: Config, rows: list[dict[str, Any]], device: torch.device | None) -> Iterator[str]:
+def _vllm(cfg: Config, rows: Rows, device: torch.device | None) -> Iterator[str]:
     """Yield what vLLM does not support, where it is the engine that samples."""
     if device is None or engine_name(cfg, any(name in rows[0] for name in RECORDED), device) != "vllm":
         return
@@ -144,7 +144,7 @@ def _vllm(cfg: Config, rows: list[dict[str, Any]], device: torch.device | None) 
         yield f'engine.mode = "{cfg.engine.mode}": on a CPU vLLM has no memory that sleeps; set "shared" or "auto"'
 
 
-def _engine(cfg: Config, algorithm: Algorithm | None, rows: list[dict[str, Any]], callables: bool) -> Iterator[str]:
+def _engine(cfg: Config, algorithm: Algorithm | None, rows: Rows, callables: bool) -> Iterator[str]:
     """Check engine, algorithm, group size and rewards against the kind of data."""
     recorded = any(name in rows[0] for name in RECORDED)
     engine = cfg.engine.name if cfg.engine.name != "auto" else ("replay" if recorded else "eager")
@@ -230,7 +230,7 @@ def _pairs(cfg: Config, algorithm: Algorithm, row: dict[str, Any], pairs: bool) 
         )
 
 
-def _held_out(cfg: Config, rows: list[dict[str, Any]], held: list[dict[str, Any]] | None) -> Iterator[str]:
+def _held_out(cfg: Config, rows: Rows, held: Rows | None) -> Iterator[str]:
     count = cfg.eval.rows
     if cfg.eval.data is not None:
         if held is not None and len(held) < count:
@@ -256,7 +256,7 @@ def _measured(cfg: Config, kind: str, held: str, callables: bool) -> Iterator[st
         )
 
 
-def _rewards(field: str, rewards: tuple[Reward, ...], rows: list[dict[str, Any]] | None) -> Iterator[str]:
+def _rewards(field: str, rewards: tuple[Reward, ...], rows: Rows | None) -> Iterator[str]:
     for reward in rewards:
         if not isinstance(reward.use, str):
             yield f"{field}: a config holds names of functions; give functions to rlft.train(cfg, rewards=[...])"
@@ -275,7 +275,7 @@ def _rewards(field: str, rewards: tuple[Reward, ...], rows: list[dict[str, Any]]
             yield f'{field} = "{reward.use}": {error}'
             continue
         if rows is not None:
-            yield from _columns(field, reward, arguments, rows[0])
+            yield from _columns(field, reward, arguments, rows.columns)
 
 
 def _function(field: str, use: str) -> Any:
@@ -284,9 +284,12 @@ def _function(field: str, use: str) -> Any:
     return vars(resolve.module(use, BUILTIN, field))[use]
 
 
-def _columns(field: str, reward: Reward, arguments: Signature, row: dict[str, Any]) -> Iterator[str]:
-    """Yield arguments that nothing provides, arguments the function does not take, and ambiguous names."""
-    have = [name for name in row if name not in OURS]
+def _columns(field: str, reward: Reward, arguments: Signature, columns: Sequence[str]) -> Iterator[str]:
+    """Yield arguments that nothing provides, arguments the function does not take, and ambiguous names.
+
+    A column that only some rows have is None for the others.
+    """
+    have = [name for name in columns if name not in OURS]
     missing = [name for name in arguments.required if name not in (*GIVEN, *reward.args, *have)]
     if missing:
         yield (

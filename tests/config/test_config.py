@@ -232,7 +232,7 @@ def test_all_faults_of_a_file_are_told_at_once() -> None:
     ("message", "table"),
     [
         ("steps = 3 and data.epochs = 1.0: give exactly one of them", {"data": {"path": "d", "epochs": 1}}),
-        ("data.path = '': give either data.path or data.sources", {"data": {}}),
+        ("data.path = '': give one of data.path, data.sources and data.rows", {"data": {}}),
         ("sampling.group_size = 0: want at least 1", {"sampling": {"group_size": 0}}),
         (
             "sampling.temperature = 0: want above 0 in training, where the policy gradient is that of a sampled token; "

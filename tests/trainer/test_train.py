@@ -18,7 +18,7 @@ from tiny import SPECIAL, tiny_model, tiny_tokenizer
 import rlft
 from rlft.config.data import Data, Eval, Reward, Sampling
 from rlft.config.run import Algo, Checkpoint, Config, Lora, Optim, Packing, Parity
-from rlft.data import prompts
+from rlft.data import usable
 from rlft.errors import ConfigError, EngineError, ParityError, RewardError, TrainError
 from rlft.rollout.eager import EagerEngine
 from rlft.runs.folder import Run
@@ -205,7 +205,7 @@ def test_a_start_reads_the_data_and_builds_the_algorithm_once(home: Path, tmp_pa
         function = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *args, **options: (calls.append(name), function(*args, **options))[1])
 
-    for module, name in ((prompts, "load_rows"), (validate, "build_algorithm")):
+    for module, name in ((usable, "load_rows"), (validate, "build_algorithm")):
         counted(module, name)
     train(grpo(home, tmp_path / "run", steps=1))
     assert sorted(calls) == ["build_algorithm", "load_rows"]
