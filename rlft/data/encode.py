@@ -12,6 +12,7 @@ errors here: a prompt that is already rendered, two BOS tokens, a template that 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -164,3 +165,25 @@ def _implicit_prompt(row: dict[str, Any]) -> dict[str, Any]:
     if not prefix or prefix == len(chosen) or prefix == len(rejected):
         raise DataError("chosen and rejected must begin alike and then differ, or come with a prompt column")
     return {"prompt": chosen[:prefix], "chosen": chosen[prefix:], "rejected": rejected[prefix:]}
+
+
+class Encoder:
+    """Encodes the rows of one dataset."""
+
+    def __init__(self, data: Data, tokenizer: Any, kind: str) -> None:
+        """kind: the reader's."""
+        self._data, self._tokenizer = data, tokenizer
+
+    def encode_many(self, rows: Sequence[dict[str, Any]], start: int) -> list[Prompt | DataError]:
+        """Encode rows, numbered from `start`, with an error in place of a row that is at fault."""
+        outcomes: list[Prompt | DataError] = []
+        for number, row in enumerate(rows, start):
+            try:
+                outcomes.append(encode_prompt(row, number, self._data, self._tokenizer))
+            except DataError as error:
+                outcomes.append(error)
+        return outcomes
+
+    def notes(self) -> list[str]:
+        """Return what the start of a run says about the rows encoded so far."""
+        return []

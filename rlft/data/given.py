@@ -16,7 +16,7 @@ from typing import Any
 
 from rlft.config.data import ROWS, Data
 from rlft.data.readers import store_of_table
-from rlft.data.rows import Columns, Packed, Row, Store, blocks, row_error
+from rlft.data.rows import Columns, Packed, Row, Store, blocks
 from rlft.errors import ConfigError, DataError
 
 NAME = "data.rows"
@@ -150,15 +150,15 @@ def _write_parquet(table: Any, path: Path) -> None:
 def plain_row(row: Any, number: int) -> Row | DataError:
     """Return a row as JSON holds it, or what is wrong with it: tuples become lists, NumPy's values Python's."""
     if not isinstance(row, Mapping):
-        return row_error(f"row {number} is a {type(row).__name__}: want a dict of columns", "no dict")
+        return DataError(f"row {number} is a {type(row).__name__}: want a dict of columns", reason="no dict")
     try:
         return _plain(row)
     except (TypeError, ValueError, RecursionError) as error:
         why = "nested too deeply" if isinstance(error, RecursionError) else error
-        return row_error(
+        return DataError(
             f"row {number} cannot be kept in the run folder: {why}; give plain values, or a datasets.Dataset or "
             f"pyarrow.Table",
-            "no plain values",
+            reason="no plain values",
         )
 
 

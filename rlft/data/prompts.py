@@ -11,10 +11,9 @@ from typing import Any
 import numpy as np
 
 from rlft.config.data import Data
-from rlft.data.encode import encode_prompt
-from rlft.data.rows import row_error
+from rlft.data.encode import Encoder
 from rlft.data.table import Encoded, PromptTable
-from rlft.data.usable import Drops, Rows, check_rows, nothing_left, reason_of, stopped
+from rlft.data.usable import Drops, Rows, check_rows, nothing_left, stopped
 from rlft.errors import DataError, TrainError
 from rlft.types import Prompt
 
@@ -29,23 +28,8 @@ class LoadedPrompts:
     prompts: PromptTable
     drops: Drops
     """The rows that are left out: those that cannot be used, and those whose prompt is too long."""
-
-
-class Encoder:
-    """Encodes rows one by one; the seam to a faster encoder."""
-
-    def __init__(self, data: Data, tokenizer: Any) -> None:
-        self._data, self._tokenizer = data, tokenizer
-
-    def encode_many(self, rows: Sequence[dict[str, Any]], start: int) -> list[Prompt | DataError]:
-        """Encode consecutive rows. start: the number of the first in the dataset."""
-        outcomes: list[Prompt | DataError] = []
-        for number, row in enumerate(rows, start):
-            try:
-                outcomes.append(encode_prompt(row, number, self._data, self._tokenizer))
-            except DataError as error:
-                outcomes.append(error)
-        return outcomes
+    notes: list[str]
+    """What the start of a run says about the other rows."""
 
 
 def load_prompts(data: Data, tokenizer: Any, seed: int, rows: Rows | None = None) -> LoadedPrompts:
@@ -55,15 +39,15 @@ def load_prompts(data: Data, tokenizer: Any, seed: int, rows: Rows | None = None
     DataError for a row that cannot be used, unless `data.on_error` leaves such rows out, and when no row is left.
     """
     rows = check_rows(data, seed) if rows is None else rows
-    encoder, encoded, drops, place = Encoder(data, tokenizer), Encoded(rows), Drops(rows.drops), 0
+    encoder, encoded, drops, place = Encoder(data, tokenizer, rows.kind), Encoded(rows), Drops(rows.drops), 0
     for start, run in rows.runs():
         for number, row, prompt in zip(itertools.count(start), run, encoder.encode_many(run, start)):
             outcome = prompt if isinstance(prompt, DataError) else too_long(prompt, data) or prompt
             if isinstance(outcome, Prompt):
                 encoded.append(outcome, row, place)
-            elif (data.long_prompts if reason_of(outcome) == TOO_LONG else data.on_error) == "drop":
+            elif (data.long_prompts if outcome.reason == TOO_LONG else data.on_error) == "drop":
                 drops.add(number, outcome, row)
-            elif reason_of(outcome) == TOO_LONG:
+            elif outcome.reason == TOO_LONG:
                 raise outcome
             else:
                 raise stopped(outcome, 0, len(encoded) > 0)
@@ -75,17 +59,17 @@ def load_prompts(data: Data, tokenizer: Any, seed: int, rows: Rows | None = None
                 f"every prompt is longer than data.max_prompt_tokens = {data.max_prompt_tokens} ({long} rows): raise it"
             )
         raise nothing_left(drops)
-    return LoadedPrompts(PromptTable(encoded), drops)
+    return LoadedPrompts(PromptTable(encoded), drops, [*rows.notes, *encoder.notes()])
 
 
 def too_long(prompt: Prompt, data: Data) -> DataError | None:
     """Return the error of a prompt longer than `data.max_prompt_tokens`."""
     if data.max_prompt_tokens is None or len(prompt.ids) <= data.max_prompt_tokens:
         return None
-    return row_error(
+    return DataError(
         f"row {prompt.index}: the prompt has {len(prompt.ids)} tokens, data.max_prompt_tokens is "
         f'{data.max_prompt_tokens}; raise it, or set data.long_prompts = "drop"',
-        TOO_LONG,
+        reason=TOO_LONG,
     )
 
 

@@ -16,12 +16,13 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from rlft.data.rows import Columns, Packed, Row, Store, row_error
+from rlft.data.rows import Columns, Packed, Row, Store
 from rlft.errors import DataError
 
 COMPRESSED = (".gz", ".bz2", ".zst")
 JSON = (".jsonl", ".ndjson", ".json")
 FILES = (*JSON, ".parquet", ".csv", ".tsv")
+DECODER = json.JSONDecoder()
 BOM = b"\xef\xbb\xbf"
 LARGEST_BLOCK = 2**30
 """Bytes of a CSV file that are parsed at a time at most; Arrow counts them in 32 bits."""
@@ -97,13 +98,13 @@ def _json_lines(path: Path, lines: Iterable[tuple[int, bytes]]) -> Iterator[Row 
         if not line.strip():
             continue
         row = parsed_line(line)
-        yield row if isinstance(row, dict) else row_error(f"{path}, line {number}: {row}", "unreadable line")
+        yield row if isinstance(row, dict) else DataError(f"{path}, line {number}: {row}", reason="unreadable line")
 
 
 def parsed_line(line: bytes) -> Row | str:
     """Return the object in a line of JSON, or what is wrong with the line."""
     try:
-        row = json.loads(line.decode())
+        row = DECODER.decode(line.decode())
     except UnicodeDecodeError as error:
         return f"not UTF-8: {error}"
     except RecursionError:

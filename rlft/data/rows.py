@@ -7,6 +7,7 @@ says why. Every call builds new dicts, so nobody who changes a row changes the d
 from __future__ import annotations
 
 import copy
+import itertools
 import marshal
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -70,7 +71,11 @@ class Packed:
 
     def block(self, start: int, stop: int) -> list[Any]:
         """See `Store.block`."""
-        return [self[place] for place in range(start, stop)]
+        view, ends = memoryview(self._bytes), self._ends[start : stop + 1]
+        return [
+            marshal.loads(view[first:last]) if first < last else self[place]
+            for place, (first, last) in enumerate(itertools.pairwise(ends), start)
+        ]
 
 
 class Columns:
@@ -91,7 +96,7 @@ class Columns:
             if stop - start > 1:
                 return [self.block(i, i + 1)[0] for i in range(start, stop)]
             text = f"row {start}: a value of {self._name} cannot be read: {type(error).__name__}: {error}"
-            return [row_error(text, "unreadable value")]
+            return [DataError(text, reason="unreadable value")]
         return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
 
@@ -137,15 +142,33 @@ class Renamed:
         return {name: value for name, value in row.items() if name not in hidden} | mapping
 
 
+class Replaced:
+    """A store some of whose rows are replaced by others."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._rows, self._places = Packed(), dict[int, int]()
+
+    def replace(self, number: int, row: Row) -> None:
+        """Replace a row. number: of the row."""
+        self._places[number] = len(self._rows)
+        self._rows.append(row)
+
+    def __len__(self) -> int:
+        return len(self._store)
+
+    def block(self, start: int, stop: int) -> list[Row | DataError]:
+        """See `Store.block`."""
+        rows = self._store.block(start, stop)
+        if self._places:
+            for i, number in enumerate(range(start, stop)):
+                if number in self._places:
+                    rows[i] = self._rows[self._places[number]]
+        return rows
+
+
 def _copy(value: Any) -> Any:
     try:
         return value if isinstance(value, DataError) else copy.deepcopy(value)
     except Exception:  # an object of the user that cannot be copied is shared
         return value
-
-
-def row_error(text: str, reason: str) -> DataError:
-    """Return the error of one row. reason: the same for all rows that are wrong in this way."""
-    error = DataError(text)
-    error.reason = reason  # type: ignore[attr-defined]
-    return error

@@ -18,7 +18,7 @@ from rlft.config import resolve
 from rlft.config.data import Data, Source
 from rlft.data import given
 from rlft.data.readers import FILES, kind_of_file, read_file
-from rlft.data.rows import Mixed, Packed, Renamed, Row, Store, blocks, row_error
+from rlft.data.rows import Mixed, Packed, Renamed, Row, Store, blocks
 from rlft.errors import DataError, RlftError
 
 GYM = "reasoning_gym:"
@@ -59,18 +59,18 @@ def template_of(template: str) -> Callable[[Row, int], Row | DataError]:
         try:
             new = function(row)
         except DataError as error:
-            return row_error(f"{where}: {error}", "template refused")
+            return DataError(f"{where}: {error}", reason="template refused")
         except Exception as error:  # whatever the user's function raises
             frame = traceback.extract_tb(error.__traceback__)[-1]
             place = f"{Path(frame.filename).name}, line {frame.lineno}"
-            return row_error(
-                f"{where} raised {type(error).__name__}: {error} ({place})", f"template raised {type(error).__name__}"
-            )
+            # format_exception_only, since str of a user's exception may itself raise.
+            what = traceback.format_exception_only(error)[-1].strip()
+            return DataError(f"{where} raised {what} ({place})", reason=f"template raised {type(error).__name__}")
         if new is None:
-            return row_error(f"{where} returned None, which leaves the row out", NO_ROW)
+            return DataError(f"{where} returned None, which leaves the row out", reason=NO_ROW)
         if not isinstance(new, dict) or not all(isinstance(name, str) for name in new):
             kind = type(new).__name__
-            return row_error(f"{where} returned {kind}, want a dict of columns", "template returned no dict")
+            return DataError(f"{where} returned {kind}, want a dict of columns", reason="template returned no dict")
         return new
 
     return apply

@@ -6,7 +6,7 @@ import hashlib
 from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import fields
-from typing import Any, overload
+from typing import overload
 
 import numpy as np
 
@@ -34,16 +34,17 @@ class Encoded:
         """Add a prompt that was encoded from a row. place: of the row among the rows."""
         self._ids.extend(prompt.ids)
         self._ends.append(len(self._ids))
+        texts = []
         for recorded in prompt.recorded:
             self._recorded_ids.extend(recorded.ids)
             self._recorded_mask += bytes(recorded.mask)
             self._recorded_ends.append(len(self._recorded_ids))
+            texts.append((recorded.reward, recorded.text))
         self._counts.append(len(self._recorded_ends) - 1)
         self._places.append(place)
         self._indices.append(prompt.index)
         # A row that encoding has changed (an implicit prompt) is kept; any other is read from the rows again.
         changed = None if prompt.row is row else prompt.row
-        texts = [(recorded.reward, recorded.text) for recorded in prompt.recorded]
         self._rest.append((changed, texts, [getattr(prompt, name) for name in REST]))
 
     def __len__(self) -> int:
@@ -82,13 +83,25 @@ class Encoded:
             completions[some] = np.maximum.reduceat(recorded, counts[:-1][some])
         return np.where(some, self.lengths() + completions, 0)
 
-    def update(self, whole: Any, i: int) -> None:
-        """Add all tokens of a prompt and its recorded completions to a hash."""
-        first, last = self._counts[i], self._counts[i + 1]
-        lengths = (self._recorded_ends[j + 1] - self._recorded_ends[j] for j in range(first, last))
-        whole.update(array("q", [self._ends[i + 1] - self._ends[i], *lengths]))
-        whole.update(self._ids[self._ends[i] : self._ends[i + 1]])
-        whole.update(self._recorded_ids[self._recorded_ends[first] : self._recorded_ends[last]])
+    def digest(self, order: np.ndarray) -> str:
+        """Return 16 hex digits that depend on all tokens of the prompts in this order. order: [prompts] int64."""
+        ends, recorded_ends, counts = map(np.array, (self._ends, self._recorded_ends, self._counts))
+        completions = _indices(counts, order)
+        whole = hashlib.blake2b(digest_size=8)
+        for lengths, places in ((ends, order), (counts, order), (recorded_ends, completions)):
+            whole.update(np.diff(lengths)[places].tobytes())
+        for flat, bounds, places in ((self._ids, ends, order), (self._recorded_ids, recorded_ends, completions)):
+            tokens = np.array(flat)
+            for start in range(0, len(places), 2**16):
+                whole.update(tokens[_indices(bounds, places[start : start + 2**16])].tobytes())
+        return whole.hexdigest()
+
+
+def _indices(ends: np.ndarray, places: np.ndarray) -> np.ndarray:
+    """Return the indices of all values of some parts of a flat array. ends: [parts + 1], where each part begins."""
+    starts, lengths = ends[places], ends[places + 1] - ends[places]
+    before = np.cumsum(lengths) - lengths
+    return np.arange(lengths.sum()) + np.repeat(starts - before, lengths)
 
 
 class PromptTable(Sequence[Prompt]):
@@ -142,10 +155,7 @@ class PromptTable(Sequence[Prompt]):
 
     def digest(self) -> str:
         """Return 16 hex digits that depend on all tokens of prompts and recorded completions, and on their order."""
-        whole = hashlib.blake2b(digest_size=8)
-        for i in self._order.tolist():
-            self._encoded.update(whole, i)
-        return whole.hexdigest()
+        return self._encoded.digest(self._order)
 
 
 def table_of(prompts: Sequence[Prompt]) -> PromptTable:

@@ -5,6 +5,7 @@ The checks here need no tokenizer. What a chat template refuses shows when the r
 
 from __future__ import annotations
 
+import contextlib
 import json
 from array import array
 from collections import Counter
@@ -15,8 +16,8 @@ from typing import NamedTuple, overload
 import numpy as np
 
 from rlft.config.data import Data
-from rlft.data.kinds import check_row, kind_of
-from rlft.data.rows import BLOCK, Packed, Row, Store, blocks
+from rlft.data.reader import Reader
+from rlft.data.rows import BLOCK, Packed, Replaced, Row, Store, blocks
 from rlft.data.sources import NO_ROW, load_rows
 from rlft.errors import DataError
 
@@ -46,7 +47,7 @@ class Drops:
 
     def add(self, number: int, error: DataError, row: Row | None) -> None:
         """Add a row. number: in the dataset. error: what is wrong with it."""
-        reason = reason_of(error)
+        reason = error.reason
         self.counts[reason] += 1
         self._packed.append((number, reason, str(error), row))
 
@@ -74,9 +75,14 @@ class Drops:
 class Rows(Sequence[Row]):
     """The rows of a dataset that can be used, as new dicts, with rlft's column names."""
 
-    def __init__(self, store: Store, numbers: np.ndarray, columns: Sequence[str], drops: Drops) -> None:
-        """Select rows of a store. numbers: [rows] int64, their numbers in the dataset. drops: the others."""
-        self._store, self.numbers, self.drops = store, numbers, drops
+    def __init__(
+        self, store: Store, numbers: np.ndarray, columns: Sequence[str], drops: Drops, kind: str, notes: Sequence[str]
+    ) -> None:
+        """Select rows of a store. numbers: [rows] int64, their numbers in the dataset. drops: the others.
+
+        kind: a key of rlft.data.kinds.KINDS. notes: what the start of a run says about the rows.
+        """
+        self._store, self.numbers, self.drops, self.kind, self.notes = store, numbers, drops, kind, notes
         self.columns = tuple(columns)
         """Every column that at least one row has."""
 
@@ -89,7 +95,7 @@ class Rows(Sequence[Row]):
     def __getitem__(self, place: slice) -> Rows: ...
     def __getitem__(self, place: int | slice) -> Row | Rows:
         if isinstance(place, slice):
-            return Rows(self._store, self.numbers[place], self.columns, self.drops)
+            return Rows(self._store, self.numbers[place], self.columns, self.drops, self.kind, self.notes)
         number = int(self.numbers[place])
         (row,) = self._store.block(number, number + 1)
         assert not isinstance(row, DataError), "only rows that could be read are selected"
@@ -108,26 +114,32 @@ class Rows(Sequence[Row]):
                 yield first, self._store.block(first, last + 1)  # type: ignore[misc]
 
 
-def check_rows(data: Data, seed: int) -> Rows:
-    """Load the rows of a dataset and check them without a tokenizer.
+def check_rows(data: Data, seed: int, purpose: str = "") -> Rows:
+    """Load the rows of a dataset and read them without a tokenizer.
 
-    seed: the run's. Raises DataError naming row and column for the first row that cannot be used, unless
-    `data.on_error` leaves such rows out, and for a dataset without a row that can be used.
+    seed: the run's. purpose: what the algorithm does with the rows. Raises DataError naming row and column for the
+    first row that cannot be used, unless `data.on_error` leaves such rows out, and for a dataset without any other row.
     """
-    store = load_rows(data, seed)
-    kind = _kind_of_most(store) if data.on_error == "drop" else _kind_of_first(store, data)
+    store, reader = Replaced(load_rows(data, seed)), Reader(data, purpose)
     drops, numbers, columns = Drops(), array("q"), dict[str, None]()
     first, wrong = None, 0
+    if data.on_error == "drop":
+        _decide_by_most(reader, store)
     for start, rows in blocks(store):
         for number, row in enumerate(rows, start):
-            error = row if isinstance(row, DataError) else _fault(row, number, kind)
-            if error is None:
+            read = _read(reader, row, number)
+            if isinstance(read, dict):
+                if read is not row:
+                    store.replace(number, read)
                 numbers.append(number)
-                columns.update(dict.fromkeys(row))  # type: ignore[arg-type]
-            elif data.on_error == "drop" or reason_of(error) == NO_ROW:
-                drops.add(number, error, None if isinstance(row, DataError) else row)
+                if not read.keys() <= columns.keys():
+                    columns.update(dict.fromkeys(read))
+            elif data.on_error == "drop" or read.reason == NO_ROW:
+                drops.add(number, read, None if isinstance(row, DataError) else row)
+            elif reader.kind is None and isinstance(row, dict):
+                raise _unmapped(data, row, number) or read
             else:
-                first, wrong = first or error, wrong + 1
+                first, wrong = first or read, wrong + 1
     if first is not None:
         raise stopped(first, wrong - 1, bool(numbers))
     if not numbers:
@@ -135,51 +147,43 @@ def check_rows(data: Data, seed: int) -> Rows:
     for ours, theirs in data.columns.items():
         if ours not in columns:
             raise DataError(
-                f'data.columns: {ours} = "{theirs}": no row has such a column; there is {", ".join(columns)}'
+                f'data.columns: {ours} = "{theirs}", but no row has such a column; they have {", ".join(columns)}'
             )
-    return Rows(store, np.array(numbers), list(columns), drops)
+    assert reader.kind is not None, "a row was read"
+    return Rows(store, np.array(numbers), list(columns), drops, reader.kind, reader.notes())
 
 
-def _fault(row: Row, number: int, kind: str) -> DataError | None:
+def _read(reader: Reader, row: Row | DataError, number: int) -> Row | DataError:
     try:
-        check_row(row, number, kind)
+        return row if isinstance(row, DataError) else reader.read(row, number)
     except DataError as error:
         return error
+
+
+def _unmapped(data: Data, row: Row, number: int) -> DataError | None:
+    """Return the error of a mapped column that the first row lacks, which is why it is of no kind."""
+    for ours, theirs in data.columns.items():
+        if ours not in row:
+            return DataError(
+                f'data.columns: {ours} = "{theirs}", but row {number} has no such column; it has {", ".join(row)}'
+            )
     return None
 
 
-def _kind_of_first(store: Store, data: Data) -> str:
-    """Return the kind of the first row that could be read. Raises DataError naming its columns."""
-    pairs = ((number, row) for start, rows in blocks(store) for number, row in enumerate(rows, start))
-    number, row = next(((number, row) for number, row in pairs if not isinstance(row, DataError)), (0, None))
-    if row is None:
-        return ""  # every row is an error, and the first is raised
-    missing = [(ours, theirs) for ours, theirs in data.columns.items() if ours not in row]
-    try:
-        return kind_of(row)
-    except DataError:
-        for ours, theirs in missing:
-            raise DataError(
-                f'data.columns: {ours} = "{theirs}", but row {number} has no such column; it has {", ".join(row)}'
-            ) from None
-        raise
-
-
-def _kind_of_most(store: Store) -> str:
-    """Return the kind of most rows, the first of equals; "prompt" where no row is of any."""
-    kinds: Counter[str] = Counter()
-    for _, rows in blocks(store):
-        for row in rows:
-            try:
-                kinds.update([kind_of(row)] if not isinstance(row, DataError) else ())
-            except DataError:
-                continue
-    return kinds.most_common(1)[0][0] if kinds else "prompt"
-
-
-def reason_of(error: DataError) -> str:
-    """Return the text that all rows share which are wrong in this way."""
-    return getattr(error, "reason", "row")
+def _decide_by_most(reader: Reader, store: Store) -> None:
+    """Make the reader read the first row of the kind that most rows are of, which decides the kind of all."""
+    counts: Counter[str] = Counter()
+    firsts: dict[str, tuple[int, Row]] = {}
+    for start, rows in blocks(store):
+        for number, row in enumerate(rows, start):
+            with contextlib.suppress(DataError):
+                if isinstance(row, dict):
+                    kind = reader.decide(row)
+                    counts[kind] += 1
+                    firsts.setdefault(kind, (number, row))
+    if counts:
+        number, row = firsts[counts.most_common(1)[0][0]]
+        _read(reader, row, number)
 
 
 def stopped(error: DataError, more: int, some_good: bool) -> DataError:

@@ -173,6 +173,8 @@ def load_prompts_of(
 
     def load(name: str, data: Data, rows: Rows | None) -> PromptTable:
         loaded = load_prompts(data, tokenizer, cfg.seed, rows)
+        for line in loaded.notes:
+            note(line.replace("data:", f"{name}:", 1))
         if loaded.drops:
             file = f"{'' if name == 'data' else 'eval-'}dropped.jsonl"
             note(f"{loaded.drops.note(name)}{f'; see {run.path / file}' if run else ''}")
