@@ -38,24 +38,10 @@ COLUMNS: dict[str, Any] = {
 ROW = st.lists(st.sampled_from(list(COLUMNS)), max_size=4, unique=True).flatmap(
     lambda names: st.fixed_dictionaries({name: COLUMNS[name] for name in names})
 )
-KINDS = st.sampled_from(
-    [
-        "prompt",
-        " prompt completion",
-        " prompt completion label",
-        " messages",
-        " messages tools",
-        " text",
-        " chosen rejected",
-        "\n    prompt chosen rejected",
-        " conversations",
-        " input_ids labels",
-        " prompt_ids completion_ids",
-        " instruction input output",
-        "\n    prompt answer",
-    ]
-).map(str.split)
-ROWS = KINDS.flatmap(
+KINDS = """\
+prompt, prompt answer, prompt completion, prompt completion label, messages, messages tools, text, chosen rejected,
+prompt chosen rejected, conversations, input_ids labels, prompt_ids completion_ids, instruction input output"""
+ROWS = st.sampled_from([kind.split() for kind in KINDS.split(",")]).flatmap(
     lambda names: st.lists(st.fixed_dictionaries({name: COLUMNS[name] for name in names}) | ROW, min_size=1, max_size=5)
 )
 """Rows mostly of one kind, whose columns hold what they should, nearly, or not at all."""
