@@ -40,9 +40,10 @@ def load_file(path: Path) -> ModuleType:
     The file's folder goes on sys.path first, so that it can import its neighbours as it would when run as a script.
     Raises ConfigError when there is no such file; what the file itself raises passes through.
     """
+    where = "" if path.is_absolute() else f" (looked for it from {Path.cwd()}, where rlft was started)"
     path = path.expanduser().resolve()
     if not path.is_file():
-        raise ConfigError(f"no file {path}")
+        raise ConfigError(f"no file {path}{where}")
     # A separate name: a user's "random.py" must not become the standard library's.
     name = f"rlft_file_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)

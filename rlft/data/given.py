@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+import traceback
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,21 +25,25 @@ NAME = "data.rows"
 
 def is_stream(rows: Any) -> bool:
     """Return whether rows come from an iterable of unknown length, such as a generator."""
-    return isinstance(rows, Iterable) and not hasattr(rows, "__len__")
+    table = hasattr(rows, "__arrow_c_stream__")
+    return isinstance(rows, Iterable) and not hasattr(rows, "__len__") and not table
 
 
 def store_of(rows: Any, split: str) -> Store:
     """Return the rows that an object of known length holds.
 
-    split: of a DatasetDict. Raises ConfigError for an object that holds no rows, DataError when it is empty.
+    split: of a DatasetDict. Raises ConfigError for an object that holds no rows or is an iterable of unknown length,
+    DataError when it is empty.
     """
+    if is_stream(rows):
+        raise ConfigError(f"{NAME} is an iterable of unknown length, which rlft.train reads; give it a list here")
     source = _source(rows, split)
     if _is(source, "datasets", "Dataset"):
         store: Store = store_of_dataset(source, split, NAME)
     elif _is(source, "pyarrow", "Table"):
         store = store_of_table(source, NAME)
     else:
-        store = Packed(plain_row(row, i) for i, row in enumerate(source))
+        store = source if isinstance(source, Packed) else packed(source)
     if not len(store):
         raise DataError(f"{NAME}: the dataset is empty")
     return store
@@ -147,6 +152,18 @@ def _write_parquet(table: Any, path: Path) -> None:
 # ---- rows that are dicts -------------------------------------------------------------------------------------------
 
 
+def packed(rows: Iterable[Any]) -> Packed:
+    """Return rows as `plain_row` gives them. Raises DataError when the iterable raises."""
+    plain = Packed()
+    try:
+        for number, row in enumerate(rows):
+            plain.append(plain_row(row, number))
+    except Exception as error:  # whatever the user's iterable raises
+        what = traceback.format_exception_only(error)[-1].strip()
+        raise DataError(f"{NAME}: the iterable raised {what} after row {len(plain) - 1}") from error
+    return plain
+
+
 def plain_row(row: Any, number: int) -> Row | DataError:
     """Return a row as JSON holds it, or what is wrong with it: tuples become lists, NumPy's values Python's."""
     if not isinstance(row, Mapping):
@@ -180,9 +197,3 @@ def _plain(value: Any) -> Any:
     if hasattr(value, "tolist"):  # NumPy's and PyTorch's numbers and arrays
         return _plain(value.tolist())
     raise TypeError(f"a value is a {type(value).__name__}, which JSON does not have")
-
-
-def plain_rows(rows: Iterable[Any], start: int) -> Iterator[Row | DataError]:
-    """Iterate over rows as `plain_row` gives them. start: the number of the first."""
-    for number, row in enumerate(rows, start):
-        yield plain_row(row, number)

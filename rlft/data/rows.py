@@ -63,6 +63,9 @@ class Packed:
     def __len__(self) -> int:
         return len(self._ends) - 1
 
+    def __iter__(self) -> Iterator[Any]:
+        return (self[place] for place in range(len(self)))
+
     def __getitem__(self, place: int) -> Any:
         start, stop = self._ends[place], self._ends[place + 1]
         if start == stop:  # marshal makes at least one byte of every value

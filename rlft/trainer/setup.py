@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,7 +17,6 @@ from rlft.algos.algorithm import Algorithm, describe
 from rlft.config.data import Data, Reward
 from rlft.config.files import to_toml
 from rlft.config.run import Config
-from rlft.data import given
 from rlft.data.prompts import Prompts, exclude_prompts, hold_out, load_prompts
 from rlft.data.table import PromptTable
 from rlft.data.usable import Rows
@@ -52,6 +50,7 @@ from rlft.runs.folder import Run
 from rlft.trainer import engines
 from rlft.trainer.agreement import agree
 from rlft.trainer.evaluate import measures_loss
+from rlft.trainer.given_rows import copy_rows, read_streams
 from rlft.trainer.optim import Optimizer
 from rlft.trainer.plans import memory_plan, pack_plan_of, pass_summary
 from rlft.trainer.reference import Reference
@@ -89,6 +88,7 @@ def build_session(
 
     rewards: callables or rlft.Reward in place of `cfg.rewards`. Raises RlftError for every error a user can cause.
     """
+    cfg, notes = read_streams(cfg)
     checked = _check(cfg, resume, callables=rewards is not None)
     assert checked.algorithm is not None and checked.rows is not None, "a problem otherwise"
     algorithm = checked.algorithm
@@ -97,7 +97,7 @@ def build_session(
         stack.enter_context(segments(growing=True))
         run = Run.resume(cfg.out, empty=True) if resume else Run.create(cfg.out)
         writer = stack.enter_context(Background("rlft-writer"))
-        console.note("\n".join([*untested(), f"loading {cfg.model}"]))
+        console.note("\n".join([*untested(), *notes, f"loading {cfg.model}"]))
         tokenizer = load_tokenizer(cfg.model)
         cfg = copy_rows(cfg, run)
         rows, eval_prompts = load_prompts_of(cfg, tokenizer, console.note, checked, run)
@@ -145,17 +145,6 @@ def _close_later(stack: contextlib.ExitStack, resources: Sequence[Any]) -> None:
     """Close each object when the run ends. The same object may be listed several times."""
     for resource in {id(resource): resource for resource in resources}.values():
         stack.callback(resource.close)
-
-
-def copy_rows(cfg: Config, run: Run) -> Config:
-    """Copy rows that were given from Python into the run folder, and return the config that names the copies."""
-    data, evals = cfg.data, cfg.eval.data
-    with run.writing("the rows given as data"):
-        if data.rows is not None:
-            cfg = replace(cfg, data=given.copied(data, run.path, "data"))
-        if evals is not None and evals.rows is not None:
-            cfg = replace(cfg, eval=replace(cfg.eval, data=given.copied(evals, run.path, "eval-data")))
-    return cfg
 
 
 def load_prompts_of(

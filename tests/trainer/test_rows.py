@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,8 @@ from test_train import grpo, home, metrics, sft  # noqa: F401
 import rlft
 from rlft.config.data import Data, Eval
 from rlft.config.run import Checkpoint, Config
-from rlft.errors import ConfigError, RlftError
+from rlft.errors import ConfigError, DataError, RlftError
+from rlft.runs.folder import Run
 from rlft.trainer.reopen import evaluate_run
 
 ROWS = [{"q": f"say {i}", "answer": str(i % 10)} for i in range(8)]
@@ -88,3 +90,19 @@ def test_wrong_rows_stop_a_run_or_are_left_out_and_kept(home: Path, tmp_path: Pa
     path.write_text("\n".join(map(json.dumps, BAD)))
     with pytest.raises(RlftError, match=r"no row of the dataset can be used; .*: 4 rows are left out"):
         rlft.train(sft(home, tmp_path / "none", data=Data(str(path), on_error="drop"), algo=rlft.Algo("dpo")))
+
+
+def test_an_iterable_gives_as_many_rows_as_the_run_can_draw(home: Path, tmp_path: Path, capsys) -> None:
+    """In its order; a resume needs the folder alone."""
+    out = tmp_path / "run"
+    endless = ({"prompt": f"say {i}", "answer": str(i)} for i in itertools.count())
+    rlft.train(grpo(home, out, steps=2, data=Data(rows=endless), checkpoint=Checkpoint(every=1)))
+    assert "data: the first 6 rows of the iterable are used, in its order" in capsys.readouterr().out
+    assert next(endless)["answer"] == "6" and len((out / "data.jsonl").read_text().splitlines()) == 6
+    assert [row["row"] for row in Run.resume(out).read_rollouts(1)][::4] == [0, 1, 2]
+    data = Config.load(out / "config.toml").data
+    assert not data.shuffle and data.path == str(out / "data.jsonl")
+    with pytest.raises(ConfigError, match=r"data.epochs: the rows are an iterable, whose length is not known"):
+        rlft.train(grpo(home, tmp_path / "no", steps=None, data=Data(rows=iter(ROWS), epochs=1)))
+    with pytest.raises(DataError, match=r"data.rows: the iterable raised ZeroDivisionError: .* after row 1"):
+        rlft.train(grpo(home, tmp_path / "no", data=Data(rows=({"prompt": str(1 // (2 - i))} for i in range(9)))))
