@@ -23,7 +23,7 @@ from results_file import arguments, write
 CONFIG = """
 model = "{folder}/model"
 data = "{folder}/rows.jsonl"
-rewards = ["length"]
+rewards = ["number"]
 steps = 1
 prompts_per_step = 4
 out = "{folder}/run"
