@@ -67,6 +67,8 @@ def section(
 
         @functools.wraps(validate)
         def __init__(self: Any, *args: Any, **settings: Any) -> None:
+            if rows and args and holds_rows(args[0]):
+                args, settings = ("", *args[1:]), {**settings, rows: args[0]}
             try:
                 settings = prepare(settings) if prepare else settings
                 validate(self, *args, **_gathered(checked, settings))

@@ -110,3 +110,7 @@ def test_a_mapped_column_may_be_missing_in_some_rows_and_not_in_all(tmp_path: Pa
     assert list(rows) == [{"prompt": "a"}, {"prompt": "b", "answer": 1}] and rows.columns == ("prompt", "answer")
     with pytest.raises(DataError, match='answer = "nowhere", but no row has such a column; they have'):
         check_rows(replace(data, columns={"prompt": "q", "answer": "nowhere"}), 0)
+
+
+def test_rows_stand_in_the_place_of_a_path() -> None:
+    assert list(check_rows(Data([GOOD]), 0)) == [GOOD] == list(check_rows(Data(rows=(GOOD,)), 0))
