@@ -1,11 +1,13 @@
 """kill -9 at random moments of a small run, resumed until it ends: it must end equal to one that nobody disturbed.
 
-    python benchmarks/kill_soak.py            # 30 runs, about ten minutes on two cores
+    python benchmarks/kill_soak.py            # 30 runs, about twenty minutes on two cores
+    python benchmarks/kill_soak.py --fork     # the same with forks of a loaded process, in a third of the time
 
 Each run is `python -m rlft train run.toml` on a model of two layers: six steps with an evaluation and a checkpoint
-after every second one. It is killed one to three times and started again with --resume each time. The seed of the run
-draws when: a moment of MOMENTS, then a random delay. Equal means: every byte of the checkpoints' tensors and states,
-every row of metrics.jsonl but for times and rates, every row of the rollouts and the evaluations.
+after every second one, of one of KINDS. While it lives a second writer is refused. It is killed one to three times and
+started again with --resume each time. The seed of the run draws when: a moment of MOMENTS, then a random delay. Equal
+means: every byte of the checkpoints' tensors and states, every row of metrics.jsonl but for times and rates, every row
+of the rollouts and the evaluations.
 `tests/runs/test_kill.py` does the same with four kills.
 """
 
@@ -13,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import multiprocessing
 import os
 import random
 import signal
@@ -24,6 +27,12 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from rlft.errors import ConfigError
+from rlft.runs.claim import claim
+from rlft.runs.lock import Busy, writer
 
 ROOT = Path(__file__).parents[1]
 RUNS, STEPS, EVERY = 30, 6, 2
@@ -47,23 +56,44 @@ def held(completions, **kwargs):
     mark("evaluation")
     return [float(len(set(text))) for text in completions]
 """
-RUN = """
+ALL = """
 model = "{home}/model"
-data = "{home}/prompts.jsonl"
-rewards = ["{home}/rewards.py:digits"]
 steps = {steps}
 prompts_per_step = 3
 out = "{out}"
-sampling = {{ group_size = 4, max_tokens = 6 }}
 lora = {{ rank = 4, alpha = 8 }}
-optim = {{ lr = 1e-2 }}
 eval = {{ rows = 4, every = {every}, rewards = ["{home}/rewards.py:held"] }}
 checkpoint = {{ every = {every} }}
 """
+SAMPLED = """
+data = "{home}/prompts.jsonl"
+rewards = ["{home}/rewards.py:digits"]
+sampling = {{ group_size = 4, max_tokens = 6 }}
+"""
+RECORDED = """
+data = "{home}/{algo}.jsonl"
+sampling = {{ max_tokens = 6 }}
+algo = "{algo}"
+"""
+KINDS = {
+    "grpo": SAMPLED + "optim = {{ lr = 1e-2 }}\n",
+    "updates": SAMPLED
+    + "optim = {{ lr = 1e-2, minibatches = 3, passes = 2, warmup = 2 }}\nalgo = {{ name = 'grpo', kl_coef = 0.05 }}\n",
+    "refill": SAMPLED
+    + "optim = {{ lr = 1e-2, minibatches = 2 }}\ndynamic_sampling = {{ rounds = 2 }}\n"
+    + "curriculum = {{ solved_share = 0.9, threshold = 0.9 }}\n",
+    "dpo": RECORDED + "optim = {{ lr = 1e-2, minibatches = 2 }}\n",
+    "kto": RECORDED + "optim = {{ lr = 1e-2, passes = 2 }}\n",
+    "sft": RECORDED + "optim = {{ lr = 1e-2 }}\n",
+}
+"""Name -> its settings besides those that all share."""
+RUN = ALL + KINDS["grpo"]
 
 
 class Process(Protocol):
-    """What is killed: subprocess.Popen, or anything with these three methods."""
+    """What is killed: subprocess.Popen, or anything with its `pid` and these three methods."""
+
+    pid: int
 
     def poll(self) -> int | None:
         """Its exit code; None while it runs."""
@@ -86,17 +116,67 @@ def launch(args: list[str], marks: Path) -> Process:
         return subprocess.Popen(command, env=env, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT)
 
 
+SERVER = multiprocessing.get_context("forkserver")
+"""Forks come from a process that has loaded everything."""
+
+
+def command(args: list[str], marks: str) -> None:
+    """`rlft ARGS...` in a fork: no ten seconds of imports per start."""
+    os.environ |= {"KILL_SOAK_MARKS": marks}
+    output = os.open(f"{marks}/output", os.O_CREAT | os.O_APPEND | os.O_WRONLY)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    import torch
+
+    from rlft.cli.main import main
+
+    torch.set_num_threads(1)
+    sys.exit(main(args))
+
+
+class Fork:
+    """A process of the fork server as `Run` wants it."""
+
+    def __init__(self, args: list[str], marks: Path) -> None:
+        SERVER.set_forkserver_preload(["rlft.cli.main", "rlft.trainer.loop"])
+        self._process = SERVER.Process(target=command, args=(args, str(marks)))
+        self._process.start()
+        assert self._process.pid is not None
+        self.pid = self._process.pid
+
+    def poll(self) -> int | None:
+        """Its exit code; None while it runs."""
+        return self._process.exitcode
+
+    def kill(self) -> None:
+        """SIGKILL."""
+        self._process.kill()
+
+    def terminate(self) -> None:
+        """SIGTERM."""
+        self._process.terminate()
+
+    def wait(self) -> int:
+        """Its exit code, once it has ended."""
+        self._process.join()
+        assert self._process.exitcode is not None
+        return self._process.exitcode
+
+
 class Run:
     """One run in a separate folder, with the marks that its rewards leave."""
 
-    def __init__(self, home: Path, name: str, start: Callable[[list[str], Path], Process] = launch) -> None:
-        """home: from `make_home`. start: how to start `rlft`."""
+    def __init__(
+        self, home: Path, name: str, start: Callable[[list[str], Path], Process] = launch, kind: str = "grpo"
+    ) -> None:
+        """home: from `make_home`. start: how to start `rlft`. kind: one of KINDS."""
         self.out, self.marks, self._start = home / name, home / f"{name}-marks", start
         self._left: set[tuple[str, int]] = set()
         """Temporary files and folders that an earlier kill left."""
-        self.marks.mkdir()
+        self.marks.mkdir(exist_ok=True)
         self.file = home / f"{name}.toml"
-        self.file.write_text(RUN.format(home=home, out=self.out, steps=STEPS, every=EVERY))
+        text = ALL + KINDS[kind]
+        self.file.write_text(text.format(home=home, out=self.out, steps=STEPS, every=EVERY, algo=kind))
         self.hits: list[str] = []
         """What each kill that came in time hit."""
 
@@ -116,10 +196,28 @@ class Run:
         if process.poll() is not None:
             assert process.wait() == 0, self.output()
             return False
+        if writer(self.out).startswith(f"process {process.pid} "):
+            assert self.is_claimed() or process.poll() is not None
         process.kill()
         assert process.wait() == -signal.SIGKILL
+        assert not self.is_claimed()
         self.hits.append(self._hit(moment))
         return True
+
+    def is_claimed(self) -> bool:
+        """True while a process writes the folder."""
+        try:
+            with claim(self.out, if_exists="overwrite"):
+                return False
+        except Busy:
+            return True
+        except ConfigError:  # no run is there yet
+            return False
+
+    def rows(self) -> int:
+        """How many rows of metrics there are."""
+        path = self.out / "metrics.jsonl"
+        return path.read_bytes().count(b"\n") if path.exists() else 0
 
     def finish(self) -> None:
         """Start it and let it end."""
@@ -176,12 +274,17 @@ MOMENTS: dict[str, tuple[Callable[[Run, int], bool], float]] = {
     "start-up": (lambda run, n: True, 6.0),
     "first evaluation": (lambda run, n: run.count("evaluation") > 0, 0.05),
     "reward": (lambda run, n: run.count("begins") >= n, 0.022),
+    "row": (lambda run, n: run.rows() > n, 0.03),
     "step": (lambda run, n: run.count("ends") >= n, 0.12),
     "evaluation": (lambda run, n: run.count("evaluation") > 1, 0.03),
     "checkpoint": (lambda run, n: run.saving(), 0.015),
     "end": (lambda run, n: run.done(), 0.06),
 }
 """Name -> when its clock begins, and the longest delay after that, in seconds."""
+
+
+SAMPLING = ("reward", "step")
+"""Moments that only a run that samples has."""
 
 
 def make_home(home: Path) -> None:
@@ -193,6 +296,12 @@ def make_home(home: Path) -> None:
     tiny_tokenizer().save_pretrained(home / "model")
     rows = [{"prompt": f"say {i}"} for i in range(24)]
     (home / "prompts.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    rows = [{"prompt": f"say {i}", "chosen": f"{i} yes", "rejected": f"no {i} no"} for i in range(24)]
+    (home / "dpo.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    rows = [{"prompt": f"say {i}", "completion": f"{i} yes {i * 7}", "label": i % 2 == 0} for i in range(24)]
+    (home / "kto.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    rows = [{"prompt": f"say {i}", "completion": f"{i} yes {i * 7}"} for i in range(24)]
+    (home / "sft.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (home / "rewards.py").write_text(REWARDS)
 
 
@@ -251,12 +360,13 @@ def _with_variable(variable: str) -> list[str]:
     return found
 
 
-def soak(home: Path, seed: int, undisturbed: Path) -> Run:
+def soak(home: Path, seed: int, kind: str, undisturbed: Path, start: Callable[[list[str], Path], Process]) -> Run:
     """One run with one to three kills drawn by the seed. Raises AssertionError where it does not end equal."""
     rng = random.Random(seed)
-    run = Run(home, f"run-{seed}")
+    run = Run(home, f"run-{seed}", start, kind)
     # The first kill goes round all moments, the others are drawn.
-    moments = [list(MOMENTS)[seed % len(MOMENTS)], *rng.choices(list(MOMENTS), k=rng.randint(0, 2))]
+    possible = [moment for moment in MOMENTS if moment not in SAMPLING or KINDS[kind].startswith(SAMPLED)]
+    moments = [possible[seed % len(possible)], *rng.choices(possible, k=rng.randint(0, 2))]
     for moment in moments:
         if not run.kill(moment, rng.randint(1, STEPS), rng.uniform(0, MOMENTS[moment][1])):
             break
@@ -270,26 +380,28 @@ def soak(home: Path, seed: int, undisturbed: Path) -> Run:
 def main() -> None:
     from results_file import write
 
+    start = Fork if "--fork" in sys.argv else launch
     with tempfile.TemporaryDirectory() as folder:
         home = Path(folder)
         make_home(home)
-        undisturbed = Run(home, "undisturbed")
-        undisturbed.finish()
+        undisturbed = {kind: Run(home, f"undisturbed-{kind}", start, kind) for kind in KINDS}
+        for run in undisturbed.values():
+            run.finish()
         rows, hits = [], Counter()
         for seed in range(RUNS):
-            start = time.monotonic()
-            run = soak(home, seed, undisturbed.out)
+            began, kind = time.monotonic(), [*KINDS][seed % len(KINDS)]
+            run = soak(home, seed, kind, undisturbed[kind].out, start)
             hits.update(run.hits)
-            print(f"seed {seed}: equal after {len(run.hits)} kills: {'; '.join(run.hits)}", flush=True)
+            print(f"seed {seed}, {kind}: equal after {len(run.hits)} kills: {'; '.join(run.hits)}", flush=True)
             rows.append(
                 {
-                    "work": f"kill/seed-{seed}",
+                    "work": f"kill/{kind}/seed-{seed}",
                     "stack": "rlft",
                     "metric": "equal",
                     "value": 1,
                     "unit": "yes or no",
                     "note": f"killed {len(run.hits)} times: {'; '.join(run.hits) or 'it ended before the kill'}; "
-                    f"{time.monotonic() - start:.0f} s",
+                    f"{time.monotonic() - began:.0f} s",
                 }
             )
         note = "kill -9, then --resume; equal in checkpoints, metrics but times, rollouts and evaluations; no orphans"

@@ -39,8 +39,13 @@ if TYPE_CHECKING:
     from rlft.errors import RlftError as RlftError
     from rlft.errors import TrainError as TrainError
     from rlft.models.load import load as load
-    from rlft.trainer.loop import Result as Result
+    from rlft.trainer.callbacks import Callback as Callback
+    from rlft.trainer.callbacks import View as View
     from rlft.trainer.loop import train as train
+    from rlft.trainer.result import Result as Result
+    from rlft.trainer.result import evaluate as evaluate
+    from rlft.trainer.result import generate as generate
+    from rlft.trainer.result import open as open
     from rlft.types import Batch as Batch
     from rlft.types import PackPlan as PackPlan
     from rlft.types import Prompt as Prompt
@@ -51,7 +56,9 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _MODULES = {
-    "trainer.loop": ("train", "Result"),
+    "trainer.loop": ("train",),
+    "trainer.callbacks": ("Callback", "View"),
+    "trainer.result": ("Result", "open", "generate", "evaluate"),
     "models.load": ("load",),
     "config.run": ("Config", "preset", "Algo", "Lora", "Optim", "Engine", "Packing", "Parity", "Checkpoint", "Track"),
     "config.data": ("Data", "Source", "Reward", "Sampling", "DynamicSampling", "Curriculum", "Overlong", "Eval"),
@@ -61,10 +68,10 @@ _MODULES = {
 _WHERE = {name: module for module, names in _MODULES.items() for name in names}
 
 __all__ = [
-    "__version__", "train", "Result", "load", "Config", "preset", "Algo", "Lora", "Optim", "Engine", "Packing",
-    "Parity", "Checkpoint", "Track", "Data", "Source", "Reward", "Sampling", "DynamicSampling", "Curriculum",
-    "Overlong", "Eval", "Prompt", "Rollout", "Batch", "PackPlan", "Stat", "State", "RlftError", "ConfigError",
-    "DataError", "RewardError", "EngineError", "ParityError", "TrainError",
+    "__version__", "train", "open", "Callback", "View", "Result", "generate", "evaluate", "load", "Config", "preset",
+    "Algo", "Lora", "Optim", "Engine", "Packing", "Parity", "Checkpoint", "Track", "Data", "Source", "Reward",
+    "Sampling", "DynamicSampling", "Curriculum", "Overlong", "Eval", "Prompt", "Rollout", "Batch", "PackPlan", "Stat",
+    "State", "RlftError", "ConfigError", "DataError", "RewardError", "EngineError", "ParityError", "TrainError",
 ]  # fmt: skip
 
 

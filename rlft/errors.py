@@ -25,9 +25,17 @@ class ConfigError(RlftError, ValueError):
 
 
 class DataError(RlftError, ValueError):
-    """A dataset, a row of it, or the chat template is wrong."""
+    """A dataset, a row of it, or the chat template is wrong.
+
+    reason: one word or two for the kind of fault, by which dropped rows are counted: "row", "template", "too long".
+    """
 
     exit_code = 2
+
+    def __init__(self, *args: object, reason: str = "row") -> None:
+        """Take the message, and the reason for counts."""
+        super().__init__(*args)
+        self.reason = reason
 
 
 class RewardError(RlftError):

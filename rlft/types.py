@@ -78,7 +78,8 @@ class Prompt:
     ids: tuple[int, ...]
     """Token ids, chat template applied. Empty only for plain-text SFT rows, which are all completion."""
     row: dict[str, Any]
-    """The dataset row after column mapping. Every column but `prompt` and `completion` reaches the rewards."""
+    """The dataset row after column mapping, without a column `prompt` that is not what the model is asked. Every column
+    but `prompt` and `completion` reaches the rewards."""
     index: int
     """Row number in the dataset, stable over epochs, shuffling and resume."""
     messages: tuple[dict[str, Any], ...] | None = None
@@ -345,6 +346,8 @@ class State:
 
     step: int = 0
     """Completed steps; also the policy version of the current adapter, and `train/global_step`."""
+    steps: int = 0
+    """Steps of the whole run."""
     updates: int = 0
     """Completed optimiser updates; drives the learning-rate schedule."""
     consumed: int = 0

@@ -22,6 +22,9 @@ torch.set_num_threads(2)
 TRACKIO = tempfile.TemporaryDirectory(prefix="rlft-trackio-")
 """Trackio's database. Trackio reads the variable once, when anything first imports it (trl does)."""
 os.environ["TRACKIO_DIR"] = TRACKIO.name
+STATE = tempfile.TemporaryDirectory(prefix="rlft-state-")
+"""In place of the user's folder of state, where the key is that signs run folders (rlft.runs.trust)."""
+os.environ["XDG_STATE_HOME"] = STATE.name
 # Processes that tests fork from one server have these loaded already: no five seconds of imports for each.
 multiprocessing.get_context("forkserver").set_forkserver_preload(
     ["rlft.trainer.loop", "pyarrow.parquet", "transformers.models.llama.modeling_llama"]

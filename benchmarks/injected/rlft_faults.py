@@ -89,8 +89,8 @@ def run(cfg: Config, inject: Inject | None = None, right: Callable[[Session, Val
             return Outcome("finished", s.trainer.state.step, f"trains on; {said}")
     except (RlftError, RuntimeError, AssertionError, ValueError) as error:
         raise_ours(error)
-        # What looks at a whole step does so after it was logged.
-        looked = any(f.name in ("check_step", "check_end") for f in traceback.extract_tb(error.__traceback__))
+        # The check of the last update comes after the callbacks of the last step, all others before their step's.
+        looked = any(f.name == "check_end" for f in traceback.extract_tb(error.__traceback__))
         step = len(values) + (not looked) if started else 0
         code = error.exit_code if isinstance(error, RlftError) else 1
         return Outcome("stopped_at_step", step, f"{short(error)}; exit code {code}")
@@ -110,9 +110,9 @@ def sampling_within(enter: Callable[[Session], Any]) -> Inject:
     def inject(s: Session) -> None:
         generate = s.sampler.engine.generate
 
-        def wrapped(prompts: Sequence[Prompt], sampling: Sampling, seed: tuple[int, ...]) -> list[Rollout]:
+        def wrapped(prompts: Sequence[Prompt], sampling: Sampling, seed: tuple[int, ...], *rest: Any) -> list[Rollout]:
             with enter(s):
-                return generate(prompts, sampling, seed)
+                return generate(prompts, sampling, seed, *rest)
 
         s.sampler.engine.generate = wrapped  # type: ignore[method-assign]
 
@@ -125,8 +125,8 @@ def sampled(change: Callable[[list[Rollout]], list[Rollout]], since: int = AT) -
     def inject(s: Session) -> None:
         generate = s.sampler.engine.generate
 
-        def wrapped(prompts: Sequence[Prompt], sampling: Sampling, seed: tuple[int, ...]) -> list[Rollout]:
-            rollouts = generate(prompts, sampling, seed)
+        def wrapped(prompts: Sequence[Prompt], sampling: Sampling, seed: tuple[int, ...], *rest: Any) -> list[Rollout]:
+            rollouts = generate(prompts, sampling, seed, *rest)
             return change(rollouts) if now(s) >= since else rollouts
 
         s.sampler.engine.generate = wrapped  # type: ignore[method-assign]

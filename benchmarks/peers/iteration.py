@@ -166,11 +166,11 @@ class Marked:
     def memory(self) -> dict[str, int]:
         return self._engine.memory
 
-    def generate(self, prompts: Any, sampling: Any, seed: tuple[int, ...]) -> Any:
+    def generate(self, prompts: Any, sampling: Any, seed: tuple[int, ...], finished: Any = None) -> Any:
         self._desk.wait()
         self._desk.start()
         self._phases.begin("rollout")
-        found = self._engine.generate(prompts, sampling, seed)
+        found = self._engine.generate(prompts, sampling, seed, finished)
         self._tokens = sum(len(r.completion_ids) for r in found)
         self._phases.enter("reward")
         return found

@@ -285,7 +285,7 @@ class Replayed:
         self._before: tuple[Any, ...] = ()
         """How the step before was to run."""
 
-    def generate(self, prompts: Any, sampling: Any, seed: tuple[int, ...]) -> list[Any]:
+    def generate(self, prompts: Any, sampling: Any, seed: tuple[int, ...], finished: Any = None) -> list[Any]:
         question = self._desk.wait()
         name, padded = question["work"], question.get("padded", False)
         if (name, padded) not in self._rollouts:
@@ -353,6 +353,7 @@ def session_of(cfg: Any, rows: list[Any], policy: Any, engine: Any, tokenizer: A
     from rlft.trainer.disagreement import Limit
     from rlft.trainer.optim import Optimizer
     from rlft.trainer.plans import pack_plan_of
+    from rlft.trainer.progress import Progress
     from rlft.trainer.reference import Reference
     from rlft.trainer.session import Recorder, Sampler, Session, Trainer
     from rlft.types import State
@@ -362,22 +363,26 @@ def session_of(cfg: Any, rows: list[Any], policy: Any, engine: Any, tokenizer: A
         plan = pack_plan_of(cfg, algorithm, policy, rows if engine.SAMPLES else ())
     prompts, functions = Prompts(rows, cfg.seed, shuffle=False), more.get("functions", [])
     sampler = Sampler(engine, engine, prompts, [], False, functions, [])
+    optimizer, reference = Optimizer(policy.adapter_params, cfg.optim, cfg.steps), Reference(policy, keep=False)
+    state = State()
     trainer = Trainer(
         cfg=cfg,
         steps=cfg.steps,
         policy=policy,
         algorithm=algorithm,
-        optimizer=Optimizer(policy.adapter_params, cfg.optim, cfg.steps),
-        reference=Reference(policy, keep=False),
+        optimizer=optimizer,
+        reference=reference,
         plan=plan,
         # The recorded log-probs are those of a uniform sampler, so engine and trainer are meant to disagree.
         limit=Limit.of(1e6, cfg.parity.factor),
-        state=State(),
+        state=state,
         identity={},
+        progress=Progress(state, policy, optimizer, reference, prompts),
     )
     tracking, health = Tracking(cfg, run, 0, False, console.note), HealthMonitor(cfg.algo.name)
     writer, callbacks = Background("rlft-writer"), more.get("callbacks", ())
-    return Session(sampler, trainer, Recorder(run, writer, console, health, tracking, TokenText(tokenizer), callbacks))
+    recorder = Recorder(run, writer, console, health, tracking, TokenText(tokenizer), tokenizer, callbacks)
+    return Session(sampler, trainer, recorder)
 
 
 def rlft(kind: str, shape: str, desk: Desk) -> None:

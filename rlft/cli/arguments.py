@@ -41,6 +41,9 @@ class EvalArgs(RunArgs):
     """Longest completion; without it the run's."""
     threshold: float | None = None
     """A completion with at least this reward counts as solved; without it the run's eval.threshold."""
+    trust: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Run the code that RUN/config.toml names (rewards, data.template, algo.name) although the folder comes from
+    elsewhere, or was moved or edited."""
     json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Print one JSON object with every number instead of the table."""
 
@@ -77,6 +80,9 @@ class RewardCheckArgs:
     """Score the completions of this run folder instead of those recorded with the data."""
     step: int | None = None
     """Which step of --run; without it the last one."""
+    trust: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Run the data.template that the config.toml of --run names although the folder comes from elsewhere, or was moved
+    or edited."""
     completion: str | None = None
     """Column to score as the completion, for example answer; without it what the kind of rows has."""
     timeout: float | None = None

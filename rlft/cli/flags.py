@@ -15,10 +15,12 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from rlft.cli.arguments import paragraph
+from rlft.config import secrets
 from rlft.config.files import read, to_table, with_preset
 from rlft.config.run import Algo, Config, overlaid
 from rlft.config.section import from_short, options_of, plain, unknown
 from rlft.errors import ConfigError
+from rlft.runs.formats import visible
 
 HELP = ("-h", "--help")
 ALGO = "The algorithm; the other flags of this section are its own."
@@ -41,7 +43,7 @@ def parse(command: str, args: list[str], about: str) -> tuple[Config, bool]:
     changes = table_of([flag for flag in flags if flag not in ("--resume", *HELP)], table)
     settings = overlaid(changes, table)
     if show_help:
-        _print_help(command, file, with_preset(settings), about)
+        _print_help(command, file, _harmless(secrets.masked(with_preset(settings))), about)
     cfg = Config(**settings)
     from rlft.algos.algorithm import loss_class  # imports torch, which no error above waits for
 
@@ -151,11 +153,20 @@ def _toml(value: str) -> Any:
     """The value as TOML reads it ("1e-5", "true", "[1, 2]"); the text itself where it is no TOML."""
     try:
         return tomllib.loads(f"value = {value}")["value"]
-    except ValueError:
+    except (ValueError, RecursionError):
         return value
 
 
 # ---- help --------------------------------------------------------------------------------------------------------
+
+
+def _harmless(value: Any) -> Any:
+    """Settings of a file as they may be printed: no text in them steers the terminal."""
+    if isinstance(value, dict):
+        return {_harmless(key): _harmless(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_harmless(part) for part in value]
+    return visible(value) if isinstance(value, str) else value
 
 
 def _print_help(command: str, file: str | None, settings: dict[str, Any], about: str) -> None:
@@ -180,6 +191,8 @@ def _print_help(command: str, file: str | None, settings: dict[str, Any], about:
         value = getattr(cfg, field)
         if field == "algo":
             hint, value = algorithm, options_of(algorithm, options, "algo", known=("name",))
+        elif field == "data":
+            hint, value = _without(value, "rows")
         elif field not in settings and field in ("model", "out", "steps"):
             value = None if field == "steps" else tyro.MISSING
         description = Config.__pydantic_fields__[field].description  # type: ignore[attr-defined]
@@ -194,3 +207,16 @@ def _print_help(command: str, file: str | None, settings: dict[str, Any], about:
         description=paragraph(f"{about} {more}"),
         config=(tyro.conf.AvoidSubcommands, tyro.conf.DisallowNone),
     )
+
+
+def _without(section: Any, name: str) -> tuple[type, Any]:
+    """Return a section's class and value for the help without a field that only Python can give."""
+    hints = typing.get_type_hints(type(section), include_extras=True)
+    described = type(section).__pydantic_fields__
+    fields = [
+        (field.name, Annotated[hints[field.name], tyro.conf.arg(help=described[field.name].description)])
+        for field in dataclasses.fields(section)
+        if field.name != name
+    ]
+    shown = dataclasses.make_dataclass(type(section).__name__, fields, frozen=True)
+    return shown, shown(**{field: getattr(section, field) for field, _ in fields})

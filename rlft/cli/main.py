@@ -11,6 +11,7 @@ import json
 import logging
 import math
 import os
+import shlex
 import shutil
 import signal
 import sys
@@ -18,7 +19,7 @@ import textwrap
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 
 from rlft.config.resolve import did_you_mean
 from rlft.errors import ConfigError, RewardError, RlftError
@@ -84,19 +85,36 @@ def main(argv: list[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except RlftError as error:
-        print(f"error: {error}", file=sys.stderr)
+        say("\n".join([f"error: {error}", *_notes(error)]), sys.stderr)
         return error.exit_code
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        say("\n".join(["interrupted", *_notes(error)]), sys.stderr)
         return 130
     except Exception as error:
+        notes = _notes(error)
         if isinstance(error, OSError) and error.errno in UNWRITABLE:
             _cannot_write(error)
         else:
-            print(unexpected(error), file=sys.stderr)
+            say("\n".join([unexpected(error), *notes]), sys.stderr)
         return 1
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def _notes(error: BaseException) -> list[str]:
+    """Take the notes off an exception: what a run has saved, and how to go on, which is printed last."""
+    return error.__dict__.pop("__notes__", [])
+
+
+def say(text: str, file: TextIO | None = None) -> None:
+    """Print what may hold a text of the user, of a model or of a file, with nothing in it that steers the terminal.
+
+    file: stdout without it. Everything that a command prints goes through here or through `rlft.monitor.console`.
+    """
+    from rlft.runs.formats import printed
+
+    stream: TextIO = file or sys.stdout
+    print(printed(text, stream), file=stream)
 
 
 def _cannot_write(error: OSError) -> None:
@@ -105,7 +123,7 @@ def _cannot_write(error: OSError) -> None:
         # What is still to be flushed when the interpreter ends goes nowhere.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     if error.errno != errno.EPIPE:  # `rlft env | head -1`: the reader has what it wanted
-        print(f"error: {error.filename or 'the output'} cannot be written: {error.strerror}", file=sys.stderr)
+        say(f"error: {error.filename or 'the output'} cannot be written: {error.strerror}", sys.stderr)
 
 
 def _interrupt(_signal: int, _frame: object) -> None:
@@ -164,25 +182,46 @@ def _parsed(kind: str, command: str, args: list[str]) -> Any:
 
 def _train(args: list[str]) -> int:
     cfg, resume = parse("train", args)
-    from rlft.trainer.loop import train
+    from rlft import __version__
 
-    return 130 if train(cfg, resume=resume).interrupted else 0
+    # Before the imports, which take seconds: the screen must not stay empty.
+    say(f"rlft {__version__}: importing PyTorch")
+    sys.stdout.flush()
+    from rlft.trainer.ending import Ways
+    from rlft.trainer.loop import run
+
+    typed = [arg for arg in args if arg != "--resume"]
+
+    def resume_with(out: Path) -> str:
+        numbered = [] if out == Path(cfg.out).expanduser() else ["--out", str(out)]
+        return shlex.join(["rlft", "train", *typed, *numbered, "--resume"])
+
+    ways = Ways(resume_with, shlex.join(["rlft", "train", *typed]))
+    return 130 if run(cfg, resume=resume, ways=ways).interrupted else 0
 
 
 def _validate(args: list[str]) -> int:
+    notes: list[str] = []
     try:
         cfg, resume = parse("validate", args)
         from rlft.config.files import to_toml
-        from rlft.trainer.validate import problems
+        from rlft.runs.trust import code
+        from rlft.trainer.advice import advice
+        from rlft.trainer.validate import validate
 
-        found = problems(cfg, resume=resume)
+        checked = validate(cfg, resume=resume)
+        ran = [*code(cfg), *(f'track.use = "{name}"' for name in cfg.track.use if ":" in name)]
+        notes = [f"note: {text}" for text in advice(cfg, checked.rows)]
+        notes += [f"the code that it names was imported to check it: {', '.join(ran)}"] if ran else []
+        found = checked.problems
     except ConfigError as error:
         found = str(error).splitlines()
     else:
         if not found:
-            print(to_toml(cfg) + "\n# no problem found")
+            say("\n".join([to_toml(cfg), *(f"# {text}" for text in notes), "# no problem found"]))
             return 0
-    print(f"{len(found)} problem{'s' if len(found) > 1 else ''}:", *(f"  {text}" for text in found), sep="\n")
+    count = f"{len(found)} problem{'s' if len(found) > 1 else ''}:"
+    say("\n".join([count, *(f"  {text}" for text in found), *notes]))
     return ConfigError.exit_code
 
 
@@ -193,8 +232,8 @@ def _reward_check(args: list[str]) -> int:
     from rlft.cli.reward_check import check
 
     # Messages of functions are printed as they are: no markup, no colours, no words cut in two.
-    show = Console(markup=False, highlight=False, emoji=False, soft_wrap=True).print
-    good = check(show=show, **vars(given))
+    console = Console(markup=False, highlight=False, emoji=False, soft_wrap=True)
+    good = check(show=lambda shown: say(shown) if isinstance(shown, str) else console.print(shown), **vars(given))
     return 0 if good else RewardError.exit_code
 
 
@@ -207,7 +246,7 @@ def _eval(args: list[str]) -> int:
     which = "base" if given.base else given.checkpoint
     fields = ("samples", "temperature", "top_p", "top_k", "max_tokens", "threshold")
     changes = {name: value for name in fields if (value := getattr(given, name)) is not None}
-    values = evaluate_run(given.run, which, given.rows, **changes)
+    values = evaluate_run(given.run, which, given.rows, trusted=given.trust, **changes)
     if given.json:
         print(json.dumps({name: value if math.isfinite(value) else None for name, value in values.items()}))
         return 0
@@ -226,9 +265,9 @@ def _eval(args: list[str]) -> int:
 
 def _generate(args: list[str]) -> int:
     given = _parsed("GenerateArgs", "generate", args)
-    from rlft.trainer.reopen import generate_from_run
+    from rlft.trainer.result import generate
 
-    print(generate_from_run(given.run, given.prompt, given.max_tokens, given.temperature, given.checkpoint))
+    say(generate(given.run, given.prompt, given.max_tokens, given.temperature, given.checkpoint))
     return 0
 
 
@@ -237,7 +276,7 @@ def _merge(args: list[str]) -> int:
     from rlft.runs.export import merge
 
     merged = merge(given.run, given.out, given.checkpoint, given.dtype, given.push, given.private)
-    print(f"merged {merged.checkpoint} into {merged.out}\n{merged.summary()}")
+    say(f"merged {merged.checkpoint} into {merged.out}\n{merged.summary()}")
     return 0
 
 
@@ -245,7 +284,7 @@ def _push(args: list[str]) -> int:
     given = _parsed("PushArgs", "push", args)
     from rlft.runs.export import push_adapter
 
-    print(push_adapter(given.run, given.repo, given.checkpoint, given.private))
+    say(push_adapter(given.run, given.repo, given.checkpoint, given.private))
     return 0
 
 
@@ -260,9 +299,9 @@ def _report(args: list[str]) -> int:
     from rlft import report
 
     if len(given.runs) == 1:
-        print(report.write(given.runs[0], given.out))
+        say(str(report.write(given.runs[0], given.out)))
     else:
-        print(report.compare(given.runs, given.out or Path("comparison.html")))
+        say(str(report.compare(given.runs, given.out or Path("comparison.html"))))
     return 0
 
 
@@ -287,13 +326,14 @@ COMMANDS = {
         "Train the run that FILE (.toml or .yaml) describes. Any setting can be changed by a flag, for example "
         "--optim.lr=1e-5 or --sampling.group_size 16; `rlft train FILE --help` lists them all with FILE's values. "
         "--resume goes on from the newest checkpoint in the run's folder. Ctrl-C, or SIGTERM, finishes the step and "
-        "saves it; a second one stops at once.",
+        "saves it; a second one stops at once, with the step before saved. The last line says how to go on.",
     ),
     "validate": Command(
         _validate,
         "FILE [--section.field value ...]",
         "Check everything that can be checked without loading the model, and print every problem, or the resolved "
-        "config.",
+        "config. To see what functions take, it imports the code that FILE names: rewards, data.template, algo.name "
+        "and track.use. Do not validate a file of somebody whose code you would not run.",
     ),
     "reward-check": Command(
         _reward_check,
@@ -304,7 +344,7 @@ COMMANDS = {
     ),
     "eval": Command(
         _eval,
-        "RUN [--checkpoint latest|best|STEP] [--base] [--rows N] [--samples K] [--json]",
+        "RUN [--checkpoint latest|best|STEP] [--base] [--rows N] [--samples K] [--trust] [--json]",
         "Score a checkpoint of the run folder RUN (or its base model) on the rows that the run held out: mean reward, "
         "pass@k with K samples per row, loss of recorded rows, with standard errors and 95% intervals. Nothing is "
         "written into RUN.",

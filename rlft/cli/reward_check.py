@@ -13,15 +13,22 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from rlft.algos.algorithm import build_algorithm
 from rlft.config.data import Data, Reward
 from rlft.config.run import Config
-from rlft.data.kinds import kind_of
-from rlft.data.prompts import check_rows
+from rlft.data.encode import Encoder
+from rlft.data.kinds import IDS, SAMPLED
+from rlft.data.usable import Rows, check_rows
 from rlft.errors import ConfigError, DataError
+from rlft.models.locate import load_tokenizer, locate
 from rlft.rewards.parts import RewardBreakdown
+from rlft.rewards.rows import open_ends, pass_opened
 from rlft.rewards.score import RewardFunction, build_rewards, score
 from rlft.runs.folder import Run
+from rlft.runs.formats import visible
 from rlft.runs.tables import shown_prompt
+from rlft.runs.trust import check as check_trust
+from rlft.trainer.validate import purpose_of
 from rlft.types import FinishReason, Prompt, Rollout
 
 
@@ -34,13 +41,15 @@ def check(
     step: int | None = None,
     completion: str | None = None,
     timeout: float | None = None,
+    trust: bool = False,
 ) -> bool:
     """Score a few completions and show a table of them; True when every function went well on every one.
 
     file: a config (.toml, .yaml), whose rewards and data are used, or one reward as `rewards` in a config names it.
     show: prints a rich table or a line. data: a dataset in place of the config's. run, step: score what that run
     sampled in that step (None: its last). completion: the column to score as the completion. timeout: seconds a call
-    may take. Raises RlftError for what is missing, and for a function that fails on everything.
+    may take. trust: run the template that the config of `run` names although the folder is not the user's own. Raises
+    RlftError for what is missing, and for a function that fails on everything.
     """
     if step is not None and run is None:
         raise ConfigError(f"--step {step}: a step of which run? Give --run RUN")
@@ -50,17 +59,29 @@ def check(
     rewards = cfg.rewards if cfg else (Reward(file, timeout=timeout or 30.0),)
     if not rewards:
         raise ConfigError(f"{file}: has no rewards; add rewards = [...], or give file.py:function")
-    source = _data(cfg, data, run)
-    every = check_rows(source, cfg.seed if cfg else 42)
+    source = _data(cfg, data, run, trust)
+    purpose = purpose_of(cfg, build_algorithm(cfg.algo, cfg.optim.updates)) if cfg else ""
+    every = check_rows(source, cfg.seed if cfg else 42, purpose)
     functions = build_rewards(rewards)
     try:
         for function in functions:
             function.timeout = timeout or function.timeout
         if run is not None:
+            _pass_opened(functions, Run.resume(run), every, source)
             made, state = _sampled(Run.resume(run), step, every, source, rows)
         else:
-            found = [pair for i, row in enumerate(every[:rows]) for pair in _recorded(row, i, completion)]
+            if completion is None and every.kind in SAMPLED:
+                raise DataError(
+                    f"the rows have no completion to score, only {', '.join(every[0])}. Give --run RUN for what an "
+                    f"earlier run sampled, or --completion COLUMN to score a column as if it were one, for example "
+                    f"--completion answer"
+                )
             tokenizer, state = _tokenizer(cfg, functions), 0
+            encoder = None if tokenizer is None else Encoder(source, tokenizer, every.kind)
+            asked = [
+                Prompt((), row, i) if encoder is None else encoder.encode(row, i) for i, row in enumerate(every[:rows])
+            ]
+            found = [pair for prompt in asked for pair in _recorded(prompt, every.kind, completion)]
             made = [_rollout(prompt, text, i, tokenizer) for i, (prompt, text) in enumerate(found)]
         _, parts = score(made, functions, {"global_step": state, "max_steps": (cfg and cfg.steps) or 0, "epoch": 0.0})
     finally:
@@ -73,14 +94,17 @@ def check(
     return not any(any(outcome.invalid) for outcome in parts.outcomes.values())
 
 
-def _data(cfg: Config | None, data: str | None, run: Path | None) -> Data:
+def _data(cfg: Config | None, data: str | None, run: Path | None, trust: bool) -> Data:
     if data is not None:
         # Columns and template of the config go on holding.
         return Data(data) if cfg is None else replace(cfg.data, path=data, sources=())
     if cfg is not None:
         return cfg.data
     if run is not None:
-        return Config.load(Run.resume(run).config).data
+        folder = Run.resume(run)
+        theirs = Config.load(folder.config)
+        check_trust(folder, theirs, trust, rewards=False)
+        return theirs.data
     raise ConfigError(
         "give the rows to score: --data PATH (a file, a folder, a hub id, reasoning_gym:TASK) or --run RUN"
     )
@@ -89,29 +113,28 @@ def _data(cfg: Config | None, data: str | None, run: Path | None) -> Data:
 # ---- what is scored ----------------------------------------------------------------------------------------------
 
 
-def _recorded(row: dict[str, Any], index: int, column: str | None) -> list[tuple[Prompt, str]]:
-    """The completions that came with a row and their prompt: two for a pair. Raises DataError when there is none."""
-    kind = kind_of(row)
-    prompt = Prompt((), row, index, None if isinstance(row.get("prompt"), str) else tuple(row.get("prompt") or ()))
+def _recorded(prompt: Prompt, kind: str, column: str | None) -> list[tuple[Prompt, str]]:
+    """The completions that came with a row and their prompt: two for a pair. Raises DataError for a missing column."""
+    row, index = prompt.row, prompt.index
+    if prompt.messages is None and isinstance(row.get("prompt"), list):
+        prompt = replace(prompt, messages=tuple(row["prompt"]))
     if column is not None:
         if row.get(column) is None:
             raise DataError(f'--completion "{column}": row {index} has no such column; it has {", ".join(row)}')
         found = [row[column]]
+    elif kind in IDS:
+        found = [recorded.text for recorded in prompt.recorded]
     elif kind == "messages":
         turns = [i for i, message in enumerate(row["messages"]) if message["role"] == "assistant"]
         if not turns:
             raise DataError(f"row {index}: messages has no assistant message to score")
+        row = {name: value for name, value in row.items() if name != "prompt"}
         prompt = Prompt((), row, index, tuple(row["messages"][: turns[-1]]))
         found = [row["messages"][turns[-1] :][:1]]
     else:
         one = ("completion",)
         columns = {"completion": one, "label": one, "preference": ("chosen", "rejected"), "text": ("text",)}
-        found = [row[name] for name in columns.get(kind, ())]
-    if not found:
-        raise DataError(
-            f"the rows have no completion to score, only {', '.join(row)}. Give --run RUN for what an earlier run "
-            f"sampled, or --completion COLUMN to score a column as if it were one, for example --completion answer"
-        )
+        found = [row[name] for name in columns[kind]]
     return [(prompt, value if isinstance(value, str) else _last(value)) for value in found]
 
 
@@ -127,23 +150,32 @@ def _rollout(prompt: Prompt, text: str, sample: int, tokenizer: Any) -> Rollout:
 
 
 def _tokenizer(cfg: Config | None, functions: Sequence[RewardFunction]) -> Any:
-    """The config's tokenizer when a function names completion_ids, else None: then they are empty."""
+    """The tokenizer of the config's model, where a function names completion_ids or the model is on this machine.
+
+    None otherwise: completion_ids are then empty, and what the chat template refuses does not show.
+    """
     asks = [function.name for function in functions if "completion_ids" in function.names]
-    if not asks:
+    where = locate(cfg.model) if cfg is not None else None
+    here = where is not None and where.gguf is None and Path(where.path).is_dir()  # a .gguf file takes long to read
+    if not asks and not here:
         return None
     if cfg is None:
         raise ConfigError(
             f'reward "{asks[0]}" wants completion_ids, which need a tokenizer: give a config whose `model` has it, or '
             f"--run RUN, whose completions have theirs"
         )
-    from rlft.models.load import load_tokenizer
-
     return load_tokenizer(cfg.model)
 
 
-def _sampled(
-    run: Run, step: int | None, rows: list[dict[str, Any]], data: Data, wanted: int
-) -> tuple[list[Rollout], int]:
+def _pass_opened(functions: Sequence[RewardFunction], run: Run, rows: Rows, data: Data) -> None:
+    """Give functions with the parameter `opened` the tag that the prompts of the run end with, as training did."""
+    if any("opened" in function.names for function in functions):
+        tokenizer = load_tokenizer(Config.load(run.config).model)
+        encoder = Encoder(data, tokenizer, rows.kind)
+        pass_opened(functions, open_ends([encoder.encode(row, i) for i, row in enumerate(rows[:8])], tokenizer))
+
+
+def _sampled(run: Run, step: int | None, rows: Rows, data: Data, wanted: int) -> tuple[list[Rollout], int]:
     """The first completions of a step of a run, each with the row of the dataset it was sampled for; and the step."""
     steps = run.rollout_steps()
     if not steps:
@@ -248,5 +280,5 @@ def _prompt(prompt: Prompt) -> str:
 
 def _short(text: str, width: int = 32) -> str:
     """On one line, the middle left out where it is long: what is judged is mostly at the end."""
-    line, half = " ".join(text.split()), width // 2 - 1
+    line, half = visible(" ".join(text.split())), width // 2 - 1
     return line if len(line) <= width else f"{line[:half].rstrip()}…{line[-half:].lstrip()}"

@@ -7,7 +7,13 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Interval, MinLen
 
-from rlft.config.section import refuse, section
+from rlft.config.section import INFINITE, holds_rows, refuse, refuse_all, section, shown
+
+ROWS = (
+    "a list of dicts, a datasets.Dataset, a pandas.DataFrame, a pyarrow.Table or an iterable of dicts (a file, a "
+    "folder or a hub id is given as data.path)"
+)
+"""What `data.rows` takes, for errors."""
 
 
 @section("data.sources", short="path")
@@ -26,7 +32,7 @@ class Source:
     """Arguments of a reasoning-gym task (its config fields, and `size` and `seed`)."""
 
 
-@section("data", short="path")
+@section("data", short="path", rows="rows")
 class Data:
     """Where the prompts come from and how a row becomes one."""
 
@@ -40,6 +46,9 @@ class Data:
     """Arguments of a reasoning-gym task (its config fields, and `size` and `seed`)."""
     sources: tuple[Source, ...] = ()
     """Several datasets mixed by weight, instead of `path`."""
+    rows: Any = field(default=None, repr=False)
+    """From Python, instead of `path`: a list of dicts, a datasets.Dataset, a pandas.DataFrame, a pyarrow.Table or an
+    iterable of dicts. They are copied into the run folder, whose config then names the copy."""
     columns: dict[str, str] = field(default_factory=dict)
     """Our column name = the dataset's, for example {prompt = "question", answer = "solution"}."""
     system: str | None = None
@@ -58,10 +67,15 @@ class Data:
     """Longer prompts are dropped and counted, or an error (`long_prompts`). None: no limit."""
     long_prompts: Literal["drop", "error"] = "drop"
     """What happens to a prompt longer than `max_prompt_tokens`."""
+    on_error: Literal["stop", "drop"] = "stop"
+    """What happens to a row that cannot be used. "drop": it is left out, counted by reason and written to dropped.jsonl
+    in the run folder."""
 
     def __post_init__(self) -> None:
+        refuse(self.rows is not None and not holds_rows(self.rows), f"data.rows = {shown(self.rows)}: want {ROWS}")
         refuse(
-            bool(self.path) == bool(self.sources), f"data.path = {self.path!r}: give either data.path or data.sources"
+            [bool(self.path), bool(self.sources), self.rows is not None].count(True) != 1,
+            f"data.path = {self.path!r}: give one of data.path, data.sources and data.rows",
         )
 
 
@@ -74,10 +88,20 @@ class Reward:
     `rlft.train` from Python it may be the function itself."""
     weight: float = 1.0
     """Factor of this reward in the sum."""
-    timeout: Annotated[float, Gt(0)] = 30.0
-    """Seconds one call may take; then its process is killed and the rows it was scoring are invalid."""
+    timeout: Annotated[float, Gt(0), INFINITE] = 30.0
+    """Seconds one call may take, inf for no limit; then its process is killed and the rows it was scoring are
+    invalid."""
     memory_mb: Annotated[int, Ge(64)] | None = None
-    """Address space the worker may use, in MiB; None for no limit."""
+    """Address space each process of the worker may use, in MiB; None for no limit."""
+    file_mb: Annotated[int, Ge(1)] = 16384
+    """Largest file the worker may write, in MiB."""
+    env: tuple[str, ...] = ()
+    """Environment variables the worker gets although they look like secrets, such as ["OPENAI_API_KEY"]."""
+    network: bool = True
+    """false: the worker has no network (Linux with namespaces; elsewhere an error)."""
+    batch: Literal["step", "group", "any"] | None = None
+    """What one call gets. "step": all completions of the step. "group": those of one prompt, while others are still
+    sampled. "any": any of them, for a function that scores each by itself. None: "any" for built-ins, else "step"."""
     args: dict[str, Any] = field(default_factory=dict)
     """Keyword arguments passed to the function besides the columns."""
 
@@ -103,7 +127,7 @@ class Sampling:
     """Nucleus sampling: evaluation only, since it changes the distribution that is sampled from."""
     top_k: Annotated[int, Ge(0)] = 0
     """Sample among the k most likely tokens, 0 for all: evaluation only."""
-    stop_token_ids: tuple[int, ...] = ()
+    stop_token_ids: tuple[Annotated[int, Ge(0)], ...] = ()
     """Token ids that end a completion, besides the model's own EOS."""
     stop: tuple[Annotated[str, MinLen(1)], ...] = ()
     """Strings that end a completion; its text ends before one, its tokens with it."""
@@ -111,13 +135,15 @@ class Sampling:
     def check_for_training(self) -> None:
         """Raise ConfigError for what would make the sampler's log-probs another distribution than the trainer's."""
         why = "in training every token must be reachable, or log-probs are of another distribution; allowed in [eval]"
-        refuse(
-            self.temperature == 0,
-            "sampling.temperature = 0: want above 0 in training, where the policy gradient is that of a sampled token; "
-            "greedy decoding belongs in [eval]",
+        refuse_all(
+            (
+                self.temperature == 0,
+                "sampling.temperature = 0: want above 0 in training, where the policy gradient is that of a sampled "
+                "token; greedy decoding belongs in [eval]",
+            ),
+            (self.top_p != 1, f"sampling.top_p = {self.top_p}: {why}"),
+            (self.top_k != 0, f"sampling.top_k = {self.top_k}: {why}"),
         )
-        refuse(self.top_p != 1, f"sampling.top_p = {self.top_p}: {why}")
-        refuse(self.top_k != 0, f"sampling.top_k = {self.top_k}: {why}")
 
 
 @section("dynamic_sampling")
@@ -185,24 +211,26 @@ class Eval:
     """Nucleus sampling in the evaluation."""
     top_k: Annotated[int, Ge(0)] = 0
     """Sample among the k most likely tokens in the evaluation, 0 for all."""
-    stop_token_ids: tuple[int, ...] | None = None
+    stop_token_ids: tuple[Annotated[int, Ge(0)], ...] | None = None
     """Token ids that end a completion, besides the model's own EOS; None: `sampling.stop_token_ids`."""
 
     def __post_init__(self) -> None:
-        refuse(bool(self.every) and not self.rows, f"eval.every = {self.every}: nothing to evaluate on: set eval.rows")
-        refuse(bool(self.data) and not self.rows, "eval.rows = 0: say how many rows of eval.data to use")
-        refuse(
-            self.temperature == 0 and self.samples > 1,
-            f"eval.samples = {self.samples}: greedy samples are all equal: set eval.temperature above 0",
-        )
-        refuse(
-            any(not 1 <= k <= self.samples for k in self.pass_at),
-            f"eval.pass_at = {self.pass_at}: each from 1 to eval.samples = {self.samples}",
-        )
-        refuse(
-            self.temperature == 0 and (self.top_p < 1 or self.top_k > 0),
-            "eval.temperature = 0: greedy decoding takes the most likely token, whatever top_p and top_k say: set a "
-            "temperature above 0",
+        refuse_all(
+            (bool(self.every) and not self.rows, f"eval.every = {self.every}: nothing to evaluate on: set eval.rows"),
+            (bool(self.data) and not self.rows, "eval.rows = 0: say how many rows of eval.data to use"),
+            (
+                self.temperature == 0 and self.samples > 1,
+                f"eval.samples = {self.samples}: greedy samples are all equal: set eval.temperature above 0",
+            ),
+            (
+                any(not 1 <= k <= self.samples for k in self.pass_at),
+                f"eval.pass_at = {self.pass_at}: each from 1 to eval.samples = {self.samples}",
+            ),
+            (
+                self.temperature == 0 and (self.top_p < 1 or self.top_k > 0),
+                "eval.temperature = 0: greedy decoding takes the most likely token, whatever top_p and top_k say: set "
+                "a temperature above 0",
+            ),
         )
 
     def ks(self) -> tuple[int, ...]:

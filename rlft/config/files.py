@@ -7,6 +7,8 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
+from rlft.config import secrets
+from rlft.config.paths import user_path
 from rlft.config.section import dotted
 from rlft.errors import ConfigError
 
@@ -50,7 +52,7 @@ def merged(over: dict[str, Any], under: dict[str, Any]) -> dict[str, Any]:
 
 def read(path: str | Path) -> dict[str, Any]:
     """The table in a .toml, .yaml or .yml file; its settings are not checked. Raises ConfigError."""
-    path = Path(path)
+    path = user_path(path, "config file")
     if path.suffix not in (".toml", ".yaml", ".yml"):
         raise ConfigError(f"{path}: a config file ends in .toml, .yaml or .yml")
     kind = "TOML" if path.suffix == ".toml" else "YAML"
@@ -79,8 +81,18 @@ def _yaml(text: str) -> Any:
 
     try:
         return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ValueError(str(error)) from error
+    except yaml.MarkedYAMLError as error:
+        # Its own text quotes the lines of the file, which may hold a secret.
+        parts = ((error.context, error.context_mark), (error.problem, error.problem_mark))
+        places = [
+            f"{what}{f' (line {mark.line + 1}, column {mark.column + 1})' if mark else ''}"
+            for what, mark in parts
+            if what
+        ]
+        raise ValueError(", ".join(places)) from None
+    except (yaml.YAMLError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
+        # A value that is not of the type its tag names raises what Python's conversion does.
+        raise ValueError(f"{type(error).__name__}: {error}") from None
 
 
 def _check_size(value: Any) -> None:
@@ -117,13 +129,13 @@ def to_table(value: Any) -> Any:
 
 
 def to_toml(cfg: Any) -> str:
-    """A `Config` with every value it has, as TOML; loading it gives an equal one.
+    """A `Config` with every value it has, secrets masked, as TOML; without secrets, loading it gives an equal one.
 
-    Raises ConfigError for a value that TOML cannot hold (None or an object in `args`).
+    Raises ConfigError for a value that TOML cannot hold (None or an object in `args`, half a character).
     """
     import tomli_w
 
-    table = to_table(cfg)
+    table = secrets.masked(to_table(cfg))
     _check_values(table, "")
     return tomli_w.dumps(table)
 
@@ -135,7 +147,10 @@ def _check_values(value: Any, where: str) -> None:
     elif isinstance(value, list):
         for part in value:
             _check_values(part, where)
-    elif not isinstance(value, bool | int | float | str):
+    elif isinstance(value, str):
+        if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
+            raise ConfigError(f"{where} = {value!a:.80}: half of a surrogate pair, which no file can hold; mend it")
+    elif not isinstance(value, bool | int | float):
         raise ConfigError(
             f"{where} = {value!r}: a config file cannot hold this value; leave it out or give it as a string"
         )

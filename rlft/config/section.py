@@ -2,7 +2,8 @@
 
 A value is checked alike whether it comes from a TOML or YAML file, a flag or Python. Beyond pydantic's rules: a number
 is never taken from true or false, a whole number never from a text or a fraction, a text never from a number, and no
-number is infinite or NaN. A number may be written as text, since YAML reads `1e-6` as one.
+number is NaN, or infinite where its field does not say `INFINITE`. A number may be written as text, since YAML reads
+`1e-6` as one.
 """
 
 from __future__ import annotations
@@ -12,15 +13,17 @@ import functools
 import itertools
 import json
 import math
+import re
 import types
 import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, dataclass_transform
 
 import pydantic
 from annotated_types import Ge, Gt, Le, Lt, MinLen
 from pydantic import AllowInfNan, BeforeValidator, ConfigDict, Strict, TypeAdapter, ValidationError
 
+from rlft.config import secrets
 from rlft.config.resolve import did_you_mean
 from rlft.config.trl_names import RENAMED, RENAMED_VALUES, TRL_NAMES, TRL_NOTES
 from rlft.errors import ConfigError
@@ -38,22 +41,29 @@ BOUNDS = {
 """Bound -> its attribute, and how a sentence names it."""
 LIMITS = ("greater_than", "less_than", "too_short", "string_too_short")
 """What pydantic's errors about bounds begin with."""
+INFINITE = AllowInfNan(True)
+"""Mark of a float that may be infinite, with a bound that NaN does not meet."""
 SECTIONS: dict[type, str] = {}
 """Section class -> its name in a config, such as "optim"."""
 
 
 @dataclass_transform(frozen_default=True)
 def section(
-    name: str, short: str = "", rest: str = "", prepare: Callable[[dict[str, Any]], dict[str, Any]] | None = None
+    name: str,
+    short: str = "",
+    rest: str = "",
+    rows: str = "",
+    prepare: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
 ) -> Callable[[type[Section]], type[Section]]:
     """Make a class with annotated fields the section `name` of a config.
 
     short: the field that a plain text in place of the section stands for. rest: the field, a dict, that takes settings
-    which are no fields. prepare: what is done to the settings before they are checked.
+    which are no fields. rows: the field that a list or another object with rows in place of the section stands for.
+    prepare: what is done to the settings before they are checked.
     """
 
     def make(cls: type[Section]) -> type[Section]:
-        cls.SHORT, cls.REST = short, rest  # type: ignore[attr-defined]
+        cls.SHORT, cls.REST, cls.ROWS = short, rest, rows  # type: ignore[attr-defined]
         hints = typing.get_type_hints(cls, include_extras=True)
         cls.__annotations__ = {field: strict(hint) for field, hint in hints.items() if _origin(hint) is not ClassVar}
         options = ConfigDict(extra="forbid", use_attribute_docstrings=True)
@@ -62,13 +72,18 @@ def section(
 
         @functools.wraps(validate)
         def __init__(self: Any, *args: Any, **settings: Any) -> None:
+            if rows and args and holds_rows(args[0]):
+                args, settings = ("", *args[1:]), {**settings, rows: args[0]}
+            given = settings
             try:
                 settings = prepare(settings) if prepare else settings
                 validate(self, *args, **_gathered(checked, settings))
             except ValidationError as error:
-                raise ConfigError("\n".join(sentences(error, checked, name, settings))) from None
+                lines = sentences(error, checked, name, settings)
+                raise ConfigError("\n".join(_with_origin(line, given, settings) for line in lines)) from None
 
         checked.__init__ = __init__  # type: ignore[method-assign]
+        checked.__repr__ = _repr  # type: ignore[method-assign]
         SECTIONS[checked] = name
         return checked  # type: ignore[return-value]
 
@@ -79,6 +94,35 @@ def refuse(wrong: bool, sentence: str) -> None:
     """Raise ConfigError with `sentence` where something is wrong: for checks that need more than one field."""
     if wrong:
         raise ConfigError(sentence)
+
+
+def _with_origin(line: str, given: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
+    """A sentence, and which of the settings it names were not given but come from a preset."""
+    if settings is given:
+        return line
+    added = set(_names(settings, "")) - set(_names(given, ""))
+    named = [name for name in re.findall(r"([a-z_]+(?:\.[a-z_]+)*) = ", line) if name in added]
+    return f"{line} ({', '.join(named)}: set by the preset)" if named else line
+
+
+def _names(table: Mapping[str, Any], where: str) -> Iterator[str]:
+    """Dotted names of the settings of nested tables."""
+    for key, value in table.items():
+        yield dotted(where, key)
+        if isinstance(value, Mapping):
+            yield from _names(value, dotted(where, key))
+
+
+def _repr(section: Any) -> str:
+    """What dataclasses make, with secrets masked."""
+    values = {field.name: getattr(section, field.name) for field in dataclasses.fields(section)}
+    texts = [f"{name}={secrets.masked(value, name)!r}" for name, value in values.items()]
+    return f"{type(section).__qualname__}({', '.join(texts)})"
+
+
+def refuse_all(*checks: tuple[bool, str]) -> None:
+    """Raise ConfigError with the sentences of all checks that found something wrong, a line each."""
+    refuse(any(wrong for wrong, _ in checks), "\n".join(sentence for wrong, sentence in checks if wrong))
 
 
 def strict(hint: Any) -> Any:
@@ -92,14 +136,24 @@ def strict(hint: Any) -> Any:
     if hint in SECTIONS and hint.SHORT:
         return Annotated[hint, BeforeValidator(functools.partial(from_short, hint))]
     origin, args = _origin(hint), typing.get_args(hint)
+    if origin is Annotated and INFINITE in args[1:]:
+        marks = [mark for mark in args[1:] if mark != INFINITE]
+        return Annotated[(float, BeforeValidator(_not_bool), *marks)]
     if origin is Annotated:
         inner = strict(args[0])
         return Annotated[(inner, *args[1:])]
     if origin in (typing.Union, types.UnionType):
         return functools.reduce(lambda a, b: a | b, (strict(arg) for arg in args))  # type: ignore[operator]
+    if origin is tuple and args[1:] == (Ellipsis,) and (plain(args[0]) is str or getattr(args[0], "SHORT", "")):
+        return Annotated[tuple[strict(args[0]), ...], BeforeValidator(_as_list)]  # type: ignore[misc]
     if origin in (tuple, list, dict) and args:
         return origin[tuple(arg if arg is Ellipsis else strict(arg) for arg in args)]  # type: ignore[index]
     return hint
+
+
+def _as_list(value: Any) -> Any:
+    """One text, or one table, in place of a list of them."""
+    return [value] if isinstance(value, str | Mapping) else value
 
 
 def _not_bool(value: Any) -> Any:
@@ -109,8 +163,17 @@ def _not_bool(value: Any) -> Any:
 
 
 def from_short(cls: Any, value: Any) -> Any:
-    """The table that a plain text in place of the section `cls` stands for; anything else as it is."""
+    """The table that a plain text, or an object with rows, in place of the section `cls` stands for; else the value."""
+    if cls.ROWS and holds_rows(value) and not isinstance(value, cls):
+        return {cls.ROWS: value}
     return {cls.SHORT: value} if isinstance(value, str) else _gathered(cls, value)
+
+
+def holds_rows(value: Any) -> bool:
+    """Whether a value may be rows of a dataset: a list, a table or an iterable, and no table of settings."""
+    if isinstance(value, str | bytes) or type(value) is dict:
+        return False
+    return isinstance(value, Iterable) or hasattr(value, "__arrow_c_stream__")
 
 
 def _gathered(cls: Any, value: Any) -> Any:
@@ -118,6 +181,8 @@ def _gathered(cls: Any, value: Any) -> Any:
     if not cls.REST or not isinstance(value, dict):
         return value
     known = [field.name for field in dataclasses.fields(cls)]
+    if not isinstance(value.get(cls.REST, {}), dict):
+        return value  # which is refused
     more = {key: part for key, part in value.items() if key not in known}
     return {key: part for key, part in value.items() if key in known} | (
         {cls.REST: {**value.get(cls.REST, {}), **more}} if more else {}
@@ -143,7 +208,7 @@ def options_of(cls: type[Section], table: dict[str, Any], where: str, known: Seq
             values[name] = TypeAdapter(strict(hints[name])).validate_python(value)
         except ValidationError:
             # A bound that never acts is infinite; whether that makes sense is for the loss to say.
-            if isinstance(value, float) and not math.isfinite(value):
+            if isinstance(value, float) and math.isinf(value):
                 values[name] = value
             else:
                 problems.append(mistyped(hints[name], value, path))
@@ -261,7 +326,9 @@ def mistyped(hint: Any, value: Any, path: str, bounds_only: bool = False) -> str
     want = (bounds(hint) if bounds_only else "") or words(hint)
     known = [str(arg) for arg in typing.get_args(plain(hint))] if _origin(plain(hint)) is Literal else []
     close = did_you_mean(value, known) if isinstance(value, str) else ""
-    return f"{path} = {shown(value)}: want {want}{'.' + close if close else ''}"
+    return (
+        f"{path} = {shown(secrets.masked(value, path.rpartition('.')[2]))}: want {want}{'.' + close if close else ''}"
+    )
 
 
 def bounds(hint: Any) -> str:

@@ -6,6 +6,9 @@ import json
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+OTHERS = {"r": "PEFT", "gpu_memory_utilization": "vLLM", "fast_inference": "Unsloth"}
+"""Names that are not TRL's -> whose they are."""
+
 
 class Ours(NamedTuple):
     """A setting of ours that does what one of TRL's does."""
@@ -19,10 +22,10 @@ class Ours(NamedTuple):
 
     def sentence(self, name: str, value: Any) -> str:
         """What the error for TRL's `name` = `value` says after "unknown setting."."""
-        key = value.lower() if isinstance(value, str) else value
+        key, theirs = value.lower() if isinstance(value, str) else value, f"{OTHERS.get(name, 'TRL')}'s {name}"
         if isinstance(key, str | bool) and key in self.values:
-            return f"TRL's {name} = {json.dumps(value)} is {self.values[key]} here"
-        return f"TRL's {name} is {self.ours} here{': ' if self.note else ''}{self.note}"
+            return f"{theirs} = {json.dumps(value)} is {self.values[key]} here"
+        return f"{theirs} is {self.ours} here{': ' if self.note else ''}{self.note}"
 
 
 _ADVANTAGE = {
@@ -53,6 +56,7 @@ _LOSS_TYPE = {
     "kto": 'algo.name = "kto"',
 }
 _STEPS = "a number of steps here"
+_CACHE = "GiB of vLLM's cache, not a share of the card"
 
 TRL_NAMES = {
     "adam_beta1": Ours("optim.betas", note="the first of the two"),
@@ -65,13 +69,22 @@ TRL_NAMES = {
     "data_seed": Ours("seed"),
     "dataset_config": Ours("data.subset"),
     "dataset_name": Ours("data.path"),
+    "dataset_text_field": Ours("data.columns", note='{text = "its name"}'),
     "dataset_train_split": Ours("data.split"),
+    "delta": Ours("algo.delta"),
+    "entropy_coef": Ours("algo.entropy_coef"),
+    "entropy_coef_delta": Ours("algo.entropy_coef_delta"),
+    "entropy_coef_max": Ours("algo.entropy_coef_max"),
+    "entropy_target": Ours("algo.entropy_target"),
     "epsilon": Ours("algo.clip_low", note="clip_high does not follow it, set both"),
     "epsilon_high": Ours("algo.clip_high"),
     "eval_dataset": Ours("eval.data"),
     "eval_steps": Ours("eval.every", note=_STEPS),
     "eval_strategy": Ours("eval.every", {"no": "eval.every = 0"}, _STEPS),
+    "fast_inference": Ours("engine.name", {True: 'engine.name = "vllm"', False: 'engine.name = "eager"'}),
     "fp16": Ours("dtype", {True: 'dtype = "float16"', False: 'dtype = "float32"'}),
+    "gpu_memory_utilization": Ours("engine.kv_gib", note=_CACHE),
+    "label_smoothing": Ours("algo.label_smoothing"),
     "learning_rate": Ours("optim.lr"),
     "load_in_4bit": Ours("quantization", {True: 'quantization = "nf4"', False: 'quantization = "none"'}),
     "load_in_8bit": Ours("quantization", {True: 'quantization = "int8"', False: 'quantization = "none"'}),
@@ -97,10 +110,12 @@ TRL_NAMES = {
     "num_train_epochs": Ours("data.epochs"),
     "off_policy_mask_threshold": Ours("algo.off_policy_limit"),
     "output_dir": Ours("out"),
+    "overwrite_output_dir": Ours("if_exists", {True: 'if_exists = "overwrite"'}),
     "per_device_train_batch_size": Ours(
         "prompts_per_step",
         note="TRL's counts completions, ours prompts: theirs x devices x gradient_accumulation_steps / num_generations",
     ),
+    "r": Ours("lora.rank"),
     "report_to": Ours("track.use", {"none": "track.use = []"}, "a list of trackers"),
     "reward_funcs": Ours("rewards"),
     "reward_weights": Ours("rewards.weight", note="one weight in each table of rewards"),
@@ -108,6 +123,7 @@ TRL_NAMES = {
     "run_name": Ours("track.name"),
     "sapo_temperature_neg": Ours("algo.temperature_neg"),
     "sapo_temperature_pos": Ours("algo.temperature_pos"),
+    "save_strategy": Ours("checkpoint.every", note=_STEPS),
     "save_steps": Ours("checkpoint.every", note=_STEPS),
     "save_total_limit": Ours("checkpoint.keep"),
     "scale_rewards": Ours("algo.advantage", _ADVANTAGE),
@@ -122,7 +138,15 @@ TRL_NAMES = {
     "use_adaptive_entropy": Ours("algo.entropy_target", note="the entropy that is aimed at, in nats"),
     "use_bias_correction_kl": Ours("algo.kl", {True: 'algo.kl = "k3_ratio"', False: 'algo.kl = "forward"'}),
     "use_rslora": Ours("lora.rslora"),
+    "use_cpu": Ours("device", {True: 'device = "cpu"'}),
     "use_vllm": Ours("engine.name", {True: 'engine.name = "vllm"', False: 'engine.name = "eager"'}),
+    "vespo_k_neg": Ours("algo.k_neg"),
+    "vespo_k_pos": Ours("algo.k_pos"),
+    "vespo_lambda_neg": Ours("algo.lambda_neg"),
+    "vespo_lambda_pos": Ours("algo.lambda_pos"),
+    "vllm_gpu_memory_utilization": Ours("engine.kv_gib", note=_CACHE),
+    "vllm_importance_sampling_correction": Ours("algo.correction"),
+    "vllm_max_model_length": Ours("engine.max_model_len"),
     "vllm_importance_sampling_cap": Ours("algo.correction_cap"),
     "vllm_importance_sampling_clip_max": Ours("algo.correction_cap"),
     "vllm_importance_sampling_clip_min": Ours("algo.correction_floor"),
@@ -147,6 +171,59 @@ TRL_NOTES = {
 }
 """TRL's settings that have no counterpart, and what to do instead."""
 
+_SAME_NOTE = {
+    "nothing to set: sequences are packed, without padding": (
+        "padding_free pad_to_multiple_of packing_strategy eval_packing pad_token group_by_length "
+        "train_sampling_strategy length_column_name"
+    ),
+    "nothing to set: no row is cut; data.max_prompt_tokens drops long prompts": (
+        "max_length max_seq_length truncation_mode"
+    ),
+    "nothing to set: vLLM samples in this process, on the trainer's own weights; [engine] has its settings": (
+        "vllm_mode vllm_model_impl vllm_enable_sleep_mode vllm_server_base_url vllm_server_host vllm_server_port "
+        "vllm_server_timeout vllm_group_port vllm_tensor_parallel_size cache_implementation use_transformers_paged "
+        "use_transformers_continuous_batching transformers_continuous_batching_config"
+    ),
+    "there is none: in training it would sample from another distribution than the one that is trained": (
+        "min_p repetition_penalty presence_penalty frequency_penalty generation_kwargs vllm_structured_outputs_regex"
+    ),
+    "there is none: no code that comes with a model or a dataset is run": "trust_remote_code",
+    "use the command: rlft push RUN YOU/MODEL": (
+        "push_to_hub push_to_hub_model_id hub_model_id hub_strategy hub_private_repo hub_always_push hub_revision "
+        "hub_token log_completions_hub_repo"
+    ),
+    "nothing to set: every completion is in the run folder, and track.completions of each step go to the trackers": (
+        "log_completions num_completions_to_print log_unique_prompts log_multimodal"
+    ),
+    "nothing to set: the reference is the model without its adapter, or with that of lora.resume_from": (
+        "sync_ref_model ref_model_mixup_alpha ref_model_sync_steps precompute_ref_log_probs precompute_ref_batch_size "
+        "ref_model force_use_ref_model"
+    ),
+    "nothing to set: completions are trained, or the assistant's messages": (
+        "completion_only_loss assistant_only_loss train_on_responses_only"
+    ),
+    "nothing to set: rows are read once, in this process": (
+        "dataset_num_proc dataset_kwargs remove_unused_columns dataloader_num_workers dataloader_pin_memory "
+        "dataloader_prefetch_factor dataloader_persistent_workers dataloader_drop_last"
+    ),
+    "nothing to set: memory is planned, and activations go to the host where the card has no room": (
+        "activation_offloading auto_find_batch_size torch_empty_cache_steps use_liger_kernel liger_kernel_config"
+    ),
+    "nothing to set: the tokenizer's own is used; change it in the folder of the model": "chat_template_path eos_token",
+    "nothing to set: every step is logged": "logging_strategy logging_first_step",
+    "nothing to set: held-out rows are evaluated before the first step and after the last": "eval_on_start",
+    "set prompts_per_step, the prompts of one step, and optim.minibatches, the updates it is split into": (
+        "steps_per_generation generation_batch_size"
+    ),
+    "there is none: rlft has nothing like it": (
+        "model_init_kwargs router_aux_loss_coef disable_dropout cast_lm_head_to_fp32 ds3_gather_for_generation "
+        "max_tool_calling_iterations loss_weights ld_alpha f_divergence_type f_alpha_divergence_coef use_weighting "
+        "discopop_tau deepspeed fsdp fsdp_config neftune_noise_alpha torch_compile label_smoothing_factor "
+        "entropy_coef_min"
+    ),
+}
+TRL_NOTES |= {name: note for note, names in _SAME_NOTE.items() for name in names.split()}
+
 RENAMED = {
     "refill": "dynamic_sampling",
     "packing.budget": "packing.tokens_per_micro_batch",
@@ -158,3 +235,14 @@ RENAMED = {
 
 RENAMED_VALUES = {("engine.mode", "lent"): "shared", ("engine.mode", "expanded"): "dequantized"}
 """(setting, value) of version 0.1 -> the value's name now."""
+
+TRL_REWARDS = {
+    "accuracy_reward": 'TRL\'s accuracy_reward is "math" here; "number" and "exact" compare numbers and texts',
+    "reasoning_accuracy_reward": 'TRL\'s reasoning_accuracy_reward is "math" here, which reads what follows </think>',
+    "think_format_reward": 'TRL\'s think_format_reward is "format" here, with args = {pattern = "<think>.*</think>.*"}',
+    "get_soft_overlong_punishment": 'TRL\'s get_soft_overlong_punishment is overlong.penalty_share, or "length"',
+    "get_repetition_penalty_reward": 'TRL\'s get_repetition_penalty_reward is "repetition" here',
+    "get_cosine_scaled_reward": "rlft has no cosine-scaled reward; TRL's is an object that a script can give to "
+    "rlft.train(cfg, rewards=[...])",
+}
+"""TRL's name of a reward function -> what does it here."""

@@ -1,4 +1,4 @@
-"""Encode conversations with a mask of the assistant's tokens, which are trained.
+"""Split recorded conversations into pieces of text, of which the assistant's are trained.
 
 A template that marks the assistant's part itself (`{% generation %}` of transformers) renders the whole conversation
 once, and its marks are the mask. Any other template is rendered turn by turn: the text that an assistant message adds
@@ -8,83 +8,32 @@ at the end of the conversation) is not trained, since sampling stops at the end 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 from rlft.config.data import Data
+from rlft.data.messages import UNTRAINED
+from rlft.data.template import TAG, ChatTemplate, Messages, Tools, TurnEnd, encoding_fault
 from rlft.errors import DataError
 from rlft.types import Recorded
 
-PROBE = "rlft-content"
-"""Content of the assistant message that is rendered to find how a turn ends."""
 
-
-def ids_of(text: str, tokenizer: Any) -> tuple[int, ...]:
-    """Encode a text without adding special tokens."""
-    return tuple(tokenizer.encode(text, add_special_tokens=False))
-
-
-def render(messages: Sequence[dict[str, Any]], data: Data, tokenizer: Any, open_turn: bool) -> str:
-    """Render the conversation as text. open_turn: append the start of the assistant's turn."""
-    return tokenizer.apply_chat_template(
-        list(messages), tokenize=False, add_generation_prompt=open_turn, **data.chat_template_kwargs
-    )
-
-
-class TurnEnd(NamedTuple):
-    """How a chat template ends an assistant turn."""
+class Piece(NamedTuple):
+    """A part of a recorded completion, which is encoded by itself."""
 
     text: str
-    """Text after the content up to and including `token`; usually `token` alone."""
-    token: str
-    """The added token of the tokenizer that ends the turn, as text: <|im_end|>, <end_of_turn>, </s>."""
-    behind: str
-    """Text after the token at the end of a conversation: nothing, a newline, EOS."""
+    train: bool
 
 
-def turn_end(history: Sequence[dict[str, Any]], data: Data, tokenizer: Any) -> TurnEnd | None:
-    """Find how the template ends an assistant turn after `history`: with the first added token after the content.
+class Side(NamedTuple):
+    """A recorded completion before it is encoded."""
 
-    None if no added token follows. Raises DataError when the template does not render the assistant's content.
-    """
-    whole = render([*history, {"role": "assistant", "content": PROBE}], data, tokenizer, open_turn=False)
-    _, separator, rest = whole.rpartition(PROBE)
-    if not separator:
-        raise DataError("the chat template does not show what the assistant says; use that of an instruct model")
-    match = _added(tokenizer).search(rest)
-    return None if match is None else TurnEnd(rest[: match.end()], match[0], rest[match.end() :])
-
-
-def turn_is_open(messages: Sequence[dict[str, Any]], data: Data, tokenizer: Any) -> bool:
-    """Return whether the assistant's turn begins right after the messages, without a generation prompt.
-
-    An example is [/INST] of Mistral: it closes the last message, and at most white space comes before the answer.
-    """
-    probed = render([*messages[:-1], {**messages[-1], "content": PROBE}], data, tokenizer, open_turn=False)
-    whole = render([*messages, {"role": "assistant", "content": PROBE}], data, tokenizer, open_turn=False)
-    text = render(messages, data, tokenizer, open_turn=False)
-    before_answer = whole.rpartition(PROBE)[0]
-    return (
-        bool(probed.rpartition(PROBE)[2].strip())
-        and before_answer.startswith(text)
-        and not before_answer[len(text) :].strip()
-    )
-
-
-def _added(tokenizer: Any) -> re.Pattern[str]:
-    """Return a pattern of all tokens added to the vocabulary: special tokens, and tags such as </think>."""
-    return _pattern(tokenizer, len(tokenizer))
-
-
-@lru_cache(maxsize=4)
-def _pattern(tokenizer: Any, _size: int) -> re.Pattern[str]:
-    # Cached, since some tokenizers have thousands of them. `_size` changes when tokens are added.
-    contents = {token.content for token in tokenizer.added_tokens_decoder.values()} | set(tokenizer.all_special_tokens)
-    return re.compile(
-        "|".join(re.escape(content) for content in sorted(contents, key=len, reverse=True) if content) or "(?!)"
-    )
+    pieces: tuple[Piece, ...]
+    reward: float
+    text: str
+    """What rewards and displays show."""
+    eos: bool = False
+    """Whether EOS is added where the ids do not end with it."""
 
 
 def end_id(tokenizer: Any) -> int | None:
@@ -92,110 +41,150 @@ def end_id(tokenizer: Any) -> int | None:
 
     Also None for a template that cannot render a question and an answer; rendering rows with it raises the error.
     """
-    from jinja2 import TemplateError
-
-    if not getattr(tokenizer, "chat_template", None):
+    template = ChatTemplate(Data("no rows"), tokenizer)
+    if not template.source:
         return None
     try:
-        end = turn_end([{"role": "user", "content": "?"}], Data("no rows"), tokenizer)
-    except (TemplateError, DataError):
+        end = template.turn_end([{"role": "user", "content": "?"}])
+    except DataError:
         return None
     return None if end is None else tokenizer.convert_tokens_to_ids(end.token)
 
 
-def encode_turns(
-    before: str, history: list[dict[str, Any]], rest: list[dict[str, Any]], reward: float, data: Data, tokenizer: Any
-) -> Recorded:
-    """Encode the messages `rest` after the text `before`; assistant turns are trained, including their end of turn.
+def split_turns(
+    template: ChatTemplate, before: str, history: Messages, rest: Messages, tools: Tools
+) -> tuple[tuple[Piece, ...], str]:
+    """Split the messages `rest`, which follow the text `before`, and return the pieces and the last trained answer.
 
-    The text between assistant turns is what opening the next turn adds; text after the last one is dropped. Raises
-    DataError for a template that rewrites earlier turns when a message is added.
+    Assistant turns are trained, including their end of turn, except those marked with `UNTRAINED`. The text between
+    them is what opening the next turn adds; text after the last one is dropped. Raises DataError for a template that
+    rewrites earlier turns when a message is added.
     """
-    ids: list[int] = []
-    mask: list[bool] = []
-    encoded, last = before, ""
-    end = turn_end(history, data, tokenizer)
+    pieces: list[Piece] = []
+    encoded, last, history = before, "", list(history)
+    end = template.turn_end(history, tools)
     for message in rest:
         if message["role"] == "assistant":
-            opened_turn = render(history, data, tokenizer, open_turn=True)
-            ids, mask = _append(ids, mask, encoded, opened_turn, False, tokenizer)
-            after = render([*history, message], data, tokenizer, open_turn=False)
-            encoded = after[: _end_of_turn(after, len(opened_turn), end, tokenizer)]
-            ids, mask = _append(ids, mask, opened_turn, encoded, True, tokenizer)
-            last = str(message.get("content", ""))
+            opened = template.render(history, tools, open_turn=True)
+            pieces += _added_piece(encoded, opened, False)
+            after = template.render([*history, message], tools)
+            _check_shown(message, opened, after)
+            encoded = after[: _end_of_turn(after, len(opened), end, template)]
+            train = UNTRAINED not in message
+            pieces += _added_piece(opened, encoded, train)
+            last = str(message.get("content", "")) if train else last
         history = [*history, message]
-    if not any(mask):
+    if not any(piece.train for piece in pieces):
         raise DataError("no assistant message to train on")
-    return Recorded(tuple(ids), tuple(mask), reward, last)
+    # What follows the last trained turn teaches nothing.
+    while not pieces[-1].train:
+        pieces.pop()
+    return tuple(pieces), last
 
 
-def _end_of_turn(text: str, start: int, end: TurnEnd | None, tokenizer: Any) -> int:
+def _added_piece(encoded: str, longer: str, train: bool) -> list[Piece]:
+    if not longer.startswith(encoded):
+        raise DataError(
+            "the chat template changes earlier turns when a message is added (it drops reasoning, say), so the tokens "
+            "of the turns cannot be told apart; train on prompt + completion rows instead",
+            reason="template",
+        )
+    return [Piece(longer[len(encoded) :], train)] if len(longer) > len(encoded) else []
+
+
+def _check_shown(message: dict[str, Any], opened: str, after: str) -> None:
+    """Raise DataError for a template that shows an answer otherwise than it opens the turn, as that of R1 does."""
+    tag = TAG.search(opened)
+    if tag is not None and not after.startswith(opened) and after.startswith(opened[: tag.start()]):
+        raise DataError(
+            f"the chat template opens the assistant's turn with {tag[1]} and does not show it in an answer, so what is "
+            f"sampled and what is shown differ; give the answer as a string completion (prompt + completion)",
+            reason="template",
+        )
+
+
+def _end_of_turn(text: str, start: int, end: TurnEnd | None, template: ChatTemplate) -> int:
     """Return the position after the end of turn of the last assistant turn in `text`, which begins at `start`."""
     if end is None:
         return len(text)
     if text.endswith(end.token + end.behind):
         return len(text) - len(end.behind)
     # A tool call may end with another token than an answer (<|eom_id|> of Llama 3.1).
-    matches = list(_added(tokenizer).finditer(text, start))
+    matches = list(template.added.finditer(text, start))
     return matches[-1].end() if matches else len(text)
 
 
-def _append(ids: list[int], mask: list[bool], encoded: str, longer: str, train: bool, tokenizer: Any):
-    if not longer.startswith(encoded):
-        raise DataError(
-            "the chat template changes earlier turns when a message is added (it drops reasoning, say), so the tokens "
-            "of the turns cannot be told apart; train on prompt + completion rows instead"
-        )
-    new = ids_of(longer[len(encoded) :], tokenizer)
-    return ids + list(new), mask + [train] * len(new)
+def ended(template: ChatTemplate, completion: str, history: Messages, tools: Tools) -> tuple[str, bool]:
+    """Return a string completion with the template's end of turn, and whether EOS has to end it instead.
 
-
-def encode_completion(
-    completion: str, history: Sequence[dict[str, Any]] | None, data: Data, tokenizer: Any
-) -> tuple[int, ...]:
-    """Encode a string completion with its end: the end of turn in a chat, EOS elsewhere.
-
-    history: the messages before it, None without a chat template. The string is used unchanged, whatever the template
-    would do to it (strip it, drop its reasoning). No end is added if it already ends with the end of turn or EOS.
+    The string is used unchanged, whatever the template would do to it (strip it, drop its reasoning). No end is added
+    if it already ends with the end of turn or EOS.
     """
-    end = turn_end(history, data, tokenizer) if history is not None else None
+    end = template.turn_end(history, tools)
     if end is None:
-        ids = ids_of(completion, tokenizer)
-        return ids if ids and ids[-1] == tokenizer.eos_token_id else (*ids, tokenizer.eos_token_id)
+        return completion, True
     stripped = completion.rstrip()
-    if stripped.endswith((end.token, tokenizer.eos_token or end.token)):
-        return ids_of(stripped, tokenizer)
-    return ids_of(completion + end.text, tokenizer)
+    if stripped.endswith((end.token, template.tokenizer.eos_token or end.token)):
+        return stripped, False
+    return completion + end.text, False
 
 
-def marks_generation(tokenizer: Any) -> bool:
-    """Return True when the chat template itself marks the assistant's tokens."""
-    return re.search(r"\{%-?\s*generation\s*-?%\}", tokenizer.chat_template or "") is not None
-
-
-def encode_marked(messages: Sequence[dict[str, Any]], data: Data, tokenizer: Any) -> tuple[tuple[int, ...], Recorded]:
+def encode_marked(
+    template: ChatTemplate, messages: Messages, tools: Tools, kwargs: dict[str, Any]
+) -> tuple[tuple[int, ...], Recorded]:
     """Return the ids before the first token that the template marks as the assistant's, and the rest with its mask.
 
-    Marked white space after the end of a turn is not trained. Raises DataError when the template marks no token, or
-    marks the first one.
+    Marked white space after the end of a turn is not trained, nor is a turn with `UNTRAINED`. Raises DataError when the
+    template marks no token, or marks the first one.
     """
-    encoding = tokenizer.apply_chat_template(
-        list(messages), tokenize=True, return_dict=True, return_assistant_tokens_mask=True, **data.chat_template_kwargs
-    )
+    text = template.render(messages, tools)  # raises what the template refuses
+    given = {} if tools is None else {"tools": list(tools)}
+    try:
+        encoding = template.tokenizer.apply_chat_template(
+            template.shaped(messages),
+            tokenize=True,
+            return_dict=True,
+            return_assistant_tokens_mask=True,
+            **given,
+            **kwargs,
+        )
+    except Exception as error:  # each tokenizer raises other errors
+        raise encoding_fault(text, error) from error
     ids, mask = tuple(encoding["input_ids"]), [bool(flag) for flag in encoding["assistant_masks"]]
     first = mask.index(True) if True in mask else 0
     if not first:
         raise DataError(
             "the chat template marks no assistant token after a prompt ({% generation %} is there, and is around "
-            "nothing or everything); fix the template, or take the marks out"
+            "nothing or everything); fix the template, or take the marks out",
+            reason="template",
         )
-    first_answer = next(i for i, message in enumerate(messages) if message["role"] == "assistant")
-    end = turn_end(messages[:first_answer], data, tokenizer)
-    end_token = None if end is None else tokenizer.convert_tokens_to_ids(end.token)
+    turns = [message for message in messages if message["role"] == "assistant"]
+    _unmark(mask, [UNTRAINED not in message for message in turns])
+    end = template.turn_end(messages[: list(messages).index(turns[0])], tools)
+    end_token = None if end is None else template.tokenizer.convert_tokens_to_ids(end.token)
     after_end = False
     for i, token in enumerate(ids):
-        blank = after_end and not tokenizer.decode([token]).strip()
+        blank = after_end and not template.tokenizer.decode([token]).strip()
         mask[i] = mask[i] and not blank
         after_end = token == end_token or blank
-    last = next(message for message in reversed(messages) if message["role"] == "assistant")
-    return ids[:first], Recorded(ids[first:], tuple(mask[first:]), 1.0, str(last.get("content", "")))
+    return ids[:first], Recorded(ids[first:], tuple(mask[first:]), 1.0, str(turns[-1].get("content", "")))
+
+
+def _unmark(mask: list[bool], trained: Sequence[bool]) -> None:
+    """Clear the runs of a mask that belong to turns that are not trained."""
+    if all(trained):
+        return
+    if not any(trained):
+        raise DataError("no assistant message to train on")
+    starts = [i for i, flag in enumerate(mask) if flag and not (i and mask[i - 1])]
+    if len(starts) != len(trained):
+        raise DataError(
+            f"{len(trained)} turns of the assistant, and the chat template marks {len(starts)}: which of them has "
+            f"weight 0 cannot be told; leave the row out",
+            reason="template",
+        )
+    for start, train in zip(starts, trained, strict=True):
+        i = start
+        while not train and i < len(mask) and mask[i]:
+            mask[i] = False
+            i += 1

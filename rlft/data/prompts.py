@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,76 +11,76 @@ from typing import Any
 import numpy as np
 
 from rlft.config.data import Data
-from rlft.data.encode import encode_prompt
-from rlft.data.kinds import check_row, kind_of
-from rlft.data.sources import load_rows
+from rlft.data.encode import Encoder
+from rlft.data.limits import NO_LIMITS, Limits
+from rlft.data.table import Encoded, PromptTable
+from rlft.data.usable import Drops, Rows, check_rows, nothing_left, stopped
 from rlft.errors import DataError, TrainError
 from rlft.types import Prompt
 
-
-def check_rows(data: Data, seed: int) -> list[dict[str, Any]]:
-    """Load the rows of a dataset and check them without a tokenizer. Raises DataError naming row and column."""
-    rows = load_rows(data, seed)
-    kind = kind_of(rows[0])
-    for i, row in enumerate(rows):
-        check_row(row, i, kind)
-    if "answer" in rows[0]:
-        _check_answers(rows)
-    return rows
-
-
-def _check_answers(rows: Sequence[dict[str, Any]]) -> None:
-    answer_type: type | None = None
-    for i, row in enumerate(rows):
-        answer = row.get("answer")
-        if answer is None:
-            raise DataError(f"row {i}: column answer is missing or null; give every row one, or drop the column")
-        answer_type = answer_type or type(answer)
-        if type(answer) is not answer_type:
-            raise DataError(
-                f"row {i}: column answer is {type(answer).__name__} ({answer!r}), but "
-                f"{answer_type.__name__} in row 0; give all of them one type"
-            )
+TOO_LONG = "prompt longer than max_prompt_tokens"
+"""Reason of a row that is left out for its length."""
 
 
 @dataclass(frozen=True)
 class LoadedPrompts:
     """Result of `load_prompts`."""
 
-    prompts: list[Prompt]
-    dropped: int
-    """Number of rows dropped because their prompt is longer than `data.max_prompt_tokens`."""
+    prompts: PromptTable
+    drops: Drops
+    """The rows that are left out: those that cannot be used, and those whose prompt is too long."""
+    notes: list[str]
+    """What the start of a run says about the other rows."""
 
 
-def load_prompts(data: Data, tokenizer: Any, seed: int, rows: Sequence[dict[str, Any]] | None = None) -> LoadedPrompts:
+def load_prompts(
+    data: Data, tokenizer: Any, seed: int, rows: Rows | None = None, limits: Limits = NO_LIMITS
+) -> LoadedPrompts:
     """Load all prompts of a dataset, in order.
 
-    seed: the run's, for generated tasks and mixtures. rows: the result of `check_rows`, if it was called before. Raises
-    DataError for any fault of a row, and when every prompt is too long.
+    seed: the run's, for generated tasks and mixtures. rows: the result of `check_rows`, if it was called before.
+    limits: what the model takes. Raises
+    DataError for a row that cannot be used, unless `data.on_error` leaves such rows out, and when no row is left.
     """
-    prompts, dropped = [], 0
-    for index, row in enumerate(check_rows(data, seed) if rows is None else rows):
-        prompt = encode_prompt(row, index, data, tokenizer)
-        if data.max_prompt_tokens is not None and len(prompt.ids) > data.max_prompt_tokens:
-            if data.long_prompts == "error":
-                raise DataError(
-                    f"row {index}: the prompt has {len(prompt.ids)} tokens, data.max_prompt_tokens is "
-                    f'{data.max_prompt_tokens}; raise it, or set data.long_prompts = "drop"'
-                )
-            dropped += 1
-            continue
-        prompts.append(prompt)
-    if not prompts:
-        raise DataError(
-            f"every prompt is longer than data.max_prompt_tokens = {data.max_prompt_tokens} ({dropped} rows): raise it"
-        )
-    return LoadedPrompts(prompts, dropped)
+    rows = check_rows(data, seed) if rows is None else rows
+    encoder, encoded, drops, place = Encoder(data, tokenizer, rows.kind, limits), Encoded(rows), Drops(rows.drops), 0
+    for start, run in rows.runs():
+        for number, row, prompt in zip(itertools.count(start), run, encoder.encode_many(run, start)):
+            outcome = prompt if isinstance(prompt, DataError) else too_long(prompt, data) or prompt
+            if isinstance(outcome, Prompt):
+                encoded.append(outcome, row, place)
+            elif (data.long_prompts if outcome.reason == TOO_LONG else data.on_error) == "drop":
+                drops.add(number, outcome, row)
+            elif outcome.reason == TOO_LONG:
+                raise outcome
+            else:
+                raise stopped(outcome, 0, len(encoded) > 0)
+            place += 1
+    if not len(encoded):
+        long = drops.counts[TOO_LONG]
+        if long == len(rows):
+            raise DataError(
+                f"every prompt is longer than data.max_prompt_tokens = {data.max_prompt_tokens} ({long} rows): raise it"
+            )
+        raise nothing_left(drops)
+    return LoadedPrompts(PromptTable(encoded), drops, [*rows.notes, *encoder.notes()])
+
+
+def too_long(prompt: Prompt, data: Data) -> DataError | None:
+    """Return the error of a prompt longer than `data.max_prompt_tokens`."""
+    if data.max_prompt_tokens is None or len(prompt.ids) <= data.max_prompt_tokens:
+        return None
+    return DataError(
+        f"row {prompt.index}: the prompt has {len(prompt.ids)} tokens, data.max_prompt_tokens is "
+        f'{data.max_prompt_tokens}; raise it, or set data.long_prompts = "drop"',
+        reason=TOO_LONG,
+    )
 
 
 class Prompts:
     """Iterates over the prompts. Its state is `consumed`, the data cursor, and `solved`."""
 
-    def __init__(self, rows: list[Prompt], seed: int, shuffle: bool = True) -> None:
+    def __init__(self, rows: Sequence[Prompt], seed: int, shuffle: bool = True) -> None:
         """Start at the first prompt. shuffle: permute the rows of each epoch by (seed, epoch)."""
         assert rows
         self.rows, self.consumed = rows, 0
@@ -94,7 +94,7 @@ class Prompts:
 
         Raises TrainError when all prompts are solved.
         """
-        if all(row.index in self.solved for row in self.rows):
+        if len(self.solved) >= len(self.rows) and all(row.index in self.solved for row in self.rows):
             raise TrainError(
                 f"curriculum.solved_share: all {len(self.rows)} prompts are solved, so there is nothing left to draw; "
                 f"the last checkpoint is the result, or give harder data"
@@ -124,42 +124,27 @@ class Prompts:
         return self._order[1]
 
 
-def hold_out(prompts: list[Prompt], rows: int, seed: int) -> tuple[list[Prompt], list[Prompt]]:
+def hold_out(prompts: PromptTable, rows: int, seed: int) -> tuple[PromptTable, PromptTable]:
     """Hold out `rows` distinct prompts chosen by the seed. Returns (rest, held-out); the rest has no equal prompts.
 
     Raises DataError when there are not enough distinct prompts, or nothing would be left to train on.
     """
-    order = np.random.default_rng([seed, 2]).permutation(len(prompts))
-    # Recorded rows may share an empty prompt (plain text); they are then distinguished by their completions.
-    by_key: dict[tuple[Any, ...], Prompt] = {}
-    for i in order:
+    keys = prompts.keys()
+    by_key: dict[bytes, int] = {}
+    for place in np.random.default_rng([seed, 2]).permutation(len(prompts)):
         if len(by_key) == rows:
             break
-        by_key.setdefault(_key(prompts[i]), prompts[i])
-    rest = exclude_prompts(prompts, list(by_key.values()))
+        by_key.setdefault(keys[place], int(place))
+    rest = [place for place, key in enumerate(keys) if key not in by_key]
     if len(by_key) < rows or not rest:
-        distinct = len({_key(prompt) for prompt in prompts})
         raise DataError(
-            f"eval.rows = {rows}: the data has {distinct} distinct prompts, and some must be left to train on; lower "
-            f"eval.rows or give eval.data"
+            f"eval.rows = {rows}: the data has {len(set(keys))} distinct prompts, and some must be left to train on; "
+            f"lower eval.rows or give eval.data"
         )
-    return rest, list(by_key.values())
+    return prompts.select(rest), prompts.select(list(by_key.values()))
 
 
-def exclude_prompts(prompts: list[Prompt], held: Sequence[Prompt]) -> list[Prompt]:
+def exclude_prompts(prompts: PromptTable, held: PromptTable) -> PromptTable:
     """Return the prompts that are not equal, token by token, to any of `held`."""
-    keys = {_key(prompt) for prompt in held}
-    return [prompt for prompt in prompts if _key(prompt) not in keys]
-
-
-def digest(prompts: Sequence[Prompt]) -> str:
-    """Return 16 hex digits that depend on all tokens of the prompts and recorded completions, and on their order."""
-    whole = hashlib.blake2b(digest_size=8)
-    for prompt in prompts:
-        for ids in (prompt.ids, *(completion.ids for completion in prompt.recorded)):
-            whole.update(np.array([len(ids), *ids], dtype=np.int64).tobytes())
-    return whole.hexdigest()
-
-
-def _key(prompt: Prompt) -> tuple[Any, ...]:
-    return prompt.ids or prompt.recorded[0].ids
+    keys = set(held.keys())
+    return prompts.select([place for place, key in enumerate(prompts.keys()) if key not in keys])

@@ -13,12 +13,10 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
-from safetensors import SafetensorError, safe_open
+from peft import PeftModel, get_peft_model
 from torch import nn
 
 from rlft.config.run import Config, Lora
@@ -26,10 +24,10 @@ from rlft.config.section import refuse
 from rlft.errors import ConfigError
 from rlft.models import quantization as quant
 from rlft.models import targets
-from rlft.models.adapter import lora_parameters
+from rlft.models.continued import changed_dropout, continue_adapter, peft_wraps
 from rlft.models.fused.decoder import fuse
 from rlft.models.kind import attention_of, causal
-from rlft.models.locate import Location, load_tokenizer, locate, not_found_error
+from rlft.models.locate import Location, explained, load_tokenizer, locate
 
 DEVICES = ("auto", "cpu", "cuda")
 DTYPES = ("auto", "float64", "float32", "bfloat16", "float16")
@@ -139,7 +137,7 @@ def _read_config(model: str, where: Location) -> Any:
     """Read the config of a model."""
     from transformers import AutoConfig
 
-    with _explained(model):
+    with explained(model, where, "its config.json"):
         # False: code from the hub is not run, and transformers does not prompt for it.
         return AutoConfig.from_pretrained(where.path, trust_remote_code=False)
 
@@ -157,7 +155,7 @@ def load_base(cfg: Config | Base, device: torch.device, note: Callable[[str], No
     plan = describe_base(cfg, device)
     if plan.note:
         note(plan.note)
-    with _explained(cfg.model), _progress(), _quiet(plan.note is not None):
+    with explained(cfg.model, plan.location, "it"), _progress(), _quiet(plan.note is not None):
         model = _from_gguf(cfg.model, plan, device) if plan.location.gguf else _from_files(cfg.model, plan, device)
     if plan.quantization != "none":
         quant.configure_bitsandbytes(cfg.model, model, device)
@@ -190,6 +188,7 @@ def _from_files(model: str, plan: BaseInfo, device: torch.device) -> Any:
         device_map={"": device},
         key_mapping=plan.names,
         output_loading_info=True,
+        trust_remote_code=False,
         **options,
     )
     base, info = loaded
@@ -216,6 +215,7 @@ def _from_gguf(name: str, plan: BaseInfo, device: torch.device) -> Any:
         dtype=plan.dtype,
         attn_implementation="sdpa",
         device_map={"": first_device},
+        trust_remote_code=False,
     )
     if hasattr(model.config, "quantization_config"):
         # The weights are dequantized; a leftover quantization config would mislead PEFT and save_pretrained.
@@ -245,22 +245,6 @@ def pad_rows(*weights: nn.Parameter) -> None:
             padded = weight.data.new_zeros(-(-rows // ROWS) * ROWS, width)
             padded[:rows] = weight.data
             weight.data = padded[:rows]
-
-
-@contextlib.contextmanager
-def _explained(model: str) -> Iterator[None]:
-    """Turn the errors of transformers for files that it cannot load into ConfigErrors."""
-    try:
-        yield
-    except OSError as error:
-        raise not_found_error(model, error) from error
-    except ConfigError:
-        raise
-    except (ValueError, ImportError, SafetensorError) as error:
-        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ConfigError(
-            f'model = "{model}": transformers cannot load it ({first_line}); check its files, or give another model'
-        ) from error
 
 
 @contextlib.contextmanager
@@ -298,93 +282,15 @@ def attach_lora(base: nn.Module, lora: Lora, seed: int) -> PeftModel:
     Raises ConfigError if a target matches no layer, and if a continued adapter does not fit the base.
     """
     if lora.resume_from:
-        return _continue_adapter(base, lora)
+        return continue_adapter(base, lora)
     config = targets.resolve(base, lora)
     wanted = copy.deepcopy(config)
-    with torch.random.fork_rng(), _peft_wraps():
+    with torch.random.fork_rng(), peft_wraps():
         torch.manual_seed(seed)
         # eval: PEFT's new modules start in training mode, which would enable dropout during sampling.
         model = get_peft_model(base, config).eval()  # type: ignore[arg-type]
     targets.check_attached(model, wanted)
     return model
-
-
-@contextlib.contextmanager
-def _peft_wraps() -> Iterator[None]:
-    """Suppress a warning that a user cannot act on: PEFT 0.21 reads an attribute that transformers 5.24 deprecates."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-        yield
-
-
-def _continue_adapter(base: nn.Module, lora: Lora) -> PeftModel:
-    """Load the adapter of `lora.resume_from`."""
-    folder = str(lora.resume_from)
-    try:
-        saved = PeftConfig.from_pretrained(folder)
-    except (ValueError, OSError) as error:
-        raise ConfigError(f'lora.resume_from = "{folder}": no PEFT adapter there ({error})') from error
-    if not isinstance(saved, LoraConfig) or saved.use_dora or saved.bias != "none" or saved.modules_to_save:
-        raise ConfigError(
-            f'lora.resume_from = "{folder}": want a plain LoRA adapter (no DoRA, bias or modules_to_save)'
-        )
-    for field, ours, theirs in (
-        ("rank", lora.rank, saved.r),
-        ("alpha", lora.alpha, saved.lora_alpha),
-        ("rslora", lora.rslora, saved.use_rslora),
-    ):
-        if ours != theirs:
-            raise ConfigError(
-                f"lora.{field} = {ours}, but the adapter in {folder} has {theirs}: set lora.{field} = {theirs}"
-            )
-    # Dropout affects training from here on, not the saved weights; `changed_dropout` reports a change.
-    saved.lora_dropout = lora.dropout
-    wanted = targets.resolve(base, lora)
-    try:
-        with _peft_wraps():
-            # PEFT only warns of unexpected and missing tensors; both are errors below.
-            warnings.filterwarnings("ignore", message="Found missing adapter keys")
-            model = PeftModel.from_pretrained(base, folder, is_trainable=True, config=saved).eval()  # type: ignore[arg-type]
-    except (RuntimeError, ValueError) as error:
-        detail = " ".join(str(error).split())[:300]
-        raise ConfigError(f'lora.resume_from = "{folder}": the adapter does not fit this base ({detail})') from error
-    with safe_open(Path(folder) / "adapter_model.safetensors", "pt") as file:
-        stored, slots = set(file.keys()), set(lora_parameters(model, "default"))
-    if stored != slots:
-        raise ConfigError(
-            f'lora.resume_from = "{folder}": the adapter does not fit this base: {len(stored - slots)} of its tensors '
-            f"have no place in it and {len(slots - stored)} of the base's are missing, {min(stored ^ slots)} for one"
-        )
-    _check_targets(model, lora, wanted)
-    return model
-
-
-def changed_dropout(lora: Lora) -> str | None:
-    """Return a sentence if the adapter of `lora.resume_from` was saved with another dropout; else None."""
-    if lora.resume_from is None:
-        return None
-    saved: Any = PeftConfig.from_pretrained(lora.resume_from)
-    if saved.lora_dropout == lora.dropout:
-        return None
-    return (
-        f"lora.dropout = {lora.dropout:g} from here on; the adapter in {lora.resume_from} was trained with "
-        f"{saved.lora_dropout:g}"
-    )
-
-
-def _check_targets(model: PeftModel, lora: Lora, wanted: LoraConfig) -> None:
-    """Raise ConfigError if a continued adapter is on other weights than a new one would be. wanted: from `resolve`."""
-    requested, attached = targets.requested_and_attached(model, wanted)
-    if attached == requested:
-        return
-    leaves = [
-        sorted({name.removesuffix(".weight").rpartition(".")[2] for name in names}) for names in (requested, attached)
-    ]
-    raise ConfigError(
-        f"lora.targets = {lora.targets!r} is {len(requested)} layers of this model ({', '.join(leaves[0])}), but the "
-        f"adapter in {lora.resume_from} is on {len(attached)} ({', '.join(leaves[1])}): set "
-        f"lora.targets = {leaves[1]}, or continue an adapter that is on the same layers"
-    )
 
 
 def fingerprint(model: nn.Module, dtype: torch.dtype | None = None) -> str:

@@ -5,12 +5,19 @@ The string is a hub id, a folder, a .gguf file, or an installed package that con
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from jinja2 import Environment, TemplateSyntaxError
+from jinja2.ext import Extension, loopcontrols
+
+from rlft.config.paths import user_path
 from rlft.errors import ConfigError
+from rlft.models.files import reading, reason
 
 
 @dataclass(frozen=True)
@@ -25,7 +32,7 @@ class Location:
 
 def locate(model: str) -> Location:
     """Return the location that a model string names. Raises ConfigError for a missing file and an ambiguous package."""
-    path = Path(model).expanduser()
+    path = user_path(model, "model")
     if path.suffix == ".gguf":
         if not path.is_file():
             raise ConfigError(f'model = "{model}": no such file')
@@ -37,7 +44,10 @@ def locate(model: str) -> Location:
             raise ConfigError(f'model = "{model}": the folder has no config.json; give the folder of a saved model')
         return Location(str(path))
     if model.isidentifier():
-        spec = importlib.util.find_spec(model)
+        try:
+            spec = importlib.util.find_spec(model)
+        except ValueError:  # a module without a spec, such as __main__
+            spec = None
         for folder in (spec.submodule_search_locations or []) if spec else []:
             files = sorted(Path(folder).glob("*.gguf"))
             if len(files) == 1:
@@ -52,20 +62,55 @@ def locate(model: str) -> Location:
 
 
 def load_tokenizer(model: str) -> Any:
-    """Load the model's tokenizer. Raises ConfigError if the model is not found."""
+    """Load the model's tokenizer. Raises ConfigError if it is not found or cannot be loaded, its chat template too."""
     from transformers import AutoTokenizer
 
     location = locate(model)
-    try:
-        return AutoTokenizer.from_pretrained(location.path, **({"gguf_file": location.gguf} if location.gguf else {}))
-    except OSError as error:
-        raise not_found_error(model, error) from error
+    options: dict[str, Any] = {"gguf_file": location.gguf} if location.gguf else {}
+    with explained(model, location, "its tokenizer"):
+        # False: code from the hub is not run, and transformers does not prompt for it.
+        tokenizer = AutoTokenizer.from_pretrained(location.path, trust_remote_code=False, **options)
+        _check_templates(tokenizer.chat_template)
+    return tokenizer
 
 
-def not_found_error(model: str, error: Exception) -> ConfigError:
-    """Build the error for a model that neither this machine nor the hub has."""
-    first_line = str(error).strip().splitlines()[0]
-    return ConfigError(
-        f'model = "{model}": not a folder, a .gguf file or an installed package, and the hub did not have it or could '
-        f"not be reached ({first_line}). Check the name and the network, or give a local folder."
-    )
+class _Generation(Extension):
+    """The tag {% generation %} of transformers: what is between it and {% endgeneration %} is the assistant's."""
+
+    tags = {"generation"}  # noqa: RUF012 (as in the base)
+
+    def parse(self, parser: Any) -> Any:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _check_templates(template: Any) -> None:
+    """Raise ValueError for a chat template, or one of several by name, that is no template. It is not run."""
+    environment = Environment(extensions=[loopcontrols, _Generation])
+    for name, text in (template if isinstance(template, dict) else {"": template}).items():
+        if text is None:
+            continue
+        what = f"the chat template {name}".rstrip()
+        if not isinstance(text, str):
+            raise ValueError(f"{what} is no text but {type(text).__name__}")
+        try:
+            environment.parse(text)
+        except (TemplateSyntaxError, RecursionError) as error:
+            where = f", line {error.lineno}" if isinstance(error, TemplateSyntaxError) else ""
+            raise ValueError(f"{what}{where}: {reason(error)}") from None
+
+
+@contextlib.contextmanager
+def explained(model: str, location: Location, what: str) -> Iterator[None]:
+    """Turn what transformers raises over the files of a model into a ConfigError. what: it loads."""
+    setting, folder = f'model = "{model}"', Path(location.path)
+    with reading(setting, folder, f"transformers cannot load {what}", "check its files, or give another model"):
+        try:
+            yield
+        except OSError as error:
+            if folder.is_dir():
+                raise
+            raise ConfigError(
+                f"{setting}: not a folder, a .gguf file or an installed package, and the hub did not have it or could "
+                f"not be reached ({reason(error)}). Check the name and the network, or give a local folder."
+            ) from error

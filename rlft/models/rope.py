@@ -121,3 +121,27 @@ def _refused(module: Any, kind: str, longest: int, most: int) -> ConfigError:
         f"sequence of each call, so engine and trainer would differ, and a sequence of this run can have {longest}; "
         f"lower sampling.max_tokens and eval.max_tokens, or drop long rows with data.max_prompt_tokens"
     )
+
+
+SCALED = ("linear", "dynamic", "yarn")
+"""RoPE types whose factor extends the context; the others (llama3, longrope) name it in max_position_embeddings."""
+
+
+def context_of(config: Any) -> int | None:
+    """Return the largest number of tokens that a model is made for; None where its config names none."""
+    text = config.get_text_config()
+    trained = getattr(text, "max_position_embeddings", None)
+    if not isinstance(trained, int):
+        return None
+    rope = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
+    if not isinstance(rope, dict) or rope.get("rope_type", rope.get("type")) not in SCALED:
+        return trained
+    # max_position_embeddings is the context before the extension in some configs and after it in others.
+    original = rope.get("original_max_position_embeddings") or trained
+    return max(trained, int(original * rope.get("factor", 1.0)))
+
+
+def vocabulary_of(config: Any) -> int | None:
+    """Return the rows of a model's embedding; None where its config names none."""
+    size = getattr(config.get_text_config(), "vocab_size", None)
+    return size if isinstance(size, int) else None

@@ -107,6 +107,10 @@ def resolve(base: Any, lora: Lora) -> LoraConfig:
 
 def _select(layers: LinearLayers, lora: Lora) -> tuple[list[str], list[str]]:
     """Return the modules and parameters that `lora.targets` names."""
+    if not (layers.linear or layers.experts):
+        raise ConfigError(
+            "model: its text decoder has no linear layer to adapt; check num_hidden_layers in config.json"
+        )
     if lora.targets == "all-linear":
         return layers.linear, list(layers.experts) if lora.experts else []
     candidates = (*layers.linear, *(layers.experts if lora.experts else ()))

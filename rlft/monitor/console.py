@@ -20,7 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rlft.monitor import health
-from rlft.runs.formats import change, duration, evaluation_names, visible, with_error
+from rlft.runs.formats import change, duration, evaluation_names, printed, visible, with_error
 from rlft.types import Best
 
 SHADES = "▁▂▃▄▅▆▇█"
@@ -181,9 +181,7 @@ class Console:
 
     def _print(self, text: str, style: str = "") -> None:
         if self.plain:
-            # A "±" must not stop a run whose stdout is ASCII-only.
-            encoding = getattr(self._out.file, "encoding", None) or "utf-8"
-            print(visible(text).encode(encoding, "replace").decode(encoding), file=self._out.file, flush=True)
+            print(printed(text, self._out.file), file=self._out.file, flush=True)
         else:
             # Without a live view, a long path stays on one line for copying; with one, rich must count every line.
             self._out.print(Text(visible(text), style), soft_wrap=self._live is None)

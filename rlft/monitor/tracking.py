@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
-from rlft.config import resolve
+from rlft.config import resolve, secrets
 from rlft.config.files import to_table
 from rlft.config.run import Config, Track
 from rlft.environment import release, version
@@ -82,13 +82,17 @@ class Tracking:
         self._rows, self._note = cfg.track.completions, note
         self._trackers: list[_Tracker] = []
         name = cfg.track.name or run.path.resolve().name
-        start = Start(run.path.resolve(), name, to_table(cfg), cfg.track, step, resumed, run.lines_logged())
+        start = Start(
+            run.path.resolve(), name, secrets.masked(to_table(cfg)), cfg.track, step, resumed, run.lines_logged()
+        )
         for use in cfg.track.use:
             make = (
                 _user_tracker(use) if ":" in use else resolve.module(use, "rlft.monitor.trackers", "track.use").Tracker
             )
             try:
                 self._trackers.append(_Tracker(use, make(start), Background(f"rlft-{use}")))
+                if project := getattr(self._trackers[-1].tracker, "project", None):
+                    note(f'{use}: project "{project}"')
             except Exception as error:  # a tracker may raise anything
                 self._finish(ok=False)
                 hint = '; or set track.mode = "offline"' if use == "wandb" and cfg.track.mode != "offline" else ""

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from rlft.report.markup import MOST_TEXT, number, passage, score, text, visible
+from rlft.report.markup import MOST_TEXT, conversation, number, passage, score, text, visible
 from rlft.runs.folder import PIECED_GROUPS, Run
+from rlft.runs.tables import Unreadable
 
 MOST_STEPS, MOST_SAMPLES, MOST_ROWS = 40, 8, 8
 """Largest numbers of steps, completions of a group and held-out rows with texts in the page."""
@@ -30,14 +31,29 @@ DIFFERS = re.compile(r'data-d="[^"]*\d')
 Rows = Sequence[Mapping[str, Any]]
 
 
-def samples(run: Run) -> str:
-    """Return the first groups of selected steps, with a control to choose the step."""
-    steps = evenly_spaced(run.rollout_steps(), MOST_STEPS)
-    if not steps:
+def readable(
+    steps: Sequence[int], read: Callable[[int], list[dict[str, Any]]], damaged: list[str]
+) -> dict[int, list[dict[str, Any]]]:
+    """Read the files of these steps; append to `damaged` a sentence on each that cannot be read."""
+    tables = {}
+    for step in steps:
+        try:
+            tables[step] = read(step)
+        except Unreadable as error:
+            damaged.append(str(error))
+    return tables
+
+
+def samples(run: Run, damaged: list[str]) -> str:
+    """Return the first groups of selected steps, with a control to choose the step. damaged: as `readable`."""
+    chosen = evenly_spaced(run.rollout_steps(), MOST_STEPS)
+    tables = readable(chosen, lambda step: run.read_rollouts(step, PIECED_GROUPS), damaged)
+    if not tables:
         return ""
-    newest = step_block(run.read_rollouts(steps[-1], PIECED_GROUPS))
+    steps = list(tables)
+    newest = step_block(tables[steps[-1]])
     steps = evenly_spaced(steps, max(2, BUDGET // max(1, len(newest))))
-    blocks = [step_block(run.read_rollouts(step, PIECED_GROUPS)) for step in steps[:-1]] + [newest]
+    blocks = [step_block(tables[step]) for step in steps[:-1]] + [newest]
     pages = [
         f'<div class="step" data-step="{step}"{"" if step == steps[-1] else " hidden"}>{block}</div>'
         for step, block in zip(steps, blocks, strict=True)
@@ -108,7 +124,12 @@ def group_card(group: Sequence[Mapping[str, Any]], parts: Sequence[str]) -> str:
     cards = [sample(row, parts) for row in by_reward]
     if hidden > 0:
         cards = [*cards[:half], f'<p class="note">{hidden} between these</p>', *cards[-half:]]
-    return f'<article class="group"><div class="prompt">{passage(group[0]["prompt"])}</div>{"".join(cards)}</article>'
+    return f'<article class="group"><div class="prompt">{prompt(group[0])}</div>{"".join(cards)}</article>'
+
+
+def prompt(row: Mapping[str, Any]) -> str:
+    """Return the prompt of a completion, with roles where it is messages."""
+    return conversation(row["prompt"]) if row.get("prompt_is_messages") else passage(row["prompt"])
 
 
 def sample(row: Mapping[str, Any], parts: Sequence[str]) -> str:
@@ -156,12 +177,18 @@ def completion(row: Mapping[str, Any]) -> str:
     )
 
 
-def held_out_completions(run: Run) -> str:
-    """Return the first held-out rows with their completions at the first and the last evaluation."""
+def held_out_completions(run: Run, damaged: list[str]) -> str:
+    """Return the first held-out rows with their completions at the first and the last evaluation.
+
+    damaged: as `readable`.
+    """
     steps = run.evaluation_steps()
     if len(steps) < 2:
         return ""
-    before, after = run.read_evaluation(steps[0]), run.read_evaluation(steps[-1])
+    tables = readable([steps[0], steps[-1]], run.read_evaluation, damaged)
+    if len(tables) < 2:
+        return ""
+    before, after = tables.values()
     body = []
     # The held-out rows can change at a resume. Only the first sample of a row is shown.
     pairs = [(old, new) for old, new in zip(before, after, strict=False) if old["prompt"] == new["prompt"]]
@@ -169,7 +196,7 @@ def held_out_completions(run: Run) -> str:
         cells = "".join(
             f"<td>{passage(row['completion'])}</td><td>{number(row['reward'], '.3g')}</td>" for row in (old, new)
         )
-        body.append(f"<tr><td>{passage(old['prompt'])}</td>{cells}</tr>")
+        body.append(f"<tr><td>{prompt(old)}</td>{cells}</tr>")
     if not body:
         return ""
     head = f"<th>prompt</th><th>after step {steps[0]}</th><th>reward</th><th>after step {steps[-1]}</th><th>reward</th>"

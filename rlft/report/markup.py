@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import contextlib
 import hashlib
 import html
 import json
@@ -83,14 +82,18 @@ def cell(value: str) -> str:
 
 
 def passage(value: str) -> str:
-    """Return a prompt or completion: messages with their roles, truncated, whitespace preserved by the style."""
-    if value.startswith("["):
-        # A text that only starts like JSON is shown unchanged.
-        with contextlib.suppress(ValueError, TypeError, KeyError):
-            turns = [(str(message["role"]), str(message["content"])) for message in json.loads(value)]
-            content_html = "\n".join(f"<i>{text(role)}</i> {truncate(content)}" for role, content in turns)
-            return f'<div class="passage">{content_html or "<i>empty</i>"}</div>'
+    """Return a prompt or completion, truncated, whitespace preserved by the style."""
     return f'<div class="passage">{truncate(value) or "<i>empty</i>"}</div>'
+
+
+def conversation(value: str) -> str:
+    """Return a prompt that is JSON of messages, with their roles. A file may hold anything: other text is a passage."""
+    try:
+        turns = [(str(message["role"]), str(message["content"])) for message in json.loads(value)]
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return passage(value)
+    content_html = "\n".join(f"<i>{text(role)}</i> {truncate(content)}" for role, content in turns)
+    return f'<div class="passage">{content_html or "<i>empty</i>"}</div>'
 
 
 def truncate(value: str) -> str:

@@ -7,18 +7,32 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import tomli_w
+
+from rlft.config import secrets
 from rlft.errors import ConfigError
 from rlft.monitor import health
 from rlft.report import charts
 from rlft.report.completions import evenly_spaced, held_out_completions, samples
 from rlft.report.curves import Drawing, Mark, figure
 from rlft.report.markup import document, navigation, number, section, table, text, tiles
-from rlft.runs.folder import Run, reason
+from rlft.runs.disk import reason, remedy, replace_file
+from rlft.runs.folder import Run
 from rlft.runs.formats import change, duration, evaluation_names, with_error
+from rlft.runs.tables import Unreadable
 
 MOST_EVALUATIONS = 6
 """Largest number of columns in the evaluation table."""
-SECTIONS = ("Health", "Evaluation", "Curves", "Memory", "Held-out completions", "Completions", "Config")
+SECTIONS = (
+    "Damaged files",
+    "Health",
+    "Evaluation",
+    "Curves",
+    "Memory",
+    "Held-out completions",
+    "Completions",
+    "Config",
+)
 Rows = Sequence[Mapping[str, Any]]
 
 
@@ -28,41 +42,43 @@ def write(folder: Path, out: Path | None = None) -> Path:
     Raises ConfigError when the folder has no run.
     """
     run = Run.resume(folder)
-    return write_page(page(run), out or run.path / "report.html")
+    return write_page(page(run), out or run.report)
 
 
 def write_page(source: str, path: Path) -> Path:
     """Write a page atomically and return its path. Raises ConfigError when it cannot be written."""
-    temporary = path.with_name(f".{path.name}.tmp")
     try:
-        temporary.write_text(source, encoding="utf-8")
-        temporary.replace(path)
+        replace_file(path, source.encode())
     except OSError as error:
         raise ConfigError(
-            f"{path}: cannot be written: {reason(error)}; make room or make it writable, then run rlft report"
+            f"{path}: cannot be written: {reason(error)}; {remedy(error)}, then run rlft report"
         ) from error
     return path
 
 
 def page(run: Run) -> str:
-    """Return the HTML of the page."""
+    """Return the HTML of the page. Files that cannot be read are named in it."""
     rows = run.metrics()
     steps, evaluations = parts_of(rows)
     config = config_of(run)
     messages = charts.health_messages(rows, algorithm_of(config))
-    toml = run.config.read_text(encoding="utf-8") if run.config.exists() else ""
+    toml = tomli_w.dumps(config)
+    damaged: list[str] = []
+    try:
+        plan = run.plan()
+    except Unreadable as error:
+        plan = {}
+        damaged.append(str(error))
+    held_out, completions = held_out_completions(run, damaged), samples(run, damaged)
     body = "\n".join(
         [
+            section("Damaged files", "".join(f"<p>{text(fault)}</p>" for fault in damaged)),
             section("Health", health_list(messages, steps)),
             section("Evaluation", evaluation_table(evaluations)),
             section("Curves", curves(rows, charts.marks(messages, len(steps)))),
-            section("Memory", memory(run.plan(), steps)),
-            section(
-                "Held-out completions",
-                held_out_completions(run),
-                "The first held-out rows at the first and the last evaluation.",
-            ),
-            section("Completions", samples(run)),
+            section("Memory", memory(plan, steps)),
+            section("Held-out completions", held_out, "The first held-out rows at the first and the last evaluation."),
+            section("Completions", completions),
             section(
                 "Config", f"<details><summary>config.toml</summary><pre>{text(toml)}</pre></details>" if toml else ""
             ),
@@ -80,10 +96,10 @@ def parts_of(rows: Rows) -> tuple[list[Mapping[str, Any]], list[Mapping[str, Any
 
 
 def config_of(run: Run) -> dict[str, Any]:
-    """Return the run's settings; empty without a readable config.toml."""
+    """Return the run's settings, secrets masked; empty without a readable config.toml."""
     try:
-        return tomllib.loads(run.config.read_text(encoding="utf-8")) if run.config.exists() else {}
-    except tomllib.TOMLDecodeError:
+        return secrets.masked(tomllib.loads(run.config.read_text(encoding="utf-8")) if run.config.exists() else {})
+    except ValueError:  # tomllib's error, and text that is not UTF-8
         return {}
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlft.rewards.worker import Reply
+from rlft.rewards.protocol import Reply
 from rlft.types import Outcome, Sample
 
 OVERLONG = "overlong"
@@ -33,12 +33,15 @@ class FunctionScores:
     seconds: float = 0.0
     """Total time of its calls."""
     calls: int = 0
-    """Number of calls: 1, or more when a failed batch was bisected."""
+    """Number of calls: 1, or more when a failed batch was bisected or groups were scored one by one."""
+    nans: int = 0
+    """Rows for which it returned nan, and not None."""
 
     def take(self, rows: Sequence[int], reply: Reply) -> None:
         """Store the rewards of a successful call."""
         for row, value in zip(rows, reply.values, strict=True):
             self.values[row] = math.nan if value is None else value
+            self.nans += value is not None and math.isnan(value)
         for name, numbers in (reply.metrics or {}).items():
             self.metrics.setdefault(name, []).extend(numbers)
         for name, column in (reply.extras or {}).items():
@@ -56,6 +59,24 @@ class FunctionScores:
         """Return the result for one row."""
         return Outcome(self.values[row], self.invalid[row], {name: column[row] for name, column in self.extras.items()})
 
+    def place(self, rows: Sequence[int], part: FunctionScores) -> None:
+        """Store the result of a call on some of the rows, in the order of the call."""
+        for row, value, invalid in zip(rows, part.values, part.invalid, strict=True):
+            self.values[row], self.invalid[row] = value, invalid
+        for name, numbers in part.metrics.items():
+            self.metrics.setdefault(name, []).extend(numbers)
+        for name, column in part.extras.items():
+            full_column = self.extras.setdefault(name, [None] * len(self.values))
+            for row, value in zip(rows, column, strict=True):
+                full_column[row] = value
+        self._count(part)
+
+    def _count(self, other: FunctionScores) -> None:
+        self.fault = self.fault or other.fault
+        self.seconds += other.seconds
+        self.calls += other.calls
+        self.nans += other.nans
+
     def extend(self, other: FunctionScores) -> None:
         """Append the rows of another round."""
         rows, other_rows = len(self.values), len(other.values)
@@ -65,9 +86,7 @@ class FunctionScores:
         for name in {**self.extras, **other.extras}:
             first, second = self.extras.get(name, [None] * rows), other.extras.get(name, [None] * other_rows)
             self.extras[name] = first + second
-        self.fault = self.fault or other.fault
-        self.seconds += other.seconds
-        self.calls += other.calls
+        self._count(other)
 
 
 @dataclass(frozen=True)
@@ -136,8 +155,11 @@ class RewardBreakdown:
             for total, has_failed in zip(self.total.tolist(), row_failed, strict=True)
         )
         if unscored:
+            nans = [f'"{name}"' for name, outcome in self.outcomes.items() if outcome.nans]
+            returned = f"nan from {', '.join(nans)}" if nans else "None"
             lines.append(
-                f"no reward function applied to {unscored} of {len(row_failed)} completions (None), which are left out"
+                f"no reward function applied to {unscored} of {len(row_failed)} completions ({returned}), which are "
+                f"left out"
             )
         return lines
 

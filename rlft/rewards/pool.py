@@ -9,30 +9,38 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import copy
 import functools
 import inspect
 import os
-import pickle
 import select
 import signal
 import subprocess
 import sys
-import threading
 import time
 import uuid
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any, Protocol
 
+from rlft.config.data import Reward
 from rlft.errors import RewardError
-from rlft.rewards.worker import HEADER, MAGIC, Call, Reply, Signature, encode, settle, signature
+from rlft.rewards import environment
+from rlft.rewards.call import Call, signature
+from rlft.rewards.event_loop import Loop
+from rlft.rewards.protocol import HEADER, LARGEST_REPLY, MAGIC, Reply, Signature, Start, parsed, request, token
+from rlft.rewards.texts import described
 
 START_SECONDS = 60.0
 """Time limit for a worker to import the user's file, which may load a grader model."""
-TRANSFER_SECONDS = 10.0
-"""Time limit for the transfer of a reply, counted from its first bytes."""
+END_SECONDS = 6.0
+"""Time limit for a supervisor to kill what its worker started; then it is killed itself."""
+LAST_SECONDS = 1.0
+"""Time limit for a process to end after it closed its pipes."""
+LONGEST_WAIT = 86400.0
+"""Seconds of a single wait at most: longer ones, and those without end, are several."""
 MARK = "RLFT_REWARD_WORKER"
-"""Environment variable that a worker's descendants inherit, by which they are found and killed."""
+"""Environment variable of a worker's descendants: finds those whose supervisor was killed."""
 
 
 class Executor(Protocol):
@@ -46,61 +54,23 @@ class Executor(Protocol):
         ...
 
     def start(self, columns: dict[str, list[Any]], constants: dict[str, Any], rows: int, timeout: float) -> None:
-        """Start a call on a batch of `rows`. Raises RewardError for arguments that cannot be sent to a process."""
+        """Start a call on a batch of `rows`. Raises RewardError for arguments that cannot be sent to a process.
+
+        timeout: seconds, infinite for no limit. The function gets copies of the columns.
+        """
         ...
 
     def finish(self) -> Reply:
         """Wait for the call and return its Reply, which also reports all faults."""
         ...
 
+    def interrupt(self) -> None:
+        """Make a call that another thread waits for end soon, where that is possible."""
+        ...
+
     def close(self) -> None:
         """Stop the executor and any running call. May be called twice."""
         ...
-
-
-class Loop:
-    """An event loop in a separate thread, for async functions called in this process.
-
-    The functions run concurrently, can share objects bound to the loop, and do not conflict with the loop of a
-    notebook. The loop runs from the first use until `close`.
-    """
-
-    def __init__(self) -> None:
-        self._loop: Any = None
-        self._end: Any = None
-        self._thread: threading.Thread | None = None
-
-    def submit(self, begin: Callable[[], Awaitable[Any]]) -> concurrent.futures.Future[Any]:
-        """Call `begin` on the loop and await its result."""
-        import asyncio
-
-        if self._thread is None:
-            ready = threading.Event()
-            self._thread = threading.Thread(target=self._serve, args=(ready,), name="rlft-rewards", daemon=True)
-            self._thread.start()
-            ready.wait()
-
-        async def run() -> Any:
-            return await settle(begin())
-
-        return asyncio.run_coroutine_threadsafe(run(), self._loop)
-
-    def close(self) -> None:
-        """Cancel the running tasks and stop the thread."""
-        thread, self._thread = self._thread, None
-        if thread is not None:
-            self._loop.call_soon_threadsafe(self._end.set)
-            thread.join(1.0)  # a coroutine that blocks its loop cannot be stopped; the thread dies with the process
-
-    def _serve(self, ready: threading.Event) -> None:
-        import asyncio
-
-        async def until_end() -> None:
-            self._loop, self._end = asyncio.get_running_loop(), asyncio.Event()
-            ready.set()
-            await self._end.wait()
-
-        asyncio.run(until_end())
 
 
 class InProcess:
@@ -116,7 +86,7 @@ class InProcess:
         plain = function
         while isinstance(plain, functools.partial):
             plain = plain.func
-        self._is_async = inspect.iscoroutinefunction(plain) or inspect.iscoroutinefunction(type(plain).__call__)
+        self.is_async = inspect.iscoroutinefunction(plain) or inspect.iscoroutinefunction(type(plain).__call__)
         self._function, self._loop = function, loop or Loop()
         self._call: Call | None = None
         self._future: concurrent.futures.Future[Any] | None = None
@@ -127,36 +97,76 @@ class InProcess:
         try:
             return signature(self._function)
         except (TypeError, ValueError) as error:
-            raise RewardError(f"reward {self._function!r}: cannot be called: {error}") from error
+            raise RewardError(f"reward {described(self._function)}: cannot be called: {error}") from error
 
     def start(self, columns: dict[str, list[Any]], constants: dict[str, Any], rows: int, timeout: float) -> None:
         """See `Executor.start`. A function that is not async runs in `finish`."""
-        self._call, self._timeout, self._began = (
-            Call(self._function, columns, constants, rows),
-            timeout,
-            time.monotonic(),
-        )
-        self._future = self._loop.submit(self._call.begin) if self._is_async else None
+        copies: dict[int, Any] = {}
+        columns = {name: [_copied(value, copies) for value in values] for name, values in columns.items()}
+        self._call = Call(self._function, columns, constants, rows)
+        self._timeout, self._began = timeout, time.monotonic()
+        self._future = self._loop.submit(self._call.begin) if self.is_async else None
 
     def finish(self) -> Reply:
-        """See `Executor.finish`."""
+        """See `Executor.finish`. A KeyboardInterrupt that reaches this thread is the user's, and passes through."""
         assert self._call is not None
-        call, future, self._call, self._future = self._call, self._future, None, None
+        call, future, self._call = self._call, self._future, None
         if future is None:
-            return call.reply(lambda: self._resolve(call.begin()))
-        remaining = max(0.0, self._began + self._timeout - time.monotonic())
-        if not concurrent.futures.wait([future], remaining).done:
+            return call.reply(lambda: self._resolve(call.begin()), passes=(KeyboardInterrupt,))
+        if not _done(future, self._began + self._timeout):
             future.cancel()
-            return _timed_out(self._timeout, self._began)
-        return call.reply(future.result)._replace(seconds=time.monotonic() - self._began)
+            reply = _timed_out(self._timeout, self._began)
+            self._loop.replace_if_blocked()
+            return reply
+        return call.reply(future.result, passes=(KeyboardInterrupt,))._replace(seconds=time.monotonic() - self._began)
+
+    def interrupt(self) -> None:
+        """Cancel a call of an async function."""
+        if self._future is not None:
+            self._future.cancel()
 
     def close(self) -> None:
         """Stop the event loop, if one was started."""
         self._loop.close()
 
     def _resolve(self, result: Any) -> Any:
-        # A lambda may return the coroutine of an async function.
-        return self._loop.submit(lambda: result).result() if isinstance(result, Awaitable) else result
+        if not isinstance(result, Awaitable):
+            return result
+        future = self._loop.submit(lambda: result)  # a lambda may return the coroutine of an async function
+        if not _done(future, self._began + self._timeout):
+            future.cancel()
+            self._loop.replace_if_blocked()
+            raise TimeoutError(f"took longer than {self._timeout:g} s")
+        return future.result()
+
+
+def _done(future: concurrent.futures.Future[Any], deadline: float) -> bool:
+    """Wait for a future until the deadline on the monotonic clock, and return whether it is done."""
+    while not future.done() and (remaining := deadline - time.monotonic()) > 0:
+        concurrent.futures.wait([future], min(remaining, LONGEST_WAIT))
+    return future.done()
+
+
+FIXED = frozenset({str, int, float, bool, type(None), bytes, complex})
+"""Types whose values nobody can change."""
+
+
+def _copied(value: Any, copies: dict[int, Any]) -> Any:
+    """Return a copy of a value and of all that it holds; an object that cannot be copied is returned itself.
+
+    copies: id -> copy of the values of a call, so that what is one object in the columns stays one, as in a worker.
+    """
+    if type(value) in FIXED:
+        return value
+    if id(value) not in copies:
+        if type(value) is list and FIXED.issuperset(map(type, value)):
+            copies[id(value)] = list(value)  # deepcopy takes ten times as long for token ids
+        else:
+            try:
+                copies[id(value)] = copy.deepcopy(value)
+            except Exception:  # a lock, an open file: any object may refuse with any exception
+                copies[id(value)] = value
+    return copies[id(value)]
 
 
 class Subprocess:
@@ -164,25 +174,26 @@ class Subprocess:
 
     apart = True
 
-    def __init__(self, target: str, memory_mb: int | None = None) -> None:
-        """Set up the executor. target: "file.py:function" or "package.module:function"."""
-        self._target, self._memory_mb = target, memory_mb
+    def __init__(self, target: str, reward: Reward) -> None:
+        """Set up the executor. target: "file.py:function" or "package.module:function". reward: has its limits."""
+        self._target, self._reward = target, reward
         self._mark = f"{MARK}={uuid.uuid4().hex}"
         self._process: subprocess.Popen[bytes] | None = None
-        self._to = self._from = self._life = -1
+        self._to = self._from = self._life = self._ended = -1
         self._timeout = self._began = 0.0
+        self._call, self._rows = "", 0
         self._fault: Reply | None = None
         """Fault of `start`, to be returned by `finish`."""
         self._busy = False
 
     def open(self) -> Signature:
         """See `Executor.open`: start the process and import the function."""
-        self._start_process()
-        outside = os.environ.get("PYTHONPATH")
-        message = {"target": self._target, "memory_mb": self._memory_mb, "pythonpath": outside}
-        self._timeout, self._began = START_SECONDS, time.monotonic()
-        self._fault = self._send(encode(message))
-        reply = self.finish()
+        withheld = self._start_process()
+        reward, outside = self._reward, os.environ.get("PYTHONPATH")
+        start = Start(self._target, outside, withheld, reward.memory_mb, reward.file_mb, reward.network)
+        self._timeout, self._began, self._call, self._rows = START_SECONDS, time.monotonic(), token(), 0
+        self._fault = self._send(request(self._call, start))
+        reply = self._answer()
         if isinstance(reply, Signature):
             return reply
         self.close()
@@ -192,12 +203,14 @@ class Subprocess:
         """See `Executor.start`. A process that died or hung before is restarted first."""
         if self._busy:
             self.close()  # otherwise the reply of an unfinished call would be taken for the reply of this one
+        call = token()
         try:
-            data = encode({"columns": columns, "constants": constants, "rows": rows})
+            data = request(call, {"columns": columns, "constants": constants, "rows": rows})
         except Exception as error:  # pickle propagates any exception of an object in a column
             raise RewardError(
-                f'reward "{self._target}": a column or argument cannot be sent to its process ({error!r:.200}); leave '
-                f"it out of its parameters, or make it of plain numbers, strings, lists and dicts"
+                f'reward "{self._target}": a column or argument cannot be sent to its process '
+                f"({described(error, most=200)}); leave it out of its parameters, or make it of plain numbers, "
+                f"strings, lists and dicts"
             ) from error
         self._fault, self._busy = None, True
         if self._process is None:
@@ -205,64 +218,83 @@ class Subprocess:
                 self.open()
             except RewardError as error:
                 self._fault = Reply("died", [], str(error))
+        self._call, self._rows = call, rows
         self._timeout, self._began, self._busy = timeout, time.monotonic(), True
         self._fault = self._fault or self._send(data)
 
-    def finish(self) -> Any:
-        """See `Executor.finish`. Returns a Signature after `open`."""
+    def finish(self) -> Reply:
+        """See `Executor.finish`."""
+        reply = self._answer()
+        return self._garbage("a signature") if isinstance(reply, Signature) else reply
+
+    def _answer(self) -> Reply | Signature:
         reply = self._fault or self._receive()
         self._busy = False
         if isinstance(reply, Reply) and reply.kind in ("timeout", "died"):
             process = self._process
+            if process is not None and not reply.text:  # the pipe is closed shortly before the exit code is known
+                _wait(self._ended, select.POLLIN, -1, time.monotonic() + LAST_SECONDS)
             self.close()
             if process is not None and not reply.text:
                 reply = reply._replace(text=f"its process ended ({_exit_text(process.returncode)})")
         return reply
+
+    def interrupt(self) -> None:
+        """Have the supervisor end the process, which the waiting thread sees."""
+        process = self._process
+        if process is not None:
+            process.terminate()
 
     def close(self) -> None:
         """Kill the process and its descendants."""
         process, self._process, self._busy = self._process, None, False
         if process is None:
             return
-        # Kill the group before waiting: until the process is reaped, its pid cannot be reused.
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
+        # A byte, since a fork of this process may hold the pipe open.
+        with contextlib.suppress(BrokenPipeError):
+            os.write(self._life, b"x")
+        if self._ended < 0 or _wait(self._ended, select.POLLIN, -1, time.monotonic() + END_SECONDS) is None:
+            # Before the process is reaped, since its pid can be another's afterwards.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
         _kill_marked(self._mark.encode())
         process.wait()
-        for fd in (self._to, self._from, self._life):
+        for fd in (self._to, self._from, self._life, self._ended):
             if fd >= 0:
                 os.close(fd)
 
-    def _start_process(self) -> None:
+    def _start_process(self) -> tuple[str, ...]:
+        """Start the process, and return the names of the environment variables that it does not get."""
         assert self._process is None
+        variables, withheld = environment.of_worker(os.environ, self._reward.env, self._target)
         child_read, self._to = os.pipe()
         self._from, child_write = os.pipe()
+        child_life, self._life = os.pipe()
         name, value = self._mark.split("=")
+        path = os.pathsep.join(path or os.getcwd() for path in sys.path)
+        theirs = (child_read, child_write, child_life)
         try:
             self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "rlft.rewards.worker", str(child_read), str(child_write)],
+                [sys.executable, "-P", "-m", "rlft.rewards.worker", *map(str, theirs)],
                 stdin=subprocess.DEVNULL,
-                pass_fds=(child_read, child_write),
+                pass_fds=theirs,
                 start_new_session=True,
-                env={
-                    **os.environ,
-                    "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path),
-                    name: value,
-                },
+                env={**variables, "PYTHONPATH": path, name: value},
             )
         finally:
-            os.close(child_read)
-            os.close(child_write)
-        for fd in (self._to, self._from):
+            for fd in theirs:
+                os.close(fd)
+        for fd in (self._to, self._from, self._life):
             os.set_blocking(fd, False)
         # Linux: signals the end of the process even while a forked child keeps the pipes open.
-        self._life = os.pidfd_open(self._process.pid) if hasattr(os, "pidfd_open") else -1
+        self._ended = os.pidfd_open(self._process.pid) if hasattr(os, "pidfd_open") else -1
+        return withheld
 
     def _send(self, data: bytes) -> Reply | None:
         """Write a message before the deadline and return the fault, if any."""
         rest, deadline = memoryview(data), self._began + self._timeout
         while rest:
-            ready = _wait(self._to, select.POLLOUT, self._life, deadline)
+            ready = _wait(self._to, select.POLLOUT, self._ended, deadline)
             if ready is None:
                 return _timed_out(self._timeout, self._began)
             try:
@@ -274,12 +306,12 @@ class Subprocess:
                     return Reply("died", [], "", seconds=time.monotonic() - self._began)
         return None
 
-    def _receive(self) -> Any:
-        """Return the next message, or a Reply with the reason why there is none."""
+    def _receive(self) -> Reply | Signature:
+        """Return the next message, or a Reply with the reason why there is none. All of it must come in time."""
         deadline = self._began + self._timeout
         data, size = bytearray(), HEADER.size
         while len(data) < size:
-            ready = _wait(self._from, select.POLLIN, self._life, deadline)
+            ready = _wait(self._from, select.POLLIN, self._ended, deadline)
             if ready is None:
                 return _timed_out(self._timeout, self._began)
             try:
@@ -292,30 +324,35 @@ class Subprocess:
             if len(data) == HEADER.size == size:
                 magic, length = HEADER.unpack(data)
                 if magic != MAGIC:
-                    return self._invalid_message(f"it begins with {bytes(data)!r}")
+                    return self._garbage(f"it begins with {bytes(data)!r}")
+                if length > LARGEST_REPLY + 2**10:
+                    return self._garbage(f"a message of {length} bytes")
                 size += length
-                deadline = max(deadline, time.monotonic() + TRANSFER_SECONDS)
         try:
-            reply = pickle.loads(data[HEADER.size :])
-        except Exception as error:  # a damaged pickle can raise any exception
-            return self._invalid_message(repr(error))
-        return reply if isinstance(reply, Reply | Signature) else self._invalid_message(f"{reply!r:.60}")
+            reply = parsed(bytes(data[HEADER.size :]), self._call, self._rows)
+        except ValueError as error:
+            return self._garbage(str(error))
+        return reply._replace(seconds=time.monotonic() - self._began) if isinstance(reply, Reply) else reply
 
-    def _invalid_message(self, what: str) -> Reply:
+    def _garbage(self, what: str) -> Reply:
         return Reply("died", [], f"its process sent garbage ({what})", seconds=time.monotonic() - self._began)
 
 
 def _wait(fd: int, event: int, life: int, deadline: float) -> bool | None:
     """Return True when the pipe is ready, False when the process has ended instead, and None at the deadline.
 
-    Uses poll, since select cannot watch descriptors above 1023.
+    deadline: on the monotonic clock, infinite for none. Uses poll, since select cannot watch descriptors above 1023.
     """
     poll = select.poll()
-    poll.register(fd, event)
+    if fd >= 0:
+        poll.register(fd, event)
     if life >= 0:
         poll.register(life, select.POLLIN)
-    events = dict(poll.poll(max(0.0, deadline - time.monotonic()) * 1000))
-    return None if not events else fd in events
+    while True:
+        remaining = max(0.0, deadline - time.monotonic())
+        events = dict(poll.poll(min(remaining, LONGEST_WAIT) * 1000))
+        if events or remaining <= LONGEST_WAIT:
+            return None if not events else fd in events
 
 
 def _timed_out(timeout: float, began: float) -> Reply:
@@ -324,14 +361,16 @@ def _timed_out(timeout: float, began: float) -> Reply:
 
 def _exit_text(code: int | None) -> str:
     assert code is not None
-    return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+    if code >= 0:
+        return f"exit code {code}"
+    names = {number.value: number.name for number in signal.Signals}
+    return f"killed by {names.get(-code, f'signal {-code}')}"
 
 
 def _kill_marked(mark: bytes) -> None:
     """Kill every process that has `mark` in its initial environment (Linux only).
 
-    This includes processes that left the worker's group or session and orphans. It does not include processes started
-    with another environment, or those of another user.
+    These are left only where the supervisor was killed itself, by the out-of-memory killer for one.
     """
     for _ in range(20):  # a process may fork while the others are killed
         pids = [int(path.name) for path in Path("/proc").glob("[0-9]*") if _has(path / "environ", mark)]

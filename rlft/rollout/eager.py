@@ -18,7 +18,7 @@ import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -30,7 +30,7 @@ from rlft.errors import EngineError
 from rlft.models import kv_cache
 from rlft.models.adapter import lora_parameters, lora_scales
 from rlft.models.policy import Policy
-from rlft.rollout.engine import check_names, check_read_back, eos_ids, rollout_seed
+from rlft.rollout.engine import Finished, Groups, check_names, check_read_back, eos_ids, rollout_seed
 from rlft.types import FinishReason, Prompt, Rollout
 
 SLOT = "engine"
@@ -55,6 +55,15 @@ class _Row:
     def live(self, sampling: Sampling) -> bool:
         """Return True until the completion is finished."""
         return not self.finished and len(self.ids) < sampling.max_tokens
+
+
+class _Job(NamedTuple):
+    """What a generation is to sample, and where its rollouts go."""
+
+    sampling: Sampling
+    stops: set[int]
+    """Token ids that end a completion."""
+    groups: Groups
 
 
 class EagerEngine:
@@ -104,12 +113,15 @@ class EagerEngine:
         logits = self._step(ids, mask, (mask.cumsum(1) - 1).clamp(min=0), None).logits
         return bool(logits[:, -1].isfinite().all())
 
-    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, seed: tuple[int, ...]) -> list[Rollout]:
+    def generate(
+        self, prompts: Sequence[Prompt], sampling: Sampling, seed: tuple[int, ...], finished: Finished | None = None
+    ) -> list[Rollout]:
         """See `Engine.generate`. Temperature 0 is greedy, with log-prob 0 for the chosen token."""
         if self._version is None:
             raise EngineError("generate before load_adapter: the engine has no adapter")
         self._policy.check_length(max((len(prompt.ids) for prompt in prompts), default=0) + sampling.max_tokens)
-        stops = self._eos | set(sampling.stop_token_ids)
+        groups = Groups(len(prompts), sampling.group_size, finished)
+        job = _Job(sampling, self._eos | set(sampling.stop_token_ids), groups)
         rows = []
         for slot, prompt in enumerate(prompts):
             for sample in range(sampling.group_size):
@@ -120,11 +132,11 @@ class EagerEngine:
             count = 0
             for batch in self._batches(rows):
                 complete = self._rerun if self._cache == "none" else self._complete
-                complete(batch, sampling, stops)
+                complete(batch, job)
                 count += len(batch)
                 if self._progress is not None:
                     self._progress(count, len(rows))
-        return [self._rollout(row) for row in rows]
+        return groups.rollouts()
 
     def load_adapter(self, named_tensors: Mapping[str, Tensor], version: int) -> None:
         """See `Engine.load_adapter`: copy, then read back and compare."""
@@ -187,7 +199,7 @@ class EagerEngine:
         plain = type(cache) is DynamicCache and not any(hasattr(layer, "update_conv_state") for layer in cache.layers)
         return "select" if plain and all(hasattr(layer, "batch_select_indices") for layer in cache.layers) else "append"
 
-    def _complete(self, rows: list[_Row], sampling: Sampling, stops: set[int]) -> None:
+    def _complete(self, rows: list[_Row], job: _Job) -> None:
         """Fill `ids` and `logprobs` of the rows in one decoding batch. Rows of one prompt must be adjacent."""
         select = self._cache == "select"
         heads = [i for i, row in enumerate(rows) if i == 0 or rows[i - 1].slot != row.slot or not select]
@@ -210,8 +222,8 @@ class EagerEngine:
         positions, live = positions[:, -1], rows
         while True:
             # Finished rows that stay get a dummy token, so that the batch keeps its shape; it is not recorded.
-            tokens = self._advance(logits, live, sampling, stops)
-            keep = [i for i, row in enumerate(live) if row.live(sampling)]
+            tokens = self._advance(logits, live, job)
+            keep = [i for i, row in enumerate(live) if row.live(job.sampling)]
             if not keep:
                 return
             if select and len(keep) < len(live):
@@ -238,7 +250,7 @@ class EagerEngine:
             **{self._cache_name: cache},
         )
 
-    def _rerun(self, rows: list[_Row], sampling: Sampling, stops: set[int]) -> None:
+    def _rerun(self, rows: list[_Row], job: _Job) -> None:
         """Fill `ids` and `logprobs` of the rows without a cache: each token recomputes whole, right-padded rows."""
         live = rows
         while live:
@@ -247,17 +259,20 @@ class EagerEngine:
             for line, row in enumerate(live):
                 ids[line, : last[line] + 1] = torch.tensor([*row.prompt.ids, *row.ids])
             logits = self._model(input_ids=ids.to(self._device), use_cache=False).logits
-            self._advance(logits[torch.arange(len(live)), last], live, sampling, stops)
-            live = [row for row in live if row.live(sampling)]
+            self._advance(logits[torch.arange(len(live)), last], live, job)
+            live = [row for row in live if row.live(job.sampling)]
 
-    def _advance(self, logits: Tensor, rows: list[_Row], sampling: Sampling, stops: set[int]) -> Tensor:
-        """Sample the next token of each unfinished row and mark the row if it ends there; 0 for the others."""
+    def _advance(self, logits: Tensor, rows: list[_Row], job: _Job) -> Tensor:
+        """Sample the next token of each unfinished row and collect the row if it ends there; 0 for the others."""
+        sampling = job.sampling
         indices = [i for i, row in enumerate(rows) if row.live(sampling)]
         tokens = torch.zeros(len(rows), dtype=torch.long)
         unfinished = [rows[i] for i in indices]
         tokens[indices] = self._draw(logits if len(indices) == len(rows) else logits[indices], unfinished, sampling)
         for row, token in zip(unfinished, tokens[indices].tolist(), strict=True):
-            row.finished = token in stops or self._stopped(row, sampling.stop)
+            row.finished = token in job.stops or self._stopped(row, sampling.stop)
+            if not row.live(sampling):
+                job.groups.put(row.slot, self._rollout(row))
         return tokens
 
     def _draw(self, logits: Tensor, rows: list[_Row], sampling: Sampling) -> Tensor:

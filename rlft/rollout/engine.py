@@ -8,7 +8,7 @@ sampled with. After each load and wake the engine reads its adapter back and com
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -20,6 +20,29 @@ from rlft.config.data import Sampling
 from rlft.data.chat import end_id
 from rlft.errors import EngineError, TrainError
 from rlft.types import Prompt, Rollout
+
+Finished = Callable[[Sequence[Rollout]], None]
+"""Called with all rollouts of a prompt. Must return soon and raise nothing, since the engine waits for it."""
+
+
+class Groups:
+    """Rollouts as they end, in any order, by prompt and sample."""
+
+    def __init__(self, prompts: int, size: int, finished: Finished | None = None) -> None:
+        """Expect `size` rollouts of each prompt. finished: called with each group that is complete."""
+        self._groups: list[dict[int, Rollout]] = [{} for _ in range(prompts)]
+        self._size, self._finished = size, finished
+
+    def put(self, slot: int, rollout: Rollout) -> None:
+        """Add a rollout of the prompt at position `slot`."""
+        group = self._groups[slot]
+        group[rollout.sample_index] = rollout
+        if len(group) == self._size and self._finished is not None:
+            self._finished([group[i] for i in range(self._size)])
+
+    def rollouts(self) -> list[Rollout]:
+        """Return all rollouts in the order of the prompts."""
+        return [group[i] for group in self._groups for i in range(self._size)]
 
 
 class Engine(Protocol):
@@ -34,10 +57,14 @@ class Engine(Protocol):
         """Bytes of device memory in use while awake, by purpose."""
         ...
 
-    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, seed: tuple[int, ...]) -> list[Rollout]:
+    def generate(
+        self, prompts: Sequence[Prompt], sampling: Sampling, seed: tuple[int, ...], finished: Finished | None = None
+    ) -> list[Rollout]:
         """Sample `sampling.group_size` rollouts per prompt, in the order of the prompts.
 
-        seed: (run seed, step) or longer; the same seed gives the same rollouts on the same machine.
+        seed: (run seed, step) or longer; the same seed gives the same rollouts on the same machine. finished: called
+        with the rollouts of a prompt as soon as the last of them ends; they are returned too, unless the engine failed
+        and sampled them again. An engine that samples nothing does not call it.
         Raises EngineError before an adapter was loaded, and when the engine fails.
         """
         ...

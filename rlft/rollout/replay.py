@@ -8,6 +8,7 @@ from torch import Tensor
 
 from rlft.config.data import Sampling
 from rlft.errors import EngineError
+from rlft.rollout.engine import Finished
 from rlft.types import FinishReason, Prompt, Rollout
 
 
@@ -24,8 +25,10 @@ class ReplayEngine:
     def __init__(self) -> None:
         self._version: int | None = None
 
-    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, seed: tuple[int, ...]) -> list[Rollout]:
-        """Return every recorded completion of every prompt; `sampling` and `seed` are ignored.
+    def generate(
+        self, prompts: Sequence[Prompt], sampling: Sampling, seed: tuple[int, ...], finished: Finished | None = None
+    ) -> list[Rollout]:
+        """Return every recorded completion of every prompt at once; the other arguments are ignored.
 
         Raises EngineError for a prompt without recorded completions, and before an adapter was loaded.
         """

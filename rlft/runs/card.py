@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from rlft.algos.algorithm import build_algorithm, describe
+from rlft.config import secrets
 from rlft.config.data import Source
 from rlft.config.resolve import names_user_code
 from rlft.config.run import Config
@@ -138,7 +139,7 @@ def _code(cfg: Config, where: str, merged: bool) -> list[str]:
     lines += ['text = "Your prompt"']
     if cfg.data.chat != "never":
         system = [{"role": "system", "content": cfg.data.system}] if cfg.data.system else []
-        extra = "".join(f", {name}={value!r}" for name, value in cfg.data.chat_template_kwargs.items())
+        extra = "".join(f", {name}={value!r}" for name, value in secrets.masked(cfg.data.chat_template_kwargs).items())
         messages = "".join(f"{message!r}, " for message in system) + '{"role": "user", "content": text}'
         lines += [
             "if tokenizer.chat_template:",
@@ -200,7 +201,7 @@ def _rewards(cfg: Config, train_rows: list[dict[str, Any]]) -> list[str]:
 def _algorithm(cfg: Config) -> list[str]:
     """Describe the algorithm. A loss in a user's file is not imported for a card, since the file may be gone."""
     if names_user_code(cfg.algo.name) or ":" in str(cfg.algo.options.get("advantage", "")):
-        options = ", ".join(f"{name} = {value}" for name, value in cfg.algo.options.items())
+        options = ", ".join(f"{name} = {value}" for name, value in secrets.masked(cfg.algo.options).items())
         return [f"`{Path(cfg.algo.name).name}`" + (f" ({options})" if options else "")]
     return describe(build_algorithm(cfg.algo, cfg.optim.updates))
 

@@ -2,24 +2,26 @@
 
     step-000012/
       adapter_config.json, adapter_model.safetensors   the PEFT adapter: transformers and vLLM can load the folder
+      tokenizer.json, chat_template.jinja, ...         the tokenizer, so that the folder is enough to load both
       trainer.safetensors                              every tensor that a resume needs: adapter in fp32, moments
-      state.json                                       rlft.types.State, the identity, versions, a digest
+      state.json                                       rlft.types.State, the identity, versions, digests of all files
+      README.md                                        the model card; written again when more is known of the run
     best.json                                          the best step on the held-out rows; its folder is kept
 
-A checkpoint is written under a temporary name, synced to disk and renamed, so that a kill at any moment leaves the
-previous one usable.
+A checkpoint is written under a temporary name, synced to disk and renamed, so that a kill or a power cut at any moment
+leaves the previous one usable. Digests cover every file but README.md, and whoever reads a checkpoint checks them.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import importlib.metadata
 import json
-import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +29,18 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from rlft.errors import ConfigError
+from rlft.runs.disk import make_folder, reason, remedy, replace_file, sync
 from rlft.types import Best, State
 
-FORMAT = 1
+FORMAT = 2
 """Version of the folder layout, incremented when old and new rlft cannot read each other's checkpoints."""
 LIBRARIES = ("torch", "transformers", "peft")
 NOTED = ("model", "rlft", "rope")
 """Parts of the identity that may differ and are only reported: a base can move to another folder, the layout has
 FORMAT, and longrope factors follow the longest sequence."""
+TENSORS = "trainer.safetensors"
+STATE = "state.json"
+CARD = "README.md"
 TEMPORARY = ".saving-"
 DISCARDED = ".discarded-"
 
@@ -47,41 +53,62 @@ def save_checkpoint(
     write_adapter: Callable[[Path], None],
     keep: int,
     best: Best | None = None,
+    every: int = 0,
 ) -> Path:
     """Write root/step-000012, then remove the oldest beyond `keep` and the remains of killed saves.
 
     Returns the folder. tensors: any names, dtypes and shapes, no two sharing storage. identity: properties of the run
-    that the tensors belong to. write_adapter: called with the folder to write the PEFT adapter to. best: the best
-    evaluation so far, including this step's; its checkpoint is always kept. A step that is already saved is not
-    rewritten, since its state is the same. Raises ConfigError when the folder cannot be written.
+    that the tensors belong to. write_adapter: called with the folder to write the PEFT adapter and its tokenizer to.
+    best: the best evaluation so far, including this step's; its checkpoint is always kept. every: checkpoints of other
+    steps than its multiples go as soon as there is a newer one; 0: they all count alike. A step that is already saved
+    is not rewritten, since its state is the same. Raises ConfigError when the folder cannot be written.
     """
     assert keep >= 1, keep
     final = root / _name(state.step)
     temporary = root / f"{TEMPORARY}{final.name}"
-    try:
-        root.mkdir(parents=True, exist_ok=True)
+    with _saving(final, "the checkpoint could not be written"):
+        make_folder(root)
         _clean(root)
         if not final.exists():
             temporary.mkdir()
             write_adapter(temporary)
             _write_state(temporary, state, tensors, identity)
             for path in sorted(temporary.rglob("*")):
-                _sync(path)
-            _sync(temporary)
+                sync(path)
+            sync(temporary)
             temporary.rename(final)
-            _sync(root)
+            sync(root)
         mark_best(root, best)
-        for old in _checkpoints(root)[:-keep]:
+        for old in _superseded(_checkpoints(root), keep, every):
             if best is None or old.name != _name(best.step):
                 # Renamed first, so that a kill during removal does not leave a partial checkpoint under its name.
                 old.rename(root / f"{DISCARDED}{old.name}")
+        sync(root)
         _clean(root)
-    except (OSError, SafetensorError) as error:  # PEFT writes with safetensors, which raises SafetensorError
-        why = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else str(error)
-        raise ConfigError(
-            f"{final}: the checkpoint could not be written: {why}; make room there, then go on with --resume"
-        ) from error
     return final
+
+
+@contextlib.contextmanager
+def _saving(path: Path, what: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        system = error if isinstance(error, OSError) else _of_safetensors(error)
+        raise ConfigError(f"{path}: {what}: {reason(system)}; {remedy(system)}, then go on with --resume") from error
+
+
+def _of_safetensors(error: SafetensorError) -> OSError:
+    """Return the error of the system that safetensors names in its text: "... (os error 28)"."""
+    number = re.search(r"os error (\d+)", str(error))
+    return OSError(int(number[1]), "") if number else OSError(str(error))
+
+
+def _superseded(checkpoints: list[Path], keep: int, every: int) -> list[Path]:
+    """Return the checkpoints to remove, given all of them, oldest first."""
+    *older, _ = checkpoints
+    regular = [path for path in older if not every or int(path.name.removeprefix("step-")) % every == 0]
+    kept = regular[len(regular) - min(keep - 1, len(regular)) :]
+    return [path for path in older if path not in kept]
 
 
 def mark_best(root: Path, best: Best | None) -> None:
@@ -91,18 +118,12 @@ def mark_best(root: Path, best: Best | None) -> None:
     cannot be written.
     """
     path = root / "best.json"
-    try:
+    with _saving(path, "cannot be written"):
         if best is None:
             path.unlink(missing_ok=True)
             return
-        temporary = root / f".{path.name}.tmp"
         record = {"checkpoint": _name(best.step), "metric": best.metric, "value": best.value}
-        temporary.write_text(json.dumps(record) + "\n", encoding="utf-8")
-        temporary.replace(path)
-    except OSError as error:
-        raise ConfigError(
-            f"{path}: cannot be written: {os.strerror(error.errno or 0)}; make room there, then go on with --resume"
-        ) from error
+        replace_file(path, (json.dumps(record) + "\n").encode())
 
 
 def load_checkpoint(path: Path, identity: Mapping[str, str]) -> tuple[State, dict[str, Tensor], list[str]]:
@@ -113,12 +134,7 @@ def load_checkpoint(path: Path, identity: Mapping[str, str]) -> tuple[State, dic
     """
     from safetensors.torch import load as load_bytes
 
-    record = _read_state(path)
-    if record.get("format") != FORMAT:
-        raise ConfigError(
-            f"{path}: a checkpoint in format {record.get('format')}, and this rlft reads format {FORMAT}; use the rlft "
-            f"that wrote it ({_text(record, 'identity', 'rlft')})"
-        )
+    record = check(path)
     saved = record["identity"]
     for name in sorted({*identity, *saved} - {*NOTED}):
         if identity.get(name) != saved.get(name):
@@ -128,11 +144,28 @@ def load_checkpoint(path: Path, identity: Mapping[str, str]) -> tuple[State, dic
                 f"{identity.get('model')!r}); resume with the settings it was made with, or start in another folder "
                 f"with --out"
             )
-    data = _damaged_if(path, OSError, lambda: (path / "trainer.safetensors").read_bytes())
-    if _digest(data) != record.get("digest"):
-        raise _damaged(path, "trainer.safetensors is not what was written")
+    data = _damaged_if(path, OSError, lambda: (path / TENSORS).read_bytes())
+    return State(**record["state"]), load_bytes(data), _notes(record, identity)
+
+
+def check(path: Path) -> dict[str, Any]:
+    """Check every file of a checkpoint but README.md against its digest, and return what state.json holds.
+
+    Raises ConfigError when there is no checkpoint, when it is damaged or has another format.
+    """
+    record = _read_state(path)
+    for name, digest in record["files"].items():
+        if _damaged_if(path, OSError, lambda name=name: _digest_of(path / name)) != digest:
+            raise _damaged(path, f"{name} is not what was written")
     state = _damaged_if(path, TypeError, lambda: State(**record["state"]))
-    return state, load_bytes(data), _notes(record, identity)
+    if path.name != _name(state.step):
+        raise _damaged(path, f"its state is of step {state.step}")
+    return record
+
+
+def portable(path: Path) -> list[Path]:
+    """Return the files of a checkpoint that others than rlft can use: the adapter and its tokenizer."""
+    return [path / name for name in sorted(_read_state(path)["files"]) if name != TENSORS]
 
 
 def continued_from(path: Path) -> dict[str, str]:
@@ -141,36 +174,50 @@ def continued_from(path: Path) -> dict[str, str]:
 
 
 def _write_state(folder: Path, state: State, tensors: Mapping[str, Tensor], identity: Mapping[str, str]) -> None:
+    """Write the tensors, and state.json with the digests of all files."""
     from safetensors.torch import save as to_bytes
 
     data = to_bytes({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
-    (folder / "trainer.safetensors").write_bytes(data)
+    (folder / TENSORS).write_bytes(data)
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != CARD)
     record = {
         "format": FORMAT,
         "state": dataclasses.asdict(state),
         "identity": dict(identity),
         "versions": _versions(),
-        "digest": _digest(data),
+        "files": {str(path.relative_to(folder)): _digest_of(path) for path in files},
     }
-    (folder / "state.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    record["digest"] = _digest_of_record(record)
+    (folder / STATE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
 def _read_state(path: Path) -> dict[str, Any]:
-    if not path.is_dir():
+    """Read state.json as it was written. Raises ConfigError."""
+    if not path.exists():
         raise ConfigError(f"{path}: no checkpoint there")
-    text = _damaged_if(path, OSError, lambda: (path / "state.json").read_text(encoding="utf-8"))
-    record = _damaged_if(path, ValueError, lambda: json.loads(text))
+    data = _damaged_if(path, OSError, lambda: (path / STATE).read_bytes())
+    record = _damaged_if(path, (ValueError, RecursionError), lambda: json.loads(data))
     sections = ("state", "identity", "versions")
     if not isinstance(record, dict) or not all(isinstance(record.get(name), dict) for name in sections):
         raise _damaged(path, "state.json lacks entries")
+    if record.get("format") != FORMAT:
+        raise ConfigError(
+            f"{path}: a checkpoint in format {record.get('format')}, and this rlft reads format {FORMAT}; use the rlft "
+            f"that wrote it ({_text(record, 'identity', 'rlft')})"
+        )
+    if record.pop("digest", None) != _digest_of_record(record):
+        raise _damaged(path, "state.json is not what was written")
     return record
 
 
-def _damaged_if(path: Path, error_type: type[Exception], read: Callable[[], Any]) -> Any:
+def _damaged_if(path: Path, errors: type[Exception] | tuple[type[Exception], ...], read: Callable[[], Any]) -> Any:
     try:
         return read()
-    except error_type as error:
-        raise _damaged(path, str(error)) from error
+    except errors as error:
+        why = (
+            f"{Path(error.filename).name}: {reason(error)}" if isinstance(error, OSError) and error.filename else error
+        )
+        raise _damaged(path, str(why)) from error
 
 
 def _damaged(path: Path, why: str) -> ConfigError:
@@ -199,8 +246,14 @@ def _versions() -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in LIBRARIES}
 
 
-def _digest(data: bytes) -> str:
-    return hashlib.blake2b(data, digest_size=16).hexdigest()
+def _digest_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+
+
+def _digest_of_record(record: Mapping[str, Any]) -> str:
+    """Return the digest of what state.json says, however it is laid out."""
+    return hashlib.blake2b(json.dumps(record, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 def _name(step: int) -> str:
@@ -219,13 +272,7 @@ def _clean(root: Path) -> None:
     """Remove the remains of killed saves."""
     for path in root.iterdir():
         if path.name.startswith((TEMPORARY, DISCARDED)):
-            shutil.rmtree(path)
-
-
-def _sync(path: Path) -> None:
-    """Sync a file's bytes, or a folder's entries, to disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()

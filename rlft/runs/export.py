@@ -22,14 +22,15 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
+from rlft.config.paths import user_path
 from rlft.config.run import Config
 from rlft.errors import ConfigError, ParityError
 from rlft.models.load import attach_lora, fingerprint, load_base, load_tokenizer
+from rlft.runs import checkpoint
 from rlft.runs.card import adapter_card, merged_card
 from rlft.runs.folder import Run, step_of
 
 DTYPES = ("bfloat16", "float16", "float32")
-ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 SENTENCES = (
     "The capital of France is Paris, and the river that runs through it is the Seine.",
     "def add(a, b):\n    return a + b",
@@ -92,8 +93,9 @@ def merge(
     """
     if dtype not in DTYPES:
         raise ConfigError(f'dtype = "{dtype}": want one of {", ".join(DTYPES)}')
-    run, out = Run.resume(run_folder), Path(out).expanduser()
+    run, out = Run.resume(run_folder), user_path(out, "out")
     path = run.checkpoint(which)
+    checkpoint.check(path)
     _check_free(out)
     if push:
         check_hub(push)
@@ -253,10 +255,10 @@ def push_adapter(
     """Upload a run's adapter and its card to the hub, and return the URL. Raises ConfigError on failure."""
     run = Run.resume(run_folder)
     path = run.checkpoint(which)
+    checkpoint.check(path)
     check_hub(repo)
     card = adapter_card(run, Config.load(run.config), _step(path), repo, link)
-    files = [path / name for name in ADAPTER_FILES]
-    return upload(repo, files, private, {"README.md": card}, f"the adapter is in {path}")
+    return upload(repo, checkpoint.portable(path), private, {"README.md": card}, f"the adapter is in {path}")
 
 
 def check_hub(repo: str) -> None:

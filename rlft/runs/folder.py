@@ -8,9 +8,13 @@
     checkpoints/best.json            the best of them on the held-out rows
     set-aside/001/                   data past the checkpoint at the first resume (002: second, ...); never deleted
     plan.json                        bytes that training keeps in memory, by purpose
+    data.parquet                     the rows, where they were given from Python
     report.html                      rlft.report
+    .signature                       of config.toml, by the user who made the run (rlft.runs.trust)
+    run.lock                         the process that writes the folder (rlft.runs.lock)
 
-Step 12 is the twelfth step; its rollouts have policy version 11.
+Step 12 is the twelfth step; its rollouts have policy version 11. Only the process that has claimed the folder
+(rlft.runs.claim) writes it; anyone may read it at any time.
 """
 
 from __future__ import annotations
@@ -20,26 +24,29 @@ import json
 import math
 import os
 import re
+import shutil
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rlft.config.paths import user_path
 from rlft.errors import ConfigError
 from rlft.rewards.parts import score_columns
+from rlft.runs.disk import make_folder, publish, reason, remedy, replace_file, sync
 from rlft.runs.lines import append_line, parse_line, read_lines
-from rlft.runs.tables import read_table, rollout_table
+from rlft.runs.tables import Unreadable, read_table, rollout_table
 from rlft.types import Best, Sample
 
 PIECED_GROUPS = 4
 """Number of groups per step whose tokens are also saved as text, for the report."""
 TEXTS = ("prompt", "completion", "pieces.list.element", "finish_reason")
 """Columns of a rollouts file with repeated values, which are dictionary-encoded."""
+FILES = ("plan.json", "report.html", "data.parquet", "dropped.jsonl", "config.toml", "metrics.jsonl")
+FOLDERS = ("checkpoints", "rollouts", "evaluations", "set-aside", "wandb", "tensorboard")
+"""What a run and its trackers leave in the folder. The two files that make it a run come last, for `Run.clear`."""
 STEP = re.compile(r"step-(\d+)(\.parquet)?")
-
-
-def reason(error: OSError) -> str:
-    """Return the message of the operating system, without additions of a library."""
-    return os.strerror(error.errno) if error.errno else str(error)
 
 
 def step_of(path: Path) -> int | None:
@@ -54,51 +61,49 @@ def _steps_in(folder: Path) -> dict[int, Path]:
     return dict(sorted(entries))
 
 
-def resumable(out: Path) -> bool:
-    """Return True for a folder with a run, or with at most temporary files, as a start killed while loading leaves."""
-    return Run(out).exists() or (out.is_dir() and all(path.name.startswith(".") for path in out.iterdir()))
+@dataclass(frozen=True)
+class Aside:
+    """What `Run.set_aside` has moved."""
+
+    path: Path
+    """The folder that it is in."""
+    damaged: list[int]
+    """Numbers of lines of metrics.jsonl that could not be read, from 1; a truncated last one is none of them."""
+
+
+def is_evaluation(row: Mapping[str, Any]) -> bool:
+    """Return True for a row of metrics that is an evaluation, and False for one that is a step."""
+    return any(name.startswith("eval/") for name in row)
 
 
 class Run:
-    """A run folder, opened by `create` or `resume`, with its paths as attributes."""
+    """A run folder with its paths as attributes."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.config = path / "config.toml"
         self.metrics_file = path / "metrics.jsonl"
         self.plan_file = path / "plan.json"
+        self.report = path / "report.html"
         self.rollouts = path / "rollouts"
         self.evaluations = path / "evaluations"
         self.checkpoints = path / "checkpoints"
+        self.discarded = path / ".discarded-run"
+        """What `clear` is removing."""
 
     @classmethod
-    def create(cls, out: str | Path) -> Run:
-        """Create the folder of a new run, if missing. It counts as a run once `write_config` was called.
-
-        Raises ConfigError when `out` already has a run, is not a folder, or is not writable.
-        """
-        run = cls(Path(out).expanduser())
+    def create(cls, out: str | Path, share: bool = False) -> Run:
+        """Create the folder of a new run, if missing. It counts as a run once `write_config` was called."""
+        run = cls(user_path(out, "out"))
         with run.writing("in it", "or"):
-            if run.exists():
-                raise ConfigError(
-                    f'out = "{out}": already holds a run; go on with --resume, or give another folder with --out'
-                )
-            run.path.mkdir(parents=True, exist_ok=True)
-            probe = run.path / f".write-test-{os.getpid()}"
-            try:
-                probe.write_bytes(b"\n")
-            finally:
-                probe.unlink(missing_ok=True)
+            make_folder(run.path, share)
         return run
 
     @classmethod
-    def resume(cls, out: str | Path, empty: bool = False) -> Run:
-        """Open the folder of an existing run. empty: accept an empty folder too (see `resumable`).
-
-        Raises ConfigError when `out` has no run.
-        """
-        run = cls(Path(out).expanduser())
-        if not (resumable(run.path) if empty else run.exists()):
+    def resume(cls, out: str | Path) -> Run:
+        """Open the folder of an existing run to read it. Raises ConfigError when `out` has no run."""
+        run = cls(user_path(out, "out"))
+        if not run.exists():
             raise ConfigError(f'out = "{out}": holds no run; give the folder of a run')
         return run
 
@@ -113,17 +118,17 @@ class Run:
             yield
         except OSError as error:
             raise ConfigError(
-                f'out = "{self.path}": cannot write {what}: {reason(error)}; make room or make it '
-                f"writable, {then} give another folder with --out"
+                f'out = "{self.path}": cannot write {what}: {reason(error)}; {remedy(error)}, {then} give another '
+                f"folder with --out"
             ) from error
 
     # ---- writing ----
 
     def write_config(self, text: str) -> None:
-        """Write config.toml, and an empty metrics.jsonl where there is none."""
+        """Write config.toml, after an empty metrics.jsonl where there is none."""
         with self.writing("config.toml"):
-            replace_file(self.config, text.encode())
             self.metrics_file.touch()
+            replace_file(self.config, text.encode())
 
     def write_plan(self, plan: Mapping[str, int]) -> None:
         """Write plan.json: bytes that training keeps in memory, by purpose."""
@@ -140,8 +145,9 @@ class Run:
         """Write every completion of a step; nan is written as null.
 
         pieces: the text of each token, per sample. Columns: step, row (of the dataset), group, sample, prompt,
-        completion, completion_ids, sampler_logprobs and logprobs (float32), pieces, reward, rewards/NAME for each
-        function and what it logged, advantage, finish_reason, tokens, policy_version.
+        prompt_is_messages (the prompt is their JSON), completion, completion_ids, sampler_logprobs and logprobs
+        (float32), pieces, reward, rewards/NAME for each function and what it logged, advantage, finish_reason, tokens,
+        policy_version.
         """
         tokens = {
             "logprobs": [_completion_logprobs(sample) for sample in samples],
@@ -166,23 +172,45 @@ class Run:
 
         table = rollout_table(pa, step, [sample.rollout for sample in samples], scores, tokens)
         with self.writing(f"{folder.name}/step-{step:06d}.parquet"):
-            folder.mkdir(exist_ok=True)
+            make_folder(folder)
             path = folder / f"step-{step:06d}.parquet"
             temporary = path.with_name(f".{path.name}.tmp")
             # Dictionary encoding of log-probs, which hardly ever repeat, would take three quarters of the time.
             pq.write_table(table, temporary, use_dictionary=[*TEXTS])  # type: ignore[arg-type]
             # Renamed at the end, so that a partial file never has the final name.
-            temporary.rename(path)
+            publish(temporary, path)
 
-    def set_aside(self, step: int) -> Path | None:
+    def sync(self) -> None:
+        """Sync metrics.jsonl to disk; all other files of the run are synced when they are written."""
+        with self.writing("metrics.jsonl"):
+            if self.metrics_file.exists():
+                sync(self.metrics_file)
+
+    def clear(self) -> None:
+        """Remove what a run has left in the folder, and nothing else.
+
+        Moved first, so that a kill in between leaves a folder that `clear` can finish.
+        """
+        with self.writing("in it", "or"):
+            self.discarded.mkdir(exist_ok=True)
+            trash = tempfile.mkdtemp(dir=self.discarded)
+            for name in (*FOLDERS, *FILES):
+                if os.path.lexists(self.path / name):
+                    (self.path / name).rename(Path(trash) / name)
+            sync(self.path)
+            shutil.rmtree(self.discarded)
+
+    def set_aside(self, step: int) -> Aside | None:
         """Move metrics, rollouts and evaluations past `step` to set-aside/001 (002, ...), for a run resumed at `step`.
 
-        Returns that folder, or None when there was nothing to move. A truncated last line (kill, full disk) is moved
-        too.
+        Returns what was moved, or None when there was nothing to move. A truncated last line (kill, full disk) is moved
+        too, and so is every line that is no row of metrics.
         """
         data = self.metrics_file.read_bytes() if self.metrics_file.exists() else b""
         lines = data.splitlines()
-        steps = [(parse_line(line) or {}).get("step", math.inf) for line in lines]
+        rows = [parse_line(line) for line in lines]
+        steps = [math.inf if row is None else row["step"] for row in rows]
+        damaged = [number for number, row in enumerate(rows[:-1], 1) if row is None]
         if lines and not data.endswith(b"\n"):
             steps[-1] = math.inf  # truncated, even if it parses as an object
         past = [line for line, line_step in zip(lines, steps, strict=True) if line_step > step]
@@ -195,18 +223,24 @@ class Run:
         if not past and not files:
             return None
         with self.writing("set-aside"):
-            number = 1 + max((int(path.name) for path in (self.path / "set-aside").glob("[0-9]*")), default=0)
+            number = 1 + max((int(path.name) for path in self._asides()), default=0)
             aside = self.path / "set-aside" / f"{number:03d}"
-            aside.mkdir(parents=True)
+            make_folder(aside)
             for path in files:
-                (aside / path.parent.name).mkdir(exist_ok=True)
+                make_folder(aside / path.parent.name)
                 path.rename(aside / path.parent.name / path.name)
+            for folder in {path.parent for path in files}:
+                sync(folder)
+                sync(aside / folder.name)
             if past:
                 # Copy first, then shorten the original, so that a kill in between loses nothing.
                 replace_file(aside / self.metrics_file.name, b"".join(line + b"\n" for line in past))
                 remaining = (line for line, line_step in zip(lines, steps, strict=True) if line_step <= step)
                 replace_file(self.metrics_file, b"".join(line + b"\n" for line in remaining))
-        return aside
+        return Aside(aside, damaged)
+
+    def _asides(self) -> list[Path]:
+        return [path for path in (self.path / "set-aside").glob("*") if path.name.isdecimal()]
 
     # ---- reading ----
 
@@ -234,13 +268,13 @@ class Run:
         best = self.best() if which == "best" else None
         if best is None and which == "best":
             raise ConfigError(
-                f'--checkpoint best: no checkpoint of {self.path} was evaluated; choose "latest" or a step of '
+                f'--checkpoint best: no checkpoint of {self.path} was evaluated; choose "latest" or one of its steps: '
                 f"{', '.join(map(str, checkpoints)) or '(none)'}, and set eval.rows and eval.every in the next run"
             )
         step = best.step if best is not None else int(which) if which.isdigit() else -1
         if step not in checkpoints:
             raise ConfigError(
-                f'--checkpoint {which}: {self.path} has no such checkpoint; give "latest", "best" or a step of '
+                f'--checkpoint {which}: {self.path} has no such checkpoint; give "latest", "best" or one of its steps: '
                 f"{', '.join(map(str, checkpoints)) or '(none)'}"
             )
         return checkpoints[step]
@@ -287,7 +321,7 @@ class Run:
 
     def _evaluations(self) -> Iterator[tuple[int, dict[str, float]]]:
         for row in self.metrics():
-            if any(name.startswith("eval/") for name in row):
+            if is_evaluation(row):
                 yield (
                     row["step"],
                     {
@@ -298,7 +332,10 @@ class Run:
                 )
 
     def first_rewards(self) -> dict[int, list[float]]:
-        """Return dataset row -> rewards of its completions (nan: invalid) in the first evaluation; {} without one."""
+        """Return dataset row -> rewards of its completions (nan: invalid) in the first evaluation; {} without one.
+
+        Raises Unreadable.
+        """
         rows: dict[int, list[float]] = {}
         for record in self.read_evaluation(steps[0]) if (steps := self.evaluation_steps()) else []:
             rows.setdefault(record["row"], []).append(math.nan if record["reward"] is None else record["reward"])
@@ -313,15 +350,26 @@ class Run:
         return list(_steps_in(self.evaluations))
 
     def read_rollouts(self, step: int, groups: int | None = None) -> list[dict[str, Any]]:
-        """Read the rollouts of a step: one dict per completion, of the first `groups` groups if given."""
+        """Read the rollouts of a step: one dict per completion, of the first `groups` groups if given.
+
+        Raises Unreadable.
+        """
         return read_table(self.rollouts / f"step-{step:06d}.parquet", groups)
 
     def plan(self) -> dict[str, int]:
-        """Read plan.json; empty for a run without it."""
-        return json.loads(self.plan_file.read_text()) if self.plan_file.exists() else {}
+        """Read plan.json; empty for a run without it. Raises Unreadable."""
+        if not self.plan_file.exists():
+            return {}
+        try:
+            plan = json.loads(self.plan_file.read_bytes())
+        except (OSError, ValueError, RecursionError) as error:
+            raise Unreadable(self.plan_file, error) from error
+        if not isinstance(plan, dict) or not all(type(size) is int for size in plan.values()):
+            raise Unreadable(self.plan_file, "not a table of bytes")
+        return plan
 
     def read_evaluation(self, step: int) -> list[dict[str, Any]]:
-        """Read the evaluation of a step: one dict per completion."""
+        """Read the evaluation of a step: one dict per completion. Raises Unreadable."""
         return read_table(self.evaluations / f"step-{step:06d}.parquet")
 
 
@@ -329,10 +377,3 @@ def _completion_logprobs(sample: Sample) -> Any:
     """Return the trainer's log-probs of the completion; None for one that is empty or was not run."""
     length = len(sample.rollout.completion_ids)
     return None if sample.logprobs is None or not length else sample.logprobs[-length:]
-
-
-def replace_file(path: Path, data: bytes) -> None:
-    """Write a file atomically."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_bytes(data)
-    temporary.replace(path)

@@ -6,8 +6,9 @@ An evaluation is a dict of eval/* metrics, nan or None where not finite; `rlft.t
 from __future__ import annotations
 
 import math
+import unicodedata
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import IO, Any
 
 ERRORS = ("_low", "_high", "_stderr", "_change")
 """Suffixes of numbers that belong to another eval/* metric."""
@@ -23,6 +24,11 @@ MAIN = (
 ORDER = ("eval/reward", "eval/loss", "eval/avg@", "eval/pass@", "eval/rewards/")
 """Prefixes of the results that come first in a table."""
 
+KEPT = "\n\t\N{ZERO WIDTH NON-JOINER}\N{ZERO WIDTH JOINER}"
+"""Control characters that `visible` keeps: the joiners make one emoji of several, and words of Persian."""
+INVISIBLE = ("Cc", "Cf", "Cs", "Zl", "Zp")
+"""Unicode categories of control characters: C0 and C1, formats such as reversed text, surrogates, line ends."""
+
 
 def duration(seconds: float) -> str:
     """Format seconds: 18 -> "18 s", 600 -> "10.0 min", 7200 -> "2.0 h"."""
@@ -32,11 +38,21 @@ def duration(seconds: float) -> str:
 
 
 def visible(text: str) -> str:
-    """Replace control characters, except line ends and tabs: they could move the cursor or colour the terminal."""
+    """Replace characters that could move the cursor, colour the terminal or reverse the text, and halves of
+    surrogates."""
     return "".join(
-        character if character.isprintable() or character in "\n\t" else "\N{REPLACEMENT CHARACTER}"
+        character
+        if character.isprintable() or character in KEPT or unicodedata.category(character) not in INVISIBLE
+        else "\N{REPLACEMENT CHARACTER}"
         for character in text
     )
+
+
+def printed(text: str, file: IO[str]) -> str:
+    """Return a text as it may be printed to a file, which is mostly a terminal: `visible`, in the file's encoding."""
+    encoding = getattr(file, "encoding", None) or "utf-8"
+    # A "±" must not stop a run whose stdout is ASCII-only.
+    return visible(text).encode(encoding, "replace").decode(encoding)
 
 
 def number(value: Any, form: str = ".4g") -> str:

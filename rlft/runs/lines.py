@@ -24,24 +24,28 @@ def append_line(path: Path, values: Mapping[str, Any]) -> None:
 
 
 def parse_line(line: bytes) -> dict[str, Any] | None:
-    """Parse one line; None when it is truncated or not an object."""
+    """Parse one line; None when it is truncated, or no row of metrics: an object of numbers with a whole `step`."""
     try:
-        value = json.loads(line)
-    except ValueError:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
         return None
-    return value if isinstance(value, dict) else None
+    whole = isinstance(row, dict) and type(row.get("step")) is int and row["step"] >= 0
+    return row if whole and all(value is None or isinstance(value, int | float) for value in row.values()) else None
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Read the objects in a file, with null for non-finite numbers; [] when there is no file.
+    """Read the rows of metrics in a file, with null for non-finite numbers; [] when there is no file.
 
-    A truncated last line (the process was killed while writing) is ignored. Raises ConfigError for any
-    other line that is not a JSON object.
+    A truncated last line (the process was killed while writing) is ignored. Raises ConfigError for any other line that
+    is no row.
     """
     lines = path.read_bytes().splitlines() if path.exists() else []
-    objects = [parse_line(line) for line in lines]
-    if objects and objects[-1] is None:
-        objects.pop()
-    if None in objects:
-        raise ConfigError(f"{path}: line {objects.index(None) + 1} is not a JSON object: fix or remove the line")
-    return [values for values in objects if values is not None]
+    rows = [parse_line(line) for line in lines]
+    if rows and rows[-1] is None:
+        rows.pop()
+    if None in rows:
+        raise ConfigError(
+            f"{path}: line {rows.index(None) + 1} is no row of metrics (numbers and a whole step): fix or remove the "
+            f"line, or go on with --resume, which sets it aside"
+        )
+    return [row for row in rows if row is not None]

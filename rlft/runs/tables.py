@@ -11,25 +11,53 @@ from typing import Any
 import numpy as np
 
 from rlft.batch import group_ids
+from rlft.errors import ConfigError
 from rlft.types import Prompt, Rollout
+
+COLUMNS = ("row", "group", "sample", "prompt", "completion", "completion_ids", "reward", "finish_reason", "tokens")
+"""Columns that every reader of a rollouts file relies on."""
+
+
+class Unreadable(ConfigError):
+    """A file of a run folder is damaged, or something else."""
+
+    def __init__(self, path: Path, why: object) -> None:
+        super().__init__(f"{path}: unreadable: {why}; move it out of the folder")
+        self.path = path
 
 
 def read_table(path: Path, groups: int | None = None) -> list[dict[str, Any]]:
-    """Read the rows of a rollouts file. groups: read only this many of the first groups."""
+    """Read the rows of a rollouts file. groups: read only this many of the first groups. Raises Unreadable."""
+    import pyarrow as pa
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
-    # ParquetFile reads one file; read_table on a path would also look for partitions in the folder names.
-    table = pq.ParquetFile(path).read()
-    return (table if groups is None else table.filter(pc.field("group") < groups)).to_pylist()
+    try:
+        # ParquetFile reads one file; read_table on a path would also look for partitions in the folder names.
+        table = pq.ParquetFile(path).read()
+        if missing := [name for name in COLUMNS if name not in table.column_names]:
+            raise Unreadable(path, f"no column {missing[0]}")
+        return (table if groups is None else table.filter(pc.field("group") < groups)).to_pylist()
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise error if isinstance(error, Unreadable) else Unreadable(path, first_line(error)) from error
+
+
+def first_line(error: Exception) -> str:
+    """Return the first sentence of an exception of a library, without its full stop."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].split(". ")[0].rstrip(".")
 
 
 def shown_prompt(prompt: Prompt) -> str:
     """Return the prompt of a row as text, with messages as JSON."""
+    if _has_messages(prompt):
+        return json.dumps(prompt.messages, ensure_ascii=False, default=str)
     text = prompt.row.get("prompt")
-    if isinstance(text, str):
-        return text
-    return json.dumps(list(prompt.messages), ensure_ascii=False, default=str) if prompt.messages else ""
+    return text if isinstance(text, str) else ""
+
+
+def _has_messages(prompt: Prompt) -> bool:
+    """Return True where `shown_prompt` is JSON."""
+    return bool(prompt.messages) and not isinstance(prompt.row.get("prompt"), str)
 
 
 def rollout_table(
@@ -47,6 +75,7 @@ def rollout_table(
         "group": pa.array(group_ids(rollouts).tolist(), integers),
         "sample": pa.array([rollout.sample_index for rollout in rollouts], integers),
         "prompt": pa.array([shown_prompt(rollout.prompt) for rollout in rollouts], pa.string()),
+        "prompt_is_messages": pa.array([_has_messages(rollout.prompt) for rollout in rollouts], pa.bool_()),
         "completion": pa.array([rollout.text for rollout in rollouts], pa.string()),
         "completion_ids": pa.array([rollout.completion_ids for rollout in rollouts], pa.list_(integers)),
         "sampler_logprobs": _floats(pa, [rollout.sampler_logprobs for rollout in rollouts]),

@@ -10,7 +10,10 @@ import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+import numpy as np
+
 from rlft.config.run import Config
+from rlft.data.table import table_of
 from rlft.models.policy import Policy
 from rlft.rollout.engine import Engine
 from rlft.trainer import parity
@@ -28,18 +31,21 @@ def long_prompts(rows: Sequence[Prompt], longest: int, room: int) -> list[Prompt
     These are the longest prompt of the data, one concatenated from the data's prompts to `longest` tokens, and up to
     three of the next longest. Together they have at most `room` tokens; the first is always included.
     """
-    by_length = sorted(rows, key=lambda prompt: -len(prompt.ids))
-    selected, remaining = by_length[:1], room - len(by_length[0].ids)
+    table = table_of(rows)
+    by_length = np.argsort(-table.lengths(), kind="stable")
+    first = table[int(by_length[0])]
+    selected, remaining = [first], room - len(first.ids)
     size = min(longest, remaining)
-    if size > len(by_length[0].ids):
+    if size > len(first.ids):
         ids: list[int] = []
-        for row in itertools.cycle(by_length):
-            ids += row.ids
+        for place in itertools.cycle(by_length):
+            ids += table[int(place)].ids
             if len(ids) >= size:
                 break
-        selected.append(replace(by_length[0], ids=tuple(ids[:size])))
+        selected.append(replace(first, ids=tuple(ids[:size])))
         remaining -= size
-    for row in by_length[1:4]:
+    for place in by_length[1:4]:
+        row = table[int(place)]
         if len(row.ids) <= remaining:
             selected.append(row)
             remaining -= len(row.ids)
@@ -55,7 +61,7 @@ def agree(
     kind, max_tokens = policy.device.type, cfg.sampling.max_tokens
     sampling = replace(cfg.sampling, group_size=1, max_tokens=min(DRAWN[kind], max_tokens))
     # A prompt this long reaches the positions of the longest completion for the cost of a prefill.
-    longest = max(len(row.ids) for row in rows) + max_tokens - sampling.max_tokens
+    longest = int(table_of(rows).lengths().max()) + max_tokens - sampling.max_tokens
     long = long_prompts(rows, longest, LONG[kind])
     result = parity.probe(policy, engine, rows[: cfg.parity.probe_prompts], sampling, cfg.seed, plan, long)
     limit = parity.limit(result, cfg.parity)

@@ -8,9 +8,11 @@ from typing import Any
 import torch
 
 from rlft.config.run import Config
+from rlft.data.table import table_of
 from rlft.environment import version
 from rlft.errors import ConfigError
 from rlft.models.policy import Policy
+from rlft.models.rope import context_of
 from rlft.monitor.console import Console
 from rlft.rollout.eager import EagerEngine
 from rlft.rollout.engine import Engine
@@ -39,6 +41,7 @@ def start(cfg: Config, policy: Policy, tokenizer: Any, console: Console, rows: S
 
     Raises ConfigError for prompts too long for the model's context, and EngineError when vLLM does not start.
     """
+    longest = _max_model_len(cfg, policy, rows)
     if sampler_name(cfg, policy.device) == "eager":
         if cfg.engine.name == "auto" and policy.device.type == "cuda":
             console.note(f"sampling with the trainer's own modules, since vLLM is not installed: {INSTALL}")
@@ -47,30 +50,20 @@ def start(cfg: Config, policy: Policy, tokenizer: Any, console: Console, rows: S
 
     graphs = cfg.engine.graphs and policy.device.type == "cuda"
     console.note("starting vLLM" + (": it compiles and captures graphs, for minutes the first time" if graphs else ""))
-    longest = _max_model_len(cfg, policy, rows)
     sequences = cfg.prompts_per_step * cfg.sampling.group_size
     return VllmEngine(policy, tokenizer, cfg.engine, longest, sequences, console.generating, console.note)
 
 
 def longest_of(cfg: Config, policy: Policy, rows: Sequence[Prompt]) -> int:
     """Return the tokens of the longest prompt plus completion. Raises ConfigError above the model's context."""
-    completion, prompt = _completion(cfg), max(len(row.ids) for row in rows)
-    context = _context(policy)
+    completion, prompt = _completion(cfg), int(table_of(rows).lengths().max())
+    context = context_of(policy.base.config)
     if context is not None and prompt + completion > context:
         raise ConfigError(
             f"sampling.max_tokens = {completion}: with the longest prompt, {prompt} tokens, that is more than the "
             f"model's context of {context}; lower it, or drop long prompts with data.max_prompt_tokens"
         )
     return prompt + completion
-
-
-def _context(policy: Policy) -> int | None:
-    """Return the largest number of tokens of the model's context; None where its config names none."""
-    base: Any = policy.base
-    try:
-        return base.config.get_text_config().max_position_embeddings
-    except AttributeError:
-        return None
 
 
 def _completion(cfg: Config) -> int:
@@ -101,12 +94,10 @@ def longest_sequence(cfg: Config, policy: Policy, rows: Sequence[Prompt], held: 
     `engine.max_model_len` bounds the sampled sequences.
     """
     replay = engine_name(cfg, bool(rows[0].recorded), policy.device) == "replay"
-    recorded_lengths = (
-        [len(prompt.ids) + len(completion.ids) for prompt in (*rows, *held) for completion in prompt.recorded]
-        if replay
-        else []
-    )
-    sampled_prompts = [*(() if replay else rows), *(held if scored or not replay else ())]
-    if sampled_prompts and cfg.engine.max_model_len is not None and sampler_name(cfg, policy.device) == "vllm":
+    parts = [table_of(prompts) for prompts in (rows, held) if len(prompts)]
+    recorded_lengths = [int(part.longest().max()) for part in parts] if replay else []
+    sampled = [part for part, samples in ((rows, not replay), (held, scored or not replay)) if samples and len(part)]
+    prompts = [int(table_of(part).lengths().max()) for part in sampled]
+    if prompts and cfg.engine.max_model_len is not None and sampler_name(cfg, policy.device) == "vllm":
         return max([cfg.engine.max_model_len, *recorded_lengths])
-    return max([*recorded_lengths, *(len(prompt.ids) + _completion(cfg) for prompt in sampled_prompts)])
+    return max([*recorded_lengths, *(length + _completion(cfg) for length in prompts)])

@@ -35,7 +35,9 @@ from rlft.config.data import Eval, Sampling
 from rlft.config.run import Config
 from rlft.errors import TrainError
 from rlft.models.policy import Policy
-from rlft.rewards.score import RewardFunction, score_samples
+from rlft.rewards.function import RewardFunction
+from rlft.rewards.overlap import Scoring
+from rlft.rewards.score import finish, score_samples
 from rlft.rollout.engine import Engine
 from rlft.rollout.replay import ReplayEngine
 from rlft.trainer.broken import not_finite
@@ -43,7 +45,7 @@ from rlft.trainer.estimates import Estimate, estimate_difference, estimate_mean,
 from rlft.trainer.metrics import Metrics
 from rlft.trainer.prepare import assign_advantages
 from rlft.trainer.step import MiniBatch, batch_loss, step_inputs
-from rlft.types import PackPlan, Prompt, Sample, Stat
+from rlft.types import PackPlan, Prompt, Rollout, Sample, Stat
 
 ROUNDING = 1e-6
 """Relative tolerance of the threshold: a float32 sum of weights may just miss it."""
@@ -97,16 +99,13 @@ def evaluate(
     The seed depends only on the run's seed, so two evaluations differ by the adapter alone. Raises TrainError when most
     of the engine's log-probs are not finite, since the completions are then meaningless.
     """
-    rollouts = engine.generate(prompts, sampling_of(cfg), seed=(cfg.seed, 2**31 + 1))
-    logprobs = [logprob for rollout in rollouts for logprob in rollout.sampler_logprobs or ()]
-    broken = sum(not math.isfinite(logprob) for logprob in logprobs)
-    if 2 * broken > len(logprobs):
-        raise TrainError(
-            f"{broken} of {len(logprobs)} log-probs of the engine are not finite on held-out rows, so its completions "
-            f'mean nothing: check the weights of model = "{cfg.model}" and of the adapter, and dtype = "{cfg.dtype}"'
-        )
+    with Scoring(functions, prompts, trainer_state) as scoring:
+        finished = scoring.add if scoring.overlaps else None
+        rollouts = engine.generate(prompts, sampling_of(cfg), (cfg.seed, 2**31 + 1), finished)
+        _check_finite(rollouts, cfg)
+        parts = finish(scoring, rollouts, functions)
     samples = samples_of(groups_of(rollouts))
-    parts = score_samples(samples, functions, trainer_state)
+    parts.store(samples)
     lengths = [len(rollout.completion_ids) for rollout in rollouts]
     metrics = {
         "eval/rows": float(len(prompts)),
@@ -118,6 +117,16 @@ def evaluate(
     metrics |= {f"eval/{name}": value for name, value in parts.metrics().items() if name.startswith("rewards/")}
     evaluation = Evaluation(metrics, samples, parts.faults())
     return replace(evaluation, metrics=averages(list(evaluation.by_row().values()), cfg.eval) | metrics)
+
+
+def _check_finite(rollouts: Sequence[Rollout], cfg: Config) -> None:
+    logprobs = [logprob for rollout in rollouts for logprob in rollout.sampler_logprobs or ()]
+    broken = sum(not math.isfinite(logprob) for logprob in logprobs)
+    if 2 * broken > len(logprobs):
+        raise TrainError(
+            f"{broken} of {len(logprobs)} log-probs of the engine are not finite on held-out rows, so its completions "
+            f'mean nothing: check the weights of model = "{cfg.model}" and of the adapter, and dtype = "{cfg.dtype}"'
+        )
 
 
 def averages(rows: Sequence[Sequence[float]], cfg: Eval) -> dict[str, float]:

@@ -10,12 +10,10 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-import signal
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -23,16 +21,25 @@ import torch
 
 from rlft import report
 from rlft.config.data import Reward
-from rlft.config.run import Config, config_from
+from rlft.config.files import to_toml
+from rlft.config.paths import user_path
+from rlft.config.run import Checkpoint, Config, config_from
 from rlft.data.prompts import Prompts
+from rlft.errors import ConfigError
+from rlft.monitor.console import Console
 from rlft.rollout.engine import asleep
+from rlft.runs import checkpoint
+from rlft.runs.folder import Run, step_of
 from rlft.trainer import broken
+from rlft.trainer.callbacks import Callback
 from rlft.trainer.dynamic_sampling import kept_groups, replace_uninformative
+from rlft.trainer.ending import FROM_PYTHON, Ways, interrupted_by_signals, saved_on_the_way_out, stop_on_signals
 from rlft.trainer.out_of_memory import what_to_lower
-from rlft.trainer.record import measure, record, step_values
+from rlft.trainer.record import call_back, measure, record, step_values
+from rlft.trainer.result import Result
 from rlft.trainer.sample import sample_and_score
 from rlft.trainer.saving import save, write_card
-from rlft.trainer.session import Recorder, Session, Trainer
+from rlft.trainer.session import Session, Trainer
 from rlft.trainer.setup import build_session
 from rlft.trainer.step import Step, advantages, losses, pack_minibatches, score_batches, update
 from rlft.types import State
@@ -43,14 +50,18 @@ def loop(session: Session, stop: threading.Event | None = None) -> None:
     sampler, trainer, recorder = session
     cfg, state, policy, engine = trainer.cfg, trainer.state, trainer.policy, sampler.engine
     engine.load_adapter(policy.adapter(), version=state.step)
-    step = Step()
-    while state.step < trainer.steps and not (stop and stop.is_set()):
+    step, due = Step(), Due(cfg.checkpoint)
+    if state.step:  # a run that failed in an evaluation has the checkpoint of its step
+        evaluate_and_save(session, due)
+    while state.step < trainer.steps and not (stop and stop.is_set()) and not recorder.callbacks.stopping:
         step = Step()
+        trainer.progress.begin()
         draw = functools.partial(sample_and_score, sampler, trainer, step)
         step.groups, step.rounds = replace_uninformative(
             draw, cfg.prompts_per_step, cfg.dynamic_sampling.rounds, cfg.dynamic_sampling.by
         )
         groups = kept_groups(step.groups)
+        call_back(session, "on_rollouts", samples=step.samples)
 
         with step.clock("train"), asleep(engine), random_of(cfg.seed, state.step):
             advantages(trainer, recorder, step, groups, sampler.reward_weights)
@@ -67,7 +78,9 @@ def loop(session: Session, stop: threading.Event | None = None) -> None:
         adapt(trainer, values)
         record(session, step, values)
         broken.check_step(trainer, engine, values, step.rollouts, step.ran)
-        evaluate_and_save(session)
+        trainer.progress.end()
+        call_back(session, "on_step", values, step.samples)
+        evaluate_and_save(session, due)
     broken.check_end(trainer, engine, step.ran)
 
 
@@ -85,18 +98,39 @@ def adapt(trainer: Trainer, values: dict[str, float]) -> None:
     state.adapted = trainer.algorithm.loss.adapt(state.adapted, values.get("entropy", math.nan))
 
 
-def evaluate_and_save(session: Session) -> None:
-    """Evaluate and save a checkpoint where `eval.every` and `checkpoint.every` say so, except after the last step."""
+class Due:
+    """When the next checkpoint is due."""
+
+    def __init__(self, cfg: Checkpoint) -> None:
+        """Start the clock of `checkpoint.minutes`."""
+        self._cfg, self._last = cfg, time.monotonic()
+
+    def at(self, step: int) -> bool:
+        """Return True when `checkpoint.every` or `checkpoint.minutes` asks for a checkpoint after `step`."""
+        minutes = (time.monotonic() - self._last) / 60
+        return bool(
+            (self._cfg.every and step % self._cfg.every == 0) or (self._cfg.minutes and minutes >= self._cfg.minutes)
+        )
+
+    def save(self, session: Session) -> None:
+        """Save a checkpoint and start the clock again."""
+        call_back(session, "on_save", checkpoint=save(session))
+        self._last = time.monotonic()
+
+
+def evaluate_and_save(session: Session, due: Due) -> None:
+    """Evaluate and save a checkpoint where `eval.every` and [checkpoint] say so, except after the last step."""
     _, trainer, recorder = session
-    cfg, step = trainer.cfg, trainer.state.step
+    cfg, run, step = trainer.cfg, recorder.run, trainer.state.step
+    asked = recorder.callbacks.save_wanted()
     if step >= trainer.steps:
         return
-    if cfg.eval.every and step % cfg.eval.every == 0:
+    if cfg.eval.every and step % cfg.eval.every == 0 and not run.evaluation(step):
         measure(session)
-        if (best := recorder.run.best(also=step)) is not None and best.step == step:
-            save(session)
-    if cfg.checkpoint.every and step % cfg.checkpoint.every == 0:
-        save(session)
+        if (best := run.best(also=step)) is not None and best.step == step:
+            due.save(session)
+    if asked or due.at(step):
+        due.save(session)
 
 
 @contextlib.contextmanager
@@ -107,89 +141,90 @@ def random_of(seed: int, step: int) -> Iterator[None]:
         yield
 
 
-@dataclass(frozen=True)
-class Result:
-    """The result of a finished run."""
-
-    out: Path
-    steps: int
-    adapter: Path
-    """Folder of the PEFT adapter."""
-    report: Path
-    before: dict[str, float]
-    """Evaluation before the first step; empty without [eval]."""
-    after: dict[str, float]
-    """Evaluation after the last step, with the change since the first one (eval/reward_change, ...); empty when
-    interrupted."""
-    best: Path | None
-    """Folder of the checkpoint with the best result on the held-out rows; None when none was evaluated."""
-    interrupted: bool
-
-
-@contextlib.contextmanager
-def stop_on_interrupt(recorder: Recorder) -> Iterator[threading.Event]:
-    """Yield an event that the first Ctrl-C or SIGTERM sets, to stop after the current step; a second stops at once."""
-    stop = threading.Event()
-    before: dict[int, Any] = {}
-
-    def restore() -> None:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-    def first(number: int, _frame: FrameType | None) -> None:
-        stop.set()
-        restore()
-        what = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
-        # Printing is not reentrant: when the signal interrupts a print, the note is dropped; the run stops anyway.
-        with contextlib.suppress(RuntimeError):
-            recorder.console.note(f"stopping after this step and saving; {what} again stops at once and loses it")
-
-    try:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            before[number] = signal.signal(number, first)
-    except ValueError:  # only the main thread can set signal handlers
-        yield stop
-        return
-    try:
-        yield stop
-    finally:
-        restore()
-
-
 def train(
     cfg: Config | str | Path,
     rewards: Sequence[str | Reward | Callable[..., Any]] | None = None,
     resume: bool = False,
-    callbacks: Sequence[Callable[[State, dict[str, float]], None]] = (),
+    callbacks: Sequence[Callback | Callable[[State, dict[str, float]], None]] = (),
     **settings: Any,
 ) -> Result:
     """Train a run from its config, an `rlft.Config` or the path of a TOML or YAML file.
 
     rewards: reward functions in place of the config's. resume: go on from the newest checkpoint in the config's `out`.
-    callbacks: called with (state, metrics) after each step. settings: take the place of the config's; a section is a
-    dict, for example `rlft.train("run.toml", steps=3, sampling={"max_tokens": 64})`. Raises RlftError for everything a
-    user can cause; the run folder keeps everything written before it.
+    callbacks: `rlft.Callback` objects, or functions called with (state, metrics) after each step. settings: take the
+    place of the config's; a section is a dict, for example `rlft.train("run.toml", steps=3, sampling={"max_tokens":
+    64})`, and `data` may be rows (see `rlft.Data.rows`). Raises RlftError for everything a user can cause; the run
+    folder keeps everything written before it.
     """
-    cfg = config_from(cfg, settings)
-    with what_to_lower(cfg) as sessions, build_session(cfg, rewards, resume, callbacks) as session:
+    return run(config_from(cfg, settings), rewards, resume, callbacks)
+
+
+def run(
+    cfg: Config,
+    rewards: Sequence[Any] | None = None,
+    resume: bool = False,
+    callbacks: Sequence[Any] = (),
+    ways: Ways = FROM_PYTHON,
+) -> Result:
+    """Train a run as `train` does. ways: how its user goes on with it."""
+    if (cfg.if_exists == "resume" or resume) and (done := finished(cfg)) is not None:
+        return done
+    with (
+        interrupted_by_signals(),
+        what_to_lower(cfg) as sessions,
+        build_session(cfg, rewards, resume, callbacks) as session,
+    ):
         sessions.append(session)
-        _, trainer, recorder = session
-        run, state = recorder.run, trainer.state
-        # A run that was resumed after a step has evaluated before the first one.
-        before = (run.first_evaluation() if state.step else {}) or measure(session)
-        with stop_on_interrupt(recorder) as stop:
-            loop(session, stop)
-            path = save(session)
-        # Evaluated after the save, so that an interrupt loses nothing. A result already in the run folder is reused.
-        after = {} if stop.is_set() else run.evaluation(state.step) or measure(session)
-        save(session)  # again, now that the best checkpoint is known
-        write_card(recorder, cfg, state.step, path, path)  # again, with the results on the held-out rows
-        page = report.write(run.path)
-        again, best = f'rlft generate {run.path} "your prompt"', run.best()
-        recorder.console.finish(before, after, adapter=path, report=page, again=again, best=best)
-        if stop.is_set():
-            recorder.console.note(
-                f"stopped after step {state.step} of {trainer.steps}; the same command with --resume goes on"
-            )
-        better = None if best is None else run.checkpoint(str(best.step))
-        return Result(run.path, state.step, path, page, before, after, better, stop.is_set())
+        with saved_on_the_way_out(session, ways):
+            return _train(session, ways)
+
+
+def _train(session: Session, ways: Ways) -> Result:
+    _, trainer, recorder = session
+    run, state = recorder.run, trainer.state
+    call_back(session, "on_start")
+    # A run that was resumed after a step has evaluated before the first one.
+    before = (run.first_evaluation() if state.step else {}) or measure(session)
+    with stop_on_signals(recorder.console) as stop:
+        loop(session, stop)
+        path = save(session) if state.step else None
+    stopped = stop.is_set() or (recorder.callbacks.stopping and state.step < trainer.steps)
+    if path is None:
+        raise KeyboardInterrupt  # stopped before the first step
+    call_back(session, "on_save", checkpoint=path)
+    # Evaluated after the save, so that an interrupt loses nothing. A result already in the run folder is reused.
+    after = {} if stopped else run.evaluation(state.step) or measure(session)
+    save(session)  # again, now that the best checkpoint is known
+    write_card(recorder, trainer.cfg, state.step, path, path)  # again, with the results on the held-out rows
+    page = report.write(run.path)
+    again, best = f'rlft generate {run.path} "your prompt"', run.best()
+    recorder.console.finish(before, after, adapter=path, report=page, again=again, best=best)
+    call_back(session, "on_end", after, checkpoint=path)
+    if stopped:
+        recorder.console.note(
+            f"stopped after step {state.step} of {trainer.steps}. Go on with: {ways.resume(run.path)}"
+        )
+    return Result(run.path, interrupted=stopped)
+
+
+def finished(cfg: Config) -> Result | None:
+    """Return the result of a run whose steps, evaluation and report are all there; None for any other.
+
+    Loads nothing. A run of `data.epochs` counts as finished where its settings are those it was trained with.
+    """
+    run = Run(user_path(cfg.out, "out"))
+    if not run.has_checkpoint() or not all(path.is_file() for path in (run.report, run.metrics_file, run.config)):
+        return None
+    path = run.latest_checkpoint()
+    step, record = step_of(path), checkpoint.check(path)
+    steps = cfg.steps or (record["state"]["steps"] if run.config.read_bytes() == to_toml(cfg).encode() else None)
+    newest = max(file.stat().st_mtime_ns for file in (run.metrics_file, path))
+    try:
+        after = run.evaluation(step or 0)
+    except ConfigError:  # a damaged line, which the resume sets aside
+        return None
+    if step != steps or (cfg.eval.rows and not after) or run.report.stat().st_mtime_ns < newest:
+        return None
+    with Console() as console:
+        console.note(f"{run.path}: nothing to do: step {step} of {steps}; raise steps to train on")
+    return Result(run.path)

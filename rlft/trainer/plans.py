@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from rlft.algos.algorithm import Algorithm
 from rlft.config.run import Config
+from rlft.data.table import table_of
 from rlft.models.fused.memory import weight_bytes
 from rlft.models.fused.token_budget import ALONE, Group
 from rlft.models.policy import Policy
@@ -27,8 +28,8 @@ def pack_plan_of(cfg: Config, algorithm: Algorithm, policy: Policy, sampled: Seq
     if policy.fused is not None:
         policy.fused.expect(algorithm.loss.entropy_grad)
     if budget == "auto":
-        if sampled and cfg.packing.share_prefix and policy.packed and not algorithm.loss.whole_groups:
-            prompt = int(statistics.median(len(row.ids) for row in sampled))
+        if len(sampled) and cfg.packing.share_prefix and policy.packed and not algorithm.loss.whole_groups:
+            prompt = int(statistics.median(table_of(sampled).lengths().tolist()))
             group = Group(prompt, cfg.sampling.group_size * min(cfg.sampling.max_tokens, TYPICAL))
         budget = policy.token_budget(group)
     policy.set_micro_batch(budget)

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
 from rlft.batch import group_numbers, packing_stats
 from rlft.rewards.parts import score_columns
 from rlft.runs.folder import PIECED_GROUPS
+from rlft.runs.tables import Unreadable
 from rlft.trainer import dynamic_sampling
+from rlft.trainer.callbacks import Event, View
 from rlft.trainer.evaluate import change, evaluate, recorded_loss
 from rlft.trainer.sample import trainer_state
 from rlft.trainer.session import Recorder, Sampler, Session, Trainer
 from rlft.trainer.step import Step
 from rlft.trainer.step_metrics import peak_memory, rates, rollout_values, update_values
+from rlft.types import Sample
 
 
 def step_values(sampler: Sampler, trainer: Trainer, step: Step) -> dict[str, float]:
@@ -46,8 +52,19 @@ def record(session: Session, step: Step, values: dict[str, float]) -> None:
     new = recorder.health.step(number, values)
     recorder.console.step(values | {"step": float(number)}, samples[0].rollout.text, new, recorder.health.active)
     recorder.tracking.log(number, values, "completions", step.rollouts, score_columns(samples), new)
-    for callback in recorder.callbacks:
-        callback(trainer.state, dict(values))  # a copy: what a callback puts into it is no metric of ours
+
+
+def call_back(
+    session: Session,
+    event: Event,
+    metrics: Mapping[str, float] | None = None,
+    samples: Sequence[Sample] = (),
+    checkpoint: Path | None = None,
+) -> None:
+    """Call the user's callbacks. Raises TrainError naming the one that raised. The arguments: those of `View`."""
+    _, trainer, recorder = session
+    view = View(recorder.run.path, trainer.state.step, trainer.steps, dict(metrics or {}), samples, checkpoint)
+    recorder.callbacks.call(event, view, trainer.state)
 
 
 def write_completions(recorder: Recorder, number: int, step: Step) -> None:
@@ -72,7 +89,7 @@ def measure(session: Session) -> dict[str, float]:
         sampler.eval_engine.load_adapter(trainer.policy.adapter(), version=step)
         state = trainer_state(sampler, trainer)
         evaluation = evaluate(sampler.eval_engine, sampler.eval_prompts, cfg, sampler.eval_functions, state)
-        values |= evaluation.metrics | change(recorder.run.first_rewards(), evaluation.by_row(), cfg.eval)
+        values |= evaluation.metrics | change(_first_rewards(recorder), evaluation.by_row(), cfg.eval)
     if evaluation is not None:
         # Written now, since the next evaluation reads the first one. Written before the log, so that a run killed in
         # between counts as not evaluated, and the resumed run evaluates again.
@@ -88,4 +105,14 @@ def measure(session: Session) -> dict[str, float]:
     recorder.console.evaluation(step, values, new, recorder.health.active)
     rollouts = [sample.rollout for sample in samples]
     recorder.tracking.log(step, values, "eval/completions", rollouts, scores, new)
+    call_back(session, "on_evaluate", values, samples)
     return values
+
+
+def _first_rewards(recorder: Recorder) -> dict[int, list[float]]:
+    """Return the rewards of the first evaluation; {}, with a note, where its file is damaged."""
+    try:
+        return recorder.run.first_rewards()
+    except Unreadable as error:
+        recorder.console.note(f"{error}; the change since the first evaluation is not measured")
+        return {}

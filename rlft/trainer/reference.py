@@ -36,6 +36,15 @@ class Reference:
         self._cache: dict[int, Tensor] = {}
         """Key of a completion -> its log-probs [trained tokens], on the CPU."""
 
+    def __len__(self) -> int:
+        """Return the number of cached completions."""
+        return len(self._cache)
+
+    def forget_after(self, count: int) -> None:
+        """Remove all cached completions but the first `count`."""
+        for key in list(self._cache)[count:]:
+            del self._cache[key]
+
     def fill(self, batch: Batch) -> Batch:
         """Return the batch with `ref_logprobs` [T], 0 where `train_mask` is False.
 

@@ -9,17 +9,20 @@ from pathlib import Path
 from typing import Any
 
 from rlft.algos.algorithm import build_algorithm
+from rlft.config import secrets
 from rlft.config.data import Sampling
 from rlft.config.run import Config
 from rlft.data.encode import encode_prompt
 from rlft.errors import ConfigError
 from rlft.models.load import load_tokenizer
 from rlft.models.policy import Policy
+from rlft.models.rope import context_of
 from rlft.monitor.console import Console
+from rlft.rewards.rows import open_ends, pass_opened
 from rlft.rewards.score import build_rewards
 from rlft.rollout.eager import EagerEngine
 from rlft.rollout.engine import Engine
-from rlft.runs import checkpoint
+from rlft.runs import checkpoint, trust
 from rlft.runs.folder import Run
 from rlft.trainer.engines import longest_sequence, start
 from rlft.trainer.evaluate import evaluate, measures_loss, recorded_loss
@@ -76,16 +79,36 @@ def _sampling(run: OpenedRun, engine: Engine) -> Iterator[Engine]:
         engine.close()
 
 
+def _check_code(out: Path, allowed: bool, rewards: bool) -> None:
+    """Raise ConfigError, before a model is loaded, for code that may not run and for secrets that are missing.
+
+    allowed: the user trusts the folder. rewards: those of the run are used.
+    """
+    folder = Run.resume(str(out))
+    cfg = Config.load(folder.config)
+    trust.check(folder, cfg, allowed, rewards)
+    for reward in (cfg.eval.rewards or cfg.rewards) if rewards else ():
+        for problem in secrets.problems(reward.args, f'{folder.config}: args of "{reward.use}"'):
+            raise ConfigError(problem)
+
+
 def evaluate_run(
-    out: Path, which: str = "latest", rows: int | None = None, rewards: Sequence[Any] | None = None, **changes: Any
+    out: Path,
+    which: str = "latest",
+    rows: int | None = None,
+    rewards: Sequence[Any] | None = None,
+    trusted: bool = False,
+    **changes: Any,
 ) -> dict[str, float]:
     """Evaluate a run on its held-out rows: `eval/*` as during training (rlft.trainer.evaluate), and `step`.
 
-    which: see `open_run`. rows: evaluate only this many of the first rows. rewards: in place of the run's. changes: new
-    values for fields of [eval] (samples, temperature, max_tokens, ...). "best" also returns eval/chosen_among, the
+    which: see `open_run`. rows: evaluate only this many of the first rows. rewards: in place of the run's. trusted: run
+    the code that config.toml names even where the folder is not the user's own (`rlft.runs.trust`). changes: new values
+    for fields of [eval] (samples, temperature, max_tokens, ...). "best" also returns eval/chosen_among, the
     number of evaluations it was chosen from, if more than one: the choice biases the result upwards. Nothing is written
     to the run's folder. Raises ConfigError when the run has no held-out rows or nothing to score them with.
     """
+    _check_code(out, trusted, rewards is None)
     with open_run(out, which) as run:
         cfg = run.cfg
         if not cfg.eval.rows:
@@ -101,6 +124,7 @@ def evaluate_run(
             algorithm = build_algorithm(cfg.algo, cfg.optim.updates)
             values = recorded_loss(run.policy, held, algorithm, pack_plan_of(cfg, algorithm, run.policy))
         functions = build_rewards((cfg.eval.rewards or cfg.rewards) if rewards is None else rewards)
+        pass_opened(functions, open_ends(held, run.tokenizer))
         if not functions and not values:
             raise ConfigError(
                 f"{out}: its rewards were given from Python; name them as eval.rewards in its config.toml"
@@ -123,12 +147,16 @@ def evaluate_run(
 
 
 def generate_from_run(
-    out: Path, prompt: str, max_tokens: int | None = None, temperature: float | None = None, which: str = "latest"
-) -> str:
-    """Sample one completion of `prompt` from a run, with the prompt format of its data. which: see `open_run`."""
+    out: Path,
+    prompts: Sequence[str],
+    max_tokens: int | None = None,
+    temperature: float | None = None,
+    which: str = "latest",
+) -> list[str]:
+    """Sample one completion of each prompt from a run, with the prompt format of its data. which: see `open_run`."""
     with open_run(out, which) as run:
         cfg = run.cfg
-        row = encode_prompt({"prompt": prompt}, 0, cfg.data, run.tokenizer)
+        rows = [encode_prompt({"prompt": text}, i, cfg.data, run.tokenizer) for i, text in enumerate(prompts)]
         sampling = Sampling(
             group_size=1,
             max_tokens=max_tokens or cfg.sampling.max_tokens,
@@ -136,7 +164,14 @@ def generate_from_run(
             stop_token_ids=cfg.sampling.stop_token_ids,
             stop=cfg.sampling.stop,
         )
-        run.policy.fix_rope(len(row.ids) + sampling.max_tokens, run.long)
-        # One completion takes less time than starting vLLM.
+        longest = max((len(row.ids) for row in rows), default=0)
+        context, total = context_of(run.policy.base.config), longest + sampling.max_tokens
+        if context is not None and total > context:
+            raise ConfigError(
+                f"--max-tokens {sampling.max_tokens}: with the prompt, {longest} tokens, that is more than the "
+                f"model's context of {context}; lower it"
+            )
+        run.policy.fix_rope(total, run.long)
+        # A few completions take less time than starting vLLM.
         with _sampling(run, EagerEngine(run.policy, run.tokenizer)) as engine:
-            return engine.generate([row], sampling, seed=(cfg.seed, 0))[0].text
+            return [rollout.text for rollout in engine.generate(rows, sampling, seed=(cfg.seed, 0))]

@@ -2,48 +2,55 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from rlft.batch import groups_of, samples_of
 from rlft.errors import EngineError
+from rlft.rewards.overlap import Scoring
 from rlft.rewards.parts import RewardBreakdown
-from rlft.rewards.score import check_invalid, score_samples
+from rlft.rewards.score import check_invalid, finish
 from rlft.trainer.dynamic_sampling import solved
 from rlft.trainer.session import Sampler, Trainer
 from rlft.trainer.step import Step
-from rlft.types import Group, Rollout
+from rlft.types import Group, Prompt, Rollout
 
 
 def sample_and_score(sampler: Sampler, trainer: Trainer, step: Step, count: int, round_: int) -> list[Group]:
     """Take `count` prompts from the data, sample a group of completions for each, and score them.
 
-    round_: 0 for the first sample of the step, 1 onwards when dynamic sampling replaces groups.
+    Finished groups are scored while others are sampled, by the functions that allow it. round_: 0 for the first sample
+    of the step, 1 onwards when dynamic sampling replaces groups.
     """
-    groups = sample(sampler, trainer, step, count, round_)
-    score(sampler, trainer, step, groups)
+    prompts, functions = sampler.prompts.take(count), sampler.functions
+    with Scoring(functions, prompts, trainer_state(sampler, trainer), sampler.progress) as scoring:
+        rollouts = _sample(sampler, trainer, step, prompts, round_, scoring)
+        groups = groups_of(rollouts)
+        with step.clock("reward"):
+            breakdown = finish(scoring, rollouts, functions)
+            breakdown.store(samples_of(groups))
+            invalid = float(breakdown.total.isnan().float().mean())
+            check_invalid(trainer.state.invalid_history, invalid, breakdown.faults())
+    step.breakdown = breakdown if step.breakdown is None else RewardBreakdown.join([step.breakdown, breakdown])
+    _take_out_solved(sampler, trainer, groups)
     return groups
 
 
-def sample(sampler: Sampler, trainer: Trainer, step: Step, count: int, round_: int) -> list[Group]:
-    """Sample a group of completions for each of the next `count` prompts."""
+def _sample(
+    sampler: Sampler, trainer: Trainer, step: Step, prompts: list[Prompt], round_: int, scoring: Scoring
+) -> list[Rollout]:
     seed, number = trainer.cfg.seed, trainer.state.step
     # The third number is far above any prompt's position, so that no two samples of a run share a seed.
     stream = (seed, number) if round_ == 0 else (seed, number, 2**31 + round_)
+    finished = scoring.add if scoring.overlaps else None
     with step.clock("generate"):
-        rollouts = sampler.engine.generate(sampler.prompts.take(count), trainer.cfg.sampling, stream)
+        rollouts = sampler.engine.generate(prompts, trainer.cfg.sampling, stream, finished)
         check_versions(rollouts, number)
-    return groups_of(rollouts)
+    return rollouts
 
 
-def score(sampler: Sampler, trainer: Trainer, step: Step, groups: Sequence[Group]) -> None:
-    """Set the rewards of the groups, and take rows out of the data that the curriculum calls solved."""
-    cfg, samples = trainer.cfg, samples_of(groups)
-    with step.clock("reward"):
-        breakdown = score_samples(samples, sampler.functions, trainer_state(sampler, trainer))
-        invalid = float(breakdown.total.isnan().float().mean())
-        check_invalid(trainer.state.invalid_history, invalid, breakdown.faults())
-    step.breakdown = breakdown if step.breakdown is None else RewardBreakdown.join([step.breakdown, breakdown])
+def _take_out_solved(sampler: Sampler, trainer: Trainer, groups: list[Group]) -> None:
+    """Take rows out of the data that the curriculum calls solved."""
+    cfg = trainer.cfg
     if cfg.curriculum.solved_share is not None:
         by, share, threshold = cfg.dynamic_sampling.by, cfg.curriculum.solved_share, cfg.curriculum.threshold
         sampler.prompts.solved |= solved(groups, share, threshold, by)

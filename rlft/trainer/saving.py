@@ -9,23 +9,24 @@ from pathlib import Path
 from torch import Tensor
 
 from rlft.config.run import Config
-from rlft.data.prompts import Prompts
 from rlft.errors import ConfigError
-from rlft.models.policy import Policy
 from rlft.runs import checkpoint
 from rlft.runs.card import adapter_card
-from rlft.runs.folder import Run, replace_file
-from rlft.trainer.optim import Optimizer
-from rlft.trainer.reference import Reference
+from rlft.runs.disk import replace_file
+from rlft.runs.folder import Run, is_evaluation
+from rlft.trainer.progress import Progress
 from rlft.trainer.session import Recorder, Session, check_adapter
-from rlft.types import State
 
 
-def save(session: Session) -> Path:
-    """Write all pending completions, then a checkpoint of the current state; return the checkpoint's folder."""
+def save(session: Session, keep: int = 0) -> Path:
+    """Write all pending completions, then a checkpoint of the current state; return the checkpoint's folder.
+
+    keep: checkpoints to keep; 0: `checkpoint.keep`.
+    """
     _, trainer, recorder = session
     policy, state, run = trainer.policy, trainer.state, recorder.run
     recorder.writer.flush()
+    run.sync()
     check_adapter(
         policy,
         f"nothing was saved. An update has set them (optim.lr = {trainer.cfg.optim.lr}), or a callback; go on from an "
@@ -40,6 +41,7 @@ def save(session: Session) -> Path:
     def write_adapter(folder: Path) -> None:
         # The embedding is never trained; without the flag PEFT looks up the base's config to find out.
         policy.model.save_pretrained(str(folder), selected_adapters=["default"], save_embedding_layers=False)
+        recorder.tokenizer.save_pretrained(str(folder))
         write_card(recorder, trainer.cfg, state.step, folder, final)
 
     return checkpoint.save_checkpoint(
@@ -48,8 +50,9 @@ def save(session: Session) -> Path:
         tensors,
         trainer.identity,
         write_adapter,
-        trainer.cfg.checkpoint.keep,
+        keep or trainer.cfg.checkpoint.keep,
         run.best(also=state.step),
+        trainer.cfg.checkpoint.every,
     )
 
 
@@ -61,29 +64,25 @@ def write_card(recorder: Recorder, cfg: Config, step: int, folder: Path, final: 
 
 
 def resume(
-    run: Run,
-    cfg: Config,
-    data: str,
-    identity: dict[str, str],
-    policy: Policy,
-    optimizer: Optimizer,
-    reference: Reference,
-    prompts: Prompts,
-    held_out: bool,
-    note: Callable[[str], None],
-) -> State:
+    run: Run, cfg: Config, progress: Progress, identity: dict[str, str], held_out: bool, note: Callable[[str], None]
+) -> None:
     """Continue from the newest checkpoint, or start again where the run stopped before saving one.
 
-    data: digest of the training rows. held_out: whether rows are evaluated on. Restores adapter, optimiser, reference
-    log-probs and data cursor in place, and returns the progress. Raises ConfigError if the checkpoint does not fit.
+    progress: of a start; state, adapter, optimiser, reference log-probs and data cursor are restored in place.
+    held_out: whether rows are evaluated on. Raises ConfigError if the checkpoint does not fit.
     """
     if not run.has_checkpoint():
         aside = run.set_aside(-1)
-        lost = f"; what it had done is in {aside}" if aside else ""
+        lost = f"; what it had done is in {aside.path}" if aside else ""
         note(f"{run.path} holds no checkpoint yet, so the run starts again from step 0{lost}")
-        return State(data=data)
-    path = run.latest_checkpoint()
+        return
+    path, steps, data = run.latest_checkpoint(), progress.state.steps, progress.state.data
     state, tensors, notes = checkpoint.load_checkpoint(path, identity)
+    if state.step > steps:
+        raise ConfigError(
+            f"steps = {steps}: the newest checkpoint of {run.path} is of step {state.step} already; raise steps to go "
+            f"on, or give another folder with --out"
+        )
     if state.data != data:
         if held_out and cfg.eval.data is None:
             raise ConfigError(
@@ -92,16 +91,22 @@ def resume(
             )
         notes.append("the training rows are not those of the checkpoint; the data cursor goes on among the new ones")
         state = replace(state, data=data, solved=[])
-    policy.adapter_params.data.copy_(tensors["adapter"])
-    policy.flat.start.copy_(tensors["adapter_start"])
-    optimizer.load_tensors(_under("optim.", tensors))
-    reference.load_tensors(_under("reference.", tensors))
-    prompts.consumed, prompts.solved = state.consumed, set(state.solved)
-    run.set_aside(state.step)
+    progress.policy.adapter_params.data.copy_(tensors["adapter"])
+    progress.policy.flat.start.copy_(tensors["adapter_start"])
+    progress.optimizer.load_tensors(_under("optim.", tensors))
+    progress.reference.load_tensors(_under("reference.", tensors))
+    progress.go_to(replace(state, steps=steps))
+    aside = run.set_aside(state.step)
+    if aside and aside.damaged:
+        lines = ", ".join(map(str, aside.damaged))
+        notes.append(f"metrics.jsonl: unreadable lines ({lines}) are set aside in {aside.path}")
+    if missing := state.step - len({row["step"] for row in run.metrics() if row["step"] and not is_evaluation(row)}):
+        notes.append(
+            f"metrics.jsonl has no row of {missing} of the {state.step} finished steps: their numbers are lost"
+        )
     checkpoint.mark_best(run.checkpoints, run.best())
     for text in notes:
         note(text)
-    return state
 
 
 def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from rlft.algos.algorithm import Algorithm
 from rlft.config.run import Config
@@ -19,8 +19,10 @@ from rlft.monitor.tracking import Tracking
 from rlft.rewards.score import RewardFunction
 from rlft.rollout.engine import Engine
 from rlft.runs.folder import Run
+from rlft.trainer.callbacks import Callbacks
 from rlft.trainer.disagreement import Limit
 from rlft.trainer.optim import Optimizer
+from rlft.trainer.progress import Progress
 from rlft.trainer.reference import Reference
 from rlft.types import PackPlan, Prompt, State
 
@@ -33,12 +35,14 @@ class Sampler:
     eval_engine: Engine
     """Engine that samples for the evaluation: `engine` itself, unless that replays recorded completions."""
     prompts: Prompts
-    eval_prompts: list[Prompt]
+    eval_prompts: Sequence[Prompt]
     """Held-out rows."""
     eval_loss: bool
     """Whether the training loss is also measured on the recorded completions of the held-out rows."""
     functions: list[RewardFunction]
     eval_functions: list[RewardFunction]
+    progress: Callable[[str, int, int], None] | None = None
+    """Called with what a step waits for, and how much of it is done."""
 
     @property
     def reward_weights(self) -> dict[str, float]:
@@ -64,6 +68,8 @@ class Trainer:
     state: State
     identity: dict[str, str]
     """Properties that a checkpoint must share with this run to be resumed."""
+    progress: Progress
+    """What the last completed step left, while the next one runs."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +83,9 @@ class Recorder:
     health: HealthMonitor
     tracking: Tracking
     pieces: TokenText
-    callbacks: Sequence[Callable[..., None]] = ()
+    tokenizer: Any
+    """Of transformers; saved with every checkpoint."""
+    callbacks: Callbacks
 
 
 class Session(NamedTuple):

@@ -8,30 +8,27 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from rlft import __version__
-from rlft.algos.algorithm import Algorithm, describe
-from rlft.config.data import Reward
+from rlft.algos.algorithm import Algorithm, build_algorithm, describe
+from rlft.config.data import Data, Reward
 from rlft.config.files import to_toml
 from rlft.config.run import Config
-from rlft.data.prompts import Prompts, digest, exclude_prompts, hold_out, load_prompts
+from rlft.data.prompts import Prompts, exclude_prompts, hold_out, load_prompts
+from rlft.data.table import PromptTable
+from rlft.data.usable import Rows, check_rows
 from rlft.environment import untested
 from rlft.errors import ConfigError, DataError
 from rlft.models import targets
 from rlft.models.allocator import segments
+from rlft.models.continued import changed_dropout
 from rlft.models.fused.memory import weight_bytes
-from rlft.models.load import (
-    attach_lora,
-    changed_dropout,
-    fingerprint,
-    load_base,
-    load_tokenizer,
-    resolve_device,
-    resolve_dtype,
-)
+from rlft.models.load import attach_lora, fingerprint, load_base, load_tokenizer, resolve_device, resolve_dtype
 from rlft.models.policy import Policy
 from rlft.monitor.background import Background
 from rlft.monitor.console import Console
@@ -41,21 +38,29 @@ from rlft.monitor.tracking import Tracking
 from rlft.rewards.builtin.length import length
 from rlft.rewards.parts import OVERLONG
 from rlft.rewards.pool import InProcess
+from rlft.rewards.rows import open_ends, pass_opened
 from rlft.rewards.score import RewardFunction, build_rewards
 from rlft.rollout.engine import Engine, asleep, undeclared_end
 from rlft.rollout.replay import ReplayEngine
+from rlft.runs import trust
+from rlft.runs.claim import Claim, claim
 from rlft.runs.folder import Run
 from rlft.trainer import engines
+from rlft.trainer.advice import advice
 from rlft.trainer.agreement import agree
+from rlft.trainer.callbacks import Callbacks
 from rlft.trainer.evaluate import measures_loss
+from rlft.trainer.given_rows import copy_rows, read_streams
+from rlft.trainer.limits import check_loaded, limits_of_files
 from rlft.trainer.optim import Optimizer
 from rlft.trainer.plans import memory_plan, pack_plan_of, pass_summary
+from rlft.trainer.progress import Progress
 from rlft.trainer.reference import Reference
 from rlft.trainer.saving import resume as resumed
 from rlft.trainer.selfcheck import check as check_path
 from rlft.trainer.session import Recorder, Sampler, Session, Trainer, check_adapter
-from rlft.trainer.validate import Checked, check
-from rlft.types import Prompt, State
+from rlft.trainer.validate import Checked, check, purpose_of
+from rlft.types import State
 
 
 def _check(cfg: Config, resume: bool, callables: bool) -> Checked:
@@ -76,32 +81,49 @@ RESUMED = 'they come from lora.resume_from = "{}", or from the checkpoint; train
 
 @contextlib.contextmanager
 def build_session(
-    cfg: Config,
-    rewards: Sequence[Any] | None = None,
-    resume: bool = False,
-    callbacks: Sequence[Callable[..., None]] = (),
+    cfg: Config, rewards: Sequence[Any] | None = None, resume: bool = False, callbacks: Sequence[Any] = ()
 ) -> Iterator[Session]:
     """Build the session of a run, resumed from its newest checkpoint if asked, and close its resources at the end.
 
-    rewards: callables or rlft.Reward in place of `cfg.rewards`. Raises RlftError for every error a user can cause.
+    rewards: callables or rlft.Reward in place of `cfg.rewards`. The run folder is claimed first and released last.
+    Raises RlftError for every error a user can cause.
     """
-    checked = _check(cfg, resume, callables=rewards is not None)
+    called = Callbacks(callbacks)
+    with claim(cfg.out, resume, cfg.if_exists, cfg.share) as claimed:
+        cfg, notes = read_streams(cfg)
+        if claimed.run.path != Path(cfg.out).expanduser():
+            cfg = replace(cfg, out=str(claimed.run.path))  # numbered
+        checked = _check(cfg, claimed.resumed, callables=rewards is not None)
+        with _built(cfg, claimed, checked, rewards, called, notes) as session:
+            yield session
+
+
+@contextlib.contextmanager
+def _built(
+    cfg: Config,
+    claimed: Claim,
+    checked: Checked,
+    rewards: Sequence[Any] | None,
+    callbacks: Callbacks,
+    notes: Sequence[str],
+) -> Iterator[Session]:
+    """Build the session of a checked config in a claimed folder. notes: for the start of the run."""
     assert checked.algorithm is not None and checked.rows is not None, "a problem otherwise"
-    algorithm = checked.algorithm
+    run, algorithm = claimed.run, checked.algorithm
     with contextlib.ExitStack() as stack:
         console = stack.enter_context(Console())
         stack.enter_context(segments(growing=True))
-        run = Run.resume(cfg.out, empty=True) if resume else Run.create(cfg.out)
         writer = stack.enter_context(Background("rlft-writer"))
-        console.note("\n".join([*untested(), f"loading {cfg.model}"]))
+        lines = [*claimed.notes, *untested(), *notes, *advice(cfg, checked.rows, run.path), f"loading {cfg.model}"]
+        console.note("\n".join(lines))
         tokenizer = load_tokenizer(cfg.model)
-        rows, eval_prompts = load_prompts_of(cfg, tokenizer, console.note, checked)
+        cfg = copy_rows(cfg, run)
+        rows, eval_prompts = load_prompts_of(cfg, tokenizer, console.note, checked, run)
         prompts = Prompts(rows, cfg.seed, cfg.data.shuffle)
-        functions, eval_functions = _functions(cfg, rewards)
+        functions, eval_functions = _functions(cfg, rewards, open_ends(rows, tokenizer), console.note)
         _close_later(stack, [*functions, *eval_functions])
-        for note in {function.note: None for function in [*functions, *eval_functions] if function.note}:
-            console.note(note)
         policy = load_policy(cfg, console.note)
+        check_loaded(cfg, policy.base.config, rows, eval_prompts)
         engine, eval_engine = _engines(cfg, policy, tokenizer, console, rows, eval_prompts, bool(eval_functions))
         for line in _starting(cfg, engine, undeclared_end(tokenizer, policy.base)):
             console.note(line)
@@ -115,24 +137,27 @@ def build_session(
             plan = pack_plan_of(cfg, algorithm, policy, rows if engine.SAMPLES else ())
             memory, passes = memory_plan(policy, cfg, eval_engine, plan.budget), pass_summary(policy, plan.budget)
         eval_loss = bool(eval_prompts) and not engine.SAMPLES and measures_loss(rows, eval_prompts)
-        sampler = Sampler(engine, eval_engine, prompts, eval_prompts, eval_loss, functions, eval_functions)
+        sampler = Sampler(
+            engine, eval_engine, prompts, eval_prompts, eval_loss, functions, eval_functions, console.progress
+        )
         optimizer = Optimizer(policy.adapter_params, cfg.optim, steps * cfg.optim.updates, fp16, views)
         reference = Reference(policy, keep=steps * cfg.prompts_per_step > len(rows) and not policy.mixes_rows)
-        identity, state = identity_of(cfg, policy), State(data=digest(rows))
-        if resume:
-            state = resumed(
-                run, cfg, state.data, identity, policy, optimizer, reference, prompts, bool(eval_prompts), console.note
-            )
+        identity, state = identity_of(cfg, policy), State(steps=steps, data=rows.digest())
+        progress = Progress(state, policy, optimizer, reference, prompts)
+        if claimed.resumed:
+            resumed(run, cfg, progress, identity, bool(eval_prompts), console.note)
         check_adapter(policy, RESUMED.format(cfg.lora.resume_from))
+        claimed.make_room()
         # Before the config is written, which makes the folder a run: a tracker that fails leaves no run behind.
-        tracking = stack.enter_context(Tracking(cfg, run, state.step, resume, console.note))
+        tracking = stack.enter_context(Tracking(cfg, run, state.step, claimed.resumed, console.note))
         run.write_config(to_toml(cfg))
+        trust.sign(run)
         run.write_plan(memory)
         console.start(_title(cfg, policy, algorithm, sampler, steps, run, passes), steps, state.step)
         limit = agree(cfg, policy, engine, rows, plan, console.note)
-        trainer = Trainer(cfg, steps, policy, algorithm, optimizer, reference, plan, limit, state, identity)
+        trainer = Trainer(cfg, steps, policy, algorithm, optimizer, reference, plan, limit, state, identity, progress)
         health = HealthMonitor(cfg.algo.name)
-        recorder = Recorder(run, writer, console, health, tracking, TokenText(tokenizer), callbacks)
+        recorder = Recorder(run, writer, console, health, tracking, TokenText(tokenizer), tokenizer, callbacks)
         yield Session(sampler, trainer, recorder)
 
 
@@ -143,40 +168,59 @@ def _close_later(stack: contextlib.ExitStack, resources: Sequence[Any]) -> None:
 
 
 def load_prompts_of(
-    cfg: Config, tokenizer: Any, note: Callable[[str], None] = lambda _: None, checked: Checked | None = None
-) -> tuple[list[Prompt], list[Prompt]]:
+    cfg: Config,
+    tokenizer: Any,
+    note: Callable[[str], None] = lambda _: None,
+    checked: Checked | None = None,
+    run: Run | None = None,
+) -> tuple[PromptTable, PromptTable]:
     """Load the training prompts and the held-out prompts.
 
-    note: called with messages about dropped prompts. checked: has the rows, where they were read before.
+    note: called with messages about rows that are left out. checked: has the rows, where they were read before. run:
+    gets a file of the rows that are left out.
     """
-    data = load_prompts(cfg.data, tokenizer, cfg.seed, checked and checked.rows)
-    if data.dropped:
-        note(f"{data.dropped} prompts longer than data.max_prompt_tokens = {cfg.data.max_prompt_tokens} dropped")
+    limits, purpose = limits_of_files(cfg), purpose_of(cfg, build_algorithm(cfg.algo, cfg.optim.updates))
+
+    def load(name: str, data: Data, rows: Rows | None) -> PromptTable:
+        rows = check_rows(data, cfg.seed, purpose) if rows is None else rows
+        loaded = load_prompts(data, tokenizer, cfg.seed, rows, limits)
+        for line in loaded.notes:
+            note(line.replace("data:", f"{name}:", 1))
+        if loaded.drops:
+            file = f"{'' if name == 'data' else 'eval-'}dropped.jsonl"
+            note(f"{loaded.drops.note(name)}{f'; see {run.path / file}' if run else ''}")
+            if run is not None:
+                with run.writing(file):
+                    loaded.drops.write(run.path / file)
+        return loaded.prompts
+
+    data = load("data", cfg.data, checked and checked.rows)
     if not cfg.eval.rows:
-        return data.prompts, []
+        return data, data[:0]
     if cfg.eval.data is None:
-        return hold_out(data.prompts, cfg.eval.rows, cfg.seed)
-    evals = load_prompts(cfg.eval.data, tokenizer, cfg.seed, checked and checked.held)
-    if evals.dropped:
-        limit = cfg.eval.data.max_prompt_tokens
-        note(f"{evals.dropped} prompts longer than eval.data.max_prompt_tokens = {limit} dropped")
-    if len(evals.prompts) < cfg.eval.rows:
-        raise DataError(f"eval.rows = {cfg.eval.rows}: eval.data has {len(evals.prompts)} usable rows; lower eval.rows")
-    eval_prompts = evals.prompts[: cfg.eval.rows]
-    rest = exclude_prompts(data.prompts, eval_prompts)
+        return hold_out(data, cfg.eval.rows, cfg.seed)
+    evals = load("eval.data", cfg.eval.data, checked and checked.held)
+    if len(evals) < cfg.eval.rows:
+        raise DataError(f"eval.rows = {cfg.eval.rows}: eval.data has {len(evals)} usable rows; lower eval.rows")
+    evals = evals[: cfg.eval.rows]
+    rest = exclude_prompts(data, evals)
     if not rest:
         raise DataError(
             "eval.data: every training row has a prompt that is evaluated on; give other rows to one of them"
         )
-    if len(rest) < len(data.prompts):
-        note(f"{len(data.prompts) - len(rest)} training rows with a prompt of eval.data left out")
-    return rest, eval_prompts
+    if len(rest) < len(data):
+        note(f"{len(data) - len(rest)} training rows with a prompt of eval.data left out")
+    return rest, evals
 
 
-def _functions(cfg: Config, rewards: Sequence[Any] | None) -> tuple[list[RewardFunction], list[RewardFunction]]:
+def _functions(
+    cfg: Config, rewards: Sequence[Any] | None, ends: Sequence[str], note: Callable[[str], None]
+) -> tuple[list[RewardFunction], list[RewardFunction]]:
     """Build the reward functions of training and of evaluation.
 
-    Only training has the overlong penalty, if switched on: the penalty depends on `sampling.max_tokens`.
+    ends: of some prompts as text, for functions that want the tag the prompts open. note: called with what is to be
+    known about the functions. Only training has the overlong penalty, if switched on: it depends on
+    `sampling.max_tokens`.
     """
     functions = build_rewards(cfg.rewards if rewards is None else rewards)
     names = [function.name for function in functions]
@@ -196,7 +240,12 @@ def _functions(cfg: Config, rewards: Sequence[Any] | None) -> tuple[list[RewardF
         functions.append(RewardFunction(OVERLONG, InProcess(length), Reward(OVERLONG, args=args)))
         functions[-1].open()
     without_penalty = [function for function in functions if function.name != OVERLONG]
-    return functions, build_rewards(cfg.eval.rewards) if cfg.eval.rewards else without_penalty
+    eval_functions = build_rewards(cfg.eval.rewards) if cfg.eval.rewards else without_penalty
+    every = [*functions, *eval_functions]
+    for text in dict.fromkeys([*(function.note for function in every), pass_opened(every, ends)]):
+        if text:
+            note(text)
+    return functions, eval_functions
 
 
 def load_policy(cfg: Config, note: Callable[[str], None] = lambda _: None) -> Policy:
@@ -206,7 +255,7 @@ def load_policy(cfg: Config, note: Callable[[str], None] = lambda _: None) -> Po
 
 
 def _engines(
-    cfg: Config, policy: Policy, tokenizer: Any, console: Console, rows: list[Prompt], evals: list[Prompt], scores: bool
+    cfg: Config, policy: Policy, tokenizer: Any, console: Console, rows: PromptTable, evals: PromptTable, scores: bool
 ) -> tuple[Engine, Engine]:
     """Start the engines of training and evaluation: the same one, unless training replays recorded completions.
 
@@ -214,7 +263,7 @@ def _engines(
     """
     policy.fix_rope(engines.longest_sequence(cfg, policy, rows, evals, scores))
     if engines.engine_name(cfg, bool(rows[0].recorded), policy.device) != "replay":
-        engine = engines.start(cfg, policy, tokenizer, console, [*rows, *evals])
+        engine = engines.start(cfg, policy, tokenizer, console, [rows.longest_prompt(), *evals])
         return engine, engine
     assert rows[0].recorded, "validate refuses this"
     engine = ReplayEngine()

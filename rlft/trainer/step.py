@@ -240,6 +240,7 @@ def update(trainer: Trainer, step: Step) -> None:
     if not step.updates:
         sum_tensor(step.mismatch.sums)
         parity.gate(step.mismatch, trainer.limit, policy.score)
+        trainer.progress.before_updates()
     step.updates.append(trainer.optimizer.step(state.updates, state.skipped_updates))
     state.updates += 1
     state.skipped_updates = state.skipped_updates + 1 if step.updates[-1].skipped else 0

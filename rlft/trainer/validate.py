@@ -6,8 +6,8 @@ Each check yields messages instead of raising the first one, so that a user can 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,22 +15,31 @@ import torch
 
 from rlft.algos.advantages import WITHIN_GROUPS
 from rlft.algos.algorithm import Algorithm, build_algorithm
-from rlft.config import resolve
+from rlft.config import resolve, secrets
 from rlft.config.data import Data, Reward
+from rlft.config.files import to_toml
+from rlft.config.paths import user_path
 from rlft.config.run import Config
-from rlft.data.kinds import kind_of
-from rlft.data.prompts import check_rows
+from rlft.data.kinds import PAIRS, SAMPLED, Purpose
+from rlft.data.prompts import load_prompts
+from rlft.data.usable import Rows, check_rows
 from rlft.environment import version_problems
 from rlft.errors import ConfigError, RlftError
-from rlft.models.load import describe_base, locate, resolve_device
+from rlft.models.continued import read_adapter_config
+from rlft.models.load import describe_base, load_tokenizer, locate, resolve_device
 from rlft.monitor import tracking
-from rlft.rewards.score import BUILTIN, OURS
-from rlft.rewards.worker import Signature, signature
-from rlft.runs.folder import Run, resumable
+from rlft.rewards.build import builtin
+from rlft.rewards.call import signature
+from rlft.rewards.overlap import OURS
+from rlft.rewards.protocol import Signature
+from rlft.rewards.rows import builtin_problems
+from rlft.rewards.texts import LONGEST, described, type_name
+from rlft.runs.claim import decide
+from rlft.runs.folder import Run
 from rlft.trainer.engines import engine_name
+from rlft.trainer.given_rows import as_written
+from rlft.trainer.limits import limits_of_files
 
-RECORDED = ("completion", "text", "messages", "chosen")
-"""Columns that contain recorded completions."""
 GIVEN = ("prompts", "completions", "completion_ids", "trainer_state", "log_metric", "log_extra")
 """Arguments that every reward function may take besides the dataset's columns."""
 
@@ -43,15 +52,21 @@ class Checked:
     """One sentence each that names the field, its value and the remedy."""
     algorithm: Algorithm | None
     """None where it could not be built."""
-    rows: list[dict[str, Any]] | None
+    rows: Rows | None
     """The rows of the training data; None where they could not be read."""
-    held: list[dict[str, Any]] | None
+    held: Rows | None
     """The rows of `eval.data`, or else those of the training data."""
 
 
 def problems(cfg: Config, resume: bool = False, callables: bool = False) -> list[str]:
-    """Return all problems of a config, see `check`."""
-    return check(cfg, resume, callables).problems
+    """Return all problems of a config, see `validate`."""
+    return validate(cfg, resume, callables).problems
+
+
+def validate(cfg: Config, resume: bool = False, callables: bool = False) -> Checked:
+    """Find all problems of a config, see `check`; also those that the rows have with the tokenizer of the model."""
+    checked = check(cfg, resume, callables)
+    return checked if checked.problems else replace(checked, problems=list(dict.fromkeys(_encoding(cfg, checked))))
 
 
 def check(cfg: Config, resume: bool = False, callables: bool = False) -> Checked:
@@ -60,26 +75,66 @@ def check(cfg: Config, resume: bool = False, callables: bool = False) -> Checked
     resume: the run folder must hold a run instead of being free. callables: reward functions were given from Python in
     place of `cfg.rewards`. Reads the dataset and imports reward files and the algorithm; loads no model.
     """
-    messages = version_problems(_needed(cfg))
+    messages = [*version_problems(_needed(cfg)), *_training(cfg)]
     device = _collect(messages, lambda: resolve_device(cfg))
     messages += _model(cfg, device)
-    messages += _out(Path(cfg.out).expanduser(), resume)
+    messages += _out(cfg, resume)
     algorithm = _collect(messages, lambda: build_algorithm(cfg.algo, cfg.optim.updates))
-    rows = _collect(messages, lambda: check_rows(cfg.data, cfg.seed))
+    purpose = purpose_of(cfg, algorithm)
+    rows: Rows | None = _collect(messages, lambda: check_rows(cfg.data, cfg.seed, purpose))
     held = rows
     if cfg.eval.rows and cfg.eval.data is not None:
-        held = _collect(messages, lambda: check_rows(cfg.eval.data or Data(), cfg.seed))
+        held = _collect(messages, lambda: check_rows(cfg.eval.data or Data(), cfg.seed, purpose))
     if rows is not None:
         messages += _engine(cfg, algorithm, rows, callables)
         messages += _vllm(cfg, rows, device)
         messages += _held_out(cfg, rows, held)
-        if cfg.eval.rows and held:
-            messages += _measured(cfg, kind_of(rows[0]), kind_of(held[0]), callables)
+        if cfg.eval.rows and held is not None:
+            messages += _measured(cfg, rows.kind, held.kind, callables)
     messages += _rewards("rewards", cfg.rewards, rows)
     messages += _rewards("eval.rewards", cfg.eval.rewards, held)
     messages += tracking.problems(cfg.track)
+    # A value that no file can hold would stop the run when it writes its config, after the model was loaded.
+    _collect(messages, lambda: to_toml(as_written(cfg)))
     # Two checks may report the same fault.
     return Checked(list(dict.fromkeys(messages)), algorithm, rows, held)
+
+
+def _training(cfg: Config) -> list[str]:
+    """Return what sampling in training may not have. `Config` does not check it, so that every fault shows at once."""
+    try:
+        cfg.sampling.check_for_training()
+    except ConfigError as error:
+        return str(error).splitlines()
+    return []
+
+
+def purpose_of(cfg: Config, algorithm: Algorithm | None) -> Purpose:
+    """Return what a run does with its rows: sample completions, or train on recorded ones."""
+    if algorithm is None:
+        return ""
+    if cfg.engine.name in ("eager", "vllm"):
+        return "sampling"
+    if algorithm.loss.whole_groups and algorithm.advantage_name in ("identity", "best_and_worst"):
+        return "pairs"
+    if algorithm.advantage_name == "identity":
+        return "supervised"
+    return "sampling" if cfg.engine.name == "auto" else ""
+
+
+def _encoding(cfg: Config, checked: Checked) -> Iterator[str]:
+    """Encode all rows with the tokenizer of a model that is on this machine, and yield what is wrong with them."""
+    where = locate(cfg.model)
+    if checked.rows is None or not Path(where.path).is_dir():
+        return
+    messages: list[str] = []
+    tokenizer = _collect(messages, lambda: load_tokenizer(cfg.model))
+    limits = _collect(messages, lambda: limits_of_files(cfg))
+    if tokenizer is not None and limits is not None:
+        _collect(messages, lambda: load_prompts(cfg.data, tokenizer, cfg.seed, checked.rows, limits))
+        if (held := cfg.eval.data) is not None and checked.held is not None:
+            _collect(messages, lambda: load_prompts(held, tokenizer, cfg.seed, checked.held, limits))
+    yield from messages
 
 
 def _collect(messages: list[str], check: Callable[[], Any]) -> Any:
@@ -114,27 +169,35 @@ def _model(cfg: Config, device: torch.device | None) -> Iterator[str]:
         except ConfigError as error:
             yield str(error)
     folder = cfg.lora.resume_from
-    if folder and not (Path(folder).expanduser() / "adapter_config.json").is_file():
-        yield f'lora.resume_from = "{folder}": no PEFT adapter there (adapter_config.json is missing)'
+    if folder is not None:
+        try:
+            read_adapter_config(folder)
+        except ConfigError as error:
+            yield str(error)
 
 
-def _out(out: Path, resume: bool) -> Iterator[str]:
-    if resume and not resumable(out):
-        yield f'out = "{out}": holds no run to resume; leave out --resume, or give the folder of a run'
-    elif Run(out).exists() and not resume:
-        yield f'out = "{out}": already holds a run; go on with --resume, or give another folder with --out'
+def _out(cfg: Config, resume: bool) -> Iterator[str]:
+    try:
+        out = user_path(cfg.out, "out")
+    except ConfigError as error:
+        yield str(error)
+        return
     if out.exists() and not out.is_dir():
         yield f'out = "{out}": is a file; give a folder'
         return
+    try:
+        decide(Run(out), resume, cfg.if_exists)
+    except ConfigError as error:
+        yield str(error)
     # The run creates the folder, so the nearest existing parent must be writable.
     nearest = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
         yield f'out = "{out}": {nearest} cannot be written to; give another folder'
 
 
-def _vllm(cfg: Config, rows: list[dict[str, Any]], device: torch.device | None) -> Iterator[str]:
+def _vllm(cfg: Config, rows: Rows, device: torch.device | None) -> Iterator[str]:
     """Yield what vLLM does not support, where it is the engine that samples."""
-    if device is None or engine_name(cfg, any(name in rows[0] for name in RECORDED), device) != "vllm":
+    if device is None or engine_name(cfg, rows.kind not in SAMPLED, device) != "vllm":
         return
     if cfg.quantization == "int8":
         yield 'quantization = "int8": vLLM takes NF4 and plain weights; set "nf4" or "none", or engine.name = "eager"'
@@ -144,18 +207,20 @@ def _vllm(cfg: Config, rows: list[dict[str, Any]], device: torch.device | None) 
         yield f'engine.mode = "{cfg.engine.mode}": on a CPU vLLM has no memory that sleeps; set "shared" or "auto"'
 
 
-def _engine(cfg: Config, algorithm: Algorithm | None, rows: list[dict[str, Any]], callables: bool) -> Iterator[str]:
+def _engine(cfg: Config, algorithm: Algorithm | None, rows: Rows, callables: bool) -> Iterator[str]:
     """Check engine, algorithm, group size and rewards against the kind of data."""
-    recorded = any(name in rows[0] for name in RECORDED)
+    recorded, pairs = rows.kind not in SAMPLED, rows.kind in PAIRS
     engine = cfg.engine.name if cfg.engine.name != "auto" else ("replay" if recorded else "eager")
     baseline = algorithm is not None and algorithm.advantage_name
-    pairs = "chosen" in rows[0] and "rejected" in rows[0]
     if algorithm is not None:
-        yield from _pairs(cfg, algorithm, rows[0], pairs)
+        yield from _pairs(cfg, algorithm, rows)
         yield from _dropout(cfg, algorithm, engine)
     if engine == "replay":
         if not recorded:
-            yield f'engine.name = "replay": the data has no column of completions ({", ".join(RECORDED)}); set "eager"'
+            yield (
+                'engine.name = "replay": the data has no column of completions (completion, text, messages, chosen); '
+                'set "eager"'
+            )
         elif baseline in WITHIN_GROUPS and not pairs:
             yield (
                 f'algo.advantage = "{baseline}": the data has one completion per row, and a group of one has advantage '
@@ -208,17 +273,23 @@ def _dropout(cfg: Config, algorithm: Algorithm, engine: str) -> Iterator[str]:
         )
 
 
-def _pairs(cfg: Config, algorithm: Algorithm, row: dict[str, Any], pairs: bool) -> Iterator[str]:
+def _pairs(cfg: Config, algorithm: Algorithm, rows: Rows) -> Iterator[str]:
     """Check what losses over pairs and labelled rows require."""
-    if algorithm.loss.whole_groups and algorithm.advantage_name == "identity" and not pairs:
+    if algorithm.loss.whole_groups and algorithm.advantage_name == "identity" and rows.kind not in PAIRS:
         yield (
-            f'algo.name = "{cfg.algo.name}": learns from pairs, and the data has {", ".join(row)}; give rows with '
+            f'algo.name = "{cfg.algo.name}": learns from pairs, and the data has {", ".join(rows[0])}; give rows with '
             f"chosen and rejected (map yours with data.columns), or make pairs of sampled completions with "
             f'algo.advantage = "best_and_worst" and rewards'
         )
     if algorithm.loss.whole_groups and cfg.overlong.mask:
         yield f'overlong.mask = true: algo.name = "{cfg.algo.name}" would be left with half a pair; set it to false'
-    if kind_of(row) == "label" and algorithm.advantage_name == "identity" and not algorithm.loss.needs_reference:
+    supervised = algorithm.advantage_name == "identity" and not algorithm.loss.needs_reference
+    if rows.kind in PAIRS and supervised and not algorithm.loss.whole_groups:
+        yield (
+            f'algo.name = "{cfg.algo.name}": the rejected side of pairs would be unlearned without bound; use '
+            f'algo.name = "dpo", or train on the chosen side with data.columns (completion = "chosen", beside a prompt)'
+        )
+    if rows.kind == "label" and supervised:
         yield (
             f'algo.name = "{cfg.algo.name}": rows whose label is false would be unlearned without bound; use '
             f'algo.name = "kto", or leave the column label out'
@@ -230,7 +301,7 @@ def _pairs(cfg: Config, algorithm: Algorithm, row: dict[str, Any], pairs: bool) 
         )
 
 
-def _held_out(cfg: Config, rows: list[dict[str, Any]], held: list[dict[str, Any]] | None) -> Iterator[str]:
+def _held_out(cfg: Config, rows: Rows, held: Rows | None) -> Iterator[str]:
     count = cfg.eval.rows
     if cfg.eval.data is not None:
         if held is not None and len(held) < count:
@@ -241,8 +312,7 @@ def _held_out(cfg: Config, rows: list[dict[str, Any]], held: list[dict[str, Any]
 
 def _measured(cfg: Config, kind: str, held: str, callables: bool) -> Iterator[str]:
     """Check that held-out rows can be measured. kind, held: kinds of the training rows and the held-out rows."""
-    pairs = "preference"
-    loss = "prompt" not in (kind, held) and (kind == pairs) == (held == pairs) and cfg.engine.name != "eager"
+    loss = not {kind, held} & set(SAMPLED) and (kind in PAIRS) == (held in PAIRS) and cfg.engine.name != "eager"
     rewards = bool(cfg.eval.rewards or cfg.rewards or callables)
     if not (rewards or loss):
         yield (
@@ -256,8 +326,9 @@ def _measured(cfg: Config, kind: str, held: str, callables: bool) -> Iterator[st
         )
 
 
-def _rewards(field: str, rewards: tuple[Reward, ...], rows: list[dict[str, Any]] | None) -> Iterator[str]:
-    for reward in rewards:
+def _rewards(field: str, rewards: tuple[Reward, ...], rows: Rows | None) -> Iterator[str]:
+    for number, reward in enumerate(rewards):
+        yield from secrets.problems(reward.args, f"{field}[{number}].args")
         if not isinstance(reward.use, str):
             yield f"{field}: a config holds names of functions; give functions to rlft.train(cfg, rewards=[...])"
             continue
@@ -266,8 +337,11 @@ def _rewards(field: str, rewards: tuple[Reward, ...], rows: list[dict[str, Any]]
         except ConfigError as error:
             yield str(error)
             continue
-        except (Exception, SystemExit) as error:  # a user's file may raise anything when it is imported
-            yield f'{field} = "{reward.use}": importing it raised {type(error).__name__}: {error}'
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # a user's file may raise anything when it is imported
+            said = f"{type_name(error)}: {described(error, str, LONGEST)}"
+            yield f'{field} = "{reward.use}": importing it raised {said}'
             continue
         try:
             arguments = signature(function)
@@ -275,23 +349,29 @@ def _rewards(field: str, rewards: tuple[Reward, ...], rows: list[dict[str, Any]]
             yield f'{field} = "{reward.use}": {error}'
             continue
         if rows is not None:
-            yield from _columns(field, reward, arguments, rows[0])
+            yield from _columns(field, reward, arguments, rows.columns)
+            yield from (f"{field} = {problem}" for problem in builtin_problems(reward, rows))
 
 
 def _function(field: str, use: str) -> Any:
     if ":" in use:
         return resolve.attribute(use, field)
-    return vars(resolve.module(use, BUILTIN, field))[use]
+    return vars(builtin(use, field))[use]
 
 
-def _columns(field: str, reward: Reward, arguments: Signature, row: dict[str, Any]) -> Iterator[str]:
-    """Yield arguments that nothing provides, arguments the function does not take, and ambiguous names."""
-    have = [name for name in row if name not in OURS]
-    missing = [name for name in arguments.required if name not in (*GIVEN, *reward.args, *have)]
+def _columns(field: str, reward: Reward, arguments: Signature, columns: Sequence[str]) -> Iterator[str]:
+    """Yield arguments that nothing provides, arguments the function does not take, and ambiguous names.
+
+    A column that only some rows have is None for the others.
+    """
+    have = [name for name in columns if name not in OURS]
+    given = [*GIVEN, *reward.args, *have]
+    missing = [name for name in arguments.required if name not in given]
     if missing:
         yield (
             f'{field} = "{reward.use}": asks for {", ".join(missing)}; the data has '
-            f"{', '.join(have) or 'no column besides the prompt'}. Map a column with data.columns, or set rewards.args"
+            f"{', '.join(have) or 'no column besides the prompt'}.{resolve.did_you_mean(missing[0], given, 0.8)} Map a "
+            f"column with data.columns, or set rewards.args; every function may take {', '.join(GIVEN)}"
         )
     for name in reward.args:
         if not arguments.takes(name):

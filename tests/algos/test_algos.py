@@ -389,7 +389,7 @@ def test_a_file_without_exactly_one_loss_is_refused(
         ("grpo", {"clip_hi": 0.3}, "algo.clip_hi: unknown setting. Did you mean .*clip_high"),
         ("grpo", {"clip_low": 1.0}, "algo.clip_low = 1.0: want below 1, the ratio is never negative"),
         ("grpo", {"clip_high": -0.1}, "algo.clip_high = -0.1: want 0 or more"),
-        ("grpo", {"kl_coef": NAN}, "algo.kl_coef = nan: want 0 or more"),
+        ("grpo", {"kl_coef": NAN}, "algo.kl_coef = nan: want a number"),
         ("grpo", {"correction_cap": 0.5}, "algo.correction_cap = 0.5: want 1 or more"),
         ("sft", {"aggregation": "mean"}, 'algo.aggregation = "mean": want'),
     ],

@@ -146,7 +146,7 @@ def test_a_runs_conversations_find_their_rows_with_the_system_message(home: Path
         1, records.samples([Rollout(prompt, (1,), (True,), None, "7", "stop", 0, 0, 0)], [0.0], {}, [0.0])
     )
     code, lines, _ = check(capsys, "my_rewards.py:turns", "--run", "run")
-    assert code == 0 and lines[1][-1] == "2"
+    assert code == 0 and lines[1][-1] == "3"
 
 
 @pytest.mark.parametrize(

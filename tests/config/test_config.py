@@ -12,7 +12,7 @@ from typing import Any, Literal
 import pytest
 
 from rlft.config import files as config_file
-from rlft.config import trl_names
+from rlft.config import section, trl_names
 from rlft.config.data import Data, Eval, Reward, Sampling, Source
 from rlft.config.files import to_toml
 from rlft.config.run import Algo, Checkpoint, Config, Lora, Optim
@@ -138,7 +138,7 @@ def test_an_unknown_key_names_its_nearest_neighbour() -> None:
 
 
 def test_a_key_like_nothing_lists_what_is_known() -> None:
-    assert_refused("checkpoint.zzz: unknown setting. Known here: every, keep", checkpoint={"zzz": 1})
+    assert_refused("checkpoint.zzz: unknown setting. Known here: every, minutes, keep", checkpoint={"zzz": 1})
 
 
 def test_a_key_outside_its_section_says_where_it_belongs() -> None:
@@ -200,16 +200,20 @@ def test_no_setting_of_ours_is_refused_as_a_name_of_trl() -> None:
         ("optim.betas[1] = false: want a number", {"optim": {"betas": [0.9, False]}}),
         ("sampling.stop_token_ids = 3: want a list, each item a whole number", {"sampling": {"stop_token_ids": 3}}),
         ("lora.targets[1] = 2: want a string", {"lora": {"targets": ["q_proj", 2]}}),
-        ('lora.targets = "q_proj": want a list, each item a string or "all-linear"', {"lora": {"targets": "q_proj"}}),
+        ('lora.targets = 3: want a list, each item a string or "all-linear"', {"lora": {"targets": 3}}),
         (
             'optim.name = "adamw_8bits": want "adamw" or "adamw_8bit". Did you mean "adamw_8bit"?',
             {"optim": {"name": "adamw_8bits"}},
         ),
-        ("checkpoint = 3: want a table with every, keep", {"checkpoint": 3}),
+        ("checkpoint = 3: want a table with every, minutes, keep", {"checkpoint": 3}),
         ("data.columns.prompt = 3: want a string", {"data": {"path": "d", "columns": {"prompt": 3}}}),
         ("data.args = 3: want a table", {"data": {"path": "d", "args": 3}}),
         ("rewards[1].use is missing: it has no default", {"rewards": ["number", {"weight": 2.0}]}),
-        ("rewards[0] = 3: want a string (use) or a table with use, weight, timeout, memory_mb, args", {"rewards": [3]}),
+        (
+            "rewards[0] = 3: want a string (use) or a table with use, weight, timeout, memory_mb, file_mb, env, "
+            "network, batch, args",
+            {"rewards": [3]},
+        ),
     ],
 )
 def test_a_wrong_type_names_field_value_and_what_is_wanted(message: str, table: dict[str, Any]) -> None:
@@ -223,7 +227,7 @@ def test_all_faults_of_a_file_are_told_at_once() -> None:
         'stepz: unknown setting. Did you mean "steps"?',
         'optim.lr = "x": want a number',
         'optim.name = 1: want "adamw" or "adamw_8bit"',
-        "lora.rank = 0: want at least 1",
+        "lora.rank = 0: want at least 1, at most 65536",
         "data is missing: it has no default",
     ]
 
@@ -232,18 +236,8 @@ def test_all_faults_of_a_file_are_told_at_once() -> None:
     ("message", "table"),
     [
         ("steps = 3 and data.epochs = 1.0: give exactly one of them", {"data": {"path": "d", "epochs": 1}}),
-        ("data.path = '': give either data.path or data.sources", {"data": {}}),
+        ("data.path = '': give one of data.path, data.sources and data.rows", {"data": {}}),
         ("sampling.group_size = 0: want at least 1", {"sampling": {"group_size": 0}}),
-        (
-            "sampling.temperature = 0: want above 0 in training, where the policy gradient is that of a sampled token; "
-            "greedy decoding belongs in [eval]",
-            {"sampling": {"temperature": 0}},
-        ),
-        (
-            "sampling.top_p = 0.9: in training every token must be reachable, or log-probs are of another "
-            "distribution; allowed in [eval]",
-            {"sampling": {"top_p": 0.9}},
-        ),
         (
             "lora.targets = 'lm_head': an adapter on the head or the embedding is not supported: rollouts could not be "
             "checked against it",
@@ -298,3 +292,31 @@ def test_any_frozen_dataclass_is_built_in_the_same_way() -> None:
 def test_none_where_it_is_not_the_default_survives_the_table() -> None:
     assert config_file.to_table(Loss(cap=None)) == {"kl": "k2", "cap": None}
     assert "subset" not in config_file.to_table(Data(path="d"))
+
+
+def test_every_setting_that_trl_adds_to_the_trainer_has_a_hint() -> None:
+    from transformers import TrainingArguments
+    from trl import DPOConfig, GRPOConfig, SFTConfig
+
+    base = {field.name for field in dataclasses.fields(TrainingArguments)}
+    theirs = {field.name for cls in (GRPOConfig, DPOConfig, SFTConfig) for field in dataclasses.fields(cls)} - base
+    ours = {path.rpartition(".")[2] for path in paths()} | {field.name for field in dataclasses.fields(Config)}
+    hints = {name: section.unknown(name, "", [], 1) for name in theirs - ours}
+    assert [name for name, hint in hints.items() if "Known here" in hint or "Did you mean" in hint] == []
+
+
+def test_one_text_stands_for_a_list_of_one() -> None:
+    lists = {"rewards": "number", "track": {"use": "wandb"}, "lora": {"targets": "q_proj"}, "sampling": {"stop": "x"}}
+    cfg = Config(**{**RUN, **lists})
+    assert (cfg.rewards, cfg.track.use) == ((Reward("number"),), ("wandb",))
+    assert (cfg.lora.targets, cfg.sampling.stop) == (("q_proj",), ("x",))
+    assert Config(**{**RUN, "rewards": {"use": "number", "weight": 2}}).rewards == (Reward("number", weight=2.0),)
+    assert Config(**RUN).lora.targets == "all-linear"
+
+
+def test_what_a_preset_sets_is_not_taken_for_a_setting_of_the_user() -> None:
+    told = "lower the first or raise the second (optim.minibatches: set by the preset)"
+    with pytest.raises(ConfigError, match=re.escape(told)):
+        Config(**{**RUN, "algo": "dapo", "prompts_per_step": 4})
+    with pytest.raises(ConfigError, match=r"raise the second$"):
+        Config(**{**RUN, "algo": "dapo", "prompts_per_step": 4, "optim": {"minibatches": 5}})

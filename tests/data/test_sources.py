@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import datasets
 import pyarrow as pa
@@ -11,8 +12,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from rlft.config.data import Data, Source
-from rlft.data.sources import load_rows
+from rlft.data.usable import check_rows
 from rlft.errors import DataError
+
+
+def load_rows(data: Data, seed: int) -> list[dict[str, Any]]:
+    return list(check_rows(data, seed))
+
 
 ROWS = [{"question": f"{i} + 1", "answer": str(i + 1)} for i in range(6)]
 COLUMNS = {"prompt": "question"}
@@ -47,7 +53,7 @@ def test_a_reasoning_gym_task_is_seeded_and_takes_its_own_arguments() -> None:
 
 def test_a_template_and_a_mapping_apply_in_that_order(files: dict[str, Path], tmp_path: Path) -> None:
     (tmp_path / "my.py").write_text("def row(r):\n    return {'q': r['question'] + '?', 'answer': r['answer']}\n")
-    rows = load_rows(Data(str(files["jsonl"]), template=f"{tmp_path}/my.py:row", columns={"prompt": "q"}), seed=0)
+    rows = load_rows(Data(str(files["jsonl"]), template=f"{tmp_path}/my.py:row", columns={"prompt": "q"}), 0)
     assert rows[0] == {"answer": "1", "prompt": "0 + 1?"}
 
 
@@ -80,8 +86,8 @@ def test_what_is_missing_is_named(fault: str) -> None:
 def test_a_file_that_cannot_be_read_is_named_with_its_line(tmp_path: Path) -> None:
     bad = {
         "a.jsonl": '{"prompt": "x"}\n{"prompt": \n',
-        "b.jsonl": "[1]\n",
-        "c.json": '{"a": 1}',
+        "b.jsonl": '{"prompt": "x"}\n[1]\n',
+        "c.json": '{"a":\n 1}',
         "d.parquet": "no",
         "e.jsonl": "",
     }
@@ -89,9 +95,9 @@ def test_a_file_that_cannot_be_read_is_named_with_its_line(tmp_path: Path) -> No
         (tmp_path / name).write_text(text)
     for name, message in {
         "a.jsonl": "a.jsonl, line 2: not valid JSON",
-        "b.jsonl": "line 1: want an object with columns, got list",
+        "b.jsonl": "line 2: want an object with columns, got list",
         "c.json": "want a list of objects",
-        "d.parquet": "cannot be read as parquet",
+        "d.parquet": 'd.parquet": cannot be read: ArrowInvalid: ',
         "e.jsonl": "the dataset is empty",
     }.items():
         with pytest.raises(DataError, match=message):

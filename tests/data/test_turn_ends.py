@@ -14,8 +14,9 @@ from transformers import PreTrainedTokenizerFast
 
 from rlft.config.data import Data, Eval, Sampling
 from rlft.config.run import Algo, Config, Lora, Optim
-from rlft.data.chat import end_id, turn_end
+from rlft.data.chat import end_id
 from rlft.data.encode import encode_prompt
+from rlft.data.template import ChatTemplate
 from rlft.rollout.eager import EagerEngine
 from rlft.rollout.engine import eos_ids, undeclared_end
 from rlft.trainer.loop import train
@@ -173,7 +174,7 @@ def test_outside_of_a_chat_and_without_an_end_in_the_template_it_is_eos() -> Non
         "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
     )
-    assert turn_end([user("a")], Data("x"), tokenizer) is None and end_id(tokenizer) is None
+    assert ChatTemplate(Data("x"), tokenizer).turn_end([user("a")]) is None and end_id(tokenizer) is None
     (run,) = trained(encoded({"prompt": "ab", "completion": "cd"}, tokenizer).recorded[0], tokenizer)
     assert run == ["c", "d", "<eos>"]
     assert trained(encoded({"messages": [user("a"), assistant("b")]}, tokenizer).recorded[0], tokenizer) == [

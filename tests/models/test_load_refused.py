@@ -121,7 +121,7 @@ def test_what_is_no_causal_language_model_is_refused(tmp_path: Path) -> None:
     for folder, name in (("t5", "T5ForConditionalGeneration"), ("bert", "BertForMaskedLM")):
         assert f"{name} is not a causal language model; give one that continues text" in refusal(tmp_path / folder)
     (tmp_path / "t5" / "config.json").write_text('{"model_type": "nothing_yet"}')
-    assert "transformers cannot load it (The checkpoint you are trying to load has model type" in refusal(
+    assert "transformers cannot load its config.json (The checkpoint you are trying to load has model type" in refusal(
         tmp_path / "t5"
     )
 
@@ -135,7 +135,7 @@ def test_files_without_all_weights_are_refused(plain: Path, tmp_path: Path) -> N
     assert "its files lack 1 weights of LlamaForCausalLM, lm_head.weight for one; give" in refusal(tmp_path)
     file = save(tmp_path / "short") / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
-    assert "transformers cannot load it (" in refusal(tmp_path / "short")
+    assert f"{file} is damaged (" in refusal(tmp_path / "short")
 
 
 def test_values_that_are_no_settings_name_those_that_are(plain: Path) -> None:

@@ -284,7 +284,7 @@ def test_a_run_says_its_factors_and_its_engine_agrees(home: Path, tmp_path: Path
     assert checkpoint.continued_from(tmp_path / "run/checkpoints/step-000001")["rope"] == "long factors"
     with open_run(tmp_path / "run") as run, open_run(tmp_path / "run", "base") as untrained:
         assert run.long and untrained.long
-    assert isinstance(generate_from_run(tmp_path / "run", "say 3", max_tokens=3), str)
+    assert isinstance(generate_from_run(tmp_path / "run", ["say 3"], max_tokens=3)[0], str)
     train(replace(cfg, steps=2, sampling=Sampling(group_size=4, max_tokens=3)), resume=True)
     said = capsys.readouterr().out
     assert "rope: short factors for all sequences" in said

@@ -101,5 +101,8 @@ def test_completions_that_cannot_be_written_stop_the_run(cfg: Config) -> None:
         if state.step == 1:
             (Path(cfg.out) / "rollouts" / ".step-000002.parquet.tmp").mkdir(parents=True)
 
-    with pytest.raises(ConfigError, match=r"cannot write rollouts/step-000002.parquet: .*Is a directory.*; make room"):
+    with pytest.raises(
+        ConfigError,
+        match=r"cannot write rollouts/step-000002.parquet: .*Is a directory.*; see what is in the way there",
+    ):
         train(cfg, callbacks=[in_the_way])

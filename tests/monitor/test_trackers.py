@@ -7,6 +7,7 @@ import contextlib
 import io
 import json
 import os
+import shutil
 import sqlite3
 import struct
 from collections.abc import Callable
@@ -90,6 +91,7 @@ def tracked(home: Path, tmp_path_factory) -> Path:
         with contextlib.redirect_stdout(io.StringIO()) as said:
             with pytest.raises(KeyboardInterrupt):
                 train(cfg, callbacks=[die_at(3)])
+            shutil.rmtree(out / "checkpoints" / "step-000003")  # which a kill would not have left
             train(cfg, resume=True)
         # A tracker that fails is only a message: the run goes on.
         assert "step 4/4" in said.getvalue() and 'tracker "' not in said.getvalue()
@@ -298,7 +300,7 @@ def test_a_reward_that_logs_under_our_names_changes_no_number_of_ours(home: Path
             train(cfg, callbacks=[lambda _, values: values.clear(), die_at(2)])
         result = train(cfg, resume=True)
         assert result.after and result.best is not None
-        assert [row["step"] for row in metrics(tmp_path / name)] == [0, 1, 1, 2, 2, 2]  # the last was set aside
+        assert [row["step"] for row in metrics(tmp_path / name)] == [0, 1, 1, 2, 2]
         ours[name] = [
             {k.replace(name, "f"): v for k, v in row.items() if not k.startswith(("custom/", *timed))}
             for row in metrics(tmp_path / name)

@@ -20,7 +20,7 @@ from rlft import report
 from rlft.errors import ConfigError
 from rlft.report import charts, comparison, completions, curves, page
 from rlft.report.curves import Drawing, Line, Mark
-from rlft.report.markup import MOST_TEXT, digest, number, passage
+from rlft.report.markup import MOST_TEXT, conversation, digest, number, passage
 from rlft.runs.folder import Run
 from rlft.types import Prompt, Rollout
 
@@ -329,9 +329,12 @@ def test_the_page_asks_for_nothing_and_runs_nothing_but_its_own_two_files(whole:
 
 
 def test_messages_are_shown_under_their_roles_and_long_texts_are_cut() -> None:
-    shown = passage('[{"role": "user", "content": "hi"}, {"role": "<b>", "content": "<yo>"}]')
-    assert "<i>user</i> hi\n<i>&lt;b&gt;</i> &lt;yo&gt;<" in shown
-    assert ">[1, 2]<" in passage("[1, 2]") and ">[not json<" in passage("[not json")
+    messages = '[{"role": "user", "content": "hi"}, {"role": "<b>", "content": "<yo>"}]'
+    assert "<i>user</i> hi\n<i>&lt;b&gt;</i> &lt;yo&gt;<" in conversation(messages)
+    for other in ("[1, 2]", "[not json", "[" * 1200, '[{"role": "user"}]'):
+        assert conversation(other) == passage(other)
+    # A text is no conversation, whatever it looks like: a completion could forge a system turn.
+    assert "<i>" not in passage(messages) and passage("[" * 1200).count("[") == 1200
     assert passage("x" * 3500).count("x") == MOST_TEXT and "500 more characters" in passage("x" * 3500)
     assert "<i>empty</i>" in passage("")
 
@@ -367,12 +370,28 @@ def test_of_a_long_completion_only_whole_tokens_of_the_shown_text_are_there(run:
     assert f'data-n="{MOST_TEXT - 1}"' in block and "2 more tokens" in block and "yz" not in block
 
 
+def test_damaged_files_are_named_and_the_rest_is_shown(run: Run) -> None:
+    for step in (1, 2, 3):
+        run.log(step, {"loss": 1.0})
+        run.write_rollouts(step, records.samples(rollouts(step, ["[" * 1200]), [1.0], {}, [0.0]))
+    for step in (0, 3):
+        run.write_evaluation(step, records.samples(rollouts(step, ["text"]), [1.0]))
+    (run.rollouts / "step-000003.parquet").write_bytes(b"")
+    (run.evaluations / "step-000000.parquet").write_bytes(b"PAR1")
+    run.plan_file.write_text("{")
+    run.config.write_bytes(b"\xff")
+    source = page.page(run)
+    for name in ("rollouts/step-000003.parquet", "evaluations/step-000000.parquet", "plan.json"):
+        assert f"/{name}: unreadable: " in source
+    assert source.count('data-step="') == 2 and "Held-out completions" not in source
+
+
 def test_completions_keep_to_their_budget(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     for step in range(1, 31):
         run.write_rollouts(step, records.samples(rollouts(step, ["w " * 500]), [1.0], {}, [0.0]))
-    assert completions.samples(run).count("data-step") == 30
+    assert completions.samples(run, []).count("data-step") == 30
     monkeypatch.setattr(completions, "BUDGET", 5000)
-    made = completions.samples(run)
+    made = completions.samples(run, [])
     assert made.count("data-step") == 4 and 'data-step="30"' in made and "4 of 30 steps are here" in made
 
 

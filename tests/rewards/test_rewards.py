@@ -338,7 +338,6 @@ def test_closing_leaves_no_process_and_no_descriptor(user_file: Path) -> None:
         ("costs $1,250.50 now", "1250.5", 1.0),
         ("3.0", "3", 1.0),
         ("none", "3", 0.0),
-        ("4", "four", None),
         ("x2", "2", 0.0),
         ("1,2", "2", 1.0),
         ("-3 and 4", "-3", 0.0),
@@ -358,6 +357,10 @@ BUILTINS: list[tuple[str, dict[str, Any], list[float | None]]] = [
         [0.0, 0.0, -0.5, -1.0, -1.0],
     ),
     ("number", {"completions": ["so 5"], "answer": ["5"]}, [1.0]),
+    ("code", {"completions": ["```\nprint(4)\n```"], "tests": [[{"input": "", "output": "4"}]]}, [1.0]),
+    ("math", {"completions": [r"\boxed{0.5}"], "answer": ["1/2"]}, [1.0]),
+    ("repetition", {"completion_ids": [[1, 2, 1, 2, 1]], "ngram": 2}, [-0.5]),
+    ("tags", {"completions": ["<think>1</think>"]}, [0.5]),
     ("reasoning_gym", {"completions": ["7"], "answer": ["7"], "task": ["chain_sum"], "metadata": [{}]}, [1.0]),
 ]
 """Every built-in: its name, arguments and rewards."""
@@ -368,8 +371,13 @@ def test_built_ins_by_hand(name: str, arguments: dict[str, Any], rewards: list[f
     assert getattr(resolve.module(name, BUILTIN, "rewards"), name)(**arguments) == rewards
 
 
-def test_every_built_in_has_a_row() -> None:
-    assert {name for name, _, _ in BUILTINS} == set(resolve.names_in(BUILTIN))
+FILES = ("judge", "reward_model")
+"""Built-ins that need a server or a model, each with a file of tests."""
+
+
+def test_every_built_in_has_a_row_or_a_file_of_tests() -> None:
+    assert {*(name for name, _, _ in BUILTINS), *FILES} == set(resolve.names_in(BUILTIN))
+    assert all(Path(__file__).with_name(f"test_{name}.py").is_file() for name in FILES)
 
 
 def test_built_ins_by_name_and_reasoning_gyms_own_score() -> None:

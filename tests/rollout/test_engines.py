@@ -57,6 +57,37 @@ def test_order_is_kept_with_g_completions_per_prompt(pair) -> None:
     assert [r.sample_index for r in rollouts] == list(range(per_prompt)) * 4
 
 
+def test_a_group_is_given_away_when_it_is_complete(pair) -> None:
+    """Decoding batches of 7 and completions of different lengths: groups end one after the other."""
+    _, engine = pair
+    seen: list[list] = []
+    rollouts = engine.generate(prompts(4, recorded=True), SAMPLING, (1, 0), lambda group: seen.append(list(group)))
+    if not engine.SAMPLES:
+        assert seen == []
+        return
+    groups = [rollouts[i : i + 3] for i in range(0, 12, 3)]
+    assert sorted(map(groups.index, seen)) == [0, 1, 2, 3]
+    assert {id(rollout) for group in seen for rollout in group} == {id(rollout) for rollout in rollouts}
+    assert rollouts == generate(engine)
+
+
+def test_the_first_group_is_given_away_before_the_last_token_is_sampled() -> None:
+    policy, engine = make("eager")
+    engine.load_adapter(policy.adapter(), version=0)
+    lengths: list[int] = []
+    calls = 0
+    step = engine._step
+
+    def counted(*arguments):
+        nonlocal calls
+        calls += 1
+        return step(*arguments)
+
+    engine._step = counted  # type: ignore[method-assign]
+    engine.generate(prompts(4), SAMPLING, (1, 0), lambda group: lengths.append(calls))
+    assert len(lengths) == 4 and lengths[0] < calls
+
+
 def test_every_rollout_says_which_policy_version_made_it(pair) -> None:
     policy, engine = pair
     assert {r.policy_version for r in generate(engine)} == {5}

@@ -92,8 +92,10 @@ def ids(rollouts: list[Rollout]) -> list[tuple[int, ...]]:
 
 def test_rollouts_keep_order_group_version_and_log_probs_that_the_trainer_shares(pair: Pair) -> None:
     policy, engine = pair
-    rollouts = generate(pair)
+    given: list[list[Rollout]] = []
+    rollouts = engine.generate(prompts(policy), SAMPLING, (1, 0), lambda group: given.append(list(group)))
     assert [(r.prompt.index, r.sample_index) for r in rollouts] == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    assert sorted(given, key=lambda group: group[0].prompt.index) == [rollouts[:2], rollouts[2:]]
     assert {r.policy_version for r in rollouts} == {5}
     for r in rollouts:
         assert r.sampler_logprobs is not None and len(r.sampler_logprobs) == len(r.completion_ids) > 0

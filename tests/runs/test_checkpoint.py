@@ -21,6 +21,9 @@ IDENTITY = {"model": "m", "base": "f00d", "lora": "rank 4", "rlft": "0.1.0"}
 
 def write_adapter(folder: Path) -> None:
     (folder / "adapter_model.safetensors").write_bytes(b"weights")
+    (folder / "README.md").write_bytes(b"card")
+    (folder / "tokenizer").mkdir()
+    (folder / "tokenizer" / "vocab.txt").write_bytes(b"words")
 
 
 def tensors(value: float = 1.0) -> dict[str, Tensor]:
@@ -42,7 +45,12 @@ def test_state_and_tensors_come_back_bit_for_bit(tmp_path: Path) -> None:
     state = State(step=12, updates=24, consumed=96, num_tokens=1000, skipped_updates=1, invalid_history=[0.0, 0.1])
     path = checkpoint.save_checkpoint(tmp_path / "c", state, tensors(0.1), IDENTITY, write_adapter, keep=2)
     assert path == tmp_path / "c" / "step-000012"
-    assert sorted(p.name for p in path.iterdir()) == ["adapter_model.safetensors", "state.json", "trainer.safetensors"]
+    names = ["README.md", "adapter_model.safetensors", "state.json", "tokenizer", "trainer.safetensors"]
+    assert sorted(p.name for p in path.iterdir()) == names
+    assert [p.relative_to(path).as_posix() for p in checkpoint.portable(path)] == [
+        "adapter_model.safetensors",
+        "tokenizer/vocab.txt",
+    ]
     back, found, notes = checkpoint.load_checkpoint(path, IDENTITY)
     assert back == state and notes == [] and found.keys() == tensors().keys()
     for name, tensor in tensors(0.1).items():
@@ -132,15 +140,19 @@ def test_another_base_or_adapter_shape_is_refused_with_both_values(tmp_path: Pat
 
 
 def change(path: Path, **changes: object) -> None:
+    """Write another state.json as rlft itself would, so with its digest."""
     record = json.loads((path / "state.json").read_text())
-    (path / "state.json").write_text(json.dumps({**record, **changes}))
+    record = {**record, **changes}
+    del record["digest"]
+    record["digest"] = checkpoint._digest_of_record(record)
+    (path / "state.json").write_text(json.dumps(record))
 
 
 def test_another_format_is_refused(tmp_path: Path) -> None:
     path = save(tmp_path, 1)
-    change(path, format=2)
+    change(path, format=1)
     with pytest.raises(
-        ConfigError, match=r"in format 2, and this rlft reads format 1; use the rlft that wrote it \(0.1.0\)"
+        ConfigError, match=r"in format 1, and this rlft reads format 2; use the rlft that wrote it \(0.1.0\)"
     ):
         checkpoint.load_checkpoint(path, IDENTITY)
 
@@ -167,7 +179,12 @@ def test_no_checkpoint_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("file", "data", "why"),
     [
-        ("state.json", b'{"format": 1, "sta', "Unterminated string"),
+        ("state.json", b'{"format": 2, "sta', "Unterminated string"),
+        ("state.json", b"[" * 5000, "recursion"),
+        ("state.json", b"\xff", "codec can't decode"),
+        ("adapter_model.safetensors", b"wei", "adapter_model.safetensors is not what was written"),
+        ("adapter_model.safetensors", None, "adapter_model.safetensors: No such file"),
+        ("tokenizer/vocab.txt", b"", "tokenizer/vocab.txt is not what was written"),
         ("state.json", b"[]", "state.json lacks entries"),
         ("trainer.safetensors", b"short", "trainer.safetensors is not what was written"),
         ("trainer.safetensors", None, "No such file"),
@@ -181,6 +198,40 @@ def test_a_damaged_checkpoint_is_named(tmp_path: Path, file: str, data: bytes | 
         (path / file).write_bytes(data)
     with pytest.raises(ConfigError, match=rf"step-000001: damaged checkpoint: .*{why}.*; remove that folder"):
         checkpoint.load_checkpoint(path, IDENTITY)
+
+
+EDITS = {"step": 99, "updates": -1, "consumed": "x", "invalid_history": None, "solved": [1], "new": 1}
+"""Field of the state -> a value that somebody has put there."""
+
+
+@pytest.mark.parametrize("name", EDITS)
+def test_an_edited_state_is_a_damaged_checkpoint(tmp_path: Path, name: str) -> None:
+    path = save(tmp_path, 1)
+    record = json.loads((path / "state.json").read_text())
+    record["state"][name] = EDITS[name]
+    (path / "state.json").write_text(json.dumps(record))
+    with pytest.raises(ConfigError, match=r"step-000001: damaged checkpoint: state.json is not what was written"):
+        checkpoint.load_checkpoint(path, IDENTITY)
+
+
+def test_a_checkpoint_under_the_name_of_another_step_is_damaged(tmp_path: Path) -> None:
+    path = save(tmp_path, 1).rename(tmp_path / "step-000099")
+    with pytest.raises(ConfigError, match="step-000099: damaged checkpoint: its state is of step 1"):
+        checkpoint.load_checkpoint(path, IDENTITY)
+
+
+def test_the_card_may_change(tmp_path: Path) -> None:
+    path = save(tmp_path, 1)
+    (path / "README.md").write_bytes(b"another card")
+    checkpoint.load_checkpoint(path, IDENTITY)
+
+
+def test_of_regular_checkpoints_as_many_are_kept_as_asked_for_and_of_others_only_the_newest(tmp_path: Path) -> None:
+    left = []
+    for step in (5, 10, 13, 15, 17, 18):
+        checkpoint.save_checkpoint(tmp_path, State(step=step), tensors(), IDENTITY, write_adapter, keep=2, every=5)
+        left.append([int(path.name[5:]) for path in sorted(tmp_path.iterdir())])
+    assert left == [[5], [5, 10], [10, 13], [10, 15], [15, 17], [15, 18]]
 
 
 def test_one_flipped_bit_is_found(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ from rlft.errors import ConfigError, ParityError
 from rlft.models.load import attach_lora, load_base
 from rlft.models.policy import Policy
 from rlft.runs import card as model_card
-from rlft.runs import export
+from rlft.runs import checkpoint, export
 from rlft.runs.export import merge, token_logprobs
 from rlft.runs.folder import Run
 from rlft.trainer.loop import train
@@ -154,7 +154,10 @@ def test_an_earlier_checkpoint_into_float32_from_the_command_line(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"which": "7"}, r'--checkpoint 7: .* has no such checkpoint; give "latest", "best" or a step of 1, 2$'),
+        (
+            {"which": "7"},
+            r'--checkpoint 7: .* has no such checkpoint; give "latest", "best" or one of its steps: 1, 2$',
+        ),
         ({"dtype": "int8"}, r'dtype = "int8": want one of bfloat16, float16, float32'),
         ({"out": "rewards.py"}, r"is there already and not an empty folder; give another one"),
         ({"out": "run"}, r"is there already and not an empty folder; give another one"),
@@ -216,11 +219,20 @@ def test_weights_beyond_the_range_of_the_type_are_an_error(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_adapter_that_is_not_finite_is_refused(damaged: Path, tmp_path: Path) -> None:
+def test_an_adapter_that_is_not_finite_is_refused(damaged: Path, tmp_path: Path, monkeypatch) -> None:
     file = damaged / "checkpoints" / "step-000002" / "adapter_model.safetensors"
     tensors = load_file(file)
     tensors[min(tensors)][0, 0] = math.nan
     save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(
+        ConfigError, match=r"step-000002: damaged checkpoint: adapter_model.safetensors is not what was"
+    ):
+        merge(damaged, tmp_path / "out")
+    with pytest.raises(
+        ConfigError, match=r"step-000002: damaged checkpoint: adapter_model.safetensors is not what was"
+    ):
+        export.push_adapter(damaged, "me/mine")
+    monkeypatch.setattr(checkpoint, "check", lambda path: {})
     with pytest.raises(ConfigError, match=r"step-000002: the adapter cannot be merged"):
         merge(damaged, tmp_path / "out")
 

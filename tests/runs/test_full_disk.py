@@ -68,7 +68,12 @@ def fill(disk: Path, leave: int = 0) -> None:
 
 SAVED = "the checkpoint could not be written: "
 WRITES: dict[str, tuple[Any, str, int | str, str]] = {
-    "the folder": (Run, "create", 1, "{out}/.write-test|cannot write in it: No space left"),
+    "the folder": (
+        "rlft.runs.claim",
+        "_locked",
+        1,
+        'out = "{out}": cannot write in it: No space left on device; make room there',
+    ),
     "config": (Run, "write_config", 1, 'out = "{out}": cannot write config.toml: No space left on device'),
     "metrics": (Run, "log", 4, 'out = "{out}": cannot write metrics.jsonl: No space left on device'),
     "rollouts": (Run, "write_rollouts", 3, 'out = "{out}": cannot write rollouts/step-000003.parquet: No space left'),
@@ -127,11 +132,12 @@ def test_a_disk_that_turns_read_only_is_named_at_the_start_and_in_the_middle(hom
         at_call(Run, "log", 3, lambda: remount("ro"), patch)
         assert run(home, out) == 2
     shown = capsys.readouterr().err
-    assert f'error: out = "{out}": cannot write metrics.jsonl: Read-only file system; make room or make it wr' in shown
+    assert f'error: out = "{out}": cannot write metrics.jsonl: Read-only file system; make it writable, then' in shown
     assert run(home, out, "--resume") == 2
-    assert f'error: out = "{out}": {out} cannot be written to; give another folder' in capsys.readouterr().err
+    told = "cannot write in it: Read-only file system; make it writable, or give another folder with --out"
+    assert f'error: out = "{out}": {told}' in capsys.readouterr().err
     assert run(home, disk / "new") == 2
-    assert f'error: out = "{disk}/new": {disk} cannot be written to; give another folder' in capsys.readouterr().err
+    assert f'error: out = "{disk}/new": {told}' in capsys.readouterr().err
     remount("rw")
     assert run(home, out, "--resume") == 0
     assert differences(home / "whole", out) == []

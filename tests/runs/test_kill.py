@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
 import sys
 import time
 from pathlib import Path
@@ -11,46 +9,7 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-from kill_soak import Run, differences, make_home
-
-
-def command(args: list[str], marks: str) -> None:
-    """`rlft ARGS...` in a fork that has torch loaded already: no five seconds of imports per start."""
-    os.environ |= {"KILL_SOAK_MARKS": marks}
-    output = os.open(f"{marks}/output", os.O_CREAT | os.O_APPEND | os.O_WRONLY)
-    os.dup2(output, 1)
-    os.dup2(output, 2)
-    import torch
-
-    from rlft.cli.main import main
-
-    torch.set_num_threads(1)
-    sys.exit(main(args))
-
-
-class Fork:
-    """A process of the fork server as `Run` wants it."""
-
-    def __init__(self, args: list[str], marks: Path) -> None:
-        self._process = SERVER.Process(target=command, args=(args, str(marks)))
-        self._process.start()
-
-    def poll(self) -> int | None:
-        return self._process.exitcode
-
-    def kill(self) -> None:
-        self._process.kill()
-
-    def terminate(self) -> None:
-        self._process.terminate()
-
-    def wait(self) -> int:
-        self._process.join()
-        assert self._process.exitcode is not None
-        return self._process.exitcode
-
-
-SERVER = multiprocessing.get_context("forkserver")
+from kill_soak import Fork, Run, differences, make_home
 
 
 @pytest.fixture(scope="module")

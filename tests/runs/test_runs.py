@@ -14,6 +14,7 @@ import torch
 
 from rlft.errors import ConfigError
 from rlft.runs.folder import Run
+from rlft.runs.tables import Unreadable
 from rlft.types import Best, Prompt, Rollout
 
 CHAT = Prompt((1, 2), {"prompt": [{"role": "user", "content": "hi"}]}, 3, ({"role": "user", "content": "hi"},))
@@ -33,11 +34,10 @@ def started(tmp_path: Path) -> Run:
 def test_a_folder_counts_as_a_run_only_once_its_config_is_written(tmp_path: Path) -> None:
     run = Run.create(tmp_path / "a" / "b")
     assert list(run.path.iterdir()) == []
-    Run.create(run.path)  # a start that failed while loading leaves nothing in the way
+    with pytest.raises(ConfigError, match="holds no run"):
+        Run.resume(run.path)
     run.write_config("steps = 3\n")
     assert run.config.read_text() == "steps = 3\n" and run.metrics() == []
-    with pytest.raises(ConfigError, match=r'out = ".*b": already holds a run; go on with --resume, .* with --out'):
-        Run.create(run.path)
     assert Run.resume(run.path).path == run.path
 
 
@@ -104,6 +104,7 @@ def test_every_completion_is_written_with_its_rewards(tmp_path: Path) -> None:
         "group",
         "sample",
         "prompt",
+        "prompt_is_messages",
         "completion",
         "completion_ids",
         "sampler_logprobs",
@@ -124,6 +125,7 @@ def test_every_completion_is_written_with_its_rewards(tmp_path: Path) -> None:
         "group": 0,
         "sample": 0,
         "prompt": "2+2?",
+        "prompt_is_messages": False,
         "completion": "s0",
         "completion_ids": [7, 2],
         "sampler_logprobs": [-0.5, -0.25],
@@ -142,6 +144,7 @@ def test_every_completion_is_written_with_its_rewards(tmp_path: Path) -> None:
     assert run.read_rollouts(12, groups=1) == [first, second]
     # Messages as JSON; invalid is null, which an average in SQL leaves out, and never 0.
     assert json.loads(third["prompt"]) == [{"role": "user", "content": "hi"}] and third["group"] == 1
+    assert third["prompt_is_messages"]
     assert third["reward"] is None and third["rewards/exact"] is None and third["sampler_logprobs"] is None
     assert [p.name for p in path.parent.iterdir()] == ["step-000012.parquet"]  # nothing temporary is left
 
@@ -171,7 +174,9 @@ def test_what_lies_past_the_checkpoint_is_set_aside_and_nothing_is_deleted(tmp_p
     run.write_evaluation(3, records.samples([rollout(TEXT, 0)], [0.5]))
     with run.metrics_file.open("a") as file:
         file.write('{"step": 4, "lo')  # killed here
-    aside = run.set_aside(1)
+    moved = run.set_aside(1)
+    assert moved is not None and moved.damaged == []
+    aside = moved.path
     assert aside == run.path / "set-aside" / "001"
     assert [m["step"] for m in run.metrics()] == [1] and run.rollout_steps() == [1] and run.evaluation_steps() == []
     lines = (aside / "metrics.jsonl").read_text().splitlines()
@@ -183,7 +188,8 @@ def test_what_lies_past_the_checkpoint_is_set_aside_and_nothing_is_deleted(tmp_p
     ]
     run.log(2, {"loss": 9.0})
     assert run.metrics()[-1] == {"step": 2, "loss": 9.0}
-    assert run.set_aside(1) == run.path / "set-aside" / "002"
+    moved = run.set_aside(1)
+    assert moved is not None and moved.path == run.path / "set-aside" / "002"
     assert (run.path / "set-aside" / "001" / "metrics.jsonl").read_text().splitlines() == lines
 
 
@@ -198,12 +204,55 @@ def test_a_line_without_its_end_is_torn_even_where_it_reads_as_whole(tmp_path: P
     assert run.evaluation(1) == {"eval/reward": 0.5} and run.evaluation(2) == {}
 
 
-def test_an_empty_folder_can_be_resumed_and_one_of_something_else_cannot(tmp_path: Path) -> None:
-    """What a start leaves that was killed while loading: a job that is always started with --resume goes on."""
-    assert Run.resume(tmp_path, empty=True).path == tmp_path
-    (tmp_path / "thesis.tex").write_text("x")
-    with pytest.raises(ConfigError, match=r'out = ".*": holds no run'):
-        Run.resume(tmp_path, empty=True)
+ROWS = [
+    '{"step": null, "loss": 1}',
+    '{"step": "1"}',
+    '{"step": true}',
+    '{"step": 1.5}',
+    '{"step": -1}',
+    '{"loss": 1}',
+    '{"step": 1, "reward": "x"}',
+    '{"step": 1, "reward": [1]}',
+    "[1]",
+    "\0\0\0",
+    "[" * 5000,
+]
+"""Lines that no run has written."""
+
+
+@pytest.mark.parametrize("line", ROWS)
+def test_a_line_that_is_no_row_of_metrics_is_named_and_a_resume_sets_it_aside(tmp_path: Path, line: str) -> None:
+    run = started(tmp_path)
+    run.metrics_file.write_text(f'{{"step": 1, "loss": 1.0}}\n{line}\n{{"step": 2, "loss": 2.0}}\n')
+    with pytest.raises(ConfigError, match=r"metrics.jsonl: line 2 is no row of metrics .*: fix or remove the line"):
+        run.metrics()
+    moved = run.set_aside(2)
+    assert moved is not None and moved.damaged == [2]
+    assert [row["step"] for row in run.metrics()] == [1, 2]
+    assert (moved.path / "metrics.jsonl").read_text() == f"{line}\n"
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "another file", "other columns"])
+def test_a_damaged_table_is_named(tmp_path: Path, damage: str) -> None:
+    import pyarrow as pa
+
+    run = started(tmp_path)
+    run.write_evaluation(2, records.samples([rollout(TEXT, 0)], [1.0]))
+    path = run.evaluations / "step-000002.parquet"
+    data = path.read_bytes()
+    path.write_bytes({"cut": data[: len(data) // 2], "empty": b"", "another file": b"x" * 100}.get(damage, b""))
+    if damage == "other columns":
+        pq.write_table(pa.table({"group": [0]}), path)
+    with pytest.raises(Unreadable, match=r"evaluations/step-000002.parquet: unreadable: .*; move it out of the folder"):
+        run.read_evaluation(2)
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", '{"base": "x"}', "\udcff"])
+def test_a_damaged_plan_is_named(tmp_path: Path, text: str) -> None:
+    run = started(tmp_path)
+    run.plan_file.write_bytes(text.encode(errors="surrogateescape"))
+    with pytest.raises(Unreadable, match=r"plan.json: unreadable: "):
+        run.plan()
 
 
 def test_nothing_past_the_checkpoint_means_nothing_is_touched(tmp_path: Path) -> None:
@@ -248,7 +297,9 @@ def test_a_checkpoint_is_chosen_by_name(tmp_path: Path) -> None:
     chosen = {which: run.checkpoint(which).name for which in ("latest", "best", "2")}
     assert chosen == {"latest": "step-000012", "best": "step-000004", "2": "step-000002"}
     for wrong in ("3", "-2", "newest"):
-        with pytest.raises(ConfigError, match=rf'--checkpoint {wrong}: .* "latest", "best" or a step of 2, 4, 12'):
+        with pytest.raises(
+            ConfigError, match=rf'--checkpoint {wrong}: .* "latest", "best" or one of its steps: 2, 4, 12'
+        ):
             run.checkpoint(wrong)
 
 

@@ -118,14 +118,6 @@ SAMPLED = {
         "row 1: column prompt is missing or null, .*; fix the row or leave it out",
     ),
     "a number as prompt": (["--data.path={home}/number.jsonl"], "row 0: column prompt is 3: want a string or messages"),
-    "answers of two types": (
-        ["--data.path={home}/mixed.jsonl"],
-        r"row 1: column answer is int \(3\), but str in row 0; give all of them one type",
-    ),
-    "no answer": (
-        ["--data.path={home}/unanswered.jsonl"],
-        "row 1: column answer is missing or null; give every row one, or drop the column",
-    ),
     "long prompt": (
         ["--data.max_prompt_tokens=3", "--data.long_prompts=error"],
         'row 0: the prompt has 24 tokens, data.max_prompt_tokens is 3; raise it, or set data.long_prompts = "drop"',
@@ -275,8 +267,8 @@ def test_a_checkpoint_that_does_not_fit_or_is_damaged_is_refused_and_left_alone(
     resumed("does not fit this run: lora of the checkpoint is 'rank 4, .* here it is 'rank 8", "--lora.rank=8")
     state, tensors = folder / "state.json", folder / "trainer.safetensors"
     whole = {path: path.read_bytes() for path in (state, tensors)}
-    state.write_text(whole[state].decode().replace('"format": 1', '"format": 99'))
-    resumed(r"a checkpoint in format 99, and this rlft reads format 1; use the rlft that wrote it \(0\.1\.0\)")
+    state.write_text(whole[state].decode().replace('"format": 2', '"format": 99'))
+    resumed(r"a checkpoint in format 99, and this rlft reads format 2; use the rlft that wrote it \(0\.1\.0\)")
     flipped = bytes([*whole[tensors][:-1], whole[tensors][-1] ^ 1])
     for path, data in ((state, b"{}"), (tensors, whole[tensors][:-9]), (tensors, flipped)):
         path.write_bytes(data)
@@ -299,7 +291,7 @@ def test_equal_rewards_are_a_warning_and_the_step_is_taken(home: Path, tmp_path:
 def test_rewards_that_are_all_invalid_stop_the_run(home: Path, tmp_path: Path, capsys) -> None:
     assert run(home, tmp_path / "none", "--rewards.0.use={home}/rewards.py:none") == 3
     wanted = (
-        "every reward of this step is invalid, so there is nothing to learn from. no reward function applied to 6 of 6"
+        "every reward of this step is invalid, so there is nothing to learn from: no reward function applied to 6 of 6"
     )
     assert wanted in capsys.readouterr().err
     assert run(home, tmp_path / "later", "--rewards.0.use={home}/rewards.py:later", "--checkpoint.every=1") == 3
@@ -328,8 +320,9 @@ def test_out_of_memory_says_what_to_lower(home: Path, tmp_path: Path, capsys) ->
 def test_what_nobody_expected_is_a_short_traceback_and_whose_file_it_came_from(home, tmp_path, capsys) -> None:
     assert run(home, tmp_path / "run", "--algo.name={home}/bug_loss.py", data="sft.jsonl") == 1
     lines = capsys.readouterr().err.splitlines()
-    assert lines[-1] == f"It was raised in {home}/bug_loss.py, which is not a file of rlft: look there first."
-    assert lines[-2].startswith("error: IndexError: too many indices")
+    assert "no step was finished. Start again with: rlft train" in lines[-1]
+    assert lines[-2] == f"It was raised in {home}/bug_loss.py, which is not a file of rlft: look there first."
+    assert lines[-3].startswith("error: IndexError: too many indices")
     assert sum('  File "' in line for line in lines) == 4
 
 

@@ -18,7 +18,8 @@ import rlft
 from rlft.config.data import Data
 from rlft.config.run import Algo, Config, Engine, Lora, Optim
 from rlft.errors import ConfigError
-from rlft.models.load import attach_lora, changed_dropout
+from rlft.models.continued import changed_dropout
+from rlft.models.load import attach_lora
 from rlft.trainer.loop import train
 from rlft.trainer.validate import problems
 

@@ -18,11 +18,11 @@ from tiny import SPECIAL, tiny_model, tiny_tokenizer
 import rlft
 from rlft.config.data import Data, Eval, Reward, Sampling
 from rlft.config.run import Algo, Checkpoint, Config, Lora, Optim, Packing, Parity
-from rlft.data import prompts
+from rlft.data import usable
 from rlft.errors import ConfigError, EngineError, ParityError, RewardError, TrainError
 from rlft.rollout.eager import EagerEngine
 from rlft.runs.folder import Run
-from rlft.trainer import validate
+from rlft.trainer import ending, validate
 from rlft.trainer.loop import train
 from rlft.trainer.reopen import evaluate_run, generate_from_run
 
@@ -132,7 +132,7 @@ def test_grpo_leaves_an_adapter_a_report_and_every_completion(home: Path, tmp_pa
     assert "eval/reward" in result.before and "eval/reward_change" in result.after
     values = evaluate_run(tmp_path / "run")
     assert values["eval/reward"] == pytest.approx(result.after["eval/reward"])
-    assert isinstance(generate_from_run(tmp_path / "run", "say 3", max_tokens=4), str)
+    assert isinstance(generate_from_run(tmp_path / "run", ["say 3"], max_tokens=4)[0], str)
 
 
 def test_sft_runs_through_the_same_loop_and_its_first_loss_is_transformers_cross_entropy(
@@ -205,7 +205,7 @@ def test_a_start_reads_the_data_and_builds_the_algorithm_once(home: Path, tmp_pa
         function = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *args, **options: (calls.append(name), function(*args, **options))[1])
 
-    for module, name in ((prompts, "load_rows"), (validate, "build_algorithm")):
+    for module, name in ((usable, "load_rows"), (validate, "build_algorithm")):
         counted(module, name)
     train(grpo(home, tmp_path / "run", steps=1))
     assert sorted(calls) == ["build_algorithm", "load_rows"]
@@ -253,7 +253,7 @@ def test_one_step_and_one_more_equal_two_bit_for_bit(make, dropout: float, home:
     assert pq.read_table(files[0]).equals(pq.read_table(files[1]))
 
 
-def test_steps_past_the_checkpoint_are_set_aside_on_resume(home: Path, tmp_path: Path) -> None:
+def test_steps_past_the_checkpoint_are_set_aside_on_resume(home: Path, tmp_path: Path, monkeypatch) -> None:
     """A run that died in step 3 with a checkpoint of step 2 does step 3 again, and keeps the lost one aside."""
     out = tmp_path / "run"
 
@@ -261,7 +261,8 @@ def test_steps_past_the_checkpoint_are_set_aside_on_resume(home: Path, tmp_path:
         if state.step == 3:
             raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(ending, "rescue", lambda session, ways: "")  # as a kill
         train(grpo(home, out, steps=4, checkpoint=Checkpoint(every=2)), callbacks=[die])
     assert [m["step"] for m in metrics(out)] == [1, 2, 3]
     result = train(grpo(home, out, steps=4), resume=True)
@@ -270,14 +271,15 @@ def test_steps_past_the_checkpoint_are_set_aside_on_resume(home: Path, tmp_path:
 
 
 def test_a_run_stopped_before_its_first_checkpoint_starts_again_and_ends_equal(
-    home: Path, tmp_path: Path, capsys
+    home: Path, tmp_path: Path, capsys, monkeypatch
 ) -> None:
     def die(state, values) -> None:
         raise KeyboardInterrupt
 
     cfg = grpo(home, tmp_path / "run", steps=2, eval=Eval(rows=4))
     train(replace(cfg, out=str(tmp_path / "whole")))
-    with pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(ending, "rescue", lambda session, ways: "")  # as a kill
         train(cfg, callbacks=[die])
     assert len(metrics(tmp_path / "run")) == 2  # an evaluation and a step
     capsys.readouterr()
@@ -332,7 +334,9 @@ def test_the_first_ctrl_c_or_sigterm_finishes_the_step_and_saves(number, home: P
     what = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
     told = capsys.readouterr().out
     assert f"stopping after this step and saving; {what} again stops at once" in told
-    assert told.endswith("stopped after step 2 of 50; the same command with --resume goes on\n")
+    assert told.endswith(
+        f'stopped after step 2 of 50. Go on with: the same call with resume=True (out="{tmp_path}/run")\n'
+    )
     assert train(grpo(home, tmp_path / "run", steps=3), resume=True).steps == 3
 
 
@@ -348,7 +352,7 @@ def test_the_second_ctrl_c_stops_at_once(home: Path, tmp_path: Path) -> None:
             train(grpo(home, tmp_path / "run"), callbacks=[twice])
     finally:
         signal.signal(signal.SIGINT, before)
-    assert not (tmp_path / "run" / "checkpoints").exists()
+    assert Run(tmp_path / "run").latest_checkpoint().name == "step-000001" and (tmp_path / "run/report.html").exists()
 
 
 # ---- guards and faults -------------------------------------------------------------------------------------------

@@ -14,6 +14,8 @@ import torch
 from rlft.cli.main import main
 from rlft.config.files import to_toml
 from rlft.config.run import Config
+from rlft.runs.claim import TWICE
+from rlft.runs.folder import Run
 from rlft.trainer.validate import problems
 
 REWARDS = """
@@ -84,10 +86,13 @@ def test_a_run_folder_is_used_once(folder: Path) -> None:
     cfg = config(folder)
     Path(cfg.out).mkdir(parents=True)
     assert problems(cfg) == [], "an empty folder is free"
-    (Path(cfg.out) / "config.toml").write_text("")
-    assert one(cfg) == (
-        f'out = "{cfg.out}": already holds a run; go on with --resume, or give another folder with --out'
-    )
+    run = Run.create(cfg.out)
+    run.write_config(to_toml(cfg))
+    assert problems(cfg) == [], "no step of the run is finished"
+    run.log(1, {"loss": 1.0})
+    assert one(cfg) == f'out = "{cfg.out}": already holds a run; {TWICE}'
+    for if_exists in ("resume", "overwrite", "number"):
+        assert problems(dataclasses.replace(cfg, if_exists=if_exists)) == []
     assert problems(cfg, resume=True) == []
 
 
@@ -149,8 +154,18 @@ def test_a_reward_that_asks_for_a_column_that_is_not_there_says_which_there_are(
     use = f"{folder}/my_rewards.py:wants_solution"
     assert one(config(folder, rewards=[{"use": use, "args": {"strict": True}}])) == (
         f'rewards = "{use}": asks for solution; the data has answer, level. Map a column with data.columns, or set '
-        f"rewards.args"
+        f"rewards.args; every function may take prompts, completions, completion_ids, trainer_state, log_metric, "
+        f"log_extra"
     )
+
+
+def test_what_a_reward_file_raises_is_shown_without_its_escapes_and_even_where_its_text_raises(folder: Path) -> None:
+    (folder / "silent.py").write_text(
+        "class Silent(BaseException):\n    def __str__(self): raise KeyError('no text')\nraise Silent\n"
+    )
+    (folder / "colours.py").write_text("raise ValueError('\\x1b[2J')\n")
+    for name, said in (("silent", "Silent: <Silent whose str raises>"), ("colours", r"ValueError: \x1b[2J")):
+        assert one(config(folder, rewards=[f"{folder}/{name}.py:f"])).endswith(f"importing it raised {said}")
 
 
 def test_a_reward_that_is_no_function_or_cannot_be_imported_is_named(folder: Path) -> None:
@@ -204,7 +219,23 @@ def test_validate_prints_the_resolved_config_or_the_problems(folder: Path, capsy
     assert text.endswith("# no problem found\n")
     path.write_text(to_toml(dataclasses.replace(config(folder), model=f"{folder}/gone")))
     assert main(["validate", str(path), "--sampling.group_size=1"]) == 2
-    head, model, group = capsys.readouterr().out.splitlines()
+    head, model, group, *notes = capsys.readouterr().out.splitlines()
+    assert "so a step draws each of them more than once" in notes[0]
+    assert notes[1].startswith("the code that it names was imported to check it: rewards = ")
     assert head == "2 problems:"
     assert model == f'  model = "{folder}/gone": no such folder'
     assert group.startswith("  sampling.group_size = 1 with algo.advantage")
+
+
+def test_faults_of_different_kinds_are_told_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One that Config could find, one in the data, one in the rewards, and one that no file can hold."""
+    file = tmp_path / "a.toml"
+    file.write_text(
+        f'model = "{tmp_path}/m"\ndata = "{tmp_path}/d.jsonl"\nrewards = ["numbr"]\nsteps = 1\nout = "{tmp_path}/o"\n'
+        "sampling = { temperature = 0, top_k = 3 }\n"
+    )
+    assert main(["validate", str(file)]) == 2
+    out = capsys.readouterr().out
+    assert out.startswith("5 problems:")
+    for text in ('m": no such', "d.jsonl", "numbr", "temperature = 0", "top_k = 3"):
+        assert text in out

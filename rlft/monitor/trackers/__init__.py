@@ -10,7 +10,8 @@ A tracker is a class that is constructed with a `Start` and has two methods:
     finish(ok)
         Called at the end, on the main thread. ok: False when the run ended in an error.
 
-An optional attribute `link` is the URL of the run, or None; it is used in the model card. Errors of a tracker are
+Optional attributes: `link` is the URL of the run, or None, for the model card; `project`, where the run is listed, is
+shown at the start. Errors of a tracker are
 reported on the console, and the run continues: metrics.jsonl has all data.
 """
 
@@ -30,7 +31,7 @@ class Start:
     name: str
     """Name of the run."""
     config: dict[str, Any]
-    """All settings, nested as in config.toml."""
+    """All settings, nested as in config.toml, secrets masked."""
     track: Any
     """The [track] section (rlft.config.run.Track)."""
     step: int

@@ -19,8 +19,9 @@ class Tracker:
         import trackio
 
         self.trackio = trackio
+        self.project = start.track.project or "rlft"
         self.run = trackio.init(
-            project=start.track.project,
+            project=self.project,
             name=start.name,
             group=start.track.group,
             config=start.config,

@@ -13,6 +13,7 @@ The completions of each step are a separate table under one key: the panel shows
 from __future__ import annotations
 
 import json
+import os
 import secrets
 from typing import Any
 
@@ -48,13 +49,14 @@ class Tracker:
         import wandb
 
         self.wandb, track = wandb, start.track
+        self.project = track.project or os.environ.get("WANDB_PROJECT") or "rlft"
         record = start.folder / "wandb" / "rlft.json"
         has_id = start.resumed and record.exists()
         id = json.loads(record.read_text())["id"] if has_id else secrets.token_hex(4)
         record.parent.mkdir(exist_ok=True)
         record.write_text(json.dumps({"id": id}) + "\n")
         self.run = wandb.init(
-            project=track.project,
+            project=self.project,
             entity=track.entity,
             name=start.name,
             group=track.group,

@@ -7,6 +7,9 @@ from typing import Any
 
 from rlft.rewards.builtin.exact import text_of
 
+NEEDS = ("reasoning_gym", "tasks")
+"""Module to install, and the extra of rlft that does it."""
+
 
 @lru_cache
 def _scorer(task: str) -> Any:

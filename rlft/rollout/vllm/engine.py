@@ -25,7 +25,7 @@ from rlft.config.run import Engine as Options
 from rlft.errors import EngineError
 from rlft.models.allocator import segments
 from rlft.models.policy import Policy
-from rlft.rollout.engine import check_names, check_read_back, eos_ids
+from rlft.rollout.engine import Finished, check_names, check_read_back, eos_ids
 from rlft.rollout.vllm import start as vllm_start
 from rlft.rollout.vllm.memory import EngineMemory, EngineMode, choose_mode
 from rlft.rollout.vllm.requests import VllmFailed, sample
@@ -316,7 +316,9 @@ class VllmEngine:
 
     # ---- sampling ----------------------------------------------------------------------------------------------------
 
-    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, seed: tuple[int, ...]) -> list[Rollout]:
+    def generate(
+        self, prompts: Sequence[Prompt], sampling: Sampling, seed: tuple[int, ...], finished: Finished | None = None
+    ) -> list[Rollout]:
         """See `Engine.generate`. If vLLM fails, restart it once; raise EngineError the second time."""
         if self._version is None:
             raise EngineError("generate before load_adapter: the engine has no adapter")
@@ -348,6 +350,7 @@ class VllmEngine:
                     self._policy.device,
                     self._options.deadline,
                     self._progress,
+                    finished,
                 )
         except VllmFailed as failure:
             if self._restarted or failure.hangs:
@@ -355,7 +358,7 @@ class VllmEngine:
             self._restarted = True
             self._note(f"vLLM failed while sampling ({failure}); it is started once more")
         self._restart()
-        return self.generate(prompts, sampling, seed)
+        return self.generate(prompts, sampling, seed, finished)
 
     def _restart(self) -> None:
         """Start a new engine with the last loaded adapter."""

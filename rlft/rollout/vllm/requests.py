@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 
 from rlft.config.data import Sampling
-from rlft.rollout.engine import rollout_seed
+from rlft.rollout.engine import Finished, Groups, rollout_seed
 from rlft.types import FinishReason, Prompt, Rollout
 
 
@@ -70,36 +71,38 @@ def sample(
     device: torch.device,
     deadline: float,
     progress: Callable[[int, int], None] | None,
+    finished: Finished | None = None,
 ) -> list[Rollout]:
     """Sample `sampling.group_size` rollouts per prompt, in order.
 
-    engine: vLLM's LLMEngine. version: of the policy. deadline: seconds without a finished step. Raises Failed.
+    engine: vLLM's LLMEngine. version: of the policy. deadline: seconds without a finished step. finished: as in
+    `Engine.generate`. Raises VllmFailed.
     """
     from vllm.inputs import tokens_input
 
     samples = []
     for slot, prompt in enumerate(prompts):
         for i in range(sampling.group_size):
-            samples.append((prompt, i, rollout_seed(seed, slot, i)))
+            samples.append((slot, prompt, i, rollout_seed(seed, slot, i)))
     requests = [
         (tokens_input(list(prompt.ids)), parameters(sampling, ends, seed_of_sample))
-        for prompt, _, seed_of_sample in samples
+        for _, prompt, _, seed_of_sample in samples
     ]
+    groups = Groups(len(prompts), sampling.group_size, finished)
+
+    def ended(number: int, output: Any) -> None:
+        slot, prompt, i, seed_of_sample = samples[number]
+        completion = output.outputs[0]
+        text = (
+            completion.text if sampling.stop else tokenizer.decode(list(completion.token_ids), skip_special_tokens=True)
+        )
+        groups.put(slot, _rollout(completion, text, prompt, i, seed_of_sample, version))
+
     # On a CPU vLLM compiles the computation of token ranks, which takes 18 s at the first call and needs a C++
     # compiler.
     with torch.compiler.set_stance("force_eager") if device.type == "cpu" else nullcontext():
-        outputs = _run(engine, requests, device, deadline, progress)
-    completions = [output.outputs[0] for output in outputs]
-    if sampling.stop:
-        texts = [completion.text for completion in completions]
-    else:
-        texts = tokenizer.batch_decode(
-            [list(completion.token_ids) for completion in completions], skip_special_tokens=True
-        )
-    return [
-        _rollout(completion, text, prompt, i, seed_of_sample, version)
-        for completion, text, (prompt, i, seed_of_sample) in zip(completions, texts, samples, strict=True)
-    ]
+        _run(engine, requests, device, deadline, progress, ended)
+    return groups.rollouts()
 
 
 def _run(
@@ -108,9 +111,14 @@ def _run(
     device: torch.device,
     deadline: float,
     progress: Callable[[int, int], None] | None,
-) -> list[Any]:
-    """Return vLLM's outputs in the order of the requests. Raises Failed on an error or after the deadline."""
-    outputs: dict[int, Any] = {}
+    ended: Callable[[int, Any], None],
+) -> None:
+    """Run the requests, and call `ended` with the number and vLLM's output of each that ends, in this thread.
+
+    Raises VllmFailed on an error or after the deadline.
+    """
+    outputs: deque[tuple[int, Any]] = deque()
+    count = 0
     last_step, errors, stop = [time.monotonic()], [], threading.Event()
 
     def work() -> None:
@@ -122,7 +130,7 @@ def _run(
             while engine.has_unfinished_requests() and not stop.is_set():
                 for output in engine.step():
                     if output.finished:
-                        outputs[int(output.request_id)] = output
+                        outputs.append((int(output.request_id), output))
                 last_step[0] = time.monotonic()
         except Exception as error:  # raised below, in the caller's thread
             errors.append(error)
@@ -131,10 +139,15 @@ def _run(
     thread = threading.Thread(target=work, name="rlft-vllm", daemon=True)
     thread.start()
     try:
-        while thread.is_alive():
+        running = True
+        while running:
             thread.join(0.05)
+            running = thread.is_alive()  # asked before the outputs are taken, so that none is left
+            while outputs:
+                ended(*outputs.popleft())
+                count += 1
             if progress is not None:
-                progress(len(outputs), len(requests))
+                progress(count, len(requests))
             if thread.is_alive() and time.monotonic() - last_step[0] > deadline:
                 raise VllmFailed(f"no step ended for {deadline:g} s (engine.deadline)", hangs=True)
     except BaseException:
@@ -146,10 +159,8 @@ def _run(
         raise
     if errors:
         raise VllmFailed(f"{type(errors[0]).__name__}: {errors[0]}") from errors[0]
-    missing = [i for i in range(len(requests)) if i not in outputs]
-    if missing:
-        raise VllmFailed(f"{len(missing)} of {len(requests)} requests came back without an end")
-    return [outputs[i] for i in range(len(requests))]
+    if count < len(requests):
+        raise VllmFailed(f"{len(requests) - count} of {len(requests)} requests came back without an end")
 
 
 def _rollout(output: Any, text: str, prompt: Prompt, sample: int, seed: int, version: int) -> Rollout:

@@ -1,0 +1,56 @@
+"""Hold encoded rows against what a model takes: the longest sequence and the largest token id."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from rlft.errors import DataError
+from rlft.types import Prompt
+
+
+class Limits(NamedTuple):
+    """What a model takes; None where it is not known."""
+
+    context: int | None = None
+    """Largest number of tokens of a sequence."""
+    vocabulary: int | None = None
+    """Rows of the embedding."""
+
+
+NO_LIMITS = Limits()
+
+
+def check_length(prompt: Prompt, context: int) -> None:
+    """Raise DataError for a prompt that leaves no room, or a recorded completion that ends beyond the context."""
+    completion = max((len(recorded.ids) for recorded in prompt.recorded), default=1)
+    if len(prompt.ids) + completion <= context:
+        return
+    if prompt.recorded:
+        what = f"{len(prompt.ids) + completion} tokens with its completion"
+    else:
+        what = f"the prompt has {len(prompt.ids)} tokens"
+    raise DataError(
+        f"{what}, and the model's context is {context}; shorten the row or leave it out: data.max_prompt_tokens drops "
+        f'long prompts, data.on_error = "drop" every such row',
+        reason="too long",
+    )
+
+
+def check_ids(prompt: Prompt, vocabulary: int, token: Callable[[int], str | None]) -> None:
+    """Raise DataError for a token id that has no row in the embedding. token: the text of an id, None if unknown."""
+    largest = max(max(ids, default=0) for ids in (prompt.ids, *(recorded.ids for recorded in prompt.recorded)))
+    if largest < vocabulary:
+        return
+    text = token(largest)
+    if text is None:
+        raise DataError(
+            f"token id {largest}, and the model's embedding has {vocabulary} rows: the ids are of another tokenizer",
+            reason="vocabulary",
+        )
+    raise DataError(
+        f"token {largest} ({text}), and the model's embedding has {vocabulary} rows: tokens were added to the "
+        f"tokenizer and not to the model; save the model again after model.resize_token_embeddings(len(tokenizer)), "
+        f"or take the tokenizer without them",
+        reason="vocabulary",
+    )
