@@ -11,10 +11,8 @@ import contextlib
 import os
 import select
 import signal
-import time
-from pathlib import Path
 
-from rlft.rewards import limits
+from rlft.rewards import kernel, limits, processes
 
 PATIENCE = 5.0
 """Seconds for killing all descendants: one that the kernel does not let go is left."""
@@ -26,7 +24,8 @@ def supervise(life: int, pipes: tuple[int, ...]) -> None:
     life: read end of a pipe that the run holds open. pipes: those of the worker, closed in the supervisor.
     """
     limits.no_core_dumps()
-    limits.prctl(limits.PR_SET_CHILD_SUBREAPER, 1)
+    with contextlib.suppress(OSError):  # an old kernel
+        kernel.adopt_orphans()
     run = _watch(os.getppid())
     wake, written = os.pipe()
     os.set_blocking(written, False)
@@ -45,7 +44,8 @@ def supervise(life: int, pipes: tuple[int, ...]) -> None:
     for fd in pipes:
         os.close(fd)
     status = _wait(worker, wake, (life, *run))
-    end_descendants()
+    with contextlib.suppress(TimeoutError):
+        processes.kill_all_below(PATIENCE)
     _end_like(status)
 
 
@@ -72,34 +72,6 @@ def _wait(worker: int, wake: int, ends: tuple[int, ...]) -> int:
             while (ended := os.waitpid(-1, os.WNOHANG))[0]:
                 if ended[0] == worker:
                     return os.waitstatus_to_exitcode(ended[1])
-
-
-def end_descendants() -> None:
-    """Kill all descendants of this process, and reap them, until there are none."""
-    deadline = time.monotonic() + PATIENCE
-    while time.monotonic() < deadline:
-        for pid in descendants(os.getpid()):
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.kill(pid, signal.SIGKILL)
-        try:
-            while os.waitpid(-1, os.WNOHANG)[0]:
-                pass
-        except ChildProcessError:
-            return
-        time.sleep(0.001)
-
-
-def descendants(process: int) -> list[int]:
-    """Return the pids of all descendants of a process, dead ones included (Linux only)."""
-    children: dict[int, list[int]] = {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):
-            parent = stat.read_bytes().rpartition(b")")[2].split()[1]
-            children.setdefault(int(parent), []).append(int(stat.parent.name))
-    found = list(children.get(process, ()))
-    for pid in found:  # grows while it is walked
-        found += children.get(pid, ())
-    return found
 
 
 def _end_like(code: int) -> None:

@@ -17,9 +17,10 @@ import records
 
 from rlft.config.data import Reward
 from rlft.errors import DataError
+from rlft.rewards import processes
 from rlft.rewards.builtin import code as code_file
 from rlft.rewards.builtin.code import check_row, code
-from rlft.rewards.programs import contain, processes
+from rlft.rewards.programs import contain
 from rlft.rewards.programs.launcher import Launcher, Request
 from rlft.rewards.score import build_rewards, score
 from rlft.types import FinishReason, Prompt, Rollout
@@ -214,7 +215,8 @@ def test_a_program_that_takes_its_launcher_with_it_fails_and_the_next_one_runs(m
 
 WITHIN = """
 import json, os, sys
-from rlft.rewards.programs import contain, processes
+from rlft.rewards import processes
+from rlft.rewards.programs import contain
 given = json.load(sys.stdin)
 system = contain.System(*given["system"])
 limits = contain.Limits(seconds=2, memory_mb=256)

@@ -17,7 +17,7 @@ from test_rewards import rollouts
 
 from rlft.config.data import Reward
 from rlft.errors import RewardError
-from rlft.rewards import environment, limits
+from rlft.rewards import environment, kernel
 from rlft.rewards.score import RewardFunction, build_rewards, score
 
 ROOT = Path(__file__).parents[2]
@@ -219,7 +219,7 @@ def test_a_secret_is_known_by_its_name_or_its_value() -> None:
 
 @LINUX
 def test_a_worker_sees_no_secret_and_no_memory_of_the_run(place: Place, monkeypatch) -> None:
-    if limits.domain_version() < 1:
+    if kernel.landlock_version() < 1:
         pytest.skip("needs Landlock")
     monkeypatch.setenv("A_TOKEN", "1")
     monkeypatch.setenv("ANOTHER_TOKEN", "1")
@@ -249,7 +249,7 @@ def test_a_worker_dumps_no_core_and_writes_no_file_larger_than_its_limit(place: 
 
 @LINUX
 def test_a_worker_cannot_signal_the_run(place: Place) -> None:
-    if limits.domain_version() < 6:
+    if kernel.landlock_version() < 6:
         pytest.skip("needs Landlock's scope of signals, Linux 6.12")
     with pytest.raises(RewardError, match="PermissionError"):
         values(place.make("signals"))

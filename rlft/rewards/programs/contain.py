@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
-from rlft.rewards.programs import kernel, processes
+from rlft.rewards import kernel, processes
 
 PREFIX = "rlft-program-"
 """Of the names of programs' folders."""

@@ -18,7 +18,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rlft.rewards.programs import contain, kernel, processes
+from rlft.rewards import kernel, processes
+from rlft.rewards.programs import contain
 from rlft.rewards.programs.contain import Ended, Limits, System
 from rlft.rewards.programs.remote import PASSED
 

@@ -1,4 +1,4 @@
-"""What Linux offers an ordinary user to contain a process: namespaces, Landlock, and a few switches of prctl.
+"""What Linux offers to contain a process: namespaces, Landlock, and a few switches of prctl.
 
 Everything is called through the C library. A call that the system refuses raises OSError.
 """
@@ -29,9 +29,11 @@ INSIDE = 1000
 
 READ = 1 << 0 | 1 << 2 | 1 << 3
 """Landlock: execute, read files, list folders."""
-WRITE_FILE, TRUNCATE, DEVICE = 1 << 1, 1 << 14, 1 << 15
+WRITE_FILE, MAKE_BLOCK_DEVICE, TRUNCATE, DEVICE = 1 << 1, 1 << 11, 1 << 14, 1 << 15
 ON_FILES = READ ^ (1 << 3) | WRITE_FILE | TRUNCATE
 """Landlock: the rights that a rule on a single file may give."""
+SCOPE_SIGNAL = 1 << 1
+"""Landlock: signals to processes outside."""
 
 
 def _checked(result: int, what: str) -> int:
@@ -65,10 +67,32 @@ def enter_namespaces() -> None:
 
     The network has no interface. When the first process of the namespace ends, the kernel kills all others.
     """
-    user, group = os.geteuid(), os.getegid()
+    outside = os.geteuid(), os.getegid()  # afterwards they are nobody's
     flags = CLONE_NEWUSER | CLONE_NEWNS | CLONE_NEWIPC | CLONE_NEWNET | CLONE_NEWPID
     _checked(LIBC.unshare(flags), "unshare")
-    for name, text in (("setgroups", "deny"), ("uid_map", f"{INSIDE} {user} 1"), ("gid_map", f"{INSIDE} {group} 1")):
+    _map_user(outside, (INSIDE, INSIDE))
+
+
+def leave_network() -> None:
+    """Enter a new namespace of the network, which has no interface, as the same user and group."""
+    outside = os.geteuid(), os.getegid()
+    try:
+        _checked(LIBC.unshare(CLONE_NEWUSER | CLONE_NEWNET), "unshare")
+    except OSError:
+        if LIBC.unshare(CLONE_NEWNET):  # which root may do without a namespace of users
+            raise
+        return
+    _map_user(outside, outside)
+
+
+def _map_user(outside: tuple[int, int], inside: tuple[int, int]) -> None:
+    """Say who this process is in its new namespace of users: (user, group) outside and inside."""
+    maps = (
+        ("setgroups", "deny"),
+        ("uid_map", f"{inside[0]} {outside[0]} 1"),
+        ("gid_map", f"{inside[1]} {outside[1]} 1"),
+    )
+    for name, text in maps:
         with open(f"/proc/self/{name}", "w") as file:
             file.write(text)
 
@@ -93,9 +117,7 @@ def restrict(readable: Sequence[str], devices: Sequence[str], writable: str, ver
     outside. devices: files that can be read and written.
     """
     rights = (1 << (13 + (version >= 2) + (version >= 3))) - 1 | (DEVICE if version >= 5 else 0)
-    attributes = struct.pack("=QQQ", rights, 3 if version >= 4 else 0, 3 if version >= 6 else 0)
-    size = 24 if version >= 6 else 16 if version >= 4 else 8
-    ruleset = _checked(LIBC.syscall(LANDLOCK_CREATE_RULESET, attributes, size, 0), "landlock_create_ruleset")
+    ruleset = _ruleset(rights, 3, 3, version)
     rules = [*((path, READ) for path in readable), *((path, READ | WRITE_FILE) for path in devices), (writable, rights)]
     for path, allowed in rules:
         if not os.path.exists(path):
@@ -105,6 +127,28 @@ def restrict(readable: Sequence[str], devices: Sequence[str], writable: str, ver
         rule = struct.pack("=Qi", allowed, fd)
         _checked(LIBC.syscall(LANDLOCK_ADD_RULE, ruleset, 1, rule, 0), f"landlock_add_rule {path}")
         os.close(fd)
+    _enter_domain(ruleset)
+
+
+def leave_others_alone(version: int) -> None:
+    """Keep this process and its descendants from memory and environment of processes outside, and from signals to them.
+
+    Signals from version 6 of Landlock on.
+    """
+    # A domain has to give up at least one right over files; no reward makes block devices.
+    _enter_domain(_ruleset(MAKE_BLOCK_DEVICE, 0, SCOPE_SIGNAL, version))
+
+
+def _ruleset(files: int, network: int, scopes: int, version: int) -> int:
+    """Return a descriptor of a ruleset that takes these rights away; network from version 4 on, scopes from 6 on."""
+    attributes = struct.pack("=QQQ", files, network if version >= 4 else 0, scopes if version >= 6 else 0)
+    size = ctypes.c_size_t(24 if version >= 6 else 16 if version >= 4 else 8)
+    return _checked(LIBC.syscall(LANDLOCK_CREATE_RULESET, attributes, size, 0), "landlock_create_ruleset")
+
+
+def _enter_domain(ruleset: int) -> None:
     _prctl(PR_SET_NO_NEW_PRIVS, 1)
-    _checked(LIBC.syscall(LANDLOCK_RESTRICT_SELF, ruleset, 0), "landlock_restrict_self")
-    os.close(ruleset)
+    try:
+        _checked(LIBC.syscall(LANDLOCK_RESTRICT_SELF, ruleset, 0), "landlock_restrict_self")
+    finally:
+        os.close(ruleset)

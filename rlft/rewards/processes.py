@@ -9,11 +9,11 @@ import time
 from pathlib import Path
 
 SWEEP_SECONDS = 10.0
-"""Time limit for killing what a program has started."""
+"""Time limit of `kill_all_below` where its caller gives none."""
 
 
 def descendants(root: int) -> list[int]:
-    """Return the pids of every process below `root`."""
+    """Return the pids of every process below `root`, dead ones that nobody has waited for included."""
     parents: dict[int, list[int]] = {}
     for name in os.listdir("/proc"):
         if name.isdigit():
@@ -37,12 +37,12 @@ def count_of_user() -> int:
     return count
 
 
-def kill_all_below() -> None:
-    """Kill every process below this one and wait for it. Raises TimeoutError when one survives.
+def kill_all_below(seconds: float = SWEEP_SECONDS) -> None:
+    """Kill every process below this one and wait for it. Raises TimeoutError when one survives for that long.
 
     All are stopped before one is killed: a process that forks as fast as it is killed would never be caught otherwise.
     """
-    deadline = time.monotonic() + SWEEP_SECONDS
+    deadline = time.monotonic() + seconds
     while True:
         pids, stopped = descendants(os.getpid()), set()
         while set(pids) - stopped and time.monotonic() < deadline:
@@ -60,5 +60,5 @@ def kill_all_below() -> None:
         except ChildProcessError:
             break
         if time.monotonic() > deadline:
-            raise TimeoutError(f"{len(pids)} processes of a program could not be killed in {SWEEP_SECONDS:g} s")
+            raise TimeoutError(f"{len(pids)} processes of a program could not be killed in {seconds:g} s")
         time.sleep(0.001)
