@@ -187,13 +187,14 @@ def _train(args: list[str]) -> int:
     # Before the imports, which take seconds: the screen must not stay empty.
     say(f"rlft {__version__}: importing PyTorch")
     sys.stdout.flush()
+    from rlft.config.paths import user_path
     from rlft.trainer.ending import Ways
     from rlft.trainer.loop import run
 
     typed = [arg for arg in args if arg != "--resume"]
 
     def resume_with(out: Path) -> str:
-        numbered = [] if out == Path(cfg.out).expanduser() else ["--out", str(out)]
+        numbered = [] if out == user_path(cfg.out, "out") else ["--out", str(out)]
         return shlex.join(["rlft", "train", *typed, *numbered, "--resume"])
 
     ways = Ways(resume_with, shlex.join(["rlft", "train", *typed]))

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from rlft.config.paths import user_path
 from rlft.errors import ConfigError
 from rlft.report import charts
 from rlft.report.charts import Chart
@@ -36,7 +37,7 @@ class Picture:
 
     def save(self, path: str | Path) -> Path:
         """Write the page to an HTML file. Raises ConfigError when it cannot be written."""
-        return write_page(document(self.title, self.body), Path(path).expanduser())
+        return write_page(document(self.title, self.body), user_path(path, "path"))
 
 
 def plot(run: Run, names: Sequence[str] = ()) -> Picture:

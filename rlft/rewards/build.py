@@ -14,6 +14,7 @@ import torch
 
 from rlft.config import resolve
 from rlft.config.data import Reward
+from rlft.config.paths import user_path
 from rlft.config.trl_names import TRL_REWARDS
 from rlft.errors import ConfigError, RewardError
 from rlft.rewards.event_loop import Loop
@@ -53,7 +54,7 @@ def builtin(name: str, field: str) -> Any:
     """Return the module of a built-in reward. Raises ConfigError that says what to write for any other name."""
     known = resolve.names_in(BUILTIN)
     if name.endswith(".py"):
-        functions = _functions_of(Path(name).expanduser(), f'{field} = "{name}"')
+        functions = _functions_of(user_path(name, field), f'{field} = "{name}"')
         raise ConfigError(
             f'{field} = "{name}": which function of it? It has {", ".join(functions) or "none"}; give '
             f'"{name}:{functions[-1] if functions else "FUNCTION"}"'

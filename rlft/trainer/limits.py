@@ -28,9 +28,12 @@ def limits_of_files(cfg: Config) -> Limits:
     return NO_LIMITS if config is None else limits_of(config)
 
 
-def check_loaded(cfg: Config, config: Any, *parts: Sequence[Prompt]) -> None:
-    """Hold encoded rows against a loaded model of whose files nothing was known. Raises DataError naming the row."""
-    if limits_of_files(cfg) != NO_LIMITS:
+def check_loaded(limits: Limits, config: Any, *parts: Sequence[Prompt]) -> None:
+    """Hold encoded rows against a loaded model of whose files nothing was known. Raises DataError naming the row.
+
+    limits: those of its files, which the rows were held against when they were encoded.
+    """
+    if limits != NO_LIMITS:
         return
     context, vocabulary = limits_of(config)
     for prompt in itertools.chain(*parts):

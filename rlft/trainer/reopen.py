@@ -26,6 +26,7 @@ from rlft.runs import checkpoint, trust
 from rlft.runs.folder import Run
 from rlft.trainer.engines import longest_sequence, start
 from rlft.trainer.evaluate import evaluate, measures_loss, recorded_loss
+from rlft.trainer.limits import limits_of_files
 from rlft.trainer.plans import pack_plan_of
 from rlft.trainer.setup import identity_of, load_policy, load_prompts_of
 
@@ -115,7 +116,7 @@ def evaluate_run(
             raise ConfigError(f"{out}: the run has no [eval] rows; set eval.rows and eval.rewards in its config.toml")
         if rows is not None and not 1 <= rows <= cfg.eval.rows:
             raise ConfigError(f"--rows {rows}: the run holds out {cfg.eval.rows} rows (eval.rows); give 1 to that many")
-        prompts, held = load_prompts_of(cfg, run.tokenizer)
+        prompts, held = load_prompts_of(cfg, run.tokenizer, limits_of_files(cfg))
         cfg = replace(cfg, eval=replace(cfg.eval, **changes))
         has_rewards = bool((cfg.eval.rewards or cfg.rewards) if rewards is None else rewards)
         run.policy.fix_rope(longest_sequence(cfg, run.policy, prompts, held, has_rewards), run.long)

@@ -68,7 +68,8 @@ class Result:
     @property
     def after(self) -> dict[str, float]:
         """Metrics of the evaluation after the newest step, with the change since the first one; empty without one."""
-        return self._run.evaluation(self.steps) if self.steps else {}
+        steps = self.steps
+        return self._run.evaluation(steps) if steps else {}
 
     def metrics(self) -> Any:
         """Return all metrics, a row per step and per evaluation.

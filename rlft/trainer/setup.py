@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +17,9 @@ from rlft import __version__
 from rlft.algos.algorithm import Algorithm, build_algorithm, describe
 from rlft.config.data import Data, Reward
 from rlft.config.files import to_toml
+from rlft.config.paths import user_path
 from rlft.config.run import Config
+from rlft.data.limits import Limits
 from rlft.data.prompts import Prompts, exclude_prompts, hold_out, load_prompts
 from rlft.data.table import PromptTable
 from rlft.data.usable import Rows, check_rows
@@ -91,7 +92,7 @@ def build_session(
     called = Callbacks(callbacks)
     with claim(cfg.out, resume, cfg.if_exists, cfg.share) as claimed:
         cfg, notes = read_streams(cfg)
-        if claimed.run.path != Path(cfg.out).expanduser():
+        if claimed.run.path != user_path(cfg.out, "out"):
             cfg = replace(cfg, out=str(claimed.run.path))  # numbered
         checked = _check(cfg, claimed.resumed, callables=rewards is not None)
         with _built(cfg, claimed, checked, rewards, called, notes) as session:
@@ -117,13 +118,13 @@ def _built(
         lines = [*claimed.notes, *untested(), *notes, *advice(cfg, checked.rows, run.path), f"loading {cfg.model}"]
         console.note("\n".join(lines))
         tokenizer = load_tokenizer(cfg.model)
-        cfg = copy_rows(cfg, run)
-        rows, eval_prompts = load_prompts_of(cfg, tokenizer, console.note, checked, run)
+        cfg, limits = copy_rows(cfg, run), limits_of_files(cfg)
+        rows, eval_prompts = load_prompts_of(cfg, tokenizer, limits, console.note, checked, run)
         prompts = Prompts(rows, cfg.seed, cfg.data.shuffle)
         functions, eval_functions = _functions(cfg, rewards, open_ends(rows, tokenizer), console.note)
         _close_later(stack, [*functions, *eval_functions])
         policy = load_policy(cfg, console.note)
-        check_loaded(cfg, policy.base.config, rows, eval_prompts)
+        check_loaded(limits, policy.base.config, rows, eval_prompts)
         engine, eval_engine = _engines(cfg, policy, tokenizer, console, rows, eval_prompts, bool(eval_functions))
         for line in _starting(cfg, engine, undeclared_end(tokenizer, policy.base)):
             console.note(line)
@@ -170,19 +171,20 @@ def _close_later(stack: contextlib.ExitStack, resources: Sequence[Any]) -> None:
 def load_prompts_of(
     cfg: Config,
     tokenizer: Any,
+    limits: Limits,
     note: Callable[[str], None] = lambda _: None,
     checked: Checked | None = None,
     run: Run | None = None,
 ) -> tuple[PromptTable, PromptTable]:
     """Load the training prompts and the held-out prompts.
 
-    note: called with messages about rows that are left out. checked: has the rows, where they were read before. run:
-    gets a file of the rows that are left out.
+    limits: of the model's files. note: called with messages about rows that are left out. checked: has the rows, where
+    they were read before. run: gets a file of the rows that are left out.
     """
-    limits, purpose = limits_of_files(cfg), purpose_of(cfg, build_algorithm(cfg.algo, cfg.optim.updates))
 
     def load(name: str, data: Data, rows: Rows | None) -> PromptTable:
-        rows = check_rows(data, cfg.seed, purpose) if rows is None else rows
+        if rows is None:
+            rows = check_rows(data, cfg.seed, purpose_of(cfg, build_algorithm(cfg.algo, cfg.optim.updates)))
         loaded = load_prompts(data, tokenizer, cfg.seed, rows, limits)
         for line in loaded.notes:
             note(line.replace("data:", f"{name}:", 1))
