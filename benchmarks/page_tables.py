@@ -138,17 +138,30 @@ def markdown_row(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def _peers(metric: str, how: Callable[[float], str], work: str = "{}") -> tuple[Column, ...]:
-    """TRL, Unsloth and rlft at the same work."""
-    return tuple(
-        Column(head, stack, metric, how, work)
-        for head, stack in (("TRL", "trl"), ("Unsloth", "unsloth"), ("rlft", "rlft"))
+PEERS = {"TRL": "trl", "Unsloth": "unsloth", "rlft": "rlft"}
+HEADS = {"rlft": "rlft", "TRL": "trl", "Liger": "liger", "cut-cross-entropy": "cce"}
+"""Head of a column -> stack, of whole steps and of the head."""
+
+
+def _stacks(stacks: dict[str, str], metric: str, how: Callable[[float], str], work: str = "{}") -> tuple[Column, ...]:
+    """Columns of several stacks at the same work."""
+    return tuple(Column(head, stack, metric, how, work) for head, stack in stacks.items())
+
+
+def _slab(metric: str, how: Callable[[float], str]) -> tuple[Column, ...]:
+    """Columns of one sequence through a slab of layers."""
+    return (
+        *_stacks(PEERS, metric, how, "slab/{}"),
+        Column("rlft with FlashAttention 2", "rlft-fa2", metric, how, "slab/{}"),
+        Column("rlft in Unsloth's memory", "rlft", metric, how, "slab-at-unsloths-memory/{}"),
+        Column("rlft in the least memory", "rlft", metric, how, "slab-tight/{}"),
     )
 
 
-def _held(metric: str, how: Callable[[float], str]) -> tuple[Column, ...]:
-    """Columns of rlft held to the memory that TRL and Unsloth took."""
+def _step(metric: str, how: Callable[[float], str]) -> tuple[Column, ...]:
+    """Columns of a whole step, with rlft held to the memory that TRL and Unsloth took."""
     return (
+        *_stacks(PEERS, metric, how),
         Column("rlft in TRL's memory", "rlft-at-trl-memory", metric, how),
         Column("rlft in Unsloth's memory", "rlft-at-unsloth-memory", metric, how),
     )
@@ -162,7 +175,8 @@ STEPS = (
     ("DPO, 32 pairs, longest side 8,000", "dpo_step_lognormal", "dpo-step/lognormal"),
     ("SFT, 64 texts, longest 8,000", "sft_step_packed", "sft-step/packed"),
 )
-TOKENS = (2048, 8192, 32768)
+SLAB = tuple((f"{tokens:,} tokens", "slab", str(tokens)) for tokens in (2048, 8192, 32768))
+HEAD = tuple((f"{tokens:,} tokens", "logprobs", f"head/{tokens}") for tokens in (1024, 8192, 32768))
 MODES = (("dequantized", "expanded"), ("shared", "lent"), ("merged", "merged"))
 """Modes of the engine, and what they are called in results of before they had these names."""
 MODELS = ("Qwen3-0.6B", "Qwen3-1.7B", "Qwen3-4B", "Qwen3-8B", "Qwen3-14B", "Qwen3-32B", "Llama-3.3-70B")
@@ -173,14 +187,14 @@ TABLES: dict[str, Table] = {
         "one optimiser step",
         SUMMARY,
         (
-            *_peers("seconds", seconds),
+            *_stacks(PEERS, "seconds", seconds),
             Column("against TRL in its memory", "rlft", "times_trl_at_its_memory", times),
             Column("against Unsloth in its memory", "rlft", "times_unsloth_at_its_memory", times),
         ),
         bold="rlft",
     ),
-    "step-seconds": Table("seconds", STEPS, (*_peers("seconds", seconds), *_held("seconds", seconds)), bold="rlft"),
-    "step-memory": Table("GiB above the loaded model", STEPS, (*_peers("peak_GiB", gib), *_held("peak_GiB", gib))),
+    "step-seconds": Table("seconds", STEPS, _step("seconds", seconds), bold="rlft"),
+    "step-memory": Table("GiB above the loaded model", STEPS, _step("peak_GiB", gib)),
     "step-times": Table(
         "rlft is faster",
         STEPS,
@@ -221,27 +235,8 @@ TABLES: dict[str, Table] = {
         ),
         bold="rlft: all",
     ),
-    "slab": Table(
-        "tokens/s",
-        tuple((f"{tokens:,} tokens", "slab", str(tokens)) for tokens in TOKENS),
-        (
-            *_peers("tokens_per_s", whole, "slab/{}"),
-            Column("rlft with FlashAttention 2", "rlft-fa2", "tokens_per_s", whole, "slab/{}"),
-            Column("rlft in Unsloth's memory", "rlft", "tokens_per_s", whole, "slab-at-unsloths-memory/{}"),
-            Column("rlft in the least memory", "rlft", "tokens_per_s", whole, "slab-tight/{}"),
-        ),
-        bold="rlft",
-    ),
-    "slab-memory": Table(
-        "GiB above the loaded model",
-        tuple((f"{tokens:,} tokens", "slab", str(tokens)) for tokens in TOKENS),
-        (
-            *_peers("peak_GiB", seconds, "slab/{}"),
-            Column("rlft with FlashAttention 2", "rlft-fa2", "peak_GiB", seconds, "slab/{}"),
-            Column("rlft in Unsloth's memory", "rlft", "peak_GiB", seconds, "slab-at-unsloths-memory/{}"),
-            Column("rlft in the least memory", "rlft", "peak_GiB", seconds, "slab-tight/{}"),
-        ),
-    ),
+    "slab": Table("tokens/s", SLAB, _slab("tokens_per_s", whole), bold="rlft"),
+    "slab-memory": Table("GiB above the loaded model", SLAB, _slab("peak_GiB", seconds)),
     "small": Table(
         "tokens/s",
         tuple(
@@ -337,21 +332,6 @@ TABLES: dict[str, Table] = {
             Column("seconds, all", "rlft", "seconds", whole),
         ),
     ),
-    "head": Table(
-        "ms, forward and backward",
-        tuple((f"{tokens:,} tokens", "logprobs", f"head/{tokens}") for tokens in (1024, 8192, 32768)),
-        tuple(
-            Column(head, stack, "ms")
-            for head, stack in (("rlft", "rlft"), ("TRL", "trl"), ("Liger", "liger"), ("cut-cross-entropy", "cce"))
-        ),
-        bold="rlft",
-    ),
-    "head-memory": Table(
-        "GiB beyond the inputs",
-        tuple((f"{tokens:,} tokens", "logprobs", f"head/{tokens}") for tokens in (1024, 8192, 32768)),
-        tuple(
-            Column(head, stack, "peak_GiB")
-            for head, stack in (("rlft", "rlft"), ("TRL", "trl"), ("Liger", "liger"), ("cut-cross-entropy", "cce"))
-        ),
-    ),
+    "head": Table("ms, forward and backward", HEAD, _stacks(HEADS, "ms", seconds), bold="rlft"),
+    "head-memory": Table("GiB beyond the inputs", HEAD, _stacks(HEADS, "peak_GiB", seconds)),
 }
