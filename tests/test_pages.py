@@ -61,10 +61,7 @@ def small(text: str, model: Path) -> str:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("tiny")
-    tiny.tiny_model().unload().save_pretrained(folder)
-    tiny.tiny_tokenizer().save_pretrained(folder)
-    return folder
+    return tiny.save_tiny(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture

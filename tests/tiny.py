@@ -4,6 +4,7 @@ run in milliseconds."""
 from __future__ import annotations
 
 import string
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -60,6 +61,13 @@ def tiny_model(
         torch.manual_seed(seed)
         base = LlamaForCausalLM(config).to(dtype).eval().requires_grad_(False)
     return attach_lora(base, lora or Lora(rank=4, alpha=8), seed)
+
+
+def save_tiny(folder: Path) -> Path:
+    """Write the tiny model, without an adapter, and its tokenizer into a folder; returns it."""
+    tiny_model().unload().save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
 
 
 def tiny_policy(dtype: torch.dtype = torch.float32, trained: float = 0.0, **options: Any) -> Policy:

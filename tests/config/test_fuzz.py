@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from rlft.algos.algorithm import build_algorithm
+from rlft.algos.algorithm import build_algorithm, describe
 from rlft.cli import flags
 from rlft.config.files import presets, to_table, to_toml
 from rlft.config.run import Algo, Config
@@ -113,7 +113,8 @@ def test_a_file_of_anything(data: bytes, kind: str, lines: list[str], tmp_path_f
 @given(flag=st.sampled_from(paths()) | TEXT, values=st.lists(TEXT | ODD | VALUE.map(str), max_size=3))
 def test_flags_of_anything(flag: str, values: list[str]) -> None:
     with contextlib.suppress(ConfigError):
-        Config(**{**WHOLE, **flags.table_of([f"--{flag}", *values], WHOLE)})
+        cfg = Config(**{**WHOLE, **flags.table_of([f"--{flag}", *values], WHOLE)})
+        assert cfg.model and as_text(cfg)
 
 
 OPTIONS = ["advantage", "clip_low", "clip_high", "kl_coef", "kl", "aggregation", "correction_cap", "entropy_coef"]
@@ -126,4 +127,4 @@ OPTIONS = ["advantage", "clip_low", "clip_high", "kl_coef", "kl", "aggregation",
 )
 def test_an_algorithm_of_anything(name: str, options: dict[str, Any]) -> None:
     with contextlib.suppress(ConfigError):
-        build_algorithm(Algo(name, options), 1)
+        assert describe(build_algorithm(Algo(name, options), 1))

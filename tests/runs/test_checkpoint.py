@@ -223,7 +223,8 @@ def test_a_checkpoint_under_the_name_of_another_step_is_damaged(tmp_path: Path) 
 def test_the_card_may_change(tmp_path: Path) -> None:
     path = save(tmp_path, 1)
     (path / "README.md").write_bytes(b"another card")
-    checkpoint.load_checkpoint(path, IDENTITY)
+    state, _, _ = checkpoint.load_checkpoint(path, IDENTITY)
+    assert state.step == 1
 
 
 def test_of_regular_checkpoints_as_many_are_kept_as_asked_for_and_of_others_only_the_newest(tmp_path: Path) -> None:

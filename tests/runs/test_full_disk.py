@@ -14,7 +14,8 @@ import pytest
 from peft import PeftModel
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-from kill_soak import RUN, differences, make_home
+from kill_soak import RUN, differences
+from quick_home import make_quick_home
 
 from rlft.cli.main import main
 from rlft.runs import checkpoint
@@ -32,12 +33,7 @@ def run(home: Path, out: Path, *flags: str) -> int:
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("full")
-    make_home(folder)
-    (folder / "rewards.py").write_text(
-        "def digits(completions, **columns):\n"
-        "    return [sum(c.isdigit() for c in text) / max(1, len(text)) for text in completions]\n"
-        "held = digits\n"
-    )
+    make_quick_home(folder)
     assert run(folder, folder / "whole") == 0
     return folder
 

@@ -79,6 +79,8 @@ def test_what_runs_nothing_is_not_asked_for(tmp_path: Path) -> None:
     run = Run.create(tmp_path / "run")
     trust.check(run, config(rewards=["number", Reward("exact", args={"a": 1})]), trust=False)
     trust.check(run, CODE["reward"], trust=False, rewards=False)
+    with pytest.raises(ConfigError):  # the folder is one that is asked for where something runs
+        trust.check(run, CODE["reward"], trust=False)
 
 
 def test_eval_runs_nothing_of_a_stranger(

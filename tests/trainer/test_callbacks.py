@@ -16,8 +16,7 @@ from rlft.errors import ConfigError, TrainError
 @pytest.fixture(scope="module")
 def home(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("callbacks")
-    tiny.tiny_model().unload().save_pretrained(folder / "model")
-    tiny.tiny_tokenizer().save_pretrained(folder / "model")
+    tiny.save_tiny(folder / "model")
     (folder / "data.jsonl").write_text("".join(f'{{"prompt": "say {i}"}}\n' for i in range(8)))
     return folder
 

@@ -17,7 +17,8 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-from kill_soak import RUN, differences, make_home
+from kill_soak import RUN, differences
+from quick_home import make_quick_home
 
 from rlft.cli.main import main
 from rlft.config.data import Eval
@@ -45,12 +46,7 @@ SETTINGS = (
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("ending")
-    make_home(folder)
-    (folder / "rewards.py").write_text(
-        "def digits(completions, **columns):\n"
-        "    return [sum(c.isdigit() for c in text) / max(1, len(text)) for text in completions]\n"
-        "held = digits\n"
-    )
+    make_quick_home(folder)
     assert run(folder, folder / "whole") == 0
     return folder
 

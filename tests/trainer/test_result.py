@@ -21,8 +21,7 @@ def by_length(completions, **_) -> list[float]:
 @pytest.fixture(scope="module")
 def result(tmp_path_factory) -> Result:
     folder = tmp_path_factory.mktemp("result")
-    tiny.tiny_model().unload().save_pretrained(folder / "model")
-    tiny.tiny_tokenizer().save_pretrained(folder / "model")
+    tiny.save_tiny(folder / "model")
     (folder / "data.jsonl").write_text("".join(f'{{"prompt": "say {i}"}}\n' for i in range(8)))
     cfg = rlft.Config(
         model=str(folder / "model"),
