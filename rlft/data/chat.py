@@ -179,8 +179,8 @@ def _unmark(mask: list[bool], trained: Sequence[bool]) -> None:
     starts = [i for i, flag in enumerate(mask) if flag and not (i and mask[i - 1])]
     if len(starts) != len(trained):
         raise DataError(
-            f"{len(trained)} turns of the assistant, and the chat template marks {len(starts)}: which of them has "
-            f"weight 0 cannot be told; leave the row out",
+            f"{len(trained)} turns of the assistant, and the chat template marks {len(starts)}, so it is unclear "
+            f"which have weight 0; leave the row out",
             reason="template",
         )
     for start, train in zip(starts, trained, strict=True):

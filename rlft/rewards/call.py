@@ -138,7 +138,7 @@ def number(item: Any) -> Any:
         if isinstance(item, bool | int | float | Decimal | Fraction):
             return float(item)
     except (TypeError, ValueError, RuntimeError, OverflowError):
-        pass  # an array of several numbers, a signalling nan, an int beyond a float
+        return ...  # an array of several numbers, a signalling nan, an int beyond a float
     return ...
 
 

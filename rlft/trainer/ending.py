@@ -159,8 +159,8 @@ def rescue(session: Session, ways: Ways) -> str:
         newest = f"the newest checkpoint is {run.latest_checkpoint()}"
     fresh = find(run) == "unstarted"
     way = f"Start again with: {ways.start}" if fresh else f"Go on with: {ways.resume(run.path)}"
-    told = "; ".join(text for text in (*faults, saved, newest) if text)
-    return f"{told[0].upper()}{told[1:]}. {way}"
+    text = "; ".join(part for part in (*faults, saved, newest) if part)
+    return f"{text[0].upper()}{text[1:]}. {way}"
 
 
 def _brief(fault: Exception) -> str:

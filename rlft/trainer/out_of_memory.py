@@ -54,6 +54,6 @@ def what_to_lower(cfg: Config) -> Iterator[list[Any]]:
             f"({cfg.sampling.max_tokens}); where the model itself does not fit, take a smaller one, or another dtype"
         )
         stop.exit_code = 1
-        for told in vars(error).get("__notes__", ()):  # how to go on
-            stop.add_note(told)
+        for note in vars(error).get("__notes__", ()):  # how to go on
+            stop.add_note(note)
         raise stop from error
