@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rlft.kernels.launch import jit, launch, on_gpu, power_of_2, tl
+from rlft.kernels.launch import kernel, launch, on_gpu, power_of_2, tl
 from rlft.upload import upload
 
 ELEMENTS = 2048
@@ -56,7 +56,7 @@ def summed_reference(d: Tensor, copies: Copies) -> Tensor:
     return d.new_zeros(copies.starts.numel() - 1, *d.shape[1:]).index_add(0, copies.index, d)
 
 
-@jit
+@kernel(varying=("T",))
 def _sum_rows(d, starts, order, out, T, d_stride, C: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr):
     """Sum the copies of ROWS rows."""
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)

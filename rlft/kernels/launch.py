@@ -17,32 +17,42 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-VARYING = ("T", "N", "T_share", "SPLITS", "head_1", "head_2")
-"""Kernel arguments that change with the number of tokens and on which no load depends for its vector width."""
-
 if TYPE_CHECKING or importlib.util.find_spec("triton") is not None:
     import triton
     import triton.language as tl
 
     def jit(function: Callable[..., Any]) -> Any:
-        """Compile with triton.jit; return the function itself if there is no Triton (macOS, Windows).
-
-        Triton recompiles a kernel for integers that are 1 or multiples of 16 unless they are excluded, as `VARYING` is:
-        the first micro-batch with a multiple of 16 tokens would wait seconds for all kernels.
-        """
-        parameters = inspect.signature(function).parameters.values()
-        varying = [
-            parameter.name
-            for parameter in parameters
-            if parameter.name in VARYING and parameter.annotation is parameter.empty
-        ]
-        return triton.jit(do_not_specialize=varying)(function)
+        """Compile a function that kernels call; `kernel` is for those that are launched."""
+        return triton.jit(function)
 else:
+    triton: Any = None
     tl: Any = None
 
     def jit(function: Callable[..., Any]) -> Any:
-        """Return the function itself: without Triton nothing launches it."""
+        """Return the function itself: without Triton (macOS, Windows) nothing launches it."""
         return function
+
+
+class Kernel:
+    """A Triton function that `launch` runs, with its compiled variants.
+
+    varying: names of arguments that change with the number of tokens and on which no load depends for its vector width.
+    Triton compiles a variant for integers that are 1 and one for multiples of 16, except for these: otherwise the first
+    micro-batch with a multiple of 16 tokens would wait seconds for all kernels.
+    """
+
+    def __init__(self, function: Callable[..., Any], varying: tuple[str, ...]) -> None:
+        names = list(inspect.signature(function).parameters)
+        self.varying = tuple(names.index(name) for name in varying)
+        self.function: Any = triton.jit(do_not_specialize=list(varying))(function) if triton else function
+        self.interpreted = not (triton and isinstance(self.function, triton.JITFunction))
+        self.variants: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
+        """Kind of call -> compiled kernel, and the values of the keyword arguments."""
+
+
+def kernel(*, varying: tuple[str, ...] = ()) -> Callable[[Callable[..., Any]], Kernel]:
+    """Make a function a `Kernel`; see there for `varying`."""
+    return lambda function: Kernel(function, varying)
 
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -106,27 +116,14 @@ def _on_device(tensor: Tensor) -> AbstractContextManager[Any]:
     return torch.cuda.device(tensor.device)
 
 
-class _Forms:
-    """The compiled variants of a kernel, by kind of call."""
-
-    def __init__(self, kernel: Any) -> None:
-        self.kernel = kernel  # referenced, so that its id is not reused
-        self.varying = tuple(i for i, parameter in enumerate(kernel.params) if parameter.do_not_specialize)
-        self.found: dict[tuple, tuple[Any, tuple]] = {}
-        """Kind of call -> compiled kernel, and the values of the keyword arguments."""
-
-
-_forms: dict[int, _Forms] = {}
-"""By id of the kernel, since hashing a Triton kernel takes microseconds."""
 ALIGNMENT = 64
 """In bytes. Triton recompiles for addresses that are not multiples of 16; this is finer, to be safe."""
 PLAIN = {float, bool, str, type(None)}
 """Types of arguments that are neither tensors nor integers."""
 
 
-def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
-    """Run `kernel[grid](*arguments, **constants)` on the device of the first argument, a tensor, and the current
-    stream.
+def launch(kernel: Kernel, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+    """Run a kernel on the device of its first argument, a tensor, and the current stream.
 
     arguments: in the kernel's order. constants: its remaining parameters, num_warps and the like.
 
@@ -134,15 +131,12 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any
     for the host (benchmarks/host_time.py). Here a call of a known kind starts its compiled kernel directly, as in
     Triton's tutorial on fused softmax. The kind is at least as fine as Triton's specialization, so that its rules need
     not be repeated: device, all types, each tensor's dtype and address modulo 64, and all numbers except those of
-    `VARYING`, whose values Triton does not specialize on.
+    `kernel.varying`, on which Triton does not specialize.
     """
     with _on_device(arguments[0]):
-        forms = _forms.get(id(kernel))
-        if forms is None:
-            if not hasattr(kernel, "params"):  # under the interpreter
-                kernel[grid](*arguments, **constants)
-                return
-            forms = _forms[id(kernel)] = _Forms(kernel)
+        if kernel.interpreted:
+            kernel.function[grid](*arguments, **constants)
+            return
         # Only integers stand for themselves; other values need their type, since 1, 1.0 and True are equal.
         kind = [
             argument
@@ -152,14 +146,14 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any
             else (argument.dtype, argument.data_ptr() % ALIGNMENT)
             for argument in arguments
         ]
-        for i in forms.varying:
+        for i in kernel.varying:
             kind[i] = arguments[i] >> 31
         key = (arguments[0].get_device(), *kind, *constants.items(), *map(type, constants.values()))
-        variant = forms.found.get(key)
+        variant = kernel.variants.get(key)
         if variant is None:
-            compiled = kernel[grid](*arguments, **constants)
-            values = tuple(constants[name] for name in kernel.arg_names[len(arguments) :])
-            forms.found[key] = (compiled, values)
+            compiled = kernel.function[grid](*arguments, **constants)
+            values = tuple(constants[name] for name in kernel.function.arg_names[len(arguments) :])
+            kernel.variants[key] = (compiled, values)
         else:
             compiled, values = variant
             compiled[(*grid, 1, 1)[:3]](*arguments, *values)

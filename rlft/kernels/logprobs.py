@@ -28,7 +28,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rlft.kernels.launch import check_args, jit, launch, on_gpu, power_of_2, tl
+from rlft.kernels.launch import check_args, kernel, launch, on_gpu, power_of_2, tl
 from rlft.kernels.target_softmax import Rows, entropy_reference, launch_entropy, launch_rows, target_softmax_reference
 
 CHUNK_BYTES = 448 * 2**20
@@ -64,7 +64,7 @@ def chunk_rows(vocab: int, dtype: torch.dtype, chunk_bytes: int = CHUNK_BYTES) -
     return rows - rows % 128 if rows > 128 else rows
 
 
-@jit
+@kernel()
 def _jacobian_kernel(product, picked, own, others, out, H, factor, p_stride, o_stride, BLOCK: tl.constexpr):
     """Compute out = factor (own W_t - others E W) of one row."""
     row = tl.program_id(0).to(tl.int64)
@@ -76,7 +76,7 @@ def _jacobian_kernel(product, picked, own, others, out, H, factor, p_stride, o_s
     tl.store(out + row * o_stride + columns, j.to(out.dtype.element_ty), mask=live)
 
 
-@jit
+@kernel()
 def _scale_rows_kernel(jacobian, upstream, out, H, BLOCK: tl.constexpr):
     """Compute out = upstream * jacobian of one row; with upstream 0 the row is 0 even if its Jacobian is not finite."""
     row = tl.program_id(0).to(tl.int64)

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from rlft.kernels.launch import KERNEL_DTYPES, check_args, jit, launch, on_gpu, power_of_2, tl
+from rlft.kernels.launch import KERNEL_DTYPES, check_args, kernel, launch, on_gpu, power_of_2, tl
 
 MIN_RANK = 16
 """Least rank; ranks are powers of two, and an adapter of lower rank is padded with zeros."""
@@ -36,7 +36,7 @@ def lora_add_reference(y: Tensor, x: Tensor, a: Tensor, b: Tensor, sizes: Sequen
         columns.addmm_(s, matrix.T)
 
 
-@jit
+@kernel(varying=("T",))
 def _shrink(
     p,
     x,
@@ -68,7 +68,7 @@ def _shrink(
     tl.store(p + place, acc, mask=live_t[:, None] & live_r[None, :])
 
 
-@jit
+@kernel(varying=("T",))
 def _expand(
     y,
     y_stride,

@@ -23,7 +23,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rlft.kernels.launch import check_args, element_type, jit, launch, on_gpu, table_entry, tl
+from rlft.kernels.launch import check_args, element_type, kernel, launch, on_gpu, table_entry, tl
 from rlft.upload import upload
 
 
@@ -114,7 +114,7 @@ BLOCK = 1024
 """Elements per program."""
 
 
-@jit
+@kernel()
 def _fill(
     table,
     scales,

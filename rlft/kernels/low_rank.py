@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from rlft.kernels.launch import check_args, jit, launch, on_gpu, power_of_2, tl
+from rlft.kernels.launch import check_args, jit, kernel, launch, on_gpu, power_of_2, tl
 from rlft.kernels.lora_group import LoraGroup, pad_to_three
 
 
@@ -70,7 +70,7 @@ def gradients_a_reference(group: LoraGroup, ds: Tensor, x: Tensor, grad_A: Seque
 # WIDTH (columns of Y), K (first column of S), RANK. WIDE casts to fp32 after loading, for the interpreter.
 
 
-@jit
+@kernel(varying=("T", "T_share"))
 def _columns(
     z, z_stride, v, v_stride, u, u_stride, q, p, T, T_share, q_size, COUNT: tl.constexpr, FIRST: tl.constexpr,
     COLUMN: tl.constexpr, WIDTH: tl.constexpr, K: tl.constexpr, RANK: tl.constexpr, BASE: tl.constexpr,
@@ -161,7 +161,7 @@ def _sum_splits(
     tl.store(place, tl.load(place, mask=e < size) + scale * total, mask=e < size)
 
 
-@jit
+@kernel(varying=("SPLITS",))
 def _fold(
     q, g0, g1, g2, end0, end1, size, scale0, scale1, scale2, SPLITS, SPLITS_BLOCK: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
@@ -169,7 +169,7 @@ def _fold(
     _sum_splits(tl.program_id(0), q, g0, g1, g2, end0, end1, size, scale0, scale1, scale2, SPLITS, SPLITS_BLOCK, BLOCK)
 
 
-@jit
+@kernel(varying=("T", "SPLITS"))
 def _fold_both(
     p, out, out_stride, T, q, g0, g1, g2, end0, end1, size, scale0, scale1, scale2, SPLITS, COUNT: tl.constexpr,
     FIRST: tl.constexpr, K: tl.constexpr, RANK: tl.constexpr, MOST: tl.constexpr, TAIL: tl.constexpr,

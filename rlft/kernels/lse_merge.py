@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rlft.kernels.launch import jit, launch, on_gpu, power_of_2, tl
+from rlft.kernels.launch import kernel, launch, on_gpu, power_of_2, tl
 
 
 def merge_reference(out_1: Tensor, lse_1: Tensor, out_2: Tensor, lse_2: Tensor) -> tuple[Tensor, Tensor]:
@@ -24,7 +24,7 @@ def merge_reference(out_1: Tensor, lse_1: Tensor, out_2: Tensor, lse_2: Tensor) 
     return (a * out_1 + b * out_2).to(out_1.dtype), lse
 
 
-@jit
+@kernel(varying=("head_1", "head_2"))
 def _merge_kernel(out_1, lse_1, out_2, lse_2, H, D, row_1, row_2, head_1, head_2, BLOCK: tl.constexpr):
     """Merge one token of one head; out_1 and lse_1 are overwritten."""
     pid = tl.program_id(0)

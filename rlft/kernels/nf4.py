@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlft.kernels.launch import check_args, element_type, jit, launch, on_gpu, table_entry, tl
+from rlft.kernels.launch import check_args, element_type, jit, kernel, launch, on_gpu, table_entry, tl
 from rlft.upload import upload
 
 NF4_CODE = (
@@ -185,7 +185,7 @@ def _scales(row, block, live, NESTED: tl.constexpr):
         return tl.load(absmax.to(tl.pointer_type(tl.float32)) + block, mask=live, other=0.0)
 
 
-@jit
+@kernel()
 def _decode_words(
     table,
     code,
@@ -246,7 +246,7 @@ def _decode_words(
         tl.store(target, value, mask=(start + word * 8 < size)[:, :, None] & (lane >= 0)[None, None, :])
 
 
-@jit
+@kernel()
 def _decode_elements(
     table,
     code,
@@ -334,8 +334,8 @@ class DecodeTables:
         return [self._launch(*kind, members) for kind, members in groups.items()]
 
     def _launch(self, blocksize: int, nested: int, words: bool, members: list[int]) -> Callable[[], None]:
-        # Without words, a thread has registers for 8 elements.
         """Prepare the launch for matrices of one kind."""
+        # Without words, a thread has registers for 8 elements.
         tile = max(self.tile, blocksize) if words else 1024
         rows, programs = [], 0
         for i in members:

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from rlft.kernels.launch import KERNEL_DTYPES, check_args, jit, launch, on_gpu, power_of_2, tl
+from rlft.kernels.launch import KERNEL_DTYPES, check_args, jit, kernel, launch, on_gpu, power_of_2, tl
 from rlft.kernels.rms_norm import rms_norm_reference, times_weight
 
 MAX_D = 512
@@ -168,7 +168,7 @@ def _backward_heads(
         tl.store(dx + tail, g3, mask=tail_mask)
 
 
-@jit
+@kernel(varying=("T",))
 def forward_kernel(
     q_ptr, k_ptr, qw_ptr, kw_ptr, q_out_ptr, k_out_ptr, cos_ptr, sin_ptr, pos_ptr,
     T, stride_q, stride_k, stride_q_out, stride_k_out, stride_table, eps,
@@ -188,7 +188,7 @@ def forward_kernel(
                        HEADS=HK, D=D, R=R, BLOCK=BLOCK, TAIL=TAIL, ROWS=ROWS, GEMMA=GEMMA)  # fmt: skip
 
 
-@jit
+@kernel(varying=("T",))
 def backward_kernel(
     dq_out_ptr, dk_out_ptr, q_ptr, k_ptr, qw_ptr, kw_ptr, dq_ptr, dk_ptr, cos_ptr, sin_ptr, pos_ptr,
     T, stride_dq_out, stride_dk_out, stride_q, stride_k, stride_dq, stride_dk, stride_table, eps,

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from rlft.kernels.launch import KERNEL_DTYPES, as_rows, check_args, jit, launch, on_gpu, power_of_2, tl
+from rlft.kernels.launch import KERNEL_DTYPES, as_rows, check_args, jit, kernel, launch, on_gpu, power_of_2, tl
 
 MAX_H = 16384
 """Longest row: one program holds it in registers."""
@@ -56,7 +56,7 @@ def times_weight(n, w, out_ptr, GEMMA: tl.constexpr):
     return n.to(out_ptr.dtype.element_ty).to(tl.float32) * w
 
 
-@jit
+@kernel(varying=("T",))
 def forward_kernel(
     x_ptr,
     delta_ptr,
@@ -92,7 +92,7 @@ def forward_kernel(
     tl.store(y_ptr + rows[:, None] * stride_y + cols, y, mask=mask)
 
 
-@jit
+@kernel(varying=("T",))
 def backward_kernel(
     dy_ptr,
     x_ptr,

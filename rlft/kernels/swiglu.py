@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from rlft.kernels.launch import KERNEL_DTYPES, as_rows, check_args, jit, launch, on_gpu, power_of_2, tl
+from rlft.kernels.launch import KERNEL_DTYPES, as_rows, check_args, jit, kernel, launch, on_gpu, power_of_2, tl
 
 ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh")
 """transformers' names: x sigmoid(x), GELU by erf, GELU by tanh."""
@@ -52,7 +52,7 @@ def _activation(g, ACT: tl.constexpr):
         return g * s, s + 2.0 * g * s * (1.0 - s) * slope
 
 
-@jit
+@kernel(varying=("T",))
 def forward_kernel(
     gate_ptr,
     up_ptr,
@@ -78,7 +78,7 @@ def forward_kernel(
     tl.store(h_ptr + rows * stride_h + cols, act * up, mask=mask)
 
 
-@jit
+@kernel(varying=("T",))
 def backward_kernel(
     dh_ptr,
     gate_ptr,

@@ -31,7 +31,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rlft.kernels.launch import jit, launch, power_of_2, tl
+from rlft.kernels.launch import jit, kernel, launch, power_of_2, tl
 
 BLOCK = 4096
 """Columns per program of the row kernel."""
@@ -148,7 +148,7 @@ def _differences(z, columns, t, y_t, V, scale, cap, cold, CAPPED: tl.constexpr):
     return tl.where((columns < V) & (columns != t), (y - y_t) * cold, float("-inf")), slope
 
 
-@jit
+@kernel()
 def _rows_kernel(
     z,
     targets,
@@ -184,7 +184,7 @@ def _rows_kernel(
         tl.store(weights + row * w_stride + columns, (e * slope).to(weights.dtype.element_ty), mask=columns < V)
 
 
-@jit
+@kernel()
 def _finish_kernel(
     z,
     targets,
@@ -247,7 +247,7 @@ def _finish_kernel(
     tl.store(sums + row * 3 + 2, mean)
 
 
-@jit
+@kernel()
 def _weights_kernel(
     z,
     targets,

@@ -18,10 +18,10 @@ triton = pytest.importorskip("triton", reason="Triton is for Linux on x86_64")
 import triton.language as tl  # noqa: E402
 from nowhere import Nowhere  # noqa: E402
 
-from rlft.kernels.launch import jit, launch  # noqa: E402
+from rlft.kernels.launch import kernel, launch  # noqa: E402
 
 
-@jit
+@kernel(varying=("T",))
 def scaled(x, y, absent, T, stride, factor, BLOCK: tl.constexpr, HOW: tl.constexpr):
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     value = tl.load(x + at * stride, mask=at < T, other=0.0) * factor
@@ -30,7 +30,7 @@ def scaled(x, y, absent, T, stride, factor, BLOCK: tl.constexpr, HOW: tl.constex
     tl.store(y + at, value.to(y.dtype.element_ty), mask=at < T)
 
 
-@jit
+@kernel(varying=("T",))
 def other(x, y, absent, T, stride, factor, BLOCK: tl.constexpr, HOW: tl.constexpr):
     """With the arguments of `scaled`."""
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -64,14 +64,14 @@ def compare() -> None:
     """Twice each: a call that is new, and one like it."""
     nowhere = Nowhere()
     triton.runtime.driver.set_active(nowhere)
-    every = [(kernel, *call) for kernel in (scaled, other) for call in calls()]
-    for kernel, arguments, constants in every:
-        kernel[(7,)](*arguments, **constants)
+    every = [(run, *call) for run in (scaled, other) for call in calls()]
+    for run, arguments, constants in every:
+        run.function[(7,)](*arguments, **constants)
     wanted, nowhere.ran = nowhere.ran, []
     assert len({which for which, *_ in wanted}) > 20, "the calls do differ for Triton"
     for _ in range(2):
-        for kernel, arguments, constants in every:
-            launch(kernel, (7,), *arguments, **constants)
+        for run, arguments, constants in every:
+            launch(run, (7,), *arguments, **constants)
         assert len(nowhere.ran) == len(wanted)
         for got, want in zip(nowhere.ran, wanted, strict=True):
             assert len(got) == len(want) and all(
