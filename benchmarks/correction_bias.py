@@ -32,7 +32,7 @@ from rlft.algos.losses.topr import Topr
 from rlft.algos.losses.vespo import Vespo
 from rlft.algos.policy_loss import PolicyLoss
 from rlft.batch import pack_all
-from rlft.types import Batch, PackPlan, Prompt, Rollout
+from rlft.types import Batch, FinishReason, PackPlan, Prompt, Rollout
 
 TOKENS, LENGTH, DRAWS = 4, 4, 20
 SPREADS = (0.02, 0.1, 0.3, 0.6, 1.0)
@@ -61,7 +61,8 @@ CORRECTIONS: dict[str, PolicyLoss] = {
 def frame() -> Batch:
     """Every completion once, with weight 1 per token, which `weighed` changes."""
     made = [
-        Rollout(Prompt((0,), {}, 0), row, (True,) * LENGTH, None, "", "stop", i, 0, 0) for i, row in enumerate(EVERY)
+        Rollout(Prompt((0,), {}, 0), row, (True,) * LENGTH, None, "", FinishReason.STOP, i, 0, 0)
+        for i, row in enumerate(EVERY)
     ]
     plan = PackPlan("sequence_sum", 10**6, LENGTH, 1.0, share_prefix=False)
     (batch,) = pack_all(made, plan)

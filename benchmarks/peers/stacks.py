@@ -293,14 +293,24 @@ def batch_of(
     """One packed micro-batch of sequences whose first `prompt` tokens are not trained. sampled: they come with the
     log-probs of a sampler that drew tokens evenly."""
     from rlft.batch import count, groups_of, pack
-    from rlft.types import PackPlan, Prompt, Rollout
+    from rlft.types import FinishReason, PackPlan, Prompt, Rollout
 
     rollouts = []
     for i, ids in enumerate(sequences):
         answer = tuple(ids[prompt:])
         sampler = (-12.0,) * len(answer) if sampled else None
         rollouts.append(
-            Rollout(Prompt(tuple(ids[:prompt]), {}, 0), answer, (True,) * len(answer), sampler, "", "stop", i, 0, 0)
+            Rollout(
+                Prompt(tuple(ids[:prompt]), {}, 0),
+                answer,
+                (True,) * len(answer),
+                sampler,
+                "",
+                FinishReason.STOP,
+                i,
+                0,
+                0,
+            )
         )
     tokens = sum(map(len, sequences))
     plan = PackPlan("token_mean", tokens, tokens, 1.0)
@@ -317,7 +327,8 @@ def random_nf4(shape: str) -> Any:
     with torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(config_of(shape), dtype=torch.bfloat16)
     std = model.config.initializer_range
-    rotary = type(model.model.rotary_emb)(model.config, device="cuda")
+    with torch.device("cuda"):
+        rotary = type(model.model.rotary_emb)(model.config)
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Linear) and name != "lm_head":
             weight = torch.randn(module.out_features, module.in_features, device="cuda", dtype=torch.bfloat16) * std
