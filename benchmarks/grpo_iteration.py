@@ -3,9 +3,9 @@
     python benchmarks/grpo_iteration.py --out DIR --commit HASH ballast24/grpo
 
 `ballast24/grpo`: the 20B shape, 4 prompts of 512 tokens x 4 completions of 512, while all but 24 GiB of the card is
-taken. `ballast48-70b/grpo`: the 70B shape, 2 sequences of 2,048 tokens behind one prompt of 512, all but 48 GiB taken,
-`engine.mode` = "shared". `rollout-110k`: the whole 8B shape, one prompt of 102,400 tokens x 2 completions of 7,600, and
-the training step over the same sequences. Memory is read from the driver, since vLLM's does not go through PyTorch's
+taken. `ballast48-70b/grpo`: the 70B shape, 2 sequences of 2,048 tokens behind one prompt of 1,536, all but 48 GiB
+taken, `engine.mode` = "shared". `rollout-110k`: the whole 8B shape, one prompt of 102,400 tokens x 2 completions of
+7,600, and the training step over the same sequences. Memory is read from the driver, since vLLM's does not go through PyTorch's
 allocator.
 """
 
@@ -44,8 +44,8 @@ WORKS: dict[str, dict[str, Any]] = {
         "shape": "70b",
         "prompts": 1,
         "group": 2,
-        "prompt": 512,
-        "completion": 1536,
+        "prompt": 1536,
+        "completion": 512,
         "cap": 48,
         "mode": "shared",
     },
@@ -57,7 +57,9 @@ def measure(work: str) -> list[dict[str, Any]]:
     how = WORKS[work]
     total = torch.cuda.get_device_properties(0).total_memory
     ballast = torch.empty(total - how["cap"] * GIB if how["cap"] else 0, dtype=torch.uint8, device="cuda")
-    policy, watch, seconds = policy_of(how["shape"]), Watch(), {}
+    watch = Watch()
+    seconds: dict[str, float] = {}
+    policy = watch.phase("model", lambda: policy_of(how["shape"]), seconds)
     config: Any = policy.base.config
     config.max_position_embeddings = 131_072
     sequences = how["prompts"] * how["group"]

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
+MEDIAN = "grpo-step/lognormal-median"
 
 
 @cache
@@ -289,12 +290,26 @@ TABLES: dict[str, Table] = {
             Column("GiB on the host", "rlft", "host_GiB", gib),
         ),
     ),
+    "padded": Table(
+        "one GRPO step",
+        tuple(
+            (f"{name} of 8 layers, median of the drawn lengths", f"grpo_step_lognormal_median_{shape}", MEDIAN)
+            for name, shape in (("LFM2", "lfm2"), ("Qwen3.5", "qwen3_5"))
+        ),
+        (
+            Column("TRL: seconds", "trl", "seconds"),
+            Column("rlft: seconds", "rlft", "seconds"),
+            Column("TRL: GiB above the model", "trl", "peak_GiB", seconds),
+            Column("rlft: GiB above the model", "rlft", "peak_GiB", seconds),
+        ),
+    ),
     "longest-70b": Table(
         "70B shape, SFT, one sequence",
         (
             ("4,096 tokens", "longest_70b", "sft70b/sft"),
             ("8,192", "longest_70b", "sft70b/sft#2"),
             ("16,384", "longest_70b", "sft70b/sft#3"),
+            ("65,536, its first step", "longest_70b_65536", "sft70b/sft"),
             (
                 "4,096, beside a sleeping engine, all but 48 GiB of the card taken",
                 "longest_70b",

@@ -105,6 +105,7 @@ class Watch:
         self.enter(name)
         result = call()
         seconds[name] = self.enter(name)
+        print(f"  {name}: {seconds[name]:.1f} s", flush=True)  # what a run that is cut off has shown
         return result
 
 
