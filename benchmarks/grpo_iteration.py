@@ -5,8 +5,8 @@
 `ballast24/grpo`: the 20B shape, 4 prompts of 512 tokens x 4 completions of 512, while all but 24 GiB of the card is
 taken. `ballast48-70b/grpo`: the 70B shape, 2 sequences of 2,048 tokens behind one prompt of 1,536, all but 48 GiB
 taken, `engine.mode` = "shared". `rollout-110k`: the whole 8B shape, one prompt of 102,400 tokens x 2 completions of
-7,600, and the training step over the same sequences. Memory is read from the driver, since vLLM's does not go through PyTorch's
-allocator.
+7,600, and the training step over the same sequences. Memory is read from the driver, since vLLM's does not go through
+PyTorch's allocator.
 """
 
 from __future__ import annotations
