@@ -19,7 +19,7 @@ from rlft.runs.formats import ERRORS
 
 MOST_POINTS = 300
 """Largest number of points per curve: longer runs are drawn as means of bins, with a band of the extremes."""
-SMOOTH_FROM = 60
+SMOOTH_FROM = 30
 """Smallest number of points for a running median, which unlike a mean does not spread a spike."""
 MOST_OTHERS = 40
 PHASES = ("generate", "reward", "train", "sync", "idle")

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from rlft.monitor import health
 from rlft.report import charts
-from rlft.report.curves import Drawing
+from rlft.report.curves import Drawing, Line
 from rlft.report.markup import document, navigation, number, section, table, text
 from rlft.report.page import algorithm_of, config_of, grid, parts_of, step_ranges, write_page
 from rlft.runs.folder import Run
@@ -171,13 +171,18 @@ def curves(columns: Sequence[Column]) -> str:
 
 def overlay(columns: Sequence[Column], chart: charts.Chart, name: str) -> Drawing | None:
     """Return the curves of one metric; None if no run has it."""
-    lines = []
+    lines: list[Line] = []
+    equal: list[str] = []
     for i, column in enumerate(columns):
         row_bins = charts.bins([row for row in column.rows if name in row])
         line = charts.series(row_bins, chart, 0, column.name, name) if row_bins else None
-        if line:
-            lines.append(line._replace(low=(), high=(), colour=i))
-    return Drawing(chart.title, lines, chart.log) if lines else None
+        if not line:
+            continue
+        same = [other for other in lines if (other.steps, other.values) == (line.steps, line.values)]
+        equal += [f"{line.legend} equals {same[0].legend}"] if same else []
+        lines.append(line._replace(low=(), high=(), colour=i, dashed=bool(same)))
+    note = f"{'; '.join(equal)}." if equal else ""
+    return Drawing(chart.title, lines, chart.log, note=note) if lines else None
 
 
 def health_table(columns: Sequence[Column]) -> str:

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from rlft.report.markup import MOST_TEXT, conversation, number, passage, score, text, visible
+from rlft.report.markup import MOST_TEXT, columns, conversation, number, passage, score, text, visible
 from rlft.runs.folder import PIECED_GROUPS, Run
 from rlft.runs.tables import Unreadable
 
@@ -71,6 +71,12 @@ def samples(run: Run, damaged: list[str]) -> str:
         f'<input type="range" min="0" max="{len(steps) - 1}" value="{len(steps) - 1}" aria-label="step">'
         f'<button type="button" data-move="1" aria-label="later">›</button> step <output>{steps[-1]}</output></p>'
     )
+    control += (
+        '<p class="choose"><input type="search" placeholder="search prompts and completions" aria-label="search">'
+        '<label>reward from <input type="number" step="any" name="from" aria-label="lowest reward"></label>'
+        '<label>to <input type="number" step="any" name="to" aria-label="highest reward"></label>'
+        '<output class="matches"></output></p>'
+    )
     shades = switch([*(["d"] if any(DIFFERS.search(block) for block in blocks) else []), "p", ""])
     # Where nothing differs visibly, as in fp32 on one machine, a note says so.
     tokens = any("data-n=" in block for block in blocks)
@@ -128,8 +134,9 @@ def group_card(group: Sequence[Mapping[str, Any]], parts: Sequence[str]) -> str:
 
 
 def prompt(row: Mapping[str, Any]) -> str:
-    """Return the prompt of a completion, with roles where it is messages."""
-    return conversation(row["prompt"]) if row.get("prompt_is_messages") else passage(row["prompt"])
+    """Return the prompt of a completion, with roles where it is messages, and the other columns of its row."""
+    shown = conversation(row["prompt"]) if row.get("prompt_is_messages") else passage(row["prompt"])
+    return shown + columns(row.get("data"))
 
 
 def sample(row: Mapping[str, Any], parts: Sequence[str]) -> str:
@@ -142,7 +149,9 @@ def sample(row: Mapping[str, Any], parts: Sequence[str]) -> str:
     facts += [f"<span>{text(part.removeprefix('rewards/'))} {score(row[part])}</span>" for part in parts]
     cut_note = ' <i class="cut">cut</i>' if row["finish_reason"] == "length" else ""
     facts.append(f"<span>{row['tokens']} tokens{cut_note}</span>")
-    return f'<div class="sample {kind}"><div class="facts">{"".join(facts)}</div>{completion(row)}</div>'
+    reward = "" if row["reward"] is None else f"{row['reward']:.6g}"
+    body = f'<div class="facts">{"".join(facts)}</div>{completion(row)}'
+    return f'<div class="sample {kind}" data-reward="{reward}">{body}</div>'
 
 
 def completion(row: Mapping[str, Any]) -> str:

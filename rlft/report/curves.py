@@ -37,6 +37,8 @@ class Line(NamedTuple):
     smooth: Values = ()
     """Running median, drawn over the thin line of `values`; () for none."""
     colour: int = 0
+    dashed: bool = False
+    """For a line that lies on another one, which stays visible between the dashes."""
 
 
 class Mark(NamedTuple):
@@ -173,13 +175,15 @@ def curve(line: Line, x: Axis, y: Axis, log: bool) -> list[str]:
         ]
 
     pieces = split_at_gaps(points(line.values))
+    dashed = " dashed" if line.dashed else ""
     thin = " thin" if line.smooth else ""
-    out = [polyline(piece, f"l{colour}{thin}") for piece in pieces if len(piece) > 1]
+    out = [polyline(piece, f"l{colour}{thin}{dashed}") for piece in pieces if len(piece) > 1]
     # A single value between two gaps would not be visible as a line.
     dots = [point for piece in pieces if len(line.values) <= 30 or len(piece) == 1 for point in piece]
     out += [f'<circle class="c{colour}" cx="{left}" cy="{top}" r="2.5"/>' for left, top in dots]
     return out + [
-        polyline(piece, f"l{colour}") for piece in split_at_gaps(points(line.smooth or [None] * len(line.steps)))
+        polyline(piece, f"l{colour} smooth{dashed}")
+        for piece in split_at_gaps(points(line.smooth or [None] * len(line.steps)))
     ]
 
 

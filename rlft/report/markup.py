@@ -14,6 +14,8 @@ from rlft.runs.formats import number, visible
 
 MOST_TEXT = 3000
 """Largest number of characters shown of a prompt or completion."""
+MOST_COLUMN = 300
+"""Largest number of characters shown of another column of a dataset row."""
 PAGE = """<!doctype html>
 <html lang="en">
 <head>
@@ -68,11 +70,14 @@ def tiles(cards: Sequence[tuple[str, str, str]]) -> str:
     return f'<div class="tiles">{"".join(items)}</div>'
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a horizontally scrollable table. The first cell of a row is its name; all cells are escaped."""
+def table(head: Sequence[str], rows: Sequence[Sequence[str]], kind: str = "") -> str:
+    """Return a horizontally scrollable table. The first cell of a row is its name; all cells are escaped.
+
+    kind: a further class of the table.
+    """
     cells = "".join(f"<tr><th>{text(row[0])}</th>{''.join(map(cell, row[1:]))}</tr>" for row in rows)
     top = "".join(f"<th>{text(name)}</th>" for name in head)
-    return f'<div class="wide"><table class="numbers"><tr>{top}</tr>{cells}</table></div>'
+    return f'<div class="wide"><table class="{f"numbers {kind}".strip()}"><tr>{top}</tr>{cells}</table></div>'
 
 
 def cell(value: str) -> str:
@@ -94,6 +99,27 @@ def conversation(value: str) -> str:
         return passage(value)
     content_html = "\n".join(f"<i>{text(role)}</i> {truncate(content)}" for role, content in turns)
     return f'<div class="passage">{content_html or "<i>empty</i>"}</div>'
+
+
+def columns(value: str | None) -> str:
+    """Return the columns of a dataset row from their JSON: names and values, empty for None and for other text."""
+    try:
+        found = json.loads(value) if value else {}
+    except (ValueError, RecursionError):
+        return ""
+    if not isinstance(found, dict) or not found:
+        return ""
+    lines = ""
+    for name, entry in found.items():
+        written = entry if isinstance(entry, str) else json.dumps(entry, ensure_ascii=False)
+        lines += f"<dt>{text(name)}</dt><dd>{text(shorten(written))}</dd>"
+    return f'<dl class="columns">{lines}</dl>'
+
+
+def shorten(value: str) -> str:
+    """Return a value of a column on one line, at most MOST_COLUMN characters of it."""
+    line = " ".join(value.split())
+    return line if len(line) <= MOST_COLUMN else f"{line[:MOST_COLUMN]} ... {len(line) - MOST_COLUMN:,} more characters"
 
 
 def truncate(value: str) -> str:

@@ -157,7 +157,7 @@ def evaluation_table(evaluations: Rows) -> str:
             cells.append(change(selected[0], selected[-1], name, interval=True))
         lines.append([name.removeprefix("eval/"), *cells])
     head = ["", *(f"after step {row['step']}" for row in selected), *(["change"] if len(selected) > 1 else [])]
-    return table(head, lines)
+    return table(head, lines, "evaluations" if len(selected) > 1 else "")
 
 
 # ---- health ----
@@ -220,7 +220,14 @@ def curves(rows: Rows, marks: Mapping[str, Sequence[Mark]]) -> str:
     )
     if rest:
         out.append(f"<details><summary>{len(rest)} more metrics</summary>{grid('', rest)}</details>")
-    return "".join(out)
+    return smoothing(steps) + "".join(out)
+
+
+def smoothing(steps: Rows) -> str:
+    """Return the switch for running medians, for runs long enough to have them."""
+    if len(steps) < charts.SMOOTH_FROM:
+        return ""
+    return '<p class="shades"><label><input type="checkbox" name="smooth" checked>running medians</label></p>'
 
 
 def grid(title: str, figures: Sequence[Drawing]) -> str:

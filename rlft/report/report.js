@@ -48,6 +48,10 @@ for (const f of figures) {
   });
 }
 
+// ---- running medians: drawn or not ----
+const smooth = document.querySelector("[name=smooth]");
+smooth?.addEventListener("change", () => document.body.classList.toggle("raw", !smooth.checked));
+
 // ---- completions: one step at a time, tokens shaded ----
 const blocks = [...document.querySelectorAll(".step")], range = document.querySelector(".choose input");
 let shade = document.querySelector("[name=shade]:checked")?.value ?? "";
@@ -58,6 +62,7 @@ function choose(i) {
   document.querySelector(".choose output").textContent = block.dataset.step;
   block.querySelectorAll(".passage[data-n]").forEach(split);
   colour(block);
+  count();
 }
 function numbers(list) { return list.split(",").map(v => v === "" ? null : +v); }
 function split(passage) {  // one element per token, made when the step is first looked at
@@ -93,9 +98,44 @@ for (const radio of document.querySelectorAll("[name=shade]"))
     for (const scale of document.querySelectorAll("[data-scale]")) scale.hidden = scale.dataset.scale !== shade;
     choose(+range.value);
   });
+// ---- search and filter: what does not match is hidden, in every step ----
+const query = document.querySelector("[type=search]"), matches = document.querySelector(".matches");
+const bound = { from: document.querySelector("[name=from]"), to: document.querySelector("[name=to]") };
+let counts = blocks.map(() => 1);
+function filter() {
+  const words = query.value.toLowerCase(), from = parseFloat(bound.from.value), to = parseFloat(bound.to.value);
+  counts = blocks.map(block => {
+    let inBlock = 0;
+    for (const group of block.querySelectorAll(".group")) {
+      const asked = group.querySelector(".prompt").textContent.toLowerCase().includes(words);
+      let inGroup = 0;
+      for (const sample of group.querySelectorAll(".sample")) {
+        const reward = parseFloat(sample.dataset.reward);  // NaN for an invalid one, which no bound lets through
+        const within = (isNaN(from) || reward >= from) && (isNaN(to) || reward <= to);
+        const match = within && (asked || sample.querySelector(".passage").textContent.toLowerCase().includes(words));
+        sample.hidden = !match;
+        inGroup += match;
+      }
+      group.hidden = inGroup === 0;
+      inBlock += inGroup;
+    }
+    return inBlock;
+  });
+  count();
+}
+function count() {
+  const all = counts.reduce((a, b) => a + b, 0), steps = counts.filter(n => n).length;
+  const filtered = query.value !== "" || bound.from.value !== "" || bound.to.value !== "";
+  matches.textContent = filtered ? `${counts[+range.value]} in this step, ${all} in ${steps} of the steps here` : "";
+}
+function move(by) {  // to the next step that has a match
+  let i = +range.value + by;
+  while (counts[i] === 0) i += by;
+  if (i in counts) choose(i);
+}
 if (range) {
   range.addEventListener("input", () => choose(+range.value));
-  for (const b of document.querySelectorAll("[data-move]"))
-    b.addEventListener("click", () => choose(+range.value + +b.dataset.move));
+  for (const b of document.querySelectorAll("[data-move]")) b.addEventListener("click", () => move(+b.dataset.move));
+  for (const input of [query, bound.from, bound.to]) input.addEventListener("input", filter);
   choose(+range.value);
 }

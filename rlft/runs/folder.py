@@ -41,7 +41,7 @@ from rlft.types import Best, Sample
 
 PIECED_GROUPS = 4
 """Number of groups per step whose tokens are also saved as text, for the report."""
-TEXTS = ("prompt", "completion", "pieces.list.element", "finish_reason")
+TEXTS = ("prompt", "data", "completion", "pieces.list.element", "finish_reason")
 """Columns of a rollouts file with repeated values, which are dictionary-encoded."""
 FILES = ("plan.json", "report.html", "data.parquet", "dropped.jsonl", "config.toml", "metrics.jsonl")
 FOLDERS = ("checkpoints", "rollouts", "evaluations", "set-aside", "wandb", "tensorboard")
@@ -145,9 +145,9 @@ class Run:
         """Write every completion of a step; nan is written as null.
 
         pieces: the text of each token, per sample. Columns: step, row (of the dataset), group, sample, prompt,
-        prompt_is_messages (the prompt is their JSON), completion, completion_ids, sampler_logprobs and logprobs
-        (float32), pieces, reward, rewards/NAME for each function and what it logged, advantage, finish_reason, tokens,
-        policy_version.
+        prompt_is_messages (the prompt is their JSON), data (JSON of the row's other columns), completion,
+        completion_ids, sampler_logprobs and logprobs (float32), pieces, reward, rewards/NAME for each function and
+        what it logged, advantage, finish_reason, tokens, policy_version.
         """
         tokens = {
             "logprobs": [_completion_logprobs(sample) for sample in samples],

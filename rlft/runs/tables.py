@@ -16,6 +16,10 @@ from rlft.types import Prompt, Rollout
 
 COLUMNS = ("row", "group", "sample", "prompt", "completion", "completion_ids", "reward", "finish_reason", "tokens")
 """Columns that every reader of a rollouts file relies on."""
+SHOWN_AS_PROMPT = ("prompt", "completion", "messages", "chosen", "rejected")
+"""Columns of a dataset row that are not repeated in `dataset_columns`."""
+MOST_VALUE = 10_000
+"""Largest number of characters saved of one value of a dataset row."""
 
 
 class Unreadable(ConfigError):
@@ -55,6 +59,19 @@ def shown_prompt(prompt: Prompt) -> str:
     return text if isinstance(text, str) else ""
 
 
+def dataset_columns(prompt: Prompt) -> str | None:
+    """Return the other columns of the dataset row (the answer, say) as a JSON object; None if it has none.
+
+    A value whose text is longer than MOST_VALUE is saved as the beginning of that text.
+    """
+    columns = {name: value for name, value in prompt.row.items() if name not in SHOWN_AS_PROMPT and value is not None}
+    for name, value in columns.items():
+        written = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+        if len(written) > MOST_VALUE:
+            columns[name] = f"{written[:MOST_VALUE]} ... {len(written) - MOST_VALUE:,} more characters"
+    return json.dumps(columns, ensure_ascii=False, default=str) if columns else None
+
+
 def _has_messages(prompt: Prompt) -> bool:
     """Return True where `shown_prompt` is JSON."""
     return bool(prompt.messages) and not isinstance(prompt.row.get("prompt"), str)
@@ -69,6 +86,8 @@ def rollout_table(
 ) -> Any:
     """Build the Arrow table of a step. pa: pyarrow. tokens: per-token columns besides those of the rollouts."""
     integers = pa.int64()
+    data = {rollout.prompt.index: rollout.prompt for rollout in rollouts}
+    data = {index: dataset_columns(prompt) for index, prompt in data.items()}
     columns = {
         "step": pa.array([step] * len(rollouts), integers),
         "row": pa.array([rollout.prompt.index for rollout in rollouts], integers),
@@ -76,6 +95,7 @@ def rollout_table(
         "sample": pa.array([rollout.sample_index for rollout in rollouts], integers),
         "prompt": pa.array([shown_prompt(rollout.prompt) for rollout in rollouts], pa.string()),
         "prompt_is_messages": pa.array([_has_messages(rollout.prompt) for rollout in rollouts], pa.bool_()),
+        "data": pa.array([data[rollout.prompt.index] for rollout in rollouts], pa.string()),
         "completion": pa.array([rollout.text for rollout in rollouts], pa.string()),
         "completion_ids": pa.array([rollout.completion_ids for rollout in rollouts], pa.list_(integers)),
         "sampler_logprobs": _floats(pa, [rollout.sampler_logprobs for rollout in rollouts]),

@@ -18,11 +18,12 @@ import torch
 
 from rlft import report
 from rlft.errors import ConfigError
-from rlft.report import charts, comparison, completions, curves, page
+from rlft.report import charts, comparison, completions, curves, markup, page
 from rlft.report.curves import Drawing, Line, Mark
 from rlft.report.markup import MOST_TEXT, conversation, digest, number, passage
+from rlft.runs import tables
 from rlft.runs.folder import Run
-from rlft.types import Prompt, Rollout
+from rlft.types import FinishReason, Prompt, Rollout
 
 VOID = {"meta", "input"}
 
@@ -392,7 +393,44 @@ def test_completions_keep_to_their_budget(run: Run, monkeypatch: pytest.MonkeyPa
     assert completions.samples(run, []).count("data-step") == 30
     monkeypatch.setattr(completions, "BUDGET", 5000)
     made = completions.samples(run, [])
-    assert made.count("data-step") == 4 and 'data-step="30"' in made and "4 of 30 steps are here" in made
+    assert made.count("data-step") == 3 and 'data-step="30"' in made and "3 of 30 steps are here" in made
+
+
+def test_the_columns_of_the_row_stand_beside_its_completions(run: Run) -> None:
+    row = {
+        "prompt": "2 + 3 =",
+        "answer": 5,
+        "tests": ["<b>", "y " * 400],
+        "level": None,
+        "messages": [{"role": "user"}],
+    }
+    made = [Rollout(Prompt((1,), row, 0), (1,), (True,), (-0.5,), "5", FinishReason.STOP, 0, 0, 0)]
+    for step in (1, 2):
+        run.write_rollouts(step, records.samples(made, [1.0], {}, [0.0]))
+        run.write_evaluation(step, records.samples(made, [1.0], {}, [0.0]))
+    assert json.loads(run.read_rollouts(1)[0]["data"]) == {"answer": 5, "tests": ["<b>", "y " * 400]}
+    answer, long = "<dt>answer</dt><dd>5</dd>", "&lt;b&gt;"
+    for shown in (completions.samples(run, []), completions.held_out_completions(run, [])):
+        assert answer in shown and long in shown and "more characters" in shown and "<b>&quot;" not in shown
+        assert "level" not in shown
+
+
+def test_a_value_of_a_row_that_is_long_is_saved_as_its_beginning() -> None:
+    saved = tables.dataset_columns(Prompt((1,), {"prompt": "a", "tests": "x" * 30_000}, 0))
+    assert saved is not None and len(saved) < 11_000 and "20,000 more characters" in saved
+    assert tables.dataset_columns(Prompt((1,), {"prompt": "a"}, 0)) is None
+
+
+@pytest.mark.parametrize("value", [None, "", "[1]", "{}", "nonsense", "[" * 5000])
+def test_a_file_without_columns_of_the_row_shows_none(value: str | None) -> None:
+    assert markup.columns(value) == ""
+
+
+def test_completions_can_be_searched_and_filtered_by_reward(run: Run) -> None:
+    run.write_rollouts(1, records.samples(rollouts(1, ["a", "b", "c"]), [1.0, 0.25, math.nan], {}, [0.5, -0.5, 0.0]))
+    made = completions.samples(run, [])
+    assert 'data-reward="1"' in made and 'data-reward="0.25"' in made and 'data-reward=""' in made
+    assert all(control in made for control in ('type="search"', 'name="from"', 'name="to"'))
 
 
 def test_many_steps_are_thinned_evenly_with_both_ends() -> None:
@@ -443,6 +481,24 @@ def test_runs_that_are_alike_say_so(tmp_path: Path) -> None:
 
 def drawn(values: list[float | None], first: int = 1, **options: Any) -> str:
     return curves.svg(Drawing("A", [Line("a", range(first, first + len(values)), values)], **options))
+
+
+def test_equal_curves_are_dashed_and_named(tmp_path: Path) -> None:
+    runs = [Run.create(tmp_path / name) for name in ("a", "b", "c")]
+    for run in runs:
+        for step in range(1, 5):
+            run.log(step, values(step) | {"loss": 0.5 if run.path.name == "c" else 0.01 * step})
+    made = comparison.page(runs)
+    loss = made[made.index("<h4>Loss") :]
+    loss = loss[: loss.index("</figure>")]
+    assert "b equals a." in loss and loss.count("dashed") == 1 and "c equals" not in loss
+
+
+def test_running_medians_can_be_left_out(run: Run) -> None:
+    for step in range(1, 41):
+        run.log(step, values(step))
+    made = page.page(run)
+    assert 'name="smooth" checked' in made and 'class="l0 smooth"' in made
 
 
 def test_steps_are_named_in_spans() -> None:
