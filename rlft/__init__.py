@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from rlft.config.run import Optim as Optim
     from rlft.config.run import Packing as Packing
     from rlft.config.run import Parity as Parity
+    from rlft.config.run import Ranks as Ranks
     from rlft.config.run import Track as Track
     from rlft.config.run import preset as preset
     from rlft.errors import ConfigError as ConfigError
@@ -60,7 +61,19 @@ _MODULES = {
     "trainer.callbacks": ("Callback", "View"),
     "trainer.result": ("Result", "open", "generate", "evaluate"),
     "models.load": ("load",),
-    "config.run": ("Config", "preset", "Algo", "Lora", "Optim", "Engine", "Packing", "Parity", "Checkpoint", "Track"),
+    "config.run": (
+        "Config",
+        "preset",
+        "Algo",
+        "Lora",
+        "Optim",
+        "Engine",
+        "Packing",
+        "Parity",
+        "Checkpoint",
+        "Track",
+        "Ranks",
+    ),
     "config.data": ("Data", "Source", "Reward", "Sampling", "DynamicSampling", "Curriculum", "Overlong", "Eval"),
     "types": ("Prompt", "Rollout", "Batch", "PackPlan", "Stat", "State"),
     "errors": ("RlftError", "ConfigError", "DataError", "RewardError", "EngineError", "ParityError", "TrainError"),
@@ -69,7 +82,7 @@ _WHERE = {name: module for module, names in _MODULES.items() for name in names}
 
 __all__ = [
     "__version__", "train", "open", "Callback", "View", "Result", "generate", "evaluate", "load", "Config", "preset",
-    "Algo", "Lora", "Optim", "Engine", "Packing", "Parity", "Checkpoint", "Track", "Data", "Source", "Reward",
+    "Algo", "Lora", "Optim", "Engine", "Packing", "Parity", "Checkpoint", "Track", "Ranks", "Data", "Source", "Reward",
     "Sampling", "DynamicSampling", "Curriculum", "Overlong", "Eval", "Prompt", "Rollout", "Batch", "PackPlan", "Stat",
     "State", "RlftError", "ConfigError", "DataError", "RewardError", "EngineError", "ParityError", "TrainError",
 ]  # fmt: skip

@@ -310,7 +310,7 @@ class StepView(Protocol):
 
     @property
     def rollouts(self) -> Sequence[Rollout]:
-        """Rollouts of the update that are in the loss, on this rank."""
+        """Rollouts of the update that are in the loss."""
         ...
 
     @property
@@ -324,10 +324,6 @@ class StepView(Protocol):
 
     def log_ratios(self, rollouts: Sequence[Rollout]) -> Tensor:
         """Return log(policy / reference) of each completion, [N] float64, summed over its tokens."""
-        ...
-
-    def sum(self, values: Tensor) -> Tensor:
-        """Return `values` summed over ranks."""
         ...
 
 

@@ -166,7 +166,7 @@ class Marked:
     def memory(self) -> dict[str, int]:
         return self._engine.memory
 
-    def generate(self, prompts: Any, sampling: Any, seed: tuple[int, ...], finished: Any = None) -> Any:
+    def generate(self, prompts: Any, sampling: Any, seed: tuple[int, ...], finished: Any = None, first: int = 0) -> Any:
         self._desk.wait()
         self._desk.start()
         self._phases.begin("rollout")

@@ -32,7 +32,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rlft.dist import max_tensor, sum_tensor
 from rlft.errors import RewardError
 
 EPS = 1e-4
@@ -195,21 +194,21 @@ def identity(rewards: Tensor, group_ids: Tensor) -> Tensor:
 
 
 def _mean_and_std(values: Tensor, weight: Tensor, unbiased: bool = False) -> tuple[Tensor, Tensor]:
-    """Return mean and std (0-dim) of `values` [N] float64 over all ranks, each counted `weight` times.
+    """Return mean and std (0-dim) of `values` [N] float64, each counted `weight` times.
 
     Values of weight 0 may be nan and are ignored.
     """
     values = torch.where(weight > 0, values, 0)
-    count, sum_ = sum_tensor(torch.stack([weight.sum(), (weight * values).sum()]))
-    mean = sum_ / count.clamp(min=1)
-    squares = sum_tensor((weight * (values - mean) ** 2).sum())
+    count = weight.sum()
+    mean = (weight * values).sum() / count.clamp(min=1)
+    squares = (weight * (values - mean) ** 2).sum()
     return mean, (squares / (count - int(unbiased)).clamp(min=1)).sqrt()
 
 
 def _whiten(values: Tensor, valid: Tensor, lengths: Tensor) -> Tensor:
     """Return (value - mean) / std over all trained tokens of the batch; exactly 0 where all values are equal."""
     ends = torch.where(valid, torch.stack([values, -values]), -torch.inf)
-    high, low = max_tensor(torch.cat([ends, torch.full((2, 1), -torch.inf, dtype=torch.float64)], 1).amax(1))
+    high, low = torch.cat([ends, torch.full((2, 1), -torch.inf, dtype=torch.float64)], 1).amax(1)
     if high <= -low:
         return torch.zeros(len(values))
     mean, std = _mean_and_std(values, torch.where(valid, lengths, 0).double())

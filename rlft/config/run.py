@@ -168,6 +168,14 @@ class Checkpoint:
     the newest; the best on held-out rows is kept too."""
 
 
+@section("ranks")
+class Ranks:
+    """Several processes that run one run together; torchrun decides how many."""
+
+    timeout: Annotated[float, Gt(0)] = 1800.0
+    """Seconds that a rank waits for the others before it gives up."""
+
+
 @section("track")
 class Track:
     """Where metrics and completions go besides the run's folder, which has all of them in any case."""
@@ -247,6 +255,7 @@ class Config:
     eval: Eval = field(default_factory=Eval)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     track: Track = field(default_factory=Track)
+    ranks: Ranks = field(default_factory=Ranks)
 
     if TYPE_CHECKING:  # what each field is made from; what it is then is above
 
@@ -277,6 +286,7 @@ class Config:
             eval: Eval | Mapping[str, Any] = ...,
             checkpoint: Checkpoint | Mapping[str, Any] = ...,
             track: Track | Mapping[str, Any] = ...,
+            ranks: Ranks | Mapping[str, Any] = ...,
         ) -> None: ...
 
     def __post_init__(self) -> None:

@@ -114,7 +114,12 @@ class EagerEngine:
         return bool(logits[:, -1].isfinite().all())
 
     def generate(
-        self, prompts: Sequence[Prompt], sampling: Sampling, seed: tuple[int, ...], finished: Finished | None = None
+        self,
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        seed: tuple[int, ...],
+        finished: Finished | None = None,
+        first: int = 0,
     ) -> list[Rollout]:
         """See `Engine.generate`. Temperature 0 is greedy, with log-prob 0 for the chosen token."""
         if self._version is None:
@@ -125,7 +130,7 @@ class EagerEngine:
         rows = []
         for slot, prompt in enumerate(prompts):
             for sample in range(sampling.group_size):
-                row_seed = rollout_seed(seed, slot, sample)
+                row_seed = rollout_seed(seed, first + slot, sample)
                 uniforms = np.random.Generator(np.random.PCG64(row_seed)).random(sampling.max_tokens)
                 rows.append(_Row(prompt, slot, sample, row_seed, uniforms))
         with self._switched(), torch.inference_mode():

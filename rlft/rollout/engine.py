@@ -58,13 +58,19 @@ class Engine(Protocol):
         ...
 
     def generate(
-        self, prompts: Sequence[Prompt], sampling: Sampling, seed: tuple[int, ...], finished: Finished | None = None
+        self,
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        seed: tuple[int, ...],
+        finished: Finished | None = None,
+        first: int = 0,
     ) -> list[Rollout]:
         """Sample `sampling.group_size` rollouts per prompt, in the order of the prompts.
 
         seed: (run seed, step) or longer; the same seed gives the same rollouts on the same machine. finished: called
         with the rollouts of a prompt as soon as the last of them ends; they are returned too, unless the engine failed
-        and sampled them again. An engine that samples nothing does not call it.
+        and sampled them again. An engine that samples nothing does not call it. first: position of the first prompt in
+        the step, where other ranks sample those before it.
         Raises EngineError before an adapter was loaded, and when the engine fails.
         """
         ...

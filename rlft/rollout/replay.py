@@ -26,7 +26,12 @@ class ReplayEngine:
         self._version: int | None = None
 
     def generate(
-        self, prompts: Sequence[Prompt], sampling: Sampling, seed: tuple[int, ...], finished: Finished | None = None
+        self,
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        seed: tuple[int, ...],
+        finished: Finished | None = None,
+        first: int = 0,
     ) -> list[Rollout]:
         """Return every recorded completion of every prompt at once; the other arguments are ignored.
 

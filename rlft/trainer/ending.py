@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from rlft import report
+from rlft import dist, report
 from rlft.monitor.console import Console
 from rlft.runs.claim import find
 from rlft.trainer.saving import save
@@ -128,7 +128,8 @@ def saved_on_the_way_out(session: Session, ways: Ways) -> Iterator[None]:
     except BaseException as error:
         if isinstance(error, torch.OutOfMemoryError | MemoryError):
             traceback.clear_frames(error.__traceback__)  # they keep every tensor of the failed pass alive
-        error.add_note(rescue(session, ways))
+        if dist.lead():
+            error.add_note(rescue(session, ways))
         raise
 
 

@@ -29,6 +29,7 @@ from typing import Any
 
 import torch
 
+from rlft import dist
 from rlft.algos.algorithm import Algorithm
 from rlft.batch import count, groups_of, pack, samples_of
 from rlft.config.data import Eval, Sampling
@@ -37,13 +38,15 @@ from rlft.errors import TrainError
 from rlft.models.policy import Policy
 from rlft.rewards.function import RewardFunction
 from rlft.rewards.overlap import Scoring
+from rlft.rewards.parts import RewardBreakdown
 from rlft.rewards.score import finish, score_samples
 from rlft.rollout.engine import Engine
 from rlft.rollout.replay import ReplayEngine
 from rlft.trainer.broken import not_finite
 from rlft.trainer.estimates import Estimate, estimate_difference, estimate_mean, pass_at_k
 from rlft.trainer.metrics import Metrics
-from rlft.trainer.prepare import assign_advantages
+from rlft.trainer.prepare import assign_advantages, dealt
+from rlft.trainer.sample import gathered
 from rlft.trainer.step import MiniBatch, batch_loss, step_inputs
 from rlft.types import PackPlan, Prompt, Rollout, Sample, Stat
 
@@ -99,11 +102,18 @@ def evaluate(
     The seed depends only on the run's seed, so two evaluations differ by the adapter alone. Raises TrainError when most
     of the engine's log-probs are not finite, since the completions are then meaningless.
     """
-    with Scoring(functions, prompts, trainer_state) as scoring:
-        finished = scoring.add if scoring.overlaps else None
-        rollouts = engine.generate(prompts, sampling_of(cfg), (cfg.seed, 2**31 + 1), finished)
-        _check_finite(rollouts, cfg)
-        parts = finish(scoring, rollouts, functions)
+    prompts = list(prompts)  # a table makes its prompts anew at each access
+    share, seed = dist.share(len(prompts)), (cfg.seed, 2**31 + 1)
+
+    def evaluate_share() -> tuple[list[Rollout], RewardBreakdown]:
+        own = prompts[share]
+        with Scoring(functions, prompts, trainer_state) as scoring:
+            finished = scoring.add if scoring.overlaps else None
+            rollouts = engine.generate(own, sampling_of(cfg), seed, finished, share.start) if len(own) else []
+            _check_finite(rollouts, cfg)
+            return rollouts, finish(scoring, rollouts, functions)
+
+    rollouts, parts = gathered(evaluate_share, prompts)
     samples = samples_of(groups_of(rollouts))
     parts.store(samples)
     lengths = [len(rollout.completion_ids) for rollout in rollouts]
@@ -200,7 +210,7 @@ def recorded_loss(policy: Policy, prompts: Sequence[Prompt], algorithm: Algorith
     inputs = step_inputs(policy, algorithm, plan, MiniBatch(groups, batches, batches), {})
     metrics = Metrics()
     with torch.no_grad():
-        for batch in batches:
+        for batch in dealt(batches):
             if algorithm.loss.needs_reference:
                 batch = replace(batch, ref_logprobs=policy.score(batch, weights="reference"))
             logprobs, entropy = policy.score(batch), None
@@ -212,7 +222,7 @@ def recorded_loss(policy: Policy, prompts: Sequence[Prompt], algorithm: Algorith
             positive = here.train_mask & (here.advantages > 0)
             nll, nonfinite = Stat.mean(-logprobs, positive), Stat("sum", (~logprobs.isfinite()).sum())
             metrics.add({"loss": Stat("sum", loss), **stats, "nll": nll, "bad": nonfinite})
-    values = metrics.values()
+    values = metrics.reduce().values()
     if nonfinite := values.pop("bad", 0.0):
         raise not_finite(policy, batches, f"{nonfinite:.0f} of the policy's log-probs of held-out completions")
     nll = values.pop("nll", math.nan)

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from rlft import report
+from rlft import dist, report
 from rlft.config.data import Reward
 from rlft.config.files import to_toml
 from rlft.config.paths import user_path
@@ -39,7 +39,7 @@ from rlft.trainer.record import call_back, measure, record, step_values
 from rlft.trainer.result import Result
 from rlft.trainer.sample import sample_and_score
 from rlft.trainer.saving import save, write_card
-from rlft.trainer.session import Session, Trainer
+from rlft.trainer.session import Recorder, Session, Trainer
 from rlft.trainer.setup import build_session
 from rlft.trainer.step import Step, advantages, losses, pack_minibatches, score_batches, update
 from rlft.types import State
@@ -53,7 +53,7 @@ def loop(session: Session, stop: threading.Event | None = None) -> None:
     step, due = Step(), Due(cfg.checkpoint)
     if state.step:  # a run that failed in an evaluation has the checkpoint of its step
         evaluate_and_save(session, due)
-    while state.step < trainer.steps and not (stop and stop.is_set()) and not recorder.callbacks.stopping:
+    while state.step < trainer.steps and not stopping(recorder, stop):
         step = Step()
         trainer.progress.begin()
         draw = functools.partial(sample_and_score, sampler, trainer, step)
@@ -82,6 +82,11 @@ def loop(session: Session, stop: threading.Event | None = None) -> None:
         call_back(session, "on_step", values, step.samples)
         evaluate_and_save(session, due)
     broken.check_end(trainer, engine, step.ran)
+
+
+def stopping(recorder: Recorder, stop: threading.Event | None) -> bool:
+    """Return True on every rank when a signal to one of them or a callback asked for the end after this step."""
+    return dist.agree(bool(stop and stop.is_set()) or recorder.callbacks.stopping)
 
 
 def advance(state: State, prompts: Prompts, step: Step) -> None:
@@ -122,14 +127,14 @@ def evaluate_and_save(session: Session, due: Due) -> None:
     """Evaluate and save a checkpoint where `eval.every` and [checkpoint] say so, except after the last step."""
     _, trainer, recorder = session
     cfg, run, step = trainer.cfg, recorder.run, trainer.state.step
-    asked = recorder.callbacks.save_wanted()
+    asked = dist.agree(recorder.callbacks.save_wanted())
     if step >= trainer.steps:
         return
-    if cfg.eval.every and step % cfg.eval.every == 0 and not run.evaluation(step):
+    if cfg.eval.every and step % cfg.eval.every == 0 and not dist.from_lead(run.evaluation(step)):
         measure(session)
-        if (best := run.best(also=step)) is not None and best.step == step:
+        if (best := dist.from_lead(run.best(also=step))) is not None and best.step == step:
             due.save(session)
-    if asked or due.at(step):
+    if asked or dist.from_lead(due.at(step)):
         due.save(session)
 
 
@@ -167,8 +172,13 @@ def run(
     ways: Ways = FROM_PYTHON,
 ) -> Result:
     """Train a run as `train` does. ways: how its user goes on with it."""
-    if (cfg.if_exists == "resume" or resume) and (done := finished(cfg)) is not None:
-        return done
+    with dist.started(cfg.ranks.timeout):
+        again = cfg.if_exists == "resume" or resume
+        done = dist.from_lead(finished(cfg) if again and dist.lead() else None)
+        return done if done is not None else _run(cfg, rewards, resume, callbacks, ways)
+
+
+def _run(cfg: Config, rewards: Sequence[Any] | None, resume: bool, callbacks: Sequence[Any], ways: Ways) -> Result:
     with (
         interrupted_by_signals(),
         what_to_lower(cfg) as sessions,
@@ -184,17 +194,20 @@ def _train(session: Session, ways: Ways) -> Result:
     run, state = recorder.run, trainer.state
     call_back(session, "on_start")
     # A run that was resumed after a step has evaluated before the first one.
-    before = (run.first_evaluation() if state.step else {}) or measure(session)
+    before = dist.from_lead(run.first_evaluation() if state.step else {}) or measure(session)
     with stop_on_signals(recorder.console) as stop:
         loop(session, stop)
         path = save(session) if state.step else None
-    stopped = stop.is_set() or (recorder.callbacks.stopping and state.step < trainer.steps)
+        stopped = dist.agree(stop.is_set() or (recorder.callbacks.stopping and state.step < trainer.steps))
     if path is None:
         raise KeyboardInterrupt  # stopped before the first step
     call_back(session, "on_save", checkpoint=path)
     # Evaluated after the save, so that an interrupt loses nothing. A result already in the run folder is reused.
-    after = {} if stopped else run.evaluation(state.step) or measure(session)
+    after = {} if stopped else dist.from_lead(run.evaluation(state.step)) or measure(session)
     save(session)  # again, now that the best checkpoint is known
+    if not dist.lead():
+        return Result(user_path(dist.from_lead(""), "out"), interrupted=stopped)
+    dist.from_lead(str(run.path))
     write_card(recorder, trainer.cfg, state.step, path, path)  # again, with the results on the held-out rows
     page = report.write(run.path)
     again, best = f'rlft generate {run.path} "your prompt"', run.best()

@@ -59,7 +59,7 @@ class Metrics:
         if dist.is_alone():
             return self
         merged = Metrics()
-        for sums in dist.gather_objects(self.sums()):  # in the order of ranks, so that all get the same bits
+        for sums in dist.gather(self.sums()):  # in the order of ranks, so that all get the same bits
             for name, stat in sums.items():
                 merged._merge(name, stat)
         return merged

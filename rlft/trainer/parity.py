@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlft import dist
 from rlft.batch import pack_all
-from rlft.dist import max_tensor
 from rlft.errors import ParityError
 from rlft.rollout.engine import asleep
 from rlft.trainer.broken import not_finite, unsampled
@@ -97,12 +97,17 @@ class Mismatch:
 
     @property
     def sums(self) -> Tensor:
-        """One tensor to sum over ranks in place.
+        """Sums that add over micro-batches and ranks.
 
-        It has tokens, sum of |d|, tokens outside, sums of k3, w, w^2 and d^2, then the histogram.
+        The tensor has tokens, sum of |d|, tokens outside, sums of k3, w, w^2 and d^2, then the histogram.
         """
         self._flush()
         return self._sums
+
+    def sum_over_ranks(self) -> None:
+        """Add what the other ranks have compared. Sequences stay apart: each rank knows its own."""
+        dist.sum_tensor(self.sums)
+        self._largest = float(dist.max_tensor(torch.tensor(self.largest, dtype=torch.float64)))
 
     @property
     def largest(self) -> float:
@@ -144,7 +149,7 @@ class Mismatch:
         """Return the largest excess of a sequence over its limit, over all ranks; negative when none is above."""
         tokens, means = self.per_sequence
         above = (means - limit.allowed(tokens)).amax(0, keepdim=True) if len(tokens) else torch.tensor([-math.inf])
-        return float(max_tensor(above.double()))
+        return float(dist.max_tensor(above.double()))
 
     def sequences(self) -> list[ComparedSequence]:
         """Return every compared sequence of this rank. Slow; for diagnosis only."""

@@ -1,7 +1,8 @@
 """Compute numbers over a whole step or update before it runs, in passes without gradient.
 
-Per step: the KL in the reward, before advantages are estimated. Per update, under its initial policy: what `prepare` of
-a loss file asks for (an entropy quantile, the baseline of KTO).
+Per step: the KL in the reward, before advantages are estimated. Per update, under its initial policy: what `prepare`
+of a loss file asks for (an entropy quantile, the baseline of KTO). Micro-batches are dealt out to the ranks, and every
+rank gets all results.
 """
 
 from __future__ import annotations
@@ -12,10 +13,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from rlft import dist
 from rlft.algos.algorithm import Algorithm
 from rlft.algos.kl import difference, k3
 from rlft.batch import group_numbers, pack_all, samples_of, segment_sum
-from rlft.dist import gather_tensor, sum_tensor
 from rlft.models.policy import Policy
 from rlft.types import Batch, Group, PackPlan, Rollout, Sample, Stat, Stats
 
@@ -29,14 +30,15 @@ class PackedStep:
     rollouts: Sequence[Rollout]
     """Rollouts of the update that are in the loss."""
     batches: Sequence[Batch]
-    """All micro-batches of the update, including those that are not run."""
+    """All micro-batches of the update and of all ranks, including those that are not run."""
     adapted: Mapping[str, float] = field(default_factory=dict)
     """The numbers of the loss's `adapt` after the last step; empty in an evaluation."""
 
     def entropy_quantile(self, share: float) -> float:
         """Return the interpolated `share` quantile of the entropy of trained tokens over all ranks, in nats."""
-        entropies = [self.policy.entropy(batch).double().cpu()[batch.train_mask] for batch in self.batches]
-        values = gather_tensor(torch.cat(entropies) if entropies else torch.zeros(0, dtype=torch.float64)).sort().values
+        entropies = [self.policy.entropy(batch).double().cpu()[batch.train_mask] for batch in dealt(self.batches)]
+        own = torch.cat(entropies) if entropies else torch.zeros(0, dtype=torch.float64)
+        values = dist.gather_tensor(own).sort().values
         if not len(values):
             return 0.0
         # torch.quantile refuses more than 16 million values.
@@ -52,19 +54,24 @@ class PackedStep:
 
         return per_completion(rollouts, self.plan, difference_of)
 
-    def sum(self, values: Tensor) -> Tensor:
-        """Return `values` summed over ranks."""
-        return sum_tensor(values)
+
+def dealt(batches: Sequence[Batch]) -> list[Batch]:
+    """Return the micro-batches that this rank computes."""
+    return [batches[i] for i in dist.deal([len(batch.input_ids) for batch in batches])]
 
 
 def per_completion(rollouts: Sequence[Rollout], plan: PackPlan, values_of: Callable[[Batch], Tensor]) -> Tensor:
-    """Sum a value per token over each completion's trained tokens, [N] float64. values_of: micro-batch -> [T]."""
+    """Sum a value per token over each completion's trained tokens, [N] float64. values_of: micro-batch -> [T].
+
+    Called with the micro-batches of this rank; all ranks get all sums.
+    """
     sums = {id(rollout): 0.0 for rollout in rollouts}
-    for batch in pack_all(rollouts, plan):
+    for batch in dealt(pack_all(rollouts, plan)):
         values = torch.where(batch.train_mask, values_of(batch).double().cpu(), 0)
         of_sequences = segment_sum(values, batch.seq_ids, len(batch.prefix))[batch.group_ids >= 0]
         sums |= zip((id(sample.rollout) for sample in batch.samples), of_sequences.tolist(), strict=True)
-    return torch.tensor([sums[id(rollout)] for rollout in rollouts], dtype=torch.float64)
+    # A completion is on one rank, so the sum over ranks adds zeros to its own.
+    return dist.sum_tensor(torch.tensor([sums[id(rollout)] for rollout in rollouts], dtype=torch.float64))
 
 
 def kl_in_reward(

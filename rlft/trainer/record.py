@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from rlft import dist
 from rlft.batch import group_numbers, packing_stats
 from rlft.rewards.parts import score_columns
 from rlft.runs.folder import PIECED_GROUPS
@@ -12,6 +13,7 @@ from rlft.runs.tables import Unreadable
 from rlft.trainer import dynamic_sampling
 from rlft.trainer.callbacks import Event, View
 from rlft.trainer.evaluate import change, evaluate, recorded_loss
+from rlft.trainer.ranks import share_logprobs
 from rlft.trainer.sample import trainer_state
 from rlft.trainer.session import Recorder, Sampler, Session, Trainer
 from rlft.trainer.step import Step
@@ -48,7 +50,9 @@ def record(session: Session, step: Step, values: dict[str, float]) -> None:
     for fault in step.breakdown.faults():
         recorder.console.note(fault)
     recorder.run.log(number, values)
-    recorder.writer.submit(lambda: write_completions(recorder, number, step))
+    share_logprobs(step)
+    if dist.lead():
+        recorder.writer.submit(lambda: write_completions(recorder, number, step))
     new = recorder.health.step(number, values)
     recorder.console.step(values | {"step": float(number)}, samples[0].rollout.text, new, recorder.health.active)
     recorder.tracking.log(number, values, "completions", step.rollouts, score_columns(samples), new)
@@ -93,7 +97,8 @@ def measure(session: Session) -> dict[str, float]:
     if evaluation is not None:
         # Written now, since the next evaluation reads the first one. Written before the log, so that a run killed in
         # between counts as not evaluated, and the resumed run evaluates again.
-        recorder.run.write_evaluation(step, evaluation.samples)
+        if dist.lead():
+            recorder.run.write_evaluation(step, evaluation.samples)
         for fault in evaluation.faults:
             recorder.console.note(fault)
         if evaluation.graded() and not step:

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rlft import dist
 from rlft.models.policy import Policy
 from rlft.types import Batch
 
@@ -35,6 +36,8 @@ class Reference:
         self._keep = keep
         self._cache: dict[int, Tensor] = {}
         """Key of a completion -> its log-probs [trained tokens], on the CPU."""
+        self._new: list[int] = []
+        """Keys that other ranks do not have yet."""
 
     def __len__(self) -> int:
         """Return the number of cached completions."""
@@ -67,7 +70,21 @@ class Reference:
         # Trained tokens are in the order of the sequences; prefixes (group -1) have none.
         lengths = tokens[batch.group_ids >= 0].tolist()
         for key, values in zip(keys, logprobs.split(lengths), strict=True):
-            self._cache.setdefault(key, values.clone())
+            if key not in self._cache:
+                self._cache[key] = values.clone()
+                self._new.append(key)
+
+    def share(self) -> None:
+        """Send the completions that were scored since the last call to all ranks, so that every cache is the same.
+
+        Called once per step by every rank.
+        """
+        if self._keep and not dist.is_alone():
+            own = {key: self._cache.pop(key) for key in self._new}
+            for rows in dist.gather(own):  # in the order of ranks, so that all caches are in the same order
+                for key, values in rows.items():
+                    self._cache.setdefault(key, values)
+        self._new = []
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the tensors to save: `keys` and `tokens` [rows] int64, `logprobs` [sum of tokens]; maybe empty."""

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from rlft import dist
 from rlft.config.run import Config
 from rlft.errors import ConfigError
 from rlft.runs import checkpoint
@@ -21,10 +22,14 @@ from rlft.trainer.session import Recorder, Session, check_adapter
 def save(session: Session, keep: int = 0) -> Path:
     """Write all pending completions, then a checkpoint of the current state; return the checkpoint's folder.
 
+    The lead alone writes.
     keep: checkpoints to keep; 0: `checkpoint.keep`.
     """
     _, trainer, recorder = session
     policy, state, run = trainer.policy, trainer.state, recorder.run
+    final = run.checkpoints / f"step-{state.step:06d}"
+    if not dist.lead():
+        return final
     recorder.writer.flush()
     run.sync()
     check_adapter(
@@ -36,7 +41,6 @@ def save(session: Session, keep: int = 0) -> Path:
     tensors = {"adapter": policy.adapter_params.detach(), "adapter_start": policy.flat.start}
     tensors |= {f"optim.{name}": value for name, value in trainer.optimizer.tensors().items()}
     tensors |= {f"reference.{name}": value for name, value in trainer.reference.tensors().items()}
-    final = run.checkpoints / f"step-{state.step:06d}"
 
     def write_adapter(folder: Path) -> None:
         # The embedding is never trained; without the flag PEFT looks up the base's config to find out.

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from rlft import __version__
+from rlft import __version__, dist
 from rlft.algos.algorithm import Algorithm, build_algorithm, describe
 from rlft.config.data import Data, Reward
 from rlft.config.files import to_toml
@@ -44,9 +44,9 @@ from rlft.rewards.score import RewardFunction, build_rewards
 from rlft.rollout.engine import Engine, asleep, undeclared_end
 from rlft.rollout.replay import ReplayEngine
 from rlft.runs import trust
-from rlft.runs.claim import Claim, claim
+from rlft.runs.claim import Claim
 from rlft.runs.folder import Run
-from rlft.trainer import engines
+from rlft.trainer import engines, ranks
 from rlft.trainer.advice import advice
 from rlft.trainer.agreement import agree
 from rlft.trainer.callbacks import Callbacks
@@ -90,7 +90,9 @@ def build_session(
     Raises RlftError for every error a user can cause.
     """
     called = Callbacks(callbacks)
-    with claim(cfg.out, resume, cfg.if_exists, cfg.share) as claimed:
+    ranks.check_config(cfg)
+    with ranks.claimed_by_lead(cfg, resume) as claimed:
+        cfg, called = ranks.config_here(cfg, claimed.run), called if dist.lead() else Callbacks()
         cfg, notes = read_streams(cfg)
         if claimed.run.path != user_path(cfg.out, "out"):
             cfg = replace(cfg, out=str(claimed.run.path))  # numbered
@@ -112,7 +114,7 @@ def _built(
     assert checked.algorithm is not None and checked.rows is not None, "a problem otherwise"
     run, algorithm = claimed.run, checked.algorithm
     with contextlib.ExitStack() as stack:
-        console = stack.enter_context(Console())
+        console = ranks.console_here(stack)
         stack.enter_context(segments(growing=True))
         writer = stack.enter_context(Background("rlft-writer"))
         lines = [*claimed.notes, *untested(), *notes, *advice(cfg, checked.rows, run.path), f"loading {cfg.model}"]
@@ -135,7 +137,7 @@ def _built(
         with asleep(eval_engine):
             check_path(policy)
             # Planned here, because a pass may use the memory that is free now.
-            plan = pack_plan_of(cfg, algorithm, policy, rows if engine.SAMPLES else ())
+            plan = ranks.same_plan(pack_plan_of(cfg, algorithm, policy, rows if engine.SAMPLES else ()))
             memory, passes = memory_plan(policy, cfg, eval_engine, plan.budget), pass_summary(policy, plan.budget)
         eval_loss = bool(eval_prompts) and not engine.SAMPLES and measures_loss(rows, eval_prompts)
         sampler = Sampler(
@@ -144,9 +146,11 @@ def _built(
         optimizer = Optimizer(policy.adapter_params, cfg.optim, steps * cfg.optim.updates, fp16, views)
         reference = Reference(policy, keep=steps * cfg.prompts_per_step > len(rows) and not policy.mixes_rows)
         identity, state = identity_of(cfg, policy), State(steps=steps, data=rows.digest())
+        dist.check_same("the run (data and base)", (state.data, identity), ranks.SAME)
         progress = Progress(state, policy, optimizer, reference, prompts)
         if claimed.resumed:
-            resumed(run, cfg, progress, identity, bool(eval_prompts), console.note)
+            ranks.on_lead(lambda: resumed(run, cfg, progress, identity, bool(eval_prompts), console.note))
+            ranks.send_progress(progress)
         check_adapter(policy, RESUMED.format(cfg.lora.resume_from))
         claimed.make_room()
         # Before the config is written, which makes the folder a run: a tracker that fails leaves no run behind.
@@ -155,7 +159,7 @@ def _built(
         trust.sign(run)
         run.write_plan(memory)
         console.start(_title(cfg, policy, algorithm, sampler, steps, run, passes), steps, state.step)
-        limit = agree(cfg, policy, engine, rows, plan, console.note)
+        limit = dist.from_lead(agree(cfg, policy, engine, rows, plan, console.note))
         trainer = Trainer(cfg, steps, policy, algorithm, optimizer, reference, plan, limit, state, identity, progress)
         health = HealthMonitor(cfg.algo.name)
         recorder = Recorder(run, writer, console, health, tracking, TokenText(tokenizer), tokenizer, callbacks)

@@ -12,9 +12,9 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
+from rlft import dist
 from rlft.algos.algorithm import Algorithm
 from rlft.batch import count, pack, samples_of
-from rlft.dist import sum_counts, sum_tensor
 from rlft.models.policy import Policy
 from rlft.rewards.parts import RewardBreakdown
 from rlft.trainer import parity
@@ -22,6 +22,7 @@ from rlft.trainer.metrics import Metrics
 from rlft.trainer.optim import Update
 from rlft.trainer.out_of_memory import with_advice
 from rlft.trainer.prepare import PackedStep, assign_advantages
+from rlft.trainer.ranks import check_adapter_is_same
 from rlft.trainer.session import Recorder, Trainer
 from rlft.trainer.step_metrics import Clock, batch_stats
 from rlft.types import Batch, Group, LeftOut, PackPlan, Rollout, Sample, Stats, StepInputs
@@ -33,9 +34,9 @@ class MiniBatch:
 
     groups: list[Group]
     batches: list[Batch]
-    """All micro-batches."""
+    """All micro-batches, of all ranks."""
     runnable: list[Batch]
-    """The micro-batches that are run, with the reference and old log-probs that the loss needs."""
+    """The micro-batches that this rank runs, with the reference and old log-probs that the loss needs."""
 
 
 @dataclass(eq=False)
@@ -76,7 +77,7 @@ class Step:
 
     @property
     def ran(self) -> list[Batch]:
-        """The micro-batches that are run in each pass."""
+        """The micro-batches that this rank runs in each pass."""
         return [batch for minibatch in self.minibatches for batch in minibatch.runnable]
 
 
@@ -86,7 +87,8 @@ def advantages(
     """Estimate the advantages of the groups. weights: of each reward function."""
     policy, algorithm, plan = trainer.policy, trainer.algorithm, trainer.plan
     run = functools.partial(assign_advantages, policy, algorithm, plan, groups, weights)
-    step.metrics.add(with_advice(run, policy.lower, recorder.console.note))
+    # Ranks meet inside, so one of them cannot run it again alone.
+    step.metrics.add(with_advice(run, policy.lower, recorder.console.note) if dist.is_alone() else run())
 
 
 def leave_out(groups: Sequence[Group], mask_truncated: bool) -> None:
@@ -106,9 +108,19 @@ def pack_minibatches(trainer: Trainer, groups: Sequence[Group]) -> list[MiniBatc
     minibatches = []
     for part in range(parts):
         own = [group for i, group in enumerate(groups) if (i * parts) // len(groups) == part]
-        batches = pack(own, trainer.plan, sum_counts(count(own)))
-        minibatches.append(MiniBatch(own, batches, to_run(batches, skip)))
+        batches = pack(own, dealt_plan(trainer.plan, own), count(own))
+        run = to_run(batches, skip)
+        minibatches.append(MiniBatch(own, batches, [run[i] for i in dist.deal([len(b.input_ids) for b in run])]))
     return minibatches
+
+
+def dealt_plan(plan: PackPlan, groups: Sequence[Group]) -> PackPlan:
+    """Return the plan with micro-batches small enough that every rank gets its share of the groups' tokens."""
+    if dist.is_alone():
+        return plan
+    samples = samples_of(groups)
+    tokens = sum(len(sample.rollout.prompt.ids) + len(sample.rollout.completion_ids) for sample in samples)
+    return replace(plan, budget=max(1, min(plan.budget, -(-tokens // dist.world()))))
 
 
 def to_run(batches: list[Batch], skip: bool) -> list[Batch]:
@@ -136,6 +148,7 @@ def score_batches(trainer: Trainer, recorder: Recorder, step: Step) -> None:
     )
     for minibatch, batches in zip(step.minibatches, scored, strict=True):
         minibatch.runnable = batches
+    trainer.reference.share()
     if trainer.algorithm.old != "trainer":
         return
     for batch in step.ran:
@@ -179,7 +192,12 @@ def losses(trainer: Trainer, recorder: Recorder, step: Step, minibatch: MiniBatc
             _score_again(trainer, step, step.start)
         return message
 
-    passes = with_advice(lambda: _forward_backward(trainer, recorder, step, minibatch), lower, recorder.console.note)
+    policy, algorithm, adapted = trainer.policy, trainer.algorithm, trainer.state.adapted
+    inputs_of = functools.partial(step_inputs, policy, algorithm, trainer.plan, minibatch, adapted)
+    # Ranks meet inside, so one of them cannot run it again alone.
+    inputs = with_advice(inputs_of, lower, recorder.console.note) if dist.is_alone() else inputs_of()
+    run = functools.partial(_forward_backward, trainer, recorder, step, minibatch, inputs)
+    passes = with_advice(run, lower, recorder.console.note)
     step.passes_run += len(passes)
     for logprobs, batch, stats in passes:
         step.metrics.add(stats)
@@ -188,11 +206,13 @@ def losses(trainer: Trainer, recorder: Recorder, step: Step, minibatch: MiniBatc
 
 
 def _forward_backward(
-    trainer: Trainer, recorder: Recorder, step: Step, minibatch: MiniBatch
+    trainer: Trainer, recorder: Recorder, step: Step, minibatch: MiniBatch, inputs: StepInputs
 ) -> list[tuple[Tensor, Batch, Stats]]:
-    """Run every micro-batch forward and backward; return (log-probs [T], batch, stats) of each."""
+    """Run this rank's micro-batches forward and backward; return (log-probs [T], batch, stats) of each.
+
+    inputs: from `step_inputs`.
+    """
     policy, algorithm = trainer.policy, trainer.algorithm
-    inputs = step_inputs(policy, algorithm, trainer.plan, minibatch, trainer.state.adapted)
     policy.flat.zero_grad()
     total = len(step.ran) * trainer.cfg.optim.passes
     passes: list[tuple[Tensor, Batch, Stats]] = []
@@ -236,11 +256,12 @@ def update(trainer: Trainer, step: Step) -> None:
     Raises ParityError when engine and trainer disagree.
     """
     policy, state = trainer.policy, trainer.state
-    sum_tensor(policy.flat.gradient)
+    dist.sum_tensor(policy.flat.gradient)
     if not step.updates:
-        sum_tensor(step.mismatch.sums)
+        step.mismatch.sum_over_ranks()
         parity.gate(step.mismatch, trainer.limit, policy.score)
         trainer.progress.before_updates()
     step.updates.append(trainer.optimizer.step(state.updates, state.skipped_updates))
+    check_adapter_is_same(policy.adapter_params)
     state.updates += 1
     state.skipped_updates = state.skipped_updates + 1 if step.updates[-1].skipped else 0

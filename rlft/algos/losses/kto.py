@@ -60,9 +60,7 @@ class Kto(Loss):
     def prepare(self, view: StepView) -> StepInputs:
         """Return z0 of the update under its initial policy."""
         gains = view.log_ratios(mismatched(view.rollouts)) if view.rollouts else torch.zeros(0, dtype=torch.float64)
-        count = torch.tensor(float(len(gains)), dtype=torch.float64)
-        total, count = view.sum(torch.stack([gains.sum(), count])).tolist()
-        return StepInputs(z0=max(0.0, total / max(1.0, count)))
+        return StepInputs(z0=max(0.0, float(gains.sum()) / max(1, len(gains))))
 
     def __call__(self, logprobs: Tensor, batch: Batch) -> tuple[Tensor, Stats]:
         z0 = batch.inputs.z0

@@ -317,7 +317,12 @@ class VllmEngine:
     # ---- sampling ----------------------------------------------------------------------------------------------------
 
     def generate(
-        self, prompts: Sequence[Prompt], sampling: Sampling, seed: tuple[int, ...], finished: Finished | None = None
+        self,
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        seed: tuple[int, ...],
+        finished: Finished | None = None,
+        first: int = 0,
     ) -> list[Rollout]:
         """See `Engine.generate`. If vLLM fails, restart it once; raise EngineError the second time."""
         if self._version is None:
@@ -351,6 +356,7 @@ class VllmEngine:
                     self._options.deadline,
                     self._progress,
                     finished,
+                    first,
                 )
         except VllmFailed as failure:
             if self._restarted or failure.hangs:
@@ -358,7 +364,7 @@ class VllmEngine:
             self._restarted = True
             self._note(f"vLLM failed while sampling ({failure}); it is started once more")
         self._restart()
-        return self.generate(prompts, sampling, seed, finished)
+        return self.generate(prompts, sampling, seed, finished, first)
 
     def _restart(self) -> None:
         """Start a new engine with the last loaded adapter."""

@@ -72,10 +72,11 @@ def sample(
     deadline: float,
     progress: Callable[[int, int], None] | None,
     finished: Finished | None = None,
+    first: int = 0,
 ) -> list[Rollout]:
     """Sample `sampling.group_size` rollouts per prompt, in order.
 
-    engine: vLLM's LLMEngine. version: of the policy. deadline: seconds without a finished step. finished: as in
+    engine: vLLM's LLMEngine. version: of the policy. deadline: seconds without a finished step. finished, first: as in
     `Engine.generate`. Raises VllmFailed.
     """
     from vllm.inputs import tokens_input
@@ -83,7 +84,7 @@ def sample(
     samples = []
     for slot, prompt in enumerate(prompts):
         for i in range(sampling.group_size):
-            samples.append((slot, prompt, i, rollout_seed(seed, slot, i)))
+            samples.append((slot, prompt, i, rollout_seed(seed, first + slot, i)))
     requests = [
         (tokens_input(list(prompt.ids)), parameters(sampling, ends, seed_of_sample))
         for _, prompt, _, seed_of_sample in samples
