@@ -66,7 +66,7 @@ def console_here(stack: contextlib.ExitStack) -> Console:
     """Return the console of this rank, which on ranks other than the lead prints to nowhere."""
     if dist.lead():
         return stack.enter_context(Console())
-    nowhere = stack.enter_context(Path(os.devnull).open("w", encoding="utf-8"))
+    nowhere = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 (closed by the stack)
     return stack.enter_context(Console(plain=True, terminal=rich.console.Console(file=nowhere)))
 
 
