@@ -207,7 +207,7 @@ def recorded_loss(policy: Policy, prompts: Sequence[Prompt], algorithm: Algorith
     score_samples(samples_of(groups), (), {})
     assign_advantages(policy, algorithm, plan, groups, {})
     batches = pack(groups, plan, count(groups))
-    inputs = step_inputs(policy, algorithm, plan, MiniBatch(groups, batches, batches), {})
+    inputs = step_inputs(policy, algorithm, plan, MiniBatch(groups, batches, batches, batches), {})
     metrics = Metrics()
     with torch.no_grad():
         for batch in dealt(batches):

@@ -21,7 +21,7 @@ from rlft.trainer import parity
 from rlft.trainer.metrics import Metrics
 from rlft.trainer.optim import Update
 from rlft.trainer.out_of_memory import with_advice
-from rlft.trainer.prepare import PackedStep, assign_advantages
+from rlft.trainer.prepare import PackedStep, assign_advantages, dealt
 from rlft.trainer.ranks import check_adapter_is_same
 from rlft.trainer.session import Recorder, Trainer
 from rlft.trainer.step_metrics import Clock, batch_stats
@@ -34,7 +34,9 @@ class MiniBatch:
 
     groups: list[Group]
     batches: list[Batch]
-    """All micro-batches, of all ranks."""
+    """All micro-batches."""
+    ran: list[Batch]
+    """The micro-batches that are run, by all ranks together."""
     runnable: list[Batch]
     """The micro-batches that this rank runs, with the reference and old log-probs that the loss needs."""
 
@@ -77,6 +79,11 @@ class Step:
 
     @property
     def ran(self) -> list[Batch]:
+        """The micro-batches that all ranks together run in each pass."""
+        return [batch for minibatch in self.minibatches for batch in minibatch.ran]
+
+    @property
+    def runnable(self) -> list[Batch]:
         """The micro-batches that this rank runs in each pass."""
         return [batch for minibatch in self.minibatches for batch in minibatch.runnable]
 
@@ -109,8 +116,8 @@ def pack_minibatches(trainer: Trainer, groups: Sequence[Group]) -> list[MiniBatc
     for part in range(parts):
         own = [group for i, group in enumerate(groups) if (i * parts) // len(groups) == part]
         batches = pack(own, dealt_plan(trainer.plan, own), count(own))
-        run = to_run(batches, skip)
-        minibatches.append(MiniBatch(own, batches, [run[i] for i in dist.deal([len(b.input_ids) for b in run])]))
+        ran = to_run(batches, skip)
+        minibatches.append(MiniBatch(own, batches, ran, dealt(ran)))
     return minibatches
 
 
@@ -151,7 +158,7 @@ def score_batches(trainer: Trainer, recorder: Recorder, step: Step) -> None:
     trainer.reference.share()
     if trainer.algorithm.old != "trainer":
         return
-    for batch in step.ran:
+    for batch in step.runnable:
         assert batch.old_logprobs is not None
         step.mismatch.add(batch.old_logprobs, batch)
     # Saved on the host, since it is read only when memory runs out between two updates.
@@ -214,7 +221,7 @@ def _forward_backward(
     """
     policy, algorithm = trainer.policy, trainer.algorithm
     policy.flat.zero_grad()
-    total = len(step.ran) * trainer.cfg.optim.passes
+    total = len(step.runnable) * trainer.cfg.optim.passes
     passes: list[tuple[Tensor, Batch, Stats]] = []
     for batch in minibatch.runnable:
         recorder.console.progress("training", step.passes_run + len(passes), total)

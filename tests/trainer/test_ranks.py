@@ -61,8 +61,8 @@ def settings(home: Path, out: Path, **more: Any) -> dict[str, Any]:
 RUNS: dict[str, dict[str, Any]] = {
     "grpo": {"optim": {"lr": 1e-2, "minibatches": 2, "passes": 2}, "eval": {"rows": 5, "every": 2}},
     "kl in the reward": {"algo": {"name": "reinforce_plus_plus", "kl": "reward", "kl_coef": 0.1}},
-    "dynamic sampling": {"algo": "dapo", "dynamic_sampling": {"rounds": 2}, "curriculum": {"solved_share": 0.9}},
-    "small micro-batches": {"algo": {"name": "gspo", "kl_coef": 0.1}, "packing": {"tokens_per_micro_batch": 40}},
+    "dynamic sampling": {"dynamic_sampling": {"rounds": 2}, "curriculum": {"solved_share": 0.9}},
+    "small micro-batches": {"algo": {"name": "gspo"}, "packing": {"tokens_per_micro_batch": 40}},
     "dpo": {"algo": "dpo", "data": "pairs.jsonl", "eval": {"rows": 3, "every": 2}},
     "kto": {"algo": "kto", "data": "labels.jsonl"},
     "sft": {"algo": "sft", "data": "sft.jsonl", "eval": {"rows": 3}},
