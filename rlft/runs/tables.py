@@ -62,14 +62,16 @@ def shown_prompt(prompt: Prompt) -> str:
 def dataset_columns(prompt: Prompt) -> str | None:
     """Return the other columns of the dataset row (the answer, say) as a JSON object; None if it has none.
 
-    A value whose text is longer than MOST_VALUE is saved as the beginning of that text.
+    A value whose text is longer than MOST_VALUE is saved as the beginning of that text. A lone surrogate, which UTF-8
+    has no bytes for, is saved as "?".
     """
     columns = {name: value for name, value in prompt.row.items() if name not in SHOWN_AS_PROMPT and value is not None}
     for name, value in columns.items():
         written = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
         if len(written) > MOST_VALUE:
             columns[name] = f"{written[:MOST_VALUE]} ... {len(written) - MOST_VALUE:,} more characters"
-    return json.dumps(columns, ensure_ascii=False, default=str) if columns else None
+    text = json.dumps(columns, ensure_ascii=False, default=str)
+    return text.encode("utf-8", "replace").decode("utf-8") if columns else None
 
 
 def _has_messages(prompt: Prompt) -> bool:
