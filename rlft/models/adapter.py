@@ -46,10 +46,10 @@ class FlatAdapter:
         self.scales = lora_scales(model, name)
         values = torch.cat([parameter.detach().reshape(-1).to(dtype) for parameter in self.parameters.values()])
         self.values = nn.Parameter(values)
-        self.values.grad = torch.zeros_like(values)
+        self._gradient = self.values.grad = torch.zeros_like(values)
         # In host memory, since it is rarely needed: not at all if every B was 0, as the start is then the base.
         self.start = values.cpu().clone()
-        self.fresh = all(not matrix.any() for key, matrix in self.parameters.items() if ".lora_B." in key)
+        self.fresh = self._is_fresh()
         """Whether every B was 0 initially, so that the starting policy is the base."""
         offset = 0
         self._gradients: dict[Tensor, Tensor] = {}
@@ -61,6 +61,16 @@ class FlatAdapter:
             self._addresses.append(parameter.data_ptr())
             offset += parameter.numel()
 
+    def _is_fresh(self) -> bool:
+        start = self.start.split([parameter.numel() for parameter in self.parameters.values()])
+        return all(not part.any() for name, part in zip(self.parameters, start, strict=True) if ".lora_B." in name)
+
+    def restore(self, values: Tensor, start: Tensor) -> None:
+        """Set the values, and the values that training started from, to those of a checkpoint: [numel] each."""
+        self.values.data.copy_(values)
+        self.start.copy_(start)
+        self.fresh = self._is_fresh()
+
     def tensors(self) -> dict[str, Tensor]:
         """Map PEFT name -> live tensor (a view, which changes with the next update)."""
         return {name: parameter.detach() for name, parameter in self.parameters.items()}
@@ -68,7 +78,8 @@ class FlatAdapter:
     @property
     def gradient(self) -> Tensor:
         """The gradient buffer [numel], of which all `.grad`s are views."""
-        assert self.values.grad is not None
+        if self.values.grad is None:  # `zero_grad` of an optimizer removes it
+            self.values.grad = self._gradient.zero_()
         return self.values.grad
 
     @property
