@@ -46,7 +46,7 @@ class FlatAdapter:
         self.scales = lora_scales(model, name)
         values = torch.cat([parameter.detach().reshape(-1).to(dtype) for parameter in self.parameters.values()])
         self.values = nn.Parameter(values)
-        self._gradient = self.values.grad = torch.zeros_like(values)
+        self._buffer = self.values.grad = torch.zeros_like(values)
         # In host memory, since it is rarely needed: not at all if every B was 0, as the start is then the base.
         self.start = values.cpu().clone()
         self.fresh = self._is_fresh()
@@ -78,8 +78,7 @@ class FlatAdapter:
     @property
     def gradient(self) -> Tensor:
         """The gradient buffer [numel], of which all `.grad`s are views."""
-        if self.values.grad is None:  # `zero_grad` of an optimizer removes it
-            self.values.grad = self._gradient.zero_()
+        assert self.values.grad is not None
         return self.values.grad
 
     @property
@@ -94,9 +93,24 @@ class FlatAdapter:
             return []
         return [name for name, tensor in self.tensors().items() if not tensor.isfinite().all()]
 
+    def attach(self) -> None:
+        """Put back, as 0, the gradients that `zero_grad` of an optimiser has removed."""
+        if self.values.grad is None:
+            self.values.grad = self._buffer.zero_()
+        for parameter, view in self._gradients.items():
+            if parameter.grad is None:
+                parameter.grad = view.zero_()
+
     def zero_grad(self) -> None:
         """Set all gradients to 0, as views of the buffer."""
         self.gradient.zero_()
+
+    def holds(self) -> bool:
+        """Return whether the parameters of the model are still views of this buffer."""
+        return all(
+            parameter.data_ptr() == address
+            for parameter, address in zip(self.parameters.values(), self._addresses, strict=True)
+        )
 
     def check_views(self) -> None:
         """Assert that parameters and gradients are still views of the buffers and were not replaced."""

@@ -105,7 +105,7 @@ class GivenModel:
             if quant.stored(base.config) != "none":
                 quant.configure_bitsandbytes(cfg.model, base, self.device)
                 _compute_in(base, base.get_input_embeddings().weight.dtype)
-            if _is_fused(base):  # for callers of transformers; the run has its own
+            if _is_fused(base):  # for callers of transformers; the run makes another
                 del base.get_decoder().forward
             pad_rows(base.get_input_embeddings().weight, base.get_output_embeddings().weight)
             if isinstance(self.model, PeftModel):
@@ -230,8 +230,8 @@ def _targets_of(model: PeftModel, found: Lora, wanted: Lora) -> Lora:
     attached = set(targets.adapted(model))
     names = sorted(name.removesuffix(".weight") for name in attached)
     leaves = tuple(sorted({name.rpartition(".")[2] for name in names}))
-    for choice, experts in ((wanted.targets, wanted.experts), ("all-linear", True), ("all-linear", False),
-                            (leaves, True), (leaves, False), (tuple(names), True)):  # fmt: skip
+    choices = [(choice, experts) for choice in ("all-linear", leaves) for experts in (True, False)]
+    for choice, experts in [(wanted.targets, wanted.experts), *choices, (tuple(names), True)]:
         lora = replace(found, targets=choice, experts=experts)
         try:
             requested, here = targets.requested_and_attached(model, targets.resolve(plain, replace(lora, dropout=0)))

@@ -102,29 +102,23 @@ def build_session(
         if claimed.run.path != user_path(cfg.out, "out"):
             cfg = replace(cfg, out=str(claimed.run.path))  # numbered
         checked = _check(cfg, claimed.resumed, callables=rewards is not None)
-        with _built(cfg, claimed, checked, rewards, called, given, [*notes, *given.notes]) as session:
+        with _built(cfg, claimed, checked, rewards, called, replace(given, notes=(*notes, *given.notes))) as session:
             yield session
 
 
 @contextlib.contextmanager
 def _built(
-    cfg: Config,
-    claimed: Claim,
-    checked: Checked,
-    rewards: Sequence[Any] | None,
-    callbacks: Callbacks,
-    given: Given,
-    notes: Sequence[str],
+    cfg: Config, claimed: Claim, checked: Checked, rewards: Sequence[Any] | None, callbacks: Callbacks, given: Given
 ) -> Iterator[Session]:
-    """Build the session of a checked config in a claimed folder. notes: for the start of the run."""
+    """Build the session of a checked config in a claimed folder."""
     assert checked.algorithm is not None and checked.rows is not None, "a problem otherwise"
     run, algorithm = claimed.run, checked.algorithm
     with contextlib.ExitStack() as stack:
         console = stack.enter_context(Console())
         stack.enter_context(segments(growing=True))
         writer = stack.enter_context(Background("rlft-writer"))
-        lines = [*claimed.notes, *untested(), *notes, *advice(cfg, checked.rows, run.path), f"loading {cfg.model}"]
-        console.note("\n".join(lines))
+        lines = [*claimed.notes, *untested(), *given.notes, *advice(cfg, checked.rows, run.path)]
+        console.note("\n".join([*lines, f"loading {cfg.model}"]))
         tokenizer = given.tokenizer_of(cfg)
         cfg, limits = copy_rows(cfg, run), given.limits_of(cfg)
         rows, eval_prompts = load_prompts_of(cfg, tokenizer, limits, console.note, checked, run)
@@ -145,7 +139,6 @@ def _built(
             # Planned here, because a pass may use the memory that is free now.
             plan = pack_plan_of(cfg, algorithm, policy, rows if engine.SAMPLES else ())
             memory, passes = memory_plan(policy, cfg, eval_engine, plan.budget), pass_summary(policy, plan.budget)
-            memory |= given.state_bytes(policy)
         eval_loss = bool(eval_prompts) and not engine.SAMPLES and measures_loss(rows, eval_prompts)
         sampler = Sampler(
             engine, eval_engine, prompts, eval_prompts, eval_loss, functions, eval_functions, console.progress
@@ -162,7 +155,7 @@ def _built(
         tracking = stack.enter_context(Tracking(cfg, run, state.step, claimed.resumed, console.note))
         run.write_config(to_toml(cfg))
         trust.sign(run)
-        run.write_plan(memory)
+        run.write_plan(memory | given.state_bytes(policy))
         console.start(_title(cfg, policy, algorithm, sampler, steps, run, passes), steps, state.step)
         limit = agree(cfg, policy, engine, rows, plan, console.note)
         trainer = Trainer(cfg, steps, policy, algorithm, optimizer, reference, plan, limit, state, identity, progress)
