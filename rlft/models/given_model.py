@@ -232,10 +232,10 @@ def _targets_of(model: PeftModel, found: Lora, wanted: Lora) -> Lora:
     leaves = tuple(sorted({name.rpartition(".")[2] for name in names}))
     choices = [(choice, experts) for choice in ("all-linear", leaves) for experts in (True, False)]
     for choice, experts in [(wanted.targets, wanted.experts), *choices, (tuple(names), True)]:
-        lora = replace(found, targets=choice, experts=experts)
         try:
+            lora = replace(found, targets=choice, experts=experts)
             requested, here = targets.requested_and_attached(model, targets.resolve(plain, replace(lora, dropout=0)))
-        except ConfigError:  # a target that matches nothing
+        except ConfigError:  # no layer that may have one
             continue
         if requested == here:
             return lora

@@ -222,7 +222,7 @@ def trainable_norm() -> peft.PeftModel:
 def ia3() -> Any:
     return peft.get_peft_model(
         tiny.tiny_model().unload(), peft.IA3Config(target_modules=["k_proj"], feedforward_modules=[])
-    )  # type: ignore  # noqa: E501
+    )  # type: ignore
 
 
 REFUSED = {
