@@ -114,7 +114,7 @@ def test_texts_are_scored_with_columns_and_what_they_lack_is_refused(tmp_path: P
 def test_what_cannot_sample_is_refused() -> None:
     with pytest.raises(ConfigError, match="has no adapter; give a PEFT model"):
         rlft.sampler(tiny.tiny_model().unload(), tiny.tiny_tokenizer())  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match='engine.name = "replay": it samples nothing'):
+    with pytest.raises(ConfigError, match=r'engine\.name = "replay": it samples nothing'):
         rlft.sampler(tiny.tiny_model(), tiny.tiny_tokenizer(), engine=rlft.Engine("replay"))
 
 

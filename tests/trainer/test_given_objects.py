@@ -61,9 +61,15 @@ def adapter(result: Result) -> torch.Tensor:
 def described(model: nn.Module) -> list[Any]:
     """Everything of a model that a run might change, without the values of an adapter."""
     modules = [
-        (name, type(module), module.training, sorted(vars(module)), {k: len(v) for k, v in vars(module).items()
-         if isinstance(v, dict | list | set)}) for name, module in model.named_modules()
-    ]  # fmt: skip
+        (
+            name,
+            type(module),
+            module.training,
+            sorted(vars(module)),
+            {k: len(v) for k, v in vars(module).items() if isinstance(v, dict | list | set)},
+        )
+        for name, module in model.named_modules()
+    ]
     tensors = [
         (name, each.dtype, each.requires_grad, each.grad, each.untyped_storage().nbytes())
         for name, each in model.named_parameters()
@@ -238,10 +244,10 @@ REFUSED = {
     "trained base": (trainable_norm, {}, "model: 1 weights of its base require a gradient, .*norm.weight"),
     "head": (lambda: lora(target_modules=["lm_head"]), {}, "model: its adapter is on lm_head"),
     "rank": (lora, {"lora": {"rank": 5}}, "lora.rank = 5: the adapter of the model given has 8"),
-    "resume_from": (lora, {"lora": {"resume_from": "x"}}, "lora.resume_from = \"x\": the model given has an adapter"),
+    "resume_from": (lora, {"lora": {"resume_from": "x"}}, 'lora.resume_from = "x": the model given has an adapter'),
     "dtype": (lora, {"dtype": "bfloat16"}, 'dtype = "bfloat16": the model given has "float32"'),
     "quantization": (lora, {"quantization": "nf4"}, 'quantization = "nf4": the model given has "none"'),
-}  # fmt: skip
+}
 
 
 def renamed(name: str) -> Any:
