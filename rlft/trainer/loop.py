@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from rlft import report
 from rlft.config.data import Reward
 from rlft.config.files import to_toml
 from rlft.config.paths import user_path
-from rlft.config.run import Checkpoint, Config, config_from
+from rlft.config.run import Checkpoint, Config
 from rlft.data.prompts import Prompts
 from rlft.errors import ConfigError
 from rlft.monitor.console import Console
@@ -34,6 +34,7 @@ from rlft.trainer import broken
 from rlft.trainer.callbacks import Callback
 from rlft.trainer.dynamic_sampling import kept_groups, replace_uninformative
 from rlft.trainer.ending import FROM_PYTHON, Ways, interrupted_by_signals, saved_on_the_way_out, stop_on_signals
+from rlft.trainer.given_objects import Given
 from rlft.trainer.out_of_memory import what_to_lower
 from rlft.trainer.record import call_back, measure, record, step_values
 from rlft.trainer.result import Result
@@ -43,6 +44,12 @@ from rlft.trainer.session import Session, Trainer
 from rlft.trainer.setup import build_session
 from rlft.trainer.step import Step, advantages, losses, pack_minibatches, score_batches, update
 from rlft.types import State
+
+if TYPE_CHECKING:
+    from peft import PeftMixedModel, PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from rlft.trainer.given_optimizer import OptimizerFactory
 
 
 def loop(session: Session, stop: threading.Event | None = None) -> None:
@@ -146,17 +153,25 @@ def train(
     rewards: Sequence[str | Reward | Callable[..., Any]] | None = None,
     resume: bool = False,
     callbacks: Sequence[Callback | Callable[[State, dict[str, float]], None]] = (),
+    *,
+    model: str | PreTrainedModel | PeftModel | PeftMixedModel | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    optimizer: OptimizerFactory | None = None,
     **settings: Any,
 ) -> Result:
     """Train a run from its config, an `rlft.Config` or the path of a TOML or YAML file.
 
     rewards: reward functions in place of the config's. resume: go on from the newest checkpoint in the config's `out`.
-    callbacks: `rlft.Callback` objects, or functions called with (state, metrics) after each step. settings: take the
-    place of the config's; a section is a dict, for example `rlft.train("run.toml", steps=3, sampling={"max_tokens":
-    64})`, and `data` may be rows (see `rlft.Data.rows`). Raises RlftError for everything a user can cause; the run
-    folder keeps everything written before it.
+    callbacks: `rlft.Callback` objects, or functions called with (state, metrics) after each step. model: a name, or a
+    model of transformers or PEFT to train in place of the files that the config names; a PEFT model's LoRA adapter is
+    what is trained, and nothing else of the object is changed when the run has ended. tokenizer: in place of the
+    model's. optimizer: a class of torch.optim or a function of the parameters that returns one, in place of AdamW.
+    settings: take the place of the config's; a section is a dict, for example `rlft.train("run.toml", steps=3,
+    sampling={"max_tokens": 64})`, and `data` may be rows (see `rlft.Data.rows`). Raises RlftError for everything a user
+    can cause; the run folder keeps everything written before it.
     """
-    return run(config_from(cfg, settings), rewards, resume, callbacks)
+    cfg, given = Given.of(cfg, settings, model, tokenizer, optimizer)
+    return run(cfg, rewards, resume, callbacks, given=given)
 
 
 def run(
@@ -165,14 +180,15 @@ def run(
     resume: bool = False,
     callbacks: Sequence[Any] = (),
     ways: Ways = FROM_PYTHON,
+    given: Given = Given(),  # noqa: B008 (it is frozen)
 ) -> Result:
-    """Train a run as `train` does. ways: how its user goes on with it."""
+    """Train a run as `train` does. ways: how its user goes on with it. given: objects in place of what it names."""
     if (cfg.if_exists == "resume" or resume) and (done := finished(cfg)) is not None:
         return done
     with (
         interrupted_by_signals(),
         what_to_lower(cfg) as sessions,
-        build_session(cfg, rewards, resume, callbacks) as session,
+        build_session(cfg, rewards, resume, callbacks, given) as session,
     ):
         sessions.append(session)
         with saved_on_the_way_out(session, ways):

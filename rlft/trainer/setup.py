@@ -29,7 +29,7 @@ from rlft.models import targets
 from rlft.models.allocator import segments
 from rlft.models.continued import changed_dropout
 from rlft.models.fused.memory import weight_bytes
-from rlft.models.load import attach_lora, fingerprint, load_base, load_tokenizer, resolve_device, resolve_dtype
+from rlft.models.load import attach_lora, fingerprint, load_base, resolve_device, resolve_dtype
 from rlft.models.policy import Policy
 from rlft.monitor.background import Background
 from rlft.monitor.console import Console
@@ -51,8 +51,9 @@ from rlft.trainer.advice import advice
 from rlft.trainer.agreement import agree
 from rlft.trainer.callbacks import Callbacks
 from rlft.trainer.evaluate import measures_loss
+from rlft.trainer.given_objects import Given
 from rlft.trainer.given_rows import copy_rows, read_streams
-from rlft.trainer.limits import check_loaded, limits_of_files
+from rlft.trainer.limits import check_loaded
 from rlft.trainer.optim import Optimizer
 from rlft.trainer.plans import memory_plan, pack_plan_of, pass_summary
 from rlft.trainer.progress import Progress
@@ -82,48 +83,49 @@ RESUMED = 'they come from lora.resume_from = "{}", or from the checkpoint; train
 
 @contextlib.contextmanager
 def build_session(
-    cfg: Config, rewards: Sequence[Any] | None = None, resume: bool = False, callbacks: Sequence[Any] = ()
+    cfg: Config,
+    rewards: Sequence[Any] | None = None,
+    resume: bool = False,
+    callbacks: Sequence[Any] = (),
+    given: Given = Given(),  # noqa: B008 (it is frozen)
 ) -> Iterator[Session]:
     """Build the session of a run, resumed from its newest checkpoint if asked, and close its resources at the end.
 
-    rewards: callables or rlft.Reward in place of `cfg.rewards`. The run folder is claimed first and released last.
-    Raises RlftError for every error a user can cause.
+    rewards: callables or rlft.Reward in place of `cfg.rewards`. given: objects in place of what the config names. The
+    run folder is claimed first and released last. Raises RlftError for every error a user can cause.
     """
     called = Callbacks(callbacks)
     with claim(cfg.out, resume, cfg.if_exists, cfg.share) as claimed:
+        if claimed.resumed:
+            given.check_resume(claimed.run)
         cfg, notes = read_streams(cfg)
         if claimed.run.path != user_path(cfg.out, "out"):
             cfg = replace(cfg, out=str(claimed.run.path))  # numbered
         checked = _check(cfg, claimed.resumed, callables=rewards is not None)
-        with _built(cfg, claimed, checked, rewards, called, notes) as session:
+        with _built(cfg, claimed, checked, rewards, called, replace(given, notes=(*notes, *given.notes))) as session:
             yield session
 
 
 @contextlib.contextmanager
 def _built(
-    cfg: Config,
-    claimed: Claim,
-    checked: Checked,
-    rewards: Sequence[Any] | None,
-    callbacks: Callbacks,
-    notes: Sequence[str],
+    cfg: Config, claimed: Claim, checked: Checked, rewards: Sequence[Any] | None, callbacks: Callbacks, given: Given
 ) -> Iterator[Session]:
-    """Build the session of a checked config in a claimed folder. notes: for the start of the run."""
+    """Build the session of a checked config in a claimed folder."""
     assert checked.algorithm is not None and checked.rows is not None, "a problem otherwise"
     run, algorithm = claimed.run, checked.algorithm
     with contextlib.ExitStack() as stack:
         console = stack.enter_context(Console())
         stack.enter_context(segments(growing=True))
         writer = stack.enter_context(Background("rlft-writer"))
-        lines = [*claimed.notes, *untested(), *notes, *advice(cfg, checked.rows, run.path), f"loading {cfg.model}"]
-        console.note("\n".join(lines))
-        tokenizer = load_tokenizer(cfg.model)
-        cfg, limits = copy_rows(cfg, run), limits_of_files(cfg)
+        lines = [*claimed.notes, *untested(), *given.notes, *advice(cfg, checked.rows, run.path)]
+        console.note("\n".join([*lines, f"loading {cfg.model}"]))
+        tokenizer = given.tokenizer_of(cfg)
+        cfg, limits = copy_rows(cfg, run), given.limits_of(cfg)
         rows, eval_prompts = load_prompts_of(cfg, tokenizer, limits, console.note, checked, run)
         prompts = Prompts(rows, cfg.seed, cfg.data.shuffle)
         functions, eval_functions = _functions(cfg, rewards, open_ends(rows, tokenizer), console.note)
         _close_later(stack, [*functions, *eval_functions])
-        policy = load_policy(cfg, console.note)
+        policy = given.policy_of(cfg, stack, lambda: load_policy(cfg, console.note))
         check_loaded(limits, policy.base.config, rows, eval_prompts)
         engine, eval_engine = _engines(cfg, policy, tokenizer, console, rows, eval_prompts, bool(eval_functions))
         for line in _starting(cfg, engine, undeclared_end(tokenizer, policy.base)):
@@ -141,9 +143,9 @@ def _built(
         sampler = Sampler(
             engine, eval_engine, prompts, eval_prompts, eval_loss, functions, eval_functions, console.progress
         )
-        optimizer = Optimizer(policy.adapter_params, cfg.optim, steps * cfg.optim.updates, fp16, views)
+        optimizer = Optimizer(policy.adapter_params, cfg.optim, steps * cfg.optim.updates, fp16, views, given.optimizer)
         reference = Reference(policy, keep=steps * cfg.prompts_per_step > len(rows) and not policy.mixes_rows)
-        identity, state = identity_of(cfg, policy), State(steps=steps, data=rows.digest())
+        identity, state = identity_of(cfg, policy) | given.identity, State(steps=steps, data=rows.digest())
         progress = Progress(state, policy, optimizer, reference, prompts)
         if claimed.resumed:
             resumed(run, cfg, progress, identity, bool(eval_prompts), console.note)
@@ -153,7 +155,7 @@ def _built(
         tracking = stack.enter_context(Tracking(cfg, run, state.step, claimed.resumed, console.note))
         run.write_config(to_toml(cfg))
         trust.sign(run)
-        run.write_plan(memory)
+        run.write_plan(memory | given.state_bytes(policy))
         console.start(_title(cfg, policy, algorithm, sampler, steps, run, passes), steps, state.step)
         limit = agree(cfg, policy, engine, rows, plan, console.note)
         trainer = Trainer(cfg, steps, policy, algorithm, optimizer, reference, plan, limit, state, identity, progress)
