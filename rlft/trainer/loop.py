@@ -27,6 +27,7 @@ from rlft.config.run import Checkpoint, Config, config_from
 from rlft.data.prompts import Prompts
 from rlft.errors import ConfigError
 from rlft.monitor.console import Console
+from rlft.monitor.notebook import display
 from rlft.rollout.engine import asleep
 from rlft.runs import checkpoint
 from rlft.runs.folder import Run, step_of
@@ -146,33 +147,39 @@ def train(
     rewards: Sequence[str | Reward | Callable[..., Any]] | None = None,
     resume: bool = False,
     callbacks: Sequence[Callback | Callable[[State, dict[str, float]], None]] = (),
+    verbose: bool = False,
     **settings: Any,
 ) -> Result:
     """Train a run from its config, an `rlft.Config` or the path of a TOML or YAML file.
 
     rewards: reward functions in place of the config's. resume: go on from the newest checkpoint in the config's `out`.
-    callbacks: `rlft.Callback` objects, or functions called with (state, metrics) after each step. settings: take the
+    callbacks: `rlft.Callback` objects, or functions called with (state, metrics) after each step. verbose: print the
+    details too that log.txt in the run folder has. settings: take the
     place of the config's; a section is a dict, for example `rlft.train("run.toml", steps=3, sampling={"max_tokens":
     64})`, and `data` may be rows (see `rlft.Data.rows`). Raises RlftError for everything a user can cause; the run
     folder keeps everything written before it.
     """
-    return run(config_from(cfg, settings), rewards, resume, callbacks)
+    cfg = config_from(cfg, settings)
+    with display(verbose) as console:
+        console.phase(f"loading {cfg.model}", line=True)
+        return run(cfg, console, rewards, resume, callbacks)
 
 
 def run(
     cfg: Config,
+    console: Console,
     rewards: Sequence[Any] | None = None,
     resume: bool = False,
     callbacks: Sequence[Any] = (),
     ways: Ways = FROM_PYTHON,
 ) -> Result:
     """Train a run as `train` does. ways: how its user goes on with it."""
-    if (cfg.if_exists == "resume" or resume) and (done := finished(cfg)) is not None:
+    if (cfg.if_exists == "resume" or resume) and (done := finished(cfg, console)) is not None:
         return done
     with (
         interrupted_by_signals(),
         what_to_lower(cfg) as sessions,
-        build_session(cfg, rewards, resume, callbacks) as session,
+        build_session(cfg, rewards, resume, callbacks, console) as session,
     ):
         sessions.append(session)
         with saved_on_the_way_out(session, ways):
@@ -207,7 +214,7 @@ def _train(session: Session, ways: Ways) -> Result:
     return Result(run.path, interrupted=stopped)
 
 
-def finished(cfg: Config) -> Result | None:
+def finished(cfg: Config, console: Console) -> Result | None:
     """Return the result of a run whose steps, evaluation and report are all there; None for any other.
 
     Loads nothing. A run of `data.epochs` counts as finished where its settings are those it was trained with.
@@ -225,6 +232,5 @@ def finished(cfg: Config) -> Result | None:
         return None
     if step != steps or (cfg.eval.rows and not after) or run.report.stat().st_mtime_ns < newest:
         return None
-    with Console() as console:
-        console.note(f"{run.path}: nothing to do: step {step} of {steps}; raise steps to train on")
+    console.note(f"{run.path}: nothing to do: step {step} of {steps}; raise steps to train on")
     return Result(run.path)
