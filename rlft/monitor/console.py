@@ -8,7 +8,7 @@ that is shown, and every detail that is not, is also written to a log file once 
 from __future__ import annotations
 
 import contextlib
-import textwrap
+import re
 import time
 from collections.abc import Mapping, Sequence
 from enum import Enum
@@ -245,21 +245,22 @@ class Console:
 
 
 def wrap(text: str, width: int, indent: int = 0) -> str:
-    """Break lines that are too long at words; a word that is longer, such as a path, stays whole."""
-    lines = [
-        textwrap.fill(
-            line,
-            max(width, indent + 20),
-            subsequent_indent=" " * indent,
-            break_long_words=False,
-            break_on_hyphens=False,
-            replace_whitespace=False,
-        )
-        if len(line) > width
-        else line
-        for line in text.split("\n")
-    ]
-    return "\n".join(lines)
+    """Break lines that are too long at words, with `indent` spaces before the rest of each.
+
+    A word that is too long for a line, such as a path, stays whole and where it is.
+    """
+    out = []
+    for line in text.split("\n"):
+        current = ""
+        for space, word in re.findall(r"( *)([^ ]+)", line):
+            full = len(current) + len(space) + len(word) > width
+            if full and current.strip() and indent + len(word) <= width:
+                out.append(current)
+                current = " " * indent + word
+            else:
+                current += space + word
+        out.append(current)
+    return "\n".join(out)
 
 
 def selection_note(among: int) -> str:

@@ -98,9 +98,10 @@ def too_hard(history: History) -> bool:
 def equal_rewards(history: History) -> bool:
     """Return True when all groups have equal rewards and nothing but a KL term moves the weights.
 
-    A run with one completion per prompt (SFT, REINFORCE) has equal groups at every step and still learns.
+    A run with one completion per prompt (SFT, KTO, REINFORCE) has equal groups at every step and still learns.
     """
-    learns = newest(history, "grad_norm") != 0 and newest(history, "kl") is None
+    judged = any(newest(history, f"rewards/{side}") is not None for side in ("chosen", "rejected"))
+    learns = newest(history, "grad_norm") != 0 and (judged or newest(history, "kl") is None)
     return newest(history, "frac_reward_zero_std") == 1 and not learns and not too_hard(history)
 
 

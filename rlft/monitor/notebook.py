@@ -20,7 +20,7 @@ from rlft.runs.formats import number, visible
 MOST_LINES = 20
 """Largest number of permanent lines shown; log.txt has all."""
 MOST_POINTS = 400
-"""Largest number of points of the curve."""
+"""Largest number of points of the curve; of a longer run every n-th step is drawn, and the newest."""
 SECONDS = 0.5
 """Shortest time between two updates within a step."""
 WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 620, 150, 48, 20, 8
@@ -87,8 +87,6 @@ class Notebook(Console):
         value = health.newest(history, outcome(history[-1])[0][1])
         if value is not None:
             self._curve.append((self.panel.done, value))
-        if len(self._curve) > MOST_POINTS:
-            self._curve = self._curve[len(self._curve) % 2 :: 2]
 
     def _plain_text(self) -> str:
         history, panel = self.panel.history, self.panel
@@ -131,6 +129,8 @@ def curve(points: Sequence[tuple[int, float]], name: str) -> str:
     """Return a curve over steps as inline SVG; empty for fewer than two points. name: of what it shows."""
     if len(points) < 2:
         return ""
+    every = -(-len(points) // MOST_POINTS)
+    points = points[(len(points) - 1) % every :: every]
     steps, values = [step for step, _ in points], [value for _, value in points]
     low, high = min(values), max(values)
     margin = 0.05 * (high - low) or 0.5 * abs(high) or 1.0

@@ -155,7 +155,7 @@ def outcome(values: Mapping[str, float]) -> list[tuple[str, str, Form]]:
         return [("accuracy", "rewards/accuracies", "{:.0%}".format), ("margin", "rewards/margins", THREE)]
     if "perplexity" in values:
         return [("perplexity", "perplexity", "{:.4g}".format)]
-    if "rewards/chosen" in values and "rewards/rejected" in values:  # KTO, whose completions are no pairs
+    if "rewards/chosen" in values or "rewards/rejected" in values:  # KTO, whose completions are no pairs
         return [("desirable", "rewards/chosen", THREE), ("undesirable", "rewards/rejected", THREE)]
     return [("reward", "reward", THREE)]
 

@@ -24,6 +24,7 @@ async function look() {
     const answer = await fetch("/", { method: "HEAD", cache: "no-store" });
     if (answer.ok && answer.headers.get("ETag") !== `"${version}"`) { keep(); location.reload(); return; }
   } catch { /* the server has ended: the page stays as it is */ }
-  setTimeout(look, 2000);
+  setTimeout(look, 3000);
 }
-if (version) { restore(); setTimeout(look, 2000); }
+restore();
+setTimeout(look, 3000);

@@ -161,7 +161,6 @@ def train(
     """
     cfg = config_from(cfg, settings)
     with display(verbose) as console:
-        console.phase(f"loading {cfg.model}", line=True)
         return run(cfg, console, rewards, resume, callbacks)
 
 
@@ -176,6 +175,7 @@ def run(
     """Train a run as `train` does. ways: how its user goes on with it."""
     if (cfg.if_exists == "resume" or resume) and (done := finished(cfg, console)) is not None:
         return done
+    console.phase(f"loading {cfg.model}", line=not console.panel.phase[0])  # unless the command has printed a line
     with (
         interrupted_by_signals(),
         what_to_lower(cfg) as sessions,
