@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+
 from rlft.algos.algorithm import Algorithm, describe
 from rlft.config.run import Config
 from rlft.data.table import PromptTable
@@ -18,11 +20,14 @@ MIXED = (
     "int8: LLM.int8 finds its outlier columns over all rows of a micro-batch, so a row's log-probs depend a little on "
     'what it is packed with; quantization = "nf4" or "none" has no such dependence'
 )
-"""Detail of a run over 8-bit weights."""
+"""Shown at the start of a run over 8-bit weights."""
 
 
 def title(cfg: Config, policy: Policy, rows: PromptTable, evals: PromptTable, steps: int, run: Run) -> list[str]:
-    """Return the lines that every user sees: the model, what is trained and sampled, and where the run lies."""
+    """Return the lines that every user sees: the model, what is trained and sampled, and where the run lies.
+
+    A run over 8-bit weights, or from an adapter that had another dropout, says so.
+    """
     dtype = str(resolve_dtype(cfg, policy.device)).removeprefix("torch.")
     kind = held_in(policy.base)
     held = dtype if kind == "none" else f"{kind} (computed in {dtype})"
@@ -33,6 +38,8 @@ def title(cfg: Config, policy: Policy, rows: PromptTable, evals: PromptTable, st
         f"{cfg.model}: {count(size)} parameters in {held} on the {device}; {cfg.algo.name} trains a LoRA adapter of "
         f"rank {cfg.lora.rank}, {count(trained)} parameters",
         f"{len(rows)} prompts, {len(evals)} held out; {steps} steps of {cfg.prompts_per_step} prompts x {done}",
+        *([MIXED] if policy.mixes_rows else []),
+        *(line for line in [changed_dropout(cfg.lora)] if line),
         f"run folder: {run.path}",
     ]
 
@@ -42,11 +49,16 @@ def details(cfg: Config, policy: Policy, algorithm: Algorithm, passes: str) -> l
     return [
         policy.path,
         targets.describe(policy.model),
-        *([MIXED] if policy.mixes_rows else []),
-        *(line for line in (policy.rope and str(policy.rope), changed_dropout(cfg.lora)) if line),
+        *([str(policy.rope)] if policy.rope else []),
         f"memory: {weight_bytes(policy.base)['bytes'] / 2**30:.2f} GiB of weights; {passes}",
         *describe(algorithm),
     ]
+
+
+def each(note: Callable[[str], None], lines: Iterable[str]) -> None:
+    """Note each of the lines."""
+    for line in lines:
+        note(line)
 
 
 def count(number: int) -> str:

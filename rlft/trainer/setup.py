@@ -87,8 +87,8 @@ def build_session(
 ) -> Iterator[Session]:
     """Build the session of a run, resumed from its newest checkpoint if asked, and close its resources at the end.
 
-    rewards: callables or rlft.Reward in place of `cfg.rewards`. console: the display, one of its own where there is
-    none yet. The run folder is claimed first and released last. Raises RlftError for every error a user can cause.
+    rewards: callables or rlft.Reward in place of `cfg.rewards`. console: the display, a new one where there is none
+    yet. The run folder is claimed first and released last. Raises RlftError for every error a user can cause.
     """
     called = Callbacks(callbacks)
     with claim(cfg.out, resume, cfg.if_exists, cfg.share) as claimed, console or Console() as console:
@@ -96,8 +96,7 @@ def build_session(
         if claimed.run.path != user_path(cfg.out, "out"):
             cfg = replace(cfg, out=str(claimed.run.path))  # numbered
         checked = _check(cfg, claimed.resumed, callables=rewards is not None)
-        for line in [*claimed.notes, *notes]:
-            console.note(line)
+        opening.each(console.note, [*claimed.notes, *notes])
         with _built(cfg, claimed, checked, rewards, called, console) as session:
             yield session
 
@@ -113,8 +112,7 @@ def _built(
         stack.enter_context(without_bars(always=not console.plain))
         stack.enter_context(segments(growing=True))
         writer = stack.enter_context(Background("rlft-writer"))
-        for line in [*untested(), *advice(cfg, checked.rows, run.path)]:
-            console.warn(line)
+        opening.each(console.warn, [*untested(), *advice(cfg, checked.rows, run.path)])
         console.phase(f"loading {cfg.model}")
         tokenizer = load_tokenizer(cfg.model)
         cfg, limits = copy_rows(cfg, run), limits_of_files(cfg)
@@ -125,11 +123,9 @@ def _built(
         policy = load_policy(cfg, console.note)
         check_loaded(limits, policy.base.config, rows, eval_prompts)
         steps = cfg.steps or prompts.steps(cfg.prompts_per_step, cfg.data.epochs or 1.0)
-        for line in opening.title(cfg, policy, rows, eval_prompts, steps, run):
-            console.note(line)
+        opening.each(console.note, opening.title(cfg, policy, rows, eval_prompts, steps, run))
         engine, eval_engine = _engines(cfg, policy, tokenizer, console, rows, eval_prompts, bool(eval_functions))
-        for line in _starting(cfg, engine, undeclared_end(tokenizer, policy.base)):
-            console.warn(line)
+        opening.each(console.warn, _starting(cfg, engine, undeclared_end(tokenizer, policy.base)))
         _close_later(stack, [engine, eval_engine])
         assert engine.SAMPLES or not algorithm.loss.needs_sampler, "validate refuses this"
         fp16, views = resolve_dtype(cfg, policy.device) == torch.float16, policy.flat.parameters.values()
@@ -157,8 +153,7 @@ def _built(
         trust.sign(run)
         run.write_plan(memory)
         console.keep_log(run.log_file)
-        for line in opening.details(cfg, policy, algorithm, passes):
-            console.detail(line)
+        opening.each(console.detail, opening.details(cfg, policy, algorithm, passes))
         console.start([], steps, state.step)
         console.phase("comparing engine and trainer")
         limit = agree(cfg, policy, engine, rows, plan, console.detail)

@@ -134,8 +134,12 @@ def test_details_are_in_the_log_and_shown_only_when_asked_for(tmp_path: Path, ca
         detail = ["a detail \ufffd[2J"] if verbose else []
         assert shown == ["before the log", *detail, "! act on it", "step 1  loss 0.5000"]
         assert [line[20:] for line in log.read_text().splitlines()] == [
-            "before the log", "a detail \ufffd[2J", "loading the model", "! act on it", "step 1  loss 0.5000",
-        ]  # fmt: skip
+            "before the log",
+            "a detail \ufffd[2J",
+            "loading the model",
+            "! act on it",
+            "step 1  loss 0.5000",
+        ]
         assert all(re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ", line) for line in log.read_text().splitlines())
 
 

@@ -79,7 +79,7 @@ def test_a_cell_has_one_output_that_is_updated_and_can_be_run_again(tmp_path: Pa
         last = updates[-1]["content"]["data"]["text/html"]
         assert "<b>step 3/3" in last and "<polyline" in last and "label &lt;" in last and "prompt" in last
         assert f"run folder: {folder}" in last and "sample from it" in last and "fused layers" not in last
-        assert 'reward &quot;vowels&quot; can only be called in this process' in last
+        assert "reward &quot;vowels&quot; can only be called in this process" in last
         assert any("loading model" in update["content"]["data"]["text/html"] for update in [*shown, *updates])
         assert "fused layers" in (tmp_path / folder / "log.txt").read_text()
 

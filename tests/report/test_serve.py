@@ -84,9 +84,19 @@ def test_nothing_is_made_twice_or_written(server: Server, run: Path, monkeypatch
 
 @pytest.mark.parametrize(
     "path",
-    ["/secret.txt", "/../secret.txt", "/%2e%2e/secret.txt", "//secret.txt", "/config.toml", "/?x", "/.", "", "*",
-     "http://127.0.0.1/"],
-)  # fmt: skip
+    [
+        "/secret.txt",
+        "/../secret.txt",
+        "/%2e%2e/secret.txt",
+        "//secret.txt",
+        "/config.toml",
+        "/?x",
+        "/.",
+        "",
+        "*",
+        "http://127.0.0.1/",
+    ],
+)
 def test_there_is_no_other_page(server: Server, path: str) -> None:
     status, _, body = ask(server, path or "x")
     assert status in (400, 404) and "secret" not in body and "config" not in body
@@ -99,9 +109,17 @@ def test_nothing_but_reading_is_possible(server: Server, method: str) -> None:
 
 @pytest.mark.parametrize(
     ("host", "status"),
-    [("127.0.0.1:1", 200), ("localhost", 200), ("LOCALHOST:9000", 200), ("evil.example", 403), ("", 403),
-     ("evil.example:80", 403), ("127.0.0.1.evil.example", 403), ("127.0.0.1:80@evil.example", 403)],
-)  # fmt: skip
+    [
+        ("127.0.0.1:1", 200),
+        ("localhost", 200),
+        ("LOCALHOST:9000", 200),
+        ("evil.example", 403),
+        ("", 403),
+        ("evil.example:80", 403),
+        ("127.0.0.1.evil.example", 403),
+        ("127.0.0.1:80@evil.example", 403),
+    ],
+)
 def test_a_name_that_resolves_to_this_machine_reads_nothing(server: Server, host: str, status: int) -> None:
     answer, _, body = ask(server, Host=host)
     assert answer == status and ("0.25" in body) == (status == 200)
@@ -135,7 +153,9 @@ def test_what_cannot_be_served_is_refused(run: Path, server: Server, capsys) -> 
     }.items():
         assert main(["report", str(run), *args]) == 2
         assert wanted in capsys.readouterr().err
-    assert main(["report", str(run / "missing"), "--serve"]) == 2 and "missing: not the folder" in capsys.readouterr().err
+    assert (
+        main(["report", str(run / "missing"), "--serve"]) == 2 and "missing: not the folder" in capsys.readouterr().err
+    )
     with pytest.raises(ConfigError):
         Server(Run.resume(run), server.server_port)
 
