@@ -6,10 +6,14 @@ fixes it. A version newer than the tested ones is only reported.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import os
 import platform
 import re
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
 
 VERSIONS = {
     "python": ("3.11", "3.12", None),
@@ -192,3 +196,48 @@ def describe() -> str:
     problems = version_problems()
     lines += ["", "problems:", *(f"  {text}" for text in problems)] if problems else []
     return "\n".join(lines)
+
+
+@contextlib.contextmanager
+def without_bars(always: bool = False) -> Iterator[None]:
+    """Switch off the progress bars of imported libraries while stderr is no terminal: a log would fill with them.
+
+    always: on a terminal too, as under a live view. What the user has set is restored.
+    """
+    with contextlib.ExitStack() as stack:
+        for enabled, disable, enable in _bars() if always or not sys.stderr.isatty() else ():
+            if enabled():
+                disable()
+                stack.callback(enable)
+        yield
+
+
+@contextlib.contextmanager
+def without_tqdm(always: bool = False) -> Iterator[None]:
+    """Switch off progress bars of a tqdm that the block imports, as `without_bars` does; it reads a variable then.
+
+    transformers draws one with it while it reads a GGUF file.
+    """
+    if (sys.stderr.isatty() and not always) or "TQDM_DISABLE" in os.environ:
+        yield
+        return
+    os.environ["TQDM_DISABLE"] = "1"
+    try:
+        yield
+    finally:
+        os.environ.pop("TQDM_DISABLE", None)
+
+
+def _bars() -> Iterator[tuple[Callable[[], bool], Callable[[], None], Callable[[], None]]]:
+    """Yield (are they on, switch them off, switch them on) of each library that is imported and has such switches."""
+    modules: dict[str, Any] = sys.modules  # type: ignore[assignment]
+    # transformers' switch turns that of the hub too, so the hub comes first and is restored last.
+    for name in ("huggingface_hub.utils", "datasets"):
+        if library := modules.get(name):
+            yield (
+                lambda library=library: not library.are_progress_bars_disabled(),
+                library.disable_progress_bars,
+                library.enable_progress_bars,
+            )
+    if library := modules.get("transformers.utils.logging"):
+        yield library.is_progress_bar_enabled, library.disable_progress_bar, library.enable_progress_bar

@@ -181,24 +181,27 @@ def _parsed(kind: str, command: str, args: list[str]) -> Any:
 
 
 def _train(args: list[str]) -> int:
-    cfg, resume = parse("train", args)
     from rlft import __version__
-
-    # Before the imports, which take seconds: the screen must not stay empty.
-    say(f"rlft {__version__}: importing PyTorch")
-    sys.stdout.flush()
-    from rlft.config.paths import user_path
-    from rlft.trainer.ending import Ways
-    from rlft.trainer.loop import run
+    from rlft.environment import without_tqdm
+    from rlft.monitor.console import Console
 
     typed = [arg for arg in args if arg != "--resume"]
+    settings = [arg for arg in args if arg != "--verbose"]
+    with Console(verbose=len(settings) < len(args)) as console, without_tqdm(always=not console.plain):
+        if settings and not settings[0].startswith("-") and not {*settings} & {*HELP}:
+            # Before the imports, which take seconds: the screen must not stay empty.
+            console.phase(f"rlft {__version__}: reading {settings[0]}, importing PyTorch", line=True)
+        cfg, resume = parse("train", settings)
+        from rlft.config.paths import user_path
+        from rlft.trainer.ending import Ways
+        from rlft.trainer.loop import run
 
-    def resume_with(out: Path) -> str:
-        numbered = [] if out == user_path(cfg.out, "out") else ["--out", str(out)]
-        return shlex.join(["rlft", "train", *typed, *numbered, "--resume"])
+        def resume_with(out: Path) -> str:
+            numbered = [] if out == user_path(cfg.out, "out") else ["--out", str(out)]
+            return shlex.join(["rlft", "train", *typed, *numbered, "--resume"])
 
-    ways = Ways(resume_with, shlex.join(["rlft", "train", *typed]))
-    return 130 if run(cfg, resume=resume, ways=ways).interrupted else 0
+        ways = Ways(resume_with, shlex.join(["rlft", "train", *typed]))
+        return 130 if run(cfg, console, resume=resume, ways=ways).interrupted else 0
 
 
 def _validate(args: list[str]) -> int:
@@ -289,17 +292,31 @@ def _push(args: list[str]) -> int:
     return 0
 
 
+def _watch(args: list[str]) -> int:
+    given = _parsed("WatchArgs", "watch", args)
+    from rlft.cli.watch import watch
+
+    watch(given.run)
+    return 0
+
+
 def _report(args: list[str]) -> int:
-    """Write the page of a run, or of several compared."""
+    """Write the page of a run, or of several compared; or serve that of a run."""
+    from rlft.cli import arguments
+
     given = _parsed("ReportArgs", "report", args)
     if not given.runs:
         raise ConfigError("rlft report RUN [RUN ...]: give the folder of a run")
+    arguments.check_serving(given)
     for run in given.runs:
         if not (run / "metrics.jsonl").is_file():
             raise ConfigError(f"{run}: not the folder of a run (it has no metrics.jsonl)")
     from rlft import report
+    from rlft.report.serve import serve
 
-    if len(given.runs) == 1:
+    if given.serve:
+        serve(given.runs[0], given.port or 0, say)
+    elif len(given.runs) == 1:
         say(str(report.write(given.runs[0], given.out)))
     else:
         say(str(report.compare(given.runs, given.out or Path("comparison.html"))))
@@ -323,11 +340,12 @@ def _env(args: list[str]) -> int:
 COMMANDS = {
     "train": Command(
         _train,
-        "FILE [--resume] [--section.field value ...]",
+        "FILE [--resume] [--verbose] [--section.field value ...]",
         "Train the run that FILE (.toml or .yaml) describes. Any setting can be changed by a flag, for example "
         "--optim.lr=1e-5 or --sampling.group_size 16; `rlft train FILE --help` lists them all with FILE's values. "
-        "--resume goes on from the newest checkpoint in the run's folder. Ctrl-C, or SIGTERM, finishes the step and "
-        "saves it; a second one stops at once, with the step before saved. The last line says how to go on.",
+        "--resume goes on from the newest checkpoint in the run's folder. --verbose prints the details too that "
+        "log.txt in that folder has. Ctrl-C, or SIGTERM, finishes the step and saves it; a second one stops at once, "
+        "with the step before saved. The last line says how to go on.",
     ),
     "validate": Command(
         _validate,
@@ -365,11 +383,18 @@ COMMANDS = {
         "RUN YOU/MODEL [--checkpoint latest|best|STEP] [--private]",
         "Upload the run's adapter and its model card to the Hugging Face hub.",
     ),
+    "watch": Command(
+        _watch,
+        "RUN",
+        "Follow the run in the folder RUN from another terminal: the view of rlft train, until the run ends. Ctrl-C "
+        "leaves the run alone.",
+    ),
     "report": Command(
         _report,
-        "RUN [RUN ...] [--out FILE]",
+        "RUN [RUN ...] [--out FILE] | RUN --serve [--port N]",
         "Write RUN/report.html, a page that opens without a network; of several runs comparison.html, with their "
-        "curves over each other and the settings that differ.",
+        "curves over each other and the settings that differ. --serve shows the page of a run, finished or not, at an "
+        "address of this machine, and updates it with each step.",
     ),
     "env": Command(_env, "", "Versions, device, what is missing and the pip command that adds it."),
 }

@@ -22,11 +22,11 @@ PAGE = """<!doctype html>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy"
-  content="default-src 'none'; style-src '{style_hash}'; script-src '{script_hash}'">
+  content="default-src 'none'; style-src '{style_hash}'; script-src '{script_hash}'{connect}">
 <title>{title}</title>
 <style>{style}</style>
 </head>
-<body>
+<body{version}>
 {body}
 <script>{script}</script>
 </body>
@@ -128,11 +128,20 @@ def truncate(value: str) -> str:
     return text(value[:MOST_TEXT]) + more
 
 
-def document(title: str, body: str) -> str:
-    """Return the HTML document. body: HTML."""
+def document(title: str, body: str, version: str = "") -> str:
+    """Return the HTML document. body: HTML. version: of a served page, which then asks its server for a newer one."""
     style, script = (asset(name) for name in ("report.css", "report.js"))
+    if version:
+        script += asset("live.js").replace('"use strict";\n', "", 1)
     return PAGE.format(
-        title=text(title), body=body, style=style, script=script, style_hash=digest(style), script_hash=digest(script)
+        title=text(title),
+        body=body,
+        style=style,
+        script=script,
+        style_hash=digest(style),
+        script_hash=digest(script),
+        connect="; connect-src 'self'" if version else "",
+        version=f' data-version="{text(version)}"' if version else "",
     )
 
 

@@ -53,7 +53,7 @@ def first_line(error: Exception) -> str:
 
 def shown_prompt(prompt: Prompt) -> str:
     """Return the prompt of a row as text, with messages as JSON."""
-    if _has_messages(prompt):
+    if has_messages(prompt):
         return json.dumps(prompt.messages, ensure_ascii=False, default=str)
     text = prompt.row.get("prompt")
     return text if isinstance(text, str) else ""
@@ -74,7 +74,7 @@ def dataset_columns(prompt: Prompt) -> str | None:
     return text.encode("utf-8", "replace").decode("utf-8") if columns else None
 
 
-def _has_messages(prompt: Prompt) -> bool:
+def has_messages(prompt: Prompt) -> bool:
     """Return True where `shown_prompt` is JSON."""
     return bool(prompt.messages) and not isinstance(prompt.row.get("prompt"), str)
 
@@ -96,7 +96,7 @@ def rollout_table(
         "group": pa.array(group_ids(rollouts).tolist(), integers),
         "sample": pa.array([rollout.sample_index for rollout in rollouts], integers),
         "prompt": pa.array([shown_prompt(rollout.prompt) for rollout in rollouts], pa.string()),
-        "prompt_is_messages": pa.array([_has_messages(rollout.prompt) for rollout in rollouts], pa.bool_()),
+        "prompt_is_messages": pa.array([has_messages(rollout.prompt) for rollout in rollouts], pa.bool_()),
         "data": pa.array([data[rollout.prompt.index] for rollout in rollouts], pa.string()),
         "completion": pa.array([rollout.text for rollout in rollouts], pa.string()),
         "completion_ids": pa.array([rollout.completion_ids for rollout in rollouts], pa.list_(integers)),

@@ -27,6 +27,7 @@ from rlft.config.run import Checkpoint, Config
 from rlft.data.prompts import Prompts
 from rlft.errors import ConfigError
 from rlft.monitor.console import Console
+from rlft.monitor.notebook import display
 from rlft.rollout.engine import asleep
 from rlft.runs import checkpoint
 from rlft.runs.folder import Run, step_of
@@ -153,6 +154,7 @@ def train(
     rewards: Sequence[str | Reward | Callable[..., Any]] | None = None,
     resume: bool = False,
     callbacks: Sequence[Callback | Callable[[State, dict[str, float]], None]] = (),
+    verbose: bool = False,
     *,
     model: str | PreTrainedModel | PeftModel | PeftMixedModel | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
@@ -162,20 +164,23 @@ def train(
     """Train a run from its config, an `rlft.Config` or the path of a TOML or YAML file.
 
     rewards: reward functions in place of the config's. resume: go on from the newest checkpoint in the config's `out`.
-    callbacks: `rlft.Callback` objects, or functions called with (state, metrics) after each step. model: a name, or a
-    model of transformers or PEFT to train in place of the files that the config names; a PEFT model's LoRA adapter is
-    what is trained, and nothing else of the object is changed when the run has ended. tokenizer: in place of the
-    model's. optimizer: a class of torch.optim or a function of the parameters that returns one, in place of AdamW.
-    settings: take the place of the config's; a section is a dict, for example `rlft.train("run.toml", steps=3,
-    sampling={"max_tokens": 64})`, and `data` may be rows (see `rlft.Data.rows`). Raises RlftError for everything a user
-    can cause; the run folder keeps everything written before it.
+    callbacks: `rlft.Callback` objects, or functions called with (state, metrics) after each step. verbose: print the
+    details too that log.txt in the run folder has. model: a name, or a model of transformers or PEFT to train in place
+    of the files that the config names; a PEFT model's LoRA adapter is what is trained, and nothing else of the object
+    is changed when the run has ended. tokenizer: in place of the model's. optimizer: a class of torch.optim or a
+    function of the parameters that returns one, in place of AdamW. settings: take the place of the config's; a section
+    is a dict, for example `rlft.train("run.toml", steps=3, sampling={"max_tokens": 64})`, and `data` may be rows (see
+    `rlft.Data.rows`). Raises RlftError for everything a user can cause; the run folder keeps everything written before
+    it.
     """
     cfg, given = Given.of(cfg, settings, model, tokenizer, optimizer)
-    return run(cfg, rewards, resume, callbacks, given=given)
+    with display(verbose) as console:
+        return run(cfg, console, rewards, resume, callbacks, given=given)
 
 
 def run(
     cfg: Config,
+    console: Console,
     rewards: Sequence[Any] | None = None,
     resume: bool = False,
     callbacks: Sequence[Any] = (),
@@ -183,12 +188,13 @@ def run(
     given: Given = Given(),  # noqa: B008 (it is frozen)
 ) -> Result:
     """Train a run as `train` does. ways: how its user goes on with it. given: objects in place of what it names."""
-    if (cfg.if_exists == "resume" or resume) and (done := finished(cfg)) is not None:
+    if (cfg.if_exists == "resume" or resume) and (done := finished(cfg, console)) is not None:
         return done
+    console.phase(f"loading {cfg.model}", line=not console.panel.phase[0])  # unless the command has printed a line
     with (
         interrupted_by_signals(),
         what_to_lower(cfg) as sessions,
-        build_session(cfg, rewards, resume, callbacks, given) as session,
+        build_session(cfg, rewards, resume, callbacks, console, given) as session,
     ):
         sessions.append(session)
         with saved_on_the_way_out(session, ways):
@@ -223,7 +229,7 @@ def _train(session: Session, ways: Ways) -> Result:
     return Result(run.path, interrupted=stopped)
 
 
-def finished(cfg: Config) -> Result | None:
+def finished(cfg: Config, console: Console) -> Result | None:
     """Return the result of a run whose steps, evaluation and report are all there; None for any other.
 
     Loads nothing. A run of `data.epochs` counts as finished where its settings are those it was trained with.
@@ -241,6 +247,5 @@ def finished(cfg: Config) -> Result | None:
         return None
     if step != steps or (cfg.eval.rows and not after) or run.report.stat().st_mtime_ns < newest:
         return None
-    with Console() as console:
-        console.note(f"{run.path}: nothing to do: step {step} of {steps}; raise steps to train on")
+    console.note(f"{run.path}: nothing to do: step {step} of {steps}; raise steps to train on")
     return Result(run.path)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from rlft import __version__
-from rlft.algos.algorithm import Algorithm, build_algorithm, describe
+from rlft.algos.algorithm import build_algorithm
 from rlft.config.data import Data, Reward
 from rlft.config.files import to_toml
 from rlft.config.paths import user_path
@@ -23,12 +23,9 @@ from rlft.data.limits import Limits
 from rlft.data.prompts import Prompts, exclude_prompts, hold_out, load_prompts
 from rlft.data.table import PromptTable
 from rlft.data.usable import Rows, check_rows
-from rlft.environment import untested
+from rlft.environment import untested, without_bars
 from rlft.errors import ConfigError, DataError
-from rlft.models import targets
 from rlft.models.allocator import segments
-from rlft.models.continued import changed_dropout
-from rlft.models.fused.memory import weight_bytes
 from rlft.models.load import attach_lora, fingerprint, load_base, resolve_device, resolve_dtype
 from rlft.models.policy import Policy
 from rlft.monitor.background import Background
@@ -46,7 +43,7 @@ from rlft.rollout.replay import ReplayEngine
 from rlft.runs import trust
 from rlft.runs.claim import Claim, claim
 from rlft.runs.folder import Run
-from rlft.trainer import engines
+from rlft.trainer import engines, opening
 from rlft.trainer.advice import advice
 from rlft.trainer.agreement import agree
 from rlft.trainer.callbacks import Callbacks
@@ -87,53 +84,63 @@ def build_session(
     rewards: Sequence[Any] | None = None,
     resume: bool = False,
     callbacks: Sequence[Any] = (),
+    console: Console | None = None,
     given: Given = Given(),  # noqa: B008 (it is frozen)
 ) -> Iterator[Session]:
     """Build the session of a run, resumed from its newest checkpoint if asked, and close its resources at the end.
 
-    rewards: callables or rlft.Reward in place of `cfg.rewards`. given: objects in place of what the config names. The
-    run folder is claimed first and released last. Raises RlftError for every error a user can cause.
+    rewards: callables or rlft.Reward in place of `cfg.rewards`. console: the display, a new one where there is none
+    yet. given: objects in place of what the config names. The run folder is claimed first and released last. Raises
+    RlftError for every error a user can cause.
     """
     called = Callbacks(callbacks)
-    with claim(cfg.out, resume, cfg.if_exists, cfg.share) as claimed:
+    with claim(cfg.out, resume, cfg.if_exists, cfg.share) as claimed, console or Console() as console:
         if claimed.resumed:
             given.check_resume(claimed.run)
         cfg, notes = read_streams(cfg)
         if claimed.run.path != user_path(cfg.out, "out"):
             cfg = replace(cfg, out=str(claimed.run.path))  # numbered
         checked = _check(cfg, claimed.resumed, callables=rewards is not None)
-        with _built(cfg, claimed, checked, rewards, called, replace(given, notes=(*notes, *given.notes))) as session:
+        opening.each(console.note, [*claimed.notes, *notes, *given.notes])
+        with _built(cfg, claimed, checked, rewards, called, console, given) as session:
             yield session
 
 
 @contextlib.contextmanager
 def _built(
-    cfg: Config, claimed: Claim, checked: Checked, rewards: Sequence[Any] | None, callbacks: Callbacks, given: Given
+    cfg: Config,
+    claimed: Claim,
+    checked: Checked,
+    rewards: Sequence[Any] | None,
+    callbacks: Callbacks,
+    console: Console,
+    given: Given,
 ) -> Iterator[Session]:
     """Build the session of a checked config in a claimed folder."""
     assert checked.algorithm is not None and checked.rows is not None, "a problem otherwise"
     run, algorithm = claimed.run, checked.algorithm
     with contextlib.ExitStack() as stack:
-        console = stack.enter_context(Console())
+        stack.enter_context(without_bars(always=not console.plain))
         stack.enter_context(segments(growing=True))
         writer = stack.enter_context(Background("rlft-writer"))
-        lines = [*claimed.notes, *untested(), *given.notes, *advice(cfg, checked.rows, run.path)]
-        console.note("\n".join([*lines, f"loading {cfg.model}"]))
+        opening.each(console.warn, [*untested(), *advice(cfg, checked.rows, run.path)])
+        console.phase(f"loading {cfg.model}")
         tokenizer = given.tokenizer_of(cfg)
         cfg, limits = copy_rows(cfg, run), given.limits_of(cfg)
         rows, eval_prompts = load_prompts_of(cfg, tokenizer, limits, console.note, checked, run)
         prompts = Prompts(rows, cfg.seed, cfg.data.shuffle)
-        functions, eval_functions = _functions(cfg, rewards, open_ends(rows, tokenizer), console.note)
+        functions, eval_functions = _functions(cfg, rewards, open_ends(rows, tokenizer), console.warn)
         _close_later(stack, [*functions, *eval_functions])
         policy = given.policy_of(cfg, stack, lambda: load_policy(cfg, console.note))
         check_loaded(limits, policy.base.config, rows, eval_prompts)
+        steps = cfg.steps or prompts.steps(cfg.prompts_per_step, cfg.data.epochs or 1.0)
+        opening.each(console.note, opening.title(cfg, policy, rows, eval_prompts, steps, run))
         engine, eval_engine = _engines(cfg, policy, tokenizer, console, rows, eval_prompts, bool(eval_functions))
-        for line in _starting(cfg, engine, undeclared_end(tokenizer, policy.base)):
-            console.note(line)
+        opening.each(console.warn, _starting(cfg, engine, undeclared_end(tokenizer, policy.base)))
         _close_later(stack, [engine, eval_engine])
         assert engine.SAMPLES or not algorithm.loss.needs_sampler, "validate refuses this"
-        steps = cfg.steps or prompts.steps(cfg.prompts_per_step, cfg.data.epochs or 1.0)
         fp16, views = resolve_dtype(cfg, policy.device) == torch.float16, policy.flat.parameters.values()
+        console.phase("compiling and checking the model")
         with asleep(eval_engine):
             check_path(policy)
             # Planned here, because a pass may use the memory that is free now.
@@ -156,8 +163,11 @@ def _built(
         run.write_config(to_toml(cfg))
         trust.sign(run)
         run.write_plan(memory | given.state_bytes(policy))
-        console.start(_title(cfg, policy, algorithm, sampler, steps, run, passes), steps, state.step)
-        limit = agree(cfg, policy, engine, rows, plan, console.note)
+        console.keep_log(run.log_file)
+        opening.each(console.detail, opening.details(cfg, policy, algorithm, passes))
+        console.start([], steps, state.step)
+        console.phase("comparing engine and trainer")
+        limit = agree(cfg, policy, engine, rows, plan, console.detail)
         trainer = Trainer(cfg, steps, policy, algorithm, optimizer, reference, plan, limit, state, identity, progress)
         health = HealthMonitor(cfg.algo.name)
         recorder = Recorder(run, writer, console, health, tracking, TokenText(tokenizer), tokenizer, callbacks)
@@ -284,35 +294,6 @@ def identity_of(cfg: Config, policy: Policy) -> dict[str, str]:
         "lora": f"rank {lora.rank}, alpha {lora.alpha:g}, rslora {lora.rslora}, {len(policy.adapter())} tensors",
         **({"rope": policy.rope.factors} if policy.rope is not None else {}),
     }
-
-
-MIXED = (
-    "int8: LLM.int8 finds its outlier columns over all rows of a micro-batch, so a row's log-probs depend a little on "
-    'what it is packed with; quantization = "nf4" or "none" has no such dependence'
-)
-"""Note shown at the start of a run over 8-bit weights."""
-
-
-def _title(
-    cfg: Config, policy: Policy, algorithm: Algorithm, sampler: Sampler, steps: int, run: Run, passes: str
-) -> list[str]:
-    """Return the lines shown at the start of a run. passes: from `pass_summary`."""
-    rows, evals = len(sampler.prompts.rows), len(sampler.eval_prompts)
-    dtype = str(resolve_dtype(cfg, policy.device)).removeprefix("torch.")
-    weights = weight_bytes(policy.base)
-    return [
-        f"{cfg.model}: {weights['parameters'] / 1e6:.0f} M parameters in {dtype} on {policy.device.type}, "
-        f"LoRA rank {cfg.lora.rank} ({policy.adapter_params.numel() / 1e6:.1f} M trained)",
-        f"{rows} prompts, {evals} held out; {steps} steps of {cfg.prompts_per_step} "
-        f"prompts x {cfg.sampling.group_size if sampler.engine.SAMPLES else 'recorded'} completions",
-        policy.path,
-        targets.describe(policy.model),
-        *([MIXED] if policy.mixes_rows else []),
-        *(line for line in (policy.rope and str(policy.rope), changed_dropout(cfg.lora)) if line),
-        f"memory: {weights['bytes'] / 2**30:.2f} GiB of weights; {passes}",
-        *describe(algorithm),
-        f"run folder: {run.path}",
-    ]
 
 
 def _starting(cfg: Config, engine: Engine, end: str) -> list[str]:

@@ -384,7 +384,7 @@ def test_a_run_trains_with_vllm_and_leaves_the_process_as_it_was(smollm2: Path, 
     def even(completions: list[Any], **_: Any) -> list[float]:
         return [float(i % 2) for i in range(len(completions))]
 
-    train(cfg, rewards=[even])
+    train(cfg, rewards=[even], verbose=True)
     shown = capsys.readouterr().out
     assert "(V1 model runner) up in" in shown and "shared weights (nothing sleeps on a CPU)" in shown
     logged = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
