@@ -76,7 +76,7 @@ LOWEST = {"wandb": "0.31", "trackio": "0.40", "openai": "1.60"}
 def install(extra: str) -> str:
     """Return the pip command that adds the package of an extra.
 
-    It names the package and not `rlft[extra]`, since rlft itself may come from a checkout and no index has it.
+    It names the package, not the extra of rlft, which may come from a checkout and is on no index.
     """
     package = EXTRAS[extra]
     if package in VERSIONS:

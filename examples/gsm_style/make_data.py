@@ -1,6 +1,6 @@
 """Write word problems of one or two steps, with their numbers, as a dataset: the same rows for the same arguments.
 
-    python examples/gsm_style/make_data.py runs/data/gsm_style.jsonl --rows 4000
+python examples/gsm_style/make_data.py runs/data/gsm_style.jsonl --rows 4000
 """
 
 from __future__ import annotations

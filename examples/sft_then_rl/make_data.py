@@ -1,6 +1,6 @@
 """Write worked examples for SFT and problems alone for RL, of other numbers: the same rows for the same arguments.
 
-    python examples/sft_then_rl/make_data.py runs/data/sft_then_rl
+python examples/sft_then_rl/make_data.py runs/data/sft_then_rl
 """
 
 from __future__ import annotations

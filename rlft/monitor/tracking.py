@@ -40,7 +40,7 @@ def problems(track: Track) -> Iterator[str]:
             continue
         installed = version(module.PACKAGE)
         if installed is None:
-            yield f"track.use = \"{name}\": {module.PACKAGE} is not installed: {install(name)}"
+            yield f'track.use = "{name}": {module.PACKAGE} is not installed: {install(name)}'
         elif release(installed) < release(module.SINCE):
             yield (
                 f'track.use = "{name}": {module.PACKAGE} {installed} is too old: pip install -U '
