@@ -29,7 +29,7 @@ def test_the_demo_writes_its_files_and_trains_them(model: Path, capsys: pytest.C
     assert main(["demo", "mine/first", "--model", str(model), *SMALL]) == 0
     folder = Path("mine/first")
     assert {path.name for path in folder.iterdir()} == {*demo.NAMES, "run"}
-    assert tomllib.loads((folder / "sums.toml").read_text())["data"] == "mine/first/sums.jsonl"
+    assert tomllib.loads((folder / "sums.toml").read_text())["data"]["path"] == "mine/first/sums.jsonl"
     assert len(losses(folder / "run")) == 2
     assert "rlft train mine/first/sums.toml --model" in capsys.readouterr().out
 
@@ -76,7 +76,7 @@ def test_the_reward_and_the_data_agree() -> None:
     assert len({row["prompt"] for row in rows}) == len(rows) == 500
     answers = [row["answer"] for row in rows]
     for row in rows:
-        left, right = row["prompt"].split(":")[1].rstrip("=").split("+")
+        left, right = row["prompt"].rstrip("=").split("+")
         assert int(left) + int(right) == int(row["answer"])
     assert correct([f"It is {answer}." for answer in answers], answers) == [1.0] * 500
     assert correct(["none", "3 or 4"], ["4", "3"]) == [0.0, 0.0]
