@@ -69,8 +69,24 @@ EXTRAS = {
     "tensorboard": "tensorboard",
     "math": "math-verify",
     "tasks": "reasoning-gym",
+    "judge": "openai",
 }
 """Extra of rlft -> the package it adds."""
+
+LOWEST = {"wandb": "0.31", "trackio": "0.40", "openai": "1.60"}
+"""Lowest version in pyproject.toml of packages outside of `VERSIONS`."""
+
+
+def install(extra: str) -> str:
+    """Return the pip command that adds the package of an extra.
+
+    It names the package, not the extra of rlft, which may come from a checkout and is on no index.
+    """
+    package = EXTRAS[extra]
+    if package in VERSIONS:
+        return f"pip install '{package}{window(package)}'"
+    lowest = LOWEST.get(package)
+    return f"pip install '{package}>={lowest}'" if lowest else f"pip install {package}"
 
 
 def version(package: str) -> str | None:
@@ -189,7 +205,7 @@ def describe() -> str:
     for extra, package in EXTRAS.items():
         installed = version(package)
         if installed is None:
-            missing.append(f"{package:<14} pip install 'rlft[{extra}]'")
+            missing.append(f"{package:<14} {install(extra)}")
         else:
             lines.append(_line(package, installed))
     lines += ["", "not installed, and how to add it:", *(f"  {text}" for text in missing)] if missing else []

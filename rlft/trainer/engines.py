@@ -9,7 +9,7 @@ import torch
 
 from rlft.config.run import Config
 from rlft.data.table import table_of
-from rlft.environment import version
+from rlft.environment import install, version
 from rlft.errors import ConfigError
 from rlft.models.policy import Policy
 from rlft.models.rope import context_of
@@ -19,7 +19,7 @@ from rlft.rollout.engine import Engine
 from rlft.trainer.evaluate import sampling_of
 from rlft.types import Prompt
 
-INSTALL = "pip install 'rlft[vllm]'"
+INSTALL = install("vllm")
 
 
 def sampler_name(cfg: Config, device: torch.device) -> str:

@@ -93,10 +93,9 @@ class GivenOptimizer:
         except ConfigError:
             raise
         except Exception as error:
-            kind = getattr(self._make, "__name__", type(self._make).__name__)
             raise ConfigError(
-                f"optimizer: {kind} fails on a small tensor ({type(error).__name__}: {error}); give one whose step() "
-                f"needs nothing but gradients"
+                f"optimizer: {shown(self._make)} fails on a small tensor ({type(error).__name__}: {error}); give one "
+                f"whose step() needs nothing but gradients"
             ) from error
         if not torch.equal(first.data, second.data):
             raise ConfigError(

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from rlft import __version__
-from rlft.algos.algorithm import build_algorithm
+from rlft.algos.algorithm import Algorithm, build_algorithm
 from rlft.config.data import Data, Reward
 from rlft.config.files import to_toml
 from rlft.config.paths import user_path
@@ -59,7 +59,7 @@ from rlft.trainer.saving import resume as resumed
 from rlft.trainer.selfcheck import check as check_path
 from rlft.trainer.session import Recorder, Sampler, Session, Trainer, check_adapter
 from rlft.trainer.validate import Checked, check, purpose_of
-from rlft.types import State
+from rlft.types import PackPlan, Prompt, State
 
 
 def _check(cfg: Config, resume: bool, callables: bool) -> Checked:
@@ -141,11 +141,7 @@ def _built(
         assert engine.SAMPLES or not algorithm.loss.needs_sampler, "validate refuses this"
         fp16, views = resolve_dtype(cfg, policy.device) == torch.float16, policy.flat.parameters.values()
         console.phase("compiling and checking the model")
-        with asleep(eval_engine):
-            check_path(policy)
-            # Planned here, because a pass may use the memory that is free now.
-            plan = pack_plan_of(cfg, algorithm, policy, rows if engine.SAMPLES else ())
-            memory, passes = memory_plan(policy, cfg, eval_engine, plan.budget), pass_summary(policy, plan.budget)
+        plan, memory, passes = _planned(cfg, algorithm, policy, eval_engine, rows if engine.SAMPLES else ())
         eval_loss = bool(eval_prompts) and not engine.SAMPLES and measures_loss(rows, eval_prompts)
         sampler = Sampler(
             engine, eval_engine, prompts, eval_prompts, eval_loss, functions, eval_functions, console.progress
@@ -160,10 +156,7 @@ def _built(
         claimed.make_room()
         # Before the config is written, which makes the folder a run: a tracker that fails leaves no run behind.
         tracking = stack.enter_context(Tracking(cfg, run, state.step, claimed.resumed, console.note))
-        run.write_config(to_toml(cfg))
-        trust.sign(run)
-        run.write_plan(memory | given.state_bytes(policy))
-        console.keep_log(run.log_file)
+        _write_start(run, cfg, memory | given.state_bytes(policy), console)
         opening.each(console.detail, opening.details(cfg, policy, algorithm, passes))
         console.start([], steps, state.step)
         console.phase("comparing engine and trainer")
@@ -172,6 +165,25 @@ def _built(
         health = HealthMonitor(cfg.algo.name)
         recorder = Recorder(run, writer, console, health, tracking, TokenText(tokenizer), tokenizer, callbacks)
         yield Session(sampler, trainer, recorder)
+
+
+def _planned(
+    cfg: Config, algorithm: Algorithm, policy: Policy, engine: Engine, rows: Sequence[Prompt]
+) -> tuple[PackPlan, dict[str, int], str]:
+    """Check the policy's path; return how steps are packed, the bytes of memory, and a summary of a pass."""
+    with asleep(engine):
+        check_path(policy)
+        # Planned here, because a pass may use the memory that is free now.
+        plan = pack_plan_of(cfg, algorithm, policy, rows)
+        return plan, memory_plan(policy, cfg, engine, plan.budget), pass_summary(policy, plan.budget)
+
+
+def _write_start(run: Run, cfg: Config, memory: dict[str, int], console: Console) -> None:
+    """Write the files that make the folder a run. memory: bytes by owner."""
+    run.write_config(to_toml(cfg))
+    trust.sign(run)
+    run.write_plan(memory)
+    console.keep_log(run.log_file)
 
 
 def _close_later(stack: contextlib.ExitStack, resources: Sequence[Any]) -> None:
