@@ -145,10 +145,19 @@ def test_the_rewards_of_word_problems() -> None:
 def test_the_reward_of_countdown() -> None:
     solved = function("countdown/rewards.py:solved")
     cases = {
-        "(3 + 4) * 2 = 14": 1.0, "4 * 3 + 2": 1.0, "3 + 4": 0.1, "3 * 3 + 4 + 1": 0.0, "14": 0.0, "": 0.0,
-        "3 ** 4": 0.0, "4 / (3 - 3)": 0.0, "__import__('os').abort()": 0.0, "(" * 150: 0.0, "2 * 3 + 2 * 4": 0.0,
+        "(3 + 4) * 2 = 14": 1.0,
+        "4 * 3 + 2": 1.0,
+        "3 + 4": 0.1,
+        "3 * 3 + 4 + 1": 0.0,
+        "14": 0.0,
+        "": 0.0,
+        "3 ** 4": 0.0,
+        "4 / (3 - 3)": 0.0,
+        "__import__('os').abort()": 0.0,
+        "(" * 150: 0.0,
+        "2 * 3 + 2 * 4": 0.0,
         "3 + 4 / 2": 0.1,
-    }  # fmt: skip
+    }
     for text, reward in cases.items():
         assert solved([text], [[2, 3, 4]], [14], SEEN) == [reward], text
 
