@@ -145,10 +145,19 @@ def test_the_rewards_of_word_problems() -> None:
 def test_the_reward_of_countdown() -> None:
     solved = function("countdown/rewards.py:solved")
     cases = {
-        "(3 + 4) * 2 = 14": 1.0, "4 * 3 + 2": 1.0, "3 + 4": 0.1, "3 * 3 + 4 + 1": 0.0, "14": 0.0, "": 0.0,
-        "3 ** 4": 0.0, "4 / (3 - 3)": 0.0, "__import__('os').abort()": 0.0, "(" * 150: 0.0, "2 * 3 + 2 * 4": 0.0,
+        "(3 + 4) * 2 = 14": 1.0,
+        "4 * 3 + 2": 1.0,
+        "3 + 4": 0.1,
+        "3 * 3 + 4 + 1": 0.0,
+        "14": 0.0,
+        "": 0.0,
+        "3 ** 4": 0.0,
+        "4 / (3 - 3)": 0.0,
+        "__import__('os').abort()": 0.0,
+        "(" * 150: 0.0,
+        "2 * 3 + 2 * 4": 0.0,
         "3 + 4 / 2": 0.1,
-    }  # fmt: skip
+    }
     for text, reward in cases.items():
         assert solved([text], [[2, 3, 4]], [14], SEEN) == [reward], text
 
@@ -181,3 +190,20 @@ def test_data_is_the_same_each_time(monkeypatch) -> None:
     assert not {row["prompt"] for row in rows} & set(left)
     for row in rows:
         assert f"<answer>{eval(row['prompt'].removeprefix('Work out ').rstrip('.'))}</answer>" in row["completion"]
+
+
+@pytest.mark.parametrize(("accuracy", "code", "told"), [(0.82, 0, "reached: "), (0.70, 1, "NOT REACHED: ")])
+def test_the_speedrun_fails_below_what_earlier_runs_reached(accuracy: float, code: int, told: str, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import speedrun
+
+    ran: list[Any] = []
+    monkeypatch.setattr(
+        speedrun, "run", lambda *args: ran.append(args) or {"before": 0.275, "after": accuracy, "steps": 60}
+    )
+    monkeypatch.setattr(sys, "argv", ["speedrun.py"])
+    assert speedrun.main() == code
+    assert ran == [("speedrun", ["--seed", "42", "--device", "cpu", "--steps", "60"])]
+    want = speedrun.expected()
+    assert 0.70 < want.lowest < want.accuracy and (ROOT / "benchmarks" / "results" / want.file).is_file()
+    assert capsys.readouterr().out.splitlines()[-1].startswith(told)
