@@ -282,9 +282,10 @@ def _report(args: list[str]) -> int:
         if not (run / "metrics.jsonl").is_file():
             raise ConfigError(f"{run}: not the folder of a run (it has no metrics.jsonl)")
     from rlft import report
-    from rlft.report.serve import serve
 
     if given.serve:
+        from rlft.report.serve import serve
+
         serve(given.runs[0], given.port or 0, say)
     elif len(given.runs) == 1:
         say(str(report.write(given.runs[0], given.out)))

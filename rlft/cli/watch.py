@@ -20,7 +20,7 @@ from rlft.report.page import algorithm_of, config_of
 from rlft.runs import lock
 from rlft.runs.folder import Run, is_evaluation
 from rlft.runs.lines import parse_line
-from rlft.runs.tables import Unreadable
+from rlft.runs.tables import Unreadable, read_columns
 
 SECONDS = 1.0
 """Time between two looks at the folder."""
@@ -114,7 +114,7 @@ class Watcher:
             return None
         row = rows[0]
         prompt = prompt_text(row["prompt"], bool(row.get("prompt_is_messages")))
-        return Example(row["completion"], prompt, row["reward"], label_of(row))
+        return Example(row["completion"], prompt, row["reward"], label_of(read_columns(row.get("data"))))
 
     def _wait(self, running: bool) -> None:
         """Show how long the step after the newest one has been running."""

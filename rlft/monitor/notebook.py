@@ -109,9 +109,7 @@ class Notebook(Console):
 
     def _progress(self) -> str:
         panel = self.panel
-        what, done, total = panel.phase
-        waited = clock(time.monotonic() - panel.phase_began)
-        phase = f"{what} {done}/{total}" if total else f"{what} {waited}" if what else ""
+        phase = panel.phase_text()
         if not panel.steps:
             return f"<div>{_text(phase)}</div>"
         left = panel.seconds_left()
@@ -174,11 +172,9 @@ def _numbers(history: Sequence[dict[str, float]]) -> str:
 
 def _example(example: Example) -> str:
     """Return a completion with its prompt, reward and label."""
-    scores = [f"reward {example.reward:.3g}"] if example.reward is not None else []
-    scores += [f"label {shorten(example.label, 1, 80)}"] if example.label else []
-    style = "white-space:pre-wrap;overflow-wrap:anywhere"
+    scores, style = example.scores(), "white-space:pre-wrap;overflow-wrap:anywhere"
     prompt = f'<div style="{style};{FAINT}">{_text(shorten(example.prompt, 4))}</div>' if example.prompt else ""
-    end = f'<div style="{FAINT}">{_text(", ".join(scores))}</div>' if scores else ""
+    end = f'<div style="{FAINT}">{_text(scores)}</div>' if scores else ""
     return (
         f'<div style="border-left:3px solid rgba(128,128,128,.4);padding-left:10px;margin-top:8px">{prompt}'
         f'<div style="{style}">{_text(shorten(example.completion, 12, 1200))}</div>{end}</div>'

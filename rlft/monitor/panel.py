@@ -48,6 +48,11 @@ class Example(NamedTuple):
     reward: float | None = None
     label: str = ""
 
+    def scores(self) -> str:
+        """Return reward and label as text; empty without both."""
+        parts = [f"reward {self.reward:.3g}"] if self.reward is not None else []
+        return ", ".join([*parts, *([f"label {shorten(self.label, 1, 80)}"] if self.label else [])])
+
 
 def label_of(row: Mapping[str, Any]) -> str:
     """Return the label of a dataset row as text; "" where it has none of LABELS."""
@@ -92,6 +97,12 @@ class Panel:
             self.phase_began = time.monotonic()
         self.phase = (what, done, total)
 
+    def phase_text(self) -> str:
+        """Return what is being waited for, with how much of it is done, or else for how long."""
+        what, done, total = self.phase
+        waited = clock(time.monotonic() - self.phase_began)
+        return f"{what} {done}/{total}" if total else f"{what} {waited}" if what else ""
+
     def add(self, values: Mapping[str, float]) -> None:
         """Add a finished step."""
         self.done = int(values["step"])
@@ -117,9 +128,7 @@ class Panel:
         return Padding(Group(*parts), (1, 0, 0, 0))
 
     def _bar(self) -> RenderableType:
-        what, done, total = self.phase
-        waited = time.monotonic() - self.phase_began
-        phase = f"{what} {done}/{total}" if total else f"{what} {clock(waited)}" if what else ""
+        phase = self.phase_text()
         if not self.steps and not self.done:
             return Text(phase, "cyan")
         left = self.seconds_left()
@@ -198,11 +207,9 @@ def example_text(example: Example) -> Text:
     text = Text(overflow="fold")
     if example.prompt:
         text.append(f"prompt: {shorten(example.prompt, 2, 300)}\n", "dim")
-    scores = [f"reward {example.reward:.3g}"] if example.reward is not None else []
-    scores += [f"label {shorten(example.label, 1, 80)}"] if example.label else []
     text.append(shorten(example.completion, 6))
-    if scores:
-        text.append(f"\n({', '.join(scores)})", "cyan")
+    if scores := example.scores():
+        text.append(f"\n({scores})", "cyan")
     return text
 
 

@@ -11,6 +11,7 @@ from importlib import resources
 from typing import Any
 
 from rlft.runs.formats import number, visible
+from rlft.runs.tables import read_columns
 
 MOST_TEXT = 3000
 """Largest number of characters shown of a prompt or completion."""
@@ -103,11 +104,8 @@ def conversation(value: str) -> str:
 
 def columns(value: str | None) -> str:
     """Return the columns of a dataset row from their JSON: names and values, empty for None and for other text."""
-    try:
-        found = json.loads(value) if value else {}
-    except (ValueError, RecursionError):
-        return ""
-    if not isinstance(found, dict) or not found:
+    found = read_columns(value)
+    if not found:
         return ""
     lines = ""
     for name, entry in found.items():

@@ -35,7 +35,9 @@ from rlft.types import Best, State
 FORMAT = 2
 """Version of the folder layout, incremented when old and new rlft cannot read each other's checkpoints."""
 LIBRARIES = ("torch", "transformers", "peft")
-NOTED = ("model", "rlft", "rope", "given")
+GIVEN = "given"
+"""Entry of a checkpoint's identity that says which objects its run was given."""
+NOTED = ("model", "rlft", "rope", GIVEN)
 """Parts of the identity that may differ and are only reported: a base can move to another folder, the layout has
 FORMAT, longrope factors follow the longest sequence, and what was given is checked before a resume."""
 TENSORS = "trainer.safetensors"
@@ -175,7 +177,7 @@ def continued_from(path: Path) -> dict[str, str]:
 
 def given_tokenizer(path: Path | None) -> Path | None:
     """Return the folder of the tokenizer that a checkpoint's run was given; None where it used the model's own."""
-    given = "" if path is None else continued_from(path).get("given", "")
+    given = "" if path is None else continued_from(path).get(GIVEN, "")
     return path if "tokenizer" in given.split(", ") else None
 
 

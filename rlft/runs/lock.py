@@ -132,12 +132,10 @@ def is_held(folder: Path) -> bool:
 
 
 def _is_alive(process: int) -> bool:
-    try:
+    with contextlib.suppress(OSError, IndexError):  # no such process, or no /proc: asked by a signal below
         # A process that has ended and was not waited for can still be sent signals.
         state = Path(f"/proc/{process}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
         return state[0] not in "ZX"
-    except (OSError, IndexError):  # no such process, or no /proc
-        pass
     try:
         os.kill(process, 0)
     except PermissionError:  # of another user

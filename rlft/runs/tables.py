@@ -74,6 +74,15 @@ def dataset_columns(prompt: Prompt) -> str | None:
     return text.encode("utf-8", "replace").decode("utf-8") if columns else None
 
 
+def read_columns(value: str | None) -> dict[str, Any]:
+    """Return the result of `dataset_columns` as a dict; empty for None and for any other text."""
+    try:
+        columns = json.loads(value) if value else {}
+    except (ValueError, RecursionError):
+        return {}
+    return columns if isinstance(columns, dict) else {}
+
+
 def has_messages(prompt: Prompt) -> bool:
     """Return True where `shown_prompt` is JSON."""
     return bool(prompt.messages) and not isinstance(prompt.row.get("prompt"), str)

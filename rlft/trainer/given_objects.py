@@ -22,9 +22,6 @@ from rlft.runs.folder import Run
 from rlft.trainer.given_optimizer import GivenOptimizer
 from rlft.trainer.limits import limits_of, limits_of_files
 
-IDENTITY = "given"
-"""Entry of a checkpoint's identity that says what its run was given."""
-
 
 @dataclass(frozen=True)
 class Given:
@@ -79,13 +76,13 @@ class Given:
     @property
     def identity(self) -> dict[str, str]:
         """The entry of a checkpoint's identity; empty where nothing is given."""
-        return {} if str(self) == "nothing" else {IDENTITY: str(self)}
+        return {} if str(self) == "nothing" else {checkpoint.GIVEN: str(self)}
 
     def check_resume(self, run: Run) -> None:
         """Raise ConfigError if the run to resume was given other objects."""
         if not run.has_checkpoint():
             return
-        before = checkpoint.continued_from(run.latest_checkpoint()).get(IDENTITY, "nothing")
+        before = checkpoint.continued_from(run.latest_checkpoint()).get(checkpoint.GIVEN, "nothing")
         if before != str(self):
             arguments = ", ".join(f"{part.split()[0]}=..." for part in before.split(", ") if part != "nothing")
             raise ConfigError(

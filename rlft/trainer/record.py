@@ -17,7 +17,7 @@ from rlft.trainer.evaluate import change, evaluate, recorded_loss
 from rlft.trainer.sample import trainer_state
 from rlft.trainer.session import Recorder, Sampler, Session, Trainer
 from rlft.trainer.step import Step
-from rlft.trainer.step_metrics import peak_memory, rates, rollout_values, update_values
+from rlft.trainer.step_metrics import peak_memory, perplexity, rates, rollout_values, update_values
 from rlft.types import Sample
 
 
@@ -31,7 +31,7 @@ def step_values(sampler: Sampler, trainer: Trainer, step: Step) -> dict[str, flo
     values |= update_values(step.updates, values) | packing_stats(step.packed, step.ran) | step.clock.values()
     values |= rates(step.rollouts, step.ran, cfg.optim.passes, step.clock)
     if "nll" in values:
-        values["perplexity"] = math.exp(nll) if (nll := values.pop("nll")) < 700 else math.inf
+        values["perplexity"] = perplexity(values.pop("nll"))
     if cfg.dynamic_sampling.rounds:
         values |= dynamic_sampling.metrics(step.groups, step.rounds, cfg.prompts_per_step)
     values |= {
