@@ -45,6 +45,7 @@ from rlft.models.load import load_tokenizer
 from rlft.monitor import health
 from rlft.monitor.background import Background
 from rlft.monitor.console import Console
+from rlft.monitor.panel import Example
 from rlft.monitor.token_text import TokenText
 from rlft.monitor.tracking import Tracking
 from rlft.rewards.parts import FunctionScores, RewardBreakdown
@@ -207,7 +208,7 @@ def measured(work: Watched) -> dict[str, dict[str, Any]]:
         s = work.session((), live=live)
         name = "console, live" if live else "console, lines"
         found[name] = measure(
-            lambda s=s: s.recorder.console.step(values | {"step": 1.0}, work.rollouts[0].text), seconds=0.2
+            lambda s=s: s.recorder.console.step(values | {"step": 1.0}, Example(work.rollouts[0].text)), seconds=0.2
         )
         s.recorder.console.close()
     scores = {"reward": work.rewards.tolist(), "advantage": [sample.advantage for sample in work.step.samples]}

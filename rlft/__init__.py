@@ -13,6 +13,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from rlft.algos.algorithm import algorithm as algorithm
+    from rlft.batch import group_ids as group_ids
+    from rlft.batch import pack_rollouts as pack_rollouts
     from rlft.config.data import Curriculum as Curriculum
     from rlft.config.data import Data as Data
     from rlft.config.data import DynamicSampling as DynamicSampling
@@ -32,6 +35,7 @@ if TYPE_CHECKING:
     from rlft.config.run import Ranks as Ranks
     from rlft.config.run import Track as Track
     from rlft.config.run import preset as preset
+    from rlft.environment import rank as rank
     from rlft.errors import ConfigError as ConfigError
     from rlft.errors import DataError as DataError
     from rlft.errors import EngineError as EngineError
@@ -39,7 +43,11 @@ if TYPE_CHECKING:
     from rlft.errors import RewardError as RewardError
     from rlft.errors import RlftError as RlftError
     from rlft.errors import TrainError as TrainError
+    from rlft.kernels.logprobs import linear_logprobs as linear_logprobs
     from rlft.models.load import load as load
+    from rlft.models.policy import Policy as Policy
+    from rlft.rewards.scorer import scorer as scorer
+    from rlft.rollout.sampler import sampler as sampler
     from rlft.trainer.callbacks import Callback as Callback
     from rlft.trainer.callbacks import View as View
     from rlft.trainer.loop import train as train
@@ -61,6 +69,12 @@ _MODULES = {
     "trainer.callbacks": ("Callback", "View"),
     "trainer.result": ("Result", "open", "generate", "evaluate"),
     "models.load": ("load",),
+    "algos.algorithm": ("algorithm",),
+    "batch": ("group_ids", "pack_rollouts"),
+    "kernels.logprobs": ("linear_logprobs",),
+    "models.policy": ("Policy",),
+    "rewards.scorer": ("scorer",),
+    "rollout.sampler": ("sampler",),
     "config.run": (
         "Config",
         "preset",
@@ -76,6 +90,7 @@ _MODULES = {
     ),
     "config.data": ("Data", "Source", "Reward", "Sampling", "DynamicSampling", "Curriculum", "Overlong", "Eval"),
     "types": ("Prompt", "Rollout", "Batch", "PackPlan", "Stat", "State"),
+    "environment": ("rank",),
     "errors": ("RlftError", "ConfigError", "DataError", "RewardError", "EngineError", "ParityError", "TrainError"),
 }
 _WHERE = {name: module for module, names in _MODULES.items() for name in names}
@@ -84,7 +99,8 @@ __all__ = [
     "__version__", "train", "open", "Callback", "View", "Result", "generate", "evaluate", "load", "Config", "preset",
     "Algo", "Lora", "Optim", "Engine", "Packing", "Parity", "Checkpoint", "Track", "Ranks", "Data", "Source", "Reward",
     "Sampling", "DynamicSampling", "Curriculum", "Overlong", "Eval", "Prompt", "Rollout", "Batch", "PackPlan", "Stat",
-    "State", "RlftError", "ConfigError", "DataError", "RewardError", "EngineError", "ParityError", "TrainError",
+    "State", "algorithm", "group_ids", "pack_rollouts", "linear_logprobs", "Policy", "sampler", "scorer", "rank",
+    "RlftError", "ConfigError", "DataError", "RewardError", "EngineError", "ParityError", "TrainError",
 ]  # fmt: skip
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from rlft.errors import TrainError
-from rlft.types import Batch, Counts, Group, PackPlan, Rollout, Sample
+from rlft.types import Batch, Counts, Group, LeftOut, PackPlan, Rollout, Sample
 
 
 def group_ids(rollouts: Sequence[Rollout]) -> Tensor:
@@ -123,6 +123,17 @@ def pack(groups: Sequence[Group], plan: PackPlan, counts: Counts) -> list[Batch]
         for part in _parts(list(group), plan):
             (nonzero if any(row.advantage for row in part) else zeros).append(part)
     return [_batch(units, plan, counts) for parts in (nonzero, zeros) for units in _even(parts, plan)]
+
+
+def pack_rollouts(rollouts: Sequence[Rollout], advantages: Sequence[float] | Tensor, plan: PackPlan) -> list[Batch]:
+    """Pack the rollouts of one optimiser update, as `pack` does; those of one prompt are neighbours.
+
+    advantages: one per rollout, nan for one that is left out.
+    """
+    groups = groups_of(rollouts, [float(advantage) for advantage in advantages])
+    for sample in samples_of(groups):
+        sample.left_out = LeftOut.INVALID if math.isnan(sample.advantage) else None
+    return pack(groups, plan, count(groups))
 
 
 def pack_all(rollouts: Sequence[Rollout], plan: PackPlan) -> list[Batch]:

@@ -19,19 +19,15 @@ import torch
 import torch.distributed
 from torch import Tensor
 
-from rlft.errors import ConfigError, RlftError, TrainError
+from rlft.errors import ConfigError, ElsewhereError, TrainError
 
 Value = TypeVar("Value")
+_host: torch.distributed.ProcessGroup | None = None
+"""Group of all ranks for objects and for meeting; None: the default group."""
+_timeout = datetime.timedelta(minutes=30)
+"""How long a rank waits for the others."""
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 """What torchrun sets in every process it starts."""
-
-
-class ElsewhereError(RlftError):
-    """An error of rlft on another rank, which that rank reports."""
-
-    def __init__(self, rank: int, message: str, exit_code: int) -> None:
-        super().__init__(f"rank {rank}: {message}")
-        self.exit_code = exit_code
 
 
 def is_alone() -> bool:
@@ -78,28 +74,61 @@ def started(timeout: float, environment: Mapping[str, str] = os.environ) -> Iter
             f"torchrun --nproc-per-node N -m rlft train run.toml, or unset WORLD_SIZE"
         )
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(environment["LOCAL_RANK"]))
-    # Objects and sums on the host go through gloo, gradients through NCCL.
+        _take_gpu(int(environment["LOCAL_RANK"]))
+    # Gradients go through NCCL; objects and sums on the host through gloo, which also names a rank that is missing.
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    torch.distributed.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout))
+    global _host, _timeout
+    _timeout = datetime.timedelta(seconds=timeout)
+    torch.distributed.init_process_group(backend, timeout=_timeout)
+    _host = torch.distributed.new_group(backend="gloo", timeout=_timeout)  # type: ignore[assignment]
     try:
         yield
     finally:
-        if torch.distributed.is_initialized():  # vLLM's shutdown destroys the default group
+        _host = None
+        if torch.distributed.is_initialized():  # vLLM's shutdown destroys all groups
             torch.distributed.destroy_process_group()
+
+
+def _take_gpu(local_rank: int) -> None:
+    """Make the GPU of this rank the current one."""
+    if not torch.distributed.is_nccl_available():
+        raise ConfigError("this build of PyTorch has no NCCL, which ranks on GPUs need: install PyTorch's CUDA build")
+    gpus = torch.cuda.device_count()
+    if local_rank >= gpus:
+        raise ConfigError(
+            f"LOCAL_RANK = {local_rank} on a machine with {gpus} GPU{'s' * (gpus > 1)}: each rank takes one; start "
+            f"torchrun with --nproc-per-node {gpus} or less"
+        )
+    torch.cuda.set_device(local_rank)
+
+
+@contextlib.contextmanager
+def _meeting() -> Iterator[None]:
+    """Wait for all ranks, then run a collective operation. Raises TrainError when a rank is missing."""
+    try:
+        torch.distributed.monitored_barrier(_host, _timeout, wait_all_ranks=True)
+        yield
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise TrainError(
+            f"rank {rank()} waited for the other ranks in vain ({reason}): look for the first error of the ranks that "
+            f"are missing; if one of them is only slow, raise ranks.timeout; go on with --resume"
+        ) from error
 
 
 def sum_tensor(tensor: Tensor) -> Tensor:
     """Sum `tensor` over ranks, in place."""
     if not is_alone():
-        torch.distributed.all_reduce(tensor)
+        with _meeting():
+            torch.distributed.all_reduce(tensor)
     return tensor
 
 
 def max_tensor(tensor: Tensor) -> Tensor:
     """Take the elementwise maximum of `tensor` over ranks, in place."""
     if not is_alone():
-        torch.distributed.all_reduce(tensor, op=torch.distributed.ReduceOp.MAX)
+        with _meeting():
+            torch.distributed.all_reduce(tensor, op=torch.distributed.ReduceOp.MAX)
     return tensor
 
 
@@ -108,7 +137,8 @@ def gather(value: Value) -> list[Value]:
     if is_alone():
         return [value]
     values = [value] * world()
-    torch.distributed.all_gather_object(values, value)
+    with _meeting():
+        torch.distributed.all_gather_object(values, value, group=_host)
     return values
 
 
@@ -143,7 +173,8 @@ def from_lead(value: Value) -> Value:
     if is_alone():
         return value
     box = [value if lead() else None]
-    torch.distributed.broadcast_object_list(box, src=0)
+    with _meeting():
+        torch.distributed.broadcast_object_list(box, src=0, group=_host)
     return box[0]  # type: ignore[return-value]
 
 

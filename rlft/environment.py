@@ -6,10 +6,14 @@ fixes it. A version newer than the tested ones is only reported.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import os
 import platform
 import re
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 VERSIONS = {
     "python": ("3.11", "3.12", None),
@@ -65,8 +69,24 @@ EXTRAS = {
     "tensorboard": "tensorboard",
     "math": "math-verify",
     "tasks": "reasoning-gym",
+    "judge": "openai",
 }
 """Extra of rlft -> the package it adds."""
+
+LOWEST = {"wandb": "0.31", "trackio": "0.40", "openai": "1.60"}
+"""Lowest version in pyproject.toml of packages outside of `VERSIONS`."""
+
+
+def install(extra: str) -> str:
+    """Return the pip command that adds the package of an extra.
+
+    It names the package, not the extra of rlft, which may come from a checkout and is on no index.
+    """
+    package = EXTRAS[extra]
+    if package in VERSIONS:
+        return f"pip install '{package}{window(package)}'"
+    lowest = LOWEST.get(package)
+    return f"pip install '{package}>={lowest}'" if lowest else f"pip install {package}"
 
 
 def version(package: str) -> str | None:
@@ -109,6 +129,14 @@ def newer_than_tested(package: str, found: str) -> bool:
     """Return True when version `found` is above the newest tested one. 5.24.3 counts as 5.24."""
     newest = release(VERSIONS[package][1])
     return release(found)[: len(newest)] > newest
+
+
+def rank(environment: Mapping[str, str] = os.environ) -> int:
+    """Return the number of this process among those that torchrun has started, from 0; 0 without torchrun.
+
+    Rank 0 alone prints, writes the run folder and calls callbacks.
+    """
+    return int(environment.get("RANK", "0"))
 
 
 def untested() -> list[str]:
@@ -185,10 +213,55 @@ def describe() -> str:
     for extra, package in EXTRAS.items():
         installed = version(package)
         if installed is None:
-            missing.append(f"{package:<14} pip install 'rlft[{extra}]'")
+            missing.append(f"{package:<14} {install(extra)}")
         else:
             lines.append(_line(package, installed))
     lines += ["", "not installed, and how to add it:", *(f"  {text}" for text in missing)] if missing else []
     problems = version_problems()
     lines += ["", "problems:", *(f"  {text}" for text in problems)] if problems else []
     return "\n".join(lines)
+
+
+@contextlib.contextmanager
+def without_bars(always: bool = False) -> Iterator[None]:
+    """Switch off the progress bars of imported libraries while stderr is no terminal: a log would fill with them.
+
+    always: on a terminal too, as under a live view. What the user has set is restored.
+    """
+    with contextlib.ExitStack() as stack:
+        for enabled, disable, enable in _bars() if always or not sys.stderr.isatty() else ():
+            if enabled():
+                disable()
+                stack.callback(enable)
+        yield
+
+
+@contextlib.contextmanager
+def without_tqdm(always: bool = False) -> Iterator[None]:
+    """Switch off progress bars of a tqdm that the block imports, as `without_bars` does; it reads a variable then.
+
+    transformers draws one with it while it reads a GGUF file.
+    """
+    if (sys.stderr.isatty() and not always) or "TQDM_DISABLE" in os.environ:
+        yield
+        return
+    os.environ["TQDM_DISABLE"] = "1"
+    try:
+        yield
+    finally:
+        os.environ.pop("TQDM_DISABLE", None)
+
+
+def _bars() -> Iterator[tuple[Callable[[], bool], Callable[[], None], Callable[[], None]]]:
+    """Yield (are they on, switch them off, switch them on) of each library that is imported and has such switches."""
+    modules: dict[str, Any] = sys.modules  # type: ignore[assignment]
+    # transformers' switch turns that of the hub too, so the hub comes first and is restored last.
+    for name in ("huggingface_hub.utils", "datasets"):
+        if library := modules.get(name):
+            yield (
+                lambda library=library: not library.are_progress_bars_disabled(),
+                library.disable_progress_bars,
+                library.enable_progress_bars,
+            )
+    if library := modules.get("transformers.utils.logging"):
+        yield library.is_progress_bar_enabled, library.disable_progress_bar, library.enable_progress_bar

@@ -6,7 +6,8 @@ RlftError
 ├── RewardError                     a reward function is wrong, or too many of its calls failed     exit code 2 or 3
 ├── EngineError                     the rollout engine failed or does not hold the right adapter    exit code 1
 ├── ParityError                     engine and trainer disagree about log-probabilities             exit code 3
-└── TrainError                      the step itself went wrong: non-finite gradients, out of memory exit code 3
+├── TrainError                      the step itself went wrong: non-finite gradients, out of memory exit code 3
+└── ElsewhereError                  any of these on another rank of the run                         its exit code
 
 A message names the field, its value, and what to do. Conditions that only a bug in rlft can violate are asserted.
 """
@@ -60,3 +61,11 @@ class TrainError(RlftError):
     """The optimiser step went wrong: non-finite loss or gradients, out of memory, nothing left to train on."""
 
     exit_code = 3
+
+
+class ElsewhereError(RlftError):
+    """An error of rlft on another rank, which that rank reports."""
+
+    def __init__(self, rank: int, message: str, exit_code: int) -> None:
+        super().__init__(f"rank {rank}: {message}")
+        self.exit_code = exit_code

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -19,6 +20,10 @@ import torch
 # TRL imports vLLM where it is installed, which takes ten seconds and warns of much. `vllm_visible` undoes this.
 sys.modules.setdefault("vllm", None)  # type: ignore[arg-type]
 torch.set_num_threads(2)
+# Under nohup, or in the background of a shell, these are ignored, also by the processes that tests start and signal.
+for number, handler in ((signal.SIGHUP, signal.SIG_DFL), (signal.SIGINT, signal.default_int_handler)):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, handler)
 TRACKIO = tempfile.TemporaryDirectory(prefix="rlft-trackio-")
 """Trackio's database. Trackio reads the variable once, when anything first imports it (trl does)."""
 os.environ["TRACKIO_DIR"] = TRACKIO.name

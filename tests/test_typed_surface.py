@@ -13,7 +13,10 @@ import rlft
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = """
+import peft
 import rlft
+import torch
+from transformers import AutoModelForCausalLM
 from rlft import Config, Result, Reward
 
 
@@ -35,11 +38,20 @@ names: list[str] = [str(reward.use) for reward in loaded.rewards]
 after: float = result.after["eval/reward"]
 dapo: Config = rlft.preset("dapo", model="m", data="d", out="o", steps=1)
 model, tokenizer = rlft.load("Qwen/Qwen3-0.6B", quantization="nf4")
+rlft.train(cfg, model=model, tokenizer=tokenizer, optimizer=torch.optim.SGD)
+rlft.train(cfg, model=peft.get_peft_model(AutoModelForCausalLM.from_pretrained("m"), peft.LoraConfig()))
+rlft.train("run.toml", model="Qwen/Qwen3-0.6B", optimizer=lambda weights: torch.optim.NAdam(weights, lr=1e-5))
+with rlft.sampler(model, tokenizer, rlft.Sampling(group_size=2)) as sampler, rlft.scorer([digits], timeout=3) as scorer:
+    rollouts: list[rlft.Rollout] = sampler.generate(["a", {"prompt": "b", "answer": "c"}])
+    scores: torch.Tensor = scorer(rollouts)
+    sampler.update()
 """
 WRONG = {
     "rlft.Optim(lr=None)": "reportArgumentType",
     "rlft.Sampling(num_generations=3)": "reportCallIssue",
     "rlft.train(3)": "reportArgumentType",
+    "rlft.train('run.toml', model=3)": "reportArgumentType",
+    "rlft.train('run.toml', optimizer='sgd')": "reportArgumentType",
     "rlft.Config(model='m', data='d', out='o').optim.learning_rate": "reportAttributeAccessIssue",
 }
 
@@ -72,7 +84,9 @@ def test_pyright_knows_what_users_write(tmp_path: Path) -> None:
 
 
 def test_help_shows_parameters_and_every_public_name_has_a_docstring() -> None:
-    assert list(inspect.signature(rlft.train).parameters) == ["cfg", "rewards", "resume", "callbacks", "settings"]
+    given = ["model", "tokenizer", "optimizer"]
+    basics = ["cfg", "rewards", "resume", "callbacks"]
+    assert list(inspect.signature(rlft.train).parameters) == [*basics, *given, "settings"]
     for name in rlft.__all__:
         value = getattr(rlft, name)
         assert name == "__version__" or inspect.getdoc(value), name

@@ -4,6 +4,7 @@ docs/start.md, what a run says."""
 from __future__ import annotations
 
 import re
+import shlex
 import tomllib
 from pathlib import Path
 
@@ -70,3 +71,23 @@ def test_what_is_newer_than_tested_is_said_and_not_refused(monkeypatch: pytest.M
     )
     assert f"rich           {have:<14}tested 1 to 2.0  OUTSIDE\n" in environment.describe()
     assert environment.tested("peft") == "0.21"
+
+
+def test_the_command_for_an_extra_names_what_pyproject_has() -> None:
+    """And no package `rlft`, which no index has."""
+    extras = NEEDED["optional-dependencies"]
+    assert environment.EXTRAS.keys() == extras.keys() - {"dev", "docs", "demo"}
+    for extra in environment.EXTRAS:
+        assert shlex.split(environment.install(extra)) == ["pip", "install", *extras[extra]]
+
+
+def test_no_page_says_to_install_rlft_from_an_index() -> None:
+    files = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), *(ROOT / "rlft").rglob("*.py")]
+    files += [*(ROOT / "examples").rglob("*.md"), *(ROOT / "notebooks").glob("*.ipynb")]
+    found = [
+        f"{path.name}: {line.strip()[:80]}"
+        for path in files
+        for line in path.read_text(encoding="utf-8").splitlines()
+        if re.search(r"pip install( -\S+)* ['\"\\]*rlft\b|['\"`]rlft\[\w+\]['\"`]", line)
+    ]
+    assert found == []

@@ -285,7 +285,9 @@ class Replayed:
         self._before: tuple[Any, ...] = ()
         """How the step before was to run."""
 
-    def generate(self, prompts: Any, sampling: Any, seed: tuple[int, ...], finished: Any = None, first: int = 0) -> list[Any]:
+    def generate(
+        self, prompts: Any, sampling: Any, seed: tuple[int, ...], finished: Any = None, first: int = 0
+    ) -> list[Any]:
         question = self._desk.wait()
         name, padded = question["work"], question.get("padded", False)
         if (name, padded) not in self._rollouts:

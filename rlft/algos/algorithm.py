@@ -133,6 +133,15 @@ def build_algorithm(algo: Algo, updates: int = 1) -> Algorithm:
     )
 
 
+def algorithm(name: str = "grpo", updates: int = 1, **options: Any) -> Algorithm:
+    """Return an algorithm for a loop of one's own: `.loss(logprobs, batch)` and `.advantage(rewards, group_ids)`.
+
+    name, options: as in [algo]. updates: optimiser updates per batch of rollouts; with several, set
+    `Batch.old_logprobs`. Raises ConfigError.
+    """
+    return build_algorithm(Algo(name, options), updates)
+
+
 def estimator_of(name: str) -> Callable[..., Tensor]:
     """Return the estimator that `algo.advantage` names, wrapped to drop the keyword arguments it does not take.
 

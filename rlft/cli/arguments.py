@@ -10,6 +10,8 @@ from typing import Annotated, Literal
 
 import tyro
 
+from rlft.errors import ConfigError
+
 
 @dataclasses.dataclass(frozen=True)
 class RunArgs:
@@ -125,6 +127,27 @@ class ReportArgs:
     """Folders of runs."""
     out: Path | None = None
     """Where to write; without it report.html in the run's folder, comparison.html here for several."""
+    serve: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Serve the page of one run on 127.0.0.1 instead, updated with each step of the run, until Ctrl-C."""
+    port: int | None = None
+    """Port of --serve; without it a free one."""
+
+
+def check_serving(given: ReportArgs) -> None:
+    """Raise ConfigError for arguments of `rlft report` that contradict each other."""
+    if given.port is not None and not given.serve:
+        raise ConfigError(f"--port {given.port}: belongs to --serve, which is not given; add it or leave out --port")
+    if given.port is not None and not 1 <= given.port <= 65535:
+        raise ConfigError(f"--port {given.port}: want a number from 1 to 65535, or leave it out for a free one")
+    if given.serve and len(given.runs) != 1:
+        raise ConfigError(f"--serve: shows one run, and {len(given.runs)} are given; give one, or leave out --serve")
+    if given.serve and given.out is not None:
+        raise ConfigError(f"--out {given.out}: --serve writes no file; leave out one of them")
+
+
+@dataclasses.dataclass(frozen=True)
+class WatchArgs(RunArgs):
+    """Follow a run from another terminal, until it ends."""
 
 
 def paragraph(text: str) -> str:

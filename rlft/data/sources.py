@@ -20,6 +20,7 @@ from rlft.config.paths import user_path
 from rlft.data import given
 from rlft.data.readers import FILES, kind_of_file, read_file
 from rlft.data.rows import Mixed, Packed, Renamed, Row, Store, blocks
+from rlft.environment import install
 from rlft.errors import DataError, RlftError
 
 GYM = "reasoning_gym:"
@@ -61,7 +62,7 @@ def template_of(template: str) -> Callable[[Row, int], Row | DataError]:
             new = function(row)
         except DataError as error:
             return DataError(f"{where}: {error}", reason="template refused")
-        except Exception as error:  # whatever the user's function raises
+        except (Exception, SystemExit) as error:  # whatever the user's function raises
             frame = traceback.extract_tb(error.__traceback__)[-1]
             place = f"{Path(frame.filename).name}, line {frame.lineno}"
             # format_exception_only, since str of a user's exception may itself raise.
@@ -149,7 +150,7 @@ def _generate(task: str, args: dict[str, Any], seed: int) -> Store:
         import reasoning_gym
         from reasoning_gym.factory import DATASETS
     except ImportError as error:
-        raise DataError(f'data.path = "{GYM}{task}" needs reasoning-gym: pip install "rlft[tasks]"') from error
+        raise DataError(f'data.path = "{GYM}{task}" needs reasoning-gym: {install("tasks")}') from error
     if task not in DATASETS:
         raise DataError(f'data.path = "{GYM}{task}": no such task.{resolve.did_you_mean(task, sorted(DATASETS))}')
     try:

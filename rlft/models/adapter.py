@@ -46,10 +46,10 @@ class FlatAdapter:
         self.scales = lora_scales(model, name)
         values = torch.cat([parameter.detach().reshape(-1).to(dtype) for parameter in self.parameters.values()])
         self.values = nn.Parameter(values)
-        self.values.grad = torch.zeros_like(values)
+        self._buffer = self.values.grad = torch.zeros_like(values)
         # In host memory, since it is rarely needed: not at all if every B was 0, as the start is then the base.
         self.start = values.cpu().clone()
-        self.fresh = all(not matrix.any() for key, matrix in self.parameters.items() if ".lora_B." in key)
+        self.fresh = self._is_fresh()
         """Whether every B was 0 initially, so that the starting policy is the base."""
         offset = 0
         self._gradients: dict[Tensor, Tensor] = {}
@@ -60,6 +60,16 @@ class FlatAdapter:
             parameter.grad = self._gradients[parameter] = self.values.grad[part].view(parameter.shape)
             self._addresses.append(parameter.data_ptr())
             offset += parameter.numel()
+
+    def _is_fresh(self) -> bool:
+        start = self.start.split([parameter.numel() for parameter in self.parameters.values()])
+        return all(not part.any() for name, part in zip(self.parameters, start, strict=True) if ".lora_B." in name)
+
+    def restore(self, values: Tensor, start: Tensor) -> None:
+        """Set the values, and the values that training started from, to those of a checkpoint: [numel] each."""
+        self.values.data.copy_(values)
+        self.start.copy_(start)
+        self.fresh = self._is_fresh()
 
     def tensors(self) -> dict[str, Tensor]:
         """Map PEFT name -> live tensor (a view, which changes with the next update)."""
@@ -83,9 +93,24 @@ class FlatAdapter:
             return []
         return [name for name, tensor in self.tensors().items() if not tensor.isfinite().all()]
 
+    def attach(self) -> None:
+        """Put back, as 0, the gradients that `zero_grad` of an optimiser has removed."""
+        if self.values.grad is None:
+            self.values.grad = self._buffer.zero_()
+        for parameter, view in self._gradients.items():
+            if parameter.grad is None:
+                parameter.grad = view.zero_()
+
     def zero_grad(self) -> None:
         """Set all gradients to 0, as views of the buffer."""
         self.gradient.zero_()
+
+    def holds(self) -> bool:
+        """Return whether the parameters of the model are still views of this buffer."""
+        return all(
+            parameter.data_ptr() == address
+            for parameter, address in zip(self.parameters.values(), self._addresses, strict=True)
+        )
 
     def check_views(self) -> None:
         """Assert that parameters and gradients are still views of the buffers and were not replaced."""

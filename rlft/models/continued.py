@@ -92,9 +92,7 @@ def read_adapter_config(folder: str) -> LoraConfig:
         ) from None
     with reading(setting, place, f"PEFT cannot read {path}", "give an adapter that PEFT saved"), _quiet():
         saved: Any = PeftConfig.from_pretrained(str(place))
-    plain = LoraConfig()
-    fields = {name: getattr(saved, name, None) for name in vars(plain) if name not in PLAIN.split()}
-    others = [name for name, value in fields.items() if value and value != getattr(plain, name)]
+    others = not_plain(saved)
     if others:
         raise ConfigError(
             f"{setting}: want a plain LoRA adapter (no DoRA, bias or modules_to_save), and {path} sets "
@@ -108,6 +106,13 @@ def read_adapter_config(folder: str) -> LoraConfig:
             f"(save_pretrained with path_initial_model_for_weight_conversion)"
         )
     return saved
+
+
+def not_plain(config: Any) -> list[str]:
+    """Return the fields of a LoRA adapter's settings that make it something else than plain LoRA."""
+    plain = LoraConfig()
+    fields = {name: getattr(config, name, None) for name in vars(plain) if name not in PLAIN.split()}
+    return [name for name, value in fields.items() if value and value != getattr(plain, name)]
 
 
 def continue_adapter(base: nn.Module, lora: Lora) -> PeftModel:

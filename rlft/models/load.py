@@ -241,10 +241,19 @@ def pad_rows(*weights: nn.Parameter) -> None:
     """Move weights [V, H] into zeroed memory with a multiple of ROWS rows; tied weights remain tied."""
     for weight in {id(weight): weight for weight in weights}.values():
         rows, width = weight.shape
-        if rows % ROWS:
+        if rows % ROWS and not _is_padded(weight):
             padded = weight.data.new_zeros(-(-rows // ROWS) * ROWS, width)
             padded[:rows] = weight.data
             weight.data = padded[:rows]
+
+
+def _is_padded(weight: nn.Parameter) -> bool:
+    """Return whether `pad_rows` has moved a weight [V, H] before."""
+    (rows, width), storage = weight.shape, weight.untyped_storage()
+    padded = -(-rows // ROWS) * ROWS
+    if storage.nbytes() != padded * width * weight.element_size() or weight.storage_offset():
+        return False
+    return not weight.data.as_strided((padded, width), (width, 1))[rows:].any()
 
 
 @contextlib.contextmanager

@@ -61,11 +61,14 @@ def locate(model: str) -> Location:
     return Location(model)
 
 
-def load_tokenizer(model: str) -> Any:
-    """Load the model's tokenizer. Raises ConfigError if it is not found or cannot be loaded, its chat template too."""
+def load_tokenizer(model: str, folder: Path | None = None) -> Any:
+    """Load the model's tokenizer. Raises ConfigError if it is not found or cannot be loaded, its chat template too.
+
+    folder: where another one was saved, to load in its place.
+    """
     from transformers import AutoTokenizer
 
-    location = locate(model)
+    location = locate(model) if folder is None else Location(str(folder))
     options: dict[str, Any] = {"gguf_file": location.gguf} if location.gguf else {}
     with explained(model, location, "its tokenizer"):
         # False: code from the hub is not run, and transformers does not prompt for it.

@@ -180,6 +180,7 @@ class Policy:
 
     def _forward(self, batch: Batch, entropy_grad: bool = False) -> tuple[Tensor, Tensor]:
         """Return log-prob and entropy, [T] each, of every trained token."""
+        self.flat.attach()
         if self._same_tables is not None:
             self.check_length(int(batch.position_ids.max()) + 1)
         # From the batch on the CPU, as packing returns it: nothing has to wait for the GPU.

@@ -160,6 +160,14 @@ def check_share(name: str, kept: str, model: Any) -> None:
         )
 
 
+def held_in(model: nn.Module) -> str:
+    """Return how the weights of a loaded model are held: "nf4", "fp4", "int8" or "none"."""
+    states = (getattr(weight, "quant_state", None) for weight in model.parameters())
+    kind = next((state.quant_type for state in states if state is not None), None)
+    eight_bits = any(type(weight).__name__ == "Int8Params" for weight in model.parameters())
+    return kind or ("int8" if eight_bits else "none")
+
+
 def mixes_rows(model: nn.Module) -> bool:
     """Return whether a row's log-probs depend on the rows it is packed with.
 

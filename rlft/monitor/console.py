@@ -1,62 +1,68 @@
 """Show the progress of a run: a live view where stdout is a terminal, else one plain line per step.
 
 A thread of rich redraws the live view in place twice a second; the methods here only update the data it draws. The
-cursor is never hidden and no alternate screen is used, so that even `kill -9` leaves the terminal usable.
+cursor is never hidden and no alternate screen is used, so that even `kill -9` leaves the terminal usable. Everything
+that is shown, and every detail that is not, is also written to a log file once `keep_log` names it.
 """
 
 from __future__ import annotations
 
+import contextlib
+import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from enum import Enum
 from pathlib import Path
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 from rich.console import Console as Terminal
-from rich.console import Group, RenderableType
 from rich.live import Live
-from rich.padding import Padding
-from rich.progress_bar import ProgressBar
-from rich.table import Table
 from rich.text import Text
 
+from rlft.environment import rank
 from rlft.monitor import health
-from rlft.runs.formats import change, duration, evaluation_names, printed, visible, with_error
-from rlft.types import Best
+from rlft.monitor.panel import Example, Panel, plain_line
+from rlft.runs.formats import change, evaluation_names, printed, visible, with_error
 
-SHADES = "▁▂▃▄▅▆▇█"
-PHASES = ("generate", "reward", "train", "sync")
-ROWS: list[tuple[str, str, Callable[[float], str]]] = [
-    ("reward", "reward", "{:.3f}".format),
-    ("length", "completions/mean_length", "{:.1f}".format),
-    ("entropy", "entropy", "{:.3f}".format),
-    ("mismatch", health.MISMATCH, "{:.1e}".format),
-    ("clipped", "completions/clipped_ratio", "{:.0%}".format),
-    ("gradient", "grad_norm", "{:.3g}".format),
-]
-"""Name, metric and format of the rows of the live view, each with a sparkline of the last steps."""
+if TYPE_CHECKING:  # its module imports torch, and the first line must not wait for that
+    from rlft.types import Best
+
+NAMED = 16
+"""Columns of the names in front of the results of a run."""
+
+
+class Level(Enum):
+    """Whom a note is for."""
+
+    NOTE = ""
+    """Every user: always shown."""
+    DETAIL = "dim"
+    """Who looks into a run: in the log file, and shown with --verbose."""
+    WARNING = "yellow"
+    """A user who should act on it: always shown, with a mark."""
 
 
 class Console:
     """The display of a run, a context manager that closes it."""
 
-    def __init__(self, plain: bool | None = None, terminal: Terminal | None = None) -> None:
+    def __init__(self, plain: bool | None = None, terminal: Terminal | None = None, verbose: bool = False) -> None:
         """Set up the display.
 
-        plain: lines instead of the live view; None: unless stdout is a terminal. terminal: for tests.
+        plain: lines instead of the live view; None: unless stdout is a terminal. terminal: for tests. verbose: show
+        details too. Of the ranks that torchrun starts, the lead alone prints.
         """
-        self._out = terminal or Terminal(highlight=False)
+        self._out = terminal or Terminal(highlight=False, quiet=rank() > 0)
         # Asks the file and not rich, which treats any file as a terminal under FORCE_COLOR, as in a CI.
-        live = self._out.file.isatty() and not self._out.is_dumb_terminal
+        live = self._out.file.isatty() and not self._out.is_dumb_terminal and not self._out.quiet
         self.plain = not live if plain is None else plain
+        self.panel = Panel()
+        self._verbose = verbose
         self._live: Live | None = None
-        self._history: list[dict[str, float]] = []
-        self._warnings: Sequence[health.Message] = ()
-        self._title: list[str] = []
-        self._phase: tuple[str, int, int] = ("", 0, 0)
-        self._sample = ""
-        self._steps = self._done = 0
-        self._began = time.monotonic()
         self._closed = False
+        self._log: Path | None = None
+        self._unwritten: list[str] = []
+        """Lines of the log from before `keep_log`."""
 
     def __enter__(self) -> Console:
         return self
@@ -64,17 +70,31 @@ class Console:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self.close()
 
+    def keep_log(self, path: Path) -> None:
+        """Append everything from the beginning on to a log file, details included."""
+        lines, self._unwritten, self._log = self._unwritten, [], path
+        self._append(lines)
+
     def start(self, title_lines: Sequence[str], steps: int, done: int = 0) -> None:
         """Print the title and open the view. steps: of the whole run. done: completed steps of a resumed run."""
         for line in title_lines:
             self._print(line)
-        self._steps, self._done, self._began = steps, done, time.monotonic()
-        self._open()
+        self.panel.steps, self.panel.done, self.panel.began = steps, done, time.monotonic()
+        self._changed()
+
+    def phase(self, what: str, line: bool = False) -> None:
+        """Show what is being waited for, with its time. line: where there is no live view, print one line about it."""
+        self.panel.enter(what)
+        if line and self.plain:
+            self._print(what)
+        else:
+            self._record(what)
+        self._changed()
 
     def progress(self, what: str, done: int, total: int) -> None:
         """Update the progress within a step: `done` of `total` in the phase `what`. Not shown in plain lines."""
-        self._phase = (what, done, total)
-        self._open()
+        self.panel.enter(what, done, total)
+        self._changed(soon=True)
 
     def generating(self, done: int, total: int) -> None:
         """Update the progress of the phase "generating"; the callback of engines."""
@@ -83,22 +103,25 @@ class Console:
     def step(
         self,
         values: Mapping[str, float],
-        sample: str | None,
+        example: Example | None,
         new: Sequence[health.Message] = (),
         active: Sequence[health.Message] = (),
     ) -> None:
         """Show a finished step.
 
-        values: the step's metrics and `step`. sample: the text of one completion to show. new: health messages to
-        print. active: health messages that apply now, for the live view.
+        values: the step's metrics and `step`. example: a completion to show. new: health messages to print. active:
+        health messages that apply now, for the live view.
         """
-        self._done = int(values["step"])
-        self._history = [*self._history, dict(values)][-health.WINDOW :]
-        self._sample, self._warnings = sample or "", tuple(active)
-        self._phase = ("", 0, 0)
+        panel = self.panel
+        panel.add(values)
+        panel.example, panel.warnings = example, tuple(active)
+        line = plain_line(values, panel.steps, panel.seconds_left())
         if self.plain:
-            self._print(plain_line(values, self._steps, self._seconds_left()))
-        self._warn(self._done, new)
+            self._print(line)
+        else:
+            self._record(line)
+        self._warn(panel.done, new)
+        self._changed()
 
     def evaluation(
         self,
@@ -108,17 +131,31 @@ class Console:
         active: Sequence[health.Message] = (),
     ) -> None:
         """Show an evaluation after `step` in one line. values: its eval/* metrics. new, active: as in `step`."""
-        self._warnings = tuple(active)
+        self.panel.warnings = tuple(active)
+        self.panel.enter("")
         self._print(evaluation_line(values, step))
         self._warn(step, new)
+        self._changed()
 
     def _warn(self, step: int, messages: Sequence[health.Message]) -> None:
         for message in messages:
-            self._print(f"! step {step}: {message.text}", "yellow")
+            self.warn(f"step {step}: {message.text}")
 
-    def note(self, text: str) -> None:
-        """Print a permanent line."""
-        self._print(text)
+    def note(self, text: str, level: Level = Level.NOTE) -> None:
+        """Print a permanent line. level: a detail is shown with --verbose only, and always in the log file."""
+        shown = f"! {text}" if level is Level.WARNING else text
+        if level is Level.DETAIL and not self._verbose:
+            self._record(shown)
+        else:
+            self._print(shown, level.value)
+
+    def detail(self, text: str) -> None:
+        """Note something for who looks into a run."""
+        self.note(text, Level.DETAIL)
+
+    def warn(self, text: str) -> None:
+        """Note something that a user should act on."""
+        self.note(text, Level.WARNING)
 
     def table(self, title: str, rows: Sequence[Sequence[str]]) -> None:
         """Print a small permanent table. rows: the first one is the header."""
@@ -159,131 +196,72 @@ class Console:
         if best is not None and after.get(best.metric) != best.value:
             text = f"step {best.step} did best ({best.metric} {best.value:.3f}): choose it with --checkpoint best"
             text += "; being the best on these rows it looks too good on them"
-            self._print(f"{'checkpoints:':<16}{text}")
+            self._print(f"{'checkpoints:':<{NAMED}}{text}", indent=NAMED)
         for name, value in (("adapter", str(adapter)), ("report", str(report)), ("sample from it", again)):
-            self._print(f"{name + ':':<16}{value}")
+            self._print(f"{name + ':':<{NAMED}}{value}", indent=NAMED)
+        self._changed()
 
     def close(self) -> None:
         """Stop the live view and leave its last state on the screen. May be called twice."""
         self._closed = True
         live, self._live = self._live, None
         if live is not None:
+            # A wait that is over, or that an error ended, says nothing any more; a run's last state does.
+            live.transient = not self.panel.done
             live.stop()
 
     # ---- drawing ----
 
-    def _open(self) -> None:
+    def _changed(self, soon: bool = False) -> None:
+        """Show the panel as it is now. soon: there will be many such calls, so one may be left out."""
         if self.plain or self._closed or self._live is not None:
             return
-        self._live = Live(console=self._out, get_renderable=self._view, refresh_per_second=2, vertical_overflow="crop")
-        self._live.start()
+        live = Live(
+            console=self._out, get_renderable=lambda: self.panel, refresh_per_second=2, vertical_overflow="crop"
+        )
+        self._live = live
+        live.start()
         self._out.show_cursor(True)
 
-    def _print(self, text: str, style: str = "") -> None:
+    def _print(self, text: str, style: str = "", indent: int = 0) -> None:
+        """Print a permanent line and log it. indent: of the lines after the first, where it does not fit into one."""
+        self._record(text)
         if self.plain:
             print(printed(text, self._out.file), file=self._out.file, flush=True)
         else:
             # Without a live view, a long path stays on one line for copying; with one, rich must count every line.
-            self._out.print(Text(visible(text), style), soft_wrap=self._live is None)
+            wrapped = wrap(visible(text), self._out.width, indent)
+            self._out.print(Text(wrapped, style), soft_wrap=self._live is None)
 
-    def _seconds_left(self) -> float | None:
-        """Estimate the seconds to the end of the run from the last steps; None before the first."""
-        times = health.finite(self._history[-10:], "step_time")
-        return sum(times) / len(times) * (self._steps - self._done) if times else None
+    def _record(self, text: str) -> None:
+        self._append([f"{time.strftime('%Y-%m-%d %H:%M:%S')} {visible(text)}"])
 
-    def _view(self) -> RenderableType:
-        parts: list[RenderableType] = [self._bar()]
-        if self._history:
-            parts += [self._numbers(self._history), time_line(self._history[-1])]
-        parts += [Text(f"! {message.text}", "yellow") for message in self._warnings]
-        if self._sample:
-            parts.append(Padding(Text(shorten(self._sample, 6), "dim"), (0, 0, 0, 2)))
-        return Padding(Group(*parts), (1, 0, 0, 0))
-
-    def _bar(self) -> RenderableType:
-        remaining = self._seconds_left()
-        remaining_text = f", {clock(remaining)} left" if remaining is not None else ""
-        what, done, total = self._phase
-        phase = f"{what} {done}/{total}" if what else ""
-        if not self._steps:
-            return Text(phase, "cyan")
-        grid = Table.grid(padding=(0, 2))
-        grid.add_row(
-            Text(f"step {self._done}/{self._steps}", "bold"),
-            ProgressBar(max(1, self._steps), self._done, width=24),
-            Text(f"{clock(time.monotonic() - self._began)}{remaining_text}"),
-            Text(phase, "cyan"),
-        )
-        return grid
-
-    def _numbers(self, history: list[dict[str, float]]) -> RenderableType:
-        grid = Table.grid(padding=(0, 2))
-        for name, key, form in ROWS:
-            value = health.newest(history, key)
-            if value is not None:
-                grid.add_row(
-                    Text(name, "dim"), Text(form(value), "bold"), Text(spark(health.finite(history, key)), "green")
-                )
-        return grid
+    def _append(self, lines: Sequence[str]) -> None:
+        if self._log is None:
+            self._unwritten += lines
+            return
+        # The log repeats what the screen and metrics.jsonl have; a full disk is reported by what must not be lost.
+        with contextlib.suppress(OSError), self._log.open("a", encoding="utf-8", errors="replace") as file:
+            file.writelines(f"{line}\n" for line in lines)
 
 
-def plain_line(values: Mapping[str, float], steps: int, left: float | None) -> str:
-    """Return one line about a step: its metrics in a fixed order."""
-    step = int(values["step"])
-    parts = [f"step {step:>{len(str(steps))}}/{steps}"]
-    formats = {
-        "reward": "reward {:.3f}",
-        "loss": "loss {:.4f}",
-        "completions/mean_length": "len {:.1f}",
-        "entropy": "entropy {:.3f}",
-        health.MISMATCH: "mismatch {:.0e}",
-        "step_time": "{:.1f} s",
-        "perf/rollout_tokens_per_s": "sample {:.0f} tok/s",
-        "perf/training_tokens_per_s": "train {:.0f} tok/s",
-    }
-    parts += [template.format(values[name]) for name, template in formats.items() if name in values]
-    if left is not None and step < steps:
-        parts.append(f"{duration(left)} left")
-    return "  ".join(parts)
+def wrap(text: str, width: int, indent: int = 0) -> str:
+    """Break lines that are too long at words, with `indent` spaces before the rest of each.
 
-
-def time_line(values: Mapping[str, float]) -> Text:
-    """Return the seconds of the newest step, their split over the phases, and the token rates."""
-    parts = [f"{values['step_time']:.1f} s"] if "step_time" in values else []
-    total = values.get("step_time") or sum(values.get(f"time/{phase}", 0.0) for phase in PHASES)
-    parts += [
-        f"{phase} {values[f'time/{phase}'] / total:.0%}" for phase in PHASES if total and f"time/{phase}" in values
-    ]
-    for name, rate in (("sample", "perf/rollout_tokens_per_s"), ("train", "perf/training_tokens_per_s")):
-        if rate in values:
-            parts.append(f"{name} {values[rate]:,.0f} tok/s")
-    return Text("  ".join(parts), "dim")
-
-
-def spark(values: Sequence[float]) -> str:
-    """Return a sparkline of block characters, scaled to the range of the values; "" for fewer than two."""
-    if len(values) < 2:
-        return ""
-    low, high = min(values), max(values)
-    scale = (len(SHADES) - 1) / (high - low) if high > low else 0.0
-    return "".join(SHADES[round((value - low) * scale)] for value in values[-40:])
-
-
-def clock(seconds: float) -> str:
-    """Format seconds as a clock: 75 -> "1:15", 3675 -> "1:01:15".
-
-    Only for the live view, which is redrawn twice a second: "10.0 min" would stand still for six seconds.
+    A word that is too long for a line, such as a path, stays whole and where it is.
     """
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
-
-
-def shorten(text: str, lines: int) -> str:
-    """Return the first lines of a completion, at most 600 characters."""
-    first_lines = visible(text)[:600].splitlines()[:lines]
-    result = "\n".join(first_lines)
-    return result if len(result) >= len(text.rstrip("\n")) else result + " ..."
+    out = []
+    for line in text.split("\n"):
+        current = ""
+        for space, word in re.findall(r"( *)([^ ]+)", line):
+            full = len(current) + len(space) + len(word) > width
+            if full and current.strip() and indent + len(word) <= width:
+                out.append(current)
+                current = " " * indent + word
+            else:
+                current += space + word
+        out.append(current)
+    return "\n".join(out)
 
 
 def selection_note(among: int) -> str:

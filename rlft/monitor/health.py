@@ -98,9 +98,10 @@ def too_hard(history: History) -> bool:
 def equal_rewards(history: History) -> bool:
     """Return True when all groups have equal rewards and nothing but a KL term moves the weights.
 
-    A run with one completion per prompt (SFT, REINFORCE) has equal groups at every step and still learns.
+    A run with one completion per prompt (SFT, KTO, REINFORCE) has equal groups at every step and still learns.
     """
-    learns = newest(history, "grad_norm") != 0 and newest(history, "kl") is None
+    judged = any(newest(history, f"rewards/{side}") is not None for side in ("chosen", "rejected"))
+    learns = newest(history, "grad_norm") != 0 and (judged or newest(history, "kl") is None)
     return newest(history, "frac_reward_zero_std") == 1 and not learns and not too_hard(history)
 
 
@@ -365,24 +366,31 @@ class HealthMonitor:
         """Messages that apply now: those of the newest step and of an evaluation after it."""
         self._algorithm = algorithm
         self._rows: list[Mapping[str, Any]] = []
-        self._at_last_step: set[str] = set()
-        """Names of the rules that applied at the newest step."""
+        self._reported: set[str] = set()
+        """Names of the rules that were returned as new."""
 
     def step(self, step: int, values: Mapping[str, float]) -> list[Message]:
-        """Check a finished step. Returns the messages of rules that did not apply at the step before.
+        """Check a finished step. Returns the messages of rules that apply for the first time in this run.
 
         values: the step's metrics, as in metrics.jsonl.
         """
         self.active = self._check(step, values)
-        new = [message for message in self.active if message.name not in self._at_last_step]
-        self._at_last_step = {message.name for message in self.active}
-        return new
+        return self._new(self.active)
 
     def evaluation(self, step: int, values: Mapping[str, float]) -> list[Message]:
-        """Check an evaluation after `step` and return its messages. values: its eval/* metrics."""
+        """Check an evaluation after `step`; returns as `step` does. values: its eval/* metrics."""
         messages = self._check(step, values)
         self.active = [*self.active, *messages]
-        return messages
+        return self._new(messages)
+
+    def _new(self, messages: Sequence[Message]) -> list[Message]:
+        """Return the messages of rules that were not reported yet, and remember them.
+
+        A rule that comes and goes, or takes turns with another one, would fill a log with the same sentence.
+        """
+        new = [message for message in messages if message.name not in self._reported]
+        self._reported |= {message.name for message in new}
+        return new
 
     def _check(self, step: int, values: Mapping[str, float]) -> list[Message]:
         self._rows = [*self._rows, {**values, "step": float(step)}][-WINDOW:]

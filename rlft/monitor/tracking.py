@@ -15,7 +15,7 @@ from typing import Any
 from rlft.config import resolve, secrets
 from rlft.config.files import to_table
 from rlft.config.run import Config, Track
-from rlft.environment import release, version
+from rlft.environment import install, release, version
 from rlft.errors import ConfigError, RlftError
 from rlft.monitor.background import Background
 from rlft.monitor.trackers import Start
@@ -40,7 +40,7 @@ def problems(track: Track) -> Iterator[str]:
             continue
         installed = version(module.PACKAGE)
         if installed is None:
-            yield f"track.use = \"{name}\": {module.PACKAGE} is not installed: pip install 'rlft[{name}]'"
+            yield f'track.use = "{name}": {module.PACKAGE} is not installed: {install(name)}'
         elif release(installed) < release(module.SINCE):
             yield (
                 f'track.use = "{name}": {module.PACKAGE} {installed} is too old: pip install -U '

@@ -11,6 +11,7 @@ from importlib import resources
 from typing import Any
 
 from rlft.runs.formats import number, visible
+from rlft.runs.tables import read_columns
 
 MOST_TEXT = 3000
 """Largest number of characters shown of a prompt or completion."""
@@ -22,11 +23,11 @@ PAGE = """<!doctype html>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy"
-  content="default-src 'none'; style-src '{style_hash}'; script-src '{script_hash}'">
+  content="default-src 'none'; style-src '{style_hash}'; script-src '{script_hash}'{connect}">
 <title>{title}</title>
 <style>{style}</style>
 </head>
-<body>
+<body{version}>
 {body}
 <script>{script}</script>
 </body>
@@ -103,11 +104,8 @@ def conversation(value: str) -> str:
 
 def columns(value: str | None) -> str:
     """Return the columns of a dataset row from their JSON: names and values, empty for None and for other text."""
-    try:
-        found = json.loads(value) if value else {}
-    except (ValueError, RecursionError):
-        return ""
-    if not isinstance(found, dict) or not found:
+    found = read_columns(value)
+    if not found:
         return ""
     lines = ""
     for name, entry in found.items():
@@ -128,11 +126,20 @@ def truncate(value: str) -> str:
     return text(value[:MOST_TEXT]) + more
 
 
-def document(title: str, body: str) -> str:
-    """Return the HTML document. body: HTML."""
+def document(title: str, body: str, version: str = "") -> str:
+    """Return the HTML document. body: HTML. version: of a served page, which then asks its server for a newer one."""
     style, script = (asset(name) for name in ("report.css", "report.js"))
+    if version:
+        script += asset("live.js").replace('"use strict";\n', "", 1)
     return PAGE.format(
-        title=text(title), body=body, style=style, script=script, style_hash=digest(style), script_hash=digest(script)
+        title=text(title),
+        body=body,
+        style=style,
+        script=script,
+        style_hash=digest(style),
+        script_hash=digest(script),
+        connect="; connect-src 'self'" if version else "",
+        version=f' data-version="{text(version)}"' if version else "",
     )
 
 

@@ -56,8 +56,8 @@ def write_page(source: str, path: Path) -> Path:
     return path
 
 
-def page(run: Run) -> str:
-    """Return the HTML of the page. Files that cannot be read are named in it."""
+def page(run: Run, version: str = "") -> str:
+    """Return the HTML of the page. Files that cannot be read are named in it. version: of a page that is served."""
     rows = run.metrics()
     steps, evaluations = parts_of(rows)
     config = config_of(run)
@@ -84,9 +84,8 @@ def page(run: Run) -> str:
             ),
         ]
     )
-    return document(
-        run.path.resolve().name, header(run, config, steps, evaluations, navigation(SECTIONS, body)) + "\n" + body
-    )
+    top = header(run, config, steps, evaluations, navigation(SECTIONS, body))
+    return document(run.path.resolve().name, f"{top}\n{body}", version)
 
 
 def parts_of(rows: Rows) -> tuple[list[Mapping[str, Any]], list[Mapping[str, Any]]]:

@@ -16,6 +16,7 @@ from typing import Any
 
 from rlft.config import resolve
 from rlft.config.data import Reward
+from rlft.environment import install
 from rlft.errors import DataError
 from rlft.rewards.score import BUILTIN, RewardFunction
 from rlft.types import Prompt
@@ -33,7 +34,7 @@ def builtin_problems(reward: Reward, rows: Iterable[dict[str, Any]]) -> Iterator
     file = resolve.module(reward.use, BUILTIN, "rewards")
     needed, extra = getattr(file, "NEEDS", ("rlft", ""))
     if importlib.util.find_spec(needed) is None:
-        yield f'"{reward.use}": needs {needed}, which is not installed: pip install "rlft[{extra}]"'
+        yield f'"{reward.use}": needs {needed}, which is not installed: {install(extra)}'
     if hasattr(file, "check_row"):
         yield from _unusable(file.check_row, reward, rows)
 

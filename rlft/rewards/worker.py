@@ -45,7 +45,10 @@ def _read(fd: int) -> tuple[str, bytes]:
 def _write(fd: int, message: bytes) -> None:
     data = memoryview(message)
     while data:
-        data = data[os.write(fd, data) :]
+        try:
+            data = data[os.write(fd, data) :]
+        except OSError:  # the function closed it, or the trainer is gone, which sees or needs no more than this end
+            os._exit(1)
 
 
 class _Loop:

@@ -35,9 +35,11 @@ from rlft.types import Best, State
 FORMAT = 2
 """Version of the folder layout, incremented when old and new rlft cannot read each other's checkpoints."""
 LIBRARIES = ("torch", "transformers", "peft")
-NOTED = ("model", "rlft", "rope")
+GIVEN = "given"
+"""Entry of a checkpoint's identity that says which objects its run was given."""
+NOTED = ("model", "rlft", "rope", GIVEN)
 """Parts of the identity that may differ and are only reported: a base can move to another folder, the layout has
-FORMAT, and longrope factors follow the longest sequence."""
+FORMAT, longrope factors follow the longest sequence, and what was given is checked before a resume."""
 TENSORS = "trainer.safetensors"
 STATE = "state.json"
 CARD = "README.md"
@@ -171,6 +173,12 @@ def portable(path: Path) -> list[Path]:
 def continued_from(path: Path) -> dict[str, str]:
     """Return the identity of a checkpoint. Raises ConfigError when there is no checkpoint or it is damaged."""
     return dict(_read_state(path)["identity"])
+
+
+def given_tokenizer(path: Path | None) -> Path | None:
+    """Return the folder of the tokenizer that a checkpoint's run was given; None where it used the model's own."""
+    given = "" if path is None else continued_from(path).get(GIVEN, "")
+    return path if "tokenizer" in given.split(", ") else None
 
 
 def _write_state(folder: Path, state: State, tensors: Mapping[str, Tensor], identity: Mapping[str, str]) -> None:

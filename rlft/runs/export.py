@@ -101,7 +101,7 @@ def merge(
         check_hub(push)
     run_config = Config.load(run.config)
     cfg = _unquantised(run_config, path)
-    tokenizer = load_tokenizer(cfg.model)
+    tokenizer = load_tokenizer(cfg.model, checkpoint.given_tokenizer(path))
     texts = check_texts(run, tokenizer)
     temporary = out.absolute().with_name(f".merging-{out.name}")
     shutil.rmtree(temporary, ignore_errors=True)  # left by a merge that was killed

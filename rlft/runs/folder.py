@@ -9,6 +9,7 @@
     set-aside/001/                   data past the checkpoint at the first resume (002: second, ...); never deleted
     plan.json                        bytes that training keeps in memory, by purpose
     data.parquet                     the rows, where they were given from Python
+    log.txt                          what the run printed, and the details that it did not (rlft.monitor.console)
     report.html                      rlft.report
     .signature                       of config.toml, by the user who made the run (rlft.runs.trust)
     run.lock                         the process that writes the folder (rlft.runs.lock)
@@ -43,7 +44,7 @@ PIECED_GROUPS = 4
 """Number of groups per step whose tokens are also saved as text, for the report."""
 TEXTS = ("prompt", "data", "completion", "pieces.list.element", "finish_reason")
 """Columns of a rollouts file with repeated values, which are dictionary-encoded."""
-FILES = ("plan.json", "report.html", "data.parquet", "dropped.jsonl", "config.toml", "metrics.jsonl")
+FILES = ("plan.json", "log.txt", "report.html", "data.parquet", "dropped.jsonl", "config.toml", "metrics.jsonl")
 FOLDERS = ("checkpoints", "rollouts", "evaluations", "set-aside", "wandb", "tensorboard")
 """What a run and its trackers leave in the folder. The two files that make it a run come last, for `Run.clear`."""
 STEP = re.compile(r"step-(\d+)(\.parquet)?")
@@ -84,6 +85,7 @@ class Run:
         self.config = path / "config.toml"
         self.metrics_file = path / "metrics.jsonl"
         self.plan_file = path / "plan.json"
+        self.log_file = path / "log.txt"
         self.report = path / "report.html"
         self.rollouts = path / "rollouts"
         self.evaluations = path / "evaluations"

@@ -113,3 +113,33 @@ def _close_all() -> None:
     for handle in _held:
         os.close(handle)
     _held.clear()
+
+
+def is_held(folder: Path) -> bool:
+    """Return whether a process seems to write the folder, without touching its lock.
+
+    Taking the lock to see, even for a moment, would refuse a run that starts in that moment. A process of another host
+    counts as alive while run.lock is there.
+    """
+    try:
+        record = json.loads((folder / NAME).read_bytes())
+        process, host = int(record["process"]), record["host"]
+    except FileNotFoundError:
+        return False
+    except (OSError, ValueError, TypeError, KeyError):  # not yet written
+        return (folder / NAME).exists()
+    return host != socket.gethostname() or _is_alive(process)
+
+
+def _is_alive(process: int) -> bool:
+    with contextlib.suppress(OSError, IndexError):  # no such process, or no /proc: asked by a signal below
+        # A process that has ended and was not waited for can still be sent signals.
+        state = Path(f"/proc/{process}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+        return state[0] not in "ZX"
+    try:
+        os.kill(process, 0)
+    except PermissionError:  # of another user
+        return True
+    except (OSError, OverflowError):
+        return False
+    return True

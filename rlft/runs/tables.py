@@ -53,7 +53,7 @@ def first_line(error: Exception) -> str:
 
 def shown_prompt(prompt: Prompt) -> str:
     """Return the prompt of a row as text, with messages as JSON."""
-    if _has_messages(prompt):
+    if has_messages(prompt):
         return json.dumps(prompt.messages, ensure_ascii=False, default=str)
     text = prompt.row.get("prompt")
     return text if isinstance(text, str) else ""
@@ -62,17 +62,28 @@ def shown_prompt(prompt: Prompt) -> str:
 def dataset_columns(prompt: Prompt) -> str | None:
     """Return the other columns of the dataset row (the answer, say) as a JSON object; None if it has none.
 
-    A value whose text is longer than MOST_VALUE is saved as the beginning of that text.
+    A value whose text is longer than MOST_VALUE is saved as the beginning of that text. A lone surrogate, which UTF-8
+    has no bytes for, is saved as "?".
     """
     columns = {name: value for name, value in prompt.row.items() if name not in SHOWN_AS_PROMPT and value is not None}
     for name, value in columns.items():
         written = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
         if len(written) > MOST_VALUE:
             columns[name] = f"{written[:MOST_VALUE]} ... {len(written) - MOST_VALUE:,} more characters"
-    return json.dumps(columns, ensure_ascii=False, default=str) if columns else None
+    text = json.dumps(columns, ensure_ascii=False, default=str)
+    return text.encode("utf-8", "replace").decode("utf-8") if columns else None
 
 
-def _has_messages(prompt: Prompt) -> bool:
+def read_columns(value: str | None) -> dict[str, Any]:
+    """Return the result of `dataset_columns` as a dict; empty for None and for any other text."""
+    try:
+        columns = json.loads(value) if value else {}
+    except (ValueError, RecursionError):
+        return {}
+    return columns if isinstance(columns, dict) else {}
+
+
+def has_messages(prompt: Prompt) -> bool:
     """Return True where `shown_prompt` is JSON."""
     return bool(prompt.messages) and not isinstance(prompt.row.get("prompt"), str)
 
@@ -94,7 +105,7 @@ def rollout_table(
         "group": pa.array(group_ids(rollouts).tolist(), integers),
         "sample": pa.array([rollout.sample_index for rollout in rollouts], integers),
         "prompt": pa.array([shown_prompt(rollout.prompt) for rollout in rollouts], pa.string()),
-        "prompt_is_messages": pa.array([_has_messages(rollout.prompt) for rollout in rollouts], pa.bool_()),
+        "prompt_is_messages": pa.array([has_messages(rollout.prompt) for rollout in rollouts], pa.bool_()),
         "data": pa.array([data[rollout.prompt.index] for rollout in rollouts], pa.string()),
         "completion": pa.array([rollout.text for rollout in rollouts], pa.string()),
         "completion_ids": pa.array([rollout.completion_ids for rollout in rollouts], pa.list_(integers)),

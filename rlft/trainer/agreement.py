@@ -53,9 +53,12 @@ def long_prompts(rows: Sequence[Prompt], longest: int, room: int) -> list[Prompt
 
 
 def agree(
-    cfg: Config, policy: Policy, engine: Engine, rows: Sequence[Prompt], plan: PackPlan, note: Callable[[str], None]
+    cfg: Config, policy: Policy, engine: Engine, rows: Sequence[Prompt], plan: PackPlan, detail: Callable[[str], None]
 ) -> parity.Limit:
-    """Run the probe, if enabled and the engine samples, and return the limits of the parity gate."""
+    """Run the probe, if enabled and the engine samples, and return the limits of the parity gate.
+
+    detail: called with what was measured.
+    """
     if not (engine.SAMPLES and cfg.parity.probe):
         return parity.limit(None, cfg.parity)
     kind, max_tokens = policy.device.type, cfg.sampling.max_tokens
@@ -65,12 +68,12 @@ def agree(
     long = long_prompts(rows, longest, LONG[kind])
     result = parity.probe(policy, engine, rows[: cfg.parity.probe_prompts], sampling, cfg.seed, plan, long)
     limit = parity.limit(result, cfg.parity)
-    note(
+    detail(
         f"engine and trainer agree to {result.off:.1e} nat on the base and {result.on:.1e} with a random adapter "
         f"({result.tokens} tokens, prompts of up to {max(len(prompt.ids) for prompt in long)}, "
         f"shift {result.shift:.2f} nat); a step may differ by {limit.step:.3g}, a long sequence by "
         f"{limit.sequence:.3g}, a short one by more"
     )
     if result.weaker:
-        note(result.weaker)
+        detail(result.weaker)
     return limit

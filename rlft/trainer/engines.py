@@ -9,7 +9,7 @@ import torch
 
 from rlft.config.run import Config
 from rlft.data.table import table_of
-from rlft.environment import version
+from rlft.environment import install, version
 from rlft.errors import ConfigError
 from rlft.models.policy import Policy
 from rlft.models.rope import context_of
@@ -19,7 +19,7 @@ from rlft.rollout.engine import Engine
 from rlft.trainer.evaluate import sampling_of
 from rlft.types import Prompt
 
-INSTALL = "pip install 'rlft[vllm]'"
+INSTALL = install("vllm")
 
 
 def sampler_name(cfg: Config, device: torch.device) -> str:
@@ -44,14 +44,27 @@ def start(cfg: Config, policy: Policy, tokenizer: Any, console: Console, rows: S
     longest = _max_model_len(cfg, policy, rows)
     if sampler_name(cfg, policy.device) == "eager":
         if cfg.engine.name == "auto" and policy.device.type == "cuda":
-            console.note(f"sampling with the trainer's own modules, since vLLM is not installed: {INSTALL}")
+            console.warn(f"sampling with the trainer's own modules, since vLLM is not installed: {INSTALL}")
         return EagerEngine(policy, tokenizer, cfg.engine.batch_size, console.generating)
     from rlft.rollout.vllm.engine import VllmEngine
 
-    graphs = cfg.engine.graphs and policy.device.type == "cuda"
-    console.note("starting vLLM" + (": it compiles and captures graphs, for minutes the first time" if graphs else ""))
+    console.phase("starting vLLM")
     sequences = cfg.prompts_per_step * cfg.sampling.group_size
-    return VllmEngine(policy, tokenizer, cfg.engine, longest, sequences, console.generating, console.note)
+    return VllmEngine(
+        policy, tokenizer, cfg.engine, longest, sequences, console.generating, console.warn, console.detail
+    )
+
+
+def describe(cfg: Config, recorded: bool, device: torch.device) -> str:
+    """Describe what is trained on and which engine samples it, for the start of a run. recorded: as `engine_name`."""
+    name = engine_name(cfg, recorded, device)
+    if name == "replay":
+        return "recorded completions"
+    slow = name == "vllm" and cfg.engine.graphs and device.type == "cuda"
+    start = ", which compiles for minutes at its first start" if slow else ""
+    return (
+        f"{cfg.sampling.group_size} completions, sampled with {'vLLM' if name == 'vllm' else 'the eager engine'}{start}"
+    )
 
 
 def longest_of(cfg: Config, policy: Policy, rows: Sequence[Prompt]) -> int:

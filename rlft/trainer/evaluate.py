@@ -48,6 +48,7 @@ from rlft.trainer.metrics import Metrics
 from rlft.trainer.prepare import assign_advantages, dealt
 from rlft.trainer.sample import gathered
 from rlft.trainer.step import MiniBatch, batch_loss, step_inputs
+from rlft.trainer.step_metrics import perplexity
 from rlft.types import PackPlan, Prompt, Rollout, Sample, Stat
 
 ROUNDING = 1e-6
@@ -225,6 +226,5 @@ def recorded_loss(policy: Policy, prompts: Sequence[Prompt], algorithm: Algorith
     values = metrics.reduce().values()
     if nonfinite := values.pop("bad", 0.0):
         raise not_finite(policy, batches, f"{nonfinite:.0f} of the policy's log-probs of held-out completions")
-    nll = values.pop("nll", math.nan)
-    values["perplexity"] = math.exp(nll) if nll < 700 else math.inf
+    values["perplexity"] = perplexity(values.pop("nll", math.nan))
     return {"eval/rows": float(len(prompts)), **{f"eval/{name}": value for name, value in values.items()}}

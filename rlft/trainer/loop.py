@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -23,10 +23,11 @@ from rlft import dist, report
 from rlft.config.data import Reward
 from rlft.config.files import to_toml
 from rlft.config.paths import user_path
-from rlft.config.run import Checkpoint, Config, config_from
+from rlft.config.run import Checkpoint, Config
 from rlft.data.prompts import Prompts
 from rlft.errors import ConfigError
 from rlft.monitor.console import Console
+from rlft.monitor.notebook import display
 from rlft.rollout.engine import asleep
 from rlft.runs import checkpoint
 from rlft.runs.folder import Run, step_of
@@ -34,6 +35,7 @@ from rlft.trainer import broken
 from rlft.trainer.callbacks import Callback
 from rlft.trainer.dynamic_sampling import kept_groups, replace_uninformative
 from rlft.trainer.ending import FROM_PYTHON, Ways, interrupted_by_signals, saved_on_the_way_out, stop_on_signals
+from rlft.trainer.given_objects import Given
 from rlft.trainer.out_of_memory import what_to_lower
 from rlft.trainer.record import call_back, measure, record, step_values
 from rlft.trainer.result import Result
@@ -43,6 +45,12 @@ from rlft.trainer.session import Recorder, Session, Trainer
 from rlft.trainer.setup import build_session
 from rlft.trainer.step import Step, advantages, losses, pack_minibatches, score_batches, update
 from rlft.types import State
+
+if TYPE_CHECKING:
+    from peft import PeftMixedModel, PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from rlft.trainer.given_optimizer import OptimizerFactory
 
 
 def loop(session: Session, stop: threading.Event | None = None) -> None:
@@ -151,38 +159,61 @@ def train(
     rewards: Sequence[str | Reward | Callable[..., Any]] | None = None,
     resume: bool = False,
     callbacks: Sequence[Callback | Callable[[State, dict[str, float]], None]] = (),
+    verbose: bool = False,
+    *,
+    model: str | PreTrainedModel | PeftModel | PeftMixedModel | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    optimizer: OptimizerFactory | None = None,
     **settings: Any,
 ) -> Result:
     """Train a run from its config, an `rlft.Config` or the path of a TOML or YAML file.
 
     rewards: reward functions in place of the config's. resume: go on from the newest checkpoint in the config's `out`.
-    callbacks: `rlft.Callback` objects, or functions called with (state, metrics) after each step. settings: take the
-    place of the config's; a section is a dict, for example `rlft.train("run.toml", steps=3, sampling={"max_tokens":
-    64})`, and `data` may be rows (see `rlft.Data.rows`). Raises RlftError for everything a user can cause; the run
-    folder keeps everything written before it.
+    callbacks: `rlft.Callback` objects, or functions called with (state, metrics) after each step. verbose: print the
+    details too that log.txt in the run folder has. model: a name, or a model of transformers or PEFT to train in place
+    of the files that the config names; a PEFT model's LoRA adapter is what is trained, and nothing else of the object
+    is changed when the run has ended. tokenizer: in place of the model's. optimizer: a class of torch.optim or a
+    function of the parameters that returns one, in place of AdamW. settings: take the place of the config's; a section
+    is a dict, for example `rlft.train("run.toml", steps=3, sampling={"max_tokens": 64})`, and `data` may be rows (see
+    `rlft.Data.rows`). Raises RlftError for everything a user can cause; the run folder keeps everything written before
+    it.
     """
-    return run(config_from(cfg, settings), rewards, resume, callbacks)
+    cfg, given = Given.of(cfg, settings, model, tokenizer, optimizer)
+    with display(verbose) as console:
+        return run(cfg, console, rewards, resume, callbacks, given=given)
 
 
 def run(
     cfg: Config,
+    console: Console,
     rewards: Sequence[Any] | None = None,
     resume: bool = False,
     callbacks: Sequence[Any] = (),
     ways: Ways = FROM_PYTHON,
+    given: Given = Given(),  # noqa: B008 (it is frozen)
 ) -> Result:
-    """Train a run as `train` does. ways: how its user goes on with it."""
+    """Train a run as `train` does. ways: how its user goes on with it. given: objects in place of what it names."""
     with dist.started(cfg.ranks.timeout):
         again = cfg.if_exists == "resume" or resume
-        done = dist.from_lead(finished(cfg) if again and dist.lead() else None)
-        return done if done is not None else _run(cfg, rewards, resume, callbacks, ways)
+        done = dist.from_lead(finished(cfg, console) if again and dist.lead() else None)
+        return done if done is not None else _run(cfg, console, rewards, resume, callbacks, ways, given)
 
 
-def _run(cfg: Config, rewards: Sequence[Any] | None, resume: bool, callbacks: Sequence[Any], ways: Ways) -> Result:
+def _run(
+    cfg: Config,
+    console: Console,
+    rewards: Sequence[Any] | None,
+    resume: bool,
+    callbacks: Sequence[Any],
+    ways: Ways,
+    given: Given,
+) -> Result:
+    """Train a run that is not finished; the ranks have joined."""
+    console.phase(f"loading {cfg.model}", line=not console.panel.phase[0])  # unless the command has printed a line
     with (
         interrupted_by_signals(),
         what_to_lower(cfg) as sessions,
-        build_session(cfg, rewards, resume, callbacks) as session,
+        build_session(cfg, rewards, resume, callbacks, console, given) as session,
     ):
         sessions.append(session)
         with saved_on_the_way_out(session, ways):
@@ -220,7 +251,7 @@ def _train(session: Session, ways: Ways) -> Result:
     return Result(run.path, interrupted=stopped)
 
 
-def finished(cfg: Config) -> Result | None:
+def finished(cfg: Config, console: Console) -> Result | None:
     """Return the result of a run whose steps, evaluation and report are all there; None for any other.
 
     Loads nothing. A run of `data.epochs` counts as finished where its settings are those it was trained with.
@@ -238,6 +269,5 @@ def finished(cfg: Config) -> Result | None:
         return None
     if step != steps or (cfg.eval.rows and not after) or run.report.stat().st_mtime_ns < newest:
         return None
-    with Console() as console:
-        console.note(f"{run.path}: nothing to do: step {step} of {steps}; raise steps to train on")
+    console.note(f"{run.path}: nothing to do: step {step} of {steps}; raise steps to train on")
     return Result(run.path)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from rlft.config.run import Optim
 from rlft.errors import ConfigError, TrainError
+from rlft.trainer.given_optimizer import GivenOptimizer, set_state, state_of
 
 
 @dataclass(frozen=True)
@@ -70,23 +71,32 @@ class Optimizer:
     """AdamW over `flat`, whose `.grad` holds the summed gradient of the update."""
 
     def __init__(
-        self, flat: nn.Parameter, cfg: Optim, total: int, fp16: bool = False, views: Iterable[Tensor] = ()
+        self,
+        flat: nn.Parameter,
+        cfg: Optim,
+        total: int,
+        fp16: bool = False,
+        views: Iterable[Tensor] = (),
+        given: GivenOptimizer | None = None,
     ) -> None:
         """Create the optimiser over `flat`.
 
         total: updates of the whole run, for the schedule. fp16: the model computes in float16, so scale the loss.
         views: tensors that share the memory of `flat` but have separate version counters. Each step increments these,
-        so that a backward whose forward ran before the step is an error.
+        so that a backward whose forward ran before the step is an error. given: makes another optimiser than AdamW.
         """
         self._flat, self._cfg, self._total, self._views = flat, cfg, total, tuple(views)
-        self._scale = LossScale() if fp16 else None
+        self._scale, self._given = LossScale() if fp16 else None, given
+        self._inner: torch.optim.Optimizer
         options = {"lr": cfg.lr, "betas": cfg.betas, "eps": cfg.eps, "weight_decay": cfg.weight_decay}
-        if cfg.name == "adamw_8bit":
+        if given is not None:
+            self._inner = given.over(flat, cfg)
+        elif cfg.name == "adamw_8bit":
             from bitsandbytes.optim import AdamW8bit  # pyright: ignore[reportPrivateImportUsage]
 
-            self._adam: torch.optim.Optimizer = AdamW8bit([flat], **options)
+            self._inner = AdamW8bit([flat], **options)
         else:
-            self._adam = torch.optim.AdamW([flat], fused=True, **options)
+            self._inner = torch.optim.AdamW([flat], fused=True, **options)
 
     def scaled(self, loss: Tensor) -> Tensor:
         """Return the loss to call `backward` on: multiplied by the loss scale in float16, unchanged otherwise.
@@ -124,8 +134,8 @@ class Optimizer:
             return Update(norm, rate, skipped=True)
         if self._cfg.max_grad_norm and norm > self._cfg.max_grad_norm:
             grad.mul_(self._cfg.max_grad_norm / norm)
-        self._adam.param_groups[0]["lr"] = rate
-        self._adam.step()
+        self._inner.param_groups[0]["lr"] = rate
+        self._inner.step()
         torch.autograd.graph.increment_version(self._views)
         return Update(norm, rate, skipped=False)
 
@@ -135,12 +145,15 @@ class Optimizer:
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the state to save, by name: moments and Adam's step (after the first update), and the loss scale."""
-        # Not from `state_dict`, where bitsandbytes nests its tensors in another dictionary. Its step is an int.
-        tensors = {name: torch.as_tensor(value) for name, value in self._adam.state.get(self._flat, {}).items()}
+        tensors = state_of(self._inner, self._flat) if self._given else self._adam_tensors()
         if self._scale is not None:
             tensors |= {"loss_scale": torch.tensor(self._scale.value, dtype=torch.float64)}
             tensors |= {"loss_scale_good": torch.tensor(self._scale.good)}
         return tensors
+
+    def _adam_tensors(self) -> dict[str, Tensor]:
+        # Not from `state_dict`, where bitsandbytes nests its tensors in another dictionary. Its step is an int.
+        return {name: torch.as_tensor(value) for name, value in self._inner.state.get(self._flat, {}).items()}
 
     def load_tensors(self, tensors: dict[str, Tensor]) -> None:
         """Restore the result of `tensors`; the loss scale only where this run has one.
@@ -152,7 +165,10 @@ class Optimizer:
         if self._scale is not None and scale is not None and good is not None:
             self._scale.value, self._scale.good = float(scale), int(good)
         if not moments:
-            self._adam.state.clear()
+            self._inner.state.clear()
+            return
+        if self._given is not None:
+            set_state(self._inner, self._flat, moments)
             return
         saved_name = "adamw_8bit" if "state1" in moments else "adamw"
         if saved_name != self._cfg.name:
@@ -162,4 +178,4 @@ class Optimizer:
             )
         eight_bit = saved_name == "adamw_8bit"
         values = {name: int(value) if eight_bit and name == "step" else value for name, value in moments.items()}
-        self._adam.load_state_dict(self._adam.state_dict() | {"state": {0: values}})
+        self._inner.load_state_dict(self._inner.state_dict() | {"state": {0: values}})

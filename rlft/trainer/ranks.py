@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import rich.console
 import torch
 
 from rlft import __version__, dist
 from rlft.config.files import to_toml
 from rlft.config.run import Config, Track
 from rlft.errors import ConfigError
-from rlft.monitor.console import Console
 from rlft.runs.claim import Claim, claim
 from rlft.runs.folder import Run
 from rlft.trainer.progress import Progress
@@ -60,14 +57,6 @@ def claimed_by_lead(cfg: Config, resume: bool) -> Iterator[Claim]:
 def config_here(cfg: Config, run: Run) -> Config:
     """Return the config of this rank: on ranks other than the lead without trackers, and with their own folder."""
     return cfg if dist.lead() else replace(cfg, out=str(run.path), track=Track())
-
-
-def console_here(stack: contextlib.ExitStack) -> Console:
-    """Return the console of this rank, which on ranks other than the lead prints to nowhere."""
-    if dist.lead():
-        return stack.enter_context(Console())
-    nowhere = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 (closed by the stack)
-    return stack.enter_context(Console(plain=True, terminal=rich.console.Console(file=nowhere)))
 
 
 def check_config(cfg: Config) -> None:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rlft import dist
 from rlft.batch import group_numbers, packing_stats
+from rlft.monitor.panel import Example, label_of, prompt_text
 from rlft.rewards.parts import score_columns
 from rlft.runs.folder import PIECED_GROUPS
-from rlft.runs.tables import Unreadable
+from rlft.runs.tables import Unreadable, has_messages, shown_prompt
 from rlft.trainer import dynamic_sampling
 from rlft.trainer.callbacks import Event, View
 from rlft.trainer.evaluate import change, evaluate, recorded_loss
@@ -17,7 +19,7 @@ from rlft.trainer.ranks import share_logprobs
 from rlft.trainer.sample import trainer_state
 from rlft.trainer.session import Recorder, Sampler, Session, Trainer
 from rlft.trainer.step import Step
-from rlft.trainer.step_metrics import peak_memory, rates, rollout_values, update_values
+from rlft.trainer.step_metrics import peak_memory, perplexity, rates, rollout_values, update_values
 from rlft.types import Sample
 
 
@@ -30,6 +32,8 @@ def step_values(sampler: Sampler, trainer: Trainer, step: Step) -> dict[str, flo
     )
     values |= update_values(step.updates, values) | packing_stats(step.packed, step.ran) | step.clock.values()
     values |= rates(step.rollouts, step.ran, cfg.optim.passes, step.clock)
+    if "nll" in values:
+        values["perplexity"] = perplexity(values.pop("nll"))
     if cfg.dynamic_sampling.rounds:
         values |= dynamic_sampling.metrics(step.groups, step.rounds, cfg.prompts_per_step)
     values |= {
@@ -48,14 +52,23 @@ def record(session: Session, step: Step, values: dict[str, float]) -> None:
     number, samples = trainer.state.step, step.samples
     assert step.breakdown is not None
     for fault in step.breakdown.faults():
-        recorder.console.note(fault)
+        recorder.console.warn(fault)
     recorder.run.log(number, values)
     share_logprobs(step)
     if dist.lead():
         recorder.writer.submit(lambda: write_completions(recorder, number, step))
     new = recorder.health.step(number, values)
-    recorder.console.step(values | {"step": float(number)}, samples[0].rollout.text, new, recorder.health.active)
+    recorder.console.step(values | {"step": float(number)}, example_of(samples[0]), new, recorder.health.active)
     recorder.tracking.log(number, values, "completions", step.rollouts, score_columns(samples), new)
+
+
+def example_of(sample: Sample) -> Example:
+    """Return a completion as the console shows it."""
+    prompt, reward = sample.rollout.prompt, sample.reward
+    asked = prompt_text(shown_prompt(prompt), has_messages(prompt))
+    # The recorded reward of SFT is 1 for every completion.
+    shown = None if math.isnan(reward) or len(prompt.recorded) == 1 else reward
+    return Example(sample.rollout.text, asked, shown, label_of(prompt.row))
 
 
 def call_back(
@@ -100,9 +113,11 @@ def measure(session: Session) -> dict[str, float]:
         if dist.lead():
             recorder.run.write_evaluation(step, evaluation.samples)
         for fault in evaluation.faults:
-            recorder.console.note(fault)
+            recorder.console.warn(fault)
         if evaluation.graded() and not step:
-            recorder.console.note(f"held-out rewards are not all 0 or 1: solved means at least {cfg.eval.threshold:g}")
+            recorder.console.detail(
+                f"held-out rewards are not all 0 or 1: solved means at least {cfg.eval.threshold:g}"
+            )
     recorder.run.log(step, values)
     samples = evaluation.samples if evaluation is not None else []
     scores = {"reward": [sample.reward for sample in samples]} if evaluation is not None else {}
@@ -119,5 +134,5 @@ def _first_rewards(recorder: Recorder) -> dict[int, list[float]]:
     try:
         return recorder.run.first_rewards()
     except Unreadable as error:
-        recorder.console.note(f"{error}; the change since the first evaluation is not measured")
+        recorder.console.warn(f"{error}; the change since the first evaluation is not measured")
         return {}

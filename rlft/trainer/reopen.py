@@ -56,7 +56,7 @@ def open_run(out: Path, which: str = "latest") -> Iterator[OpenedRun]:
     rope_source = path or (run.latest_checkpoint() if run.has_checkpoint() else None)
     long = rope_source is not None and checkpoint.continued_from(rope_source).get("rope") == "long factors"
     cfg = Config.load(run.config)
-    tokenizer = load_tokenizer(cfg.model)
+    tokenizer = load_tokenizer(cfg.model, checkpoint.given_tokenizer(rope_source))
     step = 0
     if path is None:
         # A new adapter leaves the base unchanged.
@@ -64,8 +64,7 @@ def open_run(out: Path, which: str = "latest") -> Iterator[OpenedRun]:
     else:
         policy = load_policy(cfg)
         state, tensors, _ = checkpoint.load_checkpoint(path, identity_of(cfg, policy))
-        policy.adapter_params.data.copy_(tensors["adapter"])
-        policy.flat.start.copy_(tensors["adapter_start"])
+        policy.flat.restore(tensors["adapter"], tensors["adapter_start"])
         step = state.step
     yield OpenedRun(cfg, policy, tokenizer, step, long)
 

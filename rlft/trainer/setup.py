@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from rlft import __version__, dist
-from rlft.algos.algorithm import Algorithm, build_algorithm, describe
+from rlft.algos.algorithm import Algorithm, build_algorithm
 from rlft.config.data import Data, Reward
 from rlft.config.files import to_toml
 from rlft.config.paths import user_path
@@ -23,13 +23,10 @@ from rlft.data.limits import Limits
 from rlft.data.prompts import Prompts, exclude_prompts, hold_out, load_prompts
 from rlft.data.table import PromptTable
 from rlft.data.usable import Rows, check_rows
-from rlft.environment import untested
+from rlft.environment import untested, without_bars
 from rlft.errors import ConfigError, DataError
-from rlft.models import targets
 from rlft.models.allocator import segments
-from rlft.models.continued import changed_dropout
-from rlft.models.fused.memory import weight_bytes
-from rlft.models.load import attach_lora, fingerprint, load_base, load_tokenizer, resolve_device, resolve_dtype
+from rlft.models.load import attach_lora, fingerprint, load_base, resolve_device, resolve_dtype
 from rlft.models.policy import Policy
 from rlft.monitor.background import Background
 from rlft.monitor.console import Console
@@ -46,13 +43,14 @@ from rlft.rollout.replay import ReplayEngine
 from rlft.runs import trust
 from rlft.runs.claim import Claim
 from rlft.runs.folder import Run
-from rlft.trainer import engines, ranks
+from rlft.trainer import engines, opening, ranks
 from rlft.trainer.advice import advice
 from rlft.trainer.agreement import agree
 from rlft.trainer.callbacks import Callbacks
 from rlft.trainer.evaluate import measures_loss
+from rlft.trainer.given_objects import Given
 from rlft.trainer.given_rows import copy_rows, read_streams
-from rlft.trainer.limits import check_loaded, limits_of_files
+from rlft.trainer.limits import check_loaded
 from rlft.trainer.optim import Optimizer
 from rlft.trainer.plans import memory_plan, pack_plan_of, pass_summary
 from rlft.trainer.progress import Progress
@@ -61,7 +59,7 @@ from rlft.trainer.saving import resume as resumed
 from rlft.trainer.selfcheck import check as check_path
 from rlft.trainer.session import Recorder, Sampler, Session, Trainer, check_adapter
 from rlft.trainer.validate import Checked, check, purpose_of
-from rlft.types import State
+from rlft.types import PackPlan, Prompt, State
 
 
 def _check(cfg: Config, resume: bool, callables: bool) -> Checked:
@@ -82,22 +80,31 @@ RESUMED = 'they come from lora.resume_from = "{}", or from the checkpoint; train
 
 @contextlib.contextmanager
 def build_session(
-    cfg: Config, rewards: Sequence[Any] | None = None, resume: bool = False, callbacks: Sequence[Any] = ()
+    cfg: Config,
+    rewards: Sequence[Any] | None = None,
+    resume: bool = False,
+    callbacks: Sequence[Any] = (),
+    console: Console | None = None,
+    given: Given = Given(),  # noqa: B008 (it is frozen)
 ) -> Iterator[Session]:
     """Build the session of a run, resumed from its newest checkpoint if asked, and close its resources at the end.
 
-    rewards: callables or rlft.Reward in place of `cfg.rewards`. The run folder is claimed first and released last.
-    Raises RlftError for every error a user can cause.
+    rewards: callables or rlft.Reward in place of `cfg.rewards`. console: the display, a new one where there is none
+    yet. given: objects in place of what the config names. The run folder is claimed first and released last. Raises
+    RlftError for every error a user can cause.
     """
     called = Callbacks(callbacks)
     ranks.check_config(cfg)
-    with ranks.claimed_by_lead(cfg, resume) as claimed:
+    with ranks.claimed_by_lead(cfg, resume) as claimed, console or Console() as console:
+        if claimed.resumed and dist.lead():
+            given.check_resume(claimed.run)
         cfg, called = ranks.config_here(cfg, claimed.run), called if dist.lead() else Callbacks()
         cfg, notes = read_streams(cfg)
         if claimed.run.path != user_path(cfg.out, "out"):
             cfg = replace(cfg, out=str(claimed.run.path))  # numbered
         checked = _check(cfg, claimed.resumed, callables=rewards is not None)
-        with _built(cfg, claimed, checked, rewards, called, notes) as session:
+        opening.each(console.note, [*claimed.notes, *notes, *given.notes])
+        with _built(cfg, claimed, checked, rewards, called, console, given) as session:
             yield session
 
 
@@ -108,44 +115,42 @@ def _built(
     checked: Checked,
     rewards: Sequence[Any] | None,
     callbacks: Callbacks,
-    notes: Sequence[str],
+    console: Console,
+    given: Given,
 ) -> Iterator[Session]:
-    """Build the session of a checked config in a claimed folder. notes: for the start of the run."""
+    """Build the session of a checked config in a claimed folder."""
     assert checked.algorithm is not None and checked.rows is not None, "a problem otherwise"
     run, algorithm = claimed.run, checked.algorithm
     with contextlib.ExitStack() as stack:
-        console = ranks.console_here(stack)
+        stack.enter_context(without_bars(always=not console.plain))
         stack.enter_context(segments(growing=True))
         writer = stack.enter_context(Background("rlft-writer"))
-        lines = [*claimed.notes, *untested(), *notes, *advice(cfg, checked.rows, run.path), f"loading {cfg.model}"]
-        console.note("\n".join(lines))
-        tokenizer = load_tokenizer(cfg.model)
-        cfg, limits = copy_rows(cfg, run), limits_of_files(cfg)
+        opening.each(console.warn, [*untested(), *advice(cfg, checked.rows, run.path)])
+        console.phase(f"loading {cfg.model}")
+        tokenizer = given.tokenizer_of(cfg)
+        cfg, limits = copy_rows(cfg, run), given.limits_of(cfg)
         rows, eval_prompts = load_prompts_of(cfg, tokenizer, limits, console.note, checked, run)
         prompts = Prompts(rows, cfg.seed, cfg.data.shuffle)
-        functions, eval_functions = _functions(cfg, rewards, open_ends(rows, tokenizer), console.note)
+        functions, eval_functions = _functions(cfg, rewards, open_ends(rows, tokenizer), console.warn)
         _close_later(stack, [*functions, *eval_functions])
-        policy = load_policy(cfg, console.note)
+        policy = given.policy_of(cfg, stack, lambda: load_policy(cfg, console.note))
         check_loaded(limits, policy.base.config, rows, eval_prompts)
+        steps = cfg.steps or prompts.steps(cfg.prompts_per_step, cfg.data.epochs or 1.0)
+        opening.each(console.note, opening.title(cfg, policy, rows, eval_prompts, steps, run))
         engine, eval_engine = _engines(cfg, policy, tokenizer, console, rows, eval_prompts, bool(eval_functions))
-        for line in _starting(cfg, engine, undeclared_end(tokenizer, policy.base)):
-            console.note(line)
+        opening.each(console.warn, _starting(cfg, engine, undeclared_end(tokenizer, policy.base)))
         _close_later(stack, [engine, eval_engine])
         assert engine.SAMPLES or not algorithm.loss.needs_sampler, "validate refuses this"
-        steps = cfg.steps or prompts.steps(cfg.prompts_per_step, cfg.data.epochs or 1.0)
         fp16, views = resolve_dtype(cfg, policy.device) == torch.float16, policy.flat.parameters.values()
-        with asleep(eval_engine):
-            check_path(policy)
-            # Planned here, because a pass may use the memory that is free now.
-            plan = ranks.same_plan(pack_plan_of(cfg, algorithm, policy, rows if engine.SAMPLES else ()))
-            memory, passes = memory_plan(policy, cfg, eval_engine, plan.budget), pass_summary(policy, plan.budget)
+        console.phase("compiling and checking the model")
+        plan, memory, passes = _planned(cfg, algorithm, policy, eval_engine, rows if engine.SAMPLES else ())
         eval_loss = bool(eval_prompts) and not engine.SAMPLES and measures_loss(rows, eval_prompts)
         sampler = Sampler(
             engine, eval_engine, prompts, eval_prompts, eval_loss, functions, eval_functions, console.progress
         )
-        optimizer = Optimizer(policy.adapter_params, cfg.optim, steps * cfg.optim.updates, fp16, views)
+        optimizer = Optimizer(policy.adapter_params, cfg.optim, steps * cfg.optim.updates, fp16, views, given.optimizer)
         reference = Reference(policy, keep=steps * cfg.prompts_per_step > len(rows) and not policy.mixes_rows)
-        identity, state = identity_of(cfg, policy), State(steps=steps, data=rows.digest())
+        identity, state = identity_of(cfg, policy) | given.identity, State(steps=steps, data=rows.digest())
         dist.check_same("the run (data and base)", (state.data, identity), ranks.SAME)
         progress = Progress(state, policy, optimizer, reference, prompts)
         if claimed.resumed:
@@ -155,15 +160,34 @@ def _built(
         claimed.make_room()
         # Before the config is written, which makes the folder a run: a tracker that fails leaves no run behind.
         tracking = stack.enter_context(Tracking(cfg, run, state.step, claimed.resumed, console.note))
-        run.write_config(to_toml(cfg))
-        trust.sign(run)
-        run.write_plan(memory)
-        console.start(_title(cfg, policy, algorithm, sampler, steps, run, passes), steps, state.step)
-        limit = dist.from_lead(agree(cfg, policy, engine, rows, plan, console.note))
+        _write_start(run, cfg, memory | given.state_bytes(policy), console)
+        opening.each(console.detail, opening.details(cfg, policy, algorithm, passes))
+        console.start([], steps, state.step)
+        console.phase("comparing engine and trainer")
+        limit = dist.from_lead(agree(cfg, policy, engine, rows, plan, console.detail))
         trainer = Trainer(cfg, steps, policy, algorithm, optimizer, reference, plan, limit, state, identity, progress)
         health = HealthMonitor(cfg.algo.name)
         recorder = Recorder(run, writer, console, health, tracking, TokenText(tokenizer), tokenizer, callbacks)
         yield Session(sampler, trainer, recorder)
+
+
+def _planned(
+    cfg: Config, algorithm: Algorithm, policy: Policy, engine: Engine, rows: Sequence[Prompt]
+) -> tuple[PackPlan, dict[str, int], str]:
+    """Check the policy's path; return how steps are packed, the bytes of memory, and a summary of a pass."""
+    with asleep(engine):
+        check_path(policy)
+        # Planned here, because a pass may use the memory that is free now.
+        plan = ranks.same_plan(pack_plan_of(cfg, algorithm, policy, rows))
+        return plan, memory_plan(policy, cfg, engine, plan.budget), pass_summary(policy, plan.budget)
+
+
+def _write_start(run: Run, cfg: Config, memory: dict[str, int], console: Console) -> None:
+    """Write the files that make the folder a run. memory: bytes by owner."""
+    run.write_config(to_toml(cfg))
+    trust.sign(run)
+    run.write_plan(memory)
+    console.keep_log(run.log_file)
 
 
 def _close_later(stack: contextlib.ExitStack, resources: Sequence[Any]) -> None:
@@ -286,35 +310,6 @@ def identity_of(cfg: Config, policy: Policy) -> dict[str, str]:
         "lora": f"rank {lora.rank}, alpha {lora.alpha:g}, rslora {lora.rslora}, {len(policy.adapter())} tensors",
         **({"rope": policy.rope.factors} if policy.rope is not None else {}),
     }
-
-
-MIXED = (
-    "int8: LLM.int8 finds its outlier columns over all rows of a micro-batch, so a row's log-probs depend a little on "
-    'what it is packed with; quantization = "nf4" or "none" has no such dependence'
-)
-"""Note shown at the start of a run over 8-bit weights."""
-
-
-def _title(
-    cfg: Config, policy: Policy, algorithm: Algorithm, sampler: Sampler, steps: int, run: Run, passes: str
-) -> list[str]:
-    """Return the lines shown at the start of a run. passes: from `pass_summary`."""
-    rows, evals = len(sampler.prompts.rows), len(sampler.eval_prompts)
-    dtype = str(resolve_dtype(cfg, policy.device)).removeprefix("torch.")
-    weights = weight_bytes(policy.base)
-    return [
-        f"{cfg.model}: {weights['parameters'] / 1e6:.0f} M parameters in {dtype} on {policy.device.type}, "
-        f"LoRA rank {cfg.lora.rank} ({policy.adapter_params.numel() / 1e6:.1f} M trained)",
-        f"{rows} prompts, {evals} held out; {steps} steps of {cfg.prompts_per_step} "
-        f"prompts x {cfg.sampling.group_size if sampler.engine.SAMPLES else 'recorded'} completions",
-        policy.path,
-        targets.describe(policy.model),
-        *([MIXED] if policy.mixes_rows else []),
-        *(line for line in (policy.rope and str(policy.rope), changed_dropout(cfg.lora)) if line),
-        f"memory: {weights['bytes'] / 2**30:.2f} GiB of weights; {passes}",
-        *describe(algorithm),
-        f"run folder: {run.path}",
-    ]
 
 
 def _starting(cfg: Config, engine: Engine, end: str) -> list[str]:

@@ -71,6 +71,11 @@ def batch_stats(loss: Tensor, logprobs: Tensor, entropy: Tensor, batch: Batch) -
     }
 
 
+def perplexity(nll: float) -> float:
+    """Return the perplexity of a mean negative log-prob in nats, inf where it would overflow."""
+    return math.exp(nll) if nll < 700 else math.inf
+
+
 def update_values(updates: Sequence[Update], values: dict[str, float]) -> dict[str, float]:
     """Return means of loss and gradient norm over the updates of a step, and the last learning rate.
 

@@ -235,7 +235,7 @@ def test_the_example_of_a_users_loss_trains_from_a_config(home: Path, tmp_path: 
     cfg = config(home, tmp_path / "run", algo=Algo("examples/my_loss.py"), optim=Optim(lr=1e-2, passes=2))
     file = tmp_path / "run.toml"
     file.write_text(to_toml(cfg))
-    assert main(["train", str(file), "--algo.width=0.1", "--steps=1"]) == 0
+    assert main(["train", str(file), "--algo.width=0.1", "--steps=1", "--verbose"]) == 0
     assert "examples/my_loss.py: ratio per token, squared penalty of width 0.1, no KL" in capsys.readouterr().out
     assert main(["train", str(tmp_path / "run" / "config.toml"), "--steps=2", "--resume"]) == 0
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]

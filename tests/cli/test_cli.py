@@ -294,7 +294,7 @@ def test_env_shows_versions_windows_and_the_command_that_adds_what_is_missing(
     text = capsys.readouterr().out
     have = environment.version("torch")
     assert f"torch          {have:<14}tested {environment.tested('torch')}\n" in text
-    assert "pip install 'rlft[wandb]'" in text or "\nwandb " in text
+    assert "pip install 'wandb>=0.31'" in text or "\nwandb " in text
 
 
 def test_a_version_is_compared_by_its_numbers() -> None:

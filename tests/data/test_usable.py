@@ -75,12 +75,13 @@ def row(r):
     if r["i"] == 2: raise KeyError("answer")
     if r["i"] == 3: return [r]
     if r["i"] == 4: raise Silent
+    if r["i"] == 6: exit()
     return {"prompt": str(r["i"]), "x": (1, {2})}
 """
 
 
 def test_a_template_leaves_rows_out_by_none_and_its_errors_are_those_of_a_row(tmp_path: Path) -> None:
-    data = write(tmp_path, [{"i": i} for i in range(6)], TEMPLATE)
+    data = write(tmp_path, [{"i": i} for i in range(7)], TEMPLATE)
     with pytest.raises(DataError, match=r'row 2: data.template = ".*" raised KeyError: .answer. \(my.py, line 7\)'):
         check_rows(data, 0)
     rows = check_rows(with_drop(data), 0)
@@ -90,6 +91,7 @@ def test_a_template_leaves_rows_out_by_none_and_its_errors_are_those_of_a_row(tm
         "template raised KeyError",
         "template returned no dict",
         "template raised Silent",
+        "template raised SystemExit",
     ]
     only_none = write(tmp_path, [{"i": i} for i in (0, 1, 5)], TEMPLATE)
     assert check_rows(only_none, 0).drops.counts == {"template returned None": 1}

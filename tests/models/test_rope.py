@@ -245,7 +245,9 @@ def test_vllm_is_started_with_a_length_that_gives_it_the_trainers_factors(monkey
     policy = policy_of("phi3", torch.float32)
 
     class Silent:
-        def note(self, _: str) -> None: ...
+        def phase(self, _: str) -> None: ...
+        def warn(self, _: str) -> None: ...
+        def detail(self, _: str) -> None: ...
         def generating(self, *_: int) -> None: ...
 
     def begin(**changes: Any) -> None:
@@ -275,7 +277,7 @@ def long_model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def test_a_run_says_its_factors_and_its_engine_agrees(home: Path, tmp_path: Path, long_model: str, capsys) -> None:
     cfg = grpo(home, tmp_path / "run", model=long_model, steps=1, sampling=Sampling(group_size=4, max_tokens=40))
-    train(cfg)
+    train(cfg, verbose=True)
     said = capsys.readouterr().out
     assert "rope: long factors for all sequences: the longest can have" in said and "up to 48" in said
     (values,) = [v for v in metrics(tmp_path / "run") if "loss" in v]
@@ -285,7 +287,7 @@ def test_a_run_says_its_factors_and_its_engine_agrees(home: Path, tmp_path: Path
     with open_run(tmp_path / "run") as run, open_run(tmp_path / "run", "base") as untrained:
         assert run.long and untrained.long
     assert isinstance(generate_from_run(tmp_path / "run", ["say 3"], max_tokens=3)[0], str)
-    train(replace(cfg, steps=2, sampling=Sampling(group_size=4, max_tokens=3)), resume=True)
+    train(replace(cfg, steps=2, sampling=Sampling(group_size=4, max_tokens=3)), resume=True, verbose=True)
     said = capsys.readouterr().out
     assert "rope: short factors for all sequences" in said
     assert "rope of the checkpoint is long factors, here it is short factors" in said

@@ -17,8 +17,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console as Terminal
 
-from rlft.monitor.console import Console, clock, evaluation_line, evaluation_rows, shorten, spark, time_line
+from rlft.monitor.console import Console, Level, evaluation_line, evaluation_rows, wrap
 from rlft.monitor.health import Message
+from rlft.monitor.panel import Example, Panel, clock, label_of, prompt_text, shorten, spark, time_line
 from rlft.types import Best
 
 VALUES = {
@@ -45,13 +46,134 @@ def test_a_plain_step_is_one_line_in_a_fixed_order(capsys) -> None:
         assert console.plain
         console.start(["model", "grpo [x]"], steps=40, done=0)
         console.progress("training", 1, 4)
-        console.step(VALUES, "a sample")
+        console.step(VALUES, Example("a sample"))
     assert capsys.readouterr().out.splitlines() == [
         "model",
         "grpo [x]",
         "step 12/40  reward 0.610  loss 0.0123  len 5.2  entropy 0.333  mismatch 1e-06  6.1 s  sample 154 tok/s  "
         "train 1210 tok/s  2.8 min left",  # 28 steps of 6.1 s
     ]
+
+
+PAIRS = {"step": 3.0, "reward": 0.0, "loss": 0.69, "rewards/accuracies": 0.75, "rewards/margins": 0.1234}
+
+
+@pytest.mark.parametrize(
+    ("values", "shown"),
+    [
+        (PAIRS, "step 3/9  accuracy 75%  margin 0.123  loss 0.6900"),
+        ({"step": 3.0, "reward": 1.0, "loss": 1.5, "perplexity": 4.4817}, "step 3/9  perplexity 4.482  loss 1.5000"),
+        (
+            {"step": 3.0, "reward": 0.5, "rewards/chosen": 0.25, "rewards/rejected": -1.5},
+            "step 3/9  desirable 0.250  undesirable -1.500",
+        ),
+        ({"step": 3.0, "reward": -1.0, "rewards/rejected": -1.5}, "step 3/9  undesirable -1.500"),
+    ],
+    ids=["pairs", "sft", "kto", "kto_one_side"],
+)
+def test_a_run_over_recorded_completions_shows_what_it_is_judged_by(values, shown: str, capsys) -> None:
+    with Console() as console:
+        console.start([], steps=9)
+        console.step(values, None)
+    assert capsys.readouterr().out == shown + "\n"
+
+
+def test_each_reward_function_has_a_row_where_there_is_more_than_one() -> None:
+    one = {"reward": 0.5, "rewards/number/mean": 0.5, "rewards/number/std": 0.1}
+    assert "number" not in drawn(one) and "0.500" in drawn(one)
+    two = drawn(one | {"rewards/a_very_long_name_of_one/mean": 0.25})
+    assert [line.split() for line in two.splitlines()[2:5]] == [
+        ["reward", "0.500"],
+        ["number", "0.500"],
+        ["a_very_long_na…", "0.250"],
+    ]
+    many = drawn({f"rewards/f{i}/mean": 0.1 for i in range(30)} | one)
+    assert len(many.splitlines()) < 16
+
+
+def drawn(values: dict[str, float], width: int = 80, **shown: object) -> str:
+    """The panel after a step, as text."""
+    panel = Panel(steps=9)
+    panel.add({"step": 3.0} | values)
+    for name, value in shown.items():
+        setattr(panel, name, value)
+    terminal = Terminal(file=io.StringIO(), width=width, height=60)
+    with terminal.capture() as captured:
+        terminal.print(panel)
+    return captured.get().strip("\n")
+
+
+def test_the_completion_has_its_prompt_reward_and_label_wrapped_at_words() -> None:
+    words = "understanding " * 12
+    text = drawn({"reward": 0.5}, example=Example(words, "what is it?", 0.25, "42"))
+    lines = [line.strip() for line in text.splitlines()]
+    assert "prompt: what is it?" in lines and "(reward 0.25, label 42)" in lines
+    assert text.count("understanding") == 12 and all(len(line) <= 80 for line in lines)
+    assert "(" not in drawn({"reward": 0.5}, example=Example("text")).splitlines()[-1]
+
+
+def test_the_label_is_the_answer_column_as_text() -> None:
+    assert label_of({"prompt": "p", "answer": 42, "label": "no"}) == "42"
+    assert label_of({"label": False}) == "False" and label_of({"prompt": "p", "answer": None}) == ""
+    messages = '[{"role": "system", "content": "s"}, {"role": "user", "content": "hi"}]'
+    assert prompt_text(messages, True) == "hi" and prompt_text(messages, False) == messages
+    assert prompt_text("[]", True) == "[]" and prompt_text("{", True) == "{"
+
+
+def test_details_are_in_the_log_and_shown_only_when_asked_for(tmp_path: Path, capsys) -> None:
+    for verbose in (False, True):
+        log = tmp_path / f"{verbose}.txt"
+        with Console(verbose=verbose) as console:
+            console.note("before the log")
+            console.detail("a detail \x1b[2J")
+            console.phase("loading the model")
+            console.keep_log(log)
+            console.note("act on it", Level.WARNING)
+            console.step({"step": 1.0, "loss": 0.5}, None)
+        shown = capsys.readouterr().out.splitlines()
+        detail = ["a detail \ufffd[2J"] if verbose else []
+        assert shown == ["before the log", *detail, "! act on it", "step 1  loss 0.5000"]
+        assert [line[20:] for line in log.read_text().splitlines()] == [
+            "before the log",
+            "a detail \ufffd[2J",
+            "loading the model",
+            "! act on it",
+            "step 1  loss 0.5000",
+        ]
+        assert all(re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ", line) for line in log.read_text().splitlines())
+
+
+def test_a_log_that_cannot_be_written_stops_nothing(tmp_path: Path, capsys) -> None:
+    with Console() as console:
+        console.keep_log(tmp_path / "missing" / "log.txt")
+        console.note("goes on")
+    assert capsys.readouterr().out == "goes on\n"
+
+
+def test_a_phase_is_a_line_only_where_that_is_asked_for(capsys) -> None:
+    with Console() as console:
+        console.phase("loading", line=True)
+        console.phase("starting vLLM")
+    assert capsys.readouterr().out == "loading\n"
+
+
+def test_the_clock_of_a_phase_starts_with_its_name(monkeypatch) -> None:
+    panel, now = Panel(), [100.0]
+    monkeypatch.setattr("rlft.monitor.panel.time.monotonic", lambda: now[0])
+    panel.enter("starting vLLM")
+    now[0] = 175.0
+    panel.enter("starting vLLM")
+    assert panel._bar().plain == "starting vLLM 1:15"  # type: ignore[union-attr]
+
+
+def test_lines_break_at_words_and_paths_stay_whole() -> None:
+    path = "/" + "long/" * 30
+    assert wrap(f"adapter:        {path}", 80, 16) == f"adapter:        {path}"
+    text = wrap("checkpoints:    " + "choose it with --checkpoint best " * 6, 80, 16).splitlines()
+    assert len(text) > 2 and all(len(line) <= 80 for line in text)
+    assert all(line.startswith(" " * 16) and line[16] != " " for line in text[1:])
+    assert " ".join(" ".join(text).split()[1:]) == " ".join(["choose it with --checkpoint best"] * 6)
+    assert wrap("  a   b", 80) == "  a   b"
 
 
 def test_missing_metrics_are_left_out_and_the_last_step_has_nothing_left(capsys) -> None:
@@ -197,13 +319,14 @@ SCRIPT = """
 import time, sys
 from pathlib import Path
 from rlft.monitor.console import Console
+from rlft.monitor.panel import Example
 values = {VALUES}
 with Console() as console:
     assert not console.plain
     console.start(["a title"], 40, 11)
     console.generating(32, 64)
     time.sleep(0.6)
-    console.step(values, "so it is \\x1b[2J [bold]42")
+    console.step(values, Example("so it is \\x1b[2J [bold]42"))
     console.note("a note")
     console.progress("training", 1, 4)
     time.sleep(0.6)

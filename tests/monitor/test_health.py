@@ -216,14 +216,21 @@ def test_trouble_further_back_than_the_window_is_forgotten() -> None:
     assert check(old + [{**HEALTHY, "grad_norm": 5.0}] * (health.WINDOW + 1)) == []
 
 
-def test_a_message_is_new_when_its_trouble_begins_and_again_when_it_comes_back() -> None:
+def test_each_rule_is_new_once_in_a_run_though_two_take_turns() -> None:
     monitor = HealthMonitor()
-    shares = {1: 0.1, 2: 0.97, 3: 0.98, 4: 0.1, 5: 0.95}
+    shares = {1: 0.1, 2: 0.97, 3: 0.8, 4: 0.97, 5: 0.8, 6: 0.1, 7: 0.95}
     new = {step: monitor.step(step, {**HEALTHY, "completions/clipped_ratio": share}) for step, share in shares.items()}
-    assert {step: [message.text for message in messages] for step, messages in new.items() if messages} == {
-        2: ["97% of completions hit max_tokens: raise sampling.max_tokens"],
-        5: ["95% of completions hit max_tokens: raise sampling.max_tokens"],
+    assert {step: [message.name for message in messages] for step, messages in new.items() if messages} == {
+        2: ["truncation"],
+        3: ["truncation_at_start"],
     }
+    assert [message.name for message in monitor.active] == ["truncation"]  # still in the panel
+
+
+def test_kto_learns_though_its_groups_have_one_completion() -> None:
+    row = {**HEALTHY, "frac_reward_zero_std": 1.0, "kl": 0.1}
+    assert [message.name for message in check([row])] == ["equal_rewards"]
+    assert check([row | {"rewards/rejected": -0.5}]) == []
 
 
 def test_what_applies_now_is_that_of_the_newest_step_and_of_an_evaluation_after_it() -> None:
@@ -237,6 +244,7 @@ def test_what_applies_now_is_that_of_the_newest_step_and_of_an_evaluation_after_
         "the held-out reward fell to 0"
     )
     assert [message.name for message in monitor.active] == ["truncation", "eval_falls"]
+    assert monitor.evaluation(6, {"eval/reward": 0.2, "eval/reward_stderr": 0.01}) == []  # each rule once per run
     assert monitor.step(7, {**HEALTHY, "completions/clipped_ratio": 0.97}) == []  # not new: the evaluation is no step
     assert [message.name for message in monitor.active] == ["truncation"]
 

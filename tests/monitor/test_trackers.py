@@ -396,7 +396,7 @@ def test_unknown_trackers_and_missing_packages_say_what_to_do(
     assert "Half" in (said := refused(home, tmp_path, use=[own.replace("Mine", "Half")])) and "lacks finish" in said
     monkeypatch.setattr("rlft.monitor.tracking.version", lambda package: None)
     said = refused(home, tmp_path, use=["trackio"])
-    assert said == "track.use = \"trackio\": trackio is not installed: pip install 'rlft[trackio]'"
+    assert said == "track.use = \"trackio\": trackio is not installed: pip install 'trackio>=0.40'"
     monkeypatch.setattr("rlft.monitor.tracking.version", lambda package: "0.12.1")
     said = refused(home, tmp_path, use=["wandb"], mode="offline")
     assert said == "track.use = \"wandb\": wandb 0.12.1 is too old: pip install -U 'wandb>=0.31'"

@@ -421,6 +421,13 @@ def test_a_value_of_a_row_that_is_long_is_saved_as_its_beginning() -> None:
     assert tables.dataset_columns(Prompt((1,), {"prompt": "a"}, 0)) is None
 
 
+def test_a_row_with_a_lone_surrogate_is_written_and_shown(run: Run) -> None:
+    row = {"prompt": "a", "answer": "x\ud83d"}
+    made = [Rollout(Prompt((1,), row, 0), (1,), (True,), (-0.5,), "5", FinishReason.STOP, 0, 0, 0)]
+    run.write_rollouts(1, records.samples(made, [1.0], {}, [0.0]))
+    assert "<dt>answer</dt><dd>x?</dd>" in completions.samples(run, [])
+
+
 @pytest.mark.parametrize("value", [None, "", "[1]", "{}", "nonsense", "[" * 5000])
 def test_a_file_without_columns_of_the_row_shows_none(value: str | None) -> None:
     assert markup.columns(value) == ""

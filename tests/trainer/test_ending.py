@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -41,18 +41,6 @@ SETTINGS = (
     "--eval.every=1",
 )
 """Several updates a step, a reference, and an evaluation after each step."""
-
-
-@pytest.fixture(autouse=True)
-def signals_have_their_defaults() -> Iterator[None]:
-    """A test run under nohup or in the background hands its ignored signals on to the runs it starts."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGHUP, signal.SIGINT)}
-    for number, handler in before.items():
-        if handler is signal.SIG_IGN:
-            signal.signal(number, signal.SIG_DFL if number == signal.SIGHUP else signal.default_int_handler)
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="module")

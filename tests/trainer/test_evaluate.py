@@ -389,7 +389,7 @@ def test_sft_without_rewards_measures_the_held_out_loss_and_changes_nothing(home
 
 def test_recorded_rows_with_rewards_have_a_loss_and_a_reward(home: Path, tmp_path: Path, capsys) -> None:
     own = Eval(rows=5, rewards=(Reward(f"{home}/rewards.py:digits"),), samples=2, temperature=1.0)
-    result = train(sft(home, tmp_path / "run", steps=1, eval=own))
+    result = train(sft(home, tmp_path / "run", steps=1, eval=own), verbose=True)
     assert {"eval/loss", "eval/perplexity", "eval/reward", "eval/reward_change", "eval/pass@2"} <= result.after.keys()
     told = capsys.readouterr().out
     assert "held-out rewards are not all 0 or 1: solved means at least 1" in told and "perplexity" in told

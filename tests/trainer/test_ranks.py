@@ -150,7 +150,7 @@ def raised(function: Any) -> tuple[str, str, int]:
 
 def broken_reward(completions: list[str], **_: Any) -> list[float]:
     if dist.rank() == 1:
-        raise ValueError("no such column")
+        return [0.0]
     return digits(completions)
 
 
@@ -243,9 +243,11 @@ def test_completions_rewards_and_advantages_are_equal_and_weights_to_rounding(bo
         )
         assert len(rows) == len(others) > 0
         for row, other in zip(rows, others, strict=True):
-            logprobs, other_logprobs = row.pop("logprobs"), other.pop("logprobs")
-            assert row == other and (logprobs is None) == (other_logprobs is None)
-            assert (logprobs or []) == pytest.approx(other_logprobs or [], abs=1e-6)
+            for name in ("logprobs", "sampler_logprobs"):  # from the second step on by weights that round differently
+                values, other_values = row.pop(name), other.pop(name)
+                assert (values is None) == (other_values is None)
+                assert (values or []) == pytest.approx(other_values or [], abs=1e-5)
+            assert row == other
     weights, other_weights = (
         load_file(folder / name / "checkpoints" / "step-000003" / "adapter_model.safetensors") for folder in (one, many)
     )
@@ -309,7 +311,7 @@ def test_only_the_lead_writes_and_nothing_else_is_left(both: Pair) -> None:
 def test_a_fault_of_one_rank_ends_all_with_its_text_and_exit_code(ranks: tuple[Path, list[Results]]) -> None:
     found = [results["faults"]["reward"] for results in ranks[1]]
     kinds, texts, codes = zip(*found, strict=True)
-    assert set(codes) == {RewardError.exit_code} and all("no such column" in text for text in texts)
+    assert set(codes) == {RewardError.exit_code} and all("returned 1 rewards for " in text for text in texts)
     assert kinds[1] == "RewardError" and set(kinds[:1] + kinds[2:]) == {"ElsewhereError"}
     assert texts[0] == f"rank 1: {texts[1]}"
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from rlft.algos.checks import check_choice
 from rlft.algos.loss import Loss
-from rlft.types import Aggregation, Batch, Stats
+from rlft.types import Aggregation, Batch, Stat, Stats
 
 
 @dataclass(frozen=True)
@@ -36,4 +36,5 @@ class Sft(Loss):
 
     def __call__(self, logprobs: Tensor, batch: Batch) -> tuple[Tensor, Stats]:
         used = batch.train_mask & (batch.weight != 0)
-        return (-(batch.advantages * torch.where(used, logprobs, 0)) * batch.weight).sum(), {}
+        loss = (-(batch.advantages * torch.where(used, logprobs, 0)) * batch.weight).sum()
+        return loss, {"nll": Stat.mean(-logprobs, used)}

@@ -12,7 +12,7 @@ without a score, or one outside of that range, is a fault of the row, as is a re
 row is left out and never scored 0.
 
 Requests run concurrently and are repeated with growing pauses on refused connections, timeouts, and the status codes
-408, 409, 429 and 5xx, as the `openai` package does it (`pip install "rlft[judge]"`). Identical requests are sent once
+408, 409, 429 and 5xx, as the `openai` package does it (`pip install 'openai>=1.60'`). Identical requests are sent once
 and their replies kept while the process lives. What a completion says to its judge is part of the prompt: a model under
 training learns to flatter and to instruct it, so watch `judge/reply` in the rollouts.
 """

@@ -2,7 +2,7 @@ r"""Reward 1 when the completion's answer is mathematically equal to the dataset
 
 Reads LaTeX and plain expressions: fractions, roots, sets, intervals, matrices, equations, percent, units. The last
 `\boxed{}` of a completion counts, or else its last expression. Equal are 1/2 and 0.5, (x+1)^2 and x^2+2x+1, {1,2} and
-{2,1}; see https://github.com/huggingface/Math-Verify. Needs `pip install "rlft[math]"`.
+{2,1}; see https://github.com/huggingface/Math-Verify. Needs `pip install math-verify`.
 
 The column `answer` holds a number, LaTeX with or without `$`, a solution whose answer is in `\boxed{}`, or GSM8K's
 `#### 72`. An answer that is none of these, such as a sentence or `sqrt(2)` for `\sqrt{2}`, is a fault of its row and

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlft import dist
 from rlft.config.data import Sampling
 from rlft.config.run import Engine as Options
 from rlft.errors import EngineError
@@ -51,16 +52,17 @@ class VllmEngine:
         sequences: int,
         progress: Callable[[int, int], None] | None = None,
         note: Callable[[str], None] = lambda _: None,
+        detail: Callable[[str], None] = lambda _: None,
     ) -> None:
         """Start vLLM, which takes from 10 seconds to minutes, since it compiles and captures graphs.
 
         longest: tokens of the longest prompt plus completion. sequences: completions sampled together, for the size of
-        the KV cache. progress: called with (finished sequences, all). note: called with a summary of how the engine
-        runs. Raises EngineError.
+        the KV cache. progress: called with (finished sequences, all). note: called with what went wrong and did not
+        stop the engine. detail: called with a summary of how it runs. Raises EngineError.
         """
         self._policy, self._tokenizer, self._options = policy, tokenizer, options
         self._longest, self._sequences = longest, sequences
-        self._progress, self._note = progress, note
+        self._progress, self._note, self._detail = progress, note, detail
         self._scales = dict(policy.scales)
         self._shapes = {name: tuple(tensor.shape) for name, tensor in policy.adapter().items()}
         self._ranks = {module_of(name): shape[0] for name, shape in self._shapes.items() if ".lora_A." in name}
@@ -118,7 +120,7 @@ class VllmEngine:
         self._refill()
         tested = hooks.TESTED_ON_GPU if device.type == "cuda" else hooks.TESTED_ON_CPU
         is_tested = (vllm_start.minor(), self.runner) in tested
-        self._note(
+        self._detail(
             f"vLLM {vllm_start.version()} ({self.runner} model runner{'' if is_tested else ', untested with rlft'}) "
             f"up in {time.perf_counter() - begin:.0f} s: {self.choice}"
         )
@@ -359,7 +361,8 @@ class VllmEngine:
                     first,
                 )
         except VllmFailed as failure:
-            if self._restarted or failure.hangs:
+            # A new engine joins the process group at its start, which all ranks must do at the same moment.
+            if self._restarted or failure.hangs or not dist.is_alone():
                 raise EngineError(f"vLLM failed while sampling: {failure}") from failure
             self._restarted = True
             self._note(f"vLLM failed while sampling ({failure}); it is started once more")

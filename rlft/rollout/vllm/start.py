@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from rlft import dist
 from rlft.config.run import Engine as Options
 from rlft.rollout.vllm.memory import EngineMemory, EngineMode
 from rlft.rollout.vllm.shared_weights import slot_rank
@@ -91,6 +92,9 @@ def arguments(
         # slots.
         "additional_config": {"rlft": hashlib.sha256(str(slots).encode()).hexdigest()},
     }
+    if not dist.is_alone():
+        # An engine per rank, which takes the process group that is there.
+        values |= {"distributed_executor_backend": "external_launcher"}
     if gpu:
         free, total = torch.cuda.mem_get_info(device)
         # Unused, because the cache size is explicit, but vLLM compares it with the free memory.
