@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from rlft.config.data import Sampling as Sampling
     from rlft.config.data import Source as Source
     from rlft.config.run import Algo as Algo
+    from rlft.config.run import BaseWeights as BaseWeights
     from rlft.config.run import Checkpoint as Checkpoint
     from rlft.config.run import Config as Config
     from rlft.config.run import Engine as Engine
@@ -87,6 +88,7 @@ _MODULES = {
         "Checkpoint",
         "Track",
         "Ranks",
+        "BaseWeights",
     ),
     "config.data": ("Data", "Source", "Reward", "Sampling", "DynamicSampling", "Curriculum", "Overlong", "Eval"),
     "types": ("Prompt", "Rollout", "Batch", "PackPlan", "Stat", "State"),
@@ -96,11 +98,12 @@ _MODULES = {
 _WHERE = {name: module for module, names in _MODULES.items() for name in names}
 
 __all__ = [
-    "__version__", "train", "open", "Callback", "View", "Result", "generate", "evaluate", "load", "Config", "preset",
-    "Algo", "Lora", "Optim", "Engine", "Packing", "Parity", "Checkpoint", "Track", "Ranks", "Data", "Source", "Reward",
-    "Sampling", "DynamicSampling", "Curriculum", "Overlong", "Eval", "Prompt", "Rollout", "Batch", "PackPlan", "Stat",
-    "State", "algorithm", "group_ids", "pack_rollouts", "linear_logprobs", "Policy", "sampler", "scorer", "rank",
-    "RlftError", "ConfigError", "DataError", "RewardError", "EngineError", "ParityError", "TrainError",
+    "__version__", "train", "open", "Callback", "View", "Result", "generate", "evaluate", "load", "Config",
+    "preset", "Algo", "Lora", "Optim", "Engine", "Packing", "Parity", "Checkpoint", "Track", "Ranks", "BaseWeights",
+    "Data", "Source", "Reward", "Sampling", "DynamicSampling", "Curriculum", "Overlong", "Eval", "Prompt",
+    "Rollout", "Batch", "PackPlan", "Stat", "State", "algorithm", "group_ids", "pack_rollouts", "linear_logprobs",
+    "Policy", "sampler", "scorer", "rank", "RlftError", "ConfigError", "DataError", "RewardError", "EngineError",
+    "ParityError", "TrainError",
 ]  # fmt: skip
 
 

@@ -168,6 +168,16 @@ class Checkpoint:
     the newest; the best on held-out rows is kept too."""
 
 
+@section("base")
+class BaseWeights:
+    """Where the frozen weights of the layers lie while a run goes on."""
+
+    place: Literal["device", "host", "sharded"] = "device"
+    """"device": each GPU has all of them. "host": in host memory, one copy for the ranks of a machine. "sharded": each
+    GPU of a machine has its share. The last two bring each layer to the device two layers ahead, by fused layers only,
+    and for recorded completions only (SFT, DPO), since an engine samples from weights on the device."""
+
+
 @section("ranks")
 class Ranks:
     """Several processes that run one run together; torchrun decides how many."""
@@ -256,6 +266,7 @@ class Config:
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     track: Track = field(default_factory=Track)
     ranks: Ranks = field(default_factory=Ranks)
+    base: BaseWeights = field(default_factory=BaseWeights)
 
     if TYPE_CHECKING:  # what each field is made from; what it is then is above
 
@@ -287,6 +298,7 @@ class Config:
             checkpoint: Checkpoint | Mapping[str, Any] = ...,
             track: Track | Mapping[str, Any] = ...,
             ranks: Ranks | Mapping[str, Any] = ...,
+            base: BaseWeights | Mapping[str, Any] = ...,
         ) -> None: ...
 
     def __post_init__(self) -> None:

@@ -146,17 +146,21 @@ def _warn(text: str) -> None:
     warnings.warn(f"rlft: {text}", stacklevel=3)
 
 
-def load_base(cfg: Config | Base, device: torch.device, note: Callable[[str], None] = _warn) -> nn.Module:
-    """Load the frozen model without an adapter, in evaluation mode on `device`.
+def load_base(
+    cfg: Config | Base, device: torch.device, note: Callable[[str], None] = _warn, into: torch.device | None = None
+) -> nn.Module:
+    """Load the frozen model without an adapter, in evaluation mode.
 
-    note: called with what is not loaded from the files. Linear layers of the decoder are quantized while they are read.
+    device: the one that computes. note: called with what is not loaded from the files. into: where the tensors lie;
+    None: on `device`. Linear layers of the decoder are quantized while they are read.
     Embedding and head have a multiple of 64 rows in memory; the parameter is a view without the last ones (zeros).
     """
     plan = describe_base(cfg, device)
     if plan.note:
         note(plan.note)
     with explained(cfg.model, plan.location, "it"), _progress(), _quiet(plan.note is not None):
-        model = _from_gguf(cfg.model, plan, device) if plan.location.gguf else _from_files(cfg.model, plan, device)
+        read = _from_gguf if plan.location.gguf else _from_files
+        model = read(cfg.model, plan, into or device)
     if plan.quantization != "none":
         quant.configure_bitsandbytes(cfg.model, model, device)
     head = model.get_output_embeddings()

@@ -10,6 +10,7 @@ Shapes: T packed tokens, N trained tokens, H hidden size.
 
 from __future__ import annotations
 
+import functools
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -20,6 +21,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
+from rlft.errors import ConfigError
 from rlft.kernels.attention import Sequences
 from rlft.kernels.logprobs import CHUNK_BYTES, linear_logprobs
 from rlft.models import packed, padded, rope
@@ -27,8 +29,10 @@ from rlft.models.adapter import FlatAdapter
 from rlft.models.device_memory import DeviceMemory, host_free
 from rlft.models.fused import memory
 from rlft.models.fused.decoder import FusedDecoder, PassRecord, fuse
+from rlft.models.fused.placement import Place
 from rlft.models.fused.token_budget import ALONE, BUDGETS, Group, token_budget
 from rlft.models.head import append_ones, head_matrix, scale_of, softcap_of
+from rlft.models.load import fingerprint
 from rlft.models.quantization import mixes_rows
 from rlft.models.structure import decoder_of, unpackable
 from rlft.types import Batch
@@ -39,22 +43,32 @@ class Policy:
     """A PEFT model as a policy. `adapter()` is what training changes, `base` what it does not."""
 
     def __init__(
-        self, model: PeftModel, dtype: torch.dtype = torch.float32, device_memory: DeviceMemory | None = None
+        self,
+        model: PeftModel,
+        dtype: torch.dtype = torch.float32,
+        device_memory: DeviceMemory | None = None,
+        place: Place = "device",
     ) -> None:
         """Fuse the decoder and flatten the adapter.
 
         dtype: of the adapter's master copy (fp32; fp64 in exactness tests). device_memory: what the plans of passes are
-        chosen from, and what an engine reports to; None: the object of the model's device.
+        chosen from, and what an engine reports to; None: the object of the model's device. place: where the frozen
+        weights of the layers are moved to, as `base.place`. Raises ConfigError when only transformers' own layers can
+        run a base that is to lie off the device.
         """
         packed.register()
         self.model = model
         self.flat = FlatAdapter(model, dtype=dtype)
         self.device = self.flat.values.device
         self.device_memory = device_memory or DeviceMemory.of(self.device)
-        fused = fuse(model, self.device_memory)
+        self.base: nn.Module = model.get_base_model()
+        if place != "device":
+            _ = self.fingerprint  # while the weights are whole
+        fused = fuse(model, self.device_memory, place)
         self.fused = fused if isinstance(fused, FusedDecoder) else None
         """The fused decoder; None if transformers' own layers run."""
-        self.base: nn.Module = model.get_base_model()
+        if self.fused is None and place != "device":
+            raise ConfigError(f'base.place = "{place}": only fused layers read weights from there, and here {fused}')
         problem = None if self.fused else unpackable(self.base)
         self.packed = problem is None
         """Whether sequences share a row, also behind a common prompt; else each has a padded row that includes its
@@ -78,6 +92,11 @@ class Policy:
             for module_name, module in model.named_modules()
             if ".lora_dropout." in module_name and isinstance(module, nn.Dropout)
         ]
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """16 hex digits that identify the base."""
+        return fingerprint(self.base)
 
     def logprobs(self, batch: Batch, entropy_grad: bool = False) -> tuple[Tensor, Tensor]:
         """Return the log-prob of every trained token, with gradient to the adapter, and the entropy of its

@@ -100,7 +100,13 @@ class Given:
 
     def policy_of(self, cfg: Config, stack: contextlib.ExitStack, load: Callable[[], Policy]) -> Policy:
         """Return a policy over the model given, which is as before when `stack` closes; without one, call `load`."""
-        return load() if self.model is None else Policy(stack.enter_context(self.model.borrowed(cfg)))
+        if self.model is None:
+            return load()
+        if cfg.base.place != "device":
+            raise ConfigError(
+                f'base.place = "{cfg.base.place}": a model given keeps its weights where they are; name the model'
+            )
+        return Policy(stack.enter_context(self.model.borrowed(cfg)))
 
     def state_bytes(self, policy: Policy) -> dict[str, int]:
         """Return the memory that the optimiser given takes, by its name in the memory plan; empty without one."""

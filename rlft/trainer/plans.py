@@ -51,8 +51,11 @@ def memory_plan(policy: Policy, cfg: Config, engine: Engine, tokens: int) -> dic
     """
     adapter = policy.adapter_params.numel() * policy.adapter_params.element_size()
     moments = 2 * policy.adapter_params.numel() if cfg.optim.name == "adamw_8bit" else 2 * adapter
+    placement = policy.fused.placement if policy.fused else None
+    moved = {} if placement is None else {"layers on their way": placement.ring.bytes}
     return {
-        "base": weight_bytes(policy.base)["bytes"],
+        "base": weight_bytes(policy.base)["bytes"] - (0 if placement is None else placement.elsewhere),
+        **moved,
         "adapter": adapter,
         "gradient": adapter,
         "optimiser moments": moments,

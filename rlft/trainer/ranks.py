@@ -62,6 +62,11 @@ def config_here(cfg: Config, run: Run) -> Config:
 def check_config(cfg: Config) -> None:
     """Raise ConfigError for a setting that cannot be honoured on this number of ranks, TrainError for odd ranks."""
     if dist.is_alone():
+        if cfg.base.place == "sharded":
+            raise ConfigError(
+                'base.place = "sharded" in one process: there is no rank to share with; start several with torchrun, '
+                'or set base.place = "host"'
+            )
         return
     if dist.world() > cfg.prompts_per_step:
         raise ConfigError(

@@ -11,7 +11,7 @@ from typing import Any
 from rlft.algos.algorithm import build_algorithm
 from rlft.config import secrets
 from rlft.config.data import Sampling
-from rlft.config.run import Config
+from rlft.config.run import BaseWeights, Config
 from rlft.data.encode import encode_prompt
 from rlft.errors import ConfigError
 from rlft.models.load import load_tokenizer
@@ -55,7 +55,8 @@ def open_run(out: Path, which: str = "latest") -> Iterator[OpenedRun]:
     path = None if which == "base" else run.checkpoint(which)
     rope_source = path or (run.latest_checkpoint() if run.has_checkpoint() else None)
     long = rope_source is not None and checkpoint.continued_from(rope_source).get("rope") == "long factors"
-    cfg = Config.load(run.config)
+    # An engine samples from weights on the device, wherever the run has had them.
+    cfg = replace(Config.load(run.config), base=BaseWeights())
     tokenizer = load_tokenizer(cfg.model, checkpoint.given_tokenizer(rope_source))
     step = 0
     if path is None:

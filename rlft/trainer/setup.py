@@ -26,8 +26,10 @@ from rlft.data.usable import Rows, check_rows
 from rlft.environment import untested, without_bars
 from rlft.errors import ConfigError, DataError
 from rlft.models.allocator import segments
-from rlft.models.load import attach_lora, fingerprint, load_base, resolve_device, resolve_dtype
+from rlft.models.fused.placement import move_others
+from rlft.models.load import attach_lora, describe_base, load_base, pad_rows, resolve_device, resolve_dtype
 from rlft.models.policy import Policy
+from rlft.models.structure import decoder_of
 from rlft.monitor.background import Background
 from rlft.monitor.console import Console
 from rlft.monitor.health import HealthMonitor
@@ -280,8 +282,16 @@ def _functions(
 
 def load_policy(cfg: Config, note: Callable[[str], None] = lambda _: None) -> Policy:
     """Load the base and attach the initial adapter. note: called with messages about files that are ignored."""
-    base = load_base(cfg, resolve_device(cfg), note)
-    return Policy(attach_lora(base, cfg.lora, cfg.seed))
+    device, place = resolve_device(cfg), cfg.base.place
+    # What is quantized while it is read is quantized on the device that computes.
+    plan = describe_base(cfg, device)
+    on_host = place != "device" and (plan.quantized or plan.quantization == "none")
+    base = load_base(cfg, device, note, torch.device("cpu") if on_host else device)
+    model = attach_lora(base, cfg.lora, cfg.seed)
+    if on_host:
+        move_others(model, decoder_of(base), device)
+        pad_rows(base.get_input_embeddings().weight, base.get_output_embeddings().weight)  # type: ignore[operator]
+    return Policy(model, place=place)
 
 
 def _engines(
@@ -305,7 +315,7 @@ def identity_of(cfg: Config, policy: Policy) -> dict[str, str]:
     lora = cfg.lora
     return {
         "model": cfg.model,
-        "base": fingerprint(policy.base),
+        "base": policy.fingerprint,
         "rlft": __version__,
         "lora": f"rank {lora.rank}, alpha {lora.alpha:g}, rslora {lora.rslora}, {len(policy.adapter())} tensors",
         **({"rope": policy.rope.factors} if policy.rope is not None else {}),

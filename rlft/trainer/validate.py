@@ -88,6 +88,7 @@ def check(cfg: Config, resume: bool = False, callables: bool = False) -> Checked
     if rows is not None:
         messages += _engine(cfg, algorithm, rows, callables)
         messages += _vllm(cfg, rows, device)
+        messages += _base(cfg, rows.kind not in SAMPLED, callables)
         messages += _held_out(cfg, rows, held)
         if cfg.eval.rows and held is not None:
             messages += _measured(cfg, rows.kind, held.kind, callables)
@@ -205,6 +206,17 @@ def _vllm(cfg: Config, rows: Rows, device: torch.device | None) -> Iterator[str]
         yield 'dtype = "float64": vLLM has 16 and 32 bits; set another dtype, or engine.name = "eager"'
     if device.type == "cpu" and cfg.engine.mode not in ("auto", "shared"):
         yield f'engine.mode = "{cfg.engine.mode}": on a CPU vLLM has no memory that sleeps; set "shared" or "auto"'
+
+
+def _base(cfg: Config, recorded: bool, callables: bool) -> Iterator[str]:
+    """Reject sampling over a base that does not lie on the device."""
+    rewards = bool(cfg.rewards or cfg.eval.rewards or callables)
+    samples = cfg.engine.name not in ("auto", "replay") or not recorded or (cfg.eval.rows and rewards)
+    if cfg.base.place != "device" and samples:
+        yield (
+            f'base.place = "{cfg.base.place}": an engine samples from weights on the device, so only recorded '
+            f'completions without rewards can be trained on (SFT, DPO); set base.place = "device" to sample'
+        )
 
 
 def _engine(cfg: Config, algorithm: Algorithm | None, rows: Rows, callables: bool) -> Iterator[str]:

@@ -18,6 +18,8 @@ import pytest
 import torch
 from losses import LOSSES, PAIRS, Toy, batches_of, filled_step, rows_of, step
 from safetensors.torch import load_file
+from test_placement import loaded, save_blocks
+from test_placement import results as results_of
 from tiny import save_tiny
 from torch import Tensor
 
@@ -80,6 +82,7 @@ def train(home: Path, name: str, out: Path, **more: Any) -> None:
 
 def make_home(home: Path) -> None:
     save_tiny(home / "model")
+    save_blocks(home / "blocks")
     draw = random.Random(0)
     texts = ["".join(draw.choice("abc 123") for _ in range(draw.randrange(2, 9))) for _ in range(96)]
     rows = {
@@ -180,6 +183,22 @@ def faults(home: Path, out: Path) -> dict[str, tuple[str, str, int]]:
     return found
 
 
+def divided(home: Path) -> dict[str, bool]:
+    """Whether a base divided over the ranks computes what a whole one does, each rank for itself."""
+    found = {}
+    for quantization in ("none", "nf4"):
+        policies = [loaded(home / "blocks", quantization, place) for place in ("device", "sharded", "host")]
+        _, shared, _ = policies
+        assert shared.fused is not None and shared.fused.placement is not None
+        weight = next(p for name, p in shared.base.named_parameters() if "q_proj.base_layer" in name)
+        for place, policy in zip(("sharded", "host"), policies[1:], strict=True):
+            for _ in range(1 + dist.rank()):  # ranks need not run as many passes
+                pairs = list(zip(results_of(policies[0]), results_of(policy), strict=True))
+            equal = all(torch.equal(one, other) for one, other in pairs)
+            found[f"{place} {quantization}"] = equal and weight.is_meta
+    return found
+
+
 def compute(home: Path, out: Path) -> Results:
     for name in RUNS:
         train(home, name, out / name)
@@ -192,7 +211,10 @@ def _rank(rank: int, world: int, home: str, out: str) -> None:
     faulthandler.dump_traceback_later(240, exit=True)
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{out}/store", rank=rank, world_size=world)
-    found = compute(Path(home), Path(out)) | {"faults": faults(Path(home), Path(out) / "faults")}
+    found = compute(Path(home), Path(out)) | {
+        "divided": divided(Path(home)),
+        "faults": faults(Path(home), Path(out) / "faults"),
+    }
     torch.save(found, f"{out}/{rank}")
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
@@ -303,6 +325,11 @@ def test_only_the_lead_writes_and_nothing_else_is_left(both: Pair) -> None:
         for folder in (one / "grpo", many / "grpo")
     ]
     assert names[0] == names[1]
+
+
+def test_a_base_that_lies_elsewhere_computes_the_same_bits(ranks: tuple[Path, list[Results]]) -> None:
+    for found in ranks[1]:
+        assert found["divided"] == dict.fromkeys(("sharded none", "host none", "sharded nf4", "host nf4"), True)
 
 
 # ---- faults ----

@@ -31,6 +31,7 @@ from rlft.models.fused.layer import run_layer
 from rlft.models.fused.layer_modules import FusedLayer, describe_norm, describe_shape
 from rlft.models.fused.layer_steps import Pass
 from rlft.models.fused.offload import Offload
+from rlft.models.fused.placement import Place, Placement
 from rlft.models.fused.projection import Store, adapter_tensors
 from rlft.models.fused.unpad import unpadded
 
@@ -56,11 +57,17 @@ class FusedDecoder:
     """Fused layers over a decoder's modules: `hidden` for packed rows, `forward` for transformers' callers."""
 
     def __init__(
-        self, model: PeftModel, decoder: nn.Module, family: Family, device_memory: DeviceMemory | None = None
+        self,
+        model: PeftModel,
+        decoder: nn.Module,
+        family: Family,
+        device_memory: DeviceMemory | None = None,
+        placement: Placement | None = None,
     ) -> None:
         """Check the modules of `decoder` and take their tensors.
 
-        device_memory: as the attribute. Raises ValueError, with the reason, for a decoder that fused layers cannot run.
+        device_memory, placement: as the attributes. Raises ValueError, with the reason, for a decoder that fused layers
+        cannot run.
         """
         self.model, self.decoder, self.family = model, decoder, family
         self.plan: memory.MemoryPlan | None = None
@@ -69,6 +76,8 @@ class FusedDecoder:
         """Bytes that a pass may take on the device; None: what is free."""
         self.device_memory = device_memory
         """Says what is free; None: the object of the device that the decoder is on."""
+        self.placement = placement
+        """Where the frozen weights of the layers lie; None: on the device."""
         self.margin = MARGIN
         """Share of that memory that is left unused."""
         self._micro_batch = 0
@@ -82,7 +91,8 @@ class FusedDecoder:
 
     def _reset(self) -> None:
         self._cache_name = kv_cache.name(self.decoder)
-        self.store, self.offload = Store(), Offload()
+        self.store = Store(ring=self.placement.ring if self.placement is not None else None)
+        self.offload = Offload()
         self._last_plan: memory.MemoryPlan | None = None
         self._warned: set[str] = set()
         self._parts: list[nn.Module] = []
@@ -95,13 +105,20 @@ class FusedDecoder:
         states = [state for part in parts for state in state_of(part)]
         if parts == self._parts and states == self._states:
             return self._problem
+        if self.placement is not None and self._parts:
+            self._problem = f'base.place = "{self.placement.place}", and weights of the base were changed since'
+            return self._problem
         self._parts, self._states = parts, states
         self.store.release()
         self.graphs: Graphs | None = None
         """CUDA graphs of short passes; None: passes are always launched kernel by kernel."""
         config, final_norm = self.decoder.config, self.decoder.norm
         try:
-            self.layers = [FusedLayer(module, i, self.family, config) for i, module in enumerate(self.decoder.layers)]  # type: ignore[arg-type]
+            weight_of = self.placement.weight if self.placement is not None else None
+            self.layers = [
+                FusedLayer(module, i, self.family, config, weight_of)
+                for i, module in enumerate(self.decoder.layers)  # type: ignore[arg-type]
+            ]
             self._problem = layers_problem(self.layers, config, self.family)
         except ValueError as error:
             self._problem = str(error)
@@ -110,7 +127,8 @@ class FusedDecoder:
         if self._problem is None:
             self.norm = describe_norm(final_norm, self.family.gemma)
             self.shape = self._shape()
-            if self.norm.weight.is_cuda and self.shape.attention in ("fa4", "fa2"):
+            graphable = self.norm.weight.is_cuda and self.shape.attention in ("fa4", "fa2")
+            if graphable and self.placement is None:
                 self.graphs = Graphs()
         return self._problem
 
@@ -124,7 +142,7 @@ class FusedDecoder:
         return {name: getattr(self, name) for name in names}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, device_memory=None)
+        vars(self).update(state, device_memory=None, placement=None)
         self._reset()
 
     # ---- packed rows -------------------------------------------------------------------------------------------------
@@ -217,6 +235,8 @@ class FusedDecoder:
         sizes = ((rows, step), (rows if trained is None else trained, step), (keys, KEYS))
         rows, trained, keys = (-(-size // multiple) * multiple for size, multiple in sizes)
         budget = self.available() if budget is None else budget
+        if self.placement is not None:
+            return memory.choose_plan(self.shape, rows, trained, budget, host, keys, shadow=False)
         plan = memory.choose_plan(self.shape, rows, trained, budget, host, keys)
         full = self._micro_batch
         shadowed = plan.store == "shadow" and rows < full
@@ -372,9 +392,11 @@ class FusedDecoder:
         return None
 
 
-def fuse(model: PeftModel, device_memory: DeviceMemory | None = None) -> FusedDecoder | str:
-    """Run the decoder of `model` by fused layers from now on, or return why its own layers stay. device_memory: as of
-    `FusedDecoder`."""
+def fuse(model: PeftModel, device_memory: DeviceMemory | None = None, place: Place = "device") -> FusedDecoder | str:
+    """Run the decoder of `model` by fused layers from now on, or return why its own layers stay.
+
+    device_memory: as of `FusedDecoder`. place: where the frozen weights of the layers are moved to.
+    """
     base: Any = model.get_base_model()
     decoder = base.get_decoder()
     existing = getattr(vars(decoder).get("forward"), "__self__", None)
@@ -389,7 +411,8 @@ def fuse(model: PeftModel, device_memory: DeviceMemory | None = None) -> FusedDe
     if not known or not kv_cache.name(decoder):
         return f"{type(decoder).__module__}.{type(decoder).__name__} is not transformers' {family.decoder}"
     try:
-        fused = FusedDecoder(model, decoder, family, device_memory)
+        placement = Placement.of(decoder, family, place) if place != "device" else None
+        fused = FusedDecoder(model, decoder, family, device_memory, placement)
     except ValueError as error:
         return str(error)
     problem = fused.problem()

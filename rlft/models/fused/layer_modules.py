@@ -5,12 +5,13 @@ Shapes: T rows, Hq query heads, Hk key heads, D head size.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from rlft.kernels import attention_backends as backends
+from rlft.kernels.nf4 import Nf4Weight
 from rlft.models.families import Family
 from rlft.models.fused import ops
 from rlft.models.fused.memory import DecoderShape
@@ -25,16 +26,22 @@ ACTIVATIONS = {"swish": "silu", "gelu_new": "gelu_pytorch_tanh"}
 class FusedLayer:
     """A decoder layer of transformers, as views of its modules' tensors."""
 
-    def __init__(self, module: nn.Module, index: int, family: Family, config: Any) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        index: int,
+        family: Family,
+        config: Any,
+        weight_of: Callable[[Any], Tensor | Nf4Weight] | None = None,
+    ) -> None:
         """Read projections, norms and constants from the modules.
 
-        Raises ValueError for weights that no kernel reads.
+        weight_of: as in `Projection`. Raises ValueError for weights that no kernel reads.
         """
         get = module.get_submodule
         self.index = index
         self.projections = tuple(
-            Projection([get(name) for name in names])
-            for names in (family.qkv, (family.out,), family.gate_up, (family.down,))
+            Projection([get(name) for name in names], weight_of) for names in projections_of(family)
         )
 
         def norm(name: str) -> ops.Norm:
@@ -70,6 +77,11 @@ class FusedLayer:
             [q_heads * head_dim, k_heads * head_dim, k_heads * head_dim], dim=1
         )
         return tuple(part.unflatten(1, (-1, head_dim)) for part in parts)  # type: ignore[return-value]
+
+
+def projections_of(family: Family) -> tuple[Sequence[str], ...]:
+    """Return the names of a layer's linear modules, by projection."""
+    return family.qkv, (family.out,), family.gate_up, (family.down,)
 
 
 def describe_norm(module: Any, gemma: bool) -> ops.Norm:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from rlft.kernels import lora
 from rlft.kernels.lora_group import AdapterWriteTables, LoraGroup, Part
 from rlft.kernels.nf4 import DecodeTables, Nf4Weight
+from rlft.models.fused.ring import Ring
 
 Mode = Literal["layer", "group", "shadow"]
 """Where the weights of the layers are written, see `Store`."""
@@ -47,15 +48,18 @@ def adapter_tensors(bound: Sequence[Bound]) -> list[Tensor]:
 class Projection:
     """Linear modules that read the same input; their outputs lie side by side."""
 
-    def __init__(self, modules: Sequence[nn.Module]) -> None:
+    def __init__(
+        self, modules: Sequence[nn.Module], weight_of: Callable[[Any], Tensor | Nf4Weight] | None = None
+    ) -> None:
         """Read the modules' weights and biases.
 
-        modules: nn.Linear, bitsandbytes' Linear4bit, or PEFT's wrapper of one. Raises ValueError, with the reason, for
-        weights in a form that no kernel reads.
+        modules: nn.Linear, bitsandbytes' Linear4bit, or PEFT's wrapper of one. weight_of: returns the weight of the
+        first two kinds; None: `kernel_weight`. Raises ValueError, with the reason, for weights in a form that no kernel
+        reads.
         """
         self.modules = tuple(modules)
         bases: list[Any] = [getattr(module, "base_layer", module) for module in modules]
-        self.weights = tuple(_kernel_weight(module) for module in bases)
+        self.weights = tuple((weight_of or kernel_weight)(module) for module in bases)
         self.out_features = tuple(int(weight.shape[0]) for weight in self.weights)
         self.in_features = int(self.weights[0].shape[1])
         self.out = sum(self.out_features)
@@ -95,7 +99,7 @@ def _concatenate_biases(biases: Sequence[Tensor | None], widths: Sequence[int]) 
     )
 
 
-def _kernel_weight(module: Any) -> Tensor | Nf4Weight:
+def kernel_weight(module: Any) -> Tensor | Nf4Weight:
     """Return a linear module's weight in a form that the kernels read.
 
     Raises ValueError, with the reason, if there is none.
@@ -186,10 +190,11 @@ class Store:
 
     mode: "layer", one set of buffers into which every layer's weights are written in turn, all at once; "group", one
     buffer for one projection at a time, the least memory; "shadow", separate buffers for each layer, written once.
+    ring: brings the frozen weights to the device, if they do not lie there.
     """
 
-    def __init__(self, mode: Mode = "layer") -> None:
-        self.mode = mode
+    def __init__(self, mode: Mode = "layer", ring: Ring | None = None) -> None:
+        self.mode, self.ring = mode, ring
         self.version = 0
         """Increases when buffers move."""
         self._memory: Tensor | None = None
@@ -228,6 +233,8 @@ class Store:
 
         In mode "group" a result is valid until the next projection is requested.
         """
+        if self.ring is not None:
+            self.ring.need(layer)
         if self.mode != "group":
             return self._load((layer,), slice(None), projections, bound, like).__getitem__
         cached: dict[int, lora.Weight] = {}
