@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import heapq
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TypeVar
@@ -147,8 +148,12 @@ def gather_tensor(tensor: Tensor) -> Tensor:
     return torch.cat(gather(tensor)) if not is_alone() else tensor
 
 
-def gather_results(function: Callable[[], Value]) -> list[Value]:
+def gather_results(
+    function: Callable[[], Value], waiting: contextlib.AbstractContextManager[object] | None = None
+) -> list[Value]:
     """Call `function` on every rank and return all results. What it raises on one rank is raised on all.
+
+    waiting: entered while the others are waited for.
 
     The rank where it was raised raises the exception itself, the others an `ElsewhereError` with its exit code.
     """
@@ -159,7 +164,8 @@ def gather_results(function: Callable[[], Value]) -> list[Value]:
         value = function()
     except Exception as error:
         raised = error
-    results = gather((value, None if raised is None else (str(raised), getattr(raised, "exit_code", 1))))
+    with waiting or contextlib.nullcontext():
+        results = gather((value, None if raised is None else (str(raised), getattr(raised, "exit_code", 1))))
     if raised is not None:
         raise raised
     for number, (_, fault) in enumerate(results):
@@ -190,13 +196,26 @@ def share(count: int) -> slice:
 
 def deal(costs: Sequence[float]) -> list[int]:
     """Return the indices of `costs` that this rank takes: the costliest first, each to the least loaded rank."""
-    loads, taken = [0.0] * world(), []
+    taken = _dealt(costs, world())
+    return [i for i, taker in enumerate(taken) if taker == rank()]
+
+
+def loads(costs: Sequence[float], ranks: int) -> list[float]:
+    """Return the sum of the costs that each of `ranks` ranks takes."""
+    sums = [0.0] * ranks
+    for cost, taker in zip(costs, _dealt(costs, ranks), strict=True):
+        sums[taker] += cost
+    return sums
+
+
+def _dealt(costs: Sequence[float], ranks: int) -> list[int]:
+    """Return the rank that takes each of `costs`."""
+    heap, takers = [(0.0, number) for number in range(ranks)], [0] * len(costs)
     for i in sorted(range(len(costs)), key=lambda i: -costs[i]):
-        least = loads.index(min(loads))
-        loads[least] += costs[i]
-        if least == rank():
-            taken.append(i)
-    return sorted(taken)
+        load, least = heap[0]
+        heapq.heapreplace(heap, (load + costs[i], least))
+        takers[i] = least
+    return takers
 
 
 def check_same(name: str, value: object, remedy: str) -> None:

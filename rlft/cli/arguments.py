@@ -108,6 +108,20 @@ class MergeArgs(RunArgs):
 
 
 @dataclasses.dataclass(frozen=True)
+class ExportBaseArgs:
+    """Write a base as a plain model, its 4-bit weights decoded to what the trainer computes with."""
+
+    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
+    """Hub id, folder or package of the base, as `model` of a config."""
+    out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
+    """Folder for the model; it must not exist, or be empty."""
+    quantization: Literal["nf4", "none"] = "nf4"
+    """How runs hold the base."""
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    """Type of the weights that are written, that of the runs."""
+
+
+@dataclasses.dataclass(frozen=True)
 class PushArgs(RunArgs):
     """Upload the adapter of a run and its model card to the Hugging Face hub."""
 

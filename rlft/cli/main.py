@@ -44,12 +44,9 @@ def main(argv: list[str] | None = None) -> int:
         # Here and not when the interpreter ends, where nobody could catch what goes wrong.
         sys.stdout.flush()
         return code
-    except ElsewhereError as error:
-        if rank() == 0:  # the rank that raised has printed it, too
-            say("\n".join([f"error: {error}", *_notes(error)]), sys.stderr)
-        return error.exit_code
     except RlftError as error:
-        say("\n".join([f"error: {error}", *_notes(error)]), sys.stderr)
+        if not isinstance(error, ElsewhereError) or rank() == 0:  # the rank that raised has printed it, too
+            say("\n".join([f"error: {error}", *_notes(error)]), sys.stderr)
         return error.exit_code
     except KeyboardInterrupt as error:
         say("\n".join(["interrupted", *_notes(error)]), sys.stderr)
@@ -262,6 +259,14 @@ def _merge(args: list[str]) -> int:
     return 0
 
 
+def _export_base(args: list[str]) -> int:
+    given = _parsed("ExportBaseArgs", "export-base", args)
+    from rlft.runs.export_base import export_base
+
+    say(export_base(given.model, given.out, given.quantization, given.dtype).summary())
+    return 0
+
+
 def _push(args: list[str]) -> int:
     given = _parsed("PushArgs", "push", args)
     from rlft.runs.export import push_adapter
@@ -364,6 +369,12 @@ COMMANDS = {
         _merge,
         "RUN OUT [--checkpoint latest|best|STEP] [--dtype bfloat16] [--push YOU/MODEL [--private]]",
         "Merge the run's adapter into its base, unquantised, as a model in the folder OUT; its log-probs are checked.",
+    ),
+    "export-base": Command(
+        _export_base,
+        "MODEL OUT [--quantization nf4] [--dtype bfloat16]",
+        "Write the base MODEL into the folder OUT as a plain model: 4-bit weights decoded, bit for bit what a run "
+        "computes with. For servers, such as `vllm serve OUT`.",
     ),
     "push": Command(
         _push,

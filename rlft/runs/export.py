@@ -96,7 +96,7 @@ def merge(
     run, out = Run.resume(run_folder), user_path(out, "out")
     path = run.checkpoint(which)
     checkpoint.check(path)
-    _check_free(out)
+    check_free(out)
     if push:
         check_hub(push)
     run_config = Config.load(run.config)
@@ -106,10 +106,10 @@ def merge(
     temporary = out.absolute().with_name(f".merging-{out.name}")
     shutil.rmtree(temporary, ignore_errors=True)  # left by a merge that was killed
     try:
-        with _writing(out):
+        with writing(out):
             temporary.mkdir(parents=True)
         exact, shift, model = _merge(cfg, run_config, path, texts)
-        with _writing(out):
+        with writing(out):
             model.to(getattr(torch, dtype)).save_pretrained(temporary)
         difference = _read_back(model, temporary, texts, exact)
         del model
@@ -120,7 +120,7 @@ def merge(
                 f"{out}: not written: the merged model is not base + adapter. {result.summary()} "
                 + ("Weights beyond float16's range are the usual cause: use bfloat16." if dtype == "float16" else "")
             )
-        with _writing(out):
+        with writing(out):
             tokenizer.save_pretrained(temporary)
             card = merged_card(run, run_config, _step(path), push or str(out), dtype, result.summary(), link)
             (temporary / "README.md").write_text(card, encoding="utf-8")
@@ -133,7 +133,7 @@ def merge(
 
 
 @contextlib.contextmanager
-def _writing(out: Path) -> Iterator[None]:
+def writing(out: Path) -> Iterator[None]:
     from safetensors import SafetensorError
 
     try:
@@ -149,7 +149,7 @@ def _step(path: Path) -> int:
     return step
 
 
-def _check_free(out: Path) -> None:
+def check_free(out: Path) -> None:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f'out = "{out}": is there already and not an empty folder; give another one')
 

@@ -15,6 +15,7 @@ from rlft.rewards.score import check_invalid, finish
 from rlft.trainer.dynamic_sampling import solved
 from rlft.trainer.session import Sampler, Trainer
 from rlft.trainer.step import Step
+from rlft.trainer.step_metrics import Clock
 from rlft.types import Group, Prompt, Rollout
 
 NO_PROMPT = Prompt((), {}, -1)
@@ -36,7 +37,7 @@ def sample_and_score(sampler: Sampler, trainer: Trainer, step: Step, count: int,
             with step.clock("reward"):
                 return rollouts, finish(scoring, rollouts, functions)
 
-    rollouts, breakdown = gathered(sample_share, prompts)
+    rollouts, breakdown = gathered(sample_share, prompts, step.clock)
     groups = groups_of(rollouts)
     breakdown.store(samples_of(groups))
     invalid = float(breakdown.total.isnan().float().mean())
@@ -47,12 +48,12 @@ def sample_and_score(sampler: Sampler, trainer: Trainer, step: Step, count: int,
 
 
 def gathered(
-    sample: Callable[[], tuple[list[Rollout], RewardBreakdown]], prompts: Sequence[Prompt]
+    sample: Callable[[], tuple[list[Rollout], RewardBreakdown]], prompts: Sequence[Prompt], clock: Clock | None = None
 ) -> tuple[list[Rollout], RewardBreakdown]:
     """Call `sample` on every rank; return the rollouts and scores of all, in the order of ranks.
 
     prompts: of all ranks. Their rows are known to every rank, so they are not sent: a rollout travels with its prompt's
-    place. Raises on every rank what one raised.
+    place. clock: its time "wait" is that for the other ranks. Raises on every rank what one raised.
     """
     if dist.is_alone():
         return sample()
@@ -62,7 +63,7 @@ def gathered(
         rollouts, breakdown = sample()
         return [(place[id(rollout.prompt)], replace(rollout, prompt=NO_PROMPT)) for rollout in rollouts], breakdown
 
-    results = dist.gather_results(without_prompts)
+    results = dist.gather_results(without_prompts, clock and clock("wait"))
     rollouts = [replace(rollout, prompt=prompts[i]) for sent, _ in results for i, rollout in sent]
     return rollouts, RewardBreakdown.join([breakdown for _, breakdown in results])
 

@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -145,3 +146,16 @@ def test_a_rank_that_fails_is_named_once_by_itself_and_once_by_the_lead(home: Pa
     ended = torchrun(config, 2, fault="count")
     assert ended.returncode != 0
     assert ended.stderr.count("error: rank 1: ") == 1 and ended.stderr.count("returned 0 rewards for") == 2
+
+
+@pytest.mark.slow  # two engines start, and share two processors
+def test_each_rank_samples_with_its_own_vllm(home: Path) -> None:
+    configs = [
+        write_config(home / name, home, dtype="float32", engine={"name": "vllm"}, steps=2) for name in ("one", "both")
+    ]
+    for config, world in zip(configs, (1, 2), strict=True):
+        ended = torchrun(config, world)
+        assert ended.returncode == 0, ended.stderr
+    rollouts = [pq.read_table(config.parent / "run/rollouts/step-000001.parquet").to_pylist() for config in configs]
+    one, both = ([(row["prompt"], row["completion"], row["reward"]) for row in rows] for rows in rollouts)
+    assert one == both

@@ -1,0 +1,100 @@
+"""Write the base that a run trains over as a plain model: 4-bit weights decoded, bit for bit what the trainer uses.
+
+A server (`vllm serve`) that loads the original weights samples from another model than the one that is trained over
+4-bit weights. From this folder it samples from the same one, and needs no quantizer of its own.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rlft.config.paths import user_path
+from rlft.errors import ConfigError, ParityError
+from rlft.kernels.nf4 import Nf4Weight, decode
+from rlft.models.load import Base, describe_base, load_base, load_tokenizer, resolve_device
+from rlft.runs.export import check_free, writing
+
+
+@dataclass(frozen=True)
+class ExportedBase:
+    """Result of `export_base`."""
+
+    out: Path
+    decoded: int
+    """Number of weights that were decoded from 4 bits."""
+    dtype: torch.dtype
+
+    def summary(self) -> str:
+        """Describe what was written, and how to serve it."""
+        dtype = str(self.dtype).removeprefix("torch.")
+        return (
+            f"{self.out}: {self.decoded} weights decoded from 4 bits to {dtype}. Serve it with: vllm serve {self.out}"
+        )
+
+
+def export_base(model: str, out: str | Path, quantization: str = "nf4", dtype: str = "bfloat16") -> ExportedBase:
+    """Write a base model with its 4-bit weights decoded to `dtype`: config, weights and tokenizer.
+
+    quantization, dtype: as in `Config`, those of the runs. Raises ConfigError for what a user can fix, and ParityError
+    when the written files are not what was decoded; `out` is then not created.
+    """
+    out = user_path(out, "out")
+    check_free(out)
+    cfg = Base(model, quantization, dtype)  # type: ignore[arg-type]
+    device = resolve_device(cfg)
+    plan = describe_base(cfg, device)
+    if plan.quantization not in ("nf4", "none"):
+        raise ConfigError(f'quantization = "{plan.quantization}": only NF4 weights are decoded; load them as they are')
+    base: Any = load_base(cfg, device)
+    decoded = _decode(base, plan.dtype)
+    if hasattr(base.config, "quantization_config"):
+        del base.config.quantization_config
+    base.hf_quantizer = None
+    temporary = out.absolute().with_name(f".exporting-{out.name}")
+    shutil.rmtree(temporary, ignore_errors=True)  # left by an export that was killed
+    try:
+        with writing(out):
+            temporary.mkdir(parents=True)
+            base.save_pretrained(temporary)
+            load_tokenizer(model).save_pretrained(temporary)
+        _read_back(base, temporary, plan.dtype)
+        with writing(out):
+            temporary.rename(out.absolute())
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return ExportedBase(out, decoded, plan.dtype)
+
+
+def _decode(base: nn.Module, dtype: torch.dtype) -> int:
+    """Replace the 4-bit linear modules of a model by plain ones; return their number."""
+    names = [
+        name for name, module in base.named_modules() if getattr(getattr(module, "weight", None), "quant_state", None)
+    ]
+    for name in names:
+        module: Any = base.get_submodule(name)
+        packed = Nf4Weight.from_bnb(module.weight)
+        weight = torch.empty(packed.shape, dtype=dtype, device=packed.packed.device)
+        decode([packed], [weight])
+        plain = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+        plain.weight = nn.Parameter(weight, requires_grad=False)
+        plain.bias = module.bias
+        parent, _, child = name.rpartition(".")
+        setattr(base.get_submodule(parent), child, plain)
+    return len(names)
+
+
+def _read_back(base: nn.Module, folder: Path, dtype: torch.dtype) -> None:
+    """Load the written files with plain transformers, and compare every tensor bit for bit."""
+    from transformers import AutoModelForCausalLM
+
+    loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False).state_dict()
+    for name, tensor in base.state_dict().items():
+        other: Tensor | None = loaded.get(name)
+        if other is None or not torch.equal(tensor.cpu(), other.cpu()):
+            raise ParityError(f"{folder}: {name} as written is not what was decoded; nothing is exported")
