@@ -8,6 +8,7 @@ from __future__ import annotations
 import faulthandler
 import json
 import math
+import os
 import random
 from pathlib import Path
 from types import SimpleNamespace
@@ -152,7 +153,7 @@ def raised(function: Any) -> tuple[str, str, int]:
 
 
 def broken_reward(completions: list[str], **_: Any) -> list[float]:
-    if dist.rank() == 1:
+    if rlft.rank() == 1:
         return [0.0]
     return digits(completions)
 
@@ -210,6 +211,7 @@ def _rank(rank: int, world: int, home: str, out: str) -> None:
     """One of several processes; one that hangs says where and ends."""
     faulthandler.dump_traceback_later(240, exit=True)
     torch.set_num_threads(1)
+    os.environ["RANK"] = str(rank)  # as torchrun does
     torch.distributed.init_process_group("gloo", init_method=f"file://{out}/store", rank=rank, world_size=world)
     found = compute(Path(home), Path(out)) | {
         "divided": divided(Path(home)),
@@ -265,17 +267,19 @@ def test_completions_rewards_and_advantages_are_equal_and_weights_to_rounding(bo
         )
         assert len(rows) == len(others) > 0
         for row, other in zip(rows, others, strict=True):
-            for name in ("logprobs", "sampler_logprobs"):  # from the second step on by weights that round differently
-                values, other_values = row.pop(name), other.pop(name)
+            for key in ("logprobs", "sampler_logprobs"):  # from the second step on by weights that round differently
+                values, other_values = row.pop(key), other.pop(key)
                 assert (values is None) == (other_values is None)
                 assert (values or []) == pytest.approx(other_values or [], abs=1e-5)
+            if name == "kl in the reward":
+                assert row.pop("advantage") == pytest.approx(other.pop("advantage"), abs=1e-5)
             assert row == other
     weights, other_weights = (
         load_file(folder / name / "checkpoints" / "step-000003" / "adapter_model.safetensors") for folder in (one, many)
     )
     moved = max(float(tensor.abs().max()) for key, tensor in weights.items() if "lora_B" in key)
-    # Masters and moments are fp32.
-    assert moved > 1e-3 and max(float((weights[k] - other_weights[k]).abs().max()) for k in weights) < 1e-6
+    # Masters and moments are fp32, and Adam divides by gradients that are nearly 0.
+    assert moved > 1e-3 and max(float((weights[k] - other_weights[k]).abs().max()) for k in weights) < 1e-5
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -289,7 +293,8 @@ def test_logged_numbers_are_equal(both: Pair, name: str) -> None:
         assert line.keys() == other.keys() - {"time/wait"}
         for key in line:
             if not key.startswith(OURS):
-                assert other[key] == pytest.approx(line[key], rel=1e-5, abs=1e-7, nan_ok=True), (line["step"], key)
+                atol = 1e-5 if key.startswith(("mismatch/", "sampling/")) else 1e-7  # of log-probs in fp32
+                assert other[key] == pytest.approx(line[key], rel=1e-5, abs=atol, nan_ok=True), (line["step"], key)
 
 
 def test_gradients_of_every_loss_are_equal_to_1e_12(both: Pair) -> None:

@@ -102,7 +102,7 @@ def test_one_command_trains_on_two_ranks(home: Path, alone: Path) -> None:
     config = write_config(home / "two", home)
     ended = torchrun(config, 2)
     assert ended.returncode == 0, ended.stderr
-    assert difference(config, alone) < 1e-6 and steps_of(config) == [1, 2, 3]
+    assert difference(config, alone) < 1e-5 and steps_of(config) == [1, 2, 3]
     # The lead alone prints.
     assert ended.stdout.count(f"step {STEPS}/{STEPS}") == 1 and "2 ranks" in ended.stdout
 
@@ -112,7 +112,7 @@ def test_a_run_goes_on_with_any_number_of_ranks(home: Path, alone: Path) -> None
     for world, steps in ((2, 1), (1, 2), (4, 3)):
         ended = torchrun(config, world, "--resume", "auto", "--steps", str(steps))
         assert ended.returncode == 0, ended.stderr
-    assert difference(config, alone) < 1e-6 and steps_of(config) == [1, 2, 3]
+    assert difference(config, alone) < 1e-5 and steps_of(config) == [1, 2, 3]
 
 
 def test_a_killed_rank_is_started_again_with_the_others(home: Path, alone: Path) -> None:
@@ -120,7 +120,7 @@ def test_a_killed_rank_is_started_again_with_the_others(home: Path, alone: Path)
     ended = torchrun(config, 2, "--resume", "auto", restarts=2, fault="kill")
     assert ended.returncode == 0, ended.stderr
     assert (config.parent / "killed").exists() and "rank 0 waited for the other ranks in vain" in ended.stderr
-    assert difference(config, alone) < 1e-6 and steps_of(config) == [1, 2, 3]
+    assert difference(config, alone) < 1e-5 and steps_of(config) == [1, 2, 3]
 
 
 def test_a_signal_to_one_rank_stops_all_after_the_step(home: Path, alone: Path) -> None:
@@ -129,7 +129,7 @@ def test_a_signal_to_one_rank_stops_all_after_the_step(home: Path, alone: Path) 
     assert "stopped after step 2 of 3" in ended.stdout, ended.stderr
     assert steps_of(config) == [1, 2]
     assert torchrun(config, 1, "--resume").returncode == 0
-    assert difference(config, alone) < 1e-6
+    assert difference(config, alone) < 1e-5
 
 
 def test_a_rank_that_does_not_answer_is_named(home: Path) -> None:

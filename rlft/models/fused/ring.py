@@ -169,7 +169,8 @@ class Ring:
             self._ready[slot].record(self._stream)  # type: ignore[union-attr]
 
     def _copy(self, layer: int, slot: int) -> None:
-        end = 0
+        left = self._slots[slot][: self._layouts[layer].bytes]
         for piece in self._source.pieces(layer):
-            self._slots[slot][end : end + len(piece)].copy_(piece, non_blocking=True)
-            end += len(piece)
+            size = min(len(piece), len(left))  # the last pieces of a divided layer may be longer than what is left
+            left[:size].copy_(piece[:size], non_blocking=True)
+            left = left[size:]
