@@ -329,6 +329,19 @@ TABLES: dict[str, Table] = {
         tuple(Column(str(card), f"{card} GB", "longest_completion", thousands) for card in (16, 24, 48, 80, 141)),
         source=False,
     ),
+    "scaling": Table(
+        "ranks",
+        tuple((str(ranks), "scaling", str(ranks)) for ranks in (1, 2, 4, 8, 16, 64, 256)),
+        (
+            Column("256 prompts, NVLink: seconds", "rlft", "step_seconds", seconds, "strong/NVLink/{}"),
+            Column("waiting", "rlft", "idle_share", share, "strong/NVLink/{}"),
+            Column("10 GbE: seconds", "rlft", "step_seconds", seconds, "strong/10 GbE/{}"),
+            Column("32 prompts per rank, NVLink: seconds", "rlft", "step_seconds", seconds, "weak/NVLink/{}"),
+            Column("waiting ", "rlft", "idle_share", share, "weak/NVLink/{}"),
+            Column("10 GbE: seconds ", "rlft", "step_seconds", seconds, "weak/10 GbE/{}"),
+        ),
+        source=False,
+    ),
     "demo": Table(
         "held-out accuracy on two-digit sums",
         (("seed 42", "demo", "seed 42; 60"), ("seed 1", "demo", "seed 1; 60"), ("seed 2", "demo", "seed 2; 60")),

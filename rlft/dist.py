@@ -80,7 +80,11 @@ def started(timeout: float, environment: Mapping[str, str] = os.environ) -> Iter
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     global _host, _timeout
     _timeout = datetime.timedelta(seconds=timeout)
-    torch.distributed.init_process_group(backend, timeout=_timeout)
+    store, rank_, world_ = next(iter(torch.distributed.rendezvous("env://", timeout=_timeout)))
+    # torchrun has the same store in all attempts: without a prefix, ranks find the addresses of those that have died.
+    attempt = f"attempt {environment.get('TORCHELASTIC_RESTART_COUNT', '0')} of {world_} ranks"
+    store = torch.distributed.PrefixStore(attempt, store)
+    torch.distributed.init_process_group(backend, store=store, rank=rank_, world_size=world_, timeout=_timeout)
     _host = torch.distributed.new_group(backend="gloo", timeout=_timeout)  # type: ignore[assignment]
     try:
         yield

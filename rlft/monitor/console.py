@@ -226,6 +226,8 @@ class Console:
     def _print(self, text: str, style: str = "", indent: int = 0) -> None:
         """Print a permanent line and log it. indent: of the lines after the first, where it does not fit into one."""
         self._record(text)
+        if self._out.quiet:
+            return
         if self.plain:
             print(printed(text, self._out.file), file=self._out.file, flush=True)
         else:

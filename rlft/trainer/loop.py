@@ -236,9 +236,18 @@ def _train(session: Session, ways: Ways) -> Result:
     # Evaluated after the save, so that an interrupt loses nothing. A result already in the run folder is reused.
     after = {} if stopped else dist.from_lead(run.evaluation(state.step)) or measure(session)
     save(session)  # again, now that the best checkpoint is known
-    if not dist.lead():
-        return Result(user_path(dist.from_lead(""), "out"), interrupted=stopped)
-    dist.from_lead(str(run.path))
+    if dist.lead():
+        _finish(session, ways, path, before, after, stopped)
+    # The others end after the lead, since torchrun ends all ranks when one has ended with an error.
+    return Result(user_path(dist.from_lead(str(run.path)), "out"), interrupted=stopped)
+
+
+def _finish(
+    session: Session, ways: Ways, path: Path, before: dict[str, float], after: dict[str, float], stopped: bool
+) -> None:
+    """Write what a run leaves behind besides its checkpoints, and show its results."""
+    _, trainer, recorder = session
+    run, state = recorder.run, trainer.state
     write_card(recorder, trainer.cfg, state.step, path, path)  # again, with the results on the held-out rows
     page = report.write(run.path)
     again, best = f'rlft generate {run.path} "your prompt"', run.best()
@@ -248,7 +257,6 @@ def _train(session: Session, ways: Ways) -> Result:
         recorder.console.note(
             f"stopped after step {state.step} of {trainer.steps}. Go on with: {ways.resume(run.path)}"
         )
-    return Result(run.path, interrupted=stopped)
 
 
 def finished(cfg: Config, console: Console) -> Result | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
+from rlft import dist
 from rlft.algos.algorithm import Algorithm, describe
 from rlft.config.run import Config
 from rlft.data.table import PromptTable
@@ -34,6 +35,7 @@ def title(cfg: Config, policy: Policy, rows: PromptTable, evals: PromptTable, st
     size, trained = weight_bytes(policy.base)["parameters"], policy.adapter_params.numel()
     device = "GPU" if policy.device.type == "cuda" else "CPU"
     done = engines.describe(cfg, bool(rows[0].recorded), policy.device)
+    done += "" if dist.is_alone() else f", divided over {dist.world()} ranks"
     return [
         f"{cfg.model}: {count(size)} parameters in {held} on the {device}; {cfg.algo.name} trains a LoRA adapter of "
         f"rank {cfg.lora.rank}, {count(trained)} parameters",

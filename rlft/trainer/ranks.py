@@ -37,20 +37,21 @@ def claimed_by_lead(cfg: Config, resume: bool) -> Iterator[Claim]:
     with contextlib.ExitStack() as stack:
         taken: list[Claim] = []
 
-        def take() -> tuple[str, bytes]:
+        def take() -> tuple[str, dict[str, bytes]]:
             if not dist.lead():
-                return "", b""
+                return "", {}
             taken.append(stack.enter_context(claim(cfg.out, resume, cfg.if_exists, cfg.share)))
-            file = taken[0].run.metrics_file
-            return taken[0].action, file.read_bytes() if taken[0].resumed and file.is_file() else b""
+            # Which evaluations there were, and what tells that the folder is ours.
+            files = (taken[0].run.metrics_file, taken[0].run.config) if taken[0].resumed else ()
+            return taken[0].action, {file.name: file.read_bytes() for file in files if file.is_file()}
 
-        action, metrics = dist.gather_results(take)[0]
+        action, files = dist.gather_results(take)[0]
         if taken:
             yield taken[0]
             return
         run = Run(Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="rlft-rank-"))))
-        if metrics:  # which evaluations there were
-            run.metrics_file.write_bytes(metrics)
+        for name, data in files.items():
+            (run.path / name).write_bytes(data)
         yield Claim(run, action, [])  # type: ignore[arg-type]
 
 
