@@ -14,6 +14,10 @@ from pathlib import Path
 if not Path("/dev/nvidia0").exists() and not Path("/dev/nvidiactl").exists():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+# Before anything imports torch. Threads that wait by spinning take the processor from the other test process: two
+# processes of two threads on two processors took three times as long and more.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import pytest
 import torch
 

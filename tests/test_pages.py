@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import tomllib
+import urllib.request
 from pathlib import Path
 from typing import NamedTuple
 
@@ -139,10 +141,23 @@ def test_the_commands_of_a_page_run(page: Path, folder: Path, model: Path) -> No
     if any("runs/first" in line for line in ours) and not any(line.startswith("rlft train") for line in ours):
         train_a_run(model)
     for line in ours:
-        if "push" not in line:  # uploads
+        if "--serve" in line:
+            assert served(shlex.split(line)[1:]) == 0, line
+        elif "push" not in line:  # uploads
             assert main(shlex.split(line)[1:]) == 0, line
     others = [line for line in lines if line and not line.startswith(("rlft ", "#"))]
     assert all(line.startswith(ELSEWHERE) for line in others), others
+
+
+def served(args: list[str]) -> int:
+    """Exit code of a command that serves a page until Ctrl-C, sent once the page has been read."""
+    command = [sys.executable, "-m", "rlft", *args]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        url = process.stdout.readline().split()[0]
+        assert "</html>" in urllib.request.urlopen(url, timeout=60).read().decode()
+        process.send_signal(signal.SIGINT)
+        return process.wait(60)
 
 
 def prose(page: Path) -> str:

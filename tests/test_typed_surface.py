@@ -85,7 +85,7 @@ def test_pyright_knows_what_users_write(tmp_path: Path) -> None:
 
 def test_help_shows_parameters_and_every_public_name_has_a_docstring() -> None:
     given = ["model", "tokenizer", "optimizer"]
-    basics = ["cfg", "rewards", "resume", "callbacks"]
+    basics = ["cfg", "rewards", "resume", "callbacks", "verbose"]
     assert list(inspect.signature(rlft.train).parameters) == [*basics, *given, "settings"]
     for name in rlft.__all__:
         value = getattr(rlft, name)
