@@ -6,18 +6,18 @@ An arithmetic, not a measurement: it says what limits a run before the machines 
 lengths from a log-normal distribution that is cut at 4,096 tokens. `strong`: 256 prompts per step, whatever the ranks.
 `weak`: 32 prompts per rank. Per step
 
-    sampling   the slowest rank: its sequences decode together, a step of n sequences takes what was measured for n
+    sampling   the slowest rank: at most 256 sequences decode together, n of them take what was measured for n
     gather     rollouts of all ranks over the network, from the bytes of benchmarks/gather.py
     packing    on every rank, the whole step, from the time of benchmarks/gather.py
     training   micro-batches of 16,384 tokens, dealt out; tokens/s of the slab of 8 of 36 layers
     sum        of the adapter's fp32 gradient, 2 (W - 1) / W of its bytes through each link
 
-`idle_share` is the part of all ranks' time in which they wait for another. `limit` in a row's note is the largest of
-what would be left with unlimited ranks.
+`idle_share` is the part of all ranks' time in which they wait for another. A row's note names the longest part.
 """
 
 from __future__ import annotations
 
+import heapq
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -35,6 +35,8 @@ NETWORKS = {"NVLink": 150e9, "100 GbE": 10e9, "10 GbE": 1.1e9}
 """Bytes per second that one rank sends and receives at once."""
 LATENCY = 30e-6
 """Seconds per stage of a collective between machines."""
+MOST = 256
+"""Sequences that an engine decodes at a time."""
 STEPS = 5
 """Steps that a row is the mean of."""
 
@@ -77,11 +79,15 @@ class Measured:
         )
 
     def sampling(self, lengths: np.ndarray) -> float:
-        """Return the seconds in which one engine decodes sequences of these lengths together."""
-        ordered = np.sort(lengths)
-        alive = len(ordered) - np.arange(len(ordered))
-        tokens = np.diff(ordered, prepend=0)
-        return float((tokens * np.interp(alive, self.sequences, self.decode)).sum())
+        """Return the seconds in which one engine decodes sequences of these lengths, `MOST` of them at a time."""
+        waiting, ends, clock, seconds = lengths.tolist()[::-1], [], 0, 0.0
+        while waiting or ends:
+            while waiting and len(ends) < MOST:
+                heapq.heappush(ends, clock + waiting.pop())
+            active, end = len(ends), heapq.heappop(ends)
+            seconds += (end - clock) * float(np.interp(active, self.sequences, self.decode))
+            clock = end
+        return seconds
 
 
 @dataclass(frozen=True)
@@ -137,7 +143,7 @@ def packed(lengths: np.ndarray, budget: int) -> list[float]:
     return [*sizes, float(now)]
 
 
-def limit(times: Sequence[Times]) -> str:
+def longest(times: Sequence[Times]) -> str:
     """Return the part that takes longest."""
     parts = ("sampling", "training", "packing", "gather", "sum", "handover")
     return max(parts, key=lambda part: sum(getattr(time, part) for time in times))
@@ -158,14 +164,14 @@ def main() -> None:
                 step = sum(time.step for time in times) / STEPS
                 idle = sum(time.waited for time in times) / STEPS / (ranks * step)
                 work = f"{law}/{network}/{ranks}"
-                note = f"{prompts} prompts, most of it {limit(times)}; computed from {sources}"
+                note = f"{prompts} prompts, most of it {longest(times)}; computed from {sources}"
                 row = {"work": work, "stack": "rlft", "note": note}
                 rows.append(row | {"metric": "step_seconds", "value": round(step, 3), "unit": "s"})
                 rows.append(row | {"metric": "idle_share", "value": round(idle, 4), "unit": "1"})
                 for part in ("sampling", "training", "packing", "gather", "sum"):
                     mean = sum(getattr(time, part) for time in times) / STEPS
                     rows.append(row | {"metric": f"{part}_seconds", "value": round(mean, 4), "unit": "s"})
-                print(f"{work:24} {step:8.2f} s  idle {idle:5.1%}  {limit(times)}")
+                print(f"{work:24} {step:8.2f} s  idle {idle:5.1%}  {longest(times)}")
     print(write("scaling", rows))
 
 
