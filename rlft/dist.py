@@ -19,6 +19,8 @@ from typing import TypeVar
 import torch
 import torch.distributed
 from torch import Tensor
+from torch.distributed import PrefixStore  # pyright: ignore[reportPrivateImportUsage]
+from torch.distributed.rendezvous import rendezvous
 
 from rlft.errors import ConfigError, ElsewhereError, TrainError
 
@@ -80,10 +82,10 @@ def started(timeout: float, environment: Mapping[str, str] = os.environ) -> Iter
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     global _host, _timeout
     _timeout = datetime.timedelta(seconds=timeout)
-    store, rank_, world_ = next(iter(torch.distributed.rendezvous("env://", timeout=_timeout)))
+    store, rank_, world_ = next(iter(rendezvous("env://", timeout=_timeout)))
     # torchrun has the same store in all attempts: without a prefix, ranks find the addresses of those that have died.
     attempt = f"attempt {environment.get('TORCHELASTIC_RESTART_COUNT', '0')} of {world_} ranks"
-    store = torch.distributed.PrefixStore(attempt, store)
+    store = PrefixStore(attempt, store)
     torch.distributed.init_process_group(backend, store=store, rank=rank_, world_size=world_, timeout=_timeout)
     _host = torch.distributed.new_group(backend="gloo", timeout=_timeout)  # type: ignore[assignment]
     try:

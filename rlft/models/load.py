@@ -25,7 +25,7 @@ from rlft.errors import ConfigError
 from rlft.models import quantization as quant
 from rlft.models import targets
 from rlft.models.continued import changed_dropout, continue_adapter, peft_wraps
-from rlft.models.fused.decoder import fuse
+from rlft.models.fused.fuse import fuse
 from rlft.models.kind import attention_of, causal
 from rlft.models.locate import Location, explained, load_tokenizer, locate
 

@@ -28,7 +28,8 @@ from rlft.models import packed, padded, rope
 from rlft.models.adapter import FlatAdapter
 from rlft.models.device_memory import DeviceMemory, host_free
 from rlft.models.fused import memory
-from rlft.models.fused.decoder import FusedDecoder, PassRecord, fuse
+from rlft.models.fused.decoder import FusedDecoder, PassRecord
+from rlft.models.fused.fuse import fuse
 from rlft.models.fused.placement import Place
 from rlft.models.fused.token_budget import ALONE, BUDGETS, Group, token_budget
 from rlft.models.head import append_ones, head_matrix, scale_of, softcap_of

@@ -8,7 +8,6 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -20,9 +19,6 @@ from rlft.runs.claim import Claim, claim
 from rlft.runs.folder import Run
 from rlft.trainer.progress import Progress
 from rlft.types import PackPlan, State
-
-if TYPE_CHECKING:
-    from rlft.trainer.step import Step
 
 SAME = "start every rank with the same config, data, model and version of rlft"
 
@@ -119,15 +115,3 @@ def check_adapter_is_same(adapter: torch.Tensor) -> None:
         places = torch.arange(1, len(bits) + 1, device=bits.device)
         total = int((bits.long() * places).sum())
         dist.check_same("the adapter (sum of its bits)", total, "the machine is at fault; go on with --resume")
-
-
-def share_logprobs(step: Step) -> None:
-    """Give every rank the trainer's log-probs of all samples, which the lead writes to the run folder."""
-    if dist.is_alone():
-        return
-    step.mismatch.store_logprobs()
-    samples = step.samples
-    own = {i: sample.logprobs for i, sample in enumerate(samples) if sample.logprobs is not None}
-    for found in dist.gather(own):
-        for i, logprobs in found.items():
-            samples[i].logprobs = logprobs

@@ -15,10 +15,9 @@ from rlft.runs.tables import Unreadable, has_messages, shown_prompt
 from rlft.trainer import dynamic_sampling
 from rlft.trainer.callbacks import Event, View
 from rlft.trainer.evaluate import change, evaluate, recorded_loss
-from rlft.trainer.ranks import share_logprobs
 from rlft.trainer.sample import trainer_state
 from rlft.trainer.session import Recorder, Sampler, Session, Trainer
-from rlft.trainer.step import Step
+from rlft.trainer.step import Step, share_logprobs
 from rlft.trainer.step_metrics import peak_memory, perplexity, rates, rollout_values, update_values
 from rlft.types import Sample
 

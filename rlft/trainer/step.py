@@ -272,3 +272,15 @@ def update(trainer: Trainer, step: Step) -> None:
     check_adapter_is_same(policy.adapter_params)
     state.updates += 1
     state.skipped_updates = state.skipped_updates + 1 if step.updates[-1].skipped else 0
+
+
+def share_logprobs(step: Step) -> None:
+    """Give every rank the trainer's log-probs of all samples, which the lead writes to the run folder."""
+    if dist.is_alone():
+        return
+    step.mismatch.store_logprobs()
+    samples = step.samples
+    own = {i: sample.logprobs for i, sample in enumerate(samples) if sample.logprobs is not None}
+    for found in dist.gather(own):
+        for i, logprobs in found.items():
+            samples[i].logprobs = logprobs

@@ -14,7 +14,8 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from rlft.config.run import Lora
-from rlft.models.fused.decoder import FusedDecoder, fuse
+from rlft.models.fused.decoder import FusedDecoder
+from rlft.models.fused.fuse import fuse
 from rlft.models.fused.levels import L0, L2, LEVELS, Level
 from rlft.models.fused.memory import MemoryPlan
 from rlft.models.load import attach_lora

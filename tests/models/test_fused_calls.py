@@ -26,7 +26,8 @@ from torch import Tensor
 from rlft.config.run import Lora
 from rlft.kernels.lora_group import AdapterWriteTables, write_adapters_reference
 from rlft.models import kv_cache
-from rlft.models.fused.decoder import FusedDecoder, fuse
+from rlft.models.fused.decoder import FusedDecoder
+from rlft.models.fused.fuse import fuse
 from rlft.models.fused.levels import L0
 from rlft.models.fused.memory import MemoryPlan
 

@@ -18,7 +18,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 from rlft.algos.algorithm import Algorithm, build_algorithm
 from rlft.config.run import Algo, Lora
 from rlft.models.fused import memory
-from rlft.models.fused.decoder import FusedDecoder, fuse
+from rlft.models.fused.decoder import FusedDecoder
+from rlft.models.fused.fuse import fuse
 from rlft.models.fused.levels import L0, L4, L5, LEVELS, Level
 from rlft.models.load import attach_lora
 from rlft.models.policy import Policy

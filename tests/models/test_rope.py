@@ -26,7 +26,8 @@ from rlft.config.data import Data, Eval, Sampling
 from rlft.config.run import Config, Engine, Lora
 from rlft.errors import ConfigError
 from rlft.models import rope
-from rlft.models.fused.decoder import FusedDecoder, fuse
+from rlft.models.fused.decoder import FusedDecoder
+from rlft.models.fused.fuse import fuse
 from rlft.models.load import attach_lora
 from rlft.models.policy import Policy
 from rlft.rollout.eager import EagerEngine

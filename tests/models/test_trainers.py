@@ -19,7 +19,8 @@ from tiny import tiny_model, tiny_tokenizer
 from torch import Tensor
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
-from rlft.models.fused.decoder import FusedDecoder, fuse
+from rlft.models.fused.decoder import FusedDecoder
+from rlft.models.fused.fuse import fuse
 
 CHECKPOINTING = "gradient checkpointing has no effect"
 COMMON: dict[str, Any] = {

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from rlft.kernels import rms_norm
 from rlft.kernels.attention import Sequences
-from rlft.models import families, kv_cache, rope
+from rlft.models import kv_cache, rope
 from rlft.models.device_memory import DeviceMemory, host_free
 from rlft.models.families import Family
 from rlft.models.fusable import adapted, adapter_problem, hook_problem, layers_problem, parts_of, state_of
@@ -31,7 +31,7 @@ from rlft.models.fused.layer import run_layer
 from rlft.models.fused.layer_modules import FusedLayer, describe_norm, describe_shape
 from rlft.models.fused.layer_steps import Pass
 from rlft.models.fused.offload import Offload
-from rlft.models.fused.placement import Place, Placement
+from rlft.models.fused.placement import Placement
 from rlft.models.fused.projection import Store, adapter_tensors
 from rlft.models.fused.unpad import unpadded
 
@@ -390,33 +390,3 @@ class FusedDecoder:
         if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) != dtype:
             return f"autocast to {torch.get_autocast_dtype(device)} over weights of {dtype}"
         return None
-
-
-def fuse(model: PeftModel, device_memory: DeviceMemory | None = None, place: Place = "device") -> FusedDecoder | str:
-    """Run the decoder of `model` by fused layers from now on, or return why its own layers stay.
-
-    device_memory: as of `FusedDecoder`. place: where the frozen weights of the layers are moved to.
-    """
-    base: Any = model.get_base_model()
-    decoder = base.get_decoder()
-    existing = getattr(vars(decoder).get("forward"), "__self__", None)
-    if isinstance(existing, FusedDecoder):
-        existing.model = model
-        existing.device_memory = device_memory or existing.device_memory
-        return existing.problem() or existing
-    family = families.find(decoder.config.model_type)
-    if family is None:
-        return f'no fused layer for the architecture "{decoder.config.model_type}"'
-    known = type(decoder).__name__ == family.decoder and type(decoder).__module__.startswith("transformers.models.")
-    if not known or not kv_cache.name(decoder):
-        return f"{type(decoder).__module__}.{type(decoder).__name__} is not transformers' {family.decoder}"
-    try:
-        placement = Placement.of(decoder, family, place) if place != "device" else None
-        fused = FusedDecoder(model, decoder, family, device_memory, placement)
-    except ValueError as error:
-        return str(error)
-    problem = fused.problem()
-    if problem is not None:
-        return problem
-    decoder.forward = fused.forward
-    return fused
