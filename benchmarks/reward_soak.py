@@ -193,7 +193,7 @@ def _children() -> list[int]:
 def main() -> None:
     from results_file import write
 
-    found = soak(calls=20_000, faults=1000, seed=0)
+    found = soak(calls=20_000, faults=1000, seed=0, timeout=1.0)
     print(found)
     counts = ", ".join(f"{kind} {n}" for kind, n in sorted(found["drawn"].items()))
     note = f"20,000 calls of {ROWS} rows, 1,000 faults drawn by seed 0: {counts}"

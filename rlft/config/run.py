@@ -174,8 +174,8 @@ class BaseWeights:
 
     place: Literal["device", "host", "sharded"] = "device"
     """"device": each GPU has all of them. "host": in host memory, one copy for the ranks of a machine. "sharded": each
-    GPU of a machine has its share. The last two bring each layer to the device two layers ahead, by fused layers only,
-    and for recorded completions only (SFT, DPO), since an engine samples from weights on the device."""
+    GPU of a machine has its share. With the last two, layers are copied to the device two layers ahead, by fused layers
+    only, and for recorded completions only (SFT, DPO), since an engine samples from weights on the device."""
 
 
 @section("ranks")

@@ -1,7 +1,7 @@
 """Write the base that a run trains over as a plain model: 4-bit weights decoded, bit for bit what the trainer uses.
 
 A server (`vllm serve`) that loads the original weights samples from another model than the one that is trained over
-4-bit weights. From this folder it samples from the same one, and needs no quantizer of its own.
+4-bit weights. From this folder it samples from the same one, and needs no quantizer.
 """
 
 from __future__ import annotations

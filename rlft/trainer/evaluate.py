@@ -103,7 +103,7 @@ def evaluate(
     The seed depends only on the run's seed, so two evaluations differ by the adapter alone. Raises TrainError when most
     of the engine's log-probs are not finite, since the completions are then meaningless.
     """
-    prompts = list(prompts)  # a table makes its prompts anew at each access
+    prompts = list(prompts)  # a table creates its prompts at each access
     share, seed = dist.share(len(prompts)), (cfg.seed, 2**31 + 1)
 
     def evaluate_share() -> tuple[list[Rollout], RewardBreakdown]:

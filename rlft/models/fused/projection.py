@@ -190,7 +190,7 @@ class Store:
 
     mode: "layer", one set of buffers into which every layer's weights are written in turn, all at once; "group", one
     buffer for one projection at a time, the least memory; "shadow", separate buffers for each layer, written once.
-    ring: brings the frozen weights to the device, if they do not lie there.
+    ring: copies the frozen weights to the device, if they do not lie there.
     """
 
     def __init__(self, mode: Mode = "layer", ring: Ring | None = None) -> None:

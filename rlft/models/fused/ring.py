@@ -105,7 +105,7 @@ def keep(module: nn.Module, tensors: Sequence[Tensor]) -> None:
 
 
 def in_slot(weight: Tensor | Nf4Weight, tensors: Sequence[Tensor]) -> Tensor | Nf4Weight:
-    """Return a module's weight for the kernels, read from the slot's tensors in place of its own."""
+    """Return a module's weight for the kernels, read from the slot's tensors."""
     if not isinstance(weight, Nf4Weight):
         return tensors[0]
     packed = tensors[0].reshape(-1).view(torch.uint8)
