@@ -70,9 +70,11 @@ def save_blocks(folder: Path) -> None:
     LlamaForCausalLM(LlamaConfig.from_dict(config)).save_pretrained(folder)
 
 
-def loaded(folder: Path, quantization: Literal["nf4", "none"], place: Place) -> Policy:
+def loaded(
+    folder: Path, quantization: Literal["nf4", "none"], place: Place, dtype: Literal["float32", "bfloat16"] = "float32"
+) -> Policy:
     """A policy over the model that `save_blocks` has written."""
-    cfg = Base(str(folder), quantization, dtype="float32")
+    cfg = Base(str(folder), quantization, dtype)
     return policy_of(attach_lora(load_base(cfg, resolve_device(cfg)), Lora(rank=4), 0), place)
 
 
@@ -101,6 +103,16 @@ def test_packed_bytes_keep_every_pattern(folder: Path, quantization: Literal["nf
         ring = Ring(layouts, source, torch.device("cpu"))
         ring.need(0)
         assert torch.equal(ring.views(0)[0], packed) and ring.views(0)[1].item() == 1.0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("quantization", ["nf4", "none"])
+def test_a_gpu_computes_the_same_bits_from_host_memory(folder: Path, quantization: Literal["nf4", "none"]) -> None:
+    policies = [loaded(folder / "blocks", quantization, place, "bfloat16") for place in ("device", "host")]
+    for one, other in zip(*map(results, policies), strict=True):
+        assert one.is_cuda and torch.equal(one, other)
+    weight = next(p for name, p in policies[1].base.named_parameters() if "q_proj.base_layer" in name)
+    assert weight.device.type == "cpu"
 
 
 def test_a_pass_forth_and_back_copies_each_layer_once_ahead_of_its_use() -> None:
