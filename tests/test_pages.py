@@ -27,7 +27,7 @@ BLOCK = re.compile(r"^```(\w+)(?: title=\"([^\"]+)\")?\n(.*?)^```$", re.M | re.S
 TABLE = re.compile(r"<!-- table: [\w-]+ -->\n.*?<!-- end -->", re.S)
 MEASURED = re.compile(r"\b\d[\d.,]*\s?(?:s|ms|seconds|minutes|GiB|GB/s|tokens/s|x|times|nat|TFLOP/s)\b")
 """A figure with the unit of a measurement."""
-ELSEWHERE = ("git ", "pip ", "python ", "scripts/", "vllm ", "docker ")
+ELSEWHERE = ("git ", "pip ", "python ", "scripts/", "vllm ", "docker ", "torchrun ")
 """Commands of others: looked at, not run here."""
 
 
