@@ -125,8 +125,8 @@ def sampled(change: Callable[[list[Rollout]], list[Rollout]], since: int = AT) -
     def inject(s: Session) -> None:
         generate = s.sampler.engine.generate
 
-        def wrapped(prompts: Sequence[Prompt], sampling: Sampling, seed: tuple[int, ...], *rest: Any) -> list[Rollout]:
-            rollouts = generate(prompts, sampling, seed, *rest)
+        def wrapped(prompts: Sequence[Prompt], sampling: Sampling, seed: tuple[int, ...], **rest: Any) -> list[Rollout]:
+            rollouts = generate(prompts, sampling, seed, **rest)
             return change(rollouts) if now(s) >= since else rollouts
 
         s.sampler.engine.generate = wrapped  # type: ignore[method-assign]

@@ -76,7 +76,9 @@ def _sample(
     stream = (seed, number) if round_ == 0 else (seed, number, 2**31 + round_)
     finished = scoring.add if scoring.overlaps else None
     with step.clock("generate"):
-        rollouts = sampler.engine.generate(prompts[share], trainer.cfg.sampling, stream, finished, first=share.start)
+        rollouts = sampler.engine.generate(
+            prompts[share], trainer.cfg.sampling, stream, finished=finished, first=share.start
+        )
         check_versions(rollouts, number)
     return rollouts
 
