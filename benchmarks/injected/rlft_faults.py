@@ -110,9 +110,9 @@ def sampling_within(enter: Callable[[Session], Any]) -> Inject:
     def inject(s: Session) -> None:
         generate = s.sampler.engine.generate
 
-        def wrapped(prompts: Sequence[Prompt], sampling: Sampling, seed: tuple[int, ...], *rest: Any) -> list[Rollout]:
+        def wrapped(prompts: Sequence[Prompt], sampling: Sampling, seed: tuple[int, ...], **rest: Any) -> list[Rollout]:
             with enter(s):
-                return generate(prompts, sampling, seed, *rest)
+                return generate(prompts, sampling, seed, **rest)
 
         s.sampler.engine.generate = wrapped  # type: ignore[method-assign]
 
@@ -157,8 +157,8 @@ def stale_blind(s: Session) -> None:
 def temperature(s: Session) -> None:
     """The engine samples at 0.6 whatever it is asked for."""
     generate = s.sampler.engine.generate
-    s.sampler.engine.generate = lambda prompts, sampling, seed: generate(  # type: ignore[method-assign]
-        prompts, replace(sampling, temperature=0.6), seed
+    s.sampler.engine.generate = lambda prompts, sampling, seed, **rest: generate(  # type: ignore[method-assign]
+        prompts, replace(sampling, temperature=0.6), seed, **rest
     )
 
 
