@@ -103,7 +103,9 @@ def test_estimators_get_lengths_and_parts_of_the_kept_rollouts() -> None:
 
 def test_the_quantile_of_entropies_is_torchs() -> None:
     entropies = torch.rand(40, generator=torch.Generator().manual_seed(3))
-    batches: Any = [SimpleNamespace(train_mask=torch.ones(20, dtype=torch.bool), at=i) for i in (0, 20)]
+    batches: Any = [
+        SimpleNamespace(train_mask=torch.ones(20, dtype=torch.bool), input_ids=torch.zeros(20), at=i) for i in (0, 20)
+    ]
     policy: Any = SimpleNamespace(entropy=lambda batch: entropies[batch.at : batch.at + 20])
     for share in (0.0, 0.3, 0.8, 1.0):
         got = PackedStep(policy, PLAN, [], batches).entropy_quantile(share)
