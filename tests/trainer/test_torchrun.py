@@ -32,7 +32,7 @@ def digits(completions, trainer_state, **_):
     if fault == "slow":
         time.sleep(2)
     if fault == "sleep" and trainer_state.global_step == 1 and rank == 1:
-        time.sleep(25)
+        time.sleep(45)  # longer than the timeout of a reward
     if fault == "count" and rank == 1:
         return []
     return [sum(character.isdigit() for character in text) / 6 for text in completions]
@@ -147,7 +147,7 @@ def test_a_signal_to_one_rank_stops_all_after_the_step(home: Path, alone: Path) 
 
 def test_a_rank_that_does_not_answer_is_named(home: Path) -> None:
     config = write_config(home / "sleeping", home)
-    code, _, err = ended(start(config, 2, "--ranks.timeout", "10", fault="sleep"))
+    code, _, err = ended(start(config, 2, "--ranks.timeout", "20", fault="sleep"))
     assert code != 0 and "waited for the other ranks in vain" in err and "Ranks 1" in err and "ranks.timeout" in err
 
 
