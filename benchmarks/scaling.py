@@ -22,6 +22,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import gather
 import numpy as np
 from page_tables import newest, value
 from results_file import write
@@ -68,7 +69,7 @@ class Measured:
 
         sequences = (16, 64, 256)
         decode = [n / of("rollout", f"rollout-expanded/{n}", "tokens_per_s") for n in sequences]
-        tokens = 32 * 8 * 1113  # of benchmarks/gather.py
+        tokens = gather.GROUPS * gather.SIZE * gather.TOKENS
         return cls(
             sequences,
             tuple(decode),
@@ -111,10 +112,9 @@ class Times:
 def simulate(measured: Measured, ranks: int, prompts: int, bandwidth: float, draw: np.random.Generator) -> Times:
     """Return the times of one step of `prompts` groups."""
     lengths = np.minimum(np.exp(draw.normal(math.log(MEDIAN), SIGMA, (prompts, GROUP))), LONGEST).astype(int) + 1
-    shares = [lengths[prompts * r // ranks : prompts * (r + 1) // ranks] for r in range(ranks)]
-    sampling = [measured.sampling(share.reshape(-1)) for share in shares]
+    sampling = [measured.sampling(lengths[share].reshape(-1)) for share in dist.shares(prompts, ranks)]
     tokens = int(lengths.sum())
-    # The last micro-batches are smaller where there are fewer than ranks: the budget is cut to a rank's share.
+    # As `rlft.trainer.step.dealt_plan`: at most a rank's share.
     budget = min(BUDGET, math.ceil(tokens / ranks))
     costs = packed(lengths.reshape(-1), budget)
     loads = dist.loads(costs, ranks)

@@ -54,11 +54,6 @@ def lead() -> bool:
     return rank() == 0
 
 
-def local_rank(environment: Mapping[str, str] = os.environ) -> int:
-    """Return the number of this rank on its machine, which is the number of its GPU."""
-    return 0 if is_alone() else int(environment.get("LOCAL_RANK", "0"))
-
-
 @contextlib.contextmanager
 def started(timeout: float, environment: Mapping[str, str] = os.environ) -> Iterator[None]:
     """Join the ranks that torchrun has started, and leave them when the block ends.
@@ -197,7 +192,12 @@ def agree(flag: bool) -> bool:
 
 def share(count: int) -> slice:
     """Return which of `count` items this rank takes: contiguous ranges whose lengths differ by at most one."""
-    return slice(count * rank() // world(), count * (rank() + 1) // world())
+    return shares(count, world())[rank()]
+
+
+def shares(count: int, ranks: int) -> list[slice]:
+    """Return which of `count` items each of `ranks` ranks takes."""
+    return [slice(count * number // ranks, count * (number + 1) // ranks) for number in range(ranks)]
 
 
 def deal(costs: Sequence[float]) -> list[int]:

@@ -57,7 +57,7 @@ def parse(command: str, args: list[str], about: str) -> tuple[Config, bool]:
 
 
 def split_resume(args: list[str]) -> tuple[list[str], Literal["never", "auto", "always"]]:
-    """The arguments without --resume or --resume auto, and whether the run is to be resumed."""
+    """Return the arguments without --resume or --resume auto, and which of the two was given."""
     for i, arg in enumerate(args):
         if arg == "--resume=auto" or args[i : i + 2] == ["--resume", "auto"]:
             return [*args[:i], *args[i + (1 if "=" in arg else 2) :]], "auto"

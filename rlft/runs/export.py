@@ -103,15 +103,11 @@ def merge(
     cfg = _unquantised(run_config, path)
     tokenizer = load_tokenizer(cfg.model, checkpoint.given_tokenizer(path))
     texts = check_texts(run, tokenizer)
-    temporary = out.absolute().with_name(f".merging-{out.name}")
-    shutil.rmtree(temporary, ignore_errors=True)  # left by a merge that was killed
-    try:
-        with writing(out):
-            temporary.mkdir(parents=True)
+    with new_folder(out, "merging") as temporary:
         exact, shift, model = _merge(cfg, run_config, path, texts)
         with writing(out):
             model.to(getattr(torch, dtype)).save_pretrained(temporary)
-        difference = _read_back(model, temporary, texts, exact)
+        difference = _mean(exact, token_logprobs(read_back(model, temporary, "not merged"), texts))
         del model
         noise = 0.0 if dtype == "float32" else _mean(exact, token_logprobs(_load(replace(cfg, dtype=dtype)), texts))
         result = Merged(out, path, len(exact), difference, noise, shift)
@@ -124,16 +120,32 @@ def merge(
             tokenizer.save_pretrained(temporary)
             card = merged_card(run, run_config, _step(path), push or str(out), dtype, result.summary(), link)
             (temporary / "README.md").write_text(card, encoding="utf-8")
-            temporary.rename(out.absolute())
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     if push:
         upload(push, sorted(out.iterdir()), private, {}, f"the merged model is in {out}")
     return result
 
 
 @contextlib.contextmanager
+def new_folder(out: Path, doing: str) -> Iterator[Path]:
+    """Create a hidden folder beside `out` and rename it to `out` when the block ends; remove it when the block raises.
+
+    doing: what the block does, for the folder's name. Raises ConfigError when it cannot be written.
+    """
+    temporary = out.absolute().with_name(f".{doing}-{out.name}")
+    shutil.rmtree(temporary, ignore_errors=True)  # left by a process that was killed
+    try:
+        with writing(out):
+            temporary.mkdir(parents=True)
+        yield temporary
+        with writing(out):
+            temporary.rename(out.absolute())
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextlib.contextmanager
 def writing(out: Path) -> Iterator[None]:
+    """Raise ConfigError where the block cannot write."""
     from safetensors import SafetensorError
 
     try:
@@ -150,6 +162,7 @@ def _step(path: Path) -> int:
 
 
 def check_free(out: Path) -> None:
+    """Raise ConfigError unless `out` is missing or an empty folder."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f'out = "{out}": is there already and not an empty folder; give another one')
 
@@ -215,9 +228,11 @@ def _merge(cfg: Config, run_config: Config, checkpoint: Path, texts: list[list[i
     return exact, shift, merged
 
 
-def _read_back(model: Any, folder: Path, texts: list[list[int]], exact: Tensor) -> float:
-    """Load the written files, check that they equal `model` bit for bit, and return the mean |difference| to
-    `exact`."""
+def read_back(model: Any, folder: Path, failed: str) -> nn.Module:
+    """Load the written files with plain transformers, and return them.
+
+    failed: begins the message of the ParityError that is raised where they are not `model`, bit for bit.
+    """
     from transformers import AutoModelForCausalLM
 
     written = AutoModelForCausalLM.from_pretrained(folder, dtype=model.dtype)
@@ -225,11 +240,11 @@ def _read_back(model: Any, folder: Path, texts: list[list[int]], exact: Tensor) 
     wrong = [
         name
         for name, tensor in model.state_dict().items()
-        if name not in read or not tensor.equal(read[name].to(tensor.dtype))
+        if name not in read or not tensor.cpu().equal(read[name].to(tensor.dtype))
     ]
     if wrong:
-        raise ParityError(f"not merged: {len(wrong)} tensors read back are not what was written, {wrong[0]} for one")
-    return _mean(exact, token_logprobs(written, texts))
+        raise ParityError(f"{failed}: {len(wrong)} tensors read back are not what was written, {wrong[0]} for one")
+    return written
 
 
 def _check_base(model: PeftModel, run_config: Config, checkpoint: Path) -> None:

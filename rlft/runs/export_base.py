@@ -6,19 +6,18 @@ A server (`vllm serve`) that loads the original weights samples from another mod
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from rlft.config.paths import user_path
-from rlft.errors import ConfigError, ParityError
+from rlft.errors import ConfigError
 from rlft.kernels.nf4 import Nf4Weight, decode
 from rlft.models.load import Base, describe_base, load_base, load_tokenizer, resolve_device
-from rlft.runs.export import check_free, writing
+from rlft.runs.export import check_free, new_folder, read_back, writing
 
 
 @dataclass(frozen=True)
@@ -56,18 +55,11 @@ def export_base(model: str, out: str | Path, quantization: str = "nf4", dtype: s
     if hasattr(base.config, "quantization_config"):
         del base.config.quantization_config
     base.hf_quantizer = None
-    temporary = out.absolute().with_name(f".exporting-{out.name}")
-    shutil.rmtree(temporary, ignore_errors=True)  # left by an export that was killed
-    try:
+    with new_folder(out, "exporting") as temporary:
         with writing(out):
-            temporary.mkdir(parents=True)
             base.save_pretrained(temporary)
             load_tokenizer(model).save_pretrained(temporary)
-        _read_back(base, temporary, plan.dtype)
-        with writing(out):
-            temporary.rename(out.absolute())
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        read_back(base, temporary, "not exported")
     return ExportedBase(out, decoded, plan.dtype)
 
 
@@ -87,14 +79,3 @@ def _decode(base: nn.Module, dtype: torch.dtype) -> int:
         parent, _, child = name.rpartition(".")
         setattr(base.get_submodule(parent), child, plain)
     return len(names)
-
-
-def _read_back(base: nn.Module, folder: Path, dtype: torch.dtype) -> None:
-    """Load the written files with plain transformers, and compare every tensor bit for bit."""
-    from transformers import AutoModelForCausalLM
-
-    loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False).state_dict()
-    for name, tensor in base.state_dict().items():
-        other: Tensor | None = loaded.get(name)
-        if other is None or not torch.equal(tensor.cpu(), other.cpu()):
-            raise ParityError(f"{folder}: {name} as written is not what was decoded; nothing is exported")

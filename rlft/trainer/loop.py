@@ -37,6 +37,7 @@ from rlft.trainer.dynamic_sampling import kept_groups, replace_uninformative
 from rlft.trainer.ending import FROM_PYTHON, Ways, interrupted_by_signals, saved_on_the_way_out, stop_on_signals
 from rlft.trainer.given_objects import Given
 from rlft.trainer.out_of_memory import what_to_lower
+from rlft.trainer.ranks import on_lead
 from rlft.trainer.record import call_back, measure, record, step_values
 from rlft.trainer.result import Result
 from rlft.trainer.sample import sample_and_score
@@ -195,7 +196,7 @@ def run(
     """Train a run as `train` does. ways: how its user goes on with it. given: objects in place of what it names."""
     with dist.started(cfg.ranks.timeout):
         again = cfg.if_exists == "resume" or resume
-        done = dist.from_lead(finished(cfg, console) if again and dist.lead() else None)
+        done = on_lead(lambda: finished(cfg, console) if again else None)
         return done if done is not None else _run(cfg, console, rewards, resume, callbacks, ways, given)
 
 
@@ -236,16 +237,14 @@ def _train(session: Session, ways: Ways) -> Result:
     # Evaluated after the save, so that an interrupt loses nothing. A result already in the run folder is reused.
     after = {} if stopped else dist.from_lead(run.evaluation(state.step)) or measure(session)
     save(session)  # again, now that the best checkpoint is known
-    if dist.lead():
-        _finish(session, ways, path, before, after, stopped)
     # The others end after the lead, since torchrun ends all ranks when one has ended with an error.
-    return Result(user_path(dist.from_lead(str(run.path)), "out"), interrupted=stopped)
+    return Result(on_lead(lambda: _finish(session, ways, path, before, after, stopped)), interrupted=stopped)
 
 
 def _finish(
     session: Session, ways: Ways, path: Path, before: dict[str, float], after: dict[str, float], stopped: bool
-) -> None:
-    """Write what a run leaves behind besides its checkpoints, and show its results."""
+) -> Path:
+    """Write what a run leaves behind besides its checkpoints, and show its results; return the run folder."""
     _, trainer, recorder = session
     run, state = recorder.run, trainer.state
     write_card(recorder, trainer.cfg, state.step, path, path)  # again, with the results on the held-out rows
@@ -257,6 +256,7 @@ def _finish(
         recorder.console.note(
             f"stopped after step {state.step} of {trainer.steps}. Go on with: {ways.resume(run.path)}"
         )
+    return run.path
 
 
 def finished(cfg: Config, console: Console) -> Result | None:

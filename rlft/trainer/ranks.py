@@ -14,6 +14,7 @@ import torch
 from rlft import __version__, dist
 from rlft.config.files import to_toml
 from rlft.config.run import Config, Track
+from rlft.dist import Value
 from rlft.errors import ConfigError
 from rlft.runs.claim import Claim, claim
 from rlft.runs.folder import Run
@@ -84,9 +85,9 @@ def same_plan(plan: PackPlan) -> PackPlan:
     return replace(plan, budget=min(dist.gather(plan.budget)))
 
 
-def on_lead(function: Callable[[], None]) -> None:
-    """Call a function on the lead. Raises on every rank what it raises there."""
-    dist.gather_results(lambda: function() if dist.lead() else None)
+def on_lead(function: Callable[[], Value]) -> Value:
+    """Call a function on the lead; return its result on every rank, or raise there what it raises."""
+    return dist.gather_results(lambda: function() if dist.lead() else None)[0]  # type: ignore[return-value]
 
 
 def send_progress(progress: Progress) -> None:

@@ -98,8 +98,8 @@ def build_session(
     called = Callbacks(callbacks)
     ranks.check_config(cfg)
     with ranks.claimed_by_lead(cfg, resume) as claimed, console or Console() as console:
-        if claimed.resumed and dist.lead():
-            given.check_resume(claimed.run)
+        if claimed.resumed:
+            ranks.on_lead(lambda: given.check_resume(claimed.run))
         cfg, called = ranks.config_here(cfg, claimed.run), called if dist.lead() else Callbacks()
         cfg, notes = read_streams(cfg)
         if claimed.run.path != user_path(cfg.out, "out"):
@@ -283,15 +283,19 @@ def _functions(
 def load_policy(cfg: Config, note: Callable[[str], None] = lambda _: None) -> Policy:
     """Load the base and attach the initial adapter. note: called with messages about files that are ignored."""
     device, place = resolve_device(cfg), cfg.base.place
-    # What is quantized while it is read is quantized on the device that computes.
-    plan = describe_base(cfg, device)
-    on_host = place != "device" and (plan.quantized or plan.quantization == "none")
+    on_host = place != "device" and _reads_as_it_is(cfg, device)
     base = load_base(cfg, device, note, torch.device("cpu") if on_host else device)
     model = attach_lora(base, cfg.lora, cfg.seed)
     if on_host:
         move_others(model, decoder_of(base), device)
         pad_rows(base.get_input_embeddings().weight, base.get_output_embeddings().weight)  # type: ignore[operator]
     return Policy(model, place=place)
+
+
+def _reads_as_it_is(cfg: Config, device: torch.device) -> bool:
+    """Return False for a base that is quantized while it is read, on the device that computes."""
+    plan = describe_base(cfg, device)
+    return plan.quantized or plan.quantization == "none"
 
 
 def _engines(

@@ -7,7 +7,7 @@ A step is one object. `sample_and_score` fills its groups, `pack_minibatches` pa
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from torch import Tensor
@@ -15,6 +15,7 @@ from torch import Tensor
 from rlft import dist
 from rlft.algos.algorithm import Algorithm
 from rlft.batch import count, pack, samples_of
+from rlft.dist import Value
 from rlft.models.policy import Policy
 from rlft.rewards.parts import RewardBreakdown
 from rlft.trainer import parity
@@ -94,8 +95,12 @@ def advantages(
     """Estimate the advantages of the groups. weights: of each reward function."""
     policy, algorithm, plan = trainer.policy, trainer.algorithm, trainer.plan
     run = functools.partial(assign_advantages, policy, algorithm, plan, groups, weights)
-    # Ranks meet inside, so one of them cannot run it again alone.
-    step.metrics.add(with_advice(run, policy.lower, recorder.console.note) if dist.is_alone() else run())
+    step.metrics.add(_with_advice_alone(run, policy.lower, recorder.console.note))
+
+
+def _with_advice_alone(run: Callable[[], Value], lower: Callable[[], str], note: Callable[[str], None]) -> Value:
+    """Return `with_advice` of a function in which ranks meet: one of several cannot run it again."""
+    return with_advice(run, lower, note) if dist.is_alone() else run()
 
 
 def leave_out(groups: Sequence[Group], mask_truncated: bool) -> None:
@@ -201,8 +206,7 @@ def losses(trainer: Trainer, recorder: Recorder, step: Step, minibatch: MiniBatc
 
     policy, algorithm, adapted = trainer.policy, trainer.algorithm, trainer.state.adapted
     inputs_of = functools.partial(step_inputs, policy, algorithm, trainer.plan, minibatch, adapted)
-    # Ranks meet inside, so one of them cannot run it again alone.
-    inputs = with_advice(inputs_of, lower, recorder.console.note) if dist.is_alone() else inputs_of()
+    inputs = _with_advice_alone(inputs_of, lower, recorder.console.note)
     run = functools.partial(_forward_backward, trainer, recorder, step, minibatch, inputs)
     passes = with_advice(run, lower, recorder.console.note)
     step.passes_run += len(passes)

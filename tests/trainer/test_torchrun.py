@@ -44,12 +44,11 @@ STEPS = 3
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("torchrun")
     make_home(folder)
-    (folder / "rewards.py").write_text(REWARDS)
     return folder
 
 
 def write_config(folder: Path, home: Path, **more: object) -> Path:
-    """A config in a folder of its own, with its own copy of the rewards, which leave marks beside them."""
+    """A config in a separate folder, with its own copy of the rewards."""
     folder.mkdir(exist_ok=True)
     (folder / "rewards.py").write_text(REWARDS)
     table = settings(home, folder / "run", steps=STEPS, checkpoint={"every": 1}, if_exists="refuse")

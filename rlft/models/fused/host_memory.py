@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import mmap
 import os
 import weakref
@@ -13,10 +14,15 @@ from torch import Tensor
 from rlft.errors import ConfigError, TrainError
 
 
-def register(owner: object, memory: Tensor, purpose: str) -> weakref.finalize:
+def tensor_in(memory: Tensor, offset: int, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """Return the tensor that lies `offset` bytes into uint8 memory."""
+    return memory[offset : offset + math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
+
+
+def register(owner: object, memory: Tensor, purpose: str, remedy: str) -> weakref.finalize:
     """Register memory [bytes] with CUDA until `owner` is dropped; the result, called, ends it before.
 
-    purpose: completes "could not be registered for". Raises TrainError when the system refuses.
+    purpose: completes "could not be registered for". Raises TrainError, with the remedy, when the system refuses.
     """
     runtime: Any = torch.cuda.cudart()
     code = int(runtime.cudaHostRegister(memory.data_ptr(), memory.numel(), 0))
@@ -24,7 +30,8 @@ def register(owner: object, memory: Tensor, purpose: str) -> weakref.finalize:
     end = weakref.finalize(owner, runtime.cudaHostUnregister, memory.data_ptr())
     if code != 0:
         raise TrainError(
-            f"{memory.numel() / 2**30:.2f} GiB of host memory could not be registered for {purpose} (CUDA error {code})"
+            f"{memory.numel() / 2**30:.1f} GiB of host memory could not be registered for {purpose} (CUDA error "
+            f"{code}): {remedy}"
         )
     return end
 

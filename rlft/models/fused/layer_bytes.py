@@ -48,7 +48,7 @@ class HostBytes:
         dist.gather(None)  # all have mapped it
         memory.close_file()
         if self._cuda:
-            register(memory, memory.bytes, 'base.place = "host": give the machine more memory')
+            register(memory, memory.bytes, 'base.place = "host"', "give the machine more memory")
         self._memory.append(memory)
         return views
 
@@ -75,6 +75,7 @@ class DividedBytes:
         else:
             self._host = HostMemory(total)
             self._own = self._host.bytes
+        self._own_pieces = self._own.split(self._sizes)
         self._others: list[HostMemory] = []
         self._pieces: list[list[Tensor]] = []
 
@@ -84,8 +85,7 @@ class DividedBytes:
         whole = torch.zeros(size * len(self._peers), dtype=torch.uint8, device=self._device)
         for view, tensor in zip(layout.views(whole), tensors, strict=True):
             view.copy_(tensor)
-        begin = sum(self._sizes[:layer])
-        self._own[begin : begin + size].copy_(whole[self._mine * size :][:size])
+        self._own_pieces[layer].copy_(whole[self._mine * size :][:size])
         return [torch.empty_like(tensor, device="meta") for tensor in tensors]
 
     def open(self) -> None:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from rlft.kernels.attention import Saved
-from rlft.models.fused.host_memory import register
+from rlft.models.fused.host_memory import register, tensor_in
 
 AHEAD = 2
 """Number of further layers whose copies back are in flight while one layer runs."""
@@ -43,14 +43,12 @@ class Arena:
             self._map.madvise(mmap.MADV_HUGEPAGE)
         # Writing zeros populates the pages with all threads, registering with one: 1.7 instead of 2.5 s for 6 GiB.
         self.bytes = torch.frombuffer(self._map, dtype=torch.uint8).zero_()
-        self.close = register(
-            self, self.bytes, "what layers keep until their backward: lower packing.tokens_per_micro_batch"
-        )
+        remedy = "lower packing.tokens_per_micro_batch, or give the machine more memory"
+        self.close = register(self, self.bytes, "offloading", remedy)
 
     def view(self, offset: int, like: Tensor) -> Tensor:
         """Return a tensor of the shape and dtype of `like` at `offset` bytes."""
-        count = like.numel() * like.element_size()
-        return self.bytes[offset : offset + count].view(like.dtype).view(like.shape)
+        return tensor_in(self.bytes, offset, like.shape, like.dtype)
 
 
 @dataclass

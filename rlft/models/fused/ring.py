@@ -11,7 +11,6 @@ layer. Whoever runs the modules themselves, and not the fused layers, gets PyTor
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from rlft.kernels.nf4 import Nf4Weight
+from rlft.models.fused.host_memory import tensor_in
 
 SLOTS = 3
 """Layers on the device at once: the one that runs, and the two that are copied while it does."""
@@ -68,11 +68,7 @@ class Layout:
 
     def views(self, memory: Tensor) -> list[Tensor]:
         """Return the tensors in uint8 memory."""
-        views = []
-        for shape, dtype, offset in zip(self.shapes, self.dtypes, self.offsets, strict=True):
-            size = math.prod(shape) * dtype.itemsize
-            views.append(memory[offset : offset + size].view(dtype).view(shape))
-        return views
+        return [tensor_in(memory, *entry) for entry in zip(self.offsets, self.shapes, self.dtypes, strict=True)]
 
 
 def frozen_tensors(module: nn.Module) -> list[Tensor]:
