@@ -18,6 +18,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -339,8 +340,9 @@ def _adapter_config(path: Path) -> dict[str, Any]:
 
 
 def _card(path: Path, out: Path) -> str:
-    """The model card without the name of its run."""
-    return path.read_text().replace(str(out), "RUN").replace(f"# {out.name}\n", "# RUN\n")
+    """The model card without the name of its run, which is another one's where a run was copied from it."""
+    text = re.sub(rf"{re.escape(str(out.parent))}/[\w.-]+", "RUN", path.read_text())
+    return re.sub(r"^# [\w.-]+$", "# RUN", text, count=1, flags=re.MULTILINE)
 
 
 def _metrics(out: Path) -> list[dict[str, Any]]:

@@ -2,10 +2,10 @@
 
     python examples/grpo_from_scratch.py --steps 3
 
-Only the data (rows, chat template, order) comes from rlft; sampling, reward, advantage, loss and update are here, in
-plain PyTorch, under the names and in the order of `rlft.trainer.loop.loop`. It prints the same losses as the library's
-loop (tests/trainer/test_from_scratch.py holds the first three to 1e-4, in float64), because it draws the same random
-numbers.
+Only the data (rows, chat template, order) and the reward come from rlft; sampling, advantage, loss and update are here,
+in plain PyTorch, under the names and in the order of `rlft.trainer.loop.loop`. It prints the same losses as the
+library's loop (tests/trainer/test_from_scratch.py holds the first three to 1e-4, in float64), because it draws the same
+random numbers.
 
 The five choices: token-level ratio, clip 0.2 (inert with one update per batch, where the ratio is 1), no KL, advantage
 (reward - group mean) / (group std + 1e-4), mean over all tokens of the step. One factor more corrects for the sampler:
@@ -15,7 +15,6 @@ min(p_trainer / p_sampler, 2) per token, which is 1 here but for rounding. Paper
 from __future__ import annotations
 
 import argparse
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,9 @@ from torch import Tensor
 from rlft.config.run import Config
 from rlft.data.prompts import Prompts
 from rlft.models.load import attach_lora, load_base, load_tokenizer
+from rlft.rewards.builtin.number import number
 from rlft.rollout.engine import rollout_seed
+from rlft.trainer.limits import limits_of_files
 from rlft.trainer.optim import learning_rate
 from rlft.trainer.setup import load_prompts_of
 from rlft.types import Prompt
@@ -71,18 +72,12 @@ def sample(
     return ids, logprobs
 
 
-def last_number_is(text: str, answer: str) -> float:
-    """1 when the last number in the text is the answer."""
-    numbers = re.findall(r"-?\d+", text)
-    return float(bool(numbers) and int(numbers[-1]) == int(answer))
-
-
 def sample_and_score(model: PeftModel, tokenizer: Any, cfg: Config, step: int, slot: int, prompt: Prompt) -> Group:
     """A group of completions of a prompt, the `slot`-th of the step, with their rewards."""
     seeds = [rollout_seed((cfg.seed, step), slot, g) for g in range(cfg.sampling.group_size)]
     ids, sampler = sample(model, prompt, seeds, cfg.sampling.max_tokens, tokenizer.eos_token_id)
     texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
-    rewards = torch.tensor([last_number_is(text, prompt.row["answer"]) for text in texts])
+    rewards = torch.tensor(number(texts, [prompt.row["answer"]] * len(texts)))
     return Group(prompt, ids, sampler, rewards)
 
 
@@ -116,10 +111,9 @@ def losses(model: PeftModel, groups: list[Group]) -> float:
     """Forward and backward of every group; the loss of the step."""
     tokens, total = sum(len(row) for group in groups for row in group.ids), 0.0
     for group in groups:
-        if group.advantages.any():  # a group of equal rewards has no gradient; its tokens still count
-            loss = group_loss(model, group, tokens)
-            loss.backward()
-            total += loss.item()
+        loss = group_loss(model, group, tokens)
+        loss.backward()  # of zeros for a group of equal rewards; with no gradient at all AdamW would not count the step
+        total += loss.item()
     return total
 
 
@@ -145,7 +139,7 @@ def main() -> None:
     args = parser.parse_args()
     cfg = Config.load(Path(args.config))
     tokenizer = load_tokenizer(cfg.model)
-    rows, _ = load_prompts_of(cfg, tokenizer)
+    rows, _ = load_prompts_of(cfg, tokenizer, limits_of_files(cfg))
     prompts = Prompts(rows, cfg.seed, cfg.data.shuffle)
     model = attach_lora(load_base(cfg, torch.device("cpu")), cfg.lora, cfg.seed)
     trained = [p for p in model.parameters() if p.requires_grad]

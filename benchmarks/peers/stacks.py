@@ -327,11 +327,11 @@ def random_nf4(shape: str) -> Any:
     with torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(config_of(shape), dtype=torch.bfloat16)
     std = model.config.initializer_range
-    with torch.device("cuda"):
+    with torch.device(DEVICE):
         rotary = type(model.model.rotary_emb)(model.config)
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Linear) and name != "lm_head":
-            weight = torch.randn(module.out_features, module.in_features, device="cuda", dtype=torch.bfloat16) * std
+            weight = torch.randn(module.out_features, module.in_features, device=DEVICE, dtype=torch.bfloat16) * std
             packed = bnb.nn.Linear4bit(
                 module.in_features,
                 module.out_features,
@@ -343,13 +343,13 @@ def random_nf4(shape: str) -> Any:
             )
             packed.weight = bnb.nn.Params4bit(
                 weight, requires_grad=False, quant_type="nf4", compress_statistics=True
-            ).to("cuda")
+            ).to(DEVICE)
             parent, _, last = name.rpartition(".")
             setattr(model.get_submodule(parent), last, packed)
     for name, parameter in list(model.named_parameters()):
         if parameter.is_meta:
             made = torch.ones if "norm" in name else torch.randn
-            data = made(parameter.shape, device="cuda", dtype=torch.bfloat16)
+            data = made(parameter.shape, device=DEVICE, dtype=torch.bfloat16)
             parent, _, last = name.rpartition(".")
             module = model.get_submodule(parent)
             setattr(module, last, nn.Parameter(data if "norm" in name else data * std, requires_grad=False))

@@ -18,6 +18,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from test_ranks import make_home, settings
+from tiny import tiny_model, tiny_tokenizer
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from rlft.config.files import to_toml
 from rlft.config.run import Config
@@ -159,9 +161,11 @@ def test_a_rank_that_fails_is_named_once_by_itself_and_once_by_the_lead(home: Pa
 
 @pytest.mark.slow  # two engines start, and share two processors
 def test_each_rank_samples_with_its_own_vllm(home: Path) -> None:
-    configs = [
-        write_config(home / name, home, dtype="float32", engine={"name": "vllm"}, steps=2) for name in ("one", "both")
-    ]
+    heads = LlamaConfig(**tiny_model().config.to_diff_dict() | {"hidden_size": 128, "head_dim": 32})  # 32: vLLM's least
+    LlamaForCausalLM(heads).save_pretrained(home / "heads")
+    tiny_tokenizer().save_pretrained(home / "heads")
+    more = {"model": str(home / "heads"), "dtype": "float32", "engine": {"name": "vllm"}, "steps": 2}
+    configs = [write_config(home / name, home, **more) for name in ("one", "both")]
     for config, world in zip(configs, (1, 2), strict=True):
         code, _, err = ended(start(config, world))
         assert code == 0, err
