@@ -4,7 +4,7 @@
 
 A step of 256 completions of 1,113 tokens in 32 groups, on 1, 2 and 4 ranks of this machine over gloo. `gather_ms` is
 the time of `rlft.trainer.sample.gathered` with nothing to sample, `gather_bytes` what one rank sends, `pack_ms` the
-time to pack all of it, which every rank does. Medians of rank 0.
+time to choose its micro-batches and pack all of it, which every rank does. Medians of rank 0.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from rlft import dist
 from rlft.batch import count, groups_of, pack
 from rlft.rewards.parts import FunctionScores, RewardBreakdown
 from rlft.trainer.sample import NO_PROMPT, gathered
+from rlft.trainer.step import dealt_plan
 from rlft.trainer.step_metrics import Clock
 from rlft.types import FinishReason, PackPlan, Prompt, Rollout
 
@@ -77,7 +78,7 @@ def measure(rank: int, world: int, folder: str) -> None:
     sent = len(pickle.dumps([replace(rollout, prompt=NO_PROMPT) for rollout in own]))
     plan = PackPlan("token_mean", 16_384, TOKENS, 1.0)
     groups = groups_of(rollouts, [1.0] * len(rollouts))
-    pack_ms = milliseconds(lambda: pack(groups, plan, count(groups)))
+    pack_ms = milliseconds(lambda: pack(groups, dealt_plan(plan, groups), count(groups)))
     if rank == 0:
         values = {"gather_ms": (gather_ms, "ms"), "gather_bytes": (sent, "bytes"), "pack_ms": (pack_ms, "ms")}
         rows = [

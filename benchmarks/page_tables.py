@@ -342,6 +342,38 @@ TABLES: dict[str, Table] = {
         ),
         source=False,
     ),
+    "ranks-train": Table(
+        "training phase of one step, 8B shape",
+        (("1 GPU", "ranks_train_1", "ranks/8b/1"), ("2 GPUs", "ranks_train_2", "ranks/8b/2")),
+        (
+            Column("seconds", "rlft", "train_seconds", seconds),
+            Column("ms for the sum of the gradient", "rlft", "sum_ms", seconds),
+        ),
+    ),
+    "place": Table(
+        "8B shape, one sequence of",
+        tuple((f"{tokens:,} tokens", "place_host", f"place/8b/{tokens}") for tokens in (1024, 4096, 8192, 16384)),
+        (
+            Column("seconds from the device", "device", "seconds", seconds),
+            Column("from host memory", "host", "seconds", seconds),
+        ),
+    ),
+    "place-sharded": Table(
+        "8B shape on two GPUs, one sequence of",
+        tuple((f"{tokens:,} tokens", "place_sharded", f"place/8b/2-ranks/{tokens}") for tokens in (1024, 4096, 8192)),
+        (
+            Column("seconds from the device", "device", "seconds", seconds),
+            Column("from both GPUs", "sharded", "seconds", seconds),
+        ),
+    ),
+    "place-24": Table(
+        "70B shape in host memory",
+        (("4,096 tokens, all but 24 GiB of the card taken", "place_host_24gib", "place/70b/24-GiB/4096"),),
+        (
+            Column("seconds of a step", "host", "seconds", seconds),
+            Column("GiB of the card in use", "host", "driver_GiB", gib),
+        ),
+    ),
     "demo": Table(
         "held-out accuracy on two-digit sums",
         (("seed 42", "demo", "seed 42; 60"), ("seed 1", "demo", "seed 1; 60"), ("seed 2", "demo", "seed 2; 60")),

@@ -28,6 +28,7 @@ from page_tables import newest, value
 from results_file import write
 
 from rlft import dist
+from rlft.trainer.step import budgets_to_try
 
 GROUP, MEDIAN, SIGMA, LONGEST = 8, 700, 0.9, 4096
 BUDGET, SHARE_OF_LAYERS, ADAPTER_BYTES = 16_384, 8 / 36, 175 * 2**20
@@ -114,10 +115,8 @@ def simulate(measured: Measured, ranks: int, prompts: int, bandwidth: float, dra
     lengths = np.minimum(np.exp(draw.normal(math.log(MEDIAN), SIGMA, (prompts, GROUP))), LONGEST).astype(int) + 1
     sampling = [measured.sampling(lengths[share].reshape(-1)) for share in dist.shares(prompts, ranks)]
     tokens = int(lengths.sum())
-    # As `rlft.trainer.step.dealt_plan`: at most a rank's share.
-    budget = min(BUDGET, math.ceil(tokens / ranks))
-    costs = packed(lengths.reshape(-1), budget)
-    loads = dist.loads(costs, ranks)
+    budgets = budgets_to_try(tokens, ranks, BUDGET) if ranks > 1 else [BUDGET]
+    loads = min((dist.loads(packed(lengths.reshape(-1), budget), ranks) for budget in budgets), key=max)
     training = [load / measured.train for load in loads]
     stages = math.ceil(math.log2(ranks)) if ranks > 1 else 0
     part = (ranks - 1) / ranks

@@ -118,11 +118,22 @@ def pack(groups: Sequence[Group], plan: PackPlan, counts: Counts) -> list[Batch]
     rows = _rows(groups, plan, counts)
     kinds = {row.rollout.sampler_logprobs is not None for row in rows}
     assert len(kinds) <= 1, "either every rollout of an update has sampler log-probs or none has"
+    return [_batch(units, plan, counts) for units in _micro_batches(rows, plan)]
+
+
+def micro_batch_tokens(groups: Sequence[Group], plan: PackPlan, counts: Counts) -> list[int]:
+    """Return the tokens of each micro-batch that `pack` makes, without making them."""
+    micro_batches = _micro_batches(_rows(groups, plan, counts), plan)
+    return [sum(_tokens(unit, plan) for unit in units) for units in micro_batches]
+
+
+def _micro_batches(rows: Sequence[_Row], plan: PackPlan) -> list[list[list[_Row]]]:
+    """Return the units of each micro-batch, those of zero advantage last."""
     nonzero, zeros = [], []
     for _, group in groupby(rows, key=lambda row: row.group):
         for part in _parts(list(group), plan):
             (nonzero if any(row.advantage for row in part) else zeros).append(part)
-    return [_batch(units, plan, counts) for parts in (nonzero, zeros) for units in _even(parts, plan)]
+    return [units for parts in (nonzero, zeros) for units in _even(parts, plan)]
 
 
 def pack_rollouts(rollouts: Sequence[Rollout], advantages: Sequence[float] | Tensor, plan: PackPlan) -> list[Batch]:

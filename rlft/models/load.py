@@ -28,6 +28,7 @@ from rlft.models.continued import changed_dropout, continue_adapter, peft_wraps
 from rlft.models.fused.fuse import fuse
 from rlft.models.kind import attention_of, causal
 from rlft.models.locate import Location, explained, load_tokenizer, locate
+from rlft.models.random_state import kept_random_state
 
 DEVICES = ("auto", "cpu", "cuda")
 DTYPES = ("auto", "float64", "float32", "bfloat16", "float16")
@@ -298,7 +299,7 @@ def attach_lora(base: nn.Module, lora: Lora, seed: int) -> PeftModel:
         return continue_adapter(base, lora)
     config = targets.resolve(base, lora)
     wanted = copy.deepcopy(config)
-    with torch.random.fork_rng(), peft_wraps():
+    with kept_random_state(), peft_wraps():
         torch.manual_seed(seed)
         # eval: PEFT's new modules start in training mode, which would enable dropout during sampling.
         model = get_peft_model(base, config).eval()  # type: ignore[arg-type]

@@ -11,11 +11,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-import torch
-
 from rlft.batch import pack_all
 from rlft.errors import TrainError
 from rlft.models.policy import Policy
+from rlft.models.random_state import kept_random_state
 from rlft.rollout.engine import Engine, asleep
 from rlft.trainer.session import Trainer
 from rlft.types import Batch, PackPlan, Rollout
@@ -64,7 +63,7 @@ def check_end(trainer: Trainer, engine: Engine, ran: Sequence[Batch]) -> None:
     if not ran:
         return
     policy, batch = trainer.policy, ran[0]
-    with asleep(engine), torch.random.fork_rng():
+    with asleep(engine), kept_random_state():
         logprobs, _ = policy.logprobs(batch)
         if not logprobs.isfinite().all():
             raise not_finite(policy, [batch], "after the last update the policy's log-probs")

@@ -26,6 +26,7 @@ from rlft.config.paths import user_path
 from rlft.config.run import Checkpoint, Config
 from rlft.data.prompts import Prompts
 from rlft.errors import ConfigError
+from rlft.models.random_state import kept_random_state
 from rlft.monitor.console import Console
 from rlft.monitor.notebook import display
 from rlft.rollout.engine import asleep
@@ -150,7 +151,7 @@ def evaluate_and_save(session: Session, due: Due) -> None:
 @contextlib.contextmanager
 def random_of(seed: int, step: int) -> Iterator[None]:
     """Seed PyTorch (used by LoRA dropout) from (seed, step), so that a resumed step gives the same numbers."""
-    with torch.random.fork_rng():
+    with kept_random_state():
         torch.manual_seed(int(np.random.SeedSequence([seed % 2**32, step]).generate_state(1)[0]))
         yield
 

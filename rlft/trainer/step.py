@@ -7,6 +7,7 @@ A step is one object. `sample_and_score` fills its groups, `pack_minibatches` pa
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from rlft import dist
 from rlft.algos.algorithm import Algorithm
-from rlft.batch import count, pack, samples_of
+from rlft.batch import count, micro_batch_tokens, pack, samples_of
 from rlft.dist import Value
 from rlft.models.policy import Policy
 from rlft.rewards.parts import RewardBreakdown
@@ -126,13 +127,33 @@ def pack_minibatches(trainer: Trainer, groups: Sequence[Group]) -> list[MiniBatc
     return minibatches
 
 
+NEARLY = 1.02
+"""A budget whose fullest rank has at most this times the tokens of the best one is as good."""
+
+
 def dealt_plan(plan: PackPlan, groups: Sequence[Group]) -> PackPlan:
-    """Return the plan with micro-batches small enough that every rank gets its share of the groups' tokens."""
+    """Return the plan with the largest budget that lets all ranks have nearly the same number of tokens."""
     if dist.is_alone():
         return plan
-    samples = samples_of(groups)
+    samples, world, counts = samples_of(groups), dist.world(), count(groups)
     tokens = sum(len(sample.rollout.prompt.ids) + len(sample.rollout.completion_ids) for sample in samples)
-    return replace(plan, budget=max(1, min(plan.budget, -(-tokens // dist.world()))))
+    fullest = {}
+    for budget in budgets_to_try(tokens, world, plan.budget):
+        candidate = replace(plan, budget=budget)
+        fullest[candidate] = max(dist.loads(micro_batch_tokens(groups, candidate, counts), world))
+    most = NEARLY * min(fullest.values())
+    return next(candidate for candidate, load in fullest.items() if load <= most)
+
+
+def budgets_to_try(tokens: int, world: int, most: int) -> list[int]:
+    """Return budgets of up to `most` tokens, the largest first, with which `world` ranks may have the same work.
+
+    They are those of the fewest micro-batches per rank that the tokens need, and of up to three more, each also with a
+    little room, since samples do not fill micro-batches to the last token.
+    """
+    fewest = -(-tokens // (world * most))
+    budgets = {math.ceil(tokens * room / (world * (fewest + more))) for more in range(4) for room in (1.0, 1.05)}
+    return sorted({max(1, min(most, budget)) for budget in budgets}, reverse=True)
 
 
 def to_run(batches: list[Batch], skip: bool) -> list[Batch]:

@@ -108,10 +108,17 @@ def test_packed_bytes_keep_every_pattern(folder: Path, quantization: Literal["nf
 @pytest.mark.gpu
 @pytest.mark.parametrize("quantization", ["nf4", "none"])
 def test_a_gpu_computes_the_same_bits_from_host_memory(folder: Path, quantization: Literal["nf4", "none"]) -> None:
-    policies = [loaded(folder / "blocks", quantization, place, "bfloat16") for place in ("device", "host")]
-    for one, other in zip(*map(results, policies), strict=True):
-        assert one.is_cuda and torch.equal(one, other)
-    weight = next(p for name, p in policies[1].base.named_parameters() if "q_proj.base_layer" in name)
+    host, device = [loaded(folder / "blocks", quantization, place, "bfloat16") for place in ("host", "device")]
+    assert host.fused is not None and device.fused is not None
+    for budget in (None, 1.0):  # of memory: by layer; one projection at a time
+        host.fused.budget = budget
+        found = results(host)
+        # With more memory the device would keep all weights decoded, and products of other strides round otherwise.
+        device.fused.budget = host.fused.last_plan.peak if budget is None and host.fused.last_plan else budget
+        for one, other in zip(results(device), found, strict=True):
+            assert one.is_cuda and torch.equal(one, other)
+        assert device.fused.store.mode == host.fused.store.mode == ("layer" if budget is None else "group")
+    weight = next(p for name, p in host.base.named_parameters() if "q_proj.base_layer" in name)
     assert weight.device.type == "cpu"
 
 
@@ -172,6 +179,10 @@ def test_what_cannot_read_from_there_is_refused(folder: Path) -> None:
         rlft.train(sharded)
     policy = policy_of(tiny_model(), "host")
     assert policy.fused is not None
+    fused_before = tiny_model()
+    policy_of(fused_before, "device")
+    with pytest.raises(ConfigError, match=r'base.place = "host": .* has been used with base.place = "device"'):
+        policy_of(fused_before, "host")
     with torch.no_grad():
         policy.base.get_submodule("model.layers.0.self_attn.o_proj.base_layer").weight.mul_(2)  # type: ignore[union-attr,operator]
     assert "were changed" in str(policy.fused.problem())

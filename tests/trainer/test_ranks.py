@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from losses import LOSSES, PAIRS, Toy, batches_of, filled_step, rows_of, step
+from records import groups
 from safetensors.torch import load_file
 from test_placement import loaded, save_blocks
 from test_placement import results as results_of
@@ -26,11 +27,13 @@ from torch import Tensor
 
 import rlft
 from rlft import dist
+from rlft.batch import count, micro_batch_tokens, pack
 from rlft.errors import ConfigError, RewardError, TrainError
 from rlft.trainer.metrics import Metrics
 from rlft.trainer.optim import Optimizer
 from rlft.trainer.prepare import PackedStep, dealt, per_completion
-from rlft.types import PackPlan, Stat, Stats
+from rlft.trainer.step import dealt_plan
+from rlft.types import FinishReason, PackPlan, Prompt, Rollout, Stat, Stats
 
 WORLDS = (2, 4)
 OURS = ("time/", "perf/", "batch/", "packing/", "step_time", "parity/limit")
@@ -389,6 +392,32 @@ def test_every_item_is_dealt_once_and_no_rank_has_much_more(world: int, monkeypa
             shares += list(range(size))[dist.share(size)]
         assert sorted(taken) == list(range(size)) == shares
         assert max(loads) <= sum(costs) / world + max(costs, default=0.0)
+
+
+@pytest.mark.parametrize("world", [2, 3, 4, 8])
+def test_micro_batches_leave_no_rank_much_more_than_the_others(world: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    draw = random.Random(world)
+    lengths = [min(8000, int(draw.lognormvariate(6.6, 0.7)) + 16) for _ in range(128)]
+    prompts = [Prompt((1,) * 256, {}, i) for i in range(16)]
+    rollouts = [
+        Rollout(prompts[i // 8], (2,) * length, (True,) * length, None, "", FinishReason.STOP, i % 8, 0, i)
+        for i, length in enumerate(lengths)
+    ]
+    step_groups = groups(rollouts)
+    for budget in (8192, 27_000, 65_536):
+        plan = PackPlan("token_mean", budget, 8000, 1.0)
+        assert dealt_plan(plan, step_groups) is plan  # in one process
+        with monkeypatch.context() as patch:
+            patch.setattr(dist, "is_alone", lambda: False)
+            patch.setattr(dist, "world", lambda: world)
+            chosen = dealt_plan(plan, step_groups)
+        batches = pack(step_groups, chosen, count(step_groups))
+        tokens = [len(batch.input_ids) for batch in batches]
+        assert tokens == micro_batch_tokens(step_groups, chosen, count(step_groups))
+        assert chosen.budget <= budget and max(tokens) <= max(budget, 256 + max(lengths))
+        print(budget, chosen.budget, len(tokens), max(dist.loads(tokens, world)) * world / sum(tokens))
+        # Of micro-batches of at most a rank's share of the tokens, 27,000 leaves the fullest of 4 ranks 1.3 times that.
+        assert max(dist.loads(tokens, world)) < 1.1 * sum(tokens) / world
 
 
 def test_part_of_torchruns_environment_is_refused() -> None:

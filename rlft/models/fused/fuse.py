@@ -6,6 +6,7 @@ from typing import Any
 
 from peft import PeftModel
 
+from rlft.errors import ConfigError
 from rlft.models import families, kv_cache
 from rlft.models.device_memory import DeviceMemory
 from rlft.models.fused.decoder import FusedDecoder
@@ -15,12 +16,19 @@ from rlft.models.fused.placement import Place, Placement
 def fuse(model: PeftModel, device_memory: DeviceMemory | None = None, place: Place = "device") -> FusedDecoder | str:
     """Run the decoder of `model` by fused layers from now on, or return why its own layers stay.
 
-    device_memory: as of `FusedDecoder`. place: where the frozen weights of the layers are moved to.
+    device_memory: as of `FusedDecoder`. place: where the frozen weights of the layers are moved to. Raises ConfigError
+    for a model whose weights were moved elsewhere before.
     """
     base: Any = model.get_base_model()
     decoder = base.get_decoder()
     existing = getattr(vars(decoder).get("forward"), "__self__", None)
     if isinstance(existing, FusedDecoder):
+        before = existing.placement.place if existing.placement is not None else "device"
+        if place != before:
+            raise ConfigError(
+                f'base.place = "{place}": the model object has been used with base.place = "{before}", and its weights '
+                f"stay there; load it again"
+            )
         existing.model = model
         existing.device_memory = device_memory or existing.device_memory
         return existing.problem() or existing

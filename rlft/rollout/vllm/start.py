@@ -17,6 +17,7 @@ import torch
 
 from rlft import dist
 from rlft.config.run import Engine as Options
+from rlft.models.random_state import kept_random_state
 from rlft.rollout.vllm.memory import EngineMemory, EngineMode
 from rlft.rollout.vllm.shared_weights import slot_rank
 
@@ -137,7 +138,7 @@ def defaults_restored() -> Iterator[None]:
     """
     threads, precision, grad = torch.get_num_threads(), torch.get_float32_matmul_precision(), torch.is_grad_enabled()
     dtype, set_num_threads = torch.get_default_dtype(), torch.set_num_threads
-    with torch.random.fork_rng():
+    with kept_random_state():
         try:
             yield
         finally:
