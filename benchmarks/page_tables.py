@@ -342,6 +342,22 @@ TABLES: dict[str, Table] = {
         ),
         source=False,
     ),
+    "grpo-70b": Table(
+        "70B shape, first GRPO iteration",
+        (
+            (
+                "2 sequences of 2,048 tokens, all but 48 GiB of the card taken",
+                "ballast48_70b_grpo",
+                "ballast48-70b/grpo",
+            ),
+        ),
+        (
+            Column("seconds of vLLM's start", "rlft", "start_seconds", whole),
+            Column("of sampling", "rlft", "generate_seconds", whole),
+            Column("of training", "rlft", "train_seconds", whole),
+            Column("GiB of the card in use at most", "rlft", "train_GiB", gib),
+        ),
+    ),
     "ranks-train": Table(
         "training phase of one step, 8B shape",
         (("1 GPU", "ranks_train_1", "ranks/8b/1"), ("2 GPUs", "ranks_train_2", "ranks/8b/2")),
