@@ -17,8 +17,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 
 import faults
+from page_cells import RESULTS, markdown_row
 from page_chart import chart
-from page_tables import RESULTS, TABLES, markdown_row
+from page_tables import TABLES
 
 from rlft.config.trl_names import TRL_NAMES, TRL_NOTES
 from rlft.monitor.health import RULES

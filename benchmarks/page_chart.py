@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from page_tables import STEPS, seconds, value
+from page_cells import seconds, value
+from page_tables import STEPS
 
 STACKS = (("TRL", "trl", "#9aa0a6"), ("Unsloth", "unsloth", "#c58f3d"), ("rlft", "rlft", "#3f51b5"))
 ROWS = (STEPS[0], STEPS[3], STEPS[4], STEPS[5])

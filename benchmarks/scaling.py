@@ -24,7 +24,7 @@ from dataclasses import dataclass
 
 import gather
 import numpy as np
-from page_tables import newest, value
+from page_cells import newest, value
 from results_file import write
 
 from rlft import dist
