@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import io
 import json
 import os
 import signal
@@ -14,11 +15,16 @@ import time
 from pathlib import Path
 
 import pytest
+from rich.console import Console as Terminal
+from tiny import save_tiny
 
+import rlft
 from rlft.cli import watch as module
 from rlft.cli.main import main
 from rlft.cli.watch import Tail, watch
+from rlft.config.run import Config
 from rlft.errors import ConfigError
+from rlft.monitor.console import Console
 from rlft.runs import lock
 from rlft.runs.lines import append_line
 from rlft.runs.lock import Lock
@@ -171,3 +177,18 @@ def test_whether_a_process_writes_the_folder_is_seen_without_the_lock(tmp_path: 
     ended.wait()
     file.write_text("")
     assert lock.is_held(tmp_path)  # its holder is about to write its name
+
+
+def test_a_completion_is_shown_with_its_prompt_reward_and_label(tmp_path: Path) -> None:
+    save_tiny(tmp_path / "model")
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "say 7", "answer": "42"}))
+    settings = {"model": str(tmp_path / "model"), "data": str(tmp_path / "rows.jsonl"), "out": str(tmp_path / "run")}
+    rlft.train(
+        Config(**settings, steps=1, prompts_per_step=1, sampling={"group_size": 2, "max_tokens": 3}),
+        rewards=[lambda completions, **_: [0.25] * len(completions)],
+    )
+    screen = io.StringIO()
+    terminal = Terminal(file=screen, force_terminal=True, width=100)
+    watch(tmp_path / "run", Console(plain=False, terminal=terminal))
+    text = screen.getvalue()
+    assert "prompt: say 7" in text and "(reward 0.25, label 42)" in text
