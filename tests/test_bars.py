@@ -10,6 +10,7 @@ import huggingface_hub.utils as hub
 import pytest
 from transformers.utils import logging
 
+from rlft.cli import main as cli
 from rlft.environment import without_bars, without_tqdm
 
 
@@ -55,3 +56,12 @@ def test_tqdm_is_switched_off_for_the_imports_of_a_command(monkeypatch: pytest.M
     with without_tqdm():
         assert os.environ["TQDM_DISABLE"] == "0"
     assert os.environ["TQDM_DISABLE"] == "0"
+
+
+def test_no_command_draws_the_bar_of_a_gguf_file_into_a_log(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    for name in ("eval", "generate", "export-base"):
+        seen_by = cli.COMMANDS[name]._replace(run=lambda args: seen.append(os.environ.get("TQDM_DISABLE")) or 0)
+        monkeypatch.setitem(cli.COMMANDS, name, seen_by)
+        assert cli.main([name]) == 0
+    assert seen == ["1"] * 3 and "TQDM_DISABLE" not in os.environ

@@ -104,7 +104,10 @@ def _run(argv: list[str]) -> int:
     if argv[0] not in COMMANDS:
         hint = did_you_mean(argv[0], list(COMMANDS))
         raise ConfigError(f'no command "{argv[0]}".{hint} Commands: {", ".join(COMMANDS)}; see rlft --help')
-    return COMMANDS[argv[0]].run(argv[1:])
+    from rlft.environment import without_tqdm
+
+    with without_tqdm():
+        return COMMANDS[argv[0]].run(argv[1:])
 
 
 def unexpected(error: Exception) -> str:
