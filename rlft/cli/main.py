@@ -185,7 +185,7 @@ def _demo(args: list[str]) -> int:
 def _validate(args: list[str]) -> int:
     notes: list[str] = []
     try:
-        cfg, resume = parse("validate", args)
+        cfg, resume = parse("validate", [arg for arg in args if arg != "--show"])
         from rlft.config.files import to_toml
         from rlft.runs.trust import code
         from rlft.trainer.advice import advice
@@ -200,7 +200,9 @@ def _validate(args: list[str]) -> int:
         found = str(error).splitlines()
     else:
         if not found:
-            say("\n".join([to_toml(cfg), *(f"# {text}" for text in notes), "# no problem found"]))
+            lines = [*notes, "no problem found"]
+            # With the settings, all of it is a TOML file.
+            say("\n".join([to_toml(cfg), *(f"# {text}" for text in lines)] if "--show" in args else lines))
             return 0
     count = f"{len(found)} problem{'s' if len(found) > 1 else ''}:"
     say("\n".join([count, *(f"  {text}" for text in found), *notes]))
@@ -344,10 +346,11 @@ COMMANDS = {
     ),
     "validate": Command(
         _validate,
-        "FILE [--section.field value ...]",
-        "Check everything that can be checked without loading the model, and print every problem, or the resolved "
-        "config. To see what functions take, it imports the code that FILE names: rewards, data.template, algo.name "
-        "and track.use. Do not validate a file of somebody whose code you would not run.",
+        "FILE [--show] [--section.field value ...]",
+        "Check everything that can be checked without loading the model, and print every problem. --show prints all "
+        "settings of a file without one, defaults included. To see what functions take, it imports the code that FILE "
+        "names: rewards, data.template, algo.name and track.use. Do not validate a file of somebody whose code you "
+        "would not run.",
     ),
     "reward-check": Command(
         _reward_check,
