@@ -31,13 +31,8 @@ from rlft.errors import ConfigError
 Section = TypeVar("Section")
 LARGEST = 2**53
 """Bound of every whole number: a float still holds it exactly. No sentence mentions it."""
-BOUNDS = {
-    Ge: ("ge", "at least {}"),
-    Gt: ("gt", "above {}"),
-    Le: ("le", "at most {}"),
-    Lt: ("lt", "below {}"),
-    MinLen: ("min_length", "not empty"),
-}
+BOUNDS = {Ge: ("ge", "at least {}"), Gt: ("gt", "above {}"), Le: ("le", "at most {}"), Lt: ("lt", "below {}")}
+BOUNDS |= {MinLen: ("min_length", "not empty")}
 """Bound -> its attribute, and how a sentence names it."""
 LIMITS = ("greater_than", "less_than", "too_short", "string_too_short")
 """What pydantic's errors about bounds begin with."""
@@ -217,6 +212,9 @@ def options_of(cls: type[Section], table: dict[str, Any], where: str, known: Seq
     return cls(**values)
 
 
+EXAMPLES = {"model": "Qwen/Qwen3-8B", "data": "train.jsonl", "out": "runs/first", "use": "number", "path": "a.jsonl"}
+"""A value of each setting that has no default."""
+
 # ---- what is wrong -----------------------------------------------------------------------------------------------
 
 
@@ -239,10 +237,10 @@ def sentences(error: ValidationError, cls: type, name: str, settings: Mapping[st
             where, _, key = path.rpartition(".")
             texts[path] = unknown(key, where, [field.name for field in dataclasses.fields(plain(hint))], value)
         elif kind in ("missing", "missing_argument"):
-            texts[path] = f"{path} is missing: it has no default"
+            last = path.rpartition(".")[2]
+            texts[path] = f'{path} is missing: it has no default; for example {last} = "{EXAMPLES[last]}"'
         elif kind == "unexpected_positional_argument":
-            count = len(dataclasses.fields(cls))  # type: ignore[arg-type]
-            texts[name] = f"{cls.__name__}: {count} positional values at most"
+            texts[name] = f"{cls.__name__}: {len(dataclasses.fields(cls))} positional values at most"  # type: ignore[arg-type]
         else:
             limits = kind.startswith(LIMITS) and not (isinstance(value, int) and abs(value) > LARGEST)
             texts.setdefault(path, mistyped(hint, value, path, limits))

@@ -16,7 +16,7 @@ from rlft.config import section, trl_names
 from rlft.config.data import Data, Eval, Reward, Sampling, Source
 from rlft.config.files import to_toml
 from rlft.config.run import Algo, Checkpoint, Config, Lora, Optim
-from rlft.config.section import options_of, paths
+from rlft.config.section import EXAMPLES, SECTIONS, options_of, paths
 from rlft.errors import ConfigError
 
 RUN: dict[str, Any] = {"model": "m", "data": "d.jsonl", "out": "runs/a", "steps": 3}
@@ -208,7 +208,10 @@ def test_no_setting_of_ours_is_refused_as_a_name_of_trl() -> None:
         ("checkpoint = 3: want a table with every, minutes, keep", {"checkpoint": 3}),
         ("data.columns.prompt = 3: want a string", {"data": {"path": "d", "columns": {"prompt": 3}}}),
         ("data.args = 3: want a table", {"data": {"path": "d", "args": 3}}),
-        ("rewards[1].use is missing: it has no default", {"rewards": ["number", {"weight": 2.0}]}),
+        (
+            'rewards[1].use is missing: it has no default; for example use = "number"',
+            {"rewards": ["number", {"weight": 2.0}]},
+        ),
         (
             "rewards[0] = 3: want a string (use) or a table with use, weight, timeout, memory_mb, file_mb, env, "
             "network, batch, args",
@@ -228,8 +231,20 @@ def test_all_faults_of_a_file_are_told_at_once() -> None:
         'optim.lr = "x": want a number',
         'optim.name = 1: want "adamw" or "adamw_8bit"',
         "lora.rank = 0: want at least 1, at most 65536",
-        "data is missing: it has no default",
+        'data is missing: it has no default; for example data = "train.jsonl"',
     ]
+
+
+def test_every_setting_without_a_default_has_an_example() -> None:
+    for cls in SECTIONS:
+        for field in dataclasses.fields(cls):  # type: ignore[arg-type]
+            if field.init and field.default is field.default_factory is dataclasses.MISSING:
+                assert field.name in EXAMPLES, f"{cls.__name__}.{field.name}"
+    with pytest.raises(ConfigError) as error:
+        Config(steps=1)  # type: ignore[call-arg]
+    missing = str(error.value).splitlines()
+    assert [line.partition(" ")[0] for line in missing] == ["model", "data", "out"]
+    assert all(re.search(r"is missing: it has no default; for example \w+ = \".+\"$", line) for line in missing)
 
 
 @pytest.mark.parametrize(
