@@ -21,6 +21,8 @@ MAIN = (
     "eval/invalid",
 )
 """Results that a short table always shows."""
+COUNTS = ("eval/rows", "eval/samples")
+"""What an evaluation was measured on."""
 ORDER = ("eval/reward", "eval/loss", "eval/avg@", "eval/pass@", "eval/rewards/")
 """Prefixes of the results that come first in a table."""
 
@@ -86,13 +88,14 @@ def change(before: Mapping[str, Any], after: Mapping[str, Any], name: str, inter
 
 
 def evaluation_names(evaluations: Sequence[Mapping[str, Any]], short: bool = False) -> list[str]:
-    """Return the eval/* metrics that get a line in a table, most important first.
+    """Return the eval/* metrics that get a line in a table, most important first; of COUNTS those that change.
 
     short: only reward, pass@K, loss, the parts of the reward if there are several, lengths, and invalid rewards if any;
     pass@1 is omitted where it equals the reward.
     """
     names = {name for row in evaluations for name in row if name.startswith("eval/")}
     names = {name for name in names if not name.endswith((*ERRORS, "/std", "/seconds", "/invalid"))}
+    names = {name for name in names if name not in COUNTS or len({row.get(name) for row in evaluations}) > 1}
     if any(row.get("eval/invalid") for row in evaluations):
         names.add("eval/invalid")
     if short:

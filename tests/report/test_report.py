@@ -181,7 +181,7 @@ def test_three_steps_with_evaluation_are_all_on_the_page(whole: Run) -> None:
         "time in steps 18 s 6 s each",
         "tokens 3,702",
         "after step 0 after step 3 change reward 0.312 ± 0.033 0.720 ± 0.031 +0.407",
-        "pass@4 0.500 0.400 to 0.600 0.75 +0.250 +0.125 to +0.375 rows 200 200 +0",
+        "pass@4 0.500 0.400 to 0.600 0.75 +0.250 +0.125 to +0.375",
         "entropy step 3 entropy collapsed to 0.004 nat",
         "was five 0 is seven 1",
         "base 512.0 MiB adapter 3.0 MiB together 515.0 MiB peak of the run 1.50 GiB",
