@@ -29,6 +29,8 @@ WIDE = SIZES | {
     "initializer_range": 0.15,
     "max_position_embeddings": 512,
 }
+SAMPLED = ("llama", "qwen2", "gemma2", "phi3", "olmo2")
+"""What a test samples by vLLM; scripts/models.py reads it."""
 OTHERS = {"olmo2": ("olmo2", {}), "gpt_neox": ("gpt_neox", {})}
 """Not among ours: transformers' own layers train them."""
 LONGROPE: dict[str, Any] = {
@@ -75,7 +77,7 @@ def policy_of(name: str) -> Policy:
     return policy
 
 
-@pytest.mark.parametrize("name", ["qwen2", "gemma2", "phi3", "olmo2"])
+@pytest.mark.parametrize("name", SAMPLED)
 def test_engine_and_trainer_agree(name: str) -> None:
     policy = policy_of(name)
     engine = VllmEngine(policy, tiny_tokenizer(), Engine("vllm", max_seqs=8), 40, 8)

@@ -1,0 +1,88 @@
+"""The decoders that tests run, by what runs their layers, in docs/models.md: `python scripts/models.py`.
+
+Read from the families (rlft/models/families) and from the rows of tests/models/test_architectures.py and
+tests/rollout/test_vllm_families.py. `tests/models/test_models_page.py` fails when the page is out of date.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT / "tests" / folder) for folder in ("", "models", "rollout")]
+PAGE = ROOT / "docs" / "models.md"
+HEAD = """\
+# Models
+Every row is a type of decoder (`model_type` of a model's config) whose log-probs and adapter gradients equal
+transformers' in tests: packed, behind shared prompts and row by row. Other decoders run too: a run chooses by their
+structure, checks itself at its start, and says what it does.
+
+| layers | what that means |
+| --- | --- |
+| fused | rlft's own kernels, with planned memory: the fast path, in 4 bits or 16 |
+| packed | transformers' layers on rows without padding |
+| padded | transformers' layers on padded rows, for what keeps a state along the row or has attention of another kind |
+
+A config with a field that the fused layers of its family do not read is named at the start, and runs packed or padded.
+vLLM samples what the installed vLLM has a model for; types that tests sample with it are marked. The page is made by
+`python scripts/models.py`.
+"""
+EXAMPLES = {
+    "llama": "Llama 3, SmolLM2, R1 distills",
+    "qwen2": "Qwen2.5",
+    "qwen3": "Qwen3 dense",
+    "qwen3_5_text": "Qwen3.5 dense",
+    "qwen3_next": "Qwen3-Next",
+    "qwen3_moe": "Qwen3 MoE",
+    "qwen3_vl_text": "Qwen3-VL, its text",
+    "qwen2_5_vl_text": "Qwen2.5-VL, its text",
+    "mistral": "Mistral, Nemo",
+    "ministral3": "Ministral 3",
+    "phi3": "Phi-3, Phi-4",
+    "gemma": "Gemma 1",
+    "gemma2": "Gemma 2",
+    "gemma3_text": "Gemma 3, its text",
+    "gemma4_text": "Gemma 4, its text",
+    "gpt_oss": "gpt-oss",
+    "smollm3": "SmolLM3",
+    "granite": "Granite 3, 4 dense",
+    "granitemoehybrid": "Granite 4 hybrid",
+    "olmo2": "OLMo 2",
+    "olmo3": "OLMo 3",
+    "exaone4": "EXAONE 4",
+    "seed_oss": "Seed-OSS",
+    "glm4": "GLM-4",
+    "glm4_moe": "GLM-4.5, 4.6",
+    "ernie4_5": "ERNIE 4.5",
+    "lfm2": "LFM2",
+    "falcon_h1": "Falcon-H1",
+    "nemotron_h": "Nemotron-H",
+    "deepseek_v3": "DeepSeek V3",
+    "mixtral": "Mixtral",
+}
+"""Models that people know a type by."""
+
+
+def page() -> str:
+    """Return the text of the page."""
+    import test_architectures
+    import test_vllm_families
+
+    from rlft.models import families
+
+    paths = {kind: path for path, kinds in test_architectures.KINDS.items() for kind in kinds}
+    paths |= {kind: "fused" for kind in paths if families.find(kind) is not None}
+    order = ("fused", "packed", "padded")
+    lines = ["| type | models | layers | sampled by vLLM in tests |", "| --- | --- | --- | --- |"]
+    sampled = set(test_vllm_families.SAMPLED)
+    for kind in sorted(paths, key=lambda kind: (order.index(paths[kind]), kind)):
+        vllm = "yes" if kind in sampled else ""
+        lines.append(f"| `{kind}` | {EXAMPLES.get(kind, '')} | {paths[kind]} | {vllm} |")
+    counts = ", ".join(f"{list(paths.values()).count(path)} {path}" for path in order)
+    return f"{HEAD}\n{len(paths)} types: {counts}.\n\n" + "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")
+    print(PAGE)
