@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
-from kill_soak import KINDS, ROOT, Run, differences, make_home
+from kill_soak import KINDS, ROOT, Fork, Run, differences, make_home
 
 MOST = 12
 """Cuts of each kind of run and disk that are tried."""
@@ -153,7 +153,7 @@ def main() -> None:
             for disk in ("strict", "torn"):
                 picked = sorted(rng.sample(range(len(cuts)), min(MOST, len(cuts))))
                 for number in picked:
-                    run = resumed(home, f"{kind}-{disk}-{number}", kind, cuts[number][disk])
+                    run = resumed(home, f"{kind}-{disk}-{number}", kind, cuts[number][disk], Fork)
                     found = differences(whole.out, run.out)
                     assert found == [], f"{kind}, {disk}, cut {number}: {found}"
                     left[held(cuts[number][disk])] += 1
