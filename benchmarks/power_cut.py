@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
-from kill_soak import KINDS, ROOT, Run, differences, make_home
+from kill_soak import KINDS, ROOT, Fork, Run, differences, make_home
 
 MOST = 12
 """Cuts of each kind of run and disk that are tried."""
@@ -43,10 +43,8 @@ class Disk:
     """After each fsync: kind of disk -> what it would hold."""
     _bytes: dict[int, bytes] = field(default_factory=dict)
     """Inode of a file -> its bytes at the last fsync."""
-    _entries: dict[int, dict[str, int]] = field(default_factory=dict)
-    """Inode of a folder -> name -> inode at the last fsync."""
-    _folders: set[int] = field(default_factory=set)
-    """Inodes that are folders."""
+    _entries: dict[int, dict[str, tuple[int, bool]]] = field(default_factory=dict)
+    """Inode of a folder -> name -> inode at the last fsync, and whether it was a folder: inodes are used again."""
 
     def synced(self, handle: int) -> None:
         """Record what an fsync of this descriptor makes durable."""
@@ -55,9 +53,7 @@ class Disk:
             return
         inode = os.fstat(handle).st_ino
         if path.is_dir():
-            entries = list(os.scandir(path))
-            self._folders |= {inode, *(entry.inode() for entry in entries if entry.is_dir())}
-            self._entries[inode] = {entry.name: entry.inode() for entry in entries}
+            self._entries[inode] = {entry.name: (entry.inode(), entry.is_dir()) for entry in os.scandir(path)}
         else:
             self._bytes[inode] = path.read_bytes()
         if self.root.exists():
@@ -66,8 +62,8 @@ class Disk:
 
     def _strict(self, inode: int) -> Tree:
         return {
-            name: self._strict(entry) if entry in self._folders else self._bytes.get(entry, b"")
-            for name, entry in self._entries.get(inode, {}).items()
+            name: self._strict(entry) if is_folder else self._bytes.get(entry, b"")
+            for name, (entry, is_folder) in self._entries.get(inode, {}).items()
         }
 
     def _torn(self, folder: Path) -> Tree:
@@ -153,7 +149,7 @@ def main() -> None:
             for disk in ("strict", "torn"):
                 picked = sorted(rng.sample(range(len(cuts)), min(MOST, len(cuts))))
                 for number in picked:
-                    run = resumed(home, f"{kind}-{disk}-{number}", kind, cuts[number][disk])
+                    run = resumed(home, f"{kind}-{disk}-{number}", kind, cuts[number][disk], Fork)
                     found = differences(whole.out, run.out)
                     assert found == [], f"{kind}, {disk}, cut {number}: {found}"
                     left[held(cuts[number][disk])] += 1

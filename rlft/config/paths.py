@@ -13,6 +13,8 @@ def user_path(text: str | Path, field: str) -> Path:
     Raises ConfigError for what the system refuses to look up: an unknown user after "~", a name that is too long, a NUL
     or half a character, a folder that may not be entered, links in a circle.
     """
+    if not isinstance(text, str | Path):
+        raise ConfigError(f"{field} is a {type(text).__name__}: give a path")
     try:
         path = Path(text).expanduser()
         try:

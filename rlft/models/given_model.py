@@ -137,10 +137,10 @@ def _check_base(base: Any, name: str) -> None:
     if config is not base.config:
         raise ConfigError(f"model: {type(base).__name__} has a vision tower; give its language model alone")
     head = base.get_output_embeddings()
-    if head is None or base.get_input_embeddings() is None:
+    if head is None or base.get_input_embeddings() is None or not base.can_generate():
         raise ConfigError(
-            f"model: {type(base).__name__} has no head over a vocabulary; give a causal language model (transformers' "
-            f"AutoModelForCausalLM)"
+            f"model: {type(base).__name__} has no head that continues text; give a causal language model "
+            f"(transformers' AutoModelForCausalLM)"
         )
     if not head.weight.is_floating_point():
         raise ConfigError(

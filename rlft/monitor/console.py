@@ -296,7 +296,8 @@ def evaluation_line(values: Mapping[str, float], step: int) -> str:
         + (f" ({change({}, values, name)} since the first)" if f"{name}_change" in values else "")
         for name in names
     ]
-    return f"held-out rows ({values['eval/rows']:.0f}) after step {step}: {', '.join(results)}"
+    rows = f" ({values['eval/rows']:.0f})" if "eval/rows" in values else ""  # not in a line of metrics.jsonl by others
+    return f"held-out rows{rows} after step {step}: {', '.join(results)}"
 
 
 def label(values: Mapping[str, float], name: str) -> str:

@@ -95,11 +95,18 @@ def parts_of(rows: Rows) -> tuple[list[Mapping[str, Any]], list[Mapping[str, Any
 
 
 def config_of(run: Run) -> dict[str, Any]:
-    """Return the run's settings, secrets masked; empty without a readable config.toml."""
+    """Return the run's settings, secrets masked; empty without a readable config.toml.
+
+    What is no section where a config has one, and no number of steps, is left out.
+    """
     try:
-        return secrets.masked(tomllib.loads(run.config.read_text(encoding="utf-8")) if run.config.exists() else {})
-    except ValueError:  # tomllib's error, and text that is not UTF-8
+        config = tomllib.loads(run.config.read_text(encoding="utf-8")) if run.config.exists() else {}
+    except (ValueError, RecursionError):  # tomllib's errors, and text that is not UTF-8
         return {}
+    wanted = {"algo": dict, "sampling": dict, "steps": int, "prompts_per_step": int}
+    return secrets.masked(
+        {name: value for name, value in config.items() if type(value) is wanted.get(name, type(value))}
+    )
 
 
 def algorithm_of(config: Mapping[str, Any]) -> str:

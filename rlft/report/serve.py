@@ -53,6 +53,8 @@ class Page:
 
     def read(self) -> tuple[str, bytes]:
         """Return the version and the page. Raises RlftError for a folder whose files cannot be read."""
+        if not self._run.exists():
+            raise ConfigError(f"{self._run.path}: holds no run any more; put the folder back (it was moved or removed)")
         with self._lock:  # one request makes the page, the others wait for it
             version = self.version()
             if self._made[0] != version:

@@ -29,7 +29,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from rlft.errors import ConfigError
-from rlft.runs.disk import make_folder, reason, remedy, replace_file, sync
+from rlft.runs.disk import make_subfolder, reason, remedy, replace_file, sync
 from rlft.types import Best, State
 
 FORMAT = 2
@@ -69,7 +69,7 @@ def save_checkpoint(
     final = root / _name(state.step)
     temporary = root / f"{TEMPORARY}{final.name}"
     with _saving(final, "the checkpoint could not be written"):
-        make_folder(root)
+        make_subfolder(root)
         _clean(root)
         if not final.exists():
             temporary.mkdir()

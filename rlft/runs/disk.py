@@ -50,6 +50,13 @@ def make_folder(path: Path, share: bool = False) -> None:
         sync(folder.parent)
 
 
+def make_subfolder(path: Path) -> None:
+    """Create a folder in one that must be there, and sync its entry. Raises OSError where that one is gone."""
+    if not path.is_dir():
+        path.mkdir(mode=0o700)
+        sync(path.parent)
+
+
 def reason(error: OSError) -> str:
     """Return the message of the operating system, without additions of a library."""
     return os.strerror(error.errno) if error.errno else str(error)

@@ -35,7 +35,8 @@ from typing import Any
 from rlft.config.paths import user_path
 from rlft.errors import ConfigError
 from rlft.rewards.parts import score_columns
-from rlft.runs.disk import make_folder, publish, reason, remedy, replace_file, sync
+from rlft.runs import lock
+from rlft.runs.disk import make_folder, make_subfolder, publish, reason, remedy, replace_file, sync
 from rlft.runs.lines import append_line, parse_line, read_lines
 from rlft.runs.tables import Unreadable, read_table, rollout_table
 from rlft.types import Best, Sample
@@ -138,8 +139,13 @@ class Run:
             replace_file(self.plan_file, json.dumps(plan, indent=2).encode())
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Append the metrics of a step, or of an evaluation after it, to metrics.jsonl."""
+        """Append the metrics of a step, or of an evaluation after it, to metrics.jsonl, which `write_config` made.
+
+        Raises ConfigError when the folder was moved or removed, and when another process writes one of its name since.
+        """
+        lock.check_ours(self.path)
         with self.writing("metrics.jsonl"):
+            self.metrics_file.stat()  # appending would make a new file, in a folder that is not this run's
             # Given twice: first in the line, and not replaced by a metric of that name, which a user's loss may return.
             append_line(self.metrics_file, {"step": step} | dict(values) | {"step": step})
 
@@ -174,7 +180,7 @@ class Run:
 
         table = rollout_table(pa, step, [sample.rollout for sample in samples], scores, tokens)
         with self.writing(f"{folder.name}/step-{step:06d}.parquet"):
-            make_folder(folder)
+            make_subfolder(folder)
             path = folder / f"step-{step:06d}.parquet"
             temporary = path.with_name(f".{path.name}.tmp")
             # Dictionary encoding of log-probs, which hardly ever repeat, would take three quarters of the time.

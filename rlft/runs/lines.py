@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,17 +25,25 @@ def append_line(path: Path, values: Mapping[str, Any]) -> None:
 
 
 def parse_line(line: bytes) -> dict[str, Any] | None:
-    """Parse one line; None when it is truncated, or no row of metrics: an object of numbers with a whole `step`."""
+    """Parse one line; None when it is truncated, or no row of metrics: an object of numbers with a whole `step`.
+
+    Numbers beyond those of a float and names with half a character (a lone surrogate) are never written, nor read.
+    """
     try:
         row = json.loads(line)
-    except (ValueError, RecursionError):
+        "".join(row).encode()
+    except (ValueError, TypeError, RecursionError):  # UnicodeEncodeError is a ValueError
         return None
-    whole = isinstance(row, dict) and type(row.get("step")) is int and row["step"] >= 0
-    return row if whole and all(value is None or isinstance(value, int | float) for value in row.values()) else None
+    whole = isinstance(row, dict) and type(row.get("step")) is int and 0 <= row["step"] < 2**53
+    return row if whole and all(map(_is_number, row.values())) else None
+
+
+def _is_number(value: Any) -> bool:
+    return value is None or isinstance(value, float) or (isinstance(value, int) and abs(value) <= sys.float_info.max)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Read the rows of metrics in a file, with null for non-finite numbers; [] when there is no file.
+    """Read the rows of metrics in a file by step, with null for non-finite numbers; [] when there is no file.
 
     A truncated last line (the process was killed while writing) is ignored. Raises ConfigError for any other line that
     is no row.
@@ -48,4 +57,4 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
             f"{path}: line {rows.index(None) + 1} is no row of metrics (numbers and a whole step): fix or remove the "
             f"line, or go on with --resume, which sets it aside"
         )
-    return [row for row in rows if row is not None]
+    return sorted((row for row in rows if row is not None), key=lambda row: row["step"])

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import functools
 import json
 import os
 import socket
@@ -45,7 +46,7 @@ class Lock:
         """Why the file system has no locks; "" when the lock is held."""
         self._handle = self._locked()
         try:
-            self._path.write_text(json.dumps({"process": os.getpid(), "host": socket.gethostname()}))
+            self._path.write_text(json.dumps({"process": os.getpid(), "host": _host()}))
         except OSError:
             self.release()
             raise
@@ -59,10 +60,7 @@ class Lock:
                 os.close(handle)
                 if error.errno not in UNSUPPORTED:
                     if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-                        raise Busy(
-                            f'out = "{self._path.parent}": is being written by {writer(self._path.parent)}; wait for '
-                            f"it to end or stop it, or give another folder with --out"
-                        ) from error
+                        raise _busy(self._path.parent) from error
                     raise
                 self.missing = reason(error)
                 return _kept(self._open())
@@ -82,6 +80,30 @@ class Lock:
                 self._path.unlink()
         _held.discard(self._handle)
         os.close(self._handle)
+
+
+def check_ours(folder: Path) -> None:
+    """Raise Busy when run.lock names another process: a run that began after this one's folder was moved away."""
+    try:
+        record = json.loads((folder / NAME).read_bytes())
+        ours = (record["process"], record["host"]) == (os.getpid(), _host())
+    except (OSError, ValueError, TypeError, KeyError):  # no lock was taken, or it is being written
+        return
+    if not ours:
+        raise _busy(folder)
+
+
+def _busy(folder: Path) -> Busy:
+    return Busy(
+        f'out = "{folder}": is being written by {writer(folder)}; wait for it to end or stop it, or give another '
+        f"folder with --out"
+    )
+
+
+@functools.cache
+def _host() -> str:
+    """Name of this machine when it was first asked for: a network may give it another one while a run goes on."""
+    return socket.gethostname()
 
 
 def writer(folder: Path) -> str:
@@ -128,7 +150,7 @@ def is_held(folder: Path) -> bool:
         return False
     except (OSError, ValueError, TypeError, KeyError):  # not yet written
         return (folder / NAME).exists()
-    return host != socket.gethostname() or _is_alive(process)
+    return host != _host() or _is_alive(process)
 
 
 def _is_alive(process: int) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,16 @@ from rlft.types import Prompt, Rollout
 
 COLUMNS = ("row", "group", "sample", "prompt", "completion", "completion_ids", "reward", "finish_reason", "tokens")
 """Columns that every reader of a rollouts file relies on."""
+TYPES = {
+    **dict.fromkeys(("row", "group", "sample", "tokens"), "int64"),
+    **dict.fromkeys(("prompt", "completion", "finish_reason", "data"), "string"),
+    **dict.fromkeys(("sampler_logprobs", "logprobs"), "list of float"),
+    "completion_ids": "list of int64",
+    "pieces": "list of string",
+    "prompt_is_messages": "bool",
+    "reward": "double",
+}
+"""Column -> Arrow's type of it, as `rollout_table` writes it."""
 SHOWN_AS_PROMPT = ("prompt", "completion", "messages", "chosen", "rejected")
 """Columns of a dataset row that are not repeated in `dataset_columns`."""
 MOST_VALUE = 10_000
@@ -39,11 +50,22 @@ def read_table(path: Path, groups: int | None = None) -> list[dict[str, Any]]:
     try:
         # ParquetFile reads one file; read_table on a path would also look for partitions in the folder names.
         table = pq.ParquetFile(path).read()
-        if missing := [name for name in COLUMNS if name not in table.column_names]:
-            raise Unreadable(path, f"no column {missing[0]}")
+        _check_columns(path, table)
         return (table if groups is None else table.filter(pc.field("group") < groups)).to_pylist()
     except (OSError, ValueError, pa.ArrowException) as error:
         raise error if isinstance(error, Unreadable) else Unreadable(path, first_line(error)) from error
+
+
+def _check_columns(path: Path, table: Any) -> None:
+    """Raise Unreadable for a table without the columns of a rollouts file, or with others under their names."""
+    if missing := [name for name in COLUMNS if name not in table.column_names]:
+        raise Unreadable(path, f"no column {missing[0]}")
+    for name in (name for name in table.column_names if name in TYPES):
+        found = re.sub(r"list<\w+: (.+)>", r"list of \1", str(table.schema.field(name).type))
+        if found != TYPES[name]:
+            raise Unreadable(path, f"column {name} is {found}, want {TYPES[name]}")
+        if name in COLUMNS and name != "reward" and table.column(name).null_count:
+            raise Unreadable(path, f"column {name} has nulls")
 
 
 def first_line(error: Exception) -> str:

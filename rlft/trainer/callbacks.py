@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,9 +10,12 @@ from types import FunctionType
 from typing import Any, Literal
 
 from rlft.errors import ConfigError, RlftError, TrainError
+from rlft.rewards.texts import LONGEST, described, type_name
 from rlft.types import Sample, State
 
 Event = Literal["on_start", "on_rollouts", "on_step", "on_evaluate", "on_save", "on_end"]
+CALL = "__call__"
+"""Method of an object that is called as a function."""
 EVENTS: tuple[Event, ...] = ("on_start", "on_rollouts", "on_step", "on_evaluate", "on_save", "on_end")
 
 
@@ -71,9 +75,19 @@ class Callbacks:
     def __init__(self, callbacks: Sequence[Any] = ()) -> None:
         """Check the callbacks: `Callback` objects, or functions (state, metrics) called after each step.
 
-        Raises ConfigError for anything else.
+        Raises ConfigError for anything else, and for functions that would have to be awaited.
         """
+        if not isinstance(callbacks, list | tuple):
+            raise ConfigError(
+                f"callbacks: a {type_name(callbacks)} is no list of them: give [callback], or [] for none"
+            )
         for callback in callbacks:
+            called = [callback, *(getattr(callback, name, None) for name in (*EVENTS, CALL))]
+            if any(map(inspect.iscoroutinefunction, called)):
+                raise ConfigError(
+                    f"callbacks: {_name(callback)} is async, and a callback is called, not awaited: give one without "
+                    f"async, which may call asyncio.run"
+                )
             if isinstance(callback, type) or not (_methods(callback) or callable(callback)):
                 raise ConfigError(
                     f"callbacks: {_name(callback)} is {'a class' if isinstance(callback, type) else 'no callback'}: "
@@ -115,7 +129,8 @@ def _name(callback: Callable[..., Any]) -> str:
 
 def _fault(callback: Any, step: int, error: Exception) -> TrainError:
     fault = TrainError(
-        f"callback {_name(callback)} raised at step {step}: {type(error).__name__}: {error}; mend it or leave it out"
+        f"callback {_name(callback)} raised at step {step}: {type_name(error)}: {described(error, str, LONGEST)}; mend "
+        f"it or leave it out"
     )
     fault.exit_code = 2
     return fault

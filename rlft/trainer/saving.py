@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -45,6 +46,7 @@ def save(session: Session, keep: int = 0) -> Path:
     def write_adapter(folder: Path) -> None:
         # The embedding is never trained; without the flag PEFT looks up the base's config to find out.
         policy.model.save_pretrained(str(folder), selected_adapters=["default"], save_embedding_layers=False)
+        _sort_targets(folder / "adapter_config.json")
         recorder.tokenizer.save_pretrained(str(folder))
         write_card(recorder, trainer.cfg, state.step, folder, final)
 
@@ -58,6 +60,15 @@ def save(session: Session, keep: int = 0) -> Path:
         run.best(also=state.step),
         trainer.cfg.checkpoint.every,
     )
+
+
+def _sort_targets(path: Path) -> None:
+    """Write PEFT's sets of modules in order, so that equal runs save equal bytes, whatever the hashes of strings."""
+    config = json.loads(path.read_bytes())
+    for name in ("target_modules", "exclude_modules"):
+        if isinstance(config.get(name), list):
+            config[name].sort()
+    path.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
 
 
 def write_card(recorder: Recorder, cfg: Config, step: int, folder: Path, final: Path) -> None:

@@ -51,6 +51,12 @@ def listing(folder: Path) -> dict[str, tuple[int, bytes]]:
     return {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.iterdir()}
 
 
+def test_an_evaluation_that_does_not_say_its_rows_is_shown(run: Path, capsys) -> None:
+    (run / "metrics.jsonl").write_text('{"step": 0, "eval/reward": 0.5}\n')
+    assert main(["watch", str(run)]) == 0
+    assert "held-out rows after step 0: reward 0.5" in capsys.readouterr().out
+
+
 def test_a_run_that_has_ended_is_shown_and_left_as_it_is(run: Path, capsys) -> None:
     before = listing(run)
     assert main(["watch", str(run)]) == 0

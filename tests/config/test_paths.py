@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -40,6 +41,12 @@ def test_a_config_file_or_reward_of_that_name(name: str, capsys: pytest.CaptureF
     assert main(["train", f"{NO_PATH[name]}.toml"]) == 2
     assert main(["reward-check", f"{NO_PATH[name]}.py:f", "--data", "d.jsonl"]) == 2
     assert "Traceback" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("out", [3, None, [], b"runs"])
+def test_what_is_no_text_and_no_path_is_named(out: Any) -> None:
+    with pytest.raises(ConfigError, match=rf"^out is a {type(out).__name__}: give a path$"):
+        user_path(out, "out")
 
 
 def test_a_loop_of_links_and_a_folder_below_a_file(tmp_path: Path) -> None:

@@ -387,6 +387,13 @@ def test_damaged_files_are_named_and_the_rest_is_shown(run: Run) -> None:
     assert source.count('data-step="') == 2 and "Held-out completions" not in source
 
 
+@pytest.mark.parametrize("config", ['steps = "x"', "steps = []\nsampling = 3", "algo = [1]", "a = " + "[" * 2000])
+def test_a_config_that_is_none_of_a_run_does_not_end_the_page(run: Run, config: str) -> None:
+    run.log(1, values(1))
+    run.config.write_text(config)
+    assert "<h4>Loss" in page.page(run) and "<h4>Loss" in comparison.page([run, run])
+
+
 def test_completions_keep_to_their_budget(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     for step in range(1, 31):
         run.write_rollouts(step, records.samples(rollouts(step, ["w " * 500]), [1.0], {}, [0.0]))
@@ -491,7 +498,7 @@ def drawn(values: list[float | None], first: int = 1, **options: Any) -> str:
 
 
 def test_equal_curves_are_dashed_and_named(tmp_path: Path) -> None:
-    runs = [Run.create(tmp_path / name) for name in ("a", "b", "c")]
+    runs = [new_run(tmp_path / name) for name in ("a", "b", "c")]
     for run in runs:
         for step in range(1, 5):
             run.log(step, values(step) | {"loss": 0.5 if run.path.name == "c" else 0.01 * step})

@@ -135,6 +135,14 @@ def test_only_this_machine_is_listened_to(server: Server) -> None:
     assert server.socket.getsockname()[0] == "127.0.0.1"
 
 
+def test_a_folder_that_is_moved_away_is_no_empty_page(server: Server, run: Path) -> None:
+    run.rename(run.with_name("moved"))
+    status, _, body = ask(server)
+    assert status == 500 and body.endswith("holds no run any more; put the folder back (it was moved or removed)\n")
+    run.with_name("moved").rename(run)
+    assert ask(server)[0] == 200
+
+
 def test_a_damaged_run_is_an_answer_and_no_end(server: Server, run: Path) -> None:
     with (run / "metrics.jsonl").open("a") as file:
         file.write("{\n{}\n")

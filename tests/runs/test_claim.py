@@ -114,6 +114,24 @@ def test_a_fork_does_not_hold_the_lock_after_its_parent_is_gone(tmp_path: Path) 
         os.waitpid(child, 0)
 
 
+def test_a_run_whose_folder_was_moved_writes_nothing_into_another_of_its_name(tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    with claim(path) as claimed:
+        made(path)
+        path.rename(tmp_path / "moved")
+        path.mkdir()
+        with pytest.raises(ConfigError, match=r"metrics.jsonl: No such file or directory; put the folder back"):
+            claimed.run.log(1, {"loss": 1.0})
+        process = holder(path)
+        try:
+            with pytest.raises(ConfigError, match=held_by(process.pid)):
+                claimed.run.log(1, {"loss": 1.0})
+        finally:
+            process.kill()
+            process.communicate()
+    assert not (path / "metrics.jsonl").exists()
+
+
 def test_a_file_system_without_locks_is_named(tmp_path: Path, monkeypatch) -> None:
     def refuse(handle: int, operation: int) -> None:
         raise OSError(errno.ENOLCK, "")

@@ -137,3 +137,17 @@ def test_a_disk_that_turns_read_only_is_named_at_the_start_and_in_the_middle(hom
     remount("rw")
     assert run(home, out, "--resume") == 0
     assert differences(home / "whole", out) == []
+
+
+@pytest.mark.parametrize("call", [(Run, "write_rollouts", 2), (checkpoint, "save_checkpoint", "step 2")])
+def test_a_folder_that_is_moved_away_stops_the_run_and_is_put_back(call, home, tmp_path, monkeypatch, capsys) -> None:
+    out, away = tmp_path / "run", tmp_path / "away"
+    with monkeypatch.context() as patch:
+        at_call(*call, lambda: out.rename(away), patch)
+        assert run(home, out) == 2
+    shown = capsys.readouterr().err
+    assert "No such file or directory; put the folder back (it was moved or removed), then go on with --resume" in shown
+    assert "Traceback" not in shown and not out.exists()
+    away.rename(out)
+    assert run(home, out, "--resume") == 0
+    assert differences(home / "whole", out) == []

@@ -33,6 +33,8 @@ def test_peft_and_transformers_load_a_checkpoint_alone(tmp_path: Path) -> None:
         optim={"lr": 1e-2},
     )
     folder = train(cfg).adapter
+    modules = json.loads((folder / "adapter_config.json").read_text())["target_modules"]
+    assert modules == sorted(modules) and len(modules) > 8, "PEFT writes a set, in the order of this process"
     alone = AutoTokenizer.from_pretrained(folder)
     chat = [{"role": "user", "content": "say 3"}]
     text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)

@@ -249,6 +249,28 @@ def test_a_damaged_table_is_named(tmp_path: Path, damage: str) -> None:
         run.read_evaluation(2)
 
 
+@pytest.mark.parametrize(
+    ("name", "values", "found"),
+    [
+        ("prompt", [1], "is int64, want string"),
+        ("completion", [None], "is null, want string"),
+        ("reward", ["x"], "is string, want double"),
+        ("pieces", [[1]], "is list of int64, want list of string"),
+        ("logprobs", [["x"]], "is list of string, want list of float"),
+    ],
+)
+def test_a_table_with_other_values_is_named(tmp_path: Path, name: str, values: list[Any], found: str) -> None:
+    import pyarrow as pa
+
+    run = started(tmp_path)
+    run.write_rollouts(2, records.samples([rollout(TEXT, 0)], [1.0], {}, [0.0]))
+    path = run.rollouts / "step-000002.parquet"
+    table = pq.ParquetFile(path).read()
+    pq.write_table(table.set_column(table.column_names.index(name), name, pa.array(values)), path)
+    with pytest.raises(Unreadable, match=f"unreadable: column {name} {found}; move it out of the folder"):
+        run.read_rollouts(2)
+
+
 @pytest.mark.parametrize("text", ["{", "[1]", '{"base": "x"}', "\udcff"])
 def test_a_damaged_plan_is_named(tmp_path: Path, text: str) -> None:
     run = started(tmp_path)
@@ -317,7 +339,7 @@ def test_the_rewards_of_the_first_evaluation_come_back_by_row(tmp_path: Path) ->
 
 def test_a_metric_named_step_does_not_replace_the_step(tmp_path: Path) -> None:
     """As a user's own loss may return; a resume goes by the step."""
-    run = Run.create(tmp_path / "run")
+    run = started(tmp_path)
     run.log(3, {"loss": 1.0, "step": 1e9})
     assert run.metrics() == [{"step": 3, "loss": 1.0}]
     assert run.metrics_file.read_text() == '{"step": 3, "loss": 1.0}\n'

@@ -111,7 +111,45 @@ def test_one_that_raises_is_named_and_loses_no_step(home: Path, tmp_path: Path) 
     assert (tmp_path / "run" / "checkpoints" / "step-000001").is_dir()
 
 
-@pytest.mark.parametrize(("callback", "why"), [(Seen, "is a class"), (3, "is no callback"), (None, "is no callback")])
+class Awaited(rlft.Callback):
+    async def on_step(self, run: rlft.View) -> None: ...
+
+
+async def awaited(state: Any, metrics: Any) -> None: ...
+
+
+class Silent(Exception):
+    """Raises when asked what it says."""
+
+    def __str__(self) -> str:
+        raise RuntimeError
+
+
+def test_one_whose_error_cannot_be_shown_is_named(home: Path, tmp_path: Path) -> None:
+    def raises(state: Any, metrics: Any) -> None:
+        raise Silent
+
+    with pytest.raises(TrainError, match="callback raises raised at step 1: Silent: <Silent whose str raises>; mend"):
+        train(home, tmp_path / "run", [raises])
+
+
+@pytest.mark.parametrize("callbacks", [Seen(), len, None, "abc", {}])
+def test_what_is_no_list_of_callbacks_is_refused(callbacks: Any, home: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"callbacks: a \w+ is no list of them: give \[callback\]"):
+        train(home, tmp_path / "run", callbacks)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("callback", "why"),
+    [
+        (Seen, "is a class"),
+        (3, "is no callback"),
+        (None, "is no callback"),
+        (awaited, "awaited is async, and a callback is called, not awaited"),
+        (Awaited(), "Awaited is async, and a callback is called, not awaited"),
+    ],
+)
 def test_what_is_no_callback_is_refused_before_anything_is_loaded(
     callback: Any, why: str, home: Path, tmp_path: Path
 ) -> None:

@@ -11,6 +11,7 @@ import peft
 import pytest
 import tiny
 import torch
+import transformers
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
@@ -231,7 +232,13 @@ def ia3() -> Any:
     )  # type: ignore
 
 
+def bert() -> Any:
+    size = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    return transformers.BertForMaskedLM(transformers.BertConfig(vocab_size=103, **size))
+
+
 REFUSED = {
+    "fills in": (bert, {}, "model: BertForMaskedLM has no head that continues text; give a causal language model"),
     "no model": (lambda: nn.Linear(2, 2), {}, "model: Linear is not a model"),
     "another name": (lambda: renamed("other"), {}, r'was loaded from "other" .* set model = "other"'),
     "no head": (lambda: tiny.tiny_model().unload().model, {}, "model: LlamaModel has no head"),

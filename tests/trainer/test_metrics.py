@@ -104,6 +104,22 @@ def test_a_torn_last_line_is_left_out(tmp_path: Path, torn: bytes) -> None:
     assert read_lines(path) == [{"step": 1}]
 
 
+@pytest.mark.parametrize(
+    "line", ['{"step": 2, "a": 1%s}' % ("0" * 400), '{"step": 9007199254740992}', '{"step": 2, "\\ud800": 1}']
+)
+def test_what_no_run_writes_is_no_row(tmp_path: Path, line: str) -> None:
+    path = tmp_path / "m.jsonl"
+    path.write_text(f'{{"step": 1}}\n{line}\n{{"step": 3}}\n')
+    with pytest.raises(ConfigError, match=r"m\.jsonl: line 2 is no row of metrics"):
+        read_lines(path)
+
+
+def test_rows_are_read_in_the_order_of_their_steps(tmp_path: Path) -> None:
+    path = tmp_path / "m.jsonl"
+    path.write_text('{"step": 2}\n{"step": 1, "a": 1}\n{"step": 1, "a": 2}\n')
+    assert read_lines(path) == [{"step": 1, "a": 1}, {"step": 1, "a": 2}, {"step": 2}]
+
+
 def test_a_bad_line_in_the_middle_is_named(tmp_path: Path) -> None:
     path = tmp_path / "m.jsonl"
     path.write_bytes(b'{"step": 1}\nhm\n{"step": 2}\n')
