@@ -116,11 +116,7 @@ def unexpected(error: Exception) -> str:
     lines = traceback.format_exception(type(error), error, error.__traceback__, limit=-4)
     at = Path(frames[-1].filename) if frames else Path()
     ours, installed = Path(__file__).parents[1] in at.parents, "site-packages" in at.parts or "lib" in at.parts
-    whose = (
-        f"It was raised in {at}, which is not a file of rlft: look there first."
-        if not ours and not installed
-        else REPORT
-    )
+    whose = REPORT if ours or installed else f"It was raised in {at}, which is not a file of rlft: look there first."
     return f"{''.join(lines).rstrip()}\nerror: {type(error).__name__}: {error}\n{whose}"
 
 
