@@ -78,7 +78,8 @@ def test_of_many_that_start_at_once_one_holds_the_folder_at_any_time(tmp_path: P
     guard = threading.Lock()
 
     def start() -> None:
-        for _ in range(40):
+        won = 0
+        while won < 3:
             try:
                 with claim(tmp_path / "run"):
                     with guard:
@@ -86,6 +87,7 @@ def test_of_many_that_start_at_once_one_holds_the_folder_at_any_time(tmp_path: P
                         most[0], wins[0] = max(most[0], inside[0]), wins[0] + 1
                     with guard:
                         inside[0] -= 1
+                won += 1
             except lock.Busy:
                 continue
 
@@ -94,7 +96,7 @@ def test_of_many_that_start_at_once_one_holds_the_folder_at_any_time(tmp_path: P
         thread.start()
     for thread in threads:
         thread.join()
-    assert most == [1] and wins[0] > 8
+    assert most == [1] and wins[0] == 8 * 3
 
 
 def test_a_fork_does_not_hold_the_lock_after_its_parent_is_gone(tmp_path: Path) -> None:

@@ -69,10 +69,10 @@ def test_all_results_are_listed_and_a_short_list_has_the_main_ones() -> None:
         "eval/rewards/a/mean",
         "eval/pass@1",
         "eval/pass@8",
-        "eval/rows",
         "eval/logps/chosen",
         "eval/completions/mean_length",
     ]
+    assert "eval/rows" in evaluation_names([row, row | {"eval/rows": 8.0}])
     short = ["eval/reward", "eval/pass@8", "eval/completions/mean_length"]
     assert evaluation_names([row], short=True) == short
     other = {**row, "eval/rewards/b/mean": 1.0, "eval/invalid": 2.0, "eval/pass@1": 0.5}
