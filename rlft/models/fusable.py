@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -86,11 +87,15 @@ def state_of(part: nn.Module) -> Iterator[tuple]:
             )
 
 
-def layers_problem(layers: Sequence[FusedLayer], config: Any, family: Family) -> str | None:
+def config_problem(config: Any, family: Family) -> str | None:
+    """Return the field of a config that the fused layers of its family do not read; None if they read all."""
+    for name, value in family.unread(config):
+        return f"{name} is {reprlib.repr(value)}, which no fused layer of {config.model_type} reads"
+    return None
+
+
+def layers_problem(layers: Sequence[FusedLayer]) -> str | None:
     """Return why the kernels cannot run these layers; None if they can."""
-    for name in family.dropouts:
-        if getattr(config, name, 0):
-            return f"{name} is {getattr(config, name)}"
     first = layers[0]
     dtype = first.input_norm.weight.dtype
     for layer in layers:

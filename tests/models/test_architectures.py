@@ -241,17 +241,22 @@ QUICK = (
 )
 
 
-def tiny(kind: str, dtype: torch.dtype = torch.float64, lora: Lora = Lora(rank=4, alpha=8)) -> Policy:  # noqa: B008
-    """A policy over a random model of two layers, with every weight and the adapter away from its starting value."""
+def tiny(kind: str, dtype: torch.dtype = torch.float64, lora: Lora = Lora(rank=4, alpha=8), **more: Any) -> Policy:  # noqa: B008
+    """A policy over a random model of two layers, with every weight and the adapter away from its starting value.
+
+    more: config fields beside those of the row.
+    """
     (fields,) = (kinds[kind] for kinds in KINDS.values() if kind in kinds)
-    chosen = {name: value for name, value in {**BASE, **fields}.items() if value is not None}
+    chosen = {name: value for name, value in {**BASE, **fields, **more}.items() if value is not None}
     config = AutoConfig.for_model(kind, **chosen)
     # Products of experts all at once are not there in float64.
     config._experts_implementation = "eager"
     generator = torch.Generator().manual_seed(5)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        base: Any = AutoModelForCausalLM.from_config(config, attn_implementation=attention_of(config))
+        # transformers' sdpa leaves a softcap out.
+        how = "eager" if getattr(config, "attn_logit_softcapping", None) else attention_of(config)
+        base: Any = AutoModelForCausalLM.from_config(config, attn_implementation=how)
     base = base.to(dtype).eval().requires_grad_(False)
     for parameter in base.parameters():
         # Biases, norms and sinks start at 0 or 1, where a fault would not show.

@@ -12,7 +12,21 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from typing import Any
+
+COMMON = frozenset(
+    {
+        *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
+        *("vocab_size", "rms_norm_eps", "max_position_embeddings", "rope_parameters", "tie_word_embeddings"),
+        *("pad_token_id", "bos_token_id", "eos_token_id", "initializer_range", "use_cache", "pretraining_tp"),
+    }
+)
+"""Config fields that the modules of every family have in their shapes, norms and tables, or that no layer computes
+with."""
+FACTORS = ("multiplier", "scaling", "scale", "factor")
+"""Ends of the names of fields whose neutral value is 1; that of others is None, False, 0 or empty."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +60,33 @@ class Family:
     rope_by_type: bool = False
     """Whether the rotary embedding is called once per type of layer."""
     dropouts: tuple[str, ...] = ("attention_dropout",)
-    """Config attributes of dropouts inside the layer, which must be 0."""
+    """Config fields of dropouts, which are 0 in evaluation mode. In training mode they must be 0."""
+    reads: tuple[str, ...] = ()
+    """Config fields that the layers depend on, beside `COMMON`, `activation` and `dropouts`. Any other field must have
+    its neutral value."""
+
+    def unread(self, config: Any) -> Iterator[tuple[str, Any]]:
+        """Yield name and value of each field of the config's class that matters and that the layers do not read."""
+        known = {*COMMON, *self.reads, *self.dropouts, self.activation}
+        for name in fields_of(config):
+            value = getattr(config, name, None)
+            if name not in known and not neutral(name, value):
+                yield name, value
+
+
+def fields_of(config: Any) -> list[str]:
+    """Return the fields that the class of a config adds to those that all configs of transformers have."""
+    from transformers import PretrainedConfig
+
+    general = {field.name for field in fields(PretrainedConfig)}  # type: ignore[arg-type]
+    return [field.name for field in fields(type(config)) if field.name not in general]
+
+
+def neutral(name: str, value: Any) -> bool:
+    """Return whether a layer with this value of a field computes what a layer without the field computes."""
+    if name.endswith(FACTORS) and not isinstance(value, bool):
+        return value is None or value == 1
+    return not value
 
 
 def find(model_type: str) -> Family | None:

@@ -9,4 +9,8 @@ FAMILY = Family(
     down_norm="post_feedforward_layernorm",
     gemma=True,
     activation="hidden_activation",
+    reads=(
+        *("head_dim", "attention_bias", "query_pre_attn_scalar", "final_logit_softcapping"),
+        *("sliding_window", "layer_types", "attn_logit_softcapping"),
+    ),
 )

@@ -11,4 +11,8 @@ FAMILY = Family(
     gemma=True,
     activation="hidden_activation",
     rope_by_type=True,
+    reads=(
+        *("head_dim", "attention_bias", "query_pre_attn_scalar", "final_logit_softcapping"),
+        *("sliding_window", "layer_types"),
+    ),
 )

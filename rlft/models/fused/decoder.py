@@ -21,10 +21,9 @@ from torch import Tensor, nn
 
 from rlft.kernels import rms_norm
 from rlft.kernels.attention import Sequences
-from rlft.models import kv_cache, rope
+from rlft.models import fusable, kv_cache
 from rlft.models.device_memory import DeviceMemory, host_free
 from rlft.models.families import Family
-from rlft.models.fusable import adapted, adapter_problem, hook_problem, layers_problem, parts_of, state_of
 from rlft.models.fused import memory
 from rlft.models.fused.graphs import Graphs, Padded, count_keys, key_capacity, launch_bound, round_up
 from rlft.models.fused.layer import run_layer
@@ -33,6 +32,7 @@ from rlft.models.fused.layer_steps import Pass
 from rlft.models.fused.offload import Offload
 from rlft.models.fused.placement import Placement
 from rlft.models.fused.projection import Store, adapter_tensors
+from rlft.models.fused.tables import rope_tables
 from rlft.models.fused.unpad import unpadded
 
 STEP = 64 * 2**20
@@ -101,8 +101,8 @@ class FusedDecoder:
 
     def _check_modules(self) -> str | None:
         """Take the decoder's modules as they are now and return why they cannot be run, or None."""
-        parts = list(parts_of(self.decoder, self.family))
-        states = [state for part in parts for state in state_of(part)]
+        parts = list(fusable.parts_of(self.decoder, self.family))
+        states = [state for part in parts for state in fusable.state_of(part)]
         if parts == self._parts and states == self._states:
             return self._problem
         if self.placement is not None and self._parts:
@@ -119,7 +119,7 @@ class FusedDecoder:
                 FusedLayer(module, i, self.family, config, weight_of)
                 for i, module in enumerate(self.decoder.layers)  # type: ignore[arg-type]
             ]
-            self._problem = layers_problem(self.layers, config, self.family)
+            self._problem = fusable.layers_problem(self.layers)
         except ValueError as error:
             self._problem = str(error)
         if self._problem is None and any(trained for *_, trained in states):
@@ -134,7 +134,7 @@ class FusedDecoder:
 
     def problem(self) -> str | None:
         """Return why the fused layers cannot run the current modules and adapters; None if they can."""
-        return self._check_modules() or hook_problem(self._parts) or adapter_problem(self.layers)
+        return self._check_modules() or fusable.hook_problem(self._parts) or fusable.adapter_problem(self.layers)
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy of a model (deepcopy, pickle) has other modules, which are checked when it first runs.
@@ -173,7 +173,9 @@ class FusedDecoder:
             plan = self.plan_for(rows, None, count_keys(sequences, rows) if sequences.copies else 0)
         self._last_plan = plan
         self.store.use(plan.store)
-        tables, adapter, rows = self._tables(embedded, position_ids, padded_to), self.adapter(), embedded.shape[0]
+        rotary, types = self.decoder.rotary_emb, {layer.type for layer in self.layers}
+        tables = rope_tables(rotary, types, embedded, position_ids, padded_to)
+        adapter, rows = self.adapter(), embedded.shape[0]
         hidden = embedded
         if plan.padded:
             batch = Padded.of(self.layers, embedded, tables, sequences, plan.padded)
@@ -282,7 +284,7 @@ class FusedDecoder:
 
     def adapter(self) -> str | None:
         """Return the name of the active adapter; None when adapters are off. Assumes that `problem` returned None."""
-        module = next(adapted(self.layers), None)
+        module = next(fusable.adapted(self.layers), None)
         active = () if module is None or module.disable_adapters else module.active_adapters
         return active[0] if active else None
 
@@ -290,21 +292,6 @@ class FusedDecoder:
         """Return whether `gradients` are those of the active adapter."""
         tensors = (tensor for layer in self.layers for tensor in adapter_tensors(layer.bind(adapter)))
         return next(tensors, None) in gradients
-
-    def _tables(
-        self, embedded: Tensor, position_ids: Tensor, padded_to: Tensor | None
-    ) -> dict[str | None, tuple[Tensor, Tensor]]:
-        """Return the rotary tables (cos, sin), [T, R] each, per type of layer."""
-        rotary: Any = self.decoder.rotary_emb
-        tables, rows = {}, position_ids.shape[0]
-        if padded_to is not None and rope.limit(rotary) is not None:
-            # Dynamic and long RoPE choose their frequencies by the largest position of the call.
-            position_ids = torch.cat([position_ids, padded_to.max()[None]])
-        for layer_type in {layer.type for layer in self.layers}:
-            arguments = () if layer_type is None else (layer_type,)
-            cos, sin = rotary(embedded[None], position_ids[None], *arguments)
-            tables[layer_type] = (cos[0, :rows], sin[0, :rows])
-        return tables
 
     def _shape(self) -> memory.DecoderShape:
         """Return the sizes that the memory plan is computed from."""
@@ -383,6 +370,9 @@ class FusedDecoder:
                 return ""
         if kwargs.get("return_dict", getattr(config, "return_dict", True)) is False:
             return ""
+        dropped = [name for name in self.family.dropouts if self.decoder.training and getattr(config, name, 0)]
+        if dropped:
+            return f"{dropped[0]} is {getattr(config, dropped[0])} and the model is in training mode"
         problem = self.problem()
         if problem is not None:
             return problem
