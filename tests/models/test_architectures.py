@@ -15,10 +15,11 @@ import pytest
 import records
 import torch
 from peft import PeftModel
+from random_base import base_of, config_of
 from test_policy import plan, rollouts
 from tiny import prompts, tiny_tokenizer
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModelForImageTextToText
 
 import rlft
 from rlft.config.data import Sampling
@@ -26,7 +27,6 @@ from rlft.config.run import Lora
 from rlft.errors import ConfigError, TrainError
 from rlft.kernels.attention import Sequences
 from rlft.models import families, padded, targets
-from rlft.models.kind import attention_of
 from rlft.models.load import Base, attach_lora, load_base
 from rlft.models.packed import packed_attention
 from rlft.models.policy import Policy
@@ -126,7 +126,10 @@ KINDS: dict[str, dict[str, dict[str, Any]]] = {
         "gpt2": GPT2,
         "gpt_bigcode": GPT2,
         "cwm": MIXED,
-        "vaultgemma": MIXED,
+        "vaultgemma": {**MIXED, "query_pre_attn_scalar": 16, "attn_logit_softcapping": 3.0},
+        "qwen2_vl_text": {},
+        "qwen2_5_vl_text": {},
+        "qwen3_vl_text": {},
         "hyperclovax": {"logits_scaling": 2.0},
         "phi": {},
         "qwen3_moe": EXPERTS,
@@ -248,15 +251,13 @@ def tiny(kind: str, dtype: torch.dtype = torch.float64, lora: Lora = Lora(rank=4
     """
     (fields,) = (kinds[kind] for kinds in KINDS.values() if kind in kinds)
     chosen = {name: value for name, value in {**BASE, **fields, **more}.items() if value is not None}
-    config = AutoConfig.for_model(kind, **chosen)
+    config = config_of(kind, **chosen)
     # Products of experts all at once are not there in float64.
     config._experts_implementation = "eager"
     generator = torch.Generator().manual_seed(5)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        # transformers' sdpa leaves a softcap out.
-        how = "eager" if getattr(config, "attn_logit_softcapping", None) else attention_of(config)
-        base: Any = AutoModelForCausalLM.from_config(config, attn_implementation=how)
+        base = base_of(config)
     base = base.to(dtype).eval().requires_grad_(False)
     for parameter in base.parameters():
         # Biases, norms and sinks start at 0 or 1, where a fault would not show.

@@ -33,7 +33,7 @@ from rlft.models.fused.offload import Offload
 from rlft.models.fused.placement import Placement
 from rlft.models.fused.projection import Store, adapter_tensors
 from rlft.models.fused.tables import rope_tables
-from rlft.models.fused.unpad import unpadded
+from rlft.models.fused.unpad import text_positions, unpadded
 
 STEP = 64 * 2**20
 """Memory budgets are rounded down to a multiple of this number of bytes."""
@@ -315,7 +315,8 @@ class FusedDecoder:
         if cache is not None and past_key_values is not None:
             raise ValueError("give one of cache and past_key_values")
         cache = past_key_values if cache is None else cache
-        fallback = self._fallback_reason(attention_mask, cache, use_cache, kwargs)
+        text, alike = text_positions(position_ids)
+        fallback = self._fallback_reason(attention_mask, cache, use_cache, kwargs) if alike else ""
         if fallback is not None:
             if fallback and fallback not in self._warned:
                 self._warned.add(fallback)
@@ -343,8 +344,8 @@ class FusedDecoder:
             )
         embed: Any = self.decoder.get_input_embeddings()  # type: ignore[operator]
         embedded = embed(input_ids) if inputs_embeds is None else inputs_embeds
-        rows, places, sequences, positions = unpadded(embedded, attention_mask, position_ids)
-        padded_positions = position_ids
+        rows, places, sequences, positions = unpadded(embedded, attention_mask, text)
+        padded_positions = text
         if padded_positions is None and places is not None:
             padded_positions = torch.arange(embedded.shape[1], device=embedded.device)
         hidden = self.final_norm(self.hidden(rows, positions, sequences, padded_to=padded_positions)[0])
@@ -364,6 +365,8 @@ class FusedDecoder:
             return ""
         config: Any = self.decoder.config
         if not kwargs.get("is_causal", getattr(config, "is_causal", True)):
+            return ""
+        if kwargs.get("deepstack_visual_embeds") is not None:  # of images, added between the layers
             return ""
         for name in ("output_hidden_states", "output_attentions"):
             if kwargs.get(name, getattr(config, name, False)):
