@@ -41,6 +41,8 @@ OTHER: dict[str, Any] = {
     "sliding_window": 3,
     "max_window_layers": 1,
     "layer_types": ["full_attention", "sliding_attention"],
+    "no_rope_layers": [0, 1],
+    "no_rope_layer_interval": 1,
     "original_max_position_embeddings": 256,
     "query_pre_attn_scalar": 3,
     "attn_logit_softcapping": 2.0,
@@ -52,7 +54,8 @@ TOGETHER: dict[str, dict[str, Any]] = {
     "use_sliding_window": {"sliding_window": 4, "max_window_layers": 1, "layer_types": None},
     "sliding_window": {"use_sliding_window": True, "max_window_layers": 1},
     "layer_types": {"sliding_window": 4, "use_sliding_window": True},
-    "num_hidden_layers": {"layer_types": None},
+    "num_hidden_layers": {"layer_types": None, "no_rope_layers": None},
+    "no_rope_layer_interval": {"no_rope_layers": None},
 }
 """Fields with an effect only, or a valid value only, beside others."""
 BY_TYPE = {"sliding_attention": OTHER["rope_parameters"], "full_attention": {"rope_type": "default", "rope_theta": 7e2}}

@@ -59,6 +59,8 @@ class Family:
     for all layers; "none"."""
     rope_by_type: bool = False
     """Whether the rotary embedding is called once per type of layer."""
+    rotary: str = "all"
+    """Which layers rotate q and k: "all"; "flag", those with `use_rope` of the attention module."""
     dropouts: tuple[str, ...] = ("attention_dropout",)
     """Config fields of dropouts, which are 0 in evaluation mode. In training mode they must be 0."""
     reads: tuple[str, ...] = ()

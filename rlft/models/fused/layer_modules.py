@@ -21,6 +21,8 @@ QKV, OUT, GATE_UP, DOWN = range(4)
 """Indices of a layer's projections."""
 ACTIVATIONS = {"swish": "silu", "gelu_new": "gelu_pytorch_tanh"}
 """Names of activations in transformers -> names in `rlft.kernels.swiglu`, where they differ."""
+NO_ROPE = "no rope"
+"""Type of the layers that do not rotate q and k."""
 
 
 class FusedLayer:
@@ -53,6 +55,8 @@ class FusedLayer:
         self.qk_norm = (norm(family.qk_norm[0]), norm(family.qk_norm[1])) if family.qk_norm else (None, None)
         attention: Any = get("self_attn")
         self.type = config.layer_types[index] if family.rope_by_type else None
+        if not {"flag": lambda: attention.use_rope}.get(family.rotary, lambda: True)():
+            self.type = NO_ROPE
         self.head_dim = attention.head_dim
         self.q_heads = config.num_attention_heads
         self.k_heads = config.num_key_value_heads

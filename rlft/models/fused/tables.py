@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from rlft.models import rope
+from rlft.models.fused.layer_modules import NO_ROPE
 
 
 def rope_tables(
@@ -24,7 +25,10 @@ def rope_tables(
         # Dynamic and long RoPE choose their frequencies by the largest position of the call.
         position_ids = torch.cat([position_ids, padded_to.max()[None]])
     for layer_type in types:
-        arguments = () if layer_type is None else (layer_type,)
+        arguments = () if layer_type in (None, NO_ROPE) else (layer_type,)
         cos, sin = rotary(embedded[None], position_ids[None], *arguments)
+        if layer_type == NO_ROPE:
+            # A rotation by 0 changes no bit, and the norms of q and k run in the same kernel.
+            cos, sin = torch.ones_like(cos), torch.zeros_like(sin)
         tables[layer_type] = (cos[0, :rows], sin[0, :rows])
     return tables
