@@ -90,6 +90,7 @@ MAMBA = {
     "mamba_expand": 2,
     "mamba_chunk_size": 8,
 }
+FACTORS = {"logits_scaling": 2.0, "residual_multiplier": 0.7, "attention_multiplier": 0.2, "embedding_multiplier": 3.0}
 GPT2 = {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64}
 
 # A type with a file in rlft/models/families runs fused layers, wherever its row stands.
@@ -106,7 +107,7 @@ KINDS: dict[str, dict[str, dict[str, Any]]] = {
         "olmo": {"clip_qkv": 2.0},
         "olmo2": {},
         "olmo3": MIXED,
-        "granite": {"logits_scaling": 2.0, "residual_multiplier": 0.7, "attention_multiplier": 0.2},
+        "granite": FACTORS,
         "cohere": {"logit_scale": 0.5},
         "cohere2": {**MIXED, "logit_scale": 0.5},
         "glm": {},
@@ -130,7 +131,7 @@ KINDS: dict[str, dict[str, dict[str, Any]]] = {
         "qwen2_vl_text": {},
         "qwen2_5_vl_text": {},
         "qwen3_vl_text": {},
-        "hyperclovax": {"logits_scaling": 2.0},
+        "hyperclovax": FACTORS,
         "phi": {},
         "qwen3_moe": EXPERTS,
         "qwen2_moe": EXPERTS,

@@ -35,6 +35,7 @@ SIZES: dict[str, Any] = {
     "pad_token_id": 0,
 }
 BY_LAYER = {"layer_types": ["sliding_attention", "full_attention"]}
+FACTORS = {"embedding_multiplier": 3.0, "residual_multiplier": 0.7, "attention_multiplier": 0.2, "logits_scaling": 2.0}
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
     "llama with biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
@@ -90,6 +91,9 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "smollm3": ("smollm3", {"no_rope_layers": [0, 1], "use_sliding_window": True, "sliding_window": 5, **BY_LAYER}),
+    "granite": ("granite", FACTORS),
+    "hyperclovax": ("hyperclovax", {**FACTORS, "use_post_norm": False}),
+    "hyperclovax norms": ("hyperclovax", FACTORS),
     "qwen2_vl": ("qwen2_vl_text", {}),
     "qwen2_5_vl": ("qwen2_5_vl_text", {}),
     "qwen3_vl": ("qwen3_vl_text", {}),
@@ -206,13 +210,14 @@ def test_one_projection_at_a_time_is_brought_once_for_several_uses_in_a_row() ->
     assert first.any() and torch.equal(weights(0).buffer[:rows], first), "brought again after another one"
 
 
+NEW = ("granite", "hyperclovax norms")
 MODES = [("qwen3", level, mode) for mode in ("group", "shadow") for level in (L0, L2)]
 
 
 # Tiles of 64 rows cut the 91 rows in two; smaller ones do not exist.
 @pytest.mark.parametrize(
     ("name", "level", "mode"),
-    [(name, level, "layer") for name in ("llama with biases", "qwen3", "gemma3") for level in LEVELS] + MODES,
+    [(name, level, "layer") for name in ("llama with biases", "qwen3", "gemma3", *NEW) for level in LEVELS] + MODES,
 )
 def test_every_level_is_the_same_bit_for_bit(name: str, level: Level, mode: str) -> None:
     """On a CPU all levels do the same operations on the same rows, only at other times."""

@@ -3,9 +3,10 @@
 A decoder layer of every family here is
 
     n1 = norm(x);  q, k, v = n1 Wqkv;  q, k = rope(norm(q), norm(k));  o = attention(q, k, v) Wo
-    mid = x + [norm](o);  n2 = norm(mid);  h = act(n2 Wgate) * (n2 Wup);  x' = mid + [norm](h Wdown)
+    mid = x + [c] [norm](o);  n2 = norm(mid);  h = act(n2 Wgate) * (n2 Wup);  x' = mid + [c] [norm](h Wdown)
 
-and a family gives the names of its modules, which of the norms in brackets and of q, k it has, and its conventions.
+and a family gives the names of its modules, which of the norms in brackets and of q, k it has, the factor c, and its
+conventions.
 """
 
 from __future__ import annotations
@@ -61,6 +62,10 @@ class Family:
     """Whether the rotary embedding is called once per type of layer."""
     rotary: str = "all"
     """Which layers rotate q and k: "all"; "flag", those with `use_rope` of the attention module."""
+    embedding_factor: str | None = None
+    """Config field with the factor on the embedded tokens, which the decoder multiplies by outside its embedding."""
+    residual_factor: str | None = None
+    """Config field with the factor on the outputs of attention and MLP, behind their norms, before the residual."""
     dropouts: tuple[str, ...] = ("attention_dropout",)
     """Config fields of dropouts, which are 0 in evaluation mode. In training mode they must be 0."""
     reads: tuple[str, ...] = ()
@@ -69,7 +74,7 @@ class Family:
 
     def unread(self, config: Any) -> Iterator[tuple[str, Any]]:
         """Yield name and value of each field of the config's class that matters and that the layers do not read."""
-        known = {*COMMON, *self.reads, *self.dropouts, self.activation}
+        known = {*COMMON, *self.reads, *self.dropouts, self.activation, self.embedding_factor, self.residual_factor}
         for name in fields_of(config):
             value = getattr(config, name, None)
             if name not in known and not neutral(name, value):

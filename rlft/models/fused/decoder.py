@@ -113,6 +113,8 @@ class FusedDecoder:
         self.graphs: Graphs | None = None
         """CUDA graphs of short passes; None: passes are always launched kernel by kernel."""
         config, final_norm = self.decoder.config, self.decoder.norm
+        factor = self.family.embedding_factor
+        self._embedding_factor = float(getattr(config, factor)) if factor is not None else 1.0
         try:
             weight_of = self.placement.weight if self.placement is not None else None
             self.layers = [
@@ -168,6 +170,8 @@ class FusedDecoder:
             # Buffers allocated in inference mode could not be written to outside it.
             with torch.inference_mode(False), torch.no_grad():
                 return self.hidden(embedded, position_ids, sequences, gradients, plan, padded_to)
+        if self._embedding_factor != 1:
+            embedded = embedded * self._embedding_factor
         if plan is None:
             rows = embedded.shape[0]
             plan = self.plan_for(rows, None, count_keys(sequences, rows) if sequences.copies else 0)
@@ -296,7 +300,8 @@ class FusedDecoder:
     def _shape(self) -> memory.DecoderShape:
         """Return the sizes that the memory plan is computed from."""
         vocab = self.decoder.config.vocab_size  # type: ignore[union-attr]
-        return describe_shape(self.layers, self.adapter(), vocab, self.norm.weight, self.entropy_grad)  # type: ignore[arg-type]
+        shape = describe_shape(self.layers, self.adapter(), vocab, self.norm.weight, self.entropy_grad)  # type: ignore[arg-type]
+        return replace(shape, embedding_factor=self._embedding_factor != 1)
 
     # ---- transformers' callers ---------------------------------------------------------------------------------------
 

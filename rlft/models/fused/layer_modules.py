@@ -49,9 +49,12 @@ class FusedLayer:
         def norm(name: str) -> ops.Norm:
             return describe_norm(get(name), family.gemma)
 
+        def optional_norm(name: str | None) -> ops.Norm | None:
+            # A config may replace a norm by the identity.
+            return None if name is None or isinstance(get(name), nn.Identity) else norm(name)
+
         self.input_norm, self.mlp_norm = norm(family.input_norm), norm(family.mlp_norm)
-        self.attention_norm = norm(family.attention_norm) if family.attention_norm else None
-        self.down_norm = norm(family.down_norm) if family.down_norm else None
+        self.attention_norm, self.down_norm = optional_norm(family.attention_norm), optional_norm(family.down_norm)
         self.qk_norm = (norm(family.qk_norm[0]), norm(family.qk_norm[1])) if family.qk_norm else (None, None)
         attention: Any = get("self_attn")
         self.type = config.layer_types[index] if family.rope_by_type else None
@@ -68,6 +71,7 @@ class FusedLayer:
         )
         activation = getattr(config, family.activation)
         self.activation = str(ACTIVATIONS.get(activation, activation))
+        self.residual_factor = float(getattr(config, family.residual_factor)) if family.residual_factor else 1.0
         self.width = self.projections[DOWN].in_features
 
     def bind(self, adapter: str | None) -> tuple[Bound, ...]:
@@ -116,6 +120,7 @@ def describe_shape(
         ranks=tuple(projection.group.rank for projection in bound),  # type: ignore[arg-type]
         qk_norm=first.qk_norm[0] is not None,
         post_norm=first.down_norm is not None,
+        residual_factor=first.residual_factor != 1,
         attention=backends.choose_backend(weight.device, weight.dtype, first.head_dim, first.attention.softcap),
         entropy_grad=entropy_grad,
     )

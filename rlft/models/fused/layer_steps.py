@@ -2,6 +2,7 @@
 
 Names and shapes: T rows, H hidden size, R rotary columns, I width of the MLP, Y columns of qkv; x the residual stream,
 n a norm's output, q, k, v of attention, o the output projection, h = act(gate) * up; S or s = x A^T of an adapter.
+c is the factor on the outputs of attention and MLP, 1 in most families.
 "Tail": columns behind a projection's output that hold S.
 """
 
@@ -110,11 +111,16 @@ class Steps:
         return self.project(OUT, attended, s=s), s
 
     def mid(self, x: Tensor, o: Tensor, total: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return the MLP norm's output with its tail, and 1 / rms; write mid = x + [norm](o) into `total`."""
+        """Return the MLP norm's output with its tail, and 1 / rms; write mid = x + [c] [norm](o) into `total`.
+
+        Without a norm of its output, o is multiplied by c in place.
+        """
         norm = self.layer.attention_norm
         if norm is not None:
             raw, o = o, torch.empty_like(o)
             ops.norm_forward(raw, norm, o)
+        if self.layer.residual_factor != 1:
+            o.mul_(self.layer.residual_factor)
         return self.normed(x, self.layer.mlp_norm, GATE_UP, delta=o, total=total)
 
     def gates(self, gate_up: Tensor) -> tuple[Tensor, Tensor]:
