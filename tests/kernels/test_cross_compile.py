@@ -68,10 +68,10 @@ def columns(dtype: str, P: bool, TRANSPOSED: bool, BC: int, BR: int) -> Case:
     )
 
 
-def norm(kernel: str, pointers: str, H: int, rows: int, warps: int, absent: str = "", GEMMA: bool = False) -> Case:
+def norm(kernel: str, pointers: str, H: int, rows: int, warps: int, absent: str = "", STYLE: int = 0) -> Case:
     """`pointers`: types of the pointers present, in order; `absent`: the optional one that is None."""
     strides = "i32 i32:16 i32:16 i32:16 i32:16" + (" fp32" if kernel == "forward_kernel" else "")
-    constants = {"H": H, "BLOCK": 1 << (H - 1).bit_length(), "ROWS": rows, "GEMMA": GEMMA}
+    constants = {"H": H, "BLOCK": 1 << (H - 1).bit_length(), "ROWS": rows, "STYLE": STYLE}
     constants |= {absent: None} if absent else {}
     return Case(f"rms_norm:{kernel}", f"{pointers} {strides}", constants, {"num_warps": warps})
 
@@ -89,7 +89,7 @@ def rope(kernel: str, D: int, R: int, rows: int, warps: int, with_norm: bool) ->
         "BLOCK": 1 << (R // 2 - 1).bit_length(),
         "TAIL": 1 << (max(1, D - R) - 1).bit_length(),
         "ROWS": rows,
-        "GEMMA": True,
+        "STYLE": 1,
     }
     constants |= {} if with_norm else {"qw_ptr": None, "kw_ptr": None, "pos_ptr": None}
     types = f"{pointers} i32 {'i32:16 ' * tables} fp32"
@@ -190,8 +190,10 @@ CASES = [
     ),
     # Many short rows a program; a usual row, alone; no power of two; the longest, in fp32.
     norm("forward_kernel", B * 5 + "*fp32:16", 128, 16, 4),
-    norm("forward_kernel", B * 4 + "*fp32:16", 4096, 1, 8, "delta_ptr", True),
-    norm("backward_kernel", B * 3 + "*fp32:16 " + B, 4096, 1, 8, "dres_ptr", True),
+    norm("forward_kernel", B * 4 + "*fp32:16", 4096, 1, 8, "delta_ptr", 1),
+    norm("backward_kernel", B * 3 + "*fp32:16 " + B, 4096, 1, 8, "dres_ptr", 1),
+    norm("forward_kernel", B * 4 + "*fp32:16", 4096, 1, 8, "delta_ptr", 2),
+    norm("backward_kernel", B * 3 + "*fp32:16 " + B, 4096, 1, 8, "dres_ptr", 2),
     norm("forward_kernel", "*fp16:16 " * 5 + "*fp32:16", 5120, 1, 16),
     norm("forward_kernel", "*fp32:16 " * 6, 16384, 1, 16),
     norm("backward_kernel", "*fp32:16 " * 6, 16384, 1, 16),

@@ -94,6 +94,10 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "granite": ("granite", FACTORS),
     "hyperclovax": ("hyperclovax", {**FACTORS, "use_post_norm": False}),
     "hyperclovax norms": ("hyperclovax", FACTORS),
+    "olmo2": ("olmo2", {}),
+    "olmo3": ("olmo3", {"sliding_window": 5, **BY_LAYER}),
+    "exaone4": ("exaone4", {"sliding_window": 5, **BY_LAYER}),
+    "exaone4 without windows": ("exaone4", {"sliding_window": None, "layer_types": ["full_attention"] * 2}),
     "qwen2_vl": ("qwen2_vl_text", {}),
     "qwen2_5_vl": ("qwen2_5_vl_text", {}),
     "qwen3_vl": ("qwen3_vl_text", {}),
@@ -210,7 +214,7 @@ def test_one_projection_at_a_time_is_brought_once_for_several_uses_in_a_row() ->
     assert first.any() and torch.equal(weights(0).buffer[:rows], first), "brought again after another one"
 
 
-NEW = ("granite", "hyperclovax norms")
+NEW = ("granite", "hyperclovax norms", "olmo2", "exaone4")
 MODES = [("qwen3", level, mode) for mode in ("group", "shadow") for level in (L0, L2)]
 
 

@@ -47,6 +47,7 @@ OTHER: dict[str, Any] = {
     "residual_multiplier": 0.3,
     "attention_multiplier": 0.1,
     "logits_scaling": 3.0,
+    "sliding_window_pattern": 2,
     "original_max_position_embeddings": 256,
     "query_pre_attn_scalar": 3,
     "attn_logit_softcapping": 2.0,

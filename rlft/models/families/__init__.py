@@ -2,8 +2,8 @@
 
 A decoder layer of every family here is
 
-    n1 = norm(x);  q, k, v = n1 Wqkv;  q, k = rope(norm(q), norm(k));  o = attention(q, k, v) Wo
-    mid = x + [c] [norm](o);  n2 = norm(mid);  h = act(n2 Wgate) * (n2 Wup);  x' = mid + [c] [norm](h Wdown)
+    n1 = [norm](x);  q, k, v = n1 Wqkv;  q, k = rope(norm(q), norm(k));  o = attention(q, k, v) Wo
+    mid = x + [c] [norm](o);  n2 = [norm](mid);  h = act(n2 Wgate) * (n2 Wup);  x' = mid + [c] [norm](h Wdown)
 
 and a family gives the names of its modules, which of the norms in brackets and of q, k it has, the factor c, and its
 conventions.
@@ -43,25 +43,31 @@ class Family:
     gate_up: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
     """Two projections, or one whose output rows are gate and up."""
     down: str = "mlp.down_proj"
-    input_norm: str = "input_layernorm"
+    input_norm: str | None = "input_layernorm"
+    """None: q, k and v are projected from the residual stream itself."""
     attention_norm: str | None = None
     """Norm of the output of attention, before the residual."""
-    mlp_norm: str = "post_attention_layernorm"
+    mlp_norm: str | None = "post_attention_layernorm"
+    """None: gate and up are projected from the residual stream itself."""
     down_norm: str | None = None
     """Norm of the output of the MLP, before the residual."""
     qk_norm: tuple[str, str] | None = None
-    """Norms over the head dimension of q and of k."""
-    gemma: bool = False
-    """Norms multiply by 1 + weight in fp32 (`rlft.kernels.rms_norm`)."""
+    """Norms of q and of k, over each head."""
+    qk_norm_whole: bool = False
+    """The norms of q and k are over all heads together."""
+    norm_style: str = "llama"
+    """How norms multiply by their weight (`rlft.kernels.rms_norm`): "llama", "gemma", 1 + weight in fp32, "olmo", the
+    weight in fp32."""
     activation: str = "hidden_act"
     """Config attribute with the name of the gate's activation."""
     window: str = "layer"
-    """Where the sliding window is defined: "layer", `sliding_window` of the attention module; "config", of the config,
-    for all layers; "none"."""
+    """Where the sliding window is defined: "layer", `sliding_window` of the attention module; "flag", there, for layers
+    with `is_sliding`; "config", of the config, for all layers; "none"."""
     rope_by_type: bool = False
     """Whether the rotary embedding is called once per type of layer."""
     rotary: str = "all"
-    """Which layers rotate q and k: "all"; "flag", those with `use_rope` of the attention module."""
+    """Which layers rotate q and k: "all"; "flag", those with `use_rope` of the attention module; "sliding", those with
+    a window, or all of a config without one."""
     embedding_factor: str | None = None
     """Config field with the factor on the embedded tokens, which the decoder multiplies by outside its embedding."""
     residual_factor: str | None = None

@@ -2,4 +2,4 @@
 
 from rlft.models.families import Family
 
-FAMILY = Family("GemmaModel", gemma=True, window="none", reads=("head_dim", "attention_bias"))
+FAMILY = Family("GemmaModel", norm_style="gemma", window="none", reads=("head_dim", "attention_bias"))

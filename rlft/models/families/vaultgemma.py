@@ -5,7 +5,7 @@ from rlft.models.families import Family
 FAMILY = Family(
     "VaultGemmaModel",
     mlp_norm="pre_feedforward_layernorm",
-    gemma=True,
+    norm_style="gemma",
     activation="hidden_activation",
     reads=(
         *("head_dim", "attention_bias", "query_pre_attn_scalar", "final_logit_softcapping"),

@@ -127,7 +127,7 @@ class FusedDecoder:
         if self._problem is None and any(trained for *_, trained in states):
             self._problem = "weights of the base are trained"
         if self._problem is None:
-            self.norm = describe_norm(final_norm, self.family.gemma)
+            self.norm = describe_norm(final_norm, self.family.norm_style)
             self.shape = self._shape()
             graphable = self.norm.weight.is_cuda and self.shape.attention in ("fa4", "fa2")
             if graphable and self.placement is None:

@@ -199,7 +199,7 @@ class Backward(Steps):
             rotated = self.rope.forward(q, k) if self.rope.q is not None else (q, k)
         dout = dattended.unflatten(1, saved.out.shape[1:])
         dq, dk, dv = self.layer.attention.backward(dout, rotated[0], rotated[1], v, saved, self.run.sequences)
-        self.rope.backward(dq, dk, q, k)
+        self.rope.backward(dq, dk, q, k, rotated)
         v.copy_(dv)
 
     def _inputs(self, dqkv: Tensor, s: Tensor, x: Tensor, dmid: Tensor, input_gradient: bool) -> Tensor | None:

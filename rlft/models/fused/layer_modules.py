@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from rlft.kernels import attention_backends as backends
 from rlft.kernels.nf4 import Nf4Weight
+from rlft.kernels.rms_norm import GEMMA, LLAMA, OLMO
 from rlft.models.families import Family
 from rlft.models.fused import ops
 from rlft.models.fused.memory import DecoderShape
@@ -21,6 +22,8 @@ QKV, OUT, GATE_UP, DOWN = range(4)
 """Indices of a layer's projections."""
 ACTIVATIONS = {"swish": "silu", "gelu_new": "gelu_pytorch_tanh"}
 """Names of activations in transformers -> names in `rlft.kernels.swiglu`, where they differ."""
+STYLES = {"llama": LLAMA, "gemma": GEMMA, "olmo": OLMO}
+"""`Family.norm_style` -> `style` of `rlft.kernels.rms_norm`."""
 NO_ROPE = "no rope"
 """Type of the layers that do not rotate q and k."""
 
@@ -46,24 +49,32 @@ class FusedLayer:
             Projection([get(name) for name in names], weight_of) for names in projections_of(family)
         )
 
-        def norm(name: str) -> ops.Norm:
-            return describe_norm(get(name), family.gemma)
-
-        def optional_norm(name: str | None) -> ops.Norm | None:
+        def norm(name: str | None) -> ops.Norm | None:
             # A config may replace a norm by the identity.
-            return None if name is None or isinstance(get(name), nn.Identity) else norm(name)
+            module = None if name is None else get(name)
+            missing = module is None or isinstance(module, nn.Identity)
+            return None if missing else describe_norm(module, family.norm_style)
 
         self.input_norm, self.mlp_norm = norm(family.input_norm), norm(family.mlp_norm)
-        self.attention_norm, self.down_norm = optional_norm(family.attention_norm), optional_norm(family.down_norm)
-        self.qk_norm = (norm(family.qk_norm[0]), norm(family.qk_norm[1])) if family.qk_norm else (None, None)
+        self.attention_norm, self.down_norm = norm(family.attention_norm), norm(family.down_norm)
+        q_name, k_name = family.qk_norm or (None, None)
+        self.qk_norm, self.qk_norm_whole = (norm(q_name), norm(k_name)), family.qk_norm_whole
         attention: Any = get("self_attn")
         self.type = config.layer_types[index] if family.rope_by_type else None
-        if not {"flag": lambda: attention.use_rope}.get(family.rotary, lambda: True)():
+        rotates = {
+            "flag": lambda: attention.use_rope,
+            "sliding": lambda: attention.sliding_window is None or attention.is_sliding,
+        }
+        if not rotates.get(family.rotary, lambda: True)():
             self.type = NO_ROPE
         self.head_dim = attention.head_dim
         self.q_heads = config.num_attention_heads
         self.k_heads = config.num_key_value_heads
-        window = {"layer": lambda: attention.sliding_window, "config": lambda: config.sliding_window}
+        window = {
+            "layer": lambda: attention.sliding_window,
+            "flag": lambda: attention.sliding_window if attention.is_sliding else None,
+            "config": lambda: config.sliding_window,
+        }
         self.attention = ops.Attention(
             scale=attention.scaling,
             window=window.get(family.window, lambda: None)(),
@@ -92,10 +103,10 @@ def projections_of(family: Family) -> tuple[Sequence[str], ...]:
     return family.qkv, (family.out,), family.gate_up, (family.down,)
 
 
-def describe_norm(module: Any, gemma: bool) -> ops.Norm:
+def describe_norm(module: Any, style: str) -> ops.Norm:
     """Describe an RMSNorm of transformers; families differ in the name of its epsilon."""
     eps = module.variance_epsilon if hasattr(module, "variance_epsilon") else module.eps
-    return ops.Norm(module.weight.detach(), eps, gemma)
+    return ops.Norm(module.weight.detach(), eps, STYLES[style])
 
 
 def describe_shape(
