@@ -98,6 +98,10 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "olmo3": ("olmo3", {"sliding_window": 5, **BY_LAYER}),
     "exaone4": ("exaone4", {"sliding_window": 5, **BY_LAYER}),
     "exaone4 without windows": ("exaone4", {"sliding_window": None, "layer_types": ["full_attention"] * 2}),
+    "glm": ("glm", {}),
+    "glm4": ("glm4", {}),
+    "ernie4_5": ("ernie4_5", {"use_bias": True}),
+    "helium": ("helium", {"mlp_bias": True}),
     "qwen2_vl": ("qwen2_vl_text", {}),
     "qwen2_5_vl": ("qwen2_5_vl_text", {}),
     "qwen3_vl": ("qwen3_vl_text", {}),
@@ -214,7 +218,7 @@ def test_one_projection_at_a_time_is_brought_once_for_several_uses_in_a_row() ->
     assert first.any() and torch.equal(weights(0).buffer[:rows], first), "brought again after another one"
 
 
-NEW = ("granite", "hyperclovax norms", "olmo2", "exaone4")
+NEW = ("granite", "hyperclovax norms", "olmo2", "exaone4", "glm4")
 MODES = [("qwen3", level, mode) for mode in ("group", "shadow") for level in (L0, L2)]
 
 

@@ -55,6 +55,10 @@ OTHER: dict[str, Any] = {
 }
 """Field -> a value that the rows of `KINDS` do not have. Fields that are not here are flags, which are flipped."""
 TOGETHER: dict[str, dict[str, Any]] = {
+    # Helium's heads have to fill its hidden size.
+    "hidden_size": {"num_attention_heads": 2},
+    "num_attention_heads": {"head_dim": 8},
+    "head_dim": {"num_attention_heads": 8},
     "max_window_layers": {"use_sliding_window": True, "sliding_window": 4, "layer_types": None},
     "use_sliding_window": {"sliding_window": 4, "max_window_layers": 1, "layer_types": None},
     "sliding_window": {"use_sliding_window": True, "max_window_layers": 1},

@@ -65,6 +65,8 @@ class Family:
     with `is_sliding`; "config", of the config, for all layers; "none"."""
     rope_by_type: bool = False
     """Whether the rotary embedding is called once per type of layer."""
+    interleaved: bool = False
+    """Whether the rotary embedding turns neighbouring entries, not entry i of each half."""
     rotary: str = "all"
     """Which layers rotate q and k: "all"; "flag", those with `use_rope` of the attention module; "sliding", those with
     a window, or all of a config without one."""

@@ -59,6 +59,7 @@ class FusedLayer:
         self.attention_norm, self.down_norm = norm(family.attention_norm), norm(family.down_norm)
         q_name, k_name = family.qk_norm or (None, None)
         self.qk_norm, self.qk_norm_whole = (norm(q_name), norm(k_name)), family.qk_norm_whole
+        self.interleaved = family.interleaved
         attention: Any = get("self_attn")
         self.type = config.layer_types[index] if family.rope_by_type else None
         rotates = {

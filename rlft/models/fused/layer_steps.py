@@ -76,7 +76,7 @@ class Steps:
     def __init__(self, layer: FusedLayer, run: Pass, bound: Sequence[Bound], x: Tensor) -> None:
         self.layer, self.run, self.bound = layer, run, bound
         self.weights = run.store.weights(layer.index, layer.projections, bound, x)
-        self.rope = ops.Rope(*run.tables[layer.type], *layer.qk_norm, layer.qk_norm_whole)
+        self.rope = ops.Rope(*run.tables[layer.type], *layer.qk_norm, layer.qk_norm_whole, layer.interleaved)
 
     def normed(self, x: Tensor, norm: ops.Norm | None, i: int, **residual: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return the norm's output, with room for S of projection i behind each row, and 1 / rms."""

@@ -85,13 +85,16 @@ class Rope(NamedTuple):
     k: Norm | None
     whole: bool = False
     """The norms are over all heads together, before the kernel of the rotation; else over each head, in it."""
+    interleaved: bool = False
 
     def options(self) -> dict:
-        """Return the keyword arguments of the kernels for the norms."""
+        """Return the keyword arguments of the kernels for the convention and the norms."""
+        options: dict = {"interleaved": self.interleaved}
         if self.q is None or self.k is None or self.whole:
-            return {}
+            return options
         assert (self.q.eps, self.q.style) == (self.k.eps, self.k.style)
-        return {"q_weight": self.q.weight, "k_weight": self.k.weight, "eps": self.q.eps, "style": self.q.style}
+        norms = {"q_weight": self.q.weight, "k_weight": self.k.weight, "eps": self.q.eps, "style": self.q.style}
+        return options | norms
 
     def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """Return rotated q [T, Hq, D] and k [T, Hk, D]: in place without norms, else in new memory."""
@@ -121,7 +124,7 @@ class Rope(NamedTuple):
     def _rotate_back(self, dq: Tensor, dk: Tensor, q: Tensor, k: Tensor) -> None:
         """Write the gradients of the rotation's inputs over q and k, which are read where it includes norms."""
         if _uses_kernel(dq):
-            inputs = (q, k) if self.options() else (None, None)
+            inputs = (q, k) if "q_weight" in self.options() else (None, None)
             qk_rope_backward(dq, dk, *inputs, self.cos, self.sin, **self.options(), dq=q, dk=k)
             return
 
