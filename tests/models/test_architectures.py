@@ -113,7 +113,12 @@ KINDS: dict[str, dict[str, dict[str, Any]]] = {
         "glm": {},
         "glm4": {},
         "ministral": MIXED,
-        "ministral3": {},
+        "ministral3": {
+            "rope_parameters": {
+                **{"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0},
+                **{"original_max_position_embeddings": 4, "llama_4_scaling_beta": 0.5},
+            }
+        },
         "seed_oss": {},
         "hunyuan_v1_dense": {},
         "ernie4_5": {},

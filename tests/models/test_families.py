@@ -102,6 +102,18 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "glm4": ("glm4", {}),
     "ernie4_5": ("ernie4_5", {"use_bias": True}),
     "helium": ("helium", {"mlp_bias": True}),
+    "ministral3": (
+        "ministral3",
+        {
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 1e4,
+                "factor": 4.0,
+                "original_max_position_embeddings": 4,
+                "llama_4_scaling_beta": 0.5,
+            }
+        },
+    ),
     "qwen2_vl": ("qwen2_vl_text", {}),
     "qwen2_5_vl": ("qwen2_5_vl_text", {}),
     "qwen3_vl": ("qwen3_vl_text", {}),
@@ -218,7 +230,7 @@ def test_one_projection_at_a_time_is_brought_once_for_several_uses_in_a_row() ->
     assert first.any() and torch.equal(weights(0).buffer[:rows], first), "brought again after another one"
 
 
-NEW = ("granite", "hyperclovax norms", "olmo2", "exaone4", "glm4")
+NEW = ("granite", "hyperclovax norms", "olmo2", "exaone4", "glm4", "ministral3")
 MODES = [("qwen3", level, mode) for mode in ("group", "shadow") for level in (L0, L2)]
 
 

@@ -67,6 +67,7 @@ TOGETHER: dict[str, dict[str, Any]] = {
     "no_rope_layer_interval": {"no_rope_layers": None},
 }
 """Fields with an effect only, or a valid value only, beside others."""
+SCALED = OTHER["rope_parameters"] | {"llama_4_scaling_beta": 0.9, "original_max_position_embeddings": 3}
 BY_TYPE = {"sliding_attention": OTHER["rope_parameters"], "full_attention": {"rope_type": "default", "rope_theta": 7e2}}
 
 
@@ -77,6 +78,8 @@ def changed(kind: str, name: str) -> dict[str, Any]:
     config = tiny(kind).base.get_decoder().config  # type: ignore[operator]
     if name == "rope_parameters" and family.rope_by_type:
         return {name: BY_TYPE}
+    if name == "rope_parameters" and kind == "ministral3":
+        return {name: SCALED}
     value = OTHER[name] if name in OTHER else not getattr(config, name)
     known = fields_of(config)
     return {name: value} | {key: other for key, other in TOGETHER.get(name, {}).items() if key in known}

@@ -70,6 +70,8 @@ class Family:
     rotary: str = "all"
     """Which layers rotate q and k: "all"; "flag", those with `use_rope` of the attention module; "sliding", those with
     a window, or all of a config without one."""
+    query_scale: tuple[str, str] | None = None
+    """Names in `rope_parameters` of b and L: q at position p is multiplied by 1 + b log(1 + floor(p / L))."""
     embedding_factor: str | None = None
     """Config field with the factor on the embedded tokens, which the decoder multiplies by outside its embedding."""
     residual_factor: str | None = None

@@ -177,8 +177,8 @@ class FusedDecoder:
             plan = self.plan_for(rows, None, count_keys(sequences, rows) if sequences.copies else 0)
         self._last_plan = plan
         self.store.use(plan.store)
-        rotary, types = self.decoder.rotary_emb, {layer.type for layer in self.layers}
-        tables = rope_tables(rotary, types, embedded, position_ids, padded_to)
+        types = {layer.type for layer in self.layers}
+        tables = rope_tables(self.decoder, self.family, types, embedded, position_ids, padded_to)
         adapter, rows = self.adapter(), embedded.shape[0]
         hidden = embedded
         if plan.padded:

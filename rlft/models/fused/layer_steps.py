@@ -28,8 +28,8 @@ class Pass:
     """Everything that the layers of one forward and its backward share."""
 
     sequences: Sequences
-    tables: dict[str | None, tuple[Tensor, Tensor]]
-    """Type of layer (None: all) -> rotary cos and sin [T, R]."""
+    tables: dict[str | None, tuple[Tensor, ...]]
+    """Type of layer (None: all) -> rotary cos and sin [T, R], and in some families a scale of q [T, 1]."""
     store: Store
     adapter: str | None
     """Name of the PEFT adapter; None: the base alone."""
@@ -76,7 +76,8 @@ class Steps:
     def __init__(self, layer: FusedLayer, run: Pass, bound: Sequence[Bound], x: Tensor) -> None:
         self.layer, self.run, self.bound = layer, run, bound
         self.weights = run.store.weights(layer.index, layer.projections, bound, x)
-        self.rope = ops.Rope(*run.tables[layer.type], *layer.qk_norm, layer.qk_norm_whole, layer.interleaved)
+        cos, sin, *scale = run.tables[layer.type]
+        self.rope = ops.Rope(cos, sin, *layer.qk_norm, layer.qk_norm_whole, layer.interleaved, *scale)
 
     def normed(self, x: Tensor, norm: ops.Norm | None, i: int, **residual: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return the norm's output, with room for S of projection i behind each row, and 1 / rms."""

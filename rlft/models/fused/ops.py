@@ -86,6 +86,8 @@ class Rope(NamedTuple):
     whole: bool = False
     """The norms are over all heads together, before the kernel of the rotation; else over each head, in it."""
     interleaved: bool = False
+    query_scale: Tensor | None = None
+    """[T, 1], on q after the rotation."""
 
     def options(self) -> dict:
         """Return the keyword arguments of the kernels for the convention and the norms."""
@@ -104,15 +106,23 @@ class Rope(NamedTuple):
                 norm_forward(x.flatten(1), norm, place.flatten(1))
             q, k = places
         if _uses_kernel(q):
-            return qk_rope_forward(q, k, self.cos, self.sin, **self.options(), q_out=places[0], k_out=places[1])
-        rotated = qk_rope_reference(q, k, self.cos, self.sin, **self.options())
-        return places[0].copy_(rotated[0]), places[1].copy_(rotated[1])
+            qk_rope_forward(q, k, self.cos, self.sin, **self.options(), q_out=places[0], k_out=places[1])
+        else:
+            rotated = qk_rope_reference(q, k, self.cos, self.sin, **self.options())
+            places[0].copy_(rotated[0])
+            places[1].copy_(rotated[1])
+        if self.query_scale is not None:
+            places[0].mul_(self.query_scale[:, None])
+        return places
 
     def backward(self, dq: Tensor, dk: Tensor, q: Tensor, k: Tensor, rotated: tuple[Tensor, Tensor]) -> None:
         """Write the gradients of the forward's inputs over q and k; without norms q and k are not read.
 
-        dq, dk: gradients of the forward's results `rotated`. With norms over all heads these four are overwritten.
+        dq, dk: gradients of the forward's results `rotated`. dq may be overwritten, with norms over
+        all heads dk and `rotated` too.
         """
+        if self.query_scale is not None:
+            dq.mul_(self.query_scale[:, None])
         if self.whole:
             self._rotate_back(dq, dk, dq, dk)
             for dx, x, norm, scratch in zip((dq, dk), (q, k), (self.q, self.k), rotated, strict=True):
