@@ -29,7 +29,7 @@ WIDE = SIZES | {
     "initializer_range": 0.15,
     "max_position_embeddings": 512,
 }
-OTHERS = {"gpt_neox": ("gpt_neox", {})}
+OTHERS = {"olmo2": ("olmo2", {}), "gpt_neox": ("gpt_neox", {})}
 """Not among ours: transformers' own layers train them."""
 LONGROPE: dict[str, Any] = {
     "original_max_position_embeddings": 16,
