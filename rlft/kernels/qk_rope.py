@@ -9,8 +9,9 @@ Per head vector x [D], with rotation of its first R <= D entries, half = R / 2, 
     dn_i = dout_i cos_i + dout_(i+half) sin_i,   dn_(i+half) = dout_(i+half) cos_i - dout_i sin_i
     dx = rstd (g - x rstd mean(x rstd g)) with g = dn w  (without a norm dx = dn)
 
-This is transformers' half-split convention; its cos and sin repeat their first half, and only that half is read. Scaled
-tables (YaRN, Llama 3) need no special case: the attention factor is included in cos and sin.
+This is transformers' half-split convention; interleaved (GLM, ERNIE), entries 2 i and 2 i + 1 take the places of i and
+i + half. cos and sin repeat their first half, and only that half is read. Scaled tables (YaRN, Llama 3) need no special
+case: the attention factor is included in cos and sin.
 
 Numerics: the norm rounds as in transformers; the rotation is fp32 inside with one rounding, whereas transformers rounds
 both products and the sum. Measured against float64 in bf16 (8 heads of 128, positions to 32k, CPU): a relative error of
@@ -33,7 +34,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from rlft.kernels.launch import KERNEL_DTYPES, check_args, jit, kernel, launch, on_gpu, power_of_2, tl
-from rlft.kernels.rms_norm import rms_norm_reference, times_weight
+from rlft.kernels.rms_norm import LLAMA, rms_norm_reference, times_weight
 
 MAX_D = 512
 """Widest head."""
@@ -41,7 +42,8 @@ MAX_D = 512
 
 def qk_rope_reference(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None = None,
-    q_weight: Tensor | None = None, k_weight: Tensor | None = None, eps: float = 1e-6, gemma: bool = False,
+    q_weight: Tensor | None = None, k_weight: Tensor | None = None, eps: float = 1e-6, style: int = LLAMA,
+    interleaved: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Compute the formula in plain PyTorch, differentiable by autograd. Arguments and results as `qk_rope`."""
     if positions is not None:
@@ -49,11 +51,13 @@ def qk_rope_reference(
     outs = []
     for x, weight in ((q, q_weight), (k, k_weight)):
         wide = torch.promote_types(x.dtype, torch.float32)
-        n = (x if weight is None else rms_norm_reference(x, weight, eps, gemma)).to(wide)
+        n = (x if weight is None else rms_norm_reference(x, weight, eps, style)).to(wide)
         rotated, passed = n[..., : cos.shape[-1]], n[..., cos.shape[-1] :]
-        first, second = rotated.chunk(2, dim=-1)
-        swapped = torch.cat([-second, first], dim=-1)
-        rotated = rotated * cos.to(wide)[:, None] + swapped * sin.to(wide)[:, None]
+        half, dim = cos.shape[-1] // 2, -1 if interleaved else -2
+        first, second = rotated.unflatten(-1, (half, 2) if interleaved else (2, half)).unbind(dim)
+        cosines, sines = (table[:, None, :half].to(wide) for table in (cos, sin))
+        pair = (first * cosines - second * sines, second * cosines + first * sines)
+        rotated = torch.stack(pair, dim).flatten(-2)
         outs.append(torch.cat([rotated, passed], dim=-1).to(x.dtype))
     return outs[0], outs[1]
 
@@ -72,8 +76,8 @@ def _table(cos_ptr, sin_ptr, pos_ptr, token, live, stride_table, cols, HALF: tl.
 
 @jit
 def _places(row, T, HEADS: tl.constexpr, D: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr):
-    """Return where head vectors are: token, first column and whether it exists, of each row; columns of the first half
-    and of the entries that pass, and the masks of both."""
+    """Return where head vectors are: token, first column and whether it exists, of each row; columns of the tables and
+    of the entries that pass, and the masks of both."""
     HALF: tl.constexpr = R // 2
     live = row < T * HEADS
     token = row // HEADS
@@ -89,15 +93,17 @@ def _places(row, T, HEADS: tl.constexpr, D: tl.constexpr, R: tl.constexpr, BLOCK
 def _forward_heads(
     program, x_ptr, w_ptr, out_ptr, cos_ptr, sin_ptr, pos_ptr, T, stride_x, stride_out, stride_table, eps,
     HEADS: tl.constexpr, D: tl.constexpr, R: tl.constexpr,
-    BLOCK: tl.constexpr, TAIL: tl.constexpr, ROWS: tl.constexpr, GEMMA: tl.constexpr,
+    BLOCK: tl.constexpr, TAIL: tl.constexpr, ROWS: tl.constexpr, STYLE: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
     """Process ROWS head vectors of q or of k; a row is one head of one token."""
     HALF: tl.constexpr = R // 2
     row = program * ROWS + tl.arange(0, ROWS)
     token, head, live, cols, tail, mask, tail_mask = _places(row, T, HEADS, D, R, BLOCK, TAIL)
+    first = cols * 2 if PAIRS else cols
+    second = first + 1 if PAIRS else HALF + cols
     x = x_ptr + (token.to(tl.int64) * stride_x + head)[:, None]
-    n1 = tl.load(x + cols, mask=mask, other=0.0).to(tl.float32)
-    n2 = tl.load(x + HALF + cols, mask=mask, other=0.0).to(tl.float32)
+    n1 = tl.load(x + first, mask=mask, other=0.0).to(tl.float32)
+    n2 = tl.load(x + second, mask=mask, other=0.0).to(tl.float32)
     if R < D:
         n3 = tl.load(x + tail, mask=tail_mask, other=0.0).to(tl.float32)
     if w_ptr is not None:
@@ -105,17 +111,17 @@ def _forward_heads(
         if R < D:
             squares += tl.sum(n3 * n3, axis=1)
         rstd = tl.rsqrt(squares * (1.0 / D) + eps)[:, None]
-        w1 = tl.load(w_ptr + cols, mask=cols < HALF, other=0.0).to(tl.float32)
-        w2 = tl.load(w_ptr + HALF + cols, mask=cols < HALF, other=0.0).to(tl.float32)
-        n1 = times_weight(n1 * rstd, w1, out_ptr, GEMMA).to(out_ptr.dtype.element_ty).to(tl.float32)
-        n2 = times_weight(n2 * rstd, w2, out_ptr, GEMMA).to(out_ptr.dtype.element_ty).to(tl.float32)
+        w1 = tl.load(w_ptr + first, mask=cols < HALF, other=0.0).to(tl.float32)
+        w2 = tl.load(w_ptr + second, mask=cols < HALF, other=0.0).to(tl.float32)
+        n1 = times_weight(n1 * rstd, w1, out_ptr, STYLE).to(out_ptr.dtype.element_ty).to(tl.float32)
+        n2 = times_weight(n2 * rstd, w2, out_ptr, STYLE).to(out_ptr.dtype.element_ty).to(tl.float32)
         if R < D:
             w3 = tl.load(w_ptr + tail, mask=tail < D, other=0.0).to(tl.float32)
-            n3 = times_weight(n3 * rstd, w3, out_ptr, GEMMA)
+            n3 = times_weight(n3 * rstd, w3, out_ptr, STYLE)
     cos, sin = _table(cos_ptr, sin_ptr, pos_ptr, token, live, stride_table, cols, HALF)
     out = out_ptr + (token.to(tl.int64) * stride_out + head)[:, None]
-    tl.store(out + cols, n1 * cos - n2 * sin, mask=mask)
-    tl.store(out + HALF + cols, n2 * cos + n1 * sin, mask=mask)
+    tl.store(out + first, n1 * cos - n2 * sin, mask=mask)
+    tl.store(out + second, n2 * cos + n1 * sin, mask=mask)
     if R < D:
         tl.store(out + tail, n3, mask=tail_mask)
 
@@ -125,15 +131,17 @@ def _backward_heads(
     program, dout_ptr, x_ptr, w_ptr, dx_ptr, cos_ptr, sin_ptr, pos_ptr,
     T, stride_dout, stride_x, stride_dx, stride_table, eps,
     HEADS: tl.constexpr, D: tl.constexpr, R: tl.constexpr,
-    BLOCK: tl.constexpr, TAIL: tl.constexpr, ROWS: tl.constexpr, GEMMA: tl.constexpr,
+    BLOCK: tl.constexpr, TAIL: tl.constexpr, ROWS: tl.constexpr, STYLE: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
     """Process ROWS head vectors of dq or of dk, as `_forward_heads`."""
     HALF: tl.constexpr = R // 2
     row = program * ROWS + tl.arange(0, ROWS)
     token, head, live, cols, tail, mask, tail_mask = _places(row, T, HEADS, D, R, BLOCK, TAIL)
+    first = cols * 2 if PAIRS else cols
+    second = first + 1 if PAIRS else HALF + cols
     dout = dout_ptr + (token.to(tl.int64) * stride_dout + head)[:, None]
-    d1 = tl.load(dout + cols, mask=mask, other=0.0).to(tl.float32)
-    d2 = tl.load(dout + HALF + cols, mask=mask, other=0.0).to(tl.float32)
+    d1 = tl.load(dout + first, mask=mask, other=0.0).to(tl.float32)
+    d2 = tl.load(dout + second, mask=mask, other=0.0).to(tl.float32)
     cos, sin = _table(cos_ptr, sin_ptr, pos_ptr, token, live, stride_table, cols, HALF)
     g1 = d1 * cos + d2 * sin
     g2 = d2 * cos - d1 * sin
@@ -141,11 +149,11 @@ def _backward_heads(
         g3 = tl.load(dout + tail, mask=tail_mask, other=0.0).to(tl.float32)
     if w_ptr is not None:
         x = x_ptr + (token.to(tl.int64) * stride_x + head)[:, None]
-        n1 = tl.load(x + cols, mask=mask, other=0.0).to(tl.float32)
-        n2 = tl.load(x + HALF + cols, mask=mask, other=0.0).to(tl.float32)
-        ONE = 1.0 if GEMMA else 0.0
-        g1 *= tl.load(w_ptr + cols, mask=cols < HALF, other=0.0).to(tl.float32) + ONE
-        g2 *= tl.load(w_ptr + HALF + cols, mask=cols < HALF, other=0.0).to(tl.float32) + ONE
+        n1 = tl.load(x + first, mask=mask, other=0.0).to(tl.float32)
+        n2 = tl.load(x + second, mask=mask, other=0.0).to(tl.float32)
+        ONE = 1.0 if STYLE == 1 else 0.0
+        g1 *= tl.load(w_ptr + first, mask=cols < HALF, other=0.0).to(tl.float32) + ONE
+        g2 *= tl.load(w_ptr + second, mask=cols < HALF, other=0.0).to(tl.float32) + ONE
         squares = tl.sum(n1 * n1 + n2 * n2, axis=1)
         along = tl.sum(n1 * g1 + n2 * g2, axis=1)
         if R < D:
@@ -162,8 +170,8 @@ def _backward_heads(
         if R < D:
             g3 = rstd * (g3 - n3 * along)
     dx = dx_ptr + (token.to(tl.int64) * stride_dx + head)[:, None]
-    tl.store(dx + cols, g1, mask=mask)
-    tl.store(dx + HALF + cols, g2, mask=mask)
+    tl.store(dx + first, g1, mask=mask)
+    tl.store(dx + second, g2, mask=mask)
     if R < D:
         tl.store(dx + tail, g3, mask=tail_mask)
 
@@ -173,7 +181,7 @@ def forward_kernel(
     q_ptr, k_ptr, qw_ptr, kw_ptr, q_out_ptr, k_out_ptr, cos_ptr, sin_ptr, pos_ptr,
     T, stride_q, stride_k, stride_q_out, stride_k_out, stride_table, eps,
     HQ: tl.constexpr, HK: tl.constexpr, D: tl.constexpr, R: tl.constexpr,
-    BLOCK: tl.constexpr, TAIL: tl.constexpr, ROWS: tl.constexpr, GEMMA: tl.constexpr,
+    BLOCK: tl.constexpr, TAIL: tl.constexpr, ROWS: tl.constexpr, STYLE: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
     """Run the forward: the first cdiv(T HQ, ROWS) programs process queries, the others keys."""
     program = tl.program_id(0)
@@ -181,11 +189,11 @@ def forward_kernel(
     if program < of_q:
         _forward_heads(program, q_ptr, qw_ptr, q_out_ptr, cos_ptr, sin_ptr, pos_ptr,
                        T, stride_q, stride_q_out, stride_table, eps,
-                       HEADS=HQ, D=D, R=R, BLOCK=BLOCK, TAIL=TAIL, ROWS=ROWS, GEMMA=GEMMA)  # fmt: skip
+                       HEADS=HQ, D=D, R=R, BLOCK=BLOCK, TAIL=TAIL, ROWS=ROWS, STYLE=STYLE, PAIRS=PAIRS)  # fmt: skip
     else:
         _forward_heads(program - of_q, k_ptr, kw_ptr, k_out_ptr, cos_ptr, sin_ptr, pos_ptr,
                        T, stride_k, stride_k_out, stride_table, eps,
-                       HEADS=HK, D=D, R=R, BLOCK=BLOCK, TAIL=TAIL, ROWS=ROWS, GEMMA=GEMMA)  # fmt: skip
+                       HEADS=HK, D=D, R=R, BLOCK=BLOCK, TAIL=TAIL, ROWS=ROWS, STYLE=STYLE, PAIRS=PAIRS)  # fmt: skip
 
 
 @kernel(varying=("T",))
@@ -193,7 +201,7 @@ def backward_kernel(
     dq_out_ptr, dk_out_ptr, q_ptr, k_ptr, qw_ptr, kw_ptr, dq_ptr, dk_ptr, cos_ptr, sin_ptr, pos_ptr,
     T, stride_dq_out, stride_dk_out, stride_q, stride_k, stride_dq, stride_dk, stride_table, eps,
     HQ: tl.constexpr, HK: tl.constexpr, D: tl.constexpr, R: tl.constexpr,
-    BLOCK: tl.constexpr, TAIL: tl.constexpr, ROWS: tl.constexpr, GEMMA: tl.constexpr,
+    BLOCK: tl.constexpr, TAIL: tl.constexpr, ROWS: tl.constexpr, STYLE: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
     """Run the backward, with programs as in `forward_kernel`."""
     program = tl.program_id(0)
@@ -201,11 +209,11 @@ def backward_kernel(
     if program < of_q:
         _backward_heads(program, dq_out_ptr, q_ptr, qw_ptr, dq_ptr, cos_ptr, sin_ptr, pos_ptr,
                         T, stride_dq_out, stride_q, stride_dq, stride_table, eps,
-                        HEADS=HQ, D=D, R=R, BLOCK=BLOCK, TAIL=TAIL, ROWS=ROWS, GEMMA=GEMMA)  # fmt: skip
+                        HEADS=HQ, D=D, R=R, BLOCK=BLOCK, TAIL=TAIL, ROWS=ROWS, STYLE=STYLE, PAIRS=PAIRS)  # fmt: skip
     else:
         _backward_heads(program - of_q, dk_out_ptr, k_ptr, kw_ptr, dk_ptr, cos_ptr, sin_ptr, pos_ptr,
                         T, stride_dk_out, stride_k, stride_dk, stride_table, eps,
-                        HEADS=HK, D=D, R=R, BLOCK=BLOCK, TAIL=TAIL, ROWS=ROWS, GEMMA=GEMMA)  # fmt: skip
+                        HEADS=HK, D=D, R=R, BLOCK=BLOCK, TAIL=TAIL, ROWS=ROWS, STYLE=STYLE, PAIRS=PAIRS)  # fmt: skip
 
 
 @cache
@@ -233,23 +241,23 @@ class _Pair(NamedTuple):
         """Elements from one row to the next."""
         return self.q.stride(0), self.k.stride(0)
 
-    def launch(self, r: int, gemma: bool, shape: tuple[int, int] | None) -> tuple[int, dict[str, Any]]:
+    def launch(self, r: int, style: int, pairs: bool, shape: tuple[int, int] | None) -> tuple[int, dict[str, Any]]:
         """Return the number of programs, and the kernels' constants by name.
 
         shape: (rows per program, warps); None: those of `launch_shape`.
         """
-        t, hq, d = self.q.shape
-        hk = self.k.shape[1]
-        block, tail, rows, warps = launch_shape(d, r)
-        if shape is not None:
-            rows, warps = shape
-        constants = {"HQ": hq, "HK": hk, "D": d, "R": r, "BLOCK": block, "TAIL": tail, "ROWS": rows, "GEMMA": gemma}
-        return -(-t * hq // rows) + -(-t * hk // rows), {**constants, "num_warps": warps}
+        (t, hq, d), hk = self.q.shape, self.k.shape[1]
+        block, tail, *chosen = launch_shape(d, r)
+        rows, warps = shape or chosen
+        constants = {"HQ": hq, "HK": hk, "D": d, "R": r, "BLOCK": block, "TAIL": tail, "ROWS": rows}
+        constants |= {"STYLE": style, "PAIRS": pairs, "num_warps": warps}
+        return -(-t * hq // rows) + -(-t * hk // rows), constants
 
 
 def qk_rope_forward(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None = None,
-    q_weight: Tensor | None = None, k_weight: Tensor | None = None, eps: float = 1e-6, gemma: bool = False, *,
+    q_weight: Tensor | None = None, k_weight: Tensor | None = None, eps: float = 1e-6, style: int = LLAMA,
+    interleaved: bool = False, *,
     q_out: Tensor | None = None, k_out: Tensor | None = None, shape: tuple[int, int] | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Launch the forward. Returns q [T, Hq, D] and k [T, Hk, D], normalized and rotated.
@@ -264,7 +272,7 @@ def qk_rope_forward(
     q_out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if q_out is None else q_out
     k_out = torch.empty(k.shape, dtype=k.dtype, device=k.device) if k_out is None else k_out
     x, out = _Pair(q, k), _Pair(q_out, k_out)
-    programs, constants = x.launch(cos.shape[1], gemma, shape)
+    programs, constants = x.launch(cos.shape[1], style, interleaved, shape)
     if programs:
         launch(
             forward_kernel, (programs,), *x, q_weight, k_weight, *out, cos, sin, positions,
@@ -276,7 +284,7 @@ def qk_rope_forward(
 def qk_rope_backward(
     dq_out: Tensor, dk_out: Tensor, q: Tensor | None, k: Tensor | None, cos: Tensor, sin: Tensor,
     positions: Tensor | None = None, q_weight: Tensor | None = None, k_weight: Tensor | None = None,
-    eps: float = 1e-6, gemma: bool = False, *,
+    eps: float = 1e-6, style: int = LLAMA, interleaved: bool = False, *,
     dq: Tensor | None = None, dk: Tensor | None = None, shape: tuple[int, int] | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Launch the backward. Returns dq [T, Hq, D] and dk [T, Hk, D].
@@ -298,7 +306,7 @@ def qk_rope_backward(
     dq = torch.empty(dq_out.shape, dtype=dq_out.dtype, device=dq_out.device) if dq is None else dq
     dk = torch.empty(dk_out.shape, dtype=dk_out.dtype, device=dk_out.device) if dk is None else dk
     dx = _Pair(dq, dk)
-    programs, constants = dout.launch(cos.shape[1], gemma, shape)
+    programs, constants = dout.launch(cos.shape[1], style, interleaved, shape)
     if programs:
         launch(
             backward_kernel, (programs,), *dout, *x, q_weight, k_weight, *dx, cos, sin, positions,
@@ -349,31 +357,28 @@ def _check(
         )  # fmt: skip
 
 
-def _heads(x: Tensor) -> Tensor:
-    """Return x with adjacent heads, copied if necessary."""
-    return x if _adjacent(x) else x.contiguous()
-
-
 class _QkRope(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, cos, sin, positions, q_weight, k_weight, eps, gemma):  # type: ignore[override]
-        q, k = _heads(q), _heads(k)
-        q_out, k_out = qk_rope_forward(q, k, cos, sin, positions, q_weight, k_weight, eps, gemma)
+    def forward(ctx, q, k, cos, sin, positions, q_weight, k_weight, eps, style, interleaved):  # type: ignore[override]
+        q, k = (x if _adjacent(x) else x.contiguous() for x in (q, k))
+        q_out, k_out = qk_rope_forward(q, k, cos, sin, positions, q_weight, k_weight, eps, style, interleaved)
         saved = (None, None) if q_weight is None else (q, k)
         ctx.save_for_backward(*saved, cos, sin, positions, q_weight, k_weight)
-        ctx.norm = eps, gemma
+        ctx.norm = eps, style, interleaved
         return q_out, k_out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dq_out, dk_out):  # type: ignore[override]
-        dq, dk = qk_rope_backward(_heads(dq_out), _heads(dk_out), *ctx.saved_tensors, *ctx.norm)
-        return dq, dk, None, None, None, None, None, None, None
+        grads = (x if _adjacent(x) else x.contiguous() for x in (dq_out, dk_out))
+        dq, dk = qk_rope_backward(*grads, *ctx.saved_tensors, *ctx.norm)
+        return dq, dk, *[None] * 8
 
 
 def qk_rope(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None = None,
-    q_weight: Tensor | None = None, k_weight: Tensor | None = None, eps: float = 1e-6, gemma: bool = False,
+    q_weight: Tensor | None = None, k_weight: Tensor | None = None, eps: float = 1e-6, style: int = LLAMA,
+    interleaved: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Apply norm (if weights are given) and rotary embedding to queries and keys, with gradients to both.
 
@@ -381,7 +386,7 @@ def qk_rope(
     float, R even and at most D, the second half of the columns repeating the first, as transformers' rotary embeddings
     return them (attention factor included). positions: [T] integer below P, the line of the tables for each row (not
     checked on a GPU); None: row t of the tables belongs to row t of q, P = T. q_weight, k_weight: [D] in q's dtype,
-    frozen, or None for families without that norm. eps, gemma: as in `rms_norm`.
+    frozen, or None for families without that norm. eps, style: as in `rms_norm`. interleaved: the convention.
 
     Returns q [T, Hq, D] and k [T, Hk, D]. Raises ValueError on shapes, dtypes or devices that do not fit, and on a
     weight that requires a gradient.
@@ -390,5 +395,5 @@ def qk_rope(
     if q_weight is not None and k_weight is not None and (q_weight.requires_grad or k_weight.requires_grad):
         raise ValueError("qk_rope: a norm weight's requires_grad is True: it is frozen here")
     if on_gpu("qk_rope", q=q, k=k, cos=cos, sin=sin, positions=positions, q_weight=q_weight, k_weight=k_weight):
-        return _QkRope.apply(q, k, cos, sin, positions, q_weight, k_weight, eps, gemma)  # type: ignore[return-value]
-    return qk_rope_reference(q, k, cos, sin, positions, q_weight, k_weight, eps, gemma)
+        return _QkRope.apply(q, k, cos, sin, positions, q_weight, k_weight, eps, style, interleaved)  # type: ignore[return-value]
+    return qk_rope_reference(q, k, cos, sin, positions, q_weight, k_weight, eps, style, interleaved)

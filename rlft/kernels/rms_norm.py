@@ -4,12 +4,13 @@
     rstd = 1 / sqrt(mean(x'^2) + eps),   n = x' rstd
     y = round(n) w  (Llama: rounded to the input's dtype, then times w in that dtype)
     y = n (1 + w)   (Gemma: in fp32, rounded once)
+    y = n w         (OLMo: in fp32, rounded once)
 
     g = dy w  (Gemma: dy (1 + w)),   dx = rstd (g - n mean(n g)) + dx'
 
 The weight is frozen and gets no gradient, which would take a second pass over rows. The forward rounds as transformers'
-LlamaRMSNorm and Gemma3RMSNorm do; the backward is fp32 with one rounding at the end. dx' is the gradient that reaches
-x' through the residual stream, added in the same kernel; the result is the gradient of x and of delta.
+LlamaRMSNorm, Gemma3RMSNorm and Olmo2RMSNorm do; the backward is fp32 with one rounding at the end. dx' is the gradient
+that reaches x' through the residual stream, added in the same kernel; the result is the gradient of x and of delta.
 
 Bytes per row of H in a 2-byte dtype: forward 4 H, with the residual 8 H; backward 6 H, with the residual 8 H; rstd is 4
 bytes. One program holds whole rows in registers, so each element is read once. T or t rows, h their length H.
@@ -25,34 +26,38 @@ from torch.autograd.function import once_differentiable
 
 from rlft.kernels.launch import KERNEL_DTYPES, as_rows, check_args, jit, kernel, launch, on_gpu, power_of_2, tl
 
+LLAMA, GEMMA, OLMO = 0, 1, 2
+"""How the weight is multiplied, `style` below."""
 MAX_H = 16384
 """Longest row: one program holds it in registers."""
 WANTED = f"[T, H] of one dtype with adjacent columns, H at most {MAX_H}, weight [H] of that dtype"
 
 
-def rms_norm_reference(x: Tensor, weight: Tensor, eps: float, gemma: bool = False) -> Tensor:
+def rms_norm_reference(x: Tensor, weight: Tensor, eps: float, style: int = LLAMA) -> Tensor:
     """Compute the formula in plain PyTorch, differentiable; float64 stays float64. Arguments as `rms_norm`."""
     wide = torch.promote_types(x.dtype, torch.float32)
     n = x.to(wide)
     n = n * torch.rsqrt(n.pow(2).mean(-1, keepdim=True) + eps)
-    if gemma:
-        return (n * (1.0 + weight.to(wide))).to(x.dtype)
+    if style != LLAMA:
+        return (n * ((1.0 if style == GEMMA else 0.0) + weight.to(wide))).to(x.dtype)
     return weight * n.to(x.dtype)
 
 
 def add_rms_norm_reference(
-    x: Tensor, delta: Tensor, weight: Tensor, eps: float, gemma: bool = False
+    x: Tensor, delta: Tensor, weight: Tensor, eps: float, style: int = LLAMA
 ) -> tuple[Tensor, Tensor]:
     """Compute (y, x') in plain PyTorch. Arguments as `add_rms_norm`."""
     total = x + delta
-    return rms_norm_reference(total, weight, eps, gemma), total
+    return rms_norm_reference(total, weight, eps, style), total
 
 
 @jit
-def times_weight(n, w, out_ptr, GEMMA: tl.constexpr):
+def times_weight(n, w, out_ptr, STYLE: tl.constexpr):
     """Compute n w with the roundings of the model family; n and w are fp32, the result is not yet rounded."""
-    if GEMMA:
+    if STYLE == 1:
         return n * (1.0 + w)
+    if STYLE == 2:
+        return n * w
     return n.to(out_ptr.dtype.element_ty).to(tl.float32) * w
 
 
@@ -73,7 +78,7 @@ def forward_kernel(
     H: tl.constexpr,
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
-    GEMMA: tl.constexpr,
+    STYLE: tl.constexpr,
 ):
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     cols = tl.arange(0, BLOCK)[None, :]
@@ -88,7 +93,7 @@ def forward_kernel(
         tl.store(total_ptr + rows[:, None] * stride_total + cols, x, mask=mask)
     rstd = tl.rsqrt(tl.sum(x * x, axis=1) * (1.0 / H) + eps)
     tl.store(rstd_ptr + rows, rstd, mask=live)
-    y = times_weight(x * rstd[:, None], w, y_ptr, GEMMA)
+    y = times_weight(x * rstd[:, None], w, y_ptr, STYLE)
     tl.store(y_ptr + rows[:, None] * stride_y + cols, y, mask=mask)
 
 
@@ -108,14 +113,14 @@ def backward_kernel(
     H: tl.constexpr,
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
-    GEMMA: tl.constexpr,
+    STYLE: tl.constexpr,
 ):
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     cols = tl.arange(0, BLOCK)[None, :]
     live = rows < T
     mask = live[:, None] & (cols < H)
     w = tl.load(w_ptr + cols, mask=cols < H, other=0.0).to(tl.float32)
-    if GEMMA:
+    if STYLE == 1:
         w += 1.0
     g = tl.load(dy_ptr + rows[:, None] * stride_dy + cols, mask=mask, other=0.0).to(tl.float32) * w
     n = tl.load(x_ptr + rows[:, None] * stride_x + cols, mask=mask, other=0.0).to(tl.float32)
@@ -150,7 +155,7 @@ def rms_norm_forward(
     x: Tensor,
     weight: Tensor,
     eps: float,
-    gemma: bool = False,
+    style: int = LLAMA,
     *,
     delta: Tensor | None = None,
     out: Tensor | None = None,
@@ -200,7 +205,7 @@ def rms_norm_forward(
         h,
         power_of_2(h),
         rows,
-        gemma,
+        style,
         num_warps=warps,
     )
     return y, rstd, total
@@ -211,7 +216,7 @@ def rms_norm_backward(
     x: Tensor,
     weight: Tensor,
     rstd: Tensor,
-    gemma: bool = False,
+    style: int = LLAMA,
     *,
     dres: Tensor | None = None,
     dx_out: Tensor | None = None,
@@ -221,7 +226,7 @@ def rms_norm_backward(
 
     dy: [T, H], gradient of y. x: [T, H], input of the norm (x' after a residual addition). rstd: [T] float32 from the
     forward. dres: [T, H], gradient of x' that bypasses the norm, added to dx. dx_out: where dx is written; a caller
-    that owns dy or dres may pass it here. All have adjacent columns and any row stride.
+    that owns dy, x or dres may pass it here. All have adjacent columns and any row stride.
     """
     check_args(
         "rms_norm_backward",
@@ -256,7 +261,7 @@ def rms_norm_backward(
         h,
         power_of_2(h),
         rows,
-        gemma,
+        style,
         num_warps=warps,
     )
     return dx
@@ -264,27 +269,27 @@ def rms_norm_backward(
 
 class _RmsNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, eps, gemma):  # type: ignore[override]
+    def forward(ctx, x, weight, eps, style):  # type: ignore[override]
         rows = as_rows(x)
-        y, rstd, _ = rms_norm_forward(rows, weight, eps, gemma)
+        y, rstd, _ = rms_norm_forward(rows, weight, eps, style)
         ctx.save_for_backward(rows, weight, rstd)
-        ctx.gemma = gemma
+        ctx.style = style
         return y.view(x.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):  # type: ignore[override]
         x, weight, rstd = ctx.saved_tensors
-        return rms_norm_backward(as_rows(dy), x, weight, rstd, ctx.gemma).view(dy.shape), None, None, None
+        return rms_norm_backward(as_rows(dy), x, weight, rstd, ctx.style).view(dy.shape), None, None, None
 
 
 class _AddRmsNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, delta, weight, eps, gemma):  # type: ignore[override]
-        y, rstd, total = rms_norm_forward(as_rows(x), weight, eps, gemma, delta=as_rows(delta))
+    def forward(ctx, x, delta, weight, eps, style):  # type: ignore[override]
+        y, rstd, total = rms_norm_forward(as_rows(x), weight, eps, style, delta=as_rows(delta))
         ctx.save_for_backward(total, weight, rstd)
         ctx.set_materialize_grads(False)
-        ctx.gemma = gemma
+        ctx.style = style
         return y.view(x.shape), total.view(x.shape)
 
     @staticmethod
@@ -294,7 +299,7 @@ class _AddRmsNorm(torch.autograd.Function):
             return dtotal, dtotal, None, None, None
         total, weight, rstd = ctx.saved_tensors
         dres = None if dtotal is None else as_rows(dtotal)
-        dx = rms_norm_backward(as_rows(dy), total, weight, rstd, ctx.gemma, dres=dres).view(dy.shape)
+        dx = rms_norm_backward(as_rows(dy), total, weight, rstd, ctx.style, dres=dres).view(dy.shape)
         return dx, dx, None, None, None
 
 
@@ -318,23 +323,23 @@ def _check(op: str, x: Tensor, weight: Tensor, delta: Tensor | None = None) -> b
     return on_gpu(op, x=x, delta=delta, weight=weight)
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, gemma: bool = False) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor, eps: float, style: int = LLAMA) -> Tensor:
     """Compute RMSNorm over the last dimension, with gradient to x.
 
-    x: [..., H] float32, bfloat16 or float16. weight: [H], the same dtype, frozen. gemma: multiply by 1 + weight in fp32
-    before rounding. Returns [..., H] in x's dtype. Raises ValueError on shapes, dtypes or devices that do not fit, and
+    x: [..., H] float32, bfloat16 or float16. weight: [H], the same dtype, frozen. style: LLAMA, GEMMA or OLMO.
+    Returns [..., H] in x's dtype. Raises ValueError on shapes, dtypes or devices that do not fit, and
     on a weight that requires a gradient.
     """
     if _check("rms_norm", x, weight):
-        return _RmsNorm.apply(x, weight, eps, gemma)  # type: ignore[return-value]
-    return rms_norm_reference(x, weight, eps, gemma)
+        return _RmsNorm.apply(x, weight, eps, style)  # type: ignore[return-value]
+    return rms_norm_reference(x, weight, eps, style)
 
 
-def add_rms_norm(x: Tensor, delta: Tensor, weight: Tensor, eps: float, gemma: bool = False) -> tuple[Tensor, Tensor]:
+def add_rms_norm(x: Tensor, delta: Tensor, weight: Tensor, eps: float, style: int = LLAMA) -> tuple[Tensor, Tensor]:
     """Compute RMSNorm of x + delta, and the sum for the residual stream, in one pass, with gradients to x and delta.
 
     x, delta: [..., H], one dtype. The rest as `rms_norm`. Returns (y, x + delta), both [..., H].
     """
     if _check("add_rms_norm", x, weight, delta):
-        return _AddRmsNorm.apply(x, delta, weight, eps, gemma)  # type: ignore[return-value]
-    return add_rms_norm_reference(x, delta, weight, eps, gemma)
+        return _AddRmsNorm.apply(x, delta, weight, eps, style)  # type: ignore[return-value]
+    return add_rms_norm_reference(x, delta, weight, eps, style)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ from rlft.kernels.rms_norm import MAX_H
 from rlft.kernels.swiglu import ACTIVATIONS
 from rlft.models.families import Family
 from rlft.models.fused.layer_modules import FusedLayer
+from rlft.models.fused.ops import Norm
 
 
 def adapted(layers: Sequence[FusedLayer]) -> Iterator[Any]:
@@ -86,26 +88,35 @@ def state_of(part: nn.Module) -> Iterator[tuple]:
             )
 
 
-def layers_problem(layers: Sequence[FusedLayer], config: Any, family: Family) -> str | None:
+def _norms(layer: FusedLayer) -> tuple[Norm | None, ...]:
+    return layer.input_norm, layer.mlp_norm, layer.attention_norm, layer.down_norm, *layer.qk_norm
+
+
+def config_problem(config: Any, family: Family) -> str | None:
+    """Return the field of a config that the fused layers of its family do not read; None if they read all."""
+    for name, value in family.unread(config):
+        return f"{name} is {reprlib.repr(value)}, which no fused layer of {config.model_type} reads"
+    return None
+
+
+def layers_problem(layers: Sequence[FusedLayer]) -> str | None:
     """Return why the kernels cannot run these layers; None if they can."""
-    for name in family.dropouts:
-        if getattr(config, name, 0):
-            return f"{name} is {getattr(config, name)}"
     first = layers[0]
-    dtype = first.input_norm.weight.dtype
+    like = next(norm for norm in _norms(first) if norm is not None).weight
+    dtype = like.dtype
     for layer in layers:
         if layer.activation not in ACTIVATIONS:
             return f'the activation "{layer.activation}"'
-        norms = (layer.input_norm, layer.mlp_norm, layer.attention_norm, layer.down_norm, *layer.qk_norm)
-        for norm in norms:
+        for norm in _norms(layer):
             if norm is not None and norm.weight.dtype != dtype:
                 return f"norms of {dtype} and of {norm.weight.dtype}"
-            if norm is not None and norm.weight.device != first.input_norm.weight.device:
-                return f"layers on {first.input_norm.weight.device} and on {norm.weight.device}"
+            if norm is not None and norm.weight.device != like.device:
+                return f"layers on {like.device} and on {norm.weight.device}"
         for projection in layer.projections:
             for weight in projection.weights:
                 if isinstance(weight, Tensor) and weight.dtype != dtype:
                     return f"linear weights of {weight.dtype} under norms of {dtype}"
-    if first.head_dim > MAX_D or first.projections[0].in_features > MAX_H:
-        return f"heads of {first.head_dim}, rows of {first.projections[0].in_features}"
+    longest = max(first.projections[0].in_features, first.q_heads * first.head_dim if first.qk_norm_whole else 0)
+    if first.head_dim > MAX_D or longest > MAX_H:
+        return f"heads of {first.head_dim}, rows of {longest}"
     return None

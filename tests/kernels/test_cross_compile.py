@@ -68,15 +68,15 @@ def columns(dtype: str, P: bool, TRANSPOSED: bool, BC: int, BR: int) -> Case:
     )
 
 
-def norm(kernel: str, pointers: str, H: int, rows: int, warps: int, absent: str = "", GEMMA: bool = False) -> Case:
+def norm(kernel: str, pointers: str, H: int, rows: int, warps: int, absent: str = "", STYLE: int = 0) -> Case:
     """`pointers`: types of the pointers present, in order; `absent`: the optional one that is None."""
     strides = "i32 i32:16 i32:16 i32:16 i32:16" + (" fp32" if kernel == "forward_kernel" else "")
-    constants = {"H": H, "BLOCK": 1 << (H - 1).bit_length(), "ROWS": rows, "GEMMA": GEMMA}
+    constants = {"H": H, "BLOCK": 1 << (H - 1).bit_length(), "ROWS": rows, "STYLE": STYLE}
     constants |= {absent: None} if absent else {}
     return Case(f"rms_norm:{kernel}", f"{pointers} {strides}", constants, {"num_warps": warps})
 
 
-def rope(kernel: str, D: int, R: int, rows: int, warps: int, with_norm: bool) -> Case:
+def rope(kernel: str, D: int, R: int, rows: int, warps: int, with_norm: bool, PAIRS: bool = False) -> Case:
     """Heads 28 + 4; positions where there is a norm; without it the norm's weights are absent too."""
     forward = kernel == "forward_kernel"
     heads, tables = (4, 5) if forward else (6, 7)  # pointers beside weights and tables; strides
@@ -89,7 +89,8 @@ def rope(kernel: str, D: int, R: int, rows: int, warps: int, with_norm: bool) ->
         "BLOCK": 1 << (R // 2 - 1).bit_length(),
         "TAIL": 1 << (max(1, D - R) - 1).bit_length(),
         "ROWS": rows,
-        "GEMMA": True,
+        "STYLE": 1,
+        "PAIRS": PAIRS,
     }
     constants |= {} if with_norm else {"qw_ptr": None, "kw_ptr": None, "pos_ptr": None}
     types = f"{pointers} i32 {'i32:16 ' * tables} fp32"
@@ -190,16 +191,21 @@ CASES = [
     ),
     # Many short rows a program; a usual row, alone; no power of two; the longest, in fp32.
     norm("forward_kernel", B * 5 + "*fp32:16", 128, 16, 4),
-    norm("forward_kernel", B * 4 + "*fp32:16", 4096, 1, 8, "delta_ptr", True),
-    norm("backward_kernel", B * 3 + "*fp32:16 " + B, 4096, 1, 8, "dres_ptr", True),
+    norm("forward_kernel", B * 4 + "*fp32:16", 4096, 1, 8, "delta_ptr", 1),
+    norm("backward_kernel", B * 3 + "*fp32:16 " + B, 4096, 1, 8, "dres_ptr", 1),
+    norm("forward_kernel", B * 4 + "*fp32:16", 4096, 1, 8, "delta_ptr", 2),
+    norm("backward_kernel", B * 3 + "*fp32:16 " + B, 4096, 1, 8, "dres_ptr", 2),
     norm("forward_kernel", "*fp16:16 " * 5 + "*fp32:16", 5120, 1, 16),
     norm("forward_kernel", "*fp32:16 " * 6, 16384, 1, 16),
     norm("backward_kernel", "*fp32:16 " * 6, 16384, 1, 16),
-    # Whole heads; three quarters of heads of 96; the widest, without a norm.
+    # Whole heads; three quarters of heads of 96; the widest, without a norm; interleaved, half and whole.
     *(
         rope(kernel, *shape)
         for kernel in ("forward_kernel", "backward_kernel")
-        for shape in ((128, 128, 16, 4, True), (96, 72, 16, 4, True), (512, 512, 4, 4, False))
+        for shape in (
+            *((128, 128, 16, 4, True), (96, 72, 16, 4, True), (512, 512, 4, 4, False)),
+            *((128, 64, 16, 4, False, True), (128, 128, 16, 4, True, True)),
+        )
     ),
     *(
         glu(kernel, *shape)

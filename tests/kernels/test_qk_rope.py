@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from kernel_rule import DEVICE, DTYPES, assert_rule, assert_survives_stream_and_graph
 from torch import Tensor
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
+from transformers.models.glm4.modeling_glm4 import apply_rotary_pos_emb as apply_interleaved
 from transformers.models.phi3.modeling_phi3 import apply_rotary_pos_emb
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from rlft.kernels.qk_rope import MAX_D, _QkRope, qk_rope, qk_rope_backward, qk_rope_forward, qk_rope_reference
+from rlft.kernels.rms_norm import GEMMA, LLAMA, OLMO
 
 EPS = 1e-6
 NAMES = ("q", "k", "dq", "dk")
@@ -72,11 +74,11 @@ def draw(case: Case, dtype: torch.dtype, norm: bool = True, hard: bool = False) 
     return Inputs(q, k, cos, sin, torch.randint(0, 40, (t,), device=DEVICE), *weights), grads
 
 
-def by_autograd(inputs: Inputs, grads: list[Tensor], dtype: torch.dtype, gemma: bool) -> list[Tensor]:
+def by_autograd(inputs: Inputs, grads: list[Tensor], dtype: torch.dtype, *how: Any) -> list[Tensor]:
     """q, k, dq, dk by autograd of the reference in a dtype."""
     q, k, *rest = (v if v is None or v.dtype == torch.int64 else v.detach().to(dtype) for v in inputs)
     q, k = q.detach().requires_grad_(), k.detach().requires_grad_()
-    outs = qk_rope_reference(q, k, *rest, EPS, gemma)
+    outs = qk_rope_reference(q, k, *rest, EPS, *how)
     return [*(o.detach() for o in outs), *torch.autograd.grad(outs, [q, k], [g.to(dtype) for g in grads])]
 
 
@@ -99,6 +101,16 @@ def test_reference_in_fp32_is_transformers_bit_for_bit(r: int, norm_class: type[
         assert torch.equal(a, b)
 
 
+def test_the_interleaved_reference_is_transformers_bit_for_bit() -> None:
+    inputs, _ = draw(Case(9, 4, 2, 16, 8), torch.float32, norm=False)
+    q, k, cos, sin, positions = (v.cpu() for v in inputs if v is not None)
+    heads = [x.transpose(0, 1)[None] for x in (q, k)]
+    theirs = apply_interleaved(*heads, cos[positions][None], sin[positions][None])
+    ours = qk_rope_reference(q, k, cos, sin, positions, interleaved=True)
+    for a, b in zip(ours, theirs, strict=True):
+        assert torch.equal(a, b[0].transpose(0, 1))
+
+
 def test_reference_in_bf16_is_closer_to_the_truth_than_transformers() -> None:
     """The rotation rounds once where transformers rounds three times; the norm before it has the same bits."""
     inputs, _ = draw(Case(64, 4, 2, 64, 64), torch.bfloat16)
@@ -113,12 +125,12 @@ def test_reference_in_bf16_is_closer_to_the_truth_than_transformers() -> None:
     assert torch.equal(qk_rope_reference(q, k, *still, None, *weights, EPS)[0], norm(q))
 
 
-@pytest.mark.parametrize("gemma", [False, True])
-def test_gradcheck_of_the_reference(gemma: bool) -> None:
+@pytest.mark.parametrize("how", [(LLAMA,), (GEMMA,), (LLAMA, True)])
+def test_gradcheck_of_the_reference(how: tuple) -> None:
     inputs, _ = draw(Case(3, 2, 1, 6, 4), torch.float32)
     q, k, *rest = (v.cpu() if v.dtype == torch.int64 else v.cpu().double() for v in inputs if v is not None)
     q, k = q.detach().requires_grad_(), k.detach().requires_grad_()
-    assert torch.autograd.gradcheck(lambda a, b: qk_rope_reference(a, b, *rest, EPS, gemma), (q, k))
+    assert torch.autograd.gradcheck(lambda a, b: qk_rope_reference(a, b, *rest, EPS, *how), (q, k))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -126,12 +138,23 @@ def test_gradcheck_of_the_reference(gemma: bool) -> None:
 @pytest.mark.parametrize("norm", ["none", "llama", "gemma"])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_kernel_obeys_the_rule(case: Case, norm: str, hard: bool, dtype: torch.dtype) -> None:
+    obeys(case, norm, hard, dtype, interleaved=False)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("norm", ["none", "llama", "olmo"])
+@pytest.mark.parametrize("case", [Case(9, 4, 2, 32, 32), Case(70, 3, 1, 64, 24)], ids=str)
+def test_the_interleaved_kernel_obeys_the_rule(case: Case, norm: str, dtype: torch.dtype) -> None:
+    obeys(case, norm, False, dtype, interleaved=True)
+
+
+def obeys(case: Case, norm: str, hard: bool, dtype: torch.dtype, interleaved: bool) -> None:
     inputs, grads = draw(case, dtype, norm != "none", hard)
-    gemma = norm == "gemma"
-    plain, truth = (by_autograd(inputs, grads, d, gemma) for d in (dtype, torch.float64))
-    outs = qk_rope_forward(*inputs, EPS, gemma)
+    how = {"gemma": GEMMA, "olmo": OLMO}.get(norm, LLAMA), interleaved
+    plain, truth = (by_autograd(inputs, grads, d, *how) for d in (dtype, torch.float64))
+    outs = qk_rope_forward(*inputs, EPS, *how)
     kept = (None, None) if norm == "none" else inputs[:2]
-    found = qk_rope_backward(*grads, *kept, *inputs[2:], EPS, gemma)
+    found = qk_rope_backward(*grads, *kept, *inputs[2:], EPS, *how)
     for name, got, a, b, times in zip(NAMES, (*outs, *found), plain, truth, (2, 2, 3, 3), strict=True):
         assert_rule(name, got, a, b, times)
 

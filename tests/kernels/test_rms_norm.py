@@ -8,9 +8,13 @@ from kernel_rule import DEVICE, DTYPES, assert_rule, assert_survives_stream_and_
 from torch import Tensor
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 
 from rlft.kernels.rms_norm import (
+    GEMMA,
+    LLAMA,
     MAX_H,
+    OLMO,
     _AddRmsNorm,
     _RmsNorm,
     add_rms_norm,
@@ -44,14 +48,14 @@ def draw(t: int, h: int, dtype: torch.dtype, hard: bool = False, seed: int = 0) 
     return [v.to(DEVICE, dtype) for v in (x, delta, weight, dy, dres)]
 
 
-def gradients(dtype: torch.dtype, inputs: list[Tensor], gemma: bool, add: bool) -> list[Tensor]:
+def gradients(dtype: torch.dtype, inputs: list[Tensor], style: int, add: bool) -> list[Tensor]:
     """y, x', dx by autograd of the reference in a dtype."""
     x, delta, weight, dy, dres = (v.detach().to(dtype) for v in inputs)
     x = x.detach().requires_grad_()
     if not add:
-        y = rms_norm_reference(x, weight, EPS, gemma)
+        y = rms_norm_reference(x, weight, EPS, style)
         return [y.detach(), x.detach(), *torch.autograd.grad(y, x, dy)]
-    y, total = add_rms_norm_reference(x, delta, weight, EPS, gemma)
+    y, total = add_rms_norm_reference(x, delta, weight, EPS, style)
     return [y.detach(), total.detach(), *torch.autograd.grad([y, total], x, [dy, dres])]
 
 
@@ -59,33 +63,34 @@ def gradients(dtype: torch.dtype, inputs: list[Tensor], gemma: bool, add: bool) 
 def test_reference_is_transformers_bit_for_bit(dtype: torch.dtype) -> None:
     x, delta, weight, *_ = draw(9, 48, dtype)
     x, delta, weight = x.cpu(), delta.cpu(), weight.cpu()
-    for norm, gemma in ((LlamaRMSNorm(48, EPS), False), (Gemma3RMSNorm(48, EPS), True)):
+    norms = (LlamaRMSNorm(48, EPS), Gemma3RMSNorm(48, EPS), Olmo2RMSNorm(48, EPS))
+    for style, norm in enumerate(norms):
         norm.weight.data = weight
-        assert torch.equal(rms_norm_reference(x, weight, EPS, gemma), norm(x))
-        y, total = add_rms_norm_reference(x, delta, weight, EPS, gemma)
+        assert torch.equal(rms_norm_reference(x, weight, EPS, style), norm(x))
+        y, total = add_rms_norm_reference(x, delta, weight, EPS, style)
         assert torch.equal(total, x + delta) and torch.equal(y, norm(x + delta))
 
 
-@pytest.mark.parametrize("gemma", [False, True])
-def test_gradcheck_of_the_reference(gemma: bool) -> None:
+@pytest.mark.parametrize("style", [LLAMA, GEMMA, OLMO])
+def test_gradcheck_of_the_reference(style: int) -> None:
     x, delta, weight, *_ = (v.cpu().double() for v in draw(3, 6, torch.float32))
     x.requires_grad_()
     delta.requires_grad_()
-    assert torch.autograd.gradcheck(lambda a: rms_norm_reference(a, weight, EPS, gemma), x)
-    assert torch.autograd.gradcheck(lambda a, b: add_rms_norm_reference(a, b, weight, EPS, gemma), (x, delta))
+    assert torch.autograd.gradcheck(lambda a: rms_norm_reference(a, weight, EPS, style), x)
+    assert torch.autograd.gradcheck(lambda a, b: add_rms_norm_reference(a, b, weight, EPS, style), (x, delta))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("hard", [False, True], ids=["randn", "hard"])
 @pytest.mark.parametrize("add", [False, True], ids=["plain", "add"])
-@pytest.mark.parametrize("gemma", [False, True], ids=["llama", "gemma"])
+@pytest.mark.parametrize("style", [LLAMA, GEMMA, OLMO], ids=["llama", "gemma", "olmo"])
 @pytest.mark.parametrize("t, h", SHAPES)
-def test_kernel_obeys_the_rule(t: int, h: int, gemma: bool, add: bool, hard: bool, dtype: torch.dtype) -> None:
+def test_kernel_obeys_the_rule(t: int, h: int, style: int, add: bool, hard: bool, dtype: torch.dtype) -> None:
     inputs = draw(t, h, dtype, hard)
-    plain, truth = gradients(dtype, inputs, gemma, add), gradients(torch.float64, inputs, gemma, add)
+    plain, truth = gradients(dtype, inputs, style, add), gradients(torch.float64, inputs, style, add)
     x, delta, weight, dy, dres = inputs
-    y, rstd, total = rms_norm_forward(x, weight, EPS, gemma, delta=delta if add else None)
-    dx = rms_norm_backward(dy, total, weight, rstd, gemma, dres=dres if add else None)
+    y, rstd, total = rms_norm_forward(x, weight, EPS, style, delta=delta if add else None)
+    dx = rms_norm_backward(dy, total, weight, rstd, style, dres=dres if add else None)
     assert torch.equal(total, plain[1])
     assert rstd.shape == (t,) and rstd.dtype == torch.float32
     assert_rule("y", y, plain[0], truth[0], 2)
@@ -152,7 +157,7 @@ def test_add_function_passes_either_gradient_alone() -> None:
 
 def test_public_functions_on_the_cpu_are_the_reference() -> None:
     x, delta, weight, *_ = (v.cpu() for v in draw(3, 8, torch.float64))
-    assert torch.equal(rms_norm(x, weight, EPS, gemma=True), rms_norm_reference(x, weight, EPS, True))
+    assert torch.equal(rms_norm(x, weight, EPS, style=GEMMA), rms_norm_reference(x, weight, EPS, GEMMA))
     assert torch.equal(add_rms_norm(x, delta, weight, EPS)[0], add_rms_norm_reference(x, delta, weight, EPS)[0])
 
 
@@ -179,19 +184,19 @@ def test_what_does_not_fit_is_refused_by_name() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("gemma", [False, True], ids=["llama", "gemma"])
+@pytest.mark.parametrize("style", [LLAMA, GEMMA, OLMO], ids=["llama", "gemma", "olmo"])
 @pytest.mark.parametrize("h", [128, 4096, 5120, 16384])  # many rows a program; a power of two; not one; the longest
-def test_gpu_rule_and_bits_in_bf16(h: int, gemma: bool) -> None:
+def test_gpu_rule_and_bits_in_bf16(h: int, style: int) -> None:
     inputs = draw(257, h, torch.bfloat16, hard=True)
-    plain, truth = gradients(torch.bfloat16, inputs, gemma, True), gradients(torch.float64, inputs, gemma, True)
+    plain, truth = gradients(torch.bfloat16, inputs, style, True), gradients(torch.float64, inputs, style, True)
     x, delta, weight, dy, dres = inputs
-    y, rstd, total = rms_norm_forward(x, weight, EPS, gemma, delta=delta)
+    y, rstd, total = rms_norm_forward(x, weight, EPS, style, delta=delta)
     assert_rule("y", y, plain[0], truth[0], 2)
-    assert_rule("dx", rms_norm_backward(dy, total, weight, rstd, gemma, dres=dres), plain[2], truth[2], 3)
+    assert_rule("dx", rms_norm_backward(dy, total, weight, rstd, style, dres=dres), plain[2], truth[2], 3)
     # The same roundings as transformers: only another order of the sum can move a bit, in rare entries.
     assert (y != plain[0]).float().mean() < 2e-3
-    assert_survives_stream_and_graph(lambda: rms_norm_forward(x, weight, EPS, gemma, delta=delta))
-    assert_survives_stream_and_graph(lambda: [rms_norm_backward(dy, total, weight, rstd, gemma, dres=dres)])
+    assert_survives_stream_and_graph(lambda: rms_norm_forward(x, weight, EPS, style, delta=delta))
+    assert_survives_stream_and_graph(lambda: [rms_norm_backward(dy, total, weight, rstd, style, dres=dres)])
 
 
 @pytest.mark.gpu

@@ -15,10 +15,11 @@ import pytest
 import records
 import torch
 from peft import PeftModel
+from random_base import base_of, config_of
 from test_policy import plan, rollouts
 from tiny import prompts, tiny_tokenizer
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModelForImageTextToText
 
 import rlft
 from rlft.config.data import Sampling
@@ -26,7 +27,6 @@ from rlft.config.run import Lora
 from rlft.errors import ConfigError, TrainError
 from rlft.kernels.attention import Sequences
 from rlft.models import families, padded, targets
-from rlft.models.kind import attention_of
 from rlft.models.load import Base, attach_lora, load_base
 from rlft.models.packed import packed_attention
 from rlft.models.policy import Policy
@@ -90,6 +90,7 @@ MAMBA = {
     "mamba_expand": 2,
     "mamba_chunk_size": 8,
 }
+FACTORS = {"logits_scaling": 2.0, "residual_multiplier": 0.7, "attention_multiplier": 0.2, "embedding_multiplier": 3.0}
 GPT2 = {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64}
 
 # A type with a file in rlft/models/families runs fused layers, wherever its row stands.
@@ -106,13 +107,18 @@ KINDS: dict[str, dict[str, dict[str, Any]]] = {
         "olmo": {"clip_qkv": 2.0},
         "olmo2": {},
         "olmo3": MIXED,
-        "granite": {"logits_scaling": 2.0, "residual_multiplier": 0.7, "attention_multiplier": 0.2},
+        "granite": FACTORS,
         "cohere": {"logit_scale": 0.5},
         "cohere2": {**MIXED, "logit_scale": 0.5},
         "glm": {},
         "glm4": {},
         "ministral": MIXED,
-        "ministral3": {},
+        "ministral3": {
+            "rope_parameters": {
+                **{"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0},
+                **{"original_max_position_embeddings": 4, "llama_4_scaling_beta": 0.5},
+            }
+        },
         "seed_oss": {},
         "hunyuan_v1_dense": {},
         "ernie4_5": {},
@@ -126,8 +132,11 @@ KINDS: dict[str, dict[str, dict[str, Any]]] = {
         "gpt2": GPT2,
         "gpt_bigcode": GPT2,
         "cwm": MIXED,
-        "vaultgemma": MIXED,
-        "hyperclovax": {"logits_scaling": 2.0},
+        "vaultgemma": {**MIXED, "query_pre_attn_scalar": 16, "attn_logit_softcapping": 3.0},
+        "qwen2_vl_text": {},
+        "qwen2_5_vl_text": {},
+        "qwen3_vl_text": {},
+        "hyperclovax": FACTORS,
         "phi": {},
         "qwen3_moe": EXPERTS,
         "qwen2_moe": EXPERTS,
@@ -241,17 +250,20 @@ QUICK = (
 )
 
 
-def tiny(kind: str, dtype: torch.dtype = torch.float64, lora: Lora = Lora(rank=4, alpha=8)) -> Policy:  # noqa: B008
-    """A policy over a random model of two layers, with every weight and the adapter away from its starting value."""
+def tiny(kind: str, dtype: torch.dtype = torch.float64, lora: Lora = Lora(rank=4, alpha=8), **more: Any) -> Policy:  # noqa: B008
+    """A policy over a random model of two layers, with every weight and the adapter away from its starting value.
+
+    more: config fields beside those of the row.
+    """
     (fields,) = (kinds[kind] for kinds in KINDS.values() if kind in kinds)
-    chosen = {name: value for name, value in {**BASE, **fields}.items() if value is not None}
-    config = AutoConfig.for_model(kind, **chosen)
+    chosen = {name: value for name, value in {**BASE, **fields, **more}.items() if value is not None}
+    config = config_of(kind, **chosen)
     # Products of experts all at once are not there in float64.
     config._experts_implementation = "eager"
     generator = torch.Generator().manual_seed(5)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        base: Any = AutoModelForCausalLM.from_config(config, attn_implementation=attention_of(config))
+        base = base_of(config)
     base = base.to(dtype).eval().requires_grad_(False)
     for parameter in base.parameters():
         # Biases, norms and sinks start at 0 or 1, where a fault would not show.

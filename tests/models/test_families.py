@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from random_base import base_of, config_of
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from rlft.config.run import Lora
 from rlft.models.fused.decoder import FusedDecoder
@@ -34,6 +34,8 @@ SIZES: dict[str, Any] = {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
+BY_LAYER = {"layer_types": ["sliding_attention", "full_attention"]}
+FACTORS = {"embedding_multiplier": 3.0, "residual_multiplier": 0.7, "attention_multiplier": 0.2, "logits_scaling": 2.0}
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
     "llama with biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
@@ -67,16 +69,62 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma2": ("gemma2", {"sliding_window": 5, "query_pre_attn_scalar": 16, "attn_logit_softcapping": 3.0}),
     "gemma3": ("gemma3_text", {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"]}),
     "phi3": ("phi3", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}}),
+    "gemma": ("gemma", {}),
+    "cwm": (
+        "cwm",
+        {
+            "sliding_window": 5,
+            "layer_types": ["sliding_attention", "full_attention"],
+            "mlp_bias": True,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+        },
+    ),
+    "ministral": ("ministral", {"sliding_window": 5, "layer_types": ["full_attention", "sliding_attention"]}),
+    "seed_oss": ("seed_oss", {"attention_out_bias": True, "mlp_bias": True}),
+    "vaultgemma": (
+        "vaultgemma",
+        {
+            "sliding_window": 5,
+            "layer_types": ["sliding_attention", "full_attention"],
+            "query_pre_attn_scalar": 16,
+            "attn_logit_softcapping": 3.0,
+        },
+    ),
+    "smollm3": ("smollm3", {"no_rope_layers": [0, 1], "use_sliding_window": True, "sliding_window": 5, **BY_LAYER}),
+    "granite": ("granite", FACTORS),
+    "hyperclovax": ("hyperclovax", {**FACTORS, "use_post_norm": False}),
+    "hyperclovax norms": ("hyperclovax", FACTORS),
+    "olmo2": ("olmo2", {}),
+    "olmo3": ("olmo3", {"sliding_window": 5, **BY_LAYER}),
+    "exaone4": ("exaone4", {"sliding_window": 5, **BY_LAYER}),
+    "exaone4 without windows": ("exaone4", {"sliding_window": None, "layer_types": ["full_attention"] * 2}),
+    "glm": ("glm", {}),
+    "glm4": ("glm4", {}),
+    "ernie4_5": ("ernie4_5", {"use_bias": True}),
+    "helium": ("helium", {"mlp_bias": True}),
+    "ministral3": (
+        "ministral3",
+        {
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 1e4,
+                "factor": 4.0,
+                "original_max_position_embeddings": 4,
+                "llama_4_scaling_beta": 0.5,
+            }
+        },
+    ),
+    "qwen2_vl": ("qwen2_vl_text", {}),
+    "qwen2_5_vl": ("qwen2_5_vl_text", {}),
+    "qwen3_vl": ("qwen3_vl_text", {}),
 }
 
 
 def model_of(name: str, dtype: torch.dtype, targets: Any = "all-linear", rank: int = 3) -> PeftModel:
     """A random model with random weights everywhere, biases, norms and adapters too."""
     kind, more = FAMILIES[name]
-    config = AutoConfig.for_model(kind, **(SIZES | more))
-    config._attn_implementation = "eager" if kind == "gemma2" else "sdpa"  # transformers' sdpa has no softcap
     torch.manual_seed(0)
-    base = AutoModelForCausalLM.from_config(config).to(dtype).eval().requires_grad_(False)
+    base = base_of(config_of(kind, **(SIZES | more))).to(dtype).eval().requires_grad_(False)
     for parameter_name, parameter in base.named_parameters():
         if "norm" in parameter_name or "bias" in parameter_name:
             parameter.data.add_(torch.randn_like(parameter) * 0.3)
@@ -90,12 +138,14 @@ def model_of(name: str, dtype: torch.dtype, targets: Any = "all-linear", rank: i
     return model
 
 
-def run(model: PeftModel, ids: Tensor, mask: Tensor | None, upstream: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+def run(
+    model: PeftModel, ids: Tensor, mask: Tensor | None, upstream: Tensor, **more: Any
+) -> tuple[Tensor, dict[str, Tensor]]:
     """Last hidden states where the mask is 1, and the gradient of every adapter tensor."""
     for parameter in model.parameters():
         parameter.grad = None
     decoder: Any = model.get_base_model().get_decoder()  # type: ignore[operator]
-    hidden = decoder(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+    hidden = decoder(input_ids=ids, attention_mask=mask, use_cache=False, **more).last_hidden_state
     if mask is not None:
         hidden, upstream = hidden[mask.bool()], upstream[mask.bool()]
     hidden.backward(upstream)
@@ -138,7 +188,7 @@ def close(got: tuple[Tensor, dict[str, Tensor]], want: tuple[Tensor, dict[str, T
 )
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_family_equals_transformers(name: str, dtype: torch.dtype, padding: str) -> None:
-    if name == "gemma2" and dtype == torch.float64 and padding != "none":
+    if "attn_logit_softcapping" in FAMILIES[name][1] and dtype == torch.float64 and padding != "none":
         padding = "none"  # transformers' eager attention gives nan for the rows of padding there
     data = batch(padding, dtype)
     want = run(model_of(name, dtype), *data)
@@ -147,6 +197,23 @@ def test_a_family_equals_transformers(name: str, dtype: torch.dtype, padding: st
     got = run(model, *data)
     assert decoder.last_plan is not None and decoder.last_plan.levels == (L0, L0)
     close(got, want, 1e-6 if dtype == torch.float64 else 2e-5)
+
+
+@pytest.mark.parametrize("rows", [3, 4])
+@pytest.mark.parametrize("name", ["qwen2_vl", "qwen3_vl"])
+def test_equal_positions_are_those_of_text_and_others_run_transformers_layers(name: str, rows: int) -> None:
+    ids, mask, upstream = batch("left", torch.float64)
+    assert mask is not None
+    positions = (mask.cumsum(1) - 1).clamp(min=0).expand(rows, 3, 11)
+    image = positions.clone()
+    image[-1, :, 6:] += 2
+    for given, runs in ((positions, True), (image, False)):
+        want = run(model_of(name, torch.float64), ids, mask, upstream, position_ids=given)
+        model = model_of(name, torch.float64)
+        decoder = fused(model)
+        got = run(model, ids, mask, upstream, position_ids=given)
+        assert (decoder.last_plan is not None) == runs
+        close(got, want, 1e-6)
 
 
 @torch.no_grad()
@@ -163,13 +230,14 @@ def test_one_projection_at_a_time_is_brought_once_for_several_uses_in_a_row() ->
     assert first.any() and torch.equal(weights(0).buffer[:rows], first), "brought again after another one"
 
 
+NEW = ("granite", "hyperclovax norms", "olmo2", "exaone4", "glm4", "ministral3")
 MODES = [("qwen3", level, mode) for mode in ("group", "shadow") for level in (L0, L2)]
 
 
 # Tiles of 64 rows cut the 91 rows in two; smaller ones do not exist.
 @pytest.mark.parametrize(
     ("name", "level", "mode"),
-    [(name, level, "layer") for name in ("llama with biases", "qwen3", "gemma3") for level in LEVELS] + MODES,
+    [(name, level, "layer") for name in ("llama with biases", "qwen3", "gemma3", *NEW) for level in LEVELS] + MODES,
 )
 def test_every_level_is_the_same_bit_for_bit(name: str, level: Level, mode: str) -> None:
     """On a CPU all levels do the same operations on the same rows, only at other times."""

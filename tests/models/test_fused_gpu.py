@@ -10,10 +10,11 @@ import pytest
 import records
 import torch
 from peft import PeftModel
+from random_base import base_of, config_of
 from test_families import FAMILIES, SIZES, fused, run
 from test_graphs import grouped, groups_of
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from rlft.algos.algorithm import Algorithm, build_algorithm
 from rlft.config.run import Algo, Lora
@@ -44,10 +45,8 @@ def model_of(name: str, dtype: torch.dtype, nf4: bool = False, tmp: Any = None, 
     """A model on the GPU; float64 has the weights of bfloat16. tmp: a folder to save to and load from, which leaves
     the rotary frequencies in fp32."""
     kind, own = FAMILIES[name]
-    config = AutoConfig.for_model(kind, **(WIDE | own | more))
-    config._attn_implementation = "eager" if kind == "gemma2" else "sdpa"
     torch.manual_seed(0)
-    base: Any = AutoModelForCausalLM.from_config(config).bfloat16()
+    base: Any = base_of(config_of(kind, **(WIDE | own | more))).bfloat16()
     if tmp is not None:
         base.save_pretrained(tmp)
         quantised = BitsAndBytesConfig(

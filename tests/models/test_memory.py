@@ -43,6 +43,22 @@ QWEN3_8B = DecoderShape(
 )
 
 
+def test_factors_take_the_memory_of_a_copy() -> None:
+    """Of the embedded tokens, for the whole pass, and of the down projection's output where gate and up are kept."""
+    plain = replace(QWEN3_8B, layers=2)
+    rows, tile, row = 8192, 2048, 2 * 4096
+    how = PassOptions(tile, "layer", CHUNK_BYTES)
+
+    def peak(shape: DecoderShape) -> int:
+        return evaluate(shape, rows, rows, (2, L2, L2), how).peak
+
+    assert peak(replace(plain, embedding_factor=True)) - peak(plain) == rows * row
+    assert peak(replace(plain, residual_factor=True)) == peak(plain)
+    for level, more in ((L0, tile * row), (L2, 0)):
+        scaled = forward_work(replace(plain, residual_factor=True, q=64, kv=64), rows, tile, level)
+        assert scaled - forward_work(replace(plain, q=64, kv=64), rows, tile, level) == more
+
+
 def test_bytes_per_token_are_those_of_the_arithmetic() -> None:
     """Qwen3-8B in bf16: 86 KB a layer for the smallest set without a product done again,
     28.8, 16.5 and 8.2 KB below; tails and S on top."""

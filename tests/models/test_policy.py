@@ -73,11 +73,7 @@ def own_logits(policy: Policy, ids: torch.Tensor) -> torch.Tensor:
     return policy.model(ids, output_hidden_states=True).logits[0]
 
 
-OTHERS: dict[str, dict] = {
-    "olmo2": {},
-    "cohere": {"logit_scale": 0.5},
-    "granite": {"logits_scaling": 2.0, "residual_multiplier": 0.7},
-}
+OTHERS: dict[str, dict] = {"olmo": {}, "cohere": {"logit_scale": 0.5}, "starcoder2": {}}
 
 
 @pytest.mark.parametrize("kind", OTHERS)

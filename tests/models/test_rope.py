@@ -46,7 +46,7 @@ LONGROPE: dict[str, Any] = {
     "original_max_position_embeddings": ORIGINAL,
 }
 DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
-KINDS = ("phi3", "olmo2")
+KINDS = ("phi3", "olmo")
 """Fused layers and transformers' own."""
 
 

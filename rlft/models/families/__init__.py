@@ -2,17 +2,32 @@
 
 A decoder layer of every family here is
 
-    n1 = norm(x);  q, k, v = n1 Wqkv;  q, k = rope(norm(q), norm(k));  o = attention(q, k, v) Wo
-    mid = x + [norm](o);  n2 = norm(mid);  h = act(n2 Wgate) * (n2 Wup);  x' = mid + [norm](h Wdown)
+    n1 = [norm](x);  q, k, v = n1 Wqkv;  q, k = rope(norm(q), norm(k));  o = attention(q, k, v) Wo
+    mid = x + [c] [norm](o);  n2 = [norm](mid);  h = act(n2 Wgate) * (n2 Wup);  x' = mid + [c] [norm](h Wdown)
 
-and a family gives the names of its modules, which of the norms in brackets and of q, k it has, and its conventions.
+and a family gives the names of its modules, which of the norms in brackets and of q, k it has, the factor c, and its
+conventions.
 """
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from typing import Any
+
+COMMON = frozenset(
+    {
+        *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
+        *("vocab_size", "rms_norm_eps", "max_position_embeddings", "rope_parameters", "tie_word_embeddings"),
+        *("pad_token_id", "bos_token_id", "eos_token_id", "initializer_range", "use_cache", "pretraining_tp"),
+    }
+)
+"""Config fields that the modules of every family have in their shapes, norms and tables, or that no layer computes
+with."""
+FACTORS = ("multiplier", "scaling", "scale", "factor")
+"""Ends of the names of fields whose neutral value is 1; that of others is None, False, 0 or empty."""
 
 
 @dataclass(frozen=True)
@@ -28,25 +43,67 @@ class Family:
     gate_up: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
     """Two projections, or one whose output rows are gate and up."""
     down: str = "mlp.down_proj"
-    input_norm: str = "input_layernorm"
+    input_norm: str | None = "input_layernorm"
+    """None: q, k and v are projected from the residual stream itself."""
     attention_norm: str | None = None
     """Norm of the output of attention, before the residual."""
-    mlp_norm: str = "post_attention_layernorm"
+    mlp_norm: str | None = "post_attention_layernorm"
+    """None: gate and up are projected from the residual stream itself."""
     down_norm: str | None = None
     """Norm of the output of the MLP, before the residual."""
     qk_norm: tuple[str, str] | None = None
-    """Norms over the head dimension of q and of k."""
-    gemma: bool = False
-    """Norms multiply by 1 + weight in fp32 (`rlft.kernels.rms_norm`)."""
+    """Norms of q and of k, over each head."""
+    qk_norm_whole: bool = False
+    """The norms of q and k are over all heads together."""
+    norm_style: str = "llama"
+    """How norms multiply by their weight (`rlft.kernels.rms_norm`): "llama", "gemma", 1 + weight in fp32, "olmo", the
+    weight in fp32."""
     activation: str = "hidden_act"
     """Config attribute with the name of the gate's activation."""
     window: str = "layer"
-    """Where the sliding window is defined: "layer", `sliding_window` of the attention module; "config", of the config,
-    for all layers; "none"."""
+    """Where the sliding window is defined: "layer", `sliding_window` of the attention module; "flag", there, for layers
+    with `is_sliding`; "config", of the config, for all layers; "none"."""
     rope_by_type: bool = False
     """Whether the rotary embedding is called once per type of layer."""
+    interleaved: bool = False
+    """Whether the rotary embedding turns neighbouring entries, not entry i of each half."""
+    rotary: str = "all"
+    """Which layers rotate q and k: "all"; "flag", those with `use_rope` of the attention module; "sliding", those with
+    a window, or all of a config without one."""
+    query_scale: tuple[str, str] | None = None
+    """Names in `rope_parameters` of b and L: q at position p is multiplied by 1 + b log(1 + floor(p / L))."""
+    embedding_factor: str | None = None
+    """Config field with the factor on the embedded tokens, which the decoder multiplies by outside its embedding."""
+    residual_factor: str | None = None
+    """Config field with the factor on the outputs of attention and MLP, behind their norms, before the residual."""
     dropouts: tuple[str, ...] = ("attention_dropout",)
-    """Config attributes of dropouts inside the layer, which must be 0."""
+    """Config fields of dropouts, which are 0 in evaluation mode. In training mode they must be 0."""
+    reads: tuple[str, ...] = ()
+    """Config fields that the layers depend on, beside `COMMON`, `activation` and `dropouts`. Any other field must have
+    its neutral value."""
+
+    def unread(self, config: Any) -> Iterator[tuple[str, Any]]:
+        """Yield name and value of each field of the config's class that matters and that the layers do not read."""
+        known = {*COMMON, *self.reads, *self.dropouts, self.activation, self.embedding_factor, self.residual_factor}
+        for name in fields_of(config):
+            value = getattr(config, name, None)
+            if name not in known and not neutral(name, value):
+                yield name, value
+
+
+def fields_of(config: Any) -> list[str]:
+    """Return the fields that the class of a config adds to those that all configs of transformers have."""
+    from transformers import PretrainedConfig
+
+    general = {field.name for field in fields(PretrainedConfig)}  # type: ignore[arg-type]
+    return [field.name for field in fields(type(config)) if field.name not in general]
+
+
+def neutral(name: str, value: Any) -> bool:
+    """Return whether a layer with this value of a field computes what a layer without the field computes."""
+    if name.endswith(FACTORS) and not isinstance(value, bool):
+        return value is None or value == 1
+    return not value
 
 
 def find(model_type: str) -> Family | None:

@@ -7,6 +7,10 @@ FAMILY = Family(
     attention_norm="post_attention_layernorm",
     mlp_norm="pre_feedforward_layernorm",
     down_norm="post_feedforward_layernorm",
-    gemma=True,
+    norm_style="gemma",
     activation="hidden_activation",
+    reads=(
+        *("head_dim", "attention_bias", "query_pre_attn_scalar", "final_logit_softcapping"),
+        *("sliding_window", "layer_types", "attn_logit_softcapping"),
+    ),
 )

@@ -8,7 +8,11 @@ FAMILY = Family(
     mlp_norm="pre_feedforward_layernorm",
     down_norm="post_feedforward_layernorm",
     qk_norm=("self_attn.q_norm", "self_attn.k_norm"),
-    gemma=True,
+    norm_style="gemma",
     activation="hidden_activation",
     rope_by_type=True,
+    reads=(
+        *("head_dim", "attention_bias", "query_pre_attn_scalar", "final_logit_softcapping"),
+        *("sliding_window", "layer_types"),
+    ),
 )

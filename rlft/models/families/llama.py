@@ -2,4 +2,4 @@
 
 from rlft.models.families import Family
 
-FAMILY = Family("LlamaModel", window="none")
+FAMILY = Family("LlamaModel", window="none", reads=("head_dim", "attention_bias", "mlp_bias"))

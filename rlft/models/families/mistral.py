@@ -2,4 +2,4 @@
 
 from rlft.models.families import Family
 
-FAMILY = Family("MistralModel", window="config")
+FAMILY = Family("MistralModel", window="config", reads=("head_dim", "sliding_window"))

@@ -7,5 +7,6 @@ FAMILY = Family(
     qkv=("self_attn.qkv_proj",),
     gate_up=("mlp.gate_up_proj",),
     window="config",
-    dropouts=("attention_dropout", "resid_pdrop"),
+    dropouts=("attention_dropout", "resid_pdrop", "embd_pdrop"),
+    reads=("original_max_position_embeddings", "sliding_window"),
 )

@@ -2,4 +2,4 @@
 
 from rlft.models.families import Family
 
-FAMILY = Family("Qwen2Model")
+FAMILY = Family("Qwen2Model", reads=("use_sliding_window", "sliding_window", "max_window_layers", "layer_types"))

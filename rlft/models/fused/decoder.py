@@ -21,10 +21,9 @@ from torch import Tensor, nn
 
 from rlft.kernels import rms_norm
 from rlft.kernels.attention import Sequences
-from rlft.models import kv_cache, rope
+from rlft.models import fusable, kv_cache
 from rlft.models.device_memory import DeviceMemory, host_free
 from rlft.models.families import Family
-from rlft.models.fusable import adapted, adapter_problem, hook_problem, layers_problem, parts_of, state_of
 from rlft.models.fused import memory
 from rlft.models.fused.graphs import Graphs, Padded, count_keys, key_capacity, launch_bound, round_up
 from rlft.models.fused.layer import run_layer
@@ -33,7 +32,8 @@ from rlft.models.fused.layer_steps import Pass
 from rlft.models.fused.offload import Offload
 from rlft.models.fused.placement import Placement
 from rlft.models.fused.projection import Store, adapter_tensors
-from rlft.models.fused.unpad import unpadded
+from rlft.models.fused.tables import rope_tables
+from rlft.models.fused.unpad import text_positions, unpadded
 
 STEP = 64 * 2**20
 """Memory budgets are rounded down to a multiple of this number of bytes."""
@@ -101,8 +101,8 @@ class FusedDecoder:
 
     def _check_modules(self) -> str | None:
         """Take the decoder's modules as they are now and return why they cannot be run, or None."""
-        parts = list(parts_of(self.decoder, self.family))
-        states = [state for part in parts for state in state_of(part)]
+        parts = list(fusable.parts_of(self.decoder, self.family))
+        states = [state for part in parts for state in fusable.state_of(part)]
         if parts == self._parts and states == self._states:
             return self._problem
         if self.placement is not None and self._parts:
@@ -113,19 +113,21 @@ class FusedDecoder:
         self.graphs: Graphs | None = None
         """CUDA graphs of short passes; None: passes are always launched kernel by kernel."""
         config, final_norm = self.decoder.config, self.decoder.norm
+        factor = self.family.embedding_factor
+        self._embedding_factor = float(getattr(config, factor)) if factor is not None else 1.0
         try:
             weight_of = self.placement.weight if self.placement is not None else None
             self.layers = [
                 FusedLayer(module, i, self.family, config, weight_of)
                 for i, module in enumerate(self.decoder.layers)  # type: ignore[arg-type]
             ]
-            self._problem = layers_problem(self.layers, config, self.family)
+            self._problem = fusable.layers_problem(self.layers)
         except ValueError as error:
             self._problem = str(error)
         if self._problem is None and any(trained for *_, trained in states):
             self._problem = "weights of the base are trained"
         if self._problem is None:
-            self.norm = describe_norm(final_norm, self.family.gemma)
+            self.norm = describe_norm(final_norm, self.family.norm_style)
             self.shape = self._shape()
             graphable = self.norm.weight.is_cuda and self.shape.attention in ("fa4", "fa2")
             if graphable and self.placement is None:
@@ -134,7 +136,7 @@ class FusedDecoder:
 
     def problem(self) -> str | None:
         """Return why the fused layers cannot run the current modules and adapters; None if they can."""
-        return self._check_modules() or hook_problem(self._parts) or adapter_problem(self.layers)
+        return self._check_modules() or fusable.hook_problem(self._parts) or fusable.adapter_problem(self.layers)
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy of a model (deepcopy, pickle) has other modules, which are checked when it first runs.
@@ -168,12 +170,16 @@ class FusedDecoder:
             # Buffers allocated in inference mode could not be written to outside it.
             with torch.inference_mode(False), torch.no_grad():
                 return self.hidden(embedded, position_ids, sequences, gradients, plan, padded_to)
+        if self._embedding_factor != 1:
+            embedded = embedded * self._embedding_factor
         if plan is None:
             rows = embedded.shape[0]
             plan = self.plan_for(rows, None, count_keys(sequences, rows) if sequences.copies else 0)
         self._last_plan = plan
         self.store.use(plan.store)
-        tables, adapter, rows = self._tables(embedded, position_ids, padded_to), self.adapter(), embedded.shape[0]
+        types = {layer.type for layer in self.layers}
+        tables = rope_tables(self.decoder, self.family, types, embedded, position_ids, padded_to)
+        adapter, rows = self.adapter(), embedded.shape[0]
         hidden = embedded
         if plan.padded:
             batch = Padded.of(self.layers, embedded, tables, sequences, plan.padded)
@@ -282,7 +288,7 @@ class FusedDecoder:
 
     def adapter(self) -> str | None:
         """Return the name of the active adapter; None when adapters are off. Assumes that `problem` returned None."""
-        module = next(adapted(self.layers), None)
+        module = next(fusable.adapted(self.layers), None)
         active = () if module is None or module.disable_adapters else module.active_adapters
         return active[0] if active else None
 
@@ -291,25 +297,11 @@ class FusedDecoder:
         tensors = (tensor for layer in self.layers for tensor in adapter_tensors(layer.bind(adapter)))
         return next(tensors, None) in gradients
 
-    def _tables(
-        self, embedded: Tensor, position_ids: Tensor, padded_to: Tensor | None
-    ) -> dict[str | None, tuple[Tensor, Tensor]]:
-        """Return the rotary tables (cos, sin), [T, R] each, per type of layer."""
-        rotary: Any = self.decoder.rotary_emb
-        tables, rows = {}, position_ids.shape[0]
-        if padded_to is not None and rope.limit(rotary) is not None:
-            # Dynamic and long RoPE choose their frequencies by the largest position of the call.
-            position_ids = torch.cat([position_ids, padded_to.max()[None]])
-        for layer_type in {layer.type for layer in self.layers}:
-            arguments = () if layer_type is None else (layer_type,)
-            cos, sin = rotary(embedded[None], position_ids[None], *arguments)
-            tables[layer_type] = (cos[0, :rows], sin[0, :rows])
-        return tables
-
     def _shape(self) -> memory.DecoderShape:
         """Return the sizes that the memory plan is computed from."""
         vocab = self.decoder.config.vocab_size  # type: ignore[union-attr]
-        return describe_shape(self.layers, self.adapter(), vocab, self.norm.weight, self.entropy_grad)  # type: ignore[arg-type]
+        shape = describe_shape(self.layers, self.adapter(), vocab, self.norm.weight, self.entropy_grad)  # type: ignore[arg-type]
+        return replace(shape, embedding_factor=self._embedding_factor != 1)
 
     # ---- transformers' callers ---------------------------------------------------------------------------------------
 
@@ -328,7 +320,8 @@ class FusedDecoder:
         if cache is not None and past_key_values is not None:
             raise ValueError("give one of cache and past_key_values")
         cache = past_key_values if cache is None else cache
-        fallback = self._fallback_reason(attention_mask, cache, use_cache, kwargs)
+        text, alike = text_positions(position_ids)
+        fallback = self._fallback_reason(attention_mask, cache, use_cache, kwargs) if alike else ""
         if fallback is not None:
             if fallback and fallback not in self._warned:
                 self._warned.add(fallback)
@@ -356,8 +349,8 @@ class FusedDecoder:
             )
         embed: Any = self.decoder.get_input_embeddings()  # type: ignore[operator]
         embedded = embed(input_ids) if inputs_embeds is None else inputs_embeds
-        rows, places, sequences, positions = unpadded(embedded, attention_mask, position_ids)
-        padded_positions = position_ids
+        rows, places, sequences, positions = unpadded(embedded, attention_mask, text)
+        padded_positions = text
         if padded_positions is None and places is not None:
             padded_positions = torch.arange(embedded.shape[1], device=embedded.device)
         hidden = self.final_norm(self.hidden(rows, positions, sequences, padded_to=padded_positions)[0])
@@ -378,11 +371,16 @@ class FusedDecoder:
         config: Any = self.decoder.config
         if not kwargs.get("is_causal", getattr(config, "is_causal", True)):
             return ""
+        if kwargs.get("deepstack_visual_embeds") is not None:  # of images, added between the layers
+            return ""
         for name in ("output_hidden_states", "output_attentions"):
             if kwargs.get(name, getattr(config, name, False)):
                 return ""
         if kwargs.get("return_dict", getattr(config, "return_dict", True)) is False:
             return ""
+        dropped = [name for name in self.family.dropouts if self.decoder.training and getattr(config, name, 0)]
+        if dropped:
+            return f"{dropped[0]} is {getattr(config, dropped[0])} and the model is in training mode"
         problem = self.problem()
         if problem is not None:
             return problem

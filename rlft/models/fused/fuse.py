@@ -9,6 +9,7 @@ from peft import PeftModel
 from rlft.errors import ConfigError
 from rlft.models import families, kv_cache
 from rlft.models.device_memory import DeviceMemory
+from rlft.models.fusable import config_problem
 from rlft.models.fused.decoder import FusedDecoder
 from rlft.models.fused.placement import Place, Placement
 
@@ -38,6 +39,9 @@ def fuse(model: PeftModel, device_memory: DeviceMemory | None = None, place: Pla
     known = type(decoder).__name__ == family.decoder and type(decoder).__module__.startswith("transformers.models.")
     if not known or not kv_cache.name(decoder):
         return f"{type(decoder).__module__}.{type(decoder).__name__} is not transformers' {family.decoder}"
+    problem = config_problem(decoder.config, family)
+    if problem is not None:
+        return problem
     try:
         placement = Placement.of(decoder, family, place) if place != "device" else None
         fused = FusedDecoder(model, decoder, family, device_memory, placement)

@@ -90,14 +90,14 @@ class Bucket:
     Launched and captured passes of a bucket run over the same shapes, so that both round alike.
     """
 
-    def __init__(self, like: Tensor, tables: dict[str | None, tuple[Tensor, Tensor]], size: _Size) -> None:
+    def __init__(self, like: Tensor, tables: dict[str | None, tuple[Tensor, ...]], size: _Size) -> None:
         rows, count, longest, keys = size
         device = like.device
         self.size = size
         self.x = like.new_zeros(rows, like.shape[1])
         self.tables = {
-            layer_type: (cos.new_zeros(rows, cos.shape[1]), sin.new_zeros(rows, sin.shape[1]))
-            for layer_type, (cos, sin) in tables.items()
+            layer_type: tuple(table.new_zeros(rows, table.shape[1]) for table in of_type)
+            for layer_type, of_type in tables.items()
         }
         self.cu_seqlens = torch.full((count + 1,), rows, dtype=torch.int32, device=device)
         self.cu_seqlens[0] = 0
@@ -133,7 +133,7 @@ class Padded(NamedTuple):
 
     x: Tensor
     """[T, H]."""
-    tables: dict[str | None, tuple[Tensor, Tensor]]
+    tables: dict[str | None, tuple[Tensor, ...]]
     """Type of layer -> rotary cos and sin [T, R]."""
     sequences: Sequences
     keys: dict[int | None, Keys]
@@ -145,7 +145,7 @@ class Padded(NamedTuple):
         cls,
         layers: Sequence[FusedLayer],
         x: Tensor,
-        tables: dict[str | None, tuple[Tensor, Tensor]],
+        tables: dict[str | None, tuple[Tensor, ...]],
         sequences: Sequences,
         rows: int,
     ) -> Padded:

@@ -4,6 +4,7 @@ What that is depends on the layer's level, a row of the table in `rlft.models.fu
 
 Shapes and names: T rows, H hidden size, r rank; x [T, H] the layer's input, o the output projection, mid [T, H] the
 residual stream after attention, n a norm's output, h [T, I] = act(gate) * up, S = x A^T of an adapter (A, B).
+c is the factor on the outputs of attention and MLP, 1 in most families.
 
 The down projection is never recomputed: its backward needs only S = h A^T, 2 r bytes per token, which every level saves
 (a norm behind it, as in Gemma, needs its output; it is recomputed there). Everything but attention runs in tiles of
@@ -101,14 +102,18 @@ class Forward(Steps):
         return out
 
     def _down(self, h: Tensor, mid: Tensor, out: Tensor) -> None:
-        """Write out = mid + down projection of h; `out` may be `mid`."""
-        norm = self.layer.down_norm
-        if norm is None:
+        """Write out = mid + [c] [norm](down projection of h); `out` may be `mid`."""
+        norm, factor = self.layer.down_norm, self.layer.residual_factor
+        if norm is None and factor == 1:
             self.project(DOWN, h, residual=out if mid.data_ptr() == out.data_ptr() else mid, out=out)
             return
         down = self.project(DOWN, h)
-        ops.norm_forward(down, norm, normed := torch.empty_like(down))
-        torch.add(mid, normed, out=out)
+        if norm is not None:
+            raw, down = down, torch.empty_like(down)
+            ops.norm_forward(raw, norm, down)
+        if factor != 1:
+            down.mul_(factor)
+        torch.add(mid, down, out=out)
 
 
 class _Layer(torch.autograd.Function):

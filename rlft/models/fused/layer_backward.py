@@ -137,7 +137,7 @@ class Backward(Steps):
             dn = self._gated(dout[rows], n, saved, rows)
             ops.norm_backward(dn, mid, self.layer.mlp_norm, rstd, dout[rows], dmid[rows, :H])
             del dn, n, mid
-            do = self._through_norm(dmid[rows], raw, self.layer.attention_norm, OUT)
+            do = self._of_output(dmid[rows, :H], dmid[rows], raw, self.layer.attention_norm, OUT)
             del raw
             s = self._recompute_s(OUT, attended[rows]) if s_out is None else s_out
             ds = self._gradient_b(OUT, do, s)
@@ -156,10 +156,9 @@ class Backward(Steps):
         else:
             gate_up, s = saved.gate_up[rows], self._recompute_s(GATE_UP, n[:, :H])
         assert saved.s_down is not None
-        if self.layer.down_norm is None:
-            dy = self._with_tail(dout, DOWN)
-        else:
-            dy = self._through_norm(dout, self.project(DOWN, self.hidden(gate_up)), self.layer.down_norm, DOWN)
+        raw = None if self.layer.down_norm is None else self.project(DOWN, self.hidden(gate_up))
+        dy = self._of_output(dout, None, raw, self.layer.down_norm, DOWN)
+        del raw
         ds = self._gradient_b(DOWN, dy, saved.s_down[rows])
         dh = self._dx(DOWN, dy)
         ops.gate_backward(dh, *self.gates(gate_up), self.layer.activation)
@@ -176,16 +175,22 @@ class Backward(Steps):
         wide[:, : dy.shape[1]].copy_(dy)
         return wide
 
-    def _through_norm(self, dy: Tensor, x: Tensor | None, norm: ops.Norm | None, i: int) -> Tensor:
-        """Return the gradient of the input x of a norm behind projection i, with a tail; dy itself without a norm."""
+    def _of_output(self, dy: Tensor, wide: Tensor | None, x: Tensor | None, norm: ops.Norm | None, i: int) -> Tensor:
+        """Return the gradient of the output x of projection i, with a tail, through its norm and factor.
+
+        dy: [t, H], what the residual stream has. wide: dy with a tail; returned itself without norm and factor.
+        """
+        H, factor = dy.shape[1], self.layer.residual_factor
         if norm is None:
-            return dy
-        assert x is not None
-        H = x.shape[1]
-        rstd = ops.norm_forward(x, norm, torch.empty_like(x))
-        dx = x.new_empty(x.shape[0], H + self.bound[i].group.tail)
-        ops.norm_backward(dy[:, :H], x, norm, rstd, None, dx[:, :H])
-        return dx
+            result = wide if wide is not None and factor == 1 else self._with_tail(dy, i)
+        else:
+            assert x is not None
+            rstd = ops.norm_forward(x, norm, torch.empty_like(x))
+            result = x.new_empty(x.shape[0], H + self.bound[i].group.tail)
+            ops.norm_backward(dy, x, norm, rstd, None, result[:, :H])
+        if factor != 1:
+            result[:, :H].mul_(factor)
+        return result
 
     def _attention(self, dattended: Tensor, qkv: Tensor, rotated: Any, saved: Saved) -> None:
         """Overwrite qkv with its gradient."""
@@ -194,7 +199,7 @@ class Backward(Steps):
             rotated = self.rope.forward(q, k) if self.rope.q is not None else (q, k)
         dout = dattended.unflatten(1, saved.out.shape[1:])
         dq, dk, dv = self.layer.attention.backward(dout, rotated[0], rotated[1], v, saved, self.run.sequences)
-        self.rope.backward(dq, dk, q, k)
+        self.rope.backward(dq, dk, q, k, rotated)
         v.copy_(dv)
 
     def _inputs(self, dqkv: Tensor, s: Tensor, x: Tensor, dmid: Tensor, input_gradient: bool) -> Tensor | None:

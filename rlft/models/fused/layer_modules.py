@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from rlft.kernels import attention_backends as backends
 from rlft.kernels.nf4 import Nf4Weight
+from rlft.kernels.rms_norm import GEMMA, LLAMA, OLMO
 from rlft.models.families import Family
 from rlft.models.fused import ops
 from rlft.models.fused.memory import DecoderShape
@@ -21,6 +22,10 @@ QKV, OUT, GATE_UP, DOWN = range(4)
 """Indices of a layer's projections."""
 ACTIVATIONS = {"swish": "silu", "gelu_new": "gelu_pytorch_tanh"}
 """Names of activations in transformers -> names in `rlft.kernels.swiglu`, where they differ."""
+STYLES = {"llama": LLAMA, "gemma": GEMMA, "olmo": OLMO}
+"""`Family.norm_style` -> `style` of `rlft.kernels.rms_norm`."""
+NO_ROPE = "no rope"
+"""Type of the layers that do not rotate q and k."""
 
 
 class FusedLayer:
@@ -44,19 +49,33 @@ class FusedLayer:
             Projection([get(name) for name in names], weight_of) for names in projections_of(family)
         )
 
-        def norm(name: str) -> ops.Norm:
-            return describe_norm(get(name), family.gemma)
+        def norm(name: str | None) -> ops.Norm | None:
+            # A config may replace a norm by the identity.
+            module = None if name is None else get(name)
+            missing = module is None or isinstance(module, nn.Identity)
+            return None if missing else describe_norm(module, family.norm_style)
 
         self.input_norm, self.mlp_norm = norm(family.input_norm), norm(family.mlp_norm)
-        self.attention_norm = norm(family.attention_norm) if family.attention_norm else None
-        self.down_norm = norm(family.down_norm) if family.down_norm else None
-        self.qk_norm = (norm(family.qk_norm[0]), norm(family.qk_norm[1])) if family.qk_norm else (None, None)
+        self.attention_norm, self.down_norm = norm(family.attention_norm), norm(family.down_norm)
+        q_name, k_name = family.qk_norm or (None, None)
+        self.qk_norm, self.qk_norm_whole = (norm(q_name), norm(k_name)), family.qk_norm_whole
+        self.interleaved = family.interleaved
         attention: Any = get("self_attn")
         self.type = config.layer_types[index] if family.rope_by_type else None
+        rotates = {
+            "flag": lambda: attention.use_rope,
+            "sliding": lambda: attention.sliding_window is None or attention.is_sliding,
+        }
+        if not rotates.get(family.rotary, lambda: True)():
+            self.type = NO_ROPE
         self.head_dim = attention.head_dim
         self.q_heads = config.num_attention_heads
         self.k_heads = config.num_key_value_heads
-        window = {"layer": lambda: attention.sliding_window, "config": lambda: config.sliding_window}
+        window = {
+            "layer": lambda: attention.sliding_window,
+            "flag": lambda: attention.sliding_window if attention.is_sliding else None,
+            "config": lambda: config.sliding_window,
+        }
         self.attention = ops.Attention(
             scale=attention.scaling,
             window=window.get(family.window, lambda: None)(),
@@ -64,6 +83,7 @@ class FusedLayer:
         )
         activation = getattr(config, family.activation)
         self.activation = str(ACTIVATIONS.get(activation, activation))
+        self.residual_factor = float(getattr(config, family.residual_factor)) if family.residual_factor else 1.0
         self.width = self.projections[DOWN].in_features
 
     def bind(self, adapter: str | None) -> tuple[Bound, ...]:
@@ -84,10 +104,10 @@ def projections_of(family: Family) -> tuple[Sequence[str], ...]:
     return family.qkv, (family.out,), family.gate_up, (family.down,)
 
 
-def describe_norm(module: Any, gemma: bool) -> ops.Norm:
+def describe_norm(module: Any, style: str) -> ops.Norm:
     """Describe an RMSNorm of transformers; families differ in the name of its epsilon."""
     eps = module.variance_epsilon if hasattr(module, "variance_epsilon") else module.eps
-    return ops.Norm(module.weight.detach(), eps, gemma)
+    return ops.Norm(module.weight.detach(), eps, STYLES[style])
 
 
 def describe_shape(
@@ -112,6 +132,7 @@ def describe_shape(
         ranks=tuple(projection.group.rank for projection in bound),  # type: ignore[arg-type]
         qk_norm=first.qk_norm[0] is not None,
         post_norm=first.down_norm is not None,
+        residual_factor=first.residual_factor != 1,
         attention=backends.choose_backend(weight.device, weight.dtype, first.head_dim, first.attention.softcap),
         entropy_grad=entropy_grad,
     )

@@ -2,6 +2,7 @@
 
 Names and shapes: T rows, H hidden size, R rotary columns, I width of the MLP, Y columns of qkv; x the residual stream,
 n a norm's output, q, k, v of attention, o the output projection, h = act(gate) * up; S or s = x A^T of an adapter.
+c is the factor on the outputs of attention and MLP, 1 in most families.
 "Tail": columns behind a projection's output that hold S.
 """
 
@@ -27,8 +28,8 @@ class Pass:
     """Everything that the layers of one forward and its backward share."""
 
     sequences: Sequences
-    tables: dict[str | None, tuple[Tensor, Tensor]]
-    """Type of layer (None: all) -> rotary cos and sin [T, R]."""
+    tables: dict[str | None, tuple[Tensor, ...]]
+    """Type of layer (None: all) -> rotary cos and sin [T, R], and in some families a scale of q [T, 1]."""
     store: Store
     adapter: str | None
     """Name of the PEFT adapter; None: the base alone."""
@@ -75,9 +76,10 @@ class Steps:
     def __init__(self, layer: FusedLayer, run: Pass, bound: Sequence[Bound], x: Tensor) -> None:
         self.layer, self.run, self.bound = layer, run, bound
         self.weights = run.store.weights(layer.index, layer.projections, bound, x)
-        self.rope = ops.Rope(*run.tables[layer.type], *layer.qk_norm)
+        cos, sin, *scale = run.tables[layer.type]
+        self.rope = ops.Rope(cos, sin, *layer.qk_norm, layer.qk_norm_whole, layer.interleaved, *scale)
 
-    def normed(self, x: Tensor, norm: ops.Norm, i: int, **residual: Tensor) -> tuple[Tensor, Tensor | None]:
+    def normed(self, x: Tensor, norm: ops.Norm | None, i: int, **residual: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return the norm's output, with room for S of projection i behind each row, and 1 / rms."""
         n = x.new_empty(x.shape[0], x.shape[1] + self.bound[i].group.tail)
         return n, ops.norm_forward(x, norm, n[:, : x.shape[1]], **residual)
@@ -110,11 +112,16 @@ class Steps:
         return self.project(OUT, attended, s=s), s
 
     def mid(self, x: Tensor, o: Tensor, total: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return the MLP norm's output with its tail, and 1 / rms; write mid = x + [norm](o) into `total`."""
+        """Return the MLP norm's output with its tail, and 1 / rms; write mid = x + [c] [norm](o) into `total`.
+
+        Without a norm of its output, o is multiplied by c in place.
+        """
         norm = self.layer.attention_norm
         if norm is not None:
             raw, o = o, torch.empty_like(o)
             ops.norm_forward(raw, norm, o)
+        if self.layer.residual_factor != 1:
+            o.mul_(self.layer.residual_factor)
         return self.normed(x, self.layer.mlp_norm, GATE_UP, delta=o, total=total)
 
     def gates(self, gate_up: Tensor) -> tuple[Tensor, Tensor]:

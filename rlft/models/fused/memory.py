@@ -63,6 +63,10 @@ class DecoderShape:
     """There are norms behind attention and MLP."""
     attention: str
     """Name of the attention back end."""
+    embedding_factor: bool = False
+    """Embedded tokens are multiplied by a constant, into a second tensor."""
+    residual_factor: bool = False
+    """The outputs of attention and MLP are multiplied by a constant."""
     entropy_grad: bool = False
     """The loss has an entropy bonus, so that the head holds a second Jacobian."""
 
@@ -155,6 +159,8 @@ def forward_work(s: DecoderShape, rows: int, tile: int, level: Level, keys: int 
     n = e * (s.hidden + max(s.tails))
     gates = 0 if level.keep_mlp else e * 2 * s.intermediate
     post = e * 2 * s.hidden if s.post_norm else 0
+    if s.residual_factor and level.keep_mlp and not s.post_norm:
+        post = e * s.hidden  # the down projection's output, which is otherwise added as it is computed
     mlp = max(e * s.hidden + n, gates + max(n, e * (s.intermediate + s.tails[3])) + post)
     # Layers that do not save x still hold it while they run, and copies to the host are in flight.
     x = e * s.hidden + BEHIND * host_bytes(s, level) if level.on_host else 0
@@ -237,7 +243,8 @@ def evaluate(
     levels = (lower,) * count + (upper,) * (s.layers - count)
     saved_below = rows * count * saved(s, lower)
     saved_total = saved_below + rows * (s.layers - count) * saved(s, upper)
-    weights = scratch(s, how.store)
+    # The embedded tokens exist as given and multiplied.
+    weights = scratch(s, how.store) + (rows * s.element * s.hidden if s.embedding_factor else 0)
     highest = saved_total + head_work(s, rows, trained, how) + weights
     for level, saved_here, layers in ((lower, saved_below, count), (upper, saved_total, s.layers - count)):
         if layers:

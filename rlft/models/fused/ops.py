@@ -18,7 +18,7 @@ from torch import Tensor
 from rlft.kernels import attention_backends as backends
 from rlft.kernels.attention import Saved, Sequences, attention_backward, attention_forward, varlen_attention
 from rlft.kernels.qk_rope import qk_rope_backward, qk_rope_forward, qk_rope_reference
-from rlft.kernels.rms_norm import rms_norm_backward, rms_norm_forward, rms_norm_reference
+from rlft.kernels.rms_norm import LLAMA, rms_norm_backward, rms_norm_forward, rms_norm_reference
 from rlft.kernels.swiglu import swiglu_backward, swiglu_forward, swiglu_reference
 
 
@@ -27,7 +27,8 @@ class Norm(NamedTuple):
 
     weight: Tensor
     eps: float
-    gemma: bool = False
+    style: int = LLAMA
+    """How the weight is multiplied, see `rlft.kernels.rms_norm`."""
 
 
 def _uses_kernel(x: Tensor) -> bool:
@@ -44,29 +45,34 @@ def _gradients(function: Callable[..., Tensor], inputs: Sequence[Tensor], upstre
 
 
 def norm_forward(
-    x: Tensor, norm: Norm, out: Tensor, delta: Tensor | None = None, total: Tensor | None = None
+    x: Tensor, norm: Norm | None, out: Tensor, delta: Tensor | None = None, total: Tensor | None = None
 ) -> Tensor | None:
     """Compute out = norm(x), or with delta: total = x + delta, out = norm(total). All are [T, H], rows of any stride.
 
-    Returns 1 / rms [T], which `norm_backward` takes; None on a CPU.
+    norm: None: out = x, or total. Returns 1 / rms [T], which `norm_backward` takes; None on a CPU and without a norm.
     """
+    if norm is None:
+        out.copy_(x if delta is None else torch.add(x, delta, out=total))
+        return None
     if _uses_kernel(x):
-        return rms_norm_forward(x, norm.weight, norm.eps, norm.gemma, delta=delta, out=out, total_out=total)[1]
+        return rms_norm_forward(x, norm.weight, norm.eps, norm.style, delta=delta, out=out, total_out=total)[1]
     if delta is not None:
         assert total is not None
         x = torch.add(x, delta, out=total)
-    out.copy_(rms_norm_reference(x, norm.weight, norm.eps, norm.gemma))
+    out.copy_(rms_norm_reference(x, norm.weight, norm.eps, norm.style))
     return None
 
 
 def norm_backward(
-    dy: Tensor, x: Tensor, norm: Norm, rstd: Tensor | None, residual: Tensor | None, out: Tensor
+    dy: Tensor, x: Tensor, norm: Norm | None, rstd: Tensor | None, residual: Tensor | None, out: Tensor
 ) -> Tensor:
     """Compute out = gradient of x, the norm's input, plus `residual`, which may be `out`."""
+    if norm is None:
+        return out.copy_(dy) if residual is None else torch.add(dy, residual, out=out)
     if _uses_kernel(x):
         assert rstd is not None
-        return rms_norm_backward(dy, x, norm.weight, rstd, norm.gemma, dres=residual, dx_out=out)
-    (dx,) = _gradients(lambda value: rms_norm_reference(value, norm.weight, norm.eps, norm.gemma), (x,), dy)
+        return rms_norm_backward(dy, x, norm.weight, rstd, norm.style, dres=residual, dx_out=out)
+    (dx,) = _gradients(lambda value: rms_norm_reference(value, norm.weight, norm.eps, norm.style), (x,), dy)
     return out.copy_(dx if residual is None else dx + residual)
 
 
@@ -77,26 +83,58 @@ class Rope(NamedTuple):
     sin: Tensor
     q: Norm | None
     k: Norm | None
+    whole: bool = False
+    """The norms are over all heads together, before the kernel of the rotation; else over each head, in it."""
+    interleaved: bool = False
+    query_scale: Tensor | None = None
+    """[T, 1], on q after the rotation."""
 
     def options(self) -> dict:
-        """Return the keyword arguments of the kernels for the norms."""
-        if self.q is None or self.k is None:
-            return {}
-        assert (self.q.eps, self.q.gemma) == (self.k.eps, self.k.gemma)
-        return {"q_weight": self.q.weight, "k_weight": self.k.weight, "eps": self.q.eps, "gemma": self.q.gemma}
+        """Return the keyword arguments of the kernels for the convention and the norms."""
+        options: dict = {"interleaved": self.interleaved}
+        if self.q is None or self.k is None or self.whole:
+            return options
+        assert (self.q.eps, self.q.style) == (self.k.eps, self.k.style)
+        norms = {"q_weight": self.q.weight, "k_weight": self.k.weight, "eps": self.q.eps, "style": self.q.style}
+        return options | norms
 
     def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """Return rotated q [T, Hq, D] and k [T, Hk, D]: in place without norms, else in new memory."""
         places = (q, k) if self.q is None else (q.new_empty(q.shape), k.new_empty(k.shape))
+        if self.whole:
+            for x, norm, place in zip((q, k), (self.q, self.k), places, strict=True):
+                norm_forward(x.flatten(1), norm, place.flatten(1))
+            q, k = places
         if _uses_kernel(q):
-            return qk_rope_forward(q, k, self.cos, self.sin, **self.options(), q_out=places[0], k_out=places[1])
-        rotated = qk_rope_reference(q, k, self.cos, self.sin, **self.options())
-        return places[0].copy_(rotated[0]), places[1].copy_(rotated[1])
+            qk_rope_forward(q, k, self.cos, self.sin, **self.options(), q_out=places[0], k_out=places[1])
+        else:
+            rotated = qk_rope_reference(q, k, self.cos, self.sin, **self.options())
+            places[0].copy_(rotated[0])
+            places[1].copy_(rotated[1])
+        if self.query_scale is not None:
+            places[0].mul_(self.query_scale[:, None])
+        return places
 
-    def backward(self, dq: Tensor, dk: Tensor, q: Tensor, k: Tensor) -> None:
-        """Write the gradients of the forward's inputs over q and k; without norms q and k are not read."""
+    def backward(self, dq: Tensor, dk: Tensor, q: Tensor, k: Tensor, rotated: tuple[Tensor, Tensor]) -> None:
+        """Write the gradients of the forward's inputs over q and k; without norms q and k are not read.
+
+        dq, dk: gradients of the forward's results `rotated`. dq may be overwritten, with norms over
+        all heads dk and `rotated` too.
+        """
+        if self.query_scale is not None:
+            dq.mul_(self.query_scale[:, None])
+        if self.whole:
+            self._rotate_back(dq, dk, dq, dk)
+            for dx, x, norm, scratch in zip((dq, dk), (q, k), (self.q, self.k), rotated, strict=True):
+                rstd = norm_forward(x.flatten(1), norm, scratch.flatten(1))
+                norm_backward(dx.flatten(1), x.flatten(1), norm, rstd, None, x.flatten(1))
+        else:
+            self._rotate_back(dq, dk, q, k)
+
+    def _rotate_back(self, dq: Tensor, dk: Tensor, q: Tensor, k: Tensor) -> None:
+        """Write the gradients of the rotation's inputs over q and k, which are read where it includes norms."""
         if _uses_kernel(dq):
-            inputs = (q, k) if self.q is not None else (None, None)
+            inputs = (q, k) if "q_weight" in self.options() else (None, None)
             qk_rope_backward(dq, dk, *inputs, self.cos, self.sin, **self.options(), dq=q, dk=k)
             return
 

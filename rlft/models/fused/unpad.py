@@ -11,6 +11,16 @@ from torch import Tensor
 from rlft.kernels.attention import Sequences
 
 
+def text_positions(position_ids: Tensor | None) -> tuple[Tensor | None, bool]:
+    """Return one position per token, and whether those given are equal for each token.
+
+    position_ids: [B, S], or [3 or 4, B, S] of a vision-language model: equal for text, different for parts of images.
+    """
+    if position_ids is None or position_ids.dim() < 3:
+        return position_ids, True
+    return position_ids[0], bool((position_ids == position_ids[:1]).all())
+
+
 def unpadded(
     embedded: Tensor, mask: Tensor | None, position_ids: Tensor | None
 ) -> tuple[Tensor, Tensor | None, Sequences, Tensor]:

@@ -1,0 +1,50 @@
+"""Compute the rotary tables of a pass. Shapes: T rows, H hidden size, R rotary columns."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlft.models import rope
+from rlft.models.families import Family
+from rlft.models.fused.layer_modules import NO_ROPE
+
+
+def rope_tables(
+    decoder: Any,
+    family: Family,
+    types: Iterable[str | None],
+    embedded: Tensor,
+    position_ids: Tensor,
+    padded_to: Tensor | None,
+) -> dict[str | None, tuple[Tensor, ...]]:
+    """Return the rotary tables (cos, sin), [T, R] each, per type of layer, with a scale of q [T, 1] in some families.
+
+    types: of the decoder's layers. embedded: [T, H], gives dtype and device. position_ids: [T]. padded_to: positions of
+    the padded call that the rows come from; they choose the frequencies.
+    """
+    rotary, tables, rows = decoder.rotary_emb, {}, position_ids.shape[0]
+    scale = query_scale(decoder.config, family, position_ids, embedded.dtype)
+    if padded_to is not None and rope.limit(rotary) is not None:
+        # Dynamic and long RoPE choose their frequencies by the largest position of the call.
+        position_ids = torch.cat([position_ids, padded_to.max()[None]])
+    for layer_type in types:
+        arguments = () if layer_type in (None, NO_ROPE) else (layer_type,)
+        cos, sin = rotary(embedded[None], position_ids[None], *arguments)
+        if layer_type == NO_ROPE:
+            # A rotation by 0 changes no bit, and the norms of q and k run in the same kernel.
+            cos, sin = torch.ones_like(cos), torch.zeros_like(sin)
+        tables[layer_type] = (cos[0, :rows], sin[0, :rows], *scale)
+    return tables
+
+
+def query_scale(config: Any, family: Family, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """Return the scale of q at each of `positions` [T], as a tuple of one [T, 1]; () if the model has none."""
+    factor, length = (config.rope_parameters.get(name) for name in family.query_scale or ("", ""))
+    if factor is None or length is None:
+        return ()
+    # In fp32, as transformers computes it.
+    return ((1 + factor * torch.log(1 + torch.floor(positions / length)))[:, None].to(dtype),)

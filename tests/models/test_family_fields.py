@@ -1,0 +1,135 @@
+"""Every field of every family's config: read exactly, or refused by its name, or without effect on the layers."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_architectures import KINDS, QUICK, compare, tiny
+from test_families import fused, model_of
+
+import rlft.models.families
+from rlft.models import families
+from rlft.models.families import fields_of, neutral
+
+NAMES = sorted(path.stem for path in Path(rlft.models.families.__file__).parent.glob("*.py") if path.stem[0] != "_")
+OTHER: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 1,
+    "vocab_size": 107,
+    "rms_norm_eps": 0.1,
+    "max_position_embeddings": 256,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 500.0},
+    "pad_token_id": 5,
+    "bos_token_id": 6,
+    "eos_token_id": 7,
+    "initializer_range": 0.09,
+    "pretraining_tp": 2,
+    "head_dim": 8,
+    "hidden_act": "gelu",
+    "hidden_activation": "silu",
+    "attention_dropout": 0.1,
+    "residual_dropout": 0.1,
+    "resid_pdrop": 0.1,
+    "embd_pdrop": 0.1,
+    "sliding_window": 3,
+    "max_window_layers": 1,
+    "layer_types": ["full_attention", "sliding_attention"],
+    "no_rope_layers": [0, 1],
+    "no_rope_layer_interval": 1,
+    "embedding_multiplier": 1.5,
+    "residual_multiplier": 0.3,
+    "attention_multiplier": 0.1,
+    "logits_scaling": 3.0,
+    "sliding_window_pattern": 2,
+    "original_max_position_embeddings": 256,
+    "query_pre_attn_scalar": 3,
+    "attn_logit_softcapping": 2.0,
+    "final_logit_softcapping": 2.0,
+}
+"""Field -> a value that the rows of `KINDS` do not have. Fields that are not here are flags, which are flipped."""
+TOGETHER: dict[str, dict[str, Any]] = {
+    # Helium's heads have to fill its hidden size.
+    "hidden_size": {"num_attention_heads": 2},
+    "num_attention_heads": {"head_dim": 8},
+    "head_dim": {"num_attention_heads": 8},
+    "max_window_layers": {"use_sliding_window": True, "sliding_window": 4, "layer_types": None},
+    "use_sliding_window": {"sliding_window": 4, "max_window_layers": 1, "layer_types": None},
+    "sliding_window": {"use_sliding_window": True, "max_window_layers": 1},
+    "layer_types": {"sliding_window": 4, "use_sliding_window": True},
+    "num_hidden_layers": {"layer_types": None, "no_rope_layers": None},
+    "no_rope_layer_interval": {"no_rope_layers": None},
+}
+"""Fields with an effect only, or a valid value only, beside others."""
+SCALED = OTHER["rope_parameters"] | {"llama_4_scaling_beta": 0.9, "original_max_position_embeddings": 3}
+BY_TYPE = {"sliding_attention": OTHER["rope_parameters"], "full_attention": {"rope_type": "default", "rope_theta": 7e2}}
+
+
+def changed(kind: str, name: str) -> dict[str, Any]:
+    """Config fields with another value for `name`."""
+    family = families.find(kind)
+    assert family is not None
+    config = tiny(kind).base.get_decoder().config  # type: ignore[operator]
+    if name == "rope_parameters" and family.rope_by_type:
+        return {name: BY_TYPE}
+    if name == "rope_parameters" and kind == "ministral3":
+        return {name: SCALED}
+    value = OTHER[name] if name in OTHER else not getattr(config, name)
+    known = fields_of(config)
+    return {name: value} | {key: other for key, other in TOGETHER.get(name, {}).items() if key in known}
+
+
+@pytest.mark.parametrize("kind", [pytest.param(n, marks=[] if n in QUICK else pytest.mark.slow) for n in NAMES])
+def test_every_field_is_read_or_refused_or_neutral(kind: str) -> None:
+    assert [kinds for kinds in KINDS.values() if kind in kinds], "a row of test_architectures.py"
+    for name in fields_of(tiny(kind).base.get_decoder().config):  # type: ignore[operator]
+        fields = changed(kind, name)
+        policy = tiny(kind, **fields)
+        try:
+            if policy.fused is None:
+                assert f"{name} is " in policy.path, policy.path
+            else:
+                compare(policy)
+        except (AssertionError, ValueError) as error:
+            raise AssertionError(f"{fields}: {error}") from error
+
+
+def test_a_field_that_no_layer_reads_is_refused_by_name_and_value() -> None:
+    path = tiny("gemma2", use_bidirectional_attention=True).path
+    assert "use_bidirectional_attention is True, which no fused layer of gemma2 reads" in path
+
+
+def test_a_dropout_of_the_base_runs_transformers_layers_in_training_mode_only() -> None:
+    model = model_of("llama", torch.float32)
+    decoder = fused(model).decoder
+    decoder.config.attention_dropout = 0.1  # type: ignore[union-attr]
+    ids = torch.arange(3, 14)[None]
+    for training in (False, True):
+        decoder.train(training)
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            decoder(input_ids=ids, use_cache=False)
+        told = [str(warning.message) for warning in found]
+        assert any("attention_dropout is 0.1 and the model is in training mode" in text for text in told) == training
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("residual_multiplier", 1.0, True),
+        ("residual_multiplier", 0.22, False),
+        ("residual_multiplier", None, True),
+        ("use_scale", True, False),
+        ("use_bias", False, True),
+        ("clip_qkv", 0, True),
+        ("no_rope_layers", [1, 0], False),
+    ],
+)
+def test_what_is_neutral(name: str, value: Any, expected: bool) -> None:
+    assert neutral(name, value) == expected
