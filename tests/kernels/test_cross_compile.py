@@ -102,6 +102,12 @@ def glu(kernel: str, M: int, block: int, rows: int, ACT: str) -> Case:
     return Case(f"swiglu:{kernel}", types, {"M": M, "BLOCK": block, "ROWS": rows, "ACT": ACT}, {"num_warps": 4})
 
 
+def conv(kernel: str, dtype: str, C: int, K: int, ACT: bool) -> Case:
+    tensors, tables = (2, 2) if kernel == "forward_kernel" else (3, 3)  # beside weight and bias
+    types = f"*{dtype}:16 " * (tensors + 2) + "*i32:16 " * tables + "i32 " + "i32:16 " * tensors
+    return Case(f"short_conv:{kernel}", types, {"C": C, "K": K, "ACT": ACT, "BLOCK": 128, "ROWS": 16}, {"num_warps": 4})
+
+
 def head(kernel: str, results: str, constants: dict, warps: int) -> Case:
     weights = "fp16" if kernel == "_weights_kernel" else "bf16"
     types = f"*fp32:16 *i64:16 *{weights}:16 *fp32:16 {results}i32 i32:16 i32:16 i32 fp32 fp32 fp32"
@@ -205,6 +211,12 @@ CASES = [
         glu(kernel, *shape)
         for kernel in ("forward_kernel", "backward_kernel")
         for shape in ((12288, 1024, 1, "silu"), (11008, 1024, 1, "gelu"), (48, 64, 16, "gelu_pytorch_tanh"))
+    ),
+    # Qwen3-Next's convolution and LFM2's.
+    *(
+        conv(kernel, *shape)
+        for kernel in ("forward_kernel", "backward_kernel")
+        for shape in (("bf16", 8192, 4, True), ("fp32", 2048, 3, False))
     ),
     # The head: a split of a row with and without a softcap; the row done again; the merge of two attentions.
     head("_rows_kernel", "", {"CAPPED": False, "STORE": True}, 8),
