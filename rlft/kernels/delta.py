@@ -148,7 +148,10 @@ def delta_backward(
     _check("delta_backward", chunks, q, k, v, g, beta, dout)
     saved = _walked(q, k, v, g, beta, chunks, scale, l2norm) if saved is None else saved
     inputs = (q, k, v, g, beta)
-    return launch_backward(dout, inputs, saved.prepared, saved.states, saved.new, chunks, scale, l2norm)
+    dq, dk, dg, dbeta, dv = launch_backward(
+        dout, inputs, saved.prepared, saved.states, saved.new, chunks, scale, l2norm
+    )
+    return dq, dk, dv, dg, dbeta
 
 
 class _GatedDelta(torch.autograd.Function):

@@ -8,8 +8,8 @@ The formulae and names are those of `delta_chunks`.
     outputs   o, for each chunk, head and block of columns
 
 M is found by substitution in its four diagonal blocks of 16 rows at once, which gives B, and from B and the blocks
-below, L = B A, as (I + L)^-1 B = (I - L) (I + L^2) B, exact since L^4 = 0. This takes four products and 15 steps instead
-of 63, and no power above the third, whose entries would grow.
+below, L = B A, as (I + L)^-1 B = (I - L) (I + L^2) B, exact since L^4 = 0. This takes four products and 15 steps
+instead of 63, and no power above the third, whose entries would grow.
 
 q and k enter every product as they are; their lengths, like exp(G), are factors of rows, applied in fp32. Operands of
 products have the dtype of the inputs, sums are fp32; fp32 operands are split in three TF32 ("tf32x3"), which has the
@@ -84,7 +84,7 @@ def products(a_ptr, stride_a, first_a, b_ptr, stride_b, first_b, rows, live, DK:
 
 
 @jit
-def _inverse(scores, C: tl.constexpr):
+def _inverse(scores, C: tl.constexpr, PRECISION: tl.constexpr):
     """Compute (I + A)^-1 for A [C, C], which is 0 on and above the diagonal; see the head of the file."""
     B: tl.constexpr = C // 16
     block, i = tl.arange(0, B), tl.arange(0, 16)
@@ -97,9 +97,9 @@ def _inverse(scores, C: tl.constexpr):
         x -= tl.where(here, tl.sum(row[:, :, None] * x, axis=1)[:, None, :], 0.0)
     near = tl.reshape(tl.where(same, x[:, :, None, :], 0.0), [C, C])
     rows, cols = tl.arange(0, C)[:, None] // 16, tl.arange(0, C)[None, :] // 16
-    low = dot(near, tl.where(rows == cols, 0.0, scores))
-    both = near + dot(dot(low, low), near)
-    return both - dot(low, both)
+    low = tl.dot(near, tl.where(rows == cols, 0.0, scores), input_precision=PRECISION)
+    both = tl.dot(tl.dot(low, low, input_precision=PRECISION), near, near, input_precision=PRECISION)
+    return both - tl.dot(low, both, input_precision=PRECISION)
 
 
 @kernel()
@@ -148,7 +148,9 @@ def prepare_kernel(
         tl.store(q_factor_ptr + at, scale * q_factor, mask=live)
     factor = column(beta_ptr, rows, live, stride_beta, h) * k_factor
     scores *= factor[:, None] * k_factor[None, :] * decays(sums, live, C)
-    inverse = _inverse(tl.where(i > j, scores, 0.0), C)
+    # A product in TF32 has four times the precision of bf16, to which M is rounded.
+    PRECISION: tl.constexpr = "tf32" if k_ptr.dtype.element_ty == tl.bfloat16 else "tf32x3"
+    inverse = _inverse(tl.where(i > j, scores, 0.0), C, PRECISION)
     tl.store(inverse_ptr + tl.program_id(0).to(tl.int64) * C * C + i * C + j, inverse)
 
 
