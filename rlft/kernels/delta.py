@@ -45,7 +45,7 @@ class Saved(NamedTuple):
     prepared: Prepared
     """Per row and head of v 4 bytes, and 64 in the dtype of v; per row and head of k 8 bytes."""
     states: Tensor
-    """[chunks, Hv, Dk, Dv] fp32, the state before each chunk."""
+    """[chunks, Hv, Dk, Dv]: the state before each chunk, rounded as an operand of the products that read it."""
     new: Tensor
     """[T, Hv, Dv]: what each row writes to the state."""
 

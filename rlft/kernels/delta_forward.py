@@ -243,7 +243,7 @@ def outputs_kernel(
         scores += dot(q, tl.trans(tile(k_ptr, rows, live, stride_k, hk * DK, d, DK)))
         at = program.to(tl.int64) * DK * DV + d[:, None] * DV + e[None, :]
         state = tl.load(states_ptr + at, mask=(d < DK)[:, None] & (e < DV)[None, :], other=0.0)
-        out += dot(q, state.to(q.dtype))
+        out += dot(q, state)
     sums = column(sums_ptr, rows, live, HV, h)
     q_factor = column(q_factor_ptr, rows, live, HK, hk)
     k_factor = column(k_factor_ptr, rows, live, HK, hk)
@@ -295,9 +295,9 @@ def prepare(q: Tensor, k: Tensor, g: Tensor, beta: Tensor, chunks: Chunks, scale
 
 
 def walk(k: Tensor, v: Tensor, beta: Tensor, prepared: Prepared, chunks: Chunks) -> tuple[Tensor, Tensor]:
-    """Launch the walk. Returns the state before each chunk [N, Hv, Dk, Dv] fp32 and n [T, Hv, Dv] in v's dtype."""
+    """Launch the walk. Returns the state before each chunk [N, Hv, Dk, Dv] and n [T, Hv, Dv], in v's dtype."""
     (t, hk, dk), (hv, dv), n = k.shape, v.shape[1:], chunks.rows.shape[0]
-    states = torch.empty(n, hv, dk, dv, dtype=torch.float32, device=v.device)
+    states = torch.empty(n, hv, dk, dv, dtype=v.dtype, device=v.device)
     finals = torch.empty(chunks.prefixes, hv, dk, dv, dtype=torch.float32, device=v.device)
     new = torch.empty(t, hv, dv, dtype=v.dtype, device=v.device)
     block = columns_of_block(dk, dv, v.dtype)

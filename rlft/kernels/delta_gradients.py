@@ -67,15 +67,15 @@ def _through_states(
         mask = (d < DK)[:, None] & (e < DV)[None, :]
         state = tl.load(states_ptr + at, mask=mask, other=0.0)
         dstate = tl.load(dstates_ptr + at, mask=mask, other=0.0)
-        both += tl.sum(state * dstate)
-        state = tl.trans(state.to(k.dtype))
+        both += tl.sum(state.to(tl.float32) * dstate.to(tl.float32))
+        state = tl.trans(state)
         part = dot(dout, state)
         q_read += tl.sum(q.to(tl.float32) * part, axis=1)
         dq += from_first[:, None] * part
         part = dot(drest, state)
         k_read += tl.sum(k.to(tl.float32) * part, axis=1)
         dk -= written[:, None] * part
-        part = dot(new, tl.trans(dstate.to(k.dtype)))
+        part = dot(new, tl.trans(dstate))
         k_written += tl.sum(k.to(tl.float32) * part, axis=1)
         dk += to_last[:, None] * part
     return dq, dk, dp, da, (q_read, k_read, k_written, both)
@@ -271,7 +271,7 @@ def gradients(
     arguments = (q, k, v, dout, beta, *prepared[:3], *walked, *partial, *columns, chunks.rows, t)
     strides = (q.stride(0), k.stride(0), v.stride(0), dout.stride(0), beta.stride(0))
     sizes = (hk, hv, dk, dv, width, min(power_of_2(dv), 64 if k.dtype.itemsize == 2 else 32), CHUNK)
-    launch(parts_kernel, (chunks.rows.shape[0] * hk * parts,), *arguments, *strides, *sizes, num_warps=8, num_stages=1)
+    launch(parts_kernel, (chunks.rows.shape[0] * hk * parts,), *arguments, *strides, *sizes, num_warps=4, num_stages=1)
     results = (*(torch.empty_like(one, memory_format=torch.contiguous_format) for one in (q, k, g, beta)),)
     rows = max(1, 2048 // power_of_2(dk))
     arguments = (q, k, *prepared[1:3], *partial, *columns, *results, t, q.stride(0), k.stride(0), float(scale))

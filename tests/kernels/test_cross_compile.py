@@ -130,13 +130,13 @@ def delta(dtype: str, DK: int, DV: int) -> list[Case]:
             wide | {"L2NORM": True, "EPS": 1e-6},
             few,
         ),
-        Case("delta_forward:walk_kernel", x * 3 + f * 2 + x + f + x + f + i + strides[3], wide | through, few),
-        Case("delta_forward:outputs_kernel", x * 2 + f * 4 + x * 2 + i + strides[2], wide | block, few),
+        Case("delta_forward:walk_kernel", x * 3 + f * 2 + x * 3 + f + i + strides[3], wide | through, few),
+        Case("delta_forward:outputs_kernel", x * 2 + f * 3 + x * 3 + i + strides[2], wide | block, few),
         Case("delta_backward:local_kernel", x * 3 + f * 3 + x + i + strides[3], wide | block, few),
         *(
             Case(
                 "delta_backward:back_kernel",
-                x * 4 + f * 3 + x * 3 + f * 2 + i + strides[5],
+                x * 4 + f * 3 + x * 4 + f + i + strides[5],
                 wide | through | {"CONTINUED": continued},
                 many,
             )
@@ -144,9 +144,9 @@ def delta(dtype: str, DK: int, DV: int) -> list[Case]:
         ),
         Case(
             "delta_gradients:parts_kernel",
-            x * 4 + x + f * 3 + x * 2 + f * 2 + f * 4 + i + f"i32 {strides[5]}",
+            x * 5 + f * 3 + x * 4 + f * 4 + i + f"i32 {strides[5]}",
             wide | {"DV": DV, "BD": 64, "BV": 32 if dtype == "fp32" else 64},
-            many,
+            few,
         ),
         Case(
             "delta_gradients:finish_kernel",
