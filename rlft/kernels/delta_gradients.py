@@ -13,9 +13,11 @@ With the names of `delta_chunks`, dS' the gradient of the state after a chunk, C
 
 and dx = f (da - a (a . da)) for a = f x, the vector x divided by its length. The kernels:
 
-    parts   for each chunk, head of k and block of its columns d; heads of v that share it follow each other in one
-            program. All sums over d (of <S, dS'>, of q . k in P, of the products of rows) are over the block only
-    finish  adds dg and dbeta of the blocks, applies the scale and the lengths to dq and dk, and rounds once
+    scores  for each chunk and head of v: dP E, its transpose's and F + F^T, with the factors of q and k, and what they
+            contribute to dg and dbeta
+    parts   for each chunk, head of k and block of its columns d: dq and dk, and what else dg and dbeta sum over d.
+            Heads of v that share a head of k follow each other in one program
+    finish  adds dg and dbeta of all blocks, applies the scale and the lengths to dq and dk, and rounds once
 
 DK, DV: sizes of heads; BD: columns of a block of q and k; BV: of v; C: also the rows of a chunk; e columns of v.
 """
@@ -26,94 +28,12 @@ import torch
 from torch import Tensor
 
 from rlft.kernels.delta_chunks import CHUNK, Chunks
-from rlft.kernels.delta_forward import Prepared, column, decays, dot, tile
+from rlft.kernels.delta_forward import Prepared, column, decays, dot, products, tile
 from rlft.kernels.launch import jit, kernel, launch, power_of_2, tl
 
 
-@jit
-def _through_states(
-    q,
-    k,
-    where,
-    factors,
-    pointers,
-    stride_dout,
-    HV: tl.constexpr,
-    DK: tl.constexpr,
-    DV: tl.constexpr,
-    BV: tl.constexpr,
-    C: tl.constexpr,
-):
-    """Compute what comes to dq and dk of a head through S and dS', by blocks of columns of v.
-
-    Also returns dP and -dA without masks, and the sums over the block's d that dG needs: of q, twice of k, and of
-    <S, dS'>. factors: exp(G), exp(G_C - G) and beta exp(G). Factors of q and k themselves are the caller's.
-    """
-    rows, live, d, h, chunk = where
-    from_first, to_last, written = factors
-    dout_ptr, new_ptr, drest_ptr, states_ptr, dstates_ptr = pointers
-    dq, dk = tl.zeros([C, d.shape[0]], tl.float32), tl.zeros([C, d.shape[0]], tl.float32)
-    dp, da = tl.zeros([C, C], tl.float32), tl.zeros([C, C], tl.float32)
-    q_read, k_written = tl.zeros([C], tl.float32), tl.zeros([C], tl.float32)
-    k_read, both = tl.zeros([C], tl.float32), 0.0
-    for start in range(0, DV, BV):
-        e = start + tl.arange(0, BV)
-        dout = tile(dout_ptr, rows, live, stride_dout, h * DV, e, DV)
-        new = tile(new_ptr, rows, live, HV * DV, h * DV, e, DV)
-        drest = tile(drest_ptr, rows, live, HV * DV, h * DV, e, DV)
-        dp += dot(dout, tl.trans(new))
-        da += dot(drest, tl.trans(new))
-        at = chunk * DK * DV + d[:, None] * DV + e[None, :]
-        mask = (d < DK)[:, None] & (e < DV)[None, :]
-        state = tl.load(states_ptr + at, mask=mask, other=0.0)
-        dstate = tl.load(dstates_ptr + at, mask=mask, other=0.0)
-        both += tl.sum(state.to(tl.float32) * dstate.to(tl.float32))
-        state = tl.trans(state)
-        part = dot(dout, state)
-        q_read += tl.sum(q.to(tl.float32) * part, axis=1)
-        dq += from_first[:, None] * part
-        part = dot(drest, state)
-        k_read += tl.sum(k.to(tl.float32) * part, axis=1)
-        dk -= written[:, None] * part
-        part = dot(new, tl.trans(dstate))
-        k_written += tl.sum(k.to(tl.float32) * part, axis=1)
-        dk += to_last[:, None] * part
-    return dq, dk, dp, da, (q_read, k_read, k_written, both)
-
-
-@jit
-def _within_chunk(q, k, dp, da, columns, live, C: tl.constexpr):
-    """Compute what comes to dq, dk, dG and dbeta of a head through P and A, from dP and -dA without masks."""
-    sums, beta, q_factor, k_factor = columns
-    decay = decays(sums, live, C)
-    dp *= decay
-    da = tl.where(tl.arange(0, C)[:, None] > tl.arange(0, C)[None, :], -da * decay, 0.0)
-    dq = dot((dp * k_factor[None, :]).to(k.dtype), k)
-    dk = dot(tl.trans((dp * q_factor[:, None]).to(k.dtype)), q)
-    dp *= dot(q, tl.trans(k)) * q_factor[:, None] * k_factor[None, :]
-    dsums = tl.sum(dp, axis=1) - tl.sum(dp, axis=0)
-    scores = dot(k, tl.trans(k)) * k_factor[:, None] * k_factor[None, :]
-    dbeta = tl.sum(da * scores, axis=1)
-    da *= beta[:, None]
-    dk += dot((da * k_factor[None, :] + tl.trans(da * k_factor[:, None])).to(k.dtype), k)
-    da *= scores
-    dsums += tl.sum(da, axis=1) - tl.sum(da, axis=0)
-    return dq, dk, dsums, dbeta
-
-
-@jit
-def _values(v_ptr, drest_ptr, rows, live, stride_v, h, HV: tl.constexpr, DV: tl.constexpr, BV: tl.constexpr):
-    """Compute v_i . dr_i for the rows of a chunk."""
-    total = tl.zeros([rows.shape[0]], tl.float32)
-    for start in range(0, DV, BV):
-        e = start + tl.arange(0, BV)
-        v = tile(v_ptr, rows, live, stride_v, h * DV, e, DV).to(tl.float32)
-        total += tl.sum(v * tile(drest_ptr, rows, live, HV * DV, h * DV, e, DV).to(tl.float32), axis=1)
-    return total
-
-
-@kernel(varying=("T",))
-def parts_kernel(
+@kernel(varying=("N", "T"))
+def scores_kernel(
     q_ptr,
     k_ptr,
     v_ptr,
@@ -124,17 +44,115 @@ def parts_kernel(
     k_factor_ptr,
     new_ptr,
     drest_ptr,
+    scores_ptr,
+    dg_ptr,
+    dbeta_ptr,
+    rows_ptr,
+    N,
+    T,
+    stride_q,
+    stride_k,
+    stride_v,
+    stride_dout,
+    stride_beta,
+    HK: tl.constexpr,
+    HV: tl.constexpr,
+    DK: tl.constexpr,
+    DV: tl.constexpr,
+    BD: tl.constexpr,
+    BV: tl.constexpr,
+    C: tl.constexpr,
+):
+    PARTS: tl.constexpr = (DK + BD - 1) // BD
+    n, h = tl.program_id(0) // HV, tl.program_id(0) % HV
+    hk = h // (HV // HK)
+    i, j = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
+    rows = tl.load(rows_ptr + 2 * n) + tl.arange(0, C)
+    live = rows < tl.load(rows_ptr + 2 * n + 1)
+    dp, da, dbeta = tl.zeros([C, C], tl.float32), tl.zeros([C, C], tl.float32), tl.zeros([C], tl.float32)
+    for start in range(0, DV, BV):
+        e = start + tl.arange(0, BV)
+        new = tl.trans(tile(new_ptr, rows, live, HV * DV, h * DV, e, DV))
+        dp += dot(tile(dout_ptr, rows, live, stride_dout, h * DV, e, DV), new)
+        drest = tile(drest_ptr, rows, live, HV * DV, h * DV, e, DV)
+        da -= dot(drest, new)
+        v = tile(v_ptr, rows, live, stride_v, h * DV, e, DV).to(tl.float32)
+        dbeta += tl.sum(v * drest.to(tl.float32), axis=1)
+    decay = decays(column(sums_ptr, rows, live, HV, h), live, C)
+    q_factor, k_factor = (column(q_factor_ptr, rows, live, HK, hk), column(k_factor_ptr, rows, live, HK, hk))
+    at = scores_ptr + tl.program_id(0).to(tl.int64) * C * C + i * C + j
+    size = N.to(tl.int64) * HV * C * C
+    dp *= decay
+    tl.store(at, dp * k_factor[None, :])
+    tl.store(at + size, dp * q_factor[:, None])
+    scores, _ = products(q_ptr, stride_q, hk * DK, k_ptr, stride_k, hk * DK, rows, live, DK, C)
+    dp *= scores * q_factor[:, None] * k_factor[None, :]
+    dsums = tl.sum(dp, axis=1) - tl.sum(dp, axis=0)
+    da = tl.where(i > j, da * decay, 0.0)
+    scores, _ = products(k_ptr, stride_k, hk * DK, k_ptr, stride_k, hk * DK, rows, live, DK, C)
+    scores *= k_factor[:, None] * k_factor[None, :]
+    dbeta += tl.sum(da * scores, axis=1)
+    da *= column(beta_ptr, rows, live, stride_beta, h)[:, None]
+    tl.store(at + 2 * size, (da + tl.trans(da)) * k_factor[None, :])
+    da *= scores
+    dsums += tl.sum(da, axis=1) - tl.sum(da, axis=0)
+    at = (PARTS * T.to(tl.int64) + rows) * HV + h
+    tl.store(dg_ptr + at, tl.sum(tl.where(i >= j, dsums[:, None], 0.0), axis=0), mask=live)
+    tl.store(dbeta_ptr + at, dbeta, mask=live)
+
+
+@jit
+def _read(
+    x, a_ptr, stride_a, states_ptr, where, HV: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BV: tl.constexpr
+):
+    """Compute a S^T for a block of d, and its products with the rows of x. a: dout, dr or n; S: a state or dS'."""
+    rows, live, d, h, chunk = where
+    total = tl.zeros([rows.shape[0], d.shape[0]], tl.float32)
+    for start in range(0, DV, BV):
+        e = start + tl.arange(0, BV)
+        a = tile(a_ptr, rows, live, stride_a, h * DV, e, DV)
+        at = chunk * DK * DV + d[:, None] * DV + e[None, :]
+        state = tl.load(states_ptr + at, mask=(d < DK)[:, None] & (e < DV)[None, :], other=0.0)
+        total += dot(a, tl.trans(state))
+    return total, tl.sum(x.to(tl.float32) * total, axis=1)
+
+
+@jit
+def _inner(a_ptr, b_ptr, d, chunk, DK: tl.constexpr, DV: tl.constexpr, BV: tl.constexpr):
+    """Compute <S, dS'> over a block of d."""
+    total = 0.0
+    for start in range(0, DV, BV):
+        e = start + tl.arange(0, BV)
+        at = chunk * DK * DV + d[:, None] * DV + e[None, :]
+        mask = (d < DK)[:, None] & (e < DV)[None, :]
+        a = tl.load(a_ptr + at, mask=mask, other=0.0).to(tl.float32)
+        total += tl.sum(a * tl.load(b_ptr + at, mask=mask, other=0.0).to(tl.float32))
+    return total
+
+
+@kernel(varying=("N", "T"))
+def parts_kernel(
+    q_ptr,
+    k_ptr,
+    dout_ptr,
+    beta_ptr,
+    sums_ptr,
+    q_factor_ptr,
+    k_factor_ptr,
+    new_ptr,
+    drest_ptr,
     states_ptr,
     dstates_ptr,
+    scores_ptr,
     dq_ptr,
     dk_ptr,
     dg_ptr,
     dbeta_ptr,
     rows_ptr,
+    N,
     T,
     stride_q,
     stride_k,
-    stride_v,
     stride_dout,
     stride_beta,
     HK: tl.constexpr,
@@ -153,29 +171,34 @@ def parts_kernel(
     q, k = (tile(q_ptr, rows, live, stride_q, hk * DK, d, DK), tile(k_ptr, rows, live, stride_k, hk * DK, d, DK))
     q_factor, k_factor = (column(q_factor_ptr, rows, live, HK, hk), column(k_factor_ptr, rows, live, HK, hk))
     dq, dk = tl.zeros([C, BD], tl.float32), tl.zeros([C, BD], tl.float32)
-    pointers = (dout_ptr, new_ptr, drest_ptr, states_ptr, dstates_ptr)
+    square, size = tl.arange(0, C)[:, None] * C + tl.arange(0, C)[None, :], N.to(tl.int64) * HV * C * C
     for i in range(HV // HK):
         h = hk * (HV // HK) + i
+        chunk = n.to(tl.int64) * HV + h
+        where = (rows, live, d, h, chunk)
         sums, beta = column(sums_ptr, rows, live, HV, h), column(beta_ptr, rows, live, stride_beta, h)
         last = tl.load(sums_ptr + (end - 1).to(tl.int64) * HV + h)
-        # Beyond the end of the sequence the sums are 0 and nothing is read.
-        factors = (tl.exp(sums), tl.exp(last - sums), beta * tl.exp(sums))
-        where = (rows, live, d, h, n.to(tl.int64) * HV + h)
-        dq_1, dk_1, dp, da, read = _through_states(q, k, where, factors, pointers, stride_dout, HV, DK, DV, BV, C)
-        columns = (sums, beta, q_factor, k_factor)
-        dq_2, dk_2, dsums, dbeta = _within_chunk(q, k, dp, da, columns, live, C)
-        dq += dq_1 + dq_2
-        dk += dk_1 + dk_2
-        k_written = k_factor * factors[1] * read[2]
-        dsums += q_factor * factors[0] * read[0] - k_factor * factors[2] * read[1] - k_written
+        read, along = _read(q, dout_ptr, stride_dout, states_ptr, where, HV, DK, DV, BV)
+        dq += tl.exp(sums)[:, None] * read
+        dsums = q_factor * tl.exp(sums) * along
+        read, along = _read(k, drest_ptr, HV * DV, states_ptr, where, HV, DK, DV, BV)
+        dk -= (beta * tl.exp(sums))[:, None] * read
+        dbeta = -k_factor * tl.exp(sums) * along
+        # Beyond the end of the sequence the sums are 0, and nothing is read.
+        read, along = _read(k, new_ptr, HV * DV, dstates_ptr, where, HV, DK, DV, BV)
+        dk += tl.exp(last - sums)[:, None] * read
+        along *= k_factor * tl.exp(last - sums)
+        dsums += beta * dbeta - along
         later = tl.arange(0, C)[:, None] >= tl.arange(0, C)[None, :]
-        dg = tl.sum(tl.where(later, dsums[:, None], 0.0), axis=0) + tl.exp(last) * read[3] + tl.sum(k_written, axis=0)
-        dbeta -= k_factor * factors[0] * read[1]
-        if part == 0:
-            dbeta += _values(v_ptr, drest_ptr, rows, live, stride_v, h, HV, DV, BV)
-        at = (part * T + rows).to(tl.int64) * HV + h
+        dg = tl.sum(tl.where(later, dsums[:, None], 0.0), axis=0) + tl.sum(along, axis=0)
+        dg += tl.exp(last) * _inner(states_ptr, dstates_ptr, d, chunk, DK, DV, BV)
+        at = (part * T.to(tl.int64) + rows) * HV + h
         tl.store(dg_ptr + at, dg, mask=live)
         tl.store(dbeta_ptr + at, dbeta, mask=live)
+        scores = scores_ptr + chunk * C * C + square
+        dq += dot(tl.load(scores), k)
+        dk += dot(tl.trans(tl.load(scores + size)), q)
+        dk += dot(tl.load(scores + 2 * size), k)
     at = rows.to(tl.int64)[:, None] * (HK * DK) + (hk * DK + d)[None, :]
     tl.store(dq_ptr + at, dq, mask=live[:, None] & (d < DK)[None, :])
     tl.store(dk_ptr + at, dk, mask=live[:, None] & (d < DK)[None, :])
@@ -264,17 +287,21 @@ def gradients(
     """Return dq, dk, dg, dbeta. inputs: q, k, v, g, beta; walked: n, dr, S before and dS' after each chunk."""
     q, k, v, g, beta = inputs
     (t, hk, dk), (hv, dv) = k.shape, v.shape[1:]
-    width = 64
+    n, width = chunks.rows.shape[0], 64
     parts = -(-dk // width)
+    scores = torch.empty(3, n, hv, CHUNK, CHUNK, dtype=k.dtype, device=k.device)
     partial = torch.empty(2, t, hk, dk, dtype=torch.float32, device=k.device)
-    columns = torch.empty(2, parts, t, hv, dtype=torch.float32, device=k.device)
-    arguments = (q, k, v, dout, beta, *prepared[:3], *walked, *partial, *columns, chunks.rows, t)
-    strides = (q.stride(0), k.stride(0), v.stride(0), dout.stride(0), beta.stride(0))
+    columns = torch.empty(2, parts + 1, t, hv, dtype=torch.float32, device=k.device)
     sizes = (hk, hv, dk, dv, width, min(power_of_2(dv), 64 if k.dtype.itemsize == 2 else 32), CHUNK)
-    launch(parts_kernel, (chunks.rows.shape[0] * hk * parts,), *arguments, *strides, *sizes, num_warps=4, num_stages=1)
+    arguments = (q, k, v, dout, beta, *prepared[:3], *walked[:2], scores, *columns, chunks.rows, n, t)
+    strides = (q.stride(0), k.stride(0), v.stride(0), dout.stride(0), beta.stride(0))
+    launch(scores_kernel, (n * hv,), *arguments, *strides, *sizes, num_warps=4, num_stages=1)
+    arguments = (q, k, dout, beta, *prepared[:3], *walked, scores, *partial, *columns, chunks.rows, n, t)
+    strides = (q.stride(0), k.stride(0), dout.stride(0), beta.stride(0))
+    launch(parts_kernel, (n * hk * parts,), *arguments, *strides, *sizes, num_warps=4, num_stages=1)
     results = (*(torch.empty_like(one, memory_format=torch.contiguous_format) for one in (q, k, g, beta)),)
     rows = max(1, 2048 // power_of_2(dk))
     arguments = (q, k, *prepared[1:3], *partial, *columns, *results, t, q.stride(0), k.stride(0), float(scale))
-    sizes = (hk, hv, dk, power_of_2(dk), power_of_2(hv // hk), parts, rows, l2norm)
+    sizes = (hk, hv, dk, power_of_2(dk), power_of_2(hv // hk), parts + 1, rows, l2norm)
     launch(finish_kernel, (-(-t // rows) * hk,), *arguments, *sizes, num_warps=4)
     return results

@@ -24,7 +24,7 @@ pytest.importorskip("triton", reason="Triton is for Linux on x86_64")
 from rlft.kernels.delta_forward import columns_of_block
 from rlft.kernels.target_softmax import FAR, MAX_FP16_WEIGHT, MIN_ENTROPY
 
-VARYING = ("T", "T_share", "SPLITS", "head_1", "head_2")
+VARYING = ("T", "N", "T_share", "SPLITS", "head_1", "head_2")
 """Names of arguments, in every file, that change with the number of tokens."""
 ARCHITECTURES = (80, 86, 89, 90)
 SHARED_MEMORY = 99 * 1024
@@ -143,8 +143,14 @@ def delta(dtype: str, DK: int, DV: int) -> list[Case]:
             for continued in (False, True)
         ),
         Case(
+            "delta_gradients:scores_kernel",
+            x * 5 + f * 3 + x * 3 + f * 2 + i + f"i32 i32 {strides[5]}",
+            wide | {"DV": DV, "BD": 64, "BV": 32 if dtype == "fp32" else 64},
+            few,
+        ),
+        Case(
             "delta_gradients:parts_kernel",
-            x * 5 + f * 3 + x * 4 + f * 4 + i + f"i32 {strides[5]}",
+            x * 4 + f * 3 + x * 5 + f * 4 + i + f"i32 i32 {strides[4]}",
             wide | {"DV": DV, "BD": 64, "BV": 32 if dtype == "fp32" else 64},
             few,
         ),
@@ -157,7 +163,7 @@ def delta(dtype: str, DK: int, DV: int) -> list[Case]:
                 "DK": DK,
                 "BK": BK,
                 "GROUP": 2,
-                "PARTS": -(-DK // 64),
+                "PARTS": -(-DK // 64) + 1,
                 "ROWS": 2048 // BK,
                 "L2NORM": True,
             },
