@@ -60,16 +60,18 @@ def gated_delta_reference(
     prefix: Tensor,
     scale: float,
     l2norm: bool = True,
+    inside: torch.dtype | None = None,
 ) -> Tensor:
-    """Compute the formula of this file row by row, in the wider of fp32 and the dtype; differentiable.
+    """Compute the formula of this file row by row, differentiable.
 
-    cu_seqlens [S + 1], prefix [S]: as in `Batch`. The rest and the result as `gated_delta_rule`.
+    cu_seqlens [S + 1], prefix [S]: as in `Batch`. inside: dtype of all steps; None: the wider of fp32 and v's. The rest
+    and the result as `gated_delta_rule`.
     """
-    wide, groups, bounds = torch.promote_types(v.dtype, torch.float32), v.shape[1] // k.shape[1], cu_seqlens.tolist()
-    dtype = v.dtype
-    q, k, v, g, beta = (one.to(wide) for one in (q, k, v, g, beta))
+    dtype, groups, bounds = v.dtype, v.shape[1] // k.shape[1], cu_seqlens.tolist()
+    inside = torch.promote_types(dtype, torch.float32) if inside is None else inside
+    q, k, v, g, beta = (one.to(inside) for one in (q, k, v, g, beta))
     q, k = (normalised(q), normalised(k)) if l2norm else (q, k)
-    q, k = ((one).repeat_interleave(groups, dim=1) for one in (q, k))
+    q, k = (one.repeat_interleave(groups, dim=1) for one in (q, k))
     finals, outs = {}, {}
     parents = prefix.tolist()
     for i in sorted(range(len(parents)), key=lambda i: parents[i] >= 0):

@@ -14,7 +14,7 @@ instead of 63, and no power above the third, whose entries would grow.
 q and k enter every product as they are; their lengths, like exp(G), are factors of rows, applied in fp32. Operands of
 products have the dtype of the inputs, sums are fp32; fp32 operands are split in three TF32 ("tf32x3"), which has the
 error of fp32. Bytes per row and head of a 2-byte dtype: 2 (Hk / Hv) (Dk + Dk) + 4 Dv for q, k, v, o, twice 2 Dv + 128
-for n and M, and 8 Dk Dv / 64 for the states.
+for n and M, and 4 Dk Dv / 64 for the states.
 
 DK, DV: sizes of heads; BK: DK rounded up to a power of two; BV: columns of a block; C: rows of a chunk.
 """

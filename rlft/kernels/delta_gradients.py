@@ -13,8 +13,8 @@ With the names of `delta_chunks`, dS' the gradient of the state after a chunk, C
 
 and dx = f (da - a (a . da)) for a = f x, the vector x divided by its length. The kernels:
 
-    scores  for each chunk and head of v: dP E, its transpose's and F + F^T, with the factors of q and k, and what they
-            contribute to dg and dbeta
+    scores  for each chunk and head of v: dP E twice, with the factors of k and of q, and F + F^T with those of k; and
+            what they contribute to dg and dbeta
     parts   for each chunk, head of k and block of its columns d: dq and dk, and what else dg and dbeta sum over d.
             Heads of v that share a head of k follow each other in one program
     finish  adds dg and dbeta of all blocks, applies the scale and the lengths to dq and dk, and rounds once
