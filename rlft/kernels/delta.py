@@ -15,7 +15,8 @@ CPU uses, `delta_forward` and `delta_backward` the kernels.
 Saved for the backward are the inputs, and per head of v, for speed, what `Saved` lists. The rest is computed again. The
 gradient of a prefix's final state is the sum over the sequences that continue it, in their order.
 
-T or t rows, S sequences or the state, Hk heads of q and k, Hv of v, Dk and Dv their sizes, q, k, v, o, g as above.
+T or t rows, S sequences or the state, Hk heads of q and k, Hv of v, Dk and Dv their sizes, q, k, v, o, g as above, x [T, H, D]
+any of q, k and v.
 """
 
 from __future__ import annotations
@@ -192,7 +193,7 @@ def gated_delta_rule(
     op = "gated_delta_rule"
     ok = _fits(q, k, v, g, beta) and chunks.bounds[-1] == q.shape[0]
     check_args(op, ok, f"{WANTED}, T = {chunks.bounds[-1]}", q=q, k=k, v=v, g=g, beta=beta)
-    scale = q.shape[2] ** -0.5 if scale is None else scale
+    scale = float(q.shape[2] ** -0.5 if scale is None else scale)
     if on_gpu(op, q=q, k=k, v=v, g=g, beta=beta):
         return _GatedDelta.apply(q, k, v, g, beta, chunks, scale, l2norm)  # type: ignore[return-value]
     return gated_delta_chunked(q, k, v, g, beta, chunks, scale, l2norm)

@@ -16,7 +16,8 @@ beforehand; here it is applied to their difference r, once S is known: M, [C, C]
 and its gradient is only -M^T dn n^T. Every exponent is at most 0, so that nothing overflows.
 
 C is `CHUNK`, S sequences, T rows, N chunks, H heads, Hk heads of q and k, Hv of v, Dk and Dv their sizes. In the code E
-is `decay`, M `inverse`, r `rest`, n `new`, G `sums`, and b the chunks of a sequence.
+is `decay`, M `inverse`, r `rest`, n `new`, G `sums`, b a chunk, p a prefix
+and x any input.
 """
 
 from __future__ import annotations
@@ -91,7 +92,18 @@ class Chunks(NamedTuple):
             upload(torch.tensor(table, dtype=torch.int32).reshape(-1, width), target)
             for table, width in ((rows, 2), (tables[0], 8), (tables[1], 8))
         ]
-        return cls(bounds, parents, tuple(first), tuple(slots), tuple(places.tolist()), *uploaded, len(heads))
+        rows_table, roots, continued = uploaded
+        return cls(
+            bounds,
+            parents,
+            tuple(first),
+            tuple(slots),
+            tuple(places.tolist()),
+            rows_table,
+            roots,
+            continued,
+            len(heads),
+        )
 
 
 class Pieces(NamedTuple):

@@ -16,7 +16,8 @@ products have the dtype of the inputs, sums are fp32; fp32 operands are split in
 error of fp32. Bytes per row and head of a 2-byte dtype: 2 (Hk / Hv) (Dk + Dk) + 4 Dv for q, k, v, o, twice 2 Dv + 128
 for n and M, and 4 Dk Dv / 64 for the states.
 
-DK, DV: sizes of heads; BK: DK rounded up to a power of two; BV: columns of a block; C: rows of a chunk.
+t: number of rows; n, h, d, e: a chunk, a head of v, rows and columns of its state; D: a head's size; g, a, b, x as in
+the formulae or any tile; r: a row of a block. DK, DV: sizes of heads; BK: DK rounded up to a power of two; BV: columns of a block; C: rows of a chunk.
 """
 
 from __future__ import annotations
@@ -264,7 +265,7 @@ def prepare(q: Tensor, k: Tensor, g: Tensor, beta: Tensor, chunks: Chunks, scale
     """Launch the first kernel. q, k: [T, Hk, Dk]; g, beta: [T, Hv]; see `delta.delta_forward`."""
     (t, hk, dk), hv, n = k.shape, g.shape[1], chunks.rows.shape[0]
     sums = torch.empty(t, hv, dtype=torch.float32, device=k.device)
-    factors = torch.empty(2, t, hk, dtype=torch.float32, device=k.device)
+    q_factor, k_factor = torch.empty(2, t, hk, dtype=torch.float32, device=k.device).unbind()
     inverse = torch.empty(n, hv, CHUNK, CHUNK, dtype=k.dtype, device=k.device)
     launch(
         prepare_kernel,
@@ -275,7 +276,8 @@ def prepare(q: Tensor, k: Tensor, g: Tensor, beta: Tensor, chunks: Chunks, scale
         beta,
         chunks.rows,
         sums,
-        *factors,
+        q_factor,
+        k_factor,
         inverse,
         q.stride(0),
         k.stride(0),
@@ -291,7 +293,7 @@ def prepare(q: Tensor, k: Tensor, g: Tensor, beta: Tensor, chunks: Chunks, scale
         num_warps=4,
         num_stages=1,
     )
-    return Prepared(sums, *factors, inverse)
+    return Prepared(sums, q_factor, k_factor, inverse)
 
 
 def walk(k: Tensor, v: Tensor, beta: Tensor, prepared: Prepared, chunks: Chunks) -> tuple[Tensor, Tensor]:

@@ -19,7 +19,7 @@ and dx = f (da - a (a . da)) for a = f x, the vector x divided by its length. Th
             Heads of v that share a head of k follow each other in one program
     finish  adds dg and dbeta of all blocks, applies the scale and the lengths to dq and dk, and rounds once
 
-DK, DV: sizes of heads; BD: columns of a block of q and k; BV: of v; C: also the rows of a chunk; e columns of v.
+N, T: numbers of chunks and rows; h: a head of v. DK, DV: sizes of heads; BD: columns of a block of q and k; BV: of v; C: also the rows of a chunk; e columns of v.
 """
 
 from __future__ import annotations
@@ -30,6 +30,23 @@ from torch import Tensor
 from rlft.kernels.delta_chunks import CHUNK, Chunks
 from rlft.kernels.delta_forward import Prepared, column, decays, dot, products, tile
 from rlft.kernels.launch import jit, kernel, launch, power_of_2, tl
+
+
+@jit
+def _unmasked(pointers, strides, rows, live, h, HV: tl.constexpr, DV: tl.constexpr, BV: tl.constexpr, C: tl.constexpr):
+    """Compute dP and dA without their masks, and v_i . dr_i."""
+    v_ptr, dout_ptr, new_ptr, drest_ptr = pointers
+    stride_v, stride_dout = strides
+    dp, da, along = tl.zeros([C, C], tl.float32), tl.zeros([C, C], tl.float32), tl.zeros([C], tl.float32)
+    for start in range(0, DV, BV):
+        e = start + tl.arange(0, BV)
+        new = tl.trans(tile(new_ptr, rows, live, HV * DV, h * DV, e, DV))
+        dp += dot(tile(dout_ptr, rows, live, stride_dout, h * DV, e, DV), new)
+        drest = tile(drest_ptr, rows, live, HV * DV, h * DV, e, DV)
+        da -= dot(drest, new)
+        v = tile(v_ptr, rows, live, stride_v, h * DV, e, DV).to(tl.float32)
+        along += tl.sum(v * drest.to(tl.float32), axis=1)
+    return dp, da, along
 
 
 @kernel(varying=("N", "T"))
@@ -69,15 +86,8 @@ def scores_kernel(
     i, j = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
     rows = tl.load(rows_ptr + 2 * n) + tl.arange(0, C)
     live = rows < tl.load(rows_ptr + 2 * n + 1)
-    dp, da, dbeta = tl.zeros([C, C], tl.float32), tl.zeros([C, C], tl.float32), tl.zeros([C], tl.float32)
-    for start in range(0, DV, BV):
-        e = start + tl.arange(0, BV)
-        new = tl.trans(tile(new_ptr, rows, live, HV * DV, h * DV, e, DV))
-        dp += dot(tile(dout_ptr, rows, live, stride_dout, h * DV, e, DV), new)
-        drest = tile(drest_ptr, rows, live, HV * DV, h * DV, e, DV)
-        da -= dot(drest, new)
-        v = tile(v_ptr, rows, live, stride_v, h * DV, e, DV).to(tl.float32)
-        dbeta += tl.sum(v * drest.to(tl.float32), axis=1)
+    pointers, strides = (v_ptr, dout_ptr, new_ptr, drest_ptr), (stride_v, stride_dout)
+    dp, da, dbeta = _unmasked(pointers, strides, rows, live, h, HV, DV, BV, C)
     decay = decays(column(sums_ptr, rows, live, HV, h), live, C)
     q_factor, k_factor = (column(q_factor_ptr, rows, live, HK, hk), column(k_factor_ptr, rows, live, HK, hk))
     at = scores_ptr + tl.program_id(0).to(tl.int64) * C * C + i * C + j
@@ -299,9 +309,24 @@ def gradients(
     arguments = (q, k, dout, beta, *prepared[:3], *walked, scores, *partial, *columns, chunks.rows, n, t)
     strides = (q.stride(0), k.stride(0), dout.stride(0), beta.stride(0))
     launch(parts_kernel, (n * hk * parts,), *arguments, *strides, *sizes, num_warps=4, num_stages=1)
-    results = (*(torch.empty_like(one, memory_format=torch.contiguous_format) for one in (q, k, g, beta)),)
+    dq, dkeys = (torch.empty(k.shape, dtype=k.dtype, device=k.device) for _ in range(2))
+    dg, dbeta = (torch.empty(g.shape, dtype=one.dtype, device=g.device) for one in (g, beta))
     rows = max(1, 2048 // power_of_2(dk))
-    arguments = (q, k, *prepared[1:3], *partial, *columns, *results, t, q.stride(0), k.stride(0), float(scale))
+    arguments = (
+        q,
+        k,
+        *prepared[1:3],
+        *partial,
+        *columns,
+        dq,
+        dkeys,
+        dg,
+        dbeta,
+        t,
+        q.stride(0),
+        k.stride(0),
+        float(scale),
+    )
     sizes = (hk, hv, dk, power_of_2(dk), power_of_2(hv // hk), parts + 1, rows, l2norm)
     launch(finish_kernel, (-(-t // rows) * hk,), *arguments, *sizes, num_warps=4)
-    return results
+    return dq, dkeys, dg, dbeta

@@ -75,8 +75,8 @@ def assert_obeys(
     """Hold all results to the rule. Plain PyTorch is the form in chunks in fp32, and the formula itself in 16 bits.
 
     In 16 bits a result of the usual inputs may also have at most three times the error of rounding it, in the root mean
-    square, though all operands of products are rounded too. With the same key in all rows little is left of large terms
-    that cancel, and dg has 3.1 times the error of plain PyTorch.
+    square, though all operands of products are rounded too. With the same key in all rows and beta 1 each row replaces
+    all that was written: dg is 0 but for roundings of terms near 1, which cancel.
     """
     dtype, rest = inputs[0].dtype, (chunks, scale, l2norm)
     truth = by_autograd(inputs, torch.float64, gated_delta_chunked, *rest)
@@ -86,7 +86,10 @@ def assert_obeys(
         tables = (torch.tensor(chunks.bounds), torch.tensor(chunks.prefix))
         plain = by_autograd(inputs, None, gated_delta_reference, *tables, scale, l2norm, dtype)
     for name, got, one, exact in zip(NAMES, found, plain, truth, strict=True):
-        assert_rule(name, got, one, exact, 2 if name == "o" else 4 if kind == "same" else 3)
+        if name == "dg" and kind == "same" and dtype == torch.float32:
+            assert (got.double() - exact).abs().max() < 1e-5
+            continue
+        assert_rule(name, got, one, exact, 2 if name == "o" else 3)
         if dtype != torch.float32 and kind == "usual" and inputs[0].shape[0] > 60:
             rms, least = ((x.double() - exact).pow(2).mean().sqrt() for x in (got, exact.to(dtype)))
             assert rms <= 3 * least, f"{name}: rms error {rms}, of rounding {least}"
