@@ -15,8 +15,8 @@ CPU uses, `delta_forward` and `delta_backward` the kernels.
 Saved for the backward are the inputs, and per head of v, for speed, what `Saved` lists. The rest is computed again. The
 gradient of a prefix's final state is the sum over the sequences that continue it, in their order.
 
-T or t rows, S sequences or the state, Hk heads of q and k, Hv of v, Dk and Dv their sizes, q, k, v, o, g as above, x [T, H, D]
-any of q, k and v.
+T or t rows, S sequences or the state, Hk heads of q and k, Hv of v, Dk and Dv their sizes, q, k, v, o, g as above, x
+[T, H, D] any of q, k and v.
 """
 
 from __future__ import annotations

@@ -11,8 +11,9 @@ from which `delta_gradients` computes the rest, chunk by chunk. The kernels:
     back       dr, dv and dS, with programs as in the forward's walk. The gradient of a continuation's first state is
                stored; the launch for the other sequences starts from the sum over the continuations of each, in order
 
-So nothing is added with atomics, and two runs are bitwise equal. DK, DV: sizes of heads; n, h, d, e: a chunk, a head of v, rows and columns of its state; BK: DK rounded up to a power
-of two; BV: columns of a block; C: also the rows of a chunk.
+So nothing is added with atomics, and two runs are bitwise equal. DK, DV: sizes of heads; n, h, d, e: a chunk, a head of
+v, rows and columns of its state; BK: DK rounded up to a power of two; BV: columns of a block; C: also the rows of a
+chunk.
 """
 
 from __future__ import annotations

@@ -16,8 +16,7 @@ beforehand; here it is applied to their difference r, once S is known: M, [C, C]
 and its gradient is only -M^T dn n^T. Every exponent is at most 0, so that nothing overflows.
 
 C is `CHUNK`, S sequences, T rows, N chunks, H heads, Hk heads of q and k, Hv of v, Dk and Dv their sizes. In the code E
-is `decay`, M `inverse`, r `rest`, n `new`, G `sums`, b a chunk, p a prefix
-and x any input.
+is `decay`, M `inverse`, r `rest`, n `new`, G `sums`, b a chunk, p a prefix and x any input.
 """
 
 from __future__ import annotations

@@ -17,7 +17,8 @@ error of fp32. Bytes per row and head of a 2-byte dtype: 2 (Hk / Hv) (Dk + Dk) +
 for n and M, and 4 Dk Dv / 64 for the states.
 
 t: number of rows; n, h, d, e: a chunk, a head of v, rows and columns of its state; D: a head's size; g, a, b, x as in
-the formulae or any tile; r: a row of a block. DK, DV: sizes of heads; BK: DK rounded up to a power of two; BV: columns of a block; C: rows of a chunk.
+the formulae or any tile; r: a row of a block. DK, DV: sizes of heads; BK: DK rounded up to a power of two; BV: columns
+of a block; C: rows of a chunk.
 """
 
 from __future__ import annotations

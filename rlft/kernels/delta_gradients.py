@@ -19,7 +19,8 @@ and dx = f (da - a (a . da)) for a = f x, the vector x divided by its length. Th
             Heads of v that share a head of k follow each other in one program
     finish  adds dg and dbeta of all blocks, applies the scale and the lengths to dq and dk, and rounds once
 
-N, T: numbers of chunks and rows; h: a head of v. DK, DV: sizes of heads; BD: columns of a block of q and k; BV: of v; C: also the rows of a chunk; e columns of v.
+N, T: numbers of chunks and rows; h: a head of v. DK, DV: sizes of heads; BD: columns of a block of q and k; BV: of v;
+C: also the rows of a chunk; e columns of v.
 """
 
 from __future__ import annotations
@@ -140,6 +141,42 @@ def _inner(a_ptr, b_ptr, d, chunk, DK: tl.constexpr, DV: tl.constexpr, BV: tl.co
     return total
 
 
+@jit
+def _through_states(
+    vectors,
+    where,
+    end,
+    pointers,
+    strides,
+    HV: tl.constexpr,
+    DK: tl.constexpr,
+    DV: tl.constexpr,
+    BV: tl.constexpr,
+    C: tl.constexpr,
+):
+    """Compute what comes to dq, dk, dg and dbeta of a head through S and dS', over a block of d."""
+    q, k, q_factor, k_factor = vectors
+    rows, live, d, h, chunk = where
+    dout_ptr, beta_ptr, sums_ptr, new_ptr, drest_ptr, states_ptr, dstates_ptr = pointers
+    stride_dout, stride_beta = strides
+    sums, beta = column(sums_ptr, rows, live, HV, h), column(beta_ptr, rows, live, stride_beta, h)
+    last = tl.load(sums_ptr + (end - 1).to(tl.int64) * HV + h)
+    read, along = _read(q, dout_ptr, stride_dout, states_ptr, where, HV, DK, DV, BV)
+    dq = tl.exp(sums)[:, None] * read
+    dsums = q_factor * tl.exp(sums) * along
+    read, along = _read(k, drest_ptr, HV * DV, states_ptr, where, HV, DK, DV, BV)
+    dk = -(beta * tl.exp(sums))[:, None] * read
+    dbeta = -k_factor * tl.exp(sums) * along
+    # Beyond the end of the sequence the sums are 0, and nothing is read.
+    read, along = _read(k, new_ptr, HV * DV, dstates_ptr, where, HV, DK, DV, BV)
+    dk += tl.exp(last - sums)[:, None] * read
+    along *= k_factor * tl.exp(last - sums)
+    dsums += beta * dbeta - along
+    later = tl.arange(0, C)[:, None] >= tl.arange(0, C)[None, :]
+    dg = tl.sum(tl.where(later, dsums[:, None], 0.0), axis=0) + tl.sum(along, axis=0)
+    return dq, dk, dg + tl.exp(last) * _inner(states_ptr, dstates_ptr, d, chunk, DK, DV, BV), dbeta
+
+
 @kernel(varying=("N", "T"))
 def parts_kernel(
     q_ptr,
@@ -182,32 +219,18 @@ def parts_kernel(
     q_factor, k_factor = (column(q_factor_ptr, rows, live, HK, hk), column(k_factor_ptr, rows, live, HK, hk))
     dq, dk = tl.zeros([C, BD], tl.float32), tl.zeros([C, BD], tl.float32)
     square, size = tl.arange(0, C)[:, None] * C + tl.arange(0, C)[None, :], N.to(tl.int64) * HV * C * C
+    pointers = (dout_ptr, beta_ptr, sums_ptr, new_ptr, drest_ptr, states_ptr, dstates_ptr)
     for i in range(HV // HK):
         h = hk * (HV // HK) + i
-        chunk = n.to(tl.int64) * HV + h
-        where = (rows, live, d, h, chunk)
-        sums, beta = column(sums_ptr, rows, live, HV, h), column(beta_ptr, rows, live, stride_beta, h)
-        last = tl.load(sums_ptr + (end - 1).to(tl.int64) * HV + h)
-        read, along = _read(q, dout_ptr, stride_dout, states_ptr, where, HV, DK, DV, BV)
-        dq += tl.exp(sums)[:, None] * read
-        dsums = q_factor * tl.exp(sums) * along
-        read, along = _read(k, drest_ptr, HV * DV, states_ptr, where, HV, DK, DV, BV)
-        dk -= (beta * tl.exp(sums))[:, None] * read
-        dbeta = -k_factor * tl.exp(sums) * along
-        # Beyond the end of the sequence the sums are 0, and nothing is read.
-        read, along = _read(k, new_ptr, HV * DV, dstates_ptr, where, HV, DK, DV, BV)
-        dk += tl.exp(last - sums)[:, None] * read
-        along *= k_factor * tl.exp(last - sums)
-        dsums += beta * dbeta - along
-        later = tl.arange(0, C)[:, None] >= tl.arange(0, C)[None, :]
-        dg = tl.sum(tl.where(later, dsums[:, None], 0.0), axis=0) + tl.sum(along, axis=0)
-        dg += tl.exp(last) * _inner(states_ptr, dstates_ptr, d, chunk, DK, DV, BV)
+        where = (rows, live, d, h, n.to(tl.int64) * HV + h)
+        vectors, strides = (q, k, q_factor, k_factor), (stride_dout, stride_beta)
+        from_q, from_k, dg, dbeta = _through_states(vectors, where, end, pointers, strides, HV, DK, DV, BV, C)
         at = (part * T.to(tl.int64) + rows) * HV + h
         tl.store(dg_ptr + at, dg, mask=live)
         tl.store(dbeta_ptr + at, dbeta, mask=live)
-        scores = scores_ptr + chunk * C * C + square
-        dq += dot(tl.load(scores), k)
-        dk += dot(tl.trans(tl.load(scores + size)), q)
+        scores = scores_ptr + (n.to(tl.int64) * HV + h) * C * C + square
+        dq += from_q + dot(tl.load(scores), k)
+        dk += from_k + dot(tl.trans(tl.load(scores + size)), q)
         dk += dot(tl.load(scores + 2 * size), k)
     at = rows.to(tl.int64)[:, None] * (HK * DK) + (hk * DK + d)[None, :]
     tl.store(dq_ptr + at, dq, mask=live[:, None] & (d < DK)[None, :])
