@@ -11,18 +11,21 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 from subprocess import PIPE
 from typing import NamedTuple
 
 import pytest
+import torch
 
 pytest.importorskip("triton", reason="Triton is for Linux on x86_64")
 
+from rlft.kernels.delta_forward import columns_of_block
 from rlft.kernels.target_softmax import FAR, MAX_FP16_WEIGHT, MIN_ENTROPY
 
-VARYING = ("T", "T_share", "SPLITS", "head_1", "head_2")
+VARYING = ("T", "N", "T_share", "SPLITS", "head_1", "head_2")
 """Names of arguments, in every file, that change with the number of tokens."""
 ARCHITECTURES = (80, 86, 89, 90)
 SHARED_MEMORY = 99 * 1024
@@ -101,6 +104,74 @@ def glu(kernel: str, M: int, block: int, rows: int, ACT: str) -> Case:
     tensors = 3 if kernel == "forward_kernel" else 6
     types = "*bf16:16 " * tensors + "i32 " + "i32:16 " * tensors
     return Case(f"swiglu:{kernel}", types, {"M": M, "BLOCK": block, "ROWS": rows, "ACT": ACT}, {"num_warps": 4})
+
+
+def conv(kernel: str, dtype: str, C: int, K: int, ACT: bool) -> Case:
+    tensors, tables = (2, 2) if kernel == "forward_kernel" else (3, 3)  # beside weight and bias
+    types = f"*{dtype}:16 " * (tensors + 2) + "*i32:16 " * tables + "i32 " + "i32:16 " * tensors
+    return Case(f"short_conv:{kernel}", types, {"C": C, "K": K, "ACT": ACT, "BLOCK": 128, "ROWS": 16}, {"num_warps": 4})
+
+
+def delta(dtype: str, DK: int, DV: int) -> list[Case]:
+    """All kernels of the gated delta rule for 16 heads of q and k, 32 of v; g is fp32 as transformers has it."""
+    BK = 1 << (DK - 1).bit_length()
+    columns = columns_of_block(DK, DV, torch.float32 if dtype == "fp32" else torch.bfloat16)
+    x, f, i = f"*{dtype}:16 ", "*fp32:16 ", "*i32:16 "
+    wide, few, many = (
+        {"HK": 16, "HV": 32, "DK": DK, "C": 64},
+        {"num_warps": 4, "num_stages": 1},
+        {"num_warps": 8, "num_stages": 1},
+    )
+    block = {"DV": DV, "BV": 64}
+    strides = [" ".join(["i32:16"] * count) for count in range(8)]
+    through = {"DV": DV, "BK": BK, "BV": columns}
+    return [
+        Case(
+            "delta_forward:prepare_kernel",
+            x * 2 + f + x + i + f * 3 + x + f"{strides[4]} fp32",
+            wide | {"L2NORM": True, "EPS": 1e-6},
+            few,
+        ),
+        Case("delta_forward:walk_kernel", x * 3 + f * 2 + x * 3 + f + i + strides[3], wide | through, few),
+        Case("delta_forward:outputs_kernel", x * 2 + f * 3 + x * 3 + i + strides[2], wide | block, few),
+        Case("delta_backward:local_kernel", x * 3 + f * 3 + x + i + strides[3], wide | block, few),
+        *(
+            Case(
+                "delta_backward:back_kernel",
+                x * 4 + f * 3 + x * 4 + f + i + strides[5],
+                wide | through | {"CONTINUED": continued},
+                many,
+            )
+            for continued in (False, True)
+        ),
+        Case(
+            "delta_gradients:scores_kernel",
+            x * 5 + f * 3 + x * 3 + f * 2 + i + f"i32 i32 {strides[5]}",
+            wide | {"DV": DV, "BD": 64, "BV": 32 if dtype == "fp32" else 64},
+            few,
+        ),
+        Case(
+            "delta_gradients:parts_kernel",
+            x * 4 + f * 3 + x * 5 + f * 4 + i + f"i32 i32 {strides[4]}",
+            wide | {"DV": DV, "BD": 64, "BV": 32 if dtype == "fp32" else 64},
+            few,
+        ),
+        Case(
+            "delta_gradients:finish_kernel",
+            x * 2 + f * 6 + x * 2 + f + x + f"i32 {strides[2]} fp32",
+            {
+                "HK": 16,
+                "HV": 32,
+                "DK": DK,
+                "BK": BK,
+                "GROUP": 2,
+                "PARTS": -(-DK // 64) + 1,
+                "ROWS": 2048 // BK,
+                "L2NORM": True,
+            },
+            {"num_warps": 4},
+        ),
+    ]
 
 
 def head(kernel: str, results: str, constants: dict, warps: int) -> Case:
@@ -212,6 +283,15 @@ CASES = [
         for kernel in ("forward_kernel", "backward_kernel")
         for shape in ((12288, 1024, 1, "silu"), (11008, 1024, 1, "gelu"), (48, 64, 16, "gelu_pytorch_tanh"))
     ),
+    # Qwen3-Next's convolution and LFM2's.
+    *(
+        conv(kernel, *shape)
+        for kernel in ("forward_kernel", "backward_kernel")
+        for shape in (("bf16", 8192, 4, True), ("fp32", 2048, 3, False))
+    ),
+    # The gated delta rule: Qwen3-Next's heads; and of the widest heads in fp32 the kernels with the most shared memory.
+    *delta("bf16", 128, 128),
+    *(case for case in delta("fp32", 256, 256) if re.search("walk|back_|parts", case.kernel)),
     # The head: a split of a row with and without a softcap; the row done again; the merge of two attentions.
     head("_rows_kernel", "", {"CAPPED": False, "STORE": True}, 8),
     head("_rows_kernel", "", {"CAPPED": True, "STORE": True}, 8),
