@@ -39,9 +39,7 @@ def config_of(kind: str, **fields: Any) -> Any:
 
 def base_of(config: Any) -> Any:
     """A model with random weights and the attention that is exact beside rlft's."""
-    # transformers' sdpa leaves a softcap out.
-    text = config.get_text_config()
-    eager = getattr(text, "attn_logit_softcapping", None) or attention_of(text) == "eager"
+    eager = attention_of(config.get_text_config()) == "eager"
     seeing = getattr(config, "vision_config", None) is not None
     make = AutoModelForImageTextToText if seeing else AutoModelForCausalLM
     return make.from_config(config, attn_implementation="eager" if eager and not seeing else "sdpa")

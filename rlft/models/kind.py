@@ -53,9 +53,14 @@ def _classes(config: Any) -> set[str]:
 
 
 def attention_of(config: Any) -> str:
-    """Return the attention implementation to load with: "sdpa", or "eager" for the few classes without it."""
+    """Return the attention implementation to load with: "sdpa", or "eager" where that leaves something out.
+
+    Those are the few classes without sdpa, and configs with a softcap of the scores, which it ignores without a word.
+    """
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
+    if getattr(config.get_text_config(), "attn_logit_softcapping", None):
+        return "eager"
     mapped: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), ())  # type: ignore[arg-type]
     classes = mapped if isinstance(mapped, tuple) else (mapped,)
     return "sdpa" if all(getattr(model_class, "_supports_sdpa", False) for model_class in classes) else "eager"

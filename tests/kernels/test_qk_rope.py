@@ -209,7 +209,7 @@ def test_function_takes_any_layout_and_backward_once(norm: bool) -> None:
     # [heads, T, D] in memory, as attention code often has it.
     q, k = (x.transpose(0, 1).contiguous().transpose(0, 1).requires_grad_() for x in inputs[:2])
     grads = [g.transpose(0, 1).contiguous().transpose(0, 1).requires_grad_() for g in grads]
-    outs = _QkRope.apply(q, k, *inputs[2:], EPS, False)
+    outs = _QkRope.apply(q, k, *inputs[2:], EPS, LLAMA, False)
     found = torch.autograd.grad(outs, [q, k], grads, create_graph=True)
     for a, b in zip((*outs, *found), expected, strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)

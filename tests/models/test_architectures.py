@@ -332,6 +332,22 @@ def test_every_row_trains_and_samples_as_if_it_were_alone(path: str, kind: str) 
         assert r.sampler_logprobs == pytest.approx(alone.tolist(), abs=precision(policy))
 
 
+def test_a_softcap_is_part_of_what_samples_and_of_what_checks(tmp_path: Path) -> None:
+    """transformers' sdpa leaves it out: the engine would sample another policy than the one that is trained."""
+    config = config_of("gemma2", **BASE | MIXED | {"attn_logit_softcapping": 0.3, "query_pre_attn_scalar": 1})
+    base_of(config).save_pretrained(tmp_path)
+    where = Base(str(tmp_path), "none", "float64")
+    policy = Policy(attach_lora(load_base(where, torch.device("cpu")), Lora(rank=4), 0))
+    assert policy.path.startswith("fused layers") and selfcheck.check(policy) < selfcheck.LEAST
+    engine = EagerEngine(policy, tiny_tokenizer())
+    engine.load_adapter(policy.adapter(), 1)
+    made = engine.generate(prompts(3), Sampling(group_size=2, max_tokens=5), (1, 2))
+    for batch in records.packed(made, plan(len(made), 60)):
+        assert batch.sampler_logprobs is not None
+        off = (policy.score(batch) - batch.sampler_logprobs)[batch.train_mask].abs().max()
+        assert off < precision(policy)
+
+
 def test_at_least_sixty_kinds_are_looked_at() -> None:
     assert len(ALL) >= 60 and len({kind for _, kind in ALL}) == len(ALL)
 

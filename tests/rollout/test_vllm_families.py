@@ -31,7 +31,7 @@ WIDE = SIZES | {
 }
 SAMPLED = ("llama", "qwen2", "gemma2", "phi3", "olmo2")
 """What a test samples by vLLM; scripts/models.py reads it."""
-OTHERS = {"olmo2": ("olmo2", {}), "gpt_neox": ("gpt_neox", {})}
+OTHERS = {"gpt_neox": ("gpt_neox", {})}
 """Not among ours: transformers' own layers train them."""
 LONGROPE: dict[str, Any] = {
     "original_max_position_embeddings": 16,
