@@ -24,7 +24,8 @@ def of_script(path: Path, home: Path) -> list[str]:
     for name in ("torchrun", "srun"):
         (home / name).write_text(STUB)
         (home / name).chmod(0o755)
-    (home / "scontrol").write_text("#!/bin/sh\necho node-1\necho node-2\n")
+    # More than a pipe holds: a reader that leaves early would end the script.
+    (home / "scontrol").write_text("#!/bin/sh\nseq -f node-%.0f 20000\n")
     (home / "scontrol").chmod(0o755)
     slurm = {"SLURM_JOB_NODELIST": "node-[1-2]", "SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "8", "SLURM_JOB_ID": "7"}
     environment = os.environ | slurm | {"GPUS": "8", "ARGUMENTS": str(home / "arguments")}
