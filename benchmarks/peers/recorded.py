@@ -344,6 +344,7 @@ def session_of(cfg: Any, rows: list[Any], policy: Any, engine: Any, tokenizer: A
 
     rows: the prompts. more: `functions` that reward, `callbacks`."""
     from rlft.algos.algorithm import build_algorithm
+    from rlft.config.files import to_toml
     from rlft.data.prompts import Prompts
     from rlft.monitor.background import Background
     from rlft.monitor.console import Console
@@ -362,6 +363,7 @@ def session_of(cfg: Any, rows: list[Any], policy: Any, engine: Any, tokenizer: A
     from rlft.types import State
 
     algorithm, run, console = build_algorithm(cfg.algo, 1), Run.create(cfg.out), Console(plain=True)
+    run.write_config(to_toml(cfg))
     with asleep(engine):
         plan = pack_plan_of(cfg, algorithm, policy, rows if engine.SAMPLES else ())
     prompts, functions = Prompts(rows, cfg.seed, shuffle=False), more.get("functions", [])
