@@ -75,9 +75,10 @@ def in_use() -> int:
     return total - free
 
 
-def policy_of(shape: str) -> Policy:
+def policy_of(shape: str, place: Any = "device") -> Policy:
+    """A policy over random weights at `place`, with an adapter that is not zero."""
     model = attach_lora(stacks.random_nf4(shape), Lora(rank=16, alpha=32), seed=1)
-    policy = Policy(model)
+    policy = Policy(model, place=place)
     with torch.no_grad():
         for name, tensor in policy.adapter().items():
             if ".lora_B." in name:

@@ -24,14 +24,13 @@ sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parent / "peers"))
 
 import stacks
-from longest import GIB, in_use, sft
+from longest import GIB, in_use, policy_of, sft
 from results_file import arguments, write
 from timing import row
 
 from rlft import dist
-from rlft.config.run import Lora, Optim
+from rlft.config.run import Optim
 from rlft.models.allocator import segments
-from rlft.models.load import attach_lora
 from rlft.models.policy import Policy
 from rlft.trainer.optim import Optimizer
 
@@ -45,15 +44,9 @@ def synchronize() -> None:
 
 
 def policy_at(shape: str, place: Any) -> Policy:
-    """The same policy for every place, with an adapter that is not zero."""
+    """The same policy for every place."""
     torch.manual_seed(0)
-    policy = Policy(attach_lora(stacks.random_nf4(shape), Lora(rank=16, alpha=32), seed=1), place=place)
-    with torch.no_grad():
-        for name, tensor in policy.adapter().items():
-            if ".lora_B." in name:
-                tensor.normal_(std=1e-3)
-    torch.cuda.empty_cache()
-    return policy
+    return policy_of(shape, place)
 
 
 def batch_of(policy: Policy, tokens: int) -> Any:

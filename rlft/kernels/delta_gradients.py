@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from rlft.kernels.delta_chunks import CHUNK, Chunks
-from rlft.kernels.delta_forward import Prepared, column, decays, dot, products, tile
+from rlft.kernels.delta_forward import Prepared, column, decays, dot, products, put, tile
 from rlft.kernels.launch import jit, kernel, launch, power_of_2, tl
 
 
@@ -232,9 +232,8 @@ def parts_kernel(
         dq += from_q + dot(tl.load(scores), k)
         dk += from_k + dot(tl.trans(tl.load(scores + size)), q)
         dk += dot(tl.load(scores + 2 * size), k)
-    at = rows.to(tl.int64)[:, None] * (HK * DK) + (hk * DK + d)[None, :]
-    tl.store(dq_ptr + at, dq, mask=live[:, None] & (d < DK)[None, :])
-    tl.store(dk_ptr + at, dk, mask=live[:, None] & (d < DK)[None, :])
+    put(dq_ptr, rows, live, HK * DK, hk * DK, d, DK, dq)
+    put(dk_ptr, rows, live, HK * DK, hk * DK, d, DK, dk)
 
 
 @jit
@@ -259,8 +258,7 @@ def _finished(
     if L2NORM:
         x = factor[:, None] * tile(x_ptr, rows, live, stride, hk * DK, d, DK).to(tl.float32)
         dx = factor[:, None] * (dx - tl.sum(x * dx, axis=1)[:, None] * x)
-    at = rows.to(tl.int64)[:, None] * (HK * DK) + (hk * DK + d)[None, :]
-    tl.store(out_ptr + at, dx, mask=live[:, None] & (d < DK)[None, :])
+    put(out_ptr, rows, live, HK * DK, hk * DK, d, DK, dx)
 
 
 @kernel(varying=("T",))

@@ -19,8 +19,9 @@ or their number, x [T, C], w [C, K] and b [C].
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -120,6 +121,20 @@ def _slopes(rows, live, place, cols, dy_ptr, stride_dy, inputs, C: tl.constexpr,
     return dz
 
 
+@jit
+def _places(sequence_ptr, bounds_ptr, T, C: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr):
+    """Return rows, columns and which rows exist, of a program; the line of the bounds of each row, and `place`."""
+    PARTS: tl.constexpr = (C + BLOCK - 1) // BLOCK
+    program = tl.program_id(0)
+    rows = program // PARTS * ROWS + tl.arange(0, ROWS)
+    cols = (program % PARTS) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    live = rows < T
+    bounds = bounds_ptr + tl.load(sequence_ptr + rows, mask=live, other=0) * 6
+    start = tl.load(bounds, mask=live, other=0)
+    place = (start, tl.load(bounds + 2, mask=live, other=0), tl.load(bounds + 3, mask=live, other=0))
+    return rows, cols, live, bounds, place
+
+
 @kernel(varying=("T",))
 def forward_kernel(
     x_ptr,
@@ -137,14 +152,7 @@ def forward_kernel(
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    PARTS: tl.constexpr = (C + BLOCK - 1) // BLOCK
-    program = tl.program_id(0)
-    rows = program // PARTS * ROWS + tl.arange(0, ROWS)
-    cols = (program % PARTS) * BLOCK + tl.arange(0, BLOCK)[None, :]
-    live = rows < T
-    bounds = bounds_ptr + tl.load(sequence_ptr + rows, mask=live, other=0) * 6
-    start = tl.load(bounds, mask=live, other=0)
-    place = (start, tl.load(bounds + 2, mask=live, other=0), tl.load(bounds + 3, mask=live, other=0))
+    rows, cols, live, _, place = _places(sequence_ptr, bounds_ptr, T, C, BLOCK, ROWS)
     z = _sums(rows, live, place, cols, (x_ptr, w_ptr, b_ptr, stride_x), C, K)
     if ACT:
         z = z / (1.0 + tl.exp(-z))
@@ -171,15 +179,9 @@ def backward_kernel(
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    PARTS: tl.constexpr = (C + BLOCK - 1) // BLOCK
-    program = tl.program_id(0)
-    rows = program // PARTS * ROWS + tl.arange(0, ROWS)
-    cols = (program % PARTS) * BLOCK + tl.arange(0, BLOCK)[None, :]
-    live, inside = rows < T, cols < C
+    rows, cols, live, bounds, place = _places(sequence_ptr, bounds_ptr, T, C, BLOCK, ROWS)
+    start, end, inside = place[0], tl.load(bounds + 1, mask=live, other=0), cols < C
     inputs = (x_ptr, w_ptr, b_ptr, stride_x)
-    bounds = bounds_ptr + tl.load(sequence_ptr + rows, mask=live, other=0) * 6
-    start, end = tl.load(bounds, mask=live, other=0), tl.load(bounds + 1, mask=live, other=0)
-    place = (start, tl.load(bounds + 2, mask=live, other=0), tl.load(bounds + 3, mask=live, other=0))
     dx = tl.zeros([ROWS, BLOCK], tl.float32)
     for j in tl.static_range(K):  # type: ignore[reportGeneralTypeIssues]
         dz = _slopes(rows + j, live & (rows + j < end), place, cols, dy_ptr, stride_dy, inputs, C, K, ACT)
@@ -208,16 +210,36 @@ def launch_shape(channels: int) -> tuple[int, int, int]:
     return block, 2048 // block, 4
 
 
-def _check(op: str, weight: Tensor, bias: Tensor | None, x: Tensor, activation: str | None, **more: Tensor) -> None:
-    """Raise ValueError for an unknown activation and tensors that do not fit."""
+def _check_activation(op: str, activation: str | None) -> None:
     if activation not in ACTIVATIONS:
         raise ValueError(f"{op}: activation = {activation!r}: want one of {', '.join(map(repr, ACTIVATIONS))}")
+
+
+def _fits(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Check what WANTED describes, but for the dtype of x."""
     ok = x.dim() == 2 and weight.dim() == 2 and weight.shape[0] == x.shape[1] and 2 <= weight.shape[1] <= MAX_K
-    ok = ok and x.dtype in KERNEL_DTYPES and weight.dtype == x.dtype and weight.is_contiguous() and x.stride(1) == 1
-    ok = ok and (bias is None or (bias.shape == x.shape[1:] and bias.dtype == x.dtype and bias.is_contiguous()))
+    return ok and weight.dtype == x.dtype and (bias is None or (bias.shape == x.shape[1:] and bias.dtype == x.dtype))
+
+
+def _check(op: str, weight: Tensor, bias: Tensor | None, x: Tensor, activation: str | None, **more: Tensor) -> None:
+    """Raise ValueError for an unknown activation and tensors that the kernels do not take."""
+    _check_activation(op, activation)
+    ok = _fits(x, weight, bias) and x.dtype in KERNEL_DTYPES and x.stride(1) == 1
+    ok = ok and weight.is_contiguous() and (bias is None or bias.is_contiguous())
     for other in more.values():
         ok = ok and other.shape == x.shape and other.dtype == x.dtype and other.stride(1) == 1
     check_args(op, ok, f"{WANTED}, adjacent columns", x=x, weight=weight, bias=bias, **more)
+
+
+def _launch(
+    function: Any, wide: Sequence[Tensor], pointers: Sequence[Tensor | None], taps: int, activation: str | None
+) -> None:
+    """Launch a kernel over the rows and columns of `wide`, the [T, C] tensors of `pointers` in their order."""
+    t, channels = wide[0].shape
+    block, height, warps = launch_shape(channels)
+    grid = (-(-t // height) * -(-channels // block),)
+    constants = (channels, taps, activation == "silu", block, height)
+    launch(function, grid, *pointers, t, *(each.stride(0) for each in wide), *constants, num_warps=warps)
 
 
 def short_conv_forward(
@@ -230,30 +252,9 @@ def short_conv_forward(
     """
     _check("short_conv_forward", weight, bias, x, activation)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    if not x.numel():
-        return y
-    (t, channels), taps = x.shape, weight.shape[1]
-    block, height, warps = launch_shape(channels)
-    grid = (-(-t // height) * -(-channels // block),)
-    launch(
-        forward_kernel,
-        grid,
-        x,
-        weight,
-        bias,
-        y,
-        rows.sequence,
-        rows.bounds,
-        t,
-        x.stride(0),
-        y.stride(0),
-        channels,
-        taps,
-        activation == "silu",
-        block,
-        height,
-        num_warps=warps,
-    )
+    if x.numel():
+        pointers = (x, weight, bias, y, rows.sequence, rows.bounds)
+        _launch(forward_kernel, (x, y), pointers, weight.shape[1], activation)
     return y
 
 
@@ -263,33 +264,9 @@ def short_conv_backward(
     """Launch the backward. Returns dx [T, C], contiguous. dy: [T, C]; the rest as in the forward."""
     _check("short_conv_backward", weight, bias, x, activation, dy=dy)
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    if not x.numel():
-        return dx
-    (t, channels), taps = x.shape, weight.shape[1]
-    block, height, warps = launch_shape(channels)
-    grid = (-(-t // height) * -(-channels // block),)
-    launch(
-        backward_kernel,
-        grid,
-        dy,
-        x,
-        weight,
-        bias,
-        dx,
-        rows.sequence,
-        rows.bounds,
-        rows.continued,
-        t,
-        dy.stride(0),
-        x.stride(0),
-        dx.stride(0),
-        channels,
-        taps,
-        activation == "silu",
-        block,
-        height,
-        num_warps=warps,
-    )
+    if x.numel():
+        pointers = (dy, x, weight, bias, dx, rows.sequence, rows.bounds, rows.continued)
+        _launch(backward_kernel, (dy, x, dx), pointers, weight.shape[1], activation)
     return dx
 
 
@@ -320,10 +297,8 @@ def short_conv(
     activation, on shapes, dtypes or devices that do not fit, and on a weight or bias that requires a gradient.
     """
     op = "short_conv"
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"{op}: activation = {activation!r}: want one of {', '.join(map(repr, ACTIVATIONS))}")
-    ok = x.dim() == 2 and weight.dim() == 2 and weight.shape[0] == x.shape[1] and 2 <= weight.shape[1] <= MAX_K
-    ok = ok and weight.dtype == x.dtype and (bias is None or (bias.shape == x.shape[1:] and bias.dtype == x.dtype))
+    _check_activation(op, activation)
+    ok = _fits(x, weight, bias)
     ok = ok and cu_seqlens.dim() == prefix.dim() == 1 and cu_seqlens.numel() == prefix.numel() + 1
     wanted = f"{WANTED}; cu_seqlens [S + 1], prefix [S]"
     check_args(op, ok, wanted, x=x, weight=weight, bias=bias, cu_seqlens=cu_seqlens, prefix=prefix)

@@ -53,9 +53,9 @@ def _classes(config: Any) -> set[str]:
 
 
 def attention_of(config: Any) -> str:
-    """Return the attention implementation to load with: "sdpa", or "eager" where that leaves something out.
+    """Return the attention implementation to load with: "sdpa", or "eager" where sdpa would not be exact.
 
-    Those are the few classes without sdpa, and configs with a softcap of the scores, which it ignores without a word.
+    That is so for the few classes without sdpa, and for a config with softcapped scores: sdpa ignores the softcap.
     """
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 

@@ -135,25 +135,25 @@ def dealt_plan(plan: PackPlan, groups: Sequence[Group]) -> PackPlan:
     """Return the plan with the largest budget that lets all ranks have nearly the same number of tokens."""
     if dist.is_alone():
         return plan
-    samples, world, counts = samples_of(groups), dist.world(), count(groups)
+    samples = samples_of(groups)
     tokens = sum(len(sample.rollout.prompt.ids) + len(sample.rollout.completion_ids) for sample in samples)
-    fullest = {}
-    for budget in budgets_to_try(tokens, world, plan.budget):
-        candidate = replace(plan, budget=budget)
-        fullest[candidate] = max(dist.loads(micro_batch_tokens(groups, candidate, counts), world))
-    most = NEARLY * min(fullest.values())
-    return next(candidate for candidate, load in fullest.items() if load <= most)
+    micro_batches_of = micro_batch_tokens(groups, plan, count(groups))
+    return replace(plan, budget=even_budget(tokens, dist.world(), plan.budget, micro_batches_of))
 
 
-def budgets_to_try(tokens: int, world: int, most: int) -> list[int]:
-    """Return budgets of up to `most` tokens, the largest first, with which `world` ranks may have the same work.
+def even_budget(tokens: int, world: int, most: int, micro_batches_of: Callable[[int], Sequence[float]]) -> int:
+    """Return the largest budget of up to `most` tokens with which `world` ranks have nearly the same work.
 
-    They are those of the fewest micro-batches per rank that the tokens need, and of up to three more, each also with a
-    little room, since samples do not fill micro-batches to the last token.
+    micro_batches_of: from a budget to the tokens of its micro-batches. Tried are budgets of the fewest micro-batches
+    per rank that the tokens need, and of up to three more, each also with a little room, since samples do not fill
+    micro-batches to the last token.
     """
     fewest = -(-tokens // (world * most))
     budgets = {math.ceil(tokens * room / (world * (fewest + more))) for more in range(4) for room in (1.0, 1.05)}
-    return sorted({max(1, min(most, budget)) for budget in budgets}, reverse=True)
+    budgets = {max(1, min(most, budget)) for budget in budgets}
+    fullest = {budget: max(dist.loads(micro_batches_of(budget), world)) for budget in sorted(budgets, reverse=True)}
+    enough = NEARLY * min(fullest.values())
+    return next(budget for budget, load in fullest.items() if load <= enough)
 
 
 def to_run(batches: list[Batch], skip: bool) -> list[Batch]:

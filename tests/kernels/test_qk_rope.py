@@ -138,17 +138,17 @@ def test_gradcheck_of_the_reference(how: tuple) -> None:
 @pytest.mark.parametrize("norm", ["none", "llama", "gemma"])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_kernel_obeys_the_rule(case: Case, norm: str, hard: bool, dtype: torch.dtype) -> None:
-    obeys(case, norm, hard, dtype, interleaved=False)
+    assert_obeys(case, norm, hard, dtype, interleaved=False)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("norm", ["none", "llama", "olmo"])
 @pytest.mark.parametrize("case", [Case(9, 4, 2, 32, 32), Case(70, 3, 1, 64, 24)], ids=str)
 def test_the_interleaved_kernel_obeys_the_rule(case: Case, norm: str, dtype: torch.dtype) -> None:
-    obeys(case, norm, False, dtype, interleaved=True)
+    assert_obeys(case, norm, False, dtype, interleaved=True)
 
 
-def obeys(case: Case, norm: str, hard: bool, dtype: torch.dtype, interleaved: bool) -> None:
+def assert_obeys(case: Case, norm: str, hard: bool, dtype: torch.dtype, interleaved: bool) -> None:
     inputs, grads = draw(case, dtype, norm != "none", hard)
     how = {"gemma": GEMMA, "olmo": OLMO}.get(norm, LLAMA), interleaved
     plain, truth = (by_autograd(inputs, grads, d, *how) for d in (dtype, torch.float64))

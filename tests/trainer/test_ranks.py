@@ -413,7 +413,7 @@ def test_micro_batches_leave_no_rank_much_more_than_the_others(world: int, monke
             chosen = dealt_plan(plan, step_groups)
         batches = pack(step_groups, chosen, count(step_groups))
         tokens = [len(batch.input_ids) for batch in batches]
-        assert tokens == micro_batch_tokens(step_groups, chosen, count(step_groups))
+        assert tokens == micro_batch_tokens(step_groups, plan, count(step_groups))(chosen.budget)
         assert chosen.budget <= budget and max(tokens) <= max(budget, 256 + max(lengths))
         print(budget, chosen.budget, len(tokens), max(dist.loads(tokens, world)) * world / sum(tokens))
         # Of micro-batches of at most a rank's share of the tokens, 27,000 leaves the fullest of 4 ranks 1.3 times that.

@@ -1,16 +1,13 @@
 """OLMo 3: OLMo 2's layer with sliding windows and a rotary table for each type of layer."""
 
-from rlft.models.families import Family
+from dataclasses import replace
 
-FAMILY = Family(
-    "Olmo3Model",
-    input_norm=None,
-    attention_norm="post_attention_layernorm",
-    mlp_norm=None,
-    down_norm="post_feedforward_layernorm",
-    qk_norm=("self_attn.q_norm", "self_attn.k_norm"),
-    qk_norm_whole=True,
-    norm_style="olmo",
+from rlft.models.families.olmo2 import FAMILY as OLMO2
+
+FAMILY = replace(
+    OLMO2,
+    decoder="Olmo3Model",
+    window="layer",
     rope_by_type=True,
     reads=("attention_bias", "sliding_window", "layer_types"),
 )
