@@ -23,7 +23,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 from results_file import write
 from timing import row
 
-from rlft.models.fused.memory import DecoderShape, choose_plan
+from rlft.models.fused.memory import DecoderShape
+from rlft.models.fused.plan_search import choose_plan
 
 GIB = 2**30
 CARDS = (16, 24, 48, 80, 141)

@@ -50,6 +50,7 @@ EXAMPLES = {
     "granitemoehybrid": "Granite 4 hybrid",
     "olmo2": "OLMo 2",
     "olmo3": "OLMo 3",
+    "olmo_hybrid": "OLMo hybrid",
     "exaone4": "EXAONE 4",
     "seed_oss": "Seed-OSS",
     "glm4": "GLM-4",

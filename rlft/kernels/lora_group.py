@@ -1,6 +1,6 @@
 """Describe the shape of a LoRA group, and write its adapters in the layout that the matrix products read.
 
-A group is one to three projections of the same input x [T, H], for example q, k, v. Their A's are stacked to a
+A group is one to six projections of the same input x [T, H], for example q, k, v. Their A's are stacked to a
 [tail, H]; their B's form blocks of b [out, tail], times scale = alpha / r, with zeros up to `tail` columns:
 
     b[rows of i, columns of i] = scale_i B_i,    a[columns of i] = A_i
@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -26,10 +27,15 @@ from torch import Tensor
 from rlft.kernels.launch import check_args, element_type, kernel, launch, on_gpu, table_entry, tl
 from rlft.upload import upload
 
+MOST = 6
+"""Most projections of a group."""
+TOGETHER = 3
+"""Projections whose gradients one launch adds up."""
+
 
 @dataclass(frozen=True)
 class LoraGroup:
-    """One to three projections that read the same input.
+    """One to six projections that read the same input.
 
     in_features: H. out_features, ranks, scales: per projection; rank 0 is a projection without adapter; scale is
     alpha / r (or alpha / sqrt(r)). align: the width of the tail is rounded up to this; 64 keeps rows of 16-bit elements
@@ -43,9 +49,9 @@ class LoraGroup:
     align: int = 64
 
     def __post_init__(self) -> None:
-        if not 1 <= len(self.out_features) <= 3 or {len(self.ranks), len(self.scales)} != {len(self.out_features)}:
+        if not 1 <= len(self.out_features) <= MOST or {len(self.ranks), len(self.scales)} != {len(self.out_features)}:
             raise ValueError(
-                f"LoraGroup: want 1 to 3 out_features and as many ranks and scales, got out_features "
+                f"LoraGroup: want 1 to {MOST} out_features and as many ranks and scales, got out_features "
                 f"{self.out_features}, ranks {self.ranks}, scales {self.scales}"
             )
         if min(self.ranks) < 0 or self.align < 16 or self.align % 16:
@@ -93,6 +99,33 @@ class LoraGroup:
     def adapted(self) -> tuple[int, ...]:
         """Indices of the projections with an adapter."""
         return tuple(i for i, rank in enumerate(self.ranks) if rank)
+
+    @cached_property
+    def parts(self) -> tuple[GroupPart, ...]:
+        """Parts with at most `TOGETHER` adapters each, as even as possible; together they have all columns of S."""
+        adapted, parts = self.adapted, -(-len(self.adapted) // TOGETHER)
+        bounds = [len(adapted) * i // parts for i in range(parts + 1)]
+        starts = [*(self.columns(adapted[first]).start for first in bounds[:-1]), self.tail]
+        result = []
+        for (first, last), (start, end) in zip(pairwise(bounds), pairwise(starts), strict=True):
+            span = slice(adapted[first], adapted[last - 1] + 1)
+            group = LoraGroup(
+                self.in_features, self.out_features[span], self.ranks[span], self.scales[span], self.align
+            )
+            rows = slice(self.rows(span.start).start, self.rows(span.stop - 1).stop)
+            result.append(GroupPart(group, span, rows, slice(start, end)))
+        return tuple(result)
+
+
+class GroupPart(NamedTuple):
+    """Neighbouring projections of a group."""
+
+    group: LoraGroup
+    projections: slice
+    rows: slice
+    """Their columns of Y, and rows of W."""
+    columns: slice
+    """Their columns of S, dS and the tail; of the last part up to the end of the tail."""
 
 
 def write_adapters_reference(group: LoraGroup, A: Sequence[Tensor], B: Sequence[Tensor], b: Tensor, a: Tensor) -> None:
@@ -280,5 +313,5 @@ def write_adapters(group: LoraGroup, A: Sequence[Tensor], B: Sequence[Tensor], b
 
 
 def pad_to_three(items: Sequence) -> list:
-    """Pad to three items by repeating the last: kernels take as many pointers as a group can have projections."""
-    return [items[min(i, len(items) - 1)] for i in range(3)]
+    """Pad to `TOGETHER` items by repeating the last: kernels take that many pointers."""
+    return [items[min(i, len(items) - 1)] for i in range(TOGETHER)]

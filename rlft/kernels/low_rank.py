@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from rlft.kernels.launch import check_args, jit, kernel, launch, on_gpu, power_of_2, tl
-from rlft.kernels.lora_group import LoraGroup, pad_to_three
+from rlft.kernels.lora_group import TOGETHER, LoraGroup, pad_to_three
 
 
 class Launch(NamedTuple):
@@ -254,14 +254,8 @@ ELEMENTS = 256
 def _sums(q: Tensor, grads: Sequence[Tensor], scales: Sequence[float]) -> tuple[int, tuple, dict[str, int]]:
     """Return programs, arguments and constants of `_sum_splits`: grads[i] += scales[i] * its elements of q."""
     ends = list(itertools.accumulate(grad.numel() for grad in grads))
-    arguments = (
-        q,
-        *pad_to_three(grads),
-        *pad_to_three(ends)[:2],
-        q.shape[1],
-        *pad_to_three([float(scale) for scale in scales]),
-        q.shape[0],
-    )
+    factors = pad_to_three([float(scale) for scale in scales])
+    arguments = (q, *pad_to_three(grads), *pad_to_three(ends)[:2], q.shape[1], *factors, q.shape[0])
     return -(-q.shape[1] // ELEMENTS), arguments, {"SPLITS_BLOCK": power_of_2(q.shape[0]), "BLOCK": ELEMENTS}
 
 
@@ -274,9 +268,8 @@ def _add(q: Tensor, grads: Sequence[Tensor], scales: Sequence[float]) -> None:
 @cache
 def _spans(group: LoraGroup) -> tuple[tuple[int, int, int, int], ...]:
     """Return the spans of dB."""
-    return tuple(
-        (group.rows(i).start, group.out_features[i], group.columns(i).start, group.ranks[i]) for i in group.adapted
-    )
+    places = ((i, group.rows(i), group.columns(i)) for i in group.adapted)
+    return tuple((rows.start, group.out_features[i], columns.start, group.ranks[i]) for i, rows, columns in places)
 
 
 def gradients_b_launch(
@@ -284,6 +277,11 @@ def gradients_b_launch(
     how: Launch = GRAD_B, fused_rank: int = FUSED_RANK,
 ) -> None:  # fmt: skip
     """Compute `gradients_b` by the kernels."""
+    if len(group.adapted) > TOGETHER:
+        for part, projections, rows, columns in group.parts:
+            operands = dy[:, rows], s[:, columns], b[rows, columns], ds[:, columns], grad_B[projections]
+            gradients_b_launch(part, *operands, how, fused_rank)
+        return
     fused = max(group.ranks) <= fused_rank
     q, p, tiles = _column_pass(dy, s, b if fused else None, _spans(group), False, how)
     grads, scales = [grad_B[i] for i in group.adapted], [group.scales[i] for i in group.adapted]
@@ -303,6 +301,10 @@ def gradients_b_launch(
 
 def gradients_a_launch(group: LoraGroup, ds: Tensor, x: Tensor, grad_A: Sequence[Tensor], how: Launch = GRAD_A) -> None:
     """Compute `gradients_a` by the kernels."""
+    if len(group.adapted) > TOGETHER:
+        for part, projections, _, columns in group.parts:
+            gradients_a_launch(part, ds[:, columns], x, grad_A[projections], how)
+        return
     q, _, _ = _column_pass(x, ds, None, ((0, group.in_features, 0, group.rank),), True, how)
     _add(q, [grad_A[i] for i in group.adapted], [1.0 for _ in group.adapted])
 
@@ -377,13 +379,11 @@ def gradients_a(group: LoraGroup, ds: Tensor, x: Tensor, grad_A: Sequence[Tensor
 def _check_gradient(op: str, i: int, grad: Tensor, shape: tuple[int, int], like: Tensor) -> None:
     """Raise ValueError for a gradient buffer that does not fit."""
     ok = grad.shape == shape and grad.is_contiguous() and grad.device == like.device
-    if not ok or (
-        like.is_cuda and grad.dtype != torch.float32
-    ):  # builds the message only on failure, since this runs 14 times per layer
+    # The message is built only on failure, since this runs 14 times per layer.
+    if not ok or (like.is_cuda and grad.dtype != torch.float32):
         wanted = f"a gradient {list(shape)}, contiguous, float32 on a GPU, on {like.device}, for projection {i}"
-        check_args(
-            op, False, f"{wanted}, not on {grad.device}" if grad.device != like.device else wanted, gradient=grad
-        )
+        wanted += f", not on {grad.device}" if grad.device != like.device else ""
+        check_args(op, False, wanted, gradient=grad)
 
 
 def gradients(

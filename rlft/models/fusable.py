@@ -66,14 +66,17 @@ def hook_problem(parts: Sequence[nn.Module]) -> str | None:
 
 def parts_of(decoder: nn.Module, family: Family) -> Iterator[nn.Module]:
     """Yield the modules that fused layers replace: layers, blocks, projections, norms."""
-    norms = (family.input_norm, family.mlp_norm, family.attention_norm, family.down_norm, *(family.qk_norm or ()))
-    names = [path for path in (*family.qkv, family.out, *family.gate_up, family.down, *norms) if path is not None]
-    blocks = sorted({path.rpartition(".")[0] for path in names} - {""})
-    for layer in decoder.layers:  # type: ignore[union-attr]
+    for index, layer in enumerate(decoder.layers):  # type: ignore[arg-type]
+        here = family.of_layer(decoder.config, index)
+        norms = (here.input_norm, here.mlp_norm, here.attention_norm, here.down_norm, *(here.qk_norm or ()))
+        mixer = () if here.mixer is None else here.mixer.modules
+        paths = (*here.qkv, here.out, *here.gate_up, here.down, *norms, *mixer)
+        names = [path for path in paths if path is not None]
+        blocks = sorted({path.rpartition(".")[0] for path in names} - {""})
         yield layer
         for name in (*blocks, *names):
             yield layer.get_submodule(name)
-    yield decoder.norm  # type: ignore[misc]
+    yield decoder.get_submodule(family.final_norm)
 
 
 def state_of(part: nn.Module) -> Iterator[tuple]:
@@ -89,7 +92,8 @@ def state_of(part: nn.Module) -> Iterator[tuple]:
 
 
 def _norms(layer: FusedLayer) -> tuple[Norm | None, ...]:
-    return layer.input_norm, layer.mlp_norm, layer.attention_norm, layer.down_norm, *layer.qk_norm
+    inner = layer.qk_norm if layer.mixer is None else (layer.mixer.norm,)
+    return layer.input_norm, layer.mlp_norm, layer.attention_norm, layer.down_norm, *inner
 
 
 def config_problem(config: Any, family: Family) -> str | None:
@@ -104,7 +108,13 @@ def layers_problem(layers: Sequence[FusedLayer]) -> str | None:
     first = layers[0]
     like = next(norm for norm in _norms(first) if norm is not None).weight
     dtype = like.dtype
+    heads, longest = 0, first.projections[0].in_features
     for layer in layers:
+        if layer.mixer is not None and layer.mixer.conv.weight.dtype != dtype:
+            return f"a convolution of {layer.mixer.conv.weight.dtype} under norms of {dtype}"
+        if layer.mixer is None:
+            heads = max(heads, layer.head_dim)
+            longest = max(longest, layer.q_heads * layer.head_dim if layer.qk_norm_whole else 0)
         if layer.activation not in ACTIVATIONS:
             return f'the activation "{layer.activation}"'
         for norm in _norms(layer):
@@ -116,7 +126,6 @@ def layers_problem(layers: Sequence[FusedLayer]) -> str | None:
             for weight in projection.weights:
                 if isinstance(weight, Tensor) and weight.dtype != dtype:
                     return f"linear weights of {weight.dtype} under norms of {dtype}"
-    longest = max(first.projections[0].in_features, first.q_heads * first.head_dim if first.qk_norm_whole else 0)
-    if first.head_dim > MAX_D or longest > MAX_H:
-        return f"heads of {first.head_dim}, rows of {longest}"
+    if heads > MAX_D or longest > MAX_H:
+        return f"heads of {heads}, rows of {longest}"
     return None

@@ -28,7 +28,7 @@ from rlft.models import packed, padded, rope
 from rlft.models.adapter import FlatAdapter
 from rlft.models.device_memory import DeviceMemory, host_free
 from rlft.models.fused import memory
-from rlft.models.fused.decoder import FusedDecoder, PassRecord
+from rlft.models.fused.decoder import FusedDecoder
 from rlft.models.fused.fuse import fuse
 from rlft.models.fused.placement import Place
 from rlft.models.fused.token_budget import ALONE, BUDGETS, Group, token_budget
@@ -74,8 +74,11 @@ class Policy:
         self.packed = problem is None
         """Whether sequences share a row, also behind a common prompt; else each has a padded row that includes its
         prompt."""
-        batching = f"padded: {problem}" if problem else f"packed: {fused}"
-        self.path = "fused layers" if self.fused else f"transformers' own layers, {batching}"
+        batching = f"padded: {problem}; {fused}" if problem else f"packed: {fused}"
+        self.path = f"transformers' own layers, {batching}"
+        if self.fused is not None:
+            graphless = self.fused.mixers if self.device.type == "cuda" else None
+            self.path = f"fused layers, without CUDA graphs: {graphless}" if graphless else "fused layers"
         """Which layers run, how and why; logged at the start of a run."""
         self.mixes_rows = mixes_rows(self.base)
         """Whether a row's log-probs depend on what it is packed with, so that they cannot be reused for another
@@ -228,7 +231,7 @@ class Policy:
 
     def _hidden(
         self, batch: Batch, trained: Tensor, ids: Tensor, sequences: Sequences, plan: memory.MemoryPlan | None
-    ) -> tuple[Tensor, PassRecord | None]:
+    ) -> tuple[Tensor, memory.PassRecord | None]:
         """Return the head's input [N, H] where each of `trained` is predicted; also how fused layers ran, if they did.
 
         batch, trained: in host memory.

@@ -45,10 +45,10 @@ def test_fill_by_kernel_and_reference(ranks, dtype) -> None:
 
 
 def test_bad_input_says_what_it_wants() -> None:
-    with pytest.raises(ValueError, match="1 to 3 out_features"):
+    with pytest.raises(ValueError, match="1 to 6 out_features"):
         LoraGroup(64, (8, 8), (4,), (1.0,))
-    with pytest.raises(ValueError, match="1 to 3 out_features"):
-        LoraGroup(64, (8,) * 4, (4,) * 4, (1.0,) * 4)
+    with pytest.raises(ValueError, match="1 to 6 out_features"):
+        LoraGroup(64, (8,) * 7, (4,) * 7, (1.0,) * 7)
     with pytest.raises(ValueError, match="multiple of 16"):
         LoraGroup(64, (8,), (4,), (1.0,), align=8)
     group = LoraGroup(64, (8,), (4,), (1.0,))

@@ -17,6 +17,9 @@ GROUPS = [
     LoraGroup(70, (33,), (3,), (1.5,), align=16),
     # Rank beyond one block of 64 columns.
     LoraGroup(130, (24,), (80,), (1.0,), align=16),
+    # More than one launch adds up: q, k, v, the gate, beta and the decay of a gated DeltaNet; one not adapted.
+    LoraGroup(64, (48, 40, 32, 32, 4, 4), (16, 8, 3, 16, 0, 16), (2.0, 1.0, 0.7, 0.5, 1.0, 3.0), align=16),
+    LoraGroup(64, (48, 24, 4, 4), (40, 8, 8, 8), (2.0, 1.0, 0.7, 0.5), align=16),
 ]
 
 

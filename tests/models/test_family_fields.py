@@ -52,6 +52,21 @@ OTHER: dict[str, Any] = {
     "query_pre_attn_scalar": 3,
     "attn_logit_softcapping": 2.0,
     "final_logit_softcapping": 2.0,
+    "norm_eps": 0.1,
+    "full_attn_idxs": [0],
+    "conv_L_cache": 4,
+    "block_multiple_of": 16,
+    "block_ffn_dim_multiplier": 9.0,
+    "linear_conv_kernel_dim": 3,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 24,
+    "linear_num_key_heads": 4,
+    "linear_num_value_heads": 6,
+    "linear_a_log_min": 0.5,
+    "linear_a_log_max": 8.0,
+    "linear_dt_min": 0.002,
+    "linear_dt_max": 0.2,
+    "linear_dt_init_floor": 0.0002,
 }
 """Field -> a value that the rows of `KINDS` do not have. Fields that are not here are flags, which are flipped."""
 TOGETHER: dict[str, dict[str, Any]] = {
@@ -65,6 +80,7 @@ TOGETHER: dict[str, dict[str, Any]] = {
     "layer_types": {"sliding_window": 4, "use_sliding_window": True},
     "num_hidden_layers": {"layer_types": None, "no_rope_layers": None},
     "no_rope_layer_interval": {"no_rope_layers": None},
+    "full_attn_idxs": {"layer_types": None},
 }
 """Fields with an effect only, or a valid value only, beside others."""
 SCALED = OTHER["rope_parameters"] | {"llama_4_scaling_beta": 0.9, "original_max_position_embeddings": 3}
@@ -81,6 +97,8 @@ def changed(kind: str, name: str) -> dict[str, Any]:
     if name == "rope_parameters" and kind == "ministral3":
         return {name: SCALED}
     value = OTHER[name] if name in OTHER else not getattr(config, name)
+    if name == "layer_types" and family.by_type:
+        value = config.layer_types[::-1]
     known = fields_of(config)
     return {name: value} | {key: other for key, other in TOGETHER.get(name, {}).items() if key in known}
 

@@ -7,17 +7,15 @@ from dataclasses import replace
 import pytest
 import torch
 
+from rlft.kernels.logprobs import CHUNK_BYTES
 from rlft.models.fused.levels import L0, L1, L2, L3, L4, L5, LEVELS
 from rlft.models.fused.memory import (
-    CHUNK_BYTES,
     GIB,
     TILES,
     DecoderShape,
     PassOptions,
     backward_work,
-    choose_plan,
     evaluate,
-    exposed_copy_seconds,
     forward_work,
     head_work,
     host_bytes,
@@ -25,6 +23,7 @@ from rlft.models.fused.memory import (
     scratch,
     weight_bytes,
 )
+from rlft.models.fused.plan_search import choose_plan, exposed_copy_seconds
 
 QWEN3_8B = DecoderShape(
     layers=36,

@@ -19,7 +19,8 @@ from rlft.algos.algorithm import build_algorithm
 from rlft.config.data import Data, Sampling
 from rlft.config.run import Algo, Config, Packing
 from rlft.models.fused.levels import L0
-from rlft.models.fused.memory import GIB, GRAPH_MEMORY_SHARE, choose_plan, scratch
+from rlft.models.fused.memory import GIB, scratch
+from rlft.models.fused.plan_search import GRAPH_MEMORY_SHARE, choose_plan
 from rlft.models.fused.token_budget import ALONE, BUDGETS, Group, token_budget
 from rlft.trainer.plans import pack_plan_of
 from rlft.types import PackPlan, Prompt, Rollout

@@ -6,15 +6,20 @@ A decoder layer of every family here is
     mid = x + [c] [norm](o);  n2 = [norm](mid);  h = act(n2 Wgate) * (n2 Wup);  x' = mid + [c] [norm](h Wdown)
 
 and a family gives the names of its modules, which of the norms in brackets and of q, k it has, the factor c, and its
-conventions.
+conventions. In layers of another type, which `by_type` describes, a gated DeltaNet (`Delta`) or a gated short
+convolution (`Conv`) takes the place of q, k, v and attention:
+
+    Delta   q, k, v, z, b, a = n1 W;  q, k, v = silu(conv(q, k, v));  y = delta rule(q, k, v, g(a), beta(b))
+            o = (norm(y) * silu(z)) Wo
+    Conv    B, C, u = n1 W;  o = (C * conv(B * u)) Wo
 """
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 COMMON = frozenset(
@@ -31,6 +36,37 @@ FACTORS = ("multiplier", "scaling", "scale", "factor")
 
 
 @dataclass(frozen=True)
+class Delta:
+    """Names of the modules of a gated DeltaNet, as it is in a layer. `Family.qkv` lists the projections whose outputs
+    are q, k, v, z, b and a, in this order."""
+
+    conv: str = "linear_attn.conv1d"
+    """Its parent module has A_log and dt_bias."""
+    norm: str = "linear_attn.norm"
+    """Norm of each head of the output, before the gate."""
+    double_beta: str | None = None
+    """Config flag for a beta in [0, 2] instead of [0, 1]."""
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """Names of modules beside the projections."""
+        return self.conv, self.norm
+
+
+@dataclass(frozen=True)
+class Conv:
+    """Names of the modules of a gated short convolution. `Family.qkv` is the projection whose outputs are B, C and
+    u."""
+
+    conv: str = "conv.conv"
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """Names of modules beside the projections."""
+        return (self.conv,)
+
+
+@dataclass(frozen=True)
 class Family:
     """Names and flags of an architecture; module paths are relative to a decoder layer, config attributes to the text
     config."""
@@ -43,6 +79,15 @@ class Family:
     gate_up: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
     """Two projections, or one whose output rows are gate and up."""
     down: str = "mlp.down_proj"
+    final_norm: str = "norm"
+    """Norm of the decoder, before the head."""
+    mixer: Delta | Conv | None = None
+    """What mixes the tokens of a layer; None: attention."""
+    by_type: Mapping[str, Family] = field(default_factory=dict, hash=False)
+    """Entry of the config's `layer_types` -> description of the layers of that type, where it is another one."""
+    gated: bool = False
+    """The projection of q has, behind q of each head, as many columns of a gate: attention's output is multiplied by
+    its sigmoid."""
     input_norm: str | None = "input_layernorm"
     """None: q, k and v are projected from the residual stream itself."""
     attention_norm: str | None = None
@@ -59,7 +104,7 @@ class Family:
     """How norms multiply by their weight (`rlft.kernels.rms_norm`): "llama", "gemma", 1 + weight in fp32, "olmo", the
     weight in fp32."""
     activation: str = "hidden_act"
-    """Config attribute with the name of the gate's activation."""
+    """Config attribute with the name of the gate's activation, or that name where it is fixed."""
     window: str = "layer"
     """Where the sliding window is defined: "layer", `sliding_window` of the attention module; "flag", there, for layers
     with `is_sliding`; "config", of the config, for all layers; "none"."""
@@ -69,7 +114,7 @@ class Family:
     """Whether the rotary embedding turns neighbouring entries, not entry i of each half."""
     rotary: str = "all"
     """Which layers rotate q and k: "all"; "flag", those with `use_rope` of the attention module; "sliding", those with
-    a window, or all of a config without one."""
+    a window, or all of a config without one; "config", all of a config with a `rope_theta`."""
     query_scale: tuple[str, str] | None = None
     """Names in `rope_parameters` of b and L: q at position p is multiplied by 1 + b log(1 + floor(p / L))."""
     embedding_factor: str | None = None
@@ -81,6 +126,10 @@ class Family:
     reads: tuple[str, ...] = ()
     """Config fields that the layers depend on, beside `COMMON`, `activation` and `dropouts`. Any other field must have
     its neutral value."""
+
+    def of_layer(self, config: Any, index: int) -> Family:
+        """Return the description of a layer."""
+        return self.by_type.get(config.layer_types[index], self) if self.by_type else self
 
     def unread(self, config: Any) -> Iterator[tuple[str, Any]]:
         """Yield name and value of each field of the config's class that matters and that the layers do not read."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -27,10 +27,13 @@ from rlft.models.families import Family
 from rlft.models.fused import memory
 from rlft.models.fused.graphs import Graphs, Padded, count_keys, key_capacity, launch_bound, round_up
 from rlft.models.fused.layer import run_layer
-from rlft.models.fused.layer_modules import FusedLayer, describe_norm, describe_shape
+from rlft.models.fused.layer_modules import FusedLayer, describe_norm, describe_shape, mixers_of
 from rlft.models.fused.layer_steps import Pass
+from rlft.models.fused.mixer_shape import Recurrent
 from rlft.models.fused.offload import Offload
+from rlft.models.fused.ops import Places
 from rlft.models.fused.placement import Placement
+from rlft.models.fused.plan_search import GRAPH_MEMORY_SHARE, capturable, choose_plan
 from rlft.models.fused.projection import Store, adapter_tensors
 from rlft.models.fused.tables import rope_tables
 from rlft.models.fused.unpad import text_positions, unpadded
@@ -43,14 +46,6 @@ LOWER = 0.1
 """By how much the margin grows after an out-of-memory error."""
 KEYS = 1024
 """Numbers of copied keys are rounded up to a multiple of this."""
-
-
-class PassRecord(NamedTuple):
-    """How a pass over the layers ran, for what runs after it."""
-
-    plan: memory.MemoryPlan
-    workspace: Tensor | None
-    """Memory of the weight buffers, flat, which may be overwritten until the next layer runs; None: there is none."""
 
 
 class FusedDecoder:
@@ -112,13 +107,15 @@ class FusedDecoder:
         self.store.release()
         self.graphs: Graphs | None = None
         """CUDA graphs of short passes; None: passes are always launched kernel by kernel."""
-        config, final_norm = self.decoder.config, self.decoder.norm
+        self.mixers: str | None = None
+        """What layers have in place of attention, which no CUDA graph runs; None: all have attention."""
+        config, final_norm = self.decoder.config, self.decoder.get_submodule(self.family.final_norm)
         factor = self.family.embedding_factor
         self._embedding_factor = float(getattr(config, factor)) if factor is not None else 1.0
         try:
             weight_of = self.placement.weight if self.placement is not None else None
             self.layers = [
-                FusedLayer(module, i, self.family, config, weight_of)
+                FusedLayer(module, i, self.family.of_layer(config, i), config, weight_of)
                 for i, module in enumerate(self.decoder.layers)  # type: ignore[arg-type]
             ]
             self._problem = fusable.layers_problem(self.layers)
@@ -130,7 +127,8 @@ class FusedDecoder:
             self.norm = describe_norm(final_norm, self.family.norm_style)
             self.shape = self._shape()
             graphable = self.norm.weight.is_cuda and self.shape.attention in ("fa4", "fa2")
-            if graphable and self.placement is None:
+            self.mixers = mixers_of(self.layers)
+            if graphable and self.placement is None and self.mixers is None:
                 self.graphs = Graphs()
         return self._problem
 
@@ -157,7 +155,7 @@ class FusedDecoder:
         gradients: dict[Tensor, Tensor] | None = None,
         plan: memory.MemoryPlan | None = None,
         padded_to: Tensor | None = None,
-    ) -> tuple[Tensor, PassRecord]:
+    ) -> tuple[Tensor, memory.PassRecord]:
         """Return the residual stream after the last layer, [T, H], before the final norm, and how the pass ran.
 
         embedded: [T, H]. position_ids: [T]. sequences: which rows attend to which. gradients: parameter -> fp32 buffer
@@ -174,32 +172,32 @@ class FusedDecoder:
             embedded = embedded * self._embedding_factor
         if plan is None:
             rows = embedded.shape[0]
-            plan = self.plan_for(rows, None, count_keys(sequences, rows) if sequences.copies else 0)
+            keys = count_keys(sequences, rows) if sequences.copies else 0
+            plan = self.plan_for(rows, None, keys, None, self._recurrent(sequences))
         self._last_plan = plan
         self.store.use(plan.store)
-        types = {layer.type for layer in self.layers}
+        types = {layer.type for layer in self.layers if layer.mixer is None}
         tables = rope_tables(self.decoder, self.family, types, embedded, position_ids, padded_to)
         adapter, rows = self.adapter(), embedded.shape[0]
         hidden = embedded
         if plan.padded:
             batch = Padded.of(self.layers, embedded, tables, sequences, plan.padded)
             if self.graphs is not None and gradients and self._trains(adapter, gradients):
-                limit = memory.GRAPH_MEMORY_SHARE * (self.available() + self.graphs.bytes)
+                limit = GRAPH_MEMORY_SHARE * (self.available() + self.graphs.bytes)
                 result = self.graphs.run(self.layers, self.store, adapter, plan, gradients, batch, limit)
                 if result is not None:
-                    return result, PassRecord(plan, self.store.scratch)
+                    return result, memory.PassRecord(plan, self.store.scratch)
             bucket = batch.launched()
             hidden, tables, sequences = bucket.x, bucket.tables, bucket.sequences
         if self.graphs is not None and plan.peak > self.available():
             self.graphs.clear()
         with_backward = torch.is_grad_enabled()
-        run = Pass(
-            sequences, tables, self.store, adapter, plan.levels, plan.tile, with_backward, gradients, self.offload
-        )
+        more = (gradients, self.offload, Places.of(sequences) if self.mixers else None)
+        run = Pass(sequences, tables, self.store, adapter, plan.levels, plan.tile, with_backward, *more)
         for layer in self.layers:
             hidden = run_layer(layer, hidden, run)
         self.offload.settle()
-        return hidden[:rows], PassRecord(plan, self.store.scratch)
+        return hidden[:rows], memory.PassRecord(plan, self.store.scratch)
 
     @property
     def last_plan(self) -> memory.MemoryPlan | None:
@@ -220,16 +218,26 @@ class FusedDecoder:
         if self.graphs is not None and launch_bound(self.shape, rows, keys):
             bucket = round_up(rows)
             plan = self.plan_for(bucket, trained, key_capacity(keys, bucket), budget)
-            if memory.capturable(self.shape, plan, budget + self.graphs.bytes):
+            if capturable(self.shape, plan, budget + self.graphs.bytes):
                 return replace(plan, padded=bucket)
-        return self.plan_for(rows, trained, keys if sequences.copies else 0, budget)
+        return self.plan_for(rows, trained, keys if sequences.copies else 0, budget, self._recurrent(sequences))
+
+    def _recurrent(self, sequences: Sequences) -> Recurrent | None:
+        """Return what the memory of the layers other than attention depends on; None without such layers."""
+        return Recurrent.of(sequences) if self.mixers else None
 
     def plan_for(
-        self, rows: int, trained: int | None = None, keys: int = 0, budget: float | None = None
+        self,
+        rows: int,
+        trained: int | None = None,
+        keys: int = 0,
+        budget: float | None = None,
+        recurrent: Recurrent | None = None,
     ) -> memory.MemoryPlan:
         """Choose how a pass over `rows` rows runs, of which `trained` (None: all) reach the head.
 
-        keys: keys that are copied for sequences behind shared prefixes. budget: bytes; None: `available`.
+        keys: keys that are copied for sequences behind shared prefixes. budget: bytes; None: `available`. recurrent: as
+        in `memory.evaluate`.
         """
         if self.plan is not None:
             return self.plan
@@ -242,12 +250,12 @@ class FusedDecoder:
         rows, trained, keys = (-(-size // multiple) * multiple for size, multiple in sizes)
         budget = self.available() if budget is None else budget
         if self.placement is not None:
-            return memory.choose_plan(self.shape, rows, trained, budget, host, keys, shadow=False)
-        plan = memory.choose_plan(self.shape, rows, trained, budget, host, keys)
+            return choose_plan(self.shape, rows, trained, budget, host, keys, False, recurrent)
+        plan = choose_plan(self.shape, rows, trained, budget, host, keys, True, recurrent)
         full = self._micro_batch
         shadowed = plan.store == "shadow" and rows < full
-        if shadowed and memory.choose_plan(self.shape, full, full, budget, host).store != "shadow":
-            return memory.choose_plan(self.shape, rows, trained, budget, host, keys, shadow=False)
+        if shadowed and choose_plan(self.shape, full, full, budget, host).store != "shadow":
+            return choose_plan(self.shape, rows, trained, budget, host, keys, False, recurrent)
         return plan
 
     def set_micro_batch(self, rows: int) -> None:

@@ -4,7 +4,8 @@ What that is depends on the layer's level, a row of the table in `rlft.models.fu
 
 Shapes and names: T rows, H hidden size, r rank; x [T, H] the layer's input, o the output projection, mid [T, H] the
 residual stream after attention, n a norm's output, h [T, I] = act(gate) * up, S = x A^T of an adapter (A, B).
-c is the factor on the outputs of attention and MLP, 1 in most families.
+c is the factor on the outputs of attention and MLP, 1 in most families. A gated DeltaNet or a short convolution may be
+in the place of attention (`rlft.models.fused.mixers`).
 
 The down projection is never recomputed: its backward needs only S = h A^T, 2 r bytes per token, which every level saves
 (a norm behind it, as in Gemma, needs its output; it is recomputed there). Everything but attention runs in tiles of
@@ -72,7 +73,8 @@ class Forward(Steps):
         T, qkv_group = x.shape[0], self.bound[QKV].group
         s_qkv = x.new_empty(T, qkv_group.rank) if level.keep_qkv else None
         qkv = self.qkv(x, s_qkv)
-        attention = self.attend(qkv)
+        attention = self.mix(qkv)
+        attended = self.finished(attention.out, qkv, slice(None))
         saved.s_down = x.new_empty(T, self.bound[DOWN].group.rank)
         if level.keep_qkv:
             saved.qkv, saved.s_qkv = qkv, s_qkv
@@ -81,8 +83,8 @@ class Forward(Steps):
         if level.keep_mlp:
             gate_up = self.bound[GATE_UP].group
             saved.mid, saved.gate_up = torch.empty_like(x), x.new_empty(T, gate_up.out + gate_up.tail)
-        del qkv
-        return self._mlp(x, attention.out.flatten(1), saved)
+        del qkv, attention
+        return self._mlp(x, attended, saved)
 
     def _mlp(self, x: Tensor, attended: Tensor, saved: SavedActivations) -> Tensor:
         out, group = torch.empty_like(x), self.bound[GATE_UP].group

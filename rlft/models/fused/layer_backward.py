@@ -73,24 +73,29 @@ class Backward(Steps):
         """Return dx [T, H], whose rows may have a stride; None without `input_gradient`."""
         x, qkv, s_qkv = saved.x, saved.qkv, saved.s_qkv
         assert x is not None
-        group = self.bound[QKV].group
+        # q and k of a kept attention, projected again, are not yet rotated.
+        rotates = saved.attention is not None and qkv is None and self.layer.mixer is None
+        if qkv is None and (saved.attention is None or self.layer.finishes):
+            qkv, s_qkv = self._projected(x)
         if saved.attention is None:
-            s_qkv = x.new_empty(x.shape[0], group.rank)
-            qkv = self.qkv(x, s_qkv)
-            saved.attention = self.attend(qkv)
+            assert qkv is not None
+            saved.attention = self.mix(qkv)
         attention = saved.attention
-        dmid, dattended = self._mlp(dout, x, attention.out.flatten(1), saved)
+        dmid, dattended = self._mlp(dout, x, attention.out, qkv, saved)
         saved.mid = saved.gate_up = saved.s_down = None
-        rotated = None
         if qkv is None:
-            s_qkv = x.new_empty(x.shape[0], group.rank)
-            qkv = self.qkv(x, s_qkv)
-            rotated = self.rope.forward(*self.layer.heads(qkv)[:2])
+            qkv, s_qkv = self._projected(x)
+        rotated = self.rope.forward(*self.layer.heads(qkv)[:2]) if rotates else None
         assert s_qkv is not None
-        self._attention(dattended, qkv, rotated, attention)
+        self._mixed(dattended, qkv, rotated, attention)
         del dattended, attention, rotated
         saved.attention = saved.qkv = None
         return self._inputs(qkv, s_qkv, x, dmid, input_gradient)
+
+    def _projected(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return qkv of all rows, and S of its projection."""
+        s = x.new_empty(x.shape[0], self.bound[QKV].group.rank)
+        return self.qkv(x, s), s
 
     def _gradient_b(self, i: int, dy: Tensor, s: Tensor) -> Tensor:
         """Add the gradient of B of projection i and write dS into the tail of dy; return that tail."""
@@ -116,17 +121,20 @@ class Backward(Steps):
             shrink(group, x, self.weights(i).a, s)
         return s
 
-    def _mlp(self, dout: Tensor, x: Tensor, attended: Tensor, saved: SavedActivations) -> tuple[Tensor, Tensor]:
-        """Return the gradients of mid [T, H + tail] and of attention's output [T, Hq D]: from the layer's output down
-        to o."""
+    def _mlp(
+        self, dout: Tensor, x: Tensor, out: Tensor, projected: Tensor | None, saved: SavedActivations
+    ) -> tuple[Tensor, Tensor]:
+        """Return the gradients of mid [T, H + tail] and of what o is projected from [T, Hq D]: from the layer's output
+        down to o. out: of attention. projected: as in `finished`."""
         T, H = x.shape
         dmid = x.new_empty(T, H + self.bound[OUT].group.tail)
-        dattended = torch.empty_like(attended)
+        dattended = x.new_empty(T, self.bound[OUT].group.in_features)
         for rows in tiles(T, self.run.tile):
+            attended = self.finished(out, projected, rows)
             s_out = None
             raw = None
             if saved.mid is None or self.layer.attention_norm is not None:
-                raw, s_out = self.out(attended[rows])
+                raw, s_out = self.out(attended)
             if saved.mid is None:
                 assert raw is not None
                 mid = torch.empty_like(raw) if self.layer.attention_norm is not None else raw
@@ -139,10 +147,10 @@ class Backward(Steps):
             del dn, n, mid
             do = self._of_output(dmid[rows, :H], dmid[rows], raw, self.layer.attention_norm, OUT)
             del raw
-            s = self._recompute_s(OUT, attended[rows]) if s_out is None else s_out
+            s = self._recompute_s(OUT, attended) if s_out is None else s_out
             ds = self._gradient_b(OUT, do, s)
             self._dx(OUT, do, dattended[rows])
-            self._gradient_a(OUT, ds, attended[rows])
+            self._gradient_a(OUT, ds, attended)
         return dmid, dattended
 
     def _gated(self, dout: Tensor, n: Tensor, saved: SavedActivations, rows: slice) -> Tensor:
@@ -192,14 +200,25 @@ class Backward(Steps):
             result[:, :H].mul_(factor)
         return result
 
+    def _mixed(self, dattended: Tensor, projected: Tensor, rotated: Any, saved: Saved) -> None:
+        """Overwrite what attention, or the layer's mixer, read with its gradient."""
+        if self.layer.mixer is None:
+            self._attention(dattended, projected, rotated, saved)
+        else:
+            self.layer.mixer.backward(dattended, projected, saved, self.places)
+
     def _attention(self, dattended: Tensor, qkv: Tensor, rotated: Any, saved: Saved) -> None:
         """Overwrite qkv with its gradient."""
         q, k, v = self.layer.heads(qkv)
         if rotated is None:
             rotated = self.rope.forward(q, k) if self.rope.q is not None else (q, k)
         dout = dattended.unflatten(1, saved.out.shape[1:])
+        if self.layer.gated:
+            ops.sigmoid_gate_backward(dout, saved.out, self.layer.q_and_gate(qkv)[1])
         dq, dk, dv = self.layer.attention.backward(dout, rotated[0], rotated[1], v, saved, self.run.sequences)
         self.rope.backward(dq, dk, q, k, rotated)
+        if self.layer.gated:
+            self.layer.q_and_gate(qkv)[0].copy_(q)
         v.copy_(dv)
 
     def _inputs(self, dqkv: Tensor, s: Tensor, x: Tensor, dmid: Tensor, input_gradient: bool) -> Tensor | None:

@@ -6,6 +6,7 @@ Shapes: T rows, Hq query heads, Hk key heads, D head size.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,9 +14,10 @@ from torch import Tensor, nn
 from rlft.kernels import attention_backends as backends
 from rlft.kernels.nf4 import Nf4Weight
 from rlft.kernels.rms_norm import GEMMA, LLAMA, OLMO
-from rlft.models.families import Family
+from rlft.models.families import Delta, Family
 from rlft.models.fused import ops
 from rlft.models.fused.memory import DecoderShape
+from rlft.models.fused.mixers import ConvMixer, DeltaMixer, Mixer
 from rlft.models.fused.projection import Bound, Projection
 
 QKV, OUT, GATE_UP, DOWN = range(4)
@@ -59,12 +61,24 @@ class FusedLayer:
         self.attention_norm, self.down_norm = norm(family.attention_norm), norm(family.down_norm)
         q_name, k_name = family.qk_norm or (None, None)
         self.qk_norm, self.qk_norm_whole = (norm(q_name), norm(k_name)), family.qk_norm_whole
+        self.mixer = describe_mixer(module, family, config)
+        """What mixes the tokens; None: attention."""
+        self.gated = family.gated
+        if self.mixer is None:
+            self._describe_attention(get("self_attn"), family, config)
+        activation = getattr(config, family.activation, family.activation)
+        self.activation = str(ACTIVATIONS.get(activation, activation))
+        self.residual_factor = float(getattr(config, family.residual_factor)) if family.residual_factor else 1.0
+        self.width = self.projections[DOWN].in_features
+
+    def _describe_attention(self, attention: Any, family: Family, config: Any) -> None:
+        """Read the constants of attention and its rotary embedding."""
         self.interleaved = family.interleaved
-        attention: Any = get("self_attn")
-        self.type = config.layer_types[index] if family.rope_by_type else None
+        self.type = config.layer_types[self.index] if family.rope_by_type else None
         rotates = {
             "flag": lambda: attention.use_rope,
             "sliding": lambda: attention.sliding_window is None or attention.is_sliding,
+            "config": lambda: (config.rope_parameters or {}).get("rope_theta") is not None,
         }
         if not rotates.get(family.rotary, lambda: True)():
             self.type = NO_ROPE
@@ -81,22 +95,28 @@ class FusedLayer:
             window=window.get(family.window, lambda: None)(),
             softcap=getattr(attention, "attn_logit_softcapping", None),
         )
-        activation = getattr(config, family.activation)
-        self.activation = str(ACTIVATIONS.get(activation, activation))
-        self.residual_factor = float(getattr(config, family.residual_factor)) if family.residual_factor else 1.0
-        self.width = self.projections[DOWN].in_features
+
+    @property
+    def finishes(self) -> bool:
+        """Whether what the output projection reads is computed from the buffer of the first projection, too."""
+        return self.gated if self.mixer is None else self.mixer.finishes
 
     def bind(self, adapter: str | None) -> tuple[Bound, ...]:
         """Look up the adapter of each projection."""
         return tuple(projection.bind(adapter) for projection in self.projections)
 
     def heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return views q [T, Hq, D], k and v [T, Hk, D] of a qkv buffer."""
-        head_dim, q_heads, k_heads = self.head_dim, self.q_heads, self.k_heads
-        parts = qkv[:, : (q_heads + 2 * k_heads) * head_dim].split(
-            [q_heads * head_dim, k_heads * head_dim, k_heads * head_dim], dim=1
-        )
-        return tuple(part.unflatten(1, (-1, head_dim)) for part in parts)  # type: ignore[return-value]
+        """Return views q [T, Hq, D], k and v [T, Hk, D] of a qkv buffer; a copy of q where a gate is beside it."""
+        q_columns, k_columns = self.q_heads * self.head_dim * (1 + self.gated), self.k_heads * self.head_dim
+        q, *kv = qkv[:, : q_columns + 2 * k_columns].split([q_columns, k_columns, k_columns], dim=1)
+        k, v = (part.unflatten(1, (-1, self.head_dim)) for part in kv)
+        return self.q_and_gate(qkv)[0].contiguous() if self.gated else q.unflatten(1, (-1, self.head_dim)), k, v
+
+    def q_and_gate(self, qkv: Tensor) -> tuple[Tensor, Tensor]:
+        """Return views of q and of the gate of attention's output, [T, Hq, D] each, of a qkv buffer that has both."""
+        both = qkv[:, : 2 * self.q_heads * self.head_dim].unflatten(1, (-1, 2 * self.head_dim))
+        q, gate = both.split(self.head_dim, dim=2)
+        return q, gate
 
 
 def projections_of(family: Family) -> tuple[Sequence[str], ...]:
@@ -110,6 +130,19 @@ def describe_norm(module: Any, style: str) -> ops.Norm:
     return ops.Norm(module.weight.detach(), eps, STYLES[style])
 
 
+def describe_mixer(module: nn.Module, family: Family, config: Any) -> Mixer | None:
+    """Describe what mixes the tokens of a layer; None: attention. Raises ValueError for what no kernel computes."""
+    if isinstance(family.mixer, Delta):
+        norm = describe_norm(module.get_submodule(family.mixer.norm), "llama")
+        return DeltaMixer(module, family.mixer, norm, config)
+    return None if family.mixer is None else ConvMixer(module, family.mixer)
+
+
+def mixers_of(layers: Sequence[FusedLayer]) -> str | None:
+    """Name what layers have in place of attention; None: all have attention."""
+    return " and ".join(sorted({layer.mixer.title for layer in layers if layer.mixer is not None})) or None
+
+
 def describe_shape(
     layers: Sequence[FusedLayer], adapter: str | None, vocab: int, weight: Tensor, entropy_grad: bool
 ) -> DecoderShape:
@@ -117,22 +150,43 @@ def describe_shape(
 
     adapter: name of the active one; None: adapters are off. weight: of a norm, which gives device and dtype.
     """
-    first = layers[0]
-    bound = first.bind(adapter)
+    alike = mixers_of(layers) is None
+    shapes = [
+        _layer_shape(layer, len(layers), adapter, vocab, weight, entropy_grad)
+        for layer in (layers[:1] if alike else layers)
+    ]
+    if alike:
+        return shapes[0]
+    kinds = tuple(dict.fromkeys(shapes))
+    return replace(kinds[0], kinds=kinds, order=tuple(kinds.index(shape) for shape in shapes))
+
+
+def _layer_shape(
+    layer: FusedLayer, layers: int, adapter: str | None, vocab: int, weight: Tensor, entropy_grad: bool
+) -> DecoderShape:
+    """Return the sizes of a decoder with `layers` layers like this one."""
+    bound, mixer = layer.bind(adapter), layer.mixer
+    if mixer is None:
+        q_heads, q, kv = layer.q_heads, layer.q_heads * layer.head_dim, layer.k_heads * layer.head_dim
+        attention = backends.choose_backend(weight.device, weight.dtype, layer.head_dim, layer.attention.softcap)
+    else:
+        q_heads, q, kv, attention = 0, mixer.width, 0, "none"
     return DecoderShape(
-        layers=len(layers),
-        hidden=first.projections[0].in_features,
-        q=first.q_heads * first.head_dim,
-        kv=first.k_heads * first.head_dim,
-        q_heads=first.q_heads,
-        intermediate=first.width,
+        layers=layers,
+        hidden=layer.projections[0].in_features,
+        q=q,
+        kv=kv,
+        q_heads=q_heads,
+        intermediate=layer.width,
         vocab=vocab,
         dtype=weight.dtype,
         tails=tuple(projection.group.tail for projection in bound),  # type: ignore[arg-type]
         ranks=tuple(projection.group.rank for projection in bound),  # type: ignore[arg-type]
-        qk_norm=first.qk_norm[0] is not None,
-        post_norm=first.down_norm is not None,
-        residual_factor=first.residual_factor != 1,
-        attention=backends.choose_backend(weight.device, weight.dtype, first.head_dim, first.attention.softcap),
+        qk_norm=layer.qk_norm[0] is not None,
+        post_norm=layer.down_norm is not None,
+        residual_factor=layer.residual_factor != 1,
+        attention=attention,
         entropy_grad=entropy_grad,
+        gated=layer.gated,
+        mixer=None if mixer is None else mixer.sizes(weight.dtype.itemsize),
     )

@@ -1,6 +1,7 @@
 """The steps that the forward and the backward of a decoder layer share, in tiles of rows.
 
-Names and shapes: T rows, H hidden size, R rotary columns, I width of the MLP, Y columns of qkv; x the residual stream,
+Names and shapes: T rows, t of a tile, H hidden size, Hq query heads, D head size, R rotary columns, I width of the MLP,
+Y columns of qkv, or of what a mixer (`rlft.models.fused.mixers`) reads in its place; x the residual stream,
 n a norm's output, q, k, v of attention, o the output projection, h = act(gate) * up; S or s = x A^T of an adapter.
 c is the factor on the outputs of attention and MLP, 1 in most families.
 "Tail": columns behind a projection's output that hold S.
@@ -42,6 +43,8 @@ class Pass:
     gradients: dict[Tensor, Tensor] | None = None
     """Parameter -> fp32 buffer that its gradient is added to; None: returned to autograd."""
     offload: Offload | None = None
+    places: ops.Places | None = None
+    """Where the sequences are; None: all layers have attention."""
     stored: dict[int, Stored] = field(default_factory=dict)
     """Layer -> what it moved to the host."""
 
@@ -53,7 +56,7 @@ class SavedActivations:
     x: Tensor | None
     attention: Saved | None = None
     qkv: Tensor | None = None
-    """[T, Y + tail]: q and k before the norm where there is one, else rotated."""
+    """[T, Y + tail]: q and k before the norm where there is one, else rotated; or what a mixer reads."""
     s_qkv: Tensor | None = None
     mid: Tensor | None = None
     gate_up: Tensor | None = None
@@ -76,8 +79,9 @@ class Steps:
     def __init__(self, layer: FusedLayer, run: Pass, bound: Sequence[Bound], x: Tensor) -> None:
         self.layer, self.run, self.bound = layer, run, bound
         self.weights = run.store.weights(layer.index, layer.projections, bound, x)
-        cos, sin, *scale = run.tables[layer.type]
-        self.rope = ops.Rope(cos, sin, *layer.qk_norm, layer.qk_norm_whole, layer.interleaved, *scale)
+        if layer.mixer is None:
+            cos, sin, *scale = run.tables[layer.type]
+            self.rope = ops.Rope(cos, sin, *layer.qk_norm, layer.qk_norm_whole, layer.interleaved, *scale)
 
     def normed(self, x: Tensor, norm: ops.Norm | None, i: int, **residual: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return the norm's output, with room for S of projection i behind each row, and 1 / rms."""
@@ -105,6 +109,30 @@ class Steps:
         q, k, v = self.layer.heads(qkv)
         q, k = self.rope.forward(q, k)
         return self.layer.attention.forward(q, k, v, self.run.sequences)
+
+    def mix(self, projected: Tensor) -> Saved:
+        """Run attention, or what the layer has in its place, on what its input was projected to."""
+        if self.layer.mixer is None:
+            return self.attend(projected)
+        return self.layer.mixer.forward(projected, self.places)
+
+    @property
+    def places(self) -> ops.Places:
+        """Where the sequences are, for a mixer."""
+        assert self.run.places is not None
+        return self.run.places
+
+    def finished(self, out: Tensor, projected: Tensor | None, rows: slice) -> Tensor:
+        """Return what the output projection reads, [t, Hq D], of some rows of what `mix` returned and of its input.
+
+        projected: needed if the layer `finishes`.
+        """
+        if not self.layer.finishes:
+            return out[rows].flatten(1)
+        assert projected is not None
+        if self.layer.mixer is not None:
+            return self.layer.mixer.finish(out[rows], projected[rows])
+        return ops.sigmoid_gate_forward(out[rows], self.layer.q_and_gate(projected[rows])[1]).flatten(1)
 
     def out(self, attended: Tensor) -> tuple[Tensor, Tensor]:
         """Return the o projection of rows of attention's output, and its S."""

@@ -8,7 +8,9 @@
     L4      nothing: x, attention out + lse in host memory              as L2
     L5      nothing: x in host memory                                   as L3
 
-Names as in `rlft.models.fused.layer`: x the layer's input, mid the residual stream after attention.
+Names as in `rlft.models.fused.layer`: x the layer's input, mid the residual stream after attention. In a layer with a
+mixer (`rlft.models.fused.mixers`), qkv is the buffer that the mixer reads, and its output stands for attention's. Where
+a gate in that buffer multiplies the output, the levels that recompute it do so before the MLP's backward, not after it.
 """
 
 from __future__ import annotations

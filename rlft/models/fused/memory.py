@@ -1,4 +1,4 @@
-"""Estimate the memory of a training pass by closed formulae, and choose what each layer saves within a budget.
+"""Estimate the memory of a training pass by closed formulae; `plan_search` chooses what each layer saves by them.
 
 Every buffer of `rlft.models.fused.layer` and of the head is counted while it exists. With T rows, tiles of t rows:
 
@@ -18,19 +18,19 @@ and t rows and rows of a tile, H bytes of a row of the residual stream, q column
 
 from __future__ import annotations
 
-import bisect
 import math
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
-from itertools import combinations
-from typing import Any
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from rlft.kernels.logprobs import CHUNK_BYTES, chunk_rows
-from rlft.models.fused.levels import L0, L3, L5, LEVELS, Level
+from rlft.kernels.logprobs import chunk_rows
+from rlft.models.fused.levels import Level
+from rlft.models.fused.mixer_shape import MixerShape, Recurrent
 from rlft.models.fused.offload import AHEAD, BEHIND
 from rlft.models.fused.projection import Mode
 
@@ -41,7 +41,10 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class DecoderShape:
-    """Sizes of a decoder: those of the largest layer where layers differ."""
+    """Sizes of a decoder, and of a kind of its layers.
+
+    Where layers differ, the decoder has `kinds`, and as fields of a layer those of the first kind.
+    """
 
     layers: int
     hidden: int
@@ -69,6 +72,47 @@ class DecoderShape:
     """The outputs of attention and MLP are multiplied by a constant."""
     entropy_grad: bool = False
     """The loss has an entropy bonus, so that the head holds a second Jacobian."""
+    gated: bool = False
+    """Attention's output is multiplied by a gate, whose columns are beside those of q."""
+    mixer: MixerShape | None = None
+    """What mixes the tokens; None: attention. `q` is the width of its output, `kv` 0."""
+    kinds: tuple[DecoderShape, ...] = ()
+    """Sizes of each kind of layer; empty: all are alike."""
+    order: tuple[int, ...] = ()
+    """For each layer the index of its kind."""
+
+    @property
+    def layer_kinds(self) -> tuple[DecoderShape, ...]:
+        """Sizes of each kind of layer."""
+        return self.kinds or (self,)
+
+    def kind(self, layer: int) -> int:
+        """Return the kind of a layer, as an index of `layer_kinds`."""
+        return self.order[layer] if self.order else 0
+
+    def count(self, layers: int) -> Counter[int]:
+        """Count the first `layers` layers by kind."""
+        return self._counts[layers] if self.order else Counter({0: layers})
+
+    def last_of_each_kind(self, first: int, last: int) -> list[int]:
+        """Return the last layer of each kind among layers first to last - 1."""
+        if not self.order:
+            return [last - 1] if first < last else []
+        return list({self.order[layer]: layer for layer in range(first, last)}.values())
+
+    @cached_property
+    def _counts(self) -> list[Counter[int]]:
+        return [Counter(self.order[:layers]) for layers in range(self.layers + 1)]
+
+    @property
+    def projected(self) -> int:
+        """Columns of the buffer that q, k and v, or what the mixer reads, are projected to."""
+        return self.q * (1 + self.gated) + 2 * self.kv if self.mixer is None else self.mixer.columns
+
+    @property
+    def finishes(self) -> bool:
+        """What the output projection reads is computed from that buffer, too."""
+        return self.gated if self.mixer is None else self.mixer.finishes
 
     @property
     def element(self) -> int:
@@ -78,7 +122,7 @@ class DecoderShape:
     @property
     def qkv(self) -> int:
         """Columns of the qkv buffer, tail included."""
-        return self.q + 2 * self.kv + self.tails[0]
+        return self.projected + self.tails[0]
 
     @property
     def gate_up(self) -> int:
@@ -87,8 +131,10 @@ class DecoderShape:
 
     @property
     def weights(self) -> int:
-        """Elements of a layer's matrices."""
-        return self.hidden * (2 * self.q + 2 * self.kv + 3 * self.intermediate)
+        """Elements of a layer's matrices, on average where layers differ."""
+        if self.kinds:
+            return sum(self.kinds[kind].weights for kind in self.order) // self.layers
+        return self.hidden * (self.projected + self.q + 3 * self.intermediate)
 
     @property
     def lse(self) -> int:
@@ -130,6 +176,14 @@ class MemoryPlan:
         )
 
 
+class PassRecord(NamedTuple):
+    """How a pass over the layers ran, for what runs after it."""
+
+    plan: MemoryPlan
+    workspace: Tensor | None
+    """Memory of the weight buffers, flat, which may be overwritten until the next layer runs; None: there is none."""
+
+
 def _movable(s: DecoderShape, level: Level) -> int:
     """Return the bytes per row of x and of attention's results, which a level keeps on the device or on the host."""
     return s.element * s.hidden + (s.element * s.q + s.lse if level.keep_attention else 0)
@@ -149,13 +203,16 @@ def host_bytes(s: DecoderShape, level: Level) -> int:
     return _movable(s, level) if level.on_host else 0
 
 
-def forward_work(s: DecoderShape, rows: int, tile: int, level: Level, keys: int = 0) -> int:
+def forward_work(
+    s: DecoderShape, rows: int, tile: int, level: Level, keys: int = 0, recurrent: Recurrent | None = None
+) -> int:
     """Return the bytes of a layer's forward beyond its input and what it saves at `level`. keys: keys that are copied
-    for sequences behind shared prefixes."""
+    for sequences behind shared prefixes. recurrent: None: one sequence of whole chunks."""
     e, t = s.element, min(rows, tile)
     qkv = 0 if level.keep_qkv else e * s.qkv
     rotated = e * (s.q + s.kv) if s.qk_norm else 0
     attended = 0 if level.attention_on_device else e * s.q + s.lse
+    finished = e * s.q if s.finishes else 0
     n = e * (s.hidden + max(s.tails))
     gates = 0 if level.keep_mlp else e * 2 * s.intermediate
     post = e * 2 * s.hidden if s.post_norm else 0
@@ -164,12 +221,17 @@ def forward_work(s: DecoderShape, rows: int, tile: int, level: Level, keys: int 
     mlp = max(e * s.hidden + n, gates + max(n, e * (s.intermediate + s.tails[3])) + post)
     # Layers that do not save x still hold it while they run, and copies to the host are in flight.
     x = e * s.hidden + BEHIND * host_bytes(s, level) if level.on_host else 0
-    attention = rows * (qkv + rotated + attended) + keys * 2 * e * s.kv
-    return rows * x + max(attention, rows * (attended + e * s.hidden) + t * mlp)
+    mix = rows * rotated + keys * 2 * e * s.kv if s.mixer is None else s.mixer.work(rows, recurrent, backward=False)
+    attention = rows * (qkv + attended) + max(mix, rows * finished)
+    if s.finishes and not level.keep_attention:
+        attended = 0  # finished, and freed
+    return rows * x + max(attention, rows * (attended + finished + e * s.hidden) + t * mlp)
 
 
-def backward_work(s: DecoderShape, rows: int, tile: int, level: Level, keys: int = 0) -> int:
-    """Return the bytes of a layer's backward beyond what it saved at `level`. keys: as in `forward_work`."""
+def backward_work(
+    s: DecoderShape, rows: int, tile: int, level: Level, keys: int = 0, recurrent: Recurrent | None = None
+) -> int:
+    """Return the bytes of a layer's backward beyond what it saved at `level`. keys, recurrent: as in `forward_work`."""
     e, t = s.element, min(rows, tile)
     H, T = e * s.hidden, e * s.tails[1]
     restored = (H if level.on_host else 0) + (0 if level.attention_on_device else e * s.q + s.lse)
@@ -182,19 +244,26 @@ def backward_work(s: DecoderShape, rows: int, tile: int, level: Level, keys: int
     n, post = H + e * s.tails[2], (e * (s.intermediate + 3 * s.hidden) if s.post_norm else 0)
     partial_sums = 4 * 16 * -(-2 * s.intermediate // 256) if s.ranks[2] else 0
     tiled = n + mid + gate_up + post + max(H + e * (s.tails[3] + s.intermediate), H + partial_sums)
-    mlp = rows * (e * s.q + (0 if level.keep_attention else qkv)) + t * tiled
-    # Attention: rotated q and k, dq, dk, dv, and the back end's accumulators; mid, gate and up are freed.
-    rotated = e * (s.q + s.kv) if s.qk_norm else 0
-    accumulators = {"fa4": 4 * (s.q + 2 * s.q_heads), "fa2": 4 * (s.q + s.q_heads)}
-    key_accumulators = {"fa4": 8 * s.kv, "fa2": 2 * e * s.q * (s.q > s.kv)}.get(s.attention, 0)
+    tiled += e * s.q if s.finishes else 0
+    mlp = rows * (e * s.q + (0 if level.keep_attention and not s.finishes else qkv)) + t * tiled
     freed = e * (s.hidden + s.gate_up + s.ranks[3]) if level.keep_mlp else 0
-    attention = rows * (
-        e * s.q + qkv + rotated + e * (s.q + 2 * s.kv) + accumulators.get(s.attention, 4 * e * s.q) - freed
-    )
-    # Copied keys and values, and their gradients in addition to those of the rows.
-    attention += keys * (4 * e * s.kv + key_accumulators) if keys else rows * key_accumulators
+    mix = _attention_work(s, rows, keys) if s.mixer is None else s.mixer.work(rows, recurrent, backward=True)
+    attention = rows * (e * s.q + qkv - freed) + mix
     inputs = rows * (qkv - freed) + t * (n + H)
     return rows * (restored + gradients) + max(mlp, attention, inputs)
+
+
+def _attention_work(s: DecoderShape, rows: int, keys: int) -> int:
+    """Return the bytes of attention's backward: rotated q and k, dq, dk, dv, and the back end's accumulators; mid, gate
+    and up are freed."""
+    e = s.element
+    rotated = e * (s.q + s.kv) if s.qk_norm else 0
+    beside = e * s.q if s.gated else 0  # q without its gate
+    accumulators = {"fa4": 4 * (s.q + 2 * s.q_heads), "fa2": 4 * (s.q + s.q_heads)}
+    key_accumulators = {"fa4": 8 * s.kv, "fa2": 2 * e * s.q * (s.q > s.kv)}.get(s.attention, 0)
+    work = rows * (rotated + beside + e * (s.q + 2 * s.kv) + accumulators.get(s.attention, 4 * e * s.q))
+    # Copied keys and values, and their gradients in addition to those of the rows.
+    return work + (keys * (4 * e * s.kv + key_accumulators) if keys else rows * key_accumulators)
 
 
 def head_work(s: DecoderShape, rows: int, trained: int, how: PassOptions) -> int:
@@ -216,13 +285,19 @@ def head_work(s: DecoderShape, rows: int, trained: int, how: PassOptions) -> int
 
 def scratch(s: DecoderShape, mode: Mode) -> int:
     """Return the bytes of the buffers that hold the frozen weights in the dtype of activations."""
+    buffers = [_buffers(kind, mode) for kind in s.layer_kinds]
+    return sum(buffers[s.kind(layer)] for layer in range(s.layers)) if mode == "shadow" else max(buffers)
+
+
+def _buffers(s: DecoderShape, mode: Mode) -> int:
+    """Return the bytes of one layer's buffers."""
     groups = [
-        (s.q + 2 * s.kv + s.tails[0]) * (s.hidden + s.tails[0]),
+        s.qkv * (s.hidden + s.tails[0]),
         (s.hidden + s.tails[1]) * (s.q + s.tails[1]),
         (2 * s.intermediate + s.tails[2]) * (s.hidden + s.tails[2]),
         (s.hidden + s.tails[3]) * (s.intermediate + s.tails[3]),
     ]
-    return s.element * {"layer": sum(groups), "group": max(groups), "shadow": s.layers * sum(groups)}[mode]
+    return s.element * (max(groups) if mode == "group" else sum(groups))
 
 
 @dataclass(frozen=True)
@@ -235,122 +310,53 @@ class PassOptions:
 
 
 def evaluate(
-    s: DecoderShape, rows: int, trained: int, mixed: tuple[int, Level, Level], how: PassOptions, keys: int = 0
+    s: DecoderShape,
+    rows: int,
+    trained: int,
+    mixed: tuple[int, Level, Level],
+    how: PassOptions,
+    keys: int = 0,
+    recurrent: Recurrent | None = None,
 ) -> MemoryPlan:
     """Return the plan with the first `count` layers at level `lower` and the others at `upper`. mixed: (count, lower,
-    upper). keys: as in `forward_work`."""
+    upper). keys, recurrent: as in `forward_work`."""
     count, lower, upper = mixed
     levels = (lower,) * count + (upper,) * (s.layers - count)
-    saved_below = rows * count * saved(s, lower)
-    saved_total = saved_below + rows * (s.layers - count) * saved(s, upper)
+    kinds = s.layer_kinds
+
+    def up_to(layers: int, each: Callable[[DecoderShape, Level], int] = saved) -> int:
+        """Sum a number of bytes per row over the first layers."""
+        below, all_of_them = s.count(min(layers, count)), s.count(layers)
+        return rows * sum(
+            number * each(kinds[kind], lower) + (all_of_them[kind] - number) * each(kinds[kind], upper)
+            for kind, number in ((kind, below[kind]) for kind in all_of_them)
+        )
+
+    total = up_to(s.layers)
     # The embedded tokens exist as given and multiplied.
     weights = scratch(s, how.store) + (rows * s.element * s.hidden if s.embedding_factor else 0)
-    highest = saved_total + head_work(s, rows, trained, how) + weights
-    for level, saved_here, layers in ((lower, saved_below, count), (upper, saved_total, s.layers - count)):
-        if layers:
-            highest = max(highest, weights + saved_here + backward_work(s, rows, how.tile, level, keys))
-            highest = max(highest, weights + saved_here + forward_work(s, rows, how.tile, level, keys))
+    highest = total + head_work(s, rows, trained, how)
+    work = (rows, how.tile)
+    for level, first, last in ((lower, 0, count), (upper, count, s.layers)):
+        # Copies to and from the host are of layers of another kind.
+        widest = max(host_bytes(kind, level) for kind in kinds)
+        for index in s.last_of_each_kind(first, last):
+            kind, saved_here = kinds[s.kind(index)], up_to(index + 1)
+            more = rows * (widest - host_bytes(kind, level))
+            back = min(AHEAD, s.layers - 1) * more + backward_work(kind, *work, level, keys, recurrent)
+            highest = max(highest, saved_here + back)
+            highest = max(highest, saved_here + BEHIND * more + forward_work(kind, *work, level, keys, recurrent))
     # The layers right above those on the host run while copies back are in flight; where these layers are on the host
     # too, `backward_work` counts as many copies.
     for distance in range(0 if upper.on_host else min(AHEAD, s.layers - count)):
-        saved_here = saved_below + rows * (distance + 1) * saved(s, upper)
-        in_flight = rows * min(AHEAD - distance, count) * host_bytes(s, lower)
-        highest = max(highest, weights + saved_here + in_flight + backward_work(s, rows, how.tile, upper, keys))
-    work = highest - saved_total
-    host = rows * (count * host_bytes(s, lower) + (s.layers - count) * host_bytes(s, upper))
-    return MemoryPlan(levels, how.tile, how.store, how.chunk_bytes, saved_total, work, host)
-
-
-def _settings(shadow: bool = True) -> Iterator[PassOptions]:
-    """Yield the options from the fastest to the smallest. shadow: whether the shadow store may be used."""
-    for store in ("shadow", "layer") if shadow else ("layer",):
-        for tile in TILES:
-            yield PassOptions(tile, store, CHUNK_BYTES)
-    for store in ("layer", "group"):
-        for tile in TILES[2:]:
-            yield PassOptions(tile, store, CHUNK_BYTES // 2)
-
-
-FLOPS = 600e12
-"""Assumed speed of matrix products, in FLOP per second."""
-HOST_BANDWIDTH = 50e9
-"""Assumed bytes per second to or from registered host memory. Measured on an H200 machine: 55 GB/s."""
-
-
-def exposed_copy_seconds(s: DecoderShape, level: Level) -> float:
-    """Return the time of a layer's host copies that matrix products do not hide, in percent of the layer's time. A copy
-    to the host overlaps one layer's forward, a copy back one layer's backward."""
-    copy, forward = host_bytes(s, level) / HOST_BANDWIDTH, 2 * s.weights / FLOPS
-    return 100 * (max(0.0, copy - forward) + max(0.0, copy - 2 * forward)) / (3 * forward)
-
-
-def cost_of(
-    s: DecoderShape, how: PassOptions | MemoryPlan, levels: tuple[Level, ...], rows: int, again: float = 1.0
-) -> float:
-    """Return the approximate cost of a plan, in percent of a step's time. Halving the tile costs one percent; decoding
-    takes as long for few rows as for many. again: factor on the costs of the levels."""
-    decode = {"shadow": 0, "layer": 16384, "group": 3 * 16384}[how.store] / max(1, rows)
-    level_cost = sum(again * level.cost + exposed_copy_seconds(s, level) for level in levels) / len(levels)
-    return level_cost + TILES.index(how.tile) + decode + (how.chunk_bytes < CHUNK_BYTES)
-
-
-@cache
-def choose_plan(
-    s: DecoderShape, rows: int, trained: int, budget: float, host: float, keys: int = 0, shadow: bool = True
-) -> MemoryPlan:
-    """Choose the fastest plan within `budget` bytes on the device and `host` bytes on the host.
-
-    Layers are at one of two levels, the first ones at the level that saves less. If no plan fits, the smallest plan
-    that the host has room for is returned; its peak is above the budget. keys: as in `forward_work`. shadow: whether
-    the shadow store may be used.
-    """
-    # From the fastest to the one that saves least.
-    order = [level for level in sorted(LEVELS, key=lambda level: level.cost) if host > 0 or not level.on_host]
-    best: tuple[float, MemoryPlan] | None = None
-    for how in _settings(shadow):
-        if best is not None and cost_of(s, how, (L0,), rows) >= best[0]:
-            continue  # a plan at least as fast exists
-
-        def peak(level: Level, how: PassOptions = how) -> int:
-            return evaluate(s, rows, trained, (s.layers, level, level), how, keys).peak
-
-        fits = {level for level in order if peak(level) <= budget}
-        for upper, lower in combinations(order, 2):
-            if lower not in fits:
-                continue
-            # No plan of this pair is faster than `upper` in every layer.
-            if best is not None and cost_of(s, how, (upper,), rows) >= best[0]:
-                continue
-
-            def plan(count: int, lower: Level = lower, upper: Level = upper, how: PassOptions = how) -> MemoryPlan:
-                return evaluate(s, rows, trained, (count, lower, upper), how, keys)
-
-            count = bisect.bisect_left(range(s.layers + 1), True, key=lambda count: plan(count).peak <= budget)
-            if count > s.layers or (candidate := plan(count)).host > host:
-                continue
-            cost = cost_of(s, how, candidate.levels, rows)
-            if best is None or cost < best[0]:
-                best = (cost, candidate)
-            if count == 0:
-                # Every further pair has the same upper level, or one that saves less.
-                break
-    if best is not None:
-        return best[1]
-    *_, smallest = _settings()
-    offloaded = int(host // max(1, rows * host_bytes(s, L5)))
-    return evaluate(s, rows, trained, (min(s.layers, offloaded), L5, L3), smallest, keys)
-
-
-GRAPH_MEMORY_SHARE = 0.25
-"""Share of the memory that CUDA graphs may hold, and that a pass in a graph may take, weight buffers excluded."""
-
-
-def capturable(s: DecoderShape, plan: MemoryPlan, device_bytes: float) -> bool:
-    """Return whether a CUDA graph may run a plan. Nothing may go to the host, no weight buffer may be refilled within a
-    layer, and the memory of the graph, which stays allocated, must be small beside that of launched passes."""
-    graph_bytes = plan.peak - scratch(s, plan.store)
-    offloads = any(level.on_host for level in plan.levels)
-    return not offloads and plan.store != "group" and graph_bytes <= GRAPH_MEMORY_SHARE * device_bytes
+        index = count + distance
+        below = range(max(0, index - AHEAD), count)
+        in_flight = rows * sum(host_bytes(kinds[s.kind(layer)], lower) for layer in below)
+        back = backward_work(kinds[s.kind(index)], *work, upper, keys, recurrent)
+        highest = max(highest, up_to(index + 1) + in_flight + back)
+    return MemoryPlan(
+        levels, how.tile, how.store, how.chunk_bytes, total, highest + weights - total, up_to(s.layers, host_bytes)
+    )
 
 
 def weight_bytes(model: nn.Module) -> dict[str, int]:

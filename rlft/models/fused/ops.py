@@ -16,10 +16,14 @@ import torch
 from torch import Tensor
 
 from rlft.kernels import attention_backends as backends
+from rlft.kernels import delta
 from rlft.kernels.attention import Saved, Sequences, attention_backward, attention_forward, varlen_attention
+from rlft.kernels.delta_chunks import Chunks, gated_delta_chunked
 from rlft.kernels.qk_rope import qk_rope_backward, qk_rope_forward, qk_rope_reference
 from rlft.kernels.rms_norm import LLAMA, rms_norm_backward, rms_norm_forward, rms_norm_reference
+from rlft.kernels.short_conv import ConvRows, short_conv_backward, short_conv_forward, short_conv_reference
 from rlft.kernels.swiglu import swiglu_backward, swiglu_forward, swiglu_reference
+from rlft.upload import upload
 
 
 class Norm(NamedTuple):
@@ -196,3 +200,76 @@ class Attention(NamedTuple):
 
         dq, dk, dv = _gradients(recompute, (q, k, v), dout)
         return dq, dk, dv
+
+
+def sigmoid_gate_forward(x: Tensor, gate: Tensor) -> Tensor:
+    """Return x * sigmoid(gate), both [T, H, D]; gate of any strides."""
+    return torch.sigmoid(gate).mul_(x)
+
+
+def sigmoid_gate_backward(dy: Tensor, x: Tensor, gate: Tensor) -> None:
+    """In place: turn dy into the gradient of x, and gate into its own."""
+    sigmoid = torch.sigmoid(gate)
+    gate.copy_(torch.ops.aten.sigmoid_backward(dy * x, sigmoid))
+    dy.mul_(sigmoid)
+
+
+class Places(NamedTuple):
+    """Where the sequences of a pass are, for what runs along them."""
+
+    cu_seqlens: Tensor
+    """[S + 1], on the CPU."""
+    prefix: Tensor
+    """[S], likewise."""
+    rows: ConvRows
+    chunks: Chunks
+
+    @classmethod
+    def of(cls, sequences: Sequences) -> Places:
+        """Build for a pass; the tables are on the device of the rows."""
+        device, rows = sequences.cu_seqlens.device, sequences.bounds[-1]
+        bounds, prefix = torch.tensor(sequences.bounds), torch.tensor(sequences.prefix)
+        parents = upload(prefix.int(), device)
+        return cls(bounds, prefix, ConvRows.of(sequences.cu_seqlens, parents, rows), Chunks.of(bounds, prefix, device))
+
+
+class ShortConv(NamedTuple):
+    """A frozen causal convolution of each channel."""
+
+    weight: Tensor
+    """[C, K]."""
+    bias: Tensor | None
+    activation: str | None
+
+    def part(self, columns: slice) -> ShortConv:
+        """Return the convolution of some of the channels."""
+        return self._replace(weight=self.weight[columns], bias=None if self.bias is None else self.bias[columns])
+
+    def forward(self, x: Tensor, places: Places) -> Tensor:
+        """Return y [T, C] of x [T, C], rows of any stride."""
+        if _uses_kernel(x):
+            return short_conv_forward(x, self.weight, self.bias, places.rows, self.activation)
+        return self._reference(x, places)
+
+    def backward(self, dy: Tensor, x: Tensor, places: Places) -> Tensor:
+        """Return the gradient of x."""
+        if _uses_kernel(x):
+            return short_conv_backward(dy, x, self.weight, self.bias, places.rows, self.activation)
+        return _gradients(lambda value: self._reference(value, places), (x,), dy)[0]
+
+    def _reference(self, x: Tensor, places: Places) -> Tensor:
+        return short_conv_reference(x, self.weight, self.bias, places.cu_seqlens, places.prefix, self.activation)
+
+
+def delta_forward(inputs: Sequence[Tensor], places: Places, scale: float) -> Tensor:
+    """Return o [T, Hv, Dv] of the gated delta rule. inputs: q, k, v, g, beta, see `rlft.kernels.delta`."""
+    if _uses_kernel(inputs[0]):
+        return delta.delta_forward(*inputs, places.chunks, scale)[0]  # type: ignore[arg-type]
+    return gated_delta_chunked(*inputs, places.chunks, scale)  # type: ignore[arg-type]
+
+
+def delta_backward(dout: Tensor, inputs: Sequence[Tensor], places: Places, scale: float) -> tuple[Tensor, ...]:
+    """Return the gradients of q, k, v, g and beta. The states of the forward are computed again."""
+    if _uses_kernel(dout):
+        return delta.delta_backward(dout, *inputs, places.chunks, scale)  # type: ignore[arg-type]
+    return _gradients(lambda *leaves: gated_delta_chunked(*leaves, places.chunks, scale), inputs, dout)

@@ -48,12 +48,12 @@ class Placement:
         layers = [
             [
                 getattr(module := layer.get_submodule(name), "base_layer", module)
-                for names in projections_of(family)
+                for names in projections_of(family.of_layer(decoder.config, index))
                 for name in names
             ]
-            for layer in decoder.layers
+            for index, layer in enumerate(decoder.layers)
         ]
-        return cls(layers, place, decoder.norm.weight.device)
+        return cls(layers, place, decoder.get_submodule(family.final_norm).weight.device)
 
     def weight(self, module: nn.Module) -> Tensor | Nf4Weight:
         """Return the weight of a linear module in the slot of its layer."""

@@ -27,6 +27,10 @@ def rope_tables(
     the padded call that the rows come from; they choose the frequencies.
     """
     rotary, tables, rows = decoder.rotary_emb, {}, position_ids.shape[0]
+    if rotary is None:
+        # A rotation by 0 of two columns.
+        cos = embedded.new_ones(rows, 2)
+        return dict.fromkeys(types, (cos, torch.zeros_like(cos)))
     scale = query_scale(decoder.config, family, position_ids, embedded.dtype)
     if padded_to is not None and rope.limit(rotary) is not None:
         # Dynamic and long RoPE choose their frequencies by the largest position of the call.
