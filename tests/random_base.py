@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
 from typing import Any
 
+import pytest
+import torch
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from rlft.models.kind import attention_of
@@ -43,3 +50,17 @@ def base_of(config: Any) -> Any:
     seeing = getattr(config, "vision_config", None) is not None
     make = AutoModelForImageTextToText if seeing else AutoModelForCausalLM
     return make.from_config(config, attn_implementation="eager" if eager and not seeing else "sdpa")
+
+
+@contextmanager
+def in_float64(decoder: Any) -> Iterator[None]:
+    """transformers' own layers without their roundings to fp32."""
+
+    class Torch(ModuleType):
+        def __getattr__(self, name: str) -> Any:
+            return getattr(torch, "float64" if name == "float32" else name)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys.modules[type(decoder).__module__], "torch", Torch("torch"))
+        patch.setattr(Tensor, "float", Tensor.double)
+        yield

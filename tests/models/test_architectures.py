@@ -7,6 +7,7 @@ Tiny random models in float64. A small subset runs always, the others with `-m s
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import pytest
 import records
 import torch
 from peft import PeftModel
-from random_base import base_of, config_of
+from random_base import base_of, config_of, in_float64
 from test_policy import plan, rollouts
 from tiny import prompts, tiny_tokenizer
 from torch import Tensor
@@ -281,7 +282,11 @@ def row_alone(policy: Policy, ids: tuple[int, ...], start: int) -> Tensor:
     """Log-probs of ids[start:] by transformers' own forward, with gradient."""
     asked = {} if policy.fused is None else {"output_hidden_states": True}
     row = torch.tensor([ids])
-    log_p = policy.model(input_ids=row, use_cache=False, **asked).logits[0].log_softmax(-1)
+    decoder = policy.base.get_decoder()  # type: ignore[operator]
+    # The states of the gated delta rule are fp32 in transformers, in float64 models too.
+    wide = policy.fused is not None and policy.fused.mixers and decoder.dtype == torch.float64
+    with in_float64(decoder) if wide else nullcontext():
+        log_p = policy.model(input_ids=row, use_cache=False, **asked).logits[0].log_softmax(-1)
     return log_p[start - 1 : -1].gather(1, row[0, start:, None]).squeeze(1).double()
 
 

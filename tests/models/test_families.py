@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from random_base import base_of, config_of
+from random_base import base_of, config_of, in_float64
 from torch import Tensor
 
 from rlft.config.run import Lora
@@ -142,6 +142,9 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+HYBRIDS = ("qwen3_5", "lfm2 with biases", "olmo_hybrid")
+
+
 def model_of(name: str, dtype: torch.dtype, targets: Any = "all-linear", rank: int = 3) -> PeftModel:
     """A random model with random weights everywhere, biases, norms and adapters too."""
     kind, more = FAMILIES[name]
@@ -222,7 +225,20 @@ def test_a_family_equals_transformers(name: str, dtype: torch.dtype, padding: st
     decoder = fused(model)
     got = run(model, *data)
     assert decoder.last_plan is not None and decoder.last_plan.levels == (L0, L0)
-    close(got, want, 1e-6 if dtype == torch.float64 else 2e-5)
+    # transformers' states, in fp32 and with beta up to 2, are themselves 1.8e-6 from those in float64.
+    exact = 3e-6 if name.startswith("olmo_hybrid") else 1e-6
+    close(got, want, exact if dtype == torch.float64 else 2e-5)
+
+
+@pytest.mark.parametrize("name", ["qwen3_5 with biases", *HYBRIDS, "olmo_hybrid rope"])
+def test_a_hybrid_equals_transformers_where_that_rounds_nothing(name: str) -> None:
+    data = batch("none", torch.float64)
+    plain = model_of(name, torch.float64)
+    with in_float64(plain.get_base_model().get_decoder()):  # type: ignore[operator]
+        want = run(plain, *data)
+    model = model_of(name, torch.float64)
+    fused(model)
+    close(run(model, *data), want, 2e-7)
 
 
 @pytest.mark.parametrize("rows", [3, 4])
@@ -256,7 +272,6 @@ def test_one_projection_at_a_time_is_brought_once_for_several_uses_in_a_row() ->
     assert first.any() and torch.equal(weights(0).buffer[:rows], first), "brought again after another one"
 
 
-HYBRIDS = ("qwen3_5", "lfm2 with biases", "olmo_hybrid")
 NEW = ("granite", "hyperclovax norms", "olmo2", "exaone4", "glm4", "ministral3", *HYBRIDS)
 MODES = [(name, level, mode) for name in ("qwen3", "qwen3_5") for mode in ("group", "shadow") for level in (L0, L2)]
 
