@@ -1,4 +1,4 @@
-"""Qwen3.5: three layers of gated DeltaNet for one of attention, whose output has a gate of its own."""
+"""Qwen3.5: three layers of gated DeltaNet for one of attention, whose output has a gate."""
 
 from dataclasses import replace
 

@@ -1,6 +1,6 @@
 """Describe a decoder layer of transformers to the kernels: its projections, norms and constants.
 
-Shapes: T rows, Hq query heads, Hk key heads, D head size.
+Shapes: T rows, Hq query heads, Hk key heads, D head size; q, k and v of attention.
 """
 
 from __future__ import annotations
@@ -106,7 +106,10 @@ class FusedLayer:
         return tuple(projection.bind(adapter) for projection in self.projections)
 
     def heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return views q [T, Hq, D], k and v [T, Hk, D] of a qkv buffer; a copy of q where a gate is beside it."""
+        """Return views q [T, Hq, D], k and v [T, Hk, D] of a qkv buffer.
+
+        Where a gate is beside q, q is a copy, since kernels read the heads of a row side by side.
+        """
         q_columns, k_columns = self.q_heads * self.head_dim * (1 + self.gated), self.k_heads * self.head_dim
         q, *kv = qkv[:, : q_columns + 2 * k_columns].split([q_columns, k_columns, k_columns], dim=1)
         k, v = (part.unflatten(1, (-1, self.head_dim)) for part in kv)

@@ -26,7 +26,8 @@ class Recurrent(NamedTuple):
         rows = sum(-(-length // CHUNK) for length in lengths) * CHUNK
         step = max(CHUNK, 1 << max(0, rows.bit_length() - 6))
         continued = [parent for parent in sequences.prefix if parent >= 0]
-        return cls(*(-(-n // m) * m for n, m in ((rows, step), (len(set(continued)), 8), (len(continued), 8))))
+        sizes = ((rows, step), (len(set(continued)), 8), (len(continued), 8))
+        return cls(*(-(-size // multiple) * multiple for size, multiple in sizes))
 
 
 class MixerShape(NamedTuple):
