@@ -49,6 +49,11 @@ RECIPES = {
     "countdown": Recipe(("gpu.toml",), 1, generated=("gpu.toml",)),
     "sft_then_rl": Recipe(("sft_gpu.toml", "rl_gpu.toml"), 1, prepare=("make_data.py", "runs/data/sft_then_rl")),
     "dpo_from_samples": Recipe(("sample_gpu.toml", "dpo_gpu.toml"), 0, generated=("sample_gpu.toml", "dpo_gpu.toml")),
+    "long_context": Recipe(
+        ("gpu_4k.toml",),
+        1,
+        prepare=("make_data.py", "runs/data/long_context_4k.jsonl", "--sentences", "300", "--rows", "1000"),
+    ),
 }
 
 
