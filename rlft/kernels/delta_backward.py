@@ -22,7 +22,17 @@ import torch
 from torch import Tensor
 
 from rlft.kernels.delta_chunks import CHUNK, Chunks
-from rlft.kernels.delta_forward import Prepared, column, columns_of_block, decays, dot, products, put, tile
+from rlft.kernels.delta_forward import (
+    Prepared,
+    block_columns,
+    column,
+    columns_of_block,
+    decays,
+    dot,
+    products,
+    put,
+    tile,
+)
 from rlft.kernels.delta_gradients import gradients
 from rlft.kernels.launch import jit, kernel, launch, power_of_2, tl
 
@@ -178,7 +188,7 @@ def launch_backward(
     (_, hk, dk), (hv, dv), n = k.shape, v.shape[1:], chunks.rows.shape[0]
     sizes = (hk, hv, dk, dv)
     drest, dvalues = torch.empty_like(new), torch.empty_like(new)
-    block = min(64, power_of_2(dv))
+    block = block_columns(dv)
     strides = (q.stride(0), k.stride(0), dout.stride(0))
     arguments = (q, k, dout, *prepared[:3], drest, chunks.rows, *strides)
     launch(local_kernel, (n * hv,), *arguments, *sizes, block, CHUNK, num_warps=4, num_stages=1)

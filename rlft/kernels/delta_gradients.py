@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from rlft.kernels.delta_chunks import CHUNK, Chunks
-from rlft.kernels.delta_forward import Prepared, column, decays, dot, products, put, tile
+from rlft.kernels.delta_forward import Prepared, block_columns, column, decays, dot, products, put, tile
 from rlft.kernels.launch import jit, kernel, launch, power_of_2, tl
 
 
@@ -323,7 +323,7 @@ def gradients(
     scores = torch.empty(3, n, hv, CHUNK, CHUNK, dtype=k.dtype, device=k.device)
     partial = torch.empty(2, t, hk, dk, dtype=torch.float32, device=k.device)
     columns = torch.empty(2, parts + 1, t, hv, dtype=torch.float32, device=k.device)
-    sizes = (hk, hv, dk, dv, width, min(power_of_2(dv), 64 if k.dtype.itemsize == 2 else 32), CHUNK)
+    sizes = (hk, hv, dk, dv, width, block_columns(dv, 64 if k.dtype.itemsize == 2 else 32), CHUNK)
     arguments = (q, k, v, dout, beta, *prepared[:3], *walked[:2], scores, *columns, chunks.rows, n, t)
     strides = (q.stride(0), k.stride(0), v.stride(0), dout.stride(0), beta.stride(0))
     launch(scores_kernel, (n * hv,), *arguments, *strides, *sizes, num_warps=4, num_stages=1)

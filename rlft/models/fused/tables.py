@@ -31,9 +31,13 @@ def rope_tables(
     if padded_to is not None and rope.limit(rotary) is not None:
         # Dynamic and long RoPE choose their frequencies by the largest position of the call.
         position_ids = torch.cat([position_ids, padded_to.max()[None]])
+    # A rotary over the axes of images takes a position for each, all of which transformers 5.17 requires; those of text
+    # are equal.
+    axes = "mrope_section" in (getattr(decoder.config, "rope_parameters", None) or {})
+    places = position_ids.expand(3, 1, -1) if axes else position_ids[None]
     for layer_type in types:
         arguments = () if layer_type in (None, NO_ROPE) else (layer_type,)
-        cos, sin = rotary(embedded[None], position_ids[None], *arguments)
+        cos, sin = rotary(embedded[None], places, *arguments)
         if layer_type == NO_ROPE:
             # A rotation by 0 changes no bit, and the norms of q and k run in the same kernel.
             cos, sin = torch.ones_like(cos), torch.zeros_like(sin)
