@@ -83,7 +83,9 @@ def settings(name: str, recipe: Recipe, stage: str, run: str, folder: Path, args
         flags += ["--lora.resume_from", str(newest(folder / "sft_gpu"))]
     if stage == recipe.stages[-1] and run == CONTROL:
         flags += [flag for i in range(recipe.rewards) for flag in (f"--rewards.{i}.args", SHUFFLED)]
-    return [*flags, *args.flags]
+    # A stage over recorded pairs samples in evaluations alone, and takes no engine.
+    recorded = stage.startswith("dpo")
+    return [*flags, *(flag for flag in args.flags if not (recorded and flag.startswith("--engine.name=")))]
 
 
 def newest(run: Path) -> Path:

@@ -391,7 +391,7 @@ def compile_all(architectures: list[int]) -> list[dict]:
                 "shared": done.metadata.shared,
                 "compiled anew": varying,
                 "fma": "fma.rn.f32" in done.asm["ptx"],
-                "unset": unset_registers(done.asm["cubin"]) if architecture == 90 else [],
+                "unset": unset_registers(done.asm["cubin"]) if "wgmma" in done.asm["ptx"] else [],
             }
         )
     return found
