@@ -1,8 +1,8 @@
 """The parts of the rotary kernels that process head vectors of q or of k; formulae in `rlft.kernels.qk_rope`.
 
 T tokens, D head size, R rotated entries, STYLE of the norm, PAIRS: the interleaved convention, AFTER: the norm is of
-the rotated vector, HALF = R / 2. In the kernels 1 and 2 are the two rotated parts of a head, 3 what passes, n the
-norm's input or output, d the gradient of the result, g of n.
+the rotated vector, HALF = R / 2. In the kernels x is a head vector, 1 and 2 its two rotated parts, 3 what
+passes, n the norm's input or output, d the gradient of the result, g of n.
 """
 
 from __future__ import annotations
