@@ -73,12 +73,13 @@ def forward_heads(
         if R < D:
             w3 = tl.load(w_ptr + tail, mask=tail < D, other=0.0).to(tl.float32)
             n3 = times_weight(n3 * rstd, w3, out_ptr, STYLE)
+    if not AFTER:
+        cos, sin = _table(cos_ptr, sin_ptr, pos_ptr, token, live, stride_table, cols, HALF)
     out = out_ptr + (token.to(tl.int64) * stride_out + head)[:, None]
     if AFTER:
         tl.store(out + first, n1, mask=mask)
         tl.store(out + second, n2, mask=mask)
     else:
-        cos, sin = _table(cos_ptr, sin_ptr, pos_ptr, token, live, stride_table, cols, HALF)
         tl.store(out + first, n1 * cos - n2 * sin, mask=mask)
         tl.store(out + second, n2 * cos + n1 * sin, mask=mask)
     if R < D:

@@ -153,16 +153,17 @@ def backward_kernel(
         up = tl.load(up_ptr + rows * stride_up + cols, mask=mask, other=0.0).to(tl.float32)
     act, slope = _activation(gate, curve_ptr, ACT)
     act = act.to(dgate_ptr.dtype.element_ty).to(tl.float32)
-    h = act
-    dact = dh
-    if up_ptr is not None:
-        h = act * up
-        dact = dh * up
     if h_ptr is not None:
+        h = act
+        if up_ptr is not None:
+            h *= up
         tl.store(h_ptr + rows * stride_h + cols, h, mask=mask)
-    tl.store(dgate_ptr + rows * stride_dgate + cols, dact * slope, mask=mask)
+    dgate_at = dgate_ptr + rows * stride_dgate + cols
     if up_ptr is not None:
+        tl.store(dgate_at, dh * up * slope, mask=mask)
         tl.store(dup_ptr + rows * stride_dup + cols, dh * act, mask=mask)
+    else:
+        tl.store(dgate_at, dh * slope, mask=mask)
 
 
 @cache
