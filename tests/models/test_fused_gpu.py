@@ -302,7 +302,7 @@ def logprobs_and_gradient(
 
 
 @pytest.mark.parametrize("algo", ["grpo", "dpo"])
-@pytest.mark.parametrize("name", ["qwen3", "gemma3"])
+@pytest.mark.parametrize("name", ["qwen3", "gemma3", "granite_swa"])
 def test_shared_prefixes_are_as_near_to_fp64_as_rows_alone(name: str, algo: str) -> None:
     """Whole groups, in packed micro-batches: prompts longer and shorter than what continues them."""
     g, algorithm = torch.Generator().manual_seed(8), build_algorithm(Algo(algo), 1)

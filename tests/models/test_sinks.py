@@ -17,6 +17,7 @@ from test_families import BY_LAYER, SIZES, batch, close, fused, model_of, run
 from torch import Tensor, nn
 
 from rlft.config.run import Lora
+from rlft.kernels import attention_backends
 from rlft.kernels.attention import Sequences
 from rlft.models.families import Family
 from rlft.models.fused.decoder import FusedDecoder
@@ -104,6 +105,20 @@ def test_gpt_oss_attention_equals_transformers(padding: str) -> None:
         layer.self_attn.sinks.data.fill_(-1e4)
     without = run(model, *data)[0]
     assert float((without - want[0]).abs().max()) > 0.05, "sinks matter here"
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_back_ends_that_return_an_lse_keep_it_with_the_sinks(level: Level, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, with the same interface written out in PyTorch."""
+    data = batch("left", torch.float64)
+    want = run(gpt_oss(), *data)
+    forward, backward = attention_backends.forward, attention_backends.backward
+    monkeypatch.setattr(attention_backends, "choose_backend", lambda *of: "fa2")
+    monkeypatch.setattr(attention_backends, "forward", lambda _, *arguments: forward("math", *arguments))
+    monkeypatch.setattr(attention_backends, "backward", lambda _, *arguments: backward("math", *arguments))
+    model = gpt_oss()
+    fused_gpt_oss(model, level)
+    close(run(model, *data), want, 1e-6)
 
 
 @pytest.mark.parametrize("level", LEVELS)
