@@ -67,7 +67,8 @@ def hook_problem(parts: Sequence[nn.Module]) -> str | None:
 def parts_of(decoder: nn.Module, family: Family) -> Iterator[nn.Module]:
     """Yield the modules that fused layers replace: layers, blocks, projections, norms."""
     norms = (family.input_norm, family.mlp_norm, family.attention_norm, family.down_norm, *(family.qk_norm or ()))
-    names = [path for path in (*family.qkv, family.out, *family.gate_up, family.down, *norms) if path is not None]
+    others = (*family.qkv, family.out, *family.gate_up, family.down, family.activation_module)
+    names = [path for path in (*others, *norms) if path is not None]
     blocks = sorted({path.rpartition(".")[0] for path in names} - {""})
     for layer in decoder.layers:  # type: ignore[union-attr]
         yield layer
@@ -105,8 +106,9 @@ def layers_problem(layers: Sequence[FusedLayer]) -> str | None:
     like = next(norm for norm in _norms(first) if norm is not None).weight
     dtype = like.dtype
     for layer in layers:
-        if layer.activation not in ACTIVATIONS:
-            return f'the activation "{layer.activation}"'
+        name, curve = layer.activation
+        if name not in ACTIVATIONS or (name == "xielu") != (curve is not None):
+            return f'the activation "{name}"'
         for norm in _norms(layer):
             if norm is not None and norm.weight.dtype != dtype:
                 return f"norms of {dtype} and of {norm.weight.dtype}"

@@ -26,7 +26,7 @@ pytest.importorskip("triton", reason="Triton is for Linux on x86_64")
 from rlft.kernels.delta_forward import columns_of_block, warps
 from rlft.kernels.target_softmax import FAR, MAX_FP16_WEIGHT, MIN_ENTROPY
 
-VARYING = ("T", "N", "T_share", "SPLITS", "head_1", "head_2")
+VARYING = ("T", "N", "T_share", "SPLITS", "head_1", "head_2", "stride_head")
 """Names of arguments, in every file, that change with the number of tokens."""
 ARCHITECTURES = (80, 86, 89, 90)
 SHARED_MEMORY = 99 * 1024
@@ -80,7 +80,9 @@ def norm(kernel: str, pointers: str, H: int, rows: int, warps: int, absent: str 
     return Case(f"rms_norm:{kernel}", f"{pointers} {strides}", constants, {"num_warps": warps})
 
 
-def rope(kernel: str, D: int, R: int, rows: int, warps: int, with_norm: bool, PAIRS: bool = False) -> Case:
+def rope(
+    kernel: str, D: int, R: int, rows: int, warps: int, with_norm: bool, PAIRS: bool = False, AFTER: bool = False
+) -> Case:
     """Heads 28 + 4; positions where there is a norm; without it the norm's weights are absent too."""
     forward = kernel == "forward_kernel"
     heads, tables = (4, 5) if forward else (6, 7)  # pointers beside weights and tables; strides
@@ -95,16 +97,22 @@ def rope(kernel: str, D: int, R: int, rows: int, warps: int, with_norm: bool, PA
         "ROWS": rows,
         "STYLE": 1,
         "PAIRS": PAIRS,
+        "AFTER": AFTER,
     }
     constants |= {} if with_norm else {"qw_ptr": None, "kw_ptr": None, "pos_ptr": None}
     types = f"{pointers} i32 {'i32:16 ' * tables} fp32"
     return Case(f"qk_rope:{kernel}", types, constants, {"num_warps": warps})
 
 
-def glu(kernel: str, M: int, block: int, rows: int, ACT: str) -> Case:
+def glu(kernel: str, M: int, block: int, rows: int, ACT: str, gated: bool = True) -> Case:
+    """Strides are as many as tensors, and without a gate some of them are 0."""
+    absent = () if gated else ("up_ptr",) if kernel == "forward_kernel" else ("up_ptr", "dup_ptr")
     tensors = 3 if kernel == "forward_kernel" else 6
-    types = "*bf16:16 " * tensors + "i32 " + "i32:16 " * tensors
-    return Case(f"swiglu:{kernel}", types, {"M": M, "BLOCK": block, "ROWS": rows, "ACT": ACT}, {"num_warps": 4})
+    curve = "*fp32:16 " if ACT == "xielu" else ""
+    types = "*bf16:16 " * (tensors - len(absent)) + curve + "i32 " + "i32:16 " * tensors
+    constants = {"M": M, "BLOCK": block, "ROWS": rows, "ACT": ACT} | dict.fromkeys(absent)
+    constants |= {} if curve else {"curve_ptr": None}
+    return Case(f"swiglu:{kernel}", types, constants, {"num_warps": 4})
 
 
 def conv(kernel: str, dtype: str, C: int, K: int, ACT: bool) -> Case:
@@ -272,19 +280,23 @@ CASES = [
     norm("forward_kernel", "*fp16:16 " * 5 + "*fp32:16", 5120, 1, 16),
     norm("forward_kernel", "*fp32:16 " * 6, 16384, 1, 16),
     norm("backward_kernel", "*fp32:16 " * 6, 16384, 1, 16),
-    # Whole heads; three quarters of heads of 96; the widest, without a norm; interleaved, half and whole.
+    # Whole heads; three quarters of 96; the widest, without a norm; interleaved, half and whole; a norm behind.
     *(
         rope(kernel, *shape)
         for kernel in ("forward_kernel", "backward_kernel")
         for shape in (
             *((128, 128, 16, 4, True), (96, 72, 16, 4, True), (512, 512, 4, 4, False)),
             *((128, 64, 16, 4, False, True), (128, 128, 16, 4, True, True)),
+            *((128, 128, 16, 4, True, False, True), (96, 72, 16, 4, True, False, True)),
         )
     ),
     *(
         glu(kernel, *shape)
         for kernel in ("forward_kernel", "backward_kernel")
-        for shape in ((12288, 1024, 1, "silu"), (11008, 1024, 1, "gelu"), (48, 64, 16, "gelu_pytorch_tanh"))
+        for shape in (
+            *((12288, 1024, 1, "silu"), (11008, 1024, 1, "gelu"), (48, 64, 16, "gelu_pytorch_tanh")),
+            *((18432, 512, 1, "relu2", False), (14336, 512, 1, "xielu", False), (48, 64, 8, "xielu")),
+        )
     ),
     # Qwen3-Next's convolution and LFM2's.
     *(
@@ -324,6 +336,12 @@ CASES = [
         "*bf16:16 *fp32:16 *bf16:16 *fp32:16" + " i32:16" * 6,
         {"BLOCK": 128},
         {"num_warps": 1},
+    ),
+    Case(
+        "lse_merge:_sinks_kernel",
+        "*bf16:16 *fp32:16 *bf16:16 i32 i32:16 i32:16 i32:16 i32",
+        {"BLOCK": 128, "ROWS": 16},
+        {"num_warps": 4},
     ),
 ]
 

@@ -8,7 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.nn.functional import softplus
 
 from rlft.kernels import attention_backends as backends
 from rlft.kernels.nf4 import Nf4Weight
@@ -59,9 +61,12 @@ class FusedLayer:
         self.attention_norm, self.down_norm = norm(family.attention_norm), norm(family.down_norm)
         q_name, k_name = family.qk_norm or (None, None)
         self.qk_norm, self.qk_norm_whole = (norm(q_name), norm(k_name)), family.qk_norm_whole
-        self.interleaved = family.interleaved
+        self.interleaved, self.qk_norm_after = family.interleaved, family.qk_norm_after
         attention: Any = get("self_attn")
         self.type = config.layer_types[index] if family.rope_by_type else None
+        if family.rope_bases is not None:
+            base = getattr(config, family.rope_bases)[index]
+            self.type = base_type(base) if base else NO_ROPE
         rotates = {
             "flag": lambda: attention.use_rope,
             "sliding": lambda: attention.sliding_window is None or attention.is_sliding,
@@ -80,9 +85,10 @@ class FusedLayer:
             scale=attention.scaling,
             window=window.get(family.window, lambda: None)(),
             softcap=getattr(attention, "attn_logit_softcapping", None),
+            sinks=attention.sinks.detach() if family.sinks else None,
         )
-        activation = getattr(config, family.activation)
-        self.activation = str(ACTIVATIONS.get(activation, activation))
+        self.activation = describe_activation(module, family, config)
+        self.gated = family.gated
         self.residual_factor = float(getattr(config, family.residual_factor)) if family.residual_factor else 1.0
         self.width = self.projections[DOWN].in_features
 
@@ -110,6 +116,24 @@ def describe_norm(module: Any, style: str) -> ops.Norm:
     return ops.Norm(module.weight.detach(), eps, STYLES[style])
 
 
+def base_type(base: float) -> str:
+    """Return the type of the layers whose rotary frequencies have this base."""
+    return f"rope base {float(base)}"
+
+
+def describe_activation(layer: nn.Module, family: Family, config: Any) -> ops.Activation:
+    """Describe the activation of a layer's MLP; xIELU has frozen parameters in its module."""
+    name = getattr(config, family.activation)
+    if name != "xielu" or family.activation_module is None:
+        return ops.Activation(str(ACTIVATIONS.get(name, name)))
+    module: Any = layer.get_submodule(family.activation_module)
+    with torch.no_grad():
+        # The softplus rounds in the module's dtype, as in transformers.
+        above, below = softplus(module.alpha_p)[0], module.beta + softplus(module.alpha_n)[0]
+        curve = torch.stack([above, below, module.beta, module.eps])
+    return ops.Activation(name, curve.to(torch.promote_types(curve.dtype, torch.float32)))
+
+
 def describe_shape(
     layers: Sequence[FusedLayer], adapter: str | None, vocab: int, weight: Tensor, entropy_grad: bool
 ) -> DecoderShape:
@@ -133,6 +157,7 @@ def describe_shape(
         qk_norm=first.qk_norm[0] is not None,
         post_norm=first.down_norm is not None,
         residual_factor=first.residual_factor != 1,
+        gated=first.gated,
         attention=backends.choose_backend(weight.device, weight.dtype, first.head_dim, first.attention.softcap),
         entropy_grad=entropy_grad,
     )

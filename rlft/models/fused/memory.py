@@ -63,6 +63,8 @@ class DecoderShape:
     """There are norms behind attention and MLP."""
     attention: str
     """Name of the attention back end."""
+    gated: bool = True
+    """The MLP has a gate, so that two projections as wide as `intermediate` come before its activation, not one."""
     embedding_factor: bool = False
     """Embedded tokens are multiplied by a constant, into a second tensor."""
     residual_factor: bool = False
@@ -81,14 +83,19 @@ class DecoderShape:
         return self.q + 2 * self.kv + self.tails[0]
 
     @property
+    def gates(self) -> int:
+        """Columns of gate and up."""
+        return (1 + self.gated) * self.intermediate
+
+    @property
     def gate_up(self) -> int:
         """Columns of the gate_up buffer, tail included."""
-        return 2 * self.intermediate + self.tails[2]
+        return self.gates + self.tails[2]
 
     @property
     def weights(self) -> int:
         """Elements of a layer's matrices."""
-        return self.hidden * (2 * self.q + 2 * self.kv + 3 * self.intermediate)
+        return self.hidden * (2 * self.q + 2 * self.kv + self.gates + self.intermediate)
 
     @property
     def lse(self) -> int:
@@ -157,7 +164,7 @@ def forward_work(s: DecoderShape, rows: int, tile: int, level: Level, keys: int 
     rotated = e * (s.q + s.kv) if s.qk_norm else 0
     attended = 0 if level.attention_on_device else e * s.q + s.lse
     n = e * (s.hidden + max(s.tails))
-    gates = 0 if level.keep_mlp else e * 2 * s.intermediate
+    gates = 0 if level.keep_mlp else e * s.gates
     post = e * 2 * s.hidden if s.post_norm else 0
     if s.residual_factor and level.keep_mlp and not s.post_norm:
         post = e * s.hidden  # the down projection's output, which is otherwise added as it is computed
@@ -180,7 +187,7 @@ def backward_work(s: DecoderShape, rows: int, tile: int, level: Level, keys: int
     # The MLP, tile by tile.
     mid, gate_up = (0, 0) if level.keep_mlp else (H + T, e * s.gate_up)
     n, post = H + e * s.tails[2], (e * (s.intermediate + 3 * s.hidden) if s.post_norm else 0)
-    partial_sums = 4 * 16 * -(-2 * s.intermediate // 256) if s.ranks[2] else 0
+    partial_sums = 4 * 16 * -(-s.gates // 256) if s.ranks[2] else 0
     tiled = n + mid + gate_up + post + max(H + e * (s.tails[3] + s.intermediate), H + partial_sums)
     mlp = rows * (e * s.q + (0 if level.keep_attention else qkv)) + t * tiled
     # Attention: rotated q and k, dq, dk, dv, and the back end's accumulators; mid, gate and up are freed.
@@ -219,7 +226,7 @@ def scratch(s: DecoderShape, mode: Mode) -> int:
     groups = [
         (s.q + 2 * s.kv + s.tails[0]) * (s.hidden + s.tails[0]),
         (s.hidden + s.tails[1]) * (s.q + s.tails[1]),
-        (2 * s.intermediate + s.tails[2]) * (s.hidden + s.tails[2]),
+        s.gate_up * (s.hidden + s.tails[2]),
         (s.hidden + s.tails[3]) * (s.intermediate + s.tails[3]),
     ]
     return s.element * {"layer": sum(groups), "group": max(groups), "shadow": s.layers * sum(groups)}[mode]
