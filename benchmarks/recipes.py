@@ -49,6 +49,11 @@ RECIPES = {
     "countdown": Recipe(("gpu.toml",), 1, generated=("gpu.toml",)),
     "sft_then_rl": Recipe(("sft_gpu.toml", "rl_gpu.toml"), 1, prepare=("make_data.py", "runs/data/sft_then_rl")),
     "dpo_from_samples": Recipe(("sample_gpu.toml", "dpo_gpu.toml"), 0, generated=("sample_gpu.toml", "dpo_gpu.toml")),
+    "long_context": Recipe(
+        ("gpu_4k.toml",),
+        1,
+        prepare=("make_data.py", "runs/data/long_context_4k.jsonl", "--sentences", "300", "--rows", "1000"),
+    ),
 }
 
 
@@ -78,7 +83,9 @@ def settings(name: str, recipe: Recipe, stage: str, run: str, folder: Path, args
         flags += ["--lora.resume_from", str(newest(folder / "sft_gpu"))]
     if stage == recipe.stages[-1] and run == CONTROL:
         flags += [flag for i in range(recipe.rewards) for flag in (f"--rewards.{i}.args", SHUFFLED)]
-    return [*flags, *args.flags]
+    # A stage over recorded pairs samples in evaluations alone, and takes no engine.
+    recorded = stage.startswith("dpo")
+    return [*flags, *(flag for flag in args.flags if not (recorded and flag.startswith("--engine.name=")))]
 
 
 def newest(run: Path) -> Path:

@@ -117,9 +117,18 @@ class Engine:
     kv_gib: Annotated[float, Gt(0)] | None = None
     """GiB of vLLM's cache; None: room for all completions of a step, as far as memory allows."""
     graphs: bool = True
-    """Compile the model and capture CUDA graphs when vLLM starts: minutes at the first start, faster sampling."""
+    """Capture CUDA graphs of decoding when vLLM starts: some seconds, faster sampling."""
+    compile: bool | Literal["auto"] = "auto"
+    """Compile the model with vLLM's compiler before the capture: up to minutes at the first start. "auto": from 1
+    billion parameters on, since a smaller model samples no faster by more than the start takes longer."""
     deadline: Annotated[float, Gt(0)] = 600.0
     """Seconds without a finished step of vLLM after which it counts as hanging."""
+
+    def __post_init__(self) -> None:
+        refuse(
+            self.compile is True and not self.graphs,
+            "engine.compile = true: engine.graphs = false leaves vLLM's compiler out as well; set one of the two",
+        )
 
 
 @section("packing")

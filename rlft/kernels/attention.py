@@ -22,9 +22,14 @@ two ways from an attention for plain sequences:
                 calls makes its gradients exact. Nothing is copied, but a backward is parallel over the keys and has few
                 of them if the prefix is short.
 
+Attention sinks (gpt-oss, Granite with windows) are a learned logit s_h per query head h: one more term exp(s_h) of the
+softmax's denominator, without a value. They are one more merge, after all others, with an attention over nothing whose
+lse is s_h, and the backward is exact for the same reason. They are frozen and get no gradient.
+
 `varlen_attention_reference` is the formula written out, the reference for tests. On a CPU, and in fp32, PyTorch's
-scaled_dot_product_attention runs per sequence: nothing is padded and no [T, T] mask exists. Bytes moved per sequence:
-q, k, v and out once; on a CPU also a copy of the prefix's k and v for each continuation.
+scaled_dot_product_attention runs per sequence (`rlft.kernels.attention_plain`): nothing is padded and no [T, T] mask
+exists. Bytes moved per sequence: q, k, v and out once; on a CPU also a copy of the prefix's k and v for each
+continuation; with sinks out twice more.
 
 Names: S sequences, s one of them or the `Sequences`, T rows, Hq query heads, Hk key heads, D head size, p the index of
 a sequence's prefix (-1: none), n a number of keys, a, b, c bounds of rows or keys.
@@ -37,13 +42,13 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from rlft.kernels import attention_backends as backends
+from rlft.kernels.attention_plain import per_sequence, varlen_attention_reference
 from rlft.kernels.copies import Copies, gather_copies, sum_copies
 from rlft.kernels.launch import check_args, on_gpu
-from rlft.kernels.lse_merge import merge
+from rlft.kernels.lse_merge import add_sinks, merge
 from rlft.upload import upload
 
 COPIED = 1.0
@@ -119,44 +124,6 @@ def _shared(bounds: tuple[int, ...], prefix: tuple[int, ...], device: torch.devi
     return Shared(bounds[count], bounds[count] + cu_q[-1], cu_k[-1], tensors[0], tensors[1], longest[0], longest[1])
 
 
-def visible(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:
-    """Return a [queries, keys] mask of the keys that each query attends to; the queries are the last positions."""
-    ends = torch.arange(keys - queries, keys, device=device)[:, None]
-    positions = torch.arange(keys, device=device)[None, :]
-    mask = positions <= ends
-    return mask if window is None else mask & (positions > ends - window)
-
-
-def varlen_attention_reference(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens: Tensor,
-    prefix: Tensor,
-    scale: float,
-    window: int | None = None,
-    softcap: float | None = None,
-) -> Tensor:
-    """Compute the formula of this file, one sequence at a time. Arguments and result as `varlen_attention`."""
-    bounds, out = cu_seqlens.tolist(), torch.zeros_like(q)
-    groups = q.shape[1] // k.shape[1]
-    for s, p in enumerate(prefix.tolist()):
-        rows = list(range(bounds[s], bounds[s + 1]))
-        visible_rows = (list(range(bounds[p], bounds[p + 1])) if p >= 0 else []) + rows
-        if not rows:
-            continue
-        keys = k[visible_rows].repeat_interleave(groups, dim=1)
-        values = v[visible_rows].repeat_interleave(groups, dim=1)
-        scores = torch.einsum("ihd,jhd->hij", q[rows], keys) * scale
-        if softcap is not None:
-            scores = softcap * torch.tanh(scores / softcap)
-        scores = scores.masked_fill(~visible(len(rows), len(visible_rows), window, q.device), float("-inf"))
-        out = out.index_copy(
-            0, torch.tensor(rows, device=q.device), torch.einsum("hij,jhd->ihd", scores.softmax(-1), values)
-        )
-    return out
-
-
 # ---- on a GPU, in two calls --------------------------------------------------------------------------------------
 
 
@@ -178,8 +145,10 @@ def attention_forward(
     backend: str,
     window: int | None = None,
     softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Saved:
-    """Compute out and lse by a back end of `attention_backends`. Arguments as `varlen_attention`; no autograd."""
+    """Compute out and lse, sinks included, by a back end of `attention_backends`. Arguments as `varlen_attention`; no
+    autograd."""
     s = sequences
     keys = Keys.of(s, window)
     cu_k, max_k = (s.cu_seqlens, s.max_seqlen) if keys is None else (keys.cu_k, keys.max_k)
@@ -190,6 +159,8 @@ def attention_forward(
         a, b, c = s.shared.first, s.shared.last, s.shared.keys
         out_2, lse_2 = backends.forward(backend, q[a:b], k[:c], v[:c], _second(s.shared), scale, softcap)
         merge(out[a:b], lse[:, a:b], out_2, lse_2)
+    if sinks is not None:
+        add_sinks(out, lse, sinks)
     return Saved(out, lse)
 
 
@@ -205,7 +176,7 @@ def attention_backward(
     window: int | None = None,
     softcap: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute dq, dk, dv of `attention_forward`."""
+    """Compute dq, dk, dv of `attention_forward`, whose sinks are in `saved`."""
     s = sequences
     out, lse = saved
     keys = Keys.of(s, window)
@@ -294,8 +265,8 @@ class _Attention(torch.autograd.Function):
     """Autograd for the flash attentions."""
 
     @staticmethod
-    def forward(ctx, q, k, v, sequences, scale, backend, window, softcap):  # type: ignore[override]
-        saved = attention_forward(q, k, v, sequences, scale, backend, window, softcap)
+    def forward(ctx, q, k, v, sequences, scale, backend, window, softcap, sinks):  # type: ignore[override]
+        saved = attention_forward(q, k, v, sequences, scale, backend, window, softcap, sinks)
         ctx.save_for_backward(q, k, v, *saved)
         ctx.rest = (sequences, scale, backend, window, softcap)
         return saved.out
@@ -304,39 +275,7 @@ class _Attention(torch.autograd.Function):
     def backward(ctx, dout):  # type: ignore[override]
         q, k, v, out, lse = ctx.saved_tensors
         grads = attention_backward(dout.contiguous(), q, k, v, Saved(out, lse), *ctx.rest)
-        return *grads, None, None, None, None, None
-
-
-# ---- by PyTorch, one sequence at a time --------------------------------------------------------------------------
-
-
-def _per_sequence(q: Tensor, k: Tensor, v: Tensor, s: Sequences, scale: float, window: int | None) -> Tensor:
-    """Run scaled_dot_product_attention for one sequence after the other."""
-    lengths = [b - a for a, b in pairwise(s.bounds)]
-    # One split, so that backward concatenates once instead of adding S gradients of size [T, ...].
-    queries, keys, values = q.split(lengths), k.split(lengths), v.split(lengths)
-    outs = []
-    for i, p in enumerate(s.prefix):
-        qs, ks, vs = queries[i], keys[i], values[i]
-        if lengths[i] == 0:
-            outs.append(qs)
-            continue
-        if p >= 0:
-            ks, vs = torch.cat([keys[p], ks]), torch.cat([values[p], vs])
-        # is_causal aligns queries with the first keys; behind a prefix or with a window an explicit mask is needed.
-        causal = p < 0 and (window is None or window >= lengths[i])
-        mask = None if causal else visible(qs.shape[0], ks.shape[0], window, q.device)
-        out = F.scaled_dot_product_attention(
-            qs.transpose(0, 1)[None],
-            ks.transpose(0, 1)[None],
-            vs.transpose(0, 1)[None],
-            attn_mask=mask,
-            is_causal=causal,
-            scale=scale,
-            enable_gqa=q.shape[1] != k.shape[1],
-        )
-        outs.append(out[0].transpose(0, 1))
-    return torch.cat(outs) if outs else torch.zeros_like(q)
+        return *grads, None, None, None, None, None, None
 
 
 def varlen_attention(
@@ -348,22 +287,29 @@ def varlen_attention(
     window: int | None = None,
     softcap: float | None = None,
     backend: str | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Compute causal attention of S packed sequences.
 
     q: [T, Hq, D] float. k, v: [T, Hk, D], same dtype, Hq a multiple of Hk (grouped-query attention). sequences: see
     `Sequences.of`. window: most keys that a query attends to, its own included. softcap: c of c tanh(z / c). backend:
     "fa4", "fa2", "sdpa" or "plain"; None: `attention_backends.choose_backend` chooses by device, dtype, head size and
-    softcap. Returns [T, Hq, D]. Deterministic except for dQ of the flash attentions, which use atomic additions. Raises
-    ValueError on shapes, dtypes and devices that do not fit, for a back end that does not support the arguments, and on
-    a GPU for shared prefixes that do not come first.
+    softcap. sinks: [Hq] float, a logit per query head, frozen; None: no sinks. Returns [T, Hq, D]. Deterministic except
+    for dQ of the flash attentions, which use atomic additions. Raises ValueError on shapes, dtypes and devices that do
+    not fit, for a back end that does not support the arguments, for sinks that require a gradient, and on a GPU for
+    shared prefixes that do not come first.
     """
     op = "varlen_attention"
     ok = q.dim() == 3 and k.shape == v.shape and q.shape[0] == k.shape[0] and q.shape[1] % k.shape[1] == 0
     ok = ok and q.dtype == k.dtype == v.dtype and q.shape[2] == k.shape[2] and sequences.bounds[-1] == q.shape[0]
     wanted = f"q [T, Hq, D] and k, v [T, Hk, D] of one dtype, T = {sequences.bounds[-1]}, Hq a multiple of Hk"
     check_args(op, ok, wanted, q=q, k=k, v=v)
-    on_gpu(op, q=q, k=k, v=v)
+    if sinks is not None:
+        wanted = f"sinks [Hq], Hq = {q.shape[1]}"
+        check_args(op, sinks.shape == (q.shape[1],) and sinks.is_floating_point(), wanted, sinks=sinks)
+        if sinks.requires_grad:
+            raise ValueError(f"{op}: requires_grad of the sinks is True: they are frozen here")
+    on_gpu(op, q=q, k=k, v=v, sinks=sinks)
     backend = backend or backends.choose_backend(q.device, q.dtype, q.shape[2], softcap)
     if backend == "plain" or (backend == "sdpa" and softcap is not None):
         tokens = max(_totals(sequences), default=0)
@@ -373,9 +319,9 @@ def varlen_attention(
                 f"scores for a sequence of {tokens} tokens (limit {PLAIN_LIMIT / 2**30:.0f}): pip install flash-attn-4"
             )
         cu, prefix = torch.tensor(sequences.bounds), torch.tensor(sequences.prefix)
-        return varlen_attention_reference(q, k, v, cu, prefix, scale, window, softcap)
+        return varlen_attention_reference(q, k, v, cu, prefix, scale, window, softcap, sinks)
     if backend == "sdpa":
-        return _per_sequence(q, k, v, sequences, scale, window)
+        return per_sequence(q, k, v, sequences.bounds, sequences.prefix, scale, window, sinks)
     if sequences.shared is None and max(sequences.prefix, default=-1) >= 0 and Keys.of(sequences, window) is None:
         raise ValueError(f"{op}: on a GPU prefixes must come first and their continuations in the same order")
-    return _Attention.apply(q, k, v, sequences, scale, backend, window, softcap)  # type: ignore[return-value]
+    return _Attention.apply(q, k, v, sequences, scale, backend, window, softcap, sinks)  # type: ignore[return-value]

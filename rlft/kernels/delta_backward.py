@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from rlft.kernels.delta_chunks import CHUNK, Chunks
-from rlft.kernels.delta_forward import Prepared, column, columns_of_block, decays, dot, products, put, tile
+from rlft.kernels.delta_forward import Prepared, column, columns_of_block, decays, dot, products, put, tile, warps
 from rlft.kernels.delta_gradients import gradients
 from rlft.kernels.launch import jit, kernel, launch, power_of_2, tl
 
@@ -181,7 +181,7 @@ def launch_backward(
     block = min(64, power_of_2(dv))
     strides = (q.stride(0), k.stride(0), dout.stride(0))
     arguments = (q, k, dout, *prepared[:3], drest, chunks.rows, *strides)
-    launch(local_kernel, (n * hv,), *arguments, *sizes, block, CHUNK, num_warps=4, num_stages=1)
+    launch(local_kernel, (n * hv,), *arguments, *sizes, block, CHUNK, num_warps=warps(k.dtype, block), num_stages=1)
     dstates = torch.empty_like(states)
     dstarts = torch.empty(chunks.continued.shape[0], hv, dk, dv, dtype=torch.float32, device=v.device)
     block, wide = columns_of_block(dk, dv, v.dtype), power_of_2(dk)
@@ -190,5 +190,5 @@ def launch_backward(
             grid = (table.shape[0] * hv * -(-dv // block),)
             arguments = (q, k, dout, beta, *prepared, drest, dvalues, dstates, dstarts, table, *strides)
             more = (beta.stride(0), dvalues.stride(0), *sizes, wide, block, CHUNK, continued)
-            launch(back_kernel, grid, *arguments, *more, num_warps=8, num_stages=1)
+            launch(back_kernel, grid, *arguments, *more, num_warps=warps(k.dtype, wide, block, most=8), num_stages=1)
     return *gradients(dout, inputs, prepared, (new, drest, states, dstates), chunks, scale, l2norm), dvalues

@@ -267,6 +267,16 @@ def columns_of_block(dk: int, dv: int, dtype: torch.dtype) -> int:
     return min(power_of_2(dv), 64 if wide <= 256 else 32 if wide <= 512 else 16)
 
 
+def warps(dtype: torch.dtype, *columns: int, most: int = 4) -> int:
+    """Return the warps of a kernel with tiles of so many columns: `most`, or 2 if one has less than 128 bytes a row.
+
+    Such a tile is swizzled otherwise than the rest in shared memory, and where both meet in one kernel ptxas 12.8 makes
+    descriptors of Hopper's wgmma from a register that it never sets (tests/kernels/test_cross_compile.py looks for
+    that). Two warps do without wgmma. Heads of the models that have this layer are wider.
+    """
+    return most if min(columns) * dtype.itemsize >= 128 else 2
+
+
 def prepare(q: Tensor, k: Tensor, g: Tensor, beta: Tensor, chunks: Chunks, scale: float, l2norm: bool) -> Prepared:
     """Launch the first kernel. q, k: [T, Hk, Dk]; g, beta: [T, Hv]; see `delta.delta_forward`."""
     (t, hk, dk), hv, n = k.shape, g.shape[1], chunks.rows.shape[0]
@@ -334,7 +344,7 @@ def walk(k: Tensor, v: Tensor, beta: Tensor, prepared: Prepared, chunks: Chunks)
                 power_of_2(dk),
                 block,
                 CHUNK,
-                num_warps=4,
+                num_warps=warps(k.dtype, power_of_2(dk), block),
                 num_stages=1,
             )
     return states, new
@@ -346,5 +356,7 @@ def outputs(q: Tensor, k: Tensor, states: Tensor, new: Tensor, prepared: Prepare
     block = min(64, power_of_2(dv))
     grid = (chunks.rows.shape[0] * hv * -(-dv // block),)
     arguments = (q, k, *prepared[:3], states, new, out, chunks.rows, q.stride(0), k.stride(0))
-    launch(outputs_kernel, grid, *arguments, hk, hv, dk, dv, block, CHUNK, num_warps=4, num_stages=1)
+    launch(
+        outputs_kernel, grid, *arguments, hk, hv, dk, dv, block, CHUNK, num_warps=warps(k.dtype, block), num_stages=1
+    )
     return out

@@ -5,7 +5,10 @@
 An attention over no key has lse = -inf and contributes nothing. Bytes per token: out_1 and out_2 read, out written,
 once.
 
-Shapes: T tokens, H heads, D head size. In the kernel a and b are the two lse, x and y their exponentials relative to
+Attention sinks are the second attention of a simpler kernel: out_2 = 0, and lse_2 is a logit per head. Bytes per token:
+out read and written once.
+
+Shapes: T tokens, H heads, D head size. In the kernels a and b are the two lse, x and y their exponentials relative to
 the larger one.
 """
 
@@ -74,3 +77,67 @@ def merge(out_1: Tensor, lse_1: Tensor, out_2: Tensor, lse_2: Tensor) -> None:
         out, lse = merge_reference(out_1, lse_1, out_2, lse_2)
         out_1.copy_(out)
         lse_1.copy_(lse)
+
+
+def add_sinks_reference(out: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
+    """Return out [T, H, D] and lse [H, T] with one more key of logit `sinks` [H] and value 0."""
+    return merge_reference(out, lse, torch.zeros_like(out), sinks.to(lse.dtype)[:, None].expand_as(lse))
+
+
+@kernel(varying=("T", "stride_head"))
+def _sinks_kernel(out, lse, sinks, T, H, D, stride_row, stride_head, BLOCK: tl.constexpr, ROWS: tl.constexpr):
+    """Overwrite ROWS head vectors of `out`, and their lse; a row is one head of one token."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    live = row < T * H
+    token, head = row // H, row % H
+    at = lse + head.to(tl.int64) * stride_head + token
+    a = tl.load(at, mask=live, other=0.0)
+    b = tl.load(sinks + head, mask=live, other=0.0).to(tl.float32)
+    top = tl.maximum(a, b)
+    # With neither a key nor a sink the exponents below would be -inf - -inf.
+    safe = tl.where(top == float("-inf"), 0.0, top)
+    x, y = tl.exp(a - safe), tl.exp(b - safe)
+    total = tl.where(x + y == 0, 1.0, x + y)
+    columns = tl.arange(0, BLOCK)[None, :]
+    mask = live[:, None] & (columns < D)
+    place = out + (token.to(tl.int64) * stride_row + head * D)[:, None] + columns
+    values = tl.load(place, mask=mask, other=0.0).to(tl.float32)
+    tl.store(place, values * (x / total)[:, None], mask=mask)
+    tl.store(at, tl.where(x + y == 0, float("-inf"), safe + tl.log(total)), mask=live)
+
+
+def launch_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> None:
+    """Run `add_sinks` by the kernel. out: [T, H, D] with D contiguous and heads adjacent; lse: [H, T], T contiguous."""
+    tokens, heads, dim = out.shape
+    block = power_of_2(dim)
+    # As many elements per program as in qk_rope.
+    rows = max(4, 2048 // block)
+    if tokens:
+        launch(
+            _sinks_kernel,
+            (-(-tokens * heads // rows),),
+            out,
+            lse,
+            sinks,
+            tokens,
+            heads,
+            dim,
+            out.stride(0),
+            lse.stride(0),
+            BLOCK=block,
+            ROWS=rows,
+            num_warps=4,
+        )
+
+
+def add_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> None:
+    """Add sinks to an attention, in place. out: [T, H, D]. lse: [H, T] fp32. sinks: [H], any floating dtype.
+
+    A row must have all its keys in `lse` before, since its sink counts once.
+    """
+    if on_gpu("add_sinks", out=out, lse=lse, sinks=sinks):
+        launch_sinks(out, lse, sinks)
+    else:
+        with_sinks, total = add_sinks_reference(out, lse, sinks)
+        out.copy_(with_sinks)
+        lse.copy_(total)

@@ -1,4 +1,4 @@
-"""Rotary position embedding of queries and keys in one pass, after a per-head RMSNorm in families that have one.
+"""Rotary position embedding of queries and keys in one pass, with a per-head RMSNorm in families that have one.
 
 Per head vector x [D], with rotation of its first R <= D entries, half = R / 2, i < half:
 
@@ -9,14 +9,18 @@ Per head vector x [D], with rotation of its first R <= D entries, half = R / 2, 
     dn_i = dout_i cos_i + dout_(i+half) sin_i,   dn_(i+half) = dout_(i+half) cos_i - dout_i sin_i
     dx = rstd (g - x rstd mean(x rstd g)) with g = dn w  (without a norm dx = dn)
 
+With `after` (HunYuan) the norm is of the rotated vector: out is the norm's result, n = x, and in the backward the
+rotation that undoes the forward's is the last step.
+
 This is transformers' half-split convention; interleaved (GLM, ERNIE), entries 2 i and 2 i + 1 take the places of i and
 i + half. cos and sin repeat their first half, and only that half is read. Scaled tables (YaRN, Llama 3) need no special
 case: the attention factor is included in cos and sin.
 
-Numerics: the norm rounds as in transformers; the rotation is fp32 inside with one rounding, whereas transformers rounds
-both products and the sum. Measured against float64 in bf16 (8 heads of 128, positions to 32k, CPU): a relative error of
-1.7e-3 against 2.3e-3, and 29% of the entries differ in the last bit. vLLM computes this as well: its compiled native
-path fuses the rotation in fp32 (0.23, no `emulate_precision_casts`), and so does its newer CUDA kernel.
+Numerics: the norm rounds as in transformers, but one behind the rotation reads it unrounded; the rotation is fp32
+inside with one rounding, whereas transformers rounds both products and the sum. Measured against float64 in bf16 (8
+heads of 128, positions to 32k, CPU): a relative error of 1.7e-3 against 2.3e-3, and 29% of the entries differ in the
+last bit. vLLM computes this as well: its compiled native path fuses the rotation in fp32 (0.23, no
+`emulate_precision_casts`), and so does its newer CUDA kernel.
 
 Only q and k before the norm are saved (without a norm nothing): the backward has the whole head in registers and
 computes rstd again. Bytes per token of a 2-byte dtype: 4 (Hq + Hk) D each way, backward with norm 6.
@@ -33,8 +37,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from rlft.kernels.launch import KERNEL_DTYPES, check_args, jit, kernel, launch, on_gpu, power_of_2, tl
-from rlft.kernels.rms_norm import LLAMA, rms_norm_reference, times_weight
+from rlft.kernels.launch import KERNEL_DTYPES, check_args, kernel, launch, on_gpu, power_of_2, tl
+from rlft.kernels.qk_rope_heads import backward_heads, forward_heads
+from rlft.kernels.rms_norm import LLAMA, rms_norm_reference
 
 MAX_D = 512
 """Widest head."""
@@ -43,7 +48,7 @@ MAX_D = 512
 def qk_rope_reference(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None = None,
     q_weight: Tensor | None = None, k_weight: Tensor | None = None, eps: float = 1e-6, style: int = LLAMA,
-    interleaved: bool = False,
+    interleaved: bool = False, after: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Compute the formula in plain PyTorch, differentiable by autograd. Arguments and results as `qk_rope`."""
     if positions is not None:
@@ -51,129 +56,16 @@ def qk_rope_reference(
     outs = []
     for x, weight in ((q, q_weight), (k, k_weight)):
         wide = torch.promote_types(x.dtype, torch.float32)
-        n = (x if weight is None else rms_norm_reference(x, weight, eps, style)).to(wide)
+        n = (x if weight is None or after else rms_norm_reference(x, weight, eps, style)).to(wide)
         rotated, passed = n[..., : cos.shape[-1]], n[..., cos.shape[-1] :]
         half, dim = cos.shape[-1] // 2, -1 if interleaved else -2
         first, second = rotated.unflatten(-1, (half, 2) if interleaved else (2, half)).unbind(dim)
         cosines, sines = (table[:, None, :half].to(wide) for table in (cos, sin))
         pair = (first * cosines - second * sines, second * cosines + first * sines)
         rotated = torch.stack(pair, dim).flatten(-2)
-        outs.append(torch.cat([rotated, passed], dim=-1).to(x.dtype))
+        out = torch.cat([rotated, passed], dim=-1).to(x.dtype)
+        outs.append(rms_norm_reference(out, weight, eps, style) if after and weight is not None else out)
     return outs[0], outs[1]
-
-
-@jit
-def _table(cos_ptr, sin_ptr, pos_ptr, token, live, stride_table, cols, HALF: tl.constexpr):
-    """Load cos and sin [ROWS, BLOCK] in fp32 for each row's token."""
-    line = token.to(tl.int64)
-    if pos_ptr is not None:
-        line = tl.load(pos_ptr + token, mask=live, other=0).to(tl.int64)
-    at = (line * stride_table)[:, None] + cols
-    mask = live[:, None] & (cols < HALF)
-    cos = tl.load(cos_ptr + at, mask=mask, other=0.0).to(tl.float32)
-    return cos, tl.load(sin_ptr + at, mask=mask, other=0.0).to(tl.float32)
-
-
-@jit
-def _places(row, T, HEADS: tl.constexpr, D: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr):
-    """Return where head vectors are: token, first column and whether it exists, of each row; columns of the tables and
-    of the entries that pass, and the masks of both."""
-    HALF: tl.constexpr = R // 2
-    live = row < T * HEADS
-    token = row // HEADS
-    head = (row % HEADS) * D
-    cols = tl.arange(0, BLOCK)[None, :]
-    tail = R + tl.arange(0, TAIL)[None, :]
-    mask = live[:, None] & (cols < HALF)
-    tail_mask = live[:, None] & (tail < D)
-    return token, head, live, cols, tail, mask, tail_mask
-
-
-@jit
-def _forward_heads(
-    program, x_ptr, w_ptr, out_ptr, cos_ptr, sin_ptr, pos_ptr, T, stride_x, stride_out, stride_table, eps,
-    HEADS: tl.constexpr, D: tl.constexpr, R: tl.constexpr,
-    BLOCK: tl.constexpr, TAIL: tl.constexpr, ROWS: tl.constexpr, STYLE: tl.constexpr, PAIRS: tl.constexpr,
-):  # fmt: skip
-    """Process ROWS head vectors of q or of k; a row is one head of one token."""
-    HALF: tl.constexpr = R // 2
-    row = program * ROWS + tl.arange(0, ROWS)
-    token, head, live, cols, tail, mask, tail_mask = _places(row, T, HEADS, D, R, BLOCK, TAIL)
-    first = cols * 2 if PAIRS else cols
-    second = first + 1 if PAIRS else HALF + cols
-    x = x_ptr + (token.to(tl.int64) * stride_x + head)[:, None]
-    n1 = tl.load(x + first, mask=mask, other=0.0).to(tl.float32)
-    n2 = tl.load(x + second, mask=mask, other=0.0).to(tl.float32)
-    if R < D:
-        n3 = tl.load(x + tail, mask=tail_mask, other=0.0).to(tl.float32)
-    if w_ptr is not None:
-        squares = tl.sum(n1 * n1 + n2 * n2, axis=1)
-        if R < D:
-            squares += tl.sum(n3 * n3, axis=1)
-        rstd = tl.rsqrt(squares * (1.0 / D) + eps)[:, None]
-        w1 = tl.load(w_ptr + first, mask=cols < HALF, other=0.0).to(tl.float32)
-        w2 = tl.load(w_ptr + second, mask=cols < HALF, other=0.0).to(tl.float32)
-        n1 = times_weight(n1 * rstd, w1, out_ptr, STYLE).to(out_ptr.dtype.element_ty).to(tl.float32)
-        n2 = times_weight(n2 * rstd, w2, out_ptr, STYLE).to(out_ptr.dtype.element_ty).to(tl.float32)
-        if R < D:
-            w3 = tl.load(w_ptr + tail, mask=tail < D, other=0.0).to(tl.float32)
-            n3 = times_weight(n3 * rstd, w3, out_ptr, STYLE)
-    cos, sin = _table(cos_ptr, sin_ptr, pos_ptr, token, live, stride_table, cols, HALF)
-    out = out_ptr + (token.to(tl.int64) * stride_out + head)[:, None]
-    tl.store(out + first, n1 * cos - n2 * sin, mask=mask)
-    tl.store(out + second, n2 * cos + n1 * sin, mask=mask)
-    if R < D:
-        tl.store(out + tail, n3, mask=tail_mask)
-
-
-@jit
-def _backward_heads(
-    program, dout_ptr, x_ptr, w_ptr, dx_ptr, cos_ptr, sin_ptr, pos_ptr,
-    T, stride_dout, stride_x, stride_dx, stride_table, eps,
-    HEADS: tl.constexpr, D: tl.constexpr, R: tl.constexpr,
-    BLOCK: tl.constexpr, TAIL: tl.constexpr, ROWS: tl.constexpr, STYLE: tl.constexpr, PAIRS: tl.constexpr,
-):  # fmt: skip
-    """Process ROWS head vectors of dq or of dk, as `_forward_heads`."""
-    HALF: tl.constexpr = R // 2
-    row = program * ROWS + tl.arange(0, ROWS)
-    token, head, live, cols, tail, mask, tail_mask = _places(row, T, HEADS, D, R, BLOCK, TAIL)
-    first = cols * 2 if PAIRS else cols
-    second = first + 1 if PAIRS else HALF + cols
-    dout = dout_ptr + (token.to(tl.int64) * stride_dout + head)[:, None]
-    d1 = tl.load(dout + first, mask=mask, other=0.0).to(tl.float32)
-    d2 = tl.load(dout + second, mask=mask, other=0.0).to(tl.float32)
-    cos, sin = _table(cos_ptr, sin_ptr, pos_ptr, token, live, stride_table, cols, HALF)
-    g1 = d1 * cos + d2 * sin
-    g2 = d2 * cos - d1 * sin
-    if R < D:
-        g3 = tl.load(dout + tail, mask=tail_mask, other=0.0).to(tl.float32)
-    if w_ptr is not None:
-        x = x_ptr + (token.to(tl.int64) * stride_x + head)[:, None]
-        n1 = tl.load(x + first, mask=mask, other=0.0).to(tl.float32)
-        n2 = tl.load(x + second, mask=mask, other=0.0).to(tl.float32)
-        ONE = 1.0 if STYLE == 1 else 0.0
-        g1 *= tl.load(w_ptr + first, mask=cols < HALF, other=0.0).to(tl.float32) + ONE
-        g2 *= tl.load(w_ptr + second, mask=cols < HALF, other=0.0).to(tl.float32) + ONE
-        squares = tl.sum(n1 * n1 + n2 * n2, axis=1)
-        along = tl.sum(n1 * g1 + n2 * g2, axis=1)
-        if R < D:
-            n3 = tl.load(x + tail, mask=tail_mask, other=0.0).to(tl.float32)
-            g3 *= tl.load(w_ptr + tail, mask=tail < D, other=0.0).to(tl.float32) + ONE
-            squares += tl.sum(n3 * n3, axis=1)
-            along += tl.sum(n3 * g3, axis=1)
-        rstd = tl.rsqrt(squares * (1.0 / D) + eps)
-        # n holds x here, so the mean of (x rstd) g is rstd times the mean of x g.
-        along = (rstd * rstd * along * (1.0 / D))[:, None]
-        rstd = rstd[:, None]
-        g1 = rstd * (g1 - n1 * along)
-        g2 = rstd * (g2 - n2 * along)
-        if R < D:
-            g3 = rstd * (g3 - n3 * along)
-    dx = dx_ptr + (token.to(tl.int64) * stride_dx + head)[:, None]
-    tl.store(dx + first, g1, mask=mask)
-    tl.store(dx + second, g2, mask=mask)
-    if R < D:
-        tl.store(dx + tail, g3, mask=tail_mask)
 
 
 @kernel(varying=("T",))
@@ -182,18 +74,19 @@ def forward_kernel(
     T, stride_q, stride_k, stride_q_out, stride_k_out, stride_table, eps,
     HQ: tl.constexpr, HK: tl.constexpr, D: tl.constexpr, R: tl.constexpr,
     BLOCK: tl.constexpr, TAIL: tl.constexpr, ROWS: tl.constexpr, STYLE: tl.constexpr, PAIRS: tl.constexpr,
+    AFTER: tl.constexpr,
 ):  # fmt: skip
     """Run the forward: the first cdiv(T HQ, ROWS) programs process queries, the others keys."""
     program = tl.program_id(0)
     of_q = tl.cdiv(T * HQ, ROWS)
     if program < of_q:
-        _forward_heads(program, q_ptr, qw_ptr, q_out_ptr, cos_ptr, sin_ptr, pos_ptr,
-                       T, stride_q, stride_q_out, stride_table, eps,
-                       HEADS=HQ, D=D, R=R, BLOCK=BLOCK, TAIL=TAIL, ROWS=ROWS, STYLE=STYLE, PAIRS=PAIRS)  # fmt: skip
+        forward_heads(program, q_ptr, qw_ptr, q_out_ptr, cos_ptr, sin_ptr, pos_ptr,
+                      T, stride_q, stride_q_out, stride_table, eps, HEADS=HQ, D=D, R=R,
+                      BLOCK=BLOCK, TAIL=TAIL, ROWS=ROWS, STYLE=STYLE, PAIRS=PAIRS, AFTER=AFTER)  # fmt: skip
     else:
-        _forward_heads(program - of_q, k_ptr, kw_ptr, k_out_ptr, cos_ptr, sin_ptr, pos_ptr,
-                       T, stride_k, stride_k_out, stride_table, eps,
-                       HEADS=HK, D=D, R=R, BLOCK=BLOCK, TAIL=TAIL, ROWS=ROWS, STYLE=STYLE, PAIRS=PAIRS)  # fmt: skip
+        forward_heads(program - of_q, k_ptr, kw_ptr, k_out_ptr, cos_ptr, sin_ptr, pos_ptr,
+                      T, stride_k, stride_k_out, stride_table, eps, HEADS=HK, D=D, R=R,
+                      BLOCK=BLOCK, TAIL=TAIL, ROWS=ROWS, STYLE=STYLE, PAIRS=PAIRS, AFTER=AFTER)  # fmt: skip
 
 
 @kernel(varying=("T",))
@@ -202,18 +95,19 @@ def backward_kernel(
     T, stride_dq_out, stride_dk_out, stride_q, stride_k, stride_dq, stride_dk, stride_table, eps,
     HQ: tl.constexpr, HK: tl.constexpr, D: tl.constexpr, R: tl.constexpr,
     BLOCK: tl.constexpr, TAIL: tl.constexpr, ROWS: tl.constexpr, STYLE: tl.constexpr, PAIRS: tl.constexpr,
+    AFTER: tl.constexpr,
 ):  # fmt: skip
     """Run the backward, with programs as in `forward_kernel`."""
     program = tl.program_id(0)
     of_q = tl.cdiv(T * HQ, ROWS)
     if program < of_q:
-        _backward_heads(program, dq_out_ptr, q_ptr, qw_ptr, dq_ptr, cos_ptr, sin_ptr, pos_ptr,
-                        T, stride_dq_out, stride_q, stride_dq, stride_table, eps,
-                        HEADS=HQ, D=D, R=R, BLOCK=BLOCK, TAIL=TAIL, ROWS=ROWS, STYLE=STYLE, PAIRS=PAIRS)  # fmt: skip
+        backward_heads(program, dq_out_ptr, q_ptr, qw_ptr, dq_ptr, cos_ptr, sin_ptr, pos_ptr,
+                       T, stride_dq_out, stride_q, stride_dq, stride_table, eps, HEADS=HQ, D=D, R=R,
+                       BLOCK=BLOCK, TAIL=TAIL, ROWS=ROWS, STYLE=STYLE, PAIRS=PAIRS, AFTER=AFTER)  # fmt: skip
     else:
-        _backward_heads(program - of_q, dk_out_ptr, k_ptr, kw_ptr, dk_ptr, cos_ptr, sin_ptr, pos_ptr,
-                        T, stride_dk_out, stride_k, stride_dk, stride_table, eps,
-                        HEADS=HK, D=D, R=R, BLOCK=BLOCK, TAIL=TAIL, ROWS=ROWS, STYLE=STYLE, PAIRS=PAIRS)  # fmt: skip
+        backward_heads(program - of_q, dk_out_ptr, k_ptr, kw_ptr, dk_ptr, cos_ptr, sin_ptr, pos_ptr,
+                       T, stride_dk_out, stride_k, stride_dk, stride_table, eps, HEADS=HK, D=D, R=R,
+                       BLOCK=BLOCK, TAIL=TAIL, ROWS=ROWS, STYLE=STYLE, PAIRS=PAIRS, AFTER=AFTER)  # fmt: skip
 
 
 @cache
@@ -241,7 +135,9 @@ class _Pair(NamedTuple):
         """Elements from one row to the next."""
         return self.q.stride(0), self.k.stride(0)
 
-    def launch(self, r: int, style: int, pairs: bool, shape: tuple[int, int] | None) -> tuple[int, dict[str, Any]]:
+    def launch(
+        self, r: int, style: int, pairs: bool, after: bool, shape: tuple[int, int] | None
+    ) -> tuple[int, dict[str, Any]]:
         """Return the number of programs, and the kernels' constants by name.
 
         shape: (rows per program, warps); None: those of `launch_shape`.
@@ -250,14 +146,14 @@ class _Pair(NamedTuple):
         block, tail, *chosen = launch_shape(d, r)
         rows, warps = shape or chosen
         constants = {"HQ": hq, "HK": hk, "D": d, "R": r, "BLOCK": block, "TAIL": tail, "ROWS": rows}
-        constants |= {"STYLE": style, "PAIRS": pairs, "num_warps": warps}
+        constants |= {"STYLE": style, "PAIRS": pairs, "AFTER": after, "num_warps": warps}
         return -(-t * hq // rows) + -(-t * hk // rows), constants
 
 
 def qk_rope_forward(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None = None,
     q_weight: Tensor | None = None, k_weight: Tensor | None = None, eps: float = 1e-6, style: int = LLAMA,
-    interleaved: bool = False, *,
+    interleaved: bool = False, after: bool = False, *,
     q_out: Tensor | None = None, k_out: Tensor | None = None, shape: tuple[int, int] | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Launch the forward. Returns q [T, Hq, D] and k [T, Hk, D], normalized and rotated.
@@ -272,7 +168,7 @@ def qk_rope_forward(
     q_out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if q_out is None else q_out
     k_out = torch.empty(k.shape, dtype=k.dtype, device=k.device) if k_out is None else k_out
     x, out = _Pair(q, k), _Pair(q_out, k_out)
-    programs, constants = x.launch(cos.shape[1], style, interleaved, shape)
+    programs, constants = x.launch(cos.shape[1], style, interleaved, after, shape)
     if programs:
         launch(
             forward_kernel, (programs,), *x, q_weight, k_weight, *out, cos, sin, positions,
@@ -284,7 +180,7 @@ def qk_rope_forward(
 def qk_rope_backward(
     dq_out: Tensor, dk_out: Tensor, q: Tensor | None, k: Tensor | None, cos: Tensor, sin: Tensor,
     positions: Tensor | None = None, q_weight: Tensor | None = None, k_weight: Tensor | None = None,
-    eps: float = 1e-6, style: int = LLAMA, interleaved: bool = False, *,
+    eps: float = 1e-6, style: int = LLAMA, interleaved: bool = False, after: bool = False, *,
     dq: Tensor | None = None, dk: Tensor | None = None, shape: tuple[int, int] | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Launch the backward. Returns dq [T, Hq, D] and dk [T, Hk, D].
@@ -306,7 +202,7 @@ def qk_rope_backward(
     dq = torch.empty(dq_out.shape, dtype=dq_out.dtype, device=dq_out.device) if dq is None else dq
     dk = torch.empty(dk_out.shape, dtype=dk_out.dtype, device=dk_out.device) if dk is None else dk
     dx = _Pair(dq, dk)
-    programs, constants = dout.launch(cos.shape[1], style, interleaved, shape)
+    programs, constants = dout.launch(cos.shape[1], style, interleaved, after, shape)
     if programs:
         launch(
             backward_kernel, (programs,), *dout, *x, q_weight, k_weight, *dx, cos, sin, positions,
@@ -359,26 +255,26 @@ def _check(
 
 class _QkRope(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, cos, sin, positions, q_weight, k_weight, eps, style, interleaved):  # type: ignore[override]
+    def forward(ctx, q, k, cos, sin, positions, q_weight, k_weight, *how):  # type: ignore[override]
         q, k = (x if _adjacent(x) else x.contiguous() for x in (q, k))
-        q_out, k_out = qk_rope_forward(q, k, cos, sin, positions, q_weight, k_weight, eps, style, interleaved)
+        q_out, k_out = qk_rope_forward(q, k, cos, sin, positions, q_weight, k_weight, *how)
         saved = (None, None) if q_weight is None else (q, k)
         ctx.save_for_backward(*saved, cos, sin, positions, q_weight, k_weight)
-        ctx.norm = eps, style, interleaved
+        ctx.how = how
         return q_out, k_out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dq_out, dk_out):  # type: ignore[override]
         grads = (x if _adjacent(x) else x.contiguous() for x in (dq_out, dk_out))
-        dq, dk = qk_rope_backward(*grads, *ctx.saved_tensors, *ctx.norm)
-        return dq, dk, *[None] * 8
+        dq, dk = qk_rope_backward(*grads, *ctx.saved_tensors, *ctx.how)
+        return dq, dk, *[None] * (5 + len(ctx.how))
 
 
 def qk_rope(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None = None,
     q_weight: Tensor | None = None, k_weight: Tensor | None = None, eps: float = 1e-6, style: int = LLAMA,
-    interleaved: bool = False,
+    interleaved: bool = False, after: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Apply norm (if weights are given) and rotary embedding to queries and keys, with gradients to both.
 
@@ -386,7 +282,8 @@ def qk_rope(
     float, R even and at most D, the second half of the columns repeating the first, as transformers' rotary embeddings
     return them (attention factor included). positions: [T] integer below P, the line of the tables for each row (not
     checked on a GPU); None: row t of the tables belongs to row t of q, P = T. q_weight, k_weight: [D] in q's dtype,
-    frozen, or None for families without that norm. eps, style: as in `rms_norm`. interleaved: the convention.
+    frozen, or None for families without that norm. eps, style: as in `rms_norm`. interleaved: the convention. after:
+    whether the norm is of the rotated vectors.
 
     Returns q [T, Hq, D] and k [T, Hk, D]. Raises ValueError on shapes, dtypes or devices that do not fit, and on a
     weight that requires a gradient.
@@ -395,5 +292,5 @@ def qk_rope(
     if q_weight is not None and k_weight is not None and (q_weight.requires_grad or k_weight.requires_grad):
         raise ValueError("qk_rope: a norm weight's requires_grad is True: it is frozen here")
     if on_gpu("qk_rope", q=q, k=k, cos=cos, sin=sin, positions=positions, q_weight=q_weight, k_weight=k_weight):
-        return _QkRope.apply(q, k, cos, sin, positions, q_weight, k_weight, eps, style, interleaved)  # type: ignore[return-value]
-    return qk_rope_reference(q, k, cos, sin, positions, q_weight, k_weight, eps, style, interleaved)
+        return _QkRope.apply(q, k, cos, sin, positions, q_weight, k_weight, eps, style, interleaved, after)  # type: ignore[return-value]
+    return qk_rope_reference(q, k, cos, sin, positions, q_weight, k_weight, eps, style, interleaved, after)

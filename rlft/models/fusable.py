@@ -69,9 +69,9 @@ def parts_of(decoder: nn.Module, family: Family) -> Iterator[nn.Module]:
     for index, layer in enumerate(decoder.layers):  # type: ignore[arg-type]
         here = family.of_layer(decoder.config, index)
         norms = (here.input_norm, here.mlp_norm, here.attention_norm, here.down_norm, *(here.qk_norm or ()))
+        others = (*here.qkv, here.out, *here.gate_up, here.down, here.activation_module)
         mixer = () if here.mixer is None else here.mixer.modules
-        paths = (*here.qkv, here.out, *here.gate_up, here.down, *norms, *mixer)
-        names = [path for path in paths if path is not None]
+        names = [path for path in (*others, *norms, *mixer) if path is not None]
         blocks = sorted({path.rpartition(".")[0] for path in names} - {""})
         yield layer
         for name in (*blocks, *names):
@@ -115,8 +115,9 @@ def layers_problem(layers: Sequence[FusedLayer]) -> str | None:
         if layer.mixer is None:
             heads = max(heads, layer.head_dim)
             longest = max(longest, layer.q_heads * layer.head_dim if layer.qk_norm_whole else 0)
-        if layer.activation not in ACTIVATIONS:
-            return f'the activation "{layer.activation}"'
+        name, curve = layer.activation
+        if name not in ACTIVATIONS or (name == "xielu") != (curve is not None):
+            return f'the activation "{name}"'
         for norm in _norms(layer):
             if norm is not None and norm.weight.dtype != dtype:
                 return f"norms of {dtype} and of {norm.weight.dtype}"

@@ -13,7 +13,7 @@ from torch import Tensor
 from rlft.kernels.attention import Sequences, varlen_attention, varlen_attention_reference
 from rlft.kernels.attention_backends import Spans, choose_backend
 from rlft.kernels.attention_backends import forward as run_forward
-from rlft.kernels.lse_merge import launch_merge, merge, merge_reference
+from rlft.kernels.lse_merge import add_sinks, add_sinks_reference, launch_merge, launch_sinks, merge, merge_reference
 
 # flash-attn-4 and CUTLASS warn about themselves, at their first compilation.
 pytestmark = [pytest.mark.filterwarnings(f"ignore::{kind}") for kind in ("DeprecationWarning", "UserWarning")]
@@ -29,6 +29,8 @@ def make(lengths: list[int], heads: tuple[int, int] = (4, 2), dim: int = 8, seed
     return q, k, v, bounds
 
 
+SINKS = torch.tensor([0.7, -3.0, 5.0, -math.inf], dtype=torch.float64)
+"""A logit for each of the four query heads of `make`: among the scores, below, above, and no sink."""
 CASES = {
     "one token": ([1], [-1]),
     "ragged, one empty": ([3, 0, 7, 1], [-1, -1, -1, -1]),
@@ -38,13 +40,14 @@ CASES = {
 }
 
 
+@pytest.mark.parametrize("sinks", [None, SINKS], ids=["", "sinks"])
 @pytest.mark.parametrize("window", [None, 3])
 @pytest.mark.parametrize("case", CASES)
-def test_values_and_gradients_equal_the_formula(case: str, window: int | None) -> None:
+def test_values_and_gradients_equal_the_formula(case: str, window: int | None, sinks: Tensor | None) -> None:
     lengths, prefix = CASES[case]
     q, k, v, bounds = make(lengths)
-    got = varlen_attention(q, k, v, Sequences.of(bounds, torch.tensor(prefix)), 0.3, window)
-    want = varlen_attention_reference(q, k, v, bounds, torch.tensor(prefix), 0.3, window)
+    got = varlen_attention(q, k, v, Sequences.of(bounds, torch.tensor(prefix)), 0.3, window, sinks=sinks)
+    want = varlen_attention_reference(q, k, v, bounds, torch.tensor(prefix), 0.3, window, None, sinks)
     upstream = torch.randn(got.shape, generator=torch.Generator().manual_seed(1), dtype=got.dtype)
     grads = [torch.autograd.grad(out, (q, k, v), upstream, retain_graph=True) for out in (got, want)]
     assert torch.allclose(got, want, atol=1e-12)
@@ -58,6 +61,38 @@ def test_the_formula_passes_gradcheck() -> None:
     assert torch.autograd.gradcheck(
         lambda q, k, v: varlen_attention_reference(q, k, v, bounds, prefix, 0.5, None, 2.0), (q, k, v)
     )
+
+
+def test_a_sink_is_a_key_without_a_value_that_no_softcap_reaches() -> None:
+    """One query and one key of score 2 cos: with a sink of log 3 the value's share is e^z / (e^z + 3)."""
+    one = torch.ones(1, 1, 1, dtype=torch.float64)
+    bounds, alone, sink = torch.tensor([0, 1]), torch.tensor([-1]), torch.tensor([3.0]).double().log()
+    for softcap, z in ((None, 2.0), (0.5, 0.5 * math.tanh(4.0))):
+        wanted = 5 * math.exp(z) / (math.exp(z) + 3)
+        for backend in ("plain", "sdpa"):
+            args = (one, one, 5 * one, Sequences.of(bounds, alone), 2.0, None, softcap, backend, sink)
+            assert float(varlen_attention(*args)) == pytest.approx(wanted, rel=1e-12)
+
+
+def test_a_sink_in_bf16_is_as_exact_as_the_scores() -> None:
+    """On a CPU it is a key, in two parts: one rounding of it would be of the size of bf16's."""
+    q, k, v, bounds = make([40, 33])
+    half = [x.detach().bfloat16() for x in (q, k, v)]
+    sequences, alone = Sequences.of(bounds, torch.tensor([-1, -1])), torch.tensor([-1, -1])
+    sinks = torch.tensor([20.125, 15.0, -1.0, 9.0625])
+    want = varlen_attention_reference(*(x.double() for x in half), bounds, alone, 0.3, None, None, sinks)
+    got = varlen_attention(*half, sequences, 0.3, sinks=sinks).double()
+    assert ((got - want).norm(dim=(0, 2)) < 4e-3 * want.norm(dim=(0, 2))).all()
+
+
+def test_sinks_are_frozen_and_one_per_query_head() -> None:
+    q, k, v, bounds = make([3])
+    sequences = Sequences.of(bounds, torch.tensor([-1]))
+    with pytest.raises(ValueError, match="requires_grad of the sinks is True: they are frozen here"):
+        varlen_attention(q, k, v, sequences, 1.0, sinks=torch.zeros(4, requires_grad=True))
+    for wrong in (torch.zeros(2), torch.zeros(4, dtype=torch.int64)):
+        with pytest.raises(ValueError, match=r"want sinks \[Hq\], Hq = 4; got sinks"):
+            varlen_attention(q, k, v, sequences, 1.0, sinks=wrong)
 
 
 def test_a_shared_prefix_equals_repeating_it_in_every_sequence() -> None:
@@ -95,19 +130,22 @@ def test_shapes_that_do_not_fit_are_named() -> None:
 # ---- two calls and a merge, as on a GPU --------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("sinks", [None, SINKS], ids=["", "sinks"])
 @pytest.mark.parametrize("copies", [False, True])
 @pytest.mark.parametrize("window", [None, 3, 7, 100])
 @pytest.mark.parametrize(
     "case", [c for c in CASES if "continuations" not in c] + ["the same with the prompts first, and one alone"]
 )
-def test_two_calls_with_merged_out_and_lse_have_exact_gradients(case: str, window: int | None, copies: bool) -> None:
+def test_two_calls_with_merged_out_and_lse_have_exact_gradients(
+    case: str, window: int | None, copies: bool, sinks: Tensor | None
+) -> None:
     """The GPU path's two ways over attentions written out in PyTorch, in float64."""
     lengths, prefix = CASES[case]
     q, k, v, bounds = make(lengths)
     sequences = Sequences.of(bounds, torch.tensor(prefix), copies=copies)
     assert (sequences.shared is not None) == (max(prefix) >= 0 and not copies)
-    got = varlen_attention(q, k, v, sequences, 0.3, window, backend="math")
-    want = varlen_attention_reference(q, k, v, bounds, torch.tensor(prefix), 0.3, window)
+    got = varlen_attention(q, k, v, sequences, 0.3, window, backend="math", sinks=sinks)
+    want = varlen_attention_reference(q, k, v, bounds, torch.tensor(prefix), 0.3, window, None, sinks)
     upstream = torch.randn(got.shape, generator=torch.Generator().manual_seed(1), dtype=got.dtype)
     grads = [torch.autograd.grad(out, (q, k, v), upstream, retain_graph=True) for out in (got, want)]
     assert torch.allclose(got, want, atol=1e-12)
@@ -145,6 +183,22 @@ def test_the_merge_kernel_through_the_interpreter(dim: int) -> None:
     assert lse_1[1, 3] == -math.inf and out_1[3, 1].abs().sum() == 0
 
 
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="on a GPU the tests below run the kernel")
+@pytest.mark.parametrize(("tokens", "dim"), [(5, 6), (90, 8), (1, 64), (0, 8)])
+def test_the_sinks_kernel_through_the_interpreter(tokens: int, dim: int) -> None:
+    """In place, on views into wider buffers; heads without a sink, rows without a key, and neither."""
+    out, lse, *_ = merge_inputs(max(tokens, 5), dim=dim)
+    out, lse = out[:tokens], lse[:, :tokens]
+    sinks = torch.tensor([1.5, -math.inf, -40.0])
+    wanted, total = add_sinks_reference(out.double(), lse.double(), sinks)
+    untouched = out.clone()
+    launch_sinks(out, lse, sinks)
+    assert torch.allclose(out.double(), wanted, atol=1e-6) and torch.allclose(lse.double(), total, atol=1e-5)
+    assert torch.equal(out[:, 1], untouched[:, 1]), "no sink changes no bit"
+    if tokens > 3:
+        assert lse[1, 3] == -math.inf and float(lse[0, 0]) == 1.5 and out[0, 0].abs().sum() == 0
+
+
 def test_a_back_end_that_cannot_do_it_says_so() -> None:
     q, k, v, bounds = make([3])
     spans = Spans(bounds, bounds, 3, 3, True, None)
@@ -169,19 +223,23 @@ GPU_CASES = {
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("with_sinks", [False, True])
 @pytest.mark.parametrize("dim", [64, 128])
 @pytest.mark.parametrize(("window", "copies"), [(None, False), (None, True), (256, False)])
 @pytest.mark.parametrize("case", GPU_CASES)
-def test_back_ends_on_the_gpu_against_fp64(case: str, window: int | None, copies: bool, dim: int) -> None:
+def test_back_ends_on_the_gpu_against_fp64(
+    case: str, window: int | None, copies: bool, dim: int, with_sinks: bool
+) -> None:
     """Error at most 2x (outputs) and 3x (gradients) of PyTorch's attention per sequence in the same dtype."""
     lengths, prefix = GPU_CASES[case]
     q, k, v, bounds = make(lengths, heads=(8, 2), dim=dim)
     upstream = torch.randn(q.shape, generator=torch.Generator().manual_seed(1), dtype=q.dtype).cuda()
     sequences = Sequences.of(bounds, torch.tensor(prefix), "cuda", copies)
+    sinks = torch.linspace(-2, 4, 8, device="cuda").bfloat16() if with_sinks else None
 
     def run(dtype: torch.dtype, backend: str | None) -> list[Tensor]:
         leaves = [x.detach().to(torch.bfloat16).to(dtype).cuda().requires_grad_() for x in (q, k, v)]
-        out = varlen_attention(*leaves, sequences, dim**-0.5, window, backend=backend)
+        out = varlen_attention(*leaves, sequences, dim**-0.5, window, backend=backend, sinks=sinks)
         return [x.double() for x in (out, *torch.autograd.grad(out, leaves, upstream.to(dtype)))]
 
     truth, plain = run(torch.float64, "sdpa"), run(torch.bfloat16, "sdpa")
@@ -198,6 +256,16 @@ def test_the_merge_kernel_on_the_gpu() -> None:
     merge(*inputs)
     assert torch.allclose(inputs[0].double(), out, rtol=0.01, atol=0.01)
     assert torch.allclose(inputs[1].double(), lse, atol=1e-4)
+
+
+@pytest.mark.gpu
+def test_the_sinks_kernel_on_the_gpu() -> None:
+    out, lse, *_ = (x.cuda() for x in merge_inputs(700, 8, 128, torch.bfloat16))
+    sinks = torch.linspace(-2, 4, 8, device="cuda").bfloat16()
+    wanted, total = add_sinks_reference(out.double(), lse.double(), sinks)
+    add_sinks(out, lse, sinks)
+    assert torch.allclose(out.double(), wanted, rtol=0.01, atol=0.01)
+    assert torch.allclose(lse.double(), total, atol=1e-4)
 
 
 @pytest.mark.gpu

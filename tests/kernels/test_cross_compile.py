@@ -14,6 +14,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 from subprocess import PIPE
 from typing import NamedTuple
 
@@ -22,10 +23,10 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is for Linux on x86_64")
 
-from rlft.kernels.delta_forward import columns_of_block
+from rlft.kernels.delta_forward import columns_of_block, warps
 from rlft.kernels.target_softmax import FAR, MAX_FP16_WEIGHT, MIN_ENTROPY
 
-VARYING = ("T", "N", "T_share", "SPLITS", "head_1", "head_2")
+VARYING = ("T", "N", "T_share", "SPLITS", "head_1", "head_2", "stride_head")
 """Names of arguments, in every file, that change with the number of tokens."""
 ARCHITECTURES = (80, 86, 89, 90)
 SHARED_MEMORY = 99 * 1024
@@ -79,7 +80,9 @@ def norm(kernel: str, pointers: str, H: int, rows: int, warps: int, absent: str 
     return Case(f"rms_norm:{kernel}", f"{pointers} {strides}", constants, {"num_warps": warps})
 
 
-def rope(kernel: str, D: int, R: int, rows: int, warps: int, with_norm: bool, PAIRS: bool = False) -> Case:
+def rope(
+    kernel: str, D: int, R: int, rows: int, warps: int, with_norm: bool, PAIRS: bool = False, AFTER: bool = False
+) -> Case:
     """Heads 28 + 4; positions where there is a norm; without it the norm's weights are absent too."""
     forward = kernel == "forward_kernel"
     heads, tables = (4, 5) if forward else (6, 7)  # pointers beside weights and tables; strides
@@ -94,16 +97,22 @@ def rope(kernel: str, D: int, R: int, rows: int, warps: int, with_norm: bool, PA
         "ROWS": rows,
         "STYLE": 1,
         "PAIRS": PAIRS,
+        "AFTER": AFTER,
     }
     constants |= {} if with_norm else {"qw_ptr": None, "kw_ptr": None, "pos_ptr": None}
     types = f"{pointers} i32 {'i32:16 ' * tables} fp32"
     return Case(f"qk_rope:{kernel}", types, constants, {"num_warps": warps})
 
 
-def glu(kernel: str, M: int, block: int, rows: int, ACT: str) -> Case:
+def glu(kernel: str, M: int, block: int, rows: int, ACT: str, gated: bool = True) -> Case:
+    """Strides are as many as tensors, and without a gate some of them are 0."""
+    absent = () if gated else ("up_ptr",) if kernel == "forward_kernel" else ("up_ptr", "dup_ptr")
     tensors = 3 if kernel == "forward_kernel" else 6
-    types = "*bf16:16 " * tensors + "i32 " + "i32:16 " * tensors
-    return Case(f"swiglu:{kernel}", types, {"M": M, "BLOCK": block, "ROWS": rows, "ACT": ACT}, {"num_warps": 4})
+    curve = "*fp32:16 " if ACT == "xielu" else ""
+    types = "*bf16:16 " * (tensors - len(absent)) + curve + "i32 " + "i32:16 " * tensors
+    constants = {"M": M, "BLOCK": block, "ROWS": rows, "ACT": ACT} | dict.fromkeys(absent)
+    constants |= {} if curve else {"curve_ptr": None}
+    return Case(f"swiglu:{kernel}", types, constants, {"num_warps": 4})
 
 
 def conv(kernel: str, dtype: str, C: int, K: int, ACT: bool) -> Case:
@@ -114,15 +123,17 @@ def conv(kernel: str, dtype: str, C: int, K: int, ACT: bool) -> Case:
 
 def delta(dtype: str, DK: int, DV: int) -> list[Case]:
     """All kernels of the gated delta rule for 16 heads of q and k, 32 of v; g is fp32 as transformers has it."""
-    BK = 1 << (DK - 1).bit_length()
-    columns = columns_of_block(DK, DV, torch.float32 if dtype == "fp32" else torch.bfloat16)
+    BK, whole = 1 << (DK - 1).bit_length(), 1 << (DV - 1).bit_length()
+    torch_dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
+    columns, part = columns_of_block(DK, DV, torch_dtype), min(whole, 32 if dtype == "fp32" else 64)
     x, f, i = f"*{dtype}:16 ", "*fp32:16 ", "*i32:16 "
-    wide, few, many = (
-        {"HK": 16, "HV": 32, "DK": DK, "C": 64},
-        {"num_warps": 4, "num_stages": 1},
-        {"num_warps": 8, "num_stages": 1},
-    )
-    block = {"DV": DV, "BV": 64}
+
+    def options(*widths: int, most: int = 4) -> dict:
+        return {"num_warps": warps(torch_dtype, *widths, most=most), "num_stages": 1}
+
+    wide, columns_of_v = {"HK": 16, "HV": 32, "DK": DK, "C": 64}, min(64, whole)
+    block, parts = {"DV": DV, "BV": columns_of_v}, {"DV": DV, "BD": 64, "BV": part}
+    walked, few = options(BK, columns), options(columns_of_v)
     strides = [" ".join(["i32:16"] * count) for count in range(8)]
     through = {"DV": DV, "BK": BK, "BV": columns}
     return [
@@ -130,9 +141,9 @@ def delta(dtype: str, DK: int, DV: int) -> list[Case]:
             "delta_forward:prepare_kernel",
             x * 2 + f + x + i + f * 3 + x + f"{strides[4]} fp32",
             wide | {"L2NORM": True, "EPS": 1e-6},
-            few,
+            options(64),
         ),
-        Case("delta_forward:walk_kernel", x * 3 + f * 2 + x * 3 + f + i + strides[3], wide | through, few),
+        Case("delta_forward:walk_kernel", x * 3 + f * 2 + x * 3 + f + i + strides[3], wide | through, walked),
         Case("delta_forward:outputs_kernel", x * 2 + f * 3 + x * 3 + i + strides[2], wide | block, few),
         Case("delta_backward:local_kernel", x * 3 + f * 3 + x + i + strides[3], wide | block, few),
         *(
@@ -140,21 +151,21 @@ def delta(dtype: str, DK: int, DV: int) -> list[Case]:
                 "delta_backward:back_kernel",
                 x * 4 + f * 3 + x * 4 + f + i + strides[5],
                 wide | through | {"CONTINUED": continued},
-                many,
+                options(BK, columns, most=8),
             )
             for continued in (False, True)
         ),
         Case(
             "delta_gradients:scores_kernel",
             x * 5 + f * 3 + x * 3 + f * 2 + i + f"i32 i32 {strides[5]}",
-            wide | {"DV": DV, "BD": 64, "BV": 32 if dtype == "fp32" else 64},
-            few,
+            wide | parts,
+            options(part),
         ),
         Case(
             "delta_gradients:parts_kernel",
             x * 4 + f * 3 + x * 5 + f * 4 + i + f"i32 i32 {strides[4]}",
-            wide | {"DV": DV, "BD": 64, "BV": 32 if dtype == "fp32" else 64},
-            few,
+            wide | parts,
+            options(part),
         ),
         Case(
             "delta_gradients:finish_kernel",
@@ -269,19 +280,23 @@ CASES = [
     norm("forward_kernel", "*fp16:16 " * 5 + "*fp32:16", 5120, 1, 16),
     norm("forward_kernel", "*fp32:16 " * 6, 16384, 1, 16),
     norm("backward_kernel", "*fp32:16 " * 6, 16384, 1, 16),
-    # Whole heads; three quarters of heads of 96; the widest, without a norm; interleaved, half and whole.
+    # Whole heads; three quarters of 96; the widest, without a norm; interleaved, half and whole; a norm behind.
     *(
         rope(kernel, *shape)
         for kernel in ("forward_kernel", "backward_kernel")
         for shape in (
             *((128, 128, 16, 4, True), (96, 72, 16, 4, True), (512, 512, 4, 4, False)),
             *((128, 64, 16, 4, False, True), (128, 128, 16, 4, True, True)),
+            *((128, 128, 16, 4, True, False, True), (96, 72, 16, 4, True, False, True)),
         )
     ),
     *(
         glu(kernel, *shape)
         for kernel in ("forward_kernel", "backward_kernel")
-        for shape in ((12288, 1024, 1, "silu"), (11008, 1024, 1, "gelu"), (48, 64, 16, "gelu_pytorch_tanh"))
+        for shape in (
+            *((12288, 1024, 1, "silu"), (11008, 1024, 1, "gelu"), (48, 64, 16, "gelu_pytorch_tanh")),
+            *((18432, 512, 1, "relu2", False), (14336, 512, 1, "xielu", False), (48, 64, 8, "xielu")),
+        )
     ),
     # Qwen3-Next's convolution and LFM2's.
     *(
@@ -292,6 +307,8 @@ CASES = [
     # The gated delta rule: Qwen3-Next's heads; and of the widest heads in fp32 the kernels with the most shared memory.
     *delta("bf16", 128, 128),
     *(case for case in delta("fp32", 256, 256) if re.search("walk|back_|parts", case.kernel)),
+    # Narrow heads: the tiles in which descriptors of wgmma were wrong.
+    *(case for case in delta("bf16", 32, 16) if re.search("walk|outputs|back_", case.kernel)),
     # The head: a split of a row with and without a softcap; the row done again; the merge of two attentions.
     head("_rows_kernel", "", {"CAPPED": False, "STORE": True}, 8),
     head("_rows_kernel", "", {"CAPPED": True, "STORE": True}, 8),
@@ -320,7 +337,42 @@ CASES = [
         {"BLOCK": 128},
         {"num_warps": 1},
     ),
+    Case(
+        "lse_merge:_sinks_kernel",
+        "*bf16:16 *fp32:16 *bf16:16 i32 i32:16 i32:16 i32:16 i32",
+        {"BLOCK": 128, "ROWS": 16},
+        {"num_warps": 4},
+    ),
 ]
+
+
+def unset_registers(cubin: bytes) -> list[int]:
+    """Return the uniform registers that machine code for Hopper reads before it has written them.
+
+    ptxas 12.8 makes descriptors of wgmma from such a register where tiles of two swizzles meet: results are then wrong,
+    or the kernel reads foreign memory.
+    """
+    from triton import knobs
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        code = subprocess.run([knobs.nvidia.nvdisasm.path, "-c", file.name], capture_output=True, text=True, check=True)
+    written, unset = set(), set()
+    for line in re.findall(r"/\*[0-9a-f]{4,}\*/ +(?:@!?U?P\w+ +)?(.*?) *;", code.stdout):
+        name, _, rest = line.partition(" ")
+        operands = re.split(r", (?![^\[]*\])", rest)
+        into = re.fullmatch(r"UR(\d+)", operands[0].strip())
+        count = 4 if ".128" in name else 2 if ".64" in name or "WIDE" in name else 1
+        for place, operand in enumerate(operands[1 if into else 0 :], start=1 if into else 0):
+            for number in map(int, re.findall(r"\bUR(\d+)", operand)):
+                # A descriptor of two matrices in shared memory has four registers, of the second alone the last two.
+                first, last = (0, 4) if place == 1 else (2, 4)
+                read = range(first, last) if operand.strip().startswith("gdesc") else range(2 if ".64" in name else 1)
+                unset |= {number + i for i in read} - written
+        if into:
+            written |= {int(into[1]) + i for i in range(count)}
+    return sorted(unset)
 
 
 def compile_all(architectures: list[int]) -> list[dict]:
@@ -357,6 +409,7 @@ def compile_all(architectures: list[int]) -> list[dict]:
                 "shared": done.metadata.shared,
                 "compiled anew": varying,
                 "fma": "fma.rn.f32" in done.asm["ptx"],
+                "unset": unset_registers(done.asm["cubin"]) if "wgmma" in done.asm["ptx"] else [],
             }
         )
     return found
@@ -396,3 +449,7 @@ def test_no_kernel_is_compiled_anew_for_another_number_of_tokens(found) -> None:
 def test_nf4_scales_round_twice(found) -> None:
     """A fused multiply-add in code * absmax + offset rounds once and moves some bf16 results by one bit."""
     assert [f for f in found if f["kernel"].startswith("nf4:") and f["fma"]] == []
+
+
+def test_no_uniform_register_is_read_before_it_is_written(found) -> None:
+    assert [f for f in found if f["unset"]] == []

@@ -10,6 +10,7 @@ from kernel_rule import DEVICE, DTYPES, assert_rule, assert_survives_stream_and_
 from torch import Tensor
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 from transformers.models.glm4.modeling_glm4 import apply_rotary_pos_emb as apply_interleaved
+from transformers.models.hunyuan_v1_dense.modeling_hunyuan_v1_dense import HunYuanDenseV1RMSNorm
 from transformers.models.phi3.modeling_phi3 import apply_rotary_pos_emb
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
@@ -111,6 +112,18 @@ def test_the_interleaved_reference_is_transformers_bit_for_bit() -> None:
         assert torch.equal(a, b[0].transpose(0, 1))
 
 
+def test_the_reference_with_a_norm_behind_is_transformers_bit_for_bit() -> None:
+    inputs, _ = draw(Case(9, 4, 2, 16, 8), torch.float32)
+    q, k, cos, sin, positions, *weights = (v.cpu() for v in inputs if v is not None)
+    norms = [HunYuanDenseV1RMSNorm(16, EPS) for _ in range(2)]
+    for norm, weight in zip(norms, weights, strict=True):
+        norm.weight.data = weight
+    rotated = transformers_rope(q, k, cos[positions], sin[positions])
+    ours = qk_rope_reference(q, k, cos, sin, positions, *weights, EPS, after=True)
+    for a, b, norm in zip(ours, rotated, norms, strict=True):
+        assert torch.equal(a, norm(b))
+
+
 def test_reference_in_bf16_is_closer_to_the_truth_than_transformers() -> None:
     """The rotation rounds once where transformers rounds three times; the norm before it has the same bits."""
     inputs, _ = draw(Case(64, 4, 2, 64, 64), torch.bfloat16)
@@ -125,7 +138,7 @@ def test_reference_in_bf16_is_closer_to_the_truth_than_transformers() -> None:
     assert torch.equal(qk_rope_reference(q, k, *still, None, *weights, EPS)[0], norm(q))
 
 
-@pytest.mark.parametrize("how", [(LLAMA,), (GEMMA,), (LLAMA, True)])
+@pytest.mark.parametrize("how", [(LLAMA,), (GEMMA,), (LLAMA, True), (LLAMA, False, True)])
 def test_gradcheck_of_the_reference(how: tuple) -> None:
     inputs, _ = draw(Case(3, 2, 1, 6, 4), torch.float32)
     q, k, *rest = (v.cpu() if v.dtype == torch.int64 else v.cpu().double() for v in inputs if v is not None)
@@ -148,9 +161,19 @@ def test_the_interleaved_kernel_obeys_the_rule(case: Case, norm: str, dtype: tor
     assert_obeys(case, norm, False, dtype, interleaved=True)
 
 
-def assert_obeys(case: Case, norm: str, hard: bool, dtype: torch.dtype, interleaved: bool) -> None:
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("hard", [False, True], ids=["randn", "hard"])
+@pytest.mark.parametrize("norm, interleaved", [("llama", False), ("gemma", False), ("llama", True)])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_kernel_with_a_norm_behind_obeys_the_rule(
+    case: Case, norm: str, interleaved: bool, hard: bool, dtype: torch.dtype
+) -> None:
+    assert_obeys(case, norm, hard, dtype, interleaved, after=True)
+
+
+def assert_obeys(case: Case, norm: str, hard: bool, dtype: torch.dtype, interleaved: bool, after: bool = False) -> None:
     inputs, grads = draw(case, dtype, norm != "none", hard)
-    how = {"gemma": GEMMA, "olmo": OLMO}.get(norm, LLAMA), interleaved
+    how = {"gemma": GEMMA, "olmo": OLMO}.get(norm, LLAMA), interleaved, after
     plain, truth = (by_autograd(inputs, grads, d, *how) for d in (dtype, torch.float64))
     outs = qk_rope_forward(*inputs, EPS, *how)
     kept = (None, None) if norm == "none" else inputs[:2]
@@ -195,9 +218,11 @@ def test_results_go_where_the_caller_says(r: int) -> None:
     qk_rope_backward(*grads, *inputs, dq=parts[0], dk=parts[1])
     assert torch.equal(parts[0], dq) and torch.equal(parts[1], dk) and dqkv[:, 192:].isnan().all()
     # Over the gradients, then over q and k.
-    own = [g.clone() for g in grads]
-    qk_rope_backward(*own, *inputs, dq=own[0], dk=own[1])
-    assert torch.equal(own[0], dq) and torch.equal(own[1], dk)
+    for after in (True, False):
+        dq, dk = qk_rope_backward(*grads, *inputs, after=after)
+        own = [g.clone() for g in grads]
+        qk_rope_backward(*own, *inputs, after=after, dq=own[0], dk=own[1])
+        assert torch.equal(own[0], dq) and torch.equal(own[1], dk)
     assert qk_rope_forward(*inputs, q_out=inputs.q, k_out=inputs.k)[0] is inputs.q
     assert torch.equal(inputs.q, q) and torch.equal(inputs.k, k)
 
@@ -209,7 +234,7 @@ def test_function_takes_any_layout_and_backward_once(norm: bool) -> None:
     # [heads, T, D] in memory, as attention code often has it.
     q, k = (x.transpose(0, 1).contiguous().transpose(0, 1).requires_grad_() for x in inputs[:2])
     grads = [g.transpose(0, 1).contiguous().transpose(0, 1).requires_grad_() for g in grads]
-    outs = _QkRope.apply(q, k, *inputs[2:], EPS, LLAMA, False)
+    outs = _QkRope.apply(q, k, *inputs[2:], EPS, LLAMA, False, False)
     found = torch.autograd.grad(outs, [q, k], grads, create_graph=True)
     for a, b in zip((*outs, *found), expected, strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
@@ -258,19 +283,20 @@ def test_public_function_on_the_cpu_is_the_reference() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("norm, after", [(False, False), (True, False), (True, True)])
 @pytest.mark.parametrize("d, r", [(128, 128), (128, 64), (256, 256), (96, 72)])  # Qwen3, partial, Gemma3, odd partial
-def test_gpu_rule_in_bf16_and_over_gradients(d: int, r: int, norm: bool) -> None:
+def test_gpu_rule_in_bf16_and_over_gradients(d: int, r: int, norm: bool, after: bool) -> None:
     inputs, grads = draw(Case(4097, 32, 8, d, r), torch.bfloat16, norm, hard=True)
-    plain, truth = (by_autograd(inputs, grads, dtype, False) for dtype in (torch.bfloat16, torch.float64))
-    outs = qk_rope_forward(*inputs, EPS)
+    how = (LLAMA, False, after)
+    plain, truth = (by_autograd(inputs, grads, dtype, *how) for dtype in (torch.bfloat16, torch.float64))
+    outs = qk_rope_forward(*inputs, EPS, *how)
     kept = inputs[:2] if norm else (None, None)
-    found = qk_rope_backward(*grads, *kept, *inputs[2:], EPS)
+    found = qk_rope_backward(*grads, *kept, *inputs[2:], EPS, *how)
     for name, got, a, b, times in zip(NAMES, (*outs, *found), plain, truth, (2, 2, 3, 3), strict=True):
         assert_rule(name, got, a, b, times)
-    assert_survives_stream_and_graph(lambda: qk_rope_forward(*inputs, EPS))
-    assert_survives_stream_and_graph(lambda: qk_rope_backward(*grads, *kept, *inputs[2:], EPS))
-    qk_rope_backward(*grads, *kept, *inputs[2:], EPS, dq=grads[0], dk=grads[1])
+    assert_survives_stream_and_graph(lambda: qk_rope_forward(*inputs, EPS, *how))
+    assert_survives_stream_and_graph(lambda: qk_rope_backward(*grads, *kept, *inputs[2:], EPS, *how))
+    qk_rope_backward(*grads, *kept, *inputs[2:], EPS, *how, dq=grads[0], dk=grads[1])
     assert torch.equal(grads[0], found[0]) and torch.equal(grads[1], found[1])
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from kernel_rule import DEVICE, DTYPES, QUIET, assert_rule, assert_survives_stream_and_graph
 from torch import Tensor
-from transformers.activations import ACT2FN
+from transformers.activations import ACT2FN, XIELUActivation
 
 from rlft.kernels.swiglu import ACTIVATIONS, _SwiGlu, swiglu, swiglu_backward, swiglu_forward, swiglu_reference
 
@@ -22,6 +23,14 @@ SHAPES = [
 ]
 
 
+XIELU = torch.tensor([0.9, 0.7, 0.5, -1e-6])
+"""alpha_p, alpha_n, beta and eps."""
+
+
+def curve_of(activation: str, device: str = DEVICE) -> Tensor | None:
+    return XIELU.to(device) if activation == "xielu" else None
+
+
 def draw(t: int, m: int, dtype: torch.dtype, hard: bool = False) -> list[Tensor]:
     """gate and up as halves of one buffer, dh. Hard: gates where exp overflows or the slope changes sign."""
     torch.manual_seed(2)
@@ -34,41 +43,75 @@ def draw(t: int, m: int, dtype: torch.dtype, hard: bool = False) -> list[Tensor]
     return [both[:, :m], both[:, m:], dh]
 
 
-def by_autograd(inputs: list[Tensor], dtype: torch.dtype, activation: str) -> list[Tensor]:
+def by_autograd(inputs: list[Tensor], dtype: torch.dtype, activation: str, gated: bool = True) -> list[Tensor]:
     """h, dgate, dup by autograd of the reference in a dtype."""
     gate, up, dh = (v.detach().to(dtype) for v in inputs)
-    gate, up = gate.detach().requires_grad_(), up.detach().requires_grad_()
-    h = swiglu_reference(gate, up, activation)
-    return [h.detach(), *torch.autograd.grad(h, [gate, up], dh)]
+    leaves = [x.detach().requires_grad_() for x in ((gate, up) if gated else (gate,))]
+    h = swiglu_reference(leaves[0], leaves[1] if gated else None, activation, curve_of(activation, str(gate.device)))
+    return [h.detach(), *torch.autograd.grad(h, leaves, dh)]
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("activation", [name for name in ACTIVATIONS if name != "xielu"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_reference_is_transformers_bit_for_bit(activation: str, dtype: torch.dtype) -> None:
     gate, up, _ = (v.cpu() for v in draw(5, 32, dtype))
     assert torch.equal(swiglu_reference(gate, up, activation), ACT2FN[activation](gate) * up)
+    assert torch.equal(swiglu_reference(gate, None, activation), ACT2FN[activation](gate))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_xielu_is_transformers_bit_for_bit(dtype: torch.dtype) -> None:
+    module = XIELUActivation(1.3, 0.9, dtype=dtype)
+    gate, *_ = (v.cpu() for v in draw(9, 64, dtype, hard=True))
+    alphas = F.softplus(module.alpha_p)[0], module.beta + F.softplus(module.alpha_n)[0]
+    curve = torch.stack([*alphas, module.beta, module.eps]).float()
+    assert torch.equal(swiglu_reference(gate, None, "xielu", curve), module(gate))
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_gradcheck_of_the_reference(activation: str) -> None:
     gate, up, _ = (v.cpu().double().requires_grad_() for v in draw(3, 4, torch.float32))
-    assert torch.autograd.gradcheck(lambda a, b: swiglu_reference(a, b, activation), (gate, up))
+    curve = curve_of(activation, "cpu")
+    assert torch.autograd.gradcheck(lambda a, b: swiglu_reference(a, b, activation, curve), (gate, up))
+    assert torch.autograd.gradcheck(lambda a: swiglu_reference(a, None, activation, curve), (gate,))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("hard", [False, True], ids=["randn", "hard"])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("gated", [True, False], ids=["gate", "no gate"])
 @pytest.mark.parametrize("t, m", SHAPES)
-def test_kernel_obeys_the_rule(t: int, m: int, activation: str, hard: bool, dtype: torch.dtype) -> None:
-    inputs = draw(t, m, dtype, hard)
-    plain, truth = (by_autograd(inputs, d, activation) for d in (dtype, torch.float64))
+def test_kernel_obeys_the_rule(t: int, m: int, gated: bool, activation: str, hard: bool, dtype: torch.dtype) -> None:
+    assert_obeys(draw(t, m, dtype, hard), activation, gated)
+
+
+def assert_obeys(inputs: list[Tensor], activation: str, gated: bool) -> None:
+    plain, truth = (by_autograd(inputs, d, activation, gated) for d in (inputs[0].dtype, torch.float64))
     gate, up, dh = inputs
-    h = swiglu_forward(gate, up, activation)
-    again, dgate, dup = swiglu_backward(dh, gate, up, activation)
+    how = (gate, up if gated else None, activation, curve_of(activation))
+    h = swiglu_forward(*how)
+    again, *found = swiglu_backward(dh, *how)
     assert again is not None and torch.equal(again, h)
+    assert (found[1] is not None) == gated
     assert_rule("h", h, plain[0], truth[0], 2)
-    assert_rule("dgate", dgate, plain[1], truth[1], 3)
-    assert_rule("dup", dup, plain[2], truth[2], 3)
+    for name, got, a, b in zip(("dgate", "dup"), found, plain[1:], truth[1:]):  # noqa: B905
+        assert got is not None
+        assert_rule(name, got, a, b, 3)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_xielu_near_zero_and_where_its_series_begins(dtype: torch.dtype) -> None:
+    """Alone in a tensor, so that no large entry covers their error."""
+    for values in ((-0.4999, -0.5, -0.5001), (-1e-3, -3e-5), (-2e-6, -5e-7, 0.0), (1e-3, 1e-6)):
+        gate = torch.tensor([values * 8]).to(DEVICE, dtype)
+        assert_obeys([gate, torch.ones_like(gate), torch.ones_like(gate)], "xielu", False)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_what_is_not_finite_stays_so(activation: str) -> None:
+    gate = torch.full((1, 4), float("nan"), device=DEVICE)
+    assert swiglu_forward(gate, None, activation, curve_of(activation)).isnan().all()
 
 
 def test_strides_tails_and_buffers_that_the_caller_owns() -> None:
@@ -89,6 +132,12 @@ def test_strides_tails_and_buffers_that_the_caller_owns() -> None:
         assert torch.equal(a, b)
     own = gate.clone()
     assert swiglu_forward(own, up, out=own) is own and torch.equal(own, h)
+    # The same without a gate.
+    h = swiglu_forward(gate, None, "relu2")
+    _, dgate, none = swiglu_backward(dh, gate, None, "relu2")
+    own = [x.clone() for x in (dh, gate)]
+    swiglu_backward(own[0], own[1], None, "relu2", h_out=own[0], dgate=own[1])
+    assert none is None and torch.equal(own[0], h) and torch.equal(own[1], dgate)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -96,8 +145,9 @@ def test_function_takes_any_layout_and_backward_once(activation: str) -> None:
     both = torch.randn(2, 3, 32, device=DEVICE)
     dh = torch.randn(16, 3, 2, device=DEVICE).permute(2, 1, 0).requires_grad_()  # [2, 3, 16], columns far apart
     gate, up = (x.requires_grad_() for x in both.chunk(2, dim=-1))
-    expected = torch.autograd.grad(swiglu_reference(gate, up, activation), [gate, up], dh.detach())
-    h = _SwiGlu.apply(gate, up, activation)
+    curve = curve_of(activation)
+    expected = torch.autograd.grad(swiglu_reference(gate, up, activation, curve), [gate, up], dh.detach())
+    h = _SwiGlu.apply(gate, up, activation, curve)
     found = torch.autograd.grad(h, [gate, up], dh, create_graph=True)
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
@@ -107,8 +157,13 @@ def test_function_takes_any_layout_and_backward_once(activation: str) -> None:
 
 def test_what_does_not_fit_is_refused_by_name() -> None:
     gate, up, dh = draw(5, 32, torch.float32)
-    with pytest.raises(ValueError, match="swiglu: activation = 'relu': want one of silu, gelu, gelu_pytorch_tanh"):
+    with pytest.raises(
+        ValueError, match="swiglu: activation = 'relu': want one of silu, gelu, gelu_pytorch_tanh, relu2"
+    ):
         swiglu(gate, up, "relu")
+    for name, curve in (("xielu", None), ("silu", XIELU), ("xielu", XIELU[:3])):
+        with pytest.raises(ValueError, match=f"want a curve .4. for xielu and none for others, activation = '{name}'"):
+            swiglu(gate, None, name, curve)
     with pytest.raises(ValueError, match=r"swiglu: want .*; got gate \(5, 32\) float32 strides \(64, 1\)"):
         swiglu(gate, up[:4])
     with pytest.raises(ValueError, match=r"one device, got gate on .*, up on meta"):
@@ -125,6 +180,7 @@ def test_what_does_not_fit_is_refused_by_name() -> None:
 def test_public_function_on_the_cpu_is_the_reference() -> None:
     gate, up, _ = (v.cpu() for v in draw(5, 32, torch.float64))
     assert torch.equal(swiglu(gate, up, "gelu"), swiglu_reference(gate, up, "gelu"))
+    assert torch.equal(swiglu(gate, None, "xielu", XIELU), swiglu_reference(gate, None, "xielu", XIELU))
 
 
 @pytest.mark.gpu
@@ -132,21 +188,22 @@ def test_public_function_on_the_cpu_is_the_reference() -> None:
 @pytest.mark.parametrize("m", [12288, 11008])  # Qwen3-8B; Llama-2-7B, where the last program of a row is part empty
 def test_gpu_rule_and_bits_in_bf16(m: int, activation: str) -> None:
     inputs = draw(257, m, torch.bfloat16, hard=True)
-    plain, truth = (by_autograd(inputs, d, activation) for d in (torch.bfloat16, torch.float64))
+    for gated in (False, True):
+        assert_obeys(inputs, activation, gated)
+    plain = by_autograd(inputs, torch.bfloat16, activation)
     gate, up, dh = inputs
-    h = swiglu_forward(gate, up, activation)
-    _, dgate, dup = swiglu_backward(dh, gate, up, activation)
-    assert_rule("h", h, plain[0], truth[0], 2)
-    assert_rule("dgate", dgate, plain[1], truth[1], 3)
-    assert_rule("dup", dup, plain[2], truth[2], 3)
+    curve = curve_of(activation)
+    h = swiglu_forward(gate, up, activation, curve)
+    _, dgate, dup = swiglu_backward(dh, gate, up, activation, curve)
     if activation == "silu":
         # The same roundings as transformers: only another exp can move a bit, in rare entries. (PyTorch's GELU loses
         # the tail to 1 + tanh, so its bits are no goal.)
         assert (h != plain[0]).float().mean() < 5e-3
-    assert_survives_stream_and_graph(lambda: [swiglu_forward(gate, up, activation)])
-    assert_survives_stream_and_graph(lambda: [x for x in swiglu_backward(dh, gate, up, activation) if x is not None])
+    how = (gate, up, activation, curve)
+    assert_survives_stream_and_graph(lambda: [swiglu_forward(*how)])
+    assert_survives_stream_and_graph(lambda: [x for x in swiglu_backward(dh, *how) if x is not None])
     own = [x.clone() for x in (dh, gate, up)]
-    swiglu_backward(*own, activation, h_out=own[0], dgate=own[1], dup=own[2])
+    swiglu_backward(*own, activation, curve, h_out=own[0], dgate=own[1], dup=own[2])
     for a, b in zip(own, (h, dgate, dup), strict=True):
         assert torch.equal(a, b)
 

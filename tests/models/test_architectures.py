@@ -207,7 +207,7 @@ KINDS: dict[str, dict[str, dict[str, Any]]] = {
         "minicpm3": {**MLA, "dim_model_base": 32},
         "youtu": MLA,
         "gpt_oss": {**LOCAL, **WINDOW},
-        "granite_swa": WINDOW,
+        "granite_swa": {**FACTORS, **MIXED, "layer_rope_theta": [1e4, 0]},
         "stablelm": {},
         "nemotron": {},
         "diffllama": {},

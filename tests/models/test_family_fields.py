@@ -43,6 +43,8 @@ OTHER: dict[str, Any] = {
     "layer_types": ["full_attention", "sliding_attention"],
     "no_rope_layers": [0, 1],
     "no_rope_layer_interval": 1,
+    "layer_rope_theta": [0, 500.0],
+    "eod_token_id": 4,
     "embedding_multiplier": 1.5,
     "residual_multiplier": 0.3,
     "attention_multiplier": 0.1,
@@ -78,7 +80,8 @@ TOGETHER: dict[str, dict[str, Any]] = {
     "use_sliding_window": {"sliding_window": 4, "max_window_layers": 1, "layer_types": None},
     "sliding_window": {"use_sliding_window": True, "max_window_layers": 1},
     "layer_types": {"sliding_window": 4, "use_sliding_window": True},
-    "num_hidden_layers": {"layer_types": None, "no_rope_layers": None},
+    "num_hidden_layers": {"layer_types": None, "no_rope_layers": None, "layer_rope_theta": None},
+    "rope_parameters": {"layer_rope_theta": None},
     "no_rope_layer_interval": {"no_rope_layers": None},
     "full_attn_idxs": {"layer_types": None},
 }

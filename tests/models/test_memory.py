@@ -68,6 +68,23 @@ def test_bytes_per_token_are_those_of_the_arithmetic() -> None:
     assert scratch(plain, "layer") == 2 * 192_937_984 and scratch(plain, "shadow") == 36 * 2 * 192_937_984
 
 
+def test_an_mlp_without_a_gate_takes_the_memory_of_one_projection_less() -> None:
+    """In what L0 keeps, in a tile of what others run again, and in the buffer of the weights."""
+    plain = replace(QWEN3_8B, gated=False)
+    rows, tile, width = 8192, 2048, 12288
+    assert saved(QWEN3_8B, L0) - saved(plain, L0) == 2 * width
+    assert saved(QWEN3_8B, L1) == saved(plain, L1)
+    # Where attention is small, so that the MLP decides.
+    narrow = {"q": 64, "kv": 64}
+    for level, less in ((L0, 0), (L1, tile * 2 * width)):
+        sizes = [forward_work(replace(shape, **narrow), rows, tile, level) for shape in (QWEN3_8B, plain)]
+        assert sizes[0] - sizes[1] == less
+    back = [backward_work(replace(shape, **narrow), rows, rows, L1) for shape in (QWEN3_8B, plain)]
+    assert back[0] - back[1] == rows * 2 * width
+    assert scratch(QWEN3_8B, "layer") - scratch(plain, "layer") == 2 * width * (4096 + 64)
+    assert QWEN3_8B.weights - plain.weights == 4096 * width
+
+
 @pytest.mark.parametrize("rows", [512, 4096, 32768, 131072])
 @pytest.mark.parametrize("budget", [1.0, 3.0, 12.0, 70.0])
 @pytest.mark.parametrize("host", [0.0, 8.0, 100.0])

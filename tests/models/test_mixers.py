@@ -108,7 +108,10 @@ def test_weights_of_a_mixer_that_change_are_read_again() -> None:
 
 
 DELTA = MixerShape(8256, 9000, 30000, 8000, 20000, 4 * 524288, finishes=True)
-KINDS = (replace(QWEN3_8B, q=4096, kv=0, qk_norm=False, attention="none", mixer=DELTA), replace(QWEN3_8B, gated=True))
+KINDS = (
+    replace(QWEN3_8B, q=4096, kv=0, qk_norm=False, attention="none", mixer=DELTA),
+    replace(QWEN3_8B, gated_attention=True),
+)
 HYBRID = replace(KINDS[0], kinds=KINDS, order=(0, 0, 0, 1) * 9)
 
 
@@ -143,7 +146,7 @@ def test_the_peak_of_layers_that_differ_is_that_of_walking_over_them(count: int)
 
 
 def test_a_gate_keeps_the_buffer_of_its_projection_through_the_mlp() -> None:
-    plain, gated = (replace(KINDS[1], gated=gated, intermediate=4 * 12288) for gated in (False, True))
+    plain, gated = (replace(KINDS[1], gated_attention=gated, intermediate=4 * 12288) for gated in (False, True))
     assert gated.qkv - plain.qkv == gated.q
     row = 2 * 4096
     more = backward_work(gated, 1024, 1024, L2) - backward_work(plain, 1024, 1024, L2)

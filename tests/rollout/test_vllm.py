@@ -24,7 +24,7 @@ from test_engines import mismatch_of
 from rlft.config.data import Data, Eval, Sampling
 from rlft.config.run import Config, Engine, Lora, Parity
 from rlft.data.encode import encode_prompt
-from rlft.errors import EngineError, ParityError, TrainError
+from rlft.errors import ConfigError, EngineError, ParityError, TrainError
 from rlft.models.load import Base, attach_lora, load_base, load_tokenizer
 from rlft.models.policy import Policy
 from rlft.rollout.vllm import requests as vllm_requests
@@ -217,6 +217,17 @@ def test_vllm_finds_what_it_compiled_for_the_same_model_with_the_same_adapter(pa
 
     assert key(a=4, b=4) == key(b=4, a=8)  # slots of 16
     assert len({key(a=4, b=4), key(a=4), key(a=32), key()}) == 4
+
+
+def test_vllms_compiler_runs_for_large_models_and_where_it_is_asked_for() -> None:
+    small, large = 200 * 10**6, 16 * 10**9
+    assert [vllm_start.compiles(Engine("vllm"), size) for size in (small, large)] == [False, True]
+    assert vllm_start.compiles(Engine("vllm", compile=True), small)
+    assert not vllm_start.compiles(Engine("vllm", compile=False), large)
+    assert not vllm_start.compiles(Engine("vllm", graphs=False), large)
+    assert vllm_start._compilation(Engine("vllm", max_seqs=8), small)["mode"] == 0
+    with pytest.raises(ConfigError, match=r"engine\.graphs = false leaves vLLM's compiler out as well"):
+        Engine("vllm", compile=True, graphs=False)
 
 
 # ---- guards ------------------------------------------------------------------------------------------------------

@@ -49,7 +49,9 @@ def started(request, vllm_visible: None) -> Iterator[Pair]:
     device = torch.device("cuda")
     policy = Policy(attach_lora(load_base(Base(MODEL, "nf4", "bfloat16", "cuda"), device), Lora(rank=16, alpha=24), 0))
     tokenizer = load_tokenizer(MODEL)
-    options = Engine("vllm", mode=mode, max_seqs=32, graphs=bool(graphs), kv_gib=2.0)
+    # Graphs of compiled code in one mode, of the modules as they are in the other.
+    compiled = bool(graphs) and mode == "shared"
+    options = Engine("vllm", mode=mode, max_seqs=32, graphs=bool(graphs), compile=compiled, kv_gib=2.0)
     engine = VllmEngine(policy, tokenizer, options, 128, 16, note=print)
     policy.tokenizer = tokenizer  # type: ignore[attr-defined]
     yield policy, engine

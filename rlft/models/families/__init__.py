@@ -6,8 +6,9 @@ A decoder layer of every family here is
     mid = x + [c] [norm](o);  n2 = [norm](mid);  h = act(n2 Wgate) * (n2 Wup);  x' = mid + [c] [norm](h Wdown)
 
 and a family gives the names of its modules, which of the norms in brackets and of q, k it has, the factor c, and its
-conventions. In layers of another type, which `by_type` describes, a gated DeltaNet (`Delta`) or a gated short
-convolution (`Conv`) takes the place of q, k, v and attention:
+conventions. Without a gate h = act(n2 Wup). The softmax of attention may have a sink. In layers of another type, which
+`by_type` describes, a gated DeltaNet (`Delta`) or a gated short convolution (`Conv`) takes the place of q, k, v and
+attention:
 
     Delta   q, k, v, z, b, a = n1 W;  q, k, v = silu(conv(q, k, v));  y = delta rule(q, k, v, g(a), beta(b))
             o = (norm(y) * silu(z)) Wo
@@ -26,7 +27,8 @@ COMMON = frozenset(
     {
         *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
         *("vocab_size", "rms_norm_eps", "max_position_embeddings", "rope_parameters", "tie_word_embeddings"),
-        *("pad_token_id", "bos_token_id", "eos_token_id", "initializer_range", "use_cache", "pretraining_tp"),
+        *("pad_token_id", "bos_token_id", "eos_token_id", "eod_token_id"),
+        *("initializer_range", "use_cache", "pretraining_tp"),
     }
 )
 """Config fields that the modules of every family have in their shapes, norms and tables, or that no layer computes
@@ -77,7 +79,9 @@ class Family:
     """Three projections, or one whose output rows are q, k and v."""
     out: str = "self_attn.o_proj"
     gate_up: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
-    """Two projections, or one whose output rows are gate and up."""
+    """Two projections, or one whose output rows are gate and up; without a gate the one before the activation."""
+    gated: bool = True
+    """Whether the MLP has a gate."""
     down: str = "mlp.down_proj"
     final_norm: str = "norm"
     """Norm of the decoder, before the head."""
@@ -85,7 +89,7 @@ class Family:
     """What mixes the tokens of a layer; None: attention."""
     by_type: Mapping[str, Family] = field(default_factory=dict, hash=False)
     """Entry of the config's `layer_types` -> description of the layers of that type, where it is another one."""
-    gated: bool = False
+    gated_attention: bool = False
     """The projection of q has, behind q of each head, as many columns of a gate: attention's output is multiplied by
     its sigmoid."""
     input_norm: str | None = "input_layernorm"
@@ -100,16 +104,26 @@ class Family:
     """Norms of q and of k, over each head."""
     qk_norm_whole: bool = False
     """The norms of q and k are over all heads together."""
+    qk_norm_after: bool = False
+    """The norms of q and k, over each head, come after the rotary embedding."""
     norm_style: str = "llama"
     """How norms multiply by their weight (`rlft.kernels.rms_norm`): "llama", "gemma", 1 + weight in fp32, "olmo", the
     weight in fp32."""
     activation: str = "hidden_act"
-    """Config attribute with the name of the gate's activation, or that name where it is fixed."""
+    """Config attribute with the name of the MLP's activation, or that name where it is fixed."""
+    activation_module: str | None = None
+    """The activation's module, in families whose activation may have parameters (xIELU)."""
+    sinks: bool = False
+    """Whether the attention module has `sinks`, a logit per query head in the denominator of its softmax. They are
+    frozen and get no gradient."""
     window: str = "layer"
     """Where the sliding window is defined: "layer", `sliding_window` of the attention module; "flag", there, for layers
     with `is_sliding`; "config", of the config, for all layers; "none"."""
     rope_by_type: bool = False
     """Whether the rotary embedding is called once per type of layer."""
+    rope_bases: str | None = None
+    """Config field with the base of the rotary frequencies of each layer, 0 for layers that do not rotate q and k. The
+    decoder has a rotary module for each base, in `rotary_embs`."""
     interleaved: bool = False
     """Whether the rotary embedding turns neighbouring entries, not entry i of each half."""
     rotary: str = "all"
@@ -124,8 +138,8 @@ class Family:
     dropouts: tuple[str, ...] = ("attention_dropout",)
     """Config fields of dropouts, which are 0 in evaluation mode. In training mode they must be 0."""
     reads: tuple[str, ...] = ()
-    """Config fields that the layers depend on, beside `COMMON`, `activation` and `dropouts`. Any other field must have
-    its neutral value."""
+    """Config fields that the layers depend on, beside `COMMON`, `dropouts` and those that other attributes name. Any
+    other field must have its neutral value."""
 
     def of_layer(self, config: Any, index: int) -> Family:
         """Return the description of a layer."""
@@ -133,7 +147,8 @@ class Family:
 
     def unread(self, config: Any) -> Iterator[tuple[str, Any]]:
         """Yield name and value of each field of the config's class that matters and that the layers do not read."""
-        known = {*COMMON, *self.reads, *self.dropouts, self.activation, self.embedding_factor, self.residual_factor}
+        own = (self.activation, self.rope_bases, self.embedding_factor, self.residual_factor)
+        known = {*COMMON, *self.reads, *self.dropouts, *own}
         for name in fields_of(config):
             value = getattr(config, name, None)
             if name not in known and not neutral(name, value):

@@ -7,7 +7,7 @@ from rlft.models.families import Delta, Family
 ATTENTION = Family(
     "Qwen3_5TextModel",
     qk_norm=("self_attn.q_norm", "self_attn.k_norm"),
-    gated=True,
+    gated_attention=True,
     norm_style="gemma",
     window="none",
     reads=(
@@ -21,6 +21,6 @@ DELTA = replace(
     qkv=tuple(f"linear_attn.in_proj_{name}" for name in ("qkv", "z", "b", "a")),
     out="linear_attn.out_proj",
     qk_norm=None,
-    gated=False,
+    gated_attention=False,
 )
 FAMILY = replace(ATTENTION, by_type={"linear_attention": DELTA})

@@ -4,8 +4,9 @@ What that is depends on the layer's level, a row of the table in `rlft.models.fu
 
 Shapes and names: T rows, H hidden size, r rank; x [T, H] the layer's input, o the output projection, mid [T, H] the
 residual stream after attention, n a norm's output, h [T, I] = act(gate) * up, S = x A^T of an adapter (A, B).
-c is the factor on the outputs of attention and MLP, 1 in most families. A gated DeltaNet or a short convolution may be
-in the place of attention (`rlft.models.fused.mixers`).
+c is the factor on the outputs of attention and MLP, 1 in most families. Families without a gate have h = act(gate), and
+gate alone where this file has gate and up. A gated DeltaNet or a short convolution may be in the place of attention
+(`rlft.models.fused.mixers`).
 
 The down projection is never recomputed: its backward needs only S = h A^T, 2 r bytes per token, which every level saves
 (a norm behind it, as in Gemma, needs its output; it is recomputed there). Everything but attention runs in tiles of

@@ -213,11 +213,11 @@ class Backward(Steps):
         if rotated is None:
             rotated = self.rope.forward(q, k) if self.rope.q is not None else (q, k)
         dout = dattended.unflatten(1, saved.out.shape[1:])
-        if self.layer.gated:
+        if self.layer.gated_attention:
             ops.sigmoid_gate_backward(dout, saved.out, self.layer.q_and_gate(qkv)[1])
         dq, dk, dv = self.layer.attention.backward(dout, rotated[0], rotated[1], v, saved, self.run.sequences)
         self.rope.backward(dq, dk, q, k, rotated)
-        if self.layer.gated:
+        if self.layer.gated_attention:
             self.layer.q_and_gate(qkv)[0].copy_(q)
         v.copy_(dv)
 

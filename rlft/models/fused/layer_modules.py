@@ -9,7 +9,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.nn.functional import softplus
 
 from rlft.kernels import attention_backends as backends
 from rlft.kernels.nf4 import Nf4Weight
@@ -63,18 +65,21 @@ class FusedLayer:
         self.qk_norm, self.qk_norm_whole = (norm(q_name), norm(k_name)), family.qk_norm_whole
         self.mixer = describe_mixer(module, family, config)
         """What mixes the tokens; None: attention."""
-        self.gated = family.gated
+        self.gated_attention = family.gated_attention
         if self.mixer is None:
             self._describe_attention(get("self_attn"), family, config)
-        activation = getattr(config, family.activation, family.activation)
-        self.activation = str(ACTIVATIONS.get(activation, activation))
+        self.activation = describe_activation(module, family, config)
+        self.gated = family.gated
         self.residual_factor = float(getattr(config, family.residual_factor)) if family.residual_factor else 1.0
         self.width = self.projections[DOWN].in_features
 
     def _describe_attention(self, attention: Any, family: Family, config: Any) -> None:
         """Read the constants of attention and its rotary embedding."""
-        self.interleaved = family.interleaved
+        self.interleaved, self.qk_norm_after = family.interleaved, family.qk_norm_after
         self.type = config.layer_types[self.index] if family.rope_by_type else None
+        if family.rope_bases is not None:
+            base = getattr(config, family.rope_bases)[self.index]
+            self.type = base_type(base) if base else NO_ROPE
         rotates = {
             "flag": lambda: attention.use_rope,
             "sliding": lambda: attention.sliding_window is None or attention.is_sliding,
@@ -94,12 +99,13 @@ class FusedLayer:
             scale=attention.scaling,
             window=window.get(family.window, lambda: None)(),
             softcap=getattr(attention, "attn_logit_softcapping", None),
+            sinks=attention.sinks.detach() if family.sinks else None,
         )
 
     @property
     def finishes(self) -> bool:
         """Whether what the output projection reads is computed from the buffer of the first projection, too."""
-        return self.gated if self.mixer is None else self.mixer.finishes
+        return self.gated_attention if self.mixer is None else self.mixer.finishes
 
     def bind(self, adapter: str | None) -> tuple[Bound, ...]:
         """Look up the adapter of each projection."""
@@ -110,10 +116,12 @@ class FusedLayer:
 
         Where a gate is beside q, q is a copy, since kernels read the heads of a row side by side.
         """
-        q_columns, k_columns = self.q_heads * self.head_dim * (1 + self.gated), self.k_heads * self.head_dim
+        q_columns, k_columns = self.q_heads * self.head_dim * (1 + self.gated_attention), self.k_heads * self.head_dim
         q, *kv = qkv[:, : q_columns + 2 * k_columns].split([q_columns, k_columns, k_columns], dim=1)
         k, v = (part.unflatten(1, (-1, self.head_dim)) for part in kv)
-        return self.q_and_gate(qkv)[0].contiguous() if self.gated else q.unflatten(1, (-1, self.head_dim)), k, v
+        if self.gated_attention:
+            return self.q_and_gate(qkv)[0].contiguous(), k, v
+        return q.unflatten(1, (-1, self.head_dim)), k, v
 
     def q_and_gate(self, qkv: Tensor) -> tuple[Tensor, Tensor]:
         """Return views of q and of the gate of attention's output, [T, Hq, D] each, of a qkv buffer that has both."""
@@ -131,6 +139,24 @@ def describe_norm(module: Any, style: str) -> ops.Norm:
     """Describe an RMSNorm of transformers; families differ in the name of its epsilon."""
     eps = module.variance_epsilon if hasattr(module, "variance_epsilon") else module.eps
     return ops.Norm(module.weight.detach(), eps, STYLES[style])
+
+
+def base_type(base: float) -> str:
+    """Return the type of the layers whose rotary frequencies have this base."""
+    return f"rope base {float(base)}"
+
+
+def describe_activation(layer: nn.Module, family: Family, config: Any) -> ops.Activation:
+    """Describe the activation of a layer's MLP; xIELU has frozen parameters in its module."""
+    name = getattr(config, family.activation, family.activation)
+    if name != "xielu" or family.activation_module is None:
+        return ops.Activation(str(ACTIVATIONS.get(name, name)))
+    module: Any = layer.get_submodule(family.activation_module)
+    with torch.no_grad():
+        # The softplus rounds in the module's dtype, as in transformers.
+        above, below = softplus(module.alpha_p)[0], module.beta + softplus(module.alpha_n)[0]
+        curve = torch.stack([above, below, module.beta, module.eps])
+    return ops.Activation(name, curve.to(torch.promote_types(curve.dtype, torch.float32)))
 
 
 def describe_mixer(module: nn.Module, family: Family, config: Any) -> Mixer | None:
@@ -188,8 +214,9 @@ def _layer_shape(
         qk_norm=layer.qk_norm[0] is not None,
         post_norm=layer.down_norm is not None,
         residual_factor=layer.residual_factor != 1,
+        gated=layer.gated,
         attention=attention,
         entropy_grad=entropy_grad,
-        gated=layer.gated,
+        gated_attention=layer.gated_attention,
         mixer=None if mixer is None else mixer.sizes(weight.dtype.itemsize),
     )

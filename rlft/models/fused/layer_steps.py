@@ -1,8 +1,9 @@
 """The steps that the forward and the backward of a decoder layer share, in tiles of rows.
 
 Names and shapes: T rows, t of a tile, H hidden size, Hq query heads, D head size, R rotary columns, I width of the MLP,
-Y columns of qkv, or of what a mixer (`rlft.models.fused.mixers`) reads in its place; x the residual stream,
-n a norm's output, q, k, v of attention, o the output projection, h = act(gate) * up; S or s = x A^T of an adapter.
+Y columns of qkv, or of what a mixer (`rlft.models.fused.mixers`) reads in its place; x the residual stream, n a norm's
+output, q, k, v of attention, o the output projection, h = act(gate) * up, or act(gate) in families without a gate,
+where "gate" is the only projection before h; S or s = x A^T of an adapter.
 c is the factor on the outputs of attention and MLP, 1 in most families.
 "Tail": columns behind a projection's output that hold S.
 """
@@ -60,7 +61,7 @@ class SavedActivations:
     s_qkv: Tensor | None = None
     mid: Tensor | None = None
     gate_up: Tensor | None = None
-    """[T, 2 I + tail]."""
+    """[T, 2 I + tail], without a gate [T, I + tail]."""
     s_down: Tensor | None = None
     """[T, rank]."""
 
@@ -81,7 +82,8 @@ class Steps:
         self.weights = run.store.weights(layer.index, layer.projections, bound, x)
         if layer.mixer is None:
             cos, sin, *scale = run.tables[layer.type]
-            self.rope = ops.Rope(cos, sin, *layer.qk_norm, layer.qk_norm_whole, layer.interleaved, *scale)
+            flags = (layer.qk_norm_whole, layer.interleaved)
+            self.rope = ops.Rope(cos, sin, *layer.qk_norm, *flags, *scale, after=layer.qk_norm_after)
 
     def normed(self, x: Tensor, norm: ops.Norm | None, i: int, **residual: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return the norm's output, with room for S of projection i behind each row, and 1 / rms."""
@@ -152,10 +154,10 @@ class Steps:
             o.mul_(self.layer.residual_factor)
         return self.normed(x, self.layer.mlp_norm, GATE_UP, delta=o, total=total)
 
-    def gates(self, gate_up: Tensor) -> tuple[Tensor, Tensor]:
-        """Return views of gate and up."""
+    def gates(self, gate_up: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return views of gate and up; None for up in families without a gate."""
         width = self.layer.width
-        return gate_up[:, :width], gate_up[:, width : 2 * width]
+        return gate_up[:, :width], gate_up[:, width : 2 * width] if self.layer.gated else None
 
     def hidden(self, gate_up: Tensor) -> Tensor:
         """Return h with room for S of the down projection."""

@@ -66,13 +66,15 @@ class DecoderShape:
     """There are norms behind attention and MLP."""
     attention: str
     """Name of the attention back end."""
+    gated: bool = True
+    """The MLP has a gate, so that two projections as wide as `intermediate` come before its activation, not one."""
     embedding_factor: bool = False
     """Embedded tokens are multiplied by a constant, into a second tensor."""
     residual_factor: bool = False
     """The outputs of attention and MLP are multiplied by a constant."""
     entropy_grad: bool = False
     """The loss has an entropy bonus, so that the head holds a second Jacobian."""
-    gated: bool = False
+    gated_attention: bool = False
     """Attention's output is multiplied by a gate, whose columns are beside those of q."""
     mixer: MixerShape | None = None
     """What mixes the tokens; None: attention. `q` is the width of its output, `kv` 0."""
@@ -107,12 +109,12 @@ class DecoderShape:
     @property
     def projected(self) -> int:
         """Columns of the buffer that q, k and v, or what the mixer reads, are projected to."""
-        return self.q * (1 + self.gated) + 2 * self.kv if self.mixer is None else self.mixer.columns
+        return self.q * (1 + self.gated_attention) + 2 * self.kv if self.mixer is None else self.mixer.columns
 
     @property
     def finishes(self) -> bool:
         """What the output projection reads is computed from that buffer, too."""
-        return self.gated if self.mixer is None else self.mixer.finishes
+        return self.gated_attention if self.mixer is None else self.mixer.finishes
 
     @property
     def element(self) -> int:
@@ -125,16 +127,21 @@ class DecoderShape:
         return self.projected + self.tails[0]
 
     @property
+    def gates(self) -> int:
+        """Columns of gate and up."""
+        return (1 + self.gated) * self.intermediate
+
+    @property
     def gate_up(self) -> int:
         """Columns of the gate_up buffer, tail included."""
-        return 2 * self.intermediate + self.tails[2]
+        return self.gates + self.tails[2]
 
     @property
     def weights(self) -> int:
         """Elements of a layer's matrices, on average where layers differ."""
         if self.kinds:
             return sum(self.kinds[kind].weights for kind in self.order) // self.layers
-        return self.hidden * (self.projected + self.q + 3 * self.intermediate)
+        return self.hidden * (self.projected + self.q + self.gates + self.intermediate)
 
     @property
     def lse(self) -> int:
@@ -214,7 +221,7 @@ def forward_work(
     attended = 0 if level.attention_on_device else e * s.q + s.lse
     finished = e * s.q if s.finishes else 0
     n = e * (s.hidden + max(s.tails))
-    gates = 0 if level.keep_mlp else e * 2 * s.intermediate
+    gates = 0 if level.keep_mlp else e * s.gates
     post = e * 2 * s.hidden if s.post_norm else 0
     if s.residual_factor and level.keep_mlp and not s.post_norm:
         post = e * s.hidden  # the down projection's output, which is otherwise added as it is computed
@@ -242,7 +249,7 @@ def backward_work(
     # The MLP, tile by tile.
     mid, gate_up = (0, 0) if level.keep_mlp else (H + T, e * s.gate_up)
     n, post = H + e * s.tails[2], (e * (s.intermediate + 3 * s.hidden) if s.post_norm else 0)
-    partial_sums = 4 * 16 * -(-2 * s.intermediate // 256) if s.ranks[2] else 0
+    partial_sums = 4 * 16 * -(-s.gates // 256) if s.ranks[2] else 0
     tiled = n + mid + gate_up + post + max(H + e * (s.tails[3] + s.intermediate), H + partial_sums)
     tiled += e * s.q if s.finishes else 0
     mlp = rows * (e * s.q + (0 if level.keep_attention and not s.finishes else qkv)) + t * tiled
@@ -258,7 +265,7 @@ def _attention_work(s: DecoderShape, rows: int, keys: int) -> int:
     and up are freed."""
     e = s.element
     rotated = e * (s.q + s.kv) if s.qk_norm else 0
-    beside = e * s.q if s.gated else 0  # q without its gate
+    beside = e * s.q if s.gated_attention else 0  # q without its gate
     accumulators = {"fa4": 4 * (s.q + 2 * s.q_heads), "fa2": 4 * (s.q + s.q_heads)}
     key_accumulators = {"fa4": 8 * s.kv, "fa2": 2 * e * s.q * (s.q > s.kv)}.get(s.attention, 0)
     work = rows * (rotated + beside + e * (s.q + 2 * s.kv) + accumulators.get(s.attention, 4 * e * s.q))
@@ -294,7 +301,7 @@ def _buffers(s: DecoderShape, mode: Mode) -> int:
     groups = [
         s.qkv * (s.hidden + s.tails[0]),
         (s.hidden + s.tails[1]) * (s.q + s.tails[1]),
-        (2 * s.intermediate + s.tails[2]) * (s.hidden + s.tails[2]),
+        s.gate_up * (s.hidden + s.tails[2]),
         (s.hidden + s.tails[3]) * (s.intermediate + s.tails[3]),
     ]
     return s.element * (max(groups) if mode == "group" else sum(groups))

@@ -25,6 +25,8 @@ from rlft.models.families import Conv, Delta
 from rlft.models.fused import ops
 from rlft.models.fused.mixer_shape import MixerShape
 
+SILU = ops.Activation("silu")
+
 
 class DeltaMixer:
     """A gated DeltaNet, as views of its modules' tensors."""
@@ -87,7 +89,7 @@ class DeltaMixer:
         n = torch.empty_like(out)
         ops.norm_forward(out.flatten(0, 1), self.norm, n.flatten(0, 1))
         n = n.flatten(1)
-        ops.gate_forward(self._gate(projected), n, "silu", n)
+        ops.gate_forward(self._gate(projected), n, SILU, n)
         return n
 
     def backward(self, dfinished: Tensor, projected: Tensor, saved: Saved, places: ops.Places) -> None:
@@ -110,7 +112,7 @@ class DeltaMixer:
         """Return the gradient of out, and write that of the gate over it."""
         n = torch.empty_like(out)
         rstd = ops.norm_forward(out.flatten(0, 1), self.norm, n.flatten(0, 1))
-        ops.gate_backward(dfinished, self._gate(projected), n.flatten(1), "silu")
+        ops.gate_backward(dfinished, self._gate(projected), n.flatten(1), SILU)
         dout = n.flatten(0, 1)
         ops.norm_backward(dout, out.flatten(0, 1), self.norm, rstd, None, dout)
         return n

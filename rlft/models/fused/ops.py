@@ -1,7 +1,7 @@
 """The operations of a decoder layer without autograd: forward and backward write into buffers of the caller.
 
 Shapes: T rows, H hidden size, M width of the MLP, R rotary columns, Hq query heads, Hk key heads, D head size; x is the
-input of an operation, h = act(gate) * up, q, k, v those of attention.
+input of an operation, h = act(gate) * up or act(gate), q, k, v those of attention.
 
 On a GPU these launch kernels. On a CPU (and for float64, which only tests use) the forward is the reference in the
 kernel's file, and the backward runs PyTorch's autograd over that reference: slower, and exact in every dtype.
@@ -92,6 +92,8 @@ class Rope(NamedTuple):
     interleaved: bool = False
     query_scale: Tensor | None = None
     """[T, 1], on q after the rotation."""
+    after: bool = False
+    """The norms over each head are of the rotated q and k."""
 
     def options(self) -> dict:
         """Return the keyword arguments of the kernels for the convention and the norms."""
@@ -100,7 +102,7 @@ class Rope(NamedTuple):
             return options
         assert (self.q.eps, self.q.style) == (self.k.eps, self.k.style)
         norms = {"q_weight": self.q.weight, "k_weight": self.k.weight, "eps": self.q.eps, "style": self.q.style}
-        return options | norms
+        return options | norms | {"after": self.after}
 
     def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """Return rotated q [T, Hq, D] and k [T, Hk, D]: in place without norms, else in new memory."""
@@ -149,22 +151,35 @@ class Rope(NamedTuple):
             target.copy_(value)
 
 
-def gate_forward(gate: Tensor, up: Tensor, activation: str, out: Tensor) -> None:
-    """Compute out = act(gate) * up, [T, M] each, rows of any stride."""
+class Activation(NamedTuple):
+    """The activation of an MLP."""
+
+    name: str
+    """One of `rlft.kernels.swiglu.ACTIVATIONS`."""
+    curve: Tensor | None = None
+    """[4], of xIELU alone."""
+
+
+def gate_forward(gate: Tensor, up: Tensor | None, activation: Activation, out: Tensor) -> None:
+    """Compute out = act(gate) * up, or act(gate) without up; [T, M] each, rows of any stride."""
     if _uses_kernel(gate):
-        swiglu_forward(gate, up, activation, out=out)
+        swiglu_forward(gate, up, *activation, out=out)
     else:
-        out.copy_(swiglu_reference(gate, up, activation))
+        out.copy_(swiglu_reference(gate, up, *activation))
 
 
-def gate_backward(dh: Tensor, gate: Tensor, up: Tensor, activation: str) -> None:
+def gate_backward(dh: Tensor, gate: Tensor, up: Tensor | None, activation: Activation) -> None:
     """In place: turn dh into h, and gate and up into their gradients."""
     if _uses_kernel(dh):
-        swiglu_backward(dh, gate, up, activation, h_out=dh, dgate=gate, dup=up)
+        swiglu_backward(dh, gate, up, *activation, h_out=dh, dgate=gate, dup=up)
         return
-    h = swiglu_reference(gate, up, activation)
-    grads = _gradients(lambda gate_leaf, up_leaf: swiglu_reference(gate_leaf, up_leaf, activation), (gate, up), dh)
-    for target, value in zip((dh, gate, up), (h, *grads), strict=True):
+
+    def reference(gate_leaf: Tensor, up_leaf: Tensor | None = None) -> Tensor:
+        return swiglu_reference(gate_leaf, up_leaf, *activation)
+
+    inputs = (gate,) if up is None else (gate, up)
+    h = reference(*inputs)
+    for target, value in zip((dh, *inputs), (h, *_gradients(reference, inputs, dh)), strict=True):
         target.copy_(value)
 
 
@@ -174,6 +189,8 @@ class Attention(NamedTuple):
     scale: float
     window: int | None
     softcap: float | None
+    sinks: Tensor | None = None
+    """[Hq]: a logit per query head in the denominator of its softmax."""
 
     def backend(self, q: Tensor) -> str:
         """Return the back end; "sdpa" and "plain" return no lse and run their forward again in the backward."""
@@ -183,8 +200,8 @@ class Attention(NamedTuple):
         """Return out [T, Hq, D] and lse [Hq, T]; lse is empty if the back end returns none."""
         backend = self.backend(q)
         if backend in ("fa4", "fa2"):
-            return attention_forward(q, k, v, sequences, self.scale, backend, self.window, self.softcap)
-        out = varlen_attention(q, k, v, sequences, self.scale, self.window, self.softcap, backend)
+            return attention_forward(q, k, v, sequences, self.scale, backend, self.window, self.softcap, self.sinks)
+        out = varlen_attention(q, k, v, sequences, self.scale, self.window, self.softcap, backend, self.sinks)
         return Saved(out, q.new_empty(0))
 
     def backward(
@@ -196,7 +213,8 @@ class Attention(NamedTuple):
             return attention_backward(dout, q, k, v, saved, sequences, self.scale, backend, self.window, self.softcap)
 
         def recompute(q_leaf: Tensor, k_leaf: Tensor, v_leaf: Tensor) -> Tensor:
-            return varlen_attention(q_leaf, k_leaf, v_leaf, sequences, self.scale, self.window, self.softcap, backend)
+            constants = (self.scale, self.window, self.softcap, backend, self.sinks)
+            return varlen_attention(q_leaf, k_leaf, v_leaf, sequences, *constants)
 
         dq, dk, dv = _gradients(recompute, (q, k, v), dout)
         return dq, dk, dv

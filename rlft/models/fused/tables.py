@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rlft.models import rope
 from rlft.models.families import Family
-from rlft.models.fused.layer_modules import NO_ROPE
+from rlft.models.fused.layer_modules import NO_ROPE, base_type
 
 
 def rope_tables(
@@ -31,18 +31,30 @@ def rope_tables(
         # A rotation by 0 of two columns.
         cos = embedded.new_ones(rows, 2)
         return dict.fromkeys(types, (cos, torch.zeros_like(cos)))
+    by_base = rotary_by_base(decoder, family)
     scale = query_scale(decoder.config, family, position_ids, embedded.dtype)
     if padded_to is not None and rope.limit(rotary) is not None:
         # Dynamic and long RoPE choose their frequencies by the largest position of the call.
         position_ids = torch.cat([position_ids, padded_to.max()[None]])
+    # A rotary over the axes of images takes a position for each, all of which transformers 5.17 requires; those of text
+    # are equal.
+    axes = "mrope_section" in (getattr(decoder.config, "rope_parameters", None) or {})
+    places = position_ids.expand(3, 1, -1) if axes else position_ids[None]
     for layer_type in types:
-        arguments = () if layer_type in (None, NO_ROPE) else (layer_type,)
-        cos, sin = rotary(embedded[None], position_ids[None], *arguments)
+        by_type = family.rope_by_type and layer_type != NO_ROPE
+        module = by_base.get(layer_type, rotary)
+        cos, sin = module(embedded[None], places, *((layer_type,) if by_type else ()))
         if layer_type == NO_ROPE:
             # A rotation by 0 changes no bit, and the norms of q and k run in the same kernel.
             cos, sin = torch.ones_like(cos), torch.zeros_like(sin)
         tables[layer_type] = (cos[0, :rows], sin[0, :rows], *scale)
     return tables
+
+
+def rotary_by_base(decoder: Any, family: Family) -> dict[str | None, Any]:
+    """Return the rotary module of each type of layer, in families that have one for each base of the frequencies."""
+    modules = () if family.rope_bases is None else decoder.rotary_embs
+    return {base_type(module.config.rope_parameters["rope_theta"]): module for module in modules}
 
 
 def query_scale(config: Any, family: Family, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:

@@ -21,6 +21,9 @@ from rlft.models.random_state import kept_random_state
 from rlft.rollout.vllm.memory import EngineMemory, EngineMode
 from rlft.rollout.vllm.shared_weights import slot_rank
 
+COMPILED = 2 * 10**9
+"""Bytes of a model's linear layers from which vLLM compiles it by itself: 1 billion parameters in 16 bits."""
+
 
 def version() -> str:
     """Return vLLM's version."""
@@ -100,16 +103,21 @@ def arguments(
         free, total = torch.cuda.mem_get_info(device)
         # Unused, because the cache size is explicit, but vLLM compares it with the free memory.
         values |= {"gpu_memory_utilization": 0.5 * free / total, "enable_sleep_mode": True}
-        values |= {"compilation_config": _compilation(options)} if options.graphs else {}
+        values |= {"compilation_config": _compilation(options, sizes.linear)} if options.graphs else {}
     return values
 
 
-def _compilation(options: Options) -> dict[str, Any]:
+def compiles(options: Options, linear: int) -> bool:
+    """Return True where vLLM is to compile the model. linear: bytes of its linear layers in 16 bits."""
+    return options.graphs and (linear >= COMPILED if options.compile == "auto" else options.compile)
+
+
+def _compilation(options: Options, linear: int) -> dict[str, Any]:
     """Return vLLM's compilation config, with CUDA graphs of decoding steps."""
     most = options.max_seqs
     sizes = [1, 2, 4, *range(8, 64, 8), *range(64, 128, 16), *range(128, most + 1, 32)]
     return {
-        "mode": 3,
+        "mode": 3 if compiles(options, linear) else 0,
         "cudagraph_mode": "FULL_DECODE_ONLY",
         "cudagraph_capture_sizes": sorted({size for size in sizes if size <= most} | {most}),
     }
