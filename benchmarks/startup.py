@@ -73,7 +73,7 @@ def main() -> None:
     args = parser.parse_args()
     folder = Path(tempfile.mkdtemp())
     rows: list[dict[str, Any]] = []
-    for how, turn in (("default", "first"), ("default", "second"), ("compiled", "first"), ("compiled", "second")):
+    for how, turn in (("default", "first"), ("default", "second"), ("compiled", "first")):
         flags = ["--engine.name", args.engine, *(["--engine.compile", "true"] if how == "compiled" else [])]
         rows += start(how, turn, args.model, folder, flags)
         print(write("startup", rows, args.out, args.commit), flush=True)

@@ -69,9 +69,9 @@ def parts_of(decoder: nn.Module, family: Family) -> Iterator[nn.Module]:
     for index, layer in enumerate(decoder.layers):  # type: ignore[arg-type]
         here = family.of_layer(decoder.config, index)
         norms = (here.input_norm, here.mlp_norm, here.attention_norm, here.down_norm, *(here.qk_norm or ()))
+        others = (*here.qkv, here.out, *here.gate_up, here.down, here.activation_module)
         mixer = () if here.mixer is None else here.mixer.modules
-        others = (*here.qkv, here.out, *here.gate_up, here.down, here.activation_module, *mixer)
-        names = [path for path in (*others, *norms) if path is not None]
+        names = [path for path in (*others, *norms, *mixer) if path is not None]
         blocks = sorted({path.rpartition(".")[0] for path in names} - {""})
         yield layer
         for name in (*blocks, *names):

@@ -37,7 +37,6 @@ SIZES: dict[str, Any] = {
 }
 BY_LAYER = {"layer_types": ["sliding_attention", "full_attention"]}
 FACTORS = {"embedding_multiplier": 3.0, "residual_multiplier": 0.7, "attention_multiplier": 0.2, "logits_scaling": 2.0}
-SINKS = {**FACTORS, "attention_bias": True, "mlp_bias": True, "sliding_window": 5}
 LINEAR = {
     "layer_types": ["linear_attention", "full_attention"],
     "linear_num_key_heads": 2,
@@ -46,6 +45,7 @@ LINEAR = {
     "linear_value_head_dim": 12,
 }
 CONV = {"layer_types": ["conv", "full_attention"], "block_multiple_of": 16}
+SINKS = {**FACTORS, "attention_bias": True, "mlp_bias": True, "sliding_window": 5}
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
     "llama with biases": ("llama", {"attention_bias": True, "mlp_bias": True}),

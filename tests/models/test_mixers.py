@@ -146,7 +146,7 @@ def test_the_peak_of_layers_that_differ_is_that_of_walking_over_them(count: int)
 
 
 def test_a_gate_keeps_the_buffer_of_its_projection_through_the_mlp() -> None:
-    plain, gated = (replace(KINDS[1], output_gate=gate, intermediate=4 * 12288) for gate in (False, True))
+    plain, gated = (replace(KINDS[1], output_gate=gated, intermediate=4 * 12288) for gated in (False, True))
     assert gated.qkv - plain.qkv == gated.q
     row = 2 * 4096
     more = backward_work(gated, 1024, 1024, L2) - backward_work(plain, 1024, 1024, L2)

@@ -65,10 +65,11 @@ class FusedLayer:
         self.qk_norm, self.qk_norm_whole = (norm(q_name), norm(k_name)), family.qk_norm_whole
         self.mixer = describe_mixer(module, family, config)
         """What mixes the tokens; None: attention."""
-        self.output_gate, self.gated = family.output_gate, family.gated
+        self.output_gate = family.output_gate
         if self.mixer is None:
             self._describe_attention(get("self_attn"), family, config)
         self.activation = describe_activation(module, family, config)
+        self.gated = family.gated
         self.residual_factor = float(getattr(config, family.residual_factor)) if family.residual_factor else 1.0
         self.width = self.projections[DOWN].in_features
 
@@ -118,7 +119,9 @@ class FusedLayer:
         q_columns, k_columns = self.q_heads * self.head_dim * (1 + self.output_gate), self.k_heads * self.head_dim
         q, *kv = qkv[:, : q_columns + 2 * k_columns].split([q_columns, k_columns, k_columns], dim=1)
         k, v = (part.unflatten(1, (-1, self.head_dim)) for part in kv)
-        return self.q_and_gate(qkv)[0].contiguous() if self.output_gate else q.unflatten(1, (-1, self.head_dim)), k, v
+        if self.output_gate:
+            return self.q_and_gate(qkv)[0].contiguous(), k, v
+        return q.unflatten(1, (-1, self.head_dim)), k, v
 
     def q_and_gate(self, qkv: Tensor) -> tuple[Tensor, Tensor]:
         """Return views of q and of the gate of attention's output, [T, Hq, D] each, of a qkv buffer that has both."""
@@ -138,19 +141,6 @@ def describe_norm(module: Any, style: str) -> ops.Norm:
     return ops.Norm(module.weight.detach(), eps, STYLES[style])
 
 
-def describe_mixer(module: nn.Module, family: Family, config: Any) -> Mixer | None:
-    """Describe what mixes the tokens of a layer; None: attention. Raises ValueError for what no kernel computes."""
-    if isinstance(family.mixer, Delta):
-        norm = describe_norm(module.get_submodule(family.mixer.norm), "llama")
-        return DeltaMixer(module, family.mixer, norm, config)
-    return None if family.mixer is None else ConvMixer(module, family.mixer)
-
-
-def mixers_of(layers: Sequence[FusedLayer]) -> str | None:
-    """Name what layers have in place of attention; None: all have attention."""
-    return " and ".join(sorted({layer.mixer.title for layer in layers if layer.mixer is not None})) or None
-
-
 def base_type(base: float) -> str:
     """Return the type of the layers whose rotary frequencies have this base."""
     return f"rope base {float(base)}"
@@ -167,6 +157,19 @@ def describe_activation(layer: nn.Module, family: Family, config: Any) -> ops.Ac
         above, below = softplus(module.alpha_p)[0], module.beta + softplus(module.alpha_n)[0]
         curve = torch.stack([above, below, module.beta, module.eps])
     return ops.Activation(name, curve.to(torch.promote_types(curve.dtype, torch.float32)))
+
+
+def describe_mixer(module: nn.Module, family: Family, config: Any) -> Mixer | None:
+    """Describe what mixes the tokens of a layer; None: attention. Raises ValueError for what no kernel computes."""
+    if isinstance(family.mixer, Delta):
+        norm = describe_norm(module.get_submodule(family.mixer.norm), "llama")
+        return DeltaMixer(module, family.mixer, norm, config)
+    return None if family.mixer is None else ConvMixer(module, family.mixer)
+
+
+def mixers_of(layers: Sequence[FusedLayer]) -> str | None:
+    """Name what layers have in place of attention; None: all have attention."""
+    return " and ".join(sorted({layer.mixer.title for layer in layers if layer.mixer is not None})) or None
 
 
 def describe_shape(

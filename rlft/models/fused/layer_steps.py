@@ -1,9 +1,9 @@
 """The steps that the forward and the backward of a decoder layer share, in tiles of rows.
 
 Names and shapes: T rows, t of a tile, H hidden size, Hq query heads, D head size, R rotary columns, I width of the MLP,
-Y columns of qkv, or of what a mixer (`rlft.models.fused.mixers`) reads in its place; x the residual stream,
-n a norm's output, q, k, v of attention, o the output projection, h = act(gate) * up, or act(gate) in families without a
-gate, where "gate" is the only projection before h; S or s = x A^T of an adapter.
+Y columns of qkv, or of what a mixer (`rlft.models.fused.mixers`) reads in its place; x the residual stream, n a norm's
+output, q, k, v of attention, o the output projection, h = act(gate) * up, or act(gate) in families without a gate,
+where "gate" is the only projection before h; S or s = x A^T of an adapter.
 c is the factor on the outputs of attention and MLP, 1 in most families.
 "Tail": columns behind a projection's output that hold S.
 """

@@ -281,17 +281,15 @@ class ShortConv(NamedTuple):
 
 def delta_forward(inputs: Sequence[Tensor], places: Places, scale: float) -> Tensor:
     """Return o [T, Hv, Dv] of the gated delta rule. inputs: q, k, v, g, beta, see `rlft.kernels.delta`."""
-    if _uses_kernel(inputs[0]):
-        return delta.delta_forward(*inputs, places.chunks, scale)[0]  # type: ignore[arg-type]
-    return gated_delta_chunked(*inputs, places.chunks, scale)  # type: ignore[arg-type]
+    q, k, v, g, beta = inputs
+    if _uses_kernel(q):
+        return delta.delta_forward(q, k, v, g, beta, places.chunks, scale)[0]
+    return gated_delta_chunked(q, k, v, g, beta, places.chunks, scale)
 
 
 def delta_backward(dout: Tensor, inputs: Sequence[Tensor], places: Places, scale: float) -> tuple[Tensor, ...]:
     """Return the gradients of q, k, v, g and beta. The states of the forward are computed again."""
+    q, k, v, g, beta = inputs
     if _uses_kernel(dout):
-        return delta.delta_backward(dout, *inputs, places.chunks, scale)  # type: ignore[arg-type]
-
-    def reference(*leaves: Tensor) -> Tensor:
-        return gated_delta_chunked(*leaves, places.chunks, scale)  # type: ignore[arg-type]
-
-    return _gradients(reference, inputs, dout)
+        return delta.delta_backward(dout, q, k, v, g, beta, places.chunks, scale)
+    return _gradients(lambda *leaves: gated_delta_chunked(*leaves, places.chunks, scale), inputs, dout)
