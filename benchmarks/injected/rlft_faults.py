@@ -264,9 +264,12 @@ def early_update(s: Session) -> None:
 
 
 def packed(s: Session) -> None:
-    """The packed path where the policy has chosen another one, with the check that every start makes."""
+    """transformers' layers on packed rows where the policy has chosen others, with the check that every start makes."""
     from rlft.trainer.selfcheck import check
 
+    fused, s.trainer.policy.fused = s.trainer.policy.fused, None
+    if fused is not None:
+        del fused.decoder.forward
     s.trainer.policy.packed = True
     s.trainer.policy.path = "transformers' own layers, packed (forced)"
     check(s.trainer.policy)

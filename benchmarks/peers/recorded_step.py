@@ -235,7 +235,7 @@ def main() -> None:
     parser.add_argument("--stacks", nargs="+", choices=recorded.STACKS, default=["trl", "unsloth", "rlft"])
     parser.add_argument("--repeats", type=int, help="3 by default, 2 for the outlier")
     parser.add_argument("--skip", nargs="+", default=[], help="of rlft's further runs, such as rlft-padded")
-    parser.add_argument("--shape", default="slab", help="tiny to try it on a CPU; lfm2, qwen3_5 run padded")
+    parser.add_argument("--shape", default="slab", help="tiny to try it on a CPU; lfm2, qwen3_5 are hybrids")
     parser.add_argument("works", nargs="+", choices=recorded.WORKS)
     args = parser.parse_args()
     make = f"import sys; sys.path.insert(0, {str(HERE)!r}); import stacks; stacks.make({args.shape!r})"

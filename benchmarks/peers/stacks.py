@@ -78,7 +78,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "vocab_size": 128256,
         "tie_word_embeddings": False,
     },
-    # Hybrids, which rlft runs as padded rows through transformers' layers: LFM2-1.2B, and 8 layers of a Qwen3.5.
+    # Hybrids of attention and layers with a state: LFM2-1.2B, and 8 layers of a Qwen3.5.
     "lfm2": {
         "model_type": "lfm2",
         "vocab_size": 65536,

@@ -1,7 +1,7 @@
 """The operations of a decoder layer without autograd: forward and backward write into buffers of the caller.
 
 Shapes: T rows, H hidden size, M width of the MLP, R rotary columns, Hq query heads, Hk key heads, D head size; x is the
-input of an operation, h = act(gate) * up or act(gate), q, k, v those of attention.
+input of an operation, h = act(gate) * up or act(gate), q, k, v those of attention or of the delta rule, g its decay.
 
 On a GPU these launch kernels. On a CPU (and for float64, which only tests use) the forward is the reference in the
 kernel's file, and the backward runs PyTorch's autograd over that reference: slower, and exact in every dtype.
