@@ -268,7 +268,7 @@ def columns_of_block(dk: int, dv: int, dtype: torch.dtype) -> int:
 
 
 def warps(dtype: torch.dtype, *columns: int, most: int = 4) -> int:
-    """Return the warps of a kernel with tiles of so many columns: `most`, or 2 if one has less than 128 bytes a row.
+    """Return the warps of a kernel with tiles of these columns: `most`, or 2 if one has less than 128 bytes a row.
 
     Such a tile is swizzled otherwise than the rest in shared memory, and where both meet in one kernel ptxas 12.8 makes
     descriptors of Hopper's wgmma from a register that it never sets (tests/kernels/test_cross_compile.py looks for

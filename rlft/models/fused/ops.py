@@ -292,4 +292,8 @@ def delta_backward(dout: Tensor, inputs: Sequence[Tensor], places: Places, scale
     q, k, v, g, beta = inputs
     if _uses_kernel(dout):
         return delta.delta_backward(dout, q, k, v, g, beta, places.chunks, scale)
-    return _gradients(lambda *leaves: gated_delta_chunked(*leaves, places.chunks, scale), inputs, dout)
+
+    def reference(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> Tensor:
+        return gated_delta_chunked(q, k, v, g, beta, places.chunks, scale)
+
+    return _gradients(reference, inputs, dout)
