@@ -30,6 +30,7 @@ from rlft.models.fused.memory import (
     scratch,
 )
 from rlft.models.fused.mixer_shape import MixerShape, Recurrent
+from rlft.models.fused.placement import Place
 from rlft.models.fused.plan_search import choose_plan
 from rlft.models.policy import Policy
 
@@ -37,9 +38,9 @@ GROUPS = [(70, [30, 9, 1]), (2, [25, 0]), (3, [80])]
 """Prompt and completions: longer and shorter than a chunk and than a convolution's taps, one of them empty."""
 
 
-def results(name: str, level: Level, groups: Any = GROUPS) -> list[Tensor]:
+def results(name: str, level: Level, groups: Any = GROUPS, place: Place = "device") -> list[Tensor]:
     """Log-probs and gradient behind shared prompts, and log-probs of a pass without gradient."""
-    policy = Policy(model_of(name, torch.float32))
+    policy = Policy(model_of(name, torch.float32), place=place)
     assert policy.fused is not None
     policy.fused.plan = MemoryPlan((level,) * 2, 64, "layer", 2**20, 0, 0, 0)
     batch = groups_of(groups, torch.Generator().manual_seed(4), 61)
@@ -56,6 +57,13 @@ def test_every_level_is_the_same_bit_for_bit_behind_shared_prompts(name: str) ->
     for level in LEVELS[1:]:
         for one, other in zip(results(name, level), want, strict=True):
             assert torch.equal(one, other), level
+
+
+@pytest.mark.parametrize("name", HYBRIDS)
+def test_weights_in_host_memory_give_the_same_bits(name: str) -> None:
+    """Layers of several sizes pass through slots of one size."""
+    for one, other in zip(results(name, L2, place="host"), results(name, L2), strict=True):
+        assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize("name", HYBRIDS)
