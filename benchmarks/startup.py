@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -40,9 +41,10 @@ def start(how: str, turn: str, model: str, folder: Path, flags: list[str]) -> li
     env = os.environ | {cache: str(folder / how / cache.lower()) for cache in CACHES}
     name = f"{how}/{turn}"
     out = folder / how / turn
-    command = ["-m", "rlft", "train", "--model", model, "--data", str(sums(folder)), "--rewards", "number"]
-    command += ["--out", str(out), "--steps", str(STEPS), "--prompts_per_step", "32", "--sampling.group_size", "8"]
-    command += ["--sampling.max_tokens", "32", "--quantization", "nf4", *flags]
+    config = folder / "run.toml"
+    config.write_text(f'model = "{model}"\ndata = "{sums(folder)}"\nrewards = ["number"]\n')
+    command = ["-m", "rlft", "train", str(config), "--out", str(out), "--steps", str(STEPS), "--prompts_per_step", "32"]
+    command += ["--sampling.group_size", "8", "--sampling.max_tokens", "32", "--quantization", "nf4", *flags]
     begin, lines = time.monotonic(), []
     with subprocess.Popen(
         [sys.executable, *command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env
@@ -53,7 +55,7 @@ def start(how: str, turn: str, model: str, folder: Path, flags: list[str]) -> li
             print(f"{name} {lines[-1][0]:7.2f} {lines[-1][1]}", flush=True)
     if process.returncode:
         raise RuntimeError(f"{name} ended with {process.returncode}")
-    first = next(at for at, line in lines if line.startswith("step 1/"))
+    first = next(at for at, line in lines if re.match(r"step +1/", line))
     logged = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in logged if "step_time" in line]
     work, note = f"{WORK}/{name}", " ".join(flags)
