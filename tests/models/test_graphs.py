@@ -185,7 +185,7 @@ def groups_of(groups: list[tuple[int, list[int]]], g: torch.Generator, vocab: in
 
 
 @pytest.mark.usefixtures("fake_cuda")
-@pytest.mark.parametrize("name", ["qwen3", "gemma3", "mistral"])
+@pytest.mark.parametrize("name", ["qwen3", "gemma3", "mistral", "granite_swa"])
 def test_passes_of_a_bucket_give_what_launches_give(name: str) -> None:
     """In float64: groups of other shapes one after the other, windows that cut prompts, a row without a prompt."""
     policy, g = Policy(model_of(name, torch.float64), torch.float64), torch.Generator().manual_seed(9)
