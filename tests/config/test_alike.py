@@ -40,7 +40,8 @@ SETTINGS = [
 
 def wrong_for(hint: Any) -> Any:
     """A value that no setting of this type takes, and that a file can hold: a truth value, or for one a number."""
-    return 7 if plain(hint) is bool else True
+    kind = plain(hint)
+    return 7 if kind is bool or bool in typing.get_args(kind) else True
 
 
 def nested(path: str, value: Any) -> dict[str, Any]:
