@@ -41,7 +41,7 @@ SETTINGS = [
 def wrong_for(hint: Any) -> Any:
     """A value that no setting of this type takes, and that a file can hold: a truth value, or for one a number."""
     kind = plain(hint)
-    return 7 if kind is bool or bool in typing.get_args(kind) else True
+    return 7 if bool in (kind, *map(plain, typing.get_args(kind))) else True
 
 
 def nested(path: str, value: Any) -> dict[str, Any]:
