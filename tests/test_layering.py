@@ -173,20 +173,22 @@ def test_importing_rlft_is_quick(code: str, seconds: float) -> None:
     assert float(run.stdout) < seconds
 
 
-def test_training_code_adds_less_than_a_second_to_its_libraries() -> None:
+def test_training_code_adds_little_to_the_import_of_its_libraries() -> None:
     """`import rlft.trainer.loop` after torch, transformers and peft, whose own import is not ours to answer for."""
     code = (
-        "import torch, transformers, peft, rich, tyro, time\n"
+        "import time\nbegin = time.process_time()\n"
+        "import torch, transformers, peft, rich, tyro, triton\n"
         "from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig\n"
-        "t = time.process_time(); import rlft.trainer.loop; print(time.process_time() - t)"
+        "libraries = time.process_time(); import rlft.trainer.loop\n"
+        "print((time.process_time() - libraries) / (libraries - begin))"
     )
 
-    def seconds() -> float:
+    def share() -> float:
         run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT.parent)
         return float(run.stdout)
 
-    # Processor time too is longer beside other processes, so the least of a few tries counts.
-    assert any(seconds() < 1 for _ in range(4))
+    # A share, since processors differ; the least of a few tries, since other processes lengthen processor time.
+    assert any(share() < 0.15 for _ in range(4))
 
 
 def test_the_public_names_are_all_there() -> None:
