@@ -212,7 +212,7 @@ def compute(home: Path, out: Path) -> Results:
 
 def _rank(rank: int, world: int, home: str, out: str) -> None:
     """One of several processes; one that hangs says where and ends."""
-    faulthandler.dump_traceback_later(240, exit=True)
+    faulthandler.dump_traceback_later(780, exit=True)
     torch.set_num_threads(1)
     os.environ["RANK"] = str(rank)  # as torchrun does
     torch.distributed.init_process_group("gloo", init_method=f"file://{out}/store", rank=rank, world_size=world)
