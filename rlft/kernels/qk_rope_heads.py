@@ -24,18 +24,23 @@ def _table(cos_ptr, sin_ptr, pos_ptr, token, live, stride_table, cols, HALF: tl.
 
 
 @jit
-def _places(row, T, HEADS: tl.constexpr, D: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr):
-    """Return where head vectors are: token, first column and whether it exists, of each row; columns of the tables and
-    of the entries that pass, and the masks of both."""
+def _places(
+    row, T, HEADS: tl.constexpr, D: tl.constexpr, R: tl.constexpr,
+    BLOCK: tl.constexpr, TAIL: tl.constexpr, PAIRS: tl.constexpr,
+):  # fmt: skip
+    """Return where head vectors are: token, first column and whether it exists, of each row; columns of the tables, of
+    both rotated parts and of the entries that pass, and the masks of the parts and of those."""
     HALF: tl.constexpr = R // 2
     live = row < T * HEADS
     token = row // HEADS
     head = (row % HEADS) * D
     cols = tl.arange(0, BLOCK)[None, :]
+    first = cols * 2 if PAIRS else cols
+    second = first + 1 if PAIRS else HALF + cols
     tail = R + tl.arange(0, TAIL)[None, :]
     mask = live[:, None] & (cols < HALF)
     tail_mask = live[:, None] & (tail < D)
-    return token, head, live, cols, tail, mask, tail_mask
+    return token, head, live, cols, first, second, tail, mask, tail_mask
 
 
 @jit
@@ -48,9 +53,8 @@ def forward_heads(
     """Process ROWS head vectors of q or of k; a row is one head of one token."""
     HALF: tl.constexpr = R // 2
     row = program * ROWS + tl.arange(0, ROWS)
-    token, head, live, cols, tail, mask, tail_mask = _places(row, T, HEADS, D, R, BLOCK, TAIL)
-    first = cols * 2 if PAIRS else cols
-    second = first + 1 if PAIRS else HALF + cols
+    places = _places(row, T, HEADS, D, R, BLOCK, TAIL, PAIRS)
+    token, head, live, cols, first, second, tail, mask, tail_mask = places
     x = x_ptr + (token.to(tl.int64) * stride_x + head)[:, None]
     n1 = tl.load(x + first, mask=mask, other=0.0).to(tl.float32)
     n2 = tl.load(x + second, mask=mask, other=0.0).to(tl.float32)
@@ -97,9 +101,8 @@ def backward_heads(
     """Process ROWS head vectors of dq or of dk, as `forward_heads`."""
     HALF: tl.constexpr = R // 2
     row = program * ROWS + tl.arange(0, ROWS)
-    token, head, live, cols, tail, mask, tail_mask = _places(row, T, HEADS, D, R, BLOCK, TAIL)
-    first = cols * 2 if PAIRS else cols
-    second = first + 1 if PAIRS else HALF + cols
+    places = _places(row, T, HEADS, D, R, BLOCK, TAIL, PAIRS)
+    token, head, live, cols, first, second, tail, mask, tail_mask = places
     dout = dout_ptr + (token.to(tl.int64) * stride_dout + head)[:, None]
     d1 = tl.load(dout + first, mask=mask, other=0.0).to(tl.float32)
     d2 = tl.load(dout + second, mask=mask, other=0.0).to(tl.float32)
