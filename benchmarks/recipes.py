@@ -2,7 +2,7 @@
 
     python benchmarks/recipes.py --write-rows ROWS                  # where reasoning-gym is installed
     python benchmarks/recipes.py gsm_style countdown --out DIR --commit HASH --model /tmp/smollm2.gguf --rows ROWS \\
-        --beside 4 -- --engine.name eager
+        --beside 4 -- --engine.name=eager
 
 A run is `rlft train` over the recipe's GPU config, in a separate process, with the flags behind `--` besides; up to
 `--beside` of them at a time, so their minutes are those of a shared GPU. The control has seed 1 and the rewards of each
@@ -74,17 +74,17 @@ def write_rows(folder: Path) -> None:
 
 def settings(name: str, recipe: Recipe, stage: str, run: str, folder: Path, args: Any) -> list[str]:
     """Flags of one stage of one run."""
+    # A stage over recorded pairs samples in evaluations alone: rows are for those, and it takes no engine.
+    recorded = stage.startswith("dpo")
     seed = SEEDS[0] if run == CONTROL else int(run)
     flags = ["--model", args.model, f"--seed={seed}", "--out", str(folder / stage.removesuffix(".toml"))]
     if stage in recipe.generated:
         file = str(args.rows / f"{name}-{stage.removesuffix('.toml')}.jsonl")
-        flags += ["--eval.data" if stage.startswith("dpo") else "--data", file]
+        flags += ["--eval.data" if recorded else "--data", file]
     if stage != recipe.stages[0] and name == "sft_then_rl":
         flags += ["--lora.resume_from", str(newest(folder / "sft_gpu"))]
     if stage == recipe.stages[-1] and run == CONTROL:
         flags += [flag for i in range(recipe.rewards) for flag in (f"--rewards.{i}.args", SHUFFLED)]
-    # A stage over recorded pairs samples in evaluations alone, and takes no engine.
-    recorded = stage.startswith("dpo")
     return [*flags, *(flag for flag in args.flags if not (recorded and flag.startswith("--engine.name=")))]
 
 

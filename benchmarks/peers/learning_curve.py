@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import os
 import random
-import re
 import subprocess
 import sys
 import tempfile
@@ -29,6 +28,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parent))
 
+from grpo_run import correct
 from results_file import arguments, write
 from stacks import DEVICE
 from timing import row
@@ -42,12 +42,6 @@ STACKS = ("trl-vllm", "rlft", "trl", "unsloth")
 DTYPE = "bfloat16" if DEVICE == "cuda" else "float32"
 SHARE = 0.1
 """Of the card, for TRL's vLLM."""
-
-
-def correct(completions: list[Any], answer: list[str], **columns: Any) -> list[float]:
-    """1 where the last number of a completion is the sum."""
-    texts = [c if isinstance(c, str) else c[-1]["content"] for c in completions]
-    return [float((re.findall(r"-?\d+", t) or [""])[-1] == a) for t, a in zip(texts, answer, strict=True)]
 
 
 def sums(rows: int) -> list[dict[str, str]]:
@@ -123,14 +117,13 @@ def grpo(model: Any, tokenizer: Any, steps: int, curve: Curve, **more: Any) -> A
 
 
 def trl(steps: int, curve: Curve, **more: Any) -> str:
-    from peft import LoraConfig
+    from stacks import lora
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     # TRL says "localhost", which not every machine knows, and vLLM logs to stdout, which is for answers.
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "VLLM_LOGGING_STREAM": "ext://sys.stderr", "VLLM_NO_USAGE_STATS": "1"}
     model = AutoModelForCausalLM.from_pretrained(FOLDER, dtype=DTYPE, device_map={"": DEVICE})
-    lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
-    grpo(model, AutoTokenizer.from_pretrained(FOLDER), steps, curve, peft_config=lora, **more).train()
+    grpo(model, AutoTokenizer.from_pretrained(FOLDER), steps, curve, peft_config=lora(), **more).train()
     return "transformers' generate"
 
 
@@ -190,24 +183,6 @@ def worker(stack: str, steps: int) -> None:
         desk.wait()
 
 
-def convert(model: str) -> None:
-    """Write the .gguf as a bf16 checkpoint with its tokenizer, once per machine."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    from rlft.models.load import Base, load_base, load_tokenizer
-
-    if (Path(FOLDER) / "config.json").exists():
-        return
-    base: Any = load_base(Base(model, "none", "bfloat16", "cpu"), torch.device("cpu"))
-    if hasattr(base.config, "quantization_config"):
-        del base.config.quantization_config
-    plain = AutoModelForCausalLM.from_config(base.config, dtype=torch.bfloat16)
-    plain.load_state_dict(base.state_dict())
-    plain.save_pretrained(FOLDER)
-    load_tokenizer(model).save_pretrained(FOLDER)
-
-
 def rows_of(stack: str, started: dict[str, Any], curve: dict[str, Any]) -> list[dict[str, Any]]:
     """The rows of one stack: a failure, or start, reward after each step, and its seconds."""
     wrong = started.get("error") or curve.get("error")
@@ -232,8 +207,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--stacks", nargs="+", default=list(STACKS), help="rlft:eager samples without vLLM")
     args = parser.parse_args()
-    make = f"import sys; sys.argv = ['']; sys.path.insert(0, {str(Path(__file__).parent)!r}); import learning_curve"
-    subprocess.run([sys.executable, "-c", f"{make}; learning_curve.convert({args.model!r})"], check=True)
+    if not (Path(FOLDER) / "config.json").exists():
+        export = ["export-base", args.model, FOLDER, "--quantization", "none"]
+        subprocess.run([sys.executable, "-m", "rlft", *export], check=True)
     paths = {"unsloth": args.unsloth, "rlft": args.fa4}
     workers, started = {}, {}
     for stack in args.stacks:
