@@ -21,7 +21,7 @@ DIALECT = re.compile(
 )
 HISTORY = re.compile(r"\b(used to|no longer|formerly|previously|until then|since then|had been|was found|came to)\b")
 LETTER = re.compile(r"[a-zA-Z]")
-FORMATTED_BY_HAND = 40
+FORMATTED_BY_HAND = 35
 """`# fmt: skip` in the repository, at most."""
 
 
@@ -94,4 +94,4 @@ def test_almost_everything_is_formatted_by_ruff() -> None:
         for path in (ROOT / folder).rglob("*.py")
     ]
     mark = "# fmt: " + "skip"
-    assert sum(path.read_text(encoding="utf-8").count(mark) for path in files) < FORMATTED_BY_HAND
+    assert sum(path.read_text(encoding="utf-8").count(mark) for path in files) <= FORMATTED_BY_HAND

@@ -46,10 +46,18 @@ MAX_D = 512
 
 
 def qk_rope_reference(
-    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None = None,
-    q_weight: Tensor | None = None, k_weight: Tensor | None = None, eps: float = 1e-6, style: int = LLAMA,
-    interleaved: bool = False, after: bool = False,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor | None = None,
+    q_weight: Tensor | None = None,
+    k_weight: Tensor | None = None,
+    eps: float = 1e-6,
+    style: int = LLAMA,
+    interleaved: bool = False,
+    after: bool = False,
+) -> tuple[Tensor, Tensor]:
     """Compute the formula in plain PyTorch, differentiable by autograd. Arguments and results as `qk_rope`."""
     if positions is not None:
         cos, sin = cos[positions], sin[positions]
@@ -151,11 +159,22 @@ class _Pair(NamedTuple):
 
 
 def qk_rope_forward(
-    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None = None,
-    q_weight: Tensor | None = None, k_weight: Tensor | None = None, eps: float = 1e-6, style: int = LLAMA,
-    interleaved: bool = False, after: bool = False, *,
-    q_out: Tensor | None = None, k_out: Tensor | None = None, shape: tuple[int, int] | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor | None = None,
+    q_weight: Tensor | None = None,
+    k_weight: Tensor | None = None,
+    eps: float = 1e-6,
+    style: int = LLAMA,
+    interleaved: bool = False,
+    after: bool = False,
+    *,
+    q_out: Tensor | None = None,
+    k_out: Tensor | None = None,
+    shape: tuple[int, int] | None = None,
+) -> tuple[Tensor, Tensor]:
     """Launch the forward. Returns q [T, Hq, D] and k [T, Hk, D], normalized and rotated.
 
     q, k: as `qk_rope`; heads adjacent, any row stride: both may be slices of one qkv buffer. q_out, k_out: where the
@@ -178,11 +197,24 @@ def qk_rope_forward(
 
 
 def qk_rope_backward(
-    dq_out: Tensor, dk_out: Tensor, q: Tensor | None, k: Tensor | None, cos: Tensor, sin: Tensor,
-    positions: Tensor | None = None, q_weight: Tensor | None = None, k_weight: Tensor | None = None,
-    eps: float = 1e-6, style: int = LLAMA, interleaved: bool = False, after: bool = False, *,
-    dq: Tensor | None = None, dk: Tensor | None = None, shape: tuple[int, int] | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    dq_out: Tensor,
+    dk_out: Tensor,
+    q: Tensor | None,
+    k: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor | None = None,
+    q_weight: Tensor | None = None,
+    k_weight: Tensor | None = None,
+    eps: float = 1e-6,
+    style: int = LLAMA,
+    interleaved: bool = False,
+    after: bool = False,
+    *,
+    dq: Tensor | None = None,
+    dk: Tensor | None = None,
+    shape: tuple[int, int] | None = None,
+) -> tuple[Tensor, Tensor]:
     """Launch the backward. Returns dq [T, Hq, D] and dk [T, Hk, D].
 
     dq_out, dk_out: gradients of the forward's results. q, k: what the forward read; None without a norm. dq, dk: where
@@ -222,9 +254,16 @@ def _like(tensor: Tensor | None, other: Tensor) -> bool:
 
 
 def _check(
-    op: str, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None,
-    q_weight: Tensor | None, k_weight: Tensor | None, kernel: bool = True,
-) -> None:  # fmt: skip
+    op: str,
+    q: Tensor,
+    k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor | None,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    kernel: bool = True,
+) -> None:
     """Check the inputs of both directions and of the public function; `kernel` adds strides and limits."""
     got = {"q": q, "k": k, "cos": cos, "sin": sin, "positions": positions, "q_weight": q_weight, "k_weight": k_weight}
     norms = () if q_weight is None and k_weight is None else (q_weight, k_weight)
@@ -272,10 +311,18 @@ class _QkRope(torch.autograd.Function):
 
 
 def qk_rope(
-    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None = None,
-    q_weight: Tensor | None = None, k_weight: Tensor | None = None, eps: float = 1e-6, style: int = LLAMA,
-    interleaved: bool = False, after: bool = False,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor | None = None,
+    q_weight: Tensor | None = None,
+    k_weight: Tensor | None = None,
+    eps: float = 1e-6,
+    style: int = LLAMA,
+    interleaved: bool = False,
+    after: bool = False,
+) -> tuple[Tensor, Tensor]:
     """Apply norm (if weights are given) and rotary embedding to queries and keys, with gradients to both.
 
     q: [T, Hq, D], k: [T, Hk, D], float32, bfloat16 or float16; slices of a qkv buffer are not copied. cos, sin: [P, R]
