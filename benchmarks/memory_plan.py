@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from results_file import write
 from timing import row
 
-from rlft.models.fused.memory import DecoderShape
+from rlft.models.fused.decoder_shape import DecoderShape
 from rlft.models.fused.plan_search import choose_plan
 
 GIB = 2**30

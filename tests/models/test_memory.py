@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from rlft.kernels.logprobs import CHUNK_BYTES
+from rlft.models.fused.decoder_shape import DecoderShape
 from rlft.models.fused.levels import L0, L1, L2, L3, L4, L5, LEVELS
 from rlft.models.fused.memory import (
     GIB,
     TILES,
-    DecoderShape,
     PassOptions,
     backward_work,
     evaluate,

@@ -17,18 +17,9 @@ from torch import Tensor
 from rlft.kernels.attention import Sequences
 from rlft.kernels.logprobs import CHUNK_BYTES
 from rlft.models.fused import ops
+from rlft.models.fused.decoder_shape import DecoderShape
 from rlft.models.fused.levels import L0, L2, L3, L4, LEVELS, Level
-from rlft.models.fused.memory import (
-    GIB,
-    DecoderShape,
-    MemoryPlan,
-    PassOptions,
-    backward_work,
-    evaluate,
-    forward_work,
-    saved,
-    scratch,
-)
+from rlft.models.fused.memory import GIB, MemoryPlan, PassOptions, backward_work, evaluate, forward_work, saved, scratch
 from rlft.models.fused.mixer_shape import MixerShape, Recurrent
 from rlft.models.fused.placement import Place
 from rlft.models.fused.plan_search import choose_plan

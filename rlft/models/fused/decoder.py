@@ -25,6 +25,8 @@ from rlft.models import fusable, kv_cache
 from rlft.models.device_memory import DeviceMemory, host_free
 from rlft.models.families import Family
 from rlft.models.fused import memory
+from rlft.models.fused.calls import asks_for_more
+from rlft.models.fused.decoder_shape import DecoderShape
 from rlft.models.fused.graphs import Graphs, Padded, count_keys, key_capacity, launch_bound, round_up
 from rlft.models.fused.layer import run_layer
 from rlft.models.fused.layer_modules import FusedLayer, describe_norm, describe_shape, mixers_of
@@ -305,7 +307,7 @@ class FusedDecoder:
         tensors = (tensor for layer in self.layers for tensor in adapter_tensors(layer.bind(adapter)))
         return next(tensors, None) in gradients
 
-    def _shape(self) -> memory.DecoderShape:
+    def _shape(self) -> DecoderShape:
         """Return the sizes that the memory plan is computed from."""
         vocab = self.decoder.config.vocab_size  # type: ignore[union-attr]
         shape = describe_shape(self.layers, self.adapter(), vocab, self.norm.weight, self.entropy_grad)  # type: ignore[arg-type]
@@ -329,7 +331,8 @@ class FusedDecoder:
             raise ValueError("give one of cache and past_key_values")
         cache = past_key_values if cache is None else cache
         text, alike = text_positions(position_ids)
-        fallback = self._fallback_reason(attention_mask, cache, use_cache, kwargs) if alike else ""
+        more = not alike or asks_for_more(self.decoder.config, attention_mask, cache, use_cache, kwargs)
+        fallback = "" if more else self._unsuited()
         if fallback is not None:
             if fallback and fallback not in self._warned:
                 self._warned.add(fallback)
@@ -368,24 +371,9 @@ class FusedDecoder:
             )
         return BaseModelOutputWithPast(last_hidden_state=hidden.view(embedded.shape))  # type: ignore[arg-type]
 
-    def _fallback_reason(self, mask: Any, cache: Any, use_cache: bool | None, kwargs: dict[str, Any]) -> str | None:
-        """Return why transformers' own forward runs: "" if the call asks for it, a text for a setting; None: run fused
-        layers."""
-        wants_cache = self.decoder.config.use_cache if use_cache is None else use_cache  # type: ignore[union-attr]
-        if cache is not None or (wants_cache and not torch.is_grad_enabled()) or (use_cache and wants_cache):
-            return ""
-        if not (mask is None or (isinstance(mask, Tensor) and mask.dim() == 2)):
-            return ""
+    def _unsuited(self) -> str | None:
+        """Return which setting of the model fused layers do not support; None if they support all."""
         config: Any = self.decoder.config
-        if not kwargs.get("is_causal", getattr(config, "is_causal", True)):
-            return ""
-        if kwargs.get("deepstack_visual_embeds") is not None:  # of images, added between the layers
-            return ""
-        for name in ("output_hidden_states", "output_attentions"):
-            if kwargs.get(name, getattr(config, name, False)):
-                return ""
-        if kwargs.get("return_dict", getattr(config, "return_dict", True)) is False:
-            return ""
         dropped = [name for name in self.family.dropouts if self.decoder.training and getattr(config, name, 0)]
         if dropped:
             return f"{dropped[0]} is {getattr(config, dropped[0])} and the model is in training mode"

@@ -27,11 +27,12 @@ from torch.autograd.function import once_differentiable
 from rlft.kernels.attention import Keys, Sequences
 from rlft.kernels.copies import Copies
 from rlft.kernels.launch import power_of_2
+from rlft.models.fused.decoder_shape import DecoderShape
 from rlft.models.fused.layer import Forward, check_versions, versions
 from rlft.models.fused.layer_backward import Backward
 from rlft.models.fused.layer_modules import FusedLayer
 from rlft.models.fused.layer_steps import Pass, SavedActivations
-from rlft.models.fused.memory import DecoderShape, MemoryPlan
+from rlft.models.fused.memory import MemoryPlan
 from rlft.models.fused.projection import Store
 from rlft.models.fused.token_budget import LAUNCH_SECONDS, device_seconds
 

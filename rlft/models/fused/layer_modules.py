@@ -18,7 +18,7 @@ from rlft.kernels.nf4 import Nf4Weight
 from rlft.kernels.rms_norm import GEMMA, LLAMA, OLMO
 from rlft.models.families import Delta, Family
 from rlft.models.fused import ops
-from rlft.models.fused.memory import DecoderShape
+from rlft.models.fused.decoder_shape import DecoderShape
 from rlft.models.fused.mixers import ConvMixer, DeltaMixer, Mixer
 from rlft.models.fused.projection import Bound, Projection
 

@@ -11,8 +11,9 @@ from functools import cache
 from itertools import combinations
 
 from rlft.kernels.logprobs import CHUNK_BYTES
+from rlft.models.fused.decoder_shape import DecoderShape
 from rlft.models.fused.levels import L0, L3, L5, LEVELS, Level
-from rlft.models.fused.memory import TILES, DecoderShape, MemoryPlan, PassOptions, evaluate, host_bytes, scratch
+from rlft.models.fused.memory import TILES, MemoryPlan, PassOptions, evaluate, host_bytes, scratch
 from rlft.models.fused.mixer_shape import Recurrent
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-from rlft.models.fused.memory import DecoderShape
+from rlft.models.fused.decoder_shape import DecoderShape
 from rlft.models.fused.plan_search import FLOPS, capturable, choose_plan, cost_of
 
 BUDGETS = (*range(32768, 16384, -4096), *range(16384, 8192, -2048), *range(8192, 6144, -1024), *range(6144, 4095, -512))
