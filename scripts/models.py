@@ -49,6 +49,7 @@ EXAMPLES = {
     "granite": "Granite 3, 4 dense",
     "granite_swa": "Granite with windows",
     "hunyuan_v1_dense": "HunYuan dense",
+    "nanochat": "nanochat",
     "arcee": "AFM",
     "apertus": "Apertus",
     "granitemoehybrid": "Granite 4 hybrid",

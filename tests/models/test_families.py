@@ -137,6 +137,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         "hunyuan_v1_dense",
         {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 1.0, "alpha": 100.0}},
     ),
+    "nanochat": ("nanochat", {"attention_bias": True}),
     "qwen2_vl": ("qwen2_vl_text", {}),
     "qwen2_5_vl": ("qwen2_5_vl_text", {}),
     "qwen3_vl": ("qwen3_vl_text", {}),
@@ -303,6 +304,7 @@ NEW = (
     "apertus",
     "granite_swa",
     "hunyuan",
+    "nanochat",
     *HYBRIDS,
 )
 MODES = [(name, level, mode) for name in ("qwen3", "qwen3_5") for mode in ("group", "shadow") for level in (L0, L2)]

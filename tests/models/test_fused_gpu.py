@@ -217,7 +217,18 @@ BIG_LINEAR = {
     "linear_key_head_dim": 64,
     "linear_value_head_dim": 64,
 }
-PLANNED = ("qwen3", "gemma3", "arcee", "apertus", "granite_swa", "hunyuan", "qwen3_5", "lfm2", "olmo_hybrid")
+PLANNED = (
+    "qwen3",
+    "gemma3",
+    "arcee",
+    "apertus",
+    "granite_swa",
+    "hunyuan",
+    "nanochat",
+    "qwen3_5",
+    "lfm2",
+    "olmo_hybrid",
+)
 
 
 @pytest.mark.parametrize("name", PLANNED)

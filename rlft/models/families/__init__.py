@@ -126,6 +126,8 @@ class Family:
     decoder has a rotary module for each base, in `rotary_embs`."""
     interleaved: bool = False
     """Whether the rotary embedding turns neighbouring entries, not entry i of each half."""
+    turns_back: bool = False
+    """Whether the rotary embedding turns by minus the angle."""
     rotary: str = "all"
     """Which layers rotate q and k: "all"; "flag", those with `use_rope` of the attention module; "sliding", those with
     a window, or all of a config without one; "config", all of a config with a `rope_theta`."""
@@ -133,6 +135,8 @@ class Family:
     """Names in `rope_parameters` of b and L: q at position p is multiplied by 1 + b log(1 + floor(p / L))."""
     embedding_factor: str | None = None
     """Config field with the factor on the embedded tokens, which the decoder multiplies by outside its embedding."""
+    embedding_norm: bool = False
+    """Whether the embedded tokens go through the final norm before the first layer."""
     residual_factor: str | None = None
     """Config field with the factor on the outputs of attention and MLP, behind their norms, before the residual."""
     dropouts: tuple[str, ...] = ("attention_dropout",)

@@ -112,12 +112,13 @@ class FusedDecoder:
         self.mixers: str | None = None
         """What layers have in place of attention, which no CUDA graph runs; None: all have attention."""
         config, final_norm = self.decoder.config, self.decoder.get_submodule(self.family.final_norm)
+        like: Tensor = self.decoder.get_input_embeddings().weight  # type: ignore[operator,union-attr]
         factor = self.family.embedding_factor
         self._embedding_factor = float(getattr(config, factor)) if factor is not None else 1.0
         try:
             weight_of = self.placement.weight if self.placement is not None else None
             self.layers = [
-                FusedLayer(module, i, self.family.of_layer(config, i), config, weight_of)
+                FusedLayer(module, i, self.family.of_layer(config, i), config, like, weight_of)
                 for i, module in enumerate(self.decoder.layers)  # type: ignore[arg-type]
             ]
             self._problem = fusable.layers_problem(self.layers)
@@ -126,7 +127,7 @@ class FusedDecoder:
         if self._problem is None and any(trained for *_, trained in states):
             self._problem = "weights of the base are trained"
         if self._problem is None:
-            self.norm = describe_norm(final_norm, self.family.norm_style)
+            self.norm = describe_norm(final_norm, self.family.norm_style, like, config.hidden_size)
             self.shape = self._shape()
             graphable = self.norm.weight.is_cuda and self.shape.attention in ("fa4", "fa2")
             self.mixers = mixers_of(self.layers)
@@ -172,6 +173,8 @@ class FusedDecoder:
                 return self.hidden(embedded, position_ids, sequences, gradients, plan, padded_to)
         if self._embedding_factor != 1:
             embedded = embedded * self._embedding_factor
+        if self.family.embedding_norm:
+            embedded = self.final_norm(embedded)
         if plan is None:
             rows = embedded.shape[0]
             keys = count_keys(sequences, rows) if sequences.copies else 0
@@ -311,7 +314,7 @@ class FusedDecoder:
         """Return the sizes that the memory plan is computed from."""
         vocab = self.decoder.config.vocab_size  # type: ignore[union-attr]
         shape = describe_shape(self.layers, self.adapter(), vocab, self.norm.weight, self.entropy_grad)  # type: ignore[arg-type]
-        return replace(shape, embedding_factor=self._embedding_factor != 1)
+        return replace(shape, embedding_factor=self._embedding_factor != 1 or self.family.embedding_norm)
 
     # ---- transformers' callers ---------------------------------------------------------------------------------------
 

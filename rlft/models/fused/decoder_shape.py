@@ -41,7 +41,7 @@ class DecoderShape:
     gated: bool = True
     """The MLP has a gate, so that two projections as wide as `intermediate` come before its activation, not one."""
     embedding_factor: bool = False
-    """Embedded tokens are multiplied by a constant, into a second tensor."""
+    """Embedded tokens are multiplied by a constant, or normed, into a second tensor."""
     residual_factor: bool = False
     """The outputs of attention and MLP are multiplied by a constant."""
     entropy_grad: bool = False

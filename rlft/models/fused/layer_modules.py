@@ -41,11 +41,13 @@ class FusedLayer:
         index: int,
         family: Family,
         config: Any,
+        like: Tensor,
         weight_of: Callable[[Any], Tensor | Nf4Weight] | None = None,
     ) -> None:
         """Read projections, norms and constants from the modules.
 
-        weight_of: as in `Projection`. Raises ValueError for weights that no kernel reads.
+        like: gives dtype and device of norms without weights. weight_of: as in `Projection`. Raises ValueError for
+        weights that no kernel reads.
         """
         get = module.get_submodule
         self.index = index
@@ -53,17 +55,19 @@ class FusedLayer:
             Projection([get(name) for name in names], weight_of) for names in projections_of(family)
         )
 
-        def norm(name: str | None) -> ops.Norm | None:
+        def norm(name: str | None, size: int) -> ops.Norm | None:
             # A config may replace a norm by the identity.
             module = None if name is None else get(name)
             missing = module is None or isinstance(module, nn.Identity)
-            return None if missing else describe_norm(module, family.norm_style)
+            return None if missing else describe_norm(module, family.norm_style, like, size)
 
-        self.input_norm, self.mlp_norm = norm(family.input_norm), norm(family.mlp_norm)
-        self.attention_norm, self.down_norm = norm(family.attention_norm), norm(family.down_norm)
+        hidden = self.projections[QKV].in_features
+        self.input_norm, self.mlp_norm = norm(family.input_norm, hidden), norm(family.mlp_norm, hidden)
+        self.attention_norm, self.down_norm = norm(family.attention_norm, hidden), norm(family.down_norm, hidden)
         q_name, k_name = family.qk_norm or (None, None)
-        self.qk_norm, self.qk_norm_whole = (norm(q_name), norm(k_name)), family.qk_norm_whole
-        self.mixer = describe_mixer(module, family, config)
+        head_dim = get("self_attn").head_dim if family.qk_norm else 0
+        self.qk_norm, self.qk_norm_whole = (norm(q_name, head_dim), norm(k_name, head_dim)), family.qk_norm_whole
+        self.mixer = describe_mixer(module, family, config, like)
         """What mixes the tokens; None: attention."""
         self.output_gate = family.output_gate
         if self.mixer is None:
@@ -135,10 +139,17 @@ def projections_of(family: Family) -> tuple[Sequence[str], ...]:
     return family.qkv, (family.out,), family.gate_up, (family.down,)
 
 
-def describe_norm(module: Any, style: str) -> ops.Norm:
-    """Describe an RMSNorm of transformers; families differ in the name of its epsilon."""
+def describe_norm(module: Any, style: str, like: Tensor, size: int) -> ops.Norm:
+    """Describe an RMSNorm of transformers; families differ in the name of its epsilon.
+
+    like, size: dtype, device and length of the weight of a norm that has none. The kernels read ones there.
+    """
     eps = module.variance_epsilon if hasattr(module, "variance_epsilon") else module.eps
-    return ops.Norm(module.weight.detach(), eps, STYLES[style])
+    weight = getattr(module, "weight", None)
+    if weight is None:
+        with torch.inference_mode(False):  # a backward may keep it
+            weight = torch.ones(size, dtype=like.dtype, device=like.device)
+    return ops.Norm(weight.detach(), eps, STYLES[style])
 
 
 def base_type(base: float) -> str:
@@ -159,10 +170,10 @@ def describe_activation(layer: nn.Module, family: Family, config: Any) -> ops.Ac
     return ops.Activation(name, curve.to(torch.promote_types(curve.dtype, torch.float32)))
 
 
-def describe_mixer(module: nn.Module, family: Family, config: Any) -> Mixer | None:
+def describe_mixer(module: nn.Module, family: Family, config: Any, like: Tensor) -> Mixer | None:
     """Describe what mixes the tokens of a layer; None: attention. Raises ValueError for what no kernel computes."""
     if isinstance(family.mixer, Delta):
-        norm = describe_norm(module.get_submodule(family.mixer.norm), "llama")
+        norm = describe_norm(module.get_submodule(family.mixer.norm), "llama", like, 0)
         return DeltaMixer(module, family.mixer, norm, config)
     return None if family.mixer is None else ConvMixer(module, family.mixer)
 

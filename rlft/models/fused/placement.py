@@ -44,7 +44,7 @@ class Placement:
 
     @classmethod
     def of(cls, decoder: Any, family: Family, place: Place) -> Placement:
-        """Move the weights of a decoder of transformers, whose norms lie on the device that computes."""
+        """Move the weights of a decoder of transformers, whose embeddings lie on the device that computes."""
         layers = [
             [
                 getattr(module := layer.get_submodule(name), "base_layer", module)
@@ -53,7 +53,7 @@ class Placement:
             ]
             for index, layer in enumerate(decoder.layers)
         ]
-        return cls(layers, place, decoder.get_submodule(family.final_norm).weight.device)
+        return cls(layers, place, decoder.get_input_embeddings().weight.device)
 
     def weight(self, module: nn.Module) -> Tensor | Nf4Weight:
         """Return the weight of a linear module in the slot of its layer."""
