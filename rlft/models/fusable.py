@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,23 +14,18 @@ from rlft.kernels.swiglu import ACTIVATIONS
 from rlft.models.families import Family
 from rlft.models.fused.layer_modules import FusedLayer
 from rlft.models.fused.ops import Norm
+from rlft.models.fused.projection import Projection
 
 
-def adapted(layers: Sequence[FusedLayer]) -> Iterator[Any]:
+def adapted(projections: Iterable[Projection]) -> Iterator[Any]:
     """Yield the linear modules that PEFT has wrapped."""
-    return (
-        module
-        for layer in layers
-        for projection in layer.projections
-        for module in projection.modules
-        if hasattr(module, "lora_A")
-    )
+    return (module for projection in projections for module in projection.modules if hasattr(module, "lora_A"))
 
 
-def adapter_problem(layers: Sequence[FusedLayer]) -> str | None:
+def adapter_problem(projections: Iterable[Projection]) -> str | None:
     """Return what the fused layers do not support in the current adapters; None if they support all."""
     active_sets: set[tuple] = set()
-    for module in adapted(layers):
+    for module in adapted(projections):
         if module.merged_adapters:
             return "an adapter is merged into the base"
         if module._disable_adapters:
@@ -66,12 +61,17 @@ def hook_problem(parts: Sequence[nn.Module]) -> str | None:
 
 def parts_of(decoder: nn.Module, family: Family) -> Iterator[nn.Module]:
     """Yield the modules that fused layers replace: layers, blocks, projections, norms."""
+    inputs = family.of_layer(decoder.config, 0).per_layer_input
+    for name in () if inputs is None else (inputs.projection, inputs.projection_norm):
+        yield decoder.get_submodule(name)
     for index, layer in enumerate(decoder.layers):  # type: ignore[arg-type]
         here = family.of_layer(decoder.config, index)
         norms = (here.input_norm, here.mlp_norm, here.attention_norm, here.down_norm, *(here.qk_norm or ()))
-        others = (*here.qkv, here.out, *here.gate_up, here.down, here.activation_module)
+        others = (*here.qkv, here.out, *here.gate_up, here.down, here.activation_module, here.value_norm)
         mixer = () if here.mixer is None else here.mixer.modules
-        names = [path for path in (*others, *norms, *mixer) if path is not None]
+        own = here.per_layer_input
+        per_layer = () if own is None else (own.gate, own.out, own.norm)
+        names = [path for path in (*others, *norms, *mixer, *per_layer) if path is not None]
         blocks = sorted({path.rpartition(".")[0] for path in names} - {""})
         yield layer
         for name in (*blocks, *names):
@@ -81,7 +81,8 @@ def parts_of(decoder: nn.Module, family: Family) -> Iterator[nn.Module]:
 
 def state_of(part: nn.Module) -> Iterator[tuple]:
     """Yield address, dtype, version and `requires_grad` of a module's tensors."""
-    for parameter in getattr(part, "base_layer", part)._parameters.values():  # type: ignore[union-attr]
+    module: Any = getattr(part, "base_layer", part)
+    for parameter in (*module._parameters.values(), *module._buffers.values()):
         if parameter is not None:
             yield (
                 parameter.data_ptr(),
@@ -92,8 +93,9 @@ def state_of(part: nn.Module) -> Iterator[tuple]:
 
 
 def _norms(layer: FusedLayer) -> tuple[Norm | None, ...]:
-    inner = layer.qk_norm if layer.mixer is None else (layer.mixer.norm,)
-    return layer.input_norm, layer.mlp_norm, layer.attention_norm, layer.down_norm, *inner
+    inner = (*layer.qk_norm, layer.value_norm) if layer.mixer is None else (layer.mixer.norm,)
+    own = () if layer.per_layer is None else (layer.per_layer.norm,)
+    return layer.input_norm, layer.mlp_norm, layer.attention_norm, layer.down_norm, *inner, *own
 
 
 def config_problem(config: Any, family: Family) -> str | None:
@@ -112,6 +114,8 @@ def layers_problem(layers: Sequence[FusedLayer]) -> str | None:
     for layer in layers:
         if layer.mixer is not None and layer.mixer.conv.weight.dtype != dtype:
             return f"a convolution of {layer.mixer.conv.weight.dtype} under norms of {dtype}"
+        if layer.kv_from is not None and layer.q_heads < 2:
+            return "one query head over the keys of another layer"  # the kernel rotates two groups of heads
         if layer.mixer is None:
             heads = max(heads, layer.head_dim)
             longest = max(longest, layer.q_heads * layer.head_dim if layer.qk_norm_whole else 0)

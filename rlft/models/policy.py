@@ -77,7 +77,7 @@ class Policy:
         batching = f"padded: {problem}; {fused}" if problem else f"packed: {fused}"
         self.path = f"transformers' own layers, {batching}"
         if self.fused is not None:
-            graphless = self.fused.mixers if self.device.type == "cuda" else None
+            graphless = self.fused.graphless if self.device.type == "cuda" else None
             self.path = f"fused layers, without CUDA graphs: {graphless}" if graphless else "fused layers"
         """Which layers run, how and why; logged at the start of a run."""
         self.mixes_rows = mixes_rows(self.base)
@@ -244,7 +244,7 @@ class Policy:
             states = packed.hidden(self._decoder, ids, positions, sequences, rows)
             return (append_ones(states, self._head.shape[1]) if self._bias else states), None
         embedded = self._decoder.get_input_embeddings()(ids)
-        hidden, record = self.fused.hidden(embedded, positions, sequences, self.flat.gradients, plan)
+        hidden, record = self.fused.hidden(embedded, positions, sequences, self.flat.gradients, plan, ids=ids)
         # The norm acts on each row alone, so only the selected rows need it.
         return self.fused.final_norm(hidden[rows]), record
 

@@ -13,14 +13,18 @@ takes the place of q, k, v and attention:
     Delta   q, k, v, z, b, a = n1 W;  q, k, v = silu(conv(q, k, v));  y = delta rule(q, k, v, g(a), beta(b))
             o = (norm(y) * silu(z)) Wo
     Conv    B, C, u = n1 W;  o = (C * conv(B * u)) Wo
+
+A layer may read k and v that an earlier one has made, and after its MLP a vector e of its own for each token
+(`PerLayerInput`), and multiply its result by a constant: x" = (x' + norm((act(x' Wgate) * e) Wout)) constant.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 COMMON = frozenset(
@@ -69,6 +73,31 @@ class Conv:
 
 
 @dataclass(frozen=True)
+class PerLayerInput:
+    """Names of what a vector per token and layer, beside the residual stream, is made and read by.
+
+    With P its size, L layers, c and d constants and x the embedded tokens, e [T, L, P] = (norm(x W c) + E[ids]) d.
+    """
+
+    gate: str = "per_layer_input_gate"
+    """Of a layer: H columns to P, before the activation of the MLP."""
+    out: str = "per_layer_projection"
+    """Of a layer: P columns to H."""
+    norm: str = "post_per_layer_input_norm"
+    """Of a layer, behind `out`."""
+    size: str = "hidden_size_per_layer_input"
+    """Config field with P; 0: the layers have no such input."""
+    projection: str = "per_layer_model_projection"
+    """Of the decoder: W."""
+    projection_norm: str = "per_layer_projection_norm"
+    """Of the decoder, over P columns."""
+    embedding: str = "embed_tokens_per_layer"
+    """Of the decoder: E."""
+    factors: tuple[str, str] = ("per_layer_model_projection_scale", "per_layer_input_scale")
+    """Attributes of the decoder with c and d."""
+
+
+@dataclass(frozen=True)
 class Family:
     """Names and flags of an architecture; module paths are relative to a decoder layer, config attributes to the text
     config."""
@@ -100,8 +129,22 @@ class Family:
     """None: gate and up are projected from the residual stream itself."""
     down_norm: str | None = None
     """Norm of the output of the MLP, before the residual."""
-    qk_norm: tuple[str, str] | None = None
-    """Norms of q and of k, over each head."""
+    qk_norm: tuple[str, ...] | None = None
+    """Norms of q and of k, over each head; of q alone in layers that read another layer's k."""
+    value_norm: str | None = None
+    """Norm of v, over each head."""
+    key_is_value: str | None = None
+    """Config flag for layers of full attention without a projection of v, whose v is what k is projected to."""
+    shared_kv: str | None = None
+    """Config field with a number of last layers that read k and v of the last layer of their type before them."""
+    kv_from: int | None = None
+    """The layer whose k and v are read; None: the layer makes them. Set by `of_layer`."""
+    shares_kv: bool = False
+    """Whether later layers read the layer's k and v. Set by `of_layer`."""
+    per_layer_input: PerLayerInput | None = None
+    """Vectors per token and layer that the layers read."""
+    layer_scale: str | None = None
+    """Tensor of one element that the result of the layer is multiplied by."""
     qk_norm_whole: bool = False
     """The norms of q and k are over all heads together."""
     qk_norm_after: bool = False
@@ -144,19 +187,51 @@ class Family:
     reads: tuple[str, ...] = ()
     """Config fields that the layers depend on, beside `COMMON`, `dropouts` and those that other attributes name. Any
     other field must have its neutral value."""
+    without_effect: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    """Config field -> a further value with which layers compute the same for text."""
 
     def of_layer(self, config: Any, index: int) -> Family:
         """Return the description of a layer."""
-        return self.by_type.get(config.layer_types[index], self) if self.by_type else self
+        here = self.by_type.get(config.layer_types[index], self) if self.by_type else self
+        if here.per_layer_input is not None and not getattr(config, here.per_layer_input.size):
+            here = _changed(here, per_layer_input=None)
+        source, read = here._shared(config, index)
+        if source is not None:
+            norms = here.qk_norm and here.qk_norm[:1]
+            return _changed(here, qkv=here.qkv[:1], qk_norm=norms, value_norm=None, kv_from=source)
+        if here.key_is_value and getattr(config, here.key_is_value) and config.layer_types[index] == "full_attention":
+            here = _changed(here, qkv=here.qkv[:2])
+        return _changed(here, shares_kv=True) if read else here
+
+    def _shared(self, config: Any, index: int) -> tuple[int | None, bool]:
+        """Return the layer whose k and v a layer reads (None: its own), and whether another layer reads its own."""
+        count = getattr(config, self.shared_kv) if self.shared_kv is not None else 0
+        if not count:
+            return None, False
+        first, kind = config.num_hidden_layers - count, config.layer_types[index]
+        source = max(i for i in range(first) if config.layer_types[i] == kind)
+        return (source, False) if index >= first else (None, index == source and kind in config.layer_types[first:])
 
     def unread(self, config: Any) -> Iterator[tuple[str, Any]]:
         """Yield name and value of each field of the config's class that matters and that the layers do not read."""
         own = (self.activation, self.rope_bases, self.embedding_factor, self.residual_factor)
+        own += (self.key_is_value, self.shared_kv, self.per_layer_input and self.per_layer_input.size)
         known = {*COMMON, *self.reads, *self.dropouts, *own}
-        for name in fields_of(config):
-            value = getattr(config, name, None)
-            if name not in known and not neutral(name, value):
-                yield name, value
+        # A config whose layers differ has a config for each, which may leave parts of a layer out too.
+        layers = config.per_layer_config if getattr(config, "is_heterogeneous", False) else [config]
+        for name in (*fields_of(config), "skip"):
+            for layer in layers if name not in known else ():
+                value = getattr(layer, name, None)
+                harmless = name in self.without_effect and value == self.without_effect[name]
+                if not (harmless or neutral(name, value)):
+                    yield name, value
+                    break
+
+
+@functools.cache
+def _changed(family: Family, **changes: Any) -> Family:
+    """Return a description with other attributes. Cached, since layers are described at every call of a model."""
+    return replace(family, **changes)
 
 
 def fields_of(config: Any) -> list[str]:

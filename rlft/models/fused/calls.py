@@ -1,11 +1,13 @@
-"""What a call of a transformers decoder asks for that fused layers do not do."""
+"""What a call of a transformers decoder asks for, and what is set around it, that fused layers do not do."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from rlft.models.families import Family
 
 
 def asks_for_more(config: Any, mask: Any, cache: Any, use_cache: bool | None, kwargs: dict[str, Any]) -> bool:
@@ -20,9 +22,26 @@ def asks_for_more(config: Any, mask: Any, cache: Any, use_cache: bool | None, kw
         return True
     if not kwargs.get("is_causal", getattr(config, "is_causal", True)):
         return True
-    if kwargs.get("deepstack_visual_embeds") is not None:  # of images, added between the layers
+    # Of images, added between the layers; of a call whose cache is shared by layers; of embedded images and text.
+    given = ("deepstack_visual_embeds", "shared_kv_states", "per_layer_inputs")
+    if any(kwargs.get(name) is not None for name in given):
         return True
-    wanted = ("output_hidden_states", "output_attentions")
+    wanted = ("output_hidden_states", "output_attentions", "return_shared_kv_states")
     if any(kwargs.get(name, getattr(config, name, False)) for name in wanted):
         return True
     return kwargs.get("return_dict", getattr(config, "return_dict", True)) is False
+
+
+def dropout_problem(decoder: nn.Module, family: Family) -> str | None:
+    """Return which dropout of the decoder acts now; None if none does."""
+    config: Any = decoder.config
+    dropped = [name for name in family.dropouts if decoder.training and getattr(config, name, 0)]
+    return f"{dropped[0]} is {getattr(config, dropped[0])} and the model is in training mode" if dropped else None
+
+
+def autocast_problem(weight: Tensor) -> str | None:
+    """Return which autocast would change the dtype of activations, that of `weight`; None if none would."""
+    device, dtype = weight.device.type, weight.dtype
+    if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) != dtype:
+        return f"autocast to {torch.get_autocast_dtype(device)} over weights of {dtype}"
+    return None

@@ -12,6 +12,7 @@ or written to are never run on outdated tensors.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -25,20 +26,21 @@ from rlft.models import fusable, kv_cache
 from rlft.models.device_memory import DeviceMemory, host_free
 from rlft.models.families import Family
 from rlft.models.fused import memory
-from rlft.models.fused.calls import asks_for_more
+from rlft.models.fused.calls import asks_for_more, autocast_problem, dropout_problem
 from rlft.models.fused.decoder_shape import DecoderShape
 from rlft.models.fused.graphs import Graphs, Padded, count_keys, key_capacity, launch_bound, round_up
 from rlft.models.fused.layer import run_layer
-from rlft.models.fused.layer_modules import FusedLayer, describe_norm, describe_shape, mixers_of
+from rlft.models.fused.layer_modules import FusedLayer, describe_norm, describe_shape, graphless_of, mixers_of
 from rlft.models.fused.layer_steps import Pass
 from rlft.models.fused.mixer_shape import Recurrent
 from rlft.models.fused.offload import Offload
 from rlft.models.fused.ops import Places
+from rlft.models.fused.per_layer import PerLayerInputs
 from rlft.models.fused.placement import Placement
 from rlft.models.fused.plan_search import GRAPH_MEMORY_SHARE, capturable, choose_plan
-from rlft.models.fused.projection import Store, adapter_tensors
+from rlft.models.fused.projection import Projection, Store, adapter_tensors
 from rlft.models.fused.tables import rope_tables
-from rlft.models.fused.unpad import text_positions, unpadded
+from rlft.models.fused.unpad import padded_again, text_positions, unpadded, unpadded_ids
 
 STEP = 64 * 2**20
 """Memory budgets are rounded down to a multiple of this number of bytes."""
@@ -110,8 +112,13 @@ class FusedDecoder:
         self.graphs: Graphs | None = None
         """CUDA graphs of short passes; None: passes are always launched kernel by kernel."""
         self.mixers: str | None = None
-        """What layers have in place of attention, which no CUDA graph runs; None: all have attention."""
-        config, final_norm = self.decoder.config, self.decoder.get_submodule(self.family.final_norm)
+        """What layers have in place of attention; None: all have attention."""
+        self.graphless: str | None = None
+        """What no CUDA graph runs; None: graphs can run the layers."""
+        self.inputs: PerLayerInputs | None = None
+        """Makes what layers read beside the residual stream; None: they read nothing else."""
+        config: Any = self.decoder.config
+        final_norm = self.decoder.get_submodule(self.family.final_norm)
         like: Tensor = self.decoder.get_input_embeddings().weight  # type: ignore[operator,union-attr]
         factor = self.family.embedding_factor
         self._embedding_factor = float(getattr(config, factor)) if factor is not None else 1.0
@@ -121,6 +128,8 @@ class FusedDecoder:
                 FusedLayer(module, i, self.family.of_layer(config, i), config, like, weight_of)
                 for i, module in enumerate(self.decoder.layers)  # type: ignore[arg-type]
             ]
+            if self.family.of_layer(config, 0).per_layer_input is not None:
+                self.inputs = PerLayerInputs(self.decoder, self.family, like)
             self._problem = fusable.layers_problem(self.layers)
         except ValueError as error:
             self._problem = str(error)
@@ -130,14 +139,20 @@ class FusedDecoder:
             self.norm = describe_norm(final_norm, self.family.norm_style, like, config.hidden_size)
             self.shape = self._shape()
             graphable = self.norm.weight.is_cuda and self.shape.attention in ("fa4", "fa2")
-            self.mixers = mixers_of(self.layers)
-            if graphable and self.placement is None and self.mixers is None:
+            self.mixers, self.graphless = mixers_of(self.layers), graphless_of(self.layers)
+            if graphable and self.placement is None and self.graphless is None:
                 self.graphs = Graphs()
         return self._problem
 
     def problem(self) -> str | None:
         """Return why the fused layers cannot run the current modules and adapters; None if they can."""
-        return self._check_modules() or fusable.hook_problem(self._parts) or fusable.adapter_problem(self.layers)
+        problem = self._check_modules() or fusable.hook_problem(self._parts)
+        return problem or fusable.adapter_problem(self._projections())
+
+    def _projections(self) -> list[Projection]:
+        """Return everything that adapters of layers may be on."""
+        of_inputs = [] if self.inputs is None else [self.inputs.projection]
+        return [*of_inputs, *(projection for layer in self.layers for projection in layer.projections)]
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy of a model (deepcopy, pickle) has other modules, which are checked when it first runs.
@@ -158,6 +173,7 @@ class FusedDecoder:
         gradients: dict[Tensor, Tensor] | None = None,
         plan: memory.MemoryPlan | None = None,
         padded_to: Tensor | None = None,
+        ids: Tensor | None = None,
     ) -> tuple[Tensor, memory.PassRecord]:
         """Return the residual stream after the last layer, [T, H], before the final norm, and how the pass ran.
 
@@ -165,12 +181,12 @@ class FusedDecoder:
         that the backward adds its gradient to; without it autograd returns the gradients. plan: from `plan_pass`; None:
         one for the memory that is free. Two passes with the same plan give bitwise equal results, with gradient and
         without. padded_to: positions of the padded call that the rows come from; they determine the rotary tables, as
-        in transformers.
+        in transformers. ids: [T], of the tokens, for decoders with `inputs`.
         """
         if torch.is_inference_mode_enabled():
             # Buffers allocated in inference mode could not be written to outside it.
             with torch.inference_mode(False), torch.no_grad():
-                return self.hidden(embedded, position_ids, sequences, gradients, plan, padded_to)
+                return self.hidden(embedded, position_ids, sequences, gradients, plan, padded_to, ids)
         if self._embedding_factor != 1:
             embedded = embedded * self._embedding_factor
         if self.family.embedding_norm:
@@ -199,8 +215,12 @@ class FusedDecoder:
         with_backward = torch.is_grad_enabled()
         more = (gradients, self.offload, Places.of(sequences) if self.mixers else None)
         run = Pass(sequences, tables, self.store, adapter, plan.levels, plan.tile, with_backward, *more)
-        for layer in self.layers:
-            hidden = run_layer(layer, hidden, run)
+        inputs: Sequence[Tensor | None] = [None] * len(self.layers)
+        if self.inputs is not None:
+            assert ids is not None
+            inputs = self.inputs(ids, embedded, adapter)
+        for layer, own in zip(self.layers, inputs, strict=True):
+            hidden = run_layer(layer, hidden, run, own)
         self.offload.settle()
         return hidden[:rows], memory.PassRecord(plan, self.store.scratch)
 
@@ -301,7 +321,7 @@ class FusedDecoder:
 
     def adapter(self) -> str | None:
         """Return the name of the active adapter; None when adapters are off. Assumes that `problem` returned None."""
-        module = next(fusable.adapted(self.layers), None)
+        module = next(fusable.adapted(self._projections()), None)
         active = () if module is None or module.disable_adapters else module.active_adapters
         return active[0] if active else None
 
@@ -314,7 +334,11 @@ class FusedDecoder:
         """Return the sizes that the memory plan is computed from."""
         vocab = self.decoder.config.vocab_size  # type: ignore[union-attr]
         shape = describe_shape(self.layers, self.adapter(), vocab, self.norm.weight, self.entropy_grad)  # type: ignore[arg-type]
-        return replace(shape, embedding_factor=self._embedding_factor != 1 or self.family.embedding_norm)
+        shape = replace(shape, embedding_factor=self._embedding_factor != 1 or self.family.embedding_norm)
+        if self.inputs is None:
+            return shape
+        group = self.inputs.projection.bind(self.adapter()).group
+        return replace(shape, per_layer_total=group.out, per_layer_trained=group.tail > 0)
 
     # ---- transformers' callers ---------------------------------------------------------------------------------------
 
@@ -335,7 +359,11 @@ class FusedDecoder:
         cache = past_key_values if cache is None else cache
         text, alike = text_positions(position_ids)
         more = not alike or asks_for_more(self.decoder.config, attention_mask, cache, use_cache, kwargs)
-        fallback = "" if more else self._unsuited()
+        fallback = "" if more else dropout_problem(self.decoder, self.family) or self.problem()
+        if fallback is None:
+            fallback = autocast_problem(self.norm.weight)
+        if fallback is None and self.inputs is not None and input_ids is None:
+            fallback = "the layers read ids, and the call has embedded tokens alone"
         if fallback is not None:
             if fallback and fallback not in self._warned:
                 self._warned.add(fallback)
@@ -367,23 +395,6 @@ class FusedDecoder:
         padded_positions = text
         if padded_positions is None and places is not None:
             padded_positions = torch.arange(embedded.shape[1], device=embedded.device)
-        hidden = self.final_norm(self.hidden(rows, positions, sequences, padded_to=padded_positions)[0])
-        if places is not None:
-            hidden = hidden.new_zeros(embedded.shape[0] * embedded.shape[1], embedded.shape[2]).index_copy(
-                0, places, hidden
-            )
-        return BaseModelOutputWithPast(last_hidden_state=hidden.view(embedded.shape))  # type: ignore[arg-type]
-
-    def _unsuited(self) -> str | None:
-        """Return which setting of the model fused layers do not support; None if they support all."""
-        config: Any = self.decoder.config
-        dropped = [name for name in self.family.dropouts if self.decoder.training and getattr(config, name, 0)]
-        if dropped:
-            return f"{dropped[0]} is {getattr(config, dropped[0])} and the model is in training mode"
-        problem = self.problem()
-        if problem is not None:
-            return problem
-        device, dtype = self.norm.weight.device.type, self.norm.weight.dtype
-        if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) != dtype:
-            return f"autocast to {torch.get_autocast_dtype(device)} over weights of {dtype}"
-        return None
+        ids = None if input_ids is None else unpadded_ids(input_ids, places)
+        hidden = self.final_norm(self.hidden(rows, positions, sequences, padded_to=padded_positions, ids=ids)[0])
+        return BaseModelOutputWithPast(last_hidden_state=padded_again(hidden, places, embedded.shape))  # type: ignore[arg-type]

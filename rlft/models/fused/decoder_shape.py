@@ -23,15 +23,16 @@ class DecoderShape:
     q: int
     """Columns of q: heads times head size."""
     kv: int
-    """Columns of k, and of v."""
+    """Columns of k, and of v, that attention reads."""
     q_heads: int
     intermediate: int
     vocab: int
     dtype: torch.dtype
     """Dtype of activations."""
-    tails: tuple[int, int, int, int]
-    """Columns behind qkv, o, gate_up, down that hold the low-rank product S."""
-    ranks: tuple[int, int, int, int]
+    tails: tuple[int, ...]
+    """Columns behind qkv, o, gate_up, down that hold the low-rank product S; also of both projections of an input per
+    layer."""
+    ranks: tuple[int, ...]
     qk_norm: bool
     """q and k have norms, so that their rotated form is a separate tensor."""
     post_norm: bool
@@ -48,6 +49,18 @@ class DecoderShape:
     """The loss has an entropy bonus, so that the head holds a second Jacobian."""
     output_gate: bool = False
     """Attention's output is multiplied by a gate, whose columns are beside those of q."""
+    kv_projections: int = 2
+    """Projections of k and v: 1 if they have the same, 0 if the layer reads those of another."""
+    value_norm: bool = False
+    """v has a norm, so that attention reads a separate tensor."""
+    shares_kv: bool = False
+    """Other layers read k and v, and add to their gradients."""
+    per_layer: int = 0
+    """Columns of what the layer reads beside the residual stream."""
+    per_layer_total: int = 0
+    """Those of all layers together; a size of the decoder."""
+    per_layer_trained: bool = False
+    """What projects the embedded tokens to them has an adapter."""
     mixer: MixerShape | None = None
     """What mixes the tokens; None: attention. `q` is the width of its output, `kv` 0."""
     kinds: tuple[DecoderShape, ...] = ()
@@ -81,7 +94,18 @@ class DecoderShape:
     @property
     def projected(self) -> int:
         """Columns of the buffer that q, k and v, or what the mixer reads, are projected to."""
-        return self.q * (1 + self.output_gate) + 2 * self.kv if self.mixer is None else self.mixer.columns
+        if self.mixer is not None:
+            return self.mixer.columns
+        return self.q * (1 + self.output_gate) + self.kv_projections * self.kv
+
+    @property
+    def rotated(self) -> int:
+        """Columns of q, k and v that norms and rotary embedding write beside that buffer; those of shared k and v are
+        counted as saved."""
+        if not self.qk_norm:
+            return 0
+        fresh = self.kv_projections > 0 and not self.shares_kv
+        return self.q + (self.kv * (1 + self.value_norm) if fresh else 0)
 
     @property
     def finishes(self) -> bool:
@@ -113,7 +137,7 @@ class DecoderShape:
         """Elements of a layer's matrices, on average where layers differ."""
         if self.kinds:
             return sum(self.kinds[kind].weights for kind in self.order) // self.layers
-        return self.hidden * (self.projected + self.q + self.gates + self.intermediate)
+        return self.hidden * (self.projected + self.q + self.gates + self.intermediate + 2 * self.per_layer)
 
     @property
     def lse(self) -> int:

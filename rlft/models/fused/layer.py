@@ -6,7 +6,10 @@ Shapes and names: T rows, H hidden size, r rank; x [T, H] the layer's input, o t
 residual stream after attention, n a norm's output, h [T, I] = act(gate) * up, S = x A^T of an adapter (A, B).
 c is the factor on the outputs of attention and MLP, 1 in most families. Families without a gate have h = act(gate), and
 gate alone where this file has gate and up. A gated DeltaNet or a short convolution may be in the place of attention
-(`rlft.models.fused.mixers`).
+(`rlft.models.fused.mixers`). e [T, P] is the layer's own input in families that have one.
+
+Where later layers read k and v of a layer, these stay in the pass from that layer's forward to its backward, and the
+backwards of the others, all of which come before it, add their gradients there.
 
 The down projection is never recomputed: its backward needs only S = h A^T, 2 r bytes per token, which every level saves
 (a norm behind it, as in Gemma, needs its output; it is recomputed there). Everything but attention runs in tiles of
@@ -29,23 +32,23 @@ from torch.autograd.function import once_differentiable
 
 from rlft.models.fused import ops
 from rlft.models.fused.layer_backward import Backward
-from rlft.models.fused.layer_modules import DOWN, GATE_UP, QKV, FusedLayer
+from rlft.models.fused.layer_modules import DOWN, GATE_UP, QKV, FusedLayer, PerLayer
 from rlft.models.fused.layer_steps import Pass, SavedActivations, Steps, tiles
 from rlft.models.fused.projection import adapter_tensors
 
 
-def run_layer(layer: FusedLayer, x: Tensor, run: Pass) -> Tensor:
-    """Run the layer on x [T, H], with gradient to x and to the adapter where `run.keep`."""
+def run_layer(layer: FusedLayer, x: Tensor, run: Pass, per_layer: Tensor | None = None) -> Tensor:
+    """Run the layer on x [T, H] and e, with gradient to both and to the adapter where `run.keep`."""
     bound = layer.bind(run.adapter)
     if not run.keep:
         # Fill what a backward would need and drop it: with the same buffers both cases round alike.
-        return Forward(layer, run, bound, x)(x, SavedActivations(x))
+        return Forward(layer, run, bound, x)(x, SavedActivations(x, per_layer))
     parameters = adapter_tensors(bound)
     # Where gradients go into the caller's buffers, one parameter is enough for autograd, and each takes host time.
     inputs = (
         parameters if run.gradients is None else [parameter for parameter in parameters if parameter.requires_grad][:1]
     )
-    return _Layer.apply(x, layer, run, bound, *inputs)  # type: ignore[return-value]
+    return _Layer.apply(x, per_layer, layer, run, bound, *inputs)  # type: ignore[return-value]
 
 
 def versions(adapter: Iterable[Tensor]) -> list[tuple[Tensor, int]]:
@@ -99,30 +102,27 @@ class Forward(Steps):
             del n
             h = self.hidden(gate_up)
             del gate_up
-            self._down(h, mid, out[rows])
+            self.down(h, mid, out[rows])
             if saved.s_down is not None:
                 saved.s_down[rows].copy_(h[:, self.layer.width :][:, : saved.s_down.shape[1]])
+            if self.layer.per_layer is not None and saved.per_layer is not None:
+                self._add_input(out[rows], saved.per_layer[rows], self.layer.per_layer)
+            if self.layer.scale != 1:
+                out[rows].mul_(self.layer.scale)
         return out
 
-    def _down(self, h: Tensor, mid: Tensor, out: Tensor) -> None:
-        """Write out = mid + [c] [norm](down projection of h); `out` may be `mid`."""
-        norm, factor = self.layer.down_norm, self.layer.residual_factor
-        if norm is None and factor == 1:
-            self.project(DOWN, h, residual=out if mid.data_ptr() == out.data_ptr() else mid, out=out)
-            return
-        down = self.project(DOWN, h)
-        if norm is not None:
-            raw, down = down, torch.empty_like(down)
-            ops.norm_forward(raw, norm, down)
-        if factor != 1:
-            down.mul_(factor)
-        torch.add(mid, down, out=out)
+    def _add_input(self, x: Tensor, e: Tensor, per_layer: PerLayer) -> None:
+        """Add the norm of the projection of act(x gate) * e to x [t, H] in place. e: [t, P]."""
+        _, added = self.added_input(self.input_gate(x)[0], e)
+        normed = torch.empty_like(added)
+        ops.norm_forward(added, per_layer.norm, normed)
+        x.add_(normed)
 
 
 class _Layer(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, layer, run, bound, *parameters):  # type: ignore[override]
-        saved = SavedActivations(x=None)
+    def forward(ctx, x, per_layer, layer, run, bound, *parameters):  # type: ignore[override]
+        saved = SavedActivations(None, per_layer)
         out = Forward(layer, run, bound, x)(x, saved)
         if run.levels[layer.index].on_host:
             assert run.offload is not None
@@ -154,6 +154,6 @@ class _Layer(torch.autograd.Function):
         else:
             (saved.x,) = ctx.saved_tensors
         work = Backward(layer, run, bound, saved.x)
-        dx = work(dout, saved, ctx.needs_input_grad[0])
-        parameters = len(ctx.needs_input_grad) - 4
-        return dx, None, None, None, *work.grads.returned[:parameters]
+        dx = work(dout, saved, *ctx.needs_input_grad[:2])
+        parameters = len(ctx.needs_input_grad) - 5
+        return dx, work.d_per_layer, None, None, None, *work.grads.returned[:parameters]

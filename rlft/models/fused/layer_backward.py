@@ -1,8 +1,9 @@
 """The backward of a decoder layer, from whatever its level saved; see `rlft.models.fused.layer`.
 
 Names: T rows, H hidden size, D head size, Hq query heads; A [r, in] and B [out, r] of an adapter, S = x A^T, dS its
-gradient; x the input of the layer or of a norm, n a norm's output, q, k, v of attention. "Tail": the columns behind a
-projection's output that hold S or dS.
+gradient; x the input of the layer or of a norm, n a norm's output, q, k, v of attention; in families with an input per
+layer e [T, P] that of the layer and x' the residual stream before it is added. "Tail": the columns behind the output
+of a projection that hold S or dS.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from rlft.kernels import lora
 from rlft.kernels.attention import Saved
 from rlft.kernels.low_rank import gradients_a, gradients_b, shrink
 from rlft.models.fused import ops
-from rlft.models.fused.layer_modules import DOWN, GATE_UP, OUT, QKV, FusedLayer
+from rlft.models.fused.layer_modules import DOWN, GATE_UP, INPUT_GATE, INPUT_OUT, OUT, QKV, FusedLayer
 from rlft.models.fused.layer_steps import Pass, SavedActivations, Steps, tiles
 from rlft.models.fused.projection import Bound
 
@@ -68,13 +69,21 @@ class Backward(Steps):
     def __init__(self, layer: FusedLayer, run: Pass, bound: Sequence[Bound], x: Tensor) -> None:
         super().__init__(layer, run, bound, x)
         self.grads = Gradients.of(bound, run.gradients, x)
+        self.d_per_layer: Tensor | None = None
+        """The gradient of e, if it was asked for."""
 
-    def __call__(self, dout: Tensor, saved: SavedActivations, input_gradient: bool) -> Tensor | None:
-        """Return dx [T, H], whose rows may have a stride; None without `input_gradient`."""
+    def __call__(
+        self, dout: Tensor, saved: SavedActivations, input_gradient: bool, of_per_layer: bool = False
+    ) -> Tensor | None:
+        """Return dx [T, H], whose rows may have a stride; None without `input_gradient`. of_per_layer: whether e has a
+        gradient."""
         x, qkv, s_qkv = saved.x, saved.qkv, saved.s_qkv
         assert x is not None
-        # q and k of a kept attention, projected again, are not yet rotated.
-        rotates = saved.attention is not None and qkv is None and self.layer.mixer is None
+        if of_per_layer and saved.per_layer is not None:
+            self.d_per_layer = x.new_empty(saved.per_layer.shape)
+        # q and k of a kept attention, projected again, are not yet rotated where that is in place.
+        in_place = self.layer.mixer is None and self.rope.q is None
+        rotates = in_place and saved.attention is not None and qkv is None
         if qkv is None and (saved.attention is None or self.layer.finishes):
             qkv, s_qkv = self._projected(x)
         if saved.attention is None:
@@ -142,10 +151,11 @@ class Backward(Steps):
             else:
                 mid = saved.mid[rows]
                 n, rstd = self.normed(mid, self.layer.mlp_norm, GATE_UP)
-            dn = self._gated(dout[rows], n, saved, rows)
-            ops.norm_backward(dn, mid, self.layer.mlp_norm, rstd, dout[rows], dmid[rows, :H])
-            del dn, n, mid
-            do = self._of_output(dmid[rows, :H], dmid[rows], raw, self.layer.attention_norm, OUT)
+            dy, dn = self._gated(dout[rows], mid, n, saved, rows)
+            ops.norm_backward(dn, mid, self.layer.mlp_norm, rstd, dy, dmid[rows, :H])
+            del dy, dn, n, mid
+            norm, factor = self.layer.attention_norm, self.layer.residual_factor
+            do = self._of_output(dmid[rows, :H], dmid[rows], raw, norm, OUT, factor)
             del raw
             s = self._recompute_s(OUT, attended) if s_out is None else s_out
             ds = self._gradient_b(OUT, do, s)
@@ -153,9 +163,11 @@ class Backward(Steps):
             self._gradient_a(OUT, ds, attended)
         return dmid, dattended
 
-    def _gated(self, dout: Tensor, n: Tensor, saved: SavedActivations, rows: slice) -> Tensor:
-        """Return the gradient of the MLP norm's output, from the layer's output: down, gate and up, for the rows of a
-        tile."""
+    def _gated(
+        self, dout: Tensor, mid: Tensor, n: Tensor, saved: SavedActivations, rows: slice
+    ) -> tuple[Tensor, Tensor]:
+        """Return the gradients of x' and of the MLP norm's output, from the layer's output: down, gate and up, for the
+        rows of a tile."""
         H, group = dout.shape[1], self.bound[GATE_UP].group
         if saved.gate_up is None:
             gate_up = n.new_empty(n.shape[0], group.out + group.tail)
@@ -164,8 +176,17 @@ class Backward(Steps):
         else:
             gate_up, s = saved.gate_up[rows], self._recompute_s(GATE_UP, n[:, :H])
         assert saved.s_down is not None
-        raw = None if self.layer.down_norm is None else self.project(DOWN, self.hidden(gate_up))
-        dy = self._of_output(dout, None, raw, self.layer.down_norm, DOWN)
+        if self.layer.scale != 1:
+            dout = dout * self.layer.scale
+        if self.layer.per_layer is not None:
+            assert saved.per_layer is not None
+            after = torch.empty_like(mid)
+            raw = self.down(self.hidden(gate_up), mid, after)
+            dout = self._through_input(dout, after, saved.per_layer[rows], rows)
+            del after
+        else:
+            raw = None if self.layer.down_norm is None else self.project(DOWN, self.hidden(gate_up))
+        dy = self._of_output(dout, None, raw, self.layer.down_norm, DOWN, self.layer.residual_factor)
         del raw
         ds = self._gradient_b(DOWN, dy, saved.s_down[rows])
         dh = self._dx(DOWN, dy)
@@ -175,7 +196,25 @@ class Backward(Steps):
         ds = self._gradient_b(GATE_UP, gate_up, s)
         dn = self._dx(GATE_UP, gate_up)
         self._gradient_a(GATE_UP, ds, n[:, :H])
-        return dn
+        return dout, dn
+
+    def _through_input(self, dout: Tensor, x: Tensor, e: Tensor, rows: slice) -> Tensor:
+        """Return the gradient of x' [t, H], from that of the sum with the input, and write that of e [t, P]."""
+        P, per_layer = e.shape[1], self.layer.per_layer
+        assert per_layer is not None
+        gate, s = self.input_gate(x)
+        gated, added = self.added_input(gate, e)
+        dy = self._of_output(dout, None, added, per_layer.norm, INPUT_OUT)
+        del added
+        ds = self._gradient_b(INPUT_OUT, dy, gated[:, P:])
+        dgated = self._dx(INPUT_OUT, dy)
+        de = torch.empty_like(dgated) if self.d_per_layer is None else self.d_per_layer[rows]
+        ops.gate_backward(dgated, gate[:, :P], de.copy_(e), self.layer.activation)
+        self._gradient_a(INPUT_OUT, ds, dgated)
+        ds = self._gradient_b(INPUT_GATE, gate, s)
+        dx = self._dx(INPUT_GATE, gate).add_(dout)
+        self._gradient_a(INPUT_GATE, ds, x)
+        return dx
 
     def _with_tail(self, dy: Tensor, i: int) -> Tensor:
         """Return a copy of dy with room for dS behind its rows."""
@@ -183,12 +222,14 @@ class Backward(Steps):
         wide[:, : dy.shape[1]].copy_(dy)
         return wide
 
-    def _of_output(self, dy: Tensor, wide: Tensor | None, x: Tensor | None, norm: ops.Norm | None, i: int) -> Tensor:
+    def _of_output(
+        self, dy: Tensor, wide: Tensor | None, x: Tensor | None, norm: ops.Norm | None, i: int, factor: float = 1.0
+    ) -> Tensor:
         """Return the gradient of the output x of projection i, with a tail, through its norm and factor.
 
         dy: [t, H], what the residual stream has. wide: dy with a tail; returned itself without norm and factor.
         """
-        H, factor = dy.shape[1], self.layer.residual_factor
+        H = dy.shape[1]
         if norm is None:
             result = wide if wide is not None and factor == 1 else self._with_tail(dy, i)
         else:
@@ -208,18 +249,34 @@ class Backward(Steps):
             self.layer.mixer.backward(dattended, projected, saved, self.places)
 
     def _attention(self, dattended: Tensor, qkv: Tensor, rotated: Any, saved: Saved) -> None:
-        """Overwrite qkv with its gradient."""
-        q, k, v = self.layer.heads(qkv)
-        if rotated is None:
-            rotated = self.rope.forward(q, k) if self.rope.q is not None else (q, k)
+        """Overwrite qkv with its gradient. rotated: q and k, where they were rotated again; else None."""
+        layer = self.layer
+        if self.rope.q is not None:
+            q_read, k_read, v_read = self.prepared(qkv)
+        else:
+            q, k, v_read = layer.heads(qkv)
+            q_read, k_read = rotated or (q, k)
         dout = dattended.unflatten(1, saved.out.shape[1:])
-        if self.layer.output_gate:
-            ops.sigmoid_gate_backward(dout, saved.out, self.layer.q_and_gate(qkv)[1])
-        dq, dk, dv = self.layer.attention.backward(dout, rotated[0], rotated[1], v, saved, self.run.sequences)
-        self.rope.backward(dq, dk, q, k, rotated)
-        if self.layer.output_gate:
-            self.layer.q_and_gate(qkv)[0].copy_(q)
-        v.copy_(dv)
+        if layer.output_gate:
+            ops.sigmoid_gate_backward(dout, saved.out, layer.q_and_gate(qkv)[1])
+        dq, dk, dv = layer.attention.backward(dout, q_read, k_read, v_read, saved, self.run.sequences)
+        if layer.kv_from is not None:
+            self.run.shared[layer.kv_from].add(dk, dv)
+            q = layer.queries(qkv)
+            self.rope.backward_queries(dq, q)
+        else:
+            if layer.shares_kv:
+                dk, dv = self.run.shared.pop(layer.index).add(dk, dv)
+            q, k, v = layer.heads(qkv)
+            if layer.value_norm is not None:
+                dv = ops.head_norm_backward(dv, v, layer.value_norm)  # before k, which may be v, is overwritten
+            self.rope.backward(dq, dk, q, k, (q_read, k_read))
+            if layer.key_is_value:
+                v.add_(dv)
+            else:
+                v.copy_(dv)
+        if layer.output_gate:
+            layer.q_and_gate(qkv)[0].copy_(q)
 
     def _inputs(self, dqkv: Tensor, s: Tensor, x: Tensor, dmid: Tensor, input_gradient: bool) -> Tensor | None:
         """Write dx over dmid and return it; None without `input_gradient`."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,14 +22,23 @@ from rlft.models.fused.decoder_shape import DecoderShape
 from rlft.models.fused.mixers import ConvMixer, DeltaMixer, Mixer
 from rlft.models.fused.projection import Bound, Projection
 
-QKV, OUT, GATE_UP, DOWN = range(4)
-"""Indices of a layer's projections."""
+QKV, OUT, GATE_UP, DOWN, INPUT_GATE, INPUT_OUT = range(6)
+"""Indices of a layer's projections; the last two are of an input per layer."""
 ACTIVATIONS = {"swish": "silu", "gelu_new": "gelu_pytorch_tanh"}
 """Names of activations in transformers -> names in `rlft.kernels.swiglu`, where they differ."""
 STYLES = {"llama": LLAMA, "gemma": GEMMA, "olmo": OLMO}
 """`Family.norm_style` -> `style` of `rlft.kernels.rms_norm`."""
 NO_ROPE = "no rope"
 """Type of the layers that do not rotate q and k."""
+
+
+class PerLayer(NamedTuple):
+    """What a layer does with an input beside the residual stream."""
+
+    size: int
+    """Columns of the input."""
+    norm: ops.Norm
+    """Of what is added to the residual stream."""
 
 
 class FusedLayer:
@@ -64,9 +73,15 @@ class FusedLayer:
         hidden = self.projections[QKV].in_features
         self.input_norm, self.mlp_norm = norm(family.input_norm, hidden), norm(family.mlp_norm, hidden)
         self.attention_norm, self.down_norm = norm(family.attention_norm, hidden), norm(family.down_norm, hidden)
-        q_name, k_name = family.qk_norm or (None, None)
-        head_dim = get("self_attn").head_dim if family.qk_norm else 0
+        q_name, k_name, *_ = (*(family.qk_norm or ()), None, None)
+        attention: Any = get("self_attn") if family.qk_norm else None
+        head_dim: int = attention.head_dim if family.qk_norm else 0
         self.qk_norm, self.qk_norm_whole = (norm(q_name, head_dim), norm(k_name, head_dim)), family.qk_norm_whole
+        self.value_norm = norm(family.value_norm, head_dim)
+        self.kv_from, self.shares_kv = family.kv_from, family.shares_kv
+        """The layer whose k and v this one reads; None: its own. Whether others read this one's."""
+        self.key_is_value = len(family.qkv) == 2
+        """The columns of k are those of v too, before their norms."""
         self.mixer = describe_mixer(module, family, config, like)
         """What mixes the tokens; None: attention."""
         self.output_gate = family.output_gate
@@ -76,6 +91,13 @@ class FusedLayer:
         self.gated = family.gated
         self.residual_factor = float(getattr(config, family.residual_factor)) if family.residual_factor else 1.0
         self.width = self.projections[DOWN].in_features
+        self.scale = float(getattr(module, family.layer_scale)) if family.layer_scale else 1.0
+        """Factor on the layer's result."""
+        self.per_layer: PerLayer | None = None
+        if family.per_layer_input is not None:
+            per_layer_norm = norm(family.per_layer_input.norm, hidden)
+            assert per_layer_norm is not None
+            self.per_layer = PerLayer(self.projections[INPUT_OUT].in_features, per_layer_norm)
 
     def _describe_attention(self, attention: Any, family: Family, config: Any) -> None:
         """Read the constants of attention and its rotary embedding."""
@@ -92,8 +114,8 @@ class FusedLayer:
         if not rotates.get(family.rotary, lambda: True)():
             self.type = NO_ROPE
         self.head_dim = attention.head_dim
-        self.q_heads = config.num_attention_heads
-        self.k_heads = config.num_key_value_heads
+        self.q_heads = self.projections[OUT].in_features // self.head_dim
+        self.k_heads = self.q_heads // attention.num_key_value_groups
         window = {
             "layer": lambda: attention.sliding_window,
             "flag": lambda: attention.sliding_window if attention.is_sliding else None,
@@ -116,16 +138,20 @@ class FusedLayer:
         return tuple(projection.bind(adapter) for projection in self.projections)
 
     def heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return views q [T, Hq, D], k and v [T, Hk, D] of a qkv buffer.
+        """Return views q [T, Hq, D], k and v [T, Hk, D] of a qkv buffer, which may have one place for k and v.
 
         Where a gate is beside q, q is a copy, since kernels read the heads of a row side by side.
         """
         q_columns, k_columns = self.q_heads * self.head_dim * (1 + self.output_gate), self.k_heads * self.head_dim
-        q, *kv = qkv[:, : q_columns + 2 * k_columns].split([q_columns, k_columns, k_columns], dim=1)
-        k, v = (part.unflatten(1, (-1, self.head_dim)) for part in kv)
+        ends = (q_columns + k_columns, q_columns + k_columns * (1 if self.key_is_value else 2))
+        k, v = (qkv[:, end - k_columns : end].unflatten(1, (-1, self.head_dim)) for end in ends)
+        return self.queries(qkv), k, v
+
+    def queries(self, qkv: Tensor) -> Tensor:
+        """Return q of `heads`, for layers that read the k and v of another."""
         if self.output_gate:
-            return self.q_and_gate(qkv)[0].contiguous(), k, v
-        return q.unflatten(1, (-1, self.head_dim)), k, v
+            return self.q_and_gate(qkv)[0].contiguous()
+        return qkv[:, : self.q_heads * self.head_dim].unflatten(1, (-1, self.head_dim))
 
     def q_and_gate(self, qkv: Tensor) -> tuple[Tensor, Tensor]:
         """Return views of q and of the gate of attention's output, [T, Hq, D] each, of a qkv buffer that has both."""
@@ -136,7 +162,9 @@ class FusedLayer:
 
 def projections_of(family: Family) -> tuple[Sequence[str], ...]:
     """Return the names of a layer's linear modules, by projection."""
-    return family.qkv, (family.out,), family.gate_up, (family.down,)
+    own = family.per_layer_input
+    per_layer = () if own is None else ((own.gate,), (own.out,))
+    return family.qkv, (family.out,), family.gate_up, (family.down,), *per_layer
 
 
 def describe_norm(module: Any, style: str, like: Tensor, size: int) -> ops.Norm:
@@ -183,6 +211,16 @@ def mixers_of(layers: Sequence[FusedLayer]) -> str | None:
     return " and ".join(sorted({layer.mixer.title for layer in layers if layer.mixer is not None})) or None
 
 
+def graphless_of(layers: Sequence[FusedLayer]) -> str | None:
+    """Name what no CUDA graph runs; None: graphs can run these layers."""
+    others = {
+        "inputs per layer": any(layer.per_layer is not None for layer in layers),
+        "shared keys and values": any(layer.shares_kv for layer in layers),
+    }
+    titles = [mixers_of(layers), *(title for title, there in others.items() if there)]
+    return " and ".join(title for title in titles if title is not None) or None
+
+
 def describe_shape(
     layers: Sequence[FusedLayer], adapter: str | None, vocab: int, weight: Tensor, entropy_grad: bool
 ) -> DecoderShape:
@@ -190,14 +228,10 @@ def describe_shape(
 
     adapter: name of the active one; None: adapters are off. weight: of a norm, which gives device and dtype.
     """
-    alike = mixers_of(layers) is None
-    shapes = [
-        _layer_shape(layer, len(layers), adapter, vocab, weight, entropy_grad)
-        for layer in (layers[:1] if alike else layers)
-    ]
-    if alike:
-        return shapes[0]
+    shapes = [_layer_shape(layer, len(layers), adapter, vocab, weight, entropy_grad) for layer in layers]
     kinds = tuple(dict.fromkeys(shapes))
+    if len(kinds) == 1:
+        return kinds[0]
     return replace(kinds[0], kinds=kinds, order=tuple(kinds.index(shape) for shape in shapes))
 
 
@@ -229,5 +263,9 @@ def _layer_shape(
         attention=attention,
         entropy_grad=entropy_grad,
         output_gate=layer.output_gate,
+        kv_projections=0 if layer.kv_from is not None else 1 if layer.key_is_value else 2,
+        value_norm=layer.value_norm is not None,
+        shares_kv=layer.shares_kv,
+        per_layer=layer.per_layer.size if layer.per_layer is not None else 0,
         mixer=None if mixer is None else mixer.sizes(weight.dtype.itemsize),
     )

@@ -4,7 +4,8 @@ Names and shapes: T rows, t of a tile, H hidden size, Hq query heads, D head siz
 Y columns of qkv, or of what a mixer (`rlft.models.fused.mixers`) reads in its place; x the residual stream, n a norm's
 output, q, k, v of attention, o the output projection, h = act(gate) * up, or act(gate) in families without a gate,
 where "gate" is the only projection before h; S or s = x A^T of an adapter.
-c is the factor on the outputs of attention and MLP, 1 in most families.
+c is the factor on the outputs of attention and MLP, 1 in most families. In families with an input per layer, e [T, P]
+is that of a layer, and x' the residual stream after its MLP, which the input is added to.
 "Tail": columns behind a projection's output that hold S.
 """
 
@@ -19,10 +20,28 @@ from torch import Tensor
 from rlft.kernels import lora
 from rlft.kernels.attention import Saved, Sequences
 from rlft.models.fused import ops
-from rlft.models.fused.layer_modules import DOWN, GATE_UP, OUT, QKV, FusedLayer
+from rlft.models.fused.layer_modules import DOWN, GATE_UP, INPUT_GATE, INPUT_OUT, OUT, QKV, FusedLayer
 from rlft.models.fused.levels import Level
 from rlft.models.fused.offload import Offload, Stored
 from rlft.models.fused.projection import Bound, Store
+
+
+@dataclass
+class SharedKV:
+    """k and v of one layer as attention reads them, [T, Hk, D] each, which later layers read too."""
+
+    k: Tensor
+    v: Tensor
+    gradients: tuple[Tensor, Tensor] | None = None
+    """Sums of dk and dv over the layers whose backwards have run."""
+
+    def add(self, dk: Tensor, dv: Tensor) -> tuple[Tensor, Tensor]:
+        """Add the gradients of one more layer, which may be overwritten, and return the sums."""
+        if self.gradients is not None:
+            for own, total in zip((dk, dv), self.gradients, strict=True):
+                own.add_(total)
+        self.gradients = (dk, dv)
+        return self.gradients
 
 
 @dataclass
@@ -48,6 +67,8 @@ class Pass:
     """Where the sequences are; None: all layers have attention."""
     stored: dict[int, Stored] = field(default_factory=dict)
     """Layer -> what it moved to the host."""
+    shared: dict[int, SharedKV] = field(default_factory=dict)
+    """Layer -> its k and v, from its forward to its backward, where other layers read them."""
 
 
 @dataclass
@@ -55,6 +76,8 @@ class SavedActivations:
     """What the backward of a layer starts from, for T rows. Fields are None where they are recomputed."""
 
     x: Tensor | None
+    per_layer: Tensor | None = None
+    """e [T, P], in families with an input per layer."""
     attention: Saved | None = None
     qkv: Tensor | None = None
     """[T, Y + tail]: q and k before the norm where there is one, else rotated; or what a mixer reads."""
@@ -108,9 +131,21 @@ class Steps:
 
     def attend(self, qkv: Tensor) -> Saved:
         """Run attention on a new qkv; in families without norms of q and k these are rotated in place."""
-        q, k, v = self.layer.heads(qkv)
+        return self.layer.attention.forward(*self.prepared(qkv), self.run.sequences)
+
+    def prepared(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return q, k and v as attention reads them. k and v that other layers read too are made once in a pass."""
+        layer = self.layer
+        shared = self.run.shared.get(layer.index if layer.kv_from is None else layer.kv_from)
+        if shared is not None:
+            return self.rope.forward_queries(layer.queries(qkv)), shared.k, shared.v
+        q, k, v = layer.heads(qkv)
+        if layer.value_norm is not None:
+            v = ops.head_norm_forward(v, layer.value_norm)
         q, k = self.rope.forward(q, k)
-        return self.layer.attention.forward(q, k, v, self.run.sequences)
+        if layer.shares_kv:
+            self.run.shared[layer.index] = SharedKV(k, v)
+        return q, k, v
 
     def mix(self, projected: Tensor) -> Saved:
         """Run attention, or what the layer has in its place, on what its input was projected to."""
@@ -153,6 +188,35 @@ class Steps:
         if self.layer.residual_factor != 1:
             o.mul_(self.layer.residual_factor)
         return self.normed(x, self.layer.mlp_norm, GATE_UP, delta=o, total=total)
+
+    def down(self, h: Tensor, mid: Tensor, out: Tensor) -> Tensor | None:
+        """Write out = mid + [c] [norm](down projection of h); `out` may be `mid`. Return what a norm has read."""
+        norm, factor = self.layer.down_norm, self.layer.residual_factor
+        if norm is None and factor == 1:
+            self.project(DOWN, h, residual=out if mid.data_ptr() == out.data_ptr() else mid, out=out)
+            return None
+        down = raw = self.project(DOWN, h)
+        if norm is not None:
+            down = torch.empty_like(raw)
+            ops.norm_forward(raw, norm, down)
+        if factor != 1:
+            down.mul_(factor)
+        torch.add(mid, down, out=out)
+        return raw
+
+    def input_gate(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what x' [t, H] is projected to before the activation, [t, P + tail], and its S."""
+        group = self.bound[INPUT_GATE].group
+        s, gate = x.new_empty(x.shape[0], group.tail), x.new_empty(x.shape[0], group.out + group.tail)
+        self.project(INPUT_GATE, x, out=gate[:, : group.out], s=s)
+        return gate, s
+
+    def added_input(self, gate: Tensor, e: Tensor) -> tuple[Tensor, Tensor]:
+        """Return act(gate) * e with S of the projection that reads it, [t, P + tail], and its projection [t, H]."""
+        P = e.shape[1]
+        gated = e.new_empty(e.shape[0], P + self.bound[INPUT_OUT].group.tail)
+        ops.gate_forward(gate[:, :P], e, self.layer.activation, gated[:, :P])
+        return gated, self.project(INPUT_OUT, gated)
 
     def gates(self, gate_up: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return views of gate and up; None for up in families without a gate."""

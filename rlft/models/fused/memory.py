@@ -90,7 +90,8 @@ def saved(s: DecoderShape, level: Level) -> int:
     s_down, movable = e * s.ranks[3], 0 if level.on_host else _movable(s, level)
     qkv = e * (s.qkv + s.ranks[0]) if level.keep_qkv else 0
     mlp = e * (s.hidden + s.gate_up) if level.keep_mlp else 0
-    return s_down + movable + qkv + mlp
+    shared = 4 * e * s.kv if s.shares_kv else 0  # k, v and the sums of their gradients
+    return s_down + movable + qkv + mlp + shared
 
 
 def host_bytes(s: DecoderShape, level: Level) -> int:
@@ -105,7 +106,6 @@ def forward_work(
     for sequences behind shared prefixes. recurrent: None: one sequence of whole chunks."""
     e, t = s.element, min(rows, tile)
     qkv = 0 if level.keep_qkv else e * s.qkv
-    rotated = e * (s.q + s.kv) if s.qk_norm else 0
     attended = 0 if level.attention_on_device else e * s.q + s.lse
     finished = e * s.q if s.finishes else 0
     n = e * (s.hidden + max(s.tails))
@@ -113,10 +113,13 @@ def forward_work(
     post = e * 2 * s.hidden if s.post_norm else 0
     if s.residual_factor and level.keep_mlp and not s.post_norm:
         post = e * s.hidden  # the down projection's output, which is otherwise added as it is computed
+    post += e * (2 * s.per_layer + sum(s.tails[4:]))
     mlp = max(e * s.hidden + n, gates + max(n, e * (s.intermediate + s.tails[3])) + post)
     # Layers that do not save x still hold it while they run, and copies to the host are in flight.
     x = e * s.hidden + BEHIND * host_bytes(s, level) if level.on_host else 0
-    mix = rows * rotated + keys * 2 * e * s.kv if s.mixer is None else s.mixer.work(rows, recurrent, backward=False)
+    mix = (
+        rows * e * s.rotated + keys * 2 * e * s.kv if s.mixer is None else s.mixer.work(rows, recurrent, backward=False)
+    )
     attention = rows * (qkv + attended) + max(mix, rows * finished)
     if s.finishes and not level.keep_attention:
         attended = 0  # finished, and freed
@@ -140,6 +143,8 @@ def backward_work(
     partial_sums = 4 * 16 * -(-s.gates // 256) if s.ranks[2] else 0
     tiled = n + mid + gate_up + post + max(H + e * (s.tails[3] + s.intermediate), H + partial_sums)
     tiled += e * s.q if s.finishes else 0
+    # An input per layer: the residual stream before and after it, what is added, their gradients, and the gate's.
+    tiled += e * (5 * s.hidden + 4 * s.per_layer + 2 * sum(s.tails[4:])) if s.per_layer else 0
     mlp = rows * (e * s.q + (0 if level.keep_attention and not s.finishes else qkv)) + t * tiled
     freed = e * (s.hidden + s.gate_up + s.ranks[3]) if level.keep_mlp else 0
     mix = _attention_work(s, rows, keys) if s.mixer is None else s.mixer.work(rows, recurrent, backward=True)
@@ -152,11 +157,11 @@ def _attention_work(s: DecoderShape, rows: int, keys: int) -> int:
     """Return the bytes of attention's backward: rotated q and k, dq, dk, dv, and the back end's accumulators; mid, gate
     and up are freed."""
     e = s.element
-    rotated = e * (s.q + s.kv) if s.qk_norm else 0
     beside = e * s.q if s.output_gate else 0  # q without its gate
+    beside += 2 * e * s.kv if s.value_norm else 0  # v before its norm, and its gradient
     accumulators = {"fa4": 4 * (s.q + 2 * s.q_heads), "fa2": 4 * (s.q + s.q_heads)}
     key_accumulators = {"fa4": 8 * s.kv, "fa2": 2 * e * s.q * (s.q > s.kv)}.get(s.attention, 0)
-    work = rows * (rotated + beside + e * (s.q + 2 * s.kv) + accumulators.get(s.attention, 4 * e * s.q))
+    work = rows * (e * s.rotated + beside + e * (s.q + 2 * s.kv) + accumulators.get(s.attention, 4 * e * s.q))
     # Copied keys and values, and their gradients in addition to those of the rows.
     return work + (keys * (4 * e * s.kv + key_accumulators) if keys else rows * key_accumulators)
 
@@ -178,6 +183,12 @@ def head_work(s: DecoderShape, rows: int, trained: int, how: PassOptions) -> int
     return e * s.hidden * (rows + (2 + jacobians) * trained + chunk) + new
 
 
+def per_layer_bytes(s: DecoderShape) -> int:
+    """Return the bytes per row of what all layers read beside the residual stream, through a whole pass: values, with
+    an adapter their gradients, and what its projection's norm reads."""
+    return s.element * s.per_layer_total * (3 if s.per_layer_trained else 1)
+
+
 def scratch(s: DecoderShape, mode: Mode) -> int:
     """Return the bytes of the buffers that hold the frozen weights in the dtype of activations."""
     buffers = [_buffers(kind, mode) for kind in s.layer_kinds]
@@ -192,6 +203,9 @@ def _buffers(s: DecoderShape, mode: Mode) -> int:
         s.gate_up * (s.hidden + s.tails[2]),
         (s.hidden + s.tails[3]) * (s.intermediate + s.tails[3]),
     ]
+    if s.per_layer:
+        groups.append((s.per_layer + s.tails[4]) * (s.hidden + s.tails[4]))
+        groups.append((s.hidden + s.tails[5]) * (s.per_layer + s.tails[5]))
     return s.element * (max(groups) if mode == "group" else sum(groups))
 
 
@@ -230,7 +244,10 @@ def evaluate(
     total = up_to(s.layers)
     # The embedded tokens exist as given and multiplied.
     weights = scratch(s, how.store) + (rows * s.element * s.hidden if s.embedding_factor else 0)
-    highest = total + head_work(s, rows, trained, how)
+    weights += rows * per_layer_bytes(s)
+    # Made before anything is saved: a projection, its norm, the embedding and their sum.
+    made = s.element * s.per_layer_total * (4 * rows + s.hidden)
+    highest = max(total + head_work(s, rows, trained, how), made - rows * per_layer_bytes(s))
     work = (rows, how.tile)
     for level, first, last in ((lower, 0, count), (upper, count, s.layers)):
         # Copies to and from the host are of layers of another kind.

@@ -80,6 +80,21 @@ def norm_backward(
     return out.copy_(dx if residual is None else dx + residual)
 
 
+def head_norm_forward(x: Tensor, norm: Norm) -> Tensor:
+    """Return the norm over each head of x [T, Hk, D], whose rows may have a stride, in new memory."""
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device).copy_(x)
+    norm_forward(out.flatten(0, 1), norm, out.flatten(0, 1))
+    return out
+
+
+def head_norm_backward(dy: Tensor, x: Tensor, norm: Norm) -> Tensor:
+    """Return the gradient of x, the input of `head_norm_forward`, in new memory."""
+    rows, out = x.flatten(0, 1), torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    rstd = norm_forward(rows, norm, out.flatten(0, 1))
+    norm_backward(dy.flatten(0, 1), rows, norm, rstd, None, out.flatten(0, 1))
+    return out
+
+
 class Rope(NamedTuple):
     """Rotary tables [T, R], one line per row, and the norms of q and k in families that have them."""
 
@@ -111,15 +126,29 @@ class Rope(NamedTuple):
             for x, norm, place in zip((q, k), (self.q, self.k), places, strict=True):
                 norm_forward(x.flatten(1), norm, place.flatten(1))
             q, k = places
-        if _uses_kernel(q):
-            qk_rope_forward(q, k, self.cos, self.sin, **self.options(), q_out=places[0], k_out=places[1])
-        else:
-            rotated = qk_rope_reference(q, k, self.cos, self.sin, **self.options())
-            places[0].copy_(rotated[0])
-            places[1].copy_(rotated[1])
+        self._rotate(q, k, places)
         if self.query_scale is not None:
             places[0].mul_(self.query_scale[:, None])
         return places
+
+    def forward_queries(self, q: Tensor) -> Tensor:
+        """Return rotated q alone, in new memory, bit for bit that of `forward`; for norms over each head."""
+        out = q.new_empty(q.shape)
+        self._queries()._rotate(*_split(q), _split(out))
+        return out if self.query_scale is None else out.mul_(self.query_scale[:, None])
+
+    def _queries(self) -> Rope:
+        """Return the operation for two groups of heads of q, since the kernels rotate two."""
+        assert self.q is not None and not self.whole
+        return self._replace(k=self.q)
+
+    def _rotate(self, q: Tensor, k: Tensor, places: tuple[Tensor, Tensor]) -> None:
+        """Write rotated q and k into `places`, which may be q and k."""
+        if _uses_kernel(q):
+            qk_rope_forward(q, k, self.cos, self.sin, **self.options(), q_out=places[0], k_out=places[1])
+            return
+        for place, rotated in zip(places, qk_rope_reference(q, k, self.cos, self.sin, **self.options()), strict=True):
+            place.copy_(rotated)
 
     def backward(self, dq: Tensor, dk: Tensor, q: Tensor, k: Tensor, rotated: tuple[Tensor, Tensor]) -> None:
         """Write the gradients of the forward's inputs over q and k; without norms q and k are not read.
@@ -137,6 +166,12 @@ class Rope(NamedTuple):
         else:
             self._rotate_back(dq, dk, q, k)
 
+    def backward_queries(self, dq: Tensor, q: Tensor) -> None:
+        """Write the gradient of q over it. dq: of the result of `forward_queries`; may be overwritten."""
+        if self.query_scale is not None:
+            dq.mul_(self.query_scale[:, None])
+        self._queries()._rotate_back(*_split(dq), *_split(q))
+
     def _rotate_back(self, dq: Tensor, dk: Tensor, q: Tensor, k: Tensor) -> None:
         """Write the gradients of the rotation's inputs over q and k, which are read where it includes norms."""
         if _uses_kernel(dq):
@@ -149,6 +184,11 @@ class Rope(NamedTuple):
 
         for target, value in zip((q, k), _gradients(rotate, (q, k), torch.cat([dq, dk], dim=1)), strict=True):
             target.copy_(value)
+
+
+def _split(heads: Tensor) -> tuple[Tensor, Tensor]:
+    """Return views of all heads but the last, and of the last one."""
+    return heads[:, :-1], heads[:, -1:]
 
 
 class Activation(NamedTuple):

@@ -51,3 +51,15 @@ def unpadded(
     cu_seqlens = torch.tensor(bounds, dtype=torch.int32)
     prefix = torch.full((len(bounds) - 1,), -1, dtype=torch.int32)
     return rows, places, Sequences.of(cu_seqlens, prefix, embedded.device), positions
+
+
+def unpadded_ids(ids: Tensor, places: Tensor | None) -> Tensor:
+    """Return the ids [T] of packed rows. ids: [B, S]. places: as `unpadded` returns them."""
+    return ids.reshape(-1) if places is None else ids.reshape(-1)[places]
+
+
+def padded_again(hidden: Tensor, places: Tensor | None, shape: torch.Size) -> Tensor:
+    """Return packed rows [T, H] as a padded batch, with zeros at padding. places: as `unpadded` returns them."""
+    if places is not None:
+        hidden = hidden.new_zeros(shape[0] * shape[1], shape[2]).index_copy(0, places, hidden)
+    return hidden.view(shape)
