@@ -2,7 +2,8 @@
 
     fa4     flash-attn-4 (flash_attn.cute), on Hopper and newer; its raw functions are private, so one version is tested
     fa2     torch's flash attention (`aten::_flash_attention_forward`), on any GPU from Ampere on
-    sdpa    torch's scaled_dot_product_attention per sequence: CPUs, and fp32 anywhere (in attention.py)
+    sdpa    torch's scaled_dot_product_attention per sequence: CPUs, and anywhere fp32 and heads wider than 256 (in
+            attention.py)
     plain   scores in memory, one sequence at a time: a softcap on a GPU without flash-attn-4 (in attention.py)
     math    the interface of fa2 in plain PyTorch, for tests of the two-call scheme without a GPU
 
@@ -23,6 +24,8 @@ from torch import Tensor
 FA4_TESTED = "4.0.0b36"
 FA4_HEADS = (64, 96, 128)
 """Head sizes with which flash-attn-4 was tested."""
+FA2_HEAD = 256
+"""Widest head of torch's flash attention."""
 
 
 class Spans(NamedTuple):
@@ -64,7 +67,9 @@ def choose_backend(device: torch.device, dtype: torch.dtype, head_dim: int, soft
                 f"flash-attn-4=={FA4_TESTED}, or uninstall it to use torch's flash attention"
             )
         return "fa4"
-    return "fa2" if softcap is None else "plain"
+    if softcap is not None:
+        return "plain"
+    return "fa2" if head_dim <= FA2_HEAD else "sdpa"
 
 
 def forward(

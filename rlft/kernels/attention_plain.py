@@ -16,6 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+WIDE = 256
+"""Heads wider than this have keys and values repeated for each query head: of PyTorch's attentions without scores in
+memory, the one that takes them on a GPU does not share keys between heads."""
 ROOM = 8
 """Columns that heads get for sinks, two of which are read. On a GPU, PyTorch's attention without scores in memory takes
 widths that are multiples of 8, and keys as wide as values."""
@@ -97,6 +100,8 @@ def per_sequence(
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     """Attend within one sequence. mask: as `visible` returns it; None: causal."""
+    if q.shape[2] > WIDE:
+        k, v = (tensor.repeat_interleave(q.shape[1] // tensor.shape[1], dim=1) for tensor in (k, v))
     out = F.scaled_dot_product_attention(
         q.transpose(0, 1)[None],
         k.transpose(0, 1)[None],

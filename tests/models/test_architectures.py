@@ -7,7 +7,7 @@ Tiny random models in float64. A small subset runs always, the others with `-m s
 from __future__ import annotations
 
 import json
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -92,6 +92,16 @@ MAMBA = {
     "mamba_chunk_size": 8,
 }
 FACTORS = {"logits_scaling": 2.0, "residual_multiplier": 0.7, "attention_multiplier": 0.2, "embedding_multiplier": 3.0}
+GEMMA4 = {
+    **WINDOW,
+    "num_hidden_layers": 4,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "global_head_dim": 32,
+    "vocab_size_per_layer_input": 103,
+    "hidden_size_per_layer_input": 8,
+    "num_kv_shared_layers": 2,
+    "final_logit_softcapping": 5.0,
+}
 GPT2 = {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64}
 
 # A type with a file in rlft/models/families runs fused layers, wherever its row stands.
@@ -211,7 +221,7 @@ KINDS: dict[str, dict[str, dict[str, Any]]] = {
         "stablelm": {},
         "nemotron": {},
         "diffllama": {},
-        "gemma4_text": MIXED,
+        "gemma4_text": GEMMA4,
         "doge": {},
         "llama4_text": {**LOCAL, "num_experts_per_tok": 1, "intermediate_size_mlp": 64, "attention_chunk_size": 4},
         "biogpt": {},
@@ -245,6 +255,7 @@ QUICK = (
     "minimax",
     "deepseek_v3",
     "gpt_oss",
+    "gemma4_text",
     "llama4_text",
     "nemotron",
     "mamba2",
@@ -278,14 +289,18 @@ def tiny(kind: str, dtype: torch.dtype = torch.float64, lora: Lora = Lora(rank=4
     return policy
 
 
+def wide(policy: Policy) -> AbstractContextManager[None]:
+    """transformers has the states of the gated delta rule, and Gemma 4's many norms, in fp32 in float64 models too."""
+    decoder = policy.base.get_decoder()  # type: ignore[operator]
+    rounds = policy.fused is not None and (policy.fused.mixers or policy.fused.inputs)
+    return in_float64(decoder) if rounds and decoder.dtype == torch.float64 else nullcontext()
+
+
 def row_alone(policy: Policy, ids: tuple[int, ...], start: int) -> Tensor:
     """Log-probs of ids[start:] by transformers' own forward, with gradient."""
     asked = {} if policy.fused is None else {"output_hidden_states": True}
     row = torch.tensor([ids])
-    decoder = policy.base.get_decoder()  # type: ignore[operator]
-    # The states of the gated delta rule are fp32 in transformers, in float64 models too.
-    wide = policy.fused is not None and policy.fused.mixers and decoder.dtype == torch.float64
-    with in_float64(decoder) if wide else nullcontext():
+    with wide(policy):
         log_p = policy.model(input_ids=row, use_cache=False, **asked).logits[0].log_softmax(-1)
     return log_p[start - 1 : -1].gather(1, row[0, start:, None]).squeeze(1).double()
 
@@ -299,6 +314,11 @@ def precision(policy: Policy) -> float:
 
 def compare(policy: Policy, whole_groups: bool = False) -> None:
     """Log-probs and gradients of packed batches, with and without shared prompts, against rows alone."""
+    with wide(policy):
+        _compare(policy, whole_groups)
+
+
+def _compare(policy: Policy, whole_groups: bool) -> None:
     small = precision(policy)
     made = rollouts(3)
     weights = torch.linspace(-1, 1, len(made)) + 0.05
@@ -334,7 +354,9 @@ def test_every_row_trains_and_samples_as_if_it_were_alone(path: str, kind: str) 
     assert selfcheck.check(policy) < selfcheck.LEAST
     engine = EagerEngine(policy, tiny_tokenizer())
     engine.load_adapter(policy.adapter(), 1)
-    for r in engine.generate(prompts(3), Sampling(group_size=2, max_tokens=5), (1, 2)):
+    with wide(policy):
+        made = engine.generate(prompts(3), Sampling(group_size=2, max_tokens=5), (1, 2))
+    for r in made:
         with torch.no_grad():
             alone = row_alone(policy, r.prompt.ids + r.completion_ids, len(r.prompt.ids))
         assert r.sampler_logprobs == pytest.approx(alone.tolist(), abs=precision(policy))

@@ -69,6 +69,12 @@ OTHER: dict[str, Any] = {
     "linear_dt_min": 0.002,
     "linear_dt_max": 0.2,
     "linear_dt_init_floor": 0.0002,
+    "hidden_size_per_layer_input": 12,
+    "vocab_size_per_layer_input": 107,
+    "num_kv_shared_layers": 1,
+    "num_experts": 4,
+    "top_k_experts": 2,
+    "moe_intermediate_size": 16,
 }
 """Field -> a value that the rows of `KINDS` do not have. Fields that are not here are flags, which are flipped."""
 TOGETHER: dict[str, dict[str, Any]] = {
@@ -80,12 +86,21 @@ TOGETHER: dict[str, dict[str, Any]] = {
     "use_sliding_window": {"sliding_window": 4, "max_window_layers": 1, "layer_types": None},
     "sliding_window": {"use_sliding_window": True, "max_window_layers": 1},
     "layer_types": {"sliding_window": 4, "use_sliding_window": True},
-    "num_hidden_layers": {"layer_types": None, "no_rope_layers": None, "layer_rope_theta": None},
+    "num_hidden_layers": {
+        **{"layer_types": None, "no_rope_layers": None, "layer_rope_theta": None},
+        "num_kv_shared_layers": 0,
+    },
+    "enable_moe_block": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 16},
     "rope_parameters": {"layer_rope_theta": None},
     "no_rope_layer_interval": {"no_rope_layers": None},
     "full_attn_idxs": {"layer_types": None},
 }
 """Fields with an effect only, or a valid value only, beside others."""
+OWN: dict[tuple[str, str], Any] = {
+    ("gemma4_text", "use_bidirectional_attention"): "all",
+    ("gemma4_text", "layer_types"): ["full_attention", *["sliding_attention"] * 2, "full_attention"],
+}
+"""Values for fields that mean something else in one type of model."""
 SCALED = OTHER["rope_parameters"] | {"llama_4_scaling_beta": 0.9, "original_max_position_embeddings": 3}
 BY_TYPE = {"sliding_attention": OTHER["rope_parameters"], "full_attention": {"rope_type": "default", "rope_theta": 7e2}}
 
@@ -99,7 +114,10 @@ def changed(kind: str, name: str) -> dict[str, Any]:
         return {name: BY_TYPE}
     if name == "rope_parameters" and kind == "ministral3":
         return {name: SCALED}
-    value = OTHER[name] if name in OTHER else not getattr(config, name)
+    if (kind, name) in OWN:
+        value = OWN[kind, name]
+    else:
+        value = OTHER[name] if name in OTHER else not getattr(config, name)
     if name == "layer_types" and family.by_type:
         value = config.layer_types[::-1]
     known = fields_of(config)

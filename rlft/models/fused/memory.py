@@ -117,9 +117,11 @@ def forward_work(
     mlp = max(e * s.hidden + n, gates + max(n, e * (s.intermediate + s.tails[3])) + post)
     # Layers that do not save x still hold it while they run, and copies to the host are in flight.
     x = e * s.hidden + BEHIND * host_bytes(s, level) if level.on_host else 0
-    mix = (
-        rows * e * s.rotated + keys * 2 * e * s.kv if s.mixer is None else s.mixer.work(rows, recurrent, backward=False)
-    )
+    if s.mixer is not None:
+        mix = s.mixer.work(rows, recurrent, backward=False)
+    else:
+        repeated = 2 * s.q if s.attention == "sdpa" else 0  # of heads too wide to share k and v
+        mix = rows * e * (s.rotated + repeated) + keys * 2 * e * s.kv
     attention = rows * (qkv + attended) + max(mix, rows * finished)
     if s.finishes and not level.keep_attention:
         attended = 0  # finished, and freed
