@@ -115,9 +115,8 @@ def changed(kind: str, name: str) -> dict[str, Any]:
     if name == "rope_parameters" and kind == "ministral3":
         return {name: SCALED}
     if (kind, name) in OWN:
-        value = OWN[kind, name]
-    else:
-        value = OTHER[name] if name in OTHER else not getattr(config, name)
+        return {name: OWN[kind, name]}
+    value = OTHER[name] if name in OTHER else not getattr(config, name)
     if name == "layer_types" and family.by_type:
         value = config.layer_types[::-1]
     known = fields_of(config)

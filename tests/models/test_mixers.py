@@ -33,7 +33,7 @@ def results(name: str, level: Level, groups: Any = GROUPS, place: Place = "devic
     """Log-probs and gradient behind shared prompts, and log-probs of a pass without gradient."""
     policy = Policy(model_of(name, torch.float32), place=place)
     assert policy.fused is not None
-    policy.fused.plan = MemoryPlan((level,) * 2, 64, "layer", 2**20, 0, 0, 0)
+    policy.fused.plan = MemoryPlan((level,) * len(policy.fused.layers), 64, "layer", 2**20, 0, 0, 0)
     batch = groups_of(groups, torch.Generator().manual_seed(4), 61)
     assert (batch.prefix >= 0).any()
     logprobs, _ = policy.logprobs(batch)
