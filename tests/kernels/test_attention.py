@@ -250,6 +250,32 @@ def test_back_ends_on_the_gpu_against_fp64(
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("case", GPU_CASES)
+def test_heads_that_flash_attention_does_not_take_on_the_gpu(case: str) -> None:
+    """By the back end that is chosen for them, beside the formula in the same dtype; without scores in memory."""
+    lengths, prefix = GPU_CASES[case]
+    q, k, v, bounds = make(lengths, heads=(8, 2), dim=512)
+    parents, upstream = torch.tensor(prefix), torch.randn(q.shape, generator=torch.Generator().manual_seed(1)).cuda()
+    sequences = Sequences.of(bounds, parents, "cuda")
+
+    def run(dtype: torch.dtype, reference: bool) -> list[Tensor]:
+        leaves = [x.detach().bfloat16().to(dtype).cuda().requires_grad_() for x in (q, k, v)]
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        if reference:
+            out = varlen_attention_reference(*leaves, bounds, parents, 0.05)
+        else:
+            out = varlen_attention(*leaves, sequences, 0.05)
+        found = [x.double() for x in (out, *torch.autograd.grad(out, leaves, upstream.to(dtype)))]
+        assert reference or torch.cuda.max_memory_allocated() - before < 40 * leaves[0].numel() * 2
+        return found
+
+    truth, plain = run(torch.float64, True), run(torch.bfloat16, True)
+    for i, (want, base, got) in enumerate(zip(truth, plain, run(torch.bfloat16, False), strict=True)):
+        assert (got - want).norm() <= (2 if i == 0 else 3) * (base - want).norm() + 1e-3 * want.norm(), i
+
+
+@pytest.mark.gpu
 def test_the_merge_kernel_on_the_gpu() -> None:
     inputs = [x.cuda() for x in merge_inputs(700, 8, 128, torch.bfloat16)]
     out, lse = merge_reference(inputs[0].double(), inputs[1].double(), inputs[2].double(), inputs[3].double())

@@ -510,10 +510,11 @@ def test_an_adapter_over_a_mixture_is_an_ordinary_file_of_peft(tmp_path) -> None
     [
         "lfm2",
         pytest.param("qwen3_5_text", marks=pytest.mark.slow),
+        pytest.param("gemma4_text", marks=pytest.mark.slow),
         pytest.param("granitemoehybrid", marks=pytest.mark.slow),
     ],
 )
-def test_a_run_over_a_hybrid_samples_and_trains_the_same_policy(kind: str, tmp_path: Path) -> None:
+def test_a_run_over_layers_that_differ_samples_and_trains_the_same_policy(kind: str, tmp_path: Path) -> None:
     base: Any = tiny(kind, torch.float32).model.unload()  # type: ignore[operator]
     base.config.architectures = [type(base).__name__]
     base.save_pretrained(tmp_path / "model")
@@ -558,6 +559,18 @@ SEEN = {
             "patch_size": 14,
         },
     ),
+    "gemma4": (
+        {**TEXT, **GEMMA4},
+        {
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 2,
+            "head_dim": 16,
+            "position_embedding_size": 64,
+        },
+    ),
     "mistral3": (
         {**TEXT, "model_type": "mistral"},
         {
@@ -587,13 +600,14 @@ def with_eyes(kind: str, folder: Path) -> str:
     return str(folder)
 
 
-@pytest.mark.parametrize("kind", ["qwen3_5", "gemma3", "mistral3"])
+@pytest.mark.parametrize("kind", ["qwen3_5", "gemma3", "gemma4", "mistral3"])
 def test_a_vision_language_model_trains_its_text_and_says_so(kind: str, tmp_path: Path) -> None:
     said: list[str] = []
     name = with_eyes(kind, tmp_path)
     base = load_base(Base(name, "none", device="cpu"), torch.device("cpu"), said.append)
     assert said == [f"{name}: the vision tower is left out; images are not supported yet"]
     policy = Policy(attach_lora(base, Lora(rank=4), 0))
+    assert policy.path == "fused layers"
     assert not [weight for weight in policy.adapter() if "vision" in weight or "visual" in weight]
     assert selfcheck.check(policy) < selfcheck.LEAST
 

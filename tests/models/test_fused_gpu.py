@@ -50,6 +50,8 @@ def model_of(name: str, dtype: torch.dtype, nf4: bool = False, tmp: Any = None, 
     """A model on the GPU; float64 has the weights of bfloat16. tmp: a folder to save to and load from, which leaves
     the rotary frequencies in fp32."""
     kind, own = FAMILIES[name]
+    if "vocab_size_per_layer_input" in own:
+        more = {"vocab_size_per_layer_input": more.get("vocab_size", WIDE["vocab_size"])} | more
     torch.manual_seed(0)
     wide = WIDE | ({"head_dim": WIDE["hidden_size"] // WIDE["num_attention_heads"]} if kind in UNIFORM else {})
     base: Any = base_of(config_of(kind, **(wide | own | more))).bfloat16()
@@ -225,6 +227,7 @@ PLANNED = (
     "granite_swa",
     "hunyuan",
     "nanochat",
+    "gemma4",
     "qwen3_5",
     "lfm2",
     "olmo_hybrid",
@@ -247,6 +250,9 @@ def test_the_plan_is_within_5_percent_of_the_measured_peak(name: str, level: Lev
     }
     if name in ("gemma3", "granite_swa"):
         big |= {"layer_types": ["sliding_attention", "full_attention"] * 3}
+    if name == "gemma4":
+        big |= {"layer_types": ["sliding_attention", "full_attention"] * 3, "num_kv_shared_layers": 2}
+        big |= {"hidden_size_per_layer_input": 64, "global_head_dim": 128}
     if name in ("qwen3_5", "olmo_hybrid"):
         big |= {"layer_types": ["linear_attention", "linear_attention", "full_attention"] * 2, **BIG_LINEAR}
     if name == "lfm2":
@@ -334,7 +340,7 @@ def logprobs_and_gradient(
 
 
 @pytest.mark.parametrize("algo", ["grpo", "dpo"])
-@pytest.mark.parametrize("name", ["qwen3", "gemma3", "granite_swa", "qwen3_5", "lfm2", "olmo_hybrid"])
+@pytest.mark.parametrize("name", ["qwen3", "gemma3", "gemma4", "granite_swa", "qwen3_5", "lfm2", "olmo_hybrid"])
 def test_shared_prefixes_are_as_near_to_fp64_as_rows_alone(name: str, algo: str) -> None:
     """Whole groups, in packed micro-batches: prompts longer and shorter than what continues them."""
     g, algorithm = torch.Generator().manual_seed(8), build_algorithm(Algo(algo), 1)
@@ -360,10 +366,10 @@ def test_shared_prefixes_are_as_near_to_fp64_as_rows_alone(name: str, algo: str)
         print(name, algo, budget, how, "shared", shared_errors, "alone", alone)
         for ours, plain in zip(shared_errors, alone, strict=True):
             assert ours <= 1.5 * plain
-    if policy.fused.mixers is None:
+    if policy.fused.graphless is None:
         assert graphs is not None and graphs._graphs
     else:
-        assert graphs is None and policy.path == f"fused layers, without CUDA graphs: {policy.fused.mixers}"
+        assert graphs is None and policy.path == f"fused layers, without CUDA graphs: {policy.fused.graphless}"
 
 
 @pytest.mark.parametrize("graphed", [False, True])

@@ -30,6 +30,7 @@ from rlft.models.fused.levels import L0, L2, L3, LEVELS
 from rlft.models.fused.memory import PassOptions, backward_work, evaluate, forward_work, saved, scratch
 from rlft.models.policy import Policy
 
+NAME = "base_model.model.model.per_layer_model_projection.lora_B.default.weight"
 NAMES = ("gemma4", "gemma4 without inputs")
 
 
@@ -111,6 +112,24 @@ def test_parts_of_layers_that_a_config_leaves_out_are_refused() -> None:
     assert family is not None and not list(family.unread(config))
     config.per_layer_config = {1: {"skip": ["mlp"]}}
     assert list(family.unread(config)) == [("skip", ["mlp"])]
+
+
+def test_a_causal_model_under_a_trainer_has_the_loss_of_transformers() -> None:
+    """Its head reads fields of the decoder's result that other families do not have."""
+    ids, mask, _ = batch("left", torch.float32)
+    assert mask is not None
+    before = torch.nn.functional.pad(mask[:, :-1], (1, 0))  # padding predicts nothing
+    labels = ids.masked_fill(mask * before == 0, -100)
+    ends = []
+    for fuses in (False, True):
+        model = model_of("gemma4", torch.float32).train()
+        decoder = fused(model) if fuses else None
+        out = model(input_ids=ids, attention_mask=mask, labels=labels)
+        out.loss.backward()
+        ends.append((out.loss.item(), model.get_parameter(NAME).grad))
+        assert decoder is None or decoder.last_plan is not None
+    assert ends[1][0] == pytest.approx(ends[0][0], rel=1e-5)
+    assert torch.allclose(ends[1][1], ends[0][1], atol=1e-4 * float(ends[0][1].abs().max()))
 
 
 def test_embedded_tokens_alone_run_transformers_layers() -> None:

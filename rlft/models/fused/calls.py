@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -30,6 +31,15 @@ def asks_for_more(config: Any, mask: Any, cache: Any, use_cache: bool | None, kw
     if any(kwargs.get(name, getattr(config, name, False)) for name in wanted):
         return True
     return kwargs.get("return_dict", getattr(config, "return_dict", True)) is False
+
+
+def result_class(decoder: nn.Module) -> Any:
+    """Return the class of a decoder's result, by its annotation: BaseModelOutputWithPast, or one with more fields."""
+    from transformers.modeling_outputs import BaseModelOutputWithPast
+
+    annotated = inspect.signature(type(decoder).forward).return_annotation
+    fits = isinstance(annotated, type) and issubclass(annotated, BaseModelOutputWithPast)
+    return annotated if fits else BaseModelOutputWithPast
 
 
 def dropout_problem(decoder: nn.Module, family: Family) -> str | None:

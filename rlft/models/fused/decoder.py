@@ -26,7 +26,7 @@ from rlft.models import fusable, kv_cache
 from rlft.models.device_memory import DeviceMemory, host_free
 from rlft.models.families import Family
 from rlft.models.fused import memory
-from rlft.models.fused.calls import asks_for_more, autocast_problem, dropout_problem
+from rlft.models.fused.calls import asks_for_more, autocast_problem, dropout_problem, result_class
 from rlft.models.fused.decoder_shape import DecoderShape
 from rlft.models.fused.graphs import Graphs, Padded, count_keys, key_capacity, launch_bound, round_up
 from rlft.models.fused.layer import run_layer
@@ -379,8 +379,6 @@ class FusedDecoder:
                 **named,
                 **kwargs,
             )
-        from transformers.modeling_outputs import BaseModelOutputWithPast
-
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         if getattr(self.decoder, "gradient_checkpointing", False) and "checkpointing" not in self._warned:
@@ -397,4 +395,4 @@ class FusedDecoder:
             padded_positions = torch.arange(embedded.shape[1], device=embedded.device)
         ids = None if input_ids is None else unpadded_ids(input_ids, places)
         hidden = self.final_norm(self.hidden(rows, positions, sequences, padded_to=padded_positions, ids=ids)[0])
-        return BaseModelOutputWithPast(last_hidden_state=padded_again(hidden, places, embedded.shape))  # type: ignore[arg-type]
+        return result_class(self.decoder)(last_hidden_state=padded_again(hidden, places, embedded.shape))
