@@ -344,7 +344,9 @@ NEW = (
     "nanochat",
     *HYBRIDS,
 )
-MODES = [(name, level, mode) for name in ("qwen3", "qwen3_5") for mode in ("group", "shadow") for level in (L0, L2)]
+MODES = [
+    (name, level, mode) for name in ("qwen3", "qwen3_5", "gemma4") for mode in ("group", "shadow") for level in (L0, L2)
+]
 
 
 # Tiles of 64 rows cut the 91 rows in two; smaller ones do not exist.

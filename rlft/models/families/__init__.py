@@ -14,7 +14,7 @@ takes the place of q, k, v and attention:
             o = (norm(y) * silu(z)) Wo
     Conv    B, C, u = n1 W;  o = (C * conv(B * u)) Wo
 
-A layer may read k and v that an earlier one has made, and after its MLP a vector e of its own for each token
+A layer may read the k and v of an earlier one, after its MLP a vector e that each layer has for each token
 (`PerLayerInput`), and multiply its result by a constant: x" = (x' + norm((act(x' Wgate) * e) Wout)) constant.
 """
 

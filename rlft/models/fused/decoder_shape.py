@@ -1,4 +1,7 @@
-"""Sizes of a decoder and of its layers, from which the memory plan is computed."""
+"""Sizes of a decoder and of its layers, from which the memory plan is computed.
+
+q, k and v are those of attention; S is the low-rank product of an adapter.
+"""
 
 from __future__ import annotations
 
