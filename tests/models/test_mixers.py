@@ -84,7 +84,7 @@ def test_what_no_kernel_computes_runs_transformers_layers_and_says_why(kind: str
 def test_layers_without_attention_have_no_rotary_tables() -> None:
     policy = tiny("qwen3_5_text", torch.float32, layer_types=["linear_attention"] * 2)
     assert policy.fused is not None and policy.fused.mixers == "gated DeltaNet"
-    assert policy.fused.shape.kinds and policy.fused.graphs is None
+    assert policy.fused.shape.mixer is not None and policy.fused.graphs is None
 
 
 def test_a_hook_on_a_convolution_runs_transformers_layers() -> None:

@@ -218,7 +218,7 @@ class Family:
         own += (self.key_is_value, self.shared_kv, self.per_layer_input and self.per_layer_input.size)
         known = {*COMMON, *self.reads, *self.dropouts, *own}
         # A config whose layers differ has a config for each, which may leave parts of a layer out too.
-        layers = config.per_layer_config if getattr(config, "is_heterogeneous", False) else [config]
+        layers = list(config.per_layer_config) if getattr(config, "is_heterogeneous", False) else [config]
         for name in (*fields_of(config), "skip"):
             for layer in layers if name not in known else ():
                 value = getattr(layer, name, None)

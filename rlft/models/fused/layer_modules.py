@@ -80,7 +80,7 @@ class FusedLayer:
         self.value_norm = norm(family.value_norm, head_dim)
         self.kv_from, self.shares_kv = family.kv_from, family.shares_kv
         """The layer whose k and v this one reads; None: its own. Whether others read this one's."""
-        self.key_is_value = len(family.qkv) == 2
+        self.key_is_value = family.mixer is None and len(family.qkv) == 2
         """The columns of k are those of v too, before their norms."""
         self.mixer = describe_mixer(module, family, config, like)
         """What mixes the tokens; None: attention."""
