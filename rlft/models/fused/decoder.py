@@ -308,8 +308,7 @@ class FusedDecoder:
     def _shape(self) -> memory.DecoderShape:
         """Return the sizes that the memory plan is computed from."""
         vocab = self.decoder.config.vocab_size  # type: ignore[union-attr]
-        shape = describe_shape(self.layers, self.adapter(), vocab, self.norm.weight, self.entropy_grad)  # type: ignore[arg-type]
-        return replace(shape, embedding_factor=self._embedding_factor != 1)
+        return describe_shape(self.layers, self.adapter(), vocab, self.norm.weight, self.entropy_grad)  # type: ignore[arg-type]
 
     # ---- transformers' callers ---------------------------------------------------------------------------------------
 

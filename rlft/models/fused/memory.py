@@ -10,7 +10,8 @@ Every buffer of `rlft.models.fused.layer` and of the head is counted while it ex
 
 The peak is the largest of: all saved + forward, all saved + head, and per layer, saved up to it + backward. Early
 layers save less than late ones, since the backward frees the last layer first. The base, the adapter and its optimizer
-exist before and after a pass and are not counted.
+exist before and after a pass and are not counted; nor are embedded tokens before their factor, which exist besides the
+multiplied ones in the forward only, where the backward takes more.
 
 In the formulae: s sizes of the decoder, e bytes of an activation, x [T, H] the input of a layer, n a norm's output, T
 and t rows and rows of a tile, H bytes of a row of the residual stream, q columns of q.
@@ -68,8 +69,6 @@ class DecoderShape:
     """Name of the attention back end."""
     gated: bool = True
     """The MLP has a gate, so that two projections as wide as `intermediate` come before its activation, not one."""
-    embedding_factor: bool = False
-    """Embedded tokens are multiplied by a constant, into a second tensor."""
     residual_factor: bool = False
     """The outputs of attention and MLP are multiplied by a constant."""
     entropy_grad: bool = False
@@ -339,9 +338,7 @@ def evaluate(
             for kind, number in ((kind, below[kind]) for kind in all_of_them)
         )
 
-    total = up_to(s.layers)
-    # The embedded tokens exist as given and multiplied.
-    weights = scratch(s, how.store) + (rows * s.element * s.hidden if s.embedding_factor else 0)
+    total, weights = up_to(s.layers), scratch(s, how.store)
     highest = total + head_work(s, rows, trained, how)
     work = (rows, how.tile)
     for level, first, last in ((lower, 0, count), (upper, count, s.layers)):
