@@ -12,6 +12,7 @@ import pytest
 import tiny
 import torch
 import transformers
+from reward_functions import by_length
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
@@ -20,10 +21,6 @@ from rlft.errors import ConfigError
 from rlft.runs import checkpoint
 from rlft.trainer.given_optimizer import GivenOptimizer
 from rlft.trainer.result import Result
-
-
-def by_length(completions, **_) -> list[float]:
-    return [float(len(text) % 3) for text in completions]
 
 
 @pytest.fixture(scope="module")
