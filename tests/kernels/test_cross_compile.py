@@ -191,6 +191,13 @@ def head(kernel: str, results: str, constants: dict, warps: int) -> Case:
     return Case(f"target_softmax:{kernel}", types, {"BLOCK": 4096, "FAR": FAR} | constants, {"num_warps": warps})
 
 
+def moved(kernel: str, types: str, H: int, k: int | None = None) -> Case:
+    """gather's kernels: rows of H columns, k choices per token."""
+    block = min(1024, 1 << (H - 1).bit_length())
+    choices = {} if k is None else {"CHOICES": k}
+    return Case(f"gather:{kernel}", types, {"H": H, "BLOCK": block, "ROWS": 2048 // block} | choices, {"num_warps": 4})
+
+
 B = "*bf16:16 "
 SUMS = "*fp32:16 *fp32:16 *fp32:16 *fp32:16 i32:16 i32:16 i32:16 fp32 fp32 fp32 i32"
 """Of low_rank's `_sum_splits`."""
@@ -330,6 +337,19 @@ CASES = [
         {},
     ),
     Case("logprobs:_scale_rows_kernel", "*bf16:16 *fp32:16 *bf16:16 i32:16", {"BLOCK": 1024}, {}),
+    # Choices of the widest router, and of a small one.
+    *(
+        Case(
+            "route:_sort",
+            f"*{dtype}:16 *i32:16 *i32:16 *i32:16 i32 i32",
+            {"EXPERTS": experts, "BINS": bins, "BLOCK": 4096, "ROWS": 128},
+            {"num_warps": 8},
+        )
+        for dtype, experts, bins in (("i64", 512, 512), ("i32", 8, 16))
+    ),
+    moved("_gather", "*bf16:16 *i32:16 *fp32:16 *bf16:16 i32 i32:16 i32:16", 2048, 8),
+    moved("_combine", "*bf16:16 *i32:16 *fp32:16 *bf16:16 *bf16:16 i32 i32:16 i32:16 i32:16", 2048, 10),
+    moved("_row_dots", B * 2 + "*fp32:16 i32 i32:16 i32:16", 768),
     Case("copies:_sum_rows", B + "*i32:16 *i32:16 " + B + "i32 i32:16", {"C": 1024, "BLOCK": 1024, "ROWS": 2}, {}),
     Case(
         "lse_merge:_merge_kernel",
