@@ -8,7 +8,7 @@ With order and inverse of `rlft.kernels.route`, T tokens of k choices each, row 
 
 The backward of gather is combine without weights, of combine gather with weights, and of the weights row_dots. combine
 has no atomics: each token reads its k rows in order of choice and sums them in fp32, so two runs are bitwise equal.
-Bytes of 2-byte rows of N columns: gather 2 N per row and per token, combine the same, row_dots 4 N per row. x are rows
+Bytes of 2-byte rows of H columns: gather 2 H per row and per token, combine the same, row_dots 4 H per row. x are rows
 of tokens, y, a and b sorted rows; j counts the choices of a token.
 """
 
@@ -232,7 +232,10 @@ def combine(
         and inverse.numel() == y.shape[0] == tokens * choices
         and inverse.dtype == torch.int32
         and (weights is None or (tuple(weights.shape) == (tokens, choices) and weights.is_contiguous()))
-        and all(o is None or (tuple(o.shape) == (tokens, y.shape[1]) and o.dtype == y.dtype) for o in (residual, out))
+        and all(
+            rows is None or (tuple(rows.shape) == (tokens, y.shape[1]) and rows.dtype == y.dtype)
+            for rows in (residual, out)
+        )
         and _adjacent(y, residual, out),
         "y [T k, N], inverse [T k] or [T, k] int32, weights [T, k] contiguous or k, residual and out [T, N] of y's "
         "dtype, unit column stride",

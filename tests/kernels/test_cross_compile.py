@@ -198,6 +198,27 @@ def moved(kernel: str, types: str, H: int, k: int | None = None) -> Case:
     return Case(f"gather:{kernel}", types, {"H": H, "BLOCK": block, "ROWS": 2048 // block} | choices, {"num_warps": 4})
 
 
+def product(dtype: str, layout: str, INNER: int, OUTER: int, tile: tuple[int, int, int, int, int], bias: bool) -> Case:
+    """A grouped product. layout: strides of w over INNER and OUTER; the adjacent one is 1."""
+    pointers = f"*{dtype}:16 " * (3 if bias else 2) + f"*i32:16 *{dtype}:16 i32 i32:16 i32:16"
+    BM, BN, BK, warps, stages = tile
+    constants = {"INNER": INNER, "OUTER": OUTER, "EXPERTS": 128, "BINS": 128, "BM": BM, "BN": BN, "BK": BK}
+    constants |= {"TOGETHER": 8, "WIDE": False} | {name: 1 for name in ("w_inner", "w_outer") if name not in layout}
+    constants |= {} if bias else {"bias": None, "bias_stride": 0}
+    types = f"{pointers} i32:16 {'i32:16 ' if bias else ''}i32:16"
+    return Case("grouped:_product", types, constants, {"num_warps": warps, "num_stages": stages})
+
+
+def factor(kernel: str, dtype: str, C: int, R: int, constants: dict, options: dict) -> Case:
+    """A gradient of each expert's factor; out is a view of PEFT's parameter, of any strides."""
+    pointers = (
+        "*fp32:16 *i32:16 *fp32:16 i32 " if kernel == "_add_shares" else f"*{dtype}:16 " * 2 + "*i32:16 *fp32:16 "
+    )
+    strides = "i32 i32 i32 fp32" if kernel == "_add_shares" else "*fp32:16 i32 i32:16 i32:16 i32 i32 i32 fp32"
+    sizes = {"C": C, "R": R, "EXPERTS": 128, "BINS": 128, "ACCUMULATE": True}
+    return Case(f"grouped_gradient:{kernel}", pointers + strides, sizes | constants, options)
+
+
 B = "*bf16:16 "
 SUMS = "*fp32:16 *fp32:16 *fp32:16 *fp32:16 i32:16 i32:16 i32:16 fp32 fp32 fp32 i32"
 """Of low_rank's `_sum_splits`."""
@@ -350,6 +371,17 @@ CASES = [
     moved("_gather", "*bf16:16 *i32:16 *fp32:16 *bf16:16 i32 i32:16 i32:16", 2048, 8),
     moved("_combine", "*bf16:16 *i32:16 *fp32:16 *bf16:16 *bf16:16 i32 i32:16 i32:16 i32:16", 2048, 10),
     moved("_row_dots", B * 2 + "*fp32:16 i32 i32:16 i32:16", 768),
+    # Products of experts: full tiles each way, with a bias and a short last step; few rows; a thin one (dS); fp32.
+    product("bf16", "w_outer", 2880, 5760, (128, 128, 64, 8, 3), True),
+    product("bf16", "w_inner", 1536 + 16, 2048, (128, 128, 64, 8, 3), False),
+    product("bf16", "w_outer", 2048, 1536, (16, 128, 64, 4, 3), False),
+    product("bf16", "w_inner", 1536, 16, (128, 16, 64, 2, 3), False),
+    product("fp32", "w_inner", 2048, 768, (64, 64, 32, 4, 2), True),
+    *(
+        factor("_shares", dtype, C, R, {"BT": 32, "BC": BC, "BR": BR, "WIDE": False}, {"num_warps": 4, "num_stages": 3})
+        for dtype, C, R, BC, BR in (("bf16", 1536, 64, 128, 64), ("fp32", 768, 16, 128, 16))
+    ),
+    factor("_add_shares", "", 2048, 16, {"BLOCK": 1024}, {}),
     Case("copies:_sum_rows", B + "*i32:16 *i32:16 " + B + "i32 i32:16", {"C": 1024, "BLOCK": 1024, "ROWS": 2}, {}),
     Case(
         "lse_merge:_merge_kernel",
