@@ -24,6 +24,7 @@ import torch
 pytest.importorskip("triton", reason="Triton is for Linux on x86_64")
 
 from rlft.kernels.delta_forward import columns_of_block, warps
+from rlft.kernels.nf4 import NF4_CODE
 from rlft.kernels.target_softmax import FAR, MAX_FP16_WEIGHT, MIN_ENTROPY
 
 VARYING = ("T", "N", "T_share", "SPLITS", "head_1", "head_2", "stride_head")
@@ -209,6 +210,30 @@ def product(dtype: str, layout: str, INNER: int, OUTER: int, tile: tuple[int, in
     return Case("grouped:_product", types, constants, {"num_warps": warps, "num_stages": stages})
 
 
+NF4 = "*i32:16 *u8:16 *fp32:16 *fp32:16 *fp32:16"
+"""A nested NF4 weight as the kernels of stacks read it."""
+
+
+def stack(dtype: str, N: int, K: int, TILES: int, NESTED: int = 256) -> Case:
+    """Decoding a stack of experts; with TILES > 1 those that have rows."""
+    pointers = NF4 if NESTED else "*i32:16 *fp32:16"
+    constants = {"N": N, "K": K, "EXPERTS": 128, "BINS": 128, "BLOCK": 64, "NESTED": NESTED, "CODE": NF4_CODE}
+    constants |= {"TILE": 1024, "TILES": TILES, "ANY_ROWS": 2**30} | ({"offsets": None} if TILES == 1 else {})
+    constants |= {} if NESTED else dict.fromkeys(("nested_code", "nested_absmax", "offset"))
+    types = f"{pointers} {'*i32:16 ' if TILES > 1 else ''}*{dtype}:16 i32:16 i32:16"
+    return Case("nf4_stack:_decode_stack", types, constants, {"num_warps": 1, "enable_fp_fusion": False})
+
+
+def packed_product(dtype: str, N: int, K: int, tile: tuple[int, int, int, int, int], bias: bool = False) -> Case:
+    """A product with packed experts."""
+    BM, BN, BK, warps, stages = tile
+    constants = {"N": N, "K": K, "EXPERTS": 128, "BINS": 128, "BLOCK": 64, "NESTED": 256, "CODE": NF4_CODE}
+    constants |= {"BM": BM, "BN": BN, "BK": BK, "WIDE": False} | ({} if bias else {"bias": None, "bias_stride": 0})
+    types = f"*{dtype}:16 {NF4} {f'*{dtype}:16 ' if bias else ''}*i32:16 *{dtype}:16 i32:16 {'i32:16 ' * bias}i32:16"
+    options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": False}
+    return Case("nf4_grouped:_product", types, constants, options)
+
+
 def factor(kernel: str, dtype: str, C: int, R: int, constants: dict, options: dict) -> Case:
     """A gradient of each expert's factor; out is a view of PEFT's parameter, of any strides."""
     pointers = (
@@ -382,6 +407,13 @@ CASES = [
         for dtype, C, R, BC, BR in (("bf16", 1536, 64, 128, 64), ("fp32", 768, 16, 128, 16))
     ),
     factor("_add_shares", "", 2048, 16, {"BLOCK": 1024}, {}),
+    # All experts of a layer; those with rows, of gpt-oss' odd number of blocks a row.
+    stack("bf16", 1536, 2048, 1),
+    stack("fp16", 5760, 2880, 8),
+    stack("fp32", 1536, 2048, 1, 0),
+    # Packed experts times a sampled token's rows; more rows, a bias and a short last step (gpt-oss).
+    packed_product("bf16", 1536, 2048, (16, 64, 64, 4, 4)),
+    packed_product("fp16", 5760, 2880, (64, 64, 64, 4, 4), True),
     Case("copies:_sum_rows", B + "*i32:16 *i32:16 " + B + "i32 i32:16", {"C": 1024, "BLOCK": 1024, "ROWS": 2}, {}),
     Case(
         "lse_merge:_merge_kernel",
@@ -500,7 +532,7 @@ def test_no_kernel_is_compiled_anew_for_another_number_of_tokens(found) -> None:
 
 def test_nf4_scales_round_twice(found) -> None:
     """A fused multiply-add in code * absmax + offset rounds once and moves some bf16 results by one bit."""
-    assert [f for f in found if f["kernel"].startswith("nf4:") and f["fma"]] == []
+    assert [f for f in found if f["kernel"].startswith(("nf4:", "nf4_stack:")) and f["fma"]] == []
 
 
 def test_no_uniform_register_is_read_before_it_is_written(found) -> None:
