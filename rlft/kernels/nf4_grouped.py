@@ -22,8 +22,8 @@ from torch import Tensor
 from rlft.kernels.expert_tiles import bins, expert_tile, fits, most_tiles
 from rlft.kernels.grouped import grouped_reference
 from rlft.kernels.launch import KERNEL_DTYPES, check_args, kernel, launch, on_gpu, power_of_2, tl
-from rlft.kernels.nf4 import NF4_CODE, Nf4Weight, decode_reference
-from rlft.kernels.nf4_stack import block_scales, check_stack, look_up, stack_pointers
+from rlft.kernels.nf4 import Nf4Weight, decode_reference
+from rlft.kernels.nf4_stack import NF4_BITS, block_scales, check_stack, look_up, stack_pointers
 
 
 class Tile(NamedTuple):
@@ -64,7 +64,7 @@ def _product(
     BINS: tl.constexpr,
     BLOCK: tl.constexpr,
     NESTED: tl.constexpr,
-    CODE: tl.constexpr,
+    BITS: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
@@ -93,7 +93,7 @@ def _product(
                 live_n[:, None] & (block < K // BLOCK)[None, :],
                 NESTED,
             )
-            value = tl.reshape(look_up(index, BN * BK, CODE), [BN, SCALES, BLOCK]) * scale[:, :, None]
+            value = tl.reshape(look_up(index, BN * BK, BITS), [BN, SCALES, BLOCK]) * scale[:, :, None]
             wt = tl.reshape(value, [BN, BK]).to(x.dtype.element_ty)
             k = start + tl.arange(0, BK)
             xt = tl.load(
@@ -141,7 +141,7 @@ def nf4_grouped_launch(
         BINS=bins(experts),
         BLOCK=weight.blocksize,
         NESTED=weight.nested_blocksize if weight.nested_code is not None else 0,
-        CODE=NF4_CODE,
+        BITS=NF4_BITS,
         BM=tile.rows,
         BN=tile.columns,
         BK=max(tile.depth, weight.blocksize),

@@ -9,7 +9,9 @@ element as there. In the kernels block counts the blocks of the whole stack, r i
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,20 +28,37 @@ ANY_ROWS = 2**30
 """More rows than an expert has, so that it is one tile or none."""
 
 
+def bits_of(code: Sequence[float]) -> tuple[int, ...]:
+    """Return the bits of fp32 numbers as int32: constants of a kernel lose the sign of -0."""
+    return tuple(torch.tensor(code, dtype=torch.float32).view(torch.int32).tolist())
+
+
+NF4_BITS = bits_of(NF4_CODE)
+
+
 @jit
-def look_up(index, SIZE: tl.constexpr, CODE: tl.constexpr):
-    """Return CODE[index], fp32 in the shape of the index, whose SIZE elements are looked up in registers."""
+def look_up(index, SIZE: tl.constexpr, BITS: tl.constexpr):
+    """Return the fp32 number BITS[index] in the shape of the index, which has SIZE elements."""
     i = tl.arange(0, 16)
-    values = tl.zeros([16], tl.float32)
+    bits = tl.zeros([16], tl.int32)
     for entry in tl.static_range(16):
-        values = tl.where(i == entry, CODE[entry], values)
-    return tl.reshape(tl.gather(values, tl.reshape(index, [SIZE]), 0), index.shape)
+        bits = tl.where(i == entry, BITS[entry], bits)
+    return tl.reshape(tl.gather(bits.to(tl.float32, bitcast=True), tl.reshape(index, [SIZE]), 0), index.shape)
 
 
 @jit
 def block_scales(absmax, nested_code, nested_absmax, offset, block, live, NESTED: tl.constexpr):
-    """Load s_b of `rlft.kernels.nf4`. NESTED: the nested block size, 0 for plain; compile without fp fusion."""
-    if NESTED:
+    """Load the scales of blocks, fp32.
+
+    NESTED: nested block size of `rlft.kernels.nf4`, compiled without fp fusion; 0: plain fp32; -1: the powers of two of
+    `rlft.kernels.mxfp4`.
+    """
+    if NESTED == -1:
+        e8m0 = tl.load(absmax + block, mask=live, other=127).to(tl.int32)
+        # 2^-127 is subnormal, and 255 is NaN.
+        bits = tl.where(e8m0 == 0, 0x400000, tl.where(e8m0 == 255, 0x7FC00000, e8m0 << 23))
+        return bits.to(tl.float32, bitcast=True)
+    elif NESTED:
         quantized = tl.load(absmax + block, mask=live, other=0).to(tl.int32)
         scale = tl.load(nested_absmax + block // NESTED, mask=live, other=0.0)
         return tl.load(nested_code + quantized) * scale + tl.load(offset)
@@ -48,7 +67,7 @@ def block_scales(absmax, nested_code, nested_absmax, offset, block, live, NESTED
 
 
 @kernel()
-def _decode_stack(
+def decode_kernel(
     packed,
     absmax,
     nested_code,
@@ -64,12 +83,16 @@ def _decode_stack(
     BINS: tl.constexpr,
     BLOCK: tl.constexpr,
     NESTED: tl.constexpr,
-    CODE: tl.constexpr,
+    BITS: tl.constexpr,
+    FLIP: tl.constexpr,
     TILE: tl.constexpr,
     TILES: tl.constexpr,
     ANY_ROWS: tl.constexpr,
 ):
-    """Decode TILES tiles of an expert: of expert i, or with offsets of the i-th that has rows."""
+    """Decode TILES tiles of an expert: of expert i, or with offsets of the i-th that has rows.
+
+    Element j of eight is the nibble j ^ FLIP of a little-endian word: bitsandbytes has the first in the high one.
+    """
     NB: tl.constexpr = TILE // BLOCK
     WORDS: tl.constexpr = BLOCK // 8
     BLOCKS: tl.constexpr = N * K // BLOCK
@@ -88,10 +111,9 @@ def _decode_stack(
         words = tl.load(
             packed + block[:, None] * WORDS + word, mask=live[:, None], other=0, eviction_policy="evict_first"
         )
-        # Little-endian: element 2j, the high nibble of byte j, is at bit 8j + 4 of the word, element 2j + 1 at bit 8j.
-        index = (words[:, :, None] >> ((lane ^ 1) * 4)[None, None, :]) & 15
+        index = (words[:, :, None] >> ((lane ^ FLIP) * 4)[None, None, :]) & 15
         scale = block_scales(absmax, nested_code, nested_absmax, offset, block, live, NESTED)
-        value = look_up(index, TILE, CODE) * scale[:, None, None]
+        value = look_up(index, TILE, BITS) * scale[:, None, None]
         r = inside // (K // BLOCK)
         column = (inside % (K // BLOCK) * BLOCK)[:, None] + word * 8
         place = out + expert.to(tl.int64) * out_expert + r.to(tl.int64)[:, None] * out_row + column
@@ -123,17 +145,19 @@ def check_stack(op: str, weight: Nf4Weight, shape: tuple[int, int, int]) -> None
     )
 
 
-def decode_stack_launch(weight: Nf4Weight, out: Tensor, offsets: Tensor | None, most: int) -> None:
-    """Compute `decode_stack` by the kernel. most: experts that can have rows."""
+def decode_launch(
+    pointers: tuple[Tensor | None, ...], offsets: Tensor | None, out: Tensor, most: int, BLOCK: int, **constants: Any
+) -> None:
+    """Launch `decode_kernel`. most: experts that can have rows. constants: NESTED, BITS, FLIP."""
     experts, N, K = out.shape
     if not out.numel() or not most:
         return
-    tile = max(TILE, weight.blocksize)
+    tile = max(TILE, BLOCK)
     tiles = 1 if offsets is None else TILES
     launch(
-        _decode_stack,
+        decode_kernel,
         (most * -(-N * K // (tile * tiles)),),
-        *stack_pointers(weight),
+        *pointers,
         offsets,
         out,
         out.stride(0),
@@ -142,15 +166,46 @@ def decode_stack_launch(weight: Nf4Weight, out: Tensor, offsets: Tensor | None, 
         K=K,
         EXPERTS=experts,
         BINS=bins(experts),
-        BLOCK=weight.blocksize,
-        NESTED=weight.nested_blocksize if weight.nested_code is not None else 0,
-        CODE=NF4_CODE,
+        BLOCK=BLOCK,
+        **constants,
         TILE=tile,
         TILES=tiles,
         ANY_ROWS=ANY_ROWS,
         num_warps=WARPS,
         enable_fp_fusion=False,
     )
+
+
+def decode_stack_launch(weight: Nf4Weight, out: Tensor, offsets: Tensor | None, most: int) -> None:
+    """Compute `decode_stack` by the kernel. most: experts that can have rows."""
+    nested = weight.nested_blocksize if weight.nested_code is not None else 0
+    pointers = stack_pointers(weight)
+    decode_launch(pointers, offsets, out, most, weight.blocksize, NESTED=nested, BITS=NF4_BITS, FLIP=1)
+
+
+def check_out(op: str, out: Tensor, offsets: Tensor | None) -> None:
+    """Raise ValueError unless `decode_kernel` writes this output."""
+    check_args(
+        op,
+        out.dim() == 3
+        and out.dtype in DTYPES
+        and (out.stride(2) == 1 or out.shape[2] <= 1)
+        and out.stride(0) % 8 == out.stride(1) % 8 == out.data_ptr() % 16 == 0
+        and (offsets is None or fits(offsets, out.shape[0])),
+        "out [E, N, K], bf16, fp16 or fp32, strides that are multiples of 8, and offsets [E + 1] int32",
+        out=out,
+        offsets=offsets,
+    )
+
+
+def copy_experts(decoded: Tensor, out: Tensor, offsets: Tensor | None) -> None:
+    """Copy all experts, or those with rows, in plain PyTorch."""
+    if offsets is None:
+        out.copy_(decoded)
+        return
+    for e, (start, end) in enumerate(pairwise(offsets.tolist())):
+        if end > start:
+            out[e] = decoded[e]
 
 
 def decode_stack(weight: Nf4Weight, out: Tensor, offsets: Tensor | None = None, rows: int | None = None) -> None:
@@ -161,26 +216,10 @@ def decode_stack(weight: Nf4Weight, out: Tensor, offsets: Tensor | None = None, 
     experts of out are left as they are. rows: their last, if the host knows it; the grid is then no larger than it has
     to be. Raises ValueError on shapes, dtypes, strides and devices that do not fit.
     """
-    check_args(
-        "decode_stack",
-        out.dim() == 3
-        and out.dtype in DTYPES
-        and (out.stride(2) == 1 or out.shape[2] <= 1)
-        and out.stride(0) % 8 == out.stride(1) % 8 == out.data_ptr() % 16 == 0
-        and (offsets is None or fits(offsets, out.shape[0])),
-        "out [E, N, K], bf16, fp16 or fp32, strides that are multiples of 8, and offsets [E + 1] int32",
-        out=out,
-        offsets=offsets,
-    )
+    check_out("decode_stack", out, offsets)
     experts, N, K = out.shape
     check_stack("decode_stack", weight, (experts, N, K))
     if on_gpu("decode_stack", out=out, packed=weight.packed, offsets=offsets):
         decode_stack_launch(weight, out, offsets, experts if offsets is None or rows is None else min(rows, experts))
-        return
-    decoded = decode_reference(weight, out.dtype).view(out.shape)
-    if offsets is None:
-        out.copy_(decoded)
-        return
-    for e, (start, end) in enumerate(pairwise(offsets.tolist())):
-        if end > start:
-            out[e] = decoded[e]
+    else:
+        copy_experts(decode_reference(weight, out.dtype).view(out.shape), out, offsets)

@@ -24,7 +24,8 @@ import torch
 pytest.importorskip("triton", reason="Triton is for Linux on x86_64")
 
 from rlft.kernels.delta_forward import columns_of_block, warps
-from rlft.kernels.nf4 import NF4_CODE
+from rlft.kernels.mxfp4 import E2M1
+from rlft.kernels.nf4_stack import NF4_BITS, bits_of
 from rlft.kernels.target_softmax import FAR, MAX_FP16_WEIGHT, MIN_ENTROPY
 
 VARYING = ("T", "N", "T_share", "SPLITS", "head_1", "head_2", "stride_head")
@@ -214,20 +215,21 @@ NF4 = "*i32:16 *u8:16 *fp32:16 *fp32:16 *fp32:16"
 """A nested NF4 weight as the kernels of stacks read it."""
 
 
-def stack(dtype: str, N: int, K: int, TILES: int, NESTED: int = 256) -> Case:
-    """Decoding a stack of experts; with TILES > 1 those that have rows."""
-    pointers = NF4 if NESTED else "*i32:16 *fp32:16"
-    constants = {"N": N, "K": K, "EXPERTS": 128, "BINS": 128, "BLOCK": 64, "NESTED": NESTED, "CODE": NF4_CODE}
-    constants |= {"TILE": 1024, "TILES": TILES, "ANY_ROWS": 2**30} | ({"offsets": None} if TILES == 1 else {})
-    constants |= {} if NESTED else dict.fromkeys(("nested_code", "nested_absmax", "offset"))
+def stack(dtype: str, N: int, K: int, TILES: int, mx: bool = False) -> Case:
+    """Decoding a stack of experts in nested NF4, or MXFP4; with TILES > 1 those that have rows."""
+    pointers = "*i32:16 *u8:16" if mx else NF4
+    constants = {"N": N, "K": K, "EXPERTS": 128, "BINS": 128, "BLOCK": 32 if mx else 64, "NESTED": -1 if mx else 256}
+    constants |= {"BITS": bits_of(E2M1) if mx else NF4_BITS, "FLIP": 0 if mx else 1, "TILE": 1024, "TILES": TILES}
+    constants |= {"ANY_ROWS": 2**30} | ({"offsets": None} if TILES == 1 else {})
+    constants |= {} if not mx else dict.fromkeys(("nested_code", "nested_absmax", "offset"))
     types = f"{pointers} {'*i32:16 ' if TILES > 1 else ''}*{dtype}:16 i32:16 i32:16"
-    return Case("nf4_stack:_decode_stack", types, constants, {"num_warps": 1, "enable_fp_fusion": False})
+    return Case("nf4_stack:decode_kernel", types, constants, {"num_warps": 1, "enable_fp_fusion": False})
 
 
 def packed_product(dtype: str, N: int, K: int, tile: tuple[int, int, int, int, int], bias: bool = False) -> Case:
     """A product with packed experts."""
     BM, BN, BK, warps, stages = tile
-    constants = {"N": N, "K": K, "EXPERTS": 128, "BINS": 128, "BLOCK": 64, "NESTED": 256, "CODE": NF4_CODE}
+    constants = {"N": N, "K": K, "EXPERTS": 128, "BINS": 128, "BLOCK": 64, "NESTED": 256, "BITS": NF4_BITS}
     constants |= {"BM": BM, "BN": BN, "BK": BK, "WIDE": False} | ({} if bias else {"bias": None, "bias_stride": 0})
     types = f"*{dtype}:16 {NF4} {f'*{dtype}:16 ' if bias else ''}*i32:16 *{dtype}:16 i32:16 {'i32:16 ' * bias}i32:16"
     options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": False}
@@ -410,7 +412,7 @@ CASES = [
     # All experts of a layer; those with rows, of gpt-oss' odd number of blocks a row.
     stack("bf16", 1536, 2048, 1),
     stack("fp16", 5760, 2880, 8),
-    stack("fp32", 1536, 2048, 1, 0),
+    stack("bf16", 5760, 2880, 1, mx=True),
     # Packed experts times a sampled token's rows; more rows, a bias and a short last step (gpt-oss).
     packed_product("bf16", 1536, 2048, (16, 64, 64, 4, 4)),
     packed_product("fp16", 5760, 2880, (64, 64, 64, 4, 4), True),
