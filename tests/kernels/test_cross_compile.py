@@ -200,6 +200,18 @@ def moved(kernel: str, types: str, H: int, k: int | None = None) -> Case:
     return Case(f"gather:{kernel}", types, {"H": H, "BLOCK": block, "ROWS": 2048 // block} | choices, {"num_warps": 4})
 
 
+def choice(experts: int, k: int, groups: int = 1, backward: bool = False) -> Case:
+    """A router: softmax, or with groups sigmoid and a bias."""
+    sizes = {"EXPERTS": experts, "BINS": experts, "CHOICES": k, "ROWS": 1024 // experts, "SIGMOID": groups > 1}
+    sizes |= {"RENORMALISED": True}
+    if backward:
+        return Case("expert_choice:_choose_backward", "*bf16:16 *i32:16 *fp32:16 *bf16:16 i32 i32:16 fp32", sizes, {})
+    absent = {"given": None} | ({} if groups > 1 else {"bias": None})
+    types = f"*fp32:16 {'*fp32:16 ' * (groups > 1)}*i32:16 *fp32:16 i32 i32:16 fp32"
+    more = {"WIDTH": k, "GROUPS": groups, "KEPT": max(1, groups // 2)}
+    return Case("expert_choice:_choose", types, sizes | more | absent, {})
+
+
 def product(dtype: str, layout: str, INNER: int, OUTER: int, tile: tuple[int, int, int, int, int], bias: bool) -> Case:
     """A grouped product. layout: strides of w over INNER and OUTER; the adjacent one is 1."""
     pointers = f"*{dtype}:16 " * (3 if bias else 2) + f"*i32:16 *{dtype}:16 i32 i32:16 i32:16"
@@ -416,6 +428,10 @@ CASES = [
     # Packed experts times a sampled token's rows; more rows, a bias and a short last step (gpt-oss).
     packed_product("bf16", 1536, 2048, (16, 64, 64, 4, 4)),
     packed_product("fp16", 5760, 2880, (64, 64, 64, 4, 4), True),
+    # Routers of Qwen3-30B-A3B and of DeepSeek-V3.
+    choice(128, 8),
+    choice(256, 8, 8),
+    choice(256, 8, 8, backward=True),
     Case("copies:_sum_rows", B + "*i32:16 *i32:16 " + B + "i32 i32:16", {"C": 1024, "BLOCK": 1024, "ROWS": 2}, {}),
     Case(
         "lse_merge:_merge_kernel",
