@@ -21,7 +21,7 @@ from torch import Tensor
 
 from rlft.kernels.expert_tiles import bins, expert_tile, fits, most_tiles
 from rlft.kernels.grouped import grouped_reference
-from rlft.kernels.launch import KERNEL_DTYPES, check_args, kernel, launch, on_gpu, power_of_2, tl
+from rlft.kernels.launch import KERNEL_DTYPES, check_args, jit, kernel, launch, on_gpu, power_of_2, tl
 from rlft.kernels.nf4 import Nf4Weight, decode_reference
 from rlft.kernels.nf4_stack import NF4_BITS, block_scales, check_stack, look_up, stack_pointers
 
@@ -42,6 +42,39 @@ def nf4_grouped_reference(
     """Compute `nf4_grouped` in plain PyTorch; float64 x takes weights that are rounded to float32."""
     dtype = torch.float32 if x.dtype == torch.float64 else x.dtype
     return grouped_reference(x, decode_reference(weight, dtype).view(shape).to(x.dtype), offsets, bias)
+
+
+@jit
+def _weights(
+    packed,
+    absmax,
+    nested_code,
+    nested_absmax,
+    offset,
+    row,
+    start,
+    live_n,
+    K: tl.constexpr,
+    BLOCK: tl.constexpr,
+    NESTED: tl.constexpr,
+    BITS: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """Decode BK columns of rows [BN] of the stack, from `start` on, to fp32; beyond K they are any finite numbers."""
+    SCALES: tl.constexpr = BK // BLOCK
+    lane = tl.arange(0, 8)
+    word = start // 8 + tl.arange(0, BK // 8)
+    live = live_n[:, None] & (word < K // 8)[None, :]
+    words = tl.load(packed + row[:, None] * (K // 8) + word[None, :], mask=live, other=0)
+    # The order of nibbles is that of `rlft.kernels.nf4`.
+    index = (words[:, :, None] >> ((lane ^ 1) * 4)[None, None, :]) & 15
+    block = start // BLOCK + tl.arange(0, SCALES)
+    live = live_n[:, None] & (block < K // BLOCK)[None, :]
+    blocks = row[:, None] * (K // BLOCK) + block[None, :]
+    scale = block_scales(absmax, nested_code, nested_absmax, offset, blocks, live, NESTED)
+    value = tl.reshape(look_up(index, BN * BK, BITS), [BN, SCALES, BLOCK]) * scale[:, :, None]
+    return tl.reshape(value, [BN, BK])
 
 
 @kernel()
@@ -71,30 +104,18 @@ def _product(
     WIDE: tl.constexpr,
 ):
     """Compute a tile of y. WIDE: as `rlft.kernels.low_rank`; compile without fp fusion."""
-    SCALES: tl.constexpr = BK // BLOCK
     expert, first, stop, _ = expert_tile(tl.program_id(1), offsets, BM, EXPERTS, BINS)
     if first < stop:
         m = first + tl.arange(0, BM)
         n = tl.program_id(0) * BN + tl.arange(0, BN)
         live_m, live_n = m < stop, n < N
         row = expert.to(tl.int64) * N + n
-        lane = tl.arange(0, 8)
         acc = tl.zeros([BN, BM], tl.float32)
         for start in range(0, K, BK):
-            word = start // 8 + tl.arange(0, BK // 8)
-            live = live_n[:, None] & (word < K // 8)[None, :]
-            words = tl.load(packed + row[:, None] * (K // 8) + word[None, :], mask=live, other=0)
-            # The order of nibbles is that of `rlft.kernels.nf4_stack`.
-            index = (words[:, :, None] >> ((lane ^ 1) * 4)[None, None, :]) & 15
-            block = start // BLOCK + tl.arange(0, SCALES)
-            scale = block_scales(
-                *(absmax, nested_code, nested_absmax, offset),
-                row[:, None] * (K // BLOCK) + block[None, :],
-                live_n[:, None] & (block < K // BLOCK)[None, :],
-                NESTED,
-            )
-            value = tl.reshape(look_up(index, BN * BK, BITS), [BN, SCALES, BLOCK]) * scale[:, :, None]
-            wt = tl.reshape(value, [BN, BK]).to(x.dtype.element_ty)
+            wt = _weights(
+                *(packed, absmax, nested_code, nested_absmax, offset, row, start, live_n),
+                *(K, BLOCK, NESTED, BITS, BN, BK),
+            ).to(x.dtype.element_ty)
             k = start + tl.arange(0, BK)
             xt = tl.load(
                 x + m.to(tl.int64)[:, None] * x_stride + k[None, :], mask=live_m[:, None] & (k < K)[None, :], other=0.0
