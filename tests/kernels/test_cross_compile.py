@@ -200,16 +200,15 @@ def moved(kernel: str, types: str, H: int, k: int | None = None) -> Case:
     return Case(f"gather:{kernel}", types, {"H": H, "BLOCK": block, "ROWS": 2048 // block} | choices, {"num_warps": 4})
 
 
-def choice(experts: int, k: int, groups: int = 1, backward: bool = False) -> Case:
-    """A router: softmax, or with groups sigmoid and a bias."""
-    sizes = {"EXPERTS": experts, "BINS": experts, "CHOICES": k, "ROWS": 1024 // experts, "SIGMOID": groups > 1}
+def choice(experts: int, k: int, groups: int, backward: bool) -> Case:
+    """A router with sigmoid, a bias and groups."""
+    sizes = {"EXPERTS": experts, "BINS": experts, "CHOICES": k, "ROWS": 1024 // experts, "SIGMOID": True}
     sizes |= {"RENORMALISED": True}
     if backward:
         return Case("expert_choice:_choose_backward", "*bf16:16 *i32:16 *fp32:16 *bf16:16 i32 i32:16 fp32", sizes, {})
-    absent = {"given": None} | ({} if groups > 1 else {"bias": None})
-    types = f"*fp32:16 {'*fp32:16 ' * (groups > 1)}*i32:16 *fp32:16 i32 i32:16 fp32"
-    more = {"WIDTH": k, "GROUPS": groups, "KEPT": max(1, groups // 2)}
-    return Case("expert_choice:_choose", types, sizes | more | absent, {})
+    more = {"WIDTH": k, "GROUPS": groups, "KEPT": groups // 2, "given": None}
+    types = "*fp32:16 *fp32:16 *i32:16 *fp32:16 i32 i32:16 fp32"
+    return Case("expert_choice:_choose", types, sizes | more, {})
 
 
 def product(dtype: str, layout: str, INNER: int, OUTER: int, tile: tuple[int, int, int, int, int], bias: bool) -> Case:
@@ -397,15 +396,12 @@ CASES = [
         {},
     ),
     Case("logprobs:_scale_rows_kernel", "*bf16:16 *fp32:16 *bf16:16 i32:16", {"BLOCK": 1024}, {}),
-    # Choices of the widest router, and of a small one.
-    *(
-        Case(
-            "route:_sort",
-            f"*{dtype}:16 *i32:16 *i32:16 *i32:16 i32 i32",
-            {"EXPERTS": experts, "BINS": bins, "BLOCK": 4096, "ROWS": 128},
-            {"num_warps": 8},
-        )
-        for dtype, experts, bins in (("i64", 512, 512), ("i32", 8, 16))
+    # Choices of the widest router.
+    Case(
+        "route:_sort",
+        "*i64:16 *i32:16 *i32:16 *i32:16 i32 i32",
+        {"EXPERTS": 512, "BINS": 512, "BLOCK": 4096, "ROWS": 128},
+        {"num_warps": 8},
     ),
     moved("_gather", "*bf16:16 *i32:16 *fp32:16 *bf16:16 i32 i32:16 i32:16", 2048, 8),
     moved("_combine", "*bf16:16 *i32:16 *fp32:16 *bf16:16 *bf16:16 i32 i32:16 i32:16 i32:16", 2048, 10),
@@ -421,17 +417,14 @@ CASES = [
         for dtype, C, R, BC, BR in (("bf16", 1536, 64, 128, 64), ("fp32", 768, 16, 128, 16))
     ),
     factor("_add_shares", "", 2048, 16, {"BLOCK": 1024}, {}),
-    # All experts of a layer; those with rows, of gpt-oss' odd number of blocks a row.
-    stack("bf16", 1536, 2048, 1),
+    # Of NF4 the experts with rows, of MXFP4 all; gpt-oss has an odd number of blocks of 64 a row.
     stack("fp16", 5760, 2880, 8),
     stack("bf16", 5760, 2880, 1, mx=True),
     # Packed experts times a sampled token's rows; more rows, a bias and a short last step (gpt-oss).
     packed_product("bf16", 1536, 2048, (16, 64, 64, 4, 4)),
     packed_product("fp16", 5760, 2880, (64, 64, 64, 4, 4), True),
-    # Routers of Qwen3-30B-A3B and of DeepSeek-V3.
-    choice(128, 8),
-    choice(256, 8, 8),
-    choice(256, 8, 8, backward=True),
+    # DeepSeek-V3's router.
+    *(choice(256, 8, 8, backward) for backward in (False, True)),
     Case("copies:_sum_rows", B + "*i32:16 *i32:16 " + B + "i32 i32:16", {"C": 1024, "BLOCK": 1024, "ROWS": 2}, {}),
     Case(
         "lse_merge:_merge_kernel",
