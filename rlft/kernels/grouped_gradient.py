@@ -180,8 +180,10 @@ def grouped_gradient_launch(
     )
 
 
-def grouped_gradient(a: Tensor, b: Tensor, offsets: Tensor, out: Tensor, accumulate: bool, scale: float = 1.0) -> None:
-    """Compute out_e = scale a^T b over the rows of each expert, or add it.
+def grouped_gradient(
+    a: Tensor, b: Tensor, offsets: Tensor, out: Tensor, accumulate: bool = False, scale: float = 1.0
+) -> Tensor:
+    """Compute out_e = scale a^T b over the rows of each expert, or add it; return out.
 
     a: [M, P], b: [M, Q], sorted by expert, of one dtype, rows of any stride. offsets: [E + 1] int32 of
     `sort_by_expert`. out: [E, P, Q] float32 (or float64 on a CPU), of any strides, so that a view of a parameter's
@@ -207,7 +209,7 @@ def grouped_gradient(a: Tensor, b: Tensor, offsets: Tensor, out: Tensor, accumul
     )
     if not on_gpu("grouped_gradient", a=a, b=b, offsets=offsets, out=out):
         grouped_gradient_reference(a, b, offsets, out, accumulate, scale)
-        return
+        return out
     check_args(
         "grouped_gradient",
         a.dtype in KERNEL_DTYPES and out.dtype == torch.float32,
@@ -216,3 +218,4 @@ def grouped_gradient(a: Tensor, b: Tensor, offsets: Tensor, out: Tensor, accumul
         out=out,
     )
     grouped_gradient_launch(a, b, offsets, out, accumulate, scale)
+    return out
