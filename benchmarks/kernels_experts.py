@@ -28,7 +28,7 @@ from rlft.kernels.expert_choice import Scoring, choose_experts, choose_reference
 from rlft.kernels.gather import combine, combine_reference, gather, gather_reference, row_dots, row_dots_reference
 from rlft.kernels.grouped import by_grouped_mm, grouped, grouped_launch, grouped_transposed
 from rlft.kernels.grouped_gradient import grouped_gradient
-from rlft.kernels.mxfp4 import Mxfp4Weight, decode_mxfp4, decode_mxfp4_reference
+from rlft.kernels.mxfp4 import Mxfp4Weight, decode_mxfp4, decode_mxfp4_reference, mxfp4_grouped
 from rlft.kernels.nf4 import DecodeTables, Nf4Weight
 from rlft.kernels.nf4_grouped import nf4_grouped
 from rlft.kernels.nf4_stack import decode_stack
@@ -175,11 +175,11 @@ def decoding(model: Model, sampled: tuple[int, ...], device: str) -> Iterator[Wo
         yield Work(f"decode-active/{tokens}", {"rlft": partial(some, offsets, rows)}, moved)
         stacks: dict[str, Thunk] = {"rlft": partial(nf4_grouped, x, weight, offsets)}
         stacks["decoded"] = lambda x=x, offsets=offsets, rows=rows: grouped(x, some(offsets, rows), offsets)
-        stacks["bf16"] = lambda x=x, offsets=offsets: grouped(x, out, offsets)
+        stacks["bf16"] = partial(grouped, x, out, offsets)
         yield Work(f"packed-product/{tokens}", stacks, int(packed * share))
 
 
-def mxfp4(model: Model, device: str) -> Iterator[Work]:
+def mxfp4(model: Model, sampled: tuple[int, ...], device: str) -> Iterator[Work]:
     E, N, K = model.experts, 2 * model.inner, model.hidden
     blocks = torch.randint(256, (E, N, K // 32, 16), dtype=torch.uint8, device=device)
     scales = torch.randint(110, 130, (E, N, K // 32), dtype=torch.uint8, device=device)
@@ -192,6 +192,12 @@ def mxfp4(model: Model, device: str) -> Iterator[Work]:
     size = weight.numel // 2 + weight.numel // 32 + 2 * weight.numel
     stacks = {"rlft": ours, "torch": lambda: decode_mxfp4_reference(weight, out.dtype)}
     yield Work("decode-mxfp4", stacks, size)
+    decode_mxfp4(weight, out)
+    for tokens in sampled:
+        _, _, (_, _, offsets) = routed(model, tokens, device)
+        x, active = randn(tokens * model.k, K, device=device), int((offsets[1:] > offsets[:-1]).sum())
+        stacks = {"rlft": partial(mxfp4_grouped, x, weight, offsets), "bf16": partial(grouped, x, out, offsets)}
+        yield Work(f"packed-product-mxfp4/{tokens}", stacks, (weight.numel // 2 + weight.numel // 32) * active // E)
 
 
 def works(model: Model, tokens: tuple[int, ...], sampled: tuple[int, ...], device: str) -> Iterator[tuple[str, Work]]:
@@ -199,7 +205,7 @@ def works(model: Model, tokens: tuple[int, ...], sampled: tuple[int, ...], devic
         for part in (routing, moving, products):
             for work in part(model, T, device):
                 yield f"experts/{model.name}/T{T}/{work.name}", work
-    for work in (*decoding(model, sampled, device), *mxfp4(model, device)):
+    for work in (*decoding(model, sampled, device), *mxfp4(model, sampled, device)):
         yield f"experts/{model.name}/{work.name}", work
 
 

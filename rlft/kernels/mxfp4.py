@@ -5,25 +5,31 @@ A stack [E, N, K] is cut into blocks of 32 elements of a row. Byte j of a block 
 
     w = round(e2m1 2^(s - 127)),    s = 255 is NaN
 
-The product is exact in fp32, and in bf16 but for subnormal results. The kernel is that of `rlft.kernels.nf4_stack`,
-where the nibbles, the values and the scales are others. There is no backward, since the base is frozen. Source: OCP
-Microscaling Formats 1.0, sections 5.3.3 and 5.4.1. Bytes per element: reads 0.5 + 1/32, writes 2 (bf16).
+w is exact in fp32, and in bf16 but for subnormal numbers. The kernels are those of `rlft.kernels.nf4_stack` and, for
+products y with few rows x per expert, of `rlft.kernels.nf4_grouped`; nibbles, values and scales are others. There is no
+backward, since the base is frozen. Source: OCP Microscaling Formats 1.0, sections 5.3.3 and 5.4.1. Bytes per element:
+reads 0.5 + 1/32, writes 2 (bf16).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from rlft.kernels.grouped import grouped_reference
 from rlft.kernels.launch import check_args, on_gpu
+from rlft.kernels.nf4_grouped import Tile, check_rows, packed_launch
 from rlft.kernels.nf4_stack import bits_of, check_out, copy_experts, decode_launch
 
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 """The 16 values."""
 BLOCK = 32
 """Elements of a block."""
+FORM: dict[str, Any] = {"BLOCK": BLOCK, "NESTED": -1, "BITS": bits_of(E2M1), "FLIP": 0}
+"""Constants of the kernels."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,10 +74,16 @@ def decode_mxfp4_reference(weight: Mxfp4Weight, dtype: torch.dtype) -> Tensor:
     return (values.double() * scales[:, None]).float().to(dtype).view(weight.shape)
 
 
+def _pointers(weight: Mxfp4Weight) -> tuple[Tensor | None, ...]:
+    """Return what the kernels read. Raises ValueError for bytes that do not begin at a 16-byte address."""
+    packed = weight.packed
+    check_args("Mxfp4Weight", packed.data_ptr() % 16 == 0, "packed bytes at a 16-byte address", packed=packed)
+    return packed.view(-1).view(torch.int32), weight.e8m0, None, None, None
+
+
 def decode_mxfp4_launch(weight: Mxfp4Weight, out: Tensor, offsets: Tensor | None, most: int) -> None:
     """Compute `decode_mxfp4` by the kernel. most: experts that can have rows."""
-    pointers = weight.packed.view(-1).view(torch.int32), weight.e8m0, None, None, None
-    decode_launch(pointers, offsets, out, most, BLOCK, NESTED=-1, BITS=bits_of(E2M1), FLIP=0)
+    decode_launch(_pointers(weight), offsets, out, most, **FORM)
 
 
 def decode_mxfp4(weight: Mxfp4Weight, out: Tensor, offsets: Tensor | None = None, rows: int | None = None) -> None:
@@ -81,9 +93,43 @@ def decode_mxfp4(weight: Mxfp4Weight, out: Tensor, offsets: Tensor | None = None
     """
     check_out("decode_mxfp4", out, offsets)
     check_args("decode_mxfp4", tuple(out.shape) == weight.shape, f"an output {list(weight.shape)}", out=out)
-    check_args("decode_mxfp4", weight.packed.data_ptr() % 16 == 0, "blocks at a 16-byte address", blocks=weight.packed)
     experts = out.shape[0]
     if on_gpu("decode_mxfp4", out=out, packed=weight.packed, offsets=offsets):
         decode_mxfp4_launch(weight, out, offsets, experts if offsets is None or rows is None else min(rows, experts))
     else:
         copy_experts(decode_mxfp4_reference(weight, out.dtype), out, offsets)
+
+
+def mxfp4_grouped_reference(x: Tensor, weight: Mxfp4Weight, offsets: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Compute `mxfp4_grouped` in plain PyTorch."""
+    dtype = torch.float32 if x.dtype == torch.float64 else x.dtype
+    return grouped_reference(x, decode_mxfp4_reference(weight, dtype).to(x.dtype), offsets, bias)
+
+
+def mxfp4_grouped_launch(
+    x: Tensor, weight: Mxfp4Weight, offsets: Tensor, bias: Tensor | None, out: Tensor, tile: Tile | None = None
+) -> Tensor:
+    """Compute `mxfp4_grouped` by the kernel."""
+    return packed_launch(x, _pointers(weight), offsets, bias, out, tile, **FORM)
+
+
+def mxfp4_grouped(
+    x: Tensor, weight: Mxfp4Weight, offsets: Tensor, out: Tensor | None = None, bias: Tensor | None = None
+) -> Tensor:
+    """Compute y [M, N] = x w_e^T + bias_e from the packed weights, e the expert of each row.
+
+    Arguments and errors as `rlft.kernels.nf4_grouped.nf4_grouped`.
+    """
+    experts, N, K = weight.shape
+    check_rows("mxfp4_grouped", x, N, offsets, out, bias)
+    check_args(
+        "mxfp4_grouped",
+        x.shape[1] == K and offsets.numel() == experts + 1,
+        f"x [M, {K}] and offsets [{experts + 1}]",
+        x=x,
+        offsets=offsets,
+    )
+    if on_gpu("mxfp4_grouped", x=x, packed=weight.packed, offsets=offsets, out=out, bias=bias):
+        return mxfp4_grouped_launch(x, weight, offsets, bias, x.new_empty(x.shape[0], N) if out is None else out)
+    y = mxfp4_grouped_reference(x, weight, offsets, bias)
+    return y if out is None else out.copy_(y)

@@ -6,7 +6,8 @@ When an engine samples token by token, each expert has a few rows, and the time 
 4-bit weights of experts with rows are read once per tile of rows, K N / 2 bytes and their scales, and no decoded copy
 is written. They are rounded to the dtype of x before the product, so that the engine multiplies with the bits that the
 trainer decodes (`rlft.kernels.nf4_stack`), with fp32 sums. From about 64 rows per expert decoding once and
-`rlft.kernels.grouped` do less work. Offsets stay on the device. There is no gradient.
+`rlft.kernels.grouped` do less work. Offsets stay on the device. There is no gradient. `rlft.kernels.mxfp4` has the same
+product of its weights.
 
 M rows of E experts e. In the kernel the weights are the left operand, since they come from registers: acc [BN, BM] is
 y^T. m, n, k index rows, columns of y and columns of x.
@@ -14,7 +15,7 @@ y^T. m, n, k index rows, columns of y and columns of x.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -58,17 +59,20 @@ def _weights(
     BLOCK: tl.constexpr,
     NESTED: tl.constexpr,
     BITS: tl.constexpr,
+    FLIP: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """Decode BK columns of rows [BN] of the stack, from `start` on, to fp32; beyond K they are any finite numbers."""
+    """Decode BK columns of rows [BN] of the stack, from `start` on, to fp32; constants as `nf4_stack.decode_kernel`.
+
+    Beyond K they are any finite numbers.
+    """
     SCALES: tl.constexpr = BK // BLOCK
     lane = tl.arange(0, 8)
     word = start // 8 + tl.arange(0, BK // 8)
     live = live_n[:, None] & (word < K // 8)[None, :]
     words = tl.load(packed + row[:, None] * (K // 8) + word[None, :], mask=live, other=0)
-    # The order of nibbles is that of `rlft.kernels.nf4`.
-    index = (words[:, :, None] >> ((lane ^ 1) * 4)[None, None, :]) & 15
+    index = (words[:, :, None] >> ((lane ^ FLIP) * 4)[None, None, :]) & 15
     block = start // BLOCK + tl.arange(0, SCALES)
     live = live_n[:, None] & (block < K // BLOCK)[None, :]
     blocks = row[:, None] * (K // BLOCK) + block[None, :]
@@ -98,6 +102,7 @@ def _product(
     BLOCK: tl.constexpr,
     NESTED: tl.constexpr,
     BITS: tl.constexpr,
+    FLIP: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
@@ -114,7 +119,7 @@ def _product(
         for start in range(0, K, BK):
             wt = _weights(
                 *(packed, absmax, nested_code, nested_absmax, offset, row, start, live_n),
-                *(K, BLOCK, NESTED, BITS, BN, BK),
+                *(K, BLOCK, NESTED, BITS, FLIP, BN, BK),
             ).to(x.dtype.element_ty)
             k = start + tl.arange(0, BK)
             xt = tl.load(
@@ -136,10 +141,17 @@ def tile_of(rows: int, element_size: int) -> Tile:
     return Tile(BM, 64, 64, 4, 4) if element_size == 2 else Tile(min(32, BM), 32, 64, 4, 2)
 
 
-def nf4_grouped_launch(
-    x: Tensor, weight: Nf4Weight, offsets: Tensor, bias: Tensor | None, out: Tensor, tile: Tile | None = None
+def packed_launch(
+    x: Tensor,
+    pointers: tuple[Tensor | None, ...],
+    offsets: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    tile: Tile | None,
+    BLOCK: int,
+    **constants: Any,
 ) -> Tensor:
-    """Compute `nf4_grouped` by the kernel."""
+    """Launch the kernel. pointers, BLOCK, constants: as `rlft.kernels.nf4_stack.decode_launch`."""
     M, K = x.shape
     experts, N = offsets.numel() - 1, out.shape[1]
     if not out.numel():
@@ -149,7 +161,7 @@ def nf4_grouped_launch(
         _product,
         (-(-N // tile.columns), most_tiles(M, tile.rows, experts)),
         x,
-        *stack_pointers(weight),
+        *pointers,
         bias,
         offsets,
         out,
@@ -160,18 +172,47 @@ def nf4_grouped_launch(
         K=K,
         EXPERTS=experts,
         BINS=bins(experts),
-        BLOCK=weight.blocksize,
-        NESTED=weight.nested_blocksize if weight.nested_code is not None else 0,
-        BITS=NF4_BITS,
+        BLOCK=BLOCK,
+        **constants,
         BM=tile.rows,
         BN=tile.columns,
-        BK=max(tile.depth, weight.blocksize),
+        BK=max(tile.depth, BLOCK),
         WIDE=not x.is_cuda,
         num_warps=tile.warps,
         num_stages=tile.stages,
         enable_fp_fusion=False,
     )
     return out
+
+
+def nf4_grouped_launch(
+    x: Tensor, weight: Nf4Weight, offsets: Tensor, bias: Tensor | None, out: Tensor, tile: Tile | None = None
+) -> Tensor:
+    """Compute `nf4_grouped` by the kernel."""
+    nested = weight.nested_blocksize if weight.nested_code is not None else 0
+    constants = {"NESTED": nested, "BITS": NF4_BITS, "FLIP": 1}
+    return packed_launch(x, stack_pointers(weight), offsets, bias, out, tile, weight.blocksize, **constants)
+
+
+def check_rows(op: str, x: Tensor, N: int, offsets: Tensor, out: Tensor | None, bias: Tensor | None) -> None:
+    """Raise ValueError unless rows, offsets, output and bias fit weights of N rows per expert."""
+    experts = offsets.numel() - 1
+    check_args(
+        op,
+        x.dim() == 2
+        and experts >= 1
+        and fits(offsets, experts)
+        and (out is None or (tuple(out.shape) == (x.shape[0], N) and out.dtype == x.dtype))
+        and (bias is None or (tuple(bias.shape) == (experts, N) and bias.dtype == x.dtype))
+        and all(rows is None or rows.stride(1) == 1 or rows.shape[1] <= 1 for rows in (x, out, bias))
+        and (not x.is_cuda or x.dtype in KERNEL_DTYPES),
+        f"x [M, K] (float32, bfloat16 or float16 on a GPU), offsets [E + 1] int32, out [M, {N}] and bias [E, {N}] of "
+        f"x's dtype, the last dimension adjacent",
+        x=x,
+        offsets=offsets,
+        out=out,
+        bias=bias,
+    )
 
 
 def nf4_grouped(
@@ -186,23 +227,11 @@ def nf4_grouped(
     """
     experts = max(1, offsets.numel() - 1)
     N = weight.numel // (experts * max(1, x.shape[-1]))
-    check_args(
-        "nf4_grouped",
-        x.dim() == 2
-        and fits(offsets, experts)
-        and weight.blocksize <= 128
-        and (out is None or (tuple(out.shape) == (x.shape[0], N) and out.dtype == x.dtype))
-        and (bias is None or (tuple(bias.shape) == (experts, N) and bias.dtype == x.dtype))
-        and all(rows is None or rows.stride(1) == 1 or rows.shape[1] <= 1 for rows in (x, out, bias)),
-        f"x [M, K], weights in blocks of at most 128, offsets [E + 1] int32, out [M, {N}], bias [E, {N}], of x's dtype",
-        x=x,
-        offsets=offsets,
-        out=out,
-        bias=bias,
-    )
+    check_rows("nf4_grouped", x, N, offsets, out, bias)
     check_stack("nf4_grouped", weight, (experts, N, x.shape[1]))
+    if weight.blocksize > 128:
+        raise ValueError(f"nf4_grouped: want weights in blocks of at most 128, got blocks of {weight.blocksize}")
     if on_gpu("nf4_grouped", x=x, packed=weight.packed, offsets=offsets, out=out, bias=bias):
-        check_args("nf4_grouped", x.dtype in KERNEL_DTYPES, "float32, bfloat16 or float16 on a GPU", x=x)
         return nf4_grouped_launch(x, weight, offsets, bias, x.new_empty(x.shape[0], N) if out is None else out)
     y = nf4_grouped_reference(x, weight, (experts, N, x.shape[1]), offsets, bias)
     return y if out is None else out.copy_(y)

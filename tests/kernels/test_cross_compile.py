@@ -237,13 +237,19 @@ def stack(dtype: str, N: int, K: int, TILES: int, mx: bool = False) -> Case:
     return Case("nf4_stack:decode_kernel", types, constants, {"num_warps": 1, "enable_fp_fusion": False})
 
 
-def packed_product(dtype: str, N: int, K: int, tile: tuple[int, int, int, int, int], bias: bool = False) -> Case:
-    """A product with packed experts."""
+def packed_product(dtype: str, N: int, K: int, tile: tuple[int, int, int, int, int], mx: bool = False) -> Case:
+    """A product with experts packed in nested NF4, or in MXFP4 with a bias."""
     BM, BN, BK, warps, stages = tile
-    constants = {"N": N, "K": K, "EXPERTS": 128, "BINS": 128, "BLOCK": 64, "NESTED": 256, "BITS": NF4_BITS}
-    constants |= {"BM": BM, "BN": BN, "BK": BK, "WIDE": False} | ({} if bias else {"bias": None, "bias_stride": 0})
-    types = f"*{dtype}:16 {NF4} {f'*{dtype}:16 ' if bias else ''}*i32:16 *{dtype}:16 i32:16 {'i32:16 ' * bias}i32:16"
+    constants = {"N": N, "K": K, "EXPERTS": 128, "BINS": 128, "BM": BM, "BN": BN, "BK": BK, "WIDE": False}
+    if mx:
+        constants |= {"BLOCK": 32, "NESTED": -1, "BITS": bits_of(E2M1), "FLIP": 0}
+        constants |= dict.fromkeys(("nested_code", "nested_absmax", "offset"))
+        pointers, strides = f"*i32:16 *u8:16 *{dtype}:16", "i32:16 i32:16 i32:16"
+    else:
+        constants |= {"BLOCK": 64, "NESTED": 256, "BITS": NF4_BITS, "FLIP": 1, "bias": None, "bias_stride": 0}
+        pointers, strides = NF4, "i32:16 i32:16"
     options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": False}
+    types = f"*{dtype}:16 {pointers} *i32:16 *{dtype}:16 {strides}"
     return Case("nf4_grouped:_product", types, constants, options)
 
 
@@ -422,7 +428,7 @@ CASES = [
     stack("bf16", 5760, 2880, 1, mx=True),
     # Packed experts times a sampled token's rows; more rows, a bias and a short last step (gpt-oss).
     packed_product("bf16", 1536, 2048, (16, 64, 64, 4, 4)),
-    packed_product("fp16", 5760, 2880, (64, 64, 64, 4, 4), True),
+    packed_product("fp16", 5760, 2880, (64, 64, 64, 4, 4), mx=True),
     # DeepSeek-V3's router.
     *(choice(256, 8, 8, backward) for backward in (False, True)),
     Case("copies:_sum_rows", B + "*i32:16 *i32:16 " + B + "i32 i32:16", {"C": 1024, "BLOCK": 1024, "ROWS": 2}, {}),

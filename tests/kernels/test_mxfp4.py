@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kernel_rule import DEVICE, QUIET
-from test_grouped import offsets_of
+from kernel_rule import DEVICE, DTYPES, QUIET, assert_rule
+from test_grouped import ROWS, offsets_of
 from test_nf4 import same_bits
 from test_nf4_stack import INTERPRETED, buffer
 
-from rlft.kernels.mxfp4 import Mxfp4Weight, decode_mxfp4, decode_mxfp4_launch, decode_mxfp4_reference
+from rlft.kernels.grouped import grouped_reference
+from rlft.kernels.mxfp4 import (
+    Mxfp4Weight,
+    decode_mxfp4,
+    decode_mxfp4_launch,
+    decode_mxfp4_reference,
+    mxfp4_grouped,
+    mxfp4_grouped_launch,
+    mxfp4_grouped_reference,
+)
 
 pytestmark = QUIET
 
@@ -70,6 +79,19 @@ def test_only_experts_with_rows_are_decoded() -> None:
     assert same_bits(out, plain) and torch.equal(out[[1, 3]], want[[1, 3]]) and (out[[0, 2]] == 7).all()
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case, N, K", [("none", 5, 64), ("the last without", 70, 96), ("all rows of one", 20, 160)])
+def test_the_product_obeys_the_rule(case: str, N: int, K: int, dtype: torch.dtype) -> None:
+    rows = ROWS[case]
+    g = torch.Generator().manual_seed(N)
+    weight, offsets = drawn((len(rows), N, K), 120, 128), offsets_of(rows)
+    x, bias = (torch.randn(shape, generator=g).to(DEVICE, dtype) for shape in ((sum(rows), K), (len(rows), N)))
+    got = mxfp4_grouped_launch(x, weight, offsets, bias, x.new_empty(sum(rows), N))
+    w = decode_mxfp4_reference(weight, dtype).double()
+    plain = mxfp4_grouped_reference(x, weight, offsets, bias)
+    assert_rule("y", got, plain, grouped_reference(x.double(), w, offsets, bias.double()), 2)
+
+
 def test_what_does_not_fit_is_refused() -> None:
     good = drawn((2, 3, 64))
     for packed, e8m0, shape in (
@@ -79,6 +101,11 @@ def test_what_does_not_fit_is_refused() -> None:
     ):
         with pytest.raises(ValueError, match="Mxfp4Weight: want uint8 blocks and scales"):
             Mxfp4Weight(packed, e8m0, shape)
+    x = torch.randn(3, 64, device=DEVICE)
+    assert mxfp4_grouped(x, good, offsets_of([1, 2])).shape == (3, 3)
+    for rows, counts in ((x[:, :32], [1, 2]), (x, [1, 1, 1])):
+        with pytest.raises(ValueError, match=r"mxfp4_grouped: want x \[M, 64\] and offsets \[3\]"):
+            mxfp4_grouped(rows, good, offsets_of(counts))
     with pytest.raises(ValueError, match=r"decode_mxfp4: want an output \[2, 3, 64\]"):
         decode_mxfp4(good, torch.empty(2, 3, 32, device=DEVICE))
     with pytest.raises(ValueError, match=r"decode_mxfp4: want out \[E, N, K\]"):
@@ -91,3 +118,6 @@ def test_gpu_a_layer_of_gpt_oss() -> None:
     out = torch.empty(32, 5760, 2880, device="cuda", dtype=torch.bfloat16)
     decode_mxfp4(weight, out)
     assert same_bits(out, decode_mxfp4_reference(weight, torch.bfloat16))
+    x, offsets = torch.randn(64, 2880, device="cuda", dtype=torch.bfloat16), offsets_of([2] * 32)
+    truth = grouped_reference(x.double(), out.double(), offsets)
+    assert_rule("y", mxfp4_grouped(x, weight, offsets), grouped_reference(x, out, offsets), truth, 2)
