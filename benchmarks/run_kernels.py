@@ -12,7 +12,7 @@ import time
 
 from results_file import arguments, write
 
-NAMES = ("nf4", "lora", "rms_norm", "qk_rope", "swiglu", "attention", "copies", "logprobs")
+NAMES = ("nf4", "lora", "rms_norm", "qk_rope", "swiglu", "attention", "copies", "logprobs", "kernels_experts")
 
 if __name__ == "__main__":
     parser = arguments(__doc__)

@@ -121,3 +121,13 @@ def test_every_document_that_is_named_exists() -> None:
             if re.search(r"\bDESIGN\b", line) or not names.issuperset(documents):
                 dead.append(f"{path}:{number}: {line.strip()}")
     assert dead == []
+
+
+def test_every_test_of_a_gpu_is_in_a_group_of_the_script_that_runs_them() -> None:
+    """By name, without the suffix, as the groups have them."""
+    script = (ROOT / "scripts" / "gpu_tests").read_text(encoding="utf-8")
+    mark = re.compile(r"^(pytestmark = .*|@|.*marks=.*)pytest\.mark\.gpu", re.MULTILINE)
+    files = [path for path in (ROOT / "tests").rglob("test_*.py") if mark.search(path.read_text(encoding="utf-8"))]
+    names = [path.relative_to(ROOT / "tests").with_suffix("").as_posix() for path in files]
+    assert len(names) > 15
+    assert [name for name in names if not re.search(rf"{name}\b", script)] == [], "add it to scripts/gpu_tests"

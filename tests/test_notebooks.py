@@ -10,6 +10,7 @@ import pytest
 from nbclient import NotebookClient
 
 ROOT = Path(__file__).parents[1]
+QUICK = "your_own_reward"
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 
@@ -27,7 +28,10 @@ def test_a_notebook_has_no_outputs(path: Path) -> None:
     assert any("assert " in cell.source for cell in notebook.cells if cell.cell_type == "code")
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(path, marks=[] if path.stem == QUICK else [pytest.mark.slow], id=path.stem) for path in NOTEBOOKS],
+)
 def test_a_notebook_runs(path: Path, smollm2: Path, tmp_path: Path, monkeypatch) -> None:
     """In a process of its own, as Jupyter runs it. A cell that raises fails the test with its traceback."""
     monkeypatch.setenv("RLFT_NOTEBOOK_MODEL", str(smollm2))

@@ -14,9 +14,11 @@ formulae: queries a to b over keys c to d, z scores, p their softmax.
 from __future__ import annotations
 
 import functools
+import os
 from importlib.metadata import PackageNotFoundError, version
 from itertools import pairwise
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -50,6 +52,33 @@ def fa4_version() -> str | None:
         return None
 
 
+def set_fa4_cache() -> None:
+    """Let flash-attn-4 keep its compiled kernels on disk, unless its environment variables are set.
+
+    Each of its kernels compiles for about 12 seconds. They are machine code that a later process loads, so the folder
+    is the user's alone: `rlft/flash-attn-4` in `$XDG_CACHE_HOME` or `~/.cache`. Where it cannot be one, nothing is
+    kept.
+    """
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rlft" / "flash-attn-4"
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        state = folder.stat()
+    except OSError:
+        return
+    if state.st_uid == os.getuid() and not state.st_mode & 0o022 and os.access(folder, os.W_OK):
+        os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_DIR", str(folder))
+        os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
+
+
+@functools.cache
+def _fa4() -> Any:
+    """The module with the raw functions of flash-attn-4, which reads its settings when it is imported."""
+    set_fa4_cache()
+    from flash_attn.cute import interface  # pyright: ignore[reportMissingImports]
+
+    return interface
+
+
 def choose_backend(device: torch.device, dtype: torch.dtype, head_dim: int, softcap: float | None) -> str:
     """Choose the back end for tensors of this kind, as measured by benchmarks/attention.py.
 
@@ -77,10 +106,8 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """Compute out and lse. Raises ValueError for an unknown back end and for a softcap that it does not support."""
     if backend == "fa4":
-        from flash_attn.cute.interface import _flash_attn_fwd  # pyright: ignore[reportMissingImports]
-
         left, right = _fa4_window(spans)
-        out, lse, *_ = _flash_attn_fwd(
+        out, lse, *_ = _fa4()._flash_attn_fwd(
             q,
             k,
             v,
@@ -135,10 +162,8 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute dq, dk, dv from any out and lse that include the keys of `spans` (see attention.py)."""
     if backend == "fa4":
-        from flash_attn.cute.interface import _flash_attn_bwd  # pyright: ignore[reportMissingImports]
-
         left, right = _fa4_window(spans)
-        dq, dk, dv, *_ = _flash_attn_bwd(
+        dq, dk, dv, *_ = _fa4()._flash_attn_bwd(
             q,
             k,
             v,

@@ -155,6 +155,21 @@ def _check_base(base: Any, name: str) -> None:
         )
     if places[0].startswith("cuda") and torch.device(places[0]).index != torch.cuda.current_device():
         raise ConfigError(f"model: it is on {places[0]}, and PyTorch's current device is another; move it there")
+    _check_dtype(base)
+
+
+def _check_dtype(base: Any) -> None:
+    """Raise ConfigError if weights differ in dtype, apart from those that transformers keeps in fp32."""
+    dtype, kept = base.get_input_embeddings().weight.dtype, set()
+    for patterns in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"):
+        kept |= set(getattr(base, patterns, None) or ())
+    for name, weight in base.named_parameters():
+        differs = weight.is_floating_point() and weight.dtype != dtype and "lora_" not in name
+        if differs and not any(pattern in name for pattern in kept):
+            raise ConfigError(
+                f"model: {name} of the {type(base).__name__} given is {weight.dtype}, and its embeddings are {dtype}; "
+                f"cast the model with .to({dtype})"
+            )
 
 
 def _check_adapter(model: PeftModel) -> None:

@@ -60,11 +60,7 @@ def describe(cfg: Config, recorded: bool, device: torch.device) -> str:
     name = engine_name(cfg, recorded, device)
     if name == "replay":
         return "recorded completions"
-    slow = name == "vllm" and cfg.engine.graphs and cfg.engine.compile and device.type == "cuda"
-    start = ", which compiles a large model for minutes at its first start" if slow else ""
-    return (
-        f"{cfg.sampling.group_size} completions, sampled with {'vLLM' if name == 'vllm' else 'the eager engine'}{start}"
-    )
+    return f"{cfg.sampling.group_size} completions, sampled with {'vLLM' if name == 'vllm' else 'the eager engine'}"
 
 
 def longest_of(cfg: Config, policy: Policy, rows: Sequence[Prompt]) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from rlft.kernels.attention import Sequences, varlen_attention, varlen_attention_reference
-from rlft.kernels.attention_backends import Spans, choose_backend
+from rlft.kernels.attention_backends import Spans, choose_backend, set_fa4_cache
 from rlft.kernels.attention_backends import forward as run_forward
 from rlft.kernels.lse_merge import add_sinks, add_sinks_reference, launch_merge, launch_sinks, merge, merge_reference
 
@@ -207,6 +208,27 @@ def test_a_back_end_that_cannot_do_it_says_so() -> None:
     with pytest.raises(ValueError, match='"fa3": want "fa4" or "fa2"'):
         run_forward("fa3", q, k, v, spans, 1.0, None)
     assert choose_backend(torch.device("cpu"), torch.bfloat16, 128, None) == "sdpa"
+
+
+def test_compiled_kernels_are_kept_in_a_folder_of_the_user_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    enabled, where = "FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "FLASH_ATTENTION_CUTE_DSL_CACHE_DIR"
+    folder = tmp_path / "rlft" / "flash-attn-4"
+
+    def settings(**given: str) -> dict[str, str]:
+        monkeypatch.setattr(os, "environ", {"XDG_CACHE_HOME": str(tmp_path), **given})
+        set_fa4_cache()
+        return {name: value for name, value in os.environ.items() if name in (enabled, where)}
+
+    assert settings() == {enabled: "1", where: str(folder)}
+    assert folder.stat().st_mode & 0o777 == 0o700
+    assert settings(**{enabled: "0"})[enabled] == "0" and settings(**{where: "elsewhere"})[where] == "elsewhere"
+    folder.chmod(0o777)
+    assert settings() == {}, "others could put machine code there"
+    folder.rmdir()
+    folder.touch()
+    assert settings() == {}
 
 
 def gpu_backends() -> list[str]:

@@ -24,6 +24,8 @@ import torch
 pytest.importorskip("triton", reason="Triton is for Linux on x86_64")
 
 from rlft.kernels.delta_forward import columns_of_block, warps
+from rlft.kernels.mxfp4 import E2M1
+from rlft.kernels.nf4_stack import NF4_BITS, bits_of
 from rlft.kernels.target_softmax import FAR, MAX_FP16_WEIGHT, MIN_ENTROPY
 
 VARYING = ("T", "N", "T_share", "SPLITS", "head_1", "head_2", "stride_head")
@@ -191,6 +193,76 @@ def head(kernel: str, results: str, constants: dict, warps: int) -> Case:
     return Case(f"target_softmax:{kernel}", types, {"BLOCK": 4096, "FAR": FAR} | constants, {"num_warps": warps})
 
 
+def moved(kernel: str, types: str, H: int, k: int | None = None) -> Case:
+    """gather's kernels: rows of H columns, k choices per token."""
+    block = min(1024, 1 << (H - 1).bit_length())
+    choices = {} if k is None else {"CHOICES": k}
+    return Case(f"gather:{kernel}", types, {"H": H, "BLOCK": block, "ROWS": 2048 // block} | choices, {"num_warps": 4})
+
+
+def choice(experts: int, k: int, groups: int, backward: bool) -> Case:
+    """A router with sigmoid, a bias and groups."""
+    sizes = {"EXPERTS": experts, "BINS": experts, "CHOICES": k, "ROWS": 1024 // experts, "SIGMOID": True}
+    sizes |= {"RENORMALISED": True}
+    if backward:
+        return Case("expert_choice:_choose_backward", "*bf16:16 *i32:16 *fp32:16 *bf16:16 i32 i32:16 fp32", sizes, {})
+    more = {"WIDTH": k, "GROUPS": groups, "KEPT": groups // 2, "given": None}
+    types = "*fp32:16 *fp32:16 *i32:16 *fp32:16 i32 i32:16 fp32"
+    return Case("expert_choice:_choose", types, sizes | more, {})
+
+
+def product(dtype: str, layout: str, INNER: int, OUTER: int, tile: tuple[int, int, int, int, int], bias: bool) -> Case:
+    """A grouped product. layout: strides of w over INNER and OUTER; the adjacent one is 1."""
+    pointers = f"*{dtype}:16 " * (3 if bias else 2) + f"*i32:16 *{dtype}:16 i32 i32:16 i32:16"
+    BM, BN, BK, warps, stages = tile
+    constants = {"INNER": INNER, "OUTER": OUTER, "EXPERTS": 128, "BINS": 128, "BM": BM, "BN": BN, "BK": BK}
+    constants |= {"TOGETHER": 8, "WIDE": False} | {name: 1 for name in ("w_inner", "w_outer") if name not in layout}
+    constants |= {} if bias else {"bias": None, "bias_stride": 0}
+    types = f"{pointers} i32:16 {'i32:16 ' if bias else ''}i32:16"
+    return Case("grouped:_product", types, constants, {"num_warps": warps, "num_stages": stages})
+
+
+NF4 = "*i32:16 *u8:16 *fp32:16 *fp32:16 *fp32:16"
+"""A nested NF4 weight as the kernels of stacks read it."""
+
+
+def stack(dtype: str, N: int, K: int, TILES: int, mx: bool = False) -> Case:
+    """Decoding a stack of experts in nested NF4, or MXFP4; with TILES > 1 those that have rows."""
+    pointers = "*i32:16 *u8:16" if mx else NF4
+    constants = {"N": N, "K": K, "EXPERTS": 128, "BINS": 128, "BLOCK": 32 if mx else 64, "NESTED": -1 if mx else 256}
+    constants |= {"BITS": bits_of(E2M1) if mx else NF4_BITS, "FLIP": 0 if mx else 1, "TILE": 1024, "TILES": TILES}
+    constants |= {"ANY_ROWS": 2**30} | ({"offsets": None} if TILES == 1 else {})
+    constants |= {} if not mx else dict.fromkeys(("nested_code", "nested_absmax", "offset"))
+    types = f"{pointers} {'*i32:16 ' if TILES > 1 else ''}*{dtype}:16 i32:16 i32:16"
+    return Case("nf4_stack:decode_kernel", types, constants, {"num_warps": 1, "enable_fp_fusion": False})
+
+
+def packed_product(dtype: str, N: int, K: int, tile: tuple[int, int, int, int, int], mx: bool = False) -> Case:
+    """A product with experts packed in nested NF4, or in MXFP4 with a bias."""
+    BM, BN, BK, warps, stages = tile
+    constants = {"N": N, "K": K, "EXPERTS": 128, "BINS": 128, "BM": BM, "BN": BN, "BK": BK, "WIDE": False}
+    if mx:
+        constants |= {"BLOCK": 32, "NESTED": -1, "BITS": bits_of(E2M1), "FLIP": 0}
+        constants |= dict.fromkeys(("nested_code", "nested_absmax", "offset"))
+        pointers, strides = f"*i32:16 *u8:16 *{dtype}:16", "i32:16 i32:16 i32:16"
+    else:
+        constants |= {"BLOCK": 64, "NESTED": 256, "BITS": NF4_BITS, "FLIP": 1, "bias": None, "bias_stride": 0}
+        pointers, strides = NF4, "i32:16 i32:16"
+    options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": False}
+    types = f"*{dtype}:16 {pointers} *i32:16 *{dtype}:16 {strides}"
+    return Case("nf4_grouped:_product", types, constants, options)
+
+
+def factor(kernel: str, dtype: str, C: int, R: int, constants: dict, options: dict) -> Case:
+    """A gradient of each expert's factor; out is a view of PEFT's parameter, of any strides."""
+    pointers = (
+        "*fp32:16 *i32:16 *fp32:16 i32 " if kernel == "_add_shares" else f"*{dtype}:16 " * 2 + "*i32:16 *fp32:16 "
+    )
+    strides = "i32 i32 i32 fp32" if kernel == "_add_shares" else "*fp32:16 i32 i32:16 i32:16 i32 i32 i32 fp32"
+    sizes = {"C": C, "R": R, "EXPERTS": 128, "BINS": 128, "ACCUMULATE": True}
+    return Case(f"grouped_gradient:{kernel}", pointers + strides, sizes | constants, options)
+
+
 B = "*bf16:16 "
 SUMS = "*fp32:16 *fp32:16 *fp32:16 *fp32:16 i32:16 i32:16 i32:16 fp32 fp32 fp32 i32"
 """Of low_rank's `_sum_splits`."""
@@ -330,6 +402,35 @@ CASES = [
         {},
     ),
     Case("logprobs:_scale_rows_kernel", "*bf16:16 *fp32:16 *bf16:16 i32:16", {"BLOCK": 1024}, {}),
+    # Choices of the widest router.
+    Case(
+        "route:_sort",
+        "*i64:16 *i32:16 *i32:16 *i32:16 i32 i32",
+        {"EXPERTS": 512, "BINS": 512, "BLOCK": 4096, "ROWS": 128},
+        {"num_warps": 8},
+    ),
+    moved("_gather", "*bf16:16 *i32:16 *fp32:16 *bf16:16 i32 i32:16 i32:16", 2048, 8),
+    moved("_combine", "*bf16:16 *i32:16 *fp32:16 *bf16:16 *bf16:16 i32 i32:16 i32:16 i32:16", 2048, 10),
+    moved("_row_dots", B * 2 + "*fp32:16 i32 i32:16 i32:16", 768),
+    # Products of experts: full tiles each way, with a bias and a short last step; few rows; a thin one (dS); fp32.
+    product("bf16", "w_outer", 2880, 5760, (128, 128, 64, 8, 3), True),
+    product("bf16", "w_inner", 1536 + 16, 2048, (128, 128, 64, 8, 3), False),
+    product("bf16", "w_outer", 2048, 1536, (16, 128, 64, 4, 3), False),
+    product("bf16", "w_inner", 1536, 16, (128, 16, 64, 2, 3), False),
+    product("fp32", "w_inner", 2048, 768, (64, 64, 32, 4, 2), True),
+    *(
+        factor("_shares", dtype, C, R, {"BT": 32, "BC": BC, "BR": BR, "WIDE": False}, {"num_warps": 4, "num_stages": 3})
+        for dtype, C, R, BC, BR in (("bf16", 1536, 64, 128, 64), ("fp32", 768, 16, 128, 16))
+    ),
+    factor("_add_shares", "", 2048, 16, {"BLOCK": 1024}, {}),
+    # Of NF4 the experts with rows, of MXFP4 all; gpt-oss has an odd number of blocks of 64 a row.
+    stack("fp16", 5760, 2880, 8),
+    stack("bf16", 5760, 2880, 1, mx=True),
+    # Packed experts times a sampled token's rows; more rows, a bias and a short last step (gpt-oss).
+    packed_product("bf16", 1536, 2048, (16, 64, 64, 4, 4)),
+    packed_product("fp16", 5760, 2880, (64, 64, 64, 4, 4), mx=True),
+    # DeepSeek-V3's router.
+    *(choice(256, 8, 8, backward) for backward in (False, True)),
     Case("copies:_sum_rows", B + "*i32:16 *i32:16 " + B + "i32 i32:16", {"C": 1024, "BLOCK": 1024, "ROWS": 2}, {}),
     Case(
         "lse_merge:_merge_kernel",
@@ -448,7 +549,7 @@ def test_no_kernel_is_compiled_anew_for_another_number_of_tokens(found) -> None:
 
 def test_nf4_scales_round_twice(found) -> None:
     """A fused multiply-add in code * absmax + offset rounds once and moves some bf16 results by one bit."""
-    assert [f for f in found if f["kernel"].startswith("nf4:") and f["fma"]] == []
+    assert [f for f in found if f["kernel"].startswith(("nf4:", "nf4_stack:")) and f["fma"]] == []
 
 
 def test_no_uniform_register_is_read_before_it_is_written(found) -> None:

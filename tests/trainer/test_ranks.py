@@ -19,6 +19,7 @@ import pytest
 import torch
 from losses import LOSSES, PAIRS, Toy, batches_of, filled_step, rows_of, step
 from records import groups
+from reward_functions import broken_on_rank_1, digits
 from safetensors.torch import load_file
 from test_placement import loaded, save_blocks
 from test_placement import results as results_of
@@ -35,17 +36,12 @@ from rlft.trainer.prepare import PackedStep, dealt, per_completion
 from rlft.trainer.step import dealt_plan
 from rlft.types import FinishReason, PackPlan, Prompt, Rollout, Stat, Stats
 
-WORLDS = (2, 4)
 OURS = ("time/", "perf/", "batch/", "packing/", "step_time", "parity/limit")
 """Metrics that depend on the machine or on how the step is packed."""
 Results = dict[str, Any]
 
 
 # ---- what a rank computes ----
-
-
-def digits(completions: list[str], **_: Any) -> list[float]:
-    return [sum(character.isdigit() for character in text) / 6 for text in completions]
 
 
 def settings(home: Path, out: Path, **more: Any) -> dict[str, Any]:
@@ -155,19 +151,13 @@ def raised(function: Any) -> tuple[str, str, int]:
     return "", "", 0
 
 
-def broken_reward(completions: list[str], **_: Any) -> list[float]:
-    if rlft.rank() == 1:
-        return [0.0]
-    return digits(completions)
-
-
 def faults(home: Path, out: Path) -> dict[str, tuple[str, str, int]]:
     """What a rank raises when something is wrong on one of them."""
     base = rlft.Config(**settings(home, out))
     few = rlft.Config(**settings(home, out, prompts_per_step=1))
     odd = rlft.Config(**settings(home, out, seed=42 + (dist.rank() == 1)))
     found = {
-        "reward": raised(lambda: rlft.train(base, rewards=[broken_reward])),
+        "reward": raised(lambda: rlft.train(base, rewards=[broken_on_rank_1])),
         "few prompts": raised(lambda: rlft.train(few, rewards=[digits])),
         "odd config": raised(lambda: rlft.train(odd, rewards=[digits])),
     }
@@ -239,7 +229,7 @@ def alone(home: Path) -> tuple[Path, Results]:
     return out, compute(home, out)
 
 
-@pytest.fixture(scope="module", params=WORLDS)
+@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)])
 def ranks(request: pytest.FixtureRequest, home: Path) -> tuple[Path, list[Results]]:
     world = request.param
     out = home / f"ranks{world}"

@@ -8,14 +8,11 @@ from pathlib import Path
 import pytest
 import tiny
 from peft import PeftModel
+from reward_functions import by_length
 
 import rlft
 from rlft.errors import ConfigError
 from rlft.trainer.result import Result
-
-
-def by_length(completions, **_) -> list[float]:
-    return [float(len(text) % 3) for text in completions]
 
 
 @pytest.fixture(scope="module")

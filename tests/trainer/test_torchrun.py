@@ -115,6 +115,7 @@ def test_one_command_trains_on_two_ranks(home: Path, alone: Path) -> None:
     assert out.count(f"step {STEPS}/{STEPS}") == 1 and "divided over 2 ranks" in out
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_any_number_of_ranks(home: Path, alone: Path) -> None:
     config = write_config(home / "resumed", home)
     for world, steps in ((2, 1), (1, 2), (4, 3)):
@@ -123,7 +124,7 @@ def test_a_run_goes_on_with_any_number_of_ranks(home: Path, alone: Path) -> None
     assert difference(config, alone) < 1e-5 and steps_of(config) == [1, 2, 3]
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_killed_rank_is_started_again_with_the_others(home: Path, alone: Path, rank: int) -> None:
     config = write_config(home / f"killed {rank}", home)
     process = start(config, 2, "--resume", "auto", restarts=2, fault="slow")

@@ -334,7 +334,6 @@ class FusedDecoder:
         """Return the sizes that the memory plan is computed from."""
         vocab = self.decoder.config.vocab_size  # type: ignore[union-attr]
         shape = describe_shape(self.layers, self.adapter(), vocab, self.norm.weight, self.entropy_grad)  # type: ignore[arg-type]
-        shape = replace(shape, embedding_factor=self._embedding_factor != 1 or self.family.embedding_norm)
         if self.inputs is None:
             return shape
         group = self.inputs.projection.bind(self.adapter()).group

@@ -44,8 +44,6 @@ class DecoderShape:
     """Name of the attention back end."""
     gated: bool = True
     """The MLP has a gate, so that two projections as wide as `intermediate` come before its activation, not one."""
-    embedding_factor: bool = False
-    """Embedded tokens are multiplied by a constant, or normed, into a second tensor."""
     residual_factor: bool = False
     """The outputs of attention and MLP are multiplied by a constant."""
     entropy_grad: bool = False

@@ -10,7 +10,8 @@ Every buffer of `rlft.models.fused.layer` and of the head is counted while it ex
 
 The peak is the largest of: all saved + forward, all saved + head, and per layer, saved up to it + backward. Early
 layers save less than late ones, since the backward frees the last layer first. The base, the adapter and its optimizer
-exist before and after a pass and are not counted.
+exist before and after a pass and are not counted; nor are embedded tokens before their factor, which exist besides the
+multiplied ones in the forward only, where the backward takes more.
 
 In the formulae: s sizes of the decoder, e bytes of an activation, x [T, H] the input of a layer, n a norm's output, T
 and t rows and rows of a tile, H bytes of a row of the residual stream, q columns of q.
@@ -244,9 +245,7 @@ def evaluate(
         )
 
     total = up_to(s.layers)
-    # The embedded tokens exist as given and multiplied.
-    weights = scratch(s, how.store) + (rows * s.element * s.hidden if s.embedding_factor else 0)
-    weights += rows * per_layer_bytes(s)
+    weights = scratch(s, how.store) + rows * per_layer_bytes(s)
     # Made before anything is saved: a projection, its norm, the embedding and their sum.
     made = s.element * s.per_layer_total * (4 * rows + s.hidden)
     highest = max(total + head_work(s, rows, trained, how), made - rows * per_layer_bytes(s))

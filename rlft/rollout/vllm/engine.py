@@ -31,7 +31,7 @@ from rlft.rollout.vllm import start as vllm_start
 from rlft.rollout.vllm.memory import EngineMemory, EngineMode, choose_mode
 from rlft.rollout.vllm.requests import VllmFailed, sample
 from rlft.rollout.vllm.shared_weights import frozen_weights, module_of
-from rlft.rollout.vllm.start import arguments, defaults_restored, environment, model_folder, quiet
+from rlft.rollout.vllm.start import arguments, compiles, defaults_restored, environment, model_folder, quiet
 from rlft.types import Prompt, Rollout
 
 NUMBERS = itertools.count(1)
@@ -86,6 +86,8 @@ class VllmEngine:
         )
         self.choice: EngineMode = choose_mode(self._sizes, options.mode, options.kv_gib, self._policy.device_memory)
         environment()
+        if device.type == "cuda" and compiles(options, self._sizes.linear):
+            self._detail("vLLM compiles this model, for minutes at its first start; see engine.compile")
         begin = time.perf_counter()
         with quiet(), defaults_restored(), segments(growing=False):
             from vllm import LLM
