@@ -24,6 +24,9 @@ from rlft.rollout.vllm.shared_weights import slot_rank
 COMPILED = 2 * 10**9
 """Bytes of a model's linear layers from which vLLM compiles it by itself: 1 billion parameters in 16 bits."""
 
+SIZES = {"lfm2": ("conv_dim", "block_dim")}
+"""Type of a model -> fields that vLLM reads and transformers does not: there they are the hidden size."""
+
 
 def version() -> str:
     """Return vLLM's version."""
@@ -35,6 +38,13 @@ def version() -> str:
 def minor() -> str:
     """Return vLLM's minor version, such as "0.23" for 0.23.0."""
     return ".".join(version().split(".")[:2])
+
+
+def knows(architecture: str) -> bool:
+    """Return whether the installed vLLM has a model of its own for a class of transformers."""
+    from vllm import ModelRegistry
+
+    return architecture in ModelRegistry.get_supported_archs()
 
 
 def model_folder(base: Any, tokenizer: Any) -> str:
@@ -49,6 +59,8 @@ def model_folder(base: Any, tokenizer: Any) -> str:
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     config.architectures = [type(base).__name__]
+    for name in SIZES.get(config.model_type, ()):
+        setattr(config, name, config.hidden_size)
     root = Path(envs.VLLM_CACHE_ROOT) / "rlft"
     root.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=root) as temporary:
@@ -75,20 +87,22 @@ def arguments(
     """Return the arguments of vLLM's LLM. ranks: of the adapter, by module. provider: number of the WeightProvider."""
     gpu = device.type == "cuda"
     slots = sorted((module, slot_rank(rank)) for module, rank in ranks.items() if choice.mode != "merged")
+    most = min(options.max_seqs, sizes.most_sequences(choice.kv_bytes)) if sizes.caches.states else options.max_seqs
     values: dict[str, Any] = {
         "load_format": "rlft",
         "model_loader_extra_config": {"provider": provider},
         "quantization": "rlft-shared" if choice.mode == "shared" else "rlft-dequantized",
         "dtype": str(dtype).removeprefix("torch."),
         "max_model_len": sizes.longest,
-        "max_num_seqs": options.max_seqs,
+        "max_num_seqs": most,
         "worker_extension_cls": "rlft.rollout.vllm.hooks.WorkerExtension",
         "kv_cache_memory_bytes": choice.kv_bytes,
-        "max_num_batched_tokens": max(sizes.batched, options.max_seqs),
+        "max_num_batched_tokens": max(sizes.batched, most),
         "enforce_eager": not (gpu and options.graphs),
         "logprobs_mode": "processed_logprobs",
         "generation_config": "vllm",
-        "enable_prefix_caching": True,
+        # A state is kept of every few hundred tokens only, which most prompts do not have in common.
+        "enable_prefix_caching": not sizes.caches.states,
         "seed": 0,
         "disable_log_stats": True,
         "use_tqdm_on_load": sys.stderr.isatty(),
@@ -96,6 +110,9 @@ def arguments(
         # slots.
         "additional_config": {"rlft": hashlib.sha256(str(slots).encode()).hexdigest()},
     }
+    if sizes.caches.states:
+        # As in the trainer: in 16 bits, rounding would add up along the sequence.
+        values |= {"mamba_ssm_cache_dtype": "float32"}
     if not dist.is_alone():
         # An engine per rank, which takes the process group that is there.
         values |= {"distributed_executor_backend": "external_launcher"}
@@ -103,7 +120,7 @@ def arguments(
         free, total = torch.cuda.mem_get_info(device)
         # Unused, because the cache size is explicit, but vLLM compares it with the free memory.
         values |= {"gpu_memory_utilization": 0.5 * free / total, "enable_sleep_mode": True}
-        values |= {"compilation_config": _compilation(options, sizes.linear)} if options.graphs else {}
+        values |= {"compilation_config": _compilation(options, most, sizes.linear)} if options.graphs else {}
     return values
 
 
@@ -112,9 +129,8 @@ def compiles(options: Options, linear: int) -> bool:
     return options.graphs and (linear >= COMPILED if options.compile == "auto" else options.compile)
 
 
-def _compilation(options: Options, linear: int) -> dict[str, Any]:
-    """Return vLLM's compilation config, with CUDA graphs of decoding steps."""
-    most = options.max_seqs
+def _compilation(options: Options, most: int, linear: int) -> dict[str, Any]:
+    """Return vLLM's compilation config, with CUDA graphs of decoding steps. most: sequences at a time."""
     sizes = [1, 2, 4, *range(8, 64, 8), *range(64, 128, 16), *range(128, most + 1, 32)]
     return {
         "mode": 3 if compiles(options, linear) else 0,
