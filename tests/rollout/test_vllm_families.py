@@ -3,22 +3,29 @@ softcaps."""
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from test_engines import mismatch_of
-from test_families import FAMILIES, SIZES
+from random_base import base_of, config_of
+from test_architectures import tiny
+from test_families import CONV, FAMILIES, LINEAR, SIZES
 from tiny import prompts, tiny_tokenizer
-from transformers import AutoConfig, AutoModelForCausalLM
+from vllm_models import register
 
-from rlft.config.data import Sampling
-from rlft.config.run import Engine, Lora
-from rlft.errors import EngineError
+from rlft.config.data import Data, Sampling
+from rlft.config.run import Config, Engine, Lora
+from rlft.errors import ConfigError, EngineError, UnsupportedModel
 from rlft.models.load import attach_lora, pad_rows
 from rlft.models.policy import Policy
+from rlft.rollout.eager import EagerEngine
 from rlft.rollout.vllm import start as vllm_start
 from rlft.rollout.vllm.engine import VllmEngine
+from rlft.trainer import engines
 
 pytestmark = [pytest.mark.usefixtures("vllm_visible"), pytest.mark.filterwarnings("ignore")]
 WIDE = SIZES | {
@@ -29,10 +36,30 @@ WIDE = SIZES | {
     "initializer_range": 0.15,
     "max_position_embeddings": 512,
 }
-SAMPLED = ("llama", "qwen2", "gemma2", "phi3", "olmo2")
+HEADS = {"linear_key_head_dim": 64, "linear_value_head_dim": 64}
+OWN: dict[str, dict[str, Any]] = {
+    "ernie4_5": {},  # vLLM's has no biases
+    "qwen2": {},  # vLLM has no Qwen2 with a window in some layers
+    "qwen3_5": {**LINEAR, **HEADS},  # of the sizes that vLLM's CPU build has
+    "lfm2": {**CONV, "layer_types": ["conv", "conv"]},  # rotary embeddings of LFM2 are wrong in vLLM's CPU build
+}
+"""Fields in place of those that the families' test has."""
+SAMPLED = ("llama", "qwen2", "gemma2", "phi3", "olmo2", "lfm2", "qwen3_5")
 """What a test samples by vLLM; scripts/models.py reads it."""
-OTHERS = {"gpt_neox": ("gpt_neox", {})}
-"""Not among ours: transformers' own layers train them."""
+REFUSED = {
+    "qwen3_5 with biases": "q_proj.bias that vLLM's has no place for",
+    "apertus gelu": "Unsupported activation: gelu",
+    "qwen2_vl": "parameter visual.",
+    "qwen2_5_vl": "parameter visual.",
+    "qwen3_vl": "parameter visual.",
+    "gpt_neox": "parameter model.embed_in.weight, and the trainer's has none of that name",
+    "gpt_oss": "parameter model.embedding.weight, and the trainer's has none of that name",
+    "granitemoehybrid": "parameter model.layers.0.mamba.A, and the trainer's has none of that name",
+    "falcon_h1": "parameter model.layers.0.mamba.mamba.A, and the trainer's has none of that name",
+    "diffllama": "cannot build DiffLlamaForCausalLM (ValueError: ",
+    "gpt_neo": "has no model GPTNeoForCausalLM",
+}
+"""What vLLM cannot sample, with fields or types as these, and a part of the reason."""
 LONGROPE: dict[str, Any] = {
     "original_max_position_embeddings": 16,
     "rope_parameters": {
@@ -50,24 +77,23 @@ def known(vllm_visible: None) -> None:
     """vLLM starts a process to look at a class, 10 s for each where it never ran: here it is told them."""
     vllm_start.environment()
     with vllm_start.quiet(), vllm_start.defaults_restored():
-        from vllm import ModelRegistry
-
-        for family in ("Qwen2", "Gemma2", "Phi3", "Olmo2", "GPTNeoX"):
-            name = f"{family}ForCausalLM"
-            ModelRegistry.register_model(name, ModelRegistry.models[name].load_model_cls())
+        register(*(f"{family}ForCausalLM" for family in ("Qwen2", "Gemma2", "Phi3", "Olmo2", "GPTNeoX", "Lfm2", "Qwen3_5")))
 
 
-def policy_of(name: str) -> Policy:
-    kind, own = (FAMILIES | OTHERS | {"longrope": ("phi3", LONGROPE)})[name]
-    if name == "qwen2":
-        own = {}  # vLLM has no Qwen2 with a window in some layers
-    config = AutoConfig.for_model(kind, **(WIDE | own))
-    config._attn_implementation = "eager" if kind == "gemma2" else "sdpa"
+def policy_of(name: str, dtype: torch.dtype = torch.float32) -> Policy:
+    """name: a row of the families' test, "longrope", or a type of tests/models/test_architectures.py."""
+    rows = FAMILIES | {"longrope": ("phi3", LONGROPE)}
+    if name not in rows:
+        return tiny(name, dtype)
+    kind, own = rows[name]
+    config = config_of(kind, **(WIDE | OWN.get(name, own)))
     torch.manual_seed(0)
-    base: Any = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+    base = base_of(config).to(dtype).eval().requires_grad_(False)
     for parameter_name, parameter in base.named_parameters():
         if "norm" in parameter_name or "bias" in parameter_name:
             parameter.data.add_(torch.randn_like(parameter) * 0.2)
+        if parameter_name.endswith("A_log"):
+            parameter.data.copy_(torch.randn_like(parameter) - 2)  # a state that is not forgotten at once
     pad_rows(base.get_input_embeddings().weight, base.get_output_embeddings().weight)
     policy = Policy(attach_lora(base, Lora(rank=4, alpha=6), 0))
     g = torch.Generator().manual_seed(7)
@@ -79,13 +105,16 @@ def policy_of(name: str) -> Policy:
 
 @pytest.mark.parametrize("name", SAMPLED)
 def test_engine_and_trainer_agree(name: str) -> None:
-    policy = policy_of(name)
+    in_16_bits = name == "qwen3_5"  # as vLLM's CPU build wants it
+    policy = policy_of(name, torch.bfloat16 if in_16_bits else torch.float32)
     engine = VllmEngine(policy, tiny_tokenizer(), Engine("vllm", max_seqs=8), 40, 8)
     try:
         engine.load_adapter(policy.adapter(), 0)
         rollouts = engine.generate(prompts(4), Sampling(group_size=2, max_tokens=6), (1, 0))
         found = mismatch_of(policy, rollouts)
-        assert found.tokens > 30 and found.mean < 1e-5
+        assert found.tokens > 30 and found.mean < (0.06 if in_16_bits else 1e-5)
+        # Nothing of an earlier generation is left in a cache.
+        assert engine.generate(prompts(4), Sampling(group_size=2, max_tokens=6), (1, 0)) == rollouts
     finally:
         engine.close()
 
@@ -110,6 +139,22 @@ def test_longrope_has_the_trainers_factors_or_does_not_start() -> None:
         VllmEngine(policy, tiny_tokenizer(), Engine("vllm", max_seqs=8), 40, 8)
 
 
-def test_weights_without_a_partner_are_named() -> None:
-    with pytest.raises(EngineError, match=r"vLLM's model has a parameter model.embed_in.weight, and the trainer's has"):
-        VllmEngine(policy_of("gpt_neox"), tiny_tokenizer(), Engine("vllm", max_seqs=8), 40, 8)
+@pytest.mark.parametrize("name", ["gpt_neo", "gpt_neox", "diffllama"])
+def test_a_model_that_vllm_cannot_sample_is_sampled_by_the_eager_engine(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No such model, weights of other names, and one that vLLM does not build."""
+    policy, lines = policy_of(name), []
+    console: Any = SimpleNamespace(phase=lambda _: None, detail=lambda _: None, warn=lines.append, generating=None)
+    monkeypatch.setattr(engines, "sampler_name", lambda *_: "vllm")  # as on a GPU
+    cfg = Config(model="m", data=Data("d"), out="o", steps=1, sampling=Sampling(max_tokens=20))
+    rows = PromptTable.of(prompts(2))
+    engine = engines.start(cfg, policy, tiny_tokenizer(), console, rows)
+    assert isinstance(engine, EagerEngine)
+    engine.close()
+    (line,) = lines
+    assert line.startswith("sampling with the trainer's own modules: ") and REFUSED[name] in line
+    with pytest.raises(ConfigError, match="engine.max_model_len = 10: the longest prompt and max_tokens are 25"):
+        engines.start(replace(cfg, engine=Engine(max_model_len=10)), policy, tiny_tokenizer(), console, rows)
+    with pytest.raises(UnsupportedModel, match=rf'{re.escape(REFUSED[name])}.*; set engine.name = "eager"'):
+        engines.start(replace(cfg, engine=Engine("vllm")), policy, tiny_tokenizer(), console, rows)

@@ -31,7 +31,7 @@ from rlft.rollout.vllm import start as vllm_start
 from rlft.rollout.vllm.memory import EngineMemory, EngineMode, choose_mode
 from rlft.rollout.vllm.requests import VllmFailed, sample
 from rlft.rollout.vllm.shared_weights import frozen_weights, module_of
-from rlft.rollout.vllm.start import arguments, defaults_restored, environment, model_folder, quiet
+from rlft.rollout.vllm.start import arguments, class_restored, defaults_restored, environment, model_folder, quiet
 from rlft.types import Prompt, Rollout
 
 NUMBERS = itertools.count(1)
@@ -87,7 +87,8 @@ class VllmEngine:
         self.choice: EngineMode = choose_mode(self._sizes, options.mode, options.kv_gib, self._policy.device_memory)
         environment()
         begin = time.perf_counter()
-        with quiet(), defaults_restored(), segments(growing=False):
+        decoder = type(self._policy.base.get_decoder())  # type: ignore[operator,union-attr]
+        with quiet(), defaults_restored(), class_restored(decoder), segments(growing=False):
             from vllm import LLM
 
             from rlft.rollout.vllm import hooks
@@ -108,9 +109,6 @@ class VllmEngine:
                 raise self._not_started(error) from error
             finally:
                 del hooks.WeightProvider.waiting[number]
-        # For architectures that vLLM runs on transformers' own classes it wraps these classes for its compiler, and the
-        # wrapper reads this attribute on every instance, including the trainer's.
-        self._policy.base.get_decoder().do_not_compile = True  # type: ignore[operator,union-attr]
         (self.runner,) = self._llm.collective_rpc("rlft_runner")
         self._check_rope()
         self._refill()

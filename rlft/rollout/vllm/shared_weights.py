@@ -72,13 +72,12 @@ def places_of(name: str, parts: Sequence[str], weights: Sequence[Weight], parame
 def shared_tensor(name: str, weight: Weight, parameter: Tensor, module: nn.Module) -> Tensor:
     """Return the trainer's tensor itself for an engine's parameter: an embedding, head, norm or convolution.
 
-    module: of the parameter. Raises UnsupportedModel for another shape, and EngineError for another dtype.
+    module: of the parameter. Raises UnsupportedModel for another shape or dtype.
     """
     assert isinstance(weight, Tensor), "needs_copy"
     if weight.dtype != parameter.dtype:
-        raise EngineError(
-            f"{name}: {weight.dtype} in the trainer and {parameter.dtype} in vLLM; load the model in one dtype"
-        )
+        kinds = [str(tensor.dtype).removeprefix("torch.") for tensor in (weight, parameter)]
+        raise UnsupportedModel(f"{name} is {kinds[0]} in the trainer and {kinds[1]} in vLLM, which would round it")
     rows = getattr(module, "rlft_rows", parameter.shape[0] if parameter.dim() else None)
     view = weight if rows is None else padded_view(weight, rows)
     if view is None or (view.shape != parameter.shape and parameter.numel()):

@@ -24,8 +24,8 @@ from rlft.rollout.vllm.shared_weights import slot_rank
 COMPILED = 2 * 10**9
 """Bytes of a model's linear layers from which vLLM compiles it by itself: 1 billion parameters in 16 bits."""
 
-SIZES = {"lfm2": ("conv_dim", "block_dim")}
-"""Type of a model -> fields that vLLM reads and transformers does not: there they are the hidden size."""
+_WRAPPED: dict[type, Any] = {}
+"""Class of transformers -> its `__init__` as vLLM's compiler wrapped it."""
 
 
 def version() -> str:
@@ -59,8 +59,8 @@ def model_folder(base: Any, tokenizer: Any) -> str:
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     config.architectures = [type(base).__name__]
-    for name in SIZES.get(config.model_type, ()):
-        setattr(config, name, config.hidden_size)
+    for name, value in _more_fields(config).items():
+        setattr(config, name, value)
     root = Path(envs.VLLM_CACHE_ROOT) / "rlft"
     root.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=root) as temporary:
@@ -73,6 +73,18 @@ def model_folder(base: Any, tokenizer: Any) -> str:
         if not folder.exists():
             shutil.copytree(temporary, folder, dirs_exist_ok=True)
     return str(folder)
+
+
+def _more_fields(config: Any) -> dict[str, Any]:
+    """Return the fields that vLLM reads for a type of model and transformers has elsewhere or not at all."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    if config.model_type == "lfm2":
+        return {"conv_dim": config.hidden_size, "block_dim": config.hidden_size}
+    if config.model_type == "ministral3" and rope.get("llama_4_scaling_beta"):
+        original = rope["original_max_position_embeddings"]
+        scale = {"beta": rope["llama_4_scaling_beta"], "original_max_position_embeddings": original}
+        return {"llama_4_scaling": scale}
+    return {}
 
 
 def arguments(
@@ -171,3 +183,21 @@ def defaults_restored() -> Iterator[None]:
             torch.set_float32_matmul_precision(precision)
             torch.set_grad_enabled(grad)
             torch.set_default_dtype(dtype)
+
+
+@contextlib.contextmanager
+def class_restored(decoder: Any) -> Iterator[None]:
+    """Let vLLM change a class of transformers only while it builds its model. decoder: the class of the trainer's.
+
+    For architectures that vLLM runs on transformers' own classes, its compiler wraps `__init__`, which then wants a
+    config of vLLM's for every instance, and `__call__`, which reads `do_not_compile` of it.
+    """
+    own = decoder.__init__
+    decoder.__init__ = _WRAPPED.get(decoder, own)
+    try:
+        yield
+    finally:
+        if decoder.__init__ is not own:
+            _WRAPPED[decoder], decoder.__init__ = decoder.__init__, own
+            # Of the trainer's instances; vLLM sets it on those that it makes.
+            decoder.do_not_compile = True
