@@ -176,7 +176,7 @@ def test_the_operators_are_compiled_whole_and_alike_in_all_layers(vllm_visible: 
 
     def layer(adapted: bool) -> nn.Module:
         made = nn.Module()
-        made.rlft_out = 6  # type: ignore[assignment]
+        made.rlft_shape = (6, 8)  # type: ignore[assignment]
         provider = hooks.WeightProvider({}, {"m": 4} if adapted else {}, merged=False)
         provider.weights = {"m.weight": weight}
         provider._share(made, SharedLinear([weight], None))

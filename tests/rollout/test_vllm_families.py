@@ -84,7 +84,10 @@ def policy_of(name: str, dtype: torch.dtype = torch.float32) -> Policy:
     """name: a row of the families' test, "longrope", or a type of tests/models/test_architectures.py."""
     rows = FAMILIES | {"longrope": ("phi3", LONGROPE)}
     if name not in rows:
-        return tiny(name, dtype)
+        policy = tiny(name, dtype)
+        heads = policy.base.get_input_embeddings(), policy.base.get_output_embeddings()  # type: ignore[operator]
+        pad_rows(*(module.weight for module in heads))
+        return policy
     kind, own = rows[name]
     config = config_of(kind, **(WIDE | OWN.get(name, own)))
     torch.manual_seed(0)

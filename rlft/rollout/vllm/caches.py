@@ -31,12 +31,10 @@ class Caches:
     @classmethod
     def of(cls, config: Any, item: int) -> Caches:
         """Compute the sizes. config: of the text decoder. item: bytes of an element in the engine's dtype."""
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        token, layers, states = 2 * heads * size * item, config.num_hidden_layers, _states(config, item)
+        tokens, states = [_token(layer, item) for layer in _layers(config)], _states(config, item)
         if not states:
-            return cls(layers * token)
-        attention = layers - len(states)
+            return cls(sum(tokens))
+        token, attention = max(tokens), len(tokens) - len(states)
         fewer, more = sorted((attention or len(states), len(states)))
         group = more if more < 1.5 * fewer else fewer
         block = BLOCK * -(-max(states) // (BLOCK * token))
@@ -46,6 +44,18 @@ class Caches:
     def of_sequence(self, tokens: int) -> int:
         """Return the bytes of a sequence."""
         return -(-tokens // self.block) * self.block * self.per_token + self.states
+
+
+def _layers(config: Any) -> list[Any]:
+    """Return the config of each layer; models such as Gemma 4 have heads of more than one size."""
+    own = getattr(config, "per_layer_config", None)
+    return [config if own is None else own[index] for index in range(config.num_hidden_layers)]
+
+
+def _token(config: Any, item: int) -> int:
+    """Return the bytes of the keys and values of a token in one layer."""
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    return 2 * heads * (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads) * item
 
 
 def _states(config: Any, item: int) -> list[int]:

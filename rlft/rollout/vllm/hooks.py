@@ -41,7 +41,7 @@ from vllm.model_executor.model_loader import register_model_loader
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 from vllm.platforms import current_platform
 
-from rlft.errors import EngineError
+from rlft.errors import UnsupportedModel
 from rlft.kernels.launch import as_rows
 from rlft.kernels.lora_add import lora_add
 from rlft.rollout.vllm import shared_weights
@@ -72,7 +72,7 @@ class WeightProvider:
         """Copy of weights to the engine's own memory; set once vLLM has loaded the model, and run after that."""
 
     def give(self, model: nn.Module) -> None:
-        """Put the weights into vLLM's empty model. Raises EngineError for a weight without a counterpart."""
+        """Put the weights into vLLM's empty model. Raises UnsupportedModel for a weight without a counterpart."""
         modules = dict(model.named_modules())
         parameters = dict(model.named_parameters())
         matches = partners(parameters, Naming.of(model), self.weights)
@@ -87,15 +87,16 @@ class WeightProvider:
                 unplaced -= {part.removesuffix(".weight") for part in parts}
                 self._give_slot(module, parts, parameter)
             if isinstance(method, SharedMethod) and name.endswith(".weight"):
+                shared_weights.check_shapes(name, weights, module.rlft_shape)
                 self._share(module, shared_weights.SharedLinear(weights, scratch))
             elif is_linear or shared_weights.needs_copy(weights, parameter):
                 places |= shared_weights.places_of(name, parts, weights, parameter.data)
             else:
                 parameter.data = shared_weights.shared_tensor(name, weights[0], parameter, module)
         if unplaced:
-            raise EngineError(
+            raise UnsupportedModel(
                 f"the adapter has a part at {min(unplaced)}, which is no linear layer of vLLM's ({len(unplaced)} in "
-                f"all): leave it out of lora.targets"
+                f"all): leave it out of lora.targets for vLLM"
             )
         self.weight_copy = WeightCopy(places, self.weights)
 
@@ -219,13 +220,13 @@ class SharedMethod(LinearMethodBase):
     ) -> None:
         """Register an empty weight, since vLLM reads dtype and device from it."""
         layer.register_parameter("weight", nn.Parameter(torch.empty(0, dtype=params_dtype), requires_grad=False))
-        layer.rlft_out = sum(output_partition_sizes)  # type: ignore[assignment]
+        layer.rlft_shape = (sum(output_partition_sizes), input_size_per_partition)  # type: ignore[assignment]
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         """Do nothing: the weights stay the trainer's."""
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        y = with_adapter(layer, x, shared_linear(x, layer.rlft_number, layer.rlft_out))
+        y = with_adapter(layer, x, shared_linear(x, layer.rlft_number, layer.rlft_shape[0]))
         return y if bias is None else y + bias
 
 

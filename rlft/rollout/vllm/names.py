@@ -26,17 +26,18 @@ class Naming:
     stacked: Mapping[str, Sequence[str]] = field(default_factory=dict)
     """Module of the engine -> the trainer's modules that it combines, from top to bottom."""
     renamed: Mapping[str, str] = field(default_factory=dict)
-    """Part of a name in the trainer -> what the engine has in its place."""
+    """Module's name in the trainer, between dots -> the engine's."""
 
     @classmethod
     def of(cls, model: nn.Module) -> Naming:
         """Read both from the classes of vLLM's model and of its decoder."""
         renamed: dict[str, str] = {}
         for owner in (model, getattr(model, "model", None)):
-            substrings: Mapping[str, str | None] = getattr(
-                getattr(owner, "hf_to_vllm_mapper", None), "orig_to_new_substr", {}
-            )
-            renamed |= {old: new for old, new in substrings.items() if new is not None}
+            mapper = getattr(owner, "hf_to_vllm_mapper", None)
+            for old, new in getattr(mapper, "orig_to_new_substr", {}).items():
+                # Names of modules alone: a parameter of another name has other values (A is -exp(A_log)).
+                if new is not None and all(part.startswith(".") and part.endswith(".") for part in (old, new)):
+                    renamed[old] = new
         return cls(getattr(model, "packed_modules_mapping", {}), renamed)
 
     def rename(self, name: str) -> str:

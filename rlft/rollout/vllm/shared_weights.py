@@ -58,15 +58,20 @@ def needs_copy(weights: Sequence[Weight], parameter: Tensor) -> bool:
     return weight.dtype != parameter.dtype and torch.promote_types(weight.dtype, parameter.dtype) == parameter.dtype
 
 
+def check_shapes(name: str, weights: Sequence[Weight], shape: Sequence[int]) -> None:
+    """Raise UnsupportedModel unless the weights, stacked by rows, have the shape of the engine's parameter."""
+    shapes = [tuple(weight.shape) for weight in weights]
+    rest = {tuple(shape[1:]) for shape in shapes}
+    if not shape or rest != {tuple(shape[1:])} or sum(rows for rows, *_ in shapes) != shape[0]:
+        theirs = ", ".join(map(str, shapes))
+        raise UnsupportedModel(f"{name}: {theirs} in the trainer, {tuple(shape)} in vLLM: {CANNOT}")
+
+
 def places_of(name: str, parts: Sequence[str], weights: Sequence[Weight], parameter: Tensor) -> dict[str, Tensor]:
     """Return where each of the weights `parts` lies in the engine's parameter. Raises UnsupportedModel for other
     shapes."""
-    rows = [int(weight.shape[0]) for weight in weights]
-    pieces = parameter.split(rows) if parameter.dim() and sum(rows) == parameter.shape[0] else ()
-    if [tuple(piece.shape) for piece in pieces] != [tuple(weight.shape) for weight in weights]:
-        shapes = ", ".join(str(tuple(weight.shape)) for weight in weights)
-        raise UnsupportedModel(f"{name}: {shapes} in the trainer, {tuple(parameter.shape)} in vLLM: {CANNOT}")
-    return dict(zip(parts, pieces, strict=True))
+    check_shapes(name, weights, parameter.shape)
+    return dict(zip(parts, parameter.split([int(weight.shape[0]) for weight in weights]), strict=True))
 
 
 def shared_tensor(name: str, weight: Weight, parameter: Tensor, module: nn.Module) -> Tensor:
