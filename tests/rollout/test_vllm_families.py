@@ -75,6 +75,23 @@ REFUSED = {
     "gpt_neo": "has no model GPTNeoForCausalLM",
 }
 """What vLLM cannot sample, with fields or types as these, and a part of the reason."""
+UNNAMED = (
+    *("qwen2_moe", "mixtral", "glm4_moe", "olmoe", "granitemoe", "dots1", "phimoe", "ernie4_5_moe", "flex_olmo"),
+    *("solar_open", "hunyuan_v1_moe", "qwen3_5_moe_text", "lfm2_moe", "jamba", "deepseek_v2", "deepseek_v3"),
+    *("glm4_moe_lite", "llama4_text", "mamba", "falcon_mamba", "stablelm", "gptj", "gpt_bigcode", "biogpt"),
+)
+"""Types of which vLLM's model has a weight that the trainer's has under no such name: experts, decays, stacked ones."""
+BUILT = ("olmo_hybrid", "lfm2")
+"""What vLLM's CPU build has no kernels of, or wrong ones: test_vllm_weights.py compares the weights."""
+
+
+def samplers() -> dict[str, str]:
+    """Type of a model -> what samples it, as docs/models.md has it."""
+    rows = [(name, "eager") for name in (*REFUSED, *UNNAMED)] + [(name, "vLLM") for name in SAMPLED]
+    rows += [(name, "vLLM (weights)") for name in BUILT]
+    return {FAMILIES[name][0] if name in FAMILIES else name: by for name, by in rows}
+
+
 LONGROPE: dict[str, Any] = {
     "original_max_position_embeddings": 16,
     "rope_parameters": {

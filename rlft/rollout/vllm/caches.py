@@ -24,7 +24,7 @@ class Caches:
     per_token: int
     """Bytes of keys and values per token."""
     block: int = BLOCK
-    """Tokens in a block, so many that their keys and values are not smaller than a state."""
+    """Tokens in a block, whose keys and values are not smaller than a state."""
     states: int = 0
     """Bytes of the states of a sequence, whatever its length."""
 

@@ -41,7 +41,7 @@ def minor() -> str:
 
 
 def knows(architecture: str) -> bool:
-    """Return whether the installed vLLM has a model of its own for a class of transformers."""
+    """Return whether the installed vLLM has its own model for a class of transformers."""
     from vllm import ModelRegistry
 
     return architecture in ModelRegistry.get_supported_archs()
