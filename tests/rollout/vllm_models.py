@@ -73,6 +73,7 @@ def parallel_state() -> Iterator[None]:
     from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
     olmo: Any = importlib.import_module("vllm.model_executor.layers.mamba.gdn.olmo_gdn_linear_attn")
+    cleanup_dist_env_and_memory()  # of an engine that ran before
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         patch.setattr(olmo, "set_triton_allocator", lambda device: None)
         with set_current_vllm_config(VllmConfig()):

@@ -87,7 +87,7 @@ class WeightProvider:
                 unplaced -= {part.removesuffix(".weight") for part in parts}
                 self._give_slot(module, parts, parameter)
             if isinstance(method, SharedMethod) and name.endswith(".weight"):
-                shared_weights.check_shapes(name, weights, module.rlft_shape)
+                shared_weights.check_shapes(name, weights, module.rlft_shape)  # type: ignore[arg-type]
                 self._share(module, shared_weights.SharedLinear(weights, scratch))
             elif is_linear or shared_weights.needs_copy(weights, parameter):
                 places |= shared_weights.places_of(name, parts, weights, parameter.data)
@@ -226,7 +226,8 @@ class SharedMethod(LinearMethodBase):
         """Do nothing: the weights stay the trainer's."""
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        y = with_adapter(layer, x, shared_linear(x, layer.rlft_number, layer.rlft_shape[0]))
+        shape: Any = layer.rlft_shape
+        y = with_adapter(layer, x, shared_linear(x, layer.rlft_number, shape[0]))
         return y if bias is None else y + bias
 
 

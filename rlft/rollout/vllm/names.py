@@ -16,7 +16,6 @@ from rlft.errors import UnsupportedModel
 from rlft.kernels.nf4 import Nf4Weight
 
 Weight = Tensor | Nf4Weight
-CANNOT = "this architecture cannot share its weights"
 
 
 @dataclass(frozen=True)
@@ -65,7 +64,8 @@ def partners(names: Iterable[str], naming: Naming, weights: Mapping[str, Weight]
         else:
             alternatives = f", nor {', '.join(parts)}" if parts else ""
             raise UnsupportedModel(
-                f"vLLM's model has a parameter {name}, and the trainer's has none of that name{alternatives}: {CANNOT}"
+                f"vLLM's model has a parameter {name}, and the trainer's has none of that name{alternatives}: this "
+                f"architecture cannot share its weights"
             )
     used = {id(weights[part]) for parts in matches.values() for part in parts}
     unmatched = [
@@ -74,7 +74,7 @@ def partners(names: Iterable[str], naming: Naming, weights: Mapping[str, Weight]
     if unmatched:
         raise UnsupportedModel(
             f"the trainer's model has a weight {unmatched[0]} that vLLM's has no place for ({len(unmatched)} in all): "
-            f"{CANNOT}"
+            f"this architecture cannot share its weights"
         )
     return matches
 

@@ -20,7 +20,7 @@ from rlft.errors import EngineError, UnsupportedModel
 from rlft.kernels.launch import power_of_2
 from rlft.kernels.lora_add import MIN_RANK
 from rlft.kernels.nf4 import DecodeTables, Nf4Weight
-from rlft.rollout.vllm.names import CANNOT, Weight
+from rlft.rollout.vllm.names import Weight
 
 PER_LAUNCH = 7
 """Matrices dequantized by one launch: those of a decoder layer."""
@@ -64,7 +64,9 @@ def check_shapes(name: str, weights: Sequence[Weight], shape: Sequence[int]) -> 
     rest = {tuple(shape[1:]) for shape in shapes}
     if not shape or rest != {tuple(shape[1:])} or sum(rows for rows, *_ in shapes) != shape[0]:
         theirs = ", ".join(map(str, shapes))
-        raise UnsupportedModel(f"{name}: {theirs} in the trainer, {tuple(shape)} in vLLM: {CANNOT}")
+        raise UnsupportedModel(
+            f"{name}: {theirs} in the trainer, {tuple(shape)} in vLLM: this architecture cannot share its weights"
+        )
 
 
 def places_of(name: str, parts: Sequence[str], weights: Sequence[Weight], parameter: Tensor) -> dict[str, Tensor]:
@@ -87,7 +89,8 @@ def shared_tensor(name: str, weight: Weight, parameter: Tensor, module: nn.Modul
     view = weight if rows is None else padded_view(weight, rows)
     if view is None or (view.shape != parameter.shape and parameter.numel()):
         raise UnsupportedModel(
-            f"{name}: {tuple(weight.shape)} in the trainer, {tuple(parameter.shape) or rows} in vLLM: {CANNOT}"
+            f"{name}: {tuple(weight.shape)} in the trainer, {tuple(parameter.shape) or rows} in vLLM: this "
+            f"architecture cannot share its weights"
         )
     return view
 
