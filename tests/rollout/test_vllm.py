@@ -176,11 +176,11 @@ def test_the_operators_are_compiled_whole_and_alike_in_all_layers(vllm_visible: 
 
     def layer(adapted: bool) -> nn.Module:
         made = nn.Module()
-        made.rlft_out = 6  # type: ignore[assignment]
+        made.rlft_shape = (6, 8)  # type: ignore[assignment]
         provider = hooks.WeightProvider({}, {"m": 4} if adapted else {}, merged=False)
         provider.weights = {"m.weight": weight}
         provider._share(made, SharedLinear([weight], None))
-        provider._give_slot(made, ["m.weight"], [6], weight)
+        provider._give_slot(made, ["m.weight"], weight)
         if adapted:
             provider.put({"m": (torch.ones(4, 8), torch.ones(6, 4))})
         return made
@@ -225,7 +225,7 @@ def test_vllms_compiler_runs_for_large_models_and_where_it_is_asked_for() -> Non
     assert vllm_start.compiles(Engine("vllm", compile=True), small)
     assert not vllm_start.compiles(Engine("vllm", compile=False), large)
     assert not vllm_start.compiles(Engine("vllm", graphs=False), large)
-    assert vllm_start._compilation(Engine("vllm", max_seqs=8), small)["mode"] == 0
+    assert vllm_start._compilation(Engine("vllm", max_seqs=8), 8, small)["mode"] == 0
     with pytest.raises(ConfigError, match=r"engine\.graphs = false leaves vLLM's compiler out as well"):
         Engine("vllm", compile=True, graphs=False)
 

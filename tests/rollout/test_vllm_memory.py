@@ -6,17 +6,19 @@ from dataclasses import replace
 
 import pytest
 import torch
+from transformers import AutoConfig
 
 from rlft.errors import EngineError
 from rlft.models.device_memory import DeviceMemory
-from rlft.rollout.vllm.memory import GIB, GRAPHS, EngineMemory, _slots, choose_mode
+from rlft.rollout.vllm.caches import Caches, delta_work
+from rlft.rollout.vllm.memory import GIB, GRAPHS, EngineMemory, _largest, _slots, choose_mode
 
 GPU = DeviceMemory(torch.device("cuda"))
 SIZES = EngineMemory(
     linear=13 * GIB,
     largest=GIB // 4,
     slots=GIB // 8,
-    per_token=2**17,
+    caches=Caches(2**17),
     longest=1024,
     sequences=256,
     work=GIB,
@@ -72,3 +74,59 @@ def test_slots_have_room_for_all_that_a_layer_of_vllms_stands_for() -> None:
     }
     ranks = {"base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight": 24}
     assert _slots(ranks, weights) == (64 + 32 + 16 + 32) * 32
+
+
+def test_the_cache_of_a_hybrid_is_what_vllm_lays_out_for_it() -> None:
+    """Of Qwen3.5-4B's shape: 8 layers of attention, and 24 of gated DeltaNet, whose states take 2.1 MB each in fp32."""
+    shape = {"hidden_size": 2560, "num_hidden_layers": 32, "num_attention_heads": 16, "num_key_value_heads": 4}
+    delta = {"linear_num_key_heads": 16, "linear_num_value_heads": 32, "linear_key_head_dim": 128}
+    config = AutoConfig.for_model("qwen3_5_text", **shape, **delta, head_dim=256, linear_value_head_dim=128)
+    assert config.layer_types.count("linear_attention") == 24
+    caches = Caches.of(config, 2)
+    state, token = 32 * 128 * 128 * 4 + 3 * 8192 * 2, 2 * 4 * 256 * 2
+    assert caches.per_token == 8 * token
+    assert (caches.block - 128) * token < state <= caches.block * token
+    # A block has 8 layers: those of attention, or a third of the others.
+    assert caches.states == 3 * 8 * caches.block * token
+    assert caches.of_sequence(1) == 4 * 8 * caches.block * token
+    assert caches.of_sequence(caches.block + 1) == caches.of_sequence(1) + 8 * caches.block * token
+    assert delta_work(config, 2) > 2 * 128 * 128 and delta_work(AutoConfig.for_model("llama"), 2) == 0
+
+
+def test_the_cache_of_short_convolutions_is_small() -> None:
+    """Of LFM2-1.2B's shape: 10 convolutions and 6 layers of attention; vLLM fills the convolutions up to 12."""
+    types = ["full_attention" if i in (2, 5, 8, 10, 12, 14) else "conv" for i in range(16)]
+    shape = {"hidden_size": 2048, "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8}
+    caches = Caches.of(AutoConfig.for_model("lfm2", **shape, layer_types=types), 2)
+    token = 2 * 8 * 64 * 2
+    assert (caches.per_token, caches.block, caches.states) == (6 * token, 128, 2 * 6 * 128 * token)
+
+
+def test_a_cache_with_states_bounds_the_sequences_at_a_time() -> None:
+    caches = Caches(per_token=2**15, block=640, states=60 * 2**20)
+    sizes = replace(SIZES, caches=caches, longest=1000)
+    assert sizes.full_cache == 256 * (1280 * 2**15 + 60 * 2**20)
+    assert sizes.most_sequences(GIB) == GIB // (640 * 2**15 + 60 * 2**20) == 12
+
+
+def test_heads_of_two_sizes_are_counted_by_layer() -> None:
+    config = AutoConfig.for_model(
+        "gemma4_text",
+        num_hidden_layers=2,
+        layer_types=["sliding_attention", "full_attention"],
+        num_key_value_heads=2,
+        head_dim=16,
+        global_head_dim=64,
+    )
+    assert Caches.of(config, 2).per_token == 2 * 2 * (16 + 64) * 2
+
+
+def test_the_largest_layer_is_of_all_that_vllm_stacks() -> None:
+    shapes = {
+        "m.layers.0.linear_attn.in_proj_qkv.weight": (96, 32),
+        "m.layers.0.linear_attn.in_proj_z.weight": (64, 32),
+        "m.layers.0.linear_attn.out_proj.weight": (32, 64),
+        "m.layers.0.mlp.gate_proj.weight": (70, 32),
+        "m.layers.0.mlp.up_proj.weight": (70, 32),
+    }
+    assert _largest(shapes) == (96 + 64) * 32

@@ -23,7 +23,7 @@ from torch import Tensor
 from rlft import dist
 from rlft.config.data import Sampling
 from rlft.config.run import Engine as Options
-from rlft.errors import EngineError
+from rlft.errors import EngineError, UnsupportedModel
 from rlft.models.allocator import segments
 from rlft.models.policy import Policy
 from rlft.rollout.engine import Finished, check_names, check_read_back, eos_ids
@@ -31,7 +31,15 @@ from rlft.rollout.vllm import start as vllm_start
 from rlft.rollout.vllm.memory import EngineMemory, EngineMode, choose_mode
 from rlft.rollout.vllm.requests import VllmFailed, sample
 from rlft.rollout.vllm.shared_weights import frozen_weights, module_of
-from rlft.rollout.vllm.start import arguments, compiles, defaults_restored, environment, model_folder, quiet
+from rlft.rollout.vllm.start import (
+    arguments,
+    class_restored,
+    compiles,
+    defaults_restored,
+    environment,
+    model_folder,
+    quiet,
+)
 from rlft.types import Prompt, Rollout
 
 NUMBERS = itertools.count(1)
@@ -89,7 +97,8 @@ class VllmEngine:
         if device.type == "cuda" and compiles(options, self._sizes.linear):
             self._detail("vLLM compiles this model, for minutes at its first start; see engine.compile")
         begin = time.perf_counter()
-        with quiet(), defaults_restored(), segments(growing=False):
+        decoder = type(self._policy.base.get_decoder())  # type: ignore[operator,union-attr]
+        with quiet(), defaults_restored(), class_restored(decoder), segments(growing=False):
             from vllm import LLM
 
             from rlft.rollout.vllm import hooks
@@ -107,16 +116,9 @@ class VllmEngine:
                     hooks.release_pools(asleep=False)
                 if isinstance(error, EngineError):
                     raise
-                first = (str(error).strip() or type(error).__name__).splitlines()[0]
-                raise EngineError(
-                    f"vLLM {vllm_start.version()} did not start ({type(error).__name__}: {first}); run with "
-                    f'VLLM_LOGGING_LEVEL=DEBUG to see why, or set engine.name = "eager"'
-                ) from error
+                raise self._not_started(error) from error
             finally:
                 del hooks.WeightProvider.waiting[number]
-        # For architectures that vLLM runs on transformers' own classes it wraps these classes for its compiler, and the
-        # wrapper reads this attribute on every instance, including the trainer's.
-        self._policy.base.get_decoder().do_not_compile = True  # type: ignore[operator,union-attr]
         (self.runner,) = self._llm.collective_rpc("rlft_runner")
         self._check_rope()
         self._refill()
@@ -125,6 +127,18 @@ class VllmEngine:
         self._detail(
             f"vLLM {vllm_start.version()} ({self.runner} model runner{'' if is_tested else ', untested with rlft'}) "
             f"up in {time.perf_counter() - begin:.0f} s: {self.choice}"
+        )
+
+    def _not_started(self, error: Exception) -> EngineError:
+        """Return the error to raise where vLLM did not start: whether it is about the model, or about anything else."""
+        name, vllm = type(self._policy.base).__name__, f"vLLM {vllm_start.version()}"
+        why = f"{type(error).__name__}: {(str(error).strip() or type(error).__name__).splitlines()[0]}"
+        if self._provider.stage == "configured" and not vllm_start.knows(name):
+            return UnsupportedModel(f"{vllm} has no model {name}")
+        if self._provider.stage == "building" and not isinstance(error, torch.OutOfMemoryError):
+            return UnsupportedModel(f"{vllm} cannot build {name} ({why})")
+        return EngineError(
+            f'{vllm} did not start ({why}); run with VLLM_LOGGING_LEVEL=DEBUG to see why, or set engine.name = "eager"'
         )
 
     def _check_rope(self) -> None:

@@ -26,7 +26,7 @@ import itertools
 import weakref
 from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -41,11 +41,12 @@ from vllm.model_executor.model_loader import register_model_loader
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 from vllm.platforms import current_platform
 
-from rlft.errors import EngineError
+from rlft.errors import UnsupportedModel
 from rlft.kernels.launch import as_rows
 from rlft.kernels.lora_add import lora_add
 from rlft.rollout.vllm import shared_weights
-from rlft.rollout.vllm.shared_weights import Slot, Weight, WeightCopy, padded_view, partners
+from rlft.rollout.vllm.names import Naming, Weight, partners
+from rlft.rollout.vllm.shared_weights import Slot, WeightCopy
 
 TESTED_ON_GPU = {("0.23", "V2")}
 TESTED_ON_CPU = {("0.32", "V1")}
@@ -65,34 +66,37 @@ class WeightProvider:
         """
         self.weights, self._ranks, self._merged = weights, ranks, merged
         self._slots: list[Slot] = []
+        self.stage: Literal["configured", "building", "built"] = "configured"
+        """How far vLLM is with its model."""
         self.weight_copy: WeightCopy | None = None
         """Copy of weights to the engine's own memory; set once vLLM has loaded the model, and run after that."""
 
     def give(self, model: nn.Module) -> None:
-        """Put the weights into vLLM's empty model. Raises EngineError for a weight without a counterpart."""
+        """Put the weights into vLLM's empty model. Raises UnsupportedModel for a weight without a counterpart."""
         modules = dict(model.named_modules())
         parameters = dict(model.named_parameters())
-        matches = partners(parameters, getattr(model, "packed_modules_mapping", {}), self.weights)
+        matches = partners(parameters, Naming.of(model), self.weights)
         places: dict[str, Tensor] = {}
         scratch, unplaced = self._scratch(modules, matches), set(self._ranks)
         for name, parameter in parameters.items():
-            module = modules[name.rpartition(".")[0]]
-            weights = [self.weights[part] for part in matches[name]]
-            rows = [int(weight.shape[0]) for weight in weights]
+            module, parts = modules[name.rpartition(".")[0]], matches[name]
+            weights = [self.weights[part] for part in parts]
             method = getattr(module, "quant_method", None)
-            if isinstance(method, SharedMethod | DequantizedMethod) and name.endswith(".weight"):
-                unplaced -= {part.removesuffix(".weight") for part in matches[name]}
-                self._give_slot(module, matches[name], rows, parameter)
+            is_linear = isinstance(method, SharedMethod | DequantizedMethod)
+            if is_linear and name.endswith(".weight"):
+                unplaced -= {part.removesuffix(".weight") for part in parts}
+                self._give_slot(module, parts, parameter)
             if isinstance(method, SharedMethod) and name.endswith(".weight"):
+                shared_weights.check_shapes(name, weights, module.rlft_shape)  # type: ignore[arg-type]
                 self._share(module, shared_weights.SharedLinear(weights, scratch))
-            elif isinstance(module, LinearBase):
-                places |= zip(matches[name], parameter.data.split(rows), strict=True)
+            elif is_linear or shared_weights.needs_copy(weights, parameter):
+                places |= shared_weights.places_of(name, parts, weights, parameter.data)
             else:
-                parameter.data = self._whole(name, weights, getattr(module, "rlft_rows", parameter.shape[0]), parameter)
+                parameter.data = shared_weights.shared_tensor(name, weights[0], parameter, module)
         if unplaced:
-            raise EngineError(
+            raise UnsupportedModel(
                 f"the adapter has a part at {min(unplaced)}, which is no linear layer of vLLM's ({len(unplaced)} in "
-                f"all): leave it out of lora.targets"
+                f"all): leave it out of lora.targets for vLLM"
             )
         self.weight_copy = WeightCopy(places, self.weights)
 
@@ -101,12 +105,12 @@ class WeightProvider:
         SHARED[number] = module.rlft_shared = linear  # type: ignore[assignment]
         module.register_buffer("rlft_number", torch.tensor(number, device="cpu"), persistent=False)
 
-    def _give_slot(self, module: nn.Module, names: list[str], rows: list[int], parameter: Tensor) -> None:
+    def _give_slot(self, module: nn.Module, names: list[str], parameter: Tensor) -> None:
         """Allocate the adapter's slot, in memory that is freed during sleep."""
         modules = [name.removesuffix(".weight") for name in names]
         ranks = [self._ranks[name] for name in modules if name in self._ranks]
         if ranks and not self._merged:
-            columns = int(self.weights[names[0]].shape[1])
+            rows, columns = [int(self.weights[name].shape[0]) for name in names], int(self.weights[names[0]].shape[1])
             slot = Slot(modules, rows, columns, max(ranks), parameter)
             module.rlft_a = nn.Parameter(slot.a, requires_grad=False)
             module.rlft_b = nn.Parameter(slot.b, requires_grad=False)
@@ -140,25 +144,6 @@ class WeightProvider:
         like = next(iter(modules[""].parameters()))
         return torch.empty(size, dtype=like.dtype, device=like.device) if size else None
 
-    def _whole(self, name: str, weights: list[Weight], rows: int, parameter: nn.Parameter) -> Tensor:
-        """Return the trainer's tensor itself, for an embedding, head or norm."""
-        (weight,) = weights if len(weights) == 1 else (None,)
-        if not isinstance(weight, Tensor):
-            raise EngineError(
-                f"{name}: wants one plain weight of the trainer's; this architecture cannot share its weights"
-            )
-        if weight.dtype != parameter.dtype:
-            raise EngineError(
-                f"{name}: {weight.dtype} in the trainer and {parameter.dtype} in vLLM; load the model in one dtype"
-            )
-        view = padded_view(weight, rows)
-        if view is None or (view.shape != parameter.shape and parameter.numel()):
-            raise EngineError(
-                f"{name}: {tuple(weight.shape)} in the trainer, {tuple(parameter.shape) or rows} in vLLM: this "
-                f'architecture cannot share its weights; set engine.name = "eager"'
-            )
-        return view
-
 
 @register_model_loader("rlft")
 class Loader(BaseModelLoader):
@@ -167,9 +152,19 @@ class Loader(BaseModelLoader):
     def download_model(self, model_config: Any) -> None:
         """Do nothing."""
 
+    @property
+    def _provider(self) -> WeightProvider:
+        return WeightProvider.waiting[self.load_config.model_loader_extra_config["provider"]]
+
+    def load_model(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """Note that vLLM builds its model, whose failure is another matter than one of memory or settings."""
+        self._provider.stage = "building"
+        return super().load_model(*args, **kwargs)
+
     def load_weights(self, model: nn.Module, model_config: Any) -> None:
         """Give the weights to the empty model. Called by vLLM before anything is compiled or captured."""
-        WeightProvider.waiting[self.load_config.model_loader_extra_config["provider"]].give(model)
+        self._provider.stage = "built"
+        self._provider.give(model)
 
 
 SHARED: weakref.WeakValueDictionary[int, shared_weights.SharedLinear] = weakref.WeakValueDictionary()
@@ -225,13 +220,14 @@ class SharedMethod(LinearMethodBase):
     ) -> None:
         """Register an empty weight, since vLLM reads dtype and device from it."""
         layer.register_parameter("weight", nn.Parameter(torch.empty(0, dtype=params_dtype), requires_grad=False))
-        layer.rlft_out = sum(output_partition_sizes)  # type: ignore[assignment]
+        layer.rlft_shape = (sum(output_partition_sizes), input_size_per_partition)  # type: ignore[assignment]
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         """Do nothing: the weights stay the trainer's."""
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        y = with_adapter(layer, x, shared_linear(x, layer.rlft_number, layer.rlft_out))
+        shape: Any = layer.rlft_shape
+        y = with_adapter(layer, x, shared_linear(x, layer.rlft_number, shape[0]))
         return y if bias is None else y + bias
 
 

@@ -11,13 +11,12 @@ import torch
 from rlft.errors import EngineError
 from rlft.models.device_memory import DeviceMemory
 from rlft.models.policy import Policy
+from rlft.rollout.vllm.caches import Caches, delta_work
 from rlft.rollout.vllm.shared_weights import Weight, module_of, slot_rank
 
 GIB = 2**30
 BATCHED = 8192
 """Largest number of tokens that vLLM runs at a time, prompts included."""
-BLOCK = 128
-"""Tokens to which a sequence's part of the KV cache is rounded up: vLLM's largest block size (on a CPU)."""
 STEP = GIB // 4
 """Granularity of the size of a KV cache that is limited by memory."""
 GRAPHS = GIB
@@ -35,8 +34,7 @@ class EngineMemory:
     """Bytes of the largest group of them dequantized at a time: the memory of shared weights."""
     slots: int
     """Bytes of the adapter's slots and of three copies: the source, the previous source and the read-back reference."""
-    per_token: int
-    """Bytes of the KV cache per token."""
+    caches: Caches
     longest: int
     """Tokens of the longest sequence."""
     sequences: int
@@ -60,26 +58,26 @@ class EngineMemory:
         """Compute the sizes. weights: `shared_weights.frozen_weights` of the base. sequences: completions of a step."""
         config: Any = policy.base.config.get_text_config()  # type: ignore[operator,union-attr]
         item = dtype.itemsize
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         intermediate = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
-        matrices = [
-            weight for weight in weights.values() if len(weight.shape) == 2 and weight.shape[0] != config.vocab_size
-        ]
-        linear = sum(weight.shape[0] * weight.shape[1] for weight in matrices)
+        matrices = {
+            name: weight.shape
+            for name, weight in weights.items()
+            if len(weight.shape) == 2 and weight.shape[0] != config.vocab_size
+        }
         concurrent, batched = min(sequences, max_seqs), min(BATCHED, max(longest * max_seqs, 1024))
         adapter = policy.adapter_params.numel()
         slots = _slots(
             {name: matrix_a.shape[0] for name, matrix_a in policy.adapter().items() if ".lora_A." in name}, weights
         )
         return cls(
-            linear=linear * item,
-            largest=2 * intermediate * config.hidden_size * item,
+            linear=sum(rows * columns for rows, columns in matrices.values()) * item,
+            largest=_largest(matrices) * item,
             slots=(3 * adapter + slots) * item,
-            per_token=2 * config.num_hidden_layers * heads * size * item,
+            caches=Caches.of(config, item),
             longest=longest,
             sequences=concurrent,
-            work=batched * (3 * intermediate + 6 * config.hidden_size) * item + concurrent * config.vocab_size * 16,
+            work=batched * (3 * intermediate * item + 6 * config.hidden_size * item + delta_work(config, item))
+            + concurrent * config.vocab_size * 16,
             batched=batched,
             pending=2 * adapter * policy.adapter_params.element_size(),
         )
@@ -87,12 +85,17 @@ class EngineMemory:
     @property
     def full_cache(self) -> int:
         """Bytes of a KV cache in which every sequence fits completely."""
-        return self.sequences * -(-self.longest // BLOCK) * BLOCK * self.per_token
+        return self.sequences * self.caches.of_sequence(self.longest)
 
     @property
     def min_cache(self) -> int:
         """Smallest size of the KV cache in bytes, for one sequence; vLLM does not start with less."""
-        return 2 * -(-self.longest // BLOCK) * BLOCK * self.per_token
+        return 2 * self.caches.of_sequence(self.longest)
+
+    def most_sequences(self, kv_bytes: int) -> int:
+        """Return how many sequences can start in a KV cache of this size: vLLM refuses to allow more where each has
+        states."""
+        return max(1, kv_bytes // self.caches.of_sequence(1))
 
 
 @dataclass(frozen=True)
@@ -147,6 +150,18 @@ def choose_mode(sizes: EngineMemory, mode: str, kv_gib: float | None, device_mem
             f'sampling.max_tokens or engine.max_seqs, or set engine.mode = "shared"'
         )
     return EngineMode(mode, kv, why)  # type: ignore[arg-type]
+
+
+def _largest(matrices: Mapping[str, Any]) -> int:
+    """Return an upper bound of the elements of the largest layer of the engine.
+
+    matrices: name -> (rows, columns). Layers that the engine combines have the same input and the same parent module.
+    """
+    sizes: dict[tuple[str, int], int] = {}
+    for name, (rows, columns) in matrices.items():
+        layer = (name.rsplit(".", 2)[0], columns)
+        sizes[layer] = sizes.get(layer, 0) + rows * columns
+    return max(sizes.values(), default=0)
 
 
 def _slots(ranks: Mapping[str, int], weights: Mapping[str, Weight]) -> int:

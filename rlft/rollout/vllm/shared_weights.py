@@ -1,9 +1,8 @@
 """Use the trainer's frozen weights in an engine that groups and names linear layers differently.
 
-A parameter of the engine corresponds to one of the trainer's weights, or to several stacked by rows (qkv_proj to
-q_proj, k_proj and v_proj). `partners` matches them by name. `SharedLinear` computes from the trainer's weights in
-place; `WeightCopy` dequantizes them into memory of the engine, and merges an adapter in mode "merged"; `Slot` has the
-adapter of a linear layer in the other modes.
+`rlft.rollout.vllm.names` matches the two. `SharedLinear` computes from the trainer's weights in place; `WeightCopy`
+writes them into memory of the engine, dequantized where they are in 4 bits, and merges an adapter in mode "merged";
+`Slot` has the adapter of a linear layer in the other modes.
 
 Legend: x activations, w and W a weight, A [r, in] and B [out, r] the adapter's matrices, V vocabulary, H hidden size.
 """
@@ -11,18 +10,18 @@ Legend: x activations, w and W a weight, A [r, in] and B [out, r] the adapter's 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from rlft.errors import EngineError
+from rlft.errors import EngineError, UnsupportedModel
 from rlft.kernels.launch import power_of_2
 from rlft.kernels.lora_add import MIN_RANK
 from rlft.kernels.nf4 import DecodeTables, Nf4Weight
+from rlft.rollout.vllm.names import Weight
 
-Weight = Tensor | Nf4Weight
 PER_LAUNCH = 7
 """Matrices dequantized by one launch: those of a decoder layer."""
 
@@ -50,47 +49,50 @@ def frozen_weights(base: nn.Module) -> dict[str, Weight]:
     return weights
 
 
-def partners(
-    names: Iterable[str], packed: Mapping[str, Sequence[str]], weights: Mapping[str, Weight]
-) -> dict[str, list[str]]:
-    """Return engine's parameter -> the trainer's weights it consists of, from top to bottom.
+def needs_copy(weights: Sequence[Weight], parameter: Tensor) -> bool:
+    """Return whether the engine's parameter can only be a copy of these weights: of several, of a quantized one, or of
+    one in a narrower dtype (vLLM has the decay of a gated DeltaNet in fp32)."""
+    (weight,) = weights if len(weights) == 1 else (None,)
+    if not isinstance(weight, Tensor):
+        return True
+    return weight.dtype != parameter.dtype and torch.promote_types(weight.dtype, parameter.dtype) == parameter.dtype
 
-    names: of the engine's parameters. packed: module of the engine -> the modules it combines, as vLLM's
-    `packed_modules_mapping`. Raises EngineError that names a weight without a partner, on either side.
-    """
-    matches: dict[str, list[str]] = {}
-    for name in names:
-        where, _, kind = name.rpartition(".")
-        prefix, _, module = where.rpartition(".")
-        parts = [f"{prefix}.{part}.{kind}" if prefix else f"{part}.{kind}" for part in packed.get(module, ())]
-        if name in weights:
-            matches[name] = [name]
-        elif parts and all(part in weights for part in parts):
-            matches[name] = parts
-        else:
-            alternatives = f", nor {', '.join(parts)}" if parts else ""
-            raise EngineError(
-                f"vLLM's model has a parameter {name}, and the trainer's has none of that name{alternatives}: this "
-                f'architecture cannot share its weights; set engine.name = "eager"'
-            )
-    used = {id(weights[part]) for parts in matches.values() for part in parts}
-    unmatched = [
-        name for name, weight in weights.items() if id(weight) not in used and not _same(weight, used, weights)
-    ]
-    if unmatched:
-        raise EngineError(
-            f"the trainer's model has a weight {unmatched[0]} that vLLM's has no place for ({len(unmatched)} in all): "
-            f'this architecture cannot share its weights; set engine.name = "eager"'
+
+def check_shapes(name: str, weights: Sequence[Weight], shape: Sequence[int]) -> None:
+    """Raise UnsupportedModel unless the weights, stacked by rows, have the shape of the engine's parameter."""
+    shapes = [tuple(weight.shape) for weight in weights]
+    rest = {tuple(shape[1:]) for shape in shapes}
+    if not shape or rest != {tuple(shape[1:])} or sum(rows for rows, *_ in shapes) != shape[0]:
+        theirs = ", ".join(map(str, shapes))
+        raise UnsupportedModel(
+            f"{name}: {theirs} in the trainer, {tuple(shape)} in vLLM: this architecture cannot share its weights"
         )
-    return matches
 
 
-def _same(weight: Weight, used: set[int], weights: Mapping[str, Weight]) -> bool:
-    """Return whether a weight shares the memory of a used one, as a tied head under its second name does."""
-    return isinstance(weight, Tensor) and any(
-        isinstance(other, Tensor) and id(other) in used and other.data_ptr() == weight.data_ptr()
-        for other in weights.values()
-    )
+def places_of(name: str, parts: Sequence[str], weights: Sequence[Weight], parameter: Tensor) -> dict[str, Tensor]:
+    """Return where each of the weights `parts` lies in the engine's parameter. Raises UnsupportedModel for other
+    shapes."""
+    check_shapes(name, weights, parameter.shape)
+    return dict(zip(parts, parameter.split([int(weight.shape[0]) for weight in weights]), strict=True))
+
+
+def shared_tensor(name: str, weight: Weight, parameter: Tensor, module: nn.Module) -> Tensor:
+    """Return the trainer's tensor itself for an engine's parameter: an embedding, head, norm or convolution.
+
+    module: of the parameter. Raises UnsupportedModel for another shape or dtype.
+    """
+    assert isinstance(weight, Tensor), "needs_copy"
+    if weight.dtype != parameter.dtype:
+        kinds = [str(tensor.dtype).removeprefix("torch.") for tensor in (weight, parameter)]
+        raise UnsupportedModel(f"{name} is {kinds[0]} in the trainer and {kinds[1]} in vLLM, which would round it")
+    rows = getattr(module, "rlft_rows", parameter.shape[0] if parameter.dim() else None)
+    view = weight if rows is None else padded_view(weight, rows)
+    if view is None or (view.shape != parameter.shape and parameter.numel()):
+        raise UnsupportedModel(
+            f"{name}: {tuple(weight.shape)} in the trainer, {tuple(parameter.shape) or rows} in vLLM: this "
+            f"architecture cannot share its weights"
+        )
+    return view
 
 
 def padded_view(weight: Tensor, rows: int) -> Tensor | None:

@@ -24,6 +24,9 @@ from rlft.rollout.vllm.shared_weights import slot_rank
 COMPILED = 2 * 10**9
 """Bytes of a model's linear layers from which vLLM compiles it by itself: 1 billion parameters in 16 bits."""
 
+_WRAPPED: dict[type, Any] = {}
+"""Class of transformers -> its `__init__` as vLLM's compiler wrapped it."""
+
 
 def version() -> str:
     """Return vLLM's version."""
@@ -35,6 +38,13 @@ def version() -> str:
 def minor() -> str:
     """Return vLLM's minor version, such as "0.23" for 0.23.0."""
     return ".".join(version().split(".")[:2])
+
+
+def knows(architecture: str) -> bool:
+    """Return whether the installed vLLM has its own model for a class of transformers."""
+    from vllm import ModelRegistry
+
+    return architecture in ModelRegistry.get_supported_archs()
 
 
 def model_folder(base: Any, tokenizer: Any) -> str:
@@ -49,6 +59,8 @@ def model_folder(base: Any, tokenizer: Any) -> str:
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     config.architectures = [type(base).__name__]
+    for name, value in _more_fields(config).items():
+        setattr(config, name, value)
     root = Path(envs.VLLM_CACHE_ROOT) / "rlft"
     root.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=root) as temporary:
@@ -63,6 +75,18 @@ def model_folder(base: Any, tokenizer: Any) -> str:
     return str(folder)
 
 
+def _more_fields(config: Any) -> dict[str, Any]:
+    """Return the fields that vLLM reads for a type of model and transformers has elsewhere or not at all."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    if config.model_type == "lfm2":
+        return {"conv_dim": config.hidden_size, "block_dim": config.hidden_size}
+    if config.model_type == "ministral3" and rope.get("llama_4_scaling_beta"):
+        original = rope["original_max_position_embeddings"]
+        scale = {"beta": rope["llama_4_scaling_beta"], "original_max_position_embeddings": original}
+        return {"llama_4_scaling": scale}
+    return {}
+
+
 def arguments(
     options: Options,
     choice: EngineMode,
@@ -75,20 +99,22 @@ def arguments(
     """Return the arguments of vLLM's LLM. ranks: of the adapter, by module. provider: number of the WeightProvider."""
     gpu = device.type == "cuda"
     slots = sorted((module, slot_rank(rank)) for module, rank in ranks.items() if choice.mode != "merged")
+    most = min(options.max_seqs, sizes.most_sequences(choice.kv_bytes)) if sizes.caches.states else options.max_seqs
     values: dict[str, Any] = {
         "load_format": "rlft",
         "model_loader_extra_config": {"provider": provider},
         "quantization": "rlft-shared" if choice.mode == "shared" else "rlft-dequantized",
         "dtype": str(dtype).removeprefix("torch."),
         "max_model_len": sizes.longest,
-        "max_num_seqs": options.max_seqs,
+        "max_num_seqs": most,
         "worker_extension_cls": "rlft.rollout.vllm.hooks.WorkerExtension",
         "kv_cache_memory_bytes": choice.kv_bytes,
-        "max_num_batched_tokens": max(sizes.batched, options.max_seqs),
+        "max_num_batched_tokens": max(sizes.batched, most),
         "enforce_eager": not (gpu and options.graphs),
         "logprobs_mode": "processed_logprobs",
         "generation_config": "vllm",
-        "enable_prefix_caching": True,
+        # A state is kept of every few hundred tokens only, which most prompts do not have in common.
+        "enable_prefix_caching": not sizes.caches.states,
         "seed": 0,
         "disable_log_stats": True,
         "use_tqdm_on_load": sys.stderr.isatty(),
@@ -96,6 +122,9 @@ def arguments(
         # slots.
         "additional_config": {"rlft": hashlib.sha256(str(slots).encode()).hexdigest()},
     }
+    if sizes.caches.states:
+        # As in the trainer: in 16 bits, rounding would add up along the sequence.
+        values |= {"mamba_ssm_cache_dtype": "float32"}
     if not dist.is_alone():
         # An engine per rank, which takes the process group that is there.
         values |= {"distributed_executor_backend": "external_launcher"}
@@ -103,7 +132,7 @@ def arguments(
         free, total = torch.cuda.mem_get_info(device)
         # Unused, because the cache size is explicit, but vLLM compares it with the free memory.
         values |= {"gpu_memory_utilization": 0.5 * free / total, "enable_sleep_mode": True}
-        values |= {"compilation_config": _compilation(options, sizes.linear)} if options.graphs else {}
+        values |= {"compilation_config": _compilation(options, most, sizes.linear)} if options.graphs else {}
     return values
 
 
@@ -112,9 +141,8 @@ def compiles(options: Options, linear: int) -> bool:
     return options.graphs and (linear >= COMPILED if options.compile == "auto" else options.compile)
 
 
-def _compilation(options: Options, linear: int) -> dict[str, Any]:
-    """Return vLLM's compilation config, with CUDA graphs of decoding steps."""
-    most = options.max_seqs
+def _compilation(options: Options, most: int, linear: int) -> dict[str, Any]:
+    """Return vLLM's compilation config, with CUDA graphs of decoding steps. most: sequences at a time."""
     sizes = [1, 2, 4, *range(8, 64, 8), *range(64, 128, 16), *range(128, most + 1, 32)]
     return {
         "mode": 3 if compiles(options, linear) else 0,
@@ -155,3 +183,21 @@ def defaults_restored() -> Iterator[None]:
             torch.set_float32_matmul_precision(precision)
             torch.set_grad_enabled(grad)
             torch.set_default_dtype(dtype)
+
+
+@contextlib.contextmanager
+def class_restored(decoder: Any) -> Iterator[None]:
+    """Let vLLM change a class of transformers only while it builds its model. decoder: the class of the trainer's.
+
+    For architectures that vLLM runs on transformers' own classes, its compiler wraps `__init__`, which then wants a
+    config of vLLM's for every instance, and `__call__`, which reads `do_not_compile` of it.
+    """
+    own = decoder.__init__
+    decoder.__init__ = _WRAPPED.get(decoder, own)
+    try:
+        yield
+    finally:
+        if decoder.__init__ is not own:
+            _WRAPPED[decoder], decoder.__init__ = decoder.__init__, own
+            # Of the trainer's instances; vLLM sets it on those that it makes.
+            decoder.do_not_compile = True
