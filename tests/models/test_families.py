@@ -51,7 +51,7 @@ GEMMA4 = {
     "layer_types": ["sliding_attention", "full_attention"] * 2 + ["full_attention"],
     "sliding_window": 5,
     "global_head_dim": 16,
-    "vocab_size_per_layer_input": 61,
+    "vocab_size_per_layer_input": 64,
     "hidden_size_per_layer_input": 12,
     "num_kv_shared_layers": 3,
     "use_double_wide_mlp": True,
