@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from rlft.errors import TrainError
-from rlft.types import Batch, Counts, Group, LeftOut, PackPlan, Rollout, Sample
+from rlft.positions import prompt_positions, sequence_positions
+from rlft.types import Batch, Counts, Group, Image, LeftOut, PackPlan, Rollout, Sample
 
 
 def group_ids(rollouts: Sequence[Rollout]) -> Tensor:
@@ -266,8 +267,10 @@ class _Sequence(NamedTuple):
     ids: tuple[int, ...]
     row: _Row | None
     """None for a shared prefix."""
-    start: int
-    """Position id of its first token."""
+    positions: np.ndarray
+    """[3, tokens] int64, see `rlft.positions`."""
+    images: tuple[Image, ...]
+    """Those whose tokens it holds."""
     prefix: int
     """Index of the sequence that holds its prompt, -1 for none."""
 
@@ -286,13 +289,19 @@ def _sequences(units: list[list[_Row]], plan: PackPlan) -> list[_Sequence]:
     """
     prompts, completions, alone = [], [], []
     for unit in units:
-        prompt = unit[0].rollout.prompt.ids
-        assert all(row.rollout.prompt.ids == prompt for row in unit), "a group has one prompt"
+        prompt = unit[0].rollout.prompt
+        assert all(row.rollout.prompt.ids == prompt.ids for row in unit), "a group has one prompt"
+        assert all(row.rollout.prompt.images == prompt.images for row in unit), "a group has the same images"
+        before = len(prompt.ids)
+        for row in unit:
+            ids = row.rollout.completion_ids
+            positions = sequence_positions(prompt, len(ids))
+            if _shared(unit, plan):
+                completions.append(_Sequence(ids, row, positions[:, before:], (), len(prompts)))
+            else:
+                alone.append(_Sequence(prompt.ids + ids, row, positions, prompt.images, -1))
         if _shared(unit, plan):
-            completions += [_Sequence(row.rollout.completion_ids, row, len(prompt), len(prompts)) for row in unit]
-            prompts.append(_Sequence(prompt, None, 0, -1))
-        else:
-            alone += [_Sequence(prompt + row.rollout.completion_ids, row, 0, -1) for row in unit]
+            prompts.append(_Sequence(prompt.ids, None, prompt_positions(prompt), prompt.images, -1))
     return prompts + completions + alone
 
 
@@ -304,8 +313,11 @@ def _batch(units: list[list[_Row]], plan: PackPlan, counts: Counts) -> Batch:
     lengths = [len(sequence.ids) for sequence in sequences]
     bounds = [0, *accumulate(lengths)]
     seq_ids = torch.from_numpy(np.repeat(np.arange(len(sequences)), lengths))
-    positions = np.concatenate(
-        [np.arange(sequence.start, sequence.start + len(sequence.ids)) for sequence in sequences]
+    positions = np.concatenate([sequence.positions for sequence in sequences], axis=1)
+    images = tuple(
+        (image, start + image.start)
+        for sequence, start in zip(sequences, bounds[:-1], strict=True)
+        for image in sequence.images
     )
     source = np.arange(bounds[-1]) - 1
     for i, sequence in enumerate(sequences):
@@ -327,7 +339,7 @@ def _batch(units: list[list[_Row]], plan: PackPlan, counts: Counts) -> Batch:
         input_ids=torch.from_numpy(
             np.fromiter(chain.from_iterable(sequence.ids for sequence in sequences), np.int64, bounds[-1])
         ),
-        position_ids=torch.from_numpy(positions),
+        position_ids=torch.from_numpy(positions if images else positions[0]),
         cu_seqlens=torch.tensor(bounds, dtype=torch.int32),
         seq_ids=seq_ids,
         source=torch.from_numpy(source),
@@ -347,6 +359,7 @@ def _batch(units: list[list[_Row]], plan: PackPlan, counts: Counts) -> Batch:
         max_prefix=max((lengths[sequence.prefix] for sequence in sequences if sequence.prefix >= 0), default=0),
         zero_advantage=not any(row.advantage for row in rows),
         samples=tuple(row.sample for row in rows),
+        images=images,
         sampler_logprobs=sampler,
     )
 

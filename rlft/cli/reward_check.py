@@ -18,6 +18,7 @@ from rlft.config.data import Data, Reward
 from rlft.config.run import Config
 from rlft.data.encode import Encoder
 from rlft.data.kinds import IDS, SAMPLED
+from rlft.data.limits import NO_LIMITS, Limits
 from rlft.data.usable import Rows, check_rows
 from rlft.errors import ConfigError, DataError
 from rlft.models.locate import load_tokenizer, locate
@@ -28,6 +29,7 @@ from rlft.runs.folder import Run
 from rlft.runs.formats import visible
 from rlft.runs.tables import shown_prompt
 from rlft.runs.trust import check as check_trust
+from rlft.trainer.limits import limits_of_files
 from rlft.trainer.validate import purpose_of
 from rlft.types import FinishReason, Prompt, Rollout
 
@@ -77,7 +79,7 @@ def check(
                     f"--completion answer"
                 )
             tokenizer, state = _tokenizer(cfg, functions), 0
-            encoder = None if tokenizer is None else Encoder(source, tokenizer, every.kind)
+            encoder = _encoder(cfg, source, tokenizer, every.kind)
             asked = [
                 Prompt((), row, i) if encoder is None else encoder.encode(row, i) for i, row in enumerate(every[:rows])
             ]
@@ -92,6 +94,14 @@ def check(
     for note in [*(function.note for function in functions if function.note), *parts.faults()]:
         show(note)
     return not any(any(outcome.invalid) for outcome in parts.outcomes.values())
+
+
+def _encoder(cfg: Config | None, data: Data, tokenizer: Any, kind: str) -> Encoder | None:
+    """Return what encodes the rows, images too where the config's model takes them; None without a tokenizer."""
+    if tokenizer is None:
+        return None
+    limits = NO_LIMITS if cfg is None else Limits(images=limits_of_files(cfg).images)
+    return Encoder(data, tokenizer, kind, limits)
 
 
 def _data(cfg: Config | None, data: str | None, run: Path | None, trust: bool) -> Data:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from rlft.config.data import ROWS, Data
+from rlft.data.images import data_url
 from rlft.data.readers import store_of_table
 from rlft.data.rows import Columns, Packed, Row, Store, blocks
 from rlft.errors import ConfigError, DataError
@@ -127,7 +128,20 @@ def _dataset(dataset: Any, split: str, name: str) -> Any:
 def store_of_dataset(dataset: Any, split: str, name: str) -> Store:
     """Wrap a datasets.Dataset, or the split of a DatasetDict. name: of its source, for errors."""
     dataset = _dataset(dataset, split, name)
+    if _has_images(dataset):
+        # As Arrow holds them, in bytes and path: reading a row would decode its images.
+        tables = dataset.with_format("arrow")
+        return Columns(name, len(dataset), lambda start, stop: tables[start:stop].to_pydict())
     return Columns(name, len(dataset), lambda start, stop: dataset[start:stop])
+
+
+def _has_images(dataset: Any) -> bool:
+    """Return whether a column of a datasets.Dataset is images, or lists of images."""
+    import datasets
+
+    return any(
+        isinstance(getattr(feature, "feature", feature), datasets.Image) for feature in dataset.features.values()
+    )
 
 
 def _of_frame(frame: Any) -> Any:
@@ -165,7 +179,10 @@ def packed(rows: Iterable[Any]) -> Packed:
 
 
 def plain_row(row: Any, number: int) -> Row | DataError:
-    """Return a row as JSON holds it, or what is wrong with it: tuples become lists, NumPy's values Python's."""
+    """Return a row as JSON holds it, or what is wrong with it.
+
+    Tuples become lists, NumPy's values Python's, and PIL images data URLs, which hold their bytes as text.
+    """
     if not isinstance(row, Mapping):
         return DataError(f"row {number} is a {type(row).__name__}: want a dict of columns", reason="no dict")
     try:
@@ -194,6 +211,8 @@ def _plain(value: Any) -> Any:
     for kind in (int, float):
         if isinstance(value, kind):
             return kind(value)
+    if _is(value, "PIL.Image", "Image"):
+        return data_url(value)
     if hasattr(value, "tolist"):  # NumPy's and PyTorch's numbers and arrays
         return _plain(value.tolist())
     raise TypeError(f"a value is a {type(value).__name__}, which JSON does not have")

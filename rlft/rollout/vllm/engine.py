@@ -23,8 +23,9 @@ from torch import Tensor
 from rlft import dist
 from rlft.config.data import Sampling
 from rlft.config.run import Engine as Options
-from rlft.errors import EngineError
+from rlft.errors import ConfigError, EngineError
 from rlft.models.allocator import segments
+from rlft.models.kind import NO_IMAGES, sees
 from rlft.models.policy import Policy
 from rlft.rollout.engine import Finished, check_names, check_read_back, eos_ids
 from rlft.rollout.vllm import start as vllm_start
@@ -58,8 +59,11 @@ class VllmEngine:
 
         longest: tokens of the longest prompt plus completion. sequences: completions sampled together, for the size of
         the KV cache. progress: called with (finished sequences, all). note: called with what went wrong and did not
-        stop the engine. detail: called with a summary of how it runs. Raises EngineError.
+        stop the engine. detail: called with a summary of how it runs. Raises EngineError, and ConfigError for a model
+        with a vision tower.
         """
+        if sees(policy.base.config):
+            raise ConfigError(NO_IMAGES)
         self._policy, self._tokenizer, self._options = policy, tokenizer, options
         self._longest, self._sequences = longest, sequences
         self._progress, self._note, self._detail = progress, note, detail
