@@ -1,26 +1,24 @@
-"""Tiny random vision-language models with a character tokenizer and an image processor, and pictures of counted shapes."""
+"""Tiny random vision-language models with a character tokenizer and an image processor, and pictures of squares."""
 
 from __future__ import annotations
 
 import functools
 import io
 import json
-from collections.abc import Sequence
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image, ImageDraw
+from tiny import tiny_tokenizer
 from transformers import AutoConfig, AutoImageProcessor, PreTrainedTokenizerFast
 
-from rlft.config.data import Data
 from rlft.config.run import Lora
 from rlft.data.images import ImageReader
 from rlft.models.kind import class_of
 from rlft.models.load import attach_lora
 from rlft.models.policy import Policy
-from rlft.models.vision import image_reader
-from tests.tiny import tiny_tokenizer
 
 KINDS = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 MARKS = ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
@@ -97,14 +95,11 @@ def save(folder: Path, kind: str = "qwen2_vl") -> Path:
 
 def reader(kind: str = "qwen2_vl") -> ImageReader:
     """What reads images for a model of `base_of`."""
-    made = AutoImageProcessor.for_model(PROCESSOR) if hasattr(AutoImageProcessor, "for_model") else _processor()
-    return ImageReader(made, config_of(kind).image_token_id, config_of(kind).video_token_id)
+    return ImageReader(_processor(), config_of(kind).image_token_id, config_of(kind).video_token_id)
 
 
 @functools.cache
 def _processor() -> Any:
-    import tempfile
-
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "preprocessor_config.json").write_text(json.dumps(PROCESSOR))
         return AutoImageProcessor.from_pretrained(folder)

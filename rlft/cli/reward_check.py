@@ -17,6 +17,7 @@ from rlft.algos.algorithm import build_algorithm
 from rlft.config.data import Data, Reward
 from rlft.config.run import Config
 from rlft.data.encode import Encoder
+from rlft.data.images import images_in, shows_images, with_places
 from rlft.data.kinds import IDS, SAMPLED
 from rlft.data.limits import NO_LIMITS, Limits
 from rlft.data.usable import Rows, check_rows
@@ -180,8 +181,10 @@ def _tokenizer(cfg: Config | None, functions: Sequence[RewardFunction]) -> Any:
 def _pass_opened(functions: Sequence[RewardFunction], run: Run, rows: Rows, data: Data) -> None:
     """Give functions with the parameter `opened` the tag that the prompts of the run end with, as training did."""
     if any("opened" in function.names for function in functions):
-        tokenizer = load_tokenizer(Config.load(run.config).model)
-        encoder = Encoder(data, tokenizer, rows.kind)
+        cfg = Config.load(run.config)
+        tokenizer = load_tokenizer(cfg.model)
+        encoder = _encoder(cfg, data, tokenizer, rows.kind)
+        assert encoder is not None, "there is a tokenizer"
         pass_opened(functions, open_ends([encoder.encode(row, i) for i, row in enumerate(rows[:8])], tokenizer))
 
 
@@ -193,22 +196,26 @@ def _sampled(run: Run, step: int | None, rows: Rows, data: Data, wanted: int) ->
     step = steps[-1] if step is None else step
     if step not in steps:
         raise ConfigError(f"--step {step}: {run.path} holds rollouts of the steps {steps[0]} to {steps[-1]}")
-    prompts: dict[str, Prompt] = {}
+    prompts: dict[tuple[str, int | None], Prompt] = {}
     for i, row in enumerate(rows):
         messages = _messages(row, data)
         prompt = Prompt((), row, i, messages)
-        prompts.setdefault(shown_prompt(prompt), prompt)
+        # Rows with images may differ in nothing else, so that only their number says which one it was.
+        number = int(rows.numbers[i]) if shows_images(row) else None
+        prompts.setdefault((shown_prompt(prompt), number), prompt)
     made = []
     for saved in run.read_rollouts(step)[:wanted]:
-        if saved["prompt"] not in prompts:
+        text = saved["prompt"]
+        prompt = prompts.get((text, None)) or prompts.get((text, saved["row"]))
+        if prompt is None:
             raise DataError(
-                f"--run {run.path}: the data has no row with the prompt {saved['prompt']!r:.80}; give the dataset that "
+                f"--run {run.path}: the data has no row with the prompt {text!r:.80}; give the dataset that "
                 f"the run was made from, with its data.columns and data.template (its own config.toml has them)"
             )
         ids = tuple(saved["completion_ids"])
         made.append(
             Rollout(
-                prompts[saved["prompt"]],
+                prompt,
                 ids,
                 (True,) * len(ids),
                 None,
@@ -227,6 +234,7 @@ def _messages(row: dict[str, Any], data: Data) -> tuple[dict[str, Any], ...] | N
     given = row.get("prompt")
     if not isinstance(given, list):
         return None
+    given = with_places(given, len(images_in(row)))
     if data.system and given[0]["role"] != "system":
         return ({"role": "system", "content": data.system}, *given)
     return tuple(given)

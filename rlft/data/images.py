@@ -155,9 +155,9 @@ def png_of(picture: Any) -> bytes:
     return buffer.getvalue()
 
 
-def data_url(picture: Any) -> str:
-    """Return a PIL image as text, a data URL."""
-    return f"{DATA_URL}image/png;base64,{base64.b64encode(png_of(picture)).decode()}"
+def data_url(data: bytes) -> str:
+    """Return the bytes of an image as text."""
+    return f"{DATA_URL};base64,{base64.b64encode(data).decode()}"
 
 
 def bytes_of(source: str | bytes) -> bytes:

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -31,7 +32,7 @@ PATCHES = 16384
 """Patches that the tower takes at a time; a larger image runs alone."""
 
 
-def image_reader(model: str, config: Any, data: Data) -> ImageReader | None:
+def image_reader(model: str, config: Any, data: Data | None = None) -> ImageReader | None:
     """Load what reads the images of a model; None for one that takes text alone.
 
     config: of transformers. data: for the limits of an image's pixels. Raises ConfigError for a model without a
@@ -42,7 +43,7 @@ def image_reader(model: str, config: Any, data: Data) -> ImageReader | None:
     from transformers import AutoImageProcessor
 
     location = locate(model)
-    limits = {"min_pixels": data.min_pixels, "max_pixels": data.max_pixels}
+    limits = {name: getattr(data, name) for name in ("min_pixels", "max_pixels") if data is not None}
     options: dict[str, Any] = {name: value for name, value in limits.items() if value is not None}
     with explained(model, location, "its image processor"):
         # False: code from the hub is not run, and transformers does not prompt for it.
@@ -61,6 +62,13 @@ def image_reader(model: str, config: Any, data: Data) -> ImageReader | None:
                 f"{wanted}; give a folder whose files belong together"
             )
     return ImageReader(processor, config.image_token_id, config.video_token_id)
+
+
+def save_image_processor(model: str, config: Any, data: Data | None, folder: Path) -> None:
+    """Write the image processor of a model that takes images beside its weights, with the pixel limits of a run."""
+    reader = image_reader(model, config, data)
+    if reader is not None:
+        reader.processor.save_pretrained(folder)
 
 
 class Features(NamedTuple):

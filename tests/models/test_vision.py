@@ -5,23 +5,26 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
+import seeing
 import torch
+from random_base import in_float64
 from torch import Tensor
 
 from rlft.batch import pack_rollouts
-from rlft.config.data import Data
+from rlft.config.data import Data, Sampling
 from rlft.data.encode import encode_prompt
 from rlft.data.limits import Limits
 from rlft.errors import DataError
-from rlft.models.fused import memory
+from rlft.models.fused.levels import LEVELS, Level
 from rlft.models.policy import Policy
 from rlft.models.vision import Vision
 from rlft.positions import next_position, prompt_positions
+from rlft.rollout.eager import EagerEngine
 from rlft.types import Batch, FinishReason, PackPlan, Prompt, Rollout
-from tests import seeing
-from tests.random_base import in_float64
 
 PICTURES = (seeing.file_of(3), seeing.file_of(2, (16, 40)), seeing.file_of(4, (32, 24)))
 
@@ -125,9 +128,29 @@ def test_fused_layers_agree_with_transformers_and_its_pixels(policy: Policy, sha
     check(policy, packed(some_rollouts(), share))
 
 
-@pytest.mark.parametrize("levels", ["L0", "L3"])
-def test_every_level_of_saved_activations_keeps_what_is_added(levels: str) -> None:
-    pass
+@pytest.mark.parametrize("level", LEVELS, ids=str)
+def test_what_is_added_between_layers_survives_every_level_of_saved_activations(level: Level) -> None:
+    policy = seeing.policy_of("qwen3_vl")
+    fused = policy.fused
+    assert fused is not None
+    batches = packed(some_rollouts())
+    loss_of(policy, batches)
+    expected = policy.flat.gradient.clone()
+    plan = fused.plan_for(len(batches[0].input_ids))
+    fused.plan = replace(plan, levels=(level,) * len(fused.layers), tile=7)
+    policy.flat.zero_grad()
+    loss_of(policy, batches)
+    torch.testing.assert_close(policy.flat.gradient, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("layout", ["packed", "padded"])
+def test_layers_of_transformers_take_the_same_images(layout: str) -> None:
+    """As where a module cannot be fused, or where something else than attention mixes tokens."""
+    for kind in ("qwen2_5_vl", "qwen3_vl"):
+        policy = seeing.policy_of(kind)
+        del policy.decoder.forward
+        policy.fused, policy.packed = None, layout == "packed"
+        check(policy, packed(some_rollouts()))
 
 
 def test_the_order_of_images_matters(policy: Policy) -> None:
@@ -135,3 +158,106 @@ def test_the_order_of_images_matters(policy: Policy) -> None:
     back = rollouts_of([prompt_of(0, "a", PICTURES[2], PICTURES[0])], 1)
     (first,), (second,) = (loss_of(policy, packed(rollouts)).values() for rollouts in (there, back))
     assert (first - second).abs().max() > 1e-3
+
+
+def test_a_split_into_micro_batches_leaves_the_gradient_alone(policy: Policy) -> None:
+    gradients = []
+    for budget in (10**6, 60):
+        policy.flat.zero_grad()
+        batches = packed(some_rollouts(), budget=budget)
+        loss_of(policy, batches)
+        gradients.append(policy.flat.gradient.clone())
+    assert len(batches) > 3
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-9, atol=1e-12)
+
+
+def test_positions_are_those_of_transformers(policy: Policy) -> None:
+    for rollout in some_rollouts()[::3]:
+        prompt = rollout.prompt
+        if not prompt.images:
+            assert prompt_positions(prompt).tolist() == [list(range(len(prompt.ids)))] * 3
+            continue
+        assert policy.vision is not None
+        ids = torch.tensor([prompt.ids])
+        grid = torch.cat([policy.vision.reader.pixels(image)[1] for image in prompt.images])
+        kinds = (ids == policy.base.config.image_token_id).int()
+        expected, delta = policy.base.model.get_rope_index(ids, mm_token_type_ids=kinds, image_grid_thw=grid)
+        assert torch.equal(torch.from_numpy(prompt_positions(prompt)), expected[:, 0])
+        assert next_position(prompt) == len(prompt.ids) + int(delta)
+
+
+# ---- features ----------------------------------------------------------------------------------------------------
+
+
+class Counted(Vision):
+    """A vision tower that says which images it ran over together."""
+
+    def __init__(self, policy: Policy, limit: int = 10**9) -> None:
+        assert policy.vision is not None
+        super().__init__(policy.base, policy.vision.reader, limit)
+        self.runs: list[int] = []
+
+    def _computed(self, images: Any) -> Any:
+        self.runs.append(len(images))
+        return super()._computed(images)
+
+
+def test_the_tower_runs_once_per_image_and_step(policy: Policy) -> None:
+    vision = policy.vision = Counted(policy)
+    batches = packed(some_rollouts(), budget=60)
+    assert sum(len(batch.images) for batch in batches) > 3
+    for _ in range(2):
+        loss_of(policy, batches)
+    assert sum(vision.runs) == 3  # of four images in the prompts, two are the same
+    policy.forget_images()
+    loss_of(policy, batches)
+    assert sum(vision.runs) == 6
+
+
+def test_features_beyond_the_limit_are_computed_again_and_the_same(policy: Policy) -> None:
+    images = [image for rollout in some_rollouts()[:4:3] for image in rollout.prompt.images]
+    wanted = [features.rows for features in Counted(policy).features(images)]
+    vision = Counted(policy, limit=1)
+    found = [vision.features([image])[0].rows for image in images * 2]
+    assert vision.runs == [1] * 6
+    for one, other in zip(wanted * 2, found, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
+
+
+def test_other_bytes_under_the_same_digest_are_found(policy: Policy, tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    path.write_bytes(PICTURES[0])
+    prompt = encode_prompt(
+        {"prompt": "a", "image": str(path)}, 0, Data("x"), seeing.tokenizer(), Limits(images=seeing.reader())
+    )
+    vision = Counted(policy)
+    assert prompt.images[0].source == str(path) and vision.features(prompt.images)
+    path.write_bytes(seeing.file_of(5))
+    assert vision.features(prompt.images)  # held
+    vision.clear()
+    with pytest.raises(DataError, match=r"a\.png has changed since its row was read: its bytes have another digest"):
+        vision.features(prompt.images)
+
+
+# ---- engine ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", seeing.KINDS)
+def test_sampled_log_probs_are_the_trainers(kind: str) -> None:
+    policy = seeing.policy_of(kind, torch.float32)
+    engine = EagerEngine(policy, seeing.tokenizer(), batch_size=5)
+    engine.load_adapter(policy.adapter(), 0)
+    prompts = [rollout.prompt for rollout in some_rollouts()[::3]]
+    rollouts = engine.generate(prompts, Sampling(group_size=3, max_tokens=12), (1, 2))
+    assert policy.vision is not None
+    places = policy.vision.reader.places
+    for rollout in rollouts:
+        assert rollout.completion_mask == tuple(token not in places for token in rollout.completion_ids)
+    assert any(places & set(rollout.completion_ids) for rollout in rollouts), "one sampled place, to see it left out"
+    found = loss_of(policy, packed(rollouts))
+    for rollout in rollouts:
+        sampled = torch.tensor(rollout.sampler_logprobs)[list(rollout.completion_mask)]
+        torch.testing.assert_close(found[id(rollout)], sampled, rtol=0, atol=1e-5)
+    again = engine.generate(prompts[::-1], Sampling(group_size=3, max_tokens=1), (1, 2))
+    assert [rollout.prompt.index for rollout in again[::3]] == [3, 2, 1, 0]
+    engine.close()
