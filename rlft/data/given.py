@@ -218,8 +218,8 @@ def _plain(value: Any, key: str = "") -> Any:
             return kind(value)
     if _is(value, "PIL.Image", "Image"):
         return data_url(png_of(value))
-    if isinstance(value, bytes) and key in IMAGE_KEYS:
-        return data_url(value)
     if hasattr(value, "tolist"):  # NumPy's and PyTorch's numbers and arrays
         return _plain(value.tolist())
+    if isinstance(value, bytes) and key in IMAGE_KEYS:
+        return data_url(value)
     raise TypeError(f"a value is a {type(value).__name__}, which JSON does not have")

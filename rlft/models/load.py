@@ -132,10 +132,9 @@ def describe_base(cfg: Config | Base, device: torch.device) -> BaseInfo:
             f'quantization = "none" with a plain model'
         )
     note = None
-    if getattr(file_config, "vision_config", None) is not None and not sees(config):
-        note = (
-            f"{cfg.model}: the vision tower is left out; images are not supported yet with a {file_config.model_type}"
-        )
+    if file_config is not None and getattr(file_config, "vision_config", None) is not None and not sees(config):
+        kind_of_model = file_config.model_type
+        note = f"{cfg.model}: the vision tower is left out; images are not supported yet with a {kind_of_model}"
     return BaseInfo(location, dtype, kind, config, files != "none", names, note)
 
 
