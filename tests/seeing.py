@@ -30,13 +30,13 @@ TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 VISION: dict[str, dict[str, Any]] = {
-    "qwen2_vl": {"embed_dim": 16, "hidden_size": 48, "mlp_ratio": 2, "depth": 2},
+    "qwen2_vl": {"embed_dim": 16, "hidden_size": 64, "mlp_ratio": 2, "depth": 2},
     "qwen2_5_vl": {
-        **{"hidden_size": 16, "out_hidden_size": 48, "intermediate_size": 24, "depth": 2},
+        **{"hidden_size": 16, "out_hidden_size": 64, "intermediate_size": 24, "depth": 2},
         **{"window_size": 16, "fullatt_block_indexes": [1]},
     },
     "qwen3_vl": {
-        **{"hidden_size": 16, "out_hidden_size": 48, "intermediate_size": 24, "depth": 3},
+        **{"hidden_size": 16, "out_hidden_size": 64, "intermediate_size": 24, "depth": 3},
         **{"deepstack_visual_indexes": [0, 1], "num_position_embeddings": 16},
     },
 }
@@ -59,14 +59,14 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def config_of(kind: str) -> Any:
-    """The config of a model of two layers, three for deepstack."""
+    """The config of a model of three layers, whose widths bitsandbytes takes on a CPU."""
     ids = tokenizer().convert_tokens_to_ids(MARKS)
     names = ("vision_start_token_id", "vision_end_token_id", "image_token_id", "video_token_id")
     text = {
-        **{"vocab_size": len(tokenizer()), "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 3},
-        **{"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 12, "max_position_embeddings": 512},
+        **{"vocab_size": len(tokenizer()), "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 3},
+        **{"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 512},
         **{"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "initializer_range": 0.2},
-        "rope_parameters": {"mrope_section": [2, 2, 2], "rope_type": "default", "rope_theta": 1e4},
+        "rope_parameters": {"mrope_section": [2, 3, 3], "rope_type": "default", "rope_theta": 1e4},
     }
     vision = {
         **{"num_heads": 2, "patch_size": 4, "spatial_merge_size": 2, "temporal_patch_size": 2, "in_channels": 3},
@@ -105,9 +105,11 @@ def _processor() -> Any:
         return AutoImageProcessor.from_pretrained(folder)
 
 
-def policy_of(kind: str, dtype: torch.dtype = torch.float64, trained: float = 0.3) -> Policy:
+def policy_of(kind: str, dtype: torch.dtype = torch.float64, trained: float = 0.3, device: str = "cpu") -> Policy:
     """A policy over a random model whose adapter is not fresh. trained: size of the noise in the adapter's B."""
-    policy = Policy(attach_lora(base_of(kind, dtype), Lora(rank=4, alpha=8), 0), dtype=dtype, images=reader(kind))
+    policy = Policy(
+        attach_lora(base_of(kind, dtype).to(device), Lora(rank=4, alpha=8), 0), dtype=dtype, images=reader(kind)
+    )
     g = torch.Generator().manual_seed(7)
     for name, tensor in policy.adapter().items():
         if ".lora_B." in name:

@@ -19,7 +19,7 @@ from rlft.data.drafts import Asked, Draft, Drafter, in_column, named, without_pr
 from rlft.data.folders import folders_of
 from rlft.data.images import images_in, shows_images
 from rlft.data.kinds import IDS
-from rlft.data.limits import NO_LIMITS, Limits, check_ids, check_length
+from rlft.data.limits import NO_LIMITS, Limits, check_ids, check_length, check_places
 from rlft.data.messages import plain
 from rlft.data.reader import Reader
 from rlft.data.template import encoding_fault
@@ -210,8 +210,6 @@ class Encoder:
             ids, mask = [*ids, eos], [*mask, True]
         if alone:
             mask[0] = False  # nothing precedes the first token to predict it from
-        if self.limits.images is not None and (found := self.limits.images.places.intersection(ids)):
-            raise DataError(f"the completion has {self._token(min(found))}, the place of an image: remove it")
         return Recorded(self._shared(ids), tuple(mask), side.reward, side.text)
 
     def _of_ids(self, row: dict[str, Any], index: int) -> Prompt:
@@ -276,11 +274,13 @@ class Encoder:
 
     def _checked(self, prompt: Prompt) -> Prompt:
         """Hold a prompt against what the model takes."""
-        context, vocabulary, _ = self.limits
+        context, vocabulary, images = self.limits
         limit = self._data.max_prompt_tokens
         # A prompt above data.max_prompt_tokens is dropped or refused by whoever loads the dataset.
         if context is not None and (limit is None or len(prompt.ids) <= limit):
             check_length(prompt, context)
+        if images is not None:
+            check_places(prompt, images, self._token)
         if vocabulary is not None and self._checks_ids:
             check_ids(prompt, vocabulary, self._token)
         return prompt

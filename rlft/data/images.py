@@ -26,6 +26,8 @@ PARTS = ("image", "image_url", "input_image")
 HELD_BY = ("image", "image_url", "url", "path", "bytes", "base64")
 """Keys of such a part, any of which holds the image."""
 DATA_URL = "data:"
+PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")
+"""Modes of PIL images that PNG files hold."""
 MARK = "<image>"
 """Place of an image in the texts of LLaVA's datasets, which is not that of any model here."""
 
@@ -148,10 +150,12 @@ def _of_text(value: str, folders: Sequence[Path]) -> str | bytes:
 
 def png_of(picture: Any) -> bytes:
     """Return a PIL image as the bytes of a PNG file."""
+    from PIL import ImageOps
+
     buffer = io.BytesIO()
-    (picture if picture.mode in ("1", "L", "LA", "P", "RGB", "RGBA", "I;16") else picture.convert("RGB")).save(
-        buffer, format="PNG"
-    )
+    # Turned as its camera was, which a PNG does not say.
+    upright = ImageOps.exif_transpose(picture)
+    (upright if upright.mode in PNG_MODES else upright.convert("RGB")).save(buffer, format="PNG")
     return buffer.getvalue()
 
 
@@ -176,12 +180,16 @@ def digest_of(data: bytes) -> str:
 
 
 def decoded(data: bytes, name: str) -> Any:
-    """Return a PIL image in RGB. name: of the image, for errors. Raises DataError for bytes that are no whole image."""
+    """Return a PIL image in RGB, upright as its camera was held, as transformers and datasets read one.
+
+    name: of the image, for errors. Raises DataError for bytes that are no whole image.
+    """
     from PIL import Image as Pillow
+    from PIL import ImageOps
 
     try:
         with Pillow.open(io.BytesIO(data)) as opened:
-            return opened.convert("RGB")
+            return ImageOps.exif_transpose(opened).convert("RGB")
     except MemoryError:
         raise
     except Exception as error:  # decoders raise errors of many kinds, SyntaxError among them

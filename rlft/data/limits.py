@@ -57,3 +57,14 @@ def check_ids(prompt: Prompt, vocabulary: int, token: Callable[[int], str | None
         f"or take the tokenizer without them",
         reason="vocabulary",
     )
+
+
+def check_places(prompt: Prompt, reader: ImageReader, token: Callable[[int], str | None]) -> None:
+    """Raise DataError for tokens that are places of images without an image. token: as in `check_ids`."""
+    for recorded in prompt.recorded:
+        if found := reader.places.intersection(recorded.ids):
+            raise DataError(
+                f"the completion has {token(min(found))}, the place of an image: remove it", reason="images"
+            )
+    if not prompt.images and (found := reader.places.intersection(prompt.ids)):
+        raise DataError(f"the prompt has {token(min(found))}, and the row no images: remove it", reason="images")

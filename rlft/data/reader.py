@@ -144,7 +144,11 @@ def _check_images(row: dict[str, Any], kind: str) -> None:
                 reason="images",
             )
     if kind == "text" and images.images_in(row):
-        raise DataError("rows of plain text have no prompt to show images in; give messages, or prompt + completion")
+        raise DataError(
+            "rows of plain text have no prompt to show images in; give messages, or prompt + completion, or rename a "
+            'column that means something else, for example data.columns = {picture = "image"}',
+            reason="images",
+        )
 
 
 def _means_something(column: str, row: dict[str, Any]) -> bool:

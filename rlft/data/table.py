@@ -79,6 +79,10 @@ class Encoded:
         start, stop = self._recorded_ends[self._counts[i]], self._recorded_ends[self._counts[i] + 1]
         return self._recorded_ids[start:stop].tobytes()
 
+    def sees(self, i: int) -> bool:
+        """Return whether a prompt has images."""
+        return bool(self._digests(i))
+
     def _digests(self, i: int) -> list[str]:
         return [digest for _, digest, *_ in self._images[i]] if self._any_image else []
 
@@ -165,6 +169,10 @@ class PromptTable(Sequence[Prompt]):
     def longest(self) -> np.ndarray:
         """Return the tokens of each prompt with its longest recorded completion, [prompts] int64; 0 without one."""
         return self._encoded.longest()[self._order]
+
+    def with_images(self) -> int:
+        """Return the number of prompts that have images."""
+        return sum(map(self._encoded.sees, self._order.tolist()))
 
     def longest_prompt(self) -> Prompt:
         """Return the first of the prompts with the most tokens."""

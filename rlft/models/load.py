@@ -33,7 +33,7 @@ from rlft.models.random_state import kept_random_state
 DEVICES = ("auto", "cpu", "cuda")
 DTYPES = ("auto", "float64", "float32", "bfloat16", "float16")
 QUANTIZATIONS = ("auto", "none", "nf4", "int8")
-TOWER = ("visual", "lm_head")
+TOWER = ("model.visual", "lm_head")
 """Modules of a vision-language model that are not quantized: its tower with the projector, and as in any model the
 head."""
 ROWS = 64

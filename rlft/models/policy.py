@@ -268,7 +268,11 @@ class Policy:
         """Return the features of the images of a batch; None without images."""
         if not batch.images:
             return None
-        assert self.vision is not None, "prompts have images, and the policy was made without `images`"
+        if self.vision is None:
+            raise ConfigError(
+                "the prompts have images, and the policy was made without what reads them; give Policy(model, "
+                "images=rlft.models.vision.image_reader(name, model.config))"
+            )
         return self.vision.rows(batch.images, self.device)
 
     @contextmanager

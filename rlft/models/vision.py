@@ -48,11 +48,11 @@ def image_reader(model: str, config: Any, data: Data | None = None) -> ImageRead
     with explained(model, location, "its image processor"):
         # False: code from the hub is not run, and transformers does not prompt for it.
         processor = AutoImageProcessor.from_pretrained(location.path, trust_remote_code=False, **options)
-    size = processor.size
-    if size["shortest_edge"] > size["longest_edge"]:
+    least, most = processor.size["shortest_edge"], processor.size["longest_edge"]
+    if least is None or most is None or least > most:
         raise ConfigError(
             f"data.min_pixels and data.max_pixels: the image processor of {model} would take images of at least "
-            f"{size['shortest_edge']} and at most {size['longest_edge']} pixels; set both"
+            f"{least} and at most {most} pixels; set both"
         )
     vision = config.vision_config
     for name, wanted in (("patch_size", vision.patch_size), ("merge_size", vision.spatial_merge_size)):

@@ -244,7 +244,8 @@ class EagerEngine:
             return
         self._cache = self._cache or self._cache_kind(prompts[0].ids[:1])
         if self._policy.vision is None or self._cache == "none":
-            raise EngineError(f"{type(self._policy.base).__name__} has no KV cache that prompts with images go into")
+            base = type(self._policy.base).__name__
+            raise EngineError(f"prompts with images need a policy that reads them, and a KV cache of {base}")
         self._policy.vision.features(images)
 
     def _prefill(self, prompts: Sequence[Prompt]) -> tuple[Tensor, Tensor, Any]:

@@ -69,6 +69,16 @@ def test_a_picture_of_pillow_and_a_path() -> None:
         encoded({"prompt": "a", "image": Path("gone.png")})
 
 
+def test_a_photograph_is_turned_as_its_camera_was(tmp_path: Path) -> None:
+    picture, path = seeing.picture(3), tmp_path / "a.jpg"
+    exif = picture.getexif()
+    exif[0x0112] = 6  # the camera was held on its side
+    picture.save(path, exif=exif)
+    for image in (path, path.read_bytes(), Image.open(path)):
+        (found,) = encoded({"prompt": "a", "image": image}).images
+        assert (found.height, found.width) == (3, 2)
+
+
 @pytest.mark.parametrize(
     "part",
     [
@@ -192,6 +202,7 @@ ANSWER = {"role": "assistant", "content": "c"}
             {"prompt": [{"role": "user", "content": [{"type": "image", "image": FILE}]}], "image": OTHER},
             "parts of messages hold images, and a column too",
         ),
+        ({"prompt_ids": [4, 105, 5]}, r"the prompt has <\|image_pad\|>, and the row no images"),
         ({"prompt": "a", "completion": "b<|image_pad|>"}, r"the completion has <\|image_pad\|>, the place of an image"),
         ({"prompt": "a", "image": Image.new("RGB", (900, 2))}, "image 0: 900 x 2 pixels: absolute aspect ratio"),
     ],

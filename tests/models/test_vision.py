@@ -16,10 +16,12 @@ from torch import Tensor
 
 from rlft.batch import pack_rollouts
 from rlft.config.data import Data, Sampling
+from rlft.config.run import Lora
 from rlft.data.encode import encode_prompt
 from rlft.data.limits import Limits
-from rlft.errors import DataError
+from rlft.errors import ConfigError, DataError
 from rlft.models.fused.levels import LEVELS, Level
+from rlft.models.load import Base, attach_lora, load_base
 from rlft.models.policy import Policy
 from rlft.models.vision import Vision
 from rlft.positions import next_position, prompt_positions
@@ -67,7 +69,7 @@ def loss_of(policy: Policy, batches: Sequence[Batch]) -> dict[int, Tensor]:
     found = {}
     for batch in batches:
         logprobs, _ = policy.logprobs(batch)
-        (logprobs * batch.weight * batch.advantages).sum().backward()
+        (logprobs * (batch.weight * batch.advantages).to(logprobs.device)).sum().backward()
         sequences = [i for i, group in enumerate(batch.group_ids.tolist()) if group >= 0]
         for sequence, sample in zip(sequences, batch.samples, strict=True):
             found[id(sample.rollout)] = logprobs[(batch.seq_ids == sequence) & batch.train_mask].detach()
@@ -153,6 +155,13 @@ def test_layers_of_transformers_take_the_same_images(layout: str) -> None:
         check(policy, packed(some_rollouts()))
 
 
+def test_a_policy_that_reads_no_images_says_so() -> None:
+    policy = seeing.policy_of("qwen2_vl")
+    policy.vision = None
+    with pytest.raises(ConfigError, match="the prompts have images, and the policy was made without what reads them"):
+        loss_of(policy, packed(some_rollouts()))
+
+
 def test_the_order_of_images_matters(policy: Policy) -> None:
     there = rollouts_of([prompt_of(0, "a", PICTURES[0], PICTURES[2])], 1)
     back = rollouts_of([prompt_of(0, "a", PICTURES[2], PICTURES[0])], 1)
@@ -189,6 +198,11 @@ def test_positions_are_those_of_transformers(policy: Policy) -> None:
 # ---- features ----------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="module")
+def deep() -> Policy:
+    return seeing.policy_of("qwen3_vl")
+
+
 class Counted(Vision):
     """A vision tower that says which images it ran over together."""
 
@@ -202,41 +216,52 @@ class Counted(Vision):
         return super()._computed(images)
 
 
-def test_the_tower_runs_once_per_image_and_step(policy: Policy) -> None:
-    vision = policy.vision = Counted(policy)
+def test_the_tower_runs_once_per_image_and_step(deep: Policy) -> None:
+    vision = deep.vision = Counted(deep)
     batches = packed(some_rollouts(), budget=60)
     assert sum(len(batch.images) for batch in batches) > 3
     for _ in range(2):
-        loss_of(policy, batches)
+        loss_of(deep, batches)
     assert sum(vision.runs) == 3  # of four images in the prompts, two are the same
-    policy.forget_images()
-    loss_of(policy, batches)
+    deep.forget_images()
+    loss_of(deep, batches)
     assert sum(vision.runs) == 6
 
 
-def test_features_beyond_the_limit_are_computed_again_and_the_same(policy: Policy) -> None:
+def test_features_beyond_the_limit_are_computed_again_and_the_same(deep: Policy) -> None:
     images = [image for rollout in some_rollouts()[:4:3] for image in rollout.prompt.images]
-    wanted = [features.rows for features in Counted(policy).features(images)]
-    vision = Counted(policy, limit=1)
+    wanted = [features.rows for features in Counted(deep).features(images)]
+    vision = Counted(deep, limit=1)
     found = [vision.features([image])[0].rows for image in images * 2]
     assert vision.runs == [1] * 6
     for one, other in zip(wanted * 2, found, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
 
 
-def test_other_bytes_under_the_same_digest_are_found(policy: Policy, tmp_path: Path) -> None:
+def test_other_bytes_under_the_same_digest_are_found(deep: Policy, tmp_path: Path) -> None:
     path = tmp_path / "a.png"
     path.write_bytes(PICTURES[0])
     prompt = encode_prompt(
         {"prompt": "a", "image": str(path)}, 0, Data("x"), seeing.tokenizer(), Limits(images=seeing.reader())
     )
-    vision = Counted(policy)
+    vision = Counted(deep)
     assert prompt.images[0].source == str(path) and vision.features(prompt.images)
     path.write_bytes(seeing.file_of(5))
     assert vision.features(prompt.images)  # held
     vision.clear()
     with pytest.raises(DataError, match=r"a\.png has changed since its row was read: its bytes have another digest"):
         vision.features(prompt.images)
+
+
+@pytest.mark.parametrize("kind", seeing.KINDS)
+def test_the_tower_is_not_quantized_with_the_decoder(kind: str, tmp_path: Path) -> None:
+    base: Any = load_base(Base(str(seeing.save(tmp_path, kind)), "nf4", device="cpu"), torch.device("cpu"))
+    names = {name for name, module in base.named_modules() if type(module).__name__ == "Linear4bit"}
+    assert len(names) == 3 * 7 and all(".language_model." in name for name in names)
+    policy = Policy(attach_lora(base, Lora(rank=4), 0), images=seeing.reader(kind))
+    assert policy.fused is not None
+    found = loss_of(policy, packed(some_rollouts()[:4]))
+    assert all(logprobs.isfinite().all() for logprobs in found.values()) and policy.flat.gradient.any()
 
 
 # ---- engine ------------------------------------------------------------------------------------------------------

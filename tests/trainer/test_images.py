@@ -19,8 +19,10 @@ import rlft
 from rlft.config.data import Data, Eval, Reward, Sampling
 from rlft.config.run import Algo, Checkpoint, Config, Engine, Lora, Optim
 from rlft.errors import ConfigError, DataError
+from rlft.models import policy
 from rlft.models.kind import NO_IMAGES
 from rlft.models.load import attach_lora
+from rlft.models.vision import Vision
 from rlft.runs.export import merge
 from rlft.runs.folder import Run
 from rlft.trainer import validate
@@ -104,6 +106,24 @@ def test_one_step_and_one_more_equal_two_bit_for_bit(make: Any, home: Path, tmp_
         names = [json.loads(row["data"]).get("images") for row in rows]
         assert all(not given or given[0].startswith(str(home / "pictures")) for given in names) and any(names)
         assert "pictures/" in (tmp_path / "two" / "report.html").read_text()
+
+
+def test_every_step_runs_the_tower_over_the_same_images_together(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Features held from an earlier step would leave fewer images to run together, which a resumed run has not."""
+    runs: list[int] = []
+
+    class Counted(Vision):
+        def _computed(self, images: Any) -> Any:
+            runs.append(len(images))
+            return super()._computed(images)
+
+    monkeypatch.setattr(policy, "Vision", Counted)
+    rows = (home / "sft.jsonl").read_text().splitlines()
+    (home / "two.jsonl").write_text("\n".join(rows[1:3]))
+    train(sft(home, tmp_path / "run", data=Data(str(home / "two.jsonl")), steps=3))
+    assert runs == [2] * 3
 
 
 def test_pairs_begin_at_ln_2_and_part(home: Path, tmp_path: Path) -> None:
