@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from rlft.errors import TrainError
-from rlft.positions import prompt_positions, sequence_positions
+from rlft.positions import completion_positions, prompt_positions
 from rlft.types import Batch, Counts, Group, Image, LeftOut, PackPlan, Rollout, Sample
 
 
@@ -292,16 +292,17 @@ def _sequences(units: list[list[_Row]], plan: PackPlan) -> list[_Sequence]:
         prompt = unit[0].rollout.prompt
         assert all(row.rollout.prompt.ids == prompt.ids for row in unit), "a group has one prompt"
         assert all(row.rollout.prompt.images == prompt.images for row in unit), "a group has the same images"
-        before = len(prompt.ids)
+        before = prompt_positions(prompt)
         for row in unit:
             ids = row.rollout.completion_ids
-            positions = sequence_positions(prompt, len(ids))
+            positions = completion_positions(prompt, len(ids))
             if _shared(unit, plan):
-                completions.append(_Sequence(ids, row, positions[:, before:], (), len(prompts)))
+                completions.append(_Sequence(ids, row, positions, (), len(prompts)))
             else:
-                alone.append(_Sequence(prompt.ids + ids, row, positions, prompt.images, -1))
+                whole = np.concatenate([before, positions], axis=1)
+                alone.append(_Sequence(prompt.ids + ids, row, whole, prompt.images, -1))
         if _shared(unit, plan):
-            prompts.append(_Sequence(prompt.ids, None, prompt_positions(prompt), prompt.images, -1))
+            prompts.append(_Sequence(prompt.ids, None, before, prompt.images, -1))
     return prompts + completions + alone
 
 
@@ -313,11 +314,13 @@ def _batch(units: list[list[_Row]], plan: PackPlan, counts: Counts) -> Batch:
     lengths = [len(sequence.ids) for sequence in sequences]
     bounds = [0, *accumulate(lengths)]
     seq_ids = torch.from_numpy(np.repeat(np.arange(len(sequences)), lengths))
-    positions = np.concatenate([sequence.positions for sequence in sequences], axis=1)
     images = tuple(
         (image, start + image.start)
         for sequence, start in zip(sequences, bounds[:-1], strict=True)
         for image in sequence.images
+    )
+    positions = np.concatenate(
+        [sequence.positions if images else sequence.positions[0] for sequence in sequences], axis=-1
     )
     source = np.arange(bounds[-1]) - 1
     for i, sequence in enumerate(sequences):
@@ -339,7 +342,7 @@ def _batch(units: list[list[_Row]], plan: PackPlan, counts: Counts) -> Batch:
         input_ids=torch.from_numpy(
             np.fromiter(chain.from_iterable(sequence.ids for sequence in sequences), np.int64, bounds[-1])
         ),
-        position_ids=torch.from_numpy(positions if images else positions[0]),
+        position_ids=torch.from_numpy(positions),
         cu_seqlens=torch.tensor(bounds, dtype=torch.int32),
         seq_ids=seq_ids,
         source=torch.from_numpy(source),

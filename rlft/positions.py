@@ -31,9 +31,9 @@ def next_position(prompt: Prompt) -> int:
     return len(prompt.ids) + sum(max(image.height, image.width) - image.tokens for image in prompt.images)
 
 
-def sequence_positions(prompt: Prompt, completion: int) -> np.ndarray:
-    """Return the positions of a prompt with `completion` tokens behind it, [3, tokens] int64."""
-    return np.concatenate([prompt_positions(prompt), _text(next_position(prompt), completion)], axis=1)
+def completion_positions(prompt: Prompt, tokens: int) -> np.ndarray:
+    """Return the positions of `tokens` tokens behind a prompt, [3, tokens] int64."""
+    return _text(next_position(prompt), tokens)
 
 
 def _text(start: int, tokens: int) -> np.ndarray:

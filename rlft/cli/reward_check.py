@@ -17,7 +17,8 @@ from rlft.algos.algorithm import build_algorithm
 from rlft.config.data import Data, Reward
 from rlft.config.run import Config
 from rlft.data.encode import Encoder
-from rlft.data.images import images_in, shows_images, with_places
+from rlft.data.folders import folders_of
+from rlft.data.images import images_in, shows_images, source_of, with_places
 from rlft.data.kinds import IDS, SAMPLED
 from rlft.data.limits import NO_LIMITS, Limits
 from rlft.data.usable import Rows, check_rows
@@ -81,9 +82,7 @@ def check(
                 )
             tokenizer, state = _tokenizer(cfg, functions), 0
             encoder = _encoder(cfg, source, tokenizer, every.kind)
-            asked = [
-                Prompt((), row, i) if encoder is None else encoder.encode(row, i) for i, row in enumerate(every[:rows])
-            ]
+            asked = [_asked(encoder, source, row, i) for i, row in enumerate(every[:rows])]
             found = [pair for prompt in asked for pair in _recorded(prompt, every.kind, completion)]
             made = [_rollout(prompt, text, i, tokenizer) for i, (prompt, text) in enumerate(found)]
         _, parts = score(made, functions, {"global_step": state, "max_steps": (cfg and cfg.steps) or 0, "epoch": 0.0})
@@ -103,6 +102,11 @@ def _encoder(cfg: Config | None, data: Data, tokenizer: Any, kind: str) -> Encod
         return None
     limits = NO_LIMITS if cfg is None else Limits(images=limits_of_files(cfg).images)
     return Encoder(data, tokenizer, kind, limits)
+
+
+def _asked(encoder: Encoder | None, data: Data, row: dict[str, Any], i: int) -> Prompt:
+    """Return a row as a prompt, without tokens where there is no encoder."""
+    return Prompt((), _with_sources(row, data), i) if encoder is None else encoder.encode(row, i)
 
 
 def _data(cfg: Config | None, data: str | None, run: Path | None, trust: bool) -> Data:
@@ -202,7 +206,7 @@ def _sampled(run: Run, step: int | None, rows: Rows, data: Data, wanted: int) ->
         prompt = Prompt((), row, i, messages)
         # Rows with images may differ in nothing else, so that only their number says which one it was.
         number = int(rows.numbers[i]) if shows_images(row) else None
-        prompts.setdefault((shown_prompt(prompt), number), prompt)
+        prompts.setdefault((shown_prompt(prompt), number), replace(prompt, row=_with_sources(row, data)))
     made = []
     for saved in run.read_rollouts(step)[:wanted]:
         text = saved["prompt"]
@@ -227,6 +231,12 @@ def _sampled(run: Run, step: int | None, rows: Rows, data: Data, wanted: int) ->
             )
         )
     return made, step - 1
+
+
+def _with_sources(row: dict[str, Any], data: Data) -> dict[str, Any]:
+    """A row with its images as reward functions get them in training: paths or bytes."""
+    found = images_in(row)
+    return row | {"images": [source_of(image, folders_of(data)) for image in found]} if found else row
 
 
 def _messages(row: dict[str, Any], data: Data) -> tuple[dict[str, Any], ...] | None:

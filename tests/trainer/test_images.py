@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from tiny import save_tiny
 
 import rlft
+from rlft.cli.reward_check import check
 from rlft.config.data import Data, Eval, Reward, Sampling
 from rlft.config.run import Algo, Checkpoint, Config, Engine, Lora, Optim
 from rlft.errors import ConfigError, DataError
@@ -140,6 +141,8 @@ def test_a_run_is_sampled_evaluated_and_merged(home: Path, tmp_path: Path) -> No
     texts = [rlft.generate(run.out, "How many?", images=images) for images in ([shown], [other], [str(shown)], [])]
     assert texts[0] == texts[2] and len(set(texts)) == 3  # drawn with the same seed
     assert rlft.evaluate(run.out)["eval/rows"] == 2
+    shown_lines: list[Any] = []
+    assert check(f"{home}/rewards.py:digits", shown_lines.append, data=str(home / "prompts.jsonl"), run=Path(run.out))
     merged = merge(run.out, tmp_path / "merged", dtype="float32")
     assert merged.difference < 1e-4
     assert AutoImageProcessor.from_pretrained(merged.out).merge_size == 2
