@@ -21,7 +21,12 @@ from rlft.data.prompts import exclude_prompts, hold_out, load_prompts
 from rlft.data.table import PromptTable
 from rlft.errors import ConfigError, DataError
 from rlft.models.vision import image_reader
+from rlft.monitor.panel import prompt_text
+from rlft.monitor.tracking import table as table_of
+from rlft.report.markup import conversation
+from rlft.rewards.builtin import judge, reward_model
 from rlft.rewards.overlap import columns_of
+from rlft.runs.tables import dataset_columns, has_messages, shown_images, shown_prompt
 from rlft.types import FinishReason, Prompt, Rollout
 
 SEES = Limits(images=seeing.reader())
@@ -277,6 +282,22 @@ def test_rewards_get_images_in_one_form() -> None:
     rollouts = [Rollout(p, (5,), (True,), None, "x", FinishReason.STOP, 0, 0, 0) for p in (seen, blind)]
     assert columns_of(rollouts)["images"] == [[FILE], None]
     assert "images" not in columns_of(rollouts[1:])
+
+
+def test_images_are_shown_by_name_and_refused_by_what_reads_text() -> None:
+    named, bare = encoded({"prompt": ASKED, "image": {"bytes": FILE}}), encoded({"prompt": "a"})
+    text = shown_prompt(named)
+    assert has_messages(named) and "[image]a" in conversation(text) and prompt_text(text, True) == "[image]a"
+    assert json.loads(dataset_columns(named) or "") == {"images": [f"{len(FILE):,} bytes, {digest_of(FILE)[:8]}"]}
+    rollouts = [Rollout(p, (5,), (True,), None, "x", FinishReason.STOP, 0, 0, 0) for p in (named, bare)]
+    rows = table_of(1, rollouts, {})
+    assert rows[0]["images"] == shown_images(named)[0] and rows[1]["images"] == ""
+    assert "images" not in table_of(1, rollouts[1:], {})[0]
+    messages = [dict(message) for message in named.messages or ()]
+    with pytest.raises(ValueError, match="the prompt has images, and the judge is asked in text alone"):
+        judge._shown(messages)
+    with pytest.raises(ValueError, match="the prompt has images, and the reward model reads text alone"):
+        reward_model._encode(seeing.tokenizer(), messages, "x")
 
 
 def test_pixel_limits_reach_the_processor(tmp_path: Path) -> None:
