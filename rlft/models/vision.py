@@ -20,6 +20,7 @@ from torch import Tensor
 
 from rlft.config.data import Data
 from rlft.data.images import ImageReader
+from rlft.environment import install, version
 from rlft.errors import ConfigError
 from rlft.models.kind import sees
 from rlft.models.locate import explained, locate
@@ -40,6 +41,8 @@ def image_reader(model: str, config: Any, data: Data | None = None) -> ImageRead
     """
     if config is None or not sees(config):
         return None
+    if version("pillow") is None:
+        raise ConfigError(f'model = "{model}" takes images, which need Pillow: {install("images")}')
     from transformers import AutoImageProcessor
 
     location = locate(model)

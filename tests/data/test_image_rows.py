@@ -20,6 +20,7 @@ from rlft.data.limits import NO_LIMITS, Limits
 from rlft.data.prompts import exclude_prompts, hold_out, load_prompts
 from rlft.data.table import PromptTable
 from rlft.errors import ConfigError, DataError
+from rlft.models import vision
 from rlft.models.vision import image_reader
 from rlft.monitor.panel import prompt_text
 from rlft.monitor.tracking import table as table_of
@@ -321,3 +322,9 @@ def test_pixel_limits_reach_the_processor(tmp_path: Path) -> None:
     (folder / "preprocessor_config.json").unlink()
     with pytest.raises(ConfigError, match="its image processor"):
         tokens()
+
+
+def test_a_machine_without_pillow_gets_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vision, "version", lambda _: None)
+    with pytest.raises(ConfigError, match='model = "m" takes images, which need Pillow: pip install pillow'):
+        image_reader("m", seeing.config_of("qwen2_vl"))
