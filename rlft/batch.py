@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from rlft.errors import TrainError
-from rlft.types import Batch, Counts, Group, LeftOut, PackPlan, Rollout, Sample
+from rlft.positions import completion_positions, prompt_positions
+from rlft.types import Batch, Counts, Group, Image, LeftOut, PackPlan, Rollout, Sample
 
 
 def group_ids(rollouts: Sequence[Rollout]) -> Tensor:
@@ -266,8 +267,10 @@ class _Sequence(NamedTuple):
     ids: tuple[int, ...]
     row: _Row | None
     """None for a shared prefix."""
-    start: int
-    """Position id of its first token."""
+    positions: np.ndarray
+    """[3, tokens] int64, see `rlft.positions`."""
+    images: tuple[Image, ...]
+    """Those whose tokens it holds."""
     prefix: int
     """Index of the sequence that holds its prompt, -1 for none."""
 
@@ -286,13 +289,20 @@ def _sequences(units: list[list[_Row]], plan: PackPlan) -> list[_Sequence]:
     """
     prompts, completions, alone = [], [], []
     for unit in units:
-        prompt = unit[0].rollout.prompt.ids
-        assert all(row.rollout.prompt.ids == prompt for row in unit), "a group has one prompt"
+        prompt = unit[0].rollout.prompt
+        assert all(row.rollout.prompt.ids == prompt.ids for row in unit), "a group has one prompt"
+        assert all(row.rollout.prompt.images == prompt.images for row in unit), "a group has the same images"
+        before = prompt_positions(prompt)
+        for row in unit:
+            ids = row.rollout.completion_ids
+            positions = completion_positions(prompt, len(ids))
+            if _shared(unit, plan):
+                completions.append(_Sequence(ids, row, positions, (), len(prompts)))
+            else:
+                whole = np.concatenate([before, positions], axis=1)
+                alone.append(_Sequence(prompt.ids + ids, row, whole, prompt.images, -1))
         if _shared(unit, plan):
-            completions += [_Sequence(row.rollout.completion_ids, row, len(prompt), len(prompts)) for row in unit]
-            prompts.append(_Sequence(prompt, None, 0, -1))
-        else:
-            alone += [_Sequence(prompt + row.rollout.completion_ids, row, 0, -1) for row in unit]
+            prompts.append(_Sequence(prompt.ids, None, before, prompt.images, -1))
     return prompts + completions + alone
 
 
@@ -304,8 +314,13 @@ def _batch(units: list[list[_Row]], plan: PackPlan, counts: Counts) -> Batch:
     lengths = [len(sequence.ids) for sequence in sequences]
     bounds = [0, *accumulate(lengths)]
     seq_ids = torch.from_numpy(np.repeat(np.arange(len(sequences)), lengths))
+    images = tuple(
+        (image, start + image.start)
+        for sequence, start in zip(sequences, bounds[:-1], strict=True)
+        for image in sequence.images
+    )
     positions = np.concatenate(
-        [np.arange(sequence.start, sequence.start + len(sequence.ids)) for sequence in sequences]
+        [sequence.positions if images else sequence.positions[0] for sequence in sequences], axis=-1
     )
     source = np.arange(bounds[-1]) - 1
     for i, sequence in enumerate(sequences):
@@ -347,6 +362,7 @@ def _batch(units: list[list[_Row]], plan: PackPlan, counts: Counts) -> Batch:
         max_prefix=max((lengths[sequence.prefix] for sequence in sequences if sequence.prefix >= 0), default=0),
         zero_advantage=not any(row.advantage for row in rows),
         samples=tuple(row.sample for row in rows),
+        images=images,
         sampler_logprobs=sampler,
     )
 

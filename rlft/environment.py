@@ -70,6 +70,7 @@ EXTRAS = {
     "math": "math-verify",
     "tasks": "reasoning-gym",
     "judge": "openai",
+    "images": "pillow",
 }
 """Extra of rlft -> the package it adds."""
 

@@ -58,6 +58,26 @@ class LeftOut(StrEnum):
     """Dynamic sampling dropped its group."""
 
 
+class Image(NamedTuple):
+    """An image in a prompt, read and decoded when its features are needed."""
+
+    source: str | bytes
+    """Absolute path, or the bytes of the file."""
+    digest: str
+    """32 hex digits of the file's bytes."""
+    start: int
+    """Index of its first token in `Prompt.ids`."""
+    height: int
+    """Rows of tokens."""
+    width: int
+    """Tokens in each row."""
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that stand for it in the prompt."""
+        return self.height * self.width
+
+
 class Recorded(NamedTuple):
     """A completion recorded in the data instead of sampled by an engine (SFT, DPO, debugging)."""
 
@@ -86,6 +106,8 @@ class Prompt:
     """The conversation for a chat prompt; None for a plain string. Rewards then get message lists."""
     recorded: tuple[Recorded, ...] = ()
     """Completions recorded with the row; empty when an engine samples them."""
+    images: tuple[Image, ...] = ()
+    """Images in the order of their tokens, which are all in `ids`."""
 
 
 @dataclass(frozen=True)
@@ -235,7 +257,8 @@ class Batch:
     input_ids: Tensor
     """[T] int64."""
     position_ids: Tensor
-    """[T] int64: restarts with each sequence, continues after a shared prefix."""
+    """[T] int64: restarts with each sequence, continues after a shared prefix. [3, T] with images: time, row and column
+    (`rlft.positions`)."""
     cu_seqlens: Tensor
     """[S+1] int32: sequence s is rows cu_seqlens[s] to cu_seqlens[s+1]."""
     seq_ids: Tensor
@@ -265,6 +288,8 @@ class Batch:
     """True when every advantage is exactly 0: the loop may skip this micro-batch."""
     samples: tuple[Sample, ...]
     """The sample of each sequence that is not a prefix, in order."""
+    images: tuple[tuple[Image, int], ...] = ()
+    """Each image with the row of its first token, once for all sequences that share it."""
     sampler_logprobs: Tensor | None = None
     """[T] float32; None when no engine sampled these tokens."""
     old_logprobs: Tensor | None = None

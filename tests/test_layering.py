@@ -16,6 +16,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 LINE = [
     "errors upload environment",
     "types",
+    "positions",
     "batch dist",
     "config",
     "data rewards kernels",

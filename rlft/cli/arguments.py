@@ -62,6 +62,8 @@ class GenerateArgs(RunArgs):
     """Softmax temperature, 0 for greedy; without it the run's sampling.temperature."""
     checkpoint: Annotated[str, tyro.conf.arg(metavar="latest|best|STEP")] = "latest"
     """Which checkpoint: the newest, the one that did best on the held-out rows, or one by its step."""
+    image: tuple[Annotated[str, tyro.conf.arg(metavar="FILE")], ...] = ()
+    """Images to show before the prompt."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -247,7 +247,7 @@ def _generate(args: list[str]) -> int:
     given = _parsed("GenerateArgs", "generate", args)
     from rlft.trainer.result import generate
 
-    say(generate(given.run, given.prompt, given.max_tokens, given.temperature, given.checkpoint))
+    say(generate(given.run, given.prompt, given.max_tokens, given.temperature, given.checkpoint, given.image))
     return 0
 
 

@@ -17,7 +17,10 @@ from rlft.algos.algorithm import build_algorithm
 from rlft.config.data import Data, Reward
 from rlft.config.run import Config
 from rlft.data.encode import Encoder
+from rlft.data.folders import folders_of
+from rlft.data.images import images_in, shows_images, source_of, with_places
 from rlft.data.kinds import IDS, SAMPLED
+from rlft.data.limits import NO_LIMITS, Limits
 from rlft.data.usable import Rows, check_rows
 from rlft.errors import ConfigError, DataError
 from rlft.models.locate import load_tokenizer, locate
@@ -28,6 +31,7 @@ from rlft.runs.folder import Run
 from rlft.runs.formats import visible
 from rlft.runs.tables import shown_prompt
 from rlft.runs.trust import check as check_trust
+from rlft.trainer.limits import limits_of_files
 from rlft.trainer.validate import purpose_of
 from rlft.types import FinishReason, Prompt, Rollout
 
@@ -77,10 +81,8 @@ def check(
                     f"--completion answer"
                 )
             tokenizer, state = _tokenizer(cfg, functions), 0
-            encoder = None if tokenizer is None else Encoder(source, tokenizer, every.kind)
-            asked = [
-                Prompt((), row, i) if encoder is None else encoder.encode(row, i) for i, row in enumerate(every[:rows])
-            ]
+            encoder = _encoder(cfg, source, tokenizer, every.kind)
+            asked = [_asked(encoder, source, row, i) for i, row in enumerate(every[:rows])]
             found = [pair for prompt in asked for pair in _recorded(prompt, every.kind, completion)]
             made = [_rollout(prompt, text, i, tokenizer) for i, (prompt, text) in enumerate(found)]
         _, parts = score(made, functions, {"global_step": state, "max_steps": (cfg and cfg.steps) or 0, "epoch": 0.0})
@@ -92,6 +94,19 @@ def check(
     for note in [*(function.note for function in functions if function.note), *parts.faults()]:
         show(note)
     return not any(any(outcome.invalid) for outcome in parts.outcomes.values())
+
+
+def _encoder(cfg: Config | None, data: Data, tokenizer: Any, kind: str) -> Encoder | None:
+    """Return what encodes the rows, images too where the config's model takes them; None without a tokenizer."""
+    if tokenizer is None:
+        return None
+    limits = NO_LIMITS if cfg is None else Limits(images=limits_of_files(cfg).images)
+    return Encoder(data, tokenizer, kind, limits)
+
+
+def _asked(encoder: Encoder | None, data: Data, row: dict[str, Any], i: int) -> Prompt:
+    """Return a row as a prompt, without tokens where there is no encoder."""
+    return Prompt((), _with_sources(row, data), i) if encoder is None else encoder.encode(row, i)
 
 
 def _data(cfg: Config | None, data: str | None, run: Path | None, trust: bool) -> Data:
@@ -170,8 +185,10 @@ def _tokenizer(cfg: Config | None, functions: Sequence[RewardFunction]) -> Any:
 def _pass_opened(functions: Sequence[RewardFunction], run: Run, rows: Rows, data: Data) -> None:
     """Give functions with the parameter `opened` the tag that the prompts of the run end with, as training did."""
     if any("opened" in function.names for function in functions):
-        tokenizer = load_tokenizer(Config.load(run.config).model)
-        encoder = Encoder(data, tokenizer, rows.kind)
+        cfg = Config.load(run.config)
+        tokenizer = load_tokenizer(cfg.model)
+        encoder = _encoder(cfg, data, tokenizer, rows.kind)
+        assert encoder is not None, "there is a tokenizer"
         pass_opened(functions, open_ends([encoder.encode(row, i) for i, row in enumerate(rows[:8])], tokenizer))
 
 
@@ -183,22 +200,26 @@ def _sampled(run: Run, step: int | None, rows: Rows, data: Data, wanted: int) ->
     step = steps[-1] if step is None else step
     if step not in steps:
         raise ConfigError(f"--step {step}: {run.path} holds rollouts of the steps {steps[0]} to {steps[-1]}")
-    prompts: dict[str, Prompt] = {}
+    prompts: dict[tuple[str, int | None], Prompt] = {}
     for i, row in enumerate(rows):
         messages = _messages(row, data)
         prompt = Prompt((), row, i, messages)
-        prompts.setdefault(shown_prompt(prompt), prompt)
+        # Rows with images may differ in nothing else, so that only their number says which one it was.
+        number = int(rows.numbers[i]) if shows_images(row) else None
+        prompts.setdefault((shown_prompt(prompt), number), replace(prompt, row=_with_sources(row, data)))
     made = []
     for saved in run.read_rollouts(step)[:wanted]:
-        if saved["prompt"] not in prompts:
+        text = saved["prompt"]
+        prompt = prompts.get((text, None)) or prompts.get((text, saved["row"]))
+        if prompt is None:
             raise DataError(
-                f"--run {run.path}: the data has no row with the prompt {saved['prompt']!r:.80}; give the dataset that "
+                f"--run {run.path}: the data has no row with the prompt {text!r:.80}; give the dataset that "
                 f"the run was made from, with its data.columns and data.template (its own config.toml has them)"
             )
         ids = tuple(saved["completion_ids"])
         made.append(
             Rollout(
-                prompts[saved["prompt"]],
+                prompt,
                 ids,
                 (True,) * len(ids),
                 None,
@@ -212,11 +233,18 @@ def _sampled(run: Run, step: int | None, rows: Rows, data: Data, wanted: int) ->
     return made, step - 1
 
 
+def _with_sources(row: dict[str, Any], data: Data) -> dict[str, Any]:
+    """A row with its images as reward functions get them in training: paths or bytes."""
+    found = images_in(row)
+    return row | {"images": [source_of(image, folders_of(data)) for image in found]} if found else row
+
+
 def _messages(row: dict[str, Any], data: Data) -> tuple[dict[str, Any], ...] | None:
     """The messages that a run shows as the prompt of a row; None where it shows the string."""
     given = row.get("prompt")
     if not isinstance(given, list):
         return None
+    given = with_places(given, len(images_in(row)))
     if data.system and given[0]["role"] != "system":
         return ({"role": "system", "content": data.system}, *given)
     return tuple(given)

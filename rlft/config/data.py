@@ -67,6 +67,11 @@ class Data:
     """Longer prompts are dropped and counted, or an error (`long_prompts`). None: no limit."""
     long_prompts: Literal["drop", "error"] = "drop"
     """What happens to a prompt longer than `max_prompt_tokens`."""
+    min_pixels: Annotated[int, Ge(1)] | None = None
+    """Images of fewer pixels are enlarged to about this many; None: as the model's image processor has it."""
+    max_pixels: Annotated[int, Ge(1)] | None = None
+    """Images of more pixels are reduced to about this many, which is what bounds their tokens; None: as the model's
+    image processor has it."""
     on_error: Literal["stop", "drop"] = "stop"
     """What happens to a row that cannot be used. "drop": it is left out, counted by reason and written to dropped.jsonl
     in the run folder."""
@@ -76,6 +81,10 @@ class Data:
         refuse(
             [bool(self.path), bool(self.sources), self.rows is not None].count(True) != 1,
             f"data.path = {self.path!r}: give one of data.path, data.sources and data.rows",
+        )
+        refuse(
+            self.min_pixels is not None and self.max_pixels is not None and self.min_pixels > self.max_pixels,
+            f"data.min_pixels = {self.min_pixels}: more than data.max_pixels = {self.max_pixels}",
         )
 
 

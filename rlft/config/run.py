@@ -321,6 +321,14 @@ class Config:
                 f"optim.minibatches = {self.optim.minibatches} and prompts_per_step = {self.prompts_per_step}"
                 f": a mini-batch has at least one prompt; lower the first or raise the second",
             ),
+            *(
+                (
+                    self.eval.data is not None
+                    and getattr(self.eval.data, name) not in (None, getattr(self.data, name)),
+                    f"eval.data.{name} differs from data.{name}: images of a run have one size; leave it out",
+                )
+                for name in ("min_pixels", "max_pixels")
+            ),
         )
 
     @classmethod

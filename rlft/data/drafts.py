@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 from rlft.config.data import Data
 from rlft.data.chat import Piece, Side, ended, split_turns
+from rlft.data.images import images_in, text_of, with_places
 from rlft.data.messages import plain
 from rlft.data.template import TAG, ChatTemplate, Tools
 from rlft.errors import DataError
@@ -92,12 +93,13 @@ class Drafter:
                 return None
             self._check_not_rendered(prompt)
             messages: list[dict[str, Any]] = [{"role": "user", "content": prompt}]
+            messages = with_places(messages, len(images_in(row)))
         else:
             if not self.template.source:
                 raise DataError("the prompt is messages, but the tokenizer has no chat template; give strings")
-            messages = plain(prompt)
+            messages = with_places(plain(prompt), len(images_in(row)))
             for message in messages:
-                self._check_not_rendered(message.get("content", ""))
+                self._check_not_rendered(text_of(message.get("content", "")))
         return Asked(self._with_system(messages, row), row.get("tools"))
 
     def _with_system(self, messages: list[dict[str, Any]], row: dict[str, Any]) -> list[dict[str, Any]]:
@@ -177,7 +179,7 @@ class Drafter:
         """Return the messages of a conversation with the system message, and the place of the first answer."""
         if not self.template.source:
             raise DataError("the row is messages, but the tokenizer has no chat template")
-        messages = self._with_system(row["messages"], row)
+        messages = with_places(self._with_system(row["messages"], row), len(images_in(row)))
         first = next((i for i, message in enumerate(messages) if message["role"] == "assistant"), None)
         if not first:
             raise DataError("messages need an assistant message after at least one other")

@@ -16,14 +16,16 @@ from rlft.config.data import Data
 from rlft.data.batch_encode import encode_texts
 from rlft.data.chat import Side, encode_marked
 from rlft.data.drafts import Asked, Draft, Drafter, in_column, named, without_prompt
+from rlft.data.folders import folders_of
+from rlft.data.images import images_in, shows_images
 from rlft.data.kinds import IDS
-from rlft.data.limits import NO_LIMITS, Limits, check_ids, check_length
+from rlft.data.limits import NO_LIMITS, Limits, check_ids, check_length, check_places
 from rlft.data.messages import plain
 from rlft.data.reader import Reader
 from rlft.data.template import encoding_fault
 from rlft.data.tokens import SIDES, mask_of, split_ids
 from rlft.errors import DataError
-from rlft.types import Prompt, Recorded
+from rlft.types import Image, Prompt, Recorded
 
 PART = 256
 """Rows that are encoded together, while the next ones are drafted."""
@@ -32,12 +34,12 @@ Coded = dict[tuple[str, bool], Sequence[int]]
 """(text, with special tokens) -> its ids."""
 
 
-def encode_prompt(row: dict[str, Any], index: int, data: Data, tokenizer: Any) -> Prompt:
-    """Read and encode one row. Raises DataError naming the row."""
+def encode_prompt(row: dict[str, Any], index: int, data: Data, tokenizer: Any, limits: Limits = NO_LIMITS) -> Prompt:
+    """Read and encode one row. limits: what the model takes. Raises DataError naming the row."""
     reader = Reader(data)
     row = reader.read(row, index)
     assert reader.kind is not None, "the first row decides it"
-    return Encoder(data, tokenizer, reader.kind).encode(row, index)
+    return Encoder(data, tokenizer, reader.kind, limits).encode(row, index)
 
 
 class Encoder:
@@ -49,7 +51,7 @@ class Encoder:
         # A fast tokenizer may be changed by a call (truncation, padding), and refuses that during another call.
         self._lock = Lock()
         self._drafter = Drafter(data, tokenizer, kind)
-        self._data = data
+        self._data, self._folders = data, folders_of(data)
         self._marked = kind == "messages" and self._drafter.template.marks_generation()
         self._bos, self._eos = tokenizer.bos_token_id, tokenizer.eos_token_id
         # Ids up to the vocabulary as shared objects: a separate int takes 28 bytes, a reference 8.
@@ -65,6 +67,7 @@ class Encoder:
     def encode(self, row: dict[str, Any], index: int) -> Prompt:
         """Encode one row. Raises DataError naming row and column."""
         try:
+            self._check_sees(row)
             if self.kind in IDS:
                 return self._checked(self._of_ids(row, index))
             if self._marked:
@@ -134,6 +137,7 @@ class Encoder:
         drafts: list[Draft | None] = []
         for row, asked in zip(rows, self._rendered_together(rows), strict=True):
             try:
+                self._check_sees(row)
                 drafts.append(self._drafter.draft(row, asked))
             except (DataError, RecursionError):
                 drafts.append(None)
@@ -172,11 +176,17 @@ class Encoder:
         """Put the ids of a drafted row together."""
         ids = () if draft.prompt is None else self._shared(coded[draft.prompt, draft.special])
         self._check_bos(ids, "the text" if draft.special else "the rendered prompt", draft.special)
-        if not draft.sides:
-            return Prompt(ids, draft.row, index, draft.messages)
+        ids, images = self._expanded(ids, draft.row)
         alone = draft.prompt is None
         recorded = tuple(self._recorded(side, coded, alone) for side in draft.sides)
-        return Prompt(ids, draft.row, index, draft.messages, recorded)
+        return Prompt(ids, draft.row, index, draft.messages, recorded, images)
+
+    def _expanded(self, ids: tuple[int, ...], row: dict[str, Any]) -> tuple[tuple[int, ...], tuple[Image, ...]]:
+        """Return the ids of a prompt with all tokens of the row's images, and the images."""
+        reader = self.limits.images
+        if reader is None or not (images_in(row) or reader.places.intersection(ids)):
+            return ids, ()
+        return reader.expanded(ids, images_in(row), self._folders)
 
     def _recorded(self, side: Side, coded: Coded, alone: bool) -> Recorded:
         """Put the ids of a completion together. alone: nothing comes before it, so its first token is not trained."""
@@ -234,9 +244,23 @@ class Encoder:
             self._data.chat_template_kwargs,
         )
         self._check_bos(ids, "the rendered conversation")
-        return Prompt(ids, without_prompt(row), index, tuple(plain(messages[:first])), (recorded,))
+        ids, images = self._expanded(ids, row)
+        return Prompt(ids, without_prompt(row), index, tuple(plain(messages[:first])), (recorded,), images)
 
     # ---- checks ----------------------------------------------------------------------------------------------------
+
+    def _check_sees(self, row: dict[str, Any]) -> None:
+        """Raise DataError for a row with images where the model takes text alone, or the row is token ids."""
+        if not shows_images(row):
+            return
+        if self.limits.images is None:
+            raise DataError(
+                "the row has images, and the model takes text alone; give a vision-language model, or, for a column "
+                'that means something else, rename it by data.columns, for example {picture = "image"}',
+                reason="images",
+            )
+        if self.kind in IDS:
+            raise DataError("the row has images, and its prompt is token ids: give the prompt as text or messages")
 
     def _check_bos(self, ids: Sequence[int], what: str, added: bool = False) -> None:
         if self._bos is None or len(ids) < 2 or not ids[0] == ids[1] == self._bos:
@@ -250,11 +274,13 @@ class Encoder:
 
     def _checked(self, prompt: Prompt) -> Prompt:
         """Hold a prompt against what the model takes."""
-        context, vocabulary = self.limits
+        context, vocabulary, images = self.limits
         limit = self._data.max_prompt_tokens
         # A prompt above data.max_prompt_tokens is dropped or refused by whoever loads the dataset.
         if context is not None and (limit is None or len(prompt.ids) <= limit):
             check_length(prompt, context)
+        if images is not None:
+            check_places(prompt, images, self._token)
         if vocabulary is not None and self._checks_ids:
             check_ids(prompt, vocabulary, self._token)
         return prompt

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from rlft.data.images import text_of
 from rlft.data.messages import is_messages, is_sharegpt
 from rlft.errors import DataError
 
@@ -154,7 +155,8 @@ def _agreed(prompt: Any, shared: Any, where: str) -> Any:
     if prompt is None:
         return shared
     if isinstance(prompt, str):
-        if any(message["content"].strip() == prompt.strip() for message in shared if message["role"] == "user"):
+        asked = (text_of(message["content"]) for message in shared if message["role"] == "user")
+        if any(text.strip() == prompt.strip() for text in asked):
             return shared
     elif shared[: len(prompt)] == prompt:
         return shared

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from rlft.config.data import ROWS, Data
+from rlft.data.images import data_url, png_of
 from rlft.data.readers import store_of_table
 from rlft.data.rows import Columns, Packed, Row, Store, blocks
 from rlft.errors import ConfigError, DataError
@@ -127,7 +128,20 @@ def _dataset(dataset: Any, split: str, name: str) -> Any:
 def store_of_dataset(dataset: Any, split: str, name: str) -> Store:
     """Wrap a datasets.Dataset, or the split of a DatasetDict. name: of its source, for errors."""
     dataset = _dataset(dataset, split, name)
+    if _has_images(dataset):
+        # As Arrow holds them, in bytes and path: reading a row would decode its images.
+        tables = dataset.with_format("arrow")
+        return Columns(name, len(dataset), lambda start, stop: tables[start:stop].to_pydict())
     return Columns(name, len(dataset), lambda start, stop: dataset[start:stop])
+
+
+def _has_images(dataset: Any) -> bool:
+    """Return whether a column of a datasets.Dataset is images, or lists of images."""
+    import datasets
+
+    return any(
+        isinstance(getattr(feature, "feature", feature), datasets.Image) for feature in dataset.features.values()
+    )
 
 
 def _of_frame(frame: Any) -> Any:
@@ -165,7 +179,10 @@ def packed(rows: Iterable[Any]) -> Packed:
 
 
 def plain_row(row: Any, number: int) -> Row | DataError:
-    """Return a row as JSON holds it, or what is wrong with it: tuples become lists, NumPy's values Python's."""
+    """Return a row as JSON holds it, or what is wrong with it.
+
+    Tuples become lists, NumPy's values Python's, and images data URLs, which hold their bytes as text.
+    """
     if not isinstance(row, Mapping):
         return DataError(f"row {number} is a {type(row).__name__}: want a dict of columns", reason="no dict")
     try:
@@ -179,21 +196,30 @@ def plain_row(row: Any, number: int) -> Row | DataError:
         )
 
 
-def _plain(value: Any) -> Any:
+IMAGE_KEYS = ("image", "images", "bytes")
+"""Keys under which bytes are those of an image."""
+
+
+def _plain(value: Any, key: str = "") -> Any:
+    """Return a value as JSON holds it. key: that it is under in a dict. Raises TypeError for what JSON lacks."""
     if value is None or type(value) in (str, bool, int, float):
         return value
     if isinstance(value, Mapping):
-        for key in value:
-            if not isinstance(key, str):
-                raise TypeError(f"a key is a {type(key).__name__}, and JSON has texts")
-        return {str(key): _plain(part) for key, part in value.items()}
+        for name in value:
+            if not isinstance(name, str):
+                raise TypeError(f"a key is a {type(name).__name__}, and JSON has texts")
+        return {str(name): _plain(part, name) for name, part in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(part) for part in value]
+        return [_plain(part, key) for part in value]
     if isinstance(value, str):  # a subclass, such as an Enum
         return str.__str__(value)
     for kind in (int, float):
         if isinstance(value, kind):
             return kind(value)
+    if _is(value, "PIL.Image", "Image"):
+        return data_url(png_of(value))
     if hasattr(value, "tolist"):  # NumPy's and PyTorch's numbers and arrays
         return _plain(value.tolist())
+    if isinstance(value, bytes) and key in IMAGE_KEYS:
+        return data_url(value)
     raise TypeError(f"a value is a {type(value).__name__}, which JSON does not have")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
+from rlft.data.images import ImageReader, advice
 from rlft.errors import DataError
 from rlft.types import Prompt
 
@@ -16,6 +17,8 @@ class Limits(NamedTuple):
     """Largest number of tokens of a sequence."""
     vocabulary: int | None = None
     """Rows of the embedding."""
+    images: ImageReader | None = None
+    """Reads the images of prompts; None for a model that takes text alone."""
 
 
 NO_LIMITS = Limits()
@@ -31,8 +34,8 @@ def check_length(prompt: Prompt, context: int) -> None:
     else:
         what = f"the prompt has {len(prompt.ids)} tokens"
     raise DataError(
-        f"{what}, and the model's context is {context}; shorten the row or leave it out: data.max_prompt_tokens drops "
-        f'long prompts, data.on_error = "drop" every such row',
+        f"{what}{advice(prompt)}, and the model's context is {context}; shorten the row or leave it out: "
+        f'data.max_prompt_tokens drops long prompts, data.on_error = "drop" every such row',
         reason="too long",
     )
 
@@ -54,3 +57,14 @@ def check_ids(prompt: Prompt, vocabulary: int, token: Callable[[int], str | None
         f"or take the tokenizer without them",
         reason="vocabulary",
     )
+
+
+def check_places(prompt: Prompt, reader: ImageReader, token: Callable[[int], str | None]) -> None:
+    """Raise DataError for tokens that are places of images without an image. token: as in `check_ids`."""
+    for recorded in prompt.recorded:
+        if found := reader.places.intersection(recorded.ids):
+            raise DataError(
+                f"the completion has {token(min(found))}, the place of an image: remove it", reason="images"
+            )
+    if not prompt.images and (found := reader.places.intersection(prompt.ids)):
+        raise DataError(f"the prompt has {token(min(found))}, and the row no images: remove it", reason="images")

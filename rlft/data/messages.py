@@ -1,8 +1,8 @@
 """Convert conversations as people write them to the messages that chat templates take.
 
 Read are OpenAI's messages (arguments of tool calls as JSON text, no content beside tool calls, `function_call`), those
-of ShareGPT (from, value), content in text parts, keys that Arrow filled with null, and marks of turns that are not to
-be trained (`weight`, `train`, `trainable`, `training`, `loss`). Everything else is refused by name.
+of ShareGPT (from, value), content in parts of text and images, keys that Arrow filled with null, and marks of turns
+that are not to be trained (`weight`, `train`, `trainable`, `training`, `loss`). Everything else is refused by name.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from rlft.data.images import held_in, is_image
 from rlft.errors import DataError
 
 ROLES = ("system", "user", "assistant", "tool", "developer")
@@ -39,15 +40,17 @@ TEXT_PARTS = ("text", "input_text", "output_text")
 WANT = '{"role": ..., "content": ...}'
 
 
-def messages_of(value: Any) -> list[dict[str, Any]]:
-    """Return a conversation as messages with a known role and string content.
+def messages_of(value: Any) -> tuple[list[dict[str, Any]], list[Any]]:
+    """Return a conversation as messages with a known role and string content, and the images in it, in order.
 
-    The content is left out beside tool calls where there is none. `UNTRAINED` marks turns that are not trained. Raises
-    DataError naming the message.
+    The content is a list of parts where it has images, which are only places there: {"type": "image"}. It is left out
+    beside tool calls where there is none. `UNTRAINED` marks turns that are not trained. Raises DataError naming the
+    message.
     """
     if not isinstance(value, list | tuple) or not value:
         raise DataError(f"want messages, a list of {WANT}, got {value!r:.80}")
-    return [_message(entry, i) for i, entry in enumerate(value)]
+    images: list[Any] = []
+    return [_message(entry, i, images) for i, entry in enumerate(value)], images
 
 
 def parsed_messages(value: Any) -> Any:
@@ -92,7 +95,8 @@ def without_nulls(value: Any) -> Any:
     return value
 
 
-def _message(entry: Any, place: int) -> dict[str, Any]:
+def _message(entry: Any, place: int, images: list[Any]) -> dict[str, Any]:
+    """Return a message; append the images that it holds to `images`."""
     if not isinstance(entry, dict):
         raise DataError(f"message {place} is {entry!r:.80}: want {WANT}")
     if len(entry) == 2 and entry.get("role") in ROLES and isinstance(entry.get("content"), str):
@@ -110,7 +114,7 @@ def _message(entry: Any, place: int) -> dict[str, Any]:
         message["tool_calls"] = [_call(call, place) for call in _as_list(calls)]
     try:
         if "content" in message:
-            message["content"] = _content(message["content"])
+            message["content"] = _content(message["content"], images)
         elif "tool_calls" not in message:
             raise DataError(f"has no content, only {', '.join(entry)}: want {WANT}")
         _mark(message)
@@ -156,12 +160,16 @@ def _parsed(text: str, what: str) -> Any:
         raise DataError(f"{what} ({error}): {text!r:.80}") from None
 
 
-def _content(content: Any) -> str:
+def _content(content: Any, images: list[Any]) -> str | list[dict[str, Any]]:
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
         raise DataError(f"has the content {content!r:.80}: want a string")
-    return "".join(_text_of_part(part) for part in content)
+    if not any(map(is_image, content)):
+        return "".join(_text_of_part(part) for part in content)
+    held = [held_in(part) for part in content if is_image(part)]
+    images += [image for image in held if image is not None]
+    return [{"type": "image"} if is_image(part) else {"type": "text", "text": _text_of_part(part)} for part in content]
 
 
 def _text_of_part(part: Any) -> str:
@@ -171,8 +179,9 @@ def _text_of_part(part: Any) -> str:
     if kind in TEXT_PARTS and isinstance(part.get("text"), str):
         return part["text"]
     raise DataError(
-        f"has a part of its content that is no text ({part if kind is None or kind in TEXT_PARTS else kind!r:.80}): "
-        f"rlft trains text models, images and other parts are not supported; leave such rows out"
+        f"has a part of its content that is neither text nor an image "
+        f"({part if kind is None or kind in TEXT_PARTS else kind!r:.80}): video, sound and other parts are not "
+        f"supported; leave such rows out"
     )
 
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from rlft.config.data import Data
 from rlft.data.encode import Encoder
+from rlft.data.images import advice
 from rlft.data.limits import NO_LIMITS, Limits
 from rlft.data.table import Encoded, PromptTable
 from rlft.data.usable import Drops, Rows, check_rows, nothing_left, stopped
@@ -71,7 +72,7 @@ def too_long(prompt: Prompt, data: Data) -> DataError | None:
     if data.max_prompt_tokens is None or len(prompt.ids) <= data.max_prompt_tokens:
         return None
     return DataError(
-        f"row {prompt.index}: the prompt has {len(prompt.ids)} tokens, data.max_prompt_tokens is "
+        f"row {prompt.index}: the prompt has {len(prompt.ids)} tokens{advice(prompt)}, data.max_prompt_tokens is "
         f'{data.max_prompt_tokens}; raise it, or set data.long_prompts = "drop"',
         reason=TOO_LONG,
     )
@@ -145,6 +146,6 @@ def hold_out(prompts: PromptTable, rows: int, seed: int) -> tuple[PromptTable, P
 
 
 def exclude_prompts(prompts: PromptTable, held: PromptTable) -> PromptTable:
-    """Return the prompts that are not equal, token by token, to any of `held`."""
+    """Return the prompts that are not equal, token by token and image by image, to any of `held`."""
     keys = set(held.keys())
     return prompts.select([place for place, key in enumerate(prompts.keys()) if key not in keys])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from rlft.config.data import Data
+from rlft.data import images
 from rlft.data.formats import convert, is_foreign, split_completion, split_pair
 from rlft.data.kinds import IDS, KINDS, Purpose, check_row, columns_of, kind_of
 from rlft.data.messages import is_messages, messages_of, parsed_messages, tools_of
@@ -13,7 +14,8 @@ from rlft.errors import DataError
 
 CONVERSATIONS = ("prompt", "completion", "messages", "chosen", "rejected")
 """Columns that may be messages."""
-PICTURES = ("image", "images", "video", "videos", "audio", "audios")
+MEDIA = ("video", "videos", "audio", "audios")
+"""Columns that a reader may expect to reach the model, and that do not."""
 
 
 class Reader:
@@ -65,21 +67,23 @@ class Reader:
         read = self._conversations(row, kind)
         check_row(read, kind)
         if kind == "preference":
-            return split_pair(read)
-        if kind in ("completion", "label"):
-            return split_completion(read)
+            read = split_pair(read)
+        elif kind in ("completion", "label"):
+            read = split_completion(read)
+        _check_images(read, kind)
         return read
 
     def _conversations(self, row: dict[str, Any], kind: str) -> dict[str, Any]:
-        """Return the row with the messages and tools of the columns that its kind reads."""
+        """Return the row with the messages and tools of the columns that its kind reads, and the images in them."""
         changed: dict[str, Any] = {}
+        held: dict[str, list[Any]] = {}
         for column in CONVERSATIONS:
             value = row.get(column)
             if column in self._read_columns and (column == "messages" or is_messages(value)):
                 try:
                     value = parsed_messages(value)
                     if is_messages(value):
-                        changed[column] = messages_of(value)
+                        changed[column], held[column] = messages_of(value)
                 except DataError as error:
                     raise DataError(f"column {column}: {error}", reason=error.reason) from None
         if row.get("tools") is not None and kind != "text":
@@ -87,6 +91,10 @@ class Reader:
                 changed["tools"] = tools_of(row["tools"])
             except DataError as error:
                 raise DataError(f"column tools: {error}", reason=error.reason) from None
+        if found := _held(held):
+            if images.images_in(row):
+                raise DataError("parts of messages hold images, and a column too: leave out one of them")
+            changed["images"] = found
         return row | changed if changed else row
 
     def notes(self) -> list[str]:
@@ -110,7 +118,40 @@ class Reader:
         return notes
 
 
+def _held(held: dict[str, list[Any]]) -> list[Any]:
+    """Return the images that the messages of a row hold, by column. Both sides of a pair have those of the prompt."""
+    sides = [held.pop(column) for column in ("chosen", "rejected") if column in held]
+    if len(sides) == 2 and sides[0] != sides[1]:
+        raise DataError(
+            "chosen and rejected have different images: both sides of a pair continue one prompt; give the images in "
+            "it, or leave the row out",
+            reason="images",
+        )
+    return [image for found in (*held.values(), *sides[:1]) for image in found]
+
+
+def _check_images(row: dict[str, Any], kind: str) -> None:
+    """Raise DataError for images where no prompt has them: in what is trained, and behind it."""
+    recorded = {column: row[column] for column in ("completion", "chosen", "rejected") if column in columns_of(kind)}
+    if kind == "messages":
+        answers = [i for i, message in enumerate(row["messages"]) if message["role"] == "assistant"]
+        recorded = {"messages": row["messages"][answers[0] :] if answers else []}
+    for column, said in recorded.items():
+        if isinstance(said, list) and any(map(images.has_image, said)):
+            raise DataError(
+                f"column {column} has an image in an answer or behind one; images are supported in the turns before "
+                f"the first answer",
+                reason="images",
+            )
+    if kind == "text" and images.images_in(row):
+        raise DataError(
+            "rows of plain text have no prompt to show images in; give messages, or prompt + completion, or rename a "
+            'column that means something else, for example data.columns = {picture = "image"}',
+            reason="images",
+        )
+
+
 def _means_something(column: str, row: dict[str, Any]) -> bool:
     """Return True for a column that another kind of row reads, or that a reader may expect to reach the model."""
     other = any(column in columns for columns in KINDS.values()) and column != "label"
-    return row[column] is not None and (other or column in PICTURES)
+    return row[column] is not None and (other or column in MEDIA)

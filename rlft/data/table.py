@@ -10,10 +10,12 @@ from typing import overload
 
 import numpy as np
 
+from rlft.data.images import packed, unpacked
 from rlft.data.rows import Packed, Row
 from rlft.types import Prompt, Recorded
 
-REST = tuple(field.name for field in fields(Prompt) if field.name not in ("ids", "row", "index", "recorded"))
+APART = ("ids", "row", "index", "recorded", "images")
+REST = tuple(field.name for field in fields(Prompt) if field.name not in APART)
 """Fields of a prompt that are kept as Python values."""
 
 
@@ -28,7 +30,8 @@ class Encoded:
         self._counts = array("q", [0])
         """Recorded completions of all prompts before each."""
         self._places, self._indices = array("q"), array("q")
-        self._rest = Packed()
+        self._rest, self._images = Packed(), Packed()
+        self._any_image = False
 
     def append(self, prompt: Prompt, row: Row, place: int) -> None:
         """Add a prompt that was encoded from a row. place: of the row among the rows."""
@@ -46,6 +49,8 @@ class Encoded:
         # A row that encoding has changed (an implicit prompt) is kept; any other is read from the rows again.
         changed = None if prompt.row is row else prompt.row
         self._rest.append((changed, texts, [getattr(prompt, name) for name in REST]))
+        self._images.append(packed(prompt.images))
+        self._any_image |= bool(prompt.images)
 
     def __len__(self) -> int:
         return len(self._places)
@@ -60,15 +65,26 @@ class Encoded:
             mask = tuple(map(bool, self._recorded_mask[start:stop]))
             recorded.append(Recorded(tuple(self._recorded_ids[start:stop]), mask, *text))
         more = dict(zip(REST, rest, strict=True))
-        return Prompt(ids=ids, row=row, index=self._indices[i], recorded=tuple(recorded), **more)
+        images = unpacked(self._images[i], row)
+        return Prompt(ids=ids, row=row, index=self._indices[i], recorded=tuple(recorded), images=images, **more)
 
     def key(self, i: int) -> bytes:
-        """Return what two rows have in common whose prompts are equal; a text without a prompt is its own."""
+        """Return what two rows have in common whose prompts are equal; a text without a prompt is its own.
+
+        An image is known by the digest of its bytes.
+        """
         start, stop = self._ends[i], self._ends[i + 1]
         if start < stop:
-            return self._ids[start:stop].tobytes()
+            return self._ids[start:stop].tobytes() + b"".join(digest.encode() for digest in self._digests(i))
         start, stop = self._recorded_ends[self._counts[i]], self._recorded_ends[self._counts[i] + 1]
         return self._recorded_ids[start:stop].tobytes()
+
+    def sees(self, i: int) -> bool:
+        """Return whether a prompt has images."""
+        return bool(self._digests(i))
+
+    def _digests(self, i: int) -> list[str]:
+        return [digest for _, digest, *_ in self._images[i]] if self._any_image else []
 
     def lengths(self) -> np.ndarray:
         """Return the tokens of each prompt, [prompts] int64."""
@@ -84,7 +100,10 @@ class Encoded:
         return np.where(some, self.lengths() + completions, 0)
 
     def digest(self, order: np.ndarray) -> str:
-        """Return 16 hex digits that depend on all tokens of the prompts in this order. order: [prompts] int64."""
+        """Return 16 hex digits that depend on all tokens and images of the prompts in this order.
+
+        order: [prompts] int64.
+        """
         ends, recorded_ends, counts = map(np.array, (self._ends, self._recorded_ends, self._counts))
         completions = _indices(counts, order)
         whole = hashlib.blake2b(digest_size=8)
@@ -94,6 +113,8 @@ class Encoded:
             tokens = np.array(flat)
             for start in range(0, len(places), 2**16):
                 whole.update(tokens[_indices(bounds, places[start : start + 2**16])].tobytes())
+        for i in order.tolist() if self._any_image else ():
+            whole.update("".join(self._digests(i)).encode())
         return whole.hexdigest()
 
 
@@ -138,7 +159,7 @@ class PromptTable(Sequence[Prompt]):
         return PromptTable(self._encoded, self._order[np.asarray(places, np.int64)])
 
     def keys(self) -> list[bytes]:
-        """Return one value per prompt, equal where all tokens of two prompts are. See `Encoded.key`."""
+        """Return one value per prompt, equal where all tokens and images of two prompts are. See `Encoded.key`."""
         return [self._encoded.key(i) for i in self._order.tolist()]
 
     def lengths(self) -> np.ndarray:
@@ -149,12 +170,16 @@ class PromptTable(Sequence[Prompt]):
         """Return the tokens of each prompt with its longest recorded completion, [prompts] int64; 0 without one."""
         return self._encoded.longest()[self._order]
 
+    def with_images(self) -> int:
+        """Return the number of prompts that have images."""
+        return sum(map(self._encoded.sees, self._order.tolist()))
+
     def longest_prompt(self) -> Prompt:
         """Return the first of the prompts with the most tokens."""
         return self[int(self.lengths().argmax())]
 
     def digest(self) -> str:
-        """Return 16 hex digits that depend on all tokens of prompts and recorded completions, and on their order."""
+        """Return 16 hex digits that depend on all tokens and images of prompts, on completions, and on their order."""
         return self._encoded.digest(self._order)
 
 

@@ -23,7 +23,7 @@ from rlft.errors import ConfigError
 from rlft.models import quantization as quant
 from rlft.models import targets
 from rlft.models.continued import STARTS, not_plain
-from rlft.models.kind import causal
+from rlft.models.kind import causal, sees
 from rlft.models.load import attach_lora, pad_rows, resolve_device, resolve_dtype
 from rlft.models.restored import restored
 
@@ -134,8 +134,11 @@ def _agree(field: str, wanted: str, actual: str, remedy: str) -> None:
 def _check_base(base: Any, name: str) -> None:
     """Raise ConfigError for a base that is not a whole causal language model in one place."""
     config, _ = causal(name, base.config)
-    if config is not base.config:
-        raise ConfigError(f"model: {type(base).__name__} has a vision tower; give its language model alone")
+    if config is not base.config or sees(config):
+        raise ConfigError(
+            f"model: {type(base).__name__} has a vision tower; name the model in place of the object, or give its "
+            f"language model alone"
+        )
     head = base.get_output_embeddings()
     if head is None or base.get_input_embeddings() is None or not base.can_generate():
         raise ConfigError(

@@ -11,6 +11,23 @@ TEXT_PARTS = {
 }
 """Names in the files -> names in the text model, for vision-language models that transformers loads only with their
 vision tower. Their text model is itself a causal language model."""
+SEEING = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+"""Model types whose images are supported: their tower has `get_image_features`, and their positions are those of
+`rlft.positions`."""
+NO_IMAGES = "vLLM does not sample from vision-language models here, so it would not see their images"
+"""Why vLLM is refused for such a model."""
+
+
+def sees(config: Any) -> bool:
+    """Return whether a model of this config takes images."""
+    return getattr(config, "model_type", None) in SEEING
+
+
+def class_of(config: Any) -> Any:
+    """Return the automatic class of transformers that loads a model of this config."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    return AutoModelForImageTextToText if sees(config) else AutoModelForCausalLM
 
 
 def causal(model: str, config: Any) -> tuple[Any, dict[str, str] | None]:
@@ -20,6 +37,8 @@ def causal(model: str, config: Any) -> tuple[Any, dict[str, str] | None]:
     """
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
+    if sees(config):
+        return config, None
     known = _classes(config)
     named = set(config.architectures or known)
     composite = getattr(config, "vision_config", None) is not None
@@ -31,7 +50,7 @@ def causal(model: str, config: Any) -> tuple[Any, dict[str, str] | None]:
     if composite and not known:
         raise ConfigError(
             f'model = "{model}": {", ".join(named) or type(config).__name__} is a vision-language model, which is not '
-            f"supported yet; give a model of text alone"
+            f"supported yet; give one of {', '.join(SEEING)}, or a model of text alone"
         )
     # BERT and similar models also have a causal class in transformers, but their files were not trained for it.
     fits = bool(known & named) or any(name.endswith("ForCausalLM") for name in named)
@@ -63,4 +82,6 @@ def attention_of(config: Any) -> str:
         return "eager"
     mapped: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), ())  # type: ignore[arg-type]
     classes = mapped if isinstance(mapped, tuple) else (mapped,)
+    if sees(config):
+        return "sdpa"
     return "sdpa" if all(getattr(model_class, "_supports_sdpa", False) for model_class in classes) else "eager"

@@ -26,13 +26,16 @@ from rlft.models import quantization as quant
 from rlft.models import targets
 from rlft.models.continued import changed_dropout, continue_adapter, peft_wraps
 from rlft.models.fused.fuse import fuse
-from rlft.models.kind import attention_of, causal
+from rlft.models.kind import attention_of, causal, class_of, sees
 from rlft.models.locate import Location, explained, load_tokenizer, locate
 from rlft.models.random_state import kept_random_state
 
 DEVICES = ("auto", "cpu", "cuda")
 DTYPES = ("auto", "float64", "float32", "bfloat16", "float16")
 QUANTIZATIONS = ("auto", "none", "nf4", "int8")
+TOWER = ("model.visual", "lm_head")
+"""Modules of a vision-language model that are not quantized: its tower with the projector, and as in any model the
+head."""
 ROWS = 64
 """Embedding and head are allocated with a multiple of this number of rows; parameters are views without the padding."""
 
@@ -129,8 +132,9 @@ def describe_base(cfg: Config | Base, device: torch.device) -> BaseInfo:
             f'quantization = "none" with a plain model'
         )
     note = None
-    if getattr(file_config, "vision_config", None) is not None:
-        note = f"{cfg.model}: the vision tower is left out; images are not supported yet"
+    if file_config is not None and getattr(file_config, "vision_config", None) is not None and not sees(config):
+        kind_of_model = file_config.model_type
+        note = f"{cfg.model}: the vision tower is left out; images are not supported yet with a {kind_of_model}"
     return BaseInfo(location, dtype, kind, config, files != "none", names, note)
 
 
@@ -178,14 +182,13 @@ def load_base(
 
 
 def _from_files(model: str, plan: BaseInfo, device: torch.device) -> Any:
-    from transformers import AutoModelForCausalLM
-
     options: dict[str, Any] = {}
     if plan.quantized:
         quant.compute_in(plan.config, plan.dtype)
     elif plan.quantization != "none":
-        options["quantization_config"] = quant.quantization_config(plan.quantization, plan.dtype)
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        kept = TOWER if sees(plan.config) else ()
+        options["quantization_config"] = quant.quantization_config(plan.quantization, plan.dtype, kept)
+    loaded: Any = class_of(plan.config).from_pretrained(
         plan.location.path,
         config=plan.config,
         dtype=plan.dtype,

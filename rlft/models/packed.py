@@ -11,10 +11,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from rlft.errors import ConfigError
 from rlft.kernels.attention import Sequences, varlen_attention
+from rlft.models.vision import ImageRows
 
 PACKED = "rlft_packed"
 """Name of rlft's attention in transformers' AttentionInterface."""
@@ -93,11 +95,38 @@ def packed_attention(
     return out[None], None
 
 
-def hidden(decoder: Any, ids: Tensor, positions: Tensor, sequences: Sequences, rows: Tensor) -> Tensor:
-    """Return the head's input [N, H] at `rows` of a packed batch. ids, positions: [T] int64."""
+def hidden(
+    decoder: Any, ids: Tensor, positions: Tensor, sequences: Sequences, rows: Tensor, images: ImageRows | None = None
+) -> Tensor:
+    """Return the head's input [N, H] at `rows` of a packed batch.
+
+    ids: [T] int64. positions: [T] int64, [3, T] with images.
+    """
+    given = inputs(decoder, ids[None], positions[..., None, :], images)
     with _attention(decoder.config):
-        states = decoder(input_ids=ids[None], position_ids=positions[None], use_cache=False, sequences=sequences)
+        states = decoder(**given, use_cache=False, sequences=sequences)
     return states.last_hidden_state[0][rows]
+
+
+def inputs(decoder: Any, ids: Tensor, positions: Tensor, images: ImageRows | None) -> dict[str, Tensor | list[Tensor]]:
+    """Return the arguments by which a decoder of transformers takes rows with the features of images.
+
+    ids: [B, S] int64. positions: [B, S] or [3, B, S] int64. images: for the rows of `ids.flatten()`.
+    """
+    if images is None:
+        return {"input_ids": ids, "position_ids": positions}
+    embedded = decoder.get_input_embeddings()(ids)
+    given: dict[str, Any] = {
+        "inputs_embeds": images.embedded(embedded.flatten(0, 1)).view(embedded.shape),
+        "position_ids": positions,
+    }
+    if images.deep:
+        seen = torch.zeros(ids.numel(), dtype=torch.bool, device=ids.device).index_fill(0, images.rows, True)
+        # transformers adds them in the order of the rows.
+        order = images.rows.argsort()
+        given["visual_pos_masks"] = seen.view(ids.shape)
+        given["deepstack_visual_embeds"] = [deep[order] for deep in images.deep]
+    return given
 
 
 @contextmanager

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlft.models.packed import inputs
+from rlft.models.vision import ImageRows
 from rlft.types import Batch
 from rlft.upload import upload
 
@@ -29,6 +31,8 @@ class Rows:
 
     blocks: tuple[Tensor, ...]
     """[R, L] int64 on the device; 0 at padding."""
+    tokens: tuple[Tensor, ...]
+    """Per block, [R, L] int64 on the device: the token of the batch at each position, -1 at padding."""
     picks: tuple[Tensor, ...]
     """Per block, int64 on the device: indices of the selected states among its R * L positions."""
     order: Tensor
@@ -39,7 +43,7 @@ class Rows:
         """Build the rows of a batch in host memory.
 
         tokens: [N] int64, the tokens whose predicting states are selected; each has a token before it. Does not wait
-        for the device; it takes two uploads however many sequences there are.
+        for the device; it takes three uploads however many sequences there are.
         """
         bounds, prefix = batch.cu_seqlens.long(), batch.prefix.long()
         own_lengths, behind = bounds.diff(), prefix >= 0
@@ -56,37 +60,43 @@ class Rows:
         widths = torch.tensor([width for _, width in sizes], dtype=torch.int64)
         block = torch.arange(len(sizes)).repeat_interleave(counts)  # of each row
         starts = widths[block].cumsum(0) - widths[block]  # of each row among the positions of all blocks
-        ids = torch.zeros(int((counts * widths).sum()), dtype=torch.int64)
+        places = torch.full((int((counts * widths).sum()),), -1, dtype=torch.int64)
         for sources, length, positions in (
             (bounds[:-1][prefix.clamp(min=0)[rows]], prefix_lengths[rows], starts),
             (bounds[:-1][rows], own_lengths[rows], starts + prefix_lengths[rows]),
         ):
             offsets = _ranges(length)
-            ids[positions.repeat_interleave(length) + offsets] = batch.input_ids[
-                sources.repeat_interleave(length) + offsets
-            ]
-        token_rows = row_of_sequence[batch.seq_ids[tokens]]
-        indices = starts[token_rows] + batch.position_ids[tokens] - 1
+            places[positions.repeat_interleave(length) + offsets] = sources.repeat_interleave(length) + offsets
+        ids = torch.where(places >= 0, batch.input_ids[places], 0)
+        token_rows, sequences = row_of_sequence[batch.seq_ids[tokens]], batch.seq_ids[tokens]
+        indices = starts[token_rows] + prefix_lengths[sequences] + tokens - bounds[sequences] - 1
         ordered, order = block[token_rows].sort(stable=True)
         picks_per_block = torch.bincount(ordered, minlength=len(sizes)).tolist()
         offset = (counts * widths).cumsum(0) - counts * widths
         indices = (indices - offset[block[token_rows]])[order]
         inverse = torch.empty_like(order).index_put((order,), torch.arange(len(order)))
+        areas = (counts * widths).tolist()
         uploaded = upload(torch.cat([indices, inverse]), device)
-        blocks = upload(ids, device).split((counts * widths).tolist())
-        return Rows(
-            tuple(block_ids.view(count, width) for block_ids, (count, width) in zip(blocks, sizes, strict=True)),
-            uploaded[: len(indices)].split(picks_per_block),
-            uploaded[len(indices) :],
+        blocks, block_tokens = (
+            tuple(part.view(size) for part, size in zip(upload(whole, device).split(areas), sizes, strict=True))
+            for whole in (ids, places)
         )
+        return Rows(blocks, block_tokens, uploaded[: len(indices)].split(picks_per_block), uploaded[len(indices) :])
 
-    def hidden(self, decoder: Any) -> Tensor:
-        """Return the head's input [N, H] at the selected states, in the order of `tokens`."""
+    def hidden(self, decoder: Any, positions: Tensor | None = None, images: ImageRows | None = None) -> Tensor:
+        """Return the head's input [N, H] at the selected states, in the order of `tokens`.
+
+        positions: [3, T] int64, with images. images: for the rows of the batch.
+        """
         selected = []
-        for ids, pick in zip(self.blocks, self.picks, strict=True):
+        for ids, tokens, pick in zip(self.blocks, self.tokens, self.picks, strict=True):
             if not pick.numel():
                 continue
-            states = decoder(input_ids=ids, use_cache=False).last_hidden_state
+            given: dict[str, Any] = {"input_ids": ids}
+            if images is not None and positions is not None:
+                # At padding whatever, since no token before it sees it.
+                given = inputs(decoder, ids, positions[:, tokens.clamp(min=0)], images.spread(tokens.flatten()))
+            states = decoder(**given, use_cache=False).last_hidden_state
             selected.append(states.flatten(0, 1).index_select(0, pick))
         return torch.cat(selected).index_select(0, self.order)
 

@@ -21,6 +21,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
+from rlft.data.images import ImageReader
 from rlft.errors import ConfigError
 from rlft.kernels.attention import Sequences
 from rlft.kernels.logprobs import CHUNK_BYTES, linear_logprobs
@@ -36,6 +37,7 @@ from rlft.models.head import append_ones, head_matrix, scale_of, softcap_of
 from rlft.models.load import fingerprint
 from rlft.models.quantization import mixes_rows
 from rlft.models.structure import decoder_of, unpackable
+from rlft.models.vision import ImageRows, Vision
 from rlft.types import Batch
 from rlft.upload import upload
 
@@ -49,13 +51,15 @@ class Policy:
         dtype: torch.dtype = torch.float32,
         device_memory: DeviceMemory | None = None,
         place: Place = "device",
+        images: ImageReader | None = None,
     ) -> None:
         """Fuse the decoder and flatten the adapter.
 
         dtype: of the adapter's master copy (fp32; fp64 in exactness tests). device_memory: what the plans of passes are
         chosen from, and what an engine reports to; None: the object of the model's device. place: where the frozen
-        weights of the layers are moved to, as `base.place`. Raises ConfigError when only transformers' own layers can
-        run a base that is to lie off the device.
+        weights of the layers are moved to, as `base.place`. images: reads the images of prompts, from
+        `rlft.models.vision.image_reader`; None: prompts are text. Raises ConfigError when only transformers' own layers
+        can run a base that is to lie off the device.
         """
         packed.register()
         self.model = model
@@ -83,10 +87,13 @@ class Policy:
         self.mixes_rows = mixes_rows(self.base)
         """Whether a row's log-probs depend on what it is packed with, so that they cannot be reused for another
         micro-batch."""
-        self._decoder = decoder_of(self.base)
+        self.vision = None if images is None else Vision(self.base, images)
+        """The vision tower; None where prompts are text."""
+        self.decoder = decoder_of(self.base)
+        """The text decoder, which turns embedded tokens into the head's input."""
         self.rope: rope.Regime | None = None
         """The longrope factors that `fix_rope` has set; None if the model has none."""
-        self._same_tables = rope.limit(self._decoder)
+        self._same_tables = rope.limit(self.decoder)
         head: nn.Linear = self.base.get_output_embeddings()  # type: ignore[operator]
         self._head, self._bias = head_matrix(head), head.bias is not None
         text = self.base.config.get_text_config()  # type: ignore[union-attr,operator]
@@ -174,6 +181,11 @@ class Policy:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
+    def forget_images(self) -> None:
+        """Free the features of images, at the start of a step: a resumed run has none either."""
+        if self.vision is not None:
+            self.vision.clear()
+
     def lower(self) -> str:
         """Free memory and plan later passes with less, after an out-of-memory error; return a description."""
         self.release_memory()
@@ -184,8 +196,8 @@ class Policy:
 
     def fix_rope(self, longest: int, long: bool = False) -> None:
         """Use one rotary table for all sequences, whatever they are packed with; see `rlft.models.rope.fix`."""
-        self.rope = rope.fix(self._decoder, longest, long)
-        self._same_tables = rope.limit(self._decoder)
+        self.rope = rope.fix(self.decoder, longest, long)
+        self._same_tables = rope.limit(self.decoder)
 
     def check_length(self, tokens: int) -> None:
         """Assert that calls with sequences of up to `tokens` tokens all have the same rotary tables."""
@@ -236,17 +248,33 @@ class Policy:
 
         batch, trained: in host memory.
         """
+        seen = self._seen(batch)
         if not self.packed:
-            states = padded.Rows.of(batch, trained, self.device).hidden(self._decoder).to(self._head.dtype)
+            positions = upload(batch.position_ids, self.device) if seen is not None else None
+            states = padded.Rows.of(batch, trained, self.device).hidden(self.decoder, positions, seen)
+            states = states.to(self._head.dtype)
             return (append_ones(states, self._head.shape[1]) if self._bias else states), None
         positions, rows = (upload(tensor, self.device) for tensor in (batch.position_ids, batch.source[trained]))
         if self.fused is None:
-            states = packed.hidden(self._decoder, ids, positions, sequences, rows)
+            states = packed.hidden(self.decoder, ids, positions, sequences, rows, seen)
             return (append_ones(states, self._head.shape[1]) if self._bias else states), None
-        embedded = self._decoder.get_input_embeddings()(ids)
-        hidden, record = self.fused.hidden(embedded, positions, sequences, self.flat.gradients, plan, ids=ids)
+        embedded = self.decoder.get_input_embeddings()(ids)
+        embedded = embedded if seen is None else seen.embedded(embedded)
+        gradients = self.flat.gradients
+        hidden, record = self.fused.hidden(embedded, positions, sequences, gradients, plan, ids=ids, images=seen)
         # The norm acts on each row alone, so only the selected rows need it.
         return self.fused.final_norm(hidden[rows]), record
+
+    def _seen(self, batch: Batch) -> ImageRows | None:
+        """Return the features of the images of a batch; None without images."""
+        if not batch.images:
+            return None
+        if self.vision is None:
+            raise ConfigError(
+                "the prompts have images, and the policy was made without what reads them; give Policy(model, "
+                "images=rlft.models.vision.image_reader(name, model.config))"
+            )
+        return self.vision.rows(batch.images, self.device)
 
     @contextmanager
     def _reference(self) -> Iterator[None]:

@@ -6,6 +6,7 @@ This covers how the files store them, what the settings ask for, and whether the
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from fnmatch import fnmatch
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import nn
 
 from rlft import environment
 from rlft.errors import ConfigError
+from rlft.models.structure import decoder_of
 
 BITSANDBYTES = ("nf4", "fp4", "int8")
 """Quantizations of bitsandbytes; rlft itself quantizes to nf4 and int8 only."""
@@ -62,17 +64,22 @@ def choose_kind(model: str, wanted: str, files: str, device: torch.device) -> st
     return kind
 
 
-def quantization_config(kept: str, dtype: torch.dtype) -> Any:
+def quantization_config(kept: str, dtype: torch.dtype, plain: Sequence[str] = ()) -> Any:
     """Return transformers' settings for quantizing to "nf4" (with 8-bit scales) or "int8".
 
-    dtype: of the matrix products.
+    dtype: of the matrix products. plain: modules that are not quantized; none: those that transformers chooses.
     """
     from transformers import BitsAndBytesConfig
 
+    skipped: dict[str, Any] = {"llm_int8_skip_modules": list(plain)} if plain else {}
     if kept == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True)
+        return BitsAndBytesConfig(load_in_8bit=True, **skipped)
     return BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+        **skipped,
     )
 
 
@@ -142,12 +149,13 @@ def check_share(name: str, kept: str, model: Any) -> None:
     """
     from bitsandbytes.nn import Linear4bit, Linear8bitLt  # pyright: ignore[reportPrivateImportUsage]
 
-    linear = [module for module in model.modules() if isinstance(module, Linear4bit | Linear8bitLt)]
+    decoder = decoder_of(model)
+    linear = [module for module in decoder.modules() if isinstance(module, Linear4bit | Linear8bitLt)]
     quantised = sum(module.in_features * module.out_features for module in linear)
     vocabulary = (model.get_input_embeddings().weight, model.get_output_embeddings().weight)
     plain = sum(
         parameter.numel()
-        for parameter in model.parameters()
+        for parameter in decoder.parameters()
         if parameter.is_floating_point()
         and parameter.ndim > 1
         and all(parameter is not weight for weight in vocabulary)

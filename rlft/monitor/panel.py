@@ -68,6 +68,8 @@ def prompt_text(prompt: str, is_messages: bool) -> str:
         content = json.loads(prompt)[-1]["content"]
     except (ValueError, TypeError, LookupError, RecursionError):
         return prompt
+    if isinstance(content, list) and all(isinstance(part, dict) for part in content):
+        return "".join("[image]" if part.get("type") == "image" else str(part.get("text", "")) for part in content)
     return content if isinstance(content, str) else json.dumps(content, ensure_ascii=False)
 
 

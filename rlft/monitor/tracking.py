@@ -20,7 +20,7 @@ from rlft.errors import ConfigError, RlftError
 from rlft.monitor.background import Background
 from rlft.monitor.trackers import Start
 from rlft.runs.folder import Run
-from rlft.runs.tables import shown_prompt
+from rlft.runs.tables import shown_images, shown_prompt
 from rlft.types import Rollout
 
 FINISH_SECONDS = 60.0
@@ -171,12 +171,17 @@ class Tracking:
 
 
 def table(step: int, rollouts: Sequence[Rollout], scores: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
-    """Return one dict per completion: step, prompt, completion, scores (None if nan), tokens, finish reason."""
+    """Return one dict per completion: step, prompt, completion, scores (None if nan), tokens, finish reason.
+
+    In a step with images also their names.
+    """
+    seen = any(rollout.prompt.images for rollout in rollouts)
     return [
         {
             "step": step,
             "prompt": shown_prompt(rollout.prompt),
             "completion": rollout.text,
+            **({"images": ", ".join(shown_images(rollout.prompt))} if seen else {}),
             **{name: _cell(values[i]) for name, values in scores.items()},
             "tokens": len(rollout.completion_ids),
             "finish_reason": rollout.finish_reason,

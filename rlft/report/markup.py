@@ -95,11 +95,18 @@ def passage(value: str) -> str:
 def conversation(value: str) -> str:
     """Return a prompt that is JSON of messages, with their roles. A file may hold anything: other text is a passage."""
     try:
-        turns = [(str(message["role"]), str(message["content"])) for message in json.loads(value)]
+        turns = [(str(message["role"]), said(message["content"])) for message in json.loads(value)]
     except (ValueError, TypeError, KeyError, RecursionError):
         return passage(value)
     content_html = "\n".join(f"<i>{text(role)}</i> {truncate(content)}" for role, content in turns)
     return f'<div class="passage">{content_html or "<i>empty</i>"}</div>'
+
+
+def said(content: Any) -> str:
+    """Return the content of a message as text, with [image] where it shows one."""
+    if not isinstance(content, list):
+        return str(content)
+    return "".join("[image]" if part["type"] == "image" else str(part["text"]) for part in content)
 
 
 def columns(value: str | None) -> str:

@@ -83,7 +83,7 @@ class Scoring:
         progress: called with what the step waits for, and how many of how many functions are done.
         """
         self._functions, self._progress = functions, progress
-        self._names = sorted({name for prompt in prompts for name in prompt.row if name not in OURS})
+        self._names = _names(prompts)
         self._state = trainer_state
         for function in functions:
             function.check(columns_of((), self._names))
@@ -171,13 +171,13 @@ def groups_by_prompt(rollouts: Sequence[Rollout]) -> list[list[Rollout]]:
 def columns_of(rollouts: Sequence[Rollout], names: Sequence[str] | None = None) -> dict[str, list[Any]]:
     """Return the arguments of reward functions, per completion.
 
-    These are TRL's prompts, completions and completion_ids, and every other dataset column. Prompts and completions are
-    message lists for a row whose prompt is messages, and strings otherwise. names: of the columns; None for those of
-    the rollouts.
+    These are TRL's prompts, completions and completion_ids, every other dataset column, and with images a list of them,
+    each the path or the bytes of a file. Prompts and completions are message lists for a row whose prompt is messages,
+    and strings otherwise. names: of the columns; None for those of the rollouts.
     """
     if names is None:
-        names = sorted({name for rollout in rollouts for name in rollout.prompt.row if name not in OURS})
-    columns: dict[str, list[Any]] = {name: [rollout.prompt.row.get(name) for rollout in rollouts] for name in names}
+        names = _names([rollout.prompt for rollout in rollouts])
+    columns: dict[str, list[Any]] = {name: [_value(rollout.prompt, name) for rollout in rollouts] for name in names}
     columns["prompts"] = [_prompt(rollout) for rollout in rollouts]
     columns["completions"] = [
         [{"role": "assistant", "content": rollout.text}] if isinstance(_prompt(rollout), list) else rollout.text
@@ -185,6 +185,19 @@ def columns_of(rollouts: Sequence[Rollout], names: Sequence[str] | None = None) 
     ]
     columns["completion_ids"] = [list(rollout.completion_ids) for rollout in rollouts]
     return columns
+
+
+def _names(prompts: Sequence[Prompt]) -> list[str]:
+    """Return the columns of prompts that reward functions get."""
+    names = {name for prompt in prompts for name in prompt.row if name not in OURS}
+    return sorted(names | {"images"} if any(prompt.images for prompt in prompts) else names)
+
+
+def _value(prompt: Prompt, name: str) -> Any:
+    """Return the value of a column; images in one form, whatever the row has them in."""
+    if name == "images" and prompt.images:
+        return [image.source for image in prompt.images]
+    return prompt.row.get(name)
 
 
 def _prompt(rollout: Rollout) -> Any:

@@ -27,9 +27,10 @@ from transformers import DynamicCache
 
 from rlft.config.data import Sampling
 from rlft.errors import EngineError
-from rlft.models import kv_cache
+from rlft.models import kv_cache, packed
 from rlft.models.adapter import lora_parameters, lora_scales
 from rlft.models.policy import Policy
+from rlft.positions import next_position, prompt_positions
 from rlft.rollout.engine import Finished, Groups, check_names, check_read_back, eos_ids, rollout_seed
 from rlft.types import FinishReason, Prompt, Rollout
 
@@ -89,6 +90,7 @@ class EagerEngine:
             parameter.requires_grad_(False)
         base = self._model.get_base_model()
         self._eos, self._cache_name = eos_ids(tokenizer, base), kv_cache.name(base)
+        self._places = policy.vision.reader.places if policy.vision is not None else frozenset[int]()
         self._version: int | None = None
         self._digest = ""
         self._pads = policy.packed and self._pads_safely()
@@ -134,6 +136,7 @@ class EagerEngine:
                 uniforms = np.random.Generator(np.random.PCG64(row_seed)).random(sampling.max_tokens)
                 rows.append(_Row(prompt, slot, sample, row_seed, uniforms))
         with self._switched(), torch.inference_mode():
+            self._run_tower(prompts)
             count = 0
             for batch in self._batches(rows):
                 complete = self._rerun if self._cache == "none" else self._complete
@@ -208,23 +211,13 @@ class EagerEngine:
         """Fill `ids` and `logprobs` of the rows in one decoding batch. Rows of one prompt must be adjacent."""
         select = self._cache == "select"
         heads = [i for i, row in enumerate(rows) if i == 0 or rows[i - 1].slot != row.slot or not select]
-        longest = max(len(rows[i].prompt.ids) for i in heads)
-        ids = torch.zeros(len(heads), longest, dtype=torch.long)
-        mask = torch.zeros(len(heads), longest, dtype=torch.long)
-        for line, i in enumerate(heads):
-            prompt = rows[i].prompt.ids
-            # Left padding, so that all rows write their next token to the same column of the cache.
-            ids[line, longest - len(prompt) :] = torch.tensor(prompt)
-            mask[line, longest - len(prompt) :] = 1
-        positions = (mask.cumsum(1) - 1).clamp(min=0)
-        out = self._step(ids, mask, positions, None)
-        cache, logits = getattr(out, self._cache_name), out.logits[:, -1]
+        mask, logits, cache = self._prefill([rows[i].prompt for i in heads])
         if select:
             line_of = torch.tensor([sum(head <= i for head in heads) - 1 for i in range(len(rows))])
             logits = logits[line_of.to(self._device)]
             cache.batch_select_indices(line_of.to(self._device))
-            mask, positions = mask[line_of], positions[line_of]
-        positions, live = positions[:, -1], rows
+            mask = mask[line_of]
+        positions, live = torch.tensor([next_position(row.prompt) - 1 for row in rows]), rows
         while True:
             # Finished rows that stay get a dummy token, so that the batch keeps its shape; it is not recorded.
             tokens = self._advance(logits, live, job)
@@ -243,6 +236,45 @@ class EagerEngine:
             mask = torch.cat([mask, torch.ones(len(live), 1, dtype=torch.long)], dim=1)
             positions = positions + 1
             logits = self._step(tokens[:, None], mask, positions[:, None], cache).logits[:, -1]
+
+    def _run_tower(self, prompts: Sequence[Prompt]) -> None:
+        """Compute the features of all images together."""
+        images = [image for prompt in prompts for image in prompt.images]
+        if not images:
+            return
+        self._cache = self._cache or self._cache_kind(prompts[0].ids[:1])
+        if self._policy.vision is None or self._cache == "none":
+            base = type(self._policy.base).__name__
+            raise EngineError(f"prompts with images need a policy that reads them, and a KV cache of {base}")
+        self._policy.vision.features(images)
+
+    def _prefill(self, prompts: Sequence[Prompt]) -> tuple[Tensor, Tensor, Any]:
+        """Run the model on prompts.
+
+        Returns the mask [rows, longest] on the CPU, the logits of the next tokens [rows, V], and the cache.
+        """
+        longest = max(len(prompt.ids) for prompt in prompts)
+        ids = torch.zeros(len(prompts), longest, dtype=torch.long)
+        mask = torch.zeros(len(prompts), longest, dtype=torch.long)
+        positions = torch.zeros(3, len(prompts), longest, dtype=torch.long)
+        placed = []
+        for line, prompt in enumerate(prompts):
+            # Left padding, so that all rows write their next token to the same column of the cache.
+            start = longest - len(prompt.ids)
+            ids[line, start:] = torch.tensor(prompt.ids)
+            mask[line, start:] = 1
+            positions[:, line, start:] = torch.from_numpy(prompt_positions(prompt))
+            placed += [(image, line * longest + start + image.start) for image in prompt.images]
+        if not placed:
+            out = self._step(ids, mask, positions[0], None)
+            return mask, out.logits[:, -1], getattr(out, self._cache_name)
+        assert self._policy.vision is not None, "see `_run_tower`"
+        ids, positions, on_device = (tensor.to(self._device) for tensor in (ids, positions, mask))
+        seen = self._policy.vision.rows(placed, self._device)
+        decoder, base = self._policy.decoder, self._model.get_base_model()
+        out = decoder(**packed.inputs(decoder, ids, positions, seen), attention_mask=on_device, use_cache=True)
+        logits = base.get_output_embeddings()(out.last_hidden_state[:, -1])  # type: ignore[operator]
+        return mask, logits, getattr(out, self._cache_name)
 
     def _step(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: Any) -> Any:
         """Run the model on the next columns of the rows. All arguments but the cache are in host memory."""
@@ -318,7 +350,8 @@ class EagerEngine:
         return Rollout(
             prompt=row.prompt,
             completion_ids=tuple(row.ids),
-            completion_mask=(True,) * len(row.ids),
+            # A sampled place of an image has no image: its token is one as any other, and is not trained.
+            completion_mask=tuple(token not in self._places for token in row.ids),
             sampler_logprobs=tuple(row.logprobs),
             text=text,
             finish_reason=FinishReason.STOP if row.finished else FinishReason.LENGTH,

@@ -13,6 +13,7 @@ from peft import PeftModel
 from rlft.config.data import Data, Sampling
 from rlft.config.run import Engine as Options
 from rlft.data.encode import encode_prompt
+from rlft.data.limits import Limits
 from rlft.environment import version
 from rlft.errors import ConfigError, UnsupportedModel
 from rlft.models.given_model import GivenModel
@@ -114,7 +115,9 @@ class Sampler:
         if isinstance(prompt, Prompt):
             return prompt
         row = dict(prompt) if isinstance(prompt, dict) else {"prompt": prompt}
-        return encode_prompt(row, index, self._data, self.tokenizer)
+        vision = self.policy.vision
+        limits = Limits(images=None if vision is None else vision.reader)
+        return encode_prompt(row, index, self._data, self.tokenizer, limits)
 
 
 _POLICIES: weakref.WeakKeyDictionary[Any, weakref.ref[Policy]] = weakref.WeakKeyDictionary()

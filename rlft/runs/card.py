@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from rlft.config.resolve import names_user_code
 from rlft.config.run import Config
 from rlft.data.sources import FILES
 from rlft.environment import version
+from rlft.models.kind import SEEING
 from rlft.models.load import locate
 from rlft.runs.folder import Run
 
@@ -68,7 +70,8 @@ def _card(cfg: Config, block: dict[str, str], tags: tuple[str, ...], run: Run, l
         block = {name: value for name, value in block.items() if name != "base_model_relation"}
     algorithm = [] if names_user_code(cfg.algo.name) else [cfg.algo.name]
     sources = [source.path for source in _sources(cfg) if on_hub(source.path)]
-    fields: dict[str, Any] = {**licence(cfg.model), **hub, **block, "pipeline_tag": "text-generation"}
+    task = "image-text-to-text" if _sees(cfg.model) else "text-generation"
+    fields: dict[str, Any] = {**licence(cfg.model), **hub, **block, "pipeline_tag": task}
     fields |= {"tags": ["rlft", *tags, *algorithm], **({"datasets": sources} if sources else {})}
     front = yaml.safe_dump(fields, sort_keys=False, allow_unicode=True)
     return "\n".join(["---", front.rstrip(), "---", f"# {run.path.resolve().name}", "", *lines]) + "\n"
@@ -105,6 +108,19 @@ def licence(model: str) -> dict[str, Any]:
     return {name: data[name] for name in LICENCE if data.get(name)}
 
 
+def _sees(model: str) -> bool:
+    """Return whether the base takes images, by its config on this machine."""
+    where = locate(model)
+    found: Any = Path(where.path) / "config.json"
+    if not Path(where.path).is_dir() and on_hub(model):
+        from huggingface_hub import try_to_load_from_cache
+
+        found = try_to_load_from_cache(where.path, "config.json")
+    if where.gguf or not isinstance(found, str | Path) or not Path(found).is_file():
+        return False
+    return json.loads(Path(found).read_text(encoding="utf-8")).get("model_type") in SEEING
+
+
 def _base_words(cfg: Config) -> str:
     where = locate(cfg.model)
     return f"`{cfg.model}`" + (f" ({where.gguf}, dequantised)" if where.gguf else "")
@@ -128,12 +144,13 @@ def _code(cfg: Config, where: str, merged: bool) -> list[str]:
     target = f'"{where}"' if merged else base
     kind = ', dtype="auto"' if merged or not place.gguf else ""
     lines += ["from peft import PeftModel"] if not merged else []
+    automatic = "AutoModelForImageTextToText" if _sees(cfg.model) else "AutoModelForCausalLM"
     lines += [
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        f"from transformers import {automatic}, AutoTokenizer",
         "",
         *([f"folder = {folder}"] if folder else []),
         f"tokenizer = AutoTokenizer.from_pretrained({target})",
-        f"model = AutoModelForCausalLM.from_pretrained({target}{kind})",
+        f"model = {automatic}.from_pretrained({target}{kind})",
     ]
     lines += [] if merged else [f'model = PeftModel.from_pretrained(model, "{where}")']
     lines += ['text = "Your prompt"']

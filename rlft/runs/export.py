@@ -25,7 +25,9 @@ from torch import Tensor, nn
 from rlft.config.paths import user_path
 from rlft.config.run import Config
 from rlft.errors import ConfigError, ParityError
+from rlft.models.kind import class_of
 from rlft.models.load import attach_lora, fingerprint, load_base, load_tokenizer
+from rlft.models.vision import save_image_processor
 from rlft.runs import checkpoint
 from rlft.runs.card import adapter_card, merged_card
 from rlft.runs.folder import Run, step_of
@@ -105,6 +107,7 @@ def merge(
     texts = check_texts(run, tokenizer)
     with new_folder(out, "merging") as temporary:
         exact, shift, model = _merge(cfg, run_config, path, texts)
+        config = model.config
         with writing(out):
             model.to(getattr(torch, dtype)).save_pretrained(temporary)
         difference = _mean(exact, token_logprobs(read_back(model, temporary, "not merged"), texts))
@@ -118,6 +121,7 @@ def merge(
             )
         with writing(out):
             tokenizer.save_pretrained(temporary)
+            save_image_processor(cfg.model, config, cfg.data, temporary)
             card = merged_card(run, run_config, _step(path), push or str(out), dtype, result.summary(), link)
             (temporary / "README.md").write_text(card, encoding="utf-8")
     if push:
@@ -233,9 +237,7 @@ def read_back(model: Any, folder: Path, failed: str) -> nn.Module:
 
     failed: begins the message of the ParityError that is raised where they are not `model`, bit for bit.
     """
-    from transformers import AutoModelForCausalLM
-
-    written = AutoModelForCausalLM.from_pretrained(folder, dtype=model.dtype)
+    written = class_of(model.config).from_pretrained(folder, dtype=model.dtype)
     read = written.state_dict()
     wrong = [
         name

@@ -17,6 +17,7 @@ from rlft.config.paths import user_path
 from rlft.errors import ConfigError
 from rlft.kernels.nf4 import Nf4Weight, decode
 from rlft.models.load import Base, describe_base, load_base, load_tokenizer, resolve_device
+from rlft.models.vision import save_image_processor
 from rlft.runs.export import check_free, new_folder, read_back, writing
 
 
@@ -59,6 +60,7 @@ def export_base(model: str, out: str | Path, quantization: str = "nf4", dtype: s
         with writing(out):
             base.save_pretrained(temporary)
             load_tokenizer(model).save_pretrained(temporary)
+            save_image_processor(model, base.config, None, temporary)
         read_back(base, temporary, "not exported")
     return ExportedBase(out, decoded, plan.dtype)
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from rlft.batch import group_ids
+from rlft.data.images import COLUMNS as IMAGE_COLUMNS
 from rlft.errors import ConfigError
 from rlft.types import Prompt, Rollout
 
@@ -84,16 +85,27 @@ def shown_prompt(prompt: Prompt) -> str:
 def dataset_columns(prompt: Prompt) -> str | None:
     """Return the other columns of the dataset row (the answer, say) as a JSON object; None if it has none.
 
-    A value whose text is longer than MOST_VALUE is saved as the beginning of that text. A lone surrogate, which UTF-8
-    has no bytes for, is saved as "?".
+    Images are shown by name. A value whose text is longer than MOST_VALUE is saved as the beginning of that text. A
+    lone surrogate, which UTF-8 has no bytes for, is saved as "?".
     """
     columns = {name: value for name, value in prompt.row.items() if name not in SHOWN_AS_PROMPT and value is not None}
+    if prompt.images:
+        columns = {name: value for name, value in columns.items() if name not in IMAGE_COLUMNS}
+        columns["images"] = shown_images(prompt)
     for name, value in columns.items():
         written = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
         if len(written) > MOST_VALUE:
             columns[name] = f"{written[:MOST_VALUE]} ... {len(written) - MOST_VALUE:,} more characters"
     text = json.dumps(columns, ensure_ascii=False, default=str)
     return text.encode("utf-8", "replace").decode("utf-8") if columns else None
+
+
+def shown_images(prompt: Prompt) -> list[str]:
+    """Return the images of a prompt by name: the path, or of bytes their number and the beginning of the digest."""
+    return [
+        image.source if isinstance(image.source, str) else f"{len(image.source):,} bytes, {image.digest[:8]}"
+        for image in prompt.images
+    ]
 
 
 def read_columns(value: str | None) -> dict[str, Any]:

@@ -91,7 +91,8 @@ def sequences(seen: Sequence[tuple[Tensor, Batch]]) -> list[ComparedSequence]:
         d = (logprobs - batch.sampler_logprobs.to(logprobs.device)).double().cpu()
         d = torch.where(batch.train_mask.cpu() & d.isfinite(), d, torch.nan)
         sizes = batch.cu_seqlens.diff().tolist()
-        parts = zip(d.split(sizes), batch.position_ids.cpu().split(sizes), batch.group_ids.tolist(), strict=True)
+        times = batch.position_ids.cpu().reshape(-1, len(d))[0]  # of three axes the one that all tokens advance on
+        parts = zip(d.split(sizes), times.split(sizes), batch.group_ids.tolist(), strict=True)
         real = [(differences, positions) for differences, positions, group in parts if group >= 0]
         compared += [
             ComparedSequence(sample.rollout, batch, differences, positions)

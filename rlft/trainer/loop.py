@@ -66,6 +66,7 @@ def loop(session: Session, stop: threading.Event | None = None) -> None:
     while state.step < trainer.steps and not stopping(recorder, stop):
         step = Step()
         trainer.progress.begin()
+        policy.forget_images()
         draw = functools.partial(sample_and_score, sampler, trainer, step)
         step.groups, step.rounds = replace_uninformative(
             draw, cfg.prompts_per_step, cfg.dynamic_sampling.rounds, cfg.dynamic_sampling.by

@@ -32,6 +32,8 @@ def title(cfg: Config, policy: Policy, rows: PromptTable, evals: PromptTable, st
     dtype = str(resolve_dtype(cfg, policy.device)).removeprefix("torch.")
     kind = held_in(policy.base)
     held = dtype if kind == "none" else f"{kind} (computed in {dtype})"
+    seen = rows.with_images()
+    shown = f" ({seen} with images)" if seen else ""
     size, trained = weight_bytes(policy.base)["parameters"], policy.adapter_params.numel()
     device = "GPU" if policy.device.type == "cuda" else "CPU"
     done = engines.describe(cfg, bool(rows[0].recorded), policy.device)
@@ -39,7 +41,7 @@ def title(cfg: Config, policy: Policy, rows: PromptTable, evals: PromptTable, st
     return [
         f"{cfg.model}: {count(size)} parameters in {held} on the {device}; {cfg.algo.name} trains a LoRA adapter of "
         f"rank {cfg.lora.rank}, {count(trained)} parameters",
-        f"{len(rows)} prompts, {len(evals)} held out; {steps} steps of {cfg.prompts_per_step} prompts x {done}",
+        f"{len(rows)} prompts{shown}, {len(evals)} held out; {steps} steps of {cfg.prompts_per_step} prompts x {done}",
         *([MIXED] if policy.mixes_rows else []),
         *(line for line in [changed_dropout(cfg.lora)] if line),
         f"run folder: {run.path}",

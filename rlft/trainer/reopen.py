@@ -13,6 +13,7 @@ from rlft.config import secrets
 from rlft.config.data import Sampling
 from rlft.config.run import BaseWeights, Config
 from rlft.data.encode import encode_prompt
+from rlft.data.limits import Limits
 from rlft.errors import ConfigError
 from rlft.models.load import load_tokenizer
 from rlft.models.policy import Policy
@@ -153,11 +154,20 @@ def generate_from_run(
     max_tokens: int | None = None,
     temperature: float | None = None,
     which: str = "latest",
+    images: Sequence[Any] = (),
 ) -> list[str]:
-    """Sample one completion of each prompt from a run, with the prompt format of its data. which: see `open_run`."""
+    """Sample one completion of each prompt from a run, with the prompt format of its data.
+
+    which: see `open_run`. images: shown before every prompt, as a row of the data may have them.
+    """
     with open_run(out, which) as run:
         cfg = run.cfg
-        rows = [encode_prompt({"prompt": text}, i, cfg.data, run.tokenizer) for i, text in enumerate(prompts)]
+        limits = Limits(images=None if run.policy.vision is None else run.policy.vision.reader)
+        shown = {"images": list(images)} if images else {}
+        rows = [
+            encode_prompt({"prompt": text, **shown}, i, cfg.data, run.tokenizer, limits)
+            for i, text in enumerate(prompts)
+        ]
         sampling = Sampling(
             group_size=1,
             max_tokens=max_tokens or cfg.sampling.max_tokens,

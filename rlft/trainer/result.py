@@ -150,17 +150,21 @@ def generate(
     max_tokens: int | None = None,
     temperature: float | None = None,
     checkpoint: str = "latest",
+    images: Sequence[Any] = (),
 ) -> Any:
     """Sample a completion of a prompt from a run, or a list with one for each of several.
 
     Prompts are put into the format of the run's data. max_tokens, temperature: None for the run's; 0 is greedy.
-    checkpoint: "latest", "best", a step ("12"), or "base". Raises ConfigError when the folder has no run or no such
-    checkpoint.
+    checkpoint: "latest", "best", a step ("12"), or "base". images: shown before each prompt: paths, bytes or PIL
+    images. Raises ConfigError when the folder has no run or no such checkpoint, and DataError for images that cannot be
+    read, or that the model does not take.
     """
     from rlft.trainer.reopen import generate_from_run
 
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
-    completions = generate_from_run(Path(out), texts, max_tokens, temperature, checkpoint)
+    # From here, not from the folder of the run's data.
+    shown = [str(Path(image).absolute()) if isinstance(image, str | Path) else image for image in images]
+    completions = generate_from_run(Path(out), texts, max_tokens, temperature, checkpoint, shown)
     return completions[0] if isinstance(prompts, str) else completions
 
 

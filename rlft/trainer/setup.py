@@ -30,6 +30,7 @@ from rlft.models.fused.placement import move_others
 from rlft.models.load import attach_lora, describe_base, load_base, pad_rows, resolve_device, resolve_dtype
 from rlft.models.policy import Policy
 from rlft.models.structure import decoder_of
+from rlft.models.vision import image_reader
 from rlft.monitor.background import Background
 from rlft.monitor.console import Console
 from rlft.monitor.health import HealthMonitor
@@ -289,7 +290,7 @@ def load_policy(cfg: Config, note: Callable[[str], None] = lambda _: None) -> Po
     if on_host:
         move_others(model, decoder_of(base), device)
         pad_rows(base.get_input_embeddings().weight, base.get_output_embeddings().weight)  # type: ignore[operator]
-    return Policy(model, place=place)
+    return Policy(model, place=place, images=image_reader(cfg.model, base.config, cfg.data))
 
 
 def _reads_as_it_is(cfg: Config, device: torch.device) -> bool:

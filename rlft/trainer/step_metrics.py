@@ -91,7 +91,8 @@ def update_values(updates: Sequence[Update], values: dict[str, float]) -> dict[s
 def rollout_values(groups: Sequence[Group]) -> dict[str, float]:
     """Return completions/*, and the shares of groups with equal rewards and of invalid rewards.
 
-    Lengths are in tokens; "terminated" completions are those not truncated.
+    Lengths are in tokens; "terminated" completions are those not truncated. sampling/image_tokens counts sampled places
+    of images, which are not trained.
     """
     samples = samples_of(groups)
     rollouts = [sample.rollout for sample in samples]
@@ -109,6 +110,8 @@ def rollout_values(groups: Sequence[Group]) -> dict[str, float]:
         # Such tokens have weight 0 (rlft.types.Rollout).
         broken = sum(not math.isfinite(logprob) for rollout in rollouts for logprob in rollout.sampler_logprobs or ())
         values["sampling/nonfinite_logprobs"] = float(broken)
+        if any(rollout.prompt.images for rollout in rollouts):
+            values["sampling/image_tokens"] = float(sum(rollout.completion_mask.count(False) for rollout in rollouts))
     return values | {
         "frac_reward_zero_std": frac_zero_std(rewards, group_numbers(groups)),
         "frac_reward_invalid": sum(map(math.isnan, rewards.tolist())) / len(lengths),

@@ -242,9 +242,11 @@ def test_content_in_text_parts_is_joined() -> None:
 @pytest.mark.parametrize(
     ("content", "match"),
     [
-        ([{"type": "image"}, {"type": "text", "text": "what?"}], "no text \\('image'\\): rlft trains text models"),
-        ([{"type": "image_url", "image_url": {"url": "x"}}], "no text \\('image_url'\\)"),
-        ([3], "no text \\(3\\)"),
+        (
+            [{"type": "video"}, {"type": "text", "text": "what?"}],
+            "neither text nor an image \\('video'\\): video, sound",
+        ),
+        ([3], "neither text nor an image \\(3\\)"),
         (3, "the content 3: want a string"),
         ({"a": 1}, "the content {'a': 1}: want a string"),
         (None, "no content, only role, content"),

@@ -600,10 +600,6 @@ SEEN = {
             "head_dim": 16,
         },
     ),
-    "qwen2_5_vl": (
-        {**TEXT, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}},
-        {"depth": 1, "hidden_size": 32, "out_hidden_size": 64, "num_heads": 2, "intermediate_size": 64},
-    ),
 }
 
 
@@ -621,7 +617,7 @@ def test_a_vision_language_model_trains_its_text_and_says_so(kind: str, tmp_path
     said: list[str] = []
     name = with_eyes(kind, tmp_path)
     base = load_base(Base(name, "none", device="cpu"), torch.device("cpu"), said.append)
-    assert said == [f"{name}: the vision tower is left out; images are not supported yet"]
+    assert said == [f"{name}: the vision tower is left out; images are not supported yet with a {kind}"]
     policy = Policy(attach_lora(base, Lora(rank=4), 0))
     assert policy.path == "fused layers"
     assert not [weight for weight in policy.adapter() if "vision" in weight or "visual" in weight]
@@ -629,6 +625,8 @@ def test_a_vision_language_model_trains_its_text_and_says_so(kind: str, tmp_path
 
 
 def test_a_model_that_needs_its_eyes_is_refused_by_what_it_is(tmp_path: Path) -> None:
-    name = with_eyes("qwen2_5_vl", tmp_path)
-    with pytest.raises(ConfigError, match="Qwen2_5_VLForConditionalGeneration is a vision-language model, which"):
-        load_base(Base(name, "none", device="cpu"), torch.device("cpu"))
+    AutoConfig.for_model("llava").save_pretrained(tmp_path)
+    with pytest.raises(
+        ConfigError, match="is a vision-language model, which is not supported yet; give one of qwen2_vl"
+    ):
+        load_base(Base(str(tmp_path), "none", device="cpu"), torch.device("cpu"))

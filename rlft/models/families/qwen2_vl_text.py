@@ -1,4 +1,4 @@
-"""Qwen2-VL's text decoder: Qwen2's layer, for rows whose three positions are equal, as those of text are."""
+"""Qwen2-VL's text decoder: Qwen2's layer, with positions on the axes of images."""
 
 from rlft.models.families import Family
 

@@ -1,4 +1,7 @@
-"""Qwen3-VL's text decoder: Qwen3's layer, for rows whose three positions are equal, as those of text are."""
+"""Qwen3-VL's text decoder: Qwen3's layer, with positions on the axes of images.
+
+The features that its tower adds behind the first layers are added by the decoder (`rlft.models.vision.ImageRows`).
+"""
 
 from rlft.models.families import Family
 

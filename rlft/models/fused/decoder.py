@@ -41,6 +41,7 @@ from rlft.models.fused.plan_search import GRAPH_MEMORY_SHARE, capturable, choose
 from rlft.models.fused.projection import Projection, Store, adapter_tensors
 from rlft.models.fused.tables import rope_tables
 from rlft.models.fused.unpad import padded_again, text_positions, unpadded, unpadded_ids
+from rlft.models.vision import ImageRows
 
 STEP = 64 * 2**20
 """Memory budgets are rounded down to a multiple of this number of bytes."""
@@ -174,19 +175,21 @@ class FusedDecoder:
         plan: memory.MemoryPlan | None = None,
         padded_to: Tensor | None = None,
         ids: Tensor | None = None,
+        images: ImageRows | None = None,
     ) -> tuple[Tensor, memory.PassRecord]:
         """Return the residual stream after the last layer, [T, H], before the final norm, and how the pass ran.
 
-        embedded: [T, H]. position_ids: [T]. sequences: which rows attend to which. gradients: parameter -> fp32 buffer
-        that the backward adds its gradient to; without it autograd returns the gradients. plan: from `plan_pass`; None:
-        one for the memory that is free. Two passes with the same plan give bitwise equal results, with gradient and
-        without. padded_to: positions of the padded call that the rows come from; they determine the rotary tables, as
-        in transformers. ids: [T], of the tokens, for decoders with `inputs`.
+        embedded: [T, H]. position_ids: [T], or [3, T] with images. sequences: which rows attend to which. gradients:
+        parameter -> fp32 buffer that the backward adds its gradient to; without it autograd returns the gradients.
+        plan: from `plan_pass`; None: one for the memory that is free. Two passes with the same plan give bitwise equal
+        results, with gradient and without. padded_to: positions of the padded call that the rows come from, which
+        determine the rotary tables, as in transformers. ids: [T], of the tokens, for decoders with `inputs`. images:
+        what is added behind the first layers.
         """
         if torch.is_inference_mode_enabled():
             # Buffers allocated in inference mode could not be written to outside it.
             with torch.inference_mode(False), torch.no_grad():
-                return self.hidden(embedded, position_ids, sequences, gradients, plan, padded_to, ids)
+                return self.hidden(embedded, position_ids, sequences, gradients, plan, padded_to, ids, images)
         if self._embedding_factor != 1:
             embedded = embedded * self._embedding_factor
         if self.family.embedding_norm:
@@ -203,7 +206,8 @@ class FusedDecoder:
         hidden = embedded
         if plan.padded:
             batch = Padded.of(self.layers, embedded, tables, sequences, plan.padded)
-            if self.graphs is not None and gradients and self._trains(adapter, gradients):
+            added = images is not None and bool(images.deep)  # between layers, which a graph has no place for
+            if self.graphs is not None and not added and gradients and self._trains(adapter, gradients):
                 limit = GRAPH_MEMORY_SHARE * (self.available() + self.graphs.bytes)
                 result = self.graphs.run(self.layers, self.store, adapter, plan, gradients, batch, limit)
                 if result is not None:
@@ -212,15 +216,15 @@ class FusedDecoder:
             hidden, tables, sequences = bucket.x, bucket.tables, bucket.sequences
         if self.graphs is not None and plan.peak > self.available():
             self.graphs.clear()
-        with_backward = torch.is_grad_enabled()
-        more = (gradients, self.offload, Places.of(sequences) if self.mixers else None)
-        run = Pass(sequences, tables, self.store, adapter, plan.levels, plan.tile, with_backward, *more)
+        more = (torch.is_grad_enabled(), gradients, self.offload, Places.of(sequences) if self.mixers else None)
+        run = Pass(sequences, tables, self.store, adapter, plan.levels, plan.tile, *more)
         inputs: Sequence[Tensor | None] = [None] * len(self.layers)
         if self.inputs is not None:
             assert ids is not None
             inputs = self.inputs(ids, embedded, adapter)
         for layer, own in zip(self.layers, inputs, strict=True):
             hidden = run_layer(layer, hidden, run, own)
+            hidden = hidden if images is None else images.behind(layer.index, hidden)
         self.offload.settle()
         return hidden[:rows], memory.PassRecord(plan, self.store.scratch)
 
@@ -313,8 +317,7 @@ class FusedDecoder:
         self.margin = min(0.9, self.margin + LOWER)
 
     def release(self) -> None:
-        """Free CUDA graphs and weight buffers, which the next pass allocates again. No backward may be due: that of a
-        graph would raise RuntimeError."""
+        """Free CUDA graphs and weight buffers. No backward may be due: that of a graph would raise RuntimeError."""
         if self.graphs is not None:
             self.graphs.clear()
         self.store.release()

@@ -23,10 +23,11 @@ def rope_tables(
 ) -> dict[str | None, tuple[Tensor, ...]]:
     """Return the rotary tables (cos, sin), [T, R] each, per type of layer, with a scale of q [T, 1] in some families.
 
-    types: of the decoder's layers. embedded: [T, H], gives dtype and device. position_ids: [T]. padded_to: positions of
-    the padded call that the rows come from; they choose the frequencies.
+    types: of the decoder's layers. embedded: [T, H], gives dtype and device. position_ids: [T], or [3, T] where the
+    rotary has axes for images. padded_to: positions of the padded call that the rows come from; they choose the
+    frequencies.
     """
-    rotary, tables, rows = decoder.rotary_emb, {}, position_ids.shape[0]
+    rotary, tables, rows = decoder.rotary_emb, {}, position_ids.shape[-1]
     if rotary is None:
         # A rotation by 0 of two columns.
         cos = embedded.new_ones(rows, 2)
@@ -39,7 +40,8 @@ def rope_tables(
     # A rotary over the axes of images takes a position for each, all of which transformers 5.17 requires; those of text
     # are equal.
     axes = "mrope_section" in (getattr(decoder.config, "rope_parameters", None) or {})
-    places = position_ids.expand(3, 1, -1) if axes else position_ids[None]
+    assert axes or position_ids.dim() == 1, "positions on three axes for a rotary with one"
+    places = position_ids.view(-1, 1, position_ids.shape[-1]).expand(3, -1, -1) if axes else position_ids[None]
     for layer_type in types:
         by_type = family.rope_by_type and layer_type != NO_ROPE
         module = by_base.get(layer_type, rotary)

@@ -25,21 +25,14 @@ from rlft.config.data import Sampling
 from rlft.config.run import Engine as Options
 from rlft.errors import EngineError, UnsupportedModel
 from rlft.models.allocator import segments
+from rlft.models.kind import NO_IMAGES, sees
 from rlft.models.policy import Policy
 from rlft.rollout.engine import Finished, check_names, check_read_back, eos_ids
 from rlft.rollout.vllm import start as vllm_start
 from rlft.rollout.vllm.memory import EngineMemory, EngineMode, choose_mode
 from rlft.rollout.vllm.requests import VllmFailed, sample
 from rlft.rollout.vllm.shared_weights import frozen_weights, module_of
-from rlft.rollout.vllm.start import (
-    arguments,
-    class_restored,
-    compiles,
-    defaults_restored,
-    environment,
-    model_folder,
-    quiet,
-)
+from rlft.rollout.vllm.start import arguments, class_restored, defaults_restored, environment, model_folder, quiet
 from rlft.types import Prompt, Rollout
 
 NUMBERS = itertools.count(1)
@@ -64,10 +57,12 @@ class VllmEngine:
     ) -> None:
         """Start vLLM, which takes from 10 seconds to minutes, since it compiles and captures graphs.
 
-        longest: tokens of the longest prompt plus completion. sequences: completions sampled together, for the size of
-        the KV cache. progress: called with (finished sequences, all). note: called with what went wrong and did not
-        stop the engine. detail: called with a summary of how it runs. Raises EngineError.
+        longest: tokens of the longest prompt plus completion. sequences: completions sampled together, for its cache.
+        progress: called with (finished sequences, all). note: called with what went wrong and did not stop the engine.
+        detail: called with a summary of how it runs. Raises EngineError.
         """
+        if sees(policy.base.config):
+            raise UnsupportedModel(NO_IMAGES)
         self._policy, self._tokenizer, self._options = policy, tokenizer, options
         self._longest, self._sequences = longest, sequences
         self._progress, self._note, self._detail = progress, note, detail
@@ -94,7 +89,7 @@ class VllmEngine:
         )
         self.choice: EngineMode = choose_mode(self._sizes, options.mode, options.kv_gib, self._policy.device_memory)
         environment()
-        if device.type == "cuda" and compiles(options, self._sizes.linear):
+        if device.type == "cuda" and vllm_start.compiles(options, self._sizes.linear):
             self._detail("vLLM compiles this model, for minutes at its first start; see engine.compile")
         begin = time.perf_counter()
         decoder = type(self._policy.base.get_decoder())  # type: ignore[operator,union-attr]

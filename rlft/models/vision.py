@@ -1,0 +1,214 @@
+"""Features of the images of a batch: the frozen vision tower, run once per image and step.
+
+The rows of an image in the embedded tokens are replaced by its features. Qwen3-VL's tower has further features, which
+are added to the residual stream behind the first layers of the decoder (deepstack). Both are held in host memory by the
+digest of the image, up to a number of bytes, and nothing of them has a gradient.
+
+Shapes: n rows of images in a batch, H hidden size, L layers with deepstack features.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from rlft.config.data import Data
+from rlft.data.images import ImageReader
+from rlft.environment import install, version
+from rlft.errors import ConfigError
+from rlft.models.kind import sees
+from rlft.models.locate import explained, locate
+from rlft.types import Image
+from rlft.upload import upload
+
+LIMIT = 2 * 2**30
+"""Bytes of features that are held in host memory; beyond them those used least recently are computed again."""
+PATCHES = 16384
+"""Patches that the tower takes at a time; a larger image runs alone."""
+
+
+def image_reader(model: str, config: Any, data: Data | None = None) -> ImageReader | None:
+    """Load what reads the images of a model; None for one that takes text alone.
+
+    config: of transformers. data: for the limits of an image's pixels. Raises ConfigError for a model without a
+    processor.
+    """
+    if config is None or not sees(config):
+        return None
+    if version("pillow") is None:
+        raise ConfigError(f'model = "{model}" takes images, which need Pillow: {install("images")}')
+    from transformers import AutoImageProcessor
+
+    location = locate(model)
+    limits = {name: getattr(data, name) for name in ("min_pixels", "max_pixels") if data is not None}
+    options: dict[str, Any] = {name: value for name, value in limits.items() if value is not None}
+    with explained(model, location, "its image processor"):
+        # False: code from the hub is not run, and transformers does not prompt for it.
+        processor = AutoImageProcessor.from_pretrained(location.path, trust_remote_code=False, **options)
+    least, most = processor.size["shortest_edge"], processor.size["longest_edge"]
+    if least is None or most is None or least > most:
+        raise ConfigError(
+            f"data.min_pixels and data.max_pixels: the image processor of {model} would take images of at least "
+            f"{least} and at most {most} pixels; set both"
+        )
+    vision = config.vision_config
+    for name, wanted in (("patch_size", vision.patch_size), ("merge_size", vision.spatial_merge_size)):
+        if getattr(processor, name) != wanted:
+            raise ConfigError(
+                f'model = "{model}": its image processor has {name} {getattr(processor, name)}, its vision tower '
+                f"{wanted}; give a folder whose files belong together"
+            )
+    return ImageReader(processor, config.image_token_id, config.video_token_id)
+
+
+def save_image_processor(model: str, config: Any, data: Data | None, folder: Path) -> None:
+    """Write the image processor of a model that takes images beside its weights, with the pixel limits of a run."""
+    reader = image_reader(model, config, data)
+    if reader is not None:
+        reader.processor.save_pretrained(folder)
+
+
+class Features(NamedTuple):
+    """Features of one image, on the host."""
+
+    rows: Tensor
+    """[tokens, H], in place of the embedded tokens."""
+    deep: tuple[Tensor, ...]
+    """L of [tokens, H], added behind layer 0, 1, ...; none in most families."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in (self.rows, *self.deep))
+
+
+@dataclass(frozen=True)
+class ImageRows:
+    """The features of all images in a batch, on the device."""
+
+    rows: Tensor
+    """[n] int64: rows of the batch."""
+    features: Tensor
+    """[n, H]: what is there in place of the embedded tokens."""
+    deep: tuple[Tensor, ...] = ()
+    """L of [n, H], added to the output of layer 0, 1, ..."""
+
+    def embedded(self, tokens: Tensor) -> Tensor:
+        """Return embedded tokens [T, H] with the features in place of those of images."""
+        return tokens.index_copy(0, self.rows, self.features.to(tokens.dtype))
+
+    def spread(self, tokens: Tensor) -> ImageRows | None:
+        """Return the same for rows that each repeat a row of the batch; None where none of them is an image's.
+
+        tokens: [rows] int64, the row of the batch that each repeats, -1 for none.
+        """
+        found = tokens.new_full((int(max(tokens.max(), self.rows.max())) + 2,), -1)  # the last one is that of -1
+        found[self.rows] = torch.arange(len(self.rows), device=tokens.device)
+        places = found[tokens]
+        rows = (places >= 0).nonzero().squeeze(1)
+        if not len(rows):
+            return None
+        places = places[rows]
+        return ImageRows(rows, self.features[places], tuple(deep[places] for deep in self.deep))
+
+    def behind(self, layer: int, hidden: Tensor) -> Tensor:
+        """Return the output [T, H] of a layer, in place, with what is added behind it."""
+        if layer >= len(self.deep):
+            return hidden
+        return hidden.index_add_(0, self.rows, self.deep[layer].to(hidden.dtype))
+
+
+class Vision:
+    """The vision tower of a base, with the features of the images of a step."""
+
+    def __init__(self, base: Any, reader: ImageReader, limit: int = LIMIT) -> None:
+        """base: a model of a type in `rlft.models.kind.SEEING`. limit: bytes of features that are held."""
+        self.reader = reader
+        self._base, self._limit = base, limit
+        self._held: OrderedDict[tuple[str, int, int], Features] = OrderedDict()
+        self._bytes = 0
+
+    def clear(self) -> None:
+        """Forget all features, at the start of a step.
+
+        Images then run together as in a resumed run, so that their features are the same bits.
+        """
+        self._held.clear()
+        self._bytes = 0
+
+    def rows(self, placed: Sequence[tuple[Image, int]], device: torch.device) -> ImageRows:
+        """Return the features of images for the rows of a batch. placed: each with the row of its first token.
+
+        Raises DataError for an image whose file has changed.
+        """
+        features = self.features([image for image, _ in placed])
+        rows = torch.cat([torch.arange(row, row + image.tokens) for image, row in placed])
+        deep = zip(*(each.deep for each in features), strict=True)
+        return ImageRows(
+            upload(rows, device),
+            upload(torch.cat([each.rows for each in features]), device),
+            tuple(upload(torch.cat(layer), device) for layer in deep),
+        )
+
+    def features(self, images: Sequence[Image]) -> list[Features]:
+        """Return the features of each image; those of equal images are computed once. Raises DataError."""
+        found = {_key(image): self._held[_key(image)] for image in images if _key(image) in self._held}
+        missing = {_key(image): image for image in images if _key(image) not in found}
+        for part in _parts(list(missing.values()), self.reader):
+            for image, features in zip(part, self._computed(part), strict=True):
+                found[_key(image)] = features
+        for key, features in found.items():
+            self._hold(key, features)
+        return [found[_key(image)] for image in images]
+
+    def _computed(self, images: Sequence[Image]) -> Iterator[Features]:
+        """Run the tower over images that fit together."""
+        read = [self.reader.pixels(image) for image in images]
+        device = self._base.get_input_embeddings().weight.device
+        patches, grid = (torch.cat(tensors).to(device) for tensors in zip(*read, strict=True))
+        # Tensors of inference mode, in which engines sample, could not be used by a training pass.
+        with torch.inference_mode(False), torch.no_grad():
+            out = self._base.get_image_features(patches, grid)
+        deep = list(zip(*(getattr(out, "deepstack_features", None) or ()), strict=True)) or [()] * len(images)
+        for image, rows, added in zip(images, out.pooler_output, deep, strict=True):
+            assert len(rows) == image.tokens, f"{len(rows)} features of an image of {image.tokens} tokens"
+            yield Features(_on_host(rows), tuple(map(_on_host, added)))
+
+    def _hold(self, key: tuple[str, int, int], features: Features) -> None:
+        if key in self._held:
+            self._held.move_to_end(key)
+            return
+        self._held[key] = features
+        self._bytes += features.nbytes
+        while self._bytes > self._limit and len(self._held) > 1:
+            self._bytes -= self._held.popitem(last=False)[1].nbytes
+
+
+def _key(image: Image) -> tuple[str, int, int]:
+    return image.digest, image.height, image.width
+
+
+def _on_host(tensor: Tensor) -> Tensor:
+    # A copy on a CPU too: parts of one output would keep all of it.
+    return tensor.to("cpu", copy=True)
+
+
+def _parts(images: Iterable[Image], reader: ImageReader) -> Iterator[list[Image]]:
+    """Divide images, in order, into parts of at most PATCHES patches."""
+    part: list[Image] = []
+    patches = 0
+    for image in images:
+        own = reader.patches(image)
+        if part and patches + own > PATCHES:
+            yield part
+            part, patches = [], 0
+        part.append(image)
+        patches += own
+    if part:
+        yield part

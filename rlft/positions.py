@@ -1,0 +1,40 @@
+"""Positions of tokens in a sequence with images: time, row and column (M-RoPE).
+
+A text token has one position on all three axes. The tokens of an image have the time at which it starts, and their row
+and column from there on; the text behind it goes on after the larger side of the image. See Qwen2-VL,
+https://arxiv.org/abs/2409.12191, section 2.1.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from rlft.types import Prompt
+
+
+def prompt_positions(prompt: Prompt) -> np.ndarray:
+    """Return the positions of a prompt's tokens, [3, tokens] int64; equal on all axes without images."""
+    parts, token, position = [], 0, 0
+    for image in prompt.images:
+        parts.append(_text(position, image.start - token))
+        position += image.start - token
+        rows, columns = np.divmod(np.arange(image.tokens), image.width)
+        parts.append(position + np.stack([np.zeros_like(rows), rows, columns]))
+        position += max(image.height, image.width)
+        token = image.start + image.tokens
+    parts.append(_text(position, len(prompt.ids) - token))
+    return np.concatenate(parts, axis=1)
+
+
+def next_position(prompt: Prompt) -> int:
+    """Return the position of the first token behind a prompt: that after its largest one."""
+    return len(prompt.ids) + sum(max(image.height, image.width) - image.tokens for image in prompt.images)
+
+
+def completion_positions(prompt: Prompt, tokens: int) -> np.ndarray:
+    """Return the positions of `tokens` tokens behind a prompt, [3, tokens] int64."""
+    return _text(next_position(prompt), tokens)
+
+
+def _text(start: int, tokens: int) -> np.ndarray:
+    return np.broadcast_to(np.arange(start, start + tokens), (3, tokens))

@@ -1,0 +1,288 @@
+"""Log-probs and gradients of prompts with images against transformers' own forward of each row with its pixels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import seeing
+import torch
+from random_base import in_float64
+from torch import Tensor
+
+from rlft.batch import pack_rollouts
+from rlft.config.data import Data, Sampling
+from rlft.config.run import Lora
+from rlft.data.encode import encode_prompt
+from rlft.data.limits import Limits
+from rlft.errors import ConfigError, DataError
+from rlft.models.fused.levels import LEVELS, Level
+from rlft.models.load import Base, attach_lora, load_base
+from rlft.models.policy import Policy
+from rlft.models.vision import Vision
+from rlft.positions import next_position, prompt_positions
+from rlft.rollout.eager import EagerEngine
+from rlft.types import Batch, FinishReason, PackPlan, Prompt, Rollout
+
+PICTURES = (seeing.file_of(3), seeing.file_of(2, (16, 40)), seeing.file_of(4, (32, 24)))
+
+
+def prompt_of(index: int, text: str, *images: bytes) -> Prompt:
+    row = {"prompt": text, "images": list(images)}
+    return encode_prompt(row, index, Data("no file"), seeing.tokenizer(), Limits(images=seeing.reader()))
+
+
+def rollouts_of(prompts: Sequence[Prompt], samples: int = 3) -> list[Rollout]:
+    """Completions of different lengths, `samples` of each prompt."""
+    made = []
+    for prompt in prompts:
+        for sample in range(samples):
+            ids = tuple(10 + (7 * prompt.index + 3 * sample + 5 * i) % 60 for i in range(3 + 2 * sample + prompt.index))
+            made.append(Rollout(prompt, ids, (True,) * len(ids), None, "", FinishReason.STOP, sample, 0, sample))
+    return made
+
+
+def some_rollouts() -> list[Rollout]:
+    """Prompts with one image, with two of different sizes, without any, and with the first one again."""
+    return rollouts_of(
+        [
+            prompt_of(0, "How many?", PICTURES[0]),
+            prompt_of(1, "Which has more?", PICTURES[1], PICTURES[2]),
+            prompt_of(2, "Say 3."),
+            prompt_of(3, "And here?", PICTURES[0]),
+        ]
+    )
+
+
+def packed(rollouts: Sequence[Rollout], share: bool = True, budget: int = 10**6) -> list[Batch]:
+    plan = PackPlan("token_mean", budget, 64, 1.0, share_prefix=share)
+    advantages = [0.3 + 0.1 * i for i in range(len(rollouts))]
+    return pack_rollouts(rollouts, advantages, plan)
+
+
+def loss_of(policy: Policy, batches: Sequence[Batch]) -> dict[int, Tensor]:
+    """Log-probs of each rollout by its id; the gradient of the weighted sum is added to the policy's buffer."""
+    found = {}
+    for batch in batches:
+        logprobs, _ = policy.logprobs(batch)
+        (logprobs * (batch.weight * batch.advantages).to(logprobs.device)).sum().backward()
+        sequences = [i for i, group in enumerate(batch.group_ids.tolist()) if group >= 0]
+        for sequence, sample in zip(sequences, batch.samples, strict=True):
+            found[id(sample.rollout)] = logprobs[(batch.seq_ids == sequence) & batch.train_mask].detach()
+    return found
+
+
+def reference(policy: Policy, rollout: Rollout) -> Tensor:
+    """transformers' own log-probs of a completion, with gradient: one row with its pixels."""
+    prompt = rollout.prompt
+    ids = torch.tensor([prompt.ids + rollout.completion_ids])
+    given: dict[str, Tensor] = {}
+    if prompt.images:
+        assert policy.vision is not None
+        pixels = [policy.vision.reader.pixels(image) for image in prompt.images]
+        kinds = (ids == policy.base.config.image_token_id).int()
+        given = {"pixel_values": torch.cat([each for each, _ in pixels]), "mm_token_type_ids": kinds}
+        given["image_grid_thw"] = torch.cat([grid for _, grid in pixels])
+    # A call that asks for hidden states bypasses the fused layers.
+    logits = policy.model(input_ids=ids, use_cache=False, output_hidden_states=True, **given).logits[0]
+    policy.base.model.rope_deltas = None  # of the last images, which transformers would use for text
+    start = len(prompt.ids)
+    return logits[start - 1 : -1].log_softmax(-1).gather(1, ids[0, start:, None]).squeeze(1)
+
+
+@contextmanager
+def exact(policy: Policy) -> Iterator[None]:
+    """Tower and layers without transformers' roundings to fp32, in both forwards."""
+    with in_float64(policy.decoder):
+        yield
+
+
+def check(policy: Policy, batches: Sequence[Batch]) -> None:
+    """Log-probs and gradients of batches against the reference, both to 1e-6."""
+    with exact(policy):
+        policy.flat.zero_grad()
+        found = loss_of(policy, batches)
+        gradient = policy.flat.gradient.clone()
+        policy.flat.zero_grad()
+        for batch in batches:
+            sequences = [i for i, group in enumerate(batch.group_ids.tolist()) if group >= 0]
+            for sequence, sample in zip(sequences, batch.samples, strict=True):
+                expected = reference(policy, sample.rollout)
+                torch.testing.assert_close(found[id(sample.rollout)], expected.detach(), rtol=0, atol=1e-6)
+                mask = (batch.seq_ids == sequence) & batch.train_mask
+                (expected * (batch.weight * batch.advantages)[mask]).sum().backward()
+    torch.testing.assert_close(gradient, policy.flat.gradient, rtol=1e-6, atol=1e-6)
+    assert policy.flat.gradient.abs().max() > 1e-3
+
+
+@pytest.fixture(scope="module", params=seeing.KINDS)
+def policy(request: pytest.FixtureRequest) -> Policy:
+    return seeing.policy_of(request.param)
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_fused_layers_agree_with_transformers_and_its_pixels(policy: Policy, share: bool) -> None:
+    assert policy.fused is not None
+    check(policy, packed(some_rollouts(), share))
+
+
+@pytest.mark.parametrize("level", LEVELS, ids=str)
+def test_what_is_added_between_layers_survives_every_level_of_saved_activations(level: Level) -> None:
+    policy = seeing.policy_of("qwen3_vl")
+    fused = policy.fused
+    assert fused is not None
+    batches = packed(some_rollouts())
+    loss_of(policy, batches)
+    expected = policy.flat.gradient.clone()
+    plan = fused.plan_for(len(batches[0].input_ids))
+    fused.plan = replace(plan, levels=(level,) * len(fused.layers), tile=7)
+    policy.flat.zero_grad()
+    loss_of(policy, batches)
+    torch.testing.assert_close(policy.flat.gradient, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("layout", ["packed", "padded"])
+def test_layers_of_transformers_take_the_same_images(layout: str) -> None:
+    """As where a module cannot be fused, or where something else than attention mixes tokens."""
+    for kind in ("qwen2_5_vl", "qwen3_vl"):
+        policy = seeing.policy_of(kind)
+        del policy.decoder.forward
+        policy.fused, policy.packed = None, layout == "packed"
+        check(policy, packed(some_rollouts()))
+
+
+def test_a_policy_that_reads_no_images_says_so() -> None:
+    policy = seeing.policy_of("qwen2_vl")
+    policy.vision = None
+    with pytest.raises(ConfigError, match="the prompts have images, and the policy was made without what reads them"):
+        loss_of(policy, packed(some_rollouts()))
+
+
+def test_the_order_of_images_matters(policy: Policy) -> None:
+    there = rollouts_of([prompt_of(0, "a", PICTURES[0], PICTURES[2])], 1)
+    back = rollouts_of([prompt_of(0, "a", PICTURES[2], PICTURES[0])], 1)
+    (first,), (second,) = (loss_of(policy, packed(rollouts)).values() for rollouts in (there, back))
+    assert (first - second).abs().max() > 1e-3
+
+
+def test_a_split_into_micro_batches_leaves_the_gradient_alone(policy: Policy) -> None:
+    gradients = []
+    for budget in (10**6, 60):
+        policy.flat.zero_grad()
+        batches = packed(some_rollouts(), budget=budget)
+        loss_of(policy, batches)
+        gradients.append(policy.flat.gradient.clone())
+    assert len(batches) > 3
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-9, atol=1e-12)
+
+
+def test_positions_are_those_of_transformers(policy: Policy) -> None:
+    for rollout in some_rollouts()[::3]:
+        prompt = rollout.prompt
+        if not prompt.images:
+            assert prompt_positions(prompt).tolist() == [list(range(len(prompt.ids)))] * 3
+            continue
+        assert policy.vision is not None
+        ids = torch.tensor([prompt.ids])
+        grid = torch.cat([policy.vision.reader.pixels(image)[1] for image in prompt.images])
+        kinds = (ids == policy.base.config.image_token_id).int()
+        expected, delta = policy.base.model.get_rope_index(ids, mm_token_type_ids=kinds, image_grid_thw=grid)
+        assert torch.equal(torch.from_numpy(prompt_positions(prompt)), expected[:, 0])
+        assert next_position(prompt) == len(prompt.ids) + int(delta)
+
+
+# ---- features ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def deep() -> Policy:
+    return seeing.policy_of("qwen3_vl")
+
+
+class Counted(Vision):
+    """A vision tower that says which images it ran over together."""
+
+    def __init__(self, policy: Policy, limit: int = 10**9) -> None:
+        assert policy.vision is not None
+        super().__init__(policy.base, policy.vision.reader, limit)
+        self.runs: list[int] = []
+
+    def _computed(self, images: Any) -> Any:
+        self.runs.append(len(images))
+        return super()._computed(images)
+
+
+def test_the_tower_runs_once_per_image_and_step(deep: Policy) -> None:
+    vision = deep.vision = Counted(deep)
+    batches = packed(some_rollouts(), budget=60)
+    assert sum(len(batch.images) for batch in batches) > 3
+    for _ in range(2):
+        loss_of(deep, batches)
+    assert sum(vision.runs) == 3  # of four images in the prompts, two are the same
+    deep.forget_images()
+    loss_of(deep, batches)
+    assert sum(vision.runs) == 6
+
+
+def test_features_beyond_the_limit_are_computed_again_and_the_same(deep: Policy) -> None:
+    images = [image for rollout in some_rollouts()[:4:3] for image in rollout.prompt.images]
+    wanted = [features.rows for features in Counted(deep).features(images)]
+    vision = Counted(deep, limit=1)
+    found = [vision.features([image])[0].rows for image in images * 2]
+    assert vision.runs == [1] * 6
+    for one, other in zip(wanted * 2, found, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
+
+
+def test_other_bytes_under_the_same_digest_are_found(deep: Policy, tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    path.write_bytes(PICTURES[0])
+    prompt = encode_prompt(
+        {"prompt": "a", "image": str(path)}, 0, Data("x"), seeing.tokenizer(), Limits(images=seeing.reader())
+    )
+    vision = Counted(deep)
+    assert prompt.images[0].source == str(path) and vision.features(prompt.images)
+    path.write_bytes(seeing.file_of(5))
+    assert vision.features(prompt.images)  # held
+    vision.clear()
+    with pytest.raises(DataError, match=r"a\.png has changed since its row was read: its bytes have another digest"):
+        vision.features(prompt.images)
+
+
+@pytest.mark.parametrize("kind", seeing.KINDS)
+def test_the_tower_is_not_quantized_with_the_decoder(kind: str, tmp_path: Path) -> None:
+    base: Any = load_base(Base(str(seeing.save(tmp_path, kind)), "nf4", device="cpu"), torch.device("cpu"))
+    names = {name for name, module in base.named_modules() if type(module).__name__ == "Linear4bit"}
+    assert len(names) == 3 * 7 and all(".language_model." in name for name in names)
+    policy = Policy(attach_lora(base, Lora(rank=4), 0), images=seeing.reader(kind))
+    assert policy.fused is not None
+    found = loss_of(policy, packed(some_rollouts()[:4]))
+    assert all(logprobs.isfinite().all() for logprobs in found.values()) and policy.flat.gradient.any()
+
+
+# ---- engine ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", seeing.KINDS)
+def test_sampled_log_probs_are_the_trainers(kind: str) -> None:
+    policy = seeing.policy_of(kind, torch.float32)
+    engine = EagerEngine(policy, seeing.tokenizer(), batch_size=5)
+    engine.load_adapter(policy.adapter(), 0)
+    prompts = [rollout.prompt for rollout in some_rollouts()[::3]]
+    rollouts = engine.generate(prompts, Sampling(group_size=3, max_tokens=12), (1, 2))
+    assert policy.vision is not None
+    places = policy.vision.reader.places
+    for rollout in rollouts:
+        assert rollout.completion_mask == tuple(token not in places for token in rollout.completion_ids)
+    assert any(places & set(rollout.completion_ids) for rollout in rollouts), "one sampled place, to see it left out"
+    found = loss_of(policy, packed(rollouts))
+    for rollout in rollouts:
+        sampled = torch.tensor(rollout.sampler_logprobs)[list(rollout.completion_mask)]
+        torch.testing.assert_close(found[id(rollout)], sampled, rtol=0, atol=1e-5)
+    again = engine.generate(prompts[::-1], Sampling(group_size=3, max_tokens=1), (1, 2))
+    assert [rollout.prompt.index for rollout in again[::3]] == [3, 2, 1, 0]
+    engine.close()
