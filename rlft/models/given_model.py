@@ -172,7 +172,7 @@ def _check_adapter(model: PeftModel) -> None:
         values = ", ".join(f"{name} = {getattr(config, name)!r}" for name in others)
         raise ConfigError(f"model: its adapter has {values}; give plain LoRA (no DoRA, bias or modules_to_save)")
     for name in ("rank_pattern", "alpha_pattern"):
-        if getattr(config, name):
+        if getattr(config, name) and (name == "alpha_pattern" or not targets.by_expert_rank(model)):
             raise ConfigError(
                 f"model: its adapter has {name} = {getattr(config, name)!r}, which [lora] cannot say; save the adapter "
                 f"with save_pretrained, and give the plain model with lora.resume_from = its folder"
@@ -205,6 +205,8 @@ def _with_adapter(cfg: Config, model: PeftModel) -> tuple[Config, list[str]]:
         )
     rank, alpha = int(config.r), float(config.lora_alpha)
     found = replace(cfg.lora, rank=rank, alpha=alpha, rslora=bool(config.use_rslora))
+    if ranks := targets.expert_ranks(model):
+        found = replace(found, expert_rank=min(ranks))
     found = _targets_of(model, found, cfg.lora)
     default = Lora()
     for field in (field.name for field in fields(Lora)):

@@ -22,8 +22,8 @@ from torch import nn
 from rlft.config.run import Config, Lora
 from rlft.config.section import refuse
 from rlft.errors import ConfigError
+from rlft.models import experts, targets
 from rlft.models import quantization as quant
-from rlft.models import targets
 from rlft.models.continued import changed_dropout, continue_adapter, peft_wraps
 from rlft.models.fused.fuse import fuse
 from rlft.models.kind import attention_of, causal
@@ -174,6 +174,7 @@ def load_base(
         quant.check_share(cfg.model, plan.quantization, model)
     pad_rows(model.get_input_embeddings().weight, head.weight)
     model.requires_grad_(False)
+    experts.use(model)
     return model.eval()
 
 
@@ -183,6 +184,7 @@ def _from_files(model: str, plan: BaseInfo, device: torch.device) -> Any:
     options: dict[str, Any] = {}
     if plan.quantized:
         quant.compute_in(plan.config, plan.dtype)
+        quant.read_stacks(plan.config)
     elif plan.quantization != "none":
         options["quantization_config"] = quant.quantization_config(plan.quantization, plan.dtype)
     loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -295,8 +297,9 @@ def attach_lora(base: nn.Module, lora: Lora, seed: int) -> PeftModel:
 
     Raises ConfigError if a target matches no layer, and if a continued adapter does not fit the base.
     """
+    experts.use(base)
     if lora.resume_from:
-        return continue_adapter(base, lora)
+        return experts.adapt(continue_adapter(base, lora))
     config = targets.resolve(base, lora)
     wanted = copy.deepcopy(config)
     with kept_random_state(), peft_wraps():
@@ -304,7 +307,7 @@ def attach_lora(base: nn.Module, lora: Lora, seed: int) -> PeftModel:
         # eval: PEFT's new modules start in training mode, which would enable dropout during sampling.
         model = get_peft_model(base, config).eval()  # type: ignore[arg-type]
     targets.check_attached(model, wanted)
-    return model
+    return experts.adapt(model)
 
 
 def fingerprint(model: nn.Module, dtype: torch.dtype | None = None) -> str:

@@ -6,6 +6,7 @@ This covers how the files store them, what the settings ask for, and whether the
 from __future__ import annotations
 
 import logging
+import math
 from fnmatch import fnmatch
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import nn
 
 from rlft import environment
 from rlft.errors import ConfigError
+from rlft.models import experts
 
 BITSANDBYTES = ("nf4", "fp4", "int8")
 """Quantizations of bitsandbytes; rlft itself quantizes to nf4 and int8 only."""
@@ -63,7 +65,7 @@ def choose_kind(model: str, wanted: str, files: str, device: torch.device) -> st
 
 
 def quantization_config(kept: str, dtype: torch.dtype) -> Any:
-    """Return transformers' settings for quantizing to "nf4" (with 8-bit scales) or "int8".
+    """Return transformers' settings for quantizing to "nf4" (with 8-bit scales; experts too) or "int8".
 
     dtype: of the matrix products.
     """
@@ -71,9 +73,27 @@ def quantization_config(kept: str, dtype: torch.dtype) -> Any:
 
     if kept == "int8":
         return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+    from rlft.models import experts_nf4
+
+    experts_nf4.register()
+    return experts_nf4.StackedConfig(
+        bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
     )
+
+
+def read_stacks(config: Any) -> None:
+    """Let the files of a 4-bit checkpoint be read by the quantizer that knows stacks of experts.
+
+    config: of transformers, as read from config.json.
+    """
+    options: Any = config.quantization_config
+    options = options if isinstance(options, dict) else options.to_dict()
+    if options.get("load_in_4bit"):
+        from rlft.models import experts_nf4
+
+        experts_nf4.register()
+        rest = {name: value for name, value in options.items() if name != "load_in_4bit"}
+        config.quantization_config = {**rest, "quant_method": experts_nf4.METHOD}
 
 
 def compute_in(config: Any, dtype: torch.dtype) -> None:
@@ -137,13 +157,15 @@ def configure_bitsandbytes(name: str, model: nn.Module, device: torch.device) ->
 def check_share(name: str, kept: str, model: Any) -> None:
     """Raise ConfigError if less than half of a decoder that should be quantized is.
 
-    bitsandbytes quantizes nn.Linear only: neither experts in one tensor nor other classes of linear layers. name: the
+    Linear layers are quantized, and in 4 bits experts in one tensor, but no other classes of linear layers. name: the
     setting `model`.
     """
     from bitsandbytes.nn import Linear4bit, Linear8bitLt  # pyright: ignore[reportPrivateImportUsage]
 
     linear = [module for module in model.modules() if isinstance(module, Linear4bit | Linear8bitLt)]
     quantised = sum(module.in_features * module.out_features for module in linear)
+    stacks = (experts.shape_of(stack.weight) for stack in experts.stacks(model).values() if stack.in_four_bits)
+    quantised += sum(map(math.prod, stacks))
     vocabulary = (model.get_input_embeddings().weight, model.get_output_embeddings().weight)
     plain = sum(
         parameter.numel()
@@ -156,8 +178,14 @@ def check_share(name: str, kept: str, model: Any) -> None:
     if share < 0.5:
         raise ConfigError(
             f'quantization = "{kept}" with model = "{name}": bitsandbytes can take {share:.0%} of the '
-            f'decoder, the rest are no plain linear layers; set quantization = "none"'
+            f"decoder, the rest are no plain linear layers{_experts_in_int8(kept, model)}; "
+            f'set quantization = "none"'
         )
+
+
+def _experts_in_int8(kept: str, model: Any) -> str:
+    """Return what to add to a refusal if a mixture of experts was to be quantized to 8 bits."""
+    return ' (experts are quantised in "nf4" alone)' if kept == "int8" and experts.stacks(model) else ""
 
 
 def held_in(model: nn.Module) -> str:
