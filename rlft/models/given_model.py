@@ -20,8 +20,8 @@ from transformers import PreTrainedModel
 
 from rlft.config.run import Config, Lora
 from rlft.errors import ConfigError
+from rlft.models import experts, targets
 from rlft.models import quantization as quant
-from rlft.models import targets
 from rlft.models.continued import STARTS, not_plain
 from rlft.models.kind import causal
 from rlft.models.load import attach_lora, pad_rows, resolve_device, resolve_dtype
@@ -111,7 +111,8 @@ class GivenModel:
             if isinstance(self.model, PeftModel):
                 _set_dropout(self.model, cfg.lora.dropout)
                 self.model.set_adapter(ADAPTER)
-                yield self.model
+                experts.use(base)
+                yield experts.adapt(self.model)
             else:
                 yield attach_lora(base, cfg.lora, cfg.seed)
 
@@ -232,10 +233,10 @@ def _targets_of(model: PeftModel, found: Lora, wanted: Lora) -> Lora:
     attached = set(targets.adapted(model))
     names = sorted(name.removesuffix(".weight") for name in attached)
     leaves = tuple(sorted({name.rpartition(".")[2] for name in names}))
-    choices = [(choice, experts) for choice in ("all-linear", leaves) for experts in (True, False)]
-    for choice, experts in [(wanted.targets, wanted.experts), *choices, (tuple(names), True)]:
+    choices = [(choice, both) for choice in ("all-linear", leaves) for both in (True, False)]
+    for choice, with_experts in [(wanted.targets, wanted.experts), *choices, (tuple(names), True)]:
         try:
-            lora = replace(found, targets=choice, experts=experts)
+            lora = replace(found, targets=choice, experts=with_experts)
             requested, here = targets.requested_and_attached(model, targets.resolve(plain, replace(lora, dropout=0)))
         except ConfigError:  # no layer that may have one
             continue

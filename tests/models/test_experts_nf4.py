@@ -12,9 +12,11 @@ import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from checkpoints import IDS, base_of, logits
+from datasets import Dataset
 from mixtures import mixture, save_mixture
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
+from tiny import tiny_tokenizer
 from torch import Tensor, nn
 
 from rlft.config.run import Lora
@@ -196,3 +198,50 @@ def test_4_bit_experts_are_neither_merged_into_nor_run_by_another_function(plain
     model.get_base_model().set_experts_implementation("grouped_mm")  # type: ignore[operator]
     assert 'which only experts_implementation = "rlft" reads, not "grouped_mm"' in refusal(lambda: logits(model))
     assert math.isfinite(float(logits(with_adapter(base_of(plain, "nf4"))).sum()))
+
+
+# ---- other trainers ----------------------------------------------------------------------------------------------
+
+
+def with_transformers(model: Any, folder: Path) -> Any:
+    from test_trainers import plain_trainer
+
+    return plain_trainer(model, folder, max_steps=3)
+
+
+def with_trl(model: Any, folder: Path) -> Any:
+    from test_trainers import COMMON
+    from trl import SFTConfig, SFTTrainer
+
+    rows = [{"prompt": f"say {i}", "completion": f"{i}{i}"} for i in range(12)]
+    settings = SFTConfig(output_dir=str(folder), max_steps=3, **COMMON)
+    return SFTTrainer(
+        model=model, args=settings, train_dataset=Dataset.from_list(rows), processing_class=tiny_tokenizer()
+    )
+
+
+@pytest.mark.parametrize("trainer", [with_transformers, with_trl])
+def test_other_trainers_train_the_same_adapter_over_4_bits(trainer: Any, plain: Path, tmp_path: Path) -> None:
+    """As over the decoded weights with transformers' loop and PEFT's sum."""
+    base = base_of(plain, "nf4")
+    theirs = with_adapter(decoded(base, "qwen3_moe"))
+    theirs.get_base_model().set_experts_implementation("eager")  # type: ignore[operator]
+    ends, dtypes = [], {}
+    for model in (with_adapter(base), theirs):
+        torch.manual_seed(5)
+        run = trainer(model, tmp_path)
+        factors = {name: p for name, p in model.named_parameters() if ".lora_" in name}
+        dtypes = dtypes or {name: p.dtype for name, p in factors.items()}  # TRL: bfloat16 over 4 bits
+        for name, parameter in factors.items():
+            parameter.data = parameter.data.to(dtypes[name])
+        start = {name: p.detach().clone() for name, p in factors.items()}
+        run.train()
+        losses = [row["loss"] for row in run.state.log_history if "loss" in row]
+        ends.append((losses, {name: p.detach() - start[name] for name, p in model.named_parameters() if name in start}))
+    (mine, moved), (wanted, expected) = ends
+    rounding = 1e-4 if torch.float32 in dtypes.values() else 5e-3
+    assert len(mine) == 3 and mine == pytest.approx(wanted, abs=rounding)
+    assert moved.keys() == expected.keys() and all(each.any() for each in moved.values())
+    # Adam divides a gradient by its own size: one that is nothing but rounding moves its weight by anything up to lr.
+    off = torch.cat([(moved[name] - value).abs().flatten() for name, value in expected.items()])
+    assert (off > rounding).double().mean() < 0.01
