@@ -6,6 +6,7 @@ tests/rollout/test_vllm_families.py. `tests/models/test_models_page.py` fails wh
 
 from __future__ import annotations
 
+import inspect
 import sys
 from pathlib import Path
 
@@ -25,7 +26,8 @@ structure, checks itself at its start, and says what it does.
 | padded | transformers' layers on padded rows, for what keeps a state along the row or has attention of another kind |
 
 A config with a field that the fused layers of its family do not read is named at the start, and runs packed or padded.
-vLLM samples what the installed vLLM has a model for; types that tests sample with it are marked. The page is made by
+vLLM samples what the installed vLLM has a model for; types that tests sample with it are marked. So are those whose
+layers of experts run by rlft's function, in 4 bits too ([Mixtures of experts](experts.md)). The page is made by
 `python scripts/models.py`.
 """
 EXAMPLES = {
@@ -65,8 +67,19 @@ EXAMPLES = {
     "nemotron_h": "Nemotron-H",
     "deepseek_v3": "DeepSeek V3",
     "mixtral": "Mixtral",
+    "olmoe": "OLMoE",
+    "qwen3_5_moe_text": "Qwen3.5 MoE, its text",
 }
 """Models that people know a type by."""
+
+
+def has_experts(kind: str) -> bool:
+    """Return whether layers of experts of a type call transformers' interface, by the source of its modules."""
+    from transformers import CONFIG_MAPPING
+
+    config = Path(inspect.getfile(CONFIG_MAPPING[kind]))
+    modules = config.with_name(config.name.replace("configuration_", "modeling_"))
+    return "@use_experts_implementation" in modules.read_text(encoding="utf-8")
 
 
 def page() -> str:
@@ -79,11 +92,12 @@ def page() -> str:
     paths = {kind: path for path, kinds in test_architectures.KINDS.items() for kind in kinds}
     paths |= {kind: "fused" for kind in paths if families.find(kind) is not None}
     order = ("fused", "packed", "padded")
-    lines = ["| type | models | layers | sampled by vLLM in tests |", "| --- | --- | --- | --- |"]
+    lines = ["| type | models | layers | experts | sampled by vLLM in tests |", "| --- | --- | --- | --- | --- |"]
     sampled = set(test_vllm_families.SAMPLED)
     for kind in sorted(paths, key=lambda kind: (order.index(paths[kind]), kind)):
         vllm = "yes" if kind in sampled else ""
-        lines.append(f"| `{kind}` | {EXAMPLES.get(kind, '')} | {paths[kind]} | {vllm} |")
+        experts = "rlft's function" if has_experts(kind) else ""
+        lines.append(f"| `{kind}` | {EXAMPLES.get(kind, '')} | {paths[kind]} | {experts} | {vllm} |")
     counts = ", ".join(f"{list(paths.values()).count(path)} {path}" for path in order)
     return f"{HEAD}\n{len(paths)} types: {counts}.\n\n" + "\n".join(lines) + "\n"
 

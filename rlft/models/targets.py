@@ -99,6 +99,11 @@ def resolve(base: Any, lora: Lora) -> LoraConfig:
             f"one; set lora.dropout = 0, or name other lora.targets"
         )
     stacks = [name for name in parameters if name in layers.experts]
+    if lora.expert_rank is not None and not stacks:
+        raise ConfigError(
+            f"lora.expert_rank = {lora.expert_rank}: no experts get an adapter (the model has none in one tensor, or "
+            f"lora.experts and lora.targets leave them out); leave it out"
+        )
     rank = expert_rank(base, lora) if stacks else lora.rank
     return LoraConfig(
         r=lora.rank,

@@ -239,6 +239,7 @@ def refused(make: Callable[[], Any]) -> str:
     [
         (Lora(rank=4, dropout=0.1), "lora.dropout = 0.1: PEFT has no dropout for an adapter on a parameter"),
         (Lora(rank=4, targets=("gate",)), "gate is a router, which is not trained"),
+        (Lora(rank=4, experts=False, expert_rank=2), "lora.expert_rank = 2: no experts get an adapter"),
     ],
 )
 def test_what_experts_cannot_have_is_refused(lora: Lora, message: str) -> None:
