@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from rlft.errors import ConfigError
+from rlft.kernels.mxfp4 import BLOCK, Mxfp4Weight, decode_mxfp4_reference
 from rlft.kernels.nf4 import DTYPES, Nf4Weight, decode
 from rlft.models.experts_function import Factors, Frozen, Layer
 from rlft.models.experts_function import experts as compute
@@ -34,7 +35,7 @@ NAME = "rlft"
 class Stack:
     """A parameter of a layer of experts that holds a matrix of each."""
 
-    module: nn.Module
+    module: Any
     leaf: str
     """Name of the parameter in its module."""
     shape: tuple[int, ...]
@@ -87,6 +88,13 @@ def in_four_bits(module: Any) -> bool:
     return any(hasattr(getattr(module, leaf), "ds_shape") for leaf in leaves(module))
 
 
+def form_of(module: Any) -> str | None:
+    """Return what a layer of experts has its stacks in: "nf4" or "mxfp4"; None if they are plain."""
+    if not in_four_bits(module):
+        return None
+    return "mxfp4" if hasattr(module, "down_proj_scales") else "nf4"
+
+
 # ---- running a layer ---------------------------------------------------------------------------------------------
 
 
@@ -104,7 +112,7 @@ def describe(model: nn.Module) -> list[str]:
     found = [module for _, module in layers(model)]
     if not found:
         return []
-    held = "nf4" if in_four_bits(found[0]) else str(found[0].down_proj.dtype).removeprefix("torch.")
+    held = form_of(found[0]) or str(found[0].down_proj.dtype).removeprefix("torch.")
     return [f"experts: {len(found)} layers of {found[0].num_experts} in {held}, by rlft's function"]
 
 
@@ -144,18 +152,22 @@ def _frozen(module: Any, leaf: str) -> Frozen:
             f"{type(module).__name__}.{leaf} requires a gradient, and rlft's function of experts trains adapters "
             f'alone; freeze it, or call model.set_experts_implementation("eager")'
         )
-    return Frozen(lambda dtype: decoded(weight, dtype, module.is_transposed), bias)
+    return Frozen(lambda dtype: decoded(module, leaf, dtype), bias)
 
 
-def decoded(weight: Tensor, dtype: torch.dtype, transposed: bool) -> Tensor:
-    """Return a stack as [E, out, in] in a dtype. transposed: it is kept as [E, in, out]."""
+def decoded(module: Any, leaf: str, dtype: torch.dtype) -> Tensor:
+    """Return a stack of a layer as [E, out, in] in a dtype."""
+    weight = getattr(module, leaf)
+    scales = getattr(module, f"{leaf}_scales", None)
+    if scales is not None:
+        count, rows, blocks, _ = weight.shape
+        return decode_mxfp4_reference(Mxfp4Weight(weight.data, scales, (count, rows, blocks * BLOCK)), dtype)
     if hasattr(weight, "quant_state"):
         packed = Nf4Weight.from_bnb(weight)
-        out = torch.empty(packed.shape, dtype=dtype if dtype in DTYPES else torch.float32, device=weight.device)
-        matrix = out.view(-1, out.shape[2])
+        weight = torch.empty(packed.shape, dtype=dtype if dtype in DTYPES else torch.float32, device=weight.device)
+        matrix = weight.view(-1, weight.shape[2])
         decode([replace(packed, shape=tuple(matrix.shape))], [matrix])
-        weight = out
-    return (weight.transpose(1, 2) if transposed else weight).to(dtype)
+    return (weight.transpose(1, 2) if module.is_transposed else weight).to(dtype)
 
 
 # ---- adapters ----------------------------------------------------------------------------------------------------

@@ -74,6 +74,11 @@ class GivenModel:
             cfg = replace(cfg, dtype=str(dtype).removeprefix("torch."))
         stored = quant.stored(self.base.config)
         kind = quant.choose_kind(cfg.model, "auto", stored, device) if stored != "none" else "none"
+        if kind == "mxfp4" and quant.held_in(self.base) != kind:
+            raise ConfigError(
+                f"model: transformers' own MXFP4 layers of the {type(self.base).__name__} given have no gradient; give "
+                f"what it was loaded from by name, or load it with Mxfp4Config(dequantize=True)"
+            )
         _agree("quantization", cfg.quantization, kind, "load it with what you want")
         if kind in ("nf4", "int8") or (device.type == "cuda" and kind == "none"):
             cfg = replace(cfg, quantization=kind)
@@ -102,7 +107,7 @@ class GivenModel:
         with restored(self.model, configs):
             base.requires_grad_(False)
             self.model.eval()
-            if quant.stored(base.config) != "none":
+            if quant.stored(base.config) in quant.BITSANDBYTES:
                 quant.configure_bitsandbytes(cfg.model, base, self.device)
                 _compute_in(base, base.get_input_embeddings().weight.dtype)
             if _is_fused(base):  # for callers of transformers; the run makes another

@@ -60,7 +60,7 @@ class BaseInfo:
     dtype: torch.dtype
     """Dtype of the weights that are not quantized, of activations and of products."""
     quantization: str
-    """How the linear layers of the decoder are quantized: "none", "nf4", "fp4" or "int8"."""
+    """How the linear layers of the decoder are quantized: "none", "nf4", "fp4", "int8"; "mxfp4": its experts alone."""
     config: Any
     """transformers' config of the model; None for a .gguf file, whose header is read with the file."""
     quantized: bool
@@ -123,7 +123,7 @@ def describe_base(cfg: Config | Base, device: torch.device) -> BaseInfo:
     config, names = (None, None) if file_config is None else causal(cfg.model, file_config)
     files = "none" if file_config is None else quant.stored(file_config)
     kind = quant.choose_kind(cfg.model, cfg.quantization, files, device)
-    if kind != "none" and dtype == torch.float64:
+    if kind in quant.BITSANDBYTES and dtype == torch.float64:
         raise ConfigError(
             f'dtype = "float64" with weights in {kind}: bitsandbytes has 16 and 32 bits; set dtype = "float32", or '
             f'quantization = "none" with a plain model'
@@ -162,7 +162,7 @@ def load_base(
     with explained(cfg.model, plan.location, "it"), _progress(), _quiet(plan.note is not None):
         read = _from_gguf if plan.location.gguf else _from_files
         model = read(cfg.model, plan, into or device)
-    if plan.quantization != "none":
+    if plan.quantization in quant.BITSANDBYTES:
         quant.configure_bitsandbytes(cfg.model, model, device)
     head = model.get_output_embeddings()
     if not head.weight.is_floating_point():

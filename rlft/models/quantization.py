@@ -19,10 +19,12 @@ from rlft.models import experts
 
 BITSANDBYTES = ("nf4", "fp4", "int8")
 """Quantizations of bitsandbytes; rlft itself quantizes to nf4 and int8 only."""
+KNOWN = ("none", "mxfp4", *BITSANDBYTES)
+"""What files may be stored in; mxfp4 is of gpt-oss' experts alone."""
 
 
 def stored(config: Any) -> str:
-    """Return how a model's files store its weights: "none", "nf4", "fp4", "int8", or the name of another quantizer.
+    """Return how a model's files store its weights: one of KNOWN, or the name of another quantizer.
 
     config: of transformers, as read from config.json.
     """
@@ -32,16 +34,17 @@ def stored(config: Any) -> str:
     options = quantization if isinstance(quantization, dict) else quantization.to_dict()
     if options.get("load_in_4bit"):
         return options.get("bnb_4bit_quant_type", "fp4")
-    return "int8" if options.get("load_in_8bit") else str(options.get("quant_method"))
+    method = options.get("quant_method")
+    return "int8" if options.get("load_in_8bit") else str(getattr(method, "value", method))
 
 
 def choose_kind(model: str, wanted: str, files: str, device: torch.device) -> str:
-    """Choose how the weights are held in memory: "none", "nf4", "fp4" or "int8".
+    """Choose how the weights are held in memory: one of KNOWN.
 
     wanted: the setting `quantization`. files: from `stored`. Quantized files are never dequantized or quantized again.
     Raises ConfigError if that contradicts the setting, and if bitsandbytes is needed and not installed.
     """
-    if files not in ("none", *BITSANDBYTES):
+    if files not in KNOWN:
         raise ConfigError(
             f'model = "{model}": its files are quantised by "{files}", and adapters are trained over bitsandbytes or '
             f"plain weights; give the plain model, or one that bitsandbytes quantised"
@@ -57,7 +60,7 @@ def choose_kind(model: str, wanted: str, files: str, device: torch.device) -> st
         kind = "nf4" if device.type == "cuda" else "none"
     else:
         kind = wanted
-    if kind != "none":
+    if kind in BITSANDBYTES:
         for problem in environment.version_problems(("bitsandbytes",)):
             if problem.startswith("bitsandbytes "):
                 raise ConfigError(problem)
@@ -82,7 +85,7 @@ def quantization_config(kept: str, dtype: torch.dtype) -> Any:
 
 
 def read_stacks(config: Any) -> None:
-    """Let the files of a 4-bit checkpoint be read by the quantizer that knows stacks of experts.
+    """Let the files of a 4-bit checkpoint be read by the quantizers that know stacks of experts.
 
     config: of transformers, as read from config.json.
     """
@@ -94,14 +97,21 @@ def read_stacks(config: Any) -> None:
         experts_nf4.register()
         rest = {name: value for name, value in options.items() if name != "load_in_4bit"}
         config.quantization_config = {**rest, "quant_method": experts_nf4.METHOD}
+    elif stored(config) == "mxfp4":
+        from rlft.models import experts_mxfp4
+
+        experts_mxfp4.register()
+        config.quantization_config = {**options, "quant_method": experts_mxfp4.METHOD}
 
 
 def compute_in(config: Any, dtype: torch.dtype) -> None:
     """Set the dtype of the matrix products of a quantized checkpoint to that of the run.
 
     The checkpoint's config names the dtype that it was quantized with, which a GPU may not support (bfloat16 on a T4)
-    and which would round a float32 run.
+    and which would round a float32 run. Other quantizers than bitsandbytes have none.
     """
+    if stored(config) not in BITSANDBYTES:
+        return
     name = str(dtype).removeprefix("torch.")
     if isinstance(config.quantization_config, dict):
         config.quantization_config["bnb_4bit_compute_dtype"] = name
@@ -189,7 +199,10 @@ def _experts_in_int8(kept: str, model: Any) -> str:
 
 
 def held_in(model: nn.Module) -> str:
-    """Return how the weights of a loaded model are held: "nf4", "fp4", "int8" or "none"."""
+    """Return how the weights of a loaded model are held: one of KNOWN."""
+    layers = [module for _, module in experts.layers(model)]
+    if layers and experts.form_of(layers[0]) == "mxfp4":
+        return "mxfp4"
     states = (getattr(weight, "quant_state", None) for weight in model.parameters())
     kind = next((state.quant_type for state in states if state is not None), None)
     eight_bits = any(type(weight).__name__ == "Int8Params" for weight in model.parameters())

@@ -49,8 +49,10 @@ def export_base(model: str, out: str | Path, quantization: str = "nf4", dtype: s
     cfg = Base(model, quantization, dtype)  # type: ignore[arg-type]
     device = resolve_device(cfg)
     plan = describe_base(cfg, device)
-    if plan.quantization not in ("nf4", "none"):
-        raise ConfigError(f'quantization = "{plan.quantization}": only NF4 weights are decoded; load them as they are')
+    if plan.quantization not in ("nf4", "mxfp4", "none"):
+        raise ConfigError(
+            f'quantization = "{plan.quantization}": only NF4 and MXFP4 weights are decoded; load them as they are'
+        )
     base: Any = load_base(cfg, device)
     decoded = _decode(base, plan.dtype)
     if hasattr(base.config, "quantization_config"):
@@ -81,7 +83,9 @@ def _decode(base: Any, dtype: torch.dtype) -> int:
         setattr(base.get_submodule(parent), child, plain)
     stacks = [stack for stack in experts.stacks(base).values() if stack.in_four_bits]
     for stack in stacks:
-        weight = experts.decoded(stack.weight, dtype, transposed=False)
+        weight = experts.decoded(stack.module, stack.leaf, dtype)
+        weight = weight.transpose(1, 2).contiguous() if stack.module.is_transposed else weight
+        stack.module._buffers.pop(f"{stack.leaf}_scales", None)
         setattr(stack.module, stack.leaf, nn.Parameter(weight, requires_grad=False))
     if stacks:
         base._weight_conversions = None  # transformers' own, which save experts as their family's files hold them

@@ -47,12 +47,14 @@ def test_files_of_either_kind_become_the_bytes_of_bitsandbytes(kind: str, tmp_pa
     bases = [base_of(folder, "nf4") for folder in folders]
     assert fingerprint(bases[0]) == fingerprint(bases[1])
     wanted = stacks_of(mixture(kind))
-    for name, weight in stacks_of(bases[0]).items():
+    for name, stack in experts.stacks(bases[0]).items():
+        weight = stack.weight
         packed, state = quantize_4bit(wanted[name].flatten(0, 1), compress_statistics=True, quant_type="nf4")
         assert isinstance(weight, Stack4bit) and not weight.requires_grad
         assert torch.equal(weight.data, packed) and tuple(weight.ds_shape) == tuple(wanted[name].shape)
         values = dequantize_4bit(packed, state).view(wanted[name].shape)
-        assert torch.equal(experts.decoded(weight, torch.float32, transposed=False), values), name
+        values = values.transpose(1, 2) if stack.module.is_transposed else values
+        assert torch.equal(experts.decoded(stack.module, stack.leaf, torch.float32), values), name
     bases[0].save_pretrained(tmp_path / "saved", max_shard_size="60KB")
     table = json.loads((tmp_path / "saved" / "config.json").read_text())["quantization_config"]
     assert table["quant_method"] == "bitsandbytes" and table["load_in_4bit"] is True
