@@ -70,10 +70,10 @@ class StackedQuantizer(Bnb4BitHfQuantizer):
     def update_weight_conversions(self, weight_conversions: list[Any]) -> list[Any]:
         """Return the conversions from names and tensors in the files; those of quantized stacks come first."""
         conversions = super().update_weight_conversions(weight_conversions)
-        leaves = sorted({experts.leaf_of(name) for name in self._stacks}) if self.pre_quantized else []
+        names = self._stacks if self.pre_quantized else {}
         # Where transformers itself converts a stack in the files, by transposing it, quantized ones are not known.
-        known = [leaf for leaf in leaves if not any(_converts(each, leaf) for each in conversions)]
-        return [*map(_from_files, known), *conversions]
+        known = {experts.leaf_of(name) for name in names if not any(_converts(each, name) for each in conversions)}
+        return [*map(_from_files, sorted(known)), *conversions]
 
     def _process_model_before_weight_loading(self, model: Any, device_map: Any, **options: Any) -> None:
         super()._process_model_before_weight_loading(model, device_map, **options)
@@ -148,9 +148,9 @@ def _plain(pattern: str) -> str:
     return ".".join(pattern.removesuffix("$").split(".")[-2:])
 
 
-def _converts(conversion: Any, leaf: str) -> bool:
-    """Return whether a conversion of transformers' takes a stack of this name in the files."""
-    return isinstance(conversion, WeightConverter) and conversion.rename_source_key(leaf)[1] is not None
+def _converts(conversion: Any, name: str) -> bool:
+    """Return whether a conversion of transformers' takes a stack of this full name in the files."""
+    return isinstance(conversion, WeightConverter) and conversion.rename_source_key(name)[1] is not None
 
 
 def _check(name: str, stack: experts.Stack, pre_quantized: bool) -> None:
@@ -163,10 +163,10 @@ def _check(name: str, stack: experts.Stack, pre_quantized: bool) -> None:
             f"model: its files hold {name} as {weight.dtype} {list(shape)}, and it is a stack {list(stack.shape)} in 4 "
             f"bits or plain; files whose experts were quantised one by one cannot be stacked: give the plain model"
         )
-    if four_bits and weight.quant_state.quant_type != "nf4":
+    if four_bits and (weight.quant_state.quant_type != "nf4" or weight.dtype != torch.uint8):
         raise ConfigError(
-            f"model: its files hold {name} in {weight.quant_state.quant_type}, and experts are computed in nf4 or "
-            f"plain; give the plain model"
+            f"model: its files hold {name} in {weight.quant_state.quant_type} stored as {weight.dtype}, and experts "
+            f"are computed in nf4 stored as bytes, or plain; give the plain model"
         )
 
 

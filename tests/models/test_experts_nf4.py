@@ -182,9 +182,16 @@ def test_stacks_in_fp4_are_refused(plain: Path, tmp_path: Path) -> None:
         del stored[f"{name}.quant_state.bitsandbytes__nf4"]
         stored |= {f"{name}.{end}": each for end, each in state.as_dict(packed=True).items()}
     save_file(stored, tmp_path / "model.safetensors", {"format": "pt"})
-    assert "in fp4, and experts are computed in nf4 or plain; give the plain model" in refusal(
-        lambda: base_of(tmp_path)
-    )
+    assert "in fp4 stored as torch.uint8, and experts are computed in nf4" in refusal(lambda: base_of(tmp_path))
+
+
+def test_stacks_that_are_not_stored_as_bytes_are_refused(plain: Path, tmp_path: Path) -> None:
+    """As for FSDP; transformers would cast the bytes, taken for numbers."""
+    base_of(plain, "nf4").save_pretrained(tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    stored |= {name: stored[name].view(-1, 2).view(torch.bfloat16) for name in stacks_of(mixture())}
+    save_file(stored, tmp_path / "model.safetensors", {"format": "pt"})
+    assert "in nf4 stored as torch.float32, and experts" in refusal(lambda: base_of(tmp_path))
 
 
 def test_experts_are_not_quantised_to_8_bits(plain: Path) -> None:
