@@ -24,7 +24,7 @@ from rlft.errors import ConfigError, EngineError
 from rlft.models import experts, experts_nf4
 from rlft.models.experts_nf4 import Stack4bit
 from rlft.models.fused.memory import weight_bytes
-from rlft.models.load import attach_lora, fingerprint
+from rlft.models.load import Base, attach_lora, fingerprint, load_base
 from rlft.models.quantization import held_in
 from rlft.rollout.vllm.shared_weights import frozen_weights
 from rlft.runs.export_base import export_base
@@ -102,6 +102,22 @@ def test_4_bits_compute_with_the_decoded_weights(kind: str, tmp_path: Path) -> N
     assert mine.keys() == wanted.keys() and sum("experts" in name for name in mine) == 8
     for name, gradient in wanted.items():
         assert torch.allclose(mine[name], gradient, atol=1e-4 * float(gradient.abs().max())), name
+
+
+@pytest.mark.gpu
+def test_gpu_decodes_and_trains_as_the_cpu(plain: Path) -> None:
+    base: Any = load_base(Base(str(plain), "nf4", dtype="bfloat16", device="cuda"), torch.device("cuda"))
+    for stack in experts.stacks(base).values():
+        weight: Any = stack.weight
+        values = dequantize_4bit(weight.data, weight.quant_state).view(stack.shape)
+        assert torch.equal(experts.decoded(stack.module, stack.leaf, torch.bfloat16), values.bfloat16())
+    model, exact = with_adapter(base), with_adapter(base_of(plain, "nf4"))
+    model(input_ids=IDS.cuda()).logits.float().log_softmax(-1)[..., 5].sum().backward()
+    wanted = gradients(exact)
+    for name, parameter in model.named_parameters():
+        if name in wanted:
+            off = (parameter.grad.cpu() - wanted[name]).norm() / wanted[name].norm()
+            assert off < 0.1, name
 
 
 def test_what_is_in_4_bits_is_counted(plain: Path) -> None:
