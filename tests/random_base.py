@@ -58,7 +58,7 @@ def in_float64(decoder: Any) -> Iterator[None]:
 
     class Torch(ModuleType):
         def __getattr__(self, name: str) -> Any:
-            return getattr(torch, "float64" if name == "float32" else name)
+            return getattr(torch, "float64" if name in ("float32", "float") else name)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys.modules[type(decoder).__module__], "torch", Torch("torch"))

@@ -44,6 +44,9 @@ class Lora:
     routers and the outputs of Mamba layers, and never the head."""
     experts: bool = True
     """Fused experts of a mixture get an adapter too, one for each expert, where `targets` names them."""
+    expert_rank: Annotated[int, Interval(ge=1, le=2**16)] | None = None
+    """Rank of the update of each expert; None: `rank` divided by the number of experts that a token goes to, at least
+    1, so that a token meets about as much of the adapter as in a dense layer."""
     dropout: Annotated[float, Interval(ge=0, lt=1)] = 0.0
     """Dropout on the adapter's input while it trains, on recorded completions; 0 where completions are sampled. With
     `resume_from` it replaces the saved one."""

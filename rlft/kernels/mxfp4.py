@@ -68,10 +68,13 @@ class Mxfp4Weight:
 def decode_mxfp4_reference(weight: Mxfp4Weight, dtype: torch.dtype) -> Tensor:
     """Compute the formula of this file: [E, N, K] in `dtype`."""
     pairs = torch.tensor([[E2M1[byte & 15], E2M1[byte >> 4]] for byte in range(256)], device=weight.packed.device)
-    values = torch.nn.functional.embedding(weight.packed.reshape(-1).int(), pairs).view(-1, BLOCK)
-    e8m0 = weight.e8m0.reshape(-1)
-    scales = torch.exp2(e8m0.double() - 127).masked_fill(e8m0 == 255, float("nan"))
-    return (values.double() * scales[:, None]).float().to(dtype).view(weight.shape)
+    out = torch.empty(weight.shape, dtype=dtype, device=weight.packed.device)
+    packed, e8m0 = weight.packed.view(len(out), -1), weight.e8m0.view(len(out), -1, 1)
+    for expert, place in enumerate(out):  # one at a time, since they are float64 here
+        values = torch.nn.functional.embedding(packed[expert].int(), pairs).view(-1, BLOCK)
+        scales = torch.exp2(e8m0[expert].double() - 127).masked_fill(e8m0[expert] == 255, float("nan"))
+        place.copy_((values * scales).float().view(place.shape))
+    return out
 
 
 def _pointers(weight: Mxfp4Weight) -> tuple[Tensor | None, ...]:

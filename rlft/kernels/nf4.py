@@ -59,16 +59,17 @@ loads. The fastest of a sweep on an H100: 2,535 GB/s for a Qwen3-8B layer, again
 
 @dataclass(frozen=True, eq=False)
 class Nf4Weight:
-    """A view of one quantized matrix; the tensors are those of bitsandbytes, nothing is copied.
+    """A view of a quantized matrix, or of a stack of them; the tensors are those of bitsandbytes, nothing is copied.
 
-    packed: uint8 [ceil(out * in / 2)]. absmax: per block, float32, or uint8 if nested. shape: (out, in). nested_code:
-    float32 [256], nested_absmax: float32 [ceil(blocks / nested_blocksize)], offset: float32 scalar; all three or none.
+    packed: uint8 [ceil(elements / 2)]. absmax: per block, float32, or uint8 if nested. shape: (out, in), or (experts,
+    out, in), with the blocks of the matrix [experts * out, in]. nested_code: float32 [256], nested_absmax: float32
+    [ceil(blocks / nested_blocksize)], offset: float32 scalar; all three or none.
     Raises ValueError on sizes and dtypes that do not fit.
     """
 
     packed: Tensor
     absmax: Tensor
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     blocksize: int = 64
     nested_code: Tensor | None = None
     nested_absmax: Tensor | None = None
@@ -98,7 +99,7 @@ class Nf4Weight:
         check_args(
             "Nf4Weight",
             ok,
-            f"the packed bytes and scales of a {self.shape[0]}x{self.shape[1]} matrix in blocks of {self.blocksize} "
+            f"the packed bytes and scales of a {'x'.join(map(str, self.shape))} weight in blocks of {self.blocksize} "
             f"(one of {BLOCKSIZES}), contiguous: packed uint8, absmax float32 or, nested, uint8 with float32 tables",
             packed=self.packed,
             absmax=self.absmax,
@@ -109,12 +110,12 @@ class Nf4Weight:
 
     @property
     def numel(self) -> int:
-        """Number of elements of the decoded matrix."""
-        return self.shape[0] * self.shape[1]
+        """Number of decoded elements."""
+        return torch.Size(self.shape).numel()
 
     @classmethod
     def from_bnb(cls, weight: Any) -> Nf4Weight:
-        """View a bitsandbytes Params4bit (the `weight` of a Linear4bit), whatever its quant_storage dtype.
+        """View a bitsandbytes Params4bit (the `weight` of a Linear4bit, a stack of experts) of any quant_storage.
 
         Raises ValueError if it is not quantized yet, is not NF4, or has bitsandbytes' repacked CPU layout.
         """
@@ -131,14 +132,14 @@ class Nf4Weight:
                 "Nf4Weight.from_bnb: want bitsandbytes' ordinary layout, got the one it repacks to for inference on a "
                 "CPU; take the view before the module runs in eval mode"
             )
-        if len(state.shape) != 2:
-            raise ValueError(f"Nf4Weight.from_bnb: want a matrix, got shape {tuple(state.shape)}")
+        if len(state.shape) not in (2, 3):
+            raise ValueError(f"Nf4Weight.from_bnb: want a matrix or a stack of them, got shape {tuple(state.shape)}")
         plain = weight.detach().as_subclass(Tensor)
         nested = state.state2 if state.nested else None
         return cls(
             packed=plain.view(torch.uint8).reshape(-1),
             absmax=state.absmax.reshape(-1),
-            shape=(state.shape[0], state.shape[1]),
+            shape=tuple(state.shape),
             blocksize=state.blocksize,
             nested_code=nested.code if nested else None,
             nested_absmax=nested.absmax.reshape(-1) if nested else None,
@@ -157,7 +158,7 @@ def scales_reference(weight: Nf4Weight) -> Tensor:
 
 
 def decode_reference(weight: Nf4Weight, dtype: torch.dtype) -> Tensor:
-    """Compute the formula of this file: [out, in] in `dtype`, bitwise equal to bitsandbytes' dequantize_4bit."""
+    """Compute the formula of this file: `weight.shape` in `dtype`, bitwise equal to bitsandbytes' dequantize_4bit."""
     pairs = torch.tensor([[NF4_CODE[b >> 4], NF4_CODE[b & 15]] for b in range(256)], device=weight.packed.device)
     values = torch.nn.functional.embedding(weight.packed.int(), pairs).reshape(-1)[: weight.numel]
     scales = scales_reference(weight)
@@ -301,7 +302,8 @@ class DecodeTables:
         for weight, out in zip(weights, outs, strict=True):
             check_args(
                 "decode",
-                tuple(out.shape) == weight.shape
+                out.dim() == 2
+                and tuple(out.shape) == weight.shape
                 and out.dtype in DTYPES
                 and out.dtype == outs[0].dtype
                 and (out.stride(1) == 1 or out.shape[1] == 1),
@@ -394,6 +396,5 @@ class DecodeTables:
 
 
 def decode(weights: Sequence[Nf4Weight], outs: Tensor | Sequence[Tensor]) -> None:
-    """Decode matrices into `outs` once. Arguments and errors as `DecodeTables`, which callers that repeat it should
-    keep."""
+    """Decode matrices into `outs` once. Arguments and errors as `DecodeTables`, which callers that repeat it keep."""
     DecodeTables(weights, outs).run()

@@ -134,6 +134,7 @@ def continue_adapter(base: nn.Module, lora: Lora) -> PeftModel:
     # adapter is overwritten by the file.
     saved.lora_dropout, saved.init_lora_weights = lora.dropout, True
     wanted = targets.resolve(base, lora)
+    _check_expert_rank(lora, saved, wanted)
     misfit = "the adapter does not fit this base"
     with (
         reading(f'lora.resume_from = "{folder}"', place, misfit, "give one that was trained on it"),
@@ -150,6 +151,19 @@ def continue_adapter(base: nn.Module, lora: Lora) -> PeftModel:
         )
     _check_targets(model, lora, wanted)
     return model
+
+
+def _check_expert_rank(lora: Lora, saved: LoraConfig, wanted: LoraConfig) -> None:
+    """Raise ConfigError if the experts of a continued adapter have another rank than a new one's would. wanted: from
+    `resolve`."""
+    for name in set(wanted.target_parameters or ()) & set(saved.target_parameters or ()):
+        ours, theirs = (targets.rank_of(config, name) for config in (wanted, saved))
+        if ours != theirs:
+            divided = "" if lora.expert_rank else f" (lora.rank = {lora.rank} divided)"
+            raise ConfigError(
+                f"lora.expert_rank = {ours}{divided}, but the experts of the adapter in {lora.resume_from} have "
+                f"{theirs}: set lora.expert_rank = {theirs}"
+            )
 
 
 def _stored(place: Path, saved: LoraConfig) -> set[str]:
@@ -185,9 +199,11 @@ def changed_dropout(lora: Lora) -> str | None:
 
 @contextlib.contextmanager
 def peft_wraps() -> Iterator[None]:
-    """Suppress a warning that a user cannot act on: PEFT 0.21 reads an attribute that transformers 5.24 deprecates."""
+    """Suppress warnings that a user cannot act on: PEFT 0.21 reads an attribute that transformers 5.24 deprecates, and
+    calls a rank of experts ignored that it honours."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        warnings.filterwarnings("ignore", "The following rank_pattern keys did not match any targeted", RuntimeWarning)
         yield
 
 

@@ -20,8 +20,8 @@ from transformers import PreTrainedModel
 
 from rlft.config.run import Config, Lora
 from rlft.errors import ConfigError
+from rlft.models import experts, targets
 from rlft.models import quantization as quant
-from rlft.models import targets
 from rlft.models.continued import STARTS, not_plain
 from rlft.models.kind import causal, sees
 from rlft.models.load import attach_lora, pad_rows, resolve_device, resolve_dtype
@@ -74,6 +74,11 @@ class GivenModel:
             cfg = replace(cfg, dtype=str(dtype).removeprefix("torch."))
         stored = quant.stored(self.base.config)
         kind = quant.choose_kind(cfg.model, "auto", stored, device) if stored != "none" else "none"
+        if kind == "mxfp4" and quant.held_in(self.base) != kind:
+            raise ConfigError(
+                f"model: transformers' own MXFP4 layers of the {type(self.base).__name__} given have no gradient; give "
+                f"what it was loaded from by name, or load it with Mxfp4Config(dequantize=True)"
+            )
         _agree("quantization", cfg.quantization, kind, "load it with what you want")
         if kind in ("nf4", "int8") or (device.type == "cuda" and kind == "none"):
             cfg = replace(cfg, quantization=kind)
@@ -102,7 +107,7 @@ class GivenModel:
         with restored(self.model, configs):
             base.requires_grad_(False)
             self.model.eval()
-            if quant.stored(base.config) != "none":
+            if quant.stored(base.config) in quant.BITSANDBYTES:
                 quant.configure_bitsandbytes(cfg.model, base, self.device)
                 _compute_in(base, base.get_input_embeddings().weight.dtype)
             if _is_fused(base):  # for callers of transformers; the run makes another
@@ -111,7 +116,8 @@ class GivenModel:
             if isinstance(self.model, PeftModel):
                 _set_dropout(self.model, cfg.lora.dropout)
                 self.model.set_adapter(ADAPTER)
-                yield self.model
+                experts.use(base)
+                yield experts.adapt(self.model)
             else:
                 yield attach_lora(base, cfg.lora, cfg.seed)
 
@@ -190,7 +196,7 @@ def _check_adapter(model: PeftModel) -> None:
         values = ", ".join(f"{name} = {getattr(config, name)!r}" for name in others)
         raise ConfigError(f"model: its adapter has {values}; give plain LoRA (no DoRA, bias or modules_to_save)")
     for name in ("rank_pattern", "alpha_pattern"):
-        if getattr(config, name):
+        if getattr(config, name) and (name == "alpha_pattern" or not targets.by_expert_rank(model)):
             raise ConfigError(
                 f"model: its adapter has {name} = {getattr(config, name)!r}, which [lora] cannot say; save the adapter "
                 f"with save_pretrained, and give the plain model with lora.resume_from = its folder"
@@ -223,6 +229,8 @@ def _with_adapter(cfg: Config, model: PeftModel) -> tuple[Config, list[str]]:
         )
     rank, alpha = int(config.r), float(config.lora_alpha)
     found = replace(cfg.lora, rank=rank, alpha=alpha, rslora=bool(config.use_rslora))
+    if ranks := targets.expert_ranks(model):
+        found = replace(found, expert_rank=min(ranks))
     found = _targets_of(model, found, cfg.lora)
     default = Lora()
     for field in (field.name for field in fields(Lora)):
@@ -248,10 +256,10 @@ def _targets_of(model: PeftModel, found: Lora, wanted: Lora) -> Lora:
     attached = set(targets.adapted(model))
     names = sorted(name.removesuffix(".weight") for name in attached)
     leaves = tuple(sorted({name.rpartition(".")[2] for name in names}))
-    choices = [(choice, experts) for choice in ("all-linear", leaves) for experts in (True, False)]
-    for choice, experts in [(wanted.targets, wanted.experts), *choices, (tuple(names), True)]:
+    choices = [(choice, both) for choice in ("all-linear", leaves) for both in (True, False)]
+    for choice, with_experts in [(wanted.targets, wanted.experts), *choices, (tuple(names), True)]:
         try:
-            lora = replace(found, targets=choice, experts=experts)
+            lora = replace(found, targets=choice, experts=with_experts)
             requested, here = targets.requested_and_attached(model, targets.resolve(plain, replace(lora, dropout=0)))
         except ConfigError:  # no layer that may have one
             continue

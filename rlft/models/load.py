@@ -22,8 +22,8 @@ from torch import nn
 from rlft.config.run import Config, Lora
 from rlft.config.section import refuse
 from rlft.errors import ConfigError
+from rlft.models import experts, targets
 from rlft.models import quantization as quant
-from rlft.models import targets
 from rlft.models.continued import changed_dropout, continue_adapter, peft_wraps
 from rlft.models.fused.fuse import fuse
 from rlft.models.kind import attention_of, causal, class_of, sees
@@ -63,7 +63,7 @@ class BaseInfo:
     dtype: torch.dtype
     """Dtype of the weights that are not quantized, of activations and of products."""
     quantization: str
-    """How the linear layers of the decoder are quantized: "none", "nf4", "fp4" or "int8"."""
+    """How the linear layers of the decoder are quantized: "none", "nf4", "fp4", "int8"; "mxfp4": its experts alone."""
     config: Any
     """transformers' config of the model; None for a .gguf file, whose header is read with the file."""
     quantized: bool
@@ -126,7 +126,7 @@ def describe_base(cfg: Config | Base, device: torch.device) -> BaseInfo:
     config, names = (None, None) if file_config is None else causal(cfg.model, file_config)
     files = "none" if file_config is None else quant.stored(file_config)
     kind = quant.choose_kind(cfg.model, cfg.quantization, files, device)
-    if kind != "none" and dtype == torch.float64:
+    if kind in quant.BITSANDBYTES and dtype == torch.float64:
         raise ConfigError(
             f'dtype = "float64" with weights in {kind}: bitsandbytes has 16 and 32 bits; set dtype = "float32", or '
             f'quantization = "none" with a plain model'
@@ -166,7 +166,7 @@ def load_base(
     with explained(cfg.model, plan.location, "it"), _progress(), _quiet(plan.note is not None):
         read = _from_gguf if plan.location.gguf else _from_files
         model = read(cfg.model, plan, into or device)
-    if plan.quantization != "none":
+    if plan.quantization in quant.BITSANDBYTES:
         quant.configure_bitsandbytes(cfg.model, model, device)
     head = model.get_output_embeddings()
     if not head.weight.is_floating_point():
@@ -178,6 +178,7 @@ def load_base(
         quant.check_share(cfg.model, plan.quantization, model)
     pad_rows(model.get_input_embeddings().weight, head.weight)
     model.requires_grad_(False)
+    experts.use(model)
     return model.eval()
 
 
@@ -185,6 +186,7 @@ def _from_files(model: str, plan: BaseInfo, device: torch.device) -> Any:
     options: dict[str, Any] = {}
     if plan.quantized:
         quant.compute_in(plan.config, plan.dtype)
+        quant.read_stacks(plan.config)
     elif plan.quantization != "none":
         kept = TOWER if sees(plan.config) else ()
         options["quantization_config"] = quant.quantization_config(plan.quantization, plan.dtype, kept)
@@ -298,8 +300,9 @@ def attach_lora(base: nn.Module, lora: Lora, seed: int) -> PeftModel:
 
     Raises ConfigError if a target matches no layer, and if a continued adapter does not fit the base.
     """
+    experts.use(base)
     if lora.resume_from:
-        return continue_adapter(base, lora)
+        return experts.adapt(continue_adapter(base, lora))
     config = targets.resolve(base, lora)
     wanted = copy.deepcopy(config)
     with kept_random_state(), peft_wraps():
@@ -307,7 +310,7 @@ def attach_lora(base: nn.Module, lora: Lora, seed: int) -> PeftModel:
         # eval: PEFT's new modules start in training mode, which would enable dropout during sampling.
         model = get_peft_model(base, config).eval()  # type: ignore[arg-type]
     targets.check_attached(model, wanted)
-    return model
+    return experts.adapt(model)
 
 
 def fingerprint(model: nn.Module, dtype: torch.dtype | None = None) -> str:

@@ -6,6 +6,7 @@ This covers how the files store them, what the settings ask for, and whether the
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from fnmatch import fnmatch
 from typing import Any
@@ -15,14 +16,17 @@ from torch import nn
 
 from rlft import environment
 from rlft.errors import ConfigError
+from rlft.models import experts
 from rlft.models.structure import decoder_of
 
 BITSANDBYTES = ("nf4", "fp4", "int8")
 """Quantizations of bitsandbytes; rlft itself quantizes to nf4 and int8 only."""
+KNOWN = ("none", "mxfp4", *BITSANDBYTES)
+"""What files may be stored in; mxfp4 is of gpt-oss' experts alone."""
 
 
 def stored(config: Any) -> str:
-    """Return how a model's files store its weights: "none", "nf4", "fp4", "int8", or the name of another quantizer.
+    """Return how a model's files store its weights: one of KNOWN, or the name of another quantizer.
 
     config: of transformers, as read from config.json.
     """
@@ -32,16 +36,17 @@ def stored(config: Any) -> str:
     options = quantization if isinstance(quantization, dict) else quantization.to_dict()
     if options.get("load_in_4bit"):
         return options.get("bnb_4bit_quant_type", "fp4")
-    return "int8" if options.get("load_in_8bit") else str(options.get("quant_method"))
+    method = options.get("quant_method")
+    return "int8" if options.get("load_in_8bit") else str(getattr(method, "value", method))
 
 
 def choose_kind(model: str, wanted: str, files: str, device: torch.device) -> str:
-    """Choose how the weights are held in memory: "none", "nf4", "fp4" or "int8".
+    """Choose how the weights are held in memory: one of KNOWN.
 
     wanted: the setting `quantization`. files: from `stored`. Quantized files are never dequantized or quantized again.
     Raises ConfigError if that contradicts the setting, and if bitsandbytes is needed and not installed.
     """
-    if files not in ("none", *BITSANDBYTES):
+    if files not in KNOWN:
         raise ConfigError(
             f'model = "{model}": its files are quantised by "{files}", and adapters are trained over bitsandbytes or '
             f"plain weights; give the plain model, or one that bitsandbytes quantised"
@@ -57,7 +62,7 @@ def choose_kind(model: str, wanted: str, files: str, device: torch.device) -> st
         kind = "nf4" if device.type == "cuda" else "none"
     else:
         kind = wanted
-    if kind != "none":
+    if kind in BITSANDBYTES:
         for problem in environment.version_problems(("bitsandbytes",)):
             if problem.startswith("bitsandbytes "):
                 raise ConfigError(problem)
@@ -65,7 +70,7 @@ def choose_kind(model: str, wanted: str, files: str, device: torch.device) -> st
 
 
 def quantization_config(kept: str, dtype: torch.dtype, plain: Sequence[str] = ()) -> Any:
-    """Return transformers' settings for quantizing to "nf4" (with 8-bit scales) or "int8".
+    """Return transformers' settings for quantizing to "nf4" (with 8-bit scales; experts too) or "int8".
 
     dtype: of the matrix products. plain: modules that are not quantized; none: those that transformers chooses.
     """
@@ -74,21 +79,42 @@ def quantization_config(kept: str, dtype: torch.dtype, plain: Sequence[str] = ()
     skipped: dict[str, Any] = {"llm_int8_skip_modules": list(plain)} if plain else {}
     if kept == "int8":
         return BitsAndBytesConfig(load_in_8bit=True, **skipped)
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=dtype,
-        **skipped,
+    from rlft.models import experts_nf4
+
+    experts_nf4.register()
+    return experts_nf4.StackedConfig(
+        bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype, **skipped
     )
+
+
+def read_stacks(config: Any) -> None:
+    """Let the files of a 4-bit checkpoint be read by the quantizers that know stacks of experts.
+
+    config: of transformers, as read from config.json.
+    """
+    options: Any = config.quantization_config
+    options = options if isinstance(options, dict) else options.to_dict()
+    if options.get("load_in_4bit"):
+        from rlft.models import experts_nf4
+
+        experts_nf4.register()
+        rest = {name: value for name, value in options.items() if name != "load_in_4bit"}
+        config.quantization_config = {**rest, "quant_method": experts_nf4.METHOD}
+    elif stored(config) == "mxfp4":
+        from rlft.models import experts_mxfp4
+
+        experts_mxfp4.register()
+        config.quantization_config = {**options, "quant_method": experts_mxfp4.METHOD}
 
 
 def compute_in(config: Any, dtype: torch.dtype) -> None:
     """Set the dtype of the matrix products of a quantized checkpoint to that of the run.
 
     The checkpoint's config names the dtype that it was quantized with, which a GPU may not support (bfloat16 on a T4)
-    and which would round a float32 run.
+    and which would round a float32 run. Other quantizers than bitsandbytes have none.
     """
+    if stored(config) not in BITSANDBYTES:
+        return
     name = str(dtype).removeprefix("torch.")
     if isinstance(config.quantization_config, dict):
         config.quantization_config["bnb_4bit_compute_dtype"] = name
@@ -144,7 +170,7 @@ def configure_bitsandbytes(name: str, model: nn.Module, device: torch.device) ->
 def check_share(name: str, kept: str, model: Any) -> None:
     """Raise ConfigError if less than half of a decoder that should be quantized is.
 
-    bitsandbytes quantizes nn.Linear only: neither experts in one tensor nor other classes of linear layers. name: the
+    Linear layers are quantized, and in 4 bits experts in one tensor, but no other classes of linear layers. name: the
     setting `model`.
     """
     from bitsandbytes.nn import Linear4bit, Linear8bitLt  # pyright: ignore[reportPrivateImportUsage]
@@ -152,6 +178,8 @@ def check_share(name: str, kept: str, model: Any) -> None:
     decoder = decoder_of(model)
     linear = [module for module in decoder.modules() if isinstance(module, Linear4bit | Linear8bitLt)]
     quantised = sum(module.in_features * module.out_features for module in linear)
+    stacks = (experts.shape_of(stack.weight) for stack in experts.stacks(model).values() if stack.in_four_bits)
+    quantised += sum(map(math.prod, stacks))
     vocabulary = (model.get_input_embeddings().weight, model.get_output_embeddings().weight)
     plain = sum(
         parameter.numel()
@@ -164,12 +192,21 @@ def check_share(name: str, kept: str, model: Any) -> None:
     if share < 0.5:
         raise ConfigError(
             f'quantization = "{kept}" with model = "{name}": bitsandbytes can take {share:.0%} of the '
-            f'decoder, the rest are no plain linear layers; set quantization = "none"'
+            f"decoder, the rest are no plain linear layers{_experts_in_int8(kept, model)}; "
+            f'set quantization = "none"'
         )
 
 
+def _experts_in_int8(kept: str, model: Any) -> str:
+    """Return what to add to a refusal if a mixture of experts was to be quantized to 8 bits."""
+    return ' (experts are quantised in "nf4" alone)' if kept == "int8" and experts.stacks(model) else ""
+
+
 def held_in(model: nn.Module) -> str:
-    """Return how the weights of a loaded model are held: "nf4", "fp4", "int8" or "none"."""
+    """Return how the weights of a loaded model are held: one of KNOWN."""
+    layers = [module for _, module in experts.layers(model)]
+    if layers and experts.form_of(layers[0]) == "mxfp4":
+        return "mxfp4"
     states = (getattr(weight, "quant_state", None) for weight in model.parameters())
     kind = next((state.quant_type for state in states if state is not None), None)
     eight_bits = any(type(weight).__name__ == "Int8Params" for weight in model.parameters())

@@ -10,6 +10,7 @@ In shapes, E is the number of experts.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -21,10 +22,14 @@ from transformers.pytorch_utils import Conv1D
 
 from rlft.config.run import Lora
 from rlft.errors import ConfigError
+from rlft.models import experts
 from rlft.models.structure import decoder_of
 
 MAMBA = "its kernels read the weight past an adapter"
 """Why PEFT refuses an adapter on a Mamba layer's out_proj."""
+
+TOP_K = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk", "moe_top_k", "moe_k")
+"""Fields of configs with the number of experts that a token goes to."""
 
 
 @dataclass
@@ -60,8 +65,9 @@ def find(base: Any) -> LinearLayers:
                 layers.linear.append(full)
         elif "expert" in type(module).__name__.lower():
             for parameter, weight in module.named_parameters(recurse=False):
-                if weight.dim() == 3:
-                    layers.experts[f"{full}.{parameter}"] = weight.shape[0]
+                shape = experts.shape_of(weight)
+                if len(shape) == 3:
+                    layers.experts[f"{full}.{parameter}"] = shape[0]
     return layers
 
 
@@ -92,17 +98,40 @@ def resolve(base: Any, lora: Lora) -> LoraConfig:
             f"lora.dropout = {lora.dropout}: PEFT has no dropout for an adapter on a parameter, {parameters[0]} for "
             f"one; set lora.dropout = 0, or name other lora.targets"
         )
+    stacks = [name for name in parameters if name in layers.experts]
+    if lora.expert_rank is not None and not stacks:
+        raise ConfigError(
+            f"lora.expert_rank = {lora.expert_rank}: no experts get an adapter (the model has none in one tensor, or "
+            f"lora.experts and lora.targets leave them out); leave it out"
+        )
+    rank = expert_rank(base, lora) if stacks else lora.rank
     return LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,  # type: ignore[arg-type]
         target_modules=plain_modules,
         target_parameters=parameters or None,  # type: ignore[arg-type]
+        rank_pattern={experts.leaf_of(name): rank for name in stacks if rank != lora.rank},
         fan_in_fan_out=any(isinstance(base.get_submodule(name), Conv1D) for name in plain_modules),
         lora_dropout=lora.dropout,
         use_rslora=lora.rslora,
         bias="none",
         task_type="CAUSAL_LM",
     )
+
+
+def expert_rank(base: Any, lora: Lora) -> int:
+    """Return the rank of the adapter of each expert. Raises ConfigError where it is to be divided and the config does
+    not say by what."""
+    if lora.expert_rank is not None:
+        return lora.expert_rank
+    config = decoder_of(base).config
+    found = next((getattr(config, name) for name in TOP_K if getattr(config, name, None)), None)
+    if found is None:
+        raise ConfigError(
+            f"lora.expert_rank: the config of {type(base).__name__} does not say to how many experts a token goes, by "
+            f"which lora.rank = {lora.rank} is divided; set lora.expert_rank, or lora.experts = false"
+        )
+    return max(1, lora.rank // (max(found) if isinstance(found, list | tuple) else found))
 
 
 def _select(layers: LinearLayers, lora: Lora) -> tuple[list[str], list[str]]:
@@ -141,6 +170,12 @@ def _no_match(target: str, layers: LinearLayers, lora: Lora) -> str:
     return f"{head}{target} matches no linear layer of the text decoder; it has {', '.join(leaves)}"
 
 
+def rank_of(config: LoraConfig, name: str) -> int:
+    """Return the rank that PEFT's settings give the weight of a full name."""
+    patterns: dict[str, int] = config.rank_pattern or {}
+    return next((rank for key, rank in patterns.items() if re.match(rf"(.*\.)?({key})$", name)), config.r)
+
+
 def _rewritten(base: Any, modules: Iterable[str]) -> set[str]:
     """Return those of the modules whose names PEFT would replace."""
     from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
@@ -174,30 +209,60 @@ def check_attached(model: PeftModel, wanted: LoraConfig) -> None:
 
 def adapted(model: PeftModel) -> Iterator[str]:
     """Yield the full names, in the base, of modules and of parameters of fused experts that have an adapter."""
+    return (name for name, _ in _adapted(model))
+
+
+def _adapted(model: PeftModel) -> Iterator[tuple[str, Any]]:
+    """Yield what `adapted` does, each with PEFT's wrapper."""
     for name, module in model.get_base_model().named_modules():
         if "default" in getattr(module, "lora_A", ()):
             parameter = getattr(module, "parameter_name", "weight")
             name = name.replace(".base_layer", "")
-            yield name if parameter == "weight" and getattr(module, "num_experts", 1) == 1 else f"{name}.{parameter}"
+            plain = parameter == "weight" and getattr(module, "num_experts", 1) == 1
+            yield (name if plain else f"{name}.{parameter}"), module
+
+
+def expert_ranks(model: PeftModel) -> set[int]:
+    """Return the ranks that the adapters of fused experts have."""
+    stacks = _stacks(model)
+    return {module.r["default"] for name, module in _adapted(model) if name in stacks}
+
+
+def expert_parameters(model: PeftModel) -> int:
+    """Return the number of parameters that the adapters of fused experts have."""
+    stacks = _stacks(model)
+    pairs = ((each.lora_A, each.lora_B) for name, each in _adapted(model) if name in stacks)
+    return sum(factor["default"].weight.numel() for pair in pairs for factor in pair)
+
+
+def by_expert_rank(model: PeftModel) -> bool:
+    """Return whether its settings' rank is that of every adapter but those of fused experts, which have one rank."""
+    config: Any = model.peft_config["default"]
+    stacks = _stacks(model)
+    others = {module.r["default"] for name, module in _adapted(model) if name not in stacks}
+    return others <= {config.r} and len(expert_ranks(model)) == 1
+
+
+def _stacks(model: PeftModel) -> dict[str, int]:
+    """Map the full names, in the base, of the parameters of fused experts -> E."""
+    layers = find(model.get_base_model())
+    return {name.replace(".base_layer", ""): count for name, count in layers.experts.items()}
 
 
 def describe(model: PeftModel) -> str:
     """Describe by kind and count what has an adapter, and what of the decoder has none, for the log of a run."""
-    layers, names = find(model.get_base_model()), list(adapted(model))
-    experts = {name.replace(".base_layer", ""): count for name, count in layers.experts.items()}
-    plain = Counter(_kind(name) for name in names if name not in experts and ".shared_expert" not in name)
+    layers, names, stacks = find(model.get_base_model()), list(adapted(model)), _stacks(model)
+    plain = Counter(_kind(name) for name in names if name not in stacks and ".shared_expert" not in name)
     counts = [
         (" ".join(kind for kind in plain if plain[kind] == count), str(count))
         for count in dict.fromkeys(plain.values())
     ]
     shared = len({name.rpartition(".")[0] for name in names if ".shared_expert" in name})
-    fused = {name.rpartition(".")[0] for name in names if name in experts}
+    fused = {name.rpartition(".")[0] for name in names if name in stacks}
     counts += [("shared experts", str(shared))] if shared else []
-    counts += (
-        [("experts", f"{len(fused)} x {max(experts[name] for name in names if name in experts)}")] if fused else []
-    )
+    counts += [("experts", f"{len(fused)} x {max(stacks[name] for name in names if name in stacks)}")] if fused else []
     exceptions = [
-        "not the experts" if experts and not fused else "",
+        "not the experts" if stacks and not fused else "",
         "not the router" if set(layers.routers) - set(names) else "",
         f"not Mamba's out_proj, since {MAMBA}" if set(layers.mamba) - set(names) else "",
     ]

@@ -29,6 +29,7 @@ from rlft.config.data import Sampling
 from rlft.errors import EngineError
 from rlft.models import kv_cache, packed
 from rlft.models.adapter import lora_parameters, lora_scales
+from rlft.models.continued import peft_wraps
 from rlft.models.policy import Policy
 from rlft.positions import next_position, prompt_positions
 from rlft.rollout.engine import Finished, Groups, check_names, check_read_back, eos_ids, rollout_seed
@@ -80,7 +81,8 @@ class EagerEngine:
         self._policy, self._model, self._device = policy, policy.model, policy.device
         self._tokenizer, self._batch_size, self._progress = tokenizer, batch_size, progress
         self._scales = dict(policy.scales)
-        self._model.add_adapter(SLOT, self._model.peft_config["default"])
+        with peft_wraps():
+            self._model.add_adapter(SLOT, self._model.peft_config["default"])
         self._slots: dict[str, Tensor] = {
             name: parameter.detach() for name, parameter in lora_parameters(self._model, SLOT).items()
         }

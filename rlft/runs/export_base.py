@@ -16,6 +16,7 @@ from torch import nn
 from rlft.config.paths import user_path
 from rlft.errors import ConfigError
 from rlft.kernels.nf4 import Nf4Weight, decode
+from rlft.models import experts
 from rlft.models.load import Base, describe_base, load_base, load_tokenizer, resolve_device
 from rlft.models.vision import save_image_processor
 from rlft.runs.export import check_free, new_folder, read_back, writing
@@ -49,8 +50,10 @@ def export_base(model: str, out: str | Path, quantization: str = "nf4", dtype: s
     cfg = Base(model, quantization, dtype)  # type: ignore[arg-type]
     device = resolve_device(cfg)
     plan = describe_base(cfg, device)
-    if plan.quantization not in ("nf4", "none"):
-        raise ConfigError(f'quantization = "{plan.quantization}": only NF4 weights are decoded; load them as they are')
+    if plan.quantization not in ("nf4", "mxfp4", "none"):
+        raise ConfigError(
+            f'quantization = "{plan.quantization}": only NF4 and MXFP4 weights are decoded; load them as they are'
+        )
     base: Any = load_base(cfg, device)
     decoded = _decode(base, plan.dtype)
     if hasattr(base.config, "quantization_config"):
@@ -65,8 +68,8 @@ def export_base(model: str, out: str | Path, quantization: str = "nf4", dtype: s
     return ExportedBase(out, decoded, plan.dtype)
 
 
-def _decode(base: nn.Module, dtype: torch.dtype) -> int:
-    """Replace the 4-bit linear modules of a model by plain ones; return their number."""
+def _decode(base: Any, dtype: torch.dtype) -> int:
+    """Replace the 4-bit linear modules and experts of a model by plain ones; return the number of weights."""
     names = [
         name for name, module in base.named_modules() if getattr(getattr(module, "weight", None), "quant_state", None)
     ]
@@ -80,4 +83,12 @@ def _decode(base: nn.Module, dtype: torch.dtype) -> int:
         plain.bias = module.bias
         parent, _, child = name.rpartition(".")
         setattr(base.get_submodule(parent), child, plain)
-    return len(names)
+    stacks = [stack for stack in experts.stacks(base).values() if stack.in_four_bits]
+    for stack in stacks:
+        weight = experts.decoded(stack.module, stack.leaf, dtype)
+        weight = weight.transpose(1, 2).contiguous() if stack.module.is_transposed else weight
+        stack.module._buffers.pop(f"{stack.leaf}_scales", None)
+        setattr(stack.module, stack.leaf, nn.Parameter(weight, requires_grad=False))
+    if stacks:
+        base._weight_conversions = None  # transformers' own, which save experts as their family's files hold them
+    return len(names) + len(stacks)

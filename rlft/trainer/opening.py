@@ -8,7 +8,7 @@ from rlft import dist
 from rlft.algos.algorithm import Algorithm, describe
 from rlft.config.run import Config
 from rlft.data.table import PromptTable
-from rlft.models import targets
+from rlft.models import experts, targets
 from rlft.models.continued import changed_dropout
 from rlft.models.fused.memory import weight_bytes
 from rlft.models.load import resolve_dtype
@@ -27,7 +27,7 @@ MIXED = (
 def title(cfg: Config, policy: Policy, rows: PromptTable, evals: PromptTable, steps: int, run: Run) -> list[str]:
     """Return the lines that every user sees: the model, what is trained and sampled, and where the run lies.
 
-    A run over 8-bit weights, or from an adapter that had another dropout, says so.
+    A run over 8-bit weights, over a mixture of experts, or from an adapter that had another dropout, says so.
     """
     dtype = str(resolve_dtype(cfg, policy.device)).removeprefix("torch.")
     kind = held_in(policy.base)
@@ -42,9 +42,24 @@ def title(cfg: Config, policy: Policy, rows: PromptTable, evals: PromptTable, st
         f"{cfg.model}: {count(size)} parameters in {held} on the {device}; {cfg.algo.name} trains a LoRA adapter of "
         f"rank {cfg.lora.rank}, {count(trained)} parameters",
         f"{len(rows)} prompts{shown}, {len(evals)} held out; {steps} steps of {cfg.prompts_per_step} prompts x {done}",
+        *experts_line(cfg, policy),
         *([MIXED] if policy.mixes_rows else []),
         *(line for line in [changed_dropout(cfg.lora)] if line),
         f"run folder: {run.path}",
+    ]
+
+
+def experts_line(cfg: Config, policy: Policy) -> list[str]:
+    """Return the line about the adapters of a mixture of experts: their rank and bytes, and what is not trained."""
+    trained = targets.expert_parameters(policy.model)
+    if not trained:
+        return []
+    (rank,) = targets.expert_ranks(policy.model)
+    each = policy.adapter_params.element_size()
+    size = trained * (2 * each + (2 if cfg.optim.name == "adamw_8bit" else 2 * each)) / 2**30
+    return [
+        f"each expert has rank {rank} (lora.expert_rank): {count(trained)} of these parameters, {size:.2g} GiB with "
+        f"gradient and moments; the router is frozen, and no auxiliary loss is added"
     ]
 
 
@@ -53,6 +68,7 @@ def details(cfg: Config, policy: Policy, algorithm: Algorithm, passes: str) -> l
     return [
         policy.path,
         targets.describe(policy.model),
+        *experts.describe(policy.base),
         *([str(policy.rope)] if policy.rope else []),
         f"memory: {weight_bytes(policy.base)['bytes'] / 2**30:.2f} GiB of weights; {passes}",
         *describe(algorithm),

@@ -25,6 +25,7 @@ from rlft.data.table import PromptTable
 from rlft.data.usable import Rows, check_rows
 from rlft.environment import untested, without_bars
 from rlft.errors import ConfigError, DataError
+from rlft.models import targets
 from rlft.models.allocator import segments
 from rlft.models.fused.placement import move_others
 from rlft.models.load import attach_lora, describe_base, load_base, pad_rows, resolve_device, resolve_dtype
@@ -317,12 +318,13 @@ def _engines(
 
 def identity_of(cfg: Config, policy: Policy) -> dict[str, str]:
     """Return the properties that a checkpoint must share with this run to be resumed."""
-    lora = cfg.lora
+    lora, ranks = cfg.lora, sorted(targets.expert_ranks(policy.model))
     return {
         "model": cfg.model,
         "base": policy.fingerprint,
         "rlft": __version__,
-        "lora": f"rank {lora.rank}, alpha {lora.alpha:g}, rslora {lora.rslora}, {len(policy.adapter())} tensors",
+        "lora": f"rank {lora.rank}, alpha {lora.alpha:g}, rslora {lora.rslora}, {len(policy.adapter())} tensors"
+        + "".join(f", experts {rank}" for rank in ranks if rank != lora.rank),
         **({"rope": policy.rope.factors} if policy.rope is not None else {}),
     }
 

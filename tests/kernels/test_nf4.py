@@ -190,7 +190,7 @@ def test_bad_input_says_what_it_wants() -> None:
     good = made((8, 64))
     with pytest.raises(ValueError, match="packed uint8"):
         Nf4Weight(good.packed.view(torch.int8), good.absmax, (8, 64), nested_code=good.nested_code)
-    with pytest.raises(ValueError, match="8x65 matrix in blocks of 64"):
+    with pytest.raises(ValueError, match="8x65 weight in blocks of 64"):
         Nf4Weight(good.packed, torch.rand(8), (8, 65))
     with pytest.raises(ValueError, match="blocks of 48"):
         Nf4Weight(good.packed, torch.rand(8), (8, 64), 48)

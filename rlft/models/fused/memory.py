@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from rlft.kernels.logprobs import chunk_rows
+from rlft.models import experts
 from rlft.models.fused.decoder_shape import DecoderShape
 from rlft.models.fused.levels import Level
 from rlft.models.fused.mixer_shape import Recurrent
@@ -280,8 +281,9 @@ def weight_bytes(model: nn.Module) -> dict[str, int]:
             continue
         state: Any = getattr(weight, "quant_state", None)
         size += weight.numel() * weight.element_size()
-        count += weight.numel() if state is None else math.prod(state.shape)
+        count += math.prod(experts.shape_of(weight) if state is None else state.shape)
         if state is not None:
             size += state.absmax.numel() * state.absmax.element_size()
             size += state.state2.absmax.numel() * state.state2.absmax.element_size() if state.nested else 0
-    return {"bytes": size, "parameters": count}
+    scales = [scale for name, scale in model.named_buffers() if name.endswith("_proj_scales")]  # of experts in MXFP4
+    return {"bytes": size + sum(scale.numel() for scale in scales), "parameters": count}

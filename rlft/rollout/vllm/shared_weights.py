@@ -20,6 +20,7 @@ from rlft.errors import EngineError, UnsupportedModel
 from rlft.kernels.launch import power_of_2
 from rlft.kernels.lora_add import MIN_RANK
 from rlft.kernels.nf4 import DecodeTables, Nf4Weight
+from rlft.models import experts
 from rlft.rollout.vllm.names import Weight
 
 PER_LAUNCH = 7
@@ -30,9 +31,14 @@ def frozen_weights(base: nn.Module) -> dict[str, Weight]:
     """Return transformers' name -> frozen weight, without adapters and PEFT's wrappers.
 
     Tied weights appear under each of their names. Raises EngineError for weights in a form that no engine can share
-    (LLM.int8).
+    (LLM.int8), and UnsupportedModel for stacks of experts.
     """
     weights: dict[str, Weight] = {}
+    for name in experts.stacks(base):
+        raise UnsupportedModel(
+            f"{name.replace('.base_layer', '')} is a stack of experts: vLLM does not sample a mixture over the weights "
+            f"of the trainer"
+        )
     for name, parameter in base.named_parameters(remove_duplicate=False):
         if ".lora_" in name:
             continue
