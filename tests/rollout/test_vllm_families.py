@@ -62,7 +62,7 @@ REFUSED = {
     "qwen2_5_vl": "parameter visual.",
     "qwen3_vl": "parameter visual.",
     "gpt_neox": "parameter model.embed_in.weight, and the trainer's has none of that name",
-    "gpt_oss": "parameter model.embedding.weight, and the trainer's has none of that name",
+    "gpt_oss": "experts.gate_up_proj is a stack of experts",
     "gpt2": "c_attn.weight: (64, 192) in the trainer, (192, 64) in vLLM",
     "granitemoehybrid": "parameter model.layers.0.mamba.A, and the trainer's has none of that name",
     "falcon_h1": "parameter model.layers.0.mamba.mamba.A, and the trainer's has none of that name",

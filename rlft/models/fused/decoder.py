@@ -194,15 +194,14 @@ class FusedDecoder:
             embedded = embedded * self._embedding_factor
         if self.family.embedding_norm:
             embedded = self.final_norm(embedded)
+        adapter, rows = self.adapter(), embedded.shape[0]
         if plan is None:
-            rows = embedded.shape[0]
             keys = count_keys(sequences, rows) if sequences.copies else 0
             plan = self.plan_for(rows, None, keys, None, self._recurrent(sequences))
         self._last_plan = plan
         self.store.use(plan.store)
         types = {layer.type for layer in self.layers if layer.mixer is None}
         tables = rope_tables(self.decoder, self.family, types, embedded, position_ids, padded_to)
-        adapter, rows = self.adapter(), embedded.shape[0]
         hidden = embedded
         if plan.padded:
             batch = Padded.of(self.layers, embedded, tables, sequences, plan.padded)
