@@ -163,7 +163,7 @@ class Policy:
         """
         if self.fused is None or self.device.type == "cpu":
             return BUDGETS[-1]
-        return token_budget(self.fused.shape, self.fused.available(), host_free(), group)
+        return token_budget(self.fused.shape, self.fused.available(), host_free(), group, self.fused.graphs is not None)
 
     def set_micro_batch(self, tokens: int) -> None:
         """Set the tokens of a full micro-batch, by which the plans of shorter ones choose where weights are held."""

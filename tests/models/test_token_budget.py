@@ -50,6 +50,7 @@ def test_passes_that_graphs_can_run_have_no_launches_to_wait_for() -> None:
         # More would be launched, and wait for the host.
         assert set(plan.levels) == {L0} and plan.peak - scratch(small, plan.store) <= GRAPH_MEMORY_SHARE * gib * GIB
         assert tokens == BUDGETS[0] if gib == 60 else BUDGETS[-1] < tokens < BUDGETS[0]
+        assert token_budget(small, gib * GIB, 100 * GIB, graphs=False) == BUDGETS[0]  # a decoder that has no graphs
     assert token_budget(small, 2 * GIB, 100 * GIB) == BUDGETS[0], "where none can be captured, many wait least"
 
 

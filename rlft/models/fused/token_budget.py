@@ -61,11 +61,13 @@ ALONE = Group(0, 1)
 """Rows that share nothing."""
 
 
-def token_budget(s: DecoderShape, device_bytes: float, host_bytes: float, group: Group = ALONE) -> int:
+def token_budget(
+    s: DecoderShape, device_bytes: float, host_bytes: float, group: Group = ALONE, graphs: bool = True
+) -> int:
     """Return the tokens per micro-batch that take the least time per completion token, the most among equals.
 
     Returns the least of `BUDGETS` if none fits. group: a typical group, if its completions may be in several
-    micro-batches.
+    micro-batches. graphs: CUDA graphs may run the decoder.
     """
 
     def seconds(rows: int) -> float:
@@ -74,7 +76,7 @@ def token_budget(s: DecoderShape, device_bytes: float, host_bytes: float, group:
             return math.inf
         cost = cost_of(s, plan, plan.levels, rows, SHORT_SEQUENCE_FACTOR) / 100
         device = device_seconds(s, rows)
-        captured = device < LAUNCH_SECONDS and capturable(s, plan, device_bytes)
+        captured = graphs and device < LAUNCH_SECONDS and capturable(s, plan, device_bytes)
         busy = s.layers * LAYER_OVERHEAD * device * (1 + cost) + head_seconds(s, rows)
         elapsed = max(busy, 0.0 if captured else s.layers * LAUNCH_SECONDS_MAX)
         # Rounded to three digits, so that nearly equal times count as equal.
