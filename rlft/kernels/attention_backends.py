@@ -59,11 +59,11 @@ def set_fa4_cache() -> None:
     is the user's alone: `rlft/flash-attn-4` in `$XDG_CACHE_HOME` or `~/.cache`. Where it cannot be one, nothing is
     kept.
     """
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rlft" / "flash-attn-4"
     try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rlft" / "flash-attn-4"
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         state = folder.stat()
-    except OSError:
+    except (OSError, RuntimeError):  # RuntimeError: the user has no home
         return
     if state.st_uid == os.getuid() and not state.st_mode & 0o022 and os.access(folder, os.W_OK):
         os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_DIR", str(folder))

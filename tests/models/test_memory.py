@@ -61,6 +61,13 @@ def test_a_factor_takes_the_memory_of_a_copy() -> None:
         assert scaled - forward_work(replace(plain, q=64, kv=64), rows, tile, level) == more
 
 
+def test_no_graph_runs_a_decoder_of_which_some_layers_have_no_flash_attention() -> None:
+    """In a graph sequences have no bounds on the host, so other attention would see all rows as one sequence."""
+    wide = replace(QWEN3_8B, attention="sdpa")
+    assert QWEN3_8B.flash and not wide.flash
+    assert not replace(QWEN3_8B, kinds=(QWEN3_8B, wide), order=(0, 1) * 18).flash
+
+
 def test_bytes_per_token_are_those_of_the_arithmetic() -> None:
     """Qwen3-8B in bf16: 86 KB a layer for the smallest set without a product done again,
     28.8, 16.5 and 8.2 KB below; tails and S on top."""

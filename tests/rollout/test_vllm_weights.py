@@ -69,6 +69,7 @@ def compare(policy: Policy, model: nn.Module) -> int:
     from rlft.rollout.vllm.shared_weights import frozen_weights
 
     weights, parameters = frozen_weights(policy.base), dict(model.named_parameters())
+    parameters |= {name: buffer for name, buffer in model.named_buffers() if name in weights}
     own = {name: parameter for name, parameter in parameters.items() if "rlft_" not in name}
     matches, count = partners(own, Naming.of(model), weights), 0
     theirs = dict(policy.base.named_modules())
@@ -94,6 +95,9 @@ def compare(policy: Policy, model: nn.Module) -> int:
 @pytest.mark.parametrize("name", ROWS)
 def test_vllm_has_a_place_for_every_weight_of_a_family(name: str) -> None:
     policy = policy_of(name, torch.bfloat16 if name == "apertus" else torch.float32)  # vLLM's xIELU is in 16 bits
+    for buffer_name, buffer in policy.base.named_buffers():
+        if buffer_name.endswith("layer_scalar"):
+            buffer.fill_(0.3)
     model, _ = filled(policy, "shared")
     assert compare(policy, model) >= 8
 

@@ -139,7 +139,7 @@ class FusedDecoder:
         if self._problem is None:
             self.norm = describe_norm(final_norm, self.family.norm_style, like, config.hidden_size)
             self.shape = self._shape()
-            graphable = self.norm.weight.is_cuda and self.shape.attention in ("fa4", "fa2")
+            graphable = self.norm.weight.is_cuda and self.shape.flash
             self.mixers, self.graphless = mixers_of(self.layers), graphless_of(self.layers)
             if graphable and self.placement is None and self.graphless is None:
                 self.graphs = Graphs()

@@ -114,6 +114,11 @@ class DecoderShape:
         return self.output_gate if self.mixer is None else self.mixer.finishes
 
     @property
+    def flash(self) -> bool:
+        """Attention of all layers is by flash attention, which reads the bounds of sequences on the device."""
+        return all(kind.mixer is not None or kind.attention in ("fa4", "fa2") for kind in self.layer_kinds)
+
+    @property
     def element(self) -> int:
         """Bytes of an activation."""
         return self.dtype.itemsize

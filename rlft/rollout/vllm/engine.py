@@ -35,6 +35,8 @@ from rlft.rollout.vllm.shared_weights import frozen_weights, module_of
 from rlft.rollout.vllm.start import arguments, class_restored, defaults_restored, environment, model_folder, quiet
 from rlft.types import Prompt, Rollout
 
+OF_A_MODEL = (ValueError, TypeError, LookupError, AttributeError, NotImplementedError, AssertionError, ImportError)
+"""What vLLM raises over a model that it does not have or cannot build; errors of the device and of files are others."""
 NUMBERS = itertools.count(1)
 """Numbers of the engines of this process."""
 
@@ -128,9 +130,10 @@ class VllmEngine:
         """Return the error to raise where vLLM did not start: whether it is about the model, or about anything else."""
         name, vllm = type(self._policy.base).__name__, f"vLLM {vllm_start.version()}"
         why = f"{type(error).__name__}: {(str(error).strip() or type(error).__name__).splitlines()[0]}"
-        if self._provider.stage == "configured" and not vllm_start.knows(name):
-            return UnsupportedModel(f"{vllm} has no model {name}")
-        if self._provider.stage == "building" and not isinstance(error, torch.OutOfMemoryError):
+        of_model = isinstance(error, OF_A_MODEL)
+        if of_model and self._provider.stage == "configured" and not vllm_start.knows(name):
+            return UnsupportedModel(f"{vllm} has no model {name} ({why})")
+        if of_model and self._provider.stage == "building":
             return UnsupportedModel(f"{vllm} cannot build {name} ({why})")
         return EngineError(
             f'{vllm} did not start ({why}); run with VLLM_LOGGING_LEVEL=DEBUG to see why, or set engine.name = "eager"'

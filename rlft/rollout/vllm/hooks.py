@@ -74,8 +74,12 @@ class WeightProvider:
     def give(self, model: nn.Module) -> None:
         """Put the weights into vLLM's empty model. Raises UnsupportedModel for a weight without a counterpart."""
         modules = dict(model.named_modules())
-        parameters = dict(model.named_parameters())
-        matches = partners(parameters, Naming.of(model), self.weights)
+        naming = Naming.of(model)
+        ours = {naming.rename(name) for name in self.weights}
+        # vLLM has buffers besides that the trainer has not, such as the scales of a quantized cache.
+        buffers = {name: buffer for name, buffer in shared_weights.saved_buffers(model).items() if name in ours}
+        parameters = dict(model.named_parameters()) | buffers
+        matches = partners(parameters, naming, self.weights)
         places: dict[str, Tensor] = {}
         scratch, unplaced = self._scratch(modules, matches), set(self._ranks)
         for name, parameter in parameters.items():

@@ -28,7 +28,7 @@ PER_LAUNCH = 7
 
 
 def frozen_weights(base: nn.Module) -> dict[str, Weight]:
-    """Return transformers' name -> frozen weight, without adapters and PEFT's wrappers.
+    """Return transformers' name -> frozen weight, without adapters and PEFT's wrappers, saved buffers included.
 
     Tied weights appear under each of their names. Raises EngineError for weights in a form that no engine can share
     (LLM.int8), and UnsupportedModel for stacks of experts.
@@ -52,7 +52,18 @@ def frozen_weights(base: nn.Module) -> dict[str, Weight]:
                 f"{name} is kept in {parameter.dtype}: the vLLM engine takes NF4 and plain weights; set "
                 f'quantization = "nf4" or "none", or engine.name = "eager"'
             )
-    return weights
+    return weights | saved_buffers(base)
+
+
+def saved_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """Return name -> floating-point buffer of those that are saved with a model, such as the scales of Gemma 4's
+    layers."""
+    return {
+        f"{name}.{leaf}".lstrip(".").replace(".base_layer.", "."): buffer
+        for name, module in model.named_modules()
+        for leaf, buffer in module.named_buffers(recurse=False)
+        if leaf not in module._non_persistent_buffers_set and buffer.is_floating_point()
+    }
 
 
 def needs_copy(weights: Sequence[Weight], parameter: Tensor) -> bool:
