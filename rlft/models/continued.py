@@ -134,7 +134,6 @@ def continue_adapter(base: nn.Module, lora: Lora) -> PeftModel:
     # adapter is overwritten by the file.
     saved.lora_dropout, saved.init_lora_weights = lora.dropout, True
     wanted = targets.resolve(base, lora)
-    _check_expert_rank(lora, saved, wanted)
     misfit = "the adapter does not fit this base"
     with (
         reading(f'lora.resume_from = "{folder}"', place, misfit, "give one that was trained on it"),
@@ -150,15 +149,15 @@ def continue_adapter(base: nn.Module, lora: Lora) -> PeftModel:
             f"have no place in it and {len(slots - stored)} of the base's are missing, {min(stored ^ slots)} for one"
         )
     _check_targets(model, lora, wanted)
+    _check_expert_rank(model, lora, wanted)
     return model
 
 
-def _check_expert_rank(lora: Lora, saved: LoraConfig, wanted: LoraConfig) -> None:
+def _check_expert_rank(model: PeftModel, lora: Lora, wanted: LoraConfig) -> None:
     """Raise ConfigError if the experts of a continued adapter have another rank than a new one's would. wanted: from
     `resolve`."""
-    for name in set(wanted.target_parameters or ()) & set(saved.target_parameters or ()):
-        ours, theirs = (targets.rank_of(config, name) for config in (wanted, saved))
-        if ours != theirs:
+    for ours in {targets.rank_of(wanted, name) for name in wanted.target_parameters or ()}:
+        for theirs in targets.expert_ranks(model) - {ours}:
             divided = "" if lora.expert_rank else f" (lora.rank = {lora.rank} divided)"
             raise ConfigError(
                 f"lora.expert_rank = {ours}{divided}, but the experts of the adapter in {lora.resume_from} have "

@@ -173,11 +173,13 @@ def _check_dtype(base: Any) -> None:
     for patterns in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"):
         kept |= set(getattr(base, patterns, None) or ())
     for name, weight in base.named_parameters():
-        differs = weight.is_floating_point() and weight.dtype != dtype and "lora_" not in name
+        packed = getattr(weight, "quant_state", None) is not None  # 4-bit weights may be stored as floats
+        differs = weight.is_floating_point() and not packed and weight.dtype != dtype and "lora_" not in name
         if differs and not any(pattern in name for pattern in kept):
+            plain = quant.stored(base.config) == "none"
             raise ConfigError(
                 f"model: {name} of the {type(base).__name__} given is {weight.dtype}, and its embeddings are {dtype}; "
-                f"cast the model with .to({dtype})"
+                + (f"cast the model with .to({dtype})" if plain else f"load it with dtype = {dtype}")
             )
 
 

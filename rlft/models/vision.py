@@ -39,31 +39,42 @@ def image_reader(model: str, config: Any, data: Data | None = None) -> ImageRead
     config: of transformers. data: for the limits of an image's pixels. Raises ConfigError for a model without a
     processor.
     """
-    if config is None or not sees(config):
+    limits = {name: getattr(data, name) for name in ("min_pixels", "max_pixels") if data is not None}
+    options: dict[str, Any] = {name: value for name, value in limits.items() if value is not None}
+    if config is None:
+        return None
+    if not sees(config):
+        if options:
+            name, value = next(iter(options.items()))
+            raise ConfigError(f'data.{name} = {value}: model = "{model}" takes text alone; leave it out')
         return None
     if version("pillow") is None:
         raise ConfigError(f'model = "{model}" takes images, which need Pillow: {install("images")}')
     from transformers import AutoImageProcessor
 
     location = locate(model)
-    limits = {name: getattr(data, name) for name in ("min_pixels", "max_pixels") if data is not None}
-    options: dict[str, Any] = {name: value for name, value in limits.items() if value is not None}
     with explained(model, location, "its image processor"):
         # False: code from the hub is not run, and transformers does not prompt for it.
         processor = AutoImageProcessor.from_pretrained(location.path, trust_remote_code=False, **options)
+    vision = config.vision_config
+    for name, wanted in (
+        ("patch_size", vision.patch_size),
+        ("merge_size", vision.spatial_merge_size),
+        ("temporal_patch_size", vision.temporal_patch_size),
+        ("do_resize", True),
+    ):
+        if getattr(processor, name, None) != wanted:
+            raise ConfigError(
+                f'model = "{model}": its image processor ({type(processor).__name__}) has {name} = '
+                f"{getattr(processor, name, None)}, and its vision tower needs {wanted}; give a folder whose files "
+                f"belong together"
+            )
     least, most = processor.size["shortest_edge"], processor.size["longest_edge"]
     if least is None or most is None or least > most:
         raise ConfigError(
             f"data.min_pixels and data.max_pixels: the image processor of {model} would take images of at least "
             f"{least} and at most {most} pixels; set both"
         )
-    vision = config.vision_config
-    for name, wanted in (("patch_size", vision.patch_size), ("merge_size", vision.spatial_merge_size)):
-        if getattr(processor, name) != wanted:
-            raise ConfigError(
-                f'model = "{model}": its image processor has {name} {getattr(processor, name)}, its vision tower '
-                f"{wanted}; give a folder whose files belong together"
-            )
     return ImageReader(processor, config.image_token_id, config.video_token_id)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import seeing
 from PIL import Image
+from random_base import config_of
 from tiny import tiny_tokenizer
 
 from rlft.config.data import Data, Source
@@ -316,9 +317,14 @@ def test_pixel_limits_reach_the_processor(tmp_path: Path) -> None:
         Data("x", min_pixels=9, max_pixels=8)
     with pytest.raises(ConfigError, match=r"eval.data.max_pixels differs from data.max_pixels"):
         Config(model="m", data="d", out="o", steps=1, eval={"rows": 1, "data": {"path": "e", "max_pixels": 5}})
-    (folder / "preprocessor_config.json").write_text(json.dumps({**seeing.PROCESSOR, "patch_size": 8}))
-    with pytest.raises(ConfigError, match=r"its image processor has patch_size 8, its vision tower 4"):
-        tokens()
+    text = config_of("llama")
+    assert image_reader("m", text, Data("x")) is None
+    with pytest.raises(ConfigError, match=r'data.max_pixels = 5: model = "m" takes text alone; leave it out'):
+        image_reader("m", text, Data("x", max_pixels=5))
+    for name, value in (("patch_size", 8), ("temporal_patch_size", 1), ("do_resize", False)):
+        (folder / "preprocessor_config.json").write_text(json.dumps({**seeing.PROCESSOR, name: value}))
+        with pytest.raises(ConfigError, match=rf"its image processor \(\w+\) has {name} = {value}, and its vision"):
+            tokens()
     (folder / "preprocessor_config.json").unlink()
     with pytest.raises(ConfigError, match="its image processor"):
         tokens()

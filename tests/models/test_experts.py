@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -254,11 +255,16 @@ def test_a_config_without_the_experts_of_a_token_wants_a_rank() -> None:
 
 def test_a_continued_adapter_has_the_rank_of_experts_it_was_saved_with(tmp_path) -> None:
     attach_lora(mixture(), Lora(rank=4, expert_rank=1), 0).save_pretrained(str(tmp_path), save_embedding_layers=False)
-    lora = Lora(rank=4, resume_from=str(tmp_path))
-    assert refused(lambda: attach_lora(mixture(), lora, 0)) == (
-        f"lora.expert_rank = 2 (lora.rank = 4 divided), but the experts of the adapter in {tmp_path} have 1: set "
-        f"lora.expert_rank = 1"
-    )
+    lora, path = Lora(rank=4, resume_from=str(tmp_path)), tmp_path / "adapter_config.json"
+    written = json.loads(path.read_text())
+    # PEFT's own adapters name parameters by the ends of their names.
+    ends = sorted({".".join(name.split(".")[-3:]) for name in written["target_parameters"]})
+    for names in (ends, written["target_parameters"]):
+        path.write_text(json.dumps({**written, "target_parameters": names}))
+        assert refused(lambda: attach_lora(mixture(), lora, 0)) == (
+            f"lora.expert_rank = 2 (lora.rank = 4 divided), but the experts of the adapter in {tmp_path} have 1: set "
+            f"lora.expert_rank = 1"
+        )
     again = attach_lora(mixture(), replace(lora, expert_rank=1), 0)
     assert targets.expert_ranks(again) == {1}
     assert torch.allclose(

@@ -158,9 +158,9 @@ def _shown(prompt: Any) -> str:
     """Return a prompt as text: a string itself, a conversation as one paragraph per message."""
     if isinstance(prompt, str):
         return prompt
-    if any(isinstance(message["content"], list) for message in prompt):
+    if any(isinstance(message.get("content"), list) for message in prompt):
         raise ValueError("the prompt has images, and the judge is asked in text alone: use a reward of your own")
-    return "\n\n".join(f"{message['role']}: {message['content']}" for message in prompt)
+    return "\n\n".join(f"{message['role']}: {message.get('content', '')}" for message in prompt)
 
 
 def _filled(template: str, row: dict[str, Any]) -> str:

@@ -117,7 +117,7 @@ def _column(name: str, labels: dict[int, str], label: int | str | None) -> int:
 
 
 def _encode(tokenizer: Any, prompt: Any, completion: str) -> list[int]:
-    if not isinstance(prompt, str) and any(isinstance(message["content"], list) for message in prompt):
+    if not isinstance(prompt, str) and any(isinstance(message.get("content"), list) for message in prompt):
         raise ValueError("the prompt has images, and the reward model reads text alone: use a reward of your own")
     if tokenizer.chat_template:
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
