@@ -47,8 +47,10 @@ class Caches:
 
 
 def _layers(config: Any) -> list[Any]:
-    """Return the config of each layer that has keys; models such as Gemma 4 have heads of more than one size, and last
-    layers that read those of earlier ones."""
+    """Return the config of each layer that has a cache; the last layers of Gemma 4 read that of earlier ones.
+
+    Heads may differ in size between layers.
+    """
     own, shared = getattr(config, "per_layer_config", None), getattr(config, "num_kv_shared_layers", None) or 0
     return [config if own is None else own[index] for index in range(config.num_hidden_layers - shared)]
 
