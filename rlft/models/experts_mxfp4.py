@@ -59,8 +59,11 @@ class StackedQuantizer(HfQuantizer):
         """True: adapters are trained over it."""
         return True
 
-    def update_weight_conversions(self, weight_conversions: list[Any]) -> list[Any]:
-        """Return the conversions from names in the files; the reverse of those of blocks saves them."""
+    def update_weight_conversions(self, weight_conversions: list[Any], *model: Any) -> list[Any]:
+        """Return the conversions from names in the files; the reverse of those of blocks saves them.
+
+        model: given by transformers 5.24, not by 5.19.
+        """
         leaves = sorted({experts.leaf_of(name) for name in self._stacks})
         return [*(WeightRenaming(f"{leaf}_blocks$", f"{leaf}$") for leaf in leaves), *weight_conversions]
 

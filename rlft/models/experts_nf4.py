@@ -67,9 +67,12 @@ class StackedQuantizer(Bnb4BitHfQuantizer):
         """Return the operation that quantizes one parameter."""
         return Quantize(self, self._stacks)
 
-    def update_weight_conversions(self, weight_conversions: list[Any]) -> list[Any]:
-        """Return the conversions from names and tensors in the files; those of quantized stacks come first."""
-        conversions = super().update_weight_conversions(weight_conversions)
+    def update_weight_conversions(self, weight_conversions: list[Any], *model: Any) -> list[Any]:
+        """Return the conversions from names and tensors in the files; those of quantized stacks come first.
+
+        model: given by transformers 5.24, not by 5.19.
+        """
+        conversions = super().update_weight_conversions(weight_conversions, *model)
         names = self._stacks if self.pre_quantized else {}
         # Where transformers itself converts a stack in the files, by transposing it, quantized ones are not known.
         known = {experts.leaf_of(name) for name in names if not any(_converts(each, name) for each in conversions)}
