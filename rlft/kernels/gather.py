@@ -25,7 +25,7 @@ ELEMENTS, WARPS = 2048, 4
 
 def gather_reference(x: Tensor, order: Tensor, k: int, weights: Tensor | None = None) -> Tensor:
     """Compute `gather` in plain PyTorch; differentiable."""
-    rows = x[order.long() // k]
+    rows = x.index_select(0, order // k)
     if weights is None:
         return rows
     wide = torch.promote_types(x.dtype, torch.float32)
@@ -37,10 +37,11 @@ def combine_reference(
 ) -> Tensor:
     """Compute `combine` in plain PyTorch; differentiable."""
     wide = torch.promote_types(y.dtype, torch.float32)
-    rows = y[inverse.long()].to(wide).view(-1, k, y.shape[1])
-    if weights is not None:
-        rows = rows * weights.to(wide)[:, :, None]
-    total = rows.sum(dim=1)
+    places = inverse.view(-1, k)
+    total = torch.zeros(len(places), y.shape[1], dtype=wide, device=y.device)
+    for choice in range(k):
+        rows = y.index_select(0, places[:, choice]).to(wide)
+        total += rows if weights is None else rows * weights[:, choice, None].to(wide)
     return (total if residual is None else total + residual.to(wide)).to(y.dtype)
 
 

@@ -29,15 +29,15 @@ ELEMENTS = 1024
 
 
 def grouped_gradient_reference(
-    a: Tensor, b: Tensor, offsets: Tensor, out: Tensor, accumulate: bool, scale: float = 1.0
-) -> None:
+    a: Tensor, b: Tensor, offsets: Tensor, out: Tensor, accumulate: bool = False, scale: float = 1.0
+) -> Tensor:
     """Compute `grouped_gradient` in plain PyTorch, an expert after the other."""
+    if not accumulate:
+        out.zero_()
     for e, (start, end) in enumerate(pairwise(offsets.tolist())):
         if end > start:
-            gradient = (a[start:end].to(out.dtype).T @ b[start:end].to(out.dtype)) * scale
-            out[e] = out[e] + gradient if accumulate else gradient
-        elif not accumulate:
-            out[e] = 0
+            out[e].addmm_(a[start:end].to(out.dtype).T, b[start:end].to(out.dtype), alpha=scale)
+    return out
 
 
 @kernel(varying=("T_share",))
@@ -208,8 +208,7 @@ def grouped_gradient(
         out=out,
     )
     if not on_gpu("grouped_gradient", a=a, b=b, offsets=offsets, out=out):
-        grouped_gradient_reference(a, b, offsets, out, accumulate, scale)
-        return out
+        return grouped_gradient_reference(a, b, offsets, out, accumulate, scale)
     check_args(
         "grouped_gradient",
         a.dtype in KERNEL_DTYPES and out.dtype == torch.float32,

@@ -43,12 +43,11 @@ class Sorted(NamedTuple):
 def sort_reference(chosen: Tensor, experts: int) -> Sorted:
     """Compute `sort_by_expert` in plain PyTorch."""
     flat = chosen.reshape(-1).long()
-    order = torch.sort(flat, stable=True).indices
+    values, order = torch.sort(flat, stable=True)
     inverse = torch.empty_like(order)
     inverse[order] = torch.arange(flat.numel(), device=flat.device)
-    offsets = torch.zeros(experts + 1, dtype=torch.int64, device=flat.device)
-    torch.cumsum(torch.bincount(flat, minlength=experts), 0, out=offsets[1:])
-    return Sorted(order.int(), inverse.int(), offsets.int())
+    bounds = torch.arange(experts + 1, device=flat.device)
+    return Sorted(order.int(), inverse.int(), torch.searchsorted(values, bounds, out_int32=True))
 
 
 @kernel(varying=("T", "T_share"))

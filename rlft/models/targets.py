@@ -120,8 +120,10 @@ def resolve(base: Any, lora: Lora) -> LoraConfig:
 
 
 def expert_rank(base: Any, lora: Lora) -> int:
-    """Return the rank of the adapter of each expert. Raises ConfigError where it is to be divided and the config does
-    not say by what."""
+    """Return the rank of the adapter of each expert.
+
+    Raises ConfigError where the rank has to be divided and the config has no number of experts per token.
+    """
     if lora.expert_rank is not None:
         return lora.expert_rank
     config = decoder_of(base).config

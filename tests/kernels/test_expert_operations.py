@@ -6,7 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlft.kernels.experts_plain import combine, gather, grouped, grouped_gradient, grouped_transposed, sort_by_expert
+from rlft.kernels.gather import combine, gather
+from rlft.kernels.grouped import grouped, grouped_transposed
+from rlft.kernels.grouped_gradient import grouped_gradient
+from rlft.kernels.route import sort_by_expert
 
 E, N, K = 5, 6, 7
 CHOICES = {
@@ -67,5 +70,5 @@ def test_sums_of_16_bit_rows_are_in_fp32() -> None:
     order, inverse, _ = sort_by_expert(torch.tensor([[0, 1, 2]]), E)
     assert combine(y[order.long()], inverse, None, 3).item() == 258
     rows = torch.ones(3, 1, dtype=torch.bfloat16)
-    out = grouped_gradient(y, rows, torch.tensor([0, 3, 3]), torch.empty(2, 1, 1))
+    out = grouped_gradient(y, rows, torch.tensor([0, 3, 3], dtype=torch.int32), torch.empty(2, 1, 1))
     assert out.flatten().tolist() == [258, 0]
