@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from small_run import small_run
 from tiny import tiny_model, tiny_tokenizer
 
 from rlft.cli.main import main
 from rlft.config.data import Data, DynamicSampling, Eval, Reward, Sampling
-from rlft.config.run import Algo, Checkpoint, Config, Lora, Optim, Parity
+from rlft.config.run import Algo, Checkpoint, Config, Lora, Parity
 from rlft.errors import ConfigError, DataError
 from rlft.runs.folder import Run
 from rlft.trainer.evaluate import averages, change, sampling_of
@@ -56,19 +57,13 @@ def home(tmp_path_factory) -> Path:
 
 
 def grpo(home: Path, out: Path, **changes: Any) -> Config:
-    base = Config(
-        model=str(home / "model"),
-        data=Data(str(home / "prompts.jsonl")),
-        out=str(out),
-        rewards=(Reward(f"{home}/rewards.py:digits"),),
-        steps=4,
-        prompts_per_step=3,
-        sampling=Sampling(group_size=2, max_tokens=6),
-        lora=Lora(rank=4, alpha=8),
-        optim=Optim(lr=1e-2),
-        parity=Parity(probe=False),
-    )
-    return replace(base, **changes)
+    own: dict[str, Any] = {
+        "steps": 4,
+        "prompts_per_step": 3,
+        "sampling": Sampling(group_size=2, max_tokens=6),
+        "parity": Parity(probe=False),
+    }
+    return small_run(home, out, **(own | changes))
 
 
 def sft(home: Path, out: Path, **changes: Any) -> Config:

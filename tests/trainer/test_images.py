@@ -13,12 +13,13 @@ import pytest
 import seeing
 import torch
 from safetensors.torch import load_file
+from small_run import small_run
 from tiny import save_tiny
 
 import rlft
 from rlft.cli.reward_check import check
-from rlft.config.data import Data, Eval, Reward, Sampling
-from rlft.config.run import Algo, Checkpoint, Config, Engine, Lora, Optim
+from rlft.config.data import Data, Eval, Sampling
+from rlft.config.run import Algo, Checkpoint, Config, Engine, Lora
 from rlft.errors import ConfigError, DataError, UnsupportedModel
 from rlft.models import policy
 from rlft.models.kind import NO_IMAGES
@@ -62,19 +63,12 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def grpo(home: Path, out: Path, **changes: Any) -> Config:
-    base = Config(
-        model=str(home / "model"),
-        data=Data(str(home / "prompts.jsonl")),
-        out=str(out),
-        rewards=(Reward(f"{home}/rewards.py:digits"),),
-        steps=2,
-        prompts_per_step=2,
-        sampling=Sampling(group_size=3, max_tokens=5),
-        lora=Lora(rank=4, alpha=8),
-        optim=Optim(lr=1e-2),
-        checkpoint=Checkpoint(keep=10),
-    )
-    return replace(base, **changes)
+    own: dict[str, Any] = {
+        "prompts_per_step": 2,
+        "sampling": Sampling(group_size=3, max_tokens=5),
+        "checkpoint": Checkpoint(keep=10),
+    }
+    return small_run(home, out, **(own | changes))
 
 
 def sft(home: Path, out: Path, **changes: Any) -> Config:

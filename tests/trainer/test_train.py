@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from small_run import small_run
 from tiny import SPECIAL, tiny_model, tiny_tokenizer
 
 import rlft
@@ -55,20 +56,14 @@ def home(tmp_path_factory) -> Path:
 
 
 def grpo(home: Path, out: Path, **changes: Any) -> Config:
-    base = Config(
-        model=str(home / "model"),
-        data=Data(str(home / "prompts.jsonl")),
-        out=str(out),
-        rewards=(Reward(f"{home}/rewards.py:digits"),),
-        steps=3,
-        prompts_per_step=3,
-        sampling=Sampling(group_size=4, max_tokens=6),
-        lora=Lora(rank=4, alpha=8),
-        optim=Optim(lr=1e-2),
-        parity=Parity(probe=False),
-        checkpoint=Checkpoint(keep=10),
-    )
-    return replace(base, **changes)
+    own: dict[str, Any] = {
+        "steps": 3,
+        "prompts_per_step": 3,
+        "sampling": Sampling(group_size=4, max_tokens=6),
+        "parity": Parity(probe=False),
+        "checkpoint": Checkpoint(keep=10),
+    }
+    return small_run(home, out, **(own | changes))
 
 
 def sft(home: Path, out: Path, **changes: Any) -> Config:

@@ -13,13 +13,14 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file
+from small_run import small_run
 from tiny import tiny_model, tiny_tokenizer
 
 import rlft
 from rlft.cli.main import parse
 from rlft.config.data import Data, DynamicSampling, Overlong, Reward, Sampling
 from rlft.config.files import presets, to_toml
-from rlft.config.run import Algo, Checkpoint, Config, Lora, Optim, Packing, Parity
+from rlft.config.run import Algo, Checkpoint, Config, Optim, Packing, Parity
 from rlft.errors import ConfigError, ParityError, RewardError, TrainError
 from rlft.models.policy import Policy
 from rlft.rewards.builtin.length import length
@@ -48,21 +49,14 @@ def home(tmp_path_factory) -> Path:
 
 
 def config(home: Path, out: Path, **changes: Any) -> Config:
-    base = Config(
-        model=str(home / "model"),
-        data=Data(str(home / "prompts.jsonl")),
-        out=str(out),
-        rewards=(Reward(f"{home}/rewards.py:digits"),),
-        steps=2,
-        prompts_per_step=4,
-        sampling=Sampling(group_size=4, max_tokens=6),
-        lora=Lora(rank=4, alpha=8),
-        optim=Optim(lr=1e-2),
-        parity=Parity(probe=False),
-        checkpoint=Checkpoint(keep=10),
-        packing=Packing(tokens_per_micro_batch=60),
-    )
-    return replace(base, **changes)
+    own: dict[str, Any] = {
+        "prompts_per_step": 4,
+        "sampling": Sampling(group_size=4, max_tokens=6),
+        "parity": Parity(probe=False),
+        "checkpoint": Checkpoint(keep=10),
+        "packing": Packing(tokens_per_micro_batch=60),
+    }
+    return small_run(home, out, **(own | changes))
 
 
 def metrics(out: Path) -> list[dict[str, float]]:
