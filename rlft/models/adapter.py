@@ -16,6 +16,11 @@ def peft_name(parameter: str, adapter: str) -> str:
     return parameter.replace(f".{adapter}.", ".")
 
 
+def without_wrappers(name: str) -> str:
+    """Return the name, in the base alone, of a module or parameter that PEFT has wrapped, once or several times."""
+    return ".".join(part for part in name.split(".") if part != "base_layer")
+
+
 def lora_parameters(model: nn.Module, adapter: str) -> dict[str, nn.Parameter]:
     """Map PEFT name -> parameter of one adapter, in the order of the modules."""
     marks = (f".lora_A.{adapter}.", f".lora_B.{adapter}.")

@@ -10,7 +10,7 @@ In shapes, E is the number of experts of a layer. In names, x is what comes into
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from types import MethodType
 from typing import Any
@@ -24,6 +24,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from rlft.errors import ConfigError
 from rlft.kernels.mxfp4 import BLOCK, Mxfp4Weight, decode_mxfp4_reference
 from rlft.kernels.nf4 import DTYPES, Nf4Weight, decode
+from rlft.models.adapter import without_wrappers
 from rlft.models.experts_function import Factors, Frozen, Layer
 from rlft.models.experts_function import experts as compute
 
@@ -95,6 +96,15 @@ def form_of(module: Any) -> str | None:
     return "mxfp4" if hasattr(module, "down_proj_scales") else "nf4"
 
 
+def gates(model: nn.Module) -> dict[str, Callable[[Tensor], Tensor]]:
+    """Map layer of experts, without PEFT's wrappers -> its function between the two products, [M, 2 I] to [M, I]."""
+    return {without_wrappers(name): _gate(module) for name, module in layers(model)}
+
+
+def _gate(module: Any) -> Callable[[Tensor], Tensor]:
+    return module._apply_gate if module.has_gate else module.act_fn
+
+
 # ---- running a layer ---------------------------------------------------------------------------------------------
 
 
@@ -128,7 +138,7 @@ def experts_forward(
         experts=self.num_experts,
         up=_frozen(self, up),
         down=_frozen(self, down),
-        gate=self._apply_gate if self.has_gate else self.act_fn,
+        gate=_gate(self),
         dtype=_dtype(self, hidden_states),
     )
     adapters = adapters or {}
@@ -155,18 +165,29 @@ def _frozen(module: Any, leaf: str) -> Frozen:
     return Frozen(lambda dtype: decoded(module, leaf, dtype), bias)
 
 
-def decoded(module: Any, leaf: str, dtype: torch.dtype) -> Tensor:
-    """Return a stack of a layer as [E, out, in] in a dtype."""
+def packed(module: Any, leaf: str) -> Tensor | Nf4Weight | Mxfp4Weight:
+    """Return a stack of a layer as it lies in memory: [E, out, in], or [E, in, out] of a transposed layer.
+
+    MXFP4 always has rows of outputs.
+    """
     weight = getattr(module, leaf)
     scales = getattr(module, f"{leaf}_scales", None)
     if scales is not None:
         count, rows, blocks, _ = weight.shape
-        return decode_mxfp4_reference(Mxfp4Weight(weight.data, scales, (count, rows, blocks * BLOCK)), dtype)
-    if hasattr(weight, "quant_state"):
-        packed = Nf4Weight.from_bnb(weight)
-        weight = torch.empty(packed.shape, dtype=dtype if dtype in DTYPES else torch.float32, device=weight.device)
+        return Mxfp4Weight(weight.data, scales, (count, rows, blocks * BLOCK))
+    return Nf4Weight.from_bnb(weight) if hasattr(weight, "quant_state") else weight
+
+
+def decoded(module: Any, leaf: str, dtype: torch.dtype) -> Tensor:
+    """Return a stack of a layer as [E, out, in] in a dtype."""
+    weight = packed(module, leaf)
+    if isinstance(weight, Mxfp4Weight):
+        return decode_mxfp4_reference(weight, dtype)
+    if isinstance(weight, Nf4Weight):
+        stack = weight
+        weight = torch.empty(stack.shape, dtype=dtype if dtype in DTYPES else torch.float32, device=stack.packed.device)
         matrix = weight.view(-1, weight.shape[2])
-        decode([replace(packed, shape=tuple(matrix.shape))], [matrix])
+        decode([replace(stack, shape=tuple(matrix.shape))], [matrix])
     return (weight.transpose(1, 2) if module.is_transposed else weight).to(dtype)
 
 

@@ -177,12 +177,11 @@ def test_the_operators_are_compiled_whole_and_alike_in_all_layers(vllm_visible: 
     def layer(adapted: bool) -> nn.Module:
         made = nn.Module()
         made.rlft_shape = (6, 8)  # type: ignore[assignment]
-        provider = hooks.WeightProvider({}, {"m": 4} if adapted else {}, merged=False)
-        provider.weights = {"m.weight": weight}
+        provider = hooks.WeightProvider({"m.weight": weight}, {}, merged=False)
         provider._share(made, SharedLinear([weight], None))
-        provider._give_slot(made, ["m.weight"], weight)
         if adapted:
-            provider.put({"m": (torch.ones(4, 8), torch.ones(6, 4))})
+            provider._slots["m.weight"] = provider._slot(made, ["m.weight"], 4, weight)
+            provider.put({"m.weight": (torch.ones(4, 8), torch.ones(6, 4))})
         return made
 
     def backend(graph: Any, inputs: Any) -> Any:
@@ -278,7 +277,7 @@ def test_an_adapter_where_vllm_has_no_linear_layer_is_refused(vllm_visible: None
 
     model = torch.nn.Sequential(torch.nn.LayerNorm(4, bias=False))
     with pytest.raises(EngineError, match=r"a part at 0, which is no linear layer of vLLM's \(1 in all\)"):
-        WeightProvider({"0.weight": torch.ones(4)}, {"0": 4}, merged=False).give(model)
+        WeightProvider({"0.weight": torch.ones(4)}, {"0.weight": 4}, merged=False).give(model)
 
 
 def test_a_wrong_temperature_is_stopped_by_the_gate_and_named(pair: Pair) -> None:

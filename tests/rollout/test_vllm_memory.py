@@ -64,7 +64,7 @@ def test_too_little_memory_says_what_to_lower(monkeypatch: pytest.MonkeyPatch) -
 
 def test_slots_have_room_for_all_that_a_layer_of_vllms_stands_for() -> None:
     weights = {
-        f"model.layers.0.{name}.weight": torch.empty(size, device="meta")
+        f"model.layers.0.{name}.weight": size
         for name, size in (
             ("self_attn.q_proj", (64, 32)),
             ("self_attn.k_proj", (16, 32)),
@@ -72,7 +72,7 @@ def test_slots_have_room_for_all_that_a_layer_of_vllms_stands_for() -> None:
             ("norm", (32,)),
         )
     }
-    ranks = {"base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight": 24}
+    ranks = {"model.layers.0.self_attn.q_proj.weight": 24}
     assert _slots(ranks, weights) == (64 + 32 + 16 + 32) * 32
 
 

@@ -23,6 +23,7 @@ from rlft.errors import UnsupportedModel
 from rlft.models import families
 from rlft.models.policy import Policy
 from rlft.rollout.vllm import start as vllm_start
+from rlft.rollout.vllm.slots import adapted, module_of
 
 pytestmark = [pytest.mark.usefixtures("vllm_visible"), pytest.mark.filterwarnings("ignore")]
 MODES = [(name, mode, torch.float32) for name in HYBRIDS for mode in ("shared", "dequantized", "merged")]
@@ -42,13 +43,13 @@ def around(vllm_visible: None) -> Iterator[None]:
 
 
 def scaled(policy: Policy) -> dict[str, tuple[Tensor, Tensor]]:
-    """Module -> A and scaled B, as the engine takes them."""
-    adapter = policy.adapter()
-    pairs = {}
+    """Weight -> A and scaled B, as the engine takes them."""
+    adapter, places, pairs = policy.adapter(), adapted(policy.model), {}
+    dtype = policy.base.get_input_embeddings().weight.dtype  # type: ignore[operator,union-attr]
     for name, scale in policy.scales.items():
         a, b = adapter[name.replace(".lora_B.", ".lora_A.")], adapter[name]
-        dtype = policy.base.get_input_embeddings().weight.dtype  # type: ignore[operator,union-attr]
-        pairs[name.split(".lora_")[0].removeprefix("base_model.model.")] = (a.to(dtype), (scale * b).to(dtype))
+        place = places[module_of(name)]
+        pairs[place.weight] = place.pair(a.to(dtype), (scale * b).to(dtype))
     return pairs
 
 
@@ -57,7 +58,7 @@ def filled(policy: Policy, mode: str) -> tuple[nn.Module, Any]:
     model, provider = build(policy, mode)
     provider.weight_copy.run()
     if mode == "merged":
-        provider.weight_copy.merge({f"{module}.weight": pair for module, pair in scaled(policy).items()})
+        provider.weight_copy.merge(scaled(policy))
     else:
         provider.put(scaled(policy))
     return model, provider
@@ -112,7 +113,7 @@ def test_a_hybrid_has_its_weights_in_every_mode(name: str, mode: str, dtype: tor
     assert states and all(model.get_parameter(n).data_ptr() in trainers for n in states), "shared as they lie"
     decay = [parameter for n, parameter in model.named_parameters() if n.endswith("A_log")]
     assert all(parameter.dtype == torch.float32 for parameter in decay if name == "qwen3_5")
-    pairs = {f"{module}.weight": pair for module, pair in scaled(policy).items()} if mode == "merged" else {}
+    pairs = scaled(policy) if mode == "merged" else {}
     assert provider.weight_copy.differs(pairs) is None
     if mode != "shared":
         methods = {module: getattr(module, "quant_method", None) for module in model.modules()}
@@ -121,10 +122,10 @@ def test_a_hybrid_has_its_weights_in_every_mode(name: str, mode: str, dtype: tor
         assert provider.weight_copy.differs(pairs) is not None
     if mode != "merged":
         want = scaled(policy)
-        held = {module: (a, b) for module, a, b in provider.slots()}
+        held = {weight: (a, b) for weight, a, b in provider.slots()}
         assert want.keys() <= held.keys()
-        for module, (a, b) in want.items():
-            assert torch.equal(held[module][0][: len(a)], a) and torch.equal(held[module][1][:, : len(a)], b)
+        for weight, (a, b) in want.items():
+            assert torch.equal(held[weight][0][: len(a)], a) and torch.equal(held[weight][1][:, : len(a)], b)
 
 
 def test_vllm_scales_queries_by_position_as_the_trainer_does() -> None:

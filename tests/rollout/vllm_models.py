@@ -23,11 +23,13 @@ from tiny import tiny_tokenizer
 from torch import nn
 
 from rlft.config.run import Engine
+from rlft.models import experts
 from rlft.models.policy import Policy
 from rlft.rollout.vllm import start as vllm_start
 from rlft.rollout.vllm.engine import EngineMemory
 from rlft.rollout.vllm.memory import EngineMode
-from rlft.rollout.vllm.shared_weights import frozen_weights, module_of
+from rlft.rollout.vllm.shared_weights import frozen_weights
+from rlft.rollout.vllm.slots import ranks_of
 
 NUMBERS = itertools.count(10**6)
 VISION = ("torchvision", "torchvision.transforms", "torchvision.transforms.v2", "torchvision.transforms.v2.functional")
@@ -97,10 +99,11 @@ def build(policy: Policy, mode: str) -> tuple[nn.Module, Any]:
 
     dtype = policy.base.get_input_embeddings().weight.dtype  # type: ignore[operator,union-attr]
     weights, options = frozen_weights(policy.base), Engine("vllm", max_seqs=4)
-    ranks = {module_of(name): len(a) for name, a in policy.adapter().items() if ".lora_A." in name}
+    ranks = ranks_of(policy.model, policy.adapter())
     sizes = EngineMemory.of(policy, weights, dtype, 64, 4, options.max_seqs)
     number = next(NUMBERS)
-    provider = hooks.WeightProvider.waiting[number] = hooks.WeightProvider(weights, ranks, mode == "merged")
+    provider = hooks.WeightProvider(weights, ranks, mode == "merged", experts.gates(policy.base))
+    hooks.WeightProvider.waiting[number] = provider
     choice = EngineMode(mode, sizes.min_cache, "test")  # type: ignore[arg-type]
     try:
         decoder = type(policy.base.get_decoder())  # type: ignore[operator,union-attr]

@@ -1,12 +1,12 @@
 """Sample with vLLM in the trainer's process, on the trainer's base weights.
 
-In mode "shared", linear layers compute directly from the trainer's weights. In mode "dequantized", vLLM has separate
-plain weights, which are freed while it sleeps and copied from the trainer's at each wake. Mode "merged" is the same
-with the adapter added to those weights and no LoRA kernels. Embeddings, head and norms are the trainer's tensors in all
-three. The adapter is copied in memory and read back.
+In mode "shared", linear layers and experts compute directly from the trainer's weights. In mode "dequantized", vLLM has
+separate plain weights, which are freed while it sleeps and copied from the trainer's at each wake. Mode "merged" is the
+same with the adapter added to those weights and no LoRA kernels. Embeddings, head and norms are the trainer's tensors
+in all three. The adapter is copied in memory and read back.
 
-This module handles the adapter, the memory and the read-back check. `rlft.rollout.vllm.hooks` has everything that
-depends on vLLM's internals, `rlft.rollout.vllm.requests` the requests.
+This module handles the adapter, the memory and the read-back check. `rlft.rollout.vllm.hooks` has the extension points
+of vLLM, `rlft.rollout.vllm.requests` the requests.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from rlft import dist
 from rlft.config.data import Sampling
 from rlft.config.run import Engine as Options
 from rlft.errors import EngineError, UnsupportedModel
+from rlft.models import experts
 from rlft.models.allocator import segments
 from rlft.models.kind import NO_IMAGES, sees
 from rlft.models.policy import Policy
@@ -31,7 +32,8 @@ from rlft.rollout.engine import Finished, check_names, check_read_back, eos_ids
 from rlft.rollout.vllm import start as vllm_start
 from rlft.rollout.vllm.memory import EngineMemory, EngineMode, choose_mode
 from rlft.rollout.vllm.requests import VllmFailed, sample
-from rlft.rollout.vllm.shared_weights import frozen_weights, module_of
+from rlft.rollout.vllm.shared_weights import frozen_weights
+from rlft.rollout.vllm.slots import Pair, adapted, module_of, ranks_of
 from rlft.rollout.vllm.start import arguments, class_restored, defaults_restored, environment, model_folder, quiet
 from rlft.types import Prompt, Rollout
 
@@ -70,11 +72,12 @@ class VllmEngine:
         self._progress, self._note, self._detail = progress, note, detail
         self._scales = dict(policy.scales)
         self._shapes = {name: tuple(tensor.shape) for name, tensor in policy.adapter().items()}
-        self._ranks = {module_of(name): shape[0] for name, shape in self._shapes.items() if ".lora_A." in name}
+        self._adapted = adapted(policy.model)
+        self._ranks = ranks_of(policy.model, policy.adapter())
         self._eos = eos_ids(tokenizer, policy.base)
         self._dtype: torch.dtype = policy.base.get_input_embeddings().weight.dtype  # type: ignore[operator,union-attr]
-        self._held: dict[str, tuple[Tensor, Tensor]] = {}
-        """Module -> A and scaled B of the last loaded adapter, in the engine's dtype."""
+        self._held: dict[str, Pair] = {}
+        """Weight -> A and scaled B of the last loaded adapter, in the engine's dtype."""
         self._version, self._restarted = None, False
         self._asleep = False
         self._freed = 0
@@ -100,7 +103,8 @@ class VllmEngine:
 
             from rlft.rollout.vllm import hooks
 
-            self._provider = hooks.WeightProvider(weights, self._ranks, self.choice.mode == "merged")
+            merged, gates = self.choice.mode == "merged", experts.gates(self._policy.base)
+            self._provider = hooks.WeightProvider(weights, self._ranks, merged, gates)
             number = next(NUMBERS)
             hooks.WeightProvider.waiting[number] = self._provider
             try:
@@ -207,10 +211,8 @@ class VllmEngine:
         self._check(self._scaled(named_tensors, self._policy.scales), version)
         self._version = version
 
-    def _scaled(
-        self, named_tensors: Mapping[str, Tensor], scales: Mapping[str, float]
-    ) -> dict[str, tuple[Tensor, Tensor]]:
-        """Return module -> (A, scale * B) in the engine's dtype. This is the only place that applies the scale."""
+    def _scaled(self, named_tensors: Mapping[str, Tensor], scales: Mapping[str, float]) -> dict[str, Pair]:
+        """Return weight -> (A, scale * B) in the engine's dtype. This is the only place that applies the scale."""
         names = [name for name in named_tensors if ".lora_B." in name]
         a_matrices = [named_tensors[name.replace(".lora_B.", ".lora_A.")] for name in names]
         b_matrices = [named_tensors[name] for name in names]
@@ -218,7 +220,8 @@ class VllmEngine:
         scaled_b = torch._foreach_mul(b_matrices, [scales[name] for name in names])  # type: ignore[attr-defined]
         torch._foreach_copy_(tensors, [*a_matrices, *scaled_b])  # type: ignore[attr-defined]
         pairs = zip(tensors[: len(a_matrices)], tensors[len(a_matrices) :], strict=True)
-        return {module_of(name): pair for name, pair in zip(names, pairs, strict=True)}
+        places = (self._adapted[module_of(name)] for name in names)
+        return {place.weight: place.pair(*pair) for place, pair in zip(places, pairs, strict=True)}
 
     def _write(self, named_tensors: Mapping[str, Tensor]) -> None:
         self._held = self._scaled(named_tensors, self._scales)
@@ -234,16 +237,15 @@ class VllmEngine:
         if self.choice.mode == "merged":
             self._refill()
             assert self._provider.weight_copy is not None
-            self._provider.weight_copy.merge({f"{module}.weight": pair for module, pair in self._held.items()})
+            self._provider.weight_copy.merge(self._held)
         else:
             self._provider.put(self._held)
 
-    def _check(self, want: Mapping[str, tuple[Tensor, Tensor]], version: int) -> None:
+    def _check(self, want: Mapping[str, Pair], version: int) -> None:
         """Check that the engine's kernels read exactly `want`, an adapter scaled as the trainer scales it."""
         if self.choice.mode == "merged":
             assert self._provider.weight_copy is not None
-            pairs = {f"{module}.weight": pair for module, pair in want.items()}
-            if (wrong := self._provider.weight_copy.differs(pairs)) is not None:
+            if (wrong := self._provider.weight_copy.differs(want)) is not None:
                 raise EngineError(
                     f"after loading policy version {version} the engine does not hold the trainer's adapter: {wrong} "
                     f"is not the base with the adapter added. It would sample from another policy than the one that is "
@@ -251,14 +253,15 @@ class VllmEngine:
                 )
             return
         expected, actual, paddings = {}, {}, []
-        for module, slot_a, slot_b in self._provider.slots():
+        for weight, slot_a, slot_b in self._provider.slots():
             rank = 0
-            if module in want:
-                matrix_a, matrix_b = want[module]
-                rank = len(matrix_a)
-                expected |= {f"{module}.lora_A.weight": matrix_a, f"{module}.lora_B.weight": matrix_b}
-                actual |= {f"{module}.lora_A.weight": slot_a[:rank], f"{module}.lora_B.weight": slot_b[:, :rank]}
-            paddings += [padding for padding in (slot_a[rank:], slot_b[:, rank:]) if padding.numel()]
+            if weight in want:
+                matrix_a, matrix_b = want[weight]
+                rank = matrix_a.shape[-2]
+                name_a, name_b = (f"{weight.removesuffix('.weight')}.lora_{side}.weight" for side in "AB")
+                expected |= {name_a: matrix_a, name_b: matrix_b}
+                actual |= {name_a: slot_a[..., :rank, :], name_b: slot_b[..., :rank]}
+            paddings += [padding for padding in (slot_a[..., rank:, :], slot_b[..., rank:]) if padding.numel()]
         check_read_back(expected, actual, self._policy.scales, self._scales, version)
         if paddings and bool(torch.stack([padding.any() for padding in paddings]).any()):
             raise EngineError(

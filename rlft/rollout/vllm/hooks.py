@@ -1,9 +1,9 @@
-"""Everything that depends on vLLM's internals, through extension points that vLLM offers.
+"""The extension points of vLLM that rlft uses.
 
 | extension point | use in rlft |
 | --- | --- |
 | register_model_loader("rlft") | gives the trainer's weights to vLLM instead of files |
-| register_quantization_config("rlft-shared", "rlft-dequantized") | linear layers that compute from the
+| register_quantization_config("rlft-shared", "rlft-dequantized") | linear layers and experts that compute from the
   trainer's weights, or whose memory we fill; embeddings and heads without separate memory |
 | worker_extension_cls | returns which model runner is active |
 | register_oot("ApplyRotaryEmb") | only with flash-attn-4: vLLM's own class, without the import that fails there |
@@ -11,142 +11,39 @@
 All of them were tested on vLLM 0.23 with model runner V2 on a GPU, and all but the last on 0.32 with V1 on a CPU
 (`TESTED_ON_GPU`, `TESTED_ON_CPU`). An engine of another version or runner reports itself as untested.
 
-vLLM's own LoRA is not used: our linear layers add the adapter themselves (`shared_weights.Slot`), in fixed order and in
-two launches, and rlft writes and reads back the memory they use. Private attributes in use: allocator_and_pools and
-pointer_to_data of CuMemAllocator, to count and free memory; _global_graph_pool of the platform, at close.
+Private attributes in use: allocator_and_pools and pointer_to_data of CuMemAllocator, to count and free memory;
+_global_graph_pool of the platform, at close. What depends on vLLM's internals is in this file, in
+`rlft.rollout.vllm.linear`, `rlft.rollout.vllm.experts` and `rlft.rollout.vllm.provider`.
 
 Imported only when an engine starts (rlft.rollout.vllm.engine), since it imports vLLM and registers the hooks.
-
-Legend: x activations [..., in], y outputs [..., out], W a weight, a and b the adapter's A [r, in] and B [out, r].
 """
 
-# No postponed annotations here, because torch reads those of the custom operators at run time.
+from __future__ import annotations
 
-import itertools
-import weakref
-from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import nn
+from vllm.config import get_current_vllm_config
 from vllm.device_allocator.cumem import CuMemAllocator
-from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase, UnquantizedLinearMethod
+from vllm.model_executor.layers.fused_moe import GateLinear, RoutedExperts
+from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 from vllm.model_executor.layers.rotary_embedding.common import ApplyRotaryEmb
-from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod, VocabParallelEmbedding
+from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from vllm.model_executor.model_loader import register_model_loader
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 from vllm.platforms import current_platform
 
-from rlft.errors import UnsupportedModel
-from rlft.kernels.launch import as_rows
-from rlft.kernels.lora_add import lora_add
-from rlft.rollout.vllm import shared_weights
-from rlft.rollout.vllm.names import Naming, Weight, partners
-from rlft.rollout.vllm.shared_weights import Slot, WeightCopy
+from rlft.rollout.vllm.experts import RouterMethod, method_of
+from rlft.rollout.vllm.linear import DequantizedMethod, SharedEmbedding, SharedMethod
+from rlft.rollout.vllm.provider import WeightProvider
 
 TESTED_ON_GPU = {("0.23", "V2")}
 TESTED_ON_CPU = {("0.32", "V1")}
 """Tested pairs of vLLM's minor version and model runner."""
-
-
-class WeightProvider:
-    """Give the trainer's weights and adapter to one engine."""
-
-    waiting: "dict[int, WeightProvider]" = {}  # noqa: RUF012 (shared on purpose: vLLM makes the loader, and a config cannot hold tensors)
-    """Number in the load config -> provider of an engine that is starting."""
-
-    def __init__(self, weights: Mapping[str, Weight], ranks: Mapping[str, int], merged: bool) -> None:
-        """Hold the weights.
-
-        ranks: of the adapter, by the trainer's modules. merged: merge it, so that no slots exist.
-        """
-        self.weights, self._ranks, self._merged = weights, ranks, merged
-        self._slots: list[Slot] = []
-        self.stage: Literal["configured", "building", "built"] = "configured"
-        """How far vLLM is with its model."""
-        self.weight_copy: WeightCopy | None = None
-        """Copy of weights to the engine's own memory; set once vLLM has loaded the model, and run after that."""
-
-    def give(self, model: nn.Module) -> None:
-        """Put the weights into vLLM's empty model. Raises UnsupportedModel for a weight without a counterpart."""
-        modules = dict(model.named_modules())
-        naming = Naming.of(model)
-        ours = {naming.rename(name) for name in self.weights}
-        # vLLM has buffers besides that the trainer has not, such as the scales of a quantized cache.
-        buffers = {name: buffer for name, buffer in shared_weights.saved_buffers(model).items() if name in ours}
-        parameters = dict(model.named_parameters()) | buffers
-        matches = partners(parameters, naming, self.weights)
-        places: dict[str, Tensor] = {}
-        scratch, unplaced = self._scratch(modules, matches), set(self._ranks)
-        for name, parameter in parameters.items():
-            module, parts = modules[name.rpartition(".")[0]], matches[name]
-            weights = [self.weights[part] for part in parts]
-            method = getattr(module, "quant_method", None)
-            is_linear = isinstance(method, SharedMethod | DequantizedMethod)
-            if is_linear and name.endswith(".weight"):
-                unplaced -= {part.removesuffix(".weight") for part in parts}
-                self._give_slot(module, parts, parameter)
-            if isinstance(method, SharedMethod) and name.endswith(".weight"):
-                shared_weights.check_shapes(name, weights, module.rlft_shape)  # type: ignore[arg-type]
-                self._share(module, shared_weights.SharedLinear(weights, scratch))
-            elif is_linear or shared_weights.needs_copy(weights, parameter):
-                places |= shared_weights.places_of(name, parts, weights, parameter.data)
-            else:
-                parameter.data = shared_weights.shared_tensor(name, weights[0], parameter, module)
-        if unplaced:
-            raise UnsupportedModel(
-                f"the adapter has a part at {min(unplaced)}, which is no linear layer of vLLM's ({len(unplaced)} in "
-                f"all): leave it out of lora.targets for vLLM"
-            )
-        self.weight_copy = WeightCopy(places, self.weights)
-
-    def _share(self, module: nn.Module, linear: shared_weights.SharedLinear) -> None:
-        number = next(SHARED_NUMBERS)
-        SHARED[number] = module.rlft_shared = linear  # type: ignore[assignment]
-        module.register_buffer("rlft_number", torch.tensor(number, device="cpu"), persistent=False)
-
-    def _give_slot(self, module: nn.Module, names: list[str], parameter: Tensor) -> None:
-        """Allocate the adapter's slot, in memory that is freed during sleep."""
-        modules = [name.removesuffix(".weight") for name in names]
-        ranks = [self._ranks[name] for name in modules if name in self._ranks]
-        if ranks and not self._merged:
-            rows, columns = [int(self.weights[name].shape[0]) for name in names], int(self.weights[names[0]].shape[1])
-            slot = Slot(modules, rows, columns, max(ranks), parameter)
-            module.rlft_a = nn.Parameter(slot.a, requires_grad=False)
-            module.rlft_b = nn.Parameter(slot.b, requires_grad=False)
-            module.rlft_sizes = slot.sizes  # type: ignore[assignment]
-            self._slots.append(slot)
-
-    def forget(self) -> None:
-        """Drop all references to the engine's memory."""
-        self.weight_copy, self._slots = None, []
-
-    def put(self, adapter: Mapping[str, tuple[Tensor, Tensor]]) -> None:
-        """Write the adapter into its slots.
-
-        adapter: module -> (A [r, in], B [out, r]), scaled, in the engine's dtype.
-        """
-        shared_weights.put(self._slots, adapter)
-
-    def slots(self) -> Iterator[tuple[str, Tensor, Tensor]]:
-        """Yield (module, A, B) as the kernels read them, including unused ranks."""
-        for slot in self._slots:
-            yield from slot
-
-    def _scratch(self, modules: dict[str, nn.Module], matches: dict[str, list[str]]) -> Tensor | None:
-        """Allocate a buffer for the largest shared linear layer, in memory that is freed during sleep."""
-        size = 0
-        for name, parts in matches.items():
-            module, weights = modules[name.rpartition(".")[0]], [self.weights[part] for part in parts]
-            is_shared = isinstance(getattr(module, "quant_method", None), SharedMethod) and name.endswith(".weight")
-            if is_shared and not all(isinstance(weight, Tensor) for weight in weights):
-                size = max(size, sum(weight.shape[0] * weight.shape[1] for weight in weights))
-        like = next(iter(modules[""].parameters()))
-        return torch.empty(size, dtype=like.dtype, device=like.device) if size else None
 
 
 @register_model_loader("rlft")
@@ -158,7 +55,7 @@ class Loader(BaseModelLoader):
 
     @property
     def _provider(self) -> WeightProvider:
-        return WeightProvider.waiting[self.load_config.model_loader_extra_config["provider"]]
+        return _provider_of(self.load_config)
 
     def load_model(self, *args: Any, **kwargs: Any) -> nn.Module:
         """Note that vLLM builds its model, whose failure is another matter than one of memory or settings."""
@@ -171,106 +68,9 @@ class Loader(BaseModelLoader):
         self._provider.give(model)
 
 
-SHARED: weakref.WeakValueDictionary[int, shared_weights.SharedLinear] = weakref.WeakValueDictionary()
-SHARED_NUMBERS = itertools.count()
-"""Shared linear layers by number. Compiled code has the number as a tensor, so that equal layers are compiled once; a
-layer's name would make each of them different."""
-
-
-# Both operators are opaque to torch.compile, which must not trace our tables.
-
-
-@torch.library.custom_op("rlft::shared_linear", mutates_args=())
-def shared_linear(x: Tensor, number: Tensor, out: int) -> Tensor:
-    """Compute x W^T of the shared linear layer with this number (a CPU tensor)."""
-    return SHARED[int(number)](x)
-
-
-@shared_linear.register_fake
-def _(x: Tensor, number: Tensor, out: int) -> Tensor:
-    return x.new_empty(*x.shape[:-1], out)
-
-
-@torch.library.custom_op("rlft::add_adapter", mutates_args=("y",))
-def add_adapter(y: Tensor, x: Tensor, a: Tensor, b: Tensor, sizes: list[int]) -> None:
-    """Add the adapter's output for x [..., in] to y [..., out] in place, with `lora_add`."""
-    lora_add(y.view(-1, y.shape[-1]), as_rows(x), a, b, sizes)
-
-
-@add_adapter.register_fake
-def _(y: Tensor, x: Tensor, a: Tensor, b: Tensor, sizes: list[int]) -> None:
-    return None
-
-
-def with_adapter(layer: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    """Add the output of the layer's adapter, if any, for x [..., in] to y [..., out]."""
-    if hasattr(layer, "rlft_a"):
-        add_adapter(y, x, layer.rlft_a, layer.rlft_b, layer.rlft_sizes)
-    return y
-
-
-class SharedMethod(LinearMethodBase):
-    """A linear layer without memory that computes from the trainer's weights."""
-
-    def create_weights(
-        self,
-        layer: nn.Module,
-        input_size_per_partition: int,
-        output_partition_sizes: list[int],
-        input_size: int,
-        output_size: int,
-        params_dtype: torch.dtype,
-        **extra: Any,
-    ) -> None:
-        """Register an empty weight, since vLLM reads dtype and device from it."""
-        layer.register_parameter("weight", nn.Parameter(torch.empty(0, dtype=params_dtype), requires_grad=False))
-        layer.rlft_shape = (sum(output_partition_sizes), input_size_per_partition)  # type: ignore[assignment]
-
-    def process_weights_after_loading(self, layer: nn.Module) -> None:
-        """Do nothing: the weights stay the trainer's."""
-
-    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        shape: Any = layer.rlft_shape
-        y = with_adapter(layer, x, shared_linear(x, layer.rlft_number, shape[0]))
-        return y if bias is None else y + bias
-
-
-class DequantizedMethod(UnquantizedLinearMethod):
-    """A plain linear layer of vLLM in memory that rlft fills, again after each wake."""
-
-    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        return with_adapter(layer, x, super().apply(layer, x, bias))
-
-    def process_weights_after_loading(self, layer: nn.Module) -> None:
-        """Do nothing: vLLM must not repack memory that is filled in place."""
-
-
-class SharedEmbedding(UnquantizedEmbeddingMethod):
-    """Embedding and head that use the trainer's tensors."""
-
-    def create_weights(
-        self,
-        layer: nn.Module,
-        input_size_per_partition: int,
-        output_partition_sizes: list[int],
-        input_size: int,
-        output_size: int,
-        params_dtype: torch.dtype,
-        **extra: Any,
-    ) -> None:
-        layer.register_parameter("weight", nn.Parameter(torch.empty(0, dtype=params_dtype), requires_grad=False))
-        layer.rlft_rows = sum(output_partition_sizes)  # type: ignore[assignment]
-
-    def process_weights_after_loading(self, layer: nn.Module) -> None:
-        """Do nothing: on a CPU vLLM would make a packed copy."""
-
-    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """Compute logits, on a GPU in fp32 as in the trainer: in bf16 a logit of 30 is off by up to 0.06."""
-        weight: Any = layer.weight
-        if not x.is_cuda or x.dtype == torch.float32:
-            return functional.linear(x, weight, bias)
-        logits = torch.mm(x, weight.T, out_dtype=torch.float32)
-        return logits if bias is None else logits + bias
+def _provider_of(load_config: Any) -> WeightProvider:
+    """Return the provider of the engine that vLLM is building."""
+    return WeightProvider.waiting[load_config.model_loader_extra_config["provider"]]
 
 
 if find_spec("flash_attn") is not None and find_spec("flash_attn.ops") is None:
@@ -312,25 +112,30 @@ class _WeightConfig(QuantizationConfig):
         return []
 
     @classmethod
-    def from_config(cls, config: dict[str, Any]) -> "_WeightConfig":
+    def from_config(cls, config: dict[str, Any]) -> _WeightConfig:
         return cls()
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> Any:
+        if isinstance(layer, GateLinear):
+            return RouterMethod()
         if isinstance(layer, LinearBase):
             return SharedMethod() if self.shared else DequantizedMethod()
+        if isinstance(layer, RoutedExperts):
+            provider = _provider_of(get_current_vllm_config().load_config)
+            return method_of(layer, self.shared, provider.adapts_experts)
         return SharedEmbedding() if isinstance(layer, VocabParallelEmbedding) else None
 
 
 @register_quantization_config("rlft-shared")
 class SharedConfig(_WeightConfig):
-    """Linear layers that compute from the trainer's weights."""
+    """Linear layers and experts that compute from the trainer's weights."""
 
     shared = True
 
 
 @register_quantization_config("rlft-dequantized")
 class DequantizedConfig(_WeightConfig):
-    """Linear layers in vLLM's memory, filled from the trainer's weights."""
+    """Linear layers and experts in vLLM's memory, filled from the trainer's weights."""
 
     shared = False
 

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 
 from rlft.errors import EngineError
+from rlft.models import experts
+from rlft.models.adapter import without_wrappers
 from rlft.models.device_memory import DeviceMemory
 from rlft.models.policy import Policy
+from rlft.models.targets import TOP_K
 from rlft.rollout.vllm.caches import Caches, delta_work
-from rlft.rollout.vllm.shared_weights import Weight, module_of, slot_rank
+from rlft.rollout.vllm.names import Weight
+from rlft.rollout.vllm.slots import ranks_of, slot_rank
 
 GIB = 2**30
 BATCHED = 8192
@@ -29,9 +34,9 @@ class EngineMemory:
     """Sizes that determine the memory of the engine."""
 
     linear: int
-    """Bytes of all linear layers in the engine's dtype: the memory of dequantized or merged weights."""
+    """Bytes of all linear layers and experts in the engine's dtype: the memory of dequantized or merged weights."""
     largest: int
-    """Bytes of the largest group of them dequantized at a time: the memory of shared weights."""
+    """Bytes of the largest group of linear layers dequantized at a time: the memory of shared weights."""
     slots: int
     """Bytes of the adapter's slots and of three copies: the source, the previous source and the read-back reference."""
     caches: Caches
@@ -44,6 +49,8 @@ class EngineMemory:
     batched: int
     pending: int
     """Bytes that the trainer will still allocate: the optimiser's moments."""
+    stack: int = 0
+    """Bytes of the largest stack of experts in the engine's dtype; 0 without any."""
 
     @classmethod
     def of(
@@ -58,28 +65,28 @@ class EngineMemory:
         """Compute the sizes. weights: `shared_weights.frozen_weights` of the base. sequences: completions of a step."""
         config: Any = policy.base.config.get_text_config()  # type: ignore[operator,union-attr]
         item = dtype.itemsize
-        intermediate = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+        stacks = {without_wrappers(name): weights[without_wrappers(name)].shape for name in experts.stacks(policy.base)}
         matrices = {
             name: weight.shape
             for name, weight in weights.items()
             if len(weight.shape) == 2 and weight.shape[0] != config.vocab_size
         }
+        sizes = [math.prod(shape) for shape in stacks.values()]
         concurrent, batched = min(sequences, max_seqs), min(BATCHED, max(longest * max_seqs, 1024))
         adapter = policy.adapter_params.numel()
-        slots = _slots(
-            {name: matrix_a.shape[0] for name, matrix_a in policy.adapter().items() if ".lora_A." in name}, weights
-        )
+        slots = _slots(ranks_of(policy.model, policy.adapter()), {name: w.shape for name, w in weights.items()})
         return cls(
-            linear=sum(rows * columns for rows, columns in matrices.values()) * item,
+            linear=sum(rows * columns for rows, columns in matrices.values()) * item + sum(sizes) * item,
             largest=_largest(matrices) * item,
             slots=(3 * adapter + slots) * item,
             caches=Caches.of(config, item),
             longest=longest,
             sequences=concurrent,
-            work=batched * (3 * intermediate * item + 6 * config.hidden_size * item + delta_work(config, item))
+            work=batched * (_layer_work(config, stacks) * item + delta_work(config, item))
             + concurrent * config.vocab_size * 16,
             batched=batched,
             pending=2 * adapter * policy.adapter_params.element_size(),
+            stack=max(sizes, default=0) * item,
         )
 
     @property
@@ -125,7 +132,12 @@ def choose_mode(sizes: EngineMemory, mode: str, kv_gib: float | None, device_mem
         kv = int(kv_gib * GIB) if kv_gib is not None else min(sizes.full_cache, 4 * GIB)
         return EngineMode("shared", max(kv, sizes.min_cache), "nothing sleeps on a CPU")
     room = int(device_memory.free()) - sizes.pending - sizes.slots - sizes.work - GRAPHS
-    available = {"shared": room - sizes.largest, "dequantized": room - sizes.linear, "merged": room - sizes.linear}
+    available = {
+        "shared": room - sizes.largest,
+        "dequantized": room - sizes.linear,
+        # Merged weights are checked by computing each again: a copy, and a byte per element that says where it differs.
+        "merged": room - sizes.linear - sizes.stack * 3 // 2,
+    }
     requested = None if kv_gib is None else int(kv_gib * GIB)
     if mode == "auto":
         # A quarter of the step's sequences at a time keeps decoding busy; below that, more cache is worth more.
@@ -164,14 +176,31 @@ def _largest(matrices: Mapping[str, Any]) -> int:
     return max(sizes.values(), default=0)
 
 
-def _slots(ranks: Mapping[str, int], weights: Mapping[str, Weight]) -> int:
-    """Return an upper bound of the number of elements in the slots of an adapter. ranks: by PEFT's name of A.
+def _layer_work(config: Any, stacks: Mapping[str, Sequence[int]]) -> int:
+    """Return an upper bound of the elements per token that the temporaries of a layer take.
 
-    A layer of the engine that combines several of the trainer's has slots for all of them, so modules next to an
-    adapted one count too.
+    stacks: name of a stack of experts -> (E, out, in).
     """
-    parents = {module_of(name).rpartition(".")[0] for name in ranks}
-    matrices = [
-        weight for name, weight in weights.items() if len(weight.shape) == 2 and name.rsplit(".", 2)[0] in parents
-    ]
-    return sum(weight.shape[0] + weight.shape[1] for weight in matrices) * slot_rank(max(ranks.values()))
+    hidden = config.hidden_size
+    dense = 3 * (getattr(config, "intermediate_size", None) or 4 * hidden) + 6 * hidden
+    if not stacks:
+        return dense
+    found = next((getattr(config, name) for name in TOP_K if getattr(config, name, None)), 1)
+    choices = max(found) if isinstance(found, list | tuple) else found
+    # Of each row what comes in and goes out, both products and what is between them.
+    return dense + choices * (2 * hidden + 2 * max(rows for _, rows, _ in stacks.values()))
+
+
+def _slots(ranks: Mapping[str, int], shapes: Mapping[str, Sequence[int]]) -> int:
+    """Return an upper bound of the number of elements in the slots of an adapter.
+
+    ranks: by the names of weights, of each expert in a stack. A layer of the engine that combines several of the
+    trainer's has slots for all of them, so weights next to an adapted one count too.
+    """
+    stacks = [(rank, *shapes[name]) for name, rank in ranks.items() if len(shapes[name]) == 3]
+    plain = {name: rank for name, rank in ranks.items() if len(shapes[name]) == 2}
+    parents = {name.rsplit(".", 2)[0] for name in plain}
+    matrices = [shape for name, shape in shapes.items() if len(shape) == 2 and name.rsplit(".", 2)[0] in parents]
+    return sum(rank * experts * (rows + columns) for rank, experts, rows, columns in stacks) + sum(
+        rows + columns for rows, columns in matrices
+    ) * slot_rank(max(plain.values(), default=1))

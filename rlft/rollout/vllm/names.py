@@ -3,6 +3,7 @@
 A parameter of the engine corresponds to one of the trainer's weights, or to several stacked by rows (qkv_proj to
 q_proj, k_proj and v_proj, in_proj_qkvz to in_proj_qkv and in_proj_z). vLLM's classes say which in
 `packed_modules_mapping`, and what they call otherwise in `hf_to_vllm_mapper` (`.conv.` is `.short_conv.` in LFM2).
+Stacks of experts have names of vLLM's in all models (`experts.w13_weight` is `experts.gate_up_proj`).
 """
 
 from __future__ import annotations
@@ -13,9 +14,22 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 
 from rlft.errors import UnsupportedModel
+from rlft.kernels.mxfp4 import Mxfp4Weight
 from rlft.kernels.nf4 import Nf4Weight
 
-Weight = Tensor | Nf4Weight
+Weight = Tensor | Nf4Weight | Mxfp4Weight
+
+CONTAINERS = (".routed_experts.", ".")
+"""Part of the names of a stack of experts in vLLM 0.32, and of none in the trainer's or in vLLM 0.23."""
+STACKS: dict[str, tuple[str, ...]] = {
+    "w13_weight": ("gate_up_proj", "up_proj"),
+    "w13_bias": ("gate_up_proj_bias", "up_proj_bias"),
+    "w2_weight": ("down_proj",),
+    "w2_bias": ("down_proj_bias",),
+}
+"""Leaf of a parameter of experts in vLLM -> the trainer's, with a gate and without."""
+BLOCKS = {"block_sparse_moe": "mlp"}
+"""Module of vLLM, named as in a family's files -> the name that transformers gives it when it reads them."""
 
 
 @dataclass(frozen=True)
@@ -33,9 +47,12 @@ class Naming:
         renamed: dict[str, str] = {}
         for owner in (model, getattr(model, "model", None)):
             mapper = getattr(owner, "hf_to_vllm_mapper", None)
+            # Names of modules alone: a parameter of another name has other values (A is -exp(A_log)).
             for old, new in getattr(mapper, "orig_to_new_substr", {}).items():
-                # Names of modules alone: a parameter of another name has other values (A is -exp(A_log)).
                 if new is not None and all(part.startswith(".") and part.endswith(".") for part in (old, new)):
+                    renamed[old] = new
+            for old, new in getattr(mapper, "orig_to_new_suffix", {}).items():
+                if new is not None and all(part.startswith(".") and part.endswith(".weight") for part in (old, new)):
                     renamed[old] = new
         return cls(getattr(model, "packed_modules_mapping", {}), renamed)
 
@@ -61,6 +78,8 @@ def partners(names: Iterable[str], naming: Naming, weights: Mapping[str, Weight]
             matches[name] = [known[name]]
         elif parts and all(part in known for part in parts):
             matches[name] = [known[part] for part in parts]
+        elif (stack := next((other for other in _of_experts(name) if other in known), None)) is not None:
+            matches[name] = [known[stack]]
         else:
             alternatives = f", nor {', '.join(parts)}" if parts else ""
             raise UnsupportedModel(
@@ -77,6 +96,14 @@ def partners(names: Iterable[str], naming: Naming, weights: Mapping[str, Weight]
             f"this architecture cannot share its weights"
         )
     return matches
+
+
+def _of_experts(name: str) -> list[str]:
+    """Return the names that the trainer may have for a parameter in vLLM's block of experts, their router included."""
+    for block, ours in BLOCKS.items():
+        name = name.replace(f".{block}.", f".{ours}.")
+    where, _, leaf = name.replace(*CONTAINERS).rpartition(".")
+    return [f"{where}.{ours}" for ours in STACKS.get(leaf, (leaf,))]
 
 
 def _same(weight: Weight, used: set[int], weights: Mapping[str, Weight]) -> bool:

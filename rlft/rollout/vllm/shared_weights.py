@@ -1,27 +1,28 @@
 """Use the trainer's frozen weights in an engine that groups and names linear layers differently.
 
 `rlft.rollout.vllm.names` matches the two. `SharedLinear` computes from the trainer's weights in place; `WeightCopy`
-writes them into memory of the engine, dequantized where they are in 4 bits, and merges an adapter in mode "merged";
-`Slot` has the adapter of a linear layer in the other modes.
+writes them into memory of the engine, dequantized where they are in 4 bits, and merges an adapter in mode "merged".
+`rlft.rollout.vllm.slots` has the adapter in the other modes, `rlft.rollout.vllm.expert_layer` computes experts.
 
 Legend: x activations, w and W a weight, A [r, in] and B [out, r] the adapter's matrices, V vocabulary, H hidden size.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from rlft.errors import EngineError, UnsupportedModel
-from rlft.kernels.launch import power_of_2
-from rlft.kernels.lora_add import MIN_RANK
+from rlft.kernels.mxfp4 import Mxfp4Weight, decode_mxfp4
 from rlft.kernels.nf4 import DecodeTables, Nf4Weight
 from rlft.models import experts
+from rlft.models.adapter import without_wrappers
 from rlft.rollout.vllm.names import Weight
+from rlft.rollout.vllm.slots import Pair
 
 PER_LAUNCH = 7
 """Matrices dequantized by one launch: those of a decoder layer."""
@@ -30,20 +31,19 @@ PER_LAUNCH = 7
 def frozen_weights(base: nn.Module) -> dict[str, Weight]:
     """Return transformers' name -> frozen weight, without adapters and PEFT's wrappers, saved buffers included.
 
-    Tied weights appear under each of their names. Raises EngineError for weights in a form that no engine can share
-    (LLM.int8), and UnsupportedModel for stacks of experts.
+    Stacks of experts are [E, out, in] in every architecture. Tied weights appear under each of their names. Raises
+    EngineError for weights in a form that no engine can share (LLM.int8), and UnsupportedModel for stacks in NF4 whose
+    rows are inputs.
     """
+    stacks = {without_wrappers(name): stack for name, stack in experts.stacks(base).items()}
     weights: dict[str, Weight] = {}
-    for name in experts.stacks(base):
-        raise UnsupportedModel(
-            f"{name.replace('.base_layer', '')} is a stack of experts: vLLM does not sample a mixture over the weights "
-            f"of the trainer"
-        )
     for name, parameter in base.named_parameters(remove_duplicate=False):
         if ".lora_" in name:
             continue
-        name = name.replace(".base_layer.", ".")
-        if getattr(parameter, "quant_state", None) is not None:
+        name = without_wrappers(name)
+        if name in stacks:
+            weights[name] = _stack(name, stacks[name])
+        elif getattr(parameter, "quant_state", None) is not None:
             weights[name] = Nf4Weight.from_bnb(parameter)
         elif parameter.is_floating_point():
             weights[name] = parameter.detach()
@@ -55,11 +55,24 @@ def frozen_weights(base: nn.Module) -> dict[str, Weight]:
     return weights | saved_buffers(base)
 
 
+def _stack(name: str, stack: experts.Stack) -> Weight:
+    """Return a stack of experts as [E, out, in]. Raises UnsupportedModel for one in NF4 that lies transposed."""
+    weight = experts.packed(stack.module, stack.leaf)
+    if isinstance(weight, Nf4Weight) and stack.module.is_transposed:
+        raise UnsupportedModel(
+            f"{name} is in NF4 by rows of inputs, and vLLM's experts are computed by rows of outputs: take the model "
+            f'in MXFP4 as it was released, or quantization = "none"'
+        )
+    if not isinstance(weight, Tensor):
+        return weight
+    return (weight.transpose(1, 2) if stack.module.is_transposed else weight).detach()
+
+
 def saved_buffers(model: nn.Module) -> dict[str, Tensor]:
     """Return name -> floating-point buffer of those that are saved with a model, such as the scales of Gemma 4's
     layers."""
     return {
-        f"{name}.{leaf}".lstrip(".").replace(".base_layer.", "."): buffer
+        without_wrappers(f"{name}.{leaf}".lstrip(".")): buffer
         for name, module in model.named_modules()
         for leaf, buffer in module.named_buffers(recurse=False)
         if leaf not in module._non_persistent_buffers_set and buffer.is_floating_point()
@@ -121,49 +134,6 @@ def padded_view(weight: Tensor, rows: int) -> Tensor | None:
     if weight.dim() != 2 or not weight.is_contiguous() or room < rows * weight.shape[1] or rows < weight.shape[0]:
         return None
     return weight.as_strided((rows, weight.shape[1]), weight.stride(), weight.storage_offset())
-
-
-class Slot:
-    """Storage for the adapter of an engine's linear layer, which combines one or several of the trainer's."""
-
-    def __init__(self, modules: Sequence[str], sizes: Sequence[int], columns: int, rank: int, like: Tensor) -> None:
-        """Allocate the slot.
-
-        modules: the trainer's, from top to bottom, with `sizes` rows each. like: dtype and device.
-        """
-        self._modules, self.sizes = tuple(modules), list(sizes)
-        self._rank = slot_rank(rank)
-        self.a = like.new_zeros(len(modules) * self._rank, columns)
-        self.b = like.new_zeros(sum(sizes), self._rank)
-
-    def __iter__(self) -> Iterator[tuple[str, Tensor, Tensor]]:
-        """Yield (module, A [slot's rank, in], B [out, slot's rank]), views of the memory that the kernel reads."""
-        return zip(self._modules, self.a.split(self._rank), self.b.split(self.sizes), strict=True)
-
-
-def put(slots: Sequence[Slot], adapter: Mapping[str, tuple[Tensor, Tensor]]) -> None:
-    """Write an adapter into its slots, in a few launches.
-
-    adapter: module -> (A [r, in], B [out, r]), scaled. The slots of other modules are set to 0.
-    """
-    places, sources = [], []
-    for module, place_a, place_b in itertools.chain(*slots):
-        if module in adapter:
-            matrix_a, matrix_b = adapter[module]
-            places += [place_a[: len(matrix_a)], place_b[:, : len(matrix_a)]]
-            sources += [matrix_a, matrix_b]
-    torch._foreach_zero_([matrix for slot in slots for matrix in (slot.a, slot.b)])  # type: ignore[attr-defined]
-    torch._foreach_copy_(places, sources)  # type: ignore[attr-defined]
-
-
-def module_of(name: str) -> str:
-    """Return the base's module that a tensor of the adapter belongs to, from its PEFT name."""
-    return name.split(".lora_")[0].removeprefix("base_model.model.")
-
-
-def slot_rank(rank: int) -> int:
-    """Return the rank of an adapter's slot: a power of two, as the kernel requires."""
-    return max(MIN_RANK, power_of_2(rank))
 
 
 class SharedLinear:
@@ -231,28 +201,45 @@ class WeightCopy:
         for name, weight in self._weights.items():
             if isinstance(weight, Tensor):
                 self._places[name].copy_(weight)
+            elif isinstance(weight, Mxfp4Weight):
+                decode_mxfp4(weight, self._places[name])
 
     def _make_plans(self) -> list[DecodeTables]:
         quantized = [
-            (weight, self._places[name]) for name, weight in self._weights.items() if isinstance(weight, Nf4Weight)
+            (_as_matrix(weight), self._places[name].flatten(0, -2))
+            for name, weight in self._weights.items()
+            if isinstance(weight, Nf4Weight)
         ]
         chunks = [quantized[i : i + PER_LAUNCH] for i in range(0, len(quantized), PER_LAUNCH)]
         return [DecodeTables([weight for weight, _ in chunk], [place for _, place in chunk]) for chunk in chunks]
 
-    def merge(self, adapter: Mapping[str, tuple[Tensor, Tensor]]) -> None:
-        """Add an adapter to freshly written weights. adapter: name of a weight -> (A [r, in], B [out, r]), scaled."""
-        for name, (matrix_a, matrix_b) in adapter.items():
-            self._places[name].addmm_(matrix_b, matrix_a)
+    def merge(self, adapter: Mapping[str, Pair]) -> None:
+        """Add an adapter to freshly written weights. adapter: name of a weight -> A and scaled B."""
+        for name, pair in adapter.items():
+            _add_product(self._places[name], pair)
 
-    def differs(self, adapter: Mapping[str, tuple[Tensor, Tensor]]) -> str | None:
+    def differs(self, adapter: Mapping[str, Pair]) -> str | None:
         """Return the first weight that differs from what `run` and `merge` write; None if there is none."""
         flags = []
         for name, place in self._places.items():
             expected = torch.empty_like(place)
             WeightCopy({name: expected}, self._weights).run()
             if name in adapter:
-                matrix_a, matrix_b = adapter[name]
-                expected.addmm_(matrix_b, matrix_a)
+                _add_product(expected, adapter[name])
             flags.append((expected != place).any())
         wrong = torch.stack(flags).nonzero().flatten().tolist() if flags else []
         return list(self._places)[wrong[0]] if wrong else None
+
+
+def _as_matrix(weight: Nf4Weight) -> Nf4Weight:
+    """Return a matrix as it is, and a stack as its matrices on top of each other."""
+    return replace(weight, shape=(weight.numel // weight.shape[-1], weight.shape[-1]))
+
+
+def _add_product(weight: Tensor, pair: Pair) -> None:
+    """Add B A to a weight [out, in] or [E, out, in] in place, rounded once."""
+    a, b = pair
+    if weight.dim() == 2:
+        weight.addmm_(b, a)
+    else:
+        weight.baddbmm_(b, a)

@@ -19,7 +19,7 @@ from rlft import dist
 from rlft.config.run import Engine as Options
 from rlft.models.random_state import kept_random_state
 from rlft.rollout.vllm.memory import EngineMemory, EngineMode
-from rlft.rollout.vllm.shared_weights import slot_rank
+from rlft.rollout.vllm.slots import slot_rank
 
 COMPILED = 2 * 10**9
 """Bytes of a model's linear layers from which vLLM compiles it by itself: 1 billion parameters in 16 bits."""
@@ -96,9 +96,9 @@ def arguments(
     device: torch.device,
     provider: int,
 ) -> dict[str, Any]:
-    """Return the arguments of vLLM's LLM. ranks: of the adapter, by module. provider: number of the WeightProvider."""
+    """Return the arguments of vLLM's LLM. ranks: of the adapter, by weight. provider: number of the WeightProvider."""
     gpu = device.type == "cuda"
-    slots = sorted((module, slot_rank(rank)) for module, rank in ranks.items() if choice.mode != "merged")
+    slots = sorted((weight, slot_rank(rank)) for weight, rank in ranks.items() if choice.mode != "merged")
     most = min(options.max_seqs, sizes.most_sequences(choice.kv_bytes)) if sizes.caches.states else options.max_seqs
     values: dict[str, Any] = {
         "load_format": "rlft",
@@ -132,6 +132,8 @@ def arguments(
         free, total = torch.cuda.mem_get_info(device)
         # Unused, because the cache size is explicit, but vLLM compares it with the free memory.
         values |= {"gpu_memory_utilization": 0.5 * free / total, "enable_sleep_mode": True}
+        # Of vLLM's kernels of experts, the one that reads weights as they are in files.
+        values |= {"moe_backend": "triton"} if sizes.stack else {}
         values |= {"compilation_config": _compilation(options, most, sizes.linear)} if options.graphs else {}
     return values
 
