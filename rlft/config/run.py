@@ -107,9 +107,9 @@ class Engine:
     recorded completions. "auto" is replay when the data has recorded completions, else vllm where there is a GPU and
     vLLM is installed and has the model, else eager."""
     mode: Literal["auto", "shared", "dequantized", "merged"] = "auto"
-    """How vLLM holds the linear layers. "shared": computed from the trainer's weights in place, without memory for
-    weights. "dequantized": 16-bit copies, freed while vLLM sleeps; faster. "merged": copies with the adapter added in;
-    faster still, and rounded. "auto": dequantized where it fits, else shared."""
+    """How vLLM holds linear layers and experts. "shared": computed from the trainer's weights in place, without memory
+    for weights. "dequantized": 16-bit copies, freed while vLLM sleeps; faster. "merged": copies with the adapter added
+    in; faster still, and rounded. "auto": dequantized where it fits, else shared."""
     batch_size: Annotated[int, Ge(1)] = 64
     """Sequences that the eager engine decodes at a time."""
     max_seqs: Annotated[int, Ge(1)] = 256

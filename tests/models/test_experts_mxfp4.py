@@ -29,9 +29,9 @@ from rlft.runs.export_base import export_base
 LEAVES = ("gate_up_proj", "down_proj")
 
 
-def release(folder: Path) -> dict[str, Tensor]:
+def release(folder: Path, **fields: Any) -> dict[str, Tensor]:
     """A gpt-oss with random blocks and scales in place of its stacks; returns its tensors."""
-    save_mixture(folder, "gpt_oss")
+    save_mixture(folder, "gpt_oss", **fields)
     tensors, generator = load_file(folder / "model.safetensors"), torch.Generator().manual_seed(3)
     for name in [name for name in tensors if name.endswith(LEAVES)]:
         count, columns, rows = tensors.pop(name).shape

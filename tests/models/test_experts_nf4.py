@@ -20,13 +20,12 @@ from tiny import tiny_tokenizer
 from torch import Tensor, nn
 
 from rlft.config.run import Lora
-from rlft.errors import ConfigError, EngineError
+from rlft.errors import ConfigError
 from rlft.models import experts, experts_nf4
 from rlft.models.experts_nf4 import Stack4bit
 from rlft.models.fused.memory import weight_bytes
 from rlft.models.load import Base, attach_lora, fingerprint, load_base
 from rlft.models.quantization import held_in
-from rlft.rollout.vllm.shared_weights import frozen_weights
 from rlft.runs.export_base import export_base
 
 KINDS = ("qwen3_moe", "mixtral", "gpt_oss")
@@ -224,12 +223,6 @@ def test_4_bit_experts_are_neither_merged_into_nor_run_by_another_function(plain
     model.get_base_model().set_experts_implementation("grouped_mm")  # type: ignore[operator]
     assert 'which only experts_implementation = "rlft" reads, not "grouped_mm"' in refusal(lambda: logits(model))
     assert math.isfinite(float(logits(with_adapter(base_of(plain, "nf4"))).sum()))
-
-
-def test_vllm_is_refused_before_it_starts(plain: Path) -> None:
-    for model in (base_of(plain, "nf4"), with_adapter(base_of(plain, "none")).get_base_model()):
-        with pytest.raises(EngineError, match=r'experts.gate_up_proj is a stack of experts: .* engine.name = "eager"'):
-            frozen_weights(model)
 
 
 # ---- other trainers ----------------------------------------------------------------------------------------------

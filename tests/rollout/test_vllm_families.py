@@ -51,7 +51,12 @@ SLOW = (
     *("smollm3", "granite", "granite_swa", "hyperclovax", "olmo3", "exaone4", "glm", "glm4", "ernie4_5", "helium"),
     *("arcee", "apertus", "hunyuan", "hunyuan alpha"),
 )
-SAMPLED = (*QUICK, "olmo2", *SLOW)
+MIXTURES = (
+    *("qwen3_moe", "mixtral", "gpt_oss", "olmoe", "qwen2_moe", "glm4_moe", "flex_olmo", "hunyuan_v1_moe"),
+    *("qwen3_next", "qwen3_5_moe_text"),
+)
+"""What test_vllm_experts.py samples."""
+SAMPLED = (*QUICK, "olmo2", *SLOW, *MIXTURES)
 """What a test samples by vLLM; scripts/models.py reads it."""
 IN_16_BITS = ("qwen3_5", "apertus")
 """As vLLM's CPU build has their gated delta rule, and its xIELU."""
@@ -62,13 +67,10 @@ REFUSED = {
     "qwen2_5_vl": "parameter visual.",
     "qwen3_vl": "parameter visual.",
     "gpt_neox": "parameter model.embed_in.weight, and the trainer's has none of that name",
-    "gpt_oss": "experts.gate_up_proj is a stack of experts",
     "gpt2": "c_attn.weight: (64, 192) in the trainer, (192, 64) in vLLM",
     "granitemoehybrid": "parameter model.layers.0.mamba.A, and the trainer's has none of that name",
     "falcon_h1": "parameter model.layers.0.mamba.mamba.A, and the trainer's has none of that name",
     "mamba2": "parameter backbone.layers.0.mixer.A, and the trainer's has none of that name",
-    "qwen3_next": "experts.gate_up_proj is a stack of experts",
-    "qwen3_moe": "experts.gate_up_proj is a stack of experts",
     "bamba": "does not dispatch through the Transformers attention interface",
     "phi": "a weight lm_head.bias that vLLM's has no place for",
     "diffllama": "does not dispatch through the Transformers attention interface",
@@ -76,18 +78,26 @@ REFUSED = {
 }
 """What vLLM cannot sample, with fields or types as these, and a part of the reason."""
 UNNAMED = (
-    *("qwen2_moe", "mixtral", "glm4_moe", "olmoe", "granitemoe", "dots1", "phimoe", "ernie4_5_moe", "flex_olmo"),
-    *("solar_open", "hunyuan_v1_moe", "qwen3_5_moe_text", "lfm2_moe", "jamba", "deepseek_v2", "deepseek_v3"),
-    *("glm4_moe_lite", "llama4_text", "mamba", "falcon_mamba", "stablelm", "gptj", "gpt_bigcode", "biogpt"),
+    *("granitemoe", "dots1", "ernie4_5_moe", "solar_open", "lfm2_moe", "jamba", "mamba", "falcon_mamba"),
+    *("stablelm", "gptj", "gpt_bigcode", "biogpt"),
 )
 """Types of which vLLM's model has a weight that the trainer's has under no such name: experts, decays, stacked ones."""
+OTHERWISE = {
+    "deepseek_v2": "vLLM multiplies",
+    "deepseek_v3": "e_score_correction_bias that vLLM's has no place for",
+    "glm4_moe_lite": "vLLM multiplies",
+    "llama4_text": "weights the input of",
+}
+"""Mixtures that vLLM computes in another way, with a part of the reason."""
+FAILS = ("phimoe",)
+"""What vLLM builds from transformers' layers, and fails to run."""
 BUILT = ("olmo_hybrid", "lfm2")
 """What vLLM's CPU build has no kernels of, or wrong ones: test_vllm_weights.py compares the weights."""
 
 
 def samplers() -> dict[str, str]:
     """Type of a model -> what samples it, as docs/models.md has it."""
-    rows = [(name, "eager") for name in (*REFUSED, *UNNAMED)] + [(name, "vLLM") for name in SAMPLED]
+    rows = [(name, "eager") for name in (*REFUSED, *UNNAMED, *OTHERWISE, *FAILS)] + [(name, "vLLM") for name in SAMPLED]
     rows += [(name, "vLLM (weights)") for name in BUILT]
     return {FAMILIES[name][0] if name in FAMILIES else name: by for name, by in rows}
 

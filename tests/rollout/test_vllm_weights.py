@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from test_families import FAMILIES, HYBRIDS
-from test_vllm_families import REFUSED, UNNAMED, policy_of
+from test_vllm_families import OTHERWISE, REFUSED, UNNAMED, policy_of
 from torch import Tensor, nn
 from vllm_models import build, parallel_state
 
@@ -160,6 +160,13 @@ def test_what_vllm_has_no_place_for_is_named(name: str) -> None:
 @pytest.mark.parametrize("name", UNNAMED)
 def test_a_weight_that_the_trainer_has_under_no_such_name_is_named(name: str) -> None:
     with pytest.raises(UnsupportedModel, match=r"vLLM's model has a parameter .*, and the trainer's has none of that"):
+        build(policy_of(name), "shared")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OTHERWISE)
+def test_what_vllm_computes_in_another_way_is_named(name: str) -> None:
+    with pytest.raises(UnsupportedModel, match=OTHERWISE[name]):
         build(policy_of(name), "shared")
 
 

@@ -19,8 +19,8 @@ from rlft.kernels.nf4 import Nf4Weight
 
 Weight = Tensor | Nf4Weight | Mxfp4Weight
 
-CONTAINERS = (".routed_experts.", ".")
-"""Part of the names of a stack of experts in vLLM 0.32, and of none in the trainer's or in vLLM 0.23."""
+INSIDE = {".experts.routed_experts.": ".experts.", ".experts.gate.": ".gate."}
+"""Module of vLLM inside of its experts -> where the trainer has it; vLLM 0.23 has no routed_experts."""
 STACKS: dict[str, tuple[str, ...]] = {
     "w13_weight": ("gate_up_proj", "up_proj"),
     "w13_bias": ("gate_up_proj_bias", "up_proj_bias"),
@@ -102,7 +102,9 @@ def _of_experts(name: str) -> list[str]:
     """Return the names that the trainer may have for a parameter in vLLM's block of experts, their router included."""
     for block, ours in BLOCKS.items():
         name = name.replace(f".{block}.", f".{ours}.")
-    where, _, leaf = name.replace(*CONTAINERS).rpartition(".")
+    for inside, ours in INSIDE.items():
+        name = name.replace(inside, ours)
+    where, _, leaf = name.rpartition(".")
     return [f"{where}.{ours}" for ours in STACKS.get(leaf, (leaf,))]
 
 

@@ -5,7 +5,7 @@ Imported only when an engine starts, since it imports vLLM.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -65,6 +65,7 @@ class WeightProvider:
         buffers = {name: buffer for name, buffer in shared_weights.saved_buffers(model).items() if name in ours}
         parameters = dict(model.named_parameters()) | buffers
         matches = partners(parameters, naming, self.weights)
+        _refuse_absorbed(parameters)
         self._give_slots(modules, parameters, matches)
         places: dict[str, Tensor] = {}
         scratch = self._scratch(modules, matches)
@@ -160,6 +161,16 @@ class WeightProvider:
                 size = max(size, sum(weight.shape[0] * weight.shape[1] for weight in weights))
         like = next(iter(modules[""].parameters()))
         return torch.empty(size, dtype=like.dtype, device=like.device) if size else None
+
+
+def _refuse_absorbed(names: Iterable[str]) -> None:
+    """Raise UnsupportedModel for latent attention (MLA). names: of the engine's parameters."""
+    absorbed = next((name for name in names if ".kv_b_proj." in name), None)
+    if absorbed is not None:
+        raise UnsupportedModel(
+            f"vLLM multiplies {absorbed} into the weights beside it when it loads a model: it does not read the "
+            f"trainer's, nor an adapter on it"
+        )
 
 
 def _is_stack(method: object, leaf: str) -> bool:
