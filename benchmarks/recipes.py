@@ -76,8 +76,8 @@ def write_rows(folder: Path) -> None:
 
 def settings(name: str, recipe: Recipe, stage: str, run: str, folder: Path, args: Any) -> list[str]:
     """Flags of one stage of one run."""
-    # A stage over recorded pairs samples in evaluations alone: rows are for those, and it takes no engine.
-    recorded = stage.startswith("dpo")
+    # A stage over recorded completions samples in evaluations alone: rows are for those, and it takes no engine.
+    recorded = stage.startswith(("dpo", "sft"))
     seed = SEEDS[0] if run == CONTROL else int(run)
     flags = ["--model", args.model, f"--seed={seed}", "--out", str(folder / stage.removesuffix(".toml"))]
     if stage in recipe.generated:
