@@ -11,7 +11,7 @@ In shapes, E is the number of experts of a layer. In names, x is what comes into
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import MethodType
 from typing import Any
 
@@ -22,8 +22,9 @@ from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from rlft.errors import ConfigError
-from rlft.kernels.mxfp4 import BLOCK, Mxfp4Weight, decode_mxfp4_reference
-from rlft.kernels.nf4 import DTYPES, Nf4Weight, decode
+from rlft.kernels.mxfp4 import BLOCK, Mxfp4Weight, decode_mxfp4
+from rlft.kernels.nf4 import DTYPES, Nf4Weight
+from rlft.kernels.nf4_stack import decode_stack
 from rlft.models.adapter import without_wrappers
 from rlft.models.experts_function import Factors, Frozen, Layer
 from rlft.models.experts_function import experts as compute
@@ -162,7 +163,7 @@ def _frozen(module: Any, leaf: str) -> Frozen:
             f"{type(module).__name__}.{leaf} requires a gradient, and rlft's function of experts trains adapters "
             f'alone; freeze it, or call model.set_experts_implementation("eager")'
         )
-    return Frozen(lambda dtype: decoded(module, leaf, dtype), bias)
+    return Frozen(lambda dtype, offsets: decoded(module, leaf, dtype, offsets), bias)
 
 
 def packed(module: Any, leaf: str) -> Tensor | Nf4Weight | Mxfp4Weight:
@@ -178,16 +179,19 @@ def packed(module: Any, leaf: str) -> Tensor | Nf4Weight | Mxfp4Weight:
     return Nf4Weight.from_bnb(weight) if hasattr(weight, "quant_state") else weight
 
 
-def decoded(module: Any, leaf: str, dtype: torch.dtype) -> Tensor:
-    """Return a stack of a layer as [E, out, in] in a dtype."""
-    weight = packed(module, leaf)
-    if isinstance(weight, Mxfp4Weight):
-        return decode_mxfp4_reference(weight, dtype)
-    if isinstance(weight, Nf4Weight):
-        stack = weight
-        weight = torch.empty(stack.shape, dtype=dtype if dtype in DTYPES else torch.float32, device=stack.packed.device)
-        matrix = weight.view(-1, weight.shape[2])
-        decode([replace(stack, shape=tuple(matrix.shape))], [matrix])
+def decoded(module: Any, leaf: str, dtype: torch.dtype, offsets: Tensor | None = None) -> Tensor:
+    """Return a stack of a layer as [E, out, in] in a dtype.
+
+    offsets: of sorted rows, [E + 1] int32; experts without rows are then not decoded, and their weights are undefined.
+    """
+    stack = packed(module, leaf)
+    if isinstance(stack, Tensor):
+        return (stack.transpose(1, 2) if module.is_transposed else stack).to(dtype)
+    weight = torch.empty(stack.shape, dtype=dtype if dtype in DTYPES else torch.float32, device=stack.packed.device)
+    if isinstance(stack, Mxfp4Weight):
+        decode_mxfp4(stack, weight, offsets)
+        return weight.to(dtype)
+    decode_stack(stack, weight, offsets)
     return (weight.transpose(1, 2) if module.is_transposed else weight).to(dtype)
 
 

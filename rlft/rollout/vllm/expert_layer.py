@@ -9,8 +9,8 @@ function, multiplied again and combined, the adapter as two thin products beside
 Weights in NF4 and MXFP4 are decoded inside the products. Nothing waits for the device, so that CUDA graphs capture it,
 and nothing adds by atomics, so that two runs are bitwise equal. There is no gradient.
 
-In shapes: T tokens, k choices of each, M = T k rows, E experts, H hidden size. In names, x are rows that come in, y those that
-go out.
+In shapes: T tokens, k choices of each, M = T k rows, E experts, H hidden size. In names, x are rows
+that come in, y those that go out.
 """
 
 from __future__ import annotations

@@ -6,6 +6,8 @@ multiplies twice in one call, so it serves weights with the adapter merged in, a
 
 Imported only when an engine starts, since it imports vLLM. In vLLM 0.23 a layer of experts is a FusedMoE, in later
 versions a RoutedExperts inside of a MoERunner; 0.23 has the first under the name of the second.
+
+Legend: T tokens, k experts of each, H hidden size, x what comes in.
 """
 
 from __future__ import annotations

@@ -74,7 +74,9 @@ class EngineMemory:
         sizes = [math.prod(shape) for shape in stacks.values()]
         concurrent, batched = min(sequences, max_seqs), min(BATCHED, max(longest * max_seqs, 1024))
         adapter = policy.adapter_params.numel()
-        slots = _slots(ranks_of(policy.model, policy.adapter()), {name: w.shape for name, w in weights.items()})
+        slots = _slots(
+            ranks_of(policy.model, policy.adapter()), {name: weight.shape for name, weight in weights.items()}
+        )
         return cls(
             linear=sum(rows * columns for rows, columns in matrices.values()) * item + sum(sizes) * item,
             largest=_largest(matrices) * item,

@@ -4,7 +4,8 @@
 writes them into memory of the engine, dequantized where they are in 4 bits, and merges an adapter in mode "merged".
 `rlft.rollout.vllm.slots` has the adapter in the other modes, `rlft.rollout.vllm.expert_layer` computes experts.
 
-Legend: x activations, w and W a weight, A [r, in] and B [out, r] the adapter's matrices, V vocabulary, H hidden size.
+Legend: x activations, w and W a weight, A [r, in] and B [out, r] the adapter's matrices, a and b in
+the code, V vocabulary, H hidden size.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The adapter in an engine that combines linear layers: what each of PEFT's tensors belongs to, and memory for it.
 
 A slot has A and B as the kernels read them: A [r, in] and B [out, r] of a matrix, A [E, r, in] and B [E, out, r] of a
-stack of E experts, B scaled. Slots are written in place, and read back.
+stack of E experts, B scaled; in the code a and b. Slots are written in place, and read back.
 """
 
 from __future__ import annotations
