@@ -61,7 +61,9 @@ def find(base: Any) -> LinearLayers:
         elif leaf == "out_proj" and "mamba" in f"{name}{type(parent).__name__}".lower():
             layers.mamba.append(full)
         elif isinstance(module, nn.Linear | Conv1D):
-            if not (leaf.endswith("_gate") and module.weight.shape[0] == 1 and hasattr(parent, "experts")):
+            # The weight itself has another shape in 4 bits.
+            width = getattr(module, "out_features", None)
+            if not (leaf.endswith("_gate") and width == 1 and hasattr(parent, "experts")):
                 layers.linear.append(full)
         elif "expert" in type(module).__name__.lower():
             for parameter, weight in module.named_parameters(recurse=False):

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from rlft.config.run import Lora
 from rlft.errors import ConfigError
-from rlft.models import experts, experts_nf4
+from rlft.models import experts, experts_nf4, targets
 from rlft.models.experts_nf4 import Stack4bit
 from rlft.models.fused.memory import weight_bytes
 from rlft.models.load import Base, attach_lora, fingerprint, load_base
@@ -223,6 +223,12 @@ def test_4_bit_experts_are_neither_merged_into_nor_run_by_another_function(plain
     model.get_base_model().set_experts_implementation("grouped_mm")  # type: ignore[operator]
     assert 'which only experts_implementation = "rlft" reads, not "grouped_mm"' in refusal(lambda: logits(model))
     assert math.isfinite(float(logits(with_adapter(base_of(plain, "nf4"))).sum()))
+
+
+def test_the_gate_of_shared_experts_has_no_adapter_in_4_bits_either(tmp_path: Path) -> None:
+    folder = save_mixture(tmp_path, "qwen2_moe", shared_expert_intermediate_size=64)
+    found = [targets.find(base_of(folder, form)) for form in ("nf4", "none")]
+    assert found[0] == found[1] and not any("shared_expert_gate" in name for name in found[0].linear)
 
 
 # ---- other trainers ----------------------------------------------------------------------------------------------

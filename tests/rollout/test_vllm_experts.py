@@ -41,7 +41,7 @@ SIZES = {"hidden_size": 128, "head_dim": 32}
 IN_16_BITS = ("qwen3_5_moe_text", "qwen3_next")
 """As vLLM's CPU build has their gated delta rule."""
 BUILT = [("qwen3_moe", "none"), ("qwen3_moe", "nf4"), ("mixtral", "nf4"), ("gpt_oss", "none"), ("gpt_oss", "mxfp4")]
-SAMPLED = [("qwen3_moe", "nf4"), ("mixtral", "none"), ("gpt_oss", "mxfp4")]
+SAMPLED = [("qwen3_moe", "nf4"), ("mixtral", "none"), ("gpt_oss", "mxfp4"), ("qwen2_moe", "nf4")]
 MORE = [
     (kind, "none") for kind in ("olmoe", "qwen2_moe", "glm4_moe", "flex_olmo", "hunyuan_v1_moe", "qwen3_5_moe_text")
 ]
@@ -56,7 +56,7 @@ def policy_of(kind: str, form: str, folder: Path, lora: Lora = Lora(rank=4, alph
         policy = tiny(kind, dtype, **SIZES, **in_bf16, moe_intermediate_size=64)
         pad_rows(*(module.weight for module in heads(policy.base)))
         return policy
-    fields = SIZES | fields
+    fields = SIZES | ({"shared_expert_intermediate_size": 64} if kind == "qwen2_moe" else {}) | fields
     if form == "none":
         base = mixture(kind, **fields)
         pad_rows(*(module.weight for module in heads(base)))

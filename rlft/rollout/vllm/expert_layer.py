@@ -83,8 +83,7 @@ class ExpertLayer:
         """
         count = self.up.weight.shape[0]
         order, inverse, offsets = sort_by_expert(chosen.clamp(min=0), count)
-        rows = gather(x, order, chosen.shape[1])
-        hidden = self.gate(self.up(rows, offsets))
+        hidden = self.gate(self.up(gather(x, order, chosen.shape[1]), offsets))
         return combine(self.down(hidden, offsets), inverse, weights.contiguous())
 
 

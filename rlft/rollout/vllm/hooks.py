@@ -28,7 +28,7 @@ from torch import nn
 from vllm.config import get_current_vllm_config
 from vllm.device_allocator.cumem import CuMemAllocator
 from vllm.model_executor.layers.fused_moe import GateLinear, RoutedExperts
-from vllm.model_executor.layers.linear import LinearBase
+from vllm.model_executor.layers.linear import LinearBase, ReplicatedLinear
 from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 from vllm.model_executor.layers.rotary_embedding.common import ApplyRotaryEmb
@@ -116,7 +116,7 @@ class _WeightConfig(QuantizationConfig):
         return cls()
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> Any:
-        if isinstance(layer, GateLinear):
+        if _is_router(layer, prefix):
             return RouterMethod()
         if isinstance(layer, LinearBase):
             return SharedMethod() if self.shared else DequantizedMethod()
@@ -124,6 +124,13 @@ class _WeightConfig(QuantizationConfig):
             provider = _provider_of(get_current_vllm_config().load_config)
             return method_of(layer, self.shared, provider.adapts_experts)
         return SharedEmbedding() if isinstance(layer, VocabParallelEmbedding) else None
+
+
+def _is_router(layer: nn.Module, prefix: str) -> bool:
+    """Return whether a layer of vLLM's is a router of experts; 0.23 has no class for those of most models."""
+    return isinstance(layer, GateLinear) or (
+        isinstance(layer, ReplicatedLinear) and prefix.endswith((".gate", ".router"))
+    )
 
 
 @register_quantization_config("rlft-shared")

@@ -65,18 +65,13 @@ class EngineMemory:
         """Compute the sizes. weights: `shared_weights.frozen_weights` of the base. sequences: completions of a step."""
         config: Any = policy.base.config.get_text_config()  # type: ignore[operator,union-attr]
         item = dtype.itemsize
-        stacks = {without_wrappers(name): weights[without_wrappers(name)].shape for name in experts.stacks(policy.base)}
-        matrices = {
-            name: weight.shape
-            for name, weight in weights.items()
-            if len(weight.shape) == 2 and weight.shape[0] != config.vocab_size
-        }
+        shapes = {name: weight.shape for name, weight in weights.items()}
+        stacks = {name: shapes[name] for name in map(without_wrappers, experts.stacks(policy.base))}
+        matrices = {name: shape for name, shape in shapes.items() if len(shape) == 2 and shape[0] != config.vocab_size}
         sizes = [math.prod(shape) for shape in stacks.values()]
         concurrent, batched = min(sequences, max_seqs), min(BATCHED, max(longest * max_seqs, 1024))
         adapter = policy.adapter_params.numel()
-        slots = _slots(
-            ranks_of(policy.model, policy.adapter()), {name: weight.shape for name, weight in weights.items()}
-        )
+        slots = _slots(ranks_of(policy.model, policy.adapter()), shapes)
         return cls(
             linear=sum(rows * columns for rows, columns in matrices.values()) * item + sum(sizes) * item,
             largest=_largest(matrices) * item,
@@ -189,8 +184,9 @@ def _layer_work(config: Any, stacks: Mapping[str, Sequence[int]]) -> int:
         return dense
     found = next((getattr(config, name) for name in TOP_K if getattr(config, name, None)), 1)
     choices = max(found) if isinstance(found, list | tuple) else found
-    # Of each row what comes in and goes out, both products and what is between them.
-    return dense + choices * (2 * hidden + 2 * max(rows for _, rows, _ in stacks.values()))
+    width = max(columns for name, (_, _, columns) in stacks.items() if name.endswith("down_proj"))
+    # Of each row what goes out, and at most four times both halves of the first product, as the gate is computed.
+    return dense + choices * (hidden + 8 * width)
 
 
 def _slots(ranks: Mapping[str, int], shapes: Mapping[str, Sequence[int]]) -> int:

@@ -86,6 +86,9 @@ class WeightProvider:
                 parameter.data = shared_weights.shared_tensor(name, weights[0], parameter, module)
         self._give_experts(modules, matches)
         self.weight_copy = WeightCopy(places, self.weights)
+        if not any(parameter.is_cuda for parameter in parameters.values()):
+            # vLLM's CPU build packs layers that have its own method, such as the gate of shared experts, after this.
+            self.weight_copy.run()
 
     def _share(self, module: nn.Module, linear: shared_weights.SharedLinear) -> None:
         number = next(SHARED_NUMBERS)
