@@ -19,6 +19,7 @@ from mixtures import FAMILIES, mixture, save_mixture
 from test_architectures import tiny
 from test_engines import mismatch_of
 from test_experts_mxfp4 import release
+from test_vllm_families import MIXTURES
 from test_vllm_weights import filled, scaled
 from tiny import prompts, tiny_tokenizer
 from torch import Tensor, nn
@@ -42,9 +43,7 @@ IN_16_BITS = ("qwen3_5_moe_text", "qwen3_next")
 """As vLLM's CPU build has their gated delta rule."""
 BUILT = [("qwen3_moe", "none"), ("qwen3_moe", "nf4"), ("mixtral", "nf4"), ("gpt_oss", "none"), ("gpt_oss", "mxfp4")]
 SAMPLED = [("qwen3_moe", "nf4"), ("mixtral", "none"), ("gpt_oss", "mxfp4"), ("qwen2_moe", "nf4")]
-MORE = [
-    (kind, "none") for kind in ("olmoe", "qwen2_moe", "glm4_moe", "flex_olmo", "hunyuan_v1_moe", "qwen3_5_moe_text")
-]
+MORE = [pytest.param(kind, "none", marks=pytest.mark.slow) for kind in MIXTURES if kind not in dict(SAMPLED)]
 SAMPLING = Sampling(group_size=2, max_tokens=6)
 
 
@@ -238,9 +237,7 @@ def test_names_of_experts_are_found_in_both_versions_of_vllm() -> None:
         assert [parts for name in (stacks[0], stacks[1], router, stacks[2]) for parts in found[name]] == list(weights)
 
 
-@pytest.mark.parametrize(
-    ("kind", "form"), [*SAMPLED, *(pytest.param(kind, "none", marks=pytest.mark.slow) for kind in MORE)]
-)
+@pytest.mark.parametrize(("kind", "form"), [*SAMPLED, *MORE])
 def test_engine_and_trainer_agree_on_adapters_of_experts(kind: str, form: str, tmp_path: Path) -> None:
     policy, lines = policy_of(kind, form, tmp_path), []
     vllm_start.environment()

@@ -89,15 +89,13 @@ OTHERWISE = {
     "llama4_text": "weights the input of",
 }
 """Mixtures that vLLM computes in another way, with a part of the reason."""
-FAILS = ("phimoe",)
-"""What vLLM builds from transformers' layers, and fails to run."""
 BUILT = ("olmo_hybrid", "lfm2")
 """What vLLM's CPU build has no kernels of, or wrong ones: test_vllm_weights.py compares the weights."""
 
 
 def samplers() -> dict[str, str]:
     """Type of a model -> what samples it, as docs/models.md has it."""
-    rows = [(name, "eager") for name in (*REFUSED, *UNNAMED, *OTHERWISE, *FAILS)] + [(name, "vLLM") for name in SAMPLED]
+    rows = [(name, "eager") for name in (*REFUSED, *UNNAMED, *OTHERWISE)] + [(name, "vLLM") for name in SAMPLED]
     rows += [(name, "vLLM (weights)") for name in BUILT]
     return {FAMILIES[name][0] if name in FAMILIES else name: by for name, by in rows}
 
