@@ -15,6 +15,7 @@ import shlex
 import signal
 import sys
 import traceback
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -38,6 +39,9 @@ def main(argv: list[str] | None = None) -> int:
     sys.path.append(os.getcwd())
     # Its import warns about an optional kernel on every CPU, before anything of ours is printed.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    # The compiler of flash-attn-4 about its own code, and PyTorch's C++ code about names of hosts and memory nodes.
+    warnings.filterwarnings("ignore", "Argument aux_data", UserWarning)
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     before = signal.signal(signal.SIGTERM, _interrupt)
     try:
         code = _run(argv)

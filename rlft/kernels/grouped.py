@@ -44,9 +44,9 @@ class Tile(NamedTuple):
 
 TOGETHER = 8
 """Tiles of rows that run through the columns together, so that weights are read from the L2 cache."""
-LEAST_ROWS, LEAST_INNER, LEAST_OUTER = 64, 512, 256
-"""Average rows per expert and dimensions of w from which grouped_mm is taken: below, its tiles of 64 rows or more are
-mostly empty. Of its documentation and the shapes of its tiles; benchmarks/kernels_experts.py measures both sides."""
+LEAST_ROWS, LEAST_INNER, LEAST_OUTER = 192, 512, 256
+"""Average rows per expert and dimensions of w from which grouped_mm is taken. On an H200 it is slower at 128 rows and
+faster at 256 (benchmarks/kernels_experts.py)."""
 
 
 def grouped_reference(x: Tensor, w: Tensor, offsets: Tensor, bias: Tensor | None = None) -> Tensor:
