@@ -62,6 +62,13 @@ def test_too_little_memory_says_what_to_lower(monkeypatch: pytest.MonkeyPatch) -
         choose_mode(SIZES, "dequantized", None, GPU)
 
 
+def test_merged_experts_leave_room_for_the_copy_that_checks_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    free(monkeypatch, 30)
+    mixture = replace(SIZES, stack=2 * GIB)
+    cache = {mode: choose_mode(mixture, mode, None, GPU).kv_bytes for mode in ("dequantized", "merged")}
+    assert cache["merged"] == cache["dequantized"] - 3 * GIB
+
+
 def test_slots_have_room_for_all_that_a_layer_of_vllms_stands_for() -> None:
     weights = {
         f"model.layers.0.{name}.weight": size
@@ -74,6 +81,8 @@ def test_slots_have_room_for_all_that_a_layer_of_vllms_stands_for() -> None:
     }
     ranks = {"model.layers.0.self_attn.q_proj.weight": 24}
     assert _slots(ranks, weights) == (64 + 32 + 16 + 32) * 32
+    stacks = {"model.layers.0.mlp.experts.up_proj": (8, 96, 32)}
+    assert _slots({next(iter(stacks)): 3}, stacks) == 8 * 3 * (96 + 32)
 
 
 def test_the_cache_of_a_hybrid_is_what_vllm_lays_out_for_it() -> None:
