@@ -30,7 +30,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("vllm_visible"), pytest.m
 SAMPLING = Sampling(group_size=4, max_tokens=24)
 SIZES = {"hidden_size": 256, "head_dim": 64, "moe_intermediate_size": 128, "intermediate_size": 128}
 MODELS = (("qwen3_moe", "nf4"), ("mixtral", "none"), ("gpt_oss", "mxfp4"))
-HOW = ("dequantized-graphs", "dequantized", "merged-graphs", "merged", "shared-graphs", "shared")
+HOW = ("dequantized-graphs", "merged-graphs", "shared-graphs", "shared")
 Pair = tuple[Policy, VllmEngine]
 
 
