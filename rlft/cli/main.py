@@ -8,20 +8,18 @@ from __future__ import annotations
 
 import errno
 import json
-import logging
 import math
 import os
 import shlex
 import signal
 import sys
 import traceback
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from rlft.cli.manual import Command, manual
 from rlft.config.resolve import did_you_mean
-from rlft.environment import rank
+from rlft.environment import quiet_libraries, rank
 from rlft.errors import ConfigError, ElsewhereError, RewardError, RlftError
 
 if TYPE_CHECKING:
@@ -37,11 +35,7 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     # "my_module:reward" is found beside the config, as it would be by a script; last, so that it shadows nothing.
     sys.path.append(os.getcwd())
-    # Its import warns about an optional kernel on every CPU, before anything of ours is printed.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    # The compiler of flash-attn-4 about its own code, and PyTorch's C++ code about names of hosts and memory nodes.
-    warnings.filterwarnings("ignore", "Argument aux_data", UserWarning)
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    quiet_libraries()
     before = signal.signal(signal.SIGTERM, _interrupt)
     try:
         code = _run(argv)
