@@ -184,6 +184,11 @@ def adapt(model: PeftModel) -> PeftModel:
     return model
 
 
+def is_adapted(module: nn.Module) -> bool:
+    """Return whether the forward of a module was replaced by `adapt`."""
+    return getattr(vars(module).get("forward"), "__func__", None) is _wrapped_forward
+
+
 def _wrapped_forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """Run the layer inside a wrapper with the active adapters of all its wrappers."""
     layer = self.get_base_layer()
