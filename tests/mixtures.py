@@ -49,6 +49,9 @@ def mixture(kind: str = "qwen3_moe", dtype: torch.dtype = torch.float32, **field
     for parameter in model.parameters():
         if parameter.dim() < 2 or not parameter.any():
             parameter.data.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    for name, buffer in model.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            buffer.copy_(0.1 * torch.randn(buffer.shape, generator=generator))
     return model.to(dtype).eval().requires_grad_(False)
 
 

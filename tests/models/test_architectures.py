@@ -155,7 +155,7 @@ KINDS: dict[str, dict[str, dict[str, Any]]] = {
         "qwen2_moe": EXPERTS,
         "mixtral": LOCAL,
         "glm4_moe": ROUTED,
-        "olmoe": EXPERTS,
+        "olmoe": {**EXPERTS, "head_dim": None},
         "granitemoe": {**LOCAL, "logits_scaling": 2.0},
         "dots1": ROUTED,
         "phimoe": LOCAL,

@@ -37,11 +37,12 @@ COMMON = frozenset(
         *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
         *("vocab_size", "rms_norm_eps", "max_position_embeddings", "rope_parameters", "tie_word_embeddings"),
         *("pad_token_id", "bos_token_id", "eos_token_id", "eod_token_id"),
-        *("initializer_range", "use_cache", "pretraining_tp", "router_aux_loss_coef"),
+        *("initializer_range", "use_cache", "pretraining_tp"),
+        *("output_router_logits", "router_aux_loss_coef"),
     }
 )
 """Config fields that the modules of every family have in their shapes, norms and tables, or that no layer computes
-with."""
+with. A call that asks for the logits of routers runs transformers' layers."""
 FACTORS = ("multiplier", "scaling", "scale", "factor")
 """Ends of the names of fields whose neutral value is 1; that of others is None, False, 0 or empty."""
 

@@ -9,8 +9,7 @@ import torch
 from peft.tuners.lora import ParamWrapper
 from torch import Tensor, nn
 
-from rlft.kernels.expert_choice import Scoring
-from rlft.kernels.route import MOST_EXPERTS
+from rlft.kernels.expert_choice import Scoring, choose_experts
 from rlft.models.experts import leaves
 from rlft.models.families import Experts
 from rlft.models.fused import ops
@@ -48,8 +47,7 @@ class Mixture:
         up, down = leaves(module)
         self.stacks = Stack(module, up, wrappers.get(up)), Stack(module, down, wrappers.get(down))
         self.experts = self.stacks[UP].experts
-        if self.experts > MOST_EXPERTS:
-            raise ValueError(f"{self.experts} experts")
+        choose_experts(torch.empty(0, self.experts), self.k, self.scoring)  # raises for numbers that do not fit
         self.width = self.stacks[DOWN].in_features
         """Columns of h."""
         self.activation = activation
