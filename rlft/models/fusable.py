@@ -18,7 +18,6 @@ from rlft.models.fused.layer_modules import FusedLayer
 from rlft.models.fused.ops import Norm
 from rlft.models.fused.projection import Projection
 
-
 Adapted = Projection | Stack
 """What an adapter may be on."""
 

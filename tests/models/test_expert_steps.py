@@ -15,7 +15,7 @@ from rlft.models.fused import ops
 from rlft.models.fused.expert_layer import Mixture, describe_scoring
 from rlft.models.fused.expert_steps import ExpertSteps
 from rlft.models.fused.expert_weights import StackAdapter, StackStore
-from rlft.models.fused.layer_backward import Gradients
+from rlft.models.fused.gradients import Gradients
 
 E, K, H, I, R = 8, 3, 5, 3, 2  # noqa: E741
 """Experts, those of a token, hidden and inner size, rank."""
@@ -80,7 +80,7 @@ def choices(logits: Tensor, experts: Experts, correction: Tensor | None) -> list
     if experts.groups is not None:
         size = E // CONFIG.groups
         groups = [range(g * size, (g + 1) * size) for g in range(CONFIG.groups)]
-        best = sorted(groups, key=lambda group: -sum(sorted((float(ranked[e]) for e in group))[-2:]))
+        best = sorted(groups, key=lambda group: -sum(sorted(float(ranked[e]) for e in group)[-2:]))
         open_to = [e for group in best[: CONFIG.kept] for e in group]
     return sorted(open_to, key=lambda e: -float(ranked[e]))[:K]
 
@@ -135,9 +135,7 @@ def test_values_and_gradients_are_those_of_a_loop(name: str, T: int, mode: str) 
     want = torch.autograd.grad(out, (n, *parameters), dout, allow_unused=True, materialize_grads=True)
     for keep in (False, True):
         got = by_steps(experts, n, parameters, residual, dout, keep, mode)
-        for what, mine, theirs in zip(
-            ("out", "n", "A1", "B1", "A2", "B2"), got, (out + residual, *want), strict=True
-        ):
+        for what, mine, theirs in zip(("out", "n", "A1", "B1", "A2", "B2"), got, (out + residual, *want), strict=True):
             assert torch.allclose(mine, theirs, atol=1e-11, rtol=0), what
 
 

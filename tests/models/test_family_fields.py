@@ -141,7 +141,11 @@ def changed(kind: str, name: str) -> dict[str, Any]:
     return {name: value} | {key: other for key, other in TOGETHER.get(name, {}).items() if key in known}
 
 
-@pytest.mark.parametrize("kind", [pytest.param(n, marks=[] if n in QUICK else pytest.mark.slow) for n in NAMES])
+DENSE = [n for n in QUICK if n in NAMES and families.find(n).experts is None]  # type: ignore[union-attr]
+"""Families whose walk takes seconds; transformers' loop over experts takes a minute."""
+
+
+@pytest.mark.parametrize("kind", [pytest.param(n, marks=[] if n in DENSE else pytest.mark.slow) for n in NAMES])
 def test_every_field_is_read_or_refused_or_neutral(kind: str) -> None:
     assert [kinds for kinds in KINDS.values() if kind in kinds], "a row of test_architectures.py"
     for name in fields_of(tiny(kind).base.get_decoder().config):  # type: ignore[operator]

@@ -1,5 +1,5 @@
-"""Mixtures of experts in fused layers: against transformers' loop over experts and PEFT's sum, at every level, packed and
-behind shared prompts, in 4 bits, and what is refused. Rows alone, and every field: test_architectures.py."""
+"""Mixtures of experts in fused layers: against transformers' loop over experts and PEFT's sum, at every level, packed
+and behind shared prompts, in 4 bits, and what is refused. Rows alone: test_architectures.py."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from rlft.models.fused.memory import MemoryPlan
 from rlft.models.load import attach_lora
 from rlft.models.policy import Policy
 
-SMALL = {"num_hidden_layers": 2, "vocab_size": 61, "moe_intermediate_size": 32, "sliding_window": 5}
+SMALL: dict[str, Any] = {"num_hidden_layers": 2, "vocab_size": 61, "moe_intermediate_size": 32, "sliding_window": 5}
 KINDS = ("qwen3_moe", "mixtral", "olmoe", "qwen2_moe", "glm4_moe", "gpt_oss")
 """The seventh family, Qwen3.5 MoE, is in test_architectures.py beside the other hybrids."""
 SPREAD = ("qwen3_moe", "qwen2_moe", "glm4_moe", "gpt_oss")
@@ -61,7 +61,7 @@ def both(kind: str, padding: str = "none", change: Callable[[Any], None] = lambd
     """States and gradients by fused layers, and by transformers' loop with PEFT's sum."""
     found = []
     for ours in (True, False):
-        model = adapted(kind, **{**SMALL, **fields})
+        model = adapted(kind, **(SMALL | fields))
         base: Any = model.get_base_model()
         change(base)
         if ours:
@@ -174,14 +174,12 @@ def decoded(base: Any) -> None:
             delattr(stack.module, f"{stack.leaf}_scales")
 
 
-@pytest.mark.parametrize(
-    ("kind", "pack"), [("qwen3_moe", in_nf4), ("glm4_moe", in_nf4), ("gpt_oss", in_mxfp4)]
-)
+@pytest.mark.parametrize(("kind", "pack"), [("qwen3_moe", in_nf4), ("glm4_moe", in_nf4), ("gpt_oss", in_mxfp4)])
 @pytest.mark.parametrize("mode", ["layer", "shadow"])
 def test_4_bit_experts_give_the_bits_of_their_decoded_weights(kind: str, pack: Any, mode: str) -> None:
     found = []
     for changes in ([pack], [pack, decoded]):
-        base = plain_mixture(kind, **{**SMALL, "moe_intermediate_size": 64})
+        base = plain_mixture(kind, **(SMALL | {"moe_intermediate_size": 64}))
         for change in changes:
             change(base)
         model = attach_lora(base, Lora(rank=4, alpha=8), 0)
@@ -258,7 +256,7 @@ def test_the_starting_policy_is_that_of_the_base_and_of_transformers(shared: Any
 
 
 def reason(kind: str, change: Callable[[Any], None] = lambda base: None, **fields: Any) -> str:
-    base = plain_mixture(kind, **{**SMALL, **fields})
+    base = plain_mixture(kind, **(SMALL | fields))
     change(base)
     fused = fuse(attach_lora(base, Lora(rank=4), 0))
     assert isinstance(fused, str)

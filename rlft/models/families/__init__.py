@@ -17,8 +17,8 @@ takes the place of q, k, v and attention:
 A layer may read the k and v of an earlier one, after its MLP a vector e that each layer has for each token
 (`PerLayerInput`), and multiply its result by a constant: x" = (x' + norm((act(x' Wgate) * e) Wout)) constant.
 
-In place of the MLP there may be a mixture of experts (`Experts`), each of the MLP's form, of which a token goes to a few
-with weights w of a router; the shared expert, which some families have, is the MLP of the formula and may have a gate:
+In place of the MLP there may be a mixture of experts (`Experts`), each of the MLP's form, of which a token goes to a
+few with weights w of a router; the shared expert that some families have is the MLP of the formula, maybe with a gate:
 
     x' = mid + sum of w_e expert_e(n2) + [sigmoid(n2 Wshared)] h Wdown
 """
@@ -105,15 +105,13 @@ class PerLayerInput:
 
 @dataclass(frozen=True)
 class Experts:
-    """Names of the modules of a mixture of experts, and config fields that say which layers have one and how its router
-    scores.
-    """
+    """Names of the modules of a mixture of experts; config fields that say which layers have one, and how it scores."""
 
     stacks: str = "mlp.experts"
     """The module with a weight of all experts, which transformers' interface of experts calls."""
     router: str = "mlp.gate"
-    """Its module has `weight` [E, H] and `top_k`, in some families `bias`, and `e_score_correction_bias`, which is added
-    to scores for ranking."""
+    """Its module has `weight` [E, H] and `top_k`; in some families `bias`, and `e_score_correction_bias`, which is
+    added to scores for ranking."""
     wide_router: bool = False
     """Whether logits are computed in fp32; else in the dtype of activations. Scores are in fp32 in any case."""
     scoring: Literal["softmax", "sigmoid"] = "softmax"
@@ -124,8 +122,8 @@ class Experts:
     groups: tuple[str, str] | None = None
     """Config fields with the number of groups of experts, and of those from which experts are chosen."""
     own_gate: bool = False
-    """Whether activation and gate are those of the module with the stacks, with its own numbers and order of columns;
-    else they are the MLP's, of gate and up side by side."""
+    """Whether the module with the stacks computes activation and gate, with its own numbers and order of columns. Else
+    they are the MLP's, of gate and up side by side."""
     shared_gate_up: tuple[str, ...] = ()
     """`Family.gate_up` of the shared expert; (): there is none."""
     shared_down: str = ""
@@ -165,8 +163,8 @@ class Family:
     """Whether the MLP has a gate."""
     down: str = "mlp.down_proj"
     experts: Experts | None = None
-    """A mixture of experts in place of the MLP, whose names are then those of dense layers. In what `of_layer` returns
-    they are those of the shared expert, and `gate_up` is () where there is none."""
+    """A mixture of experts in place of the MLP. Names of an MLP are then those of dense layers; in what `of_layer`
+    returns, of the shared expert, and `gate_up` is () where there is none."""
     final_norm: str = "norm"
     """Norm of the decoder, before the head."""
     mixer: Delta | Conv | None = None

@@ -1,4 +1,4 @@
-"""GLM-4.5 and 4.6: experts behind sigmoid scores, with a correction and groups, a shared one, and dense first layers."""
+"""GLM-4.5 and 4.6: experts by sigmoid scores with a correction and groups, a shared one, and dense first layers."""
 
 from rlft.models.families import Experts, Family
 

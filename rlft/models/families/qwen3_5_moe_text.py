@@ -19,11 +19,6 @@ ATTENTION = replace(
     ),
 )
 DELTA = replace(
-    ATTENTION,
-    mixer=dense.DELTA.mixer,
-    qkv=dense.DELTA.qkv,
-    out=dense.DELTA.out,
-    qk_norm=None,
-    output_gate=False,
+    ATTENTION, mixer=dense.DELTA.mixer, qkv=dense.DELTA.qkv, out=dense.DELTA.out, qk_norm=None, output_gate=False
 )
 FAMILY = replace(ATTENTION, by_type={"linear_attention": DELTA})

@@ -21,7 +21,6 @@ gradients, S and dS low-rank columns behind them ("tail").
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -32,9 +31,7 @@ from rlft.kernels.route import sort_by_expert
 from rlft.models.fused import ops
 from rlft.models.fused.expert_layer import DOWN, UP, Mixture
 from rlft.models.fused.expert_weights import StackStore
-
-if TYPE_CHECKING:
-    from rlft.models.fused.layer_backward import Gradients
+from rlft.models.fused.gradients import Gradients
 
 
 @dataclass
@@ -90,8 +87,8 @@ class ExpertSteps:
         combine(y, inverse, routing.weights, residual=residual, out=out)
 
     def backward(self, dout: Tensor, n: Tensor, routing: Routing, grads: Gradients, dn: Tensor | None) -> Tensor:
-        """Return the gradient of n [t, H], plus dn, and add those of the adapters to the last two of `grads`."""
-        k, I = self.mixture.k, self.mixture.width  # noqa: E741
+        """Return the gradient of n [t, H], plus dn, and add those of the adapters to `grads`."""
+        k = self.mixture.k
         order, inverse, offsets = sort_by_expert(routing.experts, self.mixture.experts)
         x = self._gathered(n, order, UP)
         u = routing.u if routing.u is not None else self._project_up(x, offsets, None)
@@ -188,4 +185,3 @@ class ExpertSteps:
             (dlogits,) = torch.autograd.grad(weights, logits, dweights.to(weights.dtype))
         router = mixture.router.to(self._logit_dtype(n))
         return dn.add_(dlogits.to(router.dtype) @ router)
-

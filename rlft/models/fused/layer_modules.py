@@ -97,11 +97,7 @@ class FusedLayer:
         self.has_mlp = bool(family.gate_up)
         """Whether there is an MLP; beside experts it is the shared one."""
         self.width = self.projections[DOWN].in_features if self.has_mlp else 0
-        self.experts: Mixture | None = None
-        if family.experts is not None:
-            self.experts = Mixture(module, family.experts, self.activation, config)
-            added = (self.down_norm, family.residual_factor, family.per_layer_input)
-            assert added == (None, None, None) and family.gated, "what no layer of experts has"
+        self.experts = describe_experts(module, family, config, self.activation)
         self.scale = float(getattr(module, family.layer_scale)) if family.layer_scale else 1.0
         """Factor on the layer's result."""
         self.per_layer: PerLayer | None = None
@@ -222,6 +218,15 @@ def describe_mixer(module: nn.Module, family: Family, config: Any, like: Tensor)
         norm = describe_norm(module.get_submodule(family.mixer.norm), "llama", like, 0)
         return DeltaMixer(module, family.mixer, norm, config)
     return None if family.mixer is None else ConvMixer(module, family.mixer)
+
+
+def describe_experts(module: nn.Module, family: Family, config: Any, activation: ops.Activation) -> Mixture | None:
+    """Describe the experts of a layer; None: it has none. Raises ValueError for what no kernel computes."""
+    if family.experts is None:
+        return None
+    added = (family.down_norm, family.residual_factor, family.per_layer_input, family.layer_scale)
+    assert added == (None,) * 4 and family.gated, "what no layer of experts has"
+    return Mixture(module, family.experts, activation, config)
 
 
 def mixers_of(layers: Sequence[FusedLayer]) -> str | None:
