@@ -32,8 +32,10 @@ class Mixture:
         self.router, self.wide_router = router.weight.detach(), experts.wide_router
         bias: Tensor | None = getattr(router, "bias", None)
         self.router_bias = None if bias is None else bias.detach()
-        self.correction: Tensor | None = getattr(router, "e_score_correction_bias", None)
-        """[E], added to scores for ranking."""
+        correction: Tensor | None = getattr(router, "e_score_correction_bias", None)
+        wide = torch.promote_types(self.router.dtype, torch.float32)
+        self.correction = None if correction is None else correction.to(wide)
+        """[E], added to scores for ranking, in their dtype."""
         self.k = int(router.top_k)
         """Experts of a token."""
         self.scoring = describe_scoring(experts, config)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 SHARE = 1024
 """Rows whose sums `rlft.kernels.grouped_gradient` keeps apart until they are added; it is between 256 and 2,048."""
-GATE_FORWARD, GATE_BACKWARD = 7, 12
+GATE_FORWARD, GATE_BACKWARD = 5, 7
 """Tensors as wide as h that exist at once where the module of a layer computes its gate."""
 
 
@@ -56,8 +56,9 @@ class ExpertShape(NamedTuple):
         e, k = element, self.k
         x, h, y = k * (self.hidden + self.tails[0]), k * (self.width + self.tails[1]), k * self.hidden
         gate = GATE_FORWARD * k * self.width if self.own_gate else 0
-        u = 0 if keeps_u else self.u(e) // e
-        return 8 * k + e * max(x + u, u + h + gate, h + y)
+        u = 2 * k * self.width
+        # A product that is written into what L0 keeps is a tensor of its own before, in `rlft.kernels.grouped`.
+        return 8 * k + e * max(x + u, (0 if keeps_u else u) + h + gate, h + y)
 
     def backward(self, element: int, keeps_u: bool) -> int:
         """Return the bytes of a backward beyond n, the gradients around it, and what is kept."""

@@ -78,7 +78,8 @@ class ExpertSteps:
         routing.weights.copy_(choice.weights)
         order, inverse, offsets = sort_by_expert(choice.experts, mixture.experts)
         x = self._gathered(n, order, UP)
-        u = self._project_up(x, offsets, routing.u)
+        kept = None if routing.u is None else self._without_tail(routing.u)
+        u = self.weights(UP).forward(x, offsets, out=kept)
         del x
         h = self._hidden(u)
         del u
@@ -91,7 +92,10 @@ class ExpertSteps:
         k = self.mixture.k
         order, inverse, offsets = sort_by_expert(routing.experts, self.mixture.experts)
         x = self._gathered(n, order, UP)
-        u = routing.u if routing.u is not None else self._project_up(x, offsets, None)
+        u = routing.u
+        if u is None:
+            u = self._u(x, x.shape[0])
+            self.weights(UP).forward(x, offsets, out=self._without_tail(u))
         dh, h, dweights = self._through_down(dout, u, routing, order, offsets, grads)
         self._through_gate(dh, h, u)
         del dh, h
@@ -124,11 +128,8 @@ class ExpertSteps:
         """Return room for u with its tail."""
         return like.new_empty(rows, self.mixture.stacks[UP].out + self.adapters[UP].tail)
 
-    def _project_up(self, x: Tensor, offsets: Tensor, u: Tensor | None) -> Tensor:
-        """Return u with room for its tail, written to `u` if it is given; S is written into the tail of x."""
-        u = self._u(x, x.shape[0]) if u is None else u
-        self.weights(UP).forward(x, offsets, out=u[:, : self.mixture.stacks[UP].out])
-        return u
+    def _without_tail(self, u: Tensor) -> Tensor:
+        return u[:, : self.mixture.stacks[UP].out]
 
     def _gate_columns(self, u: Tensor) -> tuple[Tensor, Tensor]:
         width = self.mixture.width
@@ -139,7 +140,7 @@ class ExpertSteps:
         width = self.mixture.width
         h = u.new_empty(u.shape[0], width + self.adapters[DOWN].tail)
         if self.mixture.own_gate is not None:
-            h[:, :width].copy_(self.mixture.own_gate(u[:, : 2 * width]))
+            h[:, :width].copy_(self.mixture.own_gate(self._without_tail(u)))
         else:
             ops.gate_forward(*self._gate_columns(u), self.mixture.activation, h[:, :width])
         return h
@@ -167,7 +168,7 @@ class ExpertSteps:
         if gate is None:
             ops.gate_backward(dh, *self._gate_columns(u), self.mixture.activation)
             return
-        columns = u[:, : 2 * self.mixture.width]
+        columns = self._without_tail(u)
         with torch.enable_grad():
             leaf = columns.detach().requires_grad_()
             (du,) = torch.autograd.grad(gate(leaf), leaf, dh)
