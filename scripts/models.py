@@ -36,8 +36,8 @@ A config with a field that the fused layers of its family do not read is named a
 | eager | that vLLM has no such model, or one of another structure: the start says why, and the eager engine samples |
 | | no test: vLLM where it has the model, else the eager engine |
 
-The column "experts" has what runs the layers of experts in training, in 4 bits too: the fused layers, or rlft's function
-in transformers' layers ([Mixtures of experts](experts.md)). The page is made by `python scripts/models.py`.
+The column "experts" has what runs the layers of experts in training, in 4 bits too: the fused layers, or rlft's
+function in transformers' layers ([Mixtures of experts](experts.md)). The page is made by `python scripts/models.py`.
 """
 EXAMPLES = {
     "llama": "Llama 3, SmolLM2, R1 distills",

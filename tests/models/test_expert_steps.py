@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from rlft.kernels import expert_choice, gather, grouped, grouped_gradient, route
 from rlft.kernels.expert_choice import Scoring
 from rlft.models.families import Experts
 from rlft.models.fused import ops
@@ -66,7 +67,7 @@ def factors() -> list[Tensor]:
 
 
 def mixture_of(experts: Experts, parameters: list[Tensor]) -> Mixture:
-    mixture = Mixture(layer_of(experts), experts, ops.Activation("silu"), CONFIG)
+    mixture = Mixture(layer_of(experts).to(parameters[0].dtype), experts, ops.Activation("silu"), CONFIG)
     for stack, (a, b) in zip(mixture.stacks, (parameters[:2], parameters[2:]), strict=True):
         lora = {"lora_A": {"default": SimpleNamespace(weight=a)}, "lora_B": {"default": SimpleNamespace(weight=b)}}
         stack.modules = (SimpleNamespace(**lora, scaling={"default": SCALE}),)
@@ -113,7 +114,7 @@ def by_steps(
     mixture = mixture_of(experts, parameters)
     store = StackStore(mode)
     steps = ExpertSteps(mixture, store, 0, "default", n)
-    wide = torch.cat([n.detach(), torch.full((len(n), 2), torch.nan, dtype=torch.float64)], dim=1)[:, :H]
+    wide = torch.cat([n.detach(), torch.full_like(n.detach()[:, :2], torch.nan)], dim=1)[:, :H]
     routing, out = steps.routing(wide, keep), residual.clone()
     with torch.no_grad():
         steps.forward(wide, routing, out, out)
@@ -137,6 +138,22 @@ def test_values_and_gradients_are_those_of_a_loop(name: str, T: int, mode: str) 
         got = by_steps(experts, n, parameters, residual, dout, keep, mode)
         for what, mine, theirs in zip(("out", "n", "A1", "B1", "A2", "B2"), got, (out + residual, *want), strict=True):
             assert torch.allclose(mine, theirs, atol=1e-11, rtol=0), what
+
+
+@pytest.mark.parametrize("name", ["sigmoid", "biases"])
+def test_the_kernels_give_what_plain_pytorch_gives(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In Triton's interpreter, on the views and strides that a GPU would be given; in fp32, as in the kernels."""
+    experts, parameters = CASES[name], factors()
+    n, residual, dout = random(5, H), random(5, H, seed=3), random(5, H, seed=4)
+    want = by_steps(experts, n, parameters, residual, dout, False, "layer")
+    for module in (route, expert_choice, gather, grouped, grouped_gradient):
+        monkeypatch.setattr(module, "on_gpu", lambda *_, **__: True)
+    monkeypatch.setattr(ops, "_uses_kernel", lambda x: True)
+    fp32 = [p.detach().float() for p in parameters]
+    got = by_steps(experts, n.float(), fp32, residual.float(), dout.float(), True, "layer")
+    for mine, theirs in zip(got, want, strict=True):
+        assert mine.dtype == torch.float32
+        assert float((mine.double() - theirs).abs().max()) <= 2e-6 * float(theirs.abs().max())
 
 
 def test_without_an_adapter_buffers_have_no_tail_and_the_results_are_those_of_the_base() -> None:
