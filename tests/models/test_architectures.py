@@ -250,6 +250,7 @@ QUICK = (
     "qwen3_moe",
     "glm4_moe",
     "qwen3_5_text",
+    "qwen3_next",
     "lfm2",
     "granitemoehybrid",
     "recurrent_gemma",

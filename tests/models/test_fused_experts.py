@@ -31,9 +31,9 @@ from rlft.models.policy import Policy
 
 SMALL: dict[str, Any] = {"num_hidden_layers": 2, "vocab_size": 61, "moe_intermediate_size": 32, "sliding_window": 5}
 KINDS = ("qwen3_moe", "mixtral", "olmoe", "qwen2_moe", "glm4_moe", "gpt_oss")
-"""The seventh family, Qwen3.5 MoE, is in test_architectures.py beside the other hybrids."""
-SPREAD = ("qwen3_moe", "qwen2_moe", "glm4_moe", "gpt_oss")
-"""Plain experts; a shared one with a gate; a dense layer and groups; biases and a gate of the module."""
+"""The hybrids, whose states transformers has in fp32, are in test_architectures.py."""
+SPREAD = ("qwen3_moe", "qwen2_moe", "glm4_moe", "gpt_oss", "qwen3_next")
+"""Plain experts; a shared one with a gate; a dense layer and groups; biases and a gate of the module; a hybrid."""
 GROUPS = [(70, [30, 9, 1]), (2, [25, 0]), (3, [80])]
 """Prompt and completions, in more rows than a tile has."""
 

@@ -58,6 +58,8 @@ class Delta:
     """Norm of each head of the output, before the gate."""
     double_beta: str | None = None
     """Config flag for a beta in [0, 2] instead of [0, 1]."""
+    by_head: bool = False
+    """Whether outputs lie by key head: two projections, of q, k, v and z of a head, then the next, and of b and a."""
 
     @property
     def modules(self) -> tuple[str, ...]:
