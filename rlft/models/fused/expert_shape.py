@@ -57,7 +57,7 @@ class ExpertShape(NamedTuple):
         x, h, y = k * (self.hidden + self.tails[0]), k * (self.width + self.tails[1]), k * self.hidden
         gate = GATE_FORWARD * k * self.width if self.own_gate else 0
         u = 2 * k * self.width
-        # A product that is written into what L0 keeps is a tensor of its own before, in `rlft.kernels.grouped`.
+        # A product that is written into what L0 keeps is made as another tensor first, in `rlft.kernels.grouped`.
         return 8 * k + e * max(x + u, (0 if keeps_u else u) + h + gate, h + y)
 
     def backward(self, element: int, keeps_u: bool) -> int:
