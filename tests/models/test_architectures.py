@@ -437,7 +437,8 @@ def test_a_policy_that_is_not_finite_is_stopped_at_the_start() -> None:
 
 def test_sinks_are_not_dropped_when_rows_are_packed() -> None:
     policy = tiny("gpt_oss")
-    policy.packed = True
+    policy.fused, policy.packed = None, True
+    del policy.decoder.forward
     with pytest.raises(ConfigError, match="GptOssAttention calls its attention with s_aux, which packed rows do not"):
         selfcheck.check(policy)
 
