@@ -98,8 +98,11 @@ def _stack_weight(module: Any, leaf: str) -> Tensor | Nf4Weight | Mxfp4Weight:
         return Mxfp4Weight(weight.data, scales, (count, rows, blocks * BLOCK))
     if getattr(weight, "quant_state", None) is not None:
         packed = Nf4Weight.from_bnb(weight)
-        if module.is_transposed or packed.shape[-1] % packed.blocksize:
-            raise ValueError(f"{leaf} of {type(module).__name__} in NF4 as {list(packed.shape)}, whose rows are cut")
+        name, columns = f"{leaf} of {type(module).__name__}", packed.shape[-1]
+        if module.is_transposed:
+            raise ValueError(f"{name} lies transposed in NF4")
+        if columns % packed.blocksize:
+            raise ValueError(f"{name} in NF4 has rows of {columns}, not of whole blocks of {packed.blocksize}")
         return packed
     if not weight.is_floating_point():
         raise ValueError(f"{leaf} of {type(module).__name__} in {weight.dtype}")
