@@ -76,8 +76,8 @@ def write_rows(folder: Path) -> None:
 
 def settings(name: str, recipe: Recipe, stage: str, run: str, folder: Path, args: Any) -> list[str]:
     """Flags of one stage of one run."""
-    # A stage over recorded pairs samples in evaluations alone: rows are for those, and it takes no engine.
-    recorded = stage.startswith("dpo")
+    # A stage over recorded completions samples in evaluations alone: rows are for those, and it takes no engine.
+    recorded = stage.startswith(("dpo", "sft"))
     seed = SEEDS[0] if run == CONTROL else int(run)
     flags = ["--model", args.model, f"--seed={seed}", "--out", str(folder / stage.removesuffix(".toml"))]
     if stage in recipe.generated:
@@ -145,22 +145,16 @@ def results(work: str, run: Path, minutes: float, args: Any) -> list[dict[str, A
     return rows + ([row(work, "rlft", "peak_GiB", peak, "GiB")] if peak else [])
 
 
-def runs_of(name: str, args: Any) -> list[dict[str, Any]]:
-    """Run a recipe as often as asked for; returns the rows, those of failures too."""
-    rows: list[dict[str, Any]] = []
-    if prepare := RECIPES[name].prepare:
-        script(f"examples/{name}/{prepare[0]}", *prepare[1:])
-    for run in args.runs:
-        try:
-            rows += train(name, run, args)
-        except RuntimeError as error:
-            rows.append(row(f"recipe/{name}/{run}", "rlft", "failed", 1.0, "", str(error)[-400:]))
-        print(*(f"{r['work']} {r['metric']} {r['value']}" for r in rows[-4:]), sep="\n", flush=True)
-    return rows
+def attempt(name: str, run: str, args: Any) -> list[dict[str, Any]]:
+    """Run a recipe once; returns the rows, that of a failure too."""
+    try:
+        return train(name, run, args)
+    except RuntimeError as error:
+        return [row(f"recipe/{name}/{run}", "rlft", "failed", 1.0, "", str(error)[-400:])]
 
 
 def main() -> None:
-    """Run what is asked for, a process per recipe, and write the results file after each."""
+    """Run what is asked for, a process per recipe, and write the results file after each run."""
     if sys.argv[1:2] == ["--write-rows"]:
         write_rows(Path(sys.argv[2]))
         return
@@ -174,9 +168,14 @@ def main() -> None:
     args.flags = sys.argv[cut + 1 :]
     rows: list[dict[str, Any]] = []
     for name in args.recipes:
+        if prepare := RECIPES[name].prepare:
+            script(f"examples/{name}/{prepare[0]}", *prepare[1:])
         with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-            rows += pool.submit(runs_of, name, args).result()
-        write("recipes", rows, args.out, args.commit)
+            for run in args.runs:
+                done = pool.submit(attempt, name, run, args).result()
+                rows += done
+                print(*(f"{each['work']} {each['metric']} {each['value']}" for each in done), sep="\n", flush=True)
+                write("recipes", rows, args.out, args.commit)
 
 
 if __name__ == "__main__":

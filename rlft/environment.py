@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import logging
 import os
 import platform
 import re
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 VERSIONS = {
@@ -235,6 +238,30 @@ def without_bars(always: bool = False) -> Iterator[None]:
                 disable()
                 stack.callback(enable)
         yield
+
+
+def quiet_libraries() -> None:
+    """Leave out what libraries warn about that no user can change. For programs of rlft, before PyTorch is imported."""
+    # Its import warns about an optional kernel on every CPU.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    # The compiler of flash-attn-4 about its own code, and PyTorch's C++ code about names of hosts and memory nodes.
+    warnings.filterwarnings("ignore", "Argument aux_data", UserWarning)
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+
+
+def cache_folder(name: str) -> Path | None:
+    """Return the folder `rlft/<name>` in `$XDG_CACHE_HOME` or `~/.cache`, made if it is missing.
+
+    None where it cannot be written, or where others than the user may write to it.
+    """
+    try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rlft" / name
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        state = folder.stat()
+    except (OSError, RuntimeError):  # RuntimeError: the user has no home
+        return None
+    own = state.st_uid == os.getuid() and not state.st_mode & 0o022 and os.access(folder, os.W_OK)
+    return folder if own else None
 
 
 @contextlib.contextmanager

@@ -42,7 +42,7 @@ multiprocessing.get_context("forkserver").set_forkserver_preload(
 
 @pytest.fixture(scope="session")
 def smollm2(tmp_path_factory) -> Path:
-    """SmolLM2-135M-Instruct as a folder: the .gguf of the installed package, dequantised once (12 s) and saved."""
+    """SmolLM2-135M-Instruct as a folder: the .gguf of the installed package, decoded and saved."""
     from rlft.config.data import Data
     from rlft.config.run import Config
     from rlft.models.load import load_base, load_tokenizer

@@ -54,7 +54,7 @@ def assert_survives_stream_and_graph(run: Callable[[], Sequence[Tensor]]) -> Non
     with torch.cuda.graph(graph):
         captured = run()
     for t in captured:
-        t.fill_(float("nan"))
+        t.fill_(float("nan") if t.is_floating_point() else -1)
     graph.replay()
     torch.cuda.synchronize()
     for again in (run(), beside, captured):

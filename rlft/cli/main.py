@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 import json
-import logging
 import math
 import os
 import shlex
@@ -20,7 +19,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from rlft.cli.manual import Command, manual
 from rlft.config.resolve import did_you_mean
-from rlft.environment import rank
+from rlft.environment import quiet_libraries, rank
 from rlft.errors import ConfigError, ElsewhereError, RewardError, RlftError
 
 if TYPE_CHECKING:
@@ -36,8 +35,7 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     # "my_module:reward" is found beside the config, as it would be by a script; last, so that it shadows nothing.
     sys.path.append(os.getcwd())
-    # Its import warns about an optional kernel on every CPU, before anything of ours is printed.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    quiet_libraries()
     before = signal.signal(signal.SIGTERM, _interrupt)
     try:
         code = _run(argv)

@@ -17,11 +17,12 @@ import functools
 import os
 from importlib.metadata import PackageNotFoundError, version
 from itertools import pairwise
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from rlft.environment import cache_folder
 
 FA4_TESTED = "4.0.0b36"
 FA4_HEADS = (64, 96, 128)
@@ -56,16 +57,10 @@ def set_fa4_cache() -> None:
     """Let flash-attn-4 keep its compiled kernels on disk, unless its environment variables are set.
 
     Each of its kernels compiles for about 12 seconds. They are machine code that a later process loads, so the folder
-    is the user's alone: `rlft/flash-attn-4` in `$XDG_CACHE_HOME` or `~/.cache`. Where it cannot be one, nothing is
-    kept.
+    is the user's alone (`cache_folder`). Where it cannot be, nothing is kept.
     """
-    try:
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rlft" / "flash-attn-4"
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        state = folder.stat()
-    except (OSError, RuntimeError):  # RuntimeError: the user has no home
-        return
-    if state.st_uid == os.getuid() and not state.st_mode & 0o022 and os.access(folder, os.W_OK):
+    folder = cache_folder("flash-attn-4")
+    if folder is not None:
         os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_DIR", str(folder))
         os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
 

@@ -22,9 +22,20 @@ import torch
 from torch import Tensor
 
 from rlft.kernels.delta_chunks import CHUNK, Chunks
-from rlft.kernels.delta_forward import Prepared, column, columns_of_block, decays, dot, products, put, tile, warps
+from rlft.kernels.delta_forward import (
+    Prepared,
+    block_of,
+    column,
+    columns_of_block,
+    decays,
+    dot,
+    products,
+    put,
+    tile,
+    warps,
+)
 from rlft.kernels.delta_gradients import gradients
-from rlft.kernels.launch import jit, kernel, launch, power_of_2, tl
+from rlft.kernels.launch import jit, kernel, launch, tl
 
 
 @kernel()
@@ -178,13 +189,13 @@ def launch_backward(
     (_, hk, dk), (hv, dv), n = k.shape, v.shape[1:], chunks.rows.shape[0]
     sizes = (hk, hv, dk, dv)
     drest, dvalues = torch.empty_like(new), torch.empty_like(new)
-    block = min(64, power_of_2(dv))
+    block = min(64, block_of(dv))
     strides = (q.stride(0), k.stride(0), dout.stride(0))
     arguments = (q, k, dout, *prepared[:3], drest, chunks.rows, *strides)
     launch(local_kernel, (n * hv,), *arguments, *sizes, block, CHUNK, num_warps=warps(k.dtype, block), num_stages=1)
     dstates = torch.empty_like(states)
     dstarts = torch.empty(chunks.continued.shape[0], hv, dk, dv, dtype=torch.float32, device=v.device)
-    block, wide = columns_of_block(dk, dv, v.dtype), power_of_2(dk)
+    block, wide = columns_of_block(dk, dv, v.dtype), block_of(dk)
     for table, continued in ((chunks.continued, True), (chunks.roots, False)):
         if table.shape[0]:
             grid = (table.shape[0] * hv * -(-dv // block),)

@@ -261,10 +261,15 @@ def outputs_kernel(
     put(out_ptr, rows, live, HV * DV, h * DV, e, DV, out)
 
 
+def block_of(size: int) -> int:
+    """Return the smallest power of two that holds `size` columns and that `tl.dot` sums over."""
+    return max(16, power_of_2(size))
+
+
 def columns_of_block(dk: int, dv: int, dtype: torch.dtype) -> int:
     """Return the columns of a block of the state, so that two of [Dk, columns] and a chunk of k fit in 99 KiB."""
-    wide = power_of_2(dk) * dtype.itemsize
-    return min(power_of_2(dv), 64 if wide <= 256 else 32 if wide <= 512 else 16)
+    wide = block_of(dk) * dtype.itemsize
+    return min(block_of(dv), 64 if wide <= 256 else 32 if wide <= 512 else 16)
 
 
 def warps(dtype: torch.dtype, *columns: int, most: int = 4) -> int:
@@ -341,10 +346,10 @@ def walk(k: Tensor, v: Tensor, beta: Tensor, prepared: Prepared, chunks: Chunks)
                 hv,
                 dk,
                 dv,
-                power_of_2(dk),
+                block_of(dk),
                 block,
                 CHUNK,
-                num_warps=warps(k.dtype, power_of_2(dk), block),
+                num_warps=warps(k.dtype, block_of(dk), block),
                 num_stages=1,
             )
     return states, new
@@ -353,7 +358,7 @@ def walk(k: Tensor, v: Tensor, beta: Tensor, prepared: Prepared, chunks: Chunks)
 def outputs(q: Tensor, k: Tensor, states: Tensor, new: Tensor, prepared: Prepared, chunks: Chunks) -> Tensor:
     """Launch the last kernel. Returns o [T, Hv, Dv]."""
     (_, hk, dk), (hv, dv), out = k.shape, new.shape[1:], torch.empty_like(new)
-    block = min(64, power_of_2(dv))
+    block = min(64, block_of(dv))
     grid = (chunks.rows.shape[0] * hv * -(-dv // block),)
     arguments = (q, k, *prepared[:3], states, new, out, chunks.rows, q.stride(0), k.stride(0))
     launch(

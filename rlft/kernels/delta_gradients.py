@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from rlft.kernels.delta_chunks import CHUNK, Chunks
-from rlft.kernels.delta_forward import Prepared, column, decays, dot, products, put, tile, warps
+from rlft.kernels.delta_forward import Prepared, block_of, column, decays, dot, products, put, tile, warps
 from rlft.kernels.launch import jit, kernel, launch, power_of_2, tl
 
 
@@ -323,7 +323,7 @@ def gradients(
     scores = torch.empty(3, n, hv, CHUNK, CHUNK, dtype=k.dtype, device=k.device)
     partial = torch.empty(2, t, hk, dk, dtype=torch.float32, device=k.device)
     columns = torch.empty(2, parts + 1, t, hv, dtype=torch.float32, device=k.device)
-    block = min(power_of_2(dv), 64 if k.dtype.itemsize == 2 else 32)
+    block = min(block_of(dv), 64 if k.dtype.itemsize == 2 else 32)
     sizes, options = (hk, hv, dk, dv, width, block, CHUNK), {"num_warps": warps(k.dtype, block), "num_stages": 1}
     arguments = (q, k, v, dout, beta, *prepared[:3], *walked[:2], scores, *columns, chunks.rows, n, t)
     strides = (q.stride(0), k.stride(0), v.stride(0), dout.stride(0), beta.stride(0))
@@ -333,7 +333,7 @@ def gradients(
     launch(parts_kernel, (n * hk * parts,), *arguments, *strides, *sizes, **options)
     dq, dkeys = (torch.empty(k.shape, dtype=k.dtype, device=k.device) for _ in range(2))
     dg, dbeta = (torch.empty(g.shape, dtype=one.dtype, device=g.device) for one in (g, beta))
-    rows = max(1, 2048 // power_of_2(dk))
+    rows = max(1, 2048 // block_of(dk))
     arguments = (
         q,
         k,
@@ -349,6 +349,6 @@ def gradients(
         k.stride(0),
         float(scale),
     )
-    sizes = (hk, hv, dk, power_of_2(dk), power_of_2(hv // hk), parts + 1, rows, l2norm)
+    sizes = (hk, hv, dk, block_of(dk), power_of_2(hv // hk), parts + 1, rows, l2norm)
     launch(finish_kernel, (-(-t // rows) * hk,), *arguments, *sizes, num_warps=4)
     return dq, dkeys, dg, dbeta

@@ -44,9 +44,9 @@ class Tile(NamedTuple):
 
 TOGETHER = 8
 """Tiles of rows that run through the columns together, so that weights are read from the L2 cache."""
-LEAST_ROWS, LEAST_INNER, LEAST_OUTER = 64, 512, 256
-"""Average rows per expert and dimensions of w from which grouped_mm is taken: below, its tiles of 64 rows or more are
-mostly empty. Of its documentation and the shapes of its tiles; benchmarks/kernels_experts.py measures both sides."""
+LEAST_ROWS, LEAST_INNER, LEAST_OUTER = 192, 512, 256
+"""Average rows per expert and dimensions of w from which grouped_mm is taken. On an H200 it is slower at 128 rows and
+faster at 256 (benchmarks/kernels_experts.py)."""
 
 
 def grouped_reference(x: Tensor, w: Tensor, offsets: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -225,8 +225,8 @@ def grouped(x: Tensor, w: Tensor, offsets: Tensor, out: Tensor | None = None, bi
 
     x: [M, K], sorted by expert. w: [E, N, K] of x's dtype. offsets: [E + 1] int32 of `sort_by_expert`, the last of them
     M. out: [M, N] to write to, or None. bias: [E, N] or None, added before y is rounded. Rows of all tensors may have
-    any stride, so that views of buffers with a tail fit; multiples of 8 elements are read fastest. Raises ValueError on
-    shapes and dtypes that do not fit.
+    any stride, so that views of buffers with a tail fit; multiples of 8 elements are read fastest. w may be
+    transposed. Raises ValueError on shapes and dtypes that do not fit.
     """
     _check("grouped", x, w, offsets, 2, out, bias)
     return _compute("grouped", x, w.transpose(1, 2), offsets, bias, out)
@@ -252,9 +252,10 @@ def _check(op: str, x: Tensor, w: Tensor, offsets: Tensor, inner: int, out: Tens
         and x.dtype == w.dtype
         and (out is None or (tuple(out.shape) == shape and out.dtype == x.dtype))
         and (bias is None or (tuple(bias.shape) == tuple(w.shape[:2]) and bias.dtype == x.dtype))
-        and all(map(_adjacent, (x, w, out, bias))),
+        and all(map(_adjacent, (x, out, bias)))
+        and (_adjacent(w) or _adjacent(w.mT)),
         f"rows [M, {'NK'[inner - 1]}], w [E, N, K], offsets [E + 1] int32, out [M, {'KN'[inner - 1]}], bias [E, N], of "
-        f"one dtype, the last dimension adjacent",
+        f"one dtype, the last dimension adjacent (of w, one of the last two)",
         rows=x,
         w=w,
         offsets=offsets,

@@ -131,14 +131,14 @@ def stack_pointers(weight: Nf4Weight) -> tuple[Tensor | None, ...]:
 
 
 def check_stack(op: str, weight: Nf4Weight, shape: tuple[int, int, int]) -> None:
-    """Raise ValueError unless the kernels read this weight as a stack [E, N, K]: rows of whole blocks, 16-byte
-    addresses."""
+    """Raise ValueError unless the kernels read this weight as a stack [E, N, K]: rows of whole blocks, and on a GPU
+    16-byte addresses."""
     check_args(
         op,
         weight.numel == shape[0] * shape[1] * shape[2]
         and weight.shape[-1] == shape[2]
         and shape[2] % weight.blocksize == 0
-        and weight.packed.data_ptr() % 16 == 0,
+        and not (weight.packed.is_cuda and weight.packed.data_ptr() % 16),
         f"{shape[0]} experts of [{shape[1]}, {shape[2]}], rows of whole blocks of {weight.blocksize}; the weight has "
         f"shape {tuple(weight.shape)}",
         packed=weight.packed,

@@ -11,7 +11,7 @@ In shapes, E is the number of experts of a layer. In names, x is what comes into
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import MethodType
 from typing import Any
 
@@ -22,8 +22,9 @@ from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from rlft.errors import ConfigError
-from rlft.kernels.mxfp4 import BLOCK, Mxfp4Weight, decode_mxfp4_reference
-from rlft.kernels.nf4 import DTYPES, Nf4Weight, decode
+from rlft.kernels.mxfp4 import BLOCK, Mxfp4Weight, decode_mxfp4
+from rlft.kernels.nf4 import DTYPES, Nf4Weight
+from rlft.kernels.nf4_stack import decode_stack
 from rlft.models.experts_function import Factors, Frozen, Layer
 from rlft.models.experts_function import experts as compute
 
@@ -156,21 +157,26 @@ def _frozen(module: Any, leaf: str) -> Frozen:
             f"{type(module).__name__}.{leaf} requires a gradient, and rlft's function of experts trains adapters "
             f'alone; freeze it, or call model.set_experts_implementation("eager")'
         )
-    return Frozen(lambda dtype: decoded(module, leaf, dtype), bias)
+    return Frozen(lambda dtype, offsets: decoded(module, leaf, dtype, offsets), bias)
 
 
-def decoded(module: Any, leaf: str, dtype: torch.dtype) -> Tensor:
-    """Return a stack of a layer as [E, out, in] in a dtype."""
+def decoded(module: Any, leaf: str, dtype: torch.dtype, offsets: Tensor | None = None) -> Tensor:
+    """Return a stack of a layer as [E, out, in] in a dtype.
+
+    offsets: of sorted rows, [E + 1] int32; experts without rows are then not decoded, and their weights are undefined.
+    """
     weight = getattr(module, leaf)
     scales = getattr(module, f"{leaf}_scales", None)
     if scales is not None:
         count, rows, blocks, _ = weight.shape
-        return decode_mxfp4_reference(Mxfp4Weight(weight.data, scales, (count, rows, blocks * BLOCK)), dtype)
+        packed = Mxfp4Weight(weight.data, scales, (count, rows, blocks * BLOCK))
+        weight = torch.empty(packed.shape, dtype=dtype if dtype in DTYPES else torch.float32, device=weight.device)
+        decode_mxfp4(packed, weight, offsets)
+        return weight.to(dtype)
     if hasattr(weight, "quant_state"):
         packed = Nf4Weight.from_bnb(weight)
         weight = torch.empty(packed.shape, dtype=dtype if dtype in DTYPES else torch.float32, device=weight.device)
-        matrix = weight.view(-1, weight.shape[2])
-        decode([replace(packed, shape=tuple(matrix.shape))], [matrix])
+        decode_stack(packed, weight, offsets)
     return (weight.transpose(1, 2) if module.is_transposed else weight).to(dtype)
 
 

@@ -15,7 +15,7 @@ alpha / r is in B. For d_i = dout of the row's token, the backward is
     dB2_e = sum of w_i d_i (A2_e h_i)^T,  dA2_e = sum of w_i (B2_e^T d_i) h_i^T,  and so for layer 1 with du_i and x_i
 
 so y_i is not needed. The forward keeps x, the weights w and 8 bytes per row; u and h are computed again. Frozen weights
-in 4 bits are decoded once per call. Rows are sorted and multiplied in plain PyTorch, on any device.
+in 4 bits are decoded once per call, those of experts without rows left out.
 
 In shapes: T tokens, k choices of each, M = T k rows, E experts, H the hidden size, I the width of an expert, r the
 rank. In names, x, w, u, h, y, d and p are these rows, a and b are A and B.
@@ -31,18 +31,19 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from rlft.kernels.gather import combine_reference, gather_reference
-from rlft.kernels.grouped import grouped_reference, grouped_transposed_reference
-from rlft.kernels.grouped_gradient import grouped_gradient_reference
-from rlft.kernels.route import sort_reference
+from rlft.kernels.gather import combine, gather, row_dots
+from rlft.kernels.grouped import grouped, grouped_transposed
+from rlft.kernels.grouped_gradient import grouped_gradient
+from rlft.kernels.route import sort_by_expert
 
 
 @dataclass(frozen=True)
 class Frozen:
     """The frozen side of one of the two products of a layer."""
 
-    decode: Callable[[torch.dtype], Tensor]
-    """Returns the weights [E, out, in] in a dtype."""
+    decode: Callable[[torch.dtype, Tensor], Tensor]
+    """Returns the weights [E, out, in] in a dtype. The second argument is the offsets of the sorted rows, [E + 1]: the
+    weights of experts without rows may be anything."""
     bias: Tensor | None
     """[E, out]."""
 
@@ -88,16 +89,17 @@ class Experts(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weights: Tensor, chosen: Tensor, layer: Layer, *factors: Tensor | None) -> Tensor:
         """Arguments as `experts`; factors: A1, B1, A2, B2."""
-        routing, k = sort_reference(chosen, layer.experts), chosen.shape[1]
+        routing, k = sort_by_expert(chosen, layer.experts), chosen.shape[1]
+        weights = weights.contiguous()
         ctx.save_for_backward(x, weights, *routing, *factors)
         ctx.layer = layer
         with torch.autocast(x.device.type, enabled=False):
             first, second = _cast(factors, layer.dtype)
-            rows = gather_reference(x.to(layer.dtype), routing.order, k)
-            h = layer.gate(_product(rows, layer.up.decode(layer.dtype), layer.up.bias, first, routing.offsets))
+            rows = gather(x.to(layer.dtype), routing.order, k)
+            h = layer.gate(_product(rows, layer.up, layer.dtype, first, routing.offsets))
             del rows
-            y = _product(h, layer.down.decode(layer.dtype), layer.down.bias, second, routing.offsets)
-            return combine_reference(y, routing.inverse, weights, k).to(x.dtype)
+            y = _product(h, layer.down, layer.dtype, second, routing.offsets)
+            return combine(y, routing.inverse, weights, k).to(x.dtype)
 
     @staticmethod
     @once_differentiable
@@ -107,21 +109,21 @@ class Experts(torch.autograd.Function):
         layer, k = ctx.layer, weights.shape[1]
         with torch.autocast(x.device.type, enabled=False):
             first, second = _cast(factors, layer.dtype)
-            rows, w1 = gather_reference(x.to(layer.dtype), order, k), layer.up.decode(layer.dtype)
-            u = _product(rows, w1, layer.up.bias, first, offsets).requires_grad_()
+            rows = gather(x.to(layer.dtype), order, k)
+            u = _product(rows, layer.up, layer.dtype, first, offsets).requires_grad_()
             with torch.enable_grad():
                 h = layer.gate(u)
-            d, w = gather_reference(dout.to(layer.dtype), order, k), weights.reshape(-1)[order.long(), None]
-            p, low = _transposed(d, layer.down.decode(layer.dtype), second, offsets)
-            dweights = _dots(p, h)
+            d, w = gather(dout.to(layer.dtype).contiguous(), order, k), weights.reshape(-1)[order.long(), None]
+            p, low = _transposed(d, layer.down, second, offsets)
+            dweights = row_dots(p, h.detach())
             if layer.down.bias is not None:
-                dweights += _dots(d, layer.down.bias[_expert_of_rows(offsets, len(order))])
+                dweights += row_dots(d, layer.down.bias.to(d.dtype)[_expert_of_rows(offsets, len(order))])
             second_gradients = _factor_gradients(d, h.detach(), low, second, offsets, w)
             (du,) = torch.autograd.grad(h, u, (p * w).to(layer.dtype))
             del d, h, p
-            drows, low = _transposed(du, w1, first, offsets)
+            drows, low = _transposed(du, layer.up, first, offsets)
             gradients = [*_factor_gradients(du, rows, low, first, offsets), *second_gradients]
-            dx = combine_reference(drows, inverse, None, k).to(x.dtype)
+            dx = combine(drows, inverse, None, k).to(x.dtype)
         cast = [None if g is None else g.to(factor.dtype) for g, factor in zip(gradients, factors, strict=True)]
         return dx, dweights[inverse].view_as(weights).to(weights.dtype), None, None, *cast
 
@@ -133,26 +135,24 @@ Pair = tuple[Tensor, Tensor] | None
 def _cast(factors: Sequence[Tensor | None], dtype: torch.dtype) -> list[Pair]:
     """Return the adapters of the two products. factors: A1, B1, A2, B2."""
     pairs = [(a, b) for a, b in zip(factors[::2], factors[1::2], strict=True)]
-    return [None if a is None or b is None else (a.to(dtype), b.to(dtype)) for a, b in pairs]
+    # PEFT's B, seen by expert, is not contiguous.
+    return [None if a is None or b is None else (a.to(dtype), b.to(dtype).contiguous()) for a, b in pairs]
 
 
-def _product(rows: Tensor, w: Tensor, bias: Tensor | None, pair: Pair, offsets: Tensor) -> Tensor:
+def _product(rows: Tensor, frozen: Frozen, dtype: torch.dtype, pair: Pair, offsets: Tensor) -> Tensor:
     """Compute W_e x + b_e + B_e (A_e x) of every row, [M, out]."""
-    out = grouped_reference(rows, w, offsets, bias=None if bias is None else bias.to(w.dtype))
-    return (
-        out
-        if pair is None
-        else out.add_(grouped_reference(grouped_reference(rows, pair[0], offsets), pair[1], offsets))
-    )
+    bias = None if frozen.bias is None else frozen.bias.to(dtype)
+    out = grouped(rows, frozen.decode(dtype, offsets), offsets, bias=bias)
+    return out if pair is None else out.add_(grouped(grouped(rows, pair[0], offsets), pair[1], offsets))
 
 
-def _transposed(d: Tensor, w: Tensor, pair: Pair, offsets: Tensor) -> tuple[Tensor, Tensor | None]:
+def _transposed(d: Tensor, frozen: Frozen, pair: Pair, offsets: Tensor) -> tuple[Tensor, Tensor | None]:
     """Compute (W_e + B_e A_e)^T d of every row, [M, in], and B_e^T d, [M, r]."""
-    out = grouped_transposed_reference(d, w, offsets)
+    out = grouped_transposed(d, frozen.decode(d.dtype, offsets), offsets)
     if pair is None:
         return out, None
-    low = grouped_transposed_reference(d, pair[1], offsets)
-    return out.add_(grouped_transposed_reference(low, pair[0], offsets)), low
+    low = grouped_transposed(d, pair[1], offsets)
+    return out.add_(grouped_transposed(low, pair[0], offsets)), low
 
 
 def _factor_gradients(
@@ -164,18 +164,12 @@ def _factor_gradients(
     """
     if pair is None or low is None:
         return [None, None]
-    inner = grouped_reference(rows, pair[0], offsets)
+    inner = grouped(rows, pair[0], offsets)
     if w is not None:
         low, inner = (low * w).to(low.dtype), (inner * w).to(inner.dtype)
     wide = torch.promote_types(d.dtype, torch.float32)
     da, db = (torch.empty(factor.shape, dtype=wide, device=d.device) for factor in pair)
-    return [grouped_gradient_reference(low, rows, offsets, da), grouped_gradient_reference(d, inner, offsets, db)]
-
-
-def _dots(a: Tensor, b: Tensor) -> Tensor:
-    """Compute the dot product of each row of a with that of b, [M], in fp32 or float64."""
-    wide = torch.promote_types(a.dtype, torch.float32)
-    return torch.linalg.vecdot(a.to(wide), b.to(wide))
+    return [grouped_gradient(low, rows, offsets, da), grouped_gradient(d, inner, offsets, db)]
 
 
 def _expert_of_rows(offsets: Tensor, rows: int) -> Tensor:

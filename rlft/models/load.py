@@ -12,7 +12,8 @@ import hashlib
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -22,7 +23,7 @@ from torch import nn
 from rlft.config.run import Config, Lora
 from rlft.config.section import refuse
 from rlft.errors import ConfigError
-from rlft.models import experts, targets
+from rlft.models import experts, gguf, targets
 from rlft.models import quantization as quant
 from rlft.models.continued import changed_dropout, continue_adapter, peft_wraps
 from rlft.models.fused.fuse import fuse
@@ -164,8 +165,7 @@ def load_base(
     if plan.note:
         note(plan.note)
     with explained(cfg.model, plan.location, "it"), _progress(), _quiet(plan.note is not None):
-        read = _from_gguf if plan.location.gguf else _from_files
-        model = read(cfg.model, plan, into or device)
+        model = _read(cfg.model, plan, into or device)
     if plan.quantization in quant.BITSANDBYTES:
         quant.configure_bitsandbytes(cfg.model, model, device)
     head = model.get_output_embeddings()
@@ -180,6 +180,22 @@ def load_base(
     model.requires_grad_(False)
     experts.use(model)
     return model.eval()
+
+
+def _read(model: str, plan: BaseInfo, device: torch.device) -> Any:
+    """Read the files of a model."""
+    file = plan.location.gguf_file
+    if file is None:
+        return _from_files(model, plan, device)
+    folder = gguf.model_folder(file, plan.dtype)
+    if folder is None:
+        base = _from_gguf(file, plan, device)
+    else:
+        where = Location(str(folder))
+        base = _from_files(model, replace(plan, location=where, config=_read_config(model, where)), device)
+    # PEFT writes this into adapter_config.json as the base: the name works elsewhere, a local path would not.
+    base.name_or_path = model
+    return base
 
 
 def _from_files(model: str, plan: BaseInfo, device: torch.device) -> Any:
@@ -213,23 +229,9 @@ def _from_files(model: str, plan: BaseInfo, device: torch.device) -> Any:
     return base
 
 
-def _from_gguf(name: str, plan: BaseInfo, device: torch.device) -> Any:
+def _from_gguf(file: Path, plan: BaseInfo, device: torch.device) -> Any:
     """Load a .gguf file dequantized by transformers, and quantize it again if the settings ask for it."""
-    from transformers import AutoModelForCausalLM, GgufConfig
-
-    gguf, first_device = plan.location.gguf, device if plan.quantization == "none" else torch.device("cpu")
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        plan.location.path,
-        gguf_file=gguf,
-        quantization_config=GgufConfig(dequantize=True, gguf_file=gguf),
-        dtype=plan.dtype,
-        attn_implementation="sdpa",
-        device_map={"": first_device},
-        trust_remote_code=False,
-    )
-    if hasattr(model.config, "quantization_config"):
-        # The weights are dequantized; a leftover quantization config would mislead PEFT and save_pretrained.
-        delattr(model.config, "quantization_config")
+    model = gguf.decode(file, plan.dtype, device if plan.quantization == "none" else torch.device("cpu"))
     if plan.quantization != "none":
         generation = model.generation_config
         model = type(model).from_pretrained(
@@ -242,8 +244,6 @@ def _from_gguf(name: str, plan: BaseInfo, device: torch.device) -> Any:
             quantization_config=quant.quantization_config(plan.quantization, plan.dtype),
         )
         model.generation_config = generation
-    # PEFT writes this into adapter_config.json as the base: the name works elsewhere, a local path would not.
-    model.name_or_path = name
     return model
 
 

@@ -17,6 +17,7 @@ from jinja2.ext import Extension, loopcontrols
 
 from rlft.config.paths import user_path
 from rlft.errors import ConfigError
+from rlft.models import gguf
 from rlft.models.files import reading, reason
 
 
@@ -28,6 +29,11 @@ class Location:
     """Hub id or folder."""
     gguf: str | None = None
     """Name of the .gguf file in the folder."""
+
+    @property
+    def gguf_file(self) -> Path | None:
+        """Path of the .gguf file."""
+        return Path(self.path) / self.gguf if self.gguf else None
 
 
 def locate(model: str) -> Location:
@@ -69,10 +75,11 @@ def load_tokenizer(model: str, folder: Path | None = None) -> Any:
     from transformers import AutoTokenizer
 
     location = locate(model) if folder is None else Location(str(folder))
-    options: dict[str, Any] = {"gguf_file": location.gguf} if location.gguf else {}
     with explained(model, location, "its tokenizer"):
+        written = gguf.tokenizer_folder(location.gguf_file) if location.gguf_file else None
+        options: dict[str, Any] = {"gguf_file": location.gguf} if location.gguf and not written else {}
         # False: code from the hub is not run, and transformers does not prompt for it.
-        tokenizer = AutoTokenizer.from_pretrained(location.path, trust_remote_code=False, **options)
+        tokenizer = AutoTokenizer.from_pretrained(written or location.path, trust_remote_code=False, **options)
         _check_templates(tokenizer.chat_template)
     return tokenizer
 

@@ -186,7 +186,11 @@ class Vision:
         # Tensors of inference mode, in which engines sample, could not be used by a training pass.
         with torch.inference_mode(False), torch.no_grad():
             out = self._base.get_image_features(patches, grid)
-        deep = list(zip(*(getattr(out, "deepstack_features", None) or ()), strict=True)) or [()] * len(images)
+        # transformers 5.17 returns deepstack features of all images together, 5.19 by image.
+        layers = getattr(out, "deepstack_features", None) or ()
+        sizes = [image.tokens for image in images]
+        parts = [layer.split(sizes) if isinstance(layer, Tensor) else layer for layer in layers]
+        deep = list(zip(*parts, strict=True)) or [()] * len(images)
         for image, rows, added in zip(images, out.pooler_output, deep, strict=True):
             assert len(rows) == image.tokens, f"{len(rows)} features of an image of {image.tokens} tokens"
             yield Features(_on_host(rows), tuple(map(_on_host, added)))

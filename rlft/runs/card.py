@@ -84,15 +84,15 @@ def on_hub(name: str) -> bool:
     return plain and not Path(name).exists() and Path(name).suffix not in (".gguf", *FILES)
 
 
-@functools.lru_cache(maxsize=4)  # a card is written with every checkpoint, and a .gguf file takes seconds to read
+@functools.lru_cache(maxsize=4)  # a card is written with every checkpoint
 def licence(model: str) -> dict[str, Any]:
     """Return the licence fields of the base from its local card or .gguf file; empty if there is none."""
     where = locate(model)
-    if where.gguf:
-        from gguf import GGUFReader
+    if where.gguf_file:
+        from rlft.models import gguf
 
-        field = GGUFReader(Path(where.path) / where.gguf).get_field("general.license")
-        return {"license": field.contents()} if field else {}
+        named = gguf.licence(where.gguf_file)
+        return {"license": named} if named else {}
     from huggingface_hub import ModelCard, try_to_load_from_cache
 
     readme = Path(where.path) / "README.md"

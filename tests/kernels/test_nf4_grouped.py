@@ -81,4 +81,5 @@ def test_gpu(tokens: int, N: int, K: int) -> None:
     for dtype in (torch.bfloat16, torch.float16):
         check(rows, N, K, dtype)
     x, weight, bias = drawn(rows, N, K, torch.bfloat16)
-    assert_survives_stream_and_graph(lambda: (nf4_grouped(x, weight, offsets_of(rows), bias=bias),))
+    offsets = offsets_of(rows)
+    assert_survives_stream_and_graph(lambda: (nf4_grouped(x, weight, offsets, bias=bias),))

@@ -46,6 +46,11 @@ def random(*shape: int) -> Tensor:
 W1, W2, BIAS1, BIAS2 = random(E, 2 * INNER, H), random(E, H, INNER), random(E, 2 * INNER), random(E, H)
 
 
+def plain(weight: Tensor) -> Callable[[torch.dtype, Tensor], Tensor]:
+    """Weights in 16 bits or more, which need no decoding."""
+    return lambda dtype, offsets: weight.to(dtype)
+
+
 def reference(x: Tensor, weights: Tensor, *factors: Tensor, chosen: Tensor) -> Tensor:
     """The layer token by token, W + B A formed."""
     a1, b1, a2, b2 = factors
@@ -64,11 +69,44 @@ def inputs(chosen: Tensor) -> list[Tensor]:
     return [tensor.requires_grad_() for tensor in (*made, random(E, H, R))]
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("bias", [False, True], ids=["plain", "biases and transposed weights"])
+@pytest.mark.parametrize("tokens", [1, 40, 2048])
+def test_gpu_is_as_near_as_plain_pytorch(tokens: int, bias: bool) -> None:
+    """bf16 by the kernels, of few and of many rows per expert, beside bf16 expert by expert; errors against float64."""
+    hidden, inner, count, rank, k = 512, 384, 16, 8, 4
+    g = torch.Generator().manual_seed(tokens)
+    shapes = (tokens, hidden), (count, 2 * inner, hidden), (count, hidden, inner), (count, rank, hidden)
+    shapes += (count, 2 * inner, rank), (count, rank, inner), (count, hidden, rank), (count, 2 * inner), (count, hidden)
+    drawn = [(torch.randn(shape, generator=g) / shape[-1] ** 0.5).bfloat16() for shape in shapes]
+    weights, chosen = torch.rand(tokens, count, generator=g).softmax(-1).topk(k)
+
+    def run(device: str, dtype: torch.dtype) -> list[Tensor]:
+        x, w1, w2, a1, b1, a2, b2, bias1, bias2 = (tensor.to(device, dtype) for tensor in drawn)
+        routing = weights.to(device, torch.promote_types(dtype, torch.float32))
+        inputs = [tensor.detach().requires_grad_() for tensor in (x, routing, a1, b1, a2, b2)]
+        frozen = [plain(w.mT.contiguous().mT if bias else w) for w in (w1, w2)]
+        biases = (bias1, bias2) if bias else (None, None)
+        layer = Layer(count, Frozen(frozen[0], biases[0]), Frozen(frozen[1], biases[1]), gate, dtype)
+        factors = Factors(inputs[2], inputs[3]), Factors(inputs[4], inputs[5])
+        out = compute(inputs[0], chosen.to(device), inputs[1], layer, *factors)
+        out.backward(torch.linspace(-1, 1, hidden, device=device, dtype=dtype).expand_as(out))
+        return [out.detach(), *(tensor.grad for tensor in inputs if tensor.grad is not None)]
+
+    names = "out", "x", "weights", "A1", "B1", "A2", "B2"
+    exact = run("cpu", torch.float64)
+    for name, got, plainly, true in zip(
+        names, run("cuda", torch.bfloat16), run("cpu", torch.bfloat16), exact, strict=True
+    ):
+        error, allowed = ((value.cpu().double() - true).norm() / true.norm() for value in (got, plainly))
+        assert error <= 2 * allowed, (name, float(error), float(allowed))
+
+
 @pytest.mark.parametrize("chosen", CHOICES.values(), ids=CHOICES)
 def test_values_and_gradients_are_those_of_a_loop(chosen: Tensor) -> None:
     """x, routing weights and every A and B; experts 3, or 0 to 2, have no rows."""
     arguments = inputs(chosen)
-    layer = Layer(E, Frozen(W1.to, BIAS1), Frozen(W2.to, BIAS2), gate, torch.float64)
+    layer = Layer(E, Frozen(plain(W1), BIAS1), Frozen(plain(W2), BIAS2), gate, torch.float64)
 
     def ours(x: Tensor, weights: Tensor, a1: Tensor, b1: Tensor, a2: Tensor, b2: Tensor) -> Tensor:
         return compute(x, chosen, weights, layer, Factors(a1, b1), Factors(a2, b2))
@@ -95,7 +133,7 @@ def test_one_half_without_an_adapter_and_a_weight_of_0() -> None:
     chosen = CHOICES["spread"]
     x, weights, a1, b1, a2, b2 = inputs(chosen)
     weights.data[1] = 0
-    layer = Layer(E, Frozen(W1.to, BIAS1), Frozen(W2.to, BIAS2), gate, torch.float64)
+    layer = Layer(E, Frozen(plain(W1), BIAS1), Frozen(plain(W2), BIAS2), gate, torch.float64)
     for up, down in ((Factors(a1, b1), None), (None, Factors(a2, b2)), (None, None)):
         zeros = [torch.zeros_like(tensor) for tensor in (a1, b1, a2, b2)]
         used = [*((up.a, up.b) if up else zeros[:2]), *((down.a, down.b) if down else zeros[2:])]

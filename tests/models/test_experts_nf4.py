@@ -106,18 +106,19 @@ def test_4_bits_compute_with_the_decoded_weights(kind: str, tmp_path: Path) -> N
 
 @pytest.mark.gpu
 def test_gpu_decodes_and_trains_as_the_cpu(plain: Path) -> None:
-    base: Any = load_base(Base(str(plain), "nf4", dtype="bfloat16", device="cuda"), torch.device("cuda"))
+    base: Any = load_base(Base(str(plain), "nf4", dtype="float32", device="cuda"), torch.device("cuda"))
     for stack in experts.stacks(base).values():
         weight: Any = stack.weight
         values = dequantize_4bit(weight.data, weight.quant_state).view(stack.shape)
-        assert torch.equal(experts.decoded(stack.module, stack.leaf, torch.bfloat16), values.bfloat16())
+        for dtype in (torch.float32, torch.bfloat16):
+            assert torch.equal(experts.decoded(stack.module, stack.leaf, dtype), values.to(dtype))
     model, exact = with_adapter(base), with_adapter(base_of(plain, "nf4"))
     model(input_ids=IDS.cuda()).logits.float().log_softmax(-1)[..., 5].sum().backward()
     wanted = gradients(exact)
     for name, parameter in model.named_parameters():
         if name in wanted:
             off = (parameter.grad.cpu() - wanted[name]).norm() / wanted[name].norm()
-            assert off < 0.1, name
+            assert off < 1e-3, name
 
 
 def test_what_is_in_4_bits_is_counted(plain: Path) -> None:

@@ -22,6 +22,6 @@ def test_a_gpu_gives_what_a_cpu_gives(kind: str) -> None:
             logprobs = loss_of(policy, packed(rollouts))
         found.append(([logprobs[id(rollout)].cpu() for rollout in rollouts], policy.flat.gradient.cpu()))
     for one, other in zip(*(logprobs for logprobs, _ in found), strict=True):
-        torch.testing.assert_close(one, other, rtol=0, atol=2e-3)
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=2e-3)
     expected, gradient = (gradient for _, gradient in found)
     assert (gradient - expected).norm() < 1e-2 * expected.norm()

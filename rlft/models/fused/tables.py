@@ -39,7 +39,7 @@ def rope_tables(
         position_ids = torch.cat([position_ids, padded_to.max()[None]])
     # A rotary over the axes of images takes a position for each, all of which transformers 5.17 requires; those of text
     # are equal.
-    axes = "mrope_section" in (getattr(decoder.config, "rope_parameters", None) or {})
+    axes = hasattr(rotary, "mrope_section")
     assert axes or position_ids.dim() == 1, "positions on three axes for a rotary with one"
     places = position_ids.view(-1, 1, position_ids.shape[-1]).expand(3, -1, -1) if axes else position_ids[None]
     for layer_type in types:
