@@ -228,6 +228,13 @@ def test_a_call_for_router_logits_runs_transformers_layers(shared: Any) -> None:
     assert decoder.last_plan is None and len(out.router_logits) == 2 and out.aux_loss > 0
 
 
+def test_a_single_token(shared: Any) -> None:
+    model, decoder = shared
+    with torch.no_grad():
+        one, want = (model(IDS[:, :1], use_cache=False, output_hidden_states=asked).logits for asked in (False, True))
+    assert decoder.last_plan is not None and torch.allclose(one, want, atol=1e-5)
+
+
 def test_a_hook_on_the_experts_runs_transformers_layers(shared: Any) -> None:
     _, decoder = shared
     assert decoder.problem() is None
