@@ -1,4 +1,4 @@
-"""Write the tables and the chart of README.md and docs/ from the files in benchmarks/results.
+"""Write the tables and the charts of README.md and docs/ from the files in benchmarks/results.
 
 python benchmarks/page.py            # writes every table between its marks; tests/test_pages.py holds them equal
 
@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import faults
 from page_cells import RESULTS, markdown_row
 from page_chart import chart
+from page_curve import curve
 from page_tables import TABLES
 
 from rlft.config.trl_names import TRL_NAMES, TRL_NOTES
@@ -93,9 +94,10 @@ def filled(path: Path) -> str:
     return fill(path.read_text(encoding="utf-8"), folder)
 
 
-CHART = ROOT / "docs" / "assets" / "steps.svg"
+CHARTS = {ROOT / "docs" / "assets" / "steps.svg": chart, ROOT / "docs" / "assets" / "curve.svg": curve}
 
 if __name__ == "__main__":
-    CHART.write_text(chart(), encoding="utf-8")
+    for picture, draw in CHARTS.items():
+        picture.write_text(draw(), encoding="utf-8")
     for path in pages():
         path.write_text(filled(path), encoding="utf-8")

@@ -10,10 +10,15 @@ import pytest
 from rlft.cli.main import main
 
 ROOT = Path(__file__).parents[1]
-EXAMPLES = sorted((ROOT / "examples").glob("*.toml"))
+LONG = ("dapo", "gspo")
+"""Examples that update several times a step."""
+EXAMPLES = [
+    pytest.param(path, id=path.stem, marks=pytest.mark.slow if path.stem in LONG else ())
+    for path in sorted((ROOT / "examples").glob("*.toml"))
+]
 
 
-@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("example", EXAMPLES)
 def test_an_example_runs_two_steps(example: Path, smollm2: Path, tmp_path: Path, monkeypatch) -> None:
     from rlft.config.run import Config
 

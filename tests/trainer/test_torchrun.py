@@ -135,6 +135,7 @@ def test_a_killed_rank_is_started_again_with_the_others(home: Path, alone: Path,
     assert difference(config, alone) < 1e-5 and steps_of(config) == [1, 2, 3]
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_rank_stops_all_after_the_step(home: Path, alone: Path) -> None:
     config = write_config(home / "stopped", home)
     process = start(config, 2, fault="slow")
@@ -147,6 +148,7 @@ def test_a_signal_to_one_rank_stops_all_after_the_step(home: Path, alone: Path) 
     assert difference(config, alone) < 1e-5 and steps_of(config) == [1, 2, 3]
 
 
+@pytest.mark.slow
 def test_a_rank_that_does_not_answer_is_named(home: Path) -> None:
     config = write_config(home / "sleeping", home)
     code, _, err = ended(start(config, 2, "--ranks.timeout", "20", fault="sleep"))
