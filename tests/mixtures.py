@@ -35,8 +35,13 @@ FAMILIES: dict[str, dict[str, Any]] = {
         **{"first_k_dense_replace": 1, "routed_scaling_factor": 1.5},
     },
     "gpt_oss": {"num_local_experts": 8},
+    "qwen3_next": {
+        **{"num_experts": 8, "shared_expert_intermediate_size": 32, "mlp_only_layers": [1]},
+        **{"layer_types": ["linear_attention", "full_attention"], "linear_num_key_heads": 2},
+        **{"linear_num_value_heads": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 24},
+    },
 }
-"""Families -> their fields: plain ones, shared experts, sigmoid scores with groups, biases and clamps."""
+"""Families -> their fields: plain ones, shared experts, sigmoid scores with groups, biases and clamps, a hybrid."""
 
 
 def mixture(kind: str = "qwen3_moe", dtype: torch.dtype = torch.float32, **fields: Any) -> Any:
@@ -49,6 +54,9 @@ def mixture(kind: str = "qwen3_moe", dtype: torch.dtype = torch.float32, **field
     for parameter in model.parameters():
         if parameter.dim() < 2 or not parameter.any():
             parameter.data.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    for name, buffer in model.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            buffer.copy_(0.1 * torch.randn(buffer.shape, generator=generator))
     return model.to(dtype).eval().requires_grad_(False)
 
 

@@ -118,13 +118,17 @@ def use(model: Any) -> None:
         assert all(module.config._experts_implementation == NAME for module in found), type(model)
 
 
-def describe(model: nn.Module) -> list[str]:
-    """Describe in a line how the layers of experts of a model run, for the log of a run; no line where it has none."""
+def describe(model: nn.Module, fused: bool = False) -> list[str]:
+    """Describe in a line how the layers of experts of a model run, for the log of a run; no line where it has none.
+
+    fused: fused layers train it.
+    """
     found = [module for _, module in layers(model)]
     if not found:
         return []
     held = form_of(found[0]) or str(found[0].down_proj.dtype).removeprefix("torch.")
-    return [f"experts: {len(found)} layers of {found[0].num_experts} in {held}, by rlft's function"]
+    by = "in fused layers" if fused else "by rlft's function"
+    return [f"experts: {len(found)} layers of {found[0].num_experts} in {held}, {by}"]
 
 
 def experts_forward(
@@ -207,6 +211,11 @@ def adapt(model: PeftModel) -> PeftModel:
             if in_four_bits(module.get_base_layer()):
                 module.merge = MethodType(_refuse_merge, module)
     return model
+
+
+def is_adapted(module: nn.Module) -> bool:
+    """Return whether the forward of a module was replaced by `adapt`."""
+    return getattr(vars(module).get("forward"), "__func__", None) is _wrapped_forward
 
 
 def _wrapped_forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:

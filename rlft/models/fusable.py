@@ -11,18 +11,23 @@ from torch import Tensor, nn
 from rlft.kernels.qk_rope import MAX_D
 from rlft.kernels.rms_norm import MAX_H
 from rlft.kernels.swiglu import ACTIVATIONS
+from rlft.models import experts
 from rlft.models.families import Family
+from rlft.models.fused.expert_weights import Stack
 from rlft.models.fused.layer_modules import FusedLayer
 from rlft.models.fused.ops import Norm
 from rlft.models.fused.projection import Projection
 
+Adapted = Projection | Stack
+"""What an adapter may be on."""
 
-def adapted(projections: Iterable[Projection]) -> Iterator[Any]:
-    """Yield the linear modules that PEFT has wrapped."""
+
+def adapted(projections: Iterable[Adapted]) -> Iterator[Any]:
+    """Yield the linear modules, and parameters of experts, that PEFT has wrapped."""
     return (module for projection in projections for module in projection.modules if hasattr(module, "lora_A"))
 
 
-def adapter_problem(projections: Iterable[Projection]) -> str | None:
+def adapter_problem(projections: Iterable[Adapted]) -> str | None:
     """Return what the fused layers do not support in the current adapters; None if they support all."""
     active_sets: set[tuple] = set()
     for module in adapted(projections):
@@ -50,7 +55,7 @@ def hook_problem(parts: Sequence[nn.Module]) -> str | None:
     """Return which module has a hook or a replaced `forward`, which fused layers would not call; None if none has."""
     for part in parts:
         name = type(part).__name__
-        if "forward" in vars(part):
+        if "forward" in vars(part) and not experts.is_adapted(part):
             return f"the forward of a {name} was replaced"
         for hooks in (part._forward_hooks, part._forward_pre_hooks, part._backward_hooks, part._backward_pre_hooks):
             # Hooks of transformers remain after the first call for hidden states and do nothing in other calls.
@@ -67,16 +72,27 @@ def parts_of(decoder: nn.Module, family: Family) -> Iterator[nn.Module]:
     for index, layer in enumerate(decoder.layers):  # type: ignore[arg-type]
         here = family.of_layer(decoder.config, index)
         norms = (here.input_norm, here.mlp_norm, here.attention_norm, here.down_norm, *(here.qk_norm or ()))
-        others = (*here.qkv, here.out, *here.gate_up, here.down, here.activation_module, here.value_norm)
+        down = here.down if here.gate_up else None
+        others = (*here.qkv, here.out, *here.gate_up, down, here.activation_module, here.value_norm)
         mixer = () if here.mixer is None else here.mixer.modules
         own = here.per_layer_input
         per_layer = () if own is None else (own.gate, own.out, own.norm)
-        names = [path for path in (*others, *norms, *mixer, *per_layer) if path is not None]
+        mixture = () if here.experts is None else (here.experts.router, here.experts.stacks, here.experts.shared_gate)
+        names = [path for path in (*others, *norms, *mixer, *per_layer, *mixture) if path is not None]
         blocks = sorted({path.rpartition(".")[0] for path in names} - {""})
         yield layer
+        if here.experts is not None:
+            yield from _inside(layer.get_submodule(here.experts.stacks))
         for name in (*blocks, *names):
             yield layer.get_submodule(name)
     yield decoder.get_submodule(family.final_norm)
+
+
+def _inside(module: Any) -> Iterator[nn.Module]:
+    """Yield the modules that PEFT's wrappers are nested around, from the outside."""
+    while hasattr(module, "lora_A"):
+        module = module.base_layer
+        yield module
 
 
 def state_of(part: nn.Module) -> Iterator[tuple]:
@@ -119,6 +135,9 @@ def layers_problem(layers: Sequence[FusedLayer]) -> str | None:
         if layer.mixer is None:
             heads = max(heads, layer.head_dim)
             longest = max(longest, layer.q_heads * layer.head_dim if layer.qk_norm_whole else 0)
+        problem = None if layer.experts is None else layer.experts.problem(dtype)
+        if problem is not None:
+            return problem
         name, curve = layer.activation
         if name not in ACTIVATIONS or (name == "xielu") != (curve is not None):
             return f'the activation "{name}"'

@@ -68,7 +68,7 @@ def details(cfg: Config, policy: Policy, algorithm: Algorithm, passes: str) -> l
     return [
         policy.path,
         targets.describe(policy.model),
-        *experts.describe(policy.base),
+        *experts.describe(policy.base, policy.fused is not None),
         *([str(policy.rope)] if policy.rope else []),
         f"memory: {weight_bytes(policy.base)['bytes'] / 2**30:.2f} GiB of weights; {passes}",
         *describe(algorithm),

@@ -155,7 +155,7 @@ KINDS: dict[str, dict[str, dict[str, Any]]] = {
         "qwen2_moe": EXPERTS,
         "mixtral": LOCAL,
         "glm4_moe": ROUTED,
-        "olmoe": EXPERTS,
+        "olmoe": {**EXPERTS, "head_dim": None},
         "granitemoe": {**LOCAL, "logits_scaling": 2.0},
         "dots1": ROUTED,
         "phimoe": LOCAL,
@@ -250,6 +250,7 @@ QUICK = (
     "qwen3_moe",
     "glm4_moe",
     "qwen3_5_text",
+    "qwen3_next",
     "lfm2",
     "granitemoehybrid",
     "recurrent_gemma",
@@ -436,7 +437,8 @@ def test_a_policy_that_is_not_finite_is_stopped_at_the_start() -> None:
 
 def test_sinks_are_not_dropped_when_rows_are_packed() -> None:
     policy = tiny("gpt_oss")
-    policy.packed = True
+    policy.fused, policy.packed = None, True
+    del policy.decoder.forward
     with pytest.raises(ConfigError, match="GptOssAttention calls its attention with s_aux, which packed rows do not"):
         selfcheck.check(policy)
 

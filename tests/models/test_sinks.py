@@ -1,7 +1,7 @@
 """Attention sinks in fused layers: gpt-oss's attention beside a dense MLP, and what frozen extras of a layer may do.
 
-gpt-oss itself has experts and keeps transformers' layers. Its attention has all that sinks come with: windows by layer,
-biases, YaRN tables and transformers' eager attention, whose float64 is float64 to the end.
+gpt-oss itself, with its experts, is in test_fused_experts.py. Its attention has all that sinks come with: windows by
+layer, biases, YaRN tables and transformers' eager attention, whose float64 is float64 to the end.
 """
 
 from __future__ import annotations

@@ -76,7 +76,7 @@ def test_sft_trains_experts_and_the_start_says_so(run: Path) -> None:
     assert "parameters in nf4 (computed in float32) on the CPU" in log
     assert "each expert has rank 2 (lora.expert_rank): 10.2 k of these parameters, 0.00015 GiB with gradient" in log
     assert "the router is frozen, and no auxiliary loss is added" in log
-    assert "experts (2 x 8), not the router" in log and "experts: 2 layers of 8 in nf4, by rlft's function" in log
+    assert "experts (2 x 8), not the router" in log and "experts: 2 layers of 8 in nf4, in fused layers" in log
     tensors = load_file(trained(run) / "adapter_model.safetensors")
     moved = {name for name, tensor in tensors.items() if "experts" in name and ".lora_B." in name and tensor.any()}
     assert len(moved) == 4

@@ -16,6 +16,11 @@ takes the place of q, k, v and attention:
 
 A layer may read the k and v of an earlier one, after its MLP a vector e that each layer has for each token
 (`PerLayerInput`), and multiply its result by a constant: x" = (x' + norm((act(x' Wgate) * e) Wout)) constant.
+
+In place of the MLP there may be a mixture of experts (`Experts`), each of the MLP's form, of which a token goes to a
+few with weights w of a router; the shared expert that some families have is the MLP of the formula, maybe with a gate:
+
+    x' = mid + sum of w_e expert_e(n2) + [sigmoid(n2 Wshared)] h Wdown
 """
 
 from __future__ import annotations
@@ -25,7 +30,7 @@ import importlib
 import importlib.util
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from typing import Any, Literal
 
 COMMON = frozenset(
     {
@@ -33,10 +38,11 @@ COMMON = frozenset(
         *("vocab_size", "rms_norm_eps", "max_position_embeddings", "rope_parameters", "tie_word_embeddings"),
         *("pad_token_id", "bos_token_id", "eos_token_id", "eod_token_id"),
         *("initializer_range", "use_cache", "pretraining_tp"),
+        *("output_router_logits", "router_aux_loss_coef"),
     }
 )
 """Config fields that the modules of every family have in their shapes, norms and tables, or that no layer computes
-with."""
+with. A call that asks for the logits of routers runs transformers' layers."""
 FACTORS = ("multiplier", "scaling", "scale", "factor")
 """Ends of the names of fields whose neutral value is 1; that of others is None, False, 0 or empty."""
 
@@ -52,6 +58,8 @@ class Delta:
     """Norm of each head of the output, before the gate."""
     double_beta: str | None = None
     """Config flag for a beta in [0, 2] instead of [0, 1]."""
+    by_head: bool = False
+    """Whether outputs lie by key head: two projections, of q, k, v and z of a head, then the next, and of b and a."""
 
     @property
     def modules(self) -> tuple[str, ...]:
@@ -98,6 +106,50 @@ class PerLayerInput:
 
 
 @dataclass(frozen=True)
+class Experts:
+    """Names of the modules of a mixture of experts; config fields that say which layers have one, and how it scores."""
+
+    stacks: str = "mlp.experts"
+    """The module with a weight of all experts, which transformers' interface of experts calls."""
+    router: str = "mlp.gate"
+    """Its module has `weight` [E, H] and `top_k`; in some families `bias`, and `e_score_correction_bias`, which is
+    added to scores for ranking."""
+    wide_router: bool = False
+    """Whether logits are computed in fp32; else in the dtype of activations. Scores are in fp32 in any case."""
+    scoring: Literal["softmax", "sigmoid"] = "softmax"
+    renormalised: str | bool = True
+    """Whether the weights of a token are divided by their sum, or the config flag for it."""
+    scale: str | None = None
+    """Config field with the factor on the weights."""
+    groups: tuple[str, str] | None = None
+    """Config fields with the number of groups of experts, and of those from which experts are chosen."""
+    own_gate: bool = False
+    """Whether the module with the stacks computes activation and gate, with its own numbers and order of columns. Else
+    they are the MLP's, of gate and up side by side."""
+    shared_gate_up: tuple[str, ...] = ()
+    """`Family.gate_up` of the shared expert; (): there is none."""
+    shared_down: str = ""
+    """`Family.down` of the shared expert."""
+    shared_gate: str | None = None
+    """Linear module of one output, whose sigmoid multiplies that of the shared expert."""
+    count: str = "num_experts"
+    """Config field with the number of experts; 0: layers are dense."""
+    dense_first: str | None = None
+    """Config field with the number of first layers that are dense."""
+    dense_layers: str | None = None
+    """Config field with the indices of layers that are dense."""
+    every: str | None = None
+    """Config field n, where only every n-th layer has experts."""
+
+    def dense(self, config: Any, index: int) -> bool:
+        """Return whether a layer has the family's MLP and no experts."""
+        first = getattr(config, self.dense_first) if self.dense_first is not None else 0
+        listed = getattr(config, self.dense_layers) if self.dense_layers is not None else None
+        every = getattr(config, self.every) if self.every is not None else 1
+        return not getattr(config, self.count) or index < first or index in (listed or ()) or (index + 1) % every > 0
+
+
+@dataclass(frozen=True)
 class Family:
     """Names and flags of an architecture; module paths are relative to a decoder layer, config attributes to the text
     config."""
@@ -112,6 +164,9 @@ class Family:
     gated: bool = True
     """Whether the MLP has a gate."""
     down: str = "mlp.down_proj"
+    experts: Experts | None = None
+    """A mixture of experts in place of the MLP. Names of an MLP are then those of dense layers; in what `of_layer`
+    returns, of the shared expert, and `gate_up` is () where there is none."""
     final_norm: str = "norm"
     """Norm of the decoder, before the head."""
     mixer: Delta | Conv | None = None
@@ -131,6 +186,8 @@ class Family:
     """Norm of the output of the MLP, before the residual."""
     qk_norm: tuple[str, ...] | None = None
     """Norms of q and of k, over each head; of q alone in layers that read another layer's k."""
+    qk_norm_flag: str | None = None
+    """Config flag for these norms; None: there are always."""
     value_norm: str | None = None
     """Norm of v, over each head."""
     key_is_value: str | None = None
@@ -169,6 +226,8 @@ class Family:
     decoder has a rotary module for each base, in `rotary_embs`."""
     interleaved: bool = False
     """Whether the rotary embedding turns neighbouring entries, not entry i of each half."""
+    half_tables: bool = False
+    """Whether the rotary module returns a column for each pair of entries, not two."""
     turns_back: bool = False
     """Whether the rotary embedding turns by minus the angle."""
     rotary: str = "all"
@@ -193,6 +252,10 @@ class Family:
     def of_layer(self, config: Any, index: int) -> Family:
         """Return the description of a layer."""
         here = self.by_type.get(config.layer_types[index], self) if self.by_type else self
+        if here.experts is not None:
+            here = here._with_experts(here.experts, config, index)
+        if here.qk_norm_flag is not None and not getattr(config, here.qk_norm_flag):
+            here = _changed(here, qk_norm=None)
         if here.per_layer_input is not None and not getattr(config, here.per_layer_input.size):
             here = _changed(here, per_layer_input=None)
         source, read = here._shared(config, index)
@@ -202,6 +265,12 @@ class Family:
         if here.key_is_value and getattr(config, here.key_is_value) and config.layer_types[index] == "full_attention":
             here = _changed(here, qkv=here.qkv[:2])
         return _changed(here, shares_kv=True) if read else here
+
+    def _with_experts(self, experts: Experts, config: Any, index: int) -> Family:
+        """Return the description of a layer of a mixture."""
+        if experts.dense(config, index):
+            return _changed(self, experts=None)
+        return _changed(self, gate_up=experts.shared_gate_up, down=experts.shared_down)
 
     def _shared(self, config: Any, index: int) -> tuple[int | None, bool]:
         """Return the layer whose k and v a layer reads (None: its own), and whether another layer reads its own."""

@@ -27,7 +27,7 @@ def asks_for_more(config: Any, mask: Any, cache: Any, use_cache: bool | None, kw
     given = ("deepstack_visual_embeds", "shared_kv_states", "per_layer_inputs")
     if any(kwargs.get(name) is not None for name in given):
         return True
-    wanted = ("output_hidden_states", "output_attentions", "return_shared_kv_states")
+    wanted = ("output_hidden_states", "output_attentions", "return_shared_kv_states", "output_router_logits")
     if any(kwargs.get(name, getattr(config, name, False)) for name in wanted):
         return True
     return kwargs.get("return_dict", getattr(config, "return_dict", True)) is False
@@ -35,10 +35,10 @@ def asks_for_more(config: Any, mask: Any, cache: Any, use_cache: bool | None, kw
 
 def result_class(decoder: nn.Module) -> Any:
     """Return the class of a decoder's result, by its annotation: BaseModelOutputWithPast, or one with more fields."""
-    from transformers.modeling_outputs import BaseModelOutputWithPast
+    from transformers.modeling_outputs import BaseModelOutputWithPast, MoeModelOutputWithPast
 
     annotated = inspect.signature(type(decoder).forward).return_annotation
-    fits = isinstance(annotated, type) and issubclass(annotated, BaseModelOutputWithPast)
+    fits = isinstance(annotated, type) and issubclass(annotated, (BaseModelOutputWithPast, MoeModelOutputWithPast))
     return annotated if fits else BaseModelOutputWithPast
 
 

@@ -38,7 +38,7 @@ from rlft.models.fused.ops import Places
 from rlft.models.fused.per_layer import PerLayerInputs
 from rlft.models.fused.placement import Placement
 from rlft.models.fused.plan_search import GRAPH_MEMORY_SHARE, capturable, choose_plan
-from rlft.models.fused.projection import Projection, Store, adapter_tensors
+from rlft.models.fused.projection import Store
 from rlft.models.fused.tables import rope_tables
 from rlft.models.fused.unpad import padded_again, text_positions, unpadded, unpadded_ids
 from rlft.models.vision import ImageRows
@@ -148,12 +148,13 @@ class FusedDecoder:
     def problem(self) -> str | None:
         """Return why the fused layers cannot run the current modules and adapters; None if they can."""
         problem = self._check_modules() or fusable.hook_problem(self._parts)
-        return problem or fusable.adapter_problem(self._projections())
+        return problem or fusable.adapter_problem(self._adapted())
 
-    def _projections(self) -> list[Projection]:
+    def _adapted(self) -> list[fusable.Adapted]:
         """Return everything that adapters of layers may be on."""
+        stacks = (stack for layer in self.layers if layer.experts is not None for stack in layer.experts.stacks)
         of_inputs = [] if self.inputs is None else [self.inputs.projection]
-        return [*of_inputs, *(projection for layer in self.layers for projection in layer.projections)]
+        return [*of_inputs, *(projection for layer in self.layers for projection in layer.projections), *stacks]
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy of a model (deepcopy, pickle) has other modules, which are checked when it first runs.
@@ -323,13 +324,13 @@ class FusedDecoder:
 
     def adapter(self) -> str | None:
         """Return the name of the active adapter; None when adapters are off. Assumes that `problem` returned None."""
-        module = next(fusable.adapted(self._projections()), None)
+        module = next(fusable.adapted(self._adapted()), None)
         active = () if module is None or module.disable_adapters else module.active_adapters
         return active[0] if active else None
 
     def _trains(self, adapter: str | None, gradients: dict[Tensor, Tensor]) -> bool:
         """Return whether `gradients` are those of the active adapter."""
-        tensors = (tensor for layer in self.layers for tensor in adapter_tensors(layer.bind(adapter)))
+        tensors = (tensor for layer in self.layers for tensor in layer.adapter_tensors(adapter))
         return next(tensors, None) in gradients
 
     def _shape(self) -> DecoderShape:

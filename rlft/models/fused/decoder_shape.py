@@ -11,6 +11,7 @@ from functools import cached_property
 
 import torch
 
+from rlft.models.fused.expert_shape import ExpertShape
 from rlft.models.fused.mixer_shape import MixerShape
 
 
@@ -64,6 +65,8 @@ class DecoderShape:
     """What projects the embedded tokens to them has an adapter."""
     mixer: MixerShape | None = None
     """What mixes the tokens; None: attention. `q` is the width of its output, `kv` 0."""
+    experts: ExpertShape | None = None
+    """The mixture of experts; `intermediate` is then that of the shared expert, 0 without one."""
     kinds: tuple[DecoderShape, ...] = ()
     """Sizes of each kind of layer; empty: all are alike."""
     order: tuple[int, ...] = ()
@@ -140,10 +143,18 @@ class DecoderShape:
 
     @property
     def weights(self) -> int:
-        """Elements of a layer's matrices, on average where layers differ."""
+        """Elements of a layer's matrices that a token is multiplied with, on average where layers differ."""
         if self.kinds:
             return sum(self.kinds[kind].weights for kind in self.order) // self.layers
-        return self.hidden * (self.projected + self.q + self.gates + self.intermediate + 2 * self.per_layer)
+        routed = 0 if self.experts is None else self.experts.active
+        return routed + self.hidden * (self.projected + self.q + self.gates + self.intermediate + 2 * self.per_layer)
+
+    @cached_property
+    def decoded(self) -> float:
+        """Weights that are decoded for each that a token is multiplied with, on average over the layers."""
+        stacks = [kind.experts and sum(kind.experts.stacks) - kind.experts.active for kind in self.layer_kinds]
+        more = sum(stacks[self.kind(layer)] or 0 for layer in range(self.layers))
+        return 1 + more / (self.layers * self.weights)
 
     @property
     def lse(self) -> int:

@@ -42,6 +42,8 @@ def fuse(model: PeftModel, device_memory: DeviceMemory | None = None, place: Pla
     problem = config_problem(decoder.config, family)
     if problem is not None:
         return problem
+    if family.experts is not None and place != "device":
+        return f'the experts of "{decoder.config.model_type}" are read from the device alone'
     try:
         placement = Placement.of(decoder, family, place) if place != "device" else None
         fused = FusedDecoder(model, decoder, family, device_memory, placement)

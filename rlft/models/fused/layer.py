@@ -34,7 +34,6 @@ from rlft.models.fused import ops
 from rlft.models.fused.layer_backward import Backward
 from rlft.models.fused.layer_modules import DOWN, GATE_UP, QKV, FusedLayer, PerLayer
 from rlft.models.fused.layer_steps import Pass, SavedActivations, Steps, tiles
-from rlft.models.fused.projection import adapter_tensors
 
 
 def run_layer(layer: FusedLayer, x: Tensor, run: Pass, per_layer: Tensor | None = None) -> Tensor:
@@ -43,7 +42,7 @@ def run_layer(layer: FusedLayer, x: Tensor, run: Pass, per_layer: Tensor | None 
     if not run.keep:
         # Fill what a backward would need and drop it: with the same buffers both cases round alike.
         return Forward(layer, run, bound, x)(x, SavedActivations(x, per_layer))
-    parameters = adapter_tensors(bound)
+    parameters = layer.adapter_tensors(run.adapter)
     # Where gradients go into the caller's buffers, one parameter is enough for autograd, and each takes host time.
     inputs = (
         parameters if run.gradients is None else [parameter for parameter in parameters if parameter.requires_grad][:1]
@@ -79,37 +78,53 @@ class Forward(Steps):
         qkv = self.qkv(x, s_qkv)
         attention = self.mix(qkv)
         attended = self.finished(attention.out, qkv, slice(None))
-        saved.s_down = x.new_empty(T, self.bound[DOWN].group.rank)
+        if self.layer.has_mlp:
+            saved.s_down = x.new_empty(T, self.bound[DOWN].group.rank)
+        if self.experts is not None:
+            saved.routing = self.experts.routing(x, level.keep_mlp)
         if level.keep_qkv:
             saved.qkv, saved.s_qkv = qkv, s_qkv
         if level.keep_attention:
             saved.attention = attention
         if level.keep_mlp:
+            saved.mid = torch.empty_like(x)
+        if level.keep_mlp and self.layer.has_mlp:
             gate_up = self.bound[GATE_UP].group
-            saved.mid, saved.gate_up = torch.empty_like(x), x.new_empty(T, gate_up.out + gate_up.tail)
+            saved.gate_up = x.new_empty(T, gate_up.out + gate_up.tail)
         del qkv, attention
         return self._mlp(x, attended, saved)
 
     def _mlp(self, x: Tensor, attended: Tensor, saved: SavedActivations) -> Tensor:
-        out, group = torch.empty_like(x), self.bound[GATE_UP].group
+        out = torch.empty_like(x)
         for rows in tiles(x.shape[0], self.run.tile):
             o, _ = self.out(attended[rows])
             mid = out[rows] if saved.mid is None else saved.mid[rows]
             n, _ = self.mid(x[rows], o, mid)
             del o
-            gate_up = x.new_empty(n.shape[0], group.out) if saved.gate_up is None else saved.gate_up[rows]
-            self.project(GATE_UP, n, out=gate_up[:, : group.out])
-            del n
-            h = self.hidden(gate_up)
-            del gate_up
-            self.down(h, mid, out[rows])
-            if saved.s_down is not None:
-                saved.s_down[rows].copy_(h[:, self.layer.width :][:, : saved.s_down.shape[1]])
+            if self.experts is not None:
+                assert saved.routing is not None
+                self.experts.forward(n[:, : x.shape[1]], saved.routing[rows], mid, out[rows])
+                mid = out[rows]
+            if self.layer.has_mlp:
+                gate_up, weight = self._gate_up(n, saved, rows), self.shared_weight(n[:, : x.shape[1]])
+                del n
+                h = self.hidden(gate_up)
+                del gate_up
+                self.down(h, mid, out[rows], weight)
+                if saved.s_down is not None:
+                    saved.s_down[rows].copy_(h[:, self.layer.width :][:, : saved.s_down.shape[1]])
             if self.layer.per_layer is not None and saved.per_layer is not None:
                 self._add_input(out[rows], saved.per_layer[rows], self.layer.per_layer)
             if self.layer.scale != 1:
                 out[rows].mul_(self.layer.scale)
         return out
+
+    def _gate_up(self, n: Tensor, saved: SavedActivations, rows: slice) -> Tensor:
+        """Return gate and up of a tile; n: [t, H + tail]."""
+        group = self.bound[GATE_UP].group
+        gate_up = n.new_empty(n.shape[0], group.out) if saved.gate_up is None else saved.gate_up[rows]
+        self.project(GATE_UP, n, out=gate_up[:, : group.out])
+        return gate_up
 
     def _add_input(self, x: Tensor, e: Tensor, per_layer: PerLayer) -> None:
         """Add the norm of the projection of act(x gate) * e to x [t, H] in place. e: [t, P]."""
@@ -133,7 +148,7 @@ class _Layer(torch.autograd.Function):
                 run.offload.settle()
             ctx.save_for_backward(x)
         ctx.activations, ctx.rest = saved, (layer, run, bound)
-        ctx.versions = versions(adapter_tensors(bound))
+        ctx.versions = versions(layer.adapter_tensors(run.adapter))
         return out
 
     @staticmethod

@@ -9,7 +9,6 @@ of a projection that hold S or dS.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,50 +16,13 @@ from torch import Tensor
 
 from rlft.kernels import lora
 from rlft.kernels.attention import Saved
+from rlft.kernels.gather import row_dots
 from rlft.kernels.low_rank import gradients_a, gradients_b, shrink
 from rlft.models.fused import ops
+from rlft.models.fused.gradients import Gradients
 from rlft.models.fused.layer_modules import DOWN, GATE_UP, INPUT_GATE, INPUT_OUT, OUT, QKV, FusedLayer
 from rlft.models.fused.layer_steps import Pass, SavedActivations, Steps, tiles
 from rlft.models.fused.projection import Bound
-
-
-@dataclass
-class Gradients:
-    """Where the gradients of one layer's A and B go."""
-
-    A: list[list[Tensor]] = field(default_factory=list)
-    B: list[list[Tensor]] = field(default_factory=list)
-    _outputs: list[tuple[Tensor | None, torch.dtype]] = field(default_factory=list)
-
-    @classmethod
-    def of(cls, bound: Sequence[Bound], buffers: dict[Tensor, Tensor] | None, like: Tensor) -> Gradients:
-        """Return buffers for the gradients of the adapters in `bound`.
-
-        buffers: the caller's, by parameter; None: new ones of at least fp32. like: activations, which give device and
-        dtype of new ones.
-        """
-        result = cls()
-        # One allocation, so that one launch zeroes all gradients.
-        size = sum(tensor.numel() for adapter in bound for tensor in (*adapter.A, *adapter.B)) if buffers is None else 0
-        flat = like.new_zeros(size, dtype=torch.promote_types(like.dtype, torch.float32))
-        offset = 0
-        for adapter in bound:
-            for side, tensors in ((result.A, adapter.A), (result.B, adapter.B)):
-                side.append([])
-                for tensor in tensors:
-                    if buffers is not None:
-                        side[-1].append(buffers[tensor] if tensor.numel() else tensor)
-                    else:
-                        side[-1].append(flat[offset : offset + tensor.numel()].view(tensor.shape))
-                        offset += tensor.numel()
-                    if tensor.numel():
-                        result._outputs.append((None if buffers is not None else side[-1][-1], tensor.dtype))
-        return result
-
-    @property
-    def returned(self) -> list[Tensor | None]:
-        """One gradient per tensor of `adapter_tensors`, in its dtype; None where it went into the caller's buffer."""
-        return [None if gradient is None else gradient.to(dtype) for gradient, dtype in self._outputs]
 
 
 class Backward(Steps):
@@ -68,7 +30,8 @@ class Backward(Steps):
 
     def __init__(self, layer: FusedLayer, run: Pass, bound: Sequence[Bound], x: Tensor) -> None:
         super().__init__(layer, run, bound, x)
-        self.grads = Gradients.of(bound, run.gradients, x)
+        stacks = () if self.experts is None else self.experts.adapters
+        self.grads = Gradients.of([*bound, *stacks], run.gradients, x)
         self.d_per_layer: Tensor | None = None
         """The gradient of e, if it was asked for."""
 
@@ -91,7 +54,7 @@ class Backward(Steps):
             saved.attention = self.mix(qkv)
         attention = saved.attention
         dmid, dattended = self._mlp(dout, x, attention.out, qkv, saved)
-        saved.mid = saved.gate_up = saved.s_down = None
+        saved.mid = saved.gate_up = saved.s_down = saved.routing = None
         if qkv is None:
             qkv, s_qkv = self._projected(x)
         rotated = self.rope.forward(*self.layer.heads(qkv)[:2]) if rotates else None
@@ -151,7 +114,7 @@ class Backward(Steps):
             else:
                 mid = saved.mid[rows]
                 n, rstd = self.normed(mid, self.layer.mlp_norm, GATE_UP)
-            dy, dn = self._gated(dout[rows], mid, n, saved, rows)
+            dy, dn = self._through_mlp(dout[rows], mid, n, saved, rows)
             ops.norm_backward(dn, mid, self.layer.mlp_norm, rstd, dy, dmid[rows, :H])
             del dy, dn, n, mid
             norm, factor = self.layer.attention_norm, self.layer.residual_factor
@@ -162,6 +125,16 @@ class Backward(Steps):
             self._dx(OUT, do, dattended[rows])
             self._gradient_a(OUT, ds, attended)
         return dmid, dattended
+
+    def _through_mlp(
+        self, dout: Tensor, mid: Tensor, n: Tensor, saved: SavedActivations, rows: slice
+    ) -> tuple[Tensor, Tensor]:
+        """Return the gradients of x' and of the MLP norm's output, through experts and MLP, for the rows of a tile."""
+        if self.experts is None:
+            return self._gated(dout, mid, n, saved, rows)
+        assert saved.routing is not None
+        dn = self._gated(dout, mid, n, saved, rows)[1] if self.layer.has_mlp else None
+        return dout, self.experts.backward(dout, n[:, : dout.shape[1]], saved.routing[rows], self.grads, dn)
 
     def _gated(
         self, dout: Tensor, mid: Tensor, n: Tensor, saved: SavedActivations, rows: slice
@@ -188,15 +161,28 @@ class Backward(Steps):
             raw = None if self.layer.down_norm is None else self.project(DOWN, self.hidden(gate_up))
         dy = self._of_output(dout, None, raw, self.layer.down_norm, DOWN, self.layer.residual_factor)
         del raw
+        weight = self.shared_weight(n[:, :H])
+        if weight is not None:
+            dy[:, :H].mul_(weight)
         ds = self._gradient_b(DOWN, dy, saved.s_down[rows])
         dh = self._dx(DOWN, dy)
+        # By <dh, h> = weight <dout, y>, the logit's gradient needs no y.
+        dots = None if weight is None else row_dots(dh, self.hidden(gate_up)[:, : self.layer.width])
         ops.gate_backward(dh, *self.gates(gate_up), self.layer.activation)
         self._gradient_a(DOWN, ds, dh)
         del dh, dy
         ds = self._gradient_b(GATE_UP, gate_up, s)
         dn = self._dx(GATE_UP, gate_up)
         self._gradient_a(GATE_UP, ds, n[:, :H])
+        if weight is not None and dots is not None:
+            self._add_through_weight(dn, dots, weight)
         return dout, dn
+
+    def _add_through_weight(self, dn: Tensor, dots: Tensor, weight: Tensor) -> None:
+        """Add the gradient of n through the gate of the shared expert. dots: <dh, h> of its rows, [t]."""
+        assert self.layer.experts is not None and self.layer.experts.shared_gate is not None
+        dlogit = (dots[:, None] * (1 - weight)).to(dn.dtype)
+        dn.addmm_(dlogit, self.layer.experts.shared_gate)
 
     def _through_input(self, dout: Tensor, x: Tensor, e: Tensor, rows: slice) -> Tensor:
         """Return the gradient of x' [t, H], from that of the sum with the input, and write that of e [t, P]."""

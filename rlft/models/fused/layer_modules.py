@@ -19,11 +19,15 @@ from rlft.kernels.rms_norm import GEMMA, LLAMA, OLMO
 from rlft.models.families import Delta, Family
 from rlft.models.fused import ops
 from rlft.models.fused.decoder_shape import DecoderShape
+from rlft.models.fused.expert_layer import Mixture
+from rlft.models.fused.expert_shape import ExpertShape
+from rlft.models.fused.expert_weights import StackAdapter
 from rlft.models.fused.mixers import ConvMixer, DeltaMixer, Mixer
-from rlft.models.fused.projection import Bound, Projection
+from rlft.models.fused.projection import Bound, Projection, adapter_tensors
 
 QKV, OUT, GATE_UP, DOWN, INPUT_GATE, INPUT_OUT = range(6)
-"""Indices of a layer's projections; the last two are of an input per layer."""
+"""Indices of a layer's projections; the last two are of an input per layer. A layer of experts without a shared one has
+the first two."""
 ACTIVATIONS = {"swish": "silu", "gelu_new": "gelu_pytorch_tanh"}
 """Names of activations in transformers -> names in `rlft.kernels.swiglu`, where they differ."""
 STYLES = {"llama": LLAMA, "gemma": GEMMA, "olmo": OLMO}
@@ -90,7 +94,10 @@ class FusedLayer:
         self.activation = describe_activation(module, family, config)
         self.gated = family.gated
         self.residual_factor = float(getattr(config, family.residual_factor)) if family.residual_factor else 1.0
-        self.width = self.projections[DOWN].in_features
+        self.has_mlp = bool(family.gate_up)
+        """Whether there is an MLP; beside experts it is the shared one."""
+        self.width = self.projections[DOWN].in_features if self.has_mlp else 0
+        self.experts = describe_experts(module, family, config, self.activation)
         self.scale = float(getattr(module, family.layer_scale)) if family.layer_scale else 1.0
         """Factor on the layer's result."""
         self.per_layer: PerLayer | None = None
@@ -117,7 +124,8 @@ class FusedLayer:
         self.q_heads = self.projections[OUT].in_features // self.head_dim
         self.k_heads = self.q_heads // attention.num_key_value_groups
         window = {
-            "layer": lambda: attention.sliding_window,
+            # Qwen2 MoE sets it in layers with a window alone.
+            "layer": lambda: getattr(attention, "sliding_window", None),
             "flag": lambda: attention.sliding_window if attention.is_sliding else None,
             "config": lambda: config.sliding_window,
         }
@@ -136,6 +144,11 @@ class FusedLayer:
     def bind(self, adapter: str | None) -> tuple[Bound, ...]:
         """Look up the adapter of each projection."""
         return tuple(projection.bind(adapter) for projection in self.projections)
+
+    def adapter_tensors(self, adapter: str | None) -> list[Tensor]:
+        """Return the tensors of an adapter in this layer: those of `projection.adapter_tensors`, experts last."""
+        stacks: tuple[StackAdapter, ...] = () if self.experts is None else self.experts.bind(adapter)
+        return adapter_tensors([*self.bind(adapter), *stacks])
 
     def heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return views q [T, Hq, D], k and v [T, Hk, D] of a qkv buffer, which may have one place for k and v.
@@ -164,7 +177,8 @@ def projections_of(family: Family) -> tuple[Sequence[str], ...]:
     """Return the names of a layer's linear modules, by projection."""
     own = family.per_layer_input
     per_layer = () if own is None else ((own.gate,), (own.out,))
-    return family.qkv, (family.out,), family.gate_up, (family.down,), *per_layer
+    mlp = (family.gate_up, (family.down,)) if family.gate_up else ()
+    return family.qkv, (family.out,), *mlp, *per_layer
 
 
 def describe_norm(module: Any, style: str, like: Tensor, size: int) -> ops.Norm:
@@ -206,6 +220,15 @@ def describe_mixer(module: nn.Module, family: Family, config: Any, like: Tensor)
     return None if family.mixer is None else ConvMixer(module, family.mixer)
 
 
+def describe_experts(module: nn.Module, family: Family, config: Any, activation: ops.Activation) -> Mixture | None:
+    """Describe the experts of a layer; None: it has none. Raises ValueError for what no kernel computes."""
+    if family.experts is None:
+        return None
+    added = (family.down_norm, family.residual_factor, family.per_layer_input, family.layer_scale)
+    assert added == (None,) * 4 and family.gated, "what no layer of experts has"
+    return Mixture(module, family.experts, activation, config)
+
+
 def mixers_of(layers: Sequence[FusedLayer]) -> str | None:
     """Name what layers have in place of attention; None: all have attention."""
     return " and ".join(sorted({layer.mixer.title for layer in layers if layer.mixer is not None})) or None
@@ -214,6 +237,7 @@ def mixers_of(layers: Sequence[FusedLayer]) -> str | None:
 def graphless_of(layers: Sequence[FusedLayer]) -> str | None:
     """Name what no CUDA graph runs; None: graphs can run these layers."""
     others = {
+        "experts": any(layer.experts is not None for layer in layers),
         "inputs per layer": any(layer.per_layer is not None for layer in layers),
         "shared keys and values": any(layer.shares_kv for layer in layers),
     }
@@ -254,8 +278,8 @@ def _layer_shape(
         intermediate=layer.width,
         vocab=vocab,
         dtype=weight.dtype,
-        tails=tuple(projection.group.tail for projection in bound),  # type: ignore[arg-type]
-        ranks=tuple(projection.group.rank for projection in bound),  # type: ignore[arg-type]
+        tails=_four([projection.group.tail for projection in bound]),
+        ranks=_four([projection.group.rank for projection in bound]),
         qk_norm=layer.qk_norm[0] is not None,
         post_norm=layer.down_norm is not None,
         residual_factor=layer.residual_factor != 1,
@@ -268,4 +292,25 @@ def _layer_shape(
         shares_kv=layer.shares_kv,
         per_layer=layer.per_layer.size if layer.per_layer is not None else 0,
         mixer=None if mixer is None else mixer.sizes(weight.dtype.itemsize),
+        experts=None if layer.experts is None else _expert_shape(layer, layer.experts, adapter),
+    )
+
+
+def _four(sizes: Sequence[int]) -> tuple[int, ...]:
+    """Return sizes of at least four projections, with 0 for an MLP that there is not."""
+    return (*sizes, *(0,) * (4 - len(sizes)))
+
+
+def _expert_shape(layer: FusedLayer, mixture: Mixture, adapter: str | None) -> ExpertShape:
+    """Return the sizes of a layer's experts."""
+    up, down = mixture.bind(adapter)
+    return ExpertShape(
+        experts=mixture.experts,
+        k=mixture.k,
+        hidden=layer.projections[0].in_features,
+        width=mixture.width,
+        tails=(up.tail, down.tail),
+        ranks=(up.rank, down.rank),
+        own_gate=mixture.own_gate is not None,
+        shared=layer.has_mlp,
     )

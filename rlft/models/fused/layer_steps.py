@@ -20,6 +20,7 @@ from torch import Tensor
 from rlft.kernels import lora
 from rlft.kernels.attention import Saved, Sequences
 from rlft.models.fused import ops
+from rlft.models.fused.expert_steps import ExpertSteps, Routing
 from rlft.models.fused.layer_modules import DOWN, GATE_UP, INPUT_GATE, INPUT_OUT, OUT, QKV, FusedLayer
 from rlft.models.fused.levels import Level
 from rlft.models.fused.offload import Offload, Stored
@@ -87,6 +88,8 @@ class SavedActivations:
     """[T, 2 I + tail], without a gate [T, I + tail]."""
     s_down: Tensor | None = None
     """[T, rank]."""
+    routing: Routing | None = None
+    """In layers of experts."""
 
 
 def tiles(count: int, size: int) -> Iterator[slice]:
@@ -103,6 +106,9 @@ class Steps:
     def __init__(self, layer: FusedLayer, run: Pass, bound: Sequence[Bound], x: Tensor) -> None:
         self.layer, self.run, self.bound = layer, run, bound
         self.weights = run.store.weights(layer.index, layer.projections, bound, x)
+        self.experts: ExpertSteps | None = None
+        if layer.experts is not None:
+            self.experts = ExpertSteps(layer.experts, run.store.stacks, layer.index, run.adapter, x)
         if layer.mixer is None:
             cos, sin, *scale = run.tables[layer.type]
             flags = (layer.qk_norm_whole, layer.interleaved)
@@ -110,7 +116,8 @@ class Steps:
 
     def normed(self, x: Tensor, norm: ops.Norm | None, i: int, **residual: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return the norm's output, with room for S of projection i behind each row, and 1 / rms."""
-        n = x.new_empty(x.shape[0], x.shape[1] + self.bound[i].group.tail)
+        tail = self.bound[i].group.tail if i < len(self.bound) else 0
+        n = x.new_empty(x.shape[0], x.shape[1] + tail)
         return n, ops.norm_forward(x, norm, n[:, : x.shape[1]], **residual)
 
     def project(self, i: int, x: Tensor, **options: Tensor | None) -> Tensor:
@@ -189,9 +196,20 @@ class Steps:
             o.mul_(self.layer.residual_factor)
         return self.normed(x, self.layer.mlp_norm, GATE_UP, delta=o, total=total)
 
-    def down(self, h: Tensor, mid: Tensor, out: Tensor) -> Tensor | None:
-        """Write out = mid + [c] [norm](down projection of h); `out` may be `mid`. Return what a norm has read."""
+    def shared_weight(self, n: Tensor) -> Tensor | None:
+        """Return the factor on the output of a shared expert, [t, 1], from n [t, H]; None where it has no gate."""
+        gate = None if self.layer.experts is None else self.layer.experts.shared_gate
+        return None if gate is None else torch.sigmoid(n @ gate.T)
+
+    def down(self, h: Tensor, mid: Tensor, out: Tensor, weight: Tensor | None = None) -> Tensor | None:
+        """Write out = mid + [c] [norm](down projection of h) [weight]; `out` may be `mid`. Return what a norm has read.
+
+        weight: [t, 1] or None, of a shared expert.
+        """
         norm, factor = self.layer.down_norm, self.layer.residual_factor
+        if weight is not None:
+            torch.addcmul(mid, self.project(DOWN, h), weight, out=out)
+            return None
         if norm is None and factor == 1:
             self.project(DOWN, h, residual=out if mid.data_ptr() == out.data_ptr() else mid, out=out)
             return None

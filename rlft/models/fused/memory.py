@@ -92,6 +92,8 @@ def saved(s: DecoderShape, level: Level) -> int:
     s_down, movable = e * s.ranks[3], 0 if level.on_host else _movable(s, level)
     qkv = e * (s.qkv + s.ranks[0]) if level.keep_qkv else 0
     mlp = e * (s.hidden + s.gate_up) if level.keep_mlp else 0
+    if s.experts is not None:
+        mlp += s.experts.routing(e) + (s.experts.u(e) if level.keep_mlp else 0)
     shared = 4 * e * s.kv if s.shares_kv else 0  # k, v and the sums of their gradients
     return s_down + movable + qkv + mlp + shared
 
@@ -117,6 +119,8 @@ def forward_work(
         post = e * s.hidden  # the down projection's output, which is otherwise added as it is computed
     post += e * (2 * s.per_layer + sum(s.tails[4:]))
     mlp = max(e * s.hidden + n, gates + max(n, e * (s.intermediate + s.tails[3])) + post)
+    if s.experts is not None:
+        mlp = max(mlp, n + s.experts.forward(e, level.keep_mlp))
     # Layers that do not save x still hold it while they run, and copies to the host are in flight.
     x = e * s.hidden + BEHIND * host_bytes(s, level) if level.on_host else 0
     if s.mixer is not None:
@@ -144,13 +148,16 @@ def backward_work(
     # The MLP, tile by tile.
     mid, gate_up = (0, 0) if level.keep_mlp else (H + T, e * s.gate_up)
     n, post = H + e * s.tails[2], (e * (s.intermediate + 3 * s.hidden) if s.post_norm else 0)
+    experts = n + mid + s.experts.backward(e, level.keep_mlp) if s.experts is not None else 0
     partial_sums = 4 * 16 * -(-s.gates // 256) if s.ranks[2] else 0
     tiled = n + mid + gate_up + post + max(H + e * (s.tails[3] + s.intermediate), H + partial_sums)
     tiled += e * s.q if s.finishes else 0
     # An input per layer: the residual stream before and after it, what is added, their gradients, and the gate's.
     tiled += e * (5 * s.hidden + 4 * s.per_layer + 2 * sum(s.tails[4:])) if s.per_layer else 0
-    mlp = rows * (e * s.q + (0 if level.keep_attention and not s.finishes else qkv)) + t * tiled
+    sums = s.experts.sums(t) if s.experts is not None else 0
+    mlp = rows * (e * s.q + (0 if level.keep_attention and not s.finishes else qkv)) + t * max(tiled, experts) + sums
     freed = e * (s.hidden + s.gate_up + s.ranks[3]) if level.keep_mlp else 0
+    freed += s.experts.u(e) if s.experts is not None and level.keep_mlp else 0
     mix = _attention_work(s, rows, keys) if s.mixer is None else s.mixer.work(rows, recurrent, backward=True)
     attention = rows * (e * s.q + qkv - freed) + mix
     inputs = rows * (qkv - freed) + t * (n + H)
@@ -197,6 +204,14 @@ def scratch(s: DecoderShape, mode: Mode) -> int:
     """Return the bytes of the buffers that hold the frozen weights in the dtype of activations."""
     buffers = [_buffers(kind, mode) for kind in s.layer_kinds]
     return sum(buffers[s.kind(layer)] for layer in range(s.layers)) if mode == "shadow" else max(buffers)
+
+
+def stack_scratch(s: DecoderShape, mode: Mode) -> int:
+    """Return the bytes of the buffers that hold the stacks of experts, beside those of `scratch`."""
+    sizes = [(0, 0) if kind.experts is None else kind.experts.stacks for kind in s.layer_kinds]
+    if mode == "shadow":
+        return s.element * sum(sum(sizes[s.kind(layer)]) for layer in range(s.layers))
+    return s.element * max(max(each) if mode == "group" else sum(each) for each in sizes)
 
 
 def _buffers(s: DecoderShape, mode: Mode) -> int:
@@ -246,7 +261,7 @@ def evaluate(
         )
 
     total = up_to(s.layers)
-    weights = scratch(s, how.store) + rows * per_layer_bytes(s)
+    weights = scratch(s, how.store) + stack_scratch(s, how.store) + rows * per_layer_bytes(s)
     # Made before anything is saved: a projection, its norm, the embedding and their sum.
     made = s.element * s.per_layer_total * (4 * rows + s.hidden)
     highest = max(total + head_work(s, rows, trained, how), made - rows * per_layer_bytes(s))

@@ -43,6 +43,9 @@ class DeltaMixer:
         self.q, self.width = self.q_heads * self.q_dim, self.v_heads * self.v_dim
         """Columns of q, and of what is projected next."""
         self.channels = 2 * self.q + self.width
+        self.columns = self.channels + self.width + 2 * self.v_heads
+        self.order = self._by_head().to(block.A_log.device) if delta.by_head else None
+        """Where each column of the buffer is among what was projected; None: in its place."""
         if config.hidden_act != "silu":
             raise ValueError(f"hidden_act is {config.hidden_act}, and the convolution before the delta rule has silu")
         if max(self.q_dim, self.v_dim) > MAX_D:
@@ -67,10 +70,11 @@ class DeltaMixer:
         # n, dr, dv, do; dq and dk in fp32 and rounded; parts of dg and dbeta, and these.
         parts = -(-self.q_dim // 64) + 1
         backward = mixed + decays + prepared + 4 * e * value + 2 * (4 + e) * key + 8 * Hv * parts + 8 * Hv
+        ordered = 0 if self.order is None else e * self.columns
         return MixerShape(
-            columns=self.channels + value + 2 * Hv,
-            forward=forward,
-            backward=backward,
+            columns=self.columns,
+            forward=forward + ordered,
+            backward=backward + ordered,
             forward_chunks=inverse + states,
             # Three tables of products more, and the gradients of the states.
             backward_chunks=4 * inverse + 2 * states,
@@ -80,6 +84,7 @@ class DeltaMixer:
 
     def forward(self, projected: Tensor, places: ops.Places) -> Saved:
         """Return out [T, Hv, Dv]."""
+        projected = self._ordered(projected)
         mixed = self.conv.forward(projected[:, : self.channels], places)
         out = ops.delta_forward(self._inputs(mixed, projected), places, self.scale)
         return Saved(out, out.new_empty(0))
@@ -89,11 +94,33 @@ class DeltaMixer:
         n = torch.empty_like(out)
         ops.norm_forward(out.flatten(0, 1), self.norm, n.flatten(0, 1))
         n = n.flatten(1)
-        ops.gate_forward(self._gate(projected), n, SILU, n)
+        z = self._gate(projected)
+        if self.order is not None:
+            z = projected.index_select(1, self.order[self.channels : self.channels + self.width])
+        ops.gate_forward(z, n, SILU, n)
         return n
 
     def backward(self, dfinished: Tensor, projected: Tensor, saved: Saved, places: ops.Places) -> None:
         """Overwrite projected with its gradient, and dfinished [T, Hv Dv]."""
+        ordered = self._ordered(projected)
+        self._backward(dfinished, ordered, saved, places)
+        if self.order is not None:
+            projected.index_copy_(1, self.order, ordered)
+
+    def _by_head(self) -> Tensor:
+        """Return the places of all columns where they lie by key head, [Y]."""
+        Hk, first = self.q_heads, 2 * self.q + 2 * self.width
+        values, betas = self.width // Hk, self.v_heads // Hk
+        qkvz = torch.arange(first).view(Hk, -1).split([self.q_dim, self.q_dim, values, values], dim=1)
+        ba = (first + torch.arange(2 * self.v_heads)).view(Hk, -1).split([betas, betas], dim=1)
+        return torch.cat([part.flatten() for part in (*qkvz, *ba)])
+
+    def _ordered(self, projected: Tensor) -> Tensor:
+        """Return what was projected with the columns of q, k, v, z, b and a side by side; a copy where they are not."""
+        return projected if self.order is None else projected.index_select(1, self.order)
+
+    def _backward(self, dfinished: Tensor, projected: Tensor, saved: Saved, places: ops.Places) -> None:
+        """Overwrite ordered columns with their gradients."""
         dout = self._through_gate(dfinished, projected, saved.out)
         mixed = self.conv.forward(projected[:, : self.channels], places)
         inputs = self._inputs(mixed, projected)

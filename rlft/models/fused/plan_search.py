@@ -46,7 +46,7 @@ def cost_of(
 ) -> float:
     """Return the approximate cost of a plan, in percent of a step's time. Halving the tile costs one percent; decoding
     takes as long for few rows as for many. again: factor on the costs of the levels."""
-    decode = {"shadow": 0, "layer": 16384, "group": 3 * 16384}[how.store] / max(1, rows)
+    decode = s.decoded * {"shadow": 0, "layer": 16384, "group": 3 * 16384}[how.store] / max(1, rows)
     level_cost = sum(again * level.cost + exposed_copy_seconds(s, level) for level in levels) / len(levels)
     return level_cost + TILES.index(how.tile) + decode + (how.chunk_bytes < CHUNK_BYTES)
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from rlft.kernels import lora
 from rlft.kernels.lora_group import AdapterWriteTables, LoraGroup, Part
 from rlft.kernels.nf4 import DecodeTables, Nf4Weight
+from rlft.models.fused.expert_weights import StackAdapter, StackStore
 from rlft.models.fused.ring import Ring
 
 Mode = Literal["layer", "group", "shadow"]
@@ -38,8 +39,8 @@ class Bound(NamedTuple):
     B: tuple[Tensor, ...]
 
 
-def adapter_tensors(bound: Sequence[Bound]) -> list[Tensor]:
-    """Return the tensors of all modules that have an adapter, per projection A before B."""
+def adapter_tensors(bound: Sequence[Bound | StackAdapter]) -> list[Tensor]:
+    """Return the tensors of all modules that have an adapter, per projection or stack of experts A before B."""
     return [
         tensor for projection in bound for side in (projection.A, projection.B) for tensor in side if tensor.numel()
     ]
@@ -195,6 +196,8 @@ class Store:
 
     def __init__(self, mode: Mode = "layer", ring: Ring | None = None) -> None:
         self.mode, self.ring = mode, ring
+        self.stacks = StackStore(mode)
+        """The buffers of experts, in the same mode."""
         self.version = 0
         """Increases when buffers move."""
         self._memory: Tensor | None = None
@@ -208,7 +211,9 @@ class Store:
             if self.mode != "shadow"
             else [buffer for weights in self._layer_weights.values() for buffer in weights.buffers]
         )
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
+        return self.stacks.bytes + sum(
+            tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None
+        )
 
     @property
     def write_tables(self) -> list[AdapterWriteTables | None]:
@@ -219,12 +224,13 @@ class Store:
         """Change the mode; buffers of another mode are freed."""
         if mode != self.mode:
             self.release()
-            self.mode = mode
+            self.mode = self.stacks.mode = mode
 
     def release(self) -> None:
         """Free all buffers."""
         self.version += 1
         self._memory, self._layer_weights = None, {}
+        self.stacks.release()
 
     def weights(
         self, layer: int, projections: Sequence[Projection], bound: Sequence[Bound], like: Tensor

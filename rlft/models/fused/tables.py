@@ -49,6 +49,8 @@ def rope_tables(
         if layer_type == NO_ROPE:
             # A rotation by 0 changes no bit, and the norms of q and k run in the same kernel.
             cos, sin = torch.ones_like(cos), torch.zeros_like(sin)
+        if family.half_tables:
+            cos, sin = (torch.cat([table, table], dim=-1) for table in (cos, sin))
         if family.turns_back:
             sin = -sin
         tables[layer_type] = (cos[0, :rows], sin[0, :rows], *scale)
