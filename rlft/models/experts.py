@@ -11,7 +11,7 @@ In shapes, E is the number of experts of a layer. In names, x is what comes into
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MethodType
 from typing import Any
 
@@ -23,7 +23,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from rlft.errors import ConfigError
 from rlft.kernels.mxfp4 import BLOCK, Mxfp4Weight, decode_mxfp4
-from rlft.kernels.nf4 import DTYPES, Nf4Weight
+from rlft.kernels.nf4 import DTYPES, Nf4Weight, decode
 from rlft.kernels.nf4_stack import decode_stack
 from rlft.models.adapter import without_wrappers
 from rlft.models.experts_function import Factors, Frozen, Layer
@@ -195,7 +195,11 @@ def decoded(module: Any, leaf: str, dtype: torch.dtype, offsets: Tensor | None =
     if isinstance(stack, Mxfp4Weight):
         decode_mxfp4(stack, weight, offsets)
         return weight.to(dtype)
-    decode_stack(stack, weight, offsets)
+    if stack.shape[2] % stack.blocksize:
+        matrix = weight.view(-1, stack.shape[2])
+        decode([replace(stack, shape=tuple(matrix.shape))], [matrix])
+    else:
+        decode_stack(stack, weight, offsets)
     return (weight.transpose(1, 2) if module.is_transposed else weight).to(dtype)
 
 

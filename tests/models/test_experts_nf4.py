@@ -23,6 +23,7 @@ from rlft.config.run import Lora
 from rlft.errors import ConfigError
 from rlft.models import experts, experts_nf4, targets
 from rlft.models.experts_nf4 import Stack4bit
+from rlft.models.fused.fuse import fuse
 from rlft.models.fused.memory import weight_bytes
 from rlft.models.load import Base, attach_lora, fingerprint, load_base
 from rlft.models.quantization import held_in
@@ -66,14 +67,16 @@ def test_files_of_either_kind_become_the_bytes_of_bitsandbytes(kind: str, tmp_pa
     assert fingerprint(again) == fingerprint(bases[0]) and torch.equal(logits(again), logits(bases[0]))
 
 
+def decoded_values(weight: Any) -> Tensor:
+    state = getattr(weight, "quant_state", None)
+    return weight.data if state is None else dequantize_4bit(weight.data, state).view(state.shape)
+
+
 def decoded(base: Any, kind: str) -> Any:
     """The plain model with the weights that a 4-bit one computes with."""
     model = mixture(kind)
     state = {name: tensor for name, tensor in base.state_dict().items() if name in model.state_dict()}
-    for name, weight in base.named_parameters():
-        if (quantized := getattr(weight, "quant_state", None)) is not None:
-            state[name] = dequantize_4bit(weight.data, quantized).view(quantized.shape)
-    model.load_state_dict(state)
+    model.load_state_dict(state | {name: decoded_values(weight) for name, weight in base.named_parameters()})
     return model
 
 
@@ -101,6 +104,24 @@ def test_4_bits_compute_with_the_decoded_weights(kind: str, tmp_path: Path) -> N
     assert mine.keys() == wanted.keys() and sum("experts" in name for name in mine) == 8
     for name, gradient in wanted.items():
         assert torch.allclose(mine[name], gradient, atol=1e-4 * float(gradient.abs().max())), name
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields"),
+    [("qwen2_moe", {"shared_expert_intermediate_size": 64}), ("qwen3_moe", {"moe_intermediate_size": 96})],
+    ids=["a gate of the shared expert in 4 bits", "rows of one block and a half"],
+)
+def test_what_is_cut_otherwise_computes_too(kind: str, fields: dict[str, int], tmp_path: Path) -> None:
+    """In fused layers, or where they do not take it on transformers' layers."""
+    base = base_of(save_mixture(tmp_path, kind, **fields), "nf4")
+    before = base(input_ids=IDS, use_cache=False).logits
+    fuse(base)
+    assert torch.allclose(base(input_ids=IDS, use_cache=False).logits, before, atol=1e-4)
+    values = {name: decoded_values(weight) for name, weight in base.named_parameters()}
+    plain_model = mixture(kind, **fields)
+    plain_model.load_state_dict({**plain_model.state_dict(), **values})
+    plain_model.set_experts_implementation("eager")
+    assert torch.allclose(plain_model(input_ids=IDS).logits, before, atol=1e-4)
 
 
 @pytest.mark.gpu

@@ -10,6 +10,7 @@ from peft.tuners.lora import ParamWrapper
 from torch import Tensor, nn
 
 from rlft.kernels.expert_choice import Scoring, choose_experts
+from rlft.kernels.nf4 import Nf4Weight, decode_reference
 from rlft.models.experts import leaves
 from rlft.models.families import Experts
 from rlft.models.fused import ops
@@ -39,8 +40,8 @@ class Mixture:
         self.k = int(router.top_k)
         """Experts of a token."""
         self.scoring = describe_scoring(experts, config)
-        self.shared_gate: Tensor | None = None if gate is None else gate.weight.detach()
-        """[1, H]."""
+        self.shared_gate = None if gate is None else _plain(gate.weight, self.router.dtype)
+        """[1, H]. Decoded: it is one row."""
         module: Any = layer.get_submodule(experts.stacks)
         wrappers: dict[str, Any] = {}
         while isinstance(module, ParamWrapper):
@@ -65,7 +66,15 @@ class Mixture:
         for stack in self.stacks:
             if isinstance(stack.weight, Tensor) and stack.weight.dtype != dtype:
                 return f"experts of {stack.weight.dtype} under norms of {dtype}"
-        return f"a router of {self.router.dtype} under norms of {dtype}" if self.router.dtype != dtype else None
+        for name, weight in (("router", self.router), ("gate of the shared expert", self.shared_gate)):
+            if weight is not None and weight.dtype != dtype:
+                return f"a {name} of {weight.dtype} under norms of {dtype}"
+        return None
+
+
+def _plain(weight: Any, dtype: torch.dtype) -> Tensor:
+    """Return a weight as it is, or decoded into a dtype."""
+    return decode_reference(Nf4Weight.from_bnb(weight), dtype) if hasattr(weight, "quant_state") else weight.detach()
 
 
 def describe_scoring(experts: Experts, config: Any) -> Scoring:
