@@ -267,6 +267,10 @@ class ImageReader:
             raise DataError(f"{size[0]} x {size[1]} pixels: {error}", reason="images") from None
         return grid[1], grid[2]
 
+    def grid(self, image: Image) -> tuple[int, int, int]:
+        """Return the patches of an image in time, rows and columns."""
+        return 1, image.height * self._merge, image.width * self._merge
+
     def patches(self, image: Image) -> int:
         """Return the number of patches of an image."""
         return image.tokens * self._merge**2
@@ -284,9 +288,7 @@ class ImageReader:
             )
         made = self.processor([decoded(data, name_of(image.source))], return_tensors="pt")
         grid = made["image_grid_thw"]
-        assert grid[0].tolist() == [1, image.height * self._merge, image.width * self._merge], (
-            "the processor's settings"
-        )
+        assert grid[0].tolist() == list(self.grid(image)), "the processor's settings"
         return made["pixel_values"], grid
 
 

@@ -70,6 +70,8 @@ class WeightProvider:
         """How far vLLM is with its model."""
         self.weight_copy: WeightCopy | None = None
         """Copy of weights to the engine's own memory; set once vLLM has loaded the model, and run after that."""
+        self.zeros: list[Tensor] = []
+        """What is 0 between vLLM's passes and loses its content in sleep: features behind Qwen3-VL's first layers."""
 
     def give(self, model: nn.Module) -> None:
         """Put the weights into vLLM's empty model. Raises UnsupportedModel for a weight without a counterpart."""
@@ -103,6 +105,7 @@ class WeightProvider:
                 f"all): leave it out of lora.targets for vLLM"
             )
         self.weight_copy = WeightCopy(places, self.weights)
+        self.zeros = list(getattr(model, "deepstack_input_embeds", ()))  # type: ignore[arg-type]
 
     def _share(self, module: nn.Module, linear: shared_weights.SharedLinear) -> None:
         number = next(SHARED_NUMBERS)
@@ -123,7 +126,7 @@ class WeightProvider:
 
     def forget(self) -> None:
         """Drop all references to the engine's memory."""
-        self.weight_copy, self._slots = None, []
+        self.weight_copy, self._slots, self.zeros = None, [], []
 
     def put(self, adapter: Mapping[str, tuple[Tensor, Tensor]]) -> None:
         """Write the adapter into its slots.

@@ -10,6 +10,7 @@ import torch
 
 from rlft.errors import EngineError
 from rlft.models.device_memory import DeviceMemory
+from rlft.models.kind import sees
 from rlft.models.policy import Policy
 from rlft.rollout.vllm.caches import Caches, delta_work
 from rlft.rollout.vllm.shared_weights import Weight, module_of, slot_rank
@@ -44,6 +45,8 @@ class EngineMemory:
     batched: int
     pending: int
     """Bytes that the trainer will still allocate: the optimiser's moments."""
+    features: int = 0
+    """Bytes of what vLLM keeps of images while it runs their prompts; 0 for a model of text."""
 
     @classmethod
     def of(
@@ -66,6 +69,7 @@ class EngineMemory:
         }
         concurrent, batched = min(sequences, max_seqs), min(BATCHED, max(longest * max_seqs, 1024))
         adapter = policy.adapter_params.numel()
+        features = _features(policy.base.config, max(batched, longest), batched) * item
         slots = _slots(
             {name: matrix_a.shape[0] for name, matrix_a in policy.adapter().items() if ".lora_A." in name}, weights
         )
@@ -77,9 +81,11 @@ class EngineMemory:
             longest=longest,
             sequences=concurrent,
             work=batched * (3 * intermediate * item + 6 * config.hidden_size * item + delta_work(config, item))
-            + concurrent * config.vocab_size * 16,
+            + concurrent * config.vocab_size * 16
+            + features,
             batched=batched,
             pending=2 * adapter * policy.adapter_params.element_size(),
+            features=features,
         )
 
     @property
@@ -162,6 +168,18 @@ def _largest(matrices: Mapping[str, Any]) -> int:
         layer = (name.rsplit(".", 2)[0], columns)
         sizes[layer] = sizes.get(layer, 0) + rows * columns
     return max(sizes.values(), default=0)
+
+
+def _features(config: Any, kept: int, batched: int) -> int:
+    """Return the elements of the features of images in vLLM; 0 for a model of text.
+
+    kept: rows of its cache of features. batched: rows of its buffers, for embedded tokens and for what is added behind
+    layers.
+    """
+    if not sees(config):
+        return 0
+    levels = len(getattr(config.vision_config, "deepstack_visual_indexes", ()))
+    return (1 + levels) * (kept + batched) * config.get_text_config().hidden_size
 
 
 def _slots(ranks: Mapping[str, int], weights: Mapping[str, Weight]) -> int:

@@ -21,6 +21,7 @@ from rlft.kernels.launch import power_of_2
 from rlft.kernels.lora_add import MIN_RANK
 from rlft.kernels.nf4 import DecodeTables, Nf4Weight
 from rlft.models import experts
+from rlft.models.kind import TOWER
 from rlft.rollout.vllm.names import Weight
 
 PER_LAUNCH = 7
@@ -30,8 +31,9 @@ PER_LAUNCH = 7
 def frozen_weights(base: nn.Module) -> dict[str, Weight]:
     """Return transformers' name -> frozen weight, without adapters and PEFT's wrappers, saved buffers included.
 
-    Tied weights appear under each of their names. Raises EngineError for weights in a form that no engine can share
-    (LLM.int8), and UnsupportedModel for stacks of experts.
+    Those of a vision tower are left out: vLLM gets its features (`rlft.rollout.vllm.images`). Tied weights appear under
+    each of their names. Raises EngineError for weights in a form that no engine can share (LLM.int8), and
+    UnsupportedModel for stacks of experts.
     """
     weights: dict[str, Weight] = {}
     for name in experts.stacks(base):
@@ -40,7 +42,7 @@ def frozen_weights(base: nn.Module) -> dict[str, Weight]:
             f"of the trainer"
         )
     for name, parameter in base.named_parameters(remove_duplicate=False):
-        if ".lora_" in name:
+        if ".lora_" in name or name.startswith(f"{TOWER}."):
             continue
         name = name.replace(".base_layer.", ".")
         if getattr(parameter, "quant_state", None) is not None:
