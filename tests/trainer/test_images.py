@@ -99,7 +99,10 @@ def test_one_step_and_one_more_equal_two_bit_for_bit(make: Any, home: Path, tmp_
         assert steps[0][1]["sampling/image_tokens"] == len(masked)
         names = [json.loads(row["data"]).get("images") for row in rows]
         assert all(not given or given[0].startswith(str(home / "pictures")) for given in names) and any(names)
-        assert "pictures/" in (tmp_path / "two" / "report.html").read_text()
+        page = (tmp_path / "two" / "report.html").read_text()
+        assert "pictures/" in page and 'src="data:image/jpeg;base64,' in page
+        pictured = {row["group"] for row in rows if row["thumbnails"]}
+        assert pictured == {row["group"] for row in rows if json.loads(row["data"]).get("images")}
 
 
 def test_every_step_runs_the_tower_over_the_same_images_together(
