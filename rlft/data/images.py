@@ -284,6 +284,11 @@ class ImageReader:
             raise DataError(f"{size[0]} x {size[1]} pixels: {error}", reason="images") from None
         return grid[1], grid[2]
 
+    @property
+    def most_patches(self) -> int:
+        """Patches of the largest image that the processor's limits allow."""
+        return int(self.processor.size["longest_edge"]) // int(self.processor.patch_size) ** 2
+
     def grid(self, image: Image) -> tuple[int, int, int]:
         """Return the patches of an image in time, rows and columns."""
         return 1, image.height * self._merge, image.width * self._merge

@@ -152,7 +152,7 @@ def test_images_are_refused_where_nothing_reads_them(home: Path, tmp_path: Path)
     assert problem.startswith("row 1: the row has images, and the model takes text alone")
     with pytest.raises(DataError, match="row 1: the row has images, and the model takes text alone"):
         train(blind)
-    with pytest.raises(ConfigError, match="has a vision tower; name the model in place of the object"):
+    with pytest.raises(ConfigError, match="given does not say where its image processor is"):
         train(grpo(home, tmp_path / "run"), model=seeing.base_of("qwen2_vl"), tokenizer=seeing.tokenizer())
     (home / "pictures" / "broken.png").write_bytes(seeing.file_of(3)[:-40])
     rows = [{"prompt": "a", "images": [f"pictures/{name}.png"], "answer": "3"} for name in ("1", "broken", "2")]
@@ -163,6 +163,24 @@ def test_images_are_refused_where_nothing_reads_them(home: Path, tmp_path: Path)
     dropped = replace(broken, data=replace(broken.data, on_error="drop"), steps=1, prompts_per_step=2)
     train(dropped)
     assert '"row": 1' in (tmp_path / "run" / "dropped.jsonl").read_text()
+
+
+def test_a_model_given_is_trained_as_the_one_it_was_loaded_from(home: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForImageTextToText
+
+    train(grpo(home, tmp_path / "named"))
+    model = AutoModelForImageTextToText.from_pretrained(home / "model")
+    attributes = {name: sorted(vars(module)) for name, module in model.named_modules()}
+    train(grpo(home, tmp_path / "given"), model=model)
+    named, given = saved(tmp_path / "named", 2), saved(tmp_path / "given", 2)
+    assert all(torch.equal(named[name], given[name]) for name in named)
+    assert attributes == {name: sorted(vars(module)) for name, module in model.named_modules()}
+    assert model.model.rope_deltas is None
+    with rlft.sampler(
+        attach_lora(model, Lora(rank=4), 0), seeing.tokenizer(), Sampling(group_size=1, max_tokens=2)
+    ) as sampler:
+        (rollout,) = sampler.generate([{"prompt": "How many?", "image": seeing.picture(2)}])
+    assert len(rollout.prompt.images) == 1
 
 
 def test_the_tower_gets_no_adapter(home: Path) -> None:

@@ -73,6 +73,9 @@ class EngineMemory:
         slots = _slots(
             {name: matrix_a.shape[0] for name, matrix_a in policy.adapter().items() if ".lora_A." in name}, weights
         )
+        work = batched * (3 * intermediate * item + 6 * config.hidden_size * item + delta_work(config, item))
+        work += concurrent * config.vocab_size * 16
+        tower = 0 if policy.vision is None else policy.vision.peak  # before vLLM's first forward
         return cls(
             linear=sum(rows * columns for rows, columns in matrices.values()) * item,
             largest=_largest(matrices) * item,
@@ -80,9 +83,7 @@ class EngineMemory:
             caches=Caches.of(config, item),
             longest=longest,
             sequences=concurrent,
-            work=batched * (3 * intermediate * item + 6 * config.hidden_size * item + delta_work(config, item))
-            + concurrent * config.vocab_size * 16
-            + features,
+            work=max(work, tower) + features,
             batched=batched,
             pending=2 * adapter * policy.adapter_params.element_size(),
             features=features,
