@@ -2,8 +2,8 @@
 
     python benchmarks/counting_shapes.py --folder /tmp/counting_shapes
 
-Runs of the folder that are there already are read, not run again. Rows of the file: accuracy on 200 held-out pictures,
-the most likely answer of each, before and after each run and at each evaluation between.
+Runs of the folder that are there already are read, not run again. Rows of the file: accuracy on 200 held-out pictures
+before and after each run and at each evaluation between, of the most likely answers in SFT and of sampled ones in RL.
 """
 
 from __future__ import annotations
