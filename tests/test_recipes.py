@@ -21,7 +21,7 @@ from rlft.config.run import Config
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
-RECIPES = ("countdown", "dpo_from_samples", "gsm_style", "long_context", "sft_then_rl")
+RECIPES = ("counting_shapes", "countdown", "dpo_from_samples", "gsm_style", "long_context", "sft_then_rl")
 CONFIGS = [path for name in RECIPES for path in sorted((EXAMPLES / name).glob("*.toml"))]
 SMALL = ["--prompts_per_step=2", "--sampling.max_tokens=8", "--parity.probe_prompts=2", "--steps=2"]
 SEEN = SimpleNamespace(global_step=3)
@@ -47,6 +47,10 @@ def make_data(recipe: str, monkeypatch) -> None:
         script("gsm_style/make_data.py", "runs/data/gsm_style.jsonl", "--rows=40", monkeypatch=monkeypatch)
     elif recipe == "sft_then_rl":
         script("sft_then_rl/make_data.py", "runs/data/sft_then_rl", "--sft=20", "--rl=20", monkeypatch=monkeypatch)
+    elif recipe == "counting_shapes":
+        script(
+            "counting_shapes/make_data.py", "runs/data/counting_shapes", "--sft=8", "--rl=8", monkeypatch=monkeypatch
+        )
     elif recipe == "long_context":
         flags = ["--sentences=10", "--rows=10"]
         script("long_context/make_data.py", "runs/data/long_context_tiny.jsonl", *flags, monkeypatch=monkeypatch)
@@ -82,6 +86,18 @@ def test_rl_goes_on_with_the_adapter_of_sft(smollm2_cut: Path, monkeypatch) -> N
     before, after = (load_file(folder / "adapter_model.safetensors") for folder in (sft, rl))
     assert before.keys() == after.keys() and all((after[name] == before[name]).all() for name in before)
     assert any(tensor.abs().max() > 0 for name, tensor in before.items() if "lora_B" in name)
+
+
+def test_a_model_made_from_nothing_learns_by_sft_and_then_by_rl(monkeypatch) -> None:
+    make_data("counting_shapes", monkeypatch)
+    model = Path("runs/data/counting_shapes/model")
+    script("counting_shapes/make_model.py", str(model), monkeypatch=monkeypatch)
+    first, second = train("counting_shapes/sft_tiny.toml", model)
+    assert second["loss"] != first["loss"]
+    adapter = "runs/counting_shapes/sft_tiny/checkpoints/step-000002"
+    train("counting_shapes/rl_tiny.toml", model, "--lora.resume_from", adapter)
+    page = Path("runs/counting_shapes/rl_tiny/report.html").read_text()
+    assert "data:image/jpeg;base64," in page
 
 
 def test_dpo_trains_on_the_pairs_of_a_sampling_run(smollm2_cut: Path, monkeypatch) -> None:
@@ -169,18 +185,25 @@ def test_the_reward_of_retrieval_and_of_sft_then_rl() -> None:
     assert correct(texts, ["-3"] * 3, SEEN) == [1.0, 0.0, 0.0]
 
 
+def test_the_reward_of_counting() -> None:
+    counted = function("counting_shapes/rewards.py:counted")
+    texts = ["3", "There are 3.", "3 of 4", "", "4", [{"role": "assistant", "content": "3"}]]
+    assert counted(texts, ["3"] * 6, SEEN) == [1.0, 1.0, 0.0, 0.0, 0.0, 1.0]
+
+
 def test_a_control_hands_out_the_same_rewards_in_another_order() -> None:
     texts = [f"<answer>{i % 3}</answer>" for i in range(12)]
     for reference, columns in (
         ("gsm_style/rewards.py:correct", {"answer": ["0"] * 12}),
         ("sft_then_rl/rewards.py:correct", {"answer": ["0"] * 12}),
+        ("counting_shapes/rewards.py:counted", {"answer": ["0"] * 12}),
     ):
         true, control = (function(reference)(texts, **columns, trainer_state=SEEN, shuffled=on) for on in (False, True))
         assert sorted(true) == sorted(control) and true != control
 
 
 def test_data_is_the_same_each_time(monkeypatch) -> None:
-    for recipe in ("gsm_style", "sft_then_rl", "long_context"):
+    for recipe in ("gsm_style", "sft_then_rl", "long_context", "counting_shapes"):
         make_data(recipe, monkeypatch)
         before = {path: path.read_bytes() for path in Path("runs/data").rglob("*.jsonl")}
         make_data(recipe, monkeypatch)

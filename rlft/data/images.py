@@ -28,6 +28,8 @@ HELD_BY = ("image", "image_url", "url", "path", "bytes", "base64")
 DATA_URL = "data:"
 PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")
 """Modes of PIL images that PNG files hold."""
+THUMBNAIL = 128
+"""Largest side of the small picture of an image, in pixels: a few kilobytes."""
 MARK = "<image>"
 """Place of an image in the texts of LLaVA's datasets, which is not that of any model here."""
 
@@ -159,9 +161,9 @@ def png_of(picture: Any) -> bytes:
     return buffer.getvalue()
 
 
-def data_url(data: bytes) -> str:
-    """Return the bytes of an image as text."""
-    return f"{DATA_URL};base64,{base64.b64encode(data).decode()}"
+def data_url(data: bytes, kind: str = "") -> str:
+    """Return the bytes of an image as text. kind: its media type."""
+    return f"{DATA_URL}{kind};base64,{base64.b64encode(data).decode()}"
 
 
 def bytes_of(source: str | bytes) -> bytes:
@@ -177,6 +179,21 @@ def bytes_of(source: str | bytes) -> bytes:
 def digest_of(data: bytes) -> str:
     """Return 32 hex digits of the bytes of an image."""
     return hashlib.blake2b(data, digest_size=16).hexdigest()
+
+
+def thumbnail(image: Image) -> str | None:
+    """Return a small picture of an image as a data URL; None for a file that cannot be read, or has other bytes."""
+    try:
+        data = bytes_of(image.source)
+        picture = decoded(data, name_of(image.source))
+    except DataError:
+        return None
+    if digest_of(data) != image.digest:
+        return None
+    picture.thumbnail((THUMBNAIL, THUMBNAIL))
+    buffer = io.BytesIO()
+    picture.save(buffer, format="JPEG", quality=75)
+    return data_url(buffer.getvalue(), "image/jpeg")
 
 
 def decoded(data: bytes, name: str) -> Any:
@@ -267,6 +284,15 @@ class ImageReader:
             raise DataError(f"{size[0]} x {size[1]} pixels: {error}", reason="images") from None
         return grid[1], grid[2]
 
+    @property
+    def most_patches(self) -> int:
+        """Patches of the largest image that the processor's limits allow."""
+        return int(self.processor.size["longest_edge"]) // int(self.processor.patch_size) ** 2
+
+    def grid(self, image: Image) -> tuple[int, int, int]:
+        """Return the patches of an image in time, rows and columns."""
+        return 1, image.height * self._merge, image.width * self._merge
+
     def patches(self, image: Image) -> int:
         """Return the number of patches of an image."""
         return image.tokens * self._merge**2
@@ -284,9 +310,7 @@ class ImageReader:
             )
         made = self.processor([decoded(data, name_of(image.source))], return_tensors="pt")
         grid = made["image_grid_thw"]
-        assert grid[0].tolist() == [1, image.height * self._merge, image.width * self._merge], (
-            "the processor's settings"
-        )
+        assert grid[0].tolist() == list(self.grid(image)), "the processor's settings"
         return made["pixel_values"], grid
 
 

@@ -18,7 +18,9 @@ from peft import PeftModel, PeftType
 from torch import nn
 from transformers import PreTrainedModel
 
+from rlft.config.data import Data
 from rlft.config.run import Config, Lora
+from rlft.data.images import ImageReader
 from rlft.errors import ConfigError
 from rlft.models import experts, targets
 from rlft.models import quantization as quant
@@ -26,6 +28,7 @@ from rlft.models.continued import STARTS, not_plain
 from rlft.models.kind import causal, sees
 from rlft.models.load import attach_lora, pad_rows, resolve_device, resolve_dtype
 from rlft.models.restored import restored
+from rlft.models.vision import image_reader
 
 ADAPTER = "default"
 """Name of the adapter that is trained, PEFT's own name for the first one."""
@@ -58,6 +61,20 @@ class GivenModel:
     def device(self) -> torch.device:
         """The device of all its weights."""
         return self.base.get_input_embeddings().weight.device
+
+    def reader(self, data: Data | None = None) -> ImageReader | None:
+        """Return what reads images for the model; None for one that takes text alone.
+
+        data: for the limits of an image's pixels. Raises ConfigError for a model that does not say what it was loaded
+        from, where its image processor is.
+        """
+        if sees(self.base.config) and not self.name:
+            raise ConfigError(
+                f"model: the {type(self.base).__name__} given does not say where its image processor is "
+                f"(config._name_or_path is empty); save it and its processor with save_pretrained, and load it from "
+                f"there"
+            )
+        return image_reader(self.name, self.base.config, data)
 
     def settled(self, cfg: Config) -> tuple[Config, list[str]]:
         """Return the config with what the object decides, and notes about it.
@@ -140,7 +157,7 @@ def _agree(field: str, wanted: str, actual: str, remedy: str) -> None:
 def _check_base(base: Any, name: str) -> None:
     """Raise ConfigError for a base that is not a whole causal language model in one place."""
     config, _ = causal(name, base.config)
-    if config is not base.config or sees(config):
+    if config is not base.config:
         raise ConfigError(
             f"model: {type(base).__name__} has a vision tower; name the model in place of the object, or give its "
             f"language model alone"

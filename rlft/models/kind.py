@@ -14,8 +14,8 @@ vision tower. Their text model is itself a causal language model."""
 SEEING = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 """Model types whose images are supported: their tower has `get_image_features`, and their positions are those of
 `rlft.positions`."""
-NO_IMAGES = "vLLM does not sample from vision-language models here, so it would not see their images"
-"""Why vLLM is refused for such a model."""
+TOWER = "model.visual"
+"""The vision tower of such a model, with its projector."""
 
 
 def sees(config: Any) -> bool:

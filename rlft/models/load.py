@@ -27,14 +27,14 @@ from rlft.models import experts, gguf, targets
 from rlft.models import quantization as quant
 from rlft.models.continued import changed_dropout, continue_adapter, peft_wraps
 from rlft.models.fused.fuse import fuse
-from rlft.models.kind import attention_of, causal, class_of, sees
+from rlft.models.kind import TOWER, attention_of, causal, class_of, sees
 from rlft.models.locate import Location, explained, load_tokenizer, locate
 from rlft.models.random_state import kept_random_state
 
 DEVICES = ("auto", "cpu", "cuda")
 DTYPES = ("auto", "float64", "float32", "bfloat16", "float16")
 QUANTIZATIONS = ("auto", "none", "nf4", "int8")
-TOWER = ("model.visual", "lm_head")
+NOT_QUANTIZED = (TOWER, "lm_head")
 """Modules of a vision-language model that are not quantized: its tower with the projector, and as in any model the
 head."""
 ROWS = 64
@@ -204,7 +204,7 @@ def _from_files(model: str, plan: BaseInfo, device: torch.device) -> Any:
         quant.compute_in(plan.config, plan.dtype)
         quant.read_stacks(plan.config)
     elif plan.quantization != "none":
-        kept = TOWER if sees(plan.config) else ()
+        kept = NOT_QUANTIZED if sees(plan.config) else ()
         options["quantization_config"] = quant.quantization_config(plan.quantization, plan.dtype, kept)
     loaded: Any = class_of(plan.config).from_pretrained(
         plan.location.path,

@@ -145,6 +145,12 @@ class Vision:
         self._held: OrderedDict[tuple[str, int, int], Features] = OrderedDict()
         self._bytes = 0
 
+    @property
+    def peak(self) -> int:
+        """Bytes of device memory that the tower takes while it runs over as many images as it may."""
+        dtype = self._base.get_input_embeddings().weight.dtype
+        return max(PATCHES, self.reader.most_patches) * patch_bytes(self._base.config.vision_config, dtype.itemsize)
+
     def clear(self) -> None:
         """Forget all features, at the start of a step.
 
@@ -203,6 +209,24 @@ class Vision:
         self._bytes += features.nbytes
         while self._bytes > self._limit and len(self._held) > 1:
             self._bytes -= self._held.popitem(last=False)[1].nbytes
+
+
+def patch_bytes(vision: Any, item: int) -> int:
+    """Return the bytes per patch of a tower's largest temporaries, without gradient.
+
+    vision: the tower's config. item: bytes of an element of its dtype.
+    """
+    width = getattr(vision, "embed_dim", None) or vision.hidden_size
+    inner = getattr(vision, "intermediate_size", None) or int(vision.mlp_ratio * width)
+    pixels = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+    # Input and positions; queries, keys, values and their copies by head; the rotation of two of them in fp32.
+    attention = 8 * width * item + 7 * width * 4
+    # Input, positions and normed input; the activation of the gate, and the product of both.
+    gated = (4 * width + 3 * inner) * item
+    # A row of features for four patches, and those behind layers.
+    out = vision.hidden_size if hasattr(vision, "embed_dim") else vision.out_hidden_size
+    features = out * (1 + len(getattr(vision, "deepstack_visual_indexes", ()))) // vision.spatial_merge_size**2
+    return pixels * (4 + item) + max(attention, gated) + features * item
 
 
 def _key(image: Image) -> tuple[str, int, int]:

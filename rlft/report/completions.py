@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from rlft.report.markup import MOST_TEXT, columns, conversation, number, passage, score, text, visible
+from rlft.report.markup import MOST_TEXT, columns, conversation, number, passage, pictures, score, text, visible
 from rlft.runs.folder import PIECED_GROUPS, Run
 from rlft.runs.tables import Unreadable
 
@@ -136,7 +136,7 @@ def group_card(group: Sequence[Mapping[str, Any]], parts: Sequence[str]) -> str:
 def prompt(row: Mapping[str, Any]) -> str:
     """Return the prompt of a completion, with roles where it is messages, and the other columns of its row."""
     shown = conversation(row["prompt"]) if row.get("prompt_is_messages") else passage(row["prompt"])
-    return shown + columns(row.get("data"))
+    return shown + pictures(row.get("thumbnails") or ()) + columns(row.get("data"))
 
 
 def sample(row: Mapping[str, Any], parts: Sequence[str]) -> str:

@@ -6,6 +6,7 @@ import base64
 import hashlib
 import html
 import json
+import re
 from collections.abc import Sequence
 from importlib import resources
 from typing import Any
@@ -17,13 +18,15 @@ MOST_TEXT = 3000
 """Largest number of characters shown of a prompt or completion."""
 MOST_COLUMN = 300
 """Largest number of characters shown of another column of a dataset row."""
+PICTURE = re.compile(r"data:image/jpeg;base64,[A-Za-z0-9+/]+={0,2}")
+"""A small picture of an image, as `rlft.runs.tables` writes it."""
 PAGE = """<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy"
-  content="default-src 'none'; style-src '{style_hash}'; script-src '{script_hash}'{connect}">
+  content="default-src 'none'; img-src data:; style-src '{style_hash}'; script-src '{script_hash}'{connect}">
 <title>{title}</title>
 <style>{style}</style>
 </head>
@@ -107,6 +110,12 @@ def said(content: Any) -> str:
     if not isinstance(content, list):
         return str(content)
     return "".join("[image]" if part["type"] == "image" else str(part["text"]) for part in content)
+
+
+def pictures(urls: Sequence[str | None]) -> str:
+    """Return small pictures of images. A file may hold anything: what is no JPEG as a data URL is left out."""
+    shown = "".join(f'<img src="{url}" alt="image">' for url in urls if url is not None and PICTURE.fullmatch(url))
+    return f'<div class="pictures">{shown}</div>' if shown else ""
 
 
 def columns(value: str | None) -> str:

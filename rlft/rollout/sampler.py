@@ -136,7 +136,7 @@ def policy_over(model: Any) -> Policy:
             f"model: {type(model).__name__} has no adapter; give a PEFT model with one LoRA adapter (rlft.load, or "
             f"peft.get_peft_model)"
         )
-    policy = Policy(model)
+    policy = Policy(model, images=given.reader())
     _POLICIES[model] = weakref.ref(policy)
     return policy
 

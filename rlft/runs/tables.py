@@ -13,6 +13,7 @@ import numpy as np
 
 from rlft.batch import group_ids
 from rlft.data.images import COLUMNS as IMAGE_COLUMNS
+from rlft.data.images import thumbnail
 from rlft.errors import ConfigError
 from rlft.types import Prompt, Rollout
 
@@ -23,13 +24,15 @@ TYPES = {
     **dict.fromkeys(("prompt", "completion", "finish_reason", "data"), "string"),
     **dict.fromkeys(("sampler_logprobs", "logprobs"), "list of float"),
     "completion_ids": "list of int64",
-    "pieces": "list of string",
+    **dict.fromkeys(("pieces", "thumbnails"), "list of string"),
     "prompt_is_messages": "bool",
     "reward": "double",
 }
 """Column -> Arrow's type of it, as `rollout_table` writes it."""
 SHOWN_AS_PROMPT = ("prompt", "completion", "messages", "chosen", "rejected")
 """Columns of a dataset row that are not repeated in `dataset_columns`."""
+PICTURED_GROUPS, PICTURES = 8, 4
+"""Groups of a file whose images it has small pictures of, and the most of a prompt."""
 MOST_VALUE = 10_000
 """Largest number of characters saved of one value of a dataset row."""
 
@@ -108,6 +111,20 @@ def shown_images(prompt: Prompt) -> list[str]:
     ]
 
 
+def thumbnails(rollouts: Sequence[Rollout], groups: Sequence[int]) -> list[list[str | None] | None]:
+    """Return small pictures of the images of prompts, in the first row of each of the first groups; else None.
+
+    groups: number of the group of each rollout.
+    """
+    shown: set[int] = set()
+    found: list[list[str | None] | None] = []
+    for rollout, group in zip(rollouts, groups, strict=True):
+        first = group < PICTURED_GROUPS and group not in shown and bool(rollout.prompt.images)
+        found.append([thumbnail(image) for image in rollout.prompt.images[:PICTURES]] if first else None)
+        shown.add(group)
+    return found
+
+
 def read_columns(value: str | None) -> dict[str, Any]:
     """Return the result of `dataset_columns` as a dict; empty for None and for any other text."""
     try:
@@ -130,17 +147,19 @@ def rollout_table(
     tokens: Mapping[str, Sequence[Any]],
 ) -> Any:
     """Build the Arrow table of a step. pa: pyarrow. tokens: per-token columns besides those of the rollouts."""
-    integers = pa.int64()
+    integers, groups = pa.int64(), group_ids(rollouts).tolist()
+    pictures = thumbnails(rollouts, groups)
     data = {rollout.prompt.index: rollout.prompt for rollout in rollouts}
     data = {index: dataset_columns(prompt) for index, prompt in data.items()}
     columns = {
         "step": pa.array([step] * len(rollouts), integers),
         "row": pa.array([rollout.prompt.index for rollout in rollouts], integers),
-        "group": pa.array(group_ids(rollouts).tolist(), integers),
+        "group": pa.array(groups, integers),
         "sample": pa.array([rollout.sample_index for rollout in rollouts], integers),
         "prompt": pa.array([shown_prompt(rollout.prompt) for rollout in rollouts], pa.string()),
         "prompt_is_messages": pa.array([has_messages(rollout.prompt) for rollout in rollouts], pa.bool_()),
         "data": pa.array([data[rollout.prompt.index] for rollout in rollouts], pa.string()),
+        **({"thumbnails": pa.array(pictures, pa.list_(pa.string()))} if any(pictures) else {}),
         "completion": pa.array([rollout.text for rollout in rollouts], pa.string()),
         "completion_ids": pa.array([rollout.completion_ids for rollout in rollouts], pa.list_(integers)),
         "sampler_logprobs": _floats(pa, [rollout.sampler_logprobs for rollout in rollouts]),

@@ -92,7 +92,9 @@ class Given:
 
     def limits_of(self, cfg: Config) -> Limits:
         """Return what the model takes."""
-        return limits_of_files(cfg) if self.model is None else limits_of(self.model.base.config)
+        if self.model is None:
+            return limits_of_files(cfg)
+        return limits_of(self.model.base.config)._replace(images=self.model.reader(cfg.data))
 
     def tokenizer_of(self, cfg: Config) -> Any:
         """Return the tokenizer given, or else load the model's."""
@@ -106,7 +108,7 @@ class Given:
             raise ConfigError(
                 f'base.place = "{cfg.base.place}": a model given keeps its weights where they are; name the model'
             )
-        return Policy(stack.enter_context(self.model.borrowed(cfg)))
+        return Policy(stack.enter_context(self.model.borrowed(cfg)), images=self.model.reader(cfg.data))
 
     def state_bytes(self, policy: Policy) -> dict[str, int]:
         """Return the memory that the optimiser given takes, by its name in the memory plan; empty without one."""

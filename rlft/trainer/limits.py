@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
-
-import torch
 
 from rlft.config.run import Config
 from rlft.data.limits import NO_LIMITS, Limits, check_ids, check_length
-from rlft.errors import ConfigError, DataError
-from rlft.models.kind import sees
+from rlft.errors import DataError
 from rlft.models.load import describe_base, resolve_device
-from rlft.models.locate import locate
 from rlft.models.rope import context_of, vocabulary_of
 from rlft.models.vision import image_reader
 from rlft.types import Prompt
@@ -33,14 +27,6 @@ def limits_of_files(cfg: Config) -> Limits:
     """
     config = describe_base(cfg, resolve_device(cfg)).config
     return NO_LIMITS if config is None else limits_of(config)._replace(images=image_reader(cfg.model, config, cfg.data))
-
-
-def sees_images(cfg: Config, device: torch.device) -> bool:
-    """Return whether a model that is on this machine takes images; False for one whose files are at fault."""
-    with contextlib.suppress(ConfigError):
-        where = locate(cfg.model)
-        return where.gguf is None and Path(where.path).is_dir() and sees(describe_base(cfg, device).config)
-    return False
 
 
 def check_loaded(limits: Limits, config: Any, *parts: Sequence[Prompt]) -> None:

@@ -60,6 +60,7 @@ def memory_plan(policy: Policy, cfg: Config, engine: Engine, tokens: int) -> dic
         "gradient": adapter,
         "optimiser moments": moments,
         **engine.memory,
+        **({"images in the vision tower": policy.vision.peak} if policy.vision else {}),
         **({f"a micro-batch of {tokens} tokens": policy.fused.plan_for(tokens).peak} if policy.fused else {}),
     }
 

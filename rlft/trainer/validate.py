@@ -26,7 +26,6 @@ from rlft.data.usable import Rows, check_rows
 from rlft.environment import version_problems
 from rlft.errors import ConfigError, RlftError
 from rlft.models.continued import read_adapter_config
-from rlft.models.kind import NO_IMAGES
 from rlft.models.load import describe_base, load_tokenizer, locate, resolve_device
 from rlft.monitor import tracking
 from rlft.rewards.build import builtin
@@ -39,7 +38,7 @@ from rlft.runs.claim import decide
 from rlft.runs.folder import Run
 from rlft.trainer.engines import engine_name
 from rlft.trainer.given_rows import as_written
-from rlft.trainer.limits import limits_of_files, sees_images
+from rlft.trainer.limits import limits_of_files
 
 GIVEN = ("prompts", "completions", "completion_ids", "trainer_state", "log_metric", "log_extra")
 """Arguments that every reward function may take besides the dataset's columns."""
@@ -201,8 +200,6 @@ def _vllm(cfg: Config, rows: Rows, device: torch.device | None) -> Iterator[str]
     """Yield what vLLM does not support, where it is the engine that samples."""
     if device is None or engine_name(cfg, rows.kind not in SAMPLED, device) != "vllm":
         return
-    if cfg.engine.name == "vllm" and sees_images(cfg, device):
-        yield f'engine.name = "vllm": {NO_IMAGES}; set "auto" or "eager"'
     if cfg.quantization == "int8":
         yield 'quantization = "int8": vLLM takes NF4 and plain weights; set "nf4" or "none", or engine.name = "eager"'
     if cfg.dtype == "float64":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -13,6 +14,8 @@ import seeing
 import torch
 from random_base import in_float64
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from rlft.batch import pack_rollouts
 from rlft.config.data import Data, Sampling
@@ -23,7 +26,7 @@ from rlft.errors import ConfigError, DataError
 from rlft.models.fused.levels import LEVELS, Level
 from rlft.models.load import Base, attach_lora, load_base
 from rlft.models.policy import Policy
-from rlft.models.vision import Vision
+from rlft.models.vision import Vision, patch_bytes
 from rlft.positions import next_position, prompt_positions
 from rlft.rollout.eager import EagerEngine
 from rlft.types import Batch, FinishReason, PackPlan, Prompt, Rollout
@@ -262,6 +265,42 @@ def test_the_tower_is_not_quantized_with_the_decoder(kind: str, tmp_path: Path) 
     assert policy.fused is not None
     found = loss_of(policy, packed(some_rollouts()[:4]))
     assert all(logprobs.isfinite().all() for logprobs in found.values()) and policy.flat.gradient.any()
+
+
+class Peak(TorchDispatchMode):
+    """Counts the bytes of the storages that operations make, while they are alive."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.held = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
+        self.live: dict[int, int] = {}
+        self.most = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            storage = tensor.untyped_storage() if isinstance(tensor, Tensor) else None
+            if storage is not None and storage._cdata not in (*self.live, *self.held):
+                self.live[storage._cdata] = storage.nbytes()
+                weakref.finalize(storage, self.live.pop, storage._cdata)
+        self.most = max(self.most, sum(self.live.values()))
+        return out
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", seeing.KINDS)
+def test_the_plan_knows_what_the_tower_takes(kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    width = {"embed_dim": 128, "mlp_ratio": 4} if kind == "qwen2_vl" else {"hidden_size": 128}
+    inner = {"qwen2_vl": {}, "qwen2_5_vl": {"intermediate_size": 342}, "qwen3_vl": {"intermediate_size": 480}}[kind]
+    monkeypatch.setitem(seeing.VISION, kind, seeing.VISION[kind] | width | inner)
+    base = seeing.base_of(kind, dtype, head=64)
+    rows, columns = 64, 8
+    pixels = torch.randn(rows * columns, 96)
+    with torch.no_grad(), Peak(base) as peak:
+        base.get_image_features(pixels, torch.tensor([[1, rows, columns]]))
+    taken = peak.most + pixels.nbytes
+    planned = patch_bytes(base.config.vision_config, dtype.itemsize) * len(pixels)
+    assert taken <= planned < 1.5 * taken
 
 
 # ---- engine ------------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ What a browser makes of it (layout, light and dark, the script) is looked at by 
 
 from __future__ import annotations
 
+import base64
 import json
 import math
 from dataclasses import replace
@@ -15,15 +16,17 @@ from typing import Any
 import pytest
 import records
 import torch
+from seeing import file_of, picture
 
 from rlft import report
+from rlft.data.images import bytes_of, decoded, digest_of
 from rlft.errors import ConfigError
 from rlft.report import charts, comparison, completions, curves, markup, page
 from rlft.report.curves import Drawing, Line, Mark
 from rlft.report.markup import MOST_TEXT, conversation, digest, number, passage
 from rlft.runs import tables
 from rlft.runs.folder import Run
-from rlft.types import FinishReason, Prompt, Rollout
+from rlft.types import FinishReason, Image, Prompt, Rollout
 
 VOID = {"meta", "input"}
 
@@ -323,7 +326,7 @@ def test_the_page_asks_for_nothing_and_runs_nothing_but_its_own_two_files(whole:
     assert "http://" not in shown.source and "https://" not in shown.source and "url(" not in shown.source
     policy = next(a["content"] for t, a in shown.tags if a.get("http-equiv") == "Content-Security-Policy")
     style, script = (shown.source.split(f"<{t}>")[1].split(f"</{t}>")[0] for t in ("style", "script"))
-    assert policy == f"default-src 'none'; style-src '{digest(style)}'; script-src '{digest(script)}'"
+    assert policy == f"default-src 'none'; img-src data:; style-src '{digest(style)}'; script-src '{digest(script)}'"
 
 
 # ---- completions ----
@@ -604,3 +607,31 @@ def test_a_running_median_is_not_moved_by_a_spike() -> None:
 
 def test_numbers_are_short() -> None:
     assert [number(v) for v in (None, math.nan, 0.123456, 1234567.0)] == ["-", "-", "0.1235", "1,234,567"]
+
+
+def test_pictures_of_a_file_are_small_whole_and_of_the_images_that_were_read(tmp_path: Path) -> None:
+    def prompt_of(index: int, *sources: str | bytes) -> Prompt:
+        pictures = [Image(source, digest_of(bytes_of(source)), 1, 2, 3) for source in sources]
+        return Prompt((1,), {"images": sources}, index, images=tuple(pictures))
+
+    large = tmp_path / "large.png"
+    picture(3, (700, 300)).save(large)
+    changed = tmp_path / "changed.png"
+    picture(1).save(changed)
+    prompts = [prompt_of(0, str(large), file_of(2)), prompt_of(1, str(changed)), prompt_of(2, *[file_of(1)] * 6)]
+    changed.write_bytes(file_of(4))
+    rollouts = [
+        Rollout(prompt, (1,), (True,), None, "a", FinishReason.STOP, sample, 0, 0)
+        for prompt in prompts
+        for sample in range(2)
+    ]
+    found = tables.thumbnails(rollouts, [0, 0, 1, 1, 2, 2])
+    assert [None if row is None else len(row) for row in found] == [2, None, 1, None, tables.PICTURES, None]
+    assert found[2] == [None], "another image is not shown for the one that was read"
+    assert found[0] is not None and all(url is not None and len(url) < 10_000 for url in found[0])
+    assert max(decoded(base64.b64decode((found[0][0] or "").partition(",")[2]), "a").size) == 128
+    many = tables.thumbnails(rollouts[:1] * 20, list(range(20)))
+    assert sum(row is not None for row in many) == tables.PICTURED_GROUPS
+    shown = markup.pictures([*found[0], None, EVIL, 'data:image/jpeg;base64,"><b>', "data:text/html;base64,AAAA"])
+    assert shown.count("<img") == 2 and "<b>" not in shown
+    assert markup.pictures([None]) == ""

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from random_base import base_of, config_of
+from seeing import KINDS
 from test_architectures import tiny
 from test_engines import mismatch_of
 from test_families import CONV, FAMILIES, LINEAR, SIZES
@@ -63,9 +64,6 @@ IN_16_BITS = ("qwen3_5", "apertus")
 REFUSED = {
     "qwen3_5 with biases": "q_proj.bias that vLLM's has no place for",
     "apertus gelu": "Unsupported activation: gelu",
-    "qwen2_vl": "parameter visual.",
-    "qwen2_5_vl": "parameter visual.",
-    "qwen3_vl": "parameter visual.",
     "gpt_neox": "parameter model.embed_in.weight, and the trainer's has none of that name",
     "gpt2": "c_attn.weight: (64, 192) in the trainer, (192, 64) in vLLM",
     "granitemoehybrid": "parameter model.layers.0.mamba.A, and the trainer's has none of that name",
@@ -95,7 +93,8 @@ BUILT = ("olmo_hybrid", "lfm2")
 
 def samplers() -> dict[str, str]:
     """Type of a model -> what samples it, as docs/models.md has it."""
-    rows = [(name, "eager") for name in (*REFUSED, *UNNAMED, *OTHERWISE)] + [(name, "vLLM") for name in SAMPLED]
+    rows = [(name, "eager") for name in (*REFUSED, *UNNAMED, *OTHERWISE)]
+    rows += [(name, "vLLM") for name in (*SAMPLED, *KINDS)]
     rows += [(name, "vLLM (weights)") for name in BUILT]
     return {FAMILIES[name][0] if name in FAMILIES else name: by for name, by in rows}
 

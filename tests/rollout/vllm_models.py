@@ -24,6 +24,7 @@ from torch import nn
 
 from rlft.config.run import Engine
 from rlft.models import experts
+from rlft.models.kind import sees
 from rlft.models.policy import Policy
 from rlft.rollout.vllm import start as vllm_start
 from rlft.rollout.vllm.engine import EngineMemory
@@ -32,14 +33,15 @@ from rlft.rollout.vllm.shared_weights import frozen_weights
 from rlft.rollout.vllm.slots import ranks_of
 
 NUMBERS = itertools.count(10**6)
+SEEING = ("Qwen2VL", "Qwen2_5_VL", "Qwen3VL")
 VISION = ("torchvision", "torchvision.transforms", "torchvision.transforms.v2", "torchvision.transforms.v2.functional")
 
 
 @contextmanager
 def no_torchvision() -> Iterator[None]:
-    """Empty modules of its name while vLLM's Qwen3.5 is imported, whose file is of the vision model too.
+    """Empty modules of its name while vLLM's Qwen3.5 and vision-language models are imported.
 
-    torchvision has no build beside PyTorch's for CPUs, and of a model of text nothing calls it.
+    torchvision has no build beside PyTorch's for CPUs. What calls it reads pixels, which vLLM never gets from rlft.
     """
     missing = [name for name in VISION if name not in sys.modules]
     try:
@@ -63,7 +65,7 @@ def register(*architectures: str) -> None:
     for name in architectures:
         known: Any = ModelRegistry.models.get(name)
         if hasattr(known, "load_model_cls"):
-            with no_torchvision() if name.startswith("Qwen3_5") else ExitStack():
+            with no_torchvision() if name.startswith(("Qwen3_5", *SEEING)) else ExitStack():
                 ModelRegistry.register_model(name, known.load_model_cls())
 
 
@@ -109,6 +111,10 @@ def build(policy: Policy, mode: str) -> tuple[nn.Module, Any]:
         decoder = type(policy.base.get_decoder())  # type: ignore[operator,union-attr]
         with vllm_start.quiet(), vllm_start.defaults_restored(), vllm_start.class_restored(decoder):
             register(type(policy.base).__name__)
+            if sees(policy.base.config):
+                from rlft.rollout.vllm import images
+
+                images.register(type(policy.base).__name__)
             folder = vllm_start.model_folder(policy.base, tiny_tokenizer())
             values = vllm_start.arguments(options, choice, sizes, ranks, dtype, torch.device("cpu"), number)
             config = EngineArgs(folder, **{n: v for n, v in values.items() if n != "use_tqdm_on_load"})

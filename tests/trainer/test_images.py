@@ -19,18 +19,15 @@ from tiny import save_tiny
 import rlft
 from rlft.cli.reward_check import check
 from rlft.config.data import Data, Eval, Sampling
-from rlft.config.run import Algo, Checkpoint, Config, Engine, Lora
-from rlft.errors import ConfigError, DataError, UnsupportedModel
+from rlft.config.run import Algo, Checkpoint, Config, Lora
+from rlft.errors import ConfigError, DataError
 from rlft.models import policy
-from rlft.models.kind import NO_IMAGES
 from rlft.models.load import attach_lora
 from rlft.models.vision import Vision
-from rlft.rollout.vllm.engine import VllmEngine
 from rlft.runs.export import merge
 from rlft.runs.folder import Run
 from rlft.trainer import validate
 from rlft.trainer.loop import train
-from rlft.trainer.setup import load_policy
 
 TIMES = ("time/", "perf/", "step_time")
 SIZES = ((24, 16), (16, 40), (32, 24))
@@ -102,7 +99,10 @@ def test_one_step_and_one_more_equal_two_bit_for_bit(make: Any, home: Path, tmp_
         assert steps[0][1]["sampling/image_tokens"] == len(masked)
         names = [json.loads(row["data"]).get("images") for row in rows]
         assert all(not given or given[0].startswith(str(home / "pictures")) for given in names) and any(names)
-        assert "pictures/" in (tmp_path / "two" / "report.html").read_text()
+        page = (tmp_path / "two" / "report.html").read_text()
+        assert "pictures/" in page and 'src="data:image/jpeg;base64,' in page
+        pictured = {row["group"] for row in rows if row["thumbnails"]}
+        assert pictured == {row["group"] for row in rows if json.loads(row["data"]).get("images")}
 
 
 def test_every_step_runs_the_tower_over_the_same_images_together(
@@ -146,18 +146,13 @@ def test_a_run_is_sampled_evaluated_and_merged(home: Path, tmp_path: Path) -> No
 
 
 def test_images_are_refused_where_nothing_reads_them(home: Path, tmp_path: Path) -> None:
-    cfg = grpo(home, tmp_path / "run", engine=Engine("vllm"))
-    assert any(NO_IMAGES in problem for problem in validate.problems(cfg))
-    policy = load_policy(cfg)
-    with pytest.raises(UnsupportedModel, match=NO_IMAGES):  # before vLLM is imported; "auto" takes the eager engine
-        VllmEngine(policy, None, cfg.engine, 100, 1)
     save_tiny(home / "blind")
     blind = grpo(home, tmp_path / "run", model=str(home / "blind"))
     (problem,) = validate.problems(blind)
     assert problem.startswith("row 1: the row has images, and the model takes text alone")
     with pytest.raises(DataError, match="row 1: the row has images, and the model takes text alone"):
         train(blind)
-    with pytest.raises(ConfigError, match="has a vision tower; name the model in place of the object"):
+    with pytest.raises(ConfigError, match="given does not say where its image processor is"):
         train(grpo(home, tmp_path / "run"), model=seeing.base_of("qwen2_vl"), tokenizer=seeing.tokenizer())
     (home / "pictures" / "broken.png").write_bytes(seeing.file_of(3)[:-40])
     rows = [{"prompt": "a", "images": [f"pictures/{name}.png"], "answer": "3"} for name in ("1", "broken", "2")]
@@ -168,6 +163,24 @@ def test_images_are_refused_where_nothing_reads_them(home: Path, tmp_path: Path)
     dropped = replace(broken, data=replace(broken.data, on_error="drop"), steps=1, prompts_per_step=2)
     train(dropped)
     assert '"row": 1' in (tmp_path / "run" / "dropped.jsonl").read_text()
+
+
+def test_a_model_given_is_trained_as_the_one_it_was_loaded_from(home: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForImageTextToText
+
+    train(grpo(home, tmp_path / "named"))
+    model = AutoModelForImageTextToText.from_pretrained(home / "model")
+    attributes = {name: sorted(vars(module)) for name, module in model.named_modules()}
+    train(grpo(home, tmp_path / "given"), model=model)
+    named, given = saved(tmp_path / "named", 2), saved(tmp_path / "given", 2)
+    assert all(torch.equal(named[name], given[name]) for name in named)
+    assert attributes == {name: sorted(vars(module)) for name, module in model.named_modules()}
+    assert model.model.rope_deltas is None
+    with rlft.sampler(
+        attach_lora(model, Lora(rank=4), 0), seeing.tokenizer(), Sampling(group_size=1, max_tokens=2)
+    ) as sampler:
+        (rollout,) = sampler.generate([{"prompt": "How many?", "image": seeing.picture(2)}])
+    assert len(rollout.prompt.images) == 1
 
 
 def test_the_tower_gets_no_adapter(home: Path) -> None:

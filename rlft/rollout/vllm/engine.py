@@ -26,12 +26,12 @@ from rlft.config.run import Engine as Options
 from rlft.errors import EngineError, UnsupportedModel
 from rlft.models import experts
 from rlft.models.allocator import segments
-from rlft.models.kind import NO_IMAGES, sees
+from rlft.models.kind import sees
 from rlft.models.policy import Policy
 from rlft.rollout.engine import Finished, check_names, check_read_back, eos_ids
 from rlft.rollout.vllm import start as vllm_start
 from rlft.rollout.vllm.memory import EngineMemory, EngineMode, choose_mode
-from rlft.rollout.vllm.requests import VllmFailed, sample
+from rlft.rollout.vllm.requests import VllmFailed, check_lengths, sample
 from rlft.rollout.vllm.shared_weights import frozen_weights
 from rlft.rollout.vllm.slots import Pair, adapted, module_of, ranks_of
 from rlft.rollout.vllm.start import arguments, class_restored, defaults_restored, environment, model_folder, quiet
@@ -65,8 +65,6 @@ class VllmEngine:
         progress: called with (finished sequences, all). note: called with what went wrong and did not stop the engine.
         detail: called with a summary of how it runs. Raises EngineError.
         """
-        if sees(policy.base.config):
-            raise UnsupportedModel(NO_IMAGES)
         self._policy, self._tokenizer, self._options = policy, tokenizer, options
         self._longest, self._sequences = longest, sequences
         self._progress, self._note, self._detail = progress, note, detail
@@ -74,6 +72,7 @@ class VllmEngine:
         self._shapes = {name: tuple(tensor.shape) for name, tensor in policy.adapter().items()}
         self._adapted = adapted(policy.model)
         self._ranks = ranks_of(policy.model, policy.adapter())
+        self._sees = sees(policy.base.config)
         self._eos = eos_ids(tokenizer, policy.base)
         self._dtype: torch.dtype = policy.base.get_input_embeddings().weight.dtype  # type: ignore[operator,union-attr]
         self._held: dict[str, Pair] = {}
@@ -105,6 +104,10 @@ class VllmEngine:
 
             merged, gates = self.choice.mode == "merged", experts.gates(self._policy.base)
             self._provider = hooks.WeightProvider(weights, self._ranks, merged, gates)
+            if self._sees:
+                from rlft.rollout.vllm import images
+
+                images.register(type(self._policy.base).__name__)
             number = next(NUMBERS)
             hooks.WeightProvider.waiting[number] = self._provider
             try:
@@ -228,9 +231,11 @@ class VllmEngine:
         self._fill()
 
     def _refill(self) -> None:
-        """Copy the trainer's weights to the engine's own memory."""
+        """Write the engine's own memory: the trainer's weights, and zeros."""
         assert self._provider.weight_copy is not None
         self._provider.weight_copy.run()
+        for buffer in self._provider.zeros:
+            buffer.zero_()
 
     def _fill(self) -> None:
         """Write the last loaded adapter to the engine's slots or, in mode "merged", into its weights."""
@@ -347,20 +352,15 @@ class VllmEngine:
         if self._version is None:
             raise EngineError("generate before load_adapter: the engine has no adapter")
         self.wake()
-        for prompt in prompts:
-            if not prompt.ids:
-                raise EngineError(f"row {prompt.index} has an empty prompt: there is nothing to continue")
-            if len(prompt.ids) + sampling.max_tokens > self._longest:
-                raise EngineError(
-                    f"row {prompt.index} has {len(prompt.ids)} tokens and max_tokens is {sampling.max_tokens}, and the "
-                    f"engine was started for {self._longest} together: set engine.max_model_len, or drop long prompts "
-                    f"with data.max_prompt_tokens"
-                )
+        check_lengths(prompts, sampling.max_tokens, self._longest)
         # Cached prefixes of earlier generations were computed with another adapter, or were discarded in sleep. A
         # cached prompt is also rounded differently from a computed one, so an empty cache is needed for the same seed
         # to give the same rollouts. The completions of a prompt still share its prefix.
         if not self._llm.reset_prefix_cache():
             raise EngineError("vLLM does not empty its cache: requests of an earlier generation have not ended")
+        if self._sees:
+            # Features of an earlier step were computed together with other images, and are rounded differently.
+            self._llm.llm_engine.reset_encoder_cache()
         try:
             with quiet():
                 return sample(
@@ -372,6 +372,7 @@ class VllmEngine:
                     seed,
                     self._version,
                     self._policy.device,
+                    self._policy.vision,
                     self._options.deadline,
                     self._progress,
                     finished,

@@ -13,6 +13,7 @@ from rlft.errors import EngineError
 from rlft.models import experts
 from rlft.models.adapter import without_wrappers
 from rlft.models.device_memory import DeviceMemory
+from rlft.models.kind import sees
 from rlft.models.policy import Policy
 from rlft.models.targets import TOP_K
 from rlft.rollout.vllm.caches import Caches, delta_work
@@ -51,6 +52,8 @@ class EngineMemory:
     """Bytes that the trainer will still allocate: the optimiser's moments."""
     stack: int = 0
     """Bytes of the largest stack of experts in the engine's dtype; 0 without any."""
+    features: int = 0
+    """Bytes of what vLLM keeps of images while it runs their prompts; 0 for a model of text."""
 
     @classmethod
     def of(
@@ -72,6 +75,10 @@ class EngineMemory:
         concurrent, batched = min(sequences, max_seqs), min(BATCHED, max(longest * max_seqs, 1024))
         adapter = policy.adapter_params.numel()
         slots = _slots(ranks_of(policy.model, policy.adapter()), shapes)
+        features = _features(policy.base.config, max(batched, longest), batched) * item
+        work = batched * (_layer_work(config, stacks) * item + delta_work(config, item))
+        work += concurrent * config.vocab_size * 16
+        tower = 0 if policy.vision is None else policy.vision.peak  # before vLLM's first forward
         return cls(
             linear=sum(rows * columns for rows, columns in matrices.values()) * item + sum(sizes) * item,
             largest=_largest(matrices) * item,
@@ -79,11 +86,11 @@ class EngineMemory:
             caches=Caches.of(config, item),
             longest=longest,
             sequences=concurrent,
-            work=batched * (_layer_work(config, stacks) * item + delta_work(config, item))
-            + concurrent * config.vocab_size * 16,
+            work=max(work, tower) + features,
             batched=batched,
             pending=2 * adapter * policy.adapter_params.element_size(),
             stack=max(sizes, default=0) * item,
+            features=features,
         )
 
     @property
@@ -171,6 +178,18 @@ def _largest(matrices: Mapping[str, Any]) -> int:
         layer = (name.rsplit(".", 2)[0], columns)
         sizes[layer] = sizes.get(layer, 0) + rows * columns
     return max(sizes.values(), default=0)
+
+
+def _features(config: Any, kept: int, batched: int) -> int:
+    """Return the elements of the features of images in vLLM; 0 for a model of text.
+
+    kept: rows of its cache of features. batched: rows of its buffers, for embedded tokens and for what is added behind
+    layers.
+    """
+    if not sees(config):
+        return 0
+    levels = len(getattr(config.vision_config, "deepstack_visual_indexes", ()))
+    return (1 + levels) * (kept + batched) * config.get_text_config().hidden_size
 
 
 def _layer_work(config: Any, stacks: Mapping[str, Sequence[int]]) -> int:

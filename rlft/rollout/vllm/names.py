@@ -40,11 +40,14 @@ class Naming:
     """Module of the engine -> the trainer's modules that it combines, from top to bottom."""
     renamed: Mapping[str, str] = field(default_factory=dict)
     """Module's name in the trainer, between dots -> the engine's."""
+    prefixes: Mapping[str, str] = field(default_factory=dict)
+    """How names of the trainer begin, up to a dot -> how the engine's do; one after the other."""
 
     @classmethod
     def of(cls, model: nn.Module) -> Naming:
         """Read both from the classes of vLLM's model and of its decoder."""
         renamed: dict[str, str] = {}
+        prefixes: dict[str, str] = {}
         for owner in (model, getattr(model, "model", None)):
             mapper = getattr(owner, "hf_to_vllm_mapper", None)
             # Names of modules alone: a parameter of another name has other values (A is -exp(A_log)).
@@ -54,12 +57,17 @@ class Naming:
             for old, new in getattr(mapper, "orig_to_new_suffix", {}).items():
                 if new is not None and all(part.startswith(".") and part.endswith(".weight") for part in (old, new)):
                     renamed[old] = new
-        return cls(getattr(model, "packed_modules_mapping", {}), renamed)
+            for old, new in getattr(mapper, "orig_to_new_prefix", {}).items():
+                if new is not None and all(part.endswith(".") for part in (old, new)):
+                    prefixes[old] = new
+        return cls(getattr(model, "packed_modules_mapping", {}), renamed, prefixes)
 
     def rename(self, name: str) -> str:
         """Return the engine's name of one of the trainer's weights."""
         for old, new in self.renamed.items():
             name = name.replace(old, new, 1)
+        for old, new in self.prefixes.items():
+            name = new + name.removeprefix(old) if name.startswith(old) else name
         return name
 
 

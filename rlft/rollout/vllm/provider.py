@@ -50,6 +50,8 @@ class WeightProvider:
         """How far vLLM is with its model."""
         self.weight_copy: WeightCopy | None = None
         """Copy of weights to the engine's own memory; set once vLLM has loaded the model, and run after that."""
+        self.zeros: list[Tensor] = []
+        """What is 0 between vLLM's passes and loses its content in sleep: features behind Qwen3-VL's first layers."""
 
     @property
     def adapts_experts(self) -> bool:
@@ -86,6 +88,7 @@ class WeightProvider:
                 parameter.data = shared_weights.shared_tensor(name, weights[0], parameter, module)
         self._give_experts(modules, matches)
         self.weight_copy = WeightCopy(places, self.weights)
+        self.zeros = list(getattr(model, "deepstack_input_embeds", ()))  # type: ignore[arg-type]
         if not any(parameter.is_cuda for parameter in parameters.values()):
             # vLLM's CPU build packs layers that have its own method, such as the gate of shared experts, after this.
             self.weight_copy.run()
@@ -143,7 +146,7 @@ class WeightProvider:
 
     def forget(self) -> None:
         """Drop all references to the engine's memory."""
-        self.weight_copy, self._slots = None, {}
+        self.weight_copy, self._slots, self.zeros = None, {}, []
 
     def put(self, adapter: Mapping[str, Pair]) -> None:
         """Write the adapter into its slots. adapter: name of a weight -> A and scaled B, in the engine's dtype."""

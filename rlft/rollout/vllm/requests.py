@@ -6,13 +6,15 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from contextlib import nullcontext
 from typing import Any
 
 import torch
 
 from rlft.config.data import Sampling
+from rlft.errors import EngineError
+from rlft.models.vision import Vision
 from rlft.rollout.engine import Finished, Groups, rollout_seed
 from rlft.types import FinishReason, Prompt, Rollout
 
@@ -60,6 +62,19 @@ def parameters(sampling: Sampling, ends: set[int], seed: int) -> Any:
     )
 
 
+def check_lengths(prompts: Sequence[Prompt], max_tokens: int, longest: int) -> None:
+    """Raise EngineError for an empty prompt, and for one too long for an engine of sequences of `longest` tokens."""
+    for prompt in prompts:
+        if not prompt.ids:
+            raise EngineError(f"row {prompt.index} has an empty prompt: there is nothing to continue")
+        if len(prompt.ids) + max_tokens > longest:
+            raise EngineError(
+                f"row {prompt.index} has {len(prompt.ids)} tokens and max_tokens is {max_tokens}, and the engine was "
+                f"started for {longest} together: set engine.max_model_len, or drop long prompts with "
+                f"data.max_prompt_tokens"
+            )
+
+
 def sample(
     engine: Any,
     tokenizer: Any,
@@ -69,6 +84,7 @@ def sample(
     seed: tuple[int, ...],
     version: int,
     device: torch.device,
+    vision: Vision | None,
     deadline: float,
     progress: Callable[[int, int], None] | None,
     finished: Finished | None = None,
@@ -76,19 +92,17 @@ def sample(
 ) -> list[Rollout]:
     """Sample `sampling.group_size` rollouts per prompt, in order.
 
-    engine: vLLM's LLMEngine. version: of the policy. deadline: seconds without a finished step. finished, first: as in
-    `Engine.generate`. Raises VllmFailed.
+    engine: vLLM's LLMEngine. version: of the policy. vision: computes the features of images. deadline: seconds without
+    a finished step. finished, first: as in `Engine.generate`. Raises VllmFailed, and EngineError for images without
+    `vision`.
     """
-    from vllm.inputs import tokens_input
-
     samples = []
     for slot, prompt in enumerate(prompts):
         for i in range(sampling.group_size):
             samples.append((slot, prompt, i, rollout_seed(seed, first + slot, i)))
-    requests = [
-        (tokens_input(list(prompt.ids)), parameters(sampling, ends, seed_of_sample))
-        for _, prompt, _, seed_of_sample in samples
-    ]
+    given = inputs(prompts, vision)
+    requests = [(given[slot], parameters(sampling, ends, seed_of_sample)) for slot, _, _, seed_of_sample in samples]
+    places = frozenset[int]() if vision is None else vision.reader.places
     groups = Groups(len(prompts), sampling.group_size, finished)
 
     def ended(number: int, output: Any) -> None:
@@ -97,13 +111,33 @@ def sample(
         text = (
             completion.text if sampling.stop else tokenizer.decode(list(completion.token_ids), skip_special_tokens=True)
         )
-        groups.put(slot, _rollout(completion, text, prompt, i, seed_of_sample, version))
+        groups.put(slot, _rollout(completion, text, prompt, i, seed_of_sample, version, places))
 
     # On a CPU vLLM compiles the computation of token ranks, which takes 18 s at the first call and needs a C++
     # compiler.
     with torch.compiler.set_stance("force_eager") if device.type == "cpu" else nullcontext():
         _run(engine, requests, device, deadline, progress, ended)
     return groups.rollouts()
+
+
+def inputs(prompts: Sequence[Prompt], vision: Vision | None) -> list[Any]:
+    """Return vLLM's input of each prompt; the features of all images are computed together. Raises EngineError."""
+    from vllm.inputs import tokens_input
+
+    seen = [prompt for prompt in prompts if prompt.images]
+    if not seen:
+        return [tokens_input(list(prompt.ids)) for prompt in prompts]
+    if vision is None:
+        raise EngineError(f"row {seen[0].index} has images, and the policy was made without what reads them")
+    from rlft.rollout.vllm import images
+
+    features = iter(vision.features([image for prompt in prompts for image in prompt.images]))
+    return [
+        images.request(prompt, [next(features) for _ in prompt.images], vision.reader)
+        if prompt.images
+        else tokens_input(list(prompt.ids))
+        for prompt in prompts
+    ]
 
 
 def _run(
@@ -164,7 +198,8 @@ def _run(
         raise VllmFailed(f"{len(requests) - count} of {len(requests)} requests came back without an end")
 
 
-def _rollout(output: Any, text: str, prompt: Prompt, sample: int, seed: int, version: int) -> Rollout:
+def _rollout(output: Any, text: str, prompt: Prompt, sample: int, seed: int, version: int, places: Set[int]) -> Rollout:
+    """Return a completion as a rollout. places: tokens that stand for images, and are not trained."""
     ids, logprobs = tuple(output.token_ids), tuple(float(value) for value in output.logprobs.logprobs)
     if output.finish_reason not in ("stop", "length") or len(ids) != len(logprobs):
         raise VllmFailed(
@@ -174,7 +209,9 @@ def _rollout(output: Any, text: str, prompt: Prompt, sample: int, seed: int, ver
     return Rollout(
         prompt=prompt,
         completion_ids=ids,
-        completion_mask=tuple(math.isfinite(value) for value in logprobs),
+        completion_mask=tuple(
+            math.isfinite(value) and token not in places for token, value in zip(ids, logprobs, strict=True)
+        ),
         sampler_logprobs=logprobs,
         text=text,
         finish_reason=FinishReason(output.finish_reason),

@@ -22,6 +22,7 @@ from rlft.kernels.mxfp4 import Mxfp4Weight, decode_mxfp4
 from rlft.kernels.nf4 import DecodeTables, Nf4Weight
 from rlft.models import experts
 from rlft.models.adapter import without_wrappers
+from rlft.models.kind import TOWER
 from rlft.rollout.vllm.names import Weight
 from rlft.rollout.vllm.slots import Pair
 
@@ -32,14 +33,14 @@ PER_LAUNCH = 7
 def frozen_weights(base: nn.Module) -> dict[str, Weight]:
     """Return transformers' name -> frozen weight, without adapters and PEFT's wrappers, saved buffers included.
 
-    Stacks of experts are [E, out, in] in every architecture. Tied weights appear under each of their names. Raises
-    EngineError for weights in a form that no engine can share (LLM.int8), and UnsupportedModel for stacks in NF4 whose
-    rows are inputs.
+    Those of a vision tower are left out: vLLM gets its features (`rlft.rollout.vllm.images`). Stacks of experts are
+    [E, out, in] in every architecture. Tied weights appear under each of their names. Raises EngineError for weights in
+    a form that no engine can share (LLM.int8), and UnsupportedModel for stacks in NF4 whose rows are inputs.
     """
     stacks = {without_wrappers(name): stack for name, stack in experts.stacks(base).items()}
     weights: dict[str, Weight] = {}
     for name, parameter in base.named_parameters(remove_duplicate=False):
-        if ".lora_" in name:
+        if ".lora_" in name or name.startswith(f"{TOWER}."):
             continue
         name = without_wrappers(name)
         if name in stacks:

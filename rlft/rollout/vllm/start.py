@@ -17,6 +17,7 @@ import torch
 
 from rlft import dist
 from rlft.config.run import Engine as Options
+from rlft.models.kind import sees
 from rlft.models.random_state import kept_random_state
 from rlft.rollout.vllm.memory import EngineMemory, EngineMode
 from rlft.rollout.vllm.slots import slot_rank
@@ -47,6 +48,11 @@ def knows(architecture: str) -> bool:
     return architecture in ModelRegistry.get_supported_archs()
 
 
+def seeing(architecture: str) -> str:
+    """Return vLLM's name of a vision-language model that takes features for images (`rlft.rollout.vllm.images`)."""
+    return f"Rlft{architecture}"
+
+
 def model_folder(base: Any, tokenizer: Any) -> str:
     """Return a folder with the model's config and tokenizer, since vLLM takes a folder or a hub name.
 
@@ -58,7 +64,8 @@ def model_folder(base: Any, tokenizer: Any) -> str:
     config = type(base.config).from_dict(base.config.to_dict())
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    config.architectures = [type(base).__name__]
+    name = type(base).__name__
+    config.architectures = [seeing(name) if sees(config) else name]
     for name, value in _more_fields(config).items():
         setattr(config, name, value)
     root = Path(envs.VLLM_CACHE_ROOT) / "rlft"
@@ -84,6 +91,11 @@ def _more_fields(config: Any) -> dict[str, Any]:
         original = rope["original_max_position_embeddings"]
         scale = {"beta": rope["llama_4_scaling_beta"], "original_max_position_embeddings": original}
         return {"llama_4_scaling": scale}
+    if config.model_type == "qwen3_vl":
+        # transformers always interleaves the axes of positions; vLLM where the config says so.
+        text = config.text_config
+        text.rope_parameters = {**text.rope_parameters, "mrope_interleaved": True}
+        return {"text_config": text}
     return {}
 
 
@@ -122,6 +134,10 @@ def arguments(
         # slots.
         "additional_config": {"rlft": hashlib.sha256(str(slots).encode()).hexdigest()},
     }
+    if sizes.features:
+        # No images to encode, so that vLLM has no tower: all come as features.
+        values |= {"limit_mm_per_prompt": {"image": 0, "video": 0}, "enable_mm_embeds": True}
+        values |= {"mm_processor_cache_gb": 0, "skip_mm_profiling": True}
     if sizes.caches.states:
         # As in the trainer: in 16 bits, rounding would add up along the sequence.
         values |= {"mamba_ssm_cache_dtype": "float32"}
