@@ -2,12 +2,15 @@
 
 transformers reads the metadata of a .gguf file in Python, entry by entry, once for each of config, tokenizer and model:
 SmolLM2-135M takes over half a minute of a processor, and a second as a folder. The folders are
-`rlft/gguf/<digest>/tokenizer` and `/<dtype>` in `$XDG_CACHE_HOME` or `~/.cache`, by the SHA-256 of the file. A file
-larger than `LARGEST` is decoded each time, since its folder would be several times as large.
+`rlft/gguf/<key>/tokenizer` and `/<dtype>` in `$XDG_CACHE_HOME` or `~/.cache`; the key is made of the file's SHA-256 and
+transformers' version. Nothing is kept of a file larger than `LARGEST`, since its folder would be several times as
+large, and where there is no room: the file is then decoded each time. A folder that lacks a file, or has one of another
+size than was written, is written again.
 """
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import hashlib
 import json
@@ -19,14 +22,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
-from rlft.environment import cache_folder
+from rlft.environment import cache_folder, version
 
-FORMAT = "1"
-"""Changes when what is written changes."""
 LARGEST = 2**30
 """Bytes of a file whose decoded form is kept."""
-DETAILS = "rlft.json"
+ROOM = 10
+"""Free bytes that a folder may need, per byte of the file: 4 bits become fp32."""
+FILES = "rlft.json"
+"""Names and sizes of what was written into a folder, written last."""
 
 
 def model_folder(file: Path, dtype: torch.dtype) -> Path | None:
@@ -35,30 +40,18 @@ def model_folder(file: Path, dtype: torch.dtype) -> Path | None:
     dtype: of the model to be loaded; float32, which weights are decoded to, serves float64.
     """
     dtype = torch.float32 if dtype == torch.float64 else dtype
-
-    def write(folder: Path) -> None:
-        decode(file, dtype, torch.device("cpu")).save_pretrained(folder)
-
-    return _folder(file, str(dtype).removeprefix("torch."), write)
+    return _folder(file, str(dtype).removeprefix("torch."), lambda: decode(file, dtype, torch.device("cpu")))
 
 
 def tokenizer_folder(file: Path) -> Path | None:
     """Return the folder of a file's tokenizer; None where none is kept. Raises what transformers does."""
-
-    def write(folder: Path) -> None:
-        from transformers import AutoTokenizer
-
-        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, trust_remote_code=False)
-        tokenizer.save_pretrained(folder)
-        (folder / DETAILS).write_text(json.dumps({"license": _licence(file)}))
-
-    return _folder(file, "tokenizer", write)
+    return _folder(file, "tokenizer", lambda: _tokenizer(file))
 
 
 def licence(file: Path) -> str | None:
     """Return the licence that a file names."""
-    folder = tokenizer_folder(file)
-    return _licence(file) if folder is None else json.loads((folder / DETAILS).read_text())["license"]
+    state = file.stat()
+    return _licence(file, state.st_size, state.st_mtime_ns)
 
 
 def decode(file: Path, dtype: torch.dtype, device: torch.device) -> Any:
@@ -80,34 +73,76 @@ def decode(file: Path, dtype: torch.dtype, device: torch.device) -> Any:
     return model
 
 
-def _licence(file: Path) -> str | None:
+def _tokenizer(file: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, trust_remote_code=False)
+
+
+@functools.lru_cache(maxsize=4)
+def _licence(file: Path, size: int, changed: int) -> str | None:
     from gguf import GGUFReader
 
     field = GGUFReader(file).get_field("general.license")
     return field.contents() if field else None
 
 
-def _folder(file: Path, name: str, write: Callable[[Path], None]) -> Path | None:
-    """Return a folder of a file, written by `write` where it is missing; None where none is kept."""
-    state = file.stat()
-    home = cache_folder("gguf") if state.st_size <= LARGEST else None
+def _folder(file: Path, name: str, make: Callable[[], Any]) -> Path | None:
+    """Return a whole folder of a file, written where it is not there; None where none is kept.
+
+    make: what is saved into it. One process writes at a time, and finds what another has written before.
+    """
+    before = file.stat()
+    home = cache_folder("gguf") if before.st_size <= LARGEST else None
     if home is None:
         return None
-    folder = home / f"{_digest(file, state.st_size, state.st_mtime_ns)}-{FORMAT}" / name
-    if not folder.is_dir():
+    digest = _digest(file, before.st_size, before.st_mtime_ns)
+    folder = home / f"{digest}-{version('transformers')}" / name
+    if _whole(folder):
+        return folder
+    try:
         folder.parent.mkdir(mode=0o700, exist_ok=True)
-        made = Path(tempfile.mkdtemp(dir=folder.parent))
-        try:
-            write(made)
-            # Another process may have been faster.
-            if not folder.is_dir():
-                os.replace(made, folder)
-        except OSError:
-            if not folder.is_dir():
-                raise
-        finally:
-            shutil.rmtree(made, ignore_errors=True)
-    return folder
+        lock = (folder.parent / f"{name}.lock").open("w")
+    except OSError:
+        return None
+    with lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if _whole(folder):
+            return folder
+        for left in (folder, *folder.parent.glob(f"{name}-*")):
+            shutil.rmtree(left, ignore_errors=True)  # of a process that was killed, or whose files were removed
+        if shutil.disk_usage(home).free < ROOM * before.st_size:
+            return None
+        made = make()
+        kept = _save(made, folder) if _same(file.stat(), before) else False
+    return folder if kept else None
+
+
+def _save(made: Any, folder: Path) -> bool:
+    """Write a model or a tokenizer into a folder; returns False where there is no room for it."""
+    new = Path(tempfile.mkdtemp(prefix=f"{folder.name}-", dir=folder.parent))
+    try:
+        made.save_pretrained(new)
+        sizes = {path.name: path.stat().st_size for path in new.iterdir()}
+        (new / FILES).write_text(json.dumps(sizes), encoding="utf-8")
+        os.replace(new, folder)
+    except (OSError, SafetensorError):
+        shutil.rmtree(new, ignore_errors=True)
+        return False
+    return True
+
+
+def _whole(folder: Path) -> bool:
+    """Return whether a folder has all files that were written into it, with their sizes."""
+    try:
+        sizes = json.loads((folder / FILES).read_text(encoding="utf-8"))
+        return bool(sizes) and all((folder / name).stat().st_size == size for name, size in sizes.items())
+    except (OSError, ValueError):
+        return False
+
+
+def _same(one: os.stat_result, other: os.stat_result) -> bool:
+    return (one.st_size, one.st_mtime_ns) == (other.st_size, other.st_mtime_ns)
 
 
 @functools.lru_cache(maxsize=4)

@@ -194,7 +194,7 @@ def _read(model: str, plan: BaseInfo, device: torch.device) -> Any:
         where = Location(str(folder))
         base = _from_files(model, replace(plan, location=where, config=_read_config(model, where)), device)
     # PEFT writes this into adapter_config.json as the base: the name works elsewhere, a local path would not.
-    base.name_or_path = model
+    base.name_or_path = base.config.name_or_path = model
     return base
 
 

@@ -228,6 +228,19 @@ def test_a_call_for_router_logits_runs_transformers_layers(shared: Any) -> None:
     assert decoder.last_plan is None and len(out.router_logits) == 2 and out.aux_loss > 0
 
 
+def test_transformers_loop_is_put_back_and_says_so(shared: Any) -> None:
+    model, _ = shared
+    in_layers = model(IDS, use_cache=False).logits
+    base: Any = model.get_base_model()
+    base.set_experts_implementation("eager")
+    try:
+        with pytest.warns(UserWarning, match='not the fused ones: experts_implementation is "eager"'):
+            by_loop = model(IDS, use_cache=False).logits
+    finally:
+        base.set_experts_implementation(experts.NAME)
+    assert torch.allclose(by_loop, in_layers, atol=1e-4) and not torch.equal(by_loop, in_layers)
+
+
 def test_a_single_token(shared: Any) -> None:
     model, decoder = shared
     with torch.no_grad():

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from gguf import GGUFWriter
+from safetensors import SafetensorError
+from transformers import PreTrainedModel
 
 from rlft.models import gguf
 from rlft.models.load import Base, load_base
@@ -59,7 +63,7 @@ def base_of(file: Path, quantization: str = "none", dtype: str = "float32") -> t
 
 
 def kept(file: Path) -> list[Path]:
-    return sorted((file.parent / "cache").glob("rlft/gguf/*/*"))
+    return sorted(path for path in (file.parent / "cache").glob("rlft/gguf/*/*") if path.is_dir())
 
 
 @pytest.mark.parametrize("quantization, dtype", [("none", "float32"), ("none", "bfloat16"), ("nf4", "bfloat16")])
@@ -109,7 +113,7 @@ def test_without_a_place_to_keep_it_a_file_is_decoded_each_time(file: Path) -> N
     assert gguf.licence(file) == "apache-2.0" and kept(file) == []
 
 
-def test_a_failure_leaves_nothing_behind(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failure_of_decoding_is_raised_and_leaves_nothing(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*args: object) -> None:
         raise RuntimeError("stop")
 
@@ -117,3 +121,75 @@ def test_a_failure_leaves_nothing_behind(file: Path, monkeypatch: pytest.MonkeyP
     with pytest.raises(RuntimeError, match="stop"):
         gguf.model_folder(file, torch.float32)
     assert kept(file) == []
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SafetensorError("I/O error")])
+def test_without_room_a_file_is_decoded_each_time(
+    file: Path, error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def save(self: object, folder: Path) -> None:
+        (folder / "model.safetensors").write_bytes(b"half")
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PreTrainedModel, "save_pretrained", save)
+        weights = base_of(file).state_dict()
+    assert kept(file) == []
+    assert all(torch.equal(weights[name], value) for name, value in base_of(file).state_dict().items())
+    monkeypatch.setattr(gguf, "ROOM", 2**60)
+    assert gguf.model_folder(file, torch.bfloat16) is None and [folder.name for folder in kept(file)] == ["float32"]
+
+
+@pytest.mark.parametrize("damage", ["weights cut", "config.json", gguf.FILES])
+def test_a_damaged_folder_is_written_again(file: Path, damage: str) -> None:
+    weights = base_of(file).state_dict()
+    (folder,) = kept(file)
+    if damage == "weights cut":
+        path = folder / "model.safetensors"  # which `weights` are mapped from, so that another takes its place
+        content = path.read_bytes()
+        path.unlink()
+        path.write_bytes(content[:100])
+    else:
+        (folder / damage).unlink()
+    again = base_of(file).state_dict()
+    assert kept(file) == [folder] and all(torch.equal(again[name], value) for name, value in weights.items())
+
+
+def test_what_a_killed_process_left_is_removed(file: Path) -> None:
+    base_of(file)
+    (folder,) = kept(file)
+    left = folder.parent / "float32-abcd"
+    folder.rename(left)
+    base_of(file)
+    assert kept(file) == [folder]
+
+
+def test_a_file_that_changes_while_it_is_decoded_is_not_kept(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    decode = gguf.decode
+
+    def replaced(*args: Any) -> Any:
+        file.write_bytes(file.read_bytes() + b"more")
+        return decode(*args)
+
+    monkeypatch.setattr(gguf, "decode", replaced)
+    assert gguf.model_folder(file, torch.float32) is None and kept(file) == []
+
+
+def test_two_processes_decode_it_once(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Threads with locks of their own, which exclude each other as those of processes do."""
+    decode, runs = gguf.decode, []
+
+    def counted(*args: Any) -> Any:
+        runs.append(args)
+        time.sleep(0.2)
+        return decode(*args)
+
+    monkeypatch.setattr(gguf, "decode", counted)
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(lambda _: gguf.model_folder(file, torch.float32), range(2))
+    assert first == second and len(runs) == 1
+
+
+def test_names_are_those_of_the_setting(file: Path) -> None:
+    base: Any = base_of(file)
+    assert base.name_or_path == base.config.name_or_path == str(file)

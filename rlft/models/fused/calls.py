@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rlft.models import experts
 from rlft.models.families import Family
 
 
@@ -42,9 +43,12 @@ def result_class(decoder: nn.Module) -> Any:
     return annotated if fits else BaseModelOutputWithPast
 
 
-def dropout_problem(decoder: nn.Module, family: Family) -> str | None:
-    """Return which dropout of the decoder acts now; None if none does."""
+def setting_problem(decoder: nn.Module, family: Family) -> str | None:
+    """Return which setting of the decoder that may change between calls no fused layer follows; None if none does."""
     config: Any = decoder.config
+    chosen = getattr(config, "_experts_implementation", None)
+    if family.experts is not None and chosen != experts.NAME:
+        return f'experts_implementation is "{chosen}"'
     dropped = [name for name in family.dropouts if decoder.training and getattr(config, name, 0)]
     return f"{dropped[0]} is {getattr(config, dropped[0])} and the model is in training mode" if dropped else None
 

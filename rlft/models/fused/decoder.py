@@ -26,7 +26,7 @@ from rlft.models import fusable, kv_cache
 from rlft.models.device_memory import DeviceMemory, host_free
 from rlft.models.families import Family
 from rlft.models.fused import memory
-from rlft.models.fused.calls import asks_for_more, autocast_problem, dropout_problem, result_class
+from rlft.models.fused.calls import asks_for_more, autocast_problem, result_class, setting_problem
 from rlft.models.fused.decoder_shape import DecoderShape
 from rlft.models.fused.graphs import Graphs, Padded, count_keys, key_capacity, launch_bound, round_up
 from rlft.models.fused.layer import run_layer
@@ -361,7 +361,7 @@ class FusedDecoder:
         cache = past_key_values if cache is None else cache
         text, alike = text_positions(position_ids)
         more = not alike or asks_for_more(self.decoder.config, attention_mask, cache, use_cache, kwargs)
-        fallback = "" if more else dropout_problem(self.decoder, self.family) or self.problem()
+        fallback = "" if more else setting_problem(self.decoder, self.family) or self.problem()
         if fallback is None:
             fallback = autocast_problem(self.norm.weight)
         if fallback is None and self.inputs is not None and input_ids is None:
