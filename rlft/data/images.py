@@ -28,6 +28,8 @@ HELD_BY = ("image", "image_url", "url", "path", "bytes", "base64")
 DATA_URL = "data:"
 PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")
 """Modes of PIL images that PNG files hold."""
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+"""Formats that are read: others start programs (EPS), or are rarely of pictures."""
 THUMBNAIL = 128
 """Largest side of the small picture of an image, in pixels: a few kilobytes."""
 MARK = "<image>"
@@ -183,29 +185,33 @@ def digest_of(data: bytes) -> str:
 
 def thumbnail(image: Image) -> str | None:
     """Return a small picture of an image as a data URL; None for a file that cannot be read, or has other bytes."""
+    buffer = io.BytesIO()
     try:
         data = bytes_of(image.source)
-        picture = decoded(data, name_of(image.source))
-    except DataError:
+        if digest_of(data) != image.digest:
+            return None
+        picture = decoded(data, name_of(image.source), small=True)
+        picture.thumbnail((THUMBNAIL, THUMBNAIL))
+        # Without the comment of the file, which is of any length, and may name people.
+        picture.save(buffer, format="JPEG", quality=75, comment=b"")
+    except (DataError, OSError, ValueError, MemoryError):
         return None
-    if digest_of(data) != image.digest:
-        return None
-    picture.thumbnail((THUMBNAIL, THUMBNAIL))
-    buffer = io.BytesIO()
-    picture.save(buffer, format="JPEG", quality=75)
     return data_url(buffer.getvalue(), "image/jpeg")
 
 
-def decoded(data: bytes, name: str) -> Any:
+def decoded(data: bytes, name: str, small: bool = False) -> Any:
     """Return a PIL image in RGB, upright as its camera was held, as transformers and datasets read one.
 
-    name: of the image, for errors. Raises DataError for bytes that are no whole image.
+    name: of the image, for errors. small: a JPEG may be decoded at a fraction of its size, at least twice that of a
+    small picture. Raises DataError for bytes that are no whole image of `FORMATS`.
     """
     from PIL import Image as Pillow
     from PIL import ImageOps
 
     try:
-        with Pillow.open(io.BytesIO(data)) as opened:
+        with Pillow.open(io.BytesIO(data), formats=FORMATS) as opened:
+            if small:
+                opened.draft("RGB", (2 * THUMBNAIL, 2 * THUMBNAIL))
             return ImageOps.exif_transpose(opened).convert("RGB")
     except MemoryError:
         raise

@@ -6,6 +6,7 @@ What a browser makes of it (layout, light and dark, the script) is looked at by 
 from __future__ import annotations
 
 import base64
+import io
 import json
 import math
 from dataclasses import replace
@@ -16,10 +17,11 @@ from typing import Any
 import pytest
 import records
 import torch
+from PIL.PngImagePlugin import PngInfo
 from seeing import file_of, picture
 
 from rlft import report
-from rlft.data.images import bytes_of, decoded, digest_of
+from rlft.data.images import bytes_of, decoded, digest_of, thumbnail
 from rlft.errors import ConfigError
 from rlft.report import charts, comparison, completions, curves, markup, page
 from rlft.report.curves import Drawing, Line, Mark
@@ -607,6 +609,19 @@ def test_a_running_median_is_not_moved_by_a_spike() -> None:
 
 def test_numbers_are_short() -> None:
     assert [number(v) for v in (None, math.nan, 0.123456, 1234567.0)] == ["-", "-", "0.1235", "1,234,567"]
+
+
+@pytest.mark.parametrize("length", [20, 70_000])
+def test_a_small_picture_has_no_comment_of_its_file(length: int) -> None:
+    """A longer one than a JPEG can hold ended the run that wrote its rollouts."""
+    notes, buffer = PngInfo(), io.BytesIO()
+    notes.add_text("comment", "Jane Doe".ljust(length, "x"))
+    picture(2).save(buffer, format="PNG", pnginfo=notes)
+    data = buffer.getvalue()
+    url = thumbnail(Image(data, digest_of(data), 1, 2, 3)) or ""
+    content = base64.b64decode(url.partition(",")[2])
+    assert len(content) < 5_000 and b"Jane" not in content
+    assert decoded(content, "a").size == picture(2).size
 
 
 def test_pictures_of_a_file_are_small_whole_and_of_the_images_that_were_read(tmp_path: Path) -> None:

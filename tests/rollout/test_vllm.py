@@ -300,7 +300,7 @@ def test_log_probs_that_are_not_finite_have_no_weight() -> None:
         logprobs=SimpleNamespace(logprobs=[-1.0, float("nan"), float("-inf")]),
         finish_reason="length",
     )
-    rollout = vllm_requests._rollout(output, "abc", Prompt((1, 2), {}, 0, None), 0, 9, 3)
+    rollout = vllm_requests._rollout(output, "abc", Prompt((1, 2), {}, 0, None), 0, 9, 3, frozenset())
     assert rollout.completion_mask == (True, False, False)
 
 

@@ -29,6 +29,7 @@ from rlft.config.data import Sampling
 from rlft.config.run import Engine, Lora
 from rlft.errors import EngineError, UnsupportedModel
 from rlft.kernels.nf4 import DecodeTables
+from rlft.models import experts as model_experts
 from rlft.models.load import attach_lora, pad_rows
 from rlft.models.policy import Policy
 from rlft.rollout.vllm import start as vllm_start
@@ -233,6 +234,32 @@ def test_memory_counts_experts_and_their_slots(tmp_path: Path) -> None:
     # Of attention, where every slot has the smallest rank of the kernel.
     linear = 2 * 16 * (2 * (128 + 128) + 2 * (64 + 128))
     assert sizes.slots == 2 * (3 * policy.adapter_params.numel() + experts + linear)
+
+
+@pytest.mark.parametrize(("field", "value", "only"), [("norm_topk_prob", True, False), ("clip_qkv", 0.3, None)])
+def test_what_vllm_does_not_read_of_olmoe_is_refused(field: str, value: Any, only: Any) -> None:
+    """vLLM's weights match and its log-probs would not: 0.23 and 1.3 nat."""
+    base = mixture("olmoe", **{field: value})
+    with pytest.raises(UnsupportedModel, match=f"computes olmoe as if {field} were {only}, and it is {value}"):
+        vllm_start.model_folder(base, tiny_tokenizer())
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "name", "fits"),
+    [
+        ("qwen3_moe", {}, "silu", True),
+        ("qwen3_moe", {"hidden_act": "gelu"}, "silu", False),
+        ("gpt_oss", {}, "swigluoai", True),
+        ("gpt_oss", {"swiglu_limit": 3.0}, "swigluoai", False),
+        ("gpt_oss", {}, "silu", False),
+        ("qwen3_moe", {}, "relu2", False),
+    ],
+)
+def test_vllms_activation_serves_where_it_is_the_trainers(kind: str, fields: Any, name: str, fits: bool) -> None:
+    with vllm_start.quiet(), vllm_start.defaults_restored():
+        from rlft.rollout.vllm.experts import is_gate
+    gate = next(iter(model_experts.gates(mixture(kind, **fields)).values()))
+    assert is_gate(name, gate) == fits
 
 
 def test_names_of_experts_are_found_in_both_versions_of_vllm() -> None:

@@ -22,6 +22,7 @@ from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.platforms import current_platform
 
 from rlft.errors import EngineError, UnsupportedModel
+from rlft.rollout.vllm.expert_layer import Gate
 
 STACKS = ("w13_weight", "w2_weight")
 """Parameters of a layer: into the experts, and out of them."""
@@ -103,11 +104,28 @@ def _addresses(layer: Any) -> list[int]:
     return [getattr(layer, name).data_ptr() for name in STACKS]
 
 
-def method_of(layer: Any, shared: bool, adapted: bool) -> ExpertsMethod | FilledExperts:
+def is_gate(activation: str, gate: Gate) -> bool:
+    """Return whether an activation of vLLM's, by its name, is the trainer's gate; compared on numbers.
+
+    vLLM takes the activation of a type of model, and constants such as gpt-oss' limit, not that of the config.
+    """
+    rows = torch.linspace(-20, 20, 128).view(2, 64)
+    if activation == "silu":
+        left, right = rows.chunk(2, -1)
+        expected = functional.silu(left) * right
+    elif activation == "swigluoai":
+        left, right = rows[:, ::2].clamp(max=7), rows[:, 1::2].clamp(-7, 7)
+        expected = (right + 1) * left * torch.sigmoid(1.702 * left)
+    else:
+        return False
+    return torch.allclose(gate(rows), expected, rtol=1e-4, atol=1e-4)
+
+
+def method_of(layer: Any, shared: bool, adapted: bool, gate: Gate) -> ExpertsMethod | FilledExperts:
     """Return the method of a layer of experts.
 
-    shared: experts have no memory of the engine's. adapted: experts have an adapter beside their weights. Raises
-    UnsupportedModel for a layer whose routing weights multiply what comes in.
+    shared: experts have no memory of the engine's. adapted: experts have an adapter beside their weights. gate: the
+    trainer's. Raises UnsupportedModel for a layer whose routing weights multiply what comes in.
     """
     if layer.apply_router_weight_on_input:
         raise UnsupportedModel(
@@ -115,6 +133,6 @@ def method_of(layer: Any, shared: bool, adapted: bool) -> ExpertsMethod | Filled
             f"not have"
         )
     # vLLM's kernel on a CPU packs the weights.
-    if shared or adapted or current_platform.is_cpu():
+    if shared or adapted or current_platform.is_cpu() or not is_gate(layer.activation.value, gate):
         return ExpertsMethod(layer.moe_config, shared)
     return FilledExperts(layer.moe_config)

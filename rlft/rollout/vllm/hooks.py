@@ -122,7 +122,7 @@ class _WeightConfig(QuantizationConfig):
             return SharedMethod() if self.shared else DequantizedMethod()
         if isinstance(layer, RoutedExperts):
             provider = _provider_of(get_current_vllm_config().load_config)
-            return method_of(layer, self.shared, provider.adapts_experts)
+            return method_of(layer, self.shared, provider.adapts_experts, provider.gate)
         return SharedEmbedding() if isinstance(layer, VocabParallelEmbedding) else None
 
 

@@ -55,6 +55,7 @@ class Processor:
 
     def __init__(self, info: Limits, dummy_inputs: Any, **_: Any) -> None:
         self.info = info
+        self.cache = None  # which vLLM 0.23 empties when it goes to sleep
 
 
 def register(architecture: str) -> None:
@@ -70,7 +71,7 @@ def register(architecture: str) -> None:
         raise UnsupportedModel(f"vLLM {version()} has no model {architecture}")
     try:
         model = known.load_model_cls()
-    except ImportError as error:
+    except (ImportError, RuntimeError) as error:  # RuntimeError: a torchvision that does not fit PyTorch
         raise UnsupportedModel(f"vLLM {version()} cannot import its {architecture} ({error})") from error
     registered = MULTIMODAL_REGISTRY.register_processor(
         Processor,  # type: ignore[arg-type]

@@ -119,6 +119,9 @@ def _of_experts(name: str) -> list[str]:
 def _same(weight: Weight, used: set[int], weights: Mapping[str, Weight]) -> bool:
     """Return whether a weight shares the memory of a used one, as a tied head under its second name does."""
     return isinstance(weight, Tensor) and any(
-        isinstance(other, Tensor) and id(other) in used and other.data_ptr() == weight.data_ptr()
+        isinstance(other, Tensor)
+        and id(other) in used
+        and other.data_ptr() == weight.data_ptr() != 0
+        and other.shape == weight.shape
         for other in weights.values()
     )

@@ -54,6 +54,11 @@ class WeightProvider:
         """What is 0 between vLLM's passes and loses its content in sleep: features behind Qwen3-VL's first layers."""
 
     @property
+    def gate(self) -> expert_layer.Gate:
+        """The trainer's gate of experts, which all layers have."""
+        return next(iter(self._gates.values()))
+
+    @property
     def adapts_experts(self) -> bool:
         """Whether experts have an adapter beside their weights."""
         return not self._merged and any(name.rpartition(".")[0] in self._gates for name in self._ranks)

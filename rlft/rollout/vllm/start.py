@@ -17,6 +17,7 @@ import torch
 
 from rlft import dist
 from rlft.config.run import Engine as Options
+from rlft.errors import UnsupportedModel
 from rlft.models.kind import sees
 from rlft.models.random_state import kept_random_state
 from rlft.rollout.vllm.memory import EngineMemory, EngineMode
@@ -66,6 +67,11 @@ def model_folder(base: Any, tokenizer: Any) -> str:
         del config.quantization_config
     name = type(base).__name__
     config.architectures = [seeing(name) if sees(config) else name]
+    for name, value in ONLY.get(config.model_type, {}).items():
+        if getattr(config, name, value) != value:
+            raise UnsupportedModel(
+                f"vLLM computes {config.model_type} as if {name} were {value}, and it is {getattr(config, name)}"
+            )
     for name, value in _more_fields(config).items():
         setattr(config, name, value)
     root = Path(envs.VLLM_CACHE_ROOT) / "rlft"
@@ -80,6 +86,10 @@ def model_folder(base: Any, tokenizer: Any) -> str:
         if not folder.exists():
             shutil.copytree(temporary, folder, dirs_exist_ok=True)
     return str(folder)
+
+
+ONLY: dict[str, dict[str, Any]] = {name: {"norm_topk_prob": False, "clip_qkv": None} for name in ("olmoe", "flex_olmo")}
+"""Type of a model -> fields that vLLM does not read, with the values that it computes for."""
 
 
 def _more_fields(config: Any) -> dict[str, Any]:
