@@ -121,11 +121,11 @@ def is_gate(activation: str, gate: Gate) -> bool:
     return torch.allclose(gate(rows), expected, rtol=1e-4, atol=1e-4)
 
 
-def method_of(layer: Any, shared: bool, adapted: bool, gate: Gate) -> ExpertsMethod | FilledExperts:
+def method_of(layer: Any, shared: bool, adapted: bool, gate: Gate | None) -> ExpertsMethod | FilledExperts:
     """Return the method of a layer of experts.
 
     shared: experts have no memory of the engine's. adapted: experts have an adapter beside their weights. gate: the
-    trainer's. Raises UnsupportedModel for a layer whose routing weights multiply what comes in.
+    trainer's, if it has one. Raises UnsupportedModel for a layer whose routing weights multiply what comes in.
     """
     if layer.apply_router_weight_on_input:
         raise UnsupportedModel(
@@ -133,6 +133,7 @@ def method_of(layer: Any, shared: bool, adapted: bool, gate: Gate) -> ExpertsMet
             f"not have"
         )
     # vLLM's kernel on a CPU packs the weights.
-    if shared or adapted or current_platform.is_cpu() or not is_gate(layer.activation.value, gate):
+    packs = current_platform.is_cpu()
+    if shared or adapted or packs or gate is None or not is_gate(layer.activation.value, gate):
         return ExpertsMethod(layer.moe_config, shared)
     return FilledExperts(layer.moe_config)

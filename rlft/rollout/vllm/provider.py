@@ -54,9 +54,9 @@ class WeightProvider:
         """What is 0 between vLLM's passes and loses its content in sleep: features behind Qwen3-VL's first layers."""
 
     @property
-    def gate(self) -> expert_layer.Gate:
-        """The trainer's gate of experts, which all layers have."""
-        return next(iter(self._gates.values()))
+    def gate(self) -> expert_layer.Gate | None:
+        """The trainer's gate of experts, which all layers have; None where the trainer has no such layers."""
+        return next(iter(self._gates.values()), None)
 
     @property
     def adapts_experts(self) -> bool:
