@@ -16,6 +16,16 @@ def peft_name(parameter: str, adapter: str) -> str:
     return parameter.replace(f".{adapter}.", ".")
 
 
+def a_by_expert(matrix: Tensor, experts: int) -> Tensor:
+    """Return A [E r, in] of a stack of experts, which PEFT has by expert, then rank, as a view [E, r, in]."""
+    return matrix.view(experts, -1, matrix.shape[1])
+
+
+def b_by_expert(matrix: Tensor, experts: int) -> Tensor:
+    """Return B [out, r E] of a stack of experts, whose columns are by rank, then expert, as a view [E, out, r]."""
+    return matrix.view(len(matrix), -1, experts).permute(2, 0, 1)
+
+
 def without_wrappers(name: str) -> str:
     """Return the name, in the base alone, of a module or parameter that PEFT has wrapped, once or several times."""
     return ".".join(part for part in name.split(".") if part != "base_layer")

@@ -25,7 +25,7 @@ from rlft.errors import ConfigError
 from rlft.kernels.mxfp4 import BLOCK, Mxfp4Weight, decode_mxfp4
 from rlft.kernels.nf4 import DTYPES, Nf4Weight, decode
 from rlft.kernels.nf4_stack import decode_stack
-from rlft.models.adapter import without_wrappers
+from rlft.models.adapter import a_by_expert, b_by_expert, without_wrappers
 from rlft.models.experts_function import Factors, Frozen, Layer
 from rlft.models.experts_function import experts as compute
 
@@ -180,7 +180,7 @@ def packed(module: Any, leaf: str) -> Tensor | Nf4Weight | Mxfp4Weight:
     if scales is not None:
         count, rows, blocks, _ = weight.shape
         return Mxfp4Weight(weight.data, scales, (count, rows, blocks * BLOCK))
-    return Nf4Weight.from_bnb(weight) if hasattr(weight, "quant_state") else weight
+    return Nf4Weight.from_bnb(weight) if getattr(weight, "quant_state", None) is not None else weight
 
 
 def decoded(module: Any, leaf: str, dtype: torch.dtype, offsets: Tensor | None = None) -> Tensor:
@@ -254,11 +254,8 @@ def _factors(wrapper: Any) -> dict[str, Factors]:
 
 def _pair(wrapper: Any, name: str) -> tuple[Tensor, Tensor]:
     """Return A [E, r, in] and scaled B [E, out, r] of an adapter."""
-    a, b = wrapper.lora_A[name].weight, wrapper.lora_B[name].weight
-    # PEFT has A by expert, then rank, and the columns of B by rank, then expert.
-    a = a.view(wrapper.num_experts, -1, a.shape[1])
-    b = b.view(b.shape[0], -1, wrapper.num_experts).permute(2, 0, 1)
-    return a, b * wrapper.scaling[name]
+    a, b, count = wrapper.lora_A[name].weight, wrapper.lora_B[name].weight, wrapper.num_experts
+    return a_by_expert(a, count), b_by_expert(b, count) * wrapper.scaling[name]
 
 
 def _refuse_merge(self: Any, *args: Any, **kwargs: Any) -> None:

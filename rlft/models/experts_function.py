@@ -96,9 +96,10 @@ class Experts(torch.autograd.Function):
         with torch.autocast(x.device.type, enabled=False):
             first, second = _cast(factors, layer.dtype)
             rows = gather(x.to(layer.dtype), routing.order, k)
-            h = layer.gate(_product(rows, layer.up, layer.dtype, first, routing.offsets))
-            del rows
-            y = _product(h, layer.down, layer.dtype, second, routing.offsets)
+            up = layer.up.decode(layer.dtype, routing.offsets)
+            h = layer.gate(_product(rows, up, layer.up.bias, first, routing.offsets))
+            del rows, up
+            y = _product(h, layer.down.decode(layer.dtype, routing.offsets), layer.down.bias, second, routing.offsets)
             return combine(y, routing.inverse, weights, k).to(x.dtype)
 
     @staticmethod
@@ -109,19 +110,19 @@ class Experts(torch.autograd.Function):
         layer, k = ctx.layer, weights.shape[1]
         with torch.autocast(x.device.type, enabled=False):
             first, second = _cast(factors, layer.dtype)
-            rows = gather(x.to(layer.dtype), order, k)
-            u = _product(rows, layer.up, layer.dtype, first, offsets).requires_grad_()
+            rows, up = gather(x.to(layer.dtype), order, k), layer.up.decode(layer.dtype, offsets)
+            u = _product(rows, up, layer.up.bias, first, offsets).requires_grad_()
             with torch.enable_grad():
                 h = layer.gate(u)
             d, w = gather(dout.to(layer.dtype).contiguous(), order, k), weights.reshape(-1)[order.long(), None]
-            p, low = _transposed(d, layer.down, second, offsets)
+            p, low = _transposed(d, layer.down.decode(layer.dtype, offsets), second, offsets)
             dweights = row_dots(p, h.detach())
             if layer.down.bias is not None:
                 dweights += row_dots(d, layer.down.bias.to(d.dtype)[_expert_of_rows(offsets, len(order))])
             second_gradients = _factor_gradients(d, h.detach(), low, second, offsets, w)
             (du,) = torch.autograd.grad(h, u, (p * w).to(layer.dtype))
             del d, h, p
-            drows, low = _transposed(du, layer.up, first, offsets)
+            drows, low = _transposed(du, up, first, offsets)
             gradients = [*_factor_gradients(du, rows, low, first, offsets), *second_gradients]
             dx = combine(drows, inverse, None, k).to(x.dtype)
         cast = [None if g is None else g.to(factor.dtype) for g, factor in zip(gradients, factors, strict=True)]
@@ -139,16 +140,15 @@ def _cast(factors: Sequence[Tensor | None], dtype: torch.dtype) -> list[Pair]:
     return [None if a is None or b is None else (a.to(dtype), b.to(dtype).contiguous()) for a, b in pairs]
 
 
-def _product(rows: Tensor, frozen: Frozen, dtype: torch.dtype, pair: Pair, offsets: Tensor) -> Tensor:
+def _product(rows: Tensor, w: Tensor, bias: Tensor | None, pair: Pair, offsets: Tensor) -> Tensor:
     """Compute W_e x + b_e + B_e (A_e x) of every row, [M, out]."""
-    bias = None if frozen.bias is None else frozen.bias.to(dtype)
-    out = grouped(rows, frozen.decode(dtype, offsets), offsets, bias=bias)
+    out = grouped(rows, w, offsets, bias=None if bias is None else bias.to(w.dtype))
     return out if pair is None else out.add_(grouped(grouped(rows, pair[0], offsets), pair[1], offsets))
 
 
-def _transposed(d: Tensor, frozen: Frozen, pair: Pair, offsets: Tensor) -> tuple[Tensor, Tensor | None]:
+def _transposed(d: Tensor, w: Tensor, pair: Pair, offsets: Tensor) -> tuple[Tensor, Tensor | None]:
     """Compute (W_e + B_e A_e)^T d of every row, [M, in], and B_e^T d, [M, r]."""
-    out = grouped_transposed(d, frozen.decode(d.dtype, offsets), offsets)
+    out = grouped_transposed(d, w, offsets)
     if pair is None:
         return out, None
     low = grouped_transposed(d, pair[1], offsets)

@@ -15,7 +15,7 @@ import torch
 from mixtures import save_mixture
 from test_engines import mismatch_of
 from test_experts_mxfp4 import release
-from test_vllm_gpu import same, trained
+from test_vllm_gpu import same, sleep_under_junk, trained
 from tiny import prompts, tiny_tokenizer
 
 from rlft.config.data import Sampling
@@ -88,11 +88,7 @@ def test_engine_and_trainer_agree(pair: Pair) -> None:
 def test_experts_come_back_from_sleep_and_give_their_memory(pair: Pair) -> None:
     _, engine = pair
     first = generate(pair)
-    engine.sleep()
-    junk = torch.full((2**28,), float("nan"), device="cuda")  # over what the engine had
-    del junk
-    torch.cuda.empty_cache()
-    engine.wake()
+    sleep_under_junk(engine)
     assert same(generate(pair), first)
     stacks = 2 * 2 * 8 * (256 * 256 + 256 * 128)
     assert (engine.memory["weights of the engine"] >= stacks) == (engine.choice.mode != "shared")

@@ -82,6 +82,15 @@ def mismatch(policy: Policy, engine: VllmEngine, rollouts: list[Rollout]) -> par
     return found
 
 
+def sleep_under_junk(engine: VllmEngine) -> None:
+    """Let the engine sleep and wake, with what lay in its memory overwritten between, as training would."""
+    engine.sleep()
+    junk = torch.full((2**28,), float("nan"), device="cuda")
+    del junk
+    torch.cuda.empty_cache()
+    engine.wake()
+
+
 def same(a: list[Rollout], b: list[Rollout]) -> bool:
     """Tokens and log-probs, to the bit."""
     pairs = zip(a, b, strict=True)

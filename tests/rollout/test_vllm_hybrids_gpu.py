@@ -15,7 +15,7 @@ from random_base import base_of, config_of
 from test_engines import mismatch_of
 from test_families import CONV, LINEAR
 from test_vllm_families import WIDE
-from test_vllm_gpu import same, trained
+from test_vllm_gpu import same, sleep_under_junk, trained
 from tiny import prompts, tiny_tokenizer
 
 from rlft.config.data import Sampling
@@ -98,11 +98,7 @@ def test_engine_and_trainer_agree(pair: Pair) -> None:
 def test_states_and_weights_come_back_from_sleep(pair: Pair) -> None:
     _, engine = pair
     first = generate(pair)
-    engine.sleep()
-    junk = torch.full((2**28,), float("nan"), device="cuda")  # over what the engine had
-    del junk
-    torch.cuda.empty_cache()
-    engine.wake()
+    sleep_under_junk(engine)
     assert same(generate(pair), first)
 
 

@@ -12,7 +12,7 @@ import seeing
 import torch
 from test_engines import mismatch_of
 from test_vision import Counted, prompt_of, some_rollouts
-from test_vllm_gpu import same, trained
+from test_vllm_gpu import same, sleep_under_junk, trained
 
 from rlft.config.data import Sampling
 from rlft.config.run import Engine, Lora
@@ -91,11 +91,7 @@ def test_everything_comes_back_from_sleep(pair: Pair) -> None:
     """Weights, and the zeros that a decoding step adds behind Qwen3-VL's first layers."""
     _, engine = pair
     first = generate(pair)
-    engine.sleep()
-    junk = torch.full((2**28,), float("nan"), device="cuda")  # over what the engine had
-    del junk
-    torch.cuda.empty_cache()
-    engine.wake()
+    sleep_under_junk(engine)
     assert all(not buffer.any() for buffer in engine._provider.zeros)
     assert same(generate(pair), first)
 

@@ -18,9 +18,11 @@ from torch import Tensor
 
 from rlft.kernels.grouped import grouped, grouped_transposed
 from rlft.kernels.grouped_gradient import grouped_gradient
-from rlft.kernels.mxfp4 import BLOCK, Mxfp4Weight, decode_mxfp4
+from rlft.kernels.mxfp4 import Mxfp4Weight, decode_mxfp4
 from rlft.kernels.nf4 import Nf4Weight
 from rlft.kernels.nf4_stack import decode_stack
+from rlft.models.adapter import a_by_expert, b_by_expert
+from rlft.models.experts import packed
 
 ALIGN = 16
 """The tail is a multiple of this number of columns, so that rows of 16-bit elements start at multiples of 32 bytes."""
@@ -45,11 +47,11 @@ class StackAdapter(NamedTuple):
 
     def a(self, matrix: Tensor) -> Tensor:
         """Return [E, r, in] of a matrix that lies as A does."""
-        return matrix.view(self.experts, self.rank, -1)
+        return a_by_expert(matrix, self.experts)
 
     def b(self, matrix: Tensor) -> Tensor:
         """Return [E, out, r] of a matrix that lies as B does."""
-        return matrix.view(-1, self.rank, self.experts).permute(2, 0, 1)
+        return b_by_expert(matrix, self.experts)
 
 
 class Stack:
@@ -92,18 +94,16 @@ class Stack:
 
 def _stack_weight(module: Any, leaf: str) -> Tensor | Nf4Weight | Mxfp4Weight:
     """Return a stack as [E, out, in] in a form that the kernels read. Raises ValueError if there is none."""
-    weight, scales = getattr(module, leaf), getattr(module, f"{leaf}_scales", None)
-    if scales is not None:
-        count, rows, blocks, _ = weight.shape
-        return Mxfp4Weight(weight.data, scales, (count, rows, blocks * BLOCK))
-    if getattr(weight, "quant_state", None) is not None:
-        packed = Nf4Weight.from_bnb(weight)
-        name, columns = f"{leaf} of {type(module).__name__}", packed.shape[-1]
+    weight = packed(module, leaf)
+    if isinstance(weight, Mxfp4Weight):
+        return weight
+    if isinstance(weight, Nf4Weight):
+        name, columns = f"{leaf} of {type(module).__name__}", weight.shape[-1]
         if module.is_transposed:
             raise ValueError(f"{name} lies transposed in NF4")
-        if columns % packed.blocksize:
-            raise ValueError(f"{name} in NF4 has rows of {columns}, not of whole blocks of {packed.blocksize}")
-        return packed
+        if columns % weight.blocksize:
+            raise ValueError(f"{name} in NF4 has rows of {columns}, not of whole blocks of {weight.blocksize}")
+        return weight
     if not weight.is_floating_point():
         raise ValueError(f"{leaf} of {type(module).__name__} in {weight.dtype}")
     return weight.detach().transpose(1, 2) if module.is_transposed else weight.detach()

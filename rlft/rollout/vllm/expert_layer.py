@@ -18,12 +18,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from rlft.errors import UnsupportedModel
 from rlft.kernels.gather import combine, gather
-from rlft.kernels.grouped import grouped, grouped_transposed
+from rlft.kernels.grouped import grouped
 from rlft.kernels.mxfp4 import Mxfp4Weight, mxfp4_grouped
 from rlft.kernels.nf4 import Nf4Weight
 from rlft.kernels.nf4_grouped import nf4_grouped
@@ -55,12 +54,8 @@ class Product:
             y = nf4_grouped(x, weight, offsets, bias=self.bias)
         elif isinstance(weight, Mxfp4Weight):
             y = mxfp4_grouped(x, weight, offsets, bias=self.bias)
-        elif weight.stride(2) == 1:
-            y = grouped(x, weight, offsets, bias=self.bias)
         else:
-            y = grouped_transposed(x, weight.transpose(1, 2), offsets)
-            if self.bias is not None:
-                y += self.bias[_expert_of_rows(offsets, len(x))]
+            y = grouped(x, weight, offsets, bias=self.bias)
         if self.slot is not None:
             y += grouped(grouped(x, self.slot.a, offsets), self.slot.b, offsets)
         return y
@@ -85,11 +80,6 @@ class ExpertLayer:
         order, inverse, offsets = sort_by_expert(chosen.clamp(min=0), count)
         hidden = self.gate(self.up(gather(x, order, chosen.shape[1]), offsets))
         return combine(self.down(hidden, offsets), inverse, weights.contiguous())
-
-
-def _expert_of_rows(offsets: Tensor, rows: int) -> Tensor:
-    """Return the expert of every sorted row, [M] int64."""
-    return torch.searchsorted(offsets, torch.arange(rows, dtype=offsets.dtype, device=offsets.device), right=True) - 1
 
 
 def check_in_place(name: str, weight: Weight, shape: Sequence[int]) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from rlft.kernels.launch import power_of_2
 from rlft.kernels.lora_add import MIN_RANK
-from rlft.models.adapter import without_wrappers
+from rlft.models.adapter import a_by_expert, b_by_expert, without_wrappers
 
 Pair = tuple[Tensor, Tensor]
 """A and scaled B of a weight."""
@@ -40,9 +40,7 @@ class Adapted:
         """Return A and B as a slot has them. a, b: PEFT's, which are [E r, in] and [out, r E] of a stack."""
         if not self.experts:
             return a, b
-        # A is by expert, then rank, and the columns of B are by rank, then expert.
-        b = b.view(len(b), -1, self.experts).permute(2, 0, 1).contiguous()
-        return a.view(self.experts, -1, a.shape[1]), b
+        return a_by_expert(a, self.experts), b_by_expert(b, self.experts).contiguous()
 
 
 def adapted(model: PeftModel) -> dict[str, Adapted]:
