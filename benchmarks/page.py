@@ -17,6 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 
 import faults
+import page_recipes
 from page_cells import RESULTS, markdown_row
 from page_chart import chart
 from page_curve import curve
@@ -26,7 +27,7 @@ from rlft.config.trl_names import TRL_NAMES, TRL_NOTES
 from rlft.monitor.health import RULES
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("README.md", "docs/*.md")
+PAGES = ("README.md", "docs/*.md", "examples/*/README.md")
 """Where tables may stand, relative to the repository."""
 
 
@@ -67,6 +68,7 @@ LISTS: dict[str, Callable[[str], list[str]]] = {
     "trl-notes": trl_notes,
     "health": health_rules,
     "faults": injected_faults,
+    **page_recipes.LISTS,
 }
 
 MARKS = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -90,8 +92,8 @@ def pages() -> list[Path]:
 
 def filled(path: Path) -> str:
     """Return the content of a page with its tables written again."""
-    folder = "benchmarks/results" if path.parent == ROOT else "../benchmarks/results"
-    return fill(path.read_text(encoding="utf-8"), folder)
+    up = "../" * len(path.parent.relative_to(ROOT).parts)
+    return fill(path.read_text(encoding="utf-8"), f"{up}benchmarks/results")
 
 
 CHARTS = {ROOT / "docs" / "assets" / "steps.svg": chart, ROOT / "docs" / "assets" / "curve.svg": curve}

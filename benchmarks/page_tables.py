@@ -242,6 +242,14 @@ TABLES: dict[str, Table] = {
             Column("from host memory", "host", "seconds", seconds),
         ),
     ),
+    "place-70b": Table(
+        "70B shape, one sequence of",
+        tuple((f"{tokens:,} tokens", "place_host_70b", f"place/70b/{tokens}") for tokens in (1024, 4096)),
+        (
+            Column("seconds from the device", "device", "seconds", seconds),
+            Column("from host memory", "host", "seconds", seconds),
+        ),
+    ),
     "place-sharded": Table(
         "8B shape on two GPUs, one sequence of",
         tuple((f"{tokens:,} tokens", "place_sharded", f"place/8b/2-ranks/{tokens}") for tokens in (1024, 4096, 8192)),

@@ -40,8 +40,9 @@ def check(policy: Policy) -> float:
     try:
         generator = torch.Generator().manual_seed(0)
         for name, tensor in policy.adapter().items():
-            if ".lora_B." in name:
-                tensor.copy_(0.05 * torch.randn(tensor.shape, generator=generator))
+            # Both matrices: rounding grows with an adapter that was trained before, and its A with it.
+            scale = 0.05 if ".lora_B." in name else (3 * tensor.shape[-1]) ** -0.5
+            tensor.copy_(scale * torch.randn(tensor.shape, generator=generator))
         alone = [_alone(policy, rollout) for rollout in rollouts]
         if not all(logprobs.isfinite().all() for logprobs in alone):
             # The path is not the cause. Restore the adapter, so that the error names the real one.

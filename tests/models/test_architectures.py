@@ -420,6 +420,14 @@ def test_a_hybrid_that_is_packed_is_stopped_at_the_start() -> None:
     assert torch.equal(torch.get_rng_state(), random)
 
 
+def test_what_the_self_check_finds_does_not_depend_on_the_adapter() -> None:
+    """An adapter that was trained has larger matrices, and 16 bits round more of it."""
+    policy = tiny("llama")
+    fresh = selfcheck.check(policy)
+    policy.adapter_params.data.copy_(torch.randn(policy.adapter_params.shape))
+    assert selfcheck.check(policy) == fresh
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", ["llama", "olmo2", "qwen3_5_text", "gpt_oss"])
 def test_rounding_does_not_stop_a_run(kind: str, dtype: torch.dtype) -> None:

@@ -260,6 +260,23 @@ def test_vllms_activation_serves_where_it_is_the_trainers(kind: str, fields: Any
         from rlft.rollout.vllm.experts import is_gate
     gate = next(iter(model_experts.gates(mixture(kind, **fields)).values()))
     assert is_gate(name, gate) == fits
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)  # as while vLLM builds a model
+    try:
+        assert is_gate(name, gate) == fits
+    finally:
+        torch.set_default_dtype(before)
+
+
+def test_what_a_language_model_stacks_is_read_where_the_model_around_it_does_not_say() -> None:
+    """Qwen2-VL in vLLM 0.23."""
+    inner: Any = torch.nn.Linear(1, 1)
+    outer: Any = torch.nn.Sequential()
+    inner.packed_modules_mapping = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "qkv": ["q", "kv"]}
+    outer.add_module("language_model", inner)
+    assert Naming.of(outer).stacked == inner.packed_modules_mapping
+    outer.packed_modules_mapping = {"qkv": ["qkv"]}
+    assert Naming.of(outer).stacked == {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "qkv": ["qkv"]}
 
 
 def test_names_of_experts_are_found_in_both_versions_of_vllm() -> None:

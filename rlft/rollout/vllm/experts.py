@@ -109,7 +109,8 @@ def is_gate(activation: str, gate: Gate) -> bool:
 
     vLLM takes the activation of a type of model, and constants such as gpt-oss' limit, not that of the config.
     """
-    rows = torch.linspace(-20, 20, 128).view(2, 64)
+    # vLLM builds a model under its dtype as the default, in which two orders of the same products differ.
+    rows = torch.linspace(-20, 20, 128, dtype=torch.float32).view(2, 64)
     if activation == "silu":
         left, right = rows.chunk(2, -1)
         expected = functional.silu(left) * right

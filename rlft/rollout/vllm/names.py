@@ -45,7 +45,7 @@ class Naming:
 
     @classmethod
     def of(cls, model: nn.Module) -> Naming:
-        """Read both from the classes of vLLM's model and of its decoder."""
+        """Read all from the classes of vLLM's model and of the modules inside."""
         renamed: dict[str, str] = {}
         prefixes: dict[str, str] = {}
         for owner in (model, getattr(model, "model", None)):
@@ -60,7 +60,11 @@ class Naming:
             for old, new in getattr(mapper, "orig_to_new_prefix", {}).items():
                 if new is not None and all(part.endswith(".") for part in (old, new)):
                     prefixes[old] = new
-        return cls(getattr(model, "packed_modules_mapping", {}), renamed, prefixes)
+        # A vision-language model may leave this to its language model.
+        stacked: dict[str, Sequence[str]] = {}
+        for module in reversed(list(model.modules())):
+            stacked |= getattr(module, "packed_modules_mapping", {})
+        return cls(stacked, renamed, prefixes)
 
     def rename(self, name: str) -> str:
         """Return the engine's name of one of the trainer's weights."""

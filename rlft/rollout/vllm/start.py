@@ -156,8 +156,9 @@ def arguments(
         values |= {"distributed_executor_backend": "external_launcher"}
     if gpu:
         free, total = torch.cuda.mem_get_info(device)
-        # Unused, because the cache size is explicit, but vLLM compares it with the free memory.
-        values |= {"gpu_memory_utilization": 0.5 * free / total, "enable_sleep_mode": True}
+        # Unused, because the cache size is explicit, but vLLM compares it with the memory that is free at its start,
+        # of which another process may have taken some.
+        values |= {"gpu_memory_utilization": 0.1 * free / total, "enable_sleep_mode": True}
         # Of vLLM's kernels of experts, the one that reads weights as they are in files.
         values |= {"moe_backend": "triton"} if sizes.stack else {}
         values |= {"compilation_config": _compilation(options, most, sizes.linear)} if options.graphs else {}
