@@ -9,6 +9,7 @@ import json
 import re
 import runpy
 import sys
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -173,9 +174,14 @@ def test_the_reward_of_countdown() -> None:
         "(" * 150: 0.0,
         "2 * 3 + 2 * 4": 0.0,
         "3 + 4 / 2": 0.1,
+        "'\\s' + 3": 0.0,
+        "3or 4": 0.0,
     }
-    for text, reward in cases.items():
-        assert solved([text], [[2, 3, 4]], [14], SEEN) == [reward], text
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for text, reward in cases.items():
+            assert solved([text], [[2, 3, 4]], [14], SEEN) == [reward], text
+    assert not caught, "Python's parser warns about what a model writes"
 
 
 def test_the_reward_of_retrieval_and_of_sft_then_rl() -> None:

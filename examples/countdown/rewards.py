@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import random
+import warnings
 from collections import Counter
 from fractions import Fraction
 from typing import Any
@@ -51,7 +52,9 @@ def score(text: str, numbers: list[int], target: int) -> float:
     if not line or len(line) > LONGEST:
         return 0.0
     try:
-        tree = ast.parse(line, mode="eval").body
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about escapes and literals in what a model writes
+            tree = ast.parse(line, mode="eval").body
         used: Counter[int] = Counter()
         value = evaluate(tree, used)
     except (SyntaxError, ValueError, ZeroDivisionError, RecursionError, MemoryError):
