@@ -29,13 +29,13 @@ from rlft.models.allocator import segments
 from rlft.models.kind import sees
 from rlft.models.policy import Policy
 from rlft.rollout.engine import Finished, check_names, check_read_back, eos_ids
+from rlft.rollout.vllm import sleeping
 from rlft.rollout.vllm import start as vllm_start
 from rlft.rollout.vllm.memory import EngineMemory, EngineMode, choose_mode
 from rlft.rollout.vllm.requests import VllmFailed, check_lengths, sample
 from rlft.rollout.vllm.shared_weights import frozen_weights
 from rlft.rollout.vllm.slots import Pair, adapted, module_of, ranks_of
 from rlft.rollout.vllm.start import arguments, class_restored, defaults_restored, environment, model_folder, quiet
-from rlft.rollout.vllm.turns import card, turn
 from rlft.types import Prompt, Rollout
 
 OF_A_MODEL = (ValueError, TypeError, LookupError, AttributeError, NotImplementedError, AssertionError, ImportError)
@@ -285,20 +285,7 @@ class VllmEngine:
         if device.type == "cuda":
             from rlft.rollout.vllm import hooks
 
-            with turn(card(device)):
-                before = torch.cuda.mem_get_info(device)[0]
-                # Level 2 discards everything, since all is written again. Shared weights are not in vLLM's memory.
-                try:
-                    self._llm.sleep(level=2)
-                except AssertionError as error:
-                    # vLLM compares the free memory of the whole card before and after.
-                    if "increased" not in str(error):
-                        raise
-                    raise EngineError(
-                        f"vLLM did not go to sleep ({error}): another program took memory of this card at that moment; "
-                        f"give the run a card by itself and go on with --resume"
-                    ) from error
-                self._freed = torch.cuda.mem_get_info(device)[0] - before
+            self._freed = sleeping.sleep(self._llm, device)
             self._policy.device_memory.report_unmapped(hooks.unmapped())
 
     def wake(self) -> None:
@@ -307,9 +294,7 @@ class VllmEngine:
             return
         device = self._policy.device
         if device.type == "cuda":
-            with turn(card(device)):
-                self._make_room()
-                self._llm.wake_up()
+            sleeping.wake(self._llm, device, self._freed, self.choice.kv_bytes, self._policy.release_memory)
         self._asleep = False
         if self.choice.mode != "merged" or self._version is None:
             self._refill()
@@ -323,21 +308,6 @@ class VllmEngine:
                 raise EngineError(
                     f"the engine's adapter changed while it slept (policy version {version}): {error}"
                 ) from error
-
-    def _make_room(self) -> None:
-        """Free PyTorch's cached blocks and, if needed, what passes leave allocated. Raises EngineError."""
-        device = self._policy.device
-        torch.cuda.empty_cache()
-        # vLLM allocates what it freed, plus a little for its block sizes.
-        want = self._freed + 64 * 2**20
-        if torch.cuda.mem_get_info(device)[0] < want:
-            self._policy.release_memory()
-        free = torch.cuda.mem_get_info(device)[0]
-        if free < self._freed:
-            raise EngineError(
-                f"the engine wants {self._freed / 2**30:.2f} GiB back to wake and {free / 2**30:.2f} GiB are free: "
-                f"something took memory while it slept; lower engine.kv_gib ({self.choice.kv_bytes / 2**30:.2f})"
-            )
 
     # ---- sampling ----------------------------------------------------------------------------------------------------
 
