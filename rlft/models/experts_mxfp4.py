@@ -65,7 +65,8 @@ class StackedQuantizer(HfQuantizer):
         model: given by transformers 5.24, not by 5.19.
         """
         leaves = sorted({experts.leaf_of(name) for name in self._stacks})
-        return [*(WeightRenaming(f"{leaf}_blocks$", f"{leaf}$") for leaf in leaves), *weight_conversions]
+        # In the reverse the second is a pattern, which neither the bias nor the scales match.
+        return [*(WeightRenaming(f"{leaf}_blocks", f"{leaf}(?!_)") for leaf in leaves), *weight_conversions]
 
     def _process_model_before_weight_loading(self, model: Any, **options: Any) -> None:
         self._stacks = experts.stacks(model)
@@ -75,6 +76,8 @@ class StackedQuantizer(HfQuantizer):
                 raise ConfigError(f"model: {type(module).__name__} in MXFP4: gpt-oss' experts alone are known in it")
             count, columns, rows = stack.shape
             scales = torch.empty(count, rows, columns // BLOCK, dtype=torch.uint8, device="meta")
+            blocks = torch.empty(*scales.shape, BLOCK // 2, dtype=torch.uint8, device="meta")
+            setattr(module, stack.leaf, nn.Parameter(blocks, requires_grad=False))
             module.register_buffer(f"{stack.leaf}_scales", scales)
 
     def _process_model_after_weight_loading(self, model: Any, **options: Any) -> Any:

@@ -141,5 +141,8 @@ def test_what_cannot_be_done_with_mxfp4_is_refused(released: Path, tmp_path: Pat
     tensors = load_file(tmp_path / "model.safetensors")
     name = "model.layers.0.mlp.experts.down_proj_blocks"
     save_file({**tensors, name: tensors[name][:, :, :1].contiguous()}, tmp_path / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ConfigError, match="in blocks of MXFP4; give the files as they were released"):
+    with pytest.raises(
+        ConfigError,
+        match=r"in blocks of MXFP4; give the files as they were released|have other shapes than config.json says",
+    ):
         base_of(tmp_path)
