@@ -38,7 +38,7 @@ from torch import Tensor
 
 from rlft import report
 from rlft.algos.losses.grpo import Grpo
-from rlft.batch import count, groups_of, pack, packing_stats
+from rlft.batch import count, groups_of, pack
 from rlft.config.data import Data
 from rlft.config.run import Config, Track
 from rlft.models.load import load_tokenizer
@@ -56,7 +56,7 @@ from rlft.trainer.metrics import Metrics
 from rlft.trainer.record import record, write_completions
 from rlft.trainer.session import Recorder, Session
 from rlft.trainer.step import Step
-from rlft.trainer.step_metrics import batch_stats, rollout_values
+from rlft.trainer.step_metrics import batch_stats, packing_stats, rollout_values
 from rlft.types import Batch, FinishReason, PackPlan, Prompt, Rollout
 
 PROMPTS, GROUP, TOKENS, BUDGET = 16, 8, 512, 4096

@@ -7,7 +7,6 @@ micro-batches and ranks. Nothing is padded or truncated, and the completions of 
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -18,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rlft.errors import TrainError
+from rlft.errors import EngineError, TrainError
 from rlft.positions import completion_positions, prompt_positions
 from rlft.types import Batch, Counts, Group, Image, LeftOut, PackPlan, Rollout, Sample
 
@@ -117,8 +116,9 @@ def pack(groups: Sequence[Group], plan: PackPlan, counts: Counts) -> list[Batch]
     kept rollout is not finite.
     """
     rows = _rows(groups, plan, counts)
-    kinds = {row.rollout.sampler_logprobs is not None for row in rows}
-    assert len(kinds) <= 1, "either every rollout of an update has sampler log-probs or none has"
+    for name in ("sampler_logprobs", "routes"):
+        kinds = {getattr(row.rollout, name) is not None for row in rows}
+        assert len(kinds) <= 1, f"either every rollout of an update has {name} or none has"
     return [_batch(units, plan, counts) for units in _micro_batches(rows, plan)]
 
 
@@ -170,6 +170,7 @@ def _rows(groups: Sequence[Group], plan: PackPlan, counts: Counts) -> list[_Row]
         masks = [sample.rollout.trained for sample in kept]
         tokens = [int(mask.sum()) for mask in masks]
         group_tokens = sum(tokens)
+        _check_routes(kept)
         for sample, mask, row_tokens in zip(kept, masks, tokens, strict=True):
             if not math.isfinite(sample.advantage):
                 raise TrainError(
@@ -185,6 +186,20 @@ def _rows(groups: Sequence[Group], plan: PackPlan, counts: Counts) -> list[_Row]
             }[plan.aggregation]
             rows.append(_Row(sample, number, mask, row_tokens, 1 / divisor if row_tokens else 0.0))
     return rows
+
+
+def _check_routes(samples: Sequence[Sample]) -> None:
+    """Raise EngineError where an engine has reported the experts of some tokens of a sample and not of others."""
+    for rollout in (sample.rollout for sample in samples):
+        if rollout.routes is not None:
+            found = len(rollout.routes.prompt), len(rollout.routes.completion)
+            tokens = len(rollout.prompt.ids), len(rollout.completion_ids)
+            if found != tokens:
+                raise EngineError(
+                    f"row {rollout.prompt.index}: the engine reported the experts of {found[0]} + {found[1]} tokens, "
+                    f"and prompt and completion have {tokens[0]} + {tokens[1]}; set engine.routing_replay = false to "
+                    f"train without them, and report it"
+                )
 
 
 def _parts(group: list[_Row], plan: PackPlan) -> list[list[_Row]]:
@@ -273,6 +288,8 @@ class _Sequence(NamedTuple):
     """Those whose tokens it holds."""
     prefix: int
     """Index of the sequence that holds its prompt, -1 for none."""
+    routes: tuple[np.ndarray, ...] = ()
+    """[tokens, layers, k] in parts; () where the engine reported none."""
 
     def spread(self, values: Sequence[float] | np.ndarray, dtype: type) -> np.ndarray:
         """Spread `values`, one per completion token, over the sequence, with 0 on the prompt."""
@@ -294,15 +311,19 @@ def _sequences(units: list[list[_Row]], plan: PackPlan) -> list[_Sequence]:
         assert all(row.rollout.prompt.images == prompt.images for row in unit), "a group has the same images"
         before = prompt_positions(prompt)
         for row in unit:
-            ids = row.rollout.completion_ids
+            ids, routes = row.rollout.completion_ids, row.rollout.routes
+            own = () if routes is None else (routes.completion,)
             positions = completion_positions(prompt, len(ids))
             if _shared(unit, plan):
-                completions.append(_Sequence(ids, row, positions, (), len(prompts)))
+                completions.append(_Sequence(ids, row, positions, (), len(prompts), own))
             else:
                 whole = np.concatenate([before, positions], axis=1)
-                alone.append(_Sequence(prompt.ids + ids, row, whole, prompt.images, -1))
+                own = own if routes is None else (routes.prompt, *own)
+                alone.append(_Sequence(prompt.ids + ids, row, whole, prompt.images, -1, own))
         if _shared(unit, plan):
-            prompts.append(_Sequence(prompt.ids, None, before, prompt.images, -1))
+            routes = unit[0].rollout.routes
+            own = () if routes is None else (routes.prompt,)
+            prompts.append(_Sequence(prompt.ids, None, before, prompt.images, -1, own))
     return prompts + completions + alone
 
 
@@ -363,33 +384,17 @@ def _batch(units: list[list[_Row]], plan: PackPlan, counts: Counts) -> Batch:
         zero_advantage=not any(row.advantage for row in rows),
         samples=tuple(row.sample for row in rows),
         images=images,
+        routes=_routes(sequences),
         sampler_logprobs=sampler,
     )
+
+
+def _routes(sequences: Sequence[_Sequence]) -> Tensor | None:
+    """Return the experts of all tokens; None where the engine reported none."""
+    parts = [part for sequence in sequences for part in sequence.routes]
+    return torch.from_numpy(np.concatenate(parts)) if parts else None
 
 
 def segment_sum(values: Tensor, ids: Tensor, segments: int) -> Tensor:
     """Sum `values` [T] per segment, with gradient. ids: [T] int64, 0 to segments-1. Returns [segments]."""
     return values.new_zeros(segments).index_add(0, ids, values)
-
-
-def packing_stats(batches: Sequence[Batch], ran: Sequence[Batch]) -> dict[str, float]:
-    """Return the batch/* metrics of an update. batches: all results of `pack`. ran: those that were run.
-
-    batch/tokens: tokens run. batch/micro_batches: how many were run. batch/packing_ratio: tokens of the same rows
-    padded to the longest, over tokens run. batch/shared_prefix_saving: prompt tokens saved by sharing, over
-    tokens without sharing. batch/skipped: rows that were packed and not run.
-    """
-    tokens = sum(len(batch.input_ids) for batch in ran)
-    full = []  # prompt and completion of every row that was run
-    for batch in ran:
-        lengths = [end - start for start, end in itertools.pairwise(batch.cu_seqlens.tolist())]
-        rows = zip(lengths, batch.prefix.tolist(), batch.group_ids.tolist(), strict=True)
-        full += [length + (lengths[prefix] if prefix >= 0 else 0) for length, prefix, group in rows if group >= 0]
-    total = sum(len(batch.samples) for batch in batches)
-    return {
-        "batch/tokens": float(tokens),
-        "batch/micro_batches": float(len(ran)),
-        "batch/packing_ratio": len(full) * max(full, default=0) / max(1, tokens),
-        "batch/shared_prefix_saving": 1 - tokens / max(1, sum(full)) if full else 0.0,
-        "batch/skipped": float(total - len(full)),
-    }

@@ -27,6 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rlft.routes import Routes
 from rlft.upload import upload
 
 Aggregation = Literal["token_mean", "sequence_mean", "constant", "sequence_sum", "prompt_mean"]
@@ -132,6 +133,8 @@ class Rollout:
     """Seed of this rollout's random stream."""
     recorded_reward: float | None = None
     """Reward recorded in the data, which `score` returns where there are no reward functions."""
+    routes: Routes | None = None
+    """The experts that the engine chose, which training passes take too; None where each pass chooses by itself."""
 
     @property
     def truncated(self) -> bool:
@@ -290,6 +293,9 @@ class Batch:
     """The sample of each sequence that is not a prefix, in order."""
     images: tuple[tuple[Image, int], ...] = ()
     """Each image with the row of its first token, once for all sequences that share it."""
+    routes: Tensor | None = None
+    """[T, layers, k] uint8 or int16: the experts of each token in each layer that has some (`rlft.routes`); None:
+    routers choose."""
     sampler_logprobs: Tensor | None = None
     """[T] float32; None when no engine sampled these tokens."""
     old_logprobs: Tensor | None = None

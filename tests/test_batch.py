@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import math
 import random
+from dataclasses import replace
 from typing import get_args
 
+import numpy as np
 import pytest
 import records
 import torch
 
-from rlft.batch import _fill, _parts, _rows, _tokens, count, group_ids, packing_stats, segment_sum
-from rlft.errors import TrainError
+from rlft.batch import _fill, _parts, _rows, _tokens, count, group_ids, segment_sum
+from rlft.errors import EngineError, TrainError
+from rlft.routes import Routes, type_of
+from rlft.trainer.step_metrics import packing_stats
 from rlft.types import Aggregation, Batch, Counts, PackPlan, Prompt, Rollout
 
 NAN = float("nan")
@@ -314,3 +318,47 @@ def test_packing_stats_say_what_sharing_padding_and_skipping_save() -> None:
         }
     )
     assert packing_stats(batches, [])["batch/skipped"] == 3
+
+
+# ---- experts of the engine -----------------------------------------------------------------------------------------
+
+
+def routed(made: list[Rollout]) -> list[Rollout]:
+    """Rollouts with the experts of an engine: in layer 0 of a completion 10 * sample + token, of a prompt 100 + token;
+    prompts of a group are one array."""
+    prompts = {
+        p: np.arange(100, 100 + n)[:, None, None] for p, n in {(r.prompt.index, len(r.prompt.ids)) for r in made}
+    }
+    return [replace(r, routes=Routes(prompts[r.prompt.index], np.array(r.completion_ids)[:, None, None])) for r in made]
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_experts_stay_with_their_tokens(share: bool) -> None:
+    """A token's expert is its id here, behind a shared prompt and alone."""
+    made = routed([*(rollout(0, i, tokens=3 + i) for i in range(3)), rollout(1, 0, prompt_tokens=5)])
+    for batch in packed(made, plan(4, share_prefix=share, budget=20)):
+        assert batch.routes is not None and batch.routes.shape == (len(batch.input_ids), 1, 1)
+        assert torch.equal(batch.routes[:, 0, 0], batch.input_ids)
+    assert all(batch.routes is None for batch in packed([rollout(0, i) for i in range(2)], plan(2)))
+
+
+def test_missing_experts_are_refused() -> None:
+    made = routed([rollout(0, 0), rollout(0, 1)])
+    assert made[1].routes is not None
+    made[1].routes.completion = made[1].routes.completion[:1]
+    with pytest.raises(
+        EngineError, match=r"row 0: .* experts of 3 \+ 1 tokens, and prompt and completion have 3 \+ 2; set"
+    ):
+        packed(made, plan(2))
+    with pytest.raises(AssertionError, match="either every rollout of an update has routes or none has"):
+        packed([*routed([rollout(0, 0)]), rollout(0, 1)], plan(2))
+
+
+def test_rollouts_with_equal_experts_are_equal() -> None:
+    made = [rollout(0, 0), rollout(0, 1)]
+    assert routed(made) == routed(made) != made
+    other = routed(made)
+    assert other[0].routes is not None
+    other[0].routes.completion = other[0].routes.completion + 1
+    assert other != routed(made)
+    assert [type_of(count) for count in (8, 256, 257, 2**15)] == [np.uint8, np.uint8, np.int16, np.int16]

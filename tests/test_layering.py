@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1] / "rlft"
 FILES = sorted(ROOT.rglob("*.py"))
 
 LINE = [
-    "errors upload environment",
+    "errors upload environment routes",
     "types",
     "positions",
     "batch dist",

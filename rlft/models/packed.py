@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from rlft.errors import ConfigError
 from rlft.kernels.attention import Sequences, varlen_attention
+from rlft.models.routing import NO_CHOICE, Choice
 from rlft.models.vision import ImageRows
 
 PACKED = "rlft_packed"
@@ -96,14 +97,20 @@ def packed_attention(
 
 
 def hidden(
-    decoder: Any, ids: Tensor, positions: Tensor, sequences: Sequences, rows: Tensor, images: ImageRows | None = None
+    decoder: Any,
+    ids: Tensor,
+    positions: Tensor,
+    sequences: Sequences,
+    rows: Tensor,
+    images: ImageRows | None = None,
+    choice: Choice = NO_CHOICE,
 ) -> Tensor:
     """Return the head's input [N, H] at `rows` of a packed batch.
 
-    ids: [T] int64. positions: [T] int64, [3, T] with images.
+    ids: [T] int64. positions: [T] int64, [3, T] with images. choice: the experts of the T tokens.
     """
     given = inputs(decoder, ids[None], positions[..., None, :], images)
-    with _attention(decoder.config):
+    with _attention(decoder.config), choice.given():
         states = decoder(**given, use_cache=False, sequences=sequences)
     return states.last_hidden_state[0][rows]
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from rlft.models.packed import inputs
+from rlft.models.routing import NO_CHOICE, Choice
 from rlft.models.vision import ImageRows
 from rlft.types import Batch
 from rlft.upload import upload
@@ -83,10 +84,12 @@ class Rows:
         )
         return Rows(blocks, block_tokens, uploaded[: len(indices)].split(picks_per_block), uploaded[len(indices) :])
 
-    def hidden(self, decoder: Any, positions: Tensor | None = None, images: ImageRows | None = None) -> Tensor:
+    def hidden(
+        self, decoder: Any, positions: Tensor | None = None, images: ImageRows | None = None, choice: Choice = NO_CHOICE
+    ) -> Tensor:
         """Return the head's input [N, H] at the selected states, in the order of `tokens`.
 
-        positions: [3, T] int64, with images. images: for the rows of the batch.
+        positions: [3, T] int64, with images. images, choice: for the rows of the batch.
         """
         selected = []
         for ids, tokens, pick in zip(self.blocks, self.tokens, self.picks, strict=True):
@@ -96,7 +99,8 @@ class Rows:
             if images is not None and positions is not None:
                 # At padding whatever, since no token before it sees it.
                 given = inputs(decoder, ids, positions[:, tokens.clamp(min=0)], images.spread(tokens.flatten()))
-            states = decoder(**given, use_cache=False).last_hidden_state
+            with choice.of(tokens.clamp(min=0).flatten()).given():
+                states = decoder(**given, use_cache=False).last_hidden_state
             selected.append(states.flatten(0, 1).index_select(0, pick))
         return torch.cat(selected).index_select(0, self.order)
 

@@ -22,10 +22,10 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from rlft.data.images import ImageReader
-from rlft.errors import ConfigError
+from rlft.errors import ConfigError, EngineError
 from rlft.kernels.attention import Sequences
 from rlft.kernels.logprobs import CHUNK_BYTES, linear_logprobs
-from rlft.models import packed, padded, rope
+from rlft.models import experts, packed, padded, rope, routing
 from rlft.models.adapter import FlatAdapter
 from rlft.models.device_memory import DeviceMemory, host_free
 from rlft.models.fused import memory
@@ -109,6 +109,21 @@ class Policy:
         """16 hex digits that identify the base."""
         return fingerprint(self.base)
 
+    @functools.cached_property
+    def fixed_routing(self) -> str | None:
+        """Why no pass takes the experts of a batch in place of those that its routers choose; None if passes do."""
+        return self._routers if isinstance(self._routers, str) else None
+
+    @functools.cached_property
+    def _routers(self) -> tuple[routing.Router, ...] | str:
+        """The routers of transformers' layers, or why they cannot be given experts; () where fused layers run."""
+        return () if self.fused is not None else routing.routers_of(self.base)
+
+    @functools.cached_property
+    def mixtures(self) -> int:
+        """Number of layers that have experts."""
+        return len(list(experts.layers(self.base)))
+
     def logprobs(self, batch: Batch, entropy_grad: bool = False) -> tuple[Tensor, Tensor]:
         """Return the log-prob of every trained token, with gradient to the adapter, and the entropy of its
         distribution, without.
@@ -145,7 +160,8 @@ class Policy:
 
     def score(self, batch: Batch, weights: Literal["policy", "reference"] = "policy") -> Tensor:
         """Return log-probs [T] without gradient. "reference": under the adapter that training started from (the base,
-        if new)."""
+        if new), whose routers choose the experts."""
+        batch = batch if weights == "policy" else replace(batch, routes=None)
         # transformers and PyTorch choose other kernels without gradient; the fused layers do not.
         graph = torch.set_grad_enabled(self.fused is None and weights == "policy")
         with graph, self._reference() if weights == "reference" else nullcontext():
@@ -248,20 +264,24 @@ class Policy:
 
         batch, trained: in host memory.
         """
-        seen = self._seen(batch)
+        seen, routes = self._seen(batch), self._routes(batch)
+        choice = routing.NO_CHOICE
+        if routes is not None and not isinstance(self._routers, str):
+            choice = routing.Choice(self._routers, routes)
         if not self.packed:
             positions = upload(batch.position_ids, self.device) if seen is not None else None
-            states = padded.Rows.of(batch, trained, self.device).hidden(self.decoder, positions, seen)
+            states = padded.Rows.of(batch, trained, self.device).hidden(self.decoder, positions, seen, choice)
             states = states.to(self._head.dtype)
             return (append_ones(states, self._head.shape[1]) if self._bias else states), None
         positions, rows = (upload(tensor, self.device) for tensor in (batch.position_ids, batch.source[trained]))
         if self.fused is None:
-            states = packed.hidden(self.decoder, ids, positions, sequences, rows, seen)
+            states = packed.hidden(self.decoder, ids, positions, sequences, rows, seen, choice)
             return (append_ones(states, self._head.shape[1]) if self._bias else states), None
         embedded = self.decoder.get_input_embeddings()(ids)
         embedded = embedded if seen is None else seen.embedded(embedded)
         gradients = self.flat.gradients
-        hidden, record = self.fused.hidden(embedded, positions, sequences, gradients, plan, ids=ids, images=seen)
+        more = (plan, None, ids, seen, routes)
+        hidden, record = self.fused.hidden(embedded, positions, sequences, gradients, *more)
         # The norm acts on each row alone, so only the selected rows need it.
         return self.fused.final_norm(hidden[rows]), record
 
@@ -275,6 +295,17 @@ class Policy:
                 "images=rlft.models.vision.image_reader(name, model.config))"
             )
         return self.vision.rows(batch.images, self.device)
+
+    def _routes(self, batch: Batch) -> Tensor | None:
+        """Return the experts of a batch on the policy's device; None where routers choose. Raises EngineError."""
+        if batch.routes is None:
+            return None
+        if self.fixed_routing is not None or batch.routes.shape[1] != self.mixtures:
+            why = self.fixed_routing or f"it has {self.mixtures} layers with experts"
+            raise EngineError(
+                f"the rollouts have the experts of {batch.routes.shape[1]} layers, which the policy cannot take: {why}"
+            )
+        return upload(batch.routes, self.device)
 
     @contextmanager
     def _reference(self) -> Iterator[None]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rlft import dist
-from rlft.batch import group_numbers, packing_stats
+from rlft.batch import group_numbers
 from rlft.monitor.panel import Example, label_of, prompt_text
 from rlft.rewards.parts import score_columns
 from rlft.runs.folder import PIECED_GROUPS
@@ -18,7 +18,7 @@ from rlft.trainer.evaluate import change, evaluate, recorded_loss
 from rlft.trainer.sample import trainer_state
 from rlft.trainer.session import Recorder, Sampler, Session, Trainer
 from rlft.trainer.step import Step, share_logprobs
-from rlft.trainer.step_metrics import peak_memory, perplexity, rates, rollout_values, update_values
+from rlft.trainer.step_metrics import packing_stats, peak_memory, perplexity, rates, rollout_values, update_values
 from rlft.types import Sample
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import sys
 import time
@@ -127,3 +128,26 @@ def rates(rollouts: Sequence[Rollout], ran: Sequence[Batch], passes: int, clock:
         tokens = sum(len(rollout.completion_ids) for rollout in rollouts)
         values["perf/rollout_tokens_per_s"] = tokens / clock.seconds["generate"]
     return values
+
+
+def packing_stats(batches: Sequence[Batch], ran: Sequence[Batch]) -> dict[str, float]:
+    """Return the batch/* metrics of an update. batches: all results of `pack`. ran: those that were run.
+
+    batch/tokens: tokens run. batch/micro_batches: how many were run. batch/packing_ratio: tokens of the same rows
+    padded to the longest, over tokens run. batch/shared_prefix_saving: prompt tokens saved by sharing, over
+    tokens without sharing. batch/skipped: rows that were packed and not run.
+    """
+    tokens = sum(len(batch.input_ids) for batch in ran)
+    full = []  # prompt and completion of every row that was run
+    for batch in ran:
+        lengths = [end - start for start, end in itertools.pairwise(batch.cu_seqlens.tolist())]
+        rows = zip(lengths, batch.prefix.tolist(), batch.group_ids.tolist(), strict=True)
+        full += [length + (lengths[prefix] if prefix >= 0 else 0) for length, prefix, group in rows if group >= 0]
+    total = sum(len(batch.samples) for batch in batches)
+    return {
+        "batch/tokens": float(tokens),
+        "batch/micro_batches": float(len(ran)),
+        "batch/packing_ratio": len(full) * max(full, default=0) / max(1, tokens),
+        "batch/shared_prefix_saving": 1 - tokens / max(1, sum(full)) if full else 0.0,
+        "batch/skipped": float(total - len(full)),
+    }

@@ -34,6 +34,27 @@ def asks_for_more(config: Any, mask: Any, cache: Any, use_cache: bool | None, kw
     return kwargs.get("return_dict", getattr(config, "return_dict", True)) is False
 
 
+def own_forward(
+    decoder: nn.Module,
+    input_ids: Tensor | None,
+    attention_mask: Any,
+    position_ids: Tensor | None,
+    inputs_embeds: Tensor | None,
+    use_cache: bool | None,
+    **kwargs: Any,
+) -> Any:
+    """Run the forward of the decoder's class, which fused layers replace on the instance."""
+    return type(decoder).forward(
+        decoder,
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        position_ids=position_ids,
+        inputs_embeds=inputs_embeds,
+        use_cache=use_cache,
+        **kwargs,
+    )
+
+
 def result_class(decoder: nn.Module) -> Any:
     """Return the class of a decoder's result, by its annotation: BaseModelOutputWithPast, or one with more fields."""
     from transformers.modeling_outputs import BaseModelOutputWithPast, MoeModelOutputWithPast

@@ -26,7 +26,7 @@ from rlft.models import fusable, kv_cache
 from rlft.models.device_memory import DeviceMemory, host_free
 from rlft.models.families import Family
 from rlft.models.fused import memory
-from rlft.models.fused.calls import asks_for_more, autocast_problem, result_class, setting_problem
+from rlft.models.fused.calls import asks_for_more, autocast_problem, own_forward, result_class, setting_problem
 from rlft.models.fused.decoder_shape import DecoderShape
 from rlft.models.fused.graphs import Graphs, Padded, count_keys, key_capacity, launch_bound, round_up
 from rlft.models.fused.layer import run_layer
@@ -177,6 +177,7 @@ class FusedDecoder:
         padded_to: Tensor | None = None,
         ids: Tensor | None = None,
         images: ImageRows | None = None,
+        routes: Tensor | None = None,
     ) -> tuple[Tensor, memory.PassRecord]:
         """Return the residual stream after the last layer, [T, H], before the final norm, and how the pass ran.
 
@@ -185,16 +186,14 @@ class FusedDecoder:
         plan: from `plan_pass`; None: one for the memory that is free. Two passes with the same plan give bitwise equal
         results, with gradient and without. padded_to: positions of the padded call that the rows come from, which
         determine the rotary tables, as in transformers. ids: [T], of the tokens, for decoders with `inputs`. images:
-        what is added behind the first layers.
+        what is added behind the first layers. routes: [T, layers with experts, k] integers, the experts of each row;
+        None: those that the routers choose.
         """
         if torch.is_inference_mode_enabled():
             # Buffers allocated in inference mode could not be written to outside it.
             with torch.inference_mode(False), torch.no_grad():
-                return self.hidden(embedded, position_ids, sequences, gradients, plan, padded_to, ids, images)
-        if self._embedding_factor != 1:
-            embedded = embedded * self._embedding_factor
-        if self.family.embedding_norm:
-            embedded = self.final_norm(embedded)
+                return self.hidden(embedded, position_ids, sequences, gradients, plan, padded_to, ids, images, routes)
+        embedded = self._entering(embedded)
         adapter, rows = self.adapter(), embedded.shape[0]
         if plan is None:
             keys = count_keys(sequences, rows) if sequences.copies else 0
@@ -205,6 +204,7 @@ class FusedDecoder:
         tables = rope_tables(self.decoder, self.family, types, embedded, position_ids, padded_to)
         hidden = embedded
         if plan.padded:
+            assert routes is None, "no graph runs experts"
             batch = Padded.of(self.layers, embedded, tables, sequences, plan.padded)
             added = images is not None and bool(images.deep)  # between layers, which a graph has no place for
             if self.graphs is not None and not added and gradients and self._trains(adapter, gradients):
@@ -217,16 +217,25 @@ class FusedDecoder:
         if self.graphs is not None and plan.peak > self.available():
             self.graphs.clear()
         more = (torch.is_grad_enabled(), gradients, self.offload, Places.of(sequences) if self.mixers else None)
-        run = Pass(sequences, tables, self.store, adapter, plan.levels, plan.tile, *more)
+        run = Pass(sequences, tables, self.store, adapter, plan.levels, plan.tile, *more, self._by_layer(routes))
         inputs: Sequence[Tensor | None] = [None] * len(self.layers)
-        if self.inputs is not None:
-            assert ids is not None
+        if self.inputs is not None and ids is not None:
             inputs = self.inputs(ids, embedded, adapter)
         for layer, own in zip(self.layers, inputs, strict=True):
             hidden = run_layer(layer, hidden, run, own)
             hidden = hidden if images is None else images.behind(layer.index, hidden)
         self.offload.settle()
         return hidden[:rows], memory.PassRecord(plan, self.store.scratch)
+
+    def _entering(self, embedded: Tensor) -> Tensor:
+        """Return what the first layer reads, of the embedded tokens."""
+        scaled = embedded if self._embedding_factor == 1 else embedded * self._embedding_factor
+        return self.final_norm(scaled) if self.family.embedding_norm else scaled
+
+    def _by_layer(self, routes: Tensor | None) -> dict[int, Tensor]:
+        """Map layer -> the experts of each row, [T, k]. routes: as of `hidden`."""
+        mixtures = [layer.index for layer in self.layers if layer.experts is not None]
+        return {} if routes is None else dict(zip(mixtures, routes.unbind(1), strict=True))
 
     @property
     def last_plan(self) -> memory.MemoryPlan | None:
@@ -370,17 +379,8 @@ class FusedDecoder:
             if fallback and fallback not in self._warned:
                 self._warned.add(fallback)
                 warnings.warn(f"rlft: transformers' own layers run here, not the fused ones: {fallback}", stacklevel=2)
-            named: dict[str, Any] = {self._cache_name: cache}
-            return type(self.decoder).forward(
-                self.decoder,
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                position_ids=position_ids,
-                inputs_embeds=inputs_embeds,
-                use_cache=use_cache,
-                **named,
-                **kwargs,
-            )
+            given = (input_ids, attention_mask, position_ids, inputs_embeds, use_cache)
+            return own_forward(self.decoder, *given, **{self._cache_name: cache}, **kwargs)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         if getattr(self.decoder, "gradient_checkpointing", False) and "checkpointing" not in self._warned:

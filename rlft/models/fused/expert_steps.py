@@ -67,13 +67,15 @@ class ExpertSteps:
         weights = x.new_empty(T, k, dtype=torch.promote_types(x.dtype, torch.float32))
         return Routing(experts, weights, self._u(x, T * k) if keep else None)
 
-    def forward(self, n: Tensor, routing: Routing, residual: Tensor, out: Tensor) -> None:
+    def forward(self, n: Tensor, routing: Routing, residual: Tensor, out: Tensor, given: Tensor | None = None) -> None:
         """Write out = residual + the weighted outputs of each token's experts, and fill `routing`.
 
-        n: [t, H], rows of any stride. residual: [t, H], may be out.
+        n: [t, H], rows of any stride. residual: [t, H], may be out. given: [t, k] integers, the experts to take; None:
+        the router's choice.
         """
         mixture = self.mixture
-        choice = choose_experts(self._logits(n), mixture.k, mixture.scoring, mixture.correction)
+        given = None if given is None else given.int().contiguous()
+        choice = choose_experts(self._logits(n), mixture.k, mixture.scoring, mixture.correction, given)
         routing.experts.copy_(choice.experts)
         routing.weights.copy_(choice.weights)
         order, inverse, offsets = sort_by_expert(choice.experts, mixture.experts)

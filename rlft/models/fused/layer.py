@@ -95,7 +95,7 @@ class Forward(Steps):
         return self._mlp(x, attended, saved)
 
     def _mlp(self, x: Tensor, attended: Tensor, saved: SavedActivations) -> Tensor:
-        out = torch.empty_like(x)
+        out, routes = torch.empty_like(x), self.run.routes.get(self.layer.index)
         for rows in tiles(x.shape[0], self.run.tile):
             o, _ = self.out(attended[rows])
             mid = out[rows] if saved.mid is None else saved.mid[rows]
@@ -103,7 +103,8 @@ class Forward(Steps):
             del o
             if self.experts is not None:
                 assert saved.routing is not None
-                self.experts.forward(n[:, : x.shape[1]], saved.routing[rows], mid, out[rows])
+                given = None if routes is None else routes[rows]
+                self.experts.forward(n[:, : x.shape[1]], saved.routing[rows], mid, out[rows], given)
                 mid = out[rows]
             if self.layer.has_mlp:
                 gate_up, weight = self._gate_up(n, saved, rows), self.shared_weight(n[:, : x.shape[1]])

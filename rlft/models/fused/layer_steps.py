@@ -11,7 +11,7 @@ is that of a layer, and x' the residual stream after its MLP, which the input is
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -66,6 +66,8 @@ class Pass:
     offload: Offload | None = None
     places: ops.Places | None = None
     """Where the sequences are; None: all layers have attention."""
+    routes: Mapping[int, Tensor] = field(default_factory=dict)
+    """Layer -> the experts of each row [T, k], any integers; layers that are not in it choose by their routers."""
     stored: dict[int, Stored] = field(default_factory=dict)
     """Layer -> what it moved to the host."""
     shared: dict[int, SharedKV] = field(default_factory=dict)
