@@ -126,8 +126,16 @@ class Engine:
     billion parameters on, since a smaller model samples no faster by more than the start takes longer."""
     deadline: Annotated[float, Gt(0)] = 600.0
     """Seconds without a finished step of vLLM after which it counts as hanging."""
+    routing_replay: bool | Literal["auto"] = "auto"
+    """Train a mixture with the experts that vLLM chose for each token, weighted as they are now. "auto": where vLLM
+    samples. false: each pass of training chooses by itself."""
 
     def __post_init__(self) -> None:
+        refuse(
+            self.routing_replay is True and self.name in ("eager", "replay"),
+            f'engine.routing_replay = true: engine.name = "{self.name}" does not report the experts of each token; set '
+            f'engine.name = "vllm", or leave engine.routing_replay out',
+        )
         refuse(
             self.compile is True and not self.graphs,
             "engine.compile = true: engine.graphs = false leaves vLLM's compiler out as well; set one of the two",

@@ -124,6 +124,11 @@ class Policy:
         """Number of layers that have experts."""
         return len(list(experts.layers(self.base)))
 
+    @functools.cached_property
+    def experts(self) -> int:
+        """Number of experts of a layer; 0 where no layer has any."""
+        return max((module.num_experts for _, module in experts.layers(self.base)), default=0)
+
     def logprobs(self, batch: Batch, entropy_grad: bool = False) -> tuple[Tensor, Tensor]:
         """Return the log-prob of every trained token, with gradient to the adapter, and the entropy of its
         distribution, without.

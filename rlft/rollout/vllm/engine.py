@@ -23,12 +23,13 @@ from torch import Tensor
 from rlft import dist
 from rlft.config.data import Sampling
 from rlft.config.run import Engine as Options
-from rlft.errors import EngineError, UnsupportedModel
+from rlft.errors import EngineError
 from rlft.models import experts
 from rlft.models.allocator import segments
 from rlft.models.kind import sees
 from rlft.models.policy import Policy
 from rlft.rollout.engine import Finished, check_names, check_read_back, eos_ids
+from rlft.rollout.routing import replays
 from rlft.rollout.vllm import sleeping
 from rlft.rollout.vllm import start as vllm_start
 from rlft.rollout.vllm.memory import EngineMemory, EngineMode, choose_mode
@@ -38,8 +39,6 @@ from rlft.rollout.vllm.slots import Pair, adapted, module_of, ranks_of
 from rlft.rollout.vllm.start import arguments, class_restored, defaults_restored, environment, model_folder, quiet
 from rlft.types import Prompt, Rollout
 
-OF_A_MODEL = (ValueError, TypeError, LookupError, AttributeError, NotImplementedError, AssertionError, ImportError)
-"""What vLLM raises over a model that it does not have or cannot build; errors of the device and of files are others."""
 NUMBERS = itertools.count(1)
 """Numbers of the engines of this process."""
 
@@ -79,6 +78,9 @@ class VllmEngine:
         self._held: dict[str, Pair] = {}
         """Weight -> A and scaled B of the last loaded adapter, in the engine's dtype."""
         self._version, self._restarted, self._asleep = None, False, False
+        self._reports, line = replays(policy, options, "vllm")
+        for text in [line] if line else []:
+            detail(text)
         self._freed = 0
         """Bytes that the last sleep freed and the next wake allocates again."""
         self._start()
@@ -103,7 +105,7 @@ class VllmEngine:
             from rlft.rollout.vllm import hooks
 
             merged, gates = self.choice.mode == "merged", experts.gates(self._policy.base)
-            self._provider = hooks.WeightProvider(weights, self._ranks, merged, gates)
+            self._provider = hooks.WeightProvider(weights, self._ranks, merged, gates, self._reports)
             if self._sees:
                 from rlft.rollout.vllm import images
 
@@ -120,10 +122,12 @@ class VllmEngine:
                     hooks.release_pools(asleep=False)
                 if isinstance(error, EngineError):
                     raise
-                raise self._not_started(error) from error
+                name = type(self._policy.base).__name__
+                raise vllm_start.not_started(name, self._provider.stage, error) from error
             finally:
                 del hooks.WeightProvider.waiting[number]
         (self.runner,) = self._llm.collective_rpc("rlft_runner")
+        self._llm.collective_rpc("rlft_record", args=(self._provider.log,))
         self._check_rope()
         self._refill()
         tested = hooks.TESTED_ON_GPU if device.type == "cuda" else hooks.TESTED_ON_CPU
@@ -131,19 +135,6 @@ class VllmEngine:
         self._detail(
             f"vLLM {vllm_start.version()} ({self.runner} model runner{new}) "
             f"up in {time.perf_counter() - begin:.0f} s: {self.choice}"
-        )
-
-    def _not_started(self, error: Exception) -> EngineError:
-        """Return the error to raise where vLLM did not start: whether it is about the model, or about anything else."""
-        name, vllm = type(self._policy.base).__name__, f"vLLM {vllm_start.version()}"
-        why = f"{type(error).__name__}: {(str(error).strip() or type(error).__name__).splitlines()[0]}"
-        of_model = isinstance(error, OF_A_MODEL)
-        if of_model and self._provider.stage == "configured" and not vllm_start.knows(name):
-            return UnsupportedModel(f"{vllm} has no model {name} ({why})")
-        if of_model and self._provider.stage == "building":
-            return UnsupportedModel(f"{vllm} cannot build {name} ({why})")
-        return EngineError(
-            f'{vllm} did not start ({why}); run with VLLM_LOGGING_LEVEL=DEBUG to see why, or set engine.name = "eager"'
         )
 
     def _check_rope(self) -> None:
@@ -347,6 +338,7 @@ class VllmEngine:
                     self._progress,
                     finished,
                     first,
+                    self._provider.log,
                 )
         except VllmFailed as failure:
             # A new engine joins the process group at its start, which all ranks must do at the same moment.

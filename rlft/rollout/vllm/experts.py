@@ -79,14 +79,29 @@ class ExpertsMethod(FusedMoEMethodBase):
         self, layer: nn.Module, x: Tensor, topk_weights: Tensor, topk_ids: Tensor, *shared: Any, **more: Any
     ) -> Any:  # type: ignore[override]
         """Compute the experts [T, k] of tokens [T, H]. vLLM runs shared experts itself."""
+        report(layer, topk_ids)
         compute: Any = layer.rlft_experts
         return compute(x, topk_weights, topk_ids)
+
+
+def report(layer: nn.Module, chosen: Tensor) -> None:
+    """Write the experts [T, k] of a pass where the layer has a part of a log for them."""
+    routes: Any = getattr(layer, "rlft_routes", None)
+    if routes is not None:
+        routes[: chosen.shape[0]].copy_(chosen)
 
 
 class FilledExperts(UnquantizedFusedMoEMethod):
     """vLLM's own experts in memory that rlft fills, again after each wake."""
 
     shared = False
+
+    def apply(
+        self, layer: nn.Module, x: Tensor, topk_weights: Tensor, topk_ids: Tensor, *shared: Any, **more: Any
+    ) -> Any:  # type: ignore[override]
+        """Report the experts of each token, and compute them by vLLM's kernel."""
+        report(layer, topk_ids)
+        return super().apply(layer, x, topk_weights, topk_ids, *shared, **more)  # type: ignore[arg-type]
 
     def process_weights_after_loading(self, layer: Any) -> None:
         """Choose vLLM's kernel. Raises EngineError for one that wants the weights in another layout."""

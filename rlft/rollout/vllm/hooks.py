@@ -5,7 +5,7 @@
 | register_model_loader("rlft") | gives the trainer's weights to vLLM instead of files |
 | register_quantization_config("rlft-shared", "rlft-dequantized") | linear layers and experts that compute from the
   trainer's weights, or whose memory we fill; embeddings and heads without separate memory |
-| worker_extension_cls | returns which model runner is active |
+| worker_cls | says which model runner is active, and logs the experts of each token (`rlft.rollout.vllm.worker`) |
 | register_oot("ApplyRotaryEmb") | only with flash-attn-4: vLLM's own class, without the import that fails there |
 
 All of them were tested on vLLM 0.23 with model runner V2 on a GPU, and all but the last on 0.32 with V1 on a CPU
@@ -13,7 +13,7 @@ All of them were tested on vLLM 0.23 with model runner V2 on a GPU, and all but 
 
 Private attributes in use: allocator_and_pools and pointer_to_data of CuMemAllocator, to count and free memory;
 _global_graph_pool of the platform, at close. What depends on vLLM's internals is in this file, in
-`rlft.rollout.vllm.linear`, `rlft.rollout.vllm.experts` and `rlft.rollout.vllm.provider`.
+`rlft.rollout.vllm.linear`, `rlft.rollout.vllm.experts`, `rlft.rollout.vllm.provider` and `rlft.rollout.vllm.worker`.
 
 Imported only when an engine starts (rlft.rollout.vllm.engine), since it imports vLLM and registers the hooks.
 """
@@ -185,16 +185,3 @@ def unmapped() -> int:
     segments = [segment for pool, _ in allocator.allocator_and_pools.values() for segment in pool.snapshot()]
     missing = [segment for segment in segments if segment["address"] not in allocator.pointer_to_data]
     return sum(segment["total_size"] - segment["allocated_size"] for segment in missing)
-
-
-class WorkerExtension:
-    """Methods added to vLLM's worker, called through `LLM.collective_rpc`."""
-
-    def rlft_long_rope(self) -> list[bool]:
-        """Return the distinct values of use_long_rope over the rotary modules; empty where none has it."""
-        values = {getattr(module, "use_long_rope", None) for module in self.get_model().modules()}  # type: ignore[attr-defined]
-        return sorted(bool(long) for long in values - {None})
-
-    def rlft_runner(self) -> str:
-        """Return the active model runner, "V1" or "V2"."""
-        return "V2" if getattr(self, "use_v2_model_runner", False) else "V1"

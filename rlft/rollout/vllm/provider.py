@@ -10,12 +10,14 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
+from vllm.config import get_current_vllm_config
 
 from rlft.errors import UnsupportedModel
 from rlft.rollout.vllm import expert_layer, shared_weights
 from rlft.rollout.vllm.experts import STACKS, ExpertsMethod, FilledExperts
 from rlft.rollout.vllm.linear import SHARED, SHARED_NUMBERS, DequantizedMethod, SharedMethod
 from rlft.rollout.vllm.names import Naming, Weight, partners
+from rlft.rollout.vllm.routes import RouteLog
 from rlft.rollout.vllm.shared_weights import WeightCopy
 from rlft.rollout.vllm.slots import Pair, Slot, StackSlot, put
 
@@ -36,12 +38,16 @@ class WeightProvider:
         ranks: Mapping[str, int],
         merged: bool,
         gates: Mapping[str, expert_layer.Gate] | None = None,
+        reports: bool = False,
     ) -> None:
         """Hold the weights.
 
         ranks: of the adapter, by the names of weights. merged: merge it, so that no slots exist. gates: name of a layer
-        of experts -> the trainer's function between its two products.
+        of experts -> the trainer's function between its two products. reports: log the experts of each token.
         """
+        self._reports = reports
+        self.log: RouteLog | None = None
+        """The experts of each token; set once vLLM has loaded the model, where they are asked for."""
         self.weights, self._merged, self._gates = weights, merged, gates or {}
         self._ranks = dict(ranks)
         self._slots: dict[str, Slot | StackSlot] = {}
@@ -92,6 +98,8 @@ class WeightProvider:
             else:
                 parameter.data = shared_weights.shared_tensor(name, weights[0], parameter, module)
         self._give_experts(modules, matches)
+        if self._reports:
+            self._give_log(modules, matches)
         self.weight_copy = WeightCopy(places, self.weights)
         self.zeros = list(getattr(model, "deepstack_input_embeds", ()))  # type: ignore[arg-type]
         if not any(parameter.is_cuda for parameter in parameters.values()):
@@ -141,6 +149,18 @@ class WeightProvider:
                 layer = matches[f"{where}.{STACKS[0]}"][0].rpartition(".")[0]
                 module.rlft_experts = expert_layer.ExpertLayer(up, down, self._gates[layer])  # type: ignore[assignment]
 
+    def _give_log(self, modules: Mapping[str, nn.Module], matches: Parts) -> None:
+        """Make a log of experts, and give each layer its part, in the order of the trainer's layers."""
+        layers = {where: module for where, module in modules.items() if _has_experts(module)}
+        moe: Any = next(iter(layers.values())).quant_method.moe  # type: ignore[union-attr]
+        rows = get_current_vllm_config().scheduler_config.max_num_batched_tokens
+        device = next(modules[""].parameters()).device
+        self.log = RouteLog(rows, len(self._gates), moe.experts_per_token, moe.num_experts, device)
+        order = list(self._gates)
+        for where, module in layers.items():
+            layer = matches[f"{where}.{STACKS[0]}"][0].rpartition(".")[0]
+            module.rlft_routes = self.log.buffer[:, order.index(layer)]  # type: ignore[assignment]
+
     def _product(self, name: str, module: nn.Module, shared: bool, matches: Parts) -> expert_layer.Product:
         """Return one product of a layer of experts. name: of the engine's stack."""
         leaf = name.rpartition(".")[2]
@@ -151,7 +171,7 @@ class WeightProvider:
 
     def forget(self) -> None:
         """Drop all references to the engine's memory."""
-        self.weight_copy, self._slots, self.zeros = None, {}, []
+        self.weight_copy, self._slots, self.zeros, self.log = None, {}, [], None
 
     def put(self, adapter: Mapping[str, Pair]) -> None:
         """Write the adapter into its slots. adapter: name of a weight -> A and scaled B, in the engine's dtype."""
@@ -187,3 +207,8 @@ def _refuse_absorbed(names: Iterable[str]) -> None:
 def _is_stack(method: object, leaf: str) -> bool:
     """Return whether a parameter of vLLM's is a stack of experts that rlft fills or shares."""
     return isinstance(method, ExpertsMethod | FilledExperts) and leaf in STACKS
+
+
+def _has_experts(module: nn.Module) -> bool:
+    """Return whether a module of vLLM's is a layer of experts."""
+    return isinstance(getattr(module, "quant_method", None), ExpertsMethod | FilledExperts)

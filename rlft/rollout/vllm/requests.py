@@ -16,6 +16,8 @@ from rlft.config.data import Sampling
 from rlft.errors import EngineError
 from rlft.models.vision import Vision
 from rlft.rollout.engine import Finished, Groups, rollout_seed
+from rlft.rollout.vllm.routes import RouteLog, fill
+from rlft.routes import Routes
 from rlft.types import FinishReason, Prompt, Rollout
 
 
@@ -89,13 +91,16 @@ def sample(
     progress: Callable[[int, int], None] | None,
     finished: Finished | None = None,
     first: int = 0,
+    log: RouteLog | None = None,
 ) -> list[Rollout]:
     """Sample `sampling.group_size` rollouts per prompt, in order.
 
     engine: vLLM's LLMEngine. version: of the policy. vision: computes the features of images. deadline: seconds without
-    a finished step. finished, first: as in `Engine.generate`. Raises VllmFailed, and EngineError for images without
-    `vision`.
+    a finished step. finished, first: as in `Engine.generate`. log: of experts, for rollouts with routes. Raises
+    VllmFailed, and EngineError for images without `vision` and for experts that were not reported.
     """
+    if log is not None:
+        log.clear()
     samples = []
     for slot, prompt in enumerate(prompts):
         for i in range(sampling.group_size):
@@ -107,17 +112,20 @@ def sample(
 
     def ended(number: int, output: Any) -> None:
         slot, prompt, i, seed_of_sample = samples[number]
-        completion = output.outputs[0]
+        completion, routes = output.outputs[0], None if log is None else Routes()
         text = (
             completion.text if sampling.stop else tokenizer.decode(list(completion.token_ids), skip_special_tokens=True)
         )
-        groups.put(slot, _rollout(completion, text, prompt, i, seed_of_sample, version, places))
+        groups.put(slot, _rollout(completion, text, prompt, i, seed_of_sample, version, places, routes))
 
     # On a CPU vLLM compiles the computation of token ranks, which takes 18 s at the first call and needs a C++
     # compiler.
     with torch.compiler.set_stance("force_eager") if device.type == "cpu" else nullcontext():
         _run(engine, requests, device, deadline, progress, ended)
-    return groups.rollouts()
+    rollouts = groups.rollouts()
+    if log is not None:
+        fill(log, rollouts, sampling.group_size)
+    return rollouts
 
 
 def inputs(prompts: Sequence[Prompt], vision: Vision | None) -> list[Any]:
@@ -198,8 +206,20 @@ def _run(
         raise VllmFailed(f"{len(requests) - count} of {len(requests)} requests came back without an end")
 
 
-def _rollout(output: Any, text: str, prompt: Prompt, sample: int, seed: int, version: int, places: Set[int]) -> Rollout:
-    """Return a completion as a rollout. places: tokens that stand for images, and are not trained."""
+def _rollout(
+    output: Any,
+    text: str,
+    prompt: Prompt,
+    sample: int,
+    seed: int,
+    version: int,
+    places: Set[int],
+    routes: Routes | None = None,
+) -> Rollout:
+    """Return a completion as a rollout.
+
+    places: tokens that stand for images, and are not trained. routes: filled once all completions have ended.
+    """
     ids, logprobs = tuple(output.token_ids), tuple(float(value) for value in output.logprobs.logprobs)
     if output.finish_reason not in ("stop", "length") or len(ids) != len(logprobs):
         raise VllmFailed(
@@ -218,4 +238,5 @@ def _rollout(output: Any, text: str, prompt: Prompt, sample: int, seed: int, ver
         sample_index=sample,
         policy_version=version,
         seed=seed,
+        routes=routes,
     )

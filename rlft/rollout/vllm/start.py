@@ -17,7 +17,7 @@ import torch
 
 from rlft import dist
 from rlft.config.run import Engine as Options
-from rlft.errors import UnsupportedModel
+from rlft.errors import EngineError, UnsupportedModel
 from rlft.models.kind import sees
 from rlft.models.random_state import kept_random_state
 from rlft.rollout.vllm.memory import EngineMemory, EngineMode
@@ -25,6 +25,9 @@ from rlft.rollout.vllm.slots import slot_rank
 
 COMPILED = 2 * 10**9
 """Bytes of a model's linear layers from which vLLM compiles it by itself: 1 billion parameters in 16 bits."""
+
+OF_A_MODEL = (ValueError, TypeError, LookupError, AttributeError, NotImplementedError, AssertionError, ImportError)
+"""What vLLM raises over a model that it does not have or cannot build; errors of the device and of files are others."""
 
 _WRAPPED: dict[type, Any] = {}
 """Class of transformers -> its `__init__` as vLLM's compiler wrapped it."""
@@ -40,6 +43,23 @@ def version() -> str:
 def minor() -> str:
     """Return vLLM's minor version, such as "0.23" for 0.23.0."""
     return ".".join(version().split(".")[:2])
+
+
+def not_started(name: str, stage: str, error: Exception) -> EngineError:
+    """Return the error to raise where vLLM did not start: whether it is about the model, or about anything else.
+
+    name: class of the model. stage: as of WeightProvider, when vLLM raised `error`.
+    """
+    vllm = f"vLLM {version()}"
+    why = f"{type(error).__name__}: {(str(error).strip() or type(error).__name__).splitlines()[0]}"
+    of_model = isinstance(error, OF_A_MODEL)
+    if of_model and stage == "configured" and not knows(name):
+        return UnsupportedModel(f"{vllm} has no model {name} ({why})")
+    if of_model and stage == "building":
+        return UnsupportedModel(f"{vllm} cannot build {name} ({why})")
+    return EngineError(
+        f'{vllm} did not start ({why}); run with VLLM_LOGGING_LEVEL=DEBUG to see why, or set engine.name = "eager"'
+    )
 
 
 def knows(architecture: str) -> bool:
@@ -129,7 +149,7 @@ def arguments(
         "dtype": str(dtype).removeprefix("torch."),
         "max_model_len": sizes.longest,
         "max_num_seqs": most,
-        "worker_extension_cls": "rlft.rollout.vllm.hooks.WorkerExtension",
+        "worker_cls": "rlft.rollout.vllm.worker.Worker",
         "kv_cache_memory_bytes": choice.kv_bytes,
         "max_num_batched_tokens": max(sizes.batched, most),
         "enforce_eager": not (gpu and options.graphs),
