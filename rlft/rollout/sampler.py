@@ -21,6 +21,7 @@ from rlft.models.policy import Policy
 from rlft.models.rope import context_of
 from rlft.rollout.eager import EagerEngine
 from rlft.rollout.engine import Engine
+from rlft.rollout.routing import replays
 from rlft.types import Prompt, Rollout
 
 if TYPE_CHECKING:
@@ -71,7 +72,7 @@ class Sampler:
         if name == "auto":
             name = "vllm" if self.policy.device.type == "cuda" and version("vllm") is not None else "eager"
         if name == "eager":
-            return EagerEngine(self.policy, self.tokenizer, options.batch_size)
+            return self._eager(options)
         from rlft.rollout.vllm.engine import VllmEngine
 
         try:
@@ -80,7 +81,12 @@ class Sampler:
             if options.name != "auto":
                 raise
             warnings.warn(f"rlft: sampling with the model's own modules: {error.reason}", stacklevel=3)
-            return EagerEngine(self.policy, self.tokenizer, options.batch_size)
+            return self._eager(options)
+
+    def _eager(self, options: Options) -> Engine:
+        """Return the eager engine. Raises ConfigError for a setting of `options` that it cannot honour."""
+        replays(self.policy, options, "eager")
+        return EagerEngine(self.policy, self.tokenizer, options.batch_size)
 
     def __enter__(self) -> Sampler:
         return self

@@ -76,4 +76,7 @@ def agree(
     )
     if result.weaker:
         detail(result.weaker)
-    return limit
+    if result.live is None:
+        return limit
+    detail(f"with experts that the trainer's routers choose they would agree to {result.live:.1e} nat")
+    return replace(limit, probed={"parity/probe": result.noise, "parity/probe_live": result.live})

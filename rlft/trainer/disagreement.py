@@ -17,8 +17,8 @@ noise is small; the mean over the step covers those.)
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -48,6 +48,8 @@ class Limit:
     """Expected mean |d|."""
     sd: float
     """Standard deviation of |d| over tokens."""
+    probed: Mapping[str, float] = field(default_factory=dict)
+    """Metrics of the probe that every step repeats."""
 
     @staticmethod
     def of(step: float, factor: float, worst: float = 0.0, sd: float = 0.0, most: float = math.inf) -> Limit:

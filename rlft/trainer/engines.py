@@ -16,6 +16,7 @@ from rlft.models.rope import context_of
 from rlft.monitor.console import Console
 from rlft.rollout.eager import EagerEngine
 from rlft.rollout.engine import Engine
+from rlft.rollout.routing import replays
 from rlft.trainer.evaluate import sampling_of
 from rlft.types import Prompt
 
@@ -58,6 +59,8 @@ def start(cfg: Config, policy: Policy, tokenizer: Any, console: Console, rows: S
             _check_fits(cfg, longest_of(cfg, policy, rows))
     elif cfg.engine.name == "auto" and policy.device.type == "cuda":
         console.warn(f"sampling with the trainer's own modules, since vLLM is not installed: {INSTALL}")
+    if line := replays(policy, cfg.engine, "eager")[1]:
+        console.detail(line)
     return EagerEngine(policy, tokenizer, cfg.engine.batch_size, console.generating)
 
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -202,6 +202,8 @@ class Probe:
     """Largest mean |d| of a sequence less what its length explains; at least 0."""
     sd: float = 0.0
     """Standard deviation of |d| over tokens."""
+    live: float | None = None
+    """The larger mean |d| where the trainer's routers choose the experts; None where the engine reports none."""
 
     @property
     def noise(self) -> float:
@@ -230,16 +232,19 @@ Parts = Sequence[tuple[Sequence[Prompt], Any]]
 
 def _compare(
     policy: Any, engine: Any, parts: Parts, seed: int, plan: PackPlan, version: int
-) -> tuple[Mismatch, list[Rollout]]:
+) -> tuple[Mismatch, list[Rollout], float]:
+    """Return the mismatch, what was sampled, and mean |d| where routers choose the experts; nan without routes."""
     engine.load_adapter(policy.adapter(), version=version)
     rollouts: list[Rollout] = []
     for i, (prompts, sampling) in enumerate(parts):
         rollouts += engine.generate(prompts, sampling, seed=(seed, 2**31 + i, -version))
-    mismatch = Mismatch()
+    mismatch, live = Mismatch(), Mismatch()
     with asleep(engine):  # scoring uses the memory that the engine frees
         batches = pack_all(rollouts, plan)
         for batch in batches:
             mismatch.add(policy.score(batch), batch)
+            if batch.routes is not None:
+                live.add(policy.score(replace(batch, routes=None)), batch)
         scored = sum(int(batch.train_mask.sum()) for batch in batches)
         if mismatch.tokens < scored or not scored:
             sampled = sum(len(rollout.completion_ids) for rollout in rollouts)
@@ -247,7 +252,7 @@ def _compare(
                 raise ParityError("at the start every completion of the engine is empty: stop tokens or prompts")
             subject = f"at the start {sampled - mismatch.tokens} of {sampled} log-probs of engine or trainer"
             raise not_finite(policy, unsampled(rollouts, plan), subject)
-    return mismatch, rollouts
+    return mismatch, rollouts, live.mean
 
 
 def _random_adapter(policy: Any, rollouts: list[Rollout], plan: PackPlan, seed: int) -> float:
@@ -312,7 +317,7 @@ def probe(
         for name, tensor in policy.adapter().items():
             if ".lora_B." in name:
                 tensor.zero_()
-        off, rollouts = _compare(policy, engine, parts, seed, plan, version=-1)
+        off, rollouts, live_off = _compare(policy, engine, parts, seed, plan, version=-1)
         if not off.mean <= CEILING:
             raise ParityError(
                 f"at the start engine and trainer differ by {off.mean:.3g} nat on the base (limit {CEILING}): the base "
@@ -321,7 +326,7 @@ def probe(
         with asleep(engine):
             _check_sequences(off, most, policy.score, "at the start, on the base, ")
             shift = _random_adapter(policy, rollouts[:2], plan, seed)
-        on, rollouts = _compare(policy, engine, parts, seed, plan, version=-2)
+        on, rollouts, live_on = _compare(policy, engine, parts, seed, plan, version=-2)
         if not on.mean <= _most(shift, off.mean):
             raise ParityError(
                 f"at the start engine and trainer differ by {off.mean:.3g} nat on the base and {on.mean:.3g} nat with "
@@ -335,7 +340,8 @@ def probe(
     sd, noise = max(off.sd, on.sd), max(off.mean, on.mean)
     short = Limit(0.0, 0.0, max(noise, 1e-12), max(sd, SPREAD * noise))
     worst = max(0.0, off.excess(short), on.excess(short))
-    return Probe(off.mean, on.mean, shift, off.tokens + on.tokens, worst, sd)
+    live = None if math.isnan(live_off) else max(live_off, live_on)
+    return Probe(off.mean, on.mean, shift, off.tokens + on.tokens, worst, sd, live)
 
 
 def limit(result: Probe | None, cfg: Any) -> Limit:

@@ -39,6 +39,7 @@ def step_values(sampler: Sampler, trainer: Trainer, step: Step) -> dict[str, flo
         "epoch": sampler.prompts.epoch,
         "num_tokens": float(state.num_tokens),
         "parity/limit": trainer.limit.step,
+        **trainer.limit.probed,
         "skipped_updates": float(state.skipped_updates),
     }
     values |= {"curriculum/solved": float(len(state.solved))} if cfg.curriculum.solved_share is not None else {}

@@ -240,6 +240,8 @@ def _engine(cfg: Config, algorithm: Algorithm | None, rows: Rows, callables: boo
             )
         if algorithm is not None and algorithm.loss.needs_sampler:
             yield f'algo.name = "{cfg.algo.name}": needs sampler log-probs, which recorded completions lack'
+        if cfg.engine.routing_replay is True:
+            yield "engine.routing_replay = true: recorded completions come without an engine's experts; leave it out"
         if cfg.dynamic_sampling.rounds:
             rounds = cfg.dynamic_sampling.rounds
             yield f"dynamic_sampling.rounds = {rounds}: recorded completions are not drawn again; set it to 0"

@@ -18,11 +18,13 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from losses import LOSSES, PAIRS, Toy, batches_of, filled_step, rows_of, step
+from mixtures import save_mixture
 from records import groups
 from reward_functions import broken_on_rank_1, digits
 from safetensors.torch import load_file
 from test_placement import loaded, save_blocks
 from test_placement import results as results_of
+from test_routing_replay import Reporting
 from tiny import save_tiny
 from torch import Tensor
 
@@ -30,6 +32,7 @@ import rlft
 from rlft import dist
 from rlft.batch import count, micro_batch_tokens, pack
 from rlft.errors import ConfigError, RewardError, TrainError
+from rlft.trainer import engines
 from rlft.trainer.metrics import Metrics
 from rlft.trainer.optim import Optimizer
 from rlft.trainer.prepare import PackedStep, dealt, per_completion
@@ -68,20 +71,24 @@ RUNS: dict[str, dict[str, Any]] = {
     "dpo": {"algo": "dpo", "data": "pairs.jsonl", "eval": {"rows": 3, "every": 2}},
     "kto": {"algo": "kto", "data": "labels.jsonl"},
     "sft": {"algo": "sft", "data": "sft.jsonl", "eval": {"rows": 3}},
+    "routing replay": {"model": "mixture", "parity": {"probe": False, "ceiling": 50.0}},
 }
 RECORDED = ("dpo", "kto", "sft")
 
 
 def train(home: Path, name: str, out: Path, **more: Any) -> None:
     wanted = dict(RUNS[name])
-    if "data" in wanted:
-        wanted["data"] = str(home / wanted["data"])
+    wanted |= {key: str(home / wanted[key]) for key in ("data", "model") if key in wanted}
     cfg = rlft.Config(**settings(home, out, **wanted | more))
-    rlft.train(cfg, rewards=None if name in RECORDED else [digits], resume=more.get("if_exists") == "resume")
+    with pytest.MonkeyPatch.context() as patch:
+        if name == "routing replay":
+            patch.setattr(engines, "EagerEngine", Reporting)
+        rlft.train(cfg, rewards=None if name in RECORDED else [digits], resume=more.get("if_exists") == "resume")
 
 
 def make_home(home: Path) -> None:
     save_tiny(home / "model")
+    save_mixture(home / "mixture")
     save_blocks(home / "blocks")
     draw = random.Random(0)
     texts = ["".join(draw.choice("abc 123") for _ in range(draw.randrange(2, 9))) for _ in range(96)]
