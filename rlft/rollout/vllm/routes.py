@@ -1,8 +1,8 @@
 """Collect the experts that vLLM chose for each token of the requests of a call.
 
 Every layer of experts writes the choice of its rows into a buffer, inside of CUDA graphs too. Behind each pass the
-worker adds a copy to the log, with the tokens that the rows are: so many positions of a request, from a first one on.
-What is exact in the end:
+worker adds a copy to the log, with the tokens that the rows are, as spans of positions of a request. What is exact in
+the end:
 
 - a token of a completion has the experts of the pass that sampled the token behind it. After a preemption that is the
   pass before it: what vLLM computes again to fill its cache does not count, except where it samples;
