@@ -22,7 +22,8 @@ def replays(policy: Policy, options: Options, engine: str) -> tuple[bool, str]:
         return False, ""
     if reason is not None:
         return False, f"routing replay is off: {reason}; each pass of training chooses experts by itself"
-    return True, f"routing replay: training takes the experts that vLLM chose, in {policy.mixtures} layers"
+    layers = f"{policy.mixtures} layer{'s' * (policy.mixtures > 1)}"
+    return True, f"routing replay: training takes the experts that vLLM chose, in {layers}"
 
 
 def _hindrance(policy: Policy, engine: str) -> str | None:

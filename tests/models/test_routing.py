@@ -9,12 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from test_architectures import tiny
 from test_experts import adapted
 from test_fused_experts import KINDS, SMALL
 from test_graphs import groups_of
 from torch import Tensor
 
 from rlft.errors import EngineError
+from rlft.kernels.expert_choice import Scoring
 from rlft.models import policy as policies
 from rlft.models.fused.levels import L0, L3
 from rlft.models.fused.memory import MemoryPlan
@@ -58,10 +60,10 @@ def routers(base: Any) -> list[Any]:
     return [module for _, module in base.named_modules() if type(module).__name__.lower().endswith("topkrouter")]
 
 
-def batch_of(base: Any, seed: int = 4) -> Batch:
+def batch_of(base: Any, groups: list[tuple[int, list[int]]] = GROUPS) -> Batch:
     """Groups with random experts of every token."""
-    g, found = torch.Generator().manual_seed(seed), routers(base)
-    batch = groups_of(GROUPS, g, 61)
+    g, found = torch.Generator().manual_seed(4), routers(base)
+    batch = groups_of(groups, g, 61)
     shape = (len(batch.input_ids), len(found), found[0].weight.shape[0])
     return replace(batch, routes=torch.rand(shape, generator=g).argsort(2)[..., : found[0].top_k].to(torch.uint8))
 
@@ -159,14 +161,32 @@ def test_routes_of_another_model_or_of_an_unknown_router_are_refused(monkeypatch
         policy.score(batch)
 
 
+@pytest.mark.parametrize(
+    ("kind", "scoring"),
+    [
+        ("deepseek_v3", Scoring("sigmoid", scale=2.5)),
+        ("flex_olmo", Scoring(renormalised=False)),
+        ("minimax", Scoring()),
+        ("lfm2_moe", "the router of Lfm2MoeSparseMoeBlock has a form that rlft does not know"),
+        ("granitemoe", "the router of GraniteMoeMoE has a form that rlft does not know"),
+    ],
+)
+def test_how_a_router_scores_is_read_from_what_it_returns(kind: str, scoring: Scoring | str) -> None:
+    """Families without fused layers; the second argument of LFM2's router and the sorted rows of Granite's are not
+    known."""
+    found = routers_of(tiny(kind, torch.float32).base)
+    assert scoring == (found if isinstance(found, str) else found[0].scoring)
+
+
 @pytest.mark.parametrize("kind", ["qwen3_moe", "glm4_moe", "gpt_oss"])
 def test_levels_and_tiles_keep_the_given_experts(kind: str) -> None:
-    """The backward takes the experts of the forward, whatever it computes again."""
-    batch, found = batch_of(adapted(kind, **fields_of(kind)).get_base_model()), []
-    for level in (L0, L3):
+    """The backward takes the experts of the forward, whatever it computes again; tiles have those of their rows."""
+    batch, found = batch_of(adapted(kind, **fields_of(kind)).get_base_model(), [(70, [30, 9]), (3, [80])]), []
+    for level, tile in ((L0, 64), (L3, 64), (L3, 1024)):
         policy = Policy(adapted(kind, **fields_of(kind)), torch.float64)
         assert policy.fused is not None
-        policy.fused.plan = MemoryPlan((level,) * len(policy.fused.layers), 64, "layer", 2**20, 0, 0, 0)
+        policy.fused.plan = MemoryPlan((level,) * len(policy.fused.layers), tile, "layer", 2**20, 0, 0, 0)
         (policy.logprobs(batch)[0] * torch.linspace(-1, 1, len(batch.input_ids))).sum().backward()
         found.append(policy.flat.gradient.clone())
-    assert torch.equal(*found) and found[0].any()
+    assert torch.equal(found[0], found[1]) and found[0].any()
+    assert float((found[2] - found[0]).abs().max()) < 1e-12 * float(found[0].abs().max())

@@ -25,12 +25,14 @@ from vllm_models import register
 
 import rlft
 from rlft.config.data import Sampling
-from rlft.config.run import Parity
+from rlft.config.run import Engine, Parity
+from rlft.errors import ConfigError
 from rlft.models.policy import Policy
 from rlft.rollout.eager import EagerEngine
 from rlft.rollout.vllm import start as vllm_start
 from rlft.routes import Routes
 from rlft.trainer import agreement, engines
+from rlft.trainer.validate import problems
 from rlft.types import Rollout
 
 STEPS = 2
@@ -143,6 +145,21 @@ def test_the_probe_measures_both_ways_and_steps_repeat_it() -> None:
     assert limit.probed.keys() == {"parity/probe", "parity/probe_live"}
     assert 0 < limit.probed["parity/probe"] < 0.7 * limit.probed["parity/probe_live"]
     assert lines[-1].startswith("with experts that the trainer's routers choose they would agree to ")
+
+
+def test_what_cannot_be_honoured_is_refused_before_a_run(home: Path) -> None:
+    """Recorded completions, and the eager engine where "auto" takes it."""
+    (home / "sft.jsonl").write_text("\n".join(json.dumps({"prompt": f"say {i}", "completion": "1"}) for i in range(9)))
+    options, out = Engine(routing_replay=True), str(home / "refused")
+    cfg = rlft.Config(str(home / "model"), str(home / "sft.jsonl"), out, steps=1, algo="sft", engine=options)
+    assert problems(cfg) == [
+        "engine.routing_replay = true: recorded completions come without an engine's experts; leave it out"
+    ]
+    eager = r"engine.routing_replay = true: the eager engine does not report the experts .*; set .auto. or false"
+    with pytest.raises(ConfigError, match=eager):
+        train(home, "refused", engine=options, steps=1)
+    with pytest.raises(ConfigError, match=eager):
+        rlft.sampler(adapted("qwen3_moe", torch.float32), tiny_tokenizer(), engine=options)
 
 
 def test_a_run_with_vllm_replays_and_says_so(vllm_visible: None, tmp_path: Path) -> None:
