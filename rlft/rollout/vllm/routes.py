@@ -53,7 +53,7 @@ class RouteLog:
 
     def clear(self) -> None:
         """Drop what was collected."""
-        self._spans: list[Span] = []
+        self._spans: list[np.ndarray] = []
         self._copies: list[Tensor] = []
         self._moved: list[np.ndarray] = []
         self._held = 0
@@ -61,7 +61,7 @@ class RouteLog:
     def add(self, spans: Sequence[Span]) -> None:
         """Copy the rows of a pass that was launched. spans: of its first rows, in their order. Does not wait for it."""
         rows = self.buffer[: sum(span.count for span in spans)].clone()
-        self._spans += spans
+        self._spans.append(np.array(spans, np.int64))
         self._copies.append(rows)
         self._held += rows.nbytes
         if self._held > HELD:
@@ -81,7 +81,7 @@ class RouteLog:
         """Return all spans [S, 3] and the experts of their rows [N, layers, k], and drop them."""
         if self._copies:
             self._move()
-        spans = np.array(self._spans, np.int64).reshape(-1, 3)
+        spans = np.concatenate([np.empty((0, 3), np.int64), *self._spans])
         rows = np.concatenate(self._moved) if self._moved else self.buffer[:0].cpu().numpy()
         self.clear()
         return spans, rows
