@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -128,6 +129,19 @@ def test_replayed_experts_bring_engine_and_trainer_together(sampled: Any) -> Non
     live = mismatch_of(policy, [replace(rollout, routes=None) for rollout in rollouts])
     assert replayed.tokens == live.tokens > 200
     assert replayed.mean < 0.5 * live.mean and replayed.largest < live.largest
+
+
+def test_the_rows_of_a_pass_are_in_the_order_of_either_model_runner(vllm_visible: None) -> None:
+    from rlft.rollout.vllm.worker import spans_of
+
+    scheduled = SimpleNamespace(
+        scheduled_cached_reqs=SimpleNamespace(req_ids=["3-0a1b2c3d", "1-ffffffff"], num_computed_tokens=[9, 4]),
+        scheduled_new_reqs=[SimpleNamespace(req_id="7-12345678", num_computed_tokens=128)],
+        num_scheduled_tokens={"7-12345678": 5, "3-0a1b2c3d": 1, "1-ffffffff": 1},
+    )
+    batch = SimpleNamespace(req_ids=["1-ffffffff", "7-12345678", "3-0a1b2c3d"])
+    v1, v2 = SimpleNamespace(input_batch=batch), SimpleNamespace(execute_model_state=SimpleNamespace(input_batch=batch))
+    assert spans_of(v1, scheduled) == spans_of(v2, scheduled) == [Span(1, 4, 1), Span(7, 128, 5), Span(3, 9, 1)]
 
 
 # ---- putting passes together -----------------------------------------------------------------------------------------
