@@ -8,12 +8,13 @@
 | worker_cls | says which model runner is active, and logs the experts of each token (`rlft.rollout.vllm.worker`) |
 | register_oot("ApplyRotaryEmb") | only with flash-attn-4: vLLM's own class, without the import that fails there |
 
-All of them were tested on vLLM 0.23 with model runner V2 on a GPU, and all but the last on 0.32 with V1 on a CPU
+All but worker_cls were tested on vLLM 0.23 with model runner V2 on a GPU, and all but the last on 0.32 with V1 on a CPU
 (`TESTED_ON_GPU`, `TESTED_ON_CPU`). An engine of another version or runner reports itself as untested.
 
 Private attributes in use: allocator_and_pools and pointer_to_data of CuMemAllocator, to count and free memory;
-_global_graph_pool of the platform, at close. What depends on vLLM's internals is in this file, in
-`rlft.rollout.vllm.linear`, `rlft.rollout.vllm.experts`, `rlft.rollout.vllm.provider` and `rlft.rollout.vllm.worker`.
+_global_graph_pool of the platform, at close; input_batch or execute_model_state of the model runner. What depends on
+vLLM's internals is in this file, in `rlft.rollout.vllm.linear`, `rlft.rollout.vllm.experts`,
+`rlft.rollout.vllm.provider` and `rlft.rollout.vllm.worker`.
 
 Imported only when an engine starts (rlft.rollout.vllm.engine), since it imports vLLM and registers the hooks.
 """
