@@ -58,6 +58,11 @@ class LeftOut(StrEnum):
     """Dynamic sampling dropped its group."""
 
 
+Layout = Literal["axes", "block"]
+"""Tokens of an image: "axes" have positions for time, row and column (M-RoPE). "block" have positions as text, and all
+attend to all of the image."""
+
+
 class Image(NamedTuple):
     """An image in a prompt, read and decoded when its features are needed."""
 
@@ -71,6 +76,7 @@ class Image(NamedTuple):
     """Rows of tokens."""
     width: int
     """Tokens in each row."""
+    layout: Layout = "axes"
 
     @property
     def tokens(self) -> int:
@@ -257,8 +263,8 @@ class Batch:
     input_ids: Tensor
     """[T] int64."""
     position_ids: Tensor
-    """[T] int64: restarts with each sequence, continues after a shared prefix. [3, T] with images: time, row and column
-    (`rlft.positions`)."""
+    """[T] int64: restarts with each sequence, continues after a shared prefix. [3, T] with images on axes: time, row
+    and column (`rlft.positions`)."""
     cu_seqlens: Tensor
     """[S+1] int32: sequence s is rows cu_seqlens[s] to cu_seqlens[s+1]."""
     seq_ids: Tensor

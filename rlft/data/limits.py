@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-from rlft.data.images import ImageReader, advice
+from rlft.data.image_readers import ImageReader, advice
 from rlft.errors import DataError
 from rlft.types import Prompt
 

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from rlft.config.data import Data
 from rlft.config.run import Config, Lora
-from rlft.data.images import ImageReader
+from rlft.data.image_readers import ImageReader
 from rlft.errors import ConfigError
 from rlft.models import experts, targets
 from rlft.models import quantization as quant

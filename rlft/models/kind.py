@@ -2,25 +2,48 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from rlft.errors import ConfigError
+from rlft.types import Layout
 
 TEXT_PARTS = {
     "mistral3": {r"^(model\.)?language_model\.lm_head": "lm_head", r"^(model\.)?language_model\.(model\.)?": "model."}
 }
 """Names in the files -> names in the text model, for vision-language models that transformers loads only with their
 vision tower. Their text model is itself a causal language model."""
-SEEING = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
-"""Model types whose images are supported: their tower has `get_image_features`, and their positions are those of
-`rlft.positions`."""
-TOWER = "model.visual"
-"""The vision tower of such a model, with its projector."""
+
+
+@dataclass(frozen=True)
+class Seeing:
+    """What rlft has to know of a type of model that takes images."""
+
+    layout: Layout
+    """How tokens of an image lie in a prompt, and which of them attend to which."""
+    tower: tuple[str, ...] = ("model.vision_tower", "model.multi_modal_projector")
+    """Modules of the vision tower and its projector."""
+    vllm: bool = True
+    """Whether vLLM samples prompts with images from the trainer's features (`rlft.rollout.vllm.images`)."""
+
+
+SEEING = {
+    "qwen2_vl": Seeing("axes", ("model.visual",)),
+    "qwen2_5_vl": Seeing("axes", ("model.visual",)),
+    "qwen3_vl": Seeing("axes", ("model.visual",)),
+    "gemma3": Seeing("block", vllm=False),
+}
+"""Model type -> how its images are taken. Its model has `get_image_features`."""
+
+
+def seeing_of(config: Any) -> Seeing | None:
+    """Return how a model of this config takes images; None for one that does not."""
+    return SEEING.get(getattr(config, "model_type", None) or "")
 
 
 def sees(config: Any) -> bool:
     """Return whether a model of this config takes images."""
-    return getattr(config, "model_type", None) in SEEING
+    return seeing_of(config) is not None
 
 
 def class_of(config: Any) -> Any:

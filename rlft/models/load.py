@@ -27,16 +27,13 @@ from rlft.models import experts, gguf, targets
 from rlft.models import quantization as quant
 from rlft.models.continued import changed_dropout, continue_adapter, peft_wraps
 from rlft.models.fused.fuse import fuse
-from rlft.models.kind import TOWER, attention_of, causal, class_of, sees
+from rlft.models.kind import attention_of, causal, class_of, seeing_of, sees
 from rlft.models.locate import Location, explained, load_tokenizer, locate
 from rlft.models.random_state import kept_random_state
 
 DEVICES = ("auto", "cpu", "cuda")
 DTYPES = ("auto", "float64", "float32", "bfloat16", "float16")
 QUANTIZATIONS = ("auto", "none", "nf4", "int8")
-NOT_QUANTIZED = (TOWER, "lm_head")
-"""Modules of a vision-language model that are not quantized: its tower with the projector, and as in any model the
-head."""
 ROWS = 64
 """Embedding and head are allocated with a multiple of this number of rows; parameters are views without the padding."""
 
@@ -204,7 +201,9 @@ def _from_files(model: str, plan: BaseInfo, device: torch.device) -> Any:
         quant.compute_in(plan.config, plan.dtype)
         quant.read_stacks(plan.config)
     elif plan.quantization != "none":
-        kept = NOT_QUANTIZED if sees(plan.config) else ()
+        seeing = seeing_of(plan.config)
+        # Not the tower with its projector, and as in any model not the head.
+        kept = () if seeing is None else (*seeing.tower, "lm_head")
         options["quantization_config"] = quant.quantization_config(plan.quantization, plan.dtype, kept)
     loaded: Any = class_of(plan.config).from_pretrained(
         plan.location.path,

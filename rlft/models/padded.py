@@ -86,7 +86,7 @@ class Rows:
     def hidden(self, decoder: Any, positions: Tensor | None = None, images: ImageRows | None = None) -> Tensor:
         """Return the head's input [N, H] at the selected states, in the order of `tokens`.
 
-        positions: [3, T] int64, with images. images: for the rows of the batch.
+        positions: [T] or [3, T] int64, with images. images: for the rows of the batch.
         """
         selected = []
         for ids, tokens, pick in zip(self.blocks, self.tokens, self.picks, strict=True):
@@ -95,7 +95,7 @@ class Rows:
             given: dict[str, Any] = {"input_ids": ids}
             if images is not None and positions is not None:
                 # At padding whatever, since no token before it sees it.
-                given = inputs(decoder, ids, positions[:, tokens.clamp(min=0)], images.spread(tokens.flatten()))
+                given = inputs(decoder, ids, positions[..., tokens.clamp(min=0)], images.spread(tokens.flatten()))
             states = decoder(**given, use_cache=False).last_hidden_state
             selected.append(states.flatten(0, 1).index_select(0, pick))
         return torch.cat(selected).index_select(0, self.order)

@@ -21,7 +21,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from rlft.data.images import ImageReader
+from rlft.data.image_readers import ImageReader
 from rlft.errors import ConfigError
 from rlft.kernels.attention import Sequences
 from rlft.kernels.logprobs import CHUNK_BYTES, linear_logprobs
@@ -140,7 +140,7 @@ class Policy:
         """
         if self.fused is None:
             return batch
-        sequences = Sequences.of(batch.cu_seqlens, batch.prefix, self.device)
+        sequences = self._sequences(batch)
         return replace(batch, plan=self.fused.plan_pass(len(batch.input_ids), int(batch.train_mask.sum()), sequences))
 
     def score(self, batch: Batch, weights: Literal["policy", "reference"] = "policy") -> Tensor:
@@ -219,7 +219,7 @@ class Policy:
         if self._same_tables is not None:
             self.check_length(int(batch.position_ids.max()) + 1)
         # From the batch on the CPU, as packing returns it: nothing has to wait for the GPU.
-        sequences = Sequences.of(batch.cu_seqlens, batch.prefix, self.device)
+        sequences = self._sequences(batch)
         trained = batch.train_mask.nonzero().squeeze(1)
         ids, rows = (upload(tensor, self.device) for tensor in (batch.input_ids, trained))
         plan = batch.plan
@@ -264,6 +264,11 @@ class Policy:
         hidden, record = self.fused.hidden(embedded, positions, sequences, gradients, plan, ids=ids, images=seen)
         # The norm acts on each row alone, so only the selected rows need it.
         return self.fused.final_norm(hidden[rows]), record
+
+    def _sequences(self, batch: Batch) -> Sequences:
+        """Return which rows of a batch attend to which."""
+        blocks = [(row, row + image.tokens) for image, row in batch.images if image.layout == "block"]
+        return Sequences.of(batch.cu_seqlens, batch.prefix, self.device, blocks=sorted(blocks))
 
     def _seen(self, batch: Batch) -> ImageRows | None:
         """Return the features of the images of a batch; None without images."""

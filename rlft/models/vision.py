@@ -19,10 +19,11 @@ import torch
 from torch import Tensor
 
 from rlft.config.data import Data
-from rlft.data.images import ImageReader
+from rlft.data.image_readers import ImageReader
 from rlft.environment import install, version
 from rlft.errors import ConfigError
-from rlft.models.kind import sees
+from rlft.models import image_processor
+from rlft.models.kind import seeing_of
 from rlft.models.locate import explained, locate
 from rlft.types import Image
 from rlft.upload import upload
@@ -37,16 +38,18 @@ def image_reader(model: str, config: Any, data: Data | None = None) -> ImageRead
     """Load what reads the images of a model; None for one that takes text alone.
 
     config: of transformers. data: for the limits of an image's pixels. Raises ConfigError for a model without a
-    processor.
+    processor, or with one whose images do not fit its tower.
     """
     limits = {name: getattr(data, name) for name in ("min_pixels", "max_pixels") if data is not None}
     options: dict[str, Any] = {name: value for name, value in limits.items() if value is not None}
     if config is None:
         return None
-    if not sees(config):
-        if options:
-            name, value = next(iter(options.items()))
-            raise ConfigError(f'data.{name} = {value}: model = "{model}" takes text alone; leave it out')
+    seeing = seeing_of(config)
+    if options and (seeing is None or seeing.layout != "axes"):
+        name, value = next(iter(options.items()))
+        why = "takes text alone" if seeing is None else "has images of one size"
+        raise ConfigError(f'data.{name} = {value}: model = "{model}" {why}; leave it out')
+    if seeing is None:
         return None
     if version("pillow") is None:
         raise ConfigError(f'model = "{model}" takes images, which need Pillow: {install("images")}')
@@ -56,26 +59,7 @@ def image_reader(model: str, config: Any, data: Data | None = None) -> ImageRead
     with explained(model, location, "its image processor"):
         # False: code from the hub is not run, and transformers does not prompt for it.
         processor = AutoImageProcessor.from_pretrained(location.path, trust_remote_code=False, **options)
-    vision = config.vision_config
-    for name, wanted in (
-        ("patch_size", vision.patch_size),
-        ("merge_size", vision.spatial_merge_size),
-        ("temporal_patch_size", vision.temporal_patch_size),
-        ("do_resize", True),
-    ):
-        if getattr(processor, name, None) != wanted:
-            raise ConfigError(
-                f'model = "{model}": its image processor ({type(processor).__name__}) has {name} = '
-                f"{getattr(processor, name, None)}, and its vision tower needs {wanted}; give a folder whose files "
-                f"belong together"
-            )
-    least, most = processor.size["shortest_edge"], processor.size["longest_edge"]
-    if least is None or most is None or least > most:
-        raise ConfigError(
-            f"data.min_pixels and data.max_pixels: the image processor of {model} would take images of at least "
-            f"{least} and at most {most} pixels; set both"
-        )
-    return ImageReader(processor, config.image_token_id, config.video_token_id)
+    return image_processor.reader_of(model, processor, config)
 
 
 def save_image_processor(model: str, config: Any, data: Data | None, folder: Path) -> None:
@@ -109,6 +93,8 @@ class ImageRows:
     """[n, H]: what is there in place of the embedded tokens."""
     deep: tuple[Tensor, ...] = ()
     """L of [n, H], added to the output of layer 0, 1, ..."""
+    blocks: Tensor | None = None
+    """[n] int64: the image of each row, where all rows of an image attend to each other; None: rows are causal."""
 
     def embedded(self, tokens: Tensor) -> Tensor:
         """Return embedded tokens [T, H] with the features in place of those of images."""
@@ -126,7 +112,8 @@ class ImageRows:
         if not len(rows):
             return None
         places = places[rows]
-        return ImageRows(rows, self.features[places], tuple(deep[places] for deep in self.deep))
+        blocks = None if self.blocks is None else self.blocks[places]
+        return ImageRows(rows, self.features[places], tuple(deep[places] for deep in self.deep), blocks)
 
     def behind(self, layer: int, hidden: Tensor) -> Tensor:
         """Return the output [T, H] of a layer, in place, with what is added behind it."""
@@ -140,7 +127,9 @@ class Vision:
 
     def __init__(self, base: Any, reader: ImageReader, limit: int = LIMIT) -> None:
         """base: a model of a type in `rlft.models.kind.SEEING`. limit: bytes of features that are held."""
-        self.reader = reader
+        seeing = seeing_of(base.config)
+        assert seeing is not None
+        self.reader, self.seeing = reader, seeing
         self._base, self._limit = base, limit
         self._held: OrderedDict[tuple[str, int, int], Features] = OrderedDict()
         self._bytes = 0
@@ -149,7 +138,7 @@ class Vision:
     def peak(self) -> int:
         """Bytes of device memory that the tower takes while it runs over as many images as it may."""
         dtype = self._base.get_input_embeddings().weight.dtype
-        return max(PATCHES, self.reader.most_patches) * patch_bytes(self._base.config.vision_config, dtype.itemsize)
+        return max(PATCHES, self.reader.most_patches) * patch_bytes(self._base.config, dtype.itemsize)
 
     def clear(self) -> None:
         """Forget all features, at the start of a step.
@@ -166,11 +155,16 @@ class Vision:
         """
         features = self.features([image for image, _ in placed])
         rows = torch.cat([torch.arange(row, row + image.tokens) for image, row in placed])
+        blocks = None
+        if any(image.layout == "block" for image, _ in placed):
+            lengths = torch.tensor([image.tokens for image, _ in placed])
+            blocks = upload(torch.arange(len(placed)).repeat_interleave(lengths), device)
         deep = zip(*(each.deep for each in features), strict=True)
         return ImageRows(
             upload(rows, device),
             upload(torch.cat([each.rows for each in features]), device),
             tuple(upload(torch.cat(layer), device) for layer in deep),
+            blocks,
         )
 
     def features(self, images: Sequence[Image]) -> list[Features]:
@@ -186,12 +180,11 @@ class Vision:
 
     def _computed(self, images: Sequence[Image]) -> Iterator[Features]:
         """Run the tower over images that fit together."""
-        read = [self.reader.pixels(image) for image in images]
         device = self._base.get_input_embeddings().weight.device
-        patches, grid = (torch.cat(tensors).to(device) for tensors in zip(*read, strict=True))
+        given = {name: tensor.to(device) for name, tensor in self.reader.given(images).items()}
         # Tensors of inference mode, in which engines sample, could not be used by a training pass.
         with torch.inference_mode(False), torch.no_grad():
-            out = self._base.get_image_features(patches, grid)
+            out = self._base.get_image_features(**given)
         # transformers 5.17 returns deepstack features of all images together, 5.19 by image.
         layers = getattr(out, "deepstack_features", None) or ()
         sizes = [image.tokens for image in images]
@@ -211,11 +204,14 @@ class Vision:
             self._bytes -= self._held.popitem(last=False)[1].nbytes
 
 
-def patch_bytes(vision: Any, item: int) -> int:
+def patch_bytes(config: Any, item: int) -> int:
     """Return the bytes per patch of a tower's largest temporaries, without gradient.
 
-    vision: the tower's config. item: bytes of an element of its dtype.
+    config: of the model. item: bytes of an element of the tower's dtype.
     """
+    vision: Any = config.vision_config
+    if not hasattr(vision, "temporal_patch_size"):
+        return _plain_patch_bytes(vision, item)
     width = getattr(vision, "embed_dim", None) or vision.hidden_size
     inner = getattr(vision, "intermediate_size", None) or int(vision.mlp_ratio * width)
     pixels = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
@@ -227,6 +223,17 @@ def patch_bytes(vision: Any, item: int) -> int:
     out = vision.hidden_size if hasattr(vision, "embed_dim") else vision.out_hidden_size
     features = out * (1 + len(getattr(vision, "deepstack_visual_indexes", ()))) // vision.spatial_merge_size**2
     return pixels * (4 + item) + max(attention, gated) + features * item
+
+
+def _plain_patch_bytes(vision: Any, item: int) -> int:
+    """Return `patch_bytes` of a tower without rotation and gate (SigLIP)."""
+    width, inner = vision.hidden_size, vision.intermediate_size
+    pixels = vision.num_channels * vision.patch_size**2
+    # Input and normed input; queries, keys, values, and attention's output.
+    attention = 6 * width * item
+    # Input and normed input; before and after the activation, whose tanh has two more.
+    plain = (2 * width + 3 * inner) * item
+    return pixels * (4 + item) + max(attention, plain)
 
 
 def _key(image: Image) -> tuple[str, int, int]:

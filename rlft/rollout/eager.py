@@ -31,7 +31,7 @@ from rlft.models import kv_cache, packed
 from rlft.models.adapter import lora_parameters, lora_scales
 from rlft.models.continued import peft_wraps
 from rlft.models.policy import Policy
-from rlft.positions import next_position, prompt_positions
+from rlft.positions import next_position, on_axes, prompt_positions
 from rlft.rollout.engine import Finished, Groups, check_names, check_read_back, eos_ids, rollout_seed
 from rlft.types import FinishReason, Prompt, Rollout
 
@@ -271,10 +271,13 @@ class EagerEngine:
             out = self._step(ids, mask, positions[0], None)
             return mask, out.logits[:, -1], getattr(out, self._cache_name)
         assert self._policy.vision is not None, "see `_run_tower`"
-        ids, positions, on_device = (tensor.to(self._device) for tensor in (ids, positions, mask))
+        axes = on_axes(placed[0][0])
+        ids, positions, on_device = (
+            tensor.to(self._device) for tensor in (ids, positions if axes else positions[0], mask)
+        )
         seen = self._policy.vision.rows(placed, self._device)
         decoder, base = self._policy.decoder, self._model.get_base_model()
-        out = decoder(**packed.inputs(decoder, ids, positions, seen), attention_mask=on_device, use_cache=True)
+        out = decoder(**packed.inputs(decoder, ids, positions, seen, on_device), use_cache=True)
         logits = base.get_output_embeddings()(out.last_hidden_state[:, -1])  # type: ignore[operator]
         return mask, logits, getattr(out, self._cache_name)
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import base64
+import copy
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import seeing
+import torch
 from PIL import Image
 from random_base import config_of
 from tiny import tiny_tokenizer
+from transformers import Gemma3Processor
 
 from rlft.config.data import Data, Source
 from rlft.config.run import Config
@@ -328,6 +331,71 @@ def test_pixel_limits_reach_the_processor(tmp_path: Path) -> None:
     (folder / "preprocessor_config.json").unlink()
     with pytest.raises(ConfigError, match="its image processor"):
         tokens()
+
+
+GEMMA = Limits(images=seeing.reader("gemma3"))
+
+
+def gemma(row: dict[str, Any], tokenizer: Any = None, **data: Any) -> Prompt:
+    return encode_prompt(row, 0, Data("no file", **data), tokenizer or seeing.tokenizer("gemma3"), GEMMA)
+
+
+def test_gemma_3_has_the_ids_of_its_own_processor() -> None:
+    tokenizer = copy.deepcopy(seeing.tokenizer("gemma3"))
+    begin, end, place = seeing.GEMMA_MARKS
+    tokens = {"boi_token": begin, "eoi_token": end, "image_token": place}
+    for name, token in tokens.items():
+        setattr(tokenizer, name, token)
+        setattr(tokenizer, f"{name}_id", tokenizer.convert_tokens_to_ids(token))
+    assert GEMMA.images is not None
+    processor = Gemma3Processor(GEMMA.images.processor, tokenizer, image_seq_length=4)
+    pictures = [seeing.picture(3), seeing.picture(2, (16, 40))]
+    for count, content in ((2, "Which?"), (1, [{"type": "text", "text": "a"}, {"type": "image"}, "b"]), (0, "c")):
+        messages = [{"role": "user", "content": content}]
+        prompt = gemma({"prompt": messages, "images": pictures[:count]} if count else {"prompt": messages})
+        text = tokenizer.apply_chat_template(prompt.messages, tokenize=False, add_generation_prompt=True)
+        given = {"images": [pictures[:count]]} if count else {}
+        assert list(prompt.ids) == processor(text=[text], add_special_tokens=False, **given)["input_ids"][0]
+        assert len(prompt.images) == count and all(image.tokens == 4 for image in prompt.images)
+        if count:
+            pixels = processor(text=[text], return_tensors="pt", **given)["pixel_values"]
+            assert torch.equal(GEMMA.images.given(prompt.images)["pixel_values"], pixels)
+    recorded = [{"role": "user", "content": "Which?"}, {"role": "assistant", "content": "b"}]
+    assert gemma({"messages": recorded, "image": FILE}).ids == gemma({"prompt": "Which?", "image": FILE}).ids
+
+
+def test_what_gemma_3_does_not_read_is_named(tmp_path: Path) -> None:
+    begin, _, place = seeing.GEMMA_MARKS
+    with pytest.raises(DataError, match=r"row 0: the prompt has 1 place for images, and the row has 0 images"):
+        gemma({"prompt": f"a {begin}"}, chat="never")
+    with pytest.raises(DataError, match=rf"row 0: the prompt has {place}, which stands behind {begin}"):
+        gemma({"prompt": place, "image": FILE}, chat="never")
+    shown = gemma({"prompt": f"a {begin} b", "image": FILE}, chat="never")
+    assert len(shown.ids) == len("a \n\n") + 6 + len("\n\n b") and shown.images[0].start == 5
+    marked = copy.deepcopy(seeing.tokenizer("gemma3"))
+    marked.chat_template = seeing.GEMMA_TEMPLATE + "{% generation %}{% endgeneration %}"
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    with pytest.raises(DataError, match=r"writes text around images, which the marks would not follow"):
+        gemma({"messages": messages, "image": FILE}, marked)
+    folder, config = seeing.save(tmp_path, "gemma3"), seeing.config_of("gemma3")
+    for name, value, message in (
+        ("do_pan_and_scan", True, "do_pan_and_scan = True, which shows crops beside each image"),
+        (
+            "size",
+            {"height": 8, "width": 8},
+            r"has size = \{'height': 8, 'width': 8\}, and its vision tower needs 16 x 16",
+        ),
+        ("do_resize", False, "has do_resize = False, and its vision tower needs True"),
+    ):
+        (folder / "preprocessor_config.json").write_text(json.dumps({**seeing.settings("gemma3"), name: value}))
+        with pytest.raises(ConfigError, match=message):
+            image_reader(str(folder), config)
+    with pytest.raises(ConfigError, match=r'data.max_pixels = 9: model = "m" has images of one size; leave it out'):
+        image_reader("m", config, Data("x", max_pixels=9))
+    (folder / "preprocessor_config.json").write_text(json.dumps(seeing.settings("gemma3")))
+    config.text_config.sliding_window = 3
+    with pytest.raises(ConfigError, match=r"an image of 4 tokens .* is longer than the window of 3"):
+        image_reader(str(folder), config)
 
 
 def test_a_machine_without_pillow_gets_the_command(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,9 +34,9 @@ from rlft.types import Batch, FinishReason, PackPlan, Prompt, Rollout
 PICTURES = (seeing.file_of(3), seeing.file_of(2, (16, 40)), seeing.file_of(4, (32, 24)))
 
 
-def prompt_of(index: int, text: str, *images: bytes) -> Prompt:
+def prompt_of(index: int, text: str, *images: bytes, kind: str = "qwen2_vl") -> Prompt:
     row = {"prompt": text, "images": list(images)}
-    return encode_prompt(row, index, Data("no file"), seeing.tokenizer(), Limits(images=seeing.reader()))
+    return encode_prompt(row, index, Data("no file"), seeing.tokenizer(kind), Limits(images=seeing.reader(kind)))
 
 
 def rollouts_of(prompts: Sequence[Prompt], samples: int = 3) -> list[Rollout]:
@@ -49,16 +49,16 @@ def rollouts_of(prompts: Sequence[Prompt], samples: int = 3) -> list[Rollout]:
     return made
 
 
-def some_rollouts() -> list[Rollout]:
+def some_rollouts(kind: str = "qwen2_vl") -> list[Rollout]:
     """Prompts with one image, with two of different sizes, without any, and with the first one again."""
+    prompts = (("How many?", 0), ("Which has more?", 1, 2), ("Say 3.",), ("And here?", 0))
     return rollouts_of(
-        [
-            prompt_of(0, "How many?", PICTURES[0]),
-            prompt_of(1, "Which has more?", PICTURES[1], PICTURES[2]),
-            prompt_of(2, "Say 3."),
-            prompt_of(3, "And here?", PICTURES[0]),
-        ]
+        [prompt_of(i, text, *(PICTURES[n] for n in shown), kind=kind) for i, (text, *shown) in enumerate(prompts)]
     )
+
+
+def kind_of(policy: Policy) -> str:
+    return policy.base.config.model_type  # type: ignore[union-attr,return-value]
 
 
 def packed(rollouts: Sequence[Rollout], share: bool = True, budget: int = 10**6) -> list[Batch]:
@@ -86,10 +86,9 @@ def reference(policy: Policy, rollout: Rollout) -> Tensor:
     given: dict[str, Tensor] = {}
     if prompt.images:
         assert policy.vision is not None
-        pixels = [policy.vision.reader.pixels(image) for image in prompt.images]
         kinds = (ids == policy.base.config.image_token_id).int()
-        given = {"pixel_values": torch.cat([each for each, _ in pixels]), "mm_token_type_ids": kinds}
-        given["image_grid_thw"] = torch.cat([grid for _, grid in pixels])
+        name = "token_type_ids" if kind_of(policy) == "gemma3" else "mm_token_type_ids"
+        given = {**policy.vision.reader.given(prompt.images), name: kinds}
     # A call that asks for hidden states bypasses the fused layers.
     logits = policy.model(input_ids=ids, use_cache=False, output_hidden_states=True, **given).logits[0]
     policy.base.model.rope_deltas = None  # of the last images, which transformers would use for text
@@ -130,7 +129,7 @@ def policy(request: pytest.FixtureRequest) -> Policy:
 @pytest.mark.parametrize("share", [True, False])
 def test_fused_layers_agree_with_transformers_and_its_pixels(policy: Policy, share: bool) -> None:
     assert policy.fused is not None
-    check(policy, packed(some_rollouts(), share))
+    check(policy, packed(some_rollouts(kind_of(policy)), share))
 
 
 @pytest.mark.parametrize("level", LEVELS, ids=str)
@@ -151,11 +150,32 @@ def test_what_is_added_between_layers_survives_every_level_of_saved_activations(
 @pytest.mark.parametrize("layout", ["packed", "padded"])
 def test_layers_of_transformers_take_the_same_images(layout: str) -> None:
     """As where a module cannot be fused, or where something else than attention mixes tokens."""
-    for kind in ("qwen2_5_vl", "qwen3_vl"):
+    for kind in ("qwen2_5_vl", "qwen3_vl", "gemma3"):
         policy = seeing.policy_of(kind)
         del policy.decoder.forward
         policy.fused, policy.packed = None, layout == "packed"
-        check(policy, packed(some_rollouts()))
+        check(policy, packed(some_rollouts(kind), share=layout == "packed"))
+
+
+@pytest.mark.parametrize("side", ["left", "right", "none"])
+def test_masks_of_a_model_with_images_say_no_more_for_text(side: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trainers of others call the whole model, which makes masks by type of layer for its decoder."""
+    policy = seeing.policy_of("gemma3")
+    assert policy.fused is not None
+    ids, mask = torch.arange(5, 41).view(2, 18), torch.ones(2, 18, dtype=torch.long)
+    if side != "none":
+        mask[1, slice(0, 7) if side == "left" else slice(11, None)] = 0
+    given = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
+    own, runs = policy.fused.hidden, list[int]()
+    monkeypatch.setattr(
+        policy.fused, "hidden", lambda rows, *args, **named: runs.append(len(rows)) or own(rows, *args, **named)
+    )
+    with exact(policy):
+        found, expected = (policy.model(**given, output_hidden_states=each).logits for each in (False, True))
+        torch.testing.assert_close(found[mask > 0], expected[mask > 0], rtol=0, atol=1e-6)
+        assert runs == [int(mask.sum())]
+        policy.model(**given, token_type_ids=(ids % 9 > 5).int())  # as of images
+        assert len(runs) == 1
 
 
 def test_a_policy_that_reads_no_images_says_so() -> None:
@@ -166,8 +186,9 @@ def test_a_policy_that_reads_no_images_says_so() -> None:
 
 
 def test_the_order_of_images_matters(policy: Policy) -> None:
-    there = rollouts_of([prompt_of(0, "a", PICTURES[0], PICTURES[2])], 1)
-    back = rollouts_of([prompt_of(0, "a", PICTURES[2], PICTURES[0])], 1)
+    kind = kind_of(policy)
+    there = rollouts_of([prompt_of(0, "a", PICTURES[0], PICTURES[2], kind=kind)], 1)
+    back = rollouts_of([prompt_of(0, "a", PICTURES[2], PICTURES[0], kind=kind)], 1)
     (first,), (second,) = (loss_of(policy, packed(rollouts)).values() for rollouts in (there, back))
     assert (first - second).abs().max() > 1e-3
 
@@ -176,7 +197,7 @@ def test_a_split_into_micro_batches_leaves_the_gradient_alone(policy: Policy) ->
     gradients = []
     for budget in (10**6, 60):
         policy.flat.zero_grad()
-        batches = packed(some_rollouts(), budget=budget)
+        batches = packed(some_rollouts(kind_of(policy)), budget=budget)
         loss_of(policy, batches)
         gradients.append(policy.flat.gradient.clone())
     assert len(batches) > 3
@@ -184,14 +205,16 @@ def test_a_split_into_micro_batches_leaves_the_gradient_alone(policy: Policy) ->
 
 
 def test_positions_are_those_of_transformers(policy: Policy) -> None:
-    for rollout in some_rollouts()[::3]:
+    for rollout in some_rollouts(kind_of(policy))[::3]:
         prompt = rollout.prompt
-        if not prompt.images:
+        if kind_of(policy) not in seeing.GRIDS:
+            assert next_position(prompt) == len(prompt.ids)
+        if not prompt.images or kind_of(policy) not in seeing.GRIDS:
             assert prompt_positions(prompt).tolist() == [list(range(len(prompt.ids)))] * 3
             continue
         assert policy.vision is not None
         ids = torch.tensor([prompt.ids])
-        grid = torch.cat([policy.vision.reader.pixels(image)[1] for image in prompt.images])
+        grid = policy.vision.reader.given(prompt.images)["image_grid_thw"]
         kinds = (ids == policy.base.config.image_token_id).int()
         expected, delta = policy.base.model.get_rope_index(ids, mm_token_type_ids=kinds, image_grid_thw=grid)
         assert torch.equal(torch.from_numpy(prompt_positions(prompt)), expected[:, 0])
@@ -263,7 +286,7 @@ def test_the_tower_is_not_quantized_with_the_decoder(kind: str, tmp_path: Path) 
     assert len(names) == 3 * 7 and all(".language_model." in name for name in names)
     policy = Policy(attach_lora(base, Lora(rank=4), 0), images=seeing.reader(kind))
     assert policy.fused is not None
-    found = loss_of(policy, packed(some_rollouts()[:4]))
+    found = loss_of(policy, packed(some_rollouts(kind)[:4]))
     assert all(logprobs.isfinite().all() for logprobs in found.values()) and policy.flat.gradient.any()
 
 
@@ -290,16 +313,21 @@ class Peak(TorchDispatchMode):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", seeing.KINDS)
 def test_the_plan_knows_what_the_tower_takes(kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    width = {"embed_dim": 128, "mlp_ratio": 4} if kind == "qwen2_vl" else {"hidden_size": 128}
-    inner = {"qwen2_vl": {}, "qwen2_5_vl": {"intermediate_size": 342}, "qwen3_vl": {"intermediate_size": 480}}[kind]
-    monkeypatch.setitem(seeing.VISION, kind, seeing.VISION[kind] | width | inner)
+    if kind in seeing.GRIDS:
+        width = {"embed_dim": 128, "mlp_ratio": 4} if kind == "qwen2_vl" else {"hidden_size": 128}
+        inner = {"qwen2_5_vl": {"intermediate_size": 342}, "qwen3_vl": {"intermediate_size": 480}}.get(kind, {})
+        monkeypatch.setitem(seeing.VISION, kind, seeing.VISION[kind] | width | inner)
+        pixels = torch.randn(512, 96)
+        given = {"pixel_values": pixels, "image_grid_thw": torch.tensor([[1, 64, 8]])}
+    else:
+        monkeypatch.setattr(seeing, "SQUARE", seeing.SQUARE | {"hidden_size": 128, "intermediate_size": 480})
+        pixels = torch.randn(32, 3, 16, 16)
+        given = {"pixel_values": pixels}
     base = seeing.base_of(kind, dtype, head=64)
-    rows, columns = 64, 8
-    pixels = torch.randn(rows * columns, 96)
     with torch.no_grad(), Peak(base) as peak:
-        base.get_image_features(pixels, torch.tensor([[1, rows, columns]]))
+        base.get_image_features(**given)
     taken = peak.most + pixels.nbytes
-    planned = patch_bytes(base.config.vision_config, dtype.itemsize) * len(pixels)
+    planned = patch_bytes(base.config, dtype.itemsize) * 512
     assert taken <= planned < 1.5 * taken
 
 
@@ -309,9 +337,9 @@ def test_the_plan_knows_what_the_tower_takes(kind: str, dtype: torch.dtype, monk
 @pytest.mark.parametrize("kind", seeing.KINDS)
 def test_sampled_log_probs_are_the_trainers(kind: str) -> None:
     policy = seeing.policy_of(kind, torch.float32)
-    engine = EagerEngine(policy, seeing.tokenizer(), batch_size=5)
+    engine = EagerEngine(policy, seeing.tokenizer(kind), batch_size=5)
     engine.load_adapter(policy.adapter(), 0)
-    prompts = [rollout.prompt for rollout in some_rollouts()[::3]]
+    prompts = [rollout.prompt for rollout in some_rollouts(kind)[::3]]
     rollouts = engine.generate(prompts, Sampling(group_size=3, max_tokens=12), (1, 2))
     assert policy.vision is not None
     places = policy.vision.reader.places

@@ -105,6 +105,23 @@ def test_one_step_and_one_more_equal_two_bit_for_bit(make: Any, home: Path, tmp_
         assert pictured == {row["group"] for row in rows if json.loads(row["data"]).get("images")}
 
 
+def test_gemma_3_is_resumed_bit_for_bit(home: Path, tmp_path: Path) -> None:
+    """With images whose tokens attend in both directions, and evaluation, merge and sampling from the run."""
+    model = str(seeing.save(home / "gemma3", "gemma3"))
+    more = {"model": model, "eval": Eval(rows=2, every=1)}
+    train(grpo(home, tmp_path / "two", **more))
+    train(grpo(home, tmp_path / "one", steps=1, **more))
+    train(grpo(home, tmp_path / "one", **more), resume=True)
+    whole, parts = saved(tmp_path / "two", 2), saved(tmp_path / "one", 2)
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    steps = [line for line in metrics(tmp_path / "two") if "loss" in line]
+    assert all(step["sampling/sampling_logp_difference/max"] < 1e-5 for step in steps)
+    shown = home / "pictures" / "1.png"
+    texts = [rlft.generate(tmp_path / "two", "How many?", images=images) for images in ([shown], [])]
+    assert texts[0] != texts[1]
+    assert merge(tmp_path / "two", tmp_path / "merged", dtype="float32").difference < 1e-4
+
+
 def test_every_step_runs_the_tower_over_the_same_images_together(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

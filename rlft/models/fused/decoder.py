@@ -26,9 +26,9 @@ from rlft.models import fusable, kv_cache
 from rlft.models.device_memory import DeviceMemory, host_free
 from rlft.models.families import Family
 from rlft.models.fused import memory
-from rlft.models.fused.calls import asks_for_more, autocast_problem, result_class, setting_problem
+from rlft.models.fused.calls import asks_for_more, autocast_problem, plain_mask, result_class, setting_problem
 from rlft.models.fused.decoder_shape import DecoderShape
-from rlft.models.fused.graphs import Graphs, Padded, count_keys, key_capacity, launch_bound, round_up
+from rlft.models.fused.graphs import Graphs, Padded, copied_keys, count_keys, key_capacity, launch_bound, round_up
 from rlft.models.fused.layer import run_layer
 from rlft.models.fused.layer_modules import FusedLayer, describe_norm, describe_shape, graphless_of, mixers_of
 from rlft.models.fused.layer_steps import Pass
@@ -197,14 +197,14 @@ class FusedDecoder:
             embedded = self.final_norm(embedded)
         adapter, rows = self.adapter(), embedded.shape[0]
         if plan is None:
-            keys = count_keys(sequences, rows) if sequences.copies else 0
-            plan = self.plan_for(rows, None, keys, None, self._recurrent(sequences))
+            plan = self.plan_for(rows, None, copied_keys(sequences, rows), None, self._recurrent(sequences))
         self._last_plan = plan
         self.store.use(plan.store)
         types = {layer.type for layer in self.layers if layer.mixer is None}
         tables = rope_tables(self.decoder, self.family, types, embedded, position_ids, padded_to)
         hidden = embedded
         if plan.padded:
+            assert sequences.blocks is None, "see `plan_pass`"
             batch = Padded.of(self.layers, embedded, tables, sequences, plan.padded)
             added = images is not None and bool(images.deep)  # between layers, which a graph has no place for
             if self.graphs is not None and not added and gradients and self._trains(adapter, gradients):
@@ -244,12 +244,12 @@ class FusedDecoder:
         one does changes no bit of the result.
         """
         keys, budget = count_keys(sequences, rows), self.available()
-        if self.graphs is not None and launch_bound(self.shape, rows, keys):
+        if self.graphs is not None and sequences.blocks is None and launch_bound(self.shape, rows, keys):
             bucket = round_up(rows)
             plan = self.plan_for(bucket, trained, key_capacity(keys, bucket), budget)
             if capturable(self.shape, plan, budget + self.graphs.bytes):
                 return replace(plan, padded=bucket)
-        return self.plan_for(rows, trained, keys if sequences.copies else 0, budget, self._recurrent(sequences))
+        return self.plan_for(rows, trained, copied_keys(sequences, rows), budget, self._recurrent(sequences))
 
     def _recurrent(self, sequences: Sequences) -> Recurrent | None:
         """Return what the memory of the layers other than attention depends on; None without such layers."""
@@ -360,7 +360,8 @@ class FusedDecoder:
             raise ValueError("give one of cache and past_key_values")
         cache = past_key_values if cache is None else cache
         text, alike = text_positions(position_ids)
-        more = not alike or asks_for_more(self.decoder.config, attention_mask, cache, use_cache, kwargs)
+        mask = plain_mask(self.decoder.config, attention_mask)
+        more = not alike or asks_for_more(self.decoder.config, mask, cache, use_cache, kwargs)
         fallback = "" if more else setting_problem(self.decoder, self.family) or self.problem()
         if fallback is None:
             fallback = autocast_problem(self.norm.weight)
@@ -370,7 +371,6 @@ class FusedDecoder:
             if fallback and fallback not in self._warned:
                 self._warned.add(fallback)
                 warnings.warn(f"rlft: transformers' own layers run here, not the fused ones: {fallback}", stacklevel=2)
-            named: dict[str, Any] = {self._cache_name: cache}
             return type(self.decoder).forward(
                 self.decoder,
                 input_ids=input_ids,
@@ -378,7 +378,7 @@ class FusedDecoder:
                 position_ids=position_ids,
                 inputs_embeds=inputs_embeds,
                 use_cache=use_cache,
-                **named,
+                **{self._cache_name: cache},
                 **kwargs,
             )
         if (input_ids is None) == (inputs_embeds is None):
@@ -391,7 +391,7 @@ class FusedDecoder:
             )
         embed: Any = self.decoder.get_input_embeddings()  # type: ignore[operator]
         embedded = embed(input_ids) if inputs_embeds is None else inputs_embeds
-        rows, places, sequences, positions = unpadded(embedded, attention_mask, text)
+        rows, places, sequences, positions = unpadded(embedded, mask, text)
         padded_positions = text
         if padded_positions is None and places is not None:
             padded_positions = torch.arange(embedded.shape[1], device=embedded.device)

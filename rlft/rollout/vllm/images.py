@@ -24,7 +24,7 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.inputs import MultiModalFieldConfig, MultiModalKwargsItems, PlaceholderRange
 from vllm.multimodal.processing import BaseProcessingInfo
 
-from rlft.data.images import ImageReader
+from rlft.data.image_readers import GridReader, ImageReader
 from rlft.errors import UnsupportedModel
 from rlft.models.vision import Features
 from rlft.rollout.vllm.start import seeing, version
@@ -112,6 +112,7 @@ def without_tower(model: Any) -> Any:
 def request(prompt: Prompt, features: Sequence[Features], reader: ImageReader) -> Any:
     """Return vLLM's input of a prompt with images. features: of each of its images."""
     images = prompt.images
+    assert isinstance(reader, GridReader), "see `Seeing.vllm`"
     held = {
         FEATURES: [torch.cat([each.rows, *each.deep], dim=-1) for each in features],
         GRID: [torch.tensor(reader.grid(image)) for image in images],

@@ -1,0 +1,195 @@
+"""Read the images of rows for a model: the tokens that stand for them, and what its vision tower takes.
+
+A chat template writes a place for an image, which is replaced by as many tokens as the image has features. What else
+the processor of a model writes around them is added to the text before it is encoded.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from rlft.data.images import bytes_of, decoded, digest_of, name_of, source_of
+from rlft.errors import DataError
+from rlft.types import Image, Layout, Prompt
+
+
+class ImageReader:
+    """Reads images for one model. Subclasses say how many tokens an image has, and what its tower takes."""
+
+    layout: Layout
+    """Of the tokens of an image."""
+
+    def __init__(self, processor: Any, token: int, video: int | None = None) -> None:
+        """processor: an image processor of transformers. token: id of an image's place in a prompt. video: of a
+        video's, which no prompt or completion may have; None: the model takes none."""
+        self.processor, self.token, self._video = processor, token, video
+        self.places = frozenset({token} if video is None else {token, video})
+        """Ids that are no words: they stand for images and videos."""
+        self._size = lru_cache(maxsize=4096)(self._size_of)
+
+    def _size_of(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Return rows and columns of the tokens of an image of `size` (width, height). Raises ValueError."""
+        raise NotImplementedError
+
+    def given(self, images: Sequence[Image]) -> dict[str, Any]:
+        """Return the arguments by which the tower takes images. Raises DataError for a file that has changed."""
+        raise NotImplementedError
+
+    def patches(self, image: Image) -> int:
+        """Return the number of patches of an image in the tower."""
+        raise NotImplementedError
+
+    @property
+    def most_patches(self) -> int:
+        """Patches of the largest image that the processor's limits allow."""
+        raise NotImplementedError
+
+    def written(self, text: str, tokenizer: Any) -> str:
+        """Return the text of a prompt with what the model's processor writes around places of images."""
+        return text
+
+    def expanded(
+        self, ids: Sequence[int], values: Sequence[Any], folders: Sequence[Path] = ()
+    ) -> tuple[tuple[int, ...], tuple[Image, ...]]:
+        """Return the ids of a prompt with all tokens of its images, and the images.
+
+        ids: with one place per image. values: the images as the row has them. Raises DataError when places and images
+        differ in number, and for an image that cannot be read.
+        """
+        if self._video in ids:
+            raise DataError("the prompt has a place for a video: videos are not supported; leave the row out")
+        places = sum(token == self.token for token in ids)
+        if places != len(values):
+            raise DataError(
+                f"the prompt has {places} place{'' if places == 1 else 's'} for images, and the row has "
+                f"{len(values)} image{'' if len(values) == 1 else 's'}: give one for each",
+                reason="images",
+            )
+        whole: list[int] = []
+        images: list[Image] = []
+        for token in ids:
+            if token == self.token:
+                images.append(self._image(values[len(images)], len(whole), len(images), folders))
+                whole += [token] * images[-1].tokens
+            else:
+                whole.append(token)
+        return tuple(whole), tuple(images)
+
+    def _image(self, value: Any, start: int, number: int, folders: Sequence[Path]) -> Image:
+        try:
+            source = source_of(value, folders)
+            data = bytes_of(source)
+            size = decoded(data, name_of(source)).size
+            try:
+                height, width = self._size(size)
+            except ValueError as error:  # too long and narrow, say
+                raise DataError(f"{size[0]} x {size[1]} pixels: {error}", reason="images") from None
+        except DataError as error:
+            raise DataError(f"image {number}: {error}", reason=error.reason) from None
+        return Image(source, digest_of(data), start, height, width, self.layout)
+
+    def _processed(self, image: Image) -> Any:
+        """Return what the processor makes of an image. Raises DataError when the file has changed."""
+        data = bytes_of(image.source)
+        if digest_of(data) != image.digest:
+            raise DataError(
+                f"{name_of(image.source)} has changed since its row was read: its bytes have another digest; start the "
+                f"run again, or put the file back"
+            )
+        return self.processor([decoded(data, name_of(image.source))], return_tensors="pt")
+
+
+class GridReader(ImageReader):
+    """Reads images for Qwen2-VL and its successors, whose tower takes patches of images of any size."""
+
+    layout = "axes"
+
+    @property
+    def _merge(self) -> int:
+        return int(self.processor.merge_size)
+
+    def _size_of(self, size: tuple[int, int]) -> tuple[int, int]:
+        from PIL import Image as Pillow
+
+        (grid,) = self.processor([Pillow.new("RGB", size)], return_tensors="pt")["image_grid_thw"].tolist()
+        return grid[1] // self._merge, grid[2] // self._merge
+
+    @property
+    def most_patches(self) -> int:
+        """Patches of the largest image that the processor's limits allow."""
+        return int(self.processor.size["longest_edge"]) // int(self.processor.patch_size) ** 2
+
+    def grid(self, image: Image) -> tuple[int, int, int]:
+        """Return the patches of an image in time, rows and columns."""
+        return 1, image.height * self._merge, image.width * self._merge
+
+    def patches(self, image: Image) -> int:
+        """Return the number of patches of an image."""
+        return image.tokens * self._merge**2
+
+    def given(self, images: Sequence[Image]) -> dict[str, Any]:
+        """Return the patches of images, [patches, values] float32, and their grids, [images, 3] int64."""
+        import torch
+
+        made = [self._processed(image) for image in images]
+        for image, each in zip(images, made, strict=True):
+            assert each["image_grid_thw"].tolist() == [list(self.grid(image))], "the processor's settings"
+        return {name: torch.cat([each[name] for each in made]) for name in ("pixel_values", "image_grid_thw")}
+
+
+class SquareReader(ImageReader):
+    """Reads images for towers that take squares of one size: Gemma 3."""
+
+    def __init__(self, processor: Any, token: int, layout: Layout, patches: int, tokens: int) -> None:
+        """patches: of an image in the tower. tokens: of an image in a prompt."""
+        super().__init__(processor, token)
+        self.layout, self._patches, self._tokens = layout, patches, tokens
+
+    def _size_of(self, size: tuple[int, int]) -> tuple[int, int]:
+        side = math.isqrt(self._tokens)
+        return (side, side) if side**2 == self._tokens else (1, self._tokens)
+
+    @property
+    def most_patches(self) -> int:
+        """Patches of every image."""
+        return self._patches
+
+    def patches(self, image: Image) -> int:
+        """Return the number of patches of an image."""
+        return self._patches
+
+    def given(self, images: Sequence[Image]) -> dict[str, Any]:
+        """Return the pixels of images, [images, 3, side, side] float32."""
+        import torch
+
+        return {"pixel_values": torch.cat([self._processed(image)["pixel_values"] for image in images])}
+
+
+class FramedReader(SquareReader):
+    """Reads images for Gemma 3, whose processor writes line breaks, a beginning and an end around each image."""
+
+    def __init__(self, processor: Any, token: int, patches: int, tokens: int, frame: tuple[int, int]) -> None:
+        """frame: ids before and behind the tokens of an image; the template writes the first one for its place."""
+        super().__init__(processor, token, "block", patches, tokens)
+        self._frame = frame
+
+    def written(self, text: str, tokenizer: Any) -> str:
+        """Return the text with a place, framed, for each beginning of an image."""
+        begin, place, end = tokenizer.convert_ids_to_tokens([self._frame[0], self.token, self._frame[1]])
+        if place in text:
+            raise DataError(f"the prompt has {place}, which stands behind {begin} alone: remove it", reason="images")
+        return text.replace(begin, f"\n\n{begin}{place}{end}\n\n")
+
+
+def advice(prompt: Prompt) -> str:
+    """Return what to do about a prompt that its images make long; "" for one without images."""
+    tokens = [image.tokens for image in prompt.images]
+    if not tokens:
+        return ""
+    each = f"{tokens[0]}" if len(set(tokens)) == 1 else f"{min(tokens)} to {max(tokens)}"
+    of = "of its image" if len(tokens) == 1 else f"of its {len(tokens)} images ({each} each)"
+    return f" ({sum(tokens)} {of}; data.max_pixels lowers that)"
