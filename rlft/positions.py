@@ -37,6 +37,12 @@ def on_axes(image: Image) -> bool:
     return image.layout == "axes"
 
 
+def feature_places(image: Image) -> np.ndarray:
+    """Return which tokens of an image stand for its features, [features] int64, counted from its first."""
+    places = np.arange(image.tokens).reshape(image.height, -1)
+    return places[:, : image.width].flatten()
+
+
 def completion_positions(prompt: Prompt, tokens: int) -> np.ndarray:
     """Return the positions of `tokens` tokens behind a prompt, [3, tokens] int64."""
     return _text(next_position(prompt), tokens)

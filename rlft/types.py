@@ -58,9 +58,9 @@ class LeftOut(StrEnum):
     """Dynamic sampling dropped its group."""
 
 
-Layout = Literal["axes", "block"]
-"""Tokens of an image: "axes" have positions for time, row and column (M-RoPE). "block" have positions as text, and all
-attend to all of the image."""
+Layout = Literal["axes", "block", "plain", "lines"]
+"""Tokens of an image: "axes" have positions for time, row and column (M-RoPE), the others as text. All tokens of a
+"block" attend to each other. Each row of "lines" ends with a token that is a word."""
 
 
 class Image(NamedTuple):
@@ -75,13 +75,13 @@ class Image(NamedTuple):
     height: int
     """Rows of tokens."""
     width: int
-    """Tokens in each row."""
+    """Tokens with features in each row."""
     layout: Layout = "axes"
 
     @property
     def tokens(self) -> int:
         """Tokens that stand for it in the prompt."""
-        return self.height * self.width
+        return self.height * (self.width + (self.layout == "lines"))
 
 
 class Recorded(NamedTuple):

@@ -23,7 +23,9 @@ from rlft.models.policy import Policy
 
 GRIDS = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 """With images of any size."""
-KINDS = (*GRIDS, "gemma3")
+KINDS = (*GRIDS, "gemma3", "llava", "pixtral", "mistral3")
+"""Types of models; "pixtral" is a LLaVA with a tower of Pixtral."""
+LINE_MARKS = ["[IMG]", "[IMG_BREAK]", "[IMG_END]"]
 GEMMA_MARKS = ["<start_of_image>", "<end_of_image>", "<image_soft_token>"]
 MARKS = ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
 TEMPLATE = (
@@ -33,7 +35,13 @@ TEMPLATE = (
     "{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}{{ '<|im_end|>' + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-GEMMA_TEMPLATE = TEMPLATE.replace("<|vision_start|><|image_pad|><|vision_end|>", GEMMA_MARKS[0])
+PLACES = dict.fromkeys(KINDS, "<|vision_start|><|image_pad|><|vision_end|>") | {
+    "gemma3": GEMMA_MARKS[0],
+    "llava": "<image>",
+    "pixtral": "[IMG]",
+    "mistral3": "[IMG]",
+}
+"""What templates write in the place of an image."""
 VISION: dict[str, dict[str, Any]] = {
     "qwen2_vl": {"embed_dim": 16, "mlp_ratio": 2, "depth": 2},
     "qwen2_5_vl": {
@@ -51,6 +59,14 @@ SQUARE = {
 }
 """A tower of 16 patches."""
 SQUARES = {"image_processor_type": "Gemma3ImageProcessor", "size": {"height": 16, "width": 16}, "do_resize": True}
+CLIP = {
+    **{"image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": 16}, "do_center_crop": True},
+    "crop_size": {"height": 16, "width": 16},
+}
+LINES = {
+    **{"image_processor_type": "PixtralImageProcessor", "size": {"longest_edge": 40}},
+    "patch_size": {"height": 4, "width": 4},
+}
 PROCESSOR = {
     "image_processor_type": "Qwen2VLImageProcessor",
     "patch_size": 4,
@@ -65,12 +81,13 @@ def tokenizer(kind: str = "qwen2_vl") -> PreTrainedTokenizerFast:
     """The character tokenizer with the marks of images, and a template that shows them."""
     made = tiny_tokenizer()
     made.add_special_tokens({"additional_special_tokens": ["<|im_start|>", *_marks(kind)]})
-    made.chat_template = GEMMA_TEMPLATE if kind == "gemma3" else TEMPLATE
+    made.chat_template = TEMPLATE.replace(PLACES["qwen2_vl"], PLACES[kind])
     return made
 
 
 def _marks(kind: str) -> list[str]:
-    return GEMMA_MARKS if kind == "gemma3" else MARKS
+    others = {"gemma3": GEMMA_MARKS, "llava": ["<image>"], "pixtral": LINE_MARKS, "mistral3": LINE_MARKS}
+    return others.get(kind, MARKS)
 
 
 def config_of(kind: str, head: int = 16) -> Any:
@@ -83,6 +100,8 @@ def config_of(kind: str, head: int = 16) -> Any:
     ids = tokenizer(kind).convert_tokens_to_ids(_marks(kind))
     if kind == "gemma3":
         return _gemma3(text, ids)
+    if kind not in GRIDS:
+        return _llava(kind, text, ids[0])
     names = ("vision_start_token_id", "vision_end_token_id", "image_token_id", "video_token_id")
     rope = {"mrope_section": [head // 8, head * 3 // 16, head * 3 // 16], "rope_type": "default", "rope_theta": 1e4}
     vision = {
@@ -110,6 +129,22 @@ def _gemma3(text: dict[str, Any], ids: list[int]) -> Any:
     )
 
 
+def _llava(kind: str, text: dict[str, Any], image: int) -> Any:
+    """LLaVA over Llama with a tower of CLIP, over Mistral with one of Pixtral, and Mistral 3, which merges 2 x 2."""
+    tower: dict[str, Any] = {**SQUARE, "model_type": "clip_vision_model"}
+    if kind != "llava":
+        tower = {**SQUARE, "model_type": "pixtral", "head_dim": SQUARE["hidden_size"] // 2, "image_size": 40}
+    return AutoConfig.for_model(
+        "mistral3" if kind == "mistral3" else "llava",
+        text_config={**text, "model_type": "llama" if kind == "llava" else "mistral"},
+        vision_config={**tower, "initializer_range": 0.2},
+        image_token_index=image,
+        vision_feature_layer=-1 if kind == "mistral3" else -2,
+        tie_word_embeddings=False,
+        **({} if kind == "llava" else {"vision_feature_select_strategy": "full"} if kind == "pixtral" else {}),
+    )
+
+
 def base_of(kind: str, dtype: torch.dtype = torch.float32, head: int = 16) -> Any:
     """A frozen model with random weights, whose embedding and head are padded as those of a loaded one."""
     config = config_of(kind, head)
@@ -132,7 +167,9 @@ def save(folder: Path, kind: str = "qwen2_vl", head: int = 16) -> Path:
 
 def settings(kind: str) -> dict[str, Any]:
     """The settings of the image processor of a model of `base_of`."""
-    return SQUARES if kind == "gemma3" else PROCESSOR
+    if kind in ("pixtral", "mistral3"):
+        return LINES
+    return {"gemma3": SQUARES, "llava": CLIP}.get(kind, PROCESSOR)
 
 
 @functools.cache

@@ -22,6 +22,8 @@ class ImageReader:
 
     layout: Layout
     """Of the tokens of an image."""
+    written_tokens = 1
+    """Tokens that the text of a prompt has in the place of an image."""
 
     def __init__(self, processor: Any, token: int, video: int | None = None) -> None:
         """processor: an image processor of transformers. token: id of an image's place in a prompt. video: of a
@@ -71,13 +73,20 @@ class ImageReader:
             )
         whole: list[int] = []
         images: list[Image] = []
-        for token in ids:
-            if token == self.token:
+        place = 0
+        while place < len(ids):
+            if ids[place] == self.token:
                 images.append(self._image(values[len(images)], len(whole), len(images), folders))
-                whole += [token] * images[-1].tokens
+                whole += self._tokens(images[-1], ids[place : place + self.written_tokens])
+                place += self.written_tokens
             else:
-                whole.append(token)
+                whole.append(ids[place])
+                place += 1
         return tuple(whole), tuple(images)
+
+    def _tokens(self, image: Image, place: Sequence[int]) -> list[int]:
+        """Return the tokens of an image. place: those that the text has for it."""
+        return [self.token] * image.tokens
 
     def _image(self, value: Any, start: int, number: int, folders: Sequence[Path]) -> Image:
         try:
@@ -100,7 +109,11 @@ class ImageReader:
                 f"{name_of(image.source)} has changed since its row was read: its bytes have another digest; start the "
                 f"run again, or put the file back"
             )
-        return self.processor([decoded(data, name_of(image.source))], return_tensors="pt")
+        return self._made(decoded(data, name_of(image.source)))
+
+    def _made(self, picture: Any) -> Any:
+        """Return what the processor makes of a picture."""
+        return self.processor([picture], return_tensors="pt")
 
 
 class GridReader(ImageReader):
@@ -142,16 +155,16 @@ class GridReader(ImageReader):
 
 
 class SquareReader(ImageReader):
-    """Reads images for towers that take squares of one size: Gemma 3."""
+    """Reads images for towers that take squares of one size: LLaVA, Gemma 3."""
 
     def __init__(self, processor: Any, token: int, layout: Layout, patches: int, tokens: int) -> None:
         """patches: of an image in the tower. tokens: of an image in a prompt."""
         super().__init__(processor, token)
-        self.layout, self._patches, self._tokens = layout, patches, tokens
+        self.layout, self._patches, self._features = layout, patches, tokens
 
     def _size_of(self, size: tuple[int, int]) -> tuple[int, int]:
-        side = math.isqrt(self._tokens)
-        return (side, side) if side**2 == self._tokens else (1, self._tokens)
+        side = math.isqrt(self._features)
+        return (side, side) if side**2 == self._features else (1, self._features)
 
     @property
     def most_patches(self) -> int:
@@ -183,6 +196,63 @@ class FramedReader(SquareReader):
         if place in text:
             raise DataError(f"the prompt has {place}, which stands behind {begin} alone: remove it", reason="images")
         return text.replace(begin, f"\n\n{begin}{place}{end}\n\n")
+
+
+class LineReader(ImageReader):
+    """Reads images for Pixtral's tower (Mistral 3), of any size; a word ends each row, and another one the image."""
+
+    layout = "lines"
+    written_tokens = 3
+    ENDS = ("[IMG_BREAK]", "[IMG_END]")
+
+    def __init__(self, processor: Any, token: int, patch: int, merge: int) -> None:
+        """patch: side of a patch in pixels. merge: patches on a side of the square that becomes one feature."""
+        super().__init__(processor, token)
+        self._step, self._merge = patch * merge, merge
+
+    def _size_of(self, size: tuple[int, int]) -> tuple[int, int]:
+        from PIL import Image as Pillow
+
+        ((height, width),) = self._made(Pillow.new("RGB", size))["image_sizes"]
+        return int(height) // self._step, int(width) // self._step
+
+    def _made(self, picture: Any) -> Any:
+        return self.processor([picture], patch_size=self._step, return_tensors="pt")
+
+    @property
+    def most_patches(self) -> int:
+        """Patches of the largest image that the processor's limit allows."""
+        return (-(-int(self.processor.size["longest_edge"]) // self._step) * self._merge) ** 2
+
+    def patches(self, image: Image) -> int:
+        """Return the number of patches of an image."""
+        return image.height * image.width * self._merge**2
+
+    def written(self, text: str, tokenizer: Any) -> str:
+        """Return the text with both words that end rows behind each place, from which `expanded` has their ids."""
+        place = tokenizer.convert_ids_to_tokens(self.token)
+        added = tokenizer.get_added_vocab()
+        for end in self.ENDS:
+            if end not in added:
+                raise DataError(f"the tokenizer has no {end}, which stands behind tokens of an image", reason="images")
+        return text.replace(place, "".join((place, *self.ENDS)))
+
+    def _tokens(self, image: Image, place: Sequence[int]) -> list[int]:
+        _, row_end, end = place
+        rows = [*[self.token] * image.width, row_end] * image.height
+        return [*rows[:-1], end]
+
+    def given(self, images: Sequence[Image]) -> dict[str, Any]:
+        """Return the pixels of images, padded to the largest, [images, 3, height, width] float32, and their sizes."""
+        import torch
+        from torch.nn.functional import pad
+
+        made = [self._processed(image) for image in images]
+        sizes = torch.cat([torch.as_tensor(each["image_sizes"]).view(1, 2) for each in made])
+        height, width = sizes.amax(0).tolist()
+        pixels = [each["pixel_values"] for each in made]
+        padded = [pad(each, (0, width - each.shape[3], 0, height - each.shape[2])) for each in pixels]
+        return {"pixel_values": torch.cat(padded), "image_sizes": sizes}
 
 
 def advice(prompt: Prompt) -> str:

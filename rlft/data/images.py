@@ -32,7 +32,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 THUMBNAIL = 128
 """Largest side of the small picture of an image, in pixels: a few kilobytes."""
 MARK = "<image>"
-"""Place of an image in the texts of LLaVA's datasets, which is not that of any model here."""
+"""Place of an image in the texts of LLaVA's datasets."""
 
 
 # ---- where a row has its images ------------------------------------------------------------------------------------
@@ -89,7 +89,7 @@ def with_places(messages: Sequence[dict[str, Any]], count: int) -> list[dict[str
     for message in messages:
         if MARK in text_of(message.get("content", "")):
             raise DataError(
-                f"a message has the text {MARK}, which no model reads as an image: give its content as parts, "
+                f"a message has the text {MARK}, which is not read as an image: give its content as parts, "
                 f'[{{"type": "image"}}, {{"type": "text", "text": ...}}]',
                 reason="images",
             )

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,6 +26,7 @@ from rlft.errors import ConfigError
 from rlft.models import image_processor
 from rlft.models.kind import seeing_of
 from rlft.models.locate import explained, locate
+from rlft.positions import feature_places
 from rlft.types import Image
 from rlft.upload import upload
 
@@ -45,9 +47,9 @@ def image_reader(model: str, config: Any, data: Data | None = None) -> ImageRead
     if config is None:
         return None
     seeing = seeing_of(config)
-    if options and (seeing is None or seeing.layout != "axes"):
+    if options and (seeing is None or not seeing.limited):
         name, value = next(iter(options.items()))
-        why = "takes text alone" if seeing is None else "has images of one size"
+        why = "takes text alone" if seeing is None else "has an image processor without such a limit"
         raise ConfigError(f'data.{name} = {value}: model = "{model}" {why}; leave it out')
     if seeing is None:
         return None
@@ -73,9 +75,9 @@ class Features(NamedTuple):
     """Features of one image, on the host."""
 
     rows: Tensor
-    """[tokens, H], in place of the embedded tokens."""
+    """[features, H], in place of embedded tokens."""
     deep: tuple[Tensor, ...]
-    """L of [tokens, H], added behind layer 0, 1, ...; none in most families."""
+    """L of [features, H], added behind layer 0, 1, ...; none in most families."""
 
     @property
     def nbytes(self) -> int:
@@ -138,7 +140,7 @@ class Vision:
     def peak(self) -> int:
         """Bytes of device memory that the tower takes while it runs over as many images as it may."""
         dtype = self._base.get_input_embeddings().weight.dtype
-        return max(PATCHES, self.reader.most_patches) * patch_bytes(self._base.config, dtype.itemsize)
+        return tower_bytes(self._base.config, max(PATCHES, self.reader.most_patches), dtype.itemsize)
 
     def clear(self) -> None:
         """Forget all features, at the start of a step.
@@ -154,7 +156,7 @@ class Vision:
         Raises DataError for an image whose file has changed.
         """
         features = self.features([image for image, _ in placed])
-        rows = torch.cat([torch.arange(row, row + image.tokens) for image, row in placed])
+        rows = torch.from_numpy(np.concatenate([row + feature_places(image) for image, row in placed]))
         blocks = None
         if any(image.layout == "block" for image, _ in placed):
             lengths = torch.tensor([image.tokens for image, _ in placed])
@@ -187,11 +189,11 @@ class Vision:
             out = self._base.get_image_features(**given)
         # transformers 5.17 returns deepstack features of all images together, 5.19 by image.
         layers = getattr(out, "deepstack_features", None) or ()
-        sizes = [image.tokens for image in images]
+        sizes = [image.height * image.width for image in images]
         parts = [layer.split(sizes) if isinstance(layer, Tensor) else layer for layer in layers]
         deep = list(zip(*parts, strict=True)) or [()] * len(images)
-        for image, rows, added in zip(images, out.pooler_output, deep, strict=True):
-            assert len(rows) == image.tokens, f"{len(rows)} features of an image of {image.tokens} tokens"
+        for size, rows, added in zip(sizes, out.pooler_output, deep, strict=True):
+            assert len(rows) == size, f"{len(rows)} features of an image of {size} tokens"
             yield Features(_on_host(rows), tuple(map(_on_host, added)))
 
     def _hold(self, key: tuple[str, int, int], features: Features) -> None:
@@ -204,14 +206,14 @@ class Vision:
             self._bytes -= self._held.popitem(last=False)[1].nbytes
 
 
-def patch_bytes(config: Any, item: int) -> int:
-    """Return the bytes per patch of a tower's largest temporaries, without gradient.
+def tower_bytes(config: Any, patches: int, item: int) -> int:
+    """Return the bytes of a tower's largest temporaries over patches of images, without gradient.
 
     config: of the model. item: bytes of an element of the tower's dtype.
     """
     vision: Any = config.vision_config
     if not hasattr(vision, "temporal_patch_size"):
-        return _plain_patch_bytes(vision, item)
+        return patches * (_plain_patch_bytes(vision, item) + (patches * item if vision.model_type == "pixtral" else 0))
     width = getattr(vision, "embed_dim", None) or vision.hidden_size
     inner = getattr(vision, "intermediate_size", None) or int(vision.mlp_ratio * width)
     pixels = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
@@ -222,18 +224,21 @@ def patch_bytes(config: Any, item: int) -> int:
     # A row of features for four patches, and those behind layers.
     out = vision.hidden_size if hasattr(vision, "embed_dim") else vision.out_hidden_size
     features = out * (1 + len(getattr(vision, "deepstack_visual_indexes", ()))) // vision.spatial_merge_size**2
-    return pixels * (4 + item) + max(attention, gated) + features * item
+    return patches * (pixels * (4 + item) + max(attention, gated) + features * item)
 
 
 def _plain_patch_bytes(vision: Any, item: int) -> int:
-    """Return `patch_bytes` of a tower without rotation and gate (SigLIP)."""
+    """Return the bytes per patch of a tower of SigLIP, CLIP or Pixtral."""
     width, inner = vision.hidden_size, vision.intermediate_size
     pixels = vision.num_channels * vision.patch_size**2
     # Input and normed input; queries, keys, values, and attention's output.
     attention = 6 * width * item
     # Input and normed input; before and after the activation, whose tanh has two more.
     plain = (2 * width + 3 * inner) * item
-    return pixels * (4 + item) + max(attention, plain)
+    # Of CLIP and Pixtral, transformers returns the input of every layer, of which one is read; what the patches were
+    # embedded to, and the state in front of CLIP's, are there too.
+    kept = 0 if vision.model_type == "siglip_vision_model" else (vision.num_hidden_layers + 2) * width * item
+    return pixels * (4 + item) + max(attention, plain) + kept
 
 
 def _key(image: Image) -> tuple[str, int, int]:

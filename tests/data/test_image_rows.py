@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from random_base import config_of
 from tiny import tiny_tokenizer
-from transformers import Gemma3Processor
+from transformers import AutoConfig, Gemma3Processor, LlavaProcessor
 
 from rlft.config.data import Data, Source
 from rlft.config.run import Config
@@ -198,7 +198,7 @@ ANSWER = {"role": "assistant", "content": "c"}
         ({"prompt": "a", "image": FILE, "images": [FILE]}, "has the columns images and image; leave out one"),
         ({"text": "a", "image": FILE}, "rows of plain text have no prompt to show images in"),
         ({"prompt_ids": [4, 5], "image": FILE}, "its prompt is token ids: give the prompt as text or messages"),
-        ({"prompt": "<image>\na", "image": FILE}, "has the text <image>, which no model reads as an image"),
+        ({"prompt": "<image>\na", "image": FILE}, "has the text <image>, which is not read as an image"),
         ({"prompt": [{"role": "system", "content": "s"}], "image": FILE}, "none of its messages is the user's"),
         (
             {"messages": [*ASKED, ANSWER, *ASKED], "images": [FILE, FILE]},
@@ -333,6 +333,58 @@ def test_pixel_limits_reach_the_processor(tmp_path: Path) -> None:
         tokens()
 
 
+def test_llava_has_the_ids_of_its_own_processor() -> None:
+    tokenizer, reader = seeing.tokenizer("llava"), seeing.reader("llava")
+    processor = LlavaProcessor(reader.processor, tokenizer, 4, "default", None, "<image>", 1)
+    pictures = [seeing.picture(3), seeing.picture(2, (16, 40))]
+    for count in range(3):
+        row: dict[str, Any] = {"prompt": "Which?", "images": pictures[:count]}
+        prompt = encode_prompt(row, 0, Data("no file"), tokenizer, Limits(images=reader))
+        text = tokenizer.apply_chat_template(prompt.messages, tokenize=False, add_generation_prompt=True)
+        given: dict[str, Any] = {"images": [pictures[:count]]} if count else {}
+        made = processor(text=[text], add_special_tokens=False, return_tensors="pt", **given)
+        assert list(prompt.ids) == made["input_ids"][0].tolist() and len(prompt.images) == count
+        if count:
+            assert torch.equal(reader.given(prompt.images)["pixel_values"], made["pixel_values"])
+
+
+@pytest.mark.parametrize(("kind", "wide", "high"), [("mistral3", (3, 2), (2, 5)), ("pixtral", (6, 4), (4, 10))])
+def test_a_row_of_pixtrals_tower_ends_with_a_word(kind: str, wide: Any, high: Any) -> None:
+    """As PixtralProcessor writes images, which wants torchvision. A token is 8 pixels a side, or 4."""
+    tokenizer, reader = seeing.tokenizer(kind), seeing.reader(kind)
+    row = {"prompt": "Which?", "images": [seeing.picture(3), seeing.picture(2, (16, 40))]}
+    prompt = encode_prompt(row, 0, Data("no file"), tokenizer, Limits(images=reader))
+
+    def shown(columns: int, rows: int) -> str:
+        return "[IMG_BREAK]".join(["[IMG]" * columns] * rows) + "[IMG_END]"
+
+    text = f"<|im_start|>user\n{shown(*wide)}{shown(*high)}Which?<|im_end|>\n<|im_start|>assistant\n"
+    assert prompt.ids == tuple(tokenizer.encode(text, add_special_tokens=False))
+    assert [(image.width, image.height) for image in prompt.images] == [wide, high]
+    assert reader.given(prompt.images)["image_sizes"].tolist() == [[16, 24], [40, 16]]
+
+
+def test_what_llava_and_mistral_3_do_not_read_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"row 0: the tokenizer has no \[IMG_BREAK\], which stands behind tokens of an"):
+        without = Limits(images=seeing.reader("mistral3"))
+        encode_prompt({"prompt": "a", "image": FILE}, 0, Data("no file"), seeing.tokenizer("llava"), without)
+    folder, config = seeing.save(tmp_path, "llava"), seeing.config_of("llava")
+    file = folder / "preprocessor_config.json"
+    file.write_text(json.dumps({**seeing.CLIP, "crop_size": {"height": 8, "width": 8}}))
+    with pytest.raises(ConfigError, match=r"makes pictures of 8 x 8 pixels, and its vision tower needs 16 x 16"):
+        image_reader(str(folder), config)
+    config.vision_config = AutoConfig.for_model("dinov2")
+    with pytest.raises(ConfigError, match="a LLaVA with a vision tower of dinov2, which is not supported yet"):
+        image_reader(str(folder), config)
+    config = seeing.config_of("mistral3")
+    config.vision_config = AutoConfig.for_model("clip_vision_model")
+    with pytest.raises(ConfigError, match="a Mistral 3 with a vision tower of clip_vision_model, which is not"):
+        image_reader(str(folder), config)
+    file.write_text(json.dumps({**seeing.LINES, "size": {"height": 8, "width": 8}}))
+    with pytest.raises(ConfigError, match="and its vision tower needs a longest_edge"):
+        image_reader(str(folder), seeing.config_of("pixtral"))
+
+
 GEMMA = Limits(images=seeing.reader("gemma3"))
 
 
@@ -373,24 +425,22 @@ def test_what_gemma_3_does_not_read_is_named(tmp_path: Path) -> None:
     shown = gemma({"prompt": f"a {begin} b", "image": FILE}, chat="never")
     assert len(shown.ids) == len("a \n\n") + 6 + len("\n\n b") and shown.images[0].start == 5
     marked = copy.deepcopy(seeing.tokenizer("gemma3"))
-    marked.chat_template = seeing.GEMMA_TEMPLATE + "{% generation %}{% endgeneration %}"
+    marked.chat_template = seeing.tokenizer("gemma3").chat_template + "{% generation %}{% endgeneration %}"
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     with pytest.raises(DataError, match=r"writes text around images, which the marks would not follow"):
         gemma({"messages": messages, "image": FILE}, marked)
     folder, config = seeing.save(tmp_path, "gemma3"), seeing.config_of("gemma3")
     for name, value, message in (
         ("do_pan_and_scan", True, "do_pan_and_scan = True, which shows crops beside each image"),
-        (
-            "size",
-            {"height": 8, "width": 8},
-            r"has size = \{'height': 8, 'width': 8\}, and its vision tower needs 16 x 16",
-        ),
+        ("size", {"height": 8, "width": 8}, "makes pictures of 8 x 8 pixels, and its vision tower needs 16 x 16"),
         ("do_resize", False, "has do_resize = False, and its vision tower needs True"),
     ):
         (folder / "preprocessor_config.json").write_text(json.dumps({**seeing.settings("gemma3"), name: value}))
         with pytest.raises(ConfigError, match=message):
             image_reader(str(folder), config)
-    with pytest.raises(ConfigError, match=r'data.max_pixels = 9: model = "m" has images of one size; leave it out'):
+    with pytest.raises(
+        ConfigError, match=r'data.max_pixels = 9: model = "m" has an image processor without such a limit; leave it out'
+    ):
         image_reader("m", config, Data("x", max_pixels=9))
     (folder / "preprocessor_config.json").write_text(json.dumps(seeing.settings("gemma3")))
     config.text_config.sliding_window = 3

@@ -26,7 +26,7 @@ from rlft.errors import ConfigError, DataError
 from rlft.models.fused.levels import LEVELS, Level
 from rlft.models.load import Base, attach_lora, load_base
 from rlft.models.policy import Policy
-from rlft.models.vision import Vision, patch_bytes
+from rlft.models.vision import Vision, tower_bytes
 from rlft.positions import next_position, prompt_positions
 from rlft.rollout.eager import EagerEngine
 from rlft.types import Batch, FinishReason, PackPlan, Prompt, Rollout
@@ -58,7 +58,12 @@ def some_rollouts(kind: str = "qwen2_vl") -> list[Rollout]:
 
 
 def kind_of(policy: Policy) -> str:
-    return policy.base.config.model_type  # type: ignore[union-attr,return-value]
+    config: Any = policy.base.config
+    return (
+        "pixtral"
+        if config.model_type == "llava" and config.vision_config.model_type == "pixtral"
+        else config.model_type
+    )
 
 
 def packed(rollouts: Sequence[Rollout], share: bool = True, budget: int = 10**6) -> list[Batch]:
@@ -87,8 +92,9 @@ def reference(policy: Policy, rollout: Rollout) -> Tensor:
     if prompt.images:
         assert policy.vision is not None
         kinds = (ids == policy.base.config.image_token_id).int()
-        name = "token_type_ids" if kind_of(policy) == "gemma3" else "mm_token_type_ids"
-        given = {**policy.vision.reader.given(prompt.images), name: kinds}
+        given = policy.vision.reader.given(prompt.images)
+        if kind_of(policy) in ("gemma3", *seeing.GRIDS):
+            given["token_type_ids" if kind_of(policy) == "gemma3" else "mm_token_type_ids"] = kinds
     # A call that asks for hidden states bypasses the fused layers.
     logits = policy.model(input_ids=ids, use_cache=False, output_hidden_states=True, **given).logits[0]
     policy.base.model.rope_deltas = None  # of the last images, which transformers would use for text
@@ -150,7 +156,7 @@ def test_what_is_added_between_layers_survives_every_level_of_saved_activations(
 @pytest.mark.parametrize("layout", ["packed", "padded"])
 def test_layers_of_transformers_take_the_same_images(layout: str) -> None:
     """As where a module cannot be fused, or where something else than attention mixes tokens."""
-    for kind in ("qwen2_5_vl", "qwen3_vl", "gemma3"):
+    for kind in ("qwen2_5_vl", "qwen3_vl", "gemma3", "mistral3"):
         policy = seeing.policy_of(kind)
         del policy.decoder.forward
         policy.fused, policy.packed = None, layout == "packed"
@@ -321,13 +327,14 @@ def test_the_plan_knows_what_the_tower_takes(kind: str, dtype: torch.dtype, monk
         given = {"pixel_values": pixels, "image_grid_thw": torch.tensor([[1, 64, 8]])}
     else:
         monkeypatch.setattr(seeing, "SQUARE", seeing.SQUARE | {"hidden_size": 128, "intermediate_size": 480})
-        pixels = torch.randn(32, 3, 16, 16)
-        given = {"pixel_values": pixels}
+        lines = kind in ("pixtral", "mistral3")  # two images of any size, or 32 of one
+        pixels = torch.randn(2, 3, 64, 64) if lines else torch.randn(32, 3, 16, 16)
+        given = {"pixel_values": pixels} | ({"image_sizes": torch.tensor([[64, 64]] * 2)} if lines else {})
     base = seeing.base_of(kind, dtype, head=64)
     with torch.no_grad(), Peak(base) as peak:
         base.get_image_features(**given)
     taken = peak.most + pixels.nbytes
-    planned = patch_bytes(base.config, dtype.itemsize) * 512
+    planned = tower_bytes(base.config, 512, dtype.itemsize)
     assert taken <= planned < 1.5 * taken
 
 
@@ -349,7 +356,7 @@ def test_sampled_log_probs_are_the_trainers(kind: str) -> None:
     found = loss_of(policy, packed(rollouts))
     for rollout in rollouts:
         sampled = torch.tensor(rollout.sampler_logprobs)[list(rollout.completion_mask)]
-        torch.testing.assert_close(found[id(rollout)], sampled, rtol=0, atol=1e-5)
+        torch.testing.assert_close(found[id(rollout)], sampled, rtol=0, atol=2e-5)
     again = engine.generate(prompts[::-1], Sampling(group_size=3, max_tokens=1), (1, 2))
     assert [rollout.prompt.index for rollout in again[::3]] == [3, 2, 1, 0]
     engine.close()

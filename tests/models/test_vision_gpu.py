@@ -16,7 +16,7 @@ def test_a_gpu_gives_what_a_cpu_gives(kind: str) -> None:
     for device in ("cpu", "cuda"):
         policy = seeing.policy_of(kind, torch.float32, device=device)
         assert policy.fused is not None
-        rollouts = some_rollouts()
+        rollouts = some_rollouts(kind)
         for _ in range(3):  # a graph is captured after the first passes
             policy.flat.zero_grad()
             logprobs = loss_of(policy, packed(rollouts))

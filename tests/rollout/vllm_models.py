@@ -34,7 +34,7 @@ from rlft.rollout.vllm.slots import ranks_of
 
 NUMBERS = itertools.count(10**6)
 SEEING = ("Qwen2VL", "Qwen2_5_VL", "Qwen3VL")
-READS_PIXELS = ("Qwen3_5", *SEEING, "Gemma3ForConditionalGeneration")
+READS_PIXELS = ("Qwen3_5", *SEEING, "Gemma3ForConditionalGeneration", "Llava", "Mistral3")
 """Models of vLLM whose files import torchvision."""
 VISION = ("torchvision", "torchvision.transforms", "torchvision.transforms.v2", "torchvision.transforms.v2.functional")
 
