@@ -58,9 +58,10 @@ class LeftOut(StrEnum):
     """Dynamic sampling dropped its group."""
 
 
-Layout = Literal["axes", "block", "plain", "lines"]
+Layout = Literal["axes", "block", "plain", "lines", "cross"]
 """Tokens of an image: "axes" have positions for time, row and column (M-RoPE), the others as text. All tokens of a
-"block" attend to each other. Each row of "lines" ends with a token that is a word."""
+"block" attend to each other. Each row of "lines" ends with a token that is a word. "cross" has one token, and features
+that layers of cross-attention read."""
 
 
 class Image(NamedTuple):
@@ -73,7 +74,7 @@ class Image(NamedTuple):
     start: int
     """Index of its first token in `Prompt.ids`."""
     height: int
-    """Rows of tokens."""
+    """Rows of tokens; of tiles where its layout is "cross"."""
     width: int
     """Tokens with features in each row."""
     layout: Layout = "axes"
@@ -81,7 +82,7 @@ class Image(NamedTuple):
     @property
     def tokens(self) -> int:
         """Tokens that stand for it in the prompt."""
-        return self.height * (self.width + (self.layout == "lines"))
+        return 1 if self.layout == "cross" else self.height * (self.width + (self.layout == "lines"))
 
 
 class Recorded(NamedTuple):

@@ -23,7 +23,8 @@ from rlft.models.policy import Policy
 
 GRIDS = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 """With images of any size."""
-KINDS = (*GRIDS, "gemma3", "llava", "pixtral", "mistral3")
+FUSED = (*GRIDS, "gemma3", "llava", "pixtral", "mistral3")
+KINDS = (*FUSED, "mllama")
 """Types of models; "pixtral" is a LLaVA with a tower of Pixtral."""
 LINE_MARKS = ["[IMG]", "[IMG_BREAK]", "[IMG_END]"]
 GEMMA_MARKS = ["<start_of_image>", "<end_of_image>", "<image_soft_token>"]
@@ -40,6 +41,7 @@ PLACES = dict.fromkeys(KINDS, "<|vision_start|><|image_pad|><|vision_end|>") | {
     "llava": "<image>",
     "pixtral": "[IMG]",
     "mistral3": "[IMG]",
+    "mllama": "<|image|>",
 }
 """What templates write in the place of an image."""
 VISION: dict[str, dict[str, Any]] = {
@@ -62,6 +64,10 @@ SQUARES = {"image_processor_type": "Gemma3ImageProcessor", "size": {"height": 16
 CLIP = {
     **{"image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": 16}, "do_center_crop": True},
     "crop_size": {"height": 16, "width": 16},
+}
+TILES = {
+    **{"image_processor_type": "MllamaImageProcessor", "size": {"height": 16, "width": 16}},
+    **{"max_image_tiles": 4, "do_resize": True, "do_pad": True},
 }
 LINES = {
     **{"image_processor_type": "PixtralImageProcessor", "size": {"longest_edge": 40}},
@@ -87,6 +93,7 @@ def tokenizer(kind: str = "qwen2_vl") -> PreTrainedTokenizerFast:
 
 def _marks(kind: str) -> list[str]:
     others = {"gemma3": GEMMA_MARKS, "llava": ["<image>"], "pixtral": LINE_MARKS, "mistral3": LINE_MARKS}
+    others["mllama"] = ["<|image|>"]
     return others.get(kind, MARKS)
 
 
@@ -100,6 +107,8 @@ def config_of(kind: str, head: int = 16) -> Any:
     ids = tokenizer(kind).convert_tokens_to_ids(_marks(kind))
     if kind == "gemma3":
         return _gemma3(text, ids)
+    if kind == "mllama":
+        return _mllama(text, ids[0])
     if kind not in GRIDS:
         return _llava(kind, text, ids[0])
     names = ("vision_start_token_id", "vision_end_token_id", "image_token_id", "video_token_id")
@@ -145,14 +154,31 @@ def _llava(kind: str, text: dict[str, Any], image: int) -> Any:
     )
 
 
+def _mllama(text: dict[str, Any], image: int) -> Any:
+    """Tiles of 16 patches, up to 4 of an image; the token of an image is the first beyond the vocabulary."""
+    rope = {"rope_type": "default", "rope_theta": 1e4}
+    more = {"vocab_size": image, "cross_attention_layers": [1], "rope_parameters": rope, "head_dim": None}
+    vision = {name: SQUARE[name] for name in ("hidden_size", "intermediate_size", "image_size", "patch_size")}
+    tower = {"num_hidden_layers": 3, "num_global_layers": 1, "attention_heads": 2, "initializer_range": 0.2}
+    indices = {"intermediate_layers_indices": [0, 2], "vision_output_dim": 3 * SQUARE["hidden_size"]}
+    return AutoConfig.for_model(
+        "mllama",
+        text_config={name: value for name, value in {**text, **more}.items() if value is not None},
+        vision_config={**vision, **tower, **indices},
+        image_token_index=image,
+        tie_word_embeddings=False,
+    )
+
+
 def base_of(kind: str, dtype: torch.dtype = torch.float32, head: int = 16) -> Any:
     """A frozen model with random weights, whose embedding and head are padded as those of a loaded one."""
     config = config_of(kind, head)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         base = class_of(config).from_config(config, attn_implementation="sdpa").to(dtype).eval().requires_grad_(False)
-        if kind == "gemma3":  # 0 in a new model
-            torch.nn.init.normal_(base.model.multi_modal_projector.mm_input_projection_weight, std=0.2)
+        for name, parameter in base.named_parameters():  # 0 in a new model
+            if "gate" in name.split(".")[-1] or name.endswith("mm_input_projection_weight"):
+                torch.nn.init.normal_(parameter, std=0.7 if "gate" in name else 0.2)
     pad_rows(base.get_input_embeddings().weight, base.get_output_embeddings().weight)
     return base
 
@@ -169,7 +195,7 @@ def settings(kind: str) -> dict[str, Any]:
     """The settings of the image processor of a model of `base_of`."""
     if kind in ("pixtral", "mistral3"):
         return LINES
-    return {"gemma3": SQUARES, "llava": CLIP}.get(kind, PROCESSOR)
+    return {"gemma3": SQUARES, "llava": CLIP, "mllama": TILES}.get(kind, PROCESSOR)
 
 
 @functools.cache

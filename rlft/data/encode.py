@@ -148,7 +148,7 @@ class Encoder:
         reader = self.limits.images
         if reader is None or draft.prompt is None:
             return draft
-        return draft._replace(prompt=reader.written(draft.prompt, self.tokenizer))
+        return draft._replace(prompt=reader.written(draft.prompt, self.tokenizer, draft.special))
 
     def _rendered_together(self, rows: Sequence[dict[str, Any]]) -> list[Asked | None]:
         """Render the prompts of rows in one call, where they have no tools and no beginning of an answer."""
@@ -297,7 +297,7 @@ class Encoder:
         if images is not None:
             check_places(prompt, images, self._token)
         if vocabulary is not None and self._checks_ids:
-            check_ids(prompt, vocabulary, self._token)
+            check_ids(prompt, vocabulary, self._token, frozenset() if images is None else images.beyond)
         return prompt
 
     def _token(self, token_id: int) -> str | None:

@@ -31,6 +31,8 @@ class ImageReader:
         self.processor, self.token, self._video = processor, token, video
         self.places = frozenset({token} if video is None else {token, video})
         """Ids that are no words: they stand for images and videos."""
+        self.beyond = frozenset[int]()
+        """Those of them that the embedding has rows for beyond the vocabulary."""
         self._size = lru_cache(maxsize=4096)(self._size_of)
 
     def _size_of(self, size: tuple[int, int]) -> tuple[int, int]:
@@ -50,8 +52,11 @@ class ImageReader:
         """Patches of the largest image that the processor's limits allow."""
         raise NotImplementedError
 
-    def written(self, text: str, tokenizer: Any) -> str:
-        """Return the text of a prompt with what the model's processor writes around places of images."""
+    def written(self, text: str, tokenizer: Any, begins: bool = False) -> str:
+        """Return the text of a prompt with what the model's processor writes around places of images.
+
+        begins: the tokenizer adds its special tokens. Raises DataError for a text that would become other tokens.
+        """
         return text
 
     def expanded(
@@ -190,7 +195,7 @@ class FramedReader(SquareReader):
         super().__init__(processor, token, "block", patches, tokens)
         self._frame = frame
 
-    def written(self, text: str, tokenizer: Any) -> str:
+    def written(self, text: str, tokenizer: Any, begins: bool = False) -> str:
         """Return the text with a place, framed, for each beginning of an image."""
         begin, place, end = tokenizer.convert_ids_to_tokens([self._frame[0], self.token, self._frame[1]])
         if place in text:
@@ -228,7 +233,7 @@ class LineReader(ImageReader):
         """Return the number of patches of an image."""
         return image.height * image.width * self._merge**2
 
-    def written(self, text: str, tokenizer: Any) -> str:
+    def written(self, text: str, tokenizer: Any, begins: bool = False) -> str:
         """Return the text with both words that end rows behind each place, from which `expanded` has their ids."""
         place = tokenizer.convert_ids_to_tokens(self.token)
         added = tokenizer.get_added_vocab()
@@ -255,6 +260,53 @@ class LineReader(ImageReader):
         return {"pixel_values": torch.cat(padded), "image_sizes": sizes}
 
 
+class TileReader(ImageReader):
+    """Reads images for Llama 3.2 Vision, which cuts them into tiles; its decoder has one token for each image."""
+
+    layout = "cross"
+
+    def __init__(self, processor: Any, token: int, patches: int) -> None:
+        """patches: of a tile in the tower, with the state in front of them."""
+        super().__init__(processor, token)
+        self.beyond = self.places
+        self._patches = patches * int(processor.max_image_tiles)
+
+    def _size_of(self, size: tuple[int, int]) -> tuple[int, int]:
+        from PIL import Image as Pillow
+
+        ((tiles,),) = self._made(Pillow.new("RGB", size))["num_tiles"]
+        return 1, int(tiles)
+
+    @property
+    def most_patches(self) -> int:
+        """Patches of every image: those of black tiles are computed too."""
+        return self._patches
+
+    def patches(self, image: Image) -> int:
+        """Return the number of patches of an image."""
+        return self._patches
+
+    def written(self, text: str, tokenizer: Any, begins: bool = False) -> str:
+        """Return the text as it is. Raises DataError where the model's processor has the image before the first
+        token."""
+        place = tokenizer.convert_ids_to_tokens(self.token)
+        if begins and text.startswith(place):
+            raise DataError(
+                f"the prompt begins with {place}, and the tokenizer would put {tokenizer.bos_token} before it, where "
+                f"the model's processor has it behind: give the prompt as messages, or begin with text",
+                reason="images",
+            )
+        return text
+
+    def given(self, images: Sequence[Image]) -> dict[str, Any]:
+        """Return tiles [images, 1, tiles, 3, side, side] float32, and which of them an image fills, in two forms."""
+        import torch
+
+        made = [self._processed(image) for image in images]
+        names = ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask")
+        return {name: torch.cat([torch.as_tensor(each[name]) for each in made]) for name in names}
+
+
 def advice(prompt: Prompt) -> str:
     """Return what to do about a prompt that its images make long; "" for one without images."""
     tokens = [image.tokens for image in prompt.images]
@@ -262,4 +314,5 @@ def advice(prompt: Prompt) -> str:
         return ""
     each = f"{tokens[0]}" if len(set(tokens)) == 1 else f"{min(tokens)} to {max(tokens)}"
     of = "of its image" if len(tokens) == 1 else f"of its {len(tokens)} images ({each} each)"
-    return f" ({sum(tokens)} {of}; data.max_pixels lowers that)"
+    lower = "; data.max_pixels lowers that" if prompt.images[0].layout == "axes" else ""
+    return f" ({sum(tokens)} {of}{lower})"

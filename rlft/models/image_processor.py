@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from rlft.data.image_readers import FramedReader, GridReader, ImageReader, LineReader, SquareReader
+from rlft.data.image_readers import FramedReader, GridReader, ImageReader, LineReader, SquareReader, TileReader
 from rlft.errors import ConfigError
 
 
@@ -13,7 +13,7 @@ def reader_of(model: str, processor: Any, config: Any) -> ImageReader:
 
     Raises ConfigError for a processor that does not fit the vision tower, and for settings of it that are not followed.
     """
-    makers = {"gemma3": _gemma3, "llava": _llava, "mistral3": _mistral3}
+    makers = {"gemma3": _gemma3, "llava": _llava, "mistral3": _mistral3, "mllama": _mllama}
     return makers.get(config.model_type, _grid)(model, processor, config)
 
 
@@ -77,6 +77,16 @@ def _mistral3(model: str, processor: Any, config: Any) -> ImageReader:
             f'model = "{model}": a Mistral 3 with a vision tower of {tower}, which is not supported: want Pixtral'
         )
     return _lines(model, processor, config, config.spatial_merge_size)
+
+
+def _mllama(model: str, processor: Any, config: Any) -> ImageReader:
+    """Return the reader of Llama 3.2 Vision."""
+    vision = config.vision_config
+    _check(model, processor, {"do_resize": True, "do_pad": True, "max_image_tiles": vision.max_num_tiles})
+    size = dict(processor.size)
+    if size.get("height") != vision.image_size or size.get("width") != vision.image_size:
+        raise ConfigError(_unfit(model, processor, "size", size, f"{vision.image_size} x {vision.image_size} pixels"))
+    return TileReader(processor, config.image_token_index, (vision.image_size // vision.patch_size) ** 2 + 1)
 
 
 def _lines(model: str, processor: Any, config: Any, merge: int) -> ImageReader:

@@ -27,8 +27,9 @@ SEEING = {
     "gemma3": Seeing(vllm=False),
     "llava": Seeing(),
     "mistral3": Seeing(),
+    "mllama": Seeing(("model.vision_model", "model.multi_modal_projector"), vllm=False),
 }
-"""Model type -> how its images are taken. Its model has `get_image_features`."""
+"""Model type -> how its images are taken."""
 
 
 def seeing_of(config: Any) -> Seeing | None:

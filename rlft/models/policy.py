@@ -27,6 +27,7 @@ from rlft.kernels.attention import Sequences
 from rlft.kernels.logprobs import CHUNK_BYTES, linear_logprobs
 from rlft.models import packed, padded, rope
 from rlft.models.adapter import FlatAdapter
+from rlft.models.cross import CrossStates
 from rlft.models.device_memory import DeviceMemory, host_free
 from rlft.models.fused import memory
 from rlft.models.fused.decoder import FusedDecoder
@@ -37,7 +38,7 @@ from rlft.models.head import append_ones, head_matrix, scale_of, softcap_of
 from rlft.models.load import fingerprint
 from rlft.models.quantization import mixes_rows
 from rlft.models.structure import decoder_of, unpackable
-from rlft.models.vision import ImageRows, Vision
+from rlft.models.vision import Seen, Vision
 from rlft.types import Batch
 from rlft.upload import upload
 
@@ -254,6 +255,7 @@ class Policy:
             states = padded.Rows.of(batch, trained, self.device).hidden(self.decoder, positions, seen)
             states = states.to(self._head.dtype)
             return (append_ones(states, self._head.shape[1]) if self._bias else states), None
+        assert not isinstance(seen, CrossStates), "see `unpackable`"
         positions, rows = (upload(tensor, self.device) for tensor in (batch.position_ids, batch.source[trained]))
         if self.fused is None:
             states = packed.hidden(self.decoder, ids, positions, sequences, rows, seen)
@@ -270,7 +272,7 @@ class Policy:
         blocks = [(row, row + image.tokens) for image, row in batch.images if image.layout == "block"]
         return Sequences.of(batch.cu_seqlens, batch.prefix, self.device, blocks=sorted(blocks))
 
-    def _seen(self, batch: Batch) -> ImageRows | None:
+    def _seen(self, batch: Batch) -> Seen | None:
         """Return the features of the images of a batch; None without images."""
         if not batch.images:
             return None

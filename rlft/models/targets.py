@@ -23,6 +23,7 @@ from transformers.pytorch_utils import Conv1D
 from rlft.config.run import Lora
 from rlft.errors import ConfigError
 from rlft.models import experts
+from rlft.models.kind import sees
 from rlft.models.structure import decoder_of
 
 MAMBA = "its kernels read the weight past an adapter"
@@ -49,8 +50,9 @@ def find(base: Any) -> LinearLayers:
     """Find the weights of a causal language model, without an adapter, that may have one."""
     decoder, layers = decoder_of(base), LinearLayers()
     (prefix,) = (name for name, module in base.named_modules() if module is decoder)
-    # Layers that read an image; text skips them as a whole (Llama 3.2 Vision).
-    idle = tuple(f"layers.{i}." for i in getattr(decoder.config, "cross_attention_layers", None) or ())
+    # Layers that read an image; the text model alone (Llama 3.2 Vision) skips them as a whole.
+    cross = () if sees(base.config) else getattr(decoder.config, "cross_attention_layers", None) or ()
+    idle = tuple(f"layers.{i}." for i in cross)
     for name, module in decoder.named_modules():
         if name.startswith(idle):
             continue

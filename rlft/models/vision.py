@@ -9,10 +9,12 @@ Shapes: n rows of images in a batch, H hidden size, L layers with deepstack feat
 
 from __future__ import annotations
 
+import warnings
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,6 +26,7 @@ from rlft.data.image_readers import ImageReader
 from rlft.environment import install, version
 from rlft.errors import ConfigError
 from rlft.models import image_processor
+from rlft.models.cross import CrossStates
 from rlft.models.kind import seeing_of
 from rlft.models.locate import explained, locate
 from rlft.positions import feature_places
@@ -124,6 +127,10 @@ class ImageRows:
         return hidden.index_add_(0, self.rows, self.deep[layer].to(hidden.dtype))
 
 
+Seen = ImageRows | CrossStates
+"""What a decoder gets of the images of a batch."""
+
+
 class Vision:
     """The vision tower of a base, with the features of the images of a step."""
 
@@ -150,12 +157,17 @@ class Vision:
         self._held.clear()
         self._bytes = 0
 
-    def rows(self, placed: Sequence[tuple[Image, int]], device: torch.device) -> ImageRows:
+    def rows(self, placed: Sequence[tuple[Image, int]], device: torch.device) -> Seen:
         """Return the features of images for the rows of a batch. placed: each with the row of its first token.
 
         Raises DataError for an image whose file has changed.
         """
         features = self.features([image for image, _ in placed])
+        if placed[0][0].layout == "cross":
+            tiles = self._base.config.vision_config.max_num_tiles
+            states = tuple(upload(each.rows, device) for each in features)
+            shares = (len(each) // tiles * image.width for each, (image, _) in zip(states, placed, strict=True))
+            return CrossStates(states, tuple(shares))
         rows = torch.from_numpy(np.concatenate([row + feature_places(image) for image, row in placed]))
         blocks = None
         if any(image.layout == "block" for image, _ in placed):
@@ -186,14 +198,15 @@ class Vision:
         given = {name: tensor.to(device) for name, tensor in self.reader.given(images).items()}
         # Tensors of inference mode, in which engines sample, could not be used by a training pass.
         with torch.inference_mode(False), torch.no_grad():
-            out = self._base.get_image_features(**given)
+            out = image_features(self._base, given)
         # transformers 5.17 returns deepstack features of all images together, 5.19 by image.
         layers = getattr(out, "deepstack_features", None) or ()
-        sizes = [image.height * image.width for image in images]
+        sizes = [len(rows) for rows in out.pooler_output]
         parts = [layer.split(sizes) if isinstance(layer, Tensor) else layer for layer in layers]
         deep = list(zip(*parts, strict=True)) or [()] * len(images)
-        for size, rows, added in zip(sizes, out.pooler_output, deep, strict=True):
-            assert len(rows) == size, f"{len(rows)} features of an image of {size} tokens"
+        for image, rows, added in zip(images, out.pooler_output, deep, strict=True):
+            fits = image.layout == "cross" or len(rows) == image.height * image.width
+            assert fits, f"{len(rows)} features of an image of {image.tokens} tokens"
             yield Features(_on_host(rows), tuple(map(_on_host, added)))
 
     def _hold(self, key: tuple[str, int, int], features: Features) -> None:
@@ -206,12 +219,26 @@ class Vision:
             self._bytes -= self._held.popitem(last=False)[1].nbytes
 
 
+def image_features(base: Any, given: dict[str, Tensor]) -> Any:
+    """Run the tower of a model and its projector. given: from `ImageReader.given`."""
+    if base.config.model_type != "mllama":
+        return base.get_image_features(**given)
+    model = base.model
+    with warnings.catch_warnings():
+        # transformers 5.19 warns of the name of an argument by which it calls its own layers.
+        warnings.filterwarnings("ignore", "`hidden_state` is deprecated", FutureWarning)
+        states = model.multi_modal_projector(model.vision_model(**given).last_hidden_state)
+    return SimpleNamespace(pooler_output=states.flatten(1, 3))
+
+
 def tower_bytes(config: Any, patches: int, item: int) -> int:
     """Return the bytes of a tower's largest temporaries over patches of images, without gradient.
 
     config: of the model. item: bytes of an element of the tower's dtype.
     """
     vision: Any = config.vision_config
+    if config.model_type == "mllama":
+        return patches * _tile_patch_bytes(config, item)
     if not hasattr(vision, "temporal_patch_size"):
         return patches * (_plain_patch_bytes(vision, item) + (patches * item if vision.model_type == "pixtral" else 0))
     width = getattr(vision, "embed_dim", None) or vision.hidden_size
@@ -225,6 +252,21 @@ def tower_bytes(config: Any, patches: int, item: int) -> int:
     out = vision.hidden_size if hasattr(vision, "embed_dim") else vision.out_hidden_size
     features = out * (1 + len(getattr(vision, "deepstack_visual_indexes", ()))) // vision.spatial_merge_size**2
     return patches * (pixels * (4 + item) + max(attention, gated) + features * item)
+
+
+def _tile_patch_bytes(config: Any, item: int) -> int:
+    """Return the bytes per patch of the tower of Llama 3.2 Vision, whose patches of all tiles attend to each other."""
+    vision = config.vision_config
+    width, inner, layers = vision.hidden_size, vision.intermediate_size, vision.num_hidden_layers
+    tile = (vision.image_size // vision.patch_size) ** 2 + 1
+    padded = -(-tile // 8) * 8
+    pixels = vision.num_channels * vision.patch_size**2
+    # The mask between all patches of an image, twice while it is made.
+    mask = 2 * vision.max_num_tiles * padded * item
+    # Inputs of all layers, those that are read, again side by side, and with the last one.
+    kept = (layers + 2 + len(vision.intermediate_layers_indices)) * width + vision.vision_output_dim
+    hidden = 2 * width + max(5 * width, 2 * inner)
+    return pixels * (4 + item) + padded * (kept * item + hidden * item + mask) // tile
 
 
 def _plain_patch_bytes(vision: Any, item: int) -> int:

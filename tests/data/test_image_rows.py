@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from random_base import config_of
 from tiny import tiny_tokenizer
-from transformers import AutoConfig, Gemma3Processor, LlavaProcessor
+from transformers import AutoConfig, Gemma3Processor, LlavaProcessor, MllamaProcessor
 
 from rlft.config.data import Data, Source
 from rlft.config.run import Config
@@ -383,6 +383,30 @@ def test_what_llava_and_mistral_3_do_not_read_is_named(tmp_path: Path) -> None:
     file.write_text(json.dumps({**seeing.LINES, "size": {"height": 8, "width": 8}}))
     with pytest.raises(ConfigError, match="and its vision tower needs a longest_edge"):
         image_reader(str(folder), seeing.config_of("pixtral"))
+
+
+def test_llama_3_2_vision_has_a_token_for_each_image() -> None:
+    tokenizer, reader = copy.deepcopy(seeing.tokenizer("mllama")), seeing.reader("mllama")
+    tokenizer.add_special_tokens({"bos_token": "<|begin|>"})
+    processor, limits = MllamaProcessor(reader.processor, tokenizer), Limits(vocabulary=reader.token, images=reader)
+    pictures = [seeing.picture(3), seeing.picture(2, (16, 60)), seeing.picture(4, (12, 12))]
+    row: dict[str, Any] = {"prompt": "Which?", "images": pictures}
+    prompt = encode_prompt(row, 0, Data("no file"), tokenizer, limits)
+    text = tokenizer.bos_token + tokenizer.apply_chat_template(
+        prompt.messages, tokenize=False, add_generation_prompt=True
+    )
+    made = processor(images=[pictures], text=[text], add_special_tokens=False, return_tensors="pt")
+    assert list(prompt.ids) == made["input_ids"][0, 1:].tolist() and prompt.ids.count(reader.token) == 3
+    assert [image.width for image in prompt.images] == made["cross_attention_mask"][0, -1].sum(-1).tolist() == [2, 4, 1]
+    ours = reader.given(prompt.images)
+    assert all(torch.equal(ours[name].flatten(0, 1), made[name].flatten(0, 1)) for name in ours)
+    with pytest.raises(
+        DataError, match=r"row 0: the prompt begins with <\|image\|>, and the tokenizer would put <\|begin\|>"
+    ):
+        encode_prompt({"prompt": "<|image|>a", "image": FILE}, 0, Data("x", chat="never"), tokenizer, limits)
+    with pytest.raises(DataError, match=r"row 0: the completion has <\|image\|>, the place of an image: remove it"):
+        said = {"prompt": "a", "completion": "<|image|>", "image": FILE}
+        encode_prompt(said, 0, Data("x"), tokenizer, limits)
 
 
 GEMMA = Limits(images=seeing.reader("gemma3"))

@@ -105,10 +105,12 @@ def test_one_step_and_one_more_equal_two_bit_for_bit(make: Any, home: Path, tmp_
         assert pictured == {row["group"] for row in rows if json.loads(row["data"]).get("images")}
 
 
-def test_gemma_3_is_resumed_bit_for_bit(home: Path, tmp_path: Path) -> None:
-    """With images whose tokens attend in both directions, and evaluation, merge and sampling from the run."""
-    model = str(seeing.save(home / "gemma3", "gemma3"))
-    more = {"model": model, "eval": Eval(rows=2, every=1)}
+@pytest.mark.parametrize("kind", ["gemma3", pytest.param("mllama", marks=pytest.mark.slow)])
+@pytest.mark.filterwarnings("ignore:`hidden_state` is deprecated:FutureWarning")
+def test_other_families_are_resumed_bit_for_bit(kind: str, home: Path, tmp_path: Path) -> None:
+    """Images whose tokens attend in both directions, or that cross-attention reads; a run is sampled and merged."""
+    model = str(seeing.save(home / kind, kind))
+    more = {"model": model}
     train(grpo(home, tmp_path / "two", **more))
     train(grpo(home, tmp_path / "one", steps=1, **more))
     train(grpo(home, tmp_path / "one", **more), resume=True)
