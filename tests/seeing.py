@@ -208,11 +208,17 @@ def reader(kind: str = "qwen2_vl") -> ImageReader:
 
 
 def policy_of(
-    kind: str, dtype: torch.dtype = torch.float64, trained: float = 0.3, device: str = "cpu", head: int = 16
+    kind: str,
+    dtype: torch.dtype = torch.float64,
+    trained: float = 0.3,
+    device: str = "cpu",
+    head: int = 16,
+    vision: bool = False,
 ) -> Policy:
-    """A policy over a random model whose adapter is not fresh. trained: size of the noise in the adapter's B."""
+    """A policy over a random model whose adapter is not fresh. trained: size of the noise in the adapter's B. vision:
+    its tower has an adapter too."""
     base = base_of(kind, dtype, head).to(device)
-    policy = Policy(attach_lora(base, Lora(rank=4, alpha=8), 0), dtype=dtype, images=reader(kind))
+    policy = Policy(attach_lora(base, Lora(rank=4, alpha=8, vision=vision), 0), dtype=dtype, images=reader(kind))
     g = torch.Generator().manual_seed(7)
     for name, tensor in policy.adapter().items():
         if ".lora_B." in name:

@@ -38,7 +38,7 @@ from rlft.models.head import append_ones, head_matrix, scale_of, softcap_of
 from rlft.models.load import fingerprint
 from rlft.models.quantization import mixes_rows
 from rlft.models.structure import decoder_of, unpackable
-from rlft.models.vision import Seen, Vision
+from rlft.models.vision import Seen, Vision, adapted_tower
 from rlft.types import Batch
 from rlft.upload import upload
 
@@ -88,7 +88,7 @@ class Policy:
         self.mixes_rows = mixes_rows(self.base)
         """Whether a row's log-probs depend on what it is packed with, so that they cannot be reused for another
         micro-batch."""
-        self.vision = None if images is None else Vision(self.base, images)
+        self.vision = None if images is None else Vision(self.base, images, trained=adapted_tower(model))
         """The vision tower; None where prompts are text."""
         self.decoder = decoder_of(self.base)
         """The text decoder, which turns embedded tokens into the head's input."""
@@ -142,7 +142,7 @@ class Policy:
         if self.fused is None:
             return batch
         sequences = self._sequences(batch)
-        return replace(batch, plan=self.fused.plan_pass(len(batch.input_ids), int(batch.train_mask.sum()), sequences))
+        return replace(batch, plan=self._plan(batch, len(batch.input_ids), int(batch.train_mask.sum()), sequences))
 
     def score(self, batch: Batch, weights: Literal["policy", "reference"] = "policy") -> Tensor:
         """Return log-probs [T] without gradient. "reference": under the adapter that training started from (the base,
@@ -225,7 +225,7 @@ class Policy:
         ids, rows = (upload(tensor, self.device) for tensor in (batch.input_ids, trained))
         plan = batch.plan
         if self.fused is not None and plan is None:
-            plan = self.fused.plan_pass(len(ids), len(rows), sequences)
+            plan = self._plan(batch, len(ids), len(rows), sequences)
         hidden, record = self._hidden(batch, trained, ids, sequences, plan)
         chunk_bytes, workspace = (CHUNK_BYTES, None) if record is None else (record.plan.chunk_bytes, record.workspace)
         logprobs, entropy = linear_logprobs(
@@ -266,6 +266,12 @@ class Policy:
         hidden, record = self.fused.hidden(embedded, positions, sequences, gradients, plan, ids=ids, images=seen)
         # The norm acts on each row alone, so only the selected rows need it.
         return self.fused.final_norm(hidden[rows]), record
+
+    def _plan(self, batch: Batch, rows: int, trained: int, sequences: Sequences) -> memory.MemoryPlan:
+        """Choose how a pass runs: no CUDA graph has a gradient of what it reads, which a trained tower needs."""
+        assert self.fused is not None
+        inputs = bool(batch.images) and self.vision is not None and self.vision.trained
+        return self.fused.plan_pass(rows, trained, sequences, inputs)
 
     def _sequences(self, batch: Batch) -> Sequences:
         """Return which rows of a batch attend to which."""

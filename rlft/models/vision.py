@@ -2,7 +2,8 @@
 
 The rows of an image in the embedded tokens are replaced by its features. Qwen3-VL's tower has further features, which
 are added to the residual stream behind the first layers of the decoder (deepstack). Both are held in host memory by the
-digest of the image, up to a number of bytes, and nothing of them has a gradient.
+digest of the image, up to a number of bytes, and nothing of them has a gradient. With an adapter on the tower
+(`lora.vision`) nothing is held: each pass computes the features under the adapter that is active.
 
 Shapes: n rows of images in a batch, H hidden size, L layers with deepstack features.
 """
@@ -20,6 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from rlft.config.data import Data
 from rlft.data.image_readers import ImageReader
@@ -37,6 +39,8 @@ LIMIT = 2 * 2**30
 """Bytes of features that are held in host memory; beyond them those used least recently are computed again."""
 PATCHES = 16384
 """Patches that the tower takes at a time; a larger image runs alone."""
+TRAINED = 4096
+"""The same where the tower has a gradient, whose activations take many times as much."""
 
 
 def image_reader(model: str, config: Any, data: Data | None = None) -> ImageReader | None:
@@ -65,6 +69,22 @@ def image_reader(model: str, config: Any, data: Data | None = None) -> ImageRead
         # False: code from the hub is not run, and transformers does not prompt for it.
         processor = AutoImageProcessor.from_pretrained(location.path, trust_remote_code=False, **options)
     return image_processor.reader_of(model, processor, config)
+
+
+def adapted_tower(model: Any) -> bool:
+    """Return whether the adapter of a PEFT model is on its vision tower too. Raises ConfigError for dropout there."""
+    base = model.get_base_model()
+    seeing = seeing_of(base.config)
+    tower = () if seeing is None else tuple(f"{name}." for name in seeing.tower)
+    inside = [name for name, _ in base.named_parameters() if tower and name.startswith(tower)]
+    if not any(".lora_A." in name for name in inside):
+        return False
+    if any(getattr(module, "p", 0) for name, module in base.named_modules() if ".lora_dropout." in name):
+        raise ConfigError(
+            "lora.dropout with an adapter on the vision tower: the tower runs again in the backward, without dropout; "
+            "set lora.dropout = 0"
+        )
+    return True
 
 
 def save_image_processor(model: str, config: Any, data: Data | None, folder: Path) -> None:
@@ -134,11 +154,12 @@ Seen = ImageRows | CrossStates
 class Vision:
     """The vision tower of a base, with the features of the images of a step."""
 
-    def __init__(self, base: Any, reader: ImageReader, limit: int = LIMIT) -> None:
-        """base: a model of a type in `rlft.models.kind.SEEING`. limit: bytes of features that are held."""
+    def __init__(self, base: Any, reader: ImageReader, limit: int = LIMIT, trained: bool = False) -> None:
+        """base: a model of a type in `rlft.models.kind.SEEING`. limit: bytes of features that are held. trained: the
+        tower has an adapter, so that nothing is held, and features have a gradient where it is enabled."""
         seeing = seeing_of(base.config)
         assert seeing is not None
-        self.reader, self.seeing = reader, seeing
+        self.reader, self.seeing, self.trained = reader, seeing, trained
         self._base, self._limit = base, limit
         self._held: OrderedDict[tuple[str, int, int], Features] = OrderedDict()
         self._bytes = 0
@@ -146,8 +167,11 @@ class Vision:
     @property
     def peak(self) -> int:
         """Bytes of device memory that the tower takes while it runs over as many images as it may."""
-        dtype = self._base.get_input_embeddings().weight.dtype
-        return tower_bytes(self._base.config, max(PATCHES, self.reader.most_patches), dtype.itemsize)
+        config, item = self._base.config, self._base.get_input_embeddings().weight.dtype.itemsize
+        without = tower_bytes(config, max(PATCHES, self.reader.most_patches), item)
+        if not self.trained:
+            return without
+        return max(without, trained_bytes(config, max(TRAINED, self.reader.most_patches), item))
 
     def clear(self) -> None:
         """Forget all features, at the start of a step.
@@ -162,10 +186,11 @@ class Vision:
 
         Raises DataError for an image whose file has changed.
         """
-        features = self.features([image for image, _ in placed])
+        images = [image for image, _ in placed]
+        features = self._with_gradient(images) if self.trained and torch.is_grad_enabled() else self.features(images)
         if placed[0][0].layout == "cross":
             tiles = self._base.config.vision_config.max_num_tiles
-            states = tuple(upload(each.rows, device) for each in features)
+            states = tuple(_on(device, each.rows) for each in features)
             shares = (len(each) // tiles * image.width for each, (image, _) in zip(states, placed, strict=True))
             return CrossStates(states, tuple(shares))
         rows = torch.from_numpy(np.concatenate([row + feature_places(image) for image, row in placed]))
@@ -176,8 +201,8 @@ class Vision:
         deep = zip(*(each.deep for each in features), strict=True)
         return ImageRows(
             upload(rows, device),
-            upload(torch.cat([each.rows for each in features]), device),
-            tuple(upload(torch.cat(layer), device) for layer in deep),
+            _on(device, torch.cat([each.rows for each in features])),
+            tuple(_on(device, torch.cat(layer)) for layer in deep),
             blocks,
         )
 
@@ -188,17 +213,39 @@ class Vision:
         for part in _parts(list(missing.values()), self.reader):
             for image, features in zip(part, self._computed(part), strict=True):
                 found[_key(image)] = features
-        for key, features in found.items():
+        for key, features in found.items() if not self.trained else ():
             self._hold(key, features)
         return [found[_key(image)] for image in images]
 
     def _computed(self, images: Sequence[Image]) -> Iterator[Features]:
-        """Run the tower over images that fit together."""
-        device = self._base.get_input_embeddings().weight.device
-        given = {name: tensor.to(device) for name, tensor in self.reader.given(images).items()}
+        """Run the tower over images that fit together, without gradient."""
+        given = self._given(images)
         # Tensors of inference mode, in which engines sample, could not be used by a training pass.
         with torch.inference_mode(False), torch.no_grad():
-            out = image_features(self._base, given)
+            for features in self._run(images, given):
+                yield Features(_on_host(features.rows), tuple(map(_on_host, features.deep)))
+
+    def _with_gradient(self, images: Sequence[Image]) -> list[Features]:
+        """Return the features of each image on the device, with gradient to the adapter of the tower.
+
+        The tower runs again in the backward, for a few images at a time, so that its activations are there for these
+        alone, when those of the decoder are gone.
+        """
+        found: dict[tuple[str, int, int], Features] = {}
+        for part in _parts(list({_key(image): image for image in images}.values()), self.reader, TRAINED):
+            given = self._given(part)
+            features: Any = checkpoint(lambda *args: tuple(self._run(*args)), part, given, use_reentrant=False)
+            found |= zip(map(_key, part), features, strict=True)
+        return [found[_key(image)] for image in images]
+
+    def _given(self, images: Sequence[Image]) -> dict[str, Tensor]:
+        """Return the tower's arguments on its device. Raises DataError for an image whose file has changed."""
+        device = self._base.get_input_embeddings().weight.device
+        return {name: tensor.to(device) for name, tensor in self.reader.given(images).items()}
+
+    def _run(self, images: Sequence[Image], given: dict[str, Tensor]) -> Iterator[Features]:
+        """Run the tower over images together; their features are on its device."""
+        out = image_features(self._base, given)
         # transformers 5.17 returns deepstack features of all images together, 5.19 by image.
         layers = getattr(out, "deepstack_features", None) or ()
         sizes = [len(rows) for rows in out.pooler_output]
@@ -207,7 +254,7 @@ class Vision:
         for image, rows, added in zip(images, out.pooler_output, deep, strict=True):
             fits = image.layout == "cross" or len(rows) == image.height * image.width
             assert fits, f"{len(rows)} features of an image of {image.tokens} tokens"
-            yield Features(_on_host(rows), tuple(map(_on_host, added)))
+            yield Features(rows, tuple(added))
 
     def _hold(self, key: tuple[str, int, int], features: Features) -> None:
         if key in self._held:
@@ -254,6 +301,21 @@ def tower_bytes(config: Any, patches: int, item: int) -> int:
     return patches * (pixels * (4 + item) + max(attention, gated) + features * item)
 
 
+def trained_bytes(config: Any, patches: int, item: int) -> int:
+    """Return an upper bound of what a tower takes over patches of images while its adapter has a gradient.
+
+    config: of the model. item: bytes of an element of the tower's dtype.
+    """
+    vision: Any = config.vision_config
+    width = getattr(vision, "embed_dim", None) or vision.hidden_size
+    inner = getattr(vision, "intermediate_size", None) or int(vision.mlp_ratio * width)
+    layers = (getattr(vision, "depth", None) or vision.num_hidden_layers) + getattr(vision, "num_global_layers", 0)
+    # Of each layer: both norms, queries, keys and values with their rotation, attention's output, the MLP; inputs of
+    # adapters are in fp32.
+    kept = 24 * width + 6 * inner
+    return tower_bytes(config, patches, item) + patches * layers * kept * max(item, 4)
+
+
 def _tile_patch_bytes(config: Any, item: int) -> int:
     """Return the bytes per patch of the tower of Llama 3.2 Vision, whose patches of all tiles attend to each other."""
     vision = config.vision_config
@@ -287,18 +349,23 @@ def _key(image: Image) -> tuple[str, int, int]:
     return image.digest, image.height, image.width
 
 
+def _on(device: torch.device, tensor: Tensor) -> Tensor:
+    # Those with a gradient are there already.
+    return tensor if tensor.requires_grad else upload(tensor, device)
+
+
 def _on_host(tensor: Tensor) -> Tensor:
     # A copy on a CPU too: parts of one output would keep all of it.
     return tensor.to("cpu", copy=True)
 
 
-def _parts(images: Iterable[Image], reader: ImageReader) -> Iterator[list[Image]]:
-    """Divide images, in order, into parts of at most PATCHES patches."""
+def _parts(images: Iterable[Image], reader: ImageReader, most: int = PATCHES) -> Iterator[list[Image]]:
+    """Divide images, in order, into parts of at most `most` patches."""
     part: list[Image] = []
     patches = 0
     for image in images:
         own = reader.patches(image)
-        if part and patches + own > PATCHES:
+        if part and patches + own > most:
             yield part
             part, patches = [], 0
         part.append(image)

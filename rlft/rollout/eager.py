@@ -252,11 +252,12 @@ class EagerEngine:
         if self._policy.vision is None or self._cache == "none":
             base = type(self._policy.base).__name__
             raise EngineError(f"prompts with images need a policy that reads them, and a KV cache of {base}")
-        self._policy.vision.features(images)
+        if not self._policy.vision.trained:
+            self._policy.vision.features(images)
 
     def _prefill(self, prompts: Sequence[Prompt]) -> tuple[Tensor, Tensor, Any, dict[str, Tensor]]:
-        """Run the model on prompts. Returns the mask [rows, longest] on the CPU, the logits of the next tokens [rows, V],
-        the cache, and masks by which later tokens see images where cross-attention reads them."""
+        """Run the model on prompts. Returns the mask [rows, longest] on the CPU, the next logits [rows, V], the cache,
+        and masks by which later tokens see images in cross-attention."""
         longest = max(len(prompt.ids) for prompt in prompts)
         ids = torch.zeros(len(prompts), longest, dtype=torch.long)
         mask = torch.zeros(len(prompts), longest, dtype=torch.long)

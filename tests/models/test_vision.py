@@ -13,6 +13,7 @@ import pytest
 import seeing
 import torch
 from random_base import in_float64
+from tiny import tiny_model
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -26,13 +27,15 @@ from rlft.config.data import Data, Sampling
 from rlft.config.run import Lora
 from rlft.data.encode import encode_prompt
 from rlft.data.limits import Limits
-from rlft.errors import ConfigError, DataError
+from rlft.errors import ConfigError, DataError, UnsupportedModel
+from rlft.models import vision
 from rlft.models.fused.levels import LEVELS, Level
 from rlft.models.load import Base, attach_lora, load_base
 from rlft.models.policy import Policy
-from rlft.models.vision import Vision, image_features, tower_bytes
+from rlft.models.vision import Vision, image_features, tower_bytes, trained_bytes
 from rlft.positions import next_position, prompt_positions
 from rlft.rollout.eager import EagerEngine
+from rlft.rollout.vllm.memory import EngineMemory
 from rlft.types import Batch, FinishReason, PackPlan, Prompt, Rollout
 
 # transformers warns of the name of an argument by which it calls its own layers (Llama 3.2 Vision).
@@ -378,6 +381,101 @@ def test_the_plan_knows_what_the_tower_takes(kind: str, dtype: torch.dtype, monk
     taken = peak.most + pixels.nbytes
     planned = tower_bytes(base.config, patches, dtype.itemsize)
     assert taken <= planned < 1.5 * taken
+
+
+# ---- an adapter on the tower -------------------------------------------------------------------------------------
+
+
+def of_tower(policy: Policy) -> list[str]:
+    """PEFT names of the tensors of the adapter that are not the decoder's."""
+    return [name for name in policy.adapter() if ".language_model." not in name]
+
+
+QUICK = ("qwen2_5_vl", "qwen3_vl", "gemma3", "mllama")
+
+
+@pytest.mark.parametrize("kind", [pytest.param(k, marks=[] if k in QUICK else pytest.mark.slow) for k in seeing.KINDS])
+def test_an_adapter_on_the_tower_has_the_gradient_of_transformers(kind: str) -> None:
+    """Images that several rows show, and behind Qwen3-VL's first layers."""
+    policy = seeing.policy_of(kind, vision=True)
+    assert policy.vision is not None and policy.vision.trained
+    # Gemma 3's projector is a parameter, which no adapter is on.
+    assert kind == "gemma3" or any("projector" in name or "merger" in name for name in of_tower(policy))
+    check(policy, packed(some_rollouts(kind)))
+    gradients = {name: policy.flat.parameters[name].grad for name in of_tower(policy)}
+    unread = [name for name, gradient in gradients.items() if gradient is None or not gradient.any()]
+    # LLaVA reads the last layer but one.
+    assert all(kind in ("llava", "pixtral") and ".1." in name for name in unread)
+
+
+def test_features_of_a_trained_tower_are_held_for_no_other_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under another adapter, and under none, they are others."""
+    policy = seeing.policy_of("qwen2_5_vl", vision=True)
+    monkeypatch.setattr(vision, "TRAINED", 1)  # each image alone
+    batch = packed(some_rollouts())[0]
+    with exact(policy):
+        before, base = policy.score(batch), policy.score(batch, "reference")
+        torch.testing.assert_close(policy.logprobs(batch)[0].detach(), before, rtol=0, atol=1e-9)
+        for name in of_tower(policy):
+            policy.adapter()[name].mul_(0.5)
+        after = policy.score(batch)
+    shown = torch.tensor([bool(sample.rollout.prompt.images) for sample in batch.samples])
+    sequences = torch.tensor([group >= 0 for group in batch.group_ids.tolist()]).nonzero().flatten()
+    for sequence, images in zip(sequences.tolist(), shown.tolist(), strict=True):
+        rows = (batch.seq_ids == sequence) & batch.train_mask
+        assert ((before - after)[rows].abs().max() > 1e-4) == images
+    assert (before - base).abs().max() > 1e-3
+
+
+def test_an_engine_samples_with_its_own_adapter_on_the_tower() -> None:
+    policy = seeing.policy_of("qwen3_vl", torch.float32, vision=True)
+    engine = EagerEngine(policy, seeing.tokenizer(), batch_size=5)
+    prompts = [rollout.prompt for rollout in some_rollouts()[::3]]
+    found = []
+    for version in range(2):
+        engine.load_adapter(policy.adapter(), version)
+        rollouts = engine.generate(prompts, Sampling(group_size=2, max_tokens=6), (1, 2))
+        expected = loss_of(policy, packed(rollouts))
+        for rollout in rollouts:
+            sampled = torch.tensor(rollout.sampler_logprobs)[list(rollout.completion_mask)]
+            torch.testing.assert_close(expected[id(rollout)], sampled, rtol=0, atol=2e-5)
+        found.append([rollout.sampler_logprobs for rollout in rollouts])
+        for name in of_tower(policy):
+            policy.adapter()[name].mul_(-1.0 if ".lora_B." in name else 1.0)
+    assert found[0][0] != found[1][0] and found[0][-3] == found[1][-3]
+    engine.close()
+
+
+def test_where_the_tower_can_have_no_adapter_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"lora.dropout = 0.1 with lora.vision = true: the tower runs again"):
+        Lora(dropout=0.1, vision=True)
+    with pytest.raises(ConfigError, match=r"lora.vision = true: the model takes text alone"):
+        attach_lora(tiny_model(), Lora(rank=4, vision=True), 0)
+    base = seeing.base_of("qwen2_vl")
+    names = list(Policy(attach_lora(base, Lora(rank=4, targets=("qkv",), vision=True), 0)).adapter())
+    assert names and all("visual.blocks" in name and ".attn.qkv." in name for name in names)
+    policy = seeing.policy_of("gemma3", torch.float32, vision=True)
+    with pytest.raises(UnsupportedModel, match=r"vLLM has no vision tower for an adapter \(lora.vision = true\)"):
+        EngineMemory.of(policy, {}, torch.float32, 64, 4, 4)
+
+
+@pytest.mark.parametrize("kind", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "gemma3", "llava", "mistral3"])
+def test_the_plan_knows_what_a_trained_tower_takes(kind: str) -> None:
+    policy = seeing.policy_of(kind, torch.float32, vision=True)
+    assert policy.vision is not None
+    pixels = torch.randn(512, 96) if kind in seeing.GRIDS else torch.randn(32, 3, 16, 16)
+    given: dict[str, Tensor] = {"pixel_values": pixels}
+    if kind in seeing.GRIDS:
+        given["image_grid_thw"] = torch.tensor([[1, 64, 8]])
+    elif kind == "mistral3":
+        given["image_sizes"] = torch.tensor([[16, 16]] * 32)
+    with Peak(policy.model) as peak:
+        out = image_features(policy.base, given)
+        outputs = tree_leaves((out.pooler_output, getattr(out, "deepstack_features", None) or ()))
+        torch.stack([each.sum() for each in outputs]).sum().backward()
+    taken = peak.most + pixels.nbytes
+    planned = trained_bytes(policy.base.config, 512, 4)
+    assert taken <= planned < 3 * taken
 
 
 # ---- engine ------------------------------------------------------------------------------------------------------

@@ -204,7 +204,7 @@ class FusedDecoder:
         tables = rope_tables(self.decoder, self.family, types, embedded, position_ids, padded_to)
         hidden = embedded
         if plan.padded:
-            assert sequences.blocks is None, "see `plan_pass`"
+            assert sequences.blocks is None and not embedded.requires_grad, "see `plan_pass`"
             batch = Padded.of(self.layers, embedded, tables, sequences, plan.padded)
             added = images is not None and bool(images.deep)  # between layers, which a graph has no place for
             if self.graphs is not None and not added and gradients and self._trains(adapter, gradients):
@@ -237,17 +237,17 @@ class FusedDecoder:
         """Apply the norm before the head, with gradient."""
         return rms_norm.rms_norm(hidden, *self.norm)
 
-    def plan_pass(self, rows: int, trained: int, sequences: Sequences) -> memory.MemoryPlan:
+    def plan_pass(self, rows: int, trained: int, sequences: Sequences, inputs: bool = False) -> memory.MemoryPlan:
         """Choose how a pass over packed rows runs in the memory that is free now.
 
-        rows: tokens, of which `trained` reach the head. They are padded where a CUDA graph may run the pass; whether
-        one does changes no bit of the result.
-        """
+        rows: tokens, of which `trained` reach the head, padded where a CUDA graph may run the pass; whether one does
+        changes no bit of the result. inputs: embedded tokens have a gradient, which no graph gives."""
         keys, budget = count_keys(sequences, rows), self.available()
-        if self.graphs is not None and sequences.blocks is None and launch_bound(self.shape, rows, keys):
+        graphs = self.graphs if sequences.blocks is None and not inputs else None
+        if graphs is not None and launch_bound(self.shape, rows, keys):
             bucket = round_up(rows)
             plan = self.plan_for(bucket, trained, key_capacity(keys, bucket), budget)
-            if capturable(self.shape, plan, budget + self.graphs.bytes):
+            if capturable(self.shape, plan, budget + graphs.bytes):
                 return replace(plan, padded=bucket)
         return self.plan_for(rows, trained, copied_keys(sequences, rows), budget, self._recurrent(sequences))
 

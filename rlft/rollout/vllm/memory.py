@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import torch
 
-from rlft.errors import EngineError
+from rlft.errors import EngineError, UnsupportedModel
 from rlft.models import experts
 from rlft.models.adapter import without_wrappers
 from rlft.models.device_memory import DeviceMemory
@@ -66,6 +66,8 @@ class EngineMemory:
         max_seqs: int,
     ) -> EngineMemory:
         """Compute the sizes. weights: `shared_weights.frozen_weights` of the base. sequences: completions of a step."""
+        if policy.vision is not None and policy.vision.trained:
+            raise UnsupportedModel("vLLM has no vision tower for an adapter (lora.vision = true)")
         config: Any = policy.base.config.get_text_config()  # type: ignore[operator,union-attr]
         item = dtype.itemsize
         shapes = {name: weight.shape for name, weight in weights.items()}
