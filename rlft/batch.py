@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from rlft.errors import EngineError, TrainError
-from rlft.positions import completion_positions, prompt_positions
+from rlft.positions import completion_positions, on_axes, prompt_positions
 from rlft.types import Batch, Counts, Group, Image, LeftOut, PackPlan, Rollout, Sample
 
 
@@ -197,8 +197,7 @@ def _check_routes(samples: Sequence[Sample]) -> None:
             if found != tokens:
                 raise EngineError(
                     f"row {rollout.prompt.index}: the engine reported the experts of {found[0]} + {found[1]} tokens, "
-                    f"and prompt and completion have {tokens[0]} + {tokens[1]}; set engine.routing_replay = false to "
-                    f"train without them, and report it"
+                    f"and there are {tokens[0]} + {tokens[1]}; set engine.routing_replay = false, and report it"
                 )
 
 
@@ -340,8 +339,9 @@ def _batch(units: list[list[_Row]], plan: PackPlan, counts: Counts) -> Batch:
         for sequence, start in zip(sequences, bounds[:-1], strict=True)
         for image in sequence.images
     )
+    axes = any(on_axes(image) for image, _ in images)
     positions = np.concatenate(
-        [sequence.positions if images else sequence.positions[0] for sequence in sequences], axis=-1
+        [sequence.positions if axes else sequence.positions[0] for sequence in sequences], axis=-1
     )
     source = np.arange(bounds[-1]) - 1
     for i, sequence in enumerate(sequences):

@@ -59,6 +59,12 @@ class LeftOut(StrEnum):
     """Dynamic sampling dropped its group."""
 
 
+Layout = Literal["axes", "block", "plain", "lines", "cross"]
+"""Tokens of an image: "axes" have positions for time, row and column (M-RoPE), the others as text. All tokens of a
+"block" attend to each other. Each row of "lines" ends with a token that is a word. "cross" has one token, and features
+that layers of cross-attention read."""
+
+
 class Image(NamedTuple):
     """An image in a prompt, read and decoded when its features are needed."""
 
@@ -69,14 +75,15 @@ class Image(NamedTuple):
     start: int
     """Index of its first token in `Prompt.ids`."""
     height: int
-    """Rows of tokens."""
+    """Rows of tokens; of tiles where its layout is "cross"."""
     width: int
-    """Tokens in each row."""
+    """Tokens with features in each row."""
+    layout: Layout = "axes"
 
     @property
     def tokens(self) -> int:
         """Tokens that stand for it in the prompt."""
-        return self.height * self.width
+        return 1 if self.layout == "cross" else self.height * (self.width + (self.layout == "lines"))
 
 
 class Recorded(NamedTuple):
@@ -260,8 +267,7 @@ class Batch:
     input_ids: Tensor
     """[T] int64."""
     position_ids: Tensor
-    """[T] int64: restarts with each sequence, continues after a shared prefix. [3, T] with images: time, row and column
-    (`rlft.positions`)."""
+    """[T] int64, from 0 in each sequence, or after its shared prefix; [3, T] with images on axes (`rlft.positions`)."""
     cu_seqlens: Tensor
     """[S+1] int32: sequence s is rows cu_seqlens[s] to cu_seqlens[s+1]."""
     seq_ids: Tensor
@@ -294,8 +300,7 @@ class Batch:
     images: tuple[tuple[Image, int], ...] = ()
     """Each image with the row of its first token, once for all sequences that share it."""
     routes: Tensor | None = None
-    """[T, layers, k] uint8 or int16: the experts of each token in each layer that has some (`rlft.routes`); None:
-    routers choose."""
+    """[T, layers, k] uint8 or int16: experts of each token, as in `rlft.routes`; None: routers choose."""
     sampler_logprobs: Tensor | None = None
     """[T] float32; None when no engine sampled these tokens."""
     old_logprobs: Tensor | None = None

@@ -54,7 +54,7 @@ EXAMPLES = {
     "phi3": "Phi-3, Phi-4",
     "gemma": "Gemma 1",
     "gemma2": "Gemma 2",
-    "gemma3_text": "Gemma 3, its text",
+    "gemma3_text": "Gemma 3, with images",
     "gemma4_text": "Gemma 4, its text",
     "gpt_oss": "gpt-oss",
     "smollm3": "SmolLM3",

@@ -42,6 +42,9 @@ class Lora:
     targets: Annotated[tuple[str, ...], MinLen(1)] | Literal["all-linear"] = "all-linear"
     """Linear layers of the text decoder that get an adapter, by the end of their name. "all-linear": all of them but
     routers and the outputs of Mamba layers, and never the head."""
+    vision: bool = False
+    """The linear layers of the vision tower and its projector that `targets` names get an adapter too. The tower then
+    runs in every micro-batch, with gradient, and vLLM does not sample."""
     experts: bool = True
     """Fused experts of a mixture get an adapter too, one for each expert, where `targets` names them."""
     expert_rank: Annotated[int, Interval(ge=1, le=2**16)] | None = None
@@ -62,6 +65,11 @@ class Lora:
                 f"lora.targets = {target!r}: an adapter on the head or the embedding is not supported: rollouts could "
                 f"not be checked against it",
             )
+        refuse(
+            self.vision and self.dropout > 0,
+            f"lora.dropout = {self.dropout} with lora.vision = true: the tower runs again in the backward, without "
+            f"dropout; set lora.dropout = 0",
+        )
 
 
 @section("optim")

@@ -72,7 +72,7 @@ class Encoder:
                 return self._checked(self._of_ids(row, index))
             if self._marked:
                 return self._checked(self._of_marked(row, index))
-            draft = self._drafter.draft(row)
+            draft = self._written(self._drafter.draft(row))
             coded = {(text, special): self._ids(text, special, column) for text, special, column in draft.texts()}
             return self._checked(self._assemble(draft, coded, index))
         except DataError as error:
@@ -138,10 +138,17 @@ class Encoder:
         for row, asked in zip(rows, self._rendered_together(rows), strict=True):
             try:
                 self._check_sees(row)
-                drafts.append(self._drafter.draft(row, asked))
+                drafts.append(self._written(self._drafter.draft(row, asked)))
             except (DataError, RecursionError):
                 drafts.append(None)
         return drafts
+
+    def _written(self, draft: Draft) -> Draft:
+        """Return a draft whose prompt has what the model's processor writes around images."""
+        reader = self.limits.images
+        if reader is None or draft.prompt is None:
+            return draft
+        return draft._replace(prompt=reader.written(draft.prompt, self.tokenizer, draft.special))
 
     def _rendered_together(self, rows: Sequence[dict[str, Any]]) -> list[Asked | None]:
         """Render the prompts of rows in one call, where they have no tools and no beginning of an answer."""
@@ -235,6 +242,14 @@ class Encoder:
     def _of_marked(self, row: dict[str, Any], index: int) -> Prompt:
         """Encode a conversation whose template marks what the assistant says."""
         messages, first = self._drafter.turns(row)
+        reader = self.limits.images
+        text = "" if reader is None else in_column("messages", self._drafter.template.render, messages[:first])
+        if reader is not None and reader.written(text, self.tokenizer) != text:
+            raise DataError(
+                "the chat template marks the assistant's tokens ({% generation %}), and the model's processor writes "
+                "text around images, which the marks would not follow; take the marks out of the template",
+                reason="template",
+            )
         ids, recorded = in_column(
             "messages",
             encode_marked,
@@ -282,7 +297,7 @@ class Encoder:
         if images is not None:
             check_places(prompt, images, self._token)
         if vocabulary is not None and self._checks_ids:
-            check_ids(prompt, vocabulary, self._token)
+            check_ids(prompt, vocabulary, self._token, frozenset() if images is None else images.beyond)
         return prompt
 
     def _token(self, token_id: int) -> str | None:

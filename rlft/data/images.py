@@ -12,12 +12,11 @@ import base64
 import hashlib
 import io
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from rlft.errors import DataError
-from rlft.types import Image, Prompt
+from rlft.types import Image
 
 COLUMNS = ("images", "image")
 """Columns that hold the images of a row, several or one."""
@@ -33,7 +32,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 THUMBNAIL = 128
 """Largest side of the small picture of an image, in pixels: a few kilobytes."""
 MARK = "<image>"
-"""Place of an image in the texts of LLaVA's datasets, which is not that of any model here."""
+"""Place of an image in the texts of LLaVA's datasets."""
 
 
 # ---- where a row has its images ------------------------------------------------------------------------------------
@@ -90,7 +89,7 @@ def with_places(messages: Sequence[dict[str, Any]], count: int) -> list[dict[str
     for message in messages:
         if MARK in text_of(message.get("content", "")):
             raise DataError(
-                f"a message has the text {MARK}, which no model reads as an image: give its content as parts, "
+                f"a message has the text {MARK}, which is not read as an image: give its content as parts, "
                 f'[{{"type": "image"}}, {{"type": "text", "text": ...}}]',
                 reason="images",
             )
@@ -229,105 +228,7 @@ def name_of(source: str | bytes) -> str:
     return source if isinstance(source, str) else f"an image of {len(source):,} bytes"
 
 
-# ---- tokens --------------------------------------------------------------------------------------------------------
-
-
-class ImageReader:
-    """Reads images for one model: their tokens in a prompt, and the pixels that its vision tower takes."""
-
-    def __init__(self, processor: Any, token: int, video: int) -> None:
-        """processor: an image processor of transformers. token: id of an image's place in a prompt. video: of a
-        video's, which no prompt or completion may have."""
-        self.processor, self.token, self._video = processor, token, video
-        self.places = frozenset((token, video))
-        """Ids that are no words: they stand for images and videos."""
-        self._merge = int(processor.merge_size)
-        self._grid = lru_cache(maxsize=4096)(self._grid_of)
-
-    def expanded(
-        self, ids: Sequence[int], values: Sequence[Any], folders: Sequence[Path] = ()
-    ) -> tuple[tuple[int, ...], tuple[Image, ...]]:
-        """Return the ids of a prompt with all tokens of its images, and the images.
-
-        ids: with one place per image. values: the images as the row has them. Raises DataError when places and images
-        differ in number, and for an image that cannot be read.
-        """
-        if self._video in ids:
-            raise DataError("the prompt has a place for a video: videos are not supported; leave the row out")
-        places = sum(token == self.token for token in ids)
-        if places != len(values):
-            raise DataError(
-                f"the prompt has {places} place{'' if places == 1 else 's'} for images, and the row has "
-                f"{len(values)} image{'' if len(values) == 1 else 's'}: give one for each",
-                reason="images",
-            )
-        whole: list[int] = []
-        images: list[Image] = []
-        for token in ids:
-            if token == self.token:
-                images.append(self._image(values[len(images)], len(whole), len(images), folders))
-                whole += [token] * images[-1].tokens
-            else:
-                whole.append(token)
-        return tuple(whole), tuple(images)
-
-    def _image(self, value: Any, start: int, number: int, folders: Sequence[Path]) -> Image:
-        try:
-            source = source_of(value, folders)
-            data = bytes_of(source)
-            height, width = self._grid(decoded(data, name_of(source)).size)
-        except DataError as error:
-            raise DataError(f"image {number}: {error}", reason=error.reason) from None
-        return Image(source, digest_of(data), start, height // self._merge, width // self._merge)
-
-    def _grid_of(self, size: tuple[int, int]) -> tuple[int, int]:
-        """Return rows and columns of the patches of an image of `size` (width, height), as the processor has them."""
-        from PIL import Image as Pillow
-
-        try:
-            (grid,) = self.processor([Pillow.new("RGB", size)], return_tensors="pt")["image_grid_thw"].tolist()
-        except ValueError as error:  # too long and narrow, say
-            raise DataError(f"{size[0]} x {size[1]} pixels: {error}", reason="images") from None
-        return grid[1], grid[2]
-
-    @property
-    def most_patches(self) -> int:
-        """Patches of the largest image that the processor's limits allow."""
-        return int(self.processor.size["longest_edge"]) // int(self.processor.patch_size) ** 2
-
-    def grid(self, image: Image) -> tuple[int, int, int]:
-        """Return the patches of an image in time, rows and columns."""
-        return 1, image.height * self._merge, image.width * self._merge
-
-    def patches(self, image: Image) -> int:
-        """Return the number of patches of an image."""
-        return image.tokens * self._merge**2
-
-    def pixels(self, image: Image) -> tuple[Any, Any]:
-        """Return the patches of an image, [patches, values] float32, and its grid, [1, 3] int64.
-
-        Raises DataError when the file has other bytes than the prompt was encoded with.
-        """
-        data = bytes_of(image.source)
-        if digest_of(data) != image.digest:
-            raise DataError(
-                f"{name_of(image.source)} has changed since its row was read: its bytes have another digest; start the "
-                f"run again, or put the file back"
-            )
-        made = self.processor([decoded(data, name_of(image.source))], return_tensors="pt")
-        grid = made["image_grid_thw"]
-        assert grid[0].tolist() == list(self.grid(image)), "the processor's settings"
-        return made["pixel_values"], grid
-
-
-def advice(prompt: Prompt) -> str:
-    """Return what to do about a prompt that its images make long; "" for one without images."""
-    tokens = [image.tokens for image in prompt.images]
-    if not tokens:
-        return ""
-    each = f"{tokens[0]}" if len(set(tokens)) == 1 else f"{min(tokens)} to {max(tokens)}"
-    of = "of its image" if len(tokens) == 1 else f"of its {len(tokens)} images ({each} each)"
-    return f" ({sum(tokens)} {of}; data.max_pixels lowers that)"
+# ---- without their bytes -------------------------------------------------------------------------------------------
 
 
 def packed(images: Sequence[Image]) -> list[tuple[Any, ...]]:

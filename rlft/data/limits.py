@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from typing import NamedTuple
 
-from rlft.data.images import ImageReader, advice
+from rlft.data.image_readers import ImageReader, advice
 from rlft.errors import DataError
 from rlft.types import Prompt
 
@@ -40,9 +40,17 @@ def check_length(prompt: Prompt, context: int) -> None:
     )
 
 
-def check_ids(prompt: Prompt, vocabulary: int, token: Callable[[int], str | None]) -> None:
-    """Raise DataError for a token id that has no row in the embedding. token: the text of an id, None if unknown."""
-    largest = max(max(ids, default=0) for ids in (prompt.ids, *(recorded.ids for recorded in prompt.recorded)))
+def check_ids(
+    prompt: Prompt, vocabulary: int, token: Callable[[int], str | None], places: Set[int] = frozenset()
+) -> None:
+    """Raise DataError for a token id that has no row in the embedding.
+
+    token: the text of an id, None if unknown. places: ids of places of images, which a model may have beyond its
+    vocabulary.
+    """
+    ids = (token_id for token_id in prompt.ids if token_id not in places)
+    recorded = (max(each.ids, default=0) for each in prompt.recorded)
+    largest = max(max(ids, default=0), *recorded, 0)
     if largest < vocabulary:
         return
     text = token(largest)

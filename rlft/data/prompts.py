@@ -12,7 +12,7 @@ import numpy as np
 
 from rlft.config.data import Data
 from rlft.data.encode import Encoder
-from rlft.data.images import advice
+from rlft.data.image_readers import advice
 from rlft.data.limits import NO_LIMITS, Limits
 from rlft.data.table import Encoded, PromptTable
 from rlft.data.usable import Drops, Rows, check_rows, nothing_left, stopped

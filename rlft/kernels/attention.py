@@ -26,6 +26,8 @@ Attention sinks (gpt-oss, Granite with windows) are a learned logit s_h per quer
 softmax's denominator, without a value. They are one more merge, after all others, with an attention over nothing whose
 lse is s_h, and the backward is exact for the same reason. They are frozen and get no gradient.
 
+Rows of a block (an image in Gemma 3) attend to each other in both directions (`rlft.kernels.attention_blocks`).
+
 `varlen_attention_reference` is the formula written out, the reference for tests. On a CPU, and in fp32, PyTorch's
 scaled_dot_product_attention runs per sequence (`rlft.kernels.attention_plain`): nothing is padded and no [T, T] mask
 exists. Bytes moved per sequence: q, k, v and out once; on a CPU also a copy of the prefix's k and v for each
@@ -37,6 +39,7 @@ a sequence's prefix (-1: none), n a number of keys, a, b, c bounds of rows or ke
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -45,6 +48,7 @@ import torch
 from torch import Tensor
 
 from rlft.kernels import attention_backends as backends
+from rlft.kernels.attention_blocks import Blocks, Options, Rows, Span
 from rlft.kernels.attention_plain import per_sequence, varlen_attention_reference
 from rlft.kernels.copies import Copies, gather_copies, sum_copies
 from rlft.kernels.launch import check_args, on_gpu
@@ -88,14 +92,22 @@ class Sequences(NamedTuple):
     """Whether prefixes are copied, instead of a second call."""
     keys: dict[int | None, Keys | None]
     """Window -> copies of keys; built by the first call and reused by all layers and by a captured CUDA graph."""
+    blocks: Blocks | None = None
+    """Rows that attend to each other in both directions; None: all are causal. No CUDA graph runs them."""
 
     @classmethod
     def of(
-        cls, cu_seqlens: Tensor, prefix: Tensor, device: torch.device | str | None = None, copies: bool | None = None
+        cls,
+        cu_seqlens: Tensor,
+        prefix: Tensor,
+        device: torch.device | str | None = None,
+        copies: bool | None = None,
+        blocks: Sequence[Span] = (),
     ) -> Sequences:
         """Build from [S+1] and [S] int32 tensors, preferably on the CPU, since the host reads them.
 
-        device: of the rows. copies: whether prefixes are copied on a GPU; None: decided by their lengths.
+        device: of the rows. copies: whether prefixes are copied on a GPU; None: decided by their lengths. blocks: first
+        and last row, exclusive, of each block.
         """
         bounds, parents = tuple(cu_seqlens.tolist()), tuple(prefix.tolist())
         device = cu_seqlens.device if device is None else torch.device(device)
@@ -104,7 +116,13 @@ class Sequences(NamedTuple):
             continued = [(lengths[p], lengths[i]) for i, p in enumerate(parents) if p >= 0]
             copies = bool(continued) and sum(p for p, _ in continued) <= COPIED * sum(n for _, n in continued)
         shared = None if copies else _shared(bounds, parents, device)
-        return cls(bounds, parents, upload(cu_seqlens, device), max(lengths, default=0), shared, copies, {})
+        several = Blocks(blocks) if blocks else None
+        return cls(bounds, parents, upload(cu_seqlens, device), max(lengths, default=0), shared, copies, {}, several)
+
+    @property
+    def rows(self) -> Rows:
+        """Bounds and prefixes alone."""
+        return Rows(self.bounds, self.prefix)
 
 
 def _shared(bounds: tuple[int, ...], prefix: tuple[int, ...], device: torch.device) -> Shared | None:
@@ -159,6 +177,8 @@ def attention_forward(
         a, b, c = s.shared.first, s.shared.last, s.shared.keys
         out_2, lse_2 = backends.forward(backend, q[a:b], k[:c], v[:c], _second(s.shared), scale, softcap)
         merge(out[a:b], lse[:, a:b], out_2, lse_2)
+    if s.blocks is not None:
+        s.blocks.replace(q, k, v, out, lse, s.rows, Options(scale, backend, window, softcap))
     if sinks is not None:
         add_sinks(out, lse, sinks)
     return Saved(out, lse)
@@ -177,6 +197,27 @@ def attention_backward(
     softcap: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute dq, dk, dv of `attention_forward`, whose sinks are in `saved`."""
+    blocks = sequences.blocks
+    if blocks is None:
+        return _causal_backward(dout, q, k, v, saved, sequences, scale, backend, window, softcap)
+    totals = _causal_backward(blocks.without(dout), q, k, v, saved, sequences, scale, backend, window, softcap)
+    blocks.add_gradients(dout, (q, k, v), saved, totals, sequences.rows, Options(scale, backend, window, softcap))
+    return totals
+
+
+def _causal_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    saved: Saved,
+    sequences: Sequences,
+    scale: float,
+    backend: str,
+    window: int | None,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute dq, dk, dv of the causal calls."""
     s = sequences
     out, lse = saved
     keys = Keys.of(s, window)
@@ -319,9 +360,10 @@ def varlen_attention(
                 f"scores for a sequence of {tokens} tokens (limit {PLAIN_LIMIT / 2**30:.0f}): pip install flash-attn-4"
             )
         cu, prefix = torch.tensor(sequences.bounds), torch.tensor(sequences.prefix)
-        return varlen_attention_reference(q, k, v, cu, prefix, scale, window, softcap, sinks)
+        return varlen_attention_reference(q, k, v, cu, prefix, scale, window, softcap, sinks, sequences.blocks)
     if backend == "sdpa":
-        return per_sequence(q, k, v, sequences.bounds, sequences.prefix, scale, window, sinks)
+        rows = (sequences.bounds, sequences.prefix)
+        return per_sequence(q, k, v, *rows, scale, window, sinks, sequences.blocks)
     if sequences.shared is None and max(sequences.prefix, default=-1) >= 0 and Keys.of(sequences, window) is None:
         raise ValueError(f"{op}: on a GPU prefixes must come first and their continuations in the same order")
     return _Attention.apply(q, k, v, sequences, scale, backend, window, softcap, sinks)  # type: ignore[return-value]

@@ -4,7 +4,7 @@ The formula is that of `rlft.kernels.attention`, and nothing here returns an lse
 is one more term exp(s_h) of the softmax's denominator: a key that every query of the head attends to, whose value is 0.
 
 Names: S sequences, s one of them, T rows, Hq query heads, Hk key heads, D head size, p the index of a sequence's prefix
-(-1: none), q, k, v of attention.
+(-1: none), q, k, v of attention, a and b the first row of a block and the row behind its last.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rlft.kernels.attention_blocks import Blocks, Span
+
 WIDE = 256
 """Heads wider than this have keys and values repeated for each query head: of PyTorch's attentions without scores in
 memory, the one that takes them on a GPU does not share keys between heads."""
@@ -24,11 +26,17 @@ ROOM = 8
 widths that are multiples of 8, and keys as wide as values."""
 
 
-def visible(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:
-    """Return a [queries, keys] mask of the keys that each query attends to; the queries are the last positions."""
-    ends = torch.arange(keys - queries, keys, device=device)[:, None]
+def visible(queries: int, keys: int, window: int | None, device: torch.device, blocks: Sequence[Span] = ()) -> Tensor:
+    """Return a [queries, keys] mask of the keys that each query attends to; the queries are the last positions.
+
+    blocks: first and last query, exclusive, of those that attend to each other.
+    """
+    before = keys - queries
+    ends = torch.arange(before, keys, device=device)[:, None]
     positions = torch.arange(keys, device=device)[None, :]
     mask = positions <= ends
+    for a, b in blocks:
+        mask[a:b, before + a : before + b] = True
     return mask if window is None else mask & (positions > ends - window)
 
 
@@ -42,6 +50,7 @@ def varlen_attention_reference(
     window: int | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    blocks: Blocks | None = None,
 ) -> Tensor:
     """Compute the formula written out. Arguments and result as `varlen_attention`."""
     bounds, out = cu_seqlens.tolist(), torch.zeros_like(q)
@@ -56,7 +65,9 @@ def varlen_attention_reference(
         scores = torch.einsum("ihd,jhd->hij", q[rows], keys) * scale
         if softcap is not None:
             scores = softcap * torch.tanh(scores / softcap)
-        scores = scores.masked_fill(~visible(len(rows), len(visible_rows), window, q.device), float("-inf"))
+        own = [] if blocks is None else blocks.within(bounds[s], bounds[s + 1])
+        seen = visible(len(rows), len(visible_rows), window, q.device, own)
+        scores = scores.masked_fill(~seen, float("-inf"))
         if sinks is not None:
             column = sinks.to(scores.dtype)[:, None, None].expand(-1, len(rows), 1)
             scores = torch.cat([scores, column], dim=-1)
@@ -74,10 +85,12 @@ def per_sequence(
     scale: float,
     window: int | None = None,
     sinks: Tensor | None = None,
+    blocks: Blocks | None = None,
 ) -> Tensor:
     """Run scaled_dot_product_attention for one sequence after the other.
 
-    bounds: S + 1 row bounds. prefix: S. The others and the result as `varlen_attention`.
+    bounds: S + 1 row bounds. prefix: S. blocks: None: all rows are causal. The others and the result as
+    `varlen_attention`.
     """
     lengths = [end - start for start, end in pairwise(bounds)]
     # One split, so that backward concatenates once instead of adding S gradients of size [T, ...].
@@ -90,9 +103,10 @@ def per_sequence(
             continue
         if p >= 0:
             ks, vs = torch.cat([keys[p], ks]), torch.cat([values[p], vs])
+        own = [] if blocks is None else blocks.within(bounds[i], bounds[i + 1])
         # is_causal aligns queries with the first keys; behind a prefix or with a window an explicit mask is needed.
-        causal = p < 0 and (window is None or window >= lengths[i])
-        mask = None if causal else visible(qs.shape[0], ks.shape[0], window, q.device)
+        causal = p < 0 and (window is None or window >= lengths[i]) and not own
+        mask = None if causal else visible(qs.shape[0], ks.shape[0], window, q.device, own)
         run = _attend if sinks is None else _attend_with_sinks
         outs.append(run(qs, ks, vs, mask, scale, *(() if sinks is None else (sinks,))))
     return torch.cat(outs) if outs else torch.zeros_like(q)

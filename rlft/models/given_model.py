@@ -20,12 +20,12 @@ from transformers import PreTrainedModel
 
 from rlft.config.data import Data
 from rlft.config.run import Config, Lora
-from rlft.data.images import ImageReader
+from rlft.data.image_readers import ImageReader
 from rlft.errors import ConfigError
 from rlft.models import experts, targets
 from rlft.models import quantization as quant
 from rlft.models.continued import STARTS, not_plain
-from rlft.models.kind import causal, sees
+from rlft.models.kind import check_causal, sees
 from rlft.models.load import attach_lora, pad_rows, resolve_device, resolve_dtype
 from rlft.models.restored import restored
 from rlft.models.vision import image_reader
@@ -156,12 +156,7 @@ def _agree(field: str, wanted: str, actual: str, remedy: str) -> None:
 
 def _check_base(base: Any, name: str) -> None:
     """Raise ConfigError for a base that is not a whole causal language model in one place."""
-    config, _ = causal(name, base.config)
-    if config is not base.config:
-        raise ConfigError(
-            f"model: {type(base).__name__} has a vision tower; name the model in place of the object, or give its "
-            f"language model alone"
-        )
+    check_causal(name, base.config)
     head = base.get_output_embeddings()
     if head is None or base.get_input_embeddings() is None or not base.can_generate():
         raise ConfigError(

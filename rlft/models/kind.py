@@ -1,26 +1,45 @@
-"""Decide whether a config of transformers is of a causal language model, and which config to load."""
+"""Decide whether a config of transformers is of a causal language model, and how it takes images."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from rlft.errors import ConfigError
 
-TEXT_PARTS = {
-    "mistral3": {r"^(model\.)?language_model\.lm_head": "lm_head", r"^(model\.)?language_model\.(model\.)?": "model."}
+
+@dataclass(frozen=True)
+class Seeing:
+    """What rlft has to know of a type of model that takes images."""
+
+    tower: tuple[str, ...] = ("model.vision_tower", "model.multi_modal_projector")
+    """Modules of the vision tower and its projector."""
+    limited: bool = False
+    """Whether its image processor resizes to limits of pixels (`data.max_pixels`)."""
+    vllm: bool = True
+    """Whether vLLM samples prompts with images from the trainer's features (`rlft.rollout.vllm.images`)."""
+
+
+SEEING = {
+    "qwen2_vl": Seeing(("model.visual",), limited=True),
+    "qwen2_5_vl": Seeing(("model.visual",), limited=True),
+    "qwen3_vl": Seeing(("model.visual",), limited=True),
+    "gemma3": Seeing(vllm=False),
+    "llava": Seeing(),
+    "mistral3": Seeing(),
+    "mllama": Seeing(("model.vision_model", "model.multi_modal_projector"), vllm=False),
 }
-"""Names in the files -> names in the text model, for vision-language models that transformers loads only with their
-vision tower. Their text model is itself a causal language model."""
-SEEING = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
-"""Model types whose images are supported: their tower has `get_image_features`, and their positions are those of
-`rlft.positions`."""
-TOWER = "model.visual"
-"""The vision tower of such a model, with its projector."""
+"""Model type -> how its images are taken."""
+
+
+def seeing_of(config: Any) -> Seeing | None:
+    """Return how a model of this config takes images; None for one that does not."""
+    return SEEING.get(getattr(config, "model_type", None) or "")
 
 
 def sees(config: Any) -> bool:
     """Return whether a model of this config takes images."""
-    return getattr(config, "model_type", None) in SEEING
+    return seeing_of(config) is not None
 
 
 def class_of(config: Any) -> Any:
@@ -30,23 +49,15 @@ def class_of(config: Any) -> Any:
     return AutoModelForImageTextToText if sees(config) else AutoModelForCausalLM
 
 
-def causal(model: str, config: Any) -> tuple[Any, dict[str, str] | None]:
-    """Return the config to load, and patterns that map names in the files to names of the model (None: not needed).
-
-    model: the setting. Raises ConfigError, with the kind of the model, for one that does not continue text.
-    """
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
-
+def check_causal(model: str, config: Any) -> None:
+    """Raise ConfigError, with the kind of the model, for one that does not continue text. model: the setting."""
     if sees(config):
-        return config, None
+        return
     known = _classes(config)
     named = set(config.architectures or known)
     composite = getattr(config, "vision_config", None) is not None
     if getattr(config, "is_encoder_decoder", False):
         known = set()
-    text = config.get_text_config()
-    if composite and not known and config.model_type in TEXT_PARTS and type(text) in MODEL_FOR_CAUSAL_LM_MAPPING:
-        return text, TEXT_PARTS[config.model_type]
     if composite and not known:
         raise ConfigError(
             f'model = "{model}": {", ".join(named) or type(config).__name__} is a vision-language model, which is not '
@@ -60,7 +71,6 @@ def causal(model: str, config: Any) -> tuple[Any, dict[str, str] | None]:
             f'model = "{model}": {", ".join(config.architectures or [type(config).__name__])} is not a causal language '
             f"model; give one that continues text (transformers' AutoModelForCausalLM)"
         )
-    return config, None
 
 
 def _classes(config: Any) -> set[str]:

@@ -27,16 +27,13 @@ from rlft.models import experts, gguf, targets
 from rlft.models import quantization as quant
 from rlft.models.continued import changed_dropout, continue_adapter, peft_wraps
 from rlft.models.fused.fuse import fuse
-from rlft.models.kind import TOWER, attention_of, causal, class_of, sees
+from rlft.models.kind import attention_of, check_causal, class_of, seeing_of, sees
 from rlft.models.locate import Location, explained, load_tokenizer, locate
 from rlft.models.random_state import kept_random_state
 
 DEVICES = ("auto", "cpu", "cuda")
 DTYPES = ("auto", "float64", "float32", "bfloat16", "float16")
 QUANTIZATIONS = ("auto", "none", "nf4", "int8")
-NOT_QUANTIZED = (TOWER, "lm_head")
-"""Modules of a vision-language model that are not quantized: its tower with the projector, and as in any model the
-head."""
 ROWS = 64
 """Embedding and head are allocated with a multiple of this number of rows; parameters are views without the padding."""
 
@@ -69,8 +66,6 @@ class BaseInfo:
     """transformers' config of the model; None for a .gguf file, whose header is read with the file."""
     quantized: bool
     """Whether the files are quantized already."""
-    names: dict[str, str] | None = None
-    """Patterns of names in the files -> names of the model, if transformers does not know them."""
     note: str | None = None
     """What is not loaded from the files, as a sentence."""
 
@@ -123,9 +118,10 @@ def resolve_dtype(cfg: Config | Base, device: torch.device) -> torch.dtype:
 def describe_base(cfg: Config | Base, device: torch.device) -> BaseInfo:
     """Return how the base will be loaded, from its config alone. Raises ConfigError for what is not supported."""
     location, dtype = locate(cfg.model), resolve_dtype(cfg, device)
-    file_config = None if location.gguf else _read_config(cfg.model, location)
-    config, names = (None, None) if file_config is None else causal(cfg.model, file_config)
-    files = "none" if file_config is None else quant.stored(file_config)
+    config = None if location.gguf else _read_config(cfg.model, location)
+    if config is not None:
+        check_causal(cfg.model, config)
+    files = "none" if config is None else quant.stored(config)
     kind = quant.choose_kind(cfg.model, cfg.quantization, files, device)
     if kind in quant.BITSANDBYTES and dtype == torch.float64:
         raise ConfigError(
@@ -133,10 +129,10 @@ def describe_base(cfg: Config | Base, device: torch.device) -> BaseInfo:
             f'quantization = "none" with a plain model'
         )
     note = None
-    if file_config is not None and getattr(file_config, "vision_config", None) is not None and not sees(config):
-        kind_of_model = file_config.model_type
+    if config is not None and getattr(config, "vision_config", None) is not None and not sees(config):
+        kind_of_model = config.model_type
         note = f"{cfg.model}: the vision tower is left out; images are not supported yet with a {kind_of_model}"
-    return BaseInfo(location, dtype, kind, config, files != "none", names, note)
+    return BaseInfo(location, dtype, kind, config, files != "none", note)
 
 
 def _read_config(model: str, where: Location) -> Any:
@@ -204,7 +200,9 @@ def _from_files(model: str, plan: BaseInfo, device: torch.device) -> Any:
         quant.compute_in(plan.config, plan.dtype)
         quant.read_stacks(plan.config)
     elif plan.quantization != "none":
-        kept = NOT_QUANTIZED if sees(plan.config) else ()
+        seeing = seeing_of(plan.config)
+        # Not the tower with its projector, and as in any model not the head.
+        kept = () if seeing is None else (*seeing.tower, "lm_head")
         options["quantization_config"] = quant.quantization_config(plan.quantization, plan.dtype, kept)
     loaded: Any = class_of(plan.config).from_pretrained(
         plan.location.path,
@@ -212,7 +210,6 @@ def _from_files(model: str, plan: BaseInfo, device: torch.device) -> Any:
         dtype=plan.dtype,
         attn_implementation=attention_of(plan.config),
         device_map={"": device},
-        key_mapping=plan.names,
         output_loading_info=True,
         trust_remote_code=False,
         **options,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -109,16 +110,21 @@ def hidden(
 
     ids: [T] int64. positions: [T] int64, [3, T] with images. choice: the experts of the T tokens.
     """
-    given = inputs(decoder, ids[None], positions[..., None, :], images)
+    # The rows of images that attend to each other are in `sequences`.
+    seen = None if images is None else replace(images, blocks=None)
+    given = inputs(decoder, ids[None], positions[..., None, :], seen)
     with _attention(decoder.config), choice.given():
         states = decoder(**given, use_cache=False, sequences=sequences)
     return states.last_hidden_state[0][rows]
 
 
-def inputs(decoder: Any, ids: Tensor, positions: Tensor, images: ImageRows | None) -> dict[str, Tensor | list[Tensor]]:
+def inputs(
+    decoder: Any, ids: Tensor, positions: Tensor, images: ImageRows | None, mask: Tensor | None = None
+) -> dict[str, Any]:
     """Return the arguments by which a decoder of transformers takes rows with the features of images.
 
-    ids: [B, S] int64. positions: [B, S] or [3, B, S] int64. images: for the rows of `ids.flatten()`.
+    ids: [B, S] int64. positions: [B, S] or [3, B, S] int64. images: for the rows of `ids.flatten()`. mask: [B, S], 0 at
+    padding; None: the caller gives none to the decoder, or padding is on the right.
     """
     if images is None:
         return {"input_ids": ids, "position_ids": positions}
@@ -133,7 +139,33 @@ def inputs(decoder: Any, ids: Tensor, positions: Tensor, images: ImageRows | Non
         order = images.rows.argsort()
         given["visual_pos_masks"] = seen.view(ids.shape)
         given["deepstack_visual_embeds"] = [deep[order] for deep in images.deep]
+    if images.blocks is not None:
+        blocks = torch.full((ids.numel(),), -1, device=ids.device).index_copy(0, images.rows, images.blocks)
+        given["attention_mask"] = block_masks(decoder.config, blocks.view(ids.shape), mask, embedded.dtype)
+    elif mask is not None:
+        given["attention_mask"] = mask
     return given
+
+
+def block_masks(config: Any, blocks: Tensor, mask: Tensor | None, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Return transformers' masks [B, 1, S, S] by type of layer, for rows with images that attend in both directions.
+
+    A token sees those before it and those of its block; with a window only those less than the window before it.
+    config: of the decoder. blocks: [B, S] int64, the block of each token, -1 for none. mask: [B, S], 0 at padding.
+    """
+    places = torch.arange(blocks.shape[1], device=blocks.device)
+    together = (blocks[:, :, None] == blocks[:, None, :]) & (blocks >= 0)[:, :, None]
+    seen = together | (places[:, None] >= places[None, :])
+    if mask is not None:
+        seen = seen & (mask > 0)[:, None, :]
+    near = places[None, :] > places[:, None] - (getattr(config, "sliding_window", None) or len(places))
+    # The smallest number and not -inf: rows at padding see nothing, and would become nan.
+    hidden = {"full_attention": ~seen, "sliding_attention": ~(seen & near)}
+    lowest = torch.finfo(dtype).min
+    return {
+        kind: torch.zeros(where.shape, dtype=dtype, device=where.device).masked_fill(where, lowest)[:, None]
+        for kind, where in hidden.items()
+    }
 
 
 @contextmanager

@@ -21,12 +21,13 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from rlft.data.images import ImageReader
+from rlft.data.image_readers import ImageReader
 from rlft.errors import ConfigError, EngineError
 from rlft.kernels.attention import Sequences
 from rlft.kernels.logprobs import CHUNK_BYTES, linear_logprobs
 from rlft.models import experts, packed, padded, rope, routing
 from rlft.models.adapter import FlatAdapter
+from rlft.models.cross import CrossStates
 from rlft.models.device_memory import DeviceMemory, host_free
 from rlft.models.fused import memory
 from rlft.models.fused.decoder import FusedDecoder
@@ -37,7 +38,7 @@ from rlft.models.head import append_ones, head_matrix, scale_of, softcap_of
 from rlft.models.load import fingerprint
 from rlft.models.quantization import mixes_rows
 from rlft.models.structure import decoder_of, unpackable
-from rlft.models.vision import ImageRows, Vision
+from rlft.models.vision import Seen, Vision, adapted_tower
 from rlft.types import Batch
 from rlft.upload import upload
 
@@ -87,7 +88,7 @@ class Policy:
         self.mixes_rows = mixes_rows(self.base)
         """Whether a row's log-probs depend on what it is packed with, so that they cannot be reused for another
         micro-batch."""
-        self.vision = None if images is None else Vision(self.base, images)
+        self.vision = None if images is None else Vision(self.base, images, trained=adapted_tower(model))
         """The vision tower; None where prompts are text."""
         self.decoder = decoder_of(self.base)
         """The text decoder, which turns embedded tokens into the head's input."""
@@ -160,8 +161,8 @@ class Policy:
         """
         if self.fused is None:
             return batch
-        sequences = Sequences.of(batch.cu_seqlens, batch.prefix, self.device)
-        return replace(batch, plan=self.fused.plan_pass(len(batch.input_ids), int(batch.train_mask.sum()), sequences))
+        sequences = self._sequences(batch)
+        return replace(batch, plan=self._plan(batch, len(batch.input_ids), int(batch.train_mask.sum()), sequences))
 
     def score(self, batch: Batch, weights: Literal["policy", "reference"] = "policy") -> Tensor:
         """Return log-probs [T] without gradient. "reference": under the adapter that training started from (the base,
@@ -240,12 +241,12 @@ class Policy:
         if self._same_tables is not None:
             self.check_length(int(batch.position_ids.max()) + 1)
         # From the batch on the CPU, as packing returns it: nothing has to wait for the GPU.
-        sequences = Sequences.of(batch.cu_seqlens, batch.prefix, self.device)
+        sequences = self._sequences(batch)
         trained = batch.train_mask.nonzero().squeeze(1)
         ids, rows = (upload(tensor, self.device) for tensor in (batch.input_ids, trained))
         plan = batch.plan
         if self.fused is not None and plan is None:
-            plan = self.fused.plan_pass(len(ids), len(rows), sequences)
+            plan = self._plan(batch, len(ids), len(rows), sequences)
         hidden, record = self._hidden(batch, trained, ids, sequences, plan)
         chunk_bytes, workspace = (CHUNK_BYTES, None) if record is None else (record.plan.chunk_bytes, record.workspace)
         logprobs, entropy = linear_logprobs(
@@ -278,6 +279,7 @@ class Policy:
             states = padded.Rows.of(batch, trained, self.device).hidden(self.decoder, positions, seen, choice)
             states = states.to(self._head.dtype)
             return (append_ones(states, self._head.shape[1]) if self._bias else states), None
+        assert not isinstance(seen, CrossStates), "see `unpackable`"
         positions, rows = (upload(tensor, self.device) for tensor in (batch.position_ids, batch.source[trained]))
         if self.fused is None:
             states = packed.hidden(self.decoder, ids, positions, sequences, rows, seen, choice)
@@ -290,7 +292,18 @@ class Policy:
         # The norm acts on each row alone, so only the selected rows need it.
         return self.fused.final_norm(hidden[rows]), record
 
-    def _seen(self, batch: Batch) -> ImageRows | None:
+    def _plan(self, batch: Batch, rows: int, trained: int, sequences: Sequences) -> memory.MemoryPlan:
+        """Choose how a pass runs: no CUDA graph has a gradient of what it reads, which a trained tower needs."""
+        assert self.fused is not None
+        inputs = bool(batch.images) and self.vision is not None and self.vision.trained
+        return self.fused.plan_pass(rows, trained, sequences, inputs)
+
+    def _sequences(self, batch: Batch) -> Sequences:
+        """Return which rows of a batch attend to which."""
+        blocks = [(row, row + image.tokens) for image, row in batch.images if image.layout == "block"]
+        return Sequences.of(batch.cu_seqlens, batch.prefix, self.device, blocks=sorted(blocks))
+
+    def _seen(self, batch: Batch) -> Seen | None:
         """Return the features of the images of a batch; None without images."""
         if not batch.images:
             return None

@@ -65,6 +65,8 @@ def unpackable(base: Any) -> str | None:
     """
     decoder = decoder_of(base)
     config = decoder.config
+    if getattr(config, "cross_attention_layers", None) and getattr(base.config, "vision_config", None) is not None:
+        return "layers that attend to images"
     kinds = list(dict.fromkeys(getattr(config, "layer_types", None) or ()))
     for kind in kinds:
         if STATEFUL.search(kind):

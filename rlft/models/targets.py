@@ -1,9 +1,9 @@
 """Resolve `lora.targets` to the weights of the text decoder that get an adapter, for PEFT to attach.
 
 "all-linear" is every linear layer of the decoder except routers and the scalar gates of shared experts, plus experts
-that a layer holds in one tensor (`lora.experts`). Head, vision towers and projectors are outside the decoder. PEFT's
-own "all-linear" differs for a mixture of experts: it renames some targets (`convert_peft_config_for_transformers`), so
-that shared experts and dense layers get no adapter and the router does.
+that a layer holds in one tensor (`lora.experts`), and those of the vision tower with its projector (`lora.vision`). The
+head is outside the decoder. PEFT's own "all-linear" differs for a mixture of experts: it renames some targets
+(`convert_peft_config_for_transformers`), so that shared experts and dense layers get no adapter and the router does.
 
 In shapes, E is the number of experts.
 """
@@ -23,6 +23,7 @@ from transformers.pytorch_utils import Conv1D
 from rlft.config.run import Lora
 from rlft.errors import ConfigError
 from rlft.models import experts
+from rlft.models.kind import seeing_of, sees
 from rlft.models.structure import decoder_of
 
 MAMBA = "its kernels read the weight past an adapter"
@@ -43,14 +44,17 @@ class LinearLayers:
     routers: list[str] = field(default_factory=list)
     mamba: list[str] = field(default_factory=list)
     """Output projections of Mamba layers."""
+    tower: list[str] = field(default_factory=list)
+    """Names of linear modules of the vision tower and its projector."""
 
 
 def find(base: Any) -> LinearLayers:
     """Find the weights of a causal language model, without an adapter, that may have one."""
-    decoder, layers = decoder_of(base), LinearLayers()
+    decoder, layers = decoder_of(base), LinearLayers(tower=list(_of_tower(base)))
     (prefix,) = (name for name, module in base.named_modules() if module is decoder)
-    # Layers that read an image; text skips them as a whole (Llama 3.2 Vision).
-    idle = tuple(f"layers.{i}." for i in getattr(decoder.config, "cross_attention_layers", None) or ())
+    # Layers that read an image; the text model alone (Llama 3.2 Vision) skips them as a whole.
+    cross = () if sees(base.config) else getattr(decoder.config, "cross_attention_layers", None) or ()
+    idle = tuple(f"layers.{i}." for i in cross)
     for name, module in decoder.named_modules():
         if name.startswith(idle):
             continue
@@ -73,6 +77,18 @@ def find(base: Any) -> LinearLayers:
     return layers
 
 
+def _of_tower(base: Any) -> Iterator[str]:
+    """Yield the full names of the linear layers of a model's vision tower that may have an adapter."""
+    seeing = seeing_of(base.config)
+    pooled = [name for name, module in base.named_modules() if isinstance(module, nn.MultiheadAttention)]
+    for name, module in base.named_modules() if seeing is not None else ():
+        inside = any(name == part or name.startswith(f"{part}.") for part in (seeing.tower if seeing else ()))
+        # PyTorch's attention reads a weight past an adapter; SigLIP has one in its head, which no image goes through.
+        past = any(name.startswith(f"{each}.") for each in pooled) or ".head." in name
+        if isinstance(module, nn.Linear) and inside and not past:
+            yield name
+
+
 def _router(module: nn.Module, leaf: str, parent: nn.Module) -> bool:
     """Return whether a module is a router of a mixture of experts."""
     if "router" in type(module).__name__.lower() or "TopkGate" in type(module).__name__:
@@ -90,6 +106,10 @@ def resolve(base: Any, lora: Lora) -> LoraConfig:
     adapts as a parameter.
     """
     layers = find(base)
+    if lora.vision and not layers.tower:
+        raise ConfigError(
+            "lora.vision = true: the model takes text alone, or its tower has no linear layer; leave it out"
+        )
     modules, parameters = _select(layers, lora)
     rewritten = _rewritten(base, layers.linear)
     plain_modules = [name for name in modules if name not in rewritten]
@@ -144,13 +164,14 @@ def _select(layers: LinearLayers, lora: Lora) -> tuple[list[str], list[str]]:
         raise ConfigError(
             "model: its text decoder has no linear layer to adapt; check num_hidden_layers in config.json"
         )
+    linear = [*layers.linear, *(layers.tower if lora.vision else ())]
     if lora.targets == "all-linear":
-        return layers.linear, list(layers.experts) if lora.experts else []
-    candidates = (*layers.linear, *(layers.experts if lora.experts else ()))
+        return linear, list(layers.experts) if lora.experts else []
+    candidates = (*linear, *(layers.experts if lora.experts else ()))
     for target in lora.targets:
         if not any(_ends(name, target) for name in candidates):
             raise ConfigError(_no_match(target, layers, lora))
-    modules = [name for name in layers.linear if any(_ends(name, target) for target in lora.targets)]
+    modules = [name for name in linear if any(_ends(name, target) for target in lora.targets)]
     parameters = [
         name for name in layers.experts if lora.experts and any(_ends(name, target) for target in lora.targets)
     ]

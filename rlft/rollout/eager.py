@@ -18,6 +18,7 @@ import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -30,8 +31,9 @@ from rlft.errors import EngineError
 from rlft.models import kv_cache, packed
 from rlft.models.adapter import lora_parameters, lora_scales
 from rlft.models.continued import peft_wraps
+from rlft.models.cross import CrossStates, last_token
 from rlft.models.policy import Policy
-from rlft.positions import next_position, prompt_positions
+from rlft.positions import next_position, on_axes, prompt_positions
 from rlft.rollout.engine import Finished, Groups, check_names, check_read_back, eos_ids, rollout_seed
 from rlft.types import FinishReason, Prompt, Rollout
 
@@ -194,7 +196,8 @@ class EagerEngine:
                 raise EngineError(f"row {row.prompt.index} has an empty prompt: there is nothing to continue")
         self._cache = self._cache or self._cache_kind(rows[0].prompt.ids[:1])
         pads = self._pads and self._cache == "select"
-        key = (lambda row: 0) if pads else (lambda row: len(row.prompt.ids))
+        # Cross-attention reads the same number of images in all rows, and such a model does not pad.
+        key = (lambda row: (0, 0)) if pads else (lambda row: (len(row.prompt.ids), len(row.prompt.images)))
         for _, group in itertools.groupby(sorted(rows, key=key), key):
             members = list(group)
             yield from (members[start : start + self._batch_size] for start in range(0, len(members), self._batch_size))
@@ -213,12 +216,12 @@ class EagerEngine:
         """Fill `ids` and `logprobs` of the rows in one decoding batch. Rows of one prompt must be adjacent."""
         select = self._cache == "select"
         heads = [i for i, row in enumerate(rows) if i == 0 or rows[i - 1].slot != row.slot or not select]
-        mask, logits, cache = self._prefill([rows[i].prompt for i in heads])
+        mask, logits, cache, cross = self._prefill([rows[i].prompt for i in heads])
         if select:
             line_of = torch.tensor([sum(head <= i for head in heads) - 1 for i in range(len(rows))])
             logits = logits[line_of.to(self._device)]
             cache.batch_select_indices(line_of.to(self._device))
-            mask = mask[line_of]
+            mask, cross = mask[line_of], {name: masks[line_of.to(masks.device)] for name, masks in cross.items()}
         positions, live = torch.tensor([next_position(row.prompt) - 1 for row in rows]), rows
         while True:
             # Finished rows that stay get a dummy token, so that the batch keeps its shape; it is not recorded.
@@ -235,9 +238,10 @@ class EagerEngine:
                     tokens[indices],
                 )
                 cache.batch_select_indices(indices.to(self._device))
+                cross = {name: masks[indices.to(masks.device)] for name, masks in cross.items()}
             mask = torch.cat([mask, torch.ones(len(live), 1, dtype=torch.long)], dim=1)
             positions = positions + 1
-            logits = self._step(tokens[:, None], mask, positions[:, None], cache).logits[:, -1]
+            logits = self._step(tokens[:, None], mask, positions[:, None], cache, cross).logits[:, -1]
 
     def _run_tower(self, prompts: Sequence[Prompt]) -> None:
         """Compute the features of all images together."""
@@ -248,13 +252,12 @@ class EagerEngine:
         if self._policy.vision is None or self._cache == "none":
             base = type(self._policy.base).__name__
             raise EngineError(f"prompts with images need a policy that reads them, and a KV cache of {base}")
-        self._policy.vision.features(images)
+        if not self._policy.vision.trained:
+            self._policy.vision.features(images)
 
-    def _prefill(self, prompts: Sequence[Prompt]) -> tuple[Tensor, Tensor, Any]:
-        """Run the model on prompts.
-
-        Returns the mask [rows, longest] on the CPU, the logits of the next tokens [rows, V], and the cache.
-        """
+    def _prefill(self, prompts: Sequence[Prompt]) -> tuple[Tensor, Tensor, Any, dict[str, Tensor]]:
+        """Run the model on prompts. Returns the mask [rows, longest] on the CPU, the next logits [rows, V], the cache,
+        and masks by which later tokens see images in cross-attention."""
         longest = max(len(prompt.ids) for prompt in prompts)
         ids = torch.zeros(len(prompts), longest, dtype=torch.long)
         mask = torch.zeros(len(prompts), longest, dtype=torch.long)
@@ -269,25 +272,45 @@ class EagerEngine:
             placed += [(image, line * longest + start + image.start) for image in prompt.images]
         if not placed:
             out = self._step(ids, mask, positions[0], None)
-            return mask, out.logits[:, -1], getattr(out, self._cache_name)
+            return mask, out.logits[:, -1], getattr(out, self._cache_name), {}
         assert self._policy.vision is not None, "see `_run_tower`"
-        ids, positions, on_device = (tensor.to(self._device) for tensor in (ids, positions, mask))
-        seen = self._policy.vision.rows(placed, self._device)
-        decoder, base = self._policy.decoder, self._model.get_base_model()
-        out = decoder(**packed.inputs(decoder, ids, positions, seen), attention_mask=on_device, use_cache=True)
-        logits = base.get_output_embeddings()(out.last_hidden_state[:, -1])  # type: ignore[operator]
-        return mask, logits, getattr(out, self._cache_name)
-
-    def _step(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: Any) -> Any:
-        """Run the model on the next columns of the rows. All arguments but the cache are in host memory."""
-        return self._model(
-            input_ids=ids.to(self._device),
-            attention_mask=mask.to(self._device),
-            position_ids=positions.to(self._device),
-            use_cache=True,
-            logits_to_keep=1,
-            **{self._cache_name: cache},
+        axes = on_axes(placed[0][0])
+        ids, positions, on_device = (
+            tensor.to(self._device) for tensor in (ids, positions if axes else positions[0], mask)
         )
+        seen, number = self._policy.vision.rows(placed, self._device), itertools.count()
+        if isinstance(seen, CrossStates):
+            shown = [[(next(number), image.start) for image in prompt.images] for prompt in prompts]
+            given = {"input_ids": ids, "position_ids": positions, "attention_mask": on_device}
+            given |= seen.arguments(shown, longest)
+        else:
+            given = packed.inputs(self._policy.decoder, ids, positions, seen, on_device)
+        out = self._policy.decoder(**given, use_cache=True)
+        return mask, self._logits(out)[:, -1], getattr(out, self._cache_name), last_token(given)
+
+    def _logits(self, out: Any) -> Tensor:
+        """Return the logits [rows, 1, V] behind the last column of a decoder's result."""
+        base: Any = self._model.get_base_model()
+        return base.get_output_embeddings()(out.last_hidden_state[:, -1:])
+
+    def _step(
+        self, ids: Tensor, mask: Tensor, positions: Tensor, cache: Any, cross: Mapping[str, Tensor] | None = None
+    ) -> Any:
+        """Run the model on the next columns of the rows. ids, mask and positions are in host memory.
+
+        cross: masks of images for the next token, where cross-attention reads them.
+        """
+        given = {
+            "input_ids": ids.to(self._device),
+            "attention_mask": mask.to(self._device),
+            "position_ids": positions.to(self._device),
+            "use_cache": True,
+            self._cache_name: cache,
+        }
+        if not cross:
+            return self._model(**given, logits_to_keep=1)
+        out = self._policy.decoder(**given, **cross)
+        return SimpleNamespace(logits=self._logits(out))
 
     def _rerun(self, rows: list[_Row], job: _Job) -> None:
         """Fill `ids` and `logprobs` of the rows without a cache: each token recomputes whole, right-padded rows."""

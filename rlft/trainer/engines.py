@@ -37,8 +37,12 @@ def engine_name(cfg: Config, recorded: bool, device: torch.device) -> str:
     return sampler_name(cfg, device)
 
 
-def start(cfg: Config, policy: Policy, tokenizer: Any, console: Console, rows: Sequence[Prompt]) -> Engine:
-    """Start the engine that samples. rows: every prompt it will sample from, for the length of the longest.
+def start(
+    cfg: Config, policy: Policy, tokenizer: Any, console: Console, rows: Sequence[Prompt], images: bool = False
+) -> Engine:
+    """Start the engine that samples.
+
+    rows: every prompt it will sample from, for the length of the longest. images: whether prompts have images.
 
     For engine.name = "auto", the eager engine samples a model that vLLM cannot, and a warning says why. Raises
     ConfigError for prompts too long for the model's context, and EngineError when vLLM does not start.
@@ -50,6 +54,7 @@ def start(cfg: Config, policy: Policy, tokenizer: Any, console: Console, rows: S
         console.phase("starting vLLM")
         sequences, saying = cfg.prompts_per_step * cfg.sampling.group_size, (console.warn, console.detail)
         try:
+            _check_images(policy, images)
             return VllmEngine(policy, tokenizer, cfg.engine, longest, sequences, console.generating, *saying)
         except UnsupportedModel as error:
             if cfg.engine.name != "auto":
@@ -62,6 +67,12 @@ def start(cfg: Config, policy: Policy, tokenizer: Any, console: Console, rows: S
     if line := replays(policy, cfg.engine, "eager")[1]:
         console.detail(line)
     return EagerEngine(policy, tokenizer, cfg.engine.batch_size, console.generating)
+
+
+def _check_images(policy: Policy, images: bool) -> None:
+    """Raise UnsupportedModel for prompts with images that vLLM does not get of this model."""
+    if images and policy.vision is not None and not policy.vision.seeing.vllm:
+        raise UnsupportedModel(f"images of {type(policy.base).__name__} are not handed to vLLM")
 
 
 def _check_fits(cfg: Config, longest: int) -> None:

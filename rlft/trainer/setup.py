@@ -309,11 +309,14 @@ def _engines(
     """
     policy.fix_rope(engines.longest_sequence(cfg, policy, rows, evals, scores))
     if engines.engine_name(cfg, bool(rows[0].recorded), policy.device) != "replay":
-        engine = engines.start(cfg, policy, tokenizer, console, [rows.longest_prompt(), *evals])
+        shown = bool(rows.with_images() or evals.with_images())
+        engine = engines.start(cfg, policy, tokenizer, console, [rows.longest_prompt(), *evals], shown)
         return engine, engine
     assert rows[0].recorded, "validate refuses this"
     engine = ReplayEngine()
-    return engine, engines.start(cfg, policy, tokenizer, console, evals) if scores and evals else engine
+    if not (scores and evals):
+        return engine, engine
+    return engine, engines.start(cfg, policy, tokenizer, console, evals, bool(evals.with_images()))
 
 
 def identity_of(cfg: Config, policy: Policy) -> dict[str, str]:

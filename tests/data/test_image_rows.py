@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import base64
+import copy
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import seeing
+import torch
 from PIL import Image
 from random_base import config_of
 from tiny import tiny_tokenizer
+from transformers import AutoConfig, Gemma3Processor, LlavaProcessor, MllamaProcessor
 
 from rlft.config.data import Data, Source
 from rlft.config.run import Config
@@ -195,7 +198,7 @@ ANSWER = {"role": "assistant", "content": "c"}
         ({"prompt": "a", "image": FILE, "images": [FILE]}, "has the columns images and image; leave out one"),
         ({"text": "a", "image": FILE}, "rows of plain text have no prompt to show images in"),
         ({"prompt_ids": [4, 5], "image": FILE}, "its prompt is token ids: give the prompt as text or messages"),
-        ({"prompt": "<image>\na", "image": FILE}, "has the text <image>, which no model reads as an image"),
+        ({"prompt": "<image>\na", "image": FILE}, "has the text <image>, which is not read as an image"),
         ({"prompt": [{"role": "system", "content": "s"}], "image": FILE}, "none of its messages is the user's"),
         (
             {"messages": [*ASKED, ANSWER, *ASKED], "images": [FILE, FILE]},
@@ -328,6 +331,145 @@ def test_pixel_limits_reach_the_processor(tmp_path: Path) -> None:
     (folder / "preprocessor_config.json").unlink()
     with pytest.raises(ConfigError, match="its image processor"):
         tokens()
+
+
+def test_llava_has_the_ids_of_its_own_processor() -> None:
+    tokenizer, reader = seeing.tokenizer("llava"), seeing.reader("llava")
+    processor = LlavaProcessor(reader.processor, tokenizer, 4, "default", None, "<image>", 1)
+    pictures = [seeing.picture(3), seeing.picture(2, (16, 40))]
+    for count in range(3):
+        row: dict[str, Any] = {"prompt": "Which?", "images": pictures[:count]}
+        prompt = encode_prompt(row, 0, Data("no file"), tokenizer, Limits(images=reader))
+        text = tokenizer.apply_chat_template(prompt.messages, tokenize=False, add_generation_prompt=True)
+        given: dict[str, Any] = {"images": [pictures[:count]]} if count else {}
+        made = processor(text=[text], add_special_tokens=False, return_tensors="pt", **given)
+        assert list(prompt.ids) == made["input_ids"][0].tolist() and len(prompt.images) == count
+        if count:
+            assert torch.equal(reader.given(prompt.images)["pixel_values"], made["pixel_values"])
+
+
+@pytest.mark.parametrize(("kind", "wide", "high"), [("mistral3", (3, 2), (2, 5)), ("pixtral", (6, 4), (4, 10))])
+def test_a_row_of_pixtrals_tower_ends_with_a_word(kind: str, wide: Any, high: Any) -> None:
+    """As PixtralProcessor writes images, which wants torchvision. A token is 8 pixels a side, or 4."""
+    tokenizer, reader = seeing.tokenizer(kind), seeing.reader(kind)
+    row = {"prompt": "Which?", "images": [seeing.picture(3), seeing.picture(2, (16, 40))]}
+    prompt = encode_prompt(row, 0, Data("no file"), tokenizer, Limits(images=reader))
+
+    def shown(columns: int, rows: int) -> str:
+        return "[IMG_BREAK]".join(["[IMG]" * columns] * rows) + "[IMG_END]"
+
+    text = f"<|im_start|>user\n{shown(*wide)}{shown(*high)}Which?<|im_end|>\n<|im_start|>assistant\n"
+    assert prompt.ids == tuple(tokenizer.encode(text, add_special_tokens=False))
+    assert [(image.width, image.height) for image in prompt.images] == [wide, high]
+    assert reader.given(prompt.images)["image_sizes"].tolist() == [[16, 24], [40, 16]]
+
+
+def test_what_llava_and_mistral_3_do_not_read_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"row 0: the tokenizer has no \[IMG_BREAK\], which stands behind tokens of an"):
+        without = Limits(images=seeing.reader("mistral3"))
+        encode_prompt({"prompt": "a", "image": FILE}, 0, Data("no file"), seeing.tokenizer("llava"), without)
+    folder, config = seeing.save(tmp_path, "llava"), seeing.config_of("llava")
+    file = folder / "preprocessor_config.json"
+    file.write_text(json.dumps({**seeing.CLIP, "crop_size": {"height": 8, "width": 8}}))
+    with pytest.raises(ConfigError, match=r"makes pictures of 8 x 8 pixels, and its vision tower needs 16 x 16"):
+        image_reader(str(folder), config)
+    config.vision_config = AutoConfig.for_model("dinov2")
+    with pytest.raises(ConfigError, match="a LLaVA with a vision tower of dinov2, which is not supported yet"):
+        image_reader(str(folder), config)
+    config = seeing.config_of("mistral3")
+    config.vision_config = AutoConfig.for_model("clip_vision_model")
+    with pytest.raises(ConfigError, match="a Mistral 3 with a vision tower of clip_vision_model, which is not"):
+        image_reader(str(folder), config)
+    file.write_text(json.dumps({**seeing.LINES, "size": {"height": 8, "width": 8}}))
+    with pytest.raises(ConfigError, match="and its vision tower needs a longest_edge"):
+        image_reader(str(folder), seeing.config_of("pixtral"))
+
+
+def test_llama_3_2_vision_has_a_token_for_each_image() -> None:
+    tokenizer, reader = copy.deepcopy(seeing.tokenizer("mllama")), seeing.reader("mllama")
+    tokenizer.add_special_tokens({"bos_token": "<|begin|>"})
+    processor, limits = MllamaProcessor(reader.processor, tokenizer), Limits(vocabulary=reader.token, images=reader)
+    pictures = [seeing.picture(3), seeing.picture(2, (16, 60)), seeing.picture(4, (12, 12))]
+    row: dict[str, Any] = {"prompt": "Which?", "images": pictures}
+    prompt = encode_prompt(row, 0, Data("no file"), tokenizer, limits)
+    text = tokenizer.bos_token + tokenizer.apply_chat_template(
+        prompt.messages, tokenize=False, add_generation_prompt=True
+    )
+    made = processor(images=[pictures], text=[text], add_special_tokens=False, return_tensors="pt")
+    assert list(prompt.ids) == made["input_ids"][0, 1:].tolist() and prompt.ids.count(reader.token) == 3
+    assert [image.width for image in prompt.images] == made["cross_attention_mask"][0, -1].sum(-1).tolist() == [2, 4, 1]
+    ours = reader.given(prompt.images)
+    assert all(torch.equal(ours[name].flatten(0, 1), made[name].flatten(0, 1)) for name in ours)
+    with pytest.raises(
+        DataError, match=r"row 0: the prompt begins with <\|image\|>, and the tokenizer would put <\|begin\|>"
+    ):
+        encode_prompt({"prompt": "<|image|>a", "image": FILE}, 0, Data("x", chat="never"), tokenizer, limits)
+    with pytest.raises(DataError, match=r"row 0: the completion has <\|image\|>, the place of an image: remove it"):
+        said = {"prompt": "a", "completion": "<|image|>", "image": FILE}
+        encode_prompt(said, 0, Data("x"), tokenizer, limits)
+
+
+GEMMA = Limits(images=seeing.reader("gemma3"))
+
+
+def gemma(row: dict[str, Any], tokenizer: Any = None, **data: Any) -> Prompt:
+    return encode_prompt(row, 0, Data("no file", **data), tokenizer or seeing.tokenizer("gemma3"), GEMMA)
+
+
+def test_gemma_3_has_the_ids_of_its_own_processor() -> None:
+    tokenizer = copy.deepcopy(seeing.tokenizer("gemma3"))
+    begin, end, place = seeing.GEMMA_MARKS
+    tokens = {"boi_token": begin, "eoi_token": end, "image_token": place}
+    for name, token in tokens.items():
+        setattr(tokenizer, name, token)
+        setattr(tokenizer, f"{name}_id", tokenizer.convert_tokens_to_ids(token))
+    assert GEMMA.images is not None
+    processor = Gemma3Processor(GEMMA.images.processor, tokenizer, image_seq_length=4)
+    pictures = [seeing.picture(3), seeing.picture(2, (16, 40))]
+    for count, content in ((2, "Which?"), (1, [{"type": "text", "text": "a"}, {"type": "image"}, "b"]), (0, "c")):
+        messages = [{"role": "user", "content": content}]
+        prompt = gemma({"prompt": messages, "images": pictures[:count]} if count else {"prompt": messages})
+        text = tokenizer.apply_chat_template(prompt.messages, tokenize=False, add_generation_prompt=True)
+        given = {"images": [pictures[:count]]} if count else {}
+        assert list(prompt.ids) == processor(text=[text], add_special_tokens=False, **given)["input_ids"][0]
+        assert len(prompt.images) == count and all(image.tokens == 4 for image in prompt.images)
+        if count:
+            pixels = processor(text=[text], return_tensors="pt", **given)["pixel_values"]
+            assert torch.equal(GEMMA.images.given(prompt.images)["pixel_values"], pixels)
+    recorded = [{"role": "user", "content": "Which?"}, {"role": "assistant", "content": "b"}]
+    assert gemma({"messages": recorded, "image": FILE}).ids == gemma({"prompt": "Which?", "image": FILE}).ids
+
+
+def test_what_gemma_3_does_not_read_is_named(tmp_path: Path) -> None:
+    begin, _, place = seeing.GEMMA_MARKS
+    with pytest.raises(DataError, match=r"row 0: the prompt has 1 place for images, and the row has 0 images"):
+        gemma({"prompt": f"a {begin}"}, chat="never")
+    with pytest.raises(DataError, match=rf"row 0: the prompt has {place}, which stands behind {begin}"):
+        gemma({"prompt": place, "image": FILE}, chat="never")
+    shown = gemma({"prompt": f"a {begin} b", "image": FILE}, chat="never")
+    assert len(shown.ids) == len("a \n\n") + 6 + len("\n\n b") and shown.images[0].start == 5
+    marked = copy.deepcopy(seeing.tokenizer("gemma3"))
+    marked.chat_template = seeing.tokenizer("gemma3").chat_template + "{% generation %}{% endgeneration %}"
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    with pytest.raises(DataError, match=r"writes text around images, which the marks would not follow"):
+        gemma({"messages": messages, "image": FILE}, marked)
+    folder, config = seeing.save(tmp_path, "gemma3"), seeing.config_of("gemma3")
+    for name, value, message in (
+        ("do_pan_and_scan", True, "do_pan_and_scan = True, which shows crops beside each image"),
+        ("size", {"height": 8, "width": 8}, "makes pictures of 8 x 8 pixels, and its vision tower needs 16 x 16"),
+        ("do_resize", False, "has do_resize = False, and its vision tower needs True"),
+    ):
+        (folder / "preprocessor_config.json").write_text(json.dumps({**seeing.settings("gemma3"), name: value}))
+        with pytest.raises(ConfigError, match=message):
+            image_reader(str(folder), config)
+    with pytest.raises(
+        ConfigError, match=r'data.max_pixels = 9: model = "m" has an image processor without such a limit; leave it out'
+    ):
+        image_reader("m", config, Data("x", max_pixels=9))
+    (folder / "preprocessor_config.json").write_text(json.dumps(seeing.settings("gemma3")))
+    config.text_config.sliding_window = 3
+    with pytest.raises(ConfigError, match=r"an image of 4 tokens .* is longer than the window of 3"):
+        image_reader(str(folder), config)
 
 
 def test_a_machine_without_pillow_gets_the_command(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from rlft.kernels.attention import Sequences, varlen_attention, varlen_attention_reference
-from rlft.kernels.attention_backends import Spans, choose_backend, set_fa4_cache
+from rlft.kernels.attention_backends import FA4_HEADS, Spans, choose_backend, set_fa4_cache
 from rlft.kernels.attention_backends import forward as run_forward
+from rlft.kernels.attention_blocks import Blocks
 from rlft.kernels.lse_merge import add_sinks, add_sinks_reference, launch_merge, launch_sinks, merge, merge_reference
 
 # flash-attn-4 and CUTLASS warn about themselves, at their first compilation.
@@ -161,6 +162,68 @@ def test_prefixes_that_do_not_lie_first_are_refused_where_two_calls_are_needed()
     assert sequences.shared is None
     with pytest.raises(ValueError, match="prefixes must come first"):
         varlen_attention(q, k, v, sequences, 0.3, backend="math")
+
+
+# ---- blocks of rows that attend to each other ------------------------------------------------------------------------
+
+
+BLOCKS = {
+    "two in one sequence, one in another": ([9, 4, 6], [-1, -1, -1], [(1, 4), (5, 9), (14, 16)]),
+    "in shared prompts, and in a sequence alone": (
+        [6, 3, 2, 4, 1, 7],
+        [-1, -1, 0, 0, 1, -1],
+        [(0, 3), (6, 9), (17, 20)],
+    ),
+    "behind a prefix, as long as the sequence": ([3, 5], [-1, 0], [(3, 8)]),
+}
+
+
+def masked(q: Tensor, k: Tensor, v: Tensor, case: str, window: int | None) -> Tensor:
+    """Softmax over the pairs of rows that see each other, each pair by its own."""
+    lengths, prefix, blocks = BLOCKS[case]
+    starts = [sum(lengths[:i]) for i in range(len(lengths))]
+    sequence = [s for s, length in enumerate(lengths) for _ in range(length)]
+    place = [row - starts[s] + (lengths[prefix[s]] if prefix[s] >= 0 else 0) for row, s in enumerate(sequence)]
+    block = [next((i for i, (a, b) in enumerate(blocks) if a <= row < b), -1) for row in range(len(sequence))]
+    seen = torch.zeros(len(sequence), len(sequence), dtype=torch.bool)
+    for i, s in enumerate(sequence):
+        for j, other in enumerate(sequence):
+            ahead = place[j] > place[i] and (block[i] < 0 or block[i] != block[j])
+            far = window is not None and place[j] <= place[i] - window
+            seen[i, j] = other in (s, prefix[s]) and not ahead and not far
+    wide_k, wide_v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+    scores = torch.einsum("ihd,jhd->hij", q, wide_k) * 0.3
+    return torch.einsum("hij,jhd->ihd", scores.masked_fill(~seen, -math.inf).softmax(-1), wide_v)
+
+
+@pytest.mark.parametrize("backend", ["plain", "sdpa", "math", "math with copies"])
+@pytest.mark.parametrize("window", [None, 2, 4, 100])
+@pytest.mark.parametrize("case", BLOCKS)
+def test_rows_of_a_block_attend_in_both_directions(case: str, window: int | None, backend: str) -> None:
+    lengths, prefix, blocks = BLOCKS[case]
+    q, k, v, bounds = make(lengths)
+    backend, _, copies = backend.partition(" ")
+    sequences = Sequences.of(bounds, torch.tensor(prefix), copies=bool(copies), blocks=blocks)
+    got = varlen_attention(q, k, v, sequences, 0.3, window, backend=backend)
+    want = masked(q, k, v, case, window)
+    upstream = torch.randn(got.shape, generator=torch.Generator().manual_seed(1), dtype=got.dtype)
+    grads = [torch.autograd.grad(out, (q, k, v), upstream, retain_graph=True) for out in (got, want)]
+    assert torch.allclose(got, want, atol=1e-12)
+    for ours, theirs in zip(*grads, strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-12)
+    causal = varlen_attention(q, k, v, Sequences.of(bounds, torch.tensor(prefix)), 0.3, window, backend="plain")
+    assert (got - causal).abs().max() > 1e-2
+
+
+def test_the_formula_with_blocks_passes_gradcheck() -> None:
+    q, k, v, _ = make([3, 2], heads=(2, 1), dim=3)
+    bounds, prefix, blocks = torch.tensor([0, 3, 5]), torch.tensor([-1, -1]), Blocks([(1, 3)])
+    assert torch.autograd.gradcheck(
+        lambda *qkv: varlen_attention_reference(*qkv, bounds, prefix, 0.5, 2, None, None, blocks), (q, k, v)
+    )
+
+
+# ---- kernels ---------------------------------------------------------------------------------------------------------
 
 
 def merge_inputs(tokens: int = 5, heads: int = 3, dim: int = 6, dtype: torch.dtype = torch.float32) -> tuple[Any, ...]:
@@ -359,3 +422,26 @@ def test_a_side_stream_and_a_cuda_graph(copies: bool) -> None:
             assert torch.equal(others[0], want[0]), backend
             # dQ is added up by atomics.
             assert all(torch.allclose(a, b, rtol=0.02, atol=0.02) for a, b in zip(others, want, strict=True)), backend
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dim", [64, 256])
+@pytest.mark.parametrize(("window", "copies"), [(None, False), (None, True), (512, False), (128, False)])
+def test_blocks_on_the_gpu_against_fp64(window: int | None, copies: bool, dim: int) -> None:
+    """Images of 256 rows in shared prompts and alone, held against PyTorch's attention per sequence."""
+    lengths, prefix = [700, 300, 64, 300, 513, 90, 700], [-1, -1, 0, 0, 0, 1, -1]
+    blocks = [(5, 261), (300, 556), (720, 976), (1977, 2233)]
+    q, k, v, bounds = make(lengths, heads=(8, 2), dim=dim)
+    upstream = torch.randn(q.shape, generator=torch.Generator().manual_seed(1), dtype=q.dtype).cuda()
+    sequences = Sequences.of(bounds, torch.tensor(prefix), "cuda", copies, blocks)
+
+    def run(dtype: torch.dtype, backend: str) -> list[Tensor]:
+        leaves = [x.detach().to(torch.bfloat16).to(dtype).cuda().requires_grad_() for x in (q, k, v)]
+        out = varlen_attention(*leaves, sequences, dim**-0.5, window, backend=backend)
+        return [x.double() for x in (out, *torch.autograd.grad(out, leaves, upstream.to(dtype)))]
+
+    truth, plain = run(torch.float64, "sdpa"), run(torch.bfloat16, "sdpa")
+    for backend in [name for name in gpu_backends() if name == "fa2" or dim in FA4_HEADS]:
+        for i, (want, base, got) in enumerate(zip(truth, plain, run(torch.bfloat16, backend), strict=True)):
+            allowed = (2 if i == 0 else 3) * (base - want).norm() + 1e-3 * want.norm()
+            assert (got - want).norm() <= allowed, (backend, i, float((got - want).norm()), float(allowed))

@@ -10,13 +10,15 @@ from test_vision import loss_of, packed, some_rollouts
 pytestmark = pytest.mark.gpu
 
 
-@pytest.mark.parametrize("kind", seeing.KINDS)
-def test_a_gpu_gives_what_a_cpu_gives(kind: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "vision"), [*((kind, False) for kind in seeing.FUSED), ("qwen3_vl", True), ("gemma3", True)]
+)
+def test_a_gpu_gives_what_a_cpu_gives(kind: str, vision: bool) -> None:
     found = []
     for device in ("cpu", "cuda"):
-        policy = seeing.policy_of(kind, torch.float32, device=device)
+        policy = seeing.policy_of(kind, torch.float32, device=device, vision=vision)
         assert policy.fused is not None
-        rollouts = some_rollouts()
+        rollouts = some_rollouts(kind)
         for _ in range(3):  # a graph is captured after the first passes
             policy.flat.zero_grad()
             logprobs = loss_of(policy, packed(rollouts))

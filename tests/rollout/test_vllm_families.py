@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from random_base import base_of, config_of
-from seeing import KINDS
+from seeing import GRIDS
 from test_architectures import tiny
 from test_engines import mismatch_of
 from test_families import CONV, FAMILIES, LINEAR, SIZES
@@ -94,7 +94,7 @@ BUILT = ("olmo_hybrid", "lfm2")
 def samplers() -> dict[str, str]:
     """Type of a model -> what samples it, as docs/models.md has it."""
     rows = [(name, "eager") for name in (*REFUSED, *UNNAMED, *OTHERWISE)]
-    rows += [(name, "vLLM") for name in (*SAMPLED, *KINDS)]
+    rows += [(name, "vLLM") for name in (*SAMPLED, *GRIDS)]
     rows += [(name, "vLLM (weights)") for name in BUILT]
     return {FAMILIES[name][0] if name in FAMILIES else name: by for name, by in rows}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,13 +15,16 @@ from test_engines import mismatch_of
 from test_vision import Counted, prompt_of, some_rollouts
 from vllm_models import SEEING, register
 
-from rlft.config.data import Eval, Sampling
+from rlft.config.data import Data, Eval, Sampling
 from rlft.config.run import Config, Engine, Lora, Optim
+from rlft.data.table import PromptTable
 from rlft.errors import EngineError, UnsupportedModel
 from rlft.models.policy import Policy
+from rlft.rollout.eager import EagerEngine
 from rlft.rollout.vllm import start as vllm_start
 from rlft.rollout.vllm.engine import VllmEngine
 from rlft.rollout.vllm.shared_weights import frozen_weights
+from rlft.trainer import engines
 from rlft.trainer.loop import train
 from rlft.types import Prompt, Rollout
 
@@ -34,7 +38,7 @@ def known(vllm_visible: None) -> None:
     """vLLM's classes, whose files import torchvision."""
     vllm_start.environment()
     with vllm_start.quiet(), vllm_start.defaults_restored():
-        register(*(f"{name}ForConditionalGeneration" for name in SEEING))
+        register(*(f"{name}ForConditionalGeneration" for name in (*SEEING, "Gemma3", "Llava", "Mistral3")))
 
 
 @pytest.fixture(scope="module", params=["qwen2_vl", "qwen3_vl", pytest.param("qwen2_5_vl", marks=pytest.mark.slow)])
@@ -158,6 +162,56 @@ def test_a_run_samples_evaluates_and_trains(tmp_path: Path, vllm_visible: None) 
     lines = [json.loads(line) for line in (Path(run.out) / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if "loss" in line]
     assert len(steps) == 2 and all(step["sampling/sampling_logp_difference/mean"] < 1e-5 for step in steps)
+
+
+@pytest.mark.parametrize(
+    "kind", ["mistral3", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("llava", "pixtral"))]
+)
+def test_families_whose_positions_are_those_of_text(kind: str) -> None:
+    """Features beside words in the rows of an image (Mistral 3), and in all places of one (LLaVA)."""
+    policy = seeing.policy_of(kind, torch.float32, head=32)
+    engine = VllmEngine(policy, seeing.tokenizer(kind), Engine("vllm", max_seqs=8), 160, 8)
+    try:
+        engine.load_adapter(policy.adapter(), 0)
+        prompts = [rollout.prompt for rollout in some_rollouts(kind)[::3]]
+        rollouts = engine.generate(prompts, SAMPLING, (1, 2))
+        assert (found := mismatch_of(policy, rollouts)).tokens > 80 and found.mean < 1e-5
+        assert not any("vision" in name for name, _ in model_of(engine).named_parameters())
+        assert policy.vision is not None
+        with pytest.MonkeyPatch.context() as patch:
+            own = policy.vision.features
+            patch.setattr(
+                policy.vision, "features", lambda images: [replace_rows(e, e.rows.flip(0)) for e in own(images)]
+            )
+            turned = engine.generate(prompts[:1], SAMPLING, (1, 2))
+        assert mismatch_of(policy, turned).mean > 1e-3
+    finally:
+        engine.close()
+
+
+def test_text_of_a_model_whose_images_vllm_does_not_get(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gemma 3: vLLM's CPU build has no attention in both directions."""
+    policy = seeing.policy_of("gemma3", torch.float32, head=32)
+    engine = VllmEngine(policy, seeing.tokenizer("gemma3"), Engine("vllm", max_seqs=8), 100, 8)
+    prompts = [rollout.prompt for rollout in some_rollouts("gemma3")[::3]]
+    try:
+        engine.load_adapter(policy.adapter(), 0)
+        found = mismatch_of(policy, engine.generate(prompts[2:3], SAMPLING, (1, 2)))
+        assert found.tokens > 20 and found.mean < 1e-5
+        assert not any("vision" in name for name, _ in model_of(engine).named_parameters())
+        with pytest.raises(EngineError, match="row 0 has images, which vLLM does not get of this model"):
+            engine.generate(prompts, SAMPLING, (1, 2))
+    finally:
+        engine.close()
+    lines: list[str] = []
+    console: Any = SimpleNamespace(phase=lambda _: None, detail=lambda _: None, warn=lines.append, generating=None)
+    monkeypatch.setattr(engines, "sampler_name", lambda *_: "vllm")  # as on a GPU
+    cfg = Config(model="m", data=Data("d"), out="o", steps=1, sampling=SAMPLING)
+    started = engines.start(cfg, policy, seeing.tokenizer("gemma3"), console, PromptTable.of(prompts), images=True)
+    assert isinstance(started, EagerEngine)
+    assert lines == [
+        "sampling with the trainer's own modules: images of Gemma3ForConditionalGeneration are not handed to vLLM"
+    ]
 
 
 @pytest.mark.parametrize("fault", ["unknown", "no torchvision"])

@@ -34,6 +34,8 @@ from rlft.rollout.vllm.slots import ranks_of
 
 NUMBERS = itertools.count(10**6)
 SEEING = ("Qwen2VL", "Qwen2_5_VL", "Qwen3VL")
+READS_PIXELS = ("Qwen3_5", *SEEING, "Gemma3ForConditionalGeneration", "Llava", "Mistral3")
+"""Models of vLLM whose files import torchvision."""
 VISION = ("torchvision", "torchvision.transforms", "torchvision.transforms.v2", "torchvision.transforms.v2.functional")
 
 
@@ -65,7 +67,7 @@ def register(*architectures: str) -> None:
     for name in architectures:
         known: Any = ModelRegistry.models.get(name)
         if hasattr(known, "load_model_cls"):
-            with no_torchvision() if name.startswith(("Qwen3_5", *SEEING)) else ExitStack():
+            with no_torchvision() if name.startswith(READS_PIXELS) else ExitStack():
                 ModelRegistry.register_model(name, known.load_model_cls())
 
 

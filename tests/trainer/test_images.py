@@ -105,6 +105,37 @@ def test_one_step_and_one_more_equal_two_bit_for_bit(make: Any, home: Path, tmp_
         assert pictured == {row["group"] for row in rows if json.loads(row["data"]).get("images")}
 
 
+@pytest.mark.parametrize("kind", ["gemma3", *(pytest.param(k, marks=pytest.mark.slow) for k in ("mllama", "qwen3_vl"))])
+@pytest.mark.filterwarnings("ignore:`hidden_state` is deprecated:FutureWarning")
+def test_other_families_are_resumed_bit_for_bit(kind: str, home: Path, tmp_path: Path) -> None:
+    """Images whose tokens attend in both directions, or that cross-attention reads, and with an adapter on the tower
+    (Qwen3-VL); a run is sampled and merged."""
+    model = str(seeing.save(home / kind, kind))
+    more = {"model": model, "lora": Lora(rank=4, alpha=8, vision=kind == "qwen3_vl")}
+    train(grpo(home, tmp_path / "two", **more))
+    train(grpo(home, tmp_path / "one", steps=1, **more))
+    train(grpo(home, tmp_path / "one", **more), resume=True)
+    whole, parts = saved(tmp_path / "two", 2), saved(tmp_path / "one", 2)
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    steps = [line for line in metrics(tmp_path / "two") if "loss" in line]
+    assert all(step["sampling/sampling_logp_difference/max"] < 1e-5 for step in steps)
+    shown = home / "pictures" / "1.png"
+    texts = [rlft.generate(tmp_path / "two", "How many?", images=images) for images in ([shown], [])]
+    assert texts[0] != texts[1]
+    assert merge(tmp_path / "two", tmp_path / "merged", dtype="float32").difference < 1e-4
+
+
+def test_a_run_trains_the_tower(home: Path, tmp_path: Path) -> None:
+    """Features follow the adapter of each step, in the engine and in the trainer, and the merged model has it."""
+    run = train(grpo(home, tmp_path / "run", lora=Lora(rank=4, alpha=8, vision=True)))
+    steps = [line for line in metrics(tmp_path / "run") if "loss" in line]
+    assert all(step["sampling/sampling_logp_difference/max"] < 1e-5 for step in steps)
+    adapter = load_file(Path(run.adapter) / "adapter_model.safetensors")
+    of_tower = [tensor for name, tensor in adapter.items() if ".visual." in name and ".lora_B." in name]
+    assert len(of_tower) == 10 and all(tensor.any() for tensor in of_tower)
+    assert merge(run.out, tmp_path / "merged", dtype="float32").difference < 1e-4
+
+
 def test_every_step_runs_the_tower_over_the_same_images_together(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

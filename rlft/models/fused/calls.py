@@ -55,6 +55,34 @@ def own_forward(
     )
 
 
+def plain_mask(config: Any, mask: Any) -> Any:
+    """Return a mask [B, S], or None, in place of masks by type of layer that say no more; any other mask as it is.
+
+    config: of the decoder. mask: of a call. Models with images, such as Gemma 3, make masks [B, 1, S, S] for their
+    decoder, also for text, whose tokens see those before them that are no padding.
+    """
+    if not isinstance(mask, dict):
+        return mask
+    given = {kind: each for kind, each in mask.items() if each is not None}
+    if not given:
+        return None
+    first = next(iter(given.values()))
+    square = isinstance(first, Tensor) and first.dim() == 4 and first.shape[2] == first.shape[3]
+    if not square or first.dtype != torch.bool:
+        return mask
+    live = first[:, 0].diagonal(dim1=1, dim2=2)
+    places = torch.arange(live.shape[1], device=live.device)
+    before = (places[:, None] >= places[None, :]) & live[:, None, :]
+    near = places[None, :] > places[:, None] - (getattr(config, "sliding_window", None) or len(places))
+    for kind, each in mask.items():
+        seen = before if kind == "full_attention" else before & near
+        # Without a mask all tokens before one are seen. What padding sees has no effect.
+        found = places[:, None] >= places[None, :] if each is None else each[:, 0]
+        if not ((found == seen) | ~live[:, :, None]).all():
+            return mask
+    return live
+
+
 def result_class(decoder: nn.Module) -> Any:
     """Return the class of a decoder's result, by its annotation: BaseModelOutputWithPast, or one with more fields."""
     from transformers.modeling_outputs import BaseModelOutputWithPast, MoeModelOutputWithPast

@@ -25,10 +25,9 @@ from rlft.kernels.attention import Sequences
 from rlft.models import fusable, kv_cache
 from rlft.models.device_memory import DeviceMemory, host_free
 from rlft.models.families import Family
-from rlft.models.fused import memory
-from rlft.models.fused.calls import asks_for_more, autocast_problem, own_forward, result_class, setting_problem
+from rlft.models.fused import calls, memory
 from rlft.models.fused.decoder_shape import DecoderShape
-from rlft.models.fused.graphs import Graphs, Padded, count_keys, key_capacity, launch_bound, round_up
+from rlft.models.fused.graphs import Graphs, Padded, copied_keys, count_keys, key_capacity, launch_bound, round_up
 from rlft.models.fused.layer import run_layer
 from rlft.models.fused.layer_modules import FusedLayer, describe_norm, describe_shape, graphless_of, mixers_of
 from rlft.models.fused.layer_steps import Pass
@@ -196,15 +195,15 @@ class FusedDecoder:
         embedded = self._entering(embedded)
         adapter, rows = self.adapter(), embedded.shape[0]
         if plan is None:
-            keys = count_keys(sequences, rows) if sequences.copies else 0
-            plan = self.plan_for(rows, None, keys, None, self._recurrent(sequences))
+            plan = self.plan_for(rows, None, copied_keys(sequences, rows), None, self._recurrent(sequences))
         self._last_plan = plan
         self.store.use(plan.store)
         types = {layer.type for layer in self.layers if layer.mixer is None}
         tables = rope_tables(self.decoder, self.family, types, embedded, position_ids, padded_to)
         hidden = embedded
         if plan.padded:
-            assert routes is None, "no graph runs experts"
+            # No graph runs experts; see `plan_pass` for the others.
+            assert routes is None and sequences.blocks is None and not embedded.requires_grad
             batch = Padded.of(self.layers, embedded, tables, sequences, plan.padded)
             added = images is not None and bool(images.deep)  # between layers, which a graph has no place for
             if self.graphs is not None and not added and gradients and self._trains(adapter, gradients):
@@ -246,19 +245,19 @@ class FusedDecoder:
         """Apply the norm before the head, with gradient."""
         return rms_norm.rms_norm(hidden, *self.norm)
 
-    def plan_pass(self, rows: int, trained: int, sequences: Sequences) -> memory.MemoryPlan:
+    def plan_pass(self, rows: int, trained: int, sequences: Sequences, inputs: bool = False) -> memory.MemoryPlan:
         """Choose how a pass over packed rows runs in the memory that is free now.
 
-        rows: tokens, of which `trained` reach the head. They are padded where a CUDA graph may run the pass; whether
-        one does changes no bit of the result.
-        """
+        rows: tokens, of which `trained` reach the head, padded where a CUDA graph may run the pass; whether one does
+        changes no bit of the result. inputs: embedded tokens have a gradient, which no graph gives."""
         keys, budget = count_keys(sequences, rows), self.available()
-        if self.graphs is not None and launch_bound(self.shape, rows, keys):
+        graphs = self.graphs if sequences.blocks is None and not inputs else None
+        if graphs is not None and launch_bound(self.shape, rows, keys):
             bucket = round_up(rows)
             plan = self.plan_for(bucket, trained, key_capacity(keys, bucket), budget)
-            if capturable(self.shape, plan, budget + self.graphs.bytes):
+            if capturable(self.shape, plan, budget + graphs.bytes):
                 return replace(plan, padded=bucket)
-        return self.plan_for(rows, trained, keys if sequences.copies else 0, budget, self._recurrent(sequences))
+        return self.plan_for(rows, trained, copied_keys(sequences, rows), budget, self._recurrent(sequences))
 
     def _recurrent(self, sequences: Sequences) -> Recurrent | None:
         """Return what the memory of the layers other than attention depends on; None without such layers."""
@@ -369,10 +368,11 @@ class FusedDecoder:
             raise ValueError("give one of cache and past_key_values")
         cache = past_key_values if cache is None else cache
         text, alike = text_positions(position_ids)
-        more = not alike or asks_for_more(self.decoder.config, attention_mask, cache, use_cache, kwargs)
-        fallback = "" if more else setting_problem(self.decoder, self.family) or self.problem()
+        mask = calls.plain_mask(self.decoder.config, attention_mask)
+        more = not alike or calls.asks_for_more(self.decoder.config, mask, cache, use_cache, kwargs)
+        fallback = "" if more else calls.setting_problem(self.decoder, self.family) or self.problem()
         if fallback is None:
-            fallback = autocast_problem(self.norm.weight)
+            fallback = calls.autocast_problem(self.norm.weight)
         if fallback is None and self.inputs is not None and input_ids is None:
             fallback = "the layers read ids, and the call has embedded tokens alone"
         if fallback is not None:
@@ -380,7 +380,7 @@ class FusedDecoder:
                 self._warned.add(fallback)
                 warnings.warn(f"rlft: transformers' own layers run here, not the fused ones: {fallback}", stacklevel=2)
             given = (input_ids, attention_mask, position_ids, inputs_embeds, use_cache)
-            return own_forward(self.decoder, *given, **{self._cache_name: cache}, **kwargs)
+            return calls.own_forward(self.decoder, *given, **{self._cache_name: cache}, **kwargs)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         if getattr(self.decoder, "gradient_checkpointing", False) and "checkpointing" not in self._warned:
@@ -391,10 +391,10 @@ class FusedDecoder:
             )
         embed: Any = self.decoder.get_input_embeddings()  # type: ignore[operator]
         embedded = embed(input_ids) if inputs_embeds is None else inputs_embeds
-        rows, places, sequences, positions = unpadded(embedded, attention_mask, text)
+        rows, places, sequences, positions = unpadded(embedded, mask, text)
         padded_positions = text
         if padded_positions is None and places is not None:
             padded_positions = torch.arange(embedded.shape[1], device=embedded.device)
         ids = None if input_ids is None else unpadded_ids(input_ids, places)
         hidden = self.final_norm(self.hidden(rows, positions, sequences, padded_to=padded_positions, ids=ids)[0])
-        return result_class(self.decoder)(last_hidden_state=padded_again(hidden, places, embedded.shape))
+        return calls.result_class(self.decoder)(last_hidden_state=padded_again(hidden, places, embedded.shape))

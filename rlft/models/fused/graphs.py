@@ -50,7 +50,7 @@ GRAPHS = 16
 def launch_bound(shape: DecoderShape, rows: int, keys: int) -> bool:
     """Return whether launches bound the time of a pass and it copies few enough keys.
 
-    rows: before padding. keys: as `copied_keys` counts them.
+    rows: before padding. keys: as `count_keys` counts them.
     """
     return keys <= COPIED * rows and 0 < device_seconds(shape, round_up(rows)) < LAUNCH_SECONDS
 
@@ -66,6 +66,12 @@ def count_keys(sequences: Sequences, rows: int) -> int:
     bounds = sequences.bounds
     shared = sum(bounds[parent + 1] - bounds[parent] for parent in sequences.prefix if parent >= 0)
     return rows + shared if shared else 0
+
+
+def copied_keys(sequences: Sequences, rows: int) -> int:
+    """Count the keys that a pass launched kernel by kernel copies: of shared prefixes, and of blocks."""
+    blocks = 0 if sequences.blocks is None else sequences.blocks.count_keys(sequences.bounds, sequences.prefix)
+    return blocks + (count_keys(sequences, rows) if sequences.copies else 0)
 
 
 def key_capacity(keys: int, rows: int) -> int:

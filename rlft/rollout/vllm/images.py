@@ -24,9 +24,10 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.inputs import MultiModalFieldConfig, MultiModalKwargsItems, PlaceholderRange
 from vllm.multimodal.processing import BaseProcessingInfo
 
-from rlft.data.images import ImageReader
+from rlft.data.image_readers import GridReader, ImageReader
 from rlft.errors import UnsupportedModel
 from rlft.models.vision import Features
+from rlft.positions import feature_places
 from rlft.rollout.vllm.start import seeing, version
 from rlft.types import Image, Prompt
 
@@ -112,16 +113,22 @@ def without_tower(model: Any) -> Any:
 def request(prompt: Prompt, features: Sequence[Features], reader: ImageReader) -> Any:
     """Return vLLM's input of a prompt with images. features: of each of its images."""
     images = prompt.images
-    held = {
-        FEATURES: [torch.cat([each.rows, *each.deep], dim=-1) for each in features],
-        GRID: [torch.tensor(reader.grid(image)) for image in images],
-    }
+    held = {FEATURES: [torch.cat([each.rows, *each.deep], dim=-1) for each in features]}
+    if isinstance(reader, GridReader):
+        held[GRID] = [torch.tensor(reader.grid(image)) for image in images]
     return mm_input(
         list(prompt.ids),
-        MultiModalKwargsItems.from_hf_inputs(held, FIELDS),  # type: ignore[arg-type]
+        MultiModalKwargsItems.from_hf_inputs(held, {name: FIELDS[name] for name in held}),  # type: ignore[arg-type]
         {"image": [_name(image) for image in images]},
-        {"image": [PlaceholderRange(offset=image.start, length=image.tokens) for image in images]},
+        {"image": [_place(image) for image in images]},
     )
+
+
+def _place(image: Image) -> PlaceholderRange:
+    """Return where the features of an image are in its prompt."""
+    filled = torch.zeros(image.tokens, dtype=torch.bool)
+    filled[torch.from_numpy(feature_places(image))] = True
+    return PlaceholderRange(image.start, image.tokens, None if filled.all() else filled)
 
 
 def _name(image: Image) -> str:

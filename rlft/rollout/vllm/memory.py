@@ -9,11 +9,11 @@ from typing import Any, Literal
 
 import torch
 
-from rlft.errors import EngineError
+from rlft.errors import EngineError, UnsupportedModel
 from rlft.models import experts
 from rlft.models.adapter import without_wrappers
 from rlft.models.device_memory import DeviceMemory
-from rlft.models.kind import sees
+from rlft.models.kind import seeing_of
 from rlft.models.policy import Policy
 from rlft.models.targets import TOP_K
 from rlft.rollout.vllm.caches import Caches, delta_work
@@ -52,8 +52,8 @@ class EngineMemory:
     """Bytes that the trainer will still allocate: the optimiser's moments."""
     stack: int = 0
     """Bytes of the largest stack of experts in the engine's dtype; 0 without any."""
-    features: int = 0
-    """Bytes of what vLLM keeps of images while it runs their prompts; 0 for a model of text."""
+    features: int | None = None
+    """Bytes of what vLLM keeps of images while it runs their prompts: 0 where it gets none; None: a model of text."""
 
     @classmethod
     def of(
@@ -66,6 +66,8 @@ class EngineMemory:
         max_seqs: int,
     ) -> EngineMemory:
         """Compute the sizes. weights: `shared_weights.frozen_weights` of the base. sequences: completions of a step."""
+        if policy.vision is not None and policy.vision.trained:
+            raise UnsupportedModel("vLLM has no vision tower for an adapter (lora.vision = true)")
         config: Any = policy.base.config.get_text_config()  # type: ignore[operator,union-attr]
         item = dtype.itemsize
         shapes = {name: weight.shape for name, weight in weights.items()}
@@ -75,7 +77,7 @@ class EngineMemory:
         concurrent, batched = min(sequences, max_seqs), min(BATCHED, max(longest * max_seqs, 1024))
         adapter = policy.adapter_params.numel()
         slots = _slots(ranks_of(policy.model, policy.adapter()), shapes)
-        features = _features(policy.base.config, max(batched, longest), batched) * item
+        features = _features(policy.base.config, max(batched, longest), batched, item)
         work = batched * (_layer_work(config, stacks) * item + delta_work(config, item))
         work += concurrent * config.vocab_size * 16
         tower = 0 if policy.vision is None else policy.vision.peak  # before vLLM's first forward
@@ -86,7 +88,7 @@ class EngineMemory:
             caches=Caches.of(config, item),
             longest=longest,
             sequences=concurrent,
-            work=max(work, tower) + features,
+            work=max(work, tower) + (features or 0),
             batched=batched,
             pending=2 * adapter * policy.adapter_params.element_size(),
             stack=max(sizes, default=0) * item,
@@ -180,16 +182,17 @@ def _largest(matrices: Mapping[str, Any]) -> int:
     return max(sizes.values(), default=0)
 
 
-def _features(config: Any, kept: int, batched: int) -> int:
-    """Return the elements of the features of images in vLLM; 0 for a model of text.
+def _features(config: Any, kept: int, batched: int, item: int) -> int | None:
+    """Return the bytes of the features of images in vLLM: 0 where it gets none, None for a model of text.
 
     kept: rows of its cache of features. batched: rows of its buffers, for embedded tokens and for what is added behind
-    layers.
+    layers. item: bytes of an element.
     """
-    if not sees(config):
-        return 0
+    seeing = seeing_of(config)
+    if seeing is None or not seeing.vllm:
+        return None if seeing is None else 0
     levels = len(getattr(config.vision_config, "deepstack_visual_indexes", ()))
-    return (1 + levels) * (kept + batched) * config.get_text_config().hidden_size
+    return (1 + levels) * (kept + batched) * config.get_text_config().hidden_size * item
 
 
 def _layer_work(config: Any, stacks: Mapping[str, Sequence[int]]) -> int:

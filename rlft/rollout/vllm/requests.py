@@ -137,6 +137,10 @@ def inputs(prompts: Sequence[Prompt], vision: Vision | None) -> list[Any]:
         return [tokens_input(list(prompt.ids)) for prompt in prompts]
     if vision is None:
         raise EngineError(f"row {seen[0].index} has images, and the policy was made without what reads them")
+    if not vision.seeing.vllm:
+        raise EngineError(
+            f'row {seen[0].index} has images, which vLLM does not get of this model; set engine.name = "eager"'
+        )
     from rlft.rollout.vllm import images
 
     features = iter(vision.features([image for prompt in prompts for image in prompt.images]))

@@ -164,9 +164,9 @@ def arguments(
         # slots.
         "additional_config": {"rlft": hashlib.sha256(str(slots).encode()).hexdigest()},
     }
-    if sizes.features:
-        # No images to encode, so that vLLM has no tower: all come as features.
-        values |= {"limit_mm_per_prompt": {"image": 0, "video": 0}, "enable_mm_embeds": True}
+    if sizes.features is not None:
+        # No images to encode, so that vLLM has no tower: all come as features, if any do.
+        values |= {"limit_mm_per_prompt": {"image": 0, "video": 0}, "enable_mm_embeds": sizes.features > 0}
         values |= {"mm_processor_cache_gb": 0, "skip_mm_profiling": True}
     if sizes.caches.states:
         # As in the trainer: in 16 bits, rounding would add up along the sequence.
