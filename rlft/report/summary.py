@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rlft.config.paths import user_path
+from rlft.config.resolve import did_you_mean
 from rlft.errors import ConfigError
 from rlft.report import charts
 from rlft.report.charts import Chart
@@ -49,7 +50,8 @@ def plot(run: Run, names: Sequence[str] = ()) -> Picture:
     known = sorted({name for row in rows for name in row} - {"step"})
     unknown = [name for name in names if name not in known]
     if unknown:
-        raise ConfigError(f'no metric "{unknown[0]}" in {run.path}; it has {", ".join(known) or "none yet"}')
+        close = did_you_mean(unknown[0], known)
+        raise ConfigError(f'no metric "{unknown[0]}" in {run.path}; it has {", ".join(known) or "none yet"}.{close}')
     wanted = [Chart(name, {"": name}) for name in names] or learning(rows)
     figures = [figure(drawing) for drawing in charts.drawings(rows, wanted, {})]
     body = f'<div class="grid">{"".join(figures)}</div>' if figures else "<p>No metrics yet.</p>"

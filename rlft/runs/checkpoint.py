@@ -37,6 +37,8 @@ FORMAT = 2
 LIBRARIES = ("torch", "transformers", "peft")
 GIVEN = "given"
 """Entry of a checkpoint's identity that says which objects its run was given."""
+UNNAMED = "model without a name"
+"""Part of that entry for a model object that does not say what it was loaded from."""
 NOTED = ("model", "rlft", "rope", GIVEN)
 """Parts of the identity that may differ and are only reported: a base can move to another folder, the layout has
 FORMAT, longrope factors follow the longest sequence, and what was given is checked before a resume."""
@@ -179,6 +181,19 @@ def given_tokenizer(path: Path | None) -> Path | None:
     """Return the folder of the tokenizer that a checkpoint's run was given; None where it used the model's own."""
     given = "" if path is None else continued_from(path).get(GIVEN, "")
     return path if "tokenizer" in given.split(", ") else None
+
+
+def check_named(path: Path | None, model: str) -> None:
+    """Raise ConfigError if the run of a checkpoint was given a model object that cannot be loaded by a name.
+
+    model: what the run's config calls it.
+    """
+    if path is not None and UNNAMED in continued_from(path).get(GIVEN, "").split(", "):
+        raise ConfigError(
+            f'model = "{model}": the run was given a model object that does not say what it was loaded from, so it '
+            f"cannot be loaded again; put the adapter on that object: "
+            f'peft.PeftModel.from_pretrained(model, "{path}")'
+        )
 
 
 def _write_state(folder: Path, state: State, tensors: Mapping[str, Tensor], identity: Mapping[str, str]) -> None:

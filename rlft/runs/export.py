@@ -103,6 +103,7 @@ def merge(
         check_hub(push)
     run_config = Config.load(run.config)
     cfg = _unquantised(run_config, path)
+    checkpoint.check_named(path, cfg.model)
     tokenizer = load_tokenizer(cfg.model, checkpoint.given_tokenizer(path))
     texts = check_texts(run, tokenizer)
     with new_folder(out, "merging") as temporary:

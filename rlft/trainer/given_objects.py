@@ -68,8 +68,8 @@ class Given:
         return cfg, replace(given, notes=tuple(notes))
 
     def __str__(self) -> str:
-        names = ("model", "tokenizer")
-        parts = [name for name in names if getattr(self, name) is not None]
+        parts = [] if self.model is None else ["model" if self.model.name else checkpoint.UNNAMED]
+        parts += [] if self.tokenizer is None else ["tokenizer"]
         parts += [] if self.optimizer is None else [f"optimizer {self.optimizer.name}"]
         return ", ".join(parts) or "nothing"
 

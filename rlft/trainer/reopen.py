@@ -58,6 +58,7 @@ def open_run(out: Path, which: str = "latest") -> Iterator[OpenedRun]:
     long = rope_source is not None and checkpoint.continued_from(rope_source).get("rope") == "long factors"
     # An engine samples from weights on the device, wherever the run has had them.
     cfg = replace(Config.load(run.config), base=BaseWeights())
+    checkpoint.check_named(rope_source, cfg.model)
     tokenizer = load_tokenizer(cfg.model, checkpoint.given_tokenizer(rope_source))
     step = 0
     if path is None:

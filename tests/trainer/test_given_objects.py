@@ -13,12 +13,13 @@ import tiny
 import torch
 import transformers
 from reward_functions import by_length
+from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
 import rlft
 from rlft.errors import ConfigError
-from rlft.runs import checkpoint
+from rlft.runs import checkpoint, export
 from rlft.trainer.given_optimizer import GivenOptimizer
 from rlft.trainer.result import Result
 
@@ -196,8 +197,17 @@ def test_a_model_of_no_files_takes_a_tokenizer_and_a_config_file_needs_no_name(h
     )
     with pytest.raises(ConfigError, match="tokenizer: the model given does not say"):
         rlft.train(tmp_path / "run.toml", rewards=[by_length], model=model)
-    rlft.train(tmp_path / "run.toml", rewards=[by_length], model=model, tokenizer=tiny.tiny_tokenizer())
+    result = rlft.train(tmp_path / "run.toml", rewards=[by_length], model=model, tokenizer=tiny.tiny_tokenizer())
     assert 'model = "LlamaForCausalLM"' in (tmp_path / "run" / "config.toml").read_text()
+    # The name may be somebody else's model on the hub.
+    for use in (lambda: result.generate("a"), result.model, lambda: export.merge(result.out, tmp_path / "merged")):
+        with pytest.raises(ConfigError, match=r"does not say what it was loaded from.*PeftModel.from_pretrained"):
+            use()
+    adapted = peft.PeftModel.from_pretrained(model, result.adapter)
+    (saved,) = result.adapter.glob("adapter_model.safetensors")
+    assert all(
+        torch.equal(each, load_file(saved)[name]) for name, each in peft.get_peft_model_state_dict(adapted).items()
+    )
 
 
 def lora(**settings: Any) -> peft.PeftModel:
