@@ -340,9 +340,7 @@ def _batch(units: list[list[_Row]], plan: PackPlan, counts: Counts) -> Batch:
         for image in sequence.images
     )
     axes = any(on_axes(image) for image, _ in images)
-    positions = np.concatenate(
-        [sequence.positions if axes else sequence.positions[0] for sequence in sequences], axis=-1
-    )
+    positions = np.concatenate([each.positions if axes else each.positions[0] for each in sequences], axis=-1)
     source = np.arange(bounds[-1]) - 1
     for i, sequence in enumerate(sequences):
         if lengths[i]:

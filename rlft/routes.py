@@ -9,14 +9,14 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-MOST = 2**15
-"""Most experts of a layer whose numbers fit the widest type."""
+MOST = 2**15 - 1
+"""Most experts of a layer: the largest number of the widest type is that of none."""
 
 
 def type_of(experts: int) -> type[np.uint8] | type[np.int16]:
-    """Return the smallest type that holds the numbers of `experts` experts, at most MOST."""
+    """Return the smallest type that holds the numbers of `experts` experts, at most MOST, and one that is of none."""
     assert 0 < experts <= MOST, experts
-    return np.uint8 if experts <= 2**8 else np.int16
+    return np.uint8 if experts < 2**8 else np.int16
 
 
 def _empty() -> np.ndarray:
@@ -31,7 +31,7 @@ class Routes:
     """
 
     prompt: np.ndarray = field(default_factory=_empty)
-    """[P, layers, k] uint8, or int16 for more than 256 experts. The same array for all rollouts of a group."""
+    """[P, layers, k] uint8, or int16 from 256 experts on. The same array for all rollouts of a group."""
     completion: np.ndarray = field(default_factory=_empty)
     """[L, layers, k] of the same type. The last row is arbitrary: the engine stops before it runs the last token."""
 

@@ -38,11 +38,18 @@ def engine_name(cfg: Config, recorded: bool, device: torch.device) -> str:
 
 
 def start(
-    cfg: Config, policy: Policy, tokenizer: Any, console: Console, rows: Sequence[Prompt], images: bool = False
+    cfg: Config,
+    policy: Policy,
+    tokenizer: Any,
+    console: Console,
+    rows: Sequence[Prompt],
+    images: bool = False,
+    trains: bool = True,
 ) -> Engine:
     """Start the engine that samples.
 
-    rows: every prompt it will sample from, for the length of the longest. images: whether prompts have images.
+    rows: every prompt it will sample from, for the length of the longest. images: whether prompts have images. trains:
+    whether completions are trained on, not only evaluated.
 
     For engine.name = "auto", the eager engine samples a model that vLLM cannot, and a warning says why. Raises
     ConfigError for prompts too long for the model's context, and EngineError when vLLM does not start.
@@ -55,7 +62,8 @@ def start(
         sequences, saying = cfg.prompts_per_step * cfg.sampling.group_size, (console.warn, console.detail)
         try:
             _check_images(policy, images)
-            return VllmEngine(policy, tokenizer, cfg.engine, longest, sequences, console.generating, *saying)
+            more = (console.generating, *saying, trains)
+            return VllmEngine(policy, tokenizer, cfg.engine, longest, sequences, *more)
         except UnsupportedModel as error:
             if cfg.engine.name != "auto":
                 raise
@@ -64,7 +72,7 @@ def start(
             _check_fits(cfg, longest_of(cfg, policy, rows))
     elif cfg.engine.name == "auto" and policy.device.type == "cuda":
         console.warn(f"sampling with the trainer's own modules, since vLLM is not installed: {INSTALL}")
-    if line := replays(policy, cfg.engine, "eager")[1]:
+    if trains and (line := replays(policy, cfg.engine, "eager")[1]):
         console.detail(line)
     return EagerEngine(policy, tokenizer, cfg.engine.batch_size, console.generating)
 

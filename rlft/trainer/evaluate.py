@@ -112,7 +112,8 @@ def evaluate(
             finished = scoring.add if scoring.overlaps else None
             rollouts = engine.generate(own, sampling_of(cfg), seed, finished, share.start) if len(own) else []
             _check_finite(rollouts, cfg)
-            return rollouts, finish(scoring, rollouts, functions)
+            scores = finish(scoring, rollouts, functions)
+            return [replace(rollout, routes=None) for rollout in rollouts], scores  # nothing trains on them
 
     rollouts, parts = gathered(evaluate_share, prompts)
     samples = samples_of(groups_of(rollouts))

@@ -135,7 +135,7 @@ def evaluate_run(
         try:
             if functions:
                 with Console() as console:
-                    sampler = start(cfg, run.policy, run.tokenizer, console, held)
+                    sampler = start(cfg, run.policy, run.tokenizer, console, held, trains=False)
                     with _sampling(run, sampler) as engine:
                         values |= evaluate(engine, held, cfg, functions, {"global_step": run.step}).metrics
         finally:

@@ -316,7 +316,7 @@ def _engines(
     engine = ReplayEngine()
     if not (scores and evals):
         return engine, engine
-    return engine, engines.start(cfg, policy, tokenizer, console, evals, bool(evals.with_images()))
+    return engine, engines.start(cfg, policy, tokenizer, console, evals, bool(evals.with_images()), trains=False)
 
 
 def identity_of(cfg: Config, policy: Policy) -> dict[str, str]:

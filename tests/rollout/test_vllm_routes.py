@@ -172,19 +172,36 @@ def test_a_position_keeps_its_first_row_unless_it_samples_again() -> None:
         spans = [(int(g.integers(4)), 0, 0)] * 12
         spans = [(request, int(g.integers(0, 9)), int(g.integers(1, 5))) for request, *_ in spans]
         want: list[dict[int, int]] = [{} for _ in lengths]
-        row = 0
+        reached, row = [0] * len(lengths), 0
         for request, start, count in spans:
             for i in range(count):
                 if start + i < lengths[request]:
-                    if i == count - 1:
+                    if i == count - 1 and reached[request] <= start + count:
                         want[request][start + i] = row
                     else:
                         want[request].setdefault(start + i, row)
                 row += 1
+            reached[request] = max(reached[request], start + count)
         got = places_of(np.array(spans), lengths)
         assert [place.tolist() for place in got] == [
             [known.get(i, -1) for i in range(length)] for known, length in zip(want, lengths, strict=True)
         ]
+
+
+def test_what_is_run_again_in_parts_counts_where_it_samples() -> None:
+    """A request that was preempted after token 6, and whose tokens 0 to 7 are run again in two passes."""
+    spans = [(0, 0, 4), (0, 4, 1), (0, 5, 1), (0, 6, 1), (0, 0, 5), (0, 5, 3)]
+    (places,) = places_of(np.array(spans), [8])
+    assert places.tolist() == [0, 1, 2, 3, 4, 5, 6, 14]
+
+
+def test_a_prompt_may_begin_as_another_one_and_its_completion() -> None:
+    """A turn of a conversation, whose cache is that of the turn before."""
+    rows = [Prompt((1, 2, 3), {}, 0), Prompt((1, 2, 3, 0, 1, 9), {}, 1)]
+    rollouts = [rollout(rows[0], 0, 3), rollout(rows[1], 0, 1)]
+    fill(logged([[Span(0, 0, 3)], [Span(0, 3, 1)], [Span(0, 4, 1)], [Span(1, 4, 2)]]), rollouts, 1)
+    assert rollouts[1].routes is not None
+    assert rollouts[1].routes.prompt[:, 0, 0].tolist() == [0, 1, 2, 3, 5, 6]
 
 
 def test_a_prompt_is_held_once_and_its_beginning_may_be_anothers() -> None:
@@ -227,9 +244,11 @@ def test_missing_experts_stop_the_run() -> None:
     for passes in ([[Span(0, 0, 2)], [Span(0, 3, 1)]], [[Span(0, 0, 3)]], [[Span(0, 1, 2)], [Span(0, 3, 1)]]):
         with pytest.raises(EngineError, match="did not report the experts of every token of row 5"):
             fill(logged(passes), [rollout(row, 0, 2)], 1)
-    for row_of in ([0, 0], [0, 250]):
+    for layers, experts in ((slice(1), [0, 1]), (slice(2), [0, 250])):
         log = logged([])
-        log.buffer[:] = torch.tensor(row_of)
+        log.buffer[:] = torch.tensor([2, 3])
+        log.clear()
+        log.buffer[:, layers] = torch.tensor(experts)
         log.add([Span(0, 0, 4)])
         with pytest.raises(EngineError, match="did not report the experts of every layer"):
             log.take()

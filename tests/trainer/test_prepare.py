@@ -4,6 +4,7 @@ estimators; and kto, online pairs and labels through the loop."""
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -17,6 +18,7 @@ from rlft.algos.losses.kto import Kto, mismatched
 from rlft.config.run import Algo
 from rlft.errors import ConfigError
 from rlft.models.policy import Policy
+from rlft.routes import Routes
 from rlft.trainer.prepare import PackedStep, estimator_inputs, kl_in_reward
 from rlft.types import Batch, PackPlan, Prompt, Rollout
 
@@ -82,6 +84,8 @@ def test_kto_compares_with_completions_of_other_prompts() -> None:
     other = mismatched(rollouts)
     assert [r.completion_ids for r in other] == [(2,), (2,), (2, 0), (0,)]
     assert [r.prompt.index for r in other] == [0, 0, 1, 2] and all(len(r.completion_mask) for r in other)
+    routed = [replace(each, routes=Routes()) for each in rollouts]
+    assert not any(each.routes for each in mismatched(routed)), "experts of another prompt's completion"
     policy = Table()
     gains = PackedStep(cast(Policy, policy), PLAN, rollouts, []).log_ratios(other)
     for gain, r in zip(gains, other, strict=True):

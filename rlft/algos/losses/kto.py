@@ -108,6 +108,7 @@ def mismatched(rollouts: Sequence[Rollout]) -> list[Rollout]:
                     completion_mask=other.completion_mask,
                     sampler_logprobs=other.sampler_logprobs,
                     text=other.text,
+                    routes=None,  # the engine never sampled this completion behind this prompt
                 )
             )
     return pairs

@@ -199,8 +199,7 @@ class FusedDecoder:
         self._last_plan = plan
         self.store.use(plan.store)
         types = {layer.type for layer in self.layers if layer.mixer is None}
-        tables = rope_tables(self.decoder, self.family, types, embedded, position_ids, padded_to)
-        hidden = embedded
+        tables, hidden = rope_tables(self.decoder, self.family, types, embedded, position_ids, padded_to), embedded
         if plan.padded:
             # No graph runs experts; see `plan_pass` for the others.
             assert routes is None and sequences.blocks is None and not embedded.requires_grad
@@ -218,7 +217,8 @@ class FusedDecoder:
         more = (torch.is_grad_enabled(), gradients, self.offload, Places.of(sequences) if self.mixers else None)
         run = Pass(sequences, tables, self.store, adapter, plan.levels, plan.tile, *more, self._by_layer(routes))
         inputs: Sequence[Tensor | None] = [None] * len(self.layers)
-        if self.inputs is not None and ids is not None:
+        if self.inputs is not None:
+            assert ids is not None, "layers read ids besides"
             inputs = self.inputs(ids, embedded, adapter)
         for layer, own in zip(self.layers, inputs, strict=True):
             hidden = run_layer(layer, hidden, run, own)

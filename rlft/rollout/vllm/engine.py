@@ -58,12 +58,13 @@ class VllmEngine:
         progress: Callable[[int, int], None] | None = None,
         note: Callable[[str], None] = lambda _: None,
         detail: Callable[[str], None] = lambda _: None,
+        trains: bool = True,
     ) -> None:
         """Start vLLM, which takes from 10 seconds to minutes, since it compiles and captures graphs.
 
         longest: tokens of the longest prompt plus completion. sequences: completions sampled together, for its cache.
         progress: called with (finished sequences, all). note: called with what went wrong and did not stop the engine.
-        detail: called with a summary of how it runs. Raises EngineError.
+        detail: called with a summary of how it runs. trains: whether completions are trained on. Raises EngineError.
         """
         self._policy, self._tokenizer, self._options = policy, tokenizer, options
         self._longest, self._sequences = longest, sequences
@@ -78,7 +79,7 @@ class VllmEngine:
         self._held: dict[str, Pair] = {}
         """Weight -> A and scaled B of the last loaded adapter, in the engine's dtype."""
         self._version, self._restarted, self._asleep = None, False, False
-        self._reports, line = replays(policy, options, "vllm")
+        self._reports, line = replays(policy, options, "vllm") if trains else (False, "")
         for text in [line] if line else []:
             detail(text)
         self._freed = 0

@@ -171,6 +171,8 @@ class WeightProvider:
 
     def forget(self) -> None:
         """Drop all references to the engine's memory."""
+        if self.log is not None:
+            self.log.drop()
         self.weight_copy, self._slots, self.zeros, self.log = None, {}, [], None
 
     def put(self, adapter: Mapping[str, Pair]) -> None:

@@ -46,13 +46,18 @@ class RouteLog:
     def __init__(self, rows: int, layers: int, k: int, experts: int, device: torch.device) -> None:
         """Allocate the buffer. rows: of the largest pass. experts: of a layer, at most `rlft.routes.MOST`."""
         kind = torch.uint8 if type_of(experts) is np.uint8 else torch.int16
-        self.buffer = torch.zeros(rows, layers, k, dtype=kind, device=device)
+        self.buffer = torch.empty(rows, layers, k, dtype=kind, device=device)
         """[rows, layers, k]: of the pass that runs, or ran last."""
         self._experts = experts
         self.clear()
 
     def clear(self) -> None:
-        """Drop what was collected."""
+        """Drop what was collected, and write no expert into the buffer, which sleep leaves undefined."""
+        self.drop()
+        self.buffer.fill_(torch.iinfo(self.buffer.dtype).max)
+
+    def drop(self) -> None:
+        """Drop what was collected. For an engine that sleeps, whose buffer has no memory."""
         self._spans: list[np.ndarray] = []
         self._copies: list[Tensor] = []
         self._moved: list[np.ndarray] = []
@@ -69,13 +74,11 @@ class RouteLog:
 
     def _move(self) -> None:
         """Move the copies to the host. Raises EngineError for rows that are no choice of experts."""
-        rows = torch.cat(self._copies)
-        self._copies, self._held = [], 0
-        ordered = rows.sort(dim=2).values
-        twice = (ordered[..., 1:] == ordered[..., :-1]).any() | (ordered[..., -1:] >= self._experts).any()
-        if bool(twice):
+        moved = torch.cat(self._copies).cpu().numpy()
+        if moved.max() >= self._experts:
             raise EngineError(f"vLLM did not report the experts of every layer, {FAULT}")
-        self._moved.append(rows.cpu().numpy())
+        self._moved.append(moved)
+        self._copies, self._held = [], 0
 
     def take(self) -> tuple[np.ndarray, np.ndarray]:
         """Return all spans [S, 3] and the experts of their rows [N, layers, k], and drop them."""
@@ -83,7 +86,7 @@ class RouteLog:
             self._move()
         spans = np.concatenate([np.empty((0, 3), np.int64), *self._spans])
         rows = np.concatenate(self._moved) if self._moved else self.buffer[:0].cpu().numpy()
-        self.clear()
+        self.drop()
         return spans, rows
 
 
@@ -100,7 +103,11 @@ def fill(log: RouteLog, rollouts: Sequence[Rollout], size: int) -> None:
         _first([places[i][: len(prompt.ids)] for i in range(slot * size, slot * size + size)])
         for slot, prompt in enumerate(prompts)
     ]
-    _fill_beginnings(prompts, of_prompts)
+    sampled = [
+        [(rollouts[i].completion_ids, places[i][len(prompt.ids) :]) for i in range(slot * size, slot * size + size)]
+        for slot, prompt in enumerate(prompts)
+    ]
+    _fill_beginnings(prompts, of_prompts, sampled)
     shared = [rows[of_prompt] for of_prompt in of_prompts]
     for i, rollout in enumerate(rollouts):
         own = places[i][len(rollout.prompt.ids) :]
@@ -115,7 +122,8 @@ def places_of(spans: np.ndarray, lengths: Sequence[int]) -> list[np.ndarray]:
     """Return the row of each position of each request, -1 where it has none; int64 [tokens] each.
 
     spans: [S, 3] int64, rows in their order. lengths: tokens of each request that count. A position that was run again
-    keeps its first row, except where it was the last of a pass, which is the one that samples.
+    keeps its first row, except where that pass sampled the token behind it: it was the last, and no earlier pass had
+    run the token behind it.
     """
     request, start, count = spans.T
     bounds = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
@@ -128,7 +136,12 @@ def places_of(spans: np.ndarray, lengths: Sequence[int]) -> list[np.ndarray]:
     # Of several values for one place NumPy keeps the last: backwards, the first.
     backwards = np.flatnonzero(counts)[::-1]
     places[key[backwards]] = row[backwards]
-    samples = counts & (within == count[span] - 1)
+    # The largest end of a request's earlier passes, with room between requests for all ends.
+    order = np.argsort(request, kind="stable")
+    ends = (start + count)[order] + request[order] * ((start + count).max(initial=0) + 1)
+    newest = np.empty(len(spans), bool)
+    newest[order] = np.concatenate([[0], np.maximum.accumulate(ends)[:-1]]) <= ends if len(spans) else True
+    samples = counts & (within == count[span] - 1) & newest[span]
     places[key[samples]] = row[samples]
     return np.split(places, bounds[1:-1])
 
@@ -140,10 +153,15 @@ def _first(places: Sequence[np.ndarray]) -> np.ndarray:
     return np.where(rows == most, -1, rows)
 
 
-def _fill_beginnings(prompts: Sequence[Prompt], places: Sequence[np.ndarray]) -> None:
-    """Fill in the beginnings of prompts that vLLM had in its cache from other prompts. places: rows, [P] each.
+def _fill_beginnings(
+    prompts: Sequence[Prompt],
+    places: Sequence[np.ndarray],
+    sampled: Sequence[Sequence[tuple[tuple[int, ...], np.ndarray]]],
+) -> None:
+    """Fill in the beginnings of prompts that vLLM had in its cache from other sequences.
 
-    Raises EngineError for a prompt whose beginning no other one has.
+    places: rows of each prompt, [P]. sampled: its completions with their rows. Raises EngineError for a prompt whose
+    beginning no other sequence has.
     """
     missing = [int((rows < 0).sum()) for rows in places]
     lengths = sorted(set(missing) - {0})
@@ -152,15 +170,17 @@ def _fill_beginnings(prompts: Sequence[Prompt], places: Sequence[np.ndarray]) ->
     for slot in sorted(range(len(prompts)), key=missing.__getitem__):
         prompt, count = prompts[slot], missing[slot]
         if count:
-            source = known.get(_beginning(prompt, count))
+            source = known.get(_beginning(prompt, prompt.ids, count))
             if source is None or (places[slot][count:] < 0).any():
                 raise EngineError(f"vLLM did not report the experts of every token of row {prompt.index}, {FAULT}")
             places[slot][:count] = source[:count]
-        for length in lengths:
-            if length <= len(prompt.ids):
-                known.setdefault(_beginning(prompt, length), places[slot])
+        for ids, rows in [((), places[slot][:0]), *sampled[slot]] if lengths else ():
+            whole = np.concatenate([places[slot], rows])
+            for length in lengths:
+                if length <= len(whole) and (whole[:length] >= 0).all():
+                    known.setdefault(_beginning(prompt, prompt.ids + ids, length), whole)
 
 
-def _beginning(prompt: Prompt, tokens: int) -> object:
-    """Return what the keys and values of the first tokens of a prompt depend on."""
-    return prompt.ids[:tokens], tuple(image.digest for image in prompt.images if image.start < tokens)
+def _beginning(prompt: Prompt, ids: tuple[int, ...], tokens: int) -> object:
+    """Return what the keys and values of the first tokens depend on. ids: of the prompt, and of a completion."""
+    return ids[:tokens], tuple(image.digest for image in prompt.images if image.start < tokens)
