@@ -8,6 +8,7 @@ A table stands between `<!-- table: NAME -->` and `<!-- end -->`: one of `page_t
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 import sys
@@ -23,6 +24,7 @@ from page_chart import chart
 from page_curve import curve
 from page_tables import TABLES
 
+import rlft
 from rlft.config.trl_names import TRL_NAMES, TRL_NOTES
 from rlft.monitor.health import RULES
 
@@ -63,10 +65,20 @@ def injected_faults(folder: str) -> list[str]:
     return text.replace("benchmarks/results", folder).splitlines()
 
 
+def api_names(_folder: str) -> list[str]:
+    """Return the names of the package with what they are."""
+    lines = [markdown_row(["`rlft.`", "what it is"]), markdown_row(["---"] * 2)]
+    for name in (each for each in rlft.__all__ if each != "__version__"):
+        text = inspect.cleandoc(getattr(rlft, name).__doc__ or "").split("\n\n")[0]
+        lines.append(markdown_row([f"`{name}`", " ".join(text.split())]))
+    return lines
+
+
 LISTS: dict[str, Callable[[str], list[str]]] = {
     "trl-names": trl_names,
     "trl-notes": trl_notes,
     "health": health_rules,
+    "api-names": api_names,
     "faults": injected_faults,
     **page_recipes.LISTS,
 }

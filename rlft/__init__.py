@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rlft.algos.algorithm import algorithm as algorithm
+    from rlft.algos.padded_batch import padded_batch as padded_batch
     from rlft.batch import group_ids as group_ids
     from rlft.batch import pack_rollouts as pack_rollouts
     from rlft.config.data import Curriculum as Curriculum
@@ -71,6 +72,7 @@ _MODULES = {
     "trainer.result": ("Result", "open", "generate", "evaluate"),
     "models.load": ("load",),
     "algos.algorithm": ("algorithm",),
+    "algos.padded_batch": ("padded_batch",),
     "batch": ("group_ids", "pack_rollouts"),
     "kernels.logprobs": ("linear_logprobs",),
     "models.policy": ("Policy",),
@@ -101,9 +103,9 @@ __all__ = [
     "__version__", "train", "open", "Callback", "View", "Result", "generate", "evaluate", "load", "Config",
     "preset", "Algo", "Lora", "Optim", "Engine", "Packing", "Parity", "Checkpoint", "Track", "Ranks", "BaseWeights",
     "Data", "Source", "Reward", "Sampling", "DynamicSampling", "Curriculum", "Overlong", "Eval", "Prompt",
-    "Rollout", "Batch", "PackPlan", "Stat", "State", "algorithm", "group_ids", "pack_rollouts", "linear_logprobs",
-    "Policy", "sampler", "scorer", "rank", "RlftError", "ConfigError", "DataError", "RewardError", "EngineError",
-    "ParityError", "TrainError",
+    "Rollout", "Batch", "PackPlan", "Stat", "State", "algorithm", "group_ids", "pack_rollouts", "padded_batch",
+    "linear_logprobs", "Policy", "sampler", "scorer", "rank", "RlftError", "ConfigError", "DataError", "RewardError",
+    "EngineError", "ParityError", "TrainError",
 ]  # fmt: skip
 
 

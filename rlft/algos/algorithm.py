@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from rlft.algos import advantages, corrections
@@ -43,7 +44,7 @@ class Algorithm:
     """(logprobs [T] with gradient, micro-batch) -> (0-dim, metrics); its traits say what the loop has to set."""
     advantage_name: str
     advantage: Callable[..., Tensor]
-    """(rewards [N], group_ids [N], keyword arguments of `rlft.algos.advantages`) -> advantages [N]."""
+    """(rewards [N], group_ids [N], keyword arguments of `rlft.algos.advantages`) -> advantages [N]; lists will do."""
     aggregation: Aggregation
     old: Literal["now", "trainer", "sampler"]
     """Source of old log-probs: detached `logprobs` (one update per rollout batch, or a loss without a ratio), a forward
@@ -162,6 +163,8 @@ def estimator_of(name: str) -> Callable[..., Tensor]:
     accepted = set(inspect.signature(estimator).parameters)
 
     def advantage(rewards: Tensor, group_ids: Tensor, **inputs: Tensor) -> Tensor:
+        # Lists in a loop of one's own.
+        rewards, group_ids = torch.as_tensor(rewards), torch.as_tensor(group_ids)
         result = estimator(rewards, group_ids, **{key: value for key, value in inputs.items() if key in accepted})
         if not isinstance(result, Tensor) or result.shape != rewards.shape:
             got = f"shape {list(result.shape)}" if isinstance(result, Tensor) else type(result).__name__

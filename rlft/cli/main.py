@@ -189,13 +189,15 @@ def _validate(args: list[str]) -> int:
         ran = [*code(cfg), *(f'track.use = "{name}"' for name in cfg.track.use if ":" in name)]
         notes = [f"note: {text}" for text in advice(cfg, checked.rows)]
         notes += [f"the code that it names was imported to check it: {', '.join(ran)}"] if ran else []
+        if any(":" in reward.use for reward in cfg.rewards):
+            file = next((arg for arg in args if not arg.startswith("-")), "FILE")
+            notes.append(f"no reward function was called: `rlft reward-check {file}` calls them on rows of the data")
         found = checked.problems
     except ConfigError as error:
         found = str(error).splitlines()
     else:
         if not found:
-            lines = [*notes, "no problem found"]
-            # With the settings, all of it is a TOML file.
+            lines = [*notes, "no problem found"]  # with the settings, all of it is a TOML file
             say("\n".join([to_toml(cfg), *(f"# {text}" for text in lines)] if "--show" in args else lines))
             return 0
     count = f"{len(found)} problem{'s' if len(found) > 1 else ''}:"

@@ -215,10 +215,13 @@ _SAME_NOTE = {
     "set prompts_per_step, the prompts of one step, and optim.minibatches, the updates it is split into": (
         "steps_per_generation generation_batch_size"
     ),
+    "nothing to set: start the run with torchrun; for a base that does not fit a card set base.place": (
+        "deepspeed fsdp fsdp_config"
+    ),
     "there is none: rlft has nothing like it": (
         "model_init_kwargs router_aux_loss_coef disable_dropout cast_lm_head_to_fp32 ds3_gather_for_generation "
         "max_tool_calling_iterations loss_weights ld_alpha f_divergence_type f_alpha_divergence_coef use_weighting "
-        "discopop_tau deepspeed fsdp fsdp_config neftune_noise_alpha torch_compile label_smoothing_factor "
+        "discopop_tau neftune_noise_alpha torch_compile label_smoothing_factor "
         "entropy_coef_min"
     ),
 }

@@ -198,9 +198,9 @@ class FramedReader(SquareReader):
     def written(self, text: str, tokenizer: Any, begins: bool = False) -> str:
         """Return the text with a place, framed, for each beginning of an image."""
         begin, place, end = tokenizer.convert_ids_to_tokens([self._frame[0], self.token, self._frame[1]])
-        if place in text:
+        if place is not None and place in text:
             raise DataError(f"the prompt has {place}, which stands behind {begin} alone: remove it", reason="images")
-        return text.replace(begin, f"\n\n{begin}{place}{end}\n\n")
+        return text if begin is None else text.replace(begin, f"\n\n{begin}{place}{end}\n\n")
 
 
 class LineReader(ImageReader):
@@ -236,6 +236,8 @@ class LineReader(ImageReader):
     def written(self, text: str, tokenizer: Any, begins: bool = False) -> str:
         """Return the text with both words that end rows behind each place, from which `expanded` has their ids."""
         place = tokenizer.convert_ids_to_tokens(self.token)
+        if place is None or place not in text:
+            return text
         added = tokenizer.get_added_vocab()
         for end in self.ENDS:
             if end not in added:
@@ -290,7 +292,7 @@ class TileReader(ImageReader):
         """Return the text as it is. Raises DataError where the model's processor has the image before the first
         token."""
         place = tokenizer.convert_ids_to_tokens(self.token)
-        if begins and text.startswith(place):
+        if begins and place is not None and text.startswith(place):
             raise DataError(
                 f"the prompt begins with {place}, and the tokenizer would put {tokenizer.bos_token} before it, where "
                 f"the model's processor has it behind: give the prompt as messages, or begin with text",

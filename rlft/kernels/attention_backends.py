@@ -211,7 +211,8 @@ def _fa2_backward(
 
 
 def _fa4_window(spans: Spans) -> tuple[int | None, int | None]:
-    return (None, None) if spans.window is None else (spans.window - 1, 0)
+    # Right: 0 ends at the query's place, None does not end.
+    return (None, None) if spans.window is None else (spans.window - 1, 0 if spans.causal else None)
 
 
 def _fa2_window(spans: Spans) -> tuple[int, int]:

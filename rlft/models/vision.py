@@ -210,7 +210,8 @@ class Vision:
         """Return the features of each image; those of equal images are computed once. Raises DataError."""
         found = {_key(image): self._held[_key(image)] for image in images if _key(image) in self._held}
         missing = {_key(image): image for image in images if _key(image) not in found}
-        for part in _parts(list(missing.values()), self.reader):
+        # In the parts that the pass with gradient has, whose results are to be equal to the bit.
+        for part in _parts(list(missing.values()), self.reader, TRAINED if self.trained else PATCHES):
             for image, features in zip(part, self._computed(part), strict=True):
                 found[_key(image)] = features
         for key, features in found.items() if not self.trained else ():

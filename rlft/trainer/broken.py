@@ -68,7 +68,8 @@ def check_end(trainer: Trainer, engine: Engine, ran: Sequence[Batch]) -> None:
         if not logprobs.isfinite().all():
             raise not_finite(policy, [batch], "after the last update the policy's log-probs")
         policy.flat.zero_grad()
-        (logprobs * batch.weight.to(policy.device)).sum().backward()
+        if logprobs.requires_grad:  # see `step`
+            (logprobs * batch.weight.to(policy.device)).sum().backward()
         good = policy.flat.gradient.isfinite().all()
         policy.flat.zero_grad()
     if not good:

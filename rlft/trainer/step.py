@@ -252,7 +252,8 @@ def _forward_backward(
         recorder.console.progress("training", step.passes_run + len(passes), total)
         logprobs, entropy = policy.logprobs(batch, algorithm.loss.entropy_grad)
         loss, stats, here = batch_loss(policy, algorithm, batch, logprobs, entropy, inputs)
-        trainer.optimizer.scaled(loss).backward()
+        if loss.requires_grad:  # not where the adapter is on the tower alone and no row has an image
+            trainer.optimizer.scaled(loss).backward()
         passes.append((logprobs.detach(), batch, {**stats, **batch_stats(loss, logprobs, entropy, here)}))
     return passes
 

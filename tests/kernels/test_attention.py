@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from rlft.kernels import attention_backends
 from rlft.kernels.attention import Sequences, varlen_attention, varlen_attention_reference
 from rlft.kernels.attention_backends import FA4_HEADS, Spans, choose_backend, set_fa4_cache
 from rlft.kernels.attention_backends import forward as run_forward
@@ -445,3 +446,22 @@ def test_blocks_on_the_gpu_against_fp64(window: int | None, copies: bool, dim: i
         for i, (want, base, got) in enumerate(zip(truth, plain, run(torch.bfloat16, backend), strict=True)):
             allowed = (2 if i == 0 else 3) * (base - want).norm() + 1e-3 * want.norm()
             assert (got - want).norm() <= allowed, (backend, i, float((got - want).norm()), float(allowed))
+
+
+def test_a_window_ends_at_the_query_where_attention_is_causal_alone() -> None:
+    """FlashAttention 4 takes a right side of 0 for causal, whatever else it is told."""
+    some = torch.tensor([0, 4])
+    windows = {
+        (causal, window): [
+            of(Spans(some, some, 4, 4, causal, window))
+            for of in (attention_backends._fa4_window, attention_backends._fa2_window)
+        ]
+        for causal in (True, False)
+        for window in (None, 3)
+    }
+    assert windows == {
+        (True, None): [(None, None), (-1, 0)],
+        (True, 3): [(2, 0), (2, 0)],
+        (False, None): [(None, None), (-1, -1)],
+        (False, 3): [(2, None), (2, -1)],
+    }

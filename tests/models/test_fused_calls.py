@@ -22,10 +22,12 @@ from fused_pair import IDS, MASK, gradients, logits, model_of, near, one_thread,
 from peft import LoraConfig, PeftModel
 from tiny import tiny_model
 from torch import Tensor
+from transformers import LlamaConfig
 
 from rlft.config.run import Lora
 from rlft.kernels.lora_group import AdapterWriteTables, write_adapters_reference
 from rlft.models import kv_cache
+from rlft.models.fused.calls import plain_mask
 from rlft.models.fused.decoder import FusedDecoder
 from rlft.models.fused.fuse import fuse
 from rlft.models.fused.levels import L0
@@ -380,3 +382,12 @@ def test_fusing_and_training_patch_nothing() -> None:
         assert all(vars(place).get(name) is value for name, value in was.items()), place
     touched = [n for n, m in model.named_modules() if "forward" in vars(m)]
     assert touched == ["base_model.model.model"]
+
+
+def test_masks_that_differ_by_head_are_not_plain() -> None:
+    mask = torch.ones(2, 1, 5, 5, dtype=torch.bool).tril()
+    config = LlamaConfig()
+    assert torch.equal(plain_mask(config, {"full_attention": mask}), torch.ones(2, 5, dtype=torch.bool))
+    by_head = {"full_attention": mask.repeat(1, 4, 1, 1)}
+    by_head["full_attention"][:, 1] = True
+    assert plain_mask(config, by_head) is by_head

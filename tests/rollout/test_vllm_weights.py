@@ -136,6 +136,19 @@ def test_vllm_scales_queries_by_position_as_the_trainer_does() -> None:
     assert torch.allclose(scale.squeeze(-1), 1 + 0.5 * torch.tensor([1.0, 2.0, 3.0]).log())
 
 
+def test_fields_that_vllm_reads_reach_the_text_of_a_model_with_images() -> None:
+    from transformers import Gemma3Config, Ministral3Config, Mistral3Config
+
+    rope = {"rope_type": "default", "rope_theta": 1e4}
+    scaled = {**rope, "llama_4_scaling_beta": 0.5, "original_max_position_embeddings": 4}
+    want = {"beta": 0.5, "original_max_position_embeddings": 4}
+    text = Ministral3Config(rope_parameters=scaled)
+    assert vllm_start._more_fields(text) == {"llama_4_scaling": want}
+    fields = vllm_start._more_fields(Mistral3Config(text_config=text))
+    assert fields["text_config"].llama_4_scaling == want
+    assert vllm_start._more_fields(Gemma3Config())["is_mm_prefix_lm"] is False
+
+
 @pytest.mark.parametrize("name", ["qwen3_5", "olmo_hybrid"])
 def test_projections_in_another_order_are_seen(name: str) -> None:
     """Fault injection: beta's and the decay's projection have one shape."""

@@ -136,6 +136,15 @@ def test_a_run_trains_the_tower(home: Path, tmp_path: Path) -> None:
     assert merge(run.out, tmp_path / "merged", dtype="float32").difference < 1e-4
 
 
+def test_an_adapter_on_the_tower_alone_trains_beside_rows_of_text(home: Path, tmp_path: Path) -> None:
+    """Their log-probs have no gradient."""
+    rows = [{"prompt": f"How many ({i})?", "completion": "some"} for i in range(4)]
+    (home / "text.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    lora = Lora(rank=4, alpha=8, vision=True, targets=("fc1",), dropout=0.0)
+    train(sft(home, tmp_path / "run", data=Data(str(home / "text.jsonl")), lora=lora))
+    assert all(line["grad_norm"] == 0 for line in metrics(tmp_path / "run") if "grad_norm" in line)
+
+
 def test_every_step_runs_the_tower_over_the_same_images_together(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

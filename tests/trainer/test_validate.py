@@ -220,6 +220,9 @@ def test_validate_prints_its_verdict_or_the_problems(folder: Path, capsys: pytes
     assert tomllib.loads(text)["model"] == "some/model"
     assert "clip_high = 0.2" in text
     assert text.endswith("# no problem found\n")
+    assert f"no reward function was called: `rlft reward-check {path}` calls them" in text
+    path.write_text(to_toml(config(folder, rewards=["number"])))
+    assert main(["validate", str(path)]) == 0 and "reward-check" not in capsys.readouterr().out
     path.write_text(to_toml(dataclasses.replace(config(folder), model=f"{folder}/gone")))
     assert main(["validate", str(path), "--sampling.group_size=1"]) == 2
     head, model, group, *notes = capsys.readouterr().out.splitlines()

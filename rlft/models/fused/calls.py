@@ -68,7 +68,7 @@ def plain_mask(config: Any, mask: Any) -> Any:
         return None
     first = next(iter(given.values()))
     square = isinstance(first, Tensor) and first.dim() == 4 and first.shape[2] == first.shape[3]
-    if not square or first.dtype != torch.bool:
+    if not square or first.dtype != torch.bool or any(each.shape[1] != 1 for each in given.values()):
         return mask
     live = first[:, 0].diagonal(dim1=1, dim2=2)
     places = torch.arange(live.shape[1], device=live.device)

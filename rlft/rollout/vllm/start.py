@@ -114,6 +114,19 @@ ONLY: dict[str, dict[str, Any]] = {name: {"norm_topk_prob": False, "clip_qkv": N
 
 def _more_fields(config: Any) -> dict[str, Any]:
     """Return the fields that vLLM reads for a type of model and transformers has elsewhere or not at all."""
+    text = config.get_text_config()
+    fields = _text_fields(text)
+    if text is config:
+        return fields
+    for name, value in fields.items():
+        setattr(text, name, value)
+    # vLLM gets no images of Gemma 3, and without blocks of them all its attention backends will do.
+    blocks = {"is_mm_prefix_lm": False} if config.model_type == "gemma3" else {}
+    return {"text_config": text, **blocks}
+
+
+def _text_fields(config: Any) -> dict[str, Any]:
+    """Return the fields of a model of text, alone or inside of one with images."""
     rope = getattr(config, "rope_parameters", None) or {}
     if config.model_type == "lfm2":
         return {"conv_dim": config.hidden_size, "block_dim": config.hidden_size}
@@ -121,11 +134,9 @@ def _more_fields(config: Any) -> dict[str, Any]:
         original = rope["original_max_position_embeddings"]
         scale = {"beta": rope["llama_4_scaling_beta"], "original_max_position_embeddings": original}
         return {"llama_4_scaling": scale}
-    if config.model_type == "qwen3_vl":
+    if config.model_type == "qwen3_vl_text":
         # transformers always interleaves the axes of positions; vLLM where the config says so.
-        text = config.text_config
-        text.rope_parameters = {**text.rope_parameters, "mrope_interleaved": True}
-        return {"text_config": text}
+        return {"rope_parameters": {**rope, "mrope_interleaved": True}}
     return {}
 
 
