@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shlex
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -80,7 +82,9 @@ def page(run: Run, version: str = "") -> str:
             section("Held-out completions", held_out, "The first held-out rows at the first and the last evaluation."),
             section("Completions", completions),
             section(
-                "Config", f"<details><summary>config.toml</summary><pre>{text(toml)}</pre></details>" if toml else ""
+                "Config",
+                origin(run)
+                + (f"<details><summary>config.toml</summary><pre>{text(toml)}</pre></details>" if toml else ""),
             ),
         ]
     )
@@ -107,6 +111,20 @@ def config_of(run: Run) -> dict[str, Any]:
     return secrets.masked(
         {name: value for name, value in config.items() if type(value) is wanted.get(name, type(value))}
     )
+
+
+def origin(run: Run) -> str:
+    """Return where the newest adapter is, how to sample from it, and which versions saved it; "" without one."""
+    if not run.has_checkpoint():
+        return ""
+    path = run.latest_checkpoint()
+    try:
+        versions = json.loads((path / "state.json").read_text(encoding="utf-8"))["versions"]
+        saved = ", ".join(f"{name} {version}" for name, version in sorted(versions.items()))
+    except (OSError, ValueError, RecursionError, LookupError, TypeError, AttributeError):  # damaged, or not ours
+        saved = "unknown versions"
+    command = shlex.join(["rlft", "generate", str(run.path), "your prompt"])
+    return f"<p>Adapter: <code>{text(path)}</code>, saved with {text(saved)}. <code>{text(command)}</code></p>"
 
 
 def algorithm_of(config: Mapping[str, Any]) -> str:

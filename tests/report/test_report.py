@@ -6,6 +6,7 @@ What a browser makes of it (layout, light and dark, the script) is looked at by 
 from __future__ import annotations
 
 import base64
+import html
 import io
 import json
 import math
@@ -374,6 +375,24 @@ def test_of_a_long_completion_only_whole_tokens_of_the_shown_text_are_there(run:
     run.write_rollouts(1, records.samples(rollouts(1, ["text"]), [1.0], {}, [0.0], {0: torch.zeros(3)}), [pieces])
     block = completions.step_block(run.read_rollouts(1))
     assert f'data-n="{MOST_TEXT - 1}"' in block and "2 more tokens" in block and "yz" not in block
+
+
+@pytest.mark.parametrize(
+    ("state", "saved"),
+    [
+        ('{"versions": {"torch": "2.13.0", "peft": "<b>1</b>"}}', "peft &lt;b&gt;1&lt;/b&gt;, torch 2.13.0"),
+        ("{", "unknown versions"),
+        ('{"versions": 3}', "unknown versions"),
+        (None, "unknown versions"),
+    ],
+)
+def test_the_adapter_and_what_saved_it_are_named(run: Run, state: str | None, saved: str) -> None:
+    folder = run.checkpoints / "step-000002"
+    folder.mkdir(parents=True)
+    if state is not None:
+        (folder / "state.json").write_text(state)
+    shown = page.page(run)
+    assert f"<code>{html.escape(str(folder))}</code>, saved with {saved}." in shown and "rlft generate" in shown
 
 
 def test_damaged_files_are_named_and_the_rest_is_shown(run: Run) -> None:
