@@ -9,7 +9,7 @@ from functools import partial
 from page_cells import gib, link, markdown_row, newest, share, value
 
 NAME = "recipes"
-RECIPES = ("gsm_style", "countdown", "sft_then_rl", "dpo_from_samples", "long_context")
+RECIPES = ("countdown", "long_context", "dpo_from_samples", "sft_then_rl", "gsm_style")
 RUNS = {"seed 1": "1", "seed 2": "2", "seed 3": "3", "control": "control"}
 """Head of a column -> run."""
 
