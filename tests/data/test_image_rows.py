@@ -481,7 +481,7 @@ def test_a_machine_without_pillow_gets_the_command(monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize("kind", ["gemma3", "mistral3", "mllama", "llava"])
 def test_text_needs_no_words_for_images_in_the_tokenizer(kind: str) -> None:
     """A model with images trains on text with the tokenizer of another one."""
-    reader, plain = seeing.reader(kind), tiny_tokenizer()
+    reader, plain = copy.copy(seeing.reader(kind)), tiny_tokenizer()
     reader.token = len(plain) + 9
     if kind == "gemma3":
         reader._frame = (reader.token + 1, reader.token + 2)  # type: ignore[attr-defined]

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -203,9 +204,7 @@ def test_a_callable_class_and_a_closure_run_here_with_a_note(make) -> None:
 
 
 def test_without_functions_the_recorded_reward_is_the_reward() -> None:
-    made = [
-        Rollout(*list(vars(r).values())[:-1], recorded_reward=x) for r, x in zip(rollouts(2), (1.0, -1.0), strict=True)
-    ]
+    made = [replace(r, recorded_reward=x) for r, x in zip(rollouts(2), (1.0, -1.0), strict=True)]
     assert score(made, [], {})[0].tolist() == [1.0, -1.0]
 
 

@@ -21,7 +21,7 @@ from test_engines import mismatch_of
 from test_experts_mxfp4 import release
 from test_vllm_families import MIXTURES
 from test_vllm_weights import filled, scaled
-from tiny import prompts, tiny_tokenizer
+from tiny import prompts, tiny_policy, tiny_tokenizer
 from torch import Tensor, nn
 from vllm_models import build, parallel_state, register
 
@@ -266,6 +266,25 @@ def test_vllms_activation_serves_where_it_is_the_trainers(kind: str, fields: Any
         assert is_gate(name, gate) == fits
     finally:
         torch.set_default_dtype(before)
+
+
+def test_a_mixture_starts_after_a_dense_model_that_vllm_could_not_build(
+    vllm_visible: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Groups of processes that vLLM made for the first would serve the second, without one for experts."""
+    vllm_start.environment()
+    with vllm_start.quiet(), vllm_start.defaults_restored():
+        from rlft.rollout.vllm.provider import WeightProvider
+    options = Engine("vllm", max_seqs=8)
+
+    def refuse(*_: Any) -> None:
+        raise UnsupportedModel("not this one")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(WeightProvider, "give", refuse)
+        with pytest.raises(UnsupportedModel, match="not this one"):
+            VllmEngine(tiny_policy(), tiny_tokenizer(), options, 40, 8)
+    VllmEngine(policy_of("qwen3_moe", "none", tmp_path), tiny_tokenizer(), options, 40, 8).close()
 
 
 def test_what_a_language_model_stacks_is_read_where_the_model_around_it_does_not_say() -> None:

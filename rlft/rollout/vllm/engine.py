@@ -102,6 +102,7 @@ class VllmEngine:
         decoder = type(self._policy.base.get_decoder())  # type: ignore[operator,union-attr]
         with quiet(), defaults_restored(), class_restored(decoder), segments(growing=False):
             from vllm import LLM
+            from vllm.distributed.parallel_state import destroy_model_parallel
 
             from rlft.rollout.vllm import hooks
 
@@ -119,6 +120,8 @@ class VllmEngine:
                     **arguments(options, self.choice, self._sizes, self._ranks, self._dtype, device, number),
                 )
             except Exception as error:
+                # Groups of a model without experts would serve the next one with.
+                destroy_model_parallel()
                 if device.type == "cuda":
                     hooks.release_pools(asleep=False)
                 if isinstance(error, EngineError):
