@@ -7,6 +7,7 @@ the processor of a model writes around them is added to the text before it is en
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -17,7 +18,7 @@ from rlft.errors import DataError
 from rlft.types import Image, Layout, Prompt
 
 
-class ImageReader:
+class ImageReader(ABC):
     """Reads images for one model. Subclasses say how many tokens an image has, and what its tower takes."""
 
     layout: Layout
@@ -35,22 +36,22 @@ class ImageReader:
         """Those of them that the embedding has rows for beyond the vocabulary."""
         self._size = lru_cache(maxsize=4096)(self._size_of)
 
+    @abstractmethod
     def _size_of(self, size: tuple[int, int]) -> tuple[int, int]:
         """Return rows and columns of the tokens of an image of `size` (width, height). Raises ValueError."""
-        raise NotImplementedError
 
+    @abstractmethod
     def given(self, images: Sequence[Image]) -> dict[str, Any]:
         """Return the arguments by which the tower takes images. Raises DataError for a file that has changed."""
-        raise NotImplementedError
 
+    @abstractmethod
     def patches(self, image: Image) -> int:
         """Return the number of patches of an image in the tower."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def most_patches(self) -> int:
         """Patches of the largest image that the processor's limits allow."""
-        raise NotImplementedError
 
     def written(self, text: str, tokenizer: Any, begins: bool = False) -> str:
         """Return the text of a prompt with what the model's processor writes around places of images.
@@ -120,6 +121,12 @@ class ImageReader:
         """Return what the processor makes of a picture."""
         return self.processor([picture], return_tensors="pt")
 
+    def _blank(self, size: tuple[int, int]) -> Any:
+        """Return what the processor makes of a picture of `size`, as far as that does not depend on its pixels."""
+        from PIL import Image as Pillow
+
+        return self._made(Pillow.new("RGB", size))
+
 
 class GridReader(ImageReader):
     """Reads images for Qwen2-VL and its successors, whose tower takes patches of images of any size."""
@@ -131,9 +138,7 @@ class GridReader(ImageReader):
         return int(self.processor.merge_size)
 
     def _size_of(self, size: tuple[int, int]) -> tuple[int, int]:
-        from PIL import Image as Pillow
-
-        (grid,) = self.processor([Pillow.new("RGB", size)], return_tensors="pt")["image_grid_thw"].tolist()
+        (grid,) = self._blank(size)["image_grid_thw"].tolist()
         return grid[1] // self._merge, grid[2] // self._merge
 
     @property
@@ -216,9 +221,7 @@ class LineReader(ImageReader):
         self._step, self._merge = patch * merge, merge
 
     def _size_of(self, size: tuple[int, int]) -> tuple[int, int]:
-        from PIL import Image as Pillow
-
-        ((height, width),) = self._made(Pillow.new("RGB", size))["image_sizes"]
+        ((height, width),) = self._blank(size)["image_sizes"]
         return int(height) // self._step, int(width) // self._step
 
     def _made(self, picture: Any) -> Any:
@@ -274,9 +277,7 @@ class TileReader(ImageReader):
         self._patches = patches * int(processor.max_image_tiles)
 
     def _size_of(self, size: tuple[int, int]) -> tuple[int, int]:
-        from PIL import Image as Pillow
-
-        ((tiles,),) = self._made(Pillow.new("RGB", size))["num_tiles"]
+        ((tiles,),) = self._blank(size)["num_tiles"]
         return 1, int(tiles)
 
     @property

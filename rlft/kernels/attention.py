@@ -197,29 +197,20 @@ def attention_backward(
     softcap: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute dq, dk, dv of `attention_forward`, whose sinks are in `saved`."""
-    blocks = sequences.blocks
+    inputs, blocks, options = (q, k, v), sequences.blocks, Options(scale, backend, window, softcap)
     if blocks is None:
-        return _causal_backward(dout, q, k, v, saved, sequences, scale, backend, window, softcap)
-    totals = _causal_backward(blocks.without(dout), q, k, v, saved, sequences, scale, backend, window, softcap)
-    blocks.add_gradients(dout, (q, k, v), saved, totals, sequences.rows, Options(scale, backend, window, softcap))
+        return _causal_backward(dout, inputs, saved, sequences, options)
+    totals = _causal_backward(blocks.without(dout), inputs, saved, sequences, options)
+    blocks.add_gradients(dout, inputs, saved, totals, sequences.rows, options)
     return totals
 
 
 def _causal_backward(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    saved: Saved,
-    sequences: Sequences,
-    scale: float,
-    backend: str,
-    window: int | None,
-    softcap: float | None,
+    dout: Tensor, inputs: tuple[Tensor, Tensor, Tensor], saved: Saved, s: Sequences, options: Options
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute dq, dk, dv of the causal calls."""
-    s = sequences
-    out, lse = saved
+    """Compute dq, dk, dv of the causal calls. inputs: q, k, v."""
+    (q, k, v), (out, lse) = inputs, saved
+    scale, backend, window, softcap = options
     keys = Keys.of(s, window)
     cu_k, max_k = (s.cu_seqlens, s.max_seqlen) if keys is None else (keys.cu_k, keys.max_k)
     spans = backends.Spans(s.cu_seqlens, cu_k, s.max_seqlen, max_k, causal=True, window=window)

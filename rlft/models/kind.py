@@ -37,6 +37,12 @@ def seeing_of(config: Any) -> Seeing | None:
     return SEEING.get(getattr(config, "model_type", None) or "")
 
 
+def tower_of(config: Any) -> tuple[str, ...]:
+    """Return how names of what is in a model's vision tower and projector begin, up to a dot; () for one of text."""
+    seeing = seeing_of(config)
+    return () if seeing is None else tuple(f"{name}." for name in seeing.tower)
+
+
 def sees(config: Any) -> bool:
     """Return whether a model of this config takes images."""
     return seeing_of(config) is not None

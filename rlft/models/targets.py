@@ -23,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 from rlft.config.run import Lora
 from rlft.errors import ConfigError
 from rlft.models import experts
-from rlft.models.kind import seeing_of, sees
+from rlft.models.kind import sees, tower_of
 from rlft.models.structure import decoder_of
 
 MAMBA = "its kernels read the weight past an adapter"
@@ -79,13 +79,12 @@ def find(base: Any) -> LinearLayers:
 
 def _of_tower(base: Any) -> Iterator[str]:
     """Yield the full names of the linear layers of a model's vision tower that may have an adapter."""
-    seeing = seeing_of(base.config)
-    pooled = [name for name, module in base.named_modules() if isinstance(module, nn.MultiheadAttention)]
-    for name, module in base.named_modules() if seeing is not None else ():
-        inside = any(name == part or name.startswith(f"{part}.") for part in (seeing.tower if seeing else ()))
-        # PyTorch's attention reads a weight past an adapter; SigLIP has one in its head, which no image goes through.
-        past = any(name.startswith(f"{each}.") for each in pooled) or ".head." in name
-        if isinstance(module, nn.Linear) and inside and not past:
+    tower = tower_of(base.config)
+    inside = [(name, module) for name, module in base.named_modules() if f"{name}.".startswith(tower)]
+    # PyTorch's attention reads a weight past an adapter; SigLIP has one in its head, which no image goes through.
+    past = tuple(f"{name}." for name, module in inside if isinstance(module, nn.MultiheadAttention))
+    for name, module in inside:
+        if isinstance(module, nn.Linear) and not name.startswith(past) and ".head." not in name:
             yield name
 
 

@@ -29,7 +29,7 @@ from rlft.environment import install, version
 from rlft.errors import ConfigError
 from rlft.models import image_processor
 from rlft.models.cross import CrossStates
-from rlft.models.kind import seeing_of
+from rlft.models.kind import seeing_of, tower_of
 from rlft.models.locate import explained, locate
 from rlft.positions import feature_places
 from rlft.types import Image
@@ -74,10 +74,8 @@ def image_reader(model: str, config: Any, data: Data | None = None) -> ImageRead
 def adapted_tower(model: Any) -> bool:
     """Return whether the adapter of a PEFT model is on its vision tower too. Raises ConfigError for dropout there."""
     base = model.get_base_model()
-    seeing = seeing_of(base.config)
-    tower = () if seeing is None else tuple(f"{name}." for name in seeing.tower)
-    inside = [name for name, _ in base.named_parameters() if tower and name.startswith(tower)]
-    if not any(".lora_A." in name for name in inside):
+    tower = tower_of(base.config)
+    if not any(name.startswith(tower) and ".lora_A." in name for name, _ in base.named_parameters()):
         return False
     if any(getattr(module, "p", 0) for name, module in base.named_modules() if ".lora_dropout." in name):
         raise ConfigError(

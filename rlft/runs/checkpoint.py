@@ -179,8 +179,7 @@ def continued_from(path: Path) -> dict[str, str]:
 
 def given_tokenizer(path: Path | None) -> Path | None:
     """Return the folder of the tokenizer that a checkpoint's run was given; None where it used the model's own."""
-    given = "" if path is None else continued_from(path).get(GIVEN, "")
-    return path if "tokenizer" in given.split(", ") else None
+    return path if "tokenizer" in _given(path) else None
 
 
 def check_named(path: Path | None, model: str) -> None:
@@ -188,12 +187,17 @@ def check_named(path: Path | None, model: str) -> None:
 
     model: what the run's config calls it.
     """
-    if path is not None and UNNAMED in continued_from(path).get(GIVEN, "").split(", "):
+    if UNNAMED in _given(path):
         raise ConfigError(
             f'model = "{model}": the run was given a model object that does not say what it was loaded from, so it '
             f"cannot be loaded again; put the adapter on that object: "
             f'peft.PeftModel.from_pretrained(model, "{path}")'
         )
+
+
+def _given(path: Path | None) -> list[str]:
+    """Return the objects that the run of a checkpoint was given."""
+    return [] if path is None else continued_from(path).get(GIVEN, "").split(", ")
 
 
 def _write_state(folder: Path, state: State, tensors: Mapping[str, Tensor], identity: Mapping[str, str]) -> None:

@@ -53,11 +53,13 @@ def test_a_turn_waits_for_that_of_another_process(
         assert other.returncode == 0
 
 
-def test_the_end_of_a_process_ends_its_turn(other: subprocess.Popen[str]) -> None:
+def test_the_end_of_a_process_ends_its_turn(other: subprocess.Popen[str], monkeypatch: pytest.MonkeyPatch) -> None:
     other.kill()
     other.wait()
+    waits: list[float] = []
+    monkeypatch.setattr(time, "sleep", waits.append)
     with sleeping.turn("card"):
-        pass
+        assert not waits
 
 
 def test_a_process_that_hangs_is_waited_for_so_long_only(
@@ -73,7 +75,7 @@ def test_without_a_cache_folder_nothing_is_locked(tmp_path: Path, monkeypatch: p
     (tmp_path / "rlft").write_text("a file where the folder would be")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     with sleeping.turn("card"):
-        pass
+        assert [path.name for path in tmp_path.iterdir()] == ["rlft"]
 
 
 GIB = 2**30

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rlft.kernels.attention_plain import visible
 from rlft.models import experts
 from rlft.models.families import Family
 
@@ -71,13 +72,12 @@ def plain_mask(config: Any, mask: Any) -> Any:
     if not square or first.dtype != torch.bool or any(each.shape[1] != 1 for each in given.values()):
         return mask
     live = first[:, 0].diagonal(dim1=1, dim2=2)
-    places = torch.arange(live.shape[1], device=live.device)
-    before = (places[:, None] >= places[None, :]) & live[:, None, :]
-    near = places[None, :] > places[:, None] - (getattr(config, "sliding_window", None) or len(places))
+    tokens = live.shape[1]
     for kind, each in mask.items():
-        seen = before if kind == "full_attention" else before & near
+        window = None if kind == "full_attention" else getattr(config, "sliding_window", None) or None
+        seen = visible(tokens, tokens, window, live.device) & live[:, None, :]
         # Without a mask all tokens before one are seen. What padding sees has no effect.
-        found = places[:, None] >= places[None, :] if each is None else each[:, 0]
+        found = visible(tokens, tokens, None, live.device) if each is None else each[:, 0]
         if not ((found == seen) | ~live[:, :, None]).all():
             return mask
     return live

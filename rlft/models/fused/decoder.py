@@ -192,14 +192,14 @@ class FusedDecoder:
             # Buffers allocated in inference mode could not be written to outside it.
             with torch.inference_mode(False), torch.no_grad():
                 return self.hidden(embedded, position_ids, sequences, gradients, plan, padded_to, ids, images, routes)
-        embedded = self._entering(embedded)
+        hidden = embedded = self._entering(embedded)
         adapter, rows = self.adapter(), embedded.shape[0]
         if plan is None:
             plan = self.plan_for(rows, None, copied_keys(sequences, rows), None, self._recurrent(sequences))
         self._last_plan = plan
         self.store.use(plan.store)
         types = {layer.type for layer in self.layers if layer.mixer is None}
-        tables, hidden = rope_tables(self.decoder, self.family, types, embedded, position_ids, padded_to), embedded
+        tables = rope_tables(self.decoder, self.family, types, embedded, position_ids, padded_to)
         if plan.padded:
             # No graph runs experts; see `plan_pass` for the others.
             assert routes is None and sequences.blocks is None and not embedded.requires_grad

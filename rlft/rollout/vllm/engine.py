@@ -80,8 +80,8 @@ class VllmEngine:
         """Weight -> A and scaled B of the last loaded adapter, in the engine's dtype."""
         self._version, self._restarted, self._asleep = None, False, False
         self._reports, line = replays(policy, options, "vllm") if trains else (False, "")
-        for text in [line] if line else []:
-            detail(text)
+        if line:
+            detail(line)
         self._freed = 0
         """Bytes that the last sleep freed and the next wake allocates again."""
         self._start()

@@ -146,8 +146,8 @@ class WeightProvider:
             method: Any = getattr(module, "quant_method", None)
             if isinstance(method, ExpertsMethod):
                 up, down = (self._product(f"{where}.{leaf}", module, method.shared, matches) for leaf in STACKS)
-                layer = matches[f"{where}.{STACKS[0]}"][0].rpartition(".")[0]
-                module.rlft_experts = expert_layer.ExpertLayer(up, down, self._gates[layer])  # type: ignore[assignment]
+                gate = self._gates[_trainers_layer(where, matches)]
+                module.rlft_experts = expert_layer.ExpertLayer(up, down, gate)  # type: ignore[assignment]
 
     def _give_log(self, modules: Mapping[str, nn.Module], matches: Parts) -> None:
         """Make a log of experts, and give each layer its part, in the order of the trainer's layers."""
@@ -158,8 +158,8 @@ class WeightProvider:
         self.log = RouteLog(rows, len(self._gates), moe.experts_per_token, moe.num_experts, device)
         order = list(self._gates)
         for where, module in layers.items():
-            layer = matches[f"{where}.{STACKS[0]}"][0].rpartition(".")[0]
-            module.rlft_routes = self.log.buffer[:, order.index(layer)]  # type: ignore[assignment]
+            place = order.index(_trainers_layer(where, matches))
+            module.rlft_routes = self.log.buffer[:, place]  # type: ignore[assignment]
 
     def _product(self, name: str, module: nn.Module, shared: bool, matches: Parts) -> expert_layer.Product:
         """Return one product of a layer of experts. name: of the engine's stack."""
@@ -204,6 +204,11 @@ def _refuse_absorbed(names: Iterable[str]) -> None:
             f"vLLM multiplies {absorbed} into the weights beside it when it loads a model: it does not read the "
             f"trainer's, nor an adapter on it"
         )
+
+
+def _trainers_layer(where: str, matches: Parts) -> str:
+    """Return the name of the trainer's layer of experts that is vLLM's at `where`."""
+    return matches[f"{where}.{STACKS[0]}"][0].rpartition(".")[0]
 
 
 def _is_stack(method: object, leaf: str) -> bool:

@@ -99,14 +99,11 @@ def fill(log: RouteLog, rollouts: Sequence[Rollout], size: int) -> None:
     lengths = [len(rollout.prompt.ids) + len(rollout.completion_ids) - 1 for rollout in rollouts]
     places = places_of(spans, lengths)
     prompts = [rollout.prompt for rollout in rollouts[::size]]
-    of_prompts = [
-        _first([places[i][: len(prompt.ids)] for i in range(slot * size, slot * size + size)])
-        for slot, prompt in enumerate(prompts)
-    ]
-    sampled = [
-        [(rollouts[i].completion_ids, places[i][len(prompt.ids) :]) for i in range(slot * size, slot * size + size)]
-        for slot, prompt in enumerate(prompts)
-    ]
+    of_prompts, sampled = [], []
+    for slot, prompt in enumerate(prompts):
+        members, end = range(slot * size, (slot + 1) * size), len(prompt.ids)
+        of_prompts.append(_first([places[i][:end] for i in members]))
+        sampled.append([(rollouts[i].completion_ids, places[i][end:]) for i in members])
     _fill_beginnings(prompts, of_prompts, sampled)
     shared = [rows[of_prompt] for of_prompt in of_prompts]
     for i, rollout in enumerate(rollouts):
@@ -174,7 +171,7 @@ def _fill_beginnings(
             if source is None or (places[slot][count:] < 0).any():
                 raise EngineError(f"vLLM did not report the experts of every token of row {prompt.index}, {FAULT}")
             places[slot][:count] = source[:count]
-        for ids, rows in [((), places[slot][:0]), *sampled[slot]] if lengths else ():
+        for ids, rows in sampled[slot] if lengths else ():
             whole = np.concatenate([places[slot], rows])
             for length in lengths:
                 if length <= len(whole) and (whole[:length] >= 0).all():

@@ -22,7 +22,7 @@ from rlft.kernels.mxfp4 import Mxfp4Weight, decode_mxfp4
 from rlft.kernels.nf4 import DecodeTables, Nf4Weight
 from rlft.models import experts
 from rlft.models.adapter import without_wrappers
-from rlft.models.kind import seeing_of
+from rlft.models.kind import tower_of
 from rlft.rollout.vllm.names import Weight
 from rlft.rollout.vllm.slots import Pair
 
@@ -39,8 +39,7 @@ def frozen_weights(base: nn.Module) -> dict[str, Weight]:
     """
     stacks = {without_wrappers(name): stack for name, stack in experts.stacks(base).items()}
     weights: dict[str, Weight] = {}
-    seeing = seeing_of(base.config)
-    tower = () if seeing is None else tuple(f"{name}." for name in seeing.tower)
+    tower = tower_of(base.config)
     for name, parameter in base.named_parameters(remove_duplicate=False):
         if ".lora_" in name or name.startswith(tower):
             continue
